@@ -1,0 +1,24 @@
+"""What every check is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.tensor import TensorRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The plan, what was written, and the records that writing left behind."""
+
+    plan: MergePlan
+    root: Path
+    """The directory to look at: staging, before the rename."""
+
+    records: tuple[TensorRecord, ...]
+    level: Literal["sample", "full"]

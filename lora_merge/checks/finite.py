@@ -1,0 +1,25 @@
+"""Is every merged value finite in the dtype it is stored in?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.checks.evidence import Evidence
+    from lora_merge.core.report import Issue
+
+
+def finite(evidence: Evidence) -> Iterator[Issue]:
+    """Yield an issue for each merged tensor with NaN or infinity; its record says so."""
+    slots = {slot.name: slot for step in evidence.plan.steps for slot in step.slots}
+    for record in evidence.records:
+        if not record.finite:
+            dtype = slots[record.name].dtype
+            hint = "--dtype float32 or bfloat16 has the range of the base" if dtype == "F16" else ""
+            yield error(
+                "non-finite", record.name, f"holds NaN or infinite values after the merge ({dtype})", hint
+            )

@@ -1,0 +1,75 @@
+"""Does the directory hold exactly the files and tensors that the plan promised?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
+from lora_merge.core.report import error
+from lora_merge.core.tensor import shape_text
+from lora_merge.errors import CheckpointError
+from lora_merge.io.files import read_json, same_bytes
+from lora_merge.io.safetensors import read_header
+from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.checks.evidence import Evidence
+    from lora_merge.core.report import Issue
+    from lora_merge.core.shards import OutputFile
+
+
+def structure(evidence: Evidence) -> Iterator[Issue]:
+    """Yield an issue for each file or tensor that is missing, extra, or not what was planned."""
+    plan, root = evidence.plan, evidence.root
+    wanted = {file.name for file in plan.files} | {file.name for file in plan.side_files}
+    wanted |= {CARD_FILE, MANIFEST_FILE} | ({INDEX_FILE} if plan.index else set())
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    for name in sorted(wanted - found):
+        yield error("missing-file", name, "was planned and is not there")
+    for name in sorted(found - wanted):
+        yield error("extra-file", name, "is there and was not planned")
+    for file in plan.files:
+        if file.name in found:
+            yield from _compare_file(root, file)
+    for side_file in plan.side_files:
+        patched = side_file.name == CONFIG_FILE and plan.config_patch
+        if side_file.name in found and not patched:
+            target = root / side_file.name
+            if not same_bytes(Path(side_file.source), target):
+                yield error("side-file", side_file.name, f"differs from {side_file.source}")
+    if plan.index and INDEX_FILE in found:
+        yield from _compare_index(root, plan.files)
+
+
+def _compare_file(root: Path, file: OutputFile) -> Iterator[Issue]:
+    """Yield an issue for each tensor of a file that is not where and what was planned."""
+    try:
+        found = {ref.name: ref for ref in read_header(root / file.name, file.name).tensors}
+    except CheckpointError as exc:
+        yield error("broken-file", file.name, str(exc))
+        return
+    for slot in file.slots:
+        ref = found.pop(slot.name, None)
+        if ref is None:
+            yield error("missing-tensor", slot.name, f"was planned and is not in {file.name}")
+        elif (ref.dtype, ref.shape, ref.start) != (slot.dtype, slot.shape, slot.start):
+            got = f"{ref.dtype} {shape_text(ref.shape)} at byte {ref.start}"
+            wanted = f"{slot.dtype} {shape_text(slot.shape)} at byte {slot.start}"
+            yield error("wrong-tensor", slot.name, f"is {got}, expected {wanted}")
+    for name in found:
+        yield error("extra-tensor", name, f"is in {file.name} and was not planned")
+
+
+def _compare_index(root: Path, files: tuple[OutputFile, ...]) -> Iterator[Issue]:
+    """Yield an issue where the index does not cover the tensors, or counts their bytes wrongly."""
+    index = read_json(root / INDEX_FILE)
+    wanted = {slot.name: file.name for file in files for slot in file.slots}
+    total = sum(slot.nbytes for file in files for slot in file.slots)
+    if index.get("weight_map") != wanted:
+        yield error("wrong-index", INDEX_FILE, "does not map every tensor to the file it is in")
+    size = index.get("metadata", {}).get("total_size")
+    if size != total:
+        yield error("wrong-index", INDEX_FILE, f"total_size is {size}, expected {total}")

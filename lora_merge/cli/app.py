@@ -1,0 +1,108 @@
+"""The ``lora-merge`` command: ``merge`` is what it does when no command is named."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from lora_merge import __version__
+from lora_merge.cli import exits
+from lora_merge.cli.merge import merge
+from lora_merge.errors import LoraMergeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+
+class _App(click.Group):
+    """A group whose default command is ``merge``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put ``merge`` before arguments that name no command."""
+        own = {"--help", "-h", "--version"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options of ``merge``, which may follow directly, then the commands."""
+        merge.format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+        rows = [(str(code), meaning) for code, meaning in exits.MEANINGS.items()]
+        with formatter.section("Exit codes"):
+            formatter.write_dl(rows)
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
+        """Run, and turn whatever happens into one sentence and one exit code."""
+        signal.signal(signal.SIGTERM, _interrupt)
+        arguments = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in arguments
+        try:
+            extra["standalone_mode"] = False
+            code = super().main(arguments, prog_name, **extra)
+        except click.exceptions.Exit as exc:
+            code = exc.exit_code
+        except click.ClickException as exc:
+            exc.show()
+            code = exits.USAGE
+        except (click.Abort, KeyboardInterrupt):
+            _say(
+                "interrupted; nothing was written under the output's name",
+                as_json=as_json,
+                code=exits.INTERRUPTED,
+            )
+            code = exits.INTERRUPTED
+        except LoraMergeError as exc:
+            code = exits.code_of(exc)
+            _say(str(exc), hint=exc.hint, as_json=as_json, code=code, error=exc)
+        sys.exit(code if isinstance(code, int) else exits.OK)
+
+
+def _say(
+    sentence: str, *, hint: str = "", as_json: bool, code: int, error: LoraMergeError | None = None
+) -> None:
+    """Print an error: for people on stderr, and with ``--json`` as data on stdout."""
+    click.echo(f"error: {printable(sentence)}", err=True)
+    if hint:
+        click.echo(f"hint: {printable(hint)}", err=True)
+    if as_json:
+        from lora_merge.cli.console import error_json
+
+        click.echo(error_json(sentence, hint, code, error))
+
+
+def printable(text: str) -> str:
+    """Return text with control characters made visible, so that a name cannot steer the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    """Treat SIGTERM as Ctrl-C, so that staging is cleared."""
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+@click.group(
+    cls=_App,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    subcommand_metavar="--adapter DIR --out DIR [OPTIONS] | COMMAND …",
+    options_metavar="",
+)
+@click.version_option(__version__, prog_name="lora-merge")
+def main() -> None:
+    r"""Merge an adapter into its base model: a plain Hugging Face checkpoint comes out, which any
+    engine loads with no LoRA support.
+
+    \b
+    Examples:
+      lora-merge --base Llama-3-8B --adapter my-lora --out merged
+      lora-merge --adapter my-lora --out merged --dry-run
+      lora-merge --config merge.yaml
+    """
+
+
+main.add_command(merge)

@@ -1,0 +1,216 @@
+"""What a run looks like: progress and tables on stderr, data on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_merge.core.report import Silence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.progress import Progress, TaskID
+
+    from lora_merge.core.report import Issue, Observer, Report
+    from lora_merge.errors import LoraMergeError
+
+_LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
+
+
+class Console:
+    """One command's voice.
+
+    Args:
+        as_json: print the result as data on stdout.
+        quiet: print errors only.
+        verbose: name every tensor, and time each phase.
+    """
+
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+        self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Observer]:
+        """Yield an observer: a progress bar on a terminal, plain lines elsewhere."""
+        if self._quiet:
+            yield Silence()
+        elif sys.stderr.isatty():
+            from rich.console import Console as RichConsole
+
+            with _progress(RichConsole(stderr=True)) as progress:
+                yield _Bar(progress, verbose=self._verbose)
+        else:
+            yield _Lines(verbose=self._verbose)
+
+    def report(self, report: Report) -> None:
+        """Print what a run did, or would do."""
+        if not self._quiet:
+            for issue in report.issues:
+                click.echo(f"{issue.severity}: {_clean(str(issue))}", err=True)
+        if self._as_json:
+            click.echo(json.dumps({"ok": True, **asdict(report)}, indent=2))
+        elif report.dry_run:
+            _print_plan(report)
+        elif not self._quiet:
+            click.echo(_done(report), err=True)
+        if self._verbose and not self._quiet:
+            spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report.seconds.items())
+            click.echo(f"time: {spent}", err=True)
+
+
+def error_json(sentence: str, hint: str, code: int, error: LoraMergeError | None) -> str:
+    """Return an error as JSON, with every issue that it carries."""
+    issues: tuple[Issue, ...] = getattr(error, "issues", ())
+    verdict = getattr(error, "verdict", None)
+    data: dict[str, Any] = {
+        "ok": False,
+        "error": type(error).__name__ if error else "Interrupted",
+        "exit_code": code,
+        "message": sentence,
+        "hint": hint,
+        "issues": [asdict(issue) for issue in (verdict.issues if verdict else issues)],
+    }
+    return json.dumps(data, indent=2)
+
+
+def size_text(nbytes: float) -> str:
+    """Return bytes for people, in decimal units, as disks and shards count them.
+
+    Example:
+        >>> size_text(2_700_000_000)
+        '2.70 GB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def _clean(text: str) -> str:
+    from lora_merge.cli.app import printable
+
+    return printable(text)
+
+
+def _done(report: Report) -> str:
+    summary, seconds = report.summary, sum(report.seconds.values())
+    total = summary.merged_bytes + summary.cast_bytes + summary.copied_bytes
+    verdict = report.verdict
+    checked = (
+        f"verified {verdict.n_tensors} tensors, {verdict.n_rows} rows recomputed"
+        if verdict.level != "none"
+        else "not verified"
+    )
+    merged = f"merged {summary.n_merged} tensors, copied {summary.n_copied}"
+    merged += f", cast {summary.n_cast}" if summary.n_cast else ""
+    return f"{_clean(report.out)}: {merged}, {size_text(total)} in {seconds:.1f} s; {checked}"
+
+
+def _print_plan(report: Report) -> None:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = report.summary
+    table = Table(title="plan", show_header=False)
+    rows = [
+        ("base", report.base),
+        ("adapter", report.adapter),
+        ("output", report.out),
+        ("tensors merged", f"{summary.n_merged} ({size_text(summary.merged_bytes)})"),
+        ("tensors copied", f"{summary.n_copied} ({size_text(summary.copied_bytes)})"),
+        ("tensors cast", f"{summary.n_cast} ({size_text(summary.cast_bytes)})"),
+        ("rank", _counts(summary.ranks)),
+        ("scale", _counts(summary.scales)),
+        ("weight files", str(summary.n_shards)),
+        ("side files", str(summary.n_side_files)),
+        ("peak memory", f"about {size_text(summary.peak_bytes)}"),
+        ("disk needed", size_text(summary.disk_needed_bytes)),
+        ("disk free", size_text(summary.disk_free_bytes)),
+    ]
+    for name, value in rows:
+        table.add_row(name, Text(_clean(value), overflow="fold"))
+    RichConsole().print(table)
+
+
+def _counts(counts: Any) -> str:
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} × {count}" for value, count in counts.items())
+
+
+def _progress(console: Any) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+class _Bar:
+    """An observer that moves a progress bar."""
+
+    def __init__(self, progress: Progress, *, verbose: bool) -> None:
+        self._progress, self._verbose = progress, verbose
+        self._task: TaskID | None = None
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=total_bytes or None)
+
+    def advance(self, nbytes: int) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task, nbytes)
+
+    def done(self, name: str) -> None:
+        if self._verbose:
+            self._progress.console.print(name, markup=False, highlight=False)
+
+
+class _Lines:
+    """An observer that prints a line now and then, for logs."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
+        self._name, self._total, self._done = "", 0, 0
+        self._began = self._spoke = time.monotonic()
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        self._name, self._total, self._done = name, total_bytes, 0
+        self._began = self._spoke = time.monotonic()
+        click.echo(f"{name} …" if not total_bytes else f"{name} {size_text(total_bytes)} …", err=True)
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        now = time.monotonic()
+        if now - self._spoke >= _LINE_SECONDS:
+            self._spoke = now
+            rate = self._done / (now - self._began)
+            left = (self._total - self._done) / rate if rate else 0
+            share = f"{size_text(self._done)} of {size_text(self._total)}"
+            click.echo(f"{self._name}: {share}, {size_text(rate)}/s, {left:.0f} s left", err=True)
+
+    def done(self, name: str) -> None:
+        if self._verbose:
+            click.echo(f"  {_clean(name)}", err=True)

@@ -1,0 +1,45 @@
+"""The one table from error to exit code."""
+
+from __future__ import annotations
+
+from lora_merge.errors import (
+    LoraMergeError,
+    PlanError,
+    RequestError,
+    ResolveError,
+    VerifyError,
+    WriteError,
+)
+
+OK = 0
+BUG = 1
+USAGE = 2
+RESOLVE = 3
+PLAN = 4
+WRITE = 5
+VERIFY = 6
+INTERRUPTED = 130
+
+MEANINGS: dict[int, str] = {
+    OK: "done",
+    BUG: "a bug in lora-merge; the traceback is printed",
+    USAGE: "the command line or a request file is wrong",
+    RESOLVE: "a base or adapter cannot be found or read",
+    PLAN: "adapter and base do not fit, or are of a kind that is not merged",
+    WRITE: "the output cannot be written: it exists, the disk is full, …",
+    VERIFY: "the output failed verification, and was not given its name",
+    INTERRUPTED: "interrupted (Ctrl-C or SIGTERM)",
+}
+
+_CODES: tuple[tuple[type[LoraMergeError], int], ...] = (
+    (RequestError, USAGE),
+    (ResolveError, RESOLVE),
+    (PlanError, PLAN),
+    (WriteError, WRITE),
+    (VerifyError, VERIFY),
+)
+
+
+def code_of(error: LoraMergeError) -> int:
+    """Return the exit code of an error."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), BUG)

@@ -1,0 +1,100 @@
+"""``lora-merge merge``: one base, one adapter, one output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_merge.cli.options import Parsed, output_options
+
+if TYPE_CHECKING:
+    from lora_merge.core.request import Request
+
+_DIRECTORY = click.Path(file_okay=True, dir_okay=True)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--base", type=_DIRECTORY, metavar="DIR", help="Base model; default: the one that the adapter names."
+)
+@click.option("--adapter", type=_DIRECTORY, metavar="DIR", help="Adapter to merge.  [required]")
+@click.option("--out", type=_DIRECTORY, metavar="DIR", help="Directory to create.  [required]")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Read these options from a YAML file; those given here win.",
+)
+@click.option(
+    "--dtype",
+    type=Parsed("dtype", "[bfloat16|float16|float32]"),
+    help="Store the weights in this dtype.  [default: the base's, tensor by tensor]",
+)
+@click.option(
+    "--device",
+    type=Parsed("device", "[auto|cpu|cuda|cuda:N]"),
+    help="Do the arithmetic here.  [default: auto, the CPU]",
+)
+@click.option("--workers", type=Parsed("workers", "N"), help="Worker threads.  [default: all usable cores]")
+@click.option(
+    "--max-shard-size",
+    type=Parsed("max_shard_size", "SIZE"),
+    help="Split the weights into files of at most this size, such as 5GB.  [default: the base's own files]",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["sample", "full"]),
+    help="Check the output before it gets its name: three rows of each merged tensor, or everything.  [default: sample]",
+)
+@click.option("--no-verify", is_flag=True, help="Do not check the output.")
+@click.option(
+    "--overwrite/--no-overwrite", default=None, help="Replace an existing output, once the new one is whole."
+)
+@click.option("--strict/--no-strict", default=None, help="Treat warnings as errors.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
+@output_options
+def merge(
+    config: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    no_verify: bool,
+    **flags: Any,
+) -> None:
+    r"""Merge an adapter into its base model and write a plain Hugging Face checkpoint.
+
+    \b
+    Examples:
+      lora-merge merge --base Llama-3-8B --adapter my-lora --out merged
+      lora-merge merge --config merge.yaml --out merged
+    """
+    from lora_merge import pipeline
+    from lora_merge.cli.console import Console
+
+    if no_verify and flags["verify"]:
+        raise click.UsageError("--verify and --no-verify exclude each other")
+    if no_verify:
+        flags["verify"] = "none"
+    if quiet and verbose:
+        raise click.UsageError("--quiet and --verbose exclude each other")
+    request = _request(config, {name: value for name, value in flags.items() if value is not None})
+    console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
+    with console.watching() as observer:
+        report = pipeline.run(request, dry_run=dry_run, observer=observer)
+    console.report(report)
+
+
+def _request(config: str | None, flags: dict[str, Any]) -> Request:
+    """Return the request of a file and of the flags, which win."""
+    from lora_merge.core.request import Request
+
+    if config is not None:
+        from lora_merge.io.request_file import read_request
+
+        return read_request(config, flags)
+    for name in ("adapter", "out"):
+        if name not in flags:
+            raise click.UsageError(f"Missing option '--{name}'. It can also stand in a --config file.")
+    return Request(**flags)

@@ -1,0 +1,92 @@
+"""A checkpoint as an index: which tensors lie where. Nothing of it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lora_merge.core.tensor import TensorRef
+
+SAFETENSORS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file: its tensors in the order of their bytes."""
+
+    name: str
+    """Relative to the checkpoint's root."""
+
+    metadata: Mapping[str, str]
+    """The header's ``__metadata__``."""
+
+    tensors: tuple[TensorRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that goes with the weights: configuration, tokenizer, template, custom code."""
+
+    name: str
+    """Relative to the output, for example ``tokenizer.json``."""
+
+    source: str
+    """Path of the file to copy."""
+
+    nbytes: int
+
+    origin: str
+    """``"base"`` or ``"adapter"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An index of tensors over files, and the small files around them."""
+
+    root: str
+
+    config: Mapping[str, Any]
+    """``config.json``, parsed."""
+
+    files: tuple[WeightFile, ...]
+    """In shard order."""
+
+    sharded: bool
+    """True when an index file names the shards, even if there is only one."""
+
+    index_metadata: Mapping[str, Any]
+    """``metadata`` of the index file; empty for a single file."""
+
+    side_files: tuple[SideFile, ...]
+
+    notes: tuple[str, ...] = ()
+    """What was seen and left out on purpose, one sentence each."""
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor, file by file, in the order of their bytes."""
+        for file in self.files:
+            yield from file.tensors
+
+    def by_name(self) -> dict[str, TensorRef]:
+        """Return every tensor by its stored name."""
+        return {ref.name: ref for ref in self.tensors()}
+
+
+def config_levels(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield ``(dotted path, mapping)`` for a model config and every sub-config in it.
+
+    A sub-config is a nested mapping that names a ``model_type`` or ends in ``_config``.
+
+    Example:
+        >>> [path for path, _ in config_levels({"text_config": {"hidden_size": 8}, "rope": {}})]
+        ['', 'text_config']
+    """
+    yield prefix, config
+    for key, value in config.items():
+        if isinstance(value, dict) and ("model_type" in value or key.endswith("_config")):
+            yield from config_levels(value, f"{prefix}.{key}" if prefix else key)

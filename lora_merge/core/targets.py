@@ -1,0 +1,167 @@
+"""Which modules an adapter targets, by PEFT's exact rule, from names alone.
+
+PEFT's own functions need torch and a live model; these need neither, and the property tests hold them
+against PEFT's on generated module trees.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ALL_LINEAR = "all-linear"
+"""PEFT's shorthand: every linear layer but the output embedding; any case."""
+
+Value = TypeVar("Value")
+Names = str | tuple[str, ...] | None
+
+
+class TargetError(ValueError):
+    """A field of the adapter's configuration has a value that PEFT could not use either."""
+
+    def __init__(self, field: str, sentence: str) -> None:
+        self.field, self.sentence = field, sentence
+        super().__init__(f"{field}: {sentence}")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRule:
+    """The fields of a PEFT configuration that choose modules."""
+
+    target_modules: Names
+    exclude_modules: Names = None
+    layers_to_transform: tuple[int, ...] | None = None
+    """None when every layer is meant; an empty list means the same to PEFT."""
+
+    layers_pattern: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> TargetRule:
+        """Return the rule of an ``adapter_config.json``.
+
+        Raises:
+            TargetError: a field has the wrong type, or a regex does not compile.
+        """
+        layers = config.get("layers_to_transform")
+        if isinstance(layers, int) and not isinstance(layers, bool):
+            layers = [layers]
+        if layers is not None and not (
+            isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
+        ):
+            raise TargetError("layers_to_transform", f"is {layers!r}, expected a number or a list of numbers")
+        patterns = _names(config, "layers_pattern") or ()
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            compile_pattern("layers_pattern", pattern)
+        rule = cls(
+            target_modules=_names(config, "target_modules"),
+            exclude_modules=_names(config, "exclude_modules"),
+            layers_to_transform=tuple(layers) if layers else None,
+            layers_pattern=(patterns,) if isinstance(patterns, str) else patterns,
+        )
+        if isinstance(rule.target_modules, str) and not rule.all_linear:
+            compile_pattern("target_modules", rule.target_modules)
+        if isinstance(rule.exclude_modules, str):
+            compile_pattern("exclude_modules", rule.exclude_modules)
+        return rule
+
+    @property
+    def all_linear(self) -> bool:
+        """Return True for the ``"all-linear"`` shorthand."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def excludes(self, module: str) -> bool:
+        """Return True when ``exclude_modules`` takes the module out."""
+        excluded = self.exclude_modules
+        if not excluded:
+            return False
+        if isinstance(excluded, str):
+            return re.fullmatch(excluded, module) is not None
+        return _is_listed(module, excluded)
+
+    def matches(self, module: str) -> bool:
+        """Return True when PEFT would adapt a module of this path.
+
+        ``"all-linear"`` matches every path here: it is a statement about module classes, which the
+        caller must check.
+
+        Reference:
+            ``peft.tuners.tuners_utils.check_target_module_exists`` (PEFT 0.21.2).
+        """
+        if self.excludes(module):
+            return False
+        targets = self.target_modules
+        if targets is None:
+            return False
+        if isinstance(targets, str):
+            return self.all_linear or re.fullmatch(targets, module) is not None
+        if module in targets:  # an exact path is not filtered by layer
+            return True
+        return _is_listed(module, targets) and self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        """Return True when ``layers_to_transform`` lets the module's layer through."""
+        if self.layers_to_transform is None:
+            return True
+        patterns = self.layers_pattern
+        # The lazy prefix finds the first number, the layer's, not an expert's.
+        found = [re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module) for pattern in patterns] or [
+            re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+        ]
+        first = next((match for match in found if match), None)
+        return first is not None and int(first["idx"]) in self.layers_to_transform
+
+    def unmatched_targets(self, modules: frozenset[str]) -> tuple[str, ...]:
+        """Return the entries of a ``target_modules`` list that none of the modules answers to."""
+        if not isinstance(self.target_modules, tuple):
+            return ()
+        return tuple(
+            entry
+            for entry in self.target_modules
+            if not any(module == entry or module.endswith(f".{entry}") for module in modules)
+        )
+
+
+def matching_patterns(patterns: Mapping[str, Value], module: str) -> dict[str, Value]:
+    """Return the entries of a ``rank_pattern`` or ``alpha_pattern`` that match a module, in their order.
+
+    PEFT uses the first. Its file format sorts the keys, so the order of training is lost: entries with
+    different values are ambiguous, and the caller must refuse them.
+
+    Example:
+        >>> matching_patterns({"q_proj": 8, "layers.1.q_proj": 4}, "model.layers.0.q_proj")
+        {'q_proj': 8}
+
+    Reference:
+        ``peft.utils.other.get_pattern_key`` (PEFT 0.21.2).
+    """
+    return {key: value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)}
+
+
+def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
+    """Return the compiled regex of a configuration field.
+
+    Raises:
+        TargetError: it does not compile.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as exc:
+        raise TargetError(field, f"{pattern!r} is not a regular expression: {exc}") from exc
+
+
+def _is_listed(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _names(config: Mapping[str, Any], field: str) -> Names:
+    """Return a field that holds a string, a list of strings or nothing."""
+    value = config.get(field)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise TargetError(field, f"is {value!r}, expected a string or a list of strings")

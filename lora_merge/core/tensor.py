@@ -1,0 +1,98 @@
+"""What a tensor is before anyone has read it: a name, a dtype, a shape and a place in a file.
+
+Axis letters used in every docstring: ``W [out, in]`` is a linear weight, ``A [r, in]`` and
+``B [out, r]`` are low-rank factors, ``r`` is the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Width in bits of every safetensors dtype code (safetensors 0.8, ``Dtype``)."""
+
+TORCH_NAMES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""The floating dtypes that merge, as safetensors and as torch (and ``config.json``) spell them."""
+
+DTYPE_CODES: Mapping[str, str] = {name: code for code, name in TORCH_NAMES.items()}
+"""The inverse of `TORCH_NAMES`: ``"bfloat16"`` → ``"BF16"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One row of a safetensors header; as a *slot*, the place of an output tensor."""
+
+    name: str
+    """As stored, for example ``model.layers.0.self_attn.q_proj.weight``."""
+
+    dtype: str
+    """A safetensors code, a key of `DTYPE_BITS`."""
+
+    shape: tuple[int, ...]
+
+    file: str
+    """For a source, the path of the file; for a slot, its name inside the output directory."""
+
+    start: int
+    """Offset of the first byte, in bytes from the start of the *file* (not of its data section)."""
+
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        """Return the offset just past the last byte."""
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The part of a stored tensor that one module owns, and how it lies there."""
+
+    transposed: bool = False
+    """True when the weight is stored ``[in, out]``, as transformers' ``Conv1D`` does."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """The evidence that writing one tensor leaves behind; verification compares it with the disk."""
+
+    name: str
+    file: str
+    """Name of the file inside the output directory."""
+
+    nbytes: int
+    digest: str
+    """``xxh3_128:…`` of the tensor's bytes: of the source for a copy, of what was written for a merge."""
+
+    finite: bool
+    """False when a merged value is NaN or infinite in the stored dtype."""
+
+
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the size in bytes of a dense tensor.
+
+    Example:
+        >>> nbytes_of("BF16", (4, 3))
+        24
+    """
+    return (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape the way messages print it.
+
+    Example:
+        >>> shape_text((1920, 12))
+        '(1920, 12)'
+    """
+    return f"({', '.join(map(str, shape))})"

@@ -1,0 +1,133 @@
+"""Every error a user can meet, in one tree.
+
+    LoraMergeError                everything a user can fix; has .hint
+    ├── ResolveError              cannot find or read a base or adapter
+    │   ├── CheckpointError       index, shard or header is broken (file, subject, got, wanted)
+    │   └── UnknownFormatError    no adapter format matches (tried)
+    ├── RequestError              a request file does not parse (file, line, key)
+    ├── PlanError                 adapter and base do not fit (issues: all of them)
+    │   └── UnsupportedError      understood, not mergeable (issues: what, and what to do instead)
+    ├── WriteError                output exists, disk full, rename failed
+    └── VerifyError               the output is not what the plan promised (verdict)
+
+Classes carry data; ``__str__`` builds the sentence: subject first, got before wanted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_merge.core.report import Issue, Verdict
+
+_LISTED = 20  # kinds of issue that are printed; the rest are counted (--json has them all)
+
+
+class LoraMergeError(Exception):
+    """Base of every error that the user can fix.
+
+    ``hint`` says what to do about it, and is empty when the sentence already does.
+    """
+
+    def __init__(self, sentence: str, *, hint: str = "") -> None:
+        super().__init__(sentence)
+        self.hint = hint
+
+
+class ResolveError(LoraMergeError):
+    """A base or an adapter cannot be found or read."""
+
+
+class CheckpointError(ResolveError):
+    """An index, a shard or a header is broken.
+
+    Args:
+        file: the file at fault, as the user would name it.
+        subject: the tensor or field in it; empty for the file as a whole.
+        got: what was found.
+        wanted: what the format demands; empty when ``got`` says it all.
+    """
+
+    def __init__(self, file: str, subject: str, got: str, wanted: str = "", *, hint: str = "") -> None:
+        self.file, self.subject, self.got, self.wanted = file, subject, got, wanted
+        where = f"{file}: {subject}" if subject else file
+        super().__init__(f"{where}: {got}, expected {wanted}" if wanted else f"{where}: {got}", hint=hint)
+
+
+class UnknownFormatError(ResolveError):
+    """No known adapter format matches a directory.
+
+    Args:
+        root: the directory.
+        found: file names that are there.
+        tried: what each known format looks for.
+    """
+
+    def __init__(self, root: str, found: Sequence[str], tried: Sequence[str]) -> None:
+        self.root, self.found, self.tried = root, tuple(found), tuple(tried)
+        listing = ", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "nothing"
+        super().__init__(
+            f"{root}: not an adapter: found {listing}, expected {' or '.join(tried)}",
+            hint="point --adapter at the directory that holds adapter_config.json",
+        )
+
+
+class RequestError(LoraMergeError):
+    """A request (a configuration file, or an option's value) does not parse.
+
+    Args:
+        file: the request file; empty when the value came from elsewhere.
+        line: 1-based line of the key at fault; 0 when unknown.
+        key: the key at fault.
+        sentence: what is wrong with it.
+    """
+
+    def __init__(self, file: str, line: int, key: str, sentence: str, *, hint: str = "") -> None:
+        self.file, self.line, self.key = file, line, key
+        where = f"{file}:{line}" if line else file
+        super().__init__(": ".join(part for part in (where, key, sentence) if part), hint=hint)
+
+
+class PlanError(LoraMergeError):
+    """Adapter and base do not fit; carries every issue found, not only the first."""
+
+    def __init__(self, issues: Sequence[Issue]) -> None:
+        self.issues = tuple(issues)
+        super().__init__(_issue_list(self.issues, "the adapter cannot be merged"))
+
+
+class UnsupportedError(PlanError):
+    """The adapter or base is understood, and cannot be merged (yet); each issue names the way out."""
+
+
+class WriteError(LoraMergeError):
+    """The output cannot be written: it exists, the disk is full, a rename failed."""
+
+
+class VerifyError(LoraMergeError):
+    """The output is not what the plan promised; it never gets the output's name."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        super().__init__(
+            _issue_list(verdict.errors, "the output failed verification"),
+            hint="nothing was written under the output's name; run again, and report this if it repeats",
+        )
+
+
+def _issue_list(issues: Sequence[Issue], verb: str) -> str:
+    """Return one sentence for one issue, and a numbered list for several, those alike as one."""
+    if len(issues) == 1:
+        return str(issues[0])
+    alike: dict[tuple[str, str], list[Issue]] = {}
+    for issue in issues:
+        alike.setdefault((issue.sentence, issue.hint), []).append(issue)
+    lines = [f"{verb}: {len(issues)} problems"]
+    for n, group in enumerate(list(alike.values())[:_LISTED], 1):
+        more = f"; and {len(group) - 1} more like it" if len(group) > 1 else ""
+        lines.append(f"  {n}. {group[0]}{more}")
+    if len(alike) > _LISTED:
+        lines.append(f"  … and {len(alike) - _LISTED} other kinds (--json lists them all)")
+    return "\n".join(lines)

@@ -1,0 +1,265 @@
+"""Files as such: descriptors, positioned transfers, JSON, small copies, digests.
+
+Every transfer loops: one system call moves at most 0x7ffff000 bytes, and reads short without an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.errors import CheckpointError, WriteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import xxhash
+
+MAX_TRANSFER_BYTES = 1 << 30
+"""Asked of one system call; below the kernel's limit of 0x7ffff000."""
+
+BLOCK_BYTES = 1 << 20
+
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+
+@contextlib.contextmanager
+def open_for_reading(path: str | Path) -> Iterator[int]:
+    """Yield a descriptor for positioned reads.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | _CLOEXEC)
+    except OSError as exc:
+        raise CheckpointError(str(path), "", f"cannot be opened ({exc.strerror})") from exc
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def open_for_writing(path: str | Path, *, create: bool = False) -> Iterator[int]:
+    """Yield a descriptor for positioned writes; with ``create`` the file must be new.
+
+    Raises:
+        WriteError: it cannot be opened.
+    """
+    flags = os.O_RDWR | _CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as exc:
+        raise write_error(path, exc) from exc
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_into(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
+    """Fill a buffer from an offset of a file.
+
+    Raises:
+        CheckpointError: the file ends too soon, or the disk cannot be read.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            n_read = os.preadv(fd, [buffer[done : done + MAX_TRANSFER_BYTES]], offset + done)
+        except OSError as exc:
+            raise CheckpointError(str(label), "", f"cannot be read ({exc.strerror})") from exc
+        if n_read == 0:
+            raise CheckpointError(
+                str(label), "", f"ends at byte {offset + done}", f"{offset + len(buffer)} or more",
+                hint="it changed while it was read; run again when nothing else writes to it",
+            )  # fmt: skip
+        done += n_read
+
+
+def write_from(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
+    """Write a buffer to an offset of a file.
+
+    Raises:
+        WriteError: the disk is full or cannot be written.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            done += os.pwritev(fd, [buffer[done : done + MAX_TRANSFER_BYTES]], offset + done)
+        except OSError as exc:
+            raise write_error(label, exc) from exc
+
+
+def copy_range(
+    source_fd: int, start: int, nbytes: int, target_fd: int, target_start: int, labels: tuple[str, str]
+) -> None:
+    """Copy bytes from one file to another, in the kernel where the platform can.
+
+    Args:
+        labels: what to call source and target in messages.
+
+    Raises:
+        CheckpointError: the source ends too soon.
+        WriteError: the disk is full or cannot be written.
+    """
+    done = _copy_in_kernel(source_fd, start, nbytes, target_fd, target_start, labels[1])
+    block = memoryview(bytearray(min(BLOCK_BYTES, nbytes - done)))
+    while done < nbytes:
+        part = block[: nbytes - done]
+        read_into(source_fd, part, start + done, labels[0])
+        write_from(target_fd, part, target_start + done, labels[1])
+        done += len(part)
+
+
+def _copy_in_kernel(
+    source_fd: int, start: int, nbytes: int, target_fd: int, target_start: int, label: str
+) -> int:
+    """Return how many bytes the kernel copied; it may refuse (two filesystems, another platform)."""
+    refusals = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
+    done = 0
+    while hasattr(os, "copy_file_range") and done < nbytes:
+        count = min(MAX_TRANSFER_BYTES, nbytes - done)
+        try:
+            n_copied = os.copy_file_range(source_fd, target_fd, count, start + done, target_start + done)
+        except OSError as exc:
+            if exc.errno in refusals:
+                break
+            raise write_error(label, exc) from exc
+        if n_copied == 0:
+            break
+        done += n_copied
+    return done
+
+
+def allocate(fd: int, nbytes: int) -> None:
+    """Give a file its size, and its blocks where the filesystem can promise them.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    unable = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as exc:
+            if exc.errno not in unable:
+                raise
+        else:
+            return
+    os.ftruncate(fd, nbytes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the table in a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, names a key twice, or holds no table.
+    """
+    try:
+        value = parse_json(path.read_bytes())
+    except OSError as exc:
+        raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(str(path), "", f"is not valid JSON ({exc})") from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(str(path), "", f"holds a JSON {type(value).__name__}", "a table")
+    return value
+
+
+def parse_json(text: bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON or no UTF-8, or a table names a key twice.
+    """
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return table
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new small text file.
+
+    Raises:
+        WriteError: the disk is full or cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise write_error(path, exc) from exc
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, making the directory for it.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        WriteError: the target cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise write_error(target, exc) from exc
+    with open_for_reading(source) as source_fd, open_for_writing(target, create=True) as target_fd:
+        nbytes = os.fstat(source_fd).st_size
+        copy_range(source_fd, 0, nbytes, target_fd, 0, (str(source), str(target)))
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Return True when two files hold the same bytes."""
+    import filecmp
+
+    return filecmp.cmp(one, other, shallow=False)
+
+
+def new_digest() -> xxhash.xxh3_128:
+    """Return an empty digest.
+
+    XXH3 with 128 bits finds every accident at the speed of memory, a few per cent of a copy. It is no
+    defence against someone who forges files on purpose.
+    """
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+def digest_text(digest: xxhash.xxh3_128) -> str:
+    """Return a digest as it stands in records and manifests."""
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest of a whole file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    digest = new_digest()
+    with open_for_reading(path) as fd:
+        size = os.fstat(fd).st_size
+        view = memoryview(bytearray(min(BLOCK_BYTES, size)))
+        for start in range(0, size, BLOCK_BYTES):
+            part = view[: min(BLOCK_BYTES, size - start)]
+            read_into(fd, part, start, path)
+            digest.update(part)
+    return digest_text(digest)
+
+
+def write_error(label: str | Path, exc: OSError) -> WriteError:
+    """Return the error for a failed write, with the way out."""
+    if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return WriteError(f"{label}: no space left on the disk", hint="free some, or choose another --out")
+    return WriteError(f"{label}: cannot be written ({exc.strerror or exc})")

@@ -1,0 +1,88 @@
+"""Request files: YAML → `Request`, with errors that name the line and the key."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.request import PARSERS, Request
+from lora_merge.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import yaml
+
+_KEYS = tuple(field.name for field in fields(Request))
+
+
+def read_request(path: str, overrides: Mapping[str, Any]) -> Request:
+    """Return the request in a YAML file.
+
+    Args:
+        path: the file. Paths in it are relative to the current directory, as on the command line.
+        overrides: values that win over the file's.
+
+    Raises:
+        RequestError: the file is no YAML, or a key is unknown, repeated, missing or of the wrong type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    values, lines = _parse(path)
+    values.update(overrides)
+    for key in values:
+        if key not in _KEYS:
+            close = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(_KEYS)}"
+            raise RequestError(path, lines.get(key, 0), str(key), "is no key of a request", hint=hint)
+    for key, parse in PARSERS.items():
+        if values.get(key) is not None:
+            try:
+                values[key] = parse(values[key])
+            except ValueError as exc:
+                raise RequestError(path, lines.get(key, 0), key, str(exc)) from exc
+    try:
+        request: Request = TypeAdapter(Request).validate_python(values)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "missing":
+            raise RequestError(path, 0, key, "is missing", hint=f"add it, or pass --{key}") from exc
+        sentence = f"is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise RequestError(path, lines.get(key, 0), key, sentence) from exc
+    return request
+
+
+def _parse(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the table in a YAML file, and the line of each key.
+
+    Raises:
+        RequestError: it is no YAML, holds no table, or repeats a key.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise RequestError(path, 0, "", f"cannot be read ({exc})") from exc
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        line = mark.line + 1 if mark else 0
+        raise RequestError(path, line, "", f"is not valid YAML ({getattr(exc, 'problem', exc)})") from exc
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise RequestError(path, 1, "", f"holds {type(values).__name__}, expected a table of keys")
+    return values, _key_lines(path, node)
+
+
+def _key_lines(path: str, node: yaml.MappingNode) -> dict[str, int]:
+    lines: dict[str, int] = {}
+    for key_node, _ in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in lines:
+            raise RequestError(path, line, key, f"stands twice, first on line {lines[key]}")
+        lines[key] = line
+    return lines

@@ -1,0 +1,149 @@
+"""The safetensors format on disk: headers, reserved files, one tensor's bytes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import WeightFile
+from lora_merge.core.shards import HEADER_PREFIX_BYTES, header_bytes
+from lora_merge.core.tensor import DTYPE_BITS, TensorRef, nbytes_of
+from lora_merge.errors import CheckpointError
+from lora_merge.io import files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from lora_merge.core.shards import OutputFile
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit (safetensors 0.8, ``MAX_HEADER_SIZE``)."""
+
+_REFETCH = "the file is truncated, or no safetensors file; fetch it again"
+
+
+def read_header(path: Path, name: str | None = None) -> WeightFile:
+    """Return the tensors of a safetensors file, checked against its size.
+
+    Args:
+        path: the file.
+        name: what to call it in the result; default: its path.
+
+    Raises:
+        CheckpointError: it is no safetensors file, or tensors overlap, leave holes or lie outside it.
+    """
+    label = str(path)
+    with files.open_for_reading(path) as fd:
+        size = os.fstat(fd).st_size
+        table, data_start = _header_table(fd, size, label)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(label, "__metadata__", f"is {metadata!r}", "a table of strings")
+    refs = [_parse_row(row_name, row, label, data_start) for row_name, row in table.items()]
+    refs.sort(key=lambda ref: (ref.start, ref.end))
+    _check_cover(refs, data_start, size, label)
+    return WeightFile(name=name or label, metadata=metadata, tensors=tuple(refs))
+
+
+def _header_table(fd: int, size: int, label: str) -> tuple[dict[str, Any], int]:
+    """Return the header's JSON table and where the data begins."""
+    if size < HEADER_PREFIX_BYTES:
+        raise CheckpointError(label, "", f"has {size} bytes", "at least 8", hint=_REFETCH)
+    prefix = bytearray(HEADER_PREFIX_BYTES)
+    files.read_into(fd, memoryview(prefix), 0, label)
+    length = int.from_bytes(prefix, "little")
+    most = min(MAX_HEADER_BYTES, size - HEADER_PREFIX_BYTES)
+    if length > most:
+        raise CheckpointError(label, "header", f"claims {length} bytes", f"at most {most}", hint=_REFETCH)
+    text = bytearray(length)
+    files.read_into(fd, memoryview(text), HEADER_PREFIX_BYTES, label)
+    try:
+        table = files.parse_json(bytes(text))
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(label, "header", f"is not valid JSON ({exc})", hint=_REFETCH) from exc
+    if not isinstance(table, dict):
+        raise CheckpointError(label, "header", f"is a JSON {type(table).__name__}", "a table of tensors")
+    return table, HEADER_PREFIX_BYTES + length
+
+
+def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef:
+    """Return one row of a header as a reference.
+
+    Raises:
+        CheckpointError: the row is malformed, or its size is not that of its shape and dtype.
+    """
+    match row:
+        case {"dtype": str(dtype), "shape": [*sizes], "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise CheckpointError(label, name, f"has the header row {row!r}", "dtype, shape and data_offsets")
+    if dtype not in DTYPE_BITS:
+        raise CheckpointError(label, name, f"has the dtype {dtype!r}", f"one of {', '.join(DTYPE_BITS)}")
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise CheckpointError(label, name, f"has the shape {sizes!r}", "a list of sizes")
+    nbytes = nbytes_of(dtype, tuple(sizes))
+    if begin < 0 or end - begin != nbytes:
+        raise CheckpointError(
+            label, name, f"spans bytes {begin} to {end}", f"{nbytes} bytes for {dtype} {sizes}"
+        )
+    return TensorRef(name, dtype, tuple(sizes), label, data_start + begin, nbytes)
+
+
+def _check_cover(refs: list[TensorRef], data_start: int, size: int, label: str) -> None:
+    """Check that the tensors lie back to back from the header to the end of the file.
+
+    Raises:
+        CheckpointError: they overlap, leave a hole, or the file is shorter or longer.
+    """
+    expected = data_start
+    for ref in refs:
+        if ref.start != expected:
+            what = "overlaps the tensor before it" if ref.start < expected else "leaves a hole before it"
+            raise CheckpointError(
+                label, ref.name, f"{what}, starting at byte {ref.start}", f"byte {expected}"
+            )
+        expected = ref.end
+    if expected != size:
+        hint = "the file is truncated or was extended; fetch it again"
+        raise CheckpointError(label, "", f"has {size} bytes", f"{expected} by its header", hint=hint)
+
+
+def blocks(ref: TensorRef) -> Iterator[memoryview]:
+    """Yield a tensor's bytes in order, block by block, through one reused buffer.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
+    view = memoryview(bytearray(min(files.BLOCK_BYTES, ref.nbytes)))
+    with files.open_for_reading(ref.file) as fd:
+        for start in range(0, ref.nbytes, files.BLOCK_BYTES):
+            part = view[: min(files.BLOCK_BYTES, ref.nbytes - start)]
+            files.read_into(fd, part, ref.start + start, ref.file)
+            yield part
+
+
+def tensor_digest(ref: TensorRef) -> str:
+    """Return the digest of a tensor's bytes.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
+    digest = files.new_digest()
+    for block in blocks(ref):
+        digest.update(block)
+    return files.digest_text(digest)
+
+
+def reserve(path: Path, file: OutputFile) -> None:
+    """Create an output file at its full size, with its header written and its tensors empty.
+
+    Raises:
+        WriteError: the disk is full or cannot be written.
+    """
+    with files.open_for_writing(path, create=True) as fd:
+        try:
+            files.allocate(fd, file.nbytes)
+        except OSError as exc:
+            raise files.write_error(path, exc) from exc
+        files.write_from(fd, memoryview(header_bytes(file)), 0, path)

@@ -1,0 +1,103 @@
+"""The small files around the weights: which of them belong to the model, and whose win."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import SideFile
+from lora_merge.io.files import same_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MANIFEST_FILE = "merge_manifest.json"
+CARD_FILE = "README.md"
+
+_WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json",
+    "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "*.onnx", "*.onnx_data", "*.gguf",
+    "consolidated*.pth", "consolidated*.pt",
+)  # fmt: skip
+"""The model's weights again, in this form or another. Other binaries (a speaker table, say) are kept."""
+
+_TRAINING = (
+    "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin",
+    "trainer_state.json", "adapter_model.bin", "adapter_config.json",
+)  # fmt: skip
+
+_WRITTEN_BY_US = (MANIFEST_FILE, CARD_FILE)
+
+_FOREIGN_DIRECTORIES = (
+    ".*", "original", "onnx", "openvino", "coreml", "metal", "gguf", "checkpoint-*", "global_step*", "runs",
+    "wandb", "logs", "__pycache__",
+)  # fmt: skip
+
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "tekken.json",
+)  # fmt: skip
+"""Tokenizer and template files, as transformers 5 names them."""
+
+
+def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    """Return the files that go with a base's weights, and a sentence for each thing left out."""
+    kept: list[SideFile] = []
+    notes: list[str] = []
+    for name, entry in _walk(root, notes):
+        if entry.parent == root and _matches(name, _WRITTEN_BY_US):
+            continue
+        if entry.parent == root and _matches(name, _WEIGHTS + _TRAINING):
+            continue
+        kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))
+    return tuple(sorted(kept, key=lambda file: file.name)), tuple(notes)
+
+
+def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
+    """Return the tokenizer and template files that an adapter directory carries."""
+    found = [
+        SideFile(name, str(path), path.stat().st_size, "adapter")
+        for pattern in _TOKENIZER
+        for path in root.glob(pattern)
+        if path.is_file()
+        for name in [path.relative_to(root).as_posix()]
+    ]
+    return tuple(sorted(found, key=lambda file: file.name))
+
+
+def differs(file: SideFile, root: Path) -> bool:
+    """Return True when a checkpoint has no file of this name, or another one."""
+    twin = root / file.name
+    return not twin.is_file() or not same_bytes(Path(file.source), twin)
+
+
+def other_weights(root: Path, known: frozenset[str]) -> tuple[str, ...]:
+    """Return the weight files at the top of a directory that the model does not consist of."""
+    return tuple(
+        sorted(
+            entry.name
+            for entry in root.iterdir()
+            if entry.is_file() and entry.name not in known and _matches(entry.name, _WEIGHTS)
+        )
+    )
+
+
+def _walk(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
+    """Yield ``(relative name, path)`` of every file worth a look; foreign directories go into the notes."""
+    for directory, folders, names in os.walk(root):
+        here = Path(directory)
+        for folder in [name for name in folders if _matches(name, _FOREIGN_DIRECTORIES)]:
+            folders.remove(folder)
+            if not folder.startswith(".") and here == root:
+                notes.append(f"{folder}/ is no part of the checkpoint and was not copied")
+        for name in names:
+            path = here / name
+            if not name.startswith(".") and path.is_file():
+                yield path.relative_to(root).as_posix(), path
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,170 @@
+"""Ids and paths → what is there: a `Checkpoint` and an `Adapter`, from headers and small files only."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lora_merge import adapters
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, Checkpoint, WeightFile
+from lora_merge.errors import CheckpointError, ResolveError
+from lora_merge.io.files import read_json
+from lora_merge.io.safetensors import read_header
+from lora_merge.io.side_files import base_side_files, differs, other_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_merge.core.adapter import Adapter
+
+
+def resolve_adapter(path: str) -> Adapter:
+    """Return the adapter in a directory, in whichever format it is.
+
+    Raises:
+        ResolveError: there is no such directory, or its files are broken.
+        UnknownFormatError: no known format matches.
+    """
+    return adapters.read(_directory(path, "adapter"))
+
+
+def resolve_base(path: str) -> Checkpoint:
+    """Return the checkpoint in a directory: ``config.json`` and safetensors, one file or shards.
+
+    Files that the index does not name are not part of the model.
+
+    Raises:
+        ResolveError: there is no such directory.
+        CheckpointError: the configuration, the index or a shard is missing or broken.
+    """
+    root = _directory(path, "base")
+    if not (root / CONFIG_FILE).is_file():
+        raise CheckpointError(str(root), "", "has no config.json", hint="--base takes a model directory")
+    config = read_json(root / CONFIG_FILE)
+    index = read_json(root / INDEX_FILE) if (root / INDEX_FILE).is_file() else None
+    files = (_single_file(root),) if index is None else _shards(root, index)
+    side_files, notes = base_side_files(root)
+    return Checkpoint(
+        root=str(root),
+        config=config,
+        files=files,
+        sharded=index is not None,
+        index_metadata=_table((index or {}).get("metadata")),
+        side_files=side_files,
+        notes=notes + _weight_notes(root, files, index),
+    )
+
+
+def base_of(adapter: Adapter) -> str:
+    """Return the base directory that an adapter names.
+
+    Raises:
+        ResolveError: it names none, or none that is here.
+    """
+    name = adapter.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ResolveError(f"{adapter.root}: names no base model", hint="say which with --base DIRECTORY")
+    if not Path(name).is_dir():
+        raise ResolveError(
+            f"{adapter.root}: its base model is {name}, and there is no such directory here",
+            hint="say where it is with --base DIRECTORY",
+        )
+    return name
+
+
+def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the adapter's tokenizer and template files that differ from the base's."""
+    return tuple(file.name for file in adapter.side_files if differs(file, Path(base.root)))
+
+
+def _directory(path: str, role: str) -> Path:
+    """Return an existing directory, absolute.
+
+    Raises:
+        ResolveError: there is none.
+    """
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return root.resolve()
+    if root.exists():
+        raise ResolveError(f"{path}: is a file, expected the {role}'s directory")
+    hint = f"--{role} takes a local directory; a model on the Hub has to be downloaded first"
+    raise ResolveError(f"{path}: there is no such directory", hint=hint)
+
+
+def _weight_notes(
+    root: Path, files: tuple[WeightFile, ...], index: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    """Return a sentence for each weight file that is left out, and each tensor that the index forgot."""
+    known = frozenset(file.name for file in files) | {INDEX_FILE}
+    why = "the index does not name it" if index is not None else f"{SAFETENSORS_FILE} is the model"
+    stale = [f"{name} was left out: {why}" for name in other_weights(root, known)]
+    listed = index["weight_map"] if index is not None else {ref.name for ref in files[0].tensors}
+    forgotten = [
+        f"{ref.name} is in {file.name} though the index does not name it; it was kept"
+        for file in files
+        for ref in file.tensors
+        if ref.name not in listed
+    ]
+    return tuple(stale + forgotten)
+
+
+def _single_file(root: Path) -> WeightFile:
+    if (root / SAFETENSORS_FILE).is_file():
+        return read_header(root / SAFETENSORS_FILE, SAFETENSORS_FILE)
+    pickled = sorted(path.name for path in root.glob("pytorch_model*.bin"))
+    if pickled:
+        raise CheckpointError(
+            str(root), "", f"holds {pickled[0]}", f"{SAFETENSORS_FILE} or {INDEX_FILE}",
+            hint="load it in transformers and save_pretrained() it once, which writes safetensors",
+        )  # fmt: skip
+    raise CheckpointError(str(root), "", "holds no weights", f"{SAFETENSORS_FILE} or {INDEX_FILE}")
+
+
+def _shards(root: Path, index: Mapping[str, Any]) -> tuple[WeightFile, ...]:
+    """Return the files that an index names, each holding exactly what the index says.
+
+    Raises:
+        CheckpointError: a shard is missing, lies outside the directory, or disagrees with the index.
+    """
+    label = str(root / INDEX_FILE)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(label, "weight_map", f"is {weight_map!r}"[:80], "a table of tensor → file")
+    names = sorted({_file_name(label, name, file) for name, file in weight_map.items()})
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            str(root), "", f"lacks {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}",
+            f"the {len(names)} files that its index names", hint="the download is incomplete; fetch it again",
+        )  # fmt: skip
+    files = tuple(read_header(root / name, name) for name in names)
+    found = {ref.name: file.name for file in files for ref in file.tensors}
+    n_tensors = sum(len(file.tensors) for file in files)
+    for name, file in weight_map.items():
+        if found.get(name) != file:
+            got = f"is in {found[name]}" if name in found else "is in no file"
+            raise CheckpointError(label, name, got, f"it in {file}, as the index says")
+    if len(found) != n_tensors:
+        names_seen = [ref.name for file in files for ref in file.tensors]
+        twice = next(name for name in found if names_seen.count(name) > 1)
+        raise CheckpointError(str(root), twice, "is stored in two files", "it in one")
+    return files
+
+
+def _file_name(label: str, tensor: str, file: object) -> str:
+    """Return a shard's name, if it stays inside the directory.
+
+    Raises:
+        CheckpointError: it is no name, or leads elsewhere.
+    """
+    if not isinstance(file, str) or not file:
+        raise CheckpointError(label, tensor, f"is mapped to {file!r}", "a file name")
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or "\\" in file:
+        raise CheckpointError(label, tensor, f"is mapped to {file}", "a file inside the model's directory")
+    return file
+
+
+def _table(value: object) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}

@@ -1,0 +1,39 @@
+"""A plan and an output on disk → a verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from lora_merge.checks import CHECKS, Evidence
+from lora_merge.checks.recompute import sampled_rows
+from lora_merge.core.plan import Merge
+from lora_merge.core.report import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.tensor import TensorRecord
+
+
+def verify(
+    plan: MergePlan, root: Path, records: Sequence[TensorRecord], level: Literal["sample", "full"]
+) -> Verdict:
+    """Return what every check says about an output.
+
+    Args:
+        plan: what was promised.
+        root: the directory to look at.
+        records: what writing returned.
+        level: ``sample`` recomputes three rows of each merged tensor, ``full`` every value.
+    """
+    evidence = Evidence(plan, root, tuple(records), level)
+    issues = [issue for check in CHECKS.values() for issue in check(evidence)]
+    n_rows = sum(
+        len(rows)
+        for step in plan.steps
+        if isinstance(step.op, Merge)
+        for rows in sampled_rows(step.slots[0], level)
+    )
+    return Verdict(level, n_tensors=len(plan.steps), n_rows=n_rows, issues=tuple(issues))

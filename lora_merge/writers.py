@@ -1,0 +1,101 @@
+"""Writers: a plan and bytes → files. `HfCheckpoint` writes a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
+from lora_merge.core.provenance import Provenance, card_text, manifest_text
+from lora_merge.io import files
+from lora_merge.io.safetensors import reserve
+from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.tensor import TensorRecord, TensorRef
+
+
+class HfCheckpoint:
+    """A Hugging Face checkpoint in a directory: reserve it, fill its slots in any order, seal it.
+
+    Slots may be filled from several threads. It holds paths only, so it travels to a worker as it is.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def reserve(self, plan: MergePlan) -> None:
+        """Create every weight file at its full size.
+
+        Raises:
+            WriteError: the disk is full or cannot be written.
+        """
+        for file in plan.files:
+            path = self._root / file.name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise files.write_error(path, exc) from exc
+            reserve(path, file)
+
+    def copy(self, slot: TensorRef, source: TensorRef) -> None:
+        """Fill a slot with the bytes of a stored tensor.
+
+        Raises:
+            CheckpointError: the source cannot be read.
+            WriteError: the disk is full or cannot be written.
+        """
+        target = self._root / slot.file
+        labels = (source.file, str(target))
+        with files.open_for_reading(source.file) as source_fd, files.open_for_writing(target) as fd:
+            files.copy_range(source_fd, source.start, source.nbytes, fd, slot.start, labels)
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[int, memoryview], None]]:
+        """Yield a function that writes a buffer at an offset inside the slot, in bytes.
+
+        Raises:
+            WriteError: the disk is full or cannot be written.
+        """
+        target = self._root / slot.file
+        with files.open_for_writing(target) as fd:
+
+            def fill(offset: int, buffer: memoryview) -> None:
+                files.write_from(fd, buffer, slot.start + offset, target)
+
+            yield fill
+
+    def seal(self, plan: MergePlan, records: Sequence[TensorRecord], provenance: Provenance) -> None:
+        """Write what goes around the weights: index, config, side files, card and manifest.
+
+        Raises:
+            CheckpointError: a side file cannot be read.
+            WriteError: the disk is full or cannot be written.
+        """
+        for side_file in plan.side_files:
+            target = self._root / side_file.name
+            if side_file.name == CONFIG_FILE and plan.config_patch:
+                files.write_text(target, _patched(Path(side_file.source), plan.config_patch))
+            else:
+                files.copy_file(Path(side_file.source), target)
+        if plan.index:
+            files.write_text(self._root / INDEX_FILE, plan.index)
+        files.write_text(self._root / CARD_FILE, card_text(provenance, plan))
+        files.write_text(self._root / MANIFEST_FILE, manifest_text(provenance, plan, records))
+
+
+def _patched(config: Path, patch: Any) -> str:
+    """Return the text of a config with some values replaced, in its own order."""
+    table = files.read_json(config)
+    for dotted, value in patch.items():
+        *parents, key = dotted.split(".")
+        level = table
+        for parent in parents:
+            level = level[parent]
+        level[key] = value
+    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"

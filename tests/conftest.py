@@ -1,0 +1,147 @@
+"""Tiny real models and adapters, built with transformers and PEFT; no binary fixtures.
+
+`pico` builds a base, `pico_adapter` an adapter for it. Both are cached for the session: tests must not
+write into what they return, and copy it first when they tamper.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+VOCAB = 96
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = ("llama", "llama_tied", "qwen2", "gpt2")
+
+
+def build_model(family: str) -> Any:
+    """Return a tiny model of a family with random weights, always the same, large enough to matter."""
+    import torch
+    import transformers as t
+
+    torch.manual_seed(sum(family.encode()))
+    if family == "gpt2":
+        config = t.GPT2Config(
+            n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
+        model = t.GPT2LMHeadModel(config)
+    elif family == "qwen2":
+        model = t.Qwen2ForCausalLM(t.Qwen2Config(**COMMON, tie_word_embeddings=False))
+    else:
+        tied = family == "llama_tied"
+        model = t.LlamaForCausalLM(t.LlamaConfig(**COMMON, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model.eval()
+
+
+def write_tokenizer(root: Path) -> None:
+    """Write a small real tokenizer with a chat template into a directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>"] + [f"w{n}" for n in range(VOCAB - 3)]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    fast.save_pretrained(root)
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function (family, dtype, max_shard_size) → directory of a base checkpoint."""
+    built: dict[tuple[str, str, str | None], Path] = {}
+
+    def build(family: str = "llama", dtype: str = "bfloat16", max_shard_size: str | None = None) -> Path:
+        key = (family, dtype, max_shard_size)
+        if key not in built:
+            import torch
+
+            root = tmp_path_factory.mktemp(f"{family}-{dtype}")
+            model = build_model(family).to(getattr(torch, dtype))
+            model.save_pretrained(root, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+            write_tokenizer(root)
+            built[key] = root
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def pico_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function (base, **LoraConfig fields) → directory of a LoRA adapter with random factors."""
+    built: dict[str, Path] = {}
+
+    def build(base: Path, **fields: Any) -> Path:
+        key = hashlib.sha1(json.dumps([str(base), fields], sort_keys=True).encode()).hexdigest()
+        if key not in built:
+            import torch
+            from peft import LoraConfig, get_peft_model
+            from transformers import AutoModelForCausalLM
+
+            fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **fields}
+            model = AutoModelForCausalLM.from_pretrained(base)
+            torch.manual_seed(7)
+            peft_model = get_peft_model(model, LoraConfig(**fields))
+            with torch.no_grad():
+                for name, parameter in peft_model.named_parameters():
+                    if "lora_" in name:
+                        parameter.normal_(0, 0.3)
+            root = tmp_path_factory.mktemp("adapter")
+            peft_model.peft_config["default"].base_model_name_or_path = str(base)
+            peft_model.save_pretrained(root)
+            built[key] = root
+        return built[key]
+
+    return build
+
+
+@pytest.fixture
+def tampered(tmp_path: Path) -> Callable[[Path], Path]:
+    """Return a function that copies a directory to a fresh place where it may be broken."""
+
+    def copy(source: Path, name: str = "tampered") -> Path:
+        target = tmp_path / name
+        shutil.copytree(source, target)
+        return target
+
+    return copy
+
+
+@pytest.fixture
+def cli() -> Callable[..., Result]:
+    """Return a function that runs the real command in this process: ``cli("--base", base, …)``."""
+    from lora_merge.cli import main
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return run
