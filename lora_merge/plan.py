@@ -221,7 +221,9 @@ class _Fitting:
                 hint = "PEFT would drop these tensors without a word; the config is not the one of training"
                 issues.append(error("unexpected-tensor", module, sentence, hint))
         for entry in rule.unmatched_targets(self._adapter.modules):
-            sentence = f"the entry {entry!r} matches none of the adapter's {len(self._adapter.modules)} modules"
+            sentence = (
+                f"the entry {entry!r} matches none of the adapter's {len(self._adapter.modules)} modules"
+            )
             hint = "remove it from adapter_config.json if it was never trained"
             issues.append(error("unmatched-target", "target_modules", sentence, hint))
         return issues + self._missing_modules(rule)

@@ -142,6 +142,6 @@ def cli() -> Callable[..., Result]:
     from lora_merge.cli import main
 
     def run(*arguments: object) -> Result:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+        return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lora-merge")
 
     return run

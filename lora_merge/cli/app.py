@@ -94,7 +94,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 )
 @click.version_option(__version__, prog_name="lora-merge")
 def main() -> None:
-    r"""Merge an adapter into its base model: a plain Hugging Face checkpoint comes out, which any
+    """Merge an adapter into its base model: a plain Hugging Face checkpoint comes out, which any
     engine loads with no LoRA support.
 
     \b

@@ -28,18 +28,23 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
 )
 @click.option(
     "--dtype",
-    type=Parsed("dtype", "[bfloat16|float16|float32]"),
+    type=Parsed("dtype"),
+    metavar="[bfloat16|float16|float32]",
     help="Store the weights in this dtype.  [default: the base's, tensor by tensor]",
 )
 @click.option(
     "--device",
-    type=Parsed("device", "[auto|cpu|cuda|cuda:N]"),
+    type=Parsed("device"),
+    metavar="[auto|cpu|cuda|cuda:N]",
     help="Do the arithmetic here.  [default: auto, the CPU]",
 )
-@click.option("--workers", type=Parsed("workers", "N"), help="Worker threads.  [default: all usable cores]")
+@click.option(
+    "--workers", type=Parsed("workers"), metavar="N", help="Worker threads.  [default: all usable cores]"
+)
 @click.option(
     "--max-shard-size",
-    type=Parsed("max_shard_size", "SIZE"),
+    type=Parsed("max_shard_size"),
+    metavar="SIZE",
     help="Split the weights into files of at most this size, such as 5GB.  [default: the base's own files]",
 )
 @click.option(
@@ -63,7 +68,7 @@ def merge(
     no_verify: bool,
     **flags: Any,
 ) -> None:
-    r"""Merge an adapter into its base model and write a plain Hugging Face checkpoint.
+    """Merge an adapter into its base model and write a plain Hugging Face checkpoint.
 
     \b
     Examples:

@@ -19,12 +19,10 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 
     Args:
         field: a key of `PARSERS`.
-        metavar: what ``--help`` shows for the value.
     """
 
-    def __init__(self, field: str, metavar: str) -> None:
+    def __init__(self, field: str) -> None:
         self.name = field
-        self._metavar = metavar
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the parsed value, or fail with the parser's sentence."""
@@ -32,10 +30,6 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
             return PARSERS[self.name](value)
         except ValueError as exc:
             self.fail(str(exc), param, ctx)
-
-    def get_metavar(self, *_: object) -> str:
-        """Return what ``--help`` shows for the value."""
-        return self._metavar
 
 
 def output_options(command: Command) -> Command:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def read_request(path: str, overrides: Mapping[str, Any]) -> Request:
             except ValueError as exc:
                 raise RequestError(path, lines.get(key, 0), key, str(exc)) from exc
     try:
-        request: Request = TypeAdapter(Request).validate_python(values)
+        request: Request = TypeAdapter(Request).validate_json(json.dumps(values, default=str))
     except ValidationError as exc:
         first = exc.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""

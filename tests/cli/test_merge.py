@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -388,4 +387,4 @@ def test_two_runs_to_one_output_do_not_mix(pico, pico_adapter, cli, tmp_path):
 
     assert result.exit_code == exits.WRITE
     assert "another run is writing this output" in result.stderr
-    assert os.listdir(tmp_path) == ["out.lora-merge-staging"]
+    assert leftovers(tmp_path) == ["out.lora-merge-staging"]

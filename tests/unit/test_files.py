@@ -1,0 +1,109 @@
+"""Transfers larger than one system call, across filesystems, and to disks that are full."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from lora_merge.core.shards import place
+from lora_merge.core.tensor import TensorRef
+from lora_merge.errors import CheckpointError, WriteError
+from lora_merge.io import files
+from lora_merge.io.safetensors import read_header, reserve, tensor_digest
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """Return a file of 5 GB that takes no space: zeros, but for a mark near its end."""
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.seek(5_000_000_000 - 4)
+        file.write(b"mark")
+    return path
+
+
+def test_a_copy_of_more_than_one_system_call_is_whole(sparse, tmp_path):
+    target = tmp_path / "target"
+    start = 2_400_000_001
+    with files.open_for_reading(sparse) as source_fd, files.open_for_writing(target, create=True) as fd:
+        files.copy_range(source_fd, start, 5_000_000_000 - start, fd, 0, ("source", "target"))
+
+    assert target.stat().st_size == 5_000_000_000 - start
+    with target.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        assert file.read() == b"mark"
+
+
+def test_reads_and_writes_are_cut_into_calls_that_the_kernel_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_TRANSFER_BYTES", 7)
+    data = bytes(range(256))
+    with files.open_for_writing(tmp_path / "file", create=True) as fd:
+        files.write_from(fd, memoryview(data), 3, "file")
+    buffer = bytearray(256)
+    with files.open_for_reading(tmp_path / "file") as fd:
+        files.read_into(fd, memoryview(buffer), 3, "file")
+
+    assert bytes(buffer) == data
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_copy_that_the_kernel_refuses_is_done_by_hand(code, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    (tmp_path / "source").write_bytes(os.urandom(3_000_000))
+    files.copy_file(tmp_path / "source", tmp_path / "sub" / "target")
+
+    assert (tmp_path / "source").read_bytes() == (tmp_path / "sub" / "target").read_bytes()
+
+
+def test_a_source_that_shrinks_while_it_is_read_is_named(tmp_path):
+    (tmp_path / "short").write_bytes(b"1234")
+    with (
+        files.open_for_reading(tmp_path / "short") as fd,
+        pytest.raises(CheckpointError, match="ends at byte 4, expected 12 or more"),
+    ):
+        files.read_into(fd, memoryview(bytearray(10)), 2, tmp_path / "short")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named_with_the_way_out():
+    with (
+        files.open_for_writing("/dev/full") as fd,
+        pytest.raises(WriteError, match="no space left on the disk") as caught,
+    ):
+        files.write_from(fd, memoryview(b"data"), 0, "/dev/full")
+
+    assert "another --out" in caught.value.hint
+
+
+def test_a_file_is_reserved_at_full_size_with_its_header(tmp_path):
+    refs = [TensorRef("a", "BF16", (3, 5), "", 0, 30), TensorRef("ü", "F32", (), "", 0, 4)]
+    planned = place("model.safetensors", refs, {"origin": "test"})
+    reserve(tmp_path / "model.safetensors", planned)
+
+    found = read_header(tmp_path / "model.safetensors", "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size == planned.nbytes
+    assert found.metadata == {"format": "pt", "origin": "test"}
+    assert [(ref.name, ref.dtype, ref.shape, ref.start) for ref in found.tensors] == [
+        (slot.name, slot.dtype, slot.shape, slot.start) for slot in planned.slots
+    ]
+
+
+def test_reserving_a_name_that_exists_is_an_error(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(WriteError, match="File exists"):
+        reserve(tmp_path / "taken", place("taken", [], {}))
+
+
+def test_the_digest_of_a_tensor_is_that_of_its_bytes_alone(tmp_path):
+    import xxhash
+
+    (tmp_path / "file").write_bytes(b"before" + b"x" * 2_500_000 + b"after")
+    ref = TensorRef("x", "U8", (2_500_000,), str(tmp_path / "file"), 6, 2_500_000)
+
+    assert tensor_digest(ref) == f"xxh3_128:{xxhash.xxh3_128_hexdigest(b'x' * 2_500_000)}"

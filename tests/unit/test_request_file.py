@@ -1,0 +1,103 @@
+"""Request files: what they say, and errors that name the line and the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_merge.cli import exits
+from lora_merge.core.request import Request
+from lora_merge.errors import RequestError
+from lora_merge.io.request_file import read_request
+
+
+def write(tmp_path, text):
+    path = tmp_path / "merge.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_holds_the_options_and_flags_win(tmp_path):
+    path = write(tmp_path, "base: b\nadapter: a\nout: o\ndtype: bf16\nworkers: 2\nstrict: true\n")
+
+    request = read_request(path, {"out": "elsewhere"})
+
+    assert request == Request(
+        adapter="a", out="elsewhere", base="b", dtype="bfloat16", workers=2, strict=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "words"),
+    [
+        ("adapter: a\nout: o\nmax_shard_siez: 5GB\n", 3, "max_shard_siez", "is no key of a request"),
+        ("adapter: a\nout: o\ndtype: int4\n", 3, "dtype", "'int4' is no dtype"),
+        ("adapter: a\nout: 5\n", 2, "out", "is 5: input should be a valid string"),
+        (
+            "adapter: a\nout: o\noverwrite: maybe\n",
+            3,
+            "overwrite",
+            "is 'maybe': input should be a valid boolean",
+        ),
+        ("adapter: a\nout: o\nverify: twice\n", 3, "verify", "is 'twice'"),
+        ("adapter: a\nout: o\nworkers: 0\n", 3, "workers", "0 is no number of workers"),
+        ("adapter: a\nout: o\nworkers: [1]\n", 3, "workers", "is no number of workers"),
+        ("adapter: a\nout: o\ndevice: tpu\n", 3, "device", "'tpu' is no device"),
+        ("adapter: a\nout: o\nmax_shard_size: huge\n", 3, "max_shard_size", "'huge' is no size"),
+        ("adapter: a\nout: o\nadapter: b\n", 3, "adapter", "stands twice, first on line 1"),
+        ("out: o\n", 0, "adapter", "is missing"),
+        ("- adapter\n", 1, "", "holds list, expected a table"),
+        ("adapter: [\n", 2, "", "is not valid YAML"),
+        ("", 1, "", "holds NoneType"),
+    ],
+)
+def test_a_fault_names_its_line_and_key(text, line, key, words, tmp_path):
+    path = write(tmp_path, text)
+
+    with pytest.raises(RequestError) as caught:
+        read_request(path, {})
+
+    assert (caught.value.line, caught.value.key) == (line, key)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:{line}" if line else path)
+
+
+def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path):
+    with pytest.raises(RequestError) as caught:
+        read_request(write(tmp_path, "adaptor: a\nout: o\n"), {})
+
+    assert caught.value.hint == "did you mean adapter?"
+
+
+def test_the_command_runs_a_request_file(pico, pico_adapter, cli, tmp_path):
+    path = write(tmp_path, f"adapter: {pico_adapter(pico())}\nout: {tmp_path / 'out'}\nverify: full\n")
+
+    result = cli("--config", path)
+
+    assert result.exit_code == exits.OK, result.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_command_names_the_line_of_a_wrong_key(cli, tmp_path):
+    result = cli("--config", write(tmp_path, "adapter: a\nout: o\ndtyp: x\n"))
+
+    assert result.exit_code == exits.USAGE
+    assert "merge.yaml:3: dtyp: is no key of a request" in result.stderr
+    assert "did you mean dtype?" in result.stderr
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.name for path in EXAMPLES])
+def test_every_example_runs(path, pico, pico_adapter, cli, tmp_path):
+    places = ("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
+
+    result = cli("--config", path, *places)
+
+    assert result.exit_code == exits.OK, result.stderr
