@@ -85,7 +85,7 @@ class RequestError(LoraMergeError):
     """
 
     def __init__(self, file: str, line: int, key: str, sentence: str, *, hint: str = "") -> None:
-        self.file, self.line, self.key = file, line, key
+        self.file, self.line, self.key, self.sentence = file, line, key, sentence
         where = f"{file}:{line}" if line else file
         super().__init__(": ".join(part for part in (where, key, sentence) if part), hint=hint)
 

@@ -8,21 +8,22 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge._version import __version__
 from lora_merge.core.provenance import Provenance
-from lora_merge.core.report import NOT_VERIFIED, Report, Silence, Verdict, note
-from lora_merge.core.request import Request
+from lora_merge.core.report import NOT_VERIFIED, Issue, Report, Silence, Verdict, warning
+from lora_merge.core.request import Request, parse_fields
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import PlanError, RequestError, VerifyError, WriteError
 from lora_merge.io import staging
 from lora_merge.merge import Merger, one_torch_thread, pick_device
 from lora_merge.plan import make_plan
 from lora_merge.resolve import base_of, own_side_files, resolve_adapter, resolve_base
-from lora_merge.verify import verify
+from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from lora_merge.core.adapter import Adapter
-    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.plan import MergePlan, Summary
     from lora_merge.core.report import Observer
     from lora_merge.core.request import OutputDtype, VerifyLevel
     from lora_merge.core.tensor import TensorRecord
@@ -69,17 +70,14 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
         LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood
             there before.
     """
+    fields = {"dtype": dtype, "device": device, "workers": workers, "verify": verify}
     request = Request(
         adapter=str(adapter),
         out=str(out),
         base=None if base is None else str(base),
-        dtype=dtype,
-        device=device,
-        workers=workers,
-        max_shard_size=max_shard_size,
         overwrite=overwrite,
-        verify=verify,
         strict=strict,
+        **parse_fields({**fields, "max_shard_size": max_shard_size}),
     )
     return run(request, observer=observer)
 
@@ -101,8 +99,7 @@ def plan(
         adapter=str(adapter),
         out="",
         base=None if base is None else str(base),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
+        **parse_fields({"dtype": dtype, "max_shard_size": max_shard_size}),
     )
     return _plan(request)[0]
 
@@ -119,28 +116,77 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
         LoraMergeError: see `lora_merge.errors`. Nothing stands under the output's name then, but what
             stood there before.
     """
-    watch = observer or Silence()
     clock = _Clock()
     n_workers = request.workers or usable_cores()
-    out = Path(request.out).expanduser().absolute()
+    out = _absolute(request.out)
     with clock("plan"):
         plan, adapter = _plan(request)
-        _check_output(request, plan, out)
-        summary = plan.summary(n_workers, _free_bytes(out))
         _check_strict(request, plan)
-        if summary.disk_needed_bytes > summary.disk_free_bytes and not dry_run:
-            raise _disk_full(out, summary.disk_needed_bytes, summary.disk_free_bytes)
+        inputs = (Path(plan.base), *(Path(root) for root in plan.adapters))
+        staging.check_replaceable(out, overwrite=request.overwrite, inputs=inputs)
+        summary = plan.summary(n_workers, _free_bytes(out))
+        shortage = _shortage(out, summary)
+    if shortage and not dry_run:
+        raise WriteError(str(shortage))
     verdict = NOT_VERIFIED
     if not dry_run:
+        work = _Work(request, plan, adapter, n_workers, observer or Silence(), clock)
         with staging.staging(out) as staged:
-            verdict = _write(request, plan, adapter, staged, n_workers, watch, clock)
+            verdict = work.write(staged)
             with clock("publish"):
-                watch.phase("flushing", 0)
+                work.watch.phase("flushing", 0)
                 staging.publish(staged, out)
-    issues = plan.issues
-    if summary.disk_needed_bytes > summary.disk_free_bytes:
-        issues = (*issues, note("disk", str(out), "there is not enough free disk space for this merge"))
+    issues = (*plan.issues, shortage) if shortage else plan.issues
     return Report(plan.base, request.adapter, str(out), dry_run, summary, issues, verdict, clock.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The part of a run that writes."""
+
+    request: Request
+    plan: MergePlan
+    adapter: Adapter
+    n_workers: int
+    watch: Observer
+    clock: _Clock
+
+    def write(self, staged: Path) -> Verdict:
+        """Fill the staging directory and return what its verification says.
+
+        Raises:
+            VerifyError: it says no.
+        """
+        with self.clock("load"):
+            self.watch.phase("loading torch", 0)
+            import torch  # noqa: F401 - seconds, and they belong to this phase
+
+            device = _device(self.request.device)
+        with self.clock("merge"):
+            writer = HfCheckpoint(staged)
+            writer.reserve(self.plan)
+            records = self._merge(Merger(writer, device))
+            writer.seal(self.plan, records, _provenance(self.request, self.plan, self.adapter))
+        if self.request.verify == "none":
+            return NOT_VERIFIED
+        with self.clock("verify"):
+            self.watch.phase("verifying", 0)
+            verdict = check_output(self.plan, staged, records, self.request.verify)
+        if not verdict.ok:
+            raise VerifyError(verdict)
+        return verdict
+
+    def _merge(self, do: Merger) -> list[TensorRecord]:
+        """Carry out every step and return the records."""
+        steps = self.plan.steps
+        self.watch.phase("merging", sum(step.nbytes for step in steps))
+        records = []
+        with one_torch_thread():
+            for record in executors.pick(self.n_workers)(do, steps, self.n_workers):
+                records.append(record)
+                self.watch.advance(record.nbytes)
+                self.watch.done(record.name)
+        return records
 
 
 def usable_cores() -> int:
@@ -154,71 +200,27 @@ def _plan(request: Request) -> tuple[MergePlan, Adapter]:
     """Resolve base and adapter, and plan their merge."""
     adapter = resolve_adapter(request.adapter)
     base = resolve_base(request.base or base_of(adapter))
-    try:
-        limit = None if request.max_shard_size is None else parse_size(request.max_shard_size)
-    except ValueError as exc:
-        raise RequestError("", 0, "max_shard_size", str(exc)) from exc
+    limit = request.max_shard_size
     plan = make_plan(
         base,
         adapter,
         dtype=request.dtype,
-        max_shard_bytes=limit,
+        max_shard_bytes=None if limit is None else parse_size(limit),
         own_side_files=frozenset(own_side_files(adapter, base)),
     )
     return plan, adapter
 
 
-def _check_output(request: Request, plan: MergePlan, out: Path) -> None:
-    """Check that the output may come into being, before anything does."""
-    inputs = (Path(plan.base), *(Path(root) for root in plan.adapters))
-    staging.check_replaceable(out.resolve(), overwrite=request.overwrite, inputs=inputs)
+def _absolute(out: str) -> Path:
+    """Return the absolute path of an output; a link under its own name stays one."""
+    path = Path(out).expanduser().absolute()
+    return path.parent.resolve() / path.name
 
 
 def _check_strict(request: Request, plan: MergePlan) -> None:
     warnings = [issue for issue in plan.issues if issue.severity == "warning"]
     if request.strict and warnings:
         raise PlanError(warnings)
-
-
-def _write(
-    request: Request,
-    plan: MergePlan,
-    adapter: Adapter,
-    staged: Path,
-    n_workers: int,
-    watch: Observer,
-    clock: _Clock,
-) -> Verdict:
-    """Fill the staging directory and return what its verification says."""
-    with clock("load"):
-        watch.phase("loading torch", 0)
-        import torch  # noqa: F401 - seconds, and it belongs to this phase
-
-        device = _device(request.device)
-    writer = HfCheckpoint(staged)
-    with clock("merge"):
-        writer.reserve(plan)
-        watch.phase("merging", sum(step.nbytes for step in plan.steps))
-        records = _run_steps(Merger(writer, device), plan, n_workers, watch)
-        writer.seal(plan, records, _provenance(request, plan, adapter))
-    if request.verify == "none":
-        return NOT_VERIFIED
-    with clock("verify"):
-        watch.phase("verifying", 0)
-        verdict = verify(plan, staged, records, request.verify)
-    if not verdict.ok:
-        raise VerifyError(verdict)
-    return verdict
-
-
-def _run_steps(do: Merger, plan: MergePlan, n_workers: int, watch: Observer) -> list[TensorRecord]:
-    records = []
-    with one_torch_thread():
-        for record in executors.pick(n_workers)(do, plan.steps, n_workers):
-            records.append(record)
-            watch.advance(record.nbytes)
-            watch.done(record.name)
-    return records
 
 
 def _device(wanted: str) -> str:
@@ -257,9 +259,13 @@ def _free_bytes(out: Path) -> int:
     return shutil.disk_usage(existing).free + staging.stale_bytes(out)
 
 
-def _disk_full(out: Path, needed: int, free: int) -> WriteError:
-    sentence = f"{out}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk"
-    return WriteError(sentence, hint="free some, or choose another --out")
+def _shortage(out: Path, summary: Summary) -> Issue | None:
+    """Return an issue when the disk is too small for the output."""
+    needed, free = summary.disk_needed_bytes, summary.disk_free_bytes
+    if needed <= free:
+        return None
+    sentence = f"needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk"
+    return warning("disk", str(out), sentence, "free some, or choose another --out")
 
 
 class _Clock:

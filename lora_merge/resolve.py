@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,8 @@ def _directory(path: str, role: str) -> Path:
     """
     root = Path(path).expanduser()
     if root.is_dir():
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise ResolveError(f"{path}: cannot be read (permission denied)")
         return root.resolve()
     if root.exists():
         raise ResolveError(f"{path}: is a file, expected the {role}'s directory")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from lora_merge.core.shards import parse_size
+from lora_merge.errors import RequestError
 
 VerifyLevel = Literal["none", "sample", "full"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
@@ -101,10 +102,39 @@ def parse_workers(text: str | int) -> int:
     return int(text)
 
 
+def parse_verify(text: str) -> VerifyLevel:
+    """Return a level of verification.
+
+    Raises:
+        ValueError: it is none.
+    """
+    for level in get_args(VerifyLevel):
+        if text == level:
+            return cast("VerifyLevel", level)
+    raise ValueError(f"{text!r} is no level of verification, expected {', '.join(get_args(VerifyLevel))}")
+
+
 PARSERS: Mapping[str, Callable[..., object]] = {
     "dtype": parse_dtype,
     "device": parse_device,
     "max_shard_size": parse_shard_size,
+    "verify": parse_verify,
     "workers": parse_workers,
 }
 """How the values that a type cannot describe are checked, wherever they come from."""
+
+
+def parse_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request with their values parsed; None stays None.
+
+    Raises:
+        RequestError: a value does not parse; it names the key.
+    """
+    parsed = dict(values)
+    for key, parse in PARSERS.items():
+        if parsed.get(key) is not None:
+            try:
+                parsed[key] = parse(parsed[key])
+            except ValueError as exc:
+                raise RequestError("", 0, key, str(exc)) from exc
+    return parsed

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.request import PARSERS, Request
+from lora_merge.core.request import Request, parse_fields
 from lora_merge.errors import RequestError
 
 if TYPE_CHECKING:
@@ -38,14 +38,11 @@ def read_request(path: str, overrides: Mapping[str, Any]) -> Request:
             close = difflib.get_close_matches(str(key), _KEYS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(_KEYS)}"
             raise RequestError(path, lines.get(key, 0), str(key), "is no key of a request", hint=hint)
-    for key, parse in PARSERS.items():
-        if values.get(key) is not None:
-            try:
-                values[key] = parse(values[key])
-            except ValueError as exc:
-                raise RequestError(path, lines.get(key, 0), key, str(exc)) from exc
     try:
+        values = parse_fields(values)
         request: Request = TypeAdapter(Request).validate_json(json.dumps(values, default=str))
+    except RequestError as exc:
+        raise RequestError(path, lines.get(exc.key, 0), exc.key, exc.sentence) from exc
     except ValidationError as exc:
         first = exc.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""

@@ -388,3 +388,32 @@ def test_two_runs_to_one_output_do_not_mix(pico, pico_adapter, cli, tmp_path):
     assert result.exit_code == exits.WRITE
     assert "another run is writing this output" in result.stderr
     assert leftovers(tmp_path) == ["out.lora-merge-staging"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("dtype", "int4", "dtype: 'int4' is no dtype"),
+        ("verify", "twice", "verify: 'twice' is no level"),
+        ("workers", 0, "workers: 0 is no number of workers"),
+        ("device", "tpu", "device: 'tpu' is no device"),
+        ("max_shard_size", "huge", "max_shard_size: 'huge' is no size"),
+    ],
+)
+def test_the_python_api_names_a_wrong_value(field, value, words, pico, pico_adapter, tmp_path):
+    import lora_merge
+
+    with pytest.raises(lora_merge.RequestError, match=words):
+        lora_merge.merge(base=pico(), adapter=pico_adapter(pico()), out=tmp_path / "out", **{field: value})
+
+
+def test_an_output_that_is_a_link_is_left_alone(pico, pico_adapter, cli, tmp_path):
+    arguments = ("--base", pico(), "--adapter", pico_adapter(pico()), "--overwrite", "--out")
+    cli(*arguments, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+
+    result = cli(*arguments, tmp_path / "link")
+
+    assert result.exit_code == exits.WRITE
+    assert (tmp_path / "link").is_symlink()
+    assert leftovers(tmp_path) == ["link", "real"]

@@ -40,7 +40,7 @@ def test_a_file_holds_the_options_and_flags_win(tmp_path):
             "overwrite",
             "is 'maybe': input should be a valid boolean",
         ),
-        ("adapter: a\nout: o\nverify: twice\n", 3, "verify", "is 'twice'"),
+        ("adapter: a\nout: o\nverify: twice\n", 3, "verify", "'twice' is no level of verification"),
         ("adapter: a\nout: o\nworkers: 0\n", 3, "workers", "0 is no number of workers"),
         ("adapter: a\nout: o\nworkers: [1]\n", 3, "workers", "is no number of workers"),
         ("adapter: a\nout: o\ndevice: tpu\n", 3, "device", "'tpu' is no device"),
