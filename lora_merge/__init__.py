@@ -7,8 +7,8 @@
 """
 
 from lora_merge._version import __version__
-from lora_merge.core.plan import MergePlan, Summary
-from lora_merge.core.report import Issue, Observer, Report, Verdict
+from lora_merge.core.plan import MergePlan
+from lora_merge.core.report import Issue, Observer, Report, Summary, Verdict
 from lora_merge.core.request import Request
 from lora_merge.errors import (
     CheckpointError,

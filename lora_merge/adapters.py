@@ -76,7 +76,12 @@ NOT_IN_WEIGHTS: Mapping[str, str] = {
 }
 """PEFT types that no change of weights can express, and why."""
 
+_Pairs = dict[str, dict[str, TensorRef]]
+
 _PAIR = re.compile(r"^(?P<module>.+)\.lora_(?P<role>[AB])(?:\.default)?\.weight$")
+
+_FULL = re.compile(r"^(?P<module>(?:(?!\.lora_).)+?)(?:\.base_layer)?\.(?P<kind>weight|bias)$")
+"""A whole parameter, trained or saved along (PEFT's ``save_embedding_layers`` does so by itself)."""
 
 _OTHER_TENSORS: tuple[tuple[str, str], ...] = (
     (r"\.lora_magnitude_vector(\.|$)", "a DoRA magnitude"),
@@ -87,8 +92,6 @@ _OTHER_TENSORS: tuple[tuple[str, str], ...] = (
     (r"\.lora_[AB]\.[^.]+\.weight$", "of an adapter that has a name of its own"),
     (r"\.lora_[AB]$", "LoRA on a parameter, or AdaLoRA"),
     (r"\.trainable_tokens_delta$", "trained token rows"),
-    (r"\.base_layer\.", "a full base weight, saved with the adapter"),
-    (r"\.(weight|bias)$", "a fully trained weight"),
 )
 """What a tensor is that is no A or B of a linear layer."""
 
@@ -125,9 +128,10 @@ def read_peft(root: Path) -> Adapter | None:
     file = read_header(root / WEIGHTS_FILE)
     issues = _kind_issues(config)
     deltas: tuple[DeltaSpec, ...] = ()
-    pairs: dict[str, dict[str, TensorRef]] = {}
+    pairs: _Pairs = {}
+    full: dict[str, TensorRef] = {}
     if config.get("peft_type") == "LORA":
-        pairs, tensor_issues = _pair_up(file.tensors)
+        pairs, full, tensor_issues = _sort_out(file.tensors)
         deltas, scale_issues = _scaled(pairs, config)
         issues += _field_issues(config) + tensor_issues + scale_issues + _non_finite(file.tensors)
     return Adapter(
@@ -138,6 +142,7 @@ def read_peft(root: Path) -> Adapter | None:
         modules=frozenset(pairs),
         issues=tuple(issues),
         digest=file_digest(root / WEIGHTS_FILE),
+        full_tensors=full,
         side_files=adapter_side_files(root),
     )
 
@@ -191,30 +196,33 @@ def _field_issues(config: Mapping[str, Any]) -> list[Issue]:
     return issues
 
 
-def _pair_up(refs: tuple[TensorRef, ...]) -> tuple[dict[str, dict[str, TensorRef]], list[Issue]]:
-    """Return ``{module: {"A": …, "B": …}}`` and an issue for every tensor that is no part of a pair."""
-    pairs: dict[str, dict[str, TensorRef]] = {}
+def _sort_out(refs: tuple[TensorRef, ...]) -> tuple[_Pairs, dict[str, TensorRef], list[Issue]]:
+    """Return ``{module: {"A": …, "B": …}}``, whole parameters by name, and an issue for all else."""
+    pairs: _Pairs = {}
+    full: dict[str, TensorRef] = {}
     issues = []
     outside = [ref.name for ref in refs if not ref.name.startswith(PREFIX)]
     for ref in refs:
-        match = _PAIR.match(ref.name.removeprefix(PREFIX))
-        if ref.name in outside:
+        name = ref.name.removeprefix(PREFIX)
+        if name == ref.name:
             continue
-        if match is None:
-            issues.append(_other_tensor(ref))
-        elif match["role"] in pairs.setdefault(match["module"], {}):
-            issues.append(
-                error("duplicate-tensor", ref.name, f"is a second lora_{match['role']} of its module")
-            )
+        if match := _PAIR.match(name):
+            home, place, what = pairs.setdefault(match["module"], {}), match["role"], f"lora_{match['role']}"
+        elif match := _FULL.match(name):
+            home, place, what = full, f"{match['module']}.{match['kind']}", match["kind"]
         else:
-            pairs[match["module"]][match["role"]] = ref
+            issues.append(_other_tensor(ref))
+            continue
+        if place in home:
+            issues.append(error("duplicate-tensor", ref.name, f"is a second {what} of its module"))
+        home.setdefault(place, ref)
     if outside:
         many = f"{len(outside)} of {len(refs)} tensors lack the prefix {PREFIX}"
         hint = "PEFT would load none of these; rename them, or save the adapter with PEFT"
         issues.append(error("wrong-prefix", outside[0], many, hint))
     if not refs:
         issues.append(error("empty", WEIGHTS_FILE, "holds no tensors"))
-    return pairs, issues
+    return pairs, full, issues
 
 
 def _other_tensor(ref: TensorRef) -> Issue:

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge._version import __version__
+from lora_merge.core.adapter import Adapter
+from lora_merge.core.plan import MergePlan
 from lora_merge.core.provenance import Provenance
-from lora_merge.core.report import NOT_VERIFIED, Issue, Report, Silence, Verdict, warning
+from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Silence, Verdict, warning
 from lora_merge.core.request import Request, parse_fields
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import PlanError, RequestError, VerifyError, WriteError
 from lora_merge.io import staging
 from lora_merge.merge import Merger, one_torch_thread, pick_device
 from lora_merge.plan import make_plan
-from lora_merge.resolve import base_of, own_side_files, resolve_adapter, resolve_base
+from lora_merge.resolve import base_of, own_side_files, resolve_adapter, resolve_base, unchanged_parameters
 from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from os import PathLike
 
-    from lora_merge.core.adapter import Adapter
-    from lora_merge.core.plan import MergePlan, Summary
-    from lora_merge.core.report import Observer
+    from lora_merge.core.report import Summary
     from lora_merge.core.request import OutputDtype, VerifyLevel
     from lora_merge.core.tensor import TensorRecord
 
@@ -207,6 +207,7 @@ def _plan(request: Request) -> tuple[MergePlan, Adapter]:
         dtype=request.dtype,
         max_shard_bytes=None if limit is None else parse_size(limit),
         own_side_files=frozenset(own_side_files(adapter, base)),
+        unchanged=frozenset(unchanged_parameters(adapter, base)),
     )
     return plan, adapter
 

@@ -39,6 +39,7 @@ def make_plan(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     own_side_files: frozenset[str] = frozenset(),
+    unchanged: frozenset[str] = frozenset(),
 ) -> MergePlan:
     """Return the plan of a merge.
 
@@ -48,13 +49,14 @@ def make_plan(
         dtype: storage of the output as torch spells it; None keeps the base's, tensor by tensor.
         max_shard_bytes: largest shard; None keeps the base's own files.
         own_side_files: names of the adapter's side files that differ from the base's.
+        unchanged: whole parameters in the adapter that equal the base's.
 
     Raises:
         PlanError: adapter and base do not fit; every reason is in ``issues``.
         UnsupportedError: they may fit, but all that stands in the way is not built.
     """
     fitting = _Fitting(base, adapter)
-    issues = [*_quantised(base), *adapter.issues, *fitting.issues()]
+    issues = [*_quantised(base), *adapter.issues, *_full_tensors(adapter, unchanged), *fitting.issues()]
     _raise_errors(issues)
     deltas = fitting.deltas_by_tensor()
     stored, cast_issues = _stored_as(base, dtype)
@@ -220,13 +222,21 @@ class _Fitting:
                 sentence = f"the adapter has tensors for it, and {_why_not(rule, module)}"
                 hint = "PEFT would drop these tensors without a word; the config is not the one of training"
                 issues.append(error("unexpected-tensor", module, sentence, hint))
-        for entry in rule.unmatched_targets(self._adapter.modules):
+        for entry in rule.unmatched_targets(self._adapter.modules | self._left_out(rule)):
             sentence = (
                 f"the entry {entry!r} matches none of the adapter's {len(self._adapter.modules)} modules"
             )
             hint = "remove it from adapter_config.json if it was never trained"
             issues.append(error("unmatched-target", "target_modules", sentence, hint))
         return issues + self._missing_modules(rule)
+
+    def _left_out(self, rule: TargetRule) -> frozenset[str]:
+        """Return the base's modules that the rule does not match; an entry may stand for one of those.
+
+        PEFT saves ``"all-linear"`` expanded, with the modules that ``exclude_modules`` takes out again.
+        """
+        modules = (name.removesuffix(".weight") for name in self._tensors if name.endswith(".weight"))
+        return frozenset(module for module in modules if not rule.matches(module))
 
     def _missing_modules(self, rule: TargetRule) -> list[Issue]:
         """Return an issue for each linear layer that the configuration targets and the adapter lacks."""
@@ -264,6 +274,18 @@ def _why_not(rule: TargetRule, module: str) -> str:
     if replace(rule, layers_to_transform=None).matches(module):
         return "layers_to_transform leaves its layer out"
     return "target_modules does not match it"
+
+
+def _full_tensors(adapter: Adapter, unchanged: frozenset[str]) -> list[Issue]:
+    """Return a note on each whole parameter that equals the base's, and an error for the others."""
+    issues = []
+    for parameter, ref in adapter.full_tensors.items():
+        if parameter in unchanged:
+            issues.append(note("full-tensor", ref.name, "was saved along and equals the base's"))
+        else:
+            sentence = "is a fully trained weight: not merged by this version"
+            issues.append(error("unexpected-tensor", ref.name, sentence, "merge it with PEFT"))
+    return issues
 
 
 def _quantised(base: Checkpoint) -> list[Issue]:

@@ -10,7 +10,7 @@ from lora_merge import adapters
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, Checkpoint, WeightFile
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
-from lora_merge.io.safetensors import read_header
+from lora_merge.io.safetensors import read_header, same_values
 from lora_merge.io.side_files import base_side_files, differs, other_weights
 
 if TYPE_CHECKING:
@@ -76,6 +76,19 @@ def base_of(adapter: Adapter) -> str:
 def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     """Return the names of the adapter's tokenizer and template files that differ from the base's."""
     return tuple(file.name for file in adapter.side_files if differs(file, Path(base.root)))
+
+
+def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
+    """Return the whole parameters in an adapter that are but copies of the base's. Reads both.
+
+    PEFT saves the output embedding along when it is a target, trained or not.
+    """
+    stored = base.by_name()
+    return tuple(
+        parameter
+        for parameter, ref in adapter.full_tensors.items()
+        if parameter in stored and same_values(stored[parameter], ref)
+    )
 
 
 def _directory(path: str, role: str) -> Path:

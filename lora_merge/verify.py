@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.recompute import sampled_rows
+from lora_merge.checks.structure import structure
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import Verdict
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_merge.core.plan import MergePlan
+    from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRecord
 
 
@@ -29,7 +31,11 @@ def verify(
         level: ``sample`` recomputes three rows of each merged tensor, ``full`` every value.
     """
     evidence = Evidence(plan, root, tuple(records), level)
-    issues = [issue for check in CHECKS.values() for issue in check(evidence)]
+    issues: list[Issue] = []
+    for check in CHECKS.values():
+        issues += check(evidence)
+        if check is structure and issues:  # the others presuppose the files that it misses
+            return Verdict(level, len(plan.steps), 0, tuple(issues))
     n_rows = sum(
         len(rows)
         for step in plan.steps

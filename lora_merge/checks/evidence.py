@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lora_merge.core.plan import MergePlan
-    from lora_merge.core.tensor import TensorRecord
+from lora_merge.core.plan import MergePlan
+from lora_merge.core.tensor import TensorRecord
 
 
 @dataclass(frozen=True, slots=True)

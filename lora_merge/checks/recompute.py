@@ -1,19 +1,22 @@
 """Are the merged values right? Recomputed in float64 by naive code that shares nothing with the merge.
 
-Files are read with the safetensors library, rows are whole, and the formula is written out.
+Files are parsed anew, rows are whole, and the formula is written out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import zlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error
+from lora_merge.core.tensor import TORCH_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -56,28 +59,41 @@ def sampled_rows(slot: TensorRef, level: str) -> list[list[int]]:
 
 
 class _Reader:
-    """Rows of stored tensors as float64, through the safetensors library."""
+    """Rows of stored tensors as float64, by a reader of its own: plain reads, no mapping of the files."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, tuple[BinaryIO, dict[str, Any], int]] = {}
 
     def tensor(self, file: str, name: str) -> torch.Tensor:
-        """Return a whole tensor."""
-        return self._file(file).get_tensor(name).double()  # type: ignore[no-any-return]
+        """Return a whole tensor of two axes."""
+        return self.rows(file, name, range(self._row(file, name)["shape"][0]))
 
-    def rows(self, file: str, name: str, rows: list[int]) -> torch.Tensor:
+    def rows(self, file: str, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Return some rows of a tensor, each flattened: ``[len(rows), …]``."""
         import torch
 
-        part = self._file(file).get_slice(name)
-        return torch.stack([part[row : row + 1].double().flatten() for row in rows])
+        stream, _, data_start = self._file(file)
+        row = self._row(file, name)
+        begin, end = row["data_offsets"]
+        n_bytes = (end - begin) // row["shape"][0]
+        parts = []
+        for index in rows:
+            stream.seek(data_start + begin + index * n_bytes)
+            parts.append(stream.read(n_bytes))
+        values = torch.frombuffer(bytearray(b"".join(parts)), dtype=getattr(torch, TORCH_NAMES[row["dtype"]]))
+        return values.double().view(len(rows), -1)
 
-    def _file(self, file: str) -> Any:
-        from safetensors import safe_open
+    def _row(self, file: str, name: str) -> dict[str, Any]:
+        row: dict[str, Any] = self._file(file)[1][name]
+        return row
 
+    def _file(self, file: str) -> tuple[BinaryIO, dict[str, Any], int]:
+        """Return an open file, its header and where its data begins."""
         if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(file, "pt"))
+            stream = self._stack.enter_context(Path(file).open("rb"))  # noqa: SIM115 - the stack closes it
+            length = int.from_bytes(stream.read(8), "little")
+            self._open[file] = (stream, json.loads(stream.read(length)), 8 + length)
         return self._open[file]
 
 

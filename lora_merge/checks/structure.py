@@ -65,11 +65,16 @@ def _compare_file(root: Path, file: OutputFile) -> Iterator[Issue]:
 
 def _compare_index(root: Path, files: tuple[OutputFile, ...]) -> Iterator[Issue]:
     """Yield an issue where the index does not cover the tensors, or counts their bytes wrongly."""
-    index = read_json(root / INDEX_FILE)
+    try:
+        index = read_json(root / INDEX_FILE)
+    except CheckpointError as exc:
+        yield error("wrong-index", INDEX_FILE, str(exc))
+        return
     wanted = {slot.name: file.name for file in files for slot in file.slots}
     total = sum(slot.nbytes for file in files for slot in file.slots)
     if index.get("weight_map") != wanted:
         yield error("wrong-index", INDEX_FILE, "does not map every tensor to the file it is in")
-    size = index.get("metadata", {}).get("total_size")
+    metadata = index.get("metadata")
+    size = metadata.get("total_size") if isinstance(metadata, dict) else None
     if size != total:
         yield error("wrong-index", INDEX_FILE, f"total_size is {size}, expected {total}")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from lora_merge.core.tensor import Region
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lora_merge.core.checkpoint import SideFile
-    from lora_merge.core.report import Issue
-    from lora_merge.core.tensor import TensorRef
+from lora_merge.core.checkpoint import SideFile
+from lora_merge.core.report import Issue
+from lora_merge.core.tensor import Region, TensorRef
 
 PLAIN = Region()
 
@@ -67,6 +63,9 @@ class Adapter:
 
     digest: str
     """Of the file that holds the tensors; the manifest records it."""
+
+    full_tensors: Mapping[str, TensorRef] = field(default_factory=dict)
+    """Whole parameters that it carries, by parameter: trained ones, or copies saved along."""
 
     side_files: tuple[SideFile, ...] = ()
     """Tokenizer and template files that it carries; they win over the base's."""

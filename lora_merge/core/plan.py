@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lora_merge.core.adapter import DeltaSpec  # noqa: TC001 - from_json resolves the annotations
-from lora_merge.core.checkpoint import SideFile  # noqa: TC001
-from lora_merge.core.report import Issue  # noqa: TC001
-from lora_merge.core.shards import OutputFile  # noqa: TC001
-from lora_merge.core.tensor import TensorRef  # noqa: TC001
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.checkpoint import SideFile
+from lora_merge.core.report import Issue, Summary
+from lora_merge.core.shards import OutputFile
+from lora_merge.core.tensor import TensorRef
 
 RUNTIME_BYTES = 260 << 20
 """Resident memory of the interpreter with torch loaded, before the first tile."""
@@ -64,31 +62,6 @@ class Step:
     def nbytes(self) -> int:
         """Return the bytes that the step writes."""
         return sum(slot.nbytes for slot in self.slots)
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A plan in numbers."""
-
-    n_merged: int
-    n_cast: int
-    n_copied: int
-    merged_bytes: int
-    cast_bytes: int
-    copied_bytes: int
-    n_shards: int
-    n_side_files: int
-    ranks: Mapping[str, int]
-    """How many deltas have each rank."""
-
-    scales: Mapping[str, int]
-    """How many deltas have each scale."""
-
-    peak_bytes: int
-    """Estimate of the resident memory of the merge."""
-
-    disk_needed_bytes: int
-    disk_free_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

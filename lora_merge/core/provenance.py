@@ -6,15 +6,16 @@ Neither names a time, a machine or a process, so the same merge writes the same 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.adapter import Adapter
 from lora_merge.core.plan import Copy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from lora_merge.core.adapter import Adapter
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRecord
 

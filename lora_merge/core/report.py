@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lora_merge.core.plan import Summary
+from typing import Literal, Protocol
 
 Severity = Literal["error", "warning", "note"]
 
@@ -79,6 +75,31 @@ class Verdict:
 
 
 NOT_VERIFIED = Verdict("none", 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A plan in numbers."""
+
+    n_merged: int
+    n_cast: int
+    n_copied: int
+    merged_bytes: int
+    cast_bytes: int
+    copied_bytes: int
+    n_shards: int
+    n_side_files: int
+    ranks: Mapping[str, int]
+    """How many deltas have each rank."""
+
+    scales: Mapping[str, int]
+    """How many deltas have each scale."""
+
+    peak_bytes: int
+    """Estimate of the resident memory of the merge."""
+
+    disk_needed_bytes: int
+    disk_free_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

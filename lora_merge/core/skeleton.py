@@ -8,13 +8,11 @@ Code that a checkpoint carries is never run.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_merge.core.checkpoint import config_levels
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 CONV1D_MODEL_TYPES = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "clvp_encoder"}

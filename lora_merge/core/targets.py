@@ -55,7 +55,7 @@ class TargetRule:
             raise TargetError("layers_to_transform", f"is {layers!r}, expected a number or a list of numbers")
         patterns = _names(config, "layers_pattern") or ()
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            compile_pattern("layers_pattern", pattern)
+            compile_pattern("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.")
         rule = cls(
             target_modules=_names(config, "target_modules"),
             exclude_modules=_names(config, "exclude_modules"),
@@ -112,7 +112,9 @@ class TargetRule:
             re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
         ]
         first = next((match for match in found if match), None)
-        return first is not None and int(first["idx"]) in self.layers_to_transform
+        return (
+            first is not None and first["idx"] is not None and int(first["idx"]) in self.layers_to_transform
+        )
 
     def unmatched_targets(self, modules: frozenset[str]) -> tuple[str, ...]:
         """Return the entries of a ``target_modules`` list that none of the modules answers to."""

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import WeightFile
 from lora_merge.core.shards import HEADER_PREFIX_BYTES, header_bytes
-from lora_merge.core.tensor import DTYPE_BITS, TensorRef, nbytes_of
+from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import torch
 
     from lora_merge.core.shards import OutputFile
 
@@ -133,6 +135,34 @@ def tensor_digest(ref: TensorRef) -> str:
     for block in blocks(ref):
         digest.update(block)
     return files.digest_text(digest)
+
+
+def same_values(stored: TensorRef, other: TensorRef) -> bool:
+    """Return True when a tensor, rounded to the dtype of a stored one, has its values.
+
+    Raises:
+        CheckpointError: a file ends too soon.
+    """
+    if stored.shape != other.shape:
+        return False
+    if stored.dtype == other.dtype:
+        return tensor_digest(stored) == tensor_digest(other)
+    if not {stored.dtype, other.dtype} <= TORCH_NAMES.keys():
+        return False
+    import torch
+
+    one, two = (_values(stored), _values(other))
+    return torch.equal(two.to(one.dtype), one)
+
+
+def _values(ref: TensorRef) -> torch.Tensor:
+    """Return a tensor's values, flat."""
+    import torch
+
+    raw = bytearray(ref.nbytes)
+    with files.open_for_reading(ref.file) as fd:
+        files.read_into(fd, memoryview(raw), ref.start, ref.file)
+    return torch.frombuffer(raw, dtype=getattr(torch, TORCH_NAMES[ref.dtype]))
 
 
 def reserve(path: Path, file: OutputFile) -> None:

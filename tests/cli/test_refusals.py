@@ -239,11 +239,13 @@ CASES = [
         "a trained weight that the config does not name",
         ("model.norm.weight: is a fully trained weight", "not merged by this version"),
         "unexpected-tensor",
-        tensors=add("base_model.model.model.norm.weight", 64),
+        tensors=several(
+            add("base_model.model.model.norm.weight", 64), fill("base_model.model.model.norm.weight", 2.0)
+        ),
     ),
     Case(
         "an embedding saved with the adapter",
-        ("embed_tokens.base_layer.weight: is a full base weight",),
+        ("embed_tokens.base_layer.weight: is a fully trained weight",),
         "unexpected-tensor",
         tensors=add("base_model.model.model.embed_tokens.base_layer.weight", 96, 64),
     ),

@@ -1,0 +1,94 @@
+"""The arithmetic on a CUDA device: the CPU's values, up to one rounding.
+
+The suite hides CUDA devices from itself; ``CUDA_VISIBLE_DEVICES=0 pytest tests/gpu`` shows it one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lora_merge
+from lora_merge.core.plan import Merge
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="torch sees no CUDA device; with one, run: CUDA_VISIBLE_DEVICES=0 pytest tests/gpu",
+    ),
+]
+
+ROUNDOFF = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
+
+
+def tensors_of(root):
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in root.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def bound(step, stored):
+    """Return how far two merges of a tensor may be apart.
+
+    With u the unit roundoff of the stored dtype and v = 2⁻²⁴, each is off from x = w + s·Σ bᵢaᵢ by at most
+    (1 + u)·(r + 4)·v·(|w| + |s|·Σ|bᵢaᵢ|) before it is stored. Two such numbers, twice that apart, are then
+    rounded once each: by u·|x| at most, or half a subnormal.
+    """
+    from safetensors import safe_open
+
+    def factor(ref):
+        with safe_open(ref.file, "pt") as file:
+            return file.get_tensor(ref.name).double().abs()
+
+    slot, weight = step.slots[0], step.op.parts[0]
+    magnitude, rank = factor(weight), 0
+    for delta in step.op.deltas:
+        product = factor(delta.tensors["B"]) @ factor(delta.tensors["A"])
+        magnitude += abs(delta.scale) * (product.T if delta.region.transposed else product)
+        rank += delta.rank
+    carried = (1 + ROUNDOFF[slot.dtype]) * (rank + 4) * 2.0**-24 * magnitude
+    return 2 * carried + 2 * ROUNDOFF[slot.dtype] * (stored.abs() + carried) + SMALLEST[slot.dtype]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "gpt2"])
+def test_a_merge_on_cuda_is_within_one_rounding_of_the_cpus(family, dtype, pico, pico_adapter, tmp_path):
+    base = pico(family, dtype)
+    adapter = pico_adapter(base, target_modules="all-linear")
+    for device in ("cpu", "cuda"):
+        report = lora_merge.merge(
+            base=base, adapter=adapter, out=tmp_path / device, device=device, verify="full"
+        )
+        assert report.verdict.ok
+    on_cpu, on_cuda = tensors_of(tmp_path / "cpu"), tensors_of(tmp_path / "cuda")
+    assert sorted(on_cpu) == sorted(on_cuda)
+    n_merged = 0
+    for step in lora_merge.plan(base=base, adapter=adapter).steps:
+        name = step.slots[0].name
+        if isinstance(step.op, Merge):
+            wanted = on_cpu[name].double()
+            assert ((on_cuda[name].double() - wanted).abs() <= bound(step, wanted)).all(), name
+            n_merged += 1
+        else:
+            assert torch.equal(on_cuda[name], on_cpu[name]), name
+    assert n_merged >= 8
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_cuda_writes_the_same_bytes_whatever_the_number_of_workers(workers, pico, pico_adapter, tmp_path):
+    base = pico()
+    adapter = pico_adapter(base, target_modules="all-linear")
+    for n_workers in (1, workers):
+        lora_merge.merge(
+            base=base, adapter=adapter, out=tmp_path / str(n_workers) / "out", device="cuda",
+            workers=n_workers,
+        )  # fmt: skip
+    one, other = (tmp_path / str(n) / "out" / "model.safetensors" for n in (1, workers))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(pico, pico_adapter, tmp_path):
+    with pytest.raises(lora_merge.RequestError, match="cuda:99"):
+        lora_merge.merge(base=pico(), adapter=pico_adapter(pico()), out=tmp_path / "out", device="cuda:99")

@@ -1,0 +1,115 @@
+"""Tile by tile, whatever the shape: the bits of the whole-matrix product, ``W + (B A) s`` rounded once."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from lora_merge.core import plan
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.plan import Merge, Step, tile_rows
+from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef
+from lora_merge.merge import Merger, one_torch_thread
+
+SHAPES = [(1000, 300), (300, 1000), (257, 129), (64, 64), (65, 1031), (129, 8), (3, 500), (1, 1)]
+SCALE = 1.7  # no power of two, so that its rounding shows
+
+
+class Memory:
+    """A sink that keeps what it is given."""
+
+    def __init__(self):
+        self.content = b""
+
+    def copy(self, slot, source):
+        raise AssertionError(f"{slot.name} was copied, not merged")
+
+    @contextlib.contextmanager
+    def open(self, slot):
+        content = bytearray(slot.nbytes)
+
+        def fill(offset, buffer):
+            content[offset : offset + len(buffer)] = buffer
+
+        yield fill
+        self.content = bytes(content)
+
+
+def written(path, tensors):
+    """Write tensors back to back into a file, and return a reference to each."""
+    codes = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
+    refs, content = {}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        refs[name] = TensorRef(
+            name, codes[tensor.dtype], tuple(tensor.shape), str(path), len(content), len(raw)
+        )
+        content += raw
+    path.write_bytes(content)
+    return refs
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize("rank", [1, 3, 8, 64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_tiles_have_the_bits_of_one_product(shape, rank, transposed, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    generator = torch.Generator().manual_seed(rank)
+    n_out, n_in = shape[::-1] if transposed else shape
+    a = torch.randn(rank, n_in, generator=generator)
+    b = torch.randn(n_out, rank, generator=generator)
+    delta = (b @ a).T * SCALE if transposed else (b @ a) * SCALE
+    whole = torch.randn(shape, generator=generator)
+    wrong = []
+    for code, name in TORCH_NAMES.items():
+        weight = whole.to(getattr(torch, name))
+        refs = written(tmp_path / code, {"W": weight, "A": a, "B": b})
+        spec = DeltaSpec(
+            "low_rank", "W", {"A": refs["A"], "B": refs["B"]}, SCALE, Region(transposed=transposed)
+        )
+        sink = Memory()
+        with one_torch_thread():
+            record = Merger(sink, "cpu")(Step((refs["W"],), Merge("dense", (refs["W"],), (spec,))))
+        wanted = (weight.float() + delta).to(weight.dtype)
+        if sink.content != wanted.view(torch.uint8).numpy().tobytes():
+            wrong.append(code)
+        assert record.finite
+    assert wrong == []
+
+
+def test_the_shapes_above_make_many_uneven_tiles(monkeypatch):
+    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    sizes = {shape: [end - start for start, end in tile_rows(shape)] for shape in SHAPES}
+    assert max(len(tiles) for tiles in sizes.values()) >= 10
+    assert any(len(set(tiles)) > 1 for tiles in sizes.values())
+
+
+@pytest.mark.parametrize("stored_as", list(TORCH_NAMES))
+@pytest.mark.parametrize("weight_dtype", list(TORCH_NAMES))
+def test_two_deltas_and_a_change_of_dtype_are_rounded_once(weight_dtype, stored_as, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(200, 90, generator=generator).to(getattr(torch, TORCH_NAMES[weight_dtype]))
+    factors = [
+        (torch.randn(rank, 90, generator=generator), torch.randn(200, rank, generator=generator))
+        for rank in (2, 5)
+    ]
+    tensors = {"W": weight}
+    for n, (a, b) in enumerate(factors):
+        tensors |= {f"A{n}": a, f"B{n}": b}
+    refs = written(tmp_path / "tensors", tensors)
+    specs = tuple(
+        DeltaSpec("low_rank", "W", {"A": refs[f"A{n}"], "B": refs[f"B{n}"]}, SCALE) for n in range(2)
+    )
+    wanted = weight.float()
+    for a, b in factors:
+        wanted = wanted + (b @ a) * SCALE
+    wanted = wanted.to(getattr(torch, TORCH_NAMES[stored_as]))
+    raw = wanted.view(torch.uint8).numpy().tobytes()
+    slot = TensorRef("W", stored_as, (200, 90), "out", 0, len(raw))
+    sink = Memory()
+    with one_torch_thread():
+        Merger(sink, "cpu")(Step((slot,), Merge("dense", (refs["W"],), specs)))
+    assert sink.content == raw
