@@ -1,6 +1,6 @@
 """``python -m lora_merge`` is the ``lora-merge`` command."""
 
-from lora_merge.cli import main
+from lora_merge.cli import entry
 
 if __name__ == "__main__":
-    main(prog_name="lora-merge")
+    entry()

@@ -53,13 +53,17 @@ UNSUPPORTED_FIELDS: Mapping[str, str] = {
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
-    "alora_invocation_tokens": "aLoRA, which acts only after its invocation tokens and so has no merged form",
-    "arrow_config": "Arrow, which routes between adapters token by token and so has no merged form",
-    "use_qalora": "QA-LoRA, whose delta belongs to a quantised weight",
 }
-"""Fields that mean a kind of adapter which is not merged, and what to call it."""
+"""Fields that mean a kind of adapter which is not merged yet, and what to call it."""
 
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+UNMERGEABLE_FIELDS: Mapping[str, str] = {
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
+    "arrow_config": "Arrow routes between adapters token by token",
+    "use_qalora": "a QA-LoRA delta belongs to a quantised weight",
+}
+"""Fields that mean a kind of adapter which has no merged form, and why."""
+
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 NOT_IN_WEIGHTS: Mapping[str, str] = {
     "PROMPT_TUNING": "it learns prompt vectors",
@@ -164,6 +168,11 @@ def _kind_issues(config: Mapping[str, Any]) -> list[Issue]:
         for field, name in UNSUPPORTED_FIELDS.items()
         if config.get(field)
     ]
+    issues += [
+        error("unsupported", field, f"{why}: it has no merged form", "serve it with PEFT")
+        for field, why in UNMERGEABLE_FIELDS.items()
+        if config.get(field)
+    ]
     if config.get("bias", "none") != "none":
         issues.append(
             error(
@@ -180,7 +189,7 @@ def _kind_issues(config: Mapping[str, Any]) -> list[Issue]:
 
 def _field_issues(config: Mapping[str, Any]) -> list[Issue]:
     """Return an issue for each field that is unknown: PEFT drops those, whatever they mean."""
-    known = IGNORED_FIELDS | READ_FIELDS | UNSUPPORTED_FIELDS.keys()
+    known = IGNORED_FIELDS | READ_FIELDS | UNSUPPORTED_FIELDS.keys() | UNMERGEABLE_FIELDS.keys()
     issues = []
     for field, value in config.items():
         if field in known:

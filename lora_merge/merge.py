@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from lora_merge.codecs import CODECS
@@ -87,7 +88,7 @@ class Merger:
                     algebra.apply(values, start, end)
                 encoded = self._buffer("encoded", n_elements * slot.nbytes // prod(slot.shape))
                 codec.encode(values, slot.dtype, encoded)
-                finite = finite and _is_finite(values, slot.dtype)
+                finite = finite and _is_finite(encoded, slot.dtype)
                 view = encoded.numpy().data
                 fill(written, view)
                 digest.update(view)
@@ -129,12 +130,15 @@ class Merger:
         return held[:n_elements]
 
 
-def _is_finite(values: torch.Tensor, dtype: str) -> bool:
-    """Return True when every value is finite in the stored dtype; the extremes tell, NaN included."""
+def _is_finite(encoded: torch.Tensor, dtype: str) -> bool:
+    """Return True when every stored value is finite.
+
+    A finite sum has no NaN and no infinity in it; only where the sum itself overflows are the extremes asked.
+    """
     import torch
 
-    extremes = torch.stack(torch.aminmax(values)).to(getattr(torch, TORCH_NAMES[dtype]))
-    return bool(torch.isfinite(extremes).all())
+    values = encoded.view(getattr(torch, TORCH_NAMES[dtype]))
+    return isfinite(float(values.sum())) or all(isfinite(float(end)) for end in torch.aminmax(values))
 
 
 def pick_device(wanted: str) -> str:
@@ -167,3 +171,14 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def torch_loading() -> Iterator[None]:
+    """Import torch in the background, for what is done meanwhile without it; it is there on leaving."""
+    loading = threading.Thread(target=importlib.import_module, args=("torch",), name="torch")
+    loading.start()
+    try:
+        yield
+    finally:
+        loading.join()

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from lora_merge import executors
 from lora_merge._version import __version__
 from lora_merge.core.adapter import Adapter
-from lora_merge.core.plan import MergePlan
+from lora_merge.core.plan import Copy, MergePlan, Step
 from lora_merge.core.provenance import Provenance
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Silence, Verdict, warning
 from lora_merge.core.request import Request, parse_fields
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import PlanError, RequestError, VerifyError, WriteError
 from lora_merge.io import staging
-from lora_merge.merge import Merger, one_torch_thread, pick_device
+from lora_merge.merge import Merger, one_torch_thread, pick_device, torch_loading
 from lora_merge.plan import make_plan
 from lora_merge.resolve import base_of, own_side_files, resolve_adapter, resolve_base, unchanged_parameters
 from lora_merge.verify import verify as check_output
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Summary
     from lora_merge.core.request import OutputDtype, VerifyLevel
     from lora_merge.core.tensor import TensorRecord
+
+_FLUSH_BYTES = 256 << 20  # written between two flushes of a file that is being filled
 
 
 def merge(  # noqa: PLR0913 - the options of the command, each by its name
@@ -157,16 +159,9 @@ class _Work:
         Raises:
             VerifyError: it says no.
         """
-        with self.clock("load"):
-            self.watch.phase("loading torch", 0)
-            import torch  # noqa: F401 - seconds, and they belong to this phase
-
-            device = _device(self.request.device)
-        with self.clock("merge"):
-            writer = HfCheckpoint(staged)
-            writer.reserve(self.plan)
-            records = self._merge(Merger(writer, device))
-            writer.seal(self.plan, records, _provenance(self.request, self.plan, self.adapter))
+        writer = HfCheckpoint(staged)
+        records = self._fill(writer)
+        writer.seal(self.plan, records, _provenance(self.request, self.plan, self.adapter))
         if self.request.verify == "none":
             return NOT_VERIFIED
         with self.clock("verify"):
@@ -176,16 +171,30 @@ class _Work:
             raise VerifyError(verdict)
         return verdict
 
-    def _merge(self, do: Merger) -> list[TensorRecord]:
-        """Carry out every step and return the records."""
-        steps = self.plan.steps
-        self.watch.phase("merging", sum(step.nbytes for step in steps))
+    def _fill(self, writer: HfCheckpoint) -> list[TensorRecord]:
+        """Carry out every step and return the records: copies while torch loads, then the rest."""
+        do = Merger(writer, _device(self.request.device))
+        copies = [step for step in self.plan.steps if isinstance(step.op, Copy)]
+        others = [step for step in self.plan.steps if not isinstance(step.op, Copy)]
+        with self.clock("copy"), torch_loading():
+            writer.reserve(self.plan)
+            records = self._run("copying", do, copies, writer)
+        with self.clock("merge"), one_torch_thread():
+            return records + self._run("merging", do, others, writer)
+
+    def _run(self, phase: str, do: Merger, steps: list[Step], writer: HfCheckpoint) -> list[TensorRecord]:
+        """Carry out steps, and have the disk take their bytes meanwhile, not all at the end."""
+        self.watch.phase(phase, sum(step.nbytes for step in steps))
         records = []
-        with one_torch_thread():
-            for record in executors.pick(self.n_workers)(do, steps, self.n_workers):
-                records.append(record)
-                self.watch.advance(record.nbytes)
-                self.watch.done(record.name)
+        unflushed_bytes = 0
+        for record in executors.pick(self.n_workers)(do, steps, self.n_workers):
+            records.append(record)
+            self.watch.advance(record.nbytes)
+            self.watch.done(record.name)
+            unflushed_bytes += record.nbytes
+            if unflushed_bytes >= _FLUSH_BYTES:
+                writer.flush(record.file)
+                unflushed_bytes = 0
         return records
 
 

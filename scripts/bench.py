@@ -370,12 +370,13 @@ def measure(options: Options, size_gb: float) -> Outcome:
     base, adapter = inputs_for(options, size_gb)
     outs = {name: options.cache / f"out-{name}" for name in CONTENDERS}
     outcome = Outcome(size_gb, nbytes_in(base), {name: [] for name in options.contenders})
-    warm_up(base, adapter)
+    load_libraries()
     for round_number in range(1, options.runs + 1):
         for name in options.contenders:
             if name == "peft" and round_number > options.peft_runs:
                 continue
             command = command_of(name, options, base, adapter, outs[name])
+            warm_up(base, adapter)
             sample = timed(command, outs[name], options.cache / f"{name}.log")
             outcome.samples[name].append(sample)
             print(f"round {round_number} of {options.runs}: {name} {sample.wall_s:.2f} s", flush=True)
@@ -388,12 +389,16 @@ def measure(options: Options, size_gb: float) -> Outcome:
 
 
 def warm_up(base: Path, adapter: Path) -> None:
-    """Read the inputs and the libraries once, so that nobody pays for being first."""
+    """Read the inputs, so that they are in the page cache: before every run, since some run may evict them."""
     block = bytearray(2**24)
     for path in (*base.iterdir(), *adapter.iterdir()):
         with path.open("rb", buffering=0) as stream:
             while stream.readinto(block):
                 pass
+
+
+def load_libraries() -> None:
+    """Load the libraries once, so that nobody pays for being first."""
     subprocess.run([sys.executable, "-c", "import transformers, peft"], check=True)
 
 

@@ -284,8 +284,18 @@ CASES = [
         config={"init_lora_weights": "loftq"},
     ),
     Case("layer replication", ("replicated layers",), "unsupported", config={"layer_replication": [[0, 2]]}),
-    Case("aLoRA", ("aLoRA", "no merged form"), "unsupported", config={"alora_invocation_tokens": [1, 2]}),
-    Case("Arrow", ("Arrow", "no merged form"), "unsupported", config={"arrow_config": {"top_k": 2}}),
+    Case(
+        "aLoRA",
+        ("aLoRA acts only after", "no merged form"),
+        "unsupported",
+        config={"alora_invocation_tokens": [1, 2]},
+    ),
+    Case(
+        "Arrow",
+        ("Arrow routes between", "no merged form"),
+        "unsupported",
+        config={"arrow_config": {"top_k": 2}},
+    ),
     Case("AdaLoRA", ("'ADALORA' adapters are not merged",), "unsupported", config={"peft_type": "ADALORA"}),
     Case(
         "prompt tuning",
