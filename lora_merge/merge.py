@@ -175,10 +175,12 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def torch_loading() -> Iterator[None]:
-    """Import torch in the background, for what is done meanwhile without it; it is there on leaving."""
-    loading = threading.Thread(target=importlib.import_module, args=("torch",), name="torch")
+    """Import torch in the background, for what is done meanwhile without it; it is there on leaving.
+
+    After an error nobody waits for it: an interrupt may have struck inside another import, and left a lock
+    held that this one needs.
+    """
+    loading = threading.Thread(target=importlib.import_module, args=("torch",), name="torch", daemon=True)
     loading.start()
-    try:
-        yield
-    finally:
-        loading.join()
+    yield
+    loading.join()

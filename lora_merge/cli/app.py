@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,7 +39,8 @@ class _App(click.Group):
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         """Run, and turn whatever happens into one sentence and one exit code."""
-        signal.signal(signal.SIGTERM, _interrupt)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, _interrupt)
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
         try:
@@ -81,8 +83,9 @@ def printable(text: str) -> str:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """Treat SIGTERM as Ctrl-C, so that staging is cleared."""
-    del signum, frame
+    """Treat SIGTERM as Ctrl-C, so that staging is cleared; end at once when asked a second time."""
+    del frame
+    signal.signal(signum, lambda *_: os._exit(exits.INTERRUPTED))
     raise KeyboardInterrupt
 
 

@@ -146,7 +146,7 @@ def tile_rows(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
     Example:
         >>> tile_rows((1024, 1024))
-        [(0, 256), (256, 512), (512, 768), (768, 1024)]
+        [(0, 512), (512, 1024)]
     """
     n_rows = shape[0] if shape else 1
     wanted = max(MIN_TILE_ROWS, TILE_ELEMENTS // max(math.prod(shape[1:]), 1))

@@ -336,15 +336,17 @@ def test_the_output_loads_in_safetensors_with_the_metadata_that_transformers_wan
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_clears_staging_and_says_so(signum, pico, pico_adapter, tmp_path):
+@pytest.mark.parametrize("delay", [0, 0.01, 0.1, 0.3], ids=lambda delay: f"after {delay} s")
+def test_an_interrupt_clears_staging_and_says_so(signum, delay, pico, pico_adapter, tmp_path):
     out = tmp_path / "out"
     arguments = ["--base", str(pico()), "--adapter", str(pico_adapter(pico())), "--out", str(out)]
     process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
     staging = tmp_path / "out.lora-merge-staging"
     while not staging.exists() and process.poll() is None:
         time.sleep(0.005)
+    time.sleep(delay)
     process.send_signal(signum)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=60)
 
     assert process.returncode == exits.INTERRUPTED, errors
     assert "interrupted" in errors
