@@ -246,7 +246,10 @@ def _other_tensor(ref: TensorRef) -> Issue:
 def _scaled(
     pairs: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]
 ) -> tuple[tuple[DeltaSpec, ...], list[Issue]]:
-    """Return a delta for each sound pair, with its scale, and what is wrong with the others."""
+    """Return a delta for each pair that can be multiplied, with its scale, and what is wrong with the pairs.
+
+    A pair that disagrees with the configuration is still a delta, so that planning can judge the rest of it.
+    """
     issues: list[Issue] = []
     try:
         scaling = _Scaling(config)
@@ -261,15 +264,13 @@ def _scaled(
         rank, ambiguous = scaling.rank(module)
         alpha, ambiguous_alpha = scaling.alpha(module)
         found = pair["A"].shape[0]
-        if ambiguous or ambiguous_alpha:
-            issues += ambiguous + ambiguous_alpha
-        elif found != rank:
+        issues += ambiguous + ambiguous_alpha
+        if found != rank and not ambiguous:
             sentence = f"has rank {found}, the config says {rank} (r and rank_pattern)"
             hint = "the config does not belong to these tensors"
             issues.append(error("rank-mismatch", module, sentence, hint))
-        else:
-            scale = alpha / (math.sqrt(rank) if scaling.rslora else rank)
-            deltas.append(DeltaSpec("low_rank", f"{module}.weight", dict(pair), scale))
+        scale = alpha / (math.sqrt(rank) if scaling.rslora else rank)
+        deltas.append(DeltaSpec("low_rank", f"{module}.weight", dict(pair), scale))
     return tuple(deltas), issues + scaling.unmatched(frozenset(pairs))
 
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from lora_merge.core.request import OutputDtype, VerifyLevel
     from lora_merge.core.tensor import TensorRecord
 
-_FLUSH_BYTES = 256 << 20  # written between two flushes of a file that is being filled
-
 
 def merge(  # noqa: PLR0913 - the options of the command, each by its name
     *,
@@ -178,23 +176,18 @@ class _Work:
         others = [step for step in self.plan.steps if not isinstance(step.op, Copy)]
         with self.clock("copy"), torch_loading():
             writer.reserve(self.plan)
-            records = self._run("copying", do, copies, writer)
+            records = self._run("copying", do, copies)
         with self.clock("merge"), one_torch_thread():
-            return records + self._run("merging", do, others, writer)
+            return records + self._run("merging", do, others)
 
-    def _run(self, phase: str, do: Merger, steps: list[Step], writer: HfCheckpoint) -> list[TensorRecord]:
-        """Carry out steps, and have the disk take their bytes meanwhile, not all at the end."""
+    def _run(self, phase: str, do: Merger, steps: list[Step]) -> list[TensorRecord]:
+        """Carry out steps and return their records."""
         self.watch.phase(phase, sum(step.nbytes for step in steps))
         records = []
-        unflushed_bytes = 0
         for record in executors.pick(self.n_workers)(do, steps, self.n_workers):
             records.append(record)
             self.watch.advance(record.nbytes)
             self.watch.done(record.name)
-            unflushed_bytes += record.nbytes
-            if unflushed_bytes >= _FLUSH_BYTES:
-                writer.flush(record.file)
-                unflushed_bytes = 0
         return records
 
 

@@ -70,15 +70,6 @@ class HfCheckpoint:
 
             yield fill
 
-    def flush(self, file: str) -> None:
-        """Have the disk take what was written to a file so far; others may go on writing to it.
-
-        Raises:
-            WriteError: the disk is full or cannot be written.
-        """
-        with files.open_for_writing(self._root / file) as fd:
-            files.flush(fd, self._root / file)
-
     def seal(self, plan: MergePlan, records: Sequence[TensorRecord], provenance: Provenance) -> None:
         """Write what goes around the weights: index, config, side files, card and manifest.
 

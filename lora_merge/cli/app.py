@@ -11,6 +11,7 @@ import click
 
 from lora_merge import __version__
 from lora_merge.cli import exits
+from lora_merge.cli.console import error_json, say_error
 from lora_merge.cli.merge import merge
 from lora_merge.errors import LoraMergeError
 
@@ -44,42 +45,21 @@ class _App(click.Group):
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
         try:
-            extra["standalone_mode"] = False
-            code = super().main(arguments, prog_name, **extra)
+            code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
         except click.exceptions.Exit as exc:
             code = exc.exit_code
         except click.ClickException as exc:
             exc.show()
             code = exits.USAGE
-        except (click.Abort, KeyboardInterrupt):
-            _say(
-                "interrupted; nothing was written under the output's name",
-                as_json=as_json,
-                code=exits.INTERRUPTED,
-            )
+            if as_json:
+                click.echo(error_json(exc, exc.format_message(), code))
+        except (click.Abort, KeyboardInterrupt) as exc:
             code = exits.INTERRUPTED
+            say_error(exc, "interrupted; nothing was written under the output's name", code, as_json=as_json)
         except LoraMergeError as exc:
             code = exits.code_of(exc)
-            _say(str(exc), hint=exc.hint, as_json=as_json, code=code, error=exc)
+            say_error(exc, str(exc), code, as_json=as_json)
         sys.exit(code if isinstance(code, int) else exits.OK)
-
-
-def _say(
-    sentence: str, *, hint: str = "", as_json: bool, code: int, error: LoraMergeError | None = None
-) -> None:
-    """Print an error: for people on stderr, and with ``--json`` as data on stdout."""
-    click.echo(f"error: {printable(sentence)}", err=True)
-    if hint:
-        click.echo(f"hint: {printable(hint)}", err=True)
-    if as_json:
-        from lora_merge.cli.console import error_json
-
-        click.echo(error_json(sentence, hint, code, error))
-
-
-def printable(text: str) -> str:
-    """Return text with control characters made visible, so that a name cannot steer the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

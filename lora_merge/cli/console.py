@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from lora_merge.core.report import Issue, Observer, Report
-    from lora_merge.errors import LoraMergeError
 
 _LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
 
@@ -53,7 +52,7 @@ class Console:
         """Print what a run did, or would do."""
         if not self._quiet:
             for issue in report.issues:
-                click.echo(f"{issue.severity}: {_clean(str(issue))}", err=True)
+                click.echo(f"{issue.severity}: {printable(str(issue))}", err=True)
         if self._as_json:
             click.echo(json.dumps({"ok": True, **asdict(report)}, indent=2))
         elif report.dry_run:
@@ -65,16 +64,31 @@ class Console:
             click.echo(f"time: {spent}", err=True)
 
 
-def error_json(sentence: str, hint: str, code: int, error: LoraMergeError | None) -> str:
+def say_error(error: BaseException, sentence: str, code: int, *, as_json: bool) -> None:
+    """Print an error: for people on stderr, and with ``as_json`` as data on stdout."""
+    click.echo(f"error: {printable(sentence)}", err=True)
+    hint = getattr(error, "hint", "")
+    if hint:
+        click.echo(f"hint: {printable(hint)}", err=True)
+    if as_json:
+        click.echo(error_json(error, sentence, code))
+
+
+def printable(text: str) -> str:
+    """Return text with control characters made visible, so that a name cannot steer the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def error_json(error: BaseException, sentence: str, code: int) -> str:
     """Return an error as JSON, with every issue that it carries."""
     issues: tuple[Issue, ...] = getattr(error, "issues", ())
     verdict = getattr(error, "verdict", None)
     data: dict[str, Any] = {
         "ok": False,
-        "error": type(error).__name__ if error else "Interrupted",
+        "error": type(error).__name__,
         "exit_code": code,
         "message": sentence,
-        "hint": hint,
+        "hint": getattr(error, "hint", ""),
         "issues": [asdict(issue) for issue in (verdict.issues if verdict else issues)],
     }
     return json.dumps(data, indent=2)
@@ -94,12 +108,6 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
-def _clean(text: str) -> str:
-    from lora_merge.cli.app import printable
-
-    return printable(text)
-
-
 def _done(report: Report) -> str:
     summary, seconds = report.summary, sum(report.seconds.values())
     total = summary.merged_bytes + summary.cast_bytes + summary.copied_bytes
@@ -111,7 +119,7 @@ def _done(report: Report) -> str:
     )
     merged = f"merged {summary.n_merged} tensors, copied {summary.n_copied}"
     merged += f", cast {summary.n_cast}" if summary.n_cast else ""
-    return f"{_clean(report.out)}: {merged}, {size_text(total)} in {seconds:.1f} s; {checked}"
+    return f"{printable(report.out)}: {merged}, {size_text(total)} in {seconds:.1f} s; {checked}"
 
 
 def _print_plan(report: Report) -> None:
@@ -137,7 +145,7 @@ def _print_plan(report: Report) -> None:
         ("disk free", size_text(summary.disk_free_bytes)),
     ]
     for name, value in rows:
-        table.add_row(name, Text(_clean(value), overflow="fold"))
+        table.add_row(name, Text(printable(value), overflow="fold"))
     RichConsole().print(table)
 
 
@@ -213,4 +221,4 @@ class _Lines:
 
     def done(self, name: str) -> None:
         if self._verbose:
-            click.echo(f"  {_clean(name)}", err=True)
+            click.echo(f"  {printable(name)}", err=True)

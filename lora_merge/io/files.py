@@ -137,18 +137,6 @@ def _copy_in_kernel(
     return done
 
 
-def flush(fd: int, label: str | Path) -> None:
-    """Make the bytes of a file durable.
-
-    Raises:
-        WriteError: the disk is full or cannot be written.
-    """
-    try:
-        os.fsync(fd)
-    except OSError as exc:
-        raise write_error(label, exc) from exc
-
-
 def allocate(fd: int, nbytes: int) -> None:
     """Give a file its size, and its blocks where the filesystem can promise them.
 

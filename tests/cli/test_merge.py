@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,13 @@ def test_json_is_one_document_on_stdout(pico, pico_adapter, cli, tmp_path):
     assert merged["verdict"]["level"] == "sample"
     assert merged["verdict"]["issues"] == []
     assert (refused["ok"], refused["error"], refused["exit_code"]) == (False, "WriteError", exits.WRITE)
+
+
+def test_a_wrong_command_line_is_json_too(cli):
+    document = json.loads(cli("--adapter", "x", "--json").stdout)
+
+    assert (document["error"], document["exit_code"]) == ("UsageError", exits.USAGE)
+    assert "Missing option '--out'" in document["message"]
 
 
 def test_quiet_says_nothing_and_verbose_names_tensors(pico, pico_adapter, cli, tmp_path):
@@ -356,24 +364,24 @@ def test_an_interrupt_clears_staging_and_says_so(signum, delay, pico, pico_adapt
 def test_a_killed_run_leaves_no_output_and_the_next_run_succeeds(pico, pico_adapter, tmp_path):
     """SIGKILL at moments spread over the whole run: before staging, while merging, around the rename."""
     arguments = ["--base", str(pico()), "--adapter", str(pico_adapter(pico())), "--out"]
-    start = time.perf_counter()
     subprocess.run([*COMMAND, *arguments, tmp_path / "whole"], check=True, capture_output=True)
-    duration = time.perf_counter() - start
     whole = raw_tensors(tmp_path / "whole")
-    out = tmp_path / "out"
-    n_moments = 10
+    out, staging = tmp_path / "out", tmp_path / "out.lora-merge-staging"
     killed = 0
-    for moment in range(n_moments):
+    for seconds_into_staging in (None, 0, 0.01, 0.05, 0.2, 0.5, 1, 1.5, 2, 3):
         process = subprocess.Popen([*COMMAND, *arguments, out], stderr=subprocess.DEVNULL)
-        time.sleep(duration * moment / (n_moments - 1))
+        if seconds_into_staging is not None:
+            while not any(path.is_file() for path in staging.glob("*")) and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(seconds_into_staging)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if process.returncode == -signal.SIGKILL and not out.exists():
+        if out.exists():
+            assert raw_tensors(out) == whole
+            shutil.rmtree(out)
+        else:
             killed += 1
             assert set(leftovers(tmp_path)) <= {"whole", "out.lora-merge-staging"}
-        else:
-            assert raw_tensors(out) == whole
-            subprocess.run(["rm", "-r", str(out)], check=True)
 
     assert killed >= 3
     subprocess.run([*COMMAND, *arguments, out], check=True, capture_output=True)

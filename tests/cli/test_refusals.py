@@ -410,6 +410,16 @@ def test_every_problem_is_named_in_one_message(pico, pico_adapter, tampered, cli
         assert words in result.stderr
 
 
+def test_a_rank_that_disagrees_hides_no_other_problem(pico, pico_adapter, tampered, cli, tmp_path):
+    adapter = tampered(pico_adapter(pico()))
+    edit_json(adapter / "adapter_config.json", r=8, target_modules=["q_proj", "wqkv"])
+
+    result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
+
+    for words in ("has rank 4, the config says 8", "the entry 'wqkv'", "target_modules does not match it"):
+        assert words in result.stderr
+
+
 def test_the_same_problem_in_many_modules_is_one_line(pico, pico_adapter, tampered, cli, tmp_path):
     adapter = tampered(pico_adapter(pico()))
     edit_json(adapter / "adapter_config.json", r=8)
