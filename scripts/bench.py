@@ -48,6 +48,12 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
+SETTLE_S = 5.0
+"""Pause between removing an old output and the next run, in seconds. A virtual machine hands freed memory back
+to its host within a few; without the pause a command that writes at once gets warm pages for nothing, and one
+that starts up first does not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """The command line."""
@@ -423,6 +429,7 @@ def timed(command: list[str], out: Path, log: Path) -> Sample:
     """Run a command in a process of its own and return what it took; exit when it fails."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    time.sleep(SETTLE_S)
     with log.open("wb") as stream:
         began = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
