@@ -13,7 +13,7 @@ from lora_merge.core.plan import Copy, Merge, tile_rows
 from lora_merge.core.tensor import TORCH_NAMES, TensorRecord
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.io.files import digest_text, new_digest, open_for_reading, read_into
-from lora_merge.io.safetensors import tensor_digest
+from lora_merge.io.safetensors import load, tensor_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,17 +97,10 @@ class Merger:
 
     def _algebra(self, delta: DeltaSpec) -> Algebra:
         """Return a delta with its factors loaded, in float32 on the device."""
-        factors = {role: self._factor(ref) for role, ref in delta.tensors.items()}
-        return ALGEBRAS[delta.kind](delta, factors)
-
-    def _factor(self, ref: TensorRef) -> torch.Tensor:
         import torch
 
-        raw = torch.empty(ref.nbytes, dtype=torch.uint8)
-        with open_for_reading(ref.file) as fd:
-            read_into(fd, raw.numpy().data, ref.start, ref.file)
-        typed = raw.view(getattr(torch, TORCH_NAMES[ref.dtype])).view(ref.shape)
-        return typed.to(self._device, torch.float32)
+        factors = {role: load(ref).to(self._device, torch.float32) for role, ref in delta.tensors.items()}
+        return ALGEBRAS[delta.kind](delta, factors)
 
     def _buffer(self, role: str, nbytes: int) -> torch.Tensor:
         """Return a uint8 buffer of this thread, reused from tile to tile."""

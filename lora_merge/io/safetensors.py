@@ -151,18 +151,22 @@ def same_values(stored: TensorRef, other: TensorRef) -> bool:
         return False
     import torch
 
-    one, two = (_values(stored), _values(other))
+    one, two = load(stored), load(other)
     return torch.equal(two.to(one.dtype), one)
 
 
-def _values(ref: TensorRef) -> torch.Tensor:
-    """Return a tensor's values, flat."""
+def load(ref: TensorRef) -> torch.Tensor:
+    """Return a whole tensor in its stored dtype; for small ones, such as the factors of an adapter.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
     import torch
 
-    raw = bytearray(ref.nbytes)
+    raw = torch.empty(ref.nbytes, dtype=torch.uint8)
     with files.open_for_reading(ref.file) as fd:
-        files.read_into(fd, memoryview(raw), ref.start, ref.file)
-    return torch.frombuffer(raw, dtype=getattr(torch, TORCH_NAMES[ref.dtype]))
+        files.read_into(fd, raw.numpy().data, ref.start, ref.file)
+    return raw.view(getattr(torch, TORCH_NAMES[ref.dtype])).view(ref.shape)
 
 
 def reserve(path: Path, file: OutputFile) -> None:
