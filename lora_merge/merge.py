@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from math import isfinite, prod
+from math import isfinite
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from lora_merge.codecs import CODECS
-from lora_merge.core.plan import Copy, Merge, tile_rows
-from lora_merge.core.tensor import TORCH_NAMES, TensorRecord
-from lora_merge.deltas import ALGEBRAS
+from lora_merge.core.plan import Copy, Merge
+from lora_merge.core.tensor import TORCH_NAMES, Survival, TensorRecord
+from lora_merge.deltas import ALGEBRAS, combine
 from lora_merge.io.files import digest_text, new_digest, open_for_reading, read_into
 from lora_merge.io.safetensors import load, tensor_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef
     from lora_merge.deltas import Algebra
+
+
+SAMPLE_ELEMENTS = 1 << 14
+"""Elements of a merged tensor that are looked at again, to see what the stored dtype kept of the delta."""
 
 
 class Sink(Protocol):
@@ -70,37 +74,62 @@ class Merger:
 
     def _merge(self, slot: TensorRef, op: Merge) -> TensorRecord:
         """Stream one tensor through float32, row tile by row tile."""
-        codec, weight = CODECS[op.codec], op.parts[0]
-        algebras = [self._algebra(delta) for delta in op.deltas]
-        row_elements = prod(weight.shape[1:])
-        row_bytes = weight.nbytes // max(weight.shape[0] if weight.shape else 1, 1)
-        digest, finite, written = new_digest(), True, 0
-        with open_for_reading(weight.file) as fd, self._sink.open(slot) as fill:
-            for start, end in tile_rows(weight.shape):
-                n_elements = (end - start) * row_elements
+        import torch
+
+        torch.get_num_threads()  # makes `one_torch_thread` hold in this thread: MKL has its own number until then
+        codec, source = CODECS[op.codec], op.parts[0]
+        row_bytes = source.nbytes // max(op.view.n_rows, 1)
+        digest, finite, written, survival = new_digest(), True, 0, None
+        tiles = op.tiles()
+        dense = any(delta.kind != "rows" for delta in op.deltas)  # a sample would miss a few trained rows
+        with open_for_reading(source.file) as fd, self._sink.open(slot) as fill:
+            algebras = [self._algebra(fd, op, delta, slot) for delta in op.deltas]
+            for n, (start, end) in enumerate(tiles):
+                n_elements = (end - start) * op.view.columns
                 if not n_elements:
                     continue
                 raw = self._buffer("raw", (end - start) * row_bytes)
-                read_into(fd, raw.numpy().data, weight.start + start * row_bytes, weight.file)
-                values = self._values(n_elements).view(end - start, row_elements)
-                codec.decode(raw, weight.dtype, values)
-                for algebra in algebras:
-                    algebra.apply(values, start, end)
-                encoded = self._buffer("encoded", n_elements * slot.nbytes // prod(slot.shape))
+                read_into(fd, raw.numpy().data, source.start + start * row_bytes, source.file)
+                values = self._values(n_elements).view(end - start, op.view.columns)
+                codec.decode(raw, source.dtype, values)
+                sample = _Sample(values) if dense and n == len(tiles) // 2 else None
+                _change(values, start, end, op, algebras)
+                encoded = self._buffer("encoded", (end - start) * (slot.nbytes // op.view.n_rows))
                 codec.encode(values, slot.dtype, encoded)
+                if sample is not None:
+                    survival = sample.survival(values, encoded, slot.dtype)
                 finite = finite and _is_finite(encoded, slot.dtype)
                 view = encoded.numpy().data
                 fill(written, view)
                 digest.update(view)
                 written += len(view)
-        return TensorRecord(slot.name, slot.file, slot.nbytes, digest_text(digest), finite=finite)
+        text = digest_text(digest)
+        return TensorRecord(slot.name, slot.file, slot.nbytes, text, finite=finite, survival=survival)
 
-    def _algebra(self, delta: DeltaSpec) -> Algebra:
-        """Return a delta with its factors loaded, in float32 on the device."""
+    def _algebra(self, fd: int, op: Merge, delta: DeltaSpec, slot: TensorRef) -> Algebra:
+        """Return a delta with its factors loaded, on the device, and the weight surveyed if it asks for that."""
+        factors = {role: load(ref).to(self._device) for role, ref in delta.tensors.items()}
+        made = ALGEBRAS[delta.kind]
+        algebra = made(delta, factors, slot.dtype)
+        if made.reach(delta) == "columns":
+            algebra.survey(self._panels(fd, op))
+        return algebra
+
+    def _panels(self, fd: int, op: Merge) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield the stored weight in panels of whole columns; the file is read once for each."""
         import torch
 
-        factors = {role: load(ref).to(self._device, torch.float32) for role, ref in delta.tensors.items()}
-        return ALGEBRAS[delta.kind](delta, factors)
+        source, view = op.parts[0], op.view
+        row_bytes = source.nbytes // max(view.n_rows, 1)
+        for left, right in view.panels():
+            panel = torch.empty((view.n_rows, right - left), device=self._device)
+            for start, end in view.tiles():
+                raw = self._buffer("raw", (end - start) * row_bytes)
+                read_into(fd, raw.numpy().data, source.start + start * row_bytes, source.file)
+                values = self._values((end - start) * view.columns).view(end - start, view.columns)
+                CODECS[op.codec].decode(raw, source.dtype, values)
+                panel[start:end] = values[:, left:right]
+            yield left, right, panel
 
     def _buffer(self, role: str, nbytes: int) -> torch.Tensor:
         """Return a uint8 buffer of this thread, reused from tile to tile."""
@@ -121,6 +150,70 @@ class Merger:
             held = torch.empty(n_elements, dtype=torch.float32, device=self._device)
             self._local.values = held
         return held[:n_elements]
+
+
+def _change(values: torch.Tensor, start: int, end: int, op: Merge, algebras: list[Algebra]) -> None:
+    """Apply every delta of a step to a row tile, in place."""
+    if op.combination is not None:
+        values.add_(_combined(values, start, end, op, algebras))
+        return
+    base = values.clone() if len(algebras) > 1 else values
+    for delta, algebra in zip(op.deltas, algebras, strict=True):
+        if delta.weight == 1:
+            algebra.apply(values, base, start, end)
+        else:
+            values.add_(_difference(values, start, end, [algebra]), alpha=delta.weight)
+
+
+def _combined(values: torch.Tensor, start: int, end: int, op: Merge, algebras: list[Algebra]) -> torch.Tensor:
+    """Return the combined change of several adapters to a whole tensor."""
+    assert op.combination is not None
+    changes, weights = [], []
+    for adapter in sorted({delta.adapter for delta in op.deltas}):
+        own = [
+            (delta, algebra)
+            for delta, algebra in zip(op.deltas, algebras, strict=True)
+            if delta.adapter == adapter
+        ]
+        changes.append(_difference(values, start, end, [algebra for _, algebra in own]))
+        weights.append(own[0][0].weight)
+    if op.view.blocks > 1:
+        changes = [change.view(op.view.blocks, op.view.rows, op.view.columns) for change in changes]
+    return combine(changes, weights, op.combination).view(values.shape)
+
+
+def _difference(weight: torch.Tensor, start: int, end: int, algebras: Iterable[Algebra]) -> torch.Tensor:
+    """Return what algebras change in a weight, which stays as it is."""
+    changed = weight.clone()
+    for algebra in algebras:
+        algebra.apply(changed, weight, start, end)
+    return changed.sub_(weight)
+
+
+class _Sample:
+    """Some rows of a tile before the merge, to see afterwards how much of the delta its dtype kept."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        n_rows, n_columns = values.shape
+        self._rows = slice(0, max(1, min(n_rows, SAMPLE_ELEMENTS // max(n_columns, 1))))
+        self._before = values[self._rows].clone()
+
+    def survival(self, values: torch.Tensor, encoded: torch.Tensor, dtype: str) -> Survival:
+        """Return what became of the delta in these rows."""
+        import torch
+
+        stored = encoded.view(getattr(torch, TORCH_NAMES[dtype])).view(values.shape)
+        wanted = values[self._rows] - self._before
+        kept = stored[self._rows].to(values.device, torch.float32) - self._before
+        touched = wanted != 0
+        n_touched = int(touched.sum())
+        unchanged = int(((kept == 0) & touched).sum())
+        return Survival(
+            weight_norm=float(torch.linalg.vector_norm(self._before)),
+            delta_norm=float(torch.linalg.vector_norm(wanted)),
+            error_norm=float(torch.linalg.vector_norm(kept - wanted)),
+            unchanged=unchanged / n_touched if n_touched else 0.0,
+        )
 
 
 def _is_finite(encoded: torch.Tensor, dtype: str) -> bool:

@@ -7,41 +7,66 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge._version import __version__
-from lora_merge.core.adapter import Adapter
+from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.plan import Copy, MergePlan, Step
 from lora_merge.core.provenance import Provenance
-from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Silence, Verdict, warning
-from lora_merge.core.request import Request, parse_fields
-from lora_merge.core.shards import parse_size
+from lora_merge.core.report import (
+    NOT_VERIFIED,
+    Issue,
+    Observer,
+    Report,
+    Silence,
+    Verdict,
+    survival_issues,
+    warning,
+)
+from lora_merge.core.request import Request, parse_adapter, parse_fields
 from lora_merge.errors import PlanError, RequestError, VerifyError, WriteError
 from lora_merge.io import staging
 from lora_merge.merge import Merger, one_torch_thread, pick_device, torch_loading
-from lora_merge.plan import make_plan
-from lora_merge.resolve import base_of, own_side_files, resolve_adapter, resolve_base, unchanged_parameters
+from lora_merge.plan import make_plan, touches_embeddings
+from lora_merge.resolve import (
+    base_of,
+    equal_embeddings,
+    own_side_files,
+    resolve_adapter,
+    resolve_base,
+    unchanged_parameters,
+)
 from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from os import PathLike
 
     from lora_merge.core.report import Summary
-    from lora_merge.core.request import OutputDtype, VerifyLevel
-    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.core.request import BaseIs, CombineMethod, OutputDtype, VerifyLevel
+    from lora_merge.core.tensor import Survival, TensorRecord
+
+AdapterPaths = str | PathLike[str] | Sequence[str | PathLike[str]]
+"""One adapter or several, as `merge` takes them."""
 
 
 def merge(  # noqa: PLR0913 - the options of the command, each by its name
     *,
-    adapter: str | PathLike[str],
+    adapter: AdapterPaths,
     out: str | PathLike[str],
     base: str | PathLike[str] | None = None,
+    base_is: BaseIs | None = None,
+    combine: CombineMethod = "linear",
+    density: float = 0.5,
+    seed: int = 0,
+    allow_untie: bool = False,
+    allow_svd: bool = False,
     dtype: OutputDtype | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -54,9 +79,16 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     """Merge an adapter into a base and write a checkpoint that loads without LoRA support.
 
     Args:
-        adapter: adapter directory.
+        adapter: adapter directory, or several; each may have ``:WEIGHT`` behind it.
         out: directory to create.
         base: base checkpoint directory; default: the adapter's ``base_model_name_or_path``.
+        base_is: what the base is to an adapter whose initialisation changed it (PiSSA, OLoRA, CorDA, LoftQ,
+            LoRA-GA): the model as published, or what that left of it.
+        combine: how the changes of several adapters become one.
+        density: share of the values that ``ties`` and ``dare`` keep, above 0 and at most 1.
+        seed: of what ``dare`` drops at random.
+        allow_untie: untie the embeddings even of a family that engines tie whatever its config says.
+        allow_svd: merge methods that decompose the base anew (OSF, PSOFT, AdaMSS).
         dtype: storage of the output; default: the base's, tensor by tensor.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: worker threads; default: the number of usable cores.
@@ -70,36 +102,51 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
         LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood
             there before.
     """
-    fields = {"dtype": dtype, "device": device, "workers": workers, "verify": verify}
+    parsed = {
+        "adapter": _texts(adapter), "base_is": base_is, "combine": combine, "density": density, "seed": seed,
+        "dtype": dtype, "device": device, "workers": workers, "max_shard_size": max_shard_size, "verify": verify,
+    }  # fmt: skip
     request = Request(
-        adapter=str(adapter),
         out=str(out),
         base=None if base is None else str(base),
         overwrite=overwrite,
         strict=strict,
-        **parse_fields({**fields, "max_shard_size": max_shard_size}),
+        allow_untie=allow_untie,
+        allow_svd=allow_svd,
+        **parse_fields(parsed),
     )
     return run(request, observer=observer)
 
 
-def plan(
+def plan(  # noqa: PLR0913 - as `merge`
     *,
-    adapter: str | PathLike[str],
+    adapter: AdapterPaths,
     base: str | PathLike[str] | None = None,
+    base_is: BaseIs | None = None,
+    combine: CombineMethod = "linear",
+    density: float = 0.5,
+    seed: int = 0,
+    allow_untie: bool = False,
+    allow_svd: bool = False,
     dtype: OutputDtype | None = None,
     max_shard_size: str | int | None = None,
 ) -> MergePlan:
-    """Return what `merge` would read, compute and write; writes nothing.
+    """Return what `merge` would read, compute and write; writes nothing. The arguments are those of `merge`.
 
     Raises:
         ResolveError: base or adapter cannot be found or read.
         PlanError: they do not fit.
     """
+    parsed = {
+        "adapter": _texts(adapter), "base_is": base_is, "combine": combine, "density": density, "seed": seed,
+        "dtype": dtype, "max_shard_size": max_shard_size,
+    }  # fmt: skip
     request = Request(
-        adapter=str(adapter),
         out="",
         base=None if base is None else str(base),
-        **parse_fields({"dtype": dtype, "max_shard_size": max_shard_size}),
+        allow_untie=allow_untie,
+        allow_svd=allow_svd,
+        **parse_fields(parsed),
     )
     return _plan(request)[0]
 
@@ -120,8 +167,8 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     n_workers = request.workers or usable_cores()
     out = _absolute(request.out)
     with clock("plan"):
-        plan, adapter = _plan(request)
-        _check_strict(request, plan)
+        plan, uses = _plan(request)
+        _check_strict(request, plan.issues)
         inputs = (Path(plan.base), *(Path(root) for root in plan.adapters))
         staging.check_replaceable(out, overwrite=request.overwrite, inputs=inputs)
         summary = plan.summary(n_workers, _free_bytes(out))
@@ -129,15 +176,21 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     if shortage and not dry_run:
         raise WriteError(str(shortage))
     verdict = NOT_VERIFIED
+    survival: dict[str, Survival] = {}
+    drowned: tuple[Issue, ...] = ()
     if not dry_run:
-        work = _Work(request, plan, adapter, n_workers, observer or Silence(), clock)
+        work = _Work(request, plan, uses, n_workers, observer or Silence(), clock)
         with staging.staging(out) as staged:
-            verdict = work.write(staged)
+            verdict, survival = work.write(staged)
+            drowned = survival_issues(survival)
+            _check_strict(request, drowned)
             with clock("publish"):
                 work.watch.phase("flushing", 0)
                 staging.publish(staged, out)
-    issues = (*plan.issues, shortage) if shortage else plan.issues
-    return Report(plan.base, request.adapter, str(out), dry_run, summary, issues, verdict, clock.seconds)
+    issues = (*plan.issues, *([shortage] if shortage else []), *verdict.notes, *drowned)
+    return Report(
+        plan.base, request.adapter, str(out), dry_run, summary, issues, verdict, survival, clock.seconds
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,28 +199,29 @@ class _Work:
 
     request: Request
     plan: MergePlan
-    adapter: Adapter
+    uses: tuple[AdapterUse, ...]
     n_workers: int
     watch: Observer
     clock: _Clock
 
-    def write(self, staged: Path) -> Verdict:
-        """Fill the staging directory and return what its verification says.
+    def write(self, staged: Path) -> tuple[Verdict, dict[str, Survival]]:
+        """Fill the staging directory; return what its verification says, and what became of each delta.
 
         Raises:
             VerifyError: it says no.
         """
         writer = HfCheckpoint(staged)
         records = self._fill(writer)
-        writer.seal(self.plan, records, _provenance(self.request, self.plan, self.adapter))
+        writer.seal(self.plan, records, _provenance(self.request, self.plan, self.uses))
+        survival = {record.name: record.survival for record in records if record.survival}
         if self.request.verify == "none":
-            return NOT_VERIFIED
-        with self.clock("verify"):
+            return NOT_VERIFIED, survival
+        with self.clock("verify"), one_torch_thread():
             self.watch.phase("verifying", 0)
             verdict = check_output(self.plan, staged, records, self.request.verify)
         if not verdict.ok:
             raise VerifyError(verdict)
-        return verdict
+        return verdict, survival
 
     def _fill(self, writer: HfCheckpoint) -> list[TensorRecord]:
         """Carry out every step and return the records: copies while torch loads, then the rest."""
@@ -198,20 +252,32 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _plan(request: Request) -> tuple[MergePlan, Adapter]:
-    """Resolve base and adapter, and plan their merge."""
-    adapter = resolve_adapter(request.adapter)
-    base = resolve_base(request.base or base_of(adapter))
-    limit = request.max_shard_size
-    plan = make_plan(
-        base,
-        adapter,
-        dtype=request.dtype,
-        max_shard_bytes=None if limit is None else parse_size(limit),
-        own_side_files=frozenset(own_side_files(adapter, base)),
-        unchanged=frozenset(unchanged_parameters(adapter, base)),
+def _plan(request: Request) -> tuple[MergePlan, tuple[AdapterUse, ...]]:
+    """Resolve base and adapters, and plan their merge."""
+    chosen = [_chosen(text) for text in request.adapter]
+    adapters = [resolve_adapter(path) for path, _ in chosen]
+    base = resolve_base(request.base or base_of(adapters[0]))
+    uses = tuple(
+        AdapterUse(
+            adapter,
+            weight,
+            own_side_files=frozenset(own_side_files(adapter, base)),
+            unchanged=unchanged_parameters(adapter, base),
+        )
+        for adapter, (_, weight) in zip(adapters, chosen, strict=True)
     )
-    return plan, adapter
+    twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
+    return make_plan(base, uses, request, twins), uses
+
+
+def _chosen(text: str) -> tuple[str, float]:
+    """Return the directory and the weight of an adapter; a directory of the whole name wins."""
+    return (text, 1.0) if Path(text).expanduser().is_dir() else parse_adapter(text)
+
+
+def _texts(adapter: AdapterPaths) -> list[str]:
+    """Return the adapters of a call as a command line would name them."""
+    return [str(adapter)] if isinstance(adapter, str | PathLike) else [str(path) for path in adapter]
 
 
 def _absolute(out: str) -> Path:
@@ -220,8 +286,8 @@ def _absolute(out: str) -> Path:
     return path.parent.resolve() / path.name
 
 
-def _check_strict(request: Request, plan: MergePlan) -> None:
-    warnings = [issue for issue in plan.issues if issue.severity == "warning"]
+def _check_strict(request: Request, issues: Sequence[Issue]) -> None:
+    warnings = [issue for issue in issues if issue.severity == "warning"]
     if request.strict and warnings:
         raise PlanError(warnings)
 
@@ -233,7 +299,7 @@ def _device(wanted: str) -> str:
         raise RequestError("", 0, "device", str(exc), hint="use --device cpu") from exc
 
 
-def _provenance(request: Request, plan: MergePlan, adapter: Adapter) -> Provenance:
+def _provenance(request: Request, plan: MergePlan, uses: tuple[AdapterUse, ...]) -> Provenance:
     import platform
 
     import numpy as np
@@ -241,10 +307,10 @@ def _provenance(request: Request, plan: MergePlan, adapter: Adapter) -> Provenan
 
     return Provenance(
         base=request.base or plan.base,
-        adapter=adapter,
-        adapter_path=request.adapter,
+        adapters=tuple(use.adapter for use in uses),
+        adapter_paths=tuple(_chosen(text)[0] for text in request.adapter),
         out_name=Path(request.out).name,
-        options={"dtype": request.dtype, "max_shard_size": request.max_shard_size, "device": request.device},
+        options=_options(request),
         versions={
             "lora-merge": __version__,
             "python": platform.python_version(),
@@ -252,6 +318,19 @@ def _provenance(request: Request, plan: MergePlan, adapter: Adapter) -> Provenan
             "numpy": np.__version__,
         },
     )
+
+
+def _options(request: Request) -> dict[str, object]:
+    """Return the options that shape the output, for its manifest."""
+    options: dict[str, object] = {
+        "dtype": request.dtype,
+        "max_shard_size": request.max_shard_size,
+        "device": request.device,
+        "base_is": request.base_is,
+    }
+    if request.combine != "linear":
+        options |= {"combine": request.combine, "density": request.density, "seed": request.seed}
+    return options
 
 
 def _free_bytes(out: Path) -> int:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
-from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, Checkpoint, WeightFile
+from lora_merge.core.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    INPUT_NAMES,
+    OUTPUT_NAMES,
+    SAFETENSORS_FILE,
+    Checkpoint,
+    WeightFile,
+)
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
 from lora_merge.io.safetensors import read_header, same_values
 from lora_merge.io.side_files import base_side_files, differs, other_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from lora_merge.core.adapter import Adapter
 
@@ -78,17 +87,48 @@ def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     return tuple(file.name for file in adapter.side_files if differs(file, Path(base.root)))
 
 
-def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
+def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
     """Return the whole parameters in an adapter that are but copies of the base's. Reads both.
 
     PEFT saves the output embedding along when it is a target, trained or not.
     """
     stored = base.by_name()
-    return tuple(
+    if adapter.config.get("layer_replication"):
+        return frozenset()  # its names count other layers than the base's
+    return frozenset(
         parameter
-        for parameter, ref in adapter.full_tensors.items()
-        if parameter in stored and same_values(stored[parameter], ref)
+        for parameter, replacement in adapter.replacements.items()
+        if replacement.why != "module"
+        and parameter in stored
+        and same_values(stored[parameter], replacement.ref)
     )
+
+
+def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset[frozenset[str]]:
+    """Return the pairs of an input and an output embedding that have equal values, by stored name. Reads them.
+
+    PEFT saves both ends of a tie, if it saves them at all.
+    """
+    groups = [[ref for ref in base.tensors() if ref.name.endswith(".weight") and len(ref.shape) == 2]]
+    for adapter in adapters:
+        rows = [delta.tensors["rows"] for delta in adapter.deltas if delta.kind == "rows"]
+        groups.append([*rows, *(replacement.ref for replacement in adapter.replacements.values())])
+    return frozenset(
+        frozenset((one.name, other.name))
+        for refs in groups
+        for one in refs
+        for other in refs
+        if _owner(one.name) in INPUT_NAMES
+        and _owner(other.name) in OUTPUT_NAMES
+        and one.dtype == other.dtype
+        and same_values(one, other)
+    )
+
+
+def _owner(name: str) -> str:
+    """Return the last part of the path of the module that owns a weight, without the wrappers of PEFT."""
+    path = re.sub(r"\.(weight|base_layer|token_adapter|trainable_tokens_delta)(?=\.|$)", "", name)
+    return path.rpartition(".")[2]
 
 
 def _directory(path: str, role: str) -> Path:

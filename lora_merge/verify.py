@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks import CHECKS, Evidence
-from lora_merge.checks.recompute import sampled_rows
+from lora_merge.checks.recompute import has_formula, sampled_rows
 from lora_merge.checks.structure import structure
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import Verdict
@@ -39,7 +39,7 @@ def verify(
     n_rows = sum(
         len(rows)
         for step in plan.steps
-        if isinstance(step.op, Merge)
-        for rows in sampled_rows(step.slots[0], level)
+        if isinstance(step.op, Merge) and has_formula(step.op)
+        for rows in sampled_rows(step.slots[0], step.op, level)
     )
     return Verdict(level, n_tensors=len(plan.steps), n_rows=n_rows, issues=tuple(issues))

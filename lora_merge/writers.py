@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, patched_config
 from lora_merge.core.provenance import Provenance, card_text, manifest_text
 from lora_merge.io import files
 from lora_merge.io.safetensors import reserve
@@ -80,22 +80,11 @@ class HfCheckpoint:
         for side_file in plan.side_files:
             target = self._root / side_file.name
             if side_file.name == CONFIG_FILE and plan.config_patch:
-                files.write_text(target, _patched(Path(side_file.source), plan.config_patch))
+                config = patched_config(files.read_json(Path(side_file.source)), plan.config_patch)
+                files.write_text(target, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             else:
                 files.copy_file(Path(side_file.source), target)
         if plan.index:
             files.write_text(self._root / INDEX_FILE, plan.index)
         files.write_text(self._root / CARD_FILE, card_text(provenance, plan))
         files.write_text(self._root / MANIFEST_FILE, manifest_text(provenance, plan, records))
-
-
-def _patched(config: Path, patch: Any) -> str:
-    """Return the text of a config with some values replaced, in its own order."""
-    table = files.read_json(config)
-    for dotted, value in patch.items():
-        *parents, key = dotted.split(".")
-        level = table
-        for parent in parents:
-            level = level[parent]
-        level[key] = value
-    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = ("cp", "ours", "peft")
+KINDS = ("lora", "dora", "adalora")
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 TARGETS = {
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -63,6 +64,9 @@ class Options:
 
     rank: int
     targets: str
+    kinds: tuple[str, ...]
+    """Of adapter; each is merged by lora-merge, the first by PEFT too."""
+
     dtype: str
     runs: int
     peft_runs: int
@@ -71,6 +75,15 @@ class Options:
     json_file: Path | None
     contenders: tuple[str, ...]
     keep: bool
+
+    def entrants(self) -> dict[str, str]:
+        """Return who takes turns, and the kind of adapter that each merges."""
+        ours = {ours_with(kind): kind for kind in self.kinds}
+        return {
+            name: kind
+            for contender in self.contenders
+            for name, kind in (ours if contender == "ours" else {contender: self.kinds[0]}).items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +145,7 @@ class Outcome:
 
     size_gb: float
     base_bytes: int
+    kinds: tuple[str, ...]
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     identical: dict[str, Any] | None = None
     """Comparison of our output with PEFT's, where both ran."""
@@ -148,6 +162,11 @@ class Outcome:
         return float(median(getattr(one, quantity) / getattr(two, quantity) for one, two in pairs))
 
 
+def ours_with(kind: str) -> str:
+    """Return what lora-merge is called with a kind of adapter."""
+    return "ours" if kind == KINDS[0] else f"ours-{kind}"
+
+
 # The command
 
 
@@ -161,6 +180,14 @@ def _sizes(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tu
     return sizes
 
 
+def _kinds(_ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = {part.strip() for text in texts for part in text.split(",")}
+    if not chosen <= set(KINDS):
+        unknown = ", ".join(sorted(chosen - set(KINDS)))
+        raise click.BadParameter(f"{unknown!r} is none of {', '.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in chosen)
+
+
 @click.group(invoke_without_command=True, help=__doc__)
 @click.option(
     "--size", type=click.FloatRange(min=0.3), default=3.0, show_default=True, help="GB of the base."
@@ -168,6 +195,14 @@ def _sizes(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tu
 @click.option("--sizes", callback=_sizes, help="Several sizes in one go, such as 3,6; replaces --size.")
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of the adapter.")
 @click.option("--targets", type=click.Choice(list(TARGETS)), default="all", show_default=True)
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    default=(KINDS[0],),
+    callback=_kinds,
+    help=f"Of adapter: {', '.join(KINDS)}; several, repeated or as a list, are timed side by side.",
+)
 @click.option("--dtype", type=click.Choice(list(ITEM_BYTES)), default="bfloat16", show_default=True)
 @click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds.")
 @click.option(
@@ -207,7 +242,8 @@ def bench(options: Options) -> None:
         for line in footer_of(outcome):
             console.print(line, highlight=False, soft_wrap=True)
     if len(outcomes) > 1 and "ours" in options.contenders:
-        console.print(flatness(outcomes), highlight=False, soft_wrap=True)
+        for kind in options.kinds:
+            console.print(flatness(outcomes, ours_with(kind)), highlight=False, soft_wrap=True)
     console.print(f"results: {write_results(options, outcomes)}", highlight=False, soft_wrap=True)
 
 
@@ -243,8 +279,8 @@ def ensure(directory: Path, parameters: dict[str, Any], build: Callable[[Path], 
     return directory
 
 
-def inputs_for(options: Options, size_gb: float) -> tuple[Path, Path]:
-    """Return base and adapter of a size, built if they are not in the cache."""
+def inputs_for(options: Options, size_gb: float) -> tuple[Path, dict[str, Path]]:
+    """Return the base and the adapters of a size, by kind, built if they are not in the cache."""
     shape = shape_for(size_gb, ITEM_BYTES[options.dtype])
     name = f"{size_gb:g}GB-{options.dtype}"
     about_base = {"shape": asdict(shape), "dtype": options.dtype, "version": 1}
@@ -254,12 +290,20 @@ def inputs_for(options: Options, size_gb: float) -> tuple[Path, Path]:
         lambda path: apart(build_base, path, shape, options.dtype),
     )
     modules = TARGETS[options.targets]
-    adapter = ensure(
-        options.cache / f"adapter-{name}-r{options.rank}-{options.targets}",
-        {**about_base, "rank": options.rank, "modules": modules, "base": str(base)},
-        lambda path: apart(build_adapter, path, shape, options.rank, modules, str(base)),
-    )
-    return base, adapter
+    adapters = {}
+    for kind in options.kinds:
+        plain = kind == KINDS[0]
+        about = {**about_base, "rank": options.rank, "modules": modules, "base": str(base)}
+
+        def build(path: Path, kind: str = kind) -> None:
+            apart(build_adapter, path, shape, options.rank, modules, str(base), kind)
+
+        adapters[kind] = ensure(
+            options.cache / f"adapter-{name}-r{options.rank}-{options.targets}{'' if plain else f'-{kind}'}",
+            about if plain else {**about, "kind": kind},
+            build,
+        )
+    return base, adapters
 
 
 def apart(function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -343,29 +387,47 @@ def write_shard(file: Path, tensors: dict[str, tuple[int, ...]], dtype: str) -> 
                 stream.write(part.view(torch.uint8).numpy().data)
 
 
-def build_adapter(directory: Path, shape: Shape, rank: int, modules: list[str], base: str) -> None:
-    """Write a LoRA adapter as PEFT stores it: float32 factors, both of them random."""
+def build_adapter(directory: Path, shape: Shape, rank: int, modules: list[str], base: str, kind: str) -> None:
+    """Write an adapter as PEFT stores it: float32 factors, all of them random."""
     import torch
-    from peft import LoraConfig
+    from peft import AdaLoraConfig, LoraConfig
     from safetensors.torch import save_file
 
-    LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=modules,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).save_pretrained(directory)
+    common = {
+        "lora_alpha": 2 * rank,
+        "target_modules": modules,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
+    if kind == "adalora":
+        config = AdaLoraConfig(init_r=rank, target_r=max(1, rank // 2), total_step=1000, **common)
+    else:
+        config = LoraConfig(r=rank, use_dora=kind == "dora", **common)
+    config.save_pretrained(directory)
     torch.manual_seed(rank)
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for layer in range(shape.n_layers):
-        for module, (n_out, n_in) in shape.module_shapes().items():
+        for module, dims in shape.module_shapes().items():
             if module.rpartition(".")[2] in modules:
                 prefix = f"base_model.model.model.layers.{layer}.{module}"
-                tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, n_in) * n_in**-0.5
-                tensors[f"{prefix}.lora_B.weight"] = torch.randn(n_out, rank) * 0.01
+                tensors |= {f"{prefix}.{name}": made for name, made in factors(kind, rank, *dims).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def factors(kind: str, rank: int, n_out: int, n_in: int) -> dict[str, Any]:
+    """Return the tensors of one module under the names that PEFT gives them."""
+    import torch
+
+    a, b = torch.randn(rank, n_in) * n_in**-0.5, torch.randn(n_out, rank) * 0.01
+    match kind:
+        case "adalora":
+            return {"lora_A": a, "lora_B": b, "lora_E": torch.randn(rank, 1)}
+        case "dora":  # the lengths of the base's rows, moved by some per cent
+            lengths = 0.02 * n_in**0.5 * (1 + 0.05 * torch.randn(n_out))
+            return {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": lengths}
+        case _:
+            return {"lora_A.weight": a, "lora_B.weight": b}
 
 
 # Measuring
@@ -373,21 +435,25 @@ def build_adapter(directory: Path, shape: Shape, rank: int, modules: list[str], 
 
 def measure(options: Options, size_gb: float) -> Outcome:
     """Return what every contender took at one size; their outputs are removed again unless kept."""
-    base, adapter = inputs_for(options, size_gb)
-    outs = {name: options.cache / f"out-{name}" for name in CONTENDERS}
-    outcome = Outcome(size_gb, nbytes_in(base), {name: [] for name in options.contenders})
+    base, adapters = inputs_for(options, size_gb)
+    entrants = options.entrants()
+    outs = {name: options.cache / f"out-{name}" for name in entrants}
+    outcome = Outcome(size_gb, nbytes_in(base), options.kinds, {name: [] for name in entrants})
+    pair = {ours_with(options.kinds[0]), "peft"} if "peft" in entrants else set()
     load_libraries()
     for round_number in range(1, options.runs + 1):
-        for name in options.contenders:
+        for name, kind in entrants.items():
             if name == "peft" and round_number > options.peft_runs:
                 continue
-            command = command_of(name, options, base, adapter, outs[name])
-            warm_up(base, adapter)
+            command = command_of(name, options, base, adapters[kind], outs[name])
+            warm_up(base, adapters[kind])
             sample = timed(command, outs[name], options.cache / f"{name}.log")
             outcome.samples[name].append(sample)
             print(f"round {round_number} of {options.runs}: {name} {sample.wall_s:.2f} s", flush=True)
-    if {"ours", "peft"} <= set(options.contenders):
-        outcome.identical = apart(compared, outs["ours"], outs["peft"])
+            if name not in pair and not options.keep:  # so that every contender finds as much memory free
+                shutil.rmtree(outs[name])
+    if pair:
+        outcome.identical = apart(compared, *(outs[name] for name in sorted(pair)))
     if not options.keep:
         for out in outs.values():
             shutil.rmtree(out, ignore_errors=True)
@@ -522,7 +588,9 @@ def check_room(options: Options, size_gb: float) -> None:
     size_bytes = size_gb * 1e9
     held = sum(nbytes_in(path) for path in options.cache.glob(f"base-{size_gb:g}GB-{options.dtype}"))
     stale = sum(nbytes_in(path) for path in options.cache.glob("out-*"))
-    disk_needed = size_bytes * (1 + len(options.contenders)) + SPARE_BYTES - held
+    n_outputs = len(options.entrants() if options.keep else options.contenders)
+    n_outputs += len(options.kinds) > 1 and not options.keep
+    disk_needed = size_bytes * (1 + n_outputs) + SPARE_BYTES - held
     disk_free = shutil.disk_usage(options.cache).free + stale
     if disk_needed > disk_free:
         sys.exit(
@@ -585,7 +653,7 @@ def machine_line() -> str:
 def table_of(outcome: Outcome) -> Table:
     """Return the measurements of one size as a table."""
     table = Table(show_lines=True, title=f"{outcome.base_bytes / 1e9:.2f} GB, medians, least–most below")
-    table.add_column("contender")
+    table.add_column("contender", no_wrap=True)
     for heading in ("runs", "returned s", "on disk s", "CPU s", "peak MB", "× cp", "× cp, disk"):
         table.add_column(heading, justify="right")
     for name, samples in outcome.samples.items():
@@ -609,7 +677,17 @@ def spread(samples: list[Sample], quantity: str) -> str:
 
 def footer_of(outcome: Outcome) -> Iterator[str]:
     """Yield what the table cannot show."""
-    returned, durable = (outcome.ratio("peft", "ours", quantity) for quantity in ("wall_s", "durable_s"))
+    first = ours_with(outcome.kinds[0])
+    for kind in outcome.kinds[1:]:
+        quantities = ("wall_s", "durable_s", "cpu_s", "peak_rss_bytes")
+        ratios = [outcome.ratio(ours_with(kind), first, quantity) for quantity in quantities]
+        if None not in ratios:
+            returned, durable, cpu, peak = ratios
+            yield (
+                f"{kind} / {outcome.kinds[0]}: {returned:.2f} until returned, {durable:.2f} until on disk,"
+                f" {cpu:.2f} of CPU time, {peak:.2f} of peak memory"
+            )
+    returned, durable = (outcome.ratio("peft", first, quantity) for quantity in ("wall_s", "durable_s"))
     if returned is not None:
         yield f"PEFT / ours: {returned:.2f} until returned, {durable:.2f} until on disk"
     same = outcome.identical
@@ -623,12 +701,12 @@ def footer_of(outcome: Outcome) -> Iterator[str]:
         )
 
 
-def flatness(outcomes: list[Outcome]) -> str:
+def flatness(outcomes: list[Outcome], ours: str) -> str:
     """Return whether our peak memory depends on the size of the model."""
-    peaks = [outcome.middle("ours", "peak_rss_bytes") for outcome in outcomes]
+    peaks = [outcome.middle(ours, "peak_rss_bytes") for outcome in outcomes]
     steps = [f"{out.size_gb:g} GB: {peak / 1e6:.0f} MB" for out, peak in zip(outcomes, peaks, strict=True)]
     verdict = "flat" if max(peaks) <= FLAT * min(peaks) else "NOT flat"
-    return f"peak memory of ours is {verdict}: {', '.join(steps)}"
+    return f"peak memory of {ours} is {verdict}: {', '.join(steps)}"
 
 
 def write_results(options: Options, outcomes: list[Outcome]) -> Path:
@@ -649,7 +727,9 @@ def plain(value: Any) -> Any:
 
 def result_of(outcome: Outcome) -> dict[str, Any]:
     quantities = ("wall_s", "durable_s", "cpu_s", "peak_rss_bytes")
-    pairs = (("ours", "cp"), ("peft", "cp"), ("peft", "ours"))
+    first, *others = (ours_with(kind) for kind in outcome.kinds)
+    pairs = [(first, "cp"), ("peft", "cp"), ("peft", first)]
+    pairs += [(other, base) for other in others for base in ("cp", first)]
     return {
         **asdict(outcome),
         "medians": {

@@ -1,20 +1,32 @@
-"""Write the generated pages of ``docs/``, or check that they are current.
+"""Write the generated pages, or check that they are current.
 
-``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else.
+``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The table of supported adapters in
+``README.md`` is what the parity suite runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
+from lora_merge.core.kinds import NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
 
-PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+if TYPE_CHECKING:
+    from tests.parity.kinds import Kind
+
+ROOT = Path(__file__).resolve().parents[1]
+CLI_PAGE = ROOT / "docs" / "cli.md"
+README = ROOT / "README.md"
+BEGIN = "<!-- supported: begin (scripts/docs.py --write) -->"
+END = "<!-- supported: end -->"
 
 _INTRO = """\
 # Command line
@@ -46,7 +58,20 @@ the same output clears it. Nothing unfinished ever stands under the output's own
 """
 
 
-def page() -> str:
+_SUPPORTED = """\
+Proved means, for a tiny model of each family: with a base in F32, the merged checkpoint computes what base and
+adapter compute in PEFT, unmerged; with one in BF16 or F16, every tensor has the bits of PEFT's own merge.
+"""
+
+_REFUSED = """\
+Refused, by name:
+
+| adapter | why |
+| --- | --- |
+"""
+
+
+def cli_page() -> str:
     """Return the text of ``docs/cli.md``."""
     parts = [_INTRO]
     for title, command in _commands():
@@ -63,18 +88,86 @@ def _commands() -> list[tuple[str, click.Command]]:
     return [("lora-merge", app), *named]
 
 
+def readme() -> str:
+    """Return the text of ``README.md`` with what stands between the marks renewed; exit when they are missing."""
+    text = README.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"{README} lacks one of the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{supported()}\n{END}{after}"
+
+
+def supported() -> str:
+    """Return the table of every kind of adapter that is merged, and that of those that are refused."""
+    parts = [_SUPPORTED]
+    for group, kinds in groupby(_kinds(), key=lambda kind: kind.group):
+        rows = "".join(_row(kind.name, _models(kind), _dtypes(kind), _notes(kind)) for kind in kinds)
+        parts.append(f"| {group} | proved on | base in | |\n| --- | --- | --- | --- |\n{rows}")
+    parts.append(_REFUSED + "".join(_row(names, why) for names, why in _refused()))
+    return "\n".join(parts)
+
+
+def _kinds() -> tuple[Kind, ...]:
+    """Return the parity suite's list; its module is data and imports neither torch nor PEFT."""
+    sys.path.insert(0, str(ROOT))
+    from tests.parity.kinds import KINDS
+
+    return KINDS
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _models(kind: Kind) -> str:
+    return ", ".join(model.replace("_", " ") for model in kind.models)
+
+
+def _dtypes(kind: Kind) -> str:
+    short = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    return ", ".join(short[dtype] for dtype in kind.dtypes)
+
+
+def _notes(kind: Kind) -> str:
+    """Return what a user has to say and to install, then the kind's own note."""
+    notes = [
+        f"`{' '.join(kind.options)}`" if kind.options else "",
+        f"needs {kind.needs}" if kind.needs else "",
+        kind.notes,
+    ]
+    return "; ".join(note for note in notes if note)
+
+
+def _refused() -> Iterator[tuple[str, str]]:
+    """Yield what has no merged form and why; types with one reason together."""
+    for why in dict.fromkeys(NOT_IN_WEIGHTS.values()):
+        yield _quoted(NOT_IN_WEIGHTS, why), f"{why}, which no weight can hold"
+    for why in dict.fromkeys(UNMERGEABLE_FIELDS.values()):
+        yield _quoted(UNMERGEABLE_FIELDS, why), why
+
+
+def _quoted(reasons: Mapping[str, str], why: str) -> str:
+    return ", ".join(f"`{name}`" for name, reason in reasons.items() if reason == why)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--write", action="store_true", help="write the pages")
     choice.add_argument("--check", action="store_true", help="exit 1 when a page is not current")
-    if parser.parse_args().write:
-        PAGE.write_text(page(), encoding="utf-8")
-        print(f"wrote {PAGE}")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-        sys.exit(f"{PAGE} is not current; run: python scripts/docs.py --write")
-    else:
-        print(f"{PAGE} is current")
+    write = parser.parse_args().write
+    stale = []
+    for path, text in ((CLI_PAGE, cli_page()), (README, readme())):
+        if write:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path}")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(str(path))
+        else:
+            print(f"{path} is current")
+    if stale:
+        sys.exit(f"not current: {', '.join(stale)}; run: python scripts/docs.py --write")
 
 
 if __name__ == "__main__":

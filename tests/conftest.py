@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+pytest_plugins = ["tests.parity.table_plugin"]
+
 VOCAB = 96
 COMMON = {
     "hidden_size": 64,

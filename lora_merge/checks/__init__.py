@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from lora_merge.checks.evidence import Evidence
 from lora_merge.checks.finite import finite
+from lora_merge.checks.layers import layers
 from lora_merge.checks.recompute import recompute
 from lora_merge.checks.structure import structure
 from lora_merge.checks.untouched import untouched
@@ -21,6 +22,7 @@ CHECKS: dict[str, Check] = {
     "finite": finite,
     "untouched": untouched,
     "recompute": recompute,
+    "layers": layers,
 }
 
 __all__ = ["CHECKS", "Check", "Evidence"]

@@ -56,7 +56,7 @@ class Console:
         if self._as_json:
             click.echo(json.dumps({"ok": True, **asdict(report)}, indent=2))
         elif report.dry_run:
-            _print_plan(report)
+            _print_plan(report, verbose=self._verbose)
         elif not self._quiet:
             click.echo(_done(report), err=True)
         if self._verbose and not self._quiet:
@@ -110,7 +110,7 @@ def size_text(nbytes: float) -> str:
 
 def _done(report: Report) -> str:
     summary, seconds = report.summary, sum(report.seconds.values())
-    total = summary.merged_bytes + summary.cast_bytes + summary.copied_bytes
+    total = summary.merged_bytes + summary.replaced_bytes + summary.cast_bytes + summary.copied_bytes
     verdict = report.verdict
     checked = (
         f"verified {verdict.n_tensors} tensors, {verdict.n_rows} rows recomputed"
@@ -118,11 +118,12 @@ def _done(report: Report) -> str:
         else "not verified"
     )
     merged = f"merged {summary.n_merged} tensors, copied {summary.n_copied}"
+    merged += f", replaced {summary.n_replaced}" if summary.n_replaced else ""
     merged += f", cast {summary.n_cast}" if summary.n_cast else ""
     return f"{printable(report.out)}: {merged}, {size_text(total)} in {seconds:.1f} s; {checked}"
 
 
-def _print_plan(report: Report) -> None:
+def _print_plan(report: Report, *, verbose: bool) -> None:
     from rich.console import Console as RichConsole
     from rich.table import Table
     from rich.text import Text
@@ -131,11 +132,13 @@ def _print_plan(report: Report) -> None:
     table = Table(title="plan", show_header=False)
     rows = [
         ("base", report.base),
-        ("adapter", report.adapter),
+        ("adapter", ", ".join(report.adapters)),
         ("output", report.out),
         ("tensors merged", f"{summary.n_merged} ({size_text(summary.merged_bytes)})"),
+        ("tensors replaced", f"{summary.n_replaced} ({size_text(summary.replaced_bytes)})"),
         ("tensors copied", f"{summary.n_copied} ({size_text(summary.copied_bytes)})"),
         ("tensors cast", f"{summary.n_cast} ({size_text(summary.cast_bytes)})"),
+        ("kind", _counts(summary.kinds)),
         ("rank", _counts(summary.ranks)),
         ("scale", _counts(summary.scales)),
         ("weight files", str(summary.n_shards)),
@@ -146,7 +149,13 @@ def _print_plan(report: Report) -> None:
     ]
     for name, value in rows:
         table.add_row(name, Text(printable(value), overflow="fold"))
-    RichConsole().print(table)
+    console = RichConsole()
+    console.print(table)
+    if verbose and summary.module_ranks:
+        ranks = Table("parameter", "rank", title="ranks")
+        for name, rank in summary.module_ranks.items():
+            ranks.add_row(Text(printable(name), overflow="fold"), str(rank))
+        console.print(ranks)
 
 
 def _counts(counts: Any) -> str:

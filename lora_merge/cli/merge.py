@@ -1,4 +1,4 @@
-"""``lora-merge merge``: one base, one adapter, one output."""
+"""``lora-merge merge``: one base, one adapter or several, one output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
 @click.option(
     "--base", type=_DIRECTORY, metavar="DIR", help="Base model; default: the one that the adapter names."
 )
-@click.option("--adapter", type=_DIRECTORY, metavar="DIR", help="Adapter to merge.  [required]")
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="DIR[:WEIGHT]",
+    help="Adapter to merge, and how much of it; repeat it to merge several.  [required; WEIGHT: 1]",
+)
 @click.option("--out", type=_DIRECTORY, metavar="DIR", help="Directory to create.  [required]")
 @click.option(
     "--config",
@@ -26,6 +31,25 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
     metavar="FILE",
     help="Read these options from a YAML file; those given here win.",
 )
+@click.option(
+    "--base-is",
+    type=Parsed("base_is"),
+    metavar="[original|residual]",
+    help="What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter: the model as published, or what the initialisation left of it.",
+)
+@click.option(
+    "--combine",
+    type=Parsed("combine"),
+    metavar="[linear|ties|dare_linear|dare_ties|svd]",
+    help="How several adapters become one change of each weight.  [default: linear, their weighted sum]",
+)
+@click.option(
+    "--density",
+    type=Parsed("density"),
+    metavar="SHARE",
+    help="Share of each change that ties and dare keep.  [default: 0.5]",
+)
+@click.option("--seed", type=Parsed("seed"), metavar="N", help="Of what dare drops.  [default: 0]")
 @click.option(
     "--dtype",
     type=Parsed("dtype"),
@@ -54,6 +78,18 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
 )
 @click.option("--no-verify", is_flag=True, help="Do not check the output.")
 @click.option(
+    "--allow-untie",
+    is_flag=True,
+    default=None,
+    help="Untie the embeddings even of a family that engines tie whatever its config says.",
+)
+@click.option(
+    "--allow-svd",
+    is_flag=True,
+    default=None,
+    help="Merge OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it otherwise.",
+)
+@click.option(
     "--overwrite/--no-overwrite", default=None, help="Replace an existing output, once the new one is whole."
 )
 @click.option("--strict/--no-strict", default=None, help="Treat warnings as errors.")
@@ -68,12 +104,13 @@ def merge(
     no_verify: bool,
     **flags: Any,
 ) -> None:
-    """Merge an adapter into its base model and write a plain Hugging Face checkpoint.
+    """Merge one adapter or several into their base model and write a plain Hugging Face checkpoint.
 
     \b
     Examples:
       lora-merge merge --base Llama-3-8B --adapter my-lora --out merged
       lora-merge merge --config merge.yaml --out merged
+      lora-merge merge --base Llama-3-8B --adapter style:0.7 --adapter facts --out merged
     """
     from lora_merge import pipeline
     from lora_merge.cli.console import Console
@@ -84,7 +121,7 @@ def merge(
         flags["verify"] = "none"
     if quiet and verbose:
         raise click.UsageError("--quiet and --verbose exclude each other")
-    request = _request(config, {name: value for name, value in flags.items() if value is not None})
+    request = _request(config, {name: value for name, value in flags.items() if value not in (None, ())})
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
     with console.watching() as observer:
         report = pipeline.run(request, dry_run=dry_run, observer=observer)
@@ -93,7 +130,7 @@ def merge(
 
 def _request(config: str | None, flags: dict[str, Any]) -> Request:
     """Return the request of a file and of the flags, which win."""
-    from lora_merge.core.request import Request
+    from lora_merge.core.request import Request, parse_fields
 
     if config is not None:
         from lora_merge.io.request_file import read_request
@@ -102,4 +139,4 @@ def _request(config: str | None, flags: dict[str, Any]) -> Request:
     for name in ("adapter", "out"):
         if name not in flags:
             raise click.UsageError(f"Missing option '--{name}'. It can also stand in a --config file.")
-    return Request(**flags)
+    return Request(**parse_fields(flags))

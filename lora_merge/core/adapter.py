@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lora_merge.core.checkpoint import SideFile
 from lora_merge.core.report import Issue
@@ -31,15 +31,56 @@ class DeltaSpec:
 
     region: Region = PLAIN
 
+    rounded: bool = False
+    """True where PEFT rounds the delta to the weight's dtype before it adds it."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What else the algebra needs, as its docstring says."""
+
+    weight: float = 1.0
+    """How much of the change is wanted: the user's ``--adapter PATH:WEIGHT``."""
+
+    adapter: int = 0
+    """Which of the plan's adapters it comes from."""
+
     @property
     def module(self) -> str:
         """Return the module that owns the parameter."""
         return self.parameter.rpartition(".")[0]
 
     @property
+    def factor(self) -> float:
+        """Return what the product of the factors is multiplied by in all."""
+        return self.scale / float(self.options.get("divisor", 1.0))
+
+    @property
     def rank(self) -> int:
-        """Return r, the number of rows of A."""
-        return self.tensors["A"].shape[0]
+        """Return r, the number of rows of A (of one expert's A, where experts are stacked); 0 without an A."""
+        a = self.tensors.get("A")
+        return a.shape[0] // int(self.options.get("experts", 1)) if a is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A whole parameter that the adapter carries."""
+
+    ref: TensorRef
+
+    why: Literal["module", "bias", "embedding", ""]
+    """What in the configuration explains it: ``modules_to_save``, ``bias``, an embedding saved along; or
+    nothing does."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackedPair:
+    """An A and a B of a parameter that the file does not name: LoRA on ``target_parameters``."""
+
+    module: str
+
+    depth: int
+    """How many ``base_layer`` stand in the names; PEFT nests the parameters of one module, the last outermost."""
+
+    tensors: Mapping[str, TensorRef]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +97,7 @@ class Adapter:
     deltas: tuple[DeltaSpec, ...]
 
     modules: frozenset[str]
-    """Every module that has tensors, sound or not."""
+    """Every module that has tensors of its own, sound or not."""
 
     issues: tuple[Issue, ...]
     """Everything that is wrong with the adapter on its own; planning reports it with the rest."""
@@ -64,8 +105,33 @@ class Adapter:
     digest: str
     """Of the file that holds the tensors; the manifest records it."""
 
-    full_tensors: Mapping[str, TensorRef] = field(default_factory=dict)
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
     """Whole parameters that it carries, by parameter: trained ones, or copies saved along."""
+
+    stacked: tuple[StackedPair, ...] = ()
+    """Pairs whose parameter only the model can tell."""
+
+    layered: Mapping[str, TensorRef] = field(default_factory=dict)
+    """Tensors of a method that PEFT's own layers merge, by their full names."""
 
     side_files: tuple[SideFile, ...] = ()
     """Tokenizer and template files that it carries; they win over the base's."""
+
+    @property
+    def kind(self) -> str:
+        """Return the PEFT type, ``"LORA"`` for example."""
+        return str(self.config.get("peft_type"))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One adapter of a merge: how much of it is wanted, and what was found out by looking at its files."""
+
+    adapter: Adapter
+    weight: float = 1.0
+
+    own_side_files: frozenset[str] = frozenset()
+    """Names of its side files that differ from the base's."""
+
+    unchanged: frozenset[str] = frozenset()
+    """Whole parameters in it that equal the base's."""

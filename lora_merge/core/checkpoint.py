@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,10 @@ from lora_merge.core.tensor import TensorRef
 SAFETENSORS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+
+OUTPUT_NAMES = frozenset({"lm_head", "embed_out"})
+INPUT_NAMES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings"})
+"""Last parts of the paths of output and input embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,23 @@ class Checkpoint:
     def by_name(self) -> dict[str, TensorRef]:
         """Return every tensor by its stored name."""
         return {ref.name: ref for ref in self.tensors()}
+
+
+def patched_config(config: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with some values replaced, in its own order.
+
+    Example:
+        >>> patched_config({"text_config": {"vocab_size": 8}}, {"text_config.vocab_size": 9})
+        {'text_config': {'vocab_size': 9}}
+    """
+    table: dict[str, Any] = copy.deepcopy(dict(config))
+    for dotted, value in patch.items():
+        *parents, key = dotted.split(".")
+        level = table
+        for parent in parents:
+            level = level[parent]
+        level[key] = value
+    return table
 
 
 def config_levels(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

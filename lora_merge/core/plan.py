@@ -18,6 +18,9 @@ from lora_merge.core.tensor import TensorRef
 RUNTIME_BYTES = 260 << 20
 """Resident memory of the interpreter with torch loaded, before the first tile."""
 
+PEFT_BYTES = 140 << 20
+"""What transformers and PEFT add to that, where PEFT's own layers merge."""
+
 TILE_ELEMENTS = 1 << 19
 """Elements of a row tile: few enough to stay in the cache from reading to writing, enough to outweigh the
 fixed cost of the dozen calls that a tile takes (measured: 2¹⁸ and 2²⁰ are slower)."""
@@ -25,6 +28,84 @@ fixed cost of the dozen calls that a tile takes (measured: 2¹⁸ and 2²⁰ are
 MIN_TILE_ROWS = 64
 """Rows of the smallest tile. Matrix libraries use other kernels, with other rounding, for a handful of
 rows; from 16 on every tile has the bits of the whole product (measured with MKL)."""
+
+
+PANEL_ELEMENTS = 1 << 24
+"""Elements of a column panel, read by what has to look down whole columns."""
+
+Action = Literal["merged", "replaced", "cast", "copied"]
+
+Reach = Literal["rows", "columns", "tensor"]
+"""What a change of some rows depends on: those rows; the whole columns, seen before; or all of the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a tensor is looked at: a stack of matrices, each worked on row by row.
+
+    A linear weight is one matrix ``[out, in]``, a convolution ``[out, in · kernel]``, a bias ``[n, 1]``; stacked
+    experts are as many matrices.
+    """
+
+    blocks: int
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], *, stacked: bool = False) -> View:
+        """Return the view of a tensor.
+
+        Example:
+            >>> View.of((8, 4, 3, 3)), View.of((8, 4, 3), stacked=True)
+            (View(blocks=1, rows=8, columns=36), View(blocks=8, rows=4, columns=3))
+        """
+        if stacked and len(shape) == 3:
+            return cls(*shape)
+        return cls(1, shape[0] if shape else 1, math.prod(shape[1:]))
+
+    @property
+    def n_rows(self) -> int:
+        """Return the rows of all blocks together."""
+        return self.blocks * self.rows
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """Return the row ranges that the tensor is worked on in: of equal size, give or take one row.
+
+        Example:
+            >>> View(1, 1024, 1024).tiles()
+            [(0, 512), (512, 1024)]
+        """
+        wanted = max(MIN_TILE_ROWS, TILE_ELEMENTS // max(self.columns, 1))
+        if wanted >= 2 * self.rows:  # several blocks at once
+            return _ranges(self.n_rows, max(self.rows, 1) * (wanted // max(self.rows, 1)))
+        return [
+            (block * self.rows + start, block * self.rows + end)
+            for block in range(self.blocks)
+            for start, end in _spread(self.rows, wanted)
+        ]
+
+    def panels(self) -> list[tuple[int, int]]:
+        """Return the column ranges that it is surveyed in."""
+        return _ranges(self.columns, max(1, PANEL_ELEMENTS // max(self.n_rows, 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """How the changes of several adapters become one."""
+
+    method: str
+    """Names a combination in `lora_merge.deltas`, for example ``"ties"``."""
+
+    density: float
+    """Share of the values that are kept."""
+
+    seed: int
+
+    rank: int
+    """Singular values that ``svd`` keeps."""
+
+    name: str
+    """What chance is drawn for, beside the seed: the tensor's name, or the first of the two that a tie has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +130,19 @@ class Merge:
     """What the codec reads; the first is the weight itself."""
 
     deltas: tuple[DeltaSpec, ...]
+
+    view: View
+    reach: Reach = "rows"
+    """The furthest that any of the deltas reaches."""
+
+    combination: Combination | None = None
+    """None: every delta is applied in turn."""
+
     op: Literal["merge"] = "merge"
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """Return the row ranges to work on, in order."""
+        return [(0, self.view.n_rows)] if self.reach == "tensor" else self.view.tiles()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +151,18 @@ class Step:
 
     slots: tuple[TensorRef, ...]
     op: Copy | Merge
+
+    replaced: bool = False
+    """True when the source is the adapter's own tensor."""
+
+    @property
+    def action(self) -> Action:
+        """Return what the step does to its tensor, in a word."""
+        if isinstance(self.op, Merge) and self.op.deltas:
+            return "merged"
+        if self.replaced:
+            return "replaced"
+        return "copied" if isinstance(self.op, Copy) else "cast"
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +179,9 @@ class MergePlan:
 
     adapters: tuple[str, ...]
     """Roots of the adapters, in the order their deltas are applied."""
+
+    weights: tuple[float, ...]
+    """How much of each adapter is wanted."""
 
     files: tuple[OutputFile, ...]
     steps: tuple[Step, ...]
@@ -113,46 +221,56 @@ class MergePlan:
     def peak_bytes(self, n_workers: int) -> int:
         """Return an estimate of the resident memory of the merge, in bytes."""
         heaviest = max((_step_bytes(step) for step in self.steps), default=0)
-        return RUNTIME_BYTES + n_workers * heaviest
+        merges = [step.op for step in self.steps if isinstance(step.op, Merge)]
+        by_peft = any(delta.kind == "peft_layer" for op in merges for delta in op.deltas)
+        return RUNTIME_BYTES + by_peft * PEFT_BYTES + n_workers * heaviest
 
     def summary(self, n_workers: int, disk_free_bytes: int) -> Summary:
         """Return the plan in numbers."""
         deltas = [delta for step in self.steps if isinstance(step.op, Merge) for delta in step.op.deltas]
-        merged = [step for step in self.steps if isinstance(step.op, Merge) and step.op.deltas]
-        cast = [step for step in self.steps if isinstance(step.op, Merge) and not step.op.deltas]
-        copied = [step for step in self.steps if isinstance(step.op, Copy)]
+        sizes: dict[Action, list[int]] = {"merged": [], "replaced": [], "cast": [], "copied": []}
+        for step in self.steps:
+            sizes[step.action].append(step.nbytes)
         return Summary(
-            n_merged=len(merged),
-            n_cast=len(cast),
-            n_copied=len(copied),
-            merged_bytes=sum(step.nbytes for step in merged),
-            cast_bytes=sum(step.nbytes for step in cast),
-            copied_bytes=sum(step.nbytes for step in copied),
+            n_merged=len(sizes["merged"]),
+            n_replaced=len(sizes["replaced"]),
+            n_cast=len(sizes["cast"]),
+            n_copied=len(sizes["copied"]),
+            merged_bytes=sum(sizes["merged"]),
+            replaced_bytes=sum(sizes["replaced"]),
+            cast_bytes=sum(sizes["cast"]),
+            copied_bytes=sum(sizes["copied"]),
             n_shards=len(self.files),
             n_side_files=len(self.side_files),
-            ranks=_count([str(delta.rank) for delta in deltas]),
-            scales=_count([f"{delta.scale:g}" for delta in deltas]),
+            ranks=_count([str(delta.rank) for delta in deltas if "A" in delta.tensors]),
+            scales=_count([f"{delta.factor:g}" for delta in deltas if "A" in delta.tensors]),
+            kinds=_count([delta.kind for delta in deltas]),
+            module_ranks=_module_ranks(deltas),
             peak_bytes=self.peak_bytes(n_workers),
             disk_needed_bytes=self.disk_bytes(),
             disk_free_bytes=disk_free_bytes,
         )
 
 
-def tile_rows(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return the row ranges that a tensor is worked on in: of equal size, give or take one row.
+def _module_ranks(deltas: list[DeltaSpec]) -> dict[str, int]:
+    """Return the rank of each parameter's change: the sum over the adapters that have one."""
+    ranks: dict[str, dict[int, int]] = {}
+    for delta in deltas:
+        if "A" in delta.tensors:
+            own = ranks.setdefault(delta.parameter, {})
+            own[delta.adapter] = max(own.get(delta.adapter, 0), delta.rank)
+    return {parameter: sum(own.values()) for parameter, own in ranks.items()}
 
-    Shapes:
-        shape: ``[rows, …]``; a scalar is one row.
 
-    Example:
-        >>> tile_rows((1024, 1024))
-        [(0, 512), (512, 1024)]
-    """
-    n_rows = shape[0] if shape else 1
-    wanted = max(MIN_TILE_ROWS, TILE_ELEMENTS // max(math.prod(shape[1:]), 1))
-    n_tiles = max(1, n_rows // wanted)
-    bounds = [n_rows * k // n_tiles for k in range(n_tiles + 1)]
-    return list(pairwise(bounds))
+def _spread(n: int, wanted: int) -> list[tuple[int, int]]:
+    """Return ranges of at least so many, of equal size, give or take one."""
+    n_ranges = max(1, n // wanted)
+    return list(pairwise(n * k // n_ranges for k in range(n_ranges + 1)))
+
+
+def _ranges(n: int, size: int) -> list[tuple[int, int]]:
+    """Return ranges of a size, the last one shorter."""
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _step_bytes(step: Step) -> int:
@@ -160,13 +278,12 @@ def _step_bytes(step: Step) -> int:
     match step.op:
         case Copy():
             return 4 * TILE_ELEMENTS
-        case Merge(parts=parts, deltas=deltas):
-            shape = parts[0].shape
-            rows = max(end - start for start, end in tile_rows(shape))
-            elements = rows * math.prod(shape[1:])
+        case Merge(deltas=deltas) as op:
+            elements = max((end - start for start, end in op.tiles()), default=0) * op.view.columns
             factors = sum(4 * math.prod(ref.shape) for delta in deltas for ref in delta.tensors.values())
+            panel = 8 * PANEL_ELEMENTS if op.reach == "columns" else 0
             # the raw tile, its float32 form, the delta, and the encoded tile
-            return (8 + 4 + 4 + 8) * elements + 2 * factors
+            return (8 + 4 + 4 + 8) * elements + 2 * factors + panel
 
 
 def _count(values: list[str]) -> dict[str, int]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter
-from lora_merge.core.plan import Copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,15 +32,13 @@ tags:
 
 # {title}
 
-The weights of **{base}** with the adapter **{adapter}** merged into them. A plain Hugging Face checkpoint: it
+The weights of **{base}** with {adapters} merged into them. A plain Hugging Face checkpoint: it
 needs no LoRA support to load.
 
 | | |
 | --- | --- |
 | base | `{base_path}` |
-| adapter | `{adapter_path}` |
-| adapter digest | `{digest}` |
-| kind | {kind} |
+{rows}| kind | {kind} |
 | tensors | {n_merged} merged, {n_other} as in the base |
 | made by | lora-merge {version} |
 
@@ -56,9 +53,9 @@ class Provenance:
     base: str
     """The base as the user named it."""
 
-    adapter: Adapter
-    adapter_path: str
-    """The adapter as the user named it."""
+    adapters: tuple[Adapter, ...]
+    adapter_paths: tuple[str, ...]
+    """The adapters as the user named them."""
 
     out_name: str
     options: Mapping[str, object]
@@ -73,24 +70,34 @@ def manifest_text(provenance: Provenance, plan: MergePlan, records: Sequence[Ten
     for step in plan.steps:
         for slot in step.slots:
             tensors[slot.name] = {
-                "action": "copied" if isinstance(step.op, Copy) else "merged" if step.op.deltas else "cast",
+                "action": step.action,
                 "file": slot.file,
                 "dtype": slot.dtype,
                 "shape": list(slot.shape),
                 "digest": by_name[slot.name].digest,
             }
-    adapter = provenance.adapter
+            survival = by_name[slot.name].survival
+            if survival is not None:
+                tensors[slot.name]["delta"] = {
+                    "relative_norm": round(survival.relative, 9),
+                    "unchanged_share": round(survival.unchanged, 6),
+                    "lost_share": round(survival.lost, 6),
+                }
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "versions": dict(provenance.versions),
         "base": {"path": provenance.base},
         "adapters": [
             {
-                "path": provenance.adapter_path,
+                "path": path,
+                "weight": weight,
                 "format": adapter.format,
                 "digest": adapter.digest,
                 "config": dict(adapter.config),
             }
+            for adapter, path, weight in zip(
+                provenance.adapters, provenance.adapter_paths, plan.weights, strict=True
+            )
         ],
         "options": dict(provenance.options),
         "side_files": {file.name: file.origin for file in plan.side_files},
@@ -101,21 +108,33 @@ def manifest_text(provenance: Provenance, plan: MergePlan, records: Sequence[Ten
 
 def card_text(provenance: Provenance, plan: MergePlan) -> str:
     """Return the text of the model card, ``README.md``."""
-    adapter = provenance.adapter
-    n_merged = sum(not isinstance(step.op, Copy) and bool(step.op.deltas) for step in plan.steps)
+    actions = [step.action for step in plan.steps]
     summary = plan.summary(n_workers=1, disk_free_bytes=0)
-    ranks = ", ".join(summary.ranks)
-    scales = ", ".join(summary.scales)
+    kinds = " + ".join(dict.fromkeys(adapter.kind for adapter in provenance.adapters))
+    kind = kinds + "".join(
+        f", {name} {', '.join(values)}"
+        for name, values in (("rank", summary.ranks), ("scale", summary.scales))
+        if values
+    )
+    names = [
+        f"**{_last_part(path)}**" + (f" × {weight:g}" if weight != 1 else "")
+        for path, weight in zip(provenance.adapter_paths, plan.weights, strict=True)
+    ]
+    rows = "".join(
+        f"| adapter | `{path}` |\n| adapter digest | `{adapter.digest}` |\n"
+        for path, adapter in zip(provenance.adapter_paths, provenance.adapters, strict=True)
+    )
+    n_as_in_base = actions.count("copied") + actions.count("cast")
+    recorded = provenance.adapters[0].config.get("base_model_name_or_path")
     return _CARD.format(
-        base=_model_name(adapter.config.get("base_model_name_or_path"), provenance.base),
+        base=_model_name(recorded, provenance.base),
         title=provenance.out_name,
-        adapter=_last_part(provenance.adapter_path),
+        adapters=f"the adapter {names[0]}" if len(names) == 1 else f"the adapters {', '.join(names)}",
         base_path=provenance.base,
-        adapter_path=provenance.adapter_path,
-        digest=adapter.digest,
-        kind=f"{adapter.config.get('peft_type')}, rank {ranks}, scale {scales}",
-        n_merged=n_merged,
-        n_other=len(plan.steps) - n_merged,
+        rows=rows,
+        kind=kind,
+        n_merged=len(actions) - n_as_in_base,
+        n_other=n_as_in_base,
         version=provenance.versions["lora-merge"],
     )
 

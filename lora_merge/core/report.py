@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from lora_merge.core.tensor import Survival
+
 Severity = Literal["error", "warning", "note"]
 
 
@@ -69,6 +71,11 @@ class Verdict:
         return tuple(issue for issue in self.issues if issue.severity == "error")
 
     @property
+    def notes(self) -> tuple[Issue, ...]:
+        """Return what is worth knowing about the verification and fails nothing."""
+        return tuple(issue for issue in self.issues if issue.severity != "error")
+
+    @property
     def ok(self) -> bool:
         """Return True when nothing failed."""
         return not self.errors
@@ -82,9 +89,13 @@ class Summary:
     """A plan in numbers."""
 
     n_merged: int
+    n_replaced: int
+    """Tensors that are the adapter's own."""
+
     n_cast: int
     n_copied: int
     merged_bytes: int
+    replaced_bytes: int
     cast_bytes: int
     copied_bytes: int
     n_shards: int
@@ -94,6 +105,12 @@ class Summary:
 
     scales: Mapping[str, int]
     """How many deltas have each scale."""
+
+    kinds: Mapping[str, int]
+    """How many deltas are of each kind."""
+
+    module_ranks: Mapping[str, int]
+    """The rank of each parameter's change; the sum, where several adapters add theirs."""
 
     peak_bytes: int
     """Estimate of the resident memory of the merge."""
@@ -107,7 +124,9 @@ class Report:
     """What one merge did."""
 
     base: str
-    adapter: str
+    adapters: tuple[str, ...]
+    """As the user named them, weights included."""
+
     out: str
     dry_run: bool
     summary: Summary
@@ -115,6 +134,9 @@ class Report:
     """Warnings and notes."""
 
     verdict: Verdict = NOT_VERIFIED
+    survival: Mapping[str, Survival] = field(default_factory=dict)
+    """What the stored dtype kept of each merged tensor's delta."""
+
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds of each phase: resolve, plan, merge, verify, finish."""
 
@@ -143,3 +165,28 @@ class Silence:
 
     def done(self, name: str) -> None:
         """Ignore it."""
+
+
+DROWNED_SHARE = 0.25
+"""Share of a delta's elements that may be lost to rounding without a word."""
+
+
+def survival_issues(survival: Mapping[str, Survival]) -> tuple[Issue, ...]:
+    """Return a warning when the stored dtype is too coarse for the deltas.
+
+    bfloat16 keeps 8 bits: of a delta of 1e-4 on weights of 0.02, a third of the elements change nothing.
+    """
+    if survival and not any(kept.delta_norm for kept in survival.values()):
+        sentence = f"no weight changes: the deltas of all {len(survival)} merged tensors are zero where they were looked at"
+        hint = "LoRA's B is zero until it is trained; is this the adapter that was meant?"
+        return (warning("no-effect", "", sentence, hint),)
+    drowned = {name: kept for name, kept in survival.items() if kept.unchanged > DROWNED_SHARE}
+    if not drowned:
+        return ()
+    name, worst = max(drowned.items(), key=lambda item: item[1].unchanged)
+    sentence = (
+        f"{worst.unchanged:.0%} of the delta's elements are too small for the stored dtype and change nothing "
+        f"(‖Δ‖/‖W‖ is {worst.relative:.1e}, {worst.lost:.0%} of Δ is lost); "
+        f"so it is, above {DROWNED_SHARE:.0%}, in {len(drowned)} of {len(survival)} merged tensors"
+    )
+    return (warning("delta-drowns", name, sentence, "--dtype float32 or float16 keeps more of it"),)

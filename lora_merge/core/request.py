@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import RequestError
 
 VerifyLevel = Literal["none", "sample", "full"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
+BaseIs = Literal["original", "residual"]
+CombineMethod = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
 
 _SHORT_DTYPES: Mapping[str, OutputDtype] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -20,14 +23,32 @@ _SHORT_DTYPES: Mapping[str, OutputDtype] = {"bf16": "bfloat16", "fp16": "float16
 class Request:
     """What to merge, into what, and how: the command's options, and the keys of a request file."""
 
-    adapter: str
-    """Adapter directory."""
+    adapter: tuple[str, ...]
+    """Adapter directories, each with ``:WEIGHT`` behind it or not; `parse_adapter` takes them apart."""
 
     out: str
     """Directory to create."""
 
     base: str | None = None
     """Base checkpoint directory; default: the adapter's ``base_model_name_or_path``."""
+
+    base_is: BaseIs | None = None
+    """What the base is to an adapter whose initialisation changed it: as published, or what that left of it."""
+
+    combine: CombineMethod = "linear"
+    """How the changes of several adapters become one."""
+
+    density: float = 0.5
+    """Share of the values that ``ties``, ``dare_linear`` and ``dare_ties`` keep of each change."""
+
+    seed: int = 0
+    """Of what ``dare_linear`` and ``dare_ties`` drop at random."""
+
+    allow_untie: bool = False
+    """Untie the embeddings even of a family that engines tie whatever its config says."""
+
+    allow_svd: bool = False
+    """Merge methods that decompose the base anew, which another machine may do otherwise."""
 
     dtype: OutputDtype | None = None
     """Storage of the output; default: the base's, tensor by tensor."""
@@ -51,6 +72,84 @@ class Request:
     """Treat warnings as errors."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
+
+
+def parse_adapter(text: object) -> tuple[str, float]:
+    """Return the directory and the weight of one adapter.
+
+    Example:
+        >>> parse_adapter("my-lora:0.5"), parse_adapter("my-lora")
+        (('my-lora', 0.5), ('my-lora', 1.0))
+
+    Raises:
+        ValueError: it is no text, or the weight is not finite.
+    """
+    if not isinstance(text, str) or not text:
+        raise ValueError(
+            f"{text!r} is no adapter, expected a directory, or a directory and a weight: DIR:0.5"
+        )
+    path, colon, weight = text.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0
+    if not colon or not path:
+        return text, 1.0
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} has the weight {weight}, expected a number")
+    return path, value
+
+
+def parse_adapters(value: object) -> tuple[str, ...]:
+    """Return one adapter or several, once their weights are known to parse.
+
+    Raises:
+        ValueError: there is none, or one does not parse.
+    """
+    texts = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not texts:
+        raise ValueError("names no adapter, expected one or more")
+    for text in texts:
+        parse_adapter(text)
+    return tuple(map(str, texts))
+
+
+def parse_density(value: str | float) -> float:
+    """Return a share of values.
+
+    Raises:
+        ValueError: it is no number above 0 and at most 1.
+    """
+    try:
+        density = 0.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        density = 0.0
+    if not 0 < density <= 1:
+        raise ValueError(f"{value!r} is no density, expected a number above 0 and at most 1")
+    return density
+
+
+def parse_seed(value: str | int) -> int:
+    """Return a seed.
+
+    Raises:
+        ValueError: it is no whole number from 0 to 2³¹ - 1.
+    """
+    if not str(value).isdecimal() or int(value) >= 2**31:
+        raise ValueError(f"{value!r} is no seed, expected a whole number from 0 to {2**31 - 1}")
+    return int(value)
+
+
+def parse_choice(kind: Any, name: str) -> Callable[[str], str]:
+    """Return a parser of the values of a ``Literal``, which raises ``ValueError`` for any other."""
+    known = get_args(kind)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"{text!r} is no {name}, expected {', '.join(known[:-1])} or {known[-1]}")
+        return text
+
+    return parse
 
 
 def parse_dtype(text: str) -> OutputDtype:
@@ -102,23 +201,16 @@ def parse_workers(text: str | int) -> int:
     return int(text)
 
 
-def parse_verify(text: str) -> VerifyLevel:
-    """Return a level of verification.
-
-    Raises:
-        ValueError: it is none.
-    """
-    for level in get_args(VerifyLevel):
-        if text == level:
-            return cast("VerifyLevel", level)
-    raise ValueError(f"{text!r} is no level of verification, expected {', '.join(get_args(VerifyLevel))}")
-
-
 PARSERS: Mapping[str, Callable[..., object]] = {
+    "adapter": parse_adapters,
+    "base_is": parse_choice(BaseIs, "kind of base"),
+    "combine": parse_choice(CombineMethod, "way to combine"),
+    "density": parse_density,
+    "seed": parse_seed,
     "dtype": parse_dtype,
     "device": parse_device,
     "max_shard_size": parse_shard_size,
-    "verify": parse_verify,
+    "verify": parse_choice(VerifyLevel, "level of verification"),
     "workers": parse_workers,
 }
 """How the values that a type cannot describe are checked, wherever they come from."""

@@ -8,7 +8,7 @@ Code that a checkpoint carries is never run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ CONV1D_MODEL_TYPES = frozenset(
 """Families of transformers 5.23 with ``Conv1D`` layers, whose weights are stored ``[in, out]``."""
 
 _LINEAR = frozenset({"Linear", "Conv1D"})
+_ADAPTABLE = _LINEAR | {"Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,17 @@ class Skeleton:
     classes: Mapping[str, str]
     """Module path → class name; a subclass of ``nn.Linear`` says ``Linear``."""
 
+    parameters: Mapping[str, tuple[str, ...]]
+    """Module path → its own parameters, in the order of their registration."""
+
+    input_embedding: str | None
+    """Path of the input embedding (``model.embed_tokens``), if the model has one."""
+
     output_embedding: str | None
     """Path of the output embedding (``lm_head``), if the model has one."""
+
+    transposed: frozenset[str]
+    """Modules whose stacked experts are ``[experts, in, out]``."""
 
     tied: Mapping[str, str]
     """Parameter → the parameter whose storage it shares."""
@@ -38,6 +48,10 @@ class Skeleton:
     def is_linear(self, module: str) -> bool:
         """Return True for a linear layer, ``Conv1D`` included."""
         return self.classes.get(module) in _LINEAR
+
+    def is_adaptable(self, module: str) -> bool:
+        """Return True for a layer that PEFT's LoRA can adapt."""
+        return self.classes.get(module) in _ADAPTABLE
 
     def all_linear(self) -> frozenset[str]:
         """Return the modules that PEFT's ``"all-linear"`` stands for.
@@ -59,6 +73,60 @@ def build_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
 
     Imports transformers (seconds); allocates no weights.
     """
+    model = _meta_model(config)
+    return None if model is None else _describe(model)
+
+
+def derived_lists(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[Any]]:
+    """Return the lists of a config under some keys, those included that transformers derives from the rest."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found = dict(config)
+    if config.get("model_type") in CONFIG_MAPPING:
+        parsed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        found = {key: getattr(parsed, key, None) for key in keys} | found
+    return {key: list(found[key]) for key in keys if isinstance(found.get(key), list | tuple)}
+
+
+def same_layers(
+    config: Mapping[str, Any], other: Mapping[str, Any], stem: str, layers: Sequence[int]
+) -> bool:
+    """Return True when layer j of another config is what layer ``layers[j]`` of a config is.
+
+    Compared are the classes of all modules in a layer, their parameters' shapes, and every plain attribute but the
+    number of the layer.
+    """
+    models = _meta_model(config), _meta_model(other)
+    if models[0] is None or models[1] is None:
+        return False
+    try:
+        before, after = (list(model.get_submodule(stem)) for model in models)
+    except (AttributeError, TypeError):
+        return False
+    return len(after) == len(layers) and all(
+        _signature(after[new]) == _signature(before[old]) for new, old in enumerate(layers)
+    )
+
+
+def _signature(layer: Any) -> list[object]:
+    """Return everything about a layer that is not its number or its weights."""
+    return [
+        (
+            path,
+            type(module).__name__,
+            [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters(recurse=False)],
+            sorted(
+                (name, repr(value))
+                for name, value in vars(module).items()
+                if isinstance(value, bool | int | float | str | type(None)) and "idx" not in name
+            ),
+        )
+        for path, module in layer.named_modules()
+    ]
+
+
+def _meta_model(config: Mapping[str, Any]) -> Any:
+    """Return the model of a ``config.json`` on the meta device, or None when transformers has no class for it."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -73,27 +141,41 @@ def build_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            parsed = CONFIG_MAPPING[model_type].from_dict(dict(config))
-            model = model_class(parsed)
+            return model_class(CONFIG_MAPPING[model_type].from_dict(dict(config)))
     except Exception:  # noqa: BLE001 - a config that its own class rejects is as good as unknown
         return None
-    return _describe(model)
 
 
 def _describe(model: Any) -> Skeleton:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    def class_name(module: torch.nn.Module) -> str:
-        if isinstance(module, Conv1D):
-            return "Conv1D"
-        return "Linear" if isinstance(module, torch.nn.Linear) else type(module).__name__
+    known = {Conv1D: "Conv1D"} | {getattr(torch.nn, name): name for name in _ADAPTABLE - {"Conv1D"}}
 
-    output = model.get_output_embeddings()
+    def class_name(module: torch.nn.Module) -> str:
+        bases = (name for base, name in known.items() if isinstance(module, base))
+        return next(bases, type(module).__name__)
+
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
     return Skeleton(
-        classes={path: class_name(module) for path, module in model.named_modules()},
-        output_embedding=next((path for path, module in model.named_modules() if module is output), None)
-        if output is not None
-        else None,
+        classes={path: class_name(module) for path, module in modules.items()},
+        parameters={
+            path: tuple(name for name, _ in module.named_parameters(recurse=False))
+            for path, module in modules.items()
+        },
+        input_embedding=paths.get(id(_embedding(model, "get_input_embeddings"))),
+        output_embedding=paths.get(id(_embedding(model, "get_output_embeddings"))),
+        transposed=frozenset(
+            path for path, module in modules.items() if getattr(module, "is_transposed", False)
+        ),
         tied=dict(getattr(model, "all_tied_weights_keys", None) or {}),
     )
+
+
+def _embedding(model: Any, getter: str) -> Any:
+    """Return an embedding of a model, or None where it has none to give."""
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None

@@ -24,6 +24,12 @@ DTYPE_BITS: Mapping[str, int] = {
 TORCH_NAMES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """The floating dtypes that merge, as safetensors and as torch (and ``config.json``) spell them."""
 
+TORCH_TYPES: Mapping[str, str] = {
+    **TORCH_NAMES, "F64": "float64", "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32",
+    "I64": "int64",
+}  # fmt: skip
+"""What an adapter may hold beside factors: indices and masks."""
+
 DTYPE_CODES: Mapping[str, str] = {name: code for code, name in TORCH_NAMES.items()}
 """The inverse of `TORCH_NAMES`: ``"bfloat16"`` → ``"BF16"``."""
 
@@ -63,6 +69,33 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class Survival:
+    """How much of a delta the stored dtype kept, measured on a sample of rows."""
+
+    weight_norm: float
+    """‖W‖ before the merge."""
+
+    delta_norm: float
+    """‖Δ‖ as it was wanted, in float32."""
+
+    error_norm: float
+    """‖Δ′ - Δ‖ with Δ′ the difference that is really stored."""
+
+    unchanged: float
+    """Share of the elements with a delta that the merge left as they were, because it was too small."""
+
+    @property
+    def relative(self) -> float:
+        """Return ‖Δ‖ / ‖W‖."""
+        return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
+
+    @property
+    def lost(self) -> float:
+        """Return ‖Δ′ - Δ‖ / ‖Δ‖: 0 when all of it arrived, 1 when nothing did."""
+        return self.error_norm / self.delta_norm if self.delta_norm else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
     """The evidence that writing one tensor leaves behind; verification compares it with the disk."""
 
@@ -76,6 +109,9 @@ class TensorRecord:
 
     finite: bool
     """False when a merged value is NaN or infinite in the stored dtype."""
+
+    survival: Survival | None = None
+    """For a merged tensor."""
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:

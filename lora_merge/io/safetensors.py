@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import WeightFile
 from lora_merge.core.shards import HEADER_PREFIX_BYTES, header_bytes
-from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TensorRef, nbytes_of
+from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES, TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 
@@ -166,7 +166,7 @@ def load(ref: TensorRef) -> torch.Tensor:
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
     with files.open_for_reading(ref.file) as fd:
         files.read_into(fd, raw.numpy().data, ref.start, ref.file)
-    return raw.view(getattr(torch, TORCH_NAMES[ref.dtype])).view(ref.shape)
+    return raw.view(getattr(torch, TORCH_TYPES[ref.dtype])).view(ref.shape)
 
 
 def reserve(path: Path, file: OutputFile) -> None:

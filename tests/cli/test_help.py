@@ -81,6 +81,29 @@ def test_the_help_of_the_group_lists_the_options_and_the_exit_codes(cli):
         assert " ".join(meaning.split()[:4]) in text
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--adapter DIR[:WEIGHT]", "--base-is [original|residual]", "--density SHARE", "--seed N", "--allow-untie",
+        "--allow-svd", "--combine [linear|ties|dare_linear|dare_ties|svd]",
+    ],
+)  # fmt: skip
+def test_the_help_of_merge_shows_an_option_and_its_values(option, cli):
+    assert option in cli("merge", "--help").output
+
+
+def test_the_values_in_the_help_are_those_that_parse():
+    from typing import get_args
+
+    from lora_merge.core.request import BaseIs, CombineMethod
+    from lora_merge.deltas import COMBINATIONS
+
+    shown = {parameter.name: parameter.metavar for parameter in app.commands["merge"].params}
+    assert shown["combine"] == f"[{'|'.join(get_args(CombineMethod))}]"
+    assert shown["base_is"] == f"[{'|'.join(get_args(BaseIs))}]"
+    assert set(get_args(CombineMethod)) == {"linear", *COMBINATIONS}
+
+
 def test_version_is_that_of_the_package(cli):
     from lora_merge import __version__
 

@@ -15,6 +15,8 @@ import yaml
 from safetensors import safe_open
 
 from lora_merge.cli import exits
+from tests.parity import building
+from tests.parity.kinds import KINDS
 from tests.tampering import edit_json
 
 COMMAND = [sys.executable, "-m", "lora_merge"]
@@ -282,6 +284,21 @@ def test_values_that_overflow_the_output_dtype_fail_verification(pico, pico_adap
         (["--adapter", "x", "--out", "y", "--device", "tpu"], "'tpu' is no device"),
         (["--adapter", "x", "--out", "y", "--max-shard-size", "big"], "'big' is no size"),
         (["--adapter", "x", "--out", "y", "--workers", "0"], "'0' is no number of workers"),
+        (["--adapter", "x:nan", "--out", "y"], "'x:nan' has the weight nan, expected a number"),
+        (["--adapter", "x:-inf", "--out", "y"], "'x:-inf' has the weight -inf, expected a number"),
+        (["--adapter", "", "--out", "y"], "'' is no adapter, expected a directory"),
+        (
+            ["--adapter", "x", "--out", "y", "--combine", "slerp"],
+            "'slerp' is no way to combine, expected linear",
+        ),
+        (["--adapter", "x", "--out", "y", "--density", "0"], "'0' is no density, expected a number above 0"),
+        (["--adapter", "x", "--out", "y", "--density", "1.01"], "'1.01' is no density"),
+        (["--adapter", "x", "--out", "y", "--density", "half"], "'half' is no density"),
+        (["--adapter", "x", "--out", "y", "--density", "nan"], "'nan' is no density"),
+        (["--adapter", "x", "--out", "y", "--seed", "-1"], "'-1' is no seed, expected a whole number"),
+        (["--adapter", "x", "--out", "y", "--seed", "0.5"], "'0.5' is no seed"),
+        (["--adapter", "x", "--out", "y", "--seed", "2147483648"], "'2147483648' is no seed"),
+        (["--adapter", "x", "--out", "y", "--base-is", "new"], "'new' is no kind of base, expected original"),
         (["--adapter", "x", "--out", "y", "--verify", "full", "--no-verify"], "exclude each other"),
         (["--adapter", "x", "--out", "y", "--adaptor", "z"], "No such option"),
     ],
@@ -341,6 +358,244 @@ def test_the_output_loads_in_safetensors_with_the_metadata_that_transformers_wan
 
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """The directory in which bases and adapters are built."""
+    return tmp_path_factory.mktemp("merges")
+
+
+@pytest.fixture
+def two(pico, pico_adapter):
+    """A base, and two adapters for it that share the q_proj."""
+    base = pico("llama", "float16")
+    return (
+        base,
+        pico_adapter(base),
+        pico_adapter(base, r=2, lora_alpha=4, target_modules=["q_proj", "k_proj"]),
+    )
+
+
+def test_json_tells_what_became_of_every_delta(two, cli, tmp_path):
+    base, one, other = two
+    arguments = (
+        "--base",
+        base,
+        "--adapter",
+        f"{one}:0.5",
+        "--adapter",
+        f"{other}:-2",
+        "--out",
+        tmp_path / "out",
+    )
+
+    report = json.loads(cli(*arguments, "--json").stdout)
+
+    assert report.keys() == {
+        "ok", "base", "adapters", "out", "dry_run", "summary", "issues", "verdict", "survival", "seconds"
+    }  # fmt: skip
+    assert report["adapters"] == [f"{one}:0.5", f"{other}:-2"]
+    summary = report["summary"]
+    assert (summary["n_merged"], summary["n_replaced"], summary["replaced_bytes"]) == (6, 0, 0)
+    assert summary["kinds"] == {"low_rank": 8}
+    assert summary["ranks"] == {"2": 4, "4": 4}
+    assert summary["scales"] == {"-4": 4, "0.75": 4}
+    merged = {
+        f"model.layers.{layer}.{module}.weight"
+        for layer in (0, 1)
+        for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    }
+    assert summary["module_ranks"].keys() == report["survival"].keys() == merged
+    assert {summary["module_ranks"][f"model.layers.0.{name}.weight"] for name in ("mlp.down_proj",)} == {4}
+    for survival in report["survival"].values():
+        assert survival.keys() == {"weight_norm", "delta_norm", "error_norm", "unchanged"}
+        assert survival["weight_norm"] > 0 < survival["delta_norm"]
+
+
+def stored_tensors(root):
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in root.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_manifest_tells_how_much_of_each_adapter_was_wanted_and_what_was_kept(two, cli, tmp_path):
+    base, one, other = two
+    adapters = ("--adapter", f"{one}:0.5", "--adapter", other)
+
+    assert cli("--base", base, *adapters, "--out", tmp_path / "out").exit_code == exits.OK
+
+    manifest = json.loads((tmp_path / "out" / "merge_manifest.json").read_text())
+    assert [entry["weight"] for entry in manifest["adapters"]] == [0.5, 1.0]
+    assert [entry["path"] for entry in manifest["adapters"]] == [str(one), str(other)]
+    assert [entry["config"]["r"] for entry in manifest["adapters"]] == [4, 2]
+    before, after = stored_tensors(base), stored_tensors(tmp_path / "out")
+    factors = [stored_tensors(adapter) for adapter in (one, other)]
+    n_deltas = 0
+    for name, entry in manifest["tensors"].items():
+        if entry["action"] != "merged":
+            assert "delta" not in entry
+            continue
+        n_deltas += 1
+        weight, delta = before[name].double(), 0.0
+        for scale, tensors in zip((0.5 * 6 / 4, 4 / 2), factors, strict=True):
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{prefix}.lora_A.weight" in tensors:
+                b, a = (tensors[f"{prefix}.lora_{role}.weight"].double() for role in "BA")
+                delta = delta + scale * b @ a
+        stored = after[name].double() - weight
+        # all of these tensors are small enough to be looked at as a whole; float32 keeps seven digits
+        assert entry["delta"]["relative_norm"] == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-5)
+        assert entry["delta"]["lost_share"] == pytest.approx(
+            float((stored - delta).norm() / delta.norm()), rel=1e-2, abs=1e-6
+        )
+        assert entry["delta"]["unchanged_share"] == pytest.approx(
+            float((stored == 0).double().mean()), abs=1e-6
+        )
+    assert n_deltas == 6
+
+
+def test_the_model_card_names_every_adapter_and_how_much_of_it(two, cli, tmp_path):
+    base, one, other = two
+
+    cli("--base", base, "--adapter", f"{one}:0.5", "--adapter", other, "--out", tmp_path / "out")
+
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == base.name
+    assert f"with the adapters **{one.name}** × 0.5, **{other.name}** merged into them" in text
+    for adapter in (one, other):
+        assert f"| adapter | `{adapter}` |" in text
+    assert text.count("| adapter digest | `xxh3_128:") == 2
+    assert "| kind | LORA, rank 2, 4, scale 2, 0.75 |" in text
+
+
+@pytest.fixture
+def with_a_head(workshop):
+    """A base and an adapter that was trained with its output embedding."""
+    kind = next(kind for kind in KINDS if kind.name == "modules_to_save")
+    case = building.case(workshop, kind, "llama", "bfloat16")
+    return case.base, case.adapter
+
+
+def test_a_parameter_that_the_adapter_brings_whole_is_called_replaced(with_a_head, cli, tmp_path):
+    base, adapter = with_a_head
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--json")
+
+    summary = json.loads(result.stdout)["summary"]
+    assert (summary["n_merged"], summary["n_replaced"], summary["n_copied"]) == (6, 1, 14)
+    assert summary["replaced_bytes"] == 96 * 64 * 2
+    manifest = json.loads((tmp_path / "out" / "merge_manifest.json").read_text())
+    replaced = [name for name, entry in manifest["tensors"].items() if entry["action"] == "replaced"]
+    assert replaced == ["lm_head.weight"]
+    head = stored_tensors(adapter)["base_model.model.lm_head.weight"]
+    assert stored_tensors(tmp_path / "out")["lm_head.weight"].equal(head.bfloat16())
+    assert not stored_tensors(base)["lm_head.weight"].equal(head.bfloat16())
+
+
+def test_the_report_counts_what_was_replaced(with_a_head, cli, tmp_path):
+    base, adapter = with_a_head
+    arguments = ("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+
+    planned, merged = cli(*arguments, "--dry-run"), cli(*arguments)
+
+    assert "tensors replaced" in planned.stdout
+    assert "merged 6 tensors, copied 14, replaced 1" in merged.stderr
+
+
+def test_an_adapter_may_lie_in_the_directory_of_its_base(pico, pico_adapter, tampered, cli, tmp_path):
+    base = tampered(pico(), "base")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(pico_adapter(pico()) / name, base)
+
+    result = cli("--base", base, "--adapter", base, "--out", tmp_path / "out", "--json")
+
+    summary = json.loads(result.stdout)["summary"]
+    assert (summary["n_merged"], summary["n_replaced"], summary["n_copied"]) == (4, 0, 17)
+
+
+def test_a_directory_whose_name_ends_like_a_weight_is_taken_for_what_it_is(
+    pico, pico_adapter, tampered, cli, tmp_path
+):
+    adapter = tampered(pico_adapter(pico()), "checkpoint:500")
+
+    result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out", "--json")
+
+    assert result.exit_code == exits.OK, result.stderr
+    assert "rank 4, scale 1.5" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
+def test_a_combination_is_in_the_manifest_and_a_seed_makes_it_again(method, two, cli, tmp_path):
+    base, one, other = two
+    outputs = {}
+    for name, seed, workers in [("one", 1, 1), ("again", 1, 3), ("other", 2, 1)]:
+        result = cli(
+            "--base", base, "--adapter", one, "--adapter", other, "--combine", method, "--density", "0.4",
+            "--seed", seed, "--workers", workers, "--verify", "full", "--out", tmp_path / name / "out",
+        )  # fmt: skip
+        assert result.exit_code == exits.OK, result.stderr
+        outputs[name] = raw_tensors(tmp_path / name / "out")
+    options = json.loads((tmp_path / "one" / "out" / "merge_manifest.json").read_text())["options"]
+    assert (options["combine"], options["density"], options["seed"]) == (method, 0.4, 1)
+    assert outputs["again"] == outputs["one"]
+    assert (outputs["other"] == outputs["one"]) == (method == "ties")
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "out").iterdir()}
+        for name in ("one", "again")
+    ]
+    assert files[0] == files[1]
+
+
+def test_svd_keeps_the_rank_of_the_largest_adapter(pico, pico_adapter, cli, tmp_path):
+    import torch
+
+    base = pico("llama", "float32")
+    one = pico_adapter(base)
+    other = pico_adapter(base, r=2, lora_alpha=4, target_modules=["q_proj", "k_proj"])
+
+    result = cli(
+        "--base", base, "--adapter", one, "--adapter", other, "--combine", "svd", "--out", tmp_path / "out"
+    )
+
+    assert result.exit_code == exits.OK, result.stderr
+    before, after = stored_tensors(base), stored_tensors(tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    values = torch.linalg.svdvals(after[name].double() - before[name].double())
+    # rounding to float32 adds a matrix whose norm is at most 2⁻²⁴·‖W‖_F
+    assert values[4] <= 2.0**-24 * float(after[name].double().norm()) * 4
+    assert values[3] > 0.1
+
+
+def test_the_order_of_adapters_is_the_order_of_their_side_files(two, tampered, cli, tmp_path):
+    base, *made = two
+    adapters = [tampered(adapter, name) for adapter, name in zip(made, ("one", "other"), strict=True)]
+    for adapter in adapters:
+        (adapter / "chat_template.jinja").write_text(adapter.name)
+
+    result = cli(
+        "--base", base, "--adapter", adapters[1], "--adapter", adapters[0], "--out", tmp_path / "out"
+    )
+
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "one"
+    assert "chat_template.jinja: comes from several adapters; the last one's is taken" in result.stderr
+
+
+def test_the_python_api_takes_one_adapter_or_several(two, tmp_path):
+    import lora_merge
+
+    base, one, other = two
+    alone = lora_merge.merge(base=base, adapter=one, out=tmp_path / "alone")
+    weighted = lora_merge.merge(
+        base=base, adapter=[one, f"{other}:0.5"], out=tmp_path / "both", combine="ties"
+    )
+    plan = lora_merge.plan(base=base, adapter=(f"{one}:2", other))
+
+    assert alone.adapters == (str(one),)
+    assert weighted.adapters == (str(one), f"{other}:0.5")
+    assert weighted.summary.kinds == {"low_rank": 8}
+    assert plan.weights == (2.0, 1.0)
+    assert plan.adapters == (str(one), str(other))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -406,6 +661,13 @@ def test_two_runs_to_one_output_do_not_mix(pico, pico_adapter, cli, tmp_path):
         ("dtype", "int4", "dtype: 'int4' is no dtype"),
         ("verify", "twice", "verify: 'twice' is no level"),
         ("workers", 0, "workers: 0 is no number of workers"),
+        ("combine", "slerp", "combine: 'slerp' is no way to combine"),
+        ("density", 0.0, "density: 0.0 is no density"),
+        ("density", float("nan"), "density: nan is no density"),
+        ("density", "much", "density: 'much' is no density"),
+        ("seed", -1, "seed: -1 is no seed"),
+        ("seed", 2**31, "seed: 2147483648 is no seed"),
+        ("base_is", "new", "base_is: 'new' is no kind of base"),
         ("device", "tpu", "device: 'tpu' is no device"),
         ("max_shard_size", "huge", "max_shard_size: 'huge' is no size"),
     ],

@@ -6,17 +6,27 @@ The cases are those of PEFT that are silent, or only a warning, for LoRA (PEFT 0
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_merge.cli import exits
+from lora_merge.core.kinds import DECOMPOSING, MUTATING_INITS, NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
+from tests.parity import building
+from tests.parity.kinds import KINDS, Kind
 from tests.tampering import edit_json, edit_tensors
 
+ROOT = Path(__file__).parents[2]
 LAYER = "base_model.model.model.layers.0"
 Q = f"{LAYER}.self_attn.q_proj"
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
+CONVOLUTION = "base_model.model.encoder.stages.0.layers.0.layer.1.convolution"
+EXPERTS = "base_model.model.model.layers.0.mlp.experts"
 
 
 @dataclass
@@ -31,6 +41,11 @@ class Case:
     family: str = "llama"
     base_config: dict[str, Any] = field(default_factory=dict)
     base_tensors: Callable[[dict[str, Any]], None] | None = None
+    kind: str = ""
+    """A kind of adapter by its name in `KINDS` or `OTHER_KINDS`, on the model ``family``; else a plain LoRA."""
+    weight: str = ""
+    """What stands behind the adapter on the command line."""
+    options: tuple[str, ...] = ()
 
 
 def drop(*names: str) -> Callable[[dict[str, Any]], None]:
@@ -70,6 +85,16 @@ def fill(name: str, value: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def drop_all(part: str) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        names = [name for name in tensors if part in name]
+        assert names
+        for name in names:
+            del tensors[name]
+
+    return change
+
+
 def several(*changes: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
     def change(tensors: dict[str, Any]) -> None:
         for one in changes:
@@ -85,6 +110,57 @@ def to_dtype(name: str, dtype: str) -> Callable[[dict[str, Any]], None]:
         tensors[name] = tensors[name].to(getattr(torch, dtype))
 
     return change
+
+
+def named(kind: str, name: str, config_class: str, model: str, **fields: Any) -> Kind:
+    return Kind(name, "other PEFT methods", kind, config_class, fields, (model,))
+
+
+OTHER_KINDS = {
+    kind.name: kind
+    for kind in [
+        named("LORA", "LoRA on one end of Gemma", "LoraConfig", "gemma", r=4, target_modules=["q_proj", "lm_head"]),
+        named("LORA", "LoRA on one end of Cohere", "LoraConfig", "cohere", r=4, target_modules=["lm_head"]),
+        named("LORA", "LoRA on one end of T5", "LoraConfig", "t5", r=4, target_modules=["q", "lm_head"]),
+        named(
+            "OFT", "OFT on a 3×3 convolution", "OFTConfig", "resnet", oft_block_size=8,
+            target_modules=["layer.1.convolution"],
+        ),
+        named(
+            "LOHA", "LoHa under weight_norm", "LoHaConfig", "wav2vec2", r=4, target_modules=["pos_conv_embed.conv"]
+        ),
+    ]
+}  # fmt: skip
+ONE_PARAMETER = "LoRA on stacked experts (target_parameters), one parameter"
+TWO_PARAMETERS = "LoRA on stacked experts (target_parameters), two parameters"
+
+
+def square_experts(tensors: dict[str, Any]) -> None:
+    """Give the base experts of 64 × 64."""
+    for layer in (0, 1):
+        experts = f"model.layers.{layer}.mlp.experts"
+        add(f"{experts}.down_proj", 4, 64, 64)(tensors)
+        add(f"{experts}.gate_up_proj", 4, 128, 64)(tensors)
+
+
+def square_factors(tensors: dict[str, Any]) -> None:
+    """Give the adapter factors for experts of 64 × 64."""
+    for name in [name for name in tensors if "lora_A" in name]:
+        add(name, 16, 64)(tensors)
+
+
+def square_case(name: str, version: Any, **changes: Any) -> Case:
+    return Case(
+        name,
+        ("its experts are square, (4, 64, 64)", f"the adapter's peft_version is {version!r}"),
+        "ambiguous-orientation",
+        kind=ONE_PARAMETER,
+        family="qwen3_moe",
+        config={"peft_version": version},
+        tensors=square_factors,
+        base_tensors=square_experts,
+        base_config={"moe_intermediate_size": 64, **changes},
+    )
 
 
 CASES = [
@@ -231,31 +307,428 @@ CASES = [
         "bad-field",
         config={"target_modules": "(q_proj"},
     ),
-    # 8. to 11. kinds that are not built
+    Case("a rank of zero", ("r: is 0, expected a positive number",), "bad-field", config={"r": 0}),
     Case(
-        "modules_to_save", ("fully trained modules",), "unsupported", config={"modules_to_save": ["lm_head"]}
+        "a rank pattern that is a list",
+        ("rank_pattern", "expected a table of pattern → number"),
+        "bad-field",
+        config={"rank_pattern": [4]},
+    ),
+    Case(
+        "a rank pattern that is no regular expression",
+        ("rank_pattern", "is not a regular expression"),
+        "bad-field",
+        config={"rank_pattern": {"(q_proj": 4}},
+    ),
+    Case(
+        "an alpha that is no number",
+        ("q_proj: is '8', expected a number",),
+        "bad-field",
+        config={"alpha_pattern": {"q_proj": "8"}},
+    ),
+    Case(
+        "layers that are no numbers",
+        ("layers_to_transform: is ['0'], expected a number or a list of numbers",),
+        "bad-field",
+        config={"layers_to_transform": ["0"]},
+    ),
+    Case(
+        "targets that are no names",
+        ("exclude_modules: is [1], expected a string or a list of strings",),
+        "bad-field",
+        config={"exclude_modules": [1]},
+    ),
+    # 8. whole parameters
+    Case(
+        "modules_to_save without a tensor",
+        ("modules_to_save: names 'lm_head', and no tensor of the file belongs to it",),
+        "missing-module",
+        config={"modules_to_save": ["lm_head"]},
     ),
     Case(
         "a trained weight that the config does not name",
-        ("model.norm.weight: is a fully trained weight", "not merged by this version"),
+        (
+            "model.norm.weight: is a whole weight that differs from the base's",
+            "the config does not say that it was trained",
+            "add its module to modules_to_save",
+        ),
         "unexpected-tensor",
         tensors=several(
             add("base_model.model.model.norm.weight", 64), fill("base_model.model.model.norm.weight", 2.0)
         ),
     ),
     Case(
-        "an embedding saved with the adapter",
-        ("embed_tokens.base_layer.weight: is a fully trained weight",),
+        "a trained bias that the config does not name",
+        ("q_proj.bias: is a whole weight that differs", "the config does not say that it was trained"),
         "unexpected-tensor",
-        tensors=add("base_model.model.model.embed_tokens.base_layer.weight", 96, 64),
+        kind="LoRA with a bias (lora_bias)",
+        family="llama_biased",
+        tensors=add(f"{Q}.bias", 64),
     ),
-    Case("trained biases", ("trained biases are not merged",), "unsupported", config={"bias": "all"}),
-    Case("DoRA", ("use_dora: DoRA",), "unsupported", config={"use_dora": True}),
+    Case(
+        "a trained weight that stands twice",
+        ("lm_head.weight: is a second weight of its module",),
+        "duplicate-tensor",
+        config={"modules_to_save": ["lm_head"]},
+        tensors=several(add(f"{HEAD}.weight", 96, 64), add(f"{HEAD}.modules_to_save.weight", 96, 64)),
+    ),
+    Case(
+        "a trained module of another size",
+        ("lm_head.weight: is (80, 32), the base's lm_head.weight is (96, 64)", "trained on another model"),
+        "shape-mismatch",
+        config={"modules_to_save": ["lm_head"]},
+        tensors=add(f"{HEAD}.weight", 80, 32),
+    ),
+    Case(
+        "a trained norm with more rows",
+        ("model.norm.weight: is (65), the base's model.norm.weight is (64)",),
+        "shape-mismatch",
+        config={"modules_to_save": ["model.norm"]},
+        tensors=add("base_model.model.model.norm.weight", 65),
+    ),
+    Case(
+        "an embedding saved along from another width",
+        ("embed_tokens.base_layer.weight: is (96, 32)", "the base's model.embed_tokens.weight is (96, 64)"),
+        "shape-mismatch",
+        tensors=add(f"{EMBEDDING}.base_layer.weight", 96, 32),
+    ),
+    Case(
+        "a trained module of integers",
+        ("lm_head.weight: is stored as I64, the base's as BF16; expected BF16, F16 or F32",),
+        "bad-dtype",
+        config={"modules_to_save": ["lm_head"]},
+        tensors=several(add(f"{HEAD}.weight", 96, 64), to_dtype(f"{HEAD}.weight", "int64")),
+    ),
+    Case(
+        "a trained module by a half",
+        ("lm_head.weight: replaces a whole parameter, which cannot be done by 0.5", "the weight 1"),
+        "weighted-replacement",
+        config={"modules_to_save": ["lm_head"]},
+        tensors=add(f"{HEAD}.weight", 96, 64),
+        weight=":0.5",
+    ),
+    Case(
+        "a trained head that the base does not have",
+        ("score.weight: is a trained head, and the base has none", "AutoModelForSequenceClassification"),
+        "unmatched-module",
+        config={"modules_to_save": ["score"]},
+        tensors=add("base_model.model.score.weight", 2, 64),
+    ),
+    Case(
+        "a trained module that the base does not have",
+        ("vision_tower: the adapter changes it, the base has no vision_tower.weight",),
+        "unmatched-module",
+        config={"modules_to_save": ["vision_tower"]},
+        tensors=add("base_model.model.vision_tower.weight", 2, 64),
+    ),
+    Case(
+        "a vocabulary that grew at one end",
+        ("lm_head.weight: keeps its 96 rows, and model.embed_tokens.weight grows to 100",),
+        "resized",
+        kind="a larger vocabulary",
+        tensors=drop(f"{HEAD}.weight"),
+    ),
+    Case(
+        "a vocabulary that the config does not count",
+        ("grows from 96 to 100 rows, and no vocab_size in config.json is 96", "resize the base"),
+        "resized",
+        kind="a larger vocabulary",
+        base_config={"vocab_size": 95},
+    ),
+    # 9. biases
+    Case(
+        "biases that were trained and are not there",
+        ("_proj.bias: the config says bias='all', and the adapter has no tensor for it",),
+        "missing-bias",
+        family="qwen2",
+        config={"bias": "all"},
+    ),
+    Case(
+        "biases of the adapted modules that are not there",
+        ("q_proj.bias: the config says bias='lora_only'", "PEFT would keep the base's bias"),
+        "missing-bias",
+        family="qwen2",
+        config={"bias": "lora_only"},
+    ),
+    Case(
+        "biases of a kind that PEFT does not know",
+        ("bias: is 'some', expected 'none', 'all' or 'lora_only'",),
+        "bad-field",
+        config={"bias": "some"},
+    ),
+    Case(
+        "a lora_bias that is not there",
+        ("_proj: has no bias of lora_B, and lora_bias is set", "PEFT would take zeros"),
+        "missing-bias",
+        config={"lora_bias": True},
+    ),
+    Case(
+        "a bias of lora_B without lora_bias",
+        ("q_proj: has a bias of lora_B, and lora_bias is not set", "PEFT would drop it without a word"),
+        "unexpected-tensor",
+        tensors=add(f"{Q}.lora_B.bias", 64),
+    ),
+    Case(
+        "a bias of lora_B for a layer without a bias",
+        ("the base has no model.layers.0.self_attn.q_proj.bias",),
+        "unmatched-module",
+        kind="LoRA with a bias (lora_bias)",
+        family="llama_biased",
+        base_tensors=drop("model.layers.0.self_attn.q_proj.bias"),
+    ),
+    Case(
+        "a bias of lora_B of another size",
+        ("lora_B.bias: is (48), the base's model.layers.0.self_attn.q_proj.bias is (64)",),
+        "shape-mismatch",
+        kind="LoRA with a bias (lora_bias)",
+        family="llama_biased",
+        tensors=add(f"{Q}.lora_B.bias", 48),
+    ),
+    # 10. variants of LoRA
+    Case(
+        "use_dora without magnitudes",
+        ("_proj: has no lora_magnitude_vector, and use_dora is set", "the adapter file is incomplete"),
+        "missing-magnitude",
+        config={"use_dora": True},
+    ),
     Case(
         "magnitudes without use_dora",
-        ("is a DoRA magnitude",),
+        ("q_proj: has a DoRA magnitude, and use_dora is not set", "PEFT would drop it without a word"),
         "unexpected-tensor",
         tensors=add(f"{Q}.lora_magnitude_vector", 64),
+    ),
+    Case(
+        "a magnitude for every input",
+        ("q_proj.lora_magnitude_vector", "has 48 values, expected 64, one per output"),
+        "bad-shape",
+        kind="DoRA on a linear layer",
+        tensors=add(f"{Q}.lora_magnitude_vector", 48),
+    ),
+    Case(
+        "KaSA's diagonal without KaSA",
+        ("q_proj.lora_diag: is no tensor of this kind of LoRA",),
+        "unexpected-tensor",
+        tensors=add(f"{Q}.lora_diag", 4),
+    ),
+    Case(
+        "AdaLoRA's singular values in a LoRA",
+        ("q_proj.lora_E: is no tensor of this kind of LoRA",),
+        "unexpected-tensor",
+        tensors=add(f"{Q}.lora_E", 4, 1),
+    ),
+    Case(
+        "half a pair of an embedding",
+        ("embed_tokens: has lora_A and no lora_B",),
+        "missing-B",
+        tensors=add(f"{EMBEDDING}.lora_embedding_A", 4, 96),
+    ),
+    Case(
+        "a number of blocks that is none",
+        ("use_bdlora: has nblocks '2', expected a positive whole number",),
+        "bad-field",
+        kind="BD-LoRA",
+        config={"use_bdlora": {"target_modules_bd_a": ["down_proj"], "nblocks": "2"}},
+    ),
+    Case(
+        "blocks that do not share the rows",
+        ("q_proj: lora_B is (64, 2), expected rows for 3 blocks (use_bdlora)",),
+        "bad-shape",
+        kind="BD-LoRA",
+        config={"use_bdlora": {"target_modules_bd_b": ["q_proj"], "nblocks": 3}},
+    ),
+    # 11. AdaLoRA
+    *(
+        Case(
+            f"AdaLoRA without its {role}",
+            (f"q_proj: has no lora_{role}", "the adapter file is incomplete"),
+            f"missing-{role}",
+            kind="AdaLoRA",
+            tensors=drop(f"{Q}.lora_{role}"),
+        )
+        for role in "ABE"
+    ),
+    Case(
+        "AdaLoRA with too few singular values",
+        ("lora_A is (6, 64), lora_B is (64, 6), lora_E is (5, 1)", "of one rank r"),
+        "bad-shape",
+        kind="AdaLoRA",
+        tensors=add(f"{Q}.lora_E", 5, 1),
+    ),
+    Case(
+        "AdaLoRA with another first rank",
+        ("has rank 6, the config says 7 (rank_pattern and init_r)",),
+        "rank-mismatch",
+        kind="AdaLoRA",
+        config={"init_r": 7},
+    ),
+    Case(
+        "AdaLoRA whose pattern left another rank",
+        ("q_proj: has rank 6, the config says 2 (rank_pattern and init_r)",),
+        "rank-mismatch",
+        kind="AdaLoRA",
+        config={
+            "rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True, False, True] + [False] * 3}
+        },
+    ),
+    Case(
+        "AdaLoRA with a pattern of LoRA",
+        ("rank_pattern: is {'q_proj': 4}, expected a table of module → list of booleans",),
+        "bad-field",
+        kind="AdaLoRA",
+        config={"rank_pattern": {"q_proj": 4}},
+    ),
+    Case(
+        "AdaLoRA with a first rank of zero",
+        ("init_r: is 0, expected a positive number",),
+        "bad-field",
+        kind="AdaLoRA",
+        config={"init_r": 0},
+    ),
+    # trained tokens
+    Case(
+        "fewer tokens than rows",
+        ("has 3 rows, trainable_token_indices names 2 tokens for it",),
+        "token-mismatch",
+        kind="trainable_token_indices",
+        config={"trainable_token_indices": [1, 17]},
+    ),
+    Case(
+        "a token that stands twice",
+        ("has 3 rows, trainable_token_indices names 2 tokens for it",),
+        "token-mismatch",
+        kind="trainable_token_indices",
+        config={"trainable_token_indices": [1, 17, 17]},
+    ),
+    Case(
+        "tokens of another embedding",
+        ("has 3 rows, trainable_token_indices names no tokens for it",),
+        "token-mismatch",
+        kind="trainable_token_indices",
+        config={"trainable_token_indices": {"wte": [1, 17, 80]}},
+    ),
+    Case(
+        "tokens beyond the vocabulary",
+        ("means token 96, and the base's model.embed_tokens.weight has 96 rows", "vocabulary was resized"),
+        "token-mismatch",
+        kind="trainable_token_indices",
+        config={"trainable_token_indices": [1, 17, 96]},
+    ),
+    Case(
+        "tokens before the vocabulary",
+        ("means token -1, and the base's model.embed_tokens.weight has 96 rows",),
+        "token-mismatch",
+        kind="trainable tokens alone",
+        config={"token_indices": [1, 17, -1]},
+    ),
+    Case(
+        "tokens without rows",
+        ("trainable_token_indices: no trained rows are in the file",),
+        "missing-tokens",
+        config={"trainable_token_indices": [1, 17, 80]},
+    ),
+    Case(
+        "tokens that are a number",
+        ("trainable_token_indices: is 5, expected a list or a table",),
+        "bad-field",
+        config={"trainable_token_indices": 5},
+    ),
+    Case(
+        "rows of another width",
+        ("trainable_tokens_delta: is (3, 48), the base's model.embed_tokens.weight is (96, 64)",),
+        "shape-mismatch",
+        kind="trainable_token_indices",
+        tensors=add(f"{EMBEDDING}.token_adapter.trainable_tokens_delta", 3, 48),
+    ),
+    # parameters by their names
+    square_case("square experts of an unknown PEFT", None),
+    square_case("square experts of the PEFT in dispute", "0.19.0"),
+    square_case(
+        "square experts of a model without a class",
+        "0.21.2",
+        architectures=["SomebodysModel"],
+        model_type="no",
+    ),
+    Case(
+        "a parameter that no module has",
+        ("target_parameters: the entry 'nothing.weight' matches none of the adapter's tensors",),
+        "unmatched-target",
+        config={"target_parameters": ["nothing.weight"]},
+    ),
+    Case(
+        "a parameter that the module does not have",
+        ("the adapter changes it, the base has no model.layers.0.mlp.experts.up_down_proj",),
+        "unmatched-module",
+        kind=ONE_PARAMETER,
+        family="qwen3_moe",
+        config={"target_parameters": ["experts.up_down_proj"]},
+    ),
+    Case(
+        "two parameters of a model without a class",
+        ("mlp.experts: has LoRA on several parameters, and which pair is whose depends on the model's code",),
+        "unsupported",
+        kind=TWO_PARAMETERS,
+        family="qwen3_moe",
+        base_config={"architectures": ["SomebodysModel"], "model_type": "no"},
+    ),
+    Case(
+        "a rank that the experts cannot share",
+        ("lora_A is (14, 40), lora_B is (64, 14), the parameter is (4, 64, 40)",),
+        "shape-mismatch",
+        kind=ONE_PARAMETER,
+        family="qwen3_moe",
+        tensors=several(add(f"{EXPERTS}.lora_A.weight", 14, 40), add(f"{EXPERTS}.lora_B.weight", 64, 14)),
+    ),
+    Case(
+        "factors for experts of another size",
+        ("lora_A is (16, 48), lora_B is (64, 16), the parameter is (4, 64, 40)", "trained on another model"),
+        "shape-mismatch",
+        kind=ONE_PARAMETER,
+        family="qwen3_moe",
+        tensors=add(f"{EXPERTS}.lora_A.weight", 16, 48),
+    ),
+    Case(
+        "experts without a B",
+        ("experts: has lora_A and no lora_B",),
+        "missing-B",
+        kind=ONE_PARAMETER,
+        family="qwen3_moe",
+        tensors=drop(f"{EXPERTS}.lora_B.weight"),
+    ),
+    # convolutions
+    Case(
+        "factors of a convolution for a linear layer",
+        ("q_proj.weight: is (64, 64) in the base, expected a convolution",),
+        "shape-mismatch",
+        tensors=several(reshape(f"{Q}.lora_A.weight", 4, 64, 1), reshape(f"{Q}.lora_B.weight", 64, 4, 1)),
+    ),
+    Case(
+        "factors of a linear layer for a convolution",
+        ("convolution.weight: is (8, 8, 3, 3) in the base, expected a linear weight [out, in]",),
+        "shape-mismatch",
+        kind="LoRA on Conv2d",
+        family="resnet",
+        tensors=several(
+            reshape(f"{CONVOLUTION}.lora_A.weight", 4, 8), reshape(f"{CONVOLUTION}.lora_B.weight", 8, 4)
+        ),
+    ),
+    Case(
+        "a grouped convolution",
+        (
+            "is a grouped convolution, (8, 8, 3, 3); its adapter is (8, 16, 3, 3)",
+            "PEFT cannot merge it either",
+        ),
+        "unsupported",
+        kind="LoRA on Conv2d",
+        family="resnet",
+        tensors=reshape(f"{CONVOLUTION}.lora_A.weight", 4, 16, 3, 3),
+    ),
+    Case(
+        "a convolution of another kernel",
+        ("lora_A is (4, 8, 5, 5), the base needs (4, 8, 3, 3)",),
+        "shape-mismatch",
+        kind="LoRA on Conv2d",
+        family="resnet",
+        tensors=reshape(f"{CONVOLUTION}.lora_A.weight", 4, 8, 5, 5),
     ),
     # 12. values
     Case(
@@ -270,76 +743,251 @@ CASES = [
         "non-finite",
         tensors=fill(f"{Q}.lora_A.weight", float("-inf")),
     ),
+    Case(
+        "NaN in a method that PEFT's layers merge",
+        ("hada_w1_a: holds 1 values that are NaN",),
+        "non-finite",
+        kind="LoHa",
+        tensors=fill(f"{Q}.hada_w1_a", float("nan")),
+    ),
     # 14. and 15. bases that change
+    *(
+        Case(
+            f"{name} on an unknown base",
+            (f"init_lora_weights: is '{init}': {name} changes the base's weights", "--base-is residual"),
+            "base-is",
+            config={"init_lora_weights": init},
+        )
+        for init, name in MUTATING_INITS.items()
+    ),
+    *(
+        Case(
+            f"{init} on the original base",
+            (f"is '{init}', and {name}'s change of the original base cannot be made again: {why}",),
+            "base-is",
+            config={"init_lora_weights": init},
+            options=("--base-is", "original"),
+        )
+        for init, name, why in [
+            ("pissa_niter_4", "PiSSA", "its decomposition drew random numbers"),
+            ("corda", "CorDA", "it depends on the data that it was calibrated with"),
+            ("loftq", "LoftQ", "it depends on how the base was quantised"),
+            ("lora_ga", "LoRA-GA", "it depends on gradients of the first training steps"),
+        ]
+    ),
     Case(
-        "PiSSA",
-        ("'pissa', which changes the base's weights",),
+        "an initialisation of a later PEFT",
+        ("init_lora_weights: is 'warp', which PEFT 0.21 does not know",),
         "unsupported",
-        config={"init_lora_weights": "pissa"},
+        config={"init_lora_weights": "warp"},
+    ),
+    *(
+        Case(
+            f"{name} without a word about it",
+            (f"peft_type: {name} decomposes the base's weights when it is loaded", "pass --allow-svd"),
+            "decomposes",
+            config={"peft_type": kind},
+        )
+        for kind, name in DECOMPOSING.items()
     ),
     Case(
-        "LoftQ",
-        ("'loftq', which changes the base's weights",),
+        "layers repeated beyond the model",
+        ("layer_replication: is [[0, 3]], and the base has 2 layers",),
+        "bad-field",
+        config={"layer_replication": [[0, 3]]},
+    ),
+    Case(
+        "layers repeated in a wrong way",
+        ("layer_replication: is [0, 2], expected a list of [start, end]",),
+        "bad-field",
+        config={"layer_replication": [0, 2]},
+    ),
+    Case(
+        "layers repeated in a model without any",
+        ("layer_replication: repeats layers, and the base's layers cannot be told by their names",),
         "unsupported",
-        config={"init_lora_weights": "loftq"},
+        config={"layer_replication": [[0, 2]]},
+        base_tensors=rename("layers.", "floors-"),
+        base_config={"num_hidden_layers": 2},
     ),
-    Case("layer replication", ("replicated layers",), "unsupported", config={"layer_replication": [[0, 2]]}),
+    # kinds without a merged form
+    *(
+        Case(
+            f"the field {name}",
+            (f"{name}: {why}: it has no merged form", "serve it with PEFT"),
+            "unsupported",
+            config={name: [1]},
+        )
+        for name, why in UNMERGEABLE_FIELDS.items()
+    ),
+    *(
+        Case(
+            f"the type {kind}",
+            (f"a {kind} adapter cannot be merged: {why}, which no weight can hold", "serve it with PEFT"),
+            "unsupported",
+            config={"peft_type": kind},
+        )
+        for kind, why in NOT_IN_WEIGHTS.items()
+    ),
     Case(
-        "aLoRA",
-        ("aLoRA acts only after", "no merged form"),
+        "BONE",
+        ("peft_type: 'BONE' was renamed, and PEFT 0.21 cannot read it", "save it again as MISS"),
         "unsupported",
-        config={"alora_invocation_tokens": [1, 2]},
+        config={"peft_type": "BONE"},
     ),
     Case(
-        "Arrow",
-        ("Arrow routes between", "no merged form"),
+        "a type of a later PEFT",
+        ("peft_type: is 'WARP', which is no type of PEFT 0.21",),
         "unsupported",
-        config={"arrow_config": {"top_k": 2}},
+        config={"peft_type": "WARP"},
     ),
-    Case("AdaLoRA", ("'ADALORA' adapters are not merged",), "unsupported", config={"peft_type": "ADALORA"}),
     Case(
-        "prompt tuning",
-        ("PROMPT_TUNING adapter cannot be merged",),
+        "no type",
+        ("peft_type: is 'None', which is no type of PEFT",),
         "unsupported",
-        config={"peft_type": "PROMPT_TUNING"},
+        config={"peft_type": ...},
+    ),
+    # what PEFT's own layers merge
+    Case(
+        "a tensor of LoHa that is not there",
+        ("q_proj.hada_w2_b: is not in the adapter; PEFT would go on with a random value",),
+        "injection",
+        kind="LoHa",
+        tensors=drop(f"{Q}.hada_w2_b"),
     ),
     Case(
-        "X-LoRA", ("XLORA adapter cannot be merged", "router"), "unsupported", config={"peft_type": "XLORA"}
-    ),
-    Case("BONE", ("'BONE' adapters are not merged",), "unsupported", config={"peft_type": "BONE"}),
-    Case(
-        "an output embedding that is tied and not stored",
-        ("lm_head", "tied to the input embedding"),
-        "unsupported",
-        family="llama_tied",
-        config={"target_modules": ["q_proj", "down_proj", "lm_head"]},
-        tensors=several(
-            add("base_model.model.lm_head.lora_A.weight", 4, 64),
-            add("base_model.model.lm_head.lora_B.weight", 96, 4),
-        ),
+        "a tensor that LoHa does not have",
+        ("q_proj.hada_w3_a: LOHA has no place for it in this module",),
+        "injection",
+        kind="LoHa",
+        tensors=add(f"{Q}.hada_w3_a", 4, 4),
     ),
     Case(
-        "an output embedding that is tied and stored",
-        ("lm_head", "tie_word_embeddings"),
-        "unsupported",
-        config={"target_modules": ["q_proj", "down_proj", "lm_head"]},
-        tensors=several(
-            add("base_model.model.lm_head.lora_A.weight", 4, 64),
-            add("base_model.model.lm_head.lora_B.weight", 96, 4),
-        ),
-        base_config={"tie_word_embeddings": True},
+        "a tensor of LoHa of another size",
+        ("q_proj.hada_w1_a: shape [48, 4], expected [64, 4]",),
+        "injection",
+        kind="LoHa",
+        tensors=add(f"{Q}.hada_w1_a", 48, 4),
     ),
     Case(
-        "LoRA on an embedding",
-        ("is LoRA on an embedding",),
+        "a module of LoHa that is not there",
+        ("layers.0.self_attn.q_proj: the config targets it, and the adapter has no tensors for it",),
+        "missing-module",
+        kind="LoHa",
+        tensors=drop_all("layers.0.self_attn.q_proj."),
+    ),
+    Case(
+        "a module of LoHa that the config does not target",
+        ("layers.0.self_attn.q_proj.hada_w1_a: belongs to no module that the config targets",),
         "unexpected-tensor",
-        tensors=add("base_model.model.model.embed_tokens.lora_embedding_A", 4, 96),
+        kind="LoHa",
+        config={"target_modules": ["v_proj", "down_proj"]},
     ),
     Case(
-        "a convolution",
-        ("LoRA on convolutions",),
+        "LoHa without PEFT's prefix",
+        ("tensors lack the prefix base_model.model.",),
+        "wrong-prefix",
+        kind="LoHa",
+        tensors=rename("base_model.model.", ""),
+    ),
+    Case(
+        "LoHa on a weight that the base lacks",
+        ("layers.0.self_attn.q_proj: the adapter changes it, the base has no model.layers.0",),
+        "unmatched-module",
+        kind="LoHa",
+        base_tensors=drop("model.layers.0.self_attn.q_proj.weight"),
+    ),
+    Case(
+        "LoHa on a weight in float64",
+        ("q_proj.weight: is stored as F64, expected BF16, F16 or F32",),
         "unsupported",
-        tensors=several(reshape(f"{Q}.lora_A.weight", 4, 64, 1), reshape(f"{Q}.lora_B.weight", 64, 4, 1)),
+        kind="LoHa",
+        base_tensors=to_dtype("model.layers.0.self_attn.q_proj.weight", "float64"),
+    ),
+    Case(
+        "LoHa on a weight of another size",
+        ("q_proj.weight: shape [32, 64], expected [64, 64]",),
+        "injection",
+        kind="LoHa",
+        base_tensors=reshape("model.layers.0.self_attn.q_proj.weight", 32, 64),
+    ),
+    Case(
+        "LoHa on a model without a class",
+        ("model_type: strange is unknown to the installed transformers",),
+        "injection",
+        kind="LoHa",
+        base_config={"model_type": "strange"},
+    ),
+    Case(
+        "LoHa on a model whose class is somebody's own",
+        ("architectures: SomebodysModel is unknown to the installed transformers",),
+        "injection",
+        kind="LoHa",
+        base_config={"architectures": ["SomebodysModel"]},
+    ),
+    Case(
+        "LoHa with a rank that PEFT refuses",
+        ("PEFT raises ValueError: `r` should be a positive integer value",),
+        "injection",
+        kind="LoHa",
+        config={"r": -1},
+    ),
+    Case(
+        "LoHa with modules_to_save and no tensor",
+        ("modules_to_save: names 'lm_head', and no tensor of the file belongs to it",),
+        "missing-module",
+        kind="LoHa",
+        config={"modules_to_save": ["lm_head"]},
+    ),
+    Case(
+        "LoHa by a rank that it does not have",
+        ("--combine svd keeps the largest rank of the adapters, and none that changes this weight has one",),
+        "no-rank",
+        kind="LoHa",
+        options=("--combine", "svd"),
+    ),
+    Case(
+        "FRoD without its projections",
+        ("save_projection: is false, and deriving FRoD's projections anew takes all weights at once",),
+        "injection",
+        kind="FRoD",
+        config={"save_projection": False},
+    ),
+    Case(
+        "FRoD that lost a projection",
+        ("frod_V", "is not in the adapter"),
+        "injection",
+        kind="FRoD",
+        tensors=drop_all("frod_V"),
+    ),
+    Case(
+        "OFT on a larger kernel",
+        ("layer.1.convolution: OFT on a convolution of kernel (3, 3) has no merged form",),
+        "unsupported",
+        kind="OFT on a 3×3 convolution",
+        family="resnet",
+    ),
+    Case(
+        "a weight that is computed",
+        ("pos_conv_embed.conv: its weight is computed from others (weight_norm)", "serve it with PEFT"),
+        "unsupported",
+        kind="LoHa under weight_norm",
+        family="wav2vec2",
+    ),
+    # ties that cannot be taken apart
+    *(
+        Case(
+            f"one end of a tied {family}",
+            ("lm_head.weight: differs from", "both were one tensor", why, "--allow-untie"),
+            "untie",
+            kind=f"LoRA on one end of {family}",
+            family=family.lower(),
+        )
+        for family, why in [
+            ("Gemma", "engines tie the embeddings of gemma whatever the config says"),
+            ("Cohere", "engines tie the embeddings of cohere whatever the config says"),
+            ("T5", "t5 scales its output where the config says that embeddings are tied"),
+        ]
     ),
     Case(
         "factors in float64",
@@ -375,18 +1023,42 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_disagreement_is_refused_with_its_own_sentence(case, pico, pico_adapter, tampered, cli, tmp_path):
-    base = tampered(pico(case.family), "base")
-    adapter = tampered(pico_adapter(pico(case.family)), "adapter")
-    edit_json(base / "config.json", **case.base_config)
-    if case.base_tensors:
-        edit_tensors(base / "model.safetensors", case.base_tensors)
-    edit_json(adapter / "adapter_config.json", **case.config)
-    if case.tensors:
-        edit_tensors(adapter / "adapter_model.safetensors", case.tensors)
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """The directory in which bases and adapters are built."""
+    return tmp_path_factory.mktemp("refusals")
 
-    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--json")
+
+@pytest.fixture
+def inputs(workshop, pico, pico_adapter, tampered):
+    """Return a function: case → copies of a base and an adapter, with its changes made."""
+
+    def make(case):
+        if case.kind:
+            known = {kind.name: kind for kind in KINDS} | OTHER_KINDS
+            built = building.case(workshop, known[case.kind], case.family, "bfloat16")
+            sources = built.base, built.adapter
+        else:
+            sources = pico(case.family), pico_adapter(pico(case.family))
+        base, adapter = tampered(sources[0], "base"), tampered(sources[1], "adapter")
+        edit_json(base / "config.json", **case.base_config)
+        if case.base_tensors:
+            edit_tensors(base / "model.safetensors", case.base_tensors)
+        edit_json(adapter / "adapter_config.json", **case.config)
+        if case.tensors:
+            edit_tensors(adapter / "adapter_model.safetensors", case.tensors)
+        return base, adapter
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_disagreement_is_refused_with_its_own_sentence(case, inputs, cli, tmp_path):
+    base, adapter = inputs(case)
+
+    result = cli(
+        "--base", base, "--adapter", f"{adapter}{case.weight}", "--out", tmp_path / "out", "--json", *case.options
+    )  # fmt: skip
 
     assert result.exit_code == exits.PLAN, result.stderr
     for words in case.says:
@@ -395,9 +1067,94 @@ def test_a_disagreement_is_refused_with_its_own_sentence(case, pico, pico_adapte
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+def test_what_the_cases_change_is_what_they_are_refused_for(inputs, cli, tmp_path):
+    for number, (kind, family) in enumerate(sorted({(case.kind, case.family) for case in CASES})):
+        if kind in OTHER_KINDS:
+            continue
+        at = tmp_path / str(number)
+        at.mkdir()
+        base, adapter = inputs(Case("unchanged", (), "", kind=kind, family=family))
+        result = cli("--base", base, "--adapter", adapter, "--out", at / "out", "--no-verify")
+        assert result.exit_code == exits.OK, result.stderr
+        for copied in (base, adapter):
+            shutil.rmtree(copied)
+
+
+SOURCES = [
+    path
+    for place in ("adapters", "plan", "core/kinds.py", "core/scaling.py")
+    for path in sorted((ROOT / "lora_merge" / place).rglob("*.py")) or [ROOT / "lora_merge" / place]
+]
+SEVERAL = {"two-replacements"}
+"""Codes of refusals that take several adapters; they have tests of their own below."""
+
+IN_TEST_RESOLVE = {"empty"}
+
+
+def test_every_code_of_a_refusal_has_a_case():
+    text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    codes = set(re.findall(r'\berror\(\s*"([a-z-]+)"', text))
+    assert len(codes) >= 25
+    assert codes - {case.code for case in CASES} == SEVERAL | IN_TEST_RESOLVE
+
+
+def test_two_adapters_cannot_replace_one_parameter(pico, pico_adapter, tampered, cli, tmp_path):
+    adapters = [tampered(pico_adapter(pico()), name) for name in ("one", "other")]
+    for adapter in adapters:
+        edit_json(adapter / "adapter_config.json", modules_to_save=["lm_head"])
+        edit_tensors(adapter / "adapter_model.safetensors", add(f"{HEAD}.weight", 96, 64))
+
+    result = cli(
+        "--base", pico(), "--adapter", adapters[0], "--adapter", adapters[1], "--out", tmp_path / "out", "--json"
+    )  # fmt: skip
+
+    assert result.exit_code == exits.PLAN
+    assert "lm_head.weight: is replaced as a whole by two adapters (merge one of them only)" in result.stderr
+    assert "two-replacements" in {issue["code"] for issue in json.loads(result.stdout)["issues"]}
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_differently_repeated_layers_are_refused(pico, pico_adapter, tampered, cli, tmp_path):
+    repeated = tampered(pico_adapter(pico()), "repeated")
+    edit_json(repeated / "adapter_config.json", layer_replication=[[0, 2], [1, 2]])
+
+    result = cli(
+        "--base", pico(), "--adapter", repeated, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out"
+    )
+
+    assert result.exit_code == exits.PLAN
+    assert "layer_replication: repeats layers, and the adapters differ in it" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_problem_of_any_adapter_stops_the_merge_of_all(pico, pico_adapter, tampered, cli, tmp_path):
+    broken = tampered(pico_adapter(pico()), "broken")
+    edit_json(broken / "adapter_config.json", r=8)
+
+    result = cli(
+        "--base", pico(), "--adapter", pico_adapter(pico()), "--adapter", broken, "--out", tmp_path / "out"
+    )
+
+    assert result.exit_code == exits.PLAN
+    assert "has rank 4, the config says 8" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("new", "'new' is no kind of base, expected original or residual")]
+)
+def test_a_wrong_word_about_the_base_is_usage(value, words, pico, pico_adapter, cli, tmp_path):
+    result = cli(
+        "--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out", "--base-is", value
+    )
+
+    assert result.exit_code == exits.USAGE
+    assert words in result.stderr
+
+
 def test_every_problem_is_named_in_one_message(pico, pico_adapter, tampered, cli, tmp_path):
     adapter = tampered(pico_adapter(pico()))
-    edit_json(adapter / "adapter_config.json", use_dora=True, rank_pattern={"k_proj": 2})
+    edit_json(adapter / "adapter_config.json", warp_drive=True, rank_pattern={"k_proj": 2})
     edit_tensors(
         adapter / "adapter_model.safetensors",
         several(drop(f"{Q}.lora_B.weight"), reshape(f"{LAYER}.mlp.down_proj.lora_A.weight", 4, 48)),
@@ -406,7 +1163,7 @@ def test_every_problem_is_named_in_one_message(pico, pico_adapter, tampered, cli
     result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
 
     assert "4 problems" in result.stderr
-    for words in ("DoRA", "'k_proj' matches none", "no lora_B", "lora_A is (4, 48)"):
+    for words in ("warp_drive", "'k_proj' matches none", "no lora_B", "lora_A is (4, 48)"):
         assert words in result.stderr
 
 
@@ -452,3 +1209,109 @@ def test_fields_that_only_training_reads_are_ignored(pico, pico_adapter, tampere
     result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out", "--strict")
 
     assert result.exit_code == exits.OK, result.stderr
+
+
+def test_adalora_whose_ranks_never_moved_is_a_warning_and_strict_refuses_it(workshop, cli, tmp_path):
+    kind = next(kind for kind in KINDS if kind.name == "AdaLoRA")
+    case = building.case(workshop, kind, "llama", "bfloat16")
+    arguments = ("--base", case.base, "--adapter", case.adapter, "--out", tmp_path / "out")
+
+    strict = cli(*arguments, "--strict")
+    assert strict.exit_code == exits.PLAN
+    assert list(tmp_path.iterdir()) == []
+
+    merged = cli(*arguments)
+    assert merged.exit_code == exits.OK, merged.stderr
+    for result in (strict, merged):
+        assert "rank_pattern: every module still has its first rank, init_r = 6" in result.stderr
+        assert "update_and_allocate()" in result.stderr
+
+
+def test_adalora_whose_ranks_were_reduced_is_none(workshop, cli, tmp_path):
+    kind = next(kind for kind in KINDS if kind.name == "AdaLoRA after its ranks were reduced")
+    case = building.case(workshop, kind, "llama", "float32")
+
+    result = cli("--base", case.base, "--adapter", case.adapter, "--out", tmp_path / "out", "--strict")
+
+    assert result.exit_code == exits.OK, result.stderr
+    assert "was left no rank by AdaLoRA, and stays as it is" in result.stderr
+
+
+@pytest.fixture
+def faint(pico, pico_adapter, tampered):
+    """A base with weights of 0.02 and an adapter whose deltas have a standard deviation of 1e-4."""
+    base, adapter = tampered(pico(), "base"), tampered(pico_adapter(pico()), "adapter")
+
+    def scale_weights(tensors):
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in tensors.items():
+            if tensor.dim() == 2:
+                tensors[name] = (torch.randn(tensor.shape, generator=generator) * 0.02).bfloat16()
+
+    def scale_factors(tensors):
+        import torch
+
+        generator = torch.Generator().manual_seed(1)
+        # a sum of 4 products with standard deviations of 1 and σ, times the scale of 1.5, has one of 3σ
+        for name, tensor in tensors.items():
+            size = 1.0 if "lora_A" in name else 1e-4 / 3
+            tensors[name] = torch.randn(tensor.shape, generator=generator) * size
+
+    edit_tensors(base / "model.safetensors", scale_weights)
+    edit_tensors(adapter / "adapter_model.safetensors", scale_factors)
+    return base, adapter
+
+
+def test_a_delta_that_drowns_in_the_stored_dtype_is_a_warning_that_says_how_much_of_it(faint, cli, tmp_path):
+    base, adapter = faint
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--json")
+
+    assert result.exit_code == exits.OK, result.stderr
+    (issue,) = [issue for issue in json.loads(result.stdout)["issues"] if issue["code"] == "delta-drowns"]
+    assert issue["severity"] == "warning"
+    share = int(re.match(r"(\d+)% of the delta's elements are too small", issue["sentence"])[1])
+    assert share == pytest.approx(
+        drowned_share(base, adapter), abs=4
+    )  # the worst tensor, and by a sample of it
+    assert 25 < share < 40
+    assert "in 4 of 4 merged tensors" in issue["sentence"]
+    assert "--dtype float32" in issue["hint"]
+    assert f"warning: {issue['subject']}" in result.stderr
+
+
+def drowned_share(base, adapter):
+    """Return the percentage of the elements that bfloat16 leaves as they were, in the worst of the tensors."""
+    from safetensors.torch import load_file
+
+    weights = load_file(base / "model.safetensors")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    shares = []
+    for name in [name for name in factors if "lora_A" in name]:
+        weight = weights[name.removeprefix("base_model.model.").replace("lora_A.", "")]
+        delta = 1.5 * factors[name.replace("lora_A", "lora_B")] @ factors[name]
+        shares.append(float(((weight.float() + delta).bfloat16() == weight).double().mean()))
+    return 100 * max(shares)
+
+
+def test_a_delta_does_not_drown_in_float32(faint, cli, tmp_path):
+    base, adapter = faint
+
+    result = cli(
+        "--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--dtype", "float32", "--strict"
+    )
+
+    assert result.exit_code == exits.OK, result.stderr
+    assert "too small" not in result.stderr
+
+
+def test_strict_refuses_a_delta_that_drowns_and_leaves_nothing(faint, cli, tmp_path):
+    base, adapter = faint
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--strict")
+
+    assert result.exit_code == exits.PLAN
+    assert "of the delta's elements are too small for the stored dtype" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

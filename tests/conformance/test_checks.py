@@ -13,12 +13,18 @@ import pytest
 import lora_merge
 from lora_merge.adapters import read
 from lora_merge.checks import CHECKS, Evidence
-from lora_merge.core.plan import Copy, Merge
+from lora_merge.checks.recompute import has_formula, sampled_rows
+from lora_merge.core.kinds import LAYERED, NATIVE
+from lora_merge.core.plan import Copy, Merge, View
 from lora_merge.core.provenance import Provenance
+from lora_merge.core.request import parse_adapter
+from lora_merge.core.tensor import TensorRef
 from lora_merge.executors.serial import run_serial
 from lora_merge.merge import Merger
 from lora_merge.verify import verify
 from lora_merge.writers import HfCheckpoint
+from tests.parity import building
+from tests.parity.kinds import KINDS
 from tests.tampering import edit_json
 
 LEVELS = ("sample", "full")
@@ -26,9 +32,24 @@ INDEX = "model.safetensors.index.json"
 STORAGE = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 
 
+OPTIONS = {
+    (): {},
+    ("--allow-svd",): {"allow_svd": True},
+    ("--base-is", "original"): {"base_is": "original"},
+    ("--base-is", "residual"): {"base_is": "residual"},
+}
+"""What the options of a kind are in Python."""
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """The directory in which bases and adapters are built."""
+    return tmp_path_factory.mktemp("checks")
+
+
 @pytest.fixture
 def outcome(tmp_path) -> Callable[..., Evidence]:
-    """Return a function (base, adapter, options) → the evidence of a real merge."""
+    """Return a function (base, adapter or adapters, options) → the evidence of a real merge."""
 
     def make(base, adapter, level="sample", **options):
         plan = lora_merge.plan(base=base, adapter=adapter, **options)
@@ -37,9 +58,29 @@ def outcome(tmp_path) -> Callable[..., Evidence]:
         writer = HfCheckpoint(root)
         writer.reserve(plan)
         records = tuple(run_serial(Merger(writer, "cpu"), plan.steps))
+        paths = tuple(map(str, adapter if isinstance(adapter, list) else [adapter]))
+        adapters = tuple(read(Path(parse_adapter(path)[0])) for path in paths)
         versions = {"lora-merge": lora_merge.__version__}
-        writer.seal(plan, records, Provenance(str(base), read(adapter), str(adapter), "output", {}, versions))
+        writer.seal(plan, records, Provenance(str(base), adapters, paths, "output", {}, versions))
         return Evidence(plan, root, records, level)
+
+    return make
+
+
+@pytest.fixture
+def outcome_of(workshop, outcome) -> Callable[..., Evidence]:
+    """Return a function (names of kinds with weights, model, dtype of the base, options) → full evidence."""
+
+    def make(named, model, stored, **options):
+        cases = []
+        for name, weight in named.items():
+            kind = next(kind for kind in KINDS if kind.name == name)
+            if kind.needs:
+                pytest.importorskip(kind.needs)
+            options |= OPTIONS[kind.options]
+            cases.append((building.case(workshop, kind, model, stored), weight))
+        adapters = [f"{case.adapter}:{weight:g}" for case, weight in cases]
+        return outcome(cases[0][0].base, adapters, "full", **options)
 
     return make
 
@@ -77,6 +118,44 @@ def test_every_check_passes_a_good_output(family, dtype, options, level, outcome
     assert verify(evidence.plan, evidence.root, evidence.records, level).ok
 
 
+def kinds_of(types):
+    """Return (name, model, dtype) of every kind of some PEFT types."""
+    return [
+        pytest.param(kind.name, model, dtype, id=f"{kind.name}-{model}-{dtype}")
+        for kind in KINDS
+        if kind.peft_type in types
+        for model in kind.models
+        for dtype in kind.dtypes
+    ]
+
+
+def test_every_type_that_is_merged_is_among_the_kinds():
+    assert {kind.peft_type for kind in KINDS} == NATIVE | LAYERED
+
+
+@pytest.mark.parametrize(("kind", "model", "dtype"), kinds_of(NATIVE))
+def test_every_check_passes_a_good_output_of_every_kind_with_a_formula(kind, model, dtype, outcome_of):
+    evidence = outcome_of({kind: 1}, model, dtype)
+    assert {name: list(check(evidence)) for name, check in CHECKS.items()} == {name: [] for name in CHECKS}
+    verdict = verify(evidence.plan, evidence.root, evidence.records, "full")
+    by_peft = any(
+        delta.kind == "peft_layer" for step in steps_of(evidence, Merge) for delta in step.op.deltas
+    )
+    assert by_peft == (verdict.n_rows == 0)
+    assert verdict.ok
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "dtype"),
+    [case for case in kinds_of(LAYERED) if case.values[2] == "bfloat16" or "LoHa" in case.values[0]],
+)
+def test_every_check_passes_a_good_output_of_pefts_own_layers(kind, model, dtype, outcome_of):
+    evidence = outcome_of({kind: 1}, model, dtype)
+    assert [
+        issue for check in CHECKS.values() for issue in check(evidence) if issue.severity == "error"
+    ] == []
+
+
 def steps_of(evidence, kind):
     return [step for step in evidence.plan.steps if isinstance(step.op, kind)]
 
@@ -99,19 +178,25 @@ def flip_in(kind, byte):
     return plant
 
 
-def nudge(evidence, slot, row):
-    """Move the largest value of a row by two steps of its dtype."""
+def nudge(evidence, slot, row, n_steps=2):
+    """Move the largest value of a row by some steps of its dtype."""
     path = evidence.root / slot.file
     content = bytearray(path.read_bytes())
     bits = np.frombuffer(
         content, STORAGE[slot.dtype], slot.nbytes // STORAGE[slot.dtype](0).nbytes, slot.start
     )
-    values = bits.reshape(slot.shape)[row]
+    n_rows = view_of(evidence, slot).n_rows
+    values = bits.reshape(n_rows, -1)[row]
     magnitude = values & np.iinfo(values.dtype).max >> 1
     at = int(magnitude.argmax())
-    values[at] += 2
+    values[at] += n_steps
     path.write_bytes(content)
-    return f"row {row % slot.shape[0]}, column {at} "
+    return f"row {row % n_rows}, column {at} "
+
+
+def view_of(evidence, slot):
+    """Return the view of a merged tensor."""
+    return next(step.op.view for step in steps_of(evidence, Merge) if step.slots[0] == slot)
 
 
 def nudge_row(row):
@@ -129,6 +214,29 @@ def set_nan(evidence):
     path = evidence.root / slot.file
     content = bytearray(path.read_bytes())
     content[slot.start : slot.start + 2] = b"\xff\x7f"
+    path.write_bytes(content)
+    return evidence
+
+
+def keep_as_in_the_base(evidence):
+    """Put the base's bytes in the place of the first merged tensor."""
+    step = steps_of(evidence, Merge)[0]
+    slot, source = step.slots[0], step.op.parts[0]
+    path = evidence.root / slot.file
+    content = bytearray(path.read_bytes())
+    content[slot.start : slot.end] = Path(source.file).read_bytes()[source.start : source.end]
+    path.write_bytes(content)
+    return evidence
+
+
+def double_a_row(evidence):
+    """Multiply every value of a row of the first merged tensor by two, in bfloat16."""
+    step = steps_of(evidence, Merge)[0]
+    slot = step.slots[0]
+    path = evidence.root / slot.file
+    content = bytearray(path.read_bytes())
+    bits = np.frombuffer(content, np.uint16, slot.nbytes // 2, slot.start).reshape(step.op.view.n_rows, -1)
+    bits[5] += 1 << 7  # the exponent stands above seven bits of fraction
     path.write_bytes(content)
     return evidence
 
@@ -199,6 +307,8 @@ class Fault:
     plant: Callable[[Evidence], Evidence]
     code: str
     level: str = "sample"
+    kind: str = ""
+    """The kind of adapter; empty for a LoRA on a sharded base."""
 
 
 FAULTS = {
@@ -256,8 +366,28 @@ FAULTS = {
     "a value of the last row is off": Fault("recompute", nudge_row(-1), "wrong-value"),
     "a value of any row is off": Fault("recompute", nudge_row(17), "wrong-value", "full"),
     "a value became NaN": Fault("recompute", set_nan, "wrong-value"),
+    "a module of PEFT's layers was not merged": Fault(
+        "layers", keep_as_in_the_base, "wrong-output", kind="LoHa"
+    ),
+    "a module of PEFT's layers became NaN": Fault("layers", set_nan, "wrong-output", kind="LoHa"),
+    "a row of PEFT's layers is twice as large": Fault("layers", double_a_row, "wrong-output", kind="LoHa"),
 }
 every_fault = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+
+
+@pytest.fixture
+def faulty(request, outcome_of):
+    """Return a function: fault → the evidence of an output with it."""
+
+    def make(fault):
+        good = (
+            outcome_of({fault.kind: 1}, "llama", "bfloat16")
+            if fault.kind
+            else request.getfixturevalue("evidence")
+        )
+        return fault.plant(replace(good, level=fault.level))
+
+    return make
 
 
 def test_every_check_has_faults_to_find():
@@ -265,14 +395,13 @@ def test_every_check_has_faults_to_find():
 
 
 @every_fault
-def test_a_check_finds_what_it_is_for(fault, evidence):
-    evidence = fault.plant(replace(evidence, level=fault.level))
-    assert fault.code in codes(evidence, fault.check)
+def test_a_check_finds_what_it_is_for(fault, faulty):
+    assert fault.code in codes(faulty(fault), fault.check)
 
 
 @every_fault
-def test_a_faulty_output_fails_verification(fault, evidence):
-    evidence = fault.plant(replace(evidence, level=fault.level))
+def test_a_faulty_output_fails_verification(fault, faulty):
+    evidence = faulty(fault)
     verdict = verify(evidence.plan, evidence.root, evidence.records, evidence.level)
     assert not verdict.ok
     assert fault.code in {issue.code for issue in verdict.errors}
@@ -289,19 +418,95 @@ def test_full_recomputation_finds_two_steps_in_any_row_and_says_where(
     for n, step in enumerate(steps_of(evidence, Merge)):
         slot = step.slots[0]
         places[slot.name] = nudge(evidence, slot, 7 * n % slot.shape[0])
+    assert_found_at(evidence, places)
+
+
+def assert_found_at(evidence, places):
+    """Check that recomputation finds a fault in each of these tensors, there, and in no others."""
     found = {issue.subject: issue.sentence for issue in CHECKS["recompute"](evidence)}
     assert sorted(found) == sorted(places)
     for name, place in places.items():
         assert found[name].startswith(place)
 
 
-def test_full_recomputation_takes_every_row_and_a_sample_takes_three():
-    from lora_merge.checks.recompute import sampled_rows
-    from lora_merge.core.tensor import TensorRef
+OTHER_LORA = "LoRA with rank_pattern and alpha_pattern"
+OUTCOMES = {
+    "a DoRA": ({"DoRA on a linear layer": 1}, "llama", {}),
+    "a DoRA by a half": ({"DoRA on a linear layer": 0.5}, "llama", {}),
+    "a DoRA on Conv1D": ({"DoRA on Conv1D": 1}, "gpt2", {}),
+    "a DoRA on an embedding": ({"DoRA on an embedding": 1}, "llama", {}),
+    "a DoRA on a convolution": ({"DoRA on Conv2d": 1}, "resnet", {}),
+    "an embedding": ({"LoRA on an embedding": 1}, "llama", {}),
+    "an AdaLoRA": ({"AdaLoRA": 1}, "llama", {}),
+    "an AdaLoRA on a convolution": ({"AdaLoRA": 1}, "resnet", {}),
+    "a convolution": ({"LoRA on Conv2d": 1}, "resnet", {}),
+    "stacked experts, in × out": (
+        {"LoRA on stacked experts (target_parameters), two parameters": 1},
+        "gpt_oss",
+        {},
+    ),
+    "stacked experts, out × in": (
+        {"LoRA on stacked experts (target_parameters), two parameters": 1},
+        "qwen3_moe",
+        {},
+    ),
+    "biases of lora_B": ({"LoRA with a bias (lora_bias)": 1}, "llama_biased", {}),
+    "BD-LoRA": ({"BD-LoRA": 1}, "llama", {}),
+    "an attention whose output is merged twice": ({"LoRA on nn.MultiheadAttention": 1}, "siglip", {}),
+    "trained rows": ({"trainable_token_indices": 1}, "llama", {}),
+    "a module in the place of another": ({"modules_to_save": 1}, "llama", {"dtype": "float16"}),
+    "two adapters": ({"LoRA": 0.5, OTHER_LORA: 1.75}, "llama", {}),
+    "two adapters, the second a DoRA": ({"LoRA": 0.5, "DoRA on a linear layer": 1}, "llama", {}),
+    "ties": ({"LoRA": 1, OTHER_LORA: 3}, "llama", {"combine": "ties"}),
+    "dare": ({"LoRA": 1, OTHER_LORA: 3}, "llama", {"combine": "dare_linear", "seed": 3}),
+    "dare and ties": ({"LoRA": 1, OTHER_LORA: 3}, "llama", {"combine": "dare_ties", "density": 0.7}),
+    "ties of a LoRA and a DoRA": (
+        {"LoRA": 1, "DoRA on a linear layer": 1},
+        "llama",
+        {"combine": "ties", "density": 0.2},
+    ),
+}
+every_outcome = pytest.mark.parametrize(("named", "model", "options"), OUTCOMES.values(), ids=OUTCOMES.keys())
 
-    slot = TensorRef("w", "BF16", (1000, 2), "file", 0, 4000)
-    assert [row for rows in sampled_rows(slot, "full") for row in rows] == list(range(1000))
-    (sample,) = sampled_rows(slot, "sample")
+
+@every_outcome
+def test_every_outcome_below_is_a_good_one(named, model, options, outcome_of):
+    evidence = outcome_of(named, model, "bfloat16", **options)
+    assert [issue for check in CHECKS.values() for issue in check(evidence)] == []
+
+
+@every_outcome
+def test_two_steps_of_the_dtype_are_found_in_the_output_of_any_formula(named, model, options, outcome_of):
+    evidence = outcome_of(named, model, "bfloat16", **options)
+    steps = [step for step in steps_of(evidence, Merge) if has_formula(step.op)]
+    assert any(step.op.deltas for step in steps)
+    places = {}
+    for n, step in enumerate(steps):
+        slot = step.slots[0]
+        # where PEFT rounds a delta, or the weight in between, the right value is known to one step less each
+        rounded = any(delta.rounded for delta in step.op.deltas)
+        settled = any(delta.options.get("settles") for delta in step.op.deltas)
+        # a combination leaves several values to choose from, and one of them may lie a few steps away
+        steps_away = 2 + rounded + settled + (100 if step.op.combination else 0)
+        row = (7 * n + 17) % step.op.view.n_rows
+        places[slot.name] = nudge(evidence, slot, row, steps_away)
+    assert_found_at(evidence, places)
+
+
+@pytest.mark.parametrize("row", [1, 17, 80, 2, 95])
+def test_two_steps_are_found_in_a_trained_row_and_in_any_other(row, outcome_of):
+    evidence = outcome_of({"trainable_token_indices": 1}, "llama", "bfloat16")
+    slot = next(step.slots[0] for step in steps_of(evidence, Merge) if "embed" in step.slots[0].name)
+    place = nudge(evidence, slot, row)
+    assert_found_at(evidence, {slot.name: place})
+
+
+@pytest.mark.parametrize("shape", [(1000, 2), (1000,), (8, 125, 2), (1000, 4, 3, 3)])
+def test_full_recomputation_takes_every_row_and_a_sample_takes_three(shape):
+    slot = TensorRef("w", "BF16", shape, "file", 0, 0)
+    op = Merge("dense", (slot,), (), View.of(shape, stacked=True))
+    assert [row for rows in sampled_rows(slot, op, "full") for row in rows] == list(range(1000))
+    (sample,) = sampled_rows(slot, op, "sample")
     assert sample == sorted(sample)
     assert {0, 999} < set(sample)
     assert len(sample) == 3

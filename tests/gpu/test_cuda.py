@@ -10,6 +10,8 @@ import torch
 
 import lora_merge
 from lora_merge.core.plan import Merge
+from tests.parity import building
+from tests.parity.kinds import KINDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,6 +76,59 @@ def test_a_merge_on_cuda_is_within_one_rounding_of_the_cpus(family, dtype, pico,
         else:
             assert torch.equal(on_cuda[name], on_cpu[name]), name
     assert n_merged >= 8
+
+
+KINDS_ON_CUDA = {
+    "LoRA on an embedding": "llama",
+    "DoRA on a linear layer": "llama",
+    "DoRA on Conv1D": "gpt2",
+    "LoRA on Conv2d": "resnet",
+    "AdaLoRA": "llama",
+    "BD-LoRA": "llama",
+    "LoRA on stacked experts (target_parameters), two parameters": "gpt_oss",
+    "LoRA with a bias (lora_bias)": "llama_biased",
+    "trainable_token_indices": "llama",
+    "LoHa": "llama",
+}
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """The directory in which bases and adapters are built."""
+    return tmp_path_factory.mktemp("cuda")
+
+
+def built(workshop, name, model, dtype="bfloat16"):
+    kind = next(kind for kind in KINDS if kind.name == name)
+    return building.case(workshop, kind, model, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("name", "model"), KINDS_ON_CUDA.items(), ids=KINDS_ON_CUDA)
+def test_every_value_of_a_merge_on_cuda_is_that_of_its_formula(name, model, dtype, workshop, tmp_path):
+    case = built(workshop, name, model, dtype)
+    report = lora_merge.merge(
+        base=case.base, adapter=case.adapter, out=tmp_path / "out", device="cuda", verify="full"
+    )
+    assert report.verdict.ok
+    assert report.summary.n_merged > 0
+
+
+@pytest.mark.parametrize("combine", ["ties", "dare_linear", "dare_ties", "svd"])
+def test_adapters_are_combined_on_cuda_the_same_way_twice(combine, workshop, tmp_path):
+    cases = [built(workshop, name, "llama") for name in ("LoRA", "DoRA on a linear layer")]
+    torch.cuda.manual_seed(5)
+    wanted = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(5)
+    for name in ("one", "again"):
+        report = lora_merge.merge(
+            base=cases[0].base, adapter=[case.adapter for case in cases], out=tmp_path / name, device="cuda",
+            combine=combine, verify="full", workers=4,
+        )  # fmt: skip
+        assert report.verdict.ok
+    one, other = (tmp_path / name / "model.safetensors" for name in ("one", "again"))
+    assert one.read_bytes() == other.read_bytes()
+    assert torch.equal(torch.rand(3, device="cuda"), wanted)  # torch's own random numbers are not disturbed
 
 
 @pytest.mark.parametrize("workers", [2, 4])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 
 import pytest
 import torch
 
 from lora_merge.core import plan
 from lora_merge.core.adapter import DeltaSpec
-from lora_merge.core.plan import Merge, Step, tile_rows
+from lora_merge.core.plan import Merge, Step, View
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef
 from lora_merge.merge import Merger, one_torch_thread
 
@@ -71,7 +72,8 @@ def test_many_tiles_have_the_bits_of_one_product(shape, rank, transposed, tmp_pa
         )
         sink = Memory()
         with one_torch_thread():
-            record = Merger(sink, "cpu")(Step((refs["W"],), Merge("dense", (refs["W"],), (spec,))))
+            op = Merge("dense", (refs["W"],), (spec,), View.of(shape))
+            record = Merger(sink, "cpu")(Step((refs["W"],), op))
         wanted = (weight.float() + delta).to(weight.dtype)
         if sink.content != wanted.view(torch.uint8).numpy().tobytes():
             wrong.append(code)
@@ -81,7 +83,7 @@ def test_many_tiles_have_the_bits_of_one_product(shape, rank, transposed, tmp_pa
 
 def test_the_shapes_above_make_many_uneven_tiles(monkeypatch):
     monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
-    sizes = {shape: [end - start for start, end in tile_rows(shape)] for shape in SHAPES}
+    sizes = {shape: [end - start for start, end in View.of(shape).tiles()] for shape in SHAPES}
     assert max(len(tiles) for tiles in sizes.values()) >= 10
     assert any(len(set(tiles)) > 1 for tiles in sizes.values())
 
@@ -111,5 +113,58 @@ def test_two_deltas_and_a_change_of_dtype_are_rounded_once(weight_dtype, stored_
     slot = TensorRef("W", stored_as, (200, 90), "out", 0, len(raw))
     sink = Memory()
     with one_torch_thread():
-        Merger(sink, "cpu")(Step((slot,), Merge("dense", (refs["W"],), specs)))
+        op = Merge("dense", (refs["W"],), specs, View.of((200, 90)))
+        Merger(sink, "cpu")(Step((slot,), op))
     assert sink.content == raw
+
+
+EXPERTS = [(5, 100, 30), (5, 30, 100), (3, 257, 65), (20, 9, 33), (2, 1, 1)]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize("shape", EXPERTS, ids=str)
+def test_tiles_across_experts_have_the_bits_of_each_experts_product(shape, transposed, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    generator = torch.Generator().manual_seed(3)
+    n, rank = shape[0], 3
+    n_out, n_in = shape[:0:-1] if transposed else shape[1:]
+    a = torch.randn(n * rank, n_in, generator=generator)
+    b = torch.randn(n_out, rank * n, generator=generator)
+    weight = torch.randn(shape, generator=generator)
+    refs = written(tmp_path / "tensors", {"W": weight, "A": a, "B": b})
+    spec = DeltaSpec(
+        "stacked", "W", {"A": refs["A"], "B": refs["B"]}, SCALE, Region(transposed=transposed),
+        options={"experts": n},
+    )  # fmt: skip
+    sink = Memory()
+    with one_torch_thread():
+        op = Merge("dense", (refs["W"],), (spec,), View.of(shape, stacked=True))
+        Merger(sink, "cpu")(Step((refs["W"],), op))
+    for expert in range(n):
+        delta = (b[:, expert::n].contiguous() @ a[expert * rank : (expert + 1) * rank]) * SCALE
+        weight[expert] += delta.T if transposed else delta
+    assert sink.content == weight.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (1000, 90), (200, 517)], ids=str)
+def test_tiles_and_panels_of_a_dora_in_out_have_the_bits_of_one_product(shape, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(plan, "PANEL_ELEMENTS", 1 << 14)
+    generator = torch.Generator().manual_seed(4)
+    n_in, n_out = shape
+    a, b = torch.randn(4, n_in, generator=generator), torch.randn(n_out, 4, generator=generator)
+    magnitude, weight = torch.rand(n_out, generator=generator) + 1, torch.randn(shape, generator=generator)
+    refs = written(tmp_path / "tensors", {"W": weight, "A": a, "B": b, "magnitude": magnitude})
+    spec = DeltaSpec(
+        "dora", "W", {role: refs[role] for role in ("A", "B", "magnitude")}, SCALE, Region(transposed=True)
+    )
+    sink, view = Memory(), View.of(shape)
+    with one_torch_thread():
+        Merger(sink, "cpu")(Step((refs["W"],), Merge("dense", (refs["W"],), (spec,), view, "columns")))
+        v = weight + (b @ a).T * SCALE
+        # the norm of a column is of a row of Vᵀ, as PEFT takes it
+        wanted = v * (magnitude / torch.linalg.norm(v.T, dim=1))
+    assert len(view.panels()) > 1
+    assert len(view.tiles()) > 1
+    assert all(end == start for (_, end), (start, _) in pairwise(view.panels()))
+    assert sink.content == wanted.view(torch.uint8).numpy().tobytes()

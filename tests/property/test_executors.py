@@ -6,12 +6,19 @@ import json
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_merge
+from lora_merge.core.plan import Merge
+from lora_merge.executors import EXECUTORS
+from lora_merge.merge import Merger, one_torch_thread
+from lora_merge.writers import HfCheckpoint
+from tests.parity import building
+from tests.parity.kinds import KINDS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -78,3 +85,127 @@ def test_any_number_of_workers_writes_the_same_directory(drawn, max_shard_size, 
     assert outputs[1] == outputs[0]
     assert outputs[2] == outputs[0]
     assert any(path.endswith(".safetensors") for path in outputs[0])
+
+
+N_EXPERTS, VOCAB = 3, 90
+kinds = st.sampled_from(["lora", "dora", "experts"])
+sizes = st.tuples(st.integers(1, 150), st.integers(1, 40), st.integers(1, 9))
+layers = st.lists(st.tuples(kinds, sizes, st.sampled_from(DTYPES)), min_size=1, max_size=5)
+
+
+def write_adapter(root, tensors, **config):
+    """Write a LoRA adapter."""
+    root.mkdir()
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, root / "adapter_model.safetensors", {"format": "pt"})
+    table = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, **config}
+    (root / "adapter_config.json").write_text(json.dumps(table))
+
+
+def write_mixture(root, drawn):
+    """Write a base with an embedding, linear layers and experts, and three adapters for it: LoRA, DoRA, experts."""
+    generator = torch.Generator().manual_seed(len(drawn))
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    base = {"embed_tokens.weight": random(VOCAB, 8)}
+    adapters = {
+        "lora": {
+            "embed_tokens.lora_embedding_A": random(2, VOCAB),
+            "embed_tokens.lora_embedding_B": random(8, 2),
+        },
+        "dora": {},
+        "experts": {},
+    }
+    ranks = {kind: {} for kind in adapters}
+    for n, (kind, (n_out, n_in, rank), dtype) in enumerate(drawn):
+        if kind == "experts":
+            base[f"layers.{n}.experts.w"] = random(N_EXPERTS, n_out, n_in + n_out).to(dtype)
+            a, b = random(N_EXPERTS * rank, n_in + n_out), random(n_out, rank * N_EXPERTS)
+            module, ranks[kind][f"layers.{n}.experts.w"] = f"layers.{n}.experts", rank
+        else:
+            base[f"layers.{n}.proj.weight"] = random(n_out, n_in).to(dtype)
+            a, b = random(rank, n_in), random(n_out, rank)
+            module = f"layers.{n}.proj"
+            ranks[kind][module] = rank
+        adapters[kind] |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        if kind == "dora":
+            adapters[kind][f"{module}.lora_magnitude_vector"] = random(n_out).abs() + 0.1
+    (root / "base").mkdir()
+    save_file(base, root / "base" / "model.safetensors", {"format": "pt"})
+    (root / "base" / "config.json").write_text(json.dumps({"model_type": "of_nobody"}))
+    own = {
+        "lora": {"target_modules": ["embed_tokens", *ranks["lora"]]},
+        "dora": {"target_modules": list(ranks["dora"]), "use_dora": True},
+        "experts": {"target_modules": [], "target_parameters": list(ranks["experts"])},
+    }
+    made = []
+    for kind, tensors in adapters.items():
+        if tensors:
+            write_adapter(root / kind, tensors, rank_pattern=ranks[kind], **own[kind])
+            made.append(root / kind)
+    return made
+
+
+@pytest.mark.parametrize("combine", ["linear", "ties", "dare_linear"])
+@settings(max_examples=12, deadline=None)
+@given(layers)
+def test_every_executor_writes_the_bytes_of_the_serial_one_for_a_plan_of_many_kinds(combine, drawn):
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        made = write_mixture(root, drawn)
+        plan = lora_merge.plan(base=root / "base", adapter=made, combine=combine, density=0.5, seed=3)
+        written = {}
+        for executor, n_workers in [("serial", 1), ("threads", 2), ("threads", 5)]:
+            out = root / f"{executor}-{n_workers}"
+            out.mkdir()
+            writer = HfCheckpoint(out)
+            writer.reserve(plan)
+            with one_torch_thread():
+                records = list(EXECUTORS[executor](Merger(writer, "cpu"), plan.steps, n_workers))
+            records.sort(key=lambda record: record.name)
+            written[out.name] = (records, content(out))
+        assert written["threads-2"] == written["serial-1"]
+        assert written["threads-5"] == written["serial-1"]
+        before, after = (load_file(at / "model.safetensors") for at in (root / "base", root / "serial-1"))
+        n_deltas = sum(isinstance(step.op, Merge) and bool(step.op.deltas) for step in plan.steps)
+        assert n_deltas == len(drawn) + 1
+        assert not torch.equal(after["embed_tokens.weight"], before["embed_tokens.weight"])
+
+
+def test_what_is_dropped_at_random_is_the_same_beside_layers_of_peft_that_draw_too(tmp_path_factory):
+    workshop = tmp_path_factory.mktemp("random")
+    kinds = [next(kind for kind in KINDS if kind.name == name) for name in ("LoHa", "LoRA")]
+    cases = [building.case(workshop, kind, "llama", "bfloat16") for kind in kinds]
+    outputs = set()
+    for n, workers in enumerate([1, *[4] * 7]):
+        out = workshop / f"out-{n}"
+        lora_merge.merge(
+            base=cases[0].base, adapter=[case.adapter for case in cases], out=out, combine="dare_linear",
+            workers=workers, verify="none",
+        )  # fmt: skip
+        outputs.add((out / "model.safetensors").read_bytes())
+    assert len(outputs) == 1
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 17), (7, 9, 40), (64, 4, 64)], ids=str)
+def test_a_worker_thread_multiplies_with_the_bits_of_the_callers(shape, tmp_path):
+    n_out, rank, n_in = shape
+    generator = torch.Generator().manual_seed(1)
+    (tmp_path / "base").mkdir()
+    weights = {f"layers.{n}.proj.weight": torch.zeros(n_out, n_in) for n in range(4)}
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "of_nobody"}))
+    factors = {}
+    for n in range(4):
+        factors[f"layers.{n}.proj.lora_A.weight"] = torch.randn(rank, n_in, generator=generator)
+        factors[f"layers.{n}.proj.lora_B.weight"] = torch.randn(n_out, rank, generator=generator)
+    write_adapter(tmp_path / "adapter", factors, r=rank, lora_alpha=rank, target_modules=["proj"])
+    merged = {}
+    for workers in (1, 4):
+        out = tmp_path / f"out-{workers}"
+        lora_merge.merge(base=tmp_path / "base", adapter=tmp_path / "adapter", out=out, workers=workers)
+        merged[workers] = load_file(out / "model.safetensors")
+    for name, tensor in merged[1].items():
+        assert torch.equal(merged[4][name], tensor), name

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lora_merge.core.plan import MIN_TILE_ROWS, TILE_ELEMENTS, tile_rows
+from lora_merge.core.plan import MIN_TILE_ROWS, PANEL_ELEMENTS, TILE_ELEMENTS, Combination, Merge, View
 from lora_merge.core.shards import header_bytes, index_text, place, split
 from lora_merge.core.tensor import DTYPE_BITS, TensorRef, nbytes_of
 from lora_merge.io.safetensors import read_header
@@ -91,15 +91,65 @@ def test_the_index_names_the_file_of_every_tensor_and_counts_their_bytes(tensors
         assert all(index["weight_map"][slot.name] == file.name for slot in file.slots)
 
 
-@given(st.lists(st.integers(0, 1 << 22), max_size=3).map(tuple))
-def test_tiles_cover_every_row_once_and_are_never_a_handful_of_rows(shape):
-    tiles = tile_rows(shape)
-    n_rows = shape[0] if shape else 1
-    assert tiles[0][0] == 0
-    assert tiles[-1][1] == n_rows
-    assert all(end == start for (_, end), (start, _) in pairwise(tiles))
-    sizes = [end - start for start, end in tiles]
-    assert min(sizes) >= min(MIN_TILE_ROWS, n_rows)
-    assert max(sizes) - min(sizes) <= 1
-    row_elements = math.prod(shape[1:])
-    assert max(sizes) < 2 * max(MIN_TILE_ROWS, TILE_ELEMENTS // max(row_elements, 1)) + 1
+sizes = st.integers(0, 1 << 22)
+stored_shapes = st.one_of(
+    st.tuples(),
+    st.tuples(sizes),
+    st.tuples(sizes, sizes),
+    st.tuples(sizes, st.integers(1, 4096), *[st.integers(1, 7)] * 2),
+    st.tuples(st.integers(1, 300), st.integers(1, 20_000), st.integers(1, 20_000)),
+)
+views = st.builds(lambda shape, stacked: View.of(shape, stacked=stacked), stored_shapes, st.booleans())
+
+
+def is_cover(ranges, n):
+    """Return True when ranges follow each other from 0 to n."""
+    bounds = [0, *(end for _, end in ranges)]
+    return bounds[-1] == n and [start for start, _ in ranges] == bounds[:-1]
+
+
+@given(stored_shapes, st.booleans())
+def test_a_view_has_every_element_of_the_tensor(shape, stacked):
+    view = View.of(shape, stacked=stacked)
+    assert view.n_rows * view.columns == math.prod(shape)
+    assert view.n_rows == view.blocks * view.rows
+    if stacked and len(shape) == 3:
+        assert (view.blocks, view.rows, view.columns) == shape
+    elif shape:
+        assert (view.blocks, view.rows) == (1, shape[0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(views.filter(lambda view: view.n_rows < 1 << 20))
+def test_tiles_cover_every_row_once_and_are_never_a_handful_of_rows(view):
+    tiles = view.tiles()
+    assert is_cover(tiles, view.n_rows)
+    by_size = [end - start for start, end in tiles]
+    assert all(n_rows > 0 for n_rows in by_size) or view.n_rows == 0
+    wanted = max(MIN_TILE_ROWS, TILE_ELEMENTS // max(view.columns, 1))
+    assert all(n_rows < 2 * wanted for n_rows in by_size)
+    for start, end in tiles:
+        first, last = start // max(view.rows, 1), (end - 1) // max(view.rows, 1)
+        if first == last:
+            assert end - start >= min(MIN_TILE_ROWS, view.rows)
+        else:  # several blocks, each of them whole
+            assert start % view.rows == 0
+            assert end % view.rows == 0
+    parts = [end - start for start, end in tiles if end - start < view.rows]
+    assert not parts or max(parts) - min(parts) <= 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(views.filter(lambda view: view.columns < 1 << 20))
+def test_panels_cover_every_column_once_and_are_no_larger_than_they_may_be(view):
+    panels = view.panels()
+    assert is_cover(panels, view.columns)
+    assert all((right - left) * view.n_rows <= PANEL_ELEMENTS or right - left == 1 for left, right in panels)
+
+
+@given(views, st.sampled_from(["rows", "columns", "tensor"]))
+def test_what_reaches_across_the_tensor_is_worked_on_at_once(view, reach):
+    slot = TensorRef("w", "F32", (view.n_rows, view.columns), "file", 0, 0)
+    how = Combination("ties", 0.5, 0, 4, "name") if reach == "tensor" else None
+    tiles = Merge("dense", (slot,), (), view, reach, how).tiles()
+    assert tiles == ([(0, view.n_rows)] if reach == "tensor" else view.tiles())

@@ -9,6 +9,9 @@ import pytest
 
 import lora_merge
 from lora_merge.core.plan import Merge
+from lora_merge.deltas import ALGEBRAS, COMBINATIONS
+from tests.parity import building
+from tests.parity.kinds import KINDS
 from tests.tampering import edit_json
 
 OPTIONS = {
@@ -34,6 +37,68 @@ def test_a_plan_survives_json_and_pickling(family, max_shard_size, options, pico
     assert again == plan
     assert again.to_json() == text
     assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """The directory in which bases and adapters are built."""
+    return tmp_path_factory.mktemp("plans")
+
+
+PLANNED = {
+    "a LoRA on an embedding": ("llama", ["LoRA on an embedding"], {}, {"low_rank"}),
+    "a DoRA": ("gpt2", ["DoRA on Conv1D"], {}, {"dora"}),
+    "an AdaLoRA": ("resnet", ["AdaLoRA"], {}, {"low_rank"}),
+    "BD-LoRA": ("llama", ["BD-LoRA"], {}, {"low_rank"}),
+    "an attention that is merged twice": ("siglip", ["LoRA on nn.MultiheadAttention"], {}, {"low_rank"}),
+    "experts": (
+        "gpt_oss",
+        ["LoRA on stacked experts (target_parameters), two parameters"],
+        {},
+        {"stacked"},
+    ),
+    "biases": ("llama_biased", ["LoRA with a bias (lora_bias)"], {}, {"low_rank", "addition"}),
+    "tokens": ("llama", ["trainable_token_indices"], {}, {"low_rank", "rows"}),
+    "PEFT's layers": ("llama", ["LoHa"], {}, {"peft_layer"}),
+    "a decomposition": (
+        "llama",
+        ["PiSSA on the original base"],
+        {"base_is": "original"},
+        {"peft_layer"},
+    ),
+    "whole parameters": ("llama_tied", ["modules_to_save"], {}, {"low_rank"}),
+    "a larger vocabulary": ("llama", ["a larger vocabulary"], {}, {"low_rank"}),
+    "several": ("llama", ["LoRA", "DoRA on a linear layer", "LoHa"], {}, {"low_rank", "dora", "peft_layer"}),
+} | {
+    method: (
+        "llama",
+        ["LoRA", "DoRA on a linear layer"],
+        {"combine": method, "seed": 5},
+        {"low_rank", "dora"},
+    )
+    for method in COMBINATIONS
+}
+
+
+@pytest.mark.parametrize(("model", "names", "options", "wanted"), PLANNED.values(), ids=PLANNED.keys())
+def test_a_plan_of_any_kind_survives_json_and_pickling(model, names, options, wanted, workshop):
+    kinds = [next(kind for kind in KINDS if kind.name == name) for name in names]
+    cases = [building.case(workshop, kind, model, "bfloat16") for kind in kinds]
+    plan = lora_merge.plan(
+        base=cases[0].base, adapter=[f"{case.adapter}:0.5" if len(cases) > 1 else case.adapter for case in cases],
+        **options,
+    )  # fmt: skip
+    deltas = [delta for step in plan.steps if isinstance(step.op, Merge) for delta in step.op.deltas]
+    assert {delta.kind for delta in deltas} == wanted
+    again = lora_merge.MergePlan.from_json(plan.to_json())
+    assert again == plan
+    assert [type(step.op) for step in again.steps] == [type(step.op) for step in plan.steps]
+    assert again.to_json() == plan.to_json()
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_the_plans_above_have_every_algebra():
+    assert set().union(*(wanted for *_, wanted in PLANNED.values())) == set(ALGEBRAS)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"base": 1}', "no json"])

@@ -24,8 +24,27 @@ def test_a_file_holds_the_options_and_flags_win(tmp_path):
     request = read_request(path, {"out": "elsewhere"})
 
     assert request == Request(
-        adapter="a", out="elsewhere", base="b", dtype="bfloat16", workers=2, strict=True
+        adapter=("a",), out="elsewhere", base="b", dtype="bfloat16", workers=2, strict=True
     )
+
+
+def test_a_file_may_name_several_adapters_with_weights(tmp_path):
+    path = write(
+        tmp_path,
+        "adapter: [a, 'b:0.5']\nout: o\ncombine: dare_ties\ndensity: 0.25\nseed: 7\nbase_is: residual\n"
+        "allow_untie: true\nallow_svd: true\n",
+    )
+
+    assert read_request(path, {}) == Request(
+        adapter=("a", "b:0.5"), out="o", combine="dare_ties", density=0.25, seed=7, base_is="residual",
+        allow_untie=True, allow_svd=True,
+    )  # fmt: skip
+
+
+def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_path):
+    path = write(tmp_path, "adapter: [a, b]\nout: o\n")
+
+    assert read_request(path, {"adapter": ("c:2",)}).adapter == ("c:2",)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +66,30 @@ def test_a_file_holds_the_options_and_flags_win(tmp_path):
         ("adapter: a\nout: o\nmax_shard_size: huge\n", 3, "max_shard_size", "'huge' is no size"),
         ("adapter: a\nout: o\nadapter: b\n", 3, "adapter", "stands twice, first on line 1"),
         ("out: o\n", 0, "adapter", "is missing"),
+        ("out: o\nadapter: []\n", 2, "adapter", "names no adapter, expected one or more"),
+        ("out: o\nadapter: 5\n", 2, "adapter", "5 is no adapter, expected a directory"),
+        ("out: o\nadapter: [a, 7]\n", 2, "adapter", "7 is no adapter, expected a directory"),
+        ("out: o\nadapter: ['']\n", 2, "adapter", "'' is no adapter, expected a directory"),
+        ("out: o\nadapter: [a, 'b:inf']\n", 2, "adapter", "'b:inf' has the weight inf, expected a number"),
+        ("out: o\nadapter: {a: 0.5}\n", 2, "adapter", "is no adapter, expected a directory"),
+        ("adapter: a\nout: o\nbase_is: new\n", 3, "base_is", "'new' is no kind of base, expected original"),
+        ("adapter: a\nout: o\ncombine: slerp\n", 3, "combine", "'slerp' is no way to combine, expected"),
+        ("adapter: a\nout: o\ncombine: [ties]\n", 3, "combine", "['ties'] is no way to combine, expected"),
+        ("adapter: a\nout: o\ndensity: 0\n", 3, "density", "0 is no density, expected a number above 0"),
+        ("adapter: a\nout: o\ndensity: 1.5\n", 3, "density", "1.5 is no density"),
+        ("adapter: a\nout: o\ndensity: much\n", 3, "density", "'much' is no density"),
+        ("adapter: a\nout: o\ndensity: true\n", 3, "density", "True is no density"),
+        ("adapter: a\nout: o\ndensity: .nan\n", 3, "density", "nan is no density"),
+        ("adapter: a\nout: o\nseed: -1\n", 3, "seed", "-1 is no seed, expected a whole number"),
+        ("adapter: a\nout: o\nseed: 1.5\n", 3, "seed", "1.5 is no seed"),
+        ("adapter: a\nout: o\nseed: 2147483648\n", 3, "seed", "2147483648 is no seed"),
+        (
+            "adapter: a\nout: o\nallow_svd: maybe\n",
+            3,
+            "allow_svd",
+            "is 'maybe': input should be a valid boolean",
+        ),
+        ("adapter: a\nout: o\nallow_untie: 2\n", 3, "allow_untie", "is 2: input should be a valid boolean"),
         ("- adapter\n", 1, "", "holds list, expected a table"),
         ("adapter: [\n", 2, "", "is not valid YAML"),
         ("", 1, "", "holds NoneType"),

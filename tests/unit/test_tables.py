@@ -6,22 +6,70 @@ import dataclasses
 import re
 from pathlib import Path
 
-from lora_merge import adapters
+import pytest
+
+from lora_merge.core import kinds
 from lora_merge.core.skeleton import CONV1D_MODEL_TYPES, build_skeleton, may_hold_conv1d
 
 
-def test_every_field_of_pefts_lora_config_is_known():
-    from peft import LoraConfig
+@pytest.mark.parametrize("config_class", ["LoraConfig", "AdaLoraConfig", "TrainableTokensConfig"])
+def test_every_field_of_pefts_configs_that_are_read_here_is_known(config_class):
+    import peft
 
-    known = adapters.IGNORED_FIELDS | adapters.READ_FIELDS
-    known |= adapters.UNSUPPORTED_FIELDS.keys() | adapters.UNMERGEABLE_FIELDS.keys()
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+    known = kinds.IGNORED_FIELDS | kinds.READ_FIELDS | kinds.UNMERGEABLE_FIELDS.keys()
+    assert {field.name for field in dataclasses.fields(getattr(peft, config_class))} <= known
 
 
-def test_every_type_that_is_called_unmergeable_is_one_of_pefts():
+def test_no_field_is_known_in_two_ways():
+    tables = (kinds.IGNORED_FIELDS, kinds.READ_FIELDS, frozenset(kinds.UNMERGEABLE_FIELDS))
+    assert len(frozenset().union(*tables)) == sum(map(len, tables))
+
+
+def test_every_type_of_peft_is_merged_or_is_called_unmergeable_and_no_other_is_named():
     from peft import PeftType
 
-    assert set(adapters.NOT_IN_WEIGHTS) <= {kind.value for kind in PeftType}
+    tables = (kinds.NATIVE, kinds.LAYERED, frozenset(kinds.NOT_IN_WEIGHTS))
+    assert frozenset().union(*tables) == {kind.value for kind in PeftType} - {"BONE"}
+    assert len(frozenset().union(*tables)) == sum(map(len, tables))
+
+
+def test_every_layered_type_has_a_tuner_in_peft():
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    for name in kinds.LAYERED:
+        assert issubclass(PEFT_TYPE_TO_TUNER_MAPPING[name], BaseTuner), name
+
+
+def test_the_types_that_decompose_are_layered():
+    assert kinds.DECOMPOSING.keys() <= kinds.LAYERED
+
+
+def inits_of_peft():
+    """Return every value of ``init_lora_weights`` that PEFT's annotation names."""
+    from typing import get_args, get_type_hints
+
+    from peft import LoraConfig
+
+    def values(hint):
+        parts = get_args(hint)
+        return {value for part in parts for value in values(part)} if parts else {hint}
+
+    return values(get_type_hints(LoraConfig)["init_lora_weights"]) - {bool, str}
+
+
+def test_every_initialisation_of_peft_leaves_the_base_alone_or_is_known_to_change_it():
+    for init in inits_of_peft():
+        changes = kinds.mutating_init({"peft_type": "LORA", "init_lora_weights": init}) is not None
+        assert changes != (init in kinds.PLAIN_INITS), init
+    assert len(inits_of_peft()) >= 8
+
+
+@pytest.mark.parametrize("init", ["pissa", "PiSSA", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_an_initialisation_is_known_by_how_it_begins(init):
+    name = kinds.mutating_init({"peft_type": "LORA", "init_lora_weights": init})
+    assert name in kinds.MUTATING_INITS.values()
+    assert name.lower().replace("-", "_") in init.lower()
 
 
 def test_every_family_of_transformers_with_conv1d_layers_is_known():

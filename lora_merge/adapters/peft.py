@@ -1,0 +1,410 @@
+"""PEFT adapters: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+The tensors say what is changed; the configuration gives the scale and is checked against them. What is wrong is
+collected in ``issues``, not raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.adapters.names import PREFIX, is_saved, outside, reason, sort_out
+from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement, StackedPair
+from lora_merge.core.kinds import LAYERED, NATIVE, field_issues, kind_issues, mutating_init
+from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.scaling import Scaling, number
+from lora_merge.core.targets import TargetError
+from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
+from lora_merge.io.files import file_digest, read_json
+from lora_merge.io.safetensors import blocks, read_header
+from lora_merge.io.side_files import adapter_side_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_NESTED = ".base_layer"
+_OUT_PROJ = ".base_layer.out_proj"
+"""How PEFT names the second projection of an ``nn.MultiheadAttention``."""
+
+_HEADS = ({"classifier", "score"}, {"classifier", "score", "qa_outputs"}, {"qa_outputs"})
+"""What PEFT adds to ``modules_to_save`` for a task; a model has one of each set
+(``peft.peft_model.PeftModelForSequenceClassification``, PEFT 0.21.2)."""
+
+_NON_FINITE_BITS: Mapping[str, tuple[str, int]] = {
+    "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000),
+}  # fmt: skip
+"""Storage type and exponent mask: a value with every exponent bit set is NaN or infinite."""
+
+Group = Mapping[str, TensorRef]
+
+
+def read_peft(root: Path) -> Adapter | None:
+    """Return a PEFT adapter, or None when the directory holds none.
+
+    Raises:
+        ResolveError: its files are broken.
+    """
+    if not ((root / CONFIG_FILE).is_file() and (root / WEIGHTS_FILE).is_file()):
+        return None
+    config = read_json(root / CONFIG_FILE)
+    refs = read_header(root / WEIGHTS_FILE).tensors
+    content: dict[str, Any] = {}
+    issues = kind_issues(config)
+    if config.get("peft_type") in NATIVE:
+        issues += field_issues(config) + _non_finite(refs)
+        content = _read_lora(refs, config, issues)
+    elif config.get("peft_type") in LAYERED:
+        issues += _non_finite(refs)
+        content = _read_layered(refs, config, issues)
+    return Adapter(
+        root=str(root),
+        format="peft",
+        config=config,
+        digest=file_digest(root / WEIGHTS_FILE),
+        side_files=adapter_side_files(root),
+        issues=tuple(issues),
+        **({"deltas": (), "modules": frozenset()} | content),
+    )
+
+
+def _read_layered(
+    refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue]
+) -> dict[str, Any]:
+    """Return the tensors of a method that PEFT's own layers merge, and the whole parameters beside them."""
+    layered: dict[str, TensorRef] = {}
+    replacements: dict[str, Replacement] = {}
+    for ref in refs:
+        module, _, parameter = ref.name.removeprefix(PREFIX).rpartition(".")
+        why = reason(module, parameter, config) if ref.name.startswith(PREFIX) else ""
+        if why in {"module", "bias"}:
+            replacements[f"{_plain(module)}.{parameter}"] = Replacement(ref, why)
+        else:
+            layered[ref.name] = ref
+    issues += outside(refs, WEIGHTS_FILE, shared="base_model.") + _unsaved_modules(config, replacements)
+    return {"layered": layered, "replacements": replacements}
+
+
+def _read_lora(refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue]) -> dict[str, Any]:
+    """Return the deltas, whole parameters and stacked pairs of a LoRA or AdaLoRA adapter."""
+    found = sort_out(refs, config, WEIGHTS_FILE)
+    issues += found.issues
+    groups = {module: group for module, group in found.groups.items() if set(group) != {"tokens"}}
+    modules = frozenset(_plain(module.removesuffix(_OUT_PROJ)) for module in groups)
+    content = {"modules": modules, "replacements": found.replacements}
+    if config.get("kasa_config") or mutating_init(config):
+        content["layered"] = {ref.name: ref for group in groups.values() for ref in group.values()}
+    try:
+        reader = _AdaLora(config, issues) if config.get("peft_type") == "ADALORA" else _Lora(config, issues)
+        stacked = [module for module in groups if _is_stacked(module, config)]
+        deltas = [
+            delta
+            for module, group in groups.items()
+            if module not in stacked
+            for delta in _attention(module, groups, reader.deltas(module, group))
+        ]
+        deltas += _token_rows(found.groups, config, issues)
+        issues += reader.finish(modules if not stacked else None)
+    except TargetError as exc:
+        issues.append(error("bad-field", exc.field, exc.sentence))
+        return {**content, "deltas": ()}
+    issues += _unsaved_modules(config, found.replacements)
+    pairs = [_stacked_pair(module, groups[module], issues) for module in stacked]
+    return {
+        **content,
+        "deltas": tuple(deltas) if not config.get("kasa_config") else (),
+        "stacked": tuple(pair for pair in pairs if pair is not None),
+    }
+
+
+class _Lora:
+    """Groups of tensors of a LoRA configuration → deltas; what is wrong goes into a list of issues."""
+
+    def __init__(self, config: Mapping[str, Any], issues: list[Issue]) -> None:
+        self._config, self._issues = config, issues
+        self._scaling = Scaling(config)
+        self._is_mica = config.get("init_lora_weights") == "mica"
+
+    def deltas(self, module: str, group: Group) -> list[DeltaSpec]:
+        """Return what one group of tensors changes; nothing where they cannot be multiplied.
+
+        A group that disagrees with the configuration is still a delta, so that planning can judge the rest of it.
+        """
+        embedding = "embedding_A" in group or "embedding_B" in group
+        roles = {"embedding_A": "A", "embedding_B": "B"} if embedding else {"A": "A", "B": "B"}
+        pair = {short: group[role] for role, short in roles.items() if role in group}
+        options = self._blocks(module, pair)
+        found = [self._stray_role(module, group, embedding=embedding), _pair_problem(module, pair, options)]
+        problems = [problem for problem in found if problem is not None]
+        if problems:
+            self._issues += problems
+            return []
+        path = _plain(module)
+        scale, issues = self._scaling.of(_plain(module.removesuffix(_OUT_PROJ)), pair["A"].shape[0])
+        self._issues += issues
+        kind = "low_rank"
+        if "magnitude" in group:
+            kind, pair = "dora", {**pair, "magnitude": group["magnitude"]}
+        made = DeltaSpec(
+            kind, f"{path}.weight", pair, scale,
+            region=Region(transposed=embedding),
+            rounded=kind == "low_rank" and (embedding or bool(options) or self._is_mica),
+            options=options,
+        )  # fmt: skip
+        if "bias" not in group:
+            return [made]
+        return [made, DeltaSpec("addition", f"{path}.bias", {"addend": group["bias"]}, scale)]
+
+    def _blocks(self, module: str, pair: Group) -> dict[str, Any]:
+        """Return which factor of a BD-LoRA pair is block-diagonal, and in how many blocks.
+
+        Reference:
+            ``peft.tuners.lora.variants.BdLoraLinearVariant.init`` (PEFT 0.21.2).
+        """
+        settings = self._config.get("use_bdlora")
+        if not isinstance(settings, dict) or not {"A", "B"} <= pair.keys():
+            return {}
+        n_blocks = settings.get("nblocks", 1)
+        if not isinstance(n_blocks, int) or n_blocks < 1:
+            raise TargetError("use_bdlora", f"has nblocks {n_blocks!r}, expected a positive whole number")
+        for axis in ("A", "B"):
+            patterns = settings.get(f"target_modules_bd_{axis.lower()}") or ()
+            if any(pattern in module for pattern in patterns):
+                return {f"blocks_{axis}": n_blocks}
+        return {}
+
+    def _stray_role(self, module: str, group: Group, *, embedding: bool) -> Issue | None:
+        """Return what is there, or not there, against the configuration."""
+        dora, has = bool(self._config.get("use_dora")), "magnitude" in group
+        if dora and not has:
+            hint = "the adapter file is incomplete; PEFT would take the base's own lengths"
+            return error(
+                "missing-magnitude", module, "has no lora_magnitude_vector, and use_dora is set", hint
+            )
+        if has and not dora:
+            hint = "PEFT would drop it without a word; the config is not the one of training"
+            return error("unexpected-tensor", module, "has a DoRA magnitude, and use_dora is not set", hint)
+        if "bias" in group and not self._config.get("lora_bias"):
+            hint = "PEFT would drop it without a word; the config is not the one of training"
+            return error("unexpected-tensor", module, "has a bias of lora_B, and lora_bias is not set", hint)
+        if self._config.get("lora_bias") and "B" in group and "bias" not in group:
+            hint = "the adapter file is incomplete; PEFT would take zeros"
+            return error("missing-bias", module, "has no bias of lora_B, and lora_bias is set", hint)
+        known = {"embedding_A", "embedding_B"} if embedding else {"A", "B"}
+        strange = sorted(group.keys() - known - {"magnitude", "bias", "tokens"})
+        if strange and not (strange == ["diagonal"] and self._config.get("kasa_config")):
+            return error("unexpected-tensor", group[strange[0]].name, "is no tensor of this kind of LoRA")
+        return None
+
+    def finish(self, modules: frozenset[str] | None) -> list[Issue]:
+        """Return what can only be said of all modules together; None when some of them are not known yet."""
+        return self._scaling.unmatched(modules) if modules is not None else []
+
+
+class _AdaLora:
+    """Groups of tensors of an AdaLoRA configuration → deltas.
+
+    Reference:
+        ``peft.tuners.adalora.layer.SVDLinear.get_delta_weight`` (PEFT 0.21.2): ΔW = B (A · E) · α / (init_r + 1e-5);
+        α is not divided by a rank, and ``ranknum`` stays ``init_r`` however many ranks were masked.
+    """
+
+    def __init__(self, config: Mapping[str, Any], issues: list[Issue]) -> None:
+        self._issues = issues
+        self._init_r = number(config, "init_r", 12)
+        alpha = number(config, "lora_alpha", 8)
+        self._scale = float(alpha if alpha > 0 else self._init_r)
+        self._ranks = _masked_ranks(config)
+        self._found: list[int] = []
+
+    def deltas(self, module: str, group: Group) -> list[DeltaSpec]:
+        """Return what one group of tensors changes; nothing where no rank is left."""
+        for role in ("A", "B", "E"):
+            if role not in group:
+                hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
+                self._issues.append(error(f"missing-{role}", module, f"has no lora_{role}", hint))
+                return []
+        a, b, e = (group[role].shape for role in ("A", "B", "E"))
+        if len(a) != 2 or len(b) != 2 or e != (a[0], 1) or b[1] != a[0]:
+            shapes = f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, lora_E is {shape_text(e)}"
+            sentence = f"{shapes}, expected (r, in), (out, r) and (r, 1) of one rank r"
+            self._issues.append(error("bad-shape", module, sentence))
+            return []
+        self._found.append(a[0])
+        wanted = self._ranks.get(module, self._init_r)
+        if a[0] != wanted:
+            sentence = f"has rank {a[0]}, the config says {wanted:g} (rank_pattern and init_r)"
+            hint = "the config does not belong to these tensors"
+            self._issues.append(error("rank-mismatch", module, sentence, hint))
+        if a[0] == 0:
+            self._issues.append(note("rank-zero", module, "was left no rank by AdaLoRA, and stays as it is"))
+            return []
+        factors = {role: group[role] for role in ("A", "B", "E")}
+        options = {"divisor": self._init_r + 1e-5}
+        return [DeltaSpec("low_rank", f"{module}.weight", factors, self._scale, options=options)]
+
+    def finish(self, modules: frozenset[str] | None) -> list[Issue]:
+        """Return a warning when no rank ever moved."""
+        del modules
+        if not self._found or any(rank != self._init_r for rank in self._found):
+            return []
+        sentence = f"every module still has its first rank, init_r = {self._init_r:g}"
+        hint = "training never called update_and_allocate(), so AdaLoRA allocated nothing; the merge is exact all the same"
+        return [warning("adalora-ranks", "rank_pattern", sentence, hint)]
+
+
+def _masked_ranks(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the rank that AdaLoRA's ``rank_pattern`` leaves each module: ``{"….lora_E": [True, …]}``."""
+    table = config.get("rank_pattern") or {}
+    if not isinstance(table, dict) or not all(isinstance(mask, list) for mask in table.values()):
+        raise TargetError(
+            "rank_pattern", f"is {str(table)[:60]}, expected a table of module → list of booleans"
+        )
+    return {
+        name.removeprefix(PREFIX).removesuffix(".default").removesuffix(".lora_E"): sum(map(bool, mask))
+        for name, mask in table.items()
+    }
+
+
+def _pair_problem(module: str, pair: Group, options: Mapping[str, Any]) -> Issue | None:
+    """Return what keeps an A and a B from being multiplied."""
+    for have, lack in (("A", "B"), ("B", "A")):
+        if lack not in pair:
+            hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
+            return error(f"missing-{lack}", module, f"has lora_{have} and no lora_{lack}", hint)
+    a, b = pair["A"].shape, pair["B"].shape
+    rank_of_b = b[1] * int(options.get("blocks_B", 1)) if len(b) > 1 else 0
+    for axis, shape in (("A", a), ("B", b)):
+        n_blocks = int(options.get(f"blocks_{axis}", 1))
+        if shape[0] % n_blocks:
+            sentence = f"lora_{axis} is {shape_text(shape)}, expected rows for {n_blocks} blocks (use_bdlora)"
+            return error("bad-shape", module, sentence)
+    flat = len(a) == len(b) == 2 or (len(a) == len(b) in {3, 4, 5} and set(b[2:]) == {1})
+    if not flat or a[0] != rank_of_b or a[0] == 0:
+        shapes = f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}"
+        return error("bad-shape", module, f"{shapes}, expected (r, in) and (out, r) of one rank r > 0")
+    for ref in pair.values():
+        if ref.dtype not in TORCH_NAMES:
+            return error("bad-dtype", ref.name, f"is stored as {ref.dtype}, expected BF16, F16 or F32")
+    return None
+
+
+def _attention(module: str, groups: Mapping[str, Group], deltas: list[DeltaSpec]) -> list[DeltaSpec]:
+    """Return the deltas of a module as an ``nn.MultiheadAttention`` takes them, if it is one.
+
+    The output projection gets its delta twice, because the forward pass merges it twice; the first time it is
+    rounded, as that of the input projections is.
+
+    Reference:
+        ``peft.tuners.lora.layer.MultiheadAttention.merge`` (PEFT 0.21.2).
+    """
+    if module.endswith(_OUT_PROJ):
+        return [
+            twice
+            for delta in deltas
+            for twice in (replace(delta, rounded=True, options={"settles": True}), delta)
+        ]
+    if f"{module}{_OUT_PROJ}" in groups:
+        return [replace(delta, parameter=f"{module}.in_proj_weight", rounded=True) for delta in deltas]
+    return deltas
+
+
+def _is_stacked(module: str, config: Mapping[str, Any]) -> bool:
+    """Return True when a group belongs to one of ``target_parameters``."""
+    owners = {str(entry).rpartition(".")[0] for entry in config.get("target_parameters") or ()}
+    path = _plain(module)
+    return any(path == owner or path.endswith(f".{owner}") for owner in owners)
+
+
+def _stacked_pair(module: str, group: Group, issues: list[Issue]) -> StackedPair | None:
+    """Return a pair of ``target_parameters``, unless it cannot be multiplied."""
+    pair = {role: group[role] for role in ("A", "B") if role in group}
+    problem = _pair_problem(module, pair, {})
+    if problem is not None:
+        issues.append(problem)
+        return None
+    return StackedPair(_plain(module), module.count(_NESTED), pair)
+
+
+def _plain(module: str) -> str:
+    """Return a module's path without the wrappers that PEFT puts around it."""
+    return module.replace(_NESTED, "")
+
+
+def _token_rows(
+    groups: Mapping[str, Group], config: Mapping[str, Any], issues: list[Issue]
+) -> list[DeltaSpec]:
+    """Return the trained rows of embeddings (``trainable_token_indices``)."""
+    field = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
+    wanted = config.get(field)
+    if wanted is not None and not isinstance(wanted, list | dict):
+        raise TargetError(field, f"is {wanted!r}, expected a list or a table")
+    deltas = []
+    rows = {module: group["tokens"] for module, group in groups.items() if "tokens" in group}
+    if wanted and not rows:
+        hint = "the adapter file is incomplete"
+        issues.append(error("missing-tokens", field, "no trained rows are in the file", hint))
+    for module, ref in rows.items():
+        indices = _indices_of(module, wanted)
+        if indices is None or len(indices) != ref.shape[0] or len(set(indices)) != len(indices):
+            count = "no" if indices is None else str(len(set(indices)))
+            sentence = f"has {ref.shape[0]} rows, {field} names {count} tokens for it"
+            issues.append(
+                error("token-mismatch", ref.name, sentence, "the config does not belong to these tensors")
+            )
+            continue
+        options = {"indices": list(indices)}
+        deltas.append(DeltaSpec("rows", f"{_plain(module)}.weight", {"rows": ref}, 1.0, options=options))
+    return deltas
+
+
+def _indices_of(module: str, wanted: object) -> list[int] | None:
+    """Return the tokens that a configuration names for an embedding."""
+    if isinstance(wanted, dict):
+        wanted = next((indices for name, indices in wanted.items() if module.endswith(name)), None)
+    if isinstance(wanted, list) and all(isinstance(index, int) for index in wanted):
+        return wanted
+    return None
+
+
+def _unsaved_modules(config: Mapping[str, Any], replacements: Mapping[str, Replacement]) -> list[Issue]:
+    """Return an issue for each entry of ``modules_to_save`` without a tensor."""
+    entries = config.get("modules_to_save") or []
+    owners = [parameter.rpartition(".")[0] for parameter in replacements]
+    absent = [entry for entry in entries if not any(is_saved(owner, entry) for owner in owners)]
+    alternatives = any(set(entries) >= heads and set(absent) < heads for heads in _HEADS if len(heads) > 1)
+    if alternatives:
+        absent = [entry for entry in absent if not any(entry in heads for heads in _HEADS)]
+    return [_no_tensor(entry) for entry in absent]
+
+
+def _no_tensor(entry: str) -> Issue:
+    hint = "the adapter file is incomplete, or the entry was never matched"
+    return error(
+        "missing-module", "modules_to_save", f"names {entry!r}, and no tensor of the file belongs to it", hint
+    )
+
+
+def _non_finite(refs: Iterable[TensorRef]) -> list[Issue]:
+    """Return an issue for each tensor that holds NaN or infinity. Reads every value once."""
+    import numpy as np
+
+    issues = []
+    for ref in refs:
+        if ref.dtype not in _NON_FINITE_BITS:
+            continue
+        storage, mask = _NON_FINITE_BITS[ref.dtype]
+        count = sum(
+            int(np.count_nonzero((np.frombuffer(block, storage) & mask) == mask)) for block in blocks(ref)
+        )
+        if count:
+            sentence = f"holds {count} values that are NaN or infinite"
+            issues.append(
+                error("non-finite", ref.name, sentence, "the training diverged; use an earlier checkpoint")
+            )
+    return issues

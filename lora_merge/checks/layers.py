@@ -1,0 +1,130 @@
+"""Does a module that PEFT's own layer merged compute what base and adapter compute, unmerged?
+
+The adapter's forward pass is the truth, so this asks it: the layer answers to random input before and after.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.injection import PREFIX, Injection, InjectionError
+from lora_merge.core.plan import Merge
+from lora_merge.core.report import error, note
+from lora_merge.core.tensor import TensorRef
+from lora_merge.io.safetensors import load
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_merge.checks.evidence import Evidence
+    from lora_merge.core.report import Issue
+
+_ROUNDOFF = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+"""Unit roundoff of each stored dtype."""
+
+_N_ROUNDINGS = 8
+"""How often PEFT may round on the way to a merged value: rotations and Kronecker products have several steps."""
+
+
+@dataclass(slots=True)
+class _Module:
+    """One module that PEFT's layer merged."""
+
+    delta: DeltaSpec
+    """Of one of its parameters: it knows the module, the configurations and the adapter's tensors."""
+
+    base: dict[str, TensorRef]
+    merged: dict[str, TensorRef]
+
+
+def layers(evidence: Evidence) -> Iterator[Issue]:
+    """Yield an issue for each module whose output after the merge is not that of base and adapter.
+
+    Level ``sample`` asks one module of each shape and adapter; ``full`` asks all. Weights that other adapters
+    changed too are not asked: what the one made of them is not the truth about them.
+    """
+    asked: set[object] = set()
+    injections: dict[object, Injection] = {}
+    found, crowded = _modules(evidence)
+    if crowded:
+        sentence = (
+            f"and {len(crowded) - 1} more were changed by PEFT's layer and by others: no formula proves them"
+        )
+        yield note("not-asked", min(crowded), sentence)
+    for module in found:
+        looks = (module.delta.adapter, tuple(sorted((name, ref.shape) for name, ref in module.base.items())))
+        if evidence.level == "full" or looks not in asked:
+            asked.add(looks)
+            yield from _ask(module, injections)
+
+
+def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
+    """Return the modules that PEFT's layer merged and nothing else changed, and the names of the others."""
+    found: dict[str, _Module] = {}
+    crowded: set[str] = set()
+    for step in evidence.plan.steps:
+        own = [d for d in step.op.deltas if d.kind == "peft_layer"] if isinstance(step.op, Merge) else []
+        if not own or not isinstance(step.op, Merge):
+            continue
+        delta, slot = own[0], step.slots[0]
+        if len(step.op.deltas) > 1 or delta.weight != 1 or step.op.combination is not None:
+            crowded.add(delta.options["module"])
+            continue
+        base = {delta.options["parameter"]: step.op.parts[0]} | {
+            role.removeprefix("base:"): ref for role, ref in delta.tensors.items() if role.startswith("base:")
+        }
+        module = found.setdefault(delta.options["module"], _Module(delta, base, dict(base)))
+        module.merged[delta.options["parameter"]] = replace(slot, file=str(evidence.root / slot.file))
+    return [module for name, module in found.items() if name not in crowded], crowded
+
+
+def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue]:
+    """Yield an issue when the outputs differ by more than rounding explains: of weights, and of float32 sums."""
+    options = module.delta.options
+    tensors = {
+        role.removeprefix("adapter:"): load(ref)
+        for role, ref in module.delta.tensors.items()
+        if role.startswith("adapter:")
+    }
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    shared = {name: tensor for name, tensor in tensors.items() if name not in own}
+    base, merged = _loaded(module.base), _loaded(module.merged)
+    key = (options["model_config"], options["adapter_config"], options["digest"])
+    try:
+        if key not in injections:
+            injections[key] = Injection(json.loads(key[0]), json.loads(key[1]), shared)
+        injection, name = injections[key], options["module"]
+        x = injection.example(name)
+        adapted, _ = injection.forward(name, base, own, x)
+        _, got = injection.forward(name, merged, own, x)
+        sizes = [_size(injection, name, weights, own, x) for weights in (base, merged)]
+    except InjectionError as exc:
+        yield note("not-asked", exc.subject, f"was not compared with its unmerged output: {exc.sentence}")
+        return
+    roundoff = max(_ROUNDOFF[ref.dtype] for ref in module.merged.values())
+    length = max(tensor[0].numel() if tensor.dim() else 1 for tensor in base.values())
+    bound = (_N_ROUNDINGS * roundoff + 4 * length**0.5 * 2.0**-24) * max(sizes)
+    off = float((got - adapted).norm())
+    if not off <= bound:  # negated, so that NaN is wrong
+        sentence = (
+            f"its output is off by {off:.3g} from base and adapter, unmerged; rounding explains {bound:.3g}"
+        )
+        yield error("wrong-output", options["module"], sentence)
+
+
+def _size(injection: Injection, name: str, weights: Any, own: Any, x: torch.Tensor) -> float:
+    """Return the root of Σ W²x² over all outputs: what independent roundings of the weights add up to."""
+    if not x.is_floating_point() or all(tensor.dim() < 2 for tensor in weights.values()):
+        return float(
+            injection.forward(name, weights, own, x)[1].norm()
+        )  # no sums: each output is one product
+    squares = {parameter: tensor.square() for parameter, tensor in weights.items()}
+    return float(injection.forward(name, squares, own, x.square())[1].sum().sqrt())
+
+
+def _loaded(refs: dict[str, TensorRef]) -> dict[str, torch.Tensor]:
+    return {name: load(ref).float() for name, ref in refs.items()}

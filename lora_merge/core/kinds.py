@@ -1,0 +1,140 @@
+"""What PEFT 0.21 knows: its types and configuration fields, and what each of them means for a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lora_merge.core.report import Issue, error, warning
+
+TRAINER_FIELDS = frozenset({"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"})
+"""Fields that ms-swift writes for its trainer."""
+
+IGNORED_FIELDS = TRAINER_FIELDS | frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+        "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
+        "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
+        # AdaLoRA's schedule; what came of it is in the tensors
+        "beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step",
+    }
+)  # fmt: skip
+"""Fields of a LoRA or AdaLoRA configuration that do not change what it computes (PEFT 0.21.2).
+
+VeLoRA compresses activations in training; MonteCLoRA's samples are left out when it is evaluated.
+"""
+
+READ_FIELDS = frozenset(
+    {
+        "peft_type", "r", "init_r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+        "init_lora_weights", "bias", "lora_bias", "use_dora", "modules_to_save", "trainable_token_indices",
+        "target_parameters", "use_bdlora", "kasa_config", "ensure_weight_tying", "layer_replication",
+        "token_indices", "init_weights",
+    }
+)  # fmt: skip
+
+UNMERGEABLE_FIELDS: Mapping[str, str] = {
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
+    "arrow_config": "Arrow routes between adapters token by token",
+    "use_qalora": "a QA-LoRA delta belongs to a quantised weight",
+}
+"""Fields that mean a kind of adapter which has no merged form, and why."""
+
+KNOWN_FIELDS = IGNORED_FIELDS | READ_FIELDS | UNMERGEABLE_FIELDS.keys()
+"""Every field that a LoRA, AdaLoRA or TRAINABLE_TOKENS configuration may have."""
+
+NOT_IN_WEIGHTS: Mapping[str, str] = {
+    "PROMPT_TUNING": "it learns prompt vectors",
+    "MULTITASK_PROMPT_TUNING": "it learns prompt vectors",
+    "P_TUNING": "it learns prompt vectors",
+    "PREFIX_TUNING": "it learns keys and values",
+    "CPT": "it learns prompt vectors",
+    "CARTRIDGE": "it learns keys and values",
+    "ADAPTION_PROMPT": "it learns prompts inside the attention",
+    "XLORA": "a router mixes its experts token by token",
+    "POLY": "a router mixes its experts by task",
+    "LILY": "a router mixes its experts token by token",
+    "SHADOW": "it runs a second network beside the model",
+}
+"""PEFT types that no change of weights can express, and why."""
+
+NATIVE = frozenset({"LORA", "ADALORA", "TRAINABLE_TOKENS"})
+"""PEFT types with formulas of our own."""
+
+LAYERED = frozenset(
+    {
+        "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
+        "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD",
+        "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+    }
+)  # fmt: skip
+"""PEFT types that PEFT's own layers merge, one module at a time."""
+
+DECOMPOSING: Mapping[str, str] = {
+    "OSF": "OSF",
+    "PSOFT": "PSOFT",
+    "ADAMSS": "AdaMSS",
+}
+"""PEFT types that decompose the base's weights when they are loaded, and their names."""
+
+MUTATING_INITS: Mapping[str, str] = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
+"""Values of ``init_lora_weights`` that change the base's weights before training, by how they begin."""
+
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of ``init_lora_weights`` that leave the base alone."""
+
+
+def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
+    """Return an issue for each kind of adapter that is asked for and has no merged form."""
+    kind = str(config.get("peft_type"))
+    if kind in NOT_IN_WEIGHTS:
+        sentence = f"a {kind} adapter cannot be merged: {NOT_IN_WEIGHTS[kind]}, which no weight can hold"
+        return [error("unsupported", "peft_type", sentence, "serve it with PEFT")]
+    if kind == "BONE":
+        hint = "load it in PEFT 0.17 and save it again as MISS"
+        return [error("unsupported", "peft_type", "'BONE' was renamed, and PEFT 0.21 cannot read it", hint)]
+    if kind not in NATIVE | LAYERED:
+        sentence = f"is {kind!r}, which is no type of PEFT 0.21"
+        return [error("unsupported", "peft_type", sentence, "a newer lora-merge may know it")]
+    issues = [
+        error("unsupported", field, f"{why}: it has no merged form", "serve it with PEFT")
+        for field, why in UNMERGEABLE_FIELDS.items()
+        if config.get(field)
+    ]
+    init = config.get("init_lora_weights", True)
+    if kind == "LORA" and init not in PLAIN_INITS and mutating_init(config) is None:
+        sentence = f"is {init!r}, which PEFT 0.21 does not know"
+        issues.append(error("unsupported", "init_lora_weights", sentence, "a newer lora-merge may know it"))
+    return issues
+
+
+def mutating_init(config: Mapping[str, Any]) -> str | None:
+    """Return the name of an init that changed the base before training, ``"PiSSA"`` for example, or None."""
+    init = config.get("init_lora_weights")
+    if config.get("peft_type") != "LORA" or not isinstance(init, str):
+        return None
+    return next((name for start, name in MUTATING_INITS.items() if init.lower().startswith(start)), None)
+
+
+def field_issues(config: Mapping[str, Any], known: Collection[str] = KNOWN_FIELDS) -> list[Issue]:
+    """Return an issue for each field that is unknown: PEFT drops those, whatever they mean."""
+    issues = []
+    for field, value in config.items():
+        if field in known:
+            continue
+        sentence = f"is {value!r}, and PEFT 0.21 knows no such field"
+        if value:
+            hint = (
+                "it may change what the adapter computes; remove it from adapter_config.json if it does not"
+            )
+            issues.append(error("unknown-field", field, sentence, hint))
+        else:
+            issues.append(warning("unknown-field", field, sentence))
+    return issues

@@ -1,0 +1,91 @@
+"""The rank and the scale of each module, by an adapter's configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.report import Issue, error
+from lora_merge.core.targets import TargetError, compile_pattern, matching_patterns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+class Scaling:
+    """``r``, ``lora_alpha``, ``use_rslora`` and the two patterns of a LoRA configuration.
+
+    Raises:
+        TargetError: a field has a value that PEFT could not use.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._default_rank = number(config, "r", 8)
+        self._default_alpha = number(config, "lora_alpha", 8)
+        self._ranks = _pattern_table(config, "rank_pattern")
+        self._alphas = _pattern_table(config, "alpha_pattern")
+        self._rslora = bool(config.get("use_rslora"))
+
+    def of(self, module: str, found: int) -> tuple[float, list[Issue]]:
+        """Return the scale of a module whose tensors have a rank, and what the configuration says against it.
+
+        Args:
+            module: its path; for a parameter of ``target_parameters``, that of the parameter.
+            found: the rank of its tensors.
+
+        Reference:
+            ``peft.tuners.lora.layer.LoraLayer.update_layer`` (PEFT 0.21.2): α/r, or α/√r for rsLoRA.
+        """
+        rank, issues = self._lookup("rank_pattern", self._ranks, module, self._default_rank)
+        alpha, ambiguous = self._lookup("alpha_pattern", self._alphas, module, self._default_alpha)
+        if found != rank and not issues:
+            sentence = f"has rank {found}, the config says {rank:g} (r and rank_pattern)"
+            hint = "the config does not belong to these tensors"
+            issues = [error("rank-mismatch", module, sentence, hint)]
+        return alpha / (math.sqrt(rank) if self._rslora else rank), issues + ambiguous
+
+    @staticmethod
+    def _lookup(
+        field: str, table: Mapping[str, float], module: str, default: float
+    ) -> tuple[float, list[Issue]]:
+        """Return the value of a module, and an issue when two patterns disagree about it."""
+        matching = matching_patterns(table, module)
+        if len(set(matching.values())) > 1:
+            listed = ", ".join(f"{key!r}: {value:g}" for key, value in matching.items())
+            sentence = f"{field} gives it several values ({listed})"
+            hint = "saving sorted the patterns, so which came first in training is lost: keep the right one"
+            return default, [error("ambiguous-pattern", module, sentence, hint)]
+        return next(iter(matching.values()), default), []
+
+    def unmatched(self, modules: Iterable[str]) -> list[Issue]:
+        """Return an issue for each pattern that no module answers to."""
+        known = tuple(modules)
+        return [
+            error("unmatched-pattern", field, f"{key!r} matches none of the adapter's {len(known)} modules")
+            for field, table in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas))
+            for key in table
+            if not any(matching_patterns({key: 0}, module) for module in known)
+        ]
+
+
+def number(config: Mapping[str, Any], field: str, default: float) -> float:
+    """Return a field that holds a finite number.
+
+    Raises:
+        TargetError: it holds something else, or a rank that is not positive.
+    """
+    value = config.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TargetError(field, f"is {value!r}, expected a number")
+    if field in {"r", "init_r"} and value <= 0:
+        raise TargetError(field, f"is {value!r}, expected a positive number")
+    return value
+
+
+def _pattern_table(config: Mapping[str, Any], field: str) -> dict[str, float]:
+    table = config.get(field) or {}
+    if not isinstance(table, dict):
+        raise TargetError(field, f"is {table!r}, expected a table of pattern → number")
+    for key in table:
+        compile_pattern(field, f"(.*\\.)?({key})$")
+    return {key: number(table, key, 0) for key in table}

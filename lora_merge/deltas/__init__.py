@@ -1,0 +1,26 @@
+"""Algebras: what an adapter does to a weight. One class per algebra; `ALGEBRAS` is the table.
+
+A delta is not always a sum, so an algebra changes the weight itself, a row tile at a time where rows allow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lora_merge.deltas.algebra import Algebra
+from lora_merge.deltas.combinations import COMBINATIONS, combine
+from lora_merge.deltas.dora import Dora
+from lora_merge.deltas.low_rank import LowRank, Stacked
+from lora_merge.deltas.peft_layer import PeftLayer
+from lora_merge.deltas.whole import Addition, Rows
+
+ALGEBRAS: Mapping[str, type[Algebra]] = {
+    "low_rank": LowRank,
+    "stacked": Stacked,
+    "dora": Dora,
+    "addition": Addition,
+    "rows": Rows,
+    "peft_layer": PeftLayer,
+}
+
+__all__ = ["ALGEBRAS", "COMBINATIONS", "Algebra", "combine"]

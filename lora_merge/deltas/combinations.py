@@ -1,0 +1,137 @@
+"""Combinations: the changes that several adapters make to one weight → one change. `COMBINATIONS` is the table.
+
+They work on the true deltas, not on factors, so ranks, scales and kinds may differ from adapter to adapter.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lora_merge.core.plan import Combination
+
+Combine = Callable[
+    ["Sequence[torch.Tensor]", "torch.Tensor", "Combination", "torch.Generator"], "torch.Tensor"
+]
+"""Changes, float32 of one shape; weights, one each; how; what chance is drawn from → the combined change."""
+
+
+def combine(changes: Sequence[torch.Tensor], weights: Sequence[float], how: Combination) -> torch.Tensor:
+    """Return the combined change of one tensor; what is random in it depends on its seed and name alone.
+
+    Shapes:
+        changes: float32 ``[rows, cols]``, or ``[blocks, rows, cols]`` for stacked matrices.
+    """
+    import torch
+
+    device = changes[0].device
+    generator = torch.Generator(device)
+    generator.manual_seed(
+        zlib.crc32(f"{how.seed}/{how.name}".encode())
+    )  # 32 bits are all that a CPU generator uses
+    return COMBINATIONS[how.method](changes, torch.tensor(list(weights), device=device), how, generator)
+
+
+def ties(
+    changes: Sequence[torch.Tensor], weights: torch.Tensor, how: Combination, generator: torch.Generator
+) -> torch.Tensor:
+    """Trim each change to its largest values, elect a sign per value, and average those that agree.
+
+    Reference:
+        Yadav et al., 2023, https://arxiv.org/abs/2306.01708; ``peft.utils.merge_utils.ties`` (PEFT 0.21.2).
+    """
+    from peft.utils.merge_utils import magnitude_based_pruning
+
+    del generator
+    if how.density < 1:
+        changes = [magnitude_based_pruning(change, how.density) for change in changes]
+    return _elected(changes, weights)
+
+
+def dare_linear(
+    changes: Sequence[torch.Tensor], weights: torch.Tensor, how: Combination, generator: torch.Generator
+) -> torch.Tensor:
+    """Drop values at random, scale up the rest, and add.
+
+    Reference:
+        Yu et al., 2024, https://arxiv.org/abs/2311.03099; ``peft.utils.merge_utils.dare_linear`` (PEFT 0.21.2).
+    """
+    return _sum([_thinned(change, how.density, generator) for change in changes], weights)
+
+
+def dare_ties(
+    changes: Sequence[torch.Tensor], weights: torch.Tensor, how: Combination, generator: torch.Generator
+) -> torch.Tensor:
+    """Drop values at random, scale up the rest, elect a sign per value, and average those that agree.
+
+    Reference:
+        As `dare_linear` and `ties`; ``peft.utils.merge_utils.dare_ties`` (PEFT 0.21.2).
+    """
+    return _elected([_thinned(change, how.density, generator) for change in changes], weights)
+
+
+def svd(
+    changes: Sequence[torch.Tensor], weights: torch.Tensor, how: Combination, generator: torch.Generator
+) -> torch.Tensor:
+    """Add, and keep the largest singular values of the sum; of each matrix, where they are stacked.
+
+    Reference:
+        ``peft.tuners.lora.model.LoraModel._svd_generalized_task_arithmetic_weighted_adapter`` (PEFT 0.21.2).
+    """
+    import torch
+
+    del generator
+    u, s, v = torch.linalg.svd(_sum(changes, weights), full_matrices=False)
+    kept: torch.Tensor = (u[..., : how.rank] * s[..., None, : how.rank]) @ v[..., : how.rank, :]
+    return kept
+
+
+COMBINATIONS: Mapping[str, Combine] = {
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+    "svd": svd,
+}
+
+
+def _thinned(change: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """Return a change with values dropped at random and the rest scaled up, from a generator of our own.
+
+    PEFT's function draws from the one that all threads share.
+    """
+    import torch
+
+    if density == 1:
+        return change
+    kept = torch.rand(change.shape, generator=generator, device=change.device) < density
+    return change * kept / density
+
+
+def _sum(changes: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    total = torch.zeros_like(changes[0])
+    for weight, change in zip(weights, changes, strict=True):
+        total += weight * change
+    return total
+
+
+def _elected(changes: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the weighted values whose sign is that of the sum of all."""
+    import torch
+    from peft.utils.merge_utils import (
+        calculate_majority_sign_mask,
+        disjoint_merge,
+        reshape_weight_task_tensors,
+    )
+
+    stacked = torch.stack(list(changes))
+    agree = calculate_majority_sign_mask(stacked, method="total")
+    merged: torch.Tensor = disjoint_merge(stacked * reshape_weight_task_tensors(stacked, weights), agree)
+    return merged

@@ -1,0 +1,74 @@
+"""DoRA: a low-rank sum whose outputs are then given the length that training found for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from lora_merge.deltas.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.plan import Reach
+    from lora_merge.deltas.algebra import Panels
+
+
+class Dora:
+    """W ← m · V / ‖V‖ with V = W + s · B A, the norm taken over the inputs of each output.
+
+    Where the weight is stored ``[in, out]`` (``Conv1D``, an embedding) the norms run down its columns, so they
+    are taken first, panel by panel.
+
+    Shapes:
+        A, B: as for `LowRank`; magnitude: as many values as the weight has outputs.
+
+    Reference:
+        Liu et al., 2024, https://arxiv.org/abs/2402.09353; ``peft.tuners.lora.variants.DoraLinearVariant``,
+        ``DoraEmbeddingVariant`` and ``DoraConv2dVariant``, ``merge_unsafe`` (PEFT 0.21.2).
+    """
+
+    scaled: ClassVar[bool] = True
+
+    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+        self._sum = LowRank(spec, factors, stored)
+        self._magnitude = factors["magnitude"].float().flatten()
+        self._transposed = spec.region.transposed
+        self._factor: torch.Tensor | None = None
+
+    @staticmethod
+    def reach(spec: DeltaSpec) -> Reach:
+        """Return ``"columns"`` where the norms run down the columns of the stored weight."""
+        return "columns" if spec.region.transposed else "rows"
+
+    def survey(self, panels: Panels) -> None:
+        """Take the norm of every column of V."""
+        import torch
+
+        norms = []
+        for start, end, panel in panels:
+            self._sum.apply_columns(panel, start, end)
+            norms.append(torch.linalg.norm(panel.T, dim=1))
+        self._factor = self._magnitude / torch.cat(norms)
+
+    def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
+        """Add the rows' part of the delta, and scale what came of it.
+
+        With deltas before it, the lengths are still those of the base plus this delta, as in PEFT's forward pass.
+        """
+        import torch
+
+        lengths = None
+        if self._factor is None and base is not weight:
+            alone = base.clone()
+            self._sum.apply(alone, alone, start, end)
+            lengths = torch.linalg.norm(alone, dim=1)
+        self._sum.apply(weight, weight, start, end)
+        if self._factor is not None:
+            weight.mul_(self._factor)
+            return
+        if lengths is None:
+            lengths = torch.linalg.norm(weight, dim=1)
+        weight.mul_((self._magnitude[start:end] / lengths).view(-1, 1))

@@ -1,0 +1,191 @@
+"""Sums of low-rank products: LoRA on linear layers, embeddings and convolutions; AdaLoRA; BD-LoRA; experts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from lora_merge.core.tensor import TORCH_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.plan import Reach
+    from lora_merge.deltas.algebra import Panels
+
+_FUSED_RANK = 128
+"""Up to this rank a product is summed in one block, before it is added (measured: up to 192 with MKL)."""
+
+_FUSED_SIDE = 64
+"""Smaller matrices go through other kernels, which sum in another order."""
+
+
+class LowRank:
+    """W ← W + s · B A, or its transpose for a weight stored ``[in, out]``.
+
+    The bits are PEFT's: the product is formed first, scaled after, and then added. Where scaling is exact (a
+    power of two) and the product is of one block (`_FUSED_RANK`), the matrix library may add it to the
+    weight itself, which has the same bits and saves two passes over the tile.
+
+    Shapes:
+        A: ``[r, in]``; B: ``[out, r]``; of a convolution ``[r, in, *kernel]`` and ``[out, r, 1…]``, of which the
+        weight is seen as ``[out, in · kernel]``.
+        E (AdaLoRA): ``[r, 1]``, the singular values; A is multiplied by them.
+
+    Options:
+        divisor: what the scaled product is divided by (AdaLoRA's ``ranknum + 1e-5``).
+        settles: True where PEFT stores the weight in its own dtype before the next delta is added to it.
+        blocks_A, blocks_B: how many blocks of that factor lie on the diagonal (BD-LoRA).
+
+    Reference:
+        Hu et al., 2021, https://arxiv.org/abs/2106.09685; ``peft.tuners.lora.layer.Linear.merge`` with
+        ``safe_merge=False``, ``peft.tuners.adalora.layer.SVDLinear.get_delta_weight`` and
+        ``peft.tuners.lora.variants.BdLoraLinearVariant`` (PEFT 0.21.2).
+    """
+
+    scaled: ClassVar[bool] = True
+
+    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+        self._a, self._b = _pair(spec, factors)
+        self._scale = spec.scale
+        self._divisor = spec.options.get("divisor")
+        self._transposed = spec.region.transposed
+        self._rounded_to = stored if spec.rounded else ""
+        self._settles = bool(self._rounded_to and spec.options.get("settles"))
+        exact = math.frexp(spec.scale)[0] in {0.5, -0.5}
+        plain = not self._rounded_to and self._divisor is None
+        small = len(self._a) <= _FUSED_RANK and min(len(self._b), self._a.shape[1]) >= _FUSED_SIDE
+        self._fused = exact and plain and small
+        if self._fused:
+            self._b = self._b * spec.scale
+        self._buffer: torch.Tensor | None = None
+
+    @staticmethod
+    def reach(spec: DeltaSpec) -> Reach:
+        """Return ``"rows"``: a row needs its own row of B, or column of A."""
+        del spec
+        return "rows"
+
+    def survey(self, panels: Panels) -> None:
+        """Look at nothing."""
+
+    def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
+        """Add the rows' part of the delta."""
+        del base
+        if self._transposed:
+            self._add(weight, self._b, self._a[:, start:end])
+        else:
+            self._add(weight, self._b[start:end], self._a)
+
+    def apply_columns(self, weight: torch.Tensor, start: int, end: int) -> None:
+        """Add the part of the delta that belongs to some columns of the stored weight."""
+        if self._transposed:
+            self._add(weight, self._b[start:end], self._a)
+        else:
+            self._add(weight, self._b, self._a[:, start:end])
+
+    def _add(self, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add ``s · left @ right``, transposed if the weight is."""
+        if self._fused:
+            if self._transposed:
+                weight.addmm_(right.T, left.T)
+            else:
+                weight.addmm_(left, right)
+            return
+        product = self._product(left, right)
+        if self._rounded_to:
+            product = rounded(product, self._rounded_to)
+        weight.add_(product.T if self._transposed else product)
+        if self._settles:
+            weight.copy_(rounded(weight, self._rounded_to))
+
+    def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return ``s · left @ right`` in a buffer that the next call reuses."""
+        import torch
+
+        shape = (left.shape[0], right.shape[1])
+        if self._buffer is None or self._buffer.shape != shape:
+            self._buffer = torch.empty(shape, dtype=torch.float32, device=left.device)
+        product = torch.mm(left, right, out=self._buffer).mul_(self._scale)
+        if self._divisor is not None:
+            product.div_(torch.tensor(self._divisor, dtype=torch.float32, device=left.device))
+        return product
+
+
+class Stacked:
+    """W[e] ← W[e] + s · B[e] A[e] for every expert e, or its transpose where experts are ``[in, out]``.
+
+    Shapes:
+        A: ``[experts · r, in]``, expert by expert; B: ``[out, r · experts]``, the expert running fastest.
+        W: ``[experts, out, in]``, or ``[experts, in, out]`` when the region is transposed.
+
+    Options:
+        experts: how many.
+
+    Reference:
+        ``peft.tuners.lora.layer.ParamWrapper.get_delta_weight`` (PEFT 0.21.2).
+    """
+
+    scaled: ClassVar[bool] = True
+
+    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+        n = int(spec.options["experts"])
+        a, b = factors["A"].float(), factors["B"].float()
+        self._a = a.view(n, -1, a.shape[1])
+        self._b = b.view(len(b), -1, n).permute(2, 0, 1).contiguous()
+        self._scale, self._transposed = spec.scale, spec.region.transposed
+        self._rounded_to = stored if spec.rounded else ""
+        self._rows = self._a.shape[2] if self._transposed else self._b.shape[1]
+
+    @staticmethod
+    def reach(spec: DeltaSpec) -> Reach:
+        """Return ``"rows"``: a row needs its own expert's factors."""
+        del spec
+        return "rows"
+
+    def survey(self, panels: Panels) -> None:
+        """Look at nothing."""
+
+    def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
+        """Add the rows' part of the delta, expert by expert."""
+        del base
+        at = start
+        while at < end:
+            expert, first = divmod(at, self._rows)
+            n = min(self._rows - first, end - at)
+            a, b = self._a[expert], self._b[expert]
+            if self._transposed:
+                delta = (b @ a[:, first : first + n]).mul_(self._scale).T
+            else:
+                delta = (b[first : first + n] @ a).mul_(self._scale)
+            if self._rounded_to:
+                delta = rounded(delta, self._rounded_to)
+            weight[at - start : at - start + n].add_(delta)
+            at += n
+
+
+def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return float32 values as a stored dtype would hold them."""
+    import torch
+
+    return values.to(getattr(torch, TORCH_NAMES[dtype])).float()
+
+
+def _pair(spec: DeltaSpec, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A ``[r, in]`` and B ``[out, r]`` in float32, whatever they are stored as."""
+    import torch
+
+    a, b = factors["A"].float(), factors["B"].float()
+    if "E" in factors:
+        a = a * factors["E"].float()
+    for axis in ("A", "B"):
+        n_blocks = int(spec.options.get(f"blocks_{axis}", 1))
+        if n_blocks > 1:
+            blocks: torch.Tensor = torch.block_diag(  # type: ignore[no-untyped-call]
+                *torch.chunk(a if axis == "A" else b, n_blocks)
+            )
+            a, b = (blocks, b) if axis == "A" else (a, blocks)
+    return a.flatten(1), b.flatten(1)

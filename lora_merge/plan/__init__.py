@@ -1,0 +1,117 @@
+"""Checkpoint + Adapters → MergePlan. Pure: opens nothing, and refuses everything at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import Checkpoint, SideFile, config_levels
+from lora_merge.core.plan import MergePlan
+from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.shards import index_text, parse_size
+from lora_merge.errors import PlanError, UnsupportedError
+from lora_merge.plan.draft import Draft, touches_embeddings
+from lora_merge.plan.placing import dtype_patch, main_dtype, place_all, slots_of
+
+if TYPE_CHECKING:
+    from lora_merge.core.adapter import AdapterUse
+    from lora_merge.core.request import Request
+
+__all__ = ["make_plan", "touches_embeddings"]
+
+_QUANTISED_NAMES = re.compile(
+    r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|SCB|absmax|quant_map"
+    r"|weight\.(absmax|quant_map|quant_state\..+))$|_(blocks|scales)$"
+)
+"""Names that only quantised storages have: GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes, MXFP4."""
+
+
+def make_plan(
+    base: Checkpoint,
+    uses: Sequence[AdapterUse],
+    request: Request,
+    twins: frozenset[frozenset[str]] = frozenset(),
+) -> MergePlan:
+    """Return the plan of a merge.
+
+    Args:
+        base: what to merge into.
+        uses: what to merge, in the order in which it is applied.
+        request: how; its paths are not looked at.
+        twins: pairs of an input and an output embedding with equal values, where base or adapter hold both.
+
+    Raises:
+        PlanError: adapters and base do not fit; every reason is in ``issues``.
+        UnsupportedError: they may fit, but all that stands in the way has no merged form.
+    """
+    draft = Draft(base, tuple(uses), request, twins)
+    issues = [*_quantised(base), *(issue for use in uses for issue in use.adapter.issues), *draft.join()]
+    _raise_errors(issues)
+    main = main_dtype(base)
+    slots, cast_issues = slots_of(draft.outline, draft.shapes, main, request.dtype)
+    max_shard_bytes = None if request.max_shard_size is None else parse_size(request.max_shard_size)
+    files = place_all(draft.outline, slots, max_shard_bytes)
+    side_files, side_issues = _side_files(base, uses)
+    indexed = len(files) > 1 or (base.sharded and max_shard_bytes is None)
+    return MergePlan(
+        base=base.root,
+        adapters=tuple(use.adapter.root for use in uses),
+        weights=tuple(use.weight for use in uses),
+        files=files,
+        steps=draft.steps(files),
+        side_files=side_files,
+        config_patch={**dtype_patch(base, main, request.dtype), **draft.config_patch},
+        index=index_text(files, base.index_metadata) if indexed else "",
+        issues=(
+            *issues,
+            *cast_issues,
+            *side_issues,
+            *(note("left-out", "", sentence) for sentence in base.notes),
+        ),
+    )
+
+
+def _raise_errors(issues: list[Issue]) -> None:
+    errors = [issue for issue in issues if issue.severity == "error"]
+    if errors:
+        unsupported = all(issue.code == "unsupported" for issue in errors)
+        raise (UnsupportedError if unsupported else PlanError)(errors)
+
+
+def _quantised(base: Checkpoint) -> list[Issue]:
+    """Return an issue when the base is stored quantised."""
+    parent = base.config.get("_name_or_path")
+    hint = "merge into its full-precision parent: --base PARENT" + (f" (perhaps {parent})" if parent else "")
+    for path, level in config_levels(base.config):
+        settings = level.get("quantization_config")
+        if settings:
+            method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else "unnamed"
+            subject = f"{path}.quantization_config" if path else "quantization_config"
+            return [error("unsupported", subject, f"the base is stored quantised ({method})", hint)]
+    for ref in base.tensors():
+        low = ref.dtype.startswith(("F8_", "F6_", "F4")) and len(ref.shape) >= 2
+        if low or _QUANTISED_NAMES.search(ref.name):
+            sentence = f"the base is stored quantised (a {ref.dtype} tensor of this name)"
+            return [error("unsupported", ref.name, sentence, hint)]
+    return []
+
+
+def _side_files(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[SideFile, ...], list[Issue]]:
+    """Return the side files of the output: the base's, but for those that an adapter has its own of."""
+    files = {file.name: file for file in base.side_files}
+    issues: list[Issue] = []
+    taken: set[str] = set()
+    for use in uses:
+        for file in use.adapter.side_files:
+            if file.name not in use.own_side_files:
+                continue
+            if file.name in taken:
+                sentence = "comes from several adapters; the last one's is taken"
+                issues.append(warning("side-file", file.name, sentence))
+            else:
+                sentence = "comes from the adapter, whose copy differs from the base's"
+                issues.append(note("side-file", file.name, sentence))
+            taken.add(file.name)
+            files[file.name] = file
+    return tuple(sorted(files.values(), key=lambda file: file.name)), issues

@@ -1,0 +1,345 @@
+"""The join of a base and its adapters, as it grows: what each output tensor is, and what is done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.adapter import Adapter, DeltaSpec
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, patched_config
+from lora_merge.core.plan import Combination, Copy, Merge, Reach, Step, View
+from lora_merge.core.report import Issue, error, note
+from lora_merge.core.skeleton import Skeleton, build_skeleton, same_layers
+from lora_merge.core.targets import TargetError
+from lora_merge.core.tensor import TensorRef
+from lora_merge.deltas import ALGEBRAS
+from lora_merge.plan.fitting import Fitting
+from lora_merge.plan.initial import initial_issues, is_recomputed
+from lora_merge.plan.layered import layered_deltas
+from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
+from lora_merge.plan.placing import vocabulary_patch
+from lora_merge.plan.ties import Tie, find_tie, owner_name, untie_issue, untie_patch
+
+if TYPE_CHECKING:
+    from lora_merge.core.adapter import AdapterUse
+    from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.core.request import Request
+    from lora_merge.core.shards import OutputFile
+
+
+_SUMS = frozenset({"low_rank", "stacked", "addition"})
+"""Kinds of delta whose order does not count."""
+
+
+@dataclass
+class _Change:
+    """What a merge does to one tensor of the output."""
+
+    source: TensorRef | None = None
+    """The adapter's own tensor, where it takes the place of the base's."""
+
+    deltas: list[DeltaSpec] = field(default_factory=list)
+
+
+class Draft:
+    """The join of a base and its adapters.
+
+    Args:
+        base: what to merge into.
+        uses: the adapters, in the order in which they are applied.
+        request: how.
+        twins: pairs of an input and an output embedding with equal values.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        uses: tuple[AdapterUse, ...],
+        request: Request,
+        twins: frozenset[frozenset[str]],
+    ) -> None:
+        self._base, self._uses, self._request, self._twins = base, uses, request, twins
+        self._skeleton: Callable[[], Skeleton | None] = cache(lambda: build_skeleton(base.config))
+        self._changes: dict[str, _Change] = {}
+        self._first_of_tie: dict[str, str] = {}
+        self.outline = Outline.of(base)
+        self.config_patch: dict[str, Any] = {}
+
+    def join(self) -> list[Issue]:
+        """Fit every adapter, then settle what they do to each other; return what is wrong."""
+        issues = self._replicate()
+        tie = self._tie()
+        for n, use in enumerate(self._uses):
+            issues += initial_issues(use.adapter, self._request)
+            recomputed = is_recomputed(use.adapter, self._request)
+            adapter = replace(use.adapter, deltas=()) if recomputed else use.adapter
+            layered, layer_issues = (
+                layered_deltas(use, self.outline, self._base.config, tie)
+                if recomputed or _is_layered(adapter)
+                else ((), [])
+            )
+            fitting = Fitting(
+                replace(use, adapter=adapter), self.outline, self._base.config, self._skeleton, tie
+            ).fit(layered)
+            issues += layer_issues + fitting.issues
+            issues += self._take(n, fitting)
+        if tie is not None:
+            issues += self._settle_tie(tie)
+        return issues + self._resized(tie) + self._in_turn() + self._rankless()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the parameters that are the adapters' own."""
+        return {name: change.source.shape for name, change in self._changes.items() if change.source}
+
+    def steps(self, files: tuple[OutputFile, ...]) -> tuple[Step, ...]:
+        """Return one step per output tensor, in the order of the output's bytes."""
+        return tuple(self._step(slot) for file in files for slot in file.slots)
+
+    def _step(self, slot: TensorRef) -> Step:
+        change = self._changes.get(slot.name, _Change())
+        source = change.source or self.outline.sources[slot.name]
+        deltas = self._settled(change.deltas)
+        if not deltas and slot.dtype == source.dtype:
+            return Step((slot,), Copy(source), replaced=change.source is not None)
+        combination = self._combination(slot.name, deltas) if len(slot.shape) > 1 else None
+        reaches: list[Reach] = [ALGEBRAS[delta.kind].reach(delta) for delta in deltas]
+        reach: Reach = (
+            "tensor" if combination or "tensor" in reaches else "columns" if "columns" in reaches else "rows"
+        )
+        view = View.of(slot.shape, stacked=any(delta.kind == "stacked" for delta in deltas))
+        merge = Merge("dense", (source,), deltas, view, reach, combination)
+        return Step((slot,), merge, replaced=change.source is not None)
+
+    def _settled(self, deltas: list[DeltaSpec]) -> tuple[DeltaSpec, ...]:
+        """Return the deltas of one tensor as they are applied, one after the other.
+
+        Sums take the user's weight into their scale; where there are several, nothing is rounded in between.
+        """
+        several = len({delta.adapter for delta in deltas}) > 1
+        if self._request.combine != "linear":
+            return tuple(replace(delta, rounded=False) for delta in deltas)
+        if not (several or any(delta.weight != 1 for delta in deltas)):
+            return tuple(deltas)
+        return tuple(
+            replace(delta, scale=delta.scale * delta.weight, weight=1.0, rounded=False)
+            if ALGEBRAS[delta.kind].scaled
+            else replace(delta, rounded=False)
+            for delta in deltas
+        )
+
+    def _combination(self, name: str, deltas: tuple[DeltaSpec, ...]) -> Combination | None:
+        """Return how the adapters' changes of one tensor become one; None for a sum."""
+        request = self._request
+        if not deltas or request.combine == "linear":
+            return None
+        rank = max(delta.rank for delta in deltas)
+        name = self._first_of_tie.get(name, name)
+        return Combination(request.combine, request.density, request.seed, rank, name)
+
+    def _replicate(self) -> list[Issue]:
+        """Repeat layers, where an adapter was trained on a model with repeated layers."""
+        if not any(use.adapter.config.get("layer_replication") for use in self._uses):
+            return []
+        stem = layer_stem(self.outline)
+        if not stem:
+            sentence = "repeats layers, and the base's layers cannot be told by their names"
+            return [error("unsupported", "layer_replication", sentence)]
+        layers = {
+            name[len(stem) + 1 :].partition(".")[0]
+            for name in self.outline.names
+            if name.startswith(f"{stem}.")
+        }
+        try:
+            orders = {layer_order(use.adapter.config, len(layers)) for use in self._uses}
+        except TargetError as exc:
+            return [error("bad-field", exc.field, exc.sentence)]
+        if len(orders) > 1:
+            return [
+                error("unsupported", "layer_replication", "repeats layers, and the adapters differ in it")
+            ]
+        (order,) = orders
+        patch = replication_patch(self._base.config, order, len(layers))
+        patched = patched_config(self._base.config, patch)
+        if not same_layers(self._base.config, patched, stem, order):
+            sentence = (
+                "repeats layers, and what a layer of this model is depends on its place or is not known"
+            )
+            hint = "repeat the layers of the base in transformers, save it, and remove layer_replication"
+            return [error("unsupported", "layer_replication", sentence, hint)]
+        self.outline = replicated(self.outline, order)
+        self.config_patch |= patch
+        self._skeleton = cache(lambda: build_skeleton(patched))
+        sentence = f"repeats layers: the output has {len(order)}, the base {len(layers)}"
+        return [note("replicated", "layer_replication", sentence)]
+
+    def _tie(self) -> Tie | None:
+        """Return the tie of the embeddings, if an adapter touches one of them."""
+        if not any(touches_embeddings(use) for use in self._uses):
+            return None
+        return find_tie(self._base.config, self.outline, self._skeleton(), self._twins)
+
+    def _take(self, n: int, fitting: Fitting) -> list[Issue]:
+        """Take over what one adapter changes."""
+        issues = []
+        for name, ref in fitting.replacements.items():
+            change = self._changes.setdefault(name, _Change())
+            if change.source is not None:
+                sentence = "is replaced as a whole by two adapters"
+                issues.append(error("two-replacements", name, sentence, "merge one of them only"))
+            change.source = ref
+        for delta in fitting.deltas:
+            self._changes.setdefault(delta.parameter, _Change()).deltas.append(replace(delta, adapter=n))
+        return issues
+
+    def _settle_tie(self, tie: Tie) -> list[Issue]:
+        """Keep a tie whose ends change alike, take apart one whose ends do not."""
+        embedding, head = self._changes.pop(tie.embedding, None), self._changes.pop(tie.head, None)
+        if embedding is not None and self._follows(embedding, head):
+            head = embedding
+        if embedding is None and head is None:
+            return []
+        if embedding is not None and head is not None and _alike(embedding, head, self._twins):
+            self._changes |= dict.fromkeys(tie.stored, embedding)
+            self._first_of_tie = dict.fromkeys(tie.stored, tie.source)
+            return []
+        for name, change in ((tie.embedding, embedding), (tie.head, head)):
+            if name not in self.outline.sources:
+                self.outline = self.outline.with_twin(tie.source, name)
+            if change is not None:
+                self._changes[name] = change
+        self.config_patch |= untie_patch(self._base.config)
+        return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
+
+    def _follows(self, embedding: _Change, head: _Change | None) -> bool:
+        """Return True when the head changes as the embedding does, whatever the file says of it.
+
+        Reference:
+            ``peft.utils.other.set_additional_trainable_modules`` and
+            ``peft.tuners.lora.model.LoraModel._add_targets_to_tie`` (PEFT 0.21.2).
+        """
+        ensured = all(use.adapter.config.get("ensure_weight_tying") for use in self._uses)
+        tokens = embedding.source is None and all(delta.kind == "rows" for delta in embedding.deltas)
+        return ensured or (tokens and head is None)
+
+    def _resized(self, tie: Tie | None) -> list[Issue]:
+        """Settle what a vocabulary of another size changes: every end of it, and the config."""
+        issues: list[Issue] = []
+        shapes = self.shapes
+        for name, shape in shapes.items():
+            before, rows = self._source(name, tie).shape[0], shape[0]
+            if before == rows:
+                continue
+            patch = vocabulary_patch(self._base, before, rows)
+            self.config_patch |= patch
+            verb = "grows" if rows > before else "shrinks"
+            issues.append(note("resized", name, f"{verb} from {before} to {rows} rows"))
+            if not patch:
+                sentence = (
+                    f"{verb} from {before} to {rows} rows, and no vocab_size in config.json is {before}"
+                )
+                issues.append(
+                    error("resized", name, sentence, "resize the base in transformers first, and save it")
+                )
+            issues += [
+                error(
+                    "resized",
+                    other,
+                    f"keeps its {before} rows, and {name} {verb} to {rows}",
+                    "the adapter file lacks it",
+                )
+                for other in self.outline.names
+                if other not in shapes
+                and owner_name(other) in INPUT_NAMES | OUTPUT_NAMES
+                and self.outline.sources[other].shape == (before, *shape[1:])
+            ]
+        return issues
+
+    def _in_turn(self) -> list[Issue]:
+        """Return a note when the order of the adapters counts."""
+        if self._request.combine != "linear":
+            return []
+        names = [
+            name
+            for name, change in self._changes.items()
+            if len({delta.adapter for delta in change.deltas}) > 1
+            and any(delta.kind not in _SUMS for delta in change.deltas)
+        ]
+        if not names:
+            return []
+        sentence = (
+            f"and {len(names) - 1} more are changed by several adapters that are no sums (DoRA, trained rows, "
+            "PEFT's own layers): each works on what the one before it left, in the order given"
+        )
+        return [note("in-turn", min(names), sentence)]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor of the output."""
+        return self.shapes.get(name, self.outline.sources[name].shape)
+
+    def _rankless(self) -> list[Issue]:
+        """Return an issue for each weight that ``--combine svd`` has no rank for."""
+        if self._request.combine != "svd":
+            return []
+        sentence = (
+            "--combine svd keeps the largest rank of the adapters, and none that changes this weight has one"
+        )
+        return [
+            error("no-rank", name, sentence, "combine these adapters with linear, ties or dare")
+            for name, change in self._changes.items()
+            if change.deltas
+            and len(self._shape(name)) > 1
+            and max(delta.rank for delta in change.deltas) == 0
+        ]
+
+    def _source(self, name: str, tie: Tie | None) -> TensorRef:
+        if name not in self.outline.sources and tie is not None:
+            return self.outline.sources[tie.source]
+        return self.outline.sources[name]
+
+
+def _alike(one: _Change, other: _Change, twins: frozenset[frozenset[str]]) -> bool:
+    """Return True when two changes do the same to a tensor."""
+    if one is other:
+        return True
+    if one.source is None or other.source is None:
+        same_source = one.source is other.source
+    else:
+        same_source = frozenset((one.source.name, other.source.name)) in twins
+    return same_source and _same_deltas(one, other, twins)
+
+
+def _same_deltas(one: _Change, other: _Change, twins: frozenset[frozenset[str]]) -> bool:
+    """Return True when two lists of deltas differ in nothing but names."""
+    if len(one.deltas) != len(other.deltas):
+        return False
+    for mine, yours in zip(one.deltas, other.deltas, strict=True):
+        if replace(mine, parameter="", tensors={}) != replace(yours, parameter="", tensors={}):
+            return False
+        for role, ref in mine.tensors.items():
+            if frozenset((ref.name, yours.tensors[role].name)) not in twins | {frozenset((ref.name,))}:
+                return False
+    return True
+
+
+def _is_layered(adapter: Adapter) -> bool:
+    """Return True when PEFT's own layers merge an adapter's tensors."""
+    return bool(adapter.layered) and not adapter.deltas
+
+
+def touches_embeddings(use: AdapterUse) -> bool:
+    """Return True when an adapter may change an input or output embedding."""
+    names = INPUT_NAMES | OUTPUT_NAMES
+    return (
+        any(
+            delta.region.transposed or delta.kind == "rows" or owner_name(delta.parameter) in names
+            for delta in use.adapter.deltas
+        )
+        or any(
+            owner_name(parameter) in names and parameter not in use.unchanged
+            for parameter in use.adapter.replacements
+        )
+        or any(part in names for name in use.adapter.layered for part in name.split("."))
+    )

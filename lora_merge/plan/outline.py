@@ -1,0 +1,166 @@
+"""The output before anything is merged: which tensors it has, in which files, and where each comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import config_levels
+from lora_merge.core.skeleton import derived_lists
+from lora_merge.core.targets import TargetError
+from lora_merge.core.tensor import TensorRef
+
+if TYPE_CHECKING:
+    from lora_merge.core.checkpoint import Checkpoint
+
+_LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?:layers|layer|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)")
+"""A parameter of one of a model's layers; the lazy stem finds the outermost list."""
+
+
+_PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "block_types")
+"""Lists with one entry per layer (transformers 5.23)."""
+
+_BY_NUMBER = frozenset({"mlp_only_layers", "cross_attention_layers", "full_attn_idxs", "global_attn_idx"})
+"""Lists of the numbers of some layers (transformers 5.23)."""
+
+
+@dataclass(frozen=True)
+class OutlineFile:
+    """One weight file of the output, by its tensors' names."""
+
+    name: str
+    metadata: Mapping[str, str]
+    names: tuple[str, ...]
+    """In the order of their bytes."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Names of the output and the stored tensors behind them; at first, the base's own."""
+
+    files: tuple[OutlineFile, ...]
+
+    sources: Mapping[str, TensorRef]
+    """Name in the output → stored tensor, which may have another name."""
+
+    @classmethod
+    def of(cls, base: Checkpoint) -> Outline:
+        """Return the outline of a base, unchanged."""
+        files = tuple(
+            OutlineFile(file.name, file.metadata, tuple(ref.name for ref in file.tensors))
+            for file in base.files
+        )
+        return cls(files, base.by_name())
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Return every name, in the order of the files' bytes."""
+        return tuple(name for file in self.files for name in file.names)
+
+    def with_twin(self, name: str, twin: str) -> Outline:
+        """Return the outline with another tensor of the same source, right behind the first."""
+        files = tuple(
+            replace(file, names=_after(file.names, name, twin)) if name in file.names else file
+            for file in self.files
+        )
+        return Outline(files, {**self.sources, twin: self.sources[name]})
+
+
+def replicated(outline: Outline, layers: tuple[int, ...]) -> Outline:
+    """Return the outline of a model whose layer j is layer ``layers[j]`` of this one.
+
+    Reference:
+        ``peft.tuners.tuners_utils.replicate_layers`` (PEFT 0.21.2).
+    """
+    sources: dict[str, TensorRef] = {}
+    copies: dict[str, list[str]] = {}
+    stem = layer_stem(outline)
+    for name in outline.names:
+        match = _LAYER.fullmatch(name)
+        if match is None or match["stem"] != stem:
+            copies[name] = [name]
+        else:
+            copies[name] = [
+                f"{stem}.{new}.{match['rest']}"
+                for new, old in enumerate(layers)
+                if old == int(match["index"])
+            ]
+        sources |= dict.fromkeys(copies[name], outline.sources[name])
+    files = tuple(
+        replace(file, names=tuple(copy for name in file.names for copy in copies[name]))
+        for file in outline.files
+    )
+    return Outline(tuple(file for file in files if file.names), sources)
+
+
+def layer_stem(outline: Outline) -> str:
+    """Return what the names of the model's layers begin with, ``"model.layers"`` for example; empty if unknown."""
+    stems: dict[str, set[str]] = {}
+    for name in outline.names:
+        match = _LAYER.fullmatch(name)
+        if match:
+            stems.setdefault(match["stem"], set()).add(match["index"])
+    return next(iter(stems)) if len(stems) == 1 else ""
+
+
+def layer_order(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
+    """Return the layer that each layer of a replicated model is taken from; empty without ``layer_replication``.
+
+    Example:
+        >>> layer_order({"layer_replication": [[0, 3], [1, 4]]}, 4)
+        (0, 1, 2, 1, 2, 3)
+
+    Raises:
+        TargetError: the ranges do not lie in the model.
+    """
+    ranges = config.get("layer_replication")
+    if not ranges:
+        return ()
+    match ranges:
+        case [*pairs] if all(_is_range(pair) for pair in pairs):
+            order = tuple(layer for start, end in pairs for layer in range(start, end))
+        case _:
+            raise TargetError("layer_replication", f"is {ranges!r}, expected a list of [start, end]")
+    if not order or min(order) < 0 or max(order) >= n_layers:
+        raise TargetError("layer_replication", f"is {ranges!r}, and the base has {n_layers} layers")
+    return order
+
+
+def _is_range(pair: object) -> bool:
+    """Return True for two whole numbers."""
+    return (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
+    )
+
+
+def replication_patch(config: Mapping[str, Any], layers: tuple[int, ...], n_layers: int) -> dict[str, Any]:
+    """Return what more layers change in ``config.json``: their number, and what says something of each of them."""
+    patch: dict[str, Any] = {}
+    for path, level in config_levels(config):
+        keys = [key for key in ("num_hidden_layers", "n_layer", "num_layers") if level.get(key) == n_layers]
+        if not keys:
+            continue
+        changes: dict[str, Any] = dict.fromkeys(keys, len(layers))
+        derived = derived_lists(level, _PER_LAYER)
+        changes |= {
+            key: [value[layer] for layer in layers]
+            for key, value in derived.items()
+            if len(value) == n_layers
+        }
+        changes |= {
+            key: [new for new, old in enumerate(layers) if old in value]
+            for key, value in level.items()
+            if key in _BY_NUMBER and isinstance(value, list)
+        }
+        patch |= {f"{path}.{key}".lstrip("."): value for key, value in changes.items()}
+    return patch
+
+
+def _after(names: tuple[str, ...], name: str, new: str) -> tuple[str, ...]:
+    at = names.index(name) + 1
+    return (*names[:at], new, *names[at:])

@@ -1,0 +1,118 @@
+"""Tied embeddings: one stored tensor that a model reads at both ends, and what a merge makes of it.
+
+PEFT merges into the shared storage, which changes the end that the adapter did not mean. Here each end gets its own
+changes: the tie is kept when they are the same, and both ends are written out when they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, config_levels
+from lora_merge.core.report import Issue, error, note
+
+if TYPE_CHECKING:
+    from lora_merge.core.skeleton import Skeleton
+    from lora_merge.plan.outline import Outline
+
+_TIED_BY_ENGINES = frozenset({"gemma", "gemma2", "cohere", "cohere2", "cohere2_moe", "mpt"})
+"""Model types whose class in vLLM ties the embeddings whatever the config says."""
+
+_SCALED_WHEN_TIED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano"})
+"""Model types that scale the decoder's output where the config says that embeddings are tied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """Two parameters with one storage."""
+
+    embedding: str
+    """The input embedding's parameter, ``model.embed_tokens.weight`` for example."""
+
+    head: str
+    """The output embedding's."""
+
+    stored: tuple[str, ...]
+    """Which of the two names have a tensor: one of them, or both with equal values."""
+
+    @property
+    def source(self) -> str:
+        """Return the name of a stored tensor that holds the values."""
+        return self.stored[0]
+
+
+def find_tie(
+    config: Mapping[str, Any], outline: Outline, skeleton: Skeleton | None, twins: frozenset[frozenset[str]]
+) -> Tie | None:
+    """Return the tie of a model, if it has one in effect.
+
+    Two stored ends are tied only when their values are equal, as transformers has it
+    (``modeling_utils.tie_weights``, transformers 5.23).
+
+    Args:
+        config: ``config.json``.
+        outline: names that are stored.
+        skeleton: the model, where transformers knows it.
+        twins: pairs of stored tensors with equal values.
+    """
+    embedding, head = _ends(outline, skeleton)
+    if not embedding or not head or not _is_flagged(config, skeleton, embedding, head):
+        return None
+    stored = tuple(name for name in (embedding, head) if name in outline.sources)
+    if not stored or (len(stored) == 2 and frozenset(stored) not in twins):
+        return None
+    return Tie(embedding, head, stored)
+
+
+def _ends(outline: Outline, skeleton: Skeleton | None) -> tuple[str, str]:
+    """Return the parameters of the input and the output embedding; empty where unknown."""
+    if skeleton is not None and skeleton.input_embedding and skeleton.output_embedding:
+        return f"{skeleton.input_embedding}.weight", f"{skeleton.output_embedding}.weight"
+    inputs = [name for name in outline.names if owner_name(name) in INPUT_NAMES and name.endswith(".weight")]
+    heads = [name for name in outline.names if owner_name(name) in OUTPUT_NAMES and name.endswith(".weight")]
+    return inputs[0] if len(inputs) == 1 else "", heads[0] if len(heads) == 1 else "lm_head.weight"
+
+
+def owner_name(parameter: str) -> str:
+    """Return the last part of the path of the module that owns a parameter."""
+    return parameter.rpartition(".")[0].rpartition(".")[2]
+
+
+def _is_flagged(config: Mapping[str, Any], skeleton: Skeleton | None, embedding: str, head: str) -> bool:
+    """Return True when the config says that embeddings are tied, or the model's class does so by default."""
+    if skeleton is not None:
+        return skeleton.tied.get(head) == embedding or skeleton.tied.get(embedding) == head
+    return any(level.get("tie_word_embeddings") for _, level in config_levels(config))
+
+
+def untie_issue(config: Mapping[str, Any], tie: Tie, *, allowed: bool) -> Issue:
+    """Return what has to be said when a tie is taken apart: a note, or an error where that is not harmless."""
+    types = [str(level.get("model_type")) for _, level in config_levels(config)]
+    engines = next((kind for kind in types if kind in _TIED_BY_ENGINES), None)
+    scaled = next((kind for kind in types if kind in _SCALED_WHEN_TIED), None)
+    what = f"differs from {tie.embedding} after the merge, and both were one tensor"
+    if (engines or scaled) and not allowed:
+        why = (
+            f"engines tie the embeddings of {engines} whatever the config says, and would read one for the other"
+            if engines
+            else f"{scaled} scales its output where the config says that embeddings are tied, so that must stay"
+        )
+        hint = "retrain without the one end; or pass --allow-untie to write both, for transformers"
+        return error("untie", tie.head, f"{what}; {why}", hint)
+    kept = ", which still calls them tied: transformers reads both all the same" if scaled else ""
+    flag = f"; config.json says so{kept}" if scaled else "; tie_word_embeddings is now false"
+    return note("untied", tie.head, f"{what}: both are written{flag}")
+
+
+def untie_patch(config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return what an untied model changes in ``config.json``: the flag, at every level that has or implies one."""
+    levels = list(config_levels(config))
+    if any(level.get("model_type") in _SCALED_WHEN_TIED for _, level in levels):
+        return {}
+    return {
+        f"{path}.tie_word_embeddings".lstrip("."): False
+        for path, level in levels
+        if not path or "tie_word_embeddings" in level or "vocab_size" in level
+    }
