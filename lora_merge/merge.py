@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lora_merge.deltas import Algebra
 
 
+_COPYING = ("concurrent.futures.thread", "xxhash")
+"""What is imported on the way, when tensors are copied."""
+
 SAMPLE_ELEMENTS = 1 << 14
 """Elements of a merged tensor that are looked at again, to see what the stored dtype kept of the delta."""
 
@@ -264,8 +267,11 @@ def torch_loading() -> Iterator[None]:
     """Import torch in the background, for what is done meanwhile without it; it is there on leaving.
 
     After an error nobody waits for it: an interrupt may have struck inside another import, and left a lock
-    held that this one needs.
+    held that this one needs. What copying imports is imported before, because Python swallows an interrupt that
+    strikes while it tidies up after an import, and keeps the lock.
     """
+    for name in _COPYING:
+        importlib.import_module(name)
     loading = threading.Thread(target=importlib.import_module, args=("torch",), name="torch", daemon=True)
     loading.start()
     yield
