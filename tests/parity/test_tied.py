@@ -341,3 +341,14 @@ def test_a_family_that_engines_always_tie_is_merged_where_the_tie_is_left_alone(
     out = merged(case.base, case.adapter)
     assert ties(out) == ties(case.base)
     assert off_by(building.compute(building.load_afresh(out, family), family), wanted) <= FLOAT32_TOLERANCE
+
+
+def test_a_family_whose_output_is_scaled_keeps_its_flag_when_it_is_untied(workshop, merged):
+    # T5 scales the decoder's output where the config says tied; transformers reads both ends, as they differ
+    case = output_adapter("t5", workshop)
+    wanted = building.compute(case.unmerged(), "t5")
+    assert off_by(building.compute(case.plain(), "t5"), wanted) > LEAST_EFFECT
+    out = merged(case.base, case.adapter, "--allow-untie")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    got = building.compute(building.load_afresh(out, "t5"), "t5")
+    assert off_by(got, wanted) <= FLOAT32_TOLERANCE
