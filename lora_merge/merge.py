@@ -80,21 +80,16 @@ class Merger:
         import torch
 
         torch.get_num_threads()  # makes `one_torch_thread` hold in this thread: MKL has its own number until then
-        codec, source = CODECS[op.codec], op.parts[0]
-        row_bytes = source.nbytes // max(op.view.n_rows, 1)
+        codec = CODECS[op.codec]
         digest, finite, written, survival = new_digest(), True, 0, None
         tiles = op.tiles()
         dense = any(delta.kind != "rows" for delta in op.deltas)  # a sample would miss a few trained rows
-        with open_for_reading(source.file) as fd, self._sink.open(slot) as fill:
+        with open_for_reading(op.parts[0].file) as fd, self._sink.open(slot) as fill:
             algebras = [self._algebra(fd, op, delta, slot) for delta in op.deltas]
             for n, (start, end) in enumerate(tiles):
-                n_elements = (end - start) * op.view.columns
-                if not n_elements:
+                if not (end - start) * op.view.columns:
                     continue
-                raw = self._buffer("raw", (end - start) * row_bytes)
-                read_into(fd, raw.numpy().data, source.start + start * row_bytes, source.file)
-                values = self._values(n_elements).view(end - start, op.view.columns)
-                codec.decode(raw, source.dtype, values)
+                values = self._tile(fd, op, start, end)
                 sample = _Sample(values) if dense and n == len(tiles) // 2 else None
                 _change(values, start, end, op, algebras)
                 encoded = self._buffer("encoded", (end - start) * (slot.nbytes // op.view.n_rows))
@@ -122,17 +117,21 @@ class Merger:
         """Yield the stored weight in panels of whole columns; the file is read once for each."""
         import torch
 
-        source, view = op.parts[0], op.view
-        row_bytes = source.nbytes // max(view.n_rows, 1)
-        for left, right in view.panels():
-            panel = torch.empty((view.n_rows, right - left), device=self._device)
-            for start, end in view.tiles():
-                raw = self._buffer("raw", (end - start) * row_bytes)
-                read_into(fd, raw.numpy().data, source.start + start * row_bytes, source.file)
-                values = self._values((end - start) * view.columns).view(end - start, view.columns)
-                CODECS[op.codec].decode(raw, source.dtype, values)
-                panel[start:end] = values[:, left:right]
+        for left, right in op.view.panels():
+            panel = torch.empty((op.view.n_rows, right - left), device=self._device)
+            for start, end in op.view.tiles():
+                panel[start:end] = self._tile(fd, op, start, end)[:, left:right]
             yield left, right, panel
+
+    def _tile(self, fd: int, op: Merge, start: int, end: int) -> torch.Tensor:
+        """Return some rows of the stored weight, float32 ``[end - start, cols]``, in a buffer of this thread."""
+        source, columns = op.parts[0], op.view.columns
+        row_bytes = source.nbytes // op.view.n_rows
+        raw = self._buffer("raw", (end - start) * row_bytes)
+        read_into(fd, raw.numpy().data, source.start + start * row_bytes, source.file)
+        values = self._values((end - start) * columns).view(end - start, columns)
+        CODECS[op.codec].decode(raw, source.dtype, values)
+        return values
 
     def _buffer(self, role: str, nbytes: int) -> torch.Tensor:
         """Return a uint8 buffer of this thread, reused from tile to tile."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Replacement
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES
+from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef
 
 if TYPE_CHECKING:
     from typing import Literal
-
-PREFIX = "base_model.model."
 
 _ROLES: tuple[tuple[str, str], ...] = (
     (r"\.lora_A(\.default)?(\.weight)?", "A"),

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.adapters.names import PREFIX, is_saved, outside, reason, sort_out
+from lora_merge.adapters.names import is_saved, outside, reason, sort_out
 from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement, StackedPair
-from lora_merge.core.kinds import LAYERED, NATIVE, field_issues, kind_issues, mutating_init
+from lora_merge.core.kinds import LAYERED, NATIVE, PREFIX, field_issues, kind_issues, mutating_init
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.scaling import Scaling, number
-from lora_merge.core.targets import TargetError
+from lora_merge.core.targets import TargetError, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.io.files import file_digest, read_json
 from lora_merge.io.safetensors import blocks, read_header
@@ -317,8 +317,7 @@ def _attention(module: str, groups: Mapping[str, Group], deltas: list[DeltaSpec]
 def _is_stacked(module: str, config: Mapping[str, Any]) -> bool:
     """Return True when a group belongs to one of ``target_parameters``."""
     owners = {str(entry).rpartition(".")[0] for entry in config.get("target_parameters") or ()}
-    path = _plain(module)
-    return any(path == owner or path.endswith(f".{owner}") for owner in owners)
+    return is_listed(_plain(module), owners)
 
 
 def _stacked_pair(module: str, group: Group, issues: list[Issue]) -> StackedPair | None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import DeltaSpec
-from lora_merge.core.injection import PREFIX, Injection, InjectionError
+from lora_merge.core.injection import Injection, InjectionError
+from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.tensor import TensorRef

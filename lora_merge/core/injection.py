@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.kinds import PREFIX
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,9 +35,6 @@ _UNMERGEABLE: Mapping[str, str] = {
     "XLORA": "a router mixes its adapters, token by token",
 }
 """PEFT types with a tuner, but no merge; PEFT merges ``XLORA`` all the same, without its router."""
-
-PREFIX = "base_model.model."
-"""What the name of an adapter's tensor begins with when it belongs to one module."""
 
 _ADAPTER = "default"
 _SEED = 0

@@ -7,6 +7,9 @@ from typing import Any
 
 from lora_merge.core.report import Issue, error, warning
 
+PREFIX = "base_model.model."
+"""What the name of an adapter's tensor begins with when it belongs to one module."""
+
 TRAINER_FIELDS = frozenset({"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"})
 """Fields that ms-swift writes for its trainer."""
 

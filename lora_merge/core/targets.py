@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 ALL_LINEAR = "all-linear"
 """PEFT's shorthand: every linear layer but the output embedding; any case."""
@@ -80,7 +80,7 @@ class TargetRule:
             return False
         if isinstance(excluded, str):
             return re.fullmatch(excluded, module) is not None
-        return _is_listed(module, excluded)
+        return is_listed(module, excluded)
 
     def matches(self, module: str) -> bool:
         """Return True when PEFT would adapt a module of this path.
@@ -100,7 +100,7 @@ class TargetRule:
             return self.all_linear or re.fullmatch(targets, module) is not None
         if module in targets:  # an exact path is not filtered by layer
             return True
-        return _is_listed(module, targets) and self._in_layers(module)
+        return is_listed(module, targets) and self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
         """Return True when ``layers_to_transform`` lets the module's layer through."""
@@ -123,7 +123,7 @@ class TargetRule:
         return tuple(
             entry
             for entry in self.target_modules
-            if not any(module == entry or module.endswith(f".{entry}") for module in modules)
+            if not any(is_listed(module, (entry,)) for module in modules)
         )
 
 
@@ -155,7 +155,8 @@ def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
         raise TargetError(field, f"{pattern!r} is not a regular expression: {exc}") from exc
 
 
-def _is_listed(module: str, names: tuple[str, ...]) -> bool:
+def is_listed(module: str, names: Iterable[str]) -> bool:
+    """Return True when a module's path is one of the names, or ends in one at a dot."""
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 

@@ -46,3 +46,16 @@ class Algebra(Protocol):
                 the tensor but the last (but the first alone, for a convolution).
             base: the same rows before any delta; the same tensor as ``weight`` for the first.
         """
+
+
+class RowWise:
+    """What an algebra has in common with the others whose rows depend on themselves alone."""
+
+    @staticmethod
+    def reach(spec: DeltaSpec) -> Reach:
+        """Return ``"rows"``."""
+        del spec
+        return "rows"
+
+    def survey(self, panels: Panels) -> None:
+        """Look at nothing."""

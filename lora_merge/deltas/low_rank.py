@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.deltas.algebra import RowWise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.core.adapter import DeltaSpec
-    from lora_merge.core.plan import Reach
-    from lora_merge.deltas.algebra import Panels
 
 _FUSED_RANK = 128
 """Up to this rank a product is summed in one block, before it is added (measured: up to 192 with MKL)."""
@@ -23,7 +22,7 @@ _FUSED_SIDE = 64
 """Smaller matrices go through other kernels, which sum in another order."""
 
 
-class LowRank:
+class LowRank(RowWise):
     """W ← W + s · B A, or its transpose for a weight stored ``[in, out]``.
 
     The bits are PEFT's: the product is formed first, scaled after, and then added. Where scaling is exact (a
@@ -62,15 +61,6 @@ class LowRank:
         if self._fused:
             self._b = self._b * spec.scale
         self._buffer: torch.Tensor | None = None
-
-    @staticmethod
-    def reach(spec: DeltaSpec) -> Reach:
-        """Return ``"rows"``: a row needs its own row of B, or column of A."""
-        del spec
-        return "rows"
-
-    def survey(self, panels: Panels) -> None:
-        """Look at nothing."""
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Add the rows' part of the delta."""
@@ -115,7 +105,7 @@ class LowRank:
         return product
 
 
-class Stacked:
+class Stacked(RowWise):
     """W[e] ← W[e] + s · B[e] A[e] for every expert e, or its transpose where experts are ``[in, out]``.
 
     Shapes:
@@ -139,15 +129,6 @@ class Stacked:
         self._scale, self._transposed = spec.scale, spec.region.transposed
         self._rounded_to = stored if spec.rounded else ""
         self._rows = self._a.shape[2] if self._transposed else self._b.shape[1]
-
-    @staticmethod
-    def reach(spec: DeltaSpec) -> Reach:
-        """Return ``"rows"``: a row needs its own expert's factors."""
-        del spec
-        return "rows"
-
-    def survey(self, panels: Panels) -> None:
-        """Look at nothing."""
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Add the rows' part of the delta, expert by expert."""

@@ -9,20 +9,21 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_merge.core.injection import PREFIX, Injection, InjectionError
+from lora_merge.core.injection import Injection, InjectionError
+from lora_merge.core.kinds import PREFIX
 from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.deltas.algebra import RowWise
 
 if TYPE_CHECKING:
     import torch
 
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.plan import Reach
-    from lora_merge.deltas.algebra import Panels
 
 _FLOAT32 = "F32"
 
 
-class PeftLayer:
+class PeftLayer(RowWise):
     """W ← what PEFT's layer makes of W when it merges.
 
     The module is whole in memory, and modules take turns. The work is done in the dtype of the weight, as PEFT
@@ -54,9 +55,6 @@ class PeftLayer:
         """Return ``"tensor"``: some methods rotate, some decompose."""
         del spec
         return "tensor"
-
-    def survey(self, panels: Panels) -> None:
-        """Look at nothing."""
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Let PEFT merge the whole module, and take the one parameter."""

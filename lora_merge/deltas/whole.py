@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from lora_merge.deltas.algebra import RowWise
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
     from lora_merge.core.adapter import DeltaSpec
-    from lora_merge.core.plan import Reach
-    from lora_merge.deltas.algebra import Panels
 
 
-class Addition:
+class Addition(RowWise):
     """W ← W + s · D, for a D of the weight's own shape: the bias of a ``lora_B``.
 
     Shapes:
@@ -31,22 +31,13 @@ class Addition:
         addend = factors["addend"].float()
         self._addend = addend.reshape(len(addend), -1) * spec.scale
 
-    @staticmethod
-    def reach(spec: DeltaSpec) -> Reach:
-        """Return ``"rows"``."""
-        del spec
-        return "rows"
-
-    def survey(self, panels: Panels) -> None:
-        """Look at nothing."""
-
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Add the rows."""
         del base
         weight.add_(self._addend[start:end])
 
 
-class Rows:
+class Rows(RowWise):
     """W[i] ← R[k] for the k-th of the indices i: trained tokens of an embedding.
 
     Shapes:
@@ -65,15 +56,6 @@ class Rows:
         del stored
         self._rows = factors["rows"].float()
         self._indices = [int(index) for index in spec.options["indices"]]
-
-    @staticmethod
-    def reach(spec: DeltaSpec) -> Reach:
-        """Return ``"rows"``."""
-        del spec
-        return "rows"
-
-    def survey(self, panels: Panels) -> None:
-        """Look at nothing."""
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Put the trained rows that lie in the tile in their places."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import DeltaSpec
-from lora_merge.core.injection import BIAS_TYPES, PREFIX, Injection, InjectionError, Target, sort_by_module
-from lora_merge.core.kinds import DECOMPOSING, NATIVE, TRAINER_FIELDS, field_issues, mutating_init
+from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, sort_by_module
+from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
 
@@ -48,6 +48,11 @@ class _Join:
 
     def __init__(self, use: AdapterUse, sources: Mapping[str, TensorRef], config: Mapping[str, Any]) -> None:
         self._use, self._adapter, self._sources, self._config = use, use.adapter, sources, config
+        self._options = {
+            "model_config": json.dumps(config),
+            "adapter_config": json.dumps(use.adapter.config),
+            "digest": use.adapter.digest,
+        }
         self._probed: set[tuple[object, ...]] = set()
         self.deltas: list[DeltaSpec] = []
         self.issues: list[Issue] = []
@@ -144,9 +149,7 @@ class _Join:
         for parameter in changed:
             others = {f"base:{name}": ref for name, ref in base.items() if name != parameter}
             options = {
-                "model_config": json.dumps(self._config),
-                "adapter_config": json.dumps(self._adapter.config),
-                "digest": self._adapter.digest,
+                **self._options,
                 "module": target.module,
                 "parameter": parameter,
                 "shape": list(base[parameter].shape),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, warning
-from lora_merge.core.targets import TargetRule
+from lora_merge.core.targets import TargetRule, is_listed
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
@@ -42,11 +42,7 @@ def rule_issues(
 def _by_module(adapter: Adapter) -> frozenset[str]:
     """Return the modules that ``target_modules`` answers for: all but those of ``target_parameters``."""
     owners = {str(entry).rpartition(".")[0] for entry in adapter.config.get("target_parameters") or ()}
-    return frozenset(
-        module
-        for module in adapter.modules
-        if not any(module == owner or module.endswith(f".{owner}") for owner in owners)
-    )
+    return frozenset(module for module in adapter.modules if not is_listed(module, owners))
 
 
 def _unexpected(
@@ -78,7 +74,7 @@ def _unmatched(
         issues.append(error("unmatched-target", "target_modules", sentence, hint))
     for entry in adapter.config.get("target_parameters") or ():
         owner = str(entry).rpartition(".")[0]
-        if not any(pair.module == owner or pair.module.endswith(f".{owner}") for pair in adapter.stacked):
+        if not any(is_listed(pair.module, (owner,)) for pair in adapter.stacked):
             sentence = f"the entry {entry!r} matches none of the adapter's tensors"
             hint = "remove it from adapter_config.json if it was never trained"
             issues.append(error("unmatched-target", "target_parameters", sentence, hint))

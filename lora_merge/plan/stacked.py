@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import Scaling
+from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import Region, shape_text
 
 if TYPE_CHECKING:
@@ -57,10 +58,7 @@ def _parameter(pair: StackedPair, adapter: Adapter, skeleton: Callable[[], Skele
     """Return the parameter of a pair; PEFT wraps those of one module in their order, the last outermost."""
     entries = [str(entry) for entry in adapter.config.get("target_parameters") or ()]
     names = {
-        entry.rpartition(".")[2]
-        for entry in entries
-        for owner in [entry.rpartition(".")[0]]
-        if pair.module == owner or pair.module.endswith(f".{owner}")
+        entry.rpartition(".")[2] for entry in entries if is_listed(pair.module, (entry.rpartition(".")[0],))
     }
     if len(names) == 1:
         return f"{pair.module}.{next(iter(names))}"
