@@ -117,7 +117,7 @@ def _read_lora(refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: l
     pairs = [_stacked_pair(module, groups[module], issues) for module in stacked]
     return {
         **content,
-        "deltas": tuple(deltas) if not config.get("kasa_config") else (),
+        "deltas": tuple(deltas),
         "stacked": tuple(pair for pair in pairs if pair is not None),
     }
 

@@ -16,7 +16,7 @@ from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.plan.fitting import Fitting
-from lora_merge.plan.initial import initial_issues, is_recomputed
+from lora_merge.plan.initial import initial_issues, is_layered
 from lora_merge.plan.layered import layered_deltas
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
 from lora_merge.plan.placing import vocabulary_patch
@@ -73,17 +73,13 @@ class Draft:
         tie = self._tie()
         for n, use in enumerate(self._uses):
             issues += initial_issues(use.adapter, self._request)
-            recomputed = is_recomputed(use.adapter, self._request)
-            adapter = replace(use.adapter, deltas=()) if recomputed else use.adapter
-            layered, layer_issues = (
-                layered_deltas(use, self.outline, self._base.config, tie)
-                if recomputed or _is_layered(adapter)
-                else ((), [])
-            )
-            fitting = Fitting(
-                replace(use, adapter=adapter), self.outline, self._base.config, self._skeleton, tie
-            ).fit(layered)
-            issues += layer_issues + fitting.issues
+            layered: tuple[DeltaSpec, ...] = ()
+            if is_layered(use.adapter, self._request):
+                layered, layer_issues = layered_deltas(use, self.outline, self._base.config, tie)
+                issues += layer_issues
+                use = replace(use, adapter=_without_factors(use.adapter))  # noqa: PLW2901 - what is left of it
+            fitting = Fitting(use, self.outline, self._base.config, self._skeleton, tie).fit(layered)
+            issues += fitting.issues
             issues += self._take(n, fitting)
         if tie is not None:
             issues += self._settle_tie(tie)
@@ -324,9 +320,9 @@ def _same_deltas(one: _Change, other: _Change, twins: frozenset[frozenset[str]])
     return True
 
 
-def _is_layered(adapter: Adapter) -> bool:
-    """Return True when PEFT's own layers merge an adapter's tensors."""
-    return bool(adapter.layered) and not adapter.deltas
+def _without_factors(adapter: Adapter) -> Adapter:
+    """Return what PEFT's layers leave of an adapter: trained rows stand beside them, whatever they merge."""
+    return replace(adapter, deltas=tuple(delta for delta in adapter.deltas if delta.kind == "rows"))
 
 
 def touches_embeddings(use: AdapterUse) -> bool:

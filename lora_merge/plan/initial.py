@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.core.kinds import DECOMPOSING, mutating_init
+from lora_merge.core.kinds import DECOMPOSING, LAYERED, mutating_init
 from lora_merge.core.report import Issue, error, note
 
 if TYPE_CHECKING:
@@ -23,9 +23,14 @@ _NOT_REPRODUCIBLE = {
 """Why an initialisation cannot be done again."""
 
 
-def is_recomputed(adapter: Adapter, request: Request) -> bool:
-    """Return True when the base has to be changed again as the initialisation changed it."""
-    return mutating_init(adapter.config) is not None and request.base_is == "original"
+def is_layered(adapter: Adapter, request: Request) -> bool:
+    """Return True when PEFT's own layers merge an adapter.
+
+    They do so for methods without a formula here, and for LoRA where the base has to be changed again as the
+    initialisation changed it: KaSA always, the others on the original base.
+    """
+    again = mutating_init(adapter.config) is not None and request.base_is == "original"
+    return adapter.kind in LAYERED or bool(adapter.config.get("kasa_config")) or again
 
 
 def initial_issues(adapter: Adapter, request: Request) -> list[Issue]:

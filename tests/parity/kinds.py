@@ -253,6 +253,11 @@ _LORA: tuple[Kind, ...] = (
         )
     ),
     Kind(**_variant("KaSA", kasa_config=Nested("KasaConfig")), notes="the base is truncated by an SVD"),
+    Kind(
+        **_variant(
+            "KaSA beside trained tokens", kasa_config=Nested("KasaConfig"), trainable_token_indices=[3, 5]
+        )
+    ),
     Kind(**_variant("VeLoRA", velora_config=Nested("VeloraConfig", {"num_groups": 4}))),
     Kind(**_variant("MonteCLoRA", monteclora_config=Nested("MontecloraConfig"))),
     Kind(**_variant("MiCA", init_lora_weights="mica")),
@@ -260,6 +265,14 @@ _LORA: tuple[Kind, ...] = (
         **_variant("PiSSA on the original base", init_lora_weights="pissa"),
         options=("--base-is", "original"),
         notes="PEFT decomposes the base again when it loads the adapter",
+    ),
+    Kind(
+        **_variant(
+            "PiSSA on the original base, beside trained tokens",
+            init_lora_weights="pissa",
+            trainable_token_indices=[3, 5],
+        ),
+        options=("--base-is", "original"),
     ),
     Kind(
         **_variant("OLoRA on the original base", init_lora_weights="olora"),
