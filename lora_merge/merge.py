@@ -9,9 +9,9 @@ from math import isfinite
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from lora_merge.codecs import CODECS
-from lora_merge.core.plan import Copy, Merge
+from lora_merge.core.plan import Block, Copy, Merge
 from lora_merge.core.tensor import TORCH_NAMES, Survival, TensorRecord
-from lora_merge.deltas import ALGEBRAS, combine
+from lora_merge.deltas import ALGEBRAS, Factors, Part, combine
 from lora_merge.io.files import digest_text, new_digest, open_for_reading, read_into
 from lora_merge.io.safetensors import load, tensor_digest
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef
-    from lora_merge.deltas import Algebra
+    from lora_merge.deltas.algebra import Panels
 
 
 _COPYING = ("concurrent.futures.thread", "xxhash")
@@ -56,6 +56,7 @@ class Merger:
     def __init__(self, sink: Sink, device: str) -> None:
         self._sink = sink
         self._device = device
+        self._factors = Factors(load)
         self._local = threading.local()
 
     def __call__(self, step: Step) -> TensorRecord:
@@ -85,13 +86,16 @@ class Merger:
         tiles = op.tiles()
         dense = any(delta.kind != "rows" for delta in op.deltas)  # a sample would miss a few trained rows
         with open_for_reading(op.parts[0].file) as fd, self._sink.open(slot) as fill:
-            algebras = [self._algebra(fd, op, delta, slot) for delta in op.deltas]
+            working = _Working(op, lambda delta: self._algebra(fd, op, delta, slot))
             for n, (start, end) in enumerate(tiles):
                 if not (end - start) * op.view.columns:
                     continue
+                changers = working.on(
+                    start, end
+                )  # a survey uses the same buffers, so it comes before the tile
                 values = self._tile(fd, op, start, end)
                 sample = _Sample(values) if dense and n == len(tiles) // 2 else None
-                _change(values, start, end, op, algebras)
+                _change(values, start, end, op, changers)
                 encoded = self._buffer("encoded", (end - start) * (slot.nbytes // op.view.n_rows))
                 codec.encode(values, slot.dtype, encoded)
                 if sample is not None:
@@ -104,23 +108,28 @@ class Merger:
         text = digest_text(digest)
         return TensorRecord(slot.name, slot.file, slot.nbytes, text, finite=finite, survival=survival)
 
-    def _algebra(self, fd: int, op: Merge, delta: DeltaSpec, slot: TensorRef) -> Algebra:
+    def _algebra(self, fd: int, op: Merge, delta: DeltaSpec, slot: TensorRef) -> Changer:
         """Return a delta with its factors loaded, on the device, and the weight surveyed if it asks for that."""
-        factors = {role: load(ref).to(self._device) for role, ref in delta.tensors.items()}
+        factors = {role: tensor.to(self._device) for role, tensor in self._factors.of(delta).items()}
         made = ALGEBRAS[delta.kind]
         algebra = made(delta, factors, slot.dtype)
+        block = Block.of(op.view, delta.region.at)
+        placed: Changer = Part(algebra, block) if delta.region.at else algebra
         if made.reach(delta) == "columns":
-            algebra.survey(self._panels(fd, op))
-        return algebra
+            ((first, last),) = block.row_ranges()
+            placed.survey(self._panels(fd, op, first, last))
+        return placed
 
-    def _panels(self, fd: int, op: Merge) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield the stored weight in panels of whole columns; the file is read once for each."""
+    def _panels(self, fd: int, op: Merge, first: int, last: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield some rows of the stored weight in panels of whole columns; they are read once for each."""
         import torch
 
         for left, right in op.view.panels():
-            panel = torch.empty((op.view.n_rows, right - left), device=self._device)
+            panel = torch.empty((last - first, right - left), device=self._device)
             for start, end in op.view.tiles():
-                panel[start:end] = self._tile(fd, op, start, end)[:, left:right]
+                low, high = max(start, first), min(end, last)
+                if low < high:
+                    panel[low - first : high - first] = self._tile(fd, op, low, high)[:, left:right]
             yield left, right, panel
 
     def _tile(self, fd: int, op: Merge, start: int, end: int) -> torch.Tensor:
@@ -154,41 +163,73 @@ class Merger:
         return held[:n_elements]
 
 
-def _change(values: torch.Tensor, start: int, end: int, op: Merge, algebras: list[Algebra]) -> None:
+class Changer(Protocol):
+    """An algebra, or one that sees only its part."""
+
+    def survey(self, panels: Panels) -> None:
+        """Look at the whole weight before the first tile."""
+
+    def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
+        """Change rows of the stored weight, in place."""
+
+
+class _Working:
+    """The algebras of a step: each is made when the first of its rows comes, and dropped after the last."""
+
+    def __init__(self, op: Merge, make: Callable[[DeltaSpec], Changer]) -> None:
+        self._make = make
+        self._blocks = [(delta, Block.of(op.view, delta.region.at)) for delta in op.deltas]
+        self._made: dict[int, Changer] = {}
+
+    def on(self, start: int, end: int) -> list[tuple[DeltaSpec, Changer]]:
+        """Return what changes some rows, in order."""
+        meeting = [n for n, (_, block) in enumerate(self._blocks) if block.meets(start, end)]
+        self._made = {
+            n: self._made[n] if n in self._made else self._make(self._blocks[n][0]) for n in meeting
+        }
+        return [(self._blocks[n][0], changer) for n, changer in self._made.items()]
+
+
+_LOOKING_BACK = frozenset({"dora"})
+"""Kinds of delta that look at the weight as it was before the others."""
+
+
+def _change(
+    values: torch.Tensor, start: int, end: int, op: Merge, changers: list[tuple[DeltaSpec, Changer]]
+) -> None:
     """Apply every delta of a step to a row tile, in place."""
     if op.combination is not None:
-        values.add_(_combined(values, start, end, op, algebras))
+        values.add_(_combined(values, start, end, op, changers))
         return
-    base = values.clone() if len(algebras) > 1 else values
-    for delta, algebra in zip(op.deltas, algebras, strict=True):
+    several = len(changers) > 1 and any(delta.kind in _LOOKING_BACK for delta, _ in changers)
+    base = values.clone() if several else values
+    for delta, changer in changers:
         if delta.weight == 1:
-            algebra.apply(values, base, start, end)
+            changer.apply(values, base, start, end)
         else:
-            values.add_(_difference(values, start, end, [algebra]), alpha=delta.weight)
+            values.add_(_difference(values, start, end, [changer]), alpha=delta.weight)
 
 
-def _combined(values: torch.Tensor, start: int, end: int, op: Merge, algebras: list[Algebra]) -> torch.Tensor:
+def _combined(
+    values: torch.Tensor, start: int, end: int, op: Merge, changers: list[tuple[DeltaSpec, Changer]]
+) -> torch.Tensor:
     """Return the combined change of several adapters to a whole tensor."""
     assert op.combination is not None
     changes, weights = [], []
-    for adapter in sorted({delta.adapter for delta in op.deltas}):
-        own = [
-            (delta, algebra)
-            for delta, algebra in zip(op.deltas, algebras, strict=True)
-            if delta.adapter == adapter
-        ]
-        changes.append(_difference(values, start, end, [algebra for _, algebra in own]))
+    for adapter in sorted({delta.adapter for delta, _ in changers}):
+        own = [(delta, changer) for delta, changer in changers if delta.adapter == adapter]
+        changes.append(_difference(values, start, end, [changer for _, changer in own]))
         weights.append(own[0][0].weight)
     if op.view.blocks > 1:
         changes = [change.view(op.view.blocks, op.view.rows, op.view.columns) for change in changes]
     return combine(changes, weights, op.combination).view(values.shape)
 
 
-def _difference(weight: torch.Tensor, start: int, end: int, algebras: Iterable[Algebra]) -> torch.Tensor:
+def _difference(weight: torch.Tensor, start: int, end: int, changers: Iterable[Changer]) -> torch.Tensor:
     """Return what algebras change in a weight, which stays as it is."""
     changed = weight.clone()
-    for algebra in algebras:
-        algebra.apply(changed, weight, start, end)
+    for changer in changers:
+        changer.apply(changed, weight, start, end)
     return changed.sub_(weight)
 
 

@@ -17,10 +17,12 @@ from lora_merge.core.checkpoint import (
     Checkpoint,
     WeightFile,
 )
+from lora_merge.core.conversion import Conversion
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
 from lora_merge.io.safetensors import read_header, same_values
 from lora_merge.io.side_files import base_side_files, differs, other_weights
+from lora_merge.layouts import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -92,15 +94,15 @@ def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
 
     PEFT saves the output embedding along when it is a target, trained or not.
     """
-    stored = base.by_name()
     if adapter.config.get("layer_replication"):
         return frozenset()  # its names count other layers than the base's
+    stored = Stored(base.by_name(), lambda: Conversion.of(base.config))
     return frozenset(
         parameter
         for parameter, replacement in adapter.replacements.items()
         if replacement.why != "module"
-        and parameter in stored
-        and same_values(stored[parameter], replacement.ref)
+        for name in [stored.disk_name(parameter)]
+        if name in stored.tensors and same_values(stored.tensors[name], replacement.ref)
     )
 
 

@@ -38,6 +38,9 @@ _FLOAT32 = 2.0**-24
 
 _CHUNK_ROWS = 256
 
+_MOST_PARTS = 64
+"""Parts of one tensor that are sampled."""
+
 _MOST_COMBINED = 6
 """Adapters of a combination that is recomputed: a value may be of any subset of them."""
 
@@ -78,12 +81,22 @@ def has_formula(op: Merge) -> bool:
 
 
 def sampled_rows(slot: TensorRef, op: Merge, level: str) -> list[list[int]]:
-    """Return the rows to recompute, in chunks. The one in between is drawn from the name: always the same."""
+    """Return the rows to recompute, in chunks.
+
+    The one in between is drawn from the name: always the same. Where deltas have parts of their own, one row of each
+    is taken, of up to `_MOST_PARTS` of them.
+    """
     n_rows = op.view.n_rows
     if level == "full":
         return [list(range(at, min(at + _CHUNK_ROWS, n_rows))) for at in range(0, n_rows, _CHUNK_ROWS)]
-    drawn = zlib.crc32(slot.name.encode()) % max(n_rows, 1)
-    return [sorted({0, drawn, n_rows - 1})] if n_rows else []
+    drawn = zlib.crc32(slot.name.encode())
+    rows = {0, drawn % max(n_rows, 1), n_rows - 1}
+    parts = [delta.region.at for delta in op.deltas if delta.region.at]
+    for at in parts[:: max(1, -(-len(parts) // _MOST_PARTS))]:
+        matrix = at[0][0] if len(at) == 3 else 0
+        top, bottom = at[-2] if len(at) > 1 else at[0]
+        rows.add(matrix * op.view.rows + top + drawn % (bottom - top))
+    return [sorted(rows)] if n_rows else []
 
 
 class _Reader:
@@ -93,13 +106,9 @@ class _Reader:
         self._stack = stack
         self._open: dict[str, tuple[BinaryIO, dict[str, Any], int]] = {}
 
-    def tensor(self, ref: TensorRef) -> torch.Tensor:
-        """Return a whole tensor, one row for each entry of its first axis."""
-        stream, _, data_start = self._file(ref.file)
-        row = self._row(ref.file, ref.name)
-        begin, end = row["data_offsets"]
-        stream.seek(data_start + begin)
-        return _doubles(stream.read(end - begin), row["dtype"], row["shape"][0])
+    def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Return a whole tensor, one row for each entry of its first axis; or some rows of it."""
+        return self.rows(ref.file, ref.name, range(ref.shape[0]) if rows is None else rows, ref.shape[0])
 
     def rows(self, file: str, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a tensor that is seen as so many: ``[len(rows), …]``."""
@@ -108,9 +117,9 @@ class _Reader:
         begin, end = row["data_offsets"]
         n_bytes = (end - begin) // n_rows
         parts = []
-        for index in rows:
-            stream.seek(data_start + begin + index * n_bytes)
-            parts.append(stream.read(n_bytes))
+        for first, last in _runs(rows):
+            stream.seek(data_start + begin + first * n_bytes)
+            parts.append(stream.read((last - first) * n_bytes))
         return _doubles(b"".join(parts), row["dtype"], len(rows))
 
     def _row(self, file: str, name: str) -> dict[str, Any]:
@@ -124,6 +133,17 @@ class _Reader:
             length = int.from_bytes(stream.read(8), "little")
             self._open[file] = (stream, json.loads(stream.read(length)), 8 + length)
         return self._open[file]
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return rows as ranges of adjacent ones."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return runs
 
 
 def _doubles(content: bytes, dtype: str, n_rows: int) -> torch.Tensor:
@@ -141,13 +161,50 @@ class _Site:
     reader: _Reader
     op: Merge
     rows: list[int]
+    """Counted in the weight: in the stored tensor, or in the part of it that a delta owns."""
+
     stored: str
     """Dtype code of the output."""
 
+    at: tuple[tuple[int, int], ...] = ()
+    """The part that is the weight: a range of matrices, of their rows, of their columns; empty for everything."""
+
+    @property
+    def n_rows(self) -> int:
+        """Return the rows of the weight."""
+        if not self.at:
+            return self.op.view.n_rows
+        (first, last), (top, bottom), _ = self.at
+        return (last - first) * (bottom - top)
+
+    @property
+    def rows_of_one(self) -> int:
+        """Return the rows of one matrix of the weight."""
+        return self.at[1][1] - self.at[1][0] if self.at else self.op.view.rows
+
     def base(self, rows: Sequence[int]) -> torch.Tensor:
         """Return rows of the weight before the merge."""
-        source = self.op.parts[0]
-        return self.reader.rows(source.file, source.name, rows, self.op.view.n_rows)
+        source, view = self.op.parts[0], self.op.view
+        if not self.at:
+            return self.reader.rows(source.file, source.name, rows, view.n_rows)
+        (first, _), (top, _), (left, right) = self.at
+        places = [divmod(row, self.rows_of_one) for row in rows]
+        stored = [(first + matrix) * view.rows + top + row for matrix, row in places]
+        return self.reader.rows(source.file, source.name, stored, view.n_rows)[:, left:right]
+
+    def inside(self, delta: DeltaSpec) -> tuple[_Site, list[int]]:
+        """Return the same rows as a delta with a part of its own counts them, and which of them are its."""
+        columns = (0, self.op.view.columns)
+        at = delta.region.at if len(delta.region.at) > 1 else (*delta.region.at, columns)
+        at = at if len(at) == 3 else ((0, 1), *at)
+        (first, last), (top, bottom), _ = at
+        rows, own = [], []
+        for n, row in enumerate(self.rows):
+            matrix, inner = divmod(row, self.op.view.rows)
+            if first <= matrix < last and top <= inner < bottom:
+                rows.append((matrix - first) * (bottom - top) + inner - top)
+                own.append(n)
+        return replace(self, rows=rows, at=at), own
 
 
 _Value = tuple["torch.Tensor", "torch.Tensor"]
@@ -156,32 +213,60 @@ _Value = tuple["torch.Tensor", "torch.Tensor"]
 
 def _low_rank(site: _Site, delta: DeltaSpec, rows: Sequence[int]) -> _Value:
     """Return s · Σ bᵢaᵢ: off by at most (r + 4)·2⁻²⁴·|s|·Σ|bᵢaᵢ|, and by a rounding where PEFT rounds it."""
-    a, b = (site.reader.tensor(delta.tensors[role]) for role in ("A", "B"))
-    if "E" in delta.tensors:
-        a = a * site.reader.tensor(delta.tensors["E"])
-    a, b = (
-        _on_diagonal(factor, int(delta.options.get(key, 1)))
-        for factor, key in ((a, "blocks_A"), (b, "blocks_B"))
-    )
-    left, right = (a[:, rows].T, b.T) if delta.region.transposed else (b[rows], a)
-    return _scaled(site, delta, left @ right, left.abs() @ right.abs(), len(a))
+    left, right = _sides(site, delta, 0, rows)
+    return _scaled(site, delta, left @ right, left.abs() @ right.abs(), len(right))
 
 
 def _stacked(site: _Site, delta: DeltaSpec, rows: Sequence[int]) -> _Value:
-    """Return each expert's own s · Σ bᵢaᵢ; A has the experts one after the other, B has them side by side."""
+    """Return each expert's own s · Σ bᵢaᵢ."""
     import torch
 
-    a, b = (site.reader.tensor(delta.tensors[role]) for role in ("A", "B"))
-    n_experts = site.op.view.blocks
-    rank = len(a) // n_experts
-    products, magnitudes = [], []
-    for row in rows:
-        expert, inside = divmod(row, site.op.view.rows)
-        own_a, own_b = a[expert * rank : (expert + 1) * rank], b[:, expert::n_experts]
-        left, right = (own_a[:, inside], own_b.T) if delta.region.transposed else (own_b[inside], own_a)
+    products, magnitudes, rank = [], [], 0
+    by_expert: dict[int, list[int]] = {}
+    for row in rows:  # in order, so that each expert's rows are together
+        expert, inside = divmod(row, site.rows_of_one)
+        by_expert.setdefault(expert, []).append(inside)
+    for expert, own in by_expert.items():
+        left, right = _sides(site, delta, expert, own)
         products.append(left @ right)
         magnitudes.append(left.abs() @ right.abs())
-    return _scaled(site, delta, torch.stack(products), torch.stack(magnitudes), rank)
+        rank = len(right)
+    return _scaled(site, delta, torch.cat(products), torch.cat(magnitudes), rank)
+
+
+def _sides(
+    site: _Site, delta: DeltaSpec, expert: int, rows: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of the left factor that some rows of the stored weight need, and the right factor.
+
+    Of stacked experts A has one after the other, B has them side by side: column by column in turn, or (Unsloth) block
+    by block. What is not in the delta's part is left out.
+    """
+    ref_a, ref_b = delta.tensors["A"], delta.tensors["B"]
+    n_experts = int(delta.options.get("experts", 1))
+    part = delta.part
+    if "experts" in delta.options:
+        expert, part = expert + (part[0][0] if part else 0), part[1:]
+    rank = ref_a.shape[0] // n_experts
+    a = site.reader.tensor(ref_a, range(expert * rank, (expert + 1) * rank))
+    if "E" in delta.tensors:
+        a = a * site.reader.tensor(delta.tensors["E"])
+    a = _on_diagonal(a, int(delta.options.get("blocks_A", 1)))
+    outputs, inputs = part if len(part) > 1 else (*part, (0, a.shape[1])) if part else (None, None)
+    a = a[:, slice(*inputs)] if inputs else a
+    first = outputs[0] if outputs else 0
+    blocks_b = int(delta.options.get("blocks_B", 1))
+    if blocks_b > 1 or delta.region.transposed:
+        b = _on_diagonal(site.reader.tensor(ref_b), blocks_b)
+        b = b[slice(*outputs)] if outputs else b
+    else:
+        b = site.reader.tensor(ref_b, [first + row for row in rows])
+        rows = range(len(rows))
+    if delta.options.get("packing") == "expert-major":
+        b = b[:, expert * rank : (expert + 1) * rank]
+    else:
+        b = b[:, expert::n_experts]
+    return (a[:, list(rows)].T, b.T) if delta.region.transposed else (b[list(rows)], a)
 
 
 def _scaled(
@@ -222,9 +307,10 @@ def _plus(one: _Value, other: _Value) -> _Value:
 def _dora(site: _Site, delta: DeltaSpec, rows: Sequence[int], current: _Value) -> _Value:
     """Return m/‖V‖ · (current + s·BA): the norm of N values is off by at most N·2⁻²⁴ of it, and by what V is off."""
     magnitude = site.reader.tensor(delta.tensors["magnitude"]).flatten()
+    magnitude = magnitude[slice(*delta.part[0])] if delta.part else magnitude
     change = _low_rank(site, delta, rows)
     if delta.region.transposed:
-        norm, norm_off, length = *_column_norms(site, delta), site.op.view.n_rows
+        norm, norm_off, length = *_column_norms(site, delta), site.n_rows
         factor = magnitude / norm
     else:
         base = site.base(rows)
@@ -238,7 +324,7 @@ def _dora(site: _Site, delta: DeltaSpec, rows: Sequence[int], current: _Value) -
 
 def _column_norms(site: _Site, delta: DeltaSpec) -> _Value:
     """Return ‖V‖ of each column, and by how much it may be off, from all rows of the weight."""
-    n_rows = site.op.view.n_rows
+    n_rows = site.n_rows
     squares = site.base([0]).zero_()[0]
     wrongs = squares.clone()
     for at in range(0, n_rows, _CHUNK_ROWS):
@@ -252,7 +338,8 @@ def _column_norms(site: _Site, delta: DeltaSpec) -> _Value:
 
 def _addition(site: _Site, delta: DeltaSpec, rows: Sequence[int], current: _Value) -> _Value:
     """Return a weight with s · D added."""
-    change = delta.scale * site.reader.tensor(delta.tensors["addend"])[rows]
+    first = delta.part[0][0] if delta.part else 0
+    change = delta.scale * site.reader.tensor(delta.tensors["addend"])[[first + row for row in rows]]
     return _plus(current, (change, _FLOAT32 * change.abs()))
 
 
@@ -307,10 +394,24 @@ def _changed(site: _Site, deltas: Sequence[DeltaSpec]) -> _Value:
     base = site.base(site.rows)
     value: _Value = (base, base.new_zeros(base.shape))
     for delta in deltas:
-        after = _FORMULAS[delta.kind](site, delta, site.rows, value)
+        after = _after(site, delta, value)
         part = _times(delta.weight, _minus(after, value))
         value = after if delta.weight == 1 else _plus(value, part)
     return value
+
+
+def _after(site: _Site, delta: DeltaSpec, value: _Value) -> _Value:
+    """Return the rows with one delta applied, in its own part of them."""
+    if not delta.region.at:
+        return _FORMULAS[delta.kind](site, delta, site.rows, value)
+    inner, own = site.inside(delta)
+    changed = value[0].clone(), value[1].clone()
+    if own:
+        left, right = inner.at[2]
+        part = value[0][own, left:right], value[1][own, left:right]
+        for whole, new in zip(changed, _FORMULAS[delta.kind](inner, delta, inner.rows, part), strict=True):
+            whole[own, left:right] = new
+    return changed
 
 
 def _minus(one: _Value, other: _Value) -> _Value:

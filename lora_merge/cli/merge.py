@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_merge.cli.options import Parsed, output_options
+from lora_merge.core.request import EXPERT_LAYOUTS
 
 if TYPE_CHECKING:
     from lora_merge.core.request import Request
@@ -36,6 +37,12 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
     type=Parsed("base_is"),
     metavar="[original|residual]",
     help="What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter: the model as published, or what the initialisation left of it.",
+)
+@click.option(
+    "--expert-layout",
+    type=click.Choice(EXPERT_LAYOUTS),
+    multiple=True,
+    help="What cannot be seen of stacked experts: how the base stores a square one in the adapter's terms; Unsloth's packing of B. May be repeated.",
 )
 @click.option(
     "--combine",

@@ -21,7 +21,7 @@ class DeltaSpec:
     """Names an algebra in `lora_merge.deltas`, for example ``"low_rank"``."""
 
     parameter: str
-    """The parameter it changes, by its in-memory name: ``…q_proj.weight``."""
+    """The parameter it changes: as the adapter names it, and in a plan the stored tensor."""
 
     tensors: Mapping[str, TensorRef]
     """By role: ``{"A": [r, in], "B": [out, r]}`` for ``low_rank``."""
@@ -30,6 +30,10 @@ class DeltaSpec:
     """The one factor that the algebra multiplies by; the reader has folded α, r and patterns into it."""
 
     region: Region = PLAIN
+
+    part: tuple[tuple[int, int], ...] = ()
+    """The part of the adapter's own weight that is meant, a range per axis (``[out, in]``; of stacked factors
+    ``[expert, out, in]``); empty for all of it."""
 
     rounded: bool = False
     """True where PEFT rounds the delta to the weight's dtype before it adds it."""
@@ -42,6 +46,12 @@ class DeltaSpec:
 
     adapter: int = 0
     """Which of the plan's adapters it comes from."""
+
+    target: str = ""
+    """What the adapter calls the parameter, once `parameter` is the stored tensor's name."""
+
+    rule: str = ""
+    """The layout by which the two were joined; names one of `lora_merge.layouts`, or ``"tied"``."""
 
     @property
     def module(self) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.kinds import PREFIX
+from lora_merge.core.skeleton import parse_config
 
 if TYPE_CHECKING:
     import torch
@@ -314,7 +315,7 @@ def sort_by_module(
         if not name.startswith(PREFIX):
             (shared if name.startswith("base_model.") else orphans).append(name)
             continue
-        owner = next((path for path in _parents(name.removeprefix(PREFIX)) if path in modules), None)
+        owner = next((path for path in parents(name.removeprefix(PREFIX)) if path in modules), None)
         if owner is None:
             orphans.append(name)
         else:
@@ -322,7 +323,7 @@ def sort_by_module(
     return by_module, shared, orphans
 
 
-def _parents(path: str) -> Iterator[str]:
+def parents(path: str) -> Iterator[str]:
     """Yield the paths above a dotted path, the deepest first."""
     while "." in path:
         path = path.rpartition(".")[0]
@@ -385,18 +386,17 @@ def _meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     """Return the model of a ``config.json`` without weights."""
     import torch
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type, names = config.get("model_type"), config.get("architectures") or [""]
-    if model_type not in CONFIG_MAPPING:
-        raise InjectionError("model_type", f"{model_type} is unknown to the installed transformers")
     model_class = getattr(transformers, names[0], None)
     if model_class is None:
         raise InjectionError(
             "architectures", f"{names[0] or 'none'} is unknown to the installed transformers"
         )
     with _translated("config.json", "transformers"), torch.device("meta"):
-        parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
+        parsed = parse_config(config)
+        if parsed is None:
+            raise InjectionError("model_type", f"{model_type} is unknown to the installed transformers")
         model: torch.nn.Module = model_class(parsed)
     return model.eval()
 

@@ -90,6 +90,44 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """The part of a viewed tensor that one module owns."""
+
+    view: View
+    blocks: tuple[int, int]
+    """Matrices of the stack."""
+
+    rows: tuple[int, int]
+    """Of each of them."""
+
+    columns: tuple[int, int]
+
+    @classmethod
+    def of(cls, view: View, at: tuple[tuple[int, int], ...]) -> Block:
+        """Return the block of a region; of an empty one, everything.
+
+        Example:
+            >>> Block.of(View(8, 4, 3), ((2, 3), (0, 2), (0, 3))).row_ranges()
+            [(8, 10)]
+        """
+        if not at:
+            return cls(view, (0, view.blocks), (0, view.rows), (0, view.columns))
+        blocks, rows, columns = ((0, 1), *at, (0, view.columns))[-3:] if len(at) == 1 else ((0, 1), *at)[-3:]
+        return cls(view, blocks, rows, columns)
+
+    def row_ranges(self) -> list[tuple[int, int]]:
+        """Return its rows, counted through all matrices of the view; adjacent ones are one range."""
+        size = self.view.rows
+        if self.rows == (0, size):
+            return [(self.blocks[0] * size, self.blocks[1] * size)]
+        return [(block * size + self.rows[0], block * size + self.rows[1]) for block in range(*self.blocks)]
+
+    def meets(self, start: int, end: int) -> bool:
+        """Return True when some of its rows are among those."""
+        return any(first < end and start < last for first, last in self.row_ranges())
+
+
+@dataclass(frozen=True, slots=True)
 class Combination:
     """How the changes of several adapters become one."""
 
@@ -280,10 +318,22 @@ def _step_bytes(step: Step) -> int:
             return 4 * TILE_ELEMENTS
         case Merge(deltas=deltas) as op:
             elements = max((end - start for start, end in op.tiles()), default=0) * op.view.columns
-            factors = sum(4 * math.prod(ref.shape) for delta in deltas for ref in delta.tensors.values())
+            factors = max((sum(map(_factor_bytes, found)) for found in _together(op, deltas)), default=0)
             panel = 8 * PANEL_ELEMENTS if op.reach == "columns" else 0
             # the raw tile, its float32 form, the delta, and the encoded tile
             return (8 + 4 + 4 + 8) * elements + 2 * factors + panel
+
+
+def _together(op: Merge, deltas: tuple[DeltaSpec, ...]) -> list[list[DeltaSpec]]:
+    """Return the deltas that are at work at the same time: on each tile, those that meet it."""
+    if not any(delta.region.at for delta in deltas):
+        return [list(deltas)]
+    blocks = [(delta, Block.of(op.view, delta.region.at)) for delta in deltas]
+    return [[delta for delta, block in blocks if block.meets(start, end)] for start, end in op.tiles()]
+
+
+def _factor_bytes(delta: DeltaSpec) -> int:
+    return sum(4 * math.prod(ref.shape) for ref in delta.tensors.values())
 
 
 def _count(values: list[str]) -> dict[str, int]:

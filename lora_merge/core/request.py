@@ -16,6 +16,8 @@ OutputDtype = Literal["bfloat16", "float16", "float32"]
 BaseIs = Literal["original", "residual"]
 CombineMethod = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
 
+EXPERT_LAYOUTS = ("out-in", "in-out", "unsloth")
+
 _SHORT_DTYPES: Mapping[str, OutputDtype] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -43,6 +45,10 @@ class Request:
 
     seed: int = 0
     """Of what ``dare_linear`` and ``dare_ties`` drop at random."""
+
+    expert_layout: tuple[str, ...] = ()
+    """What cannot be seen of stacked experts: ``out-in`` or ``in-out``, how the base stores a square one in the
+    adapter's terms; ``unsloth``, B packed expert by expert."""
 
     allow_untie: bool = False
     """Untie the embeddings even of a family that engines tie whatever its config says."""
@@ -112,6 +118,22 @@ def parse_adapters(value: object) -> tuple[str, ...]:
     for text in texts:
         parse_adapter(text)
     return tuple(map(str, texts))
+
+
+def parse_expert_layout(value: object) -> tuple[str, ...]:
+    """Return what is said of stacked experts.
+
+    Raises:
+        ValueError: a word is unknown, or two contradict each other.
+    """
+    words = tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
+    for word in words:
+        if word not in EXPERT_LAYOUTS:
+            known = f"{', '.join(EXPERT_LAYOUTS[:-1])} or {EXPERT_LAYOUTS[-1]}"
+            raise ValueError(f"{word!r} is no layout of experts, expected {known}")
+    if {"out-in", "in-out"} <= set(words):
+        raise ValueError("says both out-in and in-out, expected one of them")
+    return words
 
 
 def parse_density(value: str | float) -> float:
@@ -206,6 +228,7 @@ PARSERS: Mapping[str, Callable[..., object]] = {
     "base_is": parse_choice(BaseIs, "kind of base"),
     "combine": parse_choice(CombineMethod, "way to combine"),
     "density": parse_density,
+    "expert_layout": parse_expert_layout,
     "seed": parse_seed,
     "dtype": parse_dtype,
     "device": parse_device,

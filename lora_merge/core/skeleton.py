@@ -7,9 +7,11 @@ Code that a checkpoint carries is never run.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lora_merge.core.checkpoint import config_levels
@@ -73,17 +75,41 @@ def build_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
 
     Imports transformers (seconds); allocates no weights.
     """
-    model = _meta_model(config)
+    model = meta_model(config)
     return None if model is None else _describe(model)
+
+
+def parse_config(config: Mapping[str, Any]) -> Any:
+    """Return transformers' own form of a ``config.json``, or None when it knows no such model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return None
+    return CONFIG_MAPPING[model_type].from_dict(_with_floats(dict(config)))
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a JSON value with ``{"__float__": "Infinity"}`` decoded.
+
+    Reference:
+        ``transformers.PreTrainedConfig._decode_special_floats`` (transformers 5.23).
+    """
+    match value:
+        case {"__float__": str(text)} if len(value) == 1:
+            return float(text)
+        case dict():
+            return {key: _with_floats(item) for key, item in value.items()}
+        case list():
+            return [_with_floats(item) for item in value]
+    return value
 
 
 def derived_lists(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[Any]]:
     """Return the lists of a config under some keys, those included that transformers derives from the rest."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     found = dict(config)
-    if config.get("model_type") in CONFIG_MAPPING:
-        parsed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    parsed = parse_config(config)
+    if parsed is not None:
         found = {key: getattr(parsed, key, None) for key in keys} | found
     return {key: list(found[key]) for key in keys if isinstance(found.get(key), list | tuple)}
 
@@ -96,7 +122,7 @@ def same_layers(
     Compared are the classes of all modules in a layer, their parameters' shapes, and every plain attribute but the
     number of the layer.
     """
-    models = _meta_model(config), _meta_model(other)
+    models = meta_model(config), meta_model(other)
     if models[0] is None or models[1] is None:
         return False
     try:
@@ -125,23 +151,30 @@ def _signature(layer: Any) -> list[object]:
     ]
 
 
-def _meta_model(config: Mapping[str, Any]) -> Any:
-    """Return the model of a ``config.json`` on the meta device, or None when transformers has no class for it."""
+def meta_model(config: Mapping[str, Any]) -> Any:
+    """Return the model of a ``config.json`` on the meta device, or None when transformers has no class for it.
+
+    It is built once; nobody may change it.
+    """
+    return _built(json.dumps(config, sort_keys=True))
+
+
+@lru_cache(maxsize=2)
+def _built(text: str) -> Any:
+    """Return the model of the text of a ``config.json``."""
     import torch
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
-    names = config.get("architectures") or []
-    if model_type not in CONFIG_MAPPING or not names:
-        return None
+    config = json.loads(text)
+    names = config.get("architectures") or [""]
     model_class = getattr(transformers, names[0], None)
     if model_class is None:
         return None
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            return model_class(CONFIG_MAPPING[model_type].from_dict(dict(config)))
+            parsed = parse_config(config)
+            return None if parsed is None else model_class(parsed)
     except Exception:  # noqa: BLE001 - a config that its own class rejects is as good as unknown
         return None
 

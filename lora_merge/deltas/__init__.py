@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from lora_merge.deltas.algebra import Algebra
 from lora_merge.deltas.combinations import COMBINATIONS, combine
 from lora_merge.deltas.dora import Dora
+from lora_merge.deltas.factors import Factors
 from lora_merge.deltas.low_rank import LowRank, Stacked
+from lora_merge.deltas.part import Part
 from lora_merge.deltas.peft_layer import PeftLayer
 from lora_merge.deltas.whole import Addition, Rows
 
@@ -23,4 +25,4 @@ ALGEBRAS: Mapping[str, type[Algebra]] = {
     "peft_layer": PeftLayer,
 }
 
-__all__ = ["ALGEBRAS", "COMBINATIONS", "Algebra", "combine"]
+__all__ = ["ALGEBRAS", "COMBINATIONS", "Algebra", "Factors", "Part", "combine"]

@@ -22,7 +22,7 @@ class Algebra(Protocol):
 
     Args:
         spec: the delta.
-        factors: its tensors by role, in their stored dtype, on the device of the weight.
+        factors: its tensors by role, as `Factors` gives them, on the device of the weight.
         stored: dtype code that the weight will be stored in; `DeltaSpec.rounded` asks for it.
     """
 

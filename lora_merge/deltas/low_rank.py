@@ -109,11 +109,8 @@ class Stacked(RowWise):
     """W[e] ← W[e] + s · B[e] A[e] for every expert e, or its transpose where experts are ``[in, out]``.
 
     Shapes:
-        A: ``[experts · r, in]``, expert by expert; B: ``[out, r · experts]``, the expert running fastest.
+        A: ``[experts, r, in]``; B: ``[experts, out, r]``.
         W: ``[experts, out, in]``, or ``[experts, in, out]`` when the region is transposed.
-
-    Options:
-        experts: how many.
 
     Reference:
         ``peft.tuners.lora.layer.ParamWrapper.get_delta_weight`` (PEFT 0.21.2).
@@ -122,10 +119,7 @@ class Stacked(RowWise):
     scaled: ClassVar[bool] = True
 
     def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
-        n = int(spec.options["experts"])
-        a, b = factors["A"].float(), factors["B"].float()
-        self._a = a.view(n, -1, a.shape[1])
-        self._b = b.view(len(b), -1, n).permute(2, 0, 1).contiguous()
+        self._a, self._b = factors["A"].float(), factors["B"].float()
         self._scale, self._transposed = spec.scale, spec.region.transposed
         self._rounded_to = stored if spec.rounded else ""
         self._rows = self._a.shape[2] if self._transposed else self._b.shape[1]

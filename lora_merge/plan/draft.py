@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter, DeltaSpec
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, patched_config
 from lora_merge.core.plan import Combination, Copy, Merge, Reach, Step, View
 from lora_merge.core.report import Issue, error, note
-from lora_merge.core.skeleton import Skeleton, build_skeleton, same_layers
+from lora_merge.core.skeleton import same_layers
 from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.plan.fitting import Fitting
 from lora_merge.plan.initial import initial_issues, is_layered
 from lora_merge.plan.layered import layered_deltas
+from lora_merge.plan.model import Model
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
 from lora_merge.plan.placing import vocabulary_patch
 from lora_merge.plan.ties import Tie, find_tie, owner_name, untie_issue, untie_patch
@@ -61,24 +60,25 @@ class Draft:
         twins: frozenset[frozenset[str]],
     ) -> None:
         self._base, self._uses, self._request, self._twins = base, uses, request, twins
-        self._skeleton: Callable[[], Skeleton | None] = cache(lambda: build_skeleton(base.config))
+        self._model = Model(Outline.of(base), base.config)
         self._changes: dict[str, _Change] = {}
         self._first_of_tie: dict[str, str] = {}
-        self.outline = Outline.of(base)
+        self.outline = self._model.outline
+        """Names of the output, and the stored tensors behind them."""
         self.config_patch: dict[str, Any] = {}
 
     def join(self) -> list[Issue]:
         """Fit every adapter, then settle what they do to each other; return what is wrong."""
         issues = self._replicate()
-        tie = self._tie()
+        tie = self._model.tie = self._tie()
         for n, use in enumerate(self._uses):
             issues += initial_issues(use.adapter, self._request)
             layered: tuple[DeltaSpec, ...] = ()
             if is_layered(use.adapter, self._request):
-                layered, layer_issues = layered_deltas(use, self.outline, self._base.config, tie)
+                layered, layer_issues = layered_deltas(use, self._model)
                 issues += layer_issues
                 use = replace(use, adapter=_without_factors(use.adapter))  # noqa: PLW2901 - what is left of it
-            fitting = Fitting(use, self.outline, self._base.config, self._skeleton, tie).fit(layered)
+            fitting = Fitting(use, self._model, self._request).fit(layered)
             issues += fitting.issues
             issues += self._take(n, fitting)
         if tie is not None:
@@ -105,7 +105,9 @@ class Draft:
         reach: Reach = (
             "tensor" if combination or "tensor" in reaches else "columns" if "columns" in reaches else "rows"
         )
-        view = View.of(slot.shape, stacked=any(delta.kind == "stacked" for delta in deltas))
+        view = View.of(
+            slot.shape, stacked=any(delta.kind == "stacked" or delta.region.at for delta in deltas)
+        )
         merge = Merge("dense", (source,), deltas, view, reach, combination)
         return Step((slot,), merge, replaced=change.source is not None)
 
@@ -167,7 +169,7 @@ class Draft:
             return [error("unsupported", "layer_replication", sentence, hint)]
         self.outline = replicated(self.outline, order)
         self.config_patch |= patch
-        self._skeleton = cache(lambda: build_skeleton(patched))
+        self._model = Model(self.outline, patched)
         sentence = f"repeats layers: the output has {len(order)}, the base {len(layers)}"
         return [note("replicated", "layer_replication", sentence)]
 
@@ -175,7 +177,7 @@ class Draft:
         """Return the tie of the embeddings, if an adapter touches one of them."""
         if not any(touches_embeddings(use) for use in self._uses):
             return None
-        return find_tie(self._base.config, self.outline, self._skeleton(), self._twins)
+        return find_tie(self._model, self._twins)
 
     def _take(self, n: int, fitting: Fitting) -> list[Issue]:
         """Take over what one adapter changes."""
@@ -312,12 +314,16 @@ def _same_deltas(one: _Change, other: _Change, twins: frozenset[frozenset[str]])
     if len(one.deltas) != len(other.deltas):
         return False
     for mine, yours in zip(one.deltas, other.deltas, strict=True):
-        if replace(mine, parameter="", tensors={}) != replace(yours, parameter="", tensors={}):
+        if _nameless(mine) != _nameless(yours):
             return False
         for role, ref in mine.tensors.items():
             if frozenset((ref.name, yours.tensors[role].name)) not in twins | {frozenset((ref.name,))}:
                 return False
     return True
+
+
+def _nameless(delta: DeltaSpec) -> DeltaSpec:
+    return replace(delta, parameter="", target="", rule="", tensors={})
 
 
 def _without_factors(adapter: Adapter) -> Adapter:

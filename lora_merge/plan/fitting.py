@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.scaling import Scaling
-from lora_merge.core.skeleton import Skeleton, may_hold_conv1d
+from lora_merge.core.skeleton import may_hold_conv1d
 from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
-from lora_merge.layouts import locate
+from lora_merge.layouts import LayoutError, Located, Place
+from lora_merge.plan.model import SAVE_ANEW
+from lora_merge.plan.names import Names
 from lora_merge.plan.rules import rule_issues
-from lora_merge.plan.stacked import stacked_delta
+from lora_merge.plan.stacked import stacked_deltas
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import AdapterUse, DeltaSpec, Replacement
-    from lora_merge.plan.outline import Outline
-    from lora_merge.plan.ties import Tie
+    from lora_merge.core.request import Request
+    from lora_merge.plan.model import Model
 
 
 class Fitting:
@@ -27,23 +28,14 @@ class Fitting:
 
     Args:
         use: the adapter.
-        outline: the names of the output, and the stored tensors behind them.
-        config: the base's ``config.json``.
-        skeleton: builds the model's skeleton, which takes seconds; it is asked only where names cannot decide.
-        tie: of the embeddings, if there is one and the adapter touches it.
+        model: the base.
+        request: how experts are laid out, if the user says so.
     """
 
-    def __init__(
-        self,
-        use: AdapterUse,
-        outline: Outline,
-        config: Mapping[str, Any],
-        skeleton: Callable[[], Skeleton | None],
-        tie: Tie | None,
-    ) -> None:
-        self._use, self._adapter = use, use.adapter
-        self._config, self._skeleton, self._tie = config, skeleton, tie
-        self._sources = outline.sources
+    def __init__(self, use: AdapterUse, model: Model, request: Request) -> None:
+        self._use, self._adapter, self._model, self._request = use, use.adapter, model, request
+        self._located: dict[str, Located] = {}
+        """Where each parameter that the adapter names was found."""
         self.issues: list[Issue] = []
         self.replacements: dict[str, TensorRef] = {}
         """Parameters of the output that are the adapter's own tensors."""
@@ -58,22 +50,21 @@ class Fitting:
         """
         for parameter, replacement in self._adapter.replacements.items():
             self._replace(parameter, replacement)
-        deltas = [*self._adapter.deltas, *self._stacked_deltas()]
-        if deltas and not any(self._located(delta.parameter) for delta in deltas):
-            self.issues.append(self._all_absent(deltas[0].parameter))
+        deltas = self._adapter.deltas
+        lost = [delta for delta in deltas if not self._join(delta)]
+        self._join_stacked()
+        if lost and len(lost) == len(deltas) and not self._adapter.stacked:
+            self.issues.append(self._all_absent(lost[0].parameter))
             return self
-        for delta in deltas:
-            name = self._located(delta.parameter)
-            if name is None:
-                self.issues.append(self._absent(delta.parameter))
-            elif (problem := self._misfit(delta, name)) is not None:
-                self.issues.append(problem)
-            else:
-                self.deltas.append(self._placed(delta, name))
+        self.issues += [self._absent(delta.parameter) for delta in lost]
         self.deltas += layered
-        if deltas or not (layered or self._adapter.replacements):
+        for delta in layered:
+            self._located[delta.target] = Located("identity", (Place(delta.parameter),))
+        if deltas or self._adapter.stacked or not (layered or self._adapter.replacements):
+            names = Names(self._model, self._located)
+            self.issues += names.several_rewritings()
             try:
-                self.issues += rule_issues(self._adapter, self._sources, self._skeleton, self._tie)
+                self.issues += rule_issues(self._adapter, self._model, names)
             except TargetError as exc:
                 self.issues.append(error("bad-field", exc.field, exc.sentence))
         return self
@@ -82,66 +73,94 @@ class Fitting:
         """Return the shape that a parameter has in the output."""
         if name in self.replacements:
             return self.replacements[name].shape
-        return self._source(name).shape
+        return self._model.source(name).shape
 
-    def _source(self, name: str) -> TensorRef:
-        if name in self._sources:
-            return self._sources[name]
-        assert self._tie is not None
-        return self._sources[self._tie.source]
+    def _join(self, delta: DeltaSpec) -> bool:
+        """Take a delta to its places, or say what keeps it from there; return False when it has none."""
+        try:
+            found = self._model.locate(delta.parameter, _weight_shape(delta))
+        except LayoutError as exc:
+            self.issues.append(_misplaced(delta.module, exc))
+            return True
+        if found is None:
+            return False
+        self._located[delta.parameter] = found
+        for place in found.places:
+            problem = self._misfit(delta, place, found)
+            if problem is not None:
+                self.issues.append(problem)
+                break
+            self.deltas.append(self._placed(delta, place, found))
+        return True
 
-    def _located(self, parameter: str) -> str | None:
-        """Return the name of a parameter in the output; an end of a tie has one, stored or not."""
-        name = locate(parameter, self._sources)
-        if name is None and self._tie is not None and parameter in {self._tie.embedding, self._tie.head}:
-            return parameter
-        return name
-
-    def _stacked_deltas(self) -> list[DeltaSpec]:
-        """Return the deltas on ``target_parameters``, which only the model can name."""
-        found = []
+    def _join_stacked(self) -> None:
+        """Take the deltas on ``target_parameters``, which only the model can name, to their places."""
+        paths = set(self._adapter.modules)
+        n_found = 0
         for pair in self._adapter.stacked:
             try:
-                delta, issues = stacked_delta(pair, self._adapter, self._sources, self._skeleton)
+                found = stacked_deltas(pair, self._adapter, self._model, self._request.expert_layout)
             except TargetError as exc:
-                delta, issues = None, [error("bad-field", exc.field, exc.sentence)]
-            self.issues += issues
-            found += [delta] if delta is not None else []
-        if len(found) == len(self._adapter.stacked) > 0:
-            paths = self._adapter.modules | {delta.parameter for delta in found}
+                self.issues.append(error("bad-field", exc.field, exc.sentence))
+                continue
+            self.issues += found.issues
+            if found.located is not None:
+                self._located[found.parameter] = found.located
+                paths.add(found.parameter)
+                n_found += bool(found.deltas)
+            self.deltas += [replace(delta, weight=self._use.weight) for delta in found.deltas]
+        if n_found == len(self._adapter.stacked) > 0:
             self.issues += Scaling(self._adapter.config).unmatched(paths)
-        return found
 
     def _replace(self, parameter: str, replacement: Replacement) -> None:
         """Take a whole parameter from the adapter, if it belongs there."""
-        ref = replacement.ref
         if parameter in self._use.unchanged:
-            self.issues.append(note("full-tensor", ref.name, "was saved along and equals the base's"))
+            sentence = "was saved along and equals the base's"
+            self.issues.append(note("full-tensor", replacement.ref.name, sentence))
             return
-        name = self._located(parameter)
-        if name is None:
+        name = self._whole_place(parameter, replacement)
+        problem = self._replacement_problem(name, replacement) if name is not None else None
+        if problem is not None:
+            self.issues.append(problem)
+        elif name is not None:
+            self.replacements[name] = replacement.ref
+
+    def _whole_place(self, parameter: str, replacement: Replacement) -> str | None:
+        """Return the name under which the base stores a parameter whole, or say why it has none."""
+        try:
+            found = self._model.locate(parameter, replacement.ref.shape)
+        except LayoutError as exc:
+            self.issues.append(_misplaced(parameter, exc))
+            return None
+        if found is None:
             self.issues.append(self._no_place(parameter, replacement))
-            return
-        source = self._source(name)
+            return None
+        self._located[parameter] = found
+        if found.whole is None:
+            tensor = found.places[0].tensor
+            sentence = f"is a whole parameter, and the base stores it otherwise: {tensor} holds a part of it, or more"
+            self.issues.append(error("unsupported", replacement.ref.name, sentence, SAVE_ANEW))
+        return found.whole
+
+    def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:
+        """Return what keeps a parameter of the adapter from taking the place of the base's."""
+        ref, source = replacement.ref, self._model.source(name)
         if not replacement.why:
             sentence = "is a whole weight that differs from the base's, and the config does not say that it was trained"
             hint = "PEFT would load it into the base without a word; add its module to modules_to_save if it is meant"
-            self.issues.append(error("unexpected-tensor", ref.name, sentence, hint))
-        elif not {ref.dtype, source.dtype} <= TORCH_NAMES.keys():
+            return error("unexpected-tensor", ref.name, sentence, hint)
+        if not {ref.dtype, source.dtype} <= TORCH_NAMES.keys():
             sentence = f"is stored as {ref.dtype}, the base's as {source.dtype}; expected BF16, F16 or F32"
-            self.issues.append(error("bad-dtype", ref.name, sentence))
-        elif ref.shape != source.shape and not (
-            replacement.why == "embedding" and ref.shape[1:] == source.shape[1:]
-        ):
+            return error("bad-dtype", ref.name, sentence)
+        resized = replacement.why == "embedding" and ref.shape[1:] == source.shape[1:]
+        if ref.shape != source.shape and not resized:
             sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(source.shape)}"
-            hint = "the adapter was trained on another model"
-            self.issues.append(error("shape-mismatch", ref.name, sentence, hint))
-        elif self._use.weight != 1:
+            return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")
+        if self._use.weight != 1:
             hint = "give this adapter the weight 1"
             sentence = f"replaces a whole parameter, which cannot be done by {self._use.weight:g}"
-            self.issues.append(error("weighted-replacement", ref.name, sentence, hint))
-        else:
-            self.replacements[name] = ref
+            return error("weighted-replacement", ref.name, sentence, hint)
+        return None
 
     def _no_place(self, parameter: str, replacement: Replacement) -> Issue:
         """Return the issue of a whole parameter that the base does not store."""
@@ -179,22 +198,35 @@ class Fitting:
             pairs = zip(wanted, parts, strict=False)
             return next((n for n, (one, other) in enumerate(pairs) if one != other), len(parts))
 
-        best = max(self._sources, key=shared, default="")
+        best = max(self._model.sources, key=shared, default="")
         return best if best and shared(best) >= 2 else ""
 
-    def _placed(self, delta: DeltaSpec, name: str) -> DeltaSpec:
+    def _placed(self, delta: DeltaSpec, place: Place, found: Located) -> DeltaSpec:
         """Return a delta under its name in the output, with the region that it owns."""
-        region = delta.region
-        if delta.kind in {"low_rank", "dora"} and not region.transposed:
-            region = Region(transposed=self._transposed(delta, self.shape(name)))
-        return replace(delta, parameter=name, region=region, weight=self._use.weight)
+        transposed = delta.region.transposed
+        if found.rule == "converted":
+            transposed ^= place.transposed
+        elif delta.kind in {"low_rank", "dora"} and not transposed:
+            transposed = self._transposed(delta, self.shape(place.tensor))
+        return replace(
+            delta,
+            parameter=place.tensor,
+            target=delta.parameter,
+            rule=found.rule,
+            region=Region(transposed, place.at),
+            part=place.part,
+            weight=self._use.weight,
+        )
 
-    def _misfit(self, delta: DeltaSpec, name: str) -> Issue | None:
+    def _misfit(self, delta: DeltaSpec, place: Place, found: Located) -> Issue | None:
         """Return what keeps a delta from being merged into the tensor it names."""
-        dtype, shape = self._source(name).dtype, self.shape(name)
+        name = place.tensor
+        dtype, shape = self._model.source(name).dtype, self.shape(name)
         if dtype not in TORCH_NAMES:
             sentence = f"is stored as {dtype}, expected BF16, F16 or F32"
             return error("unsupported", name, sentence, "merge into the full-precision model")
+        if found.rule == "converted":
+            return _part_misfit(delta, place, found)
         match delta.kind:
             case "low_rank" | "dora":
                 return self._low_rank_misfit(delta, name, shape)
@@ -250,13 +282,45 @@ class Fitting:
         product = (b[0], *a[1:])
         says_so = bool(self._adapter.config.get("fan_in_fan_out"))
         odd = shape != product and shape == product[::-1]
-        if not (odd or says_so or may_hold_conv1d(self._config)):
+        if not (odd or says_so or may_hold_conv1d(self._model.config)):
             return False
-        skeleton = self._skeleton()
-        kind = skeleton.classes.get(delta.module) if skeleton else None
+        known = self._model.skeleton
+        kind = known.classes.get(self._model.module(delta.module)) if known else None
         if kind is not None:
             return kind == "Conv1D"
         return odd if product[0] != product[-1] else says_so
+
+
+def _weight_shape(delta: DeltaSpec) -> tuple[int, ...] | None:
+    """Return the shape of the weight that a delta was made for, ``[out, in]``; None where it does not say."""
+    if delta.kind == "addition":
+        return delta.tensors["addend"].shape
+    if "A" not in delta.tensors:
+        return None
+    a, b = _factor_shapes(delta)
+    product = (b[0], *a[1:])
+    return product[::-1] if delta.region.transposed else product
+
+
+def _part_misfit(delta: DeltaSpec, place: Place, found: Located) -> Issue | None:
+    """Return what keeps a delta from being merged into a part of a tensor, or part by part into several."""
+    wanted = _weight_shape(delta)
+    if wanted is not None and wanted != found.shape:
+        shape = shape_text(found.shape or ())
+        sentence = f"lora_B @ lora_A is {shape_text(wanted)}, the base's weight is {shape}"
+        return error("shape-mismatch", delta.module, sentence, "the adapter was trained on another model")
+    whole_rows = not place.part or (len(place.part) == 2 and place.part[1] == (0, wanted[1] if wanted else 0))
+    packed = "blocks_A" in delta.options or "blocks_B" in delta.options
+    if packed or delta.region.transposed or delta.kind == "rows" or (delta.kind == "dora" and not whole_rows):
+        sentence = f"is stored in parts, {place.tensor} among them, and this kind of change needs it whole"
+        return error("unsupported", delta.module, sentence, SAVE_ANEW)
+    return None
+
+
+def _misplaced(subject: str, exc: LayoutError) -> Issue:
+    """Return the issue of a parameter whose place cannot be told."""
+    hint = "rename the adapter's tensors as the base's are named" if exc.candidates else ""
+    return error("no-one-place", subject, exc.sentence, hint)
 
 
 def _factor_shapes(delta: DeltaSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

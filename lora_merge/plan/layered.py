@@ -7,53 +7,42 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import DeltaSpec
-from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, sort_by_module
+from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, parents, sort_by_module
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
 from lora_merge.core.report import Issue, error
+from lora_merge.core.targets import TargetError, TargetRule
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
+from lora_merge.layouts import LayoutError
+from lora_merge.plan.model import SAVE_ANEW
 
 if TYPE_CHECKING:
     import torch
 
     from lora_merge.core.adapter import Adapter, AdapterUse
     from lora_merge.core.tensor import TensorRef
-    from lora_merge.plan.outline import Outline
-    from lora_merge.plan.ties import Tie
+    from lora_merge.plan.model import Model
 
 
-def layered_deltas(
-    use: AdapterUse, outline: Outline, config: Mapping[str, Any], tie: Tie | None
-) -> tuple[tuple[DeltaSpec, ...], list[Issue]]:
-    """Return a delta for each parameter of each module that PEFT would wrap, and what does not fit.
-
-    Args:
-        use: the adapter.
-        outline: the names of the output.
-        config: the base's ``config.json``.
-        tie: of the embeddings, if there is one and the adapter touches it.
-    """
-    sources = dict(outline.sources)
-    if tie is not None:
-        sources |= {name: sources[tie.source] for name in (tie.embedding, tie.head) if name not in sources}
-    join = _Join(use, sources, config)
+def layered_deltas(use: AdapterUse, model: Model) -> tuple[tuple[DeltaSpec, ...], list[Issue]]:
+    """Return a delta for each parameter of each module that PEFT would wrap, and what does not fit."""
+    join = _Join(use, model)
     try:
         join.run()
     except InjectionError as exc:
         join.issues.append(error("injection", exc.subject, exc.sentence))
+    except TargetError as exc:
+        join.issues.append(error("bad-field", exc.field, exc.sentence))
     return tuple(join.deltas), join.issues
 
 
 class _Join:
     """The tensors of one adapter, module by module."""
 
-    def __init__(self, use: AdapterUse, sources: Mapping[str, TensorRef], config: Mapping[str, Any]) -> None:
-        self._use, self._adapter, self._sources, self._config = use, use.adapter, sources, config
-        self._options = {
-            "model_config": json.dumps(config),
-            "adapter_config": json.dumps(use.adapter.config),
-            "digest": use.adapter.digest,
-        }
+    def __init__(self, use: AdapterUse, model: Model) -> None:
+        self._use, self._adapter, self._model = use, use.adapter, model
+        self._tensors = _spelled_as_in_memory(use.adapter.layered, model)
         self._probed: set[tuple[object, ...]] = set()
+        self._options: dict[str, Any] = {}
         self.deltas: list[DeltaSpec] = []
         self.issues: list[Issue] = []
 
@@ -63,19 +52,25 @@ class _Join:
         Raises:
             InjectionError: PEFT refuses.
         """
-        layered = self._adapter.layered
-        placeholders = {name: _blank(ref) for name, ref in layered.items() if not name.startswith(PREFIX)}
-        injection = Injection(self._config, self._adapter.config, placeholders)
+        tensors = self._tensors
+        config = self._adapter_config()
+        self._options = {
+            "model_config": json.dumps(self._model.config),
+            "adapter_config": json.dumps(config),
+            "digest": self._adapter.digest,
+        }
+        placeholders = {name: _blank(ref) for name, ref in tensors.items() if not name.startswith(PREFIX)}
+        injection = Injection(self._model.config, config, placeholders)
         if self._adapter.kind not in NATIVE:
             self.issues += field_issues(self._adapter.config, injection.fields | TRAINER_FIELDS)
-        by_module, shared, orphans = sort_by_module(layered, injection.targets)
+        by_module, shared, orphans = sort_by_module(tensors, injection.targets)
         hint = "PEFT would drop these tensors without a word; the config is not the one of training"
         self.issues += [
             error("unexpected-tensor", name, "belongs to no module that the config targets", hint)
             for name in orphans
         ]
         for target in injection.targets:
-            own = {name: layered[name] for name in by_module.get(target.module, ())}
+            own = {name: tensors[name] for name in by_module.get(target.module, ())}
             if not own and not shared:
                 sentence = "the config targets it, and the adapter has no tensors for it"
                 hint = "the adapter file is incomplete; PEFT would leave the module as it is, with a warning"
@@ -84,28 +79,60 @@ class _Join:
             base = self._base_of(target)
             if base is not None:
                 self._probe(injection, target, own, base)
-                self._add(target, own | {name: layered[name] for name in shared}, base)
+                self._add(target, own | {name: tensors[name] for name in shared}, base)
+
+    def _adapter_config(self) -> Mapping[str, Any]:
+        """Return the configuration for PEFT on the model as transformers has it now.
+
+        A regex that matches containers too, as ms-swift writes it, or one that means the names of another release,
+        is replaced by the modules that have tensors; they are held against it here.
+
+        Raises:
+            TargetError: a field has a value that PEFT could not use.
+        """
+        config = self._adapter.config
+        rule = TargetRule.parse(config)
+        as_stored = self._tensors.keys() == self._adapter.layered.keys()
+        if as_stored and (rule.all_linear or not isinstance(rule.target_modules, str)):
+            return config
+        classes = self._model.skeleton.classes if self._model.skeleton else {}
+        modules: dict[str, str] = {}
+        for ours, theirs in zip(self._tensors, self._adapter.layered, strict=True):
+            owner = next((path for path in parents(ours.removeprefix(PREFIX)) if path in classes), None)
+            if owner is not None and ours.startswith(PREFIX):
+                depth = ours.removeprefix(f"{PREFIX}{owner}").count(".")
+                modules[owner] = theirs.removeprefix(PREFIX).rsplit(".", depth)[0]
+        hint = "PEFT would drop these tensors without a word; the config is not the one of training"
+        self.issues += [
+            error("unexpected-tensor", path, "has tensors, and target_modules does not match it", hint)
+            for path in modules.values()
+            if not rule.matches(path)
+        ]
+        return {
+            **config,
+            "target_modules": sorted(modules),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+        }
 
     def _base_of(self, target: Target) -> dict[str, TensorRef] | None:
         """Return the stored parameters of a module, or None when one is missing or is no float."""
-        sources = self._sources
-        names = {parameter: f"{target.module}.{parameter}" for parameter in target.parameters}
         if any(name.startswith("parametrizations.") for name in target.parameters):
             sentence = (
                 "its weight is computed from others (weight_norm), so that none is stored to be changed"
             )
             self.issues.append(error("unsupported", target.module, sentence, "serve it with PEFT"))
             return None
-        absent = [name for name in names.values() if name not in sources]
-        if absent:
-            sentence = f"the adapter changes it, the base has no {absent[0]}"
-            self.issues.append(error("unmatched-module", target.module, sentence))
-            return None
-        odd_shape = _not_mergeable(self._adapter, target, sources)
+        base: dict[str, TensorRef] = {}
+        for parameter in target.parameters:
+            name = self._stored_name(target, parameter)
+            if name is None:
+                return None
+            base[parameter] = self._model.source(name)
+        odd_shape = _not_mergeable(self._adapter, target, base.get("weight"))
         if odd_shape is not None:
             self.issues.append(odd_shape)
             return None
-        base = {parameter: sources[name] for parameter, name in names.items()}
         odd = next((ref for ref in base.values() if ref.dtype not in TORCH_NAMES), None)
         if odd is not None:
             sentence = f"is stored as {odd.dtype}, expected BF16, F16 or F32"
@@ -114,6 +141,24 @@ class _Join:
             )
             return None
         return base
+
+    def _stored_name(self, target: Target, parameter: str) -> str | None:
+        """Return the name of a parameter's tensor, or None where it is not stored whole."""
+        path = f"{target.module}.{parameter}"
+        try:
+            found = self._model.locate(path, None)
+        except LayoutError as exc:
+            self.issues.append(error("no-one-place", path, exc.sentence))
+            return None
+        if found is None:
+            sentence = f"the adapter changes it, the base has no {path}"
+            self.issues.append(error("unmatched-module", target.module, sentence))
+        elif found.whole is None or found.places[0].transposed:
+            tensor = found.places[0].tensor
+            sentence = f"is stored in another form, in {tensor}, and this PEFT method needs it whole"
+            self.issues.append(error("unsupported", path, sentence, SAVE_ANEW))
+            return None
+        return found.whole if found is not None else None
 
     def _probe(
         self,
@@ -159,7 +204,8 @@ class _Join:
             self.deltas.append(
                 DeltaSpec(
                     kind="peft_layer",
-                    parameter=f"{target.module}.{parameter}",
+                    parameter=self._stored_name(target, parameter) or "",
+                    target=f"{target.module}.{parameter}",
                     tensors={f"adapter:{name}": ref for name, ref in tensors.items()} | others,
                     scale=1.0,
                     rounded=True,
@@ -178,12 +224,28 @@ def changed_parameters(adapter: Adapter, target: Target) -> tuple[str, ...]:
     return tuple(name for name in target.parameters if not name.endswith("bias"))
 
 
-def _not_mergeable(adapter: Adapter, target: Target, sources: Mapping[str, TensorRef]) -> Issue | None:
+def _spelled_as_in_memory(layered: Mapping[str, TensorRef], model: Model) -> dict[str, TensorRef]:
+    """Return an adapter's tensors under the names that they would have in transformers' model of today."""
+    known = model.skeleton
+    if known is None:
+        return dict(layered)
+    spelled = {}
+    for name, ref in layered.items():
+        path = name.removeprefix(PREFIX)
+        if path != name and not any(parent in known.classes for parent in parents(path) if "." in parent):
+            owners = ((parent, model.module(parent)) for parent in parents(path))
+            found = next(((one, other) for one, other in owners if other in known.classes), None)
+            if found is not None:
+                path = found[1] + path[len(found[0]) :]
+        spelled[PREFIX + path if name.startswith(PREFIX) else name] = ref
+    return spelled
+
+
+def _not_mergeable(adapter: Adapter, target: Target, ref: TensorRef | None) -> Issue | None:
     """Return the issue of a module that PEFT merges into something else than it computes (PEFT 0.21.2).
 
     OFT's forward pass rotates overlapping patches of a convolution's input, which no kernel does.
     """
-    ref = sources.get(f"{target.module}.weight")
     if adapter.kind != "OFT" or ref is None or max(ref.shape[2:], default=1) == 1:
         return None
     sentence = f"OFT on a convolution of kernel {shape_text(ref.shape[2:])} has no merged form"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,31 +10,30 @@ from lora_merge.core.targets import TargetRule, is_listed
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
-    from lora_merge.core.skeleton import Skeleton
-    from lora_merge.core.tensor import TensorRef
-    from lora_merge.plan.ties import Tie
+    from lora_merge.plan.model import Model
+    from lora_merge.plan.names import Names
 
 
-def rule_issues(
-    adapter: Adapter,
-    sources: Mapping[str, TensorRef],
-    skeleton: Callable[[], Skeleton | None],
-    tie: Tie | None,
-) -> list[Issue]:
+def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     """Return every disagreement.
+
+    Args:
+        adapter: one adapter.
+        model: the base.
+        names: how the adapter's names and the base's answer to each other.
 
     Raises:
         TargetError: a field has a value that PEFT could not use.
     """
     rule = TargetRule.parse(adapter.config)
     if adapter.kind == "TRAINABLE_TOKENS":
-        return _unmatched(rule, frozenset(delta.module for delta in adapter.deltas), adapter, sources)
+        return _unmatched(rule, frozenset(delta.module for delta in adapter.deltas), adapter, model, names)
     modules = _by_module(adapter)
     return [
-        *_unexpected(rule, modules, adapter, skeleton),
-        *_unmatched(rule, modules, adapter, sources),
-        *_missing(rule, adapter, sources, skeleton, tie),
-        *_biases(adapter, sources),
+        *_unexpected(rule, modules, adapter, model),
+        *_unmatched(rule, modules, adapter, model, names),
+        *_missing(rule, adapter, model, names),
+        *_biases(adapter, model, names),
     ]
 
 
@@ -45,15 +43,13 @@ def _by_module(adapter: Adapter) -> frozenset[str]:
     return frozenset(module for module in adapter.modules if not is_listed(module, owners))
 
 
-def _unexpected(
-    rule: TargetRule, modules: frozenset[str], adapter: Adapter, skeleton: Callable[[], Skeleton | None]
-) -> list[Issue]:
+def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model) -> list[Issue]:
     """Return an issue for each module that has tensors and is not targeted."""
-    known = skeleton() if rule.all_linear else None
+    known = model.skeleton if rule.all_linear else None
     allowed = known.all_linear() if known else None
     issues = []
     for module in sorted(modules):
-        if rule.matches(module) and (allowed is None or module in allowed):
+        if rule.matches(module) and (allowed is None or model.module(module) in allowed):
             continue
         if adapter.config.get("ensure_weight_tying"):
             continue  # PEFT adapts the other end of a tie too, whatever the targets say
@@ -64,11 +60,11 @@ def _unexpected(
 
 
 def _unmatched(
-    rule: TargetRule, modules: frozenset[str], adapter: Adapter, sources: Mapping[str, TensorRef]
+    rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model, names: Names
 ) -> list[Issue]:
     """Return an issue for each target that no module of the adapter answers to."""
     issues = []
-    for entry in rule.unmatched_targets(modules | _left_out(rule, sources)):
+    for entry in rule.unmatched_targets(modules | _left_out(rule, model, names)):
         sentence = f"the entry {entry!r} matches none of the adapter's {len(adapter.modules)} modules"
         hint = "remove it from adapter_config.json if it was never trained"
         issues.append(error("unmatched-target", "target_modules", sentence, hint))
@@ -81,47 +77,48 @@ def _unmatched(
     return issues
 
 
-def _left_out(rule: TargetRule, sources: Mapping[str, TensorRef]) -> frozenset[str]:
+def _left_out(rule: TargetRule, model: Model, names: Names) -> frozenset[str]:
     """Return the base's modules that the rule does not match; an entry may stand for one of those.
 
     PEFT saves ``"all-linear"`` expanded, with the modules that ``exclude_modules`` takes out again.
     """
-    modules = (name.removesuffix(".weight") for name in sources if name.endswith(".weight"))
+    stored = (name.removesuffix(".weight") for name in model.sources if name.endswith(".weight"))
+    modules = map(names.in_adapter, stored)
     return frozenset(module for module in modules if not rule.matches(module))
 
 
-def _missing(
-    rule: TargetRule,
-    adapter: Adapter,
-    sources: Mapping[str, TensorRef],
-    skeleton: Callable[[], Skeleton | None],
-    tie: Tie | None,
-) -> list[Issue]:
+def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     """Return an issue for each layer that the configuration targets and the adapter lacks."""
-    taken = adapter.modules | {parameter.rpartition(".")[0] for parameter in adapter.replacements}
-    taken |= {delta.module for delta in adapter.deltas} | _rankless(adapter)
-    candidates = [
-        module
-        for name, ref in sources.items()
-        if name.endswith(".weight") and len(ref.shape) >= 2
+    settled = adapter.modules | _rankless(adapter)
+    candidates = {
+        module: own
+        for name, ref in model.sources.items()
+        if name.endswith(".weight") and len(ref.shape) >= 2 and name not in names.taken
         for module in [name.removesuffix(".weight")]
-        if module not in taken and rule.matches(module) and not (tie and name == tie.head)
-    ]
-    if not candidates:
+        for own in [names.in_adapter(module)]
+        if own not in settled and rule.matches(own) and not (model.tie and name == model.tie.head)
+    }
+    experts = [module for module in names.absent_experts() if rule.matches(module)]
+    if not candidates and not experts:
         return []
-    known = skeleton()
+    known = model.skeleton
     if known is None:
+        first = next(iter(candidates))
         sentence = f"and {len(candidates) - 1} more are targeted by the config; the adapter has no tensors"
         hint = "transformers has no class for this model, so whether they are linear layers is unknown"
-        return [warning("missing-module", candidates[0], sentence, hint)] if not rule.all_linear else []
+        return [warning("missing-module", first, sentence, hint)] if not rule.all_linear else []
     targeted = known.all_linear()
     sentence = "the config targets it, and the adapter has no tensors for it"
     hint = "the adapter file is incomplete; PEFT would leave the module as it is, with a warning"
-    return [
-        error("missing-module", module, sentence, hint)
-        for module in candidates
-        if (module in targeted if rule.all_linear else known.is_adaptable(module))
-    ]
+
+    def is_meant(module: str, own: str) -> bool:
+        if names.has_siblings(own):
+            return model.knows(f"{module}.weight")
+        path = model.module(module)
+        return path in targeted if rule.all_linear else known.is_adaptable(path)
+
+    absent = [own for module, own in candidates.items() if is_meant(module, own)]
+    return [error("missing-module", module, sentence, hint) for module in absent + experts]
 
 
 def _rankless(adapter: Adapter) -> frozenset[str]:
@@ -132,19 +129,20 @@ def _rankless(adapter: Adapter) -> frozenset[str]:
     return frozenset(str(name).removesuffix(".default").removesuffix(".lora_E") for name in pattern)
 
 
-def _biases(adapter: Adapter, sources: Mapping[str, TensorRef]) -> list[Issue]:
+def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     """Return an issue when the configuration says that biases were trained, and some are not in the file."""
     kind = adapter.config.get("bias", "none")
     if kind == "none":
         return []
     if kind not in {"all", "lora_only"}:
         return [error("bad-field", "bias", f"is {kind!r}, expected 'none', 'all' or 'lora_only'")]
-    wanted = [
+    absent = [
         name
-        for name in sources
-        if name.endswith(".bias") and (kind == "all" or name.removesuffix(".bias") in adapter.modules)
+        for name in model.sources
+        if name.endswith(".bias")
+        and name not in names.taken
+        and (kind == "all" or names.in_adapter(name.removesuffix(".bias")) in adapter.modules)
     ]
-    absent = [name for name in wanted if name not in adapter.replacements]
     hint = "the adapter file is incomplete; PEFT would keep the base's bias, without a word"
     sentence = f"the config says bias={kind!r}, and the adapter has no tensor for it"
     return [error("missing-bias", name, sentence, hint) for name in absent]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.adapter import DeltaSpec
@@ -12,20 +11,38 @@ from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import Region, shape_text
+from lora_merge.layouts import LayoutError, Located, Place, Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from lora_merge.core.adapter import Adapter, StackedPair
-    from lora_merge.core.skeleton import Skeleton
-    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.pieces import Box
+    from lora_merge.plan.model import Model
 
 
-def stacked_delta(
-    pair: StackedPair,
-    adapter: Adapter,
-    sources: Mapping[str, TensorRef],
-    skeleton: Callable[[], Skeleton | None],
-) -> tuple[DeltaSpec | None, list[Issue]]:
-    """Return the delta of a pair of ``target_parameters``, or why there is none.
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What became of one pair."""
+
+    deltas: tuple[DeltaSpec, ...] = ()
+    issues: tuple[Issue, ...] = ()
+    parameter: str = ""
+    """As the adapter would name it; empty when it cannot be told."""
+
+    located: Located | None = None
+
+
+def stacked_deltas(
+    pair: StackedPair, adapter: Adapter, model: Model, expert_layout: Collection[str]
+) -> Stack:
+    """Return the deltas of a pair of ``target_parameters``, one per stored tensor, or why there are none.
+
+    Args:
+        pair: the factors.
+        adapter: whose they are.
+        model: the base.
+        expert_layout: what the user says of them: ``out-in``, ``in-out``, ``unsloth``.
 
     Raises:
         TargetError: a field has a value that PEFT could not use.
@@ -34,27 +51,83 @@ def stacked_delta(
         ``peft.tuners.lora.layer.ParamWrapper`` and ``peft.tuners.tuners_utils.BaseTuner._inject_parameters``
         (PEFT 0.21.2).
     """
-    parameter = _parameter(pair, adapter, skeleton)
-    if parameter is None or parameter not in sources:
-        return None, [_nameless(pair, parameter, known=skeleton() is not None)]
-    shape = sources[parameter].shape
+    parameter = _parameter(pair, adapter, model)
+    try:
+        located = model.locate(parameter, None) if parameter else None
+    except LayoutError as exc:
+        return Stack(issues=(error("no-one-place", parameter or pair.module, exc.sentence),))
+    if parameter is None or located is None or located.shape is None:
+        return Stack(issues=(_nameless(pair, parameter, known=model.skeleton is not None),))
+    shape = located.shape
     n_experts = shape[0] if len(shape) == 3 else 1
     rank, rest = divmod(pair.tensors["A"].shape[0], n_experts)
     if rest or rank == 0 or len(shape) not in {2, 3}:
-        return None, [_misfit(parameter, shape, pair)]
+        return Stack(issues=(_misfit(parameter, shape, pair),))
     scale, issues = Scaling(adapter.config).of(parameter, rank)
-    delta = DeltaSpec("low_rank", parameter, pair.tensors, scale, rounded=True)
+    delta = DeltaSpec(
+        "low_rank", parameter, pair.tensors, scale, rounded=True, target=parameter, rule=located.rule
+    )
     if len(shape) == 2:
         fits = (pair.tensors["B"].shape[0], pair.tensors["A"].shape[1]) == shape
-        return (delta, issues) if fits else (None, [*issues, _misfit(parameter, shape, pair)])
-    transposed = _orientation(pair, shape, adapter, skeleton)
-    if transposed is None:
-        return None, [*issues, _undecided(parameter, shape, pair, adapter)]
-    region, options = Region(transposed=transposed), {"experts": n_experts}
-    return replace(delta, kind="stacked", region=region, options=options), issues
+        deltas = [_flat(delta, place) for place in located.places if fits]
+        problem = _misfit(parameter, shape, pair)
+    else:
+        options = {"experts": n_experts} | ({"packing": "expert-major"} if "unsloth" in expert_layout else {})
+        delta = replace(delta, options=options)
+        deltas = _placed_experts(delta, pair, located, adapter, model, expert_layout)
+        problem = _undecided(parameter, shape, pair, adapter)
+    found = issues if deltas else [*issues, problem]
+    return Stack(tuple(deltas), tuple(found), parameter, located)
 
 
-def _parameter(pair: StackedPair, adapter: Adapter, skeleton: Callable[[], Skeleton | None]) -> str | None:
+def _placed_experts(
+    delta: DeltaSpec,
+    pair: StackedPair,
+    located: Located,
+    adapter: Adapter,
+    model: Model,
+    expert_layout: Collection[str],
+) -> list[DeltaSpec]:
+    """Return the deltas of stacked experts, one per stored tensor; none where nothing tells how they lie."""
+    assert located.shape is not None
+    deltas = []
+    for place in located.places:
+        turned = _is_across(pair, place, located.shape, adapter, model, expert_layout)
+        if turned is None:
+            return []
+        n_axes = len(model.source(place.tensor).shape)
+        deltas.append(_placed(delta, place, located.shape, turned=turned, n_axes=n_axes))
+    return deltas
+
+
+def _flat(delta: DeltaSpec, place: Place) -> DeltaSpec:
+    """Return the delta of a parameter with two axes, at one place."""
+    region = Region(place.transposed, place.at)
+    return replace(delta, parameter=place.tensor, region=region, part=place.part)
+
+
+def _placed(delta: DeltaSpec, place: Place, shape: Shape, *, turned: bool, n_axes: int) -> DeltaSpec:
+    """Return the delta of stacked experts at one place.
+
+    Args:
+        delta: of them all.
+        place: in the stored tensor.
+        shape: of the weight that the place is a part of.
+        turned: whether that weight's experts are ``[in, out]``.
+        n_axes: of the stored tensor; one with two axes is one expert.
+    """
+    box: Box = place.part or (tuple((0, size) for size in shape) if n_axes == 2 else ())
+    part = (box[0], box[2], box[1]) if box and turned else box
+    return replace(
+        delta,
+        kind="stacked" if n_axes == 3 else "low_rank",
+        parameter=place.tensor,
+        region=Region(turned != place.transposed, place.at),
+        part=part,
+    )
+
+
+def _parameter(pair: StackedPair, adapter: Adapter, model: Model) -> str | None:
     """Return the parameter of a pair; PEFT wraps those of one module in their order, the last outermost."""
     entries = [str(entry) for entry in adapter.config.get("target_parameters") or ()]
     names = {
@@ -62,32 +135,65 @@ def _parameter(pair: StackedPair, adapter: Adapter, skeleton: Callable[[], Skele
     }
     if len(names) == 1:
         return f"{pair.module}.{next(iter(names))}"
-    known = skeleton()
-    ordered = [name for name in known.parameters.get(pair.module, ()) if name in names] if known else []
+    known = model.skeleton
+    ordered = (
+        [name for name in known.parameters.get(_home(pair, names, model), ()) if name in names]
+        if known
+        else []
+    )
     if len(ordered) != len(names) or pair.depth >= len(ordered):
         return None
     return f"{pair.module}.{ordered[len(ordered) - 1 - pair.depth]}"
 
 
-def _orientation(
-    pair: StackedPair, shape: tuple[int, ...], adapter: Adapter, skeleton: Callable[[], Skeleton | None]
+def _home(pair: StackedPair, names: Collection[str], model: Model) -> str:
+    """Return the module of a pair as transformers' model has it."""
+    known = model.skeleton
+    if known is None or pair.module in known.classes or not names:
+        return pair.module
+    conversion = model.stored.conversion
+    assert conversion is not None
+    return conversion.canonical(f"{pair.module}.{min(names)}")[0].rpartition(".")[0]
+
+
+def _is_across(
+    pair: StackedPair,
+    place: Place,
+    shape: Shape,
+    adapter: Adapter,
+    model: Model,
+    expert_layout: Collection[str],
 ) -> bool | None:
-    """Return True for experts ``[in, out]``, False for ``[out, in]``, None when nothing tells.
+    """Return True where a weight has experts ``[in, out]``, False for ``[out, in]``, None where nothing tells.
 
     Shapes tell nearly always. Where an expert is square, a module that PEFT calls transposed is; any other was
     ``[in, out]`` to PEFT before 0.19 and ``[out, in]`` after (huggingface/peft#3165); which 0.19.0 did is in dispute.
     """
     product = (pair.tensors["B"].shape[0], pair.tensors["A"].shape[1])
     straight, turned = product == shape[1:], product[::-1] == shape[1:]
-    if straight != turned:
-        return turned
-    if not straight:
+    if straight != turned or not straight:
+        return turned if straight != turned else None
+    said = next((layout for layout in ("out-in", "in-out") if layout in expert_layout), None)
+    if said is not None:
+        return (said == "in-out") != place.transposed
+    return _is_across_by_class(place, adapter, model)
+
+
+def _is_across_by_class(place: Place, adapter: Adapter, model: Model) -> bool | None:
+    """Return True where a module's square experts are ``[in, out]``, by its class and the adapter's PEFT.
+
+    How a checkpoint stores square experts that transformers turns by their shape, nobody can tell.
+    """
+    known, conversion = model.skeleton, model.stored.conversion
+    if known is None or conversion is None:
         return None
-    known = skeleton()
-    if known is not None and pair.module in known.transposed:
+    target, pattern = conversion.canonical(place.tensor)
+    if conversion.is_turned_by_shape(pattern):
+        return None
+    if target.rpartition(".")[0] in known.transposed:
         return True
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(adapter.config.get("peft_version") or ""))
-    number = tuple(int(part) for part in version.groups()) if version and known else (0, 19, 0)
+    number = tuple(int(part) for part in version.groups()) if version else (0, 19, 0)
     return None if number == (0, 19, 0) else number < (0, 19, 0)
 
 
@@ -118,8 +224,11 @@ def _undecided(parameter: str, shape: tuple[int, ...], pair: StackedPair, adapte
         return _misfit(parameter, shape, pair)
     version = adapter.config.get("peft_version")
     sentence = (
-        f"its experts are square, {shape_text(shape)}, and PEFT changed their orientation in 0.19; "
-        f"the adapter's peft_version is {version!r}"
+        f"its experts are square, {shape_text(shape)}, and which axis is the input cannot be told "
+        f"(PEFT changed that in 0.19; the adapter's peft_version is {version!r})"
     )
-    hint = "write the peft_version of training into adapter_config.json"
+    hint = (
+        "say how the base stores an expert: --expert-layout out-in or --expert-layout in-out; "
+        "or write the peft_version of training into adapter_config.json"
+    )
     return error("ambiguous-orientation", parameter, sentence, hint)

@@ -14,8 +14,7 @@ from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, config_levels
 from lora_merge.core.report import Issue, error, note
 
 if TYPE_CHECKING:
-    from lora_merge.core.skeleton import Skeleton
-    from lora_merge.plan.outline import Outline
+    from lora_merge.plan.model import Model
 
 _TIED_BY_ENGINES = frozenset({"gemma", "gemma2", "cohere", "cohere2", "cohere2_moe", "mpt"})
 """Model types whose class in vLLM ties the embeddings whatever the config says."""
@@ -43,35 +42,33 @@ class Tie:
         return self.stored[0]
 
 
-def find_tie(
-    config: Mapping[str, Any], outline: Outline, skeleton: Skeleton | None, twins: frozenset[frozenset[str]]
-) -> Tie | None:
+def find_tie(model: Model, twins: frozenset[frozenset[str]]) -> Tie | None:
     """Return the tie of a model, if it has one in effect.
 
     Two stored ends are tied only when their values are equal, as transformers has it
     (``modeling_utils.tie_weights``, transformers 5.23).
 
     Args:
-        config: ``config.json``.
-        outline: names that are stored.
-        skeleton: the model, where transformers knows it.
+        model: the base.
         twins: pairs of stored tensors with equal values.
     """
-    embedding, head = _ends(outline, skeleton)
-    if not embedding or not head or not _is_flagged(config, skeleton, embedding, head):
+    embedding, head = _ends(model)
+    if not embedding or not head or not _is_flagged(model, embedding, head):
         return None
-    stored = tuple(name for name in (embedding, head) if name in outline.sources)
+    embedding, head = model.stored.disk_name(embedding), model.stored.disk_name(head)
+    stored = tuple(name for name in (embedding, head) if name in model.sources)
     if not stored or (len(stored) == 2 and frozenset(stored) not in twins):
         return None
     return Tie(embedding, head, stored)
 
 
-def _ends(outline: Outline, skeleton: Skeleton | None) -> tuple[str, str]:
+def _ends(model: Model) -> tuple[str, str]:
     """Return the parameters of the input and the output embedding; empty where unknown."""
-    if skeleton is not None and skeleton.input_embedding and skeleton.output_embedding:
-        return f"{skeleton.input_embedding}.weight", f"{skeleton.output_embedding}.weight"
-    inputs = [name for name in outline.names if owner_name(name) in INPUT_NAMES and name.endswith(".weight")]
-    heads = [name for name in outline.names if owner_name(name) in OUTPUT_NAMES and name.endswith(".weight")]
+    known, names = model.skeleton, model.outline.names
+    if known is not None and known.input_embedding and known.output_embedding:
+        return f"{known.input_embedding}.weight", f"{known.output_embedding}.weight"
+    inputs = [name for name in names if owner_name(name) in INPUT_NAMES and name.endswith(".weight")]
+    heads = [name for name in names if owner_name(name) in OUTPUT_NAMES and name.endswith(".weight")]
     return inputs[0] if len(inputs) == 1 else "", heads[0] if len(heads) == 1 else "lm_head.weight"
 
 
@@ -80,11 +77,12 @@ def owner_name(parameter: str) -> str:
     return parameter.rpartition(".")[0].rpartition(".")[2]
 
 
-def _is_flagged(config: Mapping[str, Any], skeleton: Skeleton | None, embedding: str, head: str) -> bool:
+def _is_flagged(model: Model, embedding: str, head: str) -> bool:
     """Return True when the config says that embeddings are tied, or the model's class does so by default."""
-    if skeleton is not None:
-        return skeleton.tied.get(head) == embedding or skeleton.tied.get(embedding) == head
-    return any(level.get("tie_word_embeddings") for _, level in config_levels(config))
+    known = model.skeleton
+    if known is not None:
+        return known.tied.get(head) == embedding or known.tied.get(embedding) == head
+    return any(level.get("tie_word_embeddings") for _, level in config_levels(model.config))
 
 
 def untie_issue(config: Mapping[str, Any], tie: Tie, *, allowed: bool) -> Issue:

@@ -163,7 +163,38 @@ def square_case(name: str, version: Any, **changes: Any) -> Case:
     )
 
 
+def in_two_towers(tensors: dict[str, Any]) -> None:
+    """Give a base that has every layer twice, under two paths that are not the adapter's."""
+    for name in [name for name in tensors if name.startswith("model.layers.")]:
+        tensor = tensors.pop(name)
+        tensors[name.replace("model.", "text.model.", 1)] = tensor
+        tensors[name.replace("model.", "vision.model.", 1)] = tensor.clone()
+
+
+def one_projection_in_each_of_two_towers(tensors: dict[str, Any]) -> None:
+    """Give a base whose projections lie under one path, and all else under another."""
+    for name in [name for name in tensors if name.startswith("model.layers.")]:
+        tower = "vision" if "down_proj" in name else "text"
+        tensors[f"{tower}.{name}"] = tensors.pop(name)
+
+
+UNKNOWN = {"model_type": "of_remote_code", "architectures": ["OfRemoteCode"]}
+
 CASES = [
+    Case(
+        "names that end as those of two towers",
+        ("layers.0.self_attn.q_proj", "any of 2 tensors of the base", "text.model.layers.0", "vision.model"),
+        "no-one-place",
+        base_config=UNKNOWN,
+        base_tensors=in_two_towers,
+    ),
+    Case(
+        "names that end as those of one tower here and of another there",
+        ("endings of several parts of the base: text., vision.",),
+        "no-one-place",
+        base_config=UNKNOWN,
+        base_tensors=one_projection_in_each_of_two_towers,
+    ),
     # 1. half a pair
     Case("A without B", ("has lora_A and no lora_B",), "missing-B", tensors=drop(f"{Q}.lora_B.weight")),
     Case("B without A", ("has lora_B and no lora_A",), "missing-A", tensors=drop(f"{Q}.lora_A.weight")),

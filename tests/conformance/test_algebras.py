@@ -13,7 +13,7 @@ import lora_merge
 from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.plan import MIN_TILE_ROWS, Merge, View
 from lora_merge.core.tensor import Region, TensorRef
-from lora_merge.deltas import ALGEBRAS
+from lora_merge.deltas import ALGEBRAS, Factors
 from lora_merge.io.safetensors import load
 from tests.parity import building
 from tests.parity.kinds import KINDS
@@ -52,7 +52,9 @@ class Sample:
     def algebra(self, base: torch.Tensor, **changes: Any) -> Any:
         """Return the algebra, with the base surveyed if it asks for that."""
         spec = replace(self.spec, **changes)
-        made = ALGEBRAS[spec.kind](spec, self.factors, self.stored)
+        roles = {id(ref): role for role, ref in spec.tensors.items()}
+        factors = Factors(lambda ref: self.factors[roles[id(ref)]]).of(spec)
+        made = ALGEBRAS[spec.kind](spec, factors, self.stored)
         if made.reach(spec) == "columns":
             made.survey(panels(base, 48))
         return made
@@ -144,22 +146,48 @@ def convolution():
     return Sample(spec_of("low_rank", factors), factors, View.of((N_OUT, 8, 3, 3)), exact)
 
 
-def stacked(*, transposed):
-    """Return W[e] + s · B[e] A[e]: A has its experts one after the other, B has them side by side."""
+def experts_of(factors, packing):
+    """Return (A, B) of each expert: A has them one after the other, B side by side or (Unsloth) too."""
+    return [
+        (
+            factors["A"].double()[expert * RANK : (expert + 1) * RANK],
+            factors["B"].double()[:, expert * RANK : (expert + 1) * RANK]
+            if packing
+            else factors["B"].double()[:, expert::EXPERTS],
+        )
+        for expert in range(EXPERTS)
+    ]
+
+
+def stacked(*, transposed, packing=""):
+    """Return W[e] + s · B[e] A[e]."""
     factors = {"A": drawn(EXPERTS * RANK, N_IN), "B": drawn(N_OUT, RANK * EXPERTS, seed=3)}
 
     def exact(weight, _base):
-        parts = []
-        for expert in range(EXPERTS):
-            a = factors["A"].double()[expert * RANK : (expert + 1) * RANK]
-            b = factors["B"].double()[:, expert::EXPERTS]
-            parts.append(turned(product(b, a, SCALE, RANK), transposed))
+        parts = [turned(product(b, a, SCALE, RANK), transposed) for a, b in experts_of(factors, packing)]
         change = tuple(torch.cat([part[n] for part in parts]) for n in range(2))
         return plus(with_zero_error(weight), change)
 
-    spec = spec_of("stacked", factors, region=Region(transposed=transposed), options={"experts": EXPERTS})
+    options = {"experts": EXPERTS} | ({"packing": packing} if packing else {})
+    spec = spec_of("stacked", factors, region=Region(transposed=transposed), options=options)
     shape = (EXPERTS, N_IN, N_OUT) if transposed else (EXPERTS, N_OUT, N_IN)
     return Sample(spec, factors, View.of(shape, stacked=True), exact)
+
+
+def one_expert(*, transposed, packing=""):
+    """Return the upper rows of the second expert of a stack, with a few inputs left out, as a weight of its own."""
+    factors = {"A": drawn(EXPERTS * RANK, N_IN + 3), "B": drawn(N_OUT + 9, RANK * EXPERTS, seed=3)}
+
+    def exact(weight, _base):
+        a, b = experts_of(factors, packing)[1]
+        change = product(b[:N_OUT], a[:, 3:], SCALE, RANK)
+        return plus(with_zero_error(weight), turned(change, transposed))
+
+    options = {"experts": EXPERTS} | ({"packing": packing} if packing else {})
+    part = ((1, 2), (0, N_OUT), (3, N_IN + 3))
+    spec = spec_of("low_rank", factors, region=Region(transposed=transposed), options=options, part=part)
+    shape = (N_IN, N_OUT) if transposed else (N_OUT, N_IN)
+    return Sample(spec, factors, View.of(shape), exact)
 
 
 def dora(*, transposed):
@@ -266,6 +294,10 @@ MAKERS: dict[str, Callable[[Any], Sample]] = {
     "low_rank, convolution": lambda _: convolution(),
     "stacked": lambda _: stacked(transposed=False),
     "stacked, transposed": lambda _: stacked(transposed=True),
+    "stacked, packed as Unsloth does": lambda _: stacked(transposed=False, packing="expert-major"),
+    "one of a stack": lambda _: one_expert(transposed=False),
+    "one of a stack, transposed": lambda _: one_expert(transposed=True),
+    "one of a stack, packed as Unsloth does": lambda _: one_expert(transposed=False, packing="expert-major"),
     "dora": lambda _: dora(transposed=False),
     "dora, transposed": lambda _: dora(transposed=True),
     "addition of a bias": lambda _: addition(N_OUT),

@@ -1,0 +1,146 @@
+"""How one module of an adapter was matched: by which rule, to which stored tensor, to which part of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.plan import Merge
+from lora_merge.core.tensor import shape_text
+
+if TYPE_CHECKING:
+    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.plan import MergePlan, Step
+    from lora_merge.core.tensor import TensorRef
+
+RULES = {
+    "identity": "it is stored under its own name",
+    "renamed": "it is stored under another spelling of its name, by transformers' renamings",
+    "converted": "transformers stores it in another form, and its parts were laid over each other",
+    "suffix": "transformers has no class for the model; one tensor's path ends as its name does",
+    "tied": "it is an end of the tied embeddings",
+    "replaced": "the adapter carries it whole",
+    "": "the adapter does not name it",
+}
+"""What each rule says of a parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One change to one stored tensor."""
+
+    parameter: str
+    """As the adapter names it."""
+
+    rule: str
+    tensor: str
+    """As it is stored."""
+
+    shape: tuple[int, ...]
+    file: str
+    """Of the base (or the adapter, for a parameter that it carries whole)."""
+
+    part: str
+    """Which part of the stored tensor, as Python would index it; empty for all of it."""
+
+    of_adapter: str
+    """Which part of the adapter's weight; empty for all of it."""
+
+    transposed: bool
+    change: str
+    """What is done: the algebra's name, or ``copied``."""
+
+    rank: int
+    scale: float
+    adapter: str
+    """Root of the adapter."""
+
+    def text(self) -> str:
+        """Return it as lines for a reader."""
+        across = ", stored across" if self.transposed else ""
+        rows = [
+            ("rule", f"{self.rule}: {RULES[self.rule]}" if self.rule else RULES[""]),
+            (
+                "tensor",
+                f"{self.tensor}{self.part} of {shape_text(self.shape)}{across}, in {PurePath(self.file).name}",
+            ),
+        ]
+        if self.of_adapter:
+            rows.append(("part", f"{self.of_adapter} of the adapter's weight"))
+        rank = f", rank {self.rank}, scale {self.scale:g}" if self.rank else ""
+        rows.append(("change", f"{self.change}{rank}"))
+        if self.adapter:
+            rows.append(("adapter", self.adapter))
+        return "\n".join([self.parameter, *(f"  {key:<8} {value}" for key, value in rows)])
+
+
+def explain(plan: MergePlan, name: str) -> tuple[Match, ...]:
+    """Return what a plan does to a module or parameter, by its name in the adapter or on disk; nothing if unknown."""
+    return tuple(match for step in plan.steps for match in _matches(plan, step, name))
+
+
+def nearest(plan: MergePlan, name: str) -> list[str]:
+    """Return the names that are most like one that nothing answers to."""
+    known = {slot.name for step in plan.steps for slot in step.slots}
+    known |= {
+        delta.target
+        for step in plan.steps
+        if isinstance(step.op, Merge)
+        for delta in step.op.deltas
+        if delta.target
+    }
+    modules = {parameter.removesuffix(".weight") for parameter in known}
+    return difflib.get_close_matches(name, sorted(modules), n=3)
+
+
+def _matches(plan: MergePlan, step: Step, name: str) -> Iterator[Match]:
+    slot = step.slots[0]
+    deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+    source = step.op.parts[0] if isinstance(step.op, Merge) else step.op.source
+    stored = name in _names(slot.name)
+    for delta in deltas:
+        if stored or name in _names(delta.target):
+            yield _match(plan, delta, source)
+    if step.replaced and (stored or name in _names(source.name.removeprefix("base_model.model."))):
+        yield Match(
+            slot.name, "replaced", slot.name, slot.shape, source.file, "", "", False, "replaced", 0, 1.0, ""
+        )
+    elif stored and not deltas:
+        yield Match(slot.name, "", slot.name, slot.shape, source.file, "", "", False, step.action, 0, 1.0, "")
+
+
+def _match(plan: MergePlan, delta: DeltaSpec, source: TensorRef) -> Match:
+    return Match(
+        parameter=delta.target or delta.parameter,
+        rule=delta.rule or "identity",
+        tensor=delta.parameter,
+        shape=source.shape,
+        file=source.file,
+        part=_indexed(delta.region.at),
+        of_adapter=_indexed(delta.part),
+        transposed=delta.region.transposed,
+        change=delta.kind,
+        rank=delta.rank,
+        scale=delta.factor,
+        adapter=plan.adapters[delta.adapter],
+    )
+
+
+def _names(parameter: str) -> tuple[str, str]:
+    """Return a parameter's name and its module's."""
+    return parameter, parameter.rpartition(".")[0]
+
+
+def _indexed(box: tuple[tuple[int, int], ...]) -> str:
+    """Return a box as Python would index it."""
+    if not box:
+        return ""
+    return f"[{', '.join(str(start) if end == start + 1 else f'{start}:{end}' for start, end in box)}]"
+
+
+def as_data(matches: tuple[Match, ...]) -> list[dict[str, Any]]:
+    """Return matches as JSON values."""
+    return [asdict(match) for match in matches]

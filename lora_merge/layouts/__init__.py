@@ -1,0 +1,42 @@
+"""Layouts: where a parameter that an adapter names lies on disk. One file per rule; `LAYOUTS` is the table.
+
+An adapter speaks the names of the transformers release it was trained with, a checkpoint those it was published with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lora_merge.layouts.converted import converted
+from lora_merge.layouts.identity import identity
+from lora_merge.layouts.renamed import renamed
+from lora_merge.layouts.stored import LayoutError, Located, Place, Shape, Stored
+from lora_merge.layouts.suffix import suffix
+
+Layout = Callable[[str, Shape | None, Stored], Located | None]
+"""Parameter, the adapter's shape of it if known, the checkpoint → its places, or None; raises `LayoutError`."""
+
+LAYOUTS: Mapping[str, Layout] = {
+    "identity": identity,
+    "renamed": renamed,
+    "converted": converted,
+    "suffix": suffix,
+}
+"""In the order in which they are asked."""
+
+__all__ = ["LAYOUTS", "Layout", "LayoutError", "Located", "Place", "Shape", "Stored", "locate"]
+
+
+def locate(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:
+    """Return where a parameter lies, by the first layout that knows; None when none does.
+
+    Args:
+        parameter: as the adapter names it.
+        shape: of the adapter's weight ``[out, in]``; None where only the model knows it.
+        stored: the checkpoint.
+
+    Raises:
+        LayoutError: it has several places, or is stored in a form that cannot be taken apart.
+    """
+    found = (layout(parameter, shape, stored) for layout in LAYOUTS.values())
+    return next((located for located in found if located is not None), None)

@@ -1,0 +1,22 @@
+"""A parameter whose stored name is another spelling of its own: of another release of transformers, for example."""
+
+from __future__ import annotations
+
+from lora_merge.layouts.stored import LayoutError, Located, Place, Shape, Stored
+
+
+def renamed(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:
+    """Return the tensor whose name becomes the same as the parameter's by transformers' renamings.
+
+    Raises:
+        LayoutError: there are several.
+    """
+    del shape
+    if stored.conversion is None:
+        return None
+    names = stored.by_spelling.get(stored.conversion.renamed(parameter), ())
+    if len(names) > 1:
+        raise LayoutError(f"{parameter} may be any of {len(names)} tensors of the base", names)
+    if not names:
+        return None
+    return Located("renamed", (Place(names[0]),), stored.tensors[names[0]].shape)

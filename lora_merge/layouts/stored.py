@@ -1,0 +1,121 @@
+"""What layouts look at, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from lora_merge.core.pieces import Box
+
+if TYPE_CHECKING:
+    from lora_merge.core.conversion import Conversion, Memory
+    from lora_merge.core.tensor import TensorRef
+
+Shape = tuple[int, ...]
+
+
+class LayoutError(ValueError):
+    """A parameter has no one place; says why, and which places it could have."""
+
+    def __init__(self, sentence: str, candidates: tuple[str, ...] = ()) -> None:
+        listed = ", ".join(candidates[:4]) + (", …" if len(candidates) > 4 else "")
+        super().__init__(f"{sentence}: {listed}" if candidates else sentence)
+        self.sentence, self.candidates = str(self), candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A part of an adapter's weight, and the part of a stored tensor that it belongs to."""
+
+    tensor: str
+    """Stored name."""
+
+    at: Box = ()
+    """The part of the stored tensor, a range per axis; empty for all of it."""
+
+    part: Box = ()
+    """The part of the adapter's weight, a range per axis; empty for all of it."""
+
+    transposed: bool = False
+    """True where the two lie across each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a parameter that an adapter names lies on disk."""
+
+    rule: str
+    """Names the layout that found it."""
+
+    places: tuple[Place, ...]
+
+    shape: Shape | None = None
+    """Of the weight that `Place.part` is a part of, where it is known."""
+
+    @property
+    def whole(self) -> str | None:
+        """Return the stored tensor that is the parameter, no more and no less; None if there is none."""
+        place = self.places[0]
+        return place.tensor if len(self.places) == 1 and not (place.at or place.part) else None
+
+
+class Stored:
+    """A checkpoint's tensors, and how transformers reads them.
+
+    Args:
+        tensors: by stored name.
+        conversion: of the model; building it takes seconds, so it is asked only where names do not settle it.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorRef], conversion: Callable[[], Conversion | None]) -> None:
+        self.tensors = tensors
+        self._build = conversion
+
+    @cached_property
+    def conversion(self) -> Conversion | None:
+        """Return how transformers reads the model; None where it has no class for it."""
+        return self._build()
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """Return the tensors as the model's parameters; None where transformers has no class for it."""
+        shapes = {name: ref.shape for name, ref in self.tensors.items()}
+        return None if self.conversion is None else self.conversion.memory(shapes)
+
+    @cached_property
+    def by_spelling(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the stored names by what transformers' renamings make of them."""
+        found: dict[str, tuple[str, ...]] = {}
+        if self.conversion is not None:
+            for name in self.tensors:
+                spelling = self.conversion.renamed(name)
+                found[spelling] = (*found.get(spelling, ()), name)
+        return found
+
+    def module(self, module: str) -> str:
+        """Return a module's path in the model, whichever spelling of it is given."""
+        if self.conversion is None:
+            return module
+        return self.conversion.canonical(f"{module}.weight")[0].removesuffix(".weight")
+
+    def as_published(self, name: str) -> str:
+        """Return how a published checkpoint would spell a name; the name itself where it is no whole parameter."""
+        if self.conversion is None:
+            return name
+        canonical, pattern = self.conversion.canonical(name)
+        return name if pattern is not None else self.conversion.spelled(canonical)
+
+    def disk_name(self, parameter: str) -> str:
+        """Return the name under which a parameter is stored whole, or would be if it were stored."""
+        if parameter in self.tensors or self.conversion is None:
+            return parameter
+        names = self.by_spelling.get(self.conversion.renamed(parameter), ())
+        if len(names) == 1:
+            return names[0]
+        canonical, pattern = self.conversion.canonical(parameter)
+        if pattern is not None:
+            return parameter
+        as_published = any(name not in self.by_spelling for name in self.tensors)
+        return self.conversion.spelled(canonical) if as_published else canonical

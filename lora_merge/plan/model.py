@@ -1,0 +1,81 @@
+"""The base as an adapter meets it: names, classes, and the tie of its embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.conversion import Conversion
+from lora_merge.core.skeleton import Skeleton, build_skeleton
+from lora_merge.layouts import Located, Place, Shape, Stored, locate
+from lora_merge.plan.outline import Outline
+from lora_merge.plan.ties import Tie
+
+if TYPE_CHECKING:
+    from lora_merge.core.tensor import TensorRef
+
+SAVE_ANEW = (
+    "load the base in transformers, save_pretrained(…, save_original_format=False), and merge into that"
+)
+"""The way out of a layout that cannot be taken apart."""
+
+
+@dataclass
+class Model:
+    """What planning asks about a base. Skeleton and conversion take seconds, and are built when they are needed."""
+
+    outline: Outline
+    """The names of the output, and the stored tensors behind them."""
+
+    config: Mapping[str, Any]
+    """``config.json``, as the output has it."""
+
+    tie: Tie | None = None
+    """Of the embeddings, if there is one and an adapter touches it."""
+
+    @property
+    def sources(self) -> Mapping[str, TensorRef]:
+        """Return the stored tensors by their names in the output."""
+        return self.outline.sources
+
+    @cached_property
+    def skeleton(self) -> Skeleton | None:
+        """Return the module tree; None where transformers has no class for the model."""
+        return build_skeleton(self.config)
+
+    @cached_property
+    def stored(self) -> Stored:
+        """Return the tensors as layouts look at them."""
+        return Stored(self.sources, lambda: Conversion.of(self.config))
+
+    def source(self, name: str) -> TensorRef:
+        """Return the stored tensor behind a name of the output; an end of a tie has one, stored or not."""
+        if name in self.sources or self.tie is None:
+            return self.sources[name]
+        return self.sources[self.tie.source]
+
+    def locate(self, parameter: str, shape: Shape | None) -> Located | None:
+        """Return where a parameter of an adapter lies; None when nowhere.
+
+        Raises:
+            LayoutError: it has several places, or is stored in a form that cannot be taken apart.
+        """
+        if self.tie is not None and parameter not in self.sources:
+            name = self.stored.disk_name(parameter)
+            if name in {self.tie.embedding, self.tie.head}:
+                return Located("tied", (Place(name),), self.source(name).shape)
+        return locate(parameter, shape, self.stored)
+
+    def knows(self, name: str) -> bool:
+        """Return True when transformers' model takes in a tensor of this name; it leaves some out, as those for MTP."""
+        conversion = self.stored.conversion
+        return conversion is not None and conversion.shape(conversion.canonical(name)[0]) is not None
+
+    def module(self, module: str) -> str:
+        """Return a module's path in transformers' model, whichever spelling of it is given."""
+        known = self.skeleton
+        if known is None or module in known.classes:
+            return module
+        return self.stored.module(module)
