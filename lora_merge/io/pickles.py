@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 MAX_PICKLE_BYTES = 100_000_000
 """As safetensors limits its header: what is longer holds values, not places."""
 
+_PROTOCOLS = frozenset({2, 3})
+"""Of pickle; with any other, ``torch.load(weights_only=True)`` fails (torch 2.13)."""
+
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 """``torch.serialization.MAGIC_NUMBER``, with which files of torch before 1.6 begin."""
@@ -299,6 +302,10 @@ def _load(content: bytes, label: str) -> dict[object, object]:
     Raises:
         CheckpointError: it names what has no stand-in, is malformed, or holds no table.
     """
+    protocol = content[1] if content[:1] == pickle.PROTO else 0
+    if protocol not in _PROTOCOLS:
+        wanted = "2 or 3, which torch.load reads without trusting the file"
+        raise CheckpointError(label, "data.pkl", f"has pickle protocol {protocol}", wanted, hint=_RESAVE)
     try:
         _check_memo(content)
         value = _Unpickler(content, label).load()
