@@ -23,12 +23,11 @@ from lora_merge.core.checkpoint import (
 from lora_merge.core.shards import shard_name
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
-from lora_merge.io.pickles import read_pickle
 from lora_merge.io.safetensors import read_header, same_values
 from lora_merge.io.side_files import base_side_files, differs, other_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from lora_merge.core.adapter import Adapter
 
@@ -191,7 +190,16 @@ def _entry(root: Path) -> str:
 
 
 def _single_file(root: Path, name: str) -> WeightFile:
-    return read_pickle(root / name, name) if name in _PICKLED else read_header(root / name, name)
+    return _reader(name)(root / name, name)
+
+
+def _reader(entry: str) -> Callable[[Path, str], WeightFile]:
+    """Return what reads the weight files that an entry stands for."""
+    if entry not in _PICKLED:
+        return read_header
+    from lora_merge.io.pickles import read_pickle  # most runs need no zip files and no pickles
+
+    return read_pickle
 
 
 def _output_files(files: tuple[WeightFile, ...], *, sharded: bool) -> tuple[WeightFile, ...]:
@@ -219,7 +227,7 @@ def _shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[WeightFil
             str(root), "", f"lacks {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}",
             f"the {len(names)} files that its index names", hint="the download is incomplete; fetch it again",
         )  # fmt: skip
-    read = read_pickle if entry in _PICKLED else read_header
+    read = _reader(entry)
     files = tuple(read(root / name, name) for name in names)
     found = {ref.name: file.name for file in files for ref in file.tensors}
     n_tensors = sum(len(file.tensors) for file in files)

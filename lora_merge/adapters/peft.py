@@ -18,7 +18,6 @@ from lora_merge.core.scaling import Scaling, number
 from lora_merge.core.targets import TargetError, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.io.files import file_digest, read_json
-from lora_merge.io.pickles import read_pickle
 from lora_merge.io.safetensors import blocks, read_header
 from lora_merge.io.side_files import adapter_side_files
 
@@ -56,7 +55,7 @@ def read_peft(root: Path) -> Adapter | None:
     if weights is None or not (root / CONFIG_FILE).is_file():
         return None
     config = read_json(root / CONFIG_FILE)
-    refs = (read_header(weights) if weights.name == WEIGHTS_FILE else read_pickle(weights)).tensors
+    refs = _tensors(weights)
     content: dict[str, Any] = {}
     issues = kind_issues(config)
     if config.get("peft_type") in NATIVE:
@@ -74,6 +73,14 @@ def read_peft(root: Path) -> Adapter | None:
         issues=tuple(issues),
         **({"deltas": (), "modules": frozenset()} | content),
     )
+
+
+def _tensors(weights: Path) -> tuple[TensorRef, ...]:
+    if weights.name == WEIGHTS_FILE:
+        return read_header(weights).tensors
+    from lora_merge.io.pickles import read_pickle  # most runs need no zip files and no pickles
+
+    return read_pickle(weights).tensors
 
 
 def _read_layered(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -133,6 +132,8 @@ class _Pickled:
     """A file of ``torch.save``, as torch itself reads it; the mapping is touched only where rows are taken."""
 
     def __init__(self, file: str) -> None:
+        import pickle
+
         import torch
 
         try:
