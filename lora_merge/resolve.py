@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,14 @@ from lora_merge.core.checkpoint import (
     INDEX_FILE,
     INPUT_NAMES,
     OUTPUT_NAMES,
+    PICKLED_FILE,
+    PICKLED_INDEX_FILE,
     SAFETENSORS_FILE,
     Checkpoint,
     WeightFile,
 )
 from lora_merge.core.conversion import Conversion
+from lora_merge.core.shards import shard_name
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
 from lora_merge.io.safetensors import read_header, same_values
@@ -25,9 +29,11 @@ from lora_merge.io.side_files import base_side_files, differs, other_weights
 from lora_merge.layouts import Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from lora_merge.core.adapter import Adapter
+
+_PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
 
 
 def resolve_adapter(path: str) -> Adapter:
@@ -41,9 +47,9 @@ def resolve_adapter(path: str) -> Adapter:
 
 
 def resolve_base(path: str) -> Checkpoint:
-    """Return the checkpoint in a directory: ``config.json`` and safetensors, one file or shards.
+    """Return the checkpoint in a directory: ``config.json`` and weights, one file or shards.
 
-    Files that the index does not name are not part of the model.
+    Safetensors win over ``.bin`` files. Files that the index does not name are not part of the model.
 
     Raises:
         ResolveError: there is no such directory.
@@ -53,17 +59,19 @@ def resolve_base(path: str) -> Checkpoint:
     if not (root / CONFIG_FILE).is_file():
         raise CheckpointError(str(root), "", "has no config.json", hint="--base takes a model directory")
     config = read_json(root / CONFIG_FILE)
-    index = read_json(root / INDEX_FILE) if (root / INDEX_FILE).is_file() else None
-    files = (_single_file(root),) if index is None else _shards(root, index)
+    entry = _entry(root)
+    index = read_json(root / entry) if entry.endswith(".json") else None
+    files = (_single_file(root, entry),) if index is None else _shards(root, entry, index)
     side_files, notes = base_side_files(root)
+    weights = {file.name for file in files}
     return Checkpoint(
         root=str(root),
         config=config,
-        files=files,
+        files=_output_files(files, sharded=index is not None) if entry in _PICKLED else files,
         sharded=index is not None,
         index_metadata=_table((index or {}).get("metadata")),
-        side_files=side_files,
-        notes=notes + _weight_notes(root, files, index),
+        side_files=tuple(file for file in side_files if file.name not in weights),
+        notes=notes + _weight_notes(root, entry, files, index),
     )
 
 
@@ -151,11 +159,11 @@ def _directory(path: str, role: str) -> Path:
 
 
 def _weight_notes(
-    root: Path, files: tuple[WeightFile, ...], index: Mapping[str, Any] | None
+    root: Path, entry: str, files: tuple[WeightFile, ...], index: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
     """Return a sentence for each weight file that is left out, and each tensor that the index forgot."""
-    known = frozenset(file.name for file in files) | {INDEX_FILE}
-    why = "the index does not name it" if index is not None else f"{SAFETENSORS_FILE} is the model"
+    known = frozenset(file.name for file in files) | {entry}
+    why = "the index does not name it" if index is not None else f"{entry} is the model"
     stale = [f"{name} was left out: {why}" for name in other_weights(root, known)]
     listed = index["weight_map"] if index is not None else {ref.name for ref in files[0].tensors}
     forgotten = [
@@ -167,25 +175,50 @@ def _weight_notes(
     return tuple(stale + forgotten)
 
 
-def _single_file(root: Path) -> WeightFile:
-    if (root / SAFETENSORS_FILE).is_file():
-        return read_header(root / SAFETENSORS_FILE, SAFETENSORS_FILE)
-    pickled = sorted(path.name for path in root.glob("pytorch_model*.bin"))
-    if pickled:
+def _entry(root: Path) -> str:
+    """Return the name of the file that says what the weights are: the index, or the only one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    entries = (INDEX_FILE, SAFETENSORS_FILE, PICKLED_INDEX_FILE, PICKLED_FILE)
+    found = next((name for name in entries if (root / name).is_file()), None)
+    if found is None:
         raise CheckpointError(
-            str(root), "", f"holds {pickled[0]}", f"{SAFETENSORS_FILE} or {INDEX_FILE}",
-            hint="load it in transformers and save_pretrained() it once, which writes safetensors",
+            str(root), "", "holds no weights", f"{', '.join(entries[:-1])} or {entries[-1]}",
+            hint="the download is incomplete, or this is no model directory",
         )  # fmt: skip
-    raise CheckpointError(str(root), "", "holds no weights", f"{SAFETENSORS_FILE} or {INDEX_FILE}")
+    return found
 
 
-def _shards(root: Path, index: Mapping[str, Any]) -> tuple[WeightFile, ...]:
+def _single_file(root: Path, name: str) -> WeightFile:
+    return _reader(name)(root / name, name)
+
+
+def _reader(entry: str) -> Callable[[Path, str], WeightFile]:
+    """Return what reads the weight files that an entry stands for."""
+    if entry not in _PICKLED:
+        return read_header
+    from lora_merge.io.pickles import read_pickle  # most runs need no zip files and no pickles
+
+    return read_pickle
+
+
+def _output_files(files: tuple[WeightFile, ...], *, sharded: bool) -> tuple[WeightFile, ...]:
+    """Return ``.bin`` files under the names that transformers gives such a checkpoint in safetensors."""
+    return tuple(
+        replace(file, name=shard_name(n, len(files)) if sharded else SAFETENSORS_FILE)
+        for n, file in enumerate(files, 1)
+    )
+
+
+def _shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[WeightFile, ...]:
     """Return the files that an index names, each holding exactly what the index says.
 
     Raises:
         CheckpointError: a shard is missing, lies outside the directory, or disagrees with the index.
     """
-    label = str(root / INDEX_FILE)
+    label = str(root / entry)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(label, "weight_map", f"is {weight_map!r}"[:80], "a table of tensor → file")
@@ -196,7 +229,8 @@ def _shards(root: Path, index: Mapping[str, Any]) -> tuple[WeightFile, ...]:
             str(root), "", f"lacks {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}",
             f"the {len(names)} files that its index names", hint="the download is incomplete; fetch it again",
         )  # fmt: skip
-    files = tuple(read_header(root / name, name) for name in names)
+    read = _reader(entry)
+    files = tuple(read(root / name, name) for name in names)
     found = {ref.name: file.name for file in files for ref in file.tensors}
     n_tensors = sum(len(file.tensors) for file in files)
     for name, file in weight_map.items():

@@ -1,4 +1,4 @@
-"""PEFT adapters: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""PEFT adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, or else ``adapter_model.bin``.
 
 The tensors say what is changed; the configuration gives the scale and is checked against them. What is wrong is
 collected in ``issues``, not raised.
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
 
 _NESTED = ".base_layer"
 _OUT_PROJ = ".base_layer.out_proj"
@@ -50,31 +51,40 @@ def read_peft(root: Path) -> Adapter | None:
     Raises:
         ResolveError: its files are broken.
     """
-    if not ((root / CONFIG_FILE).is_file() and (root / WEIGHTS_FILE).is_file()):
+    weights = next((root / name for name in (WEIGHTS_FILE, PICKLED_FILE) if (root / name).is_file()), None)
+    if weights is None or not (root / CONFIG_FILE).is_file():
         return None
     config = read_json(root / CONFIG_FILE)
-    refs = read_header(root / WEIGHTS_FILE).tensors
+    refs = _tensors(weights)
     content: dict[str, Any] = {}
     issues = kind_issues(config)
     if config.get("peft_type") in NATIVE:
         issues += field_issues(config) + _non_finite(refs)
-        content = _read_lora(refs, config, issues)
+        content = _read_lora(refs, config, issues, weights.name)
     elif config.get("peft_type") in LAYERED:
         issues += _non_finite(refs)
-        content = _read_layered(refs, config, issues)
+        content = _read_layered(refs, config, issues, weights.name)
     return Adapter(
         root=str(root),
         format="peft",
         config=config,
-        digest=file_digest(root / WEIGHTS_FILE),
+        digest=file_digest(weights),
         side_files=adapter_side_files(root),
         issues=tuple(issues),
         **({"deltas": (), "modules": frozenset()} | content),
     )
 
 
+def _tensors(weights: Path) -> tuple[TensorRef, ...]:
+    if weights.name == WEIGHTS_FILE:
+        return read_header(weights).tensors
+    from lora_merge.io.pickles import read_pickle  # most runs need no zip files and no pickles
+
+    return read_pickle(weights).tensors
+
+
 def _read_layered(
-    refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue]
+    refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str
 ) -> dict[str, Any]:
     """Return the tensors of a method that PEFT's own layers merge, and the whole parameters beside them."""
     layered: dict[str, TensorRef] = {}
@@ -86,13 +96,15 @@ def _read_layered(
             replacements[f"{_plain(module)}.{parameter}"] = Replacement(ref, why)
         else:
             layered[ref.name] = ref
-    issues += outside(refs, WEIGHTS_FILE, shared="base_model.") + _unsaved_modules(config, replacements)
+    issues += outside(refs, file, shared="base_model.") + _unsaved_modules(config, replacements)
     return {"layered": layered, "replacements": replacements}
 
 
-def _read_lora(refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue]) -> dict[str, Any]:
+def _read_lora(
+    refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str
+) -> dict[str, Any]:
     """Return the deltas, whole parameters and stacked pairs of a LoRA or AdaLoRA adapter."""
-    found = sort_out(refs, config, WEIGHTS_FILE)
+    found = sort_out(refs, config, file)
     issues += found.issues
     groups = {module: group for module, group in found.groups.items() if set(group) != {"tokens"}}
     modules = frozenset(_plain(module.removesuffix(_OUT_PROJ)) for module in groups)

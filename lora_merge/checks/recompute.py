@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ _CHUNK_ROWS = 256
 
 _MOST_PARTS = 64
 """Parts of one tensor that are sampled."""
+
+_ZIP_MAGIC = b"PK\x03\x04"
 
 _MOST_COMBINED = 6
 """Adapters of a combination that is recomputed: a value may be of any subset of them."""
@@ -100,11 +103,11 @@ def sampled_rows(slot: TensorRef, op: Merge, level: str) -> list[list[int]]:
 
 
 class _Reader:
-    """Rows of stored tensors as float64, by a reader of its own: plain reads, no mapping of the files."""
+    """Rows of stored tensors as float64, by a reader of its own."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
-        self._open: dict[str, tuple[BinaryIO, dict[str, Any], int]] = {}
+        self._open: dict[str, _Safetensors | _Pickled] = {}
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Return a whole tensor, one row for each entry of its first axis; or some rows of it."""
@@ -112,27 +115,48 @@ class _Reader:
 
     def rows(self, file: str, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a tensor that is seen as so many: ``[len(rows), …]``."""
-        stream, _, data_start = self._file(file)
-        row = self._row(file, name)
+        if file not in self._open:
+            stream = self._stack.enter_context(Path(file).open("rb"))  # noqa: SIM115 - the stack closes it
+            is_pickled = stream.read(4) == _ZIP_MAGIC
+            self._open[file] = _Pickled(file) if is_pickled else _Safetensors(stream)
+        return self._open[file].rows(name, rows, n_rows)
+
+
+class _Safetensors:
+    """A safetensors file: plain reads, no mapping."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        stream.seek(0)
+        length = int.from_bytes(stream.read(8), "little")
+        self._stream, self._header, self._data_start = stream, json.loads(stream.read(length)), 8 + length
+
+    def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        row = self._header[name]
         begin, end = row["data_offsets"]
         n_bytes = (end - begin) // n_rows
         parts = []
         for first, last in _runs(rows):
-            stream.seek(data_start + begin + first * n_bytes)
-            parts.append(stream.read((last - first) * n_bytes))
+            self._stream.seek(self._data_start + begin + first * n_bytes)
+            parts.append(self._stream.read((last - first) * n_bytes))
         return _doubles(b"".join(parts), row["dtype"], len(rows))
 
-    def _row(self, file: str, name: str) -> dict[str, Any]:
-        row: dict[str, Any] = self._file(file)[1][name]
-        return row
 
-    def _file(self, file: str) -> tuple[BinaryIO, dict[str, Any], int]:
-        """Return an open file, its header and where its data begins."""
-        if file not in self._open:
-            stream = self._stack.enter_context(Path(file).open("rb"))  # noqa: SIM115 - the stack closes it
-            length = int.from_bytes(stream.read(8), "little")
-            self._open[file] = (stream, json.loads(stream.read(length)), 8 + length)
-        return self._open[file]
+class _Pickled:
+    """A file of ``torch.save``, as torch itself reads it; the mapping is touched only where rows are taken."""
+
+    def __init__(self, file: str) -> None:
+        import pickle
+
+        import torch
+
+        try:
+            self._tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError) as exc:
+            raise CheckpointError(file, "", f"torch cannot load it ({exc})"[:300]) from exc
+
+    def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        values: torch.Tensor = self._tensors[name].detach().reshape(n_rows, -1)[list(rows)].double()
+        return values
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:

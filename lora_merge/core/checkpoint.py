@@ -11,6 +11,8 @@ from lora_merge.core.tensor import TensorRef
 
 SAFETENSORS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 CONFIG_FILE = "config.json"
 
 OUTPUT_NAMES = frozenset({"lm_head", "embed_out"})
@@ -20,13 +22,13 @@ INPUT_NAMES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One safetensors file: its tensors in the order of their bytes."""
+    """One file of weights: its tensors in the order of their bytes, which they may share in a ``.bin`` file."""
 
     name: str
-    """Relative to the checkpoint's root."""
+    """What the output calls it; for safetensors its own name, relative to the checkpoint's root."""
 
     metadata: Mapping[str, str]
-    """The header's ``__metadata__``."""
+    """The header's ``__metadata__``; empty for a ``.bin`` file."""
 
     tensors: tuple[TensorRef, ...]
 

@@ -114,7 +114,17 @@ def split(refs: Iterable[TensorRef], max_shard_bytes: int) -> list[tuple[str, li
     n_shards = len(shards)
     if n_shards <= 1:
         return [(SAFETENSORS_FILE, shard) for shard in shards]
-    return [(f"model-{n:05}-of-{n_shards:05}.safetensors", shard) for n, shard in enumerate(shards, 1)]
+    return [(shard_name(n, n_shards), shard) for n, shard in enumerate(shards, 1)]
+
+
+def shard_name(n: int, n_shards: int) -> str:
+    """Return what transformers calls a shard.
+
+    Example:
+        >>> shard_name(1, 2)
+        'model-00001-of-00002.safetensors'
+    """
+    return f"model-{n:05}-of-{n_shards:05}.safetensors"
 
 
 def index_text(files: Sequence[OutputFile], metadata: Mapping[str, object]) -> str:

@@ -36,7 +36,7 @@ DTYPE_CODES: Mapping[str, str] = {name: code for code, name in TORCH_NAMES.items
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One row of a safetensors header; as a *slot*, the place of an output tensor."""
+    """Where a stored tensor lies, as a row of a safetensors header says it; as a *slot*, the place of an output tensor."""
 
     name: str
     """As stored, for example ``model.layers.0.self_attn.q_proj.weight``."""

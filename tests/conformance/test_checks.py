@@ -25,7 +25,7 @@ from lora_merge.verify import verify
 from lora_merge.writers import HfCheckpoint
 from tests.parity import building
 from tests.parity.kinds import KINDS
-from tests.tampering import edit_json
+from tests.tampering import edit_json, edit_pickle, to_pickles
 
 LEVELS = ("sample", "full")
 INDEX = "model.safetensors.index.json"
@@ -510,6 +510,25 @@ def test_full_recomputation_takes_every_row_and_a_sample_takes_three(shape):
     assert sample == sorted(sample)
     assert {0, 999} < set(sample)
     assert len(sample) == 3
+
+
+@pytest.mark.parametrize("role", ["base", "adapter"])
+def test_values_of_a_pickled_file_are_recomputed_from_that_file(role, outcome, pico, pico_adapter, tampered):
+    base, adapter = tampered(pico(), "base"), tampered(pico_adapter(pico()), "adapter")
+    to_pickles(base)
+    to_pickles(adapter)
+    evidence = outcome(base, adapter, "full")
+    assert list(CHECKS["recompute"](evidence)) == []
+
+    (file,) = {"base": base, "adapter": adapter}[role].glob("*model.bin")
+    edit_pickle(
+        file,
+        lambda tensors: [t.add_(1) for name, t in tensors.items() if "layers.1.self_attn.q_proj" in name],
+    )
+
+    assert [issue.subject for issue in CHECKS["recompute"](evidence)] == [
+        "model.layers.1.self_attn.q_proj.weight"
+    ]
 
 
 def test_no_check_writes_into_the_output(evidence):

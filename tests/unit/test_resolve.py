@@ -176,15 +176,15 @@ def config_list(base):
 
 def no_weights(base):
     (base / "model.safetensors").unlink()
-    return "holds no weights, expected model.safetensors"
+    return "holds no weights, expected model.safetensors.index.json, model.safetensors, pytorch_model"
 
 
-def pickled_weights(base):
+def renamed_weights(base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    return "holds pytorch_model.bin, expected model.safetensors"
+    return "bytes that are no zip file, expected one of torch.save"
 
 
-@pytest.mark.parametrize("fault", [no_config, broken_config, config_list, no_weights, pickled_weights])
+@pytest.mark.parametrize("fault", [no_config, broken_config, config_list, no_weights, renamed_weights])
 def test_a_base_that_is_no_checkpoint_is_named(fault, pico, pico_adapter, tampered, cli, tmp_path):
     base = tampered(pico(), "base")
     words = fault(base)

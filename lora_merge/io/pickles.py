@@ -1,0 +1,387 @@
+"""Torch's zip files, ``pytorch_model.bin`` and the like: where their tensors lie, without torch.
+
+``torch.save`` writes a zip without compression: ``NAME/data.pkl`` is a pickle that says how tensors are made from
+storages, ``NAME/data/KEY`` are the bytes of a storage. The pickle is read with stand-ins for the few things that
+plain tensors need: nothing that it names is imported, and nothing is called but the stand-ins.
+
+Reference:
+    ``torch.serialization._save``, ``_load`` and ``torch._utils._rebuild_tensor_v2`` (torch 2.4 to 2.13).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lora_merge.core.checkpoint import WeightFile
+from lora_merge.core.tensor import TensorRef, nbytes_of
+from lora_merge.errors import CheckpointError
+from lora_merge.io import files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_PICKLE_BYTES = 100_000_000
+"""As safetensors limits its header: what is longer holds values, not places."""
+
+_PROTOCOLS = frozenset({2, 3})
+"""Of pickle; with any other, ``torch.load(weights_only=True)`` fails (torch 2.13)."""
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+"""``torch.serialization.MAGIC_NUMBER``, with which files of torch before 1.6 begin."""
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Of a zip entry: its magic, then the lengths of the name and of the extra field that follow."""
+
+_STORAGES: Mapping[str, str] = {
+    "torch.FloatStorage": "F32", "torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16",
+    "torch.DoubleStorage": "F64", "torch.LongStorage": "I64", "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16", "torch.CharStorage": "I8", "torch.ByteStorage": "U8", "torch.BoolStorage": "BOOL",
+    "torch.uint16": "U16", "torch.uint32": "U32", "torch.uint64": "U64",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.float8_e8m0fnu": "F8_E8M0",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+"""Dtype of a storage by its class, or by the dtype where torch has no class for it, as safetensors spells it."""
+
+_UNTYPED = frozenset({"torch.storage.UntypedStorage", "torch.UntypedStorage"})
+
+_HARMLESS = re.compile(
+    r"torch\.(\w+Storage|storage\.\w+Storage|Tensor|Size|device|(complex|b?float|u?int|qu?int|bool|bits|per_|sparse_)\w*)"
+    r"|torch\._utils\._rebuild_\w+|torch\.serialization\._get_layout"
+)
+"""What torch names for tensors that are not plain; they are refused by the tensor's name."""
+
+_REFETCH = "the file is truncated, or no file of torch.save; fetch it again"
+_RESAVE = "load it in transformers or PEFT and save_pretrained() it once, which writes safetensors"
+_UNTRUSTED = "weights need no code; load such a file only if you trust whoever made it, and save its tensors as safetensors"
+
+
+def read_pickle(path: Path, name: str | None = None) -> WeightFile:
+    """Return the tensors of a file that ``torch.save`` wrote; reads no values and runs nothing of it.
+
+    Tensors that share a storage share their bytes.
+
+    Args:
+        path: the file.
+        name: what to call it in the result; default: its path.
+
+    Raises:
+        CheckpointError: it is no such file, holds anything but plain tensors by their names, or a tensor lies
+            outside it or not in one piece.
+    """
+    label = str(path)
+    with files.open_for_reading(path) as fd:
+        archive = _Archive(fd, label)
+        order = archive.read("byteorder") if "byteorder" in archive else b"little"
+        if order != b"little":
+            got = f"is {order.decode(errors='replace')}-endian"
+            raise CheckpointError(label, "byteorder", got, "little-endian", hint=_RESAVE)
+        table = _load(archive.read("data.pkl"), label)
+        refs = [_ref(key, value, archive) for key, value in table.items()]
+    refs.sort(key=lambda ref: (ref.start, ref.end))
+    return WeightFile(name=name or label, metadata={}, tensors=tuple(refs))
+
+
+class _Archive:
+    """The records of a torch file, by their names inside its one folder.
+
+    Raises:
+        CheckpointError: it is no zip file, or none of ``torch.save``.
+    """
+
+    def __init__(self, fd: int, label: str) -> None:
+        self._fd, self.label = fd, label
+        self._size = os.fstat(fd).st_size
+        entries = self._entries()
+        folders = [entry.filename[: -len("data.pkl")] for entry in entries if _is_pickle(entry.filename)]
+        if len(folders) != 1:
+            got = f"holds {len(folders)} records data.pkl"
+            raise CheckpointError(label, "", got, "one, as torch.save writes it", hint=_REFETCH)
+        folder = folders[0]
+        self._records = {
+            entry.filename.removeprefix(folder): entry
+            for entry in entries
+            if entry.filename.startswith(folder)
+        }
+        if len({entry.filename for entry in entries}) != len(entries):
+            raise CheckpointError(label, "", "holds two records of one name", "one of each", hint=_REFETCH)
+        if "constants.pkl" in self._records:
+            hint = "it is a program, not weights; export the model's state_dict() instead"
+            raise CheckpointError(label, "", "is a TorchScript archive", "a file of torch.save", hint=hint)
+
+    def _entries(self) -> list[zipfile.ZipInfo]:
+        head = bytearray(min(32, self._size))
+        files.read_into(self._fd, memoryview(head), 0, self.label)
+        if _LEGACY_MAGIC in head:
+            got = "is in the format of torch before 1.6"
+            raise CheckpointError(self.label, "", got, "the zip format", hint=_RESAVE)
+        if not head.startswith(_ZIP_MAGIC):
+            got = f"has {self._size} bytes that are no zip file"
+            raise CheckpointError(self.label, "", got, "one of torch.save", hint=_REFETCH)
+        try:
+            with open(self._fd, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
+                return archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, struct.error) as exc:
+            got = "has no whole zip directory at its end"
+            raise CheckpointError(self.label, "", got, hint=_REFETCH) from exc
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._records
+
+    def place(self, name: str, subject: str = "") -> tuple[int, int]:
+        """Return where a record's bytes begin in the file, and how many they are.
+
+        Raises:
+            CheckpointError: there is no such record, it is compressed, or lies outside the file.
+        """
+        subject = subject or name
+        entry = self._records.get(name)
+        if entry is None:
+            raise CheckpointError(self.label, subject, f"its record {name} is not in the file", hint=_REFETCH)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            got = f"its record {name} is compressed or encrypted"
+            raise CheckpointError(self.label, subject, got, "plain bytes", hint=_RESAVE)
+        header = bytearray(_LOCAL_HEADER.size)
+        if entry.header_offset + len(header) <= self._size:
+            files.read_into(self._fd, memoryview(header), entry.header_offset, self.label)
+        magic, n_name, n_extra = _LOCAL_HEADER.unpack(header)
+        start = entry.header_offset + len(header) + n_name + n_extra
+        if magic != _ZIP_MAGIC or start + entry.file_size > self._size:
+            got = f"its record {name} lies outside the file"
+            raise CheckpointError(self.label, subject, got, hint=_REFETCH)
+        return start, entry.file_size
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a small record.
+
+        Raises:
+            CheckpointError: as `place`; or it is not small.
+        """
+        start, nbytes = self.place(name)
+        if nbytes > MAX_PICKLE_BYTES:
+            got = f"has {nbytes} bytes"
+            raise CheckpointError(self.label, name, got, f"at most {MAX_PICKLE_BYTES}", hint=_RESAVE)
+        content = bytearray(nbytes)
+        files.read_into(self._fd, memoryview(content), start, self.label)
+        return bytes(content)
+
+
+def _is_pickle(name: str) -> bool:
+    return name.endswith("/data.pkl") and name.count("/") == 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """The stand-in for whatever a pickle names: nothing is imported for it."""
+
+    path: str
+
+    def __call__(self, *args: Any) -> object:
+        """Return the stand-in for what the named thing would make; for the rest, the name itself."""
+        maker = _MAKERS.get(self.path)
+        return self if maker is None else maker(*args)
+
+    def __setstate__(self, state: object) -> None:
+        """Forget the state: a pickle may give one to anything."""
+
+
+class _Storage(NamedTuple):
+    """The stand-in for a storage."""
+
+    kind: str
+    """Path of its class."""
+
+    key: str
+    size: int
+    """Elements; bytes where the class is untyped."""
+
+
+class _Tensor(NamedTuple):
+    """The stand-in for a tensor."""
+
+    storage: _Storage
+    kind: str
+    """Path of the storage's class, or of the dtype where that is untyped."""
+
+    offset: int
+    """Elements; as all that follow."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    is_plain: bool
+    """False when its values are to be negated or conjugated."""
+
+
+class _Table(dict[Any, Any]):
+    """The stand-in for an ``OrderedDict``, without the attributes that a state dict has (``_metadata``)."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Forget the state."""
+
+
+def _tensor(storage: _Storage, kind: str, layout: tuple[Any, Any, Any], metadata: object) -> _Tensor:
+    offset, shape, stride = layout[0], tuple(layout[1]), tuple(layout[2])
+    numbers = (storage.size, offset, *shape, *stride)
+    if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError("a tensor's sizes are no sizes")
+    return _Tensor(storage, kind, offset, shape, stride, is_plain=not metadata)
+
+
+def _tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *rest: object) -> _Tensor:
+    """Take ``requires_grad, backward_hooks, metadata=None`` as the rest."""
+    return _tensor(storage, storage.kind, (offset, size, stride), rest[2:])
+
+
+def _tensor_v3(storage: _Storage, offset: int, size: Any, stride: Any, *rest: Any) -> _Tensor:
+    """Take ``requires_grad, backward_hooks, dtype, metadata=None`` as the rest."""
+    return _tensor(storage, rest[2].path, (offset, size, stride), rest[3:])
+
+
+def _parameter(data: object, *_: object) -> object:
+    return data
+
+
+def _from_type(made_by: _Name, kind: _Name, args: Any, _state: object) -> object:
+    """Return a tensor to which someone gave attributes; a subclass was refused when the pickle named it."""
+    return made_by(*args) if kind.path == "torch.Tensor" else kind
+
+
+_MAKERS: Mapping[str, Callable[..., object]] = {
+    "collections.OrderedDict": _Table,
+    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+}
+"""What is called in place of what a pickle wants to call."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads a pickle with stand-ins, and refuses every other name."""
+
+    def __init__(self, content: bytes, label: str) -> None:
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self._label = label
+
+    def find_class(self, module: str, name: str) -> _Name:
+        """Return the stand-in for a name.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        path = f"{module}.{name}"
+        if path in _MAKERS or _HARMLESS.fullmatch(path):
+            return _Name(path)
+        got = f"wants to import {path[:80]}"
+        raise CheckpointError(self._label, "", got, "nothing but plain tensors", hint=_UNTRUSTED)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return the stand-in for a storage."""
+        match pid:
+            case ("storage", _Name(kind), str(key), _, int(size)):
+                return _Storage(kind, key, size)
+        raise ValueError("a reference that is no storage")
+
+
+def _load(content: bytes, label: str) -> dict[object, object]:
+    """Return what a pickle holds, as stand-ins.
+
+    Raises:
+        CheckpointError: it names what has no stand-in, is malformed, or holds no table.
+    """
+    protocol = content[1] if content[:1] == pickle.PROTO else 0
+    if protocol not in _PROTOCOLS:
+        wanted = "2 or 3, which torch.load reads without trusting the file"
+        raise CheckpointError(label, "data.pkl", f"has pickle protocol {protocol}", wanted, hint=_RESAVE)
+    try:
+        _check_memo(content)
+        value = _Unpickler(content, label).load()
+    except CheckpointError:
+        raise
+    except Exception as exc:
+        # "Other exceptions may also be raised during unpickling", says its documentation.
+        got = f"is a malformed pickle ({exc})"[:200]
+        raise CheckpointError(label, "data.pkl", got, hint=_REFETCH) from exc
+    if not isinstance(value, dict):
+        got = f"holds {_kind_of(value)}"
+        raise CheckpointError(label, "", got, "a table of tensors by their names", hint=_RESAVE)
+    return value
+
+
+def _check_memo(content: bytes) -> None:
+    """Check that a pickle numbers no more objects than it can have: the memo is as long as its largest number.
+
+    Raises:
+        ValueError: it does, or is cut off.
+    """
+    for opcode, number, _ in pickletools.genops(content):
+        if (
+            opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"}
+            and isinstance(number, int)
+            and number > len(content)
+        ):
+            raise ValueError(f"object number {number} in {len(content)} bytes")
+
+
+def _ref(name: object, value: object, archive: _Archive) -> TensorRef:
+    """Return where a tensor lies.
+
+    Raises:
+        CheckpointError: it is no plain dense tensor, or not all of it is in the file.
+    """
+    label = archive.label
+    if not isinstance(name, str):
+        raise CheckpointError(
+            label, "", f"holds {_kind_of(name)} as a name", "names of tensors", hint=_RESAVE
+        )
+    if isinstance(value, dict):
+        hint = f"save what {name!r} holds, and nothing else, as the file: engines look for tensors at its top"
+        raise CheckpointError(label, name, "is a table", "a tensor", hint=hint)
+    if not isinstance(value, _Tensor):
+        raise CheckpointError(label, name, f"is {_kind_of(value)}", "a plain tensor", hint=_RESAVE)
+    dtype = _STORAGES.get(value.kind)
+    if dtype is None:
+        hint = "convert the tensor, and save it as safetensors"
+        raise CheckpointError(label, name, f"is stored as {value.kind}", "a real, plain dtype", hint=hint)
+    if not value.is_plain or not _is_contiguous(value.shape, value.stride):
+        got = f"has the strides {list(value.stride)} for the shape {list(value.shape)}"
+        got = got if value.is_plain else "is marked as negated or conjugated"
+        hint = "load it, make it contiguous and save it again as safetensors"
+        raise CheckpointError(label, name, got, "values in one piece, in their order", hint=hint)
+    width = nbytes_of(dtype, (1,))
+    begin, nbytes = value.offset * width, nbytes_of(dtype, value.shape)
+    start, held = archive.place(f"data/{value.storage.key}", name)
+    claimed = value.storage.size * (1 if value.storage.kind in _UNTYPED else width)
+    if begin + nbytes > min(held, claimed) or claimed > held:
+        got = f"takes bytes {begin} to {begin + nbytes} of a storage of {min(held, claimed)}"
+        raise CheckpointError(label, name, got, "them inside it", hint=_REFETCH)
+    return TensorRef(name, dtype, value.shape, label, start + begin, nbytes)
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Return True when a tensor's values lie back to back in row-major order."""
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    rows = zip(shape, stride, steps, strict=True)
+    return 0 in shape or all(size == 1 or step == wanted for size, step, wanted in rows)
+
+
+def _kind_of(value: object) -> str:
+    """Return what a value is, as messages print it."""
+    if isinstance(value, _Name):
+        return f"made by {value.path}"
+    return {_Tensor: "a tensor", _Storage: "a bare storage"}.get(
+        type(value), f"a value of type {type(value).__name__}"
+    )
