@@ -95,11 +95,26 @@ class _Reader:
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """Return a whole tensor, one row for each entry of its first axis."""
-        stream, _, data_start = self._file(ref.file)
-        row = self._row(ref.file, ref.name)
-        begin, end = row["data_offsets"]
-        stream.seek(data_start + begin)
-        return _doubles(stream.read(end - begin), row["dtype"], row["shape"][0])
+        stream, _, _ = self._file(ref.file)
+        stream.seek(ref.start)
+        return _doubles(stream.read(ref.nbytes), self._dtype_at(ref), ref.shape[0])
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        """Return some rows of a tensor that is read by its place: an adapter may spell its name otherwise."""
+        stream, _, _ = self._file(ref.file)
+        n_bytes, parts = ref.nbytes // n_rows, []
+        for index in rows:
+            stream.seek(ref.start + index * n_bytes)
+            parts.append(stream.read(n_bytes))
+        return _doubles(b"".join(parts), self._dtype_at(ref), len(rows))
+
+    def _dtype_at(self, ref: TensorRef) -> str:
+        """Return the dtype that the file's header gives what begins at a place."""
+        _, header, data_start = self._file(ref.file)
+        spans = (
+            (row["data_offsets"], row["dtype"]) for name, row in header.items() if name != "__metadata__"
+        )
+        return next(str(dtype) for (begin, end), dtype in spans if begin <= ref.start - data_start < end)
 
     def rows(self, file: str, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a tensor that is seen as so many: ``[len(rows), …]``."""
@@ -146,8 +161,7 @@ class _Site:
 
     def base(self, rows: Sequence[int]) -> torch.Tensor:
         """Return rows of the weight before the merge."""
-        source = self.op.parts[0]
-        return self.reader.rows(source.file, source.name, rows, self.op.view.n_rows)
+        return self.reader.source(self.op.parts[0], rows, self.op.view.n_rows)
 
 
 _Value = tuple["torch.Tensor", "torch.Tensor"]
@@ -157,6 +171,8 @@ _Value = tuple["torch.Tensor", "torch.Tensor"]
 def _low_rank(site: _Site, delta: DeltaSpec, rows: Sequence[int]) -> _Value:
     """Return s · Σ bᵢaᵢ: off by at most (r + 4)·2⁻²⁴·|s|·Σ|bᵢaᵢ|, and by a rounding where PEFT rounds it."""
     a, b = (site.reader.tensor(delta.tensors[role]) for role in ("A", "B"))
+    if delta.options.get("turned"):  # stored [in, r] and [r, out]
+        a, b = a.T, b.T
     if "E" in delta.tensors:
         a = a * site.reader.tensor(delta.tensors["E"])
     a, b = (

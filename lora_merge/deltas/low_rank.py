@@ -38,6 +38,7 @@ class LowRank(RowWise):
         divisor: what the scaled product is divided by (AdaLoRA's ``ranknum + 1e-5``).
         settles: True where PEFT stores the weight in its own dtype before the next delta is added to it.
         blocks_A, blocks_B: how many blocks of that factor lie on the diagonal (BD-LoRA).
+        turned: True where the factors are stored the other way round, A ``[in, r]`` and B ``[r, out]`` (MLX).
 
     Reference:
         Hu et al., 2021, https://arxiv.org/abs/2106.09685; ``peft.tuners.lora.layer.Linear.merge`` with
@@ -160,6 +161,8 @@ def _pair(spec: DeltaSpec, factors: Mapping[str, torch.Tensor]) -> tuple[torch.T
     import torch
 
     a, b = factors["A"].float(), factors["B"].float()
+    if spec.options.get("turned"):
+        a, b = a.T.contiguous(), b.T.contiguous()
     if "E" in factors:
         a = a * factors["E"].float()
     for axis in ("A", "B"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.checkpoint import config_levels
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.targets import TargetRule, is_listed
 
@@ -14,6 +15,38 @@ if TYPE_CHECKING:
     from lora_merge.core.skeleton import Skeleton
     from lora_merge.core.tensor import TensorRef
     from lora_merge.plan.ties import Tie
+
+
+_SWIFT_ADAPTS = frozenset({"Linear", "Conv1D", "Embedding", "Conv2d"})
+"""What ms-swift adapts of all that a regex matches (ms-swift 4.6.0, ``swift.tuners.lora_layers.dispatch_default``)."""
+
+_OTHER_WEIGHTS_IN_MLX = {
+    "falcon_h1": "multiplies the weights by the config's multipliers",
+    "baichuan_m1": "divides the rows of the output embedding by their length",
+    "bailing_moe": "divides the columns of the output embedding by their length",
+    "bailing_moe_linear": "divides the columns of the output embedding by their length",
+}
+"""Families whose matrices mlx-lm 0.32 changes when it loads them, so that its deltas are not those of this base."""
+
+_OTHER_NORMS_IN_MLX = frozenset(
+    {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "step3p5"}
+)
+"""Families to whose norms mlx-lm 0.32 adds 1 when it loads them."""
+
+
+def origin_issues(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
+    """Return an issue when the weights that an adapter was trained on are not those that the base stores."""
+    if adapter.format != "mlx":
+        return []
+    families = {str(level.get("model_type")) for _, level in config_levels(config)}
+    for family in sorted(families & _OTHER_WEIGHTS_IN_MLX.keys()):
+        sentence = f"is {family!r}, and mlx-lm {_OTHER_WEIGHTS_IN_MLX[family]} when it loads them"
+        return [error("unsupported", "model_type", sentence, "merge it with mlx_lm.fuse")]
+    norms = [parameter for parameter in adapter.replacements if "norm" in parameter]
+    if norms and families & _OTHER_NORMS_IN_MLX:
+        sentence = "was trained in mlx-lm, which adds 1 to the norms of this family when it loads them"
+        return [error("unsupported", norms[0], sentence, "merge it with mlx_lm.fuse")]
+    return []
 
 
 def rule_issues(
@@ -121,7 +154,13 @@ def _missing(
         error("missing-module", module, sentence, hint)
         for module in candidates
         if (module in targeted if rule.all_linear else known.is_adaptable(module))
+        and not (_by_swift_regex(rule, adapter) and known.classes.get(module) not in _SWIFT_ADAPTS)
     ]
+
+
+def _by_swift_regex(rule: TargetRule, adapter: Adapter) -> bool:
+    """Return True where a regex chose the modules and ms-swift passed over those that it does not adapt."""
+    return adapter.trainer == "ms-swift" and isinstance(rule.target_modules, str)
 
 
 def _rankless(adapter: Adapter) -> frozenset[str]:
