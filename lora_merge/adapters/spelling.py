@@ -27,13 +27,13 @@ _WRAPPERS: Mapping[str, re.Pattern[str]] = {
 """
 
 TUNERS = (
-    "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hada", "hira", "hra", "ia3",
-    "lokr", "miss", "oft", "osf", "psoft", "pvera", "randlora", "road", "shira", "supertuning",
+    "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "gralora", "hada", "hira", "hra", "ia3",
+    "lokr", "miss", "oft", "pvera", "randlora", "road", "shira", "supertuning",
     "trainable_tokens", "unilora", "vera", "waveft",
 )  # fmt: skip
-"""How the names of PEFT's tensors begin, ``lora_A`` for example, where an adapter's name can stand behind them.
+"""How the names of PEFT's tensors begin, ``hada_w1_a`` for example, where an adapter's name can stand behind them.
 
-Not FRoD, LN tuning, PEANuT, TinyLoRA and VB-LoRA, which put other words there (PEFT 0.21.2).
+Not those of FRoD, GLoRA, LN tuning, OSF, PEANuT, PSOFT, TinyLoRA and VB-LoRA, which have other words there (PEFT 0.21.2).
 """
 
 _TUNER = re.compile(

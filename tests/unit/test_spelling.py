@@ -60,6 +60,7 @@ def test_a_name_is_read_as_peft_spells_it(stored, wanted):
         "base_model.model.model.module.lora_A.weight",
         "base_model.model.my_orig_mod.lora_A.weight",
         "base_model.frod_V.q_proj",
+        f"{P}.glora_A.lora_A",
         "base_model.tinylora_v.0",
         "model.lora_tower.block.weight",
     ],
@@ -86,5 +87,7 @@ def test_every_type_of_peft_whose_tensors_may_carry_a_name_is_known():
         for kind in PEFT_TYPE_TO_TUNER_MAPPING
         if kind.value in NATIVE | LAYERED
     }
-    assert prefixes - set(TUNERS) == {"lora", "frod", "ln_tuning", "peanut", "tinylora", "vblora"}
+    assert prefixes - set(TUNERS) == {
+        "lora", "frod", "glora", "ln_tuning", "osf", "peanut", "psoft", "tinylora", "vblora",
+    }  # fmt: skip
     assert set(TUNERS) <= prefixes
