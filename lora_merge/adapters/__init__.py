@@ -3,31 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_merge.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, read_peft
-from lora_merge.errors import UnknownFormatError
+from lora_merge.adapters import mlx, peft
+from lora_merge.adapters.mlx import read_mlx
+from lora_merge.adapters.peft import CONFIG_FILE, read_peft
+from lora_merge.adapters.saved import EXTRA_FOLDER
+from lora_merge.adapters.swift import read_swift
+from lora_merge.core.report import note
+from lora_merge.errors import ResolveError, UnknownFormatError
+from lora_merge.io.side_files import adapter_side_files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_merge.core.adapter import Adapter
 
-FORMATS: Mapping[str, Callable[[Path], Adapter | None]] = {"peft": read_peft}
+FORMATS: Mapping[str, Callable[[Path], Adapter | None]] = {
+    "peft": read_peft,
+    "ms-swift": read_swift,
+    "mlx": read_mlx,
+}
+"""In the order in which they are asked. Each tells its own configuration from the others', so that one answers."""
 
-__all__ = ["FORMATS", "read"]
+WEIGHTS: Mapping[str, str] = {
+    "peft": peft.WEIGHTS_FILE,
+    "ms-swift": peft.WEIGHTS_FILE,
+    "mlx": mlx.WEIGHTS_FILE,
+}
+"""The file of tensors that each format looks for, beside its configuration."""
+
+LOOKED_FOR: Mapping[str, str] = {
+    "peft": f"{CONFIG_FILE} with {peft.WEIGHTS_FILE} or {peft.PICKLED_FILE} (PEFT)",
+    "ms-swift": f"one whose {CONFIG_FILE} has a swift_type (ms-swift)",
+    "mlx": f"{CONFIG_FILE} with {mlx.WEIGHTS_FILE} (mlx-lm)",
+}
+"""What each format looks for, in words."""
+
+__all__ = ["FORMATS", "LOOKED_FOR", "WEIGHTS", "read"]
 
 
 def read(root: Path) -> Adapter:
-    """Return the adapter in a directory.
+    """Return the adapter in a directory, or in the only subfolder of it that holds one.
+
+    PEFT and ms-swift save an adapter with a name of its own into a subfolder of that name.
 
     Raises:
         UnknownFormatError: no format matches.
-        ResolveError: its files are broken.
+        ResolveError: its files are broken, or several subfolders hold an adapter.
     """
-    for reader in FORMATS.values():
+    adapter = _read_directory(root)
+    if adapter is not None:
+        return adapter
+    inside = sorted(
+        path for path in root.iterdir() if path.name != EXTRA_FOLDER and (path / CONFIG_FILE).is_file()
+    )
+    if not inside or (root / CONFIG_FILE).is_file():
+        raise UnknownFormatError(
+            str(root), sorted(path.name for path in root.iterdir()), tuple(LOOKED_FOR.values())
+        )
+    if len(inside) > 1:
+        names = ", ".join(path.name for path in inside)
+        sentence = f"{root}: holds {len(inside)} adapters, {names}; expected one"
+        raise ResolveError(sentence, hint=f"name one of them: --adapter {root / inside[0].name}")
+    (only,) = inside
+    adapter = _read_directory(only)
+    if adapter is None:
+        raise UnknownFormatError(
+            str(only), sorted(path.name for path in only.iterdir()), tuple(LOOKED_FOR.values())
+        )
+    found = note(
+        "subfolder", str(root), f"holds no adapter itself; the one in its subfolder {only.name} was taken"
+    )
+    own = {file.name: file for file in (*adapter_side_files(root), *adapter.side_files)}
+    side_files = tuple(own[name] for name in sorted(own))
+    return replace(adapter, issues=(found, *adapter.issues), side_files=side_files)
+
+
+def _read_directory(root: Path) -> Adapter | None:
+    """Return the adapter in a directory itself, or None."""
+    for name, reader in FORMATS.items():
         adapter = reader(root)
-        if adapter is not None:
-            return adapter
-    found = sorted(path.name for path in root.iterdir())
-    raise UnknownFormatError(str(root), found, [f"{CONFIG_FILE} and {WEIGHTS_FILE}"])
+        if adapter is None:
+            continue
+        others = sorted(file for file in set(WEIGHTS.values()) - {WEIGHTS[name]} if (root / file).is_file())
+        sentence = f"was left out: {CONFIG_FILE} is that of {WEIGHTS[name]}"
+        left_out = tuple(note("other-weights", file, sentence) for file in others)
+        return replace(adapter, issues=(*adapter.issues, *left_out)) if left_out else adapter
+    return None

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from typing import Literal
 
 _ROLES: tuple[tuple[str, str], ...] = (
-    (r"\.lora_A(\.default)?(\.weight)?", "A"),
-    (r"\.lora_B(\.default)?(\.weight)?", "B"),
-    (r"\.lora_B(\.default)?\.bias", "bias"),
-    (r"\.lora_embedding_A(\.default)?", "embedding_A"),
-    (r"\.lora_embedding_B(\.default)?", "embedding_B"),
-    (r"\.lora_E(\.default)?", "E"),
-    (r"\.lora_magnitude_vector(\.default)?(\.weight)?", "magnitude"),
-    (r"\.lora_diag(\.default)?", "diagonal"),
-    (r"(\.token_adapter)?\.trainable_tokens_delta(\.default)?", "tokens"),
+    (r"\.lora_A(\.weight)?", "A"),
+    (r"\.lora_B(\.weight)?", "B"),
+    (r"\.lora_B\.bias", "bias"),
+    (r"\.lora_embedding_A", "embedding_A"),
+    (r"\.lora_embedding_B", "embedding_B"),
+    (r"\.lora_E", "E"),
+    (r"\.lora_magnitude_vector(\.weight)?", "magnitude"),
+    (r"\.lora_diag", "diagonal"),
+    (r"(\.token_adapter)?\.trainable_tokens_delta", "tokens"),
 )
 """The end of a name, and the role that it stands for."""
 
@@ -35,15 +35,10 @@ _TRAINING_ONLY = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\.
 """What VeLoRA and MonteCLoRA keep for training; a merge leaves it out, as PEFT's does."""
 
 _FULL = re.compile(
-    r"(?P<module>(?:(?!\.lora_).)+?)(?:\.(?:base_layer|modules_to_save(?:\.default)?|original_module))?"
+    r"(?P<module>(?:(?!\.lora_).)+?)(?:\.(?:base_layer|modules_to_save|original_module))?"
     r"\.(?P<parameter>[^.]+)"
 )
 """A whole parameter, trained or saved along (PEFT's ``save_embedding_layers`` does so by itself)."""
-
-_OTHER_TENSORS: tuple[tuple[str, str], ...] = (
-    (r"\.lora_[AB]\.[^.]+\.weight$", "of an adapter that has a name of its own"),
-)
-"""What a tensor is that has no role."""
 
 
 @dataclass(slots=True)
@@ -140,8 +135,4 @@ def _spoken(role: str) -> str:
 
 
 def _other_tensor(ref: TensorRef) -> Issue:
-    name = next((what for pattern, what in _OTHER_TENSORS if re.search(pattern, ref.name)), None)
-    if name is None:
-        return error("unexpected-tensor", ref.name, "is no tensor of a LoRA adapter")
-    hint = "save the adapter again under PEFT's own names, as its only adapter"
-    return error("unexpected-tensor", ref.name, f"is {name}", hint)
+    return error("unexpected-tensor", ref.name, "is no tensor of a LoRA adapter")

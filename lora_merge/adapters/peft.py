@@ -11,23 +11,39 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.names import is_saved, outside, reason, sort_out
+from lora_merge.adapters.saved import saved_beside
+from lora_merge.adapters.spelling import canonical
+from lora_merge.adapters.values import non_finite
 from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement, StackedPair
-from lora_merge.core.kinds import LAYERED, NATIVE, PREFIX, field_issues, kind_issues, mutating_init
+from lora_merge.core.kinds import (
+    LAYERED,
+    NATIVE,
+    PREFIX,
+    TRAINER_FIELDS,
+    field_issues,
+    kind_issues,
+    mutating_init,
+)
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.scaling import Scaling, number
 from lora_merge.core.targets import TargetError, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
-from lora_merge.io.files import file_digest, read_json
-from lora_merge.io.safetensors import blocks, read_header
+from lora_merge.io.files import files_digest, read_json
+from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import adapter_side_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
+
+TRAINER_CONFIG = "additional_config.json"
+"""Where ms-swift keeps its own fields of a LoRA configuration."""
+
+OTHER_MARKS = frozenset({"fine_tune_type", "lora_parameters"})
+"""Fields of an ``adapter_config.json`` that is not PEFT's, if it has no ``peft_type``."""
 
 _NESTED = ".base_layer"
 _OUT_PROJ = ".base_layer.out_proj"
@@ -36,11 +52,6 @@ _OUT_PROJ = ".base_layer.out_proj"
 _HEADS = ({"classifier", "score"}, {"classifier", "score", "qa_outputs"}, {"qa_outputs"})
 """What PEFT adds to ``modules_to_save`` for a task; a model has one of each set
 (``peft.peft_model.PeftModelForSequenceClassification``, PEFT 0.21.2)."""
-
-_NON_FINITE_BITS: Mapping[str, tuple[str, int]] = {
-    "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000),
-}  # fmt: skip
-"""Storage type and exponent mask: a value with every exponent bit set is NaN or infinite."""
 
 Group = Mapping[str, TensorRef]
 
@@ -55,23 +66,72 @@ def read_peft(root: Path) -> Adapter | None:
     if weights is None or not (root / CONFIG_FILE).is_file():
         return None
     config = read_json(root / CONFIG_FILE)
-    refs = _tensors(weights)
-    content: dict[str, Any] = {}
-    issues = kind_issues(config)
+    if "peft_type" not in config and config.keys() & OTHER_MARKS:
+        return None
+    if "swift_type" in config:
+        return None
+    refs, issues = canonical(_tensors(weights), weights.name)
+    issues += _trainer_issues(root)
+    return assemble(weights, "peft", config, read_tensors(refs, config, issues, weights.name), issues)
+
+
+def read_tensors(
+    refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str = WEIGHTS_FILE
+) -> dict[str, Any]:
+    """Return what the tensors of an adapter change, as fields of `Adapter`.
+
+    Args:
+        refs: under PEFT's names.
+        config: PEFT's.
+        issues: what is wrong is added here.
+        file: name of the file that they are in.
+    """
+    issues += kind_issues(config)
     if config.get("peft_type") in NATIVE:
-        issues += field_issues(config) + _non_finite(refs)
-        content = _read_lora(refs, config, issues, weights.name)
-    elif config.get("peft_type") in LAYERED:
-        issues += _non_finite(refs)
-        content = _read_layered(refs, config, issues, weights.name)
+        issues += field_issues(config) + non_finite(refs)
+        return _read_lora(refs, config, issues, file)
+    if config.get("peft_type") in LAYERED:
+        issues += non_finite(refs)
+        return _read_layered(refs, config, issues, file)
+    return {}
+
+
+def assemble(
+    weights: Path, name: str, config: Mapping[str, Any], content: Mapping[str, Any], issues: list[Issue]
+) -> Adapter:
+    """Return the adapter in a directory, with the whole parameters that were saved beside its own file.
+
+    Args:
+        weights: its own file.
+        name: of the format.
+        config: PEFT's.
+        content: fields of `Adapter`.
+        issues: what was found wrong so far.
+
+    Raises:
+        ResolveError: a file beside it is broken.
+    """
+    root = weights.parent
+    by_swift = name == "ms-swift" or (root / TRAINER_CONFIG).is_file() or bool(config.keys() & TRAINER_FIELDS)
+    saved = saved_beside(root)
+    own = dict(content.get("replacements", {}))
+    twice = [
+        error(
+            "duplicate-tensor", own[parameter].ref.name, f"stands in {weights.name} and in a file beside it"
+        )
+        for parameter in saved.replacements.keys() & own.keys()
+    ]
+    fields = {"deltas": (), "modules": frozenset()} | dict(content)
+    fields["replacements"] = own | saved.replacements
     return Adapter(
         root=str(root),
-        format="peft",
+        format=name,
         config=config,
-        digest=file_digest(weights),
+        digest=files_digest([weights, *saved.files]),
         side_files=adapter_side_files(root),
-        issues=tuple(issues),
-        **({"deltas": (), "modules": frozenset()} | content),
+        issues=(*issues, *saved.issues, *twice),
+        trainer="ms-swift" if by_swift else "",
+        **fields,
     )
 
 
@@ -81,6 +141,12 @@ def _tensors(weights: Path) -> tuple[TensorRef, ...]:
     from lora_merge.io.pickles import read_pickle  # most runs need no zip files and no pickles
 
     return read_pickle(weights).tensors
+
+
+def _trainer_issues(root: Path) -> list[Issue]:
+    """Return an issue for each field that ms-swift keeps apart and that may mean something."""
+    path = root / TRAINER_CONFIG
+    return field_issues(read_json(path), TRAINER_FIELDS) if path.is_file() else []
 
 
 def _read_layered(
@@ -399,23 +465,3 @@ def _no_tensor(entry: str) -> Issue:
     return error(
         "missing-module", "modules_to_save", f"names {entry!r}, and no tensor of the file belongs to it", hint
     )
-
-
-def _non_finite(refs: Iterable[TensorRef]) -> list[Issue]:
-    """Return an issue for each tensor that holds NaN or infinity. Reads every value once."""
-    import numpy as np
-
-    issues = []
-    for ref in refs:
-        if ref.dtype not in _NON_FINITE_BITS:
-            continue
-        storage, mask = _NON_FINITE_BITS[ref.dtype]
-        count = sum(
-            int(np.count_nonzero((np.frombuffer(block, storage) & mask) == mask)) for block in blocks(ref)
-        )
-        if count:
-            sentence = f"holds {count} values that are NaN or infinite"
-            issues.append(
-                error("non-finite", ref.name, sentence, "the training diverged; use an earlier checkpoint")
-            )
-    return issues

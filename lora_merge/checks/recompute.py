@@ -111,15 +111,22 @@ class _Reader:
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Return a whole tensor, one row for each entry of its first axis; or some rows of it."""
-        return self.rows(ref.file, ref.name, range(ref.shape[0]) if rows is None else rows, ref.shape[0])
+        return self.source(ref, range(ref.shape[0]) if rows is None else rows, ref.shape[0])
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        """Return some rows of a tensor of base or adapter, whose file may spell its name otherwise than the plan."""
+        return self._file(ref.file).source(ref, rows, n_rows)
 
     def rows(self, file: str, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        """Return some rows of a tensor that is seen as so many: ``[len(rows), …]``."""
+        """Return some rows of a tensor of the output, which is seen as so many: ``[len(rows), …]``."""
+        return self._file(file).rows(name, rows, n_rows)
+
+    def _file(self, file: str) -> _Safetensors | _Pickled:
         if file not in self._open:
             stream = self._stack.enter_context(Path(file).open("rb"))  # noqa: SIM115 - the stack closes it
             is_pickled = stream.read(4) == _ZIP_MAGIC
-            self._open[file] = _Pickled(file) if is_pickled else _Safetensors(stream)
-        return self._open[file].rows(name, rows, n_rows)
+            self._open[file] = _Pickled(file, stream) if is_pickled else _Safetensors(stream)
+        return self._open[file]
 
 
 class _Safetensors:
@@ -133,22 +140,29 @@ class _Safetensors:
     def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         row = self._header[name]
         begin, end = row["data_offsets"]
-        n_bytes = (end - begin) // n_rows
-        parts = []
-        for first, last in _runs(rows):
-            self._stream.seek(self._data_start + begin + first * n_bytes)
-            parts.append(self._stream.read((last - first) * n_bytes))
-        return _doubles(b"".join(parts), row["dtype"], len(rows))
+        start = self._data_start + begin
+        return _read(self._stream, start, (end - begin) // n_rows, rows, row["dtype"])
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        at = ref.start - self._data_start
+        spans = (
+            (row["data_offsets"], row["dtype"])
+            for name, row in self._header.items()
+            if name != "__metadata__"
+        )
+        dtype = next(str(dtype) for (begin, end), dtype in spans if begin <= at < end)
+        return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, dtype)
 
 
 class _Pickled:
     """A file of ``torch.save``, as torch itself reads it; the mapping is touched only where rows are taken."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, stream: BinaryIO) -> None:
         import pickle
 
         import torch
 
+        self._stream = stream
         try:
             self._tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError) as exc:
@@ -157,6 +171,20 @@ class _Pickled:
     def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         values: torch.Tensor = self._tensors[name].detach().reshape(n_rows, -1)[list(rows)].double()
         return values
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        if ref.name in self._tensors:
+            return self.rows(ref.name, rows, n_rows)
+        return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, ref.dtype)
+
+
+def _read(stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int], dtype: str) -> torch.Tensor:
+    """Return rows of so many bytes each, read at their places."""
+    parts = []
+    for first, last in _runs(rows):
+        stream.seek(start + first * n_bytes)
+        parts.append(stream.read((last - first) * n_bytes))
+    return _doubles(b"".join(parts), dtype, len(rows))
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
@@ -210,11 +238,11 @@ class _Site:
         """Return rows of the weight before the merge."""
         source, view = self.op.parts[0], self.op.view
         if not self.at:
-            return self.reader.rows(source.file, source.name, rows, view.n_rows)
+            return self.reader.source(source, rows, view.n_rows)
         (first, _), (top, _), (left, right) = self.at
         places = [divmod(row, self.rows_of_one) for row in rows]
         stored = [(first + matrix) * view.rows + top + row for matrix, row in places]
-        return self.reader.rows(source.file, source.name, stored, view.n_rows)[:, left:right]
+        return self.reader.source(source, stored, view.n_rows)[:, left:right]
 
     def inside(self, delta: DeltaSpec) -> tuple[_Site, list[int]]:
         """Return the same rows as a delta with a part of its own counts them, and which of them are its."""
@@ -271,8 +299,12 @@ def _sides(
     part = delta.part
     if "experts" in delta.options:
         expert, part = expert + (part[0][0] if part else 0), part[1:]
-    rank = ref_a.shape[0] // n_experts
-    a = site.reader.tensor(ref_a, range(expert * rank, (expert + 1) * rank))
+    rank = delta.shape("A")[0] // n_experts
+    turned = bool(delta.options.get("turned"))  # stored [in, r] and [r, out]
+    if turned:
+        a = site.reader.tensor(ref_a).T
+    else:
+        a = site.reader.tensor(ref_a, range(expert * rank, (expert + 1) * rank))
     if "E" in delta.tensors:
         a = a * site.reader.tensor(delta.tensors["E"])
     a = _on_diagonal(a, int(delta.options.get("blocks_A", 1)))
@@ -280,8 +312,9 @@ def _sides(
     a = a[:, slice(*inputs)] if inputs else a
     first = outputs[0] if outputs else 0
     blocks_b = int(delta.options.get("blocks_B", 1))
-    if blocks_b > 1 or delta.region.transposed:
-        b = _on_diagonal(site.reader.tensor(ref_b), blocks_b)
+    if blocks_b > 1 or delta.region.transposed or turned:
+        b = site.reader.tensor(ref_b)
+        b = _on_diagonal(b.T if turned else b, blocks_b)
         b = b[slice(*outputs)] if outputs else b
     else:
         b = site.reader.tensor(ref_b, [first + row for row in rows])

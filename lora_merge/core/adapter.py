@@ -66,8 +66,12 @@ class DeltaSpec:
     @property
     def rank(self) -> int:
         """Return r, the number of rows of A (of one expert's A, where experts are stacked); 0 without an A."""
-        a = self.tensors.get("A")
-        return a.shape[0] // int(self.options.get("experts", 1)) if a is not None else 0
+        return self.shape("A")[0] // int(self.options.get("experts", 1)) if "A" in self.tensors else 0
+
+    def shape(self, role: str) -> tuple[int, ...]:
+        """Return the shape of a factor as the formula has it: turned round where it is stored so (``turned``)."""
+        shape = self.tensors[role].shape
+        return shape[::-1] if self.options.get("turned") and role in {"A", "B"} else shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +80,9 @@ class Replacement:
 
     ref: TensorRef
 
-    why: Literal["module", "bias", "embedding", ""]
-    """What in the configuration explains it: ``modules_to_save``, ``bias``, an embedding saved along; or
-    nothing does."""
+    why: Literal["module", "bias", "embedding", "saved", ""]
+    """What explains it: ``modules_to_save``, ``bias``, an embedding saved along, a file or a kind of training that is
+    for whole parameters; or nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,9 @@ class Adapter:
 
     side_files: tuple[SideFile, ...] = ()
     """Tokenizer and template files that it carries; they win over the base's."""
+
+    trainer: str = ""
+    """Who wrote it, where that says what a target means: ``"ms-swift"``."""
 
     @property
     def kind(self) -> str:

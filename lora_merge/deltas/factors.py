@@ -34,12 +34,18 @@ class Factors:
     def of(self, spec: DeltaSpec) -> dict[str, torch.Tensor]:
         """Return the tensors of a delta by role.
 
+        Options:
+            turned: True where the factors are stored the other way round, A ``[in, r]`` and B ``[r, out]`` (MLX).
+            experts: how many are stacked; packing: ``"expert-major"`` where B has them one after the other.
+
         Shapes:
             A: ``[r, in]``, B: ``[out, r]``, magnitude: ``[out]``, cut to the part; of several experts
             A: ``[experts, r, in]``, B: ``[experts, out, r]``.
         """
         if "experts" not in spec.options:
             factors = {role: self._load(ref) for role, ref in spec.tensors.items()}
+            if spec.options.get("turned"):
+                factors |= {role: factors[role].T.contiguous() for role in ("A", "B")}
             return _cut(factors, spec.part) if spec.part else factors
         a, b = self._stack(spec)
         if spec.part:

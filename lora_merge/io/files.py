@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.errors import CheckpointError, WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import xxhash
 
@@ -239,6 +239,20 @@ def new_digest() -> xxhash.xxh3_128:
 def digest_text(digest: xxhash.xxh3_128) -> str:
     """Return a digest as it stands in records and manifests."""
     return f"xxh3_128:{digest.hexdigest()}"
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """Return the digest of one whole file, or of the digests of several.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    texts = [file_digest(path) for path in paths]
+    if len(texts) == 1:
+        return texts[0]
+    digest = new_digest()
+    digest.update("\n".join(texts).encode())
+    return digest_text(digest)
 
 
 def file_digest(path: Path) -> str:

@@ -39,7 +39,9 @@ def read_header(path: Path, name: str | None = None) -> WeightFile:
     with files.open_for_reading(path) as fd:
         size = os.fstat(fd).st_size
         table, data_start = _header_table(fd, size, label)
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise CheckpointError(label, "__metadata__", f"is {metadata!r}", "a table of strings")
     refs = [_parse_row(row_name, row, label, data_start) for row_name, row in table.items()]

@@ -17,6 +17,7 @@ from lora_merge.plan.fitting import Fitting
 from lora_merge.plan.initial import initial_issues, is_layered
 from lora_merge.plan.layered import layered_deltas
 from lora_merge.plan.model import Model
+from lora_merge.plan.origins import origin_issues
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
 from lora_merge.plan.placing import vocabulary_patch
 from lora_merge.plan.ties import Tie, find_tie, owner_name, untie_issue, untie_patch
@@ -73,6 +74,7 @@ class Draft:
         tie = self._model.tie = self._tie()
         for n, use in enumerate(self._uses):
             issues += initial_issues(use.adapter, self._request)
+            issues += origin_issues(use.adapter, self._base.config)
             layered: tuple[DeltaSpec, ...] = ()
             if is_layered(use.adapter, self._request):
                 layered, layer_issues = layered_deltas(use, self._model)

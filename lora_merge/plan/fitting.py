@@ -264,7 +264,7 @@ class Fitting:
 
     def _shape_issue(self, delta: DeltaSpec, shape: tuple[int, ...]) -> Issue:
         """Return the issue of factors that were made for a weight of another size."""
-        a, b = delta.tensors["A"].shape, delta.tensors["B"].shape
+        a, b = delta.shape("A"), delta.shape("B")
         transposed = delta.region.transposed or self._transposed(delta, shape)
         n_out, n_in = (shape[-1], shape[:-1]) if transposed else (shape[0], shape[1:])
         parts = []
@@ -325,7 +325,7 @@ def _misplaced(subject: str, exc: LayoutError) -> Issue:
 
 def _factor_shapes(delta: DeltaSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of A and B once blocks are laid out on their diagonals."""
-    a, b = delta.tensors["A"].shape, delta.tensors["B"].shape
+    a, b = delta.shape("A"), delta.shape("B")
     return (a[0], a[1] * int(delta.options.get("blocks_A", 1)), *a[2:]), b
 
 

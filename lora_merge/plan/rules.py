@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lora_merge.plan.names import Names
 
 
+_SWIFT_ADAPTS = frozenset({"Linear", "Conv1D", "Embedding", "Conv2d"})
+"""What ms-swift adapts of all that a regex matches (ms-swift 4.6.0, ``swift.tuners.lora_layers.dispatch_default``)."""
+
+
 def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     """Return every disagreement.
 
@@ -110,11 +114,14 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
     targeted = known.all_linear()
     sentence = "the config targets it, and the adapter has no tensors for it"
     hint = "the adapter file is incomplete; PEFT would leave the module as it is, with a warning"
+    by_swift = adapter.trainer == "ms-swift" and isinstance(rule.target_modules, str)
 
     def is_meant(module: str, own: str) -> bool:
         if names.has_siblings(own):
             return model.knows(f"{module}.weight")
         path = model.module(module)
+        if by_swift and known.classes.get(path) not in _SWIFT_ADAPTS:
+            return False
         return path in targeted if rule.all_linear else known.is_adaptable(path)
 
     absent = [own for module, own in candidates.items() if is_meant(module, own)]

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from lora_merge.adapters.swift import OTHER_TUNERS
 from lora_merge.cli import exits
 from lora_merge.core.kinds import DECOMPOSING, MUTATING_INITS, NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
+from tests import twins
 from tests.parity import building
 from tests.parity.kinds import KINDS, Kind
 from tests.tampering import edit_json, edit_tensors
@@ -26,6 +28,7 @@ LAYER = "base_model.model.model.layers.0"
 Q = f"{LAYER}.self_attn.q_proj"
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
 CONVOLUTION = "base_model.model.encoder.stages.0.layers.0.layer.1.convolution"
+MLX_Q = "model.layers.0.self_attn.q_proj"
 EXPERTS = "base_model.model.model.layers.0.mlp.experts"
 
 
@@ -46,6 +49,10 @@ class Case:
     weight: str = ""
     """What stands behind the adapter on the command line."""
     options: tuple[str, ...] = ()
+    format: str = ""
+    """The format that the adapter is turned into before it is changed; else PEFT's."""
+    beside: Callable[[Path], None] | None = None
+    """Puts files beside the adapter."""
 
 
 def drop(*names: str) -> Callable[[dict[str, Any]], None]:
@@ -110,6 +117,21 @@ def to_dtype(name: str, dtype: str) -> Callable[[dict[str, Any]], None]:
         tensors[name] = tensors[name].to(getattr(torch, dtype))
 
     return change
+
+
+def write_tensors(path: Path, name: str, *shape: int, value: float = 1.0) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({name: torch.full(shape, value)}, path)
+
+
+def write_extra_states(root: Path, keys: Any, name: str = "", *shape: int) -> None:
+    folder = root / "extra_states"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"extra_state_keys": keys}))
+    if name:
+        write_tensors(folder / "adapter_model.safetensors", name, *shape)
 
 
 def named(kind: str, name: str, config_class: str, model: str, **fields: Any) -> Kind:
@@ -265,16 +287,355 @@ CASES = [
         tensors=rename("base_model.model.model.", "base_model.model.language_model.model."),
     ),
     Case(
-        "tensors of an adapter with a name",
-        ("is of an adapter that has a name of its own",),
+        "an adapter's name in half of the names",
+        ("lora_B.weight: carries no adapter's name, and 4 other tensors carry 'mine'",),
         "unexpected-tensor",
         tensors=rename("lora_A.weight", "lora_A.mine.weight"),
     ),
     Case(
+        "two adapters in one file",
+        ("adapter_model.safetensors: holds tensors of 2 adapters, mine, yours; expected those of one",),
+        "several-adapters",
+        tensors=several(
+            rename("lora_A.weight", "lora_A.yours.weight"), rename("lora_B.weight", "lora_B.mine.weight")
+        ),
+    ),
+    Case(
         "a module spelled twice",
-        ("is a second lora_A of its module",),
+        (f"is in the file a second time, under another spelling of {Q}.lora_A.weight",),
         "duplicate-tensor",
         tensors=add(f"{Q}.lora_A.default.weight", 4, 64),
+    ),
+    Case(
+        "a module spelled twice, once as torch.compile has it",
+        ("is in the file a second time",),
+        "duplicate-tensor",
+        tensors=add(f"base_model.model._orig_mod.{Q.removeprefix('base_model.model.')}.lora_A.weight", 4, 64),
+    ),
+    Case(
+        "a factor spelled with and without weight",
+        ("is a second lora_A of its module",),
+        "duplicate-tensor",
+        tensors=add(f"{Q}.lora_A", 4, 64),
+    ),
+    # ms-swift
+    *(
+        Case(
+            f"ms-swift's {kind}",
+            (f"swift_type: a {kind} adapter of ms-swift cannot be merged: {why}",),
+            "unsupported",
+            config={"swift_type": kind},
+            format="ms-swift",
+        )
+        for kind, why in OTHER_TUNERS.items()
+    ),
+    Case(
+        "a tuner of a later ms-swift",
+        ("swift_type: is 'WARP', which is no tuner of ms-swift 4",),
+        "unsupported",
+        config={"swift_type": "WARP"},
+        format="ms-swift",
+    ),
+    Case(
+        "factors of parts of a fused layer",
+        ("use_merged_linear: its factors belong to parts of a fused layer",),
+        "unsupported",
+        config={"use_merged_linear": True, "enable_lora": [True, False]},
+        format="ms-swift",
+    ),
+    Case(
+        "QA-LoRA of ms-swift",
+        ("use_qa_lora: a QA-LoRA delta belongs to a quantised weight",),
+        "unsupported",
+        config={"use_qa_lora": True},
+        format="ms-swift",
+    ),
+    Case(
+        "patterns of ms-swift",
+        ("alpha_pattern: is set, and ms-swift finds a module's entry by another rule than PEFT",),
+        "unsupported",
+        config={"alpha_pattern": {"q_proj": 6}},
+        format="ms-swift",
+    ),
+    Case(
+        "a field of a later ms-swift",
+        ("warp_drive: is 2, and PEFT 0.21 knows no such field",),
+        "unknown-field",
+        beside=lambda root: (root / "additional_config.json").write_text(
+            '{"lora_dtype": null, "warp_drive": 2}'
+        ),
+    ),
+    Case(
+        "vision weights of another model",
+        ("vision: the adapter changes it, the base has no vision.weight",),
+        "unmatched-module",
+        beside=lambda root: write_tensors(root / "vit.safetensors", "base_model.model.vision.weight", 4, 64),
+    ),
+    Case(
+        "vision weights by a half",
+        ("norm.weight: replaces a whole parameter, which cannot be done by 0.5",),
+        "weighted-replacement",
+        beside=lambda root: write_tensors(
+            root / "vit.safetensors", "base_model.model.model.norm.weight", 64, value=2.0
+        ),
+        weight=":0.5",
+    ),
+    Case(
+        "vision weights that are none",
+        ("lora_A.weight: is no whole parameter, and stands in vit.safetensors",),
+        "unexpected-tensor",
+        beside=lambda root: write_tensors(root / "vit.safetensors", f"{Q}.lora_A.weight", 4, 64),
+    ),
+    Case(
+        "a parameter in the adapter and beside it",
+        ("lm_head.weight: stands in adapter_model.safetensors and in a file beside it",),
+        "duplicate-tensor",
+        config={"modules_to_save": ["lm_head"]},
+        tensors=add(f"{HEAD}.weight", 96, 64),
+        beside=lambda root: write_tensors(root / "vit.safetensors", f"{HEAD}.weight", 96, 64),
+    ),
+    Case(
+        "vision weights that diverged",
+        ("norm.weight: holds 64 values that are NaN or infinite",),
+        "non-finite",
+        beside=lambda root: write_tensors(
+            root / "vit.safetensors", "base_model.model.model.norm.weight", 64, value=float("nan")
+        ),
+    ),
+    Case(
+        "extra states that nobody asked for",
+        ("lm_head.weight: is an extra state that extra_state_keys does not match",),
+        "unexpected-tensor",
+        beside=lambda root: write_extra_states(root, [r"model\.norm\..*"], "lm_head.weight", 96, 64),
+    ),
+    Case(
+        "extra states of no regex",
+        ("extra_state_keys: is 'lm_head', expected a list of regular expressions",),
+        "bad-field",
+        beside=lambda root: write_extra_states(root, "lm_head", "lm_head.weight", 96, 64),
+    ),
+    Case(
+        "extra states that are not there",
+        ("names extra states, and extra_states/adapter_model.safetensors is not there",),
+        "missing-module",
+        beside=lambda root: write_extra_states(root, ["lm_head.*"]),
+    ),
+    # mlx-lm
+    Case(
+        "MLX without a scale",
+        ("lora_parameters.scale: is missing, expected a number",),
+        "bad-field",
+        config={"lora_parameters": {"rank": 4}},
+        format="mlx",
+    ),
+    Case(
+        "MLX with a scale that is no number",
+        ("lora_parameters.scale: is '20', expected a number",),
+        "bad-field",
+        config={"lora_parameters": {"rank": 4, "scale": "20"}},
+        format="mlx",
+    ),
+    Case(
+        "MLX with an alpha that two versions read differently",
+        ("lora_parameters.alpha: is 16: the first versions of mlx-lm multiply scale by alpha/rank",),
+        "bad-field",
+        config={"lora_parameters": {"rank": 4, "scale": 10.0, "alpha": 16}},
+        format="mlx",
+    ),
+    Case(
+        "MLX without its parameters",
+        ("lora_parameters: is None, expected a table of rank, scale and keys",),
+        "bad-field",
+        config={"lora_parameters": None},
+        format="mlx",
+    ),
+    Case(
+        "MLX with keys that are no names",
+        ("lora_parameters.keys: is 'q_proj', expected a list of names",),
+        "bad-field",
+        config={"lora_parameters": {"rank": 4, "scale": 1.5, "keys": "q_proj"}},
+        format="mlx",
+    ),
+    Case(
+        "MLX without a number of layers",
+        ("num_layers: is None, expected a whole number",),
+        "bad-field",
+        config={"num_layers": ...},
+        format="mlx",
+    ),
+    Case(
+        "MLX with tensors in more layers than were trained",
+        ("num_layers: is 1, and the adapter has tensors in 2 layers",),
+        "unmatched-target",
+        config={"num_layers": 1},
+        format="mlx",
+    ),
+    Case(
+        "MLX that lost a layer",
+        ("layers.0.mlp.down_proj: the config targets it, and the adapter has no tensors for it",),
+        "missing-module",
+        format="mlx",
+        tensors=drop_all("layers.0."),
+    ),
+    Case(
+        "MLX that lost its last layer",
+        ("the config targets it, and the adapter has no tensors for it",),
+        "missing-module",
+        config={"num_layers": 0},
+        format="mlx",
+        tensors=drop_all("layers.1."),
+    ),
+    Case(
+        "MLX that lost a module",
+        ("layers.1.mlp.down_proj: the config targets it, and the adapter has no tensors for it",),
+        "missing-module",
+        format="mlx",
+        tensors=drop_all("layers.1.mlp.down_proj"),
+    ),
+    Case(
+        "MLX with a module that no key names",
+        ("down_proj: the adapter has tensors for it, and lora_parameters.keys does not name it",),
+        "unexpected-tensor",
+        config={"lora_parameters": {"rank": 4, "scale": 1.5, "keys": ["self_attn.q_proj"]}},
+        format="mlx",
+    ),
+    Case(
+        "MLX with a key that matches nothing",
+        ("lora_parameters.keys: the entry 'self_attn.wqkv' matches none of the adapter's 4 modules",),
+        "unmatched-target",
+        config={
+            "lora_parameters": {
+                "rank": 4,
+                "scale": 1.5,
+                "keys": ["self_attn.q_proj", "mlp.down_proj", "self_attn.wqkv"],
+            }
+        },
+        format="mlx",
+    ),
+    Case(
+        "MLX with another rank",
+        ("has rank 4, the config says 8 (lora_parameters.rank)",),
+        "rank-mismatch",
+        config={"lora_parameters": {"rank": 8, "scale": 1.5}},
+        format="mlx",
+    ),
+    Case(
+        "MLX factors of two ranks",
+        ("lora_a is (64, 4), lora_b is (3, 64), expected (in, r) and (r, out)",),
+        "bad-shape",
+        format="mlx",
+        tensors=reshape(f"{MLX_Q}.lora_b", 3, 64),
+    ),
+    Case(
+        "MLX factors of a pruned model",
+        ("q_proj: lora_B is (48, 4), the base needs (64, 4)", "perhaps pruned"),
+        "shape-mismatch",
+        format="mlx",
+        tensors=reshape(f"{MLX_Q}.lora_b", 4, 48),
+    ),
+    Case(
+        "MLX factors of integers",
+        ("lora_a: is stored as I64, expected BF16, F16 or F32",),
+        "bad-dtype",
+        format="mlx",
+        tensors=to_dtype(f"{MLX_Q}.lora_a", "int64"),
+    ),
+    Case(
+        "MLX without an a",
+        ("q_proj: has lora_b and no lora_a",),
+        "missing-A",
+        format="mlx",
+        tensors=drop(f"{MLX_Q}.lora_a"),
+    ),
+    Case(
+        "MLX without a b",
+        ("q_proj: has lora_a and no lora_b",),
+        "missing-B",
+        format="mlx",
+        tensors=drop(f"{MLX_Q}.lora_b"),
+    ),
+    Case(
+        "MLX with NaN",
+        ("lora_b: holds 1 values that are NaN",),
+        "non-finite",
+        format="mlx",
+        tensors=fill(f"{MLX_Q}.lora_b", float("nan")),
+    ),
+    Case(
+        "MLX DoRA without lengths",
+        ("_proj: has no m, and fine_tune_type is 'dora'",),
+        "missing-magnitude",
+        config={"fine_tune_type": "dora"},
+        format="mlx",
+    ),
+    Case(
+        "MLX lengths without DoRA",
+        ("q_proj: has DoRA's m, and fine_tune_type is not 'dora'",),
+        "unexpected-tensor",
+        format="mlx",
+        tensors=add(f"{MLX_Q}.m", 64),
+    ),
+    Case(
+        "MLX with a tensor of no kind",
+        ("something.else: is no tensor of an mlx-lm LoRA",),
+        "unexpected-tensor",
+        format="mlx",
+        tensors=add("something.else", 2, 2),
+    ),
+    Case(
+        "MLX factors as whole parameters",
+        ("lora_a: is a factor, and fine_tune_type is 'full'",),
+        "unexpected-tensor",
+        config={"fine_tune_type": "full"},
+        format="mlx",
+    ),
+    Case(
+        "MLX with a kind of training of a later version",
+        ("fine_tune_type: is 'warp', expected 'lora', 'dora' or 'full'",),
+        "unsupported",
+        config={"fine_tune_type": "warp"},
+        format="mlx",
+    ),
+    Case(
+        "MLX experts whose storage is not known",
+        (
+            "mlp.experts.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",
+        ),
+        "unsupported",
+        config={"lora_parameters": {"rank": 4, "scale": 1.5}},
+        format="mlx",
+        tensors=several(
+            add("model.layers.0.mlp.experts.up_proj.lora_a", 2, 4, 64),
+            add("model.layers.0.mlp.experts.up_proj.lora_b", 2, 80, 4),
+        ),
+    ),
+    Case(
+        "MLX DoRA on experts",
+        ("mlp.switch_mlp.up_proj: is DoRA on stacked experts, which mlx-lm does not have",),
+        "unsupported",
+        config={"lora_parameters": {"rank": 4, "scale": 1.5}, "fine_tune_type": "dora"},
+        format="mlx",
+        tensors=several(
+            add("model.layers.0.mlp.switch_mlp.up_proj.lora_a", 2, 4, 64),
+            add("model.layers.0.mlp.switch_mlp.up_proj.lora_b", 2, 80, 4),
+            add("model.layers.0.mlp.switch_mlp.up_proj.m", 2, 80),
+        ),
+    ),
+    Case(
+        "MLX on a family whose matrices it changes",
+        ("model_type: is 'falcon_h1', and mlx-lm multiplies the weights by the config's multipliers",),
+        "unsupported",
+        format="mlx",
+        base_config={"model_type": "falcon_h1"},
+    ),
+    Case(
+        "MLX norms of a family to whose norms it adds 1",
+        ("norm.weight: was trained in mlx-lm, which adds 1 to the norms of this family",),
+        "unsupported",
+        config={"fine_tune_type": "full"},
+        format="mlx",
+        tensors=several(drop_all("lora_"), add("model.norm.weight", 64)),
+        base_config={"model_type": "qwen3_next"},
     ),
     # 4. sizes
     Case(
@@ -1075,9 +1436,13 @@ def inputs(workshop, pico, pico_adapter, tampered):
         edit_json(base / "config.json", **case.base_config)
         if case.base_tensors:
             edit_tensors(base / "model.safetensors", case.base_tensors)
+        if case.format:
+            twins.replace_by(adapter, case.format)
         edit_json(adapter / "adapter_config.json", **case.config)
         if case.tensors:
-            edit_tensors(adapter / "adapter_model.safetensors", case.tensors)
+            edit_tensors(adapter / twins.WEIGHTS.get(case.format, "adapter_model.safetensors"), case.tensors)
+        if case.beside:
+            case.beside(adapter)
         return base, adapter
 
     return make
@@ -1099,12 +1464,13 @@ def test_a_disagreement_is_refused_with_its_own_sentence(case, inputs, cli, tmp_
 
 
 def test_what_the_cases_change_is_what_they_are_refused_for(inputs, cli, tmp_path):
-    for number, (kind, family) in enumerate(sorted({(case.kind, case.family) for case in CASES})):
+    what = sorted({(case.kind, case.family, case.format) for case in CASES})
+    for number, (kind, family, adapter_format) in enumerate(what):
         if kind in OTHER_KINDS:
             continue
         at = tmp_path / str(number)
         at.mkdir()
-        base, adapter = inputs(Case("unchanged", (), "", kind=kind, family=family))
+        base, adapter = inputs(Case("unchanged", (), "", kind=kind, family=family, format=adapter_format))
         result = cli("--base", base, "--adapter", adapter, "--out", at / "out", "--no-verify")
         assert result.exit_code == exits.OK, result.stderr
         for copied in (base, adapter):

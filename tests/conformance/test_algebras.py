@@ -131,6 +131,20 @@ def low_rank(*, transposed=False, scale=SCALE, n_out=N_OUT, stored="F32", rounde
     return Sample(spec, factors, View.of(shape), exact, stored)
 
 
+def turned_factors():
+    """Return W + s · (A B)ᵀ, whose factors are stored as mlx-lm stores them."""
+    factors = {"A": drawn(N_IN, RANK), "B": drawn(RANK, N_OUT, seed=3)}
+
+    def exact(weight, _base):
+        return plus(
+            with_zero_error(weight), product(factors["B"].double().T, factors["A"].double().T, SCALE, RANK)
+        )
+
+    return Sample(
+        spec_of("low_rank", factors, options={"turned": True}), factors, View.of((N_OUT, N_IN)), exact
+    )
+
+
 def convolution():
     """Return W + s · B A of a two-dimensional convolution, whose B has a kernel of one."""
     factors = {"A": drawn(RANK, 8, 3, 3), "B": drawn(N_OUT, RANK, 1, 1, seed=3)}
@@ -291,6 +305,7 @@ MAKERS: dict[str, Callable[[Any], Sample]] = {
     "low_rank, singular values": lambda _: low_rank(e=True),
     "low_rank, A in blocks": lambda _: low_rank(blocks="A"),
     "low_rank, B in blocks": lambda _: low_rank(blocks="B"),
+    "low_rank, factors turned round": lambda _: turned_factors(),
     "low_rank, convolution": lambda _: convolution(),
     "stacked": lambda _: stacked(transposed=False),
     "stacked, transposed": lambda _: stacked(transposed=True),

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
-from lora_merge.adapters import FORMATS, read
+from lora_merge.adapters import FORMATS, LOOKED_FOR, WEIGHTS, read
 from lora_merge.core.tensor import nbytes_of
 from lora_merge.deltas import ALGEBRAS
-from lora_merge.errors import UnknownFormatError
-from tests.tampering import edit_tensors
+from lora_merge.errors import ResolveError, UnknownFormatError
+from tests import twins
+from tests.tampering import edit_json, edit_tensors
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 
 @pytest.fixture
-def sample(pico, pico_adapter):
-    """Return a function: name of a format → directory of an adapter in it."""
-    makers = {"peft": lambda: pico_adapter(pico())}
-    return lambda name: makers[name]()
+def sample(pico, pico_adapter, tmp_path_factory):
+    """Return a function: name of a format → directory of an adapter in it, the same one each time."""
+    made = {"peft": pico_adapter(pico())}
+    makers = {"ms-swift": twins.swift, "mlx": twins.mlx}
+
+    def make(name):
+        if name not in made:
+            made[name] = makers[name](made["peft"], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
+
+
+def test_every_format_says_what_it_looks_for():
+    assert set(FORMATS) == set(LOOKED_FOR) == set(WEIGHTS)
 
 
 @every_format
@@ -34,8 +48,72 @@ def test_a_format_leaves_what_it_does_not_know_to_others(name, sample, tmp_path)
     assert FORMATS[name](tmp_path) is None
     (tmp_path / "adapter.txt").write_text("weights")
     assert FORMATS[name](tmp_path) is None
-    with pytest.raises(UnknownFormatError, match=r"adapter\.txt"):
+    with pytest.raises(UnknownFormatError, match=r"adapter\.txt") as caught:
         read(tmp_path)
+    assert LOOKED_FOR[name] in str(caught.value)
+
+
+@every_format
+def test_no_two_formats_claim_one_directory(name, sample):
+    assert [other for other, reader in FORMATS.items() if reader(sample(name)) is not None] == [name]
+
+
+@every_format
+def test_the_configuration_decides_where_the_weights_of_several_formats_lie(name, sample, tampered):
+    root = tampered(sample(name))
+    for other in sorted(set(WEIGHTS.values()) - {WEIGHTS[name]}):
+        (root / other).write_bytes((root / WEIGHTS[name]).read_bytes())
+        adapter = read(root)
+        assert adapter.format == name
+        assert [(issue.code, issue.subject) for issue in adapter.issues] == [("other-weights", other)]
+
+
+@every_format
+def test_an_adapter_is_found_in_the_only_subfolder_that_holds_one(name, sample, tmp_path):
+    root = tmp_path / "output"
+    shutil.copytree(sample(name), root / "mine")
+    (root / "logs").mkdir()
+    (root / "tokenizer.json").write_text("{}")
+    adapter = read(root)
+    alone = FORMATS[name](root / "mine")
+    assert adapter.deltas == alone.deltas
+    assert adapter.root == str(root / "mine")
+    assert [file.name for file in adapter.side_files] == ["tokenizer.json"]
+    assert [str(issue) for issue in adapter.issues] == [
+        f"{root}: holds no adapter itself; the one in its subfolder mine was taken"
+    ]
+
+
+@every_format
+def test_several_subfolders_with_an_adapter_are_listed(name, sample, tmp_path):
+    for folder in ("two", "one"):
+        shutil.copytree(sample(name), tmp_path / folder)
+    with pytest.raises(ResolveError, match="holds 2 adapters, one, two; expected one") as caught:
+        read(tmp_path)
+    assert caught.value.hint == f"name one of them: --adapter {tmp_path / 'one'}"
+
+
+def test_a_subfolder_whose_files_are_no_adapter_is_named(tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnknownFormatError, match=r"half: not an adapter: found adapter_config\.json"):
+        read(tmp_path)
+
+
+def test_a_broken_adapter_is_not_replaced_by_one_in_a_subfolder(sample, tampered, tmp_path):
+    root = tampered(sample("peft"))
+    shutil.copytree(sample("peft"), root / "checkpoint-10")
+    (root / "adapter_model.safetensors").unlink()
+    with pytest.raises(UnknownFormatError, match="tampered: not an adapter"):
+        read(root)
+
+
+def test_a_config_without_a_type_is_pefts_unless_it_has_the_fields_of_another(sample, tampered):
+    root = tampered(sample("peft"))
+    edit_json(root / "adapter_config.json", peft_type=...)
+    assert FORMATS["peft"](root).format == "peft"
+    edit_json(root / "adapter_config.json", lora_parameters={"rank": 4})
+    assert FORMATS["peft"](root) is None
 
 
 @every_format
@@ -63,5 +141,5 @@ def test_the_digest_tells_two_adapters_apart(name, sample, tampered):
         first = min(tensors)
         tensors[first] = -tensors[first]
 
-    edit_tensors(next(root.glob("*.safetensors")), negate_one)
+    edit_tensors(root / WEIGHTS[name], negate_one)
     assert FORMATS[name](root).digest != before

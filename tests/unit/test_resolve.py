@@ -213,7 +213,7 @@ def test_a_directory_that_is_no_adapter_says_what_it_holds(pico, cli, tmp_path):
 
     assert result.exit_code == exits.RESOLVE
     assert "not an adapter: found" in result.stderr
-    assert "expected adapter_config.json and adapter_model.safetensors" in result.stderr
+    assert "expected adapter_config.json with adapter_model.safetensors (PEFT) or" in result.stderr
 
 
 def test_an_adapter_without_tensors_is_refused(pico, pico_adapter, tampered, cli, tmp_path):
@@ -276,3 +276,16 @@ def test_the_config_may_leave_fields_to_their_defaults(pico, pico_adapter, tampe
     result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.exit_code == exits.OK, result.stderr
+
+
+def test_a_header_whose_metadata_are_null_is_read_as_mlx_writes_it(
+    pico, pico_adapter, tampered, cli, tmp_path
+):
+    adapter = tampered(pico_adapter(pico()), "adapter")
+
+    def null(table):
+        table["__metadata__"] = None
+
+    rewrite_header(adapter / "adapter_model.safetensors", null)
+    result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out", "--verify", "full")
+    assert result.exit_code == exits.OK, result.output

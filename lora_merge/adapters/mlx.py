@@ -1,0 +1,342 @@
+"""mlx-lm's adapters: ``adapter_config.json`` and ``adapters.safetensors``.
+
+The factors lie the other way round than PEFT's, and the scale is written out. What is handed on has PEFT's fields:
+the last ``num_layers`` layers become ``layers_to_transform``, the keys ``target_modules``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.adapters.values import non_finite
+from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement
+from lora_merge.core.checkpoint import INPUT_NAMES
+from lora_merge.core.report import Issue, error
+from lora_merge.core.scaling import number
+from lora_merge.core.targets import TargetError
+from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
+from lora_merge.io.files import file_digest, read_json
+from lora_merge.io.safetensors import read_header
+from lora_merge.io.side_files import adapter_side_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapters.safetensors"
+
+_LEAVES = frozenset({"lora_a", "lora_b", "m"})
+
+_LAYER = re.compile(r"(?:.+?\.)?(?P<index>\d+)\.(?P<key>.+)")
+"""A module of a layer: ``model.layers.3.self_attn.q_proj``."""
+
+_STACK = ".switch_mlp."
+"""What mlx-lm calls the experts that Hugging Face stores one by one."""
+
+_MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""Names of an expert's projections under ``block_sparse_moe`` (mlx-lm 0.32, ``mixtral``, ``phimoe``, ``minimax``)."""
+
+Group = Mapping[str, TensorRef]
+
+
+def read_mlx(root: Path) -> Adapter | None:
+    """Return an adapter of mlx-lm, or None when the directory holds none.
+
+    Raises:
+        ResolveError: its files are broken.
+
+    Reference:
+        ``mlx_lm.tuner.utils.load_adapters`` (mlx-lm 0.32.2).
+    """
+    if not ((root / CONFIG_FILE).is_file() and (root / WEIGHTS_FILE).is_file()):
+        return None
+    config = read_json(root / CONFIG_FILE)
+    if config.keys() & {"peft_type", "swift_type"}:
+        return None
+    refs = read_header(root / WEIGHTS_FILE).tensors
+    issues = non_finite(refs) if refs else [error("empty", WEIGHTS_FILE, "holds no tensors")]
+    kind = _kind(config)
+    content: dict[str, Any] = {"config": {"peft_type": "FULL"}}
+    try:
+        if kind == "full":
+            content |= {"replacements": _whole(refs, issues)}
+        elif kind in {"lora", "dora"}:
+            content = _Reading(config, refs, issues, dora=kind == "dora").content()
+        else:
+            sentence = f"is {kind!r}, expected 'lora', 'dora' or 'full'"
+            issues.append(error("unsupported", "fine_tune_type", sentence, "a newer lora-merge may know it"))
+    except TargetError as exc:
+        issues.append(error("bad-field", exc.field, exc.sentence))
+    kept = {
+        name: config[name] for name in ("fine_tune_type", "lora_parameters", "num_layers") if name in config
+    }
+    content["config"] |= kept | {"base_model_name_or_path": config.get("model")}
+    return Adapter(
+        root=str(root),
+        format="mlx",
+        digest=file_digest(root / WEIGHTS_FILE),
+        side_files=adapter_side_files(root),
+        issues=tuple(issues),
+        **({"deltas": (), "modules": frozenset()} | content),
+    )
+
+
+def _kind(config: Mapping[str, Any]) -> object:
+    """Return the kind of training; before there was a field for it, DoRA was a switch."""
+    return config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
+
+
+def _whole(refs: Iterable[TensorRef], issues: list[Issue]) -> dict[str, Replacement]:
+    """Return the parameters of a full training of some layers."""
+    found: dict[str, Replacement] = {}
+    for ref in refs:
+        module, _, parameter = ref.name.rpartition(".")
+        if parameter in _LEAVES and parameter != "m":
+            sentence = "is a factor, and fine_tune_type is 'full'"
+            hint = "the config does not belong to these tensors"
+            issues.append(error("unexpected-tensor", ref.name, sentence, hint))
+        elif _STACK in ref.name and len(ref.shape) > 1:
+            for n, path in enumerate(_experts(module, ref.shape[0])):
+                found[f"{path}.{parameter}"] = Replacement(_slice(ref, n), "saved")
+        else:
+            found[ref.name] = Replacement(ref, "saved")
+    return found
+
+
+class _Reading:
+    """One adapter of factors; what is wrong goes into a list of issues."""
+
+    def __init__(
+        self, config: Mapping[str, Any], refs: Iterable[TensorRef], issues: list[Issue], *, dora: bool
+    ) -> None:
+        self._issues, self._dora = issues, dora
+        settings = config.get("lora_parameters")
+        if not isinstance(settings, dict):
+            raise TargetError("lora_parameters", f"is {settings!r}, expected a table of rank, scale and keys")
+        self._scale, self._rank = _scale(settings), _required(settings, "rank")
+        self._keys = _keys(settings)
+        self._n_layers = _n_layers(config)
+        self._groups = self._sorted(refs)
+        self._targets: dict[str, None] = {}
+        self._layers: set[int] = set()
+
+    def content(self) -> dict[str, Any]:
+        """Return the fields of `Adapter`, PEFT's configuration among them."""
+        deltas = [delta for module, group in self._groups.items() for delta in self._deltas(module, group)]
+        if deltas:
+            self._unmatched()
+        config = {
+            "peft_type": "LORA",
+            "r": self._rank,
+            "use_dora": self._dora,
+            "target_modules": list(self._targets),
+            "layers_to_transform": self._last_layers(),
+            # mlx-lm reads an embedding's factors at both ends of a tie
+            "ensure_weight_tying": any(_is_embedding(module) for module in self._groups),
+        }
+        return {
+            "config": config,
+            "deltas": tuple(deltas),
+            "modules": frozenset(delta.module for delta in deltas),
+        }
+
+    def _sorted(self, refs: Iterable[TensorRef]) -> dict[str, dict[str, TensorRef]]:
+        """Return the tensors by module and leaf."""
+        groups: dict[str, dict[str, TensorRef]] = {}
+        for ref in refs:
+            module, _, leaf = ref.name.rpartition(".")
+            if leaf not in _LEAVES or not module:
+                hint = "mlx-lm would refuse it too; fine_tune_type 'full' is for whole parameters"
+                self._issues.append(
+                    error("unexpected-tensor", ref.name, "is no tensor of an mlx-lm LoRA", hint)
+                )
+            else:
+                groups.setdefault(module, {})[leaf] = ref
+        return groups
+
+    def _deltas(self, module: str, group: Group) -> list[DeltaSpec]:
+        """Return what one group of tensors changes; nothing where they cannot be multiplied."""
+        problem = self._stray(module, group) or self._misfit(module, group)
+        if problem is not None:
+            self._issues.append(problem)
+            return []
+        a, b = group["lora_a"], group["lora_b"]
+        paths = _experts(module, a.shape[0]) if len(a.shape) == 3 else [module]
+        self._note_target(module, paths)
+        if len(a.shape) == 3:
+            return [
+                DeltaSpec("low_rank", f"{path}.weight", {"A": _slice(a, n), "B": _slice(b, n)}, self._scale)
+                for n, path in enumerate(paths)
+            ]
+        kind, lengths = ("dora", {"magnitude": group["m"]}) if self._dora else ("low_rank", {})
+        if _is_embedding(module):
+            return [DeltaSpec(kind, f"{module}.weight", {"A": b, "B": a, **lengths}, self._scale)]
+        factors = {"A": a, "B": b, **lengths}
+        return [DeltaSpec(kind, f"{module}.weight", factors, self._scale, options={"turned": True})]
+
+    def _stray(self, module: str, group: Group) -> Issue | None:
+        """Return what is there, or not there, against the configuration."""
+        for have, lack in (("lora_a", "lora_b"), ("lora_b", "lora_a")):
+            if lack not in group:
+                code = "missing-A" if lack == "lora_a" else "missing-B"
+                what = f"has {have} and no {lack}" if have in group else f"has no {lack}"
+                return error(code, module, what, "the adapter file is incomplete")
+        if self._dora and "m" not in group:
+            return error(
+                "missing-magnitude",
+                module,
+                "has no m, and fine_tune_type is 'dora'",
+                "the adapter file is incomplete",
+            )
+        hint = "the config is not the one of training"
+        if not self._dora and "m" in group:
+            return error("unexpected-tensor", module, "has DoRA's m, and fine_tune_type is not 'dora'", hint)
+        layer = _LAYER.fullmatch(module)
+        named = (
+            module in self._keys or (layer is not None and layer["key"] in self._keys)
+            if self._keys
+            else layer is not None
+        )
+        if not named:
+            sentence = "the adapter has tensors for it, and lora_parameters.keys does not name it"
+            return error("unexpected-tensor", module, sentence, hint)
+        return None
+
+    def _misfit(self, module: str, group: Group) -> Issue | None:
+        """Return what keeps the factors of a module from being multiplied."""
+        a, b = group["lora_a"].shape, group["lora_b"].shape
+        for ref in group.values():
+            if ref.dtype not in TORCH_NAMES:
+                return error("bad-dtype", ref.name, f"is stored as {ref.dtype}, expected BF16, F16 or F32")
+        rank = a[1] if len(a) > 1 else 0
+        flat = len(a) == len(b) == 2 and b[0] == rank
+        stacked = len(a) == len(b) == 3 and a[0] == b[0] and b[2] == rank
+        shapes = f"lora_a is {shape_text(a)}, lora_b is {shape_text(b)}"
+        if not (flat or stacked) or rank == 0:
+            wanted = "(in, r) and (r, out), or (experts, r, in) and (experts, out, r), of one rank r > 0"
+            return error("bad-shape", module, f"{shapes}, expected {wanted}")
+        if rank != self._rank:
+            sentence = f"has rank {rank}, the config says {self._rank:g} (lora_parameters.rank)"
+            return error("rank-mismatch", module, sentence, "the config does not belong to these tensors")
+        if stacked and self._dora:
+            return error("unsupported", module, "is DoRA on stacked experts, which mlx-lm does not have")
+        if stacked and _STACK not in module:
+            sentence = f"{shapes}: how this model stores its experts is not known"
+            hint = "fuse it with mlx_lm.fuse; experts are known where mlx-lm calls them switch_mlp"
+            return error("unsupported", module, sentence, hint)
+        return None
+
+    def _note_target(self, module: str, paths: list[str]) -> None:
+        """Remember which entry of ``target_modules``, and which layer, a module stands for."""
+        layer = _LAYER.fullmatch(module)
+        if layer is None or module in self._keys:
+            self._targets |= dict.fromkeys(paths)
+            return
+        self._layers.add(int(layer["index"]))
+        start = layer.start("key")
+        self._targets |= dict.fromkeys(path[start:] for path in paths)
+
+    def _last_layers(self) -> list[int] | None:
+        """Return the numbers of the layers that were trained, or None for all: those up to the last with tensors."""
+        if not self._layers or self._n_layers <= 0:
+            return None
+        if len(self._layers) > self._n_layers:
+            sentence = f"is {self._n_layers}, and the adapter has tensors in {len(self._layers)} layers"
+            hint = "the config does not belong to these tensors"
+            self._issues.append(error("unmatched-target", "num_layers", sentence, hint))
+            return sorted(self._layers)
+        last = max(self._layers)
+        return list(range(max(0, last - self._n_layers + 1), last + 1))
+
+    def _unmatched(self) -> None:
+        """Note each entry of the keys that no module answers to."""
+        for key in self._keys:
+            if not any(module == key or module.endswith(f".{key}") for module in self._groups):
+                sentence = f"the entry {key!r} matches none of the adapter's {len(self._groups)} modules"
+                hint = "remove it from adapter_config.json if it was never trained"
+                self._issues.append(error("unmatched-target", "lora_parameters.keys", sentence, hint))
+
+
+def _scale(settings: Mapping[str, Any]) -> float:
+    """Return the scale, which is all of it.
+
+    Raises:
+        TargetError: it is no number, or old versions and new ones read the table differently.
+    """
+    scale = _required(settings, "scale")
+    alpha = settings.get("alpha")
+    if alpha is not None and alpha != settings.get("rank"):
+        sentence = f"is {alpha!r}: the first versions of mlx-lm multiply scale by alpha/rank, later ones ignore alpha"
+        raise TargetError(
+            "lora_parameters.alpha", f"{sentence}; write the scale that was trained with, and no alpha"
+        )
+    return scale
+
+
+def _required(settings: Mapping[str, Any], field: str) -> float:
+    """Return a number of ``lora_parameters``.
+
+    Raises:
+        TargetError: it is missing, or no number.
+    """
+    if field not in settings:
+        raise TargetError(f"lora_parameters.{field}", "is missing, expected a number")
+    try:
+        return number(settings, field, 0)
+    except TargetError as exc:
+        raise TargetError(f"lora_parameters.{field}", exc.sentence) from exc
+
+
+def _keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules that were chosen by name; empty when all linear layers were.
+
+    Raises:
+        TargetError: they are no names.
+    """
+    keys = settings.get("keys")
+    if keys is None:
+        return ()
+    if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
+        raise TargetError("lora_parameters.keys", f"is {keys!r}, expected a list of names")
+    return tuple(keys)
+
+
+def _n_layers(config: Mapping[str, Any]) -> int:
+    """Return how many layers, counted from the last, were trained; all when it is not positive.
+
+    Raises:
+        TargetError: it is missing, or no whole number.
+    """
+    value = config.get("num_layers", config.get("lora_layers"))
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TargetError("num_layers", f"is {value!r}, expected a whole number")
+    return value
+
+
+def _is_embedding(module: str) -> bool:
+    return module.rpartition(".")[2] in INPUT_NAMES
+
+
+def _experts(module: str, n_experts: int) -> list[str]:
+    """Return the paths under which Hugging Face stores the experts that mlx-lm stacks.
+
+    Example:
+        >>> _experts("model.layers.0.mlp.switch_mlp.up_proj", 2)
+        ['model.layers.0.mlp.experts.0.up_proj', 'model.layers.0.mlp.experts.1.up_proj']
+    """
+    block, _, projection = module.partition(_STACK)
+    if block.endswith("block_sparse_moe"):
+        projection = _MIXTRAL_NAMES.get(projection, projection)
+    return [f"{block}.experts.{n}.{projection}" for n in range(n_experts)]
+
+
+def _slice(ref: TensorRef, index: int) -> TensorRef:
+    """Return one entry of a stored tensor's first axis, which lies in the file in one piece."""
+    nbytes = ref.nbytes // ref.shape[0]
+    return replace(
+        ref, name=f"{ref.name}[{index}]", shape=ref.shape[1:], start=ref.start + index * nbytes, nbytes=nbytes
+    )

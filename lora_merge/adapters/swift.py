@@ -1,0 +1,125 @@
+"""ms-swift's own adapters: ``adapter_config.json`` with a ``swift_type``, as a ``SwiftModel`` saves them.
+
+Its LoRA is PEFT's with other names: without ``base_model.model.``, and with the adapter's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, assemble, read_tensors
+from lora_merge.adapters.spelling import canonical
+from lora_merge.core.adapter import Adapter
+from lora_merge.core.kinds import PREFIX
+from lora_merge.core.report import Issue, error
+from lora_merge.errors import CheckpointError
+from lora_merge.io.files import read_json
+from lora_merge.io.safetensors import read_header
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ARGUMENTS_FILE = "args.json"
+"""What the training was called with; it names the base."""
+
+OTHER_TUNERS: Mapping[str, str] = {
+    "ADAPTER": "its bottleneck layers have an activation in between, which no weight can hold",
+    "PROMPT": "it learns prompt vectors, which no weight can hold",
+    "SIDE": "it runs a second network beside the model, which no weight can hold",
+    "RESTUNING": "it runs a second network beside the model, which no weight can hold",
+    "longlora": "it was trained with attention over groups of tokens, and keeps embeddings and norms of its own",
+    "NEFTUNE": "it is noise in training, and leaves nothing to merge",
+    "LLAMAPRO": "it adds layers to the model",
+    "SCETuning": "it edits what flows between layers with an activation in between, which no weight can hold",
+    "part": "it runs a second copy of some modules in their place",
+    "REFT": "it edits hidden states at chosen tokens, which no weight can hold",
+}
+"""Values of ``swift_type`` that are no LoRA, and why they are not merged (ms-swift 4.6.0, ``swift.tuners.mapping``)."""
+
+_OWN_FIELDS = frozenset(
+    {"swift_type", "model_key_mapping", "has_additional_modules", "enable_lora", "group_size"}
+)
+"""Fields that PEFT does not have, and that change nothing where the fields below are not set."""
+
+_UNMERGEABLE = {
+    "use_merged_linear": "its factors belong to parts of a fused layer, which enable_lora chooses",
+    "use_qa_lora": "a QA-LoRA delta belongs to a quantised weight",
+}
+
+
+def read_swift(root: Path) -> Adapter | None:
+    """Return an adapter of ms-swift's own, or None when the directory holds none.
+
+    Raises:
+        ResolveError: its files are broken.
+
+    Reference:
+        ``swift.tuners.base.SwiftModel.save_pretrained`` and ``swift.tuners.lora.LoRAConfig`` (ms-swift 4.6.0).
+    """
+    if not (root / CONFIG_FILE).is_file():
+        return None
+    config = read_json(root / CONFIG_FILE)
+    if "swift_type" not in config:
+        return None
+    kind = config["swift_type"]
+    if kind != "LORA":
+        return _refused(root, config, kind)
+    if not (root / WEIGHTS_FILE).is_file():
+        hint = "ms-swift reads safetensors only; save the adapter with safe_serialization=True"
+        raise CheckpointError(str(root), "", f"has no {WEIGHTS_FILE}", hint=hint)
+    issues = [
+        error("unsupported", name, f"{why}: it has no merged form here", "merge it with ms-swift")
+        for name, why in _UNMERGEABLE.items()
+        if config.get(name)
+    ]
+    issues += _pattern_issues(config)
+    refs, spelling = canonical(
+        (
+            ref if ref.name.startswith(PREFIX) else replace(ref, name=f"{PREFIX}{ref.name}")
+            for ref in read_header(root / WEIGHTS_FILE).tensors
+        ),
+        WEIGHTS_FILE,
+    )
+    issues += spelling
+    plain = _as_peft(root, config)
+    return assemble(root / WEIGHTS_FILE, "ms-swift", plain, read_tensors(refs, plain, issues), issues)
+
+
+def _refused(root: Path, config: Mapping[str, Any], kind: object) -> Adapter:
+    """Return what is known of an adapter that is no LoRA: why it is not merged."""
+    sentence = f"is {kind!r}, which is no tuner of ms-swift 4"
+    if isinstance(kind, str) and kind in OTHER_TUNERS:
+        sentence = f"a {kind} adapter of ms-swift cannot be merged: {OTHER_TUNERS[kind]}"
+    issue = error("unsupported", "swift_type", sentence, "serve it with ms-swift")
+    return Adapter(
+        str(root), "ms-swift", {**config, "peft_type": str(kind)}, (), frozenset(), (issue,), digest=""
+    )
+
+
+def _pattern_issues(config: Mapping[str, Any]) -> list[Issue]:
+    """Return an issue for each pattern table: ms-swift looks both up under the first key of either that matches."""
+    sentence = "is set, and ms-swift finds a module's entry by another rule than PEFT"
+    hint = "convert the adapter with Swift.save_to_peft_format if the patterns mean what they mean to PEFT"
+    fields = ("rank_pattern", "alpha_pattern")
+    return [error("unsupported", name, sentence, hint) for name in fields if config.get(name)]
+
+
+def _as_peft(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return PEFT's configuration of a LoRA of ms-swift; the base is the one that the training was called with."""
+    plain = {name: value for name, value in config.items() if name not in _OWN_FIELDS | _UNMERGEABLE.keys()}
+    plain["peft_type"] = "LORA"
+    if not plain.get("base_model_name_or_path"):
+        plain["base_model_name_or_path"] = _trained_on(root)
+    return plain
+
+
+def _trained_on(root: Path) -> str | None:
+    """Return the base that the arguments of the training name."""
+    for folder in (root, root.parent):
+        if (folder / ARGUMENTS_FILE).is_file():
+            arguments = read_json(folder / ARGUMENTS_FILE)
+            named = arguments.get("model_dir") or arguments.get("model")
+            return named if isinstance(named, str) else None
+    return None
