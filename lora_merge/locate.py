@@ -119,24 +119,36 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
     return Place(text, root, repo, weights, _absent_issues(str(found), absent))
 
 
-def base_of(adapter: Place) -> tuple[Found, str]:
-    """Return the base that an adapter names, and as what.
+def locate_named_base(adapter: Place, access: Access, watch: Observer) -> Place:
+    """Return where the base is that an adapter names.
 
     Raises:
         ResolveError: it names none, or none that is here or on a hub.
         UnsupportedError: its name says that it is stored quantised.
     """
+    found, text = _named_base(adapter)
+    try:
+        return locate_base(found, text, access, watch)
+    except ResolveError as exc:
+        hint = f"{exc.hint}; or say where it is with --base DIRECTORY"
+        raise ResolveError(
+            f"{adapter.text}: its base model is {exc}", hint=hint.removeprefix("; or ")
+        ) from exc
+
+
+def _named_base(adapter: Place) -> tuple[Found, str]:
+    """Return the base that an adapter names, and as what."""
     named = _named_bases(adapter)
     if not named:
-        raise ResolveError(f"{adapter.root}: names no base model", hint="say which with --base")
+        raise ResolveError(f"{adapter.text}: names no base model", hint="say which with --base DIRECTORY")
     for name, _ in named:
         if Path(name).is_dir():
             return find(name, "base"), name
     source = next((source for _, source in named if source is not None), None)
     if source is None:
         raise ResolveError(
-            f"{adapter.root}: its base model is {named[0][0]}, and there is no such directory here",
-            hint="say where it is with --base",
+            f"{adapter.text}: its base model is {named[0][0]}, and there is no such directory here",
+            hint="say where it is with --base DIRECTORY",
         )
     _refuse_quantised(source)
     return source, str(source)

@@ -35,7 +35,7 @@ from lora_merge.errors import PlanError, RequestError, UnsupportedError, VerifyE
 from lora_merge.io import staging
 from lora_merge.io.files import read_json
 from lora_merge.io.hub import Access
-from lora_merge.locate import Place, base_of, find, locate_adapter, locate_base, moved_base
+from lora_merge.locate import Place, find, locate_adapter, locate_base, locate_named_base, moved_base
 from lora_merge.merge import Merger, one_torch_thread, pick_device, torch_loading
 from lora_merge.plan import make_plan, quantised_config, touches_embeddings
 from lora_merge.resolve import (
@@ -291,7 +291,10 @@ def _plan(request: Request, watch: Observer) -> _Planned:
     named_base = None if request.base is None else (find(request.base, "base"), request.base)
     found = [(find(text, "adapter"), text) for text, _ in chosen]
     places = tuple(locate_adapter(*one, access, watch) for one in found)
-    base_place = locate_base(*(named_base or base_of(places[0])), access, watch)
+    if named_base is not None:
+        base_place = locate_base(*named_base, access, watch)
+    else:
+        base_place = locate_named_base(places[0], access, watch)
     is_remote = base_place.repo is not None
     if is_remote:
         _refuse(quantised_config(read_json(base_place.root / CONFIG_FILE)))
