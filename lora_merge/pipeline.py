@@ -1,4 +1,4 @@
-"""resolve → plan → merge → verify → publish, on one page. The composition root.
+"""locate → resolve → plan → merge → verify → publish, on one page. The composition root.
 
 Only this module knows every stage; the stages do not know each other.
 """
@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lora_merge import executors
 from lora_merge._version import __version__
 from lora_merge.core.adapter import AdapterUse
+from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.plan import Copy, MergePlan, Step
 from lora_merge.core.provenance import Provenance
 from lora_merge.core.report import (
@@ -30,12 +31,14 @@ from lora_merge.core.report import (
     warning,
 )
 from lora_merge.core.request import Request, parse_adapter, parse_fields
-from lora_merge.errors import PlanError, RequestError, VerifyError, WriteError
+from lora_merge.errors import PlanError, RequestError, UnsupportedError, VerifyError, WriteError
 from lora_merge.io import staging
+from lora_merge.io.files import read_json
+from lora_merge.io.hub import Access
+from lora_merge.locate import Place, find, locate_adapter, locate_base, locate_named_base, moved_base
 from lora_merge.merge import Merger, one_torch_thread, pick_device, torch_loading
-from lora_merge.plan import make_plan, touches_embeddings
+from lora_merge.plan import make_plan, quantised_config, touches_embeddings
 from lora_merge.resolve import (
-    base_of,
     equal_embeddings,
     own_side_files,
     resolve_adapter,
@@ -74,14 +77,17 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     overwrite: bool = False,
     verify: VerifyLevel = "sample",
     strict: bool = False,
+    token: str | None = None,
+    offline: bool = False,
     observer: Observer | None = None,
 ) -> Report:
     """Merge an adapter into a base and write a checkpoint that loads without LoRA support.
 
     Args:
-        adapter: adapter directory, or several; each may have ``:WEIGHT`` behind it.
+        adapter: adapter directory or repo (``org/name``, ``org/name/folder@revision``, ``ms://org/name``), or
+            several; each may have ``:WEIGHT`` behind it.
         out: directory to create.
-        base: base checkpoint directory; default: the adapter's ``base_model_name_or_path``.
+        base: base checkpoint directory or repo; default: the adapter's ``base_model_name_or_path``.
         base_is: what the base is to an adapter whose initialisation changed it (PiSSA, OLoRA, CorDA, LoftQ,
             LoRA-GA): the model as published, or what that left of it.
         combine: how the changes of several adapters become one.
@@ -96,6 +102,8 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
         overwrite: replace an existing output, once the new one is whole.
         verify: how much of the output to check before it gets its name.
         strict: treat warnings as errors.
+        token: for private and gated repos of the Hub; default: ``HF_TOKEN``, or the login.
+        offline: take what is in the local cache, and ask no hub.
         observer: hears of phases and bytes.
 
     Raises:
@@ -105,12 +113,14 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     parsed = {
         "adapter": _texts(adapter), "base_is": base_is, "combine": combine, "density": density, "seed": seed,
         "dtype": dtype, "device": device, "workers": workers, "max_shard_size": max_shard_size, "verify": verify,
+        "token": token,
     }  # fmt: skip
     request = Request(
         out=str(out),
         base=None if base is None else str(base),
         overwrite=overwrite,
         strict=strict,
+        offline=offline,
         allow_untie=allow_untie,
         allow_svd=allow_svd,
         **parse_fields(parsed),
@@ -130,6 +140,8 @@ def plan(  # noqa: PLR0913 - as `merge`
     allow_svd: bool = False,
     dtype: OutputDtype | None = None,
     max_shard_size: str | int | None = None,
+    token: str | None = None,
+    offline: bool = False,
 ) -> MergePlan:
     """Return what `merge` would read, compute and write; writes nothing. The arguments are those of `merge`.
 
@@ -139,16 +151,17 @@ def plan(  # noqa: PLR0913 - as `merge`
     """
     parsed = {
         "adapter": _texts(adapter), "base_is": base_is, "combine": combine, "density": density, "seed": seed,
-        "dtype": dtype, "max_shard_size": max_shard_size,
+        "dtype": dtype, "max_shard_size": max_shard_size, "token": token,
     }  # fmt: skip
     request = Request(
         out="",
         base=None if base is None else str(base),
+        offline=offline,
         allow_untie=allow_untie,
         allow_svd=allow_svd,
         **parse_fields(parsed),
     )
-    return _plan(request)[0]
+    return _plan(request, Silence()).plan
 
 
 def run(request: Request, *, dry_run: bool = False, observer: Observer | None = None) -> Report:
@@ -166,8 +179,10 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     clock = _Clock()
     n_workers = request.workers or usable_cores()
     out = _absolute(request.out)
+    watch = observer or Silence()
     with clock("plan"):
-        plan, uses = _plan(request)
+        planned = _plan(request, watch)
+        plan = planned.plan
         _check_strict(request, plan.issues)
         inputs = (Path(plan.base), *(Path(root) for root in plan.adapters))
         staging.check_replaceable(out, overwrite=request.overwrite, inputs=inputs)
@@ -179,7 +194,7 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     survival: dict[str, Survival] = {}
     drowned: tuple[Issue, ...] = ()
     if not dry_run:
-        work = _Work(request, plan, uses, n_workers, observer or Silence(), clock)
+        work = _Work(request, planned, n_workers, watch, clock)
         with staging.staging(out) as staged:
             verdict, survival = work.write(staged)
             drowned = survival_issues(survival)
@@ -194,15 +209,29 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
 
 
 @dataclass(frozen=True, slots=True)
+class _Planned:
+    """A plan, and what it was made from."""
+
+    plan: MergePlan
+    uses: tuple[AdapterUse, ...]
+    base: Place
+    adapters: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Work:
     """The part of a run that writes."""
 
     request: Request
-    plan: MergePlan
-    uses: tuple[AdapterUse, ...]
+    planned: _Planned
     n_workers: int
     watch: Observer
     clock: _Clock
+
+    @property
+    def plan(self) -> MergePlan:
+        """Return the plan."""
+        return self.planned.plan
 
     def write(self, staged: Path) -> tuple[Verdict, dict[str, Survival]]:
         """Fill the staging directory; return what its verification says, and what became of each delta.
@@ -212,7 +241,7 @@ class _Work:
         """
         writer = HfCheckpoint(staged)
         records = self._fill(writer)
-        writer.seal(self.plan, records, _provenance(self.request, self.plan, self.uses))
+        writer.seal(self.plan, records, _provenance(self.request, self.planned))
         survival = {record.name: record.survival for record in records if record.survival}
         if self.request.verify == "none":
             return NOT_VERIFIED, survival
@@ -252,11 +281,27 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _plan(request: Request) -> tuple[MergePlan, tuple[AdapterUse, ...]]:
-    """Resolve base and adapters, and plan their merge."""
+def _plan(request: Request, watch: Observer) -> _Planned:
+    """Locate and resolve base and adapters, and plan their merge.
+
+    What small files alone show is refused before anything large is fetched.
+    """
+    access = Access(request.token, request.offline)
     chosen = [_chosen(text) for text in request.adapter]
-    adapters = [resolve_adapter(path) for path, _ in chosen]
-    base = resolve_base(request.base or base_of(adapters[0]))
+    named_base = None if request.base is None else (find(request.base, "base"), request.base)
+    found = [(find(text, "adapter"), text) for text, _ in chosen]
+    places = tuple(locate_adapter(*one, access, watch) for one in found)
+    if named_base is not None:
+        base_place = locate_base(*named_base, access, watch)
+    else:
+        base_place = locate_named_base(places[0], access, watch)
+    is_remote = base_place.repo is not None
+    if is_remote:
+        _refuse(quantised_config(read_json(base_place.root / CONFIG_FILE)))
+    adapters = [resolve_adapter(place.whole()) for place in places]
+    if is_remote:
+        _refuse([issue for adapter in adapters for issue in adapter.issues])
+    base = resolve_base(base_place.whole())
     uses = tuple(
         AdapterUse(
             adapter,
@@ -267,11 +312,22 @@ def _plan(request: Request) -> tuple[MergePlan, tuple[AdapterUse, ...]]:
         for adapter, (_, weight) in zip(adapters, chosen, strict=True)
     )
     twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
-    return make_plan(base, uses, request, twins), uses
+    plan = make_plan(base, uses, request, twins)
+    located = [issue for place in (base_place, *places) for issue in place.issues]
+    issues = (*located, *moved_base(base_place, places), *plan.issues)
+    return _Planned(replace(plan, issues=issues), uses, base_place, places)
+
+
+def _refuse(issues: Sequence[Issue]) -> None:
+    """Raise the errors among some issues, if there are any."""
+    errors = [issue for issue in issues if issue.severity == "error"]
+    if errors:
+        unsupported = all(issue.code == "unsupported" for issue in errors)
+        raise (UnsupportedError if unsupported else PlanError)(errors)
 
 
 def _chosen(text: str) -> tuple[str, float]:
-    """Return the directory and the weight of an adapter; a directory of the whole name wins."""
+    """Return the place and the weight of an adapter; a directory of the whole name wins."""
     return (text, 1.0) if Path(text).expanduser().is_dir() else parse_adapter(text)
 
 
@@ -299,16 +355,18 @@ def _device(wanted: str) -> str:
         raise RequestError("", 0, "device", str(exc), hint="use --device cpu") from exc
 
 
-def _provenance(request: Request, plan: MergePlan, uses: tuple[AdapterUse, ...]) -> Provenance:
+def _provenance(request: Request, planned: _Planned) -> Provenance:
     import platform
 
     import numpy as np
     import torch
 
     return Provenance(
-        base=request.base or plan.base,
-        adapters=tuple(use.adapter for use in uses),
-        adapter_paths=tuple(_chosen(text)[0] for text in request.adapter),
+        base=planned.base.text if request.base or planned.base.origin else planned.plan.base,
+        adapters=tuple(use.adapter for use in planned.uses),
+        adapter_paths=tuple(place.text for place in planned.adapters),
+        base_origin=planned.base.origin,
+        adapter_origins=tuple(place.origin for place in planned.adapters),
         out_name=Path(request.out).name,
         options=_options(request),
         versions={

@@ -1,8 +1,7 @@
-"""Ids and paths → what is there: a `Checkpoint` and an `Adapter`, from headers and small files only."""
+"""Directories → what is there: a `Checkpoint` and an `Adapter`, from headers and small files only."""
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,7 @@ from lora_merge.core.checkpoint import (
 )
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.shards import shard_name
-from lora_merge.errors import CheckpointError, ResolveError
+from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
 from lora_merge.io.safetensors import read_header, same_values
 from lora_merge.io.side_files import base_side_files, differs, other_weights
@@ -36,26 +35,24 @@ if TYPE_CHECKING:
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
 
 
-def resolve_adapter(path: str) -> Adapter:
+def resolve_adapter(root: Path) -> Adapter:
     """Return the adapter in a directory, in whichever format it is.
 
     Raises:
-        ResolveError: there is no such directory, or its files are broken.
+        ResolveError: its files are broken.
         UnknownFormatError: no known format matches.
     """
-    return adapters.read(_directory(path, "adapter"))
+    return adapters.read(root)
 
 
-def resolve_base(path: str) -> Checkpoint:
+def resolve_base(root: Path) -> Checkpoint:
     """Return the checkpoint in a directory: ``config.json`` and weights, one file or shards.
 
     Safetensors win over ``.bin`` files. Files that the index does not name are not part of the model.
 
     Raises:
-        ResolveError: there is no such directory.
         CheckpointError: the configuration, the index or a shard is missing or broken.
     """
-    root = _directory(path, "base")
     if not (root / CONFIG_FILE).is_file():
         raise CheckpointError(str(root), "", "has no config.json", hint="--base takes a model directory")
     config = read_json(root / CONFIG_FILE)
@@ -73,23 +70,6 @@ def resolve_base(path: str) -> Checkpoint:
         side_files=tuple(file for file in side_files if file.name not in weights),
         notes=notes + _weight_notes(root, entry, files, index),
     )
-
-
-def base_of(adapter: Adapter) -> str:
-    """Return the base directory that an adapter names.
-
-    Raises:
-        ResolveError: it names none, or none that is here.
-    """
-    name = adapter.config.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise ResolveError(f"{adapter.root}: names no base model", hint="say which with --base DIRECTORY")
-    if not Path(name).is_dir():
-        raise ResolveError(
-            f"{adapter.root}: its base model is {name}, and there is no such directory here",
-            hint="say where it is with --base DIRECTORY",
-        )
-    return name
 
 
 def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
@@ -139,23 +119,6 @@ def _owner(name: str) -> str:
     """Return the last part of the path of the module that owns a weight, without the wrappers of PEFT."""
     path = re.sub(r"\.(weight|base_layer|token_adapter|trainable_tokens_delta)(?=\.|$)", "", name)
     return path.rpartition(".")[2]
-
-
-def _directory(path: str, role: str) -> Path:
-    """Return an existing directory, absolute.
-
-    Raises:
-        ResolveError: there is none.
-    """
-    root = Path(path).expanduser()
-    if root.is_dir():
-        if not os.access(root, os.R_OK | os.X_OK):
-            raise ResolveError(f"{path}: cannot be read (permission denied)")
-        return root.resolve()
-    if root.exists():
-        raise ResolveError(f"{path}: is a file, expected the {role}'s directory")
-    hint = f"--{role} takes a local directory; a model on the Hub has to be downloaded first"
-    raise ResolveError(f"{path}: there is no such directory", hint=hint)
 
 
 def _weight_notes(

@@ -72,7 +72,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 @click.group(
     cls=_App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    subcommand_metavar="--adapter DIR --out DIR [OPTIONS] | COMMAND …",
+    subcommand_metavar="--adapter DIR|ID --out DIR [OPTIONS] | COMMAND …",
     options_metavar="",
 )
 @click.version_option(__version__, prog_name="lora-merge")
@@ -83,6 +83,7 @@ def main() -> None:
     \b
     Examples:
       lora-merge --base Llama-3-8B --adapter my-lora --out merged
+      lora-merge --base Qwen/Qwen3-8B --adapter org/my-lora@v1 --out merged
       lora-merge --adapter my-lora --out merged --dry-run
       lora-merge --config merge.yaml
     """

@@ -17,13 +17,15 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
-    "--base", type=_DIRECTORY, metavar="DIR", help="Base model; default: the one that the adapter names."
+    "--base",
+    metavar="DIR|ID",
+    help="Base model: a directory, or org/name[@revision] on the Hub.  [default: the one that the adapter names]",
 )
 @click.option(
     "--adapter",
     multiple=True,
-    metavar="DIR[:WEIGHT]",
-    help="Adapter to merge, and how much of it; repeat it to merge several.  [required; WEIGHT: 1]",
+    metavar="DIR|ID[:WEIGHT]",
+    help="Adapter to merge (a directory, or org/name[/folder][@revision] on the Hub), and how much of it; repeat it to merge several.  [required; WEIGHT: 1]",
 )
 @click.option("--out", type=_DIRECTORY, metavar="DIR", help="Directory to create.  [required]")
 @click.option(
@@ -100,6 +102,17 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
     "--overwrite/--no-overwrite", default=None, help="Replace an existing output, once the new one is whole."
 )
 @click.option("--strict/--no-strict", default=None, help="Treat warnings as errors.")
+@click.option(
+    "--token",
+    type=Parsed("token"),
+    metavar="TEXT",
+    help="For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows.  [default: HF_TOKEN, or the login]",
+)
+@click.option(
+    "--offline/--no-offline",
+    default=None,
+    help="Take models and adapters from the local cache, and ask no hub.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
 @output_options
 def merge(
@@ -116,6 +129,7 @@ def merge(
     \b
     Examples:
       lora-merge merge --base Llama-3-8B --adapter my-lora --out merged
+      lora-merge merge --base Qwen/Qwen3-8B --adapter org/my-lora@v1 --out merged
       lora-merge merge --config merge.yaml --out merged
       lora-merge merge --base Llama-3-8B --adapter style:0.7 --adapter facts --out merged
     """

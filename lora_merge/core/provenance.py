@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter
+from lora_merge.core.source import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,7 @@ needs no LoRA support to load.
 
 | | |
 | --- | --- |
-| base | `{base_path}` |
+| base | `{base_path}`{base_commit} |
 {rows}| kind | {kind} |
 | tensors | {n_merged} merged, {n_other} as in the base |
 | made by | lora-merge {version} |
@@ -61,6 +62,12 @@ class Provenance:
     options: Mapping[str, object]
     versions: Mapping[str, str]
     """Of lora-merge, Python, torch and numpy."""
+
+    base_origin: Origin | None = None
+    """The repo and the commit that the base is from; None for a local directory."""
+
+    adapter_origins: tuple[Origin | None, ...] = ()
+    """The same of each adapter; empty when all are local directories."""
 
 
 def manifest_text(provenance: Provenance, plan: MergePlan, records: Sequence[TensorRecord]) -> str:
@@ -86,17 +93,22 @@ def manifest_text(provenance: Provenance, plan: MergePlan, records: Sequence[Ten
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "versions": dict(provenance.versions),
-        "base": {"path": provenance.base},
+        "base": {"path": provenance.base, **_origin_table(provenance.base_origin)},
         "adapters": [
             {
                 "path": path,
+                **_origin_table(origin),
                 "weight": weight,
                 "format": adapter.format,
                 "digest": adapter.digest,
                 "config": dict(adapter.config),
             }
-            for adapter, path, weight in zip(
-                provenance.adapters, provenance.adapter_paths, plan.weights, strict=True
+            for adapter, path, origin, weight in zip(
+                provenance.adapters,
+                provenance.adapter_paths,
+                _origins(provenance),
+                plan.weights,
+                strict=True,
             )
         ],
         "options": dict(provenance.options),
@@ -117,20 +129,25 @@ def card_text(provenance: Provenance, plan: MergePlan) -> str:
         if values
     )
     names = [
-        f"**{_last_part(path)}**" + (f" × {weight:g}" if weight != 1 else "")
-        for path, weight in zip(provenance.adapter_paths, plan.weights, strict=True)
+        f"**{_short_name(path, origin)}**" + (f" × {weight:g}" if weight != 1 else "")
+        for path, origin, weight in zip(
+            provenance.adapter_paths, _origins(provenance), plan.weights, strict=True
+        )
     ]
     rows = "".join(
-        f"| adapter | `{path}` |\n| adapter digest | `{adapter.digest}` |\n"
-        for path, adapter in zip(provenance.adapter_paths, provenance.adapters, strict=True)
+        f"| adapter | `{path}`{_commit(origin)} |\n| adapter digest | `{adapter.digest}` |\n"
+        for path, origin, adapter in zip(
+            provenance.adapter_paths, _origins(provenance), provenance.adapters, strict=True
+        )
     )
     n_as_in_base = actions.count("copied") + actions.count("cast")
     recorded = provenance.adapters[0].config.get("base_model_name_or_path")
     return _CARD.format(
-        base=_model_name(recorded, provenance.base),
+        base=_base_name(recorded, provenance),
         title=provenance.out_name,
         adapters=f"the adapter {names[0]}" if len(names) == 1 else f"the adapters {', '.join(names)}",
         base_path=provenance.base,
+        base_commit=_commit(provenance.base_origin),
         rows=rows,
         kind=kind,
         n_merged=len(actions) - n_as_in_base,
@@ -139,12 +156,31 @@ def card_text(provenance: Provenance, plan: MergePlan) -> str:
     )
 
 
-def _model_name(recorded: object, path: str) -> str:
-    """Return a Hub id when the adapter recorded one, else the last part of the base's path."""
+def _base_name(recorded: object, provenance: Provenance) -> str:
+    """Return the base's repo, or the Hub id that the adapter recorded, or the last part of the base's path."""
+    if provenance.base_origin is not None:
+        return provenance.base_origin.source.repo
     is_id = (
         isinstance(recorded, str) and recorded.count("/") == 1 and not recorded.startswith((".", "/", "~"))
     )
-    return str(recorded) if is_id else _last_part(path)
+    return str(recorded) if is_id else _last_part(provenance.base)
+
+
+def _short_name(path: str, origin: Origin | None) -> str:
+    """Return the repo of an adapter, or the last part of its path."""
+    return origin.source.repo if origin is not None else _last_part(path)
+
+
+def _origins(provenance: Provenance) -> tuple[Origin | None, ...]:
+    return provenance.adapter_origins or (None,) * len(provenance.adapters)
+
+
+def _origin_table(origin: Origin | None) -> dict[str, object]:
+    return {} if origin is None else origin.to_json()
+
+
+def _commit(origin: Origin | None) -> str:
+    return f", commit `{origin.commit}`" if origin is not None and origin.commit else ""
 
 
 def _last_part(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from lora_merge.core.shards import parse_size
@@ -26,13 +26,13 @@ class Request:
     """What to merge, into what, and how: the command's options, and the keys of a request file."""
 
     adapter: tuple[str, ...]
-    """Adapter directories, each with ``:WEIGHT`` behind it or not; `parse_adapter` takes them apart."""
+    """Adapters: directories or repos, each with ``:WEIGHT`` behind it or not; `parse_adapter` takes them apart."""
 
     out: str
     """Directory to create."""
 
     base: str | None = None
-    """Base checkpoint directory; default: the adapter's ``base_model_name_or_path``."""
+    """Base checkpoint: a directory or a repo; default: the adapter's ``base_model_name_or_path``."""
 
     base_is: BaseIs | None = None
     """What the base is to an adapter whose initialisation changed it: as published, or what that left of it."""
@@ -77,15 +77,21 @@ class Request:
     strict: bool = False
     """Treat warnings as errors."""
 
+    token: str | None = field(default=None, repr=False)
+    """For private and gated repos of the Hub; default: ``HF_TOKEN``, or the login. It is written nowhere."""
+
+    offline: bool = False
+    """Take what is in the local cache of the Hub, and ask nobody."""
+
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
 
 
 def parse_adapter(text: object) -> tuple[str, float]:
-    """Return the directory and the weight of one adapter.
+    """Return the place and the weight of one adapter.
 
     Example:
-        >>> parse_adapter("my-lora:0.5"), parse_adapter("my-lora")
-        (('my-lora', 0.5), ('my-lora', 1.0))
+        >>> parse_adapter("my-lora:0.5"), parse_adapter("org/my-lora@v1")
+        (('my-lora', 0.5), ('org/my-lora@v1', 1.0))
 
     Raises:
         ValueError: it is no text, or the weight is not finite.
@@ -212,6 +218,17 @@ def parse_shard_size(text: str | int) -> str | int:
     return text
 
 
+def parse_token(text: object) -> str:
+    """Return an access token as it is.
+
+    Raises:
+        ValueError: it cannot be one. The sentence does not repeat it.
+    """
+    if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("is no token, expected letters and digits without spaces")
+    return text
+
+
 def parse_workers(text: str | int) -> int:
     """Return a number of workers.
 
@@ -233,6 +250,7 @@ PARSERS: Mapping[str, Callable[..., object]] = {
     "dtype": parse_dtype,
     "device": parse_device,
     "max_shard_size": parse_shard_size,
+    "token": parse_token,
     "verify": parse_choice(VerifyLevel, "level of verification"),
     "workers": parse_workers,
 }

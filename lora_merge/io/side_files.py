@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import SideFile
@@ -28,7 +28,10 @@ _TRAINING = (
     "trainer_state.json", "adapter_model.bin", "adapter_config.json",
 )  # fmt: skip
 
-_WRITTEN_BY_US = (MANIFEST_FILE, CARD_FILE)
+_NOT_KEPT = (*_WEIGHTS, *_TRAINING, MANIFEST_FILE, CARD_FILE)
+
+_FOREIGN = ("*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot")
+"""The weights again, for other frameworks."""
 
 _FOREIGN_DIRECTORIES = (
     ".*", "original", "onnx", "openvino", "coreml", "metal", "gguf", "checkpoint-*", "global_step*", "runs",
@@ -48,9 +51,7 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     kept: list[SideFile] = []
     notes: list[str] = []
     for name, entry in _walk(root, notes):
-        if entry.parent == root and _matches(name, _WRITTEN_BY_US):
-            continue
-        if entry.parent == root and _matches(name, _WEIGHTS + _TRAINING):
+        if entry.parent == root and _matches(name, _NOT_KEPT):
             continue
         kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))
     return tuple(sorted(kept, key=lambda file: file.name)), tuple(notes)
@@ -66,6 +67,27 @@ def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
         for name in [path.relative_to(root).as_posix()]
     ]
     return tuple(sorted(found, key=lambda file: file.name))
+
+
+def belongs_to_base(name: str) -> bool:
+    """Return True for a name of a repo's listing that `base_side_files` would keep, were it here.
+
+    The weights of other frameworks are not worth a download, wherever they lie.
+
+    Example:
+        >>> [belongs_to_base(name) for name in ("tokenizer.json", "code/model.py", "onnx/model.json", "a.gguf")]
+        [True, True, False, False]
+    """
+    *folders, file = PurePosixPath(name).parts
+    if file.startswith(".") or any(_matches(folder, _FOREIGN_DIRECTORIES) for folder in folders):
+        return False
+    return not _matches(file, _FOREIGN if folders else _FOREIGN + _NOT_KEPT)
+
+
+def belongs_to_adapter(name: str) -> bool:
+    """Return True for a name of a repo's listing that `adapter_side_files` would find, were it here."""
+    path = PurePosixPath(name)
+    return any(path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in _TOKENIZER)
 
 
 def differs(file: SideFile, root: Path) -> bool:

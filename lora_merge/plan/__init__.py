@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import Checkpoint, SideFile, config_levels
 from lora_merge.core.plan import MergePlan
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.request import Request
 
-__all__ = ["make_plan", "touches_embeddings"]
+__all__ = ["make_plan", "quantised_config", "touches_embeddings"]
 
 _QUANTISED_NAMES = re.compile(
     r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|SCB|absmax|quant_map"
@@ -79,22 +79,34 @@ def _raise_errors(issues: list[Issue]) -> None:
         raise (UnsupportedError if unsupported else PlanError)(errors)
 
 
-def _quantised(base: Checkpoint) -> list[Issue]:
-    """Return an issue when the base is stored quantised."""
-    parent = base.config.get("_name_or_path")
-    hint = "merge into its full-precision parent: --base PARENT" + (f" (perhaps {parent})" if parent else "")
-    for path, level in config_levels(base.config):
+def quantised_config(config: Mapping[str, Any]) -> list[Issue]:
+    """Return an issue when a base's configuration says that it is stored quantised."""
+    for path, level in config_levels(config):
         settings = level.get("quantization_config")
         if settings:
             method = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else "unnamed"
             subject = f"{path}.quantization_config" if path else "quantization_config"
-            return [error("unsupported", subject, f"the base is stored quantised ({method})", hint)]
+            sentence = f"the base is stored quantised ({method})"
+            return [error("unsupported", subject, sentence, _parent_hint(config))]
+    return []
+
+
+def _quantised(base: Checkpoint) -> list[Issue]:
+    """Return an issue when the base is stored quantised."""
+    issues = quantised_config(base.config)
+    if issues:
+        return issues
     for ref in base.tensors():
         low = ref.dtype.startswith(("F8_", "F6_", "F4")) and len(ref.shape) >= 2
         if low or _QUANTISED_NAMES.search(ref.name):
             sentence = f"the base is stored quantised (a {ref.dtype} tensor of this name)"
-            return [error("unsupported", ref.name, sentence, hint)]
+            return [error("unsupported", ref.name, sentence, _parent_hint(base.config))]
     return []
+
+
+def _parent_hint(config: Mapping[str, Any]) -> str:
+    parent = config.get("_name_or_path")
+    return "merge into its full-precision parent: --base PARENT" + (f" (perhaps {parent})" if parent else "")
 
 
 def _side_files(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[SideFile, ...], list[Issue]]:

@@ -15,7 +15,18 @@ from lora_merge.cli import main as app
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [("lora-merge", app), *app.commands.items()]
-HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "rich", "pydantic", "yaml", "safetensors")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numpy",
+    "rich",
+    "pydantic",
+    "yaml",
+    "safetensors",
+    "huggingface_hub",
+)
 
 
 def test_help_imports_nothing_heavy():
@@ -84,7 +95,7 @@ def test_the_help_of_the_group_lists_the_options_and_the_exit_codes(cli):
 @pytest.mark.parametrize(
     "option",
     [
-        "--adapter DIR[:WEIGHT]", "--base-is [original|residual]", "--density SHARE", "--seed N", "--allow-untie",
+        "--adapter DIR|ID[:WEIGHT]", "--base DIR|ID", "--token TEXT", "--offline", "--base-is [original|residual]", "--density SHARE", "--seed N", "--allow-untie",
         "--allow-svd", "--combine [linear|ties|dare_linear|dare_ties|svd]",
     ],
 )  # fmt: skip

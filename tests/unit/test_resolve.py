@@ -204,7 +204,7 @@ def test_a_path_that_is_not_there_is_named(pico, pico_adapter, cli, tmp_path):
 
     assert [r.exit_code for r in (no_base, no_adapter, a_file)] == [exits.RESOLVE] * 3
     assert "nope: there is no such directory" in no_base.stderr
-    assert "--adapter takes a local directory" in no_adapter.stderr
+    assert "--adapter takes a directory, or a repo" in no_adapter.stderr
     assert "is a file, expected the base's directory" in a_file.stderr
 
 
@@ -213,7 +213,10 @@ def test_a_directory_that_is_no_adapter_says_what_it_holds(pico, cli, tmp_path):
 
     assert result.exit_code == exits.RESOLVE
     assert "not an adapter: found" in result.stderr
-    assert "expected adapter_config.json with adapter_model.safetensors (PEFT) or" in result.stderr
+    assert (
+        "expected adapter_config.json with adapter_model.safetensors or adapter_model.bin (PEFT) or"
+        in result.stderr
+    )
 
 
 def test_an_adapter_without_tensors_is_refused(pico, pico_adapter, tampered, cli, tmp_path):

@@ -1,0 +1,118 @@
+"""Where a base or an adapter comes from when it is no local directory: texts such as ``org/name@revision``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Host = Literal["hf", "ms"]
+
+HOST_NAMES: dict[Host, str] = {"hf": "Hugging Face", "ms": "ModelScope"}
+
+_DEFAULT_BRANCH: dict[Host, str] = {"hf": "main", "ms": "master"}
+
+_NAME = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+_REPO = re.compile(rf"{_NAME}", re.ASCII)
+
+_QUANTISED = re.compile(
+    r"(?P<parent>.+?)[-_.](?:(?:unsloth-|mlx-)?(?:bnb-)?[48]-?bit|(?:AWQ|GPTQ|FP8)(?:[-_.].+)?|(?:I?Q\d\w*-)?GGUF)",
+    re.IGNORECASE,
+)
+"""How repos of quantised weights are called: ``…-bnb-4bit``, ``…-AWQ``, ``…-GPTQ-Int4``, ``…-GGUF``, ``…-FP8``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A directory of a repo, at a revision."""
+
+    host: Host
+    repo: str
+    """``org/name``; old repos of the Hub are only ``name``."""
+
+    folder: str = ""
+    """Inside the repo, without slashes at its ends; empty for the repo itself."""
+
+    revision: str | None = None
+    """Branch, tag or commit as asked for; None for the default branch."""
+
+    explicit: bool = True
+    """False for a text that may as well have been meant as a local path: one without ``hf://`` or ``ms://``."""
+
+    def __str__(self) -> str:
+        """Return the text that means this."""
+        scheme = f"{self.host}://" if self.host != "hf" or "/" not in self.repo else ""
+        place = f"{self.repo}/{self.folder}" if self.folder else self.repo
+        return f"{scheme}{place}@{self.revision}" if self.revision else f"{scheme}{place}"
+
+    @property
+    def wanted(self) -> str:
+        """Return the revision, or the name of the branch that none means."""
+        return self.revision or _DEFAULT_BRANCH[self.host]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a source turned out to be: the commit behind its revision."""
+
+    source: Source
+
+    commit: str = ""
+    """Empty where the host does not tell (ModelScope)."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return it as the manifest records it."""
+        source = self.source
+        table: dict[str, object] = {"hub": HOST_NAMES[source.host], "id": source.repo}
+        if source.folder:
+            table["folder"] = source.folder
+        return table | {"revision": source.revision, "commit": self.commit or None}
+
+
+def parse_source(text: str) -> Source | None:
+    """Return what a text means on a hub, or None when it can only be a local path.
+
+    Example:
+        >>> parse_source("org/name/checkpoint-9@v1")
+        Source(host='hf', repo='org/name', folder='checkpoint-9', revision='v1', explicit=False)
+        >>> str(parse_source("ms://org/name")), str(parse_source("hf://gpt2"))
+        ('ms://org/name', 'hf://gpt2')
+        >>> parse_source("./name"), parse_source("/models/name"), parse_source("name"), parse_source("a/../b")
+        (None, None, None, None)
+    """
+    scheme, found, rest = text.partition("://")
+    host: Host = "hf"
+    if not found:
+        rest = text
+    elif scheme in HOST_NAMES:
+        host = "ms" if scheme == "ms" else "hf"
+    else:
+        return None
+    place, at, revision = rest.partition("@")
+    parts = place.split("/")
+    owners = 1 if found and host == "hf" and len(parts) == 1 else 2
+    repo, folder = parts[:owners], parts[owners:]
+    if len(repo) < owners or (at and not _is_revision(revision)):
+        return None
+    if not all(_REPO.fullmatch(part) for part in repo) or any(part in {"", ".", ".."} for part in folder):
+        return None
+    return Source(host, "/".join(repo), "/".join(folder), revision or None, bool(found))
+
+
+def full_precision(repo: str) -> str | None:
+    """Return what the full-precision parent of a quantised repo is probably called; None for any other repo.
+
+    Example:
+        >>> full_precision("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit")
+        'unsloth/Llama-3.2-1B-Instruct'
+        >>> full_precision("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4"), full_precision("Qwen/Qwen2.5-7B-Instruct")
+        ('Qwen/Qwen2.5-7B-Instruct', None)
+    """
+    owner, slash, name = repo.rpartition("/")
+    match = _QUANTISED.fullmatch(name)
+    return f"{owner}{slash}{match['parent']}" if match else None
+
+
+def _is_revision(text: str) -> bool:
+    """Return True for what Git could call a branch, a tag or a commit."""
+    return bool(re.fullmatch(r"[\w.+/-]+", text)) and ".." not in text and text[0] not in "/-."

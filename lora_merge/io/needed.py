@@ -1,0 +1,108 @@
+"""Which files of a repo a merge needs, from its listing: the small ones first, then the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE
+from lora_merge.errors import CheckpointError, ResolveError
+from lora_merge.io.files import read_json
+from lora_merge.io.side_files import belongs_to_adapter, belongs_to_base
+
+ADAPTER_CONFIG = "adapter_config.json"
+TRAINING_ARGUMENTS = "args.json"
+"""What ms-swift was called with; it names the base."""
+
+_PICKLE_INDEX, _PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, "additional_config.json"})
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+"""PEFT's, the old PEFT's and MLX's, in the order in which they are preferred."""
+
+_ADAPTER_BESIDE = "vit.safetensors"
+"""What ms-swift saves of a vision tower that was trained as a whole."""
+
+
+def base_small(label: str, names: Collection[str]) -> frozenset[str]:
+    """Return the configuration, the side files and the index of a base.
+
+    Raises:
+        ResolveError: the listing is none of a model that can be merged into.
+    """
+    if CONFIG_FILE not in names:
+        hint = "a base is a whole model"
+        if ADAPTER_CONFIG in names:
+            hint = "this is an adapter: pass it as --adapter"
+        elif any(name.endswith(".gguf") for name in names):
+            hint = "these are GGUF files: pass the repo of the model that they were made from"
+        raise ResolveError(f"{label}: has no config.json", hint=hint)
+    index = next(
+        (name for name in (INDEX_FILE, SAFETENSORS_FILE, _PICKLE_INDEX, _PICKLE) if name in names), None
+    )
+    if index is None:
+        found = sorted(name for name in names if not belongs_to_base(name))[:4]
+        listing = f" (it has {', '.join(found)})" if found else ""
+        raise ResolveError(
+            f"{label}: has no weights that can be merged into{listing}, expected {SAFETENSORS_FILE} or {INDEX_FILE}",
+            hint="pass the repo that holds the model's safetensors",
+        )
+    small = frozenset(name for name in names if belongs_to_base(name))
+    return small | {index} if index in {INDEX_FILE, _PICKLE_INDEX} else small
+
+
+def base_weights(label: str, names: Collection[str], root: Path) -> frozenset[str]:
+    """Return the weight files of a base whose small files are in ``root``.
+
+    Raises:
+        CheckpointError: the index names a file that is not in the listing.
+    """
+    for index, single in ((INDEX_FILE, SAFETENSORS_FILE), (_PICKLE_INDEX, _PICKLE)):
+        if index in names:
+            return _shards(label, index, names, root)
+        if single in names:
+            return frozenset({single})
+    return frozenset()
+
+
+def _shards(label: str, index: str, names: Collection[str], root: Path) -> frozenset[str]:
+    weight_map = read_json(root / index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    wanted = frozenset(file for file in files if isinstance(file, str))
+    missing = sorted(wanted - frozenset(names))
+    if missing:
+        raise CheckpointError(
+            label, "", f"lacks {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}",
+            f"the {len(wanted)} files that {index} names", hint="the repo is incomplete; ask its owner",
+        )  # fmt: skip
+    return wanted
+
+
+def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]) -> frozenset[str]:
+    """Return the configuration and the side files of an adapter.
+
+    Args:
+        label: what to call it.
+        names: the files of its folder.
+        elsewhere: the folders of the repo that hold an adapter.
+
+    Raises:
+        ResolveError: the listing is none of an adapter.
+    """
+    if ADAPTER_CONFIG not in names:
+        hint = "this is a whole model: pass it as --base" if CONFIG_FILE in names else ""
+        if elsewhere:
+            more = ", …" if len(elsewhere) > 8 else ""
+            hint = f"adapters are in its folders {', '.join(sorted(elsewhere)[:8])}{more}: org/name/FOLDER"
+        raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
+    if not adapter_weights(names):
+        wanted = " or ".join(_ADAPTER_WEIGHTS[:2])
+        raise ResolveError(f"{label}: has no weights of an adapter, expected {wanted}")
+    return frozenset(name for name in names if name in _ADAPTER_SMALL or belongs_to_adapter(name))
+
+
+def adapter_weights(names: Collection[str]) -> frozenset[str]:
+    """Return the weight files of an adapter."""
+    weights = next((name for name in _ADAPTER_WEIGHTS if name in names), None)
+    if weights is None:
+        return frozenset()
+    return frozenset({weights, _ADAPTER_BESIDE}) & frozenset(names)

@@ -1,0 +1,225 @@
+"""Texts → local directories: a directory of that name, or what is fetched of a repo, small files first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.report import Issue, error, warning
+from lora_merge.core.source import Source, full_precision, parse_source
+from lora_merge.errors import ResolveError, UnsupportedError
+from lora_merge.io.files import read_json
+from lora_merge.io.hub import Access, Repo, open_repo
+from lora_merge.io.needed import (
+    ADAPTER_CONFIG,
+    TRAINING_ARGUMENTS,
+    adapter_small,
+    adapter_weights,
+    base_small,
+    base_weights,
+)
+from lora_merge.io.side_files import belongs_to_adapter, belongs_to_base
+
+if TYPE_CHECKING:
+    from lora_merge.core.report import Observer
+    from lora_merge.core.source import Host, Origin
+
+Found = Path | Source
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a base or an adapter lies."""
+
+    text: str
+    """As the user or the adapter named it."""
+
+    root: Path
+    """The local directory; of a repo, only the small files are in it at first."""
+
+    repo: Repo | None = None
+    """None for a local directory."""
+
+    weights: frozenset[str] = frozenset()
+    """Files of the repo that are still to be fetched."""
+
+    issues: tuple[Issue, ...] = ()
+
+    @property
+    def origin(self) -> Origin | None:
+        """Return the source and its commit; None for a local directory."""
+        return self.repo.origin if self.repo else None
+
+    def whole(self) -> Path:
+        """Return the directory once the weights are in it, too.
+
+        Raises:
+            ResolveError: they cannot be fetched.
+        """
+        return self.repo.fetch(self.weights) if self.repo else self.root
+
+
+def find(text: str, role: str) -> Found:
+    """Return the directory of this name, which always wins, or the source that the text means.
+
+    Raises:
+        ResolveError: it is neither, or a directory that cannot be read.
+        UnsupportedError: it is a base whose name says that it is stored quantised.
+    """
+    root = Path(text).expanduser()
+    source = None if root.exists() else parse_source(text)
+    if source is not None:
+        if role == "base":
+            _refuse_quantised(source)
+        return source
+    if root.is_dir():
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise ResolveError(f"{text}: cannot be read (permission denied)")
+        return root.resolve()
+    if root.exists():
+        raise ResolveError(f"{text}: is a file, expected the {role}'s directory")
+    hint = f"--{role} takes a directory, or a repo: org/name, org/name@revision, hf://name, ms://org/name"
+    raise ResolveError(f"{text}: there is no such directory", hint=hint)
+
+
+def locate_adapter(found: Found, text: str, access: Access, watch: Observer) -> Place:
+    """Return where an adapter is, with its configuration and side files in reach.
+
+    Raises:
+        ResolveError: the repo cannot be reached, or holds no adapter.
+    """
+    if isinstance(found, Path):
+        return Place(text, found)
+    repo = open_repo(found, access, watch)
+    elsewhere = repo.folders_with(ADAPTER_CONFIG) if not found.folder else ()
+    known = repo.names | repo.absent
+    small = adapter_small(str(found), known, elsewhere)
+    absent = frozenset(filter(belongs_to_adapter, repo.absent))
+    root = repo.fetch(small - absent)
+    return Place(text, root, repo, adapter_weights(known), _absent_issues(str(found), absent))
+
+
+def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Place:
+    """Return where a base is, with its configuration, its side files and its index in reach.
+
+    Raises:
+        ResolveError: the repo cannot be reached, or holds no model.
+    """
+    if isinstance(found, Path):
+        return Place(text, found)
+    repo = open_repo(found, access, watch)
+    known = repo.names | repo.absent
+    absent = frozenset(filter(belongs_to_base, repo.absent)) - {CONFIG_FILE}
+    root = repo.fetch(base_small(str(found), known) - absent)
+    weights = base_weights(str(found), known, root)
+    return Place(text, root, repo, weights, _absent_issues(str(found), absent))
+
+
+def locate_named_base(adapter: Place, access: Access, watch: Observer) -> Place:
+    """Return where the base is that an adapter names.
+
+    Raises:
+        ResolveError: it names none, or none that is here or on a hub.
+        UnsupportedError: its name says that it is stored quantised.
+    """
+    found, text = _named_base(adapter)
+    try:
+        return locate_base(found, text, access, watch)
+    except ResolveError as exc:
+        hint = f"{exc.hint}; or say where it is with --base DIRECTORY"
+        raise ResolveError(
+            f"{adapter.text}: its base model is {exc}", hint=hint.removeprefix("; or ")
+        ) from exc
+
+
+def _named_base(adapter: Place) -> tuple[Found, str]:
+    """Return the base that an adapter names, and as what."""
+    named = _named_bases(adapter)
+    if not named:
+        raise ResolveError(f"{adapter.text}: names no base model", hint="say which with --base DIRECTORY")
+    for name, _ in named:
+        if Path(name).is_dir():
+            return find(name, "base"), name
+    source = next((source for _, source in named if source is not None), None)
+    if source is None:
+        raise ResolveError(
+            f"{adapter.text}: its base model is {named[0][0]}, and there is no such directory here",
+            hint="say where it is with --base DIRECTORY",
+        )
+    _refuse_quantised(source)
+    return source, str(source)
+
+
+def moved_base(base: Place, adapters: Sequence[Place]) -> tuple[Issue, ...]:
+    """Return a warning for each adapter that names another revision of the base."""
+    origin = base.origin
+    if origin is None:
+        return ()
+    issues = []
+    for adapter in adapters:
+        for _, named in _named_bases(adapter):
+            if named is None or named.revision is None or named.repo != origin.source.repo:
+                continue
+            if named.revision not in {origin.source.wanted, origin.commit}:
+                sentence = (
+                    f"revision {origin.source.wanted} is what the adapter is merged into, and "
+                    f"{adapter.text} names revision {named.revision}: the base may have moved since"
+                )
+                hint = f"--base {replace(named, folder=origin.source.folder)} is what it names"
+                issues.append(warning("base-moved", base.text, sentence, hint))
+            break
+    return tuple(issues)
+
+
+def _named_bases(adapter: Place) -> list[tuple[str, Source | None]]:
+    """Return the names of the base in an adapter's files, and what each means on a hub; the best first.
+
+    ms-swift leaves a path of the machine that it ran on in PEFT's file, and the repo in its own.
+    """
+    config, arguments = (_json(adapter.root / name) for name in (ADAPTER_CONFIG, TRAINING_ARGUMENTS))
+    model, own = arguments.get("model"), config.get("base_model_name_or_path") or config.get("model")
+    host: Host = adapter.origin.source.host if adapter.origin else "hf"
+    trained_on: Host = host if "use_hf" not in arguments else ("hf" if arguments["use_hf"] else "ms")
+    model_revision = arguments.get("model_revision")
+    revision = config.get("revision") or (model_revision if own == model else None)
+    candidates = [(own, revision, trained_on if own == model else host), (model, model_revision, trained_on)]
+    return [
+        (name, _source(name, revision, host))
+        for name, revision, host in candidates
+        if isinstance(name, str) and name
+    ]
+
+
+def _source(name: str, revision: object, host: Host) -> Source | None:
+    """Return the repo that an adapter names; None for what can only be a path."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return None
+    source = parse_source(f"{host}://{name}")
+    if source is None:
+        return None
+    return replace(source, revision=str(revision) if revision else source.revision, explicit=False)
+
+
+def _refuse_quantised(source: Source) -> None:
+    parent = full_precision(source.repo)
+    if parent is not None:
+        sentence = "the base is stored quantised, as its name says"
+        named = replace(source, repo=parent, folder="", revision=None)
+        hint = f"merge into its full-precision parent, probably --base {named}"
+        raise UnsupportedError([error("unsupported", str(source), sentence, hint)])
+
+
+def _absent_issues(label: str, absent: frozenset[str]) -> tuple[Issue, ...]:
+    if not absent:
+        return ()
+    listing = f"{', '.join(sorted(absent)[:4])}{', …' if len(absent) > 4 else ''}"
+    sentence = f"lacks {listing} in the local cache, and so will the output"
+    return (warning("cache-incomplete", label, sentence, "run once without --offline"),)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    return read_json(path) if path.is_file() else {}

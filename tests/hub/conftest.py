@@ -1,0 +1,71 @@
+"""A hub on loopback, a cache in a temporary directory, and the real command in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub.server import Hub, start
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub without repos."""
+    state = Hub()
+    server = start(state)
+    yield state
+    for event in state.stall.values():
+        event.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def environment(hub, tmp_path) -> dict[str, str]:
+    """The environment of a command: this hub, an empty cache, nobody's token."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MODELSCOPE_"))}
+    return kept | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "MODELSCOPE_ENDPOINT": hub.url,
+        "MODELSCOPE_CACHE": str(tmp_path / "ms"),
+        "HOME": str(tmp_path / "home"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+@pytest.fixture
+def command(environment, tmp_path) -> Callable[..., Any]:
+    """Return a function that runs the real command in an empty directory, to its end."""
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> Any:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "lora_merge", *map(str, arguments)],
+            env=environment | (env or {}), cwd=work, capture_output=True, text=True, check=False, timeout=120, **options,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def copied(tmp_path) -> Callable[..., Path]:
+    """Return a function that copies a directory, so that files can be added to it."""
+
+    def copy(source: Path, name: str) -> Path:
+        target = tmp_path / "repos" / name
+        shutil.copytree(source, target)
+        return target
+
+    return copy

@@ -1,0 +1,239 @@
+"""A hub on loopback: it speaks the endpoints of Hugging Face and of ModelScope that their packages call.
+
+Repos are directories of real files. Every request is recorded, so that a test can say what was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT_LENGTH = 40
+BLOCK_BYTES = 4096
+
+
+def commit_of(text: str) -> str:
+    """Return what a commit of this content might be called."""
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
+@dataclass
+class Repo:
+    """One repo: the files of each revision, and who may read them."""
+
+    revisions: dict[str, Path]
+    commits: dict[str, str]
+    token: str = ""
+    gated: bool = False
+
+    def find(self, revision: str) -> tuple[str, Path] | None:
+        """Return the commit and the files of a branch, a tag or a commit."""
+        for name, root in self.revisions.items():
+            if revision in {name, self.commits[name]}:
+                return self.commits[name], root
+        return None
+
+
+@dataclass
+class Hub:
+    """What the server has, and what it was asked."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    cut: dict[str, int] = field(default_factory=dict)
+    """File name → how many answers break off in the middle of it."""
+    stall: dict[str, threading.Event] = field(default_factory=dict)
+    """File name → the event that is waited for in the middle of it."""
+    stalled: threading.Event = field(default_factory=threading.Event)
+    failing: dict[str, int] = field(default_factory=dict)
+    """File name → the status that is answered instead."""
+    url: str = ""
+
+    def add(self, repo: str, root: Path, *, token: str = "", gated: bool = False, **revisions: Path) -> Repo:
+        """Add a repo whose default branch is ``root``; return it."""
+        branches = {"main": root, "master": root, **revisions}
+        commits = {name: commit_of(f"{repo}{path}") for name, path in branches.items()}
+        self.repos[repo] = Repo(branches, commits, token, gated)
+        return self.repos[repo]
+
+    def fetched(self) -> list[str]:
+        """Return the files whose bytes were asked for, in their repos, sorted; each once."""
+        paths = {path for method, path in self.requests if method == "GET"}
+        files = {re.sub(r"^/[^/]+/[^/]+/resolve/[^/]+/", "", path) for path in paths if "/resolve/" in path}
+        files |= {path.partition("FilePath=")[2] for path in paths if "FilePath=" in path}
+        return sorted(files)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        self.hub.requests.append((self.command, unquote(self.path)))
+        self.hub.headers.append({key.title(): value for key, value in self.headers.items()})
+        address = urlsplit(self.path)
+        path = unquote(address.path)
+        if match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
+            if tree := re.fullmatch(r"(.+?)/tree/(.+)", match[1]):
+                self._tree(tree[1], tree[2])
+            else:
+                self._info(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)", path):
+            self._file(match[1], match[2], match[3])
+        elif match := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)(/.+)?", path):
+            query = {key: values[0] for key, values in parse_qs(address.query).items()}
+            self._modelscope(match[1], match[2] or "", query)
+        else:
+            self._json(404, {"error": "no such endpoint"})
+
+    def _open(self, name: str, revision: str, *, listing: bool) -> tuple[Repo, str, Path] | None:
+        """Return a repo at a revision, or answer why not."""
+        repo = self.hub.repos.get(name)
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        known = {repo.token for repo in self.hub.repos.values()} - {""}
+        if given and known and given not in known:
+            message = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            self._json(401, {"error": "Invalid credentials in Authorization header"}, message)
+        elif repo is None or (repo.token and given != repo.token and not repo.gated):
+            self._json(
+                401 if not given else 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+            )
+        elif repo.gated and not listing and given != repo.token:
+            self._json(403 if given else 401, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
+        elif (found := repo.find(revision)) is None:
+            self._json(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        else:
+            return repo, *found
+        return None
+
+    def _info(self, name: str, revision: str) -> None:
+        if found := self._open(name, revision, listing=True):
+            repo, commit, root = found
+            siblings = [
+                {"rfilename": file, "size": path.stat().st_size} for file, path in _files(root).items()
+            ]
+            table = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
+            self._json(200, table | {"private": bool(repo.token), "tags": [], "downloads": 0, "likes": 0})
+
+    def _tree(self, name: str, revision: str) -> None:
+        if found := self._open(name, revision, listing=True):
+            entries = [
+                {"type": "file", "path": file, "size": path.stat().st_size, "oid": _etag(path)}
+                for file, path in _files(found[2]).items()
+            ]
+            self._json(200, entries)
+
+    def _file(self, name: str, revision: str, file: str) -> None:
+        if (found := self._open(name, revision, listing=False)) is None:
+            return
+        _, commit, root = found
+        path = root / file
+        if not path.is_file():
+            self._json(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            return
+        self._bytes(path, {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit})
+
+    def _modelscope(self, name: str, rest: str, query: dict[str, str]) -> None:
+        repo = self.hub.repos.get(name)
+        found = repo.find(query.get("Revision", "master")) if repo else None
+        if found is None:
+            self._json(404, {"Code": 10010205001, "Message": "not found", "Success": False})
+        elif rest == "/repo/files":
+            entries = [
+                {
+                    "Path": file,
+                    "Name": path.name,
+                    "Type": "blob",
+                    "Size": path.stat().st_size,
+                    "Sha256": _sha256(path),
+                }
+                for file, path in _files(found[1]).items()
+            ]
+            self._json(200, {"Code": 200, "Success": True, "Data": {"Files": entries}})
+        elif rest == "/repo":
+            self._bytes(found[1] / query["FilePath"], {})
+        else:
+            self._json(200, {"Code": 200, "Success": True, "Data": {"Name": name, "Path": name}})
+
+    def _bytes(self, path: Path, headers: dict[str, str]) -> None:
+        """Send a file, or the rest of it; stop in the middle where the test wants that."""
+        if (status := self.hub.failing.get(path.name)) and self.command == "GET":
+            self._json(status, {"error": "on purpose"})
+            return
+        data = path.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
+        stop = min(int(wanted[2]) + 1, len(data)) if wanted and wanted[2] else len(data)
+        self.send_response(206 if wanted else 200)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(stop - start))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        part = data[start:stop]
+        middle = len(part) // 2
+        if self.hub.cut.get(path.name, 0) > 0:
+            self.hub.cut[path.name] -= 1
+            self.wfile.write(part[:middle])
+            self.close_connection = True
+            return
+        self.wfile.write(part[:middle])
+        if path.name in self.hub.stall:
+            self.wfile.flush()
+            self.hub.stalled.set()
+            self.hub.stall[path.name].wait(60)
+        self.wfile.write(part[middle:])
+
+    def _json(self, status: int, table: object, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(table).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def start(hub: Hub) -> ThreadingHTTPServer:
+    """Serve a hub on a free port of this machine; the caller shuts it down."""
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def _files(root: Path) -> dict[str, Path]:
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
