@@ -28,12 +28,27 @@ from tests.parity.families import FAMILIES, IMAGE, IMAGE_BEGINS, Family, Layout,
 
 PROMPTS = [[1, 17, 5, 80, 33, 9, 62, 2], [1, 94, 3, 3, 41, 28, 70, 11]]
 N_SHARDS = 4
-EXTRAS = {
-    "mtp.layers.0.eh_proj.weight": (8, 16),
-    "model.layers.7.self_attn.q_proj.weight": (16, 8),
-    "model.layers.0.self_attn.k_scale": (),
-}
+EXTRAS = {"mtp.layers.0.eh_proj.weight": (8, 16), "model.layers.0.self_attn.k_scale": ()}
 """Tensors beside a base's own that transformers does not load: a head for several tokens, a scale of a cache."""
+
+BEYOND: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "Llama": {"model.layers.2.self_attn.q_proj.weight": (64, 64)},
+    "DeepSeek-V3": {
+        "model.layers.2.eh_proj.weight": (64, 128),
+        "model.layers.2.self_attn.q_a_proj.weight": (24, 64),
+        "model.layers.2.self_attn.o_proj.weight": (64, 32),
+        "model.layers.2.mlp.experts.0.gate_proj.weight": (40, 64),
+        "model.layers.2.mlp.experts.0.up_proj.weight": (40, 64),
+        "model.layers.2.mlp.experts.0.down_proj.weight": (64, 40),
+        "model.layers.2.shared_head.head.weight": (96, 64),
+    },
+    "GLM-4-MoE": {
+        "model.layers.2.eh_proj.weight": (64, 128),
+        "model.layers.2.self_attn.q_proj.weight": (64, 64),
+        "model.layers.2.mlp.shared_experts.up_proj.weight": (40, 64),
+    },
+}
+"""Families published with a layer beyond the last, which transformers does not load and no adapter has seen."""
 
 
 def by_name(name: str) -> Family:
@@ -180,12 +195,17 @@ def write(out: Path, model: Any, found: Mapping[str, torch.Tensor], n_shards: in
     return out
 
 
+def extra_shapes(family_name: str) -> dict[str, tuple[int, ...]]:
+    """Return the tensors that a base has beside those of the model."""
+    return {**EXTRAS, **BEYOND.get(family_name, {})}
+
+
 @cache
 def base(root: Path, family_name: str, layout: Layout) -> Path:
     """Return the directory of a base checkpoint."""
     family = by_name(family_name)
     model = made(family_name)
-    extras = {name: _noise(*shape) for name, shape in EXTRAS.items()}
+    extras = {name: _noise(*shape) for name, shape in extra_shapes(family_name).items()}
     found = {**tensors(model, family, layout), **extras}
     out = root / f"base-{FAMILIES.index(family)}-{layout.replace(' ', '-')}"
     return write(out, model, found, N_SHARDS if layout == "in shards" else 1)
