@@ -1,7 +1,7 @@
 """Write the generated pages, or check that they are current.
 
-``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The table of supported adapters in
-``README.md`` is what the parity suite runs.
+``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The tables of adapters and of model
+families in ``README.md`` are what the parity suite runs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from lora_merge.cli.exits import MEANINGS
 from lora_merge.core.kinds import NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
 
 if TYPE_CHECKING:
+    from tests.parity.families import Family
     from tests.parity.kinds import Kind
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI_PAGE = ROOT / "docs" / "cli.md"
 README = ROOT / "README.md"
-BEGIN = "<!-- supported: begin (scripts/docs.py --write) -->"
-END = "<!-- supported: end -->"
+BEGIN = "<!-- {}: begin (scripts/docs.py --write) -->"
+END = "<!-- {}: end -->"
 
 _INTRO = """\
 # Command line
@@ -63,6 +64,15 @@ Proved means, for a tiny model of each family: with a base in F32, the merged ch
 adapter compute in PEFT, unmerged; with one in BF16 or F16, every tensor has the bits of PEFT's own merge.
 """
 
+_FAMILIES = """\
+Proved means, for a tiny model of each family and every combination in its row: the merged checkpoint computes what
+base and adapter compute, and every tensor that the adapter does not touch has its bytes. Where only transformers 5
+stands, 4 had the same names, or did not have the family.
+
+| family | adapter with the module names of | base stored | |
+| --- | --- | --- | --- |
+"""
+
 _REFUSED = """\
 Refused, by name:
 
@@ -91,11 +101,14 @@ def _commands() -> list[tuple[str, click.Command]]:
 def readme() -> str:
     """Return the text of ``README.md`` with what stands between the marks renewed; exit when they are missing."""
     text = README.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{README} lacks one of the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{supported()}\n{END}{after}"
+    for name, table in (("supported", supported()), ("families", families())):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, has_begin, rest = text.partition(begin)
+        _, has_end, after = rest.partition(end)
+        if not (has_begin and has_end):
+            sys.exit(f"{README} lacks one of the lines {begin} and {end}")
+        text = f"{before}{begin}\n\n{table}\n{end}{after}"
+    return text
 
 
 def supported() -> str:
@@ -106,6 +119,23 @@ def supported() -> str:
         parts.append(f"| {group} | proved on | base in | |\n| --- | --- | --- | --- |\n{rows}")
     parts.append(_REFUSED + "".join(_row(names, why) for names, why in _refused()))
     return "\n".join(parts)
+
+
+def families() -> str:
+    """Return the table of every model family that is tried, with its adapters' names and its bases' layouts."""
+    rows = "".join(
+        _row(family.name, ", ".join(family.namings()), ", ".join(family.layouts()), family.notes)
+        for family in _families()
+    )
+    return f"{_FAMILIES}{rows}"
+
+
+def _families() -> tuple[Family, ...]:
+    """Return the parity suite's list; its module is data and imports neither torch nor PEFT."""
+    sys.path.insert(0, str(ROOT))
+    from tests.parity.families import FAMILIES
+
+    return FAMILIES
 
 
 def _kinds() -> tuple[Kind, ...]:

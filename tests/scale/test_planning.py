@@ -1,0 +1,188 @@
+"""A plan of the largest checkpoints there are takes seconds, and little memory: it reads headers only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+N_SHARDS = 1000
+N_LAYERS, N_DENSE, N_EXPERTS = 132, 3, 256
+HIDDEN, NARROW, WIDE, VOCAB, RANK = 256, 96, 384, 512, 2
+Q_RANK, KV_RANK, NOPE, ROPE, V, N_HEADS = 48, 32, 16, 16, 16, 4
+N_ADAPTED_LAYERS = 61
+"""As many as DeepSeek-V3 has: an adapter of all their matrices has some 90 000 tensors."""
+
+CPU_SECONDS = 10
+BYTES = 1_000_000_000
+Shapes = Mapping[str, tuple[int, ...]]
+
+CONFIG = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16",
+    "hidden_size": HIDDEN, "intermediate_size": WIDE, "moe_intermediate_size": NARROW, "vocab_size": VOCAB,
+    "num_hidden_layers": N_LAYERS, "first_k_dense_replace": N_DENSE, "n_routed_experts": N_EXPERTS,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "num_attention_heads": N_HEADS,
+    "num_key_value_heads": N_HEADS, "q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK, "qk_nope_head_dim": NOPE,
+    "qk_rope_head_dim": ROPE, "v_head_dim": V, "tie_word_embeddings": False,
+}  # fmt: skip
+
+MLP = {"gate_proj": (0, 1), "up_proj": (0, 1), "down_proj": (1, 0)}
+
+
+def mlp(prefix: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    sizes = (width, HIDDEN)
+    for name, (n_out, n_in) in MLP.items():
+        yield f"{prefix}.{name}", (sizes[n_out], sizes[n_in])
+
+
+def matrices(n: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the linear layers of a layer with their sizes."""
+    layer = f"model.layers.{n}"
+    yield f"{layer}.self_attn.q_a_proj", (Q_RANK, HIDDEN)
+    yield f"{layer}.self_attn.q_b_proj", (N_HEADS * (NOPE + ROPE), Q_RANK)
+    yield f"{layer}.self_attn.kv_a_proj_with_mqa", (KV_RANK + ROPE, HIDDEN)
+    yield f"{layer}.self_attn.kv_b_proj", (N_HEADS * (NOPE + V), KV_RANK)
+    yield f"{layer}.self_attn.o_proj", (HIDDEN, N_HEADS * V)
+    if n < N_DENSE:
+        yield from mlp(f"{layer}.mlp", WIDE)
+        return
+    yield from mlp(f"{layer}.mlp.shared_experts", NARROW)
+    for expert in range(N_EXPERTS):
+        yield from mlp(f"{layer}.mlp.experts.{expert}", NARROW)
+
+
+def base_shapes() -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for n in range(N_LAYERS):
+        found |= {f"{name}.weight": shape for name, shape in matrices(n)}
+        layer = f"model.layers.{n}"
+        found |= {f"{layer}.{norm}_layernorm.weight": (HIDDEN,) for norm in ("input", "post_attention")}
+        found[f"{layer}.self_attn.q_a_layernorm.weight"] = (Q_RANK,)
+        found[f"{layer}.self_attn.kv_a_layernorm.weight"] = (KV_RANK,)
+        if n >= N_DENSE:
+            found[f"{layer}.mlp.gate.weight"] = (N_EXPERTS, HIDDEN)
+            found[f"{layer}.mlp.gate.e_score_correction_bias"] = (N_EXPERTS,)
+    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+
+
+def write_hollow(path: Path, shapes: Shapes, dtype: str, item_bytes: int) -> None:
+    """Write a header, and a hole for the data: no disk holds such a checkpoint, and no plan reads it."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * item_bytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A checkpoint of a hundred thousand tensors in a thousand files; each file has a part of several layers."""
+    root = tmp_path_factory.mktemp("huge")
+    shapes = base_shapes()
+    assert len(shapes) > 100_000
+    files = {
+        name: f"model-{n % N_SHARDS + 1:05}-of-{N_SHARDS:05}.safetensors" for n, name in enumerate(shapes)
+    }
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, file in files.items():
+        shards.setdefault(file, {})[name] = shapes[name]
+    for file, held in shards.items():
+        write_hollow(root / file, held, "BF16", 2)
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "config.json").write_text(json.dumps(CONFIG))
+    return root
+
+
+def write_adapter(root: Path, factors: Iterable[tuple[str, tuple[int, int], int]], **fields: object) -> Path:
+    """Write an adapter of modules, each with its sizes and its number of experts."""
+    root.mkdir()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (n_out, n_in), n_experts in factors:
+        shapes[f"base_model.model.{name}.lora_A.weight"] = (n_experts * RANK, n_in)
+        shapes[f"base_model.model.{name}.lora_B.weight"] = (n_out, n_experts * RANK)
+    write_hollow(root / "adapter_model.safetensors", shapes, "BF16", 2)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "peft_version": "0.21.2", **fields}
+    (root / "adapter_config.json").write_text(json.dumps(config))
+    return root
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a process printed and used."""
+
+    code: int
+    out: str
+    err: str
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def run(tmp_path: Path, *arguments: object) -> Ran:
+    """Run the command, and ask the kernel what it cost."""
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        command = [sys.executable, "-m", "lora_merge", *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    unit = 1 if sys.platform == "darwin" else 1024
+    cost = usage.ru_utime + usage.ru_stime
+    return Ran(process.returncode, out.read_text(), err.read_text(), cost, usage.ru_maxrss * unit)
+
+
+def assert_planned(base: Path, adapter: Path, tmp_path: Path, n_merged: int) -> None:
+    """The plan merges that many tensors, in bounds of time and memory. Other processes do not count: CPU does."""
+    ran = run(
+        tmp_path, "--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--dry-run", "--json"
+    )
+    assert ran.code == 0, ran.err[-2000:]
+    summary = json.loads(ran.out)["summary"]
+    assert (summary["n_merged"], summary["n_shards"]) == (n_merged, N_SHARDS)
+    assert ran.peak_bytes < BYTES
+    assert ran.cpu_seconds < CPU_SECONDS
+
+
+def test_an_adapter_of_every_expert_by_itself(base, tmp_path):
+    modules = [(name, shape, 1) for n in range(N_ADAPTED_LAYERS) for name, shape in matrices(n)]
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        modules,
+        target_modules=sorted({name.rpartition(".")[2] for name, _, _ in modules}),
+        layers_to_transform=list(range(N_ADAPTED_LAYERS)),
+    )
+    assert_planned(base, adapter, tmp_path, len(modules))
+
+
+def test_an_adapter_of_stacked_experts(base, tmp_path):
+    stacks = [
+        stack
+        for n in range(N_DENSE, N_LAYERS)
+        for stack in (
+            (f"model.layers.{n}.mlp.experts.base_layer", (2 * NARROW, HIDDEN), N_EXPERTS),
+            (f"model.layers.{n}.mlp.experts", (HIDDEN, NARROW), N_EXPERTS),
+        )
+    ]
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        stacks,
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    assert_planned(base, adapter, tmp_path, (N_LAYERS - N_DENSE) * N_EXPERTS * 3)
