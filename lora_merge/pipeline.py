@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_merge import executors
 from lora_merge._version import __version__
 from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.explanation import Match, matches_of, nearest
 from lora_merge.core.plan import Copy, MergePlan, Step
 from lora_merge.core.provenance import Provenance
 from lora_merge.core.report import (
@@ -65,6 +66,7 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     out: str | PathLike[str],
     base: str | PathLike[str] | None = None,
     base_is: BaseIs | None = None,
+    expert_layout: str | Sequence[str] = (),
     combine: CombineMethod = "linear",
     density: float = 0.5,
     seed: int = 0,
@@ -90,6 +92,8 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
         base: base checkpoint directory or repo; default: the adapter's ``base_model_name_or_path``.
         base_is: what the base is to an adapter whose initialisation changed it (PiSSA, OLoRA, CorDA, LoftQ,
             LoRA-GA): the model as published, or what that left of it.
+        expert_layout: what cannot be seen of stacked experts: ``out-in`` or ``in-out``, how the base stores a
+            square one in the adapter's terms; ``unsloth``, B packed expert by expert.
         combine: how the changes of several adapters become one.
         density: share of the values that ``ties`` and ``dare`` keep, above 0 and at most 1.
         seed: of what ``dare`` drops at random.
@@ -110,21 +114,12 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
         LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood
             there before.
     """
-    parsed = {
-        "adapter": _texts(adapter), "base_is": base_is, "combine": combine, "density": density, "seed": seed,
-        "dtype": dtype, "device": device, "workers": workers, "max_shard_size": max_shard_size, "verify": verify,
-        "token": token,
-    }  # fmt: skip
-    request = Request(
-        out=str(out),
-        base=None if base is None else str(base),
-        overwrite=overwrite,
-        strict=strict,
-        offline=offline,
-        allow_untie=allow_untie,
-        allow_svd=allow_svd,
-        **parse_fields(parsed),
-    )
+    request = _request(
+        adapter=adapter, out=str(out), base=base, base_is=base_is, expert_layout=expert_layout, combine=combine,
+        density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, dtype=dtype, device=device,
+        workers=workers, max_shard_size=max_shard_size, overwrite=overwrite, verify=verify, strict=strict,
+        token=token, offline=offline,
+    )  # fmt: skip
     return run(request, observer=observer)
 
 
@@ -133,6 +128,7 @@ def plan(  # noqa: PLR0913 - as `merge`
     adapter: AdapterPaths,
     base: str | PathLike[str] | None = None,
     base_is: BaseIs | None = None,
+    expert_layout: str | Sequence[str] = (),
     combine: CombineMethod = "linear",
     density: float = 0.5,
     seed: int = 0,
@@ -149,18 +145,11 @@ def plan(  # noqa: PLR0913 - as `merge`
         ResolveError: base or adapter cannot be found or read.
         PlanError: they do not fit.
     """
-    parsed = {
-        "adapter": _texts(adapter), "base_is": base_is, "combine": combine, "density": density, "seed": seed,
-        "dtype": dtype, "max_shard_size": max_shard_size, "token": token,
-    }  # fmt: skip
-    request = Request(
-        out="",
-        base=None if base is None else str(base),
-        offline=offline,
-        allow_untie=allow_untie,
-        allow_svd=allow_svd,
-        **parse_fields(parsed),
-    )
+    request = _request(
+        adapter=adapter, out="", base=base, base_is=base_is, expert_layout=expert_layout, combine=combine,
+        density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, dtype=dtype,
+        max_shard_size=max_shard_size, token=token, offline=offline,
+    )  # fmt: skip
     return _plan(request, Silence()).plan
 
 
@@ -169,7 +158,7 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
 
     Args:
         request: what to merge.
-        dry_run: stop after planning; nothing is written.
+        dry_run: stop after planning; nothing is written, and no output needs to be named.
         observer: hears of phases and bytes.
 
     Raises:
@@ -185,7 +174,8 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
         plan = planned.plan
         _check_strict(request, plan.issues)
         inputs = (Path(plan.base), *(Path(root) for root in plan.adapters))
-        staging.check_replaceable(out, overwrite=request.overwrite, inputs=inputs)
+        if request.out or not dry_run:
+            staging.check_replaceable(out, overwrite=request.overwrite, inputs=inputs)
         summary = plan.summary(n_workers, _free_bytes(out))
         shortage = _shortage(out, summary)
     if shortage and not dry_run:
@@ -204,8 +194,35 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
                 staging.publish(staged, out)
     issues = (*plan.issues, *([shortage] if shortage else []), *verdict.notes, *drowned)
     return Report(
-        plan.base, request.adapter, str(out), dry_run, summary, issues, verdict, survival, clock.seconds
+        plan.base,
+        request.adapter,
+        str(out) if request.out else "",
+        dry_run,
+        summary,
+        issues,
+        verdict,
+        survival,
+        clock.seconds,
     )
+
+
+def explain(request: Request, names: Sequence[str], *, observer: Observer | None = None) -> tuple[Match, ...]:
+    """Return how some modules or parameters were matched, by their names in the adapter or on disk.
+
+    Raises:
+        RequestError: nothing answers to a name.
+        LoraMergeError: as for `run`, when there is no plan.
+    """
+    plan = _plan(request, observer or Silence()).plan
+    matches: list[Match] = []
+    for name in names:
+        found = matches_of(plan, name)
+        if not found:
+            near = ", ".join(nearest(plan, name))
+            sentence = f"{name} is no module or parameter of the adapter or the base"
+            raise RequestError("", 0, "explain", sentence, hint=f"nearest: {near}" if near else "")
+        matches += found
+    return tuple(matches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +348,21 @@ def _chosen(text: str) -> tuple[str, float]:
     return (text, 1.0) if Path(text).expanduser().is_dir() else parse_adapter(text)
 
 
+def _request(
+    *,
+    adapter: AdapterPaths,
+    base: str | PathLike[str] | None,
+    expert_layout: str | Sequence[str],
+    **fields: Any,
+) -> Request:
+    """Return the request of a call, its values parsed."""
+    words = (expert_layout,) if isinstance(expert_layout, str) else tuple(expert_layout)
+    given = {
+        "adapter": _texts(adapter), "base": None if base is None else str(base), "expert_layout": words, **fields
+    }  # fmt: skip
+    return Request(**parse_fields(given))
+
+
 def _texts(adapter: AdapterPaths) -> list[str]:
     """Return the adapters of a call as a command line would name them."""
     return [str(adapter)] if isinstance(adapter, str | PathLike) else [str(path) for path in adapter]
@@ -386,6 +418,8 @@ def _options(request: Request) -> dict[str, object]:
         "device": request.device,
         "base_is": request.base_is,
     }
+    if request.expert_layout:
+        options["expert_layout"] = list(request.expert_layout)
     if request.combine != "linear":
         options |= {"combine": request.combine, "density": request.density, "seed": request.seed}
     return options

@@ -185,7 +185,8 @@ def _shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[WeightFil
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(label, "weight_map", f"is {weight_map!r}"[:80], "a table of tensor → file")
-    names = sorted({_file_name(label, name, file) for name, file in weight_map.items()})
+    first = {str(file): (name, file) for name, file in weight_map.items()}  # one tensor of each file
+    names = sorted(_file_name(label, name, file) for name, file in first.values())
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise CheckpointError(

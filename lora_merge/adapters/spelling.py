@@ -42,6 +42,10 @@ _TUNER = re.compile(
 )
 
 
+_PLAIN_ENDS = (".lora_A.weight", ".lora_B.weight")
+"""How nearly all names end that need no second look."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Spelled:
     """One tensor, and the name of the adapter that its own name gives."""
@@ -89,6 +93,8 @@ def canonical(refs: Iterable[TensorRef], file: str) -> tuple[tuple[TensorRef, ..
 
 def _spelled(ref: TensorRef) -> _Spelled:
     name = ref.name
+    if name.endswith(_PLAIN_ENDS) and "module." not in name and "_orig_mod." not in name:
+        return _Spelled(ref, name, is_tuner=True, adapter=None)
     for pattern in _WRAPPERS.values():
         name = pattern.sub("", name)
     match = _TUNER.search(name)
@@ -97,6 +103,8 @@ def _spelled(ref: TensorRef) -> _Spelled:
 
 def _renamed(one: _Spelled, adapter: str) -> TensorRef:
     """Return a tensor under PEFT's name for it."""
+    if one.is_tuner and one.adapter is None and one.name == one.ref.name:
+        return one.ref
     name = one.name
     if one.adapter is not None:
         name = _TUNER.sub(lambda match: match[0].removesuffix(match["named"] or ""), name, count=1)
@@ -118,9 +126,8 @@ def _strays(spelled: list[_Spelled], adapter: str) -> list[Issue]:
 
 def _change_note(spelled: list[_Spelled], adapter: str, file: str) -> list[Issue]:
     """Return a note that says what was taken out of the names; ``default`` is PEFT's own, and needs no word."""
-    words = [
-        word for word, pattern in _WRAPPERS.items() if any(pattern.search(one.ref.name) for one in spelled)
-    ]
+    changed = [one.ref.name for one in spelled if one.name != one.ref.name]
+    words = [word for word, pattern in _WRAPPERS.items() if any(map(pattern.search, changed))]
     words += [f"{adapter}."] if adapter != "default" else []
     if not words:
         return []

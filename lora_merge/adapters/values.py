@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error
@@ -20,20 +21,38 @@ _NON_FINITE_BITS: Mapping[str, tuple[str, int]] = {
 
 
 def non_finite(refs: Iterable[TensorRef]) -> list[Issue]:
-    """Return an issue for each tensor that holds NaN or infinity. Reads every value once."""
+    """Return an issue for each tensor that holds NaN or infinity. Reads every value once, or twice where one does."""
+    issues = []
+    for run in _runs(refs):
+        first, last = run[0], run[-1]
+        if not _count(replace(first, nbytes=last.end - first.start)):
+            continue
+        for ref in run:
+            count = _count(ref)
+            if count:
+                sentence = f"holds {count} values that are NaN or infinite"
+                hint = "the training diverged; use an earlier checkpoint"
+                issues.append(error("non-finite", ref.name, sentence, hint))
+    return issues
+
+
+def _count(ref: TensorRef) -> int:
+    """Return how many values are NaN or infinite."""
     import numpy as np
 
-    issues = []
-    for ref in refs:
+    storage, mask = _NON_FINITE_BITS[ref.dtype]
+    return sum(int(np.count_nonzero((np.frombuffer(block, storage) & mask) == mask)) for block in blocks(ref))
+
+
+def _runs(refs: Iterable[TensorRef]) -> list[list[TensorRef]]:
+    """Return the tensors in runs that lie behind each other in one file and one dtype."""
+    runs: list[list[TensorRef]] = []
+    for ref in sorted(refs, key=lambda ref: (ref.file, ref.start)):
         if ref.dtype not in _NON_FINITE_BITS:
             continue
-        storage, mask = _NON_FINITE_BITS[ref.dtype]
-        count = sum(
-            int(np.count_nonzero((np.frombuffer(block, storage) & mask) == mask)) for block in blocks(ref)
-        )
-        if count:
-            sentence = f"holds {count} values that are NaN or infinite"
-            issues.append(
-                error("non-finite", ref.name, sentence, "the training diverged; use an earlier checkpoint")
-            )
-    return issues
+        before = runs[-1][-1] if runs else None
+        if before is not None and (before.file, before.end, before.dtype) == (ref.file, ref.start, ref.dtype):
+            runs[-1].append(ref)
+        else:
+            runs.append([ref])
+    return runs

@@ -13,6 +13,7 @@ from lora_merge import __version__
 from lora_merge.cli import exits
 from lora_merge.cli.console import error_json, say_error
 from lora_merge.cli.merge import merge
+from lora_merge.cli.plan import plan
 from lora_merge.errors import LoraMergeError
 
 if TYPE_CHECKING:
@@ -90,3 +91,4 @@ def main() -> None:
 
 
 main.add_command(merge)
+main.add_command(plan)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
+    from lora_merge.core.explanation import Match
     from lora_merge.core.report import Issue, Observer, Report
 
 _LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
@@ -62,6 +63,13 @@ class Console:
         if self._verbose and not self._quiet:
             spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report.seconds.items())
             click.echo(f"time: {spent}", err=True)
+
+    def matches(self, matches: tuple[Match, ...]) -> None:
+        """Print how some modules were matched."""
+        if self._as_json:
+            click.echo(json.dumps({"ok": True, "matches": [asdict(match) for match in matches]}, indent=2))
+        else:
+            click.echo("\n\n".join(printable(match.text()) for match in matches))
 
 
 def say_error(error: BaseException, sentence: str, code: int, *, as_json: bool) -> None:
@@ -133,7 +141,7 @@ def _print_plan(report: Report, *, verbose: bool) -> None:
     rows = [
         ("base", report.base),
         ("adapter", ", ".join(report.adapters)),
-        ("output", report.out),
+        *([("output", report.out)] if report.out else []),
         ("tensors merged", f"{summary.n_merged} ({size_text(summary.merged_bytes)})"),
         ("tensors replaced", f"{summary.n_replaced} ({size_text(summary.replaced_bytes)})"),
         ("tensors copied", f"{summary.n_copied} ({size_text(summary.copied_bytes)})"),

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_merge.core.request import PARSERS
+from lora_merge.core.request import EXPERT_LAYOUTS, PARSERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from lora_merge.core.request import Request
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
@@ -32,6 +34,93 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
             self.fail(str(exc), param, ctx)
 
 
+def input_options(command: Command) -> Command:
+    """Add the options that say what is to be merged, into what, and how."""
+    options = (
+        click.option(
+            "--base",
+            metavar="DIR|ID",
+            help="Base model: a directory, or org/name[@revision] on the Hub.  [default: the one that the adapter names]",
+        ),
+        click.option(
+            "--adapter",
+            multiple=True,
+            metavar="DIR|ID[:WEIGHT]",
+            help="Adapter to merge (a directory, or org/name[/folder][@revision] on the Hub), and how much of it; repeat it to merge several.  [required; WEIGHT: 1]",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(exists=True, dir_okay=False),
+            metavar="FILE",
+            help="Read these options from a YAML file; those given here win.",
+        ),
+        click.option(
+            "--base-is",
+            type=Parsed("base_is"),
+            metavar="[original|residual]",
+            help="What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter: the model as published, or what the initialisation left of it.",
+        ),
+        click.option(
+            "--expert-layout",
+            type=click.Choice(EXPERT_LAYOUTS),
+            multiple=True,
+            help="What cannot be seen of stacked experts: how the base stores a square one in the adapter's terms; Unsloth's packing of B. May be repeated.",
+        ),
+        click.option(
+            "--combine",
+            type=Parsed("combine"),
+            metavar="[linear|ties|dare_linear|dare_ties|svd]",
+            help="How several adapters become one change of each weight.  [default: linear, their weighted sum]",
+        ),
+        click.option(
+            "--density",
+            type=Parsed("density"),
+            metavar="SHARE",
+            help="Share of each change that ties and dare keep.  [default: 0.5]",
+        ),
+        click.option("--seed", type=Parsed("seed"), metavar="N", help="Of what dare drops.  [default: 0]"),
+        click.option(
+            "--dtype",
+            type=Parsed("dtype"),
+            metavar="[bfloat16|float16|float32]",
+            help="Store the weights in this dtype.  [default: the base's, tensor by tensor]",
+        ),
+        click.option(
+            "--max-shard-size",
+            type=Parsed("max_shard_size"),
+            metavar="SIZE",
+            help="Split the weights into files of at most this size, such as 5GB.  [default: the base's own files]",
+        ),
+        click.option(
+            "--allow-untie",
+            is_flag=True,
+            default=None,
+            help="Untie the embeddings even of a family that engines tie whatever its config says.",
+        ),
+        click.option(
+            "--allow-svd",
+            is_flag=True,
+            default=None,
+            help="Merge OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it otherwise.",
+        ),
+        click.option(
+            "--token",
+            type=Parsed("token"),
+            metavar="TEXT",
+            help="For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows.  [default: HF_TOKEN, or the login]",
+        ),
+        click.option(
+            "--offline/--no-offline",
+            default=None,
+            help="Take models and adapters from the local cache, and ask no hub.",
+        ),
+        click.option("--strict/--no-strict", default=None, help="Treat warnings as errors."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def output_options(command: Command) -> Command:
     """Add the options that choose how a command speaks."""
     for option in (
@@ -43,3 +132,22 @@ def output_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def request_of(config: str | None, flags: dict[str, Any], needed: tuple[str, ...]) -> Request:
+    """Return the request of a file and of the flags, which win.
+
+    Raises:
+        click.UsageError: an option that is needed stands in neither.
+    """
+    from lora_merge.core.request import Request, parse_fields
+
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    if config is not None:
+        from lora_merge.io.request_file import read_request
+
+        return read_request(config, given)
+    for name in needed:
+        if name not in given:
+            raise click.UsageError(f"Missing option '--{name}'. It can also stand in a --config file.")
+    return Request(**parse_fields({"out": "", **given}))

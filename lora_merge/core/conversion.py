@@ -30,7 +30,7 @@ class _Group:
     """None for a tensor that is but renamed."""
 
     sources: list[tuple[str, str]] = field(default_factory=list)
-    """``(stored name, pattern of the converter)``; their order is that of the parts."""
+    """``(stored name, pattern of the converter)``; the order of their names is that of the parts."""
 
 
 class Conversion:
@@ -53,6 +53,7 @@ class Conversion:
             pattern: converter for converter in self.converters for pattern in converter.source_patterns
         }
         self._empty = model.state_dict()
+        self._renamed: dict[str, str] = {}
         self._virtual: dict[object, dict[str, Assembly]] = {}
 
     @classmethod
@@ -68,22 +69,25 @@ class Conversion:
 
     def renamed(self, name: str) -> str:
         """Return a name after the renamings alone: what two spellings of one tensor have in common."""
-        from transformers.core_model_loading import apply_renamings
-
-        found: str = apply_renamings(name, self._renamings)
-        return self._with_prefix(found)
+        return self._with_prefix(self._without_prefix_rule(name))
 
     def canonical(self, name: str) -> tuple[str, str | None]:
         """Return the parameter that a stored name belongs to, and the converter's pattern that takes it in."""
-        from transformers.core_model_loading import rename_source_key
+        from transformers.core_model_loading import apply_converters
 
-        prefix = self._model.base_model_prefix
-        found: tuple[str, str | None] = rename_source_key(
-            name, self._renamings, self.converters, prefix, self._empty
-        )
-        if found[0] not in self._empty and name in self._empty:
+        found, pattern = apply_converters(self._without_prefix_rule(name), self.converters)
+        found = self._with_prefix(found)
+        if found not in self._empty and name in self._empty:
             return name, None
-        return found
+        return found, pattern
+
+    def _without_prefix_rule(self, name: str) -> str:
+        """Return a name after the renamings, once for all that is asked about it."""
+        from transformers.core_model_loading import apply_renamings
+
+        if name not in self._renamed:
+            self._renamed[name] = apply_renamings(name, self._renamings)
+        return self._renamed[name]
 
     def _with_prefix(self, name: str) -> str:
         """Return a name with the base model's prefix put on or taken off, where the model has it that way."""
@@ -101,10 +105,11 @@ class Conversion:
 
     def memory(self, shapes: Mapping[str, tuple[int, ...]]) -> Memory:
         """Return what the model's parameters consist of, for a checkpoint's tensors."""
-        from transformers.core_model_loading import dot_natural_key
+        from transformers.core_model_loading import GroupWeightRename, dot_natural_key
 
         groups: dict[str, _Group] = {}
-        for name in sorted(shapes, key=dot_natural_key):
+        guarded = any(isinstance(renaming, GroupWeightRename) for renaming in self._renamings)
+        for name in sorted(shapes, key=dot_natural_key) if guarded else shapes:
             parameter, pattern = self.canonical(name)
             if parameter in self._empty:
                 converter = self._by_pattern[pattern] if pattern else None
@@ -125,8 +130,10 @@ class Conversion:
                 raise ConversionError(f"{names} are both stored for it")
             name = group.sources[0][0]
             return {parameter: Assembly.whole(name, shapes[name])}
+        from transformers.core_model_loading import dot_natural_key
+
         converter = copy.deepcopy(group.converter)
-        for name, pattern in group.sources:
+        for name, pattern in sorted(group.sources, key=lambda source: dot_natural_key(source[0])):
             converter.add_tensor(parameter, name, pattern, Assembly.whole(name, shapes[name]))
         try:
             made = converter.convert(parameter, model=self._model, config=self._model.config)
@@ -245,4 +252,4 @@ def _index_in(pattern: str, name: str) -> int | None:
 
 
 def _label(pattern: str, index: int | None) -> str:
-    return pattern if index is None else f"{pattern} [{index}]"
+    return pattern if index is None else f"{pattern}.{index}"

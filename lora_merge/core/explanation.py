@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Merge
 from lora_merge.core.tensor import shape_text
@@ -77,7 +77,7 @@ class Match:
         return "\n".join([self.parameter, *(f"  {key:<8} {value}" for key, value in rows)])
 
 
-def explain(plan: MergePlan, name: str) -> tuple[Match, ...]:
+def matches_of(plan: MergePlan, name: str) -> tuple[Match, ...]:
     """Return what a plan does to a module or parameter, by its name in the adapter or on disk; nothing if unknown."""
     return tuple(match for step in plan.steps for match in _matches(plan, step, name))
 
@@ -139,8 +139,3 @@ def _indexed(box: tuple[tuple[int, int], ...]) -> str:
     if not box:
         return ""
     return f"[{', '.join(str(start) if end == start + 1 else f'{start}:{end}' for start, end in box)}]"
-
-
-def as_data(matches: tuple[Match, ...]) -> list[dict[str, Any]]:
-    """Return matches as JSON values."""
-    return [asdict(match) for match in matches]

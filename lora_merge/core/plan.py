@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -337,4 +338,5 @@ def _factor_bytes(delta: DeltaSpec) -> int:
 
 
 def _count(values: list[str]) -> dict[str, int]:
-    return {value: values.count(value) for value in sorted(set(values), key=lambda text: (len(text), text))}
+    counts = Counter(values)
+    return {value: counts[value] for value in sorted(counts, key=lambda text: (len(text), text))}

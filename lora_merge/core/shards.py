@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lora_merge.core.checkpoint import SAFETENSORS_FILE
 from lora_merge.core.tensor import TensorRef, nbytes_of
@@ -81,7 +81,7 @@ def place(name: str, refs: Sequence[TensorRef], metadata: Mapping[str, str]) -> 
     start = HEADER_PREFIX_BYTES + len(text.encode())
     slots = []
     for ref, nbytes in zip(refs, sizes, strict=True):
-        slots.append(replace(ref, file=name, start=start, nbytes=nbytes))
+        slots.append(TensorRef(ref.name, ref.dtype, ref.shape, name, start, nbytes))
         start += nbytes
     return OutputFile(name=name, nbytes=start, header=text, slots=tuple(slots))
 

@@ -77,15 +77,17 @@ def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef
     Raises:
         CheckpointError: the row is malformed, or its size is not that of its shape and dtype.
     """
-    match row:
-        case {"dtype": str(dtype), "shape": [*sizes], "data_offsets": [int(begin), int(end)]}:
-            pass
-        case _:
-            raise CheckpointError(label, name, f"has the header row {row!r}", "dtype, shape and data_offsets")
+    try:
+        dtype, sizes, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]  # type: ignore[index]
+    except (TypeError, KeyError, ValueError):
+        dtype, sizes, begin, end = None, None, None, None
+    if not (type(dtype) is str and type(sizes) is list and type(begin) is int and type(end) is int):
+        raise CheckpointError(label, name, f"has the header row {row!r}", "dtype, shape and data_offsets")
     if dtype not in DTYPE_BITS:
         raise CheckpointError(label, name, f"has the dtype {dtype!r}", f"one of {', '.join(DTYPE_BITS)}")
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise CheckpointError(label, name, f"has the shape {sizes!r}", "a list of sizes")
+    for size in sizes:
+        if type(size) is not int or size < 0:
+            raise CheckpointError(label, name, f"has the shape {sizes!r}", "a list of sizes")
     nbytes = nbytes_of(dtype, tuple(sizes))
     if begin < 0 or end - begin != nbytes:
         raise CheckpointError(

@@ -80,9 +80,9 @@ class Draft:
                 layered, layer_issues = layered_deltas(use, self._model)
                 issues += layer_issues
                 use = replace(use, adapter=_without_factors(use.adapter))  # noqa: PLW2901 - what is left of it
-            fitting = Fitting(use, self._model, self._request).fit(layered)
+            fitting = Fitting(use, n, self._model, self._request).fit(layered)
             issues += fitting.issues
-            issues += self._take(n, fitting)
+            issues += self._take(fitting)
         if tie is not None:
             issues += self._settle_tie(tie)
         return issues + self._resized(tie) + self._in_turn() + self._rankless()
@@ -181,7 +181,7 @@ class Draft:
             return None
         return find_tie(self._model, self._twins)
 
-    def _take(self, n: int, fitting: Fitting) -> list[Issue]:
+    def _take(self, fitting: Fitting) -> list[Issue]:
         """Take over what one adapter changes."""
         issues = []
         for name, ref in fitting.replacements.items():
@@ -191,14 +191,14 @@ class Draft:
                 issues.append(error("two-replacements", name, sentence, "merge one of them only"))
             change.source = ref
         for delta in fitting.deltas:
-            self._changes.setdefault(delta.parameter, _Change()).deltas.append(replace(delta, adapter=n))
+            self._changes.setdefault(delta.parameter, _Change()).deltas.append(delta)
         return issues
 
     def _settle_tie(self, tie: Tie) -> list[Issue]:
         """Keep a tie whose ends change alike, take apart one whose ends do not."""
         embedding, head = self._changes.pop(tie.embedding, None), self._changes.pop(tie.head, None)
-        if embedding is not None and self._follows(embedding, head):
-            head = embedding
+        if embedding is not None:
+            head = self._following(embedding, head or _Change())
         if embedding is None and head is None:
             return []
         if embedding is not None and head is not None and _alike(embedding, head, self._twins):
@@ -213,16 +213,24 @@ class Draft:
         self.config_patch |= untie_patch(self._base.config)
         return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
 
-    def _follows(self, embedding: _Change, head: _Change | None) -> bool:
-        """Return True when the head changes as the embedding does, whatever the file says of it.
+    def _following(self, embedding: _Change, head: _Change) -> _Change | None:
+        """Return the head's change with those of the embedding that it shares, whatever the files say of it.
 
         Reference:
             ``peft.utils.other.set_additional_trainable_modules`` and
             ``peft.tuners.lora.model.LoraModel._add_targets_to_tie`` (PEFT 0.21.2).
         """
-        ensured = all(use.adapter.config.get("ensure_weight_tying") for use in self._uses)
-        tokens = embedding.source is None and all(delta.kind == "rows" for delta in embedding.deltas)
-        return ensured or (tokens and head is None)
+        ensured = [bool(use.adapter.config.get("ensure_weight_tying")) for use in self._uses]
+        if all(ensured):
+            return embedding
+        whole = embedding.source is not None or head.source is not None
+        deltas: list[DeltaSpec] = []
+        for n, is_ensured in enumerate(ensured):
+            theirs = [delta for delta in embedding.deltas if delta.adapter == n]
+            own = [delta for delta in head.deltas if delta.adapter == n]
+            only_tokens = not own and not whole and all(delta.kind == "rows" for delta in theirs)
+            deltas += theirs if is_ensured or only_tokens else own
+        return _Change(head.source, deltas) if deltas or head.source is not None else None
 
     def _resized(self, tie: Tie | None) -> list[Issue]:
         """Settle what a vocabulary of another size changes: every end of it, and the config."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.scaling import Scaling
-from lora_merge.core.skeleton import may_hold_conv1d
 from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
@@ -28,12 +27,14 @@ class Fitting:
 
     Args:
         use: the adapter.
+        n: which of the plan's adapters it is.
         model: the base.
         request: how experts are laid out, if the user says so.
     """
 
-    def __init__(self, use: AdapterUse, model: Model, request: Request) -> None:
-        self._use, self._adapter, self._model, self._request = use, use.adapter, model, request
+    def __init__(self, use: AdapterUse, n: int, model: Model, request: Request) -> None:
+        self._use, self._n, self._model, self._request = use, n, model, request
+        self._adapter = use.adapter
         self._located: dict[str, Located] = {}
         """Where each parameter that the adapter names was found."""
         self.issues: list[Issue] = []
@@ -57,7 +58,7 @@ class Fitting:
             self.issues.append(self._all_absent(lost[0].parameter))
             return self
         self.issues += [self._absent(delta.parameter) for delta in lost]
-        self.deltas += layered
+        self.deltas += (replace(delta, adapter=self._n) for delta in layered)
         for delta in layered:
             self._located[delta.target] = Located("identity", (Place(delta.parameter),))
         if deltas or self._adapter.stacked or not (layered or self._adapter.replacements):
@@ -99,7 +100,7 @@ class Fitting:
         n_found = 0
         for pair in self._adapter.stacked:
             try:
-                found = stacked_deltas(pair, self._adapter, self._model, self._request.expert_layout)
+                found = stacked_deltas(pair, self._use, self._n, self._model, self._request.expert_layout)
             except TargetError as exc:
                 self.issues.append(error("bad-field", exc.field, exc.sentence))
                 continue
@@ -108,7 +109,7 @@ class Fitting:
                 self._located[found.parameter] = found.located
                 paths.add(found.parameter)
                 n_found += bool(found.deltas)
-            self.deltas += [replace(delta, weight=self._use.weight) for delta in found.deltas]
+            self.deltas += found.deltas
         if n_found == len(self._adapter.stacked) > 0:
             self.issues += Scaling(self._adapter.config).unmatched(paths)
 
@@ -216,6 +217,7 @@ class Fitting:
             region=Region(transposed, place.at),
             part=place.part,
             weight=self._use.weight,
+            adapter=self._n,
         )
 
     def _misfit(self, delta: DeltaSpec, place: Place, found: Located) -> Issue | None:
@@ -282,7 +284,7 @@ class Fitting:
         product = (b[0], *a[1:])
         says_so = bool(self._adapter.config.get("fan_in_fan_out"))
         odd = shape != product and shape == product[::-1]
-        if not (odd or says_so or may_hold_conv1d(self._model.config)):
+        if not (odd or says_so or self._model.may_hold_conv1d):
             return False
         known = self._model.skeleton
         kind = known.classes.get(self._model.module(delta.module)) if known else None

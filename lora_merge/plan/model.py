@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.conversion import Conversion
-from lora_merge.core.skeleton import Skeleton, build_skeleton
+from lora_merge.core.skeleton import Skeleton, build_skeleton, may_hold_conv1d
 from lora_merge.layouts import Located, Place, Shape, Stored, locate
 from lora_merge.plan.outline import Outline
 from lora_merge.plan.ties import Tie
@@ -44,6 +44,11 @@ class Model:
     def skeleton(self) -> Skeleton | None:
         """Return the module tree; None where transformers has no class for the model."""
         return build_skeleton(self.config)
+
+    @cached_property
+    def may_hold_conv1d(self) -> bool:
+        """Return True when some weights may be stored ``[in, out]``."""
+        return may_hold_conv1d(self.config)
 
     @cached_property
     def stored(self) -> Stored:

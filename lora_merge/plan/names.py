@@ -45,7 +45,7 @@ class Names:
 
     def in_adapter(self, module: str) -> str:
         """Return what the adapter would call a module on disk."""
-        for beginning in _paths(module):
+        for beginning in _paths(module) if self._rewritings else ():
             if beginning in self._rewritings:
                 return self._rewritings[beginning] + module[len(beginning) :]
         if self._speaks_as_published:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import Checkpoint, config_levels
@@ -38,7 +37,7 @@ def slots_of(
         source = outline.sources[name]
         shape = shapes.get(name, source.shape)
         stored = code if changing and source.dtype == main and code else source.dtype
-        slots[name] = replace(source, name=name, dtype=stored, shape=shape, nbytes=nbytes_of(stored, shape))
+        slots[name] = TensorRef(name, stored, shape, source.file, source.start, nbytes_of(stored, shape))
         if changing and source.dtype not in (main, code):
             apart[source.dtype] += 1
     issues = [

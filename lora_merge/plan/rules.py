@@ -68,7 +68,10 @@ def _unmatched(
 ) -> list[Issue]:
     """Return an issue for each target that no module of the adapter answers to."""
     issues = []
-    for entry in rule.unmatched_targets(modules | _left_out(rule, model, names)):
+    unmatched = rule.unmatched_targets(modules)
+    if unmatched:
+        unmatched = rule.unmatched_targets(modules | _left_out(rule, model, names))
+    for entry in unmatched:
         sentence = f"the entry {entry!r} matches none of the adapter's {len(adapter.modules)} modules"
         hint = "remove it from adapter_config.json if it was never trained"
         issues.append(error("unmatched-target", "target_modules", sentence, hint))

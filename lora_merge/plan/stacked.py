@@ -16,7 +16,7 @@ from lora_merge.layouts import LayoutError, Located, Place, Shape
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from lora_merge.core.adapter import Adapter, StackedPair
+    from lora_merge.core.adapter import Adapter, AdapterUse, StackedPair
     from lora_merge.core.pieces import Box
     from lora_merge.plan.model import Model
 
@@ -34,13 +34,14 @@ class Stack:
 
 
 def stacked_deltas(
-    pair: StackedPair, adapter: Adapter, model: Model, expert_layout: Collection[str]
+    pair: StackedPair, use: AdapterUse, n: int, model: Model, expert_layout: Collection[str]
 ) -> Stack:
     """Return the deltas of a pair of ``target_parameters``, one per stored tensor, or why there are none.
 
     Args:
         pair: the factors.
-        adapter: whose they are.
+        use: the adapter whose they are.
+        n: which of the plan's adapters it is.
         model: the base.
         expert_layout: what the user says of them: ``out-in``, ``in-out``, ``unsloth``.
 
@@ -51,6 +52,7 @@ def stacked_deltas(
         ``peft.tuners.lora.layer.ParamWrapper`` and ``peft.tuners.tuners_utils.BaseTuner._inject_parameters``
         (PEFT 0.21.2).
     """
+    adapter = use.adapter
     parameter = _parameter(pair, adapter, model)
     try:
         located = model.locate(parameter, None) if parameter else None
@@ -65,8 +67,9 @@ def stacked_deltas(
         return Stack(issues=(_misfit(parameter, shape, pair),))
     scale, issues = Scaling(adapter.config).of(parameter, rank)
     delta = DeltaSpec(
-        "low_rank", parameter, pair.tensors, scale, rounded=True, target=parameter, rule=located.rule
-    )
+        "low_rank", parameter, pair.tensors, scale, rounded=True, weight=use.weight, adapter=n, target=parameter,
+        rule=located.rule,
+    )  # fmt: skip
     if len(shape) == 2:
         fits = (pair.tensors["B"].shape[0], pair.tensors["A"].shape[1]) == shape
         deltas = [_flat(delta, place) for place in located.places if fits]

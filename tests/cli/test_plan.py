@@ -1,0 +1,111 @@
+"""``lora-merge plan``: the plan without an output, and how one module was matched."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lora_merge.cli import exits
+from tests.parity import building
+from tests.parity.kinds import KINDS
+
+Q = "model.layers.0.self_attn.q_proj"
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture
+def experts(workshop):
+    """A MoE base as published, its experts one by one, and an adapter of them all as stacks."""
+    kind = next(kind for kind in KINDS if kind.name.endswith("(target_parameters), two parameters"))
+    case = building.case(workshop, kind, "qwen3_moe", "float32")
+    base = workshop / "one-by-one"
+    if not base.exists():
+        building.make("qwen3_moe").save_pretrained(base)
+    return base, case.adapter
+
+
+def test_a_plan_needs_no_output(cli, pico, pico_adapter):
+    base = pico()
+    result = cli("plan", "--base", base, "--adapter", pico_adapter(base))
+    assert result.exit_code == exits.OK
+    assert "tensors merged" in result.stdout
+    assert "4 (" in result.stdout
+    assert "output" not in result.stdout
+
+
+def test_a_plan_is_data_too(cli, pico, pico_adapter):
+    base = pico()
+    data = json.loads(cli("plan", "--base", base, "--adapter", pico_adapter(base), "--json").stdout)
+    assert (data["ok"], data["dry_run"], data["out"]) == (True, True, "")
+    assert data["summary"]["n_merged"] == 4
+
+
+@pytest.mark.parametrize("name", [Q, f"{Q}.weight"])
+def test_explain_says_rule_tensor_and_change(cli, pico, pico_adapter, name):
+    base = pico()
+    adapter = pico_adapter(base)
+    result = cli("plan", "--base", base, "--adapter", adapter, "--explain", name)
+    assert result.exit_code == exits.OK
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines == [
+        f"{Q}.weight",
+        "rule identity: it is stored under its own name",
+        f"tensor {Q}.weight of (64, 64), in model.safetensors",
+        "change low_rank, rank 4, scale 1.5",
+        f"adapter {adapter.resolve()}",
+    ]
+
+
+def test_explain_shows_every_part_of_a_stack(cli, experts):
+    base, adapter = experts
+    result = cli(
+        "plan", "--base", base, "--adapter", adapter, "--explain", f"{EXPERTS}.gate_up_proj", "--json"
+    )
+    matches = json.loads(result.stdout)["matches"]
+    assert {match["rule"] for match in matches} == {"converted"}
+    places = {match["tensor"]: match["of_adapter"] for match in matches}
+    assert places == {
+        f"{EXPERTS}.{expert}.{half}_proj.weight": f"[{expert}, {rows}, 0:64]"
+        for expert in range(4)
+        for half, rows in (("gate", "0:40"), ("up", "40:80"))
+    }
+
+
+def test_explain_takes_the_name_on_disk_as_well(cli, experts):
+    base, adapter = experts
+    name = f"{EXPERTS}.2.up_proj"
+    (match,) = json.loads(
+        cli("plan", "--base", base, "--adapter", adapter, "--explain", name, "--json").stdout
+    )["matches"]
+    assert match["parameter"] == f"{EXPERTS}.gate_up_proj"
+    assert match["tensor"] == f"{name}.weight"
+    assert match["of_adapter"] == "[2, 40:80, 0:64]"
+
+
+def test_explain_says_that_a_module_is_copied(cli, pico, pico_adapter):
+    base = pico()
+    result = cli("plan", "--base", base, "--adapter", pico_adapter(base), "--explain", "model.norm")
+    assert "the adapter does not name it" in result.stdout
+    assert "copied" in result.stdout
+
+
+def test_a_name_that_is_nowhere_is_refused_with_the_nearest(cli, pico, pico_adapter):
+    base = pico()
+    result = cli(
+        "plan", "--base", base, "--adapter", pico_adapter(base), "--explain", "model.layers.0.attn.q_proj"
+    )
+    assert result.exit_code == exits.USAGE
+    assert "model.layers.0.attn.q_proj is no module or parameter of the adapter or the base" in result.stderr
+    assert f"nearest: {Q}" in result.stderr
+
+
+def test_a_plan_without_an_adapter_says_so(cli, pico):
+    result = cli("plan", "--base", pico())
+    assert result.exit_code == exits.USAGE
+    assert "Missing option '--adapter'" in result.stderr
