@@ -59,10 +59,8 @@ def _places(wanted: dict[str, tuple[Piece, ...]], stored: Stored) -> list[Place]
         if assembly is None:
             continue
         for one in pieces:
-            everything = one.box() == tuple((0, size) for size in assembly.shape)
             for other in assembly.pieces:
-                part = one.part_box(other.box())
-                at = () if everything else other.part_box(one.box())
+                part, at = one.part_box(other.box()), other.part_box(one.box())
                 if part is not None and at is not None:
                     places.append(Place(other.part, at, part, _across(one, other)))
     return places

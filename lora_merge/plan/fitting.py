@@ -61,7 +61,7 @@ class Fitting:
         self.deltas += (replace(delta, adapter=self._n) for delta in layered)
         for delta in layered:
             self._located[delta.target] = Located("identity", (Place(delta.parameter),))
-        if deltas or self._adapter.stacked or not (layered or self._adapter.replacements):
+        if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
             names = Names(self._model, self._located)
             self.issues += names.several_rewritings()
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, parents, sort_by_module
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
 from lora_merge.core.report import Issue, error
-from lora_merge.core.targets import TargetError, TargetRule
+from lora_merge.core.targets import TargetError, TargetRule, matching_patterns
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
 from lora_merge.layouts import LayoutError
 from lora_merge.plan.model import SAVE_ANEW
@@ -108,12 +109,8 @@ class _Join:
             for path in modules.values()
             if not rule.matches(path)
         ]
-        return {
-            **config,
-            "target_modules": sorted(modules),
-            "exclude_modules": None,
-            "layers_to_transform": None,
-        }
+        fixed = {"target_modules": sorted(modules), "exclude_modules": None, "layers_to_transform": None}
+        return {**config, **fixed, **_by_module(config, modules)}
 
     def _base_of(self, target: Target) -> dict[str, TensorRef] | None:
         """Return the stored parameters of a module, or None when one is missing or is no float."""
@@ -222,6 +219,32 @@ def changed_parameters(adapter: Adapter, target: Target) -> tuple[str, ...]:
     if adapter.kind in BIAS_TYPES or adapter.config.get("lora_bias"):
         return target.parameters
     return tuple(name for name in target.parameters if not name.endswith("bias"))
+
+
+def _by_module(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+    """Return the other fields of a configuration that mean modules by their names, with the modules that they mean.
+
+    Args:
+        config: the adapter's.
+        modules: path in the model → path in the adapter.
+
+    Reference:
+        ``peft.utils.other.get_pattern_key`` and ``peft.tuners.ia3.model.IA3Model._check_target_module_feedforward``
+        (PEFT 0.21.2).
+    """
+    fields: dict[str, Any] = {}
+    for field, table in config.items():
+        if field.endswith("_pattern") and isinstance(table, dict):
+            found = {path: list(matching_patterns(table, own).values()) for path, own in modules.items()}
+            fields[field] = {re.escape(path): values[0] for path, values in found.items() if values}
+    meant = config.get("feedforward_modules")
+    if meant:
+        fields["feedforward_modules"] = sorted(
+            path
+            for path, own in modules.items()
+            if (re.fullmatch(meant, own) if isinstance(meant, str) else own.endswith(tuple(meant)))
+        )
+    return fields
 
 
 def _spelled_as_in_memory(layered: Mapping[str, TensorRef], model: Model) -> dict[str, TensorRef]:
