@@ -26,7 +26,7 @@ from lora_merge.core.kinds import (
 )
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.scaling import Scaling, number
-from lora_merge.core.targets import TargetError, is_listed
+from lora_merge.core.targets import TargetError, TargetRule, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.io.files import files_digest, read_json
 from lora_merge.io.safetensors import read_header
@@ -393,9 +393,18 @@ def _attention(module: str, groups: Mapping[str, Group], deltas: list[DeltaSpec]
 
 
 def _is_stacked(module: str, config: Mapping[str, Any]) -> bool:
-    """Return True when a group belongs to one of ``target_parameters``."""
+    """Return True when a group belongs to one of ``target_parameters``.
+
+    An entry that is but a parameter's name may mean any module; then it is one that ``target_modules`` does not mean.
+
+    Raises:
+        TargetError: a field has a value that PEFT could not use.
+    """
     owners = {str(entry).rpartition(".")[0] for entry in config.get("target_parameters") or ()}
-    return is_listed(_plain(module), owners)
+    path = _plain(module)
+    if is_listed(path, owners - {""}):
+        return True
+    return "" in owners and not TargetRule.parse(config).matches(path)
 
 
 def _stacked_pair(module: str, group: Group, issues: list[Issue]) -> StackedPair | None:

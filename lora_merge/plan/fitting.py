@@ -63,7 +63,7 @@ class Fitting:
             self._located[delta.target] = Located("identity", (Place(delta.parameter),))
         if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
             names = Names(self._model, self._located)
-            self.issues += names.several_rewritings()
+            self.issues += names.several_rewritings() + names.named_twice()
             try:
                 self.issues += rule_issues(self._adapter, self._model, names)
             except TargetError as exc:

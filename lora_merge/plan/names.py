@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error
 
 if TYPE_CHECKING:
+    from lora_merge.core.adapter import StackedPair
     from lora_merge.core.pieces import Box
     from lora_merge.layouts import Located
     from lora_merge.plan.model import Model
@@ -27,6 +28,16 @@ class Names:
 
     def __init__(self, model: Model, located: Mapping[str, Located]) -> None:
         self._model, self._located = model, located
+
+    @property
+    def parameters(self) -> Iterable[str]:
+        """Return what was found, by the adapter's names."""
+        return self._located.keys()
+
+    def has_modules(self, pairs: Iterable[StackedPair]) -> bool:
+        """Return True when a parameter of the module of each of these pairs was found."""
+        found = {parameter.rpartition(".")[0] for parameter in self._located}
+        return all(pair.module in found for pair in pairs)
 
     @cached_property
     def taken(self) -> frozenset[str]:
@@ -82,6 +93,26 @@ class Names:
         )
         hint = "rename its tensors as the base's are named"
         return [error("no-one-place", min(beginnings.values()), sentence, hint)]
+
+    def named_twice(self) -> list[Issue]:
+        """Return an issue for each stored tensor, or part of one, that the adapter has under two names."""
+        owners: dict[str, dict[Box, str]] = {}
+        issues = []
+        for parameter, found in self._located.items():
+            for place in found.places:
+                boxes = owners.setdefault(place.tensor, {})
+                other = (
+                    boxes.get(place.at)
+                    or boxes.get(())
+                    or (next(iter(boxes.values()), None) if not place.at else None)
+                )
+                if other is not None:
+                    sentence = f"is {place.tensor} in the base, and so is the adapter's {other}"
+                    hint = "the file mixes the names of two releases; keep the tensors that were trained last"
+                    issues.append(error("named-twice", parameter, sentence, hint))
+                    break
+                boxes[place.at] = parameter
+        return issues
 
     def absent_experts(self) -> list[str]:
         """Return the first expert, of each stack of which the adapter names some, that it does not name."""

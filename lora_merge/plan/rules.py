@@ -44,7 +44,8 @@ def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
 def _by_module(adapter: Adapter) -> frozenset[str]:
     """Return the modules that ``target_modules`` answers for: all but those of ``target_parameters``."""
     owners = {str(entry).rpartition(".")[0] for entry in adapter.config.get("target_parameters") or ()}
-    return frozenset(module for module in adapter.modules if not is_listed(module, owners))
+    stacked = {pair.module for pair in adapter.stacked}
+    return frozenset(module for module in adapter.modules - stacked if not is_listed(module, owners - {""}))
 
 
 def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model) -> list[Issue]:
@@ -75,9 +76,10 @@ def _unmatched(
         sentence = f"the entry {entry!r} matches none of the adapter's {len(adapter.modules)} modules"
         hint = "remove it from adapter_config.json if it was never trained"
         issues.append(error("unmatched-target", "target_modules", sentence, hint))
-    for entry in adapter.config.get("target_parameters") or ():
-        owner = str(entry).rpartition(".")[0]
-        if not any(is_listed(pair.module, (owner,)) for pair in adapter.stacked):
+    for entry in map(str, adapter.config.get("target_parameters") or ()):
+        if not any(is_listed(parameter, (entry,)) for parameter in names.parameters) and names.has_modules(
+            adapter.stacked
+        ):
             sentence = f"the entry {entry!r} matches none of the adapter's tensors"
             hint = "remove it from adapter_config.json if it was never trained"
             issues.append(error("unmatched-target", "target_parameters", sentence, hint))

@@ -131,11 +131,13 @@ def _placed(delta: DeltaSpec, place: Place, shape: Shape, *, turned: bool, n_axe
 
 
 def _parameter(pair: StackedPair, adapter: Adapter, model: Model) -> str | None:
-    """Return the parameter of a pair; PEFT wraps those of one module in their order, the last outermost."""
-    entries = [str(entry) for entry in adapter.config.get("target_parameters") or ()]
-    names = {
-        entry.rpartition(".")[2] for entry in entries if is_listed(pair.module, (entry.rpartition(".")[0],))
-    }
+    """Return the parameter of a pair; PEFT wraps those of one module in their order, the last outermost.
+
+    An entry without a path means every module that has a parameter of this name.
+    """
+    split = [str(entry).rpartition(".") for entry in adapter.config.get("target_parameters") or ()]
+    own = {name for owner, _, name in split if owner and is_listed(pair.module, (owner,))}
+    names = own | {name for owner, _, name in split if not owner}
     if len(names) == 1:
         return f"{pair.module}.{next(iter(names))}"
     known = model.skeleton
@@ -144,7 +146,7 @@ def _parameter(pair: StackedPair, adapter: Adapter, model: Model) -> str | None:
         if known
         else []
     )
-    if len(ordered) != len(names) or pair.depth >= len(ordered):
+    if not own <= set(ordered) or pair.depth >= len(ordered):
         return None
     return f"{pair.module}.{ordered[len(ordered) - 1 - pair.depth]}"
 

@@ -200,6 +200,12 @@ def one_projection_in_each_of_two_towers(tensors: dict[str, Any]) -> None:
         tensors[f"{tower}.{name}"] = tensors.pop(name)
 
 
+def again_without_prefix(tensors: dict[str, Any]) -> None:
+    """Give an adapter one module a second time, under the name that it has on the Hub."""
+    for name in [name for name in tensors if "transformer.h.0.attn.c_attn" in name]:
+        tensors[name.replace("model.transformer.h.", "model.h.")] = tensors[name].clone()
+
+
 UNKNOWN = {"model_type": "of_remote_code", "architectures": ["OfRemoteCode"]}
 
 CASES = [
@@ -216,6 +222,16 @@ CASES = [
         "no-one-place",
         base_config=UNKNOWN,
         base_tensors=one_projection_in_each_of_two_towers,
+    ),
+    Case(
+        "one weight under two names",
+        (
+            "h.0.attn.c_attn.weight: is transformer.h.0.attn.c_attn.weight in the base, and so is the adapter's",
+        ),
+        "named-twice",
+        tensors=again_without_prefix,
+        family="gpt2",
+        kind="LoRA on Conv1D",
     ),
     # 1. half a pair
     Case("A without B", ("has lora_A and no lora_B",), "missing-B", tensors=drop(f"{Q}.lora_B.weight")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -181,6 +182,26 @@ def test_stacked_experts_have_the_ranks_and_scales_that_their_patterns_give(
         rslora=rslora, ranks={r"experts\.gate_up_proj": 2}, alphas={r"layers\.1\.mlp\.experts\.down_proj": 9}
     )
     trained = building.trained_by_peft(workshop, family, recipe)
+    out = merged(building.base(workshop, name, layout), trained.adapter)
+    assert off_by(building.compute(building.load(out, family), family), trained.wanted) <= FLOAT32_TOLERANCE
+
+
+OLD_TARGETS = {
+    "Mixtral": ["q_proj", "w1", "w2", "w3"],
+    "Qwen3-MoE": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+    "OLMoE": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+}
+"""What people have always written; for stacked experts PEFT turns it into ``target_parameters`` without a path."""
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("layout", ["published", "in memory"])
+@pytest.mark.parametrize("name", OLD_TARGETS)
+def test_targets_that_peft_turns_into_parameters(name, layout, rslora, workshop, merged):
+    family = dataclasses.replace(building.by_name(name), modules=tuple(OLD_TARGETS[name]), parameters=())
+    trained = building.trained_by_peft(workshop, family, building.Recipe(rslora=rslora))
+    config = json.loads((trained.adapter / "adapter_config.json").read_text())
+    assert set(config["target_parameters"]) == {"gate_up_proj", "down_proj"}
     out = merged(building.base(workshop, name, layout), trained.adapter)
     assert off_by(building.compute(building.load(out, family), family), trained.wanted) <= FLOAT32_TOLERANCE
 
