@@ -16,6 +16,7 @@ from lora_merge.io.files import read_json
 from lora_merge.io.hub import Access, Repo, open_repo
 from lora_merge.io.needed import (
     ADAPTER_CONFIG,
+    EXTRA_FOLDER,
     TRAINING_ARGUMENTS,
     adapter_small,
     adapter_weights,
@@ -100,7 +101,8 @@ def locate_adapter(found: Found, text: str, access: Access, watch: Observer) -> 
     small = adapter_small(str(found), known, elsewhere)
     absent = frozenset(filter(belongs_to_adapter, repo.absent))
     root = repo.fetch(small - absent)
-    return Place(text, root, repo, adapter_weights(known), _absent_issues(str(found), absent))
+    weights = adapter_weights(known) | repo.beside(EXTRA_FOLDER)
+    return Place(text, root, repo, weights, _absent_issues(str(found), absent))
 
 
 def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Place:

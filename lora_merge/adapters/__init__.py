@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from lora_merge.adapters import mlx, peft
 from lora_merge.adapters.mlx import read_mlx
 from lora_merge.adapters.peft import CONFIG_FILE, read_peft
-from lora_merge.adapters.saved import EXTRA_FOLDER
 from lora_merge.adapters.swift import read_swift
 from lora_merge.core.report import note
 from lora_merge.errors import ResolveError, UnknownFormatError
+from lora_merge.io.needed import EXTRA_FOLDER
 from lora_merge.io.side_files import adapter_side_files
 
 if TYPE_CHECKING:

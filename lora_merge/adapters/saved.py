@@ -14,13 +14,13 @@ from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.targets import TargetError, compile_pattern
 from lora_merge.io.files import read_json
+from lora_merge.io.needed import EXTRA_FOLDER
 from lora_merge.io.safetensors import read_header
 
 if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
 
 VISION_FILE = "vit.safetensors"
-EXTRA_FOLDER = "extra_states"
 _EXTRA_CONFIG, _EXTRA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_merge.core.checkpoint import CONFIG_FILE
@@ -69,6 +70,13 @@ class Repo:
         paths = (PurePosixPath(path) for path in self.sizes)
         return frozenset(str(path.parent) for path in paths if path.name == name and len(path.parts) > 1)
 
+    def beside(self, folder: str) -> frozenset[str]:
+        """Return the files of a folder next to this one, relative to this one; nothing for the repo itself."""
+        own = PurePosixPath(self.origin.source.folder)
+        if not own.name:
+            return frozenset()
+        return frozenset(f"../{folder}/{name}" for name in _inside(self.sizes, str(own.parent / folder)))
+
     def fetch(self, names: Collection[str]) -> Path:
         """Return the local directory of the folder, once these files are in it.
 
@@ -76,7 +84,7 @@ class Repo:
             ResolveError: they cannot be downloaded, or are not in the cache and the hub may not be asked.
         """
         folder = self.origin.source.folder
-        wanted = sorted(f"{folder}/{name}" if folder else name for name in names)
+        wanted = sorted(normpath(f"{folder}/{name}") if folder else name for name in names)
         root = self.get(wanted)
         missing = [name for name in wanted if not (root / name).is_file()]
         if missing:

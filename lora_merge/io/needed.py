@@ -19,8 +19,11 @@ _ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, "additional_conf
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 """PEFT's, the old PEFT's and MLX's, in the order in which they are preferred."""
 
-_ADAPTER_BESIDE = "vit.safetensors"
+_ADAPTER_TOWER = "vit.safetensors"
 """What ms-swift saves of a vision tower that was trained as a whole."""
+
+EXTRA_FOLDER = "extra_states"
+"""What ms-swift saves of other parameters that were; beside the folder of the adapter, if that has one."""
 
 
 def base_small(label: str, names: Collection[str]) -> frozenset[str]:
@@ -105,4 +108,5 @@ def adapter_weights(names: Collection[str]) -> frozenset[str]:
     weights = next((name for name in _ADAPTER_WEIGHTS if name in names), None)
     if weights is None:
         return frozenset()
-    return frozenset({weights, _ADAPTER_BESIDE}) & frozenset(names)
+    beside = {name for name in names if name.startswith(f"{EXTRA_FOLDER}/") or name == _ADAPTER_TOWER}
+    return frozenset({weights} | beside)

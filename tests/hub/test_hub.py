@@ -11,8 +11,11 @@ import threading
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lora_merge.cli import exits
+from tests import twins
 from tests.hub.conftest import ROOT
 from tests.tampering import edit_json, edit_tensors
 
@@ -246,6 +249,26 @@ def test_an_adapter_may_lie_in_a_folder_of_its_repo(hub, command, cli, base, ada
     assert "adapters are in its folders steps/checkpoint-18, steps/checkpoint-9" in above.stderr
     assert "the repo has no folder steps/checkpoint-10" in beside.stderr
     assert "steps/checkpoint-9" in beside.stderr
+
+
+def test_what_ms_swift_saved_beside_the_folder_comes_along(hub, command, cli, base, adapter, tmp_path):
+    root = tmp_path / "swift"
+    folder = twins.swift(adapter, root)
+    norm = load_file(base / "model.safetensors")["model.norm.weight"] * 2
+    keys = {"extra_state_keys": [r"model\.norm\..*"]}
+    twins.save(root / "extra_states", keys, {"model.norm.weight": norm}, "adapter_model.safetensors")
+    (root / "other").mkdir()
+    (root / "other" / "adapter_config.json").write_text("{}")
+    hub.add("org/base", base)
+    hub.add("org/swift", root)
+    out = tmp_path / "out"
+
+    result = command("--base", "org/base", "--adapter", "org/swift/default", "--out", out)
+
+    assert result.returncode == exits.OK, result.stderr
+    assert weights(out) == merged(cli, base, folder, tmp_path / "local")
+    assert torch.equal(load_file(out / "model.safetensors")["model.norm.weight"], norm)
+    assert not any("other" in name for name in hub.fetched())
 
 
 def test_a_directory_of_the_name_wins_without_a_request(hub, command, base, adapter, tmp_path):
