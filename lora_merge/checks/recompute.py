@@ -86,14 +86,16 @@ def has_formula(op: Merge) -> bool:
 def sampled_rows(slot: TensorRef, op: Merge, level: str) -> list[list[int]]:
     """Return the rows to recompute, in chunks.
 
-    The one in between is drawn from the name: always the same. Where deltas have parts of their own, one row of each
-    is taken, of up to `_MOST_PARTS` of them.
+    The one in between is drawn from the name: always the same. Of stacked experts one row of each is taken, and where
+    deltas have parts of their own one row of each part; of up to `_MOST_PARTS`.
     """
     n_rows = op.view.n_rows
     if level == "full":
         return [list(range(at, min(at + _CHUNK_ROWS, n_rows))) for at in range(0, n_rows, _CHUNK_ROWS)]
     drawn = zlib.crc32(slot.name.encode())
     rows = {0, drawn % max(n_rows, 1), n_rows - 1}
+    for matrix in range(0, op.view.blocks, -(-op.view.blocks // _MOST_PARTS)) if op.view.blocks > 1 else ():
+        rows.add(matrix * op.view.rows + drawn % max(op.view.rows, 1))
     parts = [delta.region.at for delta in op.deltas if delta.region.at]
     for at in parts[:: max(1, -(-len(parts) // _MOST_PARTS))]:
         matrix = at[0][0] if len(at) == 3 else 0
@@ -108,10 +110,18 @@ class _Reader:
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
         self._open: dict[str, _Safetensors | _Pickled] = {}
+        self._last: tuple[TensorRef, torch.Tensor] | None = None
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Return a whole tensor, one row for each entry of its first axis; or some rows of it."""
-        return self.source(ref, range(ref.shape[0]) if rows is None else rows, ref.shape[0])
+        """Return a whole tensor, one row for each entry of its first axis; or some rows of it.
+
+        The last whole one is kept: each expert of a stack asks for the same.
+        """
+        if rows is not None:
+            return self.source(ref, rows, ref.shape[0])
+        if self._last is None or self._last[0] != ref:
+            self._last = ref, self.source(ref, range(ref.shape[0]), ref.shape[0])
+        return self._last[1]
 
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a tensor of base or adapter, whose file may spell its name otherwise than the plan."""

@@ -14,11 +14,12 @@ import lora_merge
 from lora_merge.adapters import read
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.recompute import has_formula, sampled_rows
+from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.kinds import LAYERED, NATIVE
 from lora_merge.core.plan import Copy, Merge, View
 from lora_merge.core.provenance import Provenance
 from lora_merge.core.request import parse_adapter
-from lora_merge.core.tensor import TensorRef
+from lora_merge.core.tensor import Region, TensorRef
 from lora_merge.executors.serial import run_serial
 from lora_merge.merge import Merger
 from lora_merge.verify import verify
@@ -501,7 +502,7 @@ def test_two_steps_are_found_in_a_trained_row_and_in_any_other(row, outcome_of):
     assert_found_at(evidence, {slot.name: place})
 
 
-@pytest.mark.parametrize("shape", [(1000, 2), (1000,), (8, 125, 2), (1000, 4, 3, 3)])
+@pytest.mark.parametrize("shape", [(1000, 2), (1000,), (1000, 4, 3, 3)])
 def test_full_recomputation_takes_every_row_and_a_sample_takes_three(shape):
     slot = TensorRef("w", "BF16", shape, "file", 0, 0)
     op = Merge("dense", (slot,), (), View.of(shape, stacked=True))
@@ -510,6 +511,29 @@ def test_full_recomputation_takes_every_row_and_a_sample_takes_three(shape):
     assert sample == sorted(sample)
     assert {0, 999} < set(sample)
     assert len(sample) == 3
+
+
+@pytest.mark.parametrize(("shape", "n_experts"), [((8, 125, 2), 8), ((500, 2, 3), 63)])
+def test_a_sample_of_stacked_experts_takes_a_row_of_each_or_of_many(shape, n_experts):
+    slot = TensorRef("w", "BF16", shape, "file", 0, 0)
+    op = Merge("dense", (slot,), (), View.of(shape, stacked=True))
+    assert [row for rows in sampled_rows(slot, op, "full") for row in rows] == list(range(1000))
+    (sample,) = sampled_rows(slot, op, "sample")
+    assert {0, 999} < set(sample)
+    assert len({row // shape[1] for row in sample}) >= n_experts
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_sample_of_parts_takes_a_row_of_each(at_once):
+    slot = TensorRef("w", "BF16", (6, 40, 2), "file", 0, 0)
+    parts = [Region(at=((n, n + at_once), (10, 20), (0, 2))) for n in range(0, 6, at_once)]
+    deltas = tuple(DeltaSpec("low_rank", "w", {}, 1.0, region) for region in parts)
+    (sample,) = sampled_rows(
+        slot, Merge("dense", (slot,), deltas, View.of(slot.shape, stacked=True)), "sample"
+    )
+    for region in parts:
+        first = region.at[0][0]
+        assert any(row // 40 == first and 10 <= row % 40 < 20 for row in sample)
 
 
 @pytest.mark.parametrize("role", ["base", "adapter"])
