@@ -7,12 +7,14 @@ with the two ends worked out by hand. E is the matrix that they share.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.parity import building
 from tests.parity.kinds import Kind
@@ -298,6 +300,58 @@ def test_a_tie_is_taken_back_at_every_level_of_the_config(workshop, merged):
     assert ties(out) == [False, False]
     got = building.compute(building.load_afresh(out, "llava_tied"), "llava_tied")
     assert off_by(got, wanted) <= FLOAT32_TOLERANCE
+
+
+TOUCHED: dict[str, dict[str, Any]] = {
+    "the head": {**FACTORS, "target_modules": ["q_proj", "lm_head"]},
+    "the embedding": {**FACTORS, "target_modules": ["q_proj", "embed_tokens"]},
+    "the head, trained whole": {**LAYERS, "modules_to_save": ["lm_head"]},
+    "tokens": {**LAYERS, "trainable_token_indices": TOKENS},
+    "both alike": {**LAYERS, "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("names", ["of today", "as published"])
+@pytest.mark.parametrize("touched", TOUCHED)
+def test_a_tie_under_published_names(touched, names, workshop, cli, tmp_path):
+    """Embedding and head of LLaVA have other names on disk than in the model, and so may the adapter's have."""
+    kind = Tied(TOUCHED[touched], lambda *_: _, parts=True).kind("llava_tied")
+    case = building.case(workshop, kind, "llava_tied", "float32")
+    wanted = building.compute(case.unmerged(), "llava_tied")
+    assert off_by(building.compute(case.plain(), "llava_tied"), wanted) > LEAST_EFFECT
+    base, adapter = tmp_path / "base", case.adapter
+    building.make("llava_tied").save_pretrained(base)
+    before = load_file(base / "model.safetensors")
+    assert "language_model.model.embed_tokens.weight" in before
+    if names == "as published":
+        adapter = tmp_path / "adapter"
+        shutil.copytree(case.adapter, adapter)
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file(
+            {published_name(name): t for name, t in tensors.items()}, adapter / "adapter_model.safetensors"
+        )
+        path = adapter / "adapter_config.json"
+        config = json.loads(path.read_text())
+        config["target_modules"] = [name for name in config["target_modules"] if "." not in name]
+        saved = config["modules_to_save"]
+        config["modules_to_save"] = saved and sorted({name.rpartition(".")[2] for name in saved})
+        path.write_text(json.dumps(config))
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    got = building.compute(building.load_afresh(out, "llava_tied"), "llava_tied")
+    assert off_by(got, wanted) <= FLOAT32_TOLERANCE
+    added = load_file(out / "model.safetensors").keys() - before.keys()
+    still_one = touched in {"tokens", "both alike"}
+    assert added == (set() if still_one else {"language_model.lm_head.weight"})
+    assert ties(out) == [still_one] * 2
+
+
+def published_name(name: str) -> str:
+    """Return what a tensor of a LLaVA adapter was called when it was trained with transformers 4."""
+    name = name.replace("base_model.model.model.language_model.", "base_model.model.language_model.model.")
+    name = name.replace("base_model.model.model.vision_tower.", "base_model.model.vision_tower.")
+    return name.replace("base_model.model.lm_head.", "base_model.model.language_model.lm_head.")
 
 
 HARD_TIED = ("gemma", "gemma2", "cohere", "t5")
