@@ -69,7 +69,9 @@ def mlx(adapter: Path, root: Path, **settings: Any) -> Path:
     config, tensors = load(adapter)
     spelled = {}
     for name, tensor in tensors.items():
-        module, _, role = name.removeprefix(PREFIX).partition(".lora_")
+        module, lora, role = name.removeprefix(PREFIX).partition(".lora_")
+        if not lora:
+            continue  # the embedding itself, which PEFT saves along
         leaf = {
             "A.weight": "lora_a", "B.weight": "lora_b", "embedding_A": "lora_a", "embedding_B": "lora_b",
             "magnitude_vector": "m",

@@ -361,3 +361,24 @@ def test_what_ms_swift_does_not_adapt_is_not_missed_though_its_regex_matches(tmp
     (adapter / "additional_config.json").write_text("{}")
     accepted = cli(*arguments)
     assert accepted.exit_code == exits.OK, accepted.output
+
+
+def test_an_embedding_of_mlx_counts_at_both_ends_beside_an_adapter_of_the_head(
+    pico, pico_adapter, cli, tmp_path
+):
+    """In mlx-lm the head of a tied model is the embedding itself; another adapter's head is its own affair."""
+    base = pico("llama_tied", "float32")
+    inputs = pico_adapter(base, target_modules=["embed_tokens"])
+    heads = pico_adapter(base, target_modules=["lm_head"])
+    mlx = twins.mlx(inputs, tmp_path / "mlx")
+    out = tmp_path / "out"
+    result = cli("--base", base, "--adapter", mlx, "--adapter", heads, "--out", out)
+    assert result.exit_code == 0, result.output
+    shared = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    one, two = (load_file(root / "adapter_model.safetensors") for root in (inputs, heads))
+    stem = f"{PREFIX}model.embed_tokens"
+    both = (one[f"{stem}.lora_embedding_B"] @ one[f"{stem}.lora_embedding_A"]).T * 1.5
+    head = two[f"{PREFIX}lm_head.lora_B.weight"] @ two[f"{PREFIX}lm_head.lora_A.weight"] * 1.5
+    after = load_file(out / "model.safetensors")
+    torch.testing.assert_close(after["model.embed_tokens.weight"], shared + both)
+    torch.testing.assert_close(after["lm_head.weight"], shared + both + head)
