@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from lora_merge.codecs import CODECS
-from lora_merge.core.plan import Block, Copy, Merge
+from lora_merge.core.plan import Block, Copy, Merge, Spread
 from lora_merge.core.tensor import TORCH_NAMES, Survival, TensorRecord
 from lora_merge.deltas import ALGEBRAS, Factors, Part, combine
 from lora_merge.io.files import digest_text, new_digest, open_for_reading, read_into
@@ -177,17 +177,17 @@ class _Working:
     """The algebras of a step: each is made when the first of its rows comes, and dropped after the last."""
 
     def __init__(self, op: Merge, make: Callable[[DeltaSpec], Changer]) -> None:
-        self._make = make
-        self._blocks = [(delta, Block.of(op.view, delta.region.at)) for delta in op.deltas]
+        self._make, self._deltas = make, op.deltas
+        self._spread = Spread(Block.of(op.view, delta.region.at) for delta in op.deltas)
         self._made: dict[int, Changer] = {}
 
     def on(self, start: int, end: int) -> list[tuple[DeltaSpec, Changer]]:
         """Return what changes some rows, in order."""
-        meeting = [n for n, (_, block) in enumerate(self._blocks) if block.meets(start, end)]
         self._made = {
-            n: self._made[n] if n in self._made else self._make(self._blocks[n][0]) for n in meeting
+            n: self._made[n] if n in self._made else self._make(self._deltas[n])
+            for n in self._spread.meeting(start, end)
         }
-        return [(self._blocks[n][0], changer) for n, changer in self._made.items()]
+        return [(self._deltas[n], changer) for n, changer in self._made.items()]
 
 
 _LOOKING_BACK = frozenset({"dora"})

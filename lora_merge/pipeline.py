@@ -32,13 +32,13 @@ from lora_merge.core.report import (
     warning,
 )
 from lora_merge.core.request import Request, parse_adapter, parse_fields
-from lora_merge.errors import PlanError, RequestError, UnsupportedError, VerifyError, WriteError
+from lora_merge.errors import PlanError, RequestError, VerifyError, WriteError
 from lora_merge.io import staging
 from lora_merge.io.files import read_json
 from lora_merge.io.hub import Access
 from lora_merge.locate import Place, find, locate_adapter, locate_base, locate_named_base, moved_base
 from lora_merge.merge import Merger, one_torch_thread, pick_device, torch_loading
-from lora_merge.plan import make_plan, quantised_config, touches_embeddings
+from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
 from lora_merge.resolve import (
     equal_embeddings,
     own_side_files,
@@ -214,6 +214,7 @@ def explain(request: Request, names: Sequence[str], *, observer: Observer | None
         LoraMergeError: as for `run`, when there is no plan.
     """
     plan = _plan(request, observer or Silence()).plan
+    _check_strict(request, plan.issues)
     matches: list[Match] = []
     for name in names:
         found = matches_of(plan, name)
@@ -314,10 +315,10 @@ def _plan(request: Request, watch: Observer) -> _Planned:
         base_place = locate_named_base(places[0], access, watch)
     is_remote = base_place.repo is not None
     if is_remote:
-        _refuse(quantised_config(read_json(base_place.root / CONFIG_FILE)))
+        raise_errors(quantised_config(read_json(base_place.root / CONFIG_FILE)))
     adapters = [resolve_adapter(place.whole()) for place in places]
     if is_remote:
-        _refuse([issue for adapter in adapters for issue in adapter.issues])
+        raise_errors([issue for adapter in adapters for issue in adapter.issues])
     base = resolve_base(base_place.whole())
     uses = tuple(
         AdapterUse(
@@ -333,14 +334,6 @@ def _plan(request: Request, watch: Observer) -> _Planned:
     located = [issue for place in (base_place, *places) for issue in place.issues]
     issues = (*located, *moved_base(base_place, places), *plan.issues)
     return _Planned(replace(plan, issues=issues), uses, base_place, places)
-
-
-def _refuse(issues: Sequence[Issue]) -> None:
-    """Raise the errors among some issues, if there are any."""
-    errors = [issue for issue in issues if issue.severity == "error"]
-    if errors:
-        unsupported = all(issue.code == "unsupported" for issue in errors)
-        raise (UnsupportedError if unsupported else PlanError)(errors)
 
 
 def _chosen(text: str) -> tuple[str, float]:

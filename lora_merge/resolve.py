@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -103,16 +104,14 @@ def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset
     for adapter in adapters:
         rows = [delta.tensors["rows"] for delta in adapter.deltas if delta.kind == "rows"]
         groups.append([*rows, *(replacement.ref for replacement in adapter.replacements.values())])
-    return frozenset(
-        frozenset((one.name, other.name))
-        for refs in groups
-        for one in refs
-        for other in refs
-        if _owner(one.name) in INPUT_NAMES
-        and _owner(other.name) in OUTPUT_NAMES
-        and one.dtype == other.dtype
-        and same_values(one, other)
-    )
+    found = set()
+    for refs in groups:
+        inputs = [ref for ref in refs if _owner(ref.name) in INPUT_NAMES]
+        heads = [ref for ref in refs if _owner(ref.name) in OUTPUT_NAMES]
+        for one, other in product(inputs, heads):
+            if one.dtype == other.dtype and same_values(one, other):
+                found.add(frozenset((one.name, other.name)))
+    return frozenset(found)
 
 
 def _owner(name: str) -> str:

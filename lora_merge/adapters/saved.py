@@ -98,7 +98,7 @@ def saved_beside(root: Path) -> Saved:
 
 
 def _is_extra(folder: Path) -> bool:
-    return folder.name == EXTRA_FOLDER and (folder / _EXTRA_CONFIG).is_file()
+    return (folder / _EXTRA_CONFIG).is_file()
 
 
 def _patterns(value: object) -> list[str]:

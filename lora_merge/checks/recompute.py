@@ -5,12 +5,14 @@ Files are parsed anew, rows are whole, and the formula is written out.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -146,6 +148,11 @@ class _Safetensors:
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         self._stream, self._header, self._data_start = stream, json.loads(stream.read(length)), 8 + length
+        self._spans = sorted(
+            (*row["data_offsets"], row["dtype"])
+            for name, row in self._header.items()
+            if name != "__metadata__"
+        )
 
     def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         row = self._header[name]
@@ -155,12 +162,8 @@ class _Safetensors:
 
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         at = ref.start - self._data_start
-        spans = (
-            (row["data_offsets"], row["dtype"])
-            for name, row in self._header.items()
-            if name != "__metadata__"
-        )
-        dtype = next(str(dtype) for (begin, end), dtype in spans if begin <= at < end)
+        spans = self._spans[bisect.bisect_right(self._spans, (at, inf, "")) - 1 :]
+        dtype = next(str(dtype) for begin, end, dtype in spans if begin <= at < end)
         return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, dtype)
 
 
@@ -462,8 +465,10 @@ def _changed(site: _Site, deltas: Sequence[DeltaSpec]) -> _Value:
     value: _Value = (base, base.new_zeros(base.shape))
     for delta in deltas:
         after = _after(site, delta, value)
-        part = _times(delta.weight, _minus(after, value))
-        value = after if delta.weight == 1 else _plus(value, part)
+        if delta.weight == 1 or after is value:
+            value = after
+        else:
+            value = _plus(value, _times(delta.weight, _minus(after, value)))
     return value
 
 
@@ -472,12 +477,13 @@ def _after(site: _Site, delta: DeltaSpec, value: _Value) -> _Value:
     if not delta.region.at:
         return _FORMULAS[delta.kind](site, delta, site.rows, value)
     inner, own = site.inside(delta)
+    if not own:
+        return value
     changed = value[0].clone(), value[1].clone()
-    if own:
-        left, right = inner.at[2]
-        part = value[0][own, left:right], value[1][own, left:right]
-        for whole, new in zip(changed, _FORMULAS[delta.kind](inner, delta, inner.rows, part), strict=True):
-            whole[own, left:right] = new
+    left, right = inner.at[2]
+    part = value[0][own, left:right], value[1][own, left:right]
+    for whole, new in zip(changed, _FORMULAS[delta.kind](inner, delta, inner.rows, part), strict=True):
+        whole[own, left:right] = new
     return changed
 
 

@@ -146,7 +146,7 @@ def request_of(config: str | None, flags: dict[str, Any], needed: tuple[str, ...
     if config is not None:
         from lora_merge.io.request_file import read_request
 
-        return read_request(config, given)
+        return read_request(config, given, defaults={} if "out" in needed else {"out": ""})
     for name in needed:
         if name not in given:
             raise click.UsageError(f"Missing option '--{name}'. It can also stand in a --config file.")

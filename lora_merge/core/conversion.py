@@ -69,19 +69,19 @@ class Conversion:
 
     def renamed(self, name: str) -> str:
         """Return a name after the renamings alone: what two spellings of one tensor have in common."""
-        return self._with_prefix(self._without_prefix_rule(name))
+        return self._with_prefix(self._after_renamings(name))
 
     def canonical(self, name: str) -> tuple[str, str | None]:
         """Return the parameter that a stored name belongs to, and the converter's pattern that takes it in."""
         from transformers.core_model_loading import apply_converters
 
-        found, pattern = apply_converters(self._without_prefix_rule(name), self.converters)
+        found, pattern = apply_converters(self._after_renamings(name), self.converters)
         found = self._with_prefix(found)
         if found not in self._empty and name in self._empty:
             return name, None
         return found, pattern
 
-    def _without_prefix_rule(self, name: str) -> str:
+    def _after_renamings(self, name: str) -> str:
         """Return a name after the renamings, once for all that is asked about it."""
         from transformers.core_model_loading import apply_renamings
 
@@ -108,6 +108,7 @@ class Conversion:
         from transformers.core_model_loading import GroupWeightRename, dot_natural_key
 
         groups: dict[str, _Group] = {}
+        # such a renaming asks which names came before
         guarded = any(isinstance(renaming, GroupWeightRename) for renaming in self._renamings)
         for name in sorted(shapes, key=dot_natural_key) if guarded else shapes:
             parameter, pattern = self.canonical(name)

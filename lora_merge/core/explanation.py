@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plan import Merge
 from lora_merge.core.tensor import shape_text
 
@@ -104,7 +105,7 @@ def _matches(plan: MergePlan, step: Step, name: str) -> Iterator[Match]:
     for delta in deltas:
         if stored or name in _names(delta.target):
             yield _match(plan, delta, source)
-    if step.replaced and (stored or name in _names(source.name.removeprefix("base_model.model."))):
+    if step.replaced and (stored or name in _names(source.name.removeprefix(PREFIX))):
         yield Match(
             slot.name, "replaced", slot.name, slot.shape, source.file, "", "", False, "replaced", 0, 1.0, ""
         )

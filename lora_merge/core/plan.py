@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -113,8 +114,14 @@ class Block:
         """
         if not at:
             return cls(view, (0, view.blocks), (0, view.rows), (0, view.columns))
-        blocks, rows, columns = ((0, 1), *at, (0, view.columns))[-3:] if len(at) == 1 else ((0, 1), *at)[-3:]
-        return cls(view, blocks, rows, columns)
+        match at:
+            case (rows,):
+                return cls(view, (0, 1), rows, (0, view.columns))
+            case (rows, columns):
+                return cls(view, (0, 1), rows, columns)
+            case (blocks, rows, columns):
+                return cls(view, blocks, rows, columns)
+        raise ValueError(f"a region of {len(at)} axes is no block of matrices")
 
     def row_ranges(self) -> list[tuple[int, int]]:
         """Return its rows, counted through all matrices of the view; adjacent ones are one range."""
@@ -123,9 +130,31 @@ class Block:
             return [(self.blocks[0] * size, self.blocks[1] * size)]
         return [(block * size + self.rows[0], block * size + self.rows[1]) for block in range(*self.blocks)]
 
-    def meets(self, start: int, end: int) -> bool:
-        """Return True when some of its rows are among those."""
-        return any(first < end and start < last for first, last in self.row_ranges())
+
+class Spread:
+    """Blocks by their rows, so that those of a tile are found without looking at all."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self._ranges = sorted(
+            (first, last, n) for n, block in enumerate(blocks) for first, last in block.row_ranges()
+        )
+        self._longest = max((last - first for first, last, _ in self._ranges), default=0)
+
+    def meeting(self, start: int, end: int) -> list[int]:
+        """Return the numbers of the blocks that have some of these rows, in their order.
+
+        Example:
+            >>> Spread([Block.of(View(4, 8, 3), ((n, n + 1), (0, 8), (0, 3))) for n in range(4)]).meeting(7, 17)
+            [0, 1, 2]
+        """
+        found = set()
+        for at in range(bisect.bisect_left(self._ranges, (start - self._longest,)), len(self._ranges)):
+            first, last, n = self._ranges[at]
+            if first >= end:
+                break
+            if last > start:
+                found.add(n)
+        return sorted(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,12 +354,14 @@ def _step_bytes(step: Step) -> int:
             return (8 + 4 + 4 + 8) * elements + 2 * factors + panel
 
 
-def _together(op: Merge, deltas: tuple[DeltaSpec, ...]) -> list[list[DeltaSpec]]:
-    """Return the deltas that are at work at the same time: on each tile, those that meet it."""
+def _together(op: Merge, deltas: tuple[DeltaSpec, ...]) -> Iterator[list[DeltaSpec]]:
+    """Yield the deltas that are at work at the same time: on each tile, those that meet it."""
     if not any(delta.region.at for delta in deltas):
-        return [list(deltas)]
-    blocks = [(delta, Block.of(op.view, delta.region.at)) for delta in deltas]
-    return [[delta for delta, block in blocks if block.meets(start, end)] for start, end in op.tiles()]
+        yield list(deltas)
+        return
+    spread = Spread(Block.of(op.view, delta.region.at) for delta in deltas)
+    for start, end in op.tiles():
+        yield [deltas[n] for n in spread.meeting(start, end)]
 
 
 def _factor_bytes(delta: DeltaSpec) -> int:

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 _KEYS = tuple(field.name for field in fields(Request))
 
 
-def read_request(path: str, overrides: Mapping[str, Any]) -> Request:
+def read_request(
+    path: str, overrides: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> Request:
     """Return the request in a YAML file.
 
     Args:
         path: the file. Paths in it are relative to the current directory, as on the command line.
         overrides: values that win over the file's.
+        defaults: values over which the file's win.
 
     Raises:
         RequestError: the file is no YAML, or a key is unknown, repeated, missing or of the wrong type.
@@ -32,7 +35,7 @@ def read_request(path: str, overrides: Mapping[str, Any]) -> Request:
     from pydantic import TypeAdapter, ValidationError
 
     values, lines = _parse(path)
-    values.update(overrides)
+    values = {**(defaults or {}), **values, **overrides}
     for key in values:
         if key not in _KEYS:
             close = difflib.get_close_matches(str(key), _KEYS, n=1)

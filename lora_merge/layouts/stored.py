@@ -94,6 +94,14 @@ class Stored:
                 found[spelling] = (*found.get(spelling, ()), name)
         return found
 
+    @cached_property
+    def by_ending(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the stored names by their `ending`."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            found.setdefault(ending(name), []).append(name)
+        return {last: tuple(names) for last, names in found.items()}
+
     def module(self, module: str) -> str:
         """Return a module's path in the model, whichever spelling of it is given."""
         if self.conversion is None:
@@ -119,3 +127,13 @@ class Stored:
             return parameter
         as_published = any(name not in self.by_spelling for name in self.tensors)
         return self.conversion.spelled(canonical) if as_published else canonical
+
+
+def ending(name: str) -> str:
+    """Return the last two parts of a path.
+
+    Example:
+        >>> ending("model.layers.0.self_attn.q_proj.weight")
+        'q_proj.weight'
+    """
+    return ".".join(name.rsplit(".", 2)[-2:])

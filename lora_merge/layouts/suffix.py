@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_merge.layouts.stored import LayoutError, Located, Place, Shape, Stored
+from lora_merge.layouts.stored import LayoutError, Located, Place, Shape, Stored, ending
 
 
 def suffix(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:
@@ -15,7 +15,8 @@ def suffix(parameter: str, shape: Shape | None, stored: Stored) -> Located | Non
         return None
     names = tuple(
         name
-        for name, ref in stored.tensors.items()
+        for name in stored.by_ending.get(ending(parameter), ())
+        for ref in [stored.tensors[name]]
         if (name.endswith(f".{parameter}") or parameter.endswith(f".{name}"))
         and (shape is None or sorted(ref.shape) == sorted(shape))
     )

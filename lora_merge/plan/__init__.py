@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.request import Request
 
-__all__ = ["make_plan", "quantised_config", "touches_embeddings"]
+__all__ = ["make_plan", "quantised_config", "raise_errors", "touches_embeddings"]
 
 _QUANTISED_NAMES = re.compile(
     r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|SCB|absmax|quant_map"
@@ -47,7 +47,7 @@ def make_plan(
     """
     draft = Draft(base, tuple(uses), request, twins)
     issues = [*_quantised(base), *(issue for use in uses for issue in use.adapter.issues), *draft.join()]
-    _raise_errors(issues)
+    raise_errors(issues)
     main = main_dtype(base)
     slots, cast_issues = slots_of(draft.outline, draft.shapes, main, request.dtype)
     max_shard_bytes = None if request.max_shard_size is None else parse_size(request.max_shard_size)
@@ -72,7 +72,12 @@ def make_plan(
     )
 
 
-def _raise_errors(issues: list[Issue]) -> None:
+def raise_errors(issues: Sequence[Issue]) -> None:
+    """Raise the errors among some issues, if there are any.
+
+    Raises:
+        PlanError: there are; UnsupportedError when each is of something that has no merged form.
+    """
     errors = [issue for issue in issues if issue.severity == "error"]
     if errors:
         unsupported = all(issue.code == "unsupported" for issue in errors)

@@ -85,7 +85,7 @@ class Draft:
             issues += self._take(fitting)
         if tie is not None:
             issues += self._settle_tie(tie)
-        return issues + self._resized(tie) + self._in_turn() + self._rankless()
+        return issues + self._resized() + self._in_turn() + self._rankless()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -232,12 +232,12 @@ class Draft:
             deltas += theirs if is_ensured or only_tokens else own
         return _Change(head.source, deltas) if deltas or head.source is not None else None
 
-    def _resized(self, tie: Tie | None) -> list[Issue]:
+    def _resized(self) -> list[Issue]:
         """Settle what a vocabulary of another size changes: every end of it, and the config."""
         issues: list[Issue] = []
         shapes = self.shapes
         for name, shape in shapes.items():
-            before, rows = self._source(name, tie).shape[0], shape[0]
+            before, rows = self._model.source(name).shape[0], shape[0]
             if before == rows:
                 continue
             patch = vocabulary_patch(self._base, before, rows)
@@ -301,11 +301,6 @@ class Draft:
             and len(self._shape(name)) > 1
             and max(delta.rank for delta in change.deltas) == 0
         ]
-
-    def _source(self, name: str, tie: Tie | None) -> TensorRef:
-        if name not in self.outline.sources and tie is not None:
-            return self.outline.sources[tie.source]
-        return self.outline.sources[name]
 
 
 def _alike(one: _Change, other: _Change, twins: frozenset[frozenset[str]]) -> bool:

@@ -11,7 +11,7 @@ from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
-from lora_merge.plan.model import SAVE_ANEW
+from lora_merge.plan.model import SAVE_ANEW, misplaced
 from lora_merge.plan.names import Names
 from lora_merge.plan.rules import rule_issues
 from lora_merge.plan.stacked import stacked_deltas
@@ -60,7 +60,7 @@ class Fitting:
         self.issues += [self._absent(delta.parameter) for delta in lost]
         self.deltas += (replace(delta, adapter=self._n) for delta in layered)
         for delta in layered:
-            self._located[delta.target] = Located("identity", (Place(delta.parameter),))
+            self._located[delta.target] = Located(delta.rule, (Place(delta.parameter),))
         if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
             names = Names(self._model, self._located)
             self.issues += names.several_rewritings() + names.named_twice()
@@ -81,7 +81,7 @@ class Fitting:
         try:
             found = self._model.locate(delta.parameter, _weight_shape(delta))
         except LayoutError as exc:
-            self.issues.append(_misplaced(delta.module, exc))
+            self.issues.append(misplaced(delta.module, exc))
             return True
         if found is None:
             return False
@@ -131,7 +131,7 @@ class Fitting:
         try:
             found = self._model.locate(parameter, replacement.ref.shape)
         except LayoutError as exc:
-            self.issues.append(_misplaced(parameter, exc))
+            self.issues.append(misplaced(parameter, exc))
             return None
         if found is None:
             self.issues.append(self._no_place(parameter, replacement))
@@ -317,12 +317,6 @@ def _part_misfit(delta: DeltaSpec, place: Place, found: Located) -> Issue | None
         sentence = f"is stored in parts, {place.tensor} among them, and this kind of change needs it whole"
         return error("unsupported", delta.module, sentence, SAVE_ANEW)
     return None
-
-
-def _misplaced(subject: str, exc: LayoutError) -> Issue:
-    """Return the issue of a parameter whose place cannot be told."""
-    hint = "rename the adapter's tensors as the base's are named" if exc.candidates else ""
-    return error("no-one-place", subject, exc.sentence, hint)
 
 
 def _factor_shapes(delta: DeltaSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -13,8 +13,8 @@ from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, f
 from lora_merge.core.report import Issue, error
 from lora_merge.core.targets import TargetError, TargetRule, matching_patterns
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
-from lora_merge.layouts import LayoutError
-from lora_merge.plan.model import SAVE_ANEW
+from lora_merge.layouts import LayoutError, Located
+from lora_merge.plan.model import SAVE_ANEW, misplaced
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,10 @@ class _Join:
         self._use, self._adapter, self._model = use, use.adapter, model
         self._tensors = _spelled_as_in_memory(use.adapter.layered, model)
         self._probed: set[tuple[object, ...]] = set()
+        self._own_paths: dict[str, str] = {}
+        """Module in the model → in the adapter, where that has other names."""
+        self._located: dict[str, Located] = {}
+        """By parameter of the model."""
         self._options: dict[str, Any] = {}
         self.deltas: list[DeltaSpec] = []
         self.issues: list[Issue] = []
@@ -97,7 +101,7 @@ class _Join:
         if as_stored and (rule.all_linear or not isinstance(rule.target_modules, str)):
             return config
         classes = self._model.skeleton.classes if self._model.skeleton else {}
-        modules: dict[str, str] = {}
+        modules = self._own_paths
         for ours, theirs in zip(self._tensors, self._adapter.layered, strict=True):
             owner = next((path for path in parents(ours.removeprefix(PREFIX)) if path in classes), None)
             if owner is not None and ours.startswith(PREFIX):
@@ -122,10 +126,11 @@ class _Join:
             return None
         base: dict[str, TensorRef] = {}
         for parameter in target.parameters:
-            name = self._stored_name(target, parameter)
-            if name is None:
+            found = self._stored(target, parameter)
+            if found is None or found.whole is None:
                 return None
-            base[parameter] = self._model.source(name)
+            self._located[f"{target.module}.{parameter}"] = found
+            base[parameter] = self._model.source(found.whole)
         odd_shape = _not_mergeable(self._adapter, target, base.get("weight"))
         if odd_shape is not None:
             self.issues.append(odd_shape)
@@ -139,23 +144,24 @@ class _Join:
             return None
         return base
 
-    def _stored_name(self, target: Target, parameter: str) -> str | None:
-        """Return the name of a parameter's tensor, or None where it is not stored whole."""
+    def _stored(self, target: Target, parameter: str) -> Located | None:
+        """Return where a parameter is stored, or None where it is not stored whole."""
         path = f"{target.module}.{parameter}"
         try:
             found = self._model.locate(path, None)
         except LayoutError as exc:
-            self.issues.append(error("no-one-place", path, exc.sentence))
+            self.issues.append(misplaced(path, exc))
             return None
         if found is None:
             sentence = f"the adapter changes it, the base has no {path}"
-            self.issues.append(error("unmatched-module", target.module, sentence))
+            hint = "the adapter belongs to another model"
+            self.issues.append(error("unmatched-module", target.module, sentence, hint))
         elif found.whole is None or found.places[0].transposed:
             tensor = found.places[0].tensor
             sentence = f"is stored in another form, in {tensor}, and this PEFT method needs it whole"
             self.issues.append(error("unsupported", path, sentence, SAVE_ANEW))
             return None
-        return found.whole if found is not None else None
+        return found
 
     def _probe(
         self,
@@ -188,7 +194,9 @@ class _Join:
     def _add(self, target: Target, tensors: Mapping[str, TensorRef], base: Mapping[str, TensorRef]) -> None:
         """Add a delta for each parameter of a module that changes."""
         changed = changed_parameters(self._adapter, target)
+        own_path = self._own_paths.get(target.module, target.module)
         for parameter in changed:
+            found = self._located[f"{target.module}.{parameter}"]
             others = {f"base:{name}": ref for name, ref in base.items() if name != parameter}
             options = {
                 **self._options,
@@ -201,8 +209,9 @@ class _Join:
             self.deltas.append(
                 DeltaSpec(
                     kind="peft_layer",
-                    parameter=self._stored_name(target, parameter) or "",
-                    target=f"{target.module}.{parameter}",
+                    parameter=found.whole or "",
+                    target=f"{own_path}.{parameter}",
+                    rule=found.rule,
                     tensors={f"adapter:{name}": ref for name, ref in tensors.items()} | others,
                     scale=1.0,
                     rounded=True,

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.conversion import Conversion
+from lora_merge.core.report import Issue, error
 from lora_merge.core.skeleton import Skeleton, build_skeleton, may_hold_conv1d
-from lora_merge.layouts import Located, Place, Shape, Stored, locate
+from lora_merge.layouts import LayoutError, Located, Place, Shape, Stored, locate
 from lora_merge.plan.outline import Outline
 from lora_merge.plan.ties import Tie
 
@@ -84,3 +85,9 @@ class Model:
         if known is None or module in known.classes:
             return module
         return self.stored.module(module)
+
+
+def misplaced(subject: str, exc: LayoutError) -> Issue:
+    """Return the issue of a parameter whose place cannot be told."""
+    hint = "rename the adapter's tensors as the base's are named" if exc.candidates else SAVE_ANEW
+    return error("no-one-place", subject, exc.sentence, hint)

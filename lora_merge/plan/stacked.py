@@ -12,6 +12,7 @@ from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import Region, shape_text
 from lora_merge.layouts import LayoutError, Located, Place, Shape
+from lora_merge.plan.model import misplaced
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -57,7 +58,7 @@ def stacked_deltas(
     try:
         located = model.locate(parameter, None) if parameter else None
     except LayoutError as exc:
-        return Stack(issues=(error("no-one-place", parameter or pair.module, exc.sentence),))
+        return Stack(issues=(misplaced(parameter or pair.module, exc),))
     if parameter is None or located is None or located.shape is None:
         return Stack(issues=(_nameless(pair, parameter, known=model.skeleton is not None),))
     shape = located.shape
@@ -206,7 +207,7 @@ def _nameless(pair: StackedPair, parameter: str | None, *, known: bool) -> Issue
     """Return the issue of a pair whose parameter is not known, or not there."""
     if parameter is not None:
         sentence = f"the adapter changes it, the base has no {parameter}"
-        return error("unmatched-module", pair.module, sentence)
+        return error("unmatched-module", pair.module, sentence, "the adapter belongs to another model")
     if known:
         sentence = (
             "has LoRA on several parameters, and some of those that target_parameters names are not there"

@@ -109,3 +109,25 @@ def test_a_plan_without_an_adapter_says_so(cli, pico):
     result = cli("plan", "--base", pico())
     assert result.exit_code == exits.USAGE
     assert "Missing option '--adapter'" in result.stderr
+
+
+def test_explain_takes_the_adapters_own_name_of_a_method_of_pefts(workshop, cli, tmp_path):
+    kind = next(kind for kind in KINDS if kind.name == "LoHa" or kind.peft_type == "LOHA")
+    case = building.case(workshop, kind, kind.models[0], "float32")
+    module = json.loads(cli("plan", "--base", case.base, "--adapter", case.adapter, "--json").stdout)[
+        "summary"
+    ]["kinds"]
+    assert module == {"peft_layer": module["peft_layer"]}
+    name = "model.layers.0.self_attn.q_proj"
+    result = cli("plan", "--base", case.base, "--adapter", case.adapter, "--explain", name)
+    assert "rule identity" in " ".join(result.stdout.split())
+    assert "change peft_layer" in " ".join(result.stdout.split())
+
+
+def test_a_plan_from_a_file_needs_no_output_either(cli, pico, pico_adapter, tmp_path):
+    base = pico()
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"base: {base}\nadapter: {pico_adapter(base)}\n")
+    result = cli("plan", "--config", path)
+    assert result.exit_code == exits.OK, result.output
+    assert "tensors merged" in result.stdout

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from lora_merge.core.conversion import Conversion
+from lora_merge.core.explanation import RULES
 from lora_merge.core.tensor import TensorRef
 from lora_merge.layouts import LAYOUTS, LayoutError, Place, Stored, locate
 
@@ -132,8 +133,9 @@ CASES = [
 ]
 
 
-def test_every_layout_has_something_to_find():
+def test_every_layout_has_something_to_find_and_words_for_it():
     assert FOUND.keys() == LAYOUTS.keys()
+    assert RULES.keys() >= LAYOUTS.keys()
     assert all(FOUND.values())
 
 
