@@ -15,7 +15,7 @@ PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 CONFIG_FILE = "config.json"
 
-OUTPUT_NAMES = frozenset({"lm_head", "embed_out"})
+OUTPUT_NAMES = frozenset({"lm_head", "embed_out", "proj_out", "decoder"})
 INPUT_NAMES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings"})
 """Last parts of the paths of output and input embeddings."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter, DeltaSpec
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, patched_config
 from lora_merge.core.plan import Combination, Copy, Merge, Reach, Step, View
-from lora_merge.core.report import Issue, error, note
+from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import same_layers
 from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TensorRef
@@ -20,7 +21,7 @@ from lora_merge.plan.model import Model
 from lora_merge.plan.origins import origin_issues
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
 from lora_merge.plan.placing import vocabulary_patch
-from lora_merge.plan.ties import Tie, find_tie, owner_name, untie_issue, untie_patch
+from lora_merge.plan.ties import Tie, ensures_tie, find_tie, owner_name, untie_issue, untie_patch
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import AdapterUse
@@ -85,7 +86,7 @@ class Draft:
             issues += self._take(fitting)
         if tie is not None:
             issues += self._settle_tie(tie)
-        return issues + self._resized() + self._in_turn() + self._rankless()
+        return issues + self._resized() + self._in_turn() + self._rankless() + self._in_parts()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -135,7 +136,7 @@ class Draft:
         request = self._request
         if not deltas or request.combine == "linear":
             return None
-        rank = max(delta.rank for delta in deltas)
+        rank = _combined_rank(deltas)
         name = self._first_of_tie.get(name, name)
         return Combination(request.combine, request.density, request.seed, rank, name)
 
@@ -201,6 +202,19 @@ class Draft:
             head = self._following(embedding, head or _Change())
         if embedding is None and head is None:
             return []
+        copies = self._model.tied_beside(tie)
+        stored_copy = next(
+            (
+                name
+                for name, source in copies.items()
+                if source == tie.embedding and name in self.outline.sources
+            ),
+            None,
+        )
+        if stored_copy is not None:
+            sentence = f"is stored a second time, as {stored_copy}, and a change of one would untie the two"
+            hint = f"remove {stored_copy} from the base: transformers ties it to {tie.embedding}"
+            return [error("stored-copy", tie.embedding, sentence, hint)]
         if embedding is not None and head is not None and _alike(embedding, head, self._twins):
             self._changes |= dict.fromkeys(tie.stored, embedding)
             self._first_of_tie = dict.fromkeys(tie.stored, tie.source)
@@ -210,7 +224,16 @@ class Draft:
                 self.outline = self.outline.with_twin(tie.source, name)
             if change is not None:
                 self._changes[name] = change
-        self.config_patch |= untie_patch(self._base.config)
+        patch = untie_patch(self._base.config)
+        for name, source in (
+            copies.items() if patch else ()
+        ):  # nothing is tied any more, so all of it is written
+            owner = tie.source if source in {tie.embedding, tie.head} else source
+            if name not in self.outline.sources and owner in self.outline.sources:
+                self.outline = self.outline.with_twin(owner, name)
+                if source in self._changes:
+                    self._changes[name] = self._changes[source]
+        self.config_patch |= patch
         return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
 
     def _following(self, embedding: _Change, head: _Change) -> _Change | None:
@@ -220,7 +243,8 @@ class Draft:
             ``peft.utils.other.set_additional_trainable_modules`` and
             ``peft.tuners.lora.model.LoraModel._add_targets_to_tie`` (PEFT 0.21.2).
         """
-        ensured = [bool(use.adapter.config.get("ensure_weight_tying")) for use in self._uses]
+        tie = self._model.tie
+        ensured = [tie is not None and ensures_tie(use.adapter, tie) for use in self._uses]
         if all(ensured):
             return embedding
         whole = embedding.source is not None or head.source is not None
@@ -287,6 +311,27 @@ class Draft:
         """Return the shape of a tensor of the output."""
         return self.shapes.get(name, self.outline.sources[name].shape)
 
+    def _in_parts(self) -> list[Issue]:
+        """Return a warning when a combination looks at a stored tensor that is several of the adapters' weights."""
+        if self._request.combine == "linear":
+            return []
+        names = [
+            name
+            for name, change in self._changes.items()
+            if any(delta.region.at or delta.kind == "stacked" for delta in change.deltas)
+        ]
+        if not names:
+            return []
+        sentence = (
+            f"and {len(names) - 1} more hold several weights each (experts, fused projections), which "
+            f"--combine {self._request.combine} takes as one: on a base that stores them apart it gives another result"
+        )
+        return [
+            warning(
+                "combined-whole", min(names), sentence, "combine with linear, which does not depend on it"
+            )
+        ]
+
     def _rankless(self) -> list[Issue]:
         """Return an issue for each weight that ``--combine svd`` has no rank for."""
         if self._request.combine != "svd":
@@ -301,6 +346,20 @@ class Draft:
             and len(self._shape(name)) > 1
             and max(delta.rank for delta in change.deltas) == 0
         ]
+
+
+def _combined_rank(deltas: tuple[DeltaSpec, ...]) -> int:
+    """Return the largest rank that one adapter's change of one matrix has: its parts beside each other add up."""
+    ranks = [0]
+    for n in {delta.adapter for delta in deltas}:
+        own = [delta for delta in deltas if delta.adapter == n]
+        parts: Counter[object] = Counter()
+        for delta in own:
+            if delta.region.at:
+                parts[delta.region.at[0] if len(delta.region.at) == 3 else None] += delta.rank
+        whole = max((delta.rank for delta in own if not delta.region.at), default=0)
+        ranks.append(whole + max(parts.values(), default=0))
+    return max(ranks)
 
 
 def _alike(one: _Change, other: _Change, twins: frozenset[frozenset[str]]) -> bool:

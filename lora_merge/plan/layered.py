@@ -264,7 +264,7 @@ def _spelled_as_in_memory(layered: Mapping[str, TensorRef], model: Model) -> dic
     spelled = {}
     for name, ref in layered.items():
         path = name.removeprefix(PREFIX)
-        if path != name and not any(parent in known.classes for parent in parents(path) if "." in parent):
+        if path != name and not any(known.parameters.get(parent) for parent in parents(path)):
             owners = ((parent, model.module(parent)) for parent in parents(path))
             found = next(((one, other) for one, other in owners if other in known.classes), None)
             if found is not None:

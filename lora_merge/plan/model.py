@@ -74,6 +74,13 @@ class Model:
                 return Located("tied", (Place(name),), self.source(name).shape)
         return locate(parameter, shape, self.stored)
 
+    def tied_beside(self, tie: Tie) -> dict[str, str]:
+        """Return what else transformers ties: the name on disk → that of what it takes its values from."""
+        known = self.skeleton
+        pairs = known.tied.items() if known is not None else ()
+        named = {self.stored.disk_name(one): self.stored.disk_name(other) for one, other in pairs}
+        return {one: other for one, other in named.items() if one not in {tie.embedding, tie.head}}
+
     def knows(self, name: str) -> bool:
         """Return True when transformers' model takes in a tensor of this name; it leaves some out, as those for MTP."""
         conversion = self.stored.conversion

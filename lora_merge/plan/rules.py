@@ -69,7 +69,8 @@ def _unmatched(
 ) -> list[Issue]:
     """Return an issue for each target that no module of the adapter answers to."""
     issues = []
-    unmatched = rule.unmatched_targets(modules)
+    saved = {parameter.rpartition(".")[0] for parameter in adapter.replacements}
+    unmatched = rule.unmatched_targets(modules | saved)
     if unmatched:
         unmatched = rule.unmatched_targets(modules | _left_out(rule, model, names))
     for entry in unmatched:

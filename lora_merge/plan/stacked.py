@@ -159,7 +159,8 @@ def _home(pair: StackedPair, names: Collection[str], model: Model) -> str:
         return pair.module
     conversion = model.stored.conversion
     assert conversion is not None
-    return conversion.canonical(f"{pair.module}.{min(names)}")[0].rpartition(".")[0]
+    homes = (conversion.canonical(f"{pair.module}.{name}")[0].rpartition(".")[0] for name in sorted(names))
+    return next((home for home in homes if home in known.classes), pair.module)
 
 
 def _is_across(

@@ -14,6 +14,7 @@ from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, config_levels
 from lora_merge.core.report import Issue, error, note
 
 if TYPE_CHECKING:
+    from lora_merge.core.adapter import Adapter
     from lora_merge.plan.model import Model
 
 _TIED_BY_ENGINES = frozenset({"gemma", "gemma2", "cohere", "cohere2", "cohere2_moe", "mpt"})
@@ -70,6 +71,16 @@ def _ends(model: Model) -> tuple[str, str]:
     inputs = [name for name in names if owner_name(name) in INPUT_NAMES and name.endswith(".weight")]
     heads = [name for name in names if owner_name(name) in OUTPUT_NAMES and name.endswith(".weight")]
     return inputs[0] if len(inputs) == 1 else "", heads[0] if len(heads) == 1 else "lm_head.weight"
+
+
+def ensures_tie(adapter: Adapter, tie: Tie) -> bool:
+    """Return True when an adapter says that both ends change alike.
+
+    PEFT heeds ``ensure_weight_tying`` where the embedding is called ``embed_tokens``
+    (``peft.utils.constants.EMBEDDING_LAYER_NAMES``, PEFT 0.21.2); in mlx-lm the two ends are one.
+    """
+    heeded = adapter.format == "mlx" or owner_name(tie.embedding) == "embed_tokens"
+    return heeded and bool(adapter.config.get("ensure_weight_tying"))
 
 
 def owner_name(parameter: str) -> str:
