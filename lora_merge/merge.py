@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef
-    from lora_merge.deltas.algebra import Panels
+    from lora_merge.deltas.algebra import Changer
 
 
 _COPYING = ("concurrent.futures.thread", "xxhash")
@@ -161,16 +161,6 @@ class Merger:
             held = torch.empty(n_elements, dtype=torch.float32, device=self._device)
             self._local.values = held
         return held[:n_elements]
-
-
-class Changer(Protocol):
-    """An algebra, or one that sees only its part."""
-
-    def survey(self, panels: Panels) -> None:
-        """Look at the whole weight before the first tile."""
-
-    def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Change rows of the stored weight, in place."""
 
 
 class _Working:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_merge.adapters import mlx, peft
 from lora_merge.adapters.mlx import read_mlx
-from lora_merge.adapters.peft import CONFIG_FILE, read_peft
+from lora_merge.adapters.peft import read_peft
 from lora_merge.adapters.swift import read_swift
 from lora_merge.core.report import note
 from lora_merge.errors import ResolveError, UnknownFormatError
-from lora_merge.io.needed import EXTRA_FOLDER
+from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
 from lora_merge.io.side_files import adapter_side_files
 
 if TYPE_CHECKING:
@@ -28,16 +27,16 @@ FORMATS: Mapping[str, Callable[[Path], Adapter | None]] = {
 """In the order in which they are asked. Each tells its own configuration from the others', so that one answers."""
 
 WEIGHTS: Mapping[str, str] = {
-    "peft": peft.WEIGHTS_FILE,
-    "ms-swift": peft.WEIGHTS_FILE,
-    "mlx": mlx.WEIGHTS_FILE,
+    "peft": ADAPTER_WEIGHTS,
+    "ms-swift": ADAPTER_WEIGHTS,
+    "mlx": MLX_WEIGHTS,
 }
 """The file of tensors that each format looks for, beside its configuration."""
 
 LOOKED_FOR: Mapping[str, str] = {
-    "peft": f"{CONFIG_FILE} with {peft.WEIGHTS_FILE} or {peft.PICKLED_FILE} (PEFT)",
-    "ms-swift": f"one whose {CONFIG_FILE} has a swift_type (ms-swift)",
-    "mlx": f"{CONFIG_FILE} with {mlx.WEIGHTS_FILE} (mlx-lm)",
+    "peft": f"{ADAPTER_CONFIG} with {ADAPTER_WEIGHTS} or {ADAPTER_PICKLE} (PEFT)",
+    "ms-swift": f"one whose {ADAPTER_CONFIG} has a swift_type (ms-swift)",
+    "mlx": f"{ADAPTER_CONFIG} with {MLX_WEIGHTS} (mlx-lm)",
 }
 """What each format looks for, in words."""
 
@@ -57,9 +56,9 @@ def read(root: Path) -> Adapter:
     if adapter is not None:
         return adapter
     inside = sorted(
-        path for path in root.iterdir() if path.name != EXTRA_FOLDER and (path / CONFIG_FILE).is_file()
+        path for path in root.iterdir() if path.name != EXTRA_FOLDER and (path / ADAPTER_CONFIG).is_file()
     )
-    if not inside or (root / CONFIG_FILE).is_file():
+    if not inside or (root / ADAPTER_CONFIG).is_file():
         raise UnknownFormatError(
             str(root), sorted(path.name for path in root.iterdir()), tuple(LOOKED_FOR.values())
         )
@@ -88,7 +87,7 @@ def _read_directory(root: Path) -> Adapter | None:
         if adapter is None:
             continue
         others = sorted(file for file in set(WEIGHTS.values()) - {WEIGHTS[name]} if (root / file).is_file())
-        sentence = f"was left out: {CONFIG_FILE} is that of {WEIGHTS[name]}"
+        sentence = f"was left out: {ADAPTER_CONFIG} is that of {WEIGHTS[name]}"
         left_out = tuple(note("other-weights", file, sentence) for file in others)
         return replace(adapter, issues=(*adapter.issues, *left_out)) if left_out else adapter
     return None

@@ -19,6 +19,7 @@ from lora_merge.core.scaling import number
 from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.io.files import file_digest, read_json
+from lora_merge.io.needed import ADAPTER_CONFIG, MLX_WEIGHTS
 from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import adapter_side_files
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapters.safetensors"
 
 _LEAVES = frozenset({"lora_a", "lora_b", "m"})
 
@@ -52,13 +51,13 @@ def read_mlx(root: Path) -> Adapter | None:
     Reference:
         ``mlx_lm.tuner.utils.load_adapters`` (mlx-lm 0.32.2).
     """
-    if not ((root / CONFIG_FILE).is_file() and (root / WEIGHTS_FILE).is_file()):
+    if not ((root / ADAPTER_CONFIG).is_file() and (root / MLX_WEIGHTS).is_file()):
         return None
-    config = read_json(root / CONFIG_FILE)
+    config = read_json(root / ADAPTER_CONFIG)
     if config.keys() & {"peft_type", "swift_type"}:
         return None
-    refs = read_header(root / WEIGHTS_FILE).tensors
-    issues = non_finite(refs) if refs else [error("empty", WEIGHTS_FILE, "holds no tensors")]
+    refs = read_header(root / MLX_WEIGHTS).tensors
+    issues = non_finite(refs) if refs else [error("empty", MLX_WEIGHTS, "holds no tensors")]
     kind = _kind(config)
     content: dict[str, Any] = {"config": {"peft_type": "FULL"}}
     try:
@@ -78,7 +77,7 @@ def read_mlx(root: Path) -> Adapter | None:
     return Adapter(
         root=str(root),
         format="mlx",
-        digest=file_digest(root / WEIGHTS_FILE),
+        digest=file_digest(root / MLX_WEIGHTS),
         side_files=adapter_side_files(root),
         issues=tuple(issues),
         **({"deltas": (), "modules": frozenset()} | content),

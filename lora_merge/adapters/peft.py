@@ -29,18 +29,12 @@ from lora_merge.core.scaling import Scaling, number
 from lora_merge.core.targets import TargetError, TargetRule, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.io.files import files_digest, read_json
+from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, TRAINER_CONFIG
 from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import adapter_side_files
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"
-
-TRAINER_CONFIG = "additional_config.json"
-"""Where ms-swift keeps its own fields of a LoRA configuration."""
 
 OTHER_MARKS = frozenset({"fine_tune_type", "lora_parameters"})
 """Fields of an ``adapter_config.json`` that is not PEFT's, if it has no ``peft_type``."""
@@ -62,10 +56,12 @@ def read_peft(root: Path) -> Adapter | None:
     Raises:
         ResolveError: its files are broken.
     """
-    weights = next((root / name for name in (WEIGHTS_FILE, PICKLED_FILE) if (root / name).is_file()), None)
-    if weights is None or not (root / CONFIG_FILE).is_file():
+    weights = next(
+        (root / name for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE) if (root / name).is_file()), None
+    )
+    if weights is None or not (root / ADAPTER_CONFIG).is_file():
         return None
-    config = read_json(root / CONFIG_FILE)
+    config = read_json(root / ADAPTER_CONFIG)
     if "peft_type" not in config and config.keys() & OTHER_MARKS:
         return None
     if "swift_type" in config:
@@ -76,7 +72,7 @@ def read_peft(root: Path) -> Adapter | None:
 
 
 def read_tensors(
-    refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str = WEIGHTS_FILE
+    refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str = ADAPTER_WEIGHTS
 ) -> dict[str, Any]:
     """Return what the tensors of an adapter change, as fields of `Adapter`.
 
@@ -136,7 +132,7 @@ def assemble(
 
 
 def _tensors(weights: Path) -> tuple[TensorRef, ...]:
-    if weights.name == WEIGHTS_FILE:
+    if weights.name == ADAPTER_WEIGHTS:
         return read_header(weights).tensors
     from lora_merge.io.pickles import read_pickle  # most runs need no zip files and no pickles
 

@@ -14,14 +14,11 @@ from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.targets import TargetError, compile_pattern
 from lora_merge.io.files import read_json
-from lora_merge.io.needed import EXTRA_FOLDER
+from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXTRA_FOLDER, VISION_WEIGHTS
 from lora_merge.io.safetensors import read_header
 
 if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
-
-VISION_FILE = "vit.safetensors"
-_EXTRA_CONFIG, _EXTRA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(slots=True)
@@ -76,29 +73,29 @@ def saved_beside(root: Path) -> Saved:
         (ms-swift 4.6.0).
     """
     saved = Saved()
-    if (root / VISION_FILE).is_file():
-        saved.add(root / VISION_FILE, VISION_FILE)
+    if (root / VISION_WEIGHTS).is_file():
+        saved.add(root / VISION_WEIGHTS, VISION_WEIGHTS)
     folder = next(
         (path for path in (root / EXTRA_FOLDER, root.parent / EXTRA_FOLDER) if _is_extra(path)), None
     )
     if folder is None:
         return saved
-    config = read_json(folder / _EXTRA_CONFIG)
-    label = f"{EXTRA_FOLDER}/{_EXTRA_WEIGHTS}"
-    if not (folder / _EXTRA_WEIGHTS).is_file():
+    config = read_json(folder / ADAPTER_CONFIG)
+    label = f"{EXTRA_FOLDER}/{ADAPTER_WEIGHTS}"
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         sentence = f"names extra states, and {label} is not there"
         hint = "the adapter is incomplete; ms-swift reads safetensors only"
-        saved.issues.append(error("missing-module", f"{EXTRA_FOLDER}/{_EXTRA_CONFIG}", sentence, hint))
+        saved.issues.append(error("missing-module", f"{EXTRA_FOLDER}/{ADAPTER_CONFIG}", sentence, hint))
         return saved
     try:
-        saved.add(folder / _EXTRA_WEIGHTS, label, _patterns(config.get("extra_state_keys")))
+        saved.add(folder / ADAPTER_WEIGHTS, label, _patterns(config.get("extra_state_keys")))
     except TargetError as exc:
         saved.issues.append(error("bad-field", exc.field, exc.sentence))
     return saved
 
 
 def _is_extra(folder: Path) -> bool:
-    return (folder / _EXTRA_CONFIG).is_file()
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def _patterns(value: object) -> list[str]:

@@ -9,19 +9,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, assemble, read_tensors
+from lora_merge.adapters.peft import assemble, read_tensors
 from lora_merge.adapters.spelling import canonical
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
+from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_ARGUMENTS
 from lora_merge.io.safetensors import read_header
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ARGUMENTS_FILE = "args.json"
 """What the training was called with; it names the base."""
 
 OTHER_TUNERS: Mapping[str, str] = {
@@ -58,17 +58,17 @@ def read_swift(root: Path) -> Adapter | None:
     Reference:
         ``swift.tuners.base.SwiftModel.save_pretrained`` and ``swift.tuners.lora.LoRAConfig`` (ms-swift 4.6.0).
     """
-    if not (root / CONFIG_FILE).is_file():
+    if not (root / ADAPTER_CONFIG).is_file():
         return None
-    config = read_json(root / CONFIG_FILE)
+    config = read_json(root / ADAPTER_CONFIG)
     if "swift_type" not in config:
         return None
     kind = config["swift_type"]
     if kind != "LORA":
         return _refused(root, config, kind)
-    if not (root / WEIGHTS_FILE).is_file():
+    if not (root / ADAPTER_WEIGHTS).is_file():
         hint = "ms-swift reads safetensors only; save the adapter with safe_serialization=True"
-        raise CheckpointError(str(root), "", f"has no {WEIGHTS_FILE}", hint=hint)
+        raise CheckpointError(str(root), "", f"has no {ADAPTER_WEIGHTS}", hint=hint)
     issues = [
         error("unsupported", name, f"{why}: it has no merged form here", "merge it with ms-swift")
         for name, why in _UNMERGEABLE.items()
@@ -78,13 +78,13 @@ def read_swift(root: Path) -> Adapter | None:
     refs, spelling = canonical(
         (
             ref if ref.name.startswith(PREFIX) else replace(ref, name=f"{PREFIX}{ref.name}")
-            for ref in read_header(root / WEIGHTS_FILE).tensors
+            for ref in read_header(root / ADAPTER_WEIGHTS).tensors
         ),
-        WEIGHTS_FILE,
+        ADAPTER_WEIGHTS,
     )
     issues += spelling
     plain = _as_peft(root, config)
-    return assemble(root / WEIGHTS_FILE, "ms-swift", plain, read_tensors(refs, plain, issues), issues)
+    return assemble(root / ADAPTER_WEIGHTS, "ms-swift", plain, read_tensors(refs, plain, issues), issues)
 
 
 def _refused(root: Path, config: Mapping[str, Any], kind: object) -> Adapter:
@@ -118,8 +118,8 @@ def _as_peft(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 def _trained_on(root: Path) -> str | None:
     """Return the base that the arguments of the training name."""
     for folder in (root, root.parent):
-        if (folder / ARGUMENTS_FILE).is_file():
-            arguments = read_json(folder / ARGUMENTS_FILE)
+        if (folder / TRAINING_ARGUMENTS).is_file():
+            arguments = read_json(folder / TRAINING_ARGUMENTS)
             named = arguments.get("model_dir") or arguments.get("model")
             return named if isinstance(named, str) else None
     return None

@@ -17,7 +17,23 @@ Panels = Iterator[tuple[int, int, "torch.Tensor"]]
 """``(start, end, columns)``: the stored weight panel by panel, float32 ``[rows, end - start]``, to be changed."""
 
 
-class Algebra(Protocol):
+class Changer(Protocol):
+    """What changes rows of a stored weight: an algebra, or one that sees only its part."""
+
+    def survey(self, panels: Panels) -> None:
+        """Look at the whole weight before the first tile; for reach ``"columns"``."""
+
+    def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
+        """Change rows ``start`` to ``end`` of the stored weight, in place.
+
+        Shapes:
+            weight: float32 ``[end - start, cols]``, as the deltas before left it; rows run over every axis of
+                the tensor but the last (but the first alone, for a convolution).
+            base: the same rows before any delta; the same tensor as ``weight`` for the first.
+        """
+
+
+class Algebra(Changer, Protocol):
     """One delta, ready to change the tiles of one weight.
 
     Args:
@@ -34,18 +50,6 @@ class Algebra(Protocol):
     @staticmethod
     def reach(spec: DeltaSpec) -> Reach:
         """Return how much of the weight a tile's change depends on."""
-
-    def survey(self, panels: Panels) -> None:
-        """Look at the whole weight before the first tile; for reach ``"columns"``."""
-
-    def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Change rows ``start`` to ``end`` of the stored weight, in place.
-
-        Shapes:
-            weight: float32 ``[end - start, cols]``, as the deltas before left it; rows run over every axis of
-                the tensor but the last (but the first alone, for a convolution).
-            base: the same rows before any delta; the same tensor as ``weight`` for the first.
-        """
 
 
 class RowWise:

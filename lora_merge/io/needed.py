@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE
+from lora_merge.core.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    PICKLED_FILE,
+    PICKLED_INDEX_FILE,
+    SAFETENSORS_FILE,
+)
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
 from lora_merge.io.side_files import belongs_to_adapter, belongs_to_base
@@ -14,12 +20,17 @@ ADAPTER_CONFIG = "adapter_config.json"
 TRAINING_ARGUMENTS = "args.json"
 """What ms-swift was called with; it names the base."""
 
-_PICKLE_INDEX, _PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-_ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, "additional_config.json"})
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
-"""PEFT's, the old PEFT's and MLX's, in the order in which they are preferred."""
+TRAINER_CONFIG = "additional_config.json"
+"""Where ms-swift keeps its own fields of a LoRA configuration."""
 
-_ADAPTER_TOWER = "vit.safetensors"
+ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+MLX_WEIGHTS = "adapters.safetensors"
+
+_ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG})
+_ADAPTER_WEIGHTS = (ADAPTER_WEIGHTS, ADAPTER_PICKLE, MLX_WEIGHTS)
+"""In the order in which they are preferred."""
+
+VISION_WEIGHTS = "vit.safetensors"
 """What ms-swift saves of a vision tower that was trained as a whole."""
 
 EXTRA_FOLDER = "extra_states"
@@ -40,7 +51,8 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
             hint = "these are GGUF files: pass the repo of the model that they were made from"
         raise ResolveError(f"{label}: has no config.json", hint=hint)
     index = next(
-        (name for name in (INDEX_FILE, SAFETENSORS_FILE, _PICKLE_INDEX, _PICKLE) if name in names), None
+        (name for name in (INDEX_FILE, SAFETENSORS_FILE, PICKLED_INDEX_FILE, PICKLED_FILE) if name in names),
+        None,
     )
     if index is None:
         found = sorted(name for name in names if not belongs_to_base(name))[:4]
@@ -50,7 +62,7 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
             hint="pass the repo that holds the model's safetensors",
         )
     small = frozenset(name for name in names if belongs_to_base(name))
-    return small | {index} if index in {INDEX_FILE, _PICKLE_INDEX} else small
+    return small | {index} if index in {INDEX_FILE, PICKLED_INDEX_FILE} else small
 
 
 def base_weights(label: str, names: Collection[str], root: Path) -> frozenset[str]:
@@ -59,7 +71,7 @@ def base_weights(label: str, names: Collection[str], root: Path) -> frozenset[st
     Raises:
         CheckpointError: the index names a file that is not in the listing.
     """
-    for index, single in ((INDEX_FILE, SAFETENSORS_FILE), (_PICKLE_INDEX, _PICKLE)):
+    for index, single in ((INDEX_FILE, SAFETENSORS_FILE), (PICKLED_INDEX_FILE, PICKLED_FILE)):
         if index in names:
             return _shards(label, index, names, root)
         if single in names:
@@ -108,5 +120,5 @@ def adapter_weights(names: Collection[str]) -> frozenset[str]:
     weights = next((name for name in _ADAPTER_WEIGHTS if name in names), None)
     if weights is None:
         return frozenset()
-    beside = {name for name in names if name.startswith(f"{EXTRA_FOLDER}/") or name == _ADAPTER_TOWER}
+    beside = {name for name in names if name.startswith(f"{EXTRA_FOLDER}/") or name == VISION_WEIGHTS}
     return frozenset({weights} | beside)

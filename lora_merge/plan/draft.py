@@ -24,6 +24,8 @@ from lora_merge.plan.placing import vocabulary_patch
 from lora_merge.plan.ties import Tie, ensures_tie, find_tie, owner_name, untie_issue, untie_patch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.request import Request
@@ -203,18 +205,11 @@ class Draft:
         if embedding is None and head is None:
             return []
         copies = self._model.tied_beside(tie)
-        stored_copy = next(
-            (
-                name
-                for name, source in copies.items()
-                if source == tie.embedding and name in self.outline.sources
-            ),
-            None,
-        )
-        if stored_copy is not None:
-            sentence = f"is stored a second time, as {stored_copy}, and a change of one would untie the two"
-            hint = f"remove {stored_copy} from the base: transformers ties it to {tie.embedding}"
-            return [error("stored-copy", tie.embedding, sentence, hint)]
+        for name, source in copies.items():
+            if source == tie.embedding and name in self.outline.sources:
+                sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
+                hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
+                return [error("stored-copy", tie.embedding, sentence, hint)]
         if embedding is not None and head is not None and _alike(embedding, head, self._twins):
             self._changes |= dict.fromkeys(tie.stored, embedding)
             self._first_of_tie = dict.fromkeys(tie.stored, tie.source)
@@ -225,16 +220,19 @@ class Draft:
             if change is not None:
                 self._changes[name] = change
         patch = untie_patch(self._base.config)
-        for name, source in (
-            copies.items() if patch else ()
-        ):  # nothing is tied any more, so all of it is written
+        self.config_patch |= patch
+        if patch:
+            self._write_copies(tie, copies)
+        return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
+
+    def _write_copies(self, tie: Tie, copies: Mapping[str, str]) -> None:
+        """Write out what transformers ties beside the two ends: nothing is tied any more."""
+        for name, source in copies.items():
             owner = tie.source if source in {tie.embedding, tie.head} else source
             if name not in self.outline.sources and owner in self.outline.sources:
                 self.outline = self.outline.with_twin(owner, name)
                 if source in self._changes:
                     self._changes[name] = self._changes[source]
-        self.config_patch |= patch
-        return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
 
     def _following(self, embedding: _Change, head: _Change) -> _Change | None:
         """Return the head's change with those of the embedding that it shares, whatever the files say of it.
