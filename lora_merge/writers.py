@@ -87,4 +87,6 @@ class HfCheckpoint:
         if plan.index:
             files.write_text(self._root / INDEX_FILE, plan.index)
         files.write_text(self._root / CARD_FILE, card_text(provenance, plan))
-        files.write_text(self._root / MANIFEST_FILE, manifest_text(provenance, plan, records))
+        names = [file.name for file in plan.side_files] + ([INDEX_FILE] if plan.index else [])
+        digests = {name: files.file_digest(self._root / name) for name in names}
+        files.write_text(self._root / MANIFEST_FILE, manifest_text(provenance, plan, records, digests))

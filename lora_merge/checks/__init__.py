@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from lora_merge.checks.evidence import Evidence
 from lora_merge.checks.finite import finite
 from lora_merge.checks.layers import layers
+from lora_merge.checks.loadable import loadable
 from lora_merge.checks.recompute import recompute
 from lora_merge.checks.structure import structure
 from lora_merge.checks.untouched import untouched
@@ -19,6 +20,7 @@ Check = Callable[[Evidence], Iterator[Issue]]
 
 CHECKS: dict[str, Check] = {
     "structure": structure,
+    "loadable": loadable,
     "finite": finite,
     "untouched": untouched,
     "recompute": recompute,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.tensor import TensorRecord
+from lora_merge.io.output import read_output
+
+if TYPE_CHECKING:
+    from lora_merge.core.checkpoint import Output
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Evidence:
     """The plan, what was written, and the records that writing left behind."""
 
@@ -20,3 +25,8 @@ class Evidence:
 
     records: tuple[TensorRecord, ...]
     level: Literal["sample", "full"]
+
+    @cached_property
+    def output(self) -> Output:
+        """Return what is in the directory; it is read once."""
+        return read_output(self.root)

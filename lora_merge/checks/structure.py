@@ -8,32 +8,31 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
 from lora_merge.core.report import error
 from lora_merge.core.tensor import shape_text
-from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json, same_bytes
-from lora_merge.io.safetensors import read_header
+from lora_merge.io.files import same_bytes
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.checks.evidence import Evidence
+    from lora_merge.core.checkpoint import Output
     from lora_merge.core.report import Issue
     from lora_merge.core.shards import OutputFile
 
 
 def structure(evidence: Evidence) -> Iterator[Issue]:
     """Yield an issue for each file or tensor that is missing, extra, or not what was planned."""
-    plan, root = evidence.plan, evidence.root
+    plan, root, output = evidence.plan, evidence.root, evidence.output
     wanted = {file.name for file in plan.files} | {file.name for file in plan.side_files}
     wanted |= {CARD_FILE, MANIFEST_FILE} | ({INDEX_FILE} if plan.index else set())
-    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    found = output.names
     for name in sorted(wanted - found):
         yield error("missing-file", name, "was planned and is not there")
     for name in sorted(found - wanted):
         yield error("extra-file", name, "is there and was not planned")
     for file in plan.files:
         if file.name in found:
-            yield from _compare_file(root, file)
+            yield from _compare_file(output, file)
     for side_file in plan.side_files:
         patched = side_file.name == CONFIG_FILE and plan.config_patch
         if side_file.name in found and not patched:
@@ -41,16 +40,15 @@ def structure(evidence: Evidence) -> Iterator[Issue]:
             if not same_bytes(Path(side_file.source), target):
                 yield error("side-file", side_file.name, f"differs from {side_file.source}")
     if plan.index and INDEX_FILE in found:
-        yield from _compare_index(root, plan.files)
+        yield from _compare_index(output, plan.files)
 
 
-def _compare_file(root: Path, file: OutputFile) -> Iterator[Issue]:
+def _compare_file(output: Output, file: OutputFile) -> Iterator[Issue]:
     """Yield an issue for each tensor of a file that is not where and what was planned."""
-    try:
-        found = {ref.name: ref for ref in read_header(root / file.name, file.name).tensors}
-    except CheckpointError as exc:
-        yield error("broken-file", file.name, str(exc))
+    if file.name not in output.files:
+        yield error("broken-file", file.name, output.broken.get(file.name, "is no file of weights"))
         return
+    found = {ref.name: ref for ref in output.files[file.name].tensors}
     for slot in file.slots:
         ref = found.pop(slot.name, None)
         if ref is None:
@@ -63,12 +61,11 @@ def _compare_file(root: Path, file: OutputFile) -> Iterator[Issue]:
         yield error("extra-tensor", name, f"is in {file.name} and was not planned")
 
 
-def _compare_index(root: Path, files: tuple[OutputFile, ...]) -> Iterator[Issue]:
+def _compare_index(output: Output, files: tuple[OutputFile, ...]) -> Iterator[Issue]:
     """Yield an issue where the index does not cover the tensors, or counts their bytes wrongly."""
-    try:
-        index = read_json(root / INDEX_FILE)
-    except CheckpointError as exc:
-        yield error("wrong-index", INDEX_FILE, str(exc))
+    index = output.index
+    if index is None:
+        yield error("wrong-index", INDEX_FILE, output.broken[INDEX_FILE])
         return
     wanted = {slot.name: file.name for file in files for slot in file.slots}
     total = sum(slot.nbytes for file in files for slot in file.slots)

@@ -19,6 +19,9 @@ OUTPUT_NAMES = frozenset({"lm_head", "embed_out", "proj_out", "decoder"})
 INPUT_NAMES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings"})
 """Last parts of the paths of output and input embeddings."""
 
+SCALED_WHEN_TIED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano"})
+"""Model types that scale the decoder's output where the config says that embeddings are tied."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
@@ -80,6 +83,42 @@ class Checkpoint:
     def by_name(self) -> dict[str, TensorRef]:
         """Return every tensor by its stored name."""
         return {ref.name: ref for ref in self.tensors()}
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A directory as an engine finds it: what can be read, and what is wrong with the rest."""
+
+    root: str
+
+    names: frozenset[str]
+    """Every file, relative to the root."""
+
+    config: Mapping[str, Any] | None
+    """``config.json``; None when it is missing or broken."""
+
+    index: Mapping[str, Any] | None
+    """``model.safetensors.index.json``; None when it is missing or broken."""
+
+    files: Mapping[str, WeightFile]
+    """The safetensors files at the top, and those that the index names."""
+
+    broken: Mapping[str, str]
+    """What is wrong with the files of these that cannot be read."""
+
+    def tensors(self) -> dict[str, TensorRef]:
+        """Return every tensor by its name; the references name files by their full paths."""
+        return {ref.name: ref for file in self.files.values() for ref in file.tensors}
+
+
+def owner_name(parameter: str) -> str:
+    """Return the last part of the path of the module that owns a parameter.
+
+    Example:
+        >>> owner_name("model.embed_tokens.weight")
+        'embed_tokens'
+    """
+    return parameter.rpartition(".")[0].rpartition(".")[2]
 
 
 def patched_config(config: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:

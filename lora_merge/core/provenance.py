@@ -70,8 +70,18 @@ class Provenance:
     """The same of each adapter; empty when all are local directories."""
 
 
-def manifest_text(provenance: Provenance, plan: MergePlan, records: Sequence[TensorRecord]) -> str:
-    """Return the text of ``merge_manifest.json``."""
+def manifest_text(
+    provenance: Provenance, plan: MergePlan, records: Sequence[TensorRecord], digests: Mapping[str, str]
+) -> str:
+    """Return the text of ``merge_manifest.json``.
+
+    Args:
+        provenance: what the merge was made from.
+        plan: what was promised.
+        records: what writing returned.
+        digests: of the files around the weights, by name.
+    """
+    origins = {file.name: file.origin for file in plan.side_files}
     by_name = {record.name: record for record in records}
     tensors: dict[str, dict[str, Any]] = {}
     for step in plan.steps:
@@ -112,7 +122,10 @@ def manifest_text(provenance: Provenance, plan: MergePlan, records: Sequence[Ten
             )
         ],
         "options": dict(provenance.options),
-        "side_files": {file.name: file.origin for file in plan.side_files},
+        "side_files": {
+            name: {"origin": origins.get(name, "lora-merge"), "digest": digest}
+            for name, digest in digests.items()
+        },
         "tensors": tensors,
     }
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"

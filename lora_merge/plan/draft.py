@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter, DeltaSpec
-from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, patched_config
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name, patched_config
 from lora_merge.core.plan import Combination, Copy, Merge, Reach, Step, View
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import same_layers
@@ -21,7 +21,7 @@ from lora_merge.plan.model import Model
 from lora_merge.plan.origins import origin_issues
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
 from lora_merge.plan.placing import vocabulary_patch
-from lora_merge.plan.ties import Tie, ensures_tie, find_tie, owner_name, untie_issue, untie_patch
+from lora_merge.plan.ties import Tie, ensures_tie, find_tie, untie_issue, untie_patch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

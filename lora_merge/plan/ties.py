@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, config_levels
+from lora_merge.core.checkpoint import (
+    INPUT_NAMES,
+    OUTPUT_NAMES,
+    SCALED_WHEN_TIED,
+    config_levels,
+    owner_name,
+)
 from lora_merge.core.report import Issue, error, note
 
 if TYPE_CHECKING:
@@ -19,9 +25,6 @@ if TYPE_CHECKING:
 
 _TIED_BY_ENGINES = frozenset({"gemma", "gemma2", "cohere", "cohere2", "cohere2_moe", "mpt"})
 """Model types whose class in vLLM ties the embeddings whatever the config says."""
-
-_SCALED_WHEN_TIED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano"})
-"""Model types that scale the decoder's output where the config says that embeddings are tied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +86,6 @@ def ensures_tie(adapter: Adapter, tie: Tie) -> bool:
     return heeded and bool(adapter.config.get("ensure_weight_tying"))
 
 
-def owner_name(parameter: str) -> str:
-    """Return the last part of the path of the module that owns a parameter."""
-    return parameter.rpartition(".")[0].rpartition(".")[2]
-
-
 def _is_flagged(model: Model, embedding: str, head: str) -> bool:
     """Return True when the config says that embeddings are tied, or the model's class does so by default."""
     known = model.skeleton
@@ -100,7 +98,7 @@ def untie_issue(config: Mapping[str, Any], tie: Tie, *, allowed: bool) -> Issue:
     """Return what has to be said when a tie is taken apart: a note, or an error where that is not harmless."""
     types = [str(level.get("model_type")) for _, level in config_levels(config)]
     engines = next((kind for kind in types if kind in _TIED_BY_ENGINES), None)
-    scaled = next((kind for kind in types if kind in _SCALED_WHEN_TIED), None)
+    scaled = next((kind for kind in types if kind in SCALED_WHEN_TIED), None)
     what = f"differs from {tie.embedding} after the merge, and both were one tensor"
     if (engines or scaled) and not allowed:
         why = (
@@ -118,7 +116,7 @@ def untie_issue(config: Mapping[str, Any], tie: Tie, *, allowed: bool) -> Issue:
 def untie_patch(config: Mapping[str, Any]) -> dict[str, bool]:
     """Return what an untied model changes in ``config.json``: the flag, at every level that has or implies one."""
     levels = list(config_levels(config))
-    if any(level.get("model_type") in _SCALED_WHEN_TIED for _, level in levels):
+    if any(level.get("model_type") in SCALED_WHEN_TIED for _, level in levels):
         return {}
     return {
         f"{path}.tie_word_embeddings".lstrip("."): False

@@ -1,0 +1,29 @@
+"""The gate: what an engine has to find in a directory to load all of it, as vLLM, LMDeploy and transformers read.
+
+Engines forgive too much: vLLM and LMDeploy load a checkpoint with tensors missing, and say nothing. A rule looks at
+a directory as it is, knows no plan, and yields what an engine would refuse, misread or pass over. `RULES` is the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from lora_merge.checks.gate.code import code
+from lora_merge.checks.gate.config import config
+from lora_merge.checks.gate.embeddings import embeddings
+from lora_merge.checks.gate.tokenizer import tokenizer
+from lora_merge.checks.gate.weights import weights
+from lora_merge.core.checkpoint import Output
+from lora_merge.core.report import Issue
+
+Rule = Callable[[Output], Iterator[Issue]]
+
+RULES: dict[str, Rule] = {
+    "weights": weights,
+    "config": config,
+    "embeddings": embeddings,
+    "code": code,
+    "tokenizer": tokenizer,
+}
+
+__all__ = ["RULES", "Rule"]

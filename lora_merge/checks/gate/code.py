@@ -1,0 +1,87 @@
+"""Is the code there that the configuration sends an engine to?"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import CONFIG_FILE, Output
+from lora_merge.core.report import error, note
+from lora_merge.errors import CheckpointError
+from lora_merge.io.files import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.core.report import Issue
+
+_CARRIERS = (
+    CONFIG_FILE, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+"""Files that may have an ``auto_map``."""
+
+
+def code(output: Output) -> Iterator[Issue]:
+    """Yield each module that an ``auto_map`` names, or that such a module imports, and that is not there.
+
+    The code is parsed, and never run.
+    """
+    for carrier in _CARRIERS:
+        for reference in _references(output, carrier):
+            repo, elsewhere, path = reference.rpartition("--")
+            name = f"{path.rpartition('.')[0].replace('.', '/')}.py"
+            if elsewhere:
+                yield note("remote-code", carrier, f"auto_map sends engines to the repo {repo} for {path}")
+            elif name not in output.names:
+                sentence = f"auto_map names {reference}, and there is no {name}"
+                yield error("missing-code", carrier, sentence, "copy it from the original model")
+            else:
+                yield from _imports(output, name)
+
+
+def _references(output: Output, carrier: str) -> list[str]:
+    """Return the classes of an ``auto_map``: ``module.Class``, or ``repo--module.Class``."""
+    if carrier not in output.names:
+        return []
+    try:
+        table = read_json(Path(output.root, carrier)).get("auto_map")
+    except CheckpointError:
+        return []  # the rule for that file says so
+    found = table.values() if isinstance(table, dict) else ()
+    flat = [one for entry in found for one in (entry if isinstance(entry, list) else [entry])]
+    return [one for one in flat if isinstance(one, str) and "." in one]
+
+
+def _imports(output: Output, name: str) -> Iterator[Issue]:
+    """Yield each module that code imports from beside itself and that is not there, however deep."""
+    seen, waiting = {name}, [name]
+    while waiting:
+        current = waiting.pop()
+        try:
+            tree = ast.parse(Path(output.root, current).read_text("utf-8"))
+        except (OSError, SyntaxError, ValueError) as exc:
+            yield error("broken-code", current, f"is no Python that can be parsed ({exc})"[:200])
+            continue
+        for candidates in _relative(tree, PurePosixPath(current).parent):
+            found = next((module for module in candidates if module in output.names), None)
+            if found is None:
+                yield error("missing-code", current, f"imports {candidates[0]}, which is not there")
+            elif found not in seen:
+                seen.add(found)
+                waiting.append(found)
+
+
+def _relative(tree: ast.Module, folder: PurePosixPath) -> Iterator[tuple[str, ...]]:
+    """Yield the files that each relative import may mean."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = folder
+        for _ in range(node.level - 1):
+            base = base.parent
+        modules = [node.module] if node.module else [alias.name for alias in node.names]
+        for module in modules:
+            path = base / module.replace(".", "/")
+            yield f"{path}.py", f"{path}/__init__.py"

@@ -1,0 +1,84 @@
+"""Does ``config.json`` say what the weights are, and nothing that they no longer are?"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import CONFIG_FILE, Output, config_levels
+from lora_merge.core.report import error, warning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lora_merge.core.report import Issue
+
+_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_QUANTISATION_FIELDS = ("quantization_config", "compression_config")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|SCB|absmax)$"
+)
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+
+
+def config(output: Output) -> Iterator[Issue]:
+    """Yield what an engine needs of the configuration and does not find, and what would mislead it."""
+    table = output.config
+    if table is None:
+        yield error("no-config", CONFIG_FILE, output.broken.get(CONFIG_FILE, "is missing"))
+        return
+    named = table.get("architectures")
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        hint = "engines choose the model's class by it; take it from the config.json of the original model"
+        yield error(
+            "no-architectures", CONFIG_FILE, f"architectures is {named!r}, expected a class's name", hint
+        )
+    if not isinstance(table.get("model_type"), str):
+        yield error(
+            "no-model-type", CONFIG_FILE, f"model_type is {table.get('model_type')!r}, expected a name"
+        )
+    yield from _leftovers(output, table)
+    yield from _layers(output, table)
+
+
+def _leftovers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
+    """Yield the settings of a quantisation that the weights do not have."""
+    names = {name for file in output.files.values() for name in (ref.name for ref in file.tensors)}
+    if any(_QUANTISED.search(name) for name in names):
+        return
+    hint = "the weights are stored in full precision: remove it"
+    for path, level in config_levels(table):
+        for field in _QUANTISATION_FIELDS:
+            if level.get(field):
+                subject = f"{path}.{field}".lstrip(".")
+                sentence = f"{CONFIG_FILE} has it, and no tensor is quantised: engines would look for scales"
+                yield error("leftover-quantisation", subject, sentence, hint)
+    for name in _QUANTISATION_FILES:
+        if name in output.names:
+            sentence = "says how the weights are quantised, and no tensor is"
+            yield error("leftover-quantisation", name, sentence, hint)
+
+
+def _layers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
+    """Yield a warning when the stored layers are fewer than those that the configuration counts.
+
+    Several stacks (towers, encoder and decoder) have counts of their own; the longest must reach the largest count.
+    """
+    counts = [
+        count
+        for _, level in config_levels(table)
+        for count in map(level.get, _COUNTS)
+        if isinstance(count, int)
+    ]
+    found = [
+        int(match[1])
+        for file in output.files.values()
+        for ref in file.tensors
+        for match in [_LAYER.search(ref.name)]
+        if match
+    ]
+    if counts and found and max(found) + 1 < max(counts):
+        sentence = f"counts {max(counts)} layers, and the last one that is stored is {max(found)}"
+        hint = "the rest would be left at random by some engines, and refused by others"
+        yield warning("missing-layers", CONFIG_FILE, sentence, hint)

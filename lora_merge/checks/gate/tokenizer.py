@@ -1,0 +1,74 @@
+"""Can an engine load the tokenizer, and does the model have a row for every token?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import INPUT_NAMES, Output, config_levels, owner_name
+from lora_merge.core.report import error, note, warning
+from lora_merge.errors import CheckpointError
+from lora_merge.io.files import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.core.report import Issue
+
+_FAST = "tokenizer.json"
+_SETTINGS = "tokenizer_config.json"
+_TABLES = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "vocab.json", "generation_config.json")
+_NEW_CLASS = "TokenizersBackend"
+
+
+def tokenizer(output: Output) -> Iterator[Issue]:
+    """Yield what keeps the tokenizer from loading, what older engines refuse, and tokens that have no embedding."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name in _TABLES:
+        if name in output.names:
+            try:
+                tables[name] = read_json(Path(output.root, name))
+            except CheckpointError as exc:
+                yield error("tokenizer", name, str(exc), "copy it from the original model")
+    if _FAST in output.names:
+        yield from _fast(output)
+    yield from _settings(tables.get(_SETTINGS, {}))
+
+
+def _fast(output: Output) -> Iterator[Issue]:
+    """Yield what is wrong with ``tokenizer.json``, by the library that engines read it with."""
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_file(str(Path(output.root, _FAST)))
+    except Exception as exc:  # noqa: BLE001 - the library raises Exception itself
+        yield error("tokenizer", _FAST, f"does not load ({exc})"[:300], "copy it from the original model")
+        return
+    last = max(loaded.get_vocab(with_added_tokens=True).values(), default=-1)
+    rows = max(
+        (
+            ref.shape[0]
+            for ref in output.tensors().values()
+            if len(ref.shape) == 2 and owner_name(ref.name) in INPUT_NAMES
+        ),
+        default=None,
+    )
+    if rows is not None and last >= rows and _counts_tokens(output):
+        sentence = (
+            f"has the token {last}, and the embedding has {rows} rows: an engine fails when it meets it"
+        )
+        yield warning("token-beyond", _FAST, sentence)
+
+
+def _counts_tokens(output: Output) -> bool:
+    """Return True when the configuration has a vocabulary."""
+    return any("vocab_size" in level for _, level in config_levels(output.config or {}))
+
+
+def _settings(table: dict[str, Any]) -> Iterator[Issue]:
+    """Yield what engines on transformers 4 cannot read."""
+    new = table.get("tokenizer_class") == _NEW_CLASS
+    if new or isinstance(table.get("extra_special_tokens"), list):
+        what = f"tokenizer_class {_NEW_CLASS}" if new else "a list of extra_special_tokens"
+        sentence = f"has {what}, which transformers 5 writes: engines on transformers 4 refuse it"
+        yield note("new-tokenizer", _SETTINGS, sentence)

@@ -1,0 +1,99 @@
+"""Do the weight files, and the index over them, say one thing?"""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import INDEX_FILE, SAFETENSORS_FILE, Output
+from lora_merge.core.report import error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.core.report import Issue
+
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "*.bin.index.json", "consolidated*.pth", "consolidated*.pt")
+"""Weights that some engine would read in place of safetensors, or beside them."""
+
+
+def weights(output: Output) -> Iterator[Issue]:
+    """Yield what is wrong with the weight files themselves, with their index, and with what lies beside them."""
+    if not output.files and not output.broken:
+        hint = "the output is incomplete; merge again"
+        yield error("no-weights", output.root, "holds no safetensors file", hint)
+        return
+    for name, sentence in output.broken.items():
+        if name.endswith(".safetensors") or name == INDEX_FILE:
+            yield error("broken-file", name, sentence)
+    if INDEX_FILE in output.names:
+        yield from _indexed(output)
+    else:
+        yield from _alone(output)
+    for name in sorted(output.names):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _OTHER_WEIGHTS):
+            yield _stale(name, "the model is in safetensors")
+
+
+def _alone(output: Output) -> Iterator[Issue]:
+    """Yield what is wrong with weights that have no index."""
+    for name in sorted(output.files):
+        if name == SAFETENSORS_FILE or "/" in name:
+            continue
+        if SAFETENSORS_FILE in output.names:
+            yield _stale(name, f"the model is in {SAFETENSORS_FILE}, and there is no index")
+        else:
+            sentence = f"stands without an index, expected {SAFETENSORS_FILE}, or {INDEX_FILE} to name it"
+            yield error("no-index", name, sentence, "the output is incomplete; merge again")
+
+
+def _indexed(output: Output) -> Iterator[Issue]:
+    """Yield what is wrong with weights that have one."""
+    if output.index is None:
+        return
+    listed = output.index.get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        yield error("wrong-index", INDEX_FILE, f"weight_map is {listed!r}"[:80] + ", expected tensor → file")
+        return
+    files = {str(file) for file in listed.values()}
+    for name in sorted(files - output.names):
+        yield error("missing-file", name, "is named by the index and is not there")
+    for name in sorted(set(output.files) - files):
+        yield _stale(name, "the index does not name it")
+    stored: dict[str, str] = {}
+    for name, file in output.files.items():
+        for ref in file.tensors if name in files else ():
+            if ref.name in stored:
+                yield error(
+                    "stored-twice", ref.name, f"is in {stored[ref.name]} and in {name}, expected once"
+                )
+            stored[ref.name] = name
+    yield from _disagreements(output, listed, stored)
+
+
+def _disagreements(output: Output, listed: dict[str, object], stored: dict[str, str]) -> Iterator[Issue]:
+    """Yield each tensor that index and files disagree about, and a wrong total."""
+    for name, file in listed.items():
+        if file not in output.files:
+            continue  # missing or broken, which is said of the file
+        if name not in stored:
+            yield error("missing-tensor", name, f"is not in {file}, as the index says, nor in any other file")
+        elif stored[name] != file:
+            yield error("wrong-index", name, f"is in {stored[name]}; the index says {file}")
+    for name in stored.keys() - listed.keys():
+        yield error("unlisted-tensor", name, f"is in {stored[name]} and the index does not name it")
+    metadata = (output.index or {}).get("metadata")
+    size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(
+        ref.nbytes for name, file in output.files.items() if name in stored.values() for ref in file.tensors
+    )
+    if size is not None and size != total and set(map(str, listed.values())) <= output.files.keys():
+        yield error(
+            "wrong-index", INDEX_FILE, f"total_size is {size}, expected {total}, what the tensors take"
+        )
+
+
+def _stale(name: str, why: str) -> Issue:
+    what = "is not part of the model" if name != SAFETENSORS_FILE else "stands beside an index"
+    sentence = f"{what}: {why}; engines differ in what they read then"
+    return error("stale-shard", name, sentence, "remove it, if it belongs to an older model")

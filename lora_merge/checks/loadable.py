@@ -1,0 +1,41 @@
+"""Would an engine load all of it, and find nothing that it misreads?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.checks.gate import RULES
+from lora_merge.io.output import read_output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.checks.evidence import Evidence
+    from lora_merge.core.checkpoint import Output
+    from lora_merge.core.report import Issue, Severity
+
+_MILDER: dict[Severity, Severity] = {"error": "warning", "warning": "note"}
+
+
+def loadable(evidence: Evidence) -> Iterator[Issue]:
+    """Yield what the gate's rules find in the output; milder, where it is as much the base's own.
+
+    A base that names no architecture, say, is merged as it is: its owner knows how it is loaded.
+    """
+    found = gate(evidence.output)
+    if not found:
+        return
+    own = {(issue.code, issue.subject) for issue in gate(read_output(Path(evidence.plan.base)))}
+    for issue in found:
+        if (issue.code, issue.subject) not in own:
+            yield issue
+        elif issue.severity in _MILDER:
+            sentence = f"{issue.sentence}; so it is in the base"
+            yield replace(issue, severity=_MILDER[issue.severity], sentence=sentence)
+
+
+def gate(output: Output) -> list[Issue]:
+    """Return what every rule of the gate finds in a directory."""
+    return [issue for rule in RULES.values() for issue in rule(output)]

@@ -1,0 +1,115 @@
+"""Texts → a plan: locate, resolve, plan; and how one module was matched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.core.adapter import AdapterUse
+from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.explanation import Match, matches_of, nearest
+from lora_merge.core.plan import MergePlan
+from lora_merge.core.report import Observer, Silence
+from lora_merge.core.request import parse_adapter
+from lora_merge.errors import PlanError, RequestError
+from lora_merge.io.files import read_json
+from lora_merge.io.hub import Access
+from lora_merge.locate import Place, find, locate_adapter, locate_base, locate_named_base, moved_base
+from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
+from lora_merge.resolve import (
+    equal_embeddings,
+    own_side_files,
+    resolve_adapter,
+    resolve_base,
+    unchanged_parameters,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_merge.core.report import Issue
+    from lora_merge.core.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what it was made from."""
+
+    plan: MergePlan
+    uses: tuple[AdapterUse, ...]
+    base: Place
+    adapters: tuple[Place, ...]
+
+
+def plan_request(request: Request, watch: Observer) -> Planned:
+    """Locate and resolve base and adapters, and plan their merge.
+
+    What small files alone show is refused before anything large is fetched.
+    """
+    access = Access(request.token, request.offline)
+    chosen = [_chosen(text) for text in request.adapter]
+    named_base = None if request.base is None else (find(request.base, "base"), request.base)
+    found = [(find(text, "adapter"), text) for text, _ in chosen]
+    places = tuple(locate_adapter(*one, access, watch) for one in found)
+    if named_base is not None:
+        base_place = locate_base(*named_base, access, watch)
+    else:
+        base_place = locate_named_base(places[0], access, watch)
+    is_remote = base_place.repo is not None
+    if is_remote:
+        raise_errors(quantised_config(read_json(base_place.root / CONFIG_FILE)))
+    adapters = [resolve_adapter(place.whole()) for place in places]
+    if is_remote:
+        raise_errors([issue for adapter in adapters for issue in adapter.issues])
+    base = resolve_base(base_place.whole())
+    uses = tuple(
+        AdapterUse(
+            adapter,
+            weight,
+            own_side_files=frozenset(own_side_files(adapter, base)),
+            unchanged=unchanged_parameters(adapter, base),
+        )
+        for adapter, (_, weight) in zip(adapters, chosen, strict=True)
+    )
+    twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
+    plan = make_plan(base, uses, request, twins)
+    located = [issue for place in (base_place, *places) for issue in place.issues]
+    issues = (*located, *moved_base(base_place, places), *plan.issues)
+    return Planned(replace(plan, issues=issues), uses, base_place, places)
+
+
+def _chosen(text: str) -> tuple[str, float]:
+    """Return the place and the weight of an adapter; a directory of the whole name wins."""
+    return (text, 1.0) if Path(text).expanduser().is_dir() else parse_adapter(text)
+
+
+def check_strict(issues: Sequence[Issue], *, strict: bool) -> None:
+    """Raise the warnings among some issues, where they count as errors.
+
+    Raises:
+        PlanError: there are some, and they do.
+    """
+    warnings = [issue for issue in issues if issue.severity == "warning"]
+    if strict and warnings:
+        raise PlanError(warnings)
+
+
+def explain(request: Request, names: Sequence[str], *, observer: Observer | None = None) -> tuple[Match, ...]:
+    """Return how some modules or parameters were matched, by their names in the adapter or on disk.
+
+    Raises:
+        RequestError: nothing answers to a name.
+        LoraMergeError: as for `run`, when there is no plan.
+    """
+    plan = plan_request(request, observer or Silence()).plan
+    check_strict(plan.issues, strict=request.strict)
+    matches: list[Match] = []
+    for name in names:
+        found = matches_of(plan, name)
+        if not found:
+            near = ", ".join(nearest(plan, name))
+            sentence = f"{name} is no module or parameter of the adapter or the base"
+            raise RequestError("", 0, "explain", sentence, hint=f"nearest: {near}" if near else "")
+        matches += found
+    return tuple(matches)
