@@ -17,8 +17,8 @@ from lora_merge._version import __version__
 
 if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
-    from lora_merge.core.report import Issue, Observer, Report, Summary, Verdict
-    from lora_merge.core.request import Request
+    from lora_merge.core.report import Issue, Observer, Proof, Report, Summary, Verdict
+    from lora_merge.core.request import Request, VerifyRequest
     from lora_merge.errors import (
         CheckpointError,
         LoraMergeError,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         VerifyError,
         WriteError,
     )
-    from lora_merge.pipeline import merge, plan
+    from lora_merge.pipeline import merge, plan, verify
 
 __all__ = [
     "CheckpointError",
@@ -39,6 +39,7 @@ __all__ = [
     "MergePlan",
     "Observer",
     "PlanError",
+    "Proof",
     "Report",
     "Request",
     "RequestError",
@@ -48,10 +49,12 @@ __all__ = [
     "UnsupportedError",
     "Verdict",
     "VerifyError",
+    "VerifyRequest",
     "WriteError",
     "__version__",
     "merge",
     "plan",
+    "verify",
 ]
 
 _HOMES = ("lora_merge.errors", "lora_merge.core.report", "lora_merge.core.request", "lora_merge.core.plan")
@@ -68,7 +71,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """The package, whose two verbs are functions though they are names of modules as well."""
+    """The package, whose verbs are functions though they are names of modules as well."""
 
     @property
     def merge(self) -> Any:
@@ -85,6 +88,14 @@ class _Package(ModuleType):
 
     @plan.setter
     def plan(self, module: ModuleType) -> None: ...
+
+    @property
+    def verify(self) -> Any:
+        """Return the function; importing the module of this name does not change that."""
+        return import_module("lora_merge.pipeline").verify
+
+    @verify.setter
+    def verify(self, module: ModuleType) -> None: ...
 
 
 sys.modules[__name__].__class__ = _Package

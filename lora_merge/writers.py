@@ -1,4 +1,4 @@
-"""Writers: a plan and bytes → files. `HfCheckpoint` writes a Hugging Face checkpoint."""
+"""Writers: a plan and bytes → files. `HfCheckpoint` writes a Hugging Face checkpoint, `InMemory` keeps a tensor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    import torch
 
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRecord, TensorRef
@@ -90,3 +92,40 @@ class HfCheckpoint:
         names = [file.name for file in plan.side_files] + ([INDEX_FILE] if plan.index else [])
         digests = {name: files.file_digest(self._root / name) for name in names}
         files.write_text(self._root / MANIFEST_FILE, manifest_text(provenance, plan, records, digests))
+
+
+class InMemory:
+    """One tensor in memory, filled as a slot of a file would be.
+
+    Args:
+        nbytes: its size.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._content = bytearray(nbytes)
+
+    def copy(self, slot: TensorRef, source: TensorRef) -> None:
+        """Fill it with the bytes of a stored tensor.
+
+        Raises:
+            CheckpointError: the source cannot be read.
+        """
+        del slot
+        with files.open_for_reading(source.file) as fd:
+            files.read_into(fd, memoryview(self._content), source.start, source.file)
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[int, memoryview], None]]:
+        """Yield a function that writes a buffer at an offset, in bytes."""
+        del slot
+
+        def fill(offset: int, buffer: memoryview) -> None:
+            self._content[offset : offset + len(buffer)] = buffer
+
+        yield fill
+
+    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return it as float32."""
+        import torch
+
+        return torch.frombuffer(self._content, dtype=torch.float32).view(shape)

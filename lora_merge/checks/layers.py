@@ -15,7 +15,7 @@ from lora_merge.core.injection import Injection, InjectionError
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
-from lora_merge.core.tensor import TensorRef
+from lora_merge.core.tensor import UNIT_ROUNDOFF, TensorRef
 from lora_merge.io.safetensors import load
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from lora_merge.checks.evidence import Evidence
     from lora_merge.core.report import Issue
-
-_ROUNDOFF = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
-"""Unit roundoff of each stored dtype."""
 
 _N_ROUNDINGS = 8
 """How often PEFT may round on the way to a merged value: rotations and Kronecker products have several steps."""
@@ -106,7 +103,7 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
     except InjectionError as exc:
         yield note("not-asked", exc.subject, f"was not compared with its unmerged output: {exc.sentence}")
         return
-    roundoff = max(_ROUNDOFF[ref.dtype] for ref in module.merged.values())
+    roundoff = max(UNIT_ROUNDOFF[ref.dtype] for ref in module.merged.values())
     length = max(tensor[0].numel() if tensor.dim() else 1 for tensor in base.values())
     bound = (_N_ROUNDINGS * roundoff + 4 * length**0.5 * 2.0**-24) * max(sizes)
     off = float((got - adapted).norm())

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
-from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.core.tensor import TORCH_NAMES, UNIT_ROUNDOFF
 from lora_merge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
-
-_ROUNDOFF = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
-"""Unit roundoff of each stored dtype: half the gap between 1 and the next number."""
 
 _SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
 """Smallest subnormal of each stored dtype."""
@@ -345,9 +342,11 @@ def _scaled(
     scale = delta.scale / delta.options.get("divisor", 1.0)
     change, error = scale * product, (rank + 5) * _FLOAT32 * abs(scale) * magnitude
     if delta.rounded:
-        error += _ROUNDOFF[site.stored] * change.abs() + _SMALLEST[site.stored]
+        error += UNIT_ROUNDOFF[site.stored] * change.abs() + _SMALLEST[site.stored]
     if delta.options.get("settles"):
-        error += _ROUNDOFF[site.stored] * (site.base(site.rows).abs() + change.abs()) + _SMALLEST[site.stored]
+        error += (
+            UNIT_ROUNDOFF[site.stored] * (site.base(site.rows).abs() + change.abs()) + _SMALLEST[site.stored]
+        )
     return change, error
 
 
@@ -446,7 +445,7 @@ def _compare(
     site = _Site(reader, op, rows, slot.dtype)
     stored = reader.rows(str(evidence.root / slot.file), slot.name, rows, op.view.n_rows)
     candidates = _combined(site) if op.combination is not None else [_changed(site, op.deltas)]
-    roundoff = _ROUNDOFF[slot.dtype]
+    roundoff = UNIT_ROUNDOFF[slot.dtype]
     wrong = stored.new_ones(stored.shape, dtype=torch.bool)
     for exact, off in candidates:
         bound = roundoff * exact.abs() + (1 + roundoff) * off + _SMALLEST[slot.dtype] / 2

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy
 from lora_merge.core.report import error
-from lora_merge.io.safetensors import tensor_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +27,7 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
         if not is_copy and evidence.level != "full":
             continue
         for slot in step.slots:
-            found = tensor_digest(replace(slot, file=str(evidence.root / slot.file)))
+            found = evidence.digest(replace(slot, file=str(evidence.root / slot.file)))
             if found != recorded.get(slot.name):
                 what = "differs from the base" if is_copy else "is not what was written"
                 yield error("wrong-digest", slot.name, f"{what}: {found}, expected {recorded.get(slot.name)}")

@@ -14,6 +14,7 @@ from lora_merge.cli import exits
 from lora_merge.cli.console import error_json, say_error
 from lora_merge.cli.merge import merge
 from lora_merge.cli.plan import plan
+from lora_merge.cli.verify import verify
 from lora_merge.errors import LoraMergeError
 
 if TYPE_CHECKING:
@@ -87,8 +88,10 @@ def main() -> None:
       lora-merge --base Qwen/Qwen3-8B --adapter org/my-lora@v1 --out merged
       lora-merge --adapter my-lora --out merged --dry-run
       lora-merge --config merge.yaml
+      lora-merge verify merged --forward
     """
 
 
 main.add_command(merge)
 main.add_command(plan)
+main.add_command(verify)

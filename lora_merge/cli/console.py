@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.progress import Progress, TaskID
+    from rich.table import Table
 
     from lora_merge.core.explanation import Match
-    from lora_merge.core.report import Issue, Observer, Report
+    from lora_merge.core.report import Issue, Observer, Proof, Report
 
 _LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
 
@@ -62,6 +63,21 @@ class Console:
             click.echo(_done(report), err=True)
         if self._verbose and not self._quiet:
             spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report.seconds.items())
+            click.echo(f"time: {spent}", err=True)
+
+    def proof(self, proof: Proof, *, failed: bool) -> None:
+        """Print what verifying an output found: a line for each check, and a table of what differs."""
+        if self._as_json:
+            click.echo(json.dumps({"ok": not failed, **_proof_data(proof)}, indent=2))
+            return
+        if self._quiet:
+            for issue in proof.issues:
+                if issue.severity == "error":
+                    click.echo(f"error: {printable(str(issue))}", err=True)
+            return
+        _print_proof(proof, failed=failed, verbose=self._verbose)
+        if self._verbose:
+            spent = ", ".join(f"{check} {seconds:.2f} s" for check, seconds in proof.seconds.items())
             click.echo(f"time: {spent}", err=True)
 
     def matches(self, matches: tuple[Match, ...]) -> None:
@@ -129,6 +145,70 @@ def _done(report: Report) -> str:
     merged += f", replaced {summary.n_replaced}" if summary.n_replaced else ""
     merged += f", cast {summary.n_cast}" if summary.n_cast else ""
     return f"{printable(report.out)}: {merged}, {size_text(total)} in {seconds:.1f} s; {checked}"
+
+
+_LISTED = 30  # rows of a table of what differs; --json has them all
+
+
+def _proof_data(proof: Proof) -> dict[str, Any]:
+    """Return a proof as data, with what each check and comparison came to."""
+    data = asdict(proof)
+    data["findings"] = [{**asdict(finding), "state": finding.state} for finding in proof.findings]
+    data["comparisons"] = [{**asdict(one), "ok": one.ok} for one in proof.comparisons]
+    return data
+
+
+def _print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+    from rich.text import Text
+
+    console = RichConsole()
+    styles = {"passed": "green", "failed": "red", "not asked": "yellow"}
+    table = Table("check", "", "of what", title=printable(proof.out))
+    for finding in proof.findings:
+        state = Text(finding.state, styles[finding.state])
+        table.add_row(finding.check, state, Text(printable(finding.detail), overflow="fold"))
+    console.print(table)
+    wrong = [(finding.check, issue) for finding in proof.findings for issue in finding.issues]
+    for _, issue in wrong:
+        if issue.severity != "error":
+            click.echo(f"{issue.severity}: {printable(str(issue))}", err=True)
+    errors = [(check, issue) for check, issue in wrong if issue.severity == "error"]
+    if errors:
+        differs = Table("check", "what", "found", title="what differs")
+        for check, issue in errors[:_LISTED]:
+            sentence = f"{issue.sentence} ({issue.hint})" if issue.hint else issue.sentence
+            differs.add_row(
+                check, *(Text(printable(text), overflow="fold") for text in (issue.subject, sentence))
+            )
+        console.print(differs)
+        if len(errors) > _LISTED:
+            click.echo(f"… and {len(errors) - _LISTED} more (--json lists them all)")
+    if proof.comparisons and (verbose or not proof.ok):
+        console.print(_comparison_table(proof))
+    click.echo("verification failed" if failed else "verified: nothing differs that was asked")
+
+
+def _comparison_table(proof: Proof) -> Table:
+    """Return the table of forward passes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = ("engine", "prompt", "max |Δ|", "tolerance", "KL", "top-1", "first diverging")
+    table = Table(*columns, title="forward passes")
+    for one in proof.comparisons:
+        diverging = "none" if one.first_diverging is None else f"{one.first_diverging + 1} of {one.n_tokens}"
+        table.add_row(
+            one.engine,
+            Text(printable(one.prompt), overflow="fold"),
+            Text(f"{one.max_difference:.3g}", "" if one.ok else "red"),
+            f"{one.tolerance:.3g}",
+            "" if one.kl is None else f"{one.kl:.2g}",
+            "" if one.top1 is None else f"{one.top1:.1%}",
+            diverging if one.n_tokens else "",
+        )
+    return table
 
 
 def _print_plan(report: Report, *, verbose: bool) -> None:

@@ -27,7 +27,7 @@ MEANINGS: dict[int, str] = {
     RESOLVE: "a base or adapter cannot be found or read",
     PLAN: "adapter and base do not fit, or are of a kind that is not merged",
     WRITE: "the output cannot be written: it exists, the disk is full, …",
-    VERIFY: "the output failed verification, and was not given its name",
+    VERIFY: "an output failed verification; one that is being merged is not given its name",
     INTERRUPTED: "interrupted (Ctrl-C or SIGTERM)",
 }
 

@@ -9,7 +9,7 @@ import click
 from lora_merge.core.request import EXPERT_LAYOUTS, PARSERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lora_merge.core.request import Request
 
@@ -103,6 +103,14 @@ def input_options(command: Command) -> Command:
             default=None,
             help="Merge OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it otherwise.",
         ),
+    )
+    strict = click.option("--strict/--no-strict", default=None, help="Treat warnings as errors.")
+    return _with(options, hub_options(strict(command)))
+
+
+def hub_options(command: Command) -> Command:
+    """Add the options that say how a hub may be asked."""
+    options = (
         click.option(
             "--token",
             type=Parsed("token"),
@@ -114,8 +122,12 @@ def input_options(command: Command) -> Command:
             default=None,
             help="Take models and adapters from the local cache, and ask no hub.",
         ),
-        click.option("--strict/--no-strict", default=None, help="Treat warnings as errors."),
     )
+    return _with(options, command)
+
+
+def _with(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    """Add options, the first one first in its help."""
     for option in reversed(options):
         command = option(command)
     return command

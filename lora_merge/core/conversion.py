@@ -117,6 +117,28 @@ class Conversion:
                 groups.setdefault(parameter, _Group(converter)).sources.append((name, pattern or name))
         return Memory(self, groups, shapes)
 
+    def missing(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Return the parameters that a checkpoint's tensors leave without a value, and why.
+
+        Not those that are tied to one that has, nor those whose making is not known here.
+        """
+        memory = self.memory(shapes)
+        found: dict[str, str] = {}
+        for parameter, value in self._model.named_parameters(remove_duplicate=False):
+            try:
+                assembly = memory.assembly(parameter)
+            except ConversionError as exc:
+                if not isinstance(exc.__cause__, UnknownOperationError):
+                    found[parameter] = str(exc)
+                continue
+            if assembly is None:
+                found[parameter] = "no stored tensor belongs to it"
+            elif assembly.shape != tuple(value.shape):
+                found[parameter] = f"what is stored for it is {shape_text(assembly.shape)}"
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        ends = {**tied, **{source: target for target, source in tied.items()}}
+        return {name: why for name, why in found.items() if name not in ends or ends[name] in found}
+
     def assemble(
         self, group: _Group, parameter: str, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, Assembly]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from lora_merge.core.answers import Comparison
 from lora_merge.core.tensor import Survival
 
 Severity = Literal["error", "warning", "note"]
@@ -139,6 +140,55 @@ class Report:
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds of each phase: resolve, plan, merge, verify, finish."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check of an existing output came to."""
+
+    check: str
+    """Its name: ``"recorded"``, ``"forward"``, …"""
+
+    detail: str
+    """How much was looked at; or why nothing was."""
+
+    issues: tuple[Issue, ...] = ()
+    asked: bool = True
+    """False when the check could not be made, for want of base or adapter."""
+
+    @property
+    def state(self) -> Literal["passed", "failed", "not asked"]:
+        """Return what it came to, in a word."""
+        if not self.asked:
+            return "not asked"
+        return "failed" if any(issue.severity == "error" for issue in self.issues) else "passed"
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What verifying an existing output found."""
+
+    out: str
+    base: str
+    """Empty where it was not at hand."""
+
+    adapters: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    """Of forward passes."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall seconds of each check."""
+
+    @property
+    def issues(self) -> tuple[Issue, ...]:
+        """Return every issue of every check."""
+        return tuple(issue for finding in self.findings for issue in finding.issues)
+
+    @property
+    def ok(self) -> bool:
+        """Return True when no check failed."""
+        return all(finding.state != "failed" for finding in self.findings)
 
 
 class Observer(Protocol):

@@ -15,6 +15,7 @@ VerifyLevel = Literal["none", "sample", "full"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
 BaseIs = Literal["original", "residual"]
 CombineMethod = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
+Engine = Literal["vllm"]
 
 EXPERT_LAYOUTS = ("out-in", "in-out", "unsloth")
 
@@ -84,6 +85,51 @@ class Request:
     """Take what is in the local cache of the Hub, and ask nobody."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyRequest:
+    """Which output to hold to what, and how far to go."""
+
+    out: str
+    """Directory of the output."""
+
+    base: str | None = None
+    """What it was merged into; default: what its manifest names."""
+
+    adapter: tuple[str, ...] = ()
+    """What was merged into it; default: what its manifest names."""
+
+    level: Literal["sample", "full"] = "sample"
+    """How many rows of each merged tensor to recompute."""
+
+    forward: bool = False
+    """Compare what base and adapter compute with what the merged checkpoint computes."""
+
+    engine: Engine | None = None
+    """Ask this engine too."""
+
+    engine_python: str | None = None
+    """The Python interpreter that has it; default: this one."""
+
+    prompt: tuple[str, ...] = ()
+    """Texts to ask; default: a few built-in ones, and tokens drawn from the vocabulary."""
+
+    n_tokens: int = 8
+    """How many tokens each is to be answered with."""
+
+    tolerance: float | None = None
+    """Largest difference of two logits that passes; default: what rounding explains, measured."""
+
+    dtype: OutputDtype = "float32"
+    """What the models compute in."""
+
+    trust_remote_code: bool = False
+    """Run the code that the checkpoint carries, where transformers has no class for the model."""
+
+    strict: bool = False
+    token: str | None = field(default=None, repr=False)
+    offline: bool = False
 
 
 def parse_adapter(text: object) -> tuple[str, float]:
@@ -174,7 +220,8 @@ def parse_choice(kind: Any, name: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in known:
-            raise ValueError(f"{text!r} is no {name}, expected {', '.join(known[:-1])} or {known[-1]}")
+            choice = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+            raise ValueError(f"{text!r} is no {name}, expected {choice}")
         return text
 
     return parse
@@ -229,6 +276,32 @@ def parse_token(text: object) -> str:
     return text
 
 
+def parse_tolerance(value: str | float) -> float:
+    """Return a difference of logits.
+
+    Raises:
+        ValueError: it is no number of 0 or more.
+    """
+    try:
+        tolerance = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        tolerance = -1.0
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"{value!r} is no tolerance, expected a difference of logits, 0 or more")
+    return tolerance
+
+
+def parse_n_tokens(value: str | int) -> int:
+    """Return a number of tokens.
+
+    Raises:
+        ValueError: it is no whole number from 1 to 1024.
+    """
+    if isinstance(value, bool) or not str(value).isdecimal() or not 1 <= int(value) <= 1024:
+        raise ValueError(f"{value!r} is no number of tokens, expected a whole number from 1 to 1024")
+    return int(value)
+
+
 def parse_workers(text: str | int) -> int:
     """Return a number of workers.
 
@@ -253,6 +326,10 @@ PARSERS: Mapping[str, Callable[..., object]] = {
     "token": parse_token,
     "verify": parse_choice(VerifyLevel, "level of verification"),
     "workers": parse_workers,
+    "tolerance": parse_tolerance,
+    "n_tokens": parse_n_tokens,
+    "engine": parse_choice(Engine, "engine"),
+    "level": parse_choice(Literal["sample", "full"], "level"),
 }
 """How the values that a type cannot describe are checked, wherever they come from."""
 

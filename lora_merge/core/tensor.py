@@ -30,6 +30,9 @@ TORCH_TYPES: Mapping[str, str] = {
 }  # fmt: skip
 """What an adapter may hold beside factors: indices and masks."""
 
+UNIT_ROUNDOFF: Mapping[str, float] = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+"""Half the gap between 1 and the next number, of the floating dtypes that merge."""
+
 DTYPE_CODES: Mapping[str, str] = {name: code for code, name in TORCH_NAMES.items()}
 """The inverse of `TORCH_NAMES`: ``"bfloat16"`` → ``"BF16"``."""
 

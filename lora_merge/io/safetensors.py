@@ -144,6 +144,18 @@ def tensor_digest(ref: TensorRef) -> str:
     return files.digest_text(digest)
 
 
+def is_finite(ref: TensorRef) -> bool:
+    """Return True when no value of a floating tensor is NaN or infinite.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
+    import torch
+
+    dtype = getattr(torch, TORCH_NAMES[ref.dtype])
+    return all(bool(torch.frombuffer(block, dtype=dtype).isfinite().all()) for block in blocks(ref))
+
+
 def same_values(stored: TensorRef, other: TensorRef) -> bool:
     """Return True when a tensor, rounded to the dtype of a stored one, has its values.
 

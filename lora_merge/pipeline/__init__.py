@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.core.report import Observer, Silence
-from lora_merge.core.request import Request, parse_fields
+from lora_merge.core.request import Request, VerifyRequest, parse_fields
 from lora_merge.pipeline.merging import run
 from lora_merge.pipeline.planning import explain, plan_request
+from lora_merge.pipeline.proving import prove
 
 if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
-    from lora_merge.core.report import Report
-    from lora_merge.core.request import BaseIs, CombineMethod, OutputDtype, VerifyLevel
+    from lora_merge.core.report import Proof, Report
+    from lora_merge.core.request import BaseIs, CombineMethod, Engine, OutputDtype, VerifyLevel
 
-__all__ = ["explain", "merge", "plan", "run"]
+__all__ = ["explain", "merge", "plan", "prove", "run", "verify"]
 
 AdapterPaths = str | PathLike[str] | Sequence[str | PathLike[str]]
 """One adapter or several, as `merge` takes them."""
@@ -116,6 +117,59 @@ def plan(  # noqa: PLR0913 - as `merge`
         max_shard_size=max_shard_size, token=token, offline=offline,
     )  # fmt: skip
     return plan_request(request, Silence()).plan
+
+
+def verify(  # noqa: PLR0913 - the options of the command, each by its name
+    out: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    adapter: AdapterPaths = (),
+    level: Literal["sample", "full"] = "sample",
+    forward: bool = False,
+    engine: Engine | None = None,
+    engine_python: str | PathLike[str] | None = None,
+    prompt: str | Sequence[str] = (),
+    n_tokens: int = 8,
+    tolerance: float | None = None,
+    dtype: OutputDtype = "float32",
+    trust_remote_code: bool = False,
+    token: str | None = None,
+    offline: bool = False,
+    observer: Observer | None = None,
+) -> Proof:
+    """Verify a merged checkpoint, now or years later; `Proof.ok` says whether it passed.
+
+    Args:
+        out: its directory.
+        base: what it was merged into; default: what its manifest names.
+        adapter: what was merged into it; default: what its manifest names.
+        level: ``sample`` recomputes some rows of each merged tensor, ``full`` all.
+        forward: run base and adapter unmerged, and the merged checkpoint, and compare.
+        engine: ask this engine too.
+        engine_python: the interpreter that has it; default: this one.
+        prompt: texts to ask; default: a few built-in ones, and tokens drawn from the vocabulary.
+        n_tokens: how many tokens each is answered with.
+        tolerance: largest difference of two logits that passes; default: what rounding explains, measured.
+        dtype: what the models compute in.
+        trust_remote_code: run code that the checkpoint carries, where transformers has no class for the model.
+        token: for private and gated repos of the Hub.
+        offline: take what is in the local cache, and ask no hub.
+        observer: hears of phases.
+
+    Raises:
+        ResolveError: there is no such output, or a base or adapter named here cannot be read.
+        PlanError: those named here do not fit, or the model cannot be run.
+    """
+    fields = {
+        "out": str(out), "base": None if base is None else str(base), "adapter": tuple(_texts(adapter)) or None,
+        "level": level, "forward": forward, "engine": engine,
+        "engine_python": None if engine_python is None else str(engine_python),
+        "prompt": (prompt,) if isinstance(prompt, str) else tuple(prompt), "n_tokens": n_tokens,
+        "tolerance": tolerance, "dtype": dtype, "trust_remote_code": trust_remote_code, "token": token,
+        "offline": offline,
+    }  # fmt: skip
+    parsed = parse_fields(fields)
+    return prove(VerifyRequest(**{**parsed, "adapter": parsed["adapter"] or ()}), observer=observer)
 
 
 def _request(

@@ -11,7 +11,7 @@ from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.explanation import Match, matches_of, nearest
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Observer, Silence
-from lora_merge.core.request import parse_adapter
+from lora_merge.core.request import Request, parse_adapter
 from lora_merge.errors import PlanError, RequestError
 from lora_merge.io.files import read_json
 from lora_merge.io.hub import Access
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_merge.core.report import Issue
-    from lora_merge.core.request import Request
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A plan, and what it was made from."""
 
+    request: Request
     plan: MergePlan
     uses: tuple[AdapterUse, ...]
     base: Place
@@ -76,7 +76,7 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     plan = make_plan(base, uses, request, twins)
     located = [issue for place in (base_place, *places) for issue in place.issues]
     issues = (*located, *moved_base(base_place, places), *plan.issues)
-    return Planned(replace(plan, issues=issues), uses, base_place, places)
+    return Planned(request, replace(plan, issues=issues), uses, base_place, places)
 
 
 def _chosen(text: str) -> tuple[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from lora_merge.checks.gate.code import code
+from lora_merge.checks.gate.complete import complete
 from lora_merge.checks.gate.config import config
 from lora_merge.checks.gate.embeddings import embeddings
 from lora_merge.checks.gate.tokenizer import tokenizer
@@ -24,6 +25,7 @@ RULES: dict[str, Rule] = {
     "embeddings": embeddings,
     "code": code,
     "tokenizer": tokenizer,
+    "complete": complete,
 }
 
 __all__ = ["RULES", "Rule"]

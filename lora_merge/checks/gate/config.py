@@ -19,7 +19,7 @@ _QUANTISED = re.compile(
     r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|SCB|absmax)$"
 )
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def config(output: Output) -> Iterator[Issue]:
@@ -75,7 +75,7 @@ def _layers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
         int(match[1])
         for file in output.files.values()
         for ref in file.tensors
-        for match in [_LAYER.search(ref.name)]
+        for match in [_NUMBER.search(ref.name)]
         if match
     ]
     if counts and found and max(found) + 1 < max(counts):

@@ -1,0 +1,28 @@
+"""Has every parameter of the model a tensor? vLLM and LMDeploy do not ask, and serve what is at random."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.conversion import Conversion
+from lora_merge.core.report import error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.core.checkpoint import Output
+    from lora_merge.core.report import Issue
+
+
+def complete(output: Output) -> Iterator[Issue]:
+    """Yield each parameter of transformers' model that the stored tensors leave without a value.
+
+    Nothing is said of models that transformers has no class for. Imports transformers (seconds).
+    """
+    conversion = Conversion.of(output.config or {})
+    if conversion is None:
+        return
+    shapes = {name: ref.shape for name, ref in output.tensors().items()}
+    for parameter, why in conversion.missing(shapes).items():
+        sentence = f"the model has this parameter, and {why}: engines leave it at random, without a word"
+        yield error("missing-parameter", parameter, sentence, "the checkpoint is incomplete; merge again")

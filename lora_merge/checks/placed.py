@@ -1,0 +1,38 @@
+"""Does an output hold the tensors that a plan made anew promises, wherever they lie in it?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import error
+from lora_merge.core.tensor import shape_text
+
+if TYPE_CHECKING:
+    from lora_merge.core.checkpoint import Output
+    from lora_merge.core.plan import MergePlan, Step
+    from lora_merge.core.report import Issue
+
+
+def placed(plan: MergePlan, output: Output) -> tuple[MergePlan, list[Issue]]:
+    """Return a plan whose slots are where its tensors were found, and an issue for each that was not.
+
+    So an output can be held to its plan whatever its shards are; steps without a tensor are left out.
+    """
+    found = {ref.name: replace(ref, file=name) for name, file in output.files.items() for ref in file.tensors}
+    steps: list[Step] = []
+    issues: list[Issue] = []
+    for step in plan.steps:
+        (slot,) = step.slots
+        ref = found.pop(slot.name, None)
+        if ref is None:
+            sentence = "base and adapter make this tensor, and it is in no file"
+            issues.append(error("missing-tensor", slot.name, sentence))
+        elif (ref.dtype, ref.shape) != (slot.dtype, slot.shape):
+            got, wanted = f"{ref.dtype} {shape_text(ref.shape)}", f"{slot.dtype} {shape_text(slot.shape)}"
+            issues.append(error("wrong-tensor", slot.name, f"is {got}; base and adapter make {wanted}"))
+        else:
+            steps.append(replace(step, slots=(ref,)))
+    for name, ref in found.items():
+        issues.append(error("extra-tensor", name, f"is in {ref.file}, and neither base nor adapter make it"))
+    return replace(plan, steps=tuple(steps)), issues

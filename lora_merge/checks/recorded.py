@@ -1,0 +1,62 @@
+"""Is an output what its own manifest says it was when it was made? Needs neither base nor adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import error, warning
+from lora_merge.core.tensor import shape_text
+from lora_merge.errors import CheckpointError
+from lora_merge.io.files import file_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lora_merge.core.checkpoint import Output
+    from lora_merge.core.manifest import Manifest
+    from lora_merge.core.report import Issue
+    from lora_merge.core.tensor import TensorRef
+
+
+def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], str]) -> Iterator[Issue]:
+    """Yield an issue for each tensor and each file around the weights that is not as it was recorded.
+
+    Args:
+        output: the directory as it is.
+        manifest: as it was made.
+        digest: reads a tensor's bytes.
+    """
+    places = {ref.name: name for name, file in output.files.items() for ref in file.tensors}
+    tensors = output.tensors()
+    for name, then in manifest.tensors.items():
+        ref = tensors.get(name)
+        if ref is None:
+            yield error("missing-tensor", name, f"was in {then.file} and is in no file")
+        elif (ref.dtype, ref.shape) != (then.dtype, then.shape):
+            got, wanted = f"{ref.dtype} {shape_text(ref.shape)}", f"{then.dtype} {shape_text(then.shape)}"
+            yield error("wrong-tensor", name, f"is {got}, was {wanted}")
+        elif places[name] != then.file:
+            yield warning("moved-tensor", name, f"is in {places[name]}, was in {then.file}")
+        elif (found := digest(ref)) != then.digest:
+            yield error("wrong-digest", name, f"is not what was written: {found}, expected {then.digest}")
+    for name in tensors.keys() - manifest.tensors.keys():
+        yield error("extra-tensor", name, f"is in {places[name]}, and the manifest does not name it")
+    yield from _files(output, manifest)
+
+
+def _files(output: Output, manifest: Manifest) -> Iterator[Issue]:
+    for name, file in manifest.side_files.items():
+        if name not in output.names:
+            yield error("missing-file", name, "was part of the output and is not there")
+            continue
+        try:
+            found = file_digest(Path(output.root, name))
+        except CheckpointError as exc:
+            yield error("broken-file", name, str(exc))
+            continue
+        if found != file.digest:
+            sentence = f"is not what was written: {found}, expected {file.digest}"
+            yield error(
+                "wrong-digest", name, sentence, "if you changed it on purpose, that is what is found here"
+            )

@@ -1,0 +1,160 @@
+"""Base and adapter, not merged: what the merged checkpoint has to compute.
+
+PEFT's forward pass says it, where PEFT takes every tensor of the adapter as it was meant. Where it does not (it
+drops what other releases of transformers named otherwise, and says so in a warning at most), the model gets the merged
+weights before they are rounded to the dtype of the output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_merge.core.answers import LEAST_TOLERANCE, NOISE_MARGIN, Answer, Prompt
+from lora_merge.core.conversion import Conversion
+from lora_merge.core.tensor import DTYPE_CODES, UNIT_ROUNDOFF
+from lora_merge.engines.adapted import Ingredients, adapted_modules, obstacle, with_adapter
+from lora_merge.engines.alone import Alone, Listener, modules_of
+from lora_merge.engines.hf import Loader, answer, scores
+
+PEFT = "PEFT, unmerged"
+UNROUNDED = "the merged weights before rounding"
+
+_N_REHEARSALS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What base and adapter compute, and how exactly that can be compared."""
+
+    how: str
+    """`PEFT` or `UNROUNDED`."""
+
+    why: str
+    """Why it is not PEFT; empty where it is."""
+
+    answers: tuple[Answer, ...]
+    tolerance: float
+    """The largest difference of two scores that rounding explains."""
+
+    alone: tuple[Alone, ...]
+    """Modules that no prompt reached."""
+
+    silent: tuple[str, ...]
+    """Modules that no prompt reached, and that cannot be asked alone."""
+
+
+def refer(
+    made_of: Ingredients, prompts: tuple[Prompt, ...], n_tokens: int, dtype: str, *, trust_remote_code: bool
+) -> Reference:
+    """Return what base and adapter answer to some prompts.
+
+    Raises:
+        UnsupportedError: transformers has no class for the model.
+    """
+    base = Loader(made_of.base_config, made_of.base, dtype, trust_remote_code=trust_remote_code)
+    why = obstacle(made_of)
+    if not why:
+        with base.directory(made_of.base) as (model, _):
+            adapted, why = with_adapter(model, made_of)
+            if adapted is not None:
+                tree = adapted.get_base_model()
+                touched = {**modules_of(_parameters(made_of), tree), **adapted_modules(tree)}
+                return _measured(made_of, adapted, touched, prompts, n_tokens, dtype)
+    merged = Loader(made_of.merged_config, made_of.base, dtype, trust_remote_code=trust_remote_code)
+    with merged.tensors(dict(made_of.unrounded())) as (model, _):
+        touched = modules_of(_parameters(made_of), model)
+        found = _measured(made_of, model, touched, prompts, n_tokens, dtype)
+        return replace(found, how=UNROUNDED, why=why)
+
+
+def _parameters(made_of: Ingredients) -> Collection[str]:
+    """Return the parameters of the model that the changed tensors become."""
+    conversion = Conversion.of(made_of.merged_config)
+    if conversion is None:
+        return made_of.touched
+    return {conversion.canonical(name)[0] for name in made_of.touched}
+
+
+def _measured(
+    made_of: Ingredients,
+    model: Any,
+    touched: dict[str, Any],
+    prompts: tuple[Prompt, ...],
+    n_tokens: int,
+    dtype: str,
+) -> Reference:
+    """Return what a model of base and adapter answers, and how much of a difference rounding makes."""
+    with Listener(touched) as listener:
+        answers = tuple(found for prompt in prompts for found in _answers(model, prompt, n_tokens))
+    noise = made_of.roundoff + _arithmetic(dtype, made_of.longest)
+    tolerance = max(
+        LEAST_TOLERANCE * _largest(answers), NOISE_MARGIN * _rehearsed(model, touched, answers, noise)
+    )
+    unreached = {path: module for path, module in touched.items() if path not in listener.heard}
+    asked = {path: Alone.ask(path, module, noise) for path, module in unreached.items()}
+    alone = tuple(found for found in asked.values() if found is not None)
+    silent = tuple(path for path, found in asked.items() if found is None)
+    return Reference(PEFT, "", answers, tolerance, alone, silent)
+
+
+def _answers(model: Any, prompt: Prompt, n_tokens: int) -> Iterator[Answer]:
+    """Yield a model's answer; nothing where random input is not what it takes: then each module is asked alone."""
+    try:
+        yield answer(model, prompt, n_tokens)
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
+        if prompt.ids:
+            raise
+
+
+def _arithmetic(dtype: str, longest: int) -> float:
+    """Return what the arithmetic itself is off by: a sum of n float32 terms by about √n roundings; others round once."""
+    code = DTYPE_CODES[dtype]
+    return UNIT_ROUNDOFF[code] * (math.sqrt(longest) if code == "F32" else 1.0)
+
+
+def _largest(answers: tuple[Answer, ...]) -> float:
+    return max((float(abs(found.scores).max()) for found in answers), default=0.0)
+
+
+def _rehearsed(model: Any, touched: Mapping[str, Any], answers: tuple[Answer, ...], noise: float) -> float:
+    """Return the largest difference that rounding makes: of runs in which each merged module's output is off by noise.
+
+    A rounded value is off by at most u of itself, anywhere between -u and u: a standard deviation of at most u/√3. So is,
+    of what a matrix answers, the sum of such errors, in terms of its own size.
+    """
+    largest = 0.0
+    for n in range(_N_REHEARSALS):
+        with _noisy(touched.values(), noise / math.sqrt(3), seed=n):
+            for one in answers:
+                again = scores(model, one.prompt, one.tokens[:-1])
+                largest = max(largest, float(abs(again - one.scores).max()))
+    return largest
+
+
+@contextlib.contextmanager
+def _noisy(modules: Collection[Any], noise: float, seed: int) -> Iterator[None]:
+    """Add noise to what some modules answer, while it lasts."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_module: Any, _inputs: Any, output: Any) -> Any:
+        return tuple(map(off, output)) if isinstance(output, tuple) else off(output)
+
+    def off(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        random = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+        size = value.float().square().mean(-1, keepdim=True).sqrt().to(value.dtype)
+        return value + noise * size * random
+
+    handles = [module.register_forward_hook(disturb) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,226 @@
+"""An output on disk → a proof, years later too: from its manifest, with base and adapter where they are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.checks import CHECKS, Evidence
+from lora_merge.checks.gate import RULES
+from lora_merge.checks.placed import placed
+from lora_merge.checks.recompute import has_formula
+from lora_merge.checks.recorded import recorded
+from lora_merge.core.checkpoint import Output
+from lora_merge.core.manifest import Manifest, RecordedInput, parse_manifest
+from lora_merge.core.plan import Copy, Merge, MergePlan
+from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
+from lora_merge.core.request import Request, VerifyRequest, parse_fields
+from lora_merge.core.tensor import TensorRecord, TensorRef
+from lora_merge.errors import CheckpointError, PlanError, ResolveError
+from lora_merge.io.files import read_json
+from lora_merge.io.output import read_output
+from lora_merge.io.safetensors import is_finite, tensor_digest
+from lora_merge.io.side_files import MANIFEST_FILE
+from lora_merge.merge import one_torch_thread
+from lora_merge.pipeline.clock import Clock
+from lora_merge.pipeline.planning import Planned, plan_request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lora_merge.core.answers import Comparison
+
+_SHAPING = ("base_is", "expert_layout", "combine", "density", "seed", "dtype", "max_shard_size")
+"""Options of a manifest that shape the output."""
+
+
+def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
+    """Return what every check says about an output.
+
+    Raises:
+        ResolveError: there is no such output; or a base or adapter that the request names cannot be read.
+        PlanError: those that the request names do not fit, or cannot be run.
+    """
+    proving = _Proving(request, observer or Silence(), Clock(), _output(request.out))
+    return proving.proof()
+
+
+def _output(out: str) -> Output:
+    root = Path(out).expanduser()
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "there is no such directory"
+        raise ResolveError(f"{out}: {what}", hint="verify takes the directory that a merge wrote")
+    return read_output(root.resolve())
+
+
+@dataclass(slots=True)
+class _Proving:
+    """One verification."""
+
+    request: VerifyRequest
+    watch: Observer
+    clock: Clock
+    output: Output
+    digest: Callable[[TensorRef], str] = field(default_factory=lambda: cache(tensor_digest))
+    """Reads each tensor once, however many checks ask."""
+
+    def proof(self) -> Proof:
+        """Return what every check found."""
+        findings = [self._loadable()]
+        manifest, finding = self._manifest()
+        findings.append(finding)
+        planned, finding = self._planned(manifest)
+        findings.append(finding)
+        comparisons: tuple[Comparison, ...] = ()
+        if planned is not None:
+            findings += self._held_to(planned, manifest)
+        if self.request.forward or self.request.engine:
+            if planned is None:
+                raise ResolveError(
+                    f"{self.request.out}: forward passes need base and adapter, and {finding.detail}",
+                    hint="name them with --base and --adapter",
+                )
+            from lora_merge.pipeline.running import compare_forward
+
+            with self.clock("forward"):
+                self.watch.phase("running the models", 0)
+                forward, comparisons = compare_forward(self.request, planned, self.output)
+            findings += forward
+        base, adapters = ("", ()) if planned is None else (planned.plan.base, planned.plan.adapters)
+        return Proof(self.output.root, base, adapters, tuple(findings), comparisons, dict(self.clock.seconds))
+
+    def _loadable(self) -> Finding:
+        """Return what the gate finds; here it asks for every parameter of the model, too."""
+        with self.clock("loadable"):
+            self.watch.phase("asking what engines ask", 0)
+            issues = tuple(issue for rule in RULES.values() for issue in rule(self.output))
+        return Finding(
+            "loadable", f"{len(self.output.tensors())} tensors in {len(self.output.files)} files", issues
+        )
+
+    def _manifest(self) -> tuple[Manifest | None, Finding]:
+        """Return the manifest, and whether the output is as it says."""
+        path = Path(self.output.root, MANIFEST_FILE)
+        if MANIFEST_FILE not in self.output.names:
+            issue = warning(
+                "no-manifest", MANIFEST_FILE, "is missing: nothing says what the output was when it was made"
+            )
+            return None, Finding("recorded", f"there is no {MANIFEST_FILE}", (issue,), asked=False)
+        try:
+            manifest = parse_manifest(read_json(path))
+        except (CheckpointError, ValueError) as exc:
+            text = str(exc) if isinstance(exc, CheckpointError) else f"is no manifest that is known ({exc})"
+            issue = error("broken-manifest", MANIFEST_FILE, text)
+            return None, Finding("recorded", "the manifest cannot be read", (issue,))
+        with self.clock("recorded"):
+            self.watch.phase("comparing digests", 0)
+            issues = tuple(recorded(self.output, manifest, self.digest))
+        counted = (
+            f"{len(manifest.tensors)} tensors and {len(manifest.side_files)} other files, by their digests"
+        )
+        return manifest, Finding("recorded", counted, issues)
+
+    def _planned(self, manifest: Manifest | None) -> tuple[Planned | None, Finding]:
+        """Return the merge planned anew, when base and adapter are at hand."""
+        named = bool(self.request.base or self.request.adapter)
+        if manifest is None and not self.request.adapter:
+            return None, Finding("planned", "no manifest and no --adapter says what was merged", asked=False)
+        again = self._again(manifest)
+        try:
+            with self.clock("plan"):
+                planned = plan_request(again, self.watch)
+        except ResolveError as exc:
+            if named:
+                raise
+            hint = "name base and adapter with --base and --adapter to recompute what was merged"
+            issue = warning("not-recomputed", "", f"{exc}; the deltas were not recomputed", hint)
+            return None, Finding("planned", f"{exc}", (issue,), asked=False)
+        except PlanError as exc:
+            if named:
+                raise
+            return None, Finding("planned", "base and adapter no longer fit", tuple(exc.issues))
+        issues = tuple(_other_adapters(manifest, planned, named=bool(self.request.adapter)))
+        n_merged = sum(isinstance(step.op, Merge) for step in planned.plan.steps)
+        return planned, Finding("planned", f"{n_merged} tensors are merged, by base and adapter", issues)
+
+    def _again(self, manifest: Manifest | None) -> Request:
+        """Return the request of the merge, as its manifest has it, with what this request names instead."""
+        options = {name: manifest.options[name] for name in _SHAPING if manifest and name in manifest.options}
+        near = Path(self.output.root).parent
+        base, adapters = self.request.base, self.request.adapter
+        offline = self.request.offline
+        if manifest is not None:
+            base = base or _text(manifest.base, near)
+            adapters = adapters or tuple(_weighted(_text(one, near), one.weight) for one in manifest.adapters)
+            offline = offline or not (self.request.base or self.request.adapter)
+        given = {"adapter": adapters, "base": base, **options, "token": self.request.token}
+        parsed = parse_fields({name: value for name, value in given.items() if value is not None})
+        return Request(**parsed, out="", allow_untie=True, allow_svd=True, offline=offline)
+
+    def _held_to(self, planned: Planned, manifest: Manifest | None) -> list[Finding]:
+        """Return what the checks of a merge say, with the base's own bytes as evidence."""
+        with self.clock("recomputed"), one_torch_thread():
+            self.watch.phase("recomputing", 0)
+            plan, issues = placed(planned.plan, self.output)
+            records = tuple(self._records(plan, manifest))
+            evidence = Evidence(plan, Path(self.output.root), records, self.request.level, self.digest)
+            n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
+            n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
+            n_layers = len(plan.steps) - n_copied - n_formulas
+            details = {
+                "untouched": f"{n_copied} tensors, byte by byte those of base or adapter",
+                "finite": f"{len(plan.steps) - n_copied} merged tensors",
+                "recompute": f"{n_formulas} merged tensors, {'all' if self.request.level == 'full' else 'some'} rows in float64",
+            } | ({"layers": f"{n_layers} tensors that PEFT's own layers merge"} if n_layers else {})
+            found = [Finding("placed", f"{len(plan.steps)} tensors of the plan", tuple(issues))]
+            for name, detail in details.items():
+                asked = (
+                    replace(evidence, level="sample") if name == "untouched" else evidence
+                )  # merges: recorded
+                found.append(Finding(name, detail, tuple(CHECKS[name](asked))))
+        return found
+
+    def _records(self, plan: MergePlan, manifest: Manifest | None) -> Iterable[TensorRecord]:
+        """Yield what writing would have recorded: of a copy its source's digest, of a merge what the manifest says."""
+        for step in plan.steps:
+            (slot,) = step.slots
+            here = replace(slot, file=str(Path(self.output.root, slot.file)))
+            if isinstance(step.op, Copy):
+                yield TensorRecord(
+                    slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True
+                )
+                continue
+            then = manifest.tensors.get(slot.name) if manifest else None
+            digest = then.digest if then else self.digest(here)
+            yield TensorRecord(slot.name, slot.file, slot.nbytes, digest, finite=is_finite(here))
+
+
+def _text(recorded: RecordedInput, near: Path) -> str:
+    """Return where an input probably is: as it was named, seen from here or from beside the output; or its repo."""
+    source = recorded.source()
+    if source is not None:
+        return str(source)
+    beside = near / recorded.path
+    return str(beside) if not Path(recorded.path).expanduser().exists() and beside.is_dir() else recorded.path
+
+
+def _weighted(text: str, weight: float) -> str:
+    return text if weight == 1 else f"{text}:{weight!r}"
+
+
+def _other_adapters(manifest: Manifest | None, planned: Planned, *, named: bool) -> Iterable[Issue]:
+    """Yield an issue for each adapter whose tensors are not those that were merged."""
+    if manifest is None:
+        return
+    then, now = manifest.adapters, planned.uses
+    if len(then) != len(now):
+        yield error("other-adapter", "", f"{len(now)} adapters are named, {len(then)} were merged")
+        return
+    for recorded_one, use in zip(then, now, strict=True):
+        if recorded_one.digest != use.adapter.digest:
+            sentence = f"is not the adapter that was merged: its digest is {use.adapter.digest}, {recorded_one.digest} was"
+            hint = "" if named else "name the one that was with --adapter"
+            yield error("other-adapter", use.adapter.root, sentence, hint)

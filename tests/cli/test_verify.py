@@ -1,0 +1,342 @@
+"""``lora-merge verify``: what a user sees of an output, now and years later."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_merge
+from tests.tampering import edit_json, edit_tensors, to_pickles
+
+MANIFEST = "merge_manifest.json"
+
+
+@pytest.fixture
+def merge(pico, pico_adapter, cli, tmp_path):
+    """A merge whose base, adapter and output are copies that may be broken: (base, adapter, out)."""
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    shutil.copytree(pico("llama", "bfloat16", "40KB"), base)
+    shutil.copytree(pico_adapter(pico("llama", "bfloat16", "40KB")), adapter)
+    result = cli("--base", base, "--adapter", adapter, "--out", out)
+    assert result.exit_code == 0, result.output
+    return base, adapter, out
+
+
+def states(result) -> dict[str, str]:
+    """Return what each check came to, of a run with ``--json``."""
+    return {found["check"]: found["state"] for found in json.loads(result.stdout)["findings"]}
+
+
+def subjects(result, check) -> set[str]:
+    """Return what one check complains of."""
+    found = next(one for one in json.loads(result.stdout)["findings"] if one["check"] == check)
+    return {issue["subject"] for issue in found["issues"] if issue["severity"] == "error"}
+
+
+def shard_of(root: Path, name: str) -> Path:
+    index = json.loads((root / "model.safetensors.index.json").read_text())
+    return root / index["weight_map"][name]
+
+
+def nudge(root: Path, name: str) -> None:
+    """Change one value of a tensor."""
+
+    def change(tensors):
+        tensors[name].view(-1)[5] += 0.5
+
+    edit_tensors(shard_of(root, name), change)
+
+
+MERGED, COPIED = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize("level", ["sample", "full"])
+def test_a_good_output_passes_from_its_manifest_alone(level, merge, cli):
+    result = cli("verify", merge[2], "--level", level, "--json")
+    assert result.exit_code == 0, result.output
+    assert set(states(result).values()) == {"passed"}
+    assert set(states(result)) >= {
+        "loadable",
+        "recorded",
+        "planned",
+        "placed",
+        "untouched",
+        "finite",
+        "recompute",
+    }
+
+
+def test_the_table_names_every_check_and_the_last_line_says_what_it_comes_to(merge, cli):
+    result = cli("verify", merge[2])
+    assert result.exit_code == 0
+    for check in ("loadable", "recorded", "untouched", "recompute"):
+        assert check in result.stdout
+    assert result.stdout.rstrip().endswith("verified: nothing differs that was asked")
+
+
+@pytest.mark.parametrize(
+    ("name", "checks"), [(MERGED, {"recorded", "recompute"}), (COPIED, {"recorded", "untouched"})]
+)
+def test_a_changed_value_is_found_by_digest_and_by_what_it_should_be(name, checks, merge, cli):
+    nudge(merge[2], name)
+    result = cli("verify", merge[2], "--level", "full", "--json")
+    assert result.exit_code == 6, result.output
+    assert {check for check, state in states(result).items() if state == "failed"} == checks
+    assert all(subjects(result, check) == {name} for check in checks)
+
+
+def test_a_failure_is_a_table_of_what_differs(merge, cli):
+    nudge(merge[2], COPIED)
+    result = cli("verify", merge[2])
+    assert result.exit_code == 6
+    assert "what differs" in result.stdout
+    assert COPIED in result.stdout.replace("\n", "").replace(" ", "").replace("│", "")
+    assert result.stdout.rstrip().endswith("verification failed")
+
+
+def test_without_base_and_adapter_the_recorded_digests_still_tell(merge, cli):
+    base, adapter, out = merge
+    shutil.rmtree(base)
+    shutil.rmtree(adapter)
+    good = cli("verify", out, "--json")
+    assert good.exit_code == 0, good.output
+    assert states(good) == {"loadable": "passed", "recorded": "passed", "planned": "not asked"}
+    assert "the deltas were not recomputed" in good.output
+    assert cli("verify", out, "--strict").exit_code == 6
+    nudge(out, COPIED)
+    bad = cli("verify", out, "--json")
+    assert bad.exit_code == 6
+    assert subjects(bad, "recorded") == {COPIED}
+
+
+def test_base_and_adapter_that_were_moved_can_be_named(merge, cli, tmp_path):
+    base, adapter, out = merge
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in (base, adapter):
+        path.rename(moved / path.name)
+    result = cli("verify", out, "--base", moved / "base", "--adapter", moved / "adapter", "--json")
+    assert result.exit_code == 0, result.output
+    assert set(states(result).values()) == {"passed"}
+
+
+def test_relative_paths_are_looked_for_beside_the_output(pico, pico_adapter, cli, tmp_path, monkeypatch):
+    shutil.copytree(pico(), tmp_path / "base")
+    shutil.copytree(pico_adapter(pico()), tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert cli("--base", "base", "--adapter", "adapter", "--out", "out").exit_code == 0
+    monkeypatch.chdir("/")
+    result = cli("verify", os.path.relpath(tmp_path / "out"), "--json")
+    assert result.exit_code == 0, result.output
+    assert states(result)["recompute"] == "passed"
+
+
+def test_another_base_than_the_merged_one_is_found(merge, cli):
+    base, _, out = merge
+    nudge(base, COPIED)
+    result = cli("verify", out, "--json")
+    assert result.exit_code == 6
+    assert {check for check, state in states(result).items() if state == "failed"} == {"untouched"}
+    assert subjects(result, "untouched") == {COPIED}
+
+
+def test_another_adapter_than_the_merged_one_is_found(merge, pico, pico_adapter, cli):
+    other = pico_adapter(pico("llama", "bfloat16", "40KB"), lora_alpha=7, r=2)
+    result = cli("verify", merge[2], "--adapter", other, "--json")
+    assert result.exit_code == 6
+    found = {check for check, state in states(result).items() if state == "failed"}
+    assert found == {"planned", "recompute"}
+    assert "is not the adapter that was merged" in result.stdout
+
+
+def test_an_adapter_that_no_longer_fits_is_a_failure_and_one_that_is_named_an_error(merge, cli):
+    base, adapter, out = merge
+    edit_tensors(adapter / "adapter_model.safetensors", lambda tensors: tensors.pop(next(iter(tensors))))
+    result = cli("verify", out, "--json")
+    assert result.exit_code == 6
+    assert states(result)["planned"] == "failed"
+    assert cli("verify", out, "--base", base, "--adapter", adapter).exit_code == 4
+
+
+def test_side_files_are_held_to_their_digests(merge, cli):
+    out = merge[2]
+    edit_json(out / "generation_config.json", temperature=0.1)
+    (out / "tokenizer_config.json").unlink()
+    result = cli("verify", out, "--json")
+    assert result.exit_code == 6
+    assert subjects(result, "recorded") == {"generation_config.json", "tokenizer_config.json"}
+
+
+def test_what_was_put_beside_the_weights_since_is_no_fault(merge, cli):
+    (merge[2] / "notes.txt").write_text("served since May")
+    (merge[2] / "README.md").write_text("# my model")
+    assert cli("verify", merge[2]).exit_code == 0
+
+
+def test_an_output_of_another_tool_is_held_to_base_and_adapter(pico, pico_adapter, cli, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = pico("llama", "bfloat16", "40KB")
+    adapter = pico_adapter(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    model.merge_and_unload().save_pretrained(tmp_path / "by-peft")
+    alone = cli("verify", tmp_path / "by-peft", "--json")
+    assert alone.exit_code == 0, alone.output
+    assert states(alone) == {"loadable": "passed", "recorded": "not asked", "planned": "not asked"}
+    result = cli(
+        "verify", tmp_path / "by-peft", "--base", base, "--adapter", adapter, "--level", "full", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert states(result)["recompute"] == "passed"
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(tmp_path / "by-peft" / "model.safetensors", lambda t: t[name].mul_(1.5))
+    again = cli("verify", tmp_path / "by-peft", "--base", base, "--adapter", adapter, "--json")
+    assert again.exit_code == 6
+    assert subjects(again, "recompute") == {name}
+
+
+def test_what_peft_makes_of_a_tied_head_is_found(pico, pico_adapter, cli, tmp_path):
+    # It merges into the storage that both ends share, and keeps the tie.
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = pico("llama_tied", "float32")
+    adapter = pico_adapter(base, target_modules=["lm_head"])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    model.merge_and_unload().save_pretrained(tmp_path / "by-peft")
+    result = cli("verify", tmp_path / "by-peft", "--base", base, "--adapter", adapter, "--forward", "--json")
+    assert result.exit_code == 6, result.output
+    assert states(result)["placed"] == states(result)["untouched"] == states(result)["forward"] == "failed"
+
+
+def test_options_of_the_merge_are_taken_from_the_manifest(pico, pico_adapter, cli, tmp_path):
+    base = pico("llama", "bfloat16")
+    one, two = pico_adapter(base), pico_adapter(base, target_modules=["v_proj", "q_proj"], r=2)
+    options = [
+        "--combine",
+        "dare_ties",
+        "--density",
+        "0.4",
+        "--seed",
+        "5",
+        "--dtype",
+        "float16",
+        "--max-shard-size",
+        "60KB",
+    ]
+    merged = cli(
+        "--base", base, "--adapter", f"{one}:0.5", "--adapter", two, "--out", tmp_path / "out", *options
+    )
+    assert merged.exit_code == 0, merged.output
+    result = cli("verify", tmp_path / "out", "--level", "full", "--json")
+    assert result.exit_code == 0, result.output
+    assert set(states(result).values()) == {"passed"}
+
+
+def test_a_base_in_bin_files_is_evidence_too(pico, pico_adapter, tampered, cli, tmp_path):
+    base = tampered(pico("llama", "bfloat16", "40KB"), "base")
+    to_pickles(base)
+    assert cli("--base", base, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out").exit_code == 0
+    assert cli("verify", tmp_path / "out", "--level", "full").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda path: path.write_text("{"), "is not valid JSON"),
+        (lambda path: edit_json(path, manifest_version=99), "manifest_version is 99, expected 1"),
+        (lambda path: edit_json(path, tensors={"x": {"file": 1}}), "tensors.x."),
+    ],
+)
+def test_a_broken_manifest_is_a_failure_and_says_where(change, sentence, merge, cli):
+    change(merge[2] / MANIFEST)
+    result = cli("verify", merge[2], "--json")
+    assert result.exit_code == 6
+    assert states(result)["recorded"] == "failed"
+    assert sentence in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["no-such-directory"], 3, "no-such-directory: there is no such directory"),
+        (["{file}"], 3, "is a file"),
+        (["{out}", "--base", "no-base"], 3, "no-base: there is no such directory"),
+        (["{out}", "--tolerance", "-1"], 2, "'-1' is no tolerance"),
+        (["{out}", "--n-tokens", "0"], 2, "'0' is no number of tokens"),
+        (["{out}", "--engine", "gguf"], 2, "'gguf' is no engine, expected vllm"),
+        (["{out}", "--engine", "vllm"], 2, "vLLM is not installed beside lora-merge"),
+        (["{out}", "--engine", "vllm", "--engine-python", "/no/python"], 2, "/no/python: there is no such interpreter"),
+        (["{out}", "--engine", "vllm", "--engine-python", sys.executable], 2, "before vLLM answered"),
+        (["{out}", "--quiet", "--verbose"], 2, "exclude each other"),
+        ([], 2, "Missing argument 'OUT'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_sentence_and_its_code(arguments, code, sentence, merge, cli, monkeypatch):
+    monkeypatch.delenv("LORA_MERGE_ENGINE_PYTHON", raising=False)
+    file = merge[2] / "config.json"
+    result = cli("verify", *(text.format(out=merge[2], file=file) for text in arguments))
+    assert result.exit_code == code, result.output
+    assert sentence in result.output
+
+
+def test_forward_passes_need_base_and_adapter_and_say_so(merge, cli):
+    base, _, out = merge
+    shutil.rmtree(base)
+    result = cli("verify", out, "--forward")
+    assert result.exit_code == 3
+    assert "forward passes need base and adapter" in result.output
+    assert "--base" in result.output
+
+
+def test_texts_need_a_tokenizer_and_say_so(pico, pico_adapter, tampered, cli, tmp_path):
+    base = tampered(pico(), "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (base / name).unlink(missing_ok=True)
+    assert cli("--base", base, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out").exit_code == 0
+    result = cli("verify", tmp_path / "out", "--forward", "--prompt", "hello")
+    assert result.exit_code == 2
+    assert "has no tokenizer that loads" in result.output
+    assert cli("verify", tmp_path / "out", "--forward").exit_code == 0
+
+
+def test_code_in_a_checkpoint_is_not_run_unasked(merge, cli):
+    base, _, out = merge
+    for root in (base, out):
+        edit_json(
+            root / "config.json",
+            architectures=["OwnModel"],
+            auto_map={"AutoModelForCausalLM": "own.OwnModel"},
+        )
+        (root / "own.py").write_text("raise RuntimeError('it ran')\n")
+    result = cli("verify", out, "--forward")
+    assert result.exit_code == 4, result.output
+    assert "transformers has no class OwnModel" in result.output
+    assert "--trust-remote-code" in result.output
+    assert "it ran" not in result.output
+
+
+def test_quiet_prints_errors_alone(merge, cli):
+    good = cli("verify", merge[2], "--quiet")
+    assert (good.exit_code, good.output) == (0, "")
+    nudge(merge[2], COPIED)
+    bad = cli("verify", merge[2], "--quiet")
+    assert bad.exit_code == 6
+    assert bad.stdout == ""
+    assert all(line.startswith("error: ") for line in bad.stderr.splitlines())
+
+
+def test_in_python_the_same_is_a_value(merge):
+    proof = lora_merge.verify(merge[2])
+    assert isinstance(proof, lora_merge.Proof)
+    assert proof.ok
+    nudge(merge[2], COPIED)
+    proof = lora_merge.verify(merge[2], level="full")
+    assert not proof.ok
+    assert {issue.subject for issue in proof.issues if issue.severity == "error"} == {COPIED}

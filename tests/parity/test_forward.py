@@ -1,0 +1,260 @@
+"""``verify --forward``: it passes what is right, of every family and every kind, and finds what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_merge
+from tests.conformance.test_checks import OPTIONS
+from tests.parity import building as kinds_building
+from tests.parity import family_building as building
+from tests.parity.families import cells
+from tests.parity.kinds import KINDS
+from tests.parity.test_families import slug
+from tests.tampering import edit_json, edit_tensors
+
+# PEFT has no module of these names: what it is compared with is the merge before it was rounded.
+UNROUNDED = {"Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V3", "GLM-4-MoE", "Granite-MoE", "OLMoE"} | {
+    "Phi-3.5-MoE", "Jamba", "ERNIE 4.5 MoE", "DINOv2",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """The directory in which bases and adapters are built."""
+    return tmp_path_factory.mktemp("forward")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The products are tiny: handing them to threads takes longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def finding(proof, check):
+    """Return what one check found."""
+    return next(found for found in proof.findings if found.check == check)
+
+
+@pytest.mark.parametrize(
+    ("family", "naming", "layout"),
+    [pytest.param(*cell, id="-".join((slug(cell[0].name), *map(slug, cell[1:])))) for cell in cells()],
+)
+def test_what_is_merged_right_passes_of_every_family(family, naming, layout, workshop, merged):
+    base, trained = (
+        building.base(workshop, family.name, layout),
+        building.trained(workshop, family.name, naming),
+    )
+    out = merged(base, trained.adapter)
+    proof = lora_merge.verify(out, forward=True)
+    assert proof.ok, [str(issue) for issue in proof.issues]
+    assert [found.state for found in proof.findings if found.state != "passed"] == []
+    assert proof.comparisons
+    unrounded = naming == "transformers 4" and family.name in UNROUNDED
+    assert finding(proof, "forward").detail.endswith("before rounding" if unrounded else "PEFT, unmerged")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "dtype"),
+    [
+        pytest.param(kind, model, dtype, id=f"{slug(kind.name)}-{model}-{dtype}")
+        for kind in KINDS
+        for model in kind.models
+        for dtype in ("float32", "bfloat16")
+        if dtype in kind.dtypes and (dtype == "float32" or model == kind.models[0])
+    ],
+)
+def test_what_is_merged_right_passes_of_every_kind(kind, model, dtype, workshop, tmp_path):
+    if kind.needs:
+        pytest.importorskip(kind.needs)
+    case = kinds_building.case(workshop, kind, model, dtype)
+    lora_merge.merge(base=case.base, adapter=case.adapter, out=tmp_path / "out", **OPTIONS[kind.options])
+    proof = lora_merge.verify(tmp_path / "out", forward=True)
+    assert proof.ok, [str(issue) for issue in proof.issues]
+    assert finding(proof, "forward").state == "passed"
+
+
+# Planted corruptions. The tensors are those of a float32 base, so rounding explains next to nothing; each changes
+# what the model computes by about as much as the adapter does, or by as much as a coarser dtype would.
+
+
+class Bench:
+    """A merge, and the tensors that it was made of.
+
+    Args:
+        out: the output; it may be broken.
+        base: the base's tensors.
+        adapter: the adapter's directory.
+    """
+
+    def __init__(self, out: Path, base: Path, adapter: Path) -> None:
+        self.out = out
+        self.base = load_file(base / "model.safetensors")
+        self.adapter = load_file(adapter / "adapter_model.safetensors")
+
+    def edit(self, change) -> None:
+        """Let a function change the output's tensors."""
+        edit_tensors(self.out / "model.safetensors", change)
+
+    def factors(self, module):
+        """Return A and B of a module."""
+        stem = f"base_model.model.{module}"
+        return self.adapter[f"{stem}.lora_A.weight"], self.adapter[f"{stem}.lora_B.weight"]
+
+
+def set_to(name, value):
+    """Return a corruption that gives a tensor another value, made of the bench."""
+
+    def corrupt(bench):
+        bench.edit(lambda tensors: tensors.__setitem__(name, value(bench, tensors).contiguous().clone()))
+
+    return corrupt
+
+
+def swap(one, other):
+    """Return a corruption that exchanges two tensors."""
+
+    def corrupt(bench):
+        def exchange(tensors):
+            tensors[one], tensors[other] = tensors[other].clone(), tensors[one].clone()
+
+        bench.edit(exchange)
+
+    return corrupt
+
+
+def stale(name):
+    """Return a corruption that leaves a tensor as it is in the base."""
+    return set_to(name, lambda bench, tensors: bench.base[name])
+
+
+def without_last_rank(bench, tensors):
+    """Return a merged query projection that lacks the last of the adapter's ranks."""
+    a, b = bench.factors("model.layers.0.self_attn.q_proj")
+    return tensors["model.layers.0.self_attn.q_proj.weight"] - 6 / 4 * torch.outer(b[:, -1], a[-1])
+
+
+def one_element(tensors):
+    """Change one value of a norm that the adapter does not touch."""
+    tensors["model.norm.weight"][3] += 0.01
+
+
+Q0, Q1 = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))
+GATE = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+DOWN = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+UP = "model.layers.0.block_sparse_moe.experts.{}.w3.weight"
+TOWER = "visual.blocks.0.attn.qkv.weight"
+
+CORRUPTIONS = {
+    "a delta has twice its scale": ("Mixtral", set_to(Q0, lambda bench, t: 2 * t[Q0] - bench.base[Q0])),
+    "a delta has rsLoRA's scale": ("Mixtral", set_to(Q1, lambda bench, t: bench.base[Q1] + 2 * (t[Q1] - bench.base[Q1]))),
+    "a delta is subtracted": ("Mixtral", set_to(Q0, lambda bench, t: 2 * bench.base[Q0] - t[Q0])),
+    "a delta lacks its last rank": ("Mixtral", set_to(Q0, without_last_rank)),
+    "a module is not merged": ("Mixtral", stale("model.layers.1.self_attn.v_proj.weight")),
+    "two experts are swapped": ("Mixtral", swap(DOWN.format(0), DOWN.format(1))),
+    "one expert of four is not merged": ("Mixtral", stale(DOWN.format(2))),
+    "gate and up of an expert are swapped": ("Mixtral", swap(GATE.format(1), UP.format(1))),
+    "two layers are swapped": ("Mixtral", swap(Q0, Q1)),
+    "an untouched norm has one other value": ("Mixtral", lambda bench: bench.edit(one_element)),
+    "a merged tensor was rounded to bfloat16": ("Mixtral", set_to(Q0, lambda bench, t: t[Q0].bfloat16().float())),
+    "the config has another theta": (
+        "Mixtral",
+        lambda bench: edit_json(bench.out / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 2e4}),
+    ),
+    "a tensor is missing": ("Mixtral", lambda bench: bench.edit(lambda t: t.pop(DOWN.format(3)) is None)),
+    "the head is not merged": ("Qwen3-MoE", stale("lm_head.weight")),
+    "a module that no prompt reaches is not merged": ("Qwen2-VL", stale(TOWER)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CORRUPTIONS)
+def test_a_corruption_is_found_by_forward_passes(what, workshop, cli, tmp_path):
+    family, corrupt = CORRUPTIONS[what]
+    base, trained = (
+        building.base(workshop, family, "published"),
+        building.trained(workshop, family, "transformers 5"),
+    )
+    out = tmp_path / "out"
+    assert cli("--base", base, "--adapter", trained.adapter, "--out", out).exit_code == 0
+    corrupt(Bench(out, base, trained.adapter))
+    result = cli("verify", out, "--forward", "--json")
+    assert result.exit_code == 6, result.output
+    found = {one["check"]: one for one in json.loads(result.stdout)["findings"]}
+    assert found["forward"]["state"] == "failed"
+    assert any(issue["code"] == "forward" for issue in found["forward"]["issues"])
+
+
+def test_a_stale_row_of_the_embedding_is_found(pico, pico_adapter, cli, tmp_path):
+    # No text of ours has these tokens, but what the adapter trained is asked for.
+    base = pico("llama", "float32")
+    adapter = pico_adapter(base, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [7, 90]})
+    edited = tmp_path / "adapter"
+    edited.mkdir()
+    for path in adapter.iterdir():
+        (edited / path.name).write_bytes(path.read_bytes())
+    edit_tensors(
+        edited / "adapter_model.safetensors",
+        lambda t: t.update({n: x + 0.5 for n, x in t.items() if "trainable_tokens_delta" in n}),
+    )
+    out = tmp_path / "out"
+    assert cli("--base", base, "--adapter", edited, "--out", out).exit_code == 0
+    assert lora_merge.verify(out, forward=True).ok
+    row = load_file(base / "model.safetensors")["model.embed_tokens.weight"][90]
+    edit_tensors(out / "model.safetensors", lambda t: t["model.embed_tokens.weight"][90].copy_(row))
+    proof = lora_merge.verify(out, forward=True)
+    wrong = {one.prompt for one in proof.comparisons if not one.ok}
+    assert "trained tokens" in wrong
+    assert finding(proof, "forward").state == "failed"
+
+
+def test_a_wrong_scale_is_found_in_a_bfloat16_checkpoint(pico, pico_adapter, cli, tmp_path):
+    # Rounding explains far more here; a delta of twice its scale is still another model.
+    base = pico("llama", "bfloat16")
+    adapter = pico_adapter(base, target_modules="all-linear")
+    out = tmp_path / "out"
+    assert cli("--base", base, "--adapter", adapter, "--out", out).exit_code == 0
+    before = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(out / "model.safetensors", lambda t: t.update({name: 2 * t[name] - before[name]}))
+    proof = lora_merge.verify(out, forward=True)
+    assert finding(proof, "forward").state == "failed"
+    assert {one.ok for one in proof.comparisons} == {False}
+
+
+def test_the_users_tolerance_decides(pico, pico_adapter, merged):
+    base = pico("llama", "bfloat16")
+    out = merged(base, pico_adapter(base))
+    measured = max(one.max_difference for one in lora_merge.verify(out, forward=True).comparisons)
+    assert measured > 0
+    assert lora_merge.verify(out, forward=True, tolerance=2 * measured).ok
+    assert not lora_merge.verify(out, forward=True, tolerance=measured / 2).ok
+
+
+def test_the_users_texts_are_asked(pico, pico_adapter, merged):
+    base = pico("llama", "float32")
+    proof = lora_merge.verify(
+        merged(base, pico_adapter(base)), forward=True, prompt=["w1 w2 w3", "w9"], n_tokens=3
+    )
+    assert [one.prompt for one in proof.comparisons] == ["text 1", "text 2", "drawn tokens"]
+    assert {one.n_tokens for one in proof.comparisons} == {3}
+
+
+def test_several_adapters_are_compared_with_what_was_merged_before_rounding(pico, pico_adapter, tmp_path):
+    base = pico("llama", "bfloat16")
+    adapters = [f"{pico_adapter(base)}:0.5", pico_adapter(base, target_modules=["v_proj"], r=2)]
+    lora_merge.merge(base=base, adapter=adapters, out=tmp_path / "out", combine="ties")
+    proof = lora_merge.verify(tmp_path / "out", forward=True)
+    assert proof.ok
+    assert "several adapters" in "".join(map(str, proof.issues))
+    name = "model.layers.1.self_attn.v_proj.weight"
+    before = load_file(base / "model.safetensors")[name]
+    edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t.update({name: before.clone()}))
+    assert finding(lora_merge.verify(tmp_path / "out", forward=True), "forward").state == "failed"
