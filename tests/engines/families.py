@@ -1,0 +1,288 @@
+"""The one list of what real engines are asked to load: a tiny model of each family, and an adapter for it.
+
+Engines' kernels want more of a model than transformers does, and none of these is smaller than they take: heads of
+at least 32, experts and latent attention of the sizes that they are written for. Everything here is data and imports
+nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Engine = Literal["vllm", "lmdeploy", "turbomind"]
+ENGINES: Mapping[Engine, str] = {
+    "vllm": "vLLM",
+    "lmdeploy": "LMDeploy, PyTorch engine",
+    "turbomind": "LMDeploy, TurboMind",
+}
+
+VOCAB = 96
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+COMMON = {
+    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64, **ENDS,
+}  # fmt: skip
+UNTIED = {"tie_word_embeddings": False}
+TIED = {"tie_word_embeddings": True}
+HEADS_OF_32 = {"head_dim": 32}
+WINDOW = {"sliding_window": 8}
+"""Shorter than what is generated, so that it matters."""
+
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SMALL_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+ROPE_3D = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+
+IMAGE, VIDEO, IMAGE_BEGINS, IMAGE_ENDS = 90, 91, 92, 93
+QWEN_IMAGES = {
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": IMAGE_BEGINS,
+    "vision_end_token_id": IMAGE_ENDS,
+}  # fmt: skip
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+STACKED = ("experts.gate_up_proj", "experts.down_proj")
+SWIFT = rf"^(model)(?!.*(lm_head|output|emb|wte|shared)).*\.({'|'.join(ATTENTION + GATED)})$"
+"""A regex as ms-swift writes ``target_modules``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A family's tiny model."""
+
+    name: str
+    """What a user calls it."""
+
+    architecture: str
+    """The class in transformers."""
+
+    config: str
+    """Its config's class."""
+
+    fields: Mapping[str, Any] = field(hash=False)
+    """What is handed to that class."""
+
+    files: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Small files beside the weights that an engine wants to see: JSON by name."""
+
+    code: str = ""
+    """Names the module in this folder that stores it under names which transformers has no class for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model and an adapter for it, merged and served."""
+
+    model: Model
+    adapter: str
+    """What a user calls the adapter."""
+
+    lora: Mapping[str, Any]
+    """What ``LoraConfig`` is told, beside rank and alpha where it does not say them."""
+
+    unserved: Mapping[Engine, str] = field(default_factory=dict)
+    """Engines that do not take it, merged or not; each with a part of what it says instead."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}, {self.adapter}"
+
+
+def _dense(name: str, prefix: str, **fields: Any) -> Model:
+    """Return a decoder of the usual build."""
+    return Model(name, f"{prefix}ForCausalLM", f"{prefix}Config", {**COMMON, **UNTIED, **fields})
+
+
+def _lora(*modules: str, parameters: tuple[str, ...] = (), **fields: Any) -> dict[str, Any]:
+    """Return a LoRA's fields."""
+    return {"target_modules": list(modules), "target_parameters": list(parameters) or None, **fields}
+
+
+LLAMA = _dense("Llama", "Llama", **HEADS_OF_32)
+LLAMA_TIED = _dense("Llama, tied", "Llama", **HEADS_OF_32, **TIED)
+INTERNLM2 = Model(
+    "InternLM2", "LlamaForCausalLM", "LlamaConfig", {**LLAMA.fields, "pad_token_id": 0}, code="internlm2"
+)
+ALL_LINEAR = _lora(*ATTENTION, *GATED)
+
+# What engines refuse as an adapter, or serve wrongly, has to be served as a checkpoint.
+_ADAPTERS: tuple[Case, ...] = (
+    Case(LLAMA, "LoRA", _lora(*ATTENTION, *GATED, "lm_head")),
+    Case(LLAMA, "rsLoRA of rank 24", {**ALL_LINEAR, "r": 24, "use_rslora": True}),
+    Case(
+        LLAMA,
+        "LoRA with patterns",
+        {**ALL_LINEAR, "rank_pattern": {"q_proj": 3, "down_proj": 24}, "alpha_pattern": {"o_proj": 40}},
+    ),
+    Case(LLAMA, "LoRA by a regex of ms-swift", {"target_modules": SWIFT}),
+    Case(LLAMA, "LoRA on some layers", {**ALL_LINEAR, "layers_to_transform": [1]}),
+    Case(LLAMA, "DoRA", {**ALL_LINEAR, "use_dora": True}),
+    Case(LLAMA, "LoRA and modules_to_save", {**ALL_LINEAR, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    Case(LLAMA, "LoRA and trained tokens", {**ALL_LINEAR, "trainable_token_indices": [5, 17, 94]}),
+    Case(LLAMA_TIED, "LoRA", ALL_LINEAR),
+    Case(LLAMA_TIED, "LoRA on the embedding", _lora(*ATTENTION, "embed_tokens")),
+)
+
+_DENSE: tuple[Case, ...] = (
+    Case(_dense("Mistral", "Mistral", **HEADS_OF_32, **WINDOW), "LoRA", ALL_LINEAR),
+    Case(_dense("Qwen2", "Qwen2"), "LoRA", ALL_LINEAR),
+    Case(_dense("Qwen3", "Qwen3", **HEADS_OF_32), "LoRA", ALL_LINEAR),
+    Case(
+        _dense("Phi-3", "Phi3", pad_token_id=0),
+        "LoRA",
+        _lora("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ),
+    Case(
+        Model(
+            "Gemma 3, text",
+            "Gemma3ForCausalLM",
+            "Gemma3TextConfig",
+            {
+                **COMMON, **HEADS_OF_32, **WINDOW, "pad_token_id": 0,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                },
+            },
+        ),
+        "LoRA",
+        ALL_LINEAR,
+    ),
+    Case(_dense("Gemma 2", "Gemma2", **HEADS_OF_32, **WINDOW, **TIED, pad_token_id=0), "LoRA", ALL_LINEAR),
+    Case(_dense("Granite", "Granite"), "LoRA", ALL_LINEAR),
+    Case(
+        _dense("GLM-4", "Glm4", **HEADS_OF_32, pad_token_id=0),
+        "LoRA",
+        _lora(*ATTENTION, "gate_up_proj", "down_proj"),
+    ),
+    Case(
+        Model(
+            "GPT-2",
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64, **ENDS},
+        ),
+        "LoRA",
+        _lora("c_attn", "c_proj", "c_fc", fan_in_fan_out=True),
+    ),
+    Case(
+        Model(
+            "GPT-NeoX",
+            "GPTNeoXForCausalLM",
+            "GPTNeoXConfig",
+            {
+                "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "vocab_size": VOCAB, "max_position_embeddings": 64, **ENDS,
+            },
+        ),
+        "LoRA",
+        _lora("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    Case(
+        _dense(
+            "Falcon-H1", "FalconH1", **HEADS_OF_32, mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32,
+            mamba_n_groups=1, mamba_d_state=16, mamba_expand=2, pad_token_id=0,
+        ),
+        "LoRA",
+        _lora(*ATTENTION, "in_proj", "gate_proj"),
+    ),
+    Case(INTERNLM2, "LoRA", _lora("wqkv", "wo", "w1", "w2", "w3")),
+)  # fmt: skip
+
+
+def _mixture(name: str, prefix: str, fields: Mapping[str, Any], *modules: str, **unserved: str) -> Case:
+    """Return a mixture of experts with an adapter of its experts and of other modules."""
+    model = Model(name, f"{prefix}ForCausalLM", f"{prefix}Config", {**COMMON, **UNTIED, **fields})
+    return Case(model, "LoRA of experts too", _lora(*modules, parameters=STACKED), dict(unserved))
+
+
+_MIXTURES: tuple[Case, ...] = (
+    _mixture("Mixtral", "Mixtral", {**LOCAL_EXPERTS, **HEADS_OF_32, "sliding_window": None}, *ATTENTION),
+    _mixture(
+        "Qwen3-MoE",
+        "Qwen3Moe",
+        {**SMALL_EXPERTS, **HEADS_OF_32, "num_experts": 4, "norm_topk_prob": True},
+        *ATTENTION,
+        "lm_head",
+    ),
+    _mixture("gpt-oss", "GptOss", {**LOCAL_EXPERTS, **HEADS_OF_32, **WINDOW, "pad_token_id": 0}, *ATTENTION),
+    _mixture(
+        "DeepSeek-V3",
+        "DeepseekV3",
+        {
+            **SMALL_EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 8,
+            "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.0, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+            "moe_layer_freq": 1, "rope_parameters": YARN, "pad_token_id": 0,
+        },
+        *LATENT,
+    ),
+    _mixture(
+        "Qwen2-MoE",
+        "Qwen2Moe",
+        {
+            **SMALL_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 96, "mlp_only_layers": [0],
+        },
+        *ATTENTION,
+        *GATED,
+        "shared_expert_gate",
+    ),
+    _mixture("OLMoE", "Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "pad_token_id": 0}, *ATTENTION),
+    _mixture("Phi-3.5-MoE", "Phimoe", {**LOCAL_EXPERTS, "intermediate_size": 64}, *ATTENTION),
+    _mixture("Granite-MoE", "GraniteMoe", {**LOCAL_EXPERTS, "intermediate_size": 64, "pad_token_id": 0}, *ATTENTION),
+    _mixture(
+        "GLM-4-MoE",
+        "Glm4Moe",
+        {
+            **SMALL_EXPERTS, **HEADS_OF_32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+            "first_k_dense_replace": 1, "n_shared_experts": 1, "pad_token_id": 0,
+        },
+        *ATTENTION,
+    ),
+    _mixture(
+        "Llama 4, text",
+        "Llama4",
+        {},
+        *ATTENTION,
+    ),
+)  # fmt: skip
+
+_QWEN_PROCESSOR = {
+    "preprocessor_config.json": {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
+        "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12544,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    },
+}  # fmt: skip
+
+_IMAGES: tuple[Case, ...] = (
+    Case(
+        Model(
+            "Qwen2.5-VL",
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen2_5_VLConfig",
+            {
+                "text_config": {**COMMON, **UNTIED, "rope_parameters": ROPE_3D},
+                "vision_config": {
+                    "depth": 2, "hidden_size": 128, "intermediate_size": 192, "num_heads": 2,
+                    "out_hidden_size": 128, "fullatt_block_indexes": [1], "patch_size": 14, "window_size": 56,
+                },
+                **QWEN_IMAGES, **UNTIED, **ENDS,
+            },
+            _QWEN_PROCESSOR,
+        ),
+        "LoRA of the tower too",
+        _lora(*ATTENTION, *GATED, "qkv", "attn.proj", "mlp.0", "mlp.2"),
+    ),
+)  # fmt: skip
+
+CASES: tuple[Case, ...] = tuple(
+    case for case in (*_ADAPTERS, *_DENSE, *_MIXTURES, *_IMAGES) if case.model.name != "Llama 4, text"
+)

@@ -1,0 +1,39 @@
+"""Lets the torchvision of a package index, which is built for CUDA, be imported beside a torch for CPUs.
+
+Its Python side describes operators whose C++ side did not load; it is enough that they exist. The transforms, which
+image processors use, run. Lies in the engines' environment under a ``.pth`` file that imports it at every start.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import MetaPathFinder
+
+OPERATORS = ("nms", "qnms")
+_kept: list[object] = []
+"""The operators are gone when the library object is."""
+
+
+class _BeforeTorchvision(MetaPathFinder):
+    """Finds nothing; defines the operators when torchvision is looked for."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        del path, target
+        if fullname != "torchvision":
+            return
+        sys.meta_path.remove(self)
+        import torch
+
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in OPERATORS:
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept.append(library)
+
+
+_finder = _BeforeTorchvision()
+
+
+def install() -> None:
+    """Stand in the way of the first import of torchvision; said twice, it holds once."""
+    if not _kept and _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
