@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 Engine = Literal["vllm", "lmdeploy", "turbomind"]
@@ -36,6 +37,10 @@ YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
     "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
 }  # fmt: skip
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
 ROPE_3D = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 
 IMAGE, VIDEO, IMAGE_BEGINS, IMAGE_ENDS = 90, 91, 92, 93
@@ -71,8 +76,38 @@ class Model:
     files: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Small files beside the weights that an engine wants to see: JSON by name."""
 
-    code: str = ""
-    """Names the module in this folder that stores it under names which transformers has no class for."""
+    published_as: str = ""
+    """What a published config calls the class, where that is another name; as far as engines know, that is its name."""
+
+    hub: tuple[tuple[str, str], ...] = ()
+    """From a name that transformers writes to the Hub's, where engines know only that: patterns and replacements."""
+
+    is_internlm2: bool = False
+    """The model is stored as InternLM2, for which transformers has no class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unserved:
+    """Why an engine does not take a family."""
+
+    says: str
+    """A part of its error."""
+
+    means: str = "does not know the family"
+
+
+UNKNOWN: Mapping[Engine, Unserved] = {
+    "lmdeploy": Unserved("Can not found rewrite for architectures"),
+    "turbomind": Unserved("TurboMind does not know"),
+}
+
+
+def _unknown_to(*engines: Engine) -> dict[Engine, Unserved]:
+    return {engine: UNKNOWN[engine] for engine in engines}
+
+
+NO_TURBOMIND = _unknown_to("turbomind")
+NO_LMDEPLOY = _unknown_to("lmdeploy", "turbomind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +121,8 @@ class Case:
     lora: Mapping[str, Any]
     """What ``LoraConfig`` is told, beside rank and alpha where it does not say them."""
 
-    unserved: Mapping[Engine, str] = field(default_factory=dict)
-    """Engines that do not take it, merged or not; each with a part of what it says instead."""
+    unserved: Mapping[Engine, Unserved] = field(default_factory=dict)
+    """Engines that do not take it, merged or not."""
 
     @property
     def name(self) -> str:
@@ -107,7 +142,7 @@ def _lora(*modules: str, parameters: tuple[str, ...] = (), **fields: Any) -> dic
 LLAMA = _dense("Llama", "Llama", **HEADS_OF_32)
 LLAMA_TIED = _dense("Llama, tied", "Llama", **HEADS_OF_32, **TIED)
 INTERNLM2 = Model(
-    "InternLM2", "LlamaForCausalLM", "LlamaConfig", {**LLAMA.fields, "pad_token_id": 0}, code="internlm2"
+    "InternLM2", "LlamaForCausalLM", "LlamaConfig", {**LLAMA.fields, "pad_token_id": 0}, is_internlm2=True
 )
 ALL_LINEAR = _lora(*ATTENTION, *GATED)
 
@@ -130,13 +165,14 @@ _ADAPTERS: tuple[Case, ...] = (
 )
 
 _DENSE: tuple[Case, ...] = (
-    Case(_dense("Mistral", "Mistral", **HEADS_OF_32, **WINDOW), "LoRA", ALL_LINEAR),
+    Case(_dense("Mistral", "Mistral", **HEADS_OF_32, **WINDOW), "LoRA", ALL_LINEAR, NO_TURBOMIND),
     Case(_dense("Qwen2", "Qwen2"), "LoRA", ALL_LINEAR),
     Case(_dense("Qwen3", "Qwen3", **HEADS_OF_32), "LoRA", ALL_LINEAR),
     Case(
         _dense("Phi-3", "Phi3", pad_token_id=0),
         "LoRA",
         _lora("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        NO_TURBOMIND,
     ),
     Case(
         Model(
@@ -145,21 +181,25 @@ _DENSE: tuple[Case, ...] = (
             "Gemma3TextConfig",
             {
                 **COMMON, **HEADS_OF_32, **WINDOW, "pad_token_id": 0,
-                "rope_parameters": {
-                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
-                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-                },
+                "rope_parameters": GEMMA_ROPE,
             },
         ),
         "LoRA",
         ALL_LINEAR,
+        NO_TURBOMIND,
     ),
-    Case(_dense("Gemma 2", "Gemma2", **HEADS_OF_32, **WINDOW, **TIED, pad_token_id=0), "LoRA", ALL_LINEAR),
-    Case(_dense("Granite", "Granite"), "LoRA", ALL_LINEAR),
+    Case(
+        _dense("Gemma 2", "Gemma2", **HEADS_OF_32, **WINDOW, **TIED, pad_token_id=0),
+        "LoRA",
+        ALL_LINEAR,
+        NO_TURBOMIND,
+    ),
+    Case(_dense("Granite", "Granite"), "LoRA", ALL_LINEAR, NO_LMDEPLOY),
     Case(
         _dense("GLM-4", "Glm4", **HEADS_OF_32, pad_token_id=0),
         "LoRA",
         _lora(*ATTENTION, "gate_up_proj", "down_proj"),
+        NO_TURBOMIND,
     ),
     Case(
         Model(
@@ -170,6 +210,7 @@ _DENSE: tuple[Case, ...] = (
         ),
         "LoRA",
         _lora("c_attn", "c_proj", "c_fc", fan_in_fan_out=True),
+        NO_LMDEPLOY,
     ),
     Case(
         Model(
@@ -183,6 +224,7 @@ _DENSE: tuple[Case, ...] = (
         ),
         "LoRA",
         _lora("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+        NO_LMDEPLOY,
     ),
     Case(
         _dense(
@@ -191,15 +233,22 @@ _DENSE: tuple[Case, ...] = (
         ),
         "LoRA",
         _lora(*ATTENTION, "in_proj", "gate_proj"),
+        NO_LMDEPLOY,
     ),
     Case(INTERNLM2, "LoRA", _lora("wqkv", "wo", "w1", "w2", "w3")),
 )  # fmt: skip
 
 
-def _mixture(name: str, prefix: str, fields: Mapping[str, Any], *modules: str, **unserved: str) -> Case:
+def _mixture(
+    name: str,
+    prefix: str,
+    fields: Mapping[str, Any],
+    *modules: str,
+    unserved: Mapping[Engine, Unserved] = MappingProxyType({}),
+) -> Case:
     """Return a mixture of experts with an adapter of its experts and of other modules."""
     model = Model(name, f"{prefix}ForCausalLM", f"{prefix}Config", {**COMMON, **UNTIED, **fields})
-    return Case(model, "LoRA of experts too", _lora(*modules, parameters=STACKED), dict(unserved))
+    return Case(model, "LoRA of experts too", _lora(*modules, parameters=STACKED), unserved)
 
 
 _MIXTURES: tuple[Case, ...] = (
@@ -223,46 +272,99 @@ _MIXTURES: tuple[Case, ...] = (
             "moe_layer_freq": 1, "rope_parameters": YARN, "pad_token_id": 0,
         },
         *LATENT,
+        unserved=NO_TURBOMIND,
     ),
     _mixture(
         "Qwen2-MoE",
         "Qwen2Moe",
-        {
-            **SMALL_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 96, "mlp_only_layers": [0],
-        },
+        {**SMALL_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 96},
         *ATTENTION,
         *GATED,
         "shared_expert_gate",
     ),
-    _mixture("OLMoE", "Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "pad_token_id": 0}, *ATTENTION),
-    _mixture("Phi-3.5-MoE", "Phimoe", {**LOCAL_EXPERTS, "intermediate_size": 64}, *ATTENTION),
-    _mixture("Granite-MoE", "GraniteMoe", {**LOCAL_EXPERTS, "intermediate_size": 64, "pad_token_id": 0}, *ATTENTION),
+    _mixture(
+        "OLMoE",
+        "Olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "pad_token_id": 0},
+        *ATTENTION,
+        unserved=NO_LMDEPLOY,
+    ),
+    Case(
+        Model(
+            "Phi-3.5-MoE",
+            "PhimoeForCausalLM",
+            "PhimoeConfig",
+            {**COMMON, **UNTIED, **LOCAL_EXPERTS, "intermediate_size": 64},
+            published_as="PhiMoEForCausalLM",
+        ),
+        "LoRA",
+        _lora(*ATTENTION),
+        NO_TURBOMIND,
+    ),
+    _mixture(
+        "Granite-MoE",
+        "GraniteMoe",
+        {**LOCAL_EXPERTS, "intermediate_size": 64, "pad_token_id": 0},
+        *ATTENTION,
+        unserved=NO_LMDEPLOY,
+    ),
     _mixture(
         "GLM-4-MoE",
         "Glm4Moe",
         {
             **SMALL_EXPERTS, **HEADS_OF_32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
             "first_k_dense_replace": 1, "n_shared_experts": 1, "pad_token_id": 0,
+            # LMDeploy's operators for CPUs rotate whole heads
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            "partial_rotary_factor": 1.0,
         },
         *ATTENTION,
-    ),
-    _mixture(
-        "Llama 4, text",
-        "Llama4",
-        {},
-        *ATTENTION,
+        unserved=NO_TURBOMIND,
     ),
 )  # fmt: skip
 
-_QWEN_PROCESSOR = {
-    "preprocessor_config.json": {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
-        "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12544,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-    },
-}  # fmt: skip
+UNDER_VISION_MODEL = ((r"^vision_tower\.", "vision_tower.vision_model."),)
+VISION = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
+QWEN_TOWER = {"depth": 2, "num_heads": 2, "patch_size": 14}
+PIXELS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
+def _qwen_files(name: str, patch: int) -> dict[str, Any]:
+    """Return what the processor of a Qwen that sees is made from."""
+    sizes = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2, **PIXELS}
+    pixels = {"min_pixels": 4 * patch**2, "max_pixels": 64 * patch**2}
+    return {
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": f"{name}Processor",
+            **sizes,
+            **pixels,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": f"{'Qwen3' if patch == 16 else 'Qwen2'}VLVideoProcessor",
+            "processor_class": f"{name}Processor",
+            **sizes,
+            "size": {"shortest_edge": 4 * patch**2, "longest_edge": 64 * patch**2},
+        },
+    }
+
 
 _IMAGES: tuple[Case, ...] = (
+    Case(
+        Model(
+            "Qwen2-VL",
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2VLConfig",
+            {
+                "text_config": {**COMMON, **UNTIED, "rope_parameters": ROPE_3D},
+                "vision_config": {**QWEN_TOWER, "embed_dim": 128, "hidden_size": 128, "mlp_ratio": 2},
+                **QWEN_IMAGES, **UNTIED, **ENDS,
+            },
+            _qwen_files("Qwen2VL", 14),
+        ),
+        "LoRA of the tower too",
+        _lora(*ATTENTION, *GATED, "qkv", "attn.proj", "fc1", "fc2", "mlp.0", "mlp.2"),
+    ),
     Case(
         Model(
             "Qwen2.5-VL",
@@ -271,18 +373,147 @@ _IMAGES: tuple[Case, ...] = (
             {
                 "text_config": {**COMMON, **UNTIED, "rope_parameters": ROPE_3D},
                 "vision_config": {
-                    "depth": 2, "hidden_size": 128, "intermediate_size": 192, "num_heads": 2,
-                    "out_hidden_size": 128, "fullatt_block_indexes": [1], "patch_size": 14, "window_size": 56,
+                    **QWEN_TOWER, "hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 128,
+                    "fullatt_block_indexes": [1], "window_size": 56,
                 },
                 **QWEN_IMAGES, **UNTIED, **ENDS,
             },
-            _QWEN_PROCESSOR,
+            _qwen_files("Qwen2_5_VL", 14),
         ),
         "LoRA of the tower too",
         _lora(*ATTENTION, *GATED, "qkv", "attn.proj", "mlp.0", "mlp.2"),
     ),
+    Case(
+        Model(
+            "Qwen3-VL",
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3VLConfig",
+            {
+                "text_config": {
+                    **COMMON, **HEADS_OF_32, **UNTIED, "rope_parameters": {**ROPE_3D, "mrope_interleaved": True},
+                },
+                "vision_config": {
+                    **QWEN_TOWER, "hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 128,
+                    "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "patch_size": 16,
+                },
+                **QWEN_IMAGES, **UNTIED, **ENDS,
+            },
+            _qwen_files("Qwen3VL", 16),
+        ),
+        "LoRA of the tower too",
+        _lora(*ATTENTION, *GATED, "qkv", "attn.proj", "linear_fc1", "linear_fc2"),
+        NO_TURBOMIND,
+    ),
+    Case(
+        Model(
+            "LLaVA",
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            {
+                "text_config": {
+                    **COMMON, **HEADS_OF_32, **UNTIED, "model_type": "llama", "architectures": ["LlamaForCausalLM"],
+                },
+                "vision_config": {
+                    **VISION, "image_size": 28, "patch_size": 14, "model_type": "clip_vision_model",
+                },
+                "image_token_index": IMAGE, "image_seq_length": 4, **UNTIED, **ENDS,
+            },
+            {
+                "preprocessor_config.json": {
+                    "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor",
+                    "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, **PIXELS,
+                },
+                "processor_config.json": {
+                    "processor_class": "LlavaProcessor", "patch_size": 14, "image_token": f"w{IMAGE - 3}",
+                    "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
+                },
+            },
+            hub=UNDER_VISION_MODEL,
+        ),
+        "LoRA of the tower too",
+        _lora(*ATTENTION, *GATED, "out_proj", "fc1", "fc2", "linear_1", "linear_2", "lm_head"),
+        NO_TURBOMIND,
+    ),
+    Case(
+        Model(
+            "InternVL",
+            "InternVLForConditionalGeneration",
+            "InternVLConfig",
+            {
+                "text_config": {
+                    **COMMON, **UNTIED, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+                },
+                "vision_config": {**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+                "image_token_id": IMAGE, "image_seq_length": 1, "downsample_ratio": 0.5, **UNTIED, **ENDS,
+            },
+            {
+                "preprocessor_config.json": {
+                    "image_processor_type": "GotOcr2ImageProcessor", "processor_class": "InternVLProcessor",
+                    "size": {"height": 28, "width": 28}, **PIXELS,
+                },
+            },
+        ),
+        "LoRA of the tower too",
+        _lora(*ATTENTION, *GATED, "projection_layer", "fc1", "fc2", "linear_1", "linear_2", "lm_head"),
+    ),
+    Case(
+        Model(
+            "Gemma 3",
+            "Gemma3ForConditionalGeneration",
+            "Gemma3Config",
+            {
+                "text_config": {**COMMON, **HEADS_OF_32, **WINDOW, "pad_token_id": 0, "rope_parameters": GEMMA_ROPE},
+                "vision_config": {
+                    **VISION, "image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model",
+                },
+                "mm_tokens_per_image": 1, "image_token_index": IMAGE, "boi_token_index": 91,
+                "eoi_token_index": 92, **ENDS,
+            },
+            {
+                "preprocessor_config.json": {
+                    "image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor",
+                    "size": {"height": 28, "width": 28}, **PIXELS,
+                },
+                "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 1},
+            },
+            hub=UNDER_VISION_MODEL,
+        ),
+        "LoRA of the tower too",
+        _lora(*ATTENTION, *GATED, "out_proj", "fc1", "fc2"),
+        NO_TURBOMIND,
+    ),
+    Case(
+        Model(
+            "Llama 4",
+            "Llama4ForConditionalGeneration",
+            "Llama4Config",
+            {
+                "text_config": {
+                    **COMMON, **HEADS_OF_32, **UNTIED, "intermediate_size": 64, "intermediate_size_mlp": 192,
+                    "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+                    "pad_token_id": 0, "use_qk_norm": False,
+                },
+                "vision_config": {
+                    **VISION, "intermediate_size": 512, "image_size": 28, "patch_size": 14,
+                    "vision_output_dim": 128, "projector_input_dim": 128, "projector_output_dim": 128,
+                    "pixel_shuffle_ratio": 0.5, "multi_modal_projector_bias": False,
+                },
+                "image_token_index": IMAGE, "boi_token_index": 91, "eoi_token_index": 92, **UNTIED, **ENDS,
+            },
+            {
+                "preprocessor_config.json": {
+                    "image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor",
+                    "size": {"height": 28, "width": 28}, **PIXELS,
+                },
+                "processor_config.json": {
+                    "processor_class": "Llama4Processor", "patch_size": 14, "pixel_shuffle_ratio": 0.5,
+                },
+            },
+        ),
+        "LoRA of experts and the tower too",
+        _lora(*ATTENTION, "fc1", "fc2", "linear_1", parameters=STACKED),
+        NO_TURBOMIND,
+    ),
 )  # fmt: skip
 
-CASES: tuple[Case, ...] = tuple(
-    case for case in (*_ADAPTERS, *_DENSE, *_MIXTURES, *_IMAGES) if case.model.name != "Llama 4, text"
-)
+CASES: tuple[Case, ...] = (*_ADAPTERS, *_DENSE, *_MIXTURES, *_IMAGES)

@@ -70,7 +70,9 @@ def save(llama: Any, out: Path) -> None:
 def tensors(llama: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of the checkpoint."""
     state = llama.state_dict()
-    found = {_named(name): tensor for name, tensor in state.items() if "self_attn" not in name or "o_proj" in name}
+    found = {
+        _named(name): tensor for name, tensor in state.items() if "self_attn" not in name or "o_proj" in name
+    }
     for n in range(llama.config.num_hidden_layers):
         layer = f"model.layers.{n}."
         parts = (state[f"{layer}{name}.weight"] for name in (QUERIES, KEYS, VALUES))

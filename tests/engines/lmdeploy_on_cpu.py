@@ -22,7 +22,9 @@ from torch.nn.functional import linear, silu
 class Attention(AttentionImpl):
     """Causal attention: query [n, heads, width], key and value [n, groups, width]."""
 
-    def forward(self, query: Any, key: Any, value: Any, *_: Any, learnable_sink: Any = None, **__: Any) -> Any:
+    def forward(
+        self, query: Any, key: Any, value: Any, *_: Any, learnable_sink: Any = None, **__: Any
+    ) -> Any:
         if value is None or value.shape[-1] != self.v_head_size:
             value = key[..., : self.v_head_size]  # of latent attention the values are a part of the keys
         n_repeats = query.shape[1] // key.shape[1]
@@ -57,18 +59,9 @@ class Experts(FusedMoEImpl):
         return list(range(self.spec.num_experts))
 
     def forward(
-        self,
-        hidden_states: Any,
-        topk_weights: Any,
-        topk_ids: Any,
-        gate_up_weights: Any,
-        down_weights: Any,
-        gate_up_bias: Any = None,
-        down_bias: Any = None,
-        expert_list: Any = None,
-        act_func: Any = None,
-        **_: Any,
+        self, hidden_states: Any, topk_weights: Any, topk_ids: Any, *weights: Any, act_func: Any = None
     ) -> Any:
+        gate_up_weights, down_weights, gate_up_bias, down_bias, _ = weights
         if self.spec.renormalize:
             topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
         out = torch.zeros_like(hidden_states)

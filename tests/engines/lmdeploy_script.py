@@ -32,7 +32,9 @@ def answer(job: Job, dtype: str) -> Line:
     model, n_layers = _empty_model(job["checkpoint"], dtype)
     load_model_weights(model, job["checkpoint"], device=CPU)
     unloaded = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
-    answers = [] if unloaded else [_answer(model, n_layers, prompt, job["n_tokens"]) for prompt in job["prompts"]]
+    answers = (
+        [] if unloaded else [_answer(model, n_layers, prompt, job["n_tokens"]) for prompt in job["prompts"]]
+    )
     return {"engine": "lmdeploy", "version": lmdeploy.__version__, "unloaded": unloaded, "answers": answers}
 
 

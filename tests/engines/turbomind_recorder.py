@@ -7,9 +7,10 @@ import enum
 import math
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 N_BYTES = {"FP32": 4, "FP16": 2, "BF16": 2, "INT64": 8, "INT32": 4, "INT8": 1, "UINT8": 1}
 """Of what a full-precision checkpoint has; TurboMind's Python side names other types, and hands none of them over."""
