@@ -30,6 +30,9 @@ PROMPTS = [[1, 17, 5, 80, 33, 9, 62], [1, 94, 3, 41], [1, 28, 70, 11, 55, 20, 63
 N_TOKENS = 16
 RANK = {"r": 8, "lora_alpha": 16}
 
+LOST = "model.layers.1.mlp.down_proj.weight"
+"""A tensor of a Llama's to leave out."""
+
 TOLERANCE = 1e-5
 """How far a log-probability may be off that is computed in float32, in another order.
 
@@ -102,10 +105,20 @@ def base(root: Path, model: Model) -> Path:
         edit_tensors(out / "model.safetensors", lambda tensors: _rename(tensors, model))
     if model.published_as:
         edit_json(out / "config.json", architectures=[model.published_as])
+    _write_processor(out, model)
+    return out
+
+
+def _write_processor(out: Path, model: Model) -> None:
+    """Write a tokenizer, and what a model that sees has beside it."""
     write_tokenizer(out)
+    edit_json(out / "tokenizer_config.json", extra_special_tokens=dict(model.special_tokens))
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {model.words.get(word, word): n for word, n in vocabulary.items()}
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
     for name, content in model.files.items():
         (out / name).write_text(json.dumps(content))
-    return out
 
 
 def _rename(tensors: dict[str, torch.Tensor], model: Model) -> None:

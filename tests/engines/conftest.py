@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.engines.building import N_TOKENS, PROMPTS, Prepared, prepare
-from tests.engines.families import CASES, LLAMA, LLAMA_TIED, Engine
+from tests.engines.building import LOST, N_TOKENS, PROMPTS, Prepared, prepare
+from tests.engines.families import CASES, PLAIN, UNTIED_BY_MERGE, Engine
 from tests.tampering import edit_json, edit_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 Line = dict[str, Any]
 
@@ -34,10 +34,6 @@ DTYPES: Mapping[Engine, str] = {"vllm": "float32", "lmdeploy": "float32", "turbo
 
 LIMIT_S = 1800
 """Of one engine for everything; it takes minutes."""
-
-PLAIN = next(case.name for case in CASES if case.model is LLAMA)
-UNTIED = next(case.name for case in CASES if case.model is LLAMA_TIED and "embedding" in case.adapter)
-LOST = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +56,11 @@ def prepared(
     root = tmp_path_factory.mktemp("engines")
     callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
     asked = {spec.params["case"].name for spec in callspecs if "case" in spec.params}
-    return {case.name: prepare(root, case, cli) for case in CASES if case.name in {*asked, PLAIN, UNTIED}}
+    return {
+        case.name: prepare(root, case, cli)
+        for case in CASES
+        if case.name in {*asked, PLAIN.name, UNTIED_BY_MERGE.name}
+    }
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,7 @@ def tampered_with(
 ) -> Mapping[str, Path]:
     """Return checkpoints with something wrong about them, by what it is."""
     root = tmp_path_factory.mktemp("tampered")
-    plain, untied = prepared[PLAIN], prepared[UNTIED]
+    plain, untied = prepared[PLAIN.name], prepared[UNTIED_BY_MERGE.name]
     found = {
         "no checkpoint": root / "nothing",
         "the base alone": plain.base,
@@ -111,51 +111,28 @@ def said(
     """Return what every engine says about every checkpoint, by the names of cases and of what is wrong."""
     checkpoints = {**tampered_with, **{name: about.merged for name, about in prepared.items()}}
     root = tmp_path_factory.mktemp("said")
-    running = {engine: _start(engine, engines_python, root, checkpoints.values()) for engine in PROGRAMS}
     return {
-        engine: dict(zip(checkpoints, _lines(engine, process, root, len(checkpoints)), strict=True))
-        for engine, process in running.items()
+        engine: dict(zip(checkpoints, _ask(engine, engines_python, root, checkpoints.values()), strict=True))
+        for engine in PROGRAMS  # one after the other: their threads would wait for each other's
     }
 
 
-def _start(engine: Engine, python: Path, root: Path, checkpoints: Iterator[Path]) -> subprocess.Popen[bytes]:
-    """Start an engine's program."""
+def _ask(engine: Engine, python: Path, root: Path, checkpoints: Collection[Path]) -> list[Line]:
+    """Run an engine's program; return its lines, of which there has to be one for each checkpoint."""
     jobs = [
         {"checkpoint": str(path), "prompts": PROMPTS, "n_tokens": N_TOKENS, "trust_remote_code": True}
         for path in checkpoints
     ]
-    asked = root / f"{engine}.json"
-    asked.write_text(json.dumps({"dtype": DTYPES[engine], "jobs": jobs}))
-    with (
-        asked.open("rb") as stdin,
-        _out(root, engine).open("wb") as out,
-        _err(root, engine).open("wb") as err,
-    ):
-        return subprocess.Popen(
-            [python, *PROGRAMS[engine]],
-            cwd=ROOT,
-            env={**os.environ, "VLLM_CACHE_ROOT": str(root / "cache")},
-            stdin=stdin,
-            stdout=out,
-            stderr=err,
-        )
-
-
-def _lines(engine: Engine, process: subprocess.Popen[bytes], root: Path, n_jobs: int) -> list[Line]:
-    """Wait for an engine; return its lines, of which there has to be one for each job."""
-    try:
-        exit_code = process.wait(LIMIT_S)
-    finally:
-        process.kill()
-    lines = _out(root, engine).read_text().splitlines()
-    noise = _err(root, engine).read_text(errors="replace")[-3000:]
-    assert (exit_code, len(lines)) == (0, n_jobs), f"{engine} exited with {exit_code}: {noise}"
+    run = subprocess.run(
+        [python, *PROGRAMS[engine]],
+        cwd=ROOT,
+        env={**os.environ, "VLLM_CACHE_ROOT": str(root), "OMP_NUM_THREADS": "1"},  # the products are tiny
+        input=json.dumps({"dtype": DTYPES[engine], "jobs": jobs}),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    lines = run.stdout.splitlines()
+    assert (run.returncode, len(lines)) == (0, len(jobs)), f"{engine}: {run.returncode}\n{run.stderr[-3000:]}"
     return [json.loads(line) for line in lines]
-
-
-def _out(root: Path, engine: Engine) -> Path:
-    return root / f"{engine}.out"
-
-
-def _err(root: Path, engine: Engine) -> Path:
-    return root / f"{engine}.err"

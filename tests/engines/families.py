@@ -44,6 +44,7 @@ GEMMA_ROPE = {
 ROPE_3D = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 
 IMAGE, VIDEO, IMAGE_BEGINS, IMAGE_ENDS = 90, 91, 92, 93
+IMAGE_TOKEN, VIDEO_TOKEN, BEGIN_TOKEN, END_TOKEN = (f"w{n - 3}" for n in range(IMAGE, IMAGE_ENDS + 1))
 QWEN_IMAGES = {
     "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": IMAGE_BEGINS,
     "vision_end_token_id": IMAGE_ENDS,
@@ -75,6 +76,12 @@ class Model:
 
     files: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Small files beside the weights that an engine wants to see: JSON by name."""
+
+    special_tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What its processor asks the tokenizer for by name."""
+
+    words: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Words of the tokenizer that have to be others."""
 
     published_as: str = ""
     """What a published config calls the class, where that is another name; as far as engines know, that is its name."""
@@ -146,9 +153,12 @@ INTERNLM2 = Model(
 )
 ALL_LINEAR = _lora(*ATTENTION, *GATED)
 
+PLAIN = Case(LLAMA, "LoRA", _lora(*ATTENTION, *GATED, "lm_head"))
+UNTIED_BY_MERGE = Case(LLAMA_TIED, "LoRA on the embedding", _lora(*ATTENTION, "embed_tokens"))
+
 # What engines refuse as an adapter, or serve wrongly, has to be served as a checkpoint.
 _ADAPTERS: tuple[Case, ...] = (
-    Case(LLAMA, "LoRA", _lora(*ATTENTION, *GATED, "lm_head")),
+    PLAIN,
     Case(LLAMA, "rsLoRA of rank 24", {**ALL_LINEAR, "r": 24, "use_rslora": True}),
     Case(
         LLAMA,
@@ -161,7 +171,7 @@ _ADAPTERS: tuple[Case, ...] = (
     Case(LLAMA, "LoRA and modules_to_save", {**ALL_LINEAR, "modules_to_save": ["lm_head", "embed_tokens"]}),
     Case(LLAMA, "LoRA and trained tokens", {**ALL_LINEAR, "trainable_token_indices": [5, 17, 94]}),
     Case(LLAMA_TIED, "LoRA", ALL_LINEAR),
-    Case(LLAMA_TIED, "LoRA on the embedding", _lora(*ATTENTION, "embed_tokens")),
+    UNTIED_BY_MERGE,
 )
 
 _DENSE: tuple[Case, ...] = (
@@ -424,7 +434,7 @@ _IMAGES: tuple[Case, ...] = (
                     "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, **PIXELS,
                 },
                 "processor_config.json": {
-                    "processor_class": "LlavaProcessor", "patch_size": 14, "image_token": f"w{IMAGE - 3}",
+                    "processor_class": "LlavaProcessor", "patch_size": 14, "image_token": IMAGE_TOKEN,
                     "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
                 },
             },
@@ -452,6 +462,10 @@ _IMAGES: tuple[Case, ...] = (
                     "size": {"height": 28, "width": 28}, **PIXELS,
                 },
             },
+            special_tokens={
+                "context_image_token": IMAGE_TOKEN, "start_image_token": BEGIN_TOKEN,
+                "end_image_token": END_TOKEN, "video_token": VIDEO_TOKEN,
+            },
         ),
         "LoRA of the tower too",
         _lora(*ATTENTION, *GATED, "projection_layer", "fc1", "fc2", "linear_1", "linear_2", "lm_head"),
@@ -476,6 +490,8 @@ _IMAGES: tuple[Case, ...] = (
                 },
                 "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 1},
             },
+            special_tokens={"image_token": IMAGE_TOKEN, "boi_token": BEGIN_TOKEN, "eoi_token": END_TOKEN},
+            words={f"w{n}": "\n" * n for n in range(1, 5)},  # vLLM looks for line breaks around an image
             hub=UNDER_VISION_MODEL,
         ),
         "LoRA of the tower too",

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.engines.building import NOTICEABLE, TOLERANCE, Prepared
-from tests.engines.conftest import LOST, PLAIN, UNTIED, Line
-from tests.engines.families import CASES, Case, Engine
+from tests.engines.building import LOST, NOTICEABLE, TOLERANCE, Prepared
+from tests.engines.families import CASES, PLAIN, UNTIED_BY_MERGE, Case, Engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engines
 of_every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
+Line = dict[str, Any]
 Said = Mapping[Engine, Mapping[str, Line]]
 
 
@@ -91,14 +91,14 @@ def test_turbomind_takes_every_tensor(case, served, record_property):
 
 def test_the_base_alone_is_noticed(prepared, said):
     for engine in ("vllm", "lmdeploy"):
-        assert max(differences(prepared[PLAIN], said[engine]["the base alone"])) > NOTICEABLE
-    assert said["turbomind"]["the base alone"]["digest"] != said["turbomind"][PLAIN]["digest"]
+        assert max(differences(prepared[PLAIN.name], said[engine]["the base alone"])) > NOTICEABLE
+    assert said["turbomind"]["the base alone"]["digest"] != said["turbomind"][PLAIN.name]["digest"]
 
 
 def test_a_lost_tensor_is_nothing_to_vllm_but_is_noticed(prepared, said):
     line = said["vllm"]["a tensor short"]
     assert "error" not in line
-    assert not max(differences(prepared[PLAIN], line)) <= NOTICEABLE  # it may be anything, NaN too
+    assert not max(differences(prepared[PLAIN.name], line)) <= NOTICEABLE  # it may be anything, NaN too
 
 
 def test_a_lost_tensor_is_nothing_to_lmdeploy_but_is_noticed(said):
@@ -114,18 +114,18 @@ def test_turbomind_raises_when_a_tensor_is_lost(said):
 def test_a_head_is_dropped_by_vllm_when_the_config_says_that_it_is_tied(prepared, said):
     line = said["vllm"]["said to be tied"]
     assert "error" not in line
-    assert max(differences(prepared[UNTIED], line)) > NOTICEABLE
+    assert max(differences(prepared[UNTIED_BY_MERGE.name], line)) > NOTICEABLE
 
 
 def test_shards_are_served_as_one_file_is(prepared, said):
     line = said["vllm"]["the merged one in shards"]
-    assert max(differences(prepared[PLAIN], line)) <= TOLERANCE
-    assert said["turbomind"]["the merged one in shards"]["digest"] == said["turbomind"][PLAIN]["digest"]
+    assert max(differences(prepared[PLAIN.name], line)) <= TOLERANCE
+    assert said["turbomind"]["the merged one in shards"]["digest"] == said["turbomind"][PLAIN.name]["digest"]
 
 
 def test_of_two_checkpoints_in_one_place_the_engines_of_lmdeploy_read_different_ones(prepared, said):
     both = "two checkpoints in one place"
-    assert max(differences(prepared[PLAIN], said["lmdeploy"][both])) <= TOLERANCE
+    assert max(differences(prepared[PLAIN.name], said["lmdeploy"][both])) <= TOLERANCE
     assert said["turbomind"][both]["digest"] == said["turbomind"]["the base alone"]["digest"]
 
 
