@@ -72,6 +72,7 @@ def _answered(job: Job, dtype: str) -> Line:
     import vllm
 
     started = time.monotonic()
+    gc.freeze()  # what is imported stays: vLLM collects often, and need not look at it each time
     answers = _answers(job, dtype)
     return {
         "engine": "vllm",

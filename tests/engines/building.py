@@ -103,8 +103,7 @@ def base(root: Path, model: Model) -> Path:
         found.save_pretrained(out)
     if model.hub:
         edit_tensors(out / "model.safetensors", lambda tensors: _rename(tensors, model))
-    if model.published_as:
-        edit_json(out / "config.json", architectures=[model.published_as])
+    edit_json(out / "config.json", **model.published)
     _write_processor(out, model)
     return out
 

@@ -109,7 +109,13 @@ def said(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[Engine, Mapping[str, Line]]:
     """Return what every engine says about every checkpoint, by the names of cases and of what is wrong."""
-    checkpoints = {**tampered_with, **{name: about.merged for name, about in prepared.items()}}
+    merged = {name: about.merged for name, about in prepared.items()}
+    bases = {
+        f"base of {case.name}": prepared[case.name].base
+        for case in CASES
+        if case.otherwise and case.name in merged
+    }
+    checkpoints = {**tampered_with, **merged, **bases}
     root = tmp_path_factory.mktemp("said")
     return {
         engine: dict(zip(checkpoints, _ask(engine, engines_python, root, checkpoints.values()), strict=True))

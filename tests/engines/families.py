@@ -37,6 +37,9 @@ YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
     "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
 }  # fmt: skip
+WHOLE_HEADS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+"""For LMDeploy, whose operators for CPUs rotate no less."""
+
 GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -83,8 +86,8 @@ class Model:
     words: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Words of the tokenizer that have to be others."""
 
-    published_as: str = ""
-    """What a published config calls the class, where that is another name; as far as engines know, that is its name."""
+    published: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What published configs say, and those that transformers writes do not."""
 
     hub: tuple[tuple[str, str], ...] = ()
     """From a name that transformers writes to the Hub's, where engines know only that: patterns and replacements."""
@@ -130,6 +133,9 @@ class Case:
 
     unserved: Mapping[Engine, Unserved] = field(default_factory=dict)
     """Engines that do not take it, merged or not."""
+
+    otherwise: Mapping[Engine, str] = field(default_factory=dict)
+    """Engines that compute something else than transformers, of the base already; and what of it is known."""
 
     @property
     def name(self) -> str:
@@ -255,10 +261,13 @@ def _mixture(
     fields: Mapping[str, Any],
     *modules: str,
     unserved: Mapping[Engine, Unserved] = MappingProxyType({}),
+    otherwise: Mapping[Engine, str] = MappingProxyType({}),
+    published: Mapping[str, Any] = MappingProxyType({}),
 ) -> Case:
     """Return a mixture of experts with an adapter of its experts and of other modules."""
-    model = Model(name, f"{prefix}ForCausalLM", f"{prefix}Config", {**COMMON, **UNTIED, **fields})
-    return Case(model, "LoRA of experts too", _lora(*modules, parameters=STACKED), unserved)
+    architecture = f"{prefix}ForCausalLM"
+    model = Model(name, architecture, f"{prefix}Config", {**COMMON, **UNTIED, **fields}, published=published)
+    return Case(model, "LoRA of experts too", _lora(*modules, parameters=STACKED), unserved, otherwise)
 
 
 _MIXTURES: tuple[Case, ...] = (
@@ -304,12 +313,16 @@ _MIXTURES: tuple[Case, ...] = (
             "Phi-3.5-MoE",
             "PhimoeForCausalLM",
             "PhimoeConfig",
-            {**COMMON, **UNTIED, **LOCAL_EXPERTS, "intermediate_size": 64},
-            published_as="PhiMoEForCausalLM",
+            {
+                **COMMON, **UNTIED, **LOCAL_EXPERTS, "intermediate_size": 64, "attention_bias": True,
+                "lm_head_bias": True,
+            },
+            published={"architectures": ["PhiMoEForCausalLM"]},
         ),
         "LoRA",
         _lora(*ATTENTION),
-        NO_TURBOMIND,
+        {**NO_TURBOMIND, "lmdeploy": Unserved("KeyError: 'type'", "asks for the rope of the published models")},
+        {"vllm": ""},
     ),
     _mixture(
         "Granite-MoE",
@@ -324,12 +337,12 @@ _MIXTURES: tuple[Case, ...] = (
         {
             **SMALL_EXPERTS, **HEADS_OF_32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
             "first_k_dense_replace": 1, "n_shared_experts": 1, "pad_token_id": 0,
-            # LMDeploy's operators for CPUs rotate whole heads
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-            "partial_rotary_factor": 1.0,
+            "rope_parameters": WHOLE_HEADS,
         },
         *ATTENTION,
         unserved=NO_TURBOMIND,
+        otherwise={"lmdeploy": "it chooses experts by softmax, not by sigmoid and bias"},
+        published={"partial_rotary_factor": 1.0},
     ),
 )  # fmt: skip
 
