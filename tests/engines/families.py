@@ -31,6 +31,9 @@ HEADS_OF_32 = {"head_dim": 32}
 WINDOW = {"sliding_window": 8}
 """Shorter than what is generated, so that it matters."""
 
+PER_WIDTH = {"attention_multiplier": 1 / 32}
+"""Scores over the width of a head, as published Granites have them; their config's default does not scale at all."""
+
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SMALL_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 YARN = {
@@ -210,7 +213,7 @@ _DENSE: tuple[Case, ...] = (
         ALL_LINEAR,
         NO_TURBOMIND,
     ),
-    Case(_dense("Granite", "Granite"), "LoRA", ALL_LINEAR, NO_LMDEPLOY),
+    Case(_dense("Granite", "Granite", **PER_WIDTH), "LoRA", ALL_LINEAR, NO_LMDEPLOY),
     Case(
         _dense("GLM-4", "Glm4", **HEADS_OF_32, pad_token_id=0),
         "LoRA",
@@ -327,7 +330,7 @@ _MIXTURES: tuple[Case, ...] = (
     _mixture(
         "Granite-MoE",
         "GraniteMoe",
-        {**LOCAL_EXPERTS, "intermediate_size": 64, "pad_token_id": 0},
+        {**LOCAL_EXPERTS, **PER_WIDTH, "intermediate_size": 64, "pad_token_id": 0},
         *ATTENTION,
         unserved=NO_LMDEPLOY,
     ),
