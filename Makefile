@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= auto
+ENGINES := .venv-engines
+SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers docs test bench clean
+.PHONY: help setup demo check lint format type layers docs test engines engines-table bench clean
 
 help: ## List these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
 setup: $(VENV)/.installed ## Create .venv and install lora-merge with everything that development needs
 
@@ -23,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## Build a small Llama, train a LoRA on it, merge it, and compare what the three generate
 	$(BIN)/python scripts/demo.py
 
-check: lint type layers docs test ## Everything that CI runs
+check: lint type layers docs test ## Everything that CI runs, but for the engines
 
 lint: setup ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -45,9 +47,23 @@ docs: setup ## Check that the generated pages are current (scripts/docs.py --wri
 test: setup ## The test suite
 	$(BIN)/python -m pytest -n $(JOBS)
 
+engines: setup $(ENGINES)/.installed ## Serve merged checkpoints with vLLM and LMDeploy, in an environment of their own
+	$(SERVE)
+
+engines-table: setup $(ENGINES)/.installed ## The same, and write what was measured into docs/engines.md
+	$(SERVE) --write-engines-table docs/engines.md
+
+$(ENGINES)/.installed: tests/engines/requirements.txt tests/engines/torchvision_on_cpu.py
+	@echo "engines: creating $(ENGINES) and installing (a minute or two, 3 GB)"
+	$(PYTHON) -m venv --clear $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		-r tests/engines/requirements.txt
+	$(ENGINES)/bin/python tests/engines/torchvision_on_cpu.py
+	@touch $@
+
 bench: setup ## Time a merge against cp and PEFT on a synthetic Llama (SIZE=3 is gigabytes)
 	$(BIN)/python scripts/bench.py --size $(or $(SIZE),3)
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) .demo .bench .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) .demo .bench .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-pytest_plugins = ["tests.parity.table_plugin"]
+pytest_plugins = ["tests.parity.table_plugin", "tests.engines.table_plugin"]
 
 VOCAB = 96
 COMMON = {
@@ -138,7 +138,7 @@ def tampered(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli() -> Callable[..., Result]:
     """Return a function that runs the real command in this process: ``cli("--base", base, …)``."""
     from lora_merge.cli import main

@@ -1,0 +1,155 @@
+"""Asks vLLM what checkpoints generate. Run by its path, with the interpreter of an environment that has vLLM.
+
+stdin is one document, ``{"dtype": "float32", "jobs": [{"checkpoint": "/a/directory", "prompts": [[1, 2, 3]],
+"n_tokens": 16, "trust_remote_code": false}]}``. stdout gets one line of JSON for each job, in order:
+``{"engine": "vllm", "version", "checkpoint", "answers", "seconds"}``, or ``{"checkpoint", "error"}``. An answer has
+``tokens``, generated greedily and past any end; ``logprobs`` of these; and ``prompt_logprobs``, those of the
+prompt's tokens from the second on. LoRA is never switched on: a checkpoint has to stand alone.
+
+Nothing of this package is imported: the other environment need not have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ALWAYS = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""The last: an engine in this process is gone when it is dropped, and the next job may have its memory."""
+
+ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""A cache of 1 GiB; and no binding to cores, of which a container may not have the ones that vLLM picks."""
+
+Job = dict[str, Any]
+Line = dict[str, Any]
+
+
+def main() -> None:
+    """Answer the document on stdin."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # vLLM and its libraries print on stdout
+    document = json.load(sys.stdin)
+    _set_environment()
+    for job in document["jobs"]:
+        line = _line(job, document.get("dtype", "auto"))
+        lines.write(f"{json.dumps(line)}\n")
+        lines.flush()
+    os._exit(0)  # taking its worker threads down can hang, and there is nothing left to do
+
+
+def _set_environment() -> None:
+    """Set what vLLM reads of the environment, but for what the user has set."""
+    import torch
+
+    for name, value in {**ALWAYS, **({} if torch.cuda.is_available() else ON_CPU)}.items():
+        os.environ.setdefault(name, value)
+
+
+def _line(job: Job, dtype: str) -> Line:
+    """Return what is said about a job."""
+    try:
+        line = _answered(job, dtype)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the next job gets its turn
+        line = {"checkpoint": job["checkpoint"], "error": f"{type(error).__name__}: {error}"}
+    _free()  # here, where no traceback holds on to the engine
+    return line
+
+
+def _answered(job: Job, dtype: str) -> Line:
+    import vllm
+
+    started = time.monotonic()
+    gc.freeze()  # what is imported stays: vLLM collects often, and need not look at it each time
+    answers = _answers(job, dtype)
+    return {
+        "engine": "vllm",
+        "version": vllm.__version__,
+        "checkpoint": job["checkpoint"],
+        "answers": answers,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _answers(job: Job, dtype: str) -> list[Line]:
+    """Start an engine, return what it generates, and shut it down."""
+    import vllm
+
+    _look_into_classes_here(Path(job["checkpoint"]))
+    engine = vllm.LLM(
+        model=job["checkpoint"],
+        dtype=dtype,
+        trust_remote_code=job.get("trust_remote_code", False),
+        max_model_len=max(len(prompt) for prompt in job["prompts"]) + job["n_tokens"],
+        enforce_eager=True,  # nothing is asked often enough to pay for a compilation
+        enable_prefix_caching=False,  # a cached prompt has no log-probabilities
+        seed=0,
+    )
+    try:
+        asked = vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=job["n_tokens"],
+            ignore_eos=True,
+            logprobs=0,
+            prompt_logprobs=0,
+            detokenize=False,
+        )
+        prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        return [_answer(output) for output in engine.generate(prompts, asked, use_tqdm=False)]
+    finally:
+        with contextlib.suppress(Exception):
+            engine.llm_engine.engine_core.shutdown()
+
+
+def _answer(output: Any) -> Line:
+    """Return what vLLM says about one prompt."""
+    generated = output.outputs[0]
+    tokens = list(generated.token_ids)
+    prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return {
+        "tokens": tokens,
+        "logprobs": [at[token].logprob for token, at in zip(tokens, generated.logprobs, strict=True)],
+        "prompt_logprobs": [at[token].logprob for token, at in prompt],
+    }
+
+
+def _look_into_classes_here(checkpoint: Path) -> None:
+    """Let vLLM look into a model's class in this process.
+
+    It starts another one for that, which takes half a minute and only matters where importing the class would
+    touch a GPU.
+    """
+    import torch
+    from vllm import ModelRegistry
+
+    if torch.cuda.is_available():
+        return
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    for architecture in config.get("architectures") or ():
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def _free() -> None:
+    """Give back what an engine held: its memory and its place in torch's process groups."""
+    with contextlib.suppress(Exception):
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+    gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Merged checkpoints, and what each engine says about all of them: one process for each engine and session."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.engines.building import LOST, N_TOKENS, PROMPTS, Prepared, prepare
+from tests.engines.families import CASES, PLAIN, UNTIED_BY_MERGE, Engine
+from tests.tampering import edit_json, edit_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+Line = dict[str, Any]
+
+# These import engines, and run under another interpreter.
+collect_ignore = ["lmdeploy_on_cpu.py", "lmdeploy_script.py", "turbomind_script.py"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS: Mapping[Engine, list[str]] = {
+    "vllm": [str(ROOT / "lora_merge" / "engines" / "vllm_script.py")],
+    "lmdeploy": ["-m", "tests.engines.lmdeploy_script"],
+    "turbomind": ["-m", "tests.engines.turbomind_script"],
+}
+DTYPES: Mapping[Engine, str] = {"vllm": "float32", "lmdeploy": "float32", "turbomind": "bfloat16"}
+"""TurboMind computes in nothing wider."""
+
+LIMIT_S = 1800
+"""Of one engine for everything; it takes minutes."""
+
+
+@pytest.fixture(scope="session")
+def engines_python(pytestconfig: pytest.Config) -> Path:
+    """Return the interpreter of the engines' environment."""
+    given = pytestconfig.getoption("--engines-python")
+    if given is None:
+        pytest.skip("needs --engines-python, an interpreter with vLLM and LMDeploy: make engines")
+    return Path(given).absolute()
+
+
+@pytest.fixture(scope="session")
+def prepared(
+    request: pytest.FixtureRequest,
+    engines_python: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    cli: Callable[..., Any],
+) -> Mapping[str, Prepared]:
+    """Return the merged checkpoint of every case that this session asks for, and of two that are tampered with."""
+    root = tmp_path_factory.mktemp("engines")
+    callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    asked = {spec.params["case"].name for spec in callspecs if "case" in spec.params}
+    return {
+        case.name: prepare(root, case, cli)
+        for case in CASES
+        if case.name in {*asked, PLAIN.name, UNTIED_BY_MERGE.name}
+    }
+
+
+@pytest.fixture(scope="session")
+def tampered_with(
+    prepared: Mapping[str, Prepared], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
+    """Return checkpoints with something wrong about them, by what it is."""
+    root = tmp_path_factory.mktemp("tampered")
+    plain, untied = prepared[PLAIN.name], prepared[UNTIED_BY_MERGE.name]
+    found = {
+        "no checkpoint": root / "nothing",
+        "the base alone": plain.base,
+        "the merged one in shards": root / "shards",
+        "a tensor short": root / "short",
+        "two checkpoints in one place": root / "two",
+        "said to be tied": root / "tied",
+    }
+    shutil.copytree(plain.merged, found["a tensor short"])
+    edit_tensors(found["a tensor short"] / "model.safetensors", lambda tensors: tensors.pop(LOST))
+    shutil.copytree(untied.merged, found["said to be tied"])
+    edit_json(found["said to be tied"] / "config.json", tie_word_embeddings=True)
+    for name in ("the merged one in shards", "two checkpoints in one place"):
+        shutil.copytree(plain.merged, found[name])
+        _shard(found[name])
+    shutil.copy(plain.base / "model.safetensors", found["two checkpoints in one place"])
+    return found
+
+
+def _shard(checkpoint: Path) -> None:
+    """Store a checkpoint of one file as one with an index."""
+    from safetensors import safe_open
+
+    one, shard = checkpoint / "model.safetensors", "model-00001-of-00001.safetensors"
+    with safe_open(one, "pt") as tensors:
+        places = dict.fromkeys(tensors.keys(), shard)
+    one.rename(checkpoint / shard)
+    index = {"metadata": {"total_size": (checkpoint / shard).stat().st_size}, "weight_map": places}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def said(
+    prepared: Mapping[str, Prepared],
+    tampered_with: Mapping[str, Path],
+    engines_python: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Mapping[Engine, Mapping[str, Line]]:
+    """Return what every engine says about every checkpoint, by the names of cases and of what is wrong."""
+    merged = {name: about.merged for name, about in prepared.items()}
+    bases = {
+        f"base of {case.name}": prepared[case.name].base
+        for case in CASES
+        if case.otherwise and case.name in merged
+    }
+    checkpoints = {**tampered_with, **merged, **bases}
+    root = tmp_path_factory.mktemp("said")
+    return {
+        engine: dict(zip(checkpoints, _ask(engine, engines_python, root, checkpoints.values()), strict=True))
+        for engine in PROGRAMS  # one after the other: their threads would wait for each other's
+    }
+
+
+def _ask(engine: Engine, python: Path, root: Path, checkpoints: Collection[Path]) -> list[Line]:
+    """Run an engine's program; return its lines, of which there has to be one for each checkpoint."""
+    jobs = [
+        {"checkpoint": str(path), "prompts": PROMPTS, "n_tokens": N_TOKENS, "trust_remote_code": True}
+        for path in checkpoints
+    ]
+    run = subprocess.run(
+        [python, *PROGRAMS[engine]],
+        cwd=ROOT,
+        env={**os.environ, "VLLM_CACHE_ROOT": str(root), "OMP_NUM_THREADS": "1"},  # the products are tiny
+        input=json.dumps({"dtype": DTYPES[engine], "jobs": jobs}),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    lines = run.stdout.splitlines()
+    assert (run.returncode, len(lines)) == (0, len(jobs)), f"{engine}: {run.returncode}\n{run.stderr[-3000:]}"
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,120 @@
+"""The three kernels that LMDeploy has for GPUs only, in plain torch; everything else is its own.
+
+One sequence at a time, always from its first token: there is no cache to be wrong about.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import lmdeploy.pytorch.config
+import lmdeploy.pytorch.configurations.deepseek_v2
+import torch
+from lmdeploy.pytorch.backends import selector
+from lmdeploy.pytorch.backends.attention import AttentionImpl, PagedAttentionBuildSpec
+from lmdeploy.pytorch.backends.default.op_backend import DefaultOpsBackend
+from lmdeploy.pytorch.backends.flash_attention import FlashAttentionBuildSpec
+from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
+from torch.nn.functional import linear, silu
+
+
+class Attention(AttentionImpl):
+    """Causal attention: query [n, heads, width], key and value [n, groups, width]."""
+
+    def forward(
+        self, query: Any, key: Any, value: Any, *_: Any, learnable_sink: Any = None, **__: Any
+    ) -> Any:
+        if value is None or value.shape[-1] != self.v_head_size:
+            value = key[..., : self.v_head_size]  # of latent attention the values are a part of the keys
+        n_repeats = query.shape[1] // key.shape[1]
+        keys, values = (tensor.repeat_interleave(n_repeats, 1).float() for tensor in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * self.scale
+        if self.logit_softcapping:
+            scores = torch.tanh(scores / self.logit_softcapping) * self.logit_softcapping
+        scores = scores.masked_fill(~self._seen(len(query)), float("-inf"))
+        if learnable_sink is None:
+            weights = scores.softmax(-1)
+        else:
+            sinks = learnable_sink.float().view(-1, 1, 1).expand(-1, len(query), 1)
+            weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        return torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
+
+    def _seen(self, n_tokens: int) -> torch.Tensor:
+        """Return which token [query, key] sees which."""
+        at = torch.arange(n_tokens)
+        seen = at[None, :] <= at[:, None]
+        window = self.sliding_window
+        window = window[0] if isinstance(window, tuple | list) else window
+        return seen & (at[None, :] > at[:, None] - window) if window and window > 0 else seen
+
+
+class Experts(FusedMoEImpl):
+    """Experts one after the other: gate_up [experts, 2·width, hidden], down [experts, hidden, width]."""
+
+    def __init__(self, spec: FusedMoEBuildSpec) -> None:
+        self.spec = spec
+
+    def ep_expert_list(self, world_size: int, rank: int) -> list[int]:
+        return list(range(self.spec.num_experts))
+
+    def forward(
+        self, hidden_states: Any, topk_weights: Any, topk_ids: Any, *weights: Any, act_func: Any = None
+    ) -> Any:
+        gate_up_weights, down_weights, gate_up_bias, down_bias, _ = weights
+        if self.spec.renormalize:
+            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(hidden_states)
+        for e in range(self.spec.num_experts):
+            rows, ranks = (topk_ids == e).nonzero(as_tuple=True)
+            inner = linear(hidden_states[rows], gate_up_weights[e], _of(gate_up_bias, e))
+            inner = act_func(inner) if act_func else _gated(inner)
+            outer = linear(inner, down_weights[e], _of(down_bias, e))
+            out.index_add_(0, rows, (outer * topk_weights[rows, ranks, None]).to(out.dtype))
+        return out
+
+
+def _of(biases: Any, e: int) -> Any:
+    return None if biases is None else biases[e]
+
+
+def _gated(inner: torch.Tensor) -> torch.Tensor:
+    gate, up = inner.chunk(2, -1)
+    return silu(gate) * up
+
+
+class Backend(DefaultOpsBackend):
+    """LMDeploy's own operators of no device, and the above."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "plain torch"
+
+    @classmethod
+    def build_op(cls, spec: Any, *, enable_deterministic: bool = False) -> Any:
+        if isinstance(spec, PagedAttentionBuildSpec):
+            return Attention(
+                spec.num_heads,
+                spec.head_dim,
+                scale=spec.scale,
+                num_kv_heads=spec.num_kv_heads,
+                v_head_size=spec.v_head_dim,
+                alibi=spec.alibi,
+                sliding_window=spec.sliding_window,
+                logit_softcapping=spec.logit_softcapping,
+                causal=spec.causal,
+                use_flash_mla=spec.use_flash_mla,
+            )
+        if isinstance(spec, FlashAttentionBuildSpec):
+            return SimpleNamespace(forward=None)  # a tower's: its weights are loaded, and no image is shown
+        if isinstance(spec, FusedMoEBuildSpec):
+            return Experts(spec)
+        return super().build_op(spec, enable_deterministic=enable_deterministic)
+
+
+def install() -> None:
+    """Let LMDeploy build its models with this backend."""
+    selector._get_backend = lambda: Backend
+    lmdeploy.pytorch.config.is_bf16_supported = lambda *_, **__: True
+    lmdeploy.pytorch.configurations.deepseek_v2.flash_mla_available = lambda: False
+    torch.Tensor.cuda = lambda self, *_, **__: self  # experts are moved to a GPU to be transposed there

@@ -1,0 +1,113 @@
+"""Asks LMDeploy's PyTorch engine what checkpoints generate, and which of its parameters they leave empty.
+
+Its own reading of the config, model classes, weight loader, name mapping and packing; attention and experts are
+`tests.engines.lmdeploy_on_cpu`'s. Not asked: its cache and its scheduler. Every parameter is NaN before weights are
+loaded, since LMDeploy says nothing of tensors that a checkpoint lacks: what is NaN afterwards is ``unloaded``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TORCHDYNAMO_DISABLE="1")
+
+import lmdeploy
+import torch
+from lmdeploy.pytorch.config import ModelConfig
+from lmdeploy.pytorch.model_inputs import BuildModelContext, StepCtxMgrApi
+from lmdeploy.pytorch.models.patch import build_patched_model
+from lmdeploy.pytorch.weight_loader.model_weight_loader import load_model_weights
+
+from tests.engines.answering import Job, Line, answer_all
+from tests.engines.lmdeploy_on_cpu import install
+
+CPU = torch.device("cpu")
+
+
+def answer(job: Job, dtype: str) -> Line:
+    """Return what is said about a job."""
+    model, n_layers = _empty_model(job["checkpoint"], dtype)
+    load_model_weights(model, job["checkpoint"], device=CPU)
+    unloaded = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    answers = (
+        [] if unloaded else [_answer(model, n_layers, prompt, job["n_tokens"]) for prompt in job["prompts"]]
+    )
+    return {"engine": "lmdeploy", "version": lmdeploy.__version__, "unloaded": unloaded, "answers": answers}
+
+
+def _empty_model(checkpoint: str, dtype: str) -> tuple[Any, int]:
+    """Return LMDeploy's model, every parameter NaN, and its number of layers."""
+    config = ModelConfig.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype)
+    context = BuildModelContext(
+        fp32_lm_head=config.fp32_lm_head,
+        tie_word_embeddings=config.tie_word_embeddings,
+        quant_config=config.quant_config,
+    )
+    model = build_patched_model(config, device=CPU, build_model_ctx=context)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data.fill_(float("nan"))
+    return model, config.num_layers
+
+
+@torch.inference_mode()
+def _answer(model: Any, n_layers: int, prompt: list[int], n_tokens: int) -> Line:
+    """Return what is generated after a prompt, token by token, each time from the start."""
+    tokens = list(prompt)
+    for _ in range(n_tokens):
+        rows = _log_probabilities(model, n_layers, tokens)
+        tokens.append(int(rows[-1].argmax()))
+    rows = _log_probabilities(model, n_layers, tokens[:-1])
+    of_each = [float(row[token]) for row, token in zip(rows, tokens[1:], strict=True)]
+    n_known = len(prompt) - 1
+    return {
+        "tokens": tokens[len(prompt) :],
+        "logprobs": of_each[n_known:],
+        "prompt_logprobs": of_each[:n_known],
+    }
+
+
+def _log_probabilities(model: Any, n_layers: int, tokens: list[int]) -> torch.Tensor:
+    """Return the log-probabilities [n, vocabulary] of what comes after each token."""
+    n = len(tokens)
+    positions = torch.arange(n)[None]
+    nothing = torch.zeros(1, 1, 1, 4096)  # stands where a cache would be, and is never read
+    step = SimpleNamespace(
+        enable_microbatch=False, is_decoding=False, dp_meta=None, moe_metadata=None, local_adapter_ids=None
+    )
+    more = {}
+    if "mrope_position_ids" in inspect.signature(model.forward).parameters:
+        more["mrope_position_ids"] = positions.expand(3, -1).contiguous()
+    with StepCtxMgrApi().context(model.ctx_mgr), model.ctx_mgr.context(step):
+        hidden = model(
+            input_ids=torch.tensor([tokens]),
+            position_ids=positions,
+            past_key_values=[[nothing, nothing]] * n_layers,
+            attn_metadata=_attention_of(n),
+            **more,
+        )
+    hidden = hidden["hidden_states"] if isinstance(hidden, dict) else hidden
+    return torch.log_softmax(model.get_logits(hidden)[0].float(), -1)
+
+
+def _attention_of(n: int) -> SimpleNamespace:
+    """Return what LMDeploy tells its attention of one whole sequence."""
+    return SimpleNamespace(
+        is_decoding=False,
+        quant_policy=0,
+        block_offsets=torch.zeros(1, 1, dtype=torch.long),
+        q_start_loc=torch.zeros(1, dtype=torch.long),
+        q_seqlens=torch.tensor([n]),
+        kv_seqlens=torch.tensor([n]),
+        fill_seqlens=None,
+        cu_seqlens_q=torch.tensor([0, n]),
+        cu_seqlens_k=torch.tensor([0, n]),
+    )
+
+
+if __name__ == "__main__":
+    install()
+    answer_all(answer)
