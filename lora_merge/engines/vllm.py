@@ -85,7 +85,10 @@ def ask_vllm(
         words = " / ".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
         sentence = f"{python} ended with code {done.returncode} before vLLM answered: {words}"
         raise RequestError("", 0, "engine", sentence, hint=_HINT)
-    return _parse(json.loads(lines[-1]))
+    table = json.loads(lines[-1])
+    if "No module named 'vllm'" in str(table.get("error")):
+        raise RequestError("", 0, "engine", f"{python} has no vLLM", hint=_HINT)
+    return _parse(table)
 
 
 def _parse(table: dict[str, Any]) -> Heard:
