@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks import CHECKS, Evidence
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_merge.core.plan import MergePlan
-    from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRecord
+
+
+_N_THREADS = 2
 
 
 def verify(
@@ -31,11 +34,13 @@ def verify(
         level: ``sample`` recomputes three rows of each merged tensor, ``full`` every value.
     """
     evidence = Evidence(plan, root, tuple(records), level)
-    issues: list[Issue] = []
-    for check in CHECKS.values():
-        issues += check(evidence)
-        if check is structure and issues:  # the others presuppose the files that it misses
-            return Verdict(level, len(plan.steps), 0, tuple(issues))
+    issues = list(structure(evidence))
+    if issues:  # the others presuppose the files that it misses
+        return Verdict(level, len(plan.steps), 0, tuple(issues))
+    others = [check for check in CHECKS.values() if check is not structure]
+    with ThreadPoolExecutor(_N_THREADS) as pool:  # a tokenizer takes as long to load as all else to check
+        for found in pool.map(lambda check: list(check(evidence)), others):
+            issues += found
     n_rows = sum(
         len(rows)
         for step in plan.steps

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,8 +130,33 @@ def _clear(path: Path) -> None:
         raise write_error(path, exc) from exc
 
 
+@contextlib.contextmanager
+def flushing(staged: Path) -> Iterator[None]:
+    """Make what is staged durable while a block runs, and wait for that at its end.
+
+    After an error in the block nobody waits: what is staged will be cleared.
+
+    Raises:
+        WriteError: the disk does not take it.
+    """
+    failures: list[OSError] = []
+
+    def flush() -> None:
+        try:
+            _flush(staged)
+        except OSError as exc:
+            failures.append(exc)
+
+    thread = threading.Thread(target=flush, name="flush", daemon=True)
+    thread.start()
+    yield
+    thread.join()
+    if failures:
+        raise write_error(staged, failures[0]) from failures[0]
+
+
 def publish(staged: Path, out: Path) -> None:
-    """Flush the staged output to the disk and give it its name, replacing what had it.
+    """Flush the staged output to the disk, or what `flushing` left of that, and give it its name, replacing what had it.
 
     Where the kernel can exchange two names, there is no moment without an output.
 

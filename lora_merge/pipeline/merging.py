@@ -106,20 +106,25 @@ class _Work:
     def write(self, staged: Path) -> tuple[Verdict, dict[str, Survival]]:
         """Fill the staging directory; return what its verification says, and what became of each delta.
 
+        While the disk takes the output in, the processor has nothing else to do than to verify it.
+
         Raises:
             VerifyError: it says no.
+            WriteError: the disk does not take it.
         """
         writer = HfCheckpoint(staged)
         records = self._fill(writer)
         writer.seal(self.plan, records, _provenance(self.request, self.planned))
         survival = {record.name: record.survival for record in records if record.survival}
         if self.request.verify == "none":
-            return NOT_VERIFIED, survival
-        with self.clock("verify"), one_torch_thread():
-            self.watch.phase("verifying", 0)
-            verdict = check_output(self.plan, staged, records, self.request.verify)
-        if not verdict.ok:
-            raise VerifyError(verdict)
+            return NOT_VERIFIED, survival  # publishing flushes it
+        with staging.flushing(staged):
+            with self.clock("verify"), one_torch_thread():
+                self.watch.phase("verifying", 0)
+                verdict = check_output(self.plan, staged, records, self.request.verify)
+            if not verdict.ok:
+                raise VerifyError(verdict)
+            self.watch.phase("flushing", 0)
         return verdict, survival
 
     def _fill(self, writer: HfCheckpoint) -> list[TensorRecord]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import threading
+
 import pytest
 
 from lora_merge.errors import WriteError
@@ -77,3 +80,29 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="file"), staging.staging(tmp_path / "file" / "out"):
         pass
+
+
+def test_what_is_staged_is_flushed_by_the_end_of_the_block(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(staging, "_fsync", lambda path: flushed.append(path.name))
+    with staging.flushing(fill(tmp_path, "text")):
+        pass
+    assert flushed == ["config.json", tmp_path.name]
+
+
+def test_a_disk_that_fails_while_flushing_is_a_write_error(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(staging, "_fsync", fail)
+    with pytest.raises(WriteError, match="no space left"), staging.flushing(tmp_path):
+        pass
+
+
+def test_after_an_error_nobody_waits_for_the_disk(tmp_path, monkeypatch):
+    enough = threading.Event()
+    monkeypatch.setattr(staging, "_fsync", lambda path: enough.wait(60))
+    with pytest.raises(KeyError), staging.flushing(tmp_path):
+        raise KeyError
+    assert any(thread.name == "flush" for thread in threading.enumerate())  # still at it
+    enough.set()

@@ -44,7 +44,7 @@ def _fast(output: Output) -> Iterator[Issue]:
     except Exception as exc:  # noqa: BLE001 - the library raises Exception itself
         yield error("tokenizer", _FAST, f"does not load ({exc})"[:300], "copy it from the original model")
         return
-    last = max(loaded.get_vocab(with_added_tokens=True).values(), default=-1)
+    n_tokens = loaded.get_vocab_size(with_added_tokens=True)
     rows = max(
         (
             ref.shape[0]
@@ -53,10 +53,8 @@ def _fast(output: Output) -> Iterator[Issue]:
         ),
         default=None,
     )
-    if rows is not None and last >= rows and _counts_tokens(output):
-        sentence = (
-            f"has the token {last}, and the embedding has {rows} rows: an engine fails when it meets it"
-        )
+    if rows is not None and n_tokens > rows and _counts_tokens(output):
+        sentence = f"has {n_tokens} tokens, and the embedding has {rows} rows: an engine fails at one beyond"
         yield warning("token-beyond", _FAST, sentence)
 
 
