@@ -45,14 +45,6 @@ class Answer:
         """Return the log-probabilities, float64 ``[positions, width]``."""
         return _log_softmax(self.scores)
 
-    def of_tokens(self) -> np.ndarray:
-        """Return the log-probability of each token after the first, given those before it."""
-        import numpy as np
-
-        following = (*self.prompt.ids, *self.tokens)[1:]
-        table = self.logprobs()[-len(following) :]
-        return table[np.arange(len(following)), list(following)]
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -121,7 +113,7 @@ def compare(engine: str, wanted: Answer, scores: Any, tolerance: float) -> Compa
         wanted.prompt.label,
         largest,
         tolerance,
-        kl=max(0.0, float((np.exp(p) * (p - q)).sum(-1).max())),
+        kl=max(float((np.exp(p) * (p - q)).sum(-1).max()), 0.0),  # this way round NaN stays NaN
         top1=float((said == wanted.scores.argmax(-1)).mean()),
         first_diverging=first_difference(wanted.tokens, own),
         n_tokens=n,
@@ -133,11 +125,12 @@ def compare_logprobs(
 ) -> Comparison:
     """Return how far the log-probabilities of an engine are from base and adapter's.
 
-    They are compared as far as both say the same: after that they are about something else.
+    They are compared as far as both say the same, and where they part: what the engine says there has to be as likely to
+    base and adapter. After that they are about something else.
 
     Args:
         engine: which it is.
-        wanted: of base and adapter.
+        wanted: of base and adapter, of a model that continues its prompt.
         tokens: what the engine says.
         logprobs: of each token of the prompt after the first, and of those it says, given the ones before.
         tolerance: the largest difference of two log-probabilities that passes.
@@ -145,14 +138,16 @@ def compare_logprobs(
     import numpy as np
 
     first = first_difference(wanted.tokens, tokens)
-    n_said = len(wanted.tokens) if first is None else first
-    n = len(wanted.prompt.ids) - 1 + n_said
-    theirs, ours = np.array(logprobs[:n]), wanted.of_tokens()[:n]
-    largest = float(np.abs(theirs - ours).max()) if len(theirs) == n and n else float("inf")
+    heard = (*wanted.prompt.ids, *tokens)[1:]
+    n = len(wanted.prompt.ids) - 1 + (len(tokens) if first is None else first + 1)
+    table = wanted.logprobs()
+    complete = 0 < n <= min(len(heard), len(logprobs), len(table))
+    ours = table[np.arange(n), list(heard[:n])] if complete else np.zeros(1)
+    theirs = np.array(logprobs[:n]) if complete else np.full(1, np.inf)
     return Comparison(
         engine,
         wanted.prompt.label,
-        largest,
+        float(np.abs(theirs - ours).max()),
         tolerance,
         first_diverging=first,
         n_tokens=len(wanted.tokens),

@@ -134,7 +134,8 @@ class Conversion:
             if assembly is None:
                 found[parameter] = "no stored tensor belongs to it"
             elif assembly.shape != tuple(value.shape):
-                found[parameter] = f"what is stored for it is {shape_text(assembly.shape)}"
+                got, wanted = shape_text(assembly.shape), shape_text(tuple(value.shape))
+                found[parameter] = f"what is stored for it is {got}, expected {wanted}"
         tied = getattr(self._model, "all_tied_weights_keys", None) or {}
         ends = {**tied, **{source: target for target, source in tied.items()}}
         return {name: why for name, why in found.items() if name not in ends or ends[name] in found}

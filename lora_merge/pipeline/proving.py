@@ -41,9 +41,14 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
     """Return what every check says about an output.
 
     Raises:
+        RequestError: the engine that is to be asked is not there.
         ResolveError: there is no such output; or a base or adapter that the request names cannot be read.
         PlanError: those that the request names do not fit, or cannot be run.
     """
+    if request.engine:
+        from lora_merge.engines.vllm import find_python
+
+        find_python(request.engine_python)  # before anything takes time
     proving = _Proving(request, observer or Silence(), Clock(), _output(request.out))
     return proving.proof()
 
@@ -98,7 +103,9 @@ class _Proving:
             self.watch.phase("asking what engines ask", 0)
             issues = tuple(issue for rule in RULES.values() for issue in rule(self.output))
         return Finding(
-            "loadable", f"{len(self.output.tensors())} tensors in {len(self.output.files)} files", issues
+            "loadable",
+            f"{len(self.output.tensors())} tensors in {_counted(len(self.output.files), 'file')}",
+            issues,
         )
 
     def _manifest(self) -> tuple[Manifest | None, Finding]:
@@ -196,6 +203,10 @@ class _Proving:
             then = manifest.tensors.get(slot.name) if manifest else None
             digest = then.digest if then else self.digest(here)
             yield TensorRecord(slot.name, slot.file, slot.nbytes, digest, finite=is_finite(here))
+
+
+def _counted(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
 
 
 def _text(recorded: RecordedInput, near: Path) -> str:

@@ -24,5 +24,6 @@ def complete(output: Output) -> Iterator[Issue]:
         return
     shapes = {name: ref.shape for name, ref in output.tensors().items()}
     for parameter, why in conversion.missing(shapes).items():
-        sentence = f"the model has this parameter, and {why}: engines leave it at random, without a word"
-        yield error("missing-parameter", parameter, sentence, "the checkpoint is incomplete; merge again")
+        sentence = f"the model has this parameter, and {why}"
+        hint = "engines leave such a one at random without a word; fetch the base again, and merge again"
+        yield error("missing-parameter", parameter, sentence, hint)

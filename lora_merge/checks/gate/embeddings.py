@@ -48,7 +48,7 @@ def _sizes(config: Mapping[str, object], refs: list[TensorRef]) -> Iterator[Issu
 def _ties(config: Mapping[str, object], inputs: list[TensorRef], heads: list[TensorRef]) -> Iterator[Issue]:
     """Yield a tie in the configuration where the two ends are stored and differ.
 
-    vLLM goes by the flag and drops the head; transformers looks at the tensors.
+    LMDeploy goes by the flag and leaves the head out, as vLLM did for long; transformers looks at the tensors.
     """
     levels = [level for _, level in config_levels(config)]
     if len(inputs) != 1 or len(heads) != 1 or not any(level.get("tie_word_embeddings") for level in levels):
@@ -59,7 +59,7 @@ def _ties(config: Mapping[str, object], inputs: list[TensorRef], heads: list[Ten
             return
     elif embedding.shape != head.shape:
         return
-    sentence = f"differs from {embedding.name}, and config.json says that they are tied: engines drop it"
+    sentence = f"differs from {embedding.name}, and config.json says that they are tied: engines that go by it leave this one out"
     if any(level.get("model_type") in SCALED_WHEN_TIED for level in levels):
         yield warning("tied-apart", head.name, sentence, "transformers reads both; other engines may not")
     else:
