@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.gate import RULES
+from lora_merge.io.files import same_bytes
 from lora_merge.io.output import read_output
 
 if TYPE_CHECKING:
@@ -26,16 +27,23 @@ def loadable(evidence: Evidence) -> Iterator[Issue]:
     A base that names no architecture, say, is merged as it is: its owner knows how it is loaded. Whether the model has a
     tensor for every parameter is asked where transformers is loaded anyway: it takes as long as many a merge.
     """
-    found = gate(evidence.output)
+    base = Path(evidence.plan.base)
+    found = [issue for issue in gate(evidence.output) if not _came_along(issue, evidence.root, base)]
     if not found:
         return
-    own = {(issue.code, issue.subject) for issue in gate(read_output(Path(evidence.plan.base)))}
+    own = {(issue.code, issue.subject) for issue in gate(read_output(base))}
     for issue in found:
         if (issue.code, issue.subject) not in own:
             yield issue
         elif issue.severity in _MILDER:
             sentence = f"{issue.sentence}; so it is in the base"
             yield replace(issue, severity=_MILDER[issue.severity], sentence=sentence)
+
+
+def _came_along(issue: Issue, root: Path, base: Path) -> bool:
+    """Return True for a note about a file that is the base's: no reason to ask the base for all that it has."""
+    here, there = root / issue.subject, base / issue.subject
+    return issue.severity == "note" and here.is_file() and there.is_file() and same_bytes(here, there)
 
 
 def gate(output: Output) -> list[Issue]:

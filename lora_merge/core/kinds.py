@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -141,3 +142,14 @@ def field_issues(config: Mapping[str, Any], known: Collection[str] = KNOWN_FIELD
         else:
             issues.append(warning("unknown-field", field, sentence))
     return issues
+
+
+def peft_version(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the release of PEFT that wrote an adapter; None where its configuration does not say.
+
+    Example:
+        >>> peft_version({"peft_version": "0.18.1.dev0"}), peft_version({})
+        ((0, 18, 1), None)
+    """
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    return tuple(map(int, found.groups())) if found else None

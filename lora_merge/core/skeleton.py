@@ -151,6 +151,14 @@ def _signature(layer: Any) -> list[object]:
     ]
 
 
+def model_class(config: Mapping[str, Any]) -> Any:
+    """Return transformers' class for a ``config.json``, or None when it has none."""
+    import transformers
+
+    names = config.get("architectures") or [""]
+    return getattr(transformers, str(names[0]), None)
+
+
 def meta_model(config: Mapping[str, Any]) -> Any:
     """Return the model of a ``config.json`` on the meta device, or None when transformers has no class for it.
 
@@ -163,18 +171,16 @@ def meta_model(config: Mapping[str, Any]) -> Any:
 def _built(text: str) -> Any:
     """Return the model of the text of a ``config.json``."""
     import torch
-    import transformers
 
     config = json.loads(text)
-    names = config.get("architectures") or [""]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
+    known = model_class(config)
+    if known is None:
         return None
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             parsed = parse_config(config)
-            return None if parsed is None else model_class(parsed)
+            return None if parsed is None else known(parsed)
     except Exception:  # noqa: BLE001 - a config that its own class rejects is as good as unknown
         return None
 
@@ -197,8 +203,8 @@ def _describe(model: Any) -> Skeleton:
             path: tuple(name for name, _ in module.named_parameters(recurse=False))
             for path, module in modules.items()
         },
-        input_embedding=paths.get(id(_embedding(model, "get_input_embeddings"))),
-        output_embedding=paths.get(id(_embedding(model, "get_output_embeddings"))),
+        input_embedding=paths.get(id(embedding(model, "get_input_embeddings"))),
+        output_embedding=paths.get(id(embedding(model, "get_output_embeddings"))),
         transposed=frozenset(
             path for path, module in modules.items() if getattr(module, "is_transposed", False)
         ),
@@ -206,7 +212,7 @@ def _describe(model: Any) -> Skeleton:
     )
 
 
-def _embedding(model: Any, getter: str) -> Any:
+def embedding(model: Any, getter: str) -> Any:
     """Return an embedding of a model, or None where it has none to give."""
     try:
         return getattr(model, getter)()

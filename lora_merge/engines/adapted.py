@@ -53,7 +53,7 @@ class Ingredients:
     longest: int
     """Most terms of a sum: the widest merged matrix."""
 
-    unrounded: Callable[[], Mapping[str, Any]]
+    unrounded: Callable[[], dict[str, Any]]
     """Every tensor of the merged checkpoint, those that change in float32."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import Answer, Prompt
 from lora_merge.core.report import error
-from lora_merge.core.skeleton import parse_config
+from lora_merge.core.skeleton import embedding, model_class, parse_config
 from lora_merge.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -62,11 +62,8 @@ class Loader:
             self._config, self._class = self._known(config) or self._remote(config)
 
     def _known(self, config: Mapping[str, Any]) -> tuple[Any, Any] | None:
-        import transformers
-
-        names = config.get("architectures") or [""]
-        model_class, parsed = getattr(transformers, str(names[0]), None), parse_config(config)
-        return None if model_class is None or parsed is None else (parsed, model_class)
+        known, parsed = model_class(config), parse_config(config)
+        return None if known is None or parsed is None else (parsed, known)
 
     def _remote(self, config: Mapping[str, Any]) -> tuple[Any, Any]:
         table = config.get("auto_map")
@@ -131,13 +128,15 @@ def answer(model: Any, prompt: Prompt, n_tokens: int) -> Answer:
         n_tokens: how many it is to say, if it can.
     """
     said: list[int] = []
-    is_text = bool(prompt.ids) and _is_vocabulary(model)
-    for _ in range(max(1, n_tokens if is_text and _speaks(model) else 1)):
+    head = embedding(model, "get_output_embeddings")
+    is_text = bool(prompt.ids) and head is not None
+    speaks = is_text and _speaks(model)
+    for _ in range(n_tokens if speaks else 1):
         result = scores(model, prompt, tuple(said))
-        if is_text and _speaks(model):
+        if speaks:
             said.append(int(result[-1].argmax()))
-    if _says_width(model) not in {None, result.shape[-1]}:
-        is_text = False
+    weight = getattr(head, "weight", None)
+    is_text = is_text and (weight is None or len(weight) == result.shape[-1])
     return Answer(prompt, tuple(said), result, is_text)
 
 
@@ -186,13 +185,3 @@ def _inputs(model: Any, ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
 def _speaks(model: Any) -> bool:
     can: Callable[[], bool] | None = getattr(model, "can_generate", None)
     return bool(can and can())
-
-
-def _is_vocabulary(model: Any) -> bool:
-    return getattr(model, "get_output_embeddings", lambda: None)() is not None
-
-
-def _says_width(model: Any) -> int | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
-    return None if weight is None else int(weight.shape[0])

@@ -65,7 +65,7 @@ def refer(
                 touched = {**modules_of(_parameters(made_of), tree), **adapted_modules(tree)}
                 return _measured(made_of, adapted, touched, prompts, n_tokens, dtype)
     merged = Loader(made_of.merged_config, made_of.base, dtype, trust_remote_code=trust_remote_code)
-    with merged.tensors(dict(made_of.unrounded())) as (model, _):
+    with merged.tensors(made_of.unrounded()) as (model, _):
         touched = modules_of(_parameters(made_of), model)
         found = _measured(made_of, model, touched, prompts, n_tokens, dtype)
         return replace(found, how=UNROUNDED, why=why)

@@ -81,7 +81,7 @@ class _Proving:
         findings.append(finding)
         comparisons: tuple[Comparison, ...] = ()
         if planned is not None:
-            findings += self._held_to(planned, manifest)
+            findings += self._held_to(planned)
         if self.request.forward or self.request.engine:
             if planned is None:
                 raise ResolveError(
@@ -167,12 +167,12 @@ class _Proving:
         parsed = parse_fields({name: value for name, value in given.items() if value is not None})
         return Request(**parsed, out="", allow_untie=True, allow_svd=True, offline=offline)
 
-    def _held_to(self, planned: Planned, manifest: Manifest | None) -> list[Finding]:
+    def _held_to(self, planned: Planned) -> list[Finding]:
         """Return what the checks of a merge say, with the base's own bytes as evidence."""
         with self.clock("recomputed"), one_torch_thread():
             self.watch.phase("recomputing", 0)
             plan, issues = placed(planned.plan, self.output)
-            records = tuple(self._records(plan, manifest))
+            records = tuple(self._records(plan))
             evidence = Evidence(plan, Path(self.output.root), records, self.request.level, self.digest)
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
@@ -184,14 +184,16 @@ class _Proving:
             } | ({"layers": f"{n_layers} tensors that PEFT's own layers merge"} if n_layers else {})
             found = [Finding("placed", f"{len(plan.steps)} tensors of the plan", tuple(issues))]
             for name, detail in details.items():
-                asked = (
-                    replace(evidence, level="sample") if name == "untouched" else evidence
-                )  # merges: recorded
+                # at its full level it would ask for the digests of merges
+                asked = replace(evidence, level="sample") if name == "untouched" else evidence
                 found.append(Finding(name, detail, tuple(CHECKS[name](asked))))
         return found
 
-    def _records(self, plan: MergePlan, manifest: Manifest | None) -> Iterable[TensorRecord]:
-        """Yield what writing would have recorded: of a copy its source's digest, of a merge what the manifest says."""
+    def _records(self, plan: MergePlan) -> Iterable[TensorRecord]:
+        """Yield what the checks need of what writing recorded: a copy's digest, whether a merge is finite.
+
+        The digests of merges are compared with the manifest's.
+        """
         for step in plan.steps:
             (slot,) = step.slots
             here = replace(slot, file=str(Path(self.output.root, slot.file)))
@@ -200,9 +202,7 @@ class _Proving:
                     slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True
                 )
                 continue
-            then = manifest.tensors.get(slot.name) if manifest else None
-            digest = then.digest if then else self.digest(here)
-            yield TensorRecord(slot.name, slot.file, slot.nbytes, digest, finite=is_finite(here))
+            yield TensorRecord(slot.name, slot.file, slot.nbytes, digest="", finite=is_finite(here))
 
 
 def _counted(n: int, word: str) -> str:

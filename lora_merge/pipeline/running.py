@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import Comparison, compare, compare_logprobs
 from lora_merge.core.checkpoint import CONFIG_FILE, Output, patched_config
+from lora_merge.core.kinds import peft_version
 from lora_merge.core.plan import Copy, Merge, MergePlan, Step
 from lora_merge.core.report import Finding, Issue, error, note
 from lora_merge.core.tensor import TORCH_TYPES, UNIT_ROUNDOFF, nbytes_of
@@ -174,9 +174,8 @@ def _ingredients(planned: Planned, base_config: dict[str, Any]) -> Ingredients:
 
 def _lies_otherwise(planned: Planned, config: Any) -> bool:
     """Return True where stacked experts are laid out as PEFT before 0.19, or someone else, has them."""
-    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
-    is_new = version is not None and tuple(map(int, version.groups())) > (0, 19, 0)
-    return bool(planned.request.expert_layout) or not is_new
+    version = peft_version(config)
+    return bool(planned.request.expert_layout) or version is None or version <= (0, 19, 0)
 
 
 def _trained(plan: MergePlan) -> frozenset[int]:

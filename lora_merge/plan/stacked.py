@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.kinds import peft_version
 from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import is_listed
@@ -199,8 +199,7 @@ def _is_across_by_class(place: Place, adapter: Adapter, model: Model) -> bool | 
         return None
     if target.rpartition(".")[0] in known.transposed:
         return True
-    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(adapter.config.get("peft_version") or ""))
-    number = tuple(int(part) for part in version.groups()) if version else (0, 19, 0)
+    number = peft_version(adapter.config) or (0, 19, 0)
     return None if number == (0, 19, 0) else number < (0, 19, 0)
 
 

@@ -52,7 +52,7 @@ def prepared(
     tmp_path_factory: pytest.TempPathFactory,
     cli: Callable[..., Any],
 ) -> Mapping[str, Prepared]:
-    """Return the merged checkpoint of every case that this session asks for, and of two that are tampered with."""
+    """Return the merged checkpoint of every case that is asked for, and of two that are tampered with."""
     root = tmp_path_factory.mktemp("engines")
     callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
     asked = {spec.params["case"].name for spec in callspecs if "case" in spec.params}
