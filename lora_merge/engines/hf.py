@@ -149,7 +149,8 @@ def scores(model: Any, prompt: Prompt, said: tuple[int, ...]) -> Any:
     if getattr(model.config, "is_encoder_decoder", False):
         first = getattr(model.config, "decoder_start_token_id", None)
         start = [first if first is not None else 0]
-        inputs["decoder_input_ids"] = torch.tensor([[*start, *said]])
+        begun = () if "input_ids" in inputs else prompt.ids  # who hears or sees is prompted where it answers
+        inputs["decoder_input_ids"] = torch.tensor([[*start, *begun, *said]])
     elif said and ids is not None:
         inputs["input_ids"] = torch.tensor([[*prompt.ids, *said]])
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

@@ -258,3 +258,13 @@ def test_several_adapters_are_compared_with_what_was_merged_before_rounding(pico
     before = load_file(base / "model.safetensors")[name]
     edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t.update({name: before.clone()}))
     assert finding(lora_merge.verify(tmp_path / "out", forward=True), "forward").state == "failed"
+
+
+@pytest.mark.parametrize("family", ["Whisper", "T5", "Llama"])
+def test_a_prompt_reaches_the_model_wherever_it_takes_tokens(family, workshop):
+    from lora_merge.core.answers import Prompt
+    from lora_merge.engines.hf import scores
+
+    model = building.load(building.base(workshop, family, "published"), building.by_name(family))
+    one, other = (scores(model, Prompt("", ids), ())[-1] for ids in ((5, 9, 11), (5, 9, 12)))
+    assert abs(one - other).max() > 0.01
