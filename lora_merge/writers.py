@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, patched_config
 from lora_merge.core.provenance import Provenance, card_text, manifest_text
+from lora_merge.core.stretches import whole_copies
 from lora_merge.io import files
-from lora_merge.io.safetensors import reserve
+from lora_merge.io.safetensors import has_header, reserve
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 
 if TYPE_CHECKING:
@@ -19,43 +20,81 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.core.plan import MergePlan
+    from lora_merge.core.stretches import Stretch
     from lora_merge.core.tensor import TensorRecord, TensorRef
 
 
 class HfCheckpoint:
     """A Hugging Face checkpoint in a directory: reserve it, fill its slots in any order, seal it.
 
-    Slots may be filled from several threads. It holds paths only, so it travels to a worker as it is.
+    Slots may be filled from several threads. It holds names only, so it travels to a worker as it is.
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
+        self._linked: frozenset[str] = frozenset()
+
+    def link(self, plan: MergePlan, how: Literal["reflink", "hard"]) -> dict[str, str]:
+        """Let files that nothing changes share their bytes with the base's; they are full from then on.
+
+        Args:
+            how: ``reflink``, where the filesystem can share blocks until one of the two files changes; ``hard``,
+                a second name of the same file.
+
+        Returns:
+            The files of which the disk makes no such link, each with the reason; they are filled as others are.
+
+        Raises:
+            CheckpointError: a file of the base cannot be read.
+            WriteError: a directory cannot be made.
+        """
+        linked, refused = [], {}
+        sources = whole_copies(plan)
+        for file in plan.files:
+            if file.name not in sources or not has_header(Path(sources[file.name]), file):
+                continue
+            try:
+                files.link(Path(sources[file.name]), self._placed(file.name), how)
+            except OSError as exc:
+                refused[file.name] = exc.strerror or str(exc)
+            else:
+                linked.append(file.name)
+        self._linked = frozenset(linked)
+        return refused
 
     def reserve(self, plan: MergePlan) -> None:
-        """Create every weight file at its full size.
+        """Create every weight file that is not linked, at its full size.
 
         Raises:
             WriteError: the disk is full or cannot be written.
         """
         for file in plan.files:
-            path = self._root / file.name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as exc:
-                raise files.write_error(path, exc) from exc
-            reserve(path, file)
+            if file.name not in self._linked:
+                reserve(self._placed(file.name), file)
 
-    def copy(self, slot: TensorRef, source: TensorRef) -> None:
-        """Fill a slot with the bytes of a stored tensor.
+    def _placed(self, name: str) -> Path:
+        """Return the path of a file, its directory made."""
+        path = self.root / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise files.write_error(path, exc) from exc
+        return path
+
+    def copy(self, stretch: Stretch) -> None:
+        """Fill the slots of a stretch with the bytes of its sources, unless their file is linked.
 
         Raises:
-            CheckpointError: the source cannot be read.
+            CheckpointError: a source cannot be read.
             WriteError: the disk is full or cannot be written.
         """
-        target = self._root / slot.file
+        source, slot = stretch.sources[0], stretch.slots[0]
+        if slot.file in self._linked:
+            return
+        target = self.root / slot.file
         labels = (source.file, str(target))
         with files.open_for_reading(source.file) as source_fd, files.open_for_writing(target) as fd:
-            files.copy_range(source_fd, source.start, source.nbytes, fd, slot.start, labels)
+            files.copy_range(source_fd, source.start, stretch.nbytes, fd, slot.start, labels)
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[int, memoryview], None]]:
@@ -64,7 +103,7 @@ class HfCheckpoint:
         Raises:
             WriteError: the disk is full or cannot be written.
         """
-        target = self._root / slot.file
+        target = self.root / slot.file
         with files.open_for_writing(target) as fd:
 
             def fill(offset: int, buffer: memoryview) -> None:
@@ -80,18 +119,18 @@ class HfCheckpoint:
             WriteError: the disk is full or cannot be written.
         """
         for side_file in plan.side_files:
-            target = self._root / side_file.name
+            target = self.root / side_file.name
             if side_file.name == CONFIG_FILE and plan.config_patch:
                 config = patched_config(files.read_json(Path(side_file.source)), plan.config_patch)
                 files.write_text(target, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             else:
                 files.copy_file(Path(side_file.source), target)
         if plan.index:
-            files.write_text(self._root / INDEX_FILE, plan.index)
-        files.write_text(self._root / CARD_FILE, card_text(provenance, plan))
+            files.write_text(self.root / INDEX_FILE, plan.index)
+        files.write_text(self.root / CARD_FILE, card_text(provenance, plan))
         names = [file.name for file in plan.side_files] + ([INDEX_FILE] if plan.index else [])
-        digests = {name: files.file_digest(self._root / name) for name in names}
-        files.write_text(self._root / MANIFEST_FILE, manifest_text(provenance, plan, records, digests))
+        digests = {name: files.file_digest(self.root / name) for name in names}
+        files.write_text(self.root / MANIFEST_FILE, manifest_text(provenance, plan, records, digests))
 
 
 class InMemory:
@@ -104,13 +143,13 @@ class InMemory:
     def __init__(self, nbytes: int) -> None:
         self._content = bytearray(nbytes)
 
-    def copy(self, slot: TensorRef, source: TensorRef) -> None:
+    def copy(self, stretch: Stretch) -> None:
         """Fill it with the bytes of a stored tensor.
 
         Raises:
             CheckpointError: the source cannot be read.
         """
-        del slot
+        (source,) = stretch.sources
         with files.open_for_reading(source.file) as fd:
             files.read_into(fd, memoryview(self._content), source.start, source.file)
 

@@ -32,10 +32,11 @@ class Console:
         as_json: print the result as data on stdout.
         quiet: print errors only.
         verbose: name every tensor, and time each phase.
+        profile: print where each second went.
     """
 
-    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-        self._as_json, self._quiet, self._verbose = as_json, quiet, verbose
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool, profile: bool = False) -> None:
+        self._as_json, self._quiet, self._verbose, self._profile = as_json, quiet, verbose, profile
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Observer]:
@@ -64,6 +65,8 @@ class Console:
         if self._verbose and not self._quiet:
             spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report.seconds.items())
             click.echo(f"time: {spent}", err=True)
+        if self._profile:
+            _print_profile(report)
 
     def proof(self, proof: Proof, *, failed: bool) -> None:
         """Print what verifying an output found: a line for each check, and a table of what differs."""
@@ -231,6 +234,7 @@ def _print_plan(report: Report, *, verbose: bool) -> None:
         ("scale", _counts(summary.scales)),
         ("weight files", str(summary.n_shards)),
         ("side files", str(summary.n_side_files)),
+        ("workers", str(summary.n_workers)),
         ("peak memory", f"about {size_text(summary.peak_bytes)}"),
         ("disk needed", size_text(summary.disk_needed_bytes)),
         ("disk free", size_text(summary.disk_free_bytes)),
@@ -244,6 +248,49 @@ def _print_plan(report: Report, *, verbose: bool) -> None:
         for name, rank in summary.module_ranks.items():
             ranks.add_row(Text(printable(name), overflow="fold"), str(rank))
         console.print(ranks)
+
+
+_PHASES = {
+    "plan": "read headers, match the adapter, lay out the output",
+    "copy": "move what no delta touches; torch loads meanwhile",
+    "load": "wait until torch is there",
+    "merge": "stream every other tensor through float32",
+    "seal": "write what goes around the weights",
+    "verify": "look at the output; the disk takes it in meanwhile",
+    "flush": "wait until the disk has all of it",
+    "publish": "give it its name",
+}
+_STAGES = {
+    "copy": "move bytes in the kernel",
+    "digest": "take digests of what is written",
+    "prepare": "load factors",
+    "read": "read tiles of the base",
+    "decode": "widen them to float32",
+    "change": "apply deltas",
+    "encode": "round to the stored dtype, look for NaN",
+    "wait": "wait for the GPU",
+    "write": "write tiles",
+}
+
+
+def _print_profile(report: Report) -> None:
+    """Print the wall time of each phase, and what the workers were busy with meanwhile."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    console, n = RichConsole(stderr=True), report.summary.n_workers
+    phases = Table("phase", "seconds", "", title="where each second went")
+    for phase, seconds in report.seconds.items():
+        phases.add_row(phase, f"{seconds:.2f}", _PHASES.get(phase, ""))
+    phases.add_row("all", f"{sum(report.seconds.values()):.2f}", "", style="bold")
+    console.print(phases)
+    if report.busy_seconds:
+        stages = Table("stage", "seconds", "", title=f"copy and merge: {n} worker{'s' * (n != 1)} together")
+        for stage, what in _STAGES.items():
+            if stage in report.busy_seconds:
+                stages.add_row(stage, f"{report.busy_seconds[stage]:.2f}", what)
+        stages.add_row("all", f"{sum(report.busy_seconds.values()):.2f}", "", style="bold")
+        console.print(stages)
 
 
 def _counts(counts: Any) -> str:

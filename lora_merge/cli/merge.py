@@ -21,7 +21,22 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
     help="Do the arithmetic here.  [default: auto, the CPU]",
 )
 @click.option(
-    "--workers", type=Parsed("workers"), metavar="N", help="Worker threads.  [default: all usable cores]"
+    "--workers",
+    type=Parsed("workers"),
+    metavar="N",
+    help="Worker threads, at most.  [default: the usable cores, up to 8]",
+)
+@click.option(
+    "--memory-limit",
+    type=Parsed("memory_limit"),
+    metavar="SIZE",
+    help="Hold no more than this in memory, such as 2GB: fewer workers and smaller tiles, or a refusal.  [default: what is free]",
+)
+@click.option(
+    "--link",
+    type=Parsed("link"),
+    metavar="[copy|reflink|hard]",
+    help="How weight files that nothing changes come into the output; a hard link is the base's own file under a second name.  [default: reflink where the filesystem has it, else copy]",
 )
 @click.option(
     "--verify",
@@ -33,10 +48,12 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
     "--overwrite/--no-overwrite", default=None, help="Replace an existing output, once the new one is whole."
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
+@click.option("--profile", is_flag=True, help="Print where each second went.")
 @output_options
 def merge(
     config: str | None,
     dry_run: bool,
+    profile: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -62,7 +79,7 @@ def merge(
     if quiet and verbose:
         raise click.UsageError("--quiet and --verbose exclude each other")
     request = request_of(config, flags, needed=("adapter", "out"))
-    console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
+    console = Console(as_json=as_json, quiet=quiet, verbose=verbose, profile=profile)
     with console.watching() as observer:
         report = pipeline.run(request, dry_run=dry_run, observer=observer)
     console.report(report)

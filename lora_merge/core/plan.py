@@ -6,8 +6,9 @@ import bisect
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from heapq import nlargest
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -70,14 +71,17 @@ class View:
         """Return the rows of all blocks together."""
         return self.blocks * self.rows
 
-    def tiles(self) -> list[tuple[int, int]]:
+    def tiles(self, elements: int | None = None) -> list[tuple[int, int]]:
         """Return the row ranges that the tensor is worked on in: of equal size, give or take one row.
+
+        Args:
+            elements: of a tile, about; default: `TILE_ELEMENTS`.
 
         Example:
             >>> View(1, 1024, 1024).tiles()
             [(0, 512), (512, 1024)]
         """
-        wanted = max(MIN_TILE_ROWS, TILE_ELEMENTS // max(self.columns, 1))
+        wanted = max(MIN_TILE_ROWS, (elements or TILE_ELEMENTS) // max(self.columns, 1))
         if wanted >= 2 * self.rows:  # several blocks at once
             return _ranges(self.n_rows, max(self.rows, 1) * (wanted // max(self.rows, 1)))
         return [
@@ -208,9 +212,9 @@ class Merge:
 
     op: Literal["merge"] = "merge"
 
-    def tiles(self) -> list[tuple[int, int]]:
-        """Return the row ranges to work on, in order."""
-        return [(0, self.view.n_rows)] if self.reach == "tensor" else self.view.tiles()
+    def tiles(self, elements: int | None = None) -> list[tuple[int, int]]:
+        """Return the row ranges to work on, in order; see `View.tiles`."""
+        return [(0, self.view.n_rows)] if self.reach == "tensor" else self.view.tiles(elements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,15 +290,18 @@ class MergePlan:
         small = sum(file.nbytes for file in self.side_files) + len(self.index.encode())
         return small + sum(file.nbytes for file in self.files)
 
-    def peak_bytes(self, n_workers: int) -> int:
-        """Return an estimate of the resident memory of the merge, in bytes."""
-        heaviest = max((_step_bytes(step) for step in self.steps), default=0)
+    def peak_bytes(self, n_workers: int, tile_elements: int | None = None) -> int:
+        """Return an estimate of the resident memory of the merge, in bytes.
+
+        A worker keeps the buffers of its heaviest step; the heaviest steps meet at worst.
+        """
+        heaviest = nlargest(n_workers, (_step_bytes(step, tile_elements) for step in self.steps))
         merges = [step.op for step in self.steps if isinstance(step.op, Merge)]
         by_peft = any(delta.kind == "peft_layer" for op in merges for delta in op.deltas)
-        return RUNTIME_BYTES + by_peft * PEFT_BYTES + n_workers * heaviest
+        return RUNTIME_BYTES + by_peft * PEFT_BYTES + sum(heaviest)
 
-    def summary(self, n_workers: int, disk_free_bytes: int) -> Summary:
-        """Return the plan in numbers."""
+    def summary(self, n_workers: int = 0, peak_bytes: int = 0, disk_free_bytes: int = 0) -> Summary:
+        """Return the plan in numbers, with those of the machine that is to carry it out."""
         deltas = [delta for step in self.steps if isinstance(step.op, Merge) for delta in step.op.deltas]
         sizes: dict[Action, list[int]] = {"merged": [], "replaced": [], "cast": [], "copied": []}
         for step in self.steps:
@@ -314,7 +321,8 @@ class MergePlan:
             scales=_count([f"{delta.factor:g}" for delta in deltas if "A" in delta.tensors]),
             kinds=_count([delta.kind for delta in deltas]),
             module_ranks=_module_ranks(deltas),
-            peak_bytes=self.peak_bytes(n_workers),
+            n_workers=n_workers,
+            peak_bytes=peak_bytes,
             disk_needed_bytes=self.disk_bytes(),
             disk_free_bytes=disk_free_bytes,
         )
@@ -341,27 +349,28 @@ def _ranges(n: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _step_bytes(step: Step) -> int:
+def _step_bytes(step: Step, tile_elements: int | None) -> int:
     """Return the memory that a worker needs for one step, in bytes."""
     match step.op:
         case Copy():
             return 4 * TILE_ELEMENTS
-        case Merge(deltas=deltas) as op:
-            elements = max((end - start for start, end in op.tiles()), default=0) * op.view.columns
-            factors = max((sum(map(_factor_bytes, found)) for found in _together(op, deltas)), default=0)
+        case Merge() as op:
+            tiles = op.tiles(tile_elements)
+            elements = max((end - start for start, end in tiles), default=0) * op.view.columns
+            factors = max((sum(map(_factor_bytes, found)) for found in _together(op, tiles)), default=0)
             panel = 8 * PANEL_ELEMENTS if op.reach == "columns" else 0
             # the raw tile, its float32 form, the delta, and the encoded tile
             return (8 + 4 + 4 + 8) * elements + 2 * factors + panel
 
 
-def _together(op: Merge, deltas: tuple[DeltaSpec, ...]) -> Iterator[list[DeltaSpec]]:
+def _together(op: Merge, tiles: Sequence[tuple[int, int]]) -> Iterator[Sequence[DeltaSpec]]:
     """Yield the deltas that are at work at the same time: on each tile, those that meet it."""
-    if not any(delta.region.at for delta in deltas):
-        yield list(deltas)
+    if not any(delta.region.at for delta in op.deltas):
+        yield op.deltas
         return
-    spread = Spread(Block.of(op.view, delta.region.at) for delta in deltas)
-    for start, end in op.tiles():
-        yield [deltas[n] for n in spread.meeting(start, end)]
+    spread = Spread(Block.of(op.view, delta.region.at) for delta in op.deltas)
+    for start, end in tiles:
+        yield [op.deltas[n] for n in spread.meeting(start, end)]
 
 
 def _factor_bytes(delta: DeltaSpec) -> int:

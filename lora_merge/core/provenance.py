@@ -134,7 +134,7 @@ def manifest_text(
 def card_text(provenance: Provenance, plan: MergePlan) -> str:
     """Return the text of the model card, ``README.md``."""
     actions = [step.action for step in plan.steps]
-    summary = plan.summary(n_workers=1, disk_free_bytes=0)
+    summary = plan.summary()
     kinds = " + ".join(dict.fromkeys(adapter.kind for adapter in provenance.adapters))
     kind = kinds + "".join(
         f", {name} {', '.join(values)}"

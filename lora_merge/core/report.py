@@ -113,6 +113,7 @@ class Summary:
     module_ranks: Mapping[str, int]
     """The rank of each parameter's change; the sum, where several adapters add theirs."""
 
+    n_workers: int
     peak_bytes: int
     """Estimate of the resident memory of the merge."""
 
@@ -139,7 +140,10 @@ class Report:
     """What the stored dtype kept of each merged tensor's delta."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall seconds of each phase: resolve, plan, merge, verify, finish."""
+    """Wall seconds of each phase, in order: plan, copy, load, merge, seal, verify, flush, publish."""
+
+    busy_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that the workers spent on each stage of copying and merging, all workers together."""
 
 
 @dataclass(frozen=True, slots=True)

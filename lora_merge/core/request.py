@@ -16,6 +16,7 @@ OutputDtype = Literal["bfloat16", "float16", "float32"]
 BaseIs = Literal["original", "residual"]
 CombineMethod = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
 Engine = Literal["vllm"]
+Link = Literal["copy", "reflink", "hard"]
 
 EXPERT_LAYOUTS = ("out-in", "in-out", "unsloth")
 
@@ -64,7 +65,15 @@ class Request:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
 
     workers: int | None = None
-    """Worker threads; default: the number of usable cores."""
+    """Worker threads, at most; default: the usable cores, up to eight, as memory allows."""
+
+    memory_limit: str | int | None = None
+    """For example ``2GB``: what the process may hold in memory; default: what is free."""
+
+    link: Link | None = None
+    """How weight files that the merge leaves as they are come into the output: ``copy``; ``reflink``, a copy that
+    shares its blocks on the disk; ``hard``, a second name of the base's own file. Default: ``reflink`` where the
+    filesystem has it, else ``copy``."""
 
     max_shard_size: str | int | None = None
     """For example ``5GB``; default: the base's own shards."""
@@ -255,7 +264,7 @@ def parse_device(text: str) -> str:
     return str(text)
 
 
-def parse_shard_size(text: str | int) -> str | int:
+def parse_size_text(text: str | int) -> str | int:
     """Return a size as it is written, once it is known to parse.
 
     Raises:
@@ -322,7 +331,9 @@ PARSERS: Mapping[str, Callable[..., object]] = {
     "seed": parse_seed,
     "dtype": parse_dtype,
     "device": parse_device,
-    "max_shard_size": parse_shard_size,
+    "link": parse_choice(Link, "way to link"),
+    "max_shard_size": parse_size_text,
+    "memory_limit": parse_size_text,
     "token": parse_token,
     "verify": parse_choice(VerifyLevel, "level of verification"),
     "workers": parse_workers,

@@ -31,7 +31,7 @@ def combine(changes: Sequence[torch.Tensor], weights: Sequence[float], how: Comb
     import torch
 
     device = changes[0].device
-    generator = torch.Generator(device)
+    generator = torch.Generator()  # of the CPU, so that a GPU drops the same values
     generator.manual_seed(
         zlib.crc32(f"{how.seed}/{how.name}".encode())
     )  # 32 bits are all that a CPU generator uses
@@ -109,8 +109,8 @@ def _thinned(change: torch.Tensor, density: float, generator: torch.Generator) -
 
     if density == 1:
         return change
-    kept = torch.rand(change.shape, generator=generator, device=change.device) < density
-    return change * kept / density
+    kept = torch.rand(change.shape, generator=generator) < density
+    return change * kept.to(change.device) / density
 
 
 def _sum(changes: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:

@@ -125,21 +125,30 @@ class Stacked(RowWise):
         self._rows = self._a.shape[2] if self._transposed else self._b.shape[1]
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Add the rows' part of the delta, expert by expert."""
+        """Add the rows' part of the delta: expert by expert, or of whole experts on a GPU all at once."""
         del base
+        if weight.is_cuda and start % self._rows == end % self._rows == 0:
+            experts = slice(start // self._rows, end // self._rows)
+            weight.view(-1, self._rows, weight.shape[1]).add_(self._delta(self._a[experts], self._b[experts]))
+            return
         at = start
         while at < end:
             expert, first = divmod(at, self._rows)
             n = min(self._rows - first, end - at)
             a, b = self._a[expert], self._b[expert]
             if self._transposed:
-                delta = (b @ a[:, first : first + n]).mul_(self._scale).T
+                delta = self._delta(a[:, first : first + n], b)
             else:
-                delta = (b[first : first + n] @ a).mul_(self._scale)
-            if self._rounded_to:
-                delta = rounded(delta, self._rounded_to)
+                delta = self._delta(a, b[first : first + n])
             weight[at - start : at - start + n].add_(delta)
             at += n
+
+    def _delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return ``s · B A``, as it is stored, of one expert or of several."""
+        delta = (b @ a).mul_(self._scale)
+        if self._transposed:
+            delta = delta.mT
+        return rounded(delta, self._rounded_to) if self._rounded_to else delta
 
 
 def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:

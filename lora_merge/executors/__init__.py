@@ -1,26 +1,26 @@
-"""Executors: ways to run steps. They carry steps out and records back, and know neither.
+"""Executors: ways to run work. They carry steps out and records back, and know neither.
 
-Serial is the definition of correct; what any other writes is byte-identical to it. Records come in any
-order, one per step. The first error ends the run.
+Serial is the definition of correct; what any other CPU executor writes is byte-identical to it. Results come in any
+order, one for each piece of work. The first error ends the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping
+from functools import partial
 
-from lora_merge.core.plan import Step
-from lora_merge.core.tensor import TensorRecord
+from lora_merge.executors.cuda import run_cuda
 from lora_merge.executors.serial import run_serial
 from lora_merge.executors.threads import run_threads
+from lora_merge.executors.work import Executor
 
-Do = Callable[[Step], TensorRecord]
-Executor = Callable[[Do, Sequence[Step], int], Iterable[TensorRecord]]
+EXECUTORS: Mapping[str, Executor] = {"serial": run_serial, "threads": run_threads, "cuda": run_cuda}
 
-EXECUTORS: dict[str, Executor] = {"serial": run_serial, "threads": run_threads}
-
-__all__ = ["EXECUTORS", "Do", "Executor", "pick"]
+__all__ = ["EXECUTORS", "Executor", "pick"]
 
 
-def pick(n_workers: int) -> Executor:
-    """Return the executor for so many workers."""
+def pick(n_workers: int, device: str = "cpu") -> Executor:
+    """Return the executor for so many workers on a torch device."""
+    if device != "cpu":
+        return partial(run_cuda, device=device)
     return EXECUTORS["serial" if n_workers == 1 else "threads"]

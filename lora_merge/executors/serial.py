@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lora_merge.core.plan import Step
-    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.executors.work import Result, Work
 
 
-def run_serial(
-    do: Callable[[Step], TensorRecord], steps: Sequence[Step], n_workers: int = 1
-) -> Iterator[TensorRecord]:
-    """Yield the record of each step, in order; ``n_workers`` is ignored."""
+def run_serial(do: Callable[[Work], Result], work: Sequence[Work], n_workers: int = 1) -> Iterator[Result]:
+    """Yield the result of each piece of work, in order; ``n_workers`` is ignored."""
     del n_workers
-    for step in steps:
-        yield do(step)
+    for piece in work:
+        yield do(piece)

@@ -7,24 +7,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lora_merge.core.plan import Step
-    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.executors.work import Result, Work
 
 
 def run_threads(
-    do: Callable[[Step], TensorRecord], steps: Sequence[Step], n_workers: int
-) -> Iterator[TensorRecord]:
-    """Yield the record of each step as it is done.
+    do: Callable[[Work], Result],
+    work: Sequence[Work],
+    n_workers: int,
+    begin: Callable[[], None] | None = None,
+) -> Iterator[Result]:
+    """Yield the result of each piece of work as it is done.
 
-    Large steps go first, so that no worker is left alone with one at the end. On an error, or when the
-    caller stops listening, steps that have not begun never do.
+    Large pieces go first, so that no worker is left alone with one at the end. On an error, or when the
+    caller stops listening, work that has not begun never does.
+
+    Args:
+        begin: called once in every thread, before its first piece of work.
     """
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    largest_first = sorted(steps, key=lambda step: step.nbytes, reverse=True)
-    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="merge")
+    largest_first = sorted(work, key=lambda piece: piece.nbytes, reverse=True)
+    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="merge", initializer=begin)
     try:
-        futures = [pool.submit(do, step) for step in largest_first]
+        futures = [pool.submit(do, piece) for piece in largest_first]
         for future in as_completed(futures):
             yield future.result()
     finally:

@@ -9,8 +9,9 @@ import contextlib
 import errno
 import json
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.errors import CheckpointError, WriteError
 
@@ -23,6 +24,9 @@ MAX_TRANSFER_BYTES = 1 << 30
 """Asked of one system call; below the kernel's limit of 0x7ffff000."""
 
 BLOCK_BYTES = 1 << 20
+
+_FICLONE = 0x40049409
+"""The request of Linux's ``ioctl_ficlone(2)``."""
 
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
@@ -82,6 +86,12 @@ def read_into(fd: int, buffer: memoryview, offset: int, label: str | Path) -> No
         done += n_read
 
 
+def will_need(fd: int, start: int, nbytes: int) -> None:
+    """Have the disk fetch a range of a file into the page cache, without waiting for it."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+
+
 def write_from(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
     """Write a buffer to an offset of a file.
 
@@ -135,6 +145,31 @@ def _copy_in_kernel(
             break
         done += n_copied
     return done
+
+
+def link(source: Path, target: Path, how: Literal["reflink", "hard"]) -> None:
+    """Make a new file of an old one's bytes without moving them.
+
+    Args:
+        how: ``reflink``: the two share blocks until one changes; ``hard``: they are one file with two names.
+
+    Raises:
+        OSError: the filesystem, or the pair of them, cannot; there is no target then.
+    """
+    real = source.resolve()
+    if how == "hard":
+        os.link(real, target)
+        return
+    if sys.platform != "linux":
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    import fcntl
+
+    with real.open("rb") as old, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        except OSError:
+            target.unlink()
+            raise
 
 
 def allocate(fd: int, nbytes: int) -> None:

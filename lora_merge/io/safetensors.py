@@ -25,6 +25,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 _COMPARED_ELEMENTS = 1 << 20
 
+_AHEAD_BYTES = 32 << 20
+"""Asked of the disk in advance."""
+
 _REFETCH = "the file is truncated, or no safetensors file; fetch it again"
 
 
@@ -190,6 +193,33 @@ def _elements(fd: int, ref: TensorRef, start: int, end: int) -> torch.Tensor:
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype]))
 
 
+class RowReader:
+    """Reads rows of a stored tensor, and has the disk fetch those that will be read next.
+
+    Args:
+        fd: of the file.
+        ref: the tensor.
+        n_rows: that it is divided into.
+    """
+
+    def __init__(self, fd: int, ref: TensorRef, n_rows: int) -> None:
+        self._fd, self._ref = fd, ref
+        self._row_bytes = ref.nbytes // max(n_rows, 1)
+        self._asked = ref.start
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill a buffer with the rows from ``start`` on.
+
+        Raises:
+            CheckpointError: the file ends too soon, or the disk cannot be read.
+        """
+        offset = self._ref.start + start * self._row_bytes
+        if self._asked < min(offset + len(buffer) + _AHEAD_BYTES // 2, self._ref.end):
+            files.will_need(self._fd, self._asked, min(_AHEAD_BYTES, self._ref.end - self._asked))
+            self._asked += _AHEAD_BYTES
+        files.read_into(self._fd, buffer, offset, self._ref.file)
+
+
 def load(ref: TensorRef) -> torch.Tensor:
     """Return a whole tensor in its stored dtype; for small ones, such as the factors of an adapter.
 
@@ -202,6 +232,21 @@ def load(ref: TensorRef) -> torch.Tensor:
     with files.open_for_reading(ref.file) as fd:
         files.read_into(fd, raw.numpy().data, ref.start, ref.file)
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype])).view(ref.shape)
+
+
+def has_header(path: Path, file: OutputFile) -> bool:
+    """Return True when a stored file has the size and the header, byte by byte, of a file to be written.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    header = header_bytes(file)
+    with files.open_for_reading(path) as fd:
+        if os.fstat(fd).st_size != file.nbytes:
+            return False
+        found = bytearray(len(header))
+        files.read_into(fd, memoryview(found), 0, path)
+    return found == header
 
 
 def reserve(path: Path, file: OutputFile) -> None:

@@ -130,33 +130,37 @@ def _clear(path: Path) -> None:
         raise write_error(path, exc) from exc
 
 
-@contextlib.contextmanager
-def flushing(staged: Path) -> Iterator[None]:
-    """Make what is staged durable while a block runs, and wait for that at its end.
+class Flushing:
+    """Makes what is staged durable, in the background.
 
-    After an error in the block nobody waits: what is staged will be cleared.
-
-    Raises:
-        WriteError: the disk does not take it.
+    After an error nobody needs to wait for it: what is staged will be cleared.
     """
-    failures: list[OSError] = []
 
-    def flush() -> None:
+    def __init__(self, staged: Path) -> None:
+        self._staged = staged
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=self._flush, name="flush", daemon=True)
+        self._thread.start()
+
+    def _flush(self) -> None:
         try:
-            _flush(staged)
+            _flush(self._staged)
         except OSError as exc:
-            failures.append(exc)
+            self._failure = exc
 
-    thread = threading.Thread(target=flush, name="flush", daemon=True)
-    thread.start()
-    yield
-    thread.join()
-    if failures:
-        raise write_error(staged, failures[0]) from failures[0]
+    def wait(self) -> None:
+        """Wait until it is durable.
+
+        Raises:
+            WriteError: the disk does not take it.
+        """
+        self._thread.join()
+        if self._failure:
+            raise write_error(self._staged, self._failure) from self._failure
 
 
 def publish(staged: Path, out: Path) -> None:
-    """Flush the staged output to the disk, or what `flushing` left of that, and give it its name, replacing what had it.
+    """Flush the staged output to the disk, or what `Flushing` left of that, and give it its name, replacing what had it.
 
     Where the kernel can exchange two names, there is no moment without an output.
 

@@ -18,7 +18,7 @@ from lora_merge.pipeline.proving import prove
 if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Proof, Report
-    from lora_merge.core.request import BaseIs, CombineMethod, Engine, OutputDtype, VerifyLevel
+    from lora_merge.core.request import BaseIs, CombineMethod, Engine, Link, OutputDtype, VerifyLevel
 
 __all__ = ["explain", "merge", "plan", "prove", "run", "verify"]
 
@@ -41,6 +41,8 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     dtype: OutputDtype | None = None,
     device: str = "auto",
     workers: int | None = None,
+    memory_limit: str | int | None = None,
+    link: Link | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
     verify: VerifyLevel = "sample",
@@ -67,7 +69,10 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
         allow_svd: merge methods that decompose the base anew (OSF, PSOFT, AdaMSS).
         dtype: storage of the output; default: the base's, tensor by tensor.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        workers: worker threads; default: the number of usable cores.
+        workers: worker threads, at most; default: the usable cores, up to eight, as memory allows.
+        memory_limit: what the process may hold in memory, for example ``"2GB"``; default: what is free.
+        link: how weight files that the merge leaves as they are come into the output: ``copy``, ``reflink`` or
+            ``hard``; default: ``reflink`` where the filesystem has it, else ``copy``.
         max_shard_size: for example ``"5GB"``; default: the base's own shards.
         overwrite: replace an existing output, once the new one is whole.
         verify: how much of the output to check before it gets its name.
@@ -83,8 +88,8 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     request = _request(
         adapter=adapter, out=str(out), base=base, base_is=base_is, expert_layout=expert_layout, combine=combine,
         density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, dtype=dtype, device=device,
-        workers=workers, max_shard_size=max_shard_size, overwrite=overwrite, verify=verify, strict=strict,
-        token=token, offline=offline,
+        workers=workers, memory_limit=memory_limit, link=link, max_shard_size=max_shard_size, overwrite=overwrite,
+        verify=verify, strict=strict, token=token, offline=offline,
     )  # fmt: skip
     return run(request, observer=observer)
 

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Wall seconds of each phase, in `seconds`."""
+    """Wall seconds of each phase, in `seconds`; what workers were busy with, in `busy_seconds`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.busy_seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge._version import __version__
-from lora_merge.core.plan import Copy, MergePlan, Step
+from lora_merge.core.budget import Budget, allot
+from lora_merge.core.plan import Copy, MergePlan
 from lora_merge.core.provenance import Provenance
 from lora_merge.core.report import (
     NOT_VERIFIED,
@@ -18,21 +18,36 @@ from lora_merge.core.report import (
     Report,
     Silence,
     Verdict,
+    note,
     survival_issues,
     warning,
 )
 from lora_merge.core.request import Request
+from lora_merge.core.shards import parse_size
+from lora_merge.core.stretches import stretches
 from lora_merge.errors import RequestError, VerifyError, WriteError
-from lora_merge.io import staging
-from lora_merge.merge import Merger, one_torch_thread, pick_device, torch_loading
+from lora_merge.io import machine, staging
+from lora_merge.merge import (
+    Copier,
+    Merger,
+    NoDeviceError,
+    Stopwatches,
+    TorchLoading,
+    one_torch_thread,
+    pick_device,
+    quick_turns,
+)
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
 from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from lora_merge.core.report import Summary
     from lora_merge.core.tensor import Survival, TensorRecord
+    from lora_merge.executors.work import Work
 
 
 def run(request: Request, *, dry_run: bool = False, observer: Observer | None = None) -> Report:
@@ -48,7 +63,6 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
             stood there before.
     """
     clock = Clock()
-    n_workers = request.workers or usable_cores()
     out = _absolute(request.out)
     watch = observer or Silence()
     with clock("plan"):
@@ -58,33 +72,36 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
         inputs = (Path(plan.base), *(Path(root) for root in plan.adapters))
         if request.out or not dry_run:
             staging.check_replaceable(out, overwrite=request.overwrite, inputs=inputs)
-        summary = plan.summary(n_workers, _free_bytes(out))
+        device, *issues = _device(request.device)
+        check_strict(issues, strict=request.strict)
+        budget = _budget(request, plan, on_gpu=device != "cpu")
+        summary = plan.summary(budget.n_workers, budget.peak_bytes, _free_bytes(out))
         shortage = _shortage(out, summary)
     if shortage and not dry_run:
         raise WriteError(str(shortage))
     verdict = NOT_VERIFIED
     survival: dict[str, Survival] = {}
-    drowned: tuple[Issue, ...] = ()
     if not dry_run:
-        work = _Work(request, planned, n_workers, watch, clock)
+        work = _Work(request, planned, device, budget, watch, clock)
         with staging.staging(out) as staged:
             verdict, survival = work.write(staged)
-            drowned = survival_issues(survival)
-            check_strict((*verdict.notes, *drowned), strict=request.strict)
+            found = (*work.notes, *verdict.notes, *survival_issues(survival))
+            check_strict(found, strict=request.strict)
             with clock("publish"):
-                work.watch.phase("flushing", 0)
+                watch.phase("publishing", 0)
                 staging.publish(staged, out)
-    issues = (*plan.issues, *([shortage] if shortage else []), *verdict.notes, *drowned)
+        issues += found
     return Report(
         plan.base,
         request.adapter,
         str(out) if request.out else "",
         dry_run,
         summary,
-        issues,
+        (*plan.issues, *([shortage] if shortage else []), *issues),
         verdict,
         survival,
         clock.seconds,
+        clock.busy_seconds,
     )
 
 
@@ -94,9 +111,12 @@ class _Work:
 
     request: Request
     planned: Planned
-    n_workers: int
+    device: str
+    budget: Budget
     watch: Observer
     clock: Clock
+    notes: list[Issue] = field(default_factory=list)
+    """What is worth knowing about it."""
 
     @property
     def plan(self) -> MergePlan:
@@ -114,59 +134,93 @@ class _Work:
         """
         writer = HfCheckpoint(staged)
         records = self._fill(writer)
-        writer.seal(self.plan, records, _provenance(self.request, self.planned))
+        with self.clock("seal"):
+            writer.seal(self.plan, records, _provenance(self.request, self.planned))
         survival = {record.name: record.survival for record in records if record.survival}
-        if self.request.verify == "none":
-            return NOT_VERIFIED, survival  # publishing flushes it
-        with staging.flushing(staged):
+        flushing = staging.Flushing(staged)
+        verdict = NOT_VERIFIED
+        if self.request.verify != "none":
             with self.clock("verify"), one_torch_thread():
                 self.watch.phase("verifying", 0)
                 verdict = check_output(self.plan, staged, records, self.request.verify)
             if not verdict.ok:
                 raise VerifyError(verdict)
+        with self.clock("flush"):
             self.watch.phase("flushing", 0)
+            flushing.wait()
         return verdict, survival
 
     def _fill(self, writer: HfCheckpoint) -> list[TensorRecord]:
         """Carry out every step and return the records: copies while torch loads, then the rest."""
-        do = Merger(writer, _device(self.request.device))
+        watches = Stopwatches()
         copies = [step for step in self.plan.steps if isinstance(step.op, Copy)]
         others = [step for step in self.plan.steps if not isinstance(step.op, Copy)]
-        with self.clock("copy"), torch_loading():
+        loading = TorchLoading()
+        with self.clock("copy"), quick_turns():
+            self._link(writer)
             writer.reserve(self.plan)
-            records = self._run("copying", do, copies)
+            records = self._run("copying", Copier(writer, watches), stretches(copies), "cpu")
+        with self.clock("load"):
+            loading.wait()
         with self.clock("merge"), one_torch_thread():
-            return records + self._run("merging", do, others)
+            merger = Merger(writer, self.device, self.budget.tile_elements, watches)
+            records += self._run("merging", lambda step: [merger(step)], others, self.device)
+        self.clock.busy_seconds.update(watches.seconds())
+        return records
 
-    def _run(self, phase: str, do: Merger, steps: list[Step]) -> list[TensorRecord]:
-        """Carry out steps and return their records."""
-        self.watch.phase(phase, sum(step.nbytes for step in steps))
+    def _link(self, writer: HfCheckpoint) -> None:
+        """Let weight files that nothing changes share their bytes with the base's, where that is wanted."""
+        how = self.request.link or "reflink"
+        if how == "copy":
+            return
+        refused = writer.link(self.plan, how)
+        if refused and self.request.link:
+            n_files, why = len(refused), next(iter(refused.values()))
+            sentence = f"the disk makes no {how} links here ({why}), so {n_files} of its files were copied"
+            self.notes.append(note("link", str(writer.root), sentence))
+
+    def _run(
+        self, phase: str, do: Callable[[Work], list[TensorRecord]], work: Sequence[Work], device: str
+    ) -> list[TensorRecord]:
+        """Carry out some work and return the records it leaves."""
+        self.watch.phase(phase, sum(piece.nbytes for piece in work))
         records = []
-        for record in executors.pick(self.n_workers)(do, steps, self.n_workers):
-            records.append(record)
-            self.watch.advance(record.nbytes)
-            self.watch.done(record.name)
+        n_workers = self.budget.n_workers
+        for some in executors.pick(n_workers, device)(do, work, n_workers):
+            for record in some:
+                records.append(record)
+                self.watch.advance(record.nbytes)
+                self.watch.done(record.name)
         return records
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
+    """Return the torch device for what is asked for, and what there is to say about it."""
+    try:
+        device, why = pick_device(wanted)
+    except NoDeviceError as exc:
+        raise RequestError("", 0, "device", str(exc), hint="use --device cpu") from exc
+    return (device, warning("no-gpu", "device", why)) if why else (device,)
+
+
+def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
+    """Return how many workers a merge has, and how large their tiles are.
+
+    Raises:
+        RequestError: one worker alone needs more memory than the request allows.
+    """
+    limit = machine.free_bytes() if request.memory_limit is None else parse_size(request.memory_limit)
+    budget = allot(plan, request.workers, machine.usable_cores(), limit, on_gpu=on_gpu)
+    if request.memory_limit is not None and limit is not None and budget.peak_bytes > limit:
+        sentence = f"is {limit / 1e6:.0f} MB, and one worker needs about {budget.peak_bytes / 1e6:.0f} MB"
+        raise RequestError("", 0, "memory_limit", sentence, hint="raise it, or leave it out")
+    return budget
 
 
 def _absolute(out: str) -> Path:
     """Return the absolute path of an output; a link under its own name stays one."""
     path = Path(out).expanduser().absolute()
     return path.parent.resolve() / path.name
-
-
-def _device(wanted: str) -> str:
-    try:
-        return pick_device(wanted)
-    except ValueError as exc:
-        raise RequestError("", 0, "device", str(exc), hint="use --device cpu") from exc
 
 
 def _provenance(request: Request, planned: Planned) -> Provenance:

@@ -310,7 +310,25 @@ def test_a_wrong_command_line_is_usage(arguments, words, cli):
     assert words in result.stderr
 
 
-def test_a_device_that_is_not_there_is_usage(pico, pico_adapter, cli, tmp_path):
+def test_without_a_gpu_the_cpu_merges_and_says_so(pico, pico_adapter, cli, tmp_path):
+    arguments = ("--base", pico(), "--adapter", pico_adapter(pico()), "--device", "cuda")
+
+    strict = cli(*arguments, "--out", tmp_path / "strict", "--strict")
+    assert strict.exit_code == exits.PLAN
+    assert "sees no CUDA device" in strict.stderr
+    assert leftovers(tmp_path) == []
+
+    result = cli(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "warning: device: torch" in result.stderr
+    assert "sees no CUDA device, so the merge is done on the CPU" in result.stderr
+    assert cli(*arguments[:4], "--out", tmp_path / "cpu").exit_code == 0
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "cpu"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_gpu_that_is_not_among_those_there_is_usage(pico, pico_adapter, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     arguments = ("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
 
     result = cli(*arguments, "--device", "cuda:7")
@@ -393,7 +411,8 @@ def test_json_tells_what_became_of_every_delta(two, cli, tmp_path):
     report = json.loads(cli(*arguments, "--json").stdout)
 
     assert report.keys() == {
-        "ok", "base", "adapters", "out", "dry_run", "summary", "issues", "verdict", "survival", "seconds"
+        "ok", "base", "adapters", "out", "dry_run", "summary", "issues", "verdict", "survival", "seconds",
+        "busy_seconds",
     }  # fmt: skip
     assert report["adapters"] == [f"{one}:0.5", f"{other}:-2"]
     summary = report["summary"]

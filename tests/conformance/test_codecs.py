@@ -17,18 +17,18 @@ each = pytest.mark.parametrize(
 
 def decode(codec, bits, dtype):
     """Return stored bit patterns as float32."""
-    raw = torch.from_numpy(bits.view(np.uint8).copy())
+    stored = torch.from_numpy(bits.view(np.uint8).copy()).view(getattr(torch, TORCH_NAMES[dtype])).view(1, -1)
     values = torch.empty(1, len(bits), dtype=torch.float32)
-    CODECS[codec].decode(raw, dtype, values)
+    CODECS[codec].decode(stored, values)
     return values.numpy()[0]
 
 
 def encode(codec, values, dtype):
     """Return float32 values as stored bit patterns."""
     width = DTYPE_BITS[dtype] // 8
-    raw = torch.empty(len(values) * width, dtype=torch.uint8)
-    CODECS[codec].encode(torch.from_numpy(values.copy()).view(1, -1), dtype, raw)
-    return raw.numpy().view(np.uint16 if width == 2 else np.uint32)
+    out = torch.empty(1, len(values), dtype=getattr(torch, TORCH_NAMES[dtype]))
+    CODECS[codec].encode(torch.from_numpy(values.copy()).view(1, -1), out)
+    return out.view(torch.uint8).view(-1).numpy().view(np.uint16 if width == 2 else np.uint32)
 
 
 def every_pattern(dtype):
@@ -95,6 +95,14 @@ def test_what_no_number_can_hold_becomes_infinite_and_nan_stays_nan(codec, dtype
     if dtype != "F32":
         largest = np.array([3.4028235e38, -3.4028235e38], dtype=np.float32)
         assert np.isinf(decode(codec, encode(codec, largest, dtype), dtype)).all()
+
+
+@each
+def test_what_is_computed_where_it_is_stored_stays_as_it_is(codec, dtype):
+    values = torch.arange(6, dtype=torch.float32).view(2, 3)
+    CODECS[codec].decode(values, values)
+    CODECS[codec].encode(values, values)
+    assert values.flatten().tolist() == list(range(6))
 
 
 @each

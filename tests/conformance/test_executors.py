@@ -6,12 +6,21 @@ import threading
 from contextlib import closing
 
 import pytest
+import torch
 
 from lora_merge.core.plan import Copy, Step
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.executors import EXECUTORS, pick
+from lora_merge.executors.threads import run_threads
 
-each = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=EXECUTORS.keys())
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+each = pytest.mark.parametrize(
+    "executor",
+    [
+        pytest.param(run, id=name, marks=needs_cuda if name == "cuda" else ())
+        for name, run in EXECUTORS.items()
+    ],
+)
 PAUSE_SECONDS = 0.02
 
 
@@ -87,3 +96,21 @@ def test_an_executor_that_nobody_listens_to_does_nothing(executor):
 @pytest.mark.parametrize("n_workers", [1, 2, 8])
 def test_the_executor_that_is_picked_is_in_the_table(n_workers):
     assert pick(n_workers) in EXECUTORS.values()
+
+
+def test_a_gpu_has_an_executor_of_its_own_which_knows_the_device():
+    picked = pick(4, "cuda:1")
+    assert picked.func is EXECUTORS["cuda"]
+    assert picked.keywords == {"device": "cuda:1"}
+
+
+def test_every_thread_is_told_to_begin_before_its_first_step():
+    begun, steps = set(), steps_of([1] * 20)
+
+    def do(step):
+        assert threading.get_ident() in begun
+        return step.slots[0].name
+
+    names = list(run_threads(do, steps, 3, begin=lambda: begun.add(threading.get_ident())))
+    assert len(names) == 20
+    assert threading.get_ident() not in begun

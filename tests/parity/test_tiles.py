@@ -24,8 +24,8 @@ class Memory:
     def __init__(self):
         self.content = b""
 
-    def copy(self, slot, source):
-        raise AssertionError(f"{slot.name} was copied, not merged")
+    def copy(self, stretch):
+        raise AssertionError(f"{stretch.slots} were copied, not merged")
 
     @contextlib.contextmanager
     def open(self, slot):

@@ -82,11 +82,10 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
         pass
 
 
-def test_what_is_staged_is_flushed_by_the_end_of_the_block(tmp_path, monkeypatch):
+def test_what_is_staged_is_flushed_once_it_has_been_waited_for(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(staging, "_fsync", lambda path: flushed.append(path.name))
-    with staging.flushing(fill(tmp_path, "text")):
-        pass
+    staging.Flushing(fill(tmp_path, "text")).wait()
     assert flushed == ["config.json", tmp_path.name]
 
 
@@ -95,14 +94,15 @@ def test_a_disk_that_fails_while_flushing_is_a_write_error(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(staging, "_fsync", fail)
-    with pytest.raises(WriteError, match="no space left"), staging.flushing(tmp_path):
-        pass
+    flushing = staging.Flushing(tmp_path)
+    with pytest.raises(WriteError, match="no space left"):
+        flushing.wait()
 
 
-def test_after_an_error_nobody_waits_for_the_disk(tmp_path, monkeypatch):
+def test_nobody_has_to_wait_for_the_disk(tmp_path, monkeypatch):
     enough = threading.Event()
     monkeypatch.setattr(staging, "_fsync", lambda path: enough.wait(60))
-    with pytest.raises(KeyError), staging.flushing(tmp_path):
-        raise KeyError
+    flushing = staging.Flushing(tmp_path)
     assert any(thread.name == "flush" for thread in threading.enumerate())  # still at it
     enough.set()
+    flushing.wait()

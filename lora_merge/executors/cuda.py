@@ -1,0 +1,36 @@
+"""Worker threads that share a GPU: each has a stream of its own, so that one's copies run beside another's kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.executors.threads import run_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lora_merge.executors.work import Result, Work
+
+
+def run_cuda(
+    do: Callable[[Work], Result], work: Sequence[Work], n_workers: int, device: str = "cuda"
+) -> Iterator[Result]:
+    """Yield the result of each piece of work as it is done.
+
+    Matrix products keep all bits of float32 (no TF32) meanwhile.
+
+    Args:
+        device: a CUDA device of torch's.
+    """
+    import torch
+
+    def begin() -> None:
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield from run_threads(do, work, n_workers, begin)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

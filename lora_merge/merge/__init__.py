@@ -1,0 +1,25 @@
+"""One step → bytes: read, decode, apply, encode, fill. Knows no schedule and no destination.
+
+`merger` is the loop over the tiles of a tensor; `workbench` has the buffers that a tile passes through, on the CPU
+or on a GPU; `changing` applies the deltas; `sample` sees what the stored dtype keeps of them; `copying` moves what
+no delta touches; `devices` sets torch up, and `stopwatch` knows where the time went.
+"""
+
+from lora_merge.merge.copying import Copier
+from lora_merge.merge.devices import NoDeviceError, TorchLoading, one_torch_thread, pick_device, quick_turns
+from lora_merge.merge.merger import Merger, Sink
+from lora_merge.merge.sample import SAMPLE_ELEMENTS
+from lora_merge.merge.stopwatch import Stopwatches
+
+__all__ = [
+    "SAMPLE_ELEMENTS",
+    "Copier",
+    "Merger",
+    "NoDeviceError",
+    "Sink",
+    "Stopwatches",
+    "TorchLoading",
+    "one_torch_thread",
+    "pick_device",
+    "quick_turns",
+]

@@ -1,0 +1,83 @@
+"""Workers and tiles: as many and as large as memory allows, and the plan's estimate of the memory is what decides."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, allot
+from lora_merge.core.plan import RUNTIME_BYTES, TILE_ELEMENTS, Copy, Merge, MergePlan, Step, View
+from lora_merge.core.tensor import TensorRef
+
+MB = 1 << 20
+
+
+def step_of(rows, columns, reach="rows"):
+    """Return a merge of one matrix."""
+    ref = TensorRef("w", "BF16", (rows, columns), "file", 0, 2 * rows * columns)
+    factors = {"A": TensorRef("a", "F32", (4, columns), "file", 0, 16 * columns)}
+    return Step(
+        (ref,), Merge("dense", (ref,), (DeltaSpec("low_rank", "w", factors, 1.0),), View.of(ref.shape), reach)
+    )
+
+
+def plan_of(*steps):
+    return MergePlan("base", (), (), (), steps, (), {}, "", ())
+
+
+PLAN = plan_of(*[step_of(4096, 4096)] * 3)
+
+
+def test_with_memory_for_all_there_is_a_worker_for_every_core_and_tiles_of_the_best_size():
+    budget = allot(PLAN, None, 4, None)
+    assert (budget.n_workers, budget.tile_elements) == (4, TILE_ELEMENTS)
+    assert budget.peak_bytes == PLAN.peak_bytes(4)
+    assert allot(PLAN, None, 4, 1 << 40) == budget
+
+
+def test_nobody_asks_for_more_than_eight_workers_but_the_user():
+    assert allot(PLAN, None, 64, None).n_workers == MOST_WORKERS
+    assert allot(PLAN, 20, 2, None).n_workers == 20
+
+
+def test_a_gpu_has_larger_tiles():
+    assert allot(PLAN, 2, 2, None, on_gpu=True).tile_elements == CUDA_TILE_ELEMENTS
+
+
+def test_tiles_shrink_before_a_worker_is_given_up():
+    full = allot(PLAN, 2, 2, None)
+    less = allot(PLAN, 2, 2, full.peak_bytes - 1)
+    assert (less.n_workers, less.tile_elements) == (2, TILE_ELEMENTS // 2)
+    assert less.peak_bytes < full.peak_bytes
+
+
+@pytest.mark.parametrize("limit_mb", range(262, 320, 3))
+def test_what_is_allotted_fits_and_one_more_of_anything_would_not(limit_mb):
+    limit = limit_mb * MB
+    budget = allot(PLAN, 3, 3, limit)
+    if budget.peak_bytes > limit:
+        assert (budget.n_workers, budget.tile_elements) == (1, TILE_ELEMENTS // 8)
+        return
+    if budget.tile_elements < TILE_ELEMENTS:
+        assert PLAN.peak_bytes(budget.n_workers, 2 * budget.tile_elements) > limit
+    if budget.n_workers < 3:
+        assert PLAN.peak_bytes(budget.n_workers + 1, TILE_ELEMENTS // 8) > limit
+
+
+def test_whole_tensors_in_memory_cost_workers_since_tiles_do_not_help():
+    plan = plan_of(*[step_of(4096, 4096, "tensor")] * 3)
+    one = plan.peak_bytes(1)
+    assert allot(plan, 3, 3, one).n_workers == 1
+    assert allot(plan, 3, 3, one - 1).peak_bytes > one - 1
+    assert one - RUNTIME_BYTES > 4096 * 4096 * 12
+
+
+def test_the_peak_is_that_of_the_heaviest_steps_together_not_of_the_heaviest_as_often_as_there_are_workers():
+    small, large = step_of(64, 64), step_of(4096, 4096, "tensor")
+    both, alone = plan_of(small, large).peak_bytes(2), plan_of(large).peak_bytes(1)
+    assert alone < both < alone + 4 * MB
+
+
+def test_a_plan_of_copies_needs_little():
+    ref = TensorRef("w", "BF16", (4096, 4096), "file", 0, 2 << 24)
+    assert plan_of(Step((ref,), Copy(ref))).peak_bytes(2) < RUNTIME_BYTES + 8 * MB
