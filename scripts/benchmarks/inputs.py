@@ -75,7 +75,7 @@ def shape_for(size_gb: float, dtype: str) -> Shape:
     hidden, intermediate, n_heads, vocab = 4096, 14_336, 32, 32_000
     if n_parameters < 2e7:
         hidden, intermediate, n_heads, vocab = 128, 352, 8, 1024
-    elif n_parameters < 1.5e8:
+    elif n_parameters < 2e8:
         hidden, intermediate, n_heads, vocab = 512, 1408, 8, 8192
     elif n_parameters < 2e9:
         hidden, intermediate, n_heads = 2048, 5632, 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,10 @@ class Sample:
         return self.phases.get("merge")
 
 
+PATH = re.compile(r"(?<!\S)['\"(]?/\S*/")
+"""The folders of an absolute path: they say where this machine keeps things, and end up in results."""
+
+
 class RunError(Exception):
     """A command failed; the sentence says how, and where its output is."""
 
@@ -82,7 +87,7 @@ def launched(command: list[str], stdout: int, stderr: int, environ: Mapping[str,
     """Run a command through the small program that measures it, and return what that tells."""
     reading, writing = os.pipe()
     launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(writing)]
-    with open(reading) as told:
+    with os.fdopen(reading) as told:
         try:
             subprocess.run(
                 [*launcher, *command],
@@ -92,17 +97,19 @@ def launched(command: list[str], stdout: int, stderr: int, environ: Mapping[str,
                 pass_fds=[writing],
                 check=True,
             )
+        except subprocess.CalledProcessError as exc:
+            raise RunError(f"{command[0]} cannot be started") from exc
         finally:
             os.close(writing)
-        text: dict[str, Any] = json.loads(told.read())
-    return text
+        measured: dict[str, Any] = json.loads(told.read())
+    return measured
 
 
 def failure(program: str, exit_code: int, errors: Path) -> str:
     """Return a sentence about a run that failed, with the last line that it printed."""
     how = "was killed, most likely for memory" if exit_code == -9 else f"failed with exit code {exit_code}"
     lines = errors.read_text(errors="replace").strip().splitlines()
-    last = f": {lines[-1].strip()}" if lines else ""
+    last = f": {PATH.sub('…/', lines[-1].strip())}" if lines else ""
     return f"{program} {how}{last} (see {errors.name} in the cache)"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -67,6 +69,7 @@ def run_all(
         RoomError: the disk is too small for a case.
         RunError: cp or lora-merge failed.
     """
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)  # so that nobody pays for being first
     failures = rehearse(options, entrants)
     for _, group in groupby(cases, key=lambda case: (case.size_gb, case.dtype)):
         built: list[Place] = []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from benchmarks.machine import machine_line
@@ -55,8 +56,8 @@ class Column:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Return a number as text; nothing where there is none."""
-    return "" if value is None else f"{value:.{digits}f}"
+    """Return a number as text, with fewer digits from 100 on; nothing where there is none."""
+    return "" if value is None else f"{value:.{digits if value < 100 else 0}f}"
 
 
 def megabytes(value: float | None) -> str:
@@ -209,10 +210,10 @@ def flatness(results: Results) -> Iterator[str]:
 
 def console_table(outcome: Outcome) -> Table:
     """Return the measurements of one case for a terminal."""
-    table = Table(title=f"{outcome.case} ({outcome.base_bytes / 1e9:.2f} GB): medians")
+    table = Table(title=f"{outcome.case}: medians", box=box.SIMPLE)
     table.add_column(WHO.heading, no_wrap=True)
     for column in EVERYTHING:
-        table.add_column(column.short or column.heading, justify="right")
+        table.add_column(column.short or column.heading, justify="right", no_wrap=True)
     for name in outcome.names():
         row = Row(outcome, name)
         table.add_row(name, *(column.text(row) for column in EVERYTHING))
