@@ -160,10 +160,13 @@ def bench(command: str, /, **flags: Any) -> None:
     file = json_file or options.cache_dir / time.strftime("results-%Y%m%d-%H%M%S.json")
     say(machine_line(about), f"contenders: {', '.join(entrant.name for entrant in entrants)}")
 
+    console = Console()
+    console.width = max(console.width, 110)  # rather folded by the terminal than cut
+
     def done(outcome: results.Outcome) -> None:
         made.outcomes.append(outcome)
         made.write(file)
-        Console().print(tables.console_table(outcome))
+        console.print(tables.console_table(outcome))
         say(*tables.console_notes(outcome))
 
     try:

@@ -60,7 +60,7 @@ def draw(results: list[Results], file: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     case = outcomes[0].case
     figure.suptitle(
-        f"Merging a LoRA of rank {case.rank} ({case.targets}, {case.dtype}): medians", fontsize=11
+        f"Merging a LoRA of rank {case.rank} (targets {case.targets}, {case.dtype}): medians", fontsize=11
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, metadata={"Software": None})

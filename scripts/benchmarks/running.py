@@ -88,9 +88,9 @@ def rehearse(options: Options, entrants: list[Contender]) -> dict[str, str]:
     if not others:
         return failures
     small, places = replace(options, settle_s=0), places_of(options, REHEARSAL)
+    built: list[Place] = []
     try:
-        for place in places.values():
-            place.make()
+        built += [place for place in places.values() if place.make()]
         for entrant in others:
             turn = Turn(small, REHEARSAL, entrant, places)
             try:
@@ -102,7 +102,7 @@ def rehearse(options: Options, entrants: list[Contender]) -> dict[str, str]:
             finally:
                 turn.clear()
     finally:
-        for place in places.values():
+        for place in () if options.keep else built:
             place.remove()
     return failures
 
@@ -124,6 +124,9 @@ def run_case(
     base_bytes = shape.n_values() * ITEM_BYTES[case.dtype]
     outcome = Outcome(case, base_bytes, shape.merged_share(TARGETS[case.targets]))
     present = [entrant for entrant in entrants if takes_part(options, case, entrant)]
+    turns = [Turn(options, case, entrant, places) for entrant in present]
+    for turn in turns:
+        turn.clear()  # what a run that was stopped has left
     outcome.failures = {
         entrant.name: failures[entrant.name] for entrant in present if entrant.name in failures
     }
@@ -133,7 +136,6 @@ def run_case(
         memory_bytes = base_bytes * entrant.memory_factor
         if entrant.foreign and (why := machine.shortage_of_memory(entrant.name, memory_bytes)):
             outcome.failures.setdefault(entrant.name, why)
-    turns = [Turn(options, case, entrant, places) for entrant in present]
     try:
         for number in range(1, options.runs + 1):
             outcome.rounds.append({})

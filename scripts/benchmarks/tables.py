@@ -16,11 +16,8 @@ FLAT = 1.1
 """Peak memory that grows by less from size to size is called flat."""
 
 CACHE_NOTES = {
-    "warm": "all inputs are read before every run, so they come from the page cache",
-    "cold": (
-        "all inputs are put out of the page cache before every run, so they come from the disk;"
-        " programs and libraries stay in it"
-    ),
+    "warm": "all inputs are read before every run",
+    "cold": "all inputs are put out of it before every run; programs and libraries stay in it",
 }
 
 
@@ -146,7 +143,8 @@ def markdown(name: str, results: Results) -> str:
     lines = [[column.heading for column in columns], [rule(column) for column in columns]]
     lines += [[column.text(row) for column in columns] for row in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([table, "\n".join(f"- {note}" for note in notes_of(results, rows, leading))])
+    notes = [*notes_of(results, rows, leading), *(flatness(results) if name == "sizes" else ())]
+    return "\n\n".join([table, "\n".join(f"- {note}" for note in notes)])
 
 
 def rule(column: Column) -> str:
@@ -163,8 +161,6 @@ def notes_of(results: Results, rows: list[Row], leading: list[Column]) -> Iterat
         yield f"All rows: {'; '.join(fixed)}."
     yield from method_of(results)
     yield from others_of(results, {row.name for row in rows})
-    if BASE in leading:
-        yield from flatness(results)
     yield f"`{results.command}`, {results.date}."
     yield f"{machine_line(results.machine)}."
 
@@ -173,13 +169,12 @@ def method_of(results: Results) -> Iterator[str]:
     """Yield how the numbers were taken."""
     n_rounds = max((len(outcome.rounds) for outcome in results.outcomes), default=0)
     yield (
-        f"Medians of up to {n_rounds} rounds. In a round, everyone runs once, one after the other; a ratio is taken"
-        " in each round, and its median stands here."
+        f"Medians of {n_rounds} rounds, in each of which everyone runs once, one after the other; ratios are taken in"
+        f" each round. Page cache {results.cache}: {CACHE_NOTES[results.cache]}."
     )
-    yield f"Page cache {results.cache}: {CACHE_NOTES[results.cache]}."
     yield (
-        "The whole process includes start-up, most of it loading torch. The merge phase is lora-merge's own timing of"
-        " copying and merging; lora-merge flushes its output before it returns, the others do not."
+        "The whole process includes start-up, most of it loading torch, and for lora-merge the flush of its output;"
+        " the merge phase is copying and merging, as lora-merge times them."
     )
 
 
