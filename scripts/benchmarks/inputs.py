@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -93,7 +93,9 @@ class Place:
 
     directory: Path
     parameters: dict[str, Any]
-    build: Callable[[Path], None]
+    builder: Callable[..., None]
+    arguments: tuple[Any, ...]
+    """Of the builder, after the directory."""
 
     @property
     def marker(self) -> Path:
@@ -106,21 +108,32 @@ class Place:
         wanted = json.dumps(self.parameters, sort_keys=True)
         return self.directory.is_dir() and self.marker.is_file() and self.marker.read_text() == wanted
 
-    def make(self) -> bool:
-        """Build it unless it is there; return whether it was built."""
-        if self.ready:
-            return False
+    def build(self) -> None:
+        """Build it anew."""
         print(f"building {self.directory.name} …", flush=True)
         self.remove()
         self.directory.mkdir(parents=True)
-        self.build(self.directory)
+        self.builder(self.directory, *self.arguments)
         self.marker.write_text(json.dumps(self.parameters, sort_keys=True))
-        return True
 
     def remove(self) -> None:
         """Remove it."""
         self.marker.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def ensure(places: Iterable[Place]) -> list[Place]:
+    """Build what is not there, in a process of its own, and return what was built."""
+    missing = [place for place in places if not place.ready]
+    if missing:
+        apart(build_all, missing)
+    return missing
+
+
+def build_all(places: list[Place]) -> None:
+    """Build some places one after the other."""
+    for place in places:
+        place.build()
 
 
 def base_place(cache: Path, case: Case) -> Place:
@@ -129,7 +142,8 @@ def base_place(cache: Path, case: Case) -> Place:
     return Place(
         cache / f"base-{case.size_gb:g}GB-{case.dtype}",
         {"shape": asdict(shape), "dtype": case.dtype, "version": VERSION},
-        lambda directory: apart(build_base, directory, shape, case.dtype),
+        build_base,
+        (shape, case.dtype),
     )
 
 
@@ -142,9 +156,8 @@ def adapter_place(cache: Path, case: Case, kind: str) -> Place:
     return Place(
         cache / f"adapter-{case.size_gb:g}GB-{case.dtype}-r{case.rank}-{case.targets}{ending}",
         base.parameters | about,
-        lambda directory: apart(
-            build_adapter, directory, shape, case.rank, modules, str(base.directory), kind
-        ),
+        build_adapter,
+        (shape, case.rank, modules, str(base.directory), kind),
     )
 
 

@@ -14,7 +14,7 @@ from benchmarks import machine
 from benchmarks.cases import ITEM_BYTES, TARGETS, Case
 from benchmarks.compare import difference
 from benchmarks.contenders import Contender
-from benchmarks.inputs import Place, adapter_place, apart, base_place, shape_for
+from benchmarks.inputs import Place, adapter_place, apart, base_place, ensure, shape_for
 from benchmarks.measure import CACHES, RunError, Sample, settle, timed
 from benchmarks.peers import Job
 from benchmarks.results import Outcome
@@ -90,7 +90,7 @@ def rehearse(options: Options, entrants: list[Contender]) -> dict[str, str]:
     small, places = replace(options, settle_s=0), places_of(options, REHEARSAL)
     built: list[Place] = []
     try:
-        built += [place for place in places.values() if place.make()]
+        built += ensure(places.values())
         for entrant in others:
             turn = Turn(small, REHEARSAL, entrant, places)
             try:
@@ -131,7 +131,7 @@ def run_case(
         entrant.name: failures[entrant.name] for entrant in present if entrant.name in failures
     }
     check_disk(case, present, places, base_bytes)
-    built += [place for place in places.values() if place.make()]
+    built += ensure(places.values())
     for entrant in present:
         memory_bytes = base_bytes * entrant.memory_factor
         if entrant.foreign and (why := machine.shortage_of_memory(entrant.name, memory_bytes)):
