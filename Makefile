@@ -61,7 +61,7 @@ $(ENGINES)/.installed: tests/engines/requirements.txt tests/engines/torchvision_
 	$(ENGINES)/bin/python tests/engines/torchvision_on_cpu.py
 	@touch $@
 
-bench: setup ## Time a merge against cp and PEFT on a synthetic Llama (SIZE=3 is gigabytes)
+bench: setup ## Time a merge against cp, PEFT and other tools, on synthetic Llamas (SIZE=1,3 is gigabytes)
 	$(BIN)/python scripts/bench.py --size $(or $(SIZE),3)
 
 clean: ## Remove .venv and everything that was built
