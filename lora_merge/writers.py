@@ -97,19 +97,17 @@ class HfCheckpoint:
             files.copy_range(source_fd, source.start, stretch.nbytes, fd, slot.start, labels)
 
     @contextlib.contextmanager
-    def open(self, slot: TensorRef) -> Iterator[Callable[[int, memoryview], None]]:
-        """Yield a function that writes a buffer at an offset inside the slot, in bytes.
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that writes the next bytes of the slot.
 
         Raises:
             WriteError: the disk is full or cannot be written.
         """
         target = self.root / slot.file
         with files.open_for_writing(target) as fd:
-
-            def fill(offset: int, buffer: memoryview) -> None:
-                files.write_from(fd, buffer, slot.start + offset, target)
-
-            yield fill
+            stream = files.Stream(fd, slot.start, target)
+            yield stream.write
+            stream.finish()
 
     def seal(self, plan: MergePlan, records: Sequence[TensorRecord], provenance: Provenance) -> None:
         """Write what goes around the weights: index, config, side files, card and manifest.
@@ -154,14 +152,17 @@ class InMemory:
             files.read_into(fd, memoryview(self._content), source.start, source.file)
 
     @contextlib.contextmanager
-    def open(self, slot: TensorRef) -> Iterator[Callable[[int, memoryview], None]]:
-        """Yield a function that writes a buffer at an offset, in bytes."""
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that writes the next bytes."""
         del slot
+        done = 0
 
-        def fill(offset: int, buffer: memoryview) -> None:
-            self._content[offset : offset + len(buffer)] = buffer
+        def write(buffer: memoryview) -> None:
+            nonlocal done
+            self._content[done : done + len(buffer)] = buffer
+            done += len(buffer)
 
-        yield fill
+        yield write
 
     def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return it as float32."""

@@ -87,6 +87,11 @@ CACHE_DIR_OPTION = click.option(
     callback=listed(click.Choice(KINDS)),
     help=f"Of adapter: {', '.join(KINDS)}. lora-merge merges each, the others the first.  [default: lora]",
 )
+@click.option(
+    "--loaded",
+    is_flag=True,
+    help="lora-merge takes part a second time, as ours-loaded, in processes that have torch loaded already.",
+)
 @click.option("--runs", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds.")
 @click.option(
     "--peer-runs", type=AT_LEAST_ONE, help="Rounds that PEFT and other tools take part in.  [default: all]"
@@ -135,6 +140,9 @@ def command_line(ctx: click.Context) -> str:
         if name in UNTOLD or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         value = ctx.params[name]
+        if value is True:
+            words.append(param.opts[0])
+            continue
         values = value if isinstance(value, tuple) else (value,)
         words += [
             param.opts[0],
@@ -147,12 +155,13 @@ def bench(command: str, /, **flags: Any) -> None:
     """Measure every case, print a table of each, and write the results."""
     todo = cases(*(flags.pop(name) for name in ("sizes", "dtypes", "targets", "ranks")))
     only, skip, workers, json_file = (flags.pop(name) for name in ("only", "skip", "workers", "json_file"))
+    loaded = flags.pop("loaded")
     flags["cache_dir"] = flags["cache_dir"].absolute()
     flags["peer_runs"] = flags["peer_runs"] or flags["runs"]
     options = running.Options(**flags)
     options.cache_dir.mkdir(parents=True, exist_ok=True)
     groups = [group for group in only or GROUPS if group not in skip]
-    entrants = contenders(groups, options.kinds, workers, options.cache_dir)
+    entrants = contenders(groups, options.kinds, workers, options.cache_dir, loaded=loaded)
     check(options, only, {entrant.group for entrant in entrants})
     versions = {entrant.name: dict(entrant.versions) for entrant in entrants if entrant.versions}
     about = machine(options.cache_dir)

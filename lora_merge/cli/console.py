@@ -261,7 +261,7 @@ _PHASES = {
     "publish": "give it its name",
 }
 _STAGES = {
-    "copy": "move bytes in the kernel",
+    "copy": "move what no delta touches",
     "digest": "take digests of what is written",
     "prepare": "load factors",
     "read": "read tiles of the base",

@@ -127,10 +127,9 @@ def blocks(ref: TensorRef) -> Iterator[memoryview]:
     Raises:
         CheckpointError: the file ends too soon.
     """
-    view = memoryview(bytearray(min(files.BLOCK_BYTES, ref.nbytes)))
-    with files.open_for_reading(ref.file) as fd:
+    with files.open_for_reading(ref.file) as fd, files.borrowed_block() as block:
         for start in range(0, ref.nbytes, files.BLOCK_BYTES):
-            part = view[: min(files.BLOCK_BYTES, ref.nbytes - start)]
+            part = block[: min(files.BLOCK_BYTES, ref.nbytes - start)]
             files.read_into(fd, part, ref.start + start, ref.file)
             yield part
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from lora_merge.errors import WriteError
 from lora_merge.io.files import write_error
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SUFFIX = ".lora-merge-staging"
+
+_PAUSE_SECONDS = 0.1
+"""Between two flushes of what is still being written."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -131,29 +134,42 @@ def _clear(path: Path) -> None:
 
 
 class Flushing:
-    """Makes what is staged durable, in the background.
+    """Sends what is staged on its way to the disk while it is being written, and makes it durable.
 
-    After an error nobody needs to wait for it: what is staged will be cleared.
+    A context: after an error in its block nobody waits for the disk, since what is staged will be cleared.
     """
 
     def __init__(self, staged: Path) -> None:
         self._staged = staged
         self._failure: OSError | None = None
+        self._complete, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._flush, name="flush", daemon=True)
+
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._complete.set()
 
     def _flush(self) -> None:
+        """Flush again and again, and one last time what is complete."""
         try:
-            _flush(self._staged)
+            while not self._complete.wait(_PAUSE_SECONDS):
+                _flush(self._staged)
+            if not self._over.is_set():
+                _flush(self._staged)
         except OSError as exc:
             self._failure = exc
 
     def wait(self) -> None:
-        """Wait until it is durable.
+        """Wait until all of it is durable; nothing may be written any more.
 
         Raises:
             WriteError: the disk does not take it.
         """
+        self._complete.set()
         self._thread.join()
         if self._failure:
             raise write_error(self._staged, self._failure) from self._failure

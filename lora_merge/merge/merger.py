@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 class Sink(CopySink, Protocol):
     """Where bytes go; a writer is one."""
 
-    def open(self, slot: TensorRef) -> contextlib.AbstractContextManager[Callable[[int, memoryview], None]]:
-        """Open a slot; the result writes a buffer at an offset inside the slot, in bytes."""
+    def open(self, slot: TensorRef) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
+        """Open a slot; the result writes its next bytes."""
 
 
 class Merger:
@@ -167,19 +167,18 @@ class Merger:
 class _Filled:
     """What of a slot is filled: tile after tile, in order."""
 
-    def __init__(self, fill: Callable[[int, memoryview], None], watch: Stopwatch) -> None:
+    def __init__(self, fill: Callable[[memoryview], None], watch: Stopwatch) -> None:
         self._fill, self._watch = fill, watch
-        self._digest, self._n_bytes = new_digest(), 0
+        self._digest = new_digest()
         self.finite = True
 
     def take(self, frame: Frame) -> None:
         """Write a tile."""
         frame.wait()
         self._watch.lap("wait")
-        self._fill(self._n_bytes, frame.encoded)
+        self._fill(frame.encoded)
         self._watch.lap("write")
         self._digest.update(frame.encoded)
-        self._n_bytes += len(frame.encoded)
         self._watch.lap("digest")
         self.finite = frame.is_finite() and self.finite
         self._watch.lap("encode")

@@ -126,29 +126,33 @@ class _Work:
     def write(self, staged: Path) -> tuple[Verdict, dict[str, Survival]]:
         """Fill the staging directory; return what its verification says, and what became of each delta.
 
-        While the disk takes the output in, the processor has nothing else to do than to verify it.
+        The disk takes the output in from the first byte on, and what is left of that while it is verified.
 
         Raises:
             VerifyError: it says no.
             WriteError: the disk does not take it.
         """
         writer = HfCheckpoint(staged)
-        records = self._fill(writer)
-        with self.clock("seal"):
-            writer.seal(self.plan, records, _provenance(self.request, self.planned))
-        survival = {record.name: record.survival for record in records if record.survival}
-        flushing = staging.Flushing(staged)
-        verdict = NOT_VERIFIED
-        if self.request.verify != "none":
-            with self.clock("verify"), one_torch_thread():
-                self.watch.phase("verifying", 0)
-                verdict = check_output(self.plan, staged, records, self.request.verify)
-            if not verdict.ok:
-                raise VerifyError(verdict)
-        with self.clock("flush"):
-            self.watch.phase("flushing", 0)
-            flushing.wait()
-        return verdict, survival
+        with staging.Flushing(staged) as flushing:
+            records = self._fill(writer)
+            with self.clock("seal"):
+                writer.seal(self.plan, records, _provenance(self.request, self.planned))
+            verdict = self._verified(staged, records)
+            with self.clock("flush"):
+                self.watch.phase("flushing", 0)
+                flushing.wait()
+        return verdict, {record.name: record.survival for record in records if record.survival}
+
+    def _verified(self, staged: Path, records: list[TensorRecord]) -> Verdict:
+        """Return what the verification of the staged output says, if it says yes."""
+        if self.request.verify == "none":
+            return NOT_VERIFIED
+        with self.clock("verify"), one_torch_thread():
+            self.watch.phase("verifying", 0)
+            verdict = check_output(self.plan, staged, records, self.request.verify)
+        if not verdict.ok:
+            raise VerifyError(verdict)
+        return verdict
 
     def _fill(self, writer: HfCheckpoint) -> list[TensorRecord]:
         """Carry out every step and return the records: copies while torch loads, then the rest."""

@@ -52,13 +52,18 @@ def ours_with(kind: str, workers: int | None) -> str:
     return "-".join(["ours", *kinds, *([] if workers is None else [f"{workers}w"])])
 
 
-def our_command(workers: int | None) -> Callable[[Job], list[str]]:
-    """Return how lora-merge is run with a number of workers, or with its own."""
+def our_command(workers: int | None, *, loaded: bool = False) -> Callable[[Job], list[str]]:
+    """Return how lora-merge is run with a number of workers, or with its own.
+
+    Args:
+        loaded: in a process that has torch loaded before it begins.
+    """
+    program = [sys.executable, str(Path(__file__).with_name("loaded.py"))] if loaded else lora_merge()
 
     def command(job: Job) -> list[str]:
         places = ["--base", str(job.base), "--adapter", str(job.adapter), "--out", str(job.out)]
         threads = [] if workers is None else ["--workers", str(workers)]
-        return [*lora_merge(), *places, "--json", "--quiet", *threads]
+        return [*program, *places, "--json", "--quiet", *threads]
 
     return command
 
@@ -91,7 +96,12 @@ def of_peer(peer: Peer, kind: str, cache: Path) -> Contender:
 
 
 def contenders(
-    groups: Iterable[str], kinds: tuple[str, ...], workers: tuple[int, ...], cache: Path
+    groups: Iterable[str],
+    kinds: tuple[str, ...],
+    workers: tuple[int, ...],
+    cache: Path,
+    *,
+    loaded: bool = False,
 ) -> list[Contender]:
     """Return who takes turns, in their order.
 
@@ -100,6 +110,7 @@ def contenders(
         kinds: of adapter; lora-merge merges each, everyone else the first.
         workers: lora-merge runs with each of these numbers; empty: with its own.
         cache: where peers are installed.
+        loaded: lora-merge takes part a second time, in processes that have torch loaded.
     """
     first, counts = kinds[0], workers or (None,)
     made: list[Contender] = []
@@ -112,6 +123,11 @@ def contenders(
             made += [
                 Contender(ours_with(kind, n), group, kind, our_command(n)) for kind in kinds for n in counts
             ]
+            if loaded:
+                made += [
+                    Contender(ours_with("loaded", n), group, first, our_command(n, loaded=True))
+                    for n in counts
+                ]
         elif group == "peft":
             made.append(Contender("peft", group, first, peft, memory_factor=1.3, environment=OFFLINE))
         elif not PEERS[group].unusable and PEERS[group].installed(cache):

@@ -29,12 +29,8 @@ class Memory:
 
     @contextlib.contextmanager
     def open(self, slot):
-        content = bytearray(slot.nbytes)
-
-        def fill(offset, buffer):
-            content[offset : offset + len(buffer)] = buffer
-
-        yield fill
+        content = bytearray()
+        yield content.extend
         self.content = bytes(content)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,92 @@ def test_a_copy_that_the_kernel_refuses_is_done_by_hand(code, tmp_path, monkeypa
     files.copy_file(tmp_path / "source", tmp_path / "sub" / "target")
 
     assert (tmp_path / "source").read_bytes() == (tmp_path / "sub" / "target").read_bytes()
+
+
+@pytest.mark.parametrize("start", [0, 8, 4095, 4096, 10_000])
+@pytest.mark.parametrize(
+    "sizes", [[], [0], [1, 1], [5000, 3, 4093, 1, 20_000], [4096] * 3, [100_000]], ids=str
+)
+@pytest.mark.parametrize("uncached", [True, False], ids=["as the kernel can", "as older kernels do"])
+def test_a_stream_writes_its_range_and_nothing_else(start, sizes, uncached, tmp_path, monkeypatch):
+    written, pwritev = [], os.pwritev
+
+    def write(fd, buffers, offset, flags=0):
+        if flags and not uncached:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        count = sum(map(len, buffers))
+        written.append((offset, count))
+        return pwritev(
+            fd, [bytes(part)[: 1 + count // 2] for part in buffers[:1]], offset
+        )  # short, as it may be
+
+    data = os.urandom(sum(sizes))
+    (tmp_path / "file").write_bytes(b"." * (start + len(data) + 50))
+    monkeypatch.setattr(os, "pwritev", write)
+    with files.open_for_writing(tmp_path / "file") as fd:
+        stream, at = files.Stream(fd, start, "file"), 0
+        for size in sizes:
+            stream.write(memoryview(data)[at : at + size])
+            at += size
+        stream.finish()
+    assert (tmp_path / "file").read_bytes() == b"." * start + data + b"." * 50
+    assert bool(written) == bool(data)
+
+
+def test_a_stream_sends_whole_pages(tmp_path, monkeypatch):
+    ends, pwritev = [], os.pwritev
+
+    def write(fd, buffers, offset, *flags):
+        n_written = pwritev(fd, buffers, offset)
+        ends.append(offset + n_written)
+        return n_written
+
+    monkeypatch.setattr(os, "pwritev", write)
+    with files.open_for_writing(tmp_path / "file", create=True) as fd:
+        stream = files.Stream(fd, 100, "file")
+        for size in (5000, 70_000, 8192, 333):
+            stream.write(memoryview(bytes(size)))
+        assert all(end % 4096 == 0 for end in ends)
+        assert len(ends) == 3
+        stream.finish()
+    assert ends[-1] == 100 + 5000 + 70_000 + 8192 + 333
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_stream_onto_a_full_disk_is_a_write_error():
+    with files.open_for_writing("/dev/full") as fd, pytest.raises(WriteError, match="no space left"):
+        files.Stream(fd, 0, "/dev/full").write(memoryview(bytes(10_000)))
+
+
+@pytest.mark.parametrize(("start", "target_start"), [(0, 0), (100, 100), (4096 + 7, 7), (8, 16), (0, 1)])
+@pytest.mark.parametrize("able", [True, False])
+def test_blocks_are_shared_where_both_files_have_them_alike(start, target_start, able, tmp_path, monkeypatch):
+    """The request that a filesystem with shared blocks would carry out is carried out by hand."""
+    import fcntl
+
+    shared = []
+
+    def ioctl(target_fd, request, argument):
+        if not able:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        source_fd, offset, nbytes, target_offset = struct.unpack("=qQQQ", argument)
+        assert offset % 4096 == nbytes % 4096 == target_offset % 4096 == 0
+        shared.append(nbytes)
+        os.pwrite(target_fd, os.pread(source_fd, nbytes, offset), target_offset)
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    data = os.urandom(50_000)
+    (tmp_path / "source").write_bytes(data)
+    (tmp_path / "target").write_bytes(bytes(60_000))
+    with (
+        files.open_for_reading(tmp_path / "source") as source_fd,
+        files.open_for_writing(tmp_path / "target") as fd,
+    ):
+        files.copy_range(source_fd, start, 40_000, fd, target_start, ("source", "target"))
+    wanted = bytes(target_start) + data[start : start + 40_000]
+    assert (tmp_path / "target").read_bytes() == wanted + bytes(60_000 - len(wanted))
+    assert bool(shared) == (able and (start - target_start) % 4096 == 0)
+    assert all(nbytes > 30_000 for nbytes in shared)
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 
@@ -85,8 +86,20 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 def test_what_is_staged_is_flushed_once_it_has_been_waited_for(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(staging, "_fsync", lambda path: flushed.append(path.name))
-    staging.Flushing(fill(tmp_path, "text")).wait()
+    monkeypatch.setattr(staging, "_PAUSE_SECONDS", 60)
+    with staging.Flushing(fill(tmp_path, "text")) as flushing:
+        flushing.wait()
     assert flushed == ["config.json", tmp_path.name]
+
+
+def test_what_is_being_written_is_sent_to_the_disk_already(tmp_path, monkeypatch):
+    flushed = threading.Event()
+    monkeypatch.setattr(staging, "_fsync", lambda path: flushed.set())
+    with staging.Flushing(tmp_path) as flushing:
+        assert flushed.wait(60)
+        flushed.clear()
+        assert flushed.wait(60)  # again
+        flushing.wait()
 
 
 def test_a_disk_that_fails_while_flushing_is_a_write_error(tmp_path, monkeypatch):
@@ -94,15 +107,23 @@ def test_a_disk_that_fails_while_flushing_is_a_write_error(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(staging, "_fsync", fail)
-    flushing = staging.Flushing(tmp_path)
-    with pytest.raises(WriteError, match="no space left"):
+    with staging.Flushing(tmp_path) as flushing, pytest.raises(WriteError, match="no space left"):
         flushing.wait()
 
 
-def test_nobody_has_to_wait_for_the_disk(tmp_path, monkeypatch):
-    enough = threading.Event()
-    monkeypatch.setattr(staging, "_fsync", lambda path: enough.wait(60))
-    flushing = staging.Flushing(tmp_path)
-    assert any(thread.name == "flush" for thread in threading.enumerate())  # still at it
+def test_after_an_error_nobody_waits_for_the_disk_and_nothing_more_is_flushed(tmp_path, monkeypatch):
+    began, enough, flushed = threading.Event(), threading.Event(), []
+
+    def slow(path):
+        began.set()
+        enough.wait(60)
+        flushed.append(path)
+
+    monkeypatch.setattr(staging, "_fsync", slow)
+    with contextlib.suppress(KeyError), staging.Flushing(tmp_path) as flushing:
+        assert began.wait(60)
+        raise KeyError
+    assert flushed == []  # it is still at it
     enough.set()
     flushing.wait()
+    assert flushed == [tmp_path]
