@@ -24,9 +24,11 @@ def run_cuda(
     """
     import torch
 
+    index = torch.device(device).index or 0
+
     def begin() -> None:
-        torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        torch.cuda.set_device(index)
+        torch.cuda.set_stream(torch.cuda.Stream(index))  # type: ignore[no-untyped-call]
 
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -36,13 +36,13 @@ def histories(draw):
         kind = draw(st.sampled_from(["stack", "cat", "chunk", "split", "transpose"]))
         one, real = pool[0]
         dim = draw(st.integers(0, one.ndim - 1))
+        alike = [pair for pair in pool if pair[0].shape == one.shape]
         if kind in {"stack", "cat"}:
-            alike = [pair for pair in pool if pair[0].shape == one.shape]
             join = torch.stack if kind == "stack" and one.ndim < 4 else torch.cat
             made = [(join([a for a, _ in alike], dim=dim), join([t for _, t in alike], dim=dim))]
         elif kind == "transpose":
             other = draw(st.integers(0, one.ndim - 1))
-            made = [(torch.transpose(a, dim, other), torch.transpose(t, dim, other)) for a, t in pool]
+            made = [(torch.transpose(a, dim, other), torch.transpose(t, dim, other)) for a, t in alike]
         elif kind == "chunk":
             n = draw(st.integers(1, 3))
             made = list(zip(torch.chunk(one, n, dim=dim), torch.chunk(real, n, dim=dim), strict=True))
