@@ -31,7 +31,7 @@ class HfCheckpoint:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self._root = root
         self._linked: frozenset[str] = frozenset()
 
     def link(self, plan: MergePlan, how: Literal["reflink", "hard"]) -> dict[str, str]:
@@ -74,7 +74,7 @@ class HfCheckpoint:
 
     def _placed(self, name: str) -> Path:
         """Return the path of a file, its directory made."""
-        path = self.root / name
+        path = self._root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -91,7 +91,7 @@ class HfCheckpoint:
         source, slot = stretch.sources[0], stretch.slots[0]
         if slot.file in self._linked:
             return
-        target = self.root / slot.file
+        target = self._root / slot.file
         labels = (source.file, str(target))
         with files.open_for_reading(source.file) as source_fd, files.open_for_writing(target) as fd:
             files.copy_range(source_fd, source.start, stretch.nbytes, fd, slot.start, labels)
@@ -103,7 +103,7 @@ class HfCheckpoint:
         Raises:
             WriteError: the disk is full or cannot be written.
         """
-        target = self.root / slot.file
+        target = self._root / slot.file
         with files.open_for_writing(target) as fd:
             stream = files.Stream(fd, slot.start, target)
             yield stream.write
@@ -117,18 +117,18 @@ class HfCheckpoint:
             WriteError: the disk is full or cannot be written.
         """
         for side_file in plan.side_files:
-            target = self.root / side_file.name
+            target = self._root / side_file.name
             if side_file.name == CONFIG_FILE and plan.config_patch:
                 config = patched_config(files.read_json(Path(side_file.source)), plan.config_patch)
                 files.write_text(target, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             else:
                 files.copy_file(Path(side_file.source), target)
         if plan.index:
-            files.write_text(self.root / INDEX_FILE, plan.index)
-        files.write_text(self.root / CARD_FILE, card_text(provenance, plan))
+            files.write_text(self._root / INDEX_FILE, plan.index)
+        files.write_text(self._root / CARD_FILE, card_text(provenance, plan))
         names = [file.name for file in plan.side_files] + ([INDEX_FILE] if plan.index else [])
-        digests = {name: files.file_digest(self.root / name) for name in names}
-        files.write_text(self.root / MANIFEST_FILE, manifest_text(provenance, plan, records, digests))
+        digests = {name: files.file_digest(self._root / name) for name in names}
+        files.write_text(self._root / MANIFEST_FILE, manifest_text(provenance, plan, records, digests))
 
 
 class InMemory:

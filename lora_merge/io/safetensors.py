@@ -213,6 +213,7 @@ class RowReader:
             CheckpointError: the file ends too soon, or the disk cannot be read.
         """
         offset = self._ref.start + start * self._row_bytes
+        self._asked = max(self._asked, offset)
         if self._asked < min(offset + len(buffer) + _AHEAD_BYTES // 2, self._ref.end):
             files.will_need(self._fd, self._asked, min(_AHEAD_BYTES, self._ref.end - self._asked))
             self._asked += _AHEAD_BYTES

@@ -181,7 +181,7 @@ class _Work:
         if refused and self.request.link:
             n_files, why = len(refused), next(iter(refused.values()))
             sentence = f"the disk makes no {how} links here ({why}), so {n_files} of its files were copied"
-            self.notes.append(note("link", str(writer.root), sentence))
+            self.notes.append(note("link", str(_absolute(self.request.out)), sentence))
 
     def _run(
         self, phase: str, do: Callable[[Work], list[TensorRecord]], work: Sequence[Work], device: str
