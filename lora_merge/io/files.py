@@ -27,6 +27,9 @@ MAX_TRANSFER_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 22
 """Read at once, where a whole file or tensor passes by."""
 
+_AHEAD_BYTES = 32 << 20
+"""Asked of the disk in advance."""
+
 _BLOCKS: list[memoryview] = []
 """Blocks that nobody has borrowed."""
 
@@ -113,10 +116,44 @@ def read_into(fd: int, buffer: memoryview, offset: int, label: str | Path) -> No
         done += n_read
 
 
-def will_need(fd: int, start: int, nbytes: int) -> None:
-    """Have the disk fetch a range of a file into the page cache, without waiting for it."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+class ReadAhead:
+    """Has the disk fetch what of a range will be read next, while what was fetched before is worked on.
+
+    Args:
+        fd: of the file.
+        start: of the range, in bytes; end: the byte after it.
+    """
+
+    def __init__(self, fd: int, start: int, end: int) -> None:
+        self._fd, self._asked, self._end = fd, start, end
+
+    def read_into(self, buffer: memoryview, offset: int, label: str | Path) -> None:
+        """Fill a buffer from an offset of the file; what lies before it is not fetched.
+
+        Raises:
+            CheckpointError: the file ends too soon, or the disk cannot be read.
+        """
+        self._asked = max(self._asked, offset)
+        if self._asked < min(offset + len(buffer) + _AHEAD_BYTES // 2, self._end):
+            count = min(_AHEAD_BYTES, self._end - self._asked)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._fd, self._asked, count, os.POSIX_FADV_WILLNEED)
+            self._asked += count
+        read_into(self._fd, buffer, offset, label)
+
+
+def read_blocks(fd: int, start: int, nbytes: int, label: str | Path) -> Iterator[memoryview]:
+    """Yield the bytes of a range in order, block by block, through one reused buffer.
+
+    Raises:
+        CheckpointError: the file ends too soon, or the disk cannot be read.
+    """
+    ahead = ReadAhead(fd, start, start + nbytes)
+    with borrowed_block() as block:
+        for at in range(0, nbytes, BLOCK_BYTES):
+            part = block[: min(BLOCK_BYTES, nbytes - at)]
+            ahead.read_into(part, start + at, label)
+            yield part
 
 
 def write_from(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
@@ -212,12 +249,9 @@ def copy_range(
         at = begin + _copy_in_kernel(
             source_fd, start + begin, end - begin, target_fd, target_start + begin, labels[1]
         )
-        with borrowed_block() as block:
-            while at < end:
-                part = block[: end - at]
-                read_into(source_fd, part, start + at, labels[0])
-                write_from(target_fd, part, target_start + at, labels[1])
-                at += len(part)
+        for block in read_blocks(source_fd, start + at, end - at, labels[0]):
+            write_from(target_fd, block, target_start + at, labels[1])
+            at += len(block)
 
 
 def _share_blocks(
@@ -410,12 +444,9 @@ def file_digest(path: Path) -> str:
         CheckpointError: it cannot be read.
     """
     digest = new_digest()
-    with open_for_reading(path) as fd, borrowed_block() as block:
-        size = os.fstat(fd).st_size
-        for start in range(0, size, BLOCK_BYTES):
-            part = block[: min(BLOCK_BYTES, size - start)]
-            read_into(fd, part, start, path)
-            digest.update(part)
+    with open_for_reading(path) as fd:
+        for block in read_blocks(fd, 0, os.fstat(fd).st_size, path):
+            digest.update(block)
     return digest_text(digest)
 
 

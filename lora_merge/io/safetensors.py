@@ -25,9 +25,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 _COMPARED_ELEMENTS = 1 << 20
 
-_AHEAD_BYTES = 32 << 20
-"""Asked of the disk in advance."""
-
 _REFETCH = "the file is truncated, or no safetensors file; fetch it again"
 
 
@@ -127,11 +124,8 @@ def blocks(ref: TensorRef) -> Iterator[memoryview]:
     Raises:
         CheckpointError: the file ends too soon.
     """
-    with files.open_for_reading(ref.file) as fd, files.borrowed_block() as block:
-        for start in range(0, ref.nbytes, files.BLOCK_BYTES):
-            part = block[: min(files.BLOCK_BYTES, ref.nbytes - start)]
-            files.read_into(fd, part, ref.start + start, ref.file)
-            yield part
+    with files.open_for_reading(ref.file) as fd:
+        yield from files.read_blocks(fd, ref.start, ref.nbytes, ref.file)
 
 
 def tensor_digest(ref: TensorRef) -> str:
@@ -202,9 +196,9 @@ class RowReader:
     """
 
     def __init__(self, fd: int, ref: TensorRef, n_rows: int) -> None:
-        self._fd, self._ref = fd, ref
+        self._ref = ref
         self._row_bytes = ref.nbytes // max(n_rows, 1)
-        self._asked = ref.start
+        self._ahead = files.ReadAhead(fd, ref.start, ref.end)
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill a buffer with the rows from ``start`` on.
@@ -212,12 +206,7 @@ class RowReader:
         Raises:
             CheckpointError: the file ends too soon, or the disk cannot be read.
         """
-        offset = self._ref.start + start * self._row_bytes
-        self._asked = max(self._asked, offset)
-        if self._asked < min(offset + len(buffer) + _AHEAD_BYTES // 2, self._ref.end):
-            files.will_need(self._fd, self._asked, min(_AHEAD_BYTES, self._ref.end - self._asked))
-            self._asked += _AHEAD_BYTES
-        files.read_into(self._fd, buffer, offset, self._ref.file)
+        self._ahead.read_into(buffer, self._ref.start + start * self._row_bytes, self._ref.file)
 
 
 def load(ref: TensorRef) -> torch.Tensor:
