@@ -8,7 +8,7 @@ ENGINES := .venv-engines
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers docs test engines engines-table bench clean
+.PHONY: help setup demo check lint format type layers docs test fuzz kills engines engines-table bench clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -47,6 +47,12 @@ docs: setup ## Check that the generated pages are current (scripts/docs.py --wri
 test: setup ## The test suite
 	$(BIN)/python -m pytest -n $(JOBS)
 
+fuzz: setup ## A million executions of everything that reads files of strangers (RUNS=n; minutes)
+	$(BIN)/python scripts/fuzz.py --runs $(or $(RUNS),1000000)
+
+kills: setup ## Kill a merge at random moments and resume it, KILLS=n times for each of five models
+	LORA_MERGE_KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest -n $(JOBS) tests/faults/test_kills.py
+
 engines: setup $(ENGINES)/.installed ## Serve merged checkpoints with vLLM and LMDeploy, in an environment of their own
 	$(SERVE)
 
@@ -65,5 +71,5 @@ bench: setup ## Time a merge against cp, PEFT and other tools, on synthetic Llam
 	$(BIN)/python scripts/bench.py --size $(or $(SIZE),3)
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) $(ENGINES) .demo .bench .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) .demo .bench .fuzz .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

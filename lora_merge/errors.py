@@ -3,11 +3,13 @@
     LoraMergeError                everything a user can fix; has .hint
     ├── ResolveError              cannot find or read a base or adapter
     │   ├── CheckpointError       index, shard or header is broken (file, subject, got, wanted)
+    │   │   └── ChangedError      an input changed while it was read
     │   └── UnknownFormatError    no adapter format matches (tried)
     ├── RequestError              a request file does not parse (file, line, key)
     ├── PlanError                 adapter and base do not fit (issues: all of them)
     │   └── UnsupportedError      understood, not mergeable (issues: what, and what to do instead)
     ├── WriteError                output exists, disk full, rename failed
+    │   └── OutOfMemoryError      the machine has no memory left
     └── VerifyError               the output is not what the plan promised (verdict)
 
 Classes carry data; ``__str__`` builds the sentence: subject first, got before wanted.
@@ -54,6 +56,10 @@ class CheckpointError(ResolveError):
         self.file, self.subject, self.got, self.wanted = file, subject, got, wanted
         where = f"{file}: {subject}" if subject else file
         super().__init__(f"{where}: {got}, expected {wanted}" if wanted else f"{where}: {got}", hint=hint)
+
+
+class ChangedError(CheckpointError):
+    """An input is no longer what it was when the merge was planned."""
 
 
 class UnknownFormatError(ResolveError):
@@ -104,6 +110,21 @@ class UnsupportedError(PlanError):
 
 class WriteError(LoraMergeError):
     """The output cannot be written: it exists, the disk is full, a rename failed."""
+
+
+class OutOfMemoryError(WriteError):
+    """The machine, or what the process may have of it, has no memory left.
+
+    Args:
+        doing: what for: ``merging model.layers.0.mlp.up_proj.weight``.
+        where: whose memory: ``"the machine"``, ``"the GPU"``.
+    """
+
+    def __init__(self, doing: str, where: str = "the machine") -> None:
+        super().__init__(
+            f"{doing}: {where} has no memory left",
+            hint="--memory-limit 2GB, or fewer --workers, take less of it",
+        )
 
 
 class VerifyError(LoraMergeError):

@@ -23,7 +23,7 @@ from lora_merge.io.needed import (
     base_small,
     base_weights,
 )
-from lora_merge.io.side_files import belongs_to_adapter, belongs_to_base
+from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 
 if TYPE_CHECKING:
     from lora_merge.core.report import Observer
@@ -116,7 +116,7 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
     repo = open_repo(found, access, watch)
     known = repo.names | repo.absent
     absent = frozenset(filter(belongs_to_base, repo.absent)) - {CONFIG_FILE}
-    root = repo.fetch(base_small(str(found), known) - absent)
+    root = repo.fetch(base_small(str(found), known) - absent - (repo.absent & {MANIFEST_FILE}))
     weights = base_weights(str(found), known, root)
     return Place(text, root, repo, weights, _absent_issues(str(found), absent))
 

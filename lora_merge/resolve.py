@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -21,11 +22,12 @@ from lora_merge.core.checkpoint import (
     WeightFile,
 )
 from lora_merge.core.conversion import Conversion
+from lora_merge.core.manifest import merged_before
 from lora_merge.core.shards import shard_name
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
 from lora_merge.io.safetensors import read_header, same_values
-from lora_merge.io.side_files import base_side_files, differs, other_weights
+from lora_merge.io.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
 from lora_merge.layouts import Stored
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
 
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
+
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+"""Of weight files: one of another name would stand in the way of a file that goes around the weights."""
 
 
 def resolve_adapter(root: Path) -> Adapter:
@@ -70,6 +75,7 @@ def resolve_base(root: Path) -> Checkpoint:
         index_metadata=_table((index or {}).get("metadata")),
         side_files=tuple(file for file in side_files if file.name not in weights),
         notes=notes + _weight_notes(root, entry, files, index),
+        merged=merged_before(read_json(root / MANIFEST_FILE)) if (root / MANIFEST_FILE).is_file() else (),
     )
 
 
@@ -201,8 +207,8 @@ def _shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[WeightFil
             got = f"is in {found[name]}" if name in found else "is in no file"
             raise CheckpointError(label, name, got, f"it in {file}, as the index says")
     if len(found) != n_tensors:
-        names_seen = [ref.name for file in files for ref in file.tensors]
-        twice = next(name for name in found if names_seen.count(name) > 1)
+        names_seen = Counter(ref.name for file in files for ref in file.tensors)
+        ((twice, _),) = names_seen.most_common(1)
         raise CheckpointError(str(root), twice, "is stored in two files", "it in one")
     return files
 
@@ -216,8 +222,12 @@ def _file_name(label: str, tensor: str, file: object) -> str:
     if not isinstance(file, str) or not file:
         raise CheckpointError(label, tensor, f"is mapped to {file!r}", "a file name")
     path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or "\\" in file:
+    if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
         raise CheckpointError(label, tensor, f"is mapped to {file}", "a file inside the model's directory")
+    if path.suffix not in _SUFFIXES:
+        raise CheckpointError(
+            label, tensor, f"is mapped to {file}", f"a name that ends in {' or '.join(_SUFFIXES)}"
+        )
     return file
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, patched_config
 from lora_merge.core.provenance import Provenance, card_text, manifest_text
 from lora_merge.core.stretches import whole_copies
+from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 from lora_merge.io.safetensors import has_header, reserve
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     import torch
 
     from lora_merge.core.plan import MergePlan
+    from lora_merge.core.shards import OutputFile
     from lora_merge.core.stretches import Stretch
     from lora_merge.core.tensor import TensorRecord, TensorRef
 
@@ -33,6 +37,38 @@ class HfCheckpoint:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._linked: frozenset[str] = frozenset()
+        self._kept: frozenset[str] = frozenset()
+
+    def keep(self, plan: MergePlan, names: Collection[str]) -> frozenset[str]:
+        """Keep those of some files that are the plan's by size and header; remove everything else.
+
+        A file with a second name is not kept: it is the base's own, and nothing may be written to it.
+
+        Raises:
+            WriteError: something cannot be removed.
+        """
+        kept = {file.name for file in plan.files if file.name in names and self._is_begun(file)}
+        try:
+            for directory, folders, found in os.walk(self._root, topdown=False):
+                for path in (Path(directory, name) for name in (*found, *folders)):
+                    if path.is_dir() and not path.is_symlink():
+                        if not any(path.iterdir()):
+                            path.rmdir()
+                    elif path.relative_to(self._root).as_posix() not in kept:
+                        path.unlink()
+        except OSError as exc:
+            raise files.write_error(self._root, exc) from exc
+        self._kept = frozenset(kept)
+        return self._kept
+
+    def _is_begun(self, file: OutputFile) -> bool:
+        """Return True where a file of the plan is there, a plain one with its header."""
+        path = self._root / file.name
+        try:
+            status = path.lstat()
+            return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and has_header(path, file)
+        except (OSError, CheckpointError):
+            return False
 
     def link(self, plan: MergePlan, how: Literal["reflink", "hard"]) -> dict[str, str]:
         """Let files that nothing changes share their bytes with the base's; they are full from then on.
@@ -51,7 +87,9 @@ class HfCheckpoint:
         linked, refused = [], {}
         sources = whole_copies(plan)
         for file in plan.files:
-            if file.name not in sources or not has_header(Path(sources[file.name]), file):
+            if file.name in self._kept or file.name not in sources:
+                continue
+            if not has_header(Path(sources[file.name]), file):
                 continue
             try:
                 files.link(Path(sources[file.name]), self._placed(file.name), how)
@@ -63,13 +101,13 @@ class HfCheckpoint:
         return refused
 
     def reserve(self, plan: MergePlan) -> None:
-        """Create every weight file that is not linked, at its full size.
+        """Create every weight file that is neither linked nor kept, at its full size.
 
         Raises:
             WriteError: the disk is full or cannot be written.
         """
         for file in plan.files:
-            if file.name not in self._linked:
+            if file.name not in self._linked | self._kept:
                 reserve(self._placed(file.name), file)
 
     def _placed(self, name: str) -> Path:

@@ -1,14 +1,14 @@
 """Write the generated pages, or check that they are current.
 
 ``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The tables of adapters and of model
-families in ``README.md`` are what the parity suite runs.
+families in ``README.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +20,14 @@ from lora_merge.cli.exits import MEANINGS
 from lora_merge.core.kinds import NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
 
 if TYPE_CHECKING:
+    from tests.faults.table import Fault
     from tests.parity.families import Family
     from tests.parity.kinds import Kind
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI_PAGE = ROOT / "docs" / "cli.md"
 README = ROOT / "README.md"
+SECURITY_PAGE = ROOT / "docs" / "security.md"
 BEGIN = "<!-- {}: begin (scripts/docs.py --write) -->"
 END = "<!-- {}: end -->"
 
@@ -54,8 +56,13 @@ _INTERRUPTS = """\
 ## What an interrupted run leaves
 
 The output is built in a directory beside it, `OUT.lora-merge-staging`, and gets its name by one rename at the
-very end. Ctrl-C and SIGTERM clear that directory; after `kill -9` or a power cut it stays, and the next run to
-the same output clears it. Nothing unfinished ever stands under the output's own name.
+very end: nothing unfinished ever stands under the output's own name. Whatever ends a run before that (Ctrl-C,
+SIGTERM, `kill -9`, a full or failing disk, a power cut), the tensors that are whole stay there, listed in a journal.
+
+`--resume` goes on from there. It looks at every listed tensor again and writes the rest; the output is, byte for byte,
+that of a run that was never interrupted. It may always be passed: where there is nothing to go on from, or where the
+interrupted run was of another merge (other inputs, options or versions), it begins anew and says so. A run without
+`--resume` clears the directory and begins anew. A run that failed for a reason of its own clears it too.
 """
 
 
@@ -99,14 +106,43 @@ def _commands() -> list[tuple[str, click.Command]]:
 
 
 def readme() -> str:
-    """Return the text of ``README.md`` with what stands between the marks renewed; exit when they are missing."""
-    text = README.read_text(encoding="utf-8")
-    for name, table in (("supported", supported()), ("families", families())):
+    """Return the text of ``README.md`` with its tables renewed."""
+    return _renewed(README, {"supported": supported(), "families": families()})
+
+
+def security() -> str:
+    """Return the text of ``docs/security.md`` with its tables renewed."""
+    sys.path.insert(0, str(ROOT))
+    from tests.faults.table import FAULTS, HOSTILE
+
+    return _renewed(
+        SECURITY_PAGE,
+        {
+            "lasting": _fault_table(fault for fault in FAULTS if not fault.is_resumed),
+            "passing": _fault_table(fault for fault in FAULTS if fault.is_resumed),
+            "hostile": _fault_table(HOSTILE),
+        },
+    )
+
+
+def _fault_table(faults: Iterable[Fault]) -> str:
+    """Return what happens, what the sentence says, and the exit code."""
+    names = {"base": "BASE", "adapter": "ADAPTER", "out": "OUT"}
+    rows = "".join(
+        _row(fault.name, f"`…{fault.says.format(**names).strip()}…`", str(fault.code)) for fault in faults
+    )
+    return f"| what happens | the sentence says | exit code |\n| --- | --- | --- |\n{rows}"
+
+
+def _renewed(page: Path, tables: Mapping[str, str]) -> str:
+    """Return the text of a page with what stands between the marks renewed; exit when they are missing."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
         begin, end = BEGIN.format(name), END.format(name)
         before, has_begin, rest = text.partition(begin)
         _, has_end, after = rest.partition(end)
         if not (has_begin and has_end):
-            sys.exit(f"{README} lacks one of the lines {begin} and {end}")
+            sys.exit(f"{page} lacks one of the lines {begin} and {end}")
         text = f"{before}{begin}\n\n{table}\n{end}{after}"
     return text
 
@@ -188,7 +224,7 @@ def main() -> None:
     choice.add_argument("--check", action="store_true", help="exit 1 when a page is not current")
     write = parser.parse_args().write
     stale = []
-    for path, text in ((CLI_PAGE, cli_page()), (README, readme())):
+    for path, text in ((CLI_PAGE, cli_page()), (README, readme()), (SECURITY_PAGE, security())):
         if write:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")

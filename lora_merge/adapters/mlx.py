@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.adapters.values import non_finite
 from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement
 from lora_merge.core.checkpoint import INPUT_NAMES
+from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import number
-from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.io.files import file_digest, read_json
 from lora_merge.io.needed import ADAPTER_CONFIG, MLX_WEIGHTS

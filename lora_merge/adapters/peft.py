@@ -20,13 +20,15 @@ from lora_merge.core.kinds import (
     NATIVE,
     PREFIX,
     TRAINER_FIELDS,
+    check_types,
     field_issues,
     kind_issues,
     mutating_init,
 )
+from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.scaling import Scaling, number
-from lora_merge.core.targets import TargetError, TargetRule, is_listed
+from lora_merge.core.targets import TargetRule, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.io.files import files_digest, read_json
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, TRAINER_CONFIG
@@ -66,6 +68,7 @@ def read_peft(root: Path) -> Adapter | None:
         return None
     if "swift_type" in config:
         return None
+    check_types(config, str(root / ADAPTER_CONFIG))
     refs, issues = canonical(_tensors(weights), weights.name)
     issues += _trainer_issues(root)
     return assemble(weights, "peft", config, read_tensors(refs, config, issues, weights.name), issues)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +10,8 @@ from lora_merge.adapters.spelling import canonical
 from lora_merge.adapters.values import non_finite
 from lora_merge.core.adapter import Replacement
 from lora_merge.core.kinds import PREFIX
+from lora_merge.core.patterns import TargetError, compile_pattern, full_match
 from lora_merge.core.report import Issue, error, note
-from lora_merge.core.targets import TargetError, compile_pattern
 from lora_merge.io.files import read_json
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXTRA_FOLDER, VISION_WEIGHTS
 from lora_merge.io.safetensors import read_header
@@ -115,7 +114,11 @@ def _unasked(refs: tuple[TensorRef, ...], patterns: list[str] | None) -> list[Is
     """Return an issue for each tensor that no regex asks for."""
     if patterns is None:
         return []
-    strays = [ref.name for ref in refs if not any(re.fullmatch(pattern, ref.name) for pattern in patterns)]
+    strays = [
+        ref.name
+        for ref in refs
+        if not any(full_match("extra_state_keys", pattern, ref.name) for pattern in patterns)
+    ]
     hint = "the config does not belong to these tensors"
     return [
         error("unexpected-tensor", name, "is an extra state that extra_state_keys does not match", hint)

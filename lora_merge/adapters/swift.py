@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.adapters.peft import assemble, read_tensors
 from lora_merge.adapters.spelling import canonical
 from lora_merge.core.adapter import Adapter
-from lora_merge.core.kinds import PREFIX
+from lora_merge.core.kinds import PREFIX, check_types
 from lora_merge.core.report import Issue, error
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
@@ -84,6 +84,7 @@ def read_swift(root: Path) -> Adapter | None:
     )
     issues += spelling
     plain = _as_peft(root, config)
+    check_types(plain, str(root / ADAPTER_CONFIG))
     return assemble(root / ADAPTER_WEIGHTS, "ms-swift", plain, read_tensors(refs, plain, issues), issues)
 
 

@@ -57,7 +57,8 @@ class _App(click.Group):
                 click.echo(error_json(exc, exc.format_message(), code))
         except (click.Abort, KeyboardInterrupt) as exc:
             code = exits.INTERRUPTED
-            say_error(exc, "interrupted; nothing was written under the output's name", code, as_json=as_json)
+            sentence = "interrupted; nothing unfinished stands under the output's name"
+            say_error(exc.__cause__ or exc, sentence, code, as_json=as_json)  # click makes an Abort of it
         except LoraMergeError as exc:
             code = exits.code_of(exc)
             say_error(exc, str(exc), code, as_json=as_json)

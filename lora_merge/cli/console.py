@@ -94,11 +94,15 @@ class Console:
 def say_error(error: BaseException, sentence: str, code: int, *, as_json: bool) -> None:
     """Print an error: for people on stderr, and with ``as_json`` as data on stdout."""
     click.echo(f"error: {printable(sentence)}", err=True)
-    hint = getattr(error, "hint", "")
-    if hint:
+    for hint in _hints(error):
         click.echo(f"hint: {printable(hint)}", err=True)
     if as_json:
         click.echo(error_json(error, sentence, code))
+
+
+def _hints(error: BaseException) -> list[str]:
+    """Return what an error says to do about it: its own hint, and what was noted on its way."""
+    return [hint for hint in (getattr(error, "hint", ""), *getattr(error, "__notes__", ())) if hint]
 
 
 def printable(text: str) -> str:
@@ -115,7 +119,7 @@ def error_json(error: BaseException, sentence: str, code: int) -> str:
         "error": type(error).__name__,
         "exit_code": code,
         "message": sentence,
-        "hint": getattr(error, "hint", ""),
+        "hint": "; ".join(_hints(error)),
         "issues": [asdict(issue) for issue in (verdict.issues if verdict else issues)],
     }
     return json.dumps(data, indent=2)
@@ -252,6 +256,7 @@ def _print_plan(report: Report, *, verbose: bool) -> None:
 
 _PHASES = {
     "plan": "read headers, match the adapter, lay out the output",
+    "resume": "check what an interrupted run has written",
     "copy": "move what no delta touches; torch loads meanwhile",
     "load": "wait until torch is there",
     "merge": "stream every other tensor through float32",
@@ -337,7 +342,7 @@ class _Bar:
 
     def done(self, name: str) -> None:
         if self._verbose:
-            self._progress.console.print(name, markup=False, highlight=False)
+            self._progress.console.print(printable(name), markup=False, highlight=False)
 
 
 class _Lines:

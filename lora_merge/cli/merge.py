@@ -47,6 +47,11 @@ _DIRECTORY = click.Path(file_okay=True, dir_okay=True)
 @click.option(
     "--overwrite/--no-overwrite", default=None, help="Replace an existing output, once the new one is whole."
 )
+@click.option(
+    "--resume/--no-resume",
+    default=None,
+    help="Go on where an interrupted run to this output stopped, if it was the same merge; what it has written is checked first.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
 @click.option("--profile", is_flag=True, help="Print where each second went.")
 @output_options

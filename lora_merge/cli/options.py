@@ -103,6 +103,12 @@ def input_options(command: Command) -> Command:
             default=None,
             help="Merge OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it otherwise.",
         ),
+        click.option(
+            "--allow-again",
+            is_flag=True,
+            default=None,
+            help="Merge an adapter into a base that has it merged into it already.",
+        ),
     )
     strict = click.option("--strict/--no-strict", default=None, help="Treat warnings as errors.")
     return _with(options, hub_options(strict(command)))

@@ -135,6 +135,11 @@ class Adapter:
     """Who wrote it, where that says what a target means: ``"ms-swift"``."""
 
     @property
+    def is_read(self) -> bool:
+        """Return True when something of it could be read; else its issues say why not."""
+        return bool(self.deltas or self.replacements or self.stacked or self.layered)
+
+    @property
     def kind(self) -> str:
         """Return the PEFT type, ``"LORA"`` for example."""
         return str(self.config.get("peft_type"))

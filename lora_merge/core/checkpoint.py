@@ -53,6 +53,17 @@ class SideFile:
 
 
 @dataclass(frozen=True, slots=True)
+class MergedBefore:
+    """An adapter that a checkpoint has merged into it, as its manifest says."""
+
+    path: str
+    """As the user named it then."""
+
+    digest: str
+    """Of the file that holds its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """An index of tensors over files, and the small files around them."""
 
@@ -74,6 +85,9 @@ class Checkpoint:
 
     notes: tuple[str, ...] = ()
     """What was seen and left out on purpose, one sentence each."""
+
+    merged: tuple[MergedBefore, ...] = ()
+    """The adapters that it has merged into it already."""
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor, file by file, in the order of their bytes."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_merge.core.report import Issue, error, warning
+from lora_merge.errors import CheckpointError
 
 PREFIX = "base_model.model."
 """What the name of an adapter's tensor begins with when it belongs to one module."""
@@ -37,6 +38,24 @@ READ_FIELDS = frozenset(
         "token_indices", "init_weights",
     }
 )  # fmt: skip
+
+_SWITCH, _TEXT = (bool, int, type(None)), (str, type(None))
+_NAMES = (list, type(None))
+
+FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "peft_type": _TEXT, "bias": _TEXT, "peft_version": _TEXT, "base_model_name_or_path": _TEXT, "task_type": _TEXT,
+    "revision": _TEXT, "use_rslora": _SWITCH, "use_dora": _SWITCH, "lora_bias": _SWITCH, "fan_in_fan_out": _SWITCH,
+    "ensure_weight_tying": _SWITCH, "init_lora_weights": (bool, str, type(None)),
+    "init_weights": (bool, str, type(None)), "modules_to_save": _NAMES, "target_parameters": _NAMES,
+    "feedforward_modules": (list, str, type(None)), "kasa_config": (dict, bool, type(None)), "use_bdlora": (dict, bool, type(None)),
+}  # fmt: skip
+"""What fields may hold, as JSON has it, where whoever reads them trusts that they do."""
+
+_OF_TEXTS = frozenset({"modules_to_save", "target_parameters", "feedforward_modules"})
+
+_CALLED = {
+    bool: "true or false", int: "a number", str: "a text", list: "a list", dict: "a table", type(None): "null"
+}  # fmt: skip
 
 UNMERGEABLE_FIELDS: Mapping[str, str] = {
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
@@ -93,6 +112,29 @@ MUTATING_INITS: Mapping[str, str] = {
 
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base alone."""
+
+
+def check_types(config: Mapping[str, Any], label: str) -> None:
+    """Check that the fields of a configuration hold values of the types that PEFT writes.
+
+    Args:
+        config: as parsed.
+        label: what to call its file.
+
+    Raises:
+        CheckpointError: one does not.
+    """
+    for field, types in FIELD_TYPES.items():
+        value = config.get(field)
+        wanted = " or ".join(_CALLED[kind] for kind in types if kind is not int)
+        if not isinstance(value, types):
+            raise CheckpointError(label, field, f"is {value!r}"[:200], wanted)
+        if (
+            field in _OF_TEXTS
+            and isinstance(value, list)
+            and not all(isinstance(item, str) for item in value)
+        ):
+            raise CheckpointError(label, field, f"is {value!r}"[:200], "a list of texts")
 
 
 def kind_issues(config: Mapping[str, Any]) -> list[Issue]:

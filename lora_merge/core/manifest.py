@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_merge.core.checkpoint import MergedBefore
 from lora_merge.core.plan import Action
 from lora_merge.core.provenance import MANIFEST_VERSION
 from lora_merge.core.source import HOST_NAMES, Source
@@ -69,6 +70,23 @@ class Manifest:
     options: Mapping[str, Any]
     side_files: Mapping[str, RecordedFile]
     tensors: Mapping[str, RecordedTensor] = field(repr=False)
+
+
+def merged_before(table: Mapping[str, Any]) -> tuple[MergedBefore, ...]:
+    """Return the adapters that are merged into the output of a manifest: its own, and those of its base.
+
+    Example:
+        >>> merged_before({"base": {}, "adapters": [{"path": "my-lora", "digest": "xxh3_128:00"}]})
+        (MergedBefore(path='my-lora', digest='xxh3_128:00'),)
+    """
+    base = table.get("base")
+    earlier = base.get("adapters") if isinstance(base, dict) else None
+    return tuple(
+        MergedBefore(str(entry.get("path", "")), entry["digest"])
+        for entries in (earlier, table.get("adapters"))
+        for entry in (entries if isinstance(entries, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("digest"), str) and entry["digest"]
+    )
 
 
 def parse_manifest(table: Mapping[str, Any]) -> Manifest:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter
-from lora_merge.core.source import Origin
+from lora_merge.core.checkpoint import MergedBefore
+from lora_merge.core.source import Origin, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +70,9 @@ class Provenance:
     adapter_origins: tuple[Origin | None, ...] = ()
     """The same of each adapter; empty when all are local directories."""
 
+    merged_before: tuple[MergedBefore, ...] = ()
+    """What the base has merged into it already."""
+
 
 def manifest_text(
     provenance: Provenance, plan: MergePlan, records: Sequence[TensorRecord], digests: Mapping[str, str]
@@ -103,7 +107,7 @@ def manifest_text(
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "versions": dict(provenance.versions),
-        "base": {"path": provenance.base, **_origin_table(provenance.base_origin)},
+        "base": {"path": provenance.base, **_origin_table(provenance.base_origin), **_history(provenance)},
         "adapters": [
             {
                 "path": path,
@@ -173,10 +177,8 @@ def _base_name(recorded: object, provenance: Provenance) -> str:
     """Return the base's repo, or the Hub id that the adapter recorded, or the last part of the base's path."""
     if provenance.base_origin is not None:
         return provenance.base_origin.source.repo
-    is_id = (
-        isinstance(recorded, str) and recorded.count("/") == 1 and not recorded.startswith((".", "/", "~"))
-    )
-    return str(recorded) if is_id else _last_part(provenance.base)
+    source = parse_source(recorded) if isinstance(recorded, str) else None
+    return source.repo if source and source.repo == recorded else _last_part(provenance.base)
 
 
 def _short_name(path: str, origin: Origin | None) -> str:
@@ -186,6 +188,11 @@ def _short_name(path: str, origin: Origin | None) -> str:
 
 def _origins(provenance: Provenance) -> tuple[Origin | None, ...]:
     return provenance.adapter_origins or (None,) * len(provenance.adapters)
+
+
+def _history(provenance: Provenance) -> dict[str, object]:
+    """Return what is to be said of a base that is itself a merge."""
+    return {"adapters": list(map(asdict, provenance.merged_before))} if provenance.merged_before else {}
 
 
 def _origin_table(origin: Origin | None) -> dict[str, object]:

@@ -58,6 +58,9 @@ class Request:
     allow_svd: bool = False
     """Merge methods that decompose the base anew, which another machine may do otherwise."""
 
+    allow_again: bool = False
+    """Merge an adapter into a base that has it merged into it already."""
+
     dtype: OutputDtype | None = None
     """Storage of the output; default: the base's, tensor by tensor."""
 
@@ -80,6 +83,9 @@ class Request:
 
     overwrite: bool = False
     """Replace an existing output, once the new one is whole."""
+
+    resume: bool = False
+    """Go on where an interrupted run to the same output stopped, if it was the same merge."""
 
     verify: VerifyLevel = "sample"
     """How much of the output to check before it gets its name."""

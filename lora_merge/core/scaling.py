@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.patterns import TargetError, compile_pattern
 from lora_merge.core.report import Issue, error
-from lora_merge.core.targets import TargetError, compile_pattern, matching_patterns
+from lora_merge.core.targets import matching_patterns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -49,7 +50,7 @@ class Scaling:
         field: str, table: Mapping[str, float], module: str, default: float
     ) -> tuple[float, list[Issue]]:
         """Return the value of a module, and an issue when two patterns disagree about it."""
-        matching = matching_patterns(table, module)
+        matching = matching_patterns(table, module, field)
         if len(set(matching.values())) > 1:
             listed = ", ".join(f"{key!r}: {value:g}" for key, value in matching.items())
             sentence = f"{field} gives it several values ({listed})"
@@ -64,7 +65,7 @@ class Scaling:
             error("unmatched-pattern", field, f"{key!r} matches none of the adapter's {len(known)} modules")
             for field, table in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas))
             for key in table
-            if not any(matching_patterns({key: 0}, module) for module in known)
+            if not any(matching_patterns({key: 0}, module, field) for module in known)
         ]
 
 

@@ -6,9 +6,10 @@ against PEFT's on generated module trees.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from lora_merge.core.patterns import TargetError, compile_pattern, full_match, match
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -18,14 +19,6 @@ ALL_LINEAR = "all-linear"
 
 Value = TypeVar("Value")
 Names = str | tuple[str, ...] | None
-
-
-class TargetError(ValueError):
-    """A field of the adapter's configuration has a value that PEFT could not use either."""
-
-    def __init__(self, field: str, sentence: str) -> None:
-        self.field, self.sentence = field, sentence
-        super().__init__(f"{field}: {sentence}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +72,7 @@ class TargetRule:
         if not excluded:
             return False
         if isinstance(excluded, str):
-            return re.fullmatch(excluded, module) is not None
+            return full_match("exclude_modules", excluded, module) is not None
         return is_listed(module, excluded)
 
     def matches(self, module: str) -> bool:
@@ -97,7 +90,7 @@ class TargetRule:
         if targets is None:
             return False
         if isinstance(targets, str):
-            return self.all_linear or re.fullmatch(targets, module) is not None
+            return self.all_linear or full_match("target_modules", targets, module) is not None
         if module in targets:  # an exact path is not filtered by layer
             return True
         return is_listed(module, targets) and self._in_layers(module)
@@ -106,12 +99,13 @@ class TargetRule:
         """Return True when ``layers_to_transform`` lets the module's layer through."""
         if self.layers_to_transform is None:
             return True
-        patterns = self.layers_pattern
         # The lazy prefix finds the first number, the layer's, not an expert's.
-        found = [re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module) for pattern in patterns] or [
-            re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+        expected = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern]
+        found = [
+            match("layers_pattern", pattern, module)
+            for pattern in expected or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         ]
-        first = next((match for match in found if match), None)
+        first = next((one for one in found if one), None)
         return (
             first is not None and first["idx"] is not None and int(first["idx"]) in self.layers_to_transform
         )
@@ -127,7 +121,7 @@ class TargetRule:
         )
 
 
-def matching_patterns(patterns: Mapping[str, Value], module: str) -> dict[str, Value]:
+def matching_patterns(patterns: Mapping[str, Value], module: str, field: str = "pattern") -> dict[str, Value]:
     """Return the entries of a ``rank_pattern`` or ``alpha_pattern`` that match a module, in their order.
 
     PEFT uses the first. Its file format sorts the keys, so the order of training is lost: entries with
@@ -140,19 +134,9 @@ def matching_patterns(patterns: Mapping[str, Value], module: str) -> dict[str, V
     Reference:
         ``peft.utils.other.get_pattern_key`` (PEFT 0.21.2).
     """
-    return {key: value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)}
-
-
-def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
-    """Return the compiled regex of a configuration field.
-
-    Raises:
-        TargetError: it does not compile.
-    """
-    try:
-        return re.compile(pattern)
-    except re.error as exc:
-        raise TargetError(field, f"{pattern!r} is not a regular expression: {exc}") from exc
+    return {
+        key: value for key, value in patterns.items() if match(field, rf"(.*\.)?({key})$", module) is not None
+    }
 
 
 def is_listed(module: str, names: Iterable[str]) -> bool:

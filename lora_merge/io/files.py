@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MAX_TRANSFER_BYTES = 1 << 30
 """Asked of one system call; below the kernel's limit of 0x7ffff000."""
 
+MAX_JSON_BYTES = 100_000_000
+"""Of a JSON file that is read: as much as a safetensors header may have. The index of 100 000 tensors has 10 MB."""
+
 BLOCK_BYTES = 1 << 22
 """Read at once, where a whole file or tensor passes by."""
 
@@ -106,6 +109,8 @@ def read_into(fd: int, buffer: memoryview, offset: int, label: str | Path) -> No
     while done < len(buffer):
         try:
             n_read = os.preadv(fd, [buffer[done : done + MAX_TRANSFER_BYTES]], offset + done)
+        except OverflowError:  # no file is as long as that
+            n_read = 0
         except OSError as exc:
             raise CheckpointError(str(label), "", f"cannot be read ({exc.strerror})") from exc
         if n_read == 0:
@@ -285,7 +290,9 @@ def _copy_in_kernel(
         try:
             n_copied = os.copy_file_range(source_fd, target_fd, count, start + done, target_start + done)
         except OSError as exc:
-            if exc.errno in _UNABLE:
+            if (
+                exc.errno in _UNABLE or exc.errno == errno.EIO
+            ):  # whose fault that is, reading by hand will tell
                 break
             raise write_error(label, exc) from exc
         if n_copied == 0:
@@ -341,9 +348,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the table in a JSON file.
 
     Raises:
-        CheckpointError: it is missing, no JSON, names a key twice, or holds no table.
+        CheckpointError: it is missing, too long to be meant, no JSON, names a key twice, or holds no table.
     """
     try:
+        nbytes = path.stat().st_size
+        if nbytes > MAX_JSON_BYTES:
+            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{MAX_JSON_BYTES} at most")
         value = parse_json(path.read_bytes())
     except OSError as exc:
         raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc

@@ -14,7 +14,7 @@ from lora_merge.core.checkpoint import (
 )
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
-from lora_merge.io.side_files import belongs_to_adapter, belongs_to_base
+from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINING_ARGUMENTS = "args.json"
@@ -61,7 +61,7 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
             f"{label}: has no weights that can be merged into{listing}, expected {SAFETENSORS_FILE} or {INDEX_FILE}",
             hint="pass the repo that holds the model's safetensors",
         )
-    small = frozenset(name for name in names if belongs_to_base(name))
+    small = frozenset(name for name in names if belongs_to_base(name) or name == MANIFEST_FILE)
     return small | {index} if index in {INDEX_FILE, PICKLED_INDEX_FILE} else small
 
 

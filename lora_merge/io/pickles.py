@@ -302,7 +302,7 @@ def _load(content: bytes, label: str) -> dict[object, object]:
     Raises:
         CheckpointError: it names what has no stand-in, is malformed, or holds no table.
     """
-    protocol = content[1] if content[:1] == pickle.PROTO else 0
+    protocol = content[1] if content[:1] == pickle.PROTO and len(content) > 1 else 0
     if protocol not in _PROTOCOLS:
         wanted = "2 or 3, which torch.load reads without trusting the file"
         raise CheckpointError(label, "data.pkl", f"has pickle protocol {protocol}", wanted, hint=_RESAVE)

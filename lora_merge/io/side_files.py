@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import SideFile
+from lora_merge.errors import CheckpointError
 from lora_merge.io.files import same_bytes
 
 if TYPE_CHECKING:
@@ -47,26 +48,51 @@ _TOKENIZER = (
 
 
 def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
-    """Return the files that go with a base's weights, and a sentence for each thing left out."""
+    """Return the files that go with a base's weights, and a sentence for each thing left out.
+
+    Raises:
+        CheckpointError: one is a link that leads out of the directory.
+    """
     kept: list[SideFile] = []
     notes: list[str] = []
     for name, entry in _walk(root, notes):
         if entry.parent == root and _matches(name, _NOT_KEPT):
             continue
+        _check_inside(entry, root)
         kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))
     return tuple(sorted(kept, key=lambda file: file.name)), tuple(notes)
 
 
 def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
-    """Return the tokenizer and template files that an adapter directory carries."""
-    found = [
-        SideFile(name, str(path), path.stat().st_size, "adapter")
-        for pattern in _TOKENIZER
-        for path in root.glob(pattern)
-        if path.is_file()
-        for name in [path.relative_to(root).as_posix()]
-    ]
+    """Return the tokenizer and template files that an adapter directory carries.
+
+    Raises:
+        CheckpointError: one is a link that leads out of the directory.
+    """
+    found = []
+    for path in (path for pattern in _TOKENIZER for path in root.glob(pattern) if path.is_file()):
+        _check_inside(path, root)
+        name = path.relative_to(root).as_posix()
+        found.append(SideFile(name, str(path), path.stat().st_size, "adapter"))
     return tuple(sorted(found, key=lambda file: file.name))
+
+
+def _check_inside(path: Path, root: Path) -> None:
+    """Check that a file to be copied is of the directory it seems to be in, or of the cache of the hub behind it.
+
+    Weights may be links to anywhere: they are read as weights or not at all.
+
+    Raises:
+        CheckpointError: it is a link to something else, which nobody may have meant to publish.
+    """
+    real, home = path.resolve(), root.resolve()
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    if real.is_relative_to(home) or (snapshots and real.is_relative_to(snapshots.parent / "blobs")):
+        return
+    raise CheckpointError(
+        str(path), "", f"is a link to {real}, outside its directory", "a file",
+        hint="put the file itself there: cp -L",
+    )  # fmt: skip
 
 
 def belongs_to_base(name: str) -> bool:

@@ -1,17 +1,22 @@
 """The way an output appears: built beside its name, checked, flushed, then renamed in one go.
 
-Whatever happens before the rename, nothing stands under the output's name but what stood there before.
+Whatever happens before the rename, nothing stands under the output's name but what stood there before. What an
+interrupted run has written stays, with the journal that says how far it came, until a run goes on from there or
+begins anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from lora_merge.errors import WriteError
+from lora_merge.errors import ChangedError, CheckpointError, WriteError
+from lora_merge.io import journal
 from lora_merge.io.files import write_error
 
 if TYPE_CHECKING:
@@ -19,8 +24,17 @@ if TYPE_CHECKING:
 
 SUFFIX = ".lora-merge-staging"
 
+_RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
+"""What ends a run without saying anything against what it has written."""
+
+_MOST_TRIES = 100
+"""To lock a directory that other runs make and remove."""
+
 _PAUSE_SECONDS = 0.1
 """Between two flushes of what is still being written."""
+
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""What a filesystem answers that knows no locks."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -62,57 +76,106 @@ def stale_bytes(out: Path) -> int:
         return 0
 
 
-@contextlib.contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """Yield an empty directory beside the output, locked against a second run.
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The directory that a run builds its output in, and has for itself."""
 
-    What an interrupted run left there is cleared first. Leaving with an error clears it again.
+    root: Path
+
+    @property
+    def output(self) -> Path:
+        """Return the directory that will be the output."""
+        return self.root / "output"
+
+    @property
+    def journal(self) -> Path:
+        """Return the path of the list of what is written."""
+        return self.root / "journal.jsonl"
+
+
+@contextlib.contextmanager
+def staging(out: Path, *, resume: bool = False) -> Iterator[Stage]:
+    """Yield a directory beside the output, locked against a second run.
+
+    What an interrupted run left there is cleared first, unless it is to be resumed. Leaving with an error clears it
+    again, but after an interrupt or a fault of the disk what is whole is kept, and the error has a note about it.
 
     Raises:
         WriteError: another run holds it, or it cannot be made.
     """
     path = staging_path(out)
+    stage = Stage(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise write_error(path.parent, exc) from exc
     lock = _lock(path)
     try:
-        _clear(path)
-        yield path
-    except BaseException:
-        with contextlib.suppress(OSError, WriteError):
+        if not resume:
             _clear(path)
-            path.rmdir()
+        try:
+            stage.output.mkdir(exist_ok=True)
+        except OSError as exc:
+            raise write_error(stage.output, exc) from exc
+        yield stage
+        _remove(path)
+    except BaseException as exc:
+        is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
+        n_kept = journal.count(stage.journal) if is_fault else 0
+        if n_kept:
+            exc.add_note(
+                f"what is whole stays in {path} ({n_kept} tensor{'s' * (n_kept != 1)}): --resume goes on from "
+                "there, and a run without it begins anew"
+            )
+        else:
+            _remove(path)
         raise
     finally:
         os.close(lock)
 
 
+def _remove(path: Path) -> None:
+    """Remove a directory that we hold, as far as that is possible; the next run clears the rest."""
+    with contextlib.suppress(OSError, WriteError):
+        _clear(path)
+        path.rmdir()
+
+
 def _lock(path: Path) -> int:
     """Return a descriptor that holds the lock on the staging directory until it is closed.
 
-    The kernel frees the lock when the process ends, however it ends.
+    The kernel frees the lock when the process ends, however it ends: there is no stale one. A filesystem that knows
+    no locks goes without.
+
+    Raises:
+        WriteError: another run holds it, or the directory cannot be made.
     """
     import fcntl
 
-    while True:
+    for _ in range(_MOST_TRIES):
         try:
             path.mkdir(exist_ok=True)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # removed between the two: its run is done
         except OSError as exc:
             raise write_error(path, exc) from exc
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
+            if exc.errno in _NO_LOCKS:
+                return fd
             os.close(fd)
+            who = journal.owner(Stage(path).journal)
             raise WriteError(
-                f"{path}: another run is writing this output", hint="wait for it, or choose another --out"
+                f"{path}: another run is writing this output{f' ({who})' if who else ''}",
+                hint="wait for it, or choose another --out",
             ) from exc
         with contextlib.suppress(OSError):
             if path.stat().st_ino == os.fstat(fd).st_ino:
                 return fd
-        os.close(fd)  # renamed away between open and lock: its run is done, take a new one
+        os.close(fd)  # removed between open and lock: its run is done, take a new one
+    raise WriteError(f"{path}: cannot be made", hint="choose another --out")
 
 
 def _clear(path: Path) -> None:
@@ -142,7 +205,7 @@ class Flushing:
     def __init__(self, staged: Path) -> None:
         self._staged = staged
         self._failure: OSError | None = None
-        self._complete, self._over = threading.Event(), threading.Event()
+        self._resting, self._complete, self._over = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._flush, name="flush", daemon=True)
 
     def __enter__(self) -> Self:
@@ -157,11 +220,16 @@ class Flushing:
         """Flush again and again, and one last time what is complete."""
         try:
             while not self._complete.wait(_PAUSE_SECONDS):
-                _flush(self._staged)
+                if not self._resting.is_set():
+                    _flush(self._staged)
             if not self._over.is_set():
                 _flush(self._staged)
         except OSError as exc:
             self._failure = exc
+
+    def rest(self) -> None:
+        """Leave the disk alone until `wait`: to flush a file holds up those who write to it past the page cache."""
+        self._resting.set()
 
     def wait(self) -> None:
         """Wait until all of it is durable; nothing may be written any more.
@@ -195,19 +263,19 @@ def publish(staged: Path, out: Path) -> None:
 
 
 def _replace(staged: Path, out: Path) -> None:
-    """Put the staged directory in the place of another, and remove that."""
+    """Put the staged directory in the place of another, which is staged then, or removed."""
     import shutil
 
-    old = staged
-    if not _exchange(staged, out):
-        old = out.with_name(out.name + ".lora-merge-replaced")
-        out.rename(old)
-        try:
-            staged.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
-    shutil.rmtree(old, ignore_errors=True)  # what stays is cleared by the next run
+    if _exchange(staged, out):
+        return
+    old = out.with_name(out.name + ".lora-merge-replaced")
+    out.rename(old)
+    try:
+        staged.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

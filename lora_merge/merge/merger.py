@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, assert_never
 
 from lora_merge.codecs import CODECS
 from lora_merge.core.plan import Block, Copy, Merge
+from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.deltas import ALGEBRAS, Factors, Part
@@ -73,6 +74,7 @@ class Merger:
         Raises:
             CheckpointError: a source cannot be read.
             WriteError: the disk is full or cannot be written.
+            OutOfMemoryError: there is no memory left for it.
         """
         (slot,) = step.slots
         match step.op:
@@ -80,7 +82,8 @@ class Merger:
                 (record,) = self._copier(Stretch((step,)))
                 return record
             case Merge() as op:
-                return self._merge(slot, op)
+                with memory_for(f"merging {slot.name}"):
+                    return self._merge(slot, op)
             case _:
                 assert_never(step.op)
 

@@ -38,6 +38,7 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     seed: int = 0,
     allow_untie: bool = False,
     allow_svd: bool = False,
+    allow_again: bool = False,
     dtype: OutputDtype | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -45,6 +46,7 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     link: Link | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     verify: VerifyLevel = "sample",
     strict: bool = False,
     token: str | None = None,
@@ -67,6 +69,7 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
         seed: of what ``dare`` drops at random.
         allow_untie: untie the embeddings even of a family that engines tie whatever its config says.
         allow_svd: merge methods that decompose the base anew (OSF, PSOFT, AdaMSS).
+        allow_again: merge an adapter into a base that has it merged into it already.
         dtype: storage of the output; default: the base's, tensor by tensor.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: worker threads, at most; default: the usable cores, up to eight, as memory allows.
@@ -75,6 +78,8 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
             ``hard``; default: ``reflink`` where the filesystem has it, else ``copy``.
         max_shard_size: for example ``"5GB"``; default: the base's own shards.
         overwrite: replace an existing output, once the new one is whole.
+        resume: go on where an interrupted run to the same output stopped, if it was the same merge; what it has written
+            is checked first.
         verify: how much of the output to check before it gets its name.
         strict: treat warnings as errors.
         token: for private and gated repos of the Hub; default: ``HF_TOKEN``, or the login.
@@ -87,9 +92,9 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     """
     request = _request(
         adapter=adapter, out=str(out), base=base, base_is=base_is, expert_layout=expert_layout, combine=combine,
-        density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, dtype=dtype, device=device,
-        workers=workers, memory_limit=memory_limit, link=link, max_shard_size=max_shard_size, overwrite=overwrite,
-        verify=verify, strict=strict, token=token, offline=offline,
+        density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, allow_again=allow_again,
+        dtype=dtype, device=device, workers=workers, memory_limit=memory_limit, link=link, max_shard_size=max_shard_size, overwrite=overwrite,
+        resume=resume, verify=verify, strict=strict, token=token, offline=offline,
     )  # fmt: skip
     return run(request, observer=observer)
 
@@ -105,6 +110,7 @@ def plan(  # noqa: PLR0913 - as `merge`
     seed: int = 0,
     allow_untie: bool = False,
     allow_svd: bool = False,
+    allow_again: bool = False,
     dtype: OutputDtype | None = None,
     max_shard_size: str | int | None = None,
     token: str | None = None,
@@ -118,8 +124,8 @@ def plan(  # noqa: PLR0913 - as `merge`
     """
     request = _request(
         adapter=adapter, out="", base=base, base_is=base_is, expert_layout=expert_layout, combine=combine,
-        density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, dtype=dtype,
-        max_shard_size=max_shard_size, token=token, offline=offline,
+        density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, allow_again=allow_again,
+        dtype=dtype, max_shard_size=max_shard_size, token=token, offline=offline,
     )  # fmt: skip
     return plan_request(request, Silence()).plan
 

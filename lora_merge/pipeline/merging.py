@@ -1,4 +1,4 @@
-"""plan → reserve → merge → seal → verify → publish, on one page."""
+"""plan → (resume) → reserve → merge → seal → verify → publish, on one page."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from lora_merge.core.report import (
 )
 from lora_merge.core.request import Request
 from lora_merge.core.shards import parse_size
+from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import stretches
-from lora_merge.errors import RequestError, VerifyError, WriteError
+from lora_merge.errors import CheckpointError, RequestError, VerifyError, WriteError
 from lora_merge.io import machine, staging
+from lora_merge.io.journal import Journal
 from lora_merge.merge import (
     Copier,
     Merger,
@@ -39,6 +41,7 @@ from lora_merge.merge import (
 )
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
+from lora_merge.pipeline.resuming import Inputs, fingerprint, finished
 from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Summary
     from lora_merge.core.tensor import Survival, TensorRecord
     from lora_merge.executors.work import Work
+    from lora_merge.io.staging import Stage
 
 
 def run(request: Request, *, dry_run: bool = False, observer: Observer | None = None) -> Report:
@@ -65,7 +69,7 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     clock = Clock()
     out = _absolute(request.out)
     watch = observer or Silence()
-    with clock("plan"):
+    with clock("plan"), memory_for("planning"):
         planned = plan_request(request, watch)
         plan = planned.plan
         check_strict(plan.issues, strict=request.strict)
@@ -82,14 +86,14 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     verdict = NOT_VERIFIED
     survival: dict[str, Survival] = {}
     if not dry_run:
-        work = _Work(request, planned, device, budget, watch, clock)
-        with staging.staging(out) as staged:
-            verdict, survival = work.write(staged)
+        work = _Work(request, planned, Inputs.of(plan), device, budget, watch, clock)
+        with staging.staging(out, resume=request.resume) as stage, memory_for("writing the output"):
+            verdict, survival = work.write(stage)
             found = (*work.notes, *verdict.notes, *survival_issues(survival))
             check_strict(found, strict=request.strict)
             with clock("publish"):
                 watch.phase("publishing", 0)
-                staging.publish(staged, out)
+                staging.publish(stage.output, out)
         issues += found
     return Report(
         plan.base,
@@ -111,6 +115,7 @@ class _Work:
 
     request: Request
     planned: Planned
+    inputs: Inputs
     device: str
     budget: Budget
     watch: Observer
@@ -123,7 +128,7 @@ class _Work:
         """Return the plan."""
         return self.planned.plan
 
-    def write(self, staged: Path) -> tuple[Verdict, dict[str, Survival]]:
+    def write(self, stage: Stage) -> tuple[Verdict, dict[str, Survival]]:
         """Fill the staging directory; return what its verification says, and what became of each delta.
 
         The disk takes the output in from the first byte on, and what is left of that while it is verified.
@@ -131,17 +136,40 @@ class _Work:
         Raises:
             VerifyError: it says no.
             WriteError: the disk does not take it.
+            CheckpointError: an input cannot be read, or changed meanwhile.
         """
-        writer = HfCheckpoint(staged)
-        with staging.Flushing(staged) as flushing:
-            records = self._fill(writer)
+        writer = HfCheckpoint(stage.output)
+        merge = fingerprint(self.plan, self.inputs, _options(self.request) | {"device": self.device})
+        loading = TorchLoading()  # from here on this thread imports nothing
+        records = self._resumed(stage, writer, merge) if self.request.resume else []
+        with staging.Flushing(stage.output) as flushing, Journal(stage.journal, merge, records) as journal:
+            done = {record.name for record in records}
+            records += self._fill(writer, journal, flushing, loading, done)
+            self.inputs.check()
             with self.clock("seal"):
                 writer.seal(self.plan, records, _provenance(self.request, self.planned))
-            verdict = self._verified(staged, records)
+            verdict = self._verified(stage.output, records)
             with self.clock("flush"):
                 self.watch.phase("flushing", 0)
                 flushing.wait()
         return verdict, {record.name: record.survival for record in records if record.survival}
+
+    def _resumed(self, stage: Stage, writer: HfCheckpoint, merge: str) -> list[TensorRecord]:
+        """Return the records of what an interrupted run has written."""
+        with self.clock("resume"), quick_turns():
+            found = finished(self.plan, stage, writer, merge, self.budget.n_workers, self.watch)
+        subject, n_tensors = str(_absolute(self.request.out)), len(self.plan.steps)
+        if found:
+            sentence = (
+                f"{len(found)} of {n_tensors} tensors were there from an interrupted run, as it wrote them"
+            )
+            self.notes.append(note("resumed", subject, sentence))
+        elif found is None and stage.journal.exists():
+            sentence = (
+                "an interrupted run was of another merge (other inputs, options or versions): begun anew"
+            )
+            self.notes.append(note("not-resumed", subject, sentence))
+        return found or []
 
     def _verified(self, staged: Path, records: list[TensorRecord]) -> Verdict:
         """Return what the verification of the staged output says, if it says yes."""
@@ -154,21 +182,35 @@ class _Work:
             raise VerifyError(verdict)
         return verdict
 
-    def _fill(self, writer: HfCheckpoint) -> list[TensorRecord]:
-        """Carry out every step and return the records: copies while torch loads, then the rest."""
+    def _fill(
+        self,
+        writer: HfCheckpoint,
+        journal: Journal,
+        flushing: staging.Flushing,
+        loading: TorchLoading,
+        done: set[str],
+    ) -> list[TensorRecord]:
+        """Carry out every step that is not done and return the records: copies while torch loads, then the rest.
+
+        Copies are flushed meanwhile; what is merged is on its way to the disk by itself.
+
+        Raises:
+            ChangedError: an input is not what it was.
+        """
         watches = Stopwatches()
-        copies = [step for step in self.plan.steps if isinstance(step.op, Copy)]
-        others = [step for step in self.plan.steps if not isinstance(step.op, Copy)]
-        loading = TorchLoading()
+        steps = [step for step in self.plan.steps if not done.issuperset(slot.name for slot in step.slots)]
+        copies = [step for step in steps if isinstance(step.op, Copy)]
+        others = [step for step in steps if not isinstance(step.op, Copy)]
         with self.clock("copy"), quick_turns():
             self._link(writer)
             writer.reserve(self.plan)
-            records = self._run("copying", Copier(writer, watches), stretches(copies), "cpu")
+            records = self._run("copying", Copier(writer, watches), stretches(copies), "cpu", journal)
+            flushing.rest()
         with self.clock("load"):
             loading.wait()
         with self.clock("merge"), one_torch_thread():
             merger = Merger(writer, self.device, self.budget.tile_elements, watches)
-            records += self._run("merging", lambda step: [merger(step)], others, self.device)
+            records += self._run("merging", lambda step: [merger(step)], others, self.device, journal)
         self.clock.busy_seconds.update(watches.seconds())
         return records
 
@@ -184,17 +226,27 @@ class _Work:
             self.notes.append(note("link", str(_absolute(self.request.out)), sentence))
 
     def _run(
-        self, phase: str, do: Callable[[Work], list[TensorRecord]], work: Sequence[Work], device: str
+        self,
+        phase: str,
+        do: Callable[[Work], list[TensorRecord]],
+        work: Sequence[Work],
+        device: str,
+        journal: Journal,
     ) -> list[TensorRecord]:
-        """Carry out some work and return the records it leaves."""
+        """Carry out some work and return the records it leaves, which the journal gets too."""
         self.watch.phase(phase, sum(piece.nbytes for piece in work))
         records = []
         n_workers = self.budget.n_workers
-        for some in executors.pick(n_workers, device)(do, work, n_workers):
-            for record in some:
-                records.append(record)
-                self.watch.advance(record.nbytes)
-                self.watch.done(record.name)
+        try:
+            for some in executors.pick(n_workers, device)(do, work, n_workers):
+                journal.add(some)
+                for record in some:
+                    records.append(record)
+                    self.watch.advance(record.nbytes)
+                    self.watch.done(record.name)
+        except CheckpointError:
+            self.inputs.check()  # a file that changes breaks in many ways
+            raise
         return records
 
 
@@ -239,6 +291,7 @@ def _provenance(request: Request, planned: Planned) -> Provenance:
         adapter_paths=tuple(place.text for place in planned.adapters),
         base_origin=planned.base.origin,
         adapter_origins=tuple(place.origin for place in planned.adapters),
+        merged_before=planned.merged_before,
         out_name=Path(request.out).name,
         options=_options(request),
         versions={

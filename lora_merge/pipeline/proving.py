@@ -165,7 +165,7 @@ class _Proving:
             offline = offline or not (self.request.base or self.request.adapter)
         given = {"adapter": adapters, "base": base, **options, "token": self.request.token}
         parsed = parse_fields({name: value for name, value in given.items() if value is not None})
-        return Request(**parsed, out="", allow_untie=True, allow_svd=True, offline=offline)
+        return Request(**parsed, out="", allow_untie=True, allow_svd=True, allow_again=True, offline=offline)
 
     def _held_to(self, planned: Planned) -> list[Finding]:
         """Return what the checks of a merge say, with the base's own bytes as evidence."""

@@ -46,7 +46,14 @@ def make_plan(
         UnsupportedError: they may fit, but all that stands in the way has no merged form.
     """
     draft = Draft(base, tuple(uses), request, twins)
-    issues = [*_quantised(base), *(issue for use in uses for issue in use.adapter.issues), *draft.join()]
+    issues = [
+        *_quantised(base),
+        *_merged_before(base, uses, request),
+        *(issue for use in uses for issue in use.adapter.issues),
+    ]
+    if not all(use.adapter.is_read for use in uses):
+        raise_errors(issues)
+    issues += draft.join()
     raise_errors(issues)
     main = main_dtype(base)
     slots, cast_issues = slots_of(draft.outline, draft.shapes, main, request.dtype)
@@ -112,6 +119,24 @@ def _quantised(base: Checkpoint) -> list[Issue]:
 def _parent_hint(config: Mapping[str, Any]) -> str:
     parent = config.get("_name_or_path")
     return "merge into its full-precision parent: --base PARENT" + (f" (perhaps {parent})" if parent else "")
+
+
+def _merged_before(base: Checkpoint, uses: Sequence[AdapterUse], request: Request) -> list[Issue]:
+    """Return an issue for each adapter that the base has merged into it already, by its own manifest."""
+    if request.allow_again:
+        return []
+    paths = {before.digest: before.path for before in base.merged}
+    hint = "merge into the base that it was made from, or pass --allow-again"
+    return [
+        error(
+            "merged-before",
+            use.adapter.root,
+            f"is merged into {base.root} already (as {paths[use.adapter.digest]}, by its merge_manifest.json)",
+            hint,
+        )
+        for use in uses
+        if use.adapter.digest in paths
+    ]
 
 
 def _side_files(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[SideFile, ...], list[Issue]]:

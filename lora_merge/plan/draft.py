@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter, DeltaSpec
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name, patched_config
+from lora_merge.core.patterns import TargetError
 from lora_merge.core.plan import Combination, Copy, Merge, Reach, Step, View
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import same_layers
-from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.plan.fitting import Fitting

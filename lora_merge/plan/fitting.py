@@ -6,9 +6,9 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.scaling import Scaling
-from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
 from lora_merge.plan.model import SAVE_ANEW, misplaced

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, parents, sort_by_module
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
+from lora_merge.core.patterns import TargetError, full_match
 from lora_merge.core.report import Issue, error
-from lora_merge.core.targets import TargetError, TargetRule, matching_patterns
+from lora_merge.core.targets import TargetRule, matching_patterns
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
 from lora_merge.layouts import LayoutError, Located
 from lora_merge.plan.model import SAVE_ANEW, misplaced
@@ -244,14 +245,20 @@ def _by_module(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[st
     fields: dict[str, Any] = {}
     for field, table in config.items():
         if field.endswith("_pattern") and isinstance(table, dict):
-            found = {path: list(matching_patterns(table, own).values()) for path, own in modules.items()}
+            found = {
+                path: list(matching_patterns(table, own, field).values()) for path, own in modules.items()
+            }
             fields[field] = {re.escape(path): values[0] for path, values in found.items() if values}
     meant = config.get("feedforward_modules")
     if meant:
         fields["feedforward_modules"] = sorted(
             path
             for path, own in modules.items()
-            if (re.fullmatch(meant, own) if isinstance(meant, str) else own.endswith(tuple(meant)))
+            if (
+                full_match("feedforward_modules", meant, own)
+                if isinstance(meant, str)
+                else own.endswith(tuple(meant))
+            )
         )
     return fields
 

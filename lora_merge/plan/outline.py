@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import config_levels
+from lora_merge.core.patterns import TargetError
 from lora_merge.core.skeleton import derived_lists
-from lora_merge.core.targets import TargetError
 from lora_merge.core.tensor import TensorRef
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -619,7 +620,7 @@ def test_the_python_api_takes_one_adapter_or_several(two, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("delay", [0, 0.01, 0.1, 0.3], ids=lambda delay: f"after {delay} s")
-def test_an_interrupt_clears_staging_and_says_so(signum, delay, pico, pico_adapter, tmp_path):
+def test_an_interrupt_says_so_and_what_is_written_can_be_resumed(signum, delay, pico, pico_adapter, tmp_path):
     out = tmp_path / "out"
     arguments = ["--base", str(pico()), "--adapter", str(pico_adapter(pico())), "--out", str(out)]
     process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
@@ -631,8 +632,12 @@ def test_an_interrupt_clears_staging_and_says_so(signum, delay, pico, pico_adapt
     _, errors = process.communicate(timeout=60)
 
     assert process.returncode == exits.INTERRUPTED, errors
-    assert "interrupted" in errors
-    assert leftovers(tmp_path) == []
+    assert "interrupted; nothing unfinished stands under the output's name" in errors
+    assert leftovers(tmp_path) == (
+        ["out.lora-merge-staging"] if "--resume goes on from there" in errors else []
+    )
+    subprocess.run([*COMMAND, *arguments, "--resume"], check=True, capture_output=True)
+    assert leftovers(tmp_path) == ["out"]
 
 
 def test_a_killed_run_leaves_no_output_and_the_next_run_succeeds(pico, pico_adapter, tmp_path):
@@ -645,7 +650,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_run_succeeds(pico, pico_adap
     for seconds_into_staging in (None, 0, 0.01, 0.05, 0.2, 0.5, 1, 1.5, 2, 3):
         process = subprocess.Popen([*COMMAND, *arguments, out], stderr=subprocess.DEVNULL)
         if seconds_into_staging is not None:
-            while not any(path.is_file() for path in staging.glob("*")) and process.poll() is None:
+            while not any(path.is_file() for path in staging.glob("*/*")) and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(seconds_into_staging)
         process.send_signal(signal.SIGKILL)
@@ -668,10 +673,10 @@ def test_two_runs_to_one_output_do_not_mix(pico, pico_adapter, cli, tmp_path):
 
     with staging(tmp_path / "out"):
         result = cli("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
+        assert leftovers(tmp_path) == ["out.lora-merge-staging"]
 
     assert result.exit_code == exits.WRITE
     assert "another run is writing this output" in result.stderr
-    assert leftovers(tmp_path) == ["out.lora-merge-staging"]
 
 
 @pytest.mark.parametrize(
@@ -708,3 +713,133 @@ def test_an_output_that_is_a_link_is_left_alone(pico, pico_adapter, cli, tmp_pat
     assert result.exit_code == exits.WRITE
     assert (tmp_path / "link").is_symlink()
     assert leftovers(tmp_path) == ["link", "real"]
+
+
+def test_an_adapter_is_not_merged_a_second_time_unless_that_is_meant(pico, pico_adapter, cli, tmp_path):
+    base = pico()
+    one, other = pico_adapter(base), pico_adapter(base, r=2)
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert cli("--base", base, "--adapter", one, "--out", first).exit_code == 0
+    again = cli("--base", first, "--adapter", one, "--out", second)
+    assert again.exit_code == exits.PLAN
+    assert f"{one}: is merged into {first} already (as {one}, by its merge_manifest.json)" in again.stderr
+    assert "--allow-again" in again.stderr
+    assert not second.exists()
+
+    assert cli("--base", first, "--adapter", other, "--out", second).exit_code == 0
+    history = json.loads((second / "merge_manifest.json").read_text())["base"]["adapters"]
+    assert [entry["path"] for entry in history] == [str(one)]
+    for adapter in (one, other):  # the base's own base counts too
+        assert cli("--base", second, "--adapter", adapter, "--out", third).exit_code == exits.PLAN
+
+    assert cli("--base", second, "--adapter", one, "--out", third, "--allow-again").exit_code == 0
+    assert cli("verify", third).exit_code == 0
+
+
+def test_resuming_where_there_is_nothing_to_resume_is_a_plain_run(pico, pico_adapter, cli, tmp_path):
+    arguments = ["--base", pico(), "--adapter", pico_adapter(pico()), "--out"]
+    assert cli(*arguments, tmp_path / "plain").exit_code == 0
+    result = cli(*arguments, tmp_path / "out", "--resume")
+
+    assert result.exit_code == 0
+    assert "resume" not in result.stderr.replace("--resume", "")
+    assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "plain")
+    assert leftovers(tmp_path) == ["out", "plain"]
+
+
+def interrupted(arguments, monkeypatch, cli, after=5):
+    """Run a merge that is interrupted once some tensors are done."""
+    from lora_merge.cli.console import _Lines
+
+    n_done = 0
+
+    def done(self, name):
+        nonlocal n_done
+        n_done += 1
+        if n_done == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Lines, "done", done)
+        result = cli(*arguments)
+    assert result.exit_code == exits.INTERRUPTED
+    return result
+
+
+def test_a_run_goes_on_where_the_interrupted_one_stopped(pico, pico_adapter, cli, tmp_path, monkeypatch):
+    arguments = ["--base", pico(), "--adapter", pico_adapter(pico()), "--workers", "1", "--out"]
+    assert cli(*arguments, tmp_path / "whole").exit_code == 0
+    interrupted([*arguments, tmp_path / "out"], monkeypatch, cli)
+    result = cli(*arguments, tmp_path / "out", "--resume", "--json")
+
+    assert result.exit_code == 0, result.stderr
+    assert "were there from an interrupted run, as it wrote them" in result.stderr
+    assert {"resume"} <= json.loads(result.stdout)["seconds"].keys()
+    for path in (tmp_path / "whole").iterdir():
+        if path.name != "README.md":  # it has the output's name
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert leftovers(tmp_path) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("what", ["another adapter", "another option", "a base that changed", "no journal"])
+def test_another_merge_is_begun_anew_and_says_so(
+    what, pico, pico_adapter, tampered, cli, tmp_path, monkeypatch
+):
+    base, adapter = tampered(pico(), "base"), pico_adapter(pico())
+    arguments = ["--base", base, "--adapter", adapter, "--out", tmp_path / "out"]
+    interrupted(arguments, monkeypatch, cli)
+    staging = tmp_path / "out.lora-merge-staging"
+    match what:
+        case "another adapter":
+            arguments[3] = pico_adapter(pico(), r=2)
+        case "another option":
+            arguments += ["--dtype", "float32"]
+        case "a base that changed":
+            os.utime(base / "model.safetensors")
+        case "no journal":
+            (staging / "journal.jsonl").unlink()
+    assert cli(*arguments[:4], "--out", tmp_path / "plain", *arguments[6:]).exit_code == 0
+    result = cli(*arguments, "--resume")
+
+    assert result.exit_code == 0, result.stderr
+    assert ("an interrupted run was of another merge" in result.stderr) == (what != "no journal")
+    assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "plain")
+    assert not staging.exists()
+
+
+@pytest.mark.parametrize("damage", ["a bit", "the header", "a file", "all", "a link to the base"])
+def test_what_is_no_longer_as_it_was_written_is_written_again(
+    damage, pico, pico_adapter, tampered, cli, tmp_path, monkeypatch
+):
+    base = tampered(pico("llama", "bfloat16", "60KB"), "base")
+    arguments = ["--base", base, "--adapter", pico_adapter(pico()), "--workers", "1", "--out"]
+    assert cli(*arguments, tmp_path / "whole").exit_code == 0
+    interrupted([*arguments, tmp_path / "out"], monkeypatch, cli, after=12)
+    staged = tmp_path / "out.lora-merge-staging" / "output"
+    before = {path.name: path.read_bytes() for path in base.glob("*.safetensors")}
+    for path in sorted(staged.glob("*.safetensors")):
+        content = bytearray(path.read_bytes())
+        match damage:
+            case "a bit":
+                content[-1] ^= 1
+                path.write_bytes(content)
+            case "the header":
+                content[9] ^= 1
+                path.write_bytes(content)
+            case "a file":
+                path.unlink()
+                break
+            case "all":
+                path.write_bytes(bytes(len(content)))
+            case "a link to the base":
+                path.unlink()
+                os.link(base / path.name, path)
+    (staged / "stray").mkdir()
+    (staged / "stray" / "file").write_text("left by someone")
+    (staged / "linked").symlink_to(base)
+    result = cli(*arguments, tmp_path / "out", "--resume")
+
+    assert result.exit_code == 0, result.stderr
+    assert {path.name: path.read_bytes() for path in base.glob("*.safetensors")} == before
+    assert leftovers(tmp_path / "out") == leftovers(tmp_path / "whole")
+    assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "whole")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -259,10 +261,11 @@ def test_integer_and_other_tensors_are_copied_untouched(pico, pico_adapter, tamp
 
 def test_a_base_inside_links_is_read_through_them(pico, pico_adapter, cli, tmp_path):
     """The Hub's cache is a directory of links to blobs."""
-    base = tmp_path / "snapshot"
-    base.mkdir()
-    for file in pico().iterdir():
-        (base / file.name).symlink_to(file)
+    base, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
+    base.mkdir(parents=True)
+    shutil.copytree(pico(), blobs)
+    for file in blobs.iterdir():
+        (base / file.name).symlink_to(Path("..", "..", "blobs", file.name))
 
     result = cli("--base", base, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
 

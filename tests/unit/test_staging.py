@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import threading
 
 import pytest
 
-from lora_merge.errors import WriteError
+from lora_merge.core.tensor import TensorRecord
+from lora_merge.errors import CheckpointError, WriteError
 from lora_merge.io import staging
+from lora_merge.io.journal import Journal
 
 
 def fill(path, text):
@@ -23,9 +26,9 @@ def test_a_staged_directory_takes_the_place_of_the_old_one(kernel_can_exchange, 
     if not kernel_can_exchange:
         monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
     out = fill(tmp_path / "out", "old")
-    with staging.staging(out) as staged:
-        fill(staged, "new")
-        staging.publish(staged, out)
+    with staging.staging(out) as stage:
+        fill(stage.output, "new")
+        staging.publish(stage.output, out)
 
     assert (out / "config.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -48,14 +51,58 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     (staging.staging_path(out) / "deep").mkdir()
     assert staging.stale_bytes(out) > 0
 
-    with staging.staging(out) as staged:
-        assert list(staged.iterdir()) == []
-        staging.publish(staged, out)
+    with staging.staging(out) as stage:
+        assert list(stage.root.iterdir()) == [stage.output]
+        assert list(stage.output.iterdir()) == []
+        staging.publish(stage.output, out)
+
+
+def test_what_a_killed_run_left_is_there_for_one_that_resumes(tmp_path):
+    out = tmp_path / "out"
+    fill(staging.staging_path(out), "half")
+
+    with staging.staging(out, resume=True) as stage:
+        assert (stage.root / "config.json").read_text() == "half"
+
+
+@pytest.mark.parametrize(
+    ("exc", "is_kept"),
+    [
+        (KeyboardInterrupt(), True),
+        (WriteError("full"), True),
+        (CheckpointError("f", "", "gone"), True),
+        (KeyError(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("n_records", [0, 1])
+def test_what_is_written_stays_after_a_fault_from_without(exc, is_kept, n_records, tmp_path):
+    record = TensorRecord("x", "model.safetensors", 8, "xxh3_128:01", finite=True)
+    out = tmp_path / "out"
+
+    def fail():
+        with staging.staging(out) as stage, Journal(stage.journal, "this merge", [record] * n_records):
+            fill(stage.output, "half")
+            raise exc
+
+    with pytest.raises(type(exc)) as caught:
+        fail()
+
+    notes = getattr(caught.value, "__notes__", [])
+    if is_kept and n_records:
+        assert (staging.staging_path(out) / "output" / "config.json").read_text() == "half"
+        assert len(notes) == 1
+        assert notes[0].startswith(
+            f"what is whole stays in {staging.staging_path(out)} (1 tensor): --resume goes on"
+        )
+    else:
+        assert list(tmp_path.iterdir()) == []
+        assert notes == []
 
 
 def test_an_error_clears_staging(tmp_path):
-    with pytest.raises(FileNotFoundError), staging.staging(tmp_path / "deep" / "out") as staged:
-        (fill(staged, "half") / "nothing").read_bytes()
+    with pytest.raises(FileNotFoundError), staging.staging(tmp_path / "deep" / "out") as stage:
+        (fill(stage.output, "half") / "nothing").read_bytes()
 
     assert list((tmp_path / "deep").iterdir()) == []
 
@@ -64,9 +111,34 @@ def test_the_lock_is_free_again_after_a_run(tmp_path):
     out = tmp_path / "out"
     for _ in range(2):
         with pytest.raises(KeyError), staging.staging(out) as staged:  # noqa: PT012 - the second raise is the point
-            with pytest.raises(WriteError, match="another run"):
+            with (
+                Journal(staged.journal, "this merge"),
+                pytest.raises(WriteError, match=rf"another run .*\(process {os.getpid()} "),
+            ):
                 staging.staging(out).__enter__()
             raise KeyError(staged)
+
+
+def test_a_filesystem_without_locks_goes_without(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(fd, how):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with staging.staging(tmp_path / "out") as stage:
+        fill(stage.output, "new")
+        staging.publish(stage.output, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_a_link_in_the_place_of_staging_is_not_followed(tmp_path):
+    fill(tmp_path / "elsewhere", "mine")
+    staging.staging_path(tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(WriteError, match="staging"), staging.staging(tmp_path / "out"):
+        pass
+    assert (tmp_path / "elsewhere" / "config.json").read_text() == "mine"
 
 
 def test_a_link_is_never_replaced(tmp_path):

@@ -1,0 +1,105 @@
+"""Regular expressions that someone else wrote: compiled with a sentence, matched within a time limit.
+
+A few characters can keep Python's matcher busy for longer than the universe has been there: ``(a+)+$``. It looks for
+signals meanwhile, so an alarm ends it; only the main thread of a process can set one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import threading
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LIMIT_SECONDS = 5.0
+"""For one name; those that people write take microseconds."""
+
+_MOST_CHARACTERS = 200_000
+"""Of a pattern; those that list every module of a large model have some ten thousand."""
+
+_BRANCHING = frozenset("*+?{|")
+"""A pattern without any of these is matched in one pass."""
+
+
+class TargetError(ValueError):
+    """A field of the adapter's configuration has a value that PEFT could not use either."""
+
+    def __init__(self, field: str, sentence: str) -> None:
+        self.field, self.sentence = field, sentence
+        super().__init__(f"{field}: {sentence}")
+
+
+class _TimeUpError(Exception):
+    pass
+
+
+def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
+    """Return the compiled regex of a configuration field.
+
+    Raises:
+        TargetError: it does not compile, or is longer than any that someone means.
+    """
+    if len(pattern) > _MOST_CHARACTERS:
+        raise TargetError(field, f"has {len(pattern)} characters, expected {_MOST_CHARACTERS} at most")
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as exc:
+        raise TargetError(field, f"{_shown(pattern)} is not a regular expression: {exc}") from exc
+
+
+def match(field: str, pattern: str, name: str) -> re.Match[str] | None:
+    """Return how a pattern matches the beginning of a name.
+
+    Raises:
+        TargetError: it takes longer than `LIMIT_SECONDS`, or does not compile.
+    """
+    compiled = compile_pattern(field, pattern)
+    with _limit(field, pattern, name):
+        return compiled.match(name)
+
+
+def full_match(field: str, pattern: str, name: str) -> re.Match[str] | None:
+    """Return how a pattern matches all of a name.
+
+    Raises:
+        TargetError: it takes longer than `LIMIT_SECONDS`, or does not compile.
+    """
+    compiled = compile_pattern(field, pattern)
+    with _limit(field, pattern, name):
+        return compiled.fullmatch(name)
+
+
+@contextlib.contextmanager
+def _limit(field: str, pattern: str, name: str) -> Iterator[None]:
+    """Stop the block's matching when its time is up.
+
+    Nothing is stopped outside the main thread, or where the program has an alarm of its own.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or _BRANCHING.isdisjoint(pattern) or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def time_up(*_: object) -> NoReturn:
+        raise _TimeUpError
+
+    before = signal.signal(signal.SIGALRM, time_up)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _TimeUpError:
+        sentence = f"{_shown(pattern)} takes more than {LIMIT_SECONDS:g} s to match against {name!r}"
+        raise TargetError(field, sentence) from None
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def _shown(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}…")

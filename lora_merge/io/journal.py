@@ -1,0 +1,118 @@
+"""The journal of a run: which tensors are written, line by line as they are, for a run that goes on from there.
+
+The first line says whose it is. Nothing in a journal is believed: what it lists is looked at again before it counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any, Self
+
+from lora_merge.core.tensor import Survival, TensorRecord
+from lora_merge.io.files import write_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+_VERSION = 1
+
+
+class Journal:
+    """A journal that is being written.
+
+    A context; each line is with the kernel when `add` returns, so that a killed process has lost none.
+
+    Args:
+        path: of its file, which is replaced.
+        fingerprint: of the merge.
+        records: of what is written already.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, fingerprint: str, records: Iterable[TensorRecord] = ()) -> None:
+        self._path = path
+        fresh = path.with_suffix(".new")
+        head = {
+            "journal": _VERSION,
+            "merge": fingerprint,
+            "process": os.getpid(),
+            "host": os.uname().nodename,
+        }
+        try:
+            self._fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+            self._write([head, *map(astuple, records)])
+            fresh.replace(path)
+        except OSError as exc:
+            raise write_error(path, exc) from exc
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._fd)
+
+    def add(self, records: Iterable[TensorRecord]) -> None:
+        """Add what has been written.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        try:
+            self._write(map(astuple, records))
+        except OSError as exc:
+            raise write_error(self._path, exc) from exc
+
+    def _write(self, rows: Iterable[object]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        while text:
+            text = text[os.write(self._fd, text) :]
+
+
+def read(path: Path, fingerprint: str) -> list[TensorRecord] | None:
+    """Return what a journal lists, or None where there is none, or one of another merge.
+
+    What a killed process did not finish writing is left out.
+    """
+    lines = _lines(path)
+    if not lines or lines[0].get("merge") != fingerprint:
+        return None
+    return [record for record in map(_record, lines[1:]) if record]
+
+
+def count(path: Path) -> int:
+    """Return how many tensors a journal lists."""
+    return max(len(_lines(path)) - 1, 0)
+
+
+def owner(path: Path) -> str:
+    """Return which process writes a journal, in words; nothing where it does not say."""
+    head: dict[str, Any] = next(iter(_lines(path)), {})
+    return f"process {head['process']} on {head['host']}" if {"process", "host"} <= head.keys() else ""
+
+
+def _lines(path: Path) -> list[Any]:
+    """Return the values of a journal, the first one a table; nothing where there is none that can be read."""
+    values: list[Any] = []
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return values
+    with contextlib.suppress(ValueError, RecursionError):
+        for line in text.split(b"\n")[:-1]:
+            values.append(json.loads(line))  # noqa: PERF401 - what comes before a broken line counts
+    return values if values and isinstance(values[0], dict) and values[0].get("journal") == _VERSION else []
+
+
+def _record(row: Any) -> TensorRecord | None:
+    match row:
+        case [str(name), str(file), int(nbytes), str(digest), bool(finite), None]:
+            return TensorRecord(name, file, nbytes, digest, finite)
+        case [str(name), str(file), int(nbytes), str(digest), bool(finite), [*norms]] if len(norms) == 4:
+            return TensorRecord(name, file, nbytes, digest, finite, Survival(*map(float, norms)))
+    return None

@@ -1,0 +1,451 @@
+"""The one list of faults and of hostile inputs: what the tests do, what ``docs/security.md`` says.
+
+A row breaks something in its own way, and names the words that the one sentence must have and the exit code. ``{base}``,
+``{adapter}`` and ``{out}`` stand for the paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_merge.cli import exits
+from tests.tampering import edit_json, edit_tensors, to_pickles
+
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+NOBODY = 65534
+
+
+@dataclass
+class Place:
+    """Where a merge is to fail: copies of a base in two shards and of an adapter, which may be broken, and an output."""
+
+    root: Path
+    base: Path
+    adapter: Path
+    out: Path
+    options: list[str] = field(default_factory=list)
+    during: Callable[[], None] | None = None
+    """Called once, when the first tensor is done."""
+
+    whole_bytes: int = 0
+    """Of the weights of the output."""
+
+    def shard(self) -> Path:
+        """Return the base's last weight file."""
+        return max(self.base.glob("*.safetensors"))
+
+    def mount(self, nbytes: int, *options: str) -> Path:
+        """Mount a small real filesystem for the output."""
+        disk = self.root / "disk"
+        disk.mkdir(exist_ok=True)
+        size = ",".join([f"size={nbytes}", *options])
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], check=True)
+        self.out = disk / "out"
+        return disk
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong."""
+
+    name: str
+    says: str
+    code: int
+    cause: Callable[[Place], contextlib.AbstractContextManager[None] | None]
+    """Breaks it, at once or while a context is open."""
+
+    is_resumed: bool = False
+    """True where the same merge goes on with ``--resume`` once the cause is gone."""
+
+    needs: str = ""
+    """``root``: to mount a filesystem; ``nobody``: to become somebody who may do less."""
+
+
+# ------------------------------------------------------------------------------------------- the machine
+
+
+@contextlib.contextmanager
+def _full_at_once(place: Place) -> Iterator[None]:
+    disk = place.mount(64 << 10)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@contextlib.contextmanager
+def _full_at_the_end(place: Place) -> Iterator[None]:
+    """Leave room for the weights, and not for what goes around them."""
+    disk = place.mount(64 << 20)
+
+    def fill() -> None:
+        free = shutil.disk_usage(disk).free
+        with (disk / "others").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free - free % 4096)
+
+    place.during = fill
+    try:
+        yield
+        (disk / "others").unlink()
+        yield_to_resume(place)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+RESUME: list[Callable[[Place], None]] = []
+"""What a context calls to have the merge resumed while it is still open; set by the test."""
+
+
+def yield_to_resume(place: Place) -> None:
+    """Have the test resume the merge here."""
+    RESUME[-1](place)
+
+
+@contextlib.contextmanager
+def _read_only(place: Place) -> Iterator[None]:
+    disk = place.mount(64 << 20)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def _locked_directory(place: Place) -> None:
+    place.out = place.root / "locked" / "out"
+    place.out.parent.mkdir(mode=0o555)
+
+
+def _locked_file(place: Place) -> None:
+    place.shard().chmod(0)
+
+
+@contextlib.contextmanager
+def _failing(
+    name: str, code: int, after: int, *, when: Callable[..., bool] = lambda *_: True
+) -> Iterator[None]:
+    """Have a call to the kernel fail from some time on, as a disk that dies would."""
+    real, n_calls = getattr(os, name), 0
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        nonlocal n_calls
+        n_calls += when(*arguments)
+        if n_calls > after and when(*arguments):
+            raise OSError(code, os.strerror(code))
+        return real(*arguments, **named)
+
+    setattr(os, name, call)
+    try:
+        yield
+    finally:
+        setattr(os, name, real)
+
+
+@contextlib.contextmanager
+def _dying_source(place: Place) -> Iterator[None]:
+    """Let the first tensor be, and nothing of the base be read after it."""
+    with contextlib.ExitStack() as stack:
+        inodes = {path.stat().st_ino for path in place.base.glob("*.safetensors")}
+
+        def die() -> None:
+            for name in ("preadv", "copy_file_range"):
+                stack.enter_context(
+                    _failing(name, errno.EIO, 0, when=lambda fd, *_: os.fstat(fd).st_ino in inodes)
+                )
+
+        place.during = die
+        yield
+
+
+def _dying_disk(place: Place) -> contextlib.AbstractContextManager[None]:
+    return _failing("pwritev", errno.EIO, 6)
+
+
+def _dying_flush(place: Place) -> contextlib.AbstractContextManager[None]:
+    return _failing("fsync", errno.EIO, 0)
+
+
+def _truncated(place: Place) -> None:
+    os.truncate(place.shard(), place.shard().stat().st_size - 10)
+
+
+def _grown(place: Place) -> None:
+    with place.shard().open("ab") as file:
+        file.write(b"more")
+
+
+def _truncated_while_read(place: Place) -> None:
+    place.during = lambda: os.truncate(place.shard(), 3000)
+
+
+def _grown_while_read(place: Place) -> None:
+    place.during = lambda: _grown(place)
+
+
+def _removed_while_read(place: Place) -> None:
+    place.during = (place.adapter / ADAPTER).unlink
+
+
+def _staging_removed(place: Place) -> None:
+    place.during = lambda: shutil.rmtree(f"{place.out}.lora-merge-staging")
+
+
+@contextlib.contextmanager
+def _no_memory(place: Place) -> Iterator[None]:
+    """Take away the memory that the process has not used yet, and what it has for large blocks."""
+    _widen(place)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    taken: list[bytearray] = []
+
+    def starve() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 16), before[1]))
+        with contextlib.suppress(MemoryError):
+            while True:
+                taken.append(bytearray(1 << 18))
+
+    place.during = starve
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        taken.clear()
+
+
+def _widen(place: Place) -> None:
+    """Replace base and adapter by larger ones, whose tiles have megabytes."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    config = transformers.LlamaConfig(
+        hidden_size=768, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+    )
+    model = transformers.LlamaForCausalLM(config)
+    for root in (place.base, place.adapter):
+        shutil.rmtree(root)
+    model.save_pretrained(place.base)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(place.adapter)
+
+
+@contextlib.contextmanager
+def _second_run(place: Place) -> Iterator[None]:
+    from lora_merge.io.journal import Journal
+    from lora_merge.io.staging import staging
+
+    with staging(place.out) as stage, Journal(stage.journal, "another merge"):
+        yield
+
+
+def _output_exists(place: Place) -> None:
+    place.out.mkdir()
+    (place.out / "thesis.txt").write_text("the only copy")
+
+
+def _output_is_no_model(place: Place) -> None:
+    _output_exists(place)
+    place.options.append("--overwrite")
+
+
+def _output_is_an_input(place: Place) -> None:
+    place.out = place.base
+    place.options.append("--overwrite")
+
+
+def _merged_before(place: Place) -> None:
+    from lora_merge import merge
+
+    merged = place.root / "merged"
+    merge(base=place.base, adapter=place.adapter, out=merged)
+    place.base = merged
+
+
+FAULTS = (
+    Fault("the disk has no room for the output", "{out}: needs ", exits.WRITE, _full_at_once, needs="root"),
+    Fault("the disk is full before the last file", "no space left on the disk", exits.WRITE, _full_at_the_end, True, "root"),
+    Fault("the output is on a disk that is read-only", "{out}.lora-merge-staging: cannot be written (Read-only file system)", exits.WRITE, _read_only, needs="root"),
+    Fault("nobody may write beside the output", "{out}.lora-merge-staging: cannot be written (Permission denied)", exits.WRITE, _locked_directory, needs="nobody"),
+    Fault("a weight file may not be read", ": cannot be opened (Permission denied)", exits.RESOLVE, _locked_file, needs="nobody"),
+    Fault("the disk cannot read the base any more", ": cannot be read (Input/output error)", exits.RESOLVE, _dying_source, True),
+    Fault("the disk cannot write any more", ": cannot be written (Input/output error)", exits.WRITE, _dying_disk, True),
+    Fault("the disk does not keep what was written", ": cannot be written (Input/output error)", exits.WRITE, _dying_flush, True),
+    Fault("a weight file is truncated", " bytes, expected ", exits.RESOLVE, _truncated),
+    Fault("a weight file is longer than its header says", "the file is truncated or was extended", exits.RESOLVE, _grown),
+    Fault("a weight file is truncated while it is read", ": changed while it was read", exits.RESOLVE, _truncated_while_read),
+    Fault("a weight file grows while it is read", ": changed while it was read", exits.RESOLVE, _grown_while_read),
+    Fault("the adapter goes away while it is read", "{adapter}/adapter_model.safetensors: went away while it was read", exits.RESOLVE, _removed_while_read),
+    Fault("somebody removes what is being written", ": cannot be ", exits.WRITE, _staging_removed),
+    Fault("memory runs out", " has no memory left", exits.WRITE, _no_memory, True),
+    Fault("another run writes the same output", "another run is writing this output (process ", exits.WRITE, _second_run),
+    Fault("the output exists", "{out}: already exists", exits.WRITE, _output_exists),
+    Fault("the output exists and is no model", "{out}: is no model checkpoint", exits.WRITE, _output_is_no_model),
+    Fault("the output is an input", "{out}: holds the input {base}", exits.WRITE, _output_is_an_input),
+    Fault("the base has the adapter merged into it already", "is merged into {base} already", exits.PLAN, _merged_before),
+)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- hostile inputs
+
+
+def _header(table: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def _shard_of(*arguments: Any, **named: Any) -> Callable[[Place], None]:
+    def cause(place: Place) -> None:
+        place.shard().write_bytes(_header(*arguments, **named))
+
+    return cause
+
+
+def _row(dtype: Any, shape: Any, begin: Any, end: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def _mapped_to(file: object) -> Callable[[Place], None]:
+    def cause(place: Place) -> None:
+        table = json.loads((place.base / INDEX).read_text())
+        name = next(iter(table["weight_map"]))
+        edit_json(place.base / INDEX, weight_map={**table["weight_map"], name: file})
+
+    return cause
+
+
+def _config(**fields: Any) -> Callable[[Place], None]:
+    return lambda place: edit_json(place.adapter / "adapter_config.json", **fields)
+
+
+def _doubled_key(place: Place) -> None:
+    text = (place.base / INDEX).read_text()
+    name = next(iter(json.loads(text)["weight_map"]))
+    start = '"weight_map": {'
+    assert start in text
+    (place.base / INDEX).write_text(text.replace(start, f'{start}"{name}": "other.safetensors", '))
+
+
+def _doubled_row(place: Place) -> None:
+    row = json.dumps(_row("F32", [1], 0, 4))
+    place.shard().write_bytes(_header(f'{{"a": {row}, "a": {row}}}'.encode(), b"1234"))
+
+
+def _huge_index(place: Place) -> None:
+    """Write an index of ten million entries."""
+    with (place.base / INDEX).open("w") as file:
+        file.write('{"weight_map": {')
+        for start in range(0, 10_000_000, 10_000):
+            file.write("".join(f'"{n}":"a.safetensors",' for n in range(start, start + 10_000)))
+        file.write('"last":"a.safetensors"}}')
+
+
+def _deep_json(place: Place) -> None:
+    (place.base / "config.json").write_text("[" * 200_000 + "]" * 200_000)
+
+
+def _long_number(place: Place) -> None:
+    (place.adapter / "adapter_config.json").write_text('{"r": ' + "9" * 100_000 + "}")
+
+
+def _linked_tokenizer(place: Place) -> None:
+    (place.root / "secret").write_text("the key to the house")
+    (place.base / "tokenizer.json").unlink()
+    (place.base / "tokenizer.json").symlink_to(place.root / "secret")
+
+
+def _linked_template(place: Place) -> None:
+    (place.root / "secret").write_text("the key to the house")
+    (place.adapter / "chat_template.jinja").symlink_to(place.root / "secret")
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/lora-merge-bomb",)
+
+
+def _pickled_code(place: Place) -> None:
+    to_pickles(place.base)
+    import torch
+
+    torch.save({"x": _Bomb()}, min(place.base.glob("*.bin")))
+
+
+def _bare_pickle(place: Place) -> None:
+    (place.adapter / ADAPTER).unlink()
+    (place.adapter / "adapter_model.bin").write_bytes(pickle.dumps(_Bomb()))
+
+
+def _lying_dtype(place: Place) -> None:
+    content = place.shard().read_bytes()
+    assert b'"BF16"' in content
+    place.shard().write_bytes(content.replace(b'"BF16"', b'"F16" ').replace(b'"F16" ', b'"F32" ', 1))
+
+
+def _renamed(name: str) -> Callable[[Place], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[name] = tensors.pop(next(iter(tensors)))
+
+    return lambda place: edit_tensors(place.adapter / ADAPTER, change)
+
+
+def _replaced_by(shape: tuple[int, ...]) -> Callable[[Place], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        import torch
+
+        name = next(name for name in tensors if "lora_A" in name)
+        tensors[name] = torch.zeros(shape)
+
+    return lambda place: edit_tensors(place.adapter / ADAPTER, change)
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J"
+
+HOSTILE = (
+    Fault("the index leads out of the directory", "is mapped to ../../etc/passwd, expected a file inside the model's directory", exits.RESOLVE, _mapped_to("../../etc/passwd")),
+    Fault("the index names an absolute path", "is mapped to /etc/passwd.safetensors, expected a file inside", exits.RESOLVE, _mapped_to("/etc/passwd.safetensors")),
+    Fault("the index leads out by backslashes", "expected a file inside the model's directory", exits.RESOLVE, _mapped_to("..\\..\\secret.safetensors")),
+    Fault("the index names a file that the output has for itself", "is mapped to README.md, expected a name that ends in .safetensors", exits.RESOLVE, _mapped_to("README.md")),
+    Fault("the index maps to no name", "is mapped to 7, expected a file name", exits.RESOLVE, _mapped_to(7)),
+    Fault("the index has ten million entries", "{base}/model.safetensors.index.json: has 2", exits.RESOLVE, _huge_index),
+    Fault("the index names a tensor twice", "stands twice", exits.RESOLVE, _doubled_key),
+    Fault("JSON is nested without end", "{base}/config.json: is not valid JSON", exits.RESOLVE, _deep_json),
+    Fault("a number has a hundred thousand digits", "{adapter}/adapter_config.json: is not valid JSON", exits.RESOLVE, _long_number),
+    Fault("a header claims more than its file", "header: claims 4611686018427387904 bytes, expected at most", exits.RESOLVE, _shard_of({}, length=1 << 62)),
+    Fault("a header is no JSON", "header: is not valid JSON", exits.RESOLVE, _shard_of(b"\xff\xfe\x00{")),
+    Fault("a header is no table", "header: is a JSON list, expected a table of tensors", exits.RESOLVE, _shard_of([1, 2])),
+    Fault("a header names a tensor twice", "the key 'a' stands twice", exits.RESOLVE, _doubled_row),
+    Fault("tensors overlap", "overlaps the tensor before it", exits.RESOLVE, _shard_of({"a": _row("F32", [2], 0, 8), "b": _row("F32", [2], 4, 12)}, bytes(12))),
+    Fault("tensors leave a hole", "leaves a hole before it", exits.RESOLVE, _shard_of({"a": _row("F32", [1], 0, 4), "b": _row("F32", [1], 8, 12)}, bytes(12))),
+    Fault("an offset is negative", "spans bytes -4 to 0", exits.RESOLVE, _shard_of({"a": _row("F32", [1], -4, 0)})),
+    Fault("an offset is beyond 64 bits", "spans bytes 0 to 1180591620717411303424", exits.RESOLVE, _shard_of({"a": _row("F32", [1], 0, 1 << 70)})),
+    Fault("an offset is no whole number", "expected dtype, shape and data_offsets", exits.RESOLVE, _shard_of({"a": _row("F32", [1], 0, 4.0)}, bytes(4))),
+    Fault("a size is negative", "has the shape [-1], expected a list of sizes", exits.RESOLVE, _shard_of({"a": _row("F32", [-1], 0, 4)}, bytes(4))),
+    Fault("sizes overflow", "expected 73786976294838206464 bytes for F32", exits.RESOLVE, _shard_of({"a": _row("F32", [1 << 32, 1 << 32], 0, 0)})),
+    Fault("a dtype is unknown", "has the dtype 'F31', expected one of", exits.RESOLVE, _shard_of({"a": _row("F31", [1], 0, 4)}, bytes(4))),
+    Fault("a dtype is a lie", " bytes for F32", exits.RESOLVE, _lying_dtype),
+    Fault("metadata is no text", "__metadata__: is ", exits.RESOLVE, _shard_of({"__metadata__": {"format": 7}})),
+    Fault("a side file is a link to somewhere else", "{base}/tokenizer.json: is a link to ", exits.RESOLVE, _linked_tokenizer),
+    Fault("a template of the adapter is a link to somewhere else", "{adapter}/chat_template.jinja: is a link to ", exits.RESOLVE, _linked_template),
+    Fault("a .bin file runs code", "posix.system", exits.RESOLVE, _pickled_code),
+    Fault("an adapter is a bare pickle that runs code", "{adapter}/adapter_model.bin: ", exits.RESOLVE, _bare_pickle),
+    Fault("a tensor's name steers the terminal", "\\x1b]0;owned\\x07", exits.PLAN, _renamed(f"base_model.model.{ESCAPE}.lora_A.weight")),
+    Fault("target_modules explodes", "target_modules: '(.+)+(.+)+(.+)+!' takes more than", exits.PLAN, _config(target_modules="(.+)+(.+)+(.+)+!")),
+    Fault("exclude_modules explodes", "exclude_modules: ", exits.PLAN, _config(exclude_modules="(.*.*)*.*(.*.*)*!")),
+    Fault("rank_pattern explodes", "rank_pattern: ", exits.PLAN, _config(rank_pattern={"(.+)+(.+)+(.+)+!": 8})),
+    Fault("target_modules is no regular expression", "is not a regular expression", exits.PLAN, _config(target_modules="(q_proj")),
+    Fault("target_modules is of absurd length", "target_modules: has 300000 characters", exits.PLAN, _config(target_modules="a" * 300_000)),
+    Fault("a factor has a shape of its own", " is (", exits.PLAN, _replaced_by((4, 1 << 20))),
+    Fault("a rank is no number", "r: is 'x', expected a number", exits.PLAN, _config(r="x")),
+    Fault("a scale is infinite", "lora_alpha: is inf, expected a number", exits.PLAN, _config(lora_alpha=float("inf"))),
+)  # fmt: skip
