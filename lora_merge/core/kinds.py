@@ -53,9 +53,7 @@ FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
 
 _OF_TEXTS = frozenset({"modules_to_save", "target_parameters", "feedforward_modules"})
 
-_CALLED = {
-    bool: "true or false", int: "a number", str: "a text", list: "a list", dict: "a table", type(None): "null"
-}  # fmt: skip
+_CALLED = {bool: "true or false", str: "a text", list: "a list", dict: "a table", type(None): "null"}
 
 UNMERGEABLE_FIELDS: Mapping[str, str] = {
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
@@ -126,14 +124,11 @@ def check_types(config: Mapping[str, Any], label: str) -> None:
     """
     for field, types in FIELD_TYPES.items():
         value = config.get(field)
-        wanted = " or ".join(_CALLED[kind] for kind in types if kind is not int)
         if not isinstance(value, types):
+            wanted = " or ".join(_CALLED[kind] for kind in types if kind in _CALLED)
             raise CheckpointError(label, field, f"is {value!r}"[:200], wanted)
-        if (
-            field in _OF_TEXTS
-            and isinstance(value, list)
-            and not all(isinstance(item, str) for item in value)
-        ):
+        items = value if field in _OF_TEXTS and isinstance(value, list) else ()
+        if not all(isinstance(item, str) for item in items):
             raise CheckpointError(label, field, f"is {value!r}"[:200], "a list of texts")
 
 

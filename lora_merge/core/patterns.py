@@ -6,14 +6,13 @@ signals meanwhile, so an alarm ends it; only the main thread of a process can se
 
 from __future__ import annotations
 
-import contextlib
 import re
 import signal
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
 LIMIT_SECONDS = 5.0
 """For one name; those that people write take microseconds."""
@@ -51,15 +50,20 @@ def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
         raise TargetError(field, f"{_shown(pattern)} is not a regular expression: {exc}") from exc
 
 
-def match(field: str, pattern: str, name: str) -> re.Match[str] | None:
+def match(field: str, pattern: str, name: str, meant: str | None = None) -> re.Match[str] | None:
     """Return how a pattern matches the beginning of a name.
+
+    Args:
+        field: that the pattern is from.
+        pattern: what is matched.
+        name: of a module.
+        meant: the part of the pattern that the field holds; default: all of it.
 
     Raises:
         TargetError: it takes longer than `LIMIT_SECONDS`, or does not compile.
     """
-    compiled = compile_pattern(field, pattern)
-    with _limit(field, pattern, name):
-        return compiled.match(name)
+    is_simple = _BRANCHING.isdisjoint(pattern if meant is None else meant)
+    return _within_limit(field, name, compile_pattern(field, pattern), re.Pattern.match, is_simple=is_simple)
 
 
 def full_match(field: str, pattern: str, name: str) -> re.Match[str] | None:
@@ -68,21 +72,27 @@ def full_match(field: str, pattern: str, name: str) -> re.Match[str] | None:
     Raises:
         TargetError: it takes longer than `LIMIT_SECONDS`, or does not compile.
     """
-    compiled = compile_pattern(field, pattern)
-    with _limit(field, pattern, name):
-        return compiled.fullmatch(name)
+    is_simple = _BRANCHING.isdisjoint(pattern)
+    return _within_limit(
+        field, name, compile_pattern(field, pattern), re.Pattern.fullmatch, is_simple=is_simple
+    )
 
 
-@contextlib.contextmanager
-def _limit(field: str, pattern: str, name: str) -> Iterator[None]:
-    """Stop the block's matching when its time is up.
+def _within_limit(
+    field: str,
+    name: str,
+    pattern: re.Pattern[str],
+    how: Callable[[re.Pattern[str], str], re.Match[str] | None],
+    *,
+    is_simple: bool,
+) -> re.Match[str] | None:
+    """Return how a pattern matches a name, stopped when its time is up.
 
-    Nothing is stopped outside the main thread, or where the program has an alarm of its own.
+    Nothing is stopped outside the main thread, or where the program has an alarm of its own; a simple pattern need not be.
     """
     in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or _BRANCHING.isdisjoint(pattern) or signal.getitimer(signal.ITIMER_REAL)[0]:
-        yield
-        return
+    if is_simple or not in_main or signal.getitimer(signal.ITIMER_REAL)[0]:
+        return how(pattern, name)
 
     def time_up(*_: object) -> NoReturn:
         raise _TimeUpError
@@ -91,11 +101,11 @@ def _limit(field: str, pattern: str, name: str) -> Iterator[None]:
     try:
         signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
         try:
-            yield
+            return how(pattern, name)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     except _TimeUpError:
-        sentence = f"{_shown(pattern)} takes more than {LIMIT_SECONDS:g} s to match against {name!r}"
+        sentence = f"{_shown(pattern.pattern)} takes more than {LIMIT_SECONDS:g} s to match against {name!r}"
         raise TargetError(field, sentence) from None
     finally:
         signal.signal(signal.SIGALRM, before)

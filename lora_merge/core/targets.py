@@ -6,6 +6,7 @@ against PEFT's on generated module trees.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -100,11 +101,10 @@ class TargetRule:
         if self.layers_to_transform is None:
             return True
         # The lazy prefix finds the first number, the layer's, not an expert's.
-        expected = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern]
         found = [
-            match("layers_pattern", pattern, module)
-            for pattern in expected or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        ]
+            match("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module, pattern)
+            for pattern in self.layers_pattern
+        ] or [re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)]
         first = next((one for one in found if one), None)
         return (
             first is not None and first["idx"] is not None and int(first["idx"]) in self.layers_to_transform
@@ -135,7 +135,9 @@ def matching_patterns(patterns: Mapping[str, Value], module: str, field: str = "
         ``peft.utils.other.get_pattern_key`` (PEFT 0.21.2).
     """
     return {
-        key: value for key, value in patterns.items() if match(field, rf"(.*\.)?({key})$", module) is not None
+        key: value
+        for key, value in patterns.items()
+        if match(field, rf"(.*\.)?({key})$", module, key) is not None
     }
 
 

@@ -39,7 +39,7 @@ class Inputs:
         Raises:
             CheckpointError: one is gone.
         """
-        names = dict.fromkeys([*map(_file, _read(plan.steps)), *(file.source for file in plan.side_files)])
+        names = {ref.file for ref in _read(plan.steps)} | {file.source for file in plan.side_files}
         return cls({name: _seen(name) for name in names})
 
     def check(self) -> None:
@@ -139,10 +139,6 @@ def _read(steps: Iterable[Step]) -> Iterator[TensorRef]:
                 yield from op.parts
                 for delta in op.deltas:
                     yield from delta.tensors.values()
-
-
-def _file(ref: TensorRef) -> str:
-    return ref.file
 
 
 def _seen(name: str) -> tuple[int, int]:

@@ -182,10 +182,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    _main(
-        [*job["arguments"], "--out", str(Path(job["work"]) / "warm")]
-    )  # imports everything that the forks need
-    shutil.rmtree(Path(job["work"]) / "warm")
+    warm = Path(job["work"]) / "warm"
+    _main([*job["arguments"], "--out", str(warm)])  # imports everything that the forks need
+    shutil.rmtree(warm)
     trial = Trial(job["arguments"], Path(job["work"]), Path(job["old"]) if job["old"] else None)
     draw = random.Random(job["seed"])
     words = [word for _ in range(job["n"]) for word in trial.once(draw, job["signal"])]

@@ -23,7 +23,7 @@ from typing import Any
 from lora_merge.cli import exits
 from tests.tampering import edit_json, edit_tensors, to_pickles
 
-WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter_model.safetensors"
 NOBODY = 65534
 
 
@@ -39,21 +39,24 @@ class Place:
     during: Callable[[], None] | None = None
     """Called once, when the first tensor is done."""
 
-    whole_bytes: int = 0
-    """Of the weights of the output."""
+    resume: Callable[[], None] = lambda: None
+    """Resumes the merge; for a cause that ends before its context does."""
 
     def shard(self) -> Path:
         """Return the base's last weight file."""
         return max(self.base.glob("*.safetensors"))
 
-    def mount(self, nbytes: int, *options: str) -> Path:
+    @contextlib.contextmanager
+    def disk(self, nbytes: int) -> Iterator[Path]:
         """Mount a small real filesystem for the output."""
         disk = self.root / "disk"
-        disk.mkdir(exist_ok=True)
-        size = ",".join([f"size={nbytes}", *options])
-        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], check=True)
+        disk.mkdir()
         self.out = disk / "out"
-        return disk
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", disk], check=True)
+        try:
+            yield disk
+        finally:
+            subprocess.run(["umount", disk], check=True)
 
 
 @dataclass(frozen=True)
@@ -78,49 +81,31 @@ class Fault:
 
 @contextlib.contextmanager
 def _full_at_once(place: Place) -> Iterator[None]:
-    disk = place.mount(64 << 10)
-    try:
+    with place.disk(64 << 10):
         yield
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 @contextlib.contextmanager
 def _full_at_the_end(place: Place) -> Iterator[None]:
     """Leave room for the weights, and not for what goes around them."""
-    disk = place.mount(64 << 20)
+    with place.disk(64 << 20) as disk:
 
-    def fill() -> None:
-        free = shutil.disk_usage(disk).free
-        with (disk / "others").open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, free - free % 4096)
+        def fill() -> None:
+            free = shutil.disk_usage(disk).free
+            with (disk / "others").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, free - free % 4096)
 
-    place.during = fill
-    try:
+        place.during = fill
         yield
         (disk / "others").unlink()
-        yield_to_resume(place)
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-RESUME: list[Callable[[Place], None]] = []
-"""What a context calls to have the merge resumed while it is still open; set by the test."""
-
-
-def yield_to_resume(place: Place) -> None:
-    """Have the test resume the merge here."""
-    RESUME[-1](place)
+        place.resume()
 
 
 @contextlib.contextmanager
 def _read_only(place: Place) -> Iterator[None]:
-    disk = place.mount(64 << 20)
-    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    try:
+    with place.disk(64 << 20) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         yield
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def _locked_directory(place: Place) -> None:
@@ -358,15 +343,19 @@ def _long_number(place: Place) -> None:
     (place.adapter / "adapter_config.json").write_text('{"r": ' + "9" * 100_000 + "}")
 
 
-def _linked_tokenizer(place: Place) -> None:
+def _linked(path: Path, place: Place) -> None:
+    """Put a link to something else in the place of a file."""
     (place.root / "secret").write_text("the key to the house")
-    (place.base / "tokenizer.json").unlink()
-    (place.base / "tokenizer.json").symlink_to(place.root / "secret")
+    path.unlink(missing_ok=True)
+    path.symlink_to(place.root / "secret")
+
+
+def _linked_tokenizer(place: Place) -> None:
+    _linked(place.base / "tokenizer.json", place)
 
 
 def _linked_template(place: Place) -> None:
-    (place.root / "secret").write_text("the key to the house")
-    (place.adapter / "chat_template.jinja").symlink_to(place.root / "secret")
+    _linked(place.adapter / "chat_template.jinja", place)
 
 
 class _Bomb:
@@ -389,7 +378,7 @@ def _bare_pickle(place: Place) -> None:
 def _lying_dtype(place: Place) -> None:
     content = place.shard().read_bytes()
     assert b'"BF16"' in content
-    place.shard().write_bytes(content.replace(b'"BF16"', b'"F16" ').replace(b'"F16" ', b'"F32" ', 1))
+    place.shard().write_bytes(content.replace(b'"BF16"', b'"F32" ', 1))
 
 
 def _renamed(name: str) -> Callable[[Place], None]:
