@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 from lora_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lora_merge.core.inspection import Inspection
+    from lora_merge.core.lora import ConvertReport
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Issue, Observer, Proof, Report, Summary, Verdict
-    from lora_merge.core.request import Request, VerifyRequest
+    from lora_merge.core.request import ConvertRequest, ExtractRequest, InspectRequest, Request, VerifyRequest
     from lora_merge.errors import (
         CheckpointError,
+        ConvertError,
         LoraMergeError,
         PlanError,
         RequestError,
@@ -30,10 +33,16 @@ if TYPE_CHECKING:
         VerifyError,
         WriteError,
     )
-    from lora_merge.pipeline import merge, plan, verify
+    from lora_merge.pipeline import convert, extract, inspect, merge, plan, verify
 
 __all__ = [
     "CheckpointError",
+    "ConvertError",
+    "ConvertReport",
+    "ConvertRequest",
+    "ExtractRequest",
+    "InspectRequest",
+    "Inspection",
     "Issue",
     "LoraMergeError",
     "MergePlan",
@@ -52,12 +61,22 @@ __all__ = [
     "VerifyRequest",
     "WriteError",
     "__version__",
+    "convert",
+    "extract",
+    "inspect",
     "merge",
     "plan",
     "verify",
 ]
 
-_HOMES = ("lora_merge.errors", "lora_merge.core.report", "lora_merge.core.request", "lora_merge.core.plan")
+_HOMES = (
+    "lora_merge.errors",
+    "lora_merge.core.report",
+    "lora_merge.core.request",
+    "lora_merge.core.plan",
+    "lora_merge.core.lora",
+    "lora_merge.core.inspection",
+)
 """Where the public types live."""
 
 
@@ -72,6 +91,30 @@ def __getattr__(name: str) -> Any:
 
 class _Package(ModuleType):
     """The package, whose verbs are functions though they are names of modules as well."""
+
+    @property
+    def convert(self) -> Any:
+        """Return the function; importing the package of this name does not change that."""
+        return import_module("lora_merge.pipeline").convert
+
+    @convert.setter
+    def convert(self, module: ModuleType) -> None: ...
+
+    @property
+    def extract(self) -> Any:
+        """Return the function; importing the module of this name does not change that."""
+        return import_module("lora_merge.pipeline").extract
+
+    @extract.setter
+    def extract(self, module: ModuleType) -> None: ...
+
+    @property
+    def inspect(self) -> Any:
+        """Return the function; importing the module of this name does not change that."""
+        return import_module("lora_merge.pipeline").inspect
+
+    @inspect.setter
+    def inspect(self, module: ModuleType) -> None: ...
 
     @property
     def merge(self) -> Any:

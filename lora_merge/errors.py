@@ -7,7 +7,8 @@
     │   └── UnknownFormatError    no adapter format matches (tried)
     ├── RequestError              a request file does not parse (file, line, key)
     ├── PlanError                 adapter and base do not fit (issues: all of them)
-    │   └── UnsupportedError      understood, not mergeable (issues: what, and what to do instead)
+    │   ├── UnsupportedError      understood, not mergeable (issues: what, and what to do instead)
+    │   └── ConvertError          an adapter cannot be written as it is wanted (issues: all of them)
     ├── WriteError                output exists, disk full, rename failed
     │   └── OutOfMemoryError      the machine has no memory left
     └── VerifyError               the output is not what the plan promised (verdict)
@@ -99,13 +100,22 @@ class RequestError(LoraMergeError):
 class PlanError(LoraMergeError):
     """Adapter and base do not fit; carries every issue found, not only the first."""
 
+    verb = "the adapter cannot be merged"
+    """What is said before several issues."""
+
     def __init__(self, issues: Sequence[Issue]) -> None:
         self.issues = tuple(issues)
-        super().__init__(_issue_list(self.issues, "the adapter cannot be merged"))
+        super().__init__(_issue_list(self.issues, self.verb))
 
 
 class UnsupportedError(PlanError):
     """The adapter or base is understood, and cannot be merged (yet); each issue names the way out."""
+
+
+class ConvertError(PlanError):
+    """An adapter cannot be written as it is wanted; carries every issue found, not only the first."""
+
+    verb = "the adapter cannot be converted"
 
 
 class WriteError(LoraMergeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,8 @@ from lora_merge.io.needed import (
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lora_merge.core.report import Observer
     from lora_merge.core.source import Host, Origin
 

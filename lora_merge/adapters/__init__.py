@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from lora_merge.io.side_files import adapter_side_files
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from lora_merge.core.adapter import Adapter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Literal
 
 _ROLES: tuple[tuple[str, str], ...] = (

@@ -5,7 +5,6 @@ Its LoRA is PEFT's with other names: without ``base_model.model.``, and with the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_ARGUM
 from lora_merge.io.safetensors import read_header
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 """What the training was called with; it names the base."""

@@ -6,7 +6,6 @@ The adapter's forward pass is the truth, so this asks it: the layer answers to r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from lora_merge.core.tensor import UNIT_ROUNDOFF, TensorRef
 from lora_merge.io.safetensors import load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from lora_merge.checks.evidence import Evidence

@@ -9,7 +9,6 @@ import bisect
 import contextlib
 import json
 import zlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import inf
@@ -22,7 +21,7 @@ from lora_merge.core.tensor import TORCH_NAMES, UNIT_ROUNDOFF
 from lora_merge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.cli.tables import done_text, print_conversion, print_inspection
+from lora_merge.cli.text import printable, size_text
 from lora_merge.core.report import Silence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rich.progress import Progress, TaskID
     from rich.table import Table
 
     from lora_merge.core.explanation import Match
+    from lora_merge.core.inspection import Inspection
+    from lora_merge.core.lora import ConvertReport, Loss
     from lora_merge.core.report import Issue, Observer, Proof, Report
 
 _LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
@@ -83,12 +87,54 @@ class Console:
             spent = ", ".join(f"{check} {seconds:.2f} s" for check, seconds in proof.seconds.items())
             click.echo(f"time: {spent}", err=True)
 
+    def inspection(self, found: Inspection, *, full: bool) -> None:
+        """Print what an adapter is, and what is wrong with it."""
+        if self._as_json:
+            ok = not any(issue.severity == "error" for issue in found.issues)
+            click.echo(json.dumps({"ok": ok, **_inspection_data(found)}, indent=2))
+        elif not self._quiet:
+            print_inspection(found, full=full)
+        self._issues(found.issues)
+
+    def conversion(self, report: ConvertReport) -> None:
+        """Print what a conversion or an extraction did."""
+        self._issues(report.issues)
+        if self._as_json:
+            data = asdict(report)
+            losses = [_loss_data(one.loss) for one in report.modules]
+            data["modules"] = [
+                {**one, "loss": loss} for one, loss in zip(data["modules"], losses, strict=True)
+            ]
+            click.echo(json.dumps({"ok": True, **data, "loss": _loss_data(report.loss)}, indent=2))
+        elif not self._quiet:
+            print_conversion(report, verbose=self._verbose)
+            click.echo(done_text(report), err=True)
+
+    def _issues(self, issues: Sequence[Issue]) -> None:
+        """Print issues: all, or when it is quiet the errors only."""
+        for issue in issues:
+            if issue.severity == "error" or not self._quiet:
+                click.echo(f"{issue.severity}: {printable(str(issue))}", err=True)
+
     def matches(self, matches: tuple[Match, ...]) -> None:
         """Print how some modules were matched."""
         if self._as_json:
             click.echo(json.dumps({"ok": True, "matches": [asdict(match) for match in matches]}, indent=2))
         else:
             click.echo("\n\n".join(printable(match.text()) for match in matches))
+
+
+def _loss_data(loss: Loss | None) -> dict[str, float] | None:
+    """Return a loss as data; None where nothing was lost."""
+    return None if loss is None else {**asdict(loss), "relative": loss.relative, "energy": loss.energy}
+
+
+def _inspection_data(found: Inspection) -> dict[str, Any]:
+    """Return an inspection as data, with each engine's verdict and each module's ratio."""
+    data = asdict(found)
+    data["engines"] = [{**asdict(one), "verdict": one.verdict} for one in found.engines]
+    data["modules"] = [{**asdict(one), "relative": one.relative} for one in found.modules]
+    return data
 
 
 def say_error(error: BaseException, sentence: str, code: int, *, as_json: bool) -> None:
@@ -105,11 +151,6 @@ def _hints(error: BaseException) -> list[str]:
     return [hint for hint in (getattr(error, "hint", ""), *getattr(error, "__notes__", ())) if hint]
 
 
-def printable(text: str) -> str:
-    """Return text with control characters made visible, so that a name cannot steer the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
-
-
 def error_json(error: BaseException, sentence: str, code: int) -> str:
     """Return an error as JSON, with every issue that it carries."""
     issues: tuple[Issue, ...] = getattr(error, "issues", ())
@@ -123,20 +164,6 @@ def error_json(error: BaseException, sentence: str, code: int) -> str:
         "issues": [asdict(issue) for issue in (verdict.issues if verdict else issues)],
     }
     return json.dumps(data, indent=2)
-
-
-def size_text(nbytes: float) -> str:
-    """Return bytes for people, in decimal units, as disks and shards count them.
-
-    Example:
-        >>> size_text(2_700_000_000)
-        '2.70 GB'
-    """
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
 
 
 def _done(report: Report) -> str:

@@ -11,6 +11,7 @@ from lora_merge.core.request import EXPERT_LAYOUTS, PARSERS
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lora_merge.cli.console import Console
     from lora_merge.core.request import Request
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
@@ -112,6 +113,43 @@ def input_options(command: Command) -> Command:
     )
     strict = click.option("--strict/--no-strict", default=None, help="Treat warnings as errors.")
     return _with(options, hub_options(strict(command)))
+
+
+def base_options(command: Command) -> Command:
+    """Add the options that say which base an adapter belongs to, and what cannot be seen of the two."""
+    options = (
+        click.option(
+            "--base",
+            metavar="DIR|ID",
+            help="Base model: a directory, or org/name[@revision] on the Hub.  [default: none, or where one is needed the one that the adapter names]",
+        ),
+        click.option(
+            "--base-is",
+            type=Parsed("base_is"),
+            metavar="[original|residual]",
+            help="What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter.",
+        ),
+        click.option(
+            "--expert-layout",
+            type=click.Choice(EXPERT_LAYOUTS),
+            multiple=True,
+            help="What cannot be seen of stacked experts.",
+        ),
+    )
+    return _with(options, command)
+
+
+def console_of(*, as_json: bool, quiet: bool, verbose: bool) -> Console:
+    """Return a command's voice.
+
+    Raises:
+        click.UsageError: it is to be quiet and verbose.
+    """
+    from lora_merge.cli.console import Console
+
+    if quiet and verbose:
+        raise click.UsageError("--quiet and --verbose exclude each other")
+    return Console(as_json=as_json, quiet=quiet, verbose=verbose)
 
 
 def hub_options(command: Command) -> Command:

@@ -98,6 +98,14 @@ class Checkpoint:
         """Return every tensor by its stored name."""
         return {ref.name: ref for ref in self.tensors()}
 
+    def matrices(self) -> frozenset[str]:
+        """Return every module whose weight has two axes or more."""
+        return frozenset(
+            ref.name.removesuffix(".weight")
+            for ref in self.tensors()
+            if ref.name.endswith(".weight") and len(ref.shape) > 1
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Output:

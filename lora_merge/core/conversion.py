@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.pieces import Assembly, Piece, UnknownOperationError
 from lora_merge.core.skeleton import meta_model
 from lora_merge.core.tensor import shape_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class ConversionError(ValueError):

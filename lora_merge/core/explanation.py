@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -13,6 +12,8 @@ from lora_merge.core.plan import Merge
 from lora_merge.core.tensor import shape_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.tensor import TensorRef

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 PREFIX = "base_model.model."
 """What the name of an adapter's tensor begins with when it belongs to one module."""
@@ -64,6 +66,17 @@ UNMERGEABLE_FIELDS: Mapping[str, str] = {
 
 KNOWN_FIELDS = IGNORED_FIELDS | READ_FIELDS | UNMERGEABLE_FIELDS.keys()
 """Every field that a LoRA, AdaLoRA or TRAINABLE_TOKENS configuration may have."""
+
+PEFT_0_14_FIELDS = frozenset(
+    {
+        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules",
+        "fan_in_fan_out", "inference_mode", "init_lora_weights", "layer_replication", "layers_pattern",
+        "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "megatron_config",
+        "megatron_core", "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "runtime_config",
+        "target_modules", "task_type", "use_dora", "use_rslora",
+    }
+)  # fmt: skip
+"""Fields of a LoRA configuration that PEFT 0.14 reads; that release raises TypeError for any other."""
 
 NOT_IN_WEIGHTS: Mapping[str, str] = {
     "PROMPT_TUNING": "it learns prompt vectors",

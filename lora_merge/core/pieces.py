@@ -7,10 +7,12 @@ conversions) says, run on assemblies, how a checkpoint lies in a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 Box = tuple[tuple[int, int], ...]
 """A range per axis."""

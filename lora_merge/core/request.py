@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 VerifyLevel = Literal["none", "sample", "full"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
@@ -17,6 +19,10 @@ BaseIs = Literal["original", "residual"]
 CombineMethod = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
 Engine = Literal["vllm"]
 Link = Literal["copy", "reflink", "hard"]
+ServingEngine = Literal["vllm", "lmdeploy", "lorax", "sglang", "tgi", "llamacpp"]
+Naming = Literal["v4", "v5"]
+ExpertForm = Literal["split", "fuse"]
+AdapterFormat = Literal["peft", "gguf", "mlx"]
 
 EXPERT_LAYOUTS = ("out-in", "in-out", "unsloth")
 
@@ -142,6 +148,114 @@ class VerifyRequest:
     trust_remote_code: bool = False
     """Run the code that the checkpoint carries, where transformers has no class for the model."""
 
+    strict: bool = False
+    token: str | None = field(default=None, repr=False)
+    offline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InspectRequest:
+    """Which adapter to describe, and against which base."""
+
+    adapter: str
+    """A directory or a repo."""
+
+    base: str | None = None
+    """What to hold it against; default: nothing, its own files alone."""
+
+    base_is: BaseIs | None = None
+    expert_layout: tuple[str, ...] = ()
+    serving: ServingEngine | None = None
+    """Report on this engine only; default: all."""
+
+    plot: str | None = None
+    """File to draw a heat map of layers and modules into: ``.png``, ``.svg`` or ``.html``."""
+
+    strict: bool = False
+    token: str | None = field(default=None, repr=False)
+    offline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertRequest:
+    """Which adapter to rewrite, and how."""
+
+    adapter: str
+    """A directory or a repo."""
+
+    out: str
+    """Directory to create."""
+
+    base: str | None = None
+    """What the adapter belongs to; default, where it is needed: what the adapter names."""
+
+    format: AdapterFormat = "peft"
+    serving: ServingEngine | None = None
+    """Do whatever this engine needs: ``--for ENGINE``."""
+
+    expand_targets: bool = False
+    """List the modules that are adapted, in place of a regex, patterns of layers and exclusions."""
+
+    bake_scale: bool = False
+    """Fold every scale into B, so that α/r is 1."""
+
+    rank: int | None = None
+    """Keep at most so many singular values of each module's change."""
+
+    energy: float | None = None
+    """Keep as many as make up this share of the sum of their squares."""
+
+    pad_rank: int | None = None
+    """Give every module this rank."""
+
+    to_lora: bool = False
+    """Make plain LoRA of any other kind of adapter."""
+
+    rename: Naming | None = None
+    """Name modules as transformers 4, or as transformers 5 does."""
+
+    experts: ExpertForm | None = None
+    """``split``: LoRA on every expert by itself; ``fuse``: on the parameters that hold them all."""
+
+    dtype: OutputDtype | None = None
+    """Of the factors; default: the adapter's, where it holds them exactly, else float32."""
+
+    base_is: BaseIs | None = None
+    expert_layout: tuple[str, ...] = ()
+    allow_svd: bool = False
+    overwrite: bool = False
+    strict: bool = False
+    token: str | None = field(default=None, repr=False)
+    offline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractRequest:
+    """Which training to take apart into a LoRA."""
+
+    base: str
+    """What was trained: a directory or a repo."""
+
+    tuned: str
+    """What came of it."""
+
+    out: str
+    """Directory to create."""
+
+    rank: int | None = None
+    """Of every module, at most."""
+
+    energy: float | None = None
+    """Share of each module's change that is kept, at least."""
+
+    target: tuple[str, ...] = ()
+    """Modules to take, by the ends of their paths; default: every linear layer that changed."""
+
+    save_modules: bool = False
+    """Carry what no LoRA can hold (embeddings, norms) whole, in ``modules_to_save``."""
+
+    dtype: OutputDtype | None = None
+    overwrite: bool = False
     strict: bool = False
     token: str | None = field(default=None, repr=False)
     offline: bool = False
@@ -317,6 +431,39 @@ def parse_n_tokens(value: str | int) -> int:
     return int(value)
 
 
+def parse_rank(value: str | int) -> int:
+    """Return a rank.
+
+    Raises:
+        ValueError: it is no whole number, or less than one.
+    """
+    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"{value!r} is no rank, expected a whole number of 1 or more")
+    return int(value)
+
+
+def parse_energy(value: str | float) -> float:
+    """Return a share of energy.
+
+    Example:
+        >>> parse_energy("0.99"), parse_energy("99%")
+        (0.99, 0.99)
+
+    Raises:
+        ValueError: it is no number above 0 and at most 1.
+    """
+    text = str(value)
+    try:
+        energy = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        energy = 0.0
+    if isinstance(value, bool) or not 0 < energy <= 1:
+        raise ValueError(
+            f"{value!r} is no share of energy, expected a number above 0 and at most 1, such as 0.99"
+        )
+    return energy
+
+
 def parse_workers(text: str | int) -> int:
     """Return a number of workers.
 
@@ -346,6 +493,13 @@ PARSERS: Mapping[str, Callable[..., object]] = {
     "tolerance": parse_tolerance,
     "n_tokens": parse_n_tokens,
     "engine": parse_choice(Engine, "engine"),
+    "rank": parse_rank,
+    "pad_rank": parse_rank,
+    "energy": parse_energy,
+    "rename": parse_choice(Naming, "naming"),
+    "experts": parse_choice(ExpertForm, "form of experts"),
+    "format": parse_choice(AdapterFormat, "format of an adapter"),
+    "serving": parse_choice(ServingEngine, "engine"),
     "level": parse_choice(Literal["sample", "full"], "level"),
 }
 """How the values that a type cannot describe are checked, wherever they come from."""
@@ -365,3 +519,17 @@ def parse_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             except ValueError as exc:
                 raise RequestError("", 0, key, str(exc)) from exc
     return parsed
+
+
+AdapterRequest = TypeVar("AdapterRequest", InspectRequest, ConvertRequest, ExtractRequest)
+
+
+def parse_request(kind: type[AdapterRequest], values: Mapping[str, Any]) -> AdapterRequest:
+    """Return a request about one adapter: what was given is parsed, the rest has its default.
+
+    Raises:
+        RequestError: a value does not parse; it names the key.
+    """
+    given = {name: value for name, value in values.items() if value not in (None, ())}
+    adapter: dict[str, Any] = {name: str(given.pop(name)) for name in ("adapter",) if name in given}
+    return kind(**adapter, **parse_fields(given))

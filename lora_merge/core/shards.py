@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import SAFETENSORS_FILE
 from lora_merge.core.tensor import TensorRef, nbytes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 HEADER_PREFIX_BYTES = 8
 _ALIGNMENT = 8

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy, Step
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRef
 

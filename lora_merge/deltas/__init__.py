@@ -5,16 +5,19 @@ A delta is not always a sum, so an algebra changes the weight itself, a row tile
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from lora_merge.deltas.algebra import Algebra
 from lora_merge.deltas.combinations import COMBINATIONS, combine
 from lora_merge.deltas.dora import Dora
 from lora_merge.deltas.factors import Factors
-from lora_merge.deltas.low_rank import LowRank, Stacked
+from lora_merge.deltas.low_rank import LowRank, Stacked, plain_pair
 from lora_merge.deltas.part import Part
 from lora_merge.deltas.peft_layer import PeftLayer
 from lora_merge.deltas.whole import Addition, Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ALGEBRAS: Mapping[str, type[Algebra]] = {
     "low_rank": LowRank,
@@ -25,4 +28,4 @@ ALGEBRAS: Mapping[str, type[Algebra]] = {
     "peft_layer": PeftLayer,
 }
 
-__all__ = ["ALGEBRAS", "COMBINATIONS", "Algebra", "Factors", "Part", "combine"]
+__all__ = ["ALGEBRAS", "COMBINATIONS", "Algebra", "Factors", "Part", "combine", "plain_pair"]

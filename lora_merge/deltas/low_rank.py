@@ -48,7 +48,7 @@ class LowRank(RowWise):
     scaled: ClassVar[bool] = True
 
     def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
-        self._a, self._b = _pair(spec, factors)
+        self._a, self._b = plain_pair(spec, factors)
         self._scale = spec.scale
         self._divisor = spec.options.get("divisor")
         self._transposed = spec.region.transposed
@@ -158,7 +158,7 @@ def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
     return values.to(getattr(torch, TORCH_NAMES[dtype])).float()
 
 
-def _pair(spec: DeltaSpec, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_pair(spec: DeltaSpec, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A ``[r, in]`` and B ``[out, r]`` in float32, whatever they are stored as."""
     import torch
 

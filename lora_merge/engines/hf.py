@@ -6,7 +6,6 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import Answer, Prompt
@@ -16,6 +15,7 @@ from lora_merge.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     import torch
 

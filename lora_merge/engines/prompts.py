@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import Prompt
 from lora_merge.core.checkpoint import config_levels
 from lora_merge.engines.hf import quiet
 from lora_merge.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. Once upon a time, in a village by the sea,",

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import LEAST_TOLERANCE, NOISE_MARGIN, Answer, Prompt
 from lora_merge.core.conversion import Conversion
@@ -19,6 +18,9 @@ from lora_merge.core.tensor import DTYPE_CODES, UNIT_ROUNDOFF
 from lora_merge.engines.adapted import Ingredients, adapted_modules, obstacle, with_adapter
 from lora_merge.engines.alone import Alone, Listener, modules_of
 from lora_merge.engines.hf import Loader, answer, scores
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
 
 PEFT = "PEFT, unmerged"
 UNROUNDED = "the merged weights before rounding"

@@ -6,13 +6,16 @@ order, one for each piece of work. The first error ends the run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from lora_merge.executors.cuda import run_cuda
 from lora_merge.executors.serial import run_serial
 from lora_merge.executors.threads import run_threads
 from lora_merge.executors.work import Executor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 EXECUTORS: Mapping[str, Executor] = {"serial": run_serial, "threads": run_threads, "cuda": run_cuda}
 

@@ -11,14 +11,15 @@ import json
 import os
 import struct
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.errors import CheckpointError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
+    import torch
     import xxhash
 
 MAX_TRANSFER_BYTES = 1 << 30
@@ -364,6 +365,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a small file; bytes that are no UTF-8 are replaced.
+
+    Raises:
+        CheckpointError: it cannot be read, or is too long to be meant.
+    """
+    try:
+        nbytes = path.stat().st_size
+        if nbytes > MAX_JSON_BYTES:
+            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{MAX_JSON_BYTES} at most")
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as exc:
+        raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
+
+
 def parse_json(text: bytes) -> Any:
     """Return the value of a JSON text.
 
@@ -380,6 +396,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands twice")
     return table
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU, in the order of its elements."""
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import (
     CONFIG_FILE,
@@ -16,6 +15,10 @@ from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINING_ARGUMENTS = "args.json"
 """What ms-swift was called with; it names the base."""
@@ -26,7 +29,10 @@ TRAINER_CONFIG = "additional_config.json"
 ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
 
-_ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG})
+CONVERSION_MANIFEST = "conversion.json"
+"""What an adapter was made from, and how, where it was made here."""
+
+_ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG, CONVERSION_MANIFEST})
 _ADAPTER_WEIGHTS = (ADAPTER_WEIGHTS, ADAPTER_PICKLE, MLX_WEIGHTS)
 """In the order in which they are preferred."""
 

@@ -18,7 +18,6 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +27,7 @@ from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 MAX_PICKLE_BYTES = 100_000_000

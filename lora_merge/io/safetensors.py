@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import WeightFile
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.core.pieces import Box
     from lora_merge.core.shards import OutputFile
 
 MAX_HEADER_BYTES = 100_000_000
@@ -207,6 +209,40 @@ class RowReader:
             CheckpointError: the file ends too soon, or the disk cannot be read.
         """
         self._ahead.read_into(buffer, self._ref.start + start * self._row_bytes, self._ref.file)
+
+
+def box_norm(ref: TensorRef, box: Box = ()) -> float:
+    """Return the Frobenius norm of a part of a floating tensor, read block by block.
+
+    Args:
+        ref: the tensor.
+        box: a range per axis; empty for all of it.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[ref.dtype])
+    box = box or tuple((0, size) for size in ref.shape)
+    whole_from = next(
+        (axis for axis in range(len(box), 0, -1) if box[axis - 1] != (0, ref.shape[axis - 1])), 0
+    )
+    size = DTYPE_BITS[ref.dtype] // 8
+    strides = [math.prod(ref.shape[axis + 1 :]) for axis in range(len(ref.shape))]
+    total = 0.0
+    with files.open_for_reading(ref.file) as fd:
+        last = max(whole_from - 1, 0)  # from this axis on a range is one stretch of bytes
+        for outer in product(*(range(*limits) for limits in box[:last])):
+            first = sum(index * stride for index, stride in zip(outer, strides, strict=False))
+            start, end = box[last] if box else (0, 1)
+            step = strides[last] if strides else 1
+            at, nbytes = ref.start + (first + start * step) * size, (end - start) * step * size
+            for block in files.read_blocks(fd, at, nbytes, ref.file):
+                total += float(
+                    torch.frombuffer(block, dtype=dtype).float().square_().sum(dtype=torch.float64)
+                )
+    return math.sqrt(total)
 
 
 def load(ref: TensorRef) -> torch.Tensor:

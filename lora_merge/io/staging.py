@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import ChangedError, CheckpointError, WriteError
 from lora_merge.io import journal
 from lora_merge.io.files import write_error
@@ -45,11 +46,19 @@ def staging_path(out: Path) -> Path:
     return out.with_name(out.name + SUFFIX)
 
 
-def check_replaceable(out: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:
+def check_replaceable(
+    out: Path, *, overwrite: bool, inputs: tuple[Path, ...], marks: tuple[str, ...] = (CONFIG_FILE,)
+) -> None:
     """Check that an output may come into being under this name.
 
+    Args:
+        out: its path.
+        overwrite: what has this name may be replaced.
+        inputs: what is read.
+        marks: files of which one shows that a directory is an output of this kind.
+
     Raises:
-        WriteError: it exists and may not be replaced, is no checkpoint, or holds one of the inputs.
+        WriteError: it exists and may not be replaced, is another kind of directory, or holds one of the inputs.
     """
     for path in inputs:
         if path == out or out in path.parents:
@@ -60,9 +69,10 @@ def check_replaceable(out: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -
         return
     if not overwrite:
         raise WriteError(f"{out}: already exists", hint="choose another --out, or pass --overwrite")
-    if out.is_symlink() or not (out / "config.json").is_file():
+    if out.is_symlink() or not any((out / mark).is_file() for mark in marks):
+        kind = "model checkpoint" if CONFIG_FILE in marks else "adapter"
         raise WriteError(
-            f"{out}: is no model checkpoint (it has no config.json), so --overwrite leaves it alone",
+            f"{out}: is no {kind} (it has no {' or '.join(marks)}), so --overwrite leaves it alone",
             hint="remove it yourself, or choose another --out",
         )
 

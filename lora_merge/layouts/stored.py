@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 from lora_merge.core.pieces import Box
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from lora_merge.core.conversion import Conversion, Memory
     from lora_merge.core.tensor import TensorRef
 

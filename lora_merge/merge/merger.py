@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, assert_never
@@ -22,6 +21,7 @@ from lora_merge.merge.stopwatch import Stopwatches
 from lora_merge.merge.workbench import Workbench
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Callable, Iterator
 
     import torch

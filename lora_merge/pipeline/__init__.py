@@ -1,6 +1,7 @@
 """The composition root: only these modules know every stage; the stages do not know each other.
 
-`planning` makes a plan, `merging` carries it out, `proving` holds an output to it, years later too. Here are the public verbs.
+`planning` makes a plan, `merging` carries it out, `proving` holds an output to it, years later too; `inspecting`,
+`converting` and `extracting` are about adapters. Here are the public verbs.
 """
 
 from __future__ import annotations
@@ -10,17 +11,54 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.core.report import Observer, Silence
-from lora_merge.core.request import Request, VerifyRequest, parse_fields
+from lora_merge.core.request import (
+    ConvertRequest,
+    ExtractRequest,
+    InspectRequest,
+    Request,
+    VerifyRequest,
+    parse_fields,
+    parse_request,
+)
+from lora_merge.pipeline.converting import convert_adapter
+from lora_merge.pipeline.extracting import extract_adapter
+from lora_merge.pipeline.inspecting import inspect_adapter
 from lora_merge.pipeline.merging import run
 from lora_merge.pipeline.planning import explain, plan_request
 from lora_merge.pipeline.proving import prove
 
 if TYPE_CHECKING:
+    from lora_merge.core.inspection import Inspection
+    from lora_merge.core.lora import ConvertReport
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Proof, Report
-    from lora_merge.core.request import BaseIs, CombineMethod, Engine, Link, OutputDtype, VerifyLevel
+    from lora_merge.core.request import (
+        AdapterFormat,
+        BaseIs,
+        CombineMethod,
+        Engine,
+        ExpertForm,
+        Link,
+        Naming,
+        OutputDtype,
+        ServingEngine,
+        VerifyLevel,
+    )
 
-__all__ = ["explain", "merge", "plan", "prove", "run", "verify"]
+__all__ = [
+    "convert",
+    "convert_adapter",
+    "explain",
+    "extract",
+    "extract_adapter",
+    "inspect",
+    "inspect_adapter",
+    "merge",
+    "plan",
+    "prove",
+    "run",
+    "verify",
+]
 
 AdapterPaths = str | PathLike[str] | Sequence[str | PathLike[str]]
 """One adapter or several, as `merge` takes them."""
@@ -181,6 +219,158 @@ def verify(  # noqa: PLR0913 - the options of the command, each by its name
     }  # fmt: skip
     parsed = parse_fields(fields)
     return prove(VerifyRequest(**{**parsed, "adapter": parsed["adapter"] or ()}), observer=observer)
+
+
+def inspect(  # noqa: PLR0913 - the options of the command, each by its name
+    adapter: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    base_is: BaseIs | None = None,
+    expert_layout: str | Sequence[str] = (),
+    engine: ServingEngine | None = None,
+    plot: str | PathLike[str] | None = None,
+    strict: bool = False,
+    token: str | None = None,
+    offline: bool = False,
+    observer: Observer | None = None,
+) -> Inspection:
+    """Describe an adapter, from its headers: every module, where it comes from, what engines make of it.
+
+    Args:
+        adapter: directory or repo.
+        base: what to hold it against; then ‖Δ‖ and ‖W‖ of every module are measured.
+        base_is: as for `merge`.
+        expert_layout: as for `merge`.
+        engine: report on this one only.
+        plot: file to draw a heat map into: ``.png``, ``.svg`` or ``.html``.
+        strict: treat warnings as errors.
+        token: for private and gated repos of the Hub.
+        offline: take what is in the local cache, and ask no hub.
+        observer: hears of phases.
+
+    Raises:
+        ResolveError: it cannot be found or read.
+    """
+    words = (expert_layout,) if isinstance(expert_layout, str) else tuple(expert_layout)
+    fields = {
+        "adapter": str(adapter), "base": _text(base), "base_is": base_is, "expert_layout": words,
+        "serving": engine, "plot": _text(plot), "strict": strict, "token": token, "offline": offline,
+    }  # fmt: skip
+    return inspect_adapter(parse_request(InspectRequest, fields), observer=observer)
+
+
+def convert(  # noqa: PLR0913 - the options of the command, each by its name
+    adapter: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    format: AdapterFormat = "peft",  # noqa: A002 - as the option is called
+    engine: ServingEngine | None = None,
+    expand_targets: bool = False,
+    bake_scale: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    pad_rank: int | None = None,
+    to_lora: bool = False,
+    rename: Naming | None = None,
+    experts: ExpertForm | None = None,
+    dtype: OutputDtype | None = None,
+    base_is: BaseIs | None = None,
+    expert_layout: str | Sequence[str] = (),
+    allow_svd: bool = False,
+    overwrite: bool = False,
+    strict: bool = False,
+    token: str | None = None,
+    offline: bool = False,
+    observer: Observer | None = None,
+) -> ConvertReport:
+    """Rewrite an adapter: for an engine, in another format, with another rank.
+
+    Args:
+        adapter: directory or repo.
+        out: directory to create.
+        base: what it belongs to; default, where a transform needs it: what the adapter names.
+        format: what to write.
+        engine: do whatever this one needs, and check that it is enough.
+        expand_targets: list the modules in place of a regex, layers and exclusions.
+        bake_scale: fold rsLoRA, α and its patterns into B.
+        rank: keep so many singular values of each module's change, at most.
+        energy: keep as many as make up this share of the sum of their squares.
+        pad_rank: give every module this rank, with zeros.
+        to_lora: make plain LoRA of any other kind.
+        rename: name modules as transformers 4 or 5 does.
+        experts: ``split`` them, or ``fuse`` them.
+        dtype: of the factors; default: the adapter's, where it holds them exactly, else float32.
+        base_is: as for `merge`.
+        expert_layout: as for `merge`.
+        allow_svd: as for `merge`.
+        overwrite: replace an existing output, once the new one is whole.
+        strict: treat warnings as errors.
+        token: for private and gated repos of the Hub.
+        offline: take what is in the local cache, and ask no hub.
+        observer: hears of phases and bytes.
+
+    Raises:
+        LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
+    """
+    words = (expert_layout,) if isinstance(expert_layout, str) else tuple(expert_layout)
+    fields = {
+        "adapter": str(adapter), "out": str(out), "base": _text(base), "format": format, "serving": engine,
+        "expand_targets": expand_targets, "bake_scale": bake_scale, "rank": rank, "energy": energy,
+        "pad_rank": pad_rank, "to_lora": to_lora, "rename": rename, "experts": experts, "dtype": dtype,
+        "base_is": base_is, "expert_layout": words, "allow_svd": allow_svd, "overwrite": overwrite,
+        "strict": strict, "token": token, "offline": offline,
+    }  # fmt: skip
+    return convert_adapter(parse_request(ConvertRequest, fields), observer=observer)
+
+
+def extract(  # noqa: PLR0913 - the options of the command, each by its name
+    base: str | PathLike[str],
+    tuned: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    target: str | Sequence[str] = (),
+    save_modules: bool = False,
+    dtype: OutputDtype | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
+    token: str | None = None,
+    offline: bool = False,
+    observer: Observer | None = None,
+) -> ConvertReport:
+    """Take a full fine-tune apart: a PEFT LoRA of what it changed in its base.
+
+    Args:
+        base: what was trained: directory or repo.
+        tuned: what came of it.
+        out: directory to create.
+        rank: of every module, at most; this or ``energy`` has to be given.
+        energy: share of each module's change that is kept, at least.
+        target: ends of the paths of the modules to take; default: all that LoRA can hold.
+        save_modules: carry the rest whole: embeddings, norms, biases.
+        dtype: of the factors; default: float32.
+        overwrite: replace an existing output, once the new one is whole.
+        strict: treat warnings as errors.
+        token: for private and gated repos of the Hub.
+        offline: take what is in the local cache, and ask no hub.
+        observer: hears of phases and bytes.
+
+    Raises:
+        LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
+    """
+    names = (target,) if isinstance(target, str) else tuple(target)
+    fields = {
+        "base": str(base), "tuned": str(tuned), "out": str(out), "rank": rank, "energy": energy,
+        "target": names, "save_modules": save_modules, "dtype": dtype, "overwrite": overwrite,
+        "strict": strict, "token": token, "offline": offline,
+    }  # fmt: skip
+    return extract_adapter(parse_request(ExtractRequest, fields), observer=observer)
+
+
+def _text(path: str | PathLike[str] | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _request(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.core.adapter import AdapterUse
-from lora_merge.core.checkpoint import CONFIG_FILE, MergedBefore
+from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
 from lora_merge.core.explanation import Match, matches_of, nearest
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Observer, Silence
@@ -40,8 +40,13 @@ class Planned:
     uses: tuple[AdapterUse, ...]
     base: Place
     adapters: tuple[Place, ...]
-    merged_before: tuple[MergedBefore, ...]
-    """Into the base."""
+    checkpoint: Checkpoint
+    """The base, from its headers."""
+
+    @property
+    def merged_before(self) -> tuple[MergedBefore, ...]:
+        """Return what the base has merged into it already."""
+        return self.checkpoint.merged
 
 
 def plan_request(request: Request, watch: Observer) -> Planned:
@@ -78,7 +83,7 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     plan = make_plan(base, uses, request, twins)
     located = [issue for place in (base_place, *places) for issue in place.issues]
     issues = (*located, *moved_base(base_place, places), *plan.issues)
-    return Planned(request, replace(plan, issues=issues), uses, base_place, places, base.merged)
+    return Planned(request, replace(plan, issues=issues), uses, base_place, places, base)
 
 
 def _chosen(text: str) -> tuple[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.answers import Comparison, compare, compare_logprobs
 from lora_merge.core.checkpoint import CONFIG_FILE, Output, patched_config
 from lora_merge.core.kinds import peft_version
-from lora_merge.core.plan import Copy, Merge, MergePlan, Step
+from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, error, note
-from lora_merge.core.tensor import TORCH_TYPES, UNIT_ROUNDOFF, nbytes_of
+from lora_merge.core.tensor import TORCH_TYPES, UNIT_ROUNDOFF
 from lora_merge.engines.adapted import Ingredients
 from lora_merge.engines.hf import Loader, scores
 from lora_merge.engines.prompts import choose
@@ -21,10 +20,11 @@ from lora_merge.engines.vllm import ask_vllm, find_python
 from lora_merge.errors import LoraMergeError, UnsupportedError
 from lora_merge.io.files import read_json
 from lora_merge.io.safetensors import load
-from lora_merge.merge import Merger
-from lora_merge.writers import InMemory
+from lora_merge.pipeline.changes import merged_in_float32
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from lora_merge.core.request import VerifyRequest
@@ -198,7 +198,4 @@ def _unrounded(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
             if step.op.source.dtype in TORCH_TYPES:
                 yield slot.name, load(step.op.source)
             continue
-        wide = replace(slot, dtype="F32", start=0, nbytes=nbytes_of("F32", slot.shape))
-        sink = InMemory(wide.nbytes)
-        Merger(sink, "cpu")(Step((wide,), step.op, step.replaced))
-        yield slot.name, sink.tensor(wide.shape)
+        yield slot.name, merged_in_float32(step)

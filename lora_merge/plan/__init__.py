@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import Checkpoint, SideFile, config_levels
@@ -15,6 +14,8 @@ from lora_merge.plan.draft import Draft, touches_embeddings
 from lora_merge.plan.placing import dtype_patch, main_dtype, place_all, slots_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.request import Request
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import DeltaSpec
@@ -18,6 +17,8 @@ from lora_merge.layouts import LayoutError, Located
 from lora_merge.plan.model import SAVE_ANEW, misplaced
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from lora_merge.core.adapter import Adapter, AdapterUse

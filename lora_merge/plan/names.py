@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from lora_merge.core.adapter import StackedPair
     from lora_merge.core.pieces import Box
     from lora_merge.layouts import Located

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import config_levels
 from lora_merge.core.report import Issue, error
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.core.adapter import Adapter
 
 _OTHER_WEIGHTS_IN_MLX = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import Checkpoint, config_levels
@@ -12,6 +11,8 @@ from lora_merge.core.shards import OutputFile, place, split
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, TensorRef, nbytes_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.plan.outline import Outline
 
 

@@ -6,7 +6,6 @@ changes: the tie is kept when they are the same, and both ends are written out w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ from lora_merge.core.checkpoint import (
 from lora_merge.core.report import Issue, error, note
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.core.adapter import Adapter
     from lora_merge.plan.model import Model
 

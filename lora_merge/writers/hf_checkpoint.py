@@ -1,4 +1,4 @@
-"""Writers: a plan and bytes → files. `HfCheckpoint` writes a Hugging Face checkpoint, `InMemory` keeps a tensor."""
+"""A Hugging Face checkpoint in a directory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
-
-    import torch
 
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.shards import OutputFile
@@ -167,43 +165,3 @@ class HfCheckpoint:
         names = [file.name for file in plan.side_files] + ([INDEX_FILE] if plan.index else [])
         digests = {name: files.file_digest(self._root / name) for name in names}
         files.write_text(self._root / MANIFEST_FILE, manifest_text(provenance, plan, records, digests))
-
-
-class InMemory:
-    """One tensor in memory, filled as a slot of a file would be.
-
-    Args:
-        nbytes: its size.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self._content = bytearray(nbytes)
-
-    def copy(self, stretch: Stretch) -> None:
-        """Fill it with the bytes of a stored tensor.
-
-        Raises:
-            CheckpointError: the source cannot be read.
-        """
-        (source,) = stretch.sources
-        with files.open_for_reading(source.file) as fd:
-            files.read_into(fd, memoryview(self._content), source.start, source.file)
-
-    @contextlib.contextmanager
-    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
-        """Yield a function that writes the next bytes."""
-        del slot
-        done = 0
-
-        def write(buffer: memoryview) -> None:
-            nonlocal done
-            self._content[done : done + len(buffer)] = buffer
-            done += len(buffer)
-
-        yield write
-
-    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return it as float32."""
-        import torch
-
-        return torch.frombuffer(self._content, dtype=torch.float32).view(shape)

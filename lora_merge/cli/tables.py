@@ -1,0 +1,191 @@
+"""Tables of adapters: their modules in groups, what engines make of them, what a conversion did."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lora_merge.cli.text import printable, size_text
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+    from lora_merge.core.inspection import Inspection, ModuleFacts, Obstacle
+    from lora_merge.core.lora import ConvertReport, Written
+
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
+
+_STYLES = {"yes": "green", "with an option": "yellow", "perhaps": "yellow", "no": "red"}
+
+_MOST_ROWS = 40
+"""Of a table of groups; --full lists everything."""
+
+
+def print_inspection(found: Inspection, *, full: bool) -> None:
+    """Print what an adapter is."""
+    from rich.console import Console as RichConsole
+
+    console = RichConsole()
+    _print_head(console, found)
+    _print_modules(console, found, full=full)
+    _print_engines(console, found)
+
+
+def _print_head(console: RichConsole, found: Inspection) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=printable(found.adapter), show_header=False)
+    ranks = ", ".join(f"{rank} × {count}" for rank, count in found.rank_counts.items())
+    rows = [
+        ("kind", f"{found.kind} ({found.format})"),
+        ("trained by", found.framework),
+        ("base", found.base),
+        ("targets", found.targets),
+        ("modules", str(len(found.modules))),
+        ("rank", ranks),
+        *((name, value) for name, value in found.settings.items()),
+        *((name, value) for name, value in found.provenance.items() if value != found.base),
+        ("tensors", size_text(found.nbytes)),
+        ("digest", found.digest),
+        ("files", ", ".join(found.files)),
+    ]
+    for name, value in rows:
+        if value:
+            table.add_row(name, Text(printable(value), overflow="fold"))
+    console.print(table)
+
+
+def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    measured = any(one.delta_norm is not None for one in found.modules)
+    columns = ["module", "layers", "kind", "rank", "scale", "shape", *(["‖Δ‖/‖W‖"] if measured else [])]
+    table = Table(*(columns if not full else [columns[0], *columns[2:]]), title="modules")
+    groups = [[one] for one in found.modules] if full else _grouped(found.modules)
+    for members in groups if full else groups[:_MOST_ROWS]:
+        first = members[0]
+        cells = [
+            "*".join(_NUMBER.split(first.path)[::2]) if not full else first.path,
+            *([] if full else [_ranges(_numbers(members))]),
+            _several(one.kind for one in members),
+            _span([one.rank for one in members if one.rank]),
+            _span([one.scale for one in members if one.scale is not None]),
+            _several("×".join(map(str, one.shape)) for one in members),
+        ]
+        if measured:
+            cells.append(_span([one.relative for one in members if one.relative is not None], ".2g"))
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
+    console.print(table)
+    if len(groups) > _MOST_ROWS and not full:
+        console.print(f"… and {len(groups) - _MOST_ROWS} groups more (--full lists every module)")
+
+
+def _grouped(modules: Sequence[ModuleFacts]) -> list[list[ModuleFacts]]:
+    """Return modules in groups that differ in the numbers of their paths only."""
+    groups: dict[str, list[ModuleFacts]] = {}
+    for one in modules:
+        groups.setdefault(_NUMBER.sub("*", one.path), []).append(one)
+    return list(groups.values())
+
+
+def _numbers(members: Sequence[ModuleFacts]) -> list[int]:
+    """Return the first number of each path: the layer's."""
+    return sorted({int(match[1]) for one in members if (match := _NUMBER.search(one.path))})
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return numbers as people list them.
+
+    Example:
+        >>> _ranges([0, 1, 2, 5])
+        '0-2, 5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _several(values: Iterable[str]) -> str:
+    found = list(dict.fromkeys(values))
+    return ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+
+
+def _span(values: Sequence[float], spec: str = "g") -> str:
+    """Return one value, or the smallest and the largest."""
+    if not values:
+        return ""
+    low, high = format(min(values), spec), format(max(values), spec)
+    return low if low == high else f"{low} to {high}"
+
+
+def _print_engines(console: RichConsole, found: Inspection) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("engine", "serves it", "why not, and what helps", title="engines")
+    for engine in found.engines:
+        lines = [f"- {one.sentence}" for one in engine.obstacles]
+        lines += (f"  → {cure}" for cure in _cures(engine.obstacles))
+        name = f"{engine.engine} {engine.version}"
+        verdict = Text(engine.verdict, _STYLES[engine.verdict])
+        table.add_row(name, verdict, Text(printable("\n".join(lines)), overflow="fold"))
+    if found.engines:
+        console.print(table)
+
+
+def _cures(obstacles: Sequence[Obstacle]) -> list[str]:
+    """Return what helps: options and conversions, where they cure everything, and the merge that always does."""
+    if not obstacles:
+        return []
+    incurable = [one for one in obstacles if len(one.cures) == 1]
+    own = [] if incurable else [cure for one in obstacles for cure in one.cures[:-1]]
+    return list(dict.fromkeys([*own, obstacles[0].cures[-1]]))
+
+
+def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
+    """Print what a conversion lost, if it lost anything, or every module."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+    from rich.text import Text
+
+    lossy = [one for one in report.modules if one.loss is not None]
+    shown = report.modules if verbose else _worst(lossy)
+    if not shown:
+        return
+    title = "modules" if verbose else "what was lost, the most first"
+    table = Table("module", "rank before", "rank", "energy kept", "‖Δ-Δ′‖", "‖Δ-Δ′‖/‖Δ‖", title=title)
+    for one in shown:
+        cells = [one.path, str(one.rank_before or ""), str(one.rank)]
+        cells += (
+            [f"{one.loss.energy:.6f}", f"{one.loss.residual:.3g}", f"{one.loss.relative:.3g}"]
+            if one.loss is not None
+            else ["all", "", ""]
+        )
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
+    RichConsole(stderr=True).print(table)
+    if not verbose and len(lossy) > len(shown):
+        RichConsole(stderr=True).print(f"… and {len(lossy) - len(shown)} more (-v lists all)")
+
+
+def _worst(lossy: Sequence[Written]) -> list[Written]:
+    return sorted(lossy, key=lambda one: -(one.loss.relative if one.loss else 0.0))[:10]
+
+
+def done_text(report: ConvertReport) -> str:
+    """Return one line about a conversion."""
+    loss = report.loss
+    lost = "nothing lost" if loss is None else f"{loss.energy:.2%} of the energy kept"
+    whole = f", {report.n_whole} tensors carried whole" if report.n_whole else ""
+    transforms = ", ".join(report.transforms) or "rewritten"
+    seconds = sum(report.seconds.values())
+    return (
+        f"{printable(report.out)}: {len(report.modules)} modules{whole}, {size_text(report.nbytes)} in {seconds:.1f} s "
+        f"({transforms}); {lost}; read back"
+    )

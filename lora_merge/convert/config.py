@@ -1,0 +1,128 @@
+"""The ``adapter_config.json`` of a LoRA: what its modules need said, in fields that every PEFT since 0.14 reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.kinds import mutating_init
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lora_merge.core.adapter import Adapter
+    from lora_merge.core.lora import Made, Recipe
+
+_PLAIN: Mapping[str, Any] = {
+    "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": None, "revision": None, "task_type": None,
+    "inference_mode": True, "r": 8, "lora_alpha": 8, "target_modules": None, "lora_dropout": 0.0,
+    "fan_in_fan_out": False, "bias": "none", "use_rslora": False, "modules_to_save": None, "init_lora_weights": True,
+    "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False,
+}  # fmt: skip
+"""Fields that ``LoraConfig`` has had since PEFT 0.9, with what says nothing. An older PEFT refuses any other."""
+
+_CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields that say nothing more once the targets are listed."""
+
+_KEPT = (
+    "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "bias", "use_dora", "lora_bias",
+    "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication", "target_modules",
+    "target_parameters", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", *_CHOOSING,
+)  # fmt: skip
+"""Fields that mean the same before and after, unless a transform settles what they say."""
+
+_WHOLE = (
+    "bias",
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+)
+"""Fields about what is no LoRA."""
+
+_WITH_EXPERTS = "0.19.1"
+"""The release of PEFT whose orientation of stacked experts is written."""
+
+
+def adapter_config(
+    adapter: Adapter, made: Sequence[Made], recipe: Recipe, base_modules: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the configuration of the adapter that is written.
+
+    Args:
+        adapter: what it was made of.
+        made: its modules.
+        recipe: what was done.
+        base_modules: every module of the base that has a matrix, if the base is at hand: then a name may stand for
+            all modules that end in it.
+    """
+    kept = {name: adapter.config[name] for name in _KEPT if adapter.config.get(name)}
+    if recipe.to_lora:
+        kept = {name: value for name, value in kept.items() if name not in _WHOLE}
+    config = {**_PLAIN, **kept}
+    if mutating_init(adapter.config) and not recipe.to_lora:
+        config["init_lora_weights"] = adapter.config["init_lora_weights"]
+    experts = [one for one in made if one.module.form == "experts"]
+    if recipe.explicit or recipe.is_renamed:
+        config |= dict.fromkeys(_CHOOSING)
+        del config["exclude_modules"]
+        others = [one.module.path for one in made if one.module.form != "experts"]
+        config["target_modules"] = listed(others, tuple(base_modules))
+        config.pop("target_parameters", None)
+        if experts:
+            config["target_parameters"] = [one.module.path for one in experts]
+    if recipe.is_rescaled or recipe.is_renamed:
+        config |= scaling({one.module.path: (one.rank, one.scale) for one in made})
+    if experts:
+        config["peft_version"] = _WITH_EXPERTS if recipe.experts else adapter.config.get("peft_version")
+    return dict(sorted(config.items()))
+
+
+def listed(paths: Sequence[str], base_modules: Sequence[str]) -> list[str]:
+    """Return names that mean these modules and no others, to PEFT: the last part of a path where that is enough.
+
+    Example:
+        >>> listed(["l.0.q", "l.1.q", "l.0.v"], ["l.0.q", "l.1.q", "l.0.v", "l.1.v"])
+        ['l.0.v', 'q']
+    """
+    own, all_of_base = (Counter(path.rpartition(".")[2] for path in found) for found in (paths, base_modules))
+    short = {name for name, count in own.items() if all_of_base[name] == count}
+    return sorted({name if (name := path.rpartition(".")[2]) in short else path for path in paths})
+
+
+def scaling(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Return ``r``, ``lora_alpha`` and the patterns that give each module its rank and its scale, as α/r.
+
+    Example:
+        >>> scaling({"l.0.q": (4, 1.0), "l.1.q": (4, 1.0), "l.0.v": (8, 2.0)})["alpha_pattern"]
+        {'v': 16}
+    """
+    ranks = {path: rank for path, (rank, _) in modules.items()}
+    alphas = {path: _number(rank * scale) for path, (rank, scale) in modules.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+    }
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Return the entries that give each path its value: by the last part of the path where all that end so agree."""
+    by_end: dict[str, set[float]] = {}
+    for path, value in values.items():
+        by_end.setdefault(path.rpartition(".")[2], set()).add(value)
+    table = {}
+    for path, value in values.items():
+        end = path.rpartition(".")[2]
+        if value != default:
+            table[end if len(by_end[end]) == 1 else path] = value
+    return dict(sorted(table.items()))
+
+
+def _number(value: float) -> float:
+    """Return a number as JSON is best read: whole where it is whole."""
+    return int(value) if float(value).is_integer() else value

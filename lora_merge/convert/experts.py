@@ -1,0 +1,115 @@
+"""LoRA on experts one by one, and on the parameters that hold them all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_merge.core.conversion import ConversionError
+from lora_merge.core.lora import Gathered, Given, LoraModule, Placed, nested
+from lora_merge.core.report import Issue, error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lora_merge.convert.joined import Joined
+    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.conversion import Conversion
+    from lora_merge.core.pieces import Piece
+
+
+def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModule], list[Issue]]:
+    """Return the modules with those on stacked experts taken apart: one for each matrix that the base stores.
+
+    Each keeps the rank and the scale of the stack; of two matrices that are one parameter of the model, both have A.
+    """
+    found: list[LoraModule] = []
+    issues: list[Issue] = []
+    for module in modules:
+        if module.form != "experts":
+            found.append(module)
+            continue
+        own = [delta for delta in joined.deltas if delta.target == module.path]
+        if any(delta.kind == "stacked" or delta.region.at or not delta.part for delta in own):
+            sentence = "is stored in the base as one tensor, so that its experts have no names of their own"
+            hint = "pass a --base that stores them one by one, as it was published"
+            issues.append(error("unsupported", module.path, sentence, hint))
+        else:
+            found += (_expert(module, delta) for delta in own)
+    return found, issues
+
+
+def _expert(module: LoraModule, delta: DeltaSpec) -> LoraModule:
+    """Return the module of one stored matrix."""
+    _, (top, bottom), (left, right) = delta.part
+    shape = (bottom - top, right - left)
+    turned = delta.region.transposed
+    path = delta.parameter.removesuffix(".weight")
+    origin = Given(delta, turned)
+    return replace(
+        module, path=path, form="linear", origin=origin, shape=shape[::-1] if turned else shape, depth=0
+    )
+
+
+def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModule], list[Issue]]:
+    """Return the modules with those of experts gathered on the parameters that the model has for them.
+
+    What is one parameter of the model (gate and up, say) has factors side by side: their ranks add up.
+    """
+    conversion = joined.stored.conversion
+    if conversion is None:
+        sentence = (
+            "transformers has no class for this model, so what its experts would be stacked to is unknown"
+        )
+        return list(modules), [error("unsupported", joined.base.root, sentence)]
+    found: list[LoraModule] = []
+    gathered: dict[str, list[Placed]] = {}
+    issues: list[Issue] = []
+    for module in modules:
+        try:
+            parts = _parts(module, conversion)
+        except ConversionError as exc:
+            issues.append(error("unsupported", module.path, str(exc)))
+            continue
+        if parts is None:
+            found.append(module)
+        elif module.kept:
+            sentence = "has DoRA or a bias, which LoRA on stacked experts cannot have"
+            issues.append(error("unsupported", module.path, sentence, "--to-lora makes plain LoRA of it"))
+        else:
+            for parameter, placed in parts.items():
+                gathered.setdefault(parameter, []).append(placed)
+    found += (_stack(parameter, parts, conversion) for parameter, parts in gathered.items())
+    assert joined.skeleton is not None
+    return nested(found, joined.skeleton.parameters), issues
+
+
+def _parts(module: LoraModule, conversion: Conversion) -> dict[str, Placed] | None:
+    """Return where a module lies in the stacked parameters of the model; None when it is not part of one."""
+    parameter, pattern = conversion.canonical(f"{module.path}.weight")
+    shape = conversion.shape(parameter)
+    if pattern is None or module.form != "linear" or shape is None or len(shape) != 3:
+        return None
+    assert isinstance(module.origin, Given)
+    delta = replace(module.origin.delta, scale=module.scale, options=module.origin.delta.options)
+    pieces = conversion.parts_of(f"{module.path}.weight", module.shape)
+    return {target: _placed(delta, one) for target, (one,) in pieces.items()}
+
+
+def _placed(delta: DeltaSpec, piece: Piece) -> Placed:
+    experts = next(span for span in piece.spans if span.axis is None)
+    outputs = next(span for span in piece.spans if span.axis == 0)
+    return Placed(delta, experts.start, (outputs.start, outputs.end))
+
+
+def _stack(parameter: str, parts: Iterable[Placed], conversion: Conversion) -> LoraModule:
+    """Return the module of one parameter: its rank is the largest that an expert needs."""
+    parts = tuple(sorted(parts, key=lambda part: (part.expert, part.rows)))
+    ranks: dict[int, int] = {}
+    for part in parts:
+        ranks[part.expert] = ranks.get(part.expert, 0) + part.delta.rank
+    n_experts, *sides = conversion.shape(parameter) or ()
+    n_in = parts[0].delta.shape("A")[1]
+    n_out = max(end for _, end in (part.rows for part in parts))
+    n_out = next((side for side in sides if side >= n_out and sorted(sides) == sorted((side, n_in))), n_out)
+    return LoraModule(parameter, "experts", Gathered(parts), (n_experts, n_out, n_in), max(ranks.values()))

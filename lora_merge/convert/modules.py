@@ -1,0 +1,307 @@
+"""Which modules the adapter to be written has, and what the factors of each are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from lora_merge.convert.experts import fused, split
+from lora_merge.convert.names import filled, renamed
+from lora_merge.core.adapter import PLAIN, Adapter, DeltaSpec
+from lora_merge.core.checkpoint import INPUT_NAMES
+from lora_merge.core.kinds import mutating_init
+from lora_merge.core.lora import Changed, Difference, Form, Given, LoraModule, Recipe
+from lora_merge.core.plan import Copy, Merge
+from lora_merge.core.report import Issue, error
+from lora_merge.core.tensor import TensorRef, shape_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_merge.convert.joined import Joined
+    from lora_merge.core.plan import Step
+
+MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
+"""The way out where no adapter can say what this one does."""
+
+_TO_LORA = "--to-lora with --rank N or --energy SHARE makes plain LoRA of it, as near as that comes"
+
+
+@dataclass(slots=True)
+class Draft:
+    """What will be written."""
+
+    modules: list[LoraModule] = field(default_factory=list)
+    whole: dict[str, TensorRef] = field(default_factory=dict)
+    """Tensors that are carried as they are, by their names in a PEFT file."""
+
+    issues: list[Issue] = field(default_factory=list)
+
+
+def needs_base(adapter: Adapter, recipe: Recipe) -> bool:
+    """Return True when an adapter's own files do not say enough for a conversion."""
+    reaches_further = bool(
+        recipe.naming or recipe.experts or recipe.every_layer or recipe.packed or recipe.format != "peft"
+    )
+    unfactored = recipe.to_lora and not _is_plain(adapter)
+    return reaches_further or unfactored or bool(adapter.stacked)
+
+
+def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
+    """Return the modules of the adapter that is to be written, and everything that stands in the way.
+
+    Args:
+        adapter: what is converted.
+        recipe: what is done to it.
+        joined: the adapter on its base; needed where `needs_base` says so.
+    """
+    drafting = _Drafting(adapter, recipe, joined)
+    drafting.run()
+    found = drafting.found
+    if joined is not None and not found.issues:
+        if recipe.experts == "split":
+            found.modules, issues = split(found.modules, joined)
+            found.issues += issues
+        elif recipe.experts == "fuse":
+            found.modules, issues = fused(found.modules, joined)
+            found.issues += issues
+        if recipe.naming is not None:
+            found.modules, found.whole, issues = renamed(found.modules, found.whole, recipe.naming, joined)
+            found.issues += issues
+        if recipe.every_layer or recipe.packed:
+            found.modules = filled(found.modules, joined, recipe)
+        found.modules.sort(key=lambda module: _natural(module.path))
+    if not found.modules and not found.issues:
+        found.issues.append(
+            error("empty", adapter.root, "has no module that LoRA could be written for", MERGE)
+        )
+    return found
+
+
+def _is_plain(adapter: Adapter) -> bool:
+    """Return True when everything an adapter does has factors in its file."""
+    return not (
+        adapter.layered or adapter.replacements or any(delta.kind != "low_rank" for delta in adapter.deltas)
+    )
+
+
+class _Drafting:
+    """The modules of one adapter, as it names them."""
+
+    def __init__(self, adapter: Adapter, recipe: Recipe, joined: Joined | None) -> None:
+        self._adapter, self._recipe, self._joined = adapter, recipe, joined
+        self.found = Draft()
+
+    def run(self) -> None:
+        """Sort everything that the adapter does into modules, whole tensors and issues."""
+        self.found.issues += self._kind_issues()
+        if self.found.issues:
+            return
+        groups = self._groups()
+        given = {parameter for parameter, deltas in groups.items() if self._stays(deltas)}
+        for parameter in given:
+            self._give(parameter, groups)
+        if self._recipe.to_lora:
+            self._change(given)
+        else:
+            self._carry(groups.keys() - given, groups)
+        self._stack()
+        self.found.modules.sort(key=lambda module: _natural(module.path))
+
+    def _kind_issues(self) -> list[Issue]:
+        """Return what keeps an adapter of this kind from being converted."""
+        adapter, recipe = self._adapter, self._recipe
+        if any(
+            delta.options.get("settles") or delta.parameter.endswith("in_proj_weight")
+            for delta in adapter.deltas
+        ):
+            sentence = "is LoRA on nn.MultiheadAttention, whose output projection PEFT changes twice"
+            return [error("unsupported", adapter.root, sentence, MERGE)]
+        if recipe.to_lora:
+            repeats = bool(adapter.config.get("layer_replication"))
+            sentence = "repeats layers, which no LoRA can say"
+            return [error("unsupported", "layer_replication", sentence, MERGE)] if repeats else []
+        return self._beside() or self._unfactored()
+
+    def _beside(self) -> list[Issue]:
+        """Return an issue when whole parameters stand in a file of their own."""
+        beside = [name for name, one in self._adapter.replacements.items() if one.why == "saved"]
+        if not beside:
+            return []
+        sentence = f"and {len(beside) - 1} more whole parameters stand in a file beside the adapter's"
+        return [error("unsupported", min(beside), sentence, MERGE)]
+
+    def _unfactored(self) -> list[Issue]:
+        """Return an issue when the factors are not all that an adapter is, or there are none."""
+        adapter, recipe = self._adapter, self._recipe
+        init = "KaSA" if adapter.config.get("kasa_config") else mutating_init(adapter.config)
+        if init is not None and (recipe.is_rescaled or recipe.is_renamed):
+            sentence = f"{init} changed the base before training, by factors of this rank and scale"
+            hint = f"{_TO_LORA}; --base-is says what the base is"
+            return [error("unsupported", "init_lora_weights", sentence, hint)]
+        if adapter.layered and init is None:
+            sentence = f"a {adapter.kind} adapter has no factors of LoRA"
+            return [error("unsupported", "peft_type", sentence, _TO_LORA)]
+        return []
+
+    def _groups(self) -> dict[str, list[DeltaSpec]]:
+        groups: dict[str, list[DeltaSpec]] = {}
+        for delta in self._adapter.deltas:
+            groups.setdefault(delta.parameter, []).append(delta)
+        return groups
+
+    def _stays(self, deltas: list[DeltaSpec]) -> bool:
+        """Return True for what is written with the factors that it has."""
+        kinds = {delta.kind for delta in deltas}
+        if self._recipe.to_lora:
+            again = bool(self._adapter.config.get("kasa_config")) or mutating_init(self._adapter.config)
+            return kinds == {"low_rank"} and not again
+        return kinds <= {"low_rank", "dora"}
+
+    def _give(self, parameter: str, groups: Mapping[str, list[DeltaSpec]]) -> None:
+        """Take a module with its factors."""
+        (delta,) = groups[parameter]
+        if delta.kind == "dora" and self._recipe.keep is not None:
+            sentence = "is DoRA, and what a lower rank does to it depends on the base's weights"
+            self.found.issues.append(
+                error("unsupported", delta.module, sentence, "--to-lora makes plain LoRA of it")
+            )
+            return
+        kept = {"lora_magnitude_vector": delta.tensors["magnitude"]} if delta.kind == "dora" else {}
+        for one in groups.get(f"{delta.module}.bias", ()):
+            kept["lora_B.bias"] = one.tensors["addend"]
+        form: Form = "embedding" if self._is_embedding(delta) else "linear"
+        shape = (delta.shape("B")[0], *delta.shape("A")[1:])
+        if len(shape) > 2:
+            form = "convolution"
+        n_blocks = {axis: int(delta.options.get(f"blocks_{axis}", 1)) for axis in "AB"}
+        shape = (shape[0], shape[1] * n_blocks["A"], *shape[2:])
+        factors = replace(delta, region=PLAIN)
+        if (
+            form == "embedding" and not delta.region.transposed
+        ):  # MLX: the factors are those of [vocabulary, dim]
+            self._add(
+                LoraModule(
+                    delta.module,
+                    "embedding",
+                    Given(factors, turned=True),
+                    shape[::-1],
+                    delta.rank,
+                    delta.factor,
+                )
+            )
+            return
+        self._add(LoraModule(delta.module, form, Given(factors), shape, delta.rank, delta.factor, kept))
+
+    def _add(self, module: LoraModule) -> None:
+        self.found.modules.append(module)
+
+    def _is_embedding(self, delta: DeltaSpec) -> bool:
+        is_input = delta.module.rpartition(".")[2] in INPUT_NAMES
+        return delta.region.transposed or (self._adapter.format == "mlx" and is_input)
+
+    def _carry(self, parameters: set[str], groups: Mapping[str, list[DeltaSpec]]) -> None:
+        """Take along what has no factors, as it is; nothing of it depends on what is done to factors."""
+        for parameter in sorted(parameters):
+            for delta in groups[parameter]:
+                if delta.kind == "rows":
+                    self.found.whole[delta.tensors["rows"].name] = delta.tensors["rows"]
+        for one in self._adapter.replacements.values():
+            self.found.whole[one.ref.name] = one.ref
+        if self._recipe.format != "peft" and self.found.whole:
+            name = min(self.found.whole)
+            sentence = f"is carried whole, which an adapter in the format {self._recipe.format} cannot do"
+            self.found.issues.append(error("unsupported", name, sentence, _TO_LORA))
+        for module in self.found.modules:
+            if self._recipe.format != "peft" and module.kept:
+                what = "DoRA" if "lora_magnitude_vector" in module.kept else "a bias of lora_B"
+                sentence = (
+                    f"has {what}, which an adapter in the format {self._recipe.format} cannot hold here"
+                )
+                self.found.issues.append(error("unsupported", module.path, sentence, _TO_LORA))
+
+    def _stack(self) -> None:
+        """Take the factors of stacked experts, as they are stacked."""
+        for pair in self._adapter.stacked:
+            assert self._joined is not None
+            delta = next((one for one in self._joined.deltas if one.tensors == pair.tensors), None)
+            if delta is None:
+                continue  # the plan said why
+            n = int(delta.options.get("experts", 1))
+            a, b = pair.tensors["A"].shape, pair.tensors["B"].shape
+            shape = (n, b[0], a[1]) if "experts" in delta.options else (b[0], a[1])
+            whole = replace(delta, kind="stacked" if len(shape) == 3 else "low_rank", part=(), region=PLAIN)
+            origin = Given(replace(whole, rounded=False))
+            self._add(
+                LoraModule(delta.target, "experts", origin, shape, a[0] // n, delta.factor, depth=pair.depth)
+            )
+
+    def _change(self, given: set[str]) -> None:
+        """Take apart what a merge would change, where the adapter has no factors for it."""
+        assert self._joined is not None or _is_plain(self._adapter)
+        for step in self._joined.steps if self._joined else ():
+            deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+            if not step.replaced and all(
+                delta.target in given or "experts" in delta.options for delta in deltas
+            ):
+                continue
+            target = deltas[0].target if deltas else self._name_of(step)
+            self._add_changed(step, target)
+
+    def _add_changed(self, step: Step, target: str) -> None:
+        (slot,) = step.slots
+        deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+        module, _, parameter = target.rpartition(".")
+        if any(delta.region.at or delta.part for delta in deltas):
+            sentence = "is stored in parts, or as a part, and is no plain LoRA"
+            self.found.issues.append(error("unsupported", target, sentence, MERGE))
+            return
+        if parameter != "weight" or len(slot.shape) < 2:
+            sentence = f"is changed, {shape_text(slot.shape)}, and LoRA changes matrices only"
+            self.found.issues.append(error("unsupported", target, sentence, MERGE))
+            return
+        is_embedding = self._is_input(module)
+        turned = is_embedding or self._is_conv1d(module)
+        shape = slot.shape[::-1] if turned else slot.shape
+        form: Form = "embedding" if is_embedding else "convolution" if len(shape) > 2 else "linear"
+        before = self._before(step)
+        if before is not None:
+            assert isinstance(step.op, Copy | Merge)
+            after = step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
+            if before.shape != after.shape:
+                sentence = f"is {shape_text(after.shape)}, the base's is {shape_text(before.shape)}: LoRA cannot resize"
+                self.found.issues.append(error("unsupported", target, sentence, MERGE))
+                return
+            if deltas:
+                sentence = "is replaced as a whole and changed besides"
+                self.found.issues.append(error("unsupported", target, sentence, MERGE))
+                return
+            self._add(LoraModule(module, form, Difference(before, after, turned), shape, 0))
+            return
+        self._add(LoraModule(module, form, Changed(step, turned), shape, 0))
+
+    def _before(self, step: Step) -> TensorRef | None:
+        """Return the base's own tensor behind one that the adapter replaces."""
+        if not step.replaced:
+            return None
+        assert self._joined is not None
+        return self._joined.stored.tensors.get(step.slots[0].name)
+
+    def _name_of(self, step: Step) -> str:
+        """Return what the adapter calls a parameter that it replaces."""
+        ref = step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
+        return next(name for name, one in self._adapter.replacements.items() if one.ref == ref)
+
+    def _is_input(self, module: str) -> bool:
+        assert self._joined is not None
+        kind = self._joined.class_of(module)
+        return kind == "Embedding" if kind else module.rpartition(".")[2] in INPUT_NAMES
+
+    def _is_conv1d(self, module: str) -> bool:
+        assert self._joined is not None
+        return self._joined.class_of(module) == "Conv1D"
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Return what sorts paths as people do, layer 9 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

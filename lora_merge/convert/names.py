@@ -1,0 +1,128 @@
+"""What the modules of an adapter are called: as transformers 4 or 5 names them; and those that it has nothing for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_merge.core.kinds import PREFIX
+from lora_merge.core.lora import LoraModule, Recipe, Unchanged
+from lora_merge.core.report import Issue, error
+from lora_merge.core.traits import PACKED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lora_merge.convert.joined import Joined
+    from lora_merge.core.request import Naming
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.layouts import Stored
+
+_WHOLE = re.compile(
+    rf"{re.escape(PREFIX)}(?P<module>.+?)"
+    r"(?P<end>(\.base_layer)?\.(weight|bias|token_adapter\.trainable_tokens_delta|trainable_tokens_delta))"
+)
+"""The name of a tensor that is carried whole."""
+
+
+def renamed(
+    modules: Sequence[LoraModule], whole: Mapping[str, TensorRef], naming: Naming, joined: Joined
+) -> tuple[list[LoraModule], dict[str, TensorRef], list[Issue]]:
+    """Return modules and whole tensors under the names that a release of transformers has for them."""
+    stored = joined.stored
+    if stored.conversion is None:
+        sentence = "transformers has no class for this model: it has but one naming"
+        return list(modules), dict(whole), [error("unsupported", joined.base.root, sentence)]
+    found: list[LoraModule] = []
+    issues: list[Issue] = []
+    for module in modules:
+        name = module.path if module.form == "experts" else f"{module.path}.weight"
+        other = _named(name, naming, stored)
+        if other is None:
+            issues.append(_no_name(module, naming))
+        else:
+            path = other if module.form == "experts" else other.removesuffix(".weight")
+            found.append(replace(module, path=path))
+    tensors = {}
+    for name, ref in whole.items():
+        match = _WHOLE.fullmatch(name)
+        other = _named(f"{match['module']}.weight", naming, stored) if match else None
+        if match and other:
+            tensors[f"{PREFIX}{other.removesuffix('.weight')}{match['end']}"] = ref
+        else:
+            tensors[name] = ref
+    return found, tensors, issues
+
+
+def _named(name: str, naming: Naming, stored: Stored) -> str | None:
+    """Return a parameter under the names of a release; None where it is a part there, or many."""
+    assert stored.conversion is not None
+    canonical, pattern = stored.conversion.canonical(name)
+    if naming == "v5":
+        return canonical if pattern is None else None
+    if pattern is not None:
+        return name  # a part has only its published name
+    published = stored.as_published(name)
+    is_made = any(
+        canonical.endswith(target)
+        for converter in stored.conversion.converters
+        for target in converter.target_patterns
+    )
+    return None if is_made and published not in stored.tensors else published
+
+
+def _no_name(module: LoraModule, naming: Naming) -> Issue:
+    option = "--fuse-experts" if naming == "v5" else "--split-experts"
+    release = "5 has it as a part of a larger parameter" if naming == "v5" else "4 has it in parts"
+    return error(
+        "unsupported", module.path, f"has no name of its own: transformers {release}", f"add {option}"
+    )
+
+
+def filled(modules: Sequence[LoraModule], joined: Joined, recipe: Recipe) -> list[LoraModule]:
+    """Return the modules, and zeros for those of the base that an engine wants beside them.
+
+    Those are modules of other layers and experts that have the same name but for the number, and modules that are
+    computed as one with these.
+    """
+    like = {_without_number(module.path): module for module in modules if module.form == "linear"}
+    layers = {_layer(module.path) for module in modules}
+    if recipe.packed:
+        for pattern, module in list(like.items()):
+            stem, _, last = pattern.rpartition(".")
+            for group in PACKED:
+                if last in group:
+                    like |= {f"{stem}.{name}": module for name in group if f"{stem}.{name}" not in like}
+    known = {module.path for module in modules}
+    own_names = {joined.stored.module(path): path for path in known}
+    found = list(modules)
+    for path in sorted(joined.modules - known):
+        shape = joined.stored.tensors[f"{path}.weight"].shape
+        pattern = _without_number(path)
+        is_wanted = recipe.every_layer or _layer(path) in layers
+        if len(shape) == 2 and pattern in like and is_wanted and joined.stored.module(path) not in own_names:
+            twin = like[pattern]
+            found.append(LoraModule(path, "linear", Unchanged(), shape, max(twin.rank, 1), twin.scale))
+    return found
+
+
+def _layer(path: str) -> str:
+    """Return a path up to its last number.
+
+    Example:
+        >>> _layer("model.layers.11.self_attn.q_proj")
+        'model.layers.11'
+    """
+    found = re.match(r"(.*\.\d+)\.", path)
+    return found[1] if found else ""
+
+
+def _without_number(path: str) -> str:
+    """Return a path without the numbers of layers and experts.
+
+    Example:
+        >>> _without_number("model.layers.11.self_attn.q_proj")
+        'model.layers.*.self_attn.q_proj'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)

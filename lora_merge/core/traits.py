@@ -1,0 +1,229 @@
+"""What about an adapter an engine may stumble over, seen from its headers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import OUTPUT_NAMES
+from lora_merge.core.kinds import PEFT_0_14_FIELDS, mutating_init
+from lora_merge.core.targets import ALL_LINEAR
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lora_merge.core.adapter import Adapter
+    from lora_merge.core.tensor import TensorRef
+
+TRAITS: Mapping[str, str] = {
+    "rank": "the largest rank of a module",
+    "ranks-differ": "modules of different ranks",
+    "kind": "a method that is no LoRA",
+    "format": "files that are not PEFT's",
+    "pickle": "weights in a pickle",
+    "regex": "target_modules is a regular expression",
+    "all-linear": "target_modules is all-linear",
+    "listed-paths": "target_modules lists whole paths",
+    "excluded": "exclude_modules is set",
+    "rslora": "rsLoRA: the scale is α/√r",
+    "alphas-differ": "modules with different α (alpha_pattern)",
+    "some-layers": "modules that are adapted in some layers only",
+    "packed-parts": "some of q, k and v, or one of gate and up",
+    "packed": "q, k, v, gate or up",
+    "language-model": "modules under language_model",
+    "dora": "DoRA",
+    "lora-bias": "a bias of lora_B",
+    "bias": "trained biases",
+    "modules-to-save": "whole modules (modules_to_save, saved embeddings)",
+    "tokens": "trained tokens",
+    "target-parameters": "LoRA on stacked experts",
+    "experts": "LoRA on experts one by one",
+    "some-experts": "LoRA on some experts, or some of their projections",
+    "router": "LoRA on a router",
+    "latent": "LoRA on q_b_proj or kv_a_proj_with_mqa of latent attention",
+    "latent-kv": "LoRA on kv_b_proj of latent attention",
+    "embedding": "LoRA on the input embedding",
+    "head": "LoRA on the output embedding",
+    "convolution": "LoRA on convolutions",
+    "fan-in": "fan_in_fan_out: layers stored [in, out]",
+    "new-fields": "fields that PEFT 0.14 does not know",
+    "initial": "an initialisation that changed the base",
+    "replicated": "repeated layers",
+    "beside": "whole parameters in a file beside the adapter's",
+}
+"""Every trait, in words."""
+
+PACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Modules that engines compute as one."""
+
+_BY_NAME: Mapping[str, frozenset[str]] = {
+    "router": frozenset({"gate", "router"}),
+    "latent": frozenset({"q_b_proj", "kv_a_proj_with_mqa"}),
+    "latent-kv": frozenset({"kv_b_proj"}),
+}
+"""Traits that the last part of a module's path shows."""
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Trait:
+    """One trait of an adapter."""
+
+    name: str
+    """A key of `TRAITS`."""
+
+    detail: str
+    """What it is here: ``"rank 32"``."""
+
+    value: int = 0
+    """Of ``rank``, the number."""
+
+
+def traits_of(adapter: Adapter, base_layers: int | None = None) -> tuple[Trait, ...]:
+    """Return every trait that an adapter has.
+
+    Args:
+        adapter: from its headers.
+        base_layers: how many layers the base has, if that is known.
+    """
+    return (
+        *_of_config(adapter),
+        *_of_ranks(adapter),
+        *_of_modules(adapter, base_layers),
+        *_of_whole(adapter),
+    )
+
+
+def _of_config(adapter: Adapter) -> Iterator[Trait]:
+    config = adapter.config
+    targets = config.get("target_modules")
+    if adapter.format != "peft":
+        yield Trait("format", f"of {adapter.format}")
+    if adapter.kind != "LORA":
+        yield Trait("kind", adapter.kind)
+    if any(ref.file.endswith(".bin") for ref in _refs(adapter)):
+        yield Trait("pickle", "adapter_model.bin")
+    if isinstance(targets, str):
+        is_short = targets.lower() == ALL_LINEAR
+        yield Trait("all-linear" if is_short else "regex", f"target_modules is {targets!r}")
+    if isinstance(targets, list) and any(re.search(r"\.\d+\.", str(entry)) for entry in targets):
+        yield Trait("listed-paths", "target_modules lists whole paths")
+    if config.get("exclude_modules"):
+        yield Trait("excluded", "exclude_modules is set")
+    if config.get("use_rslora"):
+        yield Trait("rslora", "use_rslora is set")
+    if config.get("fan_in_fan_out"):
+        yield Trait("fan-in", "fan_in_fan_out is set")
+    unknown = sorted(name for name in config if name not in PEFT_0_14_FIELDS)
+    if unknown and adapter.format == "peft":
+        yield Trait("new-fields", f"{', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}")
+    init = "KaSA" if config.get("kasa_config") else mutating_init(config)
+    if init:
+        yield Trait("initial", init)
+    if config.get("layer_replication"):
+        yield Trait("replicated", "layer_replication is set")
+
+
+def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
+    ranks = {delta.module: delta.rank for delta in adapter.deltas if "A" in delta.tensors}
+    if adapter.stacked:
+        ranks |= {"": int(adapter.config.get("r", 0) or 0)}
+    if not ranks:
+        return
+    found = sorted(set(ranks.values()))
+    yield Trait("rank", f"rank {found[-1]}", found[-1])
+    if len(found) > 1:
+        yield Trait("ranks-differ", f"ranks {', '.join(map(str, found))}")
+    alphas = set()
+    for delta in adapter.deltas:
+        if "A" in delta.tensors and delta.kind in {"low_rank", "dora"}:
+            root = delta.rank**0.5 if adapter.config.get("use_rslora") else delta.rank
+            alphas.add(round(delta.factor * root, 6))
+    if len(alphas) > 1 and adapter.format == "peft":
+        yield Trait("alphas-differ", f"α is {', '.join(f'{alpha:g}' for alpha in sorted(alphas))}")
+
+
+def _of_modules(adapter: Adapter, base_layers: int | None) -> Iterator[Trait]:
+    modules = sorted(adapter.modules)
+    by_layer: dict[int, set[str]] = {}
+    for module in modules:
+        match = _LAYER.search(module)
+        if match and not _EXPERT.search(module):
+            by_layer.setdefault(int(match[1]), set()).add(module[match.end() :])
+    everywhere = set().union(*by_layer.values()) if by_layer else set()
+    n_layers = max(base_layers or 0, max(by_layer, default=-1) + 1)
+    lacking = [n for n in range(n_layers) if by_layer.get(n, set()) != everywhere]
+    if lacking and by_layer:
+        yield Trait("some-layers", f"{len(lacking)} of {n_layers} layers lack some of the modules")
+    names = {module.rpartition(".")[2] for module in everywhere}
+    packed = sorted(names & {name for group in PACKED for name in group})
+    if packed:
+        yield Trait("packed", ", ".join(packed))
+    if any(module.startswith(("language_model.", "model.language_model.")) for module in modules):
+        yield Trait("language-model", "modules under language_model")
+    for group in PACKED:
+        if names & set(group) and not names >= set(group):
+            yield Trait(
+                "packed-parts", f"{', '.join(name for name in group if name in names)} without the rest"
+            )
+            break
+    yield from _of_experts(adapter, modules)
+    for trait, wanted in _BY_NAME.items():
+        hit = sorted(names & wanted)
+        if hit:
+            yield Trait(trait, ", ".join(hit))
+    if any(delta.region.transposed for delta in adapter.deltas):
+        yield Trait("embedding", "the input embedding is a target")
+    if any(module.rpartition(".")[2] in OUTPUT_NAMES for module in modules):
+        yield Trait("head", "the output embedding is a target")
+    if any("A" in delta.tensors and len(delta.tensors["A"].shape) > 2 for delta in adapter.deltas):
+        yield Trait("convolution", "a convolution is a target")
+
+
+def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
+    """Yield what an adapter does to experts."""
+    if adapter.stacked:
+        yield Trait("target-parameters", "target_parameters is set")
+    found: dict[str, set[tuple[str, str]]] = {}
+    for module in modules:
+        block, dot, rest = module.partition(".experts.")
+        index, _, projection = rest.partition(".")
+        if dot and index.isdecimal():
+            found.setdefault(block, set()).add((index, projection))
+    if not found:
+        return
+    yield Trait("experts", "modules of single experts")
+    numbers = {int(index) for own in found.values() for index, _ in own}
+    if any(len(own) != 3 * (max(numbers) + 1) for own in found.values()):
+        yield Trait("some-experts", "some experts, or some of their projections, are left out")
+
+
+def _of_whole(adapter: Adapter) -> Iterator[Trait]:
+    kinds = {delta.kind for delta in adapter.deltas}
+    if "dora" in kinds:
+        yield Trait("dora", "use_dora is set")
+    if "addition" in kinds:
+        yield Trait("lora-bias", "lora_bias is set")
+    if "rows" in kinds:
+        yield Trait("tokens", "trained tokens")
+    why: dict[str, list[str]] = {}
+    for parameter, one in adapter.replacements.items():
+        why.setdefault(one.why, []).append(parameter.rpartition(".")[0].rpartition(".")[2])
+    if "bias" in why:
+        yield Trait("bias", f"bias is {adapter.config.get('bias')!r}")
+    whole = sorted({*why.get("module", ()), *why.get("embedding", ()), *why.get("", ())})
+    if whole:
+        yield Trait("modules-to-save", ", ".join(whole))
+    if "saved" in why:
+        yield Trait("beside", f"{len(why['saved'])} whole parameters")
+
+
+def _refs(adapter: Adapter) -> Iterator[TensorRef]:
+    for delta in adapter.deltas:
+        yield from delta.tensors.values()
+    for pair in adapter.stacked:
+        yield from pair.tensors.values()
+    yield from adapter.layered.values()

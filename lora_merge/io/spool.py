@@ -1,0 +1,46 @@
+"""A file that tensors wait in until all are there: only then is it known where each belongs."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from lora_merge.core.tensor import TORCH_CODES, TensorRef
+from lora_merge.io import files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+
+
+class Spool:
+    """Tensors back to back in one file, in the order in which they come."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path, self._fd, self._end = path, fd, 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path) -> Iterator[Spool]:
+        """Yield a new spool; its file stays until somebody removes it.
+
+        Raises:
+            WriteError: the file exists, or cannot be made.
+        """
+        with files.open_for_writing(path, create=True) as fd:
+            yield cls(path, fd)
+
+    def add(self, name: str, tensor: torch.Tensor) -> TensorRef:
+        """Write a tensor behind the others; return where it lies.
+
+        Raises:
+            WriteError: the disk is full or cannot be written.
+        """
+        buffer = files.tensor_bytes(tensor)
+        files.write_from(self._fd, buffer, self._end, self._path)
+        shape = tuple(tensor.shape)
+        ref = TensorRef(name, TORCH_CODES[str(tensor.dtype)], shape, str(self._path), self._end, len(buffer))
+        self._end += len(buffer)
+        return ref

@@ -1,0 +1,108 @@
+"""base, tuned → what differs → a LoRA of it, through the same steps as a conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.convert import Draft, Joined
+from lora_merge.core.adapter import Adapter
+from lora_merge.core.lora import ConvertReport, Keep, Recipe
+from lora_merge.core.report import Observer, Silence
+from lora_merge.core.request import ExtractRequest, Request
+from lora_merge.core.shortage import memory_for
+from lora_merge.core.skeleton import build_skeleton
+from lora_merge.core.tensor import DTYPE_CODES
+from lora_merge.errors import RequestError
+from lora_merge.extract import extracted, misfits
+from lora_merge.io.hub import Access
+from lora_merge.io.safetensors import same_values
+from lora_merge.locate import find, locate_base
+from lora_merge.pipeline.clock import Clock
+from lora_merge.pipeline.converting import Job, absolute, carry_out
+from lora_merge.pipeline.planning import plan_request
+from lora_merge.plan import quantised_config, raise_errors
+from lora_merge.resolve import resolve_base
+
+if TYPE_CHECKING:
+    from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.locate import Place
+
+
+def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None) -> ConvertReport:
+    """Take a full fine-tune apart into a base and a LoRA.
+
+    Raises:
+        LoraMergeError: see `lora_merge.errors`. Nothing stands under the output's name then, but what stood there
+            before.
+    """
+    watch, clock = observer or Silence(), Clock()
+    if request.rank is None and request.energy is None:
+        hint = "for example --rank 32, or --energy 0.9"
+        raise RequestError(
+            "", 0, "rank", "is missing, and so is energy: how much of each change is kept?", hint=hint
+        )
+    with clock("plan"), memory_for("planning"):
+        job = _plan(request, watch)
+    return carry_out(job, watch, clock)
+
+
+def _plan(request: ExtractRequest, watch: Observer) -> Job:
+    access = Access(request.token, request.offline)
+    places = [
+        locate_base(find(text, role), text, access, watch)
+        for text, role in ((request.base, "base"), (request.tuned, "tuned"))
+    ]
+    base, tuned = (resolve_base(place.whole()) for place in places)
+    for checkpoint in (base, tuned):
+        raise_errors(quantised_config(checkpoint.config))
+    issues = [*(issue for place in places for issue in place.issues), *misfits(base, tuned)]
+    raise_errors(issues)
+    found = extracted(
+        base, tuned, _changed(base, tuned, watch), build_skeleton(base.config), targets=request.target,
+        save_modules=request.save_modules,
+    )  # fmt: skip
+    raise_errors(found.issues)
+    config = {**found.config, "base_model_name_or_path": request.base, "peft_type": "LORA"}
+    adapter = Adapter(str(tuned.root), "peft", config, (), frozenset(), (), digest="")
+    dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
+
+    def join(root: Path) -> Joined:
+        fields = Request(
+            adapter=(str(root),), out="", base=base.root, allow_untie=True, allow_again=True, offline=True
+        )
+        planned = plan_request(fields, Silence())
+        return Joined(planned.checkpoint, planned.plan)
+
+    return Job(
+        source=request.tuned,
+        adapter=adapter,
+        found=Draft(found.modules, found.whole),
+        recipe=Recipe(keep=Keep(request.rank, request.energy), explicit=True, dtype=dtype),
+        base=base,
+        join=join,
+        out=absolute(request.out),
+        serving=None,
+        overwrite=request.overwrite,
+        strict=request.strict,
+        inputs=(Path(base.root), Path(tuned.root)),
+        provenance={"base": _origin(places[0]), "tuned": _origin(places[1])},
+        issues=(*issues, *found.issues),
+    )
+
+
+def _changed(base: Checkpoint, tuned: Checkpoint, watch: Observer) -> frozenset[str]:
+    """Return the names of the tensors that differ. Reads both."""
+    before, after = base.by_name(), tuned.by_name()
+    common = before.keys() & after.keys()
+    watch.phase("comparing", sum(before[name].nbytes for name in common))
+    changed = set()
+    for name in sorted(common, key=lambda name: (before[name].file, before[name].start)):
+        if not same_values(before[name], after[name]):
+            changed.add(name)
+        watch.advance(before[name].nbytes)
+    return frozenset(changed)
+
+
+def _origin(place: Place) -> dict[str, str]:
+    return {"path": place.text, **({"commit": place.origin.commit} if place.origin else {})}

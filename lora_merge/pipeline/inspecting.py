@@ -1,0 +1,203 @@
+"""text → an adapter described; with a base, how large each change is beside the weight that it changes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge import plots
+from lora_merge.convert import Joined, Maker, draft
+from lora_merge.core.lora import Given, Recipe
+from lora_merge.core.plan import Copy, Merge, Step
+from lora_merge.core.report import Observer, Silence
+from lora_merge.core.request import InspectRequest, Request
+from lora_merge.core.shortage import memory_for
+from lora_merge.errors import PlanError
+from lora_merge.executors import pick
+from lora_merge.inspect import Measured, Surroundings, inspection
+from lora_merge.io.files import read_json, read_text
+from lora_merge.io.hub import Access
+from lora_merge.io.machine import usable_cores
+from lora_merge.io.needed import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
+from lora_merge.io.safetensors import box_norm
+from lora_merge.io.side_files import CARD_FILE
+from lora_merge.locate import find, locate_adapter
+from lora_merge.pipeline.changes import change_of, norms_of
+from lora_merge.pipeline.planning import check_strict, plan_request
+from lora_merge.resolve import resolve_adapter
+from lora_merge.serving import ENGINES
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from lora_merge.core.adapter import Adapter
+    from lora_merge.core.inspection import Inspection
+    from lora_merge.core.report import Issue
+
+_TAGS = re.compile(r"^(?:tags:\n|- |library_name: )(?P<tag>[\w.-]+)$", re.MULTILINE)
+"""Tags in the front matter of a model card."""
+
+_SUMS = frozenset({"low_rank", "stacked"})
+"""Kinds of delta that are the product of their factors."""
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
+
+
+def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None) -> Inspection:
+    """Describe an adapter; nothing is written but a plot.
+
+    Raises:
+        ResolveError: it cannot be found or read.
+        RequestError: the plot cannot be drawn.
+        WriteError: the plot cannot be written.
+    """
+    watch = observer or Silence()
+    if request.plot is not None:
+        plots.check(Path(request.plot))
+    with memory_for("inspecting"):
+        place = locate_adapter(
+            find(request.adapter, "adapter"), request.adapter, Access(request.token, request.offline), watch
+        )
+        adapter = resolve_adapter(place.whole())
+        around = _surroundings(request, Path(adapter.root))
+        issues: tuple[Issue, ...] = (*place.issues, *adapter.issues)
+        measured = None
+        if request.base is not None:
+            measured, issues = _held_against_base(request, adapter, watch)
+        check_strict(issues, strict=request.strict)
+        engines = tuple(ENGINES) if request.serving is None else (request.serving,)
+        found = inspection(adapter, around, issues, measured, engines)
+    if request.plot is not None:
+        plots.draw(found, Path(request.plot))
+    return found
+
+
+def _surroundings(request: InspectRequest, root: Path) -> Surroundings:
+    """Read what stands around an adapter's tensors."""
+    arguments = next(
+        (
+            read_json(folder / TRAINING_ARGUMENTS)
+            for folder in (root, root.parent)
+            if (folder / TRAINING_ARGUMENTS).is_file()
+        ),
+        {},
+    )
+    manifest, card = root / CONVERSION_MANIFEST, root / CARD_FILE
+    front = read_text(card).split("\n---", 1)[0] if card.is_file() else ""
+    return Surroundings(
+        named=request.adapter,
+        files=tuple(sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())),
+        tags=tuple(match["tag"] for match in _TAGS.finditer(front)),
+        arguments=arguments,
+        manifest=read_json(manifest) if manifest.is_file() else {},
+        base=request.base or "",
+    )
+
+
+def _held_against_base(
+    request: InspectRequest, adapter: Adapter, watch: Observer
+) -> tuple[Measured | None, tuple[Issue, ...]]:
+    """Plan a merge, and measure what it would change; of what does not fit, only the reasons are returned."""
+    try:
+        planned = plan_request(
+            Request(
+                adapter=(request.adapter,), out="", base=request.base, base_is=request.base_is,
+                expert_layout=request.expert_layout, allow_untie=True, allow_svd=True, allow_again=True,
+                token=request.token, offline=request.offline,
+            ),
+            watch,
+        )  # fmt: skip
+    except PlanError as exc:
+        return None, exc.issues
+    joined = Joined(planned.checkpoint, planned.plan)
+    return _Measuring(adapter, joined, watch).run(), planned.plan.issues
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stored tensor of which something is to be measured."""
+
+    step: Step
+    nbytes: int
+
+
+class _Measuring:
+    """How large the changes of an adapter are, beside the weights.
+
+    Of a sum of factors ‖Δ‖ is known from the factors; only ‖W‖ has to be read. Any other change is carried out, tile by
+    tile, and compared.
+    """
+
+    def __init__(self, adapter: Adapter, joined: Joined, watch: Observer) -> None:
+        self._joined, self._watch = joined, watch
+        found = draft(adapter, Recipe(), joined)
+        changed = {_path(delta.target, ()) for delta in joined.deltas if delta.kind not in _SUMS}
+        self._factored = {
+            module.path: module for module in found.modules if not module.kept and module.path not in changed
+        }
+        self._stacked = tuple(
+            module.origin.delta
+            for module in found.modules
+            if module.form == "experts" and isinstance(module.origin, Given)
+        )
+        self._weights: dict[str, float] = {}
+        self._deltas: dict[str, float] = {}
+
+    def run(self) -> Measured:
+        """Measure everything."""
+        maker = Maker(change_of, Recipe(), (), "F32")
+        for path, module in self._factored.items():
+            pair, _ = maker(module)
+            self._deltas[path] = pair.norm() ** 2
+        pieces = [_Piece(step, step.nbytes) for step in self._joined.steps]
+        self._watch.phase("measuring", sum(piece.nbytes for piece in pieces))
+        n_workers = min(usable_cores(), 8)
+        for found in pick(n_workers)(self._measure, pieces, n_workers):
+            for path, weight, delta in found:
+                self._weights[path] = self._weights.get(path, 0.0) + weight
+                if path not in self._factored:
+                    self._deltas[path] = self._deltas.get(path, 0.0) + delta
+        norms = {
+            path: (self._deltas[path] ** 0.5, self._weights[path] ** 0.5)
+            for path in self._weights.keys() & self._deltas.keys()
+        }
+        model_type = str(self._joined.base.config.get("model_type", ""))
+        return Measured(model_type, _n_layers(self._joined.modules), norms, self._shapes(), self._stacked)
+
+    def _measure(self, piece: _Piece) -> list[tuple[str, float, float]]:
+        """Return ``(path, ‖W‖², ‖Δ‖²)`` of every module that has a part in a stored tensor."""
+        step = piece.step
+        deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+        (slot,) = step.slots
+        source = step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
+        before = self._joined.stored.tensors.get(slot.name, source)
+        targets = dict.fromkeys(_path(delta.target, self._factored) for delta in deltas)
+        if step.replaced or any(path not in self._factored for path in targets):
+            weight, delta = norms_of(step, before) if before.shape == slot.shape else (0.0, 0.0)
+            found = [(path, weight**2, delta**2) for path in targets or (slot.name,)]
+        else:
+            boxes = {(_path(delta.target, self._factored), delta.region.at) for delta in deltas}
+            found = [(path, box_norm(before, at) ** 2, 0.0) for path, at in boxes]
+        self._watch.advance(piece.nbytes)
+        return found
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            _path(delta.target, self._factored): step.slots[0].shape
+            for step in self._joined.steps
+            if isinstance(step.op, Merge)
+            for delta in step.op.deltas
+        }
+
+
+def _path(target: str, factored: Collection[str]) -> str:
+    """Return the path under which a parameter is described: the module's, but of stacked experts the parameter's."""
+    return target if target in factored else target.removesuffix(".weight")
+
+
+def _n_layers(modules: Iterable[str]) -> int | None:
+    """Return how many layers a base has: one more than the largest number of one."""
+    numbers = [int(match[1]) for match in map(_LAYER.search, modules) if match]
+    return max(numbers, default=-1) + 1 or None

@@ -1,0 +1,73 @@
+"""A written adapter, read as any other would be: does it say what was meant, and does it fit its base?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from lora_merge.convert import Joined, Maker, draft
+from lora_merge.core.lora import Recipe
+from lora_merge.core.report import Issue, Verdict, error
+from lora_merge.errors import PlanError
+from lora_merge.io.safetensors import load
+from lora_merge.pipeline.changes import change_of
+from lora_merge.resolve import resolve_adapter
+from lora_merge.transforms import Pair
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_merge.core.lora import Lora, LoraModule
+
+Join = Callable[["Path"], Joined]
+"""Plans the merge of an adapter in a directory; raises `PlanError`."""
+
+_TOLERANCE = 1e-6
+"""Of ‖Δ - Δ′‖ / ‖Δ‖: a scale that is α/r again may differ in its last bit, and so may each product."""
+
+
+def read_back(root: Path, lora: Lora, join: Join | None) -> Verdict:
+    """Return whether the adapter in a directory is the one that was made: read anew, planned anew, compared.
+
+    Args:
+        root: of the adapter.
+        lora: what was meant.
+        join: puts it on its base, where that is at hand.
+    """
+    adapter = resolve_adapter(root)
+    issues = [issue for issue in adapter.issues if issue.severity == "error"]
+    joined = None
+    if join is not None and not issues:
+        try:
+            joined = join(root)
+        except PlanError as exc:
+            issues += exc.issues
+    if not issues:
+        found = draft(adapter, Recipe(), joined)
+        issues += found.issues or _differences(lora, {one.path: one for one in found.modules})
+        missing = lora.whole.keys() - found.whole.keys()
+        issues += [
+            error("missing", name, "was to be carried along, and is not in the output")
+            for name in sorted(missing)
+        ]
+    return Verdict("full", len(lora.made), 0, tuple(issues))
+
+
+def _differences(lora: Lora, modules: Mapping[str, LoraModule]) -> list[Issue]:
+    """Return an issue for each module whose change is not the one that was made."""
+    maker = Maker(change_of, Recipe(), (), "F32")
+    issues = []
+    for made in lora.made:
+        path = made.module.path
+        if path not in modules:
+            issues.append(error("missing", path, "was made, and is not in the output"))
+            continue
+        wanted = Pair(load(made.a), load(made.b), made.scale)
+        got, _ = maker(modules[path])
+        off = wanted.distance(got)
+        if off > _TOLERANCE * wanted.norm():
+            sentence = f"differs from what was made by {off / (wanted.norm() or 1):.2g} of its size"
+            issues.append(error("differs", path, sentence))
+    surplus = sorted(modules.keys() - {made.module.path for made in lora.made})
+    issues += [error("surplus", path, "is in the output, and was not made") for path in surplus]
+    return issues

@@ -1,0 +1,46 @@
+"""Text Generation Inference: as LoRAX, from which its LoRA comes, but with rsLoRA, and without the head."""
+
+from __future__ import annotations
+
+from lora_merge.serving.rules import Engine, Ranks, Rule
+
+_RUN = "text-generation-inference 3.3.7, server/text_generation_server; its loader was run on the CPU"
+_READ = "text-generation-inference 3.3.7, server/text_generation_server, read"
+
+TGI = Engine(
+    name="TGI",
+    version="3.3.7",
+    ranks=Ranks(
+        most=128, allowed=(16, 32, 64, 128), by_padding=True,
+        source=f"{_RUN}: adapters/lora.py:245",
+        otherwise="pads another rank inside and computes the scale from the padded one, after the first kind of layer",
+    ),
+    always=("every-layer",),
+    rules=(
+        Rule("kind", "refused", "does not start: its configuration has to be LoRA's", f"{_RUN}: adapters/lora.py:103", ("to-lora",)),
+        Rule("format", "refused", "reads PEFT's files", f"{_READ}: utils/adapter.py:201", ("rewrite",)),
+        Rule("pickle", "refused", "reads safetensors only, from a directory", f"{_READ}: utils/adapter.py:201", ("rewrite",)),
+        Rule("alphas-differ", "wrong", "takes one α for all modules", f"{_READ}: adapters/lora.py:245", ("bake-scale",)),
+        Rule(
+            "ranks-differ", "wrong", "takes one rank for the scale, or fails to stack the tensors of a layer type",
+            f"{_RUN}: adapters/lora.py:147, 245", ("pad-rank",),
+        ),
+        Rule(
+            "some-layers", "wrong", "leaves a module out of all layers when one layer lacks it",
+            f"{_RUN}: adapters/lora.py:235", ("every-layer",),
+        ),
+        Rule("dora", "wrong", "leaves the magnitudes out", f"{_READ}: adapters/lora.py:90", ("to-lora",)),
+        Rule("modules-to-save", "wrong", "leaves whole modules out", f"{_READ}: adapters/lora.py:89"),
+        Rule("bias", "wrong", "leaves trained biases out", f"{_READ}: adapters/lora.py:89"),
+        Rule("lora-bias", "wrong", "leaves the bias of lora_B out", f"{_READ}: adapters/lora.py:89"),
+        Rule("tokens", "wrong", "leaves trained tokens out", f"{_READ}: adapters/lora.py:89"),
+        Rule("embedding", "wrong", "leaves LoRA on the input embedding out", f"{_READ}: adapters/lora.py:89"),
+        Rule("head", "wrong", "leaves LoRA on the output embedding out, with a warning", f"{_READ}: models/__init__.py:1869"),
+        Rule("target-parameters", "wrong", "leaves LoRA on experts out", f"{_READ}: utils/adapter.py:259"),
+        Rule("experts", "wrong", "leaves LoRA on experts out", f"{_READ}: utils/adapter.py:259"),
+        Rule("convolution", "wrong", "leaves LoRA on convolutions out", f"{_READ}: adapters/lora.py:89"),
+        Rule("initial", "wrong", "takes the factors as they are, on the base as published", f"{_READ}: adapters/lora.py", ("to-lora",)),
+        Rule("replicated", "wrong", "knows no repeated layers", f"{_READ}: adapters/lora.py"),
+        Rule("beside", "wrong", "reads the adapter's own file only", f"{_READ}: utils/adapter.py", ("to-lora",)),
+    ),
+)  # fmt: skip

@@ -1,0 +1,58 @@
+"""The factors of one module, in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import torch  # noqa: TC004 - a field's type, never evaluated
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """ΔW = s · B A of one module, or of each expert of a stack.
+
+    Shapes:
+        a: float32 ``[r, in]`` or ``[experts, r, in]``; b: ``[out, r]`` or ``[experts, out, r]``. The kernel of a
+        convolution is flat in ``in``.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return int(self.a.shape[-2])
+
+    def norm(self) -> float:
+        """Return ‖ΔW‖ in the Frobenius norm, from the factors alone."""
+        return abs(self.scale) * sqrt(_inner(self, self))
+
+    def distance(self, other: Pair) -> float:
+        """Return ‖ΔW - ΔW′‖ in the Frobenius norm, from the factors alone.
+
+        Relative to ‖ΔW‖ it is right to about 1e-8: the squares are summed in float64.
+        """
+        squared = self.norm() ** 2 + other.norm() ** 2 - 2 * self.scale * other.scale * _inner(self, other)
+        return sqrt(max(squared, 0.0))
+
+
+def _inner(one: Pair, other: Pair) -> float:
+    """Return ⟨B A, B′ A′⟩, the sum over experts included."""
+    left = one.b.double().mT @ other.b.double()
+    right = one.a.double() @ other.a.double().mT
+    return float((left * right).sum())
+
+
+class Transform(Protocol):
+    """One change of factors."""
+
+    exact: ClassVar[bool]
+    """True when ΔW stays what it was, but for the rounding of float32."""
+
+    def __call__(self, pair: Pair) -> Pair:
+        """Return the factors that take the place of these."""

@@ -1,0 +1,25 @@
+"""Writers: what is computed → files, or what else is made of it. `ADAPTER_WRITERS` is the table of those for adapters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.writers.gguf_adapter import check_gguf, write_gguf
+from lora_merge.writers.hf_checkpoint import HfCheckpoint
+from lora_merge.writers.lora_writer import LoadFactors, LoraWriter
+from lora_merge.writers.memory import InMemory, Norms
+from lora_merge.writers.mlx_adapter import write_mlx
+from lora_merge.writers.peft_adapter import write_peft
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_merge.core.request import AdapterFormat
+
+ADAPTER_WRITERS: Mapping[AdapterFormat, LoraWriter] = {
+    "peft": write_peft,
+    "gguf": write_gguf,
+    "mlx": write_mlx,
+}
+
+__all__ = ["ADAPTER_WRITERS", "HfCheckpoint", "InMemory", "LoadFactors", "LoraWriter", "Norms", "check_gguf"]

@@ -1,0 +1,110 @@
+"""Merged tensors that are no files: one that is kept, and one of which only the size of its change is."""
+
+from __future__ import annotations
+
+import contextlib
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.io import files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from lora_merge.core.stretches import Stretch
+    from lora_merge.core.tensor import TensorRef
+
+
+class InMemory:
+    """One tensor in memory, filled as a slot of a file would be.
+
+    Args:
+        nbytes: its size.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._content = bytearray(nbytes)
+
+    def copy(self, stretch: Stretch) -> None:
+        """Fill it with the bytes of a stored tensor.
+
+        Raises:
+            CheckpointError: the source cannot be read.
+        """
+        (source,) = stretch.sources
+        with files.open_for_reading(source.file) as fd:
+            files.read_into(fd, memoryview(self._content), source.start, source.file)
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that writes the next bytes."""
+        del slot
+        done = 0
+
+        def write(buffer: memoryview) -> None:
+            nonlocal done
+            self._content[done : done + len(buffer)] = buffer
+            done += len(buffer)
+
+        yield write
+
+    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return it as float32."""
+        import torch
+
+        return torch.frombuffer(self._content, dtype=torch.float32).view(shape)
+
+
+class Norms:
+    """How large a weight is, and how large the change of it; filled with the merged tensor in float32.
+
+    Args:
+        before: the weight as it is stored.
+    """
+
+    def __init__(self, before: TensorRef) -> None:
+        self._before = before
+        self._weight = self._delta = 0.0
+
+    def copy(self, stretch: Stretch) -> None:
+        """Take note of nothing: what is copied does not change."""
+        del stretch
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that is given the next bytes of the merged tensor.
+
+        Raises:
+            CheckpointError: the weight cannot be read.
+        """
+        import torch
+
+        del slot
+        dtype: torch.dtype = getattr(torch, TORCH_NAMES[self._before.dtype])
+        at = self._before.start
+        with files.open_for_reading(self._before.file) as fd:
+
+            def compare(buffer: memoryview) -> None:
+                nonlocal at
+                after = torch.frombuffer(buffer, dtype=torch.float32)
+                raw = torch.empty(after.numel(), dtype=dtype)
+                files.read_into(fd, raw.view(torch.uint8).numpy().data, at, self._before.file)
+                at += raw.nbytes
+                before = raw.float()
+                self._weight += float(before.square().sum())
+                self._delta += float(before.sub_(after).square_().sum())
+
+            yield compare
+
+    @property
+    def weight(self) -> float:
+        """Return ‖W‖ in the Frobenius norm."""
+        return sqrt(self._weight)
+
+    @property
+    def delta(self) -> float:
+        """Return ‖W′ - W‖."""
+        return sqrt(self._delta)
