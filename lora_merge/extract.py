@@ -50,7 +50,8 @@ def misfits(base: Checkpoint, tuned: Checkpoint) -> list[Issue]:
             hint = "no adapter can resize a weight: pass the base that was trained, resized as it was"
             issues.append(error("shape-mismatch", name, sentence, hint))
         elif (
-            not {before[name].dtype, after[name].dtype} <= TORCH_NAMES.keys() and before[name] != after[name]
+            before[name].dtype != after[name].dtype
+            and not {before[name].dtype, after[name].dtype} <= TORCH_NAMES.keys()
         ):
             sentence = f"is stored as {after[name].dtype}, the base's as {before[name].dtype}; expected BF16, F16 or F32"
             issues.append(error("bad-dtype", name, sentence))
@@ -119,16 +120,20 @@ def _lora_module(name: str, before: TensorRef, after: TensorRef, known: Skeleton
         form, turned = "linear", kind == "Conv1D"
     elif parameter == "weight" and len(shape) > 2 and kind in _CONVOLUTIONS:
         form = "convolution"
-    elif len(shape) == 3 and known and parameter in known.parameters.get(path, ()):
-        form, turned = "experts", path in known.transposed
+    elif known and _is_stacked(path, parameter, known, len(shape)):
+        form, turned = "experts", path in known.transposed and len(shape) == 3
         path = name
     else:
         return None
-    if form == "experts":
-        shape = (shape[0], shape[2], shape[1]) if turned else shape
-    elif turned:
-        shape = shape[::-1]
+    if turned:
+        shape = (*shape[:-2], shape[-1], shape[-2])
     return LoraModule(path, form, Difference(before, after, turned), shape, 0)
+
+
+def _is_stacked(path: str, parameter: str, known: Skeleton, n_axes: int) -> bool:
+    """Return True for a parameter of all experts: three axes, or beside one of those two, as a bias has."""
+    own = known.parameters.get(path, ())
+    return parameter in own and (n_axes == 3 or (n_axes == 2 and parameter != "weight" and "experts" in path))
 
 
 def _is_embedding(path: str) -> bool:

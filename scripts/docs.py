@@ -1,7 +1,8 @@
 """Write the generated pages, or check that they are current.
 
 ``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The tables of adapters and of model
-families in ``README.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does.
+families in ``README.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
+and the one in ``docs/serving.md`` is the rules themselves.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import click
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
 from lora_merge.core.kinds import NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
+from lora_merge.core.traits import TRAITS
+from lora_merge.serving import ENGINES
 
 if TYPE_CHECKING:
+    from lora_merge.serving import Engine, Rule
     from tests.faults.table import Fault
     from tests.parity.families import Family
     from tests.parity.kinds import Kind
@@ -28,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLI_PAGE = ROOT / "docs" / "cli.md"
 README = ROOT / "README.md"
 SECURITY_PAGE = ROOT / "docs" / "security.md"
+SERVING_PAGE = ROOT / "docs" / "serving.md"
 BEGIN = "<!-- {}: begin (scripts/docs.py --write) -->"
 END = "<!-- {}: end -->"
 
@@ -123,6 +128,49 @@ def security() -> str:
             "hostile": _fault_table(HOSTILE),
         },
     )
+
+
+def serving() -> str:
+    """Return the text of ``docs/serving.md`` with its table renewed."""
+    return _renewed(SERVING_PAGE, {"serving": "\n".join(map(_engine_rules, ENGINES.values()))})
+
+
+def _engine_rules(engine: Engine) -> str:
+    """Return what an engine makes of adapters."""
+    rows = "".join(
+        _row(
+            TRAITS[rule.trait],
+            f"{'depends' if rule.except_for else rule.effect}: {engine.name} {rule.sentence}{_families_of(rule)}",
+            ", ".join(rule.needs) or "nothing helps but a merge",
+            rule.source,
+        )
+        for rule in engine.rules
+    )
+    ranks = _rank_sentence(engine)
+    return (
+        f"### {engine.name} {engine.version}\n\n{ranks}| adapters with | | what helps | seen in |\n"
+        f"| --- | --- | --- | --- |\n{rows}"
+    )
+
+
+def _families_of(rule: Rule) -> str:
+    if rule.only_for:
+        return f" ({', '.join(sorted(rule.only_for))})"
+    return f" (not {', '.join(sorted(rule.except_for))})" if rule.except_for else ""
+
+
+def _rank_sentence(engine: Engine) -> str:
+    """Return a sentence about ranks, where there is something to say."""
+    ranks = engine.ranks
+    if ranks.default:
+        allowed = ", ".join(map(str, ranks.allowed))
+        return (
+            f"Ranks up to {ranks.default}; up to {ranks.most} with `{ranks.option}`, which takes {allowed} "
+            f"({ranks.source}).\n\n"
+        )
+    if ranks.by_padding:
+        return f"With a rank that is none of its own it {ranks.otherwise} ({ranks.source}).\n\n"
+    return ""
 
 
 def _fault_table(faults: Iterable[Fault]) -> str:
@@ -224,7 +272,12 @@ def main() -> None:
     choice.add_argument("--check", action="store_true", help="exit 1 when a page is not current")
     write = parser.parse_args().write
     stale = []
-    for path, text in ((CLI_PAGE, cli_page()), (README, readme()), (SECURITY_PAGE, security())):
+    for path, text in (
+        (CLI_PAGE, cli_page()),
+        (README, readme()),
+        (SECURITY_PAGE, security()),
+        (SERVING_PAGE, serving()),
+    ):
         if write:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")

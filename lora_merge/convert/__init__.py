@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from lora_merge.convert.config import adapter_config, listed, scaling
+from lora_merge.convert.config import adapter_config, listed, module_paths, scaling
 from lora_merge.convert.joined import Joined
 from lora_merge.convert.making import Maker
-from lora_merge.convert.modules import Draft, draft, needs_base
+from lora_merge.convert.modules import MERGE, Draft, draft, needs_base
 
-__all__ = ["Draft", "Joined", "Maker", "adapter_config", "draft", "listed", "needs_base", "scaling"]
+__all__ = [
+    "MERGE",
+    "Draft",
+    "Joined",
+    "Maker",
+    "adapter_config",
+    "draft",
+    "listed",
+    "module_paths",
+    "needs_base",
+    "scaling",
+]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.kinds import mutating_init
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.lora import Made, Recipe
@@ -41,6 +42,9 @@ _WHOLE = (
 )
 """Fields about what is no LoRA."""
 
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks whose head PEFT trains as a whole, whatever ``modules_to_save`` says."""
+
 _WITH_EXPERTS = "0.19.1"
 """The release of PEFT whose orientation of stacked experts is written."""
 
@@ -54,12 +58,14 @@ def adapter_config(
         adapter: what it was made of.
         made: its modules.
         recipe: what was done.
-        base_modules: every module of the base that has a matrix, if the base is at hand: then a name may stand for
-            all modules that end in it.
+        base_modules: every module of the base, if that is at hand: then a name may stand for all modules that end in
+            it.
     """
-    kept = {name: adapter.config[name] for name in _KEPT if adapter.config.get(name)}
+    kept = {name: adapter.config[name] for name in _KEPT if _says_something(adapter.config, name)}
     if recipe.to_lora:
-        kept = {name: value for name, value in kept.items() if name not in _WHOLE}
+        kept = {
+            name: value for name, value in kept.items() if name not in _WHOLE and value not in _WITH_HEADS
+        }
     config = {**_PLAIN, **kept}
     if mutating_init(adapter.config) and not recipe.to_lora:
         config["init_lora_weights"] = adapter.config["init_lora_weights"]
@@ -68,7 +74,7 @@ def adapter_config(
         config |= dict.fromkeys(_CHOOSING)
         del config["exclude_modules"]
         others = [one.module.path for one in made if one.module.form != "experts"]
-        config["target_modules"] = listed(others, tuple(base_modules))
+        config["target_modules"] = listed(others, frozenset(base_modules))
         config.pop("target_parameters", None)
         if experts:
             config["target_parameters"] = [one.module.path for one in experts]
@@ -79,16 +85,51 @@ def adapter_config(
     return dict(sorted(config.items()))
 
 
-def listed(paths: Sequence[str], base_modules: Sequence[str]) -> list[str]:
+def _says_something(config: Mapping[str, Any], name: str) -> bool:
+    """Return True for a field that is not what a missing one is: no targets is not the same as PEFT's own choice."""
+    return bool(config.get(name)) or (name in _PLAIN and config.get(name) is not None)
+
+
+def module_paths(parameters: Iterable[str]) -> frozenset[str]:
+    """Return the path of everything that parameters belong to, containers included.
+
+    Example:
+        >>> sorted(module_paths(["l.0.q.weight"]))
+        ['l', 'l.0', 'l.0.q']
+    """
+    found: set[str] = set()
+    for name in parameters:
+        path = name.rpartition(".")[0]
+        while path and path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return frozenset(found)
+
+
+def listed(paths: Sequence[str], base_modules: Collection[str]) -> list[str] | str:
     """Return names that mean these modules and no others, to PEFT: the last part of a path where that is enough.
+
+    PEFT takes every module that ends in a name. Where another one of the base ends in a whole path, only a regex of
+    the paths tells the two apart.
 
     Example:
         >>> listed(["l.0.q", "l.1.q", "l.0.v"], ["l.0.q", "l.1.q", "l.0.v", "l.1.v"])
         ['l.0.v', 'q']
     """
     own, all_of_base = (Counter(path.rpartition(".")[2] for path in found) for found in (paths, base_modules))
-    short = {name for name, count in own.items() if all_of_base[name] == count}
-    return sorted({name if (name := path.rpartition(".")[2]) in short else path for path in paths})
+    short = {name for name, count in own.items() if all_of_base[name] == count and not name.isdecimal()}
+    names = {name if (name := path.rpartition(".")[2]) in short else path for path in paths}
+    others = set(base_modules).difference(paths) if set(paths) <= set(base_modules) else ()
+    if any(not names.isdisjoint(_endings(other)) for other in others):
+        return "|".join(re.escape(path) for path in sorted(paths))
+    return sorted(names)
+
+
+def _endings(path: str) -> Iterator[str]:
+    """Yield the ends of a path that PEFT would know it by."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
 
 
 def scaling(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
@@ -111,7 +152,10 @@ def scaling(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """Return the entries that give each path its value: by the last part of the path where all that end so agree."""
+    """Return the entries that give each path its value: by the last part of the path where all that end so agree.
+
+    PEFT looks for a regex at the end of a path, so that a whole path has to be held at its start.
+    """
     by_end: dict[str, set[float]] = {}
     for path, value in values.items():
         by_end.setdefault(path.rpartition(".")[2], set()).add(value)
@@ -119,7 +163,7 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     for path, value in values.items():
         end = path.rpartition(".")[2]
         if value != default:
-            table[end if len(by_end[end]) == 1 else path] = value
+            table[re.escape(end) if len(by_end[end]) == 1 else f"^{re.escape(path)}"] = value
     return dict(sorted(table.items()))
 
 

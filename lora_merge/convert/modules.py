@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lora_merge.convert.experts import fused, split
@@ -117,10 +118,11 @@ class _Drafting:
         ):
             sentence = "is LoRA on nn.MultiheadAttention, whose output projection PEFT changes twice"
             return [error("unsupported", adapter.root, sentence, MERGE)]
+        if adapter.config.get("layer_replication") and (recipe.is_renamed or recipe.format != "peft"):
+            sentence = "repeats layers of the base, under whose names nothing else can be written"
+            return [error("unsupported", "layer_replication", sentence, MERGE)]
         if recipe.to_lora:
-            repeats = bool(adapter.config.get("layer_replication"))
-            sentence = "repeats layers, which no LoRA can say"
-            return [error("unsupported", "layer_replication", sentence, MERGE)] if repeats else []
+            return []
         return self._beside() or self._unfactored()
 
     def _beside(self) -> list[Issue]:
@@ -134,8 +136,9 @@ class _Drafting:
     def _unfactored(self) -> list[Issue]:
         """Return an issue when the factors are not all that an adapter is, or there are none."""
         adapter, recipe = self._adapter, self._recipe
-        init = "KaSA" if adapter.config.get("kasa_config") else mutating_init(adapter.config)
-        if init is not None and (recipe.is_rescaled or recipe.is_renamed):
+        kasa = bool(adapter.config.get("kasa_config"))  # a field that is not written
+        init = "KaSA" if kasa else mutating_init(adapter.config)
+        if init is not None and (kasa or recipe.is_rescaled or recipe.is_renamed):
             sentence = f"{init} changed the base before training, by factors of this rank and scale"
             hint = f"{_TO_LORA}; --base-is says what the base is"
             return [error("unsupported", "init_lora_weights", sentence, hint)]
@@ -176,6 +179,8 @@ class _Drafting:
             form = "convolution"
         n_blocks = {axis: int(delta.options.get(f"blocks_{axis}", 1)) for axis in "AB"}
         shape = (shape[0], shape[1] * n_blocks["A"], *shape[2:])
+        if parameter in self._kernels:
+            form, shape = "convolution", self._kernels[parameter]
         factors = replace(delta, region=PLAIN)
         if (
             form == "embedding" and not delta.region.transposed
@@ -195,6 +200,17 @@ class _Drafting:
 
     def _add(self, module: LoraModule) -> None:
         self.found.modules.append(module)
+
+    @cached_property
+    def _kernels(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of convolutions by parameter: AdaLoRA has flat factors for them."""
+        return {
+            delta.target: step.slots[0].shape
+            for step in (self._joined.steps if self._joined else ())
+            for delta in (step.op.deltas if isinstance(step.op, Merge) else ())
+            if len(step.slots[0].shape) > 2
+            and not (delta.part or delta.region.at or "experts" in delta.options)
+        }
 
     def _is_embedding(self, delta: DeltaSpec) -> bool:
         is_input = delta.module.rpartition(".")[2] in INPUT_NAMES
@@ -239,10 +255,12 @@ class _Drafting:
     def _change(self, given: set[str]) -> None:
         """Take apart what a merge would change, where the adapter has no factors for it."""
         assert self._joined is not None or _is_plain(self._adapter)
+        stacked = {ref.name for pair in self._adapter.stacked for ref in pair.tensors.values()}
         for step in self._joined.steps if self._joined else ():
             deltas = step.op.deltas if isinstance(step.op, Merge) else ()
             if not step.replaced and all(
-                delta.target in given or "experts" in delta.options for delta in deltas
+                delta.target in given or not stacked.isdisjoint(ref.name for ref in delta.tensors.values())
+                for delta in deltas
             ):
                 continue
             target = deltas[0].target if deltas else self._name_of(step)
@@ -264,12 +282,13 @@ class _Drafting:
         turned = is_embedding or self._is_conv1d(module)
         shape = slot.shape[::-1] if turned else slot.shape
         form: Form = "embedding" if is_embedding else "convolution" if len(shape) > 2 else "linear"
-        before = self._before(step)
-        if before is not None:
+        if step.replaced:
             assert isinstance(step.op, Copy | Merge)
+            before = self._before(slot.name)
             after = step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
-            if before.shape != after.shape:
-                sentence = f"is {shape_text(after.shape)}, the base's is {shape_text(before.shape)}: LoRA cannot resize"
+            if before is None or before.shape != after.shape:
+                found = shape_text(before.shape) if before else "not stored"
+                sentence = f"is {shape_text(after.shape)}, the base's is {found}: LoRA cannot resize"
                 self.found.issues.append(error("unsupported", target, sentence, MERGE))
                 return
             if deltas:
@@ -280,12 +299,15 @@ class _Drafting:
             return
         self._add(LoraModule(module, form, Changed(step, turned), shape, 0))
 
-    def _before(self, step: Step) -> TensorRef | None:
-        """Return the base's own tensor behind one that the adapter replaces."""
-        if not step.replaced:
-            return None
+    def _before(self, name: str) -> TensorRef | None:
+        """Return the base's own tensor behind one that the adapter replaces: of a tie, the one that is stored."""
         assert self._joined is not None
-        return self._joined.stored.tensors.get(step.slots[0].name)
+        stored, known = self._joined.stored, self._joined.skeleton
+        if name in stored.tensors or known is None:
+            return stored.tensors.get(name)
+        ends = {**known.tied, **{source: end for end, source in known.tied.items()}}
+        other = ends.get(f"{stored.module(name.removesuffix('.weight'))}.weight")
+        return stored.tensors.get(stored.disk_name(other)) if other else None
 
     def _name_of(self, step: Step) -> str:
         """Return what the adapter calls a parameter that it replaces."""

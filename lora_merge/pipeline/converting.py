@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge._version import __version__
-from lora_merge.convert import Draft, Joined, Maker, adapter_config, draft, needs_base
+from lora_merge.convert import (
+    MERGE,
+    Draft,
+    Joined,
+    Maker,
+    adapter_config,
+    draft,
+    module_paths,
+    needs_base,
+)
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import Checkpoint
 from lora_merge.core.lora import ConvertReport, Keep, Lora, LoraModule, Made, Recipe, Written
@@ -31,7 +40,7 @@ from lora_merge.pipeline.planning import check_strict, plan_request
 from lora_merge.pipeline.reading_back import Join, read_back
 from lora_merge.plan import raise_errors
 from lora_merge.resolve import resolve_adapter
-from lora_merge.serving import ENGINES, Need, needs_of, report
+from lora_merge.serving import ENGINES, Need, needs_of, obstacles, report
 from lora_merge.transforms import BakeScale, PadRank, Pair, ReduceRank, Transform
 from lora_merge.writers import ADAPTER_WRITERS, check_gguf
 
@@ -96,6 +105,7 @@ def _plan(request: ConvertRequest, watch: Observer) -> Job:
         issues = joined.plan.issues
         recipe = recipe_of(request, adapter, str(joined.base.config.get("model_type", "")))
     raise_errors(issues)
+    _raise(_incurable(request, adapter, joined))
     found = draft(adapter, recipe, joined)
     _raise([*found.issues, *_unsaid(found.modules, recipe)])
     inputs = (Path(adapter.root), *([Path(joined.base.root)] if joined else []))
@@ -168,6 +178,19 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, model_type: str = "") -
         dtype=None if request.dtype is None else DTYPE_CODES[request.dtype],
         format=kind,
     )
+
+
+def _incurable(request: ConvertRequest, adapter: Adapter, joined: Joined | None) -> list[Issue]:
+    """Return an issue for each trait that an engine stumbles over and that no conversion takes away."""
+    if request.serving is None:
+        return []
+    model_type = str(joined.base.config.get("model_type", "")) if joined else ""
+    engine = ENGINES[request.serving]
+    return [
+        error("unsupported", trait.name, f"{trait.detail}: {engine.name} {rule.sentence}", MERGE)
+        for trait, rule in obstacles(engine, traits_of(adapter), model_type)
+        if not rule.needs and not (rule.except_for and not model_type)
+    ]
 
 
 def _unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
@@ -253,7 +276,7 @@ def _make(job: Job, spool: Spool, watch: Observer) -> list[Made]:
         pair, loss = maker(module)
         a, b = spool.add(f"{module.path}:A", pair.a), spool.add(f"{module.path}:B", pair.b)
         made.append(Made(module, a, b, pair.scale, loss))
-        watch.advance(a.nbytes + b.nbytes)
+        watch.advance(_nbytes([module]))
         watch.done(module.path)
     return made
 
@@ -278,7 +301,7 @@ def _lora(job: Job, made: Sequence[Made]) -> Lora:
                 "", 0, "pad_rank", sentence, hint=f"add --rank {max(recipe.ranks)} to keep less of it"
             )
         made = [replace(one, padded=rank) for one in made]
-    modules = job.base.matrices() if job.base else ()
+    modules = module_paths(job.base.by_name()) if job.base else ()
     config = adapter_config(job.adapter, made, recipe, modules)
     base_config = job.base.config if job.base else {}
     return Lora(tuple(made), config, job.found.whole, base_config)

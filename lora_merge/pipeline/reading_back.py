@@ -64,6 +64,8 @@ def _differences(lora: Lora, modules: Mapping[str, LoraModule]) -> list[Issue]:
             continue
         wanted = Pair(load(made.a), load(made.b), made.scale)
         got, _ = maker(modules[path])
+        if wanted.equals(got):
+            continue
         off = wanted.distance(got)
         if off > _TOLERANCE * wanted.norm():
             sentence = f"differs from what was made by {off / (wanted.norm() or 1):.2g} of its size"

@@ -259,9 +259,10 @@ class Draft:
         issues: list[Issue] = []
         shapes = self.shapes
         for name, shape in shapes.items():
-            before, rows = self._model.source(name).shape[0], shape[0]
-            if before == rows:
+            stored = self._model.source(name).shape
+            if stored == shape:
                 continue
+            before, rows = stored[0], shape[0]
             patch = vocabulary_patch(self._base, before, rows)
             self.config_patch |= patch
             verb = "grows" if rows > before else "shrinks"

@@ -6,6 +6,7 @@ the conversion has to do, so that ``--for ENGINE`` is made of the same rules.
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from lora_merge.core.inspection import EngineReport, Obstacle
@@ -98,11 +99,12 @@ class _Commands:
     def __init__(
         self, name: ServingEngine, engine: Engine, adapter: str, base: str, traits: Sequence[Trait]
     ) -> None:
-        plain = adapter.rstrip("/").rpartition("/")[2].partition("@")[0] or "adapter"
-        base_option = f" --base {base}" if base else ""
-        self.merge = f"lora-merge{base_option} --adapter {adapter} --out {plain}-merged"
-        self._convert = f"lora-merge convert {adapter} --for {name}{base_option}"
-        self._out = f" --out {plain}-{name}"
+        named = adapter.rstrip("/").rpartition("/")[2].partition("@")[0]
+        plain = named if named.strip(".") else "adapter"
+        base_option = f" --base {quote(base)}" if base else ""
+        self.merge = f"lora-merge{base_option} --adapter {quote(adapter)} --out {quote(f'{plain}-merged')}"
+        self._convert = f"lora-merge convert {quote(adapter)} --for {name}{base_option}"
+        self._out = f" --out {quote(f'{plain}-{name}')}"
         self._is_lossy = "to-lora" in needs_of(name, traits)
         self._rank = engine.ranks.default or "N"
 
@@ -126,7 +128,7 @@ def _rank_obstacles(engine: Engine, rank: Trait, commands: _Commands) -> list[Ob
         return [Obstacle("rank", "refused", sentence, cures, ranks.source)]
     if ranks.by_padding and rank.value not in ranks.allowed:
         sentence = f"{rank.detail}: {engine.name} {ranks.otherwise}"
-        return [Obstacle("rank", ranks.effect, sentence, (commands.convert(), commands.merge), ranks.source)]
+        return [Obstacle("rank", ranks.effect, sentence, commands.of(("pad-rank",)), ranks.source)]
     if ranks.default and rank.value > ranks.default:
         value = next(value for value in ranks.allowed if value >= rank.value)
         sentence = f"{rank.detail}: {engine.name} serves up to {ranks.default} unless it is told"

@@ -14,6 +14,7 @@ SGLANG = Engine(
         most=0, default=0, option="--max-lora-rank",
         source="sglang 0.5.23, lora_manager.py; without the option the largest r of --lora-paths counts, read",
     ),
+    always=("pad-rank",),
     rules=(
         Rule("kind", "refused", "reads LoRA only", f"{_RUN}: lora_config.py", ("to-lora",)),
         Rule("format", "refused", "reads PEFT's files", f"{_READ}: lora_config.py", ("rewrite",)),

@@ -28,6 +28,17 @@ class Pair:
         """Return r."""
         return int(self.a.shape[-2])
 
+    def equals(self, other: Pair) -> bool:
+        """Return True when the factors have the same values, and the scales are the same."""
+        import torch
+
+        return (
+            self.scale == other.scale
+            and self.a.shape == other.a.shape
+            and torch.equal(self.a.float(), other.a.float())
+            and torch.equal(self.b.float(), other.b.float())
+        )
+
     def norm(self) -> float:
         """Return ‖ΔW‖ in the Frobenius norm, from the factors alone."""
         return abs(self.scale) * sqrt(_inner(self, self))
