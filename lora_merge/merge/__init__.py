@@ -7,7 +7,7 @@ no delta touches; `devices` sets torch up, and `stopwatch` knows where the time 
 
 from lora_merge.merge.copying import Copier
 from lora_merge.merge.devices import NoDeviceError, TorchLoading, one_torch_thread, pick_device, quick_turns
-from lora_merge.merge.merger import Merger, Sink
+from lora_merge.merge.merger import Merger, Order, Sink
 from lora_merge.merge.sample import SAMPLE_ELEMENTS
 from lora_merge.merge.stopwatch import Stopwatches
 
@@ -16,6 +16,7 @@ __all__ = [
     "Copier",
     "Merger",
     "NoDeviceError",
+    "Order",
     "Sink",
     "Stopwatches",
     "TorchLoading",

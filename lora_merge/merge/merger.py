@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from lora_merge.codecs import CODECS
 from lora_merge.core.plan import Block, Copy, Merge
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch
-from lora_merge.core.tensor import TensorRecord
+from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.deltas import ALGEBRAS, Factors, Part
 from lora_merge.io.files import digest_text, new_digest, open_for_reading
 from lora_merge.io.safetensors import RowReader, load
@@ -21,14 +23,13 @@ from lora_merge.merge.stopwatch import Stopwatches
 from lora_merge.merge.workbench import Workbench
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
+    from lora_merge.codecs import Codec
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.plan import Step
-    from lora_merge.core.tensor import TensorRef
     from lora_merge.deltas.algebra import Changer
     from lora_merge.merge.stopwatch import Stopwatch
     from lora_merge.merge.workbench import Frame
@@ -39,6 +40,19 @@ class Sink(CopySink, Protocol):
 
     def open(self, slot: TensorRef) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
         """Open a slot; the result writes its next bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One tensor of one output: what it is made by, and where it goes."""
+
+    slot: TensorRef
+    op: Merge
+    sink: Sink
+
+    def alike(self) -> tuple[object, ...]:
+        """Return what orders have in common whose source may be read once for all of them."""
+        return (self.op.codec, self.op.parts, self.op.view, self.op.reach == "tensor")
 
 
 class Merger:
@@ -82,44 +96,63 @@ class Merger:
                 (record,) = self._copier(Stretch((step,)))
                 return record
             case Merge() as op:
-                with memory_for(f"merging {slot.name}"):
-                    return self._merge(slot, op)
+                (record,) = self.together([Order(slot, op, self._sink)])
+                return record
             case _:
                 assert_never(step.op)
 
-    def _merge(self, slot: TensorRef, op: Merge) -> TensorRecord:
-        """Stream one tensor through float32, row tile by row tile."""
+    def together(self, orders: Sequence[Order]) -> list[TensorRecord]:
+        """Make one stored tensor into several, for which it is read and widened once; return their records.
+
+        Args:
+            orders: of which all have the same source, codec, view and tiles (`alike`).
+
+        Raises:
+            CheckpointError: a source cannot be read.
+            WriteError: the disk is full or cannot be written.
+            OutOfMemoryError: there is no memory left for it.
+        """
+        with memory_for(f"merging {orders[0].slot.name}"):
+            return self._merge(orders)
+
+    def _merge(self, orders: Sequence[Order]) -> list[TensorRecord]:
+        """Stream one tensor through float32, row tile by row tile, into every output that wants it."""
         watch, bench = self._watches.mine(), self._workbench("bench", Workbench.of)
         watch.start()
+        op = orders[0].op
         codec, source, columns = CODECS[op.codec], op.parts[0], op.view.columns
         tiles = [tile for tile in op.tiles(self._tile_elements) if (tile[1] - tile[0]) * columns]
-        sample = Sample(op, len(tiles))
-        under_way: deque[Frame] = deque()
-        with open_for_reading(source.file) as fd, self._sink.open(slot) as fill:
+        with contextlib.ExitStack() as stack:
+            fd = stack.enter_context(open_for_reading(source.file))
             rows = RowReader(fd, source, op.view.n_rows)
-            working = Working(op, lambda delta: self._algebra(fd, op, delta, slot))
-            filled = _Filled(fill, watch)
+            outputs = [self._output(order, fd, len(tiles), stack, watch) for order in orders]
+            loop = _Loop(bench, source, rows, codec, watch)
             for n, (start, end) in enumerate(tiles):
-                changers = working.on(start, end)
-                watch.lap("prepare")
-                if len(under_way) == bench.depth:
-                    filled.take(under_way.popleft())
-                frame = bench.frame(end - start, columns, source.dtype, slot.dtype)
-                rows.read_into(frame.raw, start)
+                shared = self._shared(source, rows, (start, end), op) if len(outputs) > 1 else None
                 watch.lap("read")
-                frame.decode(codec)
-                watch.lap("decode")
-                sample.before(n, frame)
-                change(frame.values, start, end, op, changers)
-                watch.lap("change")
-                frame.encode(codec)
-                sample.after(n, frame)
-                watch.lap("encode")
-                under_way.append(frame)
-            for frame in under_way:
-                filled.take(frame)
-        text, survival = filled.digest(), sample.survival()
-        return TensorRecord(slot.name, slot.file, slot.nbytes, text, finite=filled.finite, survival=survival)
+                for output in outputs:
+                    loop.tile(output, n, (start, end), shared)
+            loop.finish()
+        return [output.record() for output in outputs]
+
+    def _output(
+        self, order: Order, fd: int, n_tiles: int, stack: contextlib.ExitStack, watch: Stopwatch
+    ) -> _Output:
+        """Return an output's part of the work, its slot open."""
+        fill = stack.enter_context(order.sink.open(order.slot))
+        working = Working(order.op, lambda delta: self._algebra(fd, order.op, delta, order.slot))
+        return _Output(order, working, Sample(order.op, n_tiles), _Filled(fill, watch))
+
+    def _shared(self, source: TensorRef, rows: RowReader, tile: tuple[int, int], op: Merge) -> Frame:
+        """Return a tile of the base, widened, for several outputs."""
+        start, end = tile
+        frame = self._workbench("shared", Workbench).frame(
+            end - start, op.view.columns, source.dtype, source.dtype
+        )
+        frame.wait()
+        rows.read_into(frame.raw, start)
+        frame.decode(CODECS[op.codec])
+        return frame
 
     def _algebra(self, fd: int, op: Merge, delta: DeltaSpec, slot: TensorRef) -> Changer:
         """Return a delta with its factors loaded, on the device, and the weight surveyed if it asks for that."""
@@ -165,6 +198,79 @@ class Merger:
             found = make(self._device)
             setattr(self._local, name, found)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """One output's part of the work on a tensor."""
+
+    order: Order
+    working: Working
+    sample: Sample
+    filled: _Filled
+
+    def record(self) -> TensorRecord:
+        """Return the evidence, once all tiles are written."""
+        slot, filled = self.order.slot, self.filled
+        return TensorRecord(
+            slot.name,
+            slot.file,
+            slot.nbytes,
+            filled.digest(),
+            finite=filled.finite,
+            survival=self.sample.survival(),
+        )
+
+
+class _Loop:
+    """The way of a tile through a worker's buffers, of one output after the other."""
+
+    def __init__(
+        self, bench: Workbench, source: TensorRef, rows: RowReader, codec: Codec, watch: Stopwatch
+    ) -> None:
+        self._bench, self._source, self._rows = bench, source, rows
+        self._codec, self._watch = codec, watch
+        self._under_way: deque[tuple[_Output, Frame]] = deque()
+
+    def tile(self, output: _Output, n: int, limits: tuple[int, int], shared: Frame | None) -> None:
+        """Read or take over a tile, change it and round it; what was begun before is written as room is needed.
+
+        Args:
+            output: whose tile.
+            n: its number.
+            limits: its rows.
+            shared: the same tile as it is for every output; None for a single one, which reads it.
+        """
+        start, end = limits
+        watch, order = self._watch, output.order
+        changers = output.working.on(start, end)
+        watch.lap("prepare")
+        if len(self._under_way) == self._bench.depth:
+            self._take()
+        frame = self._bench.frame(end - start, order.op.view.columns, self._source.dtype, order.slot.dtype)
+        if shared is None:
+            self._rows.read_into(frame.raw, start)
+            watch.lap("read")
+            frame.decode(self._codec)
+        else:
+            frame.values.copy_(shared.values)
+        watch.lap("decode")
+        output.sample.before(n, frame)
+        change(frame.values, start, end, order.op, changers)
+        watch.lap("change")
+        frame.encode(self._codec)
+        output.sample.after(n, frame)
+        watch.lap("encode")
+        self._under_way.append((output, frame))
+
+    def finish(self) -> None:
+        """Write what is still under way."""
+        while self._under_way:
+            self._take()
+
+    def _take(self) -> None:
+        output, frame = self._under_way.popleft()
+        output.filled.take(frame)
 
 
 class _Filled:

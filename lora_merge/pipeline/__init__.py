@@ -20,9 +20,6 @@ from lora_merge.core.request import (
     parse_fields,
     parse_request,
 )
-from lora_merge.pipeline.converting import convert_adapter
-from lora_merge.pipeline.extracting import extract_adapter
-from lora_merge.pipeline.inspecting import inspect_adapter
 from lora_merge.pipeline.merging import run
 from lora_merge.pipeline.planning import explain, plan_request
 from lora_merge.pipeline.proving import prove
@@ -47,12 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "convert",
-    "convert_adapter",
     "explain",
     "extract",
-    "extract_adapter",
     "inspect",
-    "inspect_adapter",
     "merge",
     "plan",
     "prove",
@@ -256,6 +250,8 @@ def inspect(  # noqa: PLR0913 - the options of the command, each by its name
         "adapter": str(adapter), "base": _text(base), "base_is": base_is, "expert_layout": words,
         "serving": engine, "plot": _text(plot), "strict": strict, "token": token, "offline": offline,
     }  # fmt: skip
+    from lora_merge.pipeline.inspecting import inspect_adapter
+
     return inspect_adapter(parse_request(InspectRequest, fields), observer=observer)
 
 
@@ -321,6 +317,8 @@ def convert(  # noqa: PLR0913 - the options of the command, each by its name
         "base_is": base_is, "expert_layout": words, "allow_svd": allow_svd, "overwrite": overwrite,
         "strict": strict, "token": token, "offline": offline,
     }  # fmt: skip
+    from lora_merge.pipeline.converting import convert_adapter
+
     return convert_adapter(parse_request(ConvertRequest, fields), observer=observer)
 
 
@@ -366,6 +364,8 @@ def extract(  # noqa: PLR0913 - the options of the command, each by its name
         "target": names, "save_modules": save_modules, "dtype": dtype, "overwrite": overwrite,
         "strict": strict, "token": token, "offline": offline,
     }  # fmt: skip
+    from lora_merge.pipeline.extracting import extract_adapter
+
     return extract_adapter(parse_request(ExtractRequest, fields), observer=observer)
 
 

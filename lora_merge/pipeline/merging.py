@@ -1,57 +1,64 @@
-"""plan → (resume) → reserve → merge → seal → verify → publish, on one page."""
+"""request → plan → the checkpoint: a run, or several of one base in one pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_merge import executors
-from lora_merge._version import __version__
 from lora_merge.core.budget import Budget, allot
-from lora_merge.core.plan import Copy, MergePlan
-from lora_merge.core.provenance import Provenance
-from lora_merge.core.report import (
-    NOT_VERIFIED,
-    Issue,
-    Observer,
-    Report,
-    Silence,
-    Verdict,
-    note,
-    survival_issues,
-    warning,
-)
-from lora_merge.core.request import Request
+from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Silence, Summary, warning
 from lora_merge.core.shards import parse_size
 from lora_merge.core.shortage import memory_for
-from lora_merge.core.stretches import stretches
-from lora_merge.errors import CheckpointError, RequestError, VerifyError, WriteError
+from lora_merge.errors import LoraMergeError, RequestError, WriteError
 from lora_merge.io import machine, staging
-from lora_merge.io.journal import Journal
-from lora_merge.merge import (
-    Copier,
-    Merger,
-    NoDeviceError,
-    Stopwatches,
-    TorchLoading,
-    one_torch_thread,
-    pick_device,
-    quick_turns,
-)
+from lora_merge.merge import NoDeviceError, pick_device
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
-from lora_merge.pipeline.resuming import Inputs, fingerprint, finished
-from lora_merge.verify import verify as check_output
-from lora_merge.writers import HfCheckpoint
+from lora_merge.pipeline.resuming import Inputs
+from lora_merge.pipeline.writing import Output, write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from lora_merge.core.report import Summary
-    from lora_merge.core.tensor import Survival, TensorRecord
-    from lora_merge.executors.work import Work
-    from lora_merge.io.staging import Stage
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that is planned, and found to be possible."""
+
+    planned: Planned
+    out: Path
+    device: str
+    budget: Budget
+    summary: Summary
+    issues: tuple[Issue, ...]
+    shortage: Issue | None
+    clock: Clock
+
+    @property
+    def request(self) -> Request:
+        """Return the user's."""
+        return self.planned.request
+
+    def report(self, output: Output | None = None) -> Report:
+        """Return what was done, or what would be."""
+        request, plan = self.request, self.planned.plan
+        shortage = [self.shortage] if self.shortage else []
+        return Report(
+            plan.base,
+            request.adapter,
+            str(self.out) if request.out else "",
+            output is None,
+            self.summary,
+            (*plan.issues, *shortage, *self.issues, *(output.notes if output else ())),
+            output.verdict if output else NOT_VERIFIED,
+            output.survival if output else {},
+            self.clock.seconds,
+            self.clock.busy_seconds,
+        )
 
 
 def run(request: Request, *, dry_run: bool = False, observer: Observer | None = None) -> Report:
@@ -66,9 +73,24 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
         LoraMergeError: see `lora_merge.errors`. Nothing stands under the output's name then, but what
             stood there before.
     """
+    watch = observer or Silence()
+    prepared = prepare(request, watch, dry_run=dry_run)
+    if dry_run:
+        return prepared.report()
+    (done,) = carry_out([prepared], watch)
+    if isinstance(done, LoraMergeError):
+        raise done
+    return done
+
+
+def prepare(request: Request, watch: Observer, *, dry_run: bool = False) -> Prepared:
+    """Plan a request, and look at the machine that is to carry it out.
+
+    Raises:
+        LoraMergeError: it cannot be carried out.
+    """
     clock = Clock()
     out = _absolute(request.out)
-    watch = observer or Silence()
     with clock("plan"), memory_for("planning"):
         planned = plan_request(request, watch)
         plan = planned.plan
@@ -83,171 +105,24 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
         shortage = _shortage(out, summary)
     if shortage and not dry_run:
         raise WriteError(str(shortage))
-    verdict = NOT_VERIFIED
-    survival: dict[str, Survival] = {}
-    if not dry_run:
-        work = _Work(request, planned, Inputs.of(plan), device, budget, watch, clock)
-        with staging.staging(out, resume=request.resume) as stage, memory_for("writing the output"):
-            verdict, survival = work.write(stage)
-            found = (*work.notes, *verdict.notes, *survival_issues(survival))
-            check_strict(found, strict=request.strict)
-            with clock("publish"):
-                watch.phase("publishing", 0)
-                staging.publish(stage.output, out)
-        issues += found
-    return Report(
-        plan.base,
-        request.adapter,
-        str(out) if request.out else "",
-        dry_run,
-        summary,
-        (*plan.issues, *([shortage] if shortage else []), *issues),
-        verdict,
-        survival,
-        clock.seconds,
-        clock.busy_seconds,
-    )
+    return Prepared(planned, out, device, budget, summary, tuple(issues), shortage, clock)
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """The part of a run that writes."""
+def carry_out(group: Sequence[Prepared], watch: Observer) -> list[Report | LoraMergeError]:
+    """Make the outputs of some requests that have a base and a device in common, in one pass over the base.
 
-    request: Request
-    planned: Planned
-    inputs: Inputs
-    device: str
-    budget: Budget
-    watch: Observer
-    clock: Clock
-    notes: list[Issue] = field(default_factory=list)
-    """What is worth knowing about it."""
+    Returns:
+        The report of each, or what it alone failed of.
 
-    @property
-    def plan(self) -> MergePlan:
-        """Return the plan."""
-        return self.planned.plan
-
-    def write(self, stage: Stage) -> tuple[Verdict, dict[str, Survival]]:
-        """Fill the staging directory; return what its verification says, and what became of each delta.
-
-        The disk takes the output in from the first byte on, and what is left of that while it is verified.
-
-        Raises:
-            VerifyError: it says no.
-            WriteError: the disk does not take it.
-            CheckpointError: an input cannot be read, or changed meanwhile.
-        """
-        writer = HfCheckpoint(stage.output)
-        merge = fingerprint(self.plan, self.inputs, _options(self.request) | {"device": self.device})
-        loading = TorchLoading()  # from here on this thread imports nothing
-        records = self._resumed(stage, writer, merge) if self.request.resume else []
-        with staging.Flushing(stage.output) as flushing, Journal(stage.journal, merge, records) as journal:
-            done = {record.name for record in records}
-            records += self._fill(writer, journal, flushing, loading, done)
-            self.inputs.check()
-            with self.clock("seal"):
-                writer.seal(self.plan, records, _provenance(self.request, self.planned))
-            verdict = self._verified(stage.output, records)
-            with self.clock("flush"):
-                self.watch.phase("flushing", 0)
-                flushing.wait()
-        return verdict, {record.name: record.survival for record in records if record.survival}
-
-    def _resumed(self, stage: Stage, writer: HfCheckpoint, merge: str) -> list[TensorRecord]:
-        """Return the records of what an interrupted run has written."""
-        with self.clock("resume"), quick_turns():
-            found = finished(self.plan, stage, writer, merge, self.budget.n_workers, self.watch)
-        subject, n_tensors = str(_absolute(self.request.out)), len(self.plan.steps)
-        if found:
-            sentence = (
-                f"{len(found)} of {n_tensors} tensors were there from an interrupted run, as it wrote them"
-            )
-            self.notes.append(note("resumed", subject, sentence))
-        elif found is None and stage.journal.exists():
-            sentence = (
-                "an interrupted run was of another merge (other inputs, options or versions): begun anew"
-            )
-            self.notes.append(note("not-resumed", subject, sentence))
-        return found or []
-
-    def _verified(self, staged: Path, records: list[TensorRecord]) -> Verdict:
-        """Return what the verification of the staged output says, if it says yes."""
-        if self.request.verify == "none":
-            return NOT_VERIFIED
-        with self.clock("verify"), one_torch_thread():
-            self.watch.phase("verifying", 0)
-            verdict = check_output(self.plan, staged, records, self.request.verify)
-        if not verdict.ok:
-            raise VerifyError(verdict)
-        return verdict
-
-    def _fill(
-        self,
-        writer: HfCheckpoint,
-        journal: Journal,
-        flushing: staging.Flushing,
-        loading: TorchLoading,
-        done: set[str],
-    ) -> list[TensorRecord]:
-        """Carry out every step that is not done and return the records: copies while torch loads, then the rest.
-
-        Copies are flushed meanwhile; what is merged is on its way to the disk by itself.
-
-        Raises:
-            ChangedError: an input is not what it was.
-        """
-        watches = Stopwatches()
-        steps = [step for step in self.plan.steps if not done.issuperset(slot.name for slot in step.slots)]
-        copies = [step for step in steps if isinstance(step.op, Copy)]
-        others = [step for step in steps if not isinstance(step.op, Copy)]
-        with self.clock("copy"), quick_turns():
-            self._link(writer)
-            writer.reserve(self.plan)
-            records = self._run("copying", Copier(writer, watches), stretches(copies), "cpu", journal)
-            flushing.rest()
-        with self.clock("load"):
-            loading.wait()
-        with self.clock("merge"), one_torch_thread():
-            merger = Merger(writer, self.device, self.budget.tile_elements, watches)
-            records += self._run("merging", lambda step: [merger(step)], others, self.device, journal)
-        self.clock.busy_seconds.update(watches.seconds())
-        return records
-
-    def _link(self, writer: HfCheckpoint) -> None:
-        """Let weight files that nothing changes share their bytes with the base's, where that is wanted."""
-        how = self.request.link or "reflink"
-        if how == "copy":
-            return
-        refused = writer.link(self.plan, how)
-        if refused and self.request.link:
-            n_files, why = len(refused), next(iter(refused.values()))
-            sentence = f"the disk makes no {how} links here ({why}), so {n_files} of its files were copied"
-            self.notes.append(note("link", str(_absolute(self.request.out)), sentence))
-
-    def _run(
-        self,
-        phase: str,
-        do: Callable[[Work], list[TensorRecord]],
-        work: Sequence[Work],
-        device: str,
-        journal: Journal,
-    ) -> list[TensorRecord]:
-        """Carry out some work and return the records it leaves, which the journal gets too."""
-        self.watch.phase(phase, sum(piece.nbytes for piece in work))
-        records = []
-        n_workers = self.budget.n_workers
-        try:
-            for some in executors.pick(n_workers, device)(do, work, n_workers):
-                journal.add(some)
-                for record in some:
-                    records.append(record)
-                    self.watch.advance(record.nbytes)
-                    self.watch.done(record.name)
-        except CheckpointError:
-            self.inputs.check()  # a file that changes breaks in many ways
-            raise
-        return records
+    Raises:
+        LoraMergeError: what all of them failed of.
+    """
+    outputs = [
+        Output(one.planned, one.out, Inputs.of(one.planned.plan), one.device, one.clock) for one in group
+    ]
+    smallest = min((one.budget for one in group), key=lambda budget: (budget.n_workers, budget.tile_elements))
+    write(outputs, group[0].device, smallest, watch)
+    return [output.error or one.report(output) for one, output in zip(group, outputs, strict=True)]
 
 
 def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
@@ -277,45 +152,6 @@ def _absolute(out: str) -> Path:
     """Return the absolute path of an output; a link under its own name stays one."""
     path = Path(out).expanduser().absolute()
     return path.parent.resolve() / path.name
-
-
-def _provenance(request: Request, planned: Planned) -> Provenance:
-    import platform
-
-    import numpy as np
-    import torch
-
-    return Provenance(
-        base=planned.base.text if request.base or planned.base.origin else planned.plan.base,
-        adapters=tuple(use.adapter for use in planned.uses),
-        adapter_paths=tuple(place.text for place in planned.adapters),
-        base_origin=planned.base.origin,
-        adapter_origins=tuple(place.origin for place in planned.adapters),
-        merged_before=planned.merged_before,
-        out_name=Path(request.out).name,
-        options=_options(request),
-        versions={
-            "lora-merge": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-    )
-
-
-def _options(request: Request) -> dict[str, object]:
-    """Return the options that shape the output, for its manifest."""
-    options: dict[str, object] = {
-        "dtype": request.dtype,
-        "max_shard_size": request.max_shard_size,
-        "device": request.device,
-        "base_is": request.base_is,
-    }
-    if request.expert_layout:
-        options["expert_layout"] = list(request.expert_layout)
-    if request.combine != "linear":
-        options |= {"combine": request.combine, "density": request.density, "seed": request.seed}
-    return options
 
 
 def _free_bytes(out: Path) -> int:

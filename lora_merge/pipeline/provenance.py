@@ -1,0 +1,54 @@
+"""What a merge was made from and with, for its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge._version import __version__
+from lora_merge.core.provenance import Provenance
+
+if TYPE_CHECKING:
+    from lora_merge.core.request import Request
+    from lora_merge.pipeline.planning import Planned
+
+
+def provenance_of(planned: Planned) -> Provenance:
+    """Return what a merge is made from and made with."""
+    import platform
+
+    import numpy as np
+    import torch
+
+    request = planned.request
+    return Provenance(
+        base=planned.base.text if request.base or planned.base.origin else planned.plan.base,
+        adapters=tuple(use.adapter for use in planned.uses),
+        adapter_paths=tuple(place.text for place in planned.adapters),
+        base_origin=planned.base.origin,
+        adapter_origins=tuple(place.origin for place in planned.adapters),
+        merged_before=planned.merged_before,
+        out_name=Path(request.out).name,
+        options=options_of(request),
+        versions={
+            "lora-merge": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    )
+
+
+def options_of(request: Request) -> dict[str, object]:
+    """Return the options that shape the output."""
+    options: dict[str, object] = {
+        "dtype": request.dtype,
+        "max_shard_size": request.max_shard_size,
+        "device": request.device,
+        "base_is": request.base_is,
+    }
+    if request.expert_layout:
+        options["expert_layout"] = list(request.expert_layout)
+    if request.combine != "linear":
+        options |= {"combine": request.combine, "density": request.density, "seed": request.seed}
+    return options

@@ -1,0 +1,343 @@
+"""plans → (resume) → reserve → copy → merge → seal → verify → publish: one output, or several of one base in one pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge import executors
+from lora_merge.core.budget import Budget
+from lora_merge.core.plan import Copy, Merge, MergePlan
+from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note, survival_issues
+from lora_merge.core.shortage import memory_for
+from lora_merge.core.stretches import Stretch, stretches
+from lora_merge.core.tensor import TensorRecord
+from lora_merge.errors import CheckpointError, LoraMergeError, VerifyError
+from lora_merge.io import staging
+from lora_merge.io.journal import Journal
+from lora_merge.merge import (
+    Copier,
+    Merger,
+    Order,
+    Stopwatches,
+    TorchLoading,
+    one_torch_thread,
+    quick_turns,
+)
+from lora_merge.pipeline.clock import Clock
+from lora_merge.pipeline.planning import Planned, check_strict
+from lora_merge.pipeline.provenance import options_of, provenance_of
+from lora_merge.pipeline.resuming import Inputs, fingerprint, finished
+from lora_merge.verify import verify as check_output
+from lora_merge.writers import HfCheckpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from lora_merge.core.plan import Step
+    from lora_merge.core.tensor import Survival
+    from lora_merge.executors.work import Work
+
+
+@dataclass
+class Output:
+    """One output while it is made."""
+
+    planned: Planned
+    out: Path
+    inputs: Inputs
+    device: str
+    clock: Clock = field(default_factory=Clock)
+    notes: list[Issue] = field(default_factory=list)
+    """What is worth knowing about it."""
+
+    records: list[TensorRecord] = field(default_factory=list)
+    verdict: Verdict = NOT_VERIFIED
+    error: LoraMergeError | None = None
+    """What it failed of, where others did not."""
+
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def plan(self) -> MergePlan:
+        """Return the plan."""
+        return self.planned.plan
+
+    @property
+    def survival(self) -> dict[str, Survival]:
+        """Return what became of each delta."""
+        return {record.name: record.survival for record in self.records if record.survival}
+
+    def take_place(self) -> None:
+        """Take the place beside the output's name.
+
+        Raises:
+            WriteError: another run holds it, or it cannot be made.
+        """
+        request = self.planned.request
+        self.stage = self._stack.enter_context(staging.staging(self.out, resume=request.resume))
+        self._stack.enter_context(memory_for("writing the output"))
+        self.writer = HfCheckpoint(self.stage.output)
+        self.merge = fingerprint(self.plan, self.inputs, options_of(request) | {"device": self.device})
+
+    def begin(self, n_workers: int, watch: Observer) -> None:
+        """Take up what an interrupted run left there, and begin the journal of this one.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        if self.planned.request.resume:
+            self._resume(self.merge, n_workers, watch)
+        self.flushing = self._stack.enter_context(staging.Flushing(self.stage.output))
+        self.journal = self._stack.enter_context(Journal(self.stage.journal, self.merge, self.records))
+
+    def _resume(self, merge: str, n_workers: int, watch: Observer) -> None:
+        """Take over the records of what an interrupted run has written."""
+        with self.clock("resume"), quick_turns():
+            found = finished(self.plan, self.stage, self.writer, merge, n_workers, watch)
+        subject, n_tensors = str(self.out), len(self.plan.steps)
+        if found:
+            sentence = (
+                f"{len(found)} of {n_tensors} tensors were there from an interrupted run, as it wrote them"
+            )
+            self.notes.append(note("resumed", subject, sentence))
+        elif found is None and self.stage.journal.exists():
+            sentence = (
+                "an interrupted run was of another merge (other inputs, options or versions): begun anew"
+            )
+            self.notes.append(note("not-resumed", subject, sentence))
+        self.records = found or []
+
+    def left(self) -> list[Step]:
+        """Return what is still to be done."""
+        done = {record.name for record in self.records}
+        return [step for step in self.plan.steps if not done.issuperset(slot.name for slot in step.slots)]
+
+    def reserve(self) -> None:
+        """Make the files, those that nothing changes as links where that is wanted.
+
+        Raises:
+            CheckpointError: a file of the base cannot be read.
+            WriteError: the disk is full or cannot be written.
+        """
+        wanted = self.planned.request.link
+        if wanted != "copy":
+            refused = self.writer.link(self.plan, wanted or "reflink")
+            if refused and wanted:
+                n_files, why = len(refused), next(iter(refused.values()))
+                sentence = (
+                    f"the disk makes no {wanted} links here ({why}), so {n_files} of its files were copied"
+                )
+                self.notes.append(note("link", str(self.out), sentence))
+        self.writer.reserve(self.plan)
+
+    def finish(self, watch: Observer) -> None:
+        """Seal what is filled, verify it and give it its name.
+
+        Raises:
+            ChangedError: an input is not what it was.
+            VerifyError: the verification says no.
+            PlanError: there are warnings, and they count as errors.
+            WriteError: the disk does not take it.
+        """
+        request = self.planned.request
+        self.inputs.check()
+        with self.clock("seal"):
+            self.writer.seal(self.plan, self.records, provenance_of(self.planned))
+        if request.verify != "none":
+            with self.clock("verify"), one_torch_thread():
+                watch.phase("verifying", 0)
+                self.verdict = check_output(self.plan, self.stage.output, self.records, request.verify)
+            if not self.verdict.ok:
+                raise VerifyError(self.verdict)
+        with self.clock("flush"):
+            watch.phase("flushing", 0)
+            self.flushing.wait()
+        self.notes += (*self.verdict.notes, *survival_issues(self.survival))
+        check_strict(self.notes, strict=request.strict)
+        with self.clock("publish"):
+            watch.phase("publishing", 0)
+            staging.publish(self.stage.output, self.out)
+        self._stack.close()
+
+    def fail(self, exc: BaseException) -> None:
+        """Leave the place as the fault demands: what is whole stays after some, and the error has a note about it."""
+        with contextlib.suppress(type(exc)):
+            self._stack.__exit__(type(exc), exc, exc.__traceback__)
+
+
+def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observer) -> None:
+    """Make every output, and read what they have in common once.
+
+    What goes wrong while they are made goes wrong for all of them. What is wrong with one alone, once it is filled, is
+    its `Output.error`, and the others are finished.
+
+    Raises:
+        LoraMergeError: they cannot be made.
+    """
+    try:
+        for output in outputs:
+            output.take_place()
+        loading = TorchLoading()  # from here on this thread imports nothing
+        for output in outputs:
+            output.begin(budget.n_workers, watch)
+        _fill(outputs, device, budget, watch, loading)
+    except BaseException as exc:
+        for output in outputs:
+            output.fail(exc)
+        raise
+    for n, output in enumerate(outputs):
+        try:
+            output.finish(watch)
+        except LoraMergeError as exc:
+            output.fail(exc)
+            output.error = exc
+        except BaseException as exc:
+            for other in outputs[n:]:
+                other.fail(exc)
+            raise
+
+
+def _fill(
+    outputs: Sequence[Output], device: str, budget: Budget, watch: Observer, loading: TorchLoading
+) -> None:
+    """Carry out every step that is not done: copies while torch loads, then the rest.
+
+    Copies are flushed meanwhile; what is merged is on its way to the disk by itself.
+    """
+    watches = Stopwatches()
+    crew = _Crew(outputs, budget, watch)
+    left = [(output, step) for output in outputs for step in output.left()]
+    copies = [(output, step) for output, step in left if isinstance(step.op, Copy)]
+    with _each_clock(outputs, "copy"), quick_turns():
+        for output in outputs:
+            output.reserve()
+        crew.work("copying", _copier(watches), _shared_stretches(outputs, copies), "cpu")
+        for output in outputs:
+            output.flushing.rest()
+    with _each_clock(outputs, "load"):
+        loading.wait()
+    with _each_clock(outputs, "merge"), one_torch_thread():
+        merger = Merger(outputs[0].writer, device, budget.tile_elements, watches)
+        orders = _shared_orders((output, step) for output, step in left if isinstance(step.op, Merge))
+        crew.work("merging", lambda work: _merged(merger, work), orders, device)
+    for output in outputs:
+        output.clock.busy_seconds.update(watches.seconds())
+
+
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """One stretch of the base, and the outputs that want it."""
+
+    wanted: tuple[tuple[Output, Stretch], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that are written."""
+        return sum(stretch.nbytes for _, stretch in self.wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class _Orders:
+    """One stored tensor, and what several outputs make of it."""
+
+    wanted: tuple[tuple[Output, Order], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that are written."""
+        return sum(order.slot.nbytes for _, order in self.wanted)
+
+
+_Done = list[tuple[Output, list[TensorRecord]]]
+"""The records that a piece of work leaves, output by output."""
+
+
+def _shared_stretches(outputs: Sequence[Output], copies: Iterable[tuple[Output, Step]]) -> list[_Copies]:
+    """Return copies in stretches, those of the same source together."""
+    own: dict[int, list[Step]] = {id(output): [] for output in outputs}
+    for output, step in copies:
+        own[id(output)].append(step)
+    found: dict[tuple[object, ...], list[tuple[Output, Stretch]]] = {}
+    for output in outputs:
+        for stretch in stretches(own[id(output)]):
+            key = (stretch.sources[0].file, stretch.sources[0].start, stretch.nbytes)
+            found.setdefault(key, []).append((output, stretch))
+    return [_Copies(tuple(wanted)) for wanted in found.values()]
+
+
+def _shared_orders(merges: Iterable[tuple[Output, Step]]) -> list[_Orders]:
+    """Return merges, those whose source may be read once for several outputs together."""
+    found: dict[tuple[object, ...], list[tuple[Output, Order]]] = {}
+    for output, step in merges:
+        assert isinstance(step.op, Merge)
+        order = Order(step.slots[0], step.op, output.writer)
+        found.setdefault(order.alike(), []).append((output, order))
+    return [_Orders(tuple(wanted)) for wanted in found.values()]
+
+
+def _copier(watches: Stopwatches) -> Callable[[_Copies], _Done]:
+    """Return what copies a stretch into every output that wants it; its digests are taken once."""
+
+    def copy(work: _Copies) -> _Done:
+        first, stretch = work.wanted[0]
+        records = Copier(first.writer, watches)(stretch)
+        done = [(first, records)]
+        for output, other in work.wanted[1:]:
+            output.writer.copy(other)
+            done.append((output, _renamed(records, other)))
+        return done
+
+    return copy
+
+
+def _renamed(records: Sequence[TensorRecord], stretch: Stretch) -> list[TensorRecord]:
+    """Return the records of the same bytes in another output."""
+    return [
+        replace(record, name=slot.name, file=slot.file)
+        for record, slot in zip(records, stretch.slots, strict=True)
+    ]
+
+
+def _merged(merger: Merger, work: _Orders) -> _Done:
+    """Make one stored tensor into that of every output that wants it."""
+    records = merger.together([order for _, order in work.wanted])
+    return [(output, [record]) for (output, _), record in zip(work.wanted, records, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Crew:
+    """Whoever does the work of a phase."""
+
+    outputs: Sequence[Output]
+    budget: Budget
+    watch: Observer
+
+    def work(self, phase: str, do: Callable[[Work], _Done], work: Sequence[Work], device: str) -> None:
+        """Carry out some work; the records that it leaves go to the outputs, and into their journals."""
+        self.watch.phase(phase, sum(piece.nbytes for piece in work))
+        n_workers = self.budget.n_workers
+        try:
+            for done in executors.pick(n_workers, device)(do, work, n_workers):
+                for output, records in done:
+                    output.journal.add(records)
+                    output.records += records
+                    for record in records:
+                        self.watch.advance(record.nbytes)
+                        self.watch.done(record.name)
+        except CheckpointError:
+            for output in self.outputs:
+                output.inputs.check()  # a file that changes breaks in many ways
+            raise
+
+
+@contextlib.contextmanager
+def _each_clock(outputs: Sequence[Output], phase: str) -> Iterator[None]:
+    """Count the time of a block to every output."""
+    with contextlib.ExitStack() as stack:
+        for output in outputs:
+            stack.enter_context(output.clock(phase))
+        yield
