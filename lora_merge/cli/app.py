@@ -11,6 +11,7 @@ import click
 
 from lora_merge import __version__
 from lora_merge.cli import exits
+from lora_merge.cli.batch import batch
 from lora_merge.cli.console import error_json, say_error
 from lora_merge.cli.convert import convert
 from lora_merge.cli.extract import extract
@@ -93,6 +94,7 @@ def main() -> None:
       lora-merge --adapter my-lora --out merged --dry-run
       lora-merge --config merge.yaml
       lora-merge verify merged --forward
+      lora-merge batch merges.yaml
       lora-merge inspect my-lora
       lora-merge convert my-lora --for vllm --rank 16 --out my-lora-16
     """
@@ -101,6 +103,7 @@ def main() -> None:
 main.add_command(merge)
 main.add_command(plan)
 main.add_command(verify)
+main.add_command(batch)
 main.add_command(inspect)
 main.add_command(convert)
 main.add_command(extract)

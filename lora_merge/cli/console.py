@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli.tables import done_text, print_conversion, print_inspection
+from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
 from lora_merge.cli.text import printable, size_text
 from lora_merge.core.report import Silence
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
 
+    from lora_merge.core.batch import BatchReport
     from lora_merge.core.explanation import Match
     from lora_merge.core.inspection import Inspection
     from lora_merge.core.lora import ConvertReport, Loss
@@ -109,6 +110,13 @@ class Console:
         elif not self._quiet:
             print_conversion(report, verbose=self._verbose)
             click.echo(done_text(report), err=True)
+
+    def batch(self, report: BatchReport) -> None:
+        """Print what became of a batch: a table of jobs, and what went wrong."""
+        if self._as_json:
+            click.echo(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
+        if not self._quiet or not report.ok:
+            print_batch(report, only_failed=self._quiet or self._as_json)
 
     def _issues(self, issues: Sequence[Issue]) -> None:
         """Print issues: all, or when it is quiet the errors only."""

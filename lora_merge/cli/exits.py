@@ -18,6 +18,7 @@ RESOLVE = 3
 PLAN = 4
 WRITE = 5
 VERIFY = 6
+BATCH = 7
 INTERRUPTED = 130
 
 MEANINGS: dict[int, str] = {
@@ -28,6 +29,7 @@ MEANINGS: dict[int, str] = {
     PLAN: "adapter and base do not fit, or are of a kind that is not merged",
     WRITE: "the output cannot be written: it exists, the disk is full, …",
     VERIFY: "an output failed verification; one that is being merged is not given its name",
+    BATCH: "some jobs of a batch have no output; the report says which, and why",
     INTERRUPTED: "interrupted (Ctrl-C or SIGTERM)",
 }
 

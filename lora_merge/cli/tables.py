@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import click
+
 from lora_merge.cli.text import printable, size_text
+from lora_merge.cli.watching import STYLES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from rich.console import Console as RichConsole
 
+    from lora_merge.core.batch import BatchReport
     from lora_merge.core.inspection import Inspection, ModuleFacts, Obstacle
     from lora_merge.core.lora import ConvertReport, Written
 
@@ -189,3 +194,35 @@ def done_text(report: ConvertReport) -> str:
         f"{printable(report.out)}: {len(report.modules)} modules{whole}, {size_text(report.nbytes)} in {seconds:.1f} s "
         f"({transforms}); {lost}; read back"
     )
+
+
+def print_batch(report: BatchReport, *, only_failed: bool) -> None:
+    """Print what became of every job, and what went wrong with those that failed."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+    from rich.text import Text
+
+    console = RichConsole(stderr=True)
+    if not only_failed:
+        table = Table("job", "", "output", "seconds", title=printable(report.file))
+        for job in report.jobs:
+            state = Text(job.state, STYLES[job.state])
+            seconds = f"{job.seconds:.1f}" if job.seconds else ""
+            table.add_row(
+                Text(printable(job.name), overflow="fold"),
+                state,
+                Text(printable(job.out), overflow="fold"),
+                seconds,
+            )
+        console.print(table)
+    for job in report.jobs:
+        for issue in job.issues:
+            if issue.severity == "warning":
+                click.echo(printable(f"warning: {job.name}: {issue}"), err=True)
+        if job.message:
+            click.echo(printable(f"error: {job.name}: {job.message}"), err=True)
+            if job.hint:
+                click.echo(printable(f"hint: {job.hint}"), err=True)
+    states = [(state, report.count(state)) for state in STYLES]
+    counted = ", ".join(f"{n} {state}" for state, n in states if n)
+    click.echo(f"{len(report.jobs)} jobs: {counted}, in {report.seconds:.1f} s", err=True)

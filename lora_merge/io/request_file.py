@@ -6,15 +6,17 @@ import difflib
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_merge.core.request import Request, parse_fields
+from lora_merge.core.request import ConvertRequest, Request, parse_fields
 from lora_merge.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import yaml
+
+AnyRequest = TypeVar("AnyRequest", Request, ConvertRequest)
 
 _KEYS = tuple(field.name for field in fields(Request))
 
@@ -32,32 +34,48 @@ def read_request(
     Raises:
         RequestError: the file is no YAML, or a key is unknown, repeated, missing or of the wrong type.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    values, lines = _parse(path)
+    values, node = parse_yaml(path)
+    lines = _key_lines(path, node)
     values = {**(defaults or {}), **values, **overrides}
     for key in values:
         if key not in _KEYS:
-            close = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(_KEYS)}"
-            raise RequestError(path, lines.get(key, 0), str(key), "is no key of a request", hint=hint)
+            raise RequestError(
+                path, lines.get(key, 0), str(key), "is no key of a request", hint=close_hint(key, _KEYS)
+            )
     try:
-        values = parse_fields(values)
-        request: Request = TypeAdapter(Request).validate_json(json.dumps(values, default=str))
+        return validated(Request, parse_fields(values))
     except RequestError as exc:
-        raise RequestError(path, lines.get(exc.key, 0), exc.key, exc.sentence) from exc
+        raise RequestError(path, lines.get(exc.key, 0), exc.key, exc.sentence, hint=exc.hint) from exc
+
+
+def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
+    """Return a request of values that are parsed, once their types are right.
+
+    Raises:
+        RequestError: a value is missing or of the wrong type; it names the key.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        request: AnyRequest = TypeAdapter(kind).validate_json(json.dumps(values, default=str))
     except ValidationError as exc:
         first = exc.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "missing":
-            raise RequestError(path, 0, key, "is missing", hint=f"add it, or pass --{key}") from exc
+            raise RequestError("", 0, key, "is missing", hint=f"add it, or pass --{key}") from exc
         sentence = f"is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise RequestError(path, lines.get(key, 0), key, sentence) from exc
+        raise RequestError("", 0, key, sentence) from exc
     return request
 
 
-def _parse(path: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return the table in a YAML file, and the line of each key.
+def close_hint(key: object, known: Sequence[str]) -> str:
+    """Return what an unknown key may have been meant for."""
+    close = difflib.get_close_matches(str(key), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+
+
+def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
+    """Return the table in a YAML file, and its nodes, which know their lines.
 
     Raises:
         RequestError: it is no YAML, holds no table, or repeats a key.
@@ -76,7 +94,21 @@ def _parse(path: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise RequestError(path, line, "", f"is not valid YAML ({getattr(exc, 'problem', exc)})") from exc
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise RequestError(path, 1, "", f"holds {type(values).__name__}, expected a table of keys")
-    return values, _key_lines(path, node)
+    _check_unique(path, node)
+    return values, node
+
+
+def _check_unique(path: str, node: yaml.Node) -> None:
+    """Raise where a table, at any depth, names a key twice."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        _key_lines(path, node)
+        for _, value in node.value:
+            _check_unique(path, value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_unique(path, value)
 
 
 def _key_lines(path: str, node: yaml.MappingNode) -> dict[str, int]:

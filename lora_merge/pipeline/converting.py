@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +50,12 @@ if TYPE_CHECKING:
     import torch
 
 
+MARKS = (ADAPTER_CONFIG, CONVERSION_MANIFEST)
+"""Files that show that a directory is an adapter."""
+
+
 @dataclass(frozen=True, slots=True)
-class Job:
+class Conversion:
     """A LoRA to be made and written, wherever its modules come from."""
 
     source: str
@@ -88,12 +92,16 @@ def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None
     """
     watch, clock = observer or Silence(), Clock()
     with clock("plan"), memory_for("planning"):
-        job = _plan(request, watch)
+        job = plan_conversion(request, watch)
     return carry_out(job, watch, clock)
 
 
-def _plan(request: ConvertRequest, watch: Observer) -> Job:
-    """Locate and resolve, and draft what is to be written."""
+def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
+    """Locate and resolve, and draft what is to be written.
+
+    Raises:
+        LoraMergeError: it cannot be converted.
+    """
     place = locate_adapter(
         find(request.adapter, "adapter"), request.adapter, Access(request.token, request.offline), watch
     )
@@ -112,6 +120,7 @@ def _plan(request: ConvertRequest, watch: Observer) -> Job:
     provenance = {
         "adapter": {"path": place.text, "digest": adapter.digest, "format": adapter.format},
         **({"base": {"path": joined.base.root}} if joined else {}),
+        "options": _options_of(request),
     }
     join = None
     if joined is not None:
@@ -120,11 +129,21 @@ def _plan(request: ConvertRequest, watch: Observer) -> Job:
         def join(root: Path) -> Joined:
             return _join(replace(request, adapter=str(root), base=base), Silence())
 
-    return Job(
+    return Conversion(
         source=request.adapter, adapter=adapter, found=found, recipe=recipe, base=joined.base if joined else None, join=join,
         out=absolute(request.out), serving=request.serving, overwrite=request.overwrite, strict=request.strict,
         inputs=inputs, provenance=provenance, issues=issues,
     )  # fmt: skip
+
+
+def _options_of(request: ConvertRequest) -> dict[str, object]:
+    """Return the options that shape the output, those that were given."""
+    left_out = {"adapter", "out", "base", "overwrite", "strict", "token", "offline"}
+    return {
+        field.name: getattr(request, field.name)
+        for field in fields(request)
+        if field.name not in left_out and getattr(request, field.name) != field.default
+    }
 
 
 def _join(request: ConvertRequest, watch: Observer) -> Joined:
@@ -204,11 +223,10 @@ def _unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
     return [error("no-rank", unfactored[0], sentence, "say how much to keep: --rank N or --energy SHARE")]
 
 
-def carry_out(job: Job, watch: Observer, clock: Clock) -> ConvertReport:
+def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
     """Make the factors of every module, write them, read them back, and give them their name."""
     check_strict(job.issues, strict=job.strict)
-    marks = (ADAPTER_CONFIG, CONVERSION_MANIFEST)
-    staging.check_replaceable(job.out, overwrite=job.overwrite, inputs=job.inputs, marks=marks)
+    staging.check_replaceable(job.out, overwrite=job.overwrite, inputs=job.inputs, marks=MARKS)
     with staging.staging(job.out) as stage, memory_for("writing the adapter"):
         with clock("make"), Spool.open(stage.root / "factors") as spool:
             watch.phase("making factors", _nbytes(job.found.modules))
@@ -249,7 +267,7 @@ def _raise(issues: Sequence[Issue]) -> None:
         raise ConvertError(errors)
 
 
-def _left_for(job: Job, root: Path) -> list[Issue]:
+def _left_for(job: Conversion, root: Path) -> list[Issue]:
     """Return what an engine still stumbles over in the output that was made for it."""
     if job.serving is None or job.recipe.format != "peft":
         return []
@@ -262,7 +280,7 @@ def _left_for(job: Job, root: Path) -> list[Issue]:
     ]
 
 
-def _make(job: Job, spool: Spool, watch: Observer) -> list[Made]:
+def _make(job: Conversion, spool: Spool, watch: Observer) -> list[Made]:
     """Make the factors of every module; they wait in the spool."""
     recipe = job.recipe
     transforms: list[Transform] = []
@@ -281,7 +299,7 @@ def _make(job: Job, spool: Spool, watch: Observer) -> list[Made]:
     return made
 
 
-def _lora(job: Job, made: Sequence[Made]) -> Lora:
+def _lora(job: Conversion, made: Sequence[Made]) -> Lora:
     """Return what is to be written, once every rank is known.
 
     Raises:
@@ -313,7 +331,7 @@ def _padded(made: Made) -> tuple[torch.Tensor, torch.Tensor]:
     return pair.a, pair.b
 
 
-def _write_beside(job: Job, lora: Lora, root: Path) -> tuple[str, ...]:
+def _write_beside(job: Conversion, lora: Lora, root: Path) -> tuple[str, ...]:
     """Write what goes with the factors: tokenizer files that the adapter carried, and where it came from."""
     for side_file in job.adapter.side_files:
         (root / side_file.name).parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from lora_merge.io.hub import Access
 from lora_merge.io.safetensors import same_values
 from lora_merge.locate import find, locate_base
 from lora_merge.pipeline.clock import Clock
-from lora_merge.pipeline.converting import Job, absolute, carry_out
+from lora_merge.pipeline.converting import Conversion, absolute, carry_out
 from lora_merge.pipeline.planning import plan_request
 from lora_merge.plan import quantised_config, raise_errors
 from lora_merge.resolve import resolve_base
@@ -47,7 +47,7 @@ def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None
     return carry_out(job, watch, clock)
 
 
-def _plan(request: ExtractRequest, watch: Observer) -> Job:
+def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     access = Access(request.token, request.offline)
     places = [
         locate_base(find(text, role), text, access, watch)
@@ -74,7 +74,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Job:
         planned = plan_request(fields, Silence())
         return Joined(planned.checkpoint, planned.plan)
 
-    return Job(
+    return Conversion(
         source=request.tuned,
         adapter=adapter,
         found=Draft(found.modules, found.whole),

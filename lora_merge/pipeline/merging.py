@@ -83,16 +83,18 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     return done
 
 
-def prepare(request: Request, watch: Observer, *, dry_run: bool = False) -> Prepared:
-    """Plan a request, and look at the machine that is to carry it out.
+def prepare(
+    request: Request, watch: Observer, *, dry_run: bool = False, planned: Planned | None = None
+) -> Prepared:
+    """Plan a request, if it is not planned yet, and look at the machine that is to carry it out.
 
     Raises:
         LoraMergeError: it cannot be carried out.
     """
     clock = Clock()
-    out = _absolute(request.out)
+    out = absolute(request.out)
     with clock("plan"), memory_for("planning"):
-        planned = plan_request(request, watch)
+        planned = planned or plan_request(request, watch)
         plan = planned.plan
         check_strict(plan.issues, strict=request.strict)
         inputs = (Path(plan.base), *(Path(root) for root in plan.adapters))
@@ -148,7 +150,7 @@ def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
     return budget
 
 
-def _absolute(out: str) -> Path:
+def absolute(out: str) -> Path:
     """Return the absolute path of an output; a link under its own name stays one."""
     path = Path(out).expanduser().absolute()
     return path.parent.resolve() / path.name

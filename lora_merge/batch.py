@@ -1,0 +1,286 @@
+"""Many requests → one report: planned as a whole, grouped by base, carried out group by group, gone on with when run again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from lora_merge.core.batch import BatchObserver, BatchReport, Job, JobReport, State
+from lora_merge.core.lora import ConvertReport
+from lora_merge.core.report import Report
+from lora_merge.core.request import ConvertRequest, Request
+from lora_merge.errors import CheckpointError, LoraMergeError, WriteError
+from lora_merge.io import machine, staging
+from lora_merge.pipeline import converting
+from lora_merge.pipeline.clock import Clock
+from lora_merge.pipeline.converting import Conversion, plan_conversion
+from lora_merge.pipeline.current import is_current, is_current_adapter
+from lora_merge.pipeline.merging import Prepared, absolute, carry_out, prepare
+from lora_merge.pipeline.planning import plan_request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+
+MOST_TOGETHER = 8
+"""Outputs of one pass over a base: each keeps its factors in memory, and its files open."""
+
+
+@dataclass
+class _Task:
+    """A job while the batch runs."""
+
+    job: Job
+    state: State = "waiting"
+    error: LoraMergeError | None = None
+    planned: Prepared | Conversion | None = None
+    report: Report | ConvertReport | None = None
+    elsewhere: JobReport | None = None
+    """What another process says of it."""
+
+    seconds: float = 0.0
+
+    def result(self) -> JobReport:
+        """Return what became of it."""
+        if self.elsewhere is not None:
+            return self.elsewhere
+        error, report = self.error, self.report
+        hints = (getattr(error, "hint", ""), *getattr(error, "__notes__", ())) if error else ()
+        return JobReport(
+            name=self.job.name,
+            kind=self.job.kind,
+            out=self.job.request.out,
+            state=self.state,
+            error=type(error).__name__ if error else "",
+            message=str(error) if error else "",
+            hint="; ".join(hint for hint in hints if hint),
+            issues=tuple(getattr(error or report, "issues", ())),
+            seconds=round(self.seconds, 3),
+            details=asdict(report) if report is not None else {},
+        )
+
+
+class Batch:
+    """Carries out jobs; `report` says at any time how far it is.
+
+    Args:
+        jobs: in the order in which they stand.
+        keep_going: do what can be done, whatever is wrong with some of them; else one that cannot be planned keeps
+            all of them from being begun, and one that fails keeps the rest.
+        n_parallel: groups of jobs at a time, each in a process of its own where that is more than one.
+        dry_run: plan only.
+        watch: hears of jobs, phases and bytes.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        watch: BatchObserver,
+        *,
+        keep_going: bool = False,
+        n_parallel: int = 1,
+        dry_run: bool = False,
+    ) -> None:
+        self._tasks = [_Task(job) for job in jobs]
+        self._watch, self._keep_going, self._dry_run = watch, keep_going, dry_run
+        self._n_parallel = n_parallel
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        """Plan every job, then carry out those that can be, and whose output is not there already."""
+        for task in self._tasks:
+            self._plan(task)
+        if self._dry_run or (not self._keep_going and self._failed()):
+            self._leave()
+            return
+        groups = self._groups()
+        if self._n_parallel == 1 or len(groups) == 1:
+            for group in groups:
+                if self._keep_going or not self._failed():
+                    self._carry_out(group)
+        else:
+            self._carry_out_elsewhere(groups)
+        self._leave()
+
+    def report(self, file: str) -> BatchReport:
+        """Return what became of every job so far."""
+        seconds = round(time.monotonic() - self._began, 3)
+        return BatchReport(file, tuple(task.result() for task in self._tasks), seconds, self._dry_run)
+
+    def _failed(self) -> bool:
+        return any(task.state == "failed" for task in self._tasks)
+
+    def _set(self, task: _Task, state: State, sentence: str = "") -> None:
+        task.state = state
+        self._watch.job(task.job.name, state, sentence)
+
+    def _fail(self, task: _Task, error: LoraMergeError) -> None:
+        task.error = error
+        self._set(task, "failed", str(error))
+
+    def _leave(self) -> None:
+        """Say of what was planned and not begun that it was not run."""
+        for task in self._tasks:
+            if task.state in {"waiting", "planned"} and not self._dry_run:
+                self._set(task, "not run")
+
+    def _plan(self, task: _Task) -> None:
+        """Plan one job: it is planned then, or kept, or failed."""
+        try:
+            match task.job.request:
+                case Request() as request:
+                    planned = plan_request(request, self._watch)
+                    if is_current(planned, absolute(request.out)):
+                        self._set(task, "kept")
+                        return
+                    task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)
+                case ConvertRequest() as request:
+                    task.planned = plan_conversion(request, self._watch)
+                    if is_current_adapter(task.planned):
+                        self._set(task, "kept")
+                        return
+                    staging.check_replaceable(
+                        task.planned.out,
+                        overwrite=request.overwrite,
+                        inputs=task.planned.inputs,
+                        marks=converting.MARKS,
+                    )
+        except LoraMergeError as exc:
+            self._fail(task, exc)
+        else:
+            self._set(task, "planned")
+
+    def _groups(self) -> list[list[_Task]]:
+        """Return the tasks that are to be done: merges of one base together, so that it is read once."""
+        groups: dict[object, list[list[_Task]]] = {}
+        for task in self._tasks:
+            if task.state != "planned":
+                continue
+            key: object = id(task)
+            if isinstance(task.planned, Prepared):
+                key = (task.planned.planned.plan.base, task.planned.device)
+            of_base = groups.setdefault(key, [[]])
+            if len(of_base[-1]) == MOST_TOGETHER:
+                of_base.append([])
+            of_base[-1].append(task)
+        return [group for of_base in groups.values() for group in of_base]
+
+    def _carry_out(self, group: list[_Task]) -> None:
+        """Carry out the tasks of one group."""
+        began = time.monotonic()
+        for task in group:
+            self._set(task, "running")
+        try:
+            results = self._results(group)
+        except LoraMergeError as exc:
+            if len(group) > 1 and isinstance(exc, CheckpointError):
+                for task in group:  # one input is at fault; whose, shows when each is on its own
+                    self._carry_out([self._afresh(task)])
+                return
+            results = [exc] * len(group)
+        for task, result in zip(group, results, strict=True):
+            task.seconds = time.monotonic() - began
+            if isinstance(result, LoraMergeError):
+                self._fail(task, result)
+            else:
+                task.report = result
+                self._set(task, "done")
+
+    def _afresh(self, task: _Task) -> _Task:
+        """Return a task with a clock of its own, for another try."""
+        if isinstance(task.planned, Prepared):
+            task.planned = replace(task.planned, clock=Clock())
+        return task
+
+    def _results(self, group: list[_Task]) -> Sequence[Report | ConvertReport | LoraMergeError]:
+        """Return the report of each task, or what it alone failed of."""
+        merges = [task.planned for task in group if isinstance(task.planned, Prepared)]
+        if merges:
+            _check_room(merges)
+            return carry_out(merges, self._watch)
+        return [
+            converting.carry_out(task.planned, self._watch, Clock())
+            for task in group
+            if isinstance(task.planned, Conversion)
+        ]
+
+    def _carry_out_elsewhere(self, groups: list[list[_Task]]) -> None:
+        """Carry out groups in processes, several at a time."""
+        from concurrent.futures import ProcessPoolExecutor, as_completed
+        from multiprocessing import get_context
+
+        n = min(self._n_parallel, len(groups))
+        n_workers = max(1, machine.usable_cores() // n)
+        with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
+            futures: dict[Future[list[JobReport]], list[_Task]] = {}
+            for group in groups:
+                for task in group:
+                    self._set(task, "running")
+                futures[pool.submit(_elsewhere, [task.job for task in group], n_workers)] = group
+            try:
+                for future in as_completed(futures):
+                    for task, found in zip(futures[future], future.result(), strict=True):
+                        task.elsewhere = found
+                        self._set(task, found.state, found.message)
+                    if self._failed() and not self._keep_going:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        break
+            except KeyboardInterrupt:
+                for process in list(getattr(pool, "_processes", {}).values()):
+                    process.terminate()  # each keeps what is whole
+                raise
+
+
+def _elsewhere(jobs: Sequence[Job], n_workers: int) -> list[JobReport]:
+    """Carry out a group of jobs in this process, which is there for that alone."""
+    import signal
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
+    own = [
+        replace(job, request=replace(job.request, workers=job.request.workers or n_workers))
+        if isinstance(job.request, Request)
+        else job
+        for job in jobs
+    ]
+    batch = Batch(own, _Nobody(), keep_going=True)
+    batch.run()
+    return list(batch.report("").jobs)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+class _Nobody:
+    """An observer that hears nothing."""
+
+    def phase(self, name: str, total_bytes: int) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+    def done(self, name: str) -> None: ...
+
+    def job(self, name: str, state: State, sentence: str = "") -> None: ...
+
+
+def _check_room(group: Sequence[Prepared]) -> None:
+    """Raise where the disk has room for each output, and not for all that are made together.
+
+    Raises:
+        WriteError: it has not.
+    """
+    needed = sum(one.summary.disk_needed_bytes for one in group)
+    free = min(one.summary.disk_free_bytes for one in group)
+    if len(group) > 1 and needed > free and len({_disk(one.out) for one in group}) == 1:
+        sentence = f"{group[0].out.parent}: {len(group)} outputs need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
+        raise WriteError(sentence, hint="free some, or choose another place")
+
+
+def _disk(out: Path) -> int:
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    return existing.stat().st_dev

@@ -1,0 +1,89 @@
+"""``lora-merge batch``: many merges and conversions from one file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_merge.cli import exits
+from lora_merge.cli.options import Parsed, console_of, hub_options, output_options
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--keep-going",
+    is_flag=True,
+    help="Do what can be done, whatever is wrong with some jobs; else one that cannot be planned keeps all from being begun.",
+)
+@click.option(
+    "--jobs",
+    type=Parsed("workers"),
+    default="1",
+    metavar="N",
+    help="Bases to work on at a time, each in a process of its own.  [default: 1]",
+)
+@click.option("--dry-run", is_flag=True, help="Plan every job and stop; nothing is written.")
+@click.option(
+    "--overwrite/--no-overwrite", default=None, help="Replace outputs that exist and are other ones."
+)
+@click.option(
+    "--log-file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Add a line of JSON to this file for each thing that happens.",
+)
+@hub_options
+@output_options
+def batch(  # noqa: PLR0913 - its options
+    *,
+    file: str,
+    keep_going: bool,
+    jobs: int,
+    dry_run: bool,
+    log_file: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **flags: Any,
+) -> None:
+    """Carry out the merges and conversions in a YAML file: planned as a whole first, those of one base in
+    one pass over it. What is there already, and is what it would be, is kept: run it again to go on.
+
+    \b
+    A file:
+      defaults: {base: Qwen/Qwen3-8B}
+      jobs:
+        - {adapter: runs/*/checkpoint-*, out: "merged/{1}-{2}"}
+        - {convert: runs/style, for: vllm, rank: 16, out: "adapters/{adapter}-16"}
+
+    \b
+    Examples:
+      lora-merge batch batch.yaml
+      lora-merge batch batch.yaml --keep-going --log-file batch.jsonl --json
+    """
+    from lora_merge.batch import Batch
+    from lora_merge.cli.watching import watching_batch
+    from lora_merge.io.batch_file import read_batch
+    from lora_merge.io.event_log import EventLog
+
+    console = console_of(as_json=as_json, quiet=quiet, verbose=verbose)
+    given = {name: value for name, value in flags.items() if value is not None}
+    listed = read_batch(file, given)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(EventLog(Path(log_file))) if log_file else None
+        try:
+            with watching_batch([job.name for job in listed], log, quiet=quiet) as watch:
+                run = Batch(listed, watch, keep_going=keep_going, n_parallel=jobs, dry_run=dry_run)
+                run.run()
+        finally:
+            report = run.report(file)
+            console.batch(report)
+            if log:
+                log.add("end", ok=report.ok, seconds=report.seconds)
+    if not report.ok:
+        sys.exit(exits.BATCH)

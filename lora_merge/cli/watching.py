@@ -1,0 +1,139 @@
+"""Watching a batch: each job's state and one bar on a terminal, lines in a log, JSON lines in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_merge.cli.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Group
+
+    from lora_merge.core.batch import BatchObserver, State
+    from lora_merge.io.event_log import EventLog
+
+_SHOWN = 20
+"""Jobs that a terminal shows at a time."""
+
+STYLES: dict[State, str] = {
+    "waiting": "dim", "planned": "dim", "running": "cyan", "done": "green", "kept": "green", "failed": "red",
+    "not run": "yellow",
+}  # fmt: skip
+
+_ORDER = ("running", "failed", "planned", "waiting", "done", "kept", "not run")
+"""Which jobs are shown first, where there is no room for all."""
+
+
+@contextlib.contextmanager
+def watching_batch(names: Sequence[str], log: EventLog | None, *, quiet: bool) -> Iterator[BatchObserver]:
+    """Yield an observer for a batch of jobs."""
+    if not quiet and sys.stderr.isatty():
+        board = _Board(names)
+        with board.live():
+            yield _Logged(board, log) if log else board
+        return
+    plain = _Plain(quiet=quiet)
+    yield _Logged(plain, log) if log else plain
+
+
+class _Plain:
+    """An observer that prints a line for each job, when it begins and when it ends."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def phase(self, name: str, total_bytes: int) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+    def done(self, name: str) -> None: ...
+
+    def job(self, name: str, state: State, sentence: str = "") -> None:
+        """Print the state; a job that merely waits is not worth a line."""
+        if self._quiet or state in {"waiting", "planned"}:
+            return
+        why = f": {sentence.splitlines()[0]}" if sentence else ""
+        click.echo(printable(f"{state}: {name}{why}"), err=True)
+
+
+class _Board:
+    """An observer that shows a table of jobs and a bar, on a terminal."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        self._states: dict[str, State] = dict.fromkeys(names, "waiting")
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._progress = Progress(*columns)
+        self._task = self._progress.add_task("planning", total=None)
+
+    def live(self) -> contextlib.AbstractContextManager[object]:
+        """Return the display, which lasts as long as its block."""
+        from rich.console import Console
+        from rich.live import Live
+
+        return Live(
+            get_renderable=self._board, console=Console(stderr=True), refresh_per_second=4, transient=True
+        )
+
+    def _board(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        counts = Counter(self._states.values())
+        table = Table("job", "state", title=", ".join(f"{n} {state}" for state, n in counts.items()))
+        first = sorted(self._states, key=lambda name: _ORDER.index(self._states[name]))[:_SHOWN]
+        for name in (name for name in self._states if name in first):
+            state = self._states[name]
+            table.add_row(Text(printable(name), overflow="fold"), Text(state, STYLES[state]))
+        if len(self._states) > _SHOWN:
+            table.caption = f"and {len(self._states) - _SHOWN} more"
+        return Group(table, self._progress)
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        """Begin the bar anew."""
+        self._progress.reset(self._task, description=name, total=total_bytes or None)
+
+    def advance(self, nbytes: int) -> None:
+        """Move the bar."""
+        self._progress.advance(self._task, nbytes)
+
+    def done(self, name: str) -> None: ...
+
+    def job(self, name: str, state: State, sentence: str = "") -> None:
+        """Take note of a job's state."""
+        del sentence
+        self._states[name] = state
+
+
+class _Logged:
+    """An observer that tells another one, and a log."""
+
+    def __init__(self, other: BatchObserver, log: EventLog) -> None:
+        self._other, self._log = other, log
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        """Log what begins."""
+        self._log.add("phase", name=name, total_bytes=total_bytes)
+        self._other.phase(name, total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        """Pass on what was done; a line for each tile would be no log."""
+        self._other.advance(nbytes)
+
+    def done(self, name: str) -> None:
+        """Pass on the name of a tensor."""
+        self._other.done(name)
+
+    def job(self, name: str, state: State, sentence: str = "") -> None:
+        """Log a job's state."""
+        self._log.add("job", name=name, state=state, **({"message": sentence} if sentence else {}))
+        self._other.job(name, state, sentence)

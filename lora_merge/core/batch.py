@@ -1,0 +1,80 @@
+"""Many merges and conversions: the jobs of a batch, and what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from lora_merge.core.report import Issue, Observer
+from lora_merge.core.request import ConvertRequest, Request
+
+State = Literal["waiting", "planned", "running", "done", "kept", "failed", "not run"]
+"""``kept``: its output was there already, and is what it would be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One merge or one conversion."""
+
+    name: str
+    """Of its own; by default its output's path."""
+
+    request: Request | ConvertRequest
+    line: int = 0
+    """Where it stands in the batch file; 0 where it stands in none."""
+
+    @property
+    def kind(self) -> Literal["merge", "convert"]:
+        """Return what it is."""
+        return "merge" if isinstance(self.request, Request) else "convert"
+
+
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """What became of one job."""
+
+    name: str
+    kind: Literal["merge", "convert"]
+    out: str
+    state: State
+    error: str = ""
+    """Name of the class of what went wrong; empty when nothing did."""
+
+    message: str = ""
+    hint: str = ""
+    issues: tuple[Issue, ...] = ()
+    """Warnings and notes; of a job that failed, what was wrong."""
+
+    seconds: float = 0.0
+    """From when it was begun; of outputs that are made in one pass, the pass."""
+
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Its own report, as data."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What became of a batch."""
+
+    file: str
+    jobs: tuple[JobReport, ...]
+    seconds: float
+    dry_run: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Return True when every job has its output, or could have it."""
+        wanted = {"planned", "kept"} if self.dry_run else {"done", "kept"}
+        return all(job.state in wanted for job in self.jobs)
+
+    def count(self, state: State) -> int:
+        """Return how many jobs are in a state."""
+        return sum(job.state == state for job in self.jobs)
+
+
+class BatchObserver(Observer, Protocol):
+    """Whoever watches a batch: an observer that hears of jobs, too."""
+
+    def job(self, name: str, state: State, sentence: str = "") -> None:
+        """Hear that a job has come into a state."""

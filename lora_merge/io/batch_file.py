@@ -1,0 +1,309 @@
+"""Batch files: YAML → jobs, with globs, matrices and templates, and errors that name the line and the key."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.batch import Job
+from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
+from lora_merge.errors import RequestError
+from lora_merge.io.request_file import close_hint, parse_yaml, validated
+
+if TYPE_CHECKING:
+    import yaml
+
+_MERGE_KEYS = frozenset(field.name for field in fields(Request))
+_CONVERT_KEYS = (frozenset(field.name for field in fields(ConvertRequest)) - {"adapter", "serving"}) | {"for"}
+_OWN_KEYS = frozenset({"name", "matrix", "convert"})
+_TOP_KEYS = ("defaults", "jobs")
+
+_WILD = re.compile(r"[*?\[]")
+_FIELD = re.compile(r"\{(\w*)\}")
+
+_GLOBBED = ("adapter", "convert", "base")
+"""Keys whose values may have wildcards."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One entry of ``jobs``, and where its keys stand."""
+
+    file: str
+    line: int
+    values: Mapping[str, Any]
+    lines: Mapping[str, int]
+
+    def error(self, key: str, sentence: str, hint: str = "") -> RequestError:
+        """Return the error of a key."""
+        return RequestError(self.file, self.lines.get(key, self.line), key, sentence, hint=hint)
+
+
+def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[Job, ...]:
+    """Return the jobs in a YAML file, in their order.
+
+    Args:
+        path: the file. Paths in it are relative to the current directory, as on the command line.
+        overrides: values of requests that win over the file's.
+
+    Raises:
+        RequestError: the file is no YAML, a key is unknown, repeated, missing or of the wrong type, a wildcard matches
+            nothing, or two jobs get in each other's way.
+    """
+    values, node = parse_yaml(path)
+    lines = _lines(node)
+    for key in values:
+        if key not in _TOP_KEYS:
+            raise RequestError(
+                path, lines.get(key, 0), str(key), "is no key of a batch", hint=close_hint(key, _TOP_KEYS)
+            )
+    defaults = values.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise RequestError(path, lines["defaults"], "defaults", f"is {defaults!r}, expected a table of keys")
+    for key in defaults:
+        if key not in _MERGE_KEYS | _CONVERT_KEYS:
+            hint = close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
+            raise RequestError(path, lines["defaults"], str(key), "is no key of a request", hint=hint)
+    jobs = [job for entry in _entries(path, values, node) for job in _jobs(entry, defaults, overrides or {})]
+    _check_apart(path, jobs)
+    return tuple(jobs)
+
+
+def _entries(path: str, values: Mapping[str, Any], node: yaml.MappingNode) -> Iterator[_Entry]:
+    """Yield the entries of ``jobs``."""
+    listed = values.get("jobs")
+    if not isinstance(listed, list) or not listed:
+        line = _lines(node).get("jobs", 1)
+        raise RequestError(
+            path, line, "jobs", f"is {listed!r}"[:80], hint="a batch is a list of jobs: - adapter: …"
+        )
+    nodes = next(value for key, value in node.value if key.value == "jobs").value
+    for entry, where in zip(listed, nodes, strict=True):
+        line = where.start_mark.line + 1
+        if not isinstance(entry, dict):
+            raise RequestError(path, line, "jobs", f"has {entry!r}, expected a table of keys")
+        yield _Entry(path, line, entry, _lines(where))
+
+
+def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[Job]:
+    """Yield the jobs that one entry stands for: one for each cell of its matrix, and each match of its wildcards."""
+    own = {key: value for key, value in entry.values.items() if key not in {"name", "matrix"}}
+    kind_keys = (
+        _CONVERT_KEYS if "convert" in own or "convert" in (entry.values.get("matrix") or {}) else _MERGE_KEYS
+    )
+    for cell in _cells(entry):
+        wanted = {**{key: value for key, value in defaults.items() if key in kind_keys}, **own, **cell}
+        for key in wanted:
+            if key not in kind_keys | {"convert"}:
+                raise entry.error(
+                    str(key), "is no key of such a job", close_hint(key, sorted(kind_keys | _OWN_KEYS))
+                )
+        for values, words in _expanded(entry, wanted):
+            yield _job(
+                entry, {**values, **overrides}, {**words, **{key: str(value) for key, value in cell.items()}}
+            )
+
+
+def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
+    """Yield one value of each key of a matrix, in every combination."""
+    matrix = entry.values.get("matrix")
+    if matrix is None:
+        yield {}
+        return
+    if not isinstance(matrix, dict) or not all(
+        isinstance(values, list) and values for values in matrix.values()
+    ):
+        raise entry.error("matrix", f"is {matrix!r}, expected a table of key → list of values")
+    for values in product(*matrix.values()):
+        yield dict(zip(matrix, values, strict=True))
+
+
+def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Yield the values of a job with its wildcards replaced, and what they matched: ``{"1": …}``."""
+    patterns = {
+        key: str(values[key])
+        for key in _GLOBBED
+        if isinstance(values.get(key), str) and _is_wild(values[key])
+    }
+    for key in _GLOBBED:
+        if isinstance(values.get(key), list) and any(_is_wild(str(item)) for item in values[key]):
+            raise entry.error(
+                key,
+                "has a wildcard in a list, and all of a list are merged into one",
+                "list them, or name one with a wildcard",
+            )
+    found = {key: _matches(pattern) for key, pattern in patterns.items()}
+    for key, matches in found.items():
+        if not matches:
+            raise entry.error(key, f"{patterns[key]} matches no directory")
+    for chosen in product(*found.values()):
+        words = [word for _, captured in chosen for word in captured]
+        paths = dict(zip(found, (path for path, _ in chosen), strict=True))
+        yield {**values, **paths}, {str(n): word for n, word in enumerate(words, 1)}
+
+
+def _is_wild(text: str) -> bool:
+    return bool(_WILD.search(text)) and not Path(text).exists()
+
+
+def _matches(pattern: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the directories that a pattern matches, in the order of their numbers, and what each wildcard stands for.
+
+    A weight behind it stays there: ``runs/*:0.5``.
+    """
+    place, weight = parse_adapter(pattern)
+    behind = pattern[len(place) :] if weight != 1 or place != pattern else ""
+    rule = re.compile(_captured(place))
+    found = []
+    for path in glob.glob(place, recursive=True):  # noqa: PTH207 - of any root, and ** follows no rule of Path
+        match = rule.fullmatch(path.rstrip("/"))
+        if match and Path(path).is_dir():
+            found.append((path.rstrip("/") + behind, match.groups()))
+    return sorted(
+        found,
+        key=lambda one: [
+            (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", one[0])
+        ],
+    )
+
+
+def _captured(pattern: str) -> str:
+    """Return a regular expression whose groups are a glob's wildcards.
+
+    Example:
+        >>> re.fullmatch(_captured("runs/*/checkpoint-*"), "runs/a/checkpoint-10").groups()
+        ('a', '10')
+    """
+    parts = re.split(r"(\*\*/?|\*|\?|\[[^\]]+\])", pattern.rstrip("/"))
+    return "".join(re.escape(part) if n % 2 == 0 else _group(part) for n, part in enumerate(parts))
+
+
+def _group(wildcard: str) -> str:
+    if wildcard.startswith("**"):
+        return "(?:(.*)/)?" if wildcard.endswith("/") else "(.*)"
+    if wildcard.startswith("["):
+        return f"({wildcard.replace('[!', '[^')})"
+    return "([^/]*)" if wildcard == "*" else "([^/])"
+
+
+def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> Job:
+    """Return the job of some values, its templates filled in."""
+    converts = "convert" in values
+    adapters = values.get("convert", values.get("adapter", ()))
+    listed = adapters if isinstance(adapters, list) else [adapters]
+    known = {
+        **words,
+        "adapter": "+".join(_last(str(adapter)) for adapter in listed),
+        "parent": PurePosixPath(str(listed[0]) if listed else "").parent.name,
+        "base": _last(str(values.get("base") or "")),
+    }
+    filled = {
+        key: _filled(entry, key, value, known) if key == "out" else value for key, value in values.items()
+    }
+    name = _filled(entry, "name", entry.values.get("name") or filled.get("out"), known)
+    if not filled.get("out"):
+        raise entry.error(
+            "out",
+            "is missing",
+            "say where the output goes; {adapter}, {parent}, {base} and {1} are filled in",
+        )
+    try:
+        request = _convert_request(filled) if converts else _merge_request(filled)
+    except RequestError as exc:
+        raise entry.error(exc.key, exc.sentence, exc.hint) from exc
+    return Job(str(name), request, entry.line)
+
+
+def _merge_request(values: Mapping[str, Any]) -> Request:
+    if "adapter" not in values:
+        raise RequestError(
+            "", 0, "adapter", "is missing", hint="a job has an adapter, or converts one: convert: …"
+        )
+    return validated(Request, parse_fields({"resume": True, **values}))
+
+
+def _convert_request(values: Mapping[str, Any]) -> ConvertRequest:
+    named = {
+        ("serving" if key == "for" else "adapter" if key == "convert" else key): value
+        for key, value in values.items()
+    }
+    parsed = parse_request(ConvertRequest, {key: value for key, value in named.items() if key in _FIELDS})
+    return validated(ConvertRequest, {field.name: getattr(parsed, field.name) for field in fields(parsed)})
+
+
+_FIELDS = frozenset(field.name for field in fields(ConvertRequest))
+
+
+def _last(path: str) -> str:
+    """Return the last part of a path or a repo, without its weight and its revision.
+
+    Example:
+        >>> _last("runs/style/checkpoint-10:0.5"), _last("org/my-lora@v1")
+        ('checkpoint-10', 'my-lora')
+    """
+    place = parse_adapter(path)[0] if path else ""
+    return PurePosixPath(place.partition("@")[0]).name
+
+
+def _filled(entry: _Entry, key: str, template: Any, known: Mapping[str, str]) -> Any:
+    """Return a template with its fields filled in.
+
+    Raises:
+        RequestError: it has a field that nothing fills.
+    """
+    if not isinstance(template, str):
+        return template
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            listed = ", ".join(f"{{{word}}}" for word in known)
+            raise entry.error(
+                key, f"{template!r} has {match[0]}, which nothing fills", f"known here: {listed}"
+            )
+        return known[match[1]]
+
+    return _FIELD.sub(fill, template)
+
+
+def _check_apart(file: str, jobs: list[Job]) -> None:
+    """Raise where two jobs have one name or one output, or one writes what another reads."""
+    names: dict[str, Job] = {}
+    outs: dict[Path, Job] = {}
+    for job in jobs:
+        if job.name in names:
+            sentence = f"is {job.name} a second time (first on line {names[job.name].line})"
+            raise RequestError(file, job.line, "name", sentence, hint="tell them apart: {adapter}, {1} …")
+        names[job.name] = job
+        out = Path(job.request.out).expanduser().absolute()
+        other = next((outs[path] for path in (out, *out.parents) if path in outs), None)
+        other = other or next((found for path, found in outs.items() if out in path.parents), None)
+        if other is not None:
+            sentence = f"{job.request.out} is the output of {other.name} (line {other.line}), or lies in it"
+            raise RequestError(file, job.line, "out", sentence, hint="give every job an output of its own")
+        outs[out] = job
+    for job in jobs:
+        for text in _inputs(job):
+            path = Path(text).expanduser().absolute()
+            writer = next((outs[place] for place in (path, *path.parents) if place in outs), None)
+            if writer is not None:
+                sentence = f"{text} is what {writer.name} (line {writer.line}) writes"
+                raise RequestError(
+                    file, job.line, "adapter", sentence, hint="jobs have no order: use a batch for each step"
+                )
+
+
+def _inputs(job: Job) -> Iterator[str]:
+    adapters = (job.request.adapter,) if isinstance(job.request.adapter, str) else job.request.adapter
+    for adapter in adapters:
+        yield parse_adapter(adapter)[0]
+    if job.request.base:
+        yield job.request.base
+
+
+def _lines(node: yaml.MappingNode) -> dict[str, int]:
+    return {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
