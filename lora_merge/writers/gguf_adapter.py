@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import frexp, prod
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import OUTPUT_NAMES
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.errors import ConvertError, RequestError
-from lora_merge.io.files import write_error
+from lora_merge.io.files import tensor_bytes, write_error
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 GGUF_FILE = "adapter.gguf"
 
 _MERGE = "merge it, and convert the checkpoint"
+_INPUT, _OUTPUT = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class Family:
     permuted: bool = False
     """True where the rows of q and k lie in another order: pairs of a rotation side by side."""
 
+    tied: bool = False
+    """True where embeddings are tied unless ``config.json`` says otherwise."""
+
     refused: Mapping[str, str] = field(default_factory=dict)
     """Modules for which its graph has no LoRA, by the last part of the path, and what it does with one."""
 
@@ -52,6 +57,7 @@ _DROPPED = "which llama.cpp's graph of this family does not have"
 _LATENT = dict.fromkeys(
     ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "lm_head"), _IGNORED
 )
+_GEMMA3 = {"lm_head": _DROPPED, "embed_tokens": "whose rows llama.cpp cuts"}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", permuted=True),
@@ -61,30 +67,71 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family("qwen3"),
     "qwen2_moe": Family("qwen2moe"),
     "qwen3_moe": Family("qwen3moe"),
-    "gemma": Family("gemma", refused={"lm_head": _DROPPED}),
-    "gemma2": Family("gemma2", refused={"lm_head": _DROPPED}),
-    "gemma3_text": Family(
-        "gemma3", refused={"lm_head": _DROPPED, "embed_tokens": "whose rows llama.cpp cuts"}
-    ),
+    "qwen2_vl": Family("qwen2vl"),
+    "qwen2_vl_text": Family("qwen2vl"),
+    "qwen2_5_vl": Family("qwen2vl"),
+    "qwen2_5_vl_text": Family("qwen2vl"),
+    "gemma": Family("gemma", tied=True, refused={"lm_head": _DROPPED}),
+    "gemma2": Family("gemma2", tied=True, refused={"lm_head": _DROPPED}),
+    "gemma3_text": Family("gemma3", tied=True, refused=_GEMMA3),
     "phi3": Family("phi3"),
     "gpt_oss": Family("gpt-oss"),
-    "gpt2": Family("gpt2"),
+    "gpt2": Family("gpt2", tied=True, refused={"wpe": _IGNORED}),
     "gpt_neox": Family("gptneox"),
     "granite": Family("granite", permuted=True),
     "granitemoe": Family("granitemoe", permuted=True),
+    "granitemoeshared": Family("granitemoe", permuted=True),
+    "falcon_h1": Family("falcon-h1"),
     "internlm2": Family("internlm2", permuted=True),
     "deepseek_v2": Family("deepseek2", refused=_LATENT),
     "deepseek_v3": Family("deepseek2", refused=_LATENT),
     "glm4": Family("glm4"),
     "olmo2": Family("olmo2"),
-    "starcoder2": Family("starcoder2"),
+    "starcoder2": Family("starcoder2", tied=True),
 }
 """By the ``model_type`` of the text model (llama.cpp as llama-cpp-python 0.3.36 has it, ``conversion/*.py``)."""
 
-_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)")
-_LAYER = re.compile(r"layers\.(\d+)\.")
+_AROUND: Mapping[tuple[str, str], str] = {
+    ("gemma3", "gemma3_text"): "gemma3",
+    ("llava", "llama"): "llama",
+    ("mistral3", "mistral"): "mistral3",
+    ("qwen2_vl", "qwen2_vl_text"): "qwen2vl",
+    ("qwen2_5_vl", "qwen2_5_vl_text"): "qwen2vl",
+}
+"""The architecture of a text model inside of another, by the ``model_type`` of both; of any other nothing is known."""
+
+_EXPERT = re.compile(r".+\.experts(\.(?P<index>\d+))?\.(?P<part>[^.]+)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_TOWER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|mm_projector)\.")
+
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    "w1": ("gate",),
+    "w2": ("down",),
+    "w3": ("up",),
+    "gate_proj": ("gate",),
+    "down_proj": ("down",),
+    "up_proj": ("up",),
+    "gate_up_proj": ("gate", "up"),
+    "input_linear": ("gate", "up"),
+    "output_linear": ("down",),
+}
+"""What llama.cpp calls the parts of an expert's weight."""
 
 Produce = Callable[["LoadFactors"], "tuple[torch.Tensor, torch.Tensor]"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A weight of llama.cpp, and what it has of a module."""
+
+    name: str
+    """llama.cpp's, ``blk.0.attn_q.weight``; empty where it has none."""
+
+    rows: Sequence[int]
+    """Which of the module's outputs, in llama.cpp's order."""
+
+    factor: float | Sequence[float] = 1.0
+    """What llama.cpp's converter multiplies the weight by, all of it or row by row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +139,18 @@ class _Tensor:
     """One weight of llama.cpp that has LoRA."""
 
     name: str
-    """llama.cpp's, ``blk.0.attn_q.weight``."""
-
     rank: int
     a_shape: tuple[int, ...]
     b_shape: tuple[int, ...]
     dtype: str
     produce: Produce
+    """Returns A and B, of scale 1."""
+
+    def under(self, alpha: int) -> _Tensor:
+        """Return it as it is stored in a file with this α: in a dtype that holds B · r/α."""
+        ratio = self.rank / alpha
+        is_exact = ratio == 1 or (self.dtype == "BF16" and frexp(ratio)[0] == 0.5)
+        return self if is_exact else replace(self, dtype="F32")
 
 
 def write_gguf(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
@@ -113,32 +165,48 @@ def write_gguf(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
         ``llama_adapter_lora_init_impl`` (src/llama-adapter.cpp) and ``convert_lora_to_gguf.py`` of llama.cpp.
     """
     gguf = _gguf()
-    tensors = _Layout(lora).tensors()
+    layout = _Layout(lora)
+    tensors = layout.tensors()
     alpha = Counter(one.rank for one in tensors).most_common(1)[0][0]
+    tensors = [one.under(alpha) for one in tensors]
     path = root / GGUF_FILE
-    writer = gguf.GGUFWriter(path, _Layout(lora).family.arch)
+    base = str(lora.config.get("base_model_name_or_path") or "").rstrip("/")
+    writer = gguf.GGUFWriter(path, layout.family.arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_name(str(lora.config.get("base_model_name_or_path") or "adapter").rpartition("/")[2])
+    writer.add_name(base.rpartition("/")[2] or "adapter")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     try:
-        for one in tensors:
-            for end, shape in (("lora_a", one.a_shape), ("lora_b", one.b_shape)):
-                _announce(gguf, writer, f"{one.name}.{end}", shape, one.dtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for one in tensors:
-            a, b = one.produce(factors)
-            if one.rank != alpha:
-                b = b.float() * (one.rank / alpha)
-            for tensor in (a, b):
-                writer.write_tensor_data(_array(tensor, one.dtype))
-        writer.close()
+        with closing(writer):
+            _fill(gguf, writer, tensors, alpha, factors)
     except OSError as exc:
         raise write_error(path, exc) from exc
     return (GGUF_FILE,)
+
+
+def _fill(gguf: Any, writer: Any, tensors: Sequence[_Tensor], alpha: int, factors: LoadFactors) -> None:
+    """Write everything to the file, one weight in memory at a time.
+
+    gguf writes tensors with ``numpy.ndarray.tofile``, which says nothing when the disk is full: not so here.
+    """
+    import torch
+
+    for one in tensors:
+        for end, shape in (("lora_a", one.a_shape), ("lora_b", one.b_shape)):
+            _announce(gguf, writer, f"{one.name}.{end}", shape, one.dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    for one in tensors:
+        a, b = one.produce(factors)
+        if one.rank != alpha:
+            b = b.float() * (one.rank / alpha)
+        for tensor in (a, b):
+            nbytes = file.write(tensor_bytes(tensor.to(getattr(torch, TORCH_NAMES[one.dtype]))))
+            writer.write_padding(file, nbytes)
 
 
 def check_gguf(root: Path, lora: Lora, factors: LoadFactors) -> list[Issue]:
@@ -146,9 +214,12 @@ def check_gguf(root: Path, lora: Lora, factors: LoadFactors) -> list[Issue]:
     import torch
 
     gguf = _gguf()
-    reader = gguf.GGUFReader(root / GGUF_FILE)
+    try:
+        reader = gguf.GGUFReader(root / GGUF_FILE)
+    except ValueError as exc:
+        return [error("unreadable", GGUF_FILE, f"cannot be read back ({exc})")]
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
-    found = {tensor.name: _values(tensor) for tensor in reader.tensors}
+    found = {tensor.name: tensor for tensor in reader.tensors}
     issues = []
     for one in _Layout(lora).tensors():
         names = (f"{one.name}.lora_a", f"{one.name}.lora_b")
@@ -156,13 +227,16 @@ def check_gguf(root: Path, lora: Lora, factors: LoadFactors) -> list[Issue]:
         if missing:
             issues.append(error("missing", missing[0], "was made, and is not in the output"))
             continue
-        a, b = (torch.from_numpy(found.pop(name)) for name in names)
+        a, b = (torch.from_numpy(_values(found.pop(name))) for name in names)
         wanted_a, wanted_b = one.produce(factors)
-        scale = alpha / a.shape[-2] if one.a_shape[-2] == one.rank else alpha / one.rank
-        same = torch.equal(a, wanted_a.float()) and torch.allclose(
-            b * scale, wanted_b.float(), rtol=1e-6, atol=0
+        # r/α and α/r are two roundings each; below the smallest normal number bits are lost
+        atol = torch.finfo(torch.float32).tiny
+        is_same = (
+            torch.equal(a, wanted_a.float())
+            and b.shape == wanted_b.shape
+            and torch.allclose(b * (alpha / b.shape[-1]), wanted_b.float(), rtol=1e-6, atol=atol)
         )
-        if not same:
+        if not is_same:
             issues.append(error("differs", one.name, "is in the output with other values than were made"))
     issues += [error("surplus", name, "is in the output, and was not made") for name in sorted(found)]
     return issues
@@ -174,28 +248,47 @@ class _Layout:
     def __init__(self, lora: Lora) -> None:
         self._lora = lora
         text = lora.base_config.get("text_config")
-        self._config: Mapping[str, Any] = {**lora.base_config, **(text if isinstance(text, dict) else {})}
+        self._text: Mapping[str, Any] = text if isinstance(text, dict) else {}
+        self._config: Mapping[str, Any] = {**lora.base_config, **self._text}
 
     @cached_property
     def family(self) -> Family:
-        """Return how llama.cpp has the model."""
-        kind = self._config.get("model_type")
-        if kind not in FAMILIES:
-            sentence = f"is {kind!r}, a family whose LoRA for llama.cpp is not known here"
+        """Return how llama.cpp has the model.
+
+        Raises:
+            ConvertError: that is not known.
+
+        Reference:
+            ``get_model_architecture`` (conversion/base.py) of llama.cpp.
+        """
+        kind, around = (str(level.get("model_type")) for level in (self._config, self._lora.base_config))
+        family = FAMILIES.get(kind)
+        own_class = str((self._text.get("architectures") or [""])[0])
+        if family is not None and around != kind and not own_class.endswith("ForCausalLM"):
+            arch = _AROUND.get((around, kind))
+            family = replace(family, arch=arch) if arch else None
+        if family is None:
+            found = repr(kind) if around == kind else f"{kind!r} inside of {around!r}"
+            sentence = f"is {found}, a family whose LoRA for llama.cpp is not known here"
             known = ", ".join(sorted(FAMILIES))
             raise ConvertError([error("unsupported", "model_type", sentence, f"known: {known}")])
-        return FAMILIES[str(kind)]
+        return family
 
     @cached_property
     def _names(self) -> Any:
         gguf = _gguf()
         archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-        return gguf.get_tensor_name_map(
-            archs[self.family.arch], int(self._number("num_hidden_layers", "n_layer"))
-        )
+        n_layers = int(self._number("num_hidden_layers", "n_layer"))
+        return gguf.get_tensor_name_map(archs[self.family.arch], n_layers)
 
     def _number(self, *keys: str) -> Any:
         return next(self._config[key] for key in keys if self._config.get(key) is not None)
+
+    @cached_property
+    def _is_tied(self) -> bool:
+        """Return True where one tensor of llama.cpp is both ends of the model."""
+        said = [level.get("tie_word_embeddings") for level in (self._lora.base_config, self._text)]
+        return any(said) or (said == [None, None] and self.family.tied)
 
     def tensors(self) -> list[_Tensor]:
         """Return every weight of llama.cpp that has LoRA.
@@ -204,92 +297,80 @@ class _Layout:
             ConvertError: a module has no place there.
         """
         found: list[_Tensor] = []
-        experts: dict[str, list[Made]] = {}
+        stacks: dict[str, list[tuple[Made, _Place]]] = {}
         issues = []
         for made in self._lora.made:
-            path = made.module.path.replace("language_model.", "").replace("model.model.", "model.")
-            problem = self._problem(made, path)
+            path = _text_path(made)
+            places = self._places(made, path)
+            problem = self._problem(made, path, places)
             if problem:
                 issues.append(error("unsupported", made.module.path, problem, _MERGE))
-                continue
-            match = _EXPERT.fullmatch(path)
-            if match:
-                experts.setdefault(self._name(f"{match['block']}.{match['projection']}"), []).append(made)
+            elif made.module.form != "experts" and _EXPERT.fullmatch(path):
+                for place in places:
+                    stacks.setdefault(place.name, []).append((made, place))
             else:
-                found += self._placed(made, path)
-        found += (self._stack(name, members) for name, members in experts.items())
-        issues += [
-            error("unsupported", one.name.removeprefix("?"), "has no name in llama.cpp", _MERGE)
-            for one in found
-            if one.name.startswith("?")
-        ]
+                found += (_tensor(made, place) for place in places)
+        found += (self._stack(name, members) for name, members in stacks.items())
+        sentence = "has LoRA of several modules, and llama.cpp has one pair of factors for it"
+        counts = Counter(one.name for one in found)
+        issues += [error("unsupported", name, sentence, _MERGE) for name, n in counts.items() if n > 1]
         if issues:
             raise ConvertError(issues)
         return found
 
-    def _problem(self, made: Made, path: str) -> str:
+    def _problem(self, made: Made, path: str, places: Sequence[_Place]) -> str:
         """Return what keeps a module from llama.cpp; empty when nothing does."""
-        last = path.rpartition(".")[2]
-        tied = self._config.get("tie_word_embeddings", self.family.arch.startswith("gemma"))
-        if last in self.family.refused:
-            return f"is a {last}, {self.family.refused[last]}"
-        if made.module.form == "convolution":
-            return "is a convolution, for which llama.cpp has no LoRA"
-        if (made.module.form == "embedding" or last in OUTPUT_NAMES) and tied:
-            return "is an end of tied embeddings, which are one tensor in llama.cpp"
-        if re.search(r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|mm_projector)\.", path):
-            return "is no part of the text model, which is all that llama.cpp's LoRA reaches"
-        return ""
+        last, form = path.rpartition(".")[2], made.module.form
+        names = {place.name for place in places}
+        is_turned = form == "experts" and (_INPUT in names or self.family.arch == "gpt2")
+        problems = {
+            f"is a {last}, {self.family.refused.get(last)}": last in self.family.refused,
+            "is no part of the text model, which is all that llama.cpp's LoRA reaches": _TOWER.search(path),
+            "is a convolution, for which llama.cpp has no LoRA": form == "convolution",
+            "has no name in llama.cpp": "" in names,
+            "is an end of tied embeddings, which are one tensor in llama.cpp": self._is_tied and names & {_INPUT, _OUTPUT},
+            "is LoRA on a parameter that llama.cpp has the other way round": is_turned,
+        }  # fmt: skip
+        return next((sentence for sentence, holds in problems.items() if holds), "")
 
-    def _name(self, path: str) -> str:
-        """Return llama.cpp's name of a weight; one that begins with ``?`` where there is none."""
-        name = self._names.get_name(f"{path}.weight", try_suffixes=(".weight",))
-        if name is None and "block_sparse_moe" in path:
-            other = path.replace("block_sparse_moe", "feed_forward").replace("model.", "", 1)
-            name = self._names.get_name(f"{other}.weight", try_suffixes=(".weight",))
-        if name is None:
-            return f"?{path}"
-        return f"{str(name).removesuffix('.weight')}.weight"
-
-    def _placed(self, made: Made, path: str) -> Iterator[_Tensor]:
-        """Yield the weights that a module is in llama.cpp."""
-        if made.module.form == "experts":
-            yield from self._unstacked(made, path)
-            return
-        n_out, n_in = made.module.shape
-        last = path.rpartition(".")[2]
-        if made.module.form == "embedding":
-            yield _Tensor(
-                self._name(path),
-                made.rank,
-                (n_in, made.rank),
-                (n_out, made.rank),
-                _dtype([made]),
-                partial(_flipped, made),
-            )
-            return
+    def _places(self, made: Made, path: str) -> list[_Place]:
+        """Return the weights that a module is in llama.cpp: gate and up are two of them."""
+        layer = _LAYER.search(path)
+        block, last = f"blk.{layer[1]}." if layer else "", path.rpartition(".")[2]
+        n_out = made.module.shape[-2] if made.module.form == "experts" else made.module.shape[0]
         if self.family.arch == "internlm2" and last == "wqkv":
-            layer = _LAYER.search(path)
-            assert layer is not None
-            for end, rows in self._wqkv(n_out).items():
-                yield self._of_rows(made, f"blk.{layer[1]}.attn_{end}.weight", rows)
-            return
-        yield self._of_rows(made, self._name(path), self._rows(last, n_out))
+            return [self._place(f"{block}attn_{end}", rows) for end, rows in self._wqkv(n_out).items()]
+        kind = self._kind_of_experts(path)
+        if kind is not None and last in _PARTS:
+            names, every = [f"{block}ffn_{part}{kind}" for part in _PARTS[last]], range(n_out)
+            halves = (every[: n_out // 2], every[n_out // 2 :])
+            if self.family.arch == "gpt-oss":
+                halves = (every[::2], every[1::2])
+            rows = halves if len(names) == 2 else (every,)
+            return [self._place(name, own) for name, own in zip(names, rows, strict=True)]
+        return [self._place(path, self._rows(last, n_out), self._factor(path, n_out))]
 
-    def _of_rows(self, made: Made, name: str, rows: Sequence[int] | None) -> _Tensor:
-        n_out, n_in = made.module.shape
-        n_rows = n_out if rows is None else len(rows)
-        return _Tensor(
-            name,
-            made.rank,
-            (made.rank, n_in),
-            (n_rows, made.rank),
-            _dtype([made]),
-            partial(_picked, made, rows),
-        )
+    def _place(self, path: str, rows: Sequence[int], factor: float | Sequence[float] = 1.0) -> _Place:
+        """Return a place; transformers 5 has the routers of Granite without a layer inside."""
+        found = (self._names.get_name(f"{path}{end}", (".weight",)) for end in (".weight", ".layer.weight"))
+        name = next(filter(None, found), None)
+        return _Place(f"{name.removesuffix('.weight')}.weight" if name else "", rows, factor)
 
-    def _rows(self, last: str, n_out: int) -> Sequence[int] | None:
-        """Return which of a weight's rows llama.cpp has at each place; None where they lie as they are.
+    def _kind_of_experts(self, path: str) -> str | None:
+        """Return how the names of experts end in llama.cpp; None for what is no expert.
+
+        Reference:
+            ``GraniteMoeModel.modify_tensors`` (conversion/granite.py) of llama.cpp.
+        """
+        owner = path.rpartition(".")[0]
+        if _EXPERT.fullmatch(path) or owner.endswith("block_sparse_moe"):
+            return "_exps"
+        if owner.endswith("shared_mlp"):
+            return "_shexp" if self._config.get("num_local_experts") else ""
+        return None
+
+    def _rows(self, last: str, n_out: int) -> Sequence[int]:
+        """Return which of a weight's rows llama.cpp has at each place.
 
         Reference:
             ``LlamaModel.permute`` (conversion/llama.py) and ``GPTNeoXModel.modify_tensors`` of llama.cpp.
@@ -298,7 +379,7 @@ class _Layout:
         if self.family.arch == "gptneox" and last == "query_key_value":
             return _grid(n_out, (n_heads, 3, n_out // n_heads // 3), (1, 0, 2))
         if not self.family.permuted or last not in {"q_proj", "k_proj"}:
-            return None
+            return range(n_out)
         n = n_heads if last == "q_proj" else self._config.get("num_key_value_heads") or n_heads
         return _rotated(range(n_out), n)
 
@@ -317,33 +398,54 @@ class _Layout:
             rows["q" if place < per_group - 2 else "k" if place == per_group - 2 else "v"].append(row)
         return {"q": _rotated(rows["q"], n_heads), "k": _rotated(rows["k"], n_kv), "v": rows["v"]}
 
-    def _stack(self, name: str, members: list[Made]) -> _Tensor:
+    def _factor(self, path: str, n_out: int) -> float | Sequence[float]:
+        """Return what Falcon-H1's multipliers make of a weight: llama.cpp's has them in it.
+
+        Reference:
+            ``FalconH1Model.modify_tensors`` (conversion/falcon_h1.py) of llama.cpp.
+        """
+        if self.family.arch != "falcon-h1":
+            return 1.0
+        config, last = self._config, path.rpartition(".")[2]
+        gate, down = config.get("mlp_multipliers") or (1.0, 1.0)
+        attention = float(config.get("attention_in_multiplier", 1.0))
+        if last == "in_proj":
+            n_inner, n_state = config["mamba_d_ssm"], config["mamba_n_groups"] * config["mamba_d_state"]
+            sizes = (n_inner, n_inner, n_state, n_state, n_out - 2 * n_inner - 2 * n_state)
+            parts = config.get("ssm_multipliers") or (1.0,) * len(sizes)
+            whole = config.get("ssm_in_multiplier", 1.0)
+            return [part * whole for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
+        factors = {
+            "gate_proj": gate, "down_proj": down, "q_proj": attention, "v_proj": attention,
+            "k_proj": attention * config.get("key_multiplier", 1.0), "o_proj": config.get("attention_out_multiplier", 1.0),
+            "out_proj": config.get("ssm_out_multiplier", 1.0), "lm_head": config.get("lm_head_multiplier", 1.0),
+            "embed_tokens": config.get("embedding_multiplier", 1.0),
+        }  # fmt: skip
+        return float(factors.get(last, 1.0))
+
+    def _stack(self, name: str, members: Sequence[tuple[Made, _Place]]) -> _Tensor:
         """Return a weight of all experts: zeros where an expert has no factors, or has fewer."""
         n = int(self._number("num_local_experts", "num_experts", "n_routed_experts"))
-        rank = max(made.rank for made in members)
-        n_out, n_in = members[0].module.shape
-        produce = partial(_stacked, tuple(members), n, rank)
-        return _Tensor(name, rank, (n, rank, n_in), (n, n_out, rank), _dtype(members), produce)
+        first, place = members[0]
+        rank = max(made.rank for made, _ in members)
+        a_shape, b_shape = (n, rank, first.module.shape[1]), (n, len(place.rows), rank)
+        produce = partial(_stacked, tuple(members), a_shape, b_shape)
+        return _Tensor(name, rank, a_shape, b_shape, _dtype([made for made, _ in members]), produce)
 
-    def _unstacked(self, made: Made, path: str) -> Iterator[_Tensor]:
-        """Yield the weights of LoRA on stacked experts: gate and up are two of them."""
-        n, n_out, n_in = made.module.shape
-        block, _, parameter = path.rpartition(".")
-        halves: dict[str, slice] = {parameter: slice(None)}
-        if parameter == "gate_up_proj":
-            mixed = self.family.arch == "gpt-oss"
-            one, other = (
-                (slice(0, None, 2), slice(1, None, 2))
-                if mixed
-                else (slice(n_out // 2), slice(n_out // 2, None))
-            )
-            halves = {"gate_proj": one, "up_proj": other}
-        for projection, rows in halves.items():
-            n_rows = len(range(n_out)[rows])
-            yield _Tensor(
-                self._name(f"{block}.{projection}"), made.rank, (n, made.rank, n_in), (n, n_rows, made.rank),
-                _dtype([made]), partial(_sliced, made, rows),
-            )  # fmt: skip
+
+def _text_path(made: Made) -> str:
+    """Return the path of a module in the text model alone; of a parameter without ``.weight``."""
+    path = made.module.path.replace("language_model.", "").replace("model.model.", "model.")
+    return path.removesuffix(".weight") if made.module.form == "experts" else path
+
+
+def _tensor(made: Made, place: _Place) -> _Tensor:
+    """Return a weight that is one module, or a part of it; an embedding lies there the other way round."""
+    *stack, _, n_in = made.module.shape
+    a_shape = (n_in, made.rank) if made.module.form == "embedding" else (*stack, made.rank, n_in)
+    dtype = _dtype([made]) if place.factor == 1 else "F32"
+    produce = partial(_placed, made, place)
+    return _Tensor(place.name, made.rank, a_shape, (*stack, len(place.rows), made.rank), dtype, produce)
 
 
 def _rotated(rows: Sequence[int], n_heads: int) -> list[int]:
@@ -364,65 +466,48 @@ def _grid(n: int, shape: tuple[int, ...], axes: tuple[int, ...]) -> list[int]:
     return [int(row) for row in np.arange(n).reshape(shape).transpose(axes).reshape(-1)]
 
 
-def _picked(
-    made: Made, rows: Sequence[int] | None, factors: LoadFactors
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _placed(made: Made, place: _Place, factors: LoadFactors) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
     a, b = factors(made)
-    return a, b if rows is None else b[list(rows)]
-
-
-def _flipped(made: Made, factors: LoadFactors) -> tuple[torch.Tensor, torch.Tensor]:
-    a, b = factors(made)
-    return a.T.contiguous(), b
-
-
-def _sliced(made: Made, rows: slice, factors: LoadFactors) -> tuple[torch.Tensor, torch.Tensor]:
-    a, b = factors(made)
-    return a, b[:, rows].contiguous()
+    if place.rows != range(b.shape[-2]):
+        b = b[..., list(place.rows), :]
+    if place.factor != 1:
+        b = b.float() * torch.tensor(place.factor, dtype=torch.float32).reshape(-1, 1)
+    return a.mT.contiguous() if made.module.form == "embedding" else a, b.contiguous()
 
 
 def _stacked(
-    members: tuple[Made, ...], n: int, rank: int, factors: LoadFactors
+    members: tuple[tuple[Made, _Place], ...],
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    factors: LoadFactors,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
-    n_out, n_in = members[0].module.shape
-    a, b = torch.zeros(n, rank, n_in), torch.zeros(n, n_out, rank)
-    for made in members:
+    a, b = torch.zeros(a_shape), torch.zeros(b_shape)
+    for made, place in members:
         match = _EXPERT.fullmatch(made.module.path)
         assert match is not None
-        own_a, own_b = factors(made)
+        own_a, own_b = _placed(made, place, factors)
         a[int(match["index"]), : made.rank] = own_a
         b[int(match["index"]), :, : made.rank] = own_b
     return a, b
 
 
 def _dtype(members: Sequence[Made]) -> str:
-    """Return the dtype of a weight's factors: float32 where they differ."""
+    """Return the dtype of a weight's factors: float32 where they differ, or llama.cpp has none like theirs."""
     dtypes = {dtype for made in members for dtype in (made.a.dtype, made.b.dtype)}
-    return dtypes.pop() if len(dtypes) == 1 else "F32"
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {"BF16", "F16"} else "F32"
 
 
 def _announce(gguf: Any, writer: Any, name: str, shape: tuple[int, ...], dtype: str) -> None:
     """Tell the writer of a tensor that will come."""
     import numpy as np
 
-    raw = {"BF16": gguf.GGMLQuantizationType.BF16, "F16": gguf.GGMLQuantizationType.F16}.get(
-        dtype, gguf.GGMLQuantizationType.F32
-    )
-    size = 4 if dtype == "F32" else 2
-    nbytes = size * int(np.prod(shape))
-    writer.add_tensor_info(
-        name, shape, np.dtype(np.int16 if size == 2 else np.float32), nbytes, raw_dtype=raw
-    )
-
-
-def _array(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, Any]:
-    """Return a tensor's bytes as numpy holds them."""
-    import torch
-
-    stored = tensor.to(getattr(torch, TORCH_NAMES[dtype])).contiguous()
-    return (stored if dtype == "F32" else stored.view(torch.int16)).numpy()
+    nbytes = prod(shape) * (4 if dtype == "F32" else 2)
+    raw = getattr(gguf.GGMLQuantizationType, dtype)
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=raw)
 
 
 def _values(tensor: Any) -> np.ndarray[Any, Any]:
