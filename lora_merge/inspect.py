@@ -60,13 +60,24 @@ class Surroundings:
     base: str = ""
     """The base as the user named it; empty without one."""
 
+    options: str = ""
+    """The options that name it, and what it is to the adapter, as a command line has them."""
+
+    model_type: str = ""
+    """Of the base that the adapter names, where that is a directory here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What only a base can tell."""
 
     model_type: str = ""
-    n_layers: int | None = None
+    modules: frozenset[str] = frozenset()
+    """Every module of the base that has a matrix."""
+
+    unchanged: frozenset[str] = frozenset()
+    """Whole parameters in the adapter that are but copies of the base's."""
+
     norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """By path: ‖Δ‖ and ‖W‖."""
 
@@ -120,8 +131,11 @@ def _engine_reports(
     adapter: Adapter, around: Surroundings, engines: Sequence[ServingEngine], measured: Measured
 ) -> tuple[EngineReport, ...]:
     """Return what each engine makes of an adapter."""
-    traits = traits_of(adapter, measured.n_layers)
-    return tuple(report(name, traits, around.named, around.base, measured.model_type) for name in engines)
+    traits = traits_of(adapter, measured.modules, measured.unchanged)
+    return tuple(
+        report(name, traits, around.named, around.options, measured.model_type or around.model_type)
+        for name in engines
+    )
 
 
 def _modules(adapter: Adapter, measured: Measured) -> tuple[ModuleFacts, ...]:

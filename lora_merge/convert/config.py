@@ -50,7 +50,11 @@ _WITH_EXPERTS = "0.19.1"
 
 
 def adapter_config(
-    adapter: Adapter, made: Sequence[Made], recipe: Recipe, base_modules: Iterable[str] = ()
+    adapter: Adapter,
+    made: Sequence[Made],
+    recipe: Recipe,
+    base_modules: Iterable[str] = (),
+    whole: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the configuration of the adapter that is written.
 
@@ -60,6 +64,7 @@ def adapter_config(
         recipe: what was done.
         base_modules: every module of the base, if that is at hand: then a name may stand for all modules that end in
             it.
+        whole: names of the tensors that are carried whole.
     """
     kept = {name: adapter.config[name] for name in _KEPT if _says_something(adapter.config, name)}
     if recipe.to_lora:
@@ -74,11 +79,14 @@ def adapter_config(
         config |= dict.fromkeys(_CHOOSING)
         del config["exclude_modules"]
         others = [one.module.path for one in made if one.module.form != "experts"]
-        config["target_modules"] = listed(others, frozenset(base_modules))
+        known = () if config.get("layer_replication") else base_modules  # that has other layers
+        config["target_modules"] = listed(others, frozenset(known))
         config.pop("target_parameters", None)
         if experts:
             config["target_parameters"] = [one.module.path for one in experts]
-    if recipe.is_rescaled or recipe.is_renamed:
+    if not any(name.endswith(".bias") and "lora_" not in name for name in whole):
+        config["bias"] = "none"
+    if recipe.is_rescaled or recipe.is_renamed or _is_loose(config, made):
         config |= scaling({one.module.path: (one.rank, one.scale) for one in made})
     if experts:
         config["peft_version"] = _WITH_EXPERTS if recipe.experts else adapter.config.get("peft_version")
@@ -104,6 +112,14 @@ def module_paths(parameters: Iterable[str]) -> frozenset[str]:
             found.add(path)
             path = path.rpartition(".")[0]
     return frozenset(found)
+
+
+def _is_loose(config: Mapping[str, Any], made: Sequence[Made]) -> bool:
+    """Return True when a configuration names ranks that no module has: an engine makes room for the largest."""
+    ranks = {one.rank for one in made}
+    return (
+        config["init_lora_weights"] is True and not {config["r"], *config["rank_pattern"].values()} <= ranks
+    )
 
 
 def listed(paths: Sequence[str], base_modules: Collection[str]) -> list[str] | str:

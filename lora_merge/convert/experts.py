@@ -10,7 +10,7 @@ from lora_merge.core.lora import Gathered, Given, LoraModule, Placed, nested
 from lora_merge.core.report import Issue, error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from lora_merge.convert.joined import Joined
     from lora_merge.core.adapter import DeltaSpec
@@ -22,6 +22,7 @@ def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
     """Return the modules with those on stacked experts taken apart: one for each matrix that the base stores.
 
     Each keeps the rank and the scale of the stack; of two matrices that are one parameter of the model, both have A.
+    A matrix that its parameter's name means becomes the module that it is.
     """
     found: list[LoraModule] = []
     issues: list[Issue] = []
@@ -30,13 +31,24 @@ def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
             found.append(module)
             continue
         own = [delta for delta in joined.deltas if delta.target == module.path]
-        if any(delta.kind == "stacked" or delta.region.at or not delta.part for delta in own):
+        if len(module.shape) == 2:
+            found.append(_by_module(module, own, joined))
+        elif any(delta.kind == "stacked" or delta.region.at or not delta.part for delta in own):
             sentence = "is stored in the base as one tensor, so that its experts have no names of their own"
             hint = "pass a --base that stores them one by one, as it was published"
             issues.append(error("unsupported", module.path, sentence, hint))
         else:
             found += (_expert(module, delta) for delta in own)
     return found, issues
+
+
+def _by_module(module: LoraModule, own: Sequence[DeltaSpec], joined: Joined) -> LoraModule:
+    """Return the module of a matrix that is a parameter so far; itself where that is no linear layer's."""
+    owner, _, parameter = module.path.rpartition(".")
+    is_whole = len(own) == 1 and not (own[0].part or own[0].region.at or own[0].region.transposed)
+    if parameter != "weight" or not is_whole or joined.class_of(owner) in {"Conv1D", "Embedding"}:
+        return module
+    return replace(module, path=own[0].parameter.removesuffix(".weight"), form="linear", depth=0)
 
 
 def _expert(module: LoraModule, delta: DeltaSpec) -> LoraModule:
@@ -54,7 +66,8 @@ def _expert(module: LoraModule, delta: DeltaSpec) -> LoraModule:
 def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModule], list[Issue]]:
     """Return the modules with those of experts gathered on the parameters that the model has for them.
 
-    What is one parameter of the model (gate and up, say) has factors side by side: their ranks add up.
+    What is one parameter of the model (gate and up, say) has factors side by side: their ranks add up. What PEFT would
+    take for an expert by its name, or not take at all, is meant by its parameter's.
     """
     conversion = joined.stored.conversion
     if conversion is None:
@@ -64,6 +77,7 @@ def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
         return list(modules), [error("unsupported", joined.base.root, sentence)]
     found: list[LoraModule] = []
     gathered: dict[str, list[Placed]] = {}
+    names: set[str] = set()
     issues: list[Issue] = []
     for module in modules:
         try:
@@ -77,11 +91,42 @@ def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
             sentence = "has DoRA or a bias, which LoRA on stacked experts cannot have"
             issues.append(error("unsupported", module.path, sentence, "--to-lora makes plain LoRA of it"))
         else:
+            names.add(module.path.rpartition(".")[2])
             for parameter, placed in parts.items():
                 gathered.setdefault(parameter, []).append(placed)
+    found = [_by_parameter(module, names, joined) for module in found]
     found += (_stack(parameter, parts, conversion) for parameter, parts in gathered.items())
+    return found, issues
+
+
+def _by_parameter(module: LoraModule, names: Collection[str], joined: Joined) -> LoraModule:
+    """Return a linear layer as the parameter that it is, where PEFT would not find it as a module.
+
+    Reference:
+        ``peft.utils.transformers_weight_conversion._convert_peft_config_moe`` (PEFT 0.21.2): any module that ends in
+        ``gate_proj`` is the experts'.
+    """
     assert joined.skeleton is not None
-    return nested(found, joined.skeleton.parameters), issues
+    path = joined.stored.module(module.path)
+    is_found = module.path.rpartition(".")[2] not in names and joined.skeleton.is_adaptable(path)
+    if module.form != "linear" or module.kept or is_found or path not in joined.skeleton.classes:
+        return module
+    return replace(module, path=f"{path}.weight", form="experts")
+
+
+def renested(modules: Sequence[LoraModule], joined: Joined) -> list[LoraModule]:
+    """Return modules with the depths that PEFT gives to several parameters of one, under the names they have now."""
+    known = joined.skeleton.parameters if joined.skeleton else {}
+    owners: dict[str, list[LoraModule]] = {}
+    for module in sorted(modules, key=lambda module: -module.depth):
+        if module.form == "experts":
+            owners.setdefault(module.owner, []).append(module)
+    parameters = {}
+    for owner, own in owners.items():
+        names = [module.path.rpartition(".")[2] for module in own]
+        order = known.get(owner, ())
+        parameters[owner] = order if set(names) <= set(order) else names
+    return nested(modules, parameters)
 
 
 def _parts(module: LoraModule, conversion: Conversion) -> dict[str, Placed] | None:
@@ -90,10 +135,10 @@ def _parts(module: LoraModule, conversion: Conversion) -> dict[str, Placed] | No
     shape = conversion.shape(parameter)
     if pattern is None or module.form != "linear" or shape is None or len(shape) != 3:
         return None
-    assert isinstance(module.origin, Given)
-    delta = replace(module.origin.delta, scale=module.scale, options=module.origin.delta.options)
+    if not isinstance(module.origin, Given):
+        raise ConversionError("has no factors of its own yet: make plain LoRA of it first, and stack that")
     pieces = conversion.parts_of(f"{module.path}.weight", module.shape)
-    return {target: _placed(delta, one) for target, (one,) in pieces.items()}
+    return {target: _placed(module.origin.delta, one) for target, (one,) in pieces.items()}
 
 
 def _placed(delta: DeltaSpec, piece: Piece) -> Placed:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import Checkpoint
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.plan import Merge, MergePlan
-from lora_merge.core.skeleton import Skeleton, build_skeleton
+from lora_merge.core.skeleton import Skeleton, build_skeleton, meta_model
 from lora_merge.layouts import Stored
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ class Joined:
 
     base: Checkpoint
     plan: MergePlan
+
+    unchanged: frozenset[str] = frozenset()
+    """Whole parameters in the adapter that are but copies of the base's."""
 
     @cached_property
     def stored(self) -> Stored:
@@ -55,3 +58,28 @@ class Joined:
             return ""
         classes = self.skeleton.classes
         return classes.get(module) or classes.get(self.stored.module(module), "")
+
+    def is_grouped(self, module: str) -> bool:
+        """Return True for a convolution in groups: B has groups too in PEFT's LoRA, and B A is no change of the weight."""
+        model = meta_model(self.base.config)
+        if model is None or self.skeleton is None:
+            return False
+        path = self.stored.module(module)
+        return path in self.skeleton.classes and getattr(model.get_submodule(path), "groups", 1) > 1
+
+    def twin(self, module: str) -> str | None:
+        """Return the other end of a tie that the merge keeps: what is changed at one end is changed at both."""
+        known = self.skeleton
+        if known is None:
+            return None
+        ends = {**known.tied, **{source: end for end, source in known.tied.items()}}
+        path = self.stored.module(module)
+        other = ends.get(f"{path}.weight")
+        if other is None or self.stored.disk_name(other) in self._written:
+            return None
+        name = other if path == module else self.stored.as_published(other)
+        return name.removesuffix(".weight")
+
+    @cached_property
+    def _written(self) -> frozenset[str]:
+        return frozenset(slot.name for step in self.plan.steps for slot in step.slots)

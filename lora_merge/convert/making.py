@@ -15,8 +15,11 @@ from lora_merge.core.lora import (
     Placed,
     Recipe,
 )
+from lora_merge.core.report import error
 from lora_merge.core.shortage import memory_for
+from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.deltas import Factors, plain_pair
+from lora_merge.errors import ConvertError
 from lora_merge.io.safetensors import load
 from lora_merge.transforms import Pair, factorised, rounded, stacked
 
@@ -53,19 +56,27 @@ class Maker:
 
         Raises:
             CheckpointError: a source cannot be read.
+            ConvertError: a value is too large for the dtype, or none.
             OutOfMemoryError: there is no memory left for it.
         """
         with memory_for(f"converting {module.path}"):
-            if not module.is_exact:
-                return self._taken_apart(module)
-            pair = self._pair(module)
-            made = self._transformed(pair)
-            lost = made.rank < pair.rank or self._recipe.dtype not in {None, "F32"}
-            return made, Loss(pair.norm(), pair.distance(made)) if lost else None
+            made, loss = self._factored(module) if module.is_exact else self._taken_apart(module)
+            dtype = TORCH_NAMES[self._recipe.dtype or "F32"]
+            _check_finite(module.path, f"has factors that {dtype} cannot hold", made.a, made.b)
+            return made, loss
 
-    def _transformed(self, pair: Pair) -> Pair:
+    def _factored(self, module: LoraModule) -> tuple[Pair, Loss | None]:
+        """Return what becomes of the factors that a module has."""
+        pair = self._pair(module)
+        made = self._transformed(pair)
+        lost = made.rank < pair.rank or self._recipe.dtype not in {None, "F32"}
+        return made, Loss(pair.norm(), pair.distance(made)) if lost else None
+
+    def _transformed(self, pair: Pair, *, is_truncated: bool = False) -> Pair:
+        """Return factors after the transforms, as they are stored; none loses anything of what is truncated already."""
         for transform in self._transforms:
-            pair = transform(pair)
+            if transform.exact or not is_truncated:
+                pair = transform(pair)
         return rounded(pair, self._recipe.dtype, self._own_dtype)
 
     def _pair(self, module: LoraModule) -> Pair:
@@ -109,12 +120,14 @@ class Maker:
     def _taken_apart(self, module: LoraModule) -> tuple[Pair, Loss]:
         """Return the factors of a change that has none, and how far they are from it."""
         change = self._change(module)
+        _check_finite(module.path, "changes by values that are NaN or infinite", change)
         keep = self._recipe.keep
         assert keep is not None
         if module.form == "experts" and change.dim() == 3:
-            made = self._transformed(stacked([factorised(one, keep) for one in change]))
+            pair = stacked([factorised(one, keep) for one in change])
         else:
-            made = self._transformed(factorised(change, keep))
+            pair = factorised(change, keep)
+        made = self._transformed(pair, is_truncated=True)
         residual = change.sub(made.b.float() @ made.a.float())
         return made, Loss(float(change.double().norm()), float(residual.double().norm()))
 
@@ -130,3 +143,14 @@ class Maker:
         if module.form == "convolution":
             change = change.flatten(1)
         return change.mT if turned else change
+
+
+def _check_finite(path: str, sentence: str, *tensors: torch.Tensor) -> None:
+    """Check that there is no NaN and no infinity in some tensors.
+
+    Raises:
+        ConvertError: there is.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        hint = "bfloat16 and float32 hold larger ones; where they do not, the training diverged"
+        raise ConvertError([error("non-finite", path, sentence, hint)])

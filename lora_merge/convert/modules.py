@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lora_merge.convert.experts import fused, split
+from lora_merge.convert.experts import fused, renested, split
 from lora_merge.convert.names import filled, renamed
 from lora_merge.core.adapter import PLAIN, Adapter, DeltaSpec
 from lora_merge.core.checkpoint import INPUT_NAMES
@@ -15,9 +15,10 @@ from lora_merge.core.lora import Changed, Difference, Form, Given, LoraModule, R
 from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef, shape_text
+from lora_merge.io.safetensors import same_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from lora_merge.convert.joined import Joined
     from lora_merge.core.plan import Step
@@ -42,9 +43,9 @@ class Draft:
 def needs_base(adapter: Adapter, recipe: Recipe) -> bool:
     """Return True when an adapter's own files do not say enough for a conversion."""
     reaches_further = bool(
-        recipe.naming or recipe.experts or recipe.every_layer or recipe.packed or recipe.format != "peft"
+        recipe.naming or recipe.experts or recipe.fills or recipe.without_copies or recipe.format != "peft"
     )
-    unfactored = recipe.to_lora and not _is_plain(adapter)
+    unfactored = recipe.to_lora and not (_is_plain(adapter) and not adapter.config.get("ensure_weight_tying"))
     return reaches_further or unfactored or bool(adapter.stacked)
 
 
@@ -69,7 +70,9 @@ def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
         if recipe.naming is not None:
             found.modules, found.whole, issues = renamed(found.modules, found.whole, recipe.naming, joined)
             found.issues += issues
-        if recipe.every_layer or recipe.packed:
+        if recipe.experts or recipe.naming:
+            found.modules = renested(found.modules, joined)
+        if recipe.fills:
             found.modules = filled(found.modules, joined, recipe)
         found.modules.sort(key=lambda module: _natural(module.path))
     if not found.modules and not found.issues:
@@ -99,13 +102,14 @@ class _Drafting:
         if self.found.issues:
             return
         groups = self._groups()
-        given = {parameter for parameter, deltas in groups.items() if self._stays(deltas)}
+        given = {parameter: None for parameter, deltas in groups.items() if self._stays(deltas)}
         for parameter in given:
             self._give(parameter, groups)
         if self._recipe.to_lora:
-            self._change(given)
+            self._change(given.keys())
+            self._change_twins()
         else:
-            self._carry(groups.keys() - given, groups)
+            self._carry(groups.keys() - given.keys(), groups)
         self._stack()
         self.found.modules.sort(key=lambda module: _natural(module.path))
 
@@ -222,8 +226,10 @@ class _Drafting:
             for delta in groups[parameter]:
                 if delta.kind == "rows":
                     self.found.whole[delta.tensors["rows"].name] = delta.tensors["rows"]
-        for one in self._adapter.replacements.values():
-            self.found.whole[one.ref.name] = one.ref
+        copies = self._joined.unchanged if self._joined and self._recipe.drops_copies else ()
+        for parameter, one in self._adapter.replacements.items():
+            if parameter not in copies:
+                self.found.whole[one.ref.name] = one.ref
         if self._recipe.format != "peft" and self.found.whole:
             name = min(self.found.whole)
             sentence = f"is carried whole, which an adapter in the format {self._recipe.format} cannot do"
@@ -252,21 +258,38 @@ class _Drafting:
                 LoraModule(delta.target, "experts", origin, shape, a[0] // n, delta.factor, depth=pair.depth)
             )
 
-    def _change(self, given: set[str]) -> None:
+    def _change(self, given: Collection[str]) -> None:
         """Take apart what a merge would change, where the adapter has no factors for it."""
         assert self._joined is not None or _is_plain(self._adapter)
         stacked = {ref.name for pair in self._adapter.stacked for ref in pair.tensors.values()}
         for step in self._joined.steps if self._joined else ():
             deltas = step.op.deltas if isinstance(step.op, Merge) else ()
-            if not step.replaced and all(
+            is_new = self._is_new(step)
+            if not is_new and all(
                 delta.target in given or not stacked.isdisjoint(ref.name for ref in delta.tensors.values())
                 for delta in deltas
             ):
                 continue
             target = deltas[0].target if deltas else self._name_of(step)
-            self._add_changed(step, target)
+            self._add_changed(step, target, is_new=is_new)
 
-    def _add_changed(self, step: Step, target: str) -> None:
+    def _change_twins(self) -> None:
+        """Give both ends of a tie what only one of them is stored for: PEFT has a layer for each."""
+        known = {module.path for module in self.found.modules}
+        for module in list(self.found.modules):
+            twin = self._joined.twin(module.path) if self._joined else None
+            if twin and twin not in known:
+                assert isinstance(module.origin, Given | Changed | Difference)
+                form: Form = "linear" if module.form == "embedding" else "embedding"
+                origin = replace(module.origin, turned=not module.origin.turned)
+                self._add(replace(module, path=twin, form=form, origin=origin, shape=module.shape[::-1]))
+
+    def _is_new(self, step: Step) -> bool:
+        """Return True for another weight than the base's; PEFT saves copies of the base's embeddings along."""
+        before = self._before(step.slots[0].name) if step.replaced else None
+        return step.replaced and (before is None or not same_values(before, _source(step)))
+
+    def _add_changed(self, step: Step, target: str, *, is_new: bool) -> None:
         (slot,) = step.slots
         deltas = step.op.deltas if isinstance(step.op, Merge) else ()
         module, _, parameter = target.rpartition(".")
@@ -282,10 +305,12 @@ class _Drafting:
         turned = is_embedding or self._is_conv1d(module)
         shape = slot.shape[::-1] if turned else slot.shape
         form: Form = "embedding" if is_embedding else "convolution" if len(shape) > 2 else "linear"
-        if step.replaced:
-            assert isinstance(step.op, Copy | Merge)
-            before = self._before(slot.name)
-            after = step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
+        if form == "convolution" and self._joined is not None and self._joined.is_grouped(module):
+            sentence = "is a convolution in groups, of which no LoRA is a change of a low rank"
+            self.found.issues.append(error("unsupported", target, sentence, MERGE))
+            return
+        if is_new:
+            before, after = self._before(slot.name), _source(step)
             if before is None or before.shape != after.shape:
                 found = shape_text(before.shape) if before else "not stored"
                 sentence = f"is {shape_text(after.shape)}, the base's is {found}: LoRA cannot resize"
@@ -311,7 +336,7 @@ class _Drafting:
 
     def _name_of(self, step: Step) -> str:
         """Return what the adapter calls a parameter that it replaces."""
-        ref = step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
+        ref = _source(step)
         return next(name for name, one in self._adapter.replacements.items() if one.ref == ref)
 
     def _is_input(self, module: str) -> bool:
@@ -322,6 +347,11 @@ class _Drafting:
     def _is_conv1d(self, module: str) -> bool:
         assert self._joined is not None
         return self._joined.class_of(module) == "Conv1D"
+
+
+def _source(step: Step) -> TensorRef:
+    """Return what a step works on."""
+    return step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

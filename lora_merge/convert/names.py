@@ -40,7 +40,7 @@ def renamed(
         name = module.path if module.form == "experts" else f"{module.path}.weight"
         other = _named(name, naming, stored)
         if other is None:
-            issues.append(_no_name(module, naming))
+            issues.append(_no_name(module, naming, stored))
         else:
             path = other if module.form == "experts" else other.removesuffix(".weight")
             found.append(replace(module, path=path))
@@ -60,7 +60,8 @@ def _named(name: str, naming: Naming, stored: Stored) -> str | None:
     assert stored.conversion is not None
     canonical, pattern = stored.conversion.canonical(name)
     if naming == "v5":
-        return canonical if pattern is None else None
+        is_its_own = pattern is None or stored.conversion.shape(name) is not None
+        return canonical if is_its_own else None
     if pattern is not None:
         return name  # a part has only its published name
     published = stored.as_published(name)
@@ -72,21 +73,27 @@ def _named(name: str, naming: Naming, stored: Stored) -> str | None:
     return None if is_made and published not in stored.tensors else published
 
 
-def _no_name(module: LoraModule, naming: Naming) -> Issue:
-    option = "--fuse-experts" if naming == "v5" else "--split-experts"
+def _no_name(module: LoraModule, naming: Naming, stored: Stored) -> Issue:
+    """Return the issue of a module that a release of transformers has as a part of another, or in parts."""
+    assert stored.conversion is not None
     release = "5 has it as a part of a larger parameter" if naming == "v5" else "4 has it in parts"
-    return error(
-        "unsupported", module.path, f"has no name of its own: transformers {release}", f"add {option}"
-    )
+    canonical, _ = stored.conversion.canonical(f"{module.path}.weight")
+    if module.form == "experts" or len(stored.conversion.shape(canonical) or ()) == 3:
+        hint = f"add {'--fuse-experts' if naming == 'v5' else '--split-experts'}"
+    else:
+        release, hint = f"{naming[1:]} has it joined with others, or in parts", "leave its names as they are"
+    return error("unsupported", module.path, f"has no name of its own: transformers {release}", hint)
 
 
 def filled(modules: Sequence[LoraModule], joined: Joined, recipe: Recipe) -> list[LoraModule]:
     """Return the modules, and zeros for those of the base that an engine wants beside them.
 
-    Those are modules of other layers and experts that have the same name but for the number, and modules that are
-    computed as one with these.
+    Those are modules of other layers and experts that have the same name but for the number; modules that have the
+    same last name, wherever they stand; and modules that are computed as one with these.
     """
-    like = {_without_number(module.path): module for module in modules if module.form == "linear"}
+    linear = [module for module in modules if module.form == "linear"]
+    like = {_without_number(module.path): module for module in linear}
+    named = {module.path.rpartition(".")[2]: module for module in linear} if recipe.every_name else {}
     layers = {_layer(module.path) for module in modules}
     if recipe.packed:
         for pattern, module in list(like.items()):
@@ -94,15 +101,14 @@ def filled(modules: Sequence[LoraModule], joined: Joined, recipe: Recipe) -> lis
             for group in PACKED:
                 if last in group:
                     like |= {f"{stem}.{name}": module for name in group if f"{stem}.{name}" not in like}
-    known = {module.path for module in modules}
-    own_names = {joined.stored.module(path): path for path in known}
+    known = {module.path for module in modules} | {joined.stored.module(module.path) for module in modules}
     found = list(modules)
     for path in sorted(joined.modules - known):
         shape = joined.stored.tensors[f"{path}.weight"].shape
-        pattern = _without_number(path)
-        is_wanted = recipe.every_layer or _layer(path) in layers
-        if len(shape) == 2 and pattern in like and is_wanted and joined.stored.module(path) not in own_names:
-            twin = like[pattern]
+        is_near = recipe.every_layer or recipe.every_name or _layer(path) in layers
+        twin = like.get(_without_number(path)) if is_near else None
+        twin = twin or named.get(path.rpartition(".")[2])
+        if twin is not None and len(shape) == 2 and joined.stored.module(path) not in known:
             found.append(LoraModule(path, "linear", Unchanged(), shape, max(twin.rank, 1), twin.scale))
     return found
 

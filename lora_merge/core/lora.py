@@ -218,8 +218,14 @@ class Recipe:
     every_layer: bool = False
     """What is a target in one layer is one in all: with zeros, where the adapter has nothing."""
 
+    every_name: bool = False
+    """What is called as a target is one wherever it stands: with zeros, where the adapter has nothing."""
+
     packed: bool = False
     """Where one of q, k and v, or of gate and up, is a target, all are: with zeros."""
+
+    without_copies: bool = False
+    """Embeddings that are saved along, and equal the base's, are left out."""
 
     naming: Naming | None = None
     experts: ExpertForm | None = None
@@ -236,7 +242,17 @@ class Recipe:
     @property
     def is_renamed(self) -> bool:
         """Return True when modules have other names, or are others, than before."""
-        return bool(self.naming or self.experts or self.to_lora or self.every_layer or self.packed)
+        return bool(self.naming or self.experts or self.to_lora or self.fills)
+
+    @property
+    def fills(self) -> bool:
+        """Return True when modules that the adapter leaves alone are written with zeros."""
+        return self.every_layer or self.every_name or self.packed
+
+    @property
+    def drops_copies(self) -> bool:
+        """Return True when copies of the base's embeddings are left out."""
+        return self.without_copies or self.format != "peft"
 
     def names(self) -> tuple[str, ...]:
         """Return the transforms in the order in which they are applied, as options are spelled."""
@@ -244,7 +260,7 @@ class Recipe:
             "split-experts": self.experts == "split", "fuse-experts": self.experts == "fuse",
             f"rename {self.naming}": self.naming is not None, "to-lora": self.to_lora,
             "reduce-rank": self.keep is not None, "bake-scale": self.is_rescaled,
-            "every-layer": self.every_layer, "packed": self.packed, "pad-rank": self.uniform, "expand-targets": self.explicit,
+            "every-layer": self.every_layer, "every-name": self.every_name, "packed": self.packed, "without-copies": self.without_copies, "pad-rank": self.uniform, "expand-targets": self.explicit,
             f"dtype {self.dtype}": self.dtype is not None,
         }  # fmt: skip
         return tuple(name for name, is_done in done.items() if is_done)

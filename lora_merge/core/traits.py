@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import OUTPUT_NAMES
 from lora_merge.core.kinds import PEFT_0_14_FIELDS, mutating_init
-from lora_merge.core.targets import ALL_LINEAR
+from lora_merge.core.patterns import TargetError
+from lora_merge.core.targets import ALL_LINEAR, TargetRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.tensor import TensorRef
@@ -35,12 +37,15 @@ TRAITS: Mapping[str, str] = {
     "dora": "DoRA",
     "lora-bias": "a bias of lora_B",
     "bias": "trained biases",
-    "modules-to-save": "whole modules (modules_to_save, saved embeddings)",
+    "bias-said": "a configuration with biases, and no biases",
+    "modules-to-save": "whole modules (modules_to_save)",
+    "saved-embeddings": "embeddings saved along: copies of the base's, or trained ones",
     "tokens": "trained tokens",
     "target-parameters": "LoRA on stacked experts",
     "experts": "LoRA on experts one by one",
     "some-experts": "LoRA on some experts, or some of their projections",
     "router": "LoRA on a router",
+    "latent-query": "LoRA on q_a_proj of latent attention",
     "latent": "LoRA on q_b_proj or kv_a_proj_with_mqa of latent attention",
     "latent-kv": "LoRA on kv_b_proj of latent attention",
     "embedding": "LoRA on the input embedding",
@@ -57,8 +62,11 @@ TRAITS: Mapping[str, str] = {
 PACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that engines compute as one."""
 
+_PACKED_NAMES = frozenset(name for group in PACKED for name in group)
+
 _BY_NAME: Mapping[str, frozenset[str]] = {
     "router": frozenset({"gate", "router"}),
+    "latent-query": frozenset({"q_a_proj"}),
     "latent": frozenset({"q_b_proj", "kv_a_proj_with_mqa"}),
     "latent-kv": frozenset({"kv_b_proj"}),
 }
@@ -82,22 +90,25 @@ class Trait:
     """Of ``rank``, the number."""
 
 
-def traits_of(adapter: Adapter, base_layers: int | None = None) -> tuple[Trait, ...]:
+def traits_of(
+    adapter: Adapter, base_modules: Collection[str] = (), unchanged: Collection[str] = ()
+) -> tuple[Trait, ...]:
     """Return every trait that an adapter has.
 
     Args:
         adapter: from its headers.
-        base_layers: how many layers the base has, if that is known.
+        base_modules: every module of the base that has a matrix, if they are known.
+        unchanged: whole parameters that are but copies of the base's, if that is known.
     """
     return (
-        *_of_config(adapter),
+        *_of_config(adapter, base_modules),
         *_of_ranks(adapter),
-        *_of_modules(adapter, base_layers),
-        *_of_whole(adapter),
+        *_of_modules(adapter, base_modules),
+        *_of_whole(adapter, unchanged),
     )
 
 
-def _of_config(adapter: Adapter) -> Iterator[Trait]:
+def _of_config(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Trait]:
     config = adapter.config
     targets = config.get("target_modules")
     if adapter.format != "peft":
@@ -109,10 +120,13 @@ def _of_config(adapter: Adapter) -> Iterator[Trait]:
     if isinstance(targets, str):
         is_short = targets.lower() == ALL_LINEAR
         yield Trait("all-linear" if is_short else "regex", f"target_modules is {targets!r}")
-    if isinstance(targets, list) and any(re.search(r"\.\d+\.", str(entry)) for entry in targets):
-        yield Trait("listed-paths", "target_modules lists whole paths")
-    if config.get("exclude_modules"):
-        yield Trait("excluded", "exclude_modules is set")
+    if isinstance(targets, list):
+        last = Counter(str(entry).rpartition(".")[2] for entry in targets if "." in str(entry))
+        again = sorted(name for name, n in last.items() if n > 1 and name not in _PACKED_NAMES)
+        if again:
+            yield Trait("listed-paths", f"target_modules lists several paths that end in {again[0]}")
+    if _excludes(config, base_modules):
+        yield Trait("excluded", "exclude_modules leaves out what target_modules means")
     if config.get("use_rslora"):
         yield Trait("rslora", "use_rslora is set")
     if config.get("fan_in_fan_out"):
@@ -127,16 +141,46 @@ def _of_config(adapter: Adapter) -> Iterator[Trait]:
         yield Trait("replicated", "layer_replication is set")
 
 
+def _excludes(config: Mapping[str, Any], base_modules: Collection[str]) -> bool:
+    """Return True when an exclusion takes out a module that is a target otherwise, or may do so."""
+    if not config.get("exclude_modules"):
+        return False
+    try:
+        rule = TargetRule.parse(config)
+        wider = replace(rule, exclude_modules=None)
+        return not base_modules or any(
+            wider.matches(module) and not rule.matches(module) for module in base_modules
+        )
+    except TargetError:
+        return True
+
+
 def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
     ranks = {delta.module: delta.rank for delta in adapter.deltas if "A" in delta.tensors}
+    config = adapter.config
+    own = config.get("r")
+    said = {own} if isinstance(own, int) and not isinstance(own, bool) else set()
     if adapter.stacked:
-        ranks |= {"": int(adapter.config.get("r", 0) or 0)}
+        ranks |= {"": max(said, default=0)}
     if not ranks:
         return
     found = sorted(set(ranks.values()))
-    yield Trait("rank", f"rank {found[-1]}", found[-1])
+    if adapter.kind == "LORA":
+        table = config.get("rank_pattern")
+        said |= {
+            value for value in (table if isinstance(table, dict) else {}).values() if isinstance(value, int)
+        }
+        largest = max({*found, *said})
+        detail = (
+            f"rank {found[-1]}" if largest == found[-1] else f"rank {found[-1]}, and {largest} by the config"
+        )
+        yield Trait("rank", detail, largest)
+    else:
+        yield Trait("rank", f"rank {found[-1]}", found[-1])
     if len(found) > 1:
         yield Trait("ranks-differ", f"ranks {', '.join(map(str, found))}")
+    elif adapter.kind == "LORA" and isinstance(own, int) and own != found[0]:
+        yield Trait("ranks-differ", f"rank {found[0]}, and r is {own}")
     alphas = set()
     for delta in adapter.deltas:
         if "A" in delta.tensors and delta.kind in {"low_rank", "dora"}:
@@ -146,7 +190,7 @@ def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
         yield Trait("alphas-differ", f"α is {', '.join(f'{alpha:g}' for alpha in sorted(alphas))}")
 
 
-def _of_modules(adapter: Adapter, base_layers: int | None) -> Iterator[Trait]:
+def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Trait]:
     modules = sorted(adapter.modules)
     by_layer: dict[int, set[str]] = {}
     for module in modules:
@@ -154,22 +198,17 @@ def _of_modules(adapter: Adapter, base_layers: int | None) -> Iterator[Trait]:
         if match and not _EXPERT.search(module):
             by_layer.setdefault(int(match[1]), set()).add(module[match.end() :])
     everywhere = set().union(*by_layer.values()) if by_layer else set()
-    n_layers = max(base_layers or 0, max(by_layer, default=-1) + 1)
+    numbers = [int(match[1]) for match in map(_LAYER.search, base_modules) if match]
+    n_layers = max([*numbers, *by_layer], default=-1) + 1
     lacking = [n for n in range(n_layers) if by_layer.get(n, set()) != everywhere]
     if lacking and by_layer:
         yield Trait("some-layers", f"{len(lacking)} of {n_layers} layers lack some of the modules")
+    elif not base_modules and adapter.config.get("layers_to_transform"):
+        yield Trait("some-layers", "layers_to_transform is set")
     names = {module.rpartition(".")[2] for module in everywhere}
-    packed = sorted(names & {name for group in PACKED for name in group})
-    if packed:
-        yield Trait("packed", ", ".join(packed))
     if any(module.startswith(("language_model.", "model.language_model.")) for module in modules):
         yield Trait("language-model", "modules under language_model")
-    for group in PACKED:
-        if names & set(group) and not names >= set(group):
-            yield Trait(
-                "packed-parts", f"{', '.join(name for name in group if name in names)} without the rest"
-            )
-            break
+    yield from _of_packed(names)
     yield from _of_experts(adapter, modules)
     for trait, wanted in _BY_NAME.items():
         hit = sorted(names & wanted)
@@ -181,6 +220,19 @@ def _of_modules(adapter: Adapter, base_layers: int | None) -> Iterator[Trait]:
         yield Trait("head", "the output embedding is a target")
     if any("A" in delta.tensors and len(delta.tensors["A"].shape) > 2 for delta in adapter.deltas):
         yield Trait("convolution", "a convolution is a target")
+
+
+def _of_packed(names: set[str]) -> Iterator[Trait]:
+    """Yield what is to be said of modules that engines compute as one."""
+    packed = sorted(names & _PACKED_NAMES)
+    if packed:
+        yield Trait("packed", ", ".join(packed))
+    for group in PACKED:
+        if names & set(group) and not names >= set(group):
+            yield Trait(
+                "packed-parts", f"{', '.join(name for name in group if name in names)} without the rest"
+            )
+            break
 
 
 def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
@@ -201,7 +253,7 @@ def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
         yield Trait("some-experts", "some experts, or some of their projections, are left out")
 
 
-def _of_whole(adapter: Adapter) -> Iterator[Trait]:
+def _of_whole(adapter: Adapter, unchanged: Collection[str]) -> Iterator[Trait]:
     kinds = {delta.kind for delta in adapter.deltas}
     if "dora" in kinds:
         yield Trait("dora", "use_dora is set")
@@ -211,12 +263,19 @@ def _of_whole(adapter: Adapter) -> Iterator[Trait]:
         yield Trait("tokens", "trained tokens")
     why: dict[str, list[str]] = {}
     for parameter, one in adapter.replacements.items():
+        if parameter in unchanged:
+            continue
         why.setdefault(one.why, []).append(parameter.rpartition(".")[0].rpartition(".")[2])
+    kind = adapter.config.get("bias", "none")
     if "bias" in why:
-        yield Trait("bias", f"bias is {adapter.config.get('bias')!r}")
-    whole = sorted({*why.get("module", ()), *why.get("embedding", ()), *why.get("", ())})
+        yield Trait("bias", f"bias is {kind!r}")
+    elif kind not in {None, "none"}:
+        yield Trait("bias-said", f"bias is {kind!r}, and no bias is there")
+    whole = sorted({*why.get("module", ()), *why.get("", ())})
     if whole:
         yield Trait("modules-to-save", ", ".join(whole))
+    if "embedding" in why:
+        yield Trait("saved-embeddings", f"{', '.join(sorted(set(why['embedding'])))} saved along")
     if "saved" in why:
         yield Trait("beside", f"{len(why['saved'])} whole parameters")
 

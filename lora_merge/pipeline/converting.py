@@ -26,7 +26,7 @@ from lora_merge.core.report import Issue, Observer, Silence, Verdict, error
 from lora_merge.core.request import ConvertRequest, Request, ServingEngine
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.tensor import DTYPE_CODES
-from lora_merge.core.traits import traits_of
+from lora_merge.core.traits import Trait, traits_of
 from lora_merge.errors import ConvertError, RequestError, VerifyError
 from lora_merge.io import files, staging
 from lora_merge.io.hub import Access
@@ -42,7 +42,7 @@ from lora_merge.plan import raise_errors
 from lora_merge.resolve import resolve_adapter
 from lora_merge.serving import ENGINES, Need, needs_of, obstacles, report
 from lora_merge.transforms import BakeScale, PadRank, Pair, ReduceRank, Transform
-from lora_merge.writers import ADAPTER_WRITERS, check_gguf
+from lora_merge.writers import ADAPTER_WRITERS, check_gguf, check_ready
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,8 +111,10 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     if request.base is not None or needs_base(adapter, recipe):
         joined = _join(request, watch)
         issues = joined.plan.issues
-        recipe = recipe_of(request, adapter, str(joined.base.config.get("model_type", "")))
+        recipe = recipe_of(request, adapter, joined)
     raise_errors(issues)
+    if recipe.format == "gguf" and joined is not None:
+        check_ready(joined.base.config)
     _raise(_incurable(request, adapter, joined))
     found = draft(adapter, recipe, joined)
     _raise([*found.issues, *_unsaid(found.modules, recipe)])
@@ -156,22 +158,23 @@ def _join(request: ConvertRequest, watch: Observer) -> Joined:
         ),
         watch,
     )  # fmt: skip
-    return Joined(planned.checkpoint, planned.plan)
+    return Joined(planned.checkpoint, planned.plan, planned.uses[0].unchanged)
 
 
-def recipe_of(request: ConvertRequest, adapter: Adapter, model_type: str = "") -> Recipe:
+def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None = None) -> Recipe:
     """Return what is done to an adapter: what the user asks for, and what its format, the output's and an engine need.
 
     Args:
         request: the user's.
         adapter: from its headers.
-        model_type: of the base, once that is known.
+        joined: the adapter on its base, once that is known.
     """
+    model_type = _model_type(joined)
     needs: frozenset[Need] = frozenset()
     allowed: tuple[int, ...] = ()
     kind = request.format
     if request.serving is not None:
-        needs = needs_of(request.serving, traits_of(adapter), model_type)
+        needs = needs_of(request.serving, _traits(adapter, joined), model_type)
         engine = ENGINES[request.serving]
         kind = engine.format
         allowed = engine.ranks.allowed if engine.ranks.by_padding else ()
@@ -191,7 +194,10 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, model_type: str = "") -
         ranks=allowed if request.pad_rank is None else (request.pad_rank,),
         explicit=request.expand_targets or is_foreign or "expand-targets" in needs,
         every_layer=kind == "mlx" or "every-layer" in needs,
+        every_name="every-name" in needs,
         packed="packed" in needs,
+        without_copies=request.serving is not None
+        and any(one.why == "embedding" for one in adapter.replacements.values()),
         naming=request.rename or ("v4" if "rename-v4" in needs else None),
         experts=request.experts or ("split" if "split-experts" in needs else None),
         dtype=None if request.dtype is None else DTYPE_CODES[request.dtype],
@@ -199,16 +205,25 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, model_type: str = "") -
     )
 
 
+def _model_type(joined: Joined | None) -> str:
+    return str(joined.base.config.get("model_type", "")) if joined else ""
+
+
+def _traits(adapter: Adapter, joined: Joined | None) -> tuple[Trait, ...]:
+    """Return an adapter's traits, with what the base shows of them."""
+    return traits_of(adapter, joined.modules, joined.unchanged) if joined else traits_of(adapter)
+
+
 def _incurable(request: ConvertRequest, adapter: Adapter, joined: Joined | None) -> list[Issue]:
     """Return an issue for each trait that an engine stumbles over and that no conversion takes away."""
     if request.serving is None:
         return []
-    model_type = str(joined.base.config.get("model_type", "")) if joined else ""
+    model_type = _model_type(joined)
     engine = ENGINES[request.serving]
     return [
         error("unsupported", trait.name, f"{trait.detail}: {engine.name} {rule.sentence}", MERGE)
-        for trait, rule in obstacles(engine, traits_of(adapter), model_type)
-        if not rule.needs and not (rule.except_for and not model_type)
+        for trait, rule in obstacles(engine, _traits(adapter, joined), model_type)
+        if not rule.needs and not (rule.depends and not model_type)
     ]
 
 
@@ -272,7 +287,9 @@ def _left_for(job: Conversion, root: Path) -> list[Issue]:
     if job.serving is None or job.recipe.format != "peft":
         return []
     model_type = str(job.base.config.get("model_type", "")) if job.base else ""
-    left = report(job.serving, traits_of(resolve_adapter(root)), job.source, model_type=model_type)
+    modules = job.base.matrices() if job.base else ()
+    traits = traits_of(resolve_adapter(root), modules)
+    left = report(job.serving, traits, job.source, model_type=model_type)
     return [
         error("unsupported", one.trait, f"{one.sentence}, whatever is done to the adapter", one.cures[-1])
         for one in left.obstacles
@@ -320,7 +337,7 @@ def _lora(job: Conversion, made: Sequence[Made]) -> Lora:
             )
         made = [replace(one, padded=rank) for one in made]
     modules = module_paths(job.base.by_name()) if job.base else ()
-    config = adapter_config(job.adapter, made, recipe, modules)
+    config = adapter_config(job.adapter, made, recipe, modules, job.found.whole)
     base_config = job.base.config if job.base else {}
     return Lora(tuple(made), config, job.found.whole, base_config)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from lora_merge import plots
 from lora_merge.convert import Joined, Maker, draft
+from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.lora import Given, Recipe
 from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.request import InspectRequest, Request
 from lora_merge.core.shortage import memory_for
-from lora_merge.errors import PlanError
+from lora_merge.errors import CheckpointError, PlanError
 from lora_merge.executors import pick
 from lora_merge.inspect import Measured, Surroundings, inspection
 from lora_merge.io.files import read_json, read_text
@@ -30,7 +32,7 @@ from lora_merge.resolve import resolve_adapter
 from lora_merge.serving import ENGINES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection
 
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.inspection import Inspection
@@ -41,8 +43,6 @@ _TAGS = re.compile(r"^(?:tags:\n|- |library_name: )(?P<tag>[\w.-]+)$", re.MULTIL
 
 _SUMS = frozenset({"low_rank", "stacked"})
 """Kinds of delta that are the product of their factors."""
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
 def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None) -> Inspection:
@@ -61,7 +61,7 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
             find(request.adapter, "adapter"), request.adapter, Access(request.token, request.offline), watch
         )
         adapter = resolve_adapter(place.whole())
-        around = _surroundings(request, Path(adapter.root))
+        around = _surroundings(request, adapter)
         issues: tuple[Issue, ...] = (*place.issues, *adapter.issues)
         measured = None
         if request.base is not None:
@@ -74,8 +74,9 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
     return found
 
 
-def _surroundings(request: InspectRequest, root: Path) -> Surroundings:
+def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
     """Read what stands around an adapter's tensors."""
+    root = Path(adapter.root)
     arguments = next(
         (
             read_json(folder / TRAINING_ARGUMENTS)
@@ -93,7 +94,28 @@ def _surroundings(request: InspectRequest, root: Path) -> Surroundings:
         arguments=arguments,
         manifest=read_json(manifest) if manifest.is_file() else {},
         base=request.base or "",
+        options=_options(request),
+        model_type=_model_type(adapter),
     )
+
+
+def _options(request: InspectRequest) -> str:
+    """Return the options about the base, as a command line has them."""
+    given = [("--base", request.base), ("--base-is", request.base_is)]
+    given += [("--expert-layout", layout) for layout in request.expert_layout]
+    return "".join(f" {option} {quote(value)}" for option, value in given if value)
+
+
+def _model_type(adapter: Adapter) -> str:
+    """Return the ``model_type`` of the base that an adapter names, where that is a directory here."""
+    named = adapter.config.get("base_model_name_or_path")
+    config = Path(str(named)).expanduser() / CONFIG_FILE if named else None
+    if config is None or not config.is_file():
+        return ""
+    try:
+        return str(read_json(config).get("model_type") or "")
+    except CheckpointError:
+        return ""
 
 
 def _held_against_base(
@@ -111,7 +133,7 @@ def _held_against_base(
         )  # fmt: skip
     except PlanError as exc:
         return None, exc.issues
-    joined = Joined(planned.checkpoint, planned.plan)
+    joined = Joined(planned.checkpoint, planned.plan, planned.uses[0].unchanged)
     return _Measuring(adapter, joined, watch).run(), planned.plan.issues
 
 
@@ -164,7 +186,14 @@ class _Measuring:
             for path in self._weights.keys() & self._deltas.keys()
         }
         model_type = str(self._joined.base.config.get("model_type", ""))
-        return Measured(model_type, _n_layers(self._joined.modules), norms, self._shapes(), self._stacked)
+        return Measured(
+            model_type,
+            self._joined.modules,
+            self._joined.unchanged,
+            norms,
+            self._shapes(),
+            self._stacked,
+        )
 
     def _measure(self, piece: _Piece) -> list[tuple[str, float, float]]:
         """Return ``(path, ‖W‖², ‖Δ‖²)`` of every module that has a part in a stored tensor."""
@@ -195,9 +224,3 @@ class _Measuring:
 def _path(target: str, factored: Collection[str]) -> str:
     """Return the path under which a parameter is described: the module's, but of stacked experts the parameter's."""
     return target if target in factored else target.removesuffix(".weight")
-
-
-def _n_layers(modules: Iterable[str]) -> int | None:
-    """Return how many layers a base has: one more than the largest number of one."""
-    numbers = [int(match[1]) for match in map(_LAYER.search, modules) if match]
-    return max(numbers, default=-1) + 1 or None

@@ -37,7 +37,7 @@ __all__ = ["ENGINES", "Engine", "Need", "Ranks", "Rule", "needs_of", "obstacles"
 
 
 def report(
-    name: ServingEngine, traits: Sequence[Trait], adapter: str, base: str = "", model_type: str = ""
+    name: ServingEngine, traits: Sequence[Trait], adapter: str, options: str = "", model_type: str = ""
 ) -> EngineReport:
     """Return what an engine makes of an adapter, with the commands that help.
 
@@ -45,16 +45,16 @@ def report(
         name: of the engine.
         traits: of the adapter.
         adapter: as the user named it.
-        base: the same, if it was named.
+        options: that say which base it belongs to, as they were given: `` --base DIR``.
         model_type: of the base, if it is known.
     """
     engine = ENGINES[name]
-    commands = _Commands(name, engine, adapter, base, traits)
+    commands = _Commands(name, engine, adapter, options, traits)
     found = []
     for trait, rule in obstacles(engine, traits, model_type):
         sentence = f"{trait.detail}: {engine.name} {rule.sentence}"
         cures = commands.of(rule.needs)
-        depends = bool(rule.except_for) and not model_type
+        depends = rule.depends and not model_type
         found.append(
             Obstacle(trait.name, "depends" if depends else rule.effect, sentence, cures, rule.source)
         )
@@ -97,15 +97,17 @@ class _Commands:
     """The commands that help with one adapter and one engine."""
 
     def __init__(
-        self, name: ServingEngine, engine: Engine, adapter: str, base: str, traits: Sequence[Trait]
+        self, name: ServingEngine, engine: Engine, adapter: str, options: str, traits: Sequence[Trait]
     ) -> None:
         named = adapter.rstrip("/").rpartition("/")[2].partition("@")[0]
         plain = named if named.strip(".") else "adapter"
-        base_option = f" --base {quote(base)}" if base else ""
-        self.merge = f"lora-merge{base_option} --adapter {quote(adapter)} --out {quote(f'{plain}-merged')}"
-        self._convert = f"lora-merge convert {quote(adapter)} --for {name}{base_option}"
+        self.merge = f"lora-merge{options} --adapter {quote(adapter)} --out {quote(f'{plain}-merged')}"
+        self._convert = f"lora-merge convert {quote(adapter)} --for {name}{options}"
         self._out = f" --out {quote(f'{plain}-{name}')}"
-        self._is_lossy = "to-lora" in needs_of(name, traits)
+        self._is_lossy = any(
+            "to-lora" in rule.needs and (trait.name, trait.detail) != ("kind", "ADALORA")
+            for trait, rule in obstacles(engine, traits, "")
+        )
         self._rank = engine.ranks.default or "N"
 
     def of(self, needs: Sequence[Need]) -> tuple[str, ...]:

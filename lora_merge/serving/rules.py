@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Effect = Literal["refused", "wrong", "option"]
 
 Need = Literal[
-    "to-lora", "bake-scale", "pad-rank", "expand-targets", "every-layer", "packed", "split-experts", "rename-v4",
+    "to-lora", "bake-scale", "pad-rank", "expand-targets", "every-layer", "every-name", "packed", "split-experts", "rename-v4", "without-copies",
     "rewrite",
 ]  # fmt: skip
 """What a conversion does about a trait; ``rewrite``: writing the adapter anew is enough."""
@@ -42,10 +42,18 @@ class Rule:
     except_for: frozenset[str] = frozenset()
     """Values of ``model_type`` that it does not hold for."""
 
+    by_base: bool = False
+    """True where only the base shows whether it holds."""
+
+    @property
+    def depends(self) -> bool:
+        """Return True when the base decides whether it holds."""
+        return self.by_base or bool(self.only_for or self.except_for)
+
     def applies(self, model_type: str) -> bool:
         """Return True when it holds for a model, or the model is not known and it may."""
         if not model_type:
-            return not self.only_for
+            return True
         return (not self.only_for or model_type in self.only_for) and model_type not in self.except_for
 
 

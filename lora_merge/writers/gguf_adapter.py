@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from math import frexp, prod
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.lora import Lora
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.errors import ConvertError, RequestError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from lora_merge.core.lora import Lora, Made
+    from lora_merge.core.lora import Made
     from lora_merge.writers.lora_writer import LoadFactors
 
 GGUF_FILE = "adapter.gguf"
@@ -151,6 +152,17 @@ class _Tensor:
         ratio = self.rank / alpha
         is_exact = ratio == 1 or (self.dtype == "BF16" and frexp(ratio)[0] == 0.5)
         return self if is_exact else replace(self, dtype="F32")
+
+
+def check_ready(base_config: Mapping[str, Any]) -> None:
+    """Check that adapters of a model can be written at all, before anything is made.
+
+    Raises:
+        RequestError: the package gguf is not installed.
+        ConvertError: the family is not known.
+    """
+    _gguf()
+    _ = _Layout(Lora((), {}, base_config=base_config)).family
 
 
 def write_gguf(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:

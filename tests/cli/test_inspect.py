@@ -206,22 +206,25 @@ def test_names_of_strangers_do_not_steer_the_terminal(base, pico_adapter, tamper
     assert "\x1b" not in cli("inspect", adapter).output
 
 
-def test_an_embedding_on_vllm_depends_on_the_family_of_the_base(pico, pico_adapter, found):
-    """Llama has LoRA on its embeddings there, Qwen2 has not; without a base nobody knows."""
+def test_an_embedding_on_vllm_depends_on_the_family_of_the_base(pico, pico_adapter, tampered, found):
+    """Llama has LoRA on its embeddings there, Qwen2 has not; where the base is not known, nobody knows."""
     fields = {"target_modules": ["embed_tokens", "q_proj"]}
-    verdicts = {}
+    effects = {}
     for family in ("llama", "qwen2"):
-        adapter = pico_adapter(pico(family), **fields)
-        for options in ([], ["--base", pico(family)]):
-            (engine,) = found(adapter, "--engine", "vllm", *options)["engines"]
-            embedding = {one["trait"]: one["effect"] for one in engine["obstacles"]}.get("embedding")
-            verdicts[family, bool(options)] = embedding
+        adapter = tampered(pico_adapter(pico(family), **fields), family)
+        for known in (True, False):
+            if not known:
+                edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/model")
+            (engine,) = found(adapter, "--engine", "vllm")["engines"]
+            effects[family, known] = {one["trait"]: one["effect"] for one in engine["obstacles"]}.get(
+                "embedding"
+            )
 
-    assert verdicts == {
-        ("llama", False): "depends",
-        ("qwen2", False): "depends",
+    assert effects == {
         ("llama", True): None,
         ("qwen2", True): "refused",
+        ("llama", False): "depends",
+        ("qwen2", False): "depends",
     }
 
 

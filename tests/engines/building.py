@@ -7,6 +7,7 @@ same model under the names of a family that it has one for, with ``W + s·B·A``
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -138,7 +139,7 @@ def load(directory: Path, model: Model) -> Any:
 
 def prepare(root: Path, case: Case, command: Command) -> Prepared:
     """Train an adapter in the sense of this suite, merge it, and compute what is right."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig
 
     directory = base(root, case.model)
     out = directory.with_name(f"{directory.name}-{case.adapter.replace(' ', '-')}")
@@ -147,22 +148,66 @@ def prepare(root: Path, case: Case, command: Command) -> Prepared:
         plain, trained = internlm2.train(make(case.model), adapter, {**RANK, **case.lora})
         unadapted: Any = nullcontext
     else:
-        torch.manual_seed(3)
-        training = get_peft_model(load(directory, case.model), LoraConfig(**{**RANK, **case.lora}))
-        perturb(training, 0.06)
-        training.save_pretrained(adapter)
-        plain = trained = PeftModel.from_pretrained(load(directory, case.model), adapter).eval()
+        train(directory, case.model, LoraConfig(**{**RANK, **case.lora}), adapter)
+        plain = trained = adapted(directory, case.model, adapter)
         unadapted = trained.disable_adapter
     result = command("--base", directory, "--adapter", adapter, "--out", out)
     assert result.exit_code == 0, result.output
-    with one_thread(), torch.no_grad():
-        wanted = [answer(trained, prompt) for prompt in PROMPTS]
-        with unadapted():
-            without = [
-                log_probabilities_of(plain, [*prompt, *found.tokens])
-                for prompt, found in zip(PROMPTS, wanted, strict=True)
-            ]
+    wanted = answers(trained)
+    with unadapted():
+        without = log_probabilities(plain, wanted)
     return Prepared(directory, out, wanted, without)
+
+
+def train(
+    directory: Path, model: Model, config: Any, out: Path, change: Callable[[Any], None] | None = None
+) -> None:
+    """Write an adapter with random numbers, always the same.
+
+    Args:
+        directory: of the base.
+        model: what that is.
+        config: PEFT's.
+        out: where the adapter goes.
+        change: what is done to the model in PEFT besides.
+    """
+    from peft import get_peft_model
+
+    torch.manual_seed(3)
+    training = get_peft_model(load(directory, model), config)
+    perturb(training, 0.06)
+    if change is not None:
+        with torch.no_grad():
+            change(training)
+    training.save_pretrained(out)
+
+
+def adapted(directory: Path, model: Model, adapter: Path) -> Any:
+    """Return a base with an adapter, in PEFT, unmerged."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load(directory, model), adapter).eval()
+
+
+def answers(model: Any) -> list[Answer]:
+    """Return what a model says to every prompt."""
+    with one_thread(), torch.no_grad():
+        return [answer(model, prompt) for prompt in PROMPTS]
+
+
+def log_probabilities(model: Any, of: list[Answer]) -> list[list[float]]:
+    """Return the log-probabilities that a model gives to the prompts and what another one generates."""
+    with one_thread(), torch.no_grad():
+        return [
+            log_probabilities_of(model, [*prompt, *found.tokens])
+            for prompt, found in zip(PROMPTS, of, strict=True)
+        ]
+
+
+def distance(one: float, other: float) -> float:
+    """Return how far two numbers are apart: infinitely where one is NaN, which ``max`` may pass over."""
+    found = abs(one - other)
+    return math.inf if math.isnan(found) else found
 
 
 def answer(model: Any, prompt: list[int]) -> Answer:

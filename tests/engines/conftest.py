@@ -1,29 +1,32 @@
-"""Merged checkpoints, and what each engine says about all of them: one process for each engine and session."""
+"""Merged checkpoints and adapters, and what each engine says about all of them: one process for each and session."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.engines.building import LOST, N_TOKENS, PROMPTS, Prepared, prepare
+from tests.engines.adapters import ADAPTERS, Server
+from tests.engines.asking import ROOT, Asker, Key, Line, job
+from tests.engines.building import LOST, Prepared, prepare
 from tests.engines.families import CASES, PLAIN, UNTIED_BY_MERGE, Engine
+from tests.engines.serving import Served, prepare_served
 from tests.tampering import edit_json, edit_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
-
-Line = dict[str, Any]
+    from collections.abc import Callable, Mapping
 
 # These import engines, and run under another interpreter.
-collect_ignore = ["lmdeploy_on_cpu.py", "lmdeploy_script.py", "turbomind_script.py"]
+collect_ignore = [
+    "lmdeploy_on_cpu.py",
+    "lmdeploy_script.py",
+    "turbomind_script.py",
+    "vllm_adapters_script.py",
+]
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS: Mapping[Engine, list[str]] = {
     "vllm": [str(ROOT / "lora_merge" / "engines" / "vllm_script.py")],
     "lmdeploy": ["-m", "tests.engines.lmdeploy_script"],
@@ -31,9 +34,6 @@ PROGRAMS: Mapping[Engine, list[str]] = {
 }
 DTYPES: Mapping[Engine, str] = {"vllm": "float32", "lmdeploy": "float32", "turbomind": "bfloat16"}
 """TurboMind computes in nothing wider."""
-
-LIMIT_S = 1800
-"""Of one engine for everything; it takes minutes."""
 
 
 @pytest.fixture(scope="session")
@@ -116,29 +116,44 @@ def said(
         if case.otherwise and case.name in merged
     }
     checkpoints = {**tampered_with, **merged, **bases}
-    root = tmp_path_factory.mktemp("said")
+    asker = Asker(engines_python, tmp_path_factory.mktemp("said"))
+    jobs = [job(path, trust_remote_code=True) for path in checkpoints.values()]
     return {
-        engine: dict(zip(checkpoints, _ask(engine, engines_python, root, checkpoints.values()), strict=True))
-        for engine in PROGRAMS  # one after the other: their threads would wait for each other's
+        engine: dict(zip(checkpoints, asker.ask(program, DTYPES[engine], jobs), strict=True))
+        for engine, program in PROGRAMS.items()  # one after the other: their threads would wait for each other's
     }
 
 
-def _ask(engine: Engine, python: Path, root: Path, checkpoints: Collection[Path]) -> list[Line]:
-    """Run an engine's program; return its lines, of which there has to be one for each checkpoint."""
-    jobs = [
-        {"checkpoint": str(path), "prompts": PROMPTS, "n_tokens": N_TOKENS, "trust_remote_code": True}
-        for path in checkpoints
-    ]
-    run = subprocess.run(
-        [python, *PROGRAMS[engine]],
-        cwd=ROOT,
-        env={**os.environ, "VLLM_CACHE_ROOT": str(root), "OMP_NUM_THREADS": "1"},  # the products are tiny
-        input=json.dumps({"dtype": DTYPES[engine], "jobs": jobs}),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    lines = run.stdout.splitlines()
-    assert (run.returncode, len(lines)) == (0, len(jobs)), f"{engine}: {run.returncode}\n{run.stderr[-3000:]}"
-    return [json.loads(line) for line in lines]
+@pytest.fixture(scope="session")
+def shown(
+    request: pytest.FixtureRequest,
+    engines_python: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    cli: Callable[..., Any],
+) -> Mapping[str, Served]:
+    """Return every adapter that is asked for, converted for every engine that it is shown to."""
+    root = tmp_path_factory.mktemp("adapters")
+    callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    asked = {spec.params["about"].name for spec in callspecs if "about" in spec.params}
+    return {about.name: prepare_served(root, about, cli) for about in ADAPTERS if about.name in asked}
+
+
+@pytest.fixture(scope="session")
+def said_with(
+    shown: Mapping[str, Served], engines_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[Server, Mapping[Key, Line]]:
+    """Return what engines generate with every adapter beside its base, by its name and how it is served.
+
+    That is: the ``"original"``; the same where vLLM is ``"told"`` its rank, if that is over the default; the one that is
+    ``"converted"`` for the engine; and for LMDeploy, all of these of one base ``"together"``.
+    """
+    asker = Asker(engines_python, tmp_path_factory.mktemp("said-with"))
+
+    def to(server: Server) -> dict[str, Served]:
+        return {
+            about.name: shown[about.name]
+            for about in ADAPTERS
+            if about.name in shown and server in about.asked
+        }
+
+    return {"vllm": asker.vllm(to("vllm")), "lmdeploy": asker.lmdeploy(to("lmdeploy"))}

@@ -157,6 +157,8 @@ def _lora(*modules: str, parameters: tuple[str, ...] = (), **fields: Any) -> dic
 
 LLAMA = _dense("Llama", "Llama", **HEADS_OF_32)
 LLAMA_TIED = _dense("Llama, tied", "Llama", **HEADS_OF_32, **TIED)
+QWEN2 = _dense("Qwen2", "Qwen2")
+QWEN3 = _dense("Qwen3", "Qwen3", **HEADS_OF_32)
 INTERNLM2 = Model(
     "InternLM2", "LlamaForCausalLM", "LlamaConfig", {**LLAMA.fields, "pad_token_id": 0}, is_internlm2=True
 )
@@ -185,8 +187,8 @@ _ADAPTERS: tuple[Case, ...] = (
 
 _DENSE: tuple[Case, ...] = (
     Case(_dense("Mistral", "Mistral", **HEADS_OF_32, **WINDOW), "LoRA", ALL_LINEAR, NO_TURBOMIND),
-    Case(_dense("Qwen2", "Qwen2"), "LoRA", ALL_LINEAR),
-    Case(_dense("Qwen3", "Qwen3", **HEADS_OF_32), "LoRA", ALL_LINEAR),
+    Case(QWEN2, "LoRA", ALL_LINEAR),
+    Case(QWEN3, "LoRA", ALL_LINEAR),
     Case(
         _dense("Phi-3", "Phi3", pad_token_id=0),
         "LoRA",

@@ -1,4 +1,4 @@
-"""The three kernels that LMDeploy has for GPUs only, in plain torch; everything else is its own.
+"""The four kernels that LMDeploy has for GPUs only, in plain torch; everything else is its own.
 
 One sequence at a time, always from its first token: there is no cache to be wrong about.
 """
@@ -15,6 +15,7 @@ from lmdeploy.pytorch.backends import selector
 from lmdeploy.pytorch.backends.attention import AttentionImpl, PagedAttentionBuildSpec
 from lmdeploy.pytorch.backends.default.op_backend import DefaultOpsBackend
 from lmdeploy.pytorch.backends.flash_attention import FlashAttentionBuildSpec
+from lmdeploy.pytorch.backends.lora import AdapterInfo, LoRABuildSpec, LoRAImpl
 from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
 from torch.nn.functional import linear, silu
 
@@ -83,6 +84,19 @@ def _gated(inner: torch.Tensor) -> torch.Tensor:
     return silu(gate) * up
 
 
+class Adapters(LoRAImpl):
+    """The adapter of one sequence: A [rank, in] and B [rank, out], of all adapters one below the other."""
+
+    def forward(
+        self, x: Any, a: Any, b: Any, output: Any, info: AdapterInfo, *, ctx_mgr: Any, **_: Any
+    ) -> Any:
+        (number,) = ctx_mgr.current_context().local_adapter_ids.tolist()
+        first, rank, scale = (of[number].item() for of in (info.rank_offsets, info.ranks, info.scalings))
+        own = slice(first, first + rank)
+        output[..., info.base_slice] += scale * (x @ a[own].T @ b[own])
+        return output
+
+
 class Backend(DefaultOpsBackend):
     """LMDeploy's own operators of no device, and the above."""
 
@@ -109,6 +123,8 @@ class Backend(DefaultOpsBackend):
             return SimpleNamespace(forward=None)  # a tower's: its weights are loaded, and no image is shown
         if isinstance(spec, FusedMoEBuildSpec):
             return Experts(spec)
+        if isinstance(spec, LoRABuildSpec):
+            return Adapters()
         return super().build_op(spec, enable_deterministic=enable_deterministic)
 
 

@@ -3,12 +3,17 @@
 Its own reading of the config, model classes, weight loader, name mapping and packing; attention and experts are
 `tests.engines.lmdeploy_on_cpu`'s. Not asked: its cache and its scheduler. Every parameter is NaN before weights are
 loaded, since LMDeploy says nothing of tensors that a checkpoint lacks: what is NaN afterwards is ``unloaded``.
+
+A job may name ``adapters``. LMDeploy's own loader puts all of them beside the model, and the line has ``of_adapters``: the
+``answers`` with each, where something is ``unloaded`` too.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +23,7 @@ import lmdeploy
 import torch
 from lmdeploy.pytorch.config import ModelConfig
 from lmdeploy.pytorch.model_inputs import BuildModelContext, StepCtxMgrApi
-from lmdeploy.pytorch.models.patch import build_patched_model
+from lmdeploy.pytorch.models.patch import add_adapters, build_patched_model
 from lmdeploy.pytorch.weight_loader.model_weight_loader import load_model_weights
 
 from tests.engines.answering import Job, Line, answer_all
@@ -31,11 +36,17 @@ def answer(job: Job, dtype: str) -> Line:
     """Return what is said about a job."""
     model, n_layers = _empty_model(job["checkpoint"], dtype)
     load_model_weights(model, job["checkpoint"], device=CPU)
+    adapters = job.get("adapters", [])
+    with _empty_memory_is_nan():
+        # It sorts their names. Its numbers are from 1: 0 is no adapter.
+        named = {f"{n:04}": path for n, path in enumerate(adapters, start=1)}
+        add_adapters(model, named, dtype=getattr(torch, dtype), device=CPU)
     unloaded = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
-    answers = (
-        [] if unloaded else [_answer(model, n_layers, prompt, job["n_tokens"]) for prompt in job["prompts"]]
-    )
-    return {"engine": "lmdeploy", "version": lmdeploy.__version__, "unloaded": unloaded, "answers": answers}
+    line = {"engine": "lmdeploy", "version": lmdeploy.__version__, "unloaded": unloaded}
+    if adapters:
+        of_adapters = [{"answers": _answers(model, n_layers, job, n)} for n in range(1, len(adapters) + 1)]
+        return {**line, "of_adapters": of_adapters}
+    return {**line, "answers": [] if unloaded else _answers(model, n_layers, job)}
 
 
 def _empty_model(checkpoint: str, dtype: str) -> tuple[Any, int]:
@@ -51,6 +62,29 @@ def _empty_model(checkpoint: str, dtype: str) -> tuple[Any, int]:
         if parameter.is_floating_point():
             parameter.data.fill_(float("nan"))
     return model, config.num_layers
+
+
+@contextmanager
+def _empty_memory_is_nan() -> Iterator[None]:
+    """Let ``torch.empty`` return NaN; else it is whatever memory holds, zeros at times."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _answers(model: Any, n_layers: int, job: Job, adapter: int = 0) -> list[Line]:
+    """Return what is generated after every prompt."""
+    step = SimpleNamespace(
+        enable_microbatch=False,
+        is_decoding=False,
+        dp_meta=None,
+        moe_metadata=None,
+        local_adapter_ids=torch.tensor([adapter]),
+    )
+    with StepCtxMgrApi().context(model.ctx_mgr), model.ctx_mgr.context(step):
+        return [_answer(model, n_layers, prompt, job["n_tokens"]) for prompt in job["prompts"]]
 
 
 @torch.inference_mode()
@@ -75,20 +109,16 @@ def _log_probabilities(model: Any, n_layers: int, tokens: list[int]) -> torch.Te
     n = len(tokens)
     positions = torch.arange(n)[None]
     nothing = torch.zeros(1, 1, 1, 4096)  # stands where a cache would be, and is never read
-    step = SimpleNamespace(
-        enable_microbatch=False, is_decoding=False, dp_meta=None, moe_metadata=None, local_adapter_ids=None
-    )
     more = {}
     if "mrope_position_ids" in inspect.signature(model.forward).parameters:
         more["mrope_position_ids"] = positions.expand(3, -1).contiguous()
-    with StepCtxMgrApi().context(model.ctx_mgr), model.ctx_mgr.context(step):
-        hidden = model(
-            input_ids=torch.tensor([tokens]),
-            position_ids=positions,
-            past_key_values=[[nothing, nothing]] * n_layers,
-            attn_metadata=_attention_of(n),
-            **more,
-        )
+    hidden = model(
+        input_ids=torch.tensor([tokens]),
+        position_ids=positions,
+        past_key_values=[[nothing, nothing]] * n_layers,
+        attn_metadata=_attention_of(n),
+        **more,
+    )
     hidden = hidden["hidden_states"] if isinstance(hidden, dict) else hidden
     return torch.log_softmax(model.get_logits(hidden)[0].float(), -1)
 
