@@ -60,6 +60,11 @@ from lora_merge.core.request import AdapterFormat, ServingEngine
     help="Write PEFT's files, a GGUF file for llama.cpp, or mlx-lm's files.  [default: peft]",
 )
 @base_options
+@click.option(
+    "--allow-svd",
+    is_flag=True,
+    help="Take apart OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it otherwise.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is whole.")
 @click.option("--strict", is_flag=True, help="Treat warnings as errors.")
 @hub_options

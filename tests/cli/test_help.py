@@ -76,6 +76,19 @@ def test_every_field_of_a_request_is_an_option():
     assert {field.name for field in fields(Request)} <= options
 
 
+@pytest.mark.parametrize(
+    ("command", "request_class"),
+    [("inspect", "InspectRequest"), ("convert", "ConvertRequest"), ("extract", "ExtractRequest")],
+)
+def test_every_field_of_a_request_about_an_adapter_is_an_option(command, request_class):
+    from dataclasses import fields
+
+    from lora_merge.core import request
+
+    options = {parameter.name for parameter in app.commands[command].params}
+    assert {field.name for field in fields(getattr(request, request_class))} <= options
+
+
 def test_the_generated_page_is_current():
     result = subprocess.run(
         [sys.executable, ROOT / "scripts" / "docs.py", "--check"], capture_output=True, text=True, check=False
