@@ -26,11 +26,11 @@ def is_current(planned: Planned, out: Path) -> bool:
     if not isinstance(base, dict) or not isinstance(adapters, list):
         return False
     wanted = [
-        (use.adapter.digest, use.weight, _commit(place.origin))
+        (use.adapter.digest, dict(use.adapter.config), use.weight, _commit(place.origin))
         for use, place in zip(planned.uses, planned.adapters, strict=True)
     ]
     found = [
-        (entry.get("digest"), entry.get("weight"), entry.get("commit"))
+        (entry.get("digest"), entry.get("config"), entry.get("weight"), entry.get("commit"))
         for entry in adapters
         if isinstance(entry, dict)
     ]
