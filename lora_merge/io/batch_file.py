@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,9 @@ _TOP_KEYS = ("defaults", "jobs")
 
 _WILD = re.compile(r"[*?\[]")
 _FIELD = re.compile(r"\{(\w*)\}")
+
+_SPELT = {"adapter": "convert", "serving": "for"}
+"""Fields of a conversion that a batch calls otherwise."""
 
 _GLOBBED = ("adapter", "convert", "base")
 """Keys whose values may have wildcards."""
@@ -62,20 +66,35 @@ def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[J
             raise RequestError(
                 path, lines.get(key, 0), str(key), "is no key of a batch", hint=close_hint(key, _TOP_KEYS)
             )
-    defaults = values.get("defaults") or {}
-    if not isinstance(defaults, dict):
-        raise RequestError(path, lines["defaults"], "defaults", f"is {defaults!r}, expected a table of keys")
-    for key in defaults:
-        if key not in _MERGE_KEYS | _CONVERT_KEYS:
-            hint = close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
-            raise RequestError(path, lines["defaults"], str(key), "is no key of a request", hint=hint)
-    jobs = [job for entry in _entries(path, values, node) for job in _jobs(entry, defaults, overrides or {})]
+    defaults, own_lines = _defaults(path, values, node)
+    entries = _entries(path, values, node, own_lines)
+    jobs = [job for entry in entries for job in _jobs(entry, defaults, overrides or {})]
     _check_apart(path, jobs)
     return tuple(jobs)
 
 
-def _entries(path: str, values: Mapping[str, Any], node: yaml.MappingNode) -> Iterator[_Entry]:
-    """Yield the entries of ``jobs``."""
+def _defaults(
+    path: str, values: Mapping[str, Any], node: yaml.MappingNode
+) -> tuple[Mapping[str, Any], dict[str, int]]:
+    """Return ``defaults``, and where its keys stand."""
+    defaults = values.get("defaults")
+    if defaults is None:
+        return {}, {}
+    if not isinstance(defaults, dict):
+        sentence = f"is {defaults!r}, expected a table of keys"
+        raise RequestError(path, _lines(node)["defaults"], "defaults", sentence)
+    lines = _lines(next(value for key, value in node.value if key.value == "defaults"))
+    for key in defaults:
+        if key not in _MERGE_KEYS | _CONVERT_KEYS:
+            hint = close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
+            raise RequestError(path, lines.get(key, 0), str(key), "is no key of a request", hint=hint)
+    return defaults, lines
+
+
+def _entries(
+    path: str, values: Mapping[str, Any], node: yaml.MappingNode, lines: Mapping[str, int]
+) -> Iterator[_Entry]:
+    """Yield the entries of ``jobs``; what they leave to ``defaults`` stands on the lines given."""
     listed = values.get("jobs")
     if not isinstance(listed, list) or not listed:
         line = _lines(node).get("jobs", 1)
@@ -87,7 +106,7 @@ def _entries(path: str, values: Mapping[str, Any], node: yaml.MappingNode) -> It
         line = where.start_mark.line + 1
         if not isinstance(entry, dict):
             raise RequestError(path, line, "jobs", f"has {entry!r}, expected a table of keys")
-        yield _Entry(path, line, entry, _lines(where))
+        yield _Entry(path, line, entry, {**lines, **_lines(where)})
 
 
 def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[Job]:
@@ -97,16 +116,30 @@ def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, An
         _CONVERT_KEYS if "convert" in own or "convert" in (entry.values.get("matrix") or {}) else _MERGE_KEYS
     )
     for cell in _cells(entry):
-        wanted = {**{key: value for key, value in defaults.items() if key in kind_keys}, **own, **cell}
+        words = {key: str(value) for key, value in cell.items()}
+        fields = {key: value for key, value in cell.items() if key in kind_keys | {"convert"}}
+        wanted = {**{key: value for key, value in defaults.items() if key in kind_keys}, **own, **fields}
+        for word in words.keys() - fields.keys():
+            if f"{{{word}}}" not in str({**own, "name": entry.values.get("name")}):
+                sentence = f"has {word!r}, which is no key of such a job, and {{{word}}} stands nowhere"
+                raise entry.error("matrix", sentence, close_hint(word, sorted(kind_keys)))
+        wanted |= {key: _worded(wanted[key], words) for key in _GLOBBED if key in wanted}
         for key in wanted:
             if key not in kind_keys | {"convert"}:
                 raise entry.error(
                     str(key), "is no key of such a job", close_hint(key, sorted(kind_keys | _OWN_KEYS))
                 )
-        for values, words in _expanded(entry, wanted):
-            yield _job(
-                entry, {**values, **overrides}, {**words, **{key: str(value) for key, value in cell.items()}}
-            )
+        for values, matched in _expanded(entry, wanted):
+            yield _job(entry, {**values, **overrides}, {**matched, **words})
+
+
+def _worded(value: Any, words: Mapping[str, str]) -> Any:
+    """Return a value, or each of a list, with the words of a matrix in their places."""
+    if isinstance(value, list):
+        return [_worded(item, words) for item in value]
+    for word, text in words.items():
+        value = value.replace(f"{{{word}}}", text) if isinstance(value, str) else value
+    return value
 
 
 def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
@@ -156,14 +189,15 @@ def _matches(pattern: str) -> list[tuple[str, tuple[str, ...]]]:
 
     A weight behind it stays there: ``runs/*:0.5``.
     """
-    place, weight = parse_adapter(pattern)
-    behind = pattern[len(place) :] if weight != 1 or place != pattern else ""
+    place = _placed(pattern)
+    behind = pattern[len(place) :]
+    place = str(Path(place).expanduser())
     rule = re.compile(_captured(place))
     found = []
     for path in glob.glob(place, recursive=True):  # noqa: PTH207 - of any root, and ** follows no rule of Path
         match = rule.fullmatch(path.rstrip("/"))
         if match and Path(path).is_dir():
-            found.append((path.rstrip("/") + behind, match.groups()))
+            found.append((path.rstrip("/") + behind, match.groups("")))
     return sorted(
         found,
         key=lambda one: [
@@ -179,7 +213,7 @@ def _captured(pattern: str) -> str:
         >>> re.fullmatch(_captured("runs/*/checkpoint-*"), "runs/a/checkpoint-10").groups()
         ('a', '10')
     """
-    parts = re.split(r"(\*\*/?|\*|\?|\[[^\]]+\])", pattern.rstrip("/"))
+    parts = re.split(r"(\*\*/?|\*|\?|\[!?\]?[^\]]*\])", pattern.rstrip("/"))
     return "".join(re.escape(part) if n % 2 == 0 else _group(part) for n, part in enumerate(parts))
 
 
@@ -187,7 +221,7 @@ def _group(wildcard: str) -> str:
     if wildcard.startswith("**"):
         return "(?:(.*)/)?" if wildcard.endswith("/") else "(.*)"
     if wildcard.startswith("["):
-        return f"({wildcard.replace('[!', '[^')})"
+        return f"({fnmatch.translate(wildcard)[:-2]})"  # without its \\Z
     return "([^/]*)" if wildcard == "*" else "([^/])"
 
 
@@ -196,12 +230,12 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
     converts = "convert" in values
     adapters = values.get("convert", values.get("adapter", ()))
     listed = adapters if isinstance(adapters, list) else [adapters]
-    known = {
-        **words,
+    own = {
         "adapter": "+".join(_last(str(adapter)) for adapter in listed),
         "parent": PurePosixPath(str(listed[0]) if listed else "").parent.name,
         "base": _last(str(values.get("base") or "")),
     }
+    known = {**words, **{field: word for field, word in own.items() if word}}
     filled = {
         key: _filled(entry, key, value, known) if key == "out" else value for key, value in values.items()
     }
@@ -215,7 +249,8 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
     try:
         request = _convert_request(filled) if converts else _merge_request(filled)
     except RequestError as exc:
-        raise entry.error(exc.key, exc.sentence, exc.hint) from exc
+        key = _SPELT.get(exc.key, exc.key) if converts else exc.key
+        raise entry.error(key, exc.sentence, exc.hint) from exc
     return Job(str(name), request, entry.line)
 
 
@@ -228,15 +263,21 @@ def _merge_request(values: Mapping[str, Any]) -> Request:
 
 
 def _convert_request(values: Mapping[str, Any]) -> ConvertRequest:
-    named = {
-        ("serving" if key == "for" else "adapter" if key == "convert" else key): value
-        for key, value in values.items()
-    }
-    parsed = parse_request(ConvertRequest, {key: value for key, value in named.items() if key in _FIELDS})
+    adapter = values["convert"]
+    if not isinstance(adapter, str) or not adapter:
+        raise RequestError("", 0, "adapter", f"is {adapter!r}, expected one adapter: a directory or a repo")
+    spelt = {field.name: _SPELT.get(field.name, field.name) for field in fields(ConvertRequest)}
+    named = {field: values[key] for field, key in spelt.items() if key in values}
+    parsed = parse_request(ConvertRequest, named)
     return validated(ConvertRequest, {field.name: getattr(parsed, field.name) for field in fields(parsed)})
 
 
-_FIELDS = frozenset(field.name for field in fields(ConvertRequest))
+def _placed(text: str) -> str:
+    """Return an adapter's place, without its weight; what has no sound weight is left to the request's own parser."""
+    try:
+        return parse_adapter(text)[0]
+    except ValueError:
+        return text
 
 
 def _last(path: str) -> str:
@@ -246,8 +287,7 @@ def _last(path: str) -> str:
         >>> _last("runs/style/checkpoint-10:0.5"), _last("org/my-lora@v1")
         ('checkpoint-10', 'my-lora')
     """
-    place = parse_adapter(path)[0] if path else ""
-    return PurePosixPath(place.partition("@")[0]).name
+    return PurePosixPath(_placed(path).partition("@")[0]).name
 
 
 def _filled(entry: _Entry, key: str, template: Any, known: Mapping[str, str]) -> Any:
@@ -279,7 +319,7 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
             sentence = f"is {job.name} a second time (first on line {names[job.name].line})"
             raise RequestError(file, job.line, "name", sentence, hint="tell them apart: {adapter}, {1} …")
         names[job.name] = job
-        out = Path(job.request.out).expanduser().absolute()
+        out = _absolute(job.request.out)
         other = next((outs[path] for path in (out, *out.parents) if path in outs), None)
         other = other or next((found for path, found in outs.items() if out in path.parents), None)
         if other is not None:
@@ -287,22 +327,31 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
             raise RequestError(file, job.line, "out", sentence, hint="give every job an output of its own")
         outs[out] = job
     for job in jobs:
-        for text in _inputs(job):
-            path = Path(text).expanduser().absolute()
+        for key, text in _inputs(job):
+            path = _absolute(text)
             writer = next((outs[place] for place in (path, *path.parents) if place in outs), None)
             if writer is not None:
                 sentence = f"{text} is what {writer.name} (line {writer.line}) writes"
                 raise RequestError(
-                    file, job.line, "adapter", sentence, hint="jobs have no order: use a batch for each step"
+                    file, job.line, key, sentence, hint="jobs have no order: use a batch for each step"
                 )
 
 
-def _inputs(job: Job) -> Iterator[str]:
-    adapters = (job.request.adapter,) if isinstance(job.request.adapter, str) else job.request.adapter
-    for adapter in adapters:
-        yield parse_adapter(adapter)[0]
+def _inputs(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield the key and the place of everything that a job reads."""
+    match job.request:
+        case Request(adapter=adapters):
+            yield from (("adapter", _placed(adapter)) for adapter in adapters)
+        case ConvertRequest(adapter=adapter):
+            yield "convert", adapter
     if job.request.base:
-        yield job.request.base
+        yield "base", job.request.base
+
+
+def _absolute(text: str) -> Path:
+    """Return the one path of a directory, however it is written; a link under its own name stays one."""
+    path = Path(text).expanduser().absolute()
+    return path.parent.resolve() / path.name
 
 
 def _lines(node: yaml.MappingNode) -> dict[str, int]:

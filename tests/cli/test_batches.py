@@ -235,6 +235,7 @@ def test_a_matrix_and_templates_name_every_cell(base, pico_adapter, batch, tmp_p
         ("jobs:\n- {adapter: [a*, b], out: m}\n", "has a wildcard in a list"),
         ("jobs:\n- {convert: x, combine: ties, out: m}\n", "combine: is no key of such a job"),
         ("jobs:\n- matrix: {dtype: float32}\n  adapter: x\n  out: m\n", "expected a table of key"),
+        ("jobs:\n- matrix: {dtpye: [float32]}\n  adapter: x\n  out: m\n", "has 'dtpye', which is no key of such a job"),
         ("jobs: [\n", "is not valid YAML"),
     ],
 )  # fmt: skip
