@@ -90,20 +90,27 @@ class Batch:
         self._began = time.monotonic()
 
     def run(self) -> None:
-        """Plan every job, then carry out those that can be, and whose output is not there already."""
-        for task in self._tasks:
-            self._plan(task)
-        if self._dry_run or (not self._keep_going and self._failed()):
+        """Plan every job, then carry out those that can be, and whose output is not there already.
+
+        Raises:
+            KeyboardInterrupt: as it comes; what was not done by then is said not to have been.
+        """
+        try:
+            for task in self._tasks:
+                self._plan(task)
+            if not self._dry_run and (self._keep_going or not self._failed()):
+                self._carry_out_all(self._groups())
+        finally:
             self._leave()
-            return
-        groups = self._groups()
-        if self._n_parallel == 1 or len(groups) == 1:
-            for group in groups:
-                if self._keep_going or not self._failed():
-                    self._carry_out(group)
-        else:
+
+    def _carry_out_all(self, groups: list[list[_Task]]) -> None:
+        """Carry out groups one after the other, or several at a time."""
+        if self._n_parallel > 1 and len(groups) > 1:
             self._carry_out_elsewhere(groups)
-        self._leave()
+            return
+        for group in groups:
+            if self._keep_going or not self._failed():
+                self._carry_out(group)
 
     def report(self, file: str) -> BatchReport:
         """Return what became of every job so far."""
@@ -122,9 +129,10 @@ class Batch:
         self._set(task, "failed", str(error))
 
     def _leave(self) -> None:
-        """Say of what was planned and not begun that it was not run."""
+        """Say of what was not begun, or not finished, that it was not run."""
+        unfinished = {"running"} if self._dry_run else {"waiting", "planned", "running"}
         for task in self._tasks:
-            if task.state in {"waiting", "planned"} and not self._dry_run:
+            if task.state in unfinished:
                 self._set(task, "not run")
 
     def _plan(self, task: _Task) -> None:
@@ -209,37 +217,65 @@ class Batch:
 
     def _carry_out_elsewhere(self, groups: list[list[_Task]]) -> None:
         """Carry out groups in processes, several at a time."""
-        from concurrent.futures import ProcessPoolExecutor, as_completed
+        waiting = deque(groups)
+        n = min(self._n_parallel, len(groups))
+        while waiting and self._goes_on():
+            self._carry_out_in(n, waiting)
+
+    def _carry_out_in(self, n: int, waiting: deque[list[_Task]]) -> None:
+        """Carry out groups in some processes, until none is waiting or one of the processes is gone."""
+        from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+        from concurrent.futures.process import BrokenProcessPool
         from multiprocessing import get_context
 
-        n = min(self._n_parallel, len(groups))
         n_workers = max(1, machine.usable_cores() // n)
-        with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
-            futures: dict[Future[list[JobReport]], list[_Task]] = {}
-            for group in groups:
-                for task in group:
-                    self._set(task, "running")
-                futures[pool.submit(_elsewhere, [task.job for task in group], n_workers)] = group
+        under_way: dict[Future[list[JobReport]], list[_Task]] = {}
+        is_sound = True
+        with ProcessPoolExecutor(n, get_context("spawn"), _ignore_interrupts) as pool:
             try:
-                for future in as_completed(futures):
-                    for task, found in zip(futures[future], future.result(), strict=True):
-                        task.elsewhere = found
-                        self._set(task, found.state, found.message)
-                    if self._failed() and not self._keep_going:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        break
+                while True:
+                    while is_sound and waiting and len(under_way) < n and self._goes_on():
+                        group = waiting.popleft()
+                        try:
+                            future = pool.submit(_elsewhere, [task.job for task in group], n_workers)
+                        except BrokenProcessPool:
+                            waiting.appendleft(group)
+                            is_sound = False
+                            break
+                        under_way[future] = group
+                        for task in group:
+                            self._set(task, "running")
+                    if not under_way:
+                        return
+                    for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                        is_sound = self._take(under_way.pop(future), future) and is_sound
             except KeyboardInterrupt:
                 for process in list(getattr(pool, "_processes", {}).values()):
                     process.terminate()  # each keeps what is whole
                 raise
 
+    def _take(self, group: list[_Task], future: Future[list[JobReport]]) -> bool:
+        """Take over what became of a group elsewhere; return False where its process is gone."""
+        from concurrent.futures.process import BrokenProcessPool
+
+        try:
+            reports = future.result()
+        except BrokenProcessPool:
+            hint = "run again to go on; a smaller --jobs takes less memory"
+            for task in group:
+                self._fail(
+                    task, WriteError("a process ended before its time, perhaps for want of memory", hint=hint)
+                )
+            return False
+        for task, found in zip(group, reports, strict=True):
+            task.elsewhere = found
+            self._set(task, found.state, found.message)
+        return True
+
 
 def _elsewhere(jobs: Sequence[Job], n_workers: int) -> list[JobReport]:
     """Carry out a group of jobs in this process, which is there for that alone."""
-    import signal
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     own = [
         replace(job, request=replace(job.request, workers=job.request.workers or n_workers))
         if isinstance(job.request, Request)
@@ -247,12 +283,22 @@ def _elsewhere(jobs: Sequence[Job], n_workers: int) -> list[JobReport]:
         for job in jobs
     ]
     batch = Batch(own, _Nobody(), keep_going=True)
-    batch.run()
+    try:
+        batch.run()
+    except KeyboardInterrupt:
+        os._exit(_INTERRUPTED)  # or it would begin what is next
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return list(batch.report("").jobs)
 
 
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C, which every process of a terminal hears, to the one that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _interrupt(signum: int, frame: object) -> None:
-    del signum, frame
+    del frame
+    signal.signal(signum, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -221,7 +221,7 @@ def _group(wildcard: str) -> str:
     if wildcard.startswith("**"):
         return "(?:(.*)/)?" if wildcard.endswith("/") else "(.*)"
     if wildcard.startswith("["):
-        return f"({fnmatch.translate(wildcard)[:-2]})"  # without its \\Z
+        return f"({fnmatch.translate(wildcard)[:-2]})"  # without its \Z
     return "([^/]*)" if wildcard == "*" else "([^/])"
 
 

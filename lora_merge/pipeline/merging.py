@@ -30,6 +30,7 @@ class Prepared:
     """A request that is planned, and found to be possible."""
 
     planned: Planned
+    inputs: Inputs
     out: Path
     device: str
     budget: Budget
@@ -96,10 +97,11 @@ def prepare(
     with clock("plan"), memory_for("planning"):
         planned = planned or plan_request(request, watch)
         plan = planned.plan
+        inputs = Inputs.of(plan)
         check_strict(plan.issues, strict=request.strict)
-        inputs = (Path(plan.base), *(Path(root) for root in plan.adapters))
+        roots = (Path(plan.base), *(Path(root) for root in plan.adapters))
         if request.out or not dry_run:
-            staging.check_replaceable(out, overwrite=request.overwrite, inputs=inputs)
+            staging.check_replaceable(out, overwrite=request.overwrite, inputs=roots)
         device, *issues = _device(request.device)
         check_strict(issues, strict=request.strict)
         budget = _budget(request, plan, on_gpu=device != "cpu")
@@ -107,7 +109,7 @@ def prepare(
         shortage = _shortage(out, summary)
     if shortage and not dry_run:
         raise WriteError(str(shortage))
-    return Prepared(planned, out, device, budget, summary, tuple(issues), shortage, clock)
+    return Prepared(planned, inputs, out, device, budget, summary, tuple(issues), shortage, clock)
 
 
 def carry_out(group: Sequence[Prepared], watch: Observer) -> list[Report | LoraMergeError]:
@@ -119,9 +121,7 @@ def carry_out(group: Sequence[Prepared], watch: Observer) -> list[Report | LoraM
     Raises:
         LoraMergeError: what all of them failed of.
     """
-    outputs = [
-        Output(one.planned, one.out, Inputs.of(one.planned.plan), one.device, one.clock) for one in group
-    ]
+    outputs = [Output(one.planned, one.out, one.inputs, one.device, one.clock) for one in group]
     smallest = min((one.budget for one in group), key=lambda budget: (budget.n_workers, budget.tile_elements))
     write(outputs, group[0].device, smallest, watch)
     return [output.error or one.report(output) for one, output in zip(group, outputs, strict=True)]
