@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from benchmarks import results, running, tables
-from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, cases, listed
+from benchmarks import results, running, tables, together
+from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, Case, cases, listed
 from benchmarks.contenders import GROUPS, contenders
 from benchmarks.machine import ROOT, machine, machine_line
 from benchmarks.measure import CACHES, RunError
@@ -222,6 +222,29 @@ def install_peer(name: str, cache_dir: Path) -> None:
     say(
         f"{name}: {', '.join(f'{package} {version}' for package, version in peer.versions(cache_dir).items())}"
     )
+
+
+@main.command()
+@click.option(
+    "--size", type=click.FloatRange(min=0, min_open=True), default=3.0, help="GB of the base.  [default: 3]"
+)
+@click.option(
+    "--targets",
+    type=click.Choice(list(TARGETS)),
+    default="all",
+    help="Modules of the adapters.  [default: all]",
+)
+@click.option("--adapters", type=AT_LEAST_ONE, default=4, help="How many.  [default: 4]")
+@click.option("--rounds", type=AT_LEAST_ONE, default=3, help="Turns of each side.  [default: 3]")
+@CACHE_DIR_OPTION
+def batch(size: float, targets: str, adapters: int, rounds: int, cache_dir: Path) -> None:
+    """Time separate merges into one base against one batch of them."""
+    of_one_base = [Case(size, "bfloat16", targets, 16 + n) for n in range(adapters)]
+    try:
+        for line in together.rounds_of(cache_dir.absolute(), of_one_base, rounds):
+            say(line)
+    except RunError as exc:
+        raise click.ClickException(str(exc)) from exc
 
 
 @main.command()

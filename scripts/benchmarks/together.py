@@ -1,0 +1,96 @@
+"""Several adapters of one base: separate merges against one batch, taking turns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.inputs import adapter_place, base_place, ensure
+from benchmarks.measure import RunError, settle, warm
+
+if TYPE_CHECKING:
+    from benchmarks.cases import Case
+
+COMMAND = [sys.executable, "-m", "lora_merge"]
+
+
+def rounds_of(cache: Path, cases: list[Case], n_rounds: int) -> Iterator[str]:
+    """Yield a line about each round, and one about all; every command is a fresh process, its input in the page cache.
+
+    Args:
+        cache: for inputs and outputs.
+        cases: that share a base, one for each adapter.
+        n_rounds: how many times each side has its turn.
+
+    Raises:
+        RunError: a command fails, or the outputs are not the same, byte for byte.
+    """
+    base = base_place(cache, cases[0])
+    adapters = [adapter_place(cache, case, "lora") for case in cases]
+    ensure([base, *adapters])
+    root = cache / "together"
+    outs = {side: [root / side / str(n) for n in range(len(cases))] for side in ("separate", "batch")}
+    file = root / "batch.json"  # JSON is YAML
+    ratios = []
+    for n in range(1, n_rounds + 1):
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        jobs = [
+            {"base": str(base.directory), "adapter": str(place.directory), "out": str(out)}
+            for place, out in zip(adapters, outs["batch"], strict=True)
+        ]
+        file.write_text(json.dumps({"jobs": jobs}))
+        commands = {
+            "separate": [
+                [
+                    *COMMAND,
+                    "--base",
+                    str(base.directory),
+                    "--adapter",
+                    str(place.directory),
+                    "--out",
+                    str(out),
+                    "-q",
+                ]
+                for place, out in zip(adapters, outs["separate"], strict=True)
+            ],
+            "batch": [[*COMMAND, "batch", str(file), "-q"]],
+        }
+        sides = list(commands) if n % 2 else list(commands)[::-1]
+        seconds = {}
+        for side in sides:
+            warm([base.directory, *(place.directory for place in adapters)])
+            settle(5)
+            began = time.perf_counter()
+            for command in commands[side]:
+                _run(command)
+            seconds[side] = time.perf_counter() - began
+        _compare(outs)
+        ratios.append(seconds["batch"] / seconds["separate"])
+        yield (
+            f"round {n}: {len(cases)} separate merges {seconds['separate']:.1f} s, one batch {seconds['batch']:.1f} s: "
+            f"{ratios[-1]:.2f} ×; the outputs are the same, byte for byte"
+        )
+    shutil.rmtree(root, ignore_errors=True)
+    yield f"median of {n_rounds} rounds: {statistics.median(ratios):.2f} × (from {min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RunError(f"{' '.join(command[2:4])} failed: {result.stderr.strip()[-500:]}")
+
+
+def _compare(outs: dict[str, list[Path]]) -> None:
+    """Raise where an output of the batch is not that of the merge on its own."""
+    for alone, together in zip(outs["separate"], outs["batch"], strict=True):
+        for path in sorted(alone.iterdir()):
+            if subprocess.run(["cmp", "-s", path, together / path.name], check=False).returncode:
+                raise RunError(f"{path.name} of {alone.name} differs")
