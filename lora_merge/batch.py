@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +14,7 @@ from lora_merge.core.batch import BatchObserver, BatchReport, Job, JobReport, St
 from lora_merge.core.lora import ConvertReport
 from lora_merge.core.report import Report
 from lora_merge.core.request import ConvertRequest, Request
-from lora_merge.errors import CheckpointError, LoraMergeError, WriteError
+from lora_merge.errors import LoraMergeError, WriteError
 from lora_merge.io import machine, staging
 from lora_merge.pipeline import converting
 from lora_merge.pipeline.clock import Clock
@@ -20,7 +24,7 @@ from lora_merge.pipeline.merging import Prepared, absolute, carry_out, prepare
 from lora_merge.pipeline.planning import plan_request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -98,7 +102,7 @@ class Batch:
         try:
             for task in self._tasks:
                 self._plan(task)
-            if not self._dry_run and (self._keep_going or not self._failed()):
+            if not self._dry_run and self._goes_on():
                 self._carry_out_all(self._groups())
         finally:
             self._leave()
@@ -109,7 +113,7 @@ class Batch:
             self._carry_out_elsewhere(groups)
             return
         for group in groups:
-            if self._keep_going or not self._failed():
+            if self._goes_on():
                 self._carry_out(group)
 
     def report(self, file: str) -> BatchReport:
@@ -117,8 +121,8 @@ class Batch:
         seconds = round(time.monotonic() - self._began, 3)
         return BatchReport(file, tuple(task.result() for task in self._tasks), seconds, self._dry_run)
 
-    def _failed(self) -> bool:
-        return any(task.state == "failed" for task in self._tasks)
+    def _goes_on(self) -> bool:
+        return self._keep_going or not any(task.state == "failed" for task in self._tasks)
 
     def _set(self, task: _Task, state: State, sentence: str = "") -> None:
         task.state = state
@@ -182,20 +186,19 @@ class Batch:
         for task in group:
             self._set(task, "running")
         try:
-            results = self._results(group)
+            for task, result in zip(group, self._results(group), strict=True):
+                task.seconds = time.monotonic() - began
+                if isinstance(result, LoraMergeError):
+                    self._fail(task, result)
+                else:
+                    task.report = result
+                    self._set(task, "done")
         except LoraMergeError as exc:
-            if len(group) > 1 and isinstance(exc, CheckpointError):
-                for task in group:  # one input is at fault; whose, shows when each is on its own
-                    self._carry_out([self._afresh(task)])
+            if len(group) == 1:
+                self._fail(group[0], exc)
                 return
-            results = [exc] * len(group)
-        for task, result in zip(group, results, strict=True):
-            task.seconds = time.monotonic() - began
-            if isinstance(result, LoraMergeError):
-                self._fail(task, result)
-            else:
-                task.report = result
-                self._set(task, "done")
+            for task in group:  # one of them is at fault; which, shows when each is on its own
+                self._carry_out([self._afresh(task)])
 
     def _afresh(self, task: _Task) -> _Task:
         """Return a task with a clock of its own, for another try."""
@@ -203,17 +206,17 @@ class Batch:
             task.planned = replace(task.planned, clock=Clock())
         return task
 
-    def _results(self, group: list[_Task]) -> Sequence[Report | ConvertReport | LoraMergeError]:
-        """Return the report of each task, or what it alone failed of."""
+    def _results(self, group: list[_Task]) -> Iterator[Report | ConvertReport | LoraMergeError]:
+        """Yield the report of each task, or what it alone failed of."""
         merges = [task.planned for task in group if isinstance(task.planned, Prepared)]
-        if merges:
-            _check_room(merges)
-            return carry_out(merges, self._watch)
-        return [
-            converting.carry_out(task.planned, self._watch, Clock())
-            for task in group
-            if isinstance(task.planned, Conversion)
-        ]
+        shortage = None if self._keep_going else _shortage(merges)
+        if shortage:
+            yield from [shortage] * len(merges)
+        elif merges:
+            yield from carry_out(merges, self._watch)
+        for task in group:
+            if isinstance(task.planned, Conversion):
+                yield converting.carry_out(task.planned, self._watch, Clock())
 
     def _carry_out_elsewhere(self, groups: list[list[_Task]]) -> None:
         """Carry out groups in processes, several at a time."""
@@ -231,7 +234,7 @@ class Batch:
         n_workers = max(1, machine.usable_cores() // n)
         under_way: dict[Future[list[JobReport]], list[_Task]] = {}
         is_sound = True
-        with ProcessPoolExecutor(n, get_context("spawn"), _ignore_interrupts) as pool:
+        with ProcessPoolExecutor(n, get_context("spawn"), _be_idle) as pool:
             try:
                 while True:
                     while is_sound and waiting and len(under_way) < n and self._goes_on():
@@ -251,7 +254,10 @@ class Batch:
                         is_sound = self._take(under_way.pop(future), future) and is_sound
             except KeyboardInterrupt:
                 for process in list(getattr(pool, "_processes", {}).values()):
-                    process.terminate()  # each keeps what is whole
+                    os.kill(process.pid, signal.SIGINT)  # each keeps what is whole, and says how far it came
+                for future, group in under_way.items():
+                    if future.exception() is None:
+                        self._take(group, future)
                 raise
 
     def _take(self, group: list[_Task], future: Future[list[JobReport]]) -> bool:
@@ -275,7 +281,8 @@ class Batch:
 
 def _elsewhere(jobs: Sequence[Job], n_workers: int) -> list[JobReport]:
     """Carry out a group of jobs in this process, which is there for that alone."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
     own = [
         replace(job, request=replace(job.request, workers=job.request.workers or n_workers))
         if isinstance(job.request, Request)
@@ -283,22 +290,22 @@ def _elsewhere(jobs: Sequence[Job], n_workers: int) -> list[JobReport]:
         for job in jobs
     ]
     batch = Batch(own, _Nobody(), keep_going=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         batch.run()
-    except KeyboardInterrupt:
-        os._exit(_INTERRUPTED)  # or it would begin what is next
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _be_idle()
     return list(batch.report("").jobs)
 
 
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C, which every process of a terminal hears, to the one that started this one."""
+def _be_idle() -> None:
+    """Let interrupts pass, which are meant for those that work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    del frame
-    signal.signal(signum, signal.SIG_IGN)
+    del signum, frame
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -314,17 +321,16 @@ class _Nobody:
     def job(self, name: str, state: State, sentence: str = "") -> None: ...
 
 
-def _check_room(group: Sequence[Prepared]) -> None:
-    """Raise where the disk has room for each output, and not for all that are made together.
-
-    Raises:
-        WriteError: it has not.
-    """
-    needed = sum(one.summary.disk_needed_bytes for one in group)
-    free = min(one.summary.disk_free_bytes for one in group)
-    if len(group) > 1 and needed > free and len({_disk(one.out) for one in group}) == 1:
-        sentence = f"{group[0].out.parent}: {len(group)} outputs need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
-        raise WriteError(sentence, hint="free some, or choose another place")
+def _shortage(merges: Sequence[Prepared]) -> WriteError | None:
+    """Return an error where the disk has room for each output, and not for all that are made together."""
+    if len(merges) < 2 or len({_disk(one.out) for one in merges}) > 1:
+        return None
+    needed = sum(one.summary.disk_needed_bytes for one in merges)
+    free = min(one.summary.disk_free_bytes for one in merges)
+    if needed <= free:
+        return None
+    sentence = f"{merges[0].out.parent}: {len(merges)} outputs need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
+    return WriteError(sentence, hint="free some, or choose another place")
 
 
 def _disk(out: Path) -> int:

@@ -74,16 +74,24 @@ def batch(  # noqa: PLR0913 - its options
     console = console_of(as_json=as_json, quiet=quiet, verbose=verbose)
     given = {name: value for name, value in flags.items() if value is not None}
     listed = read_batch(file, given)
+    is_interrupted = False
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(EventLog(Path(log_file))) if log_file else None
         try:
             with watching_batch([job.name for job in listed], log, quiet=quiet) as watch:
                 run = Batch(listed, watch, keep_going=keep_going, n_parallel=jobs, dry_run=dry_run)
                 run.run()
+        except KeyboardInterrupt:
+            is_interrupted = True
         finally:
             report = run.report(file)
             console.batch(report)
             if log:
                 log.add("end", ok=report.ok, seconds=report.seconds)
+    if is_interrupted:
+        click.echo(
+            "error: interrupted; what is done stays, and the same command goes on from there", err=True
+        )
+        sys.exit(exits.INTERRUPTED)
     if not report.ok:
         sys.exit(exits.BATCH)

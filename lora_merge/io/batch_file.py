@@ -81,7 +81,7 @@ def _defaults(
     if defaults is None:
         return {}, {}
     if not isinstance(defaults, dict):
-        sentence = f"is {defaults!r}, expected a table of keys"
+        sentence = f"is {_kind(defaults)}, expected a table of keys"
         raise RequestError(path, _lines(node)["defaults"], "defaults", sentence)
     lines = _lines(next(value for key, value in node.value if key.value == "defaults"))
     for key in defaults:
@@ -99,13 +99,13 @@ def _entries(
     if not isinstance(listed, list) or not listed:
         line = _lines(node).get("jobs", 1)
         raise RequestError(
-            path, line, "jobs", f"is {listed!r}"[:80], hint="a batch is a list of jobs: - adapter: …"
+            path, line, "jobs", f"is {_kind(listed)}", hint="a batch is a list of jobs: - adapter: …"
         )
     nodes = next(value for key, value in node.value if key.value == "jobs").value
     for entry, where in zip(listed, nodes, strict=True):
         line = where.start_mark.line + 1
         if not isinstance(entry, dict):
-            raise RequestError(path, line, "jobs", f"has {entry!r}, expected a table of keys")
+            raise RequestError(path, line, "jobs", f"has {_kind(entry)}, expected a table of keys")
         yield _Entry(path, line, entry, {**lines, **_lines(where)})
 
 
@@ -148,10 +148,11 @@ def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
     if matrix is None:
         yield {}
         return
-    if not isinstance(matrix, dict) or not all(
-        isinstance(values, list) and values for values in matrix.values()
-    ):
-        raise entry.error("matrix", f"is {matrix!r}, expected a table of key → list of values")
+    if not isinstance(matrix, dict):
+        raise entry.error("matrix", f"is {_kind(matrix)}, expected a table of key → list of values")
+    for key, values in matrix.items():
+        if not isinstance(values, list) or not values:
+            raise entry.error("matrix", f"has no list for {key}, expected a table of key → list of values")
     for values in product(*matrix.values()):
         yield dict(zip(matrix, values, strict=True))
 
@@ -352,6 +353,13 @@ def _absolute(text: str) -> Path:
     """Return the one path of a directory, however it is written; a link under its own name stays one."""
     path = Path(text).expanduser().absolute()
     return path.parent.resolve() / path.name
+
+
+def _kind(value: object) -> str:
+    """Return what a value is; what stands in a table is not repeated, since a token may be there."""
+    if isinstance(value, dict):
+        return "a table"
+    return "a list" if isinstance(value, list) and value else repr(value)[:80]
 
 
 def _lines(node: yaml.MappingNode) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import CheckpointError
@@ -12,15 +14,16 @@ from lora_merge.pipeline.provenance import options_of
 from lora_merge.pipeline.resuming import Inputs
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lora_merge.core.source import Origin
     from lora_merge.pipeline.converting import Conversion
     from lora_merge.pipeline.planning import Planned
 
 
 def is_current(planned: Planned, out: Path) -> bool:
-    """Return True when an output was merged from the same base and adapters, by the same options, and none is newer."""
+    """Return True when an output was merged from the same base and adapters, by the same options, and none is newer.
+
+    Its weight files are there, too, and have their sizes.
+    """
     manifest = _read(out / MANIFEST_FILE)
     base, adapters = manifest.get("base"), manifest.get("adapters")
     if not isinstance(base, dict) or not isinstance(adapters, list):
@@ -40,6 +43,7 @@ def is_current(planned: Planned, out: Path) -> bool:
         and base.get("path") in named
         and base.get("commit") == _commit(planned.base.origin)
         and manifest.get("options") == options_of(planned.request)
+        and all(_size(out / file.name) == file.nbytes for file in planned.plan.files)
         and _is_newest(out / MANIFEST_FILE, [seen for _, seen in Inputs.of(planned.plan).seen.values()])
     )
 
@@ -47,10 +51,14 @@ def is_current(planned: Planned, out: Path) -> bool:
 def is_current_adapter(conversion: Conversion) -> bool:
     """Return True when an output was converted from the same adapter, by the same options, and nothing is newer."""
     manifest = _read(conversion.out / CONVERSION_MANIFEST)
-    own = conversion.provenance
-    times = [
-        path.stat().st_mtime_ns for root in conversion.inputs for path in root.rglob("*") if path.is_file()
-    ]
+    own = json.loads(json.dumps(conversion.provenance))  # lists, as the manifest has them
+    files = {
+        path for root in conversion.inputs for path in root.iterdir()
+    }  # outputs may lie in folders of theirs
+    files |= {Path(file.source) for file in conversion.adapter.side_files}
+    if conversion.base is not None:
+        files |= {Path(ref.file) for ref in conversion.base.tensors()}
+    times = [path.stat().st_mtime_ns for path in files if path.is_file()]
     return all(manifest.get(key) == own[key] for key in own) and _is_newest(
         conversion.out / CONVERSION_MANIFEST, times
     )
@@ -62,6 +70,11 @@ def _read(path: Path) -> dict[str, Any]:
         return read_json(path) if path.is_file() else {}
     except CheckpointError:
         return {}
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file in bytes; -1 where there is none."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _is_newest(path: Path, times: list[int]) -> bool:

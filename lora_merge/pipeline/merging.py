@@ -19,7 +19,7 @@ from lora_merge.pipeline.resuming import Inputs
 from lora_merge.pipeline.writing import Output, write
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.request import Request
@@ -112,19 +112,19 @@ def prepare(
     return Prepared(planned, inputs, out, device, budget, summary, tuple(issues), shortage, clock)
 
 
-def carry_out(group: Sequence[Prepared], watch: Observer) -> list[Report | LoraMergeError]:
+def carry_out(group: Sequence[Prepared], watch: Observer) -> Iterator[Report | LoraMergeError]:
     """Make the outputs of some requests that have a base and a device in common, in one pass over the base.
 
-    Returns:
-        The report of each, or what it alone failed of.
+    Yields:
+        The report of each, or what it alone failed of, as soon as that is known.
 
     Raises:
         LoraMergeError: what all of them failed of.
     """
     outputs = [Output(one.planned, one.out, one.inputs, one.device, one.clock) for one in group]
     smallest = min((one.budget for one in group), key=lambda budget: (budget.n_workers, budget.tile_elements))
-    write(outputs, group[0].device, smallest, watch)
-    return [output.error or one.report(output) for one, output in zip(group, outputs, strict=True)]
+    for one, output in zip(group, write(outputs, group[0].device, smallest, watch), strict=True):
+        yield output.error or one.report(output)
 
 
 def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:

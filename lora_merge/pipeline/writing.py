@@ -61,6 +61,9 @@ class Output:
 
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
+    _inode: int = 0
+    """Of the directory that gets the output's name, once it is about to."""
+
     @property
     def plan(self) -> MergePlan:
         """Return the plan."""
@@ -160,17 +163,31 @@ class Output:
         check_strict(self.notes, strict=request.strict)
         with self.clock("publish"):
             watch.phase("publishing", 0)
+            self._inode = self.stage.output.stat().st_ino
             staging.publish(self.stage.output, self.out)
         self._stack.close()
 
+    def finish_or_fail(self, watch: Observer) -> None:
+        """Finish it; what is wrong with it is its `error`."""
+        try:
+            self.finish(watch)
+        except LoraMergeError as exc:
+            self.fail(exc)
+            self.error = exc
+
+    def _is_published(self) -> bool:
+        return self._inode != 0 and self.out.exists() and self.out.stat().st_ino == self._inode
+
     def fail(self, exc: BaseException) -> None:
         """Leave the place as the fault demands: what is whole stays after some, and the error has a note about it."""
+        if self._is_published():
+            self.stage.journal.unlink(missing_ok=True)  # nobody is to go on from there
         with contextlib.suppress(type(exc)):
             self._stack.__exit__(type(exc), exc, exc.__traceback__)
 
 
-def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observer) -> None:
-    """Make every output, and read what they have in common once.
+def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observer) -> Iterator[Output]:
+    """Make every output, and read what they have in common once; yield each when it has its name.
 
     What goes wrong while they are made goes wrong for all of them. What is wrong with one alone, once it is filled, is
     its `Output.error`, and the others are finished.
@@ -191,13 +208,11 @@ def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observe
         raise
     for n, output in enumerate(outputs):
         try:
-            output.finish(watch)
-        except LoraMergeError as exc:
-            output.fail(exc)
-            output.error = exc
+            output.finish_or_fail(watch)
+            yield output
         except BaseException as exc:
             for other in outputs[n:]:
-                other.fail(exc)
+                other.fail(KeyboardInterrupt() if isinstance(exc, GeneratorExit) else exc)
             raise
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+
+from lora_merge.serving import ENGINES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASE = Path("models/Llama-3-8B")
@@ -87,88 +93,226 @@ adapters/%/adapter_config.json adapters/%/adapter_model.safetensors: data/%.txt
 """
 
 
-@pytest.fixture
-def pipeline(pico, tmp_path):
-    """Return a function that runs make in a training pipeline: its targets and options → the finished process."""
-    shutil.copytree(pico("llama", "float32"), tmp_path / "base")
-    (tmp_path / "train.py").write_text(TRAIN)
-    (tmp_path / "data").mkdir()
+@dataclass(frozen=True)
+class Pipeline:
+    """A directory with a Makefile that trains, merges and verifies."""
+
+    root: Path
+
+    def make(self, *arguments):
+        """Return make's finished process."""
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=self.root,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def command(self, *arguments):
+        return ["make", f"LORA_MERGE={sys.executable} -m lora_merge", *arguments]
+
+    def environment(self):
+        """Return the environment without what a make that runs the tests has put there."""
+        made = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
+        return {key: value for key, value in os.environ.items() if key not in made}
+
+    def would_run(self, *targets):
+        """Return the commands that make would run."""
+        process = self.make("--dry-run", *targets)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    def times(self, name):
+        """Return when each file of an output was written."""
+        return {path.name: path.stat().st_mtime_ns for path in (self.root / "merged" / name).iterdir()}
+
+    def weights(self, name):
+        return (self.root / "merged" / name / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained(pico, tmp_path_factory):
+    """Return a pipeline of two names that has been run, and what make said; tests do not touch it."""
+    root = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(pico("llama", "float32"), root / "base")
+    (root / "train.py").write_text(TRAIN)
+    (root / "data").mkdir()
     for name in ("style", "facts"):
-        (tmp_path / "data" / f"{name}.txt").write_text(f"{name}: all that there is to be learned")
+        (root / "data" / f"{name}.txt").write_text(f"{name}: all that there is to be learned")
     makefile = MAKEFILE.format(fragment=CONFIGS / "lora-merge.mk", python=sys.executable)
     assert len(makefile.splitlines()) == 5
-    (tmp_path / "Makefile").write_text(makefile)
-
-    def make(*arguments):
-        command = f"LORA_MERGE={sys.executable} -m lora_merge"
-        return subprocess.run(
-            ["make", command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-
-    return make
+    (root / "Makefile").write_text(makefile)
+    pipeline = Pipeline(root)
+    return pipeline, pipeline.make("-j2")
 
 
-def test_five_lines_train_merge_and_verify_and_do_nothing_when_nothing_changed(pipeline, tmp_path):
-    first = pipeline("merged/style")
-
-    assert first.returncode == 0, first.stderr
-    assert "verified: nothing differs" in first.stdout
-    merged = tmp_path / "merged" / "style"
-    assert (merged / "model.safetensors").is_file()
-    assert (
-        tmp_path / "adapters" / "style" / "adapter_model.safetensors"
-    ).is_file()  # not removed as intermediate
-    before = {path.name: path.stat().st_mtime_ns for path in merged.iterdir()}
-
-    again = pipeline("merged/style")
-
-    assert again.returncode == 0
-    assert "is up to date" in again.stdout
-    assert {path.name: path.stat().st_mtime_ns for path in merged.iterdir()} == before
+@pytest.fixture
+def pipeline(trained, tmp_path):
+    """Return a copy of the pipeline, every file as old as it was."""
+    shutil.copytree(trained[0].root, tmp_path / "pipeline")
+    return Pipeline(tmp_path / "pipeline")
 
 
-def test_what_changed_is_trained_and_merged_again_and_nothing_else(pipeline, tmp_path):
-    assert pipeline("-j2").returncode == 0
-    before = {
-        name: (tmp_path / "merged" / name / "model.safetensors").read_bytes() for name in ("style", "facts")
-    }
-    facts = (tmp_path / "merged" / "facts" / "merge_manifest.json").stat().st_mtime_ns
-    (tmp_path / "data" / "style.txt").write_text("something else altogether, and as long as before")
+def test_five_lines_train_merge_and_verify_two_names_at_a_time(trained):
+    pipeline, process = trained
 
-    again = pipeline("all")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("verified: nothing differs") == 2
+    for name in ("style", "facts"):
+        assert set(pipeline.times(name)) >= {"model.safetensors", "merge_manifest.json"}
+        assert (pipeline.root / "adapters" / name / "adapter_model.safetensors").is_file()  # not intermediate
+    assert pipeline.weights("style") != pipeline.weights("facts")
+
+
+def test_nothing_is_run_when_nothing_changed(pipeline):
+    before = {name: pipeline.times(name) for name in ("style", "facts")}
+
+    one, both = pipeline.make("merged/style"), pipeline.make("-j2", "merged/style", "merged/facts")
+
+    assert one.stdout == "make: 'merged/style' is up to date.\n"
+    assert both.stdout.count("is up to date") == 2
+    assert one.stderr == both.stderr == ""
+    assert {name: pipeline.times(name) for name in ("style", "facts")} == before
+
+
+def test_what_changed_is_trained_and_merged_again_and_nothing_else(pipeline):
+    before, facts = pipeline.weights("style"), pipeline.times("facts")
+    (pipeline.root / "data" / "style.txt").write_text("something else altogether, and as long as before")
+
+    again = pipeline.make("all")
 
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "merged" / "style" / "model.safetensors").read_bytes() != before["style"]
-    assert (tmp_path / "merged" / "facts" / "merge_manifest.json").stat().st_mtime_ns == facts
+    assert again.stdout.count("train.py") == 1
+    assert pipeline.weights("style") != before
+    assert pipeline.times("facts") == facts
+    assert "is up to date" in pipeline.make("merged/style").stdout
+    assert not list(pipeline.root.glob("merged/.*/*"))  # nothing is left of the way there
 
 
-def test_a_broken_adapter_fails_and_leaves_no_output(pipeline, tmp_path):
-    (tmp_path / "train.py").write_text(
-        TRAIN.replace(
-            "model.save_pretrained(out)",
-            "model.save_pretrained(out); open(out + '/adapter_config.json', 'w').write('{')",
-        )
-    )
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_changed_base_is_merged_into_again_and_nothing_is_trained(file, pipeline):
+    (pipeline.root / "base" / file).touch()
 
-    failed = pipeline("merged/style")
+    commands = pipeline.would_run("all")
+
+    assert commands.count("--adapter adapters/") == 2
+    assert "train.py" not in commands
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_changed_file_of_an_adapter_is_merged_again(file, pipeline):
+    (pipeline.root / "adapters" / "style" / file).touch()
+
+    commands = pipeline.would_run("all")
+
+    assert "--adapter adapters/style" in commands
+    assert "--adapter adapters/facts" not in commands
+
+
+def test_a_file_beside_an_output_changes_nothing(pipeline):
+    (pipeline.root / "merged" / "style" / "notes.txt").write_text("served since Monday")
+
+    assert "is up to date" in pipeline.make("merged/style").stdout
+
+
+def test_an_output_that_lost_its_manifest_or_is_an_empty_directory_is_no_output(pipeline):
+    (pipeline.root / "merged" / "style" / "merge_manifest.json").unlink()
+    shutil.rmtree(pipeline.root / "merged" / "facts")
+    (pipeline.root / "merged" / "facts").mkdir()
+
+    commands = pipeline.would_run("merged/style", "merged/facts")
+
+    assert "--adapter adapters/style" in commands
+    assert "--adapter adapters/facts" in commands
+
+
+def test_a_directory_that_is_no_output_is_left_alone(pipeline):
+    shutil.rmtree(pipeline.root / "merged" / "style")
+    (pipeline.root / "merged" / "style").mkdir()
+    (pipeline.root / "merged" / "style" / "thesis.txt").write_text("the only copy")
+
+    failed = pipeline.make("merged/style")
+
+    assert failed.returncode != 0
+    assert "merged/style" in failed.stderr
+    assert (pipeline.root / "merged" / "style" / "thesis.txt").read_text() == "the only copy"
+
+
+def test_a_broken_adapter_fails_and_leaves_no_output(pipeline):
+    shutil.rmtree(pipeline.root / "merged")
+    (pipeline.root / "adapters" / "style" / "adapter_config.json").write_text("{")
+
+    failed = pipeline.make("merged/style")
 
     assert failed.returncode != 0
     assert "is not valid JSON" in failed.stderr
-    assert not (tmp_path / "merged").exists()
+    assert not (pipeline.root / "merged").exists()
 
 
-def test_what_fails_its_verification_loses_its_name(pipeline, tmp_path):
-    failed = pipeline("merged/style", "VERIFY_FLAGS=--adapter nowhere")
+def test_what_fails_its_verification_gets_no_name_and_the_output_before_it_stays(pipeline):
+    before = pipeline.times("style")
+    (pipeline.root / "adapters" / "style" / "adapter_model.safetensors").touch()
+
+    failed = pipeline.make("merged/style", "VERIFY_FLAGS=--adapter nowhere")
 
     assert failed.returncode != 0
-    assert not (tmp_path / "merged" / "style").exists()
-    assert (tmp_path / "merged" / "style.rejected" / "model.safetensors").is_file()
-    assert pipeline("merged/style").returncode == 0
+    assert pipeline.times("style") == before
+    assert (pipeline.root / "merged" / ".new" / "style" / "model.safetensors").is_file()
+
+    again = pipeline.make("merged/style")
+
+    assert again.returncode == 0, again.stderr
+    assert pipeline.times("style")["merge_manifest.json"] > before["merge_manifest.json"]
 
 
-def test_an_adapter_is_converted_for_an_engine(pipeline, tmp_path):
-    first, again = pipeline("converted/style-vllm"), pipeline("converted/style-vllm")
+def test_what_was_killed_before_it_was_verified_is_no_output(pipeline):
+    root = pipeline.root
+    shutil.rmtree(root / "merged" / "style")
+    slow = root / "slow"
+    slow.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = verify ]; then touch verifying; sleep 60; fi\n'
+        f'exec {sys.executable} -m lora_merge "$@"\n'
+    )
+    slow.chmod(0o755)
+    command = [*pipeline.command("merged/style"), f"LORA_MERGE={slow}"]
+    with subprocess.Popen(
+        command, cwd=root, env=pipeline.environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        while process.poll() is None and not (root / "verifying").exists():
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
 
-    assert first.returncode == again.returncode == 0, first.stderr
-    assert (tmp_path / "converted" / "style-vllm" / "adapter_model.safetensors").is_file()
-    assert "is up to date" in again.stdout
+    assert (root / "merged" / ".new" / "style" / "merge_manifest.json").is_file()
+    assert not (root / "merged" / "style").exists()
+    assert "-m lora_merge verify merged/.new/style" in pipeline.would_run("merged/style")
+
+
+def test_an_adapter_is_converted_for_an_engine_and_kept(pipeline):
+    targets = ("converted/style-vllm", "converted/style-llamacpp")
+
+    first, again = pipeline.make("-j2", *targets), pipeline.make(*targets)
+
+    assert first.returncode == 0, first.stderr
+    converted = {
+        path.relative_to(pipeline.root / "converted").as_posix()
+        for path in pipeline.root.glob("converted/*/*")
+    }
+    assert converted >= {
+        "style-vllm/adapter_model.safetensors", "style-vllm/conversion.json",
+        "style-llamacpp/adapter.gguf", "style-llamacpp/conversion.json",
+    }  # fmt: skip
+    assert again.stdout.count("is up to date") == 2
+
+    (pipeline.root / "converted" / "style-vllm" / "conversion.json").unlink()
+
+    assert "convert adapters/style --for vllm" in pipeline.would_run(*targets)
+
+
+def test_every_engine_has_a_target(pipeline):
+    commands = pipeline.would_run(*(f"converted/style-{engine}" for engine in ENGINES))
+
+    assert all(f"convert adapters/style --for {engine} " in commands for engine in ENGINES)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ OPTIONAL = ("gguf", "matplotlib", "modelscope")
 pytestmark = pytest.mark.slow
 
 
+def own_setuptools():
+    """Return pip's option to build with the setuptools that is here, where it is new enough: that asks no registry."""
+    try:
+        is_new = int(version("setuptools").partition(".")[0]) >= 77
+    except PackageNotFoundError:
+        is_new = False
+    return ["--no-build-isolation"] if is_new else []
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Return a wheel of the project, built from a copy of what belongs to it."""
@@ -28,7 +38,8 @@ def wheel(tmp_path_factory):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source]
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *own_setuptools()]
+    command = [*pip, "--wheel-dir", out, source]
     subprocess.run(command, check=True, capture_output=True)
     (found,) = out.glob("*.whl")
     return found

@@ -1,0 +1,422 @@
+"""Batch files: which jobs they stand for, and errors that name the line and the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_merge.core.request import ConvertRequest, Request
+from lora_merge.errors import RequestError
+from lora_merge.io.batch_file import read_batch
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Return a function: the text of a batch, values that win → its jobs; directories are relative to an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(text, **overrides):
+        Path("batch.yaml").write_text(text)
+        return read_batch("batch.yaml", overrides)
+
+    return read
+
+
+@pytest.fixture
+def refused(read):
+    """Return a function: the text of a batch → the error that it is."""
+
+    def refused(text):
+        with pytest.raises(RequestError) as caught:
+            read(text)
+        return caught.value
+
+    return refused
+
+
+def make(*names):
+    for name in names:
+        Path(name).mkdir(parents=True, exist_ok=True)
+
+
+def shown(jobs):
+    return [(job.request.adapter, job.request.out) for job in jobs]
+
+
+def test_an_entry_is_a_job_with_the_values_of_a_request_and_its_line(read):
+    jobs = read(
+        "jobs:\n"
+        "- {adapter: a, out: one, dtype: bf16, workers: 2, verify: full}\n"
+        "- name: the second\n"
+        "  convert: b\n"
+        "  for: vllm\n"
+        "  rank: 16\n"
+        "  energy: 99%\n"
+        "  out: two\n"
+    )
+
+    assert [(job.name, job.kind, job.line) for job in jobs] == [
+        ("one", "merge", 2),
+        ("the second", "convert", 3),
+    ]
+    assert jobs[0].request == Request(
+        adapter=("a",), out="one", dtype="bfloat16", workers=2, verify="full", resume=True
+    )
+    assert jobs[1].request == ConvertRequest(adapter="b", out="two", serving="vllm", rank=16, energy=0.99)
+
+
+def test_a_merge_goes_on_with_what_is_there_unless_it_is_told_not_to(read):
+    jobs = read("jobs:\n- {adapter: a, out: o}\n- {adapter: a, out: p, resume: false}\n")
+
+    assert [job.request.resume for job in jobs] == [True, False]
+
+
+def test_defaults_are_of_every_job_that_has_such_a_key_and_its_own_keys_win(read):
+    merge, other, conversion = read(
+        "defaults: {base: b, dtype: bf16, combine: ties, rank: 4}\n"
+        "jobs:\n"
+        "- {adapter: x, out: one}\n"
+        "- {adapter: x, out: two, dtype: fp32, base: c}\n"
+        "- {convert: x, out: three}\n"
+    )
+
+    assert (merge.request.base, merge.request.dtype, merge.request.combine) == ("b", "bfloat16", "ties")
+    assert (other.request.base, other.request.dtype, other.request.combine) == ("c", "float32", "ties")
+    assert (conversion.request.base, conversion.request.dtype, conversion.request.rank) == (
+        "b",
+        "bfloat16",
+        4,
+    )
+
+
+def test_what_is_given_on_the_command_line_wins_over_the_file(read):
+    jobs = read(
+        "defaults: {overwrite: false}\n"
+        "jobs:\n- {adapter: a, out: o, offline: false}\n- {convert: a, out: p, token: file}\n",
+        overwrite=True,
+        offline=True,
+        token="flag",
+    )
+
+    assert [(job.request.overwrite, job.request.offline, job.request.token) for job in jobs] == [
+        (True, True, "flag")
+    ] * 2
+
+
+def test_a_wildcard_is_a_job_for_each_directory_in_the_order_of_numbers(read):
+    make("runs/b/checkpoint-9", "runs/a/checkpoint-10", "runs/a/checkpoint-9", "runs/a/checkpoint-100")
+    Path("runs/a/checkpoint-5").write_text("a file, and no adapter")
+
+    jobs = read("jobs:\n- {adapter: runs/*/checkpoint-*, out: 'merged/{1}-{2}'}\n")
+
+    assert shown(jobs) == [
+        (("runs/a/checkpoint-9",), "merged/a-9"),
+        (("runs/a/checkpoint-10",), "merged/a-10"),
+        (("runs/a/checkpoint-100",), "merged/a-100"),
+        (("runs/b/checkpoint-9",), "merged/b-9"),
+    ]
+    assert {job.line for job in jobs} == {2}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "outs"),
+    [
+        ("runs/?/c-*", ["a-1", "a-20", "b-3"]),
+        ("runs/[ab]/c-[0-9]", ["a-1", "b-3"]),
+        ("runs/[!b]/c-[0-9]*", ["a-1", "a-2"]),
+        ("runs/[]a]/c-*", ["a-1", "a-20"]),
+        ("runs/**/c-*", ["a-1", "a-20", "b-3"]),
+        ("./runs/*/c-*/", ["a-1", "a-20", "b-3"]),
+        ("r*s/a/c-?", ["un-1"]),
+    ],
+)
+def test_every_wildcard_is_captured_by_itself(pattern, outs, read):
+    make("runs/a/c-1", "runs/a/c-20", "runs/b/c-3")
+
+    jobs = read(f"jobs:\n- {{adapter: '{pattern}', out: '{{1}}-{{2}}'}}\n")
+
+    assert [job.request.out for job in jobs] == outs
+
+
+def test_two_stars_may_stand_for_no_directory_at_all(read):
+    make("runs/c-1", "runs/a/b/c-2")
+
+    jobs = read("jobs:\n- {adapter: runs/**/c-*, out: 'm/_{1}_{2}'}\n")
+
+    assert shown(jobs) == [(("runs/a/b/c-2",), "m/_a/b_2"), (("runs/c-1",), "m/__1")]
+
+
+def test_a_weight_stands_behind_a_wildcard_and_is_each_matchs(read):
+    make("runs/a", "runs/b")
+
+    jobs = read("jobs:\n- {adapter: 'runs/*:0.5', out: 'm/{1}-{adapter}'}\n")
+
+    assert shown(jobs) == [(("runs/a:0.5",), "m/a-a"), (("runs/b:0.5",), "m/b-b")]
+
+
+def test_wildcards_of_base_and_adapter_are_combined(read):
+    make("models/x", "models/y", "runs/a", "runs/b")
+
+    jobs = read("jobs:\n- {adapter: runs/*, base: models/*, out: '{base}/{1}'}\n")
+
+    assert [(job.request.base, *job.request.adapter, job.request.out) for job in jobs] == [
+        ("models/x", "runs/a", "x/a"), ("models/y", "runs/a", "y/a"), ("models/x", "runs/b", "x/b"), ("models/y", "runs/b", "y/b"),
+    ]  # fmt: skip
+
+
+def test_a_directory_whose_name_looks_like_a_wildcard_is_taken_for_what_it_is(read):
+    make("run[1]", "run1")
+
+    assert shown(read("jobs:\n- {adapter: 'run[1]', out: 'm/{adapter}'}\n")) == [(("run[1]",), "m/run[1]")]
+
+
+def test_a_wildcard_may_begin_in_the_home_directory(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    make("home/runs/a")
+
+    assert shown(read("jobs:\n- {adapter: ~/runs/*, out: 'm/{1}'}\n")) == [
+        ((str(tmp_path / "home" / "runs" / "a"),), "m/a")
+    ]
+
+
+def test_templates_know_adapter_parent_and_base(read):
+    jobs = read(
+        "jobs:\n"
+        "- {adapter: runs/style/checkpoint-10:0.5, base: org/Base-8B@v1, name: '{base}!', out: 'm/{parent}-{adapter}'}\n"
+        "- {adapter: [runs/a, 'org/b@main:2', c], out: 'm/{adapter}'}\n"
+        "- {convert: runs/style, out: 'm/{parent}/{adapter}-converted'}\n"
+    )
+
+    assert [(job.name, job.request.out) for job in jobs] == [
+        ("Base-8B!", "m/style-checkpoint-10"),
+        ("m/a+b+c", "m/a+b+c"),
+        ("m/runs/style-converted", "m/runs/style-converted"),
+    ]
+
+
+def test_a_matrix_is_a_job_for_each_combination(read):
+    jobs = read(
+        "defaults: {dtype: fp32}\n"
+        "jobs:\n"
+        "- matrix: {rank: [8, 16], for: [vllm, sglang]}\n"
+        "  convert: a\n"
+        "  out: '{adapter}-{rank}-{for}'\n"
+        "- matrix: {dtype: [bf16, fp16], adapter: [x, [x, y]]}\n"
+        "  out: '{adapter}.{dtype}'\n"
+    )
+
+    assert [job.request.out for job in jobs] == [
+        "a-8-vllm", "a-8-sglang", "a-16-vllm", "a-16-sglang", "x.bf16", "x+y.bf16", "x.fp16", "x+y.fp16",
+    ]  # fmt: skip
+    assert [(job.request.rank, job.request.serving) for job in jobs[:4]] == [
+        (8, "vllm"), (8, "sglang"), (16, "vllm"), (16, "sglang"),
+    ]  # fmt: skip
+    assert [job.request.adapter for job in jobs[4:]] == [("x",), ("x", "y")] * 2
+    assert {job.request.dtype for job in jobs[4:]} == {"bfloat16", "float16"}
+
+
+def test_a_matrix_may_have_words_of_its_own_which_also_stand_in_adapters(read):
+    make("runs/a", "runs/b", "models/x")
+
+    jobs = read(
+        "jobs:\n- matrix: {strength: [0.5, 1.5], model: [x]}\n"
+        "  adapter: ['runs/a:{strength}', runs/b]\n  base: 'models/{model}'\n  out: 'm/{strength}-{base}'\n"
+        "- {matrix: {which: [a, b]}, adapter: 'runs/{which}*:0.5', out: 'n/{which}{1}'}\n"
+    )
+
+    assert shown(jobs) == [
+        (("runs/a:0.5", "runs/b"), "m/0.5-x"),
+        (("runs/a:1.5", "runs/b"), "m/1.5-x"),
+        (("runs/a:0.5",), "n/a"),
+        (("runs/b:0.5",), "n/b"),
+    ]
+
+
+def test_yaml_may_say_a_thing_once_and_refer_to_it(read):
+    first, second = read("jobs:\n- &first {adapter: a, dtype: bf16, out: one}\n- {<<: *first, out: two}\n")
+
+    assert first.request.dtype == second.request.dtype == "bfloat16"
+    assert second.request.out == "two"
+
+
+JOB = "jobs:\n- {adapter: a, out: o}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "words"),
+    [
+        ("", 1, "", "holds NoneType, expected a table of keys"),
+        ("- adapter: a\n", 1, "", "holds list, expected a table of keys"),
+        ("jobs: [\n", 2, "", "is not valid YAML"),
+        ("jobs:\n\t- a\n", 2, "", "is not valid YAML"),
+        ("defaults: {}\n", 1, "jobs", "is None"),
+        ("defaults: {}\njobs:\n", 2, "jobs", "is None"),
+        ("\njobs: []\n", 2, "jobs", "is []"),
+        ("jobs: {adapter: a, out: o}\n", 1, "jobs", "is a table"),
+        ("jobs:\n- {adapter: a, out: o}\n- [a]\n", 3, "jobs", "has a list, expected a table of keys"),
+        ("jobs:\n- {adapter: a, out: o}\n- a\n", 3, "jobs", "has 'a', expected a table of keys"),
+        (f"{JOB}job: 5\n", 3, "job", "is no key of a batch"),
+        (f"defaults: base\n{JOB}", 1, "defaults", "is 'base', expected a table of keys"),
+        (f"defaults: []\n{JOB}", 1, "defaults", "is [], expected a table of keys"),
+        (f"defaults:\n  base: b\n  dtyp: bf16\n{JOB}", 3, "dtyp", "is no key of a request"),
+        (f"defaults:\n  base: b\n  name: n\n{JOB}", 3, "name", "is no key of a request"),
+        (f"defaults:\n  base: b\n  dtype: int4\n{JOB}", 3, "dtype", "'int4' is no dtype"),
+        ("jobs:\n- adapter: a\n  outt: o\n", 3, "outt", "is no key of such a job"),
+        ("jobs:\n- adapter: a\n  1: o\n", 3, "1", "is no key of such a job"),
+        ("jobs:\n- adapter: a\n  rank: 4\n  out: o\n", 3, "rank", "is no key of such a job"),
+        ("jobs:\n- convert: a\n  combine: ties\n  out: o\n", 3, "combine", "is no key of such a job"),
+        ("jobs:\n- convert: a\n  adapter: b\n  out: o\n", 3, "adapter", "is no key of such a job"),
+        ("jobs:\n- convert: a\n  serving: vllm\n  out: o\n", 3, "serving", "is no key of such a job"),
+        ("jobs:\n- adapter: a\n", 2, "out", "is missing"),
+        ("jobs:\n- adapter: a\n  out: ''\n", 3, "out", "is missing"),
+        ("jobs:\n- out: o\n", 2, "adapter", "is missing"),
+        ("jobs:\n- adapter: a\n  out: 8\n", 3, "out", "is 8: input should be a valid string"),
+        ("jobs:\n- adapter: a\n  out: {adapter}\n", 3, "out", "is {'adapter': None}: input should be a valid"),
+        ("jobs:\n- out: o\n  adapter:\n", 3, "adapter", "is None"),
+        ("jobs:\n- out: o\n  adapter: []\n", 3, "adapter", "names no adapter, expected one or more"),
+        ("jobs:\n- out: o\n  adapter: {a: 0.5}\n", 3, "adapter", "is no adapter, expected a directory"),
+        ("jobs:\n- out: o\n  adapter: 'a:nan'\n", 3, "adapter", "'a:nan' has the weight nan, expected a number"),
+        ("jobs:\n- out: o\n  adapter: [b, 'a:inf']\n", 3, "adapter", "'a:inf' has the weight inf"),
+        ("jobs:\n- out: o\n  adapter: [b, 'runs/*']\n", 3, "adapter", "has a wildcard in a list"),
+        ("jobs:\n- out: o\n  adapter: runs/*\n", 3, "adapter", "runs/* matches no directory"),
+        ("jobs:\n- out: o\n  adapter: 'runs/*:nan'\n", 3, "adapter", "runs/*:nan matches no directory"),
+        ("jobs:\n- out: o\n  adapter: 'runs/[z-a]'\n", 3, "adapter", "runs/[z-a] matches no directory"),
+        ("jobs:\n- out: o\n  adapter: a\n  base: models/*\n", 4, "base", "models/* matches no directory"),
+        ("jobs:\n- out: o\n  adapter: a\n  base: [b]\n", 4, "base", "is ['b']: input should be a valid string"),
+        ("jobs:\n- out: o\n  convert:\n", 3, "convert", "is None, expected one adapter"),
+        ("jobs:\n- out: o\n  convert: [a, b]\n", 3, "convert", "is ['a', 'b'], expected one adapter"),
+        ("jobs:\n- out: o\n  convert: runs/*\n", 3, "convert", "runs/* matches no directory"),
+        ("jobs:\n- convert: a\n  for: vlm\n  out: o\n", 3, "for", "'vlm' is no engine, expected vllm"),
+        ("jobs:\n- convert: a\n  rank: 0\n  out: o\n", 3, "rank", "0 is no rank"),
+        ("jobs:\n- adapter: a\n  workers: many\n  out: o\n", 3, "workers", "'many' is no number of workers"),
+        ("jobs:\n- adapter: a\n  strict: maybe\n  out: o\n", 3, "strict", "is 'maybe': input should be a valid boolean"),
+        ("jobs:\n- adapter: a\n  out: 'm/{nam}'\n", 3, "out", "'m/{nam}' has {nam}, which nothing fills"),
+        ("jobs:\n- adapter: a\n  out: 'm/{}'\n", 3, "out", "has {}, which nothing fills"),
+        ("jobs:\n- adapter: a\n  out: 'm/{1}'\n", 3, "out", "has {1}, which nothing fills"),
+        ("jobs:\n- adapter: a\n  out: 'm/{base}'\n", 3, "out", "has {base}, which nothing fills"),
+        ("jobs:\n- adapter: a\n  out: 'm/{parent}'\n", 3, "out", "has {parent}, which nothing fills"),
+        ("jobs:\n- adapter: a\n  name: '{nam}'\n  out: m\n", 3, "name", "has {nam}, which nothing fills"),
+        ("jobs:\n- adapter: a\n  matrix: {dtype: bf16}\n  out: m\n", 3, "matrix", "has no list for dtype, expected a table of key → list"),
+        ("jobs:\n- adapter: a\n  matrix: {dtype: []}\n  out: m\n", 3, "matrix", "has no list for dtype, expected a table of key → list"),
+        ("jobs:\n- adapter: a\n  matrix: [bf16]\n  out: m\n", 3, "matrix", "is a list, expected a table of key → list"),
+        (f"{JOB}jobs: []\n", 3, "jobs", "stands twice, first on line 1"),
+        (f"defaults:\n  base: a\n  base: b\n{JOB}", 3, "base", "stands twice, first on line 2"),
+        ("jobs:\n- adapter: a\n  out: o\n  adapter: b\n", 4, "adapter", "stands twice, first on line 2"),
+        (
+            "jobs:\n- adapter: a\n  out: '{seed}'\n  matrix:\n    seed: [1]\n    seed: [2]\n",
+            6, "seed", "stands twice, first on line 5",
+        ),
+    ],
+)  # fmt: skip
+def test_a_fault_names_its_line_and_key(text, line, key, words, refused):
+    error = refused(text)
+
+    assert (error.line, error.key) == (line, key)
+    assert words in str(error)
+    assert str(error).startswith(f"batch.yaml:{line}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (f"default: {{base: b}}\n{JOB}", "did you mean defaults?"),
+        (f"defaults: {{bas: b}}\n{JOB}", "did you mean base?"),
+        ("jobs:\n- {adaptor: a, out: o}\n", "did you mean adapter?"),
+        ("jobs:\n- {convert: a, pad_ranks: 8, out: o}\n", "did you mean pad_rank?"),
+        ("jobs:\n- {adapter: a, matrx: {dtype: [bf16]}, out: o}\n", "did you mean matrix?"),
+        ("jobs:\n- {adapter: a}\n", "say where the output goes; {adapter}, {parent}, {base} and {1} are"),
+        ("jobs:\n- {out: o}\n", "a job has an adapter, or converts one: convert: …"),
+        ("jobs: {}\n", "a batch is a list of jobs: - adapter: …"),
+        ("jobs:\n- {adapter: runs/a, base: b, out: 'm/{bse}'}\n", "known here: {adapter}, {parent}, {base}"),
+        ("jobs:\n- {adapter: a, out: 'm/{bse}'}\n", "known here: {adapter}"),
+        ("jobs:\n- {adapter: a, out: o, matrix: {dtype: [bf16]}, name: '{dtpe}'}\n", "known here: {dtype}, {adapter}"),
+    ],
+)  # fmt: skip
+def test_a_fault_says_what_may_have_been_meant(text, hint, refused):
+    assert refused(text).hint.startswith(hint)
+
+
+def two(first, second):
+    """Return a batch of two jobs, on the lines 2 and 3."""
+    return f"jobs:\n- {{{first}}}\n- {{{second}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "words"),
+    [
+        (two("name: n, adapter: a, out: o", "name: n, adapter: a, out: p"), 3, "name",
+         "is n a second time (first on line 2)"),
+        (two("adapter: a, out: o", "adapter: b, out: o"), 3, "name", "is o a second time (first on line 2)"),
+        (two("name: n, adapter: a, out: o", "adapter: b, out: ./o"), 3, "out", "./o is the output of n (line 2)"),
+        (two("name: n, adapter: a, out: o", "adapter: b, out: p/../o"), 3, "out", "p/../o is the output of n (line 2)"),
+        (two("name: n, adapter: a, out: link/o", "adapter: b, out: real/o"), 3, "out", "is the output of n (line 2)"),
+        (two("name: n, adapter: a, out: o", "adapter: b, out: o/p/q"), 3, "out", "o/p/q is the output of n (line 2), or lies in it"),
+        (two("name: n, adapter: a, out: o/p/q", "adapter: b, out: o"), 3, "out", "o is the output of n (line 2), or lies in it"),
+        (two("name: n, adapter: a, out: o", "convert: b, out: o/p"), 3, "out", "o/p is the output of n (line 2)"),
+        (two("name: n, adapter: a, out: o", "adapter: [b, 'o:0.5'], out: p"), 3, "adapter", "o is what n (line 2) writes"),
+        (two("name: n, adapter: o, out: p", "name: m, convert: a, out: o"), 2, "adapter", "o is what m (line 3) writes"),
+        (two("name: n, convert: o/a, out: p", "name: m, adapter: a, out: o"), 2, "convert", "o/a is what m (line 3) writes"),
+        (two("name: n, adapter: a, out: o", "adapter: b, base: o, out: p"), 3, "base", "o is what n (line 2) writes"),
+        (two("name: n, adapter: a, out: link/o", "adapter: b, base: real/o, out: p"), 3, "base", "is what n (line 2) writes"),
+        ("jobs:\n- {adapter: runs/*, out: o}\n", 2, "name", "is o a second time (first on line 2)"),
+        ("jobs:\n- {name: n, adapter: a, out: a}\n", 2, "adapter", "a is what n (line 2) writes"),
+    ],
+)  # fmt: skip
+def test_jobs_that_get_in_each_others_way_are_refused(text, line, key, words, refused):
+    make("runs/a", "runs/b", "real")
+    Path("link").symlink_to("real")
+
+    error = refused(text)
+
+    assert (error.line, error.key) == (line, key)
+    assert words in str(error)
+
+
+def test_outputs_side_by_side_are_apart(read):
+    jobs = read(
+        two("adapter: a, out: o/p", "adapter: a, out: o/pq")
+        + "- {adapter: a, out: o/p.5}\n- {adapter: o, out: p}\n"
+    )
+
+    assert len(jobs) == 4
+
+
+@pytest.mark.parametrize(
+    "job", ["token: hf secret", "token: [hf_secret]", "token: {hf_secret: 1}", "token: sécret"]
+)
+@pytest.mark.parametrize("where", ["job", "defaults"])
+def test_a_token_that_cannot_be_one_is_not_repeated(job, where, refused):
+    text = (
+        f"defaults: {{{job}}}\n{JOB}" if where == "defaults" else f"jobs:\n- {{adapter: a, out: o, {job}}}\n"
+    )
+
+    error = refused(text)
+
+    assert (error.key, error.line) == ("token", 1 if where == "defaults" else 2)
+    assert "cret" not in f"{error} {error.hint}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "jobs: {adapter: a, out: o, token: hf_secret}\n",
+        "jobs:\n- [token, hf_secret]\n",
+        f"defaults: [token, hf_secret]\n{JOB}",
+        "jobs:\n- {adapter: a, out: o, matrix: {token: hf_secret}}\n",
+        "jobs:\n- {adapter: a, out: o, tokn: hf_secret}\n",
+        "jobs:\n- {convert: a, out: o, rank: 0, token: hf_secret}\n",
+    ],
+)
+def test_a_token_in_the_wrong_place_is_not_repeated_either(text, refused):
+    error = refused(text)
+
+    assert "secret" not in f"{error} {error.hint}"
+
+
+def test_a_file_that_is_no_text_says_so(tmp_path):
+    path = tmp_path / "batch.yaml"
+    path.write_bytes(b"jobs: \xff")
+
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_batch(str(path))
