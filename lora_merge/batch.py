@@ -11,16 +11,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.batch import BatchObserver, BatchReport, Job, JobReport, State
+from lora_merge.core.budget import peak_together
 from lora_merge.core.lora import ConvertReport
 from lora_merge.core.report import Report
 from lora_merge.core.request import ConvertRequest, Request
+from lora_merge.core.shards import parse_size
 from lora_merge.errors import LoraMergeError, WriteError
 from lora_merge.io import machine, staging
+from lora_merge.io.files import output_path
 from lora_merge.pipeline import converting
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.converting import Conversion, plan_conversion
 from lora_merge.pipeline.current import is_current, is_current_adapter
-from lora_merge.pipeline.merging import Prepared, absolute, carry_out, prepare
+from lora_merge.pipeline.merging import Prepared, carry_out, prepare
 from lora_merge.pipeline.planning import plan_request
 
 if TYPE_CHECKING:
@@ -52,6 +55,9 @@ class _Task:
         if self.elsewhere is not None:
             return self.elsewhere
         error, report = self.error, self.report
+        if self.state == "planned" and isinstance(self.planned, Prepared):
+            report = self.planned.report()
+        told = error or report or (self.planned if self.state == "planned" else None)
         hints = (getattr(error, "hint", ""), *getattr(error, "__notes__", ())) if error else ()
         return JobReport(
             name=self.job.name,
@@ -61,7 +67,7 @@ class _Task:
             error=type(error).__name__ if error else "",
             message=str(error) if error else "",
             hint="; ".join(hint for hint in hints if hint),
-            issues=tuple(getattr(error or report, "issues", ())),
+            issues=tuple(getattr(told, "issues", ())),
             seconds=round(self.seconds, 3),
             details=asdict(report) if report is not None else {},
         )
@@ -145,7 +151,7 @@ class Batch:
             match task.job.request:
                 case Request() as request:
                     planned = plan_request(request, self._watch)
-                    if is_current(planned, absolute(request.out)):
+                    if is_current(planned, output_path(request.out)):
                         self._set(task, "kept")
                         return
                     task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)
@@ -175,7 +181,7 @@ class Batch:
             if isinstance(task.planned, Prepared):
                 key = (task.planned.planned.plan.base, task.planned.device)
             of_base = groups.setdefault(key, [[]])
-            if len(of_base[-1]) == MOST_TOGETHER:
+            if of_base[-1] and not _fit_together([*of_base[-1], task]):
                 of_base.append([])
             of_base[-1].append(task)
         return [group for of_base in groups.values() for group in of_base]
@@ -240,7 +246,8 @@ class Batch:
                     while is_sound and waiting and len(under_way) < n and self._goes_on():
                         group = waiting.popleft()
                         try:
-                            future = pool.submit(_elsewhere, [task.job for task in group], n_workers)
+                            with _held_back(signal.SIGINT):
+                                future = pool.submit(_elsewhere, [task.job for task in group], n_workers)
                         except BrokenProcessPool:
                             waiting.appendleft(group)
                             is_sound = False
@@ -300,6 +307,20 @@ def _be_idle() -> None:
     """Let interrupts pass, which are meant for those that work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+@contextlib.contextmanager
+def _held_back(signum: signal.Signals) -> Iterator[None]:
+    """Take a signal only after the block; a process that starts in it does not take it at all until it says so itself.
+
+    Ctrl-C is sent to all processes of a terminal, and one that is still importing would print a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signum])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -331,6 +352,15 @@ def _shortage(merges: Sequence[Prepared]) -> WriteError | None:
         return None
     sentence = f"{merges[0].out.parent}: {len(merges)} outputs need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
     return WriteError(sentence, hint="free some, or choose another place")
+
+
+def _fit_together(tasks: Sequence[_Task]) -> bool:
+    """Return True where one pass may make all of these: they are few enough, and memory is enough for them."""
+    merges = [task.planned for task in tasks if isinstance(task.planned, Prepared)]
+    limits = [one.request.memory_limit for one in merges if one.request.memory_limit is not None]
+    limit = min(map(parse_size, limits), default=machine.free_bytes())
+    peak = peak_together(one.budget for one in merges)
+    return len(tasks) <= MOST_TOGETHER and (limit is None or peak <= limit)
 
 
 def _disk(out: Path) -> int:

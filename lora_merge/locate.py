@@ -11,7 +11,7 @@ from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.source import Source, full_precision, parse_source
 from lora_merge.errors import ResolveError, UnsupportedError
-from lora_merge.io.files import read_json
+from lora_merge.io.files import read_json, user_path
 from lora_merge.io.hub import Access, Repo, open_repo
 from lora_merge.io.needed import (
     ADAPTER_CONFIG,
@@ -72,7 +72,7 @@ def find(text: str, role: str) -> Found:
         ResolveError: it is neither, or a directory that cannot be read.
         UnsupportedError: it is a base whose name says that it is stored quantised.
     """
-    root = Path(text).expanduser()
+    root = user_path(text)
     source = None if root.exists() else parse_source(text)
     if source is not None:
         if role == "base":

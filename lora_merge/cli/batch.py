@@ -67,6 +67,7 @@ def batch(  # noqa: PLR0913 - its options
       lora-merge batch batch.yaml --keep-going --log-file batch.jsonl --json
     """
     from lora_merge.batch import Batch
+    from lora_merge.cli.text import printable
     from lora_merge.cli.watching import watching_batch
     from lora_merge.io.batch_file import read_batch
     from lora_merge.io.event_log import EventLog
@@ -75,8 +76,8 @@ def batch(  # noqa: PLR0913 - its options
     given = {name: value for name, value in flags.items() if value is not None}
     listed = read_batch(file, given)
     is_interrupted = False
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(EventLog(Path(log_file))) if log_file else None
+    log = EventLog(Path(log_file)) if log_file else None
+    with log or contextlib.nullcontext():
         try:
             with watching_batch([job.name for job in listed], log, quiet=quiet) as watch:
                 run = Batch(listed, watch, keep_going=keep_going, n_parallel=jobs, dry_run=dry_run)
@@ -88,10 +89,11 @@ def batch(  # noqa: PLR0913 - its options
             console.batch(report)
             if log:
                 log.add("end", ok=report.ok, seconds=report.seconds)
+    if log and log.failure:
+        click.echo(f"error: the log is not complete: {printable(str(log.failure))}", err=True)
     if is_interrupted:
         click.echo(
             "error: interrupted; what is done stays, and the same command goes on from there", err=True
         )
         sys.exit(exits.INTERRUPTED)
-    if not report.ok:
-        sys.exit(exits.BATCH)
+    sys.exit(exits.BATCH if not report.ok else exits.WRITE if log and log.failure else exits.OK)

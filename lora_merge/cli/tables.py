@@ -225,4 +225,7 @@ def print_batch(report: BatchReport, *, only_failed: bool) -> None:
                 click.echo(printable(f"hint: {job.hint}"), err=True)
     states = [(state, report.count(state)) for state in STYLES]
     counted = ", ".join(f"{n} {state}" for state, n in states if n)
-    click.echo(f"{len(report.jobs)} jobs: {counted}, in {report.seconds:.1f} s", err=True)
+    click.echo(
+        f"{len(report.jobs)} job{'s' * (len(report.jobs) != 1)}: {counted}, in {report.seconds:.1f} s",
+        err=True,
+    )

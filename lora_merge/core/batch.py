@@ -50,7 +50,7 @@ class JobReport:
     """From when it was begun; of outputs that are made in one pass, the pass."""
 
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Its own report, as data."""
+    """Its own report, as data; of a merge that is planned, what it would do."""
 
 
 @dataclass(frozen=True, slots=True)

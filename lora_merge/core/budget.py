@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.core.plan import TILE_ELEMENTS
+from lora_merge.core.plan import RUNTIME_BYTES, TILE_ELEMENTS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lora_merge.core.plan import MergePlan
 
 MOST_WORKERS = 8
@@ -30,6 +32,14 @@ class Budget:
 
     peak_bytes: int
     """Estimate of the resident memory."""
+
+
+def peak_together(budgets: Iterable[Budget]) -> int:
+    """Return an estimate of the resident memory of several merges in one pass over their base, in bytes.
+
+    What a process holds without any is there once; what each of them has under way, its factors above all, adds up.
+    """
+    return RUNTIME_BYTES + sum(budget.peak_bytes - RUNTIME_BYTES for budget in budgets)
 
 
 def allot(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import RequestError
+from lora_merge.io.files import user_path
 
 if TYPE_CHECKING:
     from lora_merge.core.answers import Prompt
@@ -49,7 +50,7 @@ def find_python(named: str | None) -> str:
         if importlib.util.find_spec("vllm") is None:
             raise RequestError("", 0, "engine", "vLLM is not installed beside lora-merge", hint=_HINT)
         return sys.executable
-    path = Path(named).expanduser()
+    path = user_path(named)
     if not path.is_file():
         raise RequestError("", 0, "engine_python", f"{named}: there is no such interpreter", hint=_HINT)
     return str(path)

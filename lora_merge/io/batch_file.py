@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.batch import Job
 from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
-from lora_merge.errors import RequestError
+from lora_merge.errors import RequestError, ResolveError
+from lora_merge.io.files import output_path, user_path
 from lora_merge.io.request_file import close_hint, parse_yaml, validated
 
 if TYPE_CHECKING:
@@ -171,10 +172,14 @@ def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str,
                 "has a wildcard in a list, and all of a list are merged into one",
                 "list them, or name one with a wildcard",
             )
-    found = {key: _matches(pattern) for key, pattern in patterns.items()}
-    for key, matches in found.items():
-        if not matches:
-            raise entry.error(key, f"{patterns[key]} matches no directory")
+    found = {}
+    for key, pattern in patterns.items():
+        try:
+            found[key] = _matches(pattern)
+        except ResolveError as exc:
+            raise entry.error(key, str(exc), exc.hint) from exc
+        if not found[key]:
+            raise entry.error(key, f"{pattern} matches no directory")
     for chosen in product(*found.values()):
         words = [word for _, captured in chosen for word in captured]
         paths = dict(zip(found, (path for path, _ in chosen), strict=True))
@@ -192,7 +197,7 @@ def _matches(pattern: str) -> list[tuple[str, tuple[str, ...]]]:
     """
     place = _placed(pattern)
     behind = pattern[len(place) :]
-    place = str(Path(place).expanduser())
+    place = str(user_path(place))
     rule = re.compile(_captured(place))
     found = []
     for path in glob.glob(place, recursive=True):  # noqa: PTH207 - of any root, and ** follows no rule of Path
@@ -320,7 +325,7 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
             sentence = f"is {job.name} a second time (first on line {names[job.name].line})"
             raise RequestError(file, job.line, "name", sentence, hint="tell them apart: {adapter}, {1} …")
         names[job.name] = job
-        out = _absolute(job.request.out)
+        out = _path(file, job, "out", job.request.out)
         other = next((outs[path] for path in (out, *out.parents) if path in outs), None)
         other = other or next((found for path, found in outs.items() if out in path.parents), None)
         if other is not None:
@@ -329,7 +334,7 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
         outs[out] = job
     for job in jobs:
         for key, text in _inputs(job):
-            path = _absolute(text)
+            path = _path(file, job, key, text)
             writer = next((outs[place] for place in (path, *path.parents) if place in outs), None)
             if writer is not None:
                 sentence = f"{text} is what {writer.name} (line {writer.line}) writes"
@@ -349,10 +354,16 @@ def _inputs(job: Job) -> Iterator[tuple[str, str]]:
         yield "base", job.request.base
 
 
-def _absolute(text: str) -> Path:
-    """Return the one path of a directory, however it is written; a link under its own name stays one."""
-    path = Path(text).expanduser().absolute()
-    return path.parent.resolve() / path.name
+def _path(file: str, job: Job, key: str, text: str) -> Path:
+    """Return the one path of a directory that a job names.
+
+    Raises:
+        RequestError: it is no path.
+    """
+    try:
+        return output_path(text)
+    except ResolveError as exc:
+        raise RequestError(file, job.line, key, str(exc), hint=exc.hint) from exc
 
 
 def _kind(value: object) -> str:

@@ -13,17 +13,21 @@ from lora_merge.io.files import write_error
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_merge.errors import WriteError
+
 
 class EventLog:
     """A file that lines are added to; what was in it stays. It may be called from several threads.
 
-    A context; each line is with the kernel when `add` returns.
+    A context; each line is with the kernel when `add` returns. Once a line cannot be written, no more are: what the log
+    tells of goes on, and `failure` says why the log does not.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
+        self.failure: WriteError | None = None
         self._path = path
         self._lock = threading.Lock()
         try:
@@ -38,17 +42,13 @@ class EventLog:
         os.close(self._fd)
 
     def add(self, event: str, **values: object) -> None:
-        """Add a line.
-
-        Raises:
-            WriteError: it cannot be written.
-        """
+        """Add a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": event, **values}, ensure_ascii=False, default=str) + "\n"
         text = line.encode("utf-8", "backslashreplace")
-        try:
-            with self._lock:
-                while text:
+        with self._lock:
+            try:
+                while text and self.failure is None:
                     text = text[os.write(self._fd, text) :]
-        except OSError as exc:
-            raise write_error(self._path, exc) from exc
+            except OSError as exc:
+                self.failure = write_error(self._path, exc)

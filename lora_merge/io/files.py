@@ -13,7 +13,7 @@ import struct
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_merge.errors import CheckpointError, WriteError
+from lora_merge.errors import CheckpointError, ResolveError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,6 +50,36 @@ _UNABLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBAD
 """What a filesystem or a kernel answers that does not know how."""
 
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+
+def user_path(text: str) -> Path:
+    """Return the path that a text means: ``~`` and ``~name`` are home directories.
+
+    Raises:
+        ResolveError: nobody has that name, or it holds a NUL character, which no path has.
+    """
+    from pathlib import Path
+
+    if "\0" in text:
+        raise ResolveError(f"{text!r}: holds a NUL character, which no path has", hint="write it anew")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as exc:
+        name = text.partition("/")[0]
+        raise ResolveError(
+            f"{text}: there is no user {name.removeprefix('~') or 'with a home directory'}",
+            hint=f"write ./{name} for a directory of that name",
+        ) from exc
+
+
+def output_path(text: str) -> Path:
+    """Return the one absolute path of a directory that is to be, however it is written; a link of its own name stays one.
+
+    Raises:
+        ResolveError: it is no path.
+    """
+    path = user_path(text).absolute()
+    return path.parent.resolve() / path.name
 
 
 @contextlib.contextmanager

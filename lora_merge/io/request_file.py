@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import yaml
+    from pydantic import TypeAdapter
 
 AnyRequest = TypeVar("AnyRequest", Request, ConvertRequest)
 
 _KEYS = tuple(field.name for field in fields(Request))
+
+_VALIDATORS: dict[type, TypeAdapter[Any]] = {}
 
 
 def read_request(
@@ -54,10 +57,10 @@ def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
     Raises:
         RequestError: a value is missing or of the wrong type; it names the key.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        request: AnyRequest = TypeAdapter(kind).validate_json(json.dumps(values, default=str))
+        request: AnyRequest = _validator(kind).validate_json(json.dumps(values, default=str))
     except ValidationError as exc:
         first = exc.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
@@ -66,6 +69,15 @@ def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
         sentence = f"is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
         raise RequestError("", 0, key, sentence) from exc
     return request
+
+
+def _validator(kind: type[AnyRequest]) -> TypeAdapter[AnyRequest]:
+    """Return pydantic's validator, which takes longer to make than a request takes to check."""
+    from pydantic import TypeAdapter
+
+    if kind not in _VALIDATORS:
+        _VALIDATORS[kind] = TypeAdapter(kind)
+    return _VALIDATORS[kind]
 
 
 def close_hint(key: object, known: Sequence[str]) -> str:
@@ -85,6 +97,8 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            _check_unique(path, node)
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as exc:
         raise RequestError(path, 0, "", f"cannot be read ({exc})") from exc
@@ -94,21 +108,27 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
         raise RequestError(path, line, "", f"is not valid YAML ({getattr(exc, 'problem', exc)})") from exc
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise RequestError(path, 1, "", f"holds {type(values).__name__}, expected a table of keys")
-    _check_unique(path, node)
     return values, node
 
 
-def _check_unique(path: str, node: yaml.Node) -> None:
-    """Raise where a table, at any depth, names a key twice."""
+def _check_unique(path: str, node: yaml.Node, within: tuple[yaml.Node, ...] = ()) -> None:
+    """Raise where a table, at any depth, names a key twice, or an alias stands for what it stands in.
+
+    Args:
+        within: the tables and lists that a node lies in.
+    """
     import yaml
 
+    if any(node is outer for outer in within):
+        sentence = "has an alias (*) for a table or list that it stands in"
+        raise RequestError(path, node.start_mark.line + 1, "", sentence, hint="write out what is meant")
     if isinstance(node, yaml.MappingNode):
         _key_lines(path, node)
         for _, value in node.value:
-            _check_unique(path, value)
+            _check_unique(path, value, (*within, node))
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _check_unique(path, value)
+            _check_unique(path, value, (*within, node))
 
 
 def _key_lines(path: str, node: yaml.MappingNode) -> dict[str, int]:

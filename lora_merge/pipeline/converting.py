@@ -133,7 +133,7 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
 
     return Conversion(
         source=request.adapter, adapter=adapter, found=found, recipe=recipe, base=joined.base if joined else None, join=join,
-        out=absolute(request.out), serving=request.serving, overwrite=request.overwrite, strict=request.strict,
+        out=files.output_path(request.out), serving=request.serving, overwrite=request.overwrite, strict=request.strict,
         inputs=inputs, provenance=provenance, issues=issues,
     )  # fmt: skip
 
@@ -384,9 +384,3 @@ def _own_dtype(adapter: Adapter) -> str:
 def _nbytes(modules: Sequence[LoraModule]) -> int:
     """Return about how many bytes of factors will be made."""
     return sum(4 * module.rank * (module.shape[0] + module.shape[-1]) for module in modules)
-
-
-def absolute(out: str) -> Path:
-    """Return the absolute path of an output; a link under its own name stays one."""
-    path = Path(out).expanduser().absolute()
-    return path.parent.resolve() / path.name

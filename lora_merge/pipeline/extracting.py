@@ -15,11 +15,12 @@ from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import RequestError
 from lora_merge.extract import extracted, misfits
+from lora_merge.io.files import output_path
 from lora_merge.io.hub import Access
 from lora_merge.io.safetensors import same_values
 from lora_merge.locate import find, locate_base
 from lora_merge.pipeline.clock import Clock
-from lora_merge.pipeline.converting import Conversion, absolute, carry_out
+from lora_merge.pipeline.converting import Conversion, carry_out
 from lora_merge.pipeline.planning import plan_request
 from lora_merge.plan import quantised_config, raise_errors
 from lora_merge.resolve import resolve_base
@@ -81,7 +82,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         recipe=Recipe(keep=Keep(request.rank, request.energy), explicit=True, dtype=dtype),
         base=base,
         join=join,
-        out=absolute(request.out),
+        out=output_path(request.out),
         serving=None,
         overwrite=request.overwrite,
         strict=request.strict,

@@ -16,10 +16,10 @@ from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.request import InspectRequest, Request
 from lora_merge.core.shortage import memory_for
-from lora_merge.errors import CheckpointError, PlanError
+from lora_merge.errors import PlanError, ResolveError
 from lora_merge.executors import pick
 from lora_merge.inspect import Measured, Surroundings, inspection
-from lora_merge.io.files import read_json, read_text
+from lora_merge.io.files import read_json, read_text, user_path
 from lora_merge.io.hub import Access
 from lora_merge.io.machine import usable_cores
 from lora_merge.io.needed import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
@@ -109,12 +109,12 @@ def _options(request: InspectRequest) -> str:
 def _model_type(adapter: Adapter) -> str:
     """Return the ``model_type`` of the base that an adapter names, where that is a directory here."""
     named = adapter.config.get("base_model_name_or_path")
-    config = Path(str(named)).expanduser() / CONFIG_FILE if named else None
-    if config is None or not config.is_file():
+    if not named:
         return ""
     try:
+        config = user_path(str(named)) / CONFIG_FILE
         return str(read_json(config).get("model_type") or "")
-    except CheckpointError:
+    except ResolveError:
         return ""
 
 

@@ -12,6 +12,7 @@ from lora_merge.core.shards import parse_size
 from lora_merge.core.shortage import memory_for
 from lora_merge.errors import LoraMergeError, RequestError, WriteError
 from lora_merge.io import machine, staging
+from lora_merge.io.files import output_path
 from lora_merge.merge import NoDeviceError, pick_device
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
@@ -93,7 +94,7 @@ def prepare(
         LoraMergeError: it cannot be carried out.
     """
     clock = Clock()
-    out = absolute(request.out)
+    out = output_path(request.out)
     with clock("plan"), memory_for("planning"):
         planned = planned or plan_request(request, watch)
         plan = planned.plan
@@ -148,12 +149,6 @@ def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
         sentence = f"is {limit / 1e6:.0f} MB, and one worker needs about {budget.peak_bytes / 1e6:.0f} MB"
         raise RequestError("", 0, "memory_limit", sentence, hint="raise it, or leave it out")
     return budget
-
-
-def absolute(out: str) -> Path:
-    """Return the absolute path of an output; a link under its own name stays one."""
-    path = Path(out).expanduser().absolute()
-    return path.parent.resolve() / path.name
 
 
 def _free_bytes(out: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.core.adapter import AdapterUse
@@ -13,7 +12,7 @@ from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.request import Request, parse_adapter
 from lora_merge.errors import PlanError, RequestError
-from lora_merge.io.files import read_json
+from lora_merge.io.files import read_json, user_path
 from lora_merge.io.hub import Access
 from lora_merge.locate import Place, find, locate_adapter, locate_base, locate_named_base, moved_base
 from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
@@ -88,7 +87,7 @@ def plan_request(request: Request, watch: Observer) -> Planned:
 
 def _chosen(text: str) -> tuple[str, float]:
     """Return the place and the weight of an adapter; a directory of the whole name wins."""
-    return (text, 1.0) if Path(text).expanduser().is_dir() else parse_adapter(text)
+    return (text, 1.0) if user_path(text).is_dir() else parse_adapter(text)
 
 
 def check_strict(issues: Sequence[Issue], *, strict: bool) -> None:

@@ -20,7 +20,7 @@ from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, err
 from lora_merge.core.request import Request, VerifyRequest, parse_fields
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, ResolveError
-from lora_merge.io.files import read_json
+from lora_merge.io.files import read_json, user_path
 from lora_merge.io.output import read_output
 from lora_merge.io.safetensors import is_finite, tensor_digest
 from lora_merge.io.side_files import MANIFEST_FILE
@@ -54,7 +54,7 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
 
 
 def _output(out: str) -> Output:
-    root = Path(out).expanduser()
+    root = user_path(out)
     if not root.is_dir():
         what = "is a file" if root.exists() else "there is no such directory"
         raise ResolveError(f"{out}: {what}", hint="verify takes the directory that a merge wrote")
@@ -215,7 +215,7 @@ def _text(recorded: RecordedInput, near: Path) -> str:
     if source is not None:
         return str(source)
     beside = near / recorded.path
-    return str(beside) if not Path(recorded.path).expanduser().exists() and beside.is_dir() else recorded.path
+    return str(beside) if not user_path(recorded.path).exists() and beside.is_dir() else recorded.path
 
 
 def _weighted(text: str, weight: float) -> str:

@@ -20,6 +20,7 @@ import yaml
 from lora_merge import batch as batches
 from lora_merge.cli import exits
 from lora_merge.cli.watching import _Board, _Plain
+from lora_merge.core.plan import RUNTIME_BYTES
 from lora_merge.io import journal
 from lora_merge.io.staging import SUFFIX, staging
 from lora_merge.pipeline import writing
@@ -482,7 +483,7 @@ def test_warnings_count_as_errors_only_of_the_job_that_says_so(three, base, batc
 def test_room_for_each_output_and_not_for_all_is_said_before_any_is_begun(
     three, base, batch, tmp_path, monkeypatch
 ):
-    needed = batch(three, "--dry-run", base=base)[1]["jobs"] and 200_000
+    needed = batch(three, "--dry-run", base=base)[1]["jobs"][0]["details"]["summary"]["disk_needed_bytes"]
     monkeypatch.setattr("lora_merge.pipeline.merging._free_bytes", lambda out: 2 * needed)
 
     code, report, said = batch(three, base=base)
@@ -518,6 +519,18 @@ def test_a_dry_run_plans_everything_and_writes_nothing(three, base, batch, tmp_p
     assert {name: after[name] for name in before if not name.startswith("bad")} == {
         name: before[name] for name in before if not name.startswith("bad")
     }
+
+
+def test_a_dry_run_warns_of_what_a_run_would_stumble_over(three, base, batch, monkeypatch):
+    monkeypatch.setattr("lora_merge.pipeline.merging._free_bytes", lambda out: 1)
+    three[1] = {"convert": "runs/one", "for": "lmdeploy", "out": "converted"}
+
+    code, report, said = batch(three, "--dry-run", base=base)
+
+    assert code == exits.OK
+    assert [[issue["code"] for issue in job["issues"]] for job in report["jobs"]] == [["disk"], [], ["disk"]]
+    assert said.count("warning: out/") == 2
+    assert "0.00 GB are free on its disk" in said
 
 
 def test_json_is_one_document_about_every_job(three, base, batch):
@@ -624,6 +637,24 @@ def test_on_a_terminal_a_board_shows_the_jobs_that_matter():
     assert "merging" in text
 
 
+def test_one_pass_makes_no_more_outputs_than_memory_has_room_for(three, base, batch, tmp_path):
+    _, planned, _ = batch(three, "--dry-run", base=base, workers=1)
+    peak = planned["jobs"][0]["details"]["summary"]["peak_bytes"]
+    own = peak - RUNTIME_BYTES
+
+    def passes(limit):
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        assert (
+            batch(three, "--overwrite", "--log-file", log, base=base, workers=1, memory_limit=limit)[0]
+            == exits.OK
+        )
+        shutil.rmtree(tmp_path / "out")
+        return sum(line.get("name") == "merging" for line in logged(log) if line["event"] == "phase")
+
+    assert [passes(RUNTIME_BYTES + n * own) for n in (1, 2, 3)] == [3, 2, 1]
+
+
 # ---------------------------------------------------------------------------- the log
 
 
@@ -679,6 +710,27 @@ def test_a_log_that_cannot_be_written_is_said_before_anything_is_done(three, bas
     assert code == report["exit_code"] == exits.WRITE
     assert "none/log: cannot be written" in said
     assert leftovers(tmp_path) == ["batch.yaml", "runs"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is full here")
+def test_a_log_that_fails_on_the_way_stops_nothing_and_is_said_at_the_end(three, base, batch, tmp_path):
+    code, report, said = batch(three, "--log-file", "/dev/full", base=base)
+
+    assert code == exits.WRITE
+    assert set(states(report).values()) == {"done"}
+    assert report["ok"]
+    assert said.splitlines()[-1] == "error: the log is not complete: /dev/full: no space left on the disk"
+    assert {name for name in leftovers(tmp_path / "out") if not name.endswith(SUFFIX)} == {
+        "one",
+        "two",
+        "bad",
+    }
+
+    three[0]["adapter"] = "none"
+    code, _, said = batch(three, "--log-file", "/dev/full", "--keep-going", base=base)
+
+    assert code == exits.BATCH
+    assert "error: the log is not complete" in said
 
 
 def test_a_token_stands_nowhere(three, base, pico_adapter, batch, tmp_path):
@@ -805,6 +857,26 @@ def ended_by_sigterm(root, n_outputs, *options):
         process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=60)
     return process.returncode, stdout, stderr
+
+
+@pytest.mark.parametrize("seconds", [0, 0.1, 0.2, 0.4, 0.8])
+def test_ctrl_c_of_a_terminal_strikes_processes_that_have_hardly_begun_and_none_prints_a_traceback(
+    seconds, three, bases, tmp_path
+):
+    write(tmp_path, [{**three[0], "base": base, "out": f"out/{base[-1]}"} for base in bases(3)])
+    command = [*COMMAND, "batch", "batch.yaml", "--jobs", "2", "--log-file", "log"]
+    pipe, log = subprocess.PIPE, tmp_path / "log"
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        while '"running"' not in (log.read_text() if log.exists() else "") and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+
+    assert "Traceback" not in stderr
+    assert process.returncode == exits.INTERRUPTED, stderr
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])

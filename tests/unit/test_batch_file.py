@@ -420,3 +420,30 @@ def test_a_file_that_is_no_text_says_so(tmp_path):
 
     with pytest.raises(RequestError, match="cannot be read"):
         read_batch(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "words"),
+    [
+        ("jobs:\n- {adapter: a, out: ~nobody-of-that-name/o}\n", 2, "out", "there is no user nobody-of-that-name"),
+        ("jobs:\n- {adapter: ~nobody-of-that-name/*, out: o}\n", 2, "adapter", "there is no user nobody-of"),
+        ('jobs:\n- {adapter: a, out: "o\\0"}\n', 2, "out", "holds a NUL character"),
+        ('jobs:\n- {adapter: "a\\0", out: o}\n', 2, "adapter", "holds a NUL character"),
+    ],
+)  # fmt: skip
+def test_what_is_no_path_is_said_with_its_line(text, line, key, words, refused):
+    error = refused(text)
+
+    assert (error.line, error.key) == (line, key)
+    assert words in str(error)
+
+
+def test_an_alias_for_what_it_stands_in_is_an_error_and_another_is_none(refused, read):
+    error = refused("jobs: &all\n- {adapter: a, out: o}\n- *all\n")
+
+    assert error.line == 1
+    assert "has an alias (*) for a table or list that it stands in" in str(error)
+    jobs = read(
+        "defaults: &same {base: b}\njobs:\n- {adapter: a, out: o, <<: *same}\n- {<<: *same, adapter: a, out: p}\n"
+    )
+    assert [job.request.base for job in jobs] == ["b", "b"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_merge.core.adapter import DeltaSpec
-from lora_merge.core.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, allot
+from lora_merge.core.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, Budget, allot, peak_together
 from lora_merge.core.plan import RUNTIME_BYTES, TILE_ELEMENTS, Copy, Merge, MergePlan, Step, View
 from lora_merge.core.tensor import TensorRef
 
@@ -81,3 +81,10 @@ def test_the_peak_is_that_of_the_heaviest_steps_together_not_of_the_heaviest_as_
 def test_a_plan_of_copies_needs_little():
     ref = TensorRef("w", "BF16", (4096, 4096), "file", 0, 2 << 24)
     assert plan_of(Step((ref,), Copy(ref))).peak_bytes(2) < RUNTIME_BYTES + 8 * MB
+
+
+def test_merges_in_one_pass_take_what_each_takes_and_what_the_process_takes_once():
+    one, other = (Budget(2, TILE_ELEMENTS, RUNTIME_BYTES + n * MB) for n in (30, 50))
+
+    assert peak_together([one]) == one.peak_bytes
+    assert peak_together([one, other]) == RUNTIME_BYTES + 80 * MB

@@ -11,8 +11,9 @@ import pytest
 
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
-from lora_merge.errors import CheckpointError, WriteError
+from lora_merge.errors import CheckpointError, ResolveError, WriteError
 from lora_merge.io import files
+from lora_merge.io.files import output_path, user_path
 from lora_merge.io.safetensors import read_header, reserve, tensor_digest
 
 
@@ -194,3 +195,27 @@ def test_the_digest_of_a_tensor_is_that_of_its_bytes_alone(tmp_path):
     ref = TensorRef("x", "U8", (2_500_000,), str(tmp_path / "file"), 6, 2_500_000)
 
     assert tensor_digest(ref) == f"xxh3_128:{xxhash.xxh3_128_hexdigest(b'x' * 2_500_000)}"
+
+
+def test_a_home_directory_stands_for_its_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert user_path("~/models") == tmp_path / "models"
+    assert output_path("~/models/../out") == tmp_path / "out"
+
+
+def test_an_output_that_is_a_link_keeps_its_own_name(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "folder").symlink_to("real")
+    (tmp_path / "real" / "link").symlink_to("elsewhere")
+
+    assert output_path(str(tmp_path / "folder" / "link")) == tmp_path / "real" / "link"
+
+
+@pytest.mark.parametrize("take", [user_path, output_path])
+@pytest.mark.parametrize(
+    ("text", "words"), [("~nobody-of-that-name/x", "there is no user"), ("a\0b", "holds a NUL character")]
+)
+def test_a_text_that_is_no_path_is_an_error_with_a_sentence(take, text, words):
+    with pytest.raises(ResolveError, match=words):
+        take(text)
