@@ -236,12 +236,16 @@ def install_peer(name: str, cache_dir: Path) -> None:
 )
 @click.option("--adapters", type=AT_LEAST_ONE, default=4, help="How many.  [default: 4]")
 @click.option("--rounds", type=AT_LEAST_ONE, default=3, help="Turns of each side.  [default: 3]")
+@click.option(
+    "--cache", type=click.Choice(list(CACHES)), default="warm",
+    help="Inputs in the page cache before each turn, or put out of it before each command.  [default: warm]",
+)  # fmt: skip
 @CACHE_DIR_OPTION
-def batch(size: float, targets: str, adapters: int, rounds: int, cache_dir: Path) -> None:
+def batch(size: float, targets: str, adapters: int, rounds: int, cache: str, cache_dir: Path) -> None:
     """Time separate merges into one base against one batch of them."""
     of_one_base = [Case(size, "bfloat16", targets, 16 + n) for n in range(adapters)]
     try:
-        for line in together.rounds_of(cache_dir.absolute(), of_one_base, rounds):
+        for line in together.rounds_of(cache_dir.absolute(), of_one_base, rounds, cache):
             say(line)
     except RunError as exc:
         raise click.ClickException(str(exc)) from exc

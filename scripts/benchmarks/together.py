@@ -13,21 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.inputs import adapter_place, base_place, ensure
-from benchmarks.measure import RunError, settle, warm
+from benchmarks.measure import CACHES, RunError, settle
 
 if TYPE_CHECKING:
     from benchmarks.cases import Case
 
 COMMAND = [sys.executable, "-m", "lora_merge"]
 
+REST_SECONDS = 15
+"""After old outputs are removed: the disk is still busy with that, and whoever comes first would pay for it."""
 
-def rounds_of(cache: Path, cases: list[Case], n_rounds: int) -> Iterator[str]:
-    """Yield a line about each round, and one about all; every command is a fresh process, its input in the page cache.
+
+def rounds_of(cache: Path, cases: list[Case], n_rounds: int, kept: str) -> Iterator[str]:
+    """Yield a line about each round, and one about all; every command is a fresh process.
 
     Args:
         cache: for inputs and outputs.
         cases: that share a base, one for each adapter.
         n_rounds: how many times each side has its turn.
+        kept: ``warm`` where all inputs are in the page cache before each turn, ``cold`` where they are put out of it
+            before each command, as between merges that lie hours apart.
 
     Raises:
         RunError: a command fails, or the outputs are not the same, byte for byte.
@@ -40,7 +45,7 @@ def rounds_of(cache: Path, cases: list[Case], n_rounds: int) -> Iterator[str]:
     file = root / "batch.json"  # JSON is YAML
     ratios = []
     for n in range(1, n_rounds + 1):
-        shutil.rmtree(root, ignore_errors=True)
+        settle(REST_SECONDS, root)
         root.mkdir(parents=True)
         jobs = [
             {"base": str(base.directory), "adapter": str(place.directory), "out": str(out)}
@@ -65,13 +70,15 @@ def rounds_of(cache: Path, cases: list[Case], n_rounds: int) -> Iterator[str]:
         }
         sides = list(commands) if n % 2 else list(commands)[::-1]
         seconds = {}
+        inputs = [base.directory, *(place.directory for place in adapters)]
         for side in sides:
-            warm([base.directory, *(place.directory for place in adapters)])
+            CACHES[kept](inputs)
             settle(5)
-            began = time.perf_counter()
+            seconds[side] = 0.0
             for command in commands[side]:
-                _run(command)
-            seconds[side] = time.perf_counter() - began
+                if kept == "cold":
+                    CACHES[kept](inputs)
+                seconds[side] += _seconds_of(command)
         _compare(outs)
         ratios.append(seconds["batch"] / seconds["separate"])
         yield (
@@ -82,10 +89,12 @@ def rounds_of(cache: Path, cases: list[Case], n_rounds: int) -> Iterator[str]:
     yield f"median of {n_rounds} rounds: {statistics.median(ratios):.2f} × (from {min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def _run(command: list[str]) -> None:
+def _seconds_of(command: list[str]) -> float:
+    began = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RunError(f"{' '.join(command[2:4])} failed: {result.stderr.strip()[-500:]}")
+    return time.perf_counter() - began
 
 
 def _compare(outs: dict[str, list[Path]]) -> None:
