@@ -21,7 +21,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import lora_merge
 from lora_merge.cli import exits
 from tests import twins
 from tests.parity import building, family_building
@@ -758,35 +757,16 @@ def test_a_rank_to_pad_to_that_is_too_low_names_the_module(trained, cli, tmp_pat
 # Plain LoRA of any other kind.
 
 
-def made_lora(convert, case: building.Case, tmp_path: Path, **keep: Any) -> Converted:
-    """Return what --to-lora makes of an adapter; by the function, where the command has no option for it."""
-    if "--allow-svd" in case.kind.options:
-        out = tmp_path / "by-function"
-        report = lora_merge.convert(case.adapter, out, base=case.base, to_lora=True, allow_svd=True, **keep)
-        return Converted(out, _as_json(report))
-    options = [part for name, value in keep.items() for part in (f"--{name}", value)]
-    return convert(case.adapter, "--to-lora", "--base", case.base, *case.kind.options, *options)
-
-
-def _as_json(report: Any) -> dict[str, Any]:
-    def loss(one):
-        return None if one is None else {
-            "norm": one.norm, "residual": one.residual, "relative": one.relative, "energy": one.energy,
-        }  # fmt: skip
-
-    modules = [{"path": one.path, "rank": one.rank, "loss": loss(one.loss)} for one in report.modules]
-    return {"modules": modules, "loss": loss(report.loss)}
-
-
 @pytest.fixture
-def to_lora(workshop, convert, tmp_path):
+def to_lora(workshop, convert):
     """Return a function (kind, model, keep) → base and adapter, and the plain LoRA that is made of them."""
 
     def make(kind: Kind, model: str, **keep: Any) -> tuple[building.Case, Converted]:
         if kind.needs:
             pytest.importorskip(kind.needs)
         case = building.case(workshop, kind, model, "float32")
-        return case, made_lora(convert, case, tmp_path, **keep)
+        options = [part for name, value in keep.items() for part in (f"--{name}", value)]
+        return case, convert(case.adapter, "--to-lora", "--base", case.base, *kind.options, *options)
 
     return make
 
@@ -959,8 +939,7 @@ def test_what_has_factors_needs_no_rank_to_be_a_lora(kind, workshop, convert):
     assert off_by(building.compute(loaded(case, made.root), "llama"), wanted) <= EXACT_TOLERANCE
 
 
-def test_experts_that_have_factors_stay_as_they_are_beside_dora(workshop, convert, tampered):
-    """A router that is a parameter is neither taken apart nor made twice."""
+def test_a_router_that_is_a_parameter_is_neither_taken_apart_nor_made_twice(workshop, convert):
     (kind,) = named("LoRA on a router by its parameter's name (target_parameters)")
     case = building.case(workshop, kind, "gpt_oss", "float32")
     made = convert(case.adapter, "--to-lora", "--base", case.base)
@@ -1218,6 +1197,15 @@ def test_names_of_transformers_4_are_those_that_were_published(name, layout, wor
     )
     assert {f"{module['path']}.weight" for module in made.report["modules"]} <= published.keys()
     assert_merge_alike(weights, base, trained.adapter, made, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["published", "Hub"])
+def test_stacks_that_are_published_as_stacks_have_one_name(layout, workshop, convert, weights):
+    family, base, trained = family_case(workshop, "Qwen3-VL-MoE", "transformers 5", layout)
+    for rename in ("v4", "v5"):
+        made = convert(trained.adapter, "--rename", rename, "--base", base)
+        assert_merge_alike(weights, base, trained.adapter, made, 0.0)
+        assert off_by(in_peft(workshop, family, made.root), trained.wanted) <= FACTORISED_TOLERANCE
 
 
 @pytest.mark.parametrize("naming", ["transformers 5", "transformers 4"])
