@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.batch import BatchObserver, BatchReport, Job, JobReport, State
@@ -69,7 +69,7 @@ class _Task:
             hint="; ".join(hint for hint in hints if hint),
             issues=tuple(getattr(told, "issues", ())),
             seconds=round(self.seconds, 3),
-            details=asdict(report) if report is not None else {},
+            report=report,
         )
 
 

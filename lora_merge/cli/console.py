@@ -13,7 +13,7 @@ import click
 
 from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
 from lora_merge.cli.text import printable, size_text
-from lora_merge.core.report import Silence
+from lora_merge.core.report import Report, Silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
 
-    from lora_merge.core.batch import BatchReport
+    from lora_merge.core.batch import BatchReport, JobReport
     from lora_merge.core.explanation import Match
     from lora_merge.core.inspection import Inspection
     from lora_merge.core.lora import ConvertReport, Loss
-    from lora_merge.core.report import Issue, Observer, Proof, Report
+    from lora_merge.core.report import Issue, Observer, Proof
 
 _LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
 
@@ -101,12 +101,7 @@ class Console:
         """Print what a conversion or an extraction did."""
         self._issues(report.issues)
         if self._as_json:
-            data = asdict(report)
-            losses = [_loss_data(one.loss) for one in report.modules]
-            data["modules"] = [
-                {**one, "loss": loss} for one, loss in zip(data["modules"], losses, strict=True)
-            ]
-            click.echo(json.dumps({"ok": True, **data, "loss": _loss_data(report.loss)}, indent=2))
+            click.echo(json.dumps({"ok": True, **_conversion_data(report)}, indent=2))
         elif not self._quiet:
             print_conversion(report, verbose=self._verbose)
             click.echo(done_text(report), err=True)
@@ -114,7 +109,8 @@ class Console:
     def batch(self, report: BatchReport) -> None:
         """Print what became of a batch: a table of jobs, and what went wrong."""
         if self._as_json:
-            click.echo(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
+            jobs = [{**asdict(job), "report": _job_data(job)} for job in report.jobs]
+            click.echo(json.dumps({"ok": report.ok, **asdict(report), "jobs": jobs}, indent=2))
         if not self._quiet or not report.ok:
             print_batch(report, only_failed=self._quiet or self._as_json)
 
@@ -135,6 +131,25 @@ class Console:
 def _loss_data(loss: Loss | None) -> dict[str, float] | None:
     """Return a loss as data; None where nothing was lost."""
     return None if loss is None else {**asdict(loss), "relative": loss.relative, "energy": loss.energy}
+
+
+def _conversion_data(report: ConvertReport) -> dict[str, Any]:
+    """Return a conversion as data, with the loss of each module and of all."""
+    data = asdict(report)
+    losses = [_loss_data(one.loss) for one in report.modules]
+    data["modules"] = [{**one, "loss": loss} for one, loss in zip(data["modules"], losses, strict=True)]
+    return {**data, "loss": _loss_data(report.loss)}
+
+
+def _job_data(job: JobReport) -> dict[str, Any] | None:
+    """Return a job's own report as the data that its own command prints."""
+    match job.report:
+        case None:
+            return None
+        case Report() as report:
+            return asdict(report)
+        case report:
+            return _conversion_data(report)
 
 
 def _inspection_data(found: Inspection) -> dict[str, Any]:

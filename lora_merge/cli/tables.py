@@ -9,13 +9,14 @@ import click
 
 from lora_merge.cli.text import printable, size_text
 from lora_merge.cli.watching import STYLES
+from lora_merge.core.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rich.console import Console as RichConsole
 
-    from lora_merge.core.batch import BatchReport
+    from lora_merge.core.batch import BatchReport, JobReport
     from lora_merge.core.inspection import Inspection, ModuleFacts, Obstacle
     from lora_merge.core.lora import ConvertReport, Written
 
@@ -185,15 +186,29 @@ def _worst(lossy: Sequence[Written]) -> list[Written]:
 
 def done_text(report: ConvertReport) -> str:
     """Return one line about a conversion."""
-    loss = report.loss
-    lost = "nothing lost" if loss is None else f"{loss.energy:.2%} of the energy kept"
     whole = f", {report.n_whole} tensors carried whole" if report.n_whole else ""
     transforms = ", ".join(report.transforms) or "rewritten"
     seconds = sum(report.seconds.values())
     return (
         f"{printable(report.out)}: {len(report.modules)} modules{whole}, {size_text(report.nbytes)} in {seconds:.1f} s "
-        f"({transforms}); {lost}; read back"
+        f"({transforms}); {_kept(report)}; read back"
     )
+
+
+def _kept(report: ConvertReport) -> str:
+    return "nothing lost" if report.loss is None else f"{report.loss.energy:.2%} of the energy kept"
+
+
+def _result(job: JobReport) -> str:
+    """Return in a few words what a job did, or would do."""
+    match job.report:
+        case None:
+            return ""
+        case Report(summary=found):
+            n_tensors = found.n_merged + found.n_replaced + found.n_cast + found.n_copied
+            return f"{found.n_merged} of {n_tensors} tensors merged"
+        case report:
+            return _kept(report)
 
 
 def print_batch(report: BatchReport, *, only_failed: bool) -> None:
@@ -204,15 +219,16 @@ def print_batch(report: BatchReport, *, only_failed: bool) -> None:
 
     console = RichConsole(stderr=True)
     if not only_failed:
-        table = Table("job", "", "output", "seconds", title=printable(report.file))
+        have_names = any(job.name != job.out for job in report.jobs)
+        named = ("job", "output") if have_names else ("output",)
+        table = Table(*named, "", "seconds", "", title=printable(report.file))
         for job in report.jobs:
-            state = Text(job.state, STYLES[job.state])
-            seconds = f"{job.seconds:.1f}" if job.seconds else ""
+            names = (job.name, job.out) if have_names else (job.out,)
             table.add_row(
-                Text(printable(job.name), overflow="fold"),
-                state,
-                Text(printable(job.out), overflow="fold"),
-                seconds,
+                *(Text(printable(name), overflow="fold") for name in names),
+                Text(job.state, STYLES[job.state]),
+                f"{job.seconds:.1f}" if job.seconds else "",
+                _result(job),
             )
         console.print(table)
     for job in report.jobs:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from lora_merge.core.report import Issue, Observer
+from lora_merge.core.lora import ConvertReport
+from lora_merge.core.report import Issue, Observer, Report
 from lora_merge.core.request import ConvertRequest, Request
 
 State = Literal["waiting", "planned", "running", "done", "kept", "failed", "not run"]
@@ -49,8 +49,8 @@ class JobReport:
     seconds: float = 0.0
     """From when it was begun; of outputs that are made in one pass, the pass."""
 
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """Its own report, as data; of a merge that is planned, what it would do."""
+    report: Report | ConvertReport | None = None
+    """Its own; of a merge that is planned, what it would do."""
 
 
 @dataclass(frozen=True, slots=True)

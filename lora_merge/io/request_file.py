@@ -107,7 +107,8 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
         line = mark.line + 1 if mark else 0
         raise RequestError(path, line, "", f"is not valid YAML ({getattr(exc, 'problem', exc)})") from exc
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise RequestError(path, 1, "", f"holds {type(values).__name__}, expected a table of keys")
+        held = {type(None): "nothing", list: "a list"}.get(type(values), "no table")
+        raise RequestError(path, 1, "", f"holds {held}, expected a table of keys")
     return values, node
 
 

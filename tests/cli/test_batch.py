@@ -287,7 +287,7 @@ def test_a_conversion_is_kept_only_while_everything_is_as_it_was(
     assert code == exits.OK, said
     (found,) = report["jobs"]
     assert (found["kind"], found["state"], found["out"]) == ("convert", "done", "out/adapter-16")
-    assert {one["rank"] for one in found["details"]["modules"]} == {16}
+    assert {one["rank"] for one in found["report"]["modules"]} == {16}
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 16
     changes = {
         "nothing": lambda: None,
@@ -483,7 +483,7 @@ def test_warnings_count_as_errors_only_of_the_job_that_says_so(three, base, batc
 def test_room_for_each_output_and_not_for_all_is_said_before_any_is_begun(
     three, base, batch, tmp_path, monkeypatch
 ):
-    needed = batch(three, "--dry-run", base=base)[1]["jobs"][0]["details"]["summary"]["disk_needed_bytes"]
+    needed = batch(three, "--dry-run", base=base)[1]["jobs"][0]["report"]["summary"]["disk_needed_bytes"]
     monkeypatch.setattr("lora_merge.pipeline.merging._free_bytes", lambda out: 2 * needed)
 
     code, report, said = batch(three, base=base)
@@ -544,18 +544,20 @@ def test_json_is_one_document_about_every_job(three, base, batch):
     assert (report["file"], report["ok"], report["dry_run"]) == ("batch.yaml", False, False)
     for job in report["jobs"]:
         assert job.keys() == {
-            "name", "kind", "out", "state", "error", "message", "hint", "issues", "seconds", "details",
+            "name", "kind", "out", "state", "error", "message", "hint", "issues", "seconds", "report",
         }  # fmt: skip
     one, bad, _, smaller = report["jobs"]
     assert (one["kind"], one["error"], one["message"]) == ("merge", "", "")
-    assert one["details"]["summary"]["n_merged"] == 4
-    assert one["details"]["verdict"]["level"] == "sample"
+    assert one["report"]["summary"]["n_merged"] == 4
+    assert one["report"]["verdict"]["level"] == "sample"
     assert 0 < one["seconds"] <= report["seconds"]
     assert bad["error"] == "ResolveError"
     assert bad["message"].startswith("runs/none: there is no such directory")
-    assert bad["details"] == {}
+    assert bad["report"] is None
     assert (smaller["name"], smaller["kind"], smaller["out"]) == ("smaller", "convert", "converted")
-    assert smaller["details"]["transforms"]
+    assert smaller["report"]["transforms"]
+    assert 0 < smaller["report"]["loss"]["energy"] < 1
+    assert all(module["loss"]["relative"] > 0 for module in smaller["report"]["modules"])
 
 
 def test_a_file_that_makes_no_sense_is_json_too(cli, tmp_path, monkeypatch):
@@ -591,6 +593,30 @@ def test_a_table_is_for_people_and_quiet_leaves_the_errors(three, base, cli, tmp
     assert lines[1].startswith("hint: ")
     assert lines[2].startswith("3 jobs: 2 kept, 1 failed, in ")
     assert len(lines) == 3
+
+
+def test_the_table_says_what_each_job_did_and_names_those_that_have_a_name(
+    three, base, cli, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    jobs = [
+        three[0],
+        {"convert": "runs/one", "rank": 2, "out": "smaller"},
+        {"convert": "runs/two", "out": "same"},
+    ]
+
+    write(tmp_path, jobs, base=base)
+    unnamed = cli("batch", "batch.yaml").stderr
+    write(tmp_path, [{"name": "first", **three[0]}], base=base)
+    named = cli("batch", "batch.yaml").stderr
+
+    for words in ("4 of 21 tensors merged", "% of the energy kept", "nothing lost"):
+        assert words in unnamed
+    assert "┃ output " in unnamed
+    assert "┃ job " not in unnamed
+    assert "┃ job " in named
+    assert "first" in named
+    assert "out/one" in named
 
 
 def test_quiet_and_verbose_exclude_each_other(cli, tmp_path):
@@ -639,7 +665,7 @@ def test_on_a_terminal_a_board_shows_the_jobs_that_matter():
 
 def test_one_pass_makes_no_more_outputs_than_memory_has_room_for(three, base, batch, tmp_path):
     _, planned, _ = batch(three, "--dry-run", base=base, workers=1)
-    peak = planned["jobs"][0]["details"]["summary"]["peak_bytes"]
+    peak = planned["jobs"][0]["report"]["summary"]["peak_bytes"]
     own = peak - RUNTIME_BYTES
 
     def passes(limit):

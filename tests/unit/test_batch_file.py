@@ -246,8 +246,8 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
 @pytest.mark.parametrize(
     ("text", "line", "key", "words"),
     [
-        ("", 1, "", "holds NoneType, expected a table of keys"),
-        ("- adapter: a\n", 1, "", "holds list, expected a table of keys"),
+        ("", 1, "", "holds nothing, expected a table of keys"),
+        ("- adapter: a\n", 1, "", "holds a list, expected a table of keys"),
         ("jobs: [\n", 2, "", "is not valid YAML"),
         ("jobs:\n\t- a\n", 2, "", "is not valid YAML"),
         ("defaults: {}\n", 1, "jobs", "is None"),

@@ -90,9 +90,9 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
             "is 'maybe': input should be a valid boolean",
         ),
         ("adapter: a\nout: o\nallow_untie: 2\n", 3, "allow_untie", "is 2: input should be a valid boolean"),
-        ("- adapter\n", 1, "", "holds list, expected a table"),
+        ("- adapter\n", 1, "", "holds a list, expected a table"),
         ("adapter: [\n", 2, "", "is not valid YAML"),
-        ("", 1, "", "holds NoneType"),
+        ("", 1, "", "holds nothing"),
     ],
 )
 def test_a_fault_names_its_line_and_key(text, line, key, words, tmp_path):
