@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.batch import BatchObserver, BatchReport, Job, JobReport, State
 from lora_merge.core.budget import peak_together
+from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.core.lora import ConvertReport
 from lora_merge.core.report import Report
 from lora_merge.core.request import ConvertRequest, Request
@@ -28,7 +29,7 @@ from lora_merge.pipeline.planning import plan_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from concurrent.futures import Future
+    from concurrent.futures import Future, ProcessPoolExecutor
     from pathlib import Path
 
 
@@ -99,6 +100,7 @@ class Batch:
         self._n_parallel = n_parallel
         self._began = time.monotonic()
 
+    @whole_interrupts()
     def run(self) -> None:
         """Plan every job, then carry out those that can be, and whose output is not there already.
 
@@ -233,32 +235,13 @@ class Batch:
 
     def _carry_out_in(self, n: int, waiting: deque[list[_Task]]) -> None:
         """Carry out groups in some processes, until none is waiting or one of the processes is gone."""
-        from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-        from concurrent.futures.process import BrokenProcessPool
+        from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
-        n_workers = max(1, machine.usable_cores() // n)
         under_way: dict[Future[list[JobReport]], list[_Task]] = {}
-        is_sound = True
         with ProcessPoolExecutor(n, get_context("spawn"), _be_idle) as pool:
             try:
-                while True:
-                    while is_sound and waiting and len(under_way) < n and self._goes_on():
-                        group = waiting.popleft()
-                        try:
-                            with _held_back(signal.SIGINT):
-                                future = pool.submit(_elsewhere, [task.job for task in group], n_workers)
-                        except BrokenProcessPool:
-                            waiting.appendleft(group)
-                            is_sound = False
-                            break
-                        under_way[future] = group
-                        for task in group:
-                            self._set(task, "running")
-                    if not under_way:
-                        return
-                    for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                        is_sound = self._take(under_way.pop(future), future) and is_sound
+                self._feed(pool, n, waiting, under_way)
             except KeyboardInterrupt:
                 for process in list(getattr(pool, "_processes", {}).values()):
                     os.kill(process.pid, signal.SIGINT)  # each keeps what is whole, and says how far it came
@@ -266,6 +249,38 @@ class Batch:
                     if future.exception() is None:
                         self._take(group, future)
                 raise
+
+    @whole_interrupts()
+    def _feed(
+        self,
+        pool: ProcessPoolExecutor,
+        n: int,
+        waiting: deque[list[_Task]],
+        under_way: dict[Future[list[JobReport]], list[_Task]],
+    ) -> None:
+        """Give a pool of n processes one group after the other, and take over what became of them."""
+        from concurrent.futures import FIRST_COMPLETED, wait
+        from concurrent.futures.process import BrokenProcessPool
+
+        n_workers = max(1, machine.usable_cores() // n)
+        is_sound = True
+        while True:
+            while is_sound and waiting and len(under_way) < n and self._goes_on():
+                group = waiting.popleft()
+                try:
+                    with _held_back(signal.SIGINT):
+                        future = pool.submit(_elsewhere, [task.job for task in group], n_workers)
+                except BrokenProcessPool:
+                    waiting.appendleft(group)
+                    is_sound = False
+                    break
+                under_way[future] = group
+                for task in group:
+                    self._set(task, "running")
+            if not under_way:
+                return
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                is_sound = self._take(under_way.pop(future), future) and is_sound
 
     def _take(self, group: list[_Task], future: Future[list[JobReport]]) -> bool:
         """Take over what became of a group elsewhere; return False where its process is gone."""

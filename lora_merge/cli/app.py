@@ -19,6 +19,7 @@ from lora_merge.cli.inspect import inspect
 from lora_merge.cli.merge import merge
 from lora_merge.cli.plan import plan
 from lora_merge.cli.verify import verify
+from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.errors import LoraMergeError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class _App(click.Group):
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
         try:
-            code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
+            with whole_interrupts():
+                code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
         except click.exceptions.Exit as exc:
             code = exc.exit_code
         except click.ClickException as exc:

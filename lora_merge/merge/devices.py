@@ -69,14 +69,21 @@ class TorchLoading:
     def __init__(self) -> None:
         for name in _COPYING:
             importlib.import_module(name)
-        self._thread = threading.Thread(
-            target=importlib.import_module, args=("torch",), name="torch", daemon=True
-        )
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._load, name="torch", daemon=True)
         self._thread.start()
 
+    def _load(self) -> None:
+        try:
+            importlib.import_module("torch")
+        except BaseException as exc:  # noqa: BLE001 - for whoever waits; after an interrupt nobody does
+            self._failure = exc
+
     def wait(self) -> None:
-        """Wait until it is there."""
+        """Wait until it is there, or raise what kept it from being there."""
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
 
 
 @contextlib.contextmanager

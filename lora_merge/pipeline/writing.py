@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge.core.budget import Budget
+from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note, survival_issues
 from lora_merge.core.shortage import memory_for
@@ -196,19 +197,21 @@ def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observe
         LoraMergeError: they cannot be made.
     """
     try:
-        for output in outputs:
-            output.take_place()
-        loading = TorchLoading()  # from here on this thread imports nothing
-        for output in outputs:
-            output.begin(budget.n_workers, watch)
-        _fill(outputs, device, budget, watch, loading)
+        with whole_interrupts():
+            for output in outputs:
+                output.take_place()
+            loading = TorchLoading()  # from here on this thread imports nothing
+            for output in outputs:
+                output.begin(budget.n_workers, watch)
+            _fill(outputs, device, budget, watch, loading)
     except BaseException as exc:
         for output in outputs:
             output.fail(exc)
         raise
     for n, output in enumerate(outputs):
         try:
-            output.finish_or_fail(watch)
+            with whole_interrupts():
+                output.finish_or_fail(watch)
             yield output
         except BaseException as exc:
             for other in outputs[n:]:

@@ -139,6 +139,8 @@ class Trial:
         """End one run and resume it, perhaps ending that too at first; yield a word for each thing that happened."""
         code, said, _ = run(self._arguments, self._drawn(draw), signum)
         yield from self._look(code, said, signum)
+        if self._is_new():
+            self._set_up()
         if draw.random() < 0.3:
             code, said, _ = run([*self._arguments, "--resume"], self._drawn(draw), signum)
             yield from self._look(code, said, signum)
