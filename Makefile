@@ -45,7 +45,7 @@ docs: setup ## Check that the generated pages are current (scripts/docs.py --wri
 	$(BIN)/python scripts/docs.py --check
 
 test: setup ## The test suite
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 fuzz: setup ## A million executions of everything that reads files of strangers (RUNS=n; minutes)
 	$(BIN)/python scripts/fuzz.py --runs $(or $(RUNS),1000000)
