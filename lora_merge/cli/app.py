@@ -45,6 +45,11 @@ class _App(click.Group):
         with formatter.section("Exit codes"):
             formatter.write_dl(rows)
 
+    @whole_interrupts()
+    def invoke(self, ctx: click.Context) -> Any:
+        """Carry out the command; click makes an Abort, a RuntimeError too, of interrupts only when they have left here."""
+        return super().invoke(ctx)
+
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         """Run, and turn whatever happens into one sentence and one exit code."""
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -52,8 +57,7 @@ class _App(click.Group):
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
         try:
-            with whole_interrupts():
-                code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
+            code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
         except click.exceptions.Exit as exc:
             code = exc.exit_code
         except click.ClickException as exc:
