@@ -307,6 +307,10 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
             "jobs:\n- adapter: a\n  out: '{seed}'\n  matrix:\n    seed: [1]\n    seed: [2]\n",
             6, "seed", "stands twice, first on line 5",
         ),
+        ("jobs:\n- {adapter: a, out: ~nobody-of-that-name/o}\n", 2, "out", "there is no user nobody-of-that-name"),
+        ("jobs:\n- {adapter: ~nobody-of-that-name/*, out: o}\n", 2, "adapter", "there is no user nobody-of"),
+        ('jobs:\n- {adapter: a, out: "o\\0"}\n', 2, "out", "holds a NUL character"),
+        ('jobs:\n- {adapter: "a\\0", out: o}\n', 2, "adapter", "holds a NUL character"),
     ],
 )  # fmt: skip
 def test_a_fault_names_its_line_and_key(text, line, key, words, refused):
@@ -420,22 +424,6 @@ def test_a_file_that_is_no_text_says_so(tmp_path):
 
     with pytest.raises(RequestError, match="cannot be read"):
         read_batch(str(path))
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "key", "words"),
-    [
-        ("jobs:\n- {adapter: a, out: ~nobody-of-that-name/o}\n", 2, "out", "there is no user nobody-of-that-name"),
-        ("jobs:\n- {adapter: ~nobody-of-that-name/*, out: o}\n", 2, "adapter", "there is no user nobody-of"),
-        ('jobs:\n- {adapter: a, out: "o\\0"}\n', 2, "out", "holds a NUL character"),
-        ('jobs:\n- {adapter: "a\\0", out: o}\n', 2, "adapter", "holds a NUL character"),
-    ],
-)  # fmt: skip
-def test_what_is_no_path_is_said_with_its_line(text, line, key, words, refused):
-    error = refused(text)
-
-    assert (error.line, error.key) == (line, key)
-    assert words in str(error)
 
 
 def test_an_alias_for_what_it_stands_in_is_an_error_and_another_is_none(refused, read):
