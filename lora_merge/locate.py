@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.source import Source, full_precision, parse_source
-from lora_merge.errors import ResolveError, UnsupportedError
+from lora_merge.errors import RequestError, ResolveError, UnsupportedError
 from lora_merge.io.files import read_json, user_path
 from lora_merge.io.hub import Access, Repo, open_repo
 from lora_merge.io.needed import (
@@ -23,6 +23,7 @@ from lora_merge.io.needed import (
     base_weights,
 )
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
+from lora_merge.io.trainer_files import chosen, described, file_names, unread_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +51,9 @@ class Place:
     """Files of the repo that are still to be fetched."""
 
     issues: tuple[Issue, ...] = ()
+
+    ignored: frozenset[str] = frozenset()
+    """Files of an adapter that the user wants left out."""
 
     @property
     def origin(self) -> Origin | None:
@@ -88,22 +92,46 @@ def find(text: str, role: str) -> Found:
     raise ResolveError(f"{text}: there is no such directory", hint=hint)
 
 
-def locate_adapter(found: Found, text: str, access: Access, watch: Observer) -> Place:
+def locate_adapter(
+    found: Found, text: str, access: Access, watch: Observer, ignore: Sequence[str] = ()
+) -> Place:
     """Return where an adapter is, with its configuration and side files in reach.
+
+    Args:
+        found: its directory, or its repo.
+        text: as the user named it.
+        access: how a hub may be asked.
+        watch: hears of downloads.
+        ignore: names of files in it that the user wants left out.
 
     Raises:
         ResolveError: the repo cannot be reached, or holds no adapter.
     """
     if isinstance(found, Path):
-        return Place(text, found)
+        return Place(text, found, ignored=chosen(file_names(found), ignore) if ignore else frozenset())
     repo = open_repo(found, access, watch)
     elsewhere = repo.folders_with(ADAPTER_CONFIG) if not found.folder else ()
     known = repo.names | repo.absent
+    ignored = chosen(known, ignore)
     small = adapter_small(str(found), known, elsewhere)
     absent = frozenset(filter(belongs_to_adapter, repo.absent))
     root = repo.fetch(small - absent)
-    weights = adapter_weights(known) | repo.beside(EXTRA_FOLDER)
-    return Place(text, root, repo, weights, _absent_issues(str(found), absent))
+    weights = adapter_weights(known, ignored) | repo.beside(EXTRA_FOLDER)
+    unread = [error("unread-file", name, *described(name)) for name in unread_files(known, weights, ignored)]
+    return Place(text, root, repo, weights, (*_absent_issues(str(found), absent), *unread), ignored)
+
+
+def check_ignored(places: Sequence[Place], ignore: Sequence[str]) -> None:
+    """Check that each file that is to be ignored is there.
+
+    Raises:
+        RequestError: one is in none of the adapters.
+    """
+    found = frozenset().union(*(place.ignored for place in places))
+    for name in ignore:
+        if not chosen(found, [name]):
+            sentence = f"{name} is no file of {' or of '.join(place.text for place in places)}"
+            raise RequestError("", 0, "ignore_file", sentence, hint="leave the option out, or check the name")
 
 
 def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Place:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import replace
 from itertools import product
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
@@ -26,29 +25,31 @@ from lora_merge.core.manifest import merged_before
 from lora_merge.core.shards import shard_name
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
-from lora_merge.io.safetensors import read_header, same_values
+from lora_merge.io.safetensors import same_values
+from lora_merge.io.shards import read_shards, reader_of
 from lora_merge.io.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
 from lora_merge.layouts import Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from lora_merge.core.adapter import Adapter
 
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
 
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-"""Of weight files: one of another name would stand in the way of a file that goes around the weights."""
 
-
-def resolve_adapter(root: Path) -> Adapter:
+def resolve_adapter(root: Path, ignored: Collection[str] = ()) -> Adapter:
     """Return the adapter in a directory, in whichever format it is.
+
+    Args:
+        root: the directory.
+        ignored: files in it that the user wants left out.
 
     Raises:
         ResolveError: its files are broken.
         UnknownFormatError: no known format matches.
     """
-    return adapters.read(root)
+    return adapters.read(root, ignored)
 
 
 def resolve_base(root: Path) -> Checkpoint:
@@ -64,7 +65,7 @@ def resolve_base(root: Path) -> Checkpoint:
     config = read_json(root / CONFIG_FILE)
     entry = _entry(root)
     index = read_json(root / entry) if entry.endswith(".json") else None
-    files = (_single_file(root, entry),) if index is None else _shards(root, entry, index)
+    files = (_single_file(root, entry),) if index is None else read_shards(root, entry, index)
     side_files, notes = base_side_files(root)
     weights = {file.name for file in files}
     return Checkpoint(
@@ -160,16 +161,7 @@ def _entry(root: Path) -> str:
 
 
 def _single_file(root: Path, name: str) -> WeightFile:
-    return _reader(name)(root / name, name)
-
-
-def _reader(entry: str) -> Callable[[Path, str], WeightFile]:
-    """Return what reads the weight files that an entry stands for."""
-    if entry not in _PICKLED:
-        return read_header
-    from lora_merge.io.pickles import read_pickle  # most runs need no zip files and no pickles
-
-    return read_pickle
+    return reader_of(name)(root / name, name)
 
 
 def _output_files(files: tuple[WeightFile, ...], *, sharded: bool) -> tuple[WeightFile, ...]:
@@ -178,57 +170,6 @@ def _output_files(files: tuple[WeightFile, ...], *, sharded: bool) -> tuple[Weig
         replace(file, name=shard_name(n, len(files)) if sharded else SAFETENSORS_FILE)
         for n, file in enumerate(files, 1)
     )
-
-
-def _shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[WeightFile, ...]:
-    """Return the files that an index names, each holding exactly what the index says.
-
-    Raises:
-        CheckpointError: a shard is missing, lies outside the directory, or disagrees with the index.
-    """
-    label = str(root / entry)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(label, "weight_map", f"is {weight_map!r}"[:80], "a table of tensor → file")
-    first = {str(file): (name, file) for name, file in weight_map.items()}  # one tensor of each file
-    names = sorted(_file_name(label, name, file) for name, file in first.values())
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            str(root), "", f"lacks {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}",
-            f"the {len(names)} files that its index names", hint="the download is incomplete; fetch it again",
-        )  # fmt: skip
-    read = _reader(entry)
-    files = tuple(read(root / name, name) for name in names)
-    found = {ref.name: file.name for file in files for ref in file.tensors}
-    n_tensors = sum(len(file.tensors) for file in files)
-    for name, file in weight_map.items():
-        if found.get(name) != file:
-            got = f"is in {found[name]}" if name in found else "is in no file"
-            raise CheckpointError(label, name, got, f"it in {file}, as the index says")
-    if len(found) != n_tensors:
-        names_seen = Counter(ref.name for file in files for ref in file.tensors)
-        ((twice, _),) = names_seen.most_common(1)
-        raise CheckpointError(str(root), twice, "is stored in two files", "it in one")
-    return files
-
-
-def _file_name(label: str, tensor: str, file: object) -> str:
-    """Return a shard's name, if it stays inside the directory.
-
-    Raises:
-        CheckpointError: it is no name, or leads elsewhere.
-    """
-    if not isinstance(file, str) or not file:
-        raise CheckpointError(label, tensor, f"is mapped to {file!r}", "a file name")
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
-        raise CheckpointError(label, tensor, f"is mapped to {file}", "a file inside the model's directory")
-    if path.suffix not in _SUFFIXES:
-        raise CheckpointError(
-            label, tensor, f"is mapped to {file}", f"a name that ends in {' or '.join(_SUFFIXES)}"
-        )
-    return file
 
 
 def _table(value: object) -> dict[str, Any]:

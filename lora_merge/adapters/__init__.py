@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 from lora_merge.adapters.mlx import read_mlx
 from lora_merge.adapters.peft import read_peft
 from lora_merge.adapters.swift import read_swift
+from lora_merge.adapters.unread import sharded_error, unread_issues
 from lora_merge.core.report import note
 from lora_merge.errors import ResolveError, UnknownFormatError
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
 from lora_merge.io.side_files import adapter_side_files
+from lora_merge.io.trainer_files import file_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from lora_merge.core.adapter import Adapter
 
-FORMATS: Mapping[str, Callable[[Path], Adapter | None]] = {
+FORMATS: Mapping[str, Callable[[Path, Collection[str]], Adapter | None]] = {
     "peft": read_peft,
     "ms-swift": read_swift,
     "mlx": read_mlx,
@@ -43,51 +45,59 @@ LOOKED_FOR: Mapping[str, str] = {
 __all__ = ["FORMATS", "LOOKED_FOR", "WEIGHTS", "read"]
 
 
-def read(root: Path) -> Adapter:
+def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     """Return the adapter in a directory, or in the only subfolder of it that holds one.
 
-    PEFT and ms-swift save an adapter with a name of its own into a subfolder of that name.
+    PEFT and ms-swift save an adapter with a name of its own into a subfolder of that name. Files beside it that may hold
+    weights and that nothing reads are errors in the adapter's issues.
+
+    Args:
+        root: the directory.
+        ignored: files in it that the user wants left out.
 
     Raises:
         UnknownFormatError: no format matches.
         ResolveError: its files are broken, or several subfolders hold an adapter.
     """
-    adapter = _read_directory(root)
+    adapter = _read_directory(root, ignored)
     if adapter is not None:
         return adapter
     inside = sorted(
         path for path in root.iterdir() if path.name != EXTRA_FOLDER and (path / ADAPTER_CONFIG).is_file()
     )
     if not inside or (root / ADAPTER_CONFIG).is_file():
-        raise UnknownFormatError(
-            str(root), sorted(path.name for path in root.iterdir()), tuple(LOOKED_FOR.values())
-        )
+        raise sharded_error(root, file_names(root)) or _unknown(root)
     if len(inside) > 1:
         names = ", ".join(path.name for path in inside)
         sentence = f"{root}: holds {len(inside)} adapters, {names}; expected one"
         raise ResolveError(sentence, hint=f"name one of them: --adapter {root / inside[0].name}")
     (only,) = inside
-    adapter = _read_directory(only)
+    own_ignored = {name.removeprefix(f"{only.name}/") for name in ignored if name.startswith(f"{only.name}/")}
+    adapter = _read_directory(only, own_ignored)
     if adapter is None:
-        raise UnknownFormatError(
-            str(only), sorted(path.name for path in only.iterdir()), tuple(LOOKED_FOR.values())
-        )
+        raise sharded_error(only, file_names(only)) or _unknown(only)
     found = note(
         "subfolder", str(root), f"holds no adapter itself; the one in its subfolder {only.name} was taken"
     )
     own = {file.name: file for file in (*adapter_side_files(root), *adapter.side_files)}
     side_files = tuple(own[name] for name in sorted(own))
-    return replace(adapter, issues=(found, *adapter.issues), side_files=side_files)
+    own_names = {path.name for path in root.iterdir() if path.is_file()}
+    outside = unread_issues(replace(adapter, root=str(root)), own_names, own_names.intersection(ignored))
+    return replace(adapter, issues=(found, *adapter.issues, *outside), side_files=side_files)
 
 
-def _read_directory(root: Path) -> Adapter | None:
+def _read_directory(root: Path, ignored: Collection[str]) -> Adapter | None:
     """Return the adapter in a directory itself, or None."""
-    for name, reader in FORMATS.items():
-        adapter = reader(root)
+    for reader in FORMATS.values():
+        adapter = reader(root, ignored)
         if adapter is None:
             continue
-        others = sorted(file for file in set(WEIGHTS.values()) - {WEIGHTS[name]} if (root / file).is_file())
-        sentence = f"was left out: {ADAPTER_CONFIG} is that of {WEIGHTS[name]}"
-        left_out = tuple(note("other-weights", file, sentence) for file in others)
-        return replace(adapter, issues=(*adapter.issues, *left_out)) if left_out else adapter
+        issues = unread_issues(adapter, file_names(root), ignored) if adapter.files else []
+        return replace(adapter, issues=(*adapter.issues, *issues)) if issues else adapter
     return None
+
+
+def _unknown(root: Path) -> UnknownFormatError:
+    return UnknownFormatError(
+        str(root), sorted(path.name for path in root.iterdir()), tuple(LOOKED_FOR.values())
+    )

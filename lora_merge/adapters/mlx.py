@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.values import non_finite
@@ -24,7 +23,7 @@ from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import adapter_side_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
 
@@ -42,8 +41,12 @@ _MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 Group = Mapping[str, TensorRef]
 
 
-def read_mlx(root: Path) -> Adapter | None:
+def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     """Return an adapter of mlx-lm, or None when the directory holds none.
+
+    Args:
+        root: the directory.
+        ignored: files that the user wants left out; nothing but the adapter's own file is read.
 
     Raises:
         ResolveError: its files are broken.
@@ -51,6 +54,7 @@ def read_mlx(root: Path) -> Adapter | None:
     Reference:
         ``mlx_lm.tuner.utils.load_adapters`` (mlx-lm 0.32.2).
     """
+    del ignored
     if not ((root / ADAPTER_CONFIG).is_file() and (root / MLX_WEIGHTS).is_file()):
         return None
     config = read_json(root / ADAPTER_CONFIG)
@@ -80,6 +84,7 @@ def read_mlx(root: Path) -> Adapter | None:
         digest=file_digest(root / MLX_WEIGHTS),
         side_files=adapter_side_files(root),
         issues=tuple(issues),
+        files=(str(root / MLX_WEIGHTS),),
         **({"deltas": (), "modules": frozenset()} | content),
     )
 
@@ -100,7 +105,7 @@ def _whole(refs: Iterable[TensorRef], issues: list[Issue]) -> dict[str, Replacem
             issues.append(error("unexpected-tensor", ref.name, sentence, hint))
         elif _STACK in ref.name and len(ref.shape) > 1:
             for n, path in enumerate(_experts(module, ref.shape[0])):
-                found[f"{path}.{parameter}"] = Replacement(_slice(ref, n), "saved")
+                found[f"{path}.{parameter}"] = Replacement(ref.entry(n), "saved")
         else:
             found[ref.name] = Replacement(ref, "saved")
     return found
@@ -168,7 +173,7 @@ class _Reading:
         self._note_target(module, paths)
         if len(a.shape) == 3:
             return [
-                DeltaSpec("low_rank", f"{path}.weight", {"A": _slice(a, n), "B": _slice(b, n)}, self._scale)
+                DeltaSpec("low_rank", f"{path}.weight", {"A": a.entry(n), "B": b.entry(n)}, self._scale)
                 for n, path in enumerate(paths)
             ]
         kind, lengths = ("dora", {"magnitude": group["m"]}) if self._dora else ("low_rank", {})
@@ -331,11 +336,3 @@ def _experts(module: str, n_experts: int) -> list[str]:
     if block.endswith("block_sparse_moe"):
         projection = _MIXTRAL_NAMES.get(projection, projection)
     return [f"{block}.experts.{n}.{projection}" for n in range(n_experts)]
-
-
-def _slice(ref: TensorRef, index: int) -> TensorRef:
-    """Return one entry of a stored tensor's first axis, which lies in the file in one piece."""
-    nbytes = ref.nbytes // ref.shape[0]
-    return replace(
-        ref, name=f"{ref.name}[{index}]", shape=ref.shape[1:], start=ref.start + index * nbytes, nbytes=nbytes
-    )

@@ -6,13 +6,14 @@ collected in ``issues``, not raised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.names import is_saved, outside, reason, sort_out
 from lora_merge.adapters.saved import saved_beside
 from lora_merge.adapters.spelling import canonical
+from lora_merge.adapters.unread import shard_issues
 from lora_merge.adapters.values import non_finite
 from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement, StackedPair
 from lora_merge.core.kinds import (
@@ -31,8 +32,9 @@ from lora_merge.core.scaling import Scaling, number
 from lora_merge.core.targets import TargetRule, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.io.files import files_digest, read_json
-from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, TRAINER_CONFIG
-from lora_merge.io.safetensors import read_header
+from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINER_CONFIG
+from lora_merge.io.safetensors import same_values
+from lora_merge.io.shards import adapter_entries, read_adapter
 from lora_merge.io.side_files import adapter_side_files
 
 if TYPE_CHECKING:
@@ -52,16 +54,21 @@ _HEADS = ({"classifier", "score"}, {"classifier", "score", "qa_outputs"}, {"qa_o
 Group = Mapping[str, TensorRef]
 
 
-def read_peft(root: Path) -> Adapter | None:
+def read_peft(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     """Return a PEFT adapter, or None when the directory holds none.
+
+    Args:
+        root: the directory; the tensors may be in shards.
+        ignored: files in it that the user wants left out.
 
     Raises:
         ResolveError: its files are broken.
     """
-    weights = next(
-        (root / name for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE) if (root / name).is_file()), None
-    )
-    if weights is None or not (root / ADAPTER_CONFIG).is_file():
+    if not (root / ADAPTER_CONFIG).is_file():
+        return None
+    names = {path.name for path in root.iterdir() if path.is_file()}
+    entry = next((name for name in adapter_entries(names) if name not in ignored), None)
+    if entry is None:
         return None
     config = read_json(root / ADAPTER_CONFIG)
     if "peft_type" not in config and config.keys() & OTHER_MARKS:
@@ -69,9 +76,12 @@ def read_peft(root: Path) -> Adapter | None:
     if "swift_type" in config:
         return None
     check_types(config, str(root / ADAPTER_CONFIG))
-    refs, issues = canonical(_tensors(weights), weights.name)
+    stored, files = read_adapter(root, entry)
+    refs, issues = canonical(stored, entry)
     issues += _trainer_issues(root)
-    return assemble(weights, "peft", config, read_tensors(refs, config, issues, weights.name), issues)
+    parts = shard_issues(refs, config, entry)
+    content = {} if parts else read_tensors(refs, config, issues, entry)
+    return assemble(files, "peft", config, content, [*parts, *issues], ignored)
 
 
 def read_tensors(
@@ -96,50 +106,57 @@ def read_tensors(
 
 
 def assemble(
-    weights: Path, name: str, config: Mapping[str, Any], content: Mapping[str, Any], issues: list[Issue]
+    files: tuple[Path, ...],
+    name: str,
+    config: Mapping[str, Any],
+    content: Mapping[str, Any],
+    issues: list[Issue],
+    ignored: Collection[str] = (),
 ) -> Adapter:
-    """Return the adapter in a directory, with the whole parameters that were saved beside its own file.
+    """Return the adapter in a directory, with the whole parameters that were saved beside its own files.
 
     Args:
-        weights: its own file.
+        files: its own, one or more.
         name: of the format.
         config: PEFT's.
         content: fields of `Adapter`.
         issues: what was found wrong so far.
+        ignored: files that the user wants left out.
 
     Raises:
         ResolveError: a file beside it is broken.
     """
-    root = weights.parent
+    root = files[0].parent
     by_swift = name == "ms-swift" or (root / TRAINER_CONFIG).is_file() or bool(config.keys() & TRAINER_FIELDS)
-    saved = saved_beside(root)
+    saved = saved_beside(root, ignored)
     own = dict(content.get("replacements", {}))
-    twice = [
-        error(
-            "duplicate-tensor", own[parameter].ref.name, f"stands in {weights.name} and in a file beside it"
-        )
-        for parameter in saved.replacements.keys() & own.keys()
-    ]
     fields = {"deltas": (), "modules": frozenset()} | dict(content)
     fields["replacements"] = own | saved.replacements
     return Adapter(
         root=str(root),
         format=name,
         config=config,
-        digest=files_digest([weights, *saved.files]),
+        digest=files_digest([*files, *saved.files]),
         side_files=adapter_side_files(root),
-        issues=(*issues, *saved.issues, *twice),
+        issues=(*issues, *saved.issues, *_stored_twice(own, saved.replacements, files[0].name)),
         trainer="ms-swift" if by_swift else "",
+        files=tuple(str(path) for path in (*files, *saved.files)),
         **fields,
     )
 
 
-def _tensors(weights: Path) -> tuple[TensorRef, ...]:
-    if weights.name == ADAPTER_WEIGHTS:
-        return read_header(weights).tensors
-    from lora_merge.io.pickles import read_pickle  # most runs need no zip files and no pickles
+def _stored_twice(own: Mapping[str, Replacement], saved: Mapping[str, Replacement], name: str) -> list[Issue]:
+    """Return an issue for each parameter that an adapter's own file and one beside it hold with other values.
 
-    return read_pickle(weights).tensors
+    Trainers that save all that is trained and has no ``lora_`` in its name save ``modules_to_save`` again.
+    """
+    return [
+        error(
+            "duplicate-tensor", own[parameter].ref.name, f"has other values in {name} and in a file beside it"
+        )
+        for parameter in saved.keys() & own.keys()
+        if not same_values(own[parameter].ref, saved[parameter].ref)
+    ]
 
 
 def _trainer_issues(root: Path) -> list[Issue]:

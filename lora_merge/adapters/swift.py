@@ -19,7 +19,7 @@ from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_ARGUM
 from lora_merge.io.safetensors import read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
 """What the training was called with; it names the base."""
@@ -49,8 +49,12 @@ _UNMERGEABLE = {
 }
 
 
-def read_swift(root: Path) -> Adapter | None:
+def read_swift(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     """Return an adapter of ms-swift's own, or None when the directory holds none.
+
+    Args:
+        root: the directory.
+        ignored: files in it that the user wants left out.
 
     Raises:
         ResolveError: its files are broken.
@@ -85,7 +89,8 @@ def read_swift(root: Path) -> Adapter | None:
     issues += spelling
     plain = _as_peft(root, config)
     check_types(plain, str(root / ADAPTER_CONFIG))
-    return assemble(root / ADAPTER_WEIGHTS, "ms-swift", plain, read_tensors(refs, plain, issues), issues)
+    content = read_tensors(refs, plain, issues)
+    return assemble((root / ADAPTER_WEIGHTS,), "ms-swift", plain, content, issues, ignored)
 
 
 def _refused(root: Path, config: Mapping[str, Any], kind: object) -> Adapter:

@@ -67,6 +67,7 @@ def input_options(command: Command) -> Command:
             multiple=True,
             help="What cannot be seen of stacked experts: how the base stores a square one in the adapter's terms; Unsloth's packing of B. May be repeated.",
         ),
+        ignore_file_option,
         click.option(
             "--combine",
             type=Parsed("combine"),
@@ -115,6 +116,16 @@ def input_options(command: Command) -> Command:
     return _with(options, hub_options(strict(command)))
 
 
+def ignore_file_option(command: Command) -> Command:
+    """Add the option that leaves files of an adapter's folder out."""
+    return click.option(
+        "--ignore-file",
+        multiple=True,
+        metavar="NAME",
+        help="Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern such as 'model-*'. May be repeated.",
+    )(command)
+
+
 def base_options(command: Command) -> Command:
     """Add the options that say which base an adapter belongs to, and what cannot be seen of the two."""
     options = (
@@ -135,6 +146,7 @@ def base_options(command: Command) -> Command:
             multiple=True,
             help="What cannot be seen of stacked experts.",
         ),
+        ignore_file_option,
     )
     return _with(options, command)
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lora_merge.cli import exits
-from lora_merge.cli.options import Parsed, hub_options, output_options
+from lora_merge.cli.options import Parsed, hub_options, ignore_file_option, output_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -67,6 +67,7 @@ from lora_merge.cli.options import Parsed, hub_options, output_options
     is_flag=True,
     help="Run the code that the checkpoint carries, where transformers has no class for the model.",
 )
+@ignore_file_option
 @hub_options
 @click.option("--strict", is_flag=True, help="Treat warnings as errors.")
 @output_options

@@ -117,7 +117,7 @@ class Adapter:
     """Everything that is wrong with the adapter on its own; planning reports it with the rest."""
 
     digest: str
-    """Of the file that holds the tensors; the manifest records it."""
+    """Of the files that hold the tensors; the manifest records it."""
 
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     """Whole parameters that it carries, by parameter: trained ones, or copies saved along."""
@@ -130,6 +130,9 @@ class Adapter:
 
     side_files: tuple[SideFile, ...] = ()
     """Tokenizer and template files that it carries; they win over the base's."""
+
+    files: tuple[str, ...] = ()
+    """Paths of the files that hold its tensors, its own first."""
 
     trainer: str = ""
     """Who wrote it, where that says what a target means: ``"ms-swift"``."""

@@ -58,6 +58,9 @@ class Request:
     """What cannot be seen of stacked experts: ``out-in`` or ``in-out``, how the base stores a square one in the
     adapter's terms; ``unsloth``, B packed expert by expert."""
 
+    ignore_file: tuple[str, ...] = ()
+    """Files in the adapters' folders that are not read though they may hold weights."""
+
     allow_untie: bool = False
     """Untie the embeddings even of a family that engines tie whatever its config says."""
 
@@ -148,6 +151,7 @@ class VerifyRequest:
     trust_remote_code: bool = False
     """Run the code that the checkpoint carries, where transformers has no class for the model."""
 
+    ignore_file: tuple[str, ...] = ()
     strict: bool = False
     token: str | None = field(default=None, repr=False)
     offline: bool = False
@@ -165,6 +169,7 @@ class InspectRequest:
 
     base_is: BaseIs | None = None
     expert_layout: tuple[str, ...] = ()
+    ignore_file: tuple[str, ...] = ()
     serving: ServingEngine | None = None
     """Report on this engine only; default: all."""
 
@@ -222,6 +227,7 @@ class ConvertRequest:
 
     base_is: BaseIs | None = None
     expert_layout: tuple[str, ...] = ()
+    ignore_file: tuple[str, ...] = ()
     allow_svd: bool = False
     overwrite: bool = False
     strict: bool = False
@@ -315,6 +321,19 @@ def parse_expert_layout(value: object) -> tuple[str, ...]:
     if {"out-in", "in-out"} <= set(words):
         raise ValueError("says both out-in and in-out, expected one of them")
     return words
+
+
+def parse_file_names(value: object) -> tuple[str, ...]:
+    """Return the names of files, one or several.
+
+    Raises:
+        ValueError: one is no name of a file inside a folder.
+    """
+    names = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for name in names:
+        if not isinstance(name, str) or not name.strip("/") or ".." in name.split("/"):
+            raise ValueError(f"{name!r} is not the name of a file in the adapter's folder")
+    return tuple(name.removeprefix("./") for name in map(str, names))
 
 
 def parse_density(value: str | float) -> float:
@@ -481,6 +500,7 @@ PARSERS: Mapping[str, Callable[..., object]] = {
     "combine": parse_choice(CombineMethod, "way to combine"),
     "density": parse_density,
     "expert_layout": parse_expert_layout,
+    "ignore_file": parse_file_names,
     "seed": parse_seed,
     "dtype": parse_dtype,
     "device": parse_device,

@@ -7,7 +7,7 @@ Axis letters used in every docstring: ``W [out, in]`` is a linear weight, ``A [r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,6 +64,19 @@ class TensorRef:
     def end(self) -> int:
         """Return the offset just past the last byte."""
         return self.start + self.nbytes
+
+    def entry(self, index: int) -> TensorRef:
+        """Return one entry of the first axis, which lies in the file in one piece."""
+        return self.rows(index, index + 1, self.shape[1:])
+
+    def rows(self, first: int, last: int, shape: tuple[int, ...]) -> TensorRef:
+        """Return some entries of the first axis, as a tensor of this shape."""
+        nbytes = self.nbytes // self.shape[0]
+        label = str(first) if last == first + 1 else f"{first}:{last}"
+        return replace(
+            self, name=f"{self.name}[{label}]", shape=shape, start=self.start + first * nbytes,
+            nbytes=(last - first) * nbytes,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

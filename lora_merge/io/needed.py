@@ -13,7 +13,9 @@ from lora_merge.core.checkpoint import (
 )
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
+from lora_merge.io.shards import adapter_entries
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
+from lora_merge.io.trainer_files import LOAD_AFTER, sharded_state, trained_beside
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -116,15 +118,28 @@ def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]
             hint = f"adapters are in its folders {', '.join(sorted(elsewhere)[:8])}{more}: org/name/FOLDER"
         raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
     if not adapter_weights(names):
+        state = sharded_state(names)
+        if state is not None:
+            sentence = f"{label}: holds no file of an adapter, only a state of {state.trainer} in shards"
+            raise ResolveError(sentence, hint=f"download it; {state.tool}; then {LOAD_AFTER}")
         wanted = " or ".join(_ADAPTER_WEIGHTS[:2])
         raise ResolveError(f"{label}: has no weights of an adapter, expected {wanted}")
     return frozenset(name for name in names if name in _ADAPTER_SMALL or belongs_to_adapter(name))
 
 
-def adapter_weights(names: Collection[str]) -> frozenset[str]:
-    """Return the weight files of an adapter."""
-    weights = next((name for name in _ADAPTER_WEIGHTS if name in names), None)
-    if weights is None:
+def adapter_weights(names: Collection[str], ignored: Collection[str] = ()) -> frozenset[str]:
+    """Return the weight files of an adapter: every form of its own, and what was trained beside it.
+
+    Args:
+        names: the files of its folder.
+        ignored: those that the user wants left out.
+    """
+    kept = frozenset(names) - frozenset(ignored)
+    entries = adapter_entries(kept)
+    weights = {name for entry, files in entries.items() for name in (entry, *files)}
+    if not weights and MLX_WEIGHTS in kept:
+        weights = {MLX_WEIGHTS}
+    if not weights:
         return frozenset()
-    beside = {name for name in names if name.startswith(f"{EXTRA_FOLDER}/") or name == VISION_WEIGHTS}
-    return frozenset({weights} | beside)
+    beside = {name for name in kept if name.startswith(f"{EXTRA_FOLDER}/") or name == VISION_WEIGHTS}
+    return frozenset(weights | beside | set(trained_beside(kept)))

@@ -65,6 +65,7 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
     base: str | PathLike[str] | None = None,
     base_is: BaseIs | None = None,
     expert_layout: str | Sequence[str] = (),
+    ignore_file: str | Sequence[str] = (),
     combine: CombineMethod = "linear",
     density: float = 0.5,
     seed: int = 0,
@@ -96,6 +97,7 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
             LoRA-GA): the model as published, or what that left of it.
         expert_layout: what cannot be seen of stacked experts: ``out-in`` or ``in-out``, how the base stores a
             square one in the adapter's terms; ``unsloth``, B packed expert by expert.
+        ignore_file: files in the adapters' folders that are not read though they may hold weights.
         combine: how the changes of several adapters become one.
         density: share of the values that ``ties`` and ``dare`` keep, above 0 and at most 1.
         seed: of what ``dare`` drops at random.
@@ -123,7 +125,8 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
             there before.
     """
     request = _request(
-        adapter=adapter, out=str(out), base=base, base_is=base_is, expert_layout=expert_layout, combine=combine,
+        adapter=adapter, out=str(out), base=base, base_is=base_is, expert_layout=expert_layout,
+        ignore_file=_names(ignore_file), combine=combine,
         density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, allow_again=allow_again,
         dtype=dtype, device=device, workers=workers, memory_limit=memory_limit, link=link, max_shard_size=max_shard_size, overwrite=overwrite,
         resume=resume, verify=verify, strict=strict, token=token, offline=offline,
@@ -137,6 +140,7 @@ def plan(  # noqa: PLR0913 - as `merge`
     base: str | PathLike[str] | None = None,
     base_is: BaseIs | None = None,
     expert_layout: str | Sequence[str] = (),
+    ignore_file: str | Sequence[str] = (),
     combine: CombineMethod = "linear",
     density: float = 0.5,
     seed: int = 0,
@@ -155,7 +159,8 @@ def plan(  # noqa: PLR0913 - as `merge`
         PlanError: they do not fit.
     """
     request = _request(
-        adapter=adapter, out="", base=base, base_is=base_is, expert_layout=expert_layout, combine=combine,
+        adapter=adapter, out="", base=base, base_is=base_is, expert_layout=expert_layout,
+        ignore_file=_names(ignore_file), combine=combine,
         density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, allow_again=allow_again,
         dtype=dtype, max_shard_size=max_shard_size, token=token, offline=offline,
     )  # fmt: skip
@@ -174,6 +179,7 @@ def verify(  # noqa: PLR0913 - the options of the command, each by its name
     prompt: str | Sequence[str] = (),
     n_tokens: int = 8,
     tolerance: float | None = None,
+    ignore_file: str | Sequence[str] = (),
     dtype: OutputDtype = "float32",
     trust_remote_code: bool = False,
     token: str | None = None,
@@ -193,6 +199,7 @@ def verify(  # noqa: PLR0913 - the options of the command, each by its name
         prompt: texts to ask; default: a few built-in ones, and tokens drawn from the vocabulary.
         n_tokens: how many tokens each is answered with.
         tolerance: largest difference of two logits that passes; default: what rounding explains, measured.
+        ignore_file: as for `merge`; default: what the manifest says was left out.
         dtype: what the models compute in.
         trust_remote_code: run code that the checkpoint carries, where transformers has no class for the model.
         token: for private and gated repos of the Hub.
@@ -208,7 +215,7 @@ def verify(  # noqa: PLR0913 - the options of the command, each by its name
         "level": level, "forward": forward, "engine": engine,
         "engine_python": None if engine_python is None else str(engine_python),
         "prompt": (prompt,) if isinstance(prompt, str) else tuple(prompt), "n_tokens": n_tokens,
-        "tolerance": tolerance, "dtype": dtype, "trust_remote_code": trust_remote_code, "token": token,
+        "tolerance": tolerance, "ignore_file": _names(ignore_file), "dtype": dtype, "trust_remote_code": trust_remote_code, "token": token,
         "offline": offline,
     }  # fmt: skip
     parsed = parse_fields(fields)
@@ -221,6 +228,7 @@ def inspect(  # noqa: PLR0913 - the options of the command, each by its name
     base: str | PathLike[str] | None = None,
     base_is: BaseIs | None = None,
     expert_layout: str | Sequence[str] = (),
+    ignore_file: str | Sequence[str] = (),
     engine: ServingEngine | None = None,
     plot: str | PathLike[str] | None = None,
     strict: bool = False,
@@ -235,6 +243,7 @@ def inspect(  # noqa: PLR0913 - the options of the command, each by its name
         base: what to hold it against; then ‖Δ‖ and ‖W‖ of every module are measured.
         base_is: as for `merge`.
         expert_layout: as for `merge`.
+        ignore_file: as for `merge`.
         engine: report on this one only.
         plot: file to draw a heat map into: ``.png``, ``.svg`` or ``.html``.
         strict: treat warnings as errors.
@@ -245,10 +254,9 @@ def inspect(  # noqa: PLR0913 - the options of the command, each by its name
     Raises:
         ResolveError: it cannot be found or read.
     """
-    words = (expert_layout,) if isinstance(expert_layout, str) else tuple(expert_layout)
     fields = {
-        "adapter": str(adapter), "base": _text(base), "base_is": base_is, "expert_layout": words,
-        "serving": engine, "plot": _text(plot), "strict": strict, "token": token, "offline": offline,
+        "adapter": str(adapter), "base": _text(base), "base_is": base_is, "expert_layout": _names(expert_layout),
+        "ignore_file": _names(ignore_file), "serving": engine, "plot": _text(plot), "strict": strict, "token": token, "offline": offline,
     }  # fmt: skip
     from lora_merge.pipeline.inspecting import inspect_adapter
 
@@ -273,6 +281,7 @@ def convert(  # noqa: PLR0913 - the options of the command, each by its name
     dtype: OutputDtype | None = None,
     base_is: BaseIs | None = None,
     expert_layout: str | Sequence[str] = (),
+    ignore_file: str | Sequence[str] = (),
     allow_svd: bool = False,
     overwrite: bool = False,
     strict: bool = False,
@@ -299,6 +308,7 @@ def convert(  # noqa: PLR0913 - the options of the command, each by its name
         dtype: of the factors; default: the adapter's, where it holds them exactly, else float32.
         base_is: as for `merge`.
         expert_layout: as for `merge`.
+        ignore_file: as for `merge`.
         allow_svd: as for `merge`.
         overwrite: replace an existing output, once the new one is whole.
         strict: treat warnings as errors.
@@ -309,12 +319,11 @@ def convert(  # noqa: PLR0913 - the options of the command, each by its name
     Raises:
         LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
     """
-    words = (expert_layout,) if isinstance(expert_layout, str) else tuple(expert_layout)
     fields = {
         "adapter": str(adapter), "out": str(out), "base": _text(base), "format": format, "serving": engine,
         "expand_targets": expand_targets, "bake_scale": bake_scale, "rank": rank, "energy": energy,
         "pad_rank": pad_rank, "to_lora": to_lora, "rename": rename, "experts": experts, "dtype": dtype,
-        "base_is": base_is, "expert_layout": words, "allow_svd": allow_svd, "overwrite": overwrite,
+        "base_is": base_is, "expert_layout": _names(expert_layout), "ignore_file": _names(ignore_file), "allow_svd": allow_svd, "overwrite": overwrite,
         "strict": strict, "token": token, "offline": offline,
     }  # fmt: skip
     from lora_merge.pipeline.converting import convert_adapter
@@ -369,6 +378,10 @@ def extract(  # noqa: PLR0913 - the options of the command, each by its name
     return extract_adapter(parse_request(ExtractRequest, fields), observer=observer)
 
 
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _text(path: str | PathLike[str] | None) -> str | None:
     return None if path is None else str(path)
 
@@ -381,9 +394,8 @@ def _request(
     **fields: Any,
 ) -> Request:
     """Return the request of a call, its values parsed."""
-    words = (expert_layout,) if isinstance(expert_layout, str) else tuple(expert_layout)
     given = {
-        "adapter": _texts(adapter), "base": None if base is None else str(base), "expert_layout": words, **fields
+        "adapter": _texts(adapter), "base": None if base is None else str(base), "expert_layout": _names(expert_layout), **fields
     }  # fmt: skip
     return Request(**parse_fields(given))
 

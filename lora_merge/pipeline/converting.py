@@ -33,7 +33,7 @@ from lora_merge.io.hub import Access
 from lora_merge.io.needed import ADAPTER_CONFIG, CONVERSION_MANIFEST
 from lora_merge.io.safetensors import load
 from lora_merge.io.spool import Spool
-from lora_merge.locate import find, locate_adapter
+from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import check_strict, plan_request
@@ -102,10 +102,12 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     Raises:
         LoraMergeError: it cannot be converted.
     """
-    place = locate_adapter(
-        find(request.adapter, "adapter"), request.adapter, Access(request.token, request.offline), watch
-    )
-    adapter = resolve_adapter(place.whole())
+    access = Access(request.token, request.offline)
+    found_adapter = find(request.adapter, "adapter")
+    place = locate_adapter(found_adapter, request.adapter, access, watch, request.ignore_file)
+    check_ignored([place], request.ignore_file)
+    raise_errors(place.issues)
+    adapter = resolve_adapter(place.whole(), place.ignored)
     recipe = recipe_of(request, adapter)
     joined, issues = None, (*place.issues, *adapter.issues)
     if request.base is not None or needs_base(adapter, recipe):
@@ -129,7 +131,7 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
         base = joined.base.root
 
         def join(root: Path) -> Joined:
-            return _join(replace(request, adapter=str(root), base=base), Silence())
+            return _join(replace(request, adapter=str(root), base=base, ignore_file=()), Silence())
 
     return Conversion(
         source=request.adapter, adapter=adapter, found=found, recipe=recipe, base=joined.base if joined else None, join=join,
@@ -153,7 +155,7 @@ def _join(request: ConvertRequest, watch: Observer) -> Joined:
     planned = plan_request(
         Request(
             adapter=(request.adapter,), out="", base=request.base, base_is=request.base_is,
-            expert_layout=request.expert_layout, allow_svd=request.allow_svd, allow_untie=True, allow_again=True,
+            expert_layout=request.expert_layout, ignore_file=request.ignore_file, allow_svd=request.allow_svd, allow_untie=True, allow_again=True,
             token=request.token, offline=request.offline,
         ),
         watch,

@@ -25,7 +25,7 @@ from lora_merge.io.machine import usable_cores
 from lora_merge.io.needed import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
 from lora_merge.io.safetensors import box_norm
 from lora_merge.io.side_files import CARD_FILE
-from lora_merge.locate import find, locate_adapter
+from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of, norms_of
 from lora_merge.pipeline.planning import check_strict, plan_request
 from lora_merge.resolve import resolve_adapter
@@ -57,10 +57,11 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
     if request.plot is not None:
         plots.check(Path(request.plot))
     with memory_for("inspecting"):
-        place = locate_adapter(
-            find(request.adapter, "adapter"), request.adapter, Access(request.token, request.offline), watch
-        )
-        adapter = resolve_adapter(place.whole())
+        access = Access(request.token, request.offline)
+        found = find(request.adapter, "adapter")
+        place = locate_adapter(found, request.adapter, access, watch, request.ignore_file)
+        check_ignored([place], request.ignore_file)
+        adapter = resolve_adapter(place.whole(), place.ignored)
         around = _surroundings(request, adapter)
         issues: tuple[Issue, ...] = (*place.issues, *adapter.issues)
         measured = None
@@ -68,10 +69,10 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
             measured, issues = _held_against_base(request, adapter, watch)
         check_strict(issues, strict=request.strict)
         engines = tuple(ENGINES) if request.serving is None else (request.serving,)
-        found = inspection(adapter, around, issues, measured, engines)
+        inspected = inspection(adapter, around, issues, measured, engines)
     if request.plot is not None:
-        plots.draw(found, Path(request.plot))
-    return found
+        plots.draw(inspected, Path(request.plot))
+    return inspected
 
 
 def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
@@ -103,6 +104,7 @@ def _options(request: InspectRequest) -> str:
     """Return the options about the base, as a command line has them."""
     given = [("--base", request.base), ("--base-is", request.base_is)]
     given += [("--expert-layout", layout) for layout in request.expert_layout]
+    given += [("--ignore-file", name) for name in request.ignore_file]
     return "".join(f" {option} {quote(value)}" for option, value in given if value)
 
 
@@ -126,7 +128,7 @@ def _held_against_base(
         planned = plan_request(
             Request(
                 adapter=(request.adapter,), out="", base=request.base, base_is=request.base_is,
-                expert_layout=request.expert_layout, allow_untie=True, allow_svd=True, allow_again=True,
+                expert_layout=request.expert_layout, ignore_file=request.ignore_file, allow_untie=True, allow_svd=True, allow_again=True,
                 token=request.token, offline=request.offline,
             ),
             watch,

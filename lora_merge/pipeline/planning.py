@@ -14,7 +14,15 @@ from lora_merge.core.request import Request, parse_adapter
 from lora_merge.errors import PlanError, RequestError
 from lora_merge.io.files import read_json, user_path
 from lora_merge.io.hub import Access
-from lora_merge.locate import Place, find, locate_adapter, locate_base, locate_named_base, moved_base
+from lora_merge.locate import (
+    Place,
+    check_ignored,
+    find,
+    locate_adapter,
+    locate_base,
+    locate_named_base,
+    moved_base,
+)
 from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
 from lora_merge.resolve import (
     equal_embeddings,
@@ -57,7 +65,8 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     chosen = [_chosen(text) for text in request.adapter]
     named_base = None if request.base is None else (find(request.base, "base"), request.base)
     found = [(find(text, "adapter"), text) for text, _ in chosen]
-    places = tuple(locate_adapter(*one, access, watch) for one in found)
+    places = tuple(locate_adapter(*one, access, watch, request.ignore_file) for one in found)
+    check_ignored(places, request.ignore_file)
     if named_base is not None:
         base_place = locate_base(*named_base, access, watch)
     else:
@@ -65,7 +74,8 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     is_remote = base_place.repo is not None
     if is_remote:
         raise_errors(quantised_config(read_json(base_place.root / CONFIG_FILE)))
-    adapters = [resolve_adapter(place.whole()) for place in places]
+    raise_errors([issue for place in places for issue in place.issues])
+    adapters = [resolve_adapter(place.whole(), place.ignored) for place in places]
     if is_remote:
         raise_errors([issue for adapter in adapters for issue in adapter.issues])
     base = resolve_base(base_place.whole())

@@ -49,6 +49,8 @@ def options_of(request: Request) -> dict[str, object]:
     }
     if request.expert_layout:
         options["expert_layout"] = list(request.expert_layout)
+    if request.ignore_file:
+        options["ignore_file"] = list(request.ignore_file)
     if request.combine != "linear":
         options |= {"combine": request.combine, "density": request.density, "seed": request.seed}
     return options

@@ -17,23 +17,33 @@ from lora_merge.core.checkpoint import Output
 from lora_merge.core.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
-from lora_merge.core.request import Request, VerifyRequest, parse_fields
+from lora_merge.core.request import Request, VerifyRequest, parse_adapter, parse_fields
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, ResolveError
 from lora_merge.io.files import read_json, user_path
 from lora_merge.io.output import read_output
 from lora_merge.io.safetensors import is_finite, tensor_digest
 from lora_merge.io.side_files import MANIFEST_FILE
+from lora_merge.io.trainer_files import chosen, file_names
 from lora_merge.merge import one_torch_thread
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, plan_request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from lora_merge.core.answers import Comparison
 
-_SHAPING = ("base_is", "expert_layout", "combine", "density", "seed", "dtype", "max_shard_size")
+_SHAPING = (
+    "base_is",
+    "expert_layout",
+    "ignore_file",
+    "combine",
+    "density",
+    "seed",
+    "dtype",
+    "max_shard_size",
+)
 """Options of a manifest that shape the output."""
 
 
@@ -163,7 +173,16 @@ class _Proving:
             base = base or _text(manifest.base, near)
             adapters = adapters or tuple(_weighted(_text(one, near), one.weight) for one in manifest.adapters)
             offline = offline or not (self.request.base or self.request.adapter)
-        given = {"adapter": adapters, "base": base, **options, "token": self.request.token}
+        ignored = self.request.ignore_file or options.pop("ignore_file", ())
+        if not self.request.ignore_file:
+            ignored = [name for name in ignored if _is_there(name, adapters)]
+        given = {
+            "adapter": adapters,
+            "base": base,
+            **options,
+            "token": self.request.token,
+            "ignore_file": ignored,
+        }
         parsed = parse_fields({name: value for name, value in given.items() if value is not None})
         return Request(**parsed, out="", allow_untie=True, allow_svd=True, allow_again=True, offline=offline)
 
@@ -216,6 +235,12 @@ def _text(recorded: RecordedInput, near: Path) -> str:
         return str(source)
     beside = near / recorded.path
     return str(beside) if not user_path(recorded.path).exists() and beside.is_dir() else recorded.path
+
+
+def _is_there(name: str, adapters: Sequence[str]) -> bool:
+    """Return False for a file that was left out of a merge and is gone since; of a repo nobody looks."""
+    roots = [user_path(parse_adapter(text)[0]) for text in adapters]
+    return not all(root.is_dir() for root in roots) or any(chosen(file_names(root), [name]) for root in roots)
 
 
 def _weighted(text: str, weight: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from lora_merge.core.patterns import TargetError
@@ -173,6 +174,14 @@ class Fitting:
                 "load the base once with the head's class (AutoModelForSequenceClassification, …) and save it"
             )
             return error("unmatched-module", parameter, sentence, hint)
+        if replacement.why == "saved":
+            file = PurePosixPath(replacement.ref.file).name
+            near = self._nearest(parameter)
+            sentence = f"is in {file}, and the base has no {parameter}" + (
+                f"; nearest: {near}" if near else ""
+            )
+            hint = f"merge into the base that it was trained on, or leave it out with --ignore-file {file}"
+            return error("unmatched-module", replacement.ref.name, sentence, hint)
         return self._absent(parameter)
 
     def _absent(self, parameter: str) -> Issue:

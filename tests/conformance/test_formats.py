@@ -59,13 +59,19 @@ def test_no_two_formats_claim_one_directory(name, sample):
 
 
 @every_format
-def test_the_configuration_decides_where_the_weights_of_several_formats_lie(name, sample, tampered):
+def test_the_configuration_decides_which_format_is_read_and_weights_of_another_are_an_error(
+    name, sample, tampered
+):
     root = tampered(sample(name))
     for other in sorted(set(WEIGHTS.values()) - {WEIGHTS[name]}):
         (root / other).write_bytes((root / WEIGHTS[name]).read_bytes())
         adapter = read(root)
         assert adapter.format == name
-        assert [(issue.code, issue.subject) for issue in adapter.issues] == [("other-weights", other)]
+        assert [(issue.severity, issue.code, issue.subject) for issue in adapter.issues] == [
+            ("error", "unread-file", other)
+        ]
+        left_out = read(root, frozenset({other}))
+        assert [(issue.severity, issue.subject) for issue in left_out.issues] == [("note", other)]
 
 
 @every_format

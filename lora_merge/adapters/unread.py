@@ -1,0 +1,122 @@
+"""Files in an adapter's folder that nothing reads, and adapters that their trainer left in shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.report import Issue, error, note
+from lora_merge.core.tensor import shape_text
+from lora_merge.errors import CheckpointError, ResolveError
+from lora_merge.io.safetensors import same_values
+from lora_merge.io.shards import adapter_entries, read_adapter
+from lora_merge.io.trainer_files import (
+    LOAD_AFTER,
+    described,
+    sharded_state,
+    unread_files,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from lora_merge.core.adapter import Adapter
+    from lora_merge.core.tensor import TensorRef
+
+
+def unread_issues(adapter: Adapter, names: Collection[str], ignored: Collection[str]) -> list[Issue]:
+    """Return what there is to say of the files in an adapter's folder that its reader did not read.
+
+    A second copy of the adapter (``adapter_model.bin`` beside ``adapter_model.safetensors``) is compared with what was
+    read, and may stay where it holds the same tensors.
+
+    Args:
+        adapter: as it was read.
+        names: the files of its folder.
+        ignored: those that the user wants left out.
+    """
+    root = Path(adapter.root)
+    ignored = frozenset(ignored)
+    read = {os.path.relpath(file, root) for file in adapter.files}
+    entries = adapter_entries(names) if adapter.format != "mlx" else {}
+    own = next((entry for entry, files in entries.items() if read & {entry, *files}), None)
+    issues = [note("ignored-file", name, "was left out, as --ignore-file says") for name in sorted(ignored)]
+    compared: set[str] = set()
+    for entry, files in entries.items():
+        if own is not None and entry != own and not (ignored & {entry, *files}):
+            compared |= {entry, *files}
+            issues.append(_copy_issue(root, own, entry))
+    said = {issue.subject for issue in adapter.issues if issue.code == "unread-file"}
+    left = unread_files(names, read | compared | said, ignored)
+    return issues + [error("unread-file", name, *described(name)) for name in left]
+
+
+def _copy_issue(root: Path, own: str, other: str) -> Issue:
+    """Return what there is to say of a second form of an adapter beside the one that was read."""
+    hint = f"remove the older of the two, or leave this one out with --ignore-file {other}"
+    try:
+        (mine, _), (theirs, _) = read_adapter(root, own), read_adapter(root, other)
+    except CheckpointError as exc:
+        return error("unread-file", other, f"cannot be compared with {own}, which was read: {exc}", hint)
+    if _same(mine, theirs):
+        return note("adapter-copy", other, f"holds the same tensors as {own}, which was read")
+    return error("unread-file", other, f"holds other tensors than {own}, which was read", hint)
+
+
+def _same(mine: tuple[TensorRef, ...], theirs: tuple[TensorRef, ...]) -> bool:
+    """Return True when two files hold the same tensors, by names, dtypes and values."""
+    others = {ref.name: ref for ref in theirs}
+    return {ref.name for ref in mine} == others.keys() and all(
+        ref.dtype == others[ref.name].dtype and same_values(ref, others[ref.name]) for ref in mine
+    )
+
+
+def shard_issues(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: str) -> list[Issue]:
+    """Return one issue when a file holds one process's part of the adapter's tensors, not the tensors.
+
+    DeepSpeed ZeRO-3 leaves tensors without values, FSDP flat pieces of them.
+
+    Args:
+        refs: every tensor of the file.
+        config: PEFT's.
+        file: its name.
+    """
+    if config.get("peft_type") == "ADALORA":
+        return []  # a module may be left no rank
+    empty = [ref for ref in refs if ref.shape == (0,)]
+    flat = [ref for ref in refs if len(ref.shape) == 1 and ref.name.endswith(_MATRICES)]
+    found = empty or flat
+    if not found:
+        return []
+    many = f"{len(found)} of its {len(refs)} tensors"
+    first = f"the first is {found[0].name}, {shape_text(found[0].shape)}"
+    if empty:
+        sentence = (
+            f"{many} hold no values ({first}): DeepSpeed ZeRO-3 or FSDP saved one process's part of them"
+        )
+    else:
+        sentence = f"{many} are flat pieces of matrices ({first}): FSDP saved one process's part of them"
+    hint = (
+        "gather them with the trainer's own tool: python zero_to_fp32.py FOLDER OUTPUT (DeepSpeed), accelerate "
+        "merge-weights FOLDER OUTPUT (FSDP), python -m verl.model_merger merge (verl); "
+        f"{LOAD_AFTER}. To avoid it: stage3_gather_16bit_weights_on_model_save, or a full state dict for FSDP"
+    )
+    return [error("sharded-state", file, sentence, hint)]
+
+
+_MATRICES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+
+
+def sharded_error(root: Path, names: Collection[str]) -> ResolveError | None:
+    """Return the error of a folder whose adapter is there only as a distributed trainer's shards; None for others.
+
+    Args:
+        root: the folder.
+        names: the files in it, and in the folders in it.
+    """
+    state = sharded_state(names)
+    if state is None:
+        return None
+    sentence = f"{root}: holds no file of an adapter, only a state of {state.trainer} in shards"
+    return ResolveError(sentence, hint=f"{state.tool}; then {LOAD_AFTER}")
