@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import CONFIG_FILE
-from lora_merge.core.report import Issue, error, warning
+from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.source import Source, full_precision, parse_source
 from lora_merge.errors import RequestError, ResolveError, UnsupportedError
 from lora_merge.io.files import read_json, user_path
@@ -17,6 +17,7 @@ from lora_merge.io.needed import (
     ADAPTER_CONFIG,
     EXTRA_FOLDER,
     TRAINING_ARGUMENTS,
+    adapter_copies,
     adapter_small,
     adapter_weights,
     base_small,
@@ -117,8 +118,14 @@ def locate_adapter(
     absent = frozenset(filter(belongs_to_adapter, repo.absent))
     root = repo.fetch(small - absent)
     weights = adapter_weights(known, ignored) | repo.beside(EXTRA_FOLDER)
-    unread = [error("unread-file", name, *described(name)) for name in unread_files(known, weights, ignored)]
-    return Place(text, root, repo, weights, (*_absent_issues(str(found), absent), *unread), ignored)
+    copies = adapter_copies(known, ignored)
+    unread = [
+        error("unread-file", name, *described(name))
+        for name in unread_files(known, weights | copies, ignored)
+    ]
+    sentence = "holds the adapter again, and was not fetched: PEFT does not read it either"
+    notes = [note("adapter-copy", name, sentence) for name in sorted(copies)]
+    return Place(text, root, repo, weights, (*_absent_issues(str(found), absent), *unread, *notes), ignored)
 
 
 def check_ignored(places: Sequence[Place], ignore: Sequence[str]) -> None:

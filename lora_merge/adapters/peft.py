@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.adapters.experts import taken_apart
 from lora_merge.adapters.names import is_saved, outside, reason, sort_out
 from lora_merge.adapters.saved import saved_beside
 from lora_merge.adapters.spelling import canonical
@@ -80,12 +81,21 @@ def read_peft(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     refs, issues = canonical(stored, entry)
     issues += _trainer_issues(root)
     parts = shard_issues(refs, config, entry)
-    content = {} if parts else read_tensors(refs, config, issues, entry)
-    return assemble(files, "peft", config, content, [*parts, *issues], ignored)
+    if parts:
+        return assemble(files, "peft", config, {}, [*parts, *issues], ignored)
+    experts = taken_apart(refs, entry)
+    issues += experts.issues
+    config = experts.config(config)
+    content = read_tensors(experts.refs, config, issues, entry, experts.pairs)
+    return assemble(files, "peft", config, content, issues, ignored)
 
 
 def read_tensors(
-    refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str = ADAPTER_WEIGHTS
+    refs: tuple[TensorRef, ...],
+    config: Mapping[str, Any],
+    issues: list[Issue],
+    file: str = ADAPTER_WEIGHTS,
+    pairs: tuple[StackedPair, ...] = (),
 ) -> dict[str, Any]:
     """Return what the tensors of an adapter change, as fields of `Adapter`.
 
@@ -94,15 +104,33 @@ def read_tensors(
         config: PEFT's.
         issues: what is wrong is added here.
         file: name of the file that they are in.
+        pairs: of its tensors whose names are not PEFT's.
     """
     issues += kind_issues(config)
     if config.get("peft_type") in NATIVE:
-        issues += field_issues(config) + non_finite(refs)
-        return _read_lora(refs, config, issues, file)
+        paired = [ref for pair in pairs for ref in pair.tensors.values()]
+        issues += field_issues(config) + non_finite((*refs, *paired))
+        content = _read_lora(refs, config, issues, file) if refs or not pairs else {}
+        return _with_pairs(content, pairs, issues)
     if config.get("peft_type") in LAYERED:
         issues += non_finite(refs)
         return _read_layered(refs, config, issues, file)
     return {}
+
+
+def _with_pairs(
+    content: dict[str, Any], pairs: tuple[StackedPair, ...], issues: list[Issue]
+) -> dict[str, Any]:
+    """Return the fields of `Adapter` with those pairs of factors that can be multiplied."""
+    if not pairs:
+        return content
+    problems = [_pair_problem(pair.module, pair.tensors, {}) for pair in pairs]
+    issues += [problem for problem in problems if problem is not None]
+    return {
+        **content,
+        "stacked": (*content.get("stacked", ()), *pairs),
+        "modules": content.get("modules", frozenset()) | {pair.module for pair in pairs},
+    }
 
 
 def assemble(

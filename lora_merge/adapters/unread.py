@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.report import Issue, error, note
+from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.tensor import shape_text
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.safetensors import same_values
@@ -58,7 +58,12 @@ def _copy_issue(root: Path, own: str, other: str) -> Issue:
     try:
         (mine, _), (theirs, _) = read_adapter(root, own), read_adapter(root, other)
     except CheckpointError as exc:
-        return error("unread-file", other, f"cannot be compared with {own}, which was read: {exc}", hint)
+        return warning(
+            "adapter-copy",
+            other,
+            f"was left out: {own} is read, and the two cannot be compared ({exc})",
+            hint,
+        )
     if _same(mine, theirs):
         return note("adapter-copy", other, f"holds the same tensors as {own}, which was read")
     return error("unread-file", other, f"holds other tensors than {own}, which was read", hint)

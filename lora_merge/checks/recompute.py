@@ -303,7 +303,7 @@ def _sides(
     Of stacked experts A has one after the other, B has them side by side: column by column in turn, or (Unsloth) block
     by block. What is not in the delta's part is left out.
     """
-    ref_a, ref_b = delta.tensors["A"], delta.tensors["B"]
+    ref_a = delta.tensors["A"]
     n_experts = int(delta.options.get("experts", 1))
     part = delta.part
     if "experts" in delta.options:
@@ -319,20 +319,35 @@ def _sides(
     a = _on_diagonal(a, int(delta.options.get("blocks_A", 1)))
     outputs, inputs = part if len(part) > 1 else (*part, (0, a.shape[1])) if part else (None, None)
     a = a[:, slice(*inputs)] if inputs else a
-    first = outputs[0] if outputs else 0
-    blocks_b = int(delta.options.get("blocks_B", 1))
-    if blocks_b > 1 or delta.region.transposed or turned:
-        b = site.reader.tensor(ref_b)
-        b = _on_diagonal(b.T if turned else b, blocks_b)
+    b, rows = _left(site, delta, expert, outputs, rows)
+    return (a[:, list(rows)].T, b.T) if delta.region.transposed else (b[list(rows)], a)
+
+
+def _left(
+    site: _Site, delta: DeltaSpec, expert: int, outputs: tuple[int, int] | None, rows: Sequence[int]
+) -> tuple[torch.Tensor, Sequence[int]]:
+    """Return B of one expert, or of a weight without experts, and where in it some rows of the weight's part are.
+
+    Where they are rows of the stored tensor too, only they are read.
+    """
+    ref, packing = delta.tensors["B"], delta.options.get("packing")
+    n_experts, n_blocks = int(delta.options.get("experts", 1)), int(delta.options.get("blocks_B", 1))
+    turned = bool(delta.options.get("turned"))
+    rank = delta.shape("A")[0] // n_experts
+    if packing == "by-expert" or n_blocks > 1 or delta.region.transposed or turned:
+        b = site.reader.tensor(ref)
+        if packing == "by-expert":
+            b = b.reshape(n_experts, -1, rank)[expert]
+        else:
+            b = _on_diagonal(b.T if turned else b, n_blocks)
         b = b[slice(*outputs)] if outputs else b
     else:
-        b = site.reader.tensor(ref_b, [first + row for row in rows])
+        first = outputs[0] if outputs else 0
+        b = site.reader.tensor(ref, [first + row for row in rows])
         rows = range(len(rows))
-    if delta.options.get("packing") == "expert-major":
-        b = b[:, expert * rank : (expert + 1) * rank]
-    else:
-        b = b[:, expert::n_experts]
-    return (a[:, list(rows)].T, b.T) if delta.region.transposed else (b[list(rows)], a)
+    if packing == "expert-major":
+        return b[:, expert * rank : (expert + 1) * rank], rows
+    return (b if packing == "by-expert" else b[:, expert::n_experts]), rows
 
 
 def _scaled(

@@ -96,6 +96,15 @@ class StackedPair:
 
     tensors: Mapping[str, TensorRef]
 
+    parameter: str = ""
+    """Name of the parameter in its module, where the format says it; empty where only the model can tell."""
+
+    packing: str = ""
+    """How B holds the experts: an option of `lora_merge.deltas.factors`; empty for PEFT's way."""
+
+    inward: bool = False
+    """True where B is known to have the inputs and A the outputs, so that shapes need not tell."""
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:

@@ -36,7 +36,8 @@ class Factors:
 
         Options:
             turned: True where the factors are stored the other way round, A ``[in, r]`` and B ``[r, out]`` (MLX).
-            experts: how many are stacked; packing: ``"expert-major"`` where B has them one after the other.
+            experts: how many are stacked; packing: ``"expert-major"`` where B has their columns one after the other,
+                ``"by-expert"`` where it has them whole, one after the other.
 
         Shapes:
             A: ``[r, in]``, B: ``[out, r]``, magnitude: ``[out]``, cut to the part; of several experts
@@ -71,11 +72,13 @@ class Factors:
         """Return the factors of stacked experts, taken apart.
 
         PEFT packs A expert by expert, and B with the expert running fastest (`ParamWrapper.get_delta_weight`, PEFT
-        0.21.2); Unsloth packs both expert by expert (unslothai/unsloth#6930).
+        0.21.2); Unsloth packs both expert by expert (unslothai/unsloth#6930). NeMo Automodel keeps B ``[experts, out, r]``.
         """
         n = int(spec.options["experts"])
         a, b = (self._load(spec.tensors[role]).float() for role in ("A", "B"))
         a = a.view(n, -1, a.shape[1])
+        if spec.options.get("packing") == "by-expert":
+            return a, b.view(n, len(b), -1)
         if spec.options.get("packing") == "expert-major":
             return a, b.view(len(b), n, -1).permute(1, 0, 2).contiguous()
         return a, b.view(len(b), -1, n).permute(2, 0, 1).contiguous()

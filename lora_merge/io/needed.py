@@ -128,7 +128,7 @@ def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]
 
 
 def adapter_weights(names: Collection[str], ignored: Collection[str] = ()) -> frozenset[str]:
-    """Return the weight files of an adapter: every form of its own, and what was trained beside it.
+    """Return the weight files of an adapter: its own in the form that is preferred, and what was trained beside it.
 
     Args:
         names: the files of its folder.
@@ -136,10 +136,15 @@ def adapter_weights(names: Collection[str], ignored: Collection[str] = ()) -> fr
     """
     kept = frozenset(names) - frozenset(ignored)
     entries = adapter_entries(kept)
-    weights = {name for entry, files in entries.items() for name in (entry, *files)}
-    if not weights and MLX_WEIGHTS in kept:
-        weights = {MLX_WEIGHTS}
+    entry = next(iter(entries), None)
+    weights = {MLX_WEIGHTS} & kept if entry is None else {entry, *entries[entry]}
     if not weights:
         return frozenset()
     beside = {name for name in kept if name.startswith(f"{EXTRA_FOLDER}/") or name == VISION_WEIGHTS}
     return frozenset(weights | beside | set(trained_beside(kept)))
+
+
+def adapter_copies(names: Collection[str], ignored: Collection[str] = ()) -> frozenset[str]:
+    """Return the files that hold an adapter a second time, in a form that is not preferred: no download is worth it."""
+    entries = adapter_entries(frozenset(names) - frozenset(ignored))
+    return frozenset(name for entry in list(entries)[1:] for name in (entry, *entries[entry]))

@@ -76,7 +76,8 @@ def stacked_deltas(
         deltas = [_flat(delta, place) for place in located.places if fits]
         problem = _misfit(parameter, shape, pair)
     else:
-        options = {"experts": n_experts} | ({"packing": "expert-major"} if "unsloth" in expert_layout else {})
+        packing = pair.packing or ("expert-major" if "unsloth" in expert_layout else "")
+        options = {"experts": n_experts} | ({"packing": packing} if packing else {})
         delta = replace(delta, options=options)
         deltas = _placed_experts(delta, pair, located, adapter, model, expert_layout)
         problem = _undecided(parameter, shape, pair, adapter)
@@ -136,6 +137,8 @@ def _parameter(pair: StackedPair, adapter: Adapter, model: Model) -> str | None:
 
     An entry without a path means every module that has a parameter of this name.
     """
+    if pair.parameter:
+        return f"{pair.module}.{pair.parameter}"
     split = [str(entry).rpartition(".") for entry in adapter.config.get("target_parameters") or ()]
     own = {name for owner, _, name in split if owner and is_listed(pair.module, (owner,))}
     names = own | {name for owner, _, name in split if not owner}
@@ -183,10 +186,10 @@ def _is_across(
     said = next((layout for layout in ("out-in", "in-out") if layout in expert_layout), None)
     if said is not None:
         return (said == "in-out") != place.transposed
-    return _is_across_by_class(place, adapter, model)
+    return _is_across_by_class(pair, place, adapter, model)
 
 
-def _is_across_by_class(place: Place, adapter: Adapter, model: Model) -> bool | None:
+def _is_across_by_class(pair: StackedPair, place: Place, adapter: Adapter, model: Model) -> bool | None:
     """Return True where a module's square experts are ``[in, out]``, by its class and the adapter's PEFT.
 
     How a checkpoint stores square experts that transformers turns by their shape, nobody can tell.
@@ -197,6 +200,8 @@ def _is_across_by_class(place: Place, adapter: Adapter, model: Model) -> bool | 
     target, pattern = conversion.canonical(place.tensor)
     if conversion.is_turned_by_shape(pattern):
         return None
+    if pair.inward:
+        return target.rpartition(".")[0] not in known.transposed
     if target.rpartition(".")[0] in known.transposed:
         return True
     number = peft_version(adapter.config) or (0, 19, 0)

@@ -43,7 +43,8 @@ def adapter(pico, pico_adapter, copied):
     """An adapter that names a base on the Hub, beside what training leaves."""
     root = copied(pico_adapter(pico()), "adapter")
     edit_json(root / "adapter_config.json", base_model_name_or_path="org/base", revision=None)
-    for name in ("adapter_model.bin", "optimizer.pt", "runs/events"):
+    torch.save(load_file(root / "adapter_model.safetensors"), root / "adapter_model.bin")  # not to be fetched
+    for name in ("optimizer.pt", "runs/events"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"not to be fetched")
     return root
@@ -147,6 +148,41 @@ def test_pickled_weights_are_fetched_only_where_there_are_no_others(
         "adapter_model.bin",
         "pytorch_model.bin",
     }
+
+
+def test_whole_parameters_beside_an_adapter_are_fetched_and_merged(hub, command, base, adapter, tmp_path):
+    norm = torch.rand(64, dtype=torch.bfloat16)
+    torch.save({"base_model.model.model.norm.weight": norm}, adapter / "non_lora_trainables.bin")
+    hub.add("org/base", base)
+    hub.add("org/adapter", adapter)
+
+    result = command("--base", "org/base", "--adapter", "org/adapter", "--out", tmp_path / "out")
+
+    assert result.returncode == exits.OK, result.stderr
+    assert "non_lora_trainables.bin" in hub.fetched()
+    assert "adapter_model.bin: holds the adapter again, and was not fetched" in result.stderr
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"], norm)
+
+
+def test_a_weight_file_that_nothing_reads_is_refused_before_any_weight_is_fetched(
+    hub, command, base, adapter, tmp_path
+):
+    (adapter / "value_head.safetensors").write_bytes(b"weights")
+    hub.add("org/base", base)
+    hub.add("org/adapter", adapter)
+    arguments = ("--base", "org/base", "--adapter", "org/adapter", "--out", tmp_path / "out")
+
+    result = command(*arguments)
+
+    assert result.returncode == exits.PLAN
+    assert "value_head.safetensors: holds the value head of a reward model" in result.stderr
+    assert not [name for name in hub.fetched() if name.endswith((".safetensors", ".bin"))]
+    again = command(*arguments, "--ignore-file", "value_head.safetensors")
+    assert again.returncode == exits.OK, again.stderr
+    assert manifest(tmp_path / "out")["options"]["ignore_file"] == ["value_head.safetensors"]
+    absent = command(*arguments[:-1], tmp_path / "other", "--ignore-file", "absent.bin")
+    assert absent.returncode != exits.OK
+    assert "ignore_file: absent.bin is no file of org/adapter" in absent.stderr
 
 
 @pytest.fixture
