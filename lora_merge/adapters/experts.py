@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.adapter import StackedPair
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error, note
+from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import TensorRef, shape_text
 
 if TYPE_CHECKING:
@@ -57,27 +58,29 @@ class Experts:
     """Of NeMo's grouped experts."""
 
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """What the last words of ``target_modules`` are called now, where that changed."""
+    """What targets are called now, by the last word that they had, where that changed."""
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return PEFT's configuration with the targets that these tensors have now."""
+        """Return PEFT's configuration with the targets that these tensors have now.
+
+        What meant all experts means each of them, and not other modules of the same name (shared experts, dense layers).
+        """
         listed = config.get("target_modules")
         if not isinstance(listed, list) or not (self.targets or self.pairs):
             return config
-        owners = tuple(f"{pair.module}." for pair in self.pairs)
-        entries = [
-            ".".join(filter(None, (*_owner(entry), word)))
-            for entry in map(str, listed)
-            if not (owners and entry.startswith(owners))
-            for word in self.targets.get(entry.rpartition(".")[2], (entry.rpartition(".")[2],))
-        ]
+        entries = (word for entry in map(str, listed) for word in self._targets_of(entry))
         return {**config, "target_modules": list(dict.fromkeys(entries))}
 
-
-def _owner(entry: str) -> tuple[str, ...]:
-    """Return the path before the last word of a target; that of stacked experts cannot stay as it is."""
-    path = entry.rpartition(".")[0]
-    return () if path.split(".")[-1] == "experts" or path == "model" else (path,)
+    def _targets_of(self, entry: str) -> tuple[str, ...]:
+        """Return what one entry of ``target_modules`` is called now."""
+        if any(
+            is_listed(pair.module, (entry,)) or entry.startswith(f"{pair.module}.") for pair in self.pairs
+        ):
+            return ()
+        word = entry.rpartition(".")[2]
+        if word == "experts" and self.targets:
+            return tuple(name for names in self.targets.values() for name in names)
+        return self.targets.get(word, (entry,))
 
 
 def taken_apart(refs: tuple[TensorRef, ...], file: str) -> Experts:
@@ -177,10 +180,12 @@ class _Block:
             own = projection if "block_sparse_moe" in self._path else names.get(projection, projection)
             for role, ref in roles.items():
                 made += self._spread(ref, role, own)
-            if own == "gate_up_proj":
-                found.targets[projection] = ("gate_proj", "up_proj")
-            elif own != projection:
-                found.targets[projection] = (own,)
+            if own != projection or own == "gate_up_proj":
+                words = ("gate_proj", "up_proj") if own == "gate_up_proj" else (own,)
+                names_now = tuple(f"experts.{n}.{word}" for n in range(self._n) for word in words)
+                found.targets[projection] = tuple(
+                    dict.fromkeys((*found.targets.get(projection, ()), *names_now))
+                )
         return made
 
     def _problem(self, projection: str, roles: Mapping[str, TensorRef]) -> Issue | None:

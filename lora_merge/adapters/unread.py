@@ -90,7 +90,11 @@ def shard_issues(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: s
     if config.get("peft_type") == "ADALORA":
         return []  # a module may be left no rank
     empty = [ref for ref in refs if ref.shape == (0,)]
-    flat = [ref for ref in refs if len(ref.shape) == 1 and ref.name.endswith(_MATRICES)]
+    flat = [
+        ref
+        for ref in refs
+        if ref.name.endswith("_flat_param") or (len(ref.shape) == 1 and ref.name.endswith(_MATRICES))
+    ]
     found = empty or flat
     if not found:
         return []

@@ -63,6 +63,8 @@ def obstacle(made_of: Ingredients) -> str:
         return "several adapters, or one with a weight, are no single forward pass of PEFT"
     if made_of.adapter.format != "peft":
         return f"the adapter is of the format {made_of.adapter.format}"
+    if len(made_of.adapter.files) > 1:
+        return "PEFT reads one file of an adapter, and this one is in several"
     if made_of.old_experts:
         return "its stacked experts lie as older releases of PEFT had them"
     return ""

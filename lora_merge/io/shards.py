@@ -23,7 +23,7 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 _PICKLED = (".bin", ".bin.index.json", ".pt", ".pth")
 
-_SHARD = re.compile(r"(?P<stem>adapter_model)-(?P<n>\d{5})-of-(?P<of>\d{5})(?P<suffix>\.safetensors|\.bin)")
+_SHARD = re.compile(r"(?P<stem>adapter_model)-(?P<n>\d+)-of-(?P<of>\d+)(?P<suffix>\.safetensors|\.bin)")
 
 
 def reader_of(name: str) -> Callable[[Path, str], WeightFile]:
@@ -95,7 +95,8 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
         return (entry,)
     n_shards = int(match["of"])
     wanted = tuple(
-        f"{match['stem']}-{n:05}-of-{match['of']}{match['suffix']}" for n in range(1, n_shards + 1)
+        f"{match['stem']}-{n:0{len(match['n'])}}-of-{match['of']}{match['suffix']}"
+        for n in range(1, n_shards + 1)
     )
     missing = [name for name in wanted if not (root / name).is_file()]
     if missing:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _SUFFIXES = frozenset({
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".distcp", ".h5", ".msgpack", ".pdparams",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".distcp", ".h5", ".msgpack", ".pdparams",
     ".nemo",
 })  # fmt: skip
 """Of files that may hold weights. GGUF and ONNX files are left out: nothing trains them, they are conversions."""
@@ -30,13 +30,16 @@ _STATE = (
 )  # fmt: skip
 """Training state: the Trainer, accelerate, DeepSpeed, verl, torchtune write it to resume by."""
 
+_CONVERTED = ("ggml-*",)
+"""What llama.cpp's first converter of adapters wrote."""
+
 _TOKENIZER = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "special_tokens*", "*tiktoken*")
 
 _OLD_STEPS = re.compile(r"\d+_adapters\.safetensors")
 """What mlx-lm saves every few steps of the training whose end ``adapters.safetensors`` is (mlx-lm 0.20 to 0.29)."""
 
 _FOLDERS = (
-    ".*", "checkpoint-*", "checkpoint_*", "global_step*", "runs", "wandb", "logs", "__pycache__", "original",
+    ".*", "checkpoint-*", "checkpoint_*", "global_step*", "runs", "wandb", "mlruns", "tensorboard*", "lightning_logs", "logs", "__pycache__", "original",
     "onnx", "openvino", "coreml", "gguf", "optimizer*",
 )  # fmt: skip
 """Folders that are no part of this adapter: other steps of the training, its state, its logs, conversions."""
@@ -167,7 +170,9 @@ def may_hold_weights(name: str) -> bool:
     if path.suffix not in _SUFFIXES or any(_matches(folder, _FOLDERS) for folder in path.parts[:-1]):
         return False
     return not (
-        _matches(path.name, _STATE + _TOKENIZER) or _OLD_STEPS.fullmatch(path.name) or in_shards(name)
+        _matches(path.name, _STATE + _TOKENIZER + _CONVERTED)
+        or _OLD_STEPS.fullmatch(path.name)
+        or in_shards(name)
     )
 
 

@@ -189,6 +189,7 @@ def test_a_weight_file_that_nothing_reads_is_refused_before_any_weight_is_fetche
 def moved(adapter, base, copied):
     """Another version of base and adapter each."""
     new_base, new_adapter = copied(base, "new-base"), copied(adapter, "new-adapter")
+    (new_adapter / "adapter_model.bin").unlink()
     edit_tensors(
         new_base / "model.safetensors", lambda table: table.update({k: 2 * v for k, v in table.items()})
     )

@@ -162,6 +162,13 @@ def grouped(changes):
     return tensors
 
 
+@pytest.mark.parametrize("target", ["experts", "mlp.experts"])
+def test_a_target_may_mean_the_module_that_holds_the_experts(target, bases, agrees, tmp_path):
+    changes = layers(outer=False)
+    adapter = write(tmp_path / "nemo", grouped(changes), target_modules=[target])
+    agrees("single", adapter, wanted(bases["single"], changes))
+
+
 @pytest.mark.parametrize("kind", ["single", "stacked"])
 def test_nemos_grouped_experts_are_merged(kind, bases, agrees, tmp_path):
     changes = layers(outer=False)
@@ -222,3 +229,28 @@ def test_a_half_of_nemos_pair_is_refused(bases, cli, tmp_path):
     del tensors["model.layers.1.mlp.experts.lora_down_B"]
     adapter = write(tmp_path / "half", tensors, target_modules=["experts"])
     assert "model.layers.1.mlp.experts: has no lora_down_B" in refused(cli, bases["single"], adapter)
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_nemos_square_experts_need_no_shape_to_tell_their_axes(original, cli, tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    fields = {**building.MODELS["qwen3_moe"].fields, "hidden_size": 2 * INNER, "num_hidden_layers": 1}
+    torch.manual_seed(5)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields)).save_pretrained(
+        tmp_path / "base", save_original_format=original
+    )
+    a, b = drawn(EXPERTS, 2 * INNER, RANK, seed=1), drawn(EXPERTS, RANK, 2 * INNER, seed=2)
+    path = "model.layers.0.mlp.experts"
+    tensors = {f"{path}.lora_gate_and_up_A": a, f"{path}.lora_gate_and_up_B": b}
+    adapter = write(tmp_path / "nemo", tensors, target_modules=["experts"])
+    result = cli(
+        "--base", tmp_path / "base", "--adapter", adapter, "--out", tmp_path / "out", "--verify", "full"
+    )
+    assert result.exit_code == exits.OK, result.output
+    before, after = (
+        Qwen3MoeForCausalLM.from_pretrained(tmp_path / name).model.layers[0].mlp.experts.gate_up_proj
+        for name in ("base", "out")
+    )
+    delta = ALPHA / RANK * (a @ b).mT  # [experts, out, in]
+    assert (after - before - delta).abs().max() <= 1e-6

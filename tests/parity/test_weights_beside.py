@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_merge.cli import exits
 from tests.parity import building
@@ -104,8 +104,6 @@ def test_a_module_saved_along_may_be_saved_again_beside_the_adapter(
 ):
     adapter = pico_adapter(pico(), modules_to_save=["lm_head"])
     root = tampered(adapter)
-    from safetensors.torch import load_file
-
     own = load_file(root / "adapter_model.safetensors")
     (head,) = [tensor for name, tensor in own.items() if "lm_head" in name]
     again = "base_model.model.lm_head.modules_to_save.default.weight"
@@ -136,6 +134,16 @@ def _merged_beside(cli, base, adapter, out):
     content = (out / "model.safetensors").read_bytes()
     shutil.rmtree(out)
     return content
+
+
+def test_verification_by_forward_passes_takes_what_was_trained_beside_into_account(
+    llava, merged, tampered, cli
+):
+    base, adapter, beside = llava
+    root = tampered(adapter)
+    torch.save(beside, root / "mm_projector.bin")
+    result = cli("verify", merged(base, root), "--forward")
+    assert result.exit_code == exits.OK, result.output
 
 
 def test_an_empty_file_says_that_nothing_else_was_trained(pico, pico_adapter, tampered, cli):

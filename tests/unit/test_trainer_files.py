@@ -28,7 +28,8 @@ NO_WEIGHTS = (
     "checkpoint-500/adapter_model.safetensors", "global_step500/mp_rank_00_model_states.pt",
     "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp",
     "0000100_adapters.safetensors", "extra_state_world_size_1_rank_0.pt", "model_world_size_1_rank_0.pt",
-    "default/adapter_model.safetensors", "2_Dense/model.safetensors", "onnx/model.bin",
+    "default/adapter_model.safetensors", "2_Dense/model.safetensors", "onnx/model.bin", "ggml-adapter-model.bin",
+    "mlruns/0/model.pth", "predictions.npy",
 )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_a_weight_file_that_nothing_reads_is_an_error_until_it_is_ignored(name, 
 def test_training_state_beside_an_adapter_is_passed_over(pico, pico_adapter, tampered):
     root = tampered(pico_adapter(pico()))
     for name in NO_WEIGHTS:
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
         (root / name).write_bytes(b"state")
     for folder in ("default", "2_Dense"):
         (root / folder / "config.json").write_text("{}")
@@ -155,12 +156,18 @@ def test_an_adapter_left_in_a_trainers_shards_names_the_trainers_own_tool(
     root = tampered(pico_adapter(pico()))
     (root / "adapter_model.safetensors").unlink()
     for name in names:
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
         (root / name).write_bytes(b"")
     with pytest.raises(ResolveError, match="only a state of") as caught:
         read(root)
     assert trainer in str(caught.value)
     assert tool in caught.value.hint
+
+
+def test_the_flat_parameters_of_fsdp_are_refused(pico, pico_adapter, tampered):
+    root = tampered(pico_adapter(pico()))
+    save_file({"_fsdp_wrapped_module._flat_param": torch.ones(8)}, root / "adapter_model.safetensors")
+    assert errors(read(root)) == [("sharded-state", "adapter_model.safetensors")]
 
 
 @pytest.mark.parametrize(
