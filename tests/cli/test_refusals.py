@@ -383,7 +383,10 @@ CASES = [
     ),
     Case(
         "vision weights of another model",
-        ("vision: the adapter changes it, the base has no vision.weight",),
+        (
+            "vision.weight: is in vit.safetensors, and the base has no vision.weight",
+            "--ignore-file vit.safetensors",
+        ),
         "unmatched-module",
         beside=lambda root: write_tensors(root / "vit.safetensors", "base_model.model.vision.weight", 4, 64),
     ),
@@ -404,11 +407,23 @@ CASES = [
     ),
     Case(
         "a parameter in the adapter and beside it",
-        ("lm_head.weight: stands in adapter_model.safetensors and in a file beside it",),
+        ("lm_head.weight: has other values in adapter_model.safetensors and in a file beside it",),
         "duplicate-tensor",
         config={"modules_to_save": ["lm_head"]},
         tensors=add(f"{HEAD}.weight", 96, 64),
-        beside=lambda root: write_tensors(root / "vit.safetensors", f"{HEAD}.weight", 96, 64),
+        beside=lambda root: write_tensors(root / "vit.safetensors", f"{HEAD}.weight", 96, 64, value=2.0),
+    ),
+    Case(
+        "a file beside the adapter that nothing reads",
+        ("value_head.bin: holds the value head of a reward model", "--ignore-file value_head.bin"),
+        "unread-file",
+        beside=lambda root: (root / "value_head.bin").write_bytes(b"weights"),
+    ),
+    Case(
+        "factors that DeepSpeed ZeRO-3 left empty",
+        ("adapter_model.safetensors: 1 of its 9 tensors hold no values", "zero_to_fp32.py"),
+        "sharded-state",
+        tensors=add(f"{LAYER}.self_attn.k_proj.lora_A.weight", 0),
     ),
     Case(
         "vision weights that diverged",
