@@ -18,7 +18,7 @@ import click
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
-from lora_merge.core.kinds import NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
+from lora_merge.core.kinds import NOT_IN_WEIGHTS, RETIRED_FIELDS, UNMERGEABLE_FIELDS
 from lora_merge.core.traits import TRAITS
 from lora_merge.serving import ENGINES
 
@@ -257,8 +257,9 @@ def _refused() -> Iterator[tuple[str, str]]:
     """Yield what has no merged form and why; types with one reason together."""
     for why in dict.fromkeys(NOT_IN_WEIGHTS.values()):
         yield _quoted(NOT_IN_WEIGHTS, why), f"{why}, which no weight can hold"
-    for why in dict.fromkeys(UNMERGEABLE_FIELDS.values()):
-        yield _quoted(UNMERGEABLE_FIELDS, why), why
+    fields = {**UNMERGEABLE_FIELDS, **RETIRED_FIELDS}
+    for why in dict.fromkeys(fields.values()):
+        yield _quoted(fields, why), why
 
 
 def _quoted(reasons: Mapping[str, str], why: str) -> str:

@@ -1259,6 +1259,12 @@ CASES = [
         config={"peft_type": "BONE"},
     ),
     Case(
+        "parts of a fused projection",
+        ("enable_lora: each LoRA changes only parts of a fused projection", "merge it with PEFT 0.2"),
+        "unsupported",
+        config={"enable_lora": [True, False, True]},
+    ),
+    Case(
         "a type of a later PEFT",
         ("peft_type: is 'WARP', which is no type of PEFT 0.21",),
         "unsupported",
