@@ -21,6 +21,16 @@ CONV1D_MODEL_TYPES = frozenset(
 )
 """Families of transformers 5.23 with ``Conv1D`` layers, whose weights are stored ``[in, out]``."""
 
+SHARING_MODEL_TYPES = frozenset(
+    {
+        "bark", "csm", "d_fine", "dab-detr", "deformable_detr", "deimv2", "diffusion_gemma", "flava",
+        "granite_speech5_ctc", "grounding-dino", "idefics", "luke", "mm-grounding-dino", "neomme", "pe_audio_video",
+        "pp_doclayout_v3", "qwen3_omni_moe", "rt_detr_v2", "sam", "sam_hq", "t5gemma2", "udop", "zamba", "zamba2",
+    }
+)  # fmt: skip
+"""Families that use one stored weight in several modules, beyond input and output embeddings: those whose
+``_tied_weights_keys`` say so (transformers 5.23)."""
+
 _LINEAR = frozenset({"Linear", "Conv1D"})
 _ADAPTABLE = _LINEAR | {"Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"}
 
@@ -68,6 +78,11 @@ class Skeleton:
 def may_hold_conv1d(config: Mapping[str, Any]) -> bool:
     """Return True when a family in the config, at any level, has ``Conv1D`` layers."""
     return any(level.get("model_type") in CONV1D_MODEL_TYPES for _, level in config_levels(config))
+
+
+def may_share(config: Mapping[str, Any]) -> bool:
+    """Return True when a family in the config, at any level, uses one stored weight in several modules."""
+    return any(level.get("model_type") in SHARING_MODEL_TYPES for _, level in config_levels(config))
 
 
 def build_skeleton(config: Mapping[str, Any]) -> Skeleton | None:

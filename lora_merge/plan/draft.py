@@ -21,11 +21,10 @@ from lora_merge.plan.model import Model
 from lora_merge.plan.origins import origin_issues
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
 from lora_merge.plan.placing import vocabulary_patch
-from lora_merge.plan.ties import Tie, ensures_tie, find_tie, untie_issue, untie_patch
+from lora_merge.plan.shared_changes import Separation
+from lora_merge.plan.ties import Tie, ensures_tie, find_tie, unbiased_head_issue, untie_issue, untie_patch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.request import Request
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
 
 _SUMS = frozenset({"low_rank", "stacked", "addition"})
 """Kinds of delta whose order does not count."""
+
+_HEADS_WITH_BIAS = frozenset({"decoder", "predictions", "lm_head"})
+"""Last parts of the paths of what holds the bias of an output embedding."""
 
 
 @dataclass
@@ -44,6 +46,9 @@ class _Change:
     """The adapter's own tensor, where it takes the place of the base's."""
 
     deltas: list[DeltaSpec] = field(default_factory=list)
+
+    in_place: bool = False
+    """True where `source` is loaded into a parameter that other modules may use too."""
 
 
 class Draft:
@@ -67,6 +72,8 @@ class Draft:
         self._model = Model(Outline.of(base), base.config)
         self._changes: dict[str, _Change] = {}
         self._first_of_tie: dict[str, str] = {}
+        self._is_flag_cleared = False
+        """True when the output's config no longer says that anything is tied."""
         self.outline = self._model.outline
         """Names of the output, and the stored tensors behind them."""
         self.config_patch: dict[str, Any] = {}
@@ -88,6 +95,15 @@ class Draft:
             issues += self._take(fitting)
         if tie is not None:
             issues += self._settle_tie(tie)
+        if self._may_share():
+            issues += self._settle_shared()
+        lost = [name for name in self._changes if name not in self.outline.sources]
+        issues += [
+            error("unmatched-module", name, "the adapter changes it, the base does not have it")
+            for name in lost
+        ]
+        if lost:
+            return issues
         return issues + self._resized() + self._in_turn() + self._rankless() + self._in_parts()
 
     @property
@@ -192,7 +208,7 @@ class Draft:
             if change.source is not None:
                 sentence = "is replaced as a whole by two adapters"
                 issues.append(error("two-replacements", name, sentence, "merge one of them only"))
-            change.source = ref
+            change.source, change.in_place = ref, name in fitting.in_place
         for delta in fitting.deltas:
             self._changes.setdefault(delta.parameter, _Change()).deltas.append(delta)
         return issues
@@ -201,15 +217,16 @@ class Draft:
         """Keep a tie whose ends change alike, take apart one whose ends do not."""
         embedding, head = self._changes.pop(tie.embedding, None), self._changes.pop(tie.head, None)
         if embedding is not None:
-            head = self._following(embedding, head or _Change())
+            unbiased = unbiased_head_issue(self._model, tie, embedding.deltas)
+            if unbiased is not None:
+                return [unbiased]
+            head = self._following(tie.embedding, embedding, head or _Change())
         if embedding is None and head is None:
             return []
-        copies = self._model.tied_beside(tie)
-        for name, source in copies.items():
-            if source == tie.embedding and name in self.outline.sources:
-                sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
-                hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
-                return [error("stored-copy", tie.embedding, sentence, hint)]
+        for name in self._model.copies_of(tie):
+            sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
+            hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
+            return [error("stored-copy", tie.embedding, sentence, hint)]
         if embedding is not None and head is not None and _alike(embedding, head, self._twins):
             self._changes |= dict.fromkeys(tie.stored, embedding)
             self._first_of_tie = dict.fromkeys(tie.stored, tie.source)
@@ -221,28 +238,45 @@ class Draft:
                 self._changes[name] = change
         patch = untie_patch(self._base.config)
         self.config_patch |= patch
-        if patch:
-            self._write_copies(tie, copies)
+        self._is_flag_cleared = bool(patch)
         return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
 
-    def _write_copies(self, tie: Tie, copies: Mapping[str, str]) -> None:
-        """Write out what transformers ties beside the two ends: nothing is tied any more."""
-        for name, source in copies.items():
-            owner = tie.source if source in {tie.embedding, tie.head} else source
-            if name not in self.outline.sources and owner in self.outline.sources:
-                self.outline = self.outline.with_twin(owner, name)
-                if source in self._changes:
-                    self._changes[name] = self._changes[source]
+    def _may_share(self) -> bool:
+        """Return True when a changed tensor may have several users; asking transformers takes seconds."""
+        head_bias = any(
+            change.in_place and name.endswith(".bias") and owner_name(name) in _HEADS_WITH_BIAS
+            for name, change in self._changes.items()
+        )
+        unstored = not self._changes.keys() <= self.outline.sources.keys()
+        return head_bias or unstored or self._model.may_share or any(map(touches_embeddings, self._uses))
 
-    def _following(self, embedding: _Change, head: _Change) -> _Change | None:
+    def _settle_shared(self) -> list[Issue]:
+        """Write apart the users of a shared weight that do not all change alike."""
+        separation = Separation(
+            self._model,
+            self.outline,
+            self._changes,
+            blank=_Change,
+            follow=self._following,
+            alike=lambda one, other: _alike(one, other, self._twins),
+        )
+        issues = separation.settle(write_all=self._is_flag_cleared)
+        self.outline = separation.outline
+        return issues
+
+    def _following(self, name: str, embedding: _Change, head: _Change) -> _Change | None:
         """Return the head's change with those of the embedding that it shares, whatever the files say of it.
+
+        Args:
+            name: of the input embedding.
+            embedding: what is done to it.
+            head: what is done to the output embedding, or to another user of the same weight.
 
         Reference:
             ``peft.utils.other.set_additional_trainable_modules`` and
             ``peft.tuners.lora.model.LoraModel._add_targets_to_tie`` (PEFT 0.21.2).
         """
-        tie = self._model.tie
-        ensured = [tie is not None and ensures_tie(use.adapter, tie) for use in self._uses]
+        ensured = [ensures_tie(use.adapter, name) for use in self._uses]
         if all(ensured):
             return embedding
         whole = embedding.source is not None or head.source is not None
@@ -365,8 +399,8 @@ def _alike(one: _Change, other: _Change, twins: frozenset[frozenset[str]]) -> bo
     """Return True when two changes do the same to a tensor."""
     if one is other:
         return True
-    if one.source is None or other.source is None:
-        same_source = one.source is other.source
+    if one.source is None or other.source is None or one.source == other.source:
+        same_source = one.source == other.source
     else:
         same_source = frozenset((one.source.name, other.source.name)) in twins
     return same_source and _same_deltas(one, other, twins)

@@ -41,6 +41,8 @@ class Fitting:
         self.issues: list[Issue] = []
         self.replacements: dict[str, TensorRef] = {}
         """Parameters of the output that are the adapter's own tensors."""
+        self.in_place: set[str] = set()
+        """Those among them that PEFT loads into the base's own parameter, not into a copy for one module."""
         self.deltas: list[DeltaSpec] = []
         """What changes, by the name in the output; regions are filled in."""
 
@@ -126,6 +128,8 @@ class Fitting:
             self.issues.append(problem)
         elif name is not None:
             self.replacements[name] = replacement.ref
+            if replacement.why != "module":
+                self.in_place.add(name)
 
     def _whole_place(self, parameter: str, replacement: Replacement) -> str | None:
         """Return the name under which the base stores a parameter whole, or say why it has none."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.report import Issue, error
-from lora_merge.core.skeleton import Skeleton, build_skeleton, may_hold_conv1d
+from lora_merge.core.skeleton import Skeleton, build_skeleton, may_hold_conv1d, may_share
 from lora_merge.layouts import LayoutError, Located, Place, Shape, Stored, locate
 from lora_merge.plan.outline import Outline
+from lora_merge.plan.shared import Shared, shared_weights
 from lora_merge.plan.ties import Tie
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ class Model:
         return Stored(self.sources, lambda: Conversion.of(self.config))
 
     def source(self, name: str) -> TensorRef:
-        """Return the stored tensor behind a name of the output; an end of a tie has one, stored or not."""
-        if name in self.sources or self.tie is None:
+        """Return the stored tensor behind a name of the output; a user of a shared weight has one, stored or not."""
+        if name in self.sources:
             return self.sources[name]
-        return self.sources[self.tie.source]
+        if self.tie is not None and name in {self.tie.embedding, self.tie.head}:
+            return self.sources[self.tie.source]
+        return self.sources[self._holders[name]]
 
     def locate(self, parameter: str, shape: Shape | None) -> Located | None:
         """Return where a parameter of an adapter lies; None when nowhere.
@@ -72,14 +75,51 @@ class Model:
             name = self.stored.disk_name(parameter)
             if name in {self.tie.embedding, self.tie.head}:
                 return Located("tied", (Place(name),), self.source(name).shape)
-        return locate(parameter, shape, self.stored)
+        found = locate(parameter, shape, self.stored)
+        if found is None and self.stored.conversion is not None:
+            name = self.stored.disk_name(parameter)
+            if name in self._holders:
+                return Located("tied", (Place(name),), self.source(name).shape)
+        return found
 
-    def tied_beside(self, tie: Tie) -> dict[str, str]:
-        """Return what else transformers ties: the name on disk → that of what it takes its values from."""
+    @property
+    def may_share(self) -> bool:
+        """Return True when weights other than the embeddings may have several users."""
+        return may_share(self.config)
+
+    @cached_property
+    def input_embedding(self) -> str:
+        """Return the input embedding's parameter as it is stored; empty where it is not known."""
         known = self.skeleton
-        pairs = known.tied.items() if known is not None else ()
-        named = {self.stored.disk_name(one): self.stored.disk_name(other) for one, other in pairs}
-        return {one: other for one, other in named.items() if one not in {tie.embedding, tie.head}}
+        if known is None or not known.input_embedding:
+            return ""
+        return self.stored.disk_name(f"{known.input_embedding}.weight")
+
+    @cached_property
+    def shared(self) -> tuple[Shared, ...]:
+        """Return the weights that several modules use; none where transformers has no class for the model."""
+        known = self.skeleton
+        return shared_weights(known.tied, self.stored) if known is not None and known.tied else ()
+
+    @cached_property
+    def _holders(self) -> Mapping[str, str]:
+        """Return the users of shared weights that are not stored, and which stored tensor has their values."""
+        return {
+            name: shared.holder
+            for shared in self.shared
+            if shared.holder
+            for name in shared.unstored(self.sources)
+        }
+
+    def copies_of(self, tie: Tie) -> tuple[str, ...]:
+        """Return the stored tensors that transformers ties to the input embedding, its output embedding apart."""
+        return tuple(
+            name
+            for shared in self.shared
+            if shared.users[0] == tie.embedding
+            for name in shared.users[1:]
+            if name in self.sources and name != tie.head
+        )
 
     def knows(self, name: str) -> bool:
         """Return True when transformers' model takes in a tensor of this name; it leaves some out, as those for MTP."""
