@@ -31,6 +31,13 @@ SHARING_MODEL_TYPES = frozenset(
 """Families that use one stored weight in several modules, beyond input and output embeddings: those whose
 ``_tied_weights_keys`` say so (transformers 5.23)."""
 
+TASK_MAPPINGS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+"""PEFT's task types with a head of their own, and transformers' tables of the classes that have it (5.23)."""
+
 _LINEAR = frozenset({"Linear", "Conv1D"})
 _ADAPTABLE = _LINEAR | {"Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"}
 
@@ -172,6 +179,20 @@ def model_class(config: Mapping[str, Any]) -> Any:
 
     names = config.get("architectures") or [""]
     return getattr(transformers, str(names[0]), None)
+
+
+def class_for_task(model_type: str, task: str) -> str | None:
+    """Return the name of transformers' class with the head for a task; None when it has none.
+
+    Args:
+        model_type: of the base.
+        task: PEFT's ``task_type``.
+    """
+    from transformers.models.auto import modeling_auto
+
+    table = getattr(modeling_auto, TASK_MAPPINGS[task]) if task in TASK_MAPPINGS else {}
+    found = table.get(model_type)
+    return str(found) if found else None
 
 
 def meta_model(config: Mapping[str, Any]) -> Any:

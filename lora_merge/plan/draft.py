@@ -15,6 +15,7 @@ from lora_merge.core.skeleton import same_layers
 from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.plan.fitting import Fitting
+from lora_merge.plan.heads import with_head
 from lora_merge.plan.initial import initial_issues, is_layered
 from lora_merge.plan.layered import layered_deltas
 from lora_merge.plan.model import Model
@@ -80,7 +81,7 @@ class Draft:
 
     def join(self) -> list[Issue]:
         """Fit every adapter, then settle what they do to each other; return what is wrong."""
-        issues = self._replicate()
+        issues = self._replicate() + self._add_head()
         tie = self._model.tie = self._tie()
         for n, use in enumerate(self._uses):
             issues += initial_issues(use.adapter, self._request)
@@ -193,6 +194,16 @@ class Draft:
         self._model = Model(self.outline, patched)
         sentence = f"repeats layers: the output has {len(order)}, the base {len(layers)}"
         return [note("replicated", "layer_replication", sentence)]
+
+    def _add_head(self) -> list[Issue]:
+        """Take over the class of the head that an adapter brings, where the base has none."""
+        headed = with_head([use.adapter for use in self._uses], self._model)
+        if headed is None:
+            return []
+        self.outline = headed.outline
+        self.config_patch |= headed.config_patch
+        self._model = Model(self.outline, patched_config(self._model.config, headed.config_patch))
+        return list(headed.issues)
 
     def _tie(self) -> Tie | None:
         """Return the tie of the embeddings, if an adapter touches one of them."""

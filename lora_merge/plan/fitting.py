@@ -175,7 +175,8 @@ class Fitting:
         }:  # fmt: skip
             sentence = "is a trained head, and the base has none"
             hint = (
-                "load the base once with the head's class (AutoModelForSequenceClassification, …) and save it"
+                "write what it was trained for into adapter_config.json, as task_type: SEQ_CLS, TOKEN_CLS or "
+                "QUESTION_ANS; then the output gets the head's class"
             )
             return error("unmatched-module", parameter, sentence, hint)
         if replacement.why == "saved":

@@ -832,10 +832,19 @@ CASES = [
     ),
     Case(
         "a trained head that the base does not have",
-        ("score.weight: is a trained head, and the base has none", "AutoModelForSequenceClassification"),
+        ("score.weight: is a trained head, and the base has none", "as task_type: SEQ_CLS"),
         "unmatched-module",
         config={"modules_to_save": ["score"]},
         tensors=add("base_model.model.score.weight", 2, 64),
+    ),
+    Case(
+        "a head of a class that loads nothing of the base",
+        ("LlamaForQuestionAnswering: loads none of the base's tensors in transformers",),
+        "no-head",
+        config={"modules_to_save": ["qa_outputs"], "task_type": "QUESTION_ANS"},
+        tensors=several(
+            add("base_model.model.qa_outputs.weight", 2, 64), add("base_model.model.qa_outputs.bias", 2)
+        ),
     ),
     Case(
         "a trained module that the base does not have",
