@@ -181,6 +181,38 @@ def model_class(config: Mapping[str, Any]) -> Any:
     return getattr(transformers, str(names[0]), None)
 
 
+def language_model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the config of the language model that transformers makes of a multimodal checkpoint; None where it does not.
+
+    Reference:
+        ``transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained`` (transformers 5.23).
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    known = getattr(transformers, str(name), None)
+    wanted = getattr(getattr(known, "config_class", None), "model_type", None)
+    if known is None or name in (config.get("architectures") or ()) or wanted == config.get("model_type"):
+        return None
+    own = next(
+        (level for path, level in config_levels(config) if path and level.get("model_type") == wanted), None
+    )
+    return None if own is None else {**own, "architectures": [name]}
+
+
+def parts_of_model(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the paths of the models inside a model: towers, and what generates text among them."""
+    from transformers import PreTrainedModel
+
+    model = meta_model(config)
+    if model is None:
+        return ()
+    return tuple(
+        path for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)
+    )
+
+
 def class_for_task(model_type: str, task: str) -> str | None:
     """Return the name of transformers' class with the head for a task; None when it has none.
 

@@ -14,7 +14,7 @@ from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import same_layers
 from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import ALGEBRAS
-from lora_merge.plan.fitting import Fitting
+from lora_merge.plan.fitting import Fitting, named_parameters
 from lora_merge.plan.heads import with_head
 from lora_merge.plan.initial import initial_issues, is_layered
 from lora_merge.plan.layered import layered_deltas
@@ -24,6 +24,7 @@ from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated
 from lora_merge.plan.placing import vocabulary_patch
 from lora_merge.plan.shared_changes import Separation
 from lora_merge.plan.ties import Tie, ensures_tie, find_tie, unbiased_head_issue, untie_issue, untie_patch
+from lora_merge.plan.views import view_for
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import AdapterUse
@@ -87,11 +88,14 @@ class Draft:
             issues += initial_issues(use.adapter, self._request)
             issues += origin_issues(use.adapter, self._base.config)
             layered: tuple[DeltaSpec, ...] = ()
-            if is_layered(use.adapter, self._request):
-                layered, layer_issues = layered_deltas(use, self._model)
+            by_layers = is_layered(use.adapter, self._request)
+            model, view_issues = view_for(named_parameters(use.adapter), self._model, parts=not by_layers)
+            issues += view_issues
+            if by_layers:
+                layered, layer_issues = layered_deltas(use, model)
                 issues += layer_issues
                 use = replace(use, adapter=_without_factors(use.adapter))  # noqa: PLW2901 - what is left of it
-            fitting = Fitting(use, n, self._model, self._request).fit(layered)
+            fitting = Fitting(use, n, model, self._request).fit(layered)
             issues += fitting.issues
             issues += self._take(fitting)
         if tie is not None:

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from lora_merge.core.kinds import PREFIX
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.scaling import Scaling
@@ -18,9 +19,12 @@ from lora_merge.plan.rules import rule_issues
 from lora_merge.plan.stacked import stacked_deltas
 
 if TYPE_CHECKING:
-    from lora_merge.core.adapter import AdapterUse, DeltaSpec, Replacement
+    from lora_merge.core.adapter import Adapter, AdapterUse, DeltaSpec, Replacement
     from lora_merge.core.request import Request
     from lora_merge.plan.model import Model
+
+_NESTED = ".language_model."
+"""In the paths of multimodal models' language models (transformers 5.23)."""
 
 
 class Fitting:
@@ -198,6 +202,9 @@ class Fitting:
 
     def _all_absent(self, first: str) -> Issue:
         """Return the one issue of an adapter that touches nothing at all."""
+        if _NESTED in f".{first}" and not any(_NESTED in f".{name}" for name in self._model.sources):
+            sentence = "is of a multimodal model, and the base is a language model alone"
+            return error("wrong-prefix", first, sentence, "pass the multimodal model with --base")
         near = self._nearest(first)
         sentence = f"none of the adapter's {len(self._adapter.modules)} modules is in the base"
         if near:
@@ -305,6 +312,15 @@ class Fitting:
         if kind is not None:
             return kind == "Conv1D"
         return odd if product[0] != product[-1] else says_so
+
+
+def named_parameters(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
+    """Return the parameters that an adapter names, and the shapes of its weights where they are known."""
+    paths = (name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.layered if PREFIX in name)
+    by_layers = {f"{path.rpartition('.')[0]}.weight": None for path in paths}
+    return {**by_layers, **{delta.parameter: _weight_shape(delta) for delta in adapter.deltas}} | {
+        parameter: replacement.ref.shape for parameter, replacement in adapter.replacements.items()
+    }
 
 
 def _weight_shape(delta: DeltaSpec) -> tuple[int, ...] | None:

@@ -37,6 +37,9 @@ class Model:
     tie: Tie | None = None
     """Of the embeddings, if there is one and an adapter touches it."""
 
+    part: str = ""
+    """Path of the module whose own names an adapter has; empty for the model itself."""
+
     @property
     def sources(self) -> Mapping[str, TensorRef]:
         """Return the stored tensors by their names in the output."""
@@ -55,7 +58,7 @@ class Model:
     @cached_property
     def stored(self) -> Stored:
         """Return the tensors as layouts look at them."""
-        return Stored(self.sources, lambda: Conversion.of(self.config))
+        return Stored(self.sources, lambda: Conversion.of(self.config, self.part))
 
     def source(self, name: str) -> TensorRef:
         """Return the stored tensor behind a name of the output; a user of a shared weight has one, stored or not."""
@@ -124,7 +127,10 @@ class Model:
     def knows(self, name: str) -> bool:
         """Return True when transformers' model takes in a tensor of this name; it leaves some out, as those for MTP."""
         conversion = self.stored.conversion
-        return conversion is not None and conversion.shape(conversion.canonical(name)[0]) is not None
+        if conversion is None:
+            return False
+        parameter = conversion.canonical(name)[0]
+        return conversion.shape(parameter) is not None and parameter.startswith(self.part)
 
     def module(self, module: str) -> str:
         """Return a module's path in transformers' model, whichever spelling of it is given."""

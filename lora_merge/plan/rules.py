@@ -126,6 +126,8 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
         if names.has_siblings(own):
             return model.knows(f"{module}.weight")
         path = model.module(module)
+        if not path.startswith(model.part):
+            return False
         if by_swift and known.classes.get(path) not in _SWIFT_ADAPTS:
             return False
         return path in targeted if rule.all_linear else known.is_adaptable(path)
