@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.words import alike, cut, listing
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_merge.core.report import Issue, Verdict
 
-_LISTED = 20  # kinds of issue that are printed; the rest are counted (--json has them all)
+_LISTED = 12  # kinds of issue that are printed; the rest are counted (-v and --json have them all)
 
 
 class LoraMergeError(Exception):
@@ -74,9 +76,9 @@ class UnknownFormatError(ResolveError):
 
     def __init__(self, root: str, found: Sequence[str], tried: Sequence[str]) -> None:
         self.root, self.found, self.tried = root, tuple(found), tuple(tried)
-        listing = ", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "nothing"
+        there = listing(found, 8) if found else "nothing"
         super().__init__(
-            f"{root}: not an adapter: found {listing}, expected {' or '.join(tried)}",
+            f"{root}: not an adapter: found {there}, expected {' or '.join(tried)}",
             hint="point --adapter at the directory that holds adapter_config.json",
         )
 
@@ -152,13 +154,8 @@ def _issue_list(issues: Sequence[Issue], verb: str) -> str:
     """Return one sentence for one issue, and a numbered list for several, those alike as one."""
     if len(issues) == 1:
         return str(issues[0])
-    alike: dict[tuple[str, str], list[Issue]] = {}
-    for issue in issues:
-        alike.setdefault((issue.sentence, issue.hint), []).append(issue)
+    groups = alike(issues)
     lines = [f"{verb}: {len(issues)} problems"]
-    for n, group in enumerate(list(alike.values())[:_LISTED], 1):
-        more = f"; and {len(group) - 1} more like it" if len(group) > 1 else ""
-        lines.append(f"  {n}. {group[0]}{more}")
-    if len(alike) > _LISTED:
-        lines.append(f"  … and {len(alike) - _LISTED} other kinds (--json lists them all)")
-    return "\n".join(lines)
+    lines += (f"  {n}. {group}" for n, group in enumerate(groups[:_LISTED], 1))
+    left = cut(_LISTED, len(groups), "other kinds", "-v and --json list them all")
+    return "\n".join(lines + ([f"  {left}"] if left else []))

@@ -11,6 +11,7 @@ from lora_merge.core.lora import Difference, Form, LoraModule, nested
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
+from lora_merge.words import of_several
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -41,7 +42,8 @@ def misfits(base: Checkpoint, tuned: Checkpoint) -> list[Issue]:
     issues = []
     strange = sorted(after.keys() - before.keys())
     if strange:
-        sentence = f"and {len(strange) - 1} more are in {tuned.root} and not in the base"
+        where = f"in {tuned.root} and not in the base"
+        sentence = of_several(len(strange), f"is {where}", f"are {where}")
         hint = "save both with the same release of transformers, or pass the base that was trained"
         issues.append(error("unexpected-tensor", strange[0], sentence, hint))
     for name in sorted(before.keys() & after.keys()):
@@ -57,7 +59,8 @@ def misfits(base: Checkpoint, tuned: Checkpoint) -> list[Issue]:
             issues.append(error("bad-dtype", name, sentence))
     missing = sorted(before.keys() - after.keys())
     if missing and not strange:
-        sentence = f"and {len(missing) - 1} more are in the base and not in {tuned.root}: taken as unchanged"
+        where = f"in the base and not in {tuned.root}: taken as unchanged"
+        sentence = of_several(len(missing), f"is {where}", f"are {where}")
         issues.append(warning("missing-tensor", missing[0], sentence))
     return issues
 
@@ -97,7 +100,8 @@ def extracted(
     if save_modules:
         _carry(found, rest, before, after)
     elif rest:
-        sentence = f"and {len(rest) - 1} more changed, and LoRA on the chosen modules does not hold them: that is lost"
+        lost = "changed, and the LoRA on the chosen modules does not hold that: it is lost"
+        sentence = of_several(len(rest), lost, lost)
         found.issues.append(warning("left-out", rest[0], sentence, "--save-modules carries them whole"))
     if not found.modules:
         sentence = "differs from the base in no module that LoRA could hold"

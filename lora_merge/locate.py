@@ -25,6 +25,7 @@ from lora_merge.io.needed import (
 )
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.io.trainer_files import chosen, described, file_names, unread_files
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -254,8 +255,7 @@ def _refuse_quantised(source: Source) -> None:
 def _absent_issues(label: str, absent: frozenset[str]) -> tuple[Issue, ...]:
     if not absent:
         return ()
-    listing = f"{', '.join(sorted(absent)[:4])}{', …' if len(absent) > 4 else ''}"
-    sentence = f"lacks {listing} in the local cache, and so will the output"
+    sentence = f"lacks {listing(sorted(absent))} in the local cache, and so will the output"
     return (warning("cache-incomplete", label, sentence, "run once without --offline"),)
 
 

@@ -16,6 +16,7 @@ from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.tensor import UNIT_ROUNDOFF, TensorRef
 from lora_merge.io.safetensors import load
+from lora_merge.words import of_several
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,9 +51,8 @@ def layers(evidence: Evidence) -> Iterator[Issue]:
     injections: dict[object, Injection] = {}
     found, crowded = _modules(evidence)
     if crowded:
-        sentence = (
-            f"and {len(crowded) - 1} more were changed by PEFT's layer and by others: no formula proves them"
-        )
+        changed = "changed by PEFT's layer and by others: no formula proves"
+        sentence = of_several(len(crowded), f"was {changed} it", f"were {changed} them")
         yield note("not-asked", min(crowded), sentence)
     for module in found:
         looks = (module.delta.adapter, tuple(sorted((name, ref.shape) for name, ref in module.base.items())))

@@ -19,6 +19,7 @@ from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.tensor import TORCH_NAMES, UNIT_ROUNDOFF
 from lora_merge.errors import CheckpointError
+from lora_merge.words import of_several
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,9 +61,8 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
             if isinstance(step.op, Merge) and step.op.combination is not None and not has_formula(step.op)
         ]
         if unproved:
-            sentence = (
-                f"and {len(unproved) - 1} more: what was combined there cannot be recomputed row by row"
-            )
+            why = "combined in a way that cannot be recomputed row by row"
+            sentence = of_several(len(unproved), f"was {why}", f"were {why}")
             yield note("not-recomputed", unproved[0], sentence)
         for step in evidence.plan.steps:
             if isinstance(step.op, Merge) and has_formula(step.op):

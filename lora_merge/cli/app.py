@@ -56,6 +56,7 @@ class _App(click.Group):
             signal.signal(signum, _interrupt)
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
+        verbose = bool({"-v", "--verbose"} & set(arguments))
         try:
             code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
         except click.exceptions.Exit as exc:
@@ -71,7 +72,7 @@ class _App(click.Group):
             say_error(exc.__cause__ or exc, sentence, code, as_json=as_json)  # click makes an Abort of it
         except LoraMergeError as exc:
             code = exits.code_of(exc)
-            say_error(exc, str(exc), code, as_json=as_json)
+            say_error(exc, str(exc), code, as_json=as_json, verbose=verbose)
         sys.exit(code if isinstance(code, int) else exits.OK)
 
 

@@ -14,6 +14,7 @@ import click
 from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
 from lora_merge.cli.text import printable, size_text
 from lora_merge.core.report import Report, Silence
+from lora_merge.words import alike, cut
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,8 +60,7 @@ class Console:
     def report(self, report: Report) -> None:
         """Print what a run did, or would do."""
         if not self._quiet:
-            for issue in report.issues:
-                click.echo(f"{issue.severity}: {printable(str(issue))}", err=True)
+            self._issues(report.issues)
         if self._as_json:
             click.echo(json.dumps({"ok": True, **asdict(report)}, indent=2))
         elif report.dry_run:
@@ -115,10 +115,9 @@ class Console:
             print_batch(report, only_failed=self._quiet or self._as_json)
 
     def _issues(self, issues: Sequence[Issue]) -> None:
-        """Print issues: all, or when it is quiet the errors only."""
-        for issue in issues:
-            if issue.severity == "error" or not self._quiet:
-                click.echo(f"{issue.severity}: {printable(str(issue))}", err=True)
+        """Print issues, those alike as one unless it is verbose; when it is quiet the errors only."""
+        said = [issue for issue in issues if issue.severity == "error" or not self._quiet]
+        say_issues(said, each=self._verbose)
 
     def matches(self, matches: tuple[Match, ...]) -> None:
         """Print how some modules were matched."""
@@ -160,8 +159,24 @@ def _inspection_data(found: Inspection) -> dict[str, Any]:
     return data
 
 
-def say_error(error: BaseException, sentence: str, code: int, *, as_json: bool) -> None:
-    """Print an error: for people on stderr, and with ``as_json`` as data on stdout."""
+def say_issues(issues: Sequence[Issue], *, each: bool) -> None:
+    """Print issues on stderr: each, or those alike as one."""
+    for text, severity in (
+        [(str(issue), issue.severity) for issue in issues]
+        if each
+        else [(str(group), group.first.severity) for group in alike(issues)]
+    ):
+        click.echo(f"{severity}: {printable(text)}", err=True)
+
+
+def say_error(
+    error: BaseException, sentence: str, code: int, *, as_json: bool, verbose: bool = False
+) -> None:
+    """Print an error: for people on stderr, with ``verbose`` every issue of it, and with ``as_json`` as data on stdout."""
+    issues: tuple[Issue, ...] = getattr(error, "issues", ())
+    if verbose and len(issues) > 1:
+        say_issues(issues, each=True)
+        sentence = sentence.splitlines()[0]
     click.echo(f"error: {printable(sentence)}", err=True)
     for hint in _hints(error):
         click.echo(f"hint: {printable(hint)}", err=True)
@@ -234,14 +249,19 @@ def _print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
     errors = [(check, issue) for check, issue in wrong if issue.severity == "error"]
     if errors:
         differs = Table("check", "what", "found", title="what differs")
-        for check, issue in errors[:_LISTED]:
-            sentence = f"{issue.sentence} ({issue.hint})" if issue.hint else issue.sentence
+        rows = [
+            (check, group)
+            for check in dict(errors)
+            for group in alike(issue for where, issue in errors if where == check)
+        ]
+        for check, group in rows[:_LISTED]:
+            sentence = f"{group.sentence} ({group.hint})" if group.hint else group.sentence
             differs.add_row(
-                check, *(Text(printable(text), overflow="fold") for text in (issue.subject, sentence))
+                check, *(Text(printable(text), overflow="fold") for text in (group.subject, sentence))
             )
         console.print(differs)
-        if len(errors) > _LISTED:
-            click.echo(f"… and {len(errors) - _LISTED} more (--json lists them all)")
+        if left := cut(_LISTED, len(rows), way="--json lists them all"):
+            click.echo(left)
     if proof.comparisons and (verbose or not proof.ok):
         console.print(_comparison_table(proof))
     click.echo("verification failed" if failed else "verified: nothing differs that was asked")

@@ -10,6 +10,7 @@ import click
 from lora_merge.cli.text import printable, size_text
 from lora_merge.cli.watching import STYLES
 from lora_merge.core.report import Report
+from lora_merge.words import alike, cut, listing, ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -75,7 +76,7 @@ def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> No
         first = members[0]
         cells = [
             "*".join(_NUMBER.split(first.path)[::2]) if not full else first.path,
-            *([] if full else [_ranges(_numbers(members))]),
+            *([] if full else [ranges(_numbers(members))]),
             _several(one.kind for one in members),
             _span([one.rank for one in members if one.rank]),
             _span([one.scale for one in members if one.scale is not None]),
@@ -86,7 +87,7 @@ def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> No
         table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
     console.print(table)
     if len(groups) > _MOST_ROWS and not full:
-        console.print(f"… and {len(groups) - _MOST_ROWS} groups more (--full lists every module)")
+        console.print(cut(_MOST_ROWS, len(groups), "groups", "--full lists every module"))
 
 
 def _grouped(modules: Sequence[ModuleFacts]) -> list[list[ModuleFacts]]:
@@ -102,25 +103,8 @@ def _numbers(members: Sequence[ModuleFacts]) -> list[int]:
     return sorted({int(match[1]) for one in members if (match := _NUMBER.search(one.path))})
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return numbers as people list them.
-
-    Example:
-        >>> _ranges([0, 1, 2, 5])
-        '0-2, 5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
 def _several(values: Iterable[str]) -> str:
-    found = list(dict.fromkeys(values))
-    return ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+    return listing(dict.fromkeys(values), 3)
 
 
 def _span(values: Sequence[float], spec: str = "g") -> str:
@@ -177,7 +161,7 @@ def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
         table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
     RichConsole(stderr=True).print(table)
     if not verbose and len(lossy) > len(shown):
-        RichConsole(stderr=True).print(f"… and {len(lossy) - len(shown)} more (-v lists all)")
+        RichConsole(stderr=True).print(cut(len(shown), len(lossy), way="-v lists all"))
 
 
 def _worst(lossy: Sequence[Written]) -> list[Written]:
@@ -232,9 +216,8 @@ def print_batch(report: BatchReport, *, only_failed: bool) -> None:
             )
         console.print(table)
     for job in report.jobs:
-        for issue in job.issues:
-            if issue.severity == "warning":
-                click.echo(printable(f"warning: {job.name}: {issue}"), err=True)
+        for group in alike(issue for issue in job.issues if issue.severity == "warning"):
+            click.echo(printable(f"warning: {job.name}: {group}"), err=True)
         if job.message:
             click.echo(printable(f"error: {job.name}: {job.message}"), err=True)
             if job.hint:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_merge.cli.text import printable
+from lora_merge.words import cut
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -95,7 +96,7 @@ class _Board:
             state = self._states[name]
             table.add_row(Text(printable(name), overflow="fold"), Text(state, STYLES[state]))
         if len(self._states) > _SHOWN:
-            table.caption = f"and {len(self._states) - _SHOWN} more"
+            table.caption = cut(_SHOWN, len(self._states))
         return Group(table, self._progress)
 
     def phase(self, name: str, total_bytes: int) -> None:

@@ -16,6 +16,7 @@ from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef, shape_text
 from lora_merge.io.safetensors import same_values
+from lora_merge.words import of_several
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -134,7 +135,11 @@ class _Drafting:
         beside = [name for name, one in self._adapter.replacements.items() if one.why == "saved"]
         if not beside:
             return []
-        sentence = f"and {len(beside) - 1} more whole parameters stand in a file beside the adapter's"
+        sentence = of_several(
+            len(beside),
+            "is a whole parameter in a file beside the adapter's",
+            "are whole parameters in a file beside the adapter's",
+        )
         return [error("unsupported", min(beside), sentence, MERGE)]
 
     def _unfactored(self) -> list[Issue]:

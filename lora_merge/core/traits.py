@@ -11,6 +11,7 @@ from lora_merge.core.checkpoint import OUTPUT_NAMES
 from lora_merge.core.kinds import PEFT_0_14_FIELDS, mutating_init
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.targets import ALL_LINEAR, TargetRule
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -133,7 +134,7 @@ def _of_config(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Trai
         yield Trait("fan-in", "fan_in_fan_out is set")
     unknown = sorted(name for name in config if name not in PEFT_0_14_FIELDS)
     if unknown and adapter.format == "peft":
-        yield Trait("new-fields", f"{', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}")
+        yield Trait("new-fields", listing(unknown, 3))
     init = "KaSA" if config.get("kasa_config") else mutating_init(config)
     if init:
         yield Trait("initial", init)

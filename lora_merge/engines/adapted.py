@@ -18,6 +18,7 @@ from lora_merge.core.adapter import Adapter
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.kinds import PREFIX
 from lora_merge.engines.hf import quiet
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     import torch
@@ -177,8 +178,7 @@ def _difference(adapted: Any, root: Path) -> str:
     )
     random = sorted(name for name in taken.keys() - stored.keys() if "lora_" in name)
     if lost:
-        more = f" and {len(lost) - 1} more of its tensors" if lost[1:] else ""
-        return f"PEFT does not load {lost[0]}{more}"
+        return f"PEFT does not load {listing(lost, 1, 'more of its tensors')}"
     return f"PEFT leaves {random[0]} at random" if random else ""
 
 

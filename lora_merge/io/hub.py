@@ -21,6 +21,7 @@ from lora_merge.core.report import Observer
 from lora_merge.core.source import Origin, Source
 from lora_merge.errors import ResolveError
 from lora_merge.io.needed import ADAPTER_CONFIG
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,9 +89,8 @@ class Repo:
         root = self.get(wanted)
         missing = [name for name in wanted if not (root / name).is_file()]
         if missing:
-            listing = f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}"
             raise ResolveError(
-                f"{self.origin.source}: lacks {listing} in the local cache",
+                f"{self.origin.source}: lacks {listing(missing)} in the local cache",
                 hint="run once without --offline (and without HF_HUB_OFFLINE)",
             )
         return root / folder if folder else root

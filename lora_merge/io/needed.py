@@ -16,6 +16,7 @@ from lora_merge.io.files import read_json
 from lora_merge.io.shards import adapter_entries
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.io.trainer_files import LOAD_AFTER, sharded_state, trained_beside
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -94,7 +95,7 @@ def _shards(label: str, index: str, names: Collection[str], root: Path) -> froze
     missing = sorted(wanted - frozenset(names))
     if missing:
         raise CheckpointError(
-            label, "", f"lacks {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}",
+            label, "", f"lacks {listing(missing)}",
             f"the {len(wanted)} files that {index} names", hint="the repo is incomplete; ask its owner",
         )  # fmt: skip
     return wanted
@@ -114,8 +115,7 @@ def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]
     if ADAPTER_CONFIG not in names:
         hint = "this is a whole model: pass it as --base" if CONFIG_FILE in names else ""
         if elsewhere:
-            more = ", …" if len(elsewhere) > 8 else ""
-            hint = f"adapters are in its folders {', '.join(sorted(elsewhere)[:8])}{more}: org/name/FOLDER"
+            hint = f"adapters are in its folders: org/name/FOLDER, with {listing(sorted(elsewhere), 8)}"
         raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
     if not adapter_weights(names):
         state = sharded_state(names)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lora_merge.core.pieces import Box
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ class LayoutError(ValueError):
     """A parameter has no one place; says why, and which places it could have."""
 
     def __init__(self, sentence: str, candidates: tuple[str, ...] = ()) -> None:
-        listed = ", ".join(candidates[:4]) + (", …" if len(candidates) > 4 else "")
+        listed = listing(candidates)
         super().__init__(f"{sentence}: {listed}" if candidates else sentence)
         self.sentence, self.candidates = str(self), candidates
 

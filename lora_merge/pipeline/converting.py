@@ -42,6 +42,7 @@ from lora_merge.plan import raise_errors
 from lora_merge.resolve import resolve_adapter
 from lora_merge.serving import ENGINES, Need, needs_of, obstacles, report
 from lora_merge.transforms import BakeScale, PadRank, Pair, ReduceRank, Transform
+from lora_merge.words import of_several
 from lora_merge.writers import ADAPTER_WRITERS, check_gguf, check_ready
 
 if TYPE_CHECKING:
@@ -234,8 +235,10 @@ def _unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
     unfactored = [module.path for module in modules if not module.is_exact]
     if recipe.keep is not None or not unfactored:
         return []
-    sentence = (
-        f"and {len(unfactored) - 1} more have no factors, and LoRA of a lower rank is not all of their change"
+    sentence = of_several(
+        len(unfactored),
+        "has no factors, and LoRA of a lower rank is not all of its change",
+        "have no factors, and LoRA of a lower rank is not all of their change",
     )
     return [error("no-rank", unfactored[0], sentence, "say how much to keep: --rank N or --energy SHARE")]
 

@@ -21,6 +21,7 @@ from lora_merge.errors import LoraMergeError, UnsupportedError
 from lora_merge.io.files import read_json
 from lora_merge.io.safetensors import load
 from lora_merge.pipeline.changes import merged_in_float32
+from lora_merge.words import of_several
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,9 +140,10 @@ def _said_of(reference: Reference) -> Iterator[Issue]:
     if reference.how != PEFT:
         yield note("reference", "", f"compared with {reference.how}, since {reference.why}")
     if reference.silent:
-        more = f" and {len(reference.silent) - 1} more" if reference.silent[1:] else ""
-        sentence = (
-            f"no prompt reaches it{more}, and it cannot be asked alone: only its values were recomputed"
+        sentence = of_several(
+            len(reference.silent),
+            "no prompt reaches it, and it cannot be run alone: only its values were recomputed",
+            "no prompt reaches them, and they cannot be run alone: only their values were recomputed",
         )
         yield note("not-asked", reference.silent[0], sentence)
 

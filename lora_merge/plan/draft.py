@@ -25,6 +25,7 @@ from lora_merge.plan.placing import vocabulary_patch
 from lora_merge.plan.shared_changes import Separation
 from lora_merge.plan.ties import Tie, ensures_tie, find_tie, unbiased_head_issue, untie_issue, untie_patch
 from lora_merge.plan.views import view_for
+from lora_merge.words import of_several
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import AdapterUse
@@ -349,10 +350,11 @@ class Draft:
         ]
         if not names:
             return []
-        sentence = (
-            f"and {len(names) - 1} more are changed by several adapters that are no sums (DoRA, trained rows, "
-            "PEFT's own layers): each works on what the one before it left, in the order given"
+        why = (
+            "changed by several adapters, and not all of them only add to it (DoRA, trained rows, PEFT's own "
+            "layers): each works on what the one before it left, in the order given"
         )
+        sentence = of_several(len(names), f"is {why}", f"are {why}")
         return [note("in-turn", min(names), sentence)]
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -370,10 +372,11 @@ class Draft:
         ]
         if not names:
             return []
-        sentence = (
-            f"and {len(names) - 1} more hold several weights each (experts, fused projections), which "
-            f"--combine {self._request.combine} takes as one: on a base that stores them apart it gives another result"
+        why = (
+            f"several weights (experts, fused projections), which --combine {self._request.combine} takes as one: "
+            "on a base that stores them apart it gives another result"
         )
+        sentence = of_several(len(names), f"holds {why}", f"hold {why}")
         return [
             warning(
                 "combined-whole", min(names), sentence, "combine with linear, which does not depend on it"

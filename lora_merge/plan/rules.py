@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.targets import TargetRule, is_listed
+from lora_merge.words import of_several
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
@@ -114,7 +115,11 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
     known = model.skeleton
     if known is None:
         first = next(iter(candidates))
-        sentence = f"and {len(candidates) - 1} more are targeted by the config; the adapter has no tensors"
+        sentence = of_several(
+            len(candidates),
+            "is targeted by the config, and the adapter has no tensors for it",
+            "are targeted by the config, and the adapter has no tensors for them",
+        )
         hint = "transformers has no class for this model, so whether they are linear layers is unknown"
         return [warning("missing-module", first, sentence, hint)] if not rule.all_linear else []
     targeted = known.all_linear()

@@ -1,0 +1,201 @@
+"""How several things are said in one sentence: lists that end, counts, and issues that differ in a number only.
+
+The only place where a list is cut short, so that none ever says "and 0 more".
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from lora_merge.core.report import Issue
+
+_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
+"""A dotted path, as modules and tensors have it; a decimal number or the size of a shape is none."""
+
+_FEW = 3
+"""Issues that are alike, and still worth a line each."""
+
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
+"""A part of a path: which layer, which expert."""
+
+
+def counted(n: int, thing: str) -> str:
+    """Return a number of things.
+
+    Example:
+        >>> counted(1, "tensor"), counted(3, "tensor"), counted(2, "copy")
+        ('1 tensor', '3 tensors', '2 copies')
+    """
+    plural = f"{thing[:-1]}ies" if thing.endswith("y") else f"{thing}s"
+    return f"{n} {thing if n == 1 else plural}"
+
+
+def listing(names: Collection[str], most: int = 4, rest: str = "more") -> str:
+    """Return names as a list; where they are many, the first of them and how many more there are.
+
+    Example:
+        >>> listing(["a", "b"]), listing("abcdef"), listing(["a", "b"], most=1, rest="more of its tensors")
+        ('a, b', 'a, b, c, d and 2 more', 'a and 1 more of its tensors')
+    """
+    shown = ", ".join(list(names)[:most])
+    return f"{shown} and {len(names) - most} {rest}" if len(names) > most else shown
+
+
+def cut(shown: int, total: int, rest: str = "more", way: str = "") -> str:
+    """Return the line under a list that was cut short; empty where it was not.
+
+    Args:
+        shown: how many lines there are.
+        total: how many there would be.
+        rest: what the others are.
+        way: to see them.
+
+    Example:
+        >>> cut(2, 5, way="-v lists all"), cut(5, 5), cut(1, 3, "groups")
+        ('… and 3 more (-v lists all)', '', '… and 2 groups')
+    """
+    if total <= shown:
+        return ""
+    return f"… and {total - shown} {rest}" + (f" ({way})" if way else "")
+
+
+def of_several(n: int, one: str, several: str) -> str:
+    """Return a sentence about a first thing, which is its subject, and the others like it.
+
+    Args:
+        n: how many things it is about.
+        one: the sentence about one of them.
+        several: what is said of the first and all others.
+
+    Example:
+        >>> of_several(1, "is in no file", "are in no file"), of_several(3, "is in no file", "are in no file")
+        ('is in no file', 'and 2 more are in no file')
+    """
+    return one if n == 1 else f"and {n - 1} more {several}"
+
+
+def choice(names: Sequence[str]) -> str:
+    """Return alternatives.
+
+    Example:
+        >>> choice(["a"]), choice(["a", "b", "c"])
+        ('a', 'a, b or c')
+    """
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as people list them.
+
+    Example:
+        >>> ranges([0, 1, 2, 5])
+        '0-2, 5'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+class Alike:
+    """Issues that say the same of several modules, layers or experts.
+
+    Args:
+        issues: one or more.
+    """
+
+    def __init__(self, issues: Sequence[Issue]) -> None:
+        self.issues = tuple(issues)
+
+    @property
+    def first(self) -> Issue:
+        """Return the one that stands for all of them."""
+        return self.issues[0]
+
+    @property
+    def subject(self) -> str:
+        """Return what they are about: paths that differ in a number are one."""
+        paths: dict[str, list[str]] = {}
+        for issue in self.issues:
+            paths.setdefault(_masked(issue.subject), []).append(issue.subject)
+        return listing([_folded(same) for same in paths.values()], rest="other names")
+
+    @property
+    def sentence(self) -> str:
+        """Return what they say, and how often."""
+        return _folded([issue.sentence for issue in self.issues]) + self._times
+
+    @property
+    def hint(self) -> str:
+        """Return what to do about them."""
+        return _folded([issue.hint for issue in self.issues])
+
+    @property
+    def _times(self) -> str:
+        return f"; {len(self.issues)} times" if len(self.issues) > 1 else ""
+
+    def __str__(self) -> str:
+        """Return them as one issue."""
+        text = f"{self.subject}: {self.sentence}" if self.subject else self.sentence
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+def alike(issues: Iterable[Issue]) -> list[Alike]:
+    """Return issues in groups that differ in their subject, and in the numbers of paths, but in nothing else.
+
+    A few that are alike stay by themselves: each names its own subject then.
+
+    Example:
+        >>> from lora_merge.core.report import error
+        >>> found = [error("x", f"layers.{n}.{name}", "is lost") for name in ("a", "b") for n in range(3)]
+        >>> [str(group) for group in alike([*found, error("x", "c", "is there twice")])]
+        ['layers.{0-2}.a, layers.{0-2}.b: is lost; 6 times', 'c: is there twice']
+    """
+    groups: dict[tuple[str, ...], list[Issue]] = {}
+    for issue in issues:
+        key = (issue.severity, issue.code, _masked(issue.sentence), _masked(issue.hint))
+        groups.setdefault(key, []).append(issue)
+    return [
+        Alike(part)
+        for group in groups.values()
+        for part in ([group] if len(group) > _FEW else [[issue] for issue in group])
+    ]
+
+
+def _masked(text: str) -> str:
+    """Return a text without the numbers of its paths."""
+    return _PATH.sub(lambda match: "#".join(_pieces(match[0])[::2]), text)
+
+
+def _pieces(path: str) -> list[str]:
+    """Return a path cut at its numbers, which are every second piece."""
+    return _NUMBER.split(path)
+
+
+def _folded(texts: Sequence[str]) -> str:
+    """Return texts that differ in the numbers of their paths as one: ``layers.{0-18}.q_proj``."""
+    first = texts[0]
+    if len(set(texts)) == 1:
+        return first
+    columns = iter(zip(*(_numbers(text) for text in texts), strict=True))
+
+    def fold(path: re.Match[str]) -> str:
+        pieces = _pieces(path[0])
+        for n in range(1, len(pieces), 2):
+            found = set(map(int, next(columns)))
+            pieces[n] = pieces[n] if len(found) == 1 else f"{{{ranges(found)}}}"
+        return "".join(pieces)
+
+    return _PATH.sub(fold, first)
+
+
+def _numbers(text: str) -> list[str]:
+    """Return the numbers of the paths in a text, in order."""
+    return [number for path in _PATH.findall(text) for number in _pieces(path)[1::2]]
