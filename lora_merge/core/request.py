@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
+from lora_merge.core.inputs import adapter_texts, checked_weight, path_text, switch
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import RequestError
 
@@ -23,6 +24,9 @@ ServingEngine = Literal["vllm", "lmdeploy", "lorax", "sglang", "tgi", "llamacpp"
 Naming = Literal["v4", "v5"]
 ExpertForm = Literal["split", "fuse"]
 AdapterFormat = Literal["peft", "gguf", "mlx"]
+
+MOST_RANK = 1 << 16
+MOST_WORKERS = 1024
 
 EXPERT_LAYOUTS = ("out-in", "in-out", "unsloth")
 
@@ -275,12 +279,9 @@ def parse_adapter(text: object) -> tuple[str, float]:
         (('my-lora', 0.5), ('org/my-lora@v1', 1.0))
 
     Raises:
-        ValueError: it is no text, or the weight is not finite.
+        ValueError: it is no text, or the weight is 0 or not finite.
     """
-    if not isinstance(text, str) or not text:
-        raise ValueError(
-            f"{text!r} is no adapter, expected a directory, or a directory and a weight: DIR:0.5"
-        )
+    (text,) = adapter_texts((text,))
     path, colon, weight = text.rpartition(":")
     try:
         value = float(weight)
@@ -288,9 +289,7 @@ def parse_adapter(text: object) -> tuple[str, float]:
         return text, 1.0
     if not colon or not path:
         return text, 1.0
-    if not math.isfinite(value):
-        raise ValueError(f"{text!r} has the weight {weight}, expected a number")
-    return path, value
+    return path, checked_weight(text, value)
 
 
 def parse_adapters(value: object) -> tuple[str, ...]:
@@ -299,12 +298,10 @@ def parse_adapters(value: object) -> tuple[str, ...]:
     Raises:
         ValueError: there is none, or one does not parse.
     """
-    texts = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not texts:
-        raise ValueError("names no adapter, expected one or more")
+    texts = adapter_texts(value)
     for text in texts:
         parse_adapter(text)
-    return tuple(map(str, texts))
+    return texts
 
 
 def parse_expert_layout(value: object) -> tuple[str, ...]:
@@ -357,9 +354,7 @@ def parse_seed(value: str | int) -> int:
     Raises:
         ValueError: it is no whole number from 0 to 2³¹ - 1.
     """
-    if not str(value).isdecimal() or int(value) >= 2**31:
-        raise ValueError(f"{value!r} is no seed, expected a whole number from 0 to {2**31 - 1}")
-    return int(value)
+    return _whole(value, "seed", 2**31 - 1, least=0)
 
 
 def parse_choice(kind: Any, name: str) -> Callable[[str], str]:
@@ -445,20 +440,16 @@ def parse_n_tokens(value: str | int) -> int:
     Raises:
         ValueError: it is no whole number from 1 to 1024.
     """
-    if isinstance(value, bool) or not str(value).isdecimal() or not 1 <= int(value) <= 1024:
-        raise ValueError(f"{value!r} is no number of tokens, expected a whole number from 1 to 1024")
-    return int(value)
+    return _whole(value, "number of tokens", 1024)
 
 
 def parse_rank(value: str | int) -> int:
     """Return a rank.
 
     Raises:
-        ValueError: it is no whole number, or less than one.
+        ValueError: it is no whole number, less than one, or larger than any matrix has.
     """
-    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"{value!r} is no rank, expected a whole number of 1 or more")
-    return int(value)
+    return _whole(value, "rank", MOST_RANK)
 
 
 def parse_energy(value: str | float) -> float:
@@ -487,10 +478,20 @@ def parse_workers(text: str | int) -> int:
     """Return a number of workers.
 
     Raises:
-        ValueError: it is no whole number, or less than one.
+        ValueError: it is no whole number, less than one, or more than a machine can run.
     """
-    if not str(text).isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is no number of workers, expected 1 or more")
+    return _whole(text, "number of workers", MOST_WORKERS)
+
+
+def _whole(value: object, thing: str, most: int, least: int = 1) -> int:
+    """Return a whole number between two limits.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    text = "" if isinstance(value, bool) else str(value)
+    if not re.fullmatch(r"\d{1,10}", text) or not least <= int(text) <= most:
+        raise ValueError(f"{value!r} is no {thing}, expected a whole number from {least} to {most}")
     return int(text)
 
 
@@ -524,6 +525,25 @@ PARSERS: Mapping[str, Callable[..., object]] = {
 }
 """How the values that a type cannot describe are checked, wherever they come from."""
 
+_PATHS = ("base", "tuned", "engine_python", "plot")
+
+_SWITCHES = tuple(
+    sorted(
+        {
+            field.name
+            for kind in (Request, VerifyRequest, InspectRequest, ConvertRequest, ExtractRequest)
+            for field in fields(kind)
+            if field.type == "bool"
+        }
+    )
+)
+
+_CHECKS: Mapping[str, Callable[..., object]] = {
+    **dict.fromkeys(_PATHS, path_text),
+    **dict.fromkeys(_SWITCHES, switch),
+    **PARSERS,
+}
+
 
 def parse_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a request with their values parsed; None stays None.
@@ -532,7 +552,7 @@ def parse_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         RequestError: a value does not parse; it names the key.
     """
     parsed = dict(values)
-    for key, parse in PARSERS.items():
+    for key, parse in _CHECKS.items():
         if parsed.get(key) is not None:
             try:
                 parsed[key] = parse(parsed[key])
@@ -550,6 +570,12 @@ def parse_request(kind: type[AdapterRequest], values: Mapping[str, Any]) -> Adap
     Raises:
         RequestError: a value does not parse; it names the key.
     """
-    given = {name: value for name, value in values.items() if value not in (None, ())}
-    adapter: dict[str, Any] = {name: str(given.pop(name)) for name in ("adapter",) if name in given}
-    return kind(**adapter, **parse_fields(given))
+    given = {name: value for name, value in values.items() if value is not None and value != ()}
+    needed = [field.name for field in fields(kind) if field.default is MISSING]
+    places: dict[str, Any] = {}
+    for name in needed:
+        try:
+            places[name] = path_text(given.pop(name, None))
+        except ValueError as exc:
+            raise RequestError("", 0, name, str(exc)) from exc
+    return kind(**places, **parse_fields(given))

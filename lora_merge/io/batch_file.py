@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.batch import Job
+from lora_merge.core.inputs import adapter_texts
 from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
 from lora_merge.errors import RequestError, ResolveError
 from lora_merge.io.files import output_path, user_path
@@ -235,7 +236,7 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
     """Return the job of some values, its templates filled in."""
     converts = "convert" in values
     adapters = values.get("convert", values.get("adapter", ()))
-    listed = adapters if isinstance(adapters, list) else [adapters]
+    listed = _listed(adapters)
     own = {
         "adapter": "+".join(_last(str(adapter)) for adapter in listed),
         "parent": PurePosixPath(str(listed[0]) if listed else "").parent.name,
@@ -284,6 +285,14 @@ def _placed(text: str) -> str:
         return parse_adapter(text)[0]
     except ValueError:
         return text
+
+
+def _listed(adapters: Any) -> list[Any]:
+    """Return what is merged, one by one; what has no sound form is left to the request's own parser."""
+    try:
+        return list(adapter_texts(adapters))
+    except ValueError:
+        return adapters if isinstance(adapters, list) else [adapters]
 
 
 def _last(path: str) -> str:

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_merge.core.inputs import path_text
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.request import (
     ConvertRequest,
@@ -20,6 +21,7 @@ from lora_merge.core.request import (
     parse_fields,
     parse_request,
 )
+from lora_merge.errors import RequestError
 from lora_merge.pipeline.merging import run
 from lora_merge.pipeline.planning import explain, plan_request
 from lora_merge.pipeline.proving import prove
@@ -54,8 +56,9 @@ __all__ = [
     "verify",
 ]
 
-AdapterPaths = str | PathLike[str] | Sequence[str | PathLike[str]]
-"""One adapter or several, as `merge` takes them."""
+AdapterPath = str | PathLike[str]
+AdapterPaths = AdapterPath | Mapping[AdapterPath, float] | Sequence[AdapterPath | tuple[AdapterPath, float]]
+"""One adapter or several, as `merge` takes them; a table and a pair give each its weight."""
 
 
 def merge(  # noqa: PLR0913 - the options of the command, each by its name
@@ -90,7 +93,7 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
 
     Args:
         adapter: adapter directory or repo (``org/name``, ``org/name/folder@revision``, ``ms://org/name``), or
-            several; each may have ``:WEIGHT`` behind it.
+            several; each may have ``:WEIGHT`` behind it. A table gives weights too: ``{"style": 0.7, "facts": 1}``.
         out: directory to create.
         base: base checkpoint directory or repo; default: the adapter's ``base_model_name_or_path``.
         base_is: what the base is to an adapter whose initialisation changed it (PiSSA, OLoRA, CorDA, LoftQ,
@@ -125,7 +128,7 @@ def merge(  # noqa: PLR0913 - the options of the command, each by its name
             there before.
     """
     request = _request(
-        adapter=adapter, out=str(out), base=base, base_is=base_is, expert_layout=expert_layout,
+        adapter=adapter, out=_path("out", out), base=base, base_is=base_is, expert_layout=expert_layout,
         ignore_file=_names(ignore_file), combine=combine,
         density=density, seed=seed, allow_untie=allow_untie, allow_svd=allow_svd, allow_again=allow_again,
         dtype=dtype, device=device, workers=workers, memory_limit=memory_limit, link=link, max_shard_size=max_shard_size, overwrite=overwrite,
@@ -211,9 +214,9 @@ def verify(  # noqa: PLR0913 - the options of the command, each by its name
         PlanError: those named here do not fit, or the model cannot be run.
     """
     fields = {
-        "out": str(out), "base": None if base is None else str(base), "adapter": tuple(_texts(adapter)) or None,
+        "out": _path("out", out), "base": base, "adapter": None if adapter == () else adapter,
         "level": level, "forward": forward, "engine": engine,
-        "engine_python": None if engine_python is None else str(engine_python),
+        "engine_python": engine_python,
         "prompt": (prompt,) if isinstance(prompt, str) else tuple(prompt), "n_tokens": n_tokens,
         "tolerance": tolerance, "ignore_file": _names(ignore_file), "dtype": dtype, "trust_remote_code": trust_remote_code, "token": token,
         "offline": offline,
@@ -255,8 +258,8 @@ def inspect(  # noqa: PLR0913 - the options of the command, each by its name
         ResolveError: it cannot be found or read.
     """
     fields = {
-        "adapter": str(adapter), "base": _text(base), "base_is": base_is, "expert_layout": _names(expert_layout),
-        "ignore_file": _names(ignore_file), "serving": engine, "plot": _text(plot), "strict": strict, "token": token, "offline": offline,
+        "adapter": adapter, "base": base, "base_is": base_is, "expert_layout": _names(expert_layout),
+        "ignore_file": _names(ignore_file), "serving": engine, "plot": plot, "strict": strict, "token": token, "offline": offline,
     }  # fmt: skip
     from lora_merge.pipeline.inspecting import inspect_adapter
 
@@ -320,7 +323,7 @@ def convert(  # noqa: PLR0913 - the options of the command, each by its name
         LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
     """
     fields = {
-        "adapter": str(adapter), "out": str(out), "base": _text(base), "format": format, "serving": engine,
+        "adapter": adapter, "out": out, "base": base, "format": format, "serving": engine,
         "expand_targets": expand_targets, "bake_scale": bake_scale, "rank": rank, "energy": energy,
         "pad_rank": pad_rank, "to_lora": to_lora, "rename": rename, "experts": experts, "dtype": dtype,
         "base_is": base_is, "expert_layout": _names(expert_layout), "ignore_file": _names(ignore_file), "allow_svd": allow_svd, "overwrite": overwrite,
@@ -369,7 +372,7 @@ def extract(  # noqa: PLR0913 - the options of the command, each by its name
     """
     names = (target,) if isinstance(target, str) else tuple(target)
     fields = {
-        "base": str(base), "tuned": str(tuned), "out": str(out), "rank": rank, "energy": energy,
+        "base": base, "tuned": tuned, "out": out, "rank": rank, "energy": energy,
         "target": names, "save_modules": save_modules, "dtype": dtype, "overwrite": overwrite,
         "strict": strict, "token": token, "offline": offline,
     }  # fmt: skip
@@ -382,8 +385,16 @@ def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _text(path: str | PathLike[str] | None) -> str | None:
-    return None if path is None else str(path)
+def _path(key: str, value: object) -> str:
+    """Return an argument that is a path, as text.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        return path_text(value)
+    except ValueError as exc:
+        raise RequestError("", 0, key, str(exc)) from exc
 
 
 def _request(
@@ -394,12 +405,7 @@ def _request(
     **fields: Any,
 ) -> Request:
     """Return the request of a call, its values parsed."""
-    given = {
-        "adapter": _texts(adapter), "base": None if base is None else str(base), "expert_layout": _names(expert_layout), **fields
-    }  # fmt: skip
+    given = {"adapter": adapter, "base": base, "expert_layout": _names(expert_layout), **fields}
+    if adapter is None:
+        raise RequestError("", 0, "adapter", "is None, expected an adapter")
     return Request(**parse_fields(given))
-
-
-def _texts(adapter: AdapterPaths) -> list[str]:
-    """Return the adapters of a call as a command line would name them."""
-    return [str(adapter)] if isinstance(adapter, str | PathLike) else [str(path) for path in adapter]

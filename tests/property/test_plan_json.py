@@ -18,7 +18,7 @@ OPTIONS = {
     "default": {},
     "float32": {"dtype": "float32"},
     "shards": {"max_shard_size": "30KB"},
-    "both": {"dtype": "float16", "max_shard_size": 50_000},
+    "both": {"dtype": "float16", "max_shard_size": "50KB"},
 }
 
 

@@ -195,6 +195,15 @@ def test_templates_know_adapter_parent_and_base(read):
     ]
 
 
+def test_a_table_of_weights_is_one_job_and_fills_templates_as_texts_do(read):
+    one, other = read(
+        "jobs:\n- {adapter: {runs/a: 0.5, b: 1}, out: '{parent}/{adapter}'}\n- {adapter: ['runs/a:0.5', b], out: x}\n"
+    )
+
+    assert one.request.adapter == ("runs/a:0.5", "b:1")
+    assert (one.request.out, other.request.adapter) == ("runs/a+b", ("runs/a:0.5", "b"))
+
+
 def test_a_matrix_is_a_job_for_each_combination(read):
     jobs = read(
         "defaults: {dtype: fp32}\n"
@@ -275,7 +284,7 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         ("jobs:\n- adapter: a\n  out: {adapter}\n", 3, "out", "is {'adapter': None}: input should be a valid"),
         ("jobs:\n- out: o\n  adapter:\n", 3, "adapter", "is None"),
         ("jobs:\n- out: o\n  adapter: []\n", 3, "adapter", "names no adapter, expected one or more"),
-        ("jobs:\n- out: o\n  adapter: {a: 0.5}\n", 3, "adapter", "is no adapter, expected a directory"),
+        ("jobs:\n- out: o\n  adapter: {a: much}\n", 3, "adapter", "'a' has the weight 'much', expected a number"),
         ("jobs:\n- out: o\n  adapter: 'a:nan'\n", 3, "adapter", "'a:nan' has the weight nan, expected a number"),
         ("jobs:\n- out: o\n  adapter: [b, 'a:inf']\n", 3, "adapter", "'a:inf' has the weight inf"),
         ("jobs:\n- out: o\n  adapter: [b, 'runs/*']\n", 3, "adapter", "has a wildcard in a list"),
@@ -283,14 +292,14 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         ("jobs:\n- out: o\n  adapter: 'runs/*:nan'\n", 3, "adapter", "runs/*:nan matches no directory"),
         ("jobs:\n- out: o\n  adapter: 'runs/[z-a]'\n", 3, "adapter", "runs/[z-a] matches no directory"),
         ("jobs:\n- out: o\n  adapter: a\n  base: models/*\n", 4, "base", "models/* matches no directory"),
-        ("jobs:\n- out: o\n  adapter: a\n  base: [b]\n", 4, "base", "is ['b']: input should be a valid string"),
+        ("jobs:\n- out: o\n  adapter: a\n  base: [b]\n", 4, "base", "is ['b'], expected a path"),
         ("jobs:\n- out: o\n  convert:\n", 3, "convert", "is None, expected one adapter"),
         ("jobs:\n- out: o\n  convert: [a, b]\n", 3, "convert", "is ['a', 'b'], expected one adapter"),
         ("jobs:\n- out: o\n  convert: runs/*\n", 3, "convert", "runs/* matches no directory"),
         ("jobs:\n- convert: a\n  for: vlm\n  out: o\n", 3, "for", "'vlm' is no engine, expected vllm"),
         ("jobs:\n- convert: a\n  rank: 0\n  out: o\n", 3, "rank", "0 is no rank"),
         ("jobs:\n- adapter: a\n  workers: many\n  out: o\n", 3, "workers", "'many' is no number of workers"),
-        ("jobs:\n- adapter: a\n  strict: maybe\n  out: o\n", 3, "strict", "is 'maybe': input should be a valid boolean"),
+        ("jobs:\n- adapter: a\n  strict: maybe\n  out: o\n", 3, "strict", "is 'maybe', expected true or false"),
         ("jobs:\n- adapter: a\n  out: 'm/{nam}'\n", 3, "out", "'m/{nam}' has {nam}, which nothing fills"),
         ("jobs:\n- adapter: a\n  out: 'm/{}'\n", 3, "out", "has {}, which nothing fills"),
         ("jobs:\n- adapter: a\n  out: 'm/{1}'\n", 3, "out", "has {1}, which nothing fills"),

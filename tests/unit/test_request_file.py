@@ -57,7 +57,7 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
             "adapter: a\nout: o\noverwrite: maybe\n",
             3,
             "overwrite",
-            "is 'maybe': input should be a valid boolean",
+            "is 'maybe', expected true or false",
         ),
         ("adapter: a\nout: o\nverify: twice\n", 3, "verify", "'twice' is no level of verification"),
         ("adapter: a\nout: o\nworkers: 0\n", 3, "workers", "0 is no number of workers"),
@@ -67,11 +67,27 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
         ("adapter: a\nout: o\nadapter: b\n", 3, "adapter", "stands twice, first on line 1"),
         ("out: o\n", 0, "adapter", "is missing"),
         ("out: o\nadapter: []\n", 2, "adapter", "names no adapter, expected one or more"),
-        ("out: o\nadapter: 5\n", 2, "adapter", "5 is no adapter, expected a directory"),
-        ("out: o\nadapter: [a, 7]\n", 2, "adapter", "7 is no adapter, expected a directory"),
-        ("out: o\nadapter: ['']\n", 2, "adapter", "'' is no adapter, expected a directory"),
+        ("out: o\nadapter: 5\n", 2, "adapter", "5 is not an adapter: a weight belongs to a path"),
+        ("out: o\nadapter: [a, 7]\n", 2, "adapter", "7 is not an adapter: a weight belongs to a path"),
+        ("out: o\nadapter: ['']\n", 2, "adapter", "'' is not an adapter; expected a directory"),
+        ("out: o\nadapter: [a, 'b:0']\n", 2, "adapter", "'b:0' has the weight 0, which merges nothing"),
+        ("out: o\nadapter: a\nbase: ''\n", 3, "base", "is empty, expected a path"),
+        (
+            "adapter: a\nout: o\nworkers: 99999999999\n",
+            3,
+            "workers",
+            "expected a whole number from 1 to 1024",
+        ),
+        (
+            "adapter: a\nout: o\nmax_shard_size: 5\n",
+            3,
+            "max_shard_size",
+            "5 has no unit, and would be 5 bytes",
+        ),
+        ("adapter: a\nout: o\nmemory_limit: 2\n", 3, "memory_limit", "2 has no unit, and would be 2 bytes"),
+        ("adapter: a\nout: o\nmax_shard_size: 2.5\n", 3, "max_shard_size", "write 2.5MB or 2.5GB"),
         ("out: o\nadapter: [a, 'b:inf']\n", 2, "adapter", "'b:inf' has the weight inf, expected a number"),
-        ("out: o\nadapter: {a: 0.5}\n", 2, "adapter", "is no adapter, expected a directory"),
+        ("out: o\nadapter: {a: much}\n", 2, "adapter", "'a' has the weight 'much', expected a number"),
         ("adapter: a\nout: o\nbase_is: new\n", 3, "base_is", "'new' is no kind of base, expected original"),
         ("adapter: a\nout: o\ncombine: slerp\n", 3, "combine", "'slerp' is no way to combine, expected"),
         ("adapter: a\nout: o\ncombine: [ties]\n", 3, "combine", "['ties'] is no way to combine, expected"),
@@ -87,9 +103,9 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
             "adapter: a\nout: o\nallow_svd: maybe\n",
             3,
             "allow_svd",
-            "is 'maybe': input should be a valid boolean",
+            "is 'maybe', expected true or false",
         ),
-        ("adapter: a\nout: o\nallow_untie: 2\n", 3, "allow_untie", "is 2: input should be a valid boolean"),
+        ("adapter: a\nout: o\nallow_untie: 2\n", 3, "allow_untie", "is 2, expected true or false"),
         ("- adapter\n", 1, "", "holds a list, expected a table"),
         ("adapter: [\n", 2, "", "is not valid YAML"),
         ("", 1, "", "holds nothing"),
@@ -104,6 +120,14 @@ def test_a_fault_names_its_line_and_key(text, line, key, words, tmp_path):
     assert (caught.value.line, caught.value.key) == (line, key)
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"{path}:{line}" if line else path)
+
+
+def test_a_table_gives_adapters_their_weights(tmp_path):
+    table = read_request(write(tmp_path, "adapter: {a: 0.5, b: 1}\nout: o\n"), {})
+    listed = read_request(write(tmp_path, "adapter: [{a: 0.5}, b]\nout: o\n"), {})
+
+    assert table.adapter == ("a:0.5", "b:1")
+    assert listed.adapter == ("a:0.5", "b")
 
 
 def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path):

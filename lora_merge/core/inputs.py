@@ -1,0 +1,107 @@
+"""Values as people write them → the texts and switches that a request has: paths, adapters and their weights.
+
+Python and YAML hand over anything; what has no plain meaning is refused in a sentence, and never dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def adapter_texts(value: object) -> tuple[str, ...]:
+    """Return adapters as a command line names them, each with its weight behind it where it has one.
+
+    Takes a path, several, a table of path → weight, and pairs of a path and a weight among several.
+
+    Example:
+        >>> adapter_texts({"style": 0.5, "facts": 1}), adapter_texts([("style", 0.5), "facts"])
+        (('style:0.5', 'facts:1'), ('style:0.5', 'facts'))
+
+    Raises:
+        ValueError: it names none, or something in it is neither a path nor a weight.
+    """
+    if isinstance(value, Mapping):
+        texts = [_weighted(path, weight) for path, weight in value.items()]
+    elif isinstance(value, list | tuple):
+        texts = [text for item in value for text in _item(item)]
+    else:
+        texts = [_adapter(value)]
+    if not texts:
+        raise ValueError("names no adapter, expected one or more")
+    return tuple(texts)
+
+
+def _item(item: object) -> Sequence[str]:
+    """Return what one of several adapters means: a path, a table, or a pair of a path and a weight."""
+    if isinstance(item, Mapping):
+        return adapter_texts(item)
+    if isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], int | float):
+        return [_weighted(*item)]
+    return [_adapter(item)]
+
+
+def _adapter(value: object) -> str:
+    if isinstance(value, str | os.PathLike) and str(value):
+        return os.fspath(value) if isinstance(os.fspath(value), str) else str(value)
+    sentence = f"{value!r} is not an adapter"
+    if isinstance(value, int | float):
+        sentence += ": a weight belongs to a path, {'PATH': " + repr(value) + "}"
+    raise ValueError(f"{sentence}; expected a directory, or a directory and a weight: DIR:0.5")
+
+
+def _weighted(path: object, weight: object) -> str:
+    """Return an adapter with its weight.
+
+    Raises:
+        ValueError: the one is no path, or the other no number.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ValueError(f"{_adapter(path)!r} has the weight {weight!r}, expected a number")  # noqa: TRY004 - as parsers raise
+    return f"{_adapter(path)}:{weight!r}"
+
+
+def checked_weight(text: str, weight: float) -> float:
+    """Return the weight of an adapter, if it is one that changes anything.
+
+    Args:
+        text: what names adapter and weight.
+        weight: as parsed.
+
+    Raises:
+        ValueError: it is not finite, or zero.
+    """
+    if not math.isfinite(weight):
+        raise ValueError(f"{text!r} has the weight {weight:g}, expected a number")
+    if weight == 0:
+        raise ValueError(f"{text!r} has the weight 0, which merges nothing: leave this adapter out")
+    return weight
+
+
+def path_text(value: object) -> str:
+    """Return a path, or the name of a repo, as text.
+
+    Raises:
+        ValueError: it is something else, or empty.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"is {value!r}, expected a path")  # noqa: TRY004 - as parsers raise
+    text = os.fspath(value)
+    if not isinstance(text, str):
+        raise ValueError(f"is {value!r}, expected a path as text, not as bytes")  # noqa: TRY004 - as parsers raise
+    if not text.strip():
+        raise ValueError("is empty, expected a path (is a variable of the shell not set?)")
+    return text
+
+
+def switch(value: Any) -> bool:
+    """Return True or False as it is; a text such as ``"no"`` would be true.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"is {value!r}, expected true or false")  # noqa: TRY004 - as parsers raise
+    return value
