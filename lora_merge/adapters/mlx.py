@@ -272,6 +272,10 @@ def _scale(settings: Mapping[str, Any]) -> float:
         TargetError: it is no number, or old versions and new ones read the table differently.
     """
     scale = _required(settings, "scale")
+    if scale == 0:
+        raise TargetError(
+            "lora_parameters.scale", "is 0: the adapter changes nothing, whatever its factors hold"
+        )
     alpha = settings.get("alpha")
     if alpha is not None and alpha != settings.get("rank"):
         sentence = f"is {alpha!r}: the first versions of mlx-lm multiply scale by alpha/rank, later ones ignore alpha"

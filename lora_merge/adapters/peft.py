@@ -325,7 +325,8 @@ class _Lora:
 
     def finish(self, modules: frozenset[str] | None) -> list[Issue]:
         """Return what can only be said of all modules together; None when some of them are not known yet."""
-        return self._scaling.unmatched(modules) if modules is not None else []
+        unmatched = self._scaling.unmatched(modules) if modules is not None else []
+        return [*self._scaling.zeros(modules or ("",)), *unmatched]
 
 
 class _AdaLora:

@@ -27,7 +27,7 @@ from lora_merge.core.request import AdapterFormat, ServingEngine
     "--rank",
     type=Parsed("rank"),
     metavar="N",
-    help="Keep the N largest singular values of each module's change; says what is lost.",
+    help="Keep the N largest singular values of each module's change, at most; says what is lost. A smaller rank stays: see --pad-rank.",
 )
 @click.option(
     "--energy",

@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.patterns import TargetError, compile_pattern
-from lora_merge.core.report import Issue, error
+from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.targets import matching_patterns
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -57,6 +58,24 @@ class Scaling:
             hint = "saving sorted the patterns, so which came first in training is lost: keep the right one"
             return default, [error("ambiguous-pattern", module, sentence, hint)]
         return next(iter(matching.values()), default), []
+
+    def zeros(self, modules: Iterable[str]) -> list[Issue]:
+        """Return an issue when α is 0, for modules without a pattern or by one: the adapter changes nothing there.
+
+        Some tools write 0 where they do not know α (verl-project/verl#1821).
+        """
+        issues = []
+        if self._default_alpha == 0 and any(
+            not matching_patterns(self._alphas, one, "alpha_pattern") for one in modules
+        ):
+            sentence = "is 0, so the scale is 0 and the adapter changes nothing, whatever its factors hold"
+            hint = "write the lora_alpha of the training into adapter_config.json"
+            issues.append(error("zero-scale", "lora_alpha", sentence, hint))
+        zero = [key for key, alpha in self._alphas.items() if alpha == 0]
+        if zero:
+            sentence = f"gives {listing(zero)} the α 0: nothing is merged there"
+            issues.append(warning("zero-scale", "alpha_pattern", sentence))
+        return issues
 
     def unmatched(self, modules: Iterable[str]) -> list[Issue]:
         """Return an issue for each pattern that no module answers to."""

@@ -82,6 +82,15 @@ def output_path(text: str) -> Path:
     return path.parent.resolve() / path.name
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest of the directories it is to be in that exists, as far as may be seen."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            if place.exists():
+                return place
+    return path
+
+
 @contextlib.contextmanager
 def open_for_reading(path: str | Path) -> Iterator[int]:
     """Yield a descriptor for positioned reads.
@@ -517,4 +526,9 @@ def write_error(label: str | Path, exc: OSError) -> WriteError:
     """Return the error for a failed write, with the way out."""
     if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
         return WriteError(f"{label}: no space left on the disk", hint="free some, or choose another --out")
-    return WriteError(f"{label}: cannot be written ({exc.strerror or exc})")
+    hint = ""
+    if exc.errno == errno.EROFS:
+        hint = "choose an --out on a disk that can be written"
+    elif exc.errno in {errno.EACCES, errno.EPERM}:
+        hint = "choose an --out where you may write"
+    return WriteError(f"{label}: cannot be written ({exc.strerror or exc})", hint=hint)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Self
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import ChangedError, CheckpointError, WriteError
 from lora_merge.io import journal
-from lora_merge.io.files import write_error
+from lora_merge.io.files import nearest_existing, write_error
+from lora_merge.words import choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,23 +59,65 @@ def check_replaceable(
         marks: files of which one shows that a directory is an output of this kind.
 
     Raises:
-        WriteError: it exists and may not be replaced, is another kind of directory, or holds one of the inputs.
+        WriteError: it exists and may not be replaced, is another kind of directory, or one of the inputs holds it
+            or lies in it.
     """
     for path in inputs:
-        if path == out or out in path.parents:
-            raise WriteError(f"{out}: holds the input {path}", hint="choose another --out")
+        _check_apart(out, path)
     if not (out.exists() or out.is_symlink()):
         return
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
+    what = _foreign(out, marks)
+    if what:
+        raise WriteError(
+            f"{out}: already exists and is {what}",
+            hint="choose another --out, or remove it yourself: --overwrite does not replace it",
+        )
     if not overwrite:
         raise WriteError(f"{out}: already exists", hint="choose another --out, or pass --overwrite")
-    if out.is_symlink() or not any((out / mark).is_file() for mark in marks):
-        kind = "model checkpoint" if CONFIG_FILE in marks else "adapter"
-        raise WriteError(
-            f"{out}: is no {kind} (it has no {' or '.join(marks)}), so --overwrite leaves it alone",
-            hint="remove it yourself, or choose another --out",
-        )
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    """Check that an output and an input are not in each other.
+
+    Raises:
+        WriteError: they are.
+    """
+    real = source.resolve()
+    place = out.parent.resolve() / out.name
+    hint = "choose another --out, beside the inputs"
+    if real == place or place in real.parents:
+        raise WriteError(f"{out}: holds the input {source}", hint=hint)
+    if real in place.parents:
+        raise WriteError(f"{out}: is inside the input {source}, where nothing is written", hint=hint)
+
+
+def _foreign(out: Path, marks: tuple[str, ...]) -> str:
+    """Return what stands under the output's name, if it is nothing that an output may replace."""
+    if out.is_symlink():
+        return f"a link to {out.readlink()}"
+    if not out.is_dir():
+        return "a file"
+    if any((out / mark).is_file() for mark in marks):
+        return ""
+    kind = "a model checkpoint" if CONFIG_FILE in marks else "an adapter"
+    return f"not {kind} (it has no {choice(marks)})"
+
+
+def check_writable(out: Path) -> None:
+    """Check that a directory may be made under this name: a disk that takes nothing may seem full.
+
+    Raises:
+        WriteError: it may not.
+    """
+    existing = nearest_existing(out.parent)
+    if not existing.is_dir():
+        raise WriteError(f"{out}: cannot be made, since {existing} is a file", hint="choose another --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        code = errno.EROFS if is_read_only else errno.EACCES
+        raise write_error(out, OSError(code, os.strerror(code)))
 
 
 def stale_bytes(out: Path) -> int:

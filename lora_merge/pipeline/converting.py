@@ -22,7 +22,7 @@ from lora_merge.convert import (
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import Checkpoint
 from lora_merge.core.lora import ConvertReport, Keep, Lora, LoraModule, Made, Recipe, Written
-from lora_merge.core.report import Issue, Observer, Silence, Verdict, error
+from lora_merge.core.report import Issue, Observer, Silence, Verdict, error, note
 from lora_merge.core.request import ConvertRequest, Request, ServingEngine
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.tensor import DTYPE_CODES
@@ -247,6 +247,7 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
     """Make the factors of every module, write them, read them back, and give them their name."""
     check_strict(job.issues, strict=job.strict)
     staging.check_replaceable(job.out, overwrite=job.overwrite, inputs=job.inputs, marks=MARKS)
+    staging.check_writable(job.out)
     with staging.staging(job.out) as stage, memory_for("writing the adapter"):
         with clock("make"), Spool.open(stage.root / "factors") as spool:
             watch.phase("making factors", _nbytes(job.found.modules))
@@ -267,13 +268,26 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
             _raise(_left_for(job, stage.output))
         with clock("publish"):
             staging.publish(stage.output, job.out)
+    notes = _kept_ranks(job.recipe, lora)
     written = tuple(_written(one) for one in lora.made)
     nbytes = sum((job.out / name).stat().st_size for name in names)
     return ConvertReport(
         source=job.source, out=str(job.out), format=job.recipe.format, files=tuple(sorted(names)), nbytes=nbytes,
-        transforms=job.recipe.names(), modules=written, n_whole=len(lora.whole), issues=job.issues,
+        transforms=job.recipe.names(), modules=written, n_whole=len(lora.whole), issues=(*job.issues, *notes),
         seconds=clock.seconds,
     )  # fmt: skip
+
+
+def _kept_ranks(recipe: Recipe, lora: Lora) -> list[Issue]:
+    """Return a note when a rank was asked for that no module has: it is a limit, and adds nothing."""
+    wanted = recipe.keep.rank if recipe.keep is not None and recipe.keep.energy is None else None
+    largest = max((one.rank for one in lora.made), default=0)
+    if wanted is None or not 0 < largest < wanted:
+        return []
+    sentence = f"is {wanted}, which is a limit, and no module has more than rank {largest}: no rank was changed by it"
+    if all(one.module.is_exact for one in lora.made):
+        sentence += f"; --pad-rank {wanted} gives every module the rank {wanted}, with zeros"
+    return [note("rank-kept", "rank", sentence)]
 
 
 def _raise(issues: Sequence[Issue]) -> None:

@@ -12,7 +12,7 @@ from lora_merge.core.shards import parse_size
 from lora_merge.core.shortage import memory_for
 from lora_merge.errors import LoraMergeError, RequestError, WriteError
 from lora_merge.io import machine, staging
-from lora_merge.io.files import output_path
+from lora_merge.io.files import nearest_existing, output_path
 from lora_merge.merge import NoDeviceError, pick_device
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
@@ -94,6 +94,8 @@ def prepare(
         LoraMergeError: it cannot be carried out.
     """
     clock = Clock()
+    if not (request.out or dry_run):
+        raise RequestError("", 0, "out", "is empty, expected a path (is a variable of the shell not set?)")
     out = output_path(request.out)
     with clock("plan"), memory_for("planning"):
         planned = planned or plan_request(request, watch)
@@ -103,6 +105,8 @@ def prepare(
         roots = (Path(plan.base), *(Path(root) for root in plan.adapters))
         if request.out or not dry_run:
             staging.check_replaceable(out, overwrite=request.overwrite, inputs=roots)
+        if not dry_run:
+            staging.check_writable(out)
         device, *issues = _device(request.device)
         check_strict(issues, strict=request.strict)
         budget = _budget(request, plan, on_gpu=device != "cpu")
@@ -155,8 +159,7 @@ def _free_bytes(out: Path) -> int:
     """Return the free bytes of the filesystem that the output will be on, stale staging counted free."""
     import shutil
 
-    existing = next(path for path in (out, *out.parents) if path.exists())
-    return shutil.disk_usage(existing).free + staging.stale_bytes(out)
+    return shutil.disk_usage(nearest_existing(out)).free + staging.stale_bytes(out)
 
 
 def _shortage(out: Path, summary: Summary) -> Issue | None:

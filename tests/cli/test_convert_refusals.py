@@ -137,7 +137,7 @@ def test_a_directory_of_something_else_is_not_overwritten(pico, pico_adapter, cl
     result = cli("convert", pico_adapter(pico()), "--out", tmp_path / "out", "--overwrite")
 
     assert result.exit_code == exits.WRITE
-    assert "is no adapter" in result.stderr
+    assert "already exists and is not an adapter" in result.stderr
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
 
@@ -148,6 +148,42 @@ def test_the_adapter_itself_is_no_place_for_the_output(pico, pico_adapter, tampe
 
     assert result.exit_code == exits.WRITE
     assert "holds the input" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "rank", "is_told"),
+    [
+        (("--rank", 64), 4, True),
+        (("--rank", 64, "--for", "vllm"), 4, True),
+        (("--rank", 64, "--pad-rank", 64), 64, False),
+        (("--rank", 4), 4, False),
+        (("--rank", 2), 2, False),
+    ],
+)
+def test_a_rank_is_a_limit_and_one_that_no_module_reaches_is_said_so(
+    options, rank, is_told, pico, pico_adapter, cli, tmp_path
+):
+    result = cli("convert", pico_adapter(pico()), *options, "--out", tmp_path / "out", "--json")
+
+    assert result.exit_code == exits.OK, result.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
+    told = f"note: rank: is 64, which is a limit, and no module has more than rank {rank}"
+    assert (told in result.stderr) == is_told
+    assert ("--pad-rank 64" in result.stderr) == is_told
+    codes = [issue["code"] for issue in json.loads(result.stdout)["issues"]]
+    assert ("rank-kept" in codes) == is_told
+
+
+@pytest.mark.parametrize("place", ["merged", "deep/er/merged"])
+def test_no_output_is_written_into_an_input(place, pico, pico_adapter, tampered, cli):
+    adapter, base = tampered(pico_adapter(pico())), tampered(pico(), "base")
+
+    for out in (adapter / place, base / place):
+        result = cli("convert", adapter, "--base", base, "--out", out)
+
+        assert result.exit_code == exits.WRITE
+        assert "is inside the input" in result.stderr
+        assert not out.exists()
 
 
 def test_the_same_conversion_writes_the_same_bytes(pico, pico_adapter, cli, tmp_path):

@@ -253,7 +253,7 @@ def test_overwrite_leaves_alone_what_is_no_checkpoint(pico, pico_adapter, cli, t
     )
 
     assert result.exit_code == exits.WRITE
-    assert "is no model checkpoint" in result.stderr
+    assert "already exists and is not a model checkpoint" in result.stderr
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 
 

@@ -233,6 +233,18 @@ CASES = [
         family="gpt2",
         kind="LoRA on Conv1D",
     ),
+    Case(
+        "an alpha of 0",
+        ("lora_alpha: is 0, so the scale is 0 and the adapter changes nothing", "adapter_config.json"),
+        "zero-scale",
+        config={"lora_alpha": 0},
+    ),
+    Case(
+        "an alpha of 0 with patterns for some modules only",
+        ("lora_alpha: is 0",),
+        "zero-scale",
+        config={"lora_alpha": 0, "alpha_pattern": {"q_proj": 8}},
+    ),
     # 1. half a pair
     Case("A without B", ("has lora_A and no lora_B",), "missing-B", tensors=drop(f"{Q}.lora_B.weight")),
     Case("B without A", ("has lora_B and no lora_A",), "missing-A", tensors=drop(f"{Q}.lora_A.weight")),
@@ -464,6 +476,13 @@ CASES = [
         ("lora_parameters.scale: is '20', expected a number",),
         "bad-field",
         config={"lora_parameters": {"rank": 4, "scale": "20"}},
+        format="mlx",
+    ),
+    Case(
+        "MLX with a scale of 0",
+        ("lora_parameters.scale: is 0: the adapter changes nothing",),
+        "bad-field",
+        config={"lora_parameters": {"rank": 4, "scale": 0.0}},
         format="mlx",
     ),
     Case(

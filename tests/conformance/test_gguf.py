@@ -359,7 +359,7 @@ def test_rslora_ranks_and_alphas_of_their_own_are_all_in_b(trained, converted):
 
 
 def test_an_alpha_of_zero_adds_nothing(trained, converted):
-    made = trained("llama", target_modules=["q_proj"], lora_alpha=0)
+    made = trained("llama", target_modules=["q_proj"], alpha_pattern={"q_proj": 0})
     found = converted(made.base, made.adapter)
     assert found.keys["adapter.lora.alpha"] == 4  # llama.cpp takes an α of 0 for a scale of 1
     assert all(not delta.any() for delta in found.deltas.values())

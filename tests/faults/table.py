@@ -235,13 +235,17 @@ def _second_run(place: Place) -> Iterator[None]:
 
 
 def _output_exists(place: Place) -> None:
+    _output_is_no_model(place)
+    (place.out / "config.json").write_text("{}")
+
+
+def _output_is_no_model(place: Place) -> None:
     place.out.mkdir()
     (place.out / "thesis.txt").write_text("the only copy")
 
 
-def _output_is_no_model(place: Place) -> None:
-    _output_exists(place)
-    place.options.append("--overwrite")
+def _output_is_inside_an_input(place: Place) -> None:
+    place.out = place.adapter / "merged"
 
 
 def _output_is_an_input(place: Place) -> None:
@@ -260,8 +264,8 @@ def _merged_before(place: Place) -> None:
 FAULTS = (
     Fault("the disk has no room for the output", "{out}: needs ", exits.WRITE, _full_at_once, needs="root"),
     Fault("the disk is full before the last file", "no space left on the disk", exits.WRITE, _full_at_the_end, True, "root"),
-    Fault("the output is on a disk that is read-only", "{out}.lora-merge-staging: cannot be written (Read-only file system)", exits.WRITE, _read_only, needs="root"),
-    Fault("nobody may write beside the output", "{out}.lora-merge-staging: cannot be written (Permission denied)", exits.WRITE, _locked_directory, needs="nobody"),
+    Fault("the output is on a disk that is read-only", "{out}: cannot be written (Read-only file system)", exits.WRITE, _read_only, needs="root"),
+    Fault("nobody may write beside the output", "{out}: cannot be written (Permission denied)", exits.WRITE, _locked_directory, needs="nobody"),
     Fault("a weight file may not be read", ": cannot be opened (Permission denied)", exits.RESOLVE, _locked_file, needs="nobody"),
     Fault("the disk cannot read the base any more", ": cannot be read (Input/output error)", exits.RESOLVE, _dying_source, True),
     Fault("the disk cannot write any more", ": cannot be written (Input/output error)", exits.WRITE, _dying_disk, True),
@@ -275,7 +279,8 @@ FAULTS = (
     Fault("memory runs out", " has no memory left", exits.WRITE, _no_memory, True),
     Fault("another run writes the same output", "another run is writing this output (process ", exits.WRITE, _second_run),
     Fault("the output exists", "{out}: already exists", exits.WRITE, _output_exists),
-    Fault("the output exists and is no model", "{out}: is no model checkpoint", exits.WRITE, _output_is_no_model),
+    Fault("the output exists and is no model", "{out}: already exists and is not a model checkpoint", exits.WRITE, _output_is_no_model),
+    Fault("the output is inside an input", "{out}: is inside the input {adapter}", exits.WRITE, _output_is_inside_an_input),
     Fault("the output is an input", "{out}: holds the input {base}", exits.WRITE, _output_is_an_input),
     Fault("the base has the adapter merged into it already", "is merged into {base} already", exits.PLAN, _merged_before),
 )  # fmt: skip

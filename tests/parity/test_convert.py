@@ -480,7 +480,7 @@ def test_whole_weights_beside_an_adapter_of_ms_swift_are_not_left_behind(
         "adapter_model.safetensors",
     )
     sentence = refusal(root, "--bake-scale")
-    assert "stand in a file beside the adapter's" in sentence
+    assert "are whole parameters in a file beside the adapter's" in sentence
     assert "model.norm.weight" in sentence
 
 
@@ -537,7 +537,7 @@ def test_layers_that_mlx_trained_whole_are_no_lora(pico, refusal, tmp_path):
     settings = {"rank": 3, "scale": 1.5, "dropout": 0.0}
     config = {"fine_tune_type": "full", "num_layers": 1, "lora_parameters": settings, "model": "none"}
     adapter = twins.save(tmp_path / "mlx", config, whole, "adapters.safetensors")
-    assert "stand in a file beside the adapter's" in refusal(adapter, "--bake-scale")
+    assert "are whole parameters in a file beside the adapter's" in refusal(adapter, "--bake-scale")
     base = pico("llama", "float32")
     sentence = refusal(adapter, "--to-lora", "--rank", "4", "--base", base)
     assert "input_layernorm.weight: is changed, (64), and LoRA changes matrices only" in sentence

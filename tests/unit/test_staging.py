@@ -145,8 +145,52 @@ def test_a_link_is_never_replaced(tmp_path):
     fill(tmp_path / "real", "text")
     (tmp_path / "out").symlink_to(tmp_path / "real")
 
-    with pytest.raises(WriteError, match="no model checkpoint"):
+    with pytest.raises(WriteError, match=r"already exists and is a link to .*real"):
         staging.check_replaceable(tmp_path / "out", overwrite=True, inputs=())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_cannot_be_replaced_is_never_told_of_overwrite_as_a_way_out(overwrite, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+
+    for name, what in (("file", "a file"), ("home", "not a model checkpoint"), ("link", "a link to")):
+        with pytest.raises(WriteError, match=f"already exists and is {what}") as caught:
+            staging.check_replaceable(tmp_path / name, overwrite=overwrite, inputs=())
+        assert "pass --overwrite" not in caught.value.hint
+
+
+@pytest.mark.parametrize("out", ["input/out", "input/deep/out", "link/out", "input"])
+def test_an_output_has_a_place_of_its_own_whatever_links_lead_there(out, tmp_path):
+    fill(tmp_path / "input", "mine")
+    (tmp_path / "link").symlink_to(tmp_path / "input")
+    source = tmp_path / "link" if out.startswith("input/") else tmp_path / "input"
+
+    with pytest.raises(WriteError, match=r"the input"):
+        staging.check_replaceable(tmp_path / out, overwrite=True, inputs=(source,))
+    staging.check_replaceable(tmp_path / "input-merged", overwrite=True, inputs=(source,))
+
+
+@pytest.mark.parametrize(("flag", "words"), [(os.ST_RDONLY, "Read-only"), (0, "Permission denied")])
+def test_a_disk_that_takes_nothing_is_not_called_full(flag, words, tmp_path, monkeypatch):
+    real = os.statvfs(tmp_path)
+    fields = [*real[:8], flag, *real[9:]]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(fields))
+
+    with pytest.raises(WriteError, match=words) as caught:
+        staging.check_writable(tmp_path / "new" / "out")
+
+    assert "choose an --out" in caught.value.hint
+
+
+def test_an_output_below_a_file_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(WriteError, match=r"cannot be made, since .*file is a file"):
+        staging.check_writable(tmp_path / "file" / "out")
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
