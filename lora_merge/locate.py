@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.same_model import cached_repo, same_model
 from lora_merge.core.source import Source, full_precision, parse_source
 from lora_merge.errors import RequestError, ResolveError, UnsupportedError
-from lora_merge.io.files import read_json, user_path
+from lora_merge.io.files import read_json, read_text, user_path
 from lora_merge.io.hub import Access, Repo, open_repo
 from lora_merge.io.needed import (
     ADAPTER_CONFIG,
@@ -195,23 +196,96 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
 
 def moved_base(base: Place, adapters: Sequence[Place]) -> tuple[Issue, ...]:
     """Return a warning for each adapter that names another revision of the base."""
-    origin = base.origin
-    if origin is None:
+    known = _revision_of(base)
+    if known is None:
         return ()
+    repo, folder, wanted, others = known
     issues = []
     for adapter in adapters:
         for _, named in _named_bases(adapter):
-            if named is None or named.revision is None or named.repo != origin.source.repo:
+            if named is None or named.revision is None or named.repo != repo:
                 continue
-            if named.revision not in {origin.source.wanted, origin.commit}:
+            if named.revision not in {wanted, *others}:
                 sentence = (
-                    f"revision {origin.source.wanted} is what the adapter is merged into, and "
+                    f"revision {wanted} is what the adapter is merged into, and "
                     f"{adapter.text} names revision {named.revision}: the base may have moved since"
                 )
-                hint = f"--base {replace(named, folder=origin.source.folder)} is what it names"
+                hint = f"--base {replace(named, folder=folder)} is what it names"
                 issues.append(warning("base-moved", base.text, sentence, hint))
             break
     return tuple(issues)
+
+
+def _revision_of(base: Place) -> tuple[str, str, str, frozenset[str]] | None:
+    """Return repo, folder and revision of a base, and what else the revision is called; None where that is not known.
+
+    A directory in the cache of the Hub has its commit in its path, and the branches and tags of that beside it.
+    """
+    origin = base.origin
+    if origin is not None:
+        return origin.source.repo, origin.source.folder, origin.source.wanted, frozenset({origin.commit})
+    cached = cached_repo(str(base.root))
+    if cached is None or not cached[1]:
+        return None
+    repo, commit = cached
+    references = next(path for path in base.root.parents if path.name == "snapshots").with_name("refs")
+    names = {
+        path.relative_to(references).as_posix()
+        for path in (references.rglob("*") if references.is_dir() else ())
+        if path.is_file() and read_text(path).strip() == commit
+    }
+    return repo, "", commit, frozenset(names)
+
+
+def other_base(
+    base: Place, adapters: Sequence[Place], configs: Sequence[Mapping[str, Any]]
+) -> tuple[Issue, ...]:
+    """Return a warning for each adapter that names another model than the base is, by their names.
+
+    Args:
+        base: what is merged into.
+        adapters: what is merged.
+        configs: of the adapters, as they were read.
+    """
+    known = _names_of(base)
+    issues = []
+    for adapter, config in zip(adapters, configs, strict=True):
+        named = [name for name, _ in _named_bases(adapter)]
+        own = config.get("base_model_name_or_path")
+        named += [own] if isinstance(own, str) and own and own not in named else []
+        pairs = [(name, how, ours, _is_same(name, ours, base.root)) for name in named for ours, how in known]
+        if any(same for *_, same in pairs):
+            continue
+        name, how, ours, _ = next((pair for pair in pairs if pair[3] is False), (None, "", "", None))
+        if name is not None:
+            sentence = f"is {ours}{how}, and the adapter {adapter.text} was trained on {name}: by their names these are two models"
+            hint = f"merge into what it was trained on: --base {name}; if the two are one model, all is well"
+            issues.append(warning("other-base", base.text, sentence, hint))
+    return tuple(issues)
+
+
+def _names_of(base: Place) -> list[tuple[str, str]]:
+    """Return what a base is called, and where that is said. A repo's own name is the truth; else each is a hint."""
+    if base.origin is not None:
+        return [(base.origin.source.repo, "")]
+    cached = cached_repo(str(base.root))
+    if cached is not None:
+        return [(cached[0], ", by its place in the cache")]
+    said = _json(base.root / CONFIG_FILE).get("_name_or_path")
+    made_of = _json(base.root / MANIFEST_FILE).get("base")
+    merged = made_of.get("id") or made_of.get("path") if isinstance(made_of, dict) else None
+    names = [(said, ", by its config.json"), (merged, ", by its merge_manifest.json"), (str(base.root), "")]
+    return [(name, how) for name, how in names if isinstance(name, str) and name]
+
+
+def _is_same(named: str, ours: str, root: Path) -> bool | None:
+    """Return True where a name is of the base, or a path that leads to it."""
+    try:
+        if user_path(named).resolve() == root:
+            return True
+    except (ResolveError, OSError):
+        pass
+    return same_model(named, ours)
 
 
 def _named_bases(adapter: Place) -> list[tuple[str, Source | None]]:

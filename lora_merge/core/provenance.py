@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import MergedBefore
+from lora_merge.core.same_model import cached_repo, is_repo
 from lora_merge.core.source import Origin, parse_source
 
 if TYPE_CHECKING:
@@ -158,9 +159,8 @@ def card_text(provenance: Provenance, plan: MergePlan) -> str:
         )
     )
     n_as_in_base = actions.count("copied") + actions.count("cast")
-    recorded = provenance.adapters[0].config.get("base_model_name_or_path")
     return _CARD.format(
-        base=_base_name(recorded, provenance),
+        base=_base_name(provenance),
         title=provenance.out_name,
         adapters=f"the adapter {names[0]}" if len(names) == 1 else f"the adapters {', '.join(names)}",
         base_path=provenance.base,
@@ -173,12 +173,20 @@ def card_text(provenance: Provenance, plan: MergePlan) -> str:
     )
 
 
-def _base_name(recorded: object, provenance: Provenance) -> str:
-    """Return the base's repo, or the Hub id that the adapter recorded, or the last part of the base's path."""
+def _base_name(provenance: Provenance) -> str:
+    """Return the base's repo, or the last part of its path; with its owner, where an adapter names a repo of that name.
+
+    What an adapter merely mentions is not what it was merged into.
+    """
     if provenance.base_origin is not None:
         return provenance.base_origin.source.repo
-    source = parse_source(recorded) if isinstance(recorded, str) else None
-    return source.repo if source and source.repo == recorded else _last_part(provenance.base)
+    cached = cached_repo(provenance.base)
+    if cached is not None:
+        return cached[0]
+    name = _last_part(provenance.base)
+    recorded = [adapter.config.get("base_model_name_or_path") for adapter in provenance.adapters]
+    repos = [repo for repo in recorded if isinstance(repo, str) and is_repo(repo) and parse_source(repo)]
+    return next((repo for repo in repos if _last_part(repo).lower() == name.lower()), name)
 
 
 def _short_name(path: str, origin: Origin | None) -> str:

@@ -115,7 +115,7 @@ def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]
     if ADAPTER_CONFIG not in names:
         hint = "this is a whole model: pass it as --base" if CONFIG_FILE in names else ""
         if elsewhere:
-            hint = f"adapters are in its folders: org/name/FOLDER, with {listing(sorted(elsewhere), 8)}"
+            hint = f"adapters are in its folders {listing(sorted(elsewhere), 8)}: org/name/FOLDER"
         raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
     if not adapter_weights(names):
         state = sharded_state(names)

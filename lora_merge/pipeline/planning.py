@@ -22,6 +22,7 @@ from lora_merge.locate import (
     locate_base,
     locate_named_base,
     moved_base,
+    other_base,
 )
 from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
 from lora_merge.resolve import (
@@ -91,7 +92,8 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
     plan = make_plan(base, uses, request, twins)
     located = [issue for place in (base_place, *places) for issue in place.issues]
-    issues = (*located, *moved_base(base_place, places), *plan.issues)
+    other = other_base(base_place, places, [adapter.config for adapter in adapters])
+    issues = (*located, *(other or moved_base(base_place, places)), *plan.issues)
     return Planned(request, replace(plan, issues=issues), uses, base_place, places, base)
 
 
