@@ -72,14 +72,19 @@ class UnknownFormatError(ResolveError):
         root: the directory.
         found: file names that are there.
         tried: what each known format looks for.
+        what: what the directory is instead, if that is known, as the end of a sentence.
+        hint: what to do then.
     """
 
-    def __init__(self, root: str, found: Sequence[str], tried: Sequence[str]) -> None:
+    def __init__(
+        self, root: str, found: Sequence[str], tried: Sequence[str], what: str = "", hint: str = ""
+    ) -> None:
         self.root, self.found, self.tried = root, tuple(found), tuple(tried)
         there = listing(found, 8) if found else "nothing"
+        sentence = what or f"not an adapter: found {there}, expected {' or '.join(tried)}"
         super().__init__(
-            f"{root}: not an adapter: found {there}, expected {' or '.join(tried)}",
-            hint="point --adapter at the directory that holds adapter_config.json",
+            f"{root}: {sentence}",
+            hint=hint or "name the folder that holds adapter_config.json and the adapter's weights",
         )
 
 

@@ -24,6 +24,7 @@ from lora_merge.io.needed import (
     base_small,
     base_weights,
 )
+from lora_merge.io.paths import file_hint, missing_hint
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.io.trainer_files import chosen, described, file_names, unread_files
 from lora_merge.words import listing
@@ -80,7 +81,11 @@ def find(text: str, role: str) -> Found:
         UnsupportedError: it is a base whose name says that it is stored quantised.
     """
     root = user_path(text)
-    source = None if root.exists() else parse_source(text)
+    try:
+        exists = root.exists()
+    except OSError as exc:  # a folder on its way may not be searched, or the name is too long
+        raise ResolveError(f"{text}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
+    source = None if exists or root.is_symlink() else parse_source(text)
     if source is not None:
         if role == "base":
             _refuse_quantised(source)
@@ -89,10 +94,27 @@ def find(text: str, role: str) -> Found:
         if not os.access(root, os.R_OK | os.X_OK):
             raise ResolveError(f"{text}: cannot be read (permission denied)")
         return root.resolve()
-    if root.exists():
-        raise ResolveError(f"{text}: is a file, expected the {role}'s directory")
-    hint = f"--{role} takes a directory, or a repo: org/name, org/name@revision, hf://name, ms://org/name"
-    raise ResolveError(f"{text}: there is no such directory", hint=hint)
+    if exists:
+        raise ResolveError(f"{text}: is a file, expected the {role}'s directory", hint=file_hint(root, role))
+    raise ResolveError(f"{text}: there is no such directory", hint=missing_hint(text, role))
+
+
+def check_not_swapped(base: Found, adapter: Found) -> None:
+    """Check that base and adapter were not named in each other's place.
+
+    Raises:
+        ResolveError: they were.
+    """
+    if not (isinstance(base, Path) and isinstance(adapter, Path)):
+        return
+    kinds = [
+        ((place / CONFIG_FILE).is_file(), (place / ADAPTER_CONFIG).is_file()) for place in (base, adapter)
+    ]
+    if kinds == [(False, True), (True, False)]:
+        raise ResolveError(
+            f"{base} is an adapter, and {adapter} is a model: --base and --adapter are swapped",
+            hint=f"write --base {adapter} --adapter {base}",
+        )
 
 
 def locate_adapter(

@@ -25,10 +25,12 @@ from lora_merge.core.manifest import merged_before
 from lora_merge.core.shards import shard_name
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
+from lora_merge.io.recognise import broken_link, fault_of, names_in
 from lora_merge.io.safetensors import same_values
 from lora_merge.io.shards import read_shards, reader_of
 from lora_merge.io.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
 from lora_merge.layouts import Stored
+from lora_merge.words import choice
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -61,11 +63,14 @@ def resolve_base(root: Path) -> Checkpoint:
         CheckpointError: the configuration, the index or a shard is missing or broken.
     """
     if not (root / CONFIG_FILE).is_file():
-        raise CheckpointError(str(root), "", "has no config.json", hint="--base takes a model directory")
+        raise _no_base(root) or CheckpointError(
+            str(root), "", "has no config.json", hint="--base takes the folder of a whole model"
+        )
     config = read_json(root / CONFIG_FILE)
     entry = _entry(root)
     index = read_json(root / entry) if entry.endswith(".json") else None
     files = (_single_file(root, entry),) if index is None else read_shards(root, entry, index)
+    _check_merged(root, config, files)
     side_files, notes = base_side_files(root)
     weights = {file.name for file in files}
     return Checkpoint(
@@ -153,11 +158,37 @@ def _entry(root: Path) -> str:
     entries = (INDEX_FILE, SAFETENSORS_FILE, PICKLED_INDEX_FILE, PICKLED_FILE)
     found = next((name for name in entries if (root / name).is_file()), None)
     if found is None:
-        raise CheckpointError(
-            str(root), "", "holds no weights", f"{', '.join(entries[:-1])} or {entries[-1]}",
-            hint="the download is incomplete, or this is no model directory",
-        )  # fmt: skip
+        raise _no_base(root) or CheckpointError(
+            str(root), "", "holds no weights", choice(entries), hint="fetch the weights too"
+        )
     return found
+
+
+def _no_base(root: Path) -> CheckpointError | None:
+    """Return the error of a directory that is no base, with what it is instead; None where that cannot be told."""
+    fault = fault_of(names_in(root), "base", f"{root}/")
+    broken = broken_link(root)
+    if broken is None and fault is not None:
+        return CheckpointError(str(root), "", fault.sentence, hint=fault.hint)
+    return broken
+
+
+def _check_merged(root: Path, config: Mapping[str, Any], files: tuple[WeightFile, ...]) -> None:
+    """Check that a base is no model that was saved with PEFT's layers still in it.
+
+    Code of a model's own may have such layers (Phi-4-multimodal).
+
+    Raises:
+        CheckpointError: it is.
+    """
+    names = [ref.name for file in files for ref in file.tensors]
+    wrapped = next((name for name in names if ".base_layer." in name), None)
+    factor = next((name for name in names if ".lora_A." in name), None)
+    if wrapped and factor and "auto_map" not in config:
+        raise CheckpointError(
+            str(root), wrapped, f"is a layer of PEFT, and {factor} is the LoRA on it: the model was saved unmerged",
+            hint="save it again from PEFT: model.merge_and_unload() for a merged model, model.unload() for the base alone",
+        )  # fmt: skip
 
 
 def _single_file(root: Path, name: str) -> WeightFile:

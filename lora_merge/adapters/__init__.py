@@ -12,8 +12,10 @@ from lora_merge.adapters.unread import sharded_error, unread_issues
 from lora_merge.core.report import note
 from lora_merge.errors import ResolveError, UnknownFormatError
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
+from lora_merge.io.recognise import broken_link, fault_of, in_order, names_in
 from lora_merge.io.side_files import adapter_side_files
 from lora_merge.io.trainer_files import file_names
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -63,14 +65,15 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     if adapter is not None:
         return adapter
     inside = sorted(
-        path for path in root.iterdir() if path.name != EXTRA_FOLDER and (path / ADAPTER_CONFIG).is_file()
+        (path for path in root.iterdir() if path.name != EXTRA_FOLDER and (path / ADAPTER_CONFIG).is_file()),
+        key=lambda path: in_order(path.name),
     )
     if not inside or (root / ADAPTER_CONFIG).is_file():
         raise sharded_error(root, file_names(root)) or _unknown(root)
     if len(inside) > 1:
-        names = ", ".join(path.name for path in inside)
+        names = listing([path.name for path in inside], 8)
         sentence = f"{root}: holds {len(inside)} adapters, {names}; expected one"
-        raise ResolveError(sentence, hint=f"name one of them: --adapter {root / inside[0].name}")
+        raise ResolveError(sentence, hint=f"name one of them: --adapter {inside[-1]}")
     (only,) = inside
     own_ignored = {name.removeprefix(f"{only.name}/") for name in ignored if name.startswith(f"{only.name}/")}
     adapter = _read_directory(only, own_ignored)
@@ -86,6 +89,17 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     return replace(adapter, issues=(found, *adapter.issues, *outside), side_files=side_files)
 
 
+def _unknown(root: Path) -> ResolveError:
+    """Return the error of a directory that is no adapter, with what it is instead where that can be told."""
+    broken = broken_link(root)
+    if broken is not None:
+        return broken
+    names = names_in(root)
+    what, hint = fault_of(names, "adapter") or ("", "")
+    top = [name for name in names if "/" not in name]
+    return UnknownFormatError(str(root), top or names, tuple(LOOKED_FOR.values()), what, hint)
+
+
 def _read_directory(root: Path, ignored: Collection[str]) -> Adapter | None:
     """Return the adapter in a directory itself, or None."""
     for reader in FORMATS.values():
@@ -95,9 +109,3 @@ def _read_directory(root: Path, ignored: Collection[str]) -> Adapter | None:
         issues = unread_issues(adapter, file_names(root), ignored) if adapter.files else []
         return replace(adapter, issues=(*adapter.issues, *issues)) if issues else adapter
     return None
-
-
-def _unknown(root: Path) -> UnknownFormatError:
-    return UnknownFormatError(
-        str(root), sorted(path.name for path in root.iterdir()), tuple(LOOKED_FOR.values())
-    )

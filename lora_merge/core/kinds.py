@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.errors import CheckpointError
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -154,7 +155,9 @@ def check_types(config: Mapping[str, Any], label: str) -> None:
 
 def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
     """Return an issue for each kind of adapter that is asked for and has no merged form."""
-    kind = str(config.get("peft_type"))
+    if not config.get("peft_type"):
+        return [_foreign(config)]
+    kind = str(config["peft_type"])
     if kind in NOT_IN_WEIGHTS:
         sentence = f"a {kind} adapter cannot be merged: {NOT_IN_WEIGHTS[kind]}, which no weight can hold"
         return [error("unsupported", "peft_type", sentence, "serve it with PEFT")]
@@ -163,7 +166,9 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
         return [error("unsupported", "peft_type", "'BONE' was renamed, and PEFT 0.21 cannot read it", hint)]
     if kind not in NATIVE | LAYERED:
         sentence = f"is {kind!r}, which is no type of PEFT 0.21"
-        return [error("unsupported", "peft_type", sentence, "a newer lora-merge may know it")]
+        near = next((one for one in sorted(NATIVE | LAYERED) if one == kind.upper()), None)
+        hint = f"PEFT writes it as {near}" if near else "a newer lora-merge may know it"
+        return [error("unsupported", "peft_type", sentence, hint)]
     issues = [
         error("unsupported", field, f"{why}: it has no merged form", "serve it with PEFT")
         for field, why in UNMERGEABLE_FIELDS.items()
@@ -179,6 +184,47 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
         sentence = f"is {init!r}, which PEFT 0.21 does not know"
         issues.append(error("unsupported", "init_lora_weights", sentence, "a newer lora-merge may know it"))
     return issues
+
+
+def _foreign(config: Mapping[str, Any]) -> Issue:
+    """Return the issue of a configuration that is not PEFT's: it has no peft_type."""
+    fields = {*map(str, config), str(config.get("framework")).lower()}
+    maker, way = next((said for marks, *said in _FOREIGN if marks <= fields), ("", _MINIMUM))
+    named = listing([str(field)[:40] for field in config], 5) if config else "no fields"
+    sentence = f"is missing, so adapter_config.json is not PEFT's (it has {named})"
+    if maker:
+        sentence += f"; by its fields it is {maker}"
+    return error("unsupported", "peft_type", sentence, way)
+
+
+_MINIMUM = "if the weights are PEFT's, fetch its adapter_config.json: peft_type, r, lora_alpha, target_modules and so on"
+_IN_ADAPTERS = (
+    "merge it there: model.load_adapter(FOLDER), model.merge_adapter(NAME), model.save_pretrained(OUTPUT)"
+)
+_AS_MLX = "name the weights adapters.safetensors, as mlx-lm does"
+
+_FOREIGN: tuple[tuple[frozenset[str], str, str], ...] = (
+    (
+        frozenset({"jax-tunix-qwix"}),
+        "tunix's, whose factors have other names and shapes",
+        "export it from tunix as PEFT's, or merge it there and save the model",
+    ),
+    (frozenset({"config", "model_name"}), "of AdapterHub's library adapters", _IN_ADAPTERS),
+    (frozenset({"config", "hidden_size", "name"}), "of AdapterHub's library adapters", _IN_ADAPTERS),
+    (frozenset({"lora_parameters"}), "mlx-lm's", _AS_MLX),
+    (frozenset({"fine_tune_type"}), "mlx-lm's", _AS_MLX),
+    (
+        frozenset({"adapter_layers", "adapter_len"}),
+        "of LLaMA-Adapter, which learns prompts that no weight can hold",
+        "run it with its own code",
+    ),
+    (
+        frozenset({"model_type", "hidden_size"}),
+        "the config.json of a whole model",
+        "put the adapter's own adapter_config.json in its place",
+    ),
+)
+"""Configurations that others call adapter_config.json: fields that tell, whose they are, and the way out."""
 
 
 def mutating_init(config: Mapping[str, Any]) -> str | None:

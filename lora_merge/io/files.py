@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.errors import CheckpointError, ResolveError, WriteError
+from lora_merge.io.instead import instead_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -398,10 +399,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as exc:
         raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
     except (ValueError, RecursionError) as exc:
-        raise CheckpointError(str(path), "", f"is not valid JSON ({exc})") from exc
+        raise _no_json(path, exc) from exc
     if not isinstance(value, dict):
         raise CheckpointError(str(path), "", f"holds a JSON {type(value).__name__}", "a table")
     return value
+
+
+def _no_json(path: Path, exc: Exception) -> CheckpointError:
+    """Return the error of a file that is no JSON: what it is instead, or where it breaks off."""
+    what = instead_of(path)
+    if what is not None:
+        return CheckpointError(str(path), "", what.sentence, hint=what.hint)
+    is_cut = isinstance(exc, json.JSONDecodeError) and exc.pos >= len(exc.doc.rstrip())
+    hint = "the file breaks off: download it again, or save it again" if is_cut else ""
+    return CheckpointError(str(path), "", f"is not valid JSON ({exc})", hint=hint)
 
 
 def read_text(path: Path) -> str:

@@ -13,10 +13,11 @@ from lora_merge.core.checkpoint import (
 )
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.io.files import read_json
+from lora_merge.io.recognise import fault_of
 from lora_merge.io.shards import adapter_entries
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.io.trainer_files import LOAD_AFTER, sharded_state, trained_beside
-from lora_merge.words import listing
+from lora_merge.words import choice, listing
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -53,22 +54,23 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
         ResolveError: the listing is none of a model that can be merged into.
     """
     if CONFIG_FILE not in names:
-        hint = "a base is a whole model"
-        if ADAPTER_CONFIG in names:
-            hint = "this is an adapter: pass it as --adapter"
-        elif any(name.endswith(".gguf") for name in names):
-            hint = "these are GGUF files: pass the repo of the model that they were made from"
-        raise ResolveError(f"{label}: has no config.json", hint=hint)
+        what = fault_of(names, "base", f"{label}/")
+        raise ResolveError(
+            f"{label}: {what.sentence}" if what else f"{label}: has no config.json",
+            hint=what.hint if what else "a base is a whole model",
+        )
     index = next(
         (name for name in (INDEX_FILE, SAFETENSORS_FILE, PICKLED_INDEX_FILE, PICKLED_FILE) if name in names),
         None,
     )
     if index is None:
-        found = sorted(name for name in names if not belongs_to_base(name))[:4]
-        listing = f" (it has {', '.join(found)})" if found else ""
+        what = fault_of(names, "base", f"{label}/")
+        hint = what.hint if what else "pass the repo that holds the model's safetensors"
+        found = sorted(name for name in names if not belongs_to_base(name))
+        there = f" (it has {listing(found)})" if found else ""
         raise ResolveError(
-            f"{label}: has no weights that can be merged into{listing}, expected {SAFETENSORS_FILE} or {INDEX_FILE}",
-            hint="pass the repo that holds the model's safetensors",
+            f"{label}: has no weights that can be merged into{there}, expected {SAFETENSORS_FILE} or {INDEX_FILE}",
+            hint=hint,
         )
     small = frozenset(name for name in names if belongs_to_base(name) or name == MANIFEST_FILE)
     return small | {index} if index in {INDEX_FILE, PICKLED_INDEX_FILE} else small
@@ -113,7 +115,10 @@ def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]
         ResolveError: the listing is none of an adapter.
     """
     if ADAPTER_CONFIG not in names:
-        hint = "this is a whole model: pass it as --base" if CONFIG_FILE in names else ""
+        what = None if elsewhere else fault_of(names, "adapter")
+        if what is not None:
+            raise ResolveError(f"{label}: {what.sentence}", hint=what.hint)
+        hint = ""
         if elsewhere:
             hint = f"adapters are in its folders {listing(sorted(elsewhere), 8)}: org/name/FOLDER"
         raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
@@ -122,8 +127,10 @@ def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]
         if state is not None:
             sentence = f"{label}: holds no file of an adapter, only a state of {state.trainer} in shards"
             raise ResolveError(sentence, hint=f"download it; {state.tool}; then {LOAD_AFTER}")
-        wanted = " or ".join(_ADAPTER_WEIGHTS[:2])
-        raise ResolveError(f"{label}: has no weights of an adapter, expected {wanted}")
+        what = fault_of(names, "adapter")
+        wanted = choice(_ADAPTER_WEIGHTS[:2])
+        sentence = what.sentence if what else f"has no weights of an adapter, expected {wanted}"
+        raise ResolveError(f"{label}: {sentence}", hint=what.hint if what else "")
     return frozenset(name for name in names if name in _ADAPTER_SMALL or belongs_to_adapter(name))
 
 

@@ -25,6 +25,7 @@ from lora_merge.core.checkpoint import WeightFile
 from lora_merge.core.tensor import TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
+from lora_merge.io.instead import instead_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -126,6 +127,9 @@ class _Archive:
             got = "is in the format of torch before 1.6"
             raise CheckpointError(self.label, "", got, "the zip format", hint=_RESAVE)
         if not head.startswith(_ZIP_MAGIC):
+            what = instead_of(self.label)
+            if what is not None:
+                raise CheckpointError(self.label, "", what.sentence, hint=what.hint)
             got = f"has {self._size} bytes that are no zip file"
             raise CheckpointError(self.label, "", got, "one of torch.save", hint=_REFETCH)
         try:

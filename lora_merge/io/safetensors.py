@@ -12,6 +12,7 @@ from lora_merge.core.shards import HEADER_PREFIX_BYTES, header_bytes
 from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES, TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
+from lora_merge.io.instead import instead_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +44,13 @@ def read_header(path: Path, name: str | None = None) -> WeightFile:
     label = str(path)
     with files.open_for_reading(path) as fd:
         size = os.fstat(fd).st_size
-        table, data_start = _header_table(fd, size, label)
+        try:
+            table, data_start = _header_table(fd, size, label)
+        except CheckpointError as exc:
+            what = instead_of(path)
+            if what is None:
+                raise
+            raise CheckpointError(label, "", what.sentence, hint=what.hint) from exc
     metadata = table.pop("__metadata__", None)
     if metadata is None:  # MLX writes null
         metadata = {}

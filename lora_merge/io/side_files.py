@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import SideFile
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import same_bytes
+from lora_merge.io.instead import instead_of, is_pointer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +54,10 @@ _TOKENIZER = (
 """Tokenizer and template files, as transformers 5 names them."""
 
 
+_NEEDED_SUFFIXES = frozenset({".json", ".py", ".jinja", ".txt"})
+"""Of files that a model or its tokenizer is loaded from; a picture beside them may be missing."""
+
+
 def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """Return the files that go with a base's weights, and a sentence for each thing left out.
 
@@ -67,6 +72,9 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
                 notes.append(f"{name} was left out: it holds the base's weights for another program")
             continue
         _check_inside(entry, root)
+        if is_pointer(entry):
+            _refuse_pointer(entry)
+            notes.append(f"{name} is a Git LFS pointer, and was copied as one: git lfs pull fetches the file")
         kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))
     return tuple(sorted(kept, key=lambda file: file.name)), tuple(notes)
 
@@ -80,9 +88,22 @@ def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
     found = []
     for path in (path for pattern in _TOKENIZER for path in root.glob(pattern) if path.is_file()):
         _check_inside(path, root)
+        if is_pointer(path):
+            _refuse_pointer(path)
         name = path.relative_to(root).as_posix()
         found.append(SideFile(name, str(path), path.stat().st_size, "adapter"))
     return tuple(sorted(found, key=lambda file: file.name))
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Refuse a Git LFS pointer in the place of a file that loading a model needs.
+
+    Raises:
+        CheckpointError: it is in such a place.
+    """
+    what = instead_of(path)
+    if what is not None and (_matches(path.name, _TOKENIZER) or path.suffix in _NEEDED_SUFFIXES):
+        raise CheckpointError(str(path), "", what.sentence, hint=what.hint)
 
 
 def _check_inside(path: Path, root: Path) -> None:

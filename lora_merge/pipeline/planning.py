@@ -17,6 +17,7 @@ from lora_merge.io.hub import Access
 from lora_merge.locate import (
     Place,
     check_ignored,
+    check_not_swapped,
     find,
     locate_adapter,
     locate_base,
@@ -66,6 +67,9 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     chosen = [_chosen(text) for text in request.adapter]
     named_base = None if request.base is None else (find(request.base, "base"), request.base)
     found = [(find(text, "adapter"), text) for text, _ in chosen]
+    if named_base is not None:
+        for adapter_found, _ in found:
+            check_not_swapped(named_base[0], adapter_found)
     places = tuple(locate_adapter(*one, access, watch, request.ignore_file) for one in found)
     check_ignored(places, request.ignore_file)
     if named_base is not None:
