@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.words import alike, cut, listing
+from lora_merge.words import CAUSE, counted, cut, listing, told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,8 +159,10 @@ def _issue_list(issues: Sequence[Issue], verb: str) -> str:
     """Return one sentence for one issue, and a numbered list for several, those alike as one."""
     if len(issues) == 1:
         return str(issues[0])
-    groups = alike(issues)
+    groups, n_left = told(issues, _LISTED)
     lines = [f"{verb}: {len(issues)} problems"]
-    lines += (f"  {n}. {group}" for n, group in enumerate(groups[:_LISTED], 1))
-    left = cut(_LISTED, len(groups), "other kinds", "-v and --json list them all")
+    if groups[0].first.code == CAUSE:
+        lines = [str(groups.pop(0)), f"  {counted(len(issues) - 1, 'problem')} follow from it:"]
+    lines += (f"  {n}. {group}" for n, group in enumerate(groups, 1))
+    left = cut(len(groups), len(groups) + n_left, "other kinds", "-v and --json list them all")
     return "\n".join(lines + ([f"  {left}"] if left else []))

@@ -19,6 +19,9 @@ _PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
 _FEW = 3
 """Issues that are alike, and still worth a line each."""
 
+CAUSE = "other-size"
+"""Code of the issue that others follow from: the base is not the one of the training."""
+
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
 """A part of a path: which layer, which expert."""
 
@@ -167,6 +170,17 @@ def alike(issues: Iterable[Issue]) -> list[Alike]:
         for group in groups.values()
         for part in ([group] if len(group) > _FEW else [[issue] for issue in group])
     ]
+
+
+def told(issues: Sequence[Issue], most: int) -> tuple[list[Alike], int]:
+    """Return the groups of issues that are worth printing, and how many kinds are left out.
+
+    Where one issue is the cause of the others, it comes first, and a few of those show what they are like.
+    """
+    cause = [issue for issue in issues if issue.code == CAUSE]
+    groups = alike([*cause, *(issue for issue in issues if issue.code != CAUSE)])
+    shown = groups[: len(cause) + _FEW if cause else most]
+    return shown, len(groups) - len(shown)
 
 
 def _masked(text: str) -> str:

@@ -18,7 +18,7 @@ from lora_merge.io.trainer_files import file_names
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from lora_merge.core.adapter import Adapter
@@ -73,7 +73,7 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     if len(inside) > 1:
         names = listing([path.name for path in inside], 8)
         sentence = f"{root}: holds {len(inside)} adapters, {names}; expected one"
-        raise ResolveError(sentence, hint=f"name one of them: --adapter {inside[-1]}")
+        raise ResolveError(sentence, hint=f"name one of them: --adapter {_likely(inside)}")
     (only,) = inside
     own_ignored = {name.removeprefix(f"{only.name}/") for name in ignored if name.startswith(f"{only.name}/")}
     adapter = _read_directory(only, own_ignored)
@@ -87,6 +87,11 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     own_names = {path.name for path in root.iterdir() if path.is_file()}
     outside = unread_issues(replace(adapter, root=str(root)), own_names, own_names.intersection(ignored))
     return replace(adapter, issues=(found, *adapter.issues, *outside), side_files=side_files)
+
+
+def _likely(adapters: Sequence[Path]) -> Path:
+    """Return the one of several adapters that is probably meant: of numbered ones the last."""
+    return adapters[-1 if all(path.name[-1].isdecimal() for path in adapters) else 0]
 
 
 def _unknown(root: Path) -> ResolveError:

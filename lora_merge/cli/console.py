@@ -14,7 +14,7 @@ import click
 from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
 from lora_merge.cli.text import printable, size_text
 from lora_merge.core.report import Report, Silence
-from lora_merge.words import alike, cut
+from lora_merge.words import Alike, alike, cut, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -161,12 +161,13 @@ def _inspection_data(found: Inspection) -> dict[str, Any]:
 
 def say_issues(issues: Sequence[Issue], *, each: bool) -> None:
     """Print issues on stderr: each, or those alike as one."""
-    for text, severity in (
-        [(str(issue), issue.severity) for issue in issues]
-        if each
-        else [(str(group), group.first.severity) for group in alike(issues)]
-    ):
-        click.echo(f"{severity}: {printable(text)}", err=True)
+    errors = [issue for issue in issues if issue.severity == "error"]
+    groups, n_left = ([Alike([issue]) for issue in errors], 0) if each else told(errors, len(errors))
+    others = [issue for issue in issues if issue.severity != "error"]
+    for group in (*([Alike([issue]) for issue in others] if each else alike(others)), *groups):
+        click.echo(f"{group.first.severity}: {printable(str(group))}", err=True)
+    if left := cut(len(groups), len(groups) + n_left, "other kinds", "-v and --json list them all"):
+        click.echo(left, err=True)
 
 
 def say_error(

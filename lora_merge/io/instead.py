@@ -62,10 +62,6 @@ _REFUSALS = (
 
 _TESTS: tuple[tuple[Callable[[bytes], bool], Instead], ...] = (
     (
-        lambda text: text[7:10] == b'\0{"',
-        Instead("is a safetensors file by its first bytes", "give it the ending .safetensors"),
-    ),
-    (
         lambda text: text.startswith(_PAGES),
         Instead("is a web page: the server sent an error or its login page", _AGAIN),
     ),

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 MAX_PICKLE_BYTES = 100_000_000
 """As safetensors limits its header: what is longer holds values, not places."""
 
+SAFETENSORS_SUFFIX = ".safetensors"
+
 _PROTOCOLS = frozenset({2, 3})
 """Of pickle; with any other, ``torch.load(weights_only=True)`` fails (torch 2.13)."""
 
@@ -130,6 +132,9 @@ class _Archive:
             what = instead_of(self.label)
             if what is not None:
                 raise CheckpointError(self.label, "", what.sentence, hint=what.hint)
+            if head[7:10] == b'\0{"':
+                hint = f"give it the ending {SAFETENSORS_SUFFIX}"
+                raise CheckpointError(self.label, "", "is a safetensors file by its first bytes", hint=hint)
             got = f"has {self._size} bytes that are no zip file"
             raise CheckpointError(self.label, "", got, "one of torch.save", hint=_REFETCH)
         try:

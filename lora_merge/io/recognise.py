@@ -251,7 +251,9 @@ def _lost_index(names: Collection[str]) -> Fault | None:
     index = f"{first['stem']}.{first['suffix']}.index.json"
     if index in names:
         return None
-    there = f"{len(shards)} of {int(first['count'])} weight files ({first[0]}, …)"
+    there = (
+        f"{len(shards)} of {int(first['count'])} weight files ({listing([shard[0] for shard in shards], 1)})"
+    )
     return Fault(
         f"holds {there}, and their index is missing: {index}",
         f"download {index} from where the weights are from" + ("" if len(shards) == int(first["count"]) else ", and the other files"),

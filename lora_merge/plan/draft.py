@@ -25,6 +25,8 @@ from lora_merge.plan.placing import vocabulary_patch
 from lora_merge.plan.shared_changes import Separation
 from lora_merge.plan.ties import Tie, ensures_tie, find_tie, unbiased_head_issue, untie_issue, untie_patch
 from lora_merge.plan.views import view_for
+from lora_merge.plan.sizes import other_size
+from lora_merge.plan.ties import Tie, ensures_tie, find_tie, untie_issue, untie_patch
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ class Draft:
                 issues += layer_issues
                 use = replace(use, adapter=_without_factors(use.adapter))  # noqa: PLW2901 - what is left of it
             fitting = Fitting(use, n, model, self._request).fit(layered)
-            issues += fitting.issues
+            issues += other_size(use.adapter, model, fitting.issues) + fitting.issues
             issues += self._take(fitting)
         if tie is not None:
             issues += self._settle_tie(tie)

@@ -244,7 +244,7 @@ def test_what_is_no_checkpoint_is_left_alone_whatever_is_asked(three, base, batc
 
     assert code == exits.BATCH
     assert states(report) == {"out/one": "done", "out/bad": "failed", "out/two": "done"}
-    assert "out/bad: is no model checkpoint (it has no config.json), so --overwrite leaves it alone" in said
+    assert "out/bad: already exists and is not a model checkpoint (it has no config.json)" in said
     assert leftovers(tmp_path / "out" / "bad") == ["thesis.tex"]
 
 

@@ -408,8 +408,11 @@ def repos(hub, base, adapter, pico, copied):
         (("--base", "org/base@main/sub"), "a folder stands before the @"),
         (("--base", "hf://org/nothing"), "error: org/nothing: the Hub has no such repo"),
         (("--base", "org/nothing"), "org/nothing: there is no such directory, and the Hub has no such repo"),
-        (("--base", "org/adapter"), "org/adapter: has no config.json"),
-        (("--base", "org/adapter"), "hint: this is an adapter: pass it as --adapter"),
+        (
+            ("--base", "org/adapter"),
+            "org/adapter: is an adapter itself (it has adapter_config.json), and no model",
+        ),
+        (("--base", "org/adapter"), "hint: pass the model that it was trained on as --base"),
         (("--base", "org/empty"), "org/empty: has no weights that can be merged into (it has pico.gguf)"),
         (("--base", "org/holed"), "org/holed: lacks model-00002-of"),
         (("--base", "./nothing"), "./nothing: there is no such directory"),
@@ -431,7 +434,7 @@ def test_a_model_passed_as_an_adapter_is_named(hub, command, base, tmp_path):
     result = command("--base", "org/base", "--adapter", "org/base", "--out", tmp_path / "out")
 
     assert result.returncode == exits.RESOLVE
-    assert "this is a whole model: pass it as --base" in result.stderr
+    assert "pass it as --base" in result.stderr
     assert hub.fetched() in ([], ["config.json"])
 
 

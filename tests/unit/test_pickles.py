@@ -309,12 +309,12 @@ def cut_off(path):
 
 def a_pointer(path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    return "bytes that are no zip file, expected one of torch.save"
+    return "is a Git LFS pointer: the file itself was not downloaded"
 
 
 def nothing_in_it(path):
     path.write_bytes(b"")
-    return "has 0 bytes that are no zip file"
+    return "is empty (0 bytes)"
 
 
 def moved(path):

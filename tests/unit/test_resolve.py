@@ -163,7 +163,7 @@ def test_weight_files_that_the_index_does_not_name_are_left_out_with_a_note(
 
 def no_config(base):
     (base / "config.json").unlink()
-    return "has no config.json"
+    return "has model.safetensors and no config.json"
 
 
 def broken_config(base):
@@ -178,12 +178,12 @@ def config_list(base):
 
 def no_weights(base):
     (base / "model.safetensors").unlink()
-    return "holds no weights, expected model.safetensors.index.json, model.safetensors, pytorch_model"
+    return "has config.json and no weights: model.safetensors, or shards with their index, is missing"
 
 
 def renamed_weights(base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    return "bytes that are no zip file, expected one of torch.save"
+    return "is a safetensors file by its first bytes"
 
 
 @pytest.mark.parametrize("fault", [no_config, broken_config, config_list, no_weights, renamed_weights])
@@ -214,7 +214,18 @@ def test_a_directory_that_is_no_adapter_says_what_it_holds(pico, cli, tmp_path):
     result = cli("--base", pico(), "--adapter", pico(), "--out", tmp_path / "out")
 
     assert result.exit_code == exits.RESOLVE
-    assert "not an adapter: found" in result.stderr
+    assert "is a whole model and no adapter (it has config.json and model.safetensors)" in result.stderr
+    assert "pass it as --base" in result.stderr
+
+
+def test_a_directory_of_anything_says_what_it_holds(pico, cli, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("much")
+
+    result = cli("--base", pico(), "--adapter", tmp_path / "notes", "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.RESOLVE
+    assert "notes: not an adapter: found todo.txt, expected" in result.stderr
     assert (
         "expected adapter_config.json with adapter_model.safetensors or adapter_model.bin (PEFT) or"
         in result.stderr
