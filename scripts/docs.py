@@ -118,13 +118,14 @@ def readme() -> str:
 def security() -> str:
     """Return the text of ``docs/security.md`` with its tables renewed."""
     sys.path.insert(0, str(ROOT))
-    from tests.faults.table import FAULTS, HOSTILE
+    from tests.faults.table import FAULTS, HOSTILE, MISTAKES
 
     return _renewed(
         SECURITY_PAGE,
         {
             "lasting": _fault_table(fault for fault in FAULTS if not fault.is_resumed),
             "passing": _fault_table(fault for fault in FAULTS if fault.is_resumed),
+            "mistakes": _fault_table(MISTAKES),
             "hostile": _fault_table(HOSTILE),
         },
     )

@@ -25,6 +25,9 @@ Naming = Literal["v4", "v5"]
 ExpertForm = Literal["split", "fuse"]
 AdapterFormat = Literal["peft", "gguf", "mlx"]
 
+DENSITY = 0.5
+"""Where none is given."""
+
 MOST_RANK = 1 << 16
 MOST_WORKERS = 1024
 
@@ -52,7 +55,7 @@ class Request:
     combine: CombineMethod = "linear"
     """How the changes of several adapters become one."""
 
-    density: float = 0.5
+    density: float = DENSITY
     """Share of the values that ``ties``, ``dare_linear`` and ``dare_ties`` keep of each change."""
 
     seed: int = 0

@@ -9,8 +9,8 @@ from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
 from lora_merge.core.explanation import Match, matches_of, nearest
 from lora_merge.core.plan import MergePlan
-from lora_merge.core.report import Observer, Silence
-from lora_merge.core.request import Request, parse_adapter
+from lora_merge.core.report import Observer, Silence, warning
+from lora_merge.core.request import DENSITY, Request, parse_adapter
 from lora_merge.errors import PlanError, RequestError
 from lora_merge.io.files import read_json, user_path
 from lora_merge.io.hub import Access
@@ -97,8 +97,16 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     plan = make_plan(base, uses, request, twins)
     located = [issue for place in (base_place, *places) for issue in place.issues]
     other = other_base(base_place, places, [adapter.config for adapter in adapters])
-    issues = (*located, *(other or moved_base(base_place, places)), *plan.issues)
+    issues = (*located, *_unused(request), *(other or moved_base(base_place, places)), *plan.issues)
     return Planned(request, replace(plan, issues=issues), uses, base_place, places, base)
+
+
+def _unused(request: Request) -> list[Issue]:
+    """Return a warning for a density that the way of combining does not look at."""
+    if request.density == DENSITY or request.combine in {"ties", "dare_linear", "dare_ties"}:
+        return []
+    sentence = f"is {request.density:g}, and --combine {request.combine} keeps all of each change"
+    return [warning("unused-option", "density", sentence, "--combine ties, dare_linear or dare_ties uses it")]
 
 
 def _chosen(text: str) -> tuple[str, float]:

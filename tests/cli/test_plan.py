@@ -131,3 +131,16 @@ def test_a_plan_from_a_file_needs_no_output_either(cli, pico, pico_adapter, tmp_
     result = cli("plan", "--config", path)
     assert result.exit_code == exits.OK, result.output
     assert "tensors merged" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("combine", "is_told"), [("linear", True), ("svd", True), ("ties", False), ("dare_linear", False)]
+)
+def test_a_density_that_nothing_looks_at_is_a_warning(combine, is_told, cli, pico, pico_adapter):
+    arguments = ("plan", "--base", pico(), "--adapter", pico_adapter(pico()), "--combine", combine)
+
+    result = cli(*arguments, "--density", 0.3)
+
+    told = f"warning: density: is 0.3, and --combine {combine} keeps all of each change"
+    assert (told in result.stderr) == is_told
+    assert "density" not in cli(*arguments).stderr

@@ -286,6 +286,86 @@ FAULTS = (
 )  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------- mistakes
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
+
+
+def _swapped(place: Place) -> None:
+    place.base, place.adapter = place.adapter, place.base
+
+
+def _base_is_an_adapter(place: Place) -> None:
+    place.base = place.adapter
+
+
+def _adapter_is_a_model(place: Place) -> None:
+    place.adapter = place.base
+
+
+def _holding(folder: str, *files: str) -> Callable[[Place], None]:
+    """Have a folder hold other files than it should."""
+
+    def cause(place: Place) -> None:
+        root: Path = getattr(place, folder)
+        shutil.rmtree(root)
+        for name in files:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("{}")
+        root.mkdir(exist_ok=True)
+
+    return cause
+
+
+def _without(folder: str, name: str) -> Callable[[Place], None]:
+    return lambda place: (getattr(place, folder) / name).unlink()
+
+
+def _instead(folder: str, name: str, content: str) -> Callable[[Place], None]:
+    """Have a file hold something else."""
+    return lambda place: (getattr(place, folder) / name).write_text(content) and None
+
+
+def _config(**fields: Any) -> Callable[[Place], None]:
+    return lambda place: edit_json(place.adapter / "adapter_config.json", **fields)
+
+
+def _no_type(place: Place) -> None:
+    (place.adapter / "adapter_config.json").write_text('{"lora_rank": 4}')
+
+
+def _a_file(place: Place) -> None:
+    place.adapter = place.adapter / ADAPTER
+
+
+def _weight_with_a_comma(place: Place) -> None:
+    place.adapter = Path(f"{place.adapter}:0,5")
+
+
+MISTAKES = (
+    Fault("base and adapter are swapped", "{base} is an adapter, and {adapter} is a model: --base and --adapter are swapped", exits.RESOLVE, _swapped),
+    Fault("the base is an adapter", "{base}: is an adapter itself (it has adapter_config.json), and no model", exits.RESOLVE, _base_is_an_adapter),
+    Fault("the adapter is a model", "{adapter}: is a whole model and no adapter", exits.RESOLVE, _adapter_is_a_model),
+    Fault("a file is named, not its folder", "adapter_model.safetensors: is a file, expected the adapter's directory", exits.RESOLVE, _a_file),
+    Fault("a weight has a comma", ":0,5: there is no such directory", exits.RESOLVE, _weight_with_a_comma),
+    Fault("the folder is empty", "{base}: is an empty folder", exits.RESOLVE, _holding("base")),
+    Fault("the weights were not fetched", "{adapter}: has adapter_config.json and no weights beside it", exits.RESOLVE, _without("adapter", ADAPTER)),
+    Fault("the index was not fetched", "and their index is missing: model.safetensors.index.json", exits.RESOLVE, _without("base", INDEX)),
+    Fault("a file is a Git LFS pointer", "{adapter}/adapter_model.safetensors: is a Git LFS pointer", exits.RESOLVE, _instead("adapter", ADAPTER, POINTER)),
+    Fault("a file is a web page", "{base}/config.json: is a web page", exits.RESOLVE, _instead("base", "config.json", "<!DOCTYPE html>")),
+    Fault("the base is DeepSpeed's", "{base}: is a checkpoint of DeepSpeed (zero_to_fp32.py)", exits.RESOLVE, _holding("base", "config.json", "zero_to_fp32.py")),
+    Fault("the base is FSDP's", "{base}: is a sharded state of FSDP (a/__0_0.distcp)", exits.RESOLVE, _holding("base", "config.json", "a/__0_0.distcp")),
+    Fault("the base is Mistral's own", "{base}: holds the model in Mistral's or Meta's own format (consolidated.safetensors)", exits.RESOLVE, _holding("base", "config.json", "consolidated.safetensors")),
+    Fault("the base is GGUF", "{base}: holds GGUF (a.gguf), the format of llama.cpp", exits.RESOLVE, _holding("base", "a.gguf")),
+    Fault("the adapter is in a zip file", "{adapter}: holds an archive (a.zip)", exits.RESOLVE, _holding("adapter", "a.zip")),
+    Fault("the adapter is one for diffusers", "{adapter}: is a LoRA for diffusers", exits.RESOLVE, _holding("adapter", "pytorch_lora_weights.safetensors")),
+    Fault("the adapter is AdapterHub's", "{adapter}: is an adapter of AdapterHub's library adapters", exits.RESOLVE, _holding("adapter", "adapter_config.json", "pytorch_adapter.bin")),
+    Fault("the configuration is not PEFT's", "peft_type: is missing, so adapter_config.json is not PEFT's (it has lora_rank)", exits.PLAN, _no_type),
+    Fault("lora_alpha is 0", "lora_alpha: is 0, so the scale is 0 and the adapter changes nothing", exits.PLAN, _config(lora_alpha=0)),
+)  # fmt: skip
+
+
 # -------------------------------------------------------------------------------------- hostile inputs
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from lora_merge.cli.console import _Lines
 from tests.faults.killing import content
-from tests.faults.table import FAULTS, HOSTILE, NOBODY, Fault, Place
+from tests.faults.table import FAULTS, HOSTILE, MISTAKES, NOBODY, Fault, Place
 
 BOMB = Path("/tmp/lora-merge-bomb")
 
@@ -67,7 +67,7 @@ def interfering(place, monkeypatch):
     monkeypatch.setattr(_Lines, "done", done)
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *HOSTILE], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", [*FAULTS, *MISTAKES, *HOSTILE], ids=lambda fault: fault.name)
 def test_a_fault_has_its_sentence_and_nothing_is_lost(fault: Fault, place, cli, interfering, tmp_path):
     if fault.needs == "root" and not can_mount():
         pytest.skip("only root may mount a filesystem")
