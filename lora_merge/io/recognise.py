@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lora_merge.errors import CheckpointError
+from lora_merge.io.trainer_files import LOAD_AFTER, SHARDED_STATES
 from lora_merge.words import counted, listing
 
 if TYPE_CHECKING:
@@ -53,19 +54,13 @@ class _Kind:
 
 
 _KINDS = (
-    _Kind(
-        ("*zero_pp_rank_*", "*mp_rank_*_model_states.pt", "zero_to_fp32.py", "global_step*/*"),
-        "is a checkpoint of DeepSpeed ({found}), with the weights in parts",
-        "run its own script, python zero_to_fp32.py FOLDER OUTPUT, load what that writes into the model and save_pretrained() it",
+    *(
+        _Kind(state.patterns, f"holds a state of {state.trainer} in shards ({{found}}), and no weights", f"{state.tool}; then {LOAD_AFTER}")
+        for state in SHARDED_STATES
     ),
     _Kind(
-        ("*.distcp", "pytorch_model_fsdp*", "*_fsdp_*/*", "model_world_size_*_rank_*.pt"),
-        "is a sharded state of FSDP ({found}), a distributed checkpoint",
-        "run: accelerate merge-weights FOLDER OUTPUT (verl: python -m verl.model_merger merge), load the result into the model and save_pretrained() it",
-    ),
-    _Kind(
-        ("latest_checkpointed_iteration.txt", "iter_*/*", "mp_rank_*/*", "*/mp_rank_*", "model_optim_rng.pt", "*.nemo"),
-        "is a checkpoint of Megatron or NeMo ({found})",
+        ("*.nemo", "mp_rank_*/*", "*/mp_rank_*", "model_optim_rng.pt"),
+        "is a checkpoint of NeMo or Megatron ({found})",
         "export it to Hugging Face's format with the trainer's own converter",
     ),
     _Kind(

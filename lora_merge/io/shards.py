@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
+from lora_merge.io.recognise import broken_link
 from lora_merge.io.safetensors import read_header
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -101,7 +103,7 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
     missing = [name for name in wanted if not (root / name).is_file()]
     if missing:
         raise CheckpointError(
-            str(root), "", f"lacks {_some(missing)}", f"the {n_shards} shards that their names count",
+            str(root), "", f"lacks {listing(missing)}", f"the {n_shards} shards that their names count",
             hint="the download is incomplete; fetch it again",
         )  # fmt: skip
     return wanted
@@ -121,8 +123,8 @@ def read_shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[Weigh
     names = sorted(_file_name(label, name, file) for name, file in first.values())
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
-        raise CheckpointError(
-            str(root), "", f"lacks {_some(missing)}", f"the {len(names)} files that its index names",
+        raise broken_link(root) or CheckpointError(
+            str(root), "", f"lacks {listing(missing)}", f"the {len(names)} files that its index names",
             hint="the download is incomplete; fetch it again",
         )  # fmt: skip
     read = reader_of(entry)
@@ -146,10 +148,6 @@ def _check_unique(root: Path, files: tuple[WeightFile, ...]) -> None:
     for twice, count in names.most_common(1):
         if count > 1:
             raise CheckpointError(str(root), twice, "is stored in two files", "it in one")
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
 
 
 def _file_name(label: str, tensor: str, file: object) -> str:
