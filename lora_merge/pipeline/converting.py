@@ -282,11 +282,10 @@ def _kept_ranks(recipe: Recipe, lora: Lora) -> list[Issue]:
     """Return a note when a rank was asked for that no module has: it is a limit, and adds nothing."""
     wanted = recipe.keep.rank if recipe.keep is not None and recipe.keep.energy is None else None
     largest = max((one.rank for one in lora.made), default=0)
-    if wanted is None or not 0 < largest < wanted:
-        return []
+    if wanted is None or not 0 < largest < wanted or not all(one.module.is_exact for one in lora.made):
+        return []  # of a change without factors, no more than its matrix has
     sentence = f"is {wanted}, which is a limit, and no module has more than rank {largest}: no rank was changed by it"
-    if all(one.module.is_exact for one in lora.made):
-        sentence += f"; --pad-rank {wanted} gives every module the rank {wanted}, with zeros"
+    sentence += f"; --pad-rank {wanted} gives every module the rank {wanted}, with zeros"
     return [note("rank-kept", "rank", sentence)]
 
 

@@ -58,7 +58,7 @@ CASES = (
     Case("whole modules in MLX", ("--format", "mlx"), ("is carried whole", "format mlx"), kind="modules_to_save"),
     Case("DoRA in MLX", ("--format", "mlx"), ("has DoRA", "format mlx"), kind="DoRA on a linear layer"),
     Case("repeated layers under other names", ("--rename", "v4"), ("repeats layers of the base",), change=replicate),
-    Case("whole parameters in a file beside", ("--bake-scale",), ("stand in a file beside the adapter's", "merge it"), change=vision_beside),
+    Case("whole parameters in a file beside", ("--bake-scale",), ("in a file beside the adapter's", "merge it"), change=vision_beside),
     Case("biases as LoRA", ("--to-lora", "--rank", 4), ("LoRA changes matrices only",), kind='bias="lora_only"', model="llama_biased"),
     Case("norms as LoRA", ("--to-lora", "--rank", 4), ("LoRA changes matrices only",), kind="LayerNorm tuning"),
     Case("a larger vocabulary as LoRA", ("--to-lora", "--rank", 4), ("LoRA cannot resize",), kind="a larger vocabulary"),
