@@ -23,10 +23,9 @@ from lora_merge.plan.origins import origin_issues
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
 from lora_merge.plan.placing import vocabulary_patch
 from lora_merge.plan.shared_changes import Separation
+from lora_merge.plan.sizes import other_size
 from lora_merge.plan.ties import Tie, ensures_tie, find_tie, unbiased_head_issue, untie_issue, untie_patch
 from lora_merge.plan.views import view_for
-from lora_merge.plan.sizes import other_size
-from lora_merge.plan.ties import Tie, ensures_tie, find_tie, untie_issue, untie_patch
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
