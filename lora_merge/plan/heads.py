@@ -17,6 +17,7 @@ from lora_merge.core.skeleton import TASK_MAPPINGS, class_for_task, meta_model
 from lora_merge.core.tensor import shape_text
 from lora_merge.layouts import LayoutError
 from lora_merge.plan.outline import Outline
+from lora_merge.words import of_several
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -222,7 +223,7 @@ class _Head:
             sentence = "is not set, and transformers needs it to classify several texts at once; set it in config.json"
             issues.append(note("no-padding", "pad_token_id", sentence))
         if left_out:
-            more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-            sentence = f"was left out{more}: {self._name} has no such parameter"
+            why = f"left out: {self._name} has no such"
+            sentence = of_several(len(left_out), f"was {why} parameter", f"were {why} parameters")
             issues.append(note("left-out", left_out[0], sentence))
         return issues
