@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_merge.core.report import Issue, error, warning
-from lora_merge.words import of_several
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -96,13 +96,9 @@ def split_issue(pairs: Mapping[str, str]) -> list[Issue]:
     """
     if not pairs:
         return []
-    name, holder = next(iter(pairs.items()))
-    one = f"shares its values with {holder} in the base, and the adapter changes the two differently; both are written"
-    sentence = of_several(
-        len(pairs),
-        one,
-        f"share their values with another ({holder} for the first), and the adapter changes them differently; all are written",
-    )
+    name, *others = pairs
+    sentence = f"shares its values with {pairs[name]} in the base, and the adapter changes the two differently; both are written"
+    sentence += f"; so it is with {listing(others)}" if others else ""
     hint = (
         "transformers loads both; check that your engine does too, if it has code of its own for this model"
     )
