@@ -19,13 +19,16 @@ from lora_merge.core.checkpoint import (
     SAFETENSORS_FILE,
     Checkpoint,
     WeightFile,
+    owner_name,
 )
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.manifest import merged_before
 from lora_merge.core.shards import shard_name
+from lora_merge.core.skeleton import build_skeleton
+from lora_merge.core.tensor import TORCH_NAMES, TensorRef
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
-from lora_merge.io.safetensors import same_values
+from lora_merge.io.safetensors import differing_rows, same_values
 from lora_merge.io.shards import read_shards, reader_of
 from lora_merge.io.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
 from lora_merge.layouts import Stored
@@ -88,18 +91,50 @@ def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
 def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
     """Return the whole parameters in an adapter that are but copies of the base's. Reads both.
 
-    PEFT saves the output embedding along when it is a target, trained or not.
+    PEFT saves the output embedding along when it is a target, trained or not; of a tie the base has but one end.
     """
     if adapter.config.get("layer_replication"):
         return frozenset()  # its names count other layers than the base's
-    stored = Stored(base.by_name(), lambda: Conversion.of(base.config))
+    stored = _stored(base)
     return frozenset(
         parameter
         for parameter, replacement in adapter.replacements.items()
         if replacement.why != "module"
-        for name in [stored.disk_name(parameter)]
-        if name in stored.tensors and same_values(stored.tensors[name], replacement.ref)
+        for ref in [_counterpart(parameter, stored, base)]
+        if ref is not None and same_values(ref, replacement.ref)
     )
+
+
+def differing_copies(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
+    """Return the copies of the base's embeddings in an adapter that differ from the base's, and in how many rows. Reads both.
+
+    Only rows that both have are compared: a vocabulary may have been resized.
+    """
+    stored = _stored(base)
+    found = {}
+    for parameter, one in adapter.replacements.items():
+        copy = one.original or (one.ref if one.why in {"embedding", ""} else None)
+        ref = _counterpart(parameter, stored, base) if copy is not None else None
+        if copy is None or ref is None or copy.shape[1:] != ref.shape[1:]:
+            continue
+        if {copy.dtype, ref.dtype} <= TORCH_NAMES.keys() and (n_rows := differing_rows(ref, copy)):
+            found[parameter] = n_rows
+    return found
+
+
+def _stored(base: Checkpoint) -> Stored:
+    return Stored(base.by_name(), lambda: Conversion.of(base.config))
+
+
+def _counterpart(parameter: str, stored: Stored, base: Checkpoint) -> TensorRef | None:
+    """Return the base's own tensor of a parameter; for an end of a tie that is not stored, that of the other end."""
+    name = stored.disk_name(parameter)
+    if name in stored.tensors or owner_name(parameter) not in INPUT_NAMES | OUTPUT_NAMES:
+        return stored.tensors.get(name)
+    known = build_skeleton(base.config)
+    ends = known.ends() if known is not None else {}
+    other = ends.get(parameter) or ends.get(f"{stored.module(parameter.rpartition('.')[0])}.weight")
+    return stored.tensors.get(stored.disk_name(other)) if other else None
 
 
 def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset[frozenset[str]]:
@@ -110,20 +145,25 @@ def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset
     groups = [[ref for ref in base.tensors() if ref.name.endswith(".weight") and len(ref.shape) == 2]]
     for adapter in adapters:
         rows = [delta.tensors["rows"] for delta in adapter.deltas if delta.kind == "rows"]
-        groups.append([*rows, *(replacement.ref for replacement in adapter.replacements.values())])
+        wholes = [ref for one in adapter.replacements.values() for ref in (one.ref, one.original) if ref]
+        groups.append([*rows, *wholes])
     found = set()
     for refs in groups:
         inputs = [ref for ref in refs if _owner(ref.name) in INPUT_NAMES]
         heads = [ref for ref in refs if _owner(ref.name) in OUTPUT_NAMES]
         for one, other in product(inputs, heads):
-            if one.dtype == other.dtype and same_values(one, other):
+            if same_values(one, other) or (one.dtype != other.dtype and same_values(other, one)):
                 found.add(frozenset((one.name, other.name)))
     return frozenset(found)
 
 
 def _owner(name: str) -> str:
     """Return the last part of the path of the module that owns a weight, without the wrappers of PEFT."""
-    path = re.sub(r"\.(weight|base_layer|token_adapter|trainable_tokens_delta)(?=\.|$)", "", name)
+    path = re.sub(
+        r"\.(weight|base_layer|original_module|modules_to_save|token_adapter|trainable_tokens_delta)(?=\.|$)",
+        "",
+        name,
+    )
     return path.rpartition(".")[2]
 
 

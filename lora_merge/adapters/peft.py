@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.experts import taken_apart
-from lora_merge.adapters.names import is_saved, outside, reason, sort_out
+from lora_merge.adapters.names import Wholes, is_saved, outside, reason, sort_out
 from lora_merge.adapters.saved import saved_beside
 from lora_merge.adapters.spelling import canonical
 from lora_merge.adapters.unread import shard_issues
-from lora_merge.adapters.values import non_finite
+from lora_merge.adapters.values import non_finite, unequal
 from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement, StackedPair
 from lora_merge.core.kinds import (
     LAYERED,
@@ -198,15 +198,15 @@ def _read_layered(
 ) -> dict[str, Any]:
     """Return the tensors of a method that PEFT's own layers merge, and the whole parameters beside them."""
     layered: dict[str, TensorRef] = {}
-    replacements: dict[str, Replacement] = {}
+    wholes = Wholes()
     for ref in refs:
         module, _, parameter = ref.name.removeprefix(PREFIX).rpartition(".")
-        why = reason(module, parameter, config) if ref.name.startswith(PREFIX) else ""
-        if why in {"module", "bias"}:
-            replacements[f"{_plain(module)}.{parameter}"] = Replacement(ref, why)
-        else:
+        is_whole = ref.name.startswith(PREFIX) and reason(module, parameter, config)
+        if not (is_whole and wholes.add(ref, config)):
             layered[ref.name] = ref
+    replacements = wholes.replacements()
     issues += outside(refs, file, shared="base_model.") + _unsaved_modules(config, replacements)
+    issues += unequal(wholes.repeats())
     return {"layered": layered, "replacements": replacements}
 
 
@@ -215,10 +215,11 @@ def _read_lora(
 ) -> dict[str, Any]:
     """Return the deltas, whole parameters and stacked pairs of a LoRA or AdaLoRA adapter."""
     found = sort_out(refs, config, file)
-    issues += found.issues
+    replacements = found.wholes.replacements()
+    issues += found.issues + unequal(found.repeats)
     groups = {module: group for module, group in found.groups.items() if set(group) != {"tokens"}}
     modules = frozenset(_plain(module.removesuffix(_OUT_PROJ)) for module in groups)
-    content = {"modules": modules, "replacements": found.replacements}
+    content = {"modules": modules, "replacements": replacements}
     if config.get("kasa_config") or mutating_init(config):
         content["layered"] = {ref.name: ref for group in groups.values() for ref in group.values()}
     try:
@@ -235,7 +236,7 @@ def _read_lora(
     except TargetError as exc:
         issues.append(error("bad-field", exc.field, exc.sentence))
         return {**content, "deltas": ()}
-    issues += _unsaved_modules(config, found.replacements)
+    issues += _unsaved_modules(config, replacements)
     pairs = [_stacked_pair(module, groups[module], issues) for module in stacked]
     return {
         **content,
@@ -480,7 +481,7 @@ def _token_rows(
         hint = "the adapter file is incomplete"
         issues.append(error("missing-tokens", field, "no trained rows are in the file", hint))
     for module, ref in rows.items():
-        indices = _indices_of(module, wanted)
+        indices = _indices_of(module, wanted, rows)
         if indices is None or len(indices) != ref.shape[0] or len(set(indices)) != len(indices):
             count = "no" if indices is None else str(len(set(indices)))
             sentence = f"has {ref.shape[0]} rows, {field} names {count} tokens for it"
@@ -493,10 +494,17 @@ def _token_rows(
     return deltas
 
 
-def _indices_of(module: str, wanted: object) -> list[int] | None:
-    """Return the tokens that a configuration names for an embedding."""
+def _indices_of(module: str, wanted: object, modules: Collection[str]) -> list[int] | None:
+    """Return the tokens that a configuration names for an embedding.
+
+    PEFT saves the rows of both ends of a tie where the vocabulary was resized, whichever of them the configuration names.
+    """
     if isinstance(wanted, dict):
-        wanted = next((indices for name, indices in wanted.items() if module.endswith(name)), None)
+        named = {
+            name: indices for name, indices in wanted.items() if any(one.endswith(name) for one in modules)
+        }
+        alone = next(iter(named.values())) if len(wanted) == len(named) == 1 else None
+        wanted = next((indices for name, indices in wanted.items() if module.endswith(name)), alone)
     if isinstance(wanted, list) and all(isinstance(index, int) for index in wanted):
         return wanted
     return None

@@ -72,9 +72,8 @@ class Joined:
         known = self.skeleton
         if known is None:
             return None
-        ends = {**known.tied, **{source: end for end, source in known.tied.items()}}
         path = self.stored.module(module)
-        other = ends.get(f"{path}.weight")
+        other = known.ends().get(f"{path}.weight")
         if other is None or self.stored.disk_name(other) in self._written:
             return None
         name = other if path == module else self.stored.as_published(other)

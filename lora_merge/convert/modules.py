@@ -330,8 +330,7 @@ class _Drafting:
         stored, known = self._joined.stored, self._joined.skeleton
         if name in stored.tensors or known is None:
             return stored.tensors.get(name)
-        ends = {**known.tied, **{source: end for end, source in known.tied.items()}}
-        other = ends.get(f"{stored.module(name.removesuffix('.weight'))}.weight")
+        other = known.ends().get(f"{stored.module(name.removesuffix('.weight'))}.weight")
         return stored.tensors.get(stored.disk_name(other)) if other else None
 
     def _name_of(self, step: Step) -> str:

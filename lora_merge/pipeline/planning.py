@@ -25,6 +25,7 @@ from lora_merge.locate import (
 )
 from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
 from lora_merge.resolve import (
+    differing_copies,
     equal_embeddings,
     own_side_files,
     resolve_adapter,
@@ -85,6 +86,7 @@ def plan_request(request: Request, watch: Observer) -> Planned:
             weight,
             own_side_files=frozenset(own_side_files(adapter, base)),
             unchanged=unchanged_parameters(adapter, base),
+            differing=differing_copies(adapter, base),
         )
         for adapter, (_, weight) in zip(adapters, chosen, strict=True)
     )

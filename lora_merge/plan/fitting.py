@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from lora_merge.core.patterns import TargetError
-from lora_merge.core.report import Issue, error, note
+from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.scaling import Scaling
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
@@ -41,6 +41,8 @@ class Fitting:
         self.issues: list[Issue] = []
         self.replacements: dict[str, TensorRef] = {}
         """Parameters of the output that are the adapter's own tensors."""
+        self.copies: dict[str, TensorRef] = {}
+        """The base's own parameters as the adapter carries them: PEFT loads them into the base, where ties share them."""
         self.deltas: list[DeltaSpec] = []
         """What changes, by the name in the output; regions are filled in."""
 
@@ -73,9 +75,10 @@ class Fitting:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that a parameter has in the output."""
-        if name in self.replacements:
-            return self.replacements[name].shape
-        return self._model.source(name).shape
+        tie = self._model.tie
+        ends = (tie.embedding, tie.head) if tie is not None and name in {tie.embedding, tie.head} else ()
+        found = [self.replacements.get(name), *map(self.copies.get, (name, *ends)), self._model.source(name)]
+        return next(ref.shape for ref in found if ref is not None)
 
     def _join(self, delta: DeltaSpec) -> bool:
         """Take a delta to its places, or say what keeps it from there; return False when it has none."""
@@ -124,8 +127,31 @@ class Fitting:
         problem = self._replacement_problem(name, replacement) if name is not None else None
         if problem is not None:
             self.issues.append(problem)
+        elif name is not None and replacement.why == "module":
+            self.replacements[name] = replacement.ref
+            self._copy(parameter, name, replacement.original, only_if_other=True)
+        elif name is not None and self._is_resizable(name):
+            self._copy(parameter, name, replacement.ref)
         elif name is not None:
             self.replacements[name] = replacement.ref
+
+    def _copy(
+        self, parameter: str, name: str, copy: TensorRef | None, *, only_if_other: bool = False
+    ) -> None:
+        """Take what the base's own embedding was in the training."""
+        n_rows = self._use.differing.get(parameter, 0)
+        is_other = n_rows > 0 or (copy is not None and copy.shape != self._model.source(name).shape)
+        if copy is None or (only_if_other and not is_other):
+            return
+        self.copies[name] = copy
+        if n_rows:
+            n_all = min(copy.shape[0], self._model.source(name).shape[0])
+            sentence = (
+                f"is the base's {name} as it was in training, and {n_rows} of {n_all} rows differ from this base's; "
+                "the adapter's are taken, as PEFT takes them"
+            )
+            hint = "check that --base is the model that was trained"
+            self.issues.append(warning("other-base", copy.name, sentence, hint))
 
     def _whole_place(self, parameter: str, replacement: Replacement) -> str | None:
         """Return the name under which the base stores a parameter whole, or say why it has none."""
@@ -147,22 +173,26 @@ class Fitting:
     def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:
         """Return what keeps a parameter of the adapter from taking the place of the base's."""
         ref, source = replacement.ref, self._model.source(name)
-        if not replacement.why:
+        if not replacement.why and not self._is_resizable(name):
             sentence = "is a whole weight that differs from the base's, and the config does not say that it was trained"
             hint = "PEFT would load it into the base without a word; add its module to modules_to_save if it is meant"
             return error("unexpected-tensor", ref.name, sentence, hint)
         if ref.dtype != source.dtype and not {ref.dtype, source.dtype} <= TORCH_NAMES.keys():
             sentence = f"is stored as {ref.dtype}, the base's as {source.dtype}; expected BF16, F16 or F32"
             return error("bad-dtype", ref.name, sentence)
-        resized = replacement.why == "embedding" and ref.shape[1:] == source.shape[1:]
+        resized = ref.shape[1:] == source.shape[1:] and self._is_resizable(name)
         if ref.shape != source.shape and not resized:
             sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(source.shape)}"
             return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")
-        if self._use.weight != 1:
+        if self._use.weight != 1 and (replacement.why == "module" or not self._is_resizable(name)):
             hint = "give this adapter the weight 1"
             sentence = f"replaces a whole parameter, which cannot be done by {self._use.weight:g}"
             return error("weighted-replacement", ref.name, sentence, hint)
         return None
+
+    def _is_resizable(self, name: str) -> bool:
+        """Return True for a parameter with one row per token: an embedding, or the bias of the output's."""
+        return self._model.is_embedding(name)
 
     def _no_place(self, parameter: str, replacement: Replacement) -> Issue:
         """Return the issue of a whole parameter that the base does not store."""
@@ -343,5 +373,9 @@ def _rows_misfit(delta: DeltaSpec, name: str, shape: tuple[int, ...]) -> Issue |
     outside = [index for index in indices if not 0 <= index < shape[0]]
     if outside:
         sentence = f"means token {outside[0]}, and the base's {name} has {shape[0]} rows"
-        return error("token-mismatch", ref.name, sentence, "the vocabulary was resized; use that base")
+        hint = (
+            "the vocabulary was resized before the training, and the adapter does not hold the resized embedding: "
+            "merge into the base as it was resized (--base)"
+        )
+        return error("token-mismatch", ref.name, sentence, hint)
     return None

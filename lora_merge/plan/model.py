@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.report import Issue, error
 from lora_merge.core.skeleton import Skeleton, build_skeleton, may_hold_conv1d
@@ -80,6 +81,22 @@ class Model:
         pairs = known.tied.items() if known is not None else ()
         named = {self.stored.disk_name(one): self.stored.disk_name(other) for one, other in pairs}
         return {one: other for one, other in named.items() if one not in {tie.embedding, tie.head}}
+
+    def is_embedding(self, name: str) -> bool:
+        """Return True for a parameter of an input or output embedding; transformers is asked where its name does not tell."""
+        if owner_name(name) in INPUT_NAMES | OUTPUT_NAMES:
+            return True
+        known = self.skeleton
+        ends = {known.input_embedding, known.output_embedding} if known is not None else set()
+        return self.module(name.rpartition(".")[0]) in ends
+
+    def has(self, name: str) -> bool:
+        """Return True for a parameter that is stored, or that transformers' model has by a tie."""
+        known = self.skeleton if name not in self.sources else None
+        path, _, parameter = name.rpartition(".")
+        return name in self.sources or (
+            known is not None and parameter in known.parameters.get(self.module(path), ())
+        )
 
     def knows(self, name: str) -> bool:
         """Return True when transformers' model takes in a tensor of this name; it leaves some out, as those for MTP."""

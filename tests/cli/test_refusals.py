@@ -72,6 +72,10 @@ def add(name: str, *shape: int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def double(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.update({name: tensors[name] * 2})
+
+
 def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
     def change(tensors: dict[str, Any]) -> None:
         for name in [name for name in tensors if old in name]:
@@ -790,10 +794,14 @@ CASES = [
     ),
     Case(
         "a trained weight that stands twice",
-        ("lm_head.weight: is a second weight of its module",),
+        ("lm_head.modules_to_save.weight: is a second weight of its module, and differs from",),
         "duplicate-tensor",
         config={"modules_to_save": ["lm_head"]},
-        tensors=several(add(f"{HEAD}.weight", 96, 64), add(f"{HEAD}.modules_to_save.weight", 96, 64)),
+        tensors=several(
+            add(f"{HEAD}.weight", 96, 64),
+            add(f"{HEAD}.modules_to_save.weight", 96, 64),
+            double(f"{HEAD}.weight"),
+        ),
     ),
     Case(
         "a trained module of another size",
@@ -846,7 +854,10 @@ CASES = [
     ),
     Case(
         "a vocabulary that grew at one end",
-        ("lm_head.weight: keeps its 96 rows, and model.embed_tokens.weight grows to 100",),
+        (
+            "lm_head.weight: has 96 rows, model.embed_tokens.weight grows to 100, and its 4 new rows are not in the adapter",
+            "merge into the base as it was resized before the training",
+        ),
         "resized",
         kind="a larger vocabulary",
         tensors=drop(f"{HEAD}.weight"),
