@@ -95,12 +95,12 @@ def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
     """
     if adapter.config.get("layer_replication"):
         return frozenset()  # its names count other layers than the base's
-    stored = _stored(base)
+    stored = stored_in(base)
     return frozenset(
         parameter
         for parameter, replacement in adapter.replacements.items()
         if replacement.why != "module"
-        for ref in [_counterpart(parameter, stored, base)]
+        for ref in [counterpart(parameter, stored, base)]
         if ref is not None and same_values(ref, replacement.ref)
     )
 
@@ -110,11 +110,11 @@ def differing_copies(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
 
     Only rows that both have are compared: a vocabulary may have been resized.
     """
-    stored = _stored(base)
+    stored = stored_in(base)
     found = {}
     for parameter, one in adapter.replacements.items():
         copy = one.original or (one.ref if one.why in {"embedding", ""} else None)
-        ref = _counterpart(parameter, stored, base) if copy is not None else None
+        ref = counterpart(parameter, stored, base) if copy is not None else None
         if copy is None or ref is None or copy.shape[1:] != ref.shape[1:]:
             continue
         if {copy.dtype, ref.dtype} <= TORCH_NAMES.keys() and (n_rows := differing_rows(ref, copy)):
@@ -122,11 +122,12 @@ def differing_copies(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
     return found
 
 
-def _stored(base: Checkpoint) -> Stored:
+def stored_in(base: Checkpoint) -> Stored:
+    """Return a checkpoint's tensors as layouts look at them."""
     return Stored(base.by_name(), lambda: Conversion.of(base.config))
 
 
-def _counterpart(parameter: str, stored: Stored, base: Checkpoint) -> TensorRef | None:
+def counterpart(parameter: str, stored: Stored, base: Checkpoint) -> TensorRef | None:
     """Return the base's own tensor of a parameter; for an end of a tie that is not stored, that of the other end."""
     name = stored.disk_name(parameter)
     if name in stored.tensors or owner_name(parameter) not in INPUT_NAMES | OUTPUT_NAMES:

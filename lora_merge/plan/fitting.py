@@ -122,8 +122,9 @@ class Fitting:
         if parameter in self._use.unchanged:
             sentence = "was saved along and equals the base's"
             self.issues.append(note("full-tensor", replacement.ref.name, sentence))
-            return
         name = self._whole_place(parameter, replacement)
+        if parameter in self._use.unchanged:
+            return
         problem = self._replacement_problem(name, replacement) if name is not None else None
         if problem is not None:
             self.issues.append(problem)
