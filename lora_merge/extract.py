@@ -48,14 +48,25 @@ class Pairing:
     before: Mapping[str, TensorRef]
     after: Mapping[str, TensorRef]
     twins: Mapping[str, str] = field(default_factory=dict)
-    """Embeddings that are one tensor in the tuned model: stored name → the name of the other end, which is not stored."""
+    """What is tied in the tuned model: the name of an end that is not stored → the name of the tensor that it shares."""
+
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    """Stored names → those that PEFT knows the parameters by, where they differ."""
+
+    def parameter(self, name: str) -> str:
+        """Return what PEFT calls a stored parameter."""
+        return self.spelled.get(name, name)
+
+    def paths(self, name: str) -> tuple[str, str]:
+        """Return the paths of a parameter's module: as it is stored, and as PEFT knows it."""
+        return name.rpartition(".")[0], self.parameter(name).rpartition(".")[0]
 
     def is_resized(self, name: str) -> bool:
         """Return True for an embedding, or a bias of one, with another number of rows."""
         one, other = self.before[name], self.after[name]
         if one.shape == other.shape or one.shape[1:] != other.shape[1:]:
             return False
-        path = name.rpartition(".")[0]
+        _, path = self.paths(name)
         ends = {self.known.input_embedding, self.known.output_embedding} if self.known else set()
         return path in ends or owner_name(name) in INPUT_NAMES | OUTPUT_NAMES
 
@@ -108,13 +119,15 @@ def extracted(
     rest = []
     for name in sorted(changed):
         is_resized = pairing.is_resized(name)
-        module = None if is_resized else _lora_module(name, before[name], after[name], known)
-        if module is None or (targets and not is_listed(module.path, targets)):
+        module = (
+            None if is_resized else _lora_module(pairing.parameter(name), before[name], after[name], known)
+        )
+        is_wanted = not targets or any(is_listed(path, targets) for path in pairing.paths(name))
+        if module is None or not is_wanted:
             rest.append(name)
         else:
             found.modules.append(module)
-        path = name.rpartition(".")[0]
-        if is_resized and targets and is_listed(path, targets):
+        if is_resized and targets and is_wanted:
             found.issues.append(_resized_target(name, pairing))
     if any(known and known.classes.get(module.path) == "Conv1D" for module in found.modules):
         found.config["fan_in_fan_out"] = True
@@ -205,29 +218,30 @@ def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
         ``peft.utils.other.ModulesToSaveWrapper.adapter_state_dict_load_map`` (PEFT 0.21.2).
     """
     before, after = pairing.before, pairing.after
-    names = [*names, *(twin for name, twin in pairing.twins.items() if name in names)]
+    resized = sorted(name for name in names if pairing.is_resized(name))
+    sources = {pairing.parameter(name): after.get(name, ref) for name, ref in before.items()}
+    ends = {pairing.parameter(end): source for end, source in pairing.twins.items() if source in names}
+    sources |= {end: after[source] for end, source in ends.items()}
+    is_bias = {pairing.parameter(name): name.endswith(".bias") and name not in resized for name in names}
+    is_bias |= dict.fromkeys(ends, False)
     adapted = {module.owner for module in found.modules}
-    is_bias = {
-        name: name.endswith(".bias") and not (name in before and pairing.is_resized(name)) for name in names
-    }
-    modules = sorted({name.rpartition(".")[0] for name in names if not is_bias[name]} - adapted)
-    stuck = [name for name in names if not is_bias[name] and name.rpartition(".")[0] in adapted]
-    if stuck:
-        sentence = "changed, and its module has LoRA on another parameter: it cannot be carried whole too"
-        found.issues += [error("unsupported", name, sentence) for name in stuck]
-    saved = {name for name in before.keys() | set(names) if name.rpartition(".")[0] in modules}
+    modules = {name.rpartition(".")[0] for name in is_bias if not is_bias[name]} - adapted
+    sentence = "changed, and its module has LoRA on another parameter: it cannot be carried whole too"
+    found.issues += [
+        error("unsupported", name, sentence)
+        for name in is_bias
+        if not is_bias[name] and name.rpartition(".")[0] in adapted
+    ]
+    saved = {name for name in sources if name.rpartition(".")[0] in modules}
     if any(is_bias.values()):
         found.config["bias"] = "all"
-        saved |= {name for name in before if name.endswith(".bias")}
-    sources = {twin: after[name] for name, twin in pairing.twins.items()}
+        saved |= {name for name in sources if name.endswith(".bias")}
     for name in sorted(saved):
         owner, _, parameter = name.rpartition(".")
         inner = ".base_layer" if owner in adapted else ""
-        ref = sources.get(name) or after.get(name) or before[name]
-        found.whole[f"{PREFIX}{owner}{inner}.{parameter}"] = ref
+        found.whole[f"{PREFIX}{owner}{inner}.{parameter}"] = sources[name]
     if modules:
-        found.config["modules_to_save"] = modules
-    resized = sorted(name for name in names if name in before and pairing.is_resized(name))
+        found.config["modules_to_save"] = sorted(modules)
     if resized:
         rows = after[resized[0]].shape[0]
         sentence = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from itertools import product
+from pathlib import Path
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,7 @@ def counterpart(parameter: str, stored: Stored, base: Checkpoint) -> TensorRef |
 
 
 def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset[frozenset[str]]:
-    """Return the pairs of an input and an output embedding that have equal values, by stored name. Reads them.
+    """Return the pairs of embeddings that have equal values, by stored name. Reads them.
 
     PEFT saves both ends of a tie, if it saves them at all.
     """
@@ -150,9 +151,8 @@ def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset
         groups.append([*rows, *wholes])
     found = set()
     for refs in groups:
-        inputs = [ref for ref in refs if _owner(ref.name) in INPUT_NAMES]
-        heads = [ref for ref in refs if _owner(ref.name) in OUTPUT_NAMES]
-        for one, other in product(inputs, heads):
+        ends = [ref for ref in refs if _owner(ref.name) in INPUT_NAMES | OUTPUT_NAMES]
+        for one, other in combinations(ends, 2):
             if same_values(one, other) or (one.dtype != other.dtype and same_values(other, one)):
                 found.add(frozenset((one.name, other.name)))
     return frozenset(found)

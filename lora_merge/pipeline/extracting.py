@@ -28,7 +28,10 @@ from lora_merge.plan import quantised_config, raise_errors
 from lora_merge.resolve import counterpart, resolve_base, stored_in
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.layouts import Stored
     from lora_merge.locate import Place
 
 
@@ -112,12 +115,26 @@ def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
     tied = (build_skeleton(tuned.config) or known).tied if known is not None else {}
     ends = [(stored.disk_name(end), stored.disk_name(source)) for end, source in tied.items()]
     twins = {
-        name: other
+        end: source
         for one, another in ends
-        for name, other in ((one, another), (another, one))
-        if name in after and other not in after and other not in before
+        for end, source in ((one, another), (another, one))
+        if source in after and end not in after and end not in before
     }
-    return Pairing(base, tuned, known, missing | before, missing | after, twins)
+    before, after = missing | before, missing | after
+    spelled = _spelled({*before, *after, *twins}, stored_in(base))
+    return Pairing(base, tuned, known, before, after, twins, spelled)
+
+
+def _spelled(names: Collection[str], stored: Stored) -> dict[str, str]:
+    """Return the stored names that transformers' model has under other ones: PEFT drops what it does not find there."""
+    conversion = stored.conversion
+    found = {}
+    for name in names if conversion is not None else ():
+        assert conversion is not None
+        canonical, pattern = conversion.canonical(name)
+        if canonical != name and pattern is None and conversion.shape(canonical) is not None:
+            found[name] = canonical
+    return found
 
 
 def _changed(pairing: Pairing, watch: Observer) -> frozenset[str]:

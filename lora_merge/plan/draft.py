@@ -192,7 +192,16 @@ class Draft:
             change.own, change.copy = fitting.replacements.get(name), fitting.copies.get(name)
         for delta in fitting.deltas:
             self._changes.setdefault(delta.parameter, Change()).deltas.append(delta)
-        return issues
+        return issues + [issue for name, ref in fitting.shared for issue in self._apart(name, ref)]
+
+    def _apart(self, name: str, ref: TensorRef) -> list[Issue]:
+        """Return an issue when a parameter that is tied to a stored one is not changed as that one is."""
+        change = self._changes.get(name, Change())
+        own = {change.own, change.copy, *(delta.tensors.get("rows") for delta in change.deltas)} - {None}
+        if any(one is not None and frozenset((one.name, ref.name)) in self._twins for one in own):
+            return []
+        sentence = f"is tied to the base's {name}, and the adapter does not change both alike"
+        return [error("unsupported", ref.name, sentence, "train both, or neither")]
 
     def _settle_tie(self, tie: Tie) -> list[Issue]:
         """Keep a tie whose ends change alike, take apart one whose ends do not."""

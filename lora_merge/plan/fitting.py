@@ -43,6 +43,8 @@ class Fitting:
         """Parameters of the output that are the adapter's own tensors."""
         self.copies: dict[str, TensorRef] = {}
         """The base's own parameters as the adapter carries them: PEFT loads them into the base, where ties share them."""
+        self.shared: list[tuple[str, TensorRef]] = []
+        """Stored parameters, and what the adapter has for one more that is tied to them: it has to change alike."""
         self.deltas: list[DeltaSpec] = []
         """What changes, by the name in the output; regions are filled in."""
 
@@ -88,7 +90,7 @@ class Fitting:
             self.issues.append(misplaced(delta.module, exc))
             return True
         if found is None:
-            return False
+            return delta.kind == "rows" and self._is_shared(delta.parameter, delta.tensors["rows"])
         self._located[delta.parameter] = found
         for place in found.places:
             problem = self._misfit(delta, place, found)
@@ -162,7 +164,8 @@ class Fitting:
             self.issues.append(misplaced(parameter, exc))
             return None
         if found is None:
-            self.issues.append(self._no_place(parameter, replacement))
+            if not self._is_shared(parameter, replacement.ref):
+                self.issues.append(self._no_place(parameter, replacement))
             return None
         self._located[parameter] = found
         if found.whole is None:
@@ -170,6 +173,13 @@ class Fitting:
             sentence = f"is a whole parameter, and the base stores it otherwise: {tensor} holds a part of it, or more"
             self.issues.append(error("unsupported", replacement.ref.name, sentence, SAVE_ANEW))
         return found.whole
+
+    def _is_shared(self, parameter: str, ref: TensorRef) -> bool:
+        """Return True for a parameter that the base stores under another name, as all that are tied to it."""
+        name = self._model.shared_with(parameter)
+        if name is not None:
+            self.shared.append((name, ref))
+        return name is not None
 
     def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:
         """Return what keeps a parameter of the adapter from taking the place of the base's."""

@@ -98,6 +98,16 @@ class Model:
             known is not None and parameter in known.parameters.get(self.module(path), ())
         )
 
+    def shared_with(self, parameter: str) -> str | None:
+        """Return the parameter that one is tied to and that is stored, where it is not; None for any other."""
+        known = self.skeleton
+        if known is None:
+            return None
+        path, _, end = parameter.rpartition(".")
+        other = known.tied.get(parameter) or known.tied.get(f"{self.module(path)}.{end}")
+        name = self.stored.disk_name(other) if other else ""
+        return name if name in self.sources else None
+
     def knows(self, name: str) -> bool:
         """Return True when transformers' model takes in a tensor of this name; it leaves some out, as those for MTP."""
         conversion = self.stored.conversion
