@@ -228,8 +228,9 @@ class _Drafting:
                     self.found.whole[delta.tensors["rows"].name] = delta.tensors["rows"]
         copies = self._joined.unchanged if self._joined and self._recipe.drops_copies else ()
         for parameter, one in self._adapter.replacements.items():
-            if parameter not in copies:
-                self.found.whole[one.ref.name] = one.ref
+            for ref in (one.ref, one.original) if parameter not in copies else ():
+                if ref is not None:
+                    self.found.whole[ref.name] = ref
         if self._recipe.format != "peft" and self.found.whole:
             name = min(self.found.whole)
             sentence = f"is carried whole, which an adapter in the format {self._recipe.format} cannot do"
