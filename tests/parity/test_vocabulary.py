@@ -354,3 +354,26 @@ def test_a_copy_of_the_tied_embedding_is_left_out_for_an_engine(workshop, cli, t
     result = cli("convert", tmp_path / "adapter", *options)
     assert result.exit_code == 0, result.output
     assert head not in load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("way", ["both saved", "the input saved", "rows"])
+def test_verify_compares_with_peft_where_the_file_has_second_copies(way, workshop, merged, cli, tmp_path):
+    base = building.base(workshop, "llama_tied", "float32")
+    trained(base, "llama_tied", WAYS[way], tmp_path / "adapter")
+    out = merged(base, tmp_path / "adapter")
+    result = cli("verify", out, "--forward", "--json")
+    assert result.exit_code == 0, result.output
+    assert "against PEFT, unmerged" in result.stdout
+
+
+@pytest.mark.parametrize("way", ["both saved", "the input saved", "rows"])
+def test_a_converted_adapter_still_has_its_tokens(way, workshop, cli, tmp_path):
+    from peft import PeftModel
+
+    base = building.base(workshop, "llama_tied", "float32")
+    wanted = trained(base, "llama_tied", WAYS[way], tmp_path / "adapter")
+    options = ("--bake-scale", "--base", base, "--out", tmp_path / "converted")
+    assert cli("convert", tmp_path / "adapter", *options).exit_code == 0
+    again = resized(base, "llama_tied", GROWN, seed=5)
+    got = answers(PeftModel.from_pretrained(again, tmp_path / "converted"), "llama_tied", GROWN)
+    assert off_by(got, wanted) <= FLOAT32_TOLERANCE
