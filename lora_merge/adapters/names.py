@@ -77,6 +77,8 @@ class Wholes:
         if match is None:
             return False
         why = reason(match["module"], match["parameter"], config)
+        if why == "embedding" and name == bare and _saves_both_ends(config):
+            why = "module"
         if not why and match["parameter"] not in {"weight", "bias"}:
             return False
         is_copy = _UNTRAINED.search(name) is not None and why != "bias"
@@ -88,25 +90,45 @@ class Wholes:
     def replacements(self) -> dict[str, Replacement]:
         """Return what takes the place of the base's parameters.
 
-        A module of ``modules_to_save`` is PEFT's own and stands beside the base's; anything else is loaded into the base.
+        A module of ``modules_to_save``, and what PEFT ties to one, is PEFT's own and stands beside the base's; anything
+        else is loaded into the base.
         """
         found = {}
         for parameter, why in self.reasons.items():
-            trained, untrained = (refs.get(parameter, []) for refs in (self.trained, self.untrained))
-            if trained and untrained and why == "module":
-                found[parameter] = Replacement(trained[0], why, untrained[0])
-            elif trained or not _is_left_behind(untrained, why):
+            trained, untrained = self._of(parameter)
+            if trained and untrained and self._is_apart(parameter):
+                found[parameter] = Replacement(trained[0], "module", untrained[0])
+            elif trained or not (why == "module" and _has_original(untrained)):
                 found[parameter] = Replacement((trained or untrained)[0], why)
         return found
 
     def repeats(self) -> list[Repeat]:
         """Return what is in the file more than once."""
         pairs = []
-        for parameter, why in self.reasons.items():
-            trained, untrained = (refs.get(parameter, []) for refs in (self.trained, self.untrained))
-            for refs in [trained, untrained] if why == "module" else [trained + untrained]:
+        for parameter in self.reasons:
+            trained, untrained = self._of(parameter)
+            for refs in [trained, untrained] if self._is_apart(parameter) else [trained + untrained]:
                 pairs += [Repeat(refs[0], ref, parameter.rpartition(".")[2]) for ref in refs[1:]]
         return pairs
+
+    def _of(self, parameter: str) -> tuple[list[TensorRef], list[TensorRef]]:
+        return self.trained.get(parameter, []), self.untrained.get(parameter, [])
+
+    def _is_apart(self, parameter: str) -> bool:
+        """Return True where a trained weight and the base's own are two."""
+        trained, untrained = self._of(parameter)
+        return self.reasons[parameter] == "module" or (bool(trained) and _has_original(untrained))
+
+
+def _saves_both_ends(config: Mapping[str, Any]) -> bool:
+    """Return True where PEFT saves the other end of a tie as it saves the one in ``modules_to_save``."""
+    saved = {str(entry).rpartition(".")[2] for entry in config.get("modules_to_save") or ()}
+    return bool(config.get("ensure_weight_tying")) and not saved.isdisjoint(INPUT_NAMES | OUTPUT_NAMES)
+
+
+def _has_original(refs: list[TensorRef]) -> bool:
+    """Return True where the untrained half of a module of ``modules_to_save`` is among some tensors."""
+    return any(".original_module." in ref.name for ref in refs)
 
 
 @dataclass(slots=True)
@@ -121,11 +143,6 @@ class Sorted:
     """PEFT saves some of what is below a resized embedding twice."""
 
     issues: list[Issue] = field(default_factory=list)
-
-
-def _is_left_behind(untrained: list[TensorRef], why: Reason) -> bool:
-    """Return True where only the untrained half of a module of ``modules_to_save`` is in the file."""
-    return why == "module" and any(".original_module." in ref.name for ref in untrained)
 
 
 def sort_out(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: str) -> Sorted:

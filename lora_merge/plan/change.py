@@ -44,7 +44,7 @@ def alike(one: Change, other: Change, twins: frozenset[frozenset[str]]) -> bool:
     if one.source is None or other.source is None:
         same_source = one.source is other.source
     else:
-        same_source = frozenset((one.source.name, other.source.name)) in twins
+        same_source = one.source == other.source or frozenset((one.source.name, other.source.name)) in twins
     return same_source and _same_deltas(one, other, twins)
 
 

@@ -57,6 +57,8 @@ class Draft:
         self._model = Model(Outline.of(base), base.config)
         self._changes: dict[str, Change] = {}
         self._first_of_tie: dict[str, str] = {}
+        self._shared: set[str] = set()
+        """Parameters that are tied to stored ones, and that an adapter changes too."""
         self.outline = self._model.outline
         """Names of the output, and the stored tensors behind them."""
         self.config_patch: dict[str, Any] = {}
@@ -192,7 +194,10 @@ class Draft:
             change.own, change.copy = fitting.replacements.get(name), fitting.copies.get(name)
         for delta in fitting.deltas:
             self._changes.setdefault(delta.parameter, Change()).deltas.append(delta)
-        return issues + [issue for name, ref in fitting.shared for issue in self._apart(name, ref)]
+        for other, (name, ref) in fitting.shared.items():
+            self._shared.add(other)
+            issues += self._apart(name, ref)
+        return issues
 
     def _apart(self, name: str, ref: TensorRef) -> list[Issue]:
         """Return an issue when a parameter that is tied to a stored one is not changed as that one is."""
@@ -212,6 +217,9 @@ class Draft:
         if embedding is None and head is None:
             return []
         copies = self._model.tied_beside(tie)
+        left = self._left_behind(tie, embedding, copies)
+        if left is not None:
+            return [left]
         for name, source in copies.items():
             if source == tie.embedding and name in self.outline.sources:
                 sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
@@ -231,6 +239,21 @@ class Draft:
         if patch:
             self._write_copies(tie, copies)
         return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
+
+    def _left_behind(self, tie: Tie, embedding: Change | None, copies: Mapping[str, str]) -> Issue | None:
+        """Return the issue of a change that PEFT gives one of several modules with one weight, unlike trained rows."""
+        if embedding is None or not (embedding.own or any(one.kind != "rows" for one in embedding.deltas)):
+            return None
+        others = [
+            name for name, source in copies.items() if source == tie.embedding and name not in self._shared
+        ]
+        if not others:
+            return None
+        sentence = (
+            f"is trained, and {', '.join(others)} read the same weight, which PEFT leaves to them as it was"
+        )
+        hint = "train all of them alike, or use trainable_token_indices, which PEFT applies to all"
+        return error("unsupported", tie.embedding, sentence, hint)
 
     def _write_copies(self, tie: Tie, copies: Mapping[str, str]) -> None:
         """Write out what transformers ties beside the two ends: nothing is tied any more."""

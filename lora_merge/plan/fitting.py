@@ -43,8 +43,8 @@ class Fitting:
         """Parameters of the output that are the adapter's own tensors."""
         self.copies: dict[str, TensorRef] = {}
         """The base's own parameters as the adapter carries them: PEFT loads them into the base, where ties share them."""
-        self.shared: list[tuple[str, TensorRef]] = []
-        """Stored parameters, and what the adapter has for one more that is tied to them: it has to change alike."""
+        self.shared: dict[str, tuple[str, TensorRef]] = {}
+        """Parameters that are tied to a stored one → that one, and what the adapter has for them: all change alike."""
         self.deltas: list[DeltaSpec] = []
         """What changes, by the name in the output; regions are filled in."""
 
@@ -124,9 +124,10 @@ class Fitting:
         if parameter in self._use.unchanged:
             sentence = "was saved along and equals the base's"
             self.issues.append(note("full-tensor", replacement.ref.name, sentence))
-        name = self._whole_place(parameter, replacement)
-        if parameter in self._use.unchanged:
+            found = self._model.locate(parameter, replacement.ref.shape)  # found when it was compared
+            self._located |= {parameter: found} if found is not None else {}
             return
+        name = self._whole_place(parameter, replacement)
         problem = self._replacement_problem(name, replacement) if name is not None else None
         if problem is not None:
             self.issues.append(problem)
@@ -178,7 +179,7 @@ class Fitting:
         """Return True for a parameter that the base stores under another name, as all that are tied to it."""
         name = self._model.shared_with(parameter)
         if name is not None:
-            self.shared.append((name, ref))
+            self.shared[self._model.stored.disk_name(parameter)] = (name, ref)
         return name is not None
 
     def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:

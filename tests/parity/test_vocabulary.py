@@ -57,6 +57,12 @@ WAYS: dict[str, Added] = {
         {"modules_to_save": ["{head}"], "target_modules": ["{layers}", "{input}"]}
     ),
     "DoRA on both": Added({"target_modules": ["{layers}", "{input}", "{head}"], "use_dora": True}),
+    "the input saved, kept tied": Added(
+        {"modules_to_save": ["{input}"], "ensure_weight_tying": True}, untied=False
+    ),
+    "LoRA on the input, kept tied": Added(
+        {"target_modules": ["{layers}", "{input}"], "ensure_weight_tying": True}, untied=False
+    ),
     "rows": Added({"trainable_token_indices": [3, *NEW]}, untied=False),
     "rows, shrunk": Added({"trainable_token_indices": [3, 5]}, size=SHRUNK, untied=False),
     "rows of the input": Added({"trainable_token_indices": {"{input}": NEW}}, untied=False),
@@ -140,8 +146,10 @@ def workshop(tmp_path_factory):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_merged_model_has_the_tokens_that_were_added(way, model, workshop, merged, tmp_path):
     added = WAYS[way]
-    if model == "gpt2" and added.kind == "LoHaConfig":
-        pytest.skip("PEFT has no LoHa for Conv1D")
+    if model == "gpt2" and (added.kind == "LoHaConfig" or "kept tied" in way):
+        pytest.skip("PEFT has no LoHa for Conv1D, and heeds ensure_weight_tying for embed_tokens only")
+    if model == "llama" and way == "LoRA on the input, kept tied":
+        pytest.skip("nothing is tied, and PEFT saves the input only")
     base = building.base(workshop, model, "float32")
     wanted = trained(base, model, added, tmp_path / "adapter")
     out = merged(base, tmp_path / "adapter")
@@ -231,6 +239,33 @@ def test_modules_that_a_tie_holds_and_that_were_trained_apart_are_refused(worksh
     assert (
         f"{name}: is tied to the base's shared.weight, and the adapter does not change both" in result.stderr
     )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": ["{layers}", "{input}"]}, {"modules_to_save": ["{input}"]}],
+    ids=["LoRA", "saved"],
+)
+def test_one_of_the_modules_that_share_a_weight_is_no_change_of_that_weight(fields, workshop, cli, tmp_path):
+    """PEFT wraps T5's shared, which the encoder and the decoder do not call: they keep the weight as it was."""
+    base = building.base(workshop, "t5", "float32")
+    trained(base, "t5", Added(fields, size=VOCAB), tmp_path / "adapter")
+    options = ("--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--allow-untie")
+    result = cli("--base", base, *options)
+    assert result.exit_code == 4
+    assert "shared.weight: is trained, and encoder.embed_tokens.weight, decoder.embed_tokens" in result.stderr
+
+
+def test_copies_of_both_ends_of_a_tie_that_equal_the_base_change_nothing(workshop, merged, tmp_path):
+    base = building.base(workshop, "llama_tied", "float32")
+    way = Added({}, size=VOCAB, save={"save_embedding_layers": True})
+    wanted = trained(base, "llama_tied", way, tmp_path / "adapter")
+    out = merged(base, tmp_path / "adapter")
+    assert (
+        off_by(answers(building.load_afresh(out, "llama_tied"), "llama_tied", VOCAB), wanted)
+        <= FLOAT32_TOLERANCE
+    )
+    assert load_file(out / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
 
 
 def test_an_embedding_whose_new_rows_are_nowhere_is_refused(workshop, cli, tmp_path):
