@@ -308,7 +308,7 @@ class Draft:
         sentence = (
             "is left out by PEFT where rows of its weight are trained, so that the merged model would differ"
         )
-        hint = "train rows of the input embedding only (trainable_token_indices), or set this bias to zero in the base"
+        hint = "train the output embedding whole (modules_to_save), or rows of an untied input embedding only"
         return [error("unsupported", name, sentence, hint) for name in biases if self._model.has(name)]
 
     def _in_turn(self) -> list[Issue]:

@@ -164,6 +164,9 @@ class Fitting:
         except LayoutError as exc:
             self.issues.append(misplaced(parameter, exc))
             return None
+        owner = self._model.shared_with(parameter) if found is None and parameter.endswith(".bias") else None
+        if owner is not None:  # BERT stores the bias of its head beside the head
+            found = Located("tied", (Place(owner),), replacement.ref.shape)
         if found is None:
             if not self._is_shared(parameter, replacement.ref):
                 self.issues.append(self._no_place(parameter, replacement))

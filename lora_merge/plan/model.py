@@ -87,8 +87,15 @@ class Model:
         if owner_name(name) in INPUT_NAMES | OUTPUT_NAMES:
             return True
         known = self.skeleton
-        ends = {known.input_embedding, known.output_embedding} if known is not None else set()
-        return self.module(name.rpartition(".")[0]) in ends
+        if known is None:
+            return False
+        path, _, parameter = name.rpartition(".")
+        path = self.module(path)
+        ends = {known.input_embedding, known.output_embedding}
+        return path in ends or any(
+            source == f"{path}.{parameter}" and end.rpartition(".")[0] in ends
+            for end, source in known.tied.items()
+        )
 
     def has(self, name: str) -> bool:
         """Return True for a parameter that is stored, or that transformers' model has by a tie."""

@@ -338,6 +338,29 @@ def test_only_the_untrained_half_of_a_saved_module_is_no_module(workshop, cli, t
     assert "modules_to_save: names 'lm_head', and no tensor of the file belongs to it" in result.stderr
 
 
+def test_the_bias_of_a_head_grows_with_it_wherever_it_is_stored(merged, tmp_path):
+    """BERT stores it beside the head, as cls.predictions.bias."""
+    import peft
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCAB
+    )
+    torch.manual_seed(3)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(GROWN, mean_resizing=False)
+    fields = {"target_modules": ["query"], "modules_to_save": ["word_embeddings", "decoder"]}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(**fields))
+    building.perturb(tuned, 0.1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    out = merged(tmp_path / "base", tmp_path / "adapter")
+    assert load_file(out / "model.safetensors")["cls.predictions.bias"].shape == (GROWN,)
+    got = answers(transformers.BertForMaskedLM.from_pretrained(out), "bert", GROWN)
+    assert off_by(got, answers(tuned, "bert", GROWN)) <= FLOAT32_TOLERANCE
+
+
 def test_trained_rows_of_a_head_with_a_bias_are_refused(cli, tmp_path):
     """PEFT's forward pass leaves the bias out, so no checkpoint with it computes what was trained."""
     import peft
