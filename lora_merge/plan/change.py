@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from lora_merge.core.adapter import DeltaSpec
@@ -63,3 +64,17 @@ def _same_deltas(one: Change, other: Change, twins: frozenset[frozenset[str]]) -
 
 def _nameless(delta: DeltaSpec) -> DeltaSpec:
     return replace(delta, parameter="", target="", rule="", tensors={})
+
+
+def combined_rank(deltas: tuple[DeltaSpec, ...]) -> int:
+    """Return the largest rank that one adapter's change of one matrix has: its parts beside each other add up."""
+    ranks = [0]
+    for n in {delta.adapter for delta in deltas}:
+        own = [delta for delta in deltas if delta.adapter == n]
+        parts: Counter[object] = Counter()
+        for delta in own:
+            if delta.region.at:
+                parts[delta.region.at[0] if len(delta.region.at) == 3 else None] += delta.rank
+        whole = max((delta.rank for delta in own if not delta.region.at), default=0)
+        ranks.append(whole + max(parts.values(), default=0))
+    return max(ranks)

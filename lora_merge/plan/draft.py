@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from lora_merge.core.plan import Combination, Copy, Merge, Reach, Step, View
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import same_layers
 from lora_merge.deltas import ALGEBRAS
-from lora_merge.plan.change import Change, alike, with_one_base
+from lora_merge.plan.change import Change, alike, combined_rank, with_one_base
 from lora_merge.plan.fitting import Fitting
 from lora_merge.plan.initial import initial_issues, is_layered
 from lora_merge.plan.layered import layered_deltas
@@ -137,7 +136,7 @@ class Draft:
         request = self._request
         if not deltas or request.combine == "linear":
             return None
-        rank = _combined_rank(deltas)
+        rank = combined_rank(deltas)
         name = self._first_of_tie.get(name, name)
         return Combination(request.combine, request.density, request.seed, rank, name)
 
@@ -368,20 +367,6 @@ class Draft:
             and len(self._shape(name)) > 1
             and max(delta.rank for delta in change.deltas) == 0
         ]
-
-
-def _combined_rank(deltas: tuple[DeltaSpec, ...]) -> int:
-    """Return the largest rank that one adapter's change of one matrix has: its parts beside each other add up."""
-    ranks = [0]
-    for n in {delta.adapter for delta in deltas}:
-        own = [delta for delta in deltas if delta.adapter == n]
-        parts: Counter[object] = Counter()
-        for delta in own:
-            if delta.region.at:
-                parts[delta.region.at[0] if len(delta.region.at) == 3 else None] += delta.rank
-        whole = max((delta.rank for delta in own if not delta.region.at), default=0)
-        ranks.append(whole + max(parts.values(), default=0))
-    return max(ranks)
 
 
 def _without_factors(adapter: Adapter) -> Adapter:
