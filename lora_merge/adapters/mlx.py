@@ -131,13 +131,12 @@ class _Reading:
     def content(self) -> dict[str, Any]:
         """Return the fields of `Adapter`, PEFT's configuration among them."""
         deltas = [delta for module, group in self._groups.items() for delta in self._deltas(module, group)]
-        if deltas:
-            self._unmatched()
+        unmatched = self._unmatched() if deltas else []
         config = {
             "peft_type": "LORA",
             "r": self._rank,
             "use_dora": self._dora,
-            "target_modules": list(self._targets),
+            "target_modules": [*self._targets, *unmatched],
             "layers_to_transform": self._last_layers(),
             # mlx-lm reads an embedding's factors at both ends of a tie
             "ensure_weight_tying": any(_is_embedding(module) for module in self._groups),
@@ -256,13 +255,14 @@ class _Reading:
         last = max(self._layers)
         return list(range(max(0, last - self._n_layers + 1), last + 1))
 
-    def _unmatched(self) -> None:
-        """Note each entry of the keys that no module answers to."""
-        for key in self._keys:
-            if not any(module == key or module.endswith(f".{key}") for module in self._groups):
-                sentence = f"the entry {key!r} matches none of the adapter's {len(self._groups)} modules"
-                hint = "remove it from adapter_config.json if it was never trained"
-                self._issues.append(error("unmatched-target", "lora_parameters.keys", sentence, hint))
+    def _unmatched(self) -> list[str]:
+        """Return the entries of the keys that no module answers to; whether that is a fault, the base tells."""
+        return [
+            path
+            for key in self._keys
+            if not any(module == key or module.endswith(f".{key}") for module in self._groups)
+            for path in (_experts(key, 1) if _STACK in key else [key])
+        ]
 
 
 def _scale(settings: Mapping[str, Any]) -> float:

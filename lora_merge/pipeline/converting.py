@@ -21,6 +21,7 @@ from lora_merge.convert import (
 )
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import Checkpoint
+from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import ConvertReport, Keep, Lora, LoraModule, Made, Recipe, Written
 from lora_merge.core.report import Issue, Observer, Silence, Verdict, error
 from lora_merge.core.request import ConvertRequest, Request, ServingEngine
@@ -109,7 +110,7 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     raise_errors(place.issues)
     adapter = resolve_adapter(place.whole(), place.ignored)
     recipe = recipe_of(request, adapter)
-    joined, issues = None, (*place.issues, *adapter.issues)
+    joined, issues = None, (*place.issues, *adapter.issues, *without_base(adapter))
     if request.base is not None or needs_base(adapter, recipe):
         joined = _join(request, watch)
         issues = joined.plan.issues

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_merge import plots
 from lora_merge.convert import Joined, Maker, draft
 from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import Given, Recipe
 from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.report import Observer, Silence
@@ -65,7 +66,9 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
         around = _surroundings(request, adapter)
         issues: tuple[Issue, ...] = (*place.issues, *adapter.issues)
         measured = None
-        if request.base is not None:
+        if request.base is None:
+            issues += tuple(without_base(adapter))
+        else:
             measured, issues = _held_against_base(request, adapter, watch)
         check_strict(issues, strict=request.strict)
         engines = tuple(ENGINES) if request.serving is None else (request.serving,)

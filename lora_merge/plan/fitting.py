@@ -7,12 +7,14 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from lora_merge.core.bypassed import is_bypassed
 from lora_merge.core.kinds import PREFIX
+from lora_merge.core.loose_ends import LooseEnd, unmatched_patterns, unsaved
 from lora_merge.core.patterns import TargetError
-from lora_merge.core.report import Issue, error, note
-from lora_merge.core.scaling import Scaling
+from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
+from lora_merge.plan.absent import Absent
 from lora_merge.plan.model import SAVE_ANEW, misplaced
 from lora_merge.plan.names import Names
 from lora_merge.plan.rules import rule_issues
@@ -59,17 +61,20 @@ class Fitting:
         for parameter, replacement in self._adapter.replacements.items():
             self._replace(parameter, replacement)
         deltas = self._adapter.deltas
+        ends = unsaved(self._adapter)
         lost = [delta for delta in deltas if not self._join(delta)]
-        self._join_stacked()
+        self.deltas = self._effective(self.deltas)
+        ends += self._join_stacked()
         if lost and len(lost) == len(deltas) and not self._adapter.stacked:
             self.issues.append(self._all_absent(lost[0].parameter))
             return self
         self.issues += [self._absent(delta.parameter) for delta in lost]
-        self.deltas += (replace(delta, adapter=self._n) for delta in layered)
+        self.deltas += self._effective([replace(delta, adapter=self._n) for delta in layered])
         for delta in layered:
             self._located[delta.target] = Located(delta.rule, (Place(delta.parameter),))
+        names = Names(self._model, self._located)
+        self.issues += Absent(self._model, names).issues(ends) if ends else []
         if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
-            names = Names(self._model, self._located)
             self.issues += names.several_rewritings() + names.named_twice()
             try:
                 self.issues += rule_issues(self._adapter, self._model, names)
@@ -82,6 +87,19 @@ class Fitting:
         if name in self.replacements:
             return self.replacements[name].shape
         return self._model.source(name).shape
+
+    def _effective(self, deltas: list[DeltaSpec]) -> list[DeltaSpec]:
+        """Return the deltas without those of layers that the model never calls, and warn of these."""
+        bypassed = {delta.target for delta in deltas if self._is_bypassed(delta)}
+        sentence = "was left out: the model reads the weight of this layer and never calls it"
+        hint = (
+            "so the adapter has no effect there in PEFT, and merging it would change what the model computes"
+        )
+        self.issues += [warning("no-effect", target, sentence, hint) for target in sorted(bypassed)]
+        return [delta for delta in deltas if delta.target not in bypassed]
+
+    def _is_bypassed(self, delta: DeltaSpec) -> bool:
+        return is_bypassed(delta.target.rpartition(".")[0], self._model.config)
 
     def _join(self, delta: DeltaSpec) -> bool:
         """Take a delta to its places, or say what keeps it from there; return False when it has none."""
@@ -101,8 +119,11 @@ class Fitting:
             self.deltas.append(self._placed(delta, place, found))
         return True
 
-    def _join_stacked(self) -> None:
-        """Take the deltas on ``target_parameters``, which only the model can name, to their places."""
+    def _join_stacked(self) -> list[LooseEnd]:
+        """Take the deltas on ``target_parameters``, which only the model can name, to their places.
+
+        Returns the patterns that match nothing, once every module and parameter is known.
+        """
         paths = set(self._adapter.modules)
         n_found = 0
         for pair in self._adapter.stacked:
@@ -117,8 +138,13 @@ class Fitting:
                 paths.add(found.parameter)
                 n_found += bool(found.deltas)
             self.deltas += found.deltas
-        if n_found == len(self._adapter.stacked) > 0:
-            self.issues += Scaling(self._adapter.config).unmatched(paths)
+        if self._adapter.kind != "LORA" or n_found < len(self._adapter.stacked):
+            return []
+        try:
+            return unmatched_patterns(self._adapter, paths)
+        except TargetError as exc:
+            self.issues.append(error("bad-field", exc.field, exc.sentence))
+            return []
 
     def _replace(self, parameter: str, replacement: Replacement) -> None:
         """Take a whole parameter from the adapter, if it belongs there."""

@@ -531,14 +531,14 @@ CASES = [
         format="mlx",
     ),
     Case(
-        "MLX with a key that matches nothing",
-        ("lora_parameters.keys: the entry 'self_attn.wqkv' matches none of the adapter's 4 modules",),
+        "MLX with a key that the base has and the adapter lacks",
+        ("lora_parameters.keys: the entry 'self_attn.k_proj' matches none of the adapter's 4 modules",),
         "unmatched-target",
         config={
             "lora_parameters": {
                 "rank": 4,
                 "scale": 1.5,
-                "keys": ["self_attn.q_proj", "mlp.down_proj", "self_attn.wqkv"],
+                "keys": ["self_attn.q_proj", "mlp.down_proj", "self_attn.k_proj"],
             }
         },
         format="mlx",
@@ -693,10 +693,10 @@ CASES = [
     Case("another rank in the config", ("has rank 4, the config says 8",), "rank-mismatch", config={"r": 8}),
     # 5. and 6. entries and patterns without a match
     Case(
-        "a target that matches nothing",
-        ("the entry 'wqkv' matches none of the adapter's 4 modules",),
+        "a target that the base has and the adapter lacks",
+        ("the entry 'k_proj' matches none of the adapter's 4 modules, and the base has it",),
         "unmatched-target",
-        config={"target_modules": ["q_proj", "down_proj", "wqkv"]},
+        config={"target_modules": ["q_proj", "down_proj", "k_proj"]},
     ),
     Case(
         "a rank pattern that matches nothing",
@@ -705,10 +705,10 @@ CASES = [
         config={"rank_pattern": {"k_proj": 8}},
     ),
     Case(
-        "an alpha pattern that matches nothing",
-        ("alpha_pattern", "'layers.9.q_proj' matches none"),
+        "an alpha pattern of one layer that the adapter lacks",
+        ("alpha_pattern", r"'layers.1.*.k_proj' matches none"),
         "unmatched-pattern",
-        config={"alpha_pattern": {"layers.9.q_proj": 8}},
+        config={"alpha_pattern": {"layers.1.*.k_proj": 8}},
     ),
     Case(
         "two patterns that disagree",
@@ -1081,10 +1081,10 @@ CASES = [
         model_type="no",
     ),
     Case(
-        "a parameter that no module has",
-        ("target_parameters: the entry 'nothing.weight' matches none of the adapter's tensors",),
+        "a parameter that the base has and the adapter lacks",
+        ("target_parameters: the entry 'k_proj.weight' matches none of the adapter's tensors",),
         "unmatched-target",
-        config={"target_parameters": ["nothing.weight"]},
+        config={"target_parameters": ["k_proj.weight"]},
     ),
     Case(
         "a parameter that the module does not have",
@@ -1617,11 +1617,11 @@ def test_every_problem_is_named_in_one_message(pico, pico_adapter, tampered, cli
 
 def test_a_rank_that_disagrees_hides_no_other_problem(pico, pico_adapter, tampered, cli, tmp_path):
     adapter = tampered(pico_adapter(pico()))
-    edit_json(adapter / "adapter_config.json", r=8, target_modules=["q_proj", "wqkv"])
+    edit_json(adapter / "adapter_config.json", r=8, target_modules=["q_proj", "k_proj"])
 
     result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
 
-    for words in ("has rank 4, the config says 8", "the entry 'wqkv'", "target_modules does not match it"):
+    for words in ("has rank 4, the config says 8", "the entry 'k_proj'", "target_modules does not match it"):
         assert words in result.stderr
 
 
