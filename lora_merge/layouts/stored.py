@@ -56,6 +56,11 @@ class Located:
     """Of the weight that `Place.part` is a part of, where it is known."""
 
     @property
+    def by_boxes(self) -> bool:
+        """Return True where the places say how the stored tensors lie, and not the adapter's own shapes."""
+        return self.rule in {"converted", "apart"}
+
+    @property
     def whole(self) -> str | None:
         """Return the stored tensor that is the parameter, no more and no less; None if there is none."""
         place = self.places[0]

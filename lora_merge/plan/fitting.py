@@ -7,6 +7,7 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.bypassed import is_bypassed
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.loose_ends import LooseEnd, unmatched_patterns, unsaved
@@ -21,7 +22,7 @@ from lora_merge.plan.rules import rule_issues
 from lora_merge.plan.stacked import stacked_deltas
 
 if TYPE_CHECKING:
-    from lora_merge.core.adapter import Adapter, AdapterUse, DeltaSpec, Replacement
+    from lora_merge.core.adapter import Adapter, AdapterUse, Replacement
     from lora_merge.core.request import Request
     from lora_merge.plan.model import Model
 
@@ -152,6 +153,8 @@ class Fitting:
             sentence = "was saved along and equals the base's"
             self.issues.append(note("full-tensor", replacement.ref.name, sentence))
             return
+        if self._replace_row(parameter, replacement):
+            return
         name = self._whole_place(parameter, replacement)
         problem = self._replacement_problem(name, replacement) if name is not None else None
         if problem is not None:
@@ -160,6 +163,25 @@ class Fitting:
             self.replacements[name] = replacement.ref
             if replacement.why != "module":
                 self.in_place.add(name)
+
+    def _replace_row(self, parameter: str, replacement: Replacement) -> bool:
+        """Take an expert's whole bias as the row of the stack that it is; return False where it is none."""
+        ref = replacement.ref
+        try:
+            found = self._model.locate(parameter, ref.shape) if len(ref.shape) == 1 else None
+        except LayoutError:
+            found = None
+        place = found.places[0] if found is not None else None
+        if found is None or place is None or found.shape != ref.shape or len(place.at) != 2:
+            return False
+        (n, _), columns = place.at
+        if not replacement.why or columns != (0, self._model.source(place.tensor).shape[1]):
+            return False
+        row = replace(ref, shape=(1, *ref.shape))
+        delta = DeltaSpec("rows", parameter, {"rows": row}, 1.0, options={"indices": [n]})
+        self._located[parameter] = found
+        self.deltas.append(self._placed(delta, Place(place.tensor), found))
+        return True
 
     def _whole_place(self, parameter: str, replacement: Replacement) -> str | None:
         """Return the name under which the base stores a parameter whole, or say why it has none."""
@@ -251,14 +273,18 @@ class Fitting:
 
     def _placed(self, delta: DeltaSpec, place: Place, found: Located) -> DeltaSpec:
         """Return a delta under its name in the output, with the region that it owns."""
-        transposed = delta.region.transposed
-        if found.rule == "converted":
+        transposed, tensors = delta.region.transposed, delta.tensors
+        if found.by_boxes:
             transposed ^= place.transposed
+            if delta.kind == "addition" and len(place.at) == 2:  # a row of stacked biases
+                addend = tensors["addend"]
+                tensors = {"addend": replace(addend, shape=(1, *addend.shape))}
         elif delta.kind in {"low_rank", "dora"} and not transposed:
             transposed = self._transposed(delta, self.shape(place.tensor))
         return replace(
             delta,
             parameter=place.tensor,
+            tensors=tensors,
             target=delta.parameter,
             rule=found.rule,
             region=Region(transposed, place.at),
@@ -274,7 +300,7 @@ class Fitting:
         if dtype not in TORCH_NAMES:
             sentence = f"is stored as {dtype}, expected BF16, F16 or F32"
             return error("unsupported", name, sentence, "merge into the full-precision model")
-        if found.rule == "converted":
+        if found.by_boxes:
             return _part_misfit(delta, place, found)
         match delta.kind:
             case "low_rank" | "dora":

@@ -120,7 +120,7 @@ class Names:
         found: dict[str, set[int]] = {}
         for parameter, located in self._located.items():
             at = located.places[0].at
-            if located.rule != "converted" or len(located.places) != 1 or not _is_one_of_a_stack(at):
+            if not located.by_boxes or len(located.places) != 1 or not _is_one_of_a_stack(at):
                 continue
             *_, number = _NUMBER.finditer(parameter)
             kind = f"{parameter[: number.start()]}#{parameter[number.end() :]}"
