@@ -43,6 +43,7 @@ TRAITS: Mapping[str, str] = {
     "tokens": "trained tokens",
     "target-parameters": "LoRA on stacked experts",
     "experts": "LoRA on experts one by one",
+    "experts-apart": "LoRA on modules of a copy that has stacked experts one by one",
     "some-experts": "LoRA on some experts, or some of their projections",
     "router": "LoRA on a router",
     "latent-query": "LoRA on q_a_proj of latent attention",
@@ -74,6 +75,7 @@ _BY_NAME: Mapping[str, frozenset[str]] = {
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_LISTED_EXPERT = re.compile(r"\.experts\.\w+_projs\.\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
     by_layer: dict[int, set[str]] = {}
     for module in modules:
         match = _LAYER.search(module)
-        if match and not _EXPERT.search(module):
+        if match and not _EXPERT.search(module) and not _LISTED_EXPERT.search(module):
             by_layer.setdefault(int(match[1]), set()).add(module[match.end() :])
     everywhere = set().union(*by_layer.values()) if by_layer else set()
     numbers = [int(match[1]) for match in map(_LAYER.search, base_modules) if match]
@@ -239,6 +241,9 @@ def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
     """Yield what an adapter does to experts."""
     if adapter.stacked:
         yield Trait("target-parameters", "target_parameters is set")
+    listed = next(filter(_LISTED_EXPERT.search, modules), "")
+    if listed:
+        yield Trait("experts-apart", f"modules such as {listed}")
     found: dict[str, set[tuple[str, str]]] = {}
     for module in modules:
         block, dot, rest = module.partition(".experts.")

@@ -114,6 +114,10 @@ class Stored:
             return module
         return self.conversion.canonical(f"{module}.weight")[0].removesuffix(".weight")
 
+    def canonical(self, name: str) -> str:
+        """Return the parameter of the model that a stored tensor belongs to."""
+        return name if self.conversion is None else self.conversion.canonical(name)[0]
+
     def as_published(self, name: str) -> str:
         """Return how a published checkpoint would spell a name; the name itself where it is no whole parameter."""
         if self.conversion is None:

@@ -43,6 +43,7 @@ def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
         *_unexpected(rule, modules, adapter, model),
         *_unmatched(rule, modules, adapter, model, names),
         *_missing(rule, adapter, model, names),
+        *_missing_parameters(adapter, model, names),
         *_biases(adapter, model, names),
     ]
 
@@ -174,6 +175,33 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
 
     absent = [own for module, own in candidates.items() if is_meant(module, own)]
     return [error("missing-module", module, sentence, hint) for module in absent + experts]
+
+
+def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
+    """Return an issue for each parameter that ``target_parameters`` means and the adapter lacks.
+
+    What no parameter of the adapter answers to is a matter of the whole entry.
+
+    Reference:
+        ``peft.tuners.tuners_utils.BaseTuner._inject_parameters`` (PEFT 0.21.2).
+    """
+    found = {model.stored.canonical(parameter) for parameter in names.parameters} | set(names.parameters)
+    entries = [
+        entry
+        for entry in map(str, adapter.config.get("target_parameters") or ())
+        if any(is_listed(parameter, (entry,)) for parameter in names.parameters)
+    ]
+    known = model.skeleton if entries else None
+    if known is None:
+        return []
+    sentence = "the config targets it, and the adapter has no tensors for it"
+    hint = "the adapter file is incomplete; PEFT would leave the parameter as it is, with a warning"
+    parameters = (f"{path}.{name}" for path, own in known.parameters.items() for name in own)
+    return [
+        error("missing-module", parameter, sentence, hint)
+        for parameter in parameters
+        if is_listed(parameter, entries) and parameter not in found
+    ]
 
 
 def _rankless(adapter: Adapter) -> frozenset[str]:

@@ -57,6 +57,15 @@ class Rule:
         return (not self.only_for or model_type in self.only_for) and model_type not in self.except_for
 
 
+NO_SUCH_MODULES = Rule(
+    "experts-apart",
+    "refused",
+    "has no modules of these names: only a copy of the model for 4-bit training has them",
+    "unsloth_zoo 2026.3, temporary_patches/gpt_oss.py, read",
+)
+"""Holds for every engine: each has the experts of the published model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """The ranks that an engine serves."""
@@ -105,4 +114,4 @@ class Engine:
     @property
     def by_trait(self) -> Mapping[str, Rule]:
         """Return the rules by their traits."""
-        return {rule.trait: rule for rule in self.rules}
+        return {rule.trait: rule for rule in (NO_SUCH_MODULES, *self.rules)}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_merge.writers.lora_writer import LoadFactors
 
 _EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<projection>[^.]+)")
+_LISTED = re.compile(r"\.experts\.\w+_projs\.\d+$")
 _LAYER = re.compile(r"(?:.+?\.)?\d+\.(?P<key>.+)")
 
 _STACKED_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -46,6 +47,9 @@ def write_mlx(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
         if made.module.form not in {"linear", "embedding"}:
             sentence = f"is LoRA on {made.module.form}, which mlx-lm does not have"
             raise ConvertError([error("unsupported", made.module.path, sentence, "add --split-experts")])
+        if _LISTED.search(made.module.path):
+            sentence = "is an expert of a copy for 4-bit training; mlx-lm has no module of this name"
+            raise ConvertError([error("unsupported", made.module.path, sentence, "merge it")])
         groups.setdefault(_path(made.module.path), []).append(made)
     refs = [ref for path, members in groups.items() for ref in _slots(path, members)]
     file = place(MLX_WEIGHTS, sorted(refs, key=lambda ref: ref.name), {"format": "mlx"})

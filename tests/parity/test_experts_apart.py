@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_merge.cli import exits
 from tests.conftest import COMMON, VOCAB
 from tests.parity.building import one_thread, perturb
+from tests.tampering import edit_json, edit_tensors
 
 N_EXPERTS = 4
 TOLERANCE = 3e-5  # as in test_families.py
@@ -225,3 +226,157 @@ def test_what_else_an_experts_lora_may_have(fields, cli, tmp_path):
 
     assert result.exit_code == exits.OK, result.output
     assert off_by(tmp_path / "out", family, wanted) < TOLERANCE
+
+
+ROUTER = r".*(experts\.\w+projs\.\d+|router\.linear)"
+
+
+def with_router_apart(root) -> None:
+    """Rewrite an adapter that was trained on expert 0's matrix into one on a router of Unsloth's copy."""
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        f"base_model.model.model.layers.{layer}.mlp.router.linear.lora_{side}.weight": torch.randn(
+            shape, generator=generator
+        )
+        * 0.3
+        for layer in (0, 1)
+        for side, shape in (("A", (4, 64)), ("B", (N_EXPERTS, 4)))
+    }
+    edit_tensors(root / "adapter_model.safetensors", lambda tensors: tensors.update(factors))
+    edit_json(root / "adapter_config.json", target_modules=ROUTER)
+
+
+def test_the_router_of_a_copy_is_a_linear_layer_in_a_module(cli, tmp_path):
+    family = FAMILIES["gpt-oss"]
+    base, adapter, _ = trained(tmp_path, family, target_modules=ROUTER)
+    with_router_apart(adapter)
+    before = load_file(base / "model.safetensors")
+    factors = load_file(adapter / "adapter_model.safetensors")
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--strict")
+
+    assert result.exit_code == exits.OK, result.output
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in (0, 1):
+        a, b = (
+            factors[f"base_model.model.model.layers.{layer}.mlp.router.linear.lora_{side}.weight"]
+            for side in "AB"
+        )
+        name = f"model.layers.{layer}.mlp.router.weight"
+        torch.testing.assert_close(merged[name], before[name] + 1.5 * b @ a)
+
+
+@pytest.mark.parametrize(
+    ("name", "drop", "says"),
+    [
+        pytest.param("gpt-oss", ".0.mlp.experts.down_projs.2.", "layers.0.mlp.experts.down_projs.2", id="expert"),
+        pytest.param("gpt-oss", ".layers.1.mlp.", "layers.1.mlp.experts.down_projs.0", id="layer"),
+    ],
+)  # fmt: skip
+def test_an_expert_that_the_adapter_lost_is_missed(name, drop, says, cli, tmp_path):
+    base, adapter, _ = trained(tmp_path, FAMILIES[name])
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for lost in [tensor for tensor in tensors if drop in tensor]:
+            del tensors[lost]
+
+    edit_tensors(adapter / "adapter_model.safetensors", change)
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.PLAN
+    assert f"{says}: the config targets it, and the adapter has no tensors for it" in result.stderr
+
+
+def test_half_an_expert_of_gpt_oss_is_refused_since_gate_and_up_take_turns(cli, tmp_path):
+    family = FAMILIES["gpt-oss"]
+    base, adapter, _ = trained(tmp_path, family)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            if "gate_up_projs" in name:
+                tensor = tensors.pop(name)
+                half = tensor[: len(tensor) // 2] if "lora_B" in name else tensor
+                tensors[name.replace("gate_up_projs", "gate_projs")] = half.contiguous()
+
+    edit_tensors(adapter / "adapter_model.safetensors", change)
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.PLAN
+    assert "gate and up alternate in model.layers.0.mlp.experts.gate_up_proj" in result.stderr
+
+
+def test_an_expert_beyond_the_last_has_no_place(cli, tmp_path):
+    base, adapter, _ = trained(tmp_path, FAMILIES["gpt-oss"])
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "down_projs.3." in name]:
+            tensors[name.replace("projs.3", "projs.4")] = tensors.pop(name)
+
+    edit_tensors(adapter / "adapter_model.safetensors", change)
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.PLAN
+    assert "the base has no model.layers.0.mlp.experts.down_projs.4.weight" in result.stderr
+
+
+def test_an_adapter_of_the_stack_is_merged_into_a_base_with_experts_one_by_one(cli, tmp_path):
+    """Both ways of storing the base end in the same numbers."""
+    family = FAMILIES["gpt-oss, square"]
+    model = make(family)
+    model.save_pretrained(tmp_path / "stacked")
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(r=4, lora_alpha=6, target_modules=[], target_parameters=["gate_up_proj", "down_proj"]),
+    )
+    perturb(peft_model, 0.1)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "stacked" / "model.safetensors")
+    taken = {
+        name: tensor
+        for name, tensor in stored.items()
+        if not name.endswith(("_proj", "_proj_bias")) or "experts" not in name
+    }
+    for name in stored.keys() - taken.keys():
+        for n, tensor in enumerate(stored[name]):
+            stem, end = (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
+            taken[f"{stem}s.{n}.{end}"] = tensor.T.contiguous()
+    (tmp_path / "listed").mkdir()
+    save_file(taken, tmp_path / "listed" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "listed" / "config.json").write_bytes((tmp_path / "stacked" / "config.json").read_bytes())
+
+    for base in ("stacked", "listed"):
+        result = cli(
+            "--base", tmp_path / base, "--adapter", tmp_path / "adapter", "--out", tmp_path / f"{base}-out"
+        )
+        assert result.exit_code == exits.OK, result.output
+
+    one, other = (load_file(tmp_path / f"{base}-out" / "model.safetensors") for base in ("stacked", "listed"))
+    for layer in (0, 1):
+        for name in ("gate_up_proj", "down_proj"):
+            stem = f"model.layers.{layer}.mlp.experts.{name}"
+            again = torch.stack([other[f"{stem}s.{n}.weight"].T for n in range(N_EXPERTS)])
+            torch.testing.assert_close(again, one[stem])
+            assert not torch.equal(one[stem], stored[stem])
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "Llama 4"])
+def test_experts_of_their_own_are_fused_and_no_engine_is_told_to_have_them(name, cli, tmp_path):
+    family = FAMILIES[name]
+    base, adapter, wanted = trained(tmp_path, family)
+
+    fused = cli("convert", adapter, "--fuse-experts", "--base", base, "--out", tmp_path / "fused")
+    served = cli("convert", adapter, "--for", "vllm", "--base", base, "--out", tmp_path / "vllm")
+    renamed = cli("convert", adapter, "--rename", "v5", "--base", base, "--out", tmp_path / "v5")
+    mlx = cli("convert", adapter, "--format", "mlx", "--base", base, "--out", tmp_path / "mlx")
+    merged = cli("--base", base, "--adapter", tmp_path / "fused", "--out", tmp_path / "out", "--strict")
+
+    assert fused.exit_code == merged.exit_code == exits.OK, fused.output + merged.output
+    assert off_by(tmp_path / "out", family, wanted) < TOLERANCE
+    for refused in (served, renamed, mlx):
+        assert refused.exit_code == exits.PLAN, refused.output
+    assert "vLLM has no modules of these names" in served.stderr
+    assert "--fuse-experts" in renamed.stderr
+    assert "mlx-lm has no module of this name" in mlx.stderr
