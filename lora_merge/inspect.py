@@ -200,7 +200,9 @@ def _targets(adapter: Adapter) -> str:
     targets = adapter.config.get("target_modules")
     if isinstance(targets, list):
         return ", ".join(sorted(map(str, targets)))
-    return "" if targets is None else str(targets)
+    if targets is None:
+        return "PEFT's own for the family (null)" if adapter.deltas and adapter.format == "peft" else ""
+    return str(targets)
 
 
 def _framework(adapter: Adapter, around: Surroundings) -> str:

@@ -230,6 +230,18 @@ def test_null_targets_are_peft_s_own_for_the_family(family, kind, pico, tampered
 
     one, other = (tmp_path / "out" / name / "model.safetensors" for name in ("listed", "tampered"))
     assert one.read_bytes() == other.read_bytes()
+    assert "PEFT's own for the family (null)" in cli("inspect", adapter).stdout
+
+
+def test_a_conversion_writes_out_what_null_targets_mean(pico, pico_adapter, tampered, cli, tmp_path):
+    adapter = tampered(pico_adapter(pico(), target_modules=["q_proj", "v_proj"]))
+    edit_json(adapter / "adapter_config.json", target_modules=None)
+
+    result = cli("convert", adapter, "--rank", 8, "--base", pico(), "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.OK, result.output
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_null_targets_that_do_not_cover_the_tensors_are_named(pico, pico_adapter, tampered, cli, tmp_path):
