@@ -63,7 +63,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             **UNTIED, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
             "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8,
-            "use_mamba_kernels": False,
+        },
+    ),
+    "Jamba, experts only": (
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **UNTIED, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+            "expert_layer_period": 1, "expert_layer_offset": 0, "mamba_d_state": 16, "mamba_dt_rank": 8,
         },
     ),
     "Mamba": (
@@ -185,6 +192,19 @@ def test_wavlm_reads_the_weights_of_its_attention():
         perturb(peft_model, 0.3)
         assert torch.equal(peft_model(sound).last_hidden_state, plain)
         assert len(peft_model.targeted_module_names) == 4
+
+
+def test_experts_that_peft_skips_today_and_trained_before_are_a_warning(cli, tmp_path):
+    """Jamba has them one by one on disk and stacked in transformers 5, and PEFT does not rewrite the config for it."""
+    base, adapter, wanted = trained(tmp_path, "Jamba, experts only", target_modules=USUAL)
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.OK, result.output
+    assert (
+        "warning: target_modules: 'gate_proj' names experts, and the adapter has no tensors" in result.stderr
+    )
+    assert off_by(logits(load("Jamba", tmp_path / "out")), wanted) < TOLERANCE
 
 
 def test_a_layer_whose_experts_were_lost_is_missed(cli, tmp_path):
