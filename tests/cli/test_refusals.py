@@ -468,9 +468,17 @@ CASES = [
     ),
     Case(
         "MLX with an alpha that two versions read differently",
-        ("lora_parameters.alpha: is 16: the first versions of mlx-lm multiply scale by alpha/rank",),
+        (
+            "lora_parameters.alpha: is 16: mlx-lm multiplied scale by alpha/rank until June 2024",
+            "set scale to 10 x 16/4",
+        ),
         "bad-field",
-        config={"lora_parameters": {"rank": 4, "scale": 10.0, "alpha": 16}},
+        config={
+            "lora_parameters": {"rank": 4, "scale": 10.0, "alpha": 16},
+            "fine_tune_type": ...,
+            "num_layers": ...,
+            "lora_layers": 2,
+        },
         format="mlx",
     ),
     Case(
@@ -630,14 +638,14 @@ CASES = [
     Case(
         "MLX experts whose storage is not known",
         (
-            "mlp.experts.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",
+            "mlp.bank.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",
         ),
         "unsupported",
         config={"lora_parameters": {"rank": 4, "scale": 1.5}},
         format="mlx",
         tensors=several(
-            add("model.layers.0.mlp.experts.up_proj.lora_a", 2, 4, 64),
-            add("model.layers.0.mlp.experts.up_proj.lora_b", 2, 80, 4),
+            add("model.layers.0.mlp.bank.up_proj.lora_a", 2, 4, 64),
+            add("model.layers.0.mlp.bank.up_proj.lora_b", 2, 80, 4),
         ),
     ),
     Case(
