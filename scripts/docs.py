@@ -169,7 +169,7 @@ def _family_sentences(engine: Engine) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names, key=str.lower))
+    return ", ".join(sorted(names, key=lambda name: (name.lower(), name)))
 
 
 def _families_of(rule: Rule) -> str:
