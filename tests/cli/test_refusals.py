@@ -637,9 +637,7 @@ CASES = [
     ),
     Case(
         "MLX experts whose storage is not known",
-        (
-            "mlp.bank.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",
-        ),
+        ("mlp.bank.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",),
         "unsupported",
         config={"lora_parameters": {"rank": 4, "scale": 1.5}},
         format="mlx",
