@@ -271,7 +271,7 @@ class _Reading:
             path
             for key in self._keys
             if not any(module == key or module.endswith(f".{key}") for module in self._groups)
-            for path in (_experts(key, 1) if _STACK in key else [key])
+            for path in (_experts(key, 1) if _STACK.fullmatch(key) else [key])
         ]
 
 
