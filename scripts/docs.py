@@ -18,7 +18,7 @@ import click
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
-from lora_merge.core.kinds import NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
+from lora_merge.core.kinds import NOT_IN_WEIGHTS, RETIRED_FIELDS, UNMERGEABLE_FIELDS
 from lora_merge.core.traits import TRAITS
 from lora_merge.serving import ENGINES
 
@@ -141,16 +141,35 @@ def _engine_rules(engine: Engine) -> str:
         _row(
             TRAITS[rule.trait],
             f"{'depends' if rule.except_for else rule.effect}: {engine.name} {rule.sentence}{_families_of(rule)}",
-            ", ".join(rule.needs) or "nothing helps but a merge",
+            ", ".join(rule.needs) or rule.option or "nothing helps but a merge",
             rule.source,
         )
         for rule in engine.rules
     )
     ranks = _rank_sentence(engine)
     return (
-        f"### {engine.name} {engine.version}\n\n{ranks}| adapters with | | what helps | seen in |\n"
+        f"### {engine.name} {engine.version}\n\n{_family_sentences(engine)}{ranks}| adapters with | | what helps | seen in |\n"
         f"| --- | --- | --- | --- |\n{rows}"
     )
+
+
+def _family_sentences(engine: Engine) -> str:
+    """Return which families an engine serves LoRA for, and what of the others is known."""
+    families = engine.families
+    by = "`model_type`" if families.key == "model_type" else "the class in `architectures`"
+    parts = [f"Families, by {by} ({families.source}): {_listed(families.served)}."]
+    if any(families.served.values()):
+        parts.append(f"It has LoRA on certain modules of each, and {families.lacking} others.")
+    if families.unknown:
+        parts.append(f"Not known: {_listed(families.unknown)}.")
+    if families.refused:
+        parts.append(f"No LoRA: {_listed(families.refused)}.")
+    parts.append("Any other: no LoRA." if families.is_complete else "Any other: not known.")
+    return f"<details><summary>Families</summary>\n\n{' '.join(parts)}\n\n</details>\n\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names, key=lambda name: (name.lower(), name)))
 
 
 def _families_of(rule: Rule) -> str:
@@ -257,8 +276,9 @@ def _refused() -> Iterator[tuple[str, str]]:
     """Yield what has no merged form and why; types with one reason together."""
     for why in dict.fromkeys(NOT_IN_WEIGHTS.values()):
         yield _quoted(NOT_IN_WEIGHTS, why), f"{why}, which no weight can hold"
-    for why in dict.fromkeys(UNMERGEABLE_FIELDS.values()):
-        yield _quoted(UNMERGEABLE_FIELDS, why), why
+    fields = {**UNMERGEABLE_FIELDS, **RETIRED_FIELDS}
+    for why in dict.fromkeys(fields.values()):
+        yield _quoted(fields, why), why
 
 
 def _quoted(reasons: Mapping[str, str], why: str) -> str:

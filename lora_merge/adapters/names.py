@@ -10,6 +10,7 @@ from lora_merge.core.adapter import Reason, Replacement
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error
+from lora_merge.core.targets import is_saved
 from lora_merge.core.tensor import TensorRef
 
 if TYPE_CHECKING:
@@ -198,16 +199,6 @@ def reason(module: str, parameter: str, config: Mapping[str, Any]) -> Reason:
     if parameter in {"weight", "bias"} and module.rpartition(".")[2] in INPUT_NAMES | OUTPUT_NAMES:
         return "embedding"
     return ""
-
-
-def is_saved(module: str, entry: str) -> bool:
-    """Return True when an entry of ``modules_to_save`` means a module or one that holds it.
-
-    Reference:
-        ``peft.utils.other._set_trainable`` (PEFT 0.21.2), which asks for no dot before the entry.
-    """
-    parts = module.split(".")
-    return any(".".join(parts[:n]).endswith(entry) for n in range(1, len(parts) + 1))
 
 
 def _spoken(role: str) -> str:

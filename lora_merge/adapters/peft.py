@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.experts import taken_apart
-from lora_merge.adapters.names import Wholes, is_saved, outside, reason, sort_out
+from lora_merge.adapters.names import Wholes, outside, reason, sort_out
 from lora_merge.adapters.saved import saved_beside
 from lora_merge.adapters.spelling import canonical
 from lora_merge.adapters.unread import shard_issues
@@ -47,10 +47,6 @@ OTHER_MARKS = frozenset({"fine_tune_type", "lora_parameters"})
 _NESTED = ".base_layer"
 _OUT_PROJ = ".base_layer.out_proj"
 """How PEFT names the second projection of an ``nn.MultiheadAttention``."""
-
-_HEADS = ({"classifier", "score"}, {"classifier", "score", "qa_outputs"}, {"qa_outputs"})
-"""What PEFT adds to ``modules_to_save`` for a task; a model has one of each set
-(``peft.peft_model.PeftModelForSequenceClassification``, PEFT 0.21.2)."""
 
 Group = Mapping[str, TensorRef]
 
@@ -204,8 +200,8 @@ def _read_layered(
         is_whole = ref.name.startswith(PREFIX) and reason(module, parameter, config)
         if not (is_whole and wholes.add(ref, config)):
             layered[ref.name] = ref
+    issues += outside(refs, file, shared="base_model.")
     replacements = wholes.replacements()
-    issues += outside(refs, file, shared="base_model.") + _unsaved_modules(config, replacements)
     issues += unequal(wholes.repeats())
     return {"layered": layered, "replacements": replacements}
 
@@ -232,11 +228,10 @@ def _read_lora(
             for delta in _attention(module, groups, reader.deltas(module, group))
         ]
         deltas += _token_rows(found.groups, config, issues)
-        issues += reader.finish(modules if not stacked else None)
+        issues += reader.finish()
     except TargetError as exc:
         issues.append(error("bad-field", exc.field, exc.sentence))
         return {**content, "deltas": ()}
-    issues += _unsaved_modules(config, replacements)
     pairs = [_stacked_pair(module, groups[module], issues) for module in stacked]
     return {
         **content,
@@ -324,9 +319,9 @@ class _Lora:
             return error("unexpected-tensor", group[strange[0]].name, "is no tensor of this kind of LoRA")
         return None
 
-    def finish(self, modules: frozenset[str] | None) -> list[Issue]:
-        """Return what can only be said of all modules together; None when some of them are not known yet."""
-        return self._scaling.unmatched(modules) if modules is not None else []
+    def finish(self) -> list[Issue]:
+        """Return what can only be said of all modules together."""
+        return []
 
 
 class _AdaLora:
@@ -371,9 +366,8 @@ class _AdaLora:
         options = {"divisor": self._init_r + 1e-5}
         return [DeltaSpec("low_rank", f"{module}.weight", factors, self._scale, options=options)]
 
-    def finish(self, modules: frozenset[str] | None) -> list[Issue]:
+    def finish(self) -> list[Issue]:
         """Return a warning when no rank ever moved."""
-        del modules
         if not self._found or any(rank != self._init_r for rank in self._found):
             return []
         sentence = f"every module still has its first rank, init_r = {self._init_r:g}"
@@ -508,21 +502,3 @@ def _indices_of(module: str, wanted: object, modules: Collection[str]) -> list[i
     if isinstance(wanted, list) and all(isinstance(index, int) for index in wanted):
         return wanted
     return None
-
-
-def _unsaved_modules(config: Mapping[str, Any], replacements: Mapping[str, Replacement]) -> list[Issue]:
-    """Return an issue for each entry of ``modules_to_save`` without a tensor."""
-    entries = config.get("modules_to_save") or []
-    owners = [parameter.rpartition(".")[0] for parameter in replacements]
-    absent = [entry for entry in entries if not any(is_saved(owner, entry) for owner in owners)]
-    alternatives = any(set(entries) >= heads and set(absent) < heads for heads in _HEADS if len(heads) > 1)
-    if alternatives:
-        absent = [entry for entry in absent if not any(entry in heads for heads in _HEADS)]
-    return [_no_tensor(entry) for entry in absent]
-
-
-def _no_tensor(entry: str) -> Issue:
-    hint = "the adapter file is incomplete, or the entry was never matched"
-    return error(
-        "missing-module", "modules_to_save", f"names {entry!r}, and no tensor of the file belongs to it", hint
-    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lora_merge.convert.experts import fused, renested, split
+from lora_merge.convert.mlx import for_mlx
 from lora_merge.convert.names import filled, renamed
 from lora_merge.core.adapter import PLAIN, Adapter, DeltaSpec
 from lora_merge.core.checkpoint import INPUT_NAMES
@@ -29,6 +31,10 @@ MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
 _TO_LORA = "--to-lora with --rank N or --energy SHARE makes plain LoRA of it, as near as that comes"
 
 
+_PLAIN_NAME = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.[^.]+|model\.embed_tokens|lm_head")
+"""A module that mlx-lm and transformers call the same, whatever the family."""
+
+
 @dataclass(slots=True)
 class Draft:
     """What will be written."""
@@ -45,8 +51,11 @@ def needs_base(adapter: Adapter, recipe: Recipe) -> bool:
     reaches_further = bool(
         recipe.naming or recipe.experts or recipe.fills or recipe.without_copies or recipe.format != "peft"
     )
+    is_foreign = adapter.format == "mlx" and any(
+        not _PLAIN_NAME.fullmatch(module) for module in adapter.modules
+    )
     unfactored = recipe.to_lora and not (_is_plain(adapter) and not adapter.config.get("ensure_weight_tying"))
-    return reaches_further or unfactored or bool(adapter.stacked)
+    return reaches_further or unfactored or is_foreign or bool(adapter.stacked)
 
 
 def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
@@ -74,6 +83,9 @@ def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
             found.modules = renested(found.modules, joined)
         if recipe.fills:
             found.modules = filled(found.modules, joined, recipe)
+        if recipe.format == "mlx":
+            found.modules, issues = for_mlx(found.modules, joined)
+            found.issues += issues
         found.modules.sort(key=lambda module: _natural(module.path))
     if not found.modules and not found.issues:
         found.issues.append(

@@ -43,12 +43,12 @@ class Conversion:
         ``transformers.conversion_mapping.get_model_conversion_mapping`` (transformers 5.23).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, part: str = "") -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         transforms = get_model_conversion_mapping(model)
-        self._model = model
+        self._model, self._part = model, part
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         self.converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         self._by_pattern = {
@@ -59,10 +59,15 @@ class Conversion:
         self._virtual: dict[object, dict[str, Assembly]] = {}
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Conversion | None:
-        """Return the conversion of a ``config.json``, or None when transformers has no class for it."""
+    def of(cls, config: Mapping[str, Any], part: str = "") -> Conversion | None:
+        """Return the conversion of a ``config.json``, or None when transformers has no class for it.
+
+        Args:
+            config: of the model.
+            part: path of a module whose own names are understood too, as those of an adapter that was trained on it.
+        """
         model = meta_model(config)
-        return None if model is None else cls(model)
+        return None if model is None else cls(model, part)
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         """Return the shape of a parameter of the model; None when it has none of this name."""
@@ -71,10 +76,22 @@ class Conversion:
 
     def renamed(self, name: str) -> str:
         """Return a name after the renamings alone: what two spellings of one tensor have in common."""
-        return self._with_prefix(self._after_renamings(name))
+        found = self._with_prefix(self._after_renamings(name))
+        if self._part and found not in self._empty:
+            in_part = self._with_prefix(self._after_renamings(f"{self._part}.{name}"))
+            return in_part if in_part in self._empty else found
+        return found
 
     def canonical(self, name: str) -> tuple[str, str | None]:
         """Return the parameter that a stored name belongs to, and the converter's pattern that takes it in."""
+        found = self._canonical(name)
+        if self._part and found[0] not in self._empty:
+            in_part = self._canonical(f"{self._part}.{name}")
+            return in_part if in_part[0] in self._empty else found
+        return found
+
+    def _canonical(self, name: str) -> tuple[str, str | None]:
+        """Return the same for a name in the model itself."""
         from transformers.core_model_loading import apply_converters
 
         found, pattern = apply_converters(self._after_renamings(name), self.converters)
@@ -104,6 +121,19 @@ class Conversion:
         """Return True for a converter that transposes what does not have the model's shape, which a square hides."""
         operations = self._by_pattern[pattern].operations if pattern else ()
         return any(getattr(operation, "check_dims", False) for operation in operations)
+
+    def alternates(self, owner: str) -> bool:
+        """Return True for stacked experts whose gate and up take turns, row by row.
+
+        Reference:
+            ``transformers.integrations.moe.use_experts_implementation`` (transformers 5.23).
+        """
+        path = self.canonical(f"{owner}.gate_up_proj")[0].rpartition(".")[0]
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError:
+            return True
+        return not getattr(module, "is_concatenated", True)
 
     def memory(self, shapes: Mapping[str, tuple[int, ...]]) -> Memory:
         """Return what the model's parameters consist of, for a checkpoint's tensors."""

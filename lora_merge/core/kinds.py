@@ -20,7 +20,8 @@ TRAINER_FIELDS = frozenset({"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"})
 IGNORED_FIELDS = TRAINER_FIELDS | frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
-        "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
+        "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights",
+        "monteclora_config",
         "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
         # AdaLoRA's schedule; what came of it is in the tensors
         "beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step",
@@ -28,7 +29,8 @@ IGNORED_FIELDS = TRAINER_FIELDS | frozenset(
 )  # fmt: skip
 """Fields of a LoRA or AdaLoRA configuration that do not change what it computes (PEFT 0.21.2).
 
-VeLoRA compresses activations in training; MonteCLoRA's samples are left out when it is evaluated.
+VeLoRA compresses activations in training; MonteCLoRA's samples are left out when it is evaluated. With
+``merge_weights`` PEFT 0.2 merged in ``eval()``, which computes the same; later releases have no such field.
 """
 
 READ_FIELDS = frozenset(
@@ -64,7 +66,12 @@ UNMERGEABLE_FIELDS: Mapping[str, str] = {
 }
 """Fields that mean a kind of adapter which has no merged form, and why."""
 
-KNOWN_FIELDS = IGNORED_FIELDS | READ_FIELDS | UNMERGEABLE_FIELDS.keys()
+RETIRED_FIELDS: Mapping[str, str] = {
+    "enable_lora": "each LoRA changes only parts of a fused projection, which no PEFT since 0.3 can read",
+}
+"""Fields of a kind of adapter that PEFT dropped, and why (``peft.tuners.lora.MergedLinear``, PEFT 0.2.0)."""
+
+KNOWN_FIELDS = IGNORED_FIELDS | READ_FIELDS | UNMERGEABLE_FIELDS.keys() | RETIRED_FIELDS.keys()
 """Every field that a LoRA, AdaLoRA or TRAINABLE_TOKENS configuration may have."""
 
 PEFT_0_14_FIELDS = frozenset(
@@ -160,6 +167,11 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
     issues = [
         error("unsupported", field, f"{why}: it has no merged form", "serve it with PEFT")
         for field, why in UNMERGEABLE_FIELDS.items()
+        if config.get(field)
+    ]
+    issues += [
+        error("unsupported", field, why, "merge it with PEFT 0.2")
+        for field, why in RETIRED_FIELDS.items()
         if config.get(field)
     ]
     init = config.get("init_lora_weights", True)

@@ -21,6 +21,23 @@ CONV1D_MODEL_TYPES = frozenset(
 )
 """Families of transformers 5.23 with ``Conv1D`` layers, whose weights are stored ``[in, out]``."""
 
+SHARING_MODEL_TYPES = frozenset(
+    {
+        "bark", "csm", "d_fine", "dab-detr", "deformable_detr", "deimv2", "diffusion_gemma", "flava",
+        "granite_speech5_ctc", "grounding-dino", "idefics", "luke", "mm-grounding-dino", "neomme", "pe_audio_video",
+        "pp_doclayout_v3", "qwen3_omni_moe", "rt_detr_v2", "sam", "sam_hq", "t5gemma2", "udop", "zamba", "zamba2",
+    }
+)  # fmt: skip
+"""Families that use one stored weight in several modules, beyond input and output embeddings: those whose
+``_tied_weights_keys`` say so (transformers 5.23)."""
+
+TASK_MAPPINGS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+"""PEFT's task types with a head of their own, and transformers' tables of the classes that have it (5.23)."""
+
 _LINEAR = frozenset({"Linear", "Conv1D"})
 _ADAPTABLE = _LINEAR | {"Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"}
 
@@ -72,6 +89,11 @@ class Skeleton:
 def may_hold_conv1d(config: Mapping[str, Any]) -> bool:
     """Return True when a family in the config, at any level, has ``Conv1D`` layers."""
     return any(level.get("model_type") in CONV1D_MODEL_TYPES for _, level in config_levels(config))
+
+
+def may_share(config: Mapping[str, Any]) -> bool:
+    """Return True when a family in the config, at any level, uses one stored weight in several modules."""
+    return any(level.get("model_type") in SHARING_MODEL_TYPES for _, level in config_levels(config))
 
 
 def build_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
@@ -161,6 +183,52 @@ def model_class(config: Mapping[str, Any]) -> Any:
 
     names = config.get("architectures") or [""]
     return getattr(transformers, str(names[0]), None)
+
+
+def language_model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the config of the language model that transformers makes of a multimodal checkpoint; None where it does not.
+
+    Reference:
+        ``transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained`` (transformers 5.23).
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    known = getattr(transformers, str(name), None)
+    wanted = getattr(getattr(known, "config_class", None), "model_type", None)
+    if known is None or name in (config.get("architectures") or ()) or wanted == config.get("model_type"):
+        return None
+    own = next(
+        (level for path, level in config_levels(config) if path and level.get("model_type") == wanted), None
+    )
+    return None if own is None else {**own, "architectures": [name]}
+
+
+def parts_of_model(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the paths of the models inside a model: towers, and what generates text among them."""
+    from transformers import PreTrainedModel
+
+    model = meta_model(config)
+    if model is None:
+        return ()
+    return tuple(
+        path for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)
+    )
+
+
+def class_for_task(model_type: str, task: str) -> str | None:
+    """Return the name of transformers' class with the head for a task; None when it has none.
+
+    Args:
+        model_type: of the base.
+        task: PEFT's ``task_type``.
+    """
+    from transformers.models.auto import modeling_auto
+
+    table = getattr(modeling_auto, TASK_MAPPINGS[task]) if task in TASK_MAPPINGS else {}
+    found = table.get(model_type)
+    return str(found) if found else None
 
 
 def meta_model(config: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import LEAST_TOLERANCE, NOISE_MARGIN, Answer, Prompt
+from lora_merge.core.bypassed import is_bypassed
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.tensor import DTYPE_CODES, UNIT_ROUNDOFF
 from lora_merge.engines.adapted import Ingredients, adapted_modules, obstacle, with_adapter
@@ -89,7 +90,11 @@ def _measured(
     n_tokens: int,
     dtype: str,
 ) -> Reference:
-    """Return what a model of base and adapter answers, and how much of a difference rounding makes."""
+    """Return what a model of base and adapter answers, and how much of a difference rounding makes.
+
+    Layers that the model never calls are left out, as a merge leaves them.
+    """
+    touched = {path: module for path, module in touched.items() if not is_bypassed(path, made_of.base_config)}
     with Listener(touched) as listener:
         answers = tuple(found for prompt in prompts for found in _answers(model, prompt, n_tokens))
     noise = made_of.roundoff + _arithmetic(dtype, made_of.longest)

@@ -17,10 +17,19 @@ if TYPE_CHECKING:
 MANIFEST_FILE = "merge_manifest.json"
 CARD_FILE = "README.md"
 
+_FOREIGN = (
+    "*.gguf", "ggml-*.bin", "*.llamafile",  # llama.cpp
+    "*.onnx", "*.onnx_data", "*.onnx.data", "*.ort",  # ONNX Runtime
+    "openvino_*.bin", "openvino_*.xml",  # OpenVINO, as optimum-intel names them
+    "*.tflite", "*.task", "*.litertlm",  # LiteRT and MediaPipe
+    "*.mnn", "*.mnn.weight", "*.pte", "*.dlc", "*.mlmodel",  # MNN, ExecuTorch, Qualcomm, Core ML
+    "*.engine", "*.nemo", "*.h5", "*.msgpack", "*.ot",  # TensorRT, NeMo, TensorFlow, Flax, Rust
+)  # fmt: skip
+"""The weights again, for other frameworks: they stay the base's, so those who run them would not notice the adapter."""
+
 _WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json",
-    "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "*.onnx", "*.onnx_data", "*.gguf",
-    "consolidated*.pth", "consolidated*.pt",
+    "consolidated*.pth", "consolidated*.pt", "*.ckpt", *_FOREIGN,
 )  # fmt: skip
 """The model's weights again, in this form or another. Other binaries (a speaker table, say) are kept."""
 
@@ -31,12 +40,9 @@ _TRAINING = (
 
 _NOT_KEPT = (*_WEIGHTS, *_TRAINING, MANIFEST_FILE, CARD_FILE)
 
-_FOREIGN = ("*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot")
-"""The weights again, for other frameworks."""
-
 _FOREIGN_DIRECTORIES = (
-    ".*", "original", "onnx", "openvino", "coreml", "metal", "gguf", "checkpoint-*", "global_step*", "runs",
-    "wandb", "logs", "__pycache__",
+    ".*", "original", "onnx", "openvino", "coreml", "*.mlpackage", "*.mlmodelc", "metal", "gguf", "checkpoint-*",
+    "global_step*", "runs", "wandb", "logs", "__pycache__",
 )  # fmt: skip
 
 _TOKENIZER = (
@@ -56,7 +62,9 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     kept: list[SideFile] = []
     notes: list[str] = []
     for name, entry in _walk(root, notes):
-        if entry.parent == root and _matches(name, _NOT_KEPT):
+        if not belongs_to_base(name):
+            if entry.parent != root:
+                notes.append(f"{name} was left out: it holds the base's weights for another program")
             continue
         _check_inside(entry, root)
         kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))

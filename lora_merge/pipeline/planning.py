@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_merge.adapters.mlx_spelling import in_names_of
 from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
 from lora_merge.core.explanation import Match, matches_of, nearest
@@ -80,6 +81,7 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     if is_remote:
         raise_errors([issue for adapter in adapters for issue in adapter.issues])
     base = resolve_base(base_place.whole())
+    adapters = [in_names_of(adapter, base.config) for adapter in adapters]
     uses = tuple(
         AdapterUse(
             adapter,

@@ -12,18 +12,19 @@ from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import same_layers
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.plan.change import Change, alike, combined_rank, with_one_base
-from lora_merge.plan.fitting import Fitting
+from lora_merge.plan.fitting import Fitting, named_parameters
+from lora_merge.plan.heads import with_head
 from lora_merge.plan.initial import initial_issues, is_layered
 from lora_merge.plan.layered import layered_deltas
 from lora_merge.plan.model import Model
 from lora_merge.plan.origins import origin_issues
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
+from lora_merge.plan.shared_changes import Separation
 from lora_merge.plan.ties import Tie, ensures_tie, find_tie, untie_issue, untie_patch
+from lora_merge.plan.views import view_for
 from lora_merge.plan.vocabulary import resized
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lora_merge.core.adapter import Adapter, AdapterUse, DeltaSpec
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.request import Request
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 _SUMS = frozenset({"low_rank", "stacked", "addition"})
 """Kinds of delta whose order does not count."""
+
+_HEADS_WITH_BIAS = frozenset({"decoder", "predictions", "lm_head"})
+"""Last parts of the paths of what holds the bias of an output embedding."""
 
 
 class Draft:
@@ -56,37 +60,43 @@ class Draft:
         self._model = Model(Outline.of(base), base.config)
         self._changes: dict[str, Change] = {}
         self._first_of_tie: dict[str, str] = {}
-        self._shared: set[str] = set()
-        """Parameters that are tied to stored ones, and that an adapter changes too."""
+        self._is_flag_cleared = False
+        """True when the output's config no longer says that anything is tied."""
         self.outline = self._model.outline
         """Names of the output, and the stored tensors behind them."""
         self.config_patch: dict[str, Any] = {}
 
     def join(self) -> list[Issue]:
         """Fit every adapter, then settle what they do to each other; return what is wrong."""
-        issues = self._replicate()
+        issues = self._replicate() + self._add_head()
         tie = self._model.tie = self._tie()
         for n, use in enumerate(self._uses):
             issues += initial_issues(use.adapter, self._request)
             issues += origin_issues(use.adapter, self._base.config)
             layered: tuple[DeltaSpec, ...] = ()
-            if is_layered(use.adapter, self._request):
-                layered, layer_issues = layered_deltas(use, self._model)
+            by_layers = is_layered(use.adapter, self._request)
+            model, view_issues = view_for(named_parameters(use.adapter), self._model, parts=not by_layers)
+            issues += view_issues
+            if by_layers:
+                layered, layer_issues = layered_deltas(use, model)
                 issues += layer_issues
                 use = replace(use, adapter=_without_factors(use.adapter))  # noqa: PLW2901 - what is left of it
-            fitting = Fitting(use, n, self._model, self._request).fit(layered)
+            fitting = Fitting(use, n, model, self._request).fit(layered)
             issues += fitting.issues
             issues += self._take(fitting)
         if tie is not None:
             issues += self._settle_tie(tie)
-        return (
-            issues
-            + self._resized()
-            + self._unused_biases()
-            + self._in_turn()
-            + self._rankless()
-            + self._in_parts()
-        )
+        if self._may_share():
+            issues += self._settle_shared()
+        lost = [name for name in self._changes if name not in self.outline.sources]
+        issues += [
+            error("unmatched-module", name, "the adapter changes it, the base does not have it")
+            for name in lost
+        ]
+        if lost:
+            return issues
+        issues += self._resized() + self._unused_biases()
+        return issues + self._in_turn() + self._rankless() + self._in_parts()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -176,6 +186,16 @@ class Draft:
         sentence = f"repeats layers: the output has {len(order)}, the base {len(layers)}"
         return [note("replicated", "layer_replication", sentence)]
 
+    def _add_head(self) -> list[Issue]:
+        """Take over the class of the head that an adapter brings, where the base has none."""
+        headed = with_head([use.adapter for use in self._uses], self._model)
+        if headed is None:
+            return []
+        self.outline = headed.outline
+        self.config_patch |= headed.config_patch
+        self._model = Model(self.outline, patched_config(self._model.config, headed.config_patch))
+        return list(headed.issues)
+
     def _tie(self) -> Tie | None:
         """Return the tie of the embeddings, if an adapter touches one of them."""
         if not any(touches_embeddings(use) for use in self._uses):
@@ -193,37 +213,20 @@ class Draft:
             change.own, change.copy = fitting.replacements.get(name), fitting.copies.get(name)
         for delta in fitting.deltas:
             self._changes.setdefault(delta.parameter, Change()).deltas.append(delta)
-        for other, (name, ref) in fitting.shared.items():
-            self._shared.add(other)
-            issues += self._apart(name, ref)
         return issues
-
-    def _apart(self, name: str, ref: TensorRef) -> list[Issue]:
-        """Return an issue when a parameter that is tied to a stored one is not changed as that one is."""
-        change = self._changes.get(name, Change())
-        own = {change.own, change.copy, *(delta.tensors.get("rows") for delta in change.deltas)} - {None}
-        if any(one is not None and frozenset((one.name, ref.name)) in self._twins for one in own):
-            return []
-        sentence = f"is tied to the base's {name}, and the adapter does not change both alike"
-        return [error("unsupported", ref.name, sentence, "train both, or neither")]
 
     def _settle_tie(self, tie: Tie) -> list[Issue]:
         """Keep a tie whose ends change alike, take apart one whose ends do not."""
         embedding, head = self._changes.pop(tie.embedding, None), self._changes.pop(tie.head, None)
         if embedding is not None:
-            head = self._following(embedding, head or Change())
+            head = self._following(tie.embedding, embedding, head or Change())
         embedding, head = with_one_base(embedding, head)
         if embedding is None and head is None:
             return []
-        copies = self._model.tied_beside(tie)
-        left = self._left_behind(tie, embedding, copies)
-        if left is not None:
-            return [left]
-        for name, source in copies.items():
-            if source == tie.embedding and name in self.outline.sources:
-                sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
-                hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
-                return [error("stored-copy", tie.embedding, sentence, hint)]
+        for name in self._model.copies_of(tie):
+            sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
+            hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
+            return [error("stored-copy", tie.embedding, sentence, hint)]
         if embedding is not None and head is not None and alike(embedding, head, self._twins):
             self._changes |= dict.fromkeys(tie.stored, embedding)
             self._first_of_tie = dict.fromkeys(tie.stored, tie.source)
@@ -235,43 +238,44 @@ class Draft:
                 self._changes[name] = change
         patch = untie_patch(self._base.config)
         self.config_patch |= patch
-        if patch:
-            self._write_copies(tie, copies)
+        self._is_flag_cleared = bool(patch)
         return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
 
-    def _left_behind(self, tie: Tie, embedding: Change | None, copies: Mapping[str, str]) -> Issue | None:
-        """Return the issue of a change that PEFT gives one of several modules with one weight, unlike trained rows."""
-        if embedding is None or not (embedding.own or any(one.kind != "rows" for one in embedding.deltas)):
-            return None
-        others = [
-            name for name, source in copies.items() if source == tie.embedding and name not in self._shared
-        ]
-        if not others:
-            return None
-        sentence = (
-            f"is trained, and {', '.join(others)} read the same weight, which PEFT leaves to them as it was"
+    def _may_share(self) -> bool:
+        """Return True when a changed tensor may have several users; asking transformers takes seconds."""
+        head_bias = any(
+            change.copy is not None and name.endswith(".bias") and owner_name(name) in _HEADS_WITH_BIAS
+            for name, change in self._changes.items()
         )
-        hint = "train all of them alike, or use trainable_token_indices, which PEFT applies to all"
-        return error("unsupported", tie.embedding, sentence, hint)
+        unstored = not self._changes.keys() <= self.outline.sources.keys()
+        return head_bias or unstored or self._model.may_share or any(map(touches_embeddings, self._uses))
 
-    def _write_copies(self, tie: Tie, copies: Mapping[str, str]) -> None:
-        """Write out what transformers ties beside the two ends: nothing is tied any more."""
-        for name, source in copies.items():
-            owner = tie.source if source in {tie.embedding, tie.head} else source
-            if name not in self.outline.sources and owner in self.outline.sources:
-                self.outline = self.outline.with_twin(owner, name)
-                if source in self._changes:
-                    self._changes[name] = self._changes[source]
+    def _settle_shared(self) -> list[Issue]:
+        """Write apart the users of a shared weight that do not all change alike."""
+        separation = Separation(
+            self._model,
+            self.outline,
+            self._changes,
+            follow=self._following,
+            alike=lambda one, other: alike(one, other, self._twins),
+        )
+        issues = separation.settle(write_all=self._is_flag_cleared)
+        self.outline = separation.outline
+        return issues
 
-    def _following(self, embedding: Change, head: Change) -> Change | None:
+    def _following(self, name: str, embedding: Change, head: Change) -> Change | None:
         """Return the head's change with those of the embedding that it shares, whatever the files say of it.
+
+        Args:
+            name: of the input embedding.
+            embedding: what is done to it.
+            head: what is done to the output embedding, or to another user of the same weight.
 
         Reference:
             ``peft.utils.other.set_additional_trainable_modules`` and
             ``peft.tuners.lora.model.LoraModel._add_targets_to_tie`` (PEFT 0.21.2).
         """
-        tie = self._model.tie
-        ensured = [tie is not None and ensures_tie(use.adapter, tie) for use in self._uses]
+        ensured = [ensures_tie(use.adapter, name) for use in self._uses]
         if all(ensured) and (embedding.own or embedding.deltas):
             return embedding
         whole = embedding.own is not None or head.own is not None

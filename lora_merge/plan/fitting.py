@@ -7,20 +7,27 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.bypassed import is_bypassed
+from lora_merge.core.kinds import PREFIX
+from lora_merge.core.loose_ends import LooseEnd, unmatched_patterns, unsaved
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note, warning
-from lora_merge.core.scaling import Scaling
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
+from lora_merge.plan.absent import Absent
 from lora_merge.plan.model import SAVE_ANEW, misplaced
 from lora_merge.plan.names import Names
 from lora_merge.plan.rules import rule_issues
 from lora_merge.plan.stacked import stacked_deltas
 
 if TYPE_CHECKING:
-    from lora_merge.core.adapter import AdapterUse, DeltaSpec, Replacement
+    from lora_merge.core.adapter import Adapter, AdapterUse, Replacement
     from lora_merge.core.request import Request
     from lora_merge.plan.model import Model
+
+_NESTED = ".language_model."
+"""In the paths of multimodal models' language models (transformers 5.23)."""
 
 
 class Fitting:
@@ -43,8 +50,6 @@ class Fitting:
         """Parameters of the output that are the adapter's own tensors."""
         self.copies: dict[str, TensorRef] = {}
         """The base's own parameters as the adapter carries them: PEFT loads them into the base, where ties share them."""
-        self.shared: dict[str, tuple[str, TensorRef]] = {}
-        """Parameters that are tied to a stored one → that one, and what the adapter has for them: all change alike."""
         self.deltas: list[DeltaSpec] = []
         """What changes, by the name in the output; regions are filled in."""
 
@@ -57,17 +62,20 @@ class Fitting:
         for parameter, replacement in self._adapter.replacements.items():
             self._replace(parameter, replacement)
         deltas = self._adapter.deltas
+        ends = unsaved(self._adapter)
         lost = [delta for delta in deltas if not self._join(delta)]
-        self._join_stacked()
+        self.deltas = self._effective(self.deltas)
+        ends += self._join_stacked()
         if lost and len(lost) == len(deltas) and not self._adapter.stacked:
             self.issues.append(self._all_absent(lost[0].parameter))
             return self
         self.issues += [self._absent(delta.parameter) for delta in lost]
-        self.deltas += (replace(delta, adapter=self._n) for delta in layered)
+        self.deltas += self._effective([replace(delta, adapter=self._n) for delta in layered])
         for delta in layered:
             self._located[delta.target] = Located(delta.rule, (Place(delta.parameter),))
+        names = Names(self._model, self._located)
+        self.issues += Absent(self._model, names).issues(ends) if ends else []
         if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
-            names = Names(self._model, self._located)
             self.issues += names.several_rewritings() + names.named_twice()
             try:
                 self.issues += rule_issues(self._adapter, self._model, names)
@@ -77,10 +85,28 @@ class Fitting:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that a parameter has in the output."""
-        tie = self._model.tie
-        ends = (tie.embedding, tie.head) if tie is not None and name in {tie.embedding, tie.head} else ()
-        found = [self.replacements.get(name), *map(self.copies.get, (name, *ends)), self._model.source(name)]
-        return next(ref.shape for ref in found if ref is not None)
+        own = self.replacements.get(name) or self.copies.get(name)
+        if own is not None:
+            return own.shape
+        stored = self._model.source(name).shape
+        resized = {
+            one: copy for one, copy in self.copies.items() if copy.shape != self._model.source(one).shape
+        }
+        shared = resized.keys() & set(self._model.users_with(name)) if resized else ()
+        return next((resized[one].shape for one in shared), stored)
+
+    def _effective(self, deltas: list[DeltaSpec]) -> list[DeltaSpec]:
+        """Return the deltas without those of layers that the model never calls, and warn of these."""
+        bypassed = {delta.target for delta in deltas if self._is_bypassed(delta)}
+        sentence = "was left out: the model reads the weight of this layer and never calls it"
+        hint = (
+            "so the adapter has no effect there in PEFT, and merging it would change what the model computes"
+        )
+        self.issues += [warning("no-effect", target, sentence, hint) for target in sorted(bypassed)]
+        return [delta for delta in deltas if delta.target not in bypassed]
+
+    def _is_bypassed(self, delta: DeltaSpec) -> bool:
+        return is_bypassed(delta.target.rpartition(".")[0], self._model.config)
 
     def _join(self, delta: DeltaSpec) -> bool:
         """Take a delta to its places, or say what keeps it from there; return False when it has none."""
@@ -90,7 +116,7 @@ class Fitting:
             self.issues.append(misplaced(delta.module, exc))
             return True
         if found is None:
-            return delta.kind == "rows" and self._is_shared(delta.parameter, delta.tensors["rows"])
+            return False
         self._located[delta.parameter] = found
         for place in found.places:
             problem = self._misfit(delta, place, found)
@@ -100,8 +126,11 @@ class Fitting:
             self.deltas.append(self._placed(delta, place, found))
         return True
 
-    def _join_stacked(self) -> None:
-        """Take the deltas on ``target_parameters``, which only the model can name, to their places."""
+    def _join_stacked(self) -> list[LooseEnd]:
+        """Take the deltas on ``target_parameters``, which only the model can name, to their places.
+
+        Returns the patterns that match nothing, once every module and parameter is known.
+        """
         paths = set(self._adapter.modules)
         n_found = 0
         for pair in self._adapter.stacked:
@@ -116,8 +145,13 @@ class Fitting:
                 paths.add(found.parameter)
                 n_found += bool(found.deltas)
             self.deltas += found.deltas
-        if n_found == len(self._adapter.stacked) > 0:
-            self.issues += Scaling(self._adapter.config).unmatched(paths)
+        if self._adapter.kind != "LORA" or n_found < len(self._adapter.stacked):
+            return []
+        try:
+            return unmatched_patterns(self._adapter, paths)
+        except TargetError as exc:
+            self.issues.append(error("bad-field", exc.field, exc.sentence))
+            return []
 
     def _replace(self, parameter: str, replacement: Replacement) -> None:
         """Take a whole parameter from the adapter, if it belongs there."""
@@ -127,6 +161,8 @@ class Fitting:
             found = self._model.locate(parameter, replacement.ref.shape)  # found when it was compared
             self._located |= {parameter: found} if found is not None else {}
             return
+        if self._replace_row(parameter, replacement):
+            return
         name = self._whole_place(parameter, replacement)
         problem = self._replacement_problem(name, replacement) if name is not None else None
         if problem is not None:
@@ -134,15 +170,32 @@ class Fitting:
         elif name is not None and replacement.why == "module":
             self.replacements[name] = replacement.ref
             self._copy(parameter, name, replacement.original, only_if_other=True)
-        elif name is not None and self._is_resizable(name):
-            self._copy(parameter, name, replacement.ref)
         elif name is not None:
-            self.replacements[name] = replacement.ref
+            self._copy(parameter, name, replacement.ref)
+
+    def _replace_row(self, parameter: str, replacement: Replacement) -> bool:
+        """Take an expert's whole bias as the row of the stack that it is; return False where it is none."""
+        ref = replacement.ref
+        try:
+            found = self._model.locate(parameter, ref.shape) if len(ref.shape) == 1 else None
+        except LayoutError:
+            found = None
+        place = found.places[0] if found is not None else None
+        if found is None or place is None or found.shape != ref.shape or len(place.at) != 2:
+            return False
+        (n, _), columns = place.at
+        if not replacement.why or columns != (0, self._model.source(place.tensor).shape[1]):
+            return False
+        row = replace(ref, shape=(1, *ref.shape))
+        delta = DeltaSpec("rows", parameter, {"rows": row}, 1.0, options={"indices": [n]})
+        self._located[parameter] = found
+        self.deltas.append(self._placed(delta, Place(place.tensor), found))
+        return True
 
     def _copy(
         self, parameter: str, name: str, copy: TensorRef | None, *, only_if_other: bool = False
     ) -> None:
-        """Take what the base's own embedding was in the training."""
+        """Take what the base's own parameter was in the training: trained in place, or resized."""
         n_rows = self._use.differing.get(parameter, 0)
         is_other = n_rows > 0 or (copy is not None and copy.shape != self._model.source(name).shape)
         if copy is None or (only_if_other and not is_other):
@@ -164,12 +217,8 @@ class Fitting:
         except LayoutError as exc:
             self.issues.append(misplaced(parameter, exc))
             return None
-        owner = self._model.shared_with(parameter) if found is None and parameter.endswith(".bias") else None
-        if owner is not None:  # BERT stores the bias of its head beside the head
-            found = Located("tied", (Place(owner),), replacement.ref.shape)
         if found is None:
-            if not self._is_shared(parameter, replacement.ref):
-                self.issues.append(self._no_place(parameter, replacement))
+            self.issues.append(self._no_place(parameter, replacement))
             return None
         self._located[parameter] = found
         if found.whole is None:
@@ -177,13 +226,6 @@ class Fitting:
             sentence = f"is a whole parameter, and the base stores it otherwise: {tensor} holds a part of it, or more"
             self.issues.append(error("unsupported", replacement.ref.name, sentence, SAVE_ANEW))
         return found.whole
-
-    def _is_shared(self, parameter: str, ref: TensorRef) -> bool:
-        """Return True for a parameter that the base stores under another name, as all that are tied to it."""
-        name = self._model.shared_with(parameter)
-        if name is not None:
-            self.shared[self._model.stored.disk_name(parameter)] = (name, ref)
-        return name is not None
 
     def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:
         """Return what keeps a parameter of the adapter from taking the place of the base's."""
@@ -216,7 +258,8 @@ class Fitting:
         }:  # fmt: skip
             sentence = "is a trained head, and the base has none"
             hint = (
-                "load the base once with the head's class (AutoModelForSequenceClassification, …) and save it"
+                "write what it was trained for into adapter_config.json, as task_type: SEQ_CLS, TOKEN_CLS or "
+                "QUESTION_ANS; then the output gets the head's class"
             )
             return error("unmatched-module", parameter, sentence, hint)
         if replacement.why == "saved":
@@ -238,6 +281,9 @@ class Fitting:
 
     def _all_absent(self, first: str) -> Issue:
         """Return the one issue of an adapter that touches nothing at all."""
+        if _NESTED in f".{first}" and not any(_NESTED in f".{name}" for name in self._model.sources):
+            sentence = "is of a multimodal model, and the base is a language model alone"
+            return error("wrong-prefix", first, sentence, "pass the multimodal model with --base")
         near = self._nearest(first)
         sentence = f"none of the adapter's {len(self._adapter.modules)} modules is in the base"
         if near:
@@ -258,14 +304,18 @@ class Fitting:
 
     def _placed(self, delta: DeltaSpec, place: Place, found: Located) -> DeltaSpec:
         """Return a delta under its name in the output, with the region that it owns."""
-        transposed = delta.region.transposed
-        if found.rule == "converted":
+        transposed, tensors = delta.region.transposed, delta.tensors
+        if found.by_boxes:
             transposed ^= place.transposed
+            if delta.kind == "addition" and len(place.at) == 2:  # a row of stacked biases
+                addend = tensors["addend"]
+                tensors = {"addend": replace(addend, shape=(1, *addend.shape))}
         elif delta.kind in {"low_rank", "dora"} and not transposed:
             transposed = self._transposed(delta, self.shape(place.tensor))
         return replace(
             delta,
             parameter=place.tensor,
+            tensors=tensors,
             target=delta.parameter,
             rule=found.rule,
             region=Region(transposed, place.at),
@@ -281,7 +331,7 @@ class Fitting:
         if dtype not in TORCH_NAMES:
             sentence = f"is stored as {dtype}, expected BF16, F16 or F32"
             return error("unsupported", name, sentence, "merge into the full-precision model")
-        if found.rule == "converted":
+        if found.by_boxes:
             return _part_misfit(delta, place, found)
         match delta.kind:
             case "low_rank" | "dora":
@@ -345,6 +395,15 @@ class Fitting:
         if kind is not None:
             return kind == "Conv1D"
         return odd if product[0] != product[-1] else says_so
+
+
+def named_parameters(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
+    """Return the parameters that an adapter names, and the shapes of its weights where they are known."""
+    paths = (name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.layered if PREFIX in name)
+    by_layers = {f"{path.rpartition('.')[0]}.weight": None for path in paths}
+    return {**by_layers, **{delta.parameter: _weight_shape(delta) for delta in adapter.deltas}} | {
+        parameter: replacement.ref.shape for parameter, replacement in adapter.replacements.items()
+    }
 
 
 def _weight_shape(delta: DeltaSpec) -> tuple[int, ...] | None:

@@ -11,10 +11,11 @@ from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Tar
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
 from lora_merge.core.patterns import TargetError, full_match
 from lora_merge.core.report import Issue, error
-from lora_merge.core.targets import TargetRule, matching_patterns
+from lora_merge.core.targets import matching_patterns
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
 from lora_merge.layouts import LayoutError, Located
 from lora_merge.plan.model import SAVE_ANEW, misplaced
+from lora_merge.plan.rules import resolved_rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,7 +99,7 @@ class _Join:
             TargetError: a field has a value that PEFT could not use.
         """
         config = self._adapter.config
-        rule = TargetRule.parse(config)
+        rule = resolved_rule(self._adapter, self._model)
         as_stored = self._tensors.keys() == self._adapter.layered.keys()
         if as_stored and (rule.all_linear or not isinstance(rule.target_modules, str)):
             return config

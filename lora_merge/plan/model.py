@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.report import Issue, error
-from lora_merge.core.skeleton import Skeleton, build_skeleton, may_hold_conv1d
+from lora_merge.core.skeleton import Skeleton, build_skeleton, may_hold_conv1d, may_share
 from lora_merge.layouts import LayoutError, Located, Place, Shape, Stored, locate
 from lora_merge.plan.outline import Outline
+from lora_merge.plan.shared import Shared, shared_weights
 from lora_merge.plan.ties import Tie
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Model:
     tie: Tie | None = None
     """Of the embeddings, if there is one and an adapter touches it."""
 
+    part: str = ""
+    """Path of the module whose own names an adapter has; empty for the model itself."""
+
     @property
     def sources(self) -> Mapping[str, TensorRef]:
         """Return the stored tensors by their names in the output."""
@@ -55,13 +59,15 @@ class Model:
     @cached_property
     def stored(self) -> Stored:
         """Return the tensors as layouts look at them."""
-        return Stored(self.sources, lambda: Conversion.of(self.config))
+        return Stored(self.sources, lambda: Conversion.of(self.config, self.part))
 
     def source(self, name: str) -> TensorRef:
-        """Return the stored tensor behind a name of the output; an end of a tie has one, stored or not."""
-        if name in self.sources or self.tie is None:
+        """Return the stored tensor behind a name of the output; a user of a shared weight has one, stored or not."""
+        if name in self.sources:
             return self.sources[name]
-        return self.sources[self.tie.source]
+        if self.tie is not None and name in {self.tie.embedding, self.tie.head}:
+            return self.sources[self.tie.source]
+        return self.sources[self._holders[name]]
 
     def locate(self, parameter: str, shape: Shape | None) -> Located | None:
         """Return where a parameter of an adapter lies; None when nowhere.
@@ -73,14 +79,57 @@ class Model:
             name = self.stored.disk_name(parameter)
             if name in {self.tie.embedding, self.tie.head}:
                 return Located("tied", (Place(name),), self.source(name).shape)
-        return locate(parameter, shape, self.stored)
+        found = locate(parameter, shape, self.stored)
+        if found is None and self.stored.conversion is not None:
+            name = self.stored.disk_name(parameter)
+            if name in self._holders:
+                return Located("tied", (Place(name),), self.source(name).shape)
+        return found
 
-    def tied_beside(self, tie: Tie) -> dict[str, str]:
-        """Return what else transformers ties: the name on disk → that of what it takes its values from."""
+    @property
+    def may_share(self) -> bool:
+        """Return True when weights other than the embeddings may have several users."""
+        return may_share(self.config)
+
+    @cached_property
+    def input_embedding(self) -> str:
+        """Return the input embedding's parameter as it is stored; empty where it is not known."""
         known = self.skeleton
-        pairs = known.tied.items() if known is not None else ()
-        named = {self.stored.disk_name(one): self.stored.disk_name(other) for one, other in pairs}
-        return {one: other for one, other in named.items() if one not in {tie.embedding, tie.head}}
+        if known is None or not known.input_embedding:
+            return ""
+        return self.stored.disk_name(f"{known.input_embedding}.weight")
+
+    @cached_property
+    def shared(self) -> tuple[Shared, ...]:
+        """Return the weights that several modules use; none where transformers has no class for the model."""
+        known = self.skeleton
+        return shared_weights(known.tied, self.stored) if known is not None and known.tied else ()
+
+    @cached_property
+    def _holders(self) -> Mapping[str, str]:
+        """Return the users of shared weights that are not stored, and which stored tensor has their values."""
+        return {
+            name: shared.holder
+            for shared in self.shared
+            if shared.holder
+            for name in shared.unstored(self.sources)
+        }
+
+    def users_with(self, name: str) -> tuple[str, ...]:
+        """Return the parameters that have one weight with this one, itself included; none where it is its own."""
+        if self.tie is not None and name in {self.tie.embedding, self.tie.head}:
+            return (self.tie.embedding, self.tie.head)
+        return next((shared.users for shared in self.shared if name in shared.users), ())
+
+    def copies_of(self, tie: Tie) -> tuple[str, ...]:
+        """Return the stored tensors that transformers ties to the input embedding, its output embedding apart."""
+        return tuple(
+            name
+            for shared in self.shared
+            if shared.users[0] == tie.embedding
+            for name in shared.users[1:]
+            if name in self.sources and name != tie.head
+        )
 
     def is_embedding(self, name: str) -> bool:
         """Return True for a parameter of an input or output embedding; transformers is asked where its name does not tell."""
@@ -105,20 +154,13 @@ class Model:
             known is not None and parameter in known.parameters.get(self.module(path), ())
         )
 
-    def shared_with(self, parameter: str) -> str | None:
-        """Return the parameter that one is tied to and that is stored, where it is not; None for any other."""
-        known = self.skeleton
-        if known is None:
-            return None
-        path, _, end = parameter.rpartition(".")
-        other = known.tied.get(parameter) or known.tied.get(f"{self.module(path)}.{end}")
-        name = self.stored.disk_name(other) if other else ""
-        return name if name in self.sources else None
-
     def knows(self, name: str) -> bool:
         """Return True when transformers' model takes in a tensor of this name; it leaves some out, as those for MTP."""
         conversion = self.stored.conversion
-        return conversion is not None and conversion.shape(conversion.canonical(name)[0]) is not None
+        if conversion is None:
+            return False
+        parameter = conversion.canonical(name)[0]
+        return conversion.shape(parameter) is not None and parameter.startswith(self.part)
 
     def module(self, module: str) -> str:
         """Return a module's path in transformers' model, whichever spelling of it is given."""

@@ -14,6 +14,8 @@ from lora_merge.core.skeleton import derived_lists
 from lora_merge.core.tensor import TensorRef
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from lora_merge.core.checkpoint import Checkpoint
 
 _LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?:layers|layer|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)")
@@ -67,6 +69,28 @@ class Outline:
             for file in self.files
         )
         return Outline(files, {**self.sources, twin: self.sources[name]})
+
+    def without(self, names: Collection[str]) -> Outline:
+        """Return the outline without some tensors; a file that is left without any goes too."""
+        files = (
+            replace(file, names=tuple(name for name in file.names if name not in names))
+            for file in self.files
+        )
+        sources = {name: ref for name, ref in self.sources.items() if name not in names}
+        return Outline(tuple(file for file in files if file.names), sources)
+
+    def with_new(self, tensors: Mapping[str, TensorRef]) -> Outline:
+        """Return the outline with more tensors at its end, each from a file of its own."""
+        last = self.files[-1]
+        files = (*self.files[:-1], replace(last, names=(*last.names, *tensors)))
+        return Outline(files, {**self.sources, **tensors})
+
+    def renamed(self, names: Mapping[str, str]) -> Outline:
+        """Return the outline with other names for some tensors."""
+        files = tuple(
+            replace(file, names=tuple(names.get(name, name) for name in file.names)) for file in self.files
+        )
+        return Outline(files, {names.get(name, name): ref for name, ref in self.sources.items()})
 
 
 def replicated(outline: Outline, layers: tuple[int, ...]) -> Outline:

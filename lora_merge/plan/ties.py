@@ -77,13 +77,13 @@ def _ends(model: Model) -> tuple[str, str]:
     return inputs[0] if len(inputs) == 1 else "", heads[0] if len(heads) == 1 else "lm_head.weight"
 
 
-def ensures_tie(adapter: Adapter, tie: Tie) -> bool:
-    """Return True when an adapter says that both ends change alike.
+def ensures_tie(adapter: Adapter, embedding: str) -> bool:
+    """Return True when an adapter says that an input embedding and what is tied to it change alike.
 
     PEFT heeds ``ensure_weight_tying`` where the embedding is called ``embed_tokens``
     (``peft.utils.constants.EMBEDDING_LAYER_NAMES``, PEFT 0.21.2); in mlx-lm the two ends are one.
     """
-    heeded = adapter.format == "mlx" or owner_name(tie.embedding) == "embed_tokens"
+    heeded = adapter.format == "mlx" or owner_name(embedding) == "embed_tokens"
     return heeded and bool(adapter.config.get("ensure_weight_tying"))
 
 
@@ -91,7 +91,7 @@ def _is_flagged(model: Model, embedding: str, head: str) -> bool:
     """Return True when the config says that embeddings are tied, or the model's class does so by default."""
     known = model.skeleton
     if known is not None:
-        return known.tied.get(head) == embedding or known.tied.get(embedding) == head
+        return embedding != head and known.tied.get(head, head) == known.tied.get(embedding, embedding)
     return any(level.get("tie_word_embeddings") for _, level in config_levels(model.config))
 
 

@@ -109,6 +109,29 @@ def test_side_files_are_copied_byte_for_byte(pico, pico_adapter, cli, tampered, 
     assert "pytorch_model.bin was left out" in result.stderr
 
 
+def test_the_bases_weights_for_other_programs_are_not_passed_off_as_merged(
+    pico, pico_adapter, cli, tampered, tmp_path
+):
+    base = tampered(pico(), "base")
+    foreign = (
+        "openvino_model.bin", "openvino_model.xml", "ggml-model-q4_0.bin", "model.onnx.data", "llm.mnn", "model.pte",
+        "llm.mnn.weight", "model.tflite", "model.task", "model.ckpt", "model.engine", "exported/openvino_model.bin",
+        "Model.mlpackage/weights.bin",
+    )  # fmt: skip
+    kept = ("speakers.pt", "2_Dense/pytorch_model.bin", "assets/openvino.txt")
+    for name in (*foreign, *kept):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("binary")
+
+    result = cli("--base", base, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.OK, result.stderr
+    assert [name for name in foreign if (tmp_path / "out" / name).exists()] == []
+    assert [name for name in kept if not (tmp_path / "out" / name).exists()] == []
+    for name in ("openvino_model.bin", "exported/openvino_model.bin"):
+        assert f"{name} was left out" in result.stderr
+
+
 def test_a_tokenizer_in_the_adapter_wins_and_the_report_says_so(pico, pico_adapter, tampered, cli, tmp_path):
     adapter = tampered(pico_adapter(pico()))
     (adapter / "chat_template.jinja").write_text("{{ 'trained with this' }}")

@@ -472,9 +472,17 @@ CASES = [
     ),
     Case(
         "MLX with an alpha that two versions read differently",
-        ("lora_parameters.alpha: is 16: the first versions of mlx-lm multiply scale by alpha/rank",),
+        (
+            "lora_parameters.alpha: is 16: mlx-lm multiplied scale by alpha/rank until June 2024",
+            "set scale to 10 x 16/4",
+        ),
         "bad-field",
-        config={"lora_parameters": {"rank": 4, "scale": 10.0, "alpha": 16}},
+        config={
+            "lora_parameters": {"rank": 4, "scale": 10.0, "alpha": 16},
+            "fine_tune_type": ...,
+            "num_layers": ...,
+            "lora_layers": 2,
+        },
         format="mlx",
     ),
     Case(
@@ -535,14 +543,14 @@ CASES = [
         format="mlx",
     ),
     Case(
-        "MLX with a key that matches nothing",
-        ("lora_parameters.keys: the entry 'self_attn.wqkv' matches none of the adapter's 4 modules",),
+        "MLX with a key that the base has and the adapter lacks",
+        ("lora_parameters.keys: the entry 'self_attn.k_proj' matches none of the adapter's 4 modules",),
         "unmatched-target",
         config={
             "lora_parameters": {
                 "rank": 4,
                 "scale": 1.5,
-                "keys": ["self_attn.q_proj", "mlp.down_proj", "self_attn.wqkv"],
+                "keys": ["self_attn.q_proj", "mlp.down_proj", "self_attn.k_proj"],
             }
         },
         format="mlx",
@@ -633,15 +641,13 @@ CASES = [
     ),
     Case(
         "MLX experts whose storage is not known",
-        (
-            "mlp.experts.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",
-        ),
+        ("mlp.bank.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",),
         "unsupported",
         config={"lora_parameters": {"rank": 4, "scale": 1.5}},
         format="mlx",
         tensors=several(
-            add("model.layers.0.mlp.experts.up_proj.lora_a", 2, 4, 64),
-            add("model.layers.0.mlp.experts.up_proj.lora_b", 2, 80, 4),
+            add("model.layers.0.mlp.bank.up_proj.lora_a", 2, 4, 64),
+            add("model.layers.0.mlp.bank.up_proj.lora_b", 2, 80, 4),
         ),
     ),
     Case(
@@ -697,10 +703,10 @@ CASES = [
     Case("another rank in the config", ("has rank 4, the config says 8",), "rank-mismatch", config={"r": 8}),
     # 5. and 6. entries and patterns without a match
     Case(
-        "a target that matches nothing",
-        ("the entry 'wqkv' matches none of the adapter's 4 modules",),
+        "a target that the base has and the adapter lacks",
+        ("the entry 'k_proj' matches none of the adapter's 4 modules, and the base has it",),
         "unmatched-target",
-        config={"target_modules": ["q_proj", "down_proj", "wqkv"]},
+        config={"target_modules": ["q_proj", "down_proj", "k_proj"]},
     ),
     Case(
         "a rank pattern that matches nothing",
@@ -709,10 +715,10 @@ CASES = [
         config={"rank_pattern": {"k_proj": 8}},
     ),
     Case(
-        "an alpha pattern that matches nothing",
-        ("alpha_pattern", "'layers.9.q_proj' matches none"),
+        "an alpha pattern of one layer that the adapter lacks",
+        ("alpha_pattern", r"'layers.1.*.k_proj' matches none"),
         "unmatched-pattern",
-        config={"alpha_pattern": {"layers.9.q_proj": 8}},
+        config={"alpha_pattern": {"layers.1.*.k_proj": 8}},
     ),
     Case(
         "two patterns that disagree",
@@ -840,10 +846,19 @@ CASES = [
     ),
     Case(
         "a trained head that the base does not have",
-        ("score.weight: is a trained head, and the base has none", "AutoModelForSequenceClassification"),
+        ("score.weight: is a trained head, and the base has none", "as task_type: SEQ_CLS"),
         "unmatched-module",
         config={"modules_to_save": ["score"]},
         tensors=add("base_model.model.score.weight", 2, 64),
+    ),
+    Case(
+        "a head of a class that loads nothing of the base",
+        ("LlamaForQuestionAnswering: loads none of the base's tensors in transformers",),
+        "no-head",
+        config={"modules_to_save": ["qa_outputs"], "task_type": "QUESTION_ANS"},
+        tensors=several(
+            add("base_model.model.qa_outputs.weight", 2, 64), add("base_model.model.qa_outputs.bias", 2)
+        ),
     ),
     Case(
         "a trained module that the base does not have",
@@ -1083,10 +1098,10 @@ CASES = [
         model_type="no",
     ),
     Case(
-        "a parameter that no module has",
-        ("target_parameters: the entry 'nothing.weight' matches none of the adapter's tensors",),
+        "a parameter that the base has and the adapter lacks",
+        ("target_parameters: the entry 'k_proj.weight' matches none of the adapter's tensors",),
         "unmatched-target",
-        config={"target_parameters": ["nothing.weight"]},
+        config={"target_parameters": ["k_proj.weight"]},
     ),
     Case(
         "a parameter that the module does not have",
@@ -1268,6 +1283,12 @@ CASES = [
         ("peft_type: 'BONE' was renamed, and PEFT 0.21 cannot read it", "save it again as MISS"),
         "unsupported",
         config={"peft_type": "BONE"},
+    ),
+    Case(
+        "parts of a fused projection",
+        ("enable_lora: each LoRA changes only parts of a fused projection", "merge it with PEFT 0.2"),
+        "unsupported",
+        config={"enable_lora": [True, False, True]},
     ),
     Case(
         "a type of a later PEFT",
@@ -1613,11 +1634,11 @@ def test_every_problem_is_named_in_one_message(pico, pico_adapter, tampered, cli
 
 def test_a_rank_that_disagrees_hides_no_other_problem(pico, pico_adapter, tampered, cli, tmp_path):
     adapter = tampered(pico_adapter(pico()))
-    edit_json(adapter / "adapter_config.json", r=8, target_modules=["q_proj", "wqkv"])
+    edit_json(adapter / "adapter_config.json", r=8, target_modules=["q_proj", "k_proj"])
 
     result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
 
-    for words in ("has rank 4, the config says 8", "the entry 'wqkv'", "target_modules does not match it"):
+    for words in ("has rank 4, the config says 8", "the entry 'k_proj'", "target_modules does not match it"):
         assert words in result.stderr
 
 

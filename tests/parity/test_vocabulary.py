@@ -228,7 +228,7 @@ def test_rows_of_every_module_that_a_tie_holds_are_one(workshop, merged, tmp_pat
     assert off_by(got, wanted) <= FLOAT32_TOLERANCE
 
 
-def test_modules_that_a_tie_holds_and_that_were_trained_apart_are_refused(workshop, cli, tmp_path):
+def test_rows_of_modules_that_a_tie_holds_may_not_differ(workshop, cli, tmp_path):
     way = Added({"token_indices": [3, 5], "target_modules": ["{input}"]}, kind="TrainableTokensConfig")
     base = building.base(workshop, "t5", "float32")
     trained(base, "t5", way, tmp_path / "adapter")
@@ -236,9 +236,7 @@ def test_modules_that_a_tie_holds_and_that_were_trained_apart_are_refused(worksh
     edit_tensors(tmp_path / "adapter" / "adapter_model.safetensors", lambda tensors: tensors[name].mul_(2))
     result = cli("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     assert result.exit_code == 4
-    assert (
-        f"{name}: is tied to the base's shared.weight, and the adapter does not change both" in result.stderr
-    )
+    assert "encoder.embed_tokens.weight: uses the same weight as shared.weight" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -249,11 +247,12 @@ def test_modules_that_a_tie_holds_and_that_were_trained_apart_are_refused(worksh
 def test_one_of_the_modules_that_share_a_weight_is_no_change_of_that_weight(fields, workshop, cli, tmp_path):
     """PEFT wraps T5's shared, which the encoder and the decoder do not call: they keep the weight as it was."""
     base = building.base(workshop, "t5", "float32")
-    trained(base, "t5", Added(fields, size=VOCAB), tmp_path / "adapter")
+    wanted = trained(base, "t5", Added(fields, size=VOCAB), tmp_path / "adapter")
     options = ("--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--allow-untie")
     result = cli("--base", base, *options)
-    assert result.exit_code == 4
-    assert "shared.weight: is trained, and encoder.embed_tokens.weight, decoder.embed_tokens" in result.stderr
+    assert result.exit_code == 0, result.output
+    got = answers(building.load_afresh(tmp_path / "out", "t5"), "t5", VOCAB)
+    assert off_by(got, wanted) <= FLOAT32_TOLERANCE
 
 
 def test_copies_of_both_ends_of_a_tie_that_equal_the_base_change_nothing(workshop, merged, tmp_path):

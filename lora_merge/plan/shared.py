@@ -1,0 +1,129 @@
+"""Weights that are stored once and used by several modules: who uses them, and what a change of one user's means.
+
+Zamba has one attention block in several layers, DiffusionGemma one stack of layers in encoder and decoder. PEFT wraps
+each user on its own, so an adapter may change one and leave the others. transformers loads a tensor for each user
+where both are stored and differ (``modeling_utils.tie_weights``, transformers 5.23), so they can be written apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from lora_merge.core.report import Issue, error, warning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from lora_merge.layouts import Stored
+
+
+_Change = TypeVar("_Change")
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One weight of several modules, by the names that its users have on disk, or would have there."""
+
+    users: tuple[str, ...]
+    """The parameter that transformers takes the values from comes first."""
+
+    holder: str
+    """The stored tensor that has the values; empty where they are stored in parts."""
+
+    parts: tuple[str, ...] = ()
+    """The stored tensors that have the values in parts."""
+
+    def unstored(self, stored: Collection[str]) -> tuple[str, ...]:
+        """Return the users that have no tensor of their own."""
+        return tuple(name for name in self.users if name not in stored)
+
+
+def shared_weights(tied: Mapping[str, str], stored: Stored) -> tuple[Shared, ...]:
+    """Return the weights of a checkpoint that have several users.
+
+    Args:
+        tied: parameter → the parameter whose storage it shares, as transformers' model has it.
+        stored: the checkpoint.
+    """
+    groups: dict[str, list[str]] = {}
+    for target, source in tied.items():
+        groups.setdefault(source, [source]).append(target)
+    parts: dict[str, list[str]] = {}
+    if groups and stored.conversion is not None:
+        members = {name for group in groups.values() for name in group}
+        for name in stored.tensors:
+            parameter, pattern = stored.conversion.canonical(name)
+            if pattern is not None and parameter in members:
+                parts.setdefault(parameter, []).append(name)
+    found = []
+    for group in groups.values():
+        users = tuple(stored.disk_name(parameter) for parameter in group)
+        holder = next((name for name in users if name in stored.tensors), "")
+        pieces = tuple(name for parameter in group for name in parts.get(parameter, ()))
+        if holder or pieces:
+            found.append(Shared(users, holder, pieces))
+    return tuple(found)
+
+
+def to_write(
+    shared: Shared,
+    anchor: str,
+    wanted: Mapping[str, _Change],
+    alike: Callable[[_Change, _Change], bool],
+) -> tuple[str, ...]:
+    """Return the users that need a tensor of their own, because they do not become what the anchor becomes.
+
+    Args:
+        shared: the weight.
+        anchor: the user whose tensor is written in any case.
+        wanted: what is done to the anchor, and to each user without a tensor.
+        alike: tells whether two changes have the same outcome.
+    """
+    own = [name for name in wanted if name != anchor and not alike(wanted[name], wanted[anchor])]
+    source = shared.users[0]
+    if own and source in wanted and source not in {anchor, *own}:
+        own.append(source)  # transformers would tie it to the first of its users that is stored
+    return tuple(own)
+
+
+def split_issue(pairs: Mapping[str, str]) -> list[Issue]:
+    """Return what has to be said where users of one weight get a tensor each.
+
+    Args:
+        pairs: user that is written out → stored tensor that it shared.
+    """
+    if not pairs:
+        return []
+    name, holder = next(iter(pairs.items()))
+    more = f" (the same holds for {len(pairs) - 1} more)" if len(pairs) > 1 else ""
+    sentence = (
+        f"shares its values with {holder} in the base, and the adapter changes the two differently; "
+        f"both are written{more}"
+    )
+    hint = (
+        "transformers loads both; check that your engine does too, if it has code of its own for this model"
+    )
+    return [warning("split", name, sentence, hint)]
+
+
+def in_parts_issue(shared: Shared, changed: str) -> Issue:
+    """Return the issue of a weight that is stored in parts, so that its users cannot be written apart."""
+    users = " and ".join(shared.users[:2])
+    sentence = (
+        f"holds a part of one weight that {users} use, and the adapter does not change all users alike; "
+        "the base's layout has no names for separate weights"
+    )
+    return error("unsupported", changed, sentence, "serve the adapter with PEFT")
+
+
+def unlike_rows_issue(name: str, other: str) -> Issue:
+    """Return the issue of trained rows of two users of one weight that differ.
+
+    Args:
+        name: one of the users.
+        other: the other.
+    """
+    sentence = f"uses the same weight as {other}, and the adapter has other trained rows for each of the two"
+    hint = "PEFT trains one set of rows for both: the file is damaged or was edited"
+    return error("token-mismatch", name, sentence, hint)
