@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import SideFile
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import same_bytes
+from lora_merge.io.sentence_modules import may_be_module_file, module_files, whole_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,17 +69,25 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
             continue
         _check_inside(entry, root)
         kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))
+    whole = whole_model(root)
+    if whole is not None:
+        notes.append(
+            f"{root.name}/ is one module of the sentence-transformers model in {whole}; its other modules were not "
+            f"copied: put the output in the place of {root.name}/ there"
+        )
     return tuple(sorted(kept, key=lambda file: file.name)), tuple(notes)
 
 
 def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
-    """Return the tokenizer and template files that an adapter directory carries.
+    """Return the files of an adapter directory that go with the merged model: of the tokenizer, templates, and the
+    modules that sentence-transformers has behind the transformer.
 
     Raises:
         CheckpointError: one is a link that leads out of the directory.
     """
     found = []
-    for path in (path for pattern in _TOKENIZER for path in root.glob(pattern) if path.is_file()):
+    paths = {path for pattern in _TOKENIZER for path in root.glob(pattern) if path.is_file()}
+    for path in paths | {root / name for name in module_files(root)}:
         _check_inside(path, root)
         name = path.relative_to(root).as_posix()
         found.append(SideFile(name, str(path), path.stat().st_size, "adapter"))
@@ -121,7 +130,9 @@ def belongs_to_base(name: str) -> bool:
 def belongs_to_adapter(name: str) -> bool:
     """Return True for a name of a repo's listing that `adapter_side_files` would find, were it here."""
     path = PurePosixPath(name)
-    return any(path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in _TOKENIZER)
+    return may_be_module_file(name) or any(
+        path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in _TOKENIZER
+    )
 
 
 def differs(file: SideFile, root: Path) -> bool:
