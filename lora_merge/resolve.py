@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
+from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -23,12 +24,14 @@ from lora_merge.core.checkpoint import (
 )
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.manifest import merged_before
+from lora_merge.core.report import Issue, warning
 from lora_merge.core.shards import shard_name
 from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
-from lora_merge.io.safetensors import differing_rows, same_values
+from lora_merge.io.safetensors import differing_rows, is_zero, same_values
+from lora_merge.io.sentence_modules import MODULES_FILE, absent_modules, module_folders, whole_model
 from lora_merge.io.shards import read_shards, reader_of
 from lora_merge.io.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
 from lora_merge.layouts import Stored
@@ -36,7 +39,7 @@ from lora_merge.layouts import Stored
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-    from lora_merge.core.adapter import Adapter
+    from lora_merge.core.adapter import Adapter, StackedPair
 
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
 
@@ -88,6 +91,42 @@ def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     return tuple(file.name for file in adapter.side_files if differs(file, Path(base.root)))
 
 
+def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[str], tuple[Issue, ...]]:
+    """Return the names of the base's side files that an adapter's own modules replace, and what is missing.
+
+    An adapter that sentence-transformers saved says which modules follow the transformer, and has those that were
+    trained. Where it has a folder, nothing of the base's is left in it; a folder that it names and lacks is the base's.
+    """
+    root, names = Path(adapter.root), {file.name for file in adapter.side_files}
+    named = module_folders(root)
+    if MODULES_FILE not in names:
+        return frozenset(), _one_of_several(adapter)
+    own = {folder for folder in named if any(name.startswith(f"{folder}/") for name in names)}
+    theirs = {folder for folder in named | module_folders(Path(base.root)) if folder not in named - own}
+    displaced = {
+        file.name for file in base.side_files if any(file.name.startswith(f"{one}/") for one in theirs)
+    }
+    left = {file.name for file in base.side_files} - displaced
+    found = own | {folder for folder in named if any(name.startswith(f"{folder}/") for name in left)}
+    sentence = "names this module, and neither the adapter nor the base has its folder"
+    hint = "sentence-transformers cannot load the output without it: save the adapter again, as a whole"
+    return frozenset(displaced - names), tuple(
+        warning("missing-module", f"{MODULES_FILE}: {folder}", sentence, hint)
+        for folder in absent_modules(root, frozenset(found))
+    )
+
+
+def _one_of_several(adapter: Adapter) -> tuple[Issue, ...]:
+    """Return a warning for an adapter in the folder of one module: the other modules stay where they are."""
+    root = Path(adapter.root)
+    whole = whole_model(root)
+    if whole is None:
+        return ()
+    sentence = f"is one module of the sentence-transformers model in {whole}; its other modules are not in the output"
+    hint = f"copy {whole}, and put the output in the place of {root.name}/ there"
+    return (warning("one-module", adapter.root, sentence, hint),)
+
+
 def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
     """Return the whole parameters in an adapter that are but copies of the base's. Reads both.
 
@@ -136,6 +175,33 @@ def counterpart(parameter: str, stored: Stored, base: Checkpoint) -> TensorRef |
     ends = known.ends() if known is not None else {}
     other = ends.get(parameter) or ends.get(f"{stored.module(parameter.rpartition('.')[0])}.weight")
     return stored.tensors.get(stored.disk_name(other)) if other else None
+
+
+def is_idle(adapter: Adapter, unchanged: frozenset[str]) -> bool:
+    """Return True when every delta of an adapter is zero: it was never trained, or is scaled by 0.
+
+    Reads factors until one pair is found that is not zero: usually the first. What PEFT's own layers merge is not
+    judged here.
+
+    Args:
+        adapter: as it was read.
+        unchanged: the whole parameters in it that equal the base's.
+    """
+    pairs: list[DeltaSpec | StackedPair] = [*adapter.deltas, *adapter.stacked]
+    if adapter.layered or adapter.replacements.keys() - unchanged or not pairs:
+        return False
+    return all(_is_zero(pair) for pair in pairs)
+
+
+def _is_zero(pair: DeltaSpec | StackedPair) -> bool:
+    """Return True when a product of factors is zero; no other kind of change is known to be none."""
+    factors = [ref for role, ref in pair.tensors.items() if role in {"A", "B", "E"}]
+    if isinstance(pair, DeltaSpec) and pair.kind == "addition":
+        factors = list(pair.tensors.values())
+    elif isinstance(pair, DeltaSpec) and pair.kind != "low_rank":
+        return False
+    scaled_away = isinstance(pair, DeltaSpec) and not pair.scale
+    return scaled_away or any(ref.dtype in TORCH_NAMES and is_zero(ref) for ref in factors)
 
 
 def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset[frozenset[str]]:

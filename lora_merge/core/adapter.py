@@ -178,3 +178,12 @@ class AdapterUse:
 
     differing: Mapping[str, int] = field(default_factory=dict)
     """Copies of the base's embeddings in it that differ from the base's: parameter → how many of the rows that both have."""
+
+    is_idle: bool = False
+    """True when none of its deltas can change anything: of each, one factor is zero throughout, or the scale is 0."""
+
+    displaced: frozenset[str] = frozenset()
+    """Names of the base's side files whose place its own take: modules of sentence-transformers, folder by folder."""
+
+    issues: tuple[Issue, ...] = ()
+    """What its files and the base's together show."""

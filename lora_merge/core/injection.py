@@ -120,6 +120,11 @@ class Injection:
         self._sites = {site.module: site for site in sites}
 
     @property
+    def config(self) -> Any:
+        """Return PEFT's configuration of the adapter."""
+        return self._config
+
+    @property
     def fields(self) -> frozenset[str]:
         """Return the fields that PEFT's configuration of this type has."""
         return frozenset(field.name for field in dataclasses.fields(self._config))
@@ -145,14 +150,7 @@ class Injection:
             tensors: all the adapter's tensors of this module, by their full names.
         """
         with self._layer(module, base, tensors) as layer:
-            if hasattr(layer, "unload_and_optionally_merge_module"):
-                merged = layer.unload_and_optionally_merge_module(
-                    merge=True, safe_merge=False, adapter_names=None
-                )
-            else:
-                layer.merge(safe_merge=False)
-                merged = layer.get_base_layer()
-            parameters = dict(merged.named_parameters())
+            parameters = dict(_merged(layer).named_parameters())
             return {name: parameters[name].detach().contiguous() for name in base}
 
     def example(self, module: str) -> torch.Tensor:
@@ -197,15 +195,15 @@ class Injection:
     def rehearse(
         self, module: str, base: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
     ) -> None:
-        """Make and fill a module's layer, and drop it again: what PEFT complains of comes out.
+        """Make, fill and merge a module's layer, and drop it again: what PEFT complains of comes out.
 
         Args:
             module: path of a target.
             base: as for `merge`; values do not matter, but to AdaMSS, whose shapes come from clustering them.
             tensors: as for `merge`; values do not matter.
         """
-        with self._layer(module, base, tensors):
-            pass
+        with self._layer(module, base, tensors) as layer:
+            _merged(layer)
 
     def _site(self, module: str) -> _Site:
         """Return where the layer of a target will stand."""
@@ -591,6 +589,14 @@ def _empty(layer: Any) -> None:
         held = value.values() if isinstance(value, dict) else ()
         if any(isinstance(item, torch.Tensor | torch.nn.Module) for item in held):
             value.clear()
+
+
+def _merged(layer: Any) -> Any:
+    """Return the module that PEFT's layer merges into."""
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    layer.merge(safe_merge=False)
+    return layer.get_base_layer()
 
 
 def _answer(module: Any, plain: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -154,6 +154,19 @@ def is_finite(ref: TensorRef) -> bool:
     return all(bool(torch.frombuffer(block, dtype=dtype).isfinite().all()) for block in blocks(ref))
 
 
+def is_zero(ref: TensorRef) -> bool:
+    """Return True when every value of a floating tensor is zero; reading stops at the first block that has another.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
+    import numpy as np
+
+    width = DTYPE_BITS[ref.dtype]
+    magnitude = (1 << (width - 1)) - 1  # all bits but the sign: -0.0 is zero
+    return not any((np.frombuffer(block, f"<u{width // 8}") & magnitude).any() for block in blocks(ref))
+
+
 def same_values(stored: TensorRef, other: TensorRef) -> bool:
     """Return True when a tensor, rounded to the dtype of a stored one, has its values.
 

@@ -27,7 +27,9 @@ from lora_merge.locate import (
 from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
 from lora_merge.resolve import (
     differing_copies,
+    displaced_side_files,
     equal_embeddings,
+    is_idle,
     own_side_files,
     resolve_adapter,
     resolve_base,
@@ -37,6 +39,7 @@ from lora_merge.resolve import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lora_merge.core.adapter import Adapter
     from lora_merge.core.report import Issue
 
 
@@ -82,21 +85,30 @@ def plan_request(request: Request, watch: Observer) -> Planned:
         raise_errors([issue for adapter in adapters for issue in adapter.issues])
     base = resolve_base(base_place.whole())
     adapters = [in_names_of(adapter, base.config) for adapter in adapters]
-    uses = tuple(
-        AdapterUse(
-            adapter,
-            weight,
-            own_side_files=frozenset(own_side_files(adapter, base)),
-            unchanged=unchanged_parameters(adapter, base),
-            differing=differing_copies(adapter, base),
-        )
-        for adapter, (_, weight) in zip(adapters, chosen, strict=True)
-    )
+    weights = [weight for _, weight in chosen]
+    uses = tuple(_use(adapter, weight, base) for adapter, weight in zip(adapters, weights, strict=True))
     twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
     plan = make_plan(base, uses, request, twins)
     located = [issue for place in (base_place, *places) for issue in place.issues]
     issues = (*located, *moved_base(base_place, places), *plan.issues)
     return Planned(request, replace(plan, issues=issues), uses, base_place, places, base)
+
+
+def _use(adapter: Adapter, weight: float, base: Checkpoint) -> AdapterUse:
+    """Return an adapter of a merge, with what only its files and the base's together tell."""
+    unchanged = unchanged_parameters(adapter, base)
+    own = frozenset(own_side_files(adapter, base))
+    displaced, issues = displaced_side_files(adapter, base)
+    return AdapterUse(
+        adapter,
+        weight,
+        own_side_files=own,
+        unchanged=unchanged,
+        differing=differing_copies(adapter, base),
+        is_idle=is_idle(adapter, unchanged),
+        displaced=displaced,
+        issues=issues,
+    )
 
 
 def _chosen(text: str) -> tuple[str, float]:

@@ -66,6 +66,7 @@ class _Join:
             "model_config": json.dumps(self._model.config),
             "adapter_config": json.dumps(config),
             "digest": self._adapter.digest,
+            "kind": self._adapter.kind,
         }
         placeholders = {name: _blank(ref) for name, ref in tensors.items() if not name.startswith(PREFIX)}
         injection = Injection(self._model.config, config, placeholders)
@@ -85,7 +86,7 @@ class _Join:
                 self.issues.append(error("missing-module", target.module, sentence, hint))
                 continue
             base = self._base_of(target)
-            if base is not None:
+            if base is not None and self._is_changed(target):
                 self._probe(injection, target, own, base)
                 self._add(target, own | {name: tensors[name] for name in shared}, base)
 
@@ -192,7 +193,17 @@ class _Join:
         try:
             injection.rehearse(target.module, blank_base, blank_own)
         except InjectionError as exc:
-            self.issues.append(error("injection", exc.subject, exc.sentence))
+            self.issues.append(error("injection", exc.subject, f"{self._adapter.kind}: {exc.sentence}"))
+
+    def _is_changed(self, target: Target) -> bool:
+        """Return True when PEFT's layer changes a parameter that the module has; else say which it lacks."""
+        if changed_parameters(self._adapter, target):
+            return True
+        kind, listed = self._adapter.kind, ", ".join(target.parameters) or "no parameters"
+        sentence = f"{kind} trains a bias, and this module of the base has none (it has {listed})"
+        hint = "its effect has no place in this model's checkpoint; serve it with PEFT, unmerged"
+        self.issues.append(error("no-effect", target.module, sentence, hint))
+        return False
 
     def _add(self, target: Target, tensors: Mapping[str, TensorRef], base: Mapping[str, TensorRef]) -> None:
         """Add a delta for each parameter of a module that changes."""
