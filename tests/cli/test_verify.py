@@ -194,10 +194,8 @@ def test_an_output_that_is_compared_with_nothing_is_not_called_verified(pico, cl
         "planned": "not asked",
         "compared": "failed",
     }
-    assert [issue["code"] for one in found["findings"] for issue in one["issues"]] == [
-        "no-manifest",
-        "nothing-compared",
-    ]
+    (issue,) = found["findings"][-1]["issues"]
+    assert issue["code"] == "nothing-compared"
     assert found["checked"] == ["structure (what engines need to load it)"]
     assert len(found["not_checked"]) == 3
     said = cli("verify", pico("llama", "bfloat16", "40KB")).stdout
