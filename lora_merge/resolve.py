@@ -97,10 +97,11 @@ def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[
     An adapter that sentence-transformers saved says which modules follow the transformer, and has those that were
     trained. Where it has a folder, nothing of the base's is left in it; a folder that it names and lacks is the base's.
     """
-    root, names = Path(adapter.root), {file.name for file in adapter.side_files}
-    named = module_folders(root)
-    if MODULES_FILE not in names:
+    sources = {file.name: Path(file.source) for file in adapter.side_files}
+    if MODULES_FILE not in sources:
         return frozenset(), _one_of_several(adapter)
+    root, names = sources[MODULES_FILE].parent, sources.keys()
+    named = module_folders(root)
     own = {folder for folder in named if any(name.startswith(f"{folder}/") for name in names)}
     theirs = {folder for folder in named | module_folders(Path(base.root)) if folder not in named - own}
     displaced = {

@@ -48,7 +48,8 @@ def unread_issues(adapter: Adapter, names: Collection[str], ignored: Collection[
             compared |= {entry, *files}
             issues.append(_copy_issue(root, own, entry))
     said = {issue.subject for issue in adapter.issues if issue.code == "unread-file"}
-    left = unread_files(names, read | compared | said, ignored)
+    copied = {file.name for file in adapter.side_files}
+    left = unread_files(names, read | compared | said, ignored, copied)
     return issues + [error("unread-file", name, *described(name)) for name in left]
 
 

@@ -105,6 +105,12 @@ def full(root: Path, value: float, mode: str) -> Path:
     return root
 
 
+def full_directory(root: Path) -> Path:
+    """Return a directory that holds the modules around a transformer, and not the transformer."""
+    root.mkdir()
+    return full(root, 1.0, "cls_token")
+
+
 @pytest.fixture
 def merged(cli, tmp_path):
     """Return a function (base, adapter) → the output, and the issues of the report."""
@@ -210,6 +216,36 @@ def test_an_adapter_in_the_folder_of_one_module_is_warned_of(which, place, merge
     (warned,) = [issue for issue in issues if issue["severity"] == "warning"]
     assert f"is one module of the sentence-transformers model in {whole}" in warned["sentence"]
     assert "0_Transformer/" in warned["hint"]
+
+
+def test_so_is_the_directory_around_that_folder(place, merged, tmp_path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    place(1, "whole/0_Transformer")
+    describe(whole, ("1_Pooling", "Pooling"), top="0_Transformer")
+    pooling(whole, "cls_token")
+    out, issues = merged(place(0, "base"), whole)
+    (warned,) = [issue for issue in issues if issue["severity"] == "warning"]
+    assert "is one module of the sentence-transformers model" in warned["sentence"]
+    assert not (out / "modules.json").exists()  # it would look for the transformer in 0_Transformer/
+
+
+def test_modules_around_an_adapter_with_a_name_of_its_own_come_along(place, merged, tmp_path):
+    whole = full_directory(tmp_path / "whole")
+    place(1, "whole/default")
+    base = full(place(0, "base"), 0.0, "mean_tokens")
+    out, _ = merged(base, whole)
+    assert same(out, whole, *AROUND)
+
+
+def test_weights_in_a_folder_that_no_list_names_are_not_lost(place, cli, tmp_path):
+    adapter = place(1, "adapter")
+    dense(adapter, "2_Dense", 1.0)
+    options = ("--base", place(0, "base"), "--adapter", adapter, "--out", tmp_path / "out")
+    result = cli(*options)
+    assert result.exit_code == 4
+    assert "2_Dense/model.safetensors" in result.output
+    assert cli(*options, "--ignore-file", "2_Dense/model.safetensors").exit_code == 0
 
 
 def test_routes_at_the_top_come_along_with_their_folders(place, merged):
