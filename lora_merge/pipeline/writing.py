@@ -12,22 +12,13 @@ from lora_merge import executors
 from lora_merge.core.budget import Budget
 from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.core.plan import Copy, Merge, MergePlan
-from lora_merge.core.report import (
-    NOT_VERIFIED,
-    Issue,
-    Observer,
-    Verdict,
-    error,
-    note,
-    survival_issues,
-)
+from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note, survival_issues
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch, stretches
 from lora_merge.core.tensor import TensorRecord
-from lora_merge.errors import CheckpointError, LoraMergeError, PlanError, VerifyError
+from lora_merge.errors import CheckpointError, LoraMergeError, VerifyError
 from lora_merge.io import staging
 from lora_merge.io.journal import Journal
-from lora_merge.io.safetensors import same_values
 from lora_merge.merge import (
     Copier,
     Merger,
@@ -38,6 +29,7 @@ from lora_merge.merge import (
     quick_turns,
 )
 from lora_merge.pipeline.clock import Clock
+from lora_merge.pipeline.effect import check_effect
 from lora_merge.pipeline.planning import Planned, check_strict
 from lora_merge.pipeline.provenance import options_of, provenance_of
 from lora_merge.pipeline.resuming import Inputs, fingerprint, finished
@@ -166,7 +158,7 @@ class Output:
                 self.verdict = check_output(self.plan, self.stage.output, self.records, request.verify)
             if not self.verdict.ok:
                 raise VerifyError(self.verdict)
-        self._check_effect()
+        check_effect(self.planned, self.stage.output, self.survival)
         with self.clock("flush"):
             watch.phase("flushing", 0)
             self.flushing.wait()
@@ -177,34 +169,6 @@ class Output:
             self._inode = self.stage.output.stat().st_ino
             staging.publish(self.stage.output, self.out)
         self._stack.close()
-
-    def _check_effect(self) -> None:
-        """Check that a tensor of the output differs from the base's.
-
-        The base is read again only where nothing was seen to change in the rows that were looked at.
-
-        Raises:
-            PlanError: none does.
-        """
-        kept = list(self.survival.values())
-        merges = [step for step in self.plan.steps if step.action != "copied"]
-        seen = any(one.unchanged < 1 and one.delta_norm for one in kept)
-        if seen or not kept or self.plan.config_patch or any(step.replaced for step in merges):
-            return
-        for step in merges:
-            (slot,) = step.slots
-            (source,) = step.op.parts if isinstance(step.op, Merge) else (step.op.source,)
-            if not same_values(replace(slot, file=str(self.stage.output / slot.file)), source):
-                return
-        if any(one.delta_norm for one in kept):
-            sentence = (
-                "every change is too small for the dtype it is stored in, so the output is a copy of the base"
-            )
-            hint = "--dtype float32 keeps changes of any size"
-        else:
-            sentence = "merging changes no value of the base, so the output would be a copy of the base"
-            hint = "check that this is the adapter you want, and that its training ran"
-        raise PlanError([error("no-effect", ", ".join(self.plan.adapters), sentence, hint)])
 
     def finish_or_fail(self, watch: Observer) -> None:
         """Finish it; what is wrong with it is its `error`."""

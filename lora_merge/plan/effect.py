@@ -31,10 +31,15 @@ def effect_issues(plan: MergePlan, uses: Sequence[AdapterUse]) -> list[Issue]:
             issues.append((error if all_zero else warning)("no-effect", use.adapter.root, sentence, hint))
         elif use.is_idle:
             issues.append(error("no-effect", use.adapter.root, *_why(use)))
-    if not issues and not plan.config_patch and not _changes(plan):
+    if not issues and not is_reshaped(plan) and not _changes(plan):
         sentence = "nothing in the adapter changes the base: the output would be a copy of the base"
         issues.append(error("no-effect", ", ".join(plan.adapters), sentence, _CHECK))
     return issues
+
+
+def is_reshaped(plan: MergePlan) -> bool:
+    """Return True when the output's config differs from the base's in more than a dtype: layers, rows, a tie."""
+    return any(not key.endswith("dtype") for key in plan.config_patch)
 
 
 def _why(use: AdapterUse) -> tuple[str, str]:

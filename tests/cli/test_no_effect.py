@@ -110,6 +110,21 @@ def test_what_pefts_own_layers_merge_has_to_change_something_too(kind, pico, cli
     assert "merging changes no value of the base" in said
 
 
+@pytest.mark.parametrize("options", [(), ("--dtype", "float32")])
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}], ids=["module", "rows"]
+)
+def test_whole_parameters_that_equal_the_bases_are_no_change(fields, options, pico, cli, tmp_path):
+    from peft import LoraConfig
+
+    base = pico("llama", "bfloat16")
+    config = LoraConfig(r=4, target_modules=["q_proj"], **fields)
+    adapter = adapter_of(base, config, tmp_path / "adapter", scale=0)
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 4, result.output
+    assert "merging changes no value of the base" in result.output
+
+
 def test_beft_on_layers_without_a_bias_is_refused(pico, cli, tmp_path):
     from peft import BeftConfig
 
