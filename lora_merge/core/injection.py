@@ -195,15 +195,15 @@ class Injection:
     def rehearse(
         self, module: str, base: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
     ) -> None:
-        """Make, fill and merge a module's layer, and drop it again: what PEFT complains of comes out.
+        """Make and fill a module's layer, and drop it again: what PEFT complains of comes out.
 
         Args:
             module: path of a target.
             base: as for `merge`; values do not matter, but to AdaMSS, whose shapes come from clustering them.
             tensors: as for `merge`; values do not matter.
         """
-        with self._layer(module, base, tensors) as layer:
-            _merged(layer)
+        with self._layer(module, base, tensors):
+            pass
 
     def _site(self, module: str) -> _Site:
         """Return where the layer of a target will stand."""

@@ -86,7 +86,7 @@ class _Join:
                 self.issues.append(error("missing-module", target.module, sentence, hint))
                 continue
             base = self._base_of(target)
-            if base is not None and self._is_changed(target):
+            if base is not None and self._has_bias(target):
                 self._probe(injection, target, own, base)
                 self._add(target, own | {name: tensors[name] for name in shared}, base)
 
@@ -195,12 +195,14 @@ class _Join:
         except InjectionError as exc:
             self.issues.append(error("injection", exc.subject, f"{self._adapter.kind}: {exc.sentence}"))
 
-    def _is_changed(self, target: Target) -> bool:
-        """Return True when PEFT's layer changes a parameter that the module has; else say which it lacks."""
-        if changed_parameters(self._adapter, target):
+    def _has_bias(self, target: Target) -> bool:
+        """Return True when a module has the bias that the adapter trains, if it trains one; else say that it lacks it."""
+        by_config = bool(self._adapter.config.get("lora_bias"))
+        if "bias" in target.parameters or not (by_config or self._adapter.kind == "BEFT"):
             return True
-        kind, listed = self._adapter.kind, ", ".join(target.parameters) or "no parameters"
-        sentence = f"{kind} trains a bias, and this module of the base has none (it has {listed})"
+        trains = "lora_bias" if by_config else self._adapter.kind
+        listed = ", ".join(target.parameters) or "no parameters"
+        sentence = f"{trains} trains a bias, and this module of the base has none (it has {listed})"
         hint = "its effect has no place in this model's checkpoint; serve it with PEFT, unmerged"
         self.issues.append(error("no-effect", target.module, sentence, hint))
         return False

@@ -145,19 +145,34 @@ def test_beft_is_refused_where_only_some_layers_have_a_bias(pico, cli, tmp_path)
     assert "v_proj: BEFT" not in said
 
 
-def test_what_peft_refuses_to_merge_is_one_sentence_of_the_plan(pico, cli, tmp_path):
-    # KaSA goes through PEFT's layers; the bias of lora_B has no place in a layer without one.
+def test_the_bias_of_lora_b_has_no_place_in_pefts_layers_either(pico, cli, tmp_path):
+    # KaSA goes through PEFT's layers, which refuse it in the merge.
     from peft import LoraConfig
     from peft.tuners.lora.config import KasaConfig
 
     base = pico("llama", "float32")
     config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, kasa_config=KasaConfig())
     adapter = adapter_of(base, config, tmp_path / "adapter")
-    result = cli("plan", "--base", base, "--adapter", adapter)
-    assert result.exit_code == 4, result.output
-    said = " ".join(result.output.split())
-    assert "q_proj: LORA: PEFT raises RuntimeError: Impossible to merge LoRA with `lora_bias=True`" in said
+    said = refused(cli, base, tmp_path / "out", adapter)
+    assert "q_proj: lora_bias trains a bias, and this module of the base has none" in said
+
+
+def test_what_peft_refuses_to_merge_is_one_sentence(pico, cli, tmp_path, monkeypatch):
+    import peft
+    from peft.tuners.loha.layer import LoHaLayer
+
+    base = pico("llama", "float32")
+    config = peft.LoHaConfig(r=4, target_modules=["q_proj"])
+    adapter = adapter_of(base, config, tmp_path / "adapter")
+
+    def no(*_arguments, **_options):
+        raise ValueError("not this one\nand more lines")
+
+    monkeypatch.setattr(LoHaLayer, "merge", no)
+    said = refused(cli, base, tmp_path / "out", adapter)
+    assert "layers.0.self_attn.q_proj: LOHA: PEFT raises ValueError: not this one" in said
     assert "Traceback" not in said
+    assert "and more lines" not in said
 
 
 def test_a_config_that_scales_by_nothing_is_named_as_the_reason(pico, pico_adapter, tampered, cli, tmp_path):
