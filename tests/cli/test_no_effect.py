@@ -170,7 +170,7 @@ def test_what_peft_refuses_to_merge_is_one_sentence(pico, cli, tmp_path, monkeyp
 
     monkeypatch.setattr(LoHaLayer, "merge", no)
     said = refused(cli, base, tmp_path / "out", adapter)
-    assert "layers.0.self_attn.q_proj: LOHA: PEFT raises ValueError: not this one" in said
+    assert "self_attn.q_proj: LOHA: PEFT raises ValueError: not this one" in said
     assert "Traceback" not in said
     assert "and more lines" not in said
 
