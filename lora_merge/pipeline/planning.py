@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters.mlx_spelling import in_names_of
+from lora_merge.adapters.unread import beside_base
 from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
 from lora_merge.core.explanation import Match, matches_of, nearest
@@ -79,12 +80,13 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     is_remote = base_place.repo is not None
     if is_remote:
         raise_errors(quantised_config(read_json(base_place.root / CONFIG_FILE)))
-    raise_errors([issue for place in places for issue in place.issues])
+    apart = [place for place in places if place.root != base_place.root]  # else its weights are the base's
+    raise_errors([issue for place in apart for issue in place.issues])
     adapters = [resolve_adapter(place.whole(), place.ignored) for place in places]
-    if is_remote:
+    if is_remote and len(apart) == len(places):
         raise_errors([issue for adapter in adapters for issue in adapter.issues])
     base = resolve_base(base_place.whole())
-    adapters = [in_names_of(adapter, base.config) for adapter in adapters]
+    adapters = [in_names_of(beside_base(adapter, base), base.config) for adapter in adapters]
     weights = [weight for _, weight in chosen]
     uses = tuple(_use(adapter, weight, base) for adapter, weight in zip(adapters, weights, strict=True))
     twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()

@@ -185,7 +185,6 @@ def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Is
     Reference:
         ``peft.tuners.tuners_utils.BaseTuner._inject_parameters`` (PEFT 0.21.2).
     """
-    found = {model.stored.canonical(parameter) for parameter in names.parameters} | set(names.parameters)
     entries = [
         entry
         for entry in map(str, adapter.config.get("target_parameters") or ())
@@ -197,6 +196,7 @@ def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Is
     sentence = "the config targets it, and the adapter has no tensors for it"
     hint = "the adapter file is incomplete; PEFT would leave the parameter as it is, with a warning"
     parameters = (f"{path}.{name}" for path, own in known.parameters.items() for name in own)
+    found = {model.stored.canonical(parameter) for parameter in names.parameters} | set(names.parameters)
     return [
         error("missing-module", parameter, sentence, hint)
         for parameter in parameters
