@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, Checkpoint, config_levels
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, Checkpoint, owner_name
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.lora import Difference, Form, LoraModule, nested
-from lora_merge.core.report import Issue, error, warning
+from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.skeleton import Skeleton
 from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
-    from lora_merge.core.skeleton import Skeleton
 
 _LINEAR = frozenset({"Linear", "Conv1D"})
 _CONVOLUTIONS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
@@ -36,9 +37,44 @@ class Extraction:
     issues: list[Issue] = field(default_factory=list)
 
 
-def misfits(base: Checkpoint, tuned: Checkpoint) -> list[Issue]:
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Two checkpoints of one model, tensor by tensor; both have the names of either."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    known: Skeleton | None
+    """The module tree; None where transformers has no class for the model."""
+
+    before: Mapping[str, TensorRef]
+    after: Mapping[str, TensorRef]
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """What is tied in the tuned model: the name of an end that is not stored → the name of the tensor that it shares."""
+
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    """Stored names → those that PEFT knows the parameters by, where they differ."""
+
+    def parameter(self, name: str) -> str:
+        """Return what PEFT calls a stored parameter."""
+        return self.spelled.get(name, name)
+
+    def paths(self, name: str) -> tuple[str, str]:
+        """Return the paths of a parameter's module: as it is stored, and as PEFT knows it."""
+        return name.rpartition(".")[0], self.parameter(name).rpartition(".")[0]
+
+    def is_resized(self, name: str) -> bool:
+        """Return True for an embedding, or a bias of one, with another number of rows."""
+        one, other = self.before[name], self.after[name]
+        if one.shape == other.shape or one.shape[1:] != other.shape[1:]:
+            return False
+        _, path = self.paths(name)
+        ends = {self.known.input_embedding, self.known.output_embedding} if self.known else set()
+        return path in ends or owner_name(name) in INPUT_NAMES | OUTPUT_NAMES
+
+
+def misfits(pairing: Pairing) -> list[Issue]:
     """Return what shows that one model is no training of the other."""
-    before, after = base.by_name(), tuned.by_name()
+    before, after, tuned = pairing.before, pairing.after, pairing.tuned
     issues = []
     strange = sorted(after.keys() - before.keys())
     if strange:
@@ -47,9 +83,9 @@ def misfits(base: Checkpoint, tuned: Checkpoint) -> list[Issue]:
         hint = "save both with the same release of transformers, or pass the base that was trained"
         issues.append(error("unexpected-tensor", strange[0], sentence, hint))
     for name in sorted(before.keys() & after.keys()):
-        if before[name].shape != after[name].shape:
+        if before[name].shape != after[name].shape and not pairing.is_resized(name):
             sentence = f"is {shape_text(after[name].shape)}, the base's is {shape_text(before[name].shape)}"
-            hint = "no adapter can resize a weight: pass the base that was trained, resized as it was"
+            hint = "no adapter can resize a weight: pass the base that was trained"
             issues.append(error("shape-mismatch", name, sentence, hint))
         elif (
             before[name].dtype != after[name].dtype
@@ -66,47 +102,73 @@ def misfits(base: Checkpoint, tuned: Checkpoint) -> list[Issue]:
 
 
 def extracted(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    changed: Collection[str],
-    known: Skeleton | None,
-    *,
-    targets: tuple[str, ...] = (),
-    save_modules: bool = False,
+    pairing: Pairing, changed: Collection[str], *, targets: tuple[str, ...] = (), save_modules: bool = False
 ) -> Extraction:
     """Return the modules of a LoRA, and what is carried whole or lost.
 
     Args:
-        base: what was trained.
-        tuned: what came of it.
+        pairing: what was trained, and what came of it.
         changed: names of the tensors that differ.
-        known: the module tree; None where transformers has no class for the model.
         targets: ends of the paths of the modules to take; empty: all that LoRA can hold.
         save_modules: carry the rest whole.
     """
-    found = Extraction(config=_config(base))
-    before, after = base.by_name(), tuned.by_name()
+    found = Extraction(config=_config(pairing.base))
+    before, after, known = pairing.before, pairing.after, pairing.known
     rest = []
     for name in sorted(changed):
-        module = _lora_module(name, before[name], after[name], known)
-        if module is None or (targets and not is_listed(module.path, targets)):
+        is_resized = pairing.is_resized(name)
+        module = (
+            None if is_resized else _lora_module(pairing.parameter(name), before[name], after[name], known)
+        )
+        is_wanted = not targets or any(is_listed(path, targets) for path in pairing.paths(name))
+        if module is None or not is_wanted:
             rest.append(name)
         else:
             found.modules.append(module)
+        if is_resized and targets and is_wanted:
+            found.issues.append(_resized_target(name, pairing))
     if any(known and known.classes.get(module.path) == "Conv1D" for module in found.modules):
         found.config["fan_in_fan_out"] = True
     if known is not None:
         found.modules = nested(found.modules, known.parameters)
     if save_modules:
-        _carry(found, rest, before, after)
+        _carry(found, rest, pairing)
     elif rest:
-        lost = "changed, and the LoRA on the chosen modules does not hold that: it is lost"
-        sentence = of_several(len(rest), lost, lost)
-        found.issues.append(warning("left-out", rest[0], sentence, "--save-modules carries them whole"))
+        found.issues += _left_out(rest, pairing)
     if not found.modules:
         sentence = "differs from the base in no module that LoRA could hold"
-        found.issues.append(error("empty", tuned.root, sentence))
+        found.issues.append(error("empty", pairing.tuned.root, sentence))
     return found
+
+
+def _resized_target(name: str, pairing: Pairing) -> Issue:
+    """Return the issue of a target that has other rows than the base's."""
+    before, after = pairing.before[name].shape[0], pairing.after[name].shape[0]
+    sentence = f"has {after} rows, the base's has {before}, and LoRA cannot resize a weight"
+    hint = (
+        "leave it out of --target, and pass --save-modules to carry it whole; or pass a base that was resized"
+    )
+    return error("unsupported", name, sentence, hint)
+
+
+def _left_out(names: list[str], pairing: Pairing) -> list[Issue]:
+    """Return a warning for what is lost, and one for added tokens that are."""
+    hint = "--save-modules carries them whole"
+    resized = [name for name in names if pairing.is_resized(name)]
+    others = [name for name in names if name not in resized]
+    issues = []
+    if resized:
+        before, after = (refs[resized[0]].shape[0] for refs in (pairing.before, pairing.after))
+        sentence = (
+            f"has {after} rows in the tuned model and {before} in the base: it is left out, and what was learnt of "
+            "added tokens is lost"
+        )
+        issues += [warning("left-out", name, sentence, hint) for name in resized]
+    if others:
+        lost = "changed, and LoRA on the chosen modules does not hold this: it is lost"
+        sentence = of_several(len(others), lost, lost)
+        issues.append(warning("left-out", others[0], sentence, hint))
+    return issues
 
 
 def _lora_module(name: str, before: TensorRef, after: TensorRef, known: Skeleton | None) -> LoraModule | None:
@@ -144,28 +206,47 @@ def _is_embedding(path: str) -> bool:
     return path.rpartition(".")[2] in INPUT_NAMES
 
 
-def _carry(
-    found: Extraction, names: list[str], before: Mapping[str, TensorRef], after: Mapping[str, TensorRef]
-) -> None:
-    """Carry parameters whole: biases as ``bias="all"``, which means all of them, the rest in ``modules_to_save``."""
+def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
+    """Carry parameters whole: biases as ``bias="all"``, which means all of them, the rest in ``modules_to_save``.
+
+    PEFT gives each module of ``modules_to_save`` a weight of its own, so both ends of a tie have to be there. A release
+    that knows ``ensure_weight_tying`` writes both too, and any other reads them.
+
+    Reference:
+        ``peft.utils.other.ModulesToSaveWrapper.adapter_state_dict_load_map`` (PEFT 0.21.2).
+    """
+    before, after = pairing.before, pairing.after
+    resized = sorted(name for name in names if pairing.is_resized(name))
+    sources = {pairing.parameter(name): after.get(name, ref) for name, ref in before.items()}
+    ends = {pairing.parameter(end): source for end, source in pairing.twins.items() if source in names}
+    sources |= {end: after[source] for end, source in ends.items()}
+    is_bias = {pairing.parameter(name): name.endswith(".bias") and name not in resized for name in names}
+    is_bias |= dict.fromkeys(ends, False)
     adapted = {module.owner for module in found.modules}
-    modules = sorted({name.rpartition(".")[0] for name in names if not name.endswith(".bias")} - adapted)
-    stuck = [name for name in names if not name.endswith(".bias") and name.rpartition(".")[0] in adapted]
-    if stuck:
-        sentence = "changed, and its module has LoRA on another parameter: it cannot be carried whole too"
-        found.issues += [error("unsupported", name, sentence) for name in stuck]
-    saved = {name for name in before if name.rpartition(".")[0] in modules}
-    if any(name.endswith(".bias") for name in names):
+    modules = {name.rpartition(".")[0] for name in is_bias if not is_bias[name]} - adapted
+    sentence = "changed, and its module has LoRA on another parameter: it cannot be carried whole too"
+    found.issues += [
+        error("unsupported", name, sentence)
+        for name in is_bias
+        if not is_bias[name] and name.rpartition(".")[0] in adapted
+    ]
+    saved = {name for name in sources if name.rpartition(".")[0] in modules}
+    if any(is_bias.values()):
         found.config["bias"] = "all"
-        saved |= {name for name in before if name.endswith(".bias")}
+        saved |= {name for name in sources if name.endswith(".bias")}
     for name in sorted(saved):
         owner, _, parameter = name.rpartition(".")
         inner = ".base_layer" if owner in adapted else ""
-        found.whole[f"{PREFIX}{owner}{inner}.{parameter}"] = after.get(name, before[name])
+        found.whole[f"{PREFIX}{owner}{inner}.{parameter}"] = sources[name]
     if modules:
-        found.config["modules_to_save"] = modules
-    if any(_is_embedding(module) for module in modules) and found.config.pop("_tied", False):
-        found.config["ensure_weight_tying"] = True
+        found.config["modules_to_save"] = sorted(modules)
+    if resized:
+        rows = after[resized[0]].shape[0]
+        sentence = (
+            f"is carried whole with its {rows} rows, and the base has {before[resized[0]].shape[0]}; "
+            f"PEFT loads the adapter after model.resize_token_embeddings({rows}), lora-merge as it is"
+        )
+        found.issues.append(note("resized", resized[0], sentence))
 
 
 def _config(base: Checkpoint) -> dict[str, Any]:
@@ -175,7 +256,4 @@ def _config(base: Checkpoint) -> dict[str, Any]:
     for end, task in (("ForCausalLM", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS")):
         if str(names[0]).endswith(end):
             config["task_type"] = task
-    heads = {name for name in base.by_name() if name.rpartition(".")[0].rpartition(".")[2] in OUTPUT_NAMES}
-    if not heads and any(level.get("tie_word_embeddings") for _, level in config_levels(base.config)):
-        config["_tied"] = True
     return config

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.spelling import TUNERS
 from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.family import BaseFamily
 from lora_merge.core.inspection import EngineReport, Inspection, ModuleFacts
 from lora_merge.core.kinds import PREFIX, READ_FIELDS, UNMERGEABLE_FIELDS
 from lora_merge.core.traits import traits_of
@@ -63,15 +64,17 @@ class Surroundings:
     options: str = ""
     """The options that name it, and what it is to the adapter, as a command line has them."""
 
-    model_type: str = ""
-    """Of the base that the adapter names, where that is a directory here."""
+    family: BaseFamily = field(default_factory=BaseFamily)
+    """Of the base, as far as its config, or the adapter's, tells."""
+
+    added_tokens: int = 0
+    """How many entries of the adapter's ``added_tokens.json`` may have ids beyond the base's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What only a base can tell."""
 
-    model_type: str = ""
     modules: frozenset[str] = frozenset()
     """Every module of the base that has a matrix."""
 
@@ -131,11 +134,8 @@ def _engine_reports(
     adapter: Adapter, around: Surroundings, engines: Sequence[ServingEngine], measured: Measured
 ) -> tuple[EngineReport, ...]:
     """Return what each engine makes of an adapter."""
-    traits = traits_of(adapter, measured.modules, measured.unchanged)
-    return tuple(
-        report(name, traits, around.named, around.options, measured.model_type or around.model_type)
-        for name in engines
-    )
+    traits = traits_of(adapter, measured.modules, measured.unchanged, around.added_tokens)
+    return tuple(report(name, traits, around.named, around.options, around.family) for name in engines)
 
 
 def _modules(adapter: Adapter, measured: Measured) -> tuple[ModuleFacts, ...]:
@@ -200,7 +200,9 @@ def _targets(adapter: Adapter) -> str:
     targets = adapter.config.get("target_modules")
     if isinstance(targets, list):
         return ", ".join(sorted(map(str, targets)))
-    return "" if targets is None else str(targets)
+    if targets is None:
+        return "PEFT's own for the family (null)" if adapter.deltas and adapter.format == "peft" else ""
+    return str(targets)
 
 
 def _framework(adapter: Adapter, around: Surroundings) -> str:

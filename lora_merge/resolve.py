@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from itertools import product
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
+from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -19,14 +20,19 @@ from lora_merge.core.checkpoint import (
     SAFETENSORS_FILE,
     Checkpoint,
     WeightFile,
+    owner_name,
 )
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.manifest import merged_before
+from lora_merge.core.report import Issue, warning
 from lora_merge.core.shards import shard_name
+from lora_merge.core.skeleton import build_skeleton
+from lora_merge.core.tensor import TORCH_NAMES, TensorRef
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
 from lora_merge.io.recognise import broken_link, fault_of, names_in
-from lora_merge.io.safetensors import same_values
+from lora_merge.io.safetensors import differing_rows, is_zero, same_values
+from lora_merge.io.sentence_modules import MODULES_FILE, absent_modules, module_folders, whole_model
 from lora_merge.io.shards import read_shards, reader_of
 from lora_merge.io.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
 from lora_merge.layouts import Stored
@@ -35,7 +41,7 @@ from lora_merge.words import choice
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-    from lora_merge.core.adapter import Adapter
+    from lora_merge.core.adapter import Adapter, StackedPair
 
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
 
@@ -90,45 +96,146 @@ def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     return tuple(file.name for file in adapter.side_files if differs(file, Path(base.root)))
 
 
+def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[str], tuple[Issue, ...]]:
+    """Return the names of the base's side files that an adapter's own modules replace, and what is missing.
+
+    An adapter that sentence-transformers saved says which modules follow the transformer, and has those that were
+    trained. Where it has a folder, nothing of the base's is left in it; a folder that it names and lacks is the base's.
+    """
+    sources = {file.name: Path(file.source) for file in adapter.side_files}
+    if MODULES_FILE not in sources:
+        return frozenset(), _one_of_several(adapter)
+    root, names = sources[MODULES_FILE].parent, sources.keys()
+    named = module_folders(root)
+    own = {folder for folder in named if any(name.startswith(f"{folder}/") for name in names)}
+    theirs = {folder for folder in named | module_folders(Path(base.root)) if folder not in named - own}
+    displaced = {
+        file.name for file in base.side_files if any(file.name.startswith(f"{one}/") for one in theirs)
+    }
+    left = {file.name for file in base.side_files} - displaced
+    found = own | {folder for folder in named if any(name.startswith(f"{folder}/") for name in left)}
+    sentence = "names this module, and neither the adapter nor the base has its folder"
+    hint = "sentence-transformers cannot load the output without it: save the adapter again, as a whole"
+    return frozenset(displaced - names), tuple(
+        warning("missing-module", f"{MODULES_FILE}: {folder}", sentence, hint)
+        for folder in absent_modules(root, frozenset(found))
+    )
+
+
+def _one_of_several(adapter: Adapter) -> tuple[Issue, ...]:
+    """Return a warning for an adapter in the folder of one module: the other modules stay where they are."""
+    root = Path(adapter.root)
+    whole = whole_model(root)
+    if whole is None:
+        return ()
+    sentence = f"is one module of the sentence-transformers model in {whole}; its other modules are not in the output"
+    hint = f"copy {whole}, and put the output in the place of {root.name}/ there"
+    return (warning("one-module", adapter.root, sentence, hint),)
+
+
 def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
     """Return the whole parameters in an adapter that are but copies of the base's. Reads both.
 
-    PEFT saves the output embedding along when it is a target, trained or not.
+    PEFT saves the output embedding along when it is a target, trained or not; of a tie the base has but one end.
     """
     if adapter.config.get("layer_replication"):
         return frozenset()  # its names count other layers than the base's
-    stored = Stored(base.by_name(), lambda: Conversion.of(base.config))
+    stored = stored_in(base)
     return frozenset(
         parameter
         for parameter, replacement in adapter.replacements.items()
         if replacement.why != "module"
-        for name in [stored.disk_name(parameter)]
-        if name in stored.tensors and same_values(stored.tensors[name], replacement.ref)
+        for ref in [counterpart(parameter, stored, base)]
+        if ref is not None and same_values(ref, replacement.ref)
     )
 
 
+def differing_copies(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
+    """Return the copies of the base's embeddings in an adapter that differ from the base's, and in how many rows. Reads both.
+
+    Only rows that both have are compared: a vocabulary may have been resized.
+    """
+    stored = stored_in(base)
+    found = {}
+    for parameter, one in adapter.replacements.items():
+        copy = one.original or (one.ref if one.why in {"embedding", ""} else None)
+        ref = counterpart(parameter, stored, base) if copy is not None else None
+        if copy is None or ref is None or copy.shape[1:] != ref.shape[1:]:
+            continue
+        if {copy.dtype, ref.dtype} <= TORCH_NAMES.keys() and (n_rows := differing_rows(ref, copy)):
+            found[parameter] = n_rows
+    return found
+
+
+def stored_in(base: Checkpoint) -> Stored:
+    """Return a checkpoint's tensors as layouts look at them."""
+    return Stored(base.by_name(), lambda: Conversion.of(base.config))
+
+
+def counterpart(parameter: str, stored: Stored, base: Checkpoint) -> TensorRef | None:
+    """Return the base's own tensor of a parameter; for an end of a tie that is not stored, that of the other end."""
+    name = stored.disk_name(parameter)
+    if name in stored.tensors or owner_name(parameter) not in INPUT_NAMES | OUTPUT_NAMES:
+        return stored.tensors.get(name)
+    known = build_skeleton(base.config)
+    ends = known.ends() if known is not None else {}
+    other = ends.get(parameter) or ends.get(f"{stored.module(parameter.rpartition('.')[0])}.weight")
+    return stored.tensors.get(stored.disk_name(other)) if other else None
+
+
+def is_idle(adapter: Adapter, unchanged: frozenset[str]) -> bool:
+    """Return True when every delta of an adapter is zero: it was never trained, or is scaled by 0.
+
+    Reads factors until one pair is found that is not zero: usually the first. What PEFT's own layers merge is not
+    judged here.
+
+    Args:
+        adapter: as it was read.
+        unchanged: the whole parameters in it that equal the base's.
+    """
+    pairs: list[DeltaSpec | StackedPair] = [*adapter.deltas, *adapter.stacked]
+    if adapter.layered or adapter.replacements.keys() - unchanged or not pairs:
+        return False
+    return all(_is_zero(pair) for pair in pairs)
+
+
+def _is_zero(pair: DeltaSpec | StackedPair) -> bool:
+    """Return True when a product of factors is zero; no other kind of change is known to be none."""
+    factors = [ref for role, ref in pair.tensors.items() if role in {"A", "B", "E"}]
+    if isinstance(pair, DeltaSpec) and pair.kind == "addition":
+        factors = list(pair.tensors.values())
+    elif isinstance(pair, DeltaSpec) and pair.kind != "low_rank":
+        return False
+    scaled_away = isinstance(pair, DeltaSpec) and not pair.scale
+    return scaled_away or any(ref.dtype in TORCH_NAMES and is_zero(ref) for ref in factors)
+
+
 def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset[frozenset[str]]:
-    """Return the pairs of an input and an output embedding that have equal values, by stored name. Reads them.
+    """Return the pairs of embeddings that have equal values, by stored name. Reads them.
 
     PEFT saves both ends of a tie, if it saves them at all.
     """
     groups = [[ref for ref in base.tensors() if ref.name.endswith(".weight") and len(ref.shape) == 2]]
     for adapter in adapters:
         rows = [delta.tensors["rows"] for delta in adapter.deltas if delta.kind == "rows"]
-        groups.append([*rows, *(replacement.ref for replacement in adapter.replacements.values())])
+        wholes = [ref for one in adapter.replacements.values() for ref in (one.ref, one.original) if ref]
+        groups.append([*rows, *wholes])
     found = set()
     for refs in groups:
-        inputs = [ref for ref in refs if _owner(ref.name) in INPUT_NAMES]
-        heads = [ref for ref in refs if _owner(ref.name) in OUTPUT_NAMES]
-        for one, other in product(inputs, heads):
-            if one.dtype == other.dtype and same_values(one, other):
+        ends = [ref for ref in refs if _owner(ref.name) in INPUT_NAMES | OUTPUT_NAMES]
+        for one, other in combinations(ends, 2):
+            if same_values(one, other) or (one.dtype != other.dtype and same_values(other, one)):
                 found.add(frozenset((one.name, other.name)))
     return frozenset(found)
 
 
 def _owner(name: str) -> str:
     """Return the last part of the path of the module that owns a weight, without the wrappers of PEFT."""
-    path = re.sub(r"\.(weight|base_layer|token_adapter|trainable_tokens_delta)(?=\.|$)", "", name)
+    path = re.sub(
+        r"\.(weight|base_layer|original_module|modules_to_save|token_adapter|trainable_tokens_delta)(?=\.|$)",
+        "",
+        name,
+    )
     return path.rpartition(".")[2]
 
 

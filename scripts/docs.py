@@ -142,16 +142,35 @@ def _engine_rules(engine: Engine) -> str:
         _row(
             TRAITS[rule.trait],
             f"{'depends' if rule.except_for else rule.effect}: {engine.name} {rule.sentence}{_families_of(rule)}",
-            ", ".join(rule.needs) or "nothing helps but a merge",
+            ", ".join(rule.needs) or rule.option or "nothing helps but a merge",
             rule.source,
         )
         for rule in engine.rules
     )
     ranks = _rank_sentence(engine)
     return (
-        f"### {engine.name} {engine.version}\n\n{ranks}| adapters with | | what helps | seen in |\n"
+        f"### {engine.name} {engine.version}\n\n{_family_sentences(engine)}{ranks}| adapters with | | what helps | seen in |\n"
         f"| --- | --- | --- | --- |\n{rows}"
     )
+
+
+def _family_sentences(engine: Engine) -> str:
+    """Return which families an engine serves LoRA for, and what of the others is known."""
+    families = engine.families
+    by = "`model_type`" if families.key == "model_type" else "the class in `architectures`"
+    parts = [f"Families, by {by} ({families.source}): {_listed(families.served)}."]
+    if any(families.served.values()):
+        parts.append(f"It has LoRA on certain modules of each, and {families.lacking} others.")
+    if families.unknown:
+        parts.append(f"Not known: {_listed(families.unknown)}.")
+    if families.refused:
+        parts.append(f"No LoRA: {_listed(families.refused)}.")
+    parts.append("Any other: no LoRA." if families.is_complete else "Any other: not known.")
+    return f"<details><summary>Families</summary>\n\n{' '.join(parts)}\n\n</details>\n\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names, key=lambda name: (name.lower(), name)))
 
 
 def _families_of(rule: Rule) -> str:

@@ -13,6 +13,7 @@ from lora_merge.core.report import note
 from lora_merge.errors import ResolveError, UnknownFormatError
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
 from lora_merge.io.recognise import broken_link, fault_of, in_order, names_in
+from lora_merge.io.sentence_modules import module_files, whole_model
 from lora_merge.io.side_files import adapter_side_files
 from lora_merge.io.trainer_files import file_names
 from lora_merge.words import listing
@@ -82,7 +83,10 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     found = note(
         "subfolder", str(root), f"holds no adapter itself; the one in its subfolder {only.name} was taken"
     )
-    own = {file.name: file for file in (*adapter_side_files(root), *adapter.side_files)}
+    # the modules around a transformer that has a folder of its own would not find it in the output
+    apart = module_files(root) if whole_model(only) else ()
+    around = [file for file in adapter_side_files(root) if file.name not in apart]
+    own = {file.name: file for file in (*around, *adapter.side_files)}
     side_files = tuple(own[name] for name in sorted(own))
     own_names = {path.name for path in root.iterdir() if path.is_file()}
     outside = unread_issues(replace(adapter, root=str(root)), own_names, own_names.intersection(ignored))

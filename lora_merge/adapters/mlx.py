@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.adapters.mlx_vlm import as_mlx_lm, is_mlx_vlm
 from lora_merge.adapters.values import non_finite
 from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement
 from lora_merge.core.checkpoint import INPUT_NAMES
@@ -18,7 +19,7 @@ from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import number
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.io.files import file_digest, read_json
-from lora_merge.io.needed import ADAPTER_CONFIG, MLX_WEIGHTS
+from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
 from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import adapter_side_files
 
@@ -32,11 +33,8 @@ _LEAVES = frozenset({"lora_a", "lora_b", "m"})
 _LAYER = re.compile(r"(?:.+?\.)?(?P<index>\d+)\.(?P<key>.+)")
 """A module of a layer: ``model.layers.3.self_attn.q_proj``."""
 
-_STACK = ".switch_mlp."
-"""What mlx-lm calls the experts that Hugging Face stores one by one."""
-
-_MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-"""Names of an expert's projections under ``block_sparse_moe`` (mlx-lm 0.32, ``mixtral``, ``phimoe``, ``minimax``)."""
+_STACK = re.compile(r"(?P<block>.+)\.(?:switch_mlp|experts)\.(?P<projection>[^.]+)")
+"""A stack of the experts that Hugging Face stores one by one: ``experts`` in mlx-lm's ``dots1``, else ``switch_mlp``."""
 
 Group = Mapping[str, TensorRef]
 
@@ -58,13 +56,15 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     if not ((root / ADAPTER_CONFIG).is_file() and (root / MLX_WEIGHTS).is_file()):
         return None
     config = read_json(root / ADAPTER_CONFIG)
-    if config.keys() & {"peft_type", "swift_type"}:
+    if not is_mlx(config, root):
         return None
     refs = read_header(root / MLX_WEIGHTS).tensors
     issues = non_finite(refs) if refs else [error("empty", MLX_WEIGHTS, "holds no tensors")]
     kind = _kind(config)
     content: dict[str, Any] = {"config": {"peft_type": "FULL"}}
     try:
+        if is_mlx_vlm(config, refs):
+            config, refs = as_mlx_lm(config, refs)
         if kind == "full":
             content |= {"replacements": _whole(refs, issues)}
         elif kind in {"lora", "dora"}:
@@ -89,6 +89,14 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     )
 
 
+def is_mlx(config: Mapping[str, Any], root: Path) -> bool:
+    """Return True for a configuration of mlx-lm, whose loader looks at ``lora_parameters`` and no other type of adapter."""
+    if not config.keys() & {"peft_type", "swift_type"}:
+        return True
+    has_peft_weights = any((root / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
+    return isinstance(config.get("lora_parameters"), dict) and not has_peft_weights
+
+
 def _kind(config: Mapping[str, Any]) -> object:
     """Return the kind of training; before there was a field for it, DoRA was a switch."""
     return config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
@@ -103,7 +111,7 @@ def _whole(refs: Iterable[TensorRef], issues: list[Issue]) -> dict[str, Replacem
             sentence = "is a factor, and fine_tune_type is 'full'"
             hint = "the config does not belong to these tensors"
             issues.append(error("unexpected-tensor", ref.name, sentence, hint))
-        elif _STACK in ref.name and len(ref.shape) > 1:
+        elif _STACK.fullmatch(module) and len(ref.shape) > 1:
             for n, path in enumerate(_experts(module, ref.shape[0])):
                 found[f"{path}.{parameter}"] = Replacement(ref.entry(n), "saved")
         else:
@@ -121,7 +129,9 @@ class _Reading:
         settings = config.get("lora_parameters")
         if not isinstance(settings, dict):
             raise TargetError("lora_parameters", f"is {settings!r}, expected a table of rank, scale and keys")
-        self._scale, self._rank = _scale(settings), _required(settings, "rank")
+        refs = tuple(refs)
+        is_recent = _ignores_alpha(config, refs)
+        self._scale, self._rank = _scale(settings, is_recent=is_recent), _required(settings, "rank")
         self._keys = _keys(settings)
         self._n_layers = _n_layers(config)
         self._groups = self._sorted(refs)
@@ -131,13 +141,12 @@ class _Reading:
     def content(self) -> dict[str, Any]:
         """Return the fields of `Adapter`, PEFT's configuration among them."""
         deltas = [delta for module, group in self._groups.items() for delta in self._deltas(module, group)]
-        if deltas:
-            self._unmatched()
+        unmatched = self._unmatched() if deltas else []
         config = {
             "peft_type": "LORA",
             "r": self._rank,
             "use_dora": self._dora,
-            "target_modules": list(self._targets),
+            "target_modules": [*self._targets, *unmatched],
             "layers_to_transform": self._last_layers(),
             # mlx-lm reads an embedding's factors at both ends of a tie
             "ensure_weight_tying": any(_is_embedding(module) for module in self._groups),
@@ -228,7 +237,7 @@ class _Reading:
             return error("rank-mismatch", module, sentence, "the config does not belong to these tensors")
         if stacked and self._dora:
             return error("unsupported", module, "is DoRA on stacked experts, which mlx-lm does not have")
-        if stacked and _STACK not in module:
+        if stacked and not _STACK.fullmatch(module):
             sentence = f"{shapes}: how this model stores its experts is not known"
             hint = "fuse it with mlx_lm.fuse; experts are known where mlx-lm calls them switch_mlp"
             return error("unsupported", module, sentence, hint)
@@ -256,20 +265,39 @@ class _Reading:
         last = max(self._layers)
         return list(range(max(0, last - self._n_layers + 1), last + 1))
 
-    def _unmatched(self) -> None:
-        """Note each entry of the keys that no module answers to."""
-        for key in self._keys:
-            if not any(module == key or module.endswith(f".{key}") for module in self._groups):
-                sentence = f"the entry {key!r} matches none of the adapter's {len(self._groups)} modules"
-                hint = "remove it from adapter_config.json if it was never trained"
-                self._issues.append(error("unmatched-target", "lora_parameters.keys", sentence, hint))
+    def _unmatched(self) -> list[str]:
+        """Return the entries of the keys that no module answers to; whether that is a fault, the base tells."""
+        return [
+            path
+            for key in self._keys
+            if not any(module == key or module.endswith(f".{key}") for module in self._groups)
+            for path in (_experts(key, 1) if _STACK.fullmatch(key) else [key])
+        ]
 
 
-def _scale(settings: Mapping[str, Any]) -> float:
+def _ignores_alpha(config: Mapping[str, Any], refs: Iterable[TensorRef]) -> bool:
+    """Return True when an adapter shows that it was trained by a release that does not read ``alpha``.
+
+    mlx-lm multiplied ``scale`` by alpha/rank until 2024-06-02. Its default configuration kept ``alpha`` until
+    2025-04-02 without reading it. Two things came in between: LoRA on embeddings on 2024-08-16, and ``num_layers`` (instead
+    of ``lora_layers``) together with ``fine_tune_type`` on 2024-09-29.
+
+    Reference:
+        commits 57b16724, e9882d4d, 13bb6dca and 191d81d1 of ml-explore/mlx-lm.
+    """
+    has_embedding = any(_is_embedding(ref.name.rpartition(".")[0]) for ref in refs)
+    return "fine_tune_type" in config or "num_layers" in config or has_embedding
+
+
+def _scale(settings: Mapping[str, Any], *, is_recent: bool) -> float:
     """Return the scale, which is all of it.
 
+    Args:
+        settings: the table of ``lora_parameters``.
+        is_recent: True where ``alpha`` was not read in training.
+
     Raises:
-        TargetError: it is no number, or old versions and new ones read the table differently.
+        TargetError: it is no number, or it is not known whether ``alpha`` was read.
     """
     scale = _required(settings, "scale")
     if scale == 0:
@@ -277,12 +305,19 @@ def _scale(settings: Mapping[str, Any]) -> float:
             "lora_parameters.scale", "is 0: the adapter changes nothing, whatever its factors hold"
         )
     alpha = settings.get("alpha")
-    if alpha is not None and alpha != settings.get("rank"):
-        sentence = f"is {alpha!r}: the first versions of mlx-lm multiply scale by alpha/rank, later ones ignore alpha"
-        raise TargetError(
-            "lora_parameters.alpha", f"{sentence}; write the scale that was trained with, and no alpha"
-        )
-    return scale
+    if is_recent or alpha is None or alpha == settings.get("rank"):
+        return scale
+    rank = settings.get("rank")
+    both = f"{scale:g} x {alpha}/{rank}" if isinstance(alpha, int | float) else f"{scale:g} times alpha/rank"
+    sentence = (
+        f"is {alpha!r}: mlx-lm multiplied scale by alpha/rank until June 2024 and ignores alpha since then, and this "
+        "config does not show which release trained it"
+    )
+    advice = (
+        f"remove alpha from adapter_config.json, and set scale to {both} for a training before June 2024, or leave it "
+        f"at {scale:g}"
+    )
+    raise TargetError("lora_parameters.alpha", f"{sentence}; {advice}")
 
 
 def _required(settings: Mapping[str, Any], field: str) -> float:
@@ -330,13 +365,14 @@ def _is_embedding(module: str) -> bool:
 
 
 def _experts(module: str, n_experts: int) -> list[str]:
-    """Return the paths under which Hugging Face stores the experts that mlx-lm stacks.
+    """Return the paths of the experts that mlx-lm stacks, with mlx-lm's names of their projections.
+
+    What the base calls those is known once the base is (`lora_merge.adapters.mlx_spelling`).
 
     Example:
         >>> _experts("model.layers.0.mlp.switch_mlp.up_proj", 2)
         ['model.layers.0.mlp.experts.0.up_proj', 'model.layers.0.mlp.experts.1.up_proj']
     """
-    block, _, projection = module.partition(_STACK)
-    if block.endswith("block_sparse_moe"):
-        projection = _MIXTRAL_NAMES.get(projection, projection)
-    return [f"{block}.experts.{n}.{projection}" for n in range(n_experts)]
+    match = _STACK.fullmatch(module)
+    assert match is not None
+    return [f"{match['block']}.experts.{n}.{match['projection']}" for n in range(n_experts)]

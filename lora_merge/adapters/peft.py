@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.experts import taken_apart
-from lora_merge.adapters.names import is_saved, outside, reason, sort_out
+from lora_merge.adapters.names import Wholes, outside, reason, sort_out
 from lora_merge.adapters.saved import saved_beside
 from lora_merge.adapters.spelling import canonical
 from lora_merge.adapters.unread import shard_issues
-from lora_merge.adapters.values import non_finite
+from lora_merge.adapters.values import non_finite, unequal
 from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement, StackedPair
 from lora_merge.core.kinds import (
     LAYERED,
@@ -47,10 +47,6 @@ OTHER_MARKS = frozenset({"fine_tune_type", "lora_parameters"})
 _NESTED = ".base_layer"
 _OUT_PROJ = ".base_layer.out_proj"
 """How PEFT names the second projection of an ``nn.MultiheadAttention``."""
-
-_HEADS = ({"classifier", "score"}, {"classifier", "score", "qa_outputs"}, {"qa_outputs"})
-"""What PEFT adds to ``modules_to_save`` for a task; a model has one of each set
-(``peft.peft_model.PeftModelForSequenceClassification``, PEFT 0.21.2)."""
 
 Group = Mapping[str, TensorRef]
 
@@ -198,15 +194,15 @@ def _read_layered(
 ) -> dict[str, Any]:
     """Return the tensors of a method that PEFT's own layers merge, and the whole parameters beside them."""
     layered: dict[str, TensorRef] = {}
-    replacements: dict[str, Replacement] = {}
+    wholes = Wholes()
     for ref in refs:
         module, _, parameter = ref.name.removeprefix(PREFIX).rpartition(".")
-        why = reason(module, parameter, config) if ref.name.startswith(PREFIX) else ""
-        if why in {"module", "bias"}:
-            replacements[f"{_plain(module)}.{parameter}"] = Replacement(ref, why)
-        else:
+        is_whole = ref.name.startswith(PREFIX) and reason(module, parameter, config)
+        if not (is_whole and wholes.add(ref, config)):
             layered[ref.name] = ref
-    issues += outside(refs, file, shared="base_model.") + _unsaved_modules(config, replacements)
+    issues += outside(refs, file, shared="base_model.")
+    replacements = wholes.replacements()
+    issues += unequal(wholes.repeats())
     return {"layered": layered, "replacements": replacements}
 
 
@@ -215,10 +211,11 @@ def _read_lora(
 ) -> dict[str, Any]:
     """Return the deltas, whole parameters and stacked pairs of a LoRA or AdaLoRA adapter."""
     found = sort_out(refs, config, file)
-    issues += found.issues
+    replacements = found.wholes.replacements()
+    issues += found.issues + unequal(found.repeats)
     groups = {module: group for module, group in found.groups.items() if set(group) != {"tokens"}}
     modules = frozenset(_plain(module.removesuffix(_OUT_PROJ)) for module in groups)
-    content = {"modules": modules, "replacements": found.replacements}
+    content = {"modules": modules, "replacements": replacements}
     if config.get("kasa_config") or mutating_init(config):
         content["layered"] = {ref.name: ref for group in groups.values() for ref in group.values()}
     try:
@@ -231,11 +228,10 @@ def _read_lora(
             for delta in _attention(module, groups, reader.deltas(module, group))
         ]
         deltas += _token_rows(found.groups, config, issues)
-        issues += reader.finish(modules if not stacked else None)
+        issues += reader.finish(modules)
     except TargetError as exc:
         issues.append(error("bad-field", exc.field, exc.sentence))
         return {**content, "deltas": ()}
-    issues += _unsaved_modules(config, found.replacements)
     pairs = [_stacked_pair(module, groups[module], issues) for module in stacked]
     return {
         **content,
@@ -323,10 +319,9 @@ class _Lora:
             return error("unexpected-tensor", group[strange[0]].name, "is no tensor of this kind of LoRA")
         return None
 
-    def finish(self, modules: frozenset[str] | None) -> list[Issue]:
-        """Return what can only be said of all modules together; None when some of them are not known yet."""
-        unmatched = self._scaling.unmatched(modules) if modules is not None else []
-        return [*self._scaling.zeros(modules or ("",)), *unmatched]
+    def finish(self, modules: Collection[str]) -> list[Issue]:
+        """Return what can only be said of all modules together."""
+        return self._scaling.zeros(modules or ("",))
 
 
 class _AdaLora:
@@ -371,7 +366,7 @@ class _AdaLora:
         options = {"divisor": self._init_r + 1e-5}
         return [DeltaSpec("low_rank", f"{module}.weight", factors, self._scale, options=options)]
 
-    def finish(self, modules: frozenset[str] | None) -> list[Issue]:
+    def finish(self, modules: Collection[str]) -> list[Issue]:
         """Return a warning when no rank ever moved."""
         del modules
         if not self._found or any(rank != self._init_r for rank in self._found):
@@ -481,7 +476,7 @@ def _token_rows(
         hint = "the adapter file is incomplete"
         issues.append(error("missing-tokens", field, "no trained rows are in the file", hint))
     for module, ref in rows.items():
-        indices = _indices_of(module, wanted)
+        indices = _indices_of(module, wanted, rows)
         if indices is None or len(indices) != ref.shape[0] or len(set(indices)) != len(indices):
             count = "no" if indices is None else str(len(set(indices)))
             sentence = f"has {ref.shape[0]} rows, {field} names {count} tokens for it"
@@ -494,28 +489,17 @@ def _token_rows(
     return deltas
 
 
-def _indices_of(module: str, wanted: object) -> list[int] | None:
-    """Return the tokens that a configuration names for an embedding."""
+def _indices_of(module: str, wanted: object, modules: Collection[str]) -> list[int] | None:
+    """Return the tokens that a configuration names for an embedding.
+
+    PEFT saves the rows of both ends of a tie where the vocabulary was resized, whichever of them the configuration names.
+    """
     if isinstance(wanted, dict):
-        wanted = next((indices for name, indices in wanted.items() if module.endswith(name)), None)
+        named = {
+            name: indices for name, indices in wanted.items() if any(one.endswith(name) for one in modules)
+        }
+        alone = next(iter(named.values())) if len(wanted) == len(named) == 1 else None
+        wanted = next((indices for name, indices in wanted.items() if module.endswith(name)), alone)
     if isinstance(wanted, list) and all(isinstance(index, int) for index in wanted):
         return wanted
     return None
-
-
-def _unsaved_modules(config: Mapping[str, Any], replacements: Mapping[str, Replacement]) -> list[Issue]:
-    """Return an issue for each entry of ``modules_to_save`` without a tensor."""
-    entries = config.get("modules_to_save") or []
-    owners = [parameter.rpartition(".")[0] for parameter in replacements]
-    absent = [entry for entry in entries if not any(is_saved(owner, entry) for owner in owners)]
-    alternatives = any(set(entries) >= heads and set(absent) < heads for heads in _HEADS if len(heads) > 1)
-    if alternatives:
-        absent = [entry for entry in absent if not any(entry in heads for heads in _HEADS)]
-    return [_no_tensor(entry) for entry in absent]
-
-
-def _no_tensor(entry: str) -> Issue:
-    hint = "the adapter file is incomplete, or the entry was never matched"
-    return error(
-        "missing-module", "modules_to_save", f"names {entry!r}, and no tensor of the file belongs to it", hint
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from lora_merge.core.adapter import Adapter
+    from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.tensor import TensorRef
 
 
@@ -48,8 +50,19 @@ def unread_issues(adapter: Adapter, names: Collection[str], ignored: Collection[
             compared |= {entry, *files}
             issues.append(_copy_issue(root, own, entry))
     said = {issue.subject for issue in adapter.issues if issue.code == "unread-file"}
-    left = unread_files(names, read | compared | said, ignored)
+    copied = {file.name for file in adapter.side_files}
+    left = unread_files(names, read | compared | said, ignored, copied)
     return issues + [error("unread-file", name, *described(name)) for name in left]
+
+
+def beside_base(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter without the complaint that nothing reads the base's own weights, where both share a folder."""
+    unread = {issue.subject for issue in adapter.issues if issue.code == "unread-file"}
+    if not unread or not Path(adapter.root).resolve().samefile(base.root):
+        return adapter
+    read = {os.path.relpath(file, base.root) for file in {ref.file for ref in base.tensors()}}
+    issues = [one for one in adapter.issues if one.code != "unread-file" or one.subject not in read]
+    return replace(adapter, issues=tuple(issues))
 
 
 def _copy_issue(root: Path, own: str, other: str) -> Issue:

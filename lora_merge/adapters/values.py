@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error
-from lora_merge.io.safetensors import blocks
+from lora_merge.io.safetensors import blocks, same_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from lora_merge.adapters.names import Repeat
     from lora_merge.core.tensor import TensorRef
 
 _NON_FINITE_BITS: Mapping[str, tuple[str, int]] = {
@@ -33,6 +34,21 @@ def non_finite(refs: Iterable[TensorRef]) -> list[Issue]:
                 hint = "the training diverged; use an earlier checkpoint"
                 issues.append(error("non-finite", ref.name, sentence, hint))
     return issues
+
+
+def unequal(repeats: Iterable[Repeat]) -> list[Issue]:
+    """Return an issue for each pair of tensors that stand for one parameter and differ. Reads both."""
+    hint = "PEFT saves equal copies; keep the tensor that was trained last"
+    return [
+        error(
+            "duplicate-tensor",
+            other.name,
+            f"is a second {what} of its module, and differs from {one.name}",
+            hint,
+        )
+        for one, other, what in repeats
+        if not (same_values(one, other) or same_values(other, one))
+    ]
 
 
 def _count(ref: TensorRef) -> int:

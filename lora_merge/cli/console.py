@@ -228,7 +228,7 @@ def _proof_data(proof: Proof) -> dict[str, Any]:
     data = asdict(proof)
     data["findings"] = [{**asdict(finding), "state": finding.state} for finding in proof.findings]
     data["comparisons"] = [{**asdict(one), "ok": one.ok} for one in proof.comparisons]
-    return data
+    return {**data, "checked": proof.checked, "not_checked": proof.not_checked}
 
 
 def _print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
@@ -265,7 +265,21 @@ def _print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
             click.echo(left)
     if proof.comparisons and (verbose or not proof.ok):
         console.print(_comparison_table(proof))
-    click.echo("verification failed" if failed else "verified: nothing differs that was asked")
+    click.echo(_conclusion(proof, failed=failed))
+
+
+def _conclusion(proof: Proof, *, failed: bool) -> str:
+    """Return what was checked and what was not, and what it comes to."""
+    lines = [f"checked: {'; '.join(proof.checked)}"]
+    if proof.not_checked:
+        lines.append(f"not checked: {'; '.join(proof.not_checked)}")
+    if failed:
+        lines.append("verification failed")
+    elif len(proof.checked) > 1:
+        lines.append("verified: no check found a difference")
+    else:
+        lines.append("the structure is sound; the values of the weights were not checked")
+    return "\n".join(lines)
 
 
 def _comparison_table(proof: Proof) -> Table:

@@ -28,7 +28,7 @@ MEANINGS: dict[int, str] = {
     RESOLVE: "a base or adapter cannot be found or read",
     PLAN: "adapter and base do not fit, or are of a kind that is not merged",
     WRITE: "the output cannot be written: it exists, the disk is full, …",
-    VERIFY: "an output failed verification; one that is being merged is not given its name",
+    VERIFY: "an output failed verification, or there was nothing to compare it with; one that is being merged is not given its name",
     BATCH: "some jobs of a batch have no output; the report says which, and why",
     INTERRUPTED: "interrupted (Ctrl-C or SIGTERM)",
 }

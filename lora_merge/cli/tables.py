@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
-_STYLES = {"yes": "green", "with an option": "yellow", "perhaps": "yellow", "no": "red"}
+_STYLES = {"yes": "green", "no": "red"}
+"""Of an engine's verdict; any other is yellow."""
 
 _MOST_ROWS = 40
 """Of a table of groups; --full lists everything."""
@@ -124,7 +125,7 @@ def _print_engines(console: RichConsole, found: Inspection) -> None:
         lines = [f"- {one.sentence}" for one in engine.obstacles]
         lines += (f"  → {cure}" for cure in _cures(engine.obstacles))
         name = f"{engine.engine} {engine.version}"
-        verdict = Text(engine.verdict, _STYLES[engine.verdict])
+        verdict = Text(engine.verdict, _STYLES.get(engine.verdict, "yellow"))
         table.add_row(name, verdict, Text(printable("\n".join(lines)), overflow="fold"))
     if found.engines:
         console.print(table)

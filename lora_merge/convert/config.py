@@ -75,7 +75,8 @@ def adapter_config(
     if mutating_init(adapter.config) and not recipe.to_lora:
         config["init_lora_weights"] = adapter.config["init_lora_weights"]
     experts = [one for one in made if one.module.form == "experts"]
-    if recipe.explicit or recipe.is_renamed:
+    is_default = adapter.config.get("target_modules") is None and len(made) > len(experts)
+    if recipe.explicit or recipe.is_renamed or is_default:
         config |= dict.fromkeys(_CHOOSING)
         del config["exclude_modules"]
         others = [one.module.path for one in made if one.module.form != "experts"]

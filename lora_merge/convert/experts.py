@@ -81,7 +81,7 @@ def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
     issues: list[Issue] = []
     for module in modules:
         try:
-            parts = _parts(module, conversion)
+            parts = _slice_of(module, joined) or _parts(module, conversion)
         except ConversionError as exc:
             issues.append(error("unsupported", module.path, str(exc)))
             continue
@@ -107,6 +107,9 @@ def _by_parameter(module: LoraModule, names: Collection[str], joined: Joined) ->
         ``gate_proj`` is the experts'.
     """
     assert joined.skeleton is not None
+    own = [delta for delta in joined.deltas if delta.target == f"{module.path}.weight"]
+    if len(own) == 1 and own[0].rule == "apart" and not own[0].region.at:  # the router of such a copy
+        return replace(module, path=joined.stored.canonical(own[0].parameter), form="experts")
     path = joined.stored.module(module.path)
     is_found = module.path.rpartition(".")[2] not in names and joined.skeleton.is_adaptable(path)
     if module.form != "linear" or module.kept or is_found or path not in joined.skeleton.classes:
@@ -139,6 +142,24 @@ def _parts(module: LoraModule, conversion: Conversion) -> dict[str, Placed] | No
         raise ConversionError("has no factors of its own yet: make plain LoRA of it first, and stack that")
     pieces = conversion.parts_of(f"{module.path}.weight", module.shape)
     return {target: _placed(module.origin.delta, one) for target, (one,) in pieces.items()}
+
+
+def _slice_of(module: LoraModule, joined: Joined) -> dict[str, Placed] | None:
+    """Return where an expert lies in the stack that the base stores; None for any other module."""
+    own = [
+        delta
+        for delta in joined.deltas
+        if delta.target == f"{module.path}.weight" and delta.rule == "apart" and len(delta.region.at) == 3
+    ]
+    if not own or not isinstance(module.origin, Given):
+        return None
+    (delta,) = own
+    (expert, _), *sides = delta.region.at
+    return {
+        joined.stored.canonical(delta.parameter): Placed(
+            module.origin.delta, expert, sides[1 if delta.region.transposed else 0]
+        )
+    }
 
 
 def _placed(delta: DeltaSpec, piece: Piece) -> Placed:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import Checkpoint
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, Checkpoint
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.plan import Merge, MergePlan
 from lora_merge.core.skeleton import Skeleton, build_skeleton, meta_model
@@ -67,18 +67,40 @@ class Joined:
         path = self.stored.module(module)
         return path in self.skeleton.classes and getattr(model.get_submodule(path), "groups", 1) > 1
 
+    def is_tied(self, module: str) -> bool:
+        """Return True for an end of embeddings that the model's class and config tie."""
+        if self.skeleton is None:
+            is_end = module.rpartition(".")[2] in INPUT_NAMES | OUTPUT_NAMES
+            return is_end and bool(self.base.config.get("tie_word_embeddings"))
+        return self._other_end(module) is not None
+
     def twin(self, module: str) -> str | None:
         """Return the other end of a tie that the merge keeps: what is changed at one end is changed at both."""
+        other = self._other_end(module)
+        if other is None or self.stored.disk_name(other) in self._written:
+            return None
+        return self._spelled_as(module, other)
+
+    def kept_twin(self, module: str) -> str | None:
+        """Return the other end of a tie that the merge keeps, of whichever end; None where it writes both, or none is tied."""
+        other = self._other_end(module)
+        if other is None:
+            return None
+        ends = {self.stored.disk_name(other), self.stored.disk_name(f"{self.stored.module(module)}.weight")}
+        return None if ends <= self._written else self._spelled_as(module, other)
+
+    def _spelled_as(self, module: str, other: str) -> str:
+        """Return the module of a parameter in the spelling that another module has."""
+        is_canonical = self.stored.module(module) == module
+        name = other if is_canonical else self.stored.as_published(other)
+        return name.removesuffix(".weight")
+
+    def _other_end(self, module: str) -> str | None:
+        """Return the parameter that a module's weight is tied to."""
         known = self.skeleton
         if known is None:
             return None
-        ends = {**known.tied, **{source: end for end, source in known.tied.items()}}
-        path = self.stored.module(module)
-        other = ends.get(f"{path}.weight")
-        if other is None or self.stored.disk_name(other) in self._written:
-            return None
-        name = other if path == module else self.stored.as_published(other)
-        return name.removesuffix(".weight")
+        return known.ends().get(f"{self.stored.module(module)}.weight")
 
     @cached_property
     def _written(self) -> frozenset[str]:

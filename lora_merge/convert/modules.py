@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lora_merge.convert.experts import fused, renested, split
+from lora_merge.convert.mlx import for_mlx
 from lora_merge.convert.names import filled, renamed
 from lora_merge.core.adapter import PLAIN, Adapter, DeltaSpec
 from lora_merge.core.checkpoint import INPUT_NAMES
@@ -30,6 +32,10 @@ MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
 _TO_LORA = "--to-lora with --rank N or --energy SHARE makes plain LoRA of it, as near as that comes"
 
 
+_PLAIN_NAME = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.[^.]+|model\.embed_tokens|lm_head")
+"""A module that mlx-lm and transformers call the same, whatever the family."""
+
+
 @dataclass(slots=True)
 class Draft:
     """What will be written."""
@@ -46,8 +52,11 @@ def needs_base(adapter: Adapter, recipe: Recipe) -> bool:
     reaches_further = bool(
         recipe.naming or recipe.experts or recipe.fills or recipe.without_copies or recipe.format != "peft"
     )
+    is_foreign = adapter.format == "mlx" and any(
+        not _PLAIN_NAME.fullmatch(module) for module in adapter.modules
+    )
     unfactored = recipe.to_lora and not (_is_plain(adapter) and not adapter.config.get("ensure_weight_tying"))
-    return reaches_further or unfactored or bool(adapter.stacked)
+    return reaches_further or unfactored or is_foreign or bool(adapter.stacked)
 
 
 def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
@@ -75,6 +84,9 @@ def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
             found.modules = renested(found.modules, joined)
         if recipe.fills:
             found.modules = filled(found.modules, joined, recipe)
+        if recipe.format == "mlx":
+            found.modules, issues = for_mlx(found.modules, joined)
+            found.issues += issues
         found.modules.sort(key=lambda module: _natural(module.path))
     if not found.modules and not found.issues:
         found.issues.append(
@@ -233,8 +245,9 @@ class _Drafting:
                     self.found.whole[delta.tensors["rows"].name] = delta.tensors["rows"]
         copies = self._joined.unchanged if self._joined and self._recipe.drops_copies else ()
         for parameter, one in self._adapter.replacements.items():
-            if parameter not in copies:
-                self.found.whole[one.ref.name] = one.ref
+            for ref in (one.ref, one.original) if parameter not in copies else ():
+                if ref is not None:
+                    self.found.whole[ref.name] = ref
         if self._recipe.format != "peft" and self.found.whole:
             name = min(self.found.whole)
             sentence = f"is carried whole, which an adapter in the format {self._recipe.format} cannot do"
@@ -335,8 +348,7 @@ class _Drafting:
         stored, known = self._joined.stored, self._joined.skeleton
         if name in stored.tensors or known is None:
             return stored.tensors.get(name)
-        ends = {**known.tied, **{source: end for end, source in known.tied.items()}}
-        other = ends.get(f"{stored.module(name.removesuffix('.weight'))}.weight")
+        other = known.ends().get(f"{stored.module(name.removesuffix('.weight'))}.weight")
         return stored.tensors.get(stored.disk_name(other)) if other else None
 
     def _name_of(self, step: Step) -> str:

@@ -34,13 +34,14 @@ def renamed(
     if stored.conversion is None:
         sentence = "transformers has no class for this model: it has but one naming"
         return list(modules), dict(whole), [error("unsupported", joined.base.root, sentence)]
+    apart = {delta.target for delta in joined.deltas if delta.rule == "apart"}
     found: list[LoraModule] = []
     issues: list[Issue] = []
     for module in modules:
         name = module.path if module.form == "experts" else f"{module.path}.weight"
-        other = _named(name, naming, stored)
+        other = None if name in apart else _named(name, naming, stored)
         if other is None:
-            issues.append(_no_name(module, naming, stored))
+            issues.append(_of_a_copy(module) if name in apart else _no_name(module, naming, stored))
         else:
             path = other if module.form == "experts" else other.removesuffix(".weight")
             found.append(replace(module, path=path))
@@ -71,6 +72,12 @@ def _named(name: str, naming: Naming, stored: Stored) -> str | None:
         for target in converter.target_patterns
     )
     return None if is_made and published not in stored.tensors else published
+
+
+def _of_a_copy(module: LoraModule) -> Issue:
+    """Return the issue of an expert that is a module in a copy of the model, and in no release of transformers."""
+    sentence = "is a module in a copy of the model for 4-bit training, and part of a larger parameter in transformers"
+    return error("unsupported", module.path, sentence, "add --fuse-experts")
 
 
 def _no_name(module: LoraModule, naming: Naming, stored: Stored) -> Issue:

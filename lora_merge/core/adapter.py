@@ -74,15 +74,21 @@ class DeltaSpec:
         return shape[::-1] if self.options.get("turned") and role in {"A", "B"} else shape
 
 
+Reason = Literal["module", "bias", "embedding", "saved", ""]
+"""What explains a whole parameter: ``modules_to_save``, ``bias``, an embedding saved along, a file or a kind of training
+that is for whole parameters; or nothing does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replacement:
     """A whole parameter that the adapter carries."""
 
     ref: TensorRef
+    why: Reason
 
-    why: Literal["module", "bias", "embedding", "saved", ""]
-    """What explains it: ``modules_to_save``, ``bias``, an embedding saved along, a file or a kind of training that is
-    for whole parameters; or nothing does."""
+    original: TensorRef | None = None
+    """What the base's own parameter was in the training, where the file has it beside the trained one. PEFT loads it into
+    the base: it is what the other end of a tie reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +175,15 @@ class AdapterUse:
 
     unchanged: frozenset[str] = frozenset()
     """Whole parameters in it that equal the base's."""
+
+    differing: Mapping[str, int] = field(default_factory=dict)
+    """Copies of the base's embeddings in it that differ from the base's: parameter → how many of the rows that both have."""
+
+    is_idle: bool = False
+    """True when none of its deltas can change anything: of each, one factor is zero throughout, or the scale is 0."""
+
+    displaced: frozenset[str] = frozenset()
+    """Names of the base's side files whose place its own take: modules of sentence-transformers, folder by folder."""
+
+    issues: tuple[Issue, ...] = ()
+    """What its files and the base's together show."""

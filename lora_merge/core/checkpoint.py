@@ -155,7 +155,7 @@ def patched_config(config: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[
         *parents, key = dotted.split(".")
         level = table
         for parent in parents:
-            level = level[parent]
+            level = level.setdefault(parent, {})
         level[key] = value
     return table
 

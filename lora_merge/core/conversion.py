@@ -122,6 +122,19 @@ class Conversion:
         operations = self._by_pattern[pattern].operations if pattern else ()
         return any(getattr(operation, "check_dims", False) for operation in operations)
 
+    def alternates(self, owner: str) -> bool:
+        """Return True for stacked experts whose gate and up take turns, row by row.
+
+        Reference:
+            ``transformers.integrations.moe.use_experts_implementation`` (transformers 5.23).
+        """
+        path = self.canonical(f"{owner}.gate_up_proj")[0].rpartition(".")[0]
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError:
+            return True
+        return not getattr(module, "is_concatenated", True)
+
     def memory(self, shapes: Mapping[str, tuple[int, ...]]) -> Memory:
         """Return what the model's parameters consist of, for a checkpoint's tensors."""
         from transformers.core_model_loading import GroupWeightRename, dot_natural_key

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RULES = {
     "identity": "it is stored under its own name",
     "renamed": "it is stored under another spelling of its name, by transformers' renamings",
+    "apart": "experts are one by one in one of the two and stacked in the other",
     "converted": "transformers stores it in another form, and its parts were laid over each other",
     "suffix": "transformers has no class for the model; one tensor's path ends as its name does",
     "tied": "it is an end of the tied embeddings",

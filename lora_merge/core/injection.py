@@ -120,6 +120,11 @@ class Injection:
         self._sites = {site.module: site for site in sites}
 
     @property
+    def config(self) -> Any:
+        """Return PEFT's configuration of the adapter."""
+        return self._config
+
+    @property
     def fields(self) -> frozenset[str]:
         """Return the fields that PEFT's configuration of this type has."""
         return frozenset(field.name for field in dataclasses.fields(self._config))
@@ -145,14 +150,7 @@ class Injection:
             tensors: all the adapter's tensors of this module, by their full names.
         """
         with self._layer(module, base, tensors) as layer:
-            if hasattr(layer, "unload_and_optionally_merge_module"):
-                merged = layer.unload_and_optionally_merge_module(
-                    merge=True, safe_merge=False, adapter_names=None
-                )
-            else:
-                layer.merge(safe_merge=False)
-                merged = layer.get_base_layer()
-            parameters = dict(merged.named_parameters())
+            parameters = dict(_merged(layer).named_parameters())
             return {name: parameters[name].detach().contiguous() for name in base}
 
     def example(self, module: str) -> torch.Tensor:
@@ -591,6 +589,14 @@ def _empty(layer: Any) -> None:
         held = value.values() if isinstance(value, dict) else ()
         if any(isinstance(item, torch.Tensor | torch.nn.Module) for item in held):
             value.clear()
+
+
+def _merged(layer: Any) -> Any:
+    """Return the module that PEFT's layer merges into."""
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    layer.merge(safe_merge=False)
+    return layer.get_base_layer()
 
 
 def _answer(module: Any, plain: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

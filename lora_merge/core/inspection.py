@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 
 from lora_merge.core.report import Issue
 
+IF_SERVED = ", if it serves the family"
+"""How a verdict ends while the base's family is not known."""
+
+VERDICTS = (
+    "yes", f"yes{IF_SERVED}", "with an option", f"with an option{IF_SERVED}", "perhaps", "not known", "no",
+)  # fmt: skip
+"""What an engine makes of an adapter. ``"perhaps"``: the family of the base, which is not given, decides it;
+``"not known"``: it is given, and whether the engine serves LoRA for it is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleFacts:
@@ -53,7 +62,8 @@ class Obstacle:
 
     effect: str
     """``"refused"``, ``"wrong"``: computed otherwise, without a word; ``"option"``: served with an option of the engine;
-    ``"depends"``: refused or not, by the family of the base, which is not known."""
+    ``"depends"``: refused or not, by the family of the base, which is not given; ``"unknown"``: whether the engine
+    serves LoRA for the family is not known."""
 
     sentence: str
 
@@ -74,13 +84,22 @@ class EngineReport:
 
     obstacles: tuple[Obstacle, ...]
 
+    family: str = "unstated"
+    """Whether it serves LoRA for the base's family: ``"served"``, ``"refused"``, ``"unknown"``: the engine's table does
+    not say; ``"unstated"``: the base is not given, and the adapter does not say its class."""
+
     @property
     def verdict(self) -> str:
-        """Return ``"yes"``, ``"with an option"``, ``"perhaps"`` or ``"no"``."""
+        """Return one of `VERDICTS`."""
         effects = {one.effect for one in self.obstacles}
         if effects & {"refused", "wrong"}:
             return "no"
-        return "perhaps" if "depends" in effects else "with an option" if effects else "yes"
+        if "unknown" in effects:
+            return "not known"
+        if "depends" in effects:
+            return "perhaps"
+        found = "with an option" if effects else "yes"
+        return f"{found}{IF_SERVED}" if self.family == "unstated" else found
 
 
 @dataclass(frozen=True, slots=True)

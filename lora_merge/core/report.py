@@ -168,6 +168,15 @@ class Finding:
         return "failed" if any(issue.severity == "error" for issue in self.issues) else "passed"
 
 
+SUBJECTS: Mapping[str, str] = {
+    "loadable": "structure (what engines need to load it)",
+    "recorded": "digests of all files (merge_manifest.json)",
+    "recompute": "weights, recomputed from base and adapter",
+    "forward": "outputs of the model (--forward)",
+}
+"""Checks of an existing output, and what each of them is about. The first compares the output with nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
     """What verifying an existing output found."""
@@ -193,6 +202,18 @@ class Proof:
     def ok(self) -> bool:
         """Return True when no check failed."""
         return all(finding.state != "failed" for finding in self.findings)
+
+    @property
+    def checked(self) -> tuple[str, ...]:
+        """Return what was checked, in plain words."""
+        made = {finding.check for finding in self.findings if finding.asked}
+        return tuple(words for check, words in SUBJECTS.items() if check in made)
+
+    @property
+    def not_checked(self) -> tuple[str, ...]:
+        """Return what was not checked, in plain words."""
+        made = {finding.check for finding in self.findings if finding.asked}
+        return tuple(words for check, words in SUBJECTS.items() if check not in made)
 
 
 class Observer(Protocol):

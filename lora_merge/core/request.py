@@ -131,8 +131,8 @@ class VerifyRequest:
     adapter: tuple[str, ...] = ()
     """What was merged into it; default: what its manifest names."""
 
-    level: Literal["sample", "full"] = "sample"
-    """How many rows of each merged tensor to recompute."""
+    level: Literal["structure", "sample", "full"] = "sample"
+    """How many rows of each merged tensor to recompute; ``structure`` compares the output with nothing."""
 
     forward: bool = False
     """Compare what base and adapter compute with what the merged checkpoint computes."""
@@ -524,7 +524,7 @@ PARSERS: Mapping[str, Callable[..., object]] = {
     "experts": parse_choice(ExpertForm, "form of experts"),
     "format": parse_choice(AdapterFormat, "format of an adapter"),
     "serving": parse_choice(ServingEngine, "engine"),
-    "level": parse_choice(Literal["sample", "full"], "level"),
+    "level": parse_choice(Literal["structure", "sample", "full"], "level"),
 }
 """How the values that a type cannot describe are checked, wherever they come from."""
 

@@ -77,11 +77,11 @@ class Scaling:
             issues.append(warning("zero-scale", "alpha_pattern", sentence))
         return issues
 
-    def unmatched(self, modules: Iterable[str]) -> list[Issue]:
-        """Return an issue for each pattern that no module answers to."""
+    def unmatched(self, modules: Iterable[str]) -> list[tuple[str, str]]:
+        """Return ``(field, key)`` of each pattern that no module answers to."""
         known = tuple(modules)
         return [
-            error("unmatched-pattern", field, f"{key!r} matches none of the adapter's {len(known)} modules")
+            (field, key)
             for field, table in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas))
             for key in table
             if not any(matching_patterns({key: 0}, module, field) for module in known)

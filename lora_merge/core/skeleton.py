@@ -64,6 +64,10 @@ class Skeleton:
     tied: Mapping[str, str]
     """Parameter → the parameter whose storage it shares."""
 
+    def ends(self) -> dict[str, str]:
+        """Return the other end of each tie, for either end."""
+        return {**self.tied, **{source: end for end, source in self.tied.items()}}
+
     def is_linear(self, module: str) -> bool:
         """Return True for a linear layer, ``Conv1D`` included."""
         return self.classes.get(module) in _LINEAR

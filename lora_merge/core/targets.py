@@ -146,6 +146,16 @@ def is_listed(module: str, names: Iterable[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
+def is_saved(module: str, entry: str) -> bool:
+    """Return True when an entry of ``modules_to_save`` means a module or one that holds it.
+
+    Reference:
+        ``peft.utils.other._set_trainable`` (PEFT 0.21.2), which asks for no dot before the entry.
+    """
+    parts = module.split(".")
+    return any(".".join(parts[:n]).endswith(entry) for n in range(1, len(parts) + 1))
+
+
 def _names(config: Mapping[str, Any], field: str) -> Names:
     """Return a field that holds a string, a list of strings or nothing."""
     value = config.get(field)

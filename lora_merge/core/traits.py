@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import OUTPUT_NAMES
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES
 from lora_merge.core.kinds import PEFT_0_14_FIELDS, mutating_init
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.targets import ALL_LINEAR, TargetRule
@@ -32,7 +32,7 @@ TRAITS: Mapping[str, str] = {
     "rslora": "rsLoRA: the scale is α/√r",
     "alphas-differ": "modules with different α (alpha_pattern)",
     "some-layers": "modules that are adapted in some layers only",
-    "packed-parts": "some of q, k and v, or one of gate and up",
+    "packed-parts": "some of q, k and v other than q with v, or up without gate",
     "packed": "q, k, v, gate or up",
     "language-model": "modules under language_model",
     "dora": "DoRA",
@@ -44,6 +44,7 @@ TRAITS: Mapping[str, str] = {
     "tokens": "trained tokens",
     "target-parameters": "LoRA on stacked experts",
     "experts": "LoRA on experts one by one",
+    "experts-apart": "LoRA on modules of a copy that has stacked experts one by one",
     "some-experts": "LoRA on some experts, or some of their projections",
     "router": "LoRA on a router",
     "latent-query": "LoRA on q_a_proj of latent attention",
@@ -57,11 +58,18 @@ TRAITS: Mapping[str, str] = {
     "initial": "an initialisation that changed the base",
     "replicated": "repeated layers",
     "beside": "whole parameters in a file beside the adapter's",
+    "added-tokens": "an added_tokens.json with ids that the base does not have",
+    "tower": "LoRA on a vision or audio tower",
+    "stacked-parts": "LoRA on one of the two stacked parameters of experts",
+    "modules": "the modules that are adapted",
 }
 """Every trait, in words."""
 
 PACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that engines compute as one."""
+
+_FILLED = ({"q_proj", "v_proj"}, {"gate_proj"})
+"""Parts to which an engine that packs adds zeros for the rest."""
 
 _PACKED_NAMES = frozenset(name for group in PACKED for name in group)
 
@@ -73,8 +81,15 @@ _BY_NAME: Mapping[str, frozenset[str]] = {
 }
 """Traits that the last part of a module's path shows."""
 
+TOWER = re.compile(
+    r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower|embed_vision"
+    r"|embed_audio|vision_embedder)(\.|$)"
+)
+"""Modules of a vision or audio tower, or of what connects it with the language model."""
+
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_LISTED_EXPERT = re.compile(r"\.experts\.\w+_projs\.\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +105,15 @@ class Trait:
     value: int = 0
     """Of ``rank``, the number."""
 
+    paths: tuple[str, ...] = ()
+    """Of ``modules``, every module but heads, embeddings and experts, which have traits of their own."""
+
 
 def traits_of(
-    adapter: Adapter, base_modules: Collection[str] = (), unchanged: Collection[str] = ()
+    adapter: Adapter,
+    base_modules: Collection[str] = (),
+    unchanged: Collection[str] = (),
+    added_tokens: int = 0,
 ) -> tuple[Trait, ...]:
     """Return every trait that an adapter has.
 
@@ -100,8 +121,11 @@ def traits_of(
         adapter: from its headers.
         base_modules: every module of the base that has a matrix, if they are known.
         unchanged: whole parameters that are but copies of the base's, if that is known.
+        added_tokens: how many entries of its ``added_tokens.json`` have ids beyond the base's vocabulary.
     """
+    added = (Trait("added-tokens", f"{added_tokens} added tokens"),) if added_tokens else ()
     return (
+        *added,
         *_of_config(adapter, base_modules),
         *_of_ranks(adapter),
         *_of_modules(adapter, base_modules),
@@ -196,7 +220,7 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
     by_layer: dict[int, set[str]] = {}
     for module in modules:
         match = _LAYER.search(module)
-        if match and not _EXPERT.search(module):
+        if match and not _EXPERT.search(module) and not _LISTED_EXPERT.search(module):
             by_layer.setdefault(int(match[1]), set()).add(module[match.end() :])
     everywhere = set().union(*by_layer.values()) if by_layer else set()
     numbers = [int(match[1]) for match in map(_LAYER.search, base_modules) if match]
@@ -209,7 +233,9 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
     names = {module.rpartition(".")[2] for module in everywhere}
     if any(module.startswith(("language_model.", "model.language_model.")) for module in modules):
         yield Trait("language-model", "modules under language_model")
-    yield from _of_packed(names)
+    if any(TOWER.search(module) for module in modules):
+        yield Trait("tower", "modules of a tower")
+    yield from _of_packed(modules)
     yield from _of_experts(adapter, modules)
     for trait, wanted in _BY_NAME.items():
         hit = sorted(names & wanted)
@@ -221,25 +247,50 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
         yield Trait("head", "the output embedding is a target")
     if any("A" in delta.tensors and len(delta.tensors["A"].shape) > 2 for delta in adapter.deltas):
         yield Trait("convolution", "a convolution is a target")
+    yield Trait("modules", f"{len(modules)} modules", paths=_plain(adapter, modules))
 
 
-def _of_packed(names: set[str]) -> Iterator[Trait]:
-    """Yield what is to be said of modules that engines compute as one."""
-    packed = sorted(names & _PACKED_NAMES)
-    if packed:
-        yield Trait("packed", ", ".join(packed))
-    for group in PACKED:
-        if names & set(group) and not names >= set(group):
-            yield Trait(
-                "packed-parts", f"{', '.join(name for name in group if name in names)} without the rest"
-            )
-            break
+def _plain(adapter: Adapter, modules: list[str]) -> tuple[str, ...]:
+    """Return the modules that are no head, no embedding and no expert."""
+    embeddings = {delta.module for delta in adapter.deltas if delta.region.transposed}
+    return tuple(
+        module
+        for module in modules
+        if module.rpartition(".")[2] not in OUTPUT_NAMES | INPUT_NAMES
+        and module not in embeddings
+        and not _EXPERT.search(module)
+    )
+
+
+def _of_packed(modules: list[str]) -> Iterator[Trait]:
+    """Yield what is to be said of modules that engines compute as one: those of one parent belong together."""
+    siblings: dict[str, set[str]] = {}
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        if name in _PACKED_NAMES and not _EXPERT.search(module):
+            siblings.setdefault(parent, set()).add(name)
+    names = set().union(*siblings.values())
+    if names:
+        yield Trait("packed", ", ".join(sorted(names)))
+    for parent, own in siblings.items():
+        for group in PACKED:
+            part = own & set(group)
+            if part and part not in (set(group), *_FILLED):
+                found = ", ".join(name for name in group if name in own)
+                yield Trait("packed-parts", f"{found} without the rest, in {parent}")
+                return
 
 
 def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
     """Yield what an adapter does to experts."""
     if adapter.stacked:
         yield Trait("target-parameters", "target_parameters is set")
+        pairs = Counter(pair.module for pair in adapter.stacked if pair.module.endswith("experts"))
+        if pairs and min(pairs.values()) < 2:
+            yield Trait("stacked-parts", "one of the two stacked parameters of experts is a target")
+    listed = next(filter(_LISTED_EXPERT.search, modules), "")
+    if listed:
+        yield Trait("experts-apart", f"modules such as {listed}")
     found: dict[str, set[tuple[str, str]]] = {}
     for module in modules:
         block, dot, rest = module.partition(".experts.")

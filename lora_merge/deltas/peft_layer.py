@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.core.injection import Injection, InjectionError
-from lora_merge.core.kinds import PREFIX
-from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.core.kinds import DECOMPOSING, PREFIX, mutating_init
+from lora_merge.core.report import error
+from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, UNIT_ROUNDOFF
 from lora_merge.deltas.algebra import RowWise
+from lora_merge.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
 
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.plan import Reach
+    from lora_merge.core.report import Issue
 
 _FLOAT32 = "F32"
+
+_STEADY_MARGIN = 16
+"""How many times the expected error of a decomposition may be met."""
+
+_ELSEWHERE = "merge it with PEFT on the machine that trained it, and compare the outputs"
 
 
 class PeftLayer(RowWise):
@@ -34,7 +44,8 @@ class PeftLayer(RowWise):
         parameter of the module.
 
     Options:
-        model_config, adapter_config: JSON texts; digest: of the adapter; module, parameter: what is changed;
+        model_config, adapter_config: JSON texts; digest: of the adapter; kind: its PEFT type, for messages; module,
+        parameter: what is changed;
         shape, dtype: of the parameter; changed: every parameter of the module for which a delta is planned.
 
     Reference:
@@ -57,10 +68,35 @@ class PeftLayer(RowWise):
         return "tensor"
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Let PEFT merge the whole module, and take the one parameter."""
+        """Let PEFT merge the whole module, and take the one parameter.
+
+        Raises:
+            PlanError: PEFT does not merge it.
+        """
+        del base, start, end
+        try:
+            weight.copy_(self._merged(weight).view(weight.shape))
+        except InjectionError as exc:
+            raise PlanError([self._issue(exc)]) from exc
+
+    def _issue(self, exc: InjectionError) -> Issue:
+        """Return what PEFT refuses, with the module and the kind of adapter."""
+        module, kind = self._options["module"], self._options["kind"]
+        sentence = f"{kind}: {exc.sentence}"
+        if module not in exc.subject:
+            sentence += f", while {module} was merged"
+        if kind not in DECOMPOSING:
+            return error("injection", exc.subject, sentence)
+        sentence += (
+            f"; {DECOMPOSING[kind]} decomposes the base's weights when it is loaded, and the result may depend on "
+            "the machine"
+        )
+        return error("injection", exc.subject, sentence, _ELSEWHERE)
+
+    def _merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the parameter after PEFT's merge."""
         import torch
 
-        del base, start, end
         dtype: torch.dtype = getattr(torch, self._dtype)
         parameter = self._options["parameter"]
         whole = weight.cpu().to(dtype).view(self._options["shape"])
@@ -78,7 +114,11 @@ class PeftLayer(RowWise):
             )
         merged = injection.merge(self._options["module"], module, own)
         self._check_others(module, merged)
-        weight.copy_(merged[parameter].view(weight.shape))
+        if _decomposes(injection.config):
+            with _all_threads():
+                again = injection.merge(self._options["module"], _nudged(module), own)
+            self._check_steady(module, merged, again)
+        return merged[parameter]
 
     def _check_others(self, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
         """Raise when PEFT changed a parameter for which nothing is planned."""
@@ -87,6 +127,30 @@ class PeftLayer(RowWise):
         for name in before.keys() - set(self._options["changed"]):
             if not torch.equal(after[name], before[name]):
                 sentence = "is changed by PEFT's layer, and nothing was planned for it"
+                raise InjectionError(f"{self._options['module']}.{name}", sentence)
+
+    def _check_steady(
+        self,
+        before: Mapping[str, torch.Tensor],
+        merged: Mapping[str, torch.Tensor],
+        again: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Raise when a second decomposition, off by rounding alone, gives another merged weight.
+
+        A singular vector of a matrix that is off by u σ₁ is off by about u σ₁ / gap, and n singular values lie about
+        σ₁ / n apart: by n u.
+        """
+        for name in self._options["changed"]:
+            one, other = merged[name].float(), again[name].float()
+            n = max(one.shape, default=1)
+            roundoff = UNIT_ROUNDOFF[DTYPE_CODES[self._dtype]]
+            bound = (_STEADY_MARGIN * n * UNIT_ROUNDOFF[_FLOAT32] + roundoff) * float(before[name].norm())
+            off, change = float((one - other).norm()), float((one - before[name].float()).norm())
+            if not off <= bound:  # negated, so that NaN is wrong
+                sentence = (
+                    f"the decomposition of this weight is not reproducible: with {_n_threads()} threads instead of 1 the "
+                    f"merged weight differs by {off:.2g}, and rounding explains {bound:.2g} (the adapter changes it by {change:.2g})"
+                )
                 raise InjectionError(f"{self._options['module']}.{name}", sentence)
 
 
@@ -107,6 +171,44 @@ _BUILDING = threading.Lock()
 def _injection(key: _Key) -> Injection:
     """Return an injection, built once for all modules of an adapter."""
     return Injection(json.loads(key.model_config), json.loads(key.adapter_config), key.shared)
+
+
+def _decomposes(config: Any) -> bool:
+    """Return True when PEFT decomposes the base's weights as it loads an adapter of this configuration."""
+    fields = {**vars(config), "peft_type": config.peft_type.value}
+    again = mutating_init(fields) is not None
+    return fields["peft_type"] in DECOMPOSING or again or bool(fields.get("kasa_config"))
+
+
+def _n_threads() -> int:
+    """Return how many threads torch has in a script of the user's, or two on a single core."""
+    return max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
+
+
+@contextlib.contextmanager
+def _all_threads() -> Iterator[None]:
+    """Give torch as many threads as PEFT has in a script, for as long as the block runs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(_n_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _nudged(module: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return parameters off by one rounding of float32: what another machine's arithmetic may make of them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def off(tensor: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(tensor.shape, generator=generator).mul_(2).sub_(1)
+        return (tensor.float() * (1 + noise * UNIT_ROUNDOFF[_FLOAT32])).to(tensor.dtype)
+
+    return {name: off(tensor) for name, tensor in module.items()}
 
 
 def _of(factors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -165,17 +165,16 @@ def _respelled_pattern(pattern: Mapping[str, Any], names: Mapping[str, str]) -> 
 def _difference(adapted: Any, root: Path) -> str:
     """Return which tensors of the file PEFT does not have, or has otherwise; empty when it took them all.
 
-    Whole matrices that it saves from the base are looked for in the model.
+    Whole matrices that it saves from the base are looked for in the model; those below a resized embedding it saves twice.
     """
     from peft import load_peft_weights
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     stored = load_peft_weights(str(root), device="cpu")
     taken = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    state = adapted.state_dict()
-    lost = sorted(
-        name for name, tensor in stored.items() if not _same(taken.get(name, state.get(name)), tensor)
-    )
+    copies = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    has = adapted.state_dict() | copies | taken
+    lost = sorted(name for name, tensor in stored.items() if not _same(has.get(name), tensor))
     random = sorted(name for name in taken.keys() - stored.keys() if "lora_" in name)
     if lost:
         return f"PEFT does not load {listing(lost, 1, 'more of its tensors')}"

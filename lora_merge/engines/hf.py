@@ -140,8 +140,11 @@ def answer(model: Any, prompt: Prompt, n_tokens: int) -> Answer:
     return Answer(prompt, tuple(said), result, is_text)
 
 
-def scores(model: Any, prompt: Prompt, said: tuple[int, ...]) -> Any:
-    """Return the scores that a model gives to a prompt and what was said: float32 ``[positions, width]``."""
+def scores(model: Any, prompt: Prompt, said: tuple[int, ...], seed: int = _SEED) -> Any:
+    """Return the scores that a model gives to a prompt and what was said: float32 ``[positions, width]``.
+
+    A model that draws random numbers draws those of the seed, so that two models draw the same.
+    """
     import torch
 
     ids = torch.tensor([list(prompt.ids)]) if prompt.ids else None
@@ -154,7 +157,8 @@ def scores(model: Any, prompt: Prompt, said: tuple[int, ...]) -> Any:
     elif said and ids is not None:
         inputs["input_ids"] = torch.tensor([[*prompt.ids, *said]])
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed)
         output = model(**{name: value.to(device) for name, value in inputs.items()})
     found = output["logits"] if "logits" in output else next(iter(output.values()))
     return found.detach().float().cpu().reshape(-1, found.shape[-1]).numpy()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import LEAST_TOLERANCE, NOISE_MARGIN, Answer, Prompt
+from lora_merge.core.bypassed import is_bypassed
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.tensor import DTYPE_CODES, UNIT_ROUNDOFF
 from lora_merge.engines.adapted import Ingredients, adapted_modules, obstacle, with_adapter
@@ -26,6 +27,7 @@ PEFT = "PEFT, unmerged"
 UNROUNDED = "the merged weights before rounding"
 
 _N_REHEARSALS = 2
+_OTHER_SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,13 @@ class Reference:
 
     silent: tuple[str, ...]
     """Modules that no prompt reached, and that cannot be asked alone."""
+
+    unsteady: float = 0.0
+    """How far its own answers to a prompt are apart, asked twice with the same seed; 0 where arithmetic explains it.
+    Nothing can be compared with a reference that is not the same twice."""
+
+    draws: bool = False
+    """True where its answers depend on the seed."""
 
 
 def refer(
@@ -89,18 +98,38 @@ def _measured(
     n_tokens: int,
     dtype: str,
 ) -> Reference:
-    """Return what a model of base and adapter answers, and how much of a difference rounding makes."""
+    """Return what a model of base and adapter answers, and how much of a difference rounding makes.
+
+    Layers that the model never calls are left out, as a merge leaves them.
+    """
+    touched = {path: module for path, module in touched.items() if not is_bypassed(path, made_of.base_config)}
     with Listener(touched) as listener:
         answers = tuple(found for prompt in prompts for found in _answers(model, prompt, n_tokens))
     noise = made_of.roundoff + _arithmetic(dtype, made_of.longest)
-    tolerance = max(
-        LEAST_TOLERANCE * _largest(answers), NOISE_MARGIN * _rehearsed(model, touched, answers, noise)
-    )
+    least = LEAST_TOLERANCE * _largest(answers)
+    unsteady = _apart(model, answers)
+    if not unsteady <= least:  # negated, so that NaN is unsteady; nothing below would mean anything
+        return Reference(PEFT, "", answers, least, (), (), unsteady)
+    tolerance = max(least, NOISE_MARGIN * _rehearsed(model, touched, answers, noise))
     unreached = {path: module for path, module in touched.items() if path not in listener.heard}
     asked = {path: Alone.ask(path, module, noise) for path, module in unreached.items()}
     alone = tuple(found for found in asked.values() if found is not None)
     silent = tuple(path for path, found in asked.items() if found is None)
-    return Reference(PEFT, "", answers, tolerance, alone, silent)
+    draws = not _apart(model, answers, seed=_OTHER_SEED) <= least
+    return Reference(PEFT, "", answers, tolerance, alone, silent, draws=draws)
+
+
+def _apart(model: Any, answers: tuple[Answer, ...], **seed: int) -> float:
+    """Return how far a model's answers are from those it gave before; with another seed, if there is one."""
+    return max((_difference(model, one, **seed) for one in answers), default=0.0)
+
+
+def _difference(model: Any, before: Answer, **seed: int) -> float:
+    """Return the largest difference of two scores; infinity for scores of another shape, NaN where one is."""
+    again = scores(model, before.prompt, before.tokens[:-1], **seed)
+    if again.shape != before.scores.shape:
+        return math.inf
+    return float(abs(again - before.scores).max()) if again.size else 0.0
 
 
 def _answers(model: Any, prompt: Prompt, n_tokens: int) -> Iterator[Answer]:
@@ -132,8 +161,7 @@ def _rehearsed(model: Any, touched: Mapping[str, Any], answers: tuple[Answer, ..
     for n in range(_N_REHEARSALS):
         with _noisy(touched.values(), noise / math.sqrt(3), seed=n):
             for one in answers:
-                again = scores(model, one.prompt, one.tokens[:-1])
-                largest = max(largest, float(abs(again - one.scores).max()))
+                largest = max(largest, _difference(model, one))
     return largest
 
 

@@ -161,6 +161,19 @@ def is_finite(ref: TensorRef) -> bool:
     return all(bool(torch.frombuffer(block, dtype=dtype).isfinite().all()) for block in blocks(ref))
 
 
+def is_zero(ref: TensorRef) -> bool:
+    """Return True when every value of a floating tensor is zero; reading stops at the first block that has another.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
+    import numpy as np
+
+    width = DTYPE_BITS[ref.dtype]
+    magnitude = (1 << (width - 1)) - 1  # all bits but the sign: -0.0 is zero
+    return not any((np.frombuffer(block, f"<u{width // 8}") & magnitude).any() for block in blocks(ref))
+
+
 def same_values(stored: TensorRef, other: TensorRef) -> bool:
     """Return True when a tensor, rounded to the dtype of a stored one, has its values.
 
@@ -183,6 +196,28 @@ def same_values(stored: TensorRef, other: TensorRef) -> bool:
             if not torch.equal(there.to(here.dtype), here):
                 return False
     return True
+
+
+def differing_rows(stored: TensorRef, other: TensorRef) -> int:
+    """Return in how many of the rows that both have a tensor differs from a stored one, rounded as either is stored.
+
+    Raises:
+        CheckpointError: a file ends too soon.
+    """
+    import torch
+
+    n_rows = min(stored.shape[0], other.shape[0])
+    row = math.prod(stored.shape[1:])
+    step = max(1, _COMPARED_ELEMENTS // max(row, 1))
+    count = 0
+    with files.open_for_reading(stored.file) as one, files.open_for_reading(other.file) as two:
+        for first in range(0, n_rows, step):
+            end = min(first + step, n_rows)
+            here = _elements(one, stored, first * row, end * row).view(end - first, row)
+            there = _elements(two, other, first * row, end * row).view(end - first, row)
+            same = torch.eq(there.to(here.dtype), here).all(1) | torch.eq(here.to(there.dtype), there).all(1)
+            count += int((~same).sum())
+    return count
 
 
 def _elements(fd: int, ref: TensorRef, start: int, end: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from lora_merge.core.checkpoint import SideFile
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import same_bytes
 from lora_merge.io.instead import instead_of, is_pointer
+from lora_merge.io.sentence_modules import may_be_module_file, module_files, whole_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,17 +77,25 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
             _refuse_pointer(entry)
             notes.append(f"{name} is a Git LFS pointer, and was copied as one: git lfs pull fetches the file")
         kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))
+    whole = whole_model(root)
+    if whole is not None:
+        notes.append(
+            f"{root.name}/ is one module of the sentence-transformers model in {whole}; its other modules were not "
+            f"copied: put the output in the place of {root.name}/ there"
+        )
     return tuple(sorted(kept, key=lambda file: file.name)), tuple(notes)
 
 
 def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
-    """Return the tokenizer and template files that an adapter directory carries.
+    """Return the files of an adapter directory that go with the merged model: of the tokenizer, templates, and the
+    modules that sentence-transformers has behind the transformer.
 
     Raises:
         CheckpointError: one is a link that leads out of the directory.
     """
     found = []
-    for path in (path for pattern in _TOKENIZER for path in root.glob(pattern) if path.is_file()):
+    paths = {path for pattern in _TOKENIZER for path in root.glob(pattern) if path.is_file()}
+    for path in paths | {root / name for name in module_files(root)}:
         _check_inside(path, root)
         if is_pointer(path):
             _refuse_pointer(path)
@@ -142,7 +151,9 @@ def belongs_to_base(name: str) -> bool:
 def belongs_to_adapter(name: str) -> bool:
     """Return True for a name of a repo's listing that `adapter_side_files` would find, were it here."""
     path = PurePosixPath(name)
-    return any(path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in _TOKENIZER)
+    return may_be_module_file(name) or any(
+        path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in _TOKENIZER
+    )
 
 
 def differs(file: SideFile, root: Path) -> bool:

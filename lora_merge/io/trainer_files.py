@@ -176,26 +176,35 @@ def may_hold_weights(name: str) -> bool:
     )
 
 
-def unread_files(names: Collection[str], read: Collection[str], ignored: Collection[str]) -> list[str]:
+def unread_files(
+    names: Collection[str],
+    read: Collection[str],
+    ignored: Collection[str],
+    copied: Collection[str] | None = None,
+) -> list[str]:
     """Return the files that may hold weights of an adapter and that nothing reads, by their names in its folder.
 
-    Folders that hold an adapter of their own, and modules of sentence-transformers, are others' business.
+    Folders that hold an adapter of their own are others' business.
 
     Args:
         names: every file of the folder and of those in it.
         read: the files that are read.
         ignored: the files that the user wants left out.
+        copied: the files that are copied into the output, such as a trained Dense layer of sentence-transformers; None
+            where only a listing is known, and every folder that looks like such a module is taken for one.
     """
     others = {
         name.removesuffix("adapter_config.json") for name in names if name.endswith("/adapter_config.json")
     }
-    others |= {name.removesuffix("config.json") for name in names if _MODULE.fullmatch(name)}
+    if copied is None:
+        others |= {name.removesuffix("config.json") for name in names if _MODULE.fullmatch(name)}
     return sorted(
         name
         for name in names
         if may_hold_weights(name)
         and name not in read
         and name not in ignored
+        and name not in (copied or ())
         and not any(name.startswith(folder) for folder in others)
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from lora_merge.layouts.apart import apart
 from lora_merge.layouts.converted import converted
 from lora_merge.layouts.identity import identity
 from lora_merge.layouts.renamed import renamed
@@ -20,6 +21,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "identity": identity,
     "renamed": renamed,
     "converted": converted,
+    "apart": apart,
     "suffix": suffix,
 }
 """In the order in which they are asked."""

@@ -57,6 +57,11 @@ class Located:
     """Of the weight that `Place.part` is a part of, where it is known."""
 
     @property
+    def by_boxes(self) -> bool:
+        """Return True where the places say how the stored tensors lie, and not the adapter's own shapes."""
+        return self.rule in {"converted", "apart"}
+
+    @property
     def whole(self) -> str | None:
         """Return the stored tensor that is the parameter, no more and no less; None if there is none."""
         place = self.places[0]
@@ -109,6 +114,10 @@ class Stored:
         if self.conversion is None:
             return module
         return self.conversion.canonical(f"{module}.weight")[0].removesuffix(".weight")
+
+    def canonical(self, name: str) -> str:
+        """Return the parameter of the model that a stored tensor belongs to."""
+        return name if self.conversion is None else self.conversion.canonical(name)[0]
 
     def as_published(self, name: str) -> str:
         """Return how a published checkpoint would spell a name; the name itself where it is no whole parameter."""

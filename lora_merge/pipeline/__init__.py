@@ -175,7 +175,7 @@ def verify(  # noqa: PLR0913 - the options of the command, each by its name
     *,
     base: str | PathLike[str] | None = None,
     adapter: AdapterPaths = (),
-    level: Literal["sample", "full"] = "sample",
+    level: Literal["structure", "sample", "full"] = "sample",
     forward: bool = False,
     engine: Engine | None = None,
     engine_python: str | PathLike[str] | None = None,
@@ -195,7 +195,7 @@ def verify(  # noqa: PLR0913 - the options of the command, each by its name
         out: its directory.
         base: what it was merged into; default: what its manifest names.
         adapter: what was merged into it; default: what its manifest names.
-        level: ``sample`` recomputes some rows of each merged tensor, ``full`` all.
+        level: ``sample`` recomputes some rows of each merged tensor, ``full`` all; ``structure`` compares nothing.
         forward: run base and adapter unmerged, and the merged checkpoint, and compare.
         engine: ask this engine too.
         engine_python: the interpreter that has it; default: this one.

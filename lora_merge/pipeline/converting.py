@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge._version import __version__
+from lora_merge.adapters.mlx_spelling import in_names_of
 from lora_merge.convert import (
-    MERGE,
     Draft,
     Joined,
     Maker,
@@ -21,12 +21,12 @@ from lora_merge.convert import (
 )
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import Checkpoint
+from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import ConvertReport, Keep, Lora, LoraModule, Made, Recipe, Written
 from lora_merge.core.report import Issue, Observer, Silence, Verdict, error, note
 from lora_merge.core.request import ConvertRequest, Request, ServingEngine
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.tensor import DTYPE_CODES
-from lora_merge.core.traits import Trait, traits_of
 from lora_merge.errors import ConvertError, RequestError, VerifyError
 from lora_merge.io import files, staging
 from lora_merge.io.hub import Access
@@ -36,11 +36,12 @@ from lora_merge.io.spool import Spool
 from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of
 from lora_merge.pipeline.clock import Clock
+from lora_merge.pipeline.families import left_for, seen_by_engines, serving_issues
 from lora_merge.pipeline.planning import check_strict, plan_request
 from lora_merge.pipeline.reading_back import Join, read_back
 from lora_merge.plan import raise_errors
 from lora_merge.resolve import resolve_adapter
-from lora_merge.serving import ENGINES, Need, needs_of, obstacles, report
+from lora_merge.serving import ENGINES, Need, needs_of
 from lora_merge.transforms import BakeScale, PadRank, Pair, ReduceRank, Transform
 from lora_merge.words import of_several
 from lora_merge.writers import ADAPTER_WRITERS, check_gguf, check_ready
@@ -110,15 +111,19 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     raise_errors(place.issues)
     adapter = resolve_adapter(place.whole(), place.ignored)
     recipe = recipe_of(request, adapter)
-    joined, issues = None, (*place.issues, *adapter.issues)
+    joined, issues = None, (*place.issues, *adapter.issues, *without_base(adapter))
     if request.base is not None or needs_base(adapter, recipe):
         joined = _join(request, watch)
         issues = joined.plan.issues
+        adapter = in_names_of(adapter, joined.base.config)
         recipe = recipe_of(request, adapter, joined)
     raise_errors(issues)
     if recipe.format == "gguf" and joined is not None:
         check_ready(joined.base.config)
-    _raise(_incurable(request, adapter, joined))
+    if request.serving is not None:
+        about = serving_issues(request.serving, adapter, joined)
+        _raise(about)
+        issues = (*issues, *about)
     found = draft(adapter, recipe, joined)
     _raise([*found.issues, *_unsaid(found.modules, recipe)])
     inputs = (Path(adapter.root), *([Path(joined.base.root)] if joined else []))
@@ -172,12 +177,11 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None =
         adapter: from its headers.
         joined: the adapter on its base, once that is known.
     """
-    model_type = _model_type(joined)
     needs: frozenset[Need] = frozenset()
     allowed: tuple[int, ...] = ()
     kind = request.format
     if request.serving is not None:
-        needs = needs_of(request.serving, _traits(adapter, joined), model_type)
+        needs = needs_of(request.serving, *seen_by_engines(adapter, joined))
         engine = ENGINES[request.serving]
         kind = engine.format
         allowed = engine.ranks.allowed if engine.ranks.by_padding else ()
@@ -206,28 +210,6 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None =
         dtype=None if request.dtype is None else DTYPE_CODES[request.dtype],
         format=kind,
     )
-
-
-def _model_type(joined: Joined | None) -> str:
-    return str(joined.base.config.get("model_type", "")) if joined else ""
-
-
-def _traits(adapter: Adapter, joined: Joined | None) -> tuple[Trait, ...]:
-    """Return an adapter's traits, with what the base shows of them."""
-    return traits_of(adapter, joined.modules, joined.unchanged) if joined else traits_of(adapter)
-
-
-def _incurable(request: ConvertRequest, adapter: Adapter, joined: Joined | None) -> list[Issue]:
-    """Return an issue for each trait that an engine stumbles over and that no conversion takes away."""
-    if request.serving is None:
-        return []
-    model_type = _model_type(joined)
-    engine = ENGINES[request.serving]
-    return [
-        error("unsupported", trait.name, f"{trait.detail}: {engine.name} {rule.sentence}", MERGE)
-        for trait, rule in obstacles(engine, _traits(adapter, joined), model_type)
-        if not rule.needs and not (rule.depends and not model_type)
-    ]
 
 
 def _unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
@@ -304,10 +286,7 @@ def _left_for(job: Conversion, root: Path) -> list[Issue]:
     """Return what an engine still stumbles over in the output that was made for it."""
     if job.serving is None or job.recipe.format != "peft":
         return []
-    model_type = str(job.base.config.get("model_type", "")) if job.base else ""
-    modules = job.base.matrices() if job.base else ()
-    traits = traits_of(resolve_adapter(root), modules)
-    left = report(job.serving, traits, job.source, model_type=model_type)
+    left = left_for(job.serving, resolve_adapter(root), job.base, job.adapter, job.source)
     return [
         error("unsupported", one.trait, f"{one.sentence}, whatever is done to the adapter", one.cures[-1])
         for one in left.obstacles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +15,23 @@ from lora_merge.core.shortage import memory_for
 from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import RequestError
-from lora_merge.extract import extracted, misfits
+from lora_merge.extract import Pairing, extracted, misfits
 from lora_merge.io.files import output_path
 from lora_merge.io.hub import Access
 from lora_merge.io.safetensors import same_values
+from lora_merge.io.side_files import adapter_side_files
 from lora_merge.locate import find, locate_base
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.converting import Conversion, carry_out
 from lora_merge.pipeline.planning import plan_request
 from lora_merge.plan import quantised_config, raise_errors
-from lora_merge.resolve import resolve_base
+from lora_merge.resolve import counterpart, resolve_base, stored_in
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.layouts import Stored
     from lora_merge.locate import Place
 
 
@@ -57,15 +62,19 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     base, tuned = (resolve_base(place.whole()) for place in places)
     for checkpoint in (base, tuned):
         raise_errors(quantised_config(checkpoint.config))
-    issues = [*(issue for place in places for issue in place.issues), *misfits(base, tuned)]
+    pairing = _paired(base, tuned)
+    issues = [*(issue for place in places for issue in place.issues), *misfits(pairing)]
     raise_errors(issues)
     found = extracted(
-        base, tuned, _changed(base, tuned, watch), build_skeleton(base.config), targets=request.target,
-        save_modules=request.save_modules,
-    )  # fmt: skip
+        pairing, _changed(pairing, watch), targets=request.target, save_modules=request.save_modules
+    )
     raise_errors(found.issues)
     config = {**found.config, "base_model_name_or_path": request.base, "peft_type": "LORA"}
     adapter = Adapter(str(tuned.root), "peft", config, (), frozenset(), (), digest="")
+    if any(
+        issue.code == "resized" for issue in found.issues
+    ):  # the tokens that were added go with their rows
+        adapter = replace(adapter, side_files=adapter_side_files(Path(tuned.root)))
     dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
 
     def join(root: Path) -> Joined:
@@ -92,9 +101,45 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     )
 
 
-def _changed(base: Checkpoint, tuned: Checkpoint, watch: Observer) -> frozenset[str]:
-    """Return the names of the tensors that differ. Reads both."""
+def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
+    """Return the tensors of both under the names of either: an end of a tie that one does not store has the other's values."""
     before, after = base.by_name(), tuned.by_name()
+    missing = {
+        name: ref
+        for names, checkpoint in ((after.keys() - before.keys(), base), (before.keys() - after.keys(), tuned))
+        for stored in [stored_in(checkpoint)]
+        for name in names
+        if (ref := counterpart(name, stored, checkpoint)) is not None
+    }
+    known, stored = build_skeleton(base.config), stored_in(tuned)
+    tied = (build_skeleton(tuned.config) or known).tied if known is not None else {}
+    ends = [(stored.disk_name(end), stored.disk_name(source)) for end, source in tied.items()]
+    twins = {
+        end: source
+        for one, another in ends
+        for end, source in ((one, another), (another, one))
+        if source in after and end not in after and end not in before
+    }
+    before, after = missing | before, missing | after
+    spelled = _spelled({*before, *after, *twins}, stored_in(base))
+    return Pairing(base, tuned, known, before, after, twins, spelled)
+
+
+def _spelled(names: Collection[str], stored: Stored) -> dict[str, str]:
+    """Return the stored names that transformers' model has under other ones: PEFT drops what it does not find there."""
+    conversion = stored.conversion
+    found = {}
+    for name in names if conversion is not None else ():
+        assert conversion is not None
+        canonical, pattern = conversion.canonical(name)
+        if canonical != name and pattern is None and conversion.shape(canonical) is not None:
+            found[name] = canonical
+    return found
+
+
+def _changed(pairing: Pairing, watch: Observer) -> frozenset[str]:
+    """Return the names of the tensors that differ. Reads both."""
+    before, after = pairing.before, pairing.after
     common = before.keys() & after.keys()
     watch.phase("comparing", sum(before[name].nbytes for name in common))
     changed = set()

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from lora_merge import plots
 from lora_merge.convert import Joined, Maker, draft
-from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import Given, Recipe
 from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.request import InspectRequest, Request
 from lora_merge.core.shortage import memory_for
-from lora_merge.errors import PlanError, ResolveError
+from lora_merge.errors import PlanError
 from lora_merge.executors import pick
 from lora_merge.inspect import Measured, Surroundings, inspection
-from lora_merge.io.files import read_json, read_text, user_path
+from lora_merge.io.files import read_json, read_text
 from lora_merge.io.hub import Access
 from lora_merge.io.machine import usable_cores
 from lora_merge.io.needed import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
@@ -27,6 +27,7 @@ from lora_merge.io.safetensors import box_norm
 from lora_merge.io.side_files import CARD_FILE
 from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of, norms_of
+from lora_merge.pipeline.families import added_tokens, base_config, family_of
 from lora_merge.pipeline.planning import check_strict, plan_request
 from lora_merge.resolve import resolve_adapter
 from lora_merge.serving import ENGINES
@@ -65,8 +66,10 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
         around = _surroundings(request, adapter)
         issues: tuple[Issue, ...] = (*place.issues, *adapter.issues)
         measured = None
-        if request.base is not None:
-            measured, issues = _held_against_base(request, adapter, watch)
+        if request.base is None:
+            issues += tuple(without_base(adapter))
+        else:
+            adapter, measured, issues = _held_against_base(request, adapter, watch)
         check_strict(issues, strict=request.strict)
         engines = tuple(ENGINES) if request.serving is None else (request.serving,)
         inspected = inspection(adapter, around, issues, measured, engines)
@@ -87,6 +90,7 @@ def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
         {},
     )
     manifest, card = root / CONVERSION_MANIFEST, root / CARD_FILE
+    config = base_config(request.base, adapter)
     front = read_text(card).split("\n---", 1)[0] if card.is_file() else ""
     return Surroundings(
         named=request.adapter,
@@ -96,7 +100,8 @@ def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
         manifest=read_json(manifest) if manifest.is_file() else {},
         base=request.base or "",
         options=_options(request),
-        model_type=_model_type(adapter),
+        family=family_of(config, adapter),
+        added_tokens=added_tokens(adapter, config),
     )
 
 
@@ -108,21 +113,9 @@ def _options(request: InspectRequest) -> str:
     return "".join(f" {option} {quote(value)}" for option, value in given if value)
 
 
-def _model_type(adapter: Adapter) -> str:
-    """Return the ``model_type`` of the base that an adapter names, where that is a directory here."""
-    named = adapter.config.get("base_model_name_or_path")
-    if not named:
-        return ""
-    try:
-        config = user_path(str(named)) / CONFIG_FILE
-        return str(read_json(config).get("model_type") or "")
-    except ResolveError:
-        return ""
-
-
 def _held_against_base(
     request: InspectRequest, adapter: Adapter, watch: Observer
-) -> tuple[Measured | None, tuple[Issue, ...]]:
+) -> tuple[Adapter, Measured | None, tuple[Issue, ...]]:
     """Plan a merge, and measure what it would change; of what does not fit, only the reasons are returned."""
     try:
         planned = plan_request(
@@ -134,9 +127,10 @@ def _held_against_base(
             watch,
         )  # fmt: skip
     except PlanError as exc:
-        return None, exc.issues
+        return adapter, None, exc.issues
     joined = Joined(planned.checkpoint, planned.plan, planned.uses[0].unchanged)
-    return _Measuring(adapter, joined, watch).run(), planned.plan.issues
+    adapter = planned.uses[0].adapter
+    return adapter, _Measuring(adapter, joined, watch).run(), planned.plan.issues
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +181,7 @@ class _Measuring:
             path: (self._deltas[path] ** 0.5, self._weights[path] ** 0.5)
             for path in self._weights.keys() & self._deltas.keys()
         }
-        model_type = str(self._joined.base.config.get("model_type", ""))
         return Measured(
-            model_type,
             self._joined.modules,
             self._joined.unchanged,
             norms,

@@ -18,6 +18,8 @@ from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
 from lora_merge.pipeline.resuming import Inputs
 from lora_merge.pipeline.writing import Output, write
+from lora_merge.plan import raise_errors
+from lora_merge.plan.effect import effect_issues
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,7 +103,9 @@ def prepare(
         planned = planned or plan_request(request, watch)
         plan = planned.plan
         inputs = Inputs.of(plan)
-        check_strict(plan.issues, strict=request.strict)
+        useless = effect_issues(plan, planned.uses)
+        raise_errors(useless)
+        check_strict((*plan.issues, *useless), strict=request.strict)
         roots = (Path(plan.base), *(Path(root) for root in plan.adapters))
         if request.out or not dry_run:
             staging.check_replaceable(out, overwrite=request.overwrite, inputs=roots)
@@ -114,7 +118,7 @@ def prepare(
         shortage = _shortage(out, summary)
     if shortage and not dry_run:
         raise WriteError(str(shortage))
-    return Prepared(planned, inputs, out, device, budget, summary, tuple(issues), shortage, clock)
+    return Prepared(planned, inputs, out, device, budget, summary, (*useless, *issues), shortage, clock)
 
 
 def carry_out(group: Sequence[Prepared], watch: Observer) -> Iterator[Report | LoraMergeError]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_merge.adapters.mlx_spelling import in_names_of
+from lora_merge.adapters.unread import beside_base
 from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
 from lora_merge.core.explanation import Match, matches_of, nearest
@@ -27,7 +29,10 @@ from lora_merge.locate import (
 )
 from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
 from lora_merge.resolve import (
+    differing_copies,
+    displaced_side_files,
     equal_embeddings,
+    is_idle,
     own_side_files,
     resolve_adapter,
     resolve_base,
@@ -37,6 +42,7 @@ from lora_merge.resolve import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lora_merge.core.adapter import Adapter
     from lora_merge.core.report import Issue
 
 
@@ -79,20 +85,15 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     is_remote = base_place.repo is not None
     if is_remote:
         raise_errors(quantised_config(read_json(base_place.root / CONFIG_FILE)))
-    raise_errors([issue for place in places for issue in place.issues])
+    apart = [place for place in places if place.root != base_place.root]  # else its weights are the base's
+    raise_errors([issue for place in apart for issue in place.issues])
     adapters = [resolve_adapter(place.whole(), place.ignored) for place in places]
-    if is_remote:
+    if is_remote and len(apart) == len(places):
         raise_errors([issue for adapter in adapters for issue in adapter.issues])
     base = resolve_base(base_place.whole())
-    uses = tuple(
-        AdapterUse(
-            adapter,
-            weight,
-            own_side_files=frozenset(own_side_files(adapter, base)),
-            unchanged=unchanged_parameters(adapter, base),
-        )
-        for adapter, (_, weight) in zip(adapters, chosen, strict=True)
-    )
+    adapters = [in_names_of(beside_base(adapter, base), base.config) for adapter in adapters]
+    weights = [weight for _, weight in chosen]
+    uses = tuple(_use(adapter, weight, base) for adapter, weight in zip(adapters, weights, strict=True))
     twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
     plan = make_plan(base, uses, request, twins)
     located = [issue for place in (base_place, *places) for issue in place.issues]
@@ -107,6 +108,23 @@ def _unused(request: Request) -> list[Issue]:
         return []
     sentence = f"is {request.density:g}, and --combine {request.combine} keeps all of each change"
     return [warning("unused-option", "density", sentence, "--combine ties, dare_linear or dare_ties uses it")]
+
+
+def _use(adapter: Adapter, weight: float, base: Checkpoint) -> AdapterUse:
+    """Return an adapter of a merge, with what only its files and the base's together tell."""
+    unchanged = unchanged_parameters(adapter, base)
+    own = frozenset(own_side_files(adapter, base))
+    displaced, issues = displaced_side_files(adapter, base)
+    return AdapterUse(
+        adapter,
+        weight,
+        own_side_files=own,
+        unchanged=unchanged,
+        differing=differing_copies(adapter, base),
+        is_idle=is_idle(adapter, unchanged),
+        displaced=displaced,
+        issues=issues,
+    )
 
 
 def _chosen(text: str) -> tuple[str, float]:

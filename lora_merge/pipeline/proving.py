@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.gate import RULES
@@ -19,7 +19,7 @@ from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
 from lora_merge.core.request import Request, VerifyRequest, parse_adapter, parse_fields
 from lora_merge.core.tensor import TensorRecord, TensorRef
-from lora_merge.errors import CheckpointError, PlanError, ResolveError
+from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
 from lora_merge.io.files import read_json, user_path
 from lora_merge.io.output import read_output
 from lora_merge.io.safetensors import is_finite, tensor_digest
@@ -51,16 +51,34 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
     """Return what every check says about an output.
 
     Raises:
-        RequestError: the engine that is to be asked is not there.
+        RequestError: the engine that is to be asked is not there; or something is to be compared, and ``level`` is
+            ``structure``.
         ResolveError: there is no such output; or a base or adapter that the request names cannot be read.
         PlanError: those that the request names do not fit, or cannot be run.
     """
+    _check_level(request)
     if request.engine:
         from lora_merge.engines.vllm import find_python
 
         find_python(request.engine_python)  # before anything takes time
     proving = _Proving(request, observer or Silence(), Clock(), _output(request.out))
     return proving.proof()
+
+
+def _check_level(request: VerifyRequest) -> None:
+    """Raise when a comparison is asked for along with a look at the structure alone."""
+    compared = {
+        "--base": request.base,
+        "--adapter": request.adapter,
+        "--forward": request.forward,
+        "--engine": request.engine,
+    }
+    given = [option for option, value in compared.items() if value]
+    if request.level == "structure" and given:
+        sentence = (
+            f"structure compares the output with nothing, and {' and '.join(given)} asks for a comparison"
+        )
+        raise RequestError("", 0, "level", sentence, hint=f"leave out --level structure or {given[0]}")
 
 
 def _output(out: str) -> Output:
@@ -85,6 +103,8 @@ class _Proving:
     def proof(self) -> Proof:
         """Return what every check found."""
         findings = [self._loadable()]
+        if self.request.level == "structure":
+            return Proof(self.output.root, "", (), tuple(findings), (), dict(self.clock.seconds))
         manifest, finding = self._manifest()
         findings.append(finding)
         planned, finding = self._planned(manifest)
@@ -104,6 +124,8 @@ class _Proving:
                 self.watch.phase("running the models", 0)
                 forward, comparisons = compare_forward(self.request, planned, self.output)
             findings += forward
+        if manifest is None and planned is None:
+            findings += _nothing_compared(findings)
         base, adapters = ("", ()) if planned is None else (planned.plan.base, planned.plan.adapters)
         return Proof(self.output.root, base, adapters, tuple(findings), comparisons, dict(self.clock.seconds))
 
@@ -192,7 +214,8 @@ class _Proving:
             self.watch.phase("recomputing", 0)
             plan, issues = placed(planned.plan, self.output)
             records = tuple(self._records(plan))
-            evidence = Evidence(plan, Path(self.output.root), records, self.request.level, self.digest)
+            level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
+            evidence = Evidence(plan, Path(self.output.root), records, level, self.digest)
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
             n_layers = len(plan.steps) - n_copied - n_formulas
@@ -222,6 +245,18 @@ class _Proving:
                 )
                 continue
             yield TensorRecord(slot.name, slot.file, slot.nbytes, digest="", finite=is_finite(here))
+
+
+def _nothing_compared(findings: list[Finding]) -> list[Finding]:
+    """Return the finding that an output was compared with nothing, unless another one has failed for that."""
+    if any(found.state == "failed" for found in findings):
+        return []
+    sentence = (
+        "was compared with nothing: only its structure was checked, and its weights may hold any values"
+    )
+    hint = "name base and adapter with --base and --adapter; --level structure asks for the structure alone"
+    issue = error("nothing-compared", "", f"the output {sentence}", hint)
+    return [Finding("compared", "neither a manifest nor base and adapter", (issue,))]
 
 
 def _counted(n: int, word: str) -> str:

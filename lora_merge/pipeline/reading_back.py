@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from lora_merge.adapters.mlx_spelling import in_names_of
 from lora_merge.convert import Joined, Maker, draft
 from lora_merge.core.lora import Recipe
 from lora_merge.core.report import Issue, Verdict, error
@@ -40,6 +41,7 @@ def read_back(root: Path, lora: Lora, join: Join | None) -> Verdict:
     if join is not None and not issues:
         try:
             joined = join(root)
+            adapter = in_names_of(adapter, joined.base.config)
         except PlanError as exc:
             issues += exc.issues
     if not issues:

@@ -53,6 +53,8 @@ def compare_forward(
     reference = refer(
         made_of, prompts, request.n_tokens, request.dtype, trust_remote_code=request.trust_remote_code
     )
+    if reference.unsteady:
+        return [_not_comparable(reference)], ()
     if request.tolerance is not None:
         reference = replace(reference, tolerance=request.tolerance)
     finding, comparisons = _in_transformers(request, reference, output)
@@ -62,6 +64,16 @@ def compare_forward(
         findings.append(finding)
         comparisons += more
     return findings, tuple(comparisons)
+
+
+def _not_comparable(reference: Reference) -> Finding:
+    """Return the finding on a model whose own answers are not the same twice."""
+    sentence = (
+        f"base and adapter ({reference.how}) answer the same prompt differently from run to run, with the same seed: by "
+        f"up to {reference.unsteady:.2g} per logit. So the merged checkpoint cannot be compared with them"
+    )
+    hint = "leave --forward out: the tensors are recomputed without it"
+    return Finding("forward", "nothing was compared", (error("not-comparable", "", sentence, hint),))
 
 
 def _in_transformers(
@@ -139,6 +151,8 @@ def _said_of(reference: Reference) -> Iterator[Issue]:
     """Yield what has to be known of the reference."""
     if reference.how != PEFT:
         yield note("reference", "", f"compared with {reference.how}, since {reference.why}")
+    if reference.draws:
+        yield note("random", "", "the model draws random numbers: both models ran with the same seed")
     if reference.silent:
         sentence = of_several(
             len(reference.silent),

@@ -29,6 +29,7 @@ from lora_merge.merge import (
     quick_turns,
 )
 from lora_merge.pipeline.clock import Clock
+from lora_merge.pipeline.effect import check_effect
 from lora_merge.pipeline.planning import Planned, check_strict
 from lora_merge.pipeline.provenance import options_of, provenance_of
 from lora_merge.pipeline.resuming import Inputs, fingerprint, finished
@@ -157,6 +158,7 @@ class Output:
                 self.verdict = check_output(self.plan, self.stage.output, self.records, request.verify)
             if not self.verdict.ok:
                 raise VerifyError(self.verdict)
+        check_effect(self.planned, self.stage.output, self.survival)
         with self.clock("flush"):
             watch.phase("flushing", 0)
             self.flushing.wait()

@@ -50,7 +50,7 @@ def make_plan(
     issues = [
         *_quantised(base),
         *_merged_before(base, uses, request),
-        *(issue for use in uses for issue in use.adapter.issues),
+        *(issue for use in uses for issue in (*use.adapter.issues, *use.issues)),
     ]
     if not all(use.adapter.is_read for use in uses):
         raise_errors(issues)
@@ -146,6 +146,8 @@ def _side_files(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[Sid
     issues: list[Issue] = []
     taken: set[str] = set()
     for use in uses:
+        for name in use.displaced & files.keys() - taken:
+            del files[name]
         for file in use.adapter.side_files:
             if file.name not in use.own_side_files:
                 continue
@@ -153,7 +155,8 @@ def _side_files(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[Sid
                 sentence = "comes from several adapters; the last one's is taken"
                 issues.append(warning("side-file", file.name, sentence))
             else:
-                sentence = "comes from the adapter, whose copy differs from the base's"
+                copy = ", whose copy differs from the base's" if file.name in files else ""
+                sentence = f"comes from the adapter{copy}"
                 issues.append(note("side-file", file.name, sentence))
             taken.add(file.name)
             files[file.name] = file

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.adapter import Adapter, DeltaSpec
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name, patched_config
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.plan import Combination, Copy, Merge, Reach, Step, View
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import same_layers
-from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import ALGEBRAS
+from lora_merge.plan.change import Change, alike, combined_rank, with_one_base
 from lora_merge.plan.fitting import Fitting, named_parameters
 from lora_merge.plan.heads import with_head
 from lora_merge.plan.initial import initial_issues, is_layered
@@ -21,18 +19,19 @@ from lora_merge.plan.layered import layered_deltas
 from lora_merge.plan.model import Model
 from lora_merge.plan.origins import origin_issues
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
-from lora_merge.plan.placing import vocabulary_patch
 from lora_merge.plan.shared_changes import Separation
 from lora_merge.plan.sizes import other_size
-from lora_merge.plan.ties import Tie, ensures_tie, find_tie, unbiased_head_issue, untie_issue, untie_patch
+from lora_merge.plan.ties import Tie, ensures_tie, find_tie, untie_issue, untie_patch
 from lora_merge.plan.views import view_for
+from lora_merge.plan.vocabulary import resized
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
-    from lora_merge.core.adapter import AdapterUse
+    from lora_merge.core.adapter import Adapter, AdapterUse, DeltaSpec
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.request import Request
     from lora_merge.core.shards import OutputFile
+    from lora_merge.core.tensor import TensorRef
 
 
 _SUMS = frozenset({"low_rank", "stacked", "addition"})
@@ -40,19 +39,6 @@ _SUMS = frozenset({"low_rank", "stacked", "addition"})
 
 _HEADS_WITH_BIAS = frozenset({"decoder", "predictions", "lm_head"})
 """Last parts of the paths of what holds the bias of an output embedding."""
-
-
-@dataclass
-class _Change:
-    """What a merge does to one tensor of the output."""
-
-    source: TensorRef | None = None
-    """The adapter's own tensor, where it takes the place of the base's."""
-
-    deltas: list[DeltaSpec] = field(default_factory=list)
-
-    in_place: bool = False
-    """True where `source` is loaded into a parameter that other modules may use too."""
 
 
 class Draft:
@@ -74,7 +60,7 @@ class Draft:
     ) -> None:
         self._base, self._uses, self._request, self._twins = base, uses, request, twins
         self._model = Model(Outline.of(base), base.config)
-        self._changes: dict[str, _Change] = {}
+        self._changes: dict[str, Change] = {}
         self._first_of_tie: dict[str, str] = {}
         self._is_flag_cleared = False
         """True when the output's config no longer says that anything is tied."""
@@ -111,7 +97,8 @@ class Draft:
         ]
         if lost:
             return issues
-        return issues + self._resized() + self._in_turn() + self._rankless() + self._in_parts()
+        issues += self._resized() + self._unused_biases()
+        return issues + self._in_turn() + self._rankless() + self._in_parts()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -123,7 +110,7 @@ class Draft:
         return tuple(self._step(slot) for file in files for slot in file.slots)
 
     def _step(self, slot: TensorRef) -> Step:
-        change = self._changes.get(slot.name, _Change())
+        change = self._changes.get(slot.name, Change())
         source = change.source or self.outline.sources[slot.name]
         deltas = self._settled(change.deltas)
         if not deltas and slot.dtype == source.dtype:
@@ -161,7 +148,7 @@ class Draft:
         request = self._request
         if not deltas or request.combine == "linear":
             return None
-        rank = _combined_rank(deltas)
+        rank = combined_rank(deltas)
         name = self._first_of_tie.get(name, name)
         return Combination(request.combine, request.density, request.seed, rank, name)
 
@@ -220,31 +207,29 @@ class Draft:
     def _take(self, fitting: Fitting) -> list[Issue]:
         """Take over what one adapter changes."""
         issues = []
-        for name, ref in fitting.replacements.items():
-            change = self._changes.setdefault(name, _Change())
+        for name in fitting.replacements.keys() | fitting.copies.keys():
+            change = self._changes.setdefault(name, Change())
             if change.source is not None:
                 sentence = "is replaced as a whole by two adapters"
                 issues.append(error("two-replacements", name, sentence, "merge one of them only"))
-            change.source, change.in_place = ref, name in fitting.in_place
+            change.own, change.copy = fitting.replacements.get(name), fitting.copies.get(name)
         for delta in fitting.deltas:
-            self._changes.setdefault(delta.parameter, _Change()).deltas.append(delta)
+            self._changes.setdefault(delta.parameter, Change()).deltas.append(delta)
         return issues
 
     def _settle_tie(self, tie: Tie) -> list[Issue]:
         """Keep a tie whose ends change alike, take apart one whose ends do not."""
         embedding, head = self._changes.pop(tie.embedding, None), self._changes.pop(tie.head, None)
         if embedding is not None:
-            unbiased = unbiased_head_issue(self._model, tie, embedding.deltas)
-            if unbiased is not None:
-                return [unbiased]
-            head = self._following(tie.embedding, embedding, head or _Change())
+            head = self._following(tie.embedding, embedding, head or Change())
+        embedding, head = with_one_base(embedding, head)
         if embedding is None and head is None:
             return []
         for name in self._model.copies_of(tie):
             sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
             hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
             return [error("stored-copy", tie.embedding, sentence, hint)]
-        if embedding is not None and head is not None and _alike(embedding, head, self._twins):
+        if embedding is not None and head is not None and alike(embedding, head, self._twins):
             self._changes |= dict.fromkeys(tie.stored, embedding)
             self._first_of_tie = dict.fromkeys(tie.stored, tie.source)
             return []
@@ -261,7 +246,7 @@ class Draft:
     def _may_share(self) -> bool:
         """Return True when a changed tensor may have several users; asking transformers takes seconds."""
         head_bias = any(
-            change.in_place and name.endswith(".bias") and owner_name(name) in _HEADS_WITH_BIAS
+            change.copy is not None and name.endswith(".bias") and owner_name(name) in _HEADS_WITH_BIAS
             for name, change in self._changes.items()
         )
         unstored = not self._changes.keys() <= self.outline.sources.keys()
@@ -273,15 +258,14 @@ class Draft:
             self._model,
             self.outline,
             self._changes,
-            blank=_Change,
             follow=self._following,
-            alike=lambda one, other: _alike(one, other, self._twins),
+            alike=lambda one, other: alike(one, other, self._twins),
         )
         issues = separation.settle(write_all=self._is_flag_cleared)
         self.outline = separation.outline
         return issues
 
-    def _following(self, name: str, embedding: _Change, head: _Change) -> _Change | None:
+    def _following(self, name: str, embedding: Change, head: Change) -> Change | None:
         """Return the head's change with those of the embedding that it shares, whatever the files say of it.
 
         Args:
@@ -294,50 +278,43 @@ class Draft:
             ``peft.tuners.lora.model.LoraModel._add_targets_to_tie`` (PEFT 0.21.2).
         """
         ensured = [ensures_tie(use.adapter, name) for use in self._uses]
-        if all(ensured):
+        if all(ensured) and (embedding.own or embedding.deltas):
             return embedding
-        whole = embedding.source is not None or head.source is not None
+        whole = embedding.own is not None or head.own is not None
         deltas: list[DeltaSpec] = []
         for n, is_ensured in enumerate(ensured):
             theirs = [delta for delta in embedding.deltas if delta.adapter == n]
             own = [delta for delta in head.deltas if delta.adapter == n]
             only_tokens = not own and not whole and all(delta.kind == "rows" for delta in theirs)
             deltas += theirs if is_ensured or only_tokens else own
-        return _Change(head.source, deltas) if deltas or head.source is not None else None
+        return Change(head.own, deltas, head.copy) if deltas or head.source is not None else None
 
     def _resized(self) -> list[Issue]:
         """Settle what a vocabulary of another size changes: every end of it, and the config."""
-        issues: list[Issue] = []
-        shapes = self.shapes
-        for name, shape in shapes.items():
-            stored = self._model.source(name).shape
-            if stored == shape:
-                continue
-            before, rows = stored[0], shape[0]
-            patch = vocabulary_patch(self._base, before, rows)
-            self.config_patch |= patch
-            verb = "grows" if rows > before else "shrinks"
-            issues.append(note("resized", name, f"{verb} from {before} to {rows} rows"))
-            if not patch:
-                sentence = (
-                    f"{verb} from {before} to {rows} rows, and no vocab_size in config.json is {before}"
-                )
-                issues.append(
-                    error("resized", name, sentence, "resize the base in transformers first, and save it")
-                )
-            issues += [
-                error(
-                    "resized",
-                    other,
-                    f"keeps its {before} rows, and {name} {verb} to {rows}",
-                    "the adapter file lacks it",
-                )
-                for other in self.outline.names
-                if other not in shapes
-                and owner_name(other) in INPUT_NAMES | OUTPUT_NAMES
-                and self.outline.sources[other].shape == (before, *shape[1:])
-            ]
-        return issues
+        found = resized(self._model, self.outline, self.shapes)
+        self.config_patch |= found.patch
+        for name, ref in found.cut.items():
+            self._changes.setdefault(name, Change()).copy = ref
+        return found.issues
+
+    def _unused_biases(self) -> list[Issue]:
+        """Return an issue for each bias of a head whose rows were trained: PEFT leaves it out of the forward pass.
+
+        Reference:
+            ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer.forward_adapters`` (PEFT 0.21.2).
+        """
+        trained = {
+            name for name, change in self._changes.items() if any(one.kind == "rows" for one in change.deltas)
+        }
+        tie = self._model.tie
+        if tie is not None and not trained.isdisjoint(tie.stored) and tie.head not in self._changes:
+            trained.add(tie.head)
+        biases = [name.removesuffix("weight") + "bias" for name in sorted(trained)]
+        sentence = (
+            "is left out by PEFT where rows of its weight are trained, so that the merged model would differ"
+        )
+        hint = "train the output embedding whole (modules_to_save), or rows of an untied input embedding only"
+        return [error("unsupported", name, sentence, hint) for name in biases if self._model.has(name)]
 
     def _in_turn(self) -> list[Issue]:
         """Return a note when the order of the adapters counts."""
@@ -398,48 +375,6 @@ class Draft:
             and len(self._shape(name)) > 1
             and max(delta.rank for delta in change.deltas) == 0
         ]
-
-
-def _combined_rank(deltas: tuple[DeltaSpec, ...]) -> int:
-    """Return the largest rank that one adapter's change of one matrix has: its parts beside each other add up."""
-    ranks = [0]
-    for n in {delta.adapter for delta in deltas}:
-        own = [delta for delta in deltas if delta.adapter == n]
-        parts: Counter[object] = Counter()
-        for delta in own:
-            if delta.region.at:
-                parts[delta.region.at[0] if len(delta.region.at) == 3 else None] += delta.rank
-        whole = max((delta.rank for delta in own if not delta.region.at), default=0)
-        ranks.append(whole + max(parts.values(), default=0))
-    return max(ranks)
-
-
-def _alike(one: _Change, other: _Change, twins: frozenset[frozenset[str]]) -> bool:
-    """Return True when two changes do the same to a tensor."""
-    if one is other:
-        return True
-    if one.source is None or other.source is None or one.source == other.source:
-        same_source = one.source == other.source
-    else:
-        same_source = frozenset((one.source.name, other.source.name)) in twins
-    return same_source and _same_deltas(one, other, twins)
-
-
-def _same_deltas(one: _Change, other: _Change, twins: frozenset[frozenset[str]]) -> bool:
-    """Return True when two lists of deltas differ in nothing but names."""
-    if len(one.deltas) != len(other.deltas):
-        return False
-    for mine, yours in zip(one.deltas, other.deltas, strict=True):
-        if _nameless(mine) != _nameless(yours):
-            return False
-        for role, ref in mine.tensors.items():
-            if frozenset((ref.name, yours.tensors[role].name)) not in twins | {frozenset((ref.name,))}:
-                return False
-    return True
-
-
-def _nameless(delta: DeltaSpec) -> DeltaSpec:
-    return replace(delta, parameter="", target="", rule="", tensors={})
 
 
 def _without_factors(adapter: Adapter) -> Adapter:

@@ -7,19 +7,22 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.bypassed import is_bypassed
 from lora_merge.core.kinds import PREFIX
+from lora_merge.core.loose_ends import LooseEnd, unmatched_patterns, unsaved
 from lora_merge.core.patterns import TargetError
-from lora_merge.core.report import Issue, error, note
-from lora_merge.core.scaling import Scaling
+from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
+from lora_merge.plan.absent import Absent
 from lora_merge.plan.model import SAVE_ANEW, misplaced
 from lora_merge.plan.names import Names
 from lora_merge.plan.rules import rule_issues
 from lora_merge.plan.stacked import stacked_deltas
 
 if TYPE_CHECKING:
-    from lora_merge.core.adapter import Adapter, AdapterUse, DeltaSpec, Replacement
+    from lora_merge.core.adapter import Adapter, AdapterUse, Replacement
     from lora_merge.core.request import Request
     from lora_merge.plan.model import Model
 
@@ -45,8 +48,8 @@ class Fitting:
         self.issues: list[Issue] = []
         self.replacements: dict[str, TensorRef] = {}
         """Parameters of the output that are the adapter's own tensors."""
-        self.in_place: set[str] = set()
-        """Those among them that PEFT loads into the base's own parameter, not into a copy for one module."""
+        self.copies: dict[str, TensorRef] = {}
+        """The base's own parameters as the adapter carries them: PEFT loads them into the base, where ties share them."""
         self.deltas: list[DeltaSpec] = []
         """What changes, by the name in the output; regions are filled in."""
 
@@ -59,17 +62,20 @@ class Fitting:
         for parameter, replacement in self._adapter.replacements.items():
             self._replace(parameter, replacement)
         deltas = self._adapter.deltas
+        ends = unsaved(self._adapter)
         lost = [delta for delta in deltas if not self._join(delta)]
-        self._join_stacked()
+        self.deltas = self._effective(self.deltas)
+        ends += self._join_stacked()
         if lost and len(lost) == len(deltas) and not self._adapter.stacked:
             self.issues.append(self._all_absent(lost[0].parameter))
             return self
         self.issues += [self._absent(delta.parameter) for delta in lost]
-        self.deltas += (replace(delta, adapter=self._n) for delta in layered)
+        self.deltas += self._effective([replace(delta, adapter=self._n) for delta in layered])
         for delta in layered:
             self._located[delta.target] = Located(delta.rule, (Place(delta.parameter),))
+        names = Names(self._model, self._located)
+        self.issues += Absent(self._model, names).issues(ends) if ends else []
         if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
-            names = Names(self._model, self._located)
             self.issues += names.several_rewritings() + names.named_twice()
             try:
                 self.issues += rule_issues(self._adapter, self._model, names)
@@ -79,9 +85,28 @@ class Fitting:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that a parameter has in the output."""
-        if name in self.replacements:
-            return self.replacements[name].shape
-        return self._model.source(name).shape
+        own = self.replacements.get(name) or self.copies.get(name)
+        if own is not None:
+            return own.shape
+        stored = self._model.source(name).shape
+        resized = {
+            one: copy for one, copy in self.copies.items() if copy.shape != self._model.source(one).shape
+        }
+        shared = resized.keys() & set(self._model.users_with(name)) if resized else ()
+        return next((resized[one].shape for one in shared), stored)
+
+    def _effective(self, deltas: list[DeltaSpec]) -> list[DeltaSpec]:
+        """Return the deltas without those of layers that the model never calls, and warn of these."""
+        bypassed = {delta.target for delta in deltas if self._is_bypassed(delta)}
+        sentence = "was left out: the model reads the weight of this layer and never calls it"
+        hint = (
+            "so the adapter has no effect there in PEFT, and merging it would change what the model computes"
+        )
+        self.issues += [warning("no-effect", target, sentence, hint) for target in sorted(bypassed)]
+        return [delta for delta in deltas if delta.target not in bypassed]
+
+    def _is_bypassed(self, delta: DeltaSpec) -> bool:
+        return is_bypassed(delta.target.rpartition(".")[0], self._model.config)
 
     def _join(self, delta: DeltaSpec) -> bool:
         """Take a delta to its places, or say what keeps it from there; return False when it has none."""
@@ -101,8 +126,11 @@ class Fitting:
             self.deltas.append(self._placed(delta, place, found))
         return True
 
-    def _join_stacked(self) -> None:
-        """Take the deltas on ``target_parameters``, which only the model can name, to their places."""
+    def _join_stacked(self) -> list[LooseEnd]:
+        """Take the deltas on ``target_parameters``, which only the model can name, to their places.
+
+        Returns the patterns that match nothing, once every module and parameter is known.
+        """
         paths = set(self._adapter.modules)
         n_found = 0
         for pair in self._adapter.stacked:
@@ -117,23 +145,70 @@ class Fitting:
                 paths.add(found.parameter)
                 n_found += bool(found.deltas)
             self.deltas += found.deltas
-        if n_found == len(self._adapter.stacked) > 0:
-            self.issues += Scaling(self._adapter.config).unmatched(paths)
+        if self._adapter.kind != "LORA" or n_found < len(self._adapter.stacked):
+            return []
+        try:
+            return unmatched_patterns(self._adapter, paths)
+        except TargetError as exc:
+            self.issues.append(error("bad-field", exc.field, exc.sentence))
+            return []
 
     def _replace(self, parameter: str, replacement: Replacement) -> None:
         """Take a whole parameter from the adapter, if it belongs there."""
         if parameter in self._use.unchanged:
             sentence = "was saved along and equals the base's"
             self.issues.append(note("full-tensor", replacement.ref.name, sentence))
+            found = self._model.locate(parameter, replacement.ref.shape)  # found when it was compared
+            self._located |= {parameter: found} if found is not None else {}
+            return
+        if self._replace_row(parameter, replacement):
             return
         name = self._whole_place(parameter, replacement)
         problem = self._replacement_problem(name, replacement) if name is not None else None
         if problem is not None:
             self.issues.append(problem)
-        elif name is not None:
+        elif name is not None and replacement.why == "module":
             self.replacements[name] = replacement.ref
-            if replacement.why != "module":
-                self.in_place.add(name)
+            self._copy(parameter, name, replacement.original, only_if_other=True)
+        elif name is not None:
+            self._copy(parameter, name, replacement.ref)
+
+    def _replace_row(self, parameter: str, replacement: Replacement) -> bool:
+        """Take an expert's whole bias as the row of the stack that it is; return False where it is none."""
+        ref = replacement.ref
+        try:
+            found = self._model.locate(parameter, ref.shape) if len(ref.shape) == 1 else None
+        except LayoutError:
+            found = None
+        place = found.places[0] if found is not None else None
+        if found is None or place is None or found.shape != ref.shape or len(place.at) != 2:
+            return False
+        (n, _), columns = place.at
+        if not replacement.why or columns != (0, self._model.source(place.tensor).shape[1]):
+            return False
+        row = replace(ref, shape=(1, *ref.shape))
+        delta = DeltaSpec("rows", parameter, {"rows": row}, 1.0, options={"indices": [n]})
+        self._located[parameter] = found
+        self.deltas.append(self._placed(delta, Place(place.tensor), found))
+        return True
+
+    def _copy(
+        self, parameter: str, name: str, copy: TensorRef | None, *, only_if_other: bool = False
+    ) -> None:
+        """Take what the base's own parameter was in the training: trained in place, or resized."""
+        n_rows = self._use.differing.get(parameter, 0)
+        is_other = n_rows > 0 or (copy is not None and copy.shape != self._model.source(name).shape)
+        if copy is None or (only_if_other and not is_other):
+            return
+        self.copies[name] = copy
+        if n_rows:
+            n_all = min(copy.shape[0], self._model.source(name).shape[0])
+            sentence = (
+                f"is the base's {name} as it was in training, and {n_rows} of {n_all} rows differ from this base's; "
+                "the adapter's are taken, as PEFT takes them"
+            )
+            hint = "check that --base is the model that was trained"
+            self.issues.append(warning("other-base", copy.name, sentence, hint))
 
     def _whole_place(self, parameter: str, replacement: Replacement) -> str | None:
         """Return the name under which the base stores a parameter whole, or say why it has none."""
@@ -155,22 +230,26 @@ class Fitting:
     def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:
         """Return what keeps a parameter of the adapter from taking the place of the base's."""
         ref, source = replacement.ref, self._model.source(name)
-        if not replacement.why:
+        if not replacement.why and not self._is_resizable(name):
             sentence = "is a whole weight that differs from the base's, and the config does not say that it was trained"
             hint = "PEFT would load it into the base without a word; add its module to modules_to_save if it is meant"
             return error("unexpected-tensor", ref.name, sentence, hint)
         if ref.dtype != source.dtype and not {ref.dtype, source.dtype} <= TORCH_NAMES.keys():
             sentence = f"is stored as {ref.dtype}, the base's as {source.dtype}; expected BF16, F16 or F32"
             return error("bad-dtype", ref.name, sentence)
-        resized = replacement.why == "embedding" and ref.shape[1:] == source.shape[1:]
+        resized = ref.shape[1:] == source.shape[1:] and self._is_resizable(name)
         if ref.shape != source.shape and not resized:
             sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(source.shape)}"
             return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")
-        if self._use.weight != 1:
+        if self._use.weight != 1 and (replacement.why == "module" or not self._is_resizable(name)):
             hint = "give this adapter the weight 1"
             sentence = f"replaces a whole parameter, which cannot be done by {self._use.weight:g}"
             return error("weighted-replacement", ref.name, sentence, hint)
         return None
+
+    def _is_resizable(self, name: str) -> bool:
+        """Return True for a parameter with one row per token: an embedding, or the bias of the output's."""
+        return self._model.is_embedding(name)
 
     def _no_place(self, parameter: str, replacement: Replacement) -> Issue:
         """Return the issue of a whole parameter that the base does not store."""
@@ -225,14 +304,18 @@ class Fitting:
 
     def _placed(self, delta: DeltaSpec, place: Place, found: Located) -> DeltaSpec:
         """Return a delta under its name in the output, with the region that it owns."""
-        transposed = delta.region.transposed
-        if found.rule == "converted":
+        transposed, tensors = delta.region.transposed, delta.tensors
+        if found.by_boxes:
             transposed ^= place.transposed
+            if delta.kind == "addition" and len(place.at) == 2:  # a row of stacked biases
+                addend = tensors["addend"]
+                tensors = {"addend": replace(addend, shape=(1, *addend.shape))}
         elif delta.kind in {"low_rank", "dora"} and not transposed:
             transposed = self._transposed(delta, self.shape(place.tensor))
         return replace(
             delta,
             parameter=place.tensor,
+            tensors=tensors,
             target=delta.parameter,
             rule=found.rule,
             region=Region(transposed, place.at),
@@ -248,7 +331,7 @@ class Fitting:
         if dtype not in TORCH_NAMES:
             sentence = f"is stored as {dtype}, expected BF16, F16 or F32"
             return error("unsupported", name, sentence, "merge into the full-precision model")
-        if found.rule == "converted":
+        if found.by_boxes:
             return _part_misfit(delta, place, found)
         match delta.kind:
             case "low_rank" | "dora":
@@ -364,5 +447,9 @@ def _rows_misfit(delta: DeltaSpec, name: str, shape: tuple[int, ...]) -> Issue |
     outside = [index for index in indices if not 0 <= index < shape[0]]
     if outside:
         sentence = f"means token {outside[0]}, and the base's {name} has {shape[0]} rows"
-        return error("token-mismatch", ref.name, sentence, "the vocabulary was resized; use that base")
+        hint = (
+            "the vocabulary was resized before the training, and the adapter does not hold the resized embedding: "
+            "merge into the base as it was resized (--base)"
+        )
+        return error("token-mismatch", ref.name, sentence, hint)
     return None

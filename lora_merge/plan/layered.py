@@ -11,10 +11,11 @@ from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Tar
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
 from lora_merge.core.patterns import TargetError, full_match
 from lora_merge.core.report import Issue, error
-from lora_merge.core.targets import TargetRule, matching_patterns
+from lora_merge.core.targets import matching_patterns
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
 from lora_merge.layouts import LayoutError, Located
 from lora_merge.plan.model import SAVE_ANEW, misplaced
+from lora_merge.plan.rules import resolved_rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +66,7 @@ class _Join:
             "model_config": json.dumps(self._model.config),
             "adapter_config": json.dumps(config),
             "digest": self._adapter.digest,
+            "kind": self._adapter.kind,
         }
         placeholders = {name: _blank(ref) for name, ref in tensors.items() if not name.startswith(PREFIX)}
         injection = Injection(self._model.config, config, placeholders)
@@ -84,7 +86,7 @@ class _Join:
                 self.issues.append(error("missing-module", target.module, sentence, hint))
                 continue
             base = self._base_of(target)
-            if base is not None:
+            if base is not None and self._has_bias(target):
                 self._probe(injection, target, own, base)
                 self._add(target, own | {name: tensors[name] for name in shared}, base)
 
@@ -98,7 +100,7 @@ class _Join:
             TargetError: a field has a value that PEFT could not use.
         """
         config = self._adapter.config
-        rule = TargetRule.parse(config)
+        rule = resolved_rule(self._adapter, self._model)
         as_stored = self._tensors.keys() == self._adapter.layered.keys()
         if as_stored and (rule.all_linear or not isinstance(rule.target_modules, str)):
             return config
@@ -191,7 +193,19 @@ class _Join:
         try:
             injection.rehearse(target.module, blank_base, blank_own)
         except InjectionError as exc:
-            self.issues.append(error("injection", exc.subject, exc.sentence))
+            self.issues.append(error("injection", exc.subject, f"{self._adapter.kind}: {exc.sentence}"))
+
+    def _has_bias(self, target: Target) -> bool:
+        """Return True when a module has the bias that the adapter trains, if it trains one; else say that it lacks it."""
+        by_config = bool(self._adapter.config.get("lora_bias"))
+        if "bias" in target.parameters or not (by_config or self._adapter.kind == "BEFT"):
+            return True
+        trains = "lora_bias" if by_config else self._adapter.kind
+        listed = ", ".join(target.parameters) or "no parameters"
+        sentence = f"{trains} trains a bias, and this module of the base has none (it has {listed})"
+        hint = "its effect has no place in this model's checkpoint; serve it with PEFT, unmerged"
+        self.issues.append(error("no-effect", target.module, sentence, hint))
+        return False
 
     def _add(self, target: Target, tensors: Mapping[str, TensorRef], base: Mapping[str, TensorRef]) -> None:
         """Add a delta for each parameter of a module that changes."""

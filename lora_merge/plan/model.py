@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.report import Issue, error
 from lora_merge.core.skeleton import Skeleton, build_skeleton, may_hold_conv1d, may_share
@@ -114,6 +115,12 @@ class Model:
             for name in shared.unstored(self.sources)
         }
 
+    def users_with(self, name: str) -> tuple[str, ...]:
+        """Return the parameters that have one weight with this one, itself included; none where it is its own."""
+        if self.tie is not None and name in {self.tie.embedding, self.tie.head}:
+            return (self.tie.embedding, self.tie.head)
+        return next((shared.users for shared in self.shared if name in shared.users), ())
+
     def copies_of(self, tie: Tie) -> tuple[str, ...]:
         """Return the stored tensors that transformers ties to the input embedding, its output embedding apart."""
         return tuple(
@@ -122,6 +129,29 @@ class Model:
             if shared.users[0] == tie.embedding
             for name in shared.users[1:]
             if name in self.sources and name != tie.head
+        )
+
+    def is_embedding(self, name: str) -> bool:
+        """Return True for a parameter of an input or output embedding; transformers is asked where its name does not tell."""
+        if owner_name(name) in INPUT_NAMES | OUTPUT_NAMES:
+            return True
+        known = self.skeleton
+        if known is None:
+            return False
+        path, _, parameter = name.rpartition(".")
+        path = self.module(path)
+        ends = {known.input_embedding, known.output_embedding}
+        return path in ends or any(
+            source == f"{path}.{parameter}" and end.rpartition(".")[0] in ends
+            for end, source in known.tied.items()
+        )
+
+    def has(self, name: str) -> bool:
+        """Return True for a parameter that is stored, or that transformers' model has by a tie."""
+        known = self.skeleton if name not in self.sources else None
+        path, _, parameter = name.rpartition(".")
+        return name in self.sources or (
+            known is not None and parameter in known.parameters.get(self.module(path), ())
         )
 
     def knows(self, name: str) -> bool:

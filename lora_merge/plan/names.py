@@ -120,19 +120,43 @@ class Names:
         found: dict[str, set[int]] = {}
         for parameter, located in self._located.items():
             at = located.places[0].at
-            if located.rule != "converted" or len(located.places) != 1 or not _is_one_of_a_stack(at):
+            if not located.by_boxes or len(located.places) != 1 or not _is_one_of_a_stack(at):
                 continue
             *_, number = _NUMBER.finditer(parameter)
             kind = f"{parameter[: number.start()]}#{parameter[number.end() :]}"
             found.setdefault(kind, set()).add(int(number[0]))
         absent = []
+        stacks: dict[str, str] = {}
         for kind, numbers in found.items():
             tensor = self._located[kind.replace("#", str(min(numbers)))].places[0].tensor
+            stacks[tensor] = kind
             n_experts = self._model.sources[tensor].shape[0]
             first = next((n for n in range(n_experts) if n not in numbers), None)
             if first is not None:
                 absent.append(kind.replace("#", str(first)).removesuffix(".weight"))
+        return absent + self._untouched_stacks(stacks)
+
+    def _untouched_stacks(self, stacks: Mapping[str, str]) -> list[str]:
+        """Return the first expert of each stack that lies in another layer than those the adapter has experts of.
+
+        Args:
+            stacks: stored tensor → how the adapter names one of its experts, ``#`` for its number.
+        """
+        kinds = {_NUMBER.sub("#", tensor): (tensor, kind) for tensor, kind in stacks.items()}
+        absent = []
+        for name in self._model.sources:
+            tensor, kind = kinds.get(_NUMBER.sub("#", name), ("", ""))
+            if not tensor or name in self.taken or not self._is_loaded(name):
+                continue
+            theirs, ours = _NUMBER.findall(name), iter(_NUMBER.findall(tensor))
+            numbers = dict(zip(ours, theirs, strict=True))
+            renumbered = _NUMBER.sub(lambda match: numbers.get(match[0], match[0]), kind)  # noqa: B023 - used at once
+            absent.append(renumbered.replace("#", "0").removesuffix(".weight"))
         return absent
+
+    def _is_loaded(self, name: str) -> bool:
+        """Return False for a stored tensor that transformers' model leaves out."""
+        return self._model.stored.conversion is None or self._model.knows(name)
 
 
 def _is_one_of_a_stack(at: Box) -> bool:

@@ -26,6 +26,10 @@ _OTHER_NORMS_IN_MLX = frozenset(
 """Families to whose norms mlx-lm 0.32 adds 1 when it loads them."""
 
 
+_TURNED_IN_MLX = frozenset({"gpt2"})
+"""Families whose matrices mlx-lm 0.32 stores ``[out, in]`` and transformers ``[in, out]``."""
+
+
 def origin_issues(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
     """Return an issue when the weights that an adapter was trained on are not those that the base stores."""
     if adapter.format != "mlx":
@@ -34,6 +38,10 @@ def origin_issues(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
     for family in sorted(families & _OTHER_WEIGHTS_IN_MLX.keys()):
         sentence = f"is {family!r}, and mlx-lm {_OTHER_WEIGHTS_IN_MLX[family]} when it loads them"
         return [error("unsupported", "model_type", sentence, "merge it with mlx_lm.fuse")]
+    matrices = [parameter for parameter, one in adapter.replacements.items() if len(one.ref.shape) > 1]
+    if matrices and families & _TURNED_IN_MLX:
+        sentence = "was trained whole in mlx-lm, which stores the matrices of this family the other way round"
+        return [error("unsupported", min(matrices), sentence, "merge it with mlx_lm.fuse")]
     norms = [parameter for parameter in adapter.replacements if "norm" in parameter]
     if norms and families & _OTHER_NORMS_IN_MLX:
         sentence = "was trained in mlx-lm, which adds 1 to the norms of this family when it loads them"

@@ -82,12 +82,3 @@ def dtype_patch(base: Checkpoint, main: str | None, dtype: str | None) -> dict[s
         if key in level and (not path or level[key] == TORCH_NAMES[main])
     }
     return patch or {"torch_dtype": dtype}
-
-
-def vocabulary_patch(base: Checkpoint, before: int, after: int) -> dict[str, int]:
-    """Return what another number of embedding rows changes in ``config.json``, at every level that counts them."""
-    return {
-        f"{path}.vocab_size".lstrip("."): after
-        for path, level in config_levels(base.config)
-        if level.get("vocab_size") == before
-    }

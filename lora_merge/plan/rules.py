@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lora_merge.core.family_targets import family_targets
+from lora_merge.core.loose_ends import LooseEnd
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.targets import TargetRule, is_listed
+from lora_merge.plan.absent import Absent
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
@@ -30,16 +33,43 @@ def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     Raises:
         TargetError: a field has a value that PEFT could not use.
     """
-    rule = TargetRule.parse(adapter.config)
     if adapter.kind == "TRAINABLE_TOKENS":
+        rule = TargetRule.parse(adapter.config)
         return _unmatched(rule, frozenset(delta.module for delta in adapter.deltas), adapter, model, names)
     modules = _by_module(adapter)
+    rule = resolved_rule(adapter, model) if modules else TargetRule.parse(adapter.config)
+    if modules and rule.target_modules is None and not adapter.config.get("target_parameters"):
+        return [_no_default(modules, model)]
     return [
         *_unexpected(rule, modules, adapter, model),
         *_unmatched(rule, modules, adapter, model, names),
         *_missing(rule, adapter, model, names),
+        *_missing_parameters(adapter, model, names),
         *_biases(adapter, model, names),
     ]
+
+
+def resolved_rule(adapter: Adapter, model: Model) -> TargetRule:
+    """Return the rule of an adapter; where ``target_modules`` is null, with PEFT's own targets for the family.
+
+    Raises:
+        TargetError: a field has a value that PEFT could not use.
+    """
+    rule = TargetRule.parse(adapter.config)
+    if rule.target_modules is not None:
+        return rule
+    return replace(rule, target_modules=family_targets(adapter.kind, str(model.config.get("model_type"))))
+
+
+def _no_default(modules: frozenset[str], model: Model) -> Issue:
+    """Return the issue of null targets in a family that PEFT has no targets for."""
+    sentence = (
+        f"is null, and PEFT has no default targets for the family {model.config.get('model_type')!r}: "
+        f"PEFT would not load this adapter, which has tensors for {len(modules)} modules"
+    )
+    last = ", ".join(sorted({f'"{module.rpartition(".")[2]}"' for module in modules}))
+    hint = f"write the trained modules into adapter_config.json, perhaps [{last}]"
+    return error("bad-field", "target_modules", sentence, hint)
 
 
 def _by_module(adapter: Adapter) -> frozenset[str]:
@@ -59,7 +89,8 @@ def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, mod
             continue
         if adapter.config.get("ensure_weight_tying"):
             continue  # PEFT adapts the other end of a tie too, whatever the targets say
-        sentence = f"the adapter has tensors for it, and {_why_not(rule, module)}"
+        is_default = adapter.config.get("target_modules") is None
+        sentence = f"the adapter has tensors for it, and {_why_not(rule, module, is_default=is_default)}"
         hint = "PEFT would drop these tensors without a word; the config is not the one of training"
         issues.append(error("unexpected-tensor", module, sentence, hint))
     return issues
@@ -68,24 +99,34 @@ def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, mod
 def _unmatched(
     rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model, names: Names
 ) -> list[Issue]:
-    """Return an issue for each target that no module of the adapter answers to."""
-    issues = []
+    """Return what there is to say of each target that no module of the adapter answers to."""
     saved = {parameter.rpartition(".")[0] for parameter in adapter.replacements}
     unmatched = rule.unmatched_targets(modules | saved)
     if unmatched:
         unmatched = rule.unmatched_targets(modules | _left_out(rule, model, names))
-    for entry in unmatched:
-        sentence = f"the entry {entry!r} matches none of the adapter's {len(adapter.modules)} modules"
-        hint = "remove it from adapter_config.json if it was never trained"
-        issues.append(error("unmatched-target", "target_modules", sentence, hint))
+    hint = "remove it from adapter_config.json if it was never trained"
+    sentence = "the entry {!r} matches none of the adapter's {} modules, and the base has it"
+    ends = [
+        LooseEnd(
+            _targets_field(adapter),
+            entry,
+            "unmatched-target",
+            sentence.format(entry, len(adapter.modules)),
+            hint,
+        )
+        for entry in unmatched
+    ]
     for entry in map(str, adapter.config.get("target_parameters") or ()):
-        if not any(is_listed(parameter, (entry,)) for parameter in names.parameters) and names.has_modules(
-            adapter.stacked
-        ):
-            sentence = f"the entry {entry!r} matches none of the adapter's tensors"
-            hint = "remove it from adapter_config.json if it was never trained"
-            issues.append(error("unmatched-target", "target_parameters", sentence, hint))
-    return issues
+        found = any(is_listed(parameter, (entry,)) for parameter in names.parameters)
+        if not found and names.has_modules(adapter.stacked):
+            words = f"the entry {entry!r} matches none of the adapter's tensors, and the base has it"
+            ends.append(LooseEnd("target_parameters", entry, "unmatched-target", words, hint))
+    return Absent(model, names).issues(ends) if ends else []
+
+
+def _targets_field(adapter: Adapter) -> str:
+    """Return where an adapter's own configuration lists its targets."""
+    return "lora_parameters.keys" if adapter.format == "mlx" else "target_modules"
 
 
 def _left_out(rule: TargetRule, model: Model, names: Names) -> frozenset[str]:
@@ -141,6 +182,33 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
     return [error("missing-module", module, sentence, hint) for module in absent + experts]
 
 
+def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
+    """Return an issue for each parameter that ``target_parameters`` means and the adapter lacks.
+
+    What no parameter of the adapter answers to is a matter of the whole entry.
+
+    Reference:
+        ``peft.tuners.tuners_utils.BaseTuner._inject_parameters`` (PEFT 0.21.2).
+    """
+    entries = [
+        entry
+        for entry in map(str, adapter.config.get("target_parameters") or ())
+        if any(is_listed(parameter, (entry,)) for parameter in names.parameters)
+    ]
+    known = model.skeleton if entries else None
+    if known is None:
+        return []
+    sentence = "the config targets it, and the adapter has no tensors for it"
+    hint = "the adapter file is incomplete; PEFT would leave the parameter as it is, with a warning"
+    parameters = (f"{path}.{name}" for path, own in known.parameters.items() for name in own)
+    found = {model.stored.canonical(parameter) for parameter in names.parameters} | set(names.parameters)
+    return [
+        error("missing-module", parameter, sentence, hint)
+        for parameter in parameters
+        if is_listed(parameter, entries) and parameter not in found
+    ]
+
+
 def _rankless(adapter: Adapter) -> frozenset[str]:
     """Return the modules that AdaLoRA's ``rank_pattern`` names: one may have no rank, and no tensors, left."""
     if adapter.kind != "ADALORA":
@@ -168,12 +236,19 @@ def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     return [error("missing-bias", name, sentence, hint) for name in absent]
 
 
-def _why_not(rule: TargetRule, module: str) -> str:
+def _why_not(rule: TargetRule, module: str, *, is_default: bool) -> str:
     """Return which field of a rule leaves a module out."""
     if rule.excludes(module):
         return "exclude_modules leaves it out"
     if rule.all_linear:
         return 'target_modules="all-linear" does not cover it'
+    if is_default and rule.target_modules:
+        listed = (
+            rule.target_modules
+            if isinstance(rule.target_modules, str)
+            else ", ".join(rule.target_modules or ())
+        )
+        return f"target_modules is null, which means PEFT's own targets for this family: {listed}"
     if replace(rule, layers_to_transform=None).matches(module):
         return "layers_to_transform leaves its layer out"
     return "target_modules does not match it"

@@ -113,3 +113,15 @@ def in_parts_issue(shared: Shared, changed: str) -> Issue:
         "the base's layout has no names for separate weights"
     )
     return error("unsupported", changed, sentence, "serve the adapter with PEFT")
+
+
+def unlike_rows_issue(name: str, other: str) -> Issue:
+    """Return the issue of trained rows of two users of one weight that differ.
+
+    Args:
+        name: one of the users.
+        other: the other.
+    """
+    sentence = f"uses the same weight as {other}, and the adapter has other trained rows for each of the two"
+    hint = "PEFT trains one set of rows for both: the file is damaged or was edited"
+    return error("token-mismatch", name, sentence, hint)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_merge.plan.shared import Shared, in_parts_issue, split_issue, to_write
+from lora_merge.plan.change import Change
+from lora_merge.plan.shared import Shared, in_parts_issue, split_issue, to_write, unlike_rows_issue
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +23,6 @@ class Separation:
         model: the base.
         outline: of the output so far.
         changes: what is done to each tensor, by name; users without a tensor included.
-        blank: makes a change that does nothing.
         follow: name of the input embedding, its change, another user's → that user's, with what it shares.
         alike: tells whether two changes have the same outcome.
     """
@@ -31,14 +31,13 @@ class Separation:
         self,
         model: Model,
         outline: Outline,
-        changes: dict[str, Any],
+        changes: dict[str, Change],
         *,
-        blank: Callable[[], Any],
-        follow: Callable[[str, Any, Any], Any],
-        alike: Callable[[Any, Any], bool],
+        follow: Callable[[str, Change, Change], Change | None],
+        alike: Callable[[Change, Change], bool],
     ) -> None:
         self._model, self._changes = model, changes
-        self._blank, self._follow, self._alike = blank, follow, alike
+        self._follow, self._alike = follow, alike
         self._ends = {model.tie.embedding, model.tie.head} if model.tie is not None else frozenset()
         self.outline = outline
         """With the tensors that are written apart."""
@@ -58,8 +57,29 @@ class Separation:
                 if changed or write_all:
                     issues.append(in_parts_issue(shared, changed or shared.parts[0]))
                 continue
+            issues += self._unlike_rows(shared, free)
             written |= self._separate(shared, free, write_all=write_all)
         return issues + split_issue(written)
+
+    def _unlike_rows(self, shared: Shared, users: list[str]) -> list[Issue]:
+        """Return an issue where trained rows of users of one weight differ: PEFT trains one set of rows for all of them.
+
+        Reference:
+            ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer`` with a ``tied_adapter`` (PEFT 0.21.2).
+        """
+        changes = [
+            (name, self._changes[name]) for name in (*shared.users[:1], *users) if name in self._changes
+        ]
+        trained = [
+            (name, change) for name, change in changes if any(one.kind == "rows" for one in change.deltas)
+        ]
+        return [
+            unlike_rows_issue(name, trained[0][0])
+            for name, change in trained[1:]
+            if not self._alike(
+                replace(change, own=None, copy=None), replace(trained[0][1], own=None, copy=None)
+            )
+        ]
 
     def _separate(self, shared: Shared, free: list[str], *, write_all: bool) -> dict[str, str]:
         """Settle one weight; return the users that differ, and the stored tensor that they shared."""
@@ -72,21 +92,19 @@ class Separation:
             if name in own or write_all:
                 self.outline = self.outline.with_twin(anchor, name)
                 self._changes[name] = wanted[name]
-        if wanted[anchor] != self._blank():
+        if wanted[anchor] != Change():
             self._changes[anchor] = wanted[anchor]
         return dict.fromkeys(own, anchor)
 
     def _spread(self, anchor: str, users: list[str]) -> None:
         """Let a tensor that is loaded in place be the anchor's, whichever of its names the adapter has."""
         found = [self._changes[name] for name in (anchor, *users) if name in self._changes]
-        loaded = next((change for change in found if change.in_place), None)
-        if loaded is None:
-            return
-        change = self._changes.get(anchor, self._blank())
-        if change.source is None:
-            self._changes[anchor] = replace(change, source=loaded.source, in_place=True)
+        loaded = next((change.copy for change in found if change.copy is not None), None)
+        change = self._changes.get(anchor, Change())
+        if change.copy is None and loaded is not None:
+            self._changes[anchor] = replace(change, copy=loaded)
 
-    def _wanted(self, name: str, anchor: str, shared: Shared) -> Any:
+    def _wanted(self, name: str, anchor: str, shared: Shared) -> Change:
         """Return what is done to one user.
 
         Args:
@@ -98,10 +116,8 @@ class Separation:
             ``peft.utils.other._get_module_names_tied_with_embedding`` (PEFT 0.21.2): what is tied to another parameter
             follows the input embedding; the parameter that it is tied to does not.
         """
-        first, own = (self._changes.get(one, self._blank()) for one in (anchor, name))
+        first, own = (self._changes.get(one, Change()) for one in (anchor, name))
         lead = self._model.input_embedding
         if lead in shared.users and name in shared.users[1:] and name != lead and name not in self._ends:
-            own = self._follow(lead, self._changes.get(lead, self._blank()), own) or self._blank()
-        if first.in_place and (own.source is None or own.in_place):
-            return replace(own, source=first.source, in_place=True)
-        return own
+            own = self._follow(lead, self._changes.get(lead, Change()), own) or Change()
+        return replace(own, copy=first.copy or own.copy)

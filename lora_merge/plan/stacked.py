@@ -97,7 +97,7 @@ def _placed_experts(
     assert located.shape is not None
     deltas = []
     for place in located.places:
-        turned = _is_across(pair, place, located.shape, adapter, model, expert_layout)
+        turned = _is_across(delta.target, pair, place, located.shape, adapter, model, expert_layout)
         if turned is None:
             return []
         n_axes = len(model.source(place.tensor).shape)
@@ -167,6 +167,7 @@ def _home(pair: StackedPair, names: Collection[str], model: Model) -> str:
 
 
 def _is_across(
+    parameter: str,
     pair: StackedPair,
     place: Place,
     shape: Shape,
@@ -186,10 +187,12 @@ def _is_across(
     said = next((layout for layout in ("out-in", "in-out") if layout in expert_layout), None)
     if said is not None:
         return (said == "in-out") != place.transposed
-    return _is_across_by_class(pair, place, adapter, model)
+    return _is_across_by_class(parameter, pair, place, adapter, model)
 
 
-def _is_across_by_class(pair: StackedPair, place: Place, adapter: Adapter, model: Model) -> bool | None:
+def _is_across_by_class(
+    parameter: str, pair: StackedPair, place: Place, adapter: Adapter, model: Model
+) -> bool | None:
     """Return True where a module's square experts are ``[in, out]``, by its class and the adapter's PEFT.
 
     How a checkpoint stores square experts that transformers turns by their shape, nobody can tell.
@@ -200,6 +203,8 @@ def _is_across_by_class(pair: StackedPair, place: Place, adapter: Adapter, model
     target, pattern = conversion.canonical(place.tensor)
     if conversion.is_turned_by_shape(pattern):
         return None
+    if conversion.shape(target) is None:  # an expert of a copy that has them one by one
+        target, _ = conversion.canonical(parameter)
     if pair.inward:
         return target.rpartition(".")[0] not in known.transposed
     if target.rpartition(".")[0] in known.transposed:

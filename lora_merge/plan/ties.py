@@ -19,9 +19,9 @@ from lora_merge.core.checkpoint import (
 from lora_merge.core.report import Issue, error, note
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from lora_merge.core.adapter import Adapter, DeltaSpec
+    from lora_merge.core.adapter import Adapter
     from lora_merge.plan.model import Model
 
 _TIED_BY_ENGINES = frozenset({"gemma", "gemma2", "cohere", "cohere2", "cohere2_moe", "mpt"})
@@ -93,31 +93,6 @@ def _is_flagged(model: Model, embedding: str, head: str) -> bool:
     if known is not None:
         return embedding != head and known.tied.get(head, head) == known.tied.get(embedding, embedding)
     return any(level.get("tie_word_embeddings") for _, level in config_levels(model.config))
-
-
-def unbiased_head_issue(model: Model, tie: Tie, deltas: Sequence[DeltaSpec]) -> Issue | None:
-    """Return the issue of tokens that were trained in an embedding that is tied to a head with a bias.
-
-    Reference:
-        ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer.forward_adapters`` (PEFT 0.21.2): it computes the
-        tied head from its weight alone.
-
-    Args:
-        model: the base.
-        tie: of its embeddings.
-        deltas: of the input embedding.
-    """
-    known = model.skeleton
-    if known is None or known.output_embedding is None or not any(delta.kind == "rows" for delta in deltas):
-        return None
-    if "bias" not in known.parameters.get(known.output_embedding, ()):
-        return None
-    sentence = (
-        f"the adapter trains tokens of {tie.embedding}, which is tied to it, and PEFT then computes it without "
-        "its bias: a merged checkpoint has the bias and answers differently"
-    )
-    hint = "train the embedding with LoRA or modules_to_save instead, or serve the adapter with PEFT"
-    return error("unsupported", tie.head, sentence, hint)
 
 
 def untie_issue(config: Mapping[str, Any], tie: Tie, *, allowed: bool) -> Issue:

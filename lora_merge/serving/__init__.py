@@ -6,10 +6,13 @@ the conversion has to do, so that ``--for ENGINE`` is made of the same rules.
 
 from __future__ import annotations
 
+import re
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from lora_merge.core.family import BaseFamily
 from lora_merge.core.inspection import EngineReport, Obstacle
+from lora_merge.core.report import Issue, error, note
 from lora_merge.serving.llamacpp import LLAMACPP
 from lora_merge.serving.lmdeploy import LMDEPLOY
 from lora_merge.serving.lorax import LORAX
@@ -17,12 +20,18 @@ from lora_merge.serving.rules import Engine, Need, Ranks, Rule
 from lora_merge.serving.sglang import SGLANG
 from lora_merge.serving.tgi import TGI
 from lora_merge.serving.vllm import VLLM
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lora_merge.core.request import ServingEngine
     from lora_merge.core.traits import Trait
+
+UNSTATED = BaseFamily()
+"""Nothing is known of the base."""
+
+MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
 
 ENGINES: Mapping[ServingEngine, Engine] = {
     "vllm": VLLM,
@@ -33,11 +42,15 @@ ENGINES: Mapping[ServingEngine, Engine] = {
     "llamacpp": LLAMACPP,
 }
 
-__all__ = ["ENGINES", "Engine", "Need", "Ranks", "Rule", "needs_of", "obstacles", "report"]
+__all__ = ["ENGINES", "Engine", "Need", "Ranks", "Rule", "family_issues", "needs_of", "obstacles", "report"]
 
 
 def report(
-    name: ServingEngine, traits: Sequence[Trait], adapter: str, options: str = "", model_type: str = ""
+    name: ServingEngine,
+    traits: Sequence[Trait],
+    adapter: str,
+    options: str = "",
+    family: BaseFamily = UNSTATED,
 ) -> EngineReport:
     """Return what an engine makes of an adapter, with the commands that help.
 
@@ -46,18 +59,16 @@ def report(
         traits: of the adapter.
         adapter: as the user named it.
         options: that say which base it belongs to, as they were given: `` --base DIR``.
-        model_type: of the base, if it is known.
+        family: of the base, if it is known.
     """
     engine = ENGINES[name]
     commands = _Commands(name, engine, adapter, options, traits)
-    found = []
-    for trait, rule in obstacles(engine, traits, model_type):
+    found = _family_obstacles(engine, traits, family, commands)
+    for trait, rule in obstacles(engine, traits, family):
         sentence = f"{trait.detail}: {engine.name} {rule.sentence}"
-        cures = commands.of(rule.needs)
-        depends = rule.depends and not model_type
-        found.append(
-            Obstacle(trait.name, "depends" if depends else rule.effect, sentence, cures, rule.source)
-        )
+        cures = (rule.option, commands.merge) if rule.option else commands.of(rule.needs)
+        effect = "depends" if rule.is_open(family) else rule.effect
+        found.append(Obstacle(trait.name, effect, sentence, cures, rule.source))
     if engine.format == "gguf":
         sentence = (
             "it is no GGUF file; llama.cpp's own converter makes one, and loses rsLoRA and alpha_pattern"
@@ -68,25 +79,78 @@ def report(
     rank = next((trait for trait in traits if trait.name == "rank"), None)
     if rank is not None:
         found += _rank_obstacles(engine, rank, commands)
-    return EngineReport(engine.name, engine.version, tuple(found))
+    return EngineReport(engine.name, engine.version, tuple(found), engine.families.standing(family))
 
 
-def obstacles(engine: Engine, traits: Iterable[Trait], model_type: str) -> list[tuple[Trait, Rule]]:
+def obstacles(engine: Engine, traits: Iterable[Trait], family: BaseFamily) -> list[tuple[Trait, Rule]]:
     """Return the traits that an engine stumbles over, with its rules."""
     rules = engine.by_trait
     return [
         (trait, rules[trait.name])
         for trait in traits
-        if trait.name in rules and rules[trait.name].applies(model_type)
+        if trait.name in rules and rules[trait.name].applies(family)
     ]
 
 
-def needs_of(name: ServingEngine, traits: Sequence[Trait], model_type: str = "") -> frozenset[Need]:
+def family_issues(name: ServingEngine, traits: Sequence[Trait], family: BaseFamily) -> list[Issue]:
+    """Return what a conversion for an engine has to say about the family of the base: a refusal, or that nothing is known."""
+    engine = ENGINES[name]
+    standing = engine.families.standing(family)
+    if standing == "refused":
+        return [error("unsupported", str(family), _refusal(engine, family), MERGE)]
+    others = _other_modules(engine, traits, family)
+    if others:
+        return [error("unsupported", others[0], _without_lora(engine, others), MERGE)]
+    if standing == "unknown":
+        return [note("unknown-family", str(family), _not_known(engine, family))]
+    if standing == "unstated":
+        sentence = f"was not checked: whether {engine.name} serves LoRA for its family; --base shows it"
+        return [note("unknown-family", "base", sentence)]
+    return []
+
+
+def _family_obstacles(
+    engine: Engine, traits: Sequence[Trait], family: BaseFamily, commands: _Commands
+) -> list[Obstacle]:
+    """Return what the family of the base stands in the way of."""
+    families = engine.families
+    standing = families.standing(family)
+    if standing == "refused":
+        return [Obstacle("family", "refused", _refusal(engine, family), (commands.merge,), families.source)]
+    if standing == "unknown":
+        sentence = _not_known(engine, family)
+        return [Obstacle("family", "unknown", sentence, (commands.merge,), families.source)]
+    others = _other_modules(engine, traits, family)
+    if not others:
+        return []
+    sentence = _without_lora(engine, others)
+    return [Obstacle("modules", families.effect, sentence, (commands.merge,), families.source)]
+
+
+def _refusal(engine: Engine, family: BaseFamily) -> str:
+    return f"{engine.name} {engine.version} does not serve LoRA for {family}"
+
+
+def _not_known(engine: Engine, family: BaseFamily) -> str:
+    return f"whether {engine.name} {engine.version} serves LoRA for {family or 'this family'} is not known"
+
+
+def _without_lora(engine: Engine, others: Sequence[str]) -> str:
+    last = listing(dict.fromkeys(path.rpartition(".")[2] for path in others))
+    return f"{engine.name} {engine.families.lacking} {last} of this family"
+
+
+def _other_modules(engine: Engine, traits: Iterable[Trait], family: BaseFamily) -> list[str]:
+    """Return the modules of an adapter that an engine has no LoRA for, other than those that rules are about."""
+    pattern = engine.families.pattern(family)
+    paths = next((trait.paths for trait in traits if trait.name == "modules"), ())
+    return [path for path in paths if pattern and not re.fullmatch(pattern, path)]
+
+
+def needs_of(name: ServingEngine, traits: Sequence[Trait], family: BaseFamily = UNSTATED) -> frozenset[Need]:
     """Return what a conversion has to do so that an engine serves what comes of it."""
     engine = ENGINES[name]
-    needs = {need for _, rule in obstacles(engine, traits, model_type) for need in rule.needs} | {
-        *engine.always
-    }
+    needs = {need for _, rule in obstacles(engine, traits, family) for need in rule.needs} | {*engine.always}
     rank = next((trait.value for trait in traits if trait.name == "rank"), 0)
     if engine.ranks.by_padding and rank not in engine.ranks.allowed:
         needs.add("pad-rank")
@@ -106,7 +170,7 @@ class _Commands:
         self._out = f" --out {quote(f'{plain}-{name}')}"
         self._is_lossy = any(
             "to-lora" in rule.needs and (trait.name, trait.detail) != ("kind", "ADALORA")
-            for trait, rule in obstacles(engine, traits, "")
+            for trait, rule in obstacles(engine, traits, UNSTATED)
         )
         self._rank = engine.ranks.default or "N"
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from lora_merge.serving.rules import Engine, Ranks, Rule
+from lora_merge.serving.rules import Engine, Families, Ranks, Rule
 
 _RUN = "llama.cpp in llama-cpp-python 0.3.36, run on the CPU"
 _READ = "llama.cpp in llama-cpp-python 0.3.36, read"
+
+_KNOWN = (
+    "llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe qwen2_vl qwen2_5_vl gemma gemma2 gemma3 gemma3_text phi3 "
+    "gpt_oss gpt2 gpt_neox granite granitemoe granitemoeshared falcon_h1 internlm2 deepseek_v2 deepseek_v3 glm4 "
+    "olmo2 starcoder2 llava mistral3"
+)
+
+_FAMILIES = Families(
+    key="model_type",
+    served=dict.fromkeys(_KNOWN.split(), ""),
+    source=f"{_READ}: conversion/*.py, src/models/*.cpp",
+)
+"""By ``model_type``: families whose names and graphs `lora_merge.writers.gguf_adapter` knows."""
 
 LLAMACPP = Engine(
     name="llama.cpp",
     version="llama-cpp-python 0.3.36",
     format="gguf",
+    families=_FAMILIES,
     ranks=Ranks(most=0, source=f"{_RUN}: llama-adapter.h:53"),
     rules=(
         Rule("kind", "refused", "has LoRA only", f"{_RUN}: convert_lora_to_gguf.py:470", ("to-lora",)),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from lora_merge.serving.lmdeploy_families import FAMILIES, UNPACKED
 from lora_merge.serving.rules import Engine, Ranks, Rule
 
 _RUN = "lmdeploy 0.18.0, lmdeploy/pytorch, run on the CPU with PEFT 0.14"
 _READ = "lmdeploy 0.18.0, lmdeploy/pytorch, read"
-
-_UNPACKED = frozenset({"mixtral", "deepseek_v2", "deepseek_v3", "llama4", "llava", "phimoe"})
-"""Families whose model files have no ``packed_modules_mapping``, though they pack."""
 
 LMDEPLOY = Engine(
     name="LMDeploy",
@@ -18,6 +16,7 @@ LMDEPLOY = Engine(
         otherwise="has a kernel for ranks up to 16 and for powers of two",
         source="lmdeploy 0.18.0, lmdeploy/pytorch/kernels/cuda/fused_lora.py:105, its kernel run in Triton's interpreter",
     ),
+    families=FAMILIES,
     always=("expand-targets", "every-name"),
     rules=(
         Rule("kind", "refused", "fails on any other configuration than LoRA's", f"{_RUN}: adapter/adapter.py:19", ("to-lora",)),
@@ -55,7 +54,7 @@ LMDEPLOY = Engine(
         Rule("latent-kv", "wrong", "ignores LoRA on kv_b_proj", f"{_RUN}: models/deepseek_v2.py:496"),
         Rule(
             "packed", "refused", "does not find q, k, v, gate and up of this family", f"{_RUN}: adapter/adapter.py:107",
-            only_for=_UNPACKED,
+            only_for=UNPACKED,
         ),
         Rule(
             "language-model", "refused", "calls these modules as transformers 4 did", f"{_RUN}: adapter/adapter.py:107",

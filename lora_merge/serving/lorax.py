@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
-from lora_merge.serving.rules import Engine, Ranks, Rule
+from lora_merge.serving.rules import Engine, Families, Ranks, Rule
 
 _RUN = "lorax a7394ba3 (2026-05), server/lorax_server; its loader was run on the CPU"
 _READ = "lorax a7394ba3 (2026-05), server/lorax_server, read"
+
+_LAYER = r"model\.layers\.\d+\."
+_BLOCK = r"transformer\.h\.\d+\."
+_ATTENTION = rf"{_LAYER}self_attn\.[qkvo]_proj"
+_DENSE = rf"{_ATTENTION}|{_LAYER}mlp\.(gate|up|down)_proj"
+
+_FAMILIES = Families(
+    key="model_type",
+    served={
+        **dict.fromkeys(
+            ("llama", "mistral", "qwen2", "gemma", "gemma2", "cohere", "granite", "solar"), _DENSE
+        ),
+        "mixtral": _ATTENTION,
+        "phi": rf"{_LAYER}self_attn\.([qkv]_proj|dense)|{_LAYER}mlp\.fc[12]",
+        "phi-msft": rf"{_LAYER}self_attn\.([qkv]_proj|dense)|{_LAYER}mlp\.fc[12]",
+        "phi3": rf"{_LAYER}self_attn\.(qkv|o)_proj|{_LAYER}mlp\.(gate_up|down)_proj",
+        "gpt2": rf"{_BLOCK}attn\.c_(attn|proj)|{_BLOCK}mlp\.c_(fc|proj)",
+        "qwen": rf"{_BLOCK}attn\.c_(attn|proj)|{_BLOCK}mlp\.(w1|w2|c_proj)",
+        "bloom": rf"{_BLOCK}self_attention\.(query_key_value|dense)|{_BLOCK}mlp\.dense_(h_to_4h|4h_to_h)",
+        "dbrx": r"transformer\.blocks\.\d+\.norm_attn_norm\.attn\.(Wqkv|out_proj)",
+    },
+    unknown=frozenset({"llava", "llava_next", "mllama", "xlm-roberta"}),
+    is_complete=True,
+    lacking="leaves out",
+    effect="wrong",
+    source=f"{_READ}: models/__init__.py:96, models/flash_*.py adapter_target_to_layer, models/model.py:236",
+)
+"""By ``model_type``; any other is not supported, or its class has ``supports_adapter_loading`` False: Falcon, GPT-NeoX,
+StarCoder, MPT, OPT, T5, BERT."""
 
 LORAX = Engine(
     name="LoRAX",
@@ -15,6 +44,7 @@ LORAX = Engine(
         source=f"{_RUN}: adapters/lora.py:184, utils/punica.py:46",
         otherwise="pads another rank inside and computes the scale from the padded one, after the first kind of layer",
     ),
+    families=_FAMILIES,
     always=("every-layer",),
     rules=(
         Rule("kind", "wrong", "ignores the type, finds no factors and serves the base", f"{_READ}: adapters/lora.py:44", ("to-lora",)),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from lora_merge.core.family import BaseFamily
 
 Effect = Literal["refused", "wrong", "option"]
 
@@ -37,10 +38,13 @@ class Rule:
     """What a conversion has to do; nothing where only a merge helps."""
 
     only_for: frozenset[str] = frozenset()
-    """Values of ``model_type`` that it holds for; empty: all."""
+    """Families that it holds for, by ``model_type`` or class; empty: all."""
 
     except_for: frozenset[str] = frozenset()
-    """Values of ``model_type`` that it does not hold for."""
+    """Families that it does not hold for, by ``model_type`` or class."""
+
+    option: str = ""
+    """Of an ``"option"``: how the engine is told."""
 
     by_base: bool = False
     """True where only the base shows whether it holds."""
@@ -50,11 +54,28 @@ class Rule:
         """Return True when the base decides whether it holds."""
         return self.by_base or bool(self.only_for or self.except_for)
 
-    def applies(self, model_type: str) -> bool:
-        """Return True when it holds for a model, or the model is not known and it may."""
-        if not model_type:
-            return True
-        return (not self.only_for or model_type in self.only_for) and model_type not in self.except_for
+    def applies(self, family: BaseFamily) -> bool:
+        """Return True when it holds for a family, or what is known of the family does not tell and it may."""
+        names = family.names
+        if not names.isdisjoint(self.except_for):
+            return False
+        return not self.only_for or not names.isdisjoint(self.only_for) or not family.is_sure
+
+    def is_open(self, family: BaseFamily) -> bool:
+        """Return True when what is known of the family does not tell whether it holds."""
+        if self.by_base:
+            return not family.model_type
+        is_named = not family.names.isdisjoint(self.only_for | self.except_for)
+        return self.depends and not (is_named or family.is_sure)
+
+
+NO_SUCH_MODULES = Rule(
+    "experts-apart",
+    "refused",
+    "has no modules of these names: only a copy of the model for 4-bit training has them",
+    "unsloth_zoo 2026.3, temporary_patches/gpt_oss.py, read",
+)
+"""Holds for every engine: each has the experts of the published model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +104,60 @@ class Ranks:
     source: str = ""
 
 
+Standing = Literal["served", "refused", "unknown", "unstated"]
+"""Whether an engine serves LoRA for a family: yes; no; the table does not say; the family is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Families:
+    """The families that an engine serves LoRA for, and which modules of each."""
+
+    key: Literal["model_type", "class"]
+    """What the engine tells families apart by."""
+
+    served: Mapping[str, str]
+    """Family → a pattern of the paths of modules that have LoRA; empty: every linear layer has."""
+
+    source: str
+    """Where that is seen."""
+
+    refused: frozenset[str] = frozenset()
+    """Families that the release knows, and has no LoRA for."""
+
+    unknown: frozenset[str] = frozenset()
+    """Families that the release knows; whether it has LoRA for them is not known."""
+
+    is_complete: bool = False
+    """True where the release serves no family that is not listed."""
+
+    lacking: str = "has no LoRA on"
+    """What it does with other modules of a family that it serves."""
+
+    effect: Effect = "refused"
+    """Of such a module."""
+
+    def names(self, family: BaseFamily) -> tuple[str, ...]:
+        """Return the names by which the engine would look for a family."""
+        by_type = (family.model_type,) if family.model_type else ()
+        return by_type if self.key == "model_type" else family.architectures
+
+    def standing(self, family: BaseFamily) -> Standing:
+        """Return whether the engine serves LoRA for a family."""
+        names = self.names(family)
+        if not names:
+            return "unknown" if family.model_type else "unstated"
+        if any(name in self.served for name in names):
+            return "served"
+        if any(name in self.unknown for name in names):
+            return "unknown"
+        is_refused = self.is_complete or any(name in self.refused for name in names)
+        return "refused" if is_refused else "unknown"
+
+    def pattern(self, family: BaseFamily) -> str:
+        """Return the pattern of the modules that have LoRA; empty where all linear layers have, or it is not known."""
+        return next((self.served[name] for name in self.names(family) if name in self.served), "")
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """One engine, and what it makes of adapters."""
@@ -94,6 +169,7 @@ class Engine:
     """The release that its rules were taken from."""
 
     ranks: Ranks
+    families: Families
     rules: tuple[Rule, ...]
 
     format: Literal["peft", "gguf"] = "peft"
@@ -105,4 +181,4 @@ class Engine:
     @property
     def by_trait(self) -> Mapping[str, Rule]:
         """Return the rules by their traits."""
-        return {rule.trait: rule for rule in self.rules}
+        return {rule.trait: rule for rule in (NO_SUCH_MODULES, *self.rules)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_merge.serving.rules import Engine, Ranks, Rule
+from lora_merge.serving.sglang_families import FAMILIES
 
 _RUN = "sglang 0.5.23, sglang/srt/lora; its loader was run on the CPU"
 _READ = "sglang 0.5.23, sglang/srt/lora, read"
@@ -14,6 +15,7 @@ SGLANG = Engine(
         most=0, default=0, option="--max-lora-rank",
         source="sglang 0.5.23, lora_manager.py; without the option the largest r of --lora-paths counts, read",
     ),
+    families=FAMILIES,
     always=("pad-rank",),
     rules=(
         Rule("kind", "refused", "reads LoRA only", f"{_RUN}: lora_config.py", ("to-lora",)),
@@ -30,7 +32,7 @@ SGLANG = Engine(
             f"{_RUN}: mem_pool.py:908", ("pad-rank",),
         ),
         Rule(
-            "packed-parts", "refused", "fails where q has no v beside it, or up no gate", f"{_RUN}: lora.py:289, 472",
+            "packed-parts", "refused", "fails where q has no v beside it in its layer, k or v no q, or up no gate", f"{_RUN}: lora.py:289, 472",
             ("packed",),
         ),
         Rule("dora", "refused", "says that it does not support DoRA", f"{_READ}: lora_manager.py:349", ("to-lora",)),
@@ -49,6 +51,10 @@ SGLANG = Engine(
         Rule(
             "target-parameters", "refused", "fails at the first request: it knows no such names",
             f"{_RUN}: mem_pool.py:983", ("split-experts",),
+        ),
+        Rule(
+            "added-tokens", "refused", "refuses an added_tokens.json with ids beyond the base's vocabulary",
+            f"{_READ}: lora_config.py:52, lora_manager.py:344", by_base=True,
         ),
         Rule("convolution", "refused", "has LoRA for linear layers and embeddings only", f"{_READ}: utils.py"),
         Rule("initial", "wrong", "takes the factors as they are, on the base as published", f"{_READ}: lora.py", ("to-lora",)),

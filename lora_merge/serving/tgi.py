@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from lora_merge.serving.rules import Engine, Ranks, Rule
+from lora_merge.serving.rules import Engine, Families, Ranks, Rule
 
 _RUN = "text-generation-inference 3.3.7, server/text_generation_server; its loader was run on the CPU"
 _READ = "text-generation-inference 3.3.7, server/text_generation_server, read"
+
+_LAYER = r"model\.layers\.\d+\."
+_ATTENTION = rf"{_LAYER}self_attn\.([qkvo]|qkv)_proj"
+_DENSE = rf"{_ATTENTION}|{_LAYER}mlp\.(gate|up|down)_proj"
+
+_FAMILIES = Families(
+    key="model_type",
+    served={
+        **dict.fromkeys(
+            ("llama", "phi3", "granite", "baichuan", "mistral", "qwen2", "gemma2", "gemma3_text"), _DENSE
+        ),
+        "phimoe": _ATTENTION,
+        "starcoder2": rf"{_ATTENTION}|{_LAYER}mlp\.(gate_proj|up_proj|down_proj|c_fc|c_proj)",
+    },
+    unknown=frozenset(
+        {"gemma3", "qwen2_vl", "qwen2_5_vl", "mllama", "idefics2", "idefics3", "paligemma", "llava_next"}
+    ),
+    is_complete=True,
+    lacking="leaves out",
+    effect="wrong",
+    source=f"{_READ}: models/__init__.py:1869, utils/adapter.py:232, and models/custom_modeling: which layers are MultiAdapter ones",
+)
+"""By ``model_type``. Of any other, the layers have no LoRA inside (Gemma, Cohere, Phi, Mixtral, GPT-2), or the table of
+layers cannot be built, so that it does not start (GPT-NeoX, Falcon, whatever runs in transformers)."""
 
 TGI = Engine(
     name="TGI",
@@ -15,6 +39,7 @@ TGI = Engine(
         source=f"{_RUN}: adapters/lora.py:245",
         otherwise="pads another rank inside and computes the scale from the padded one, after the first kind of layer",
     ),
+    families=_FAMILIES,
     always=("every-layer",),
     rules=(
         Rule("kind", "refused", "does not start: its configuration has to be LoRA's", f"{_RUN}: adapters/lora.py:103", ("to-lora",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_merge.serving.rules import Engine, Ranks, Rule
+from lora_merge.serving.vllm_families import FAMILIES, STACKED_EXPERTS
 
 _RUN = "vllm 0.32.0, vllm/lora, run on the CPU"
 _READ = "vllm 0.32.0, vllm/lora, read"
@@ -17,6 +18,7 @@ VLLM = Engine(
         most=512, default=16, option="--max-lora-rank", allowed=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         source=f"{_RUN}: config/lora.py:26, peft_helper.py:194",
     ),
+    families=FAMILIES,
     rules=(
         Rule("kind", "refused", "reads LoRA only", f"{_RUN}: peft_helper.py:168, utils.py:220", ("to-lora",)),
         Rule("format", "refused", "reads PEFT's files", f"{_RUN}: lora_model.py:281", ("rewrite",)),
@@ -56,7 +58,20 @@ VLLM = Engine(
         Rule(
             "target-parameters", "refused", "takes experts one by one, and drops those of Mixtral without a word",
             f"{_RUN}: model_manager.py:1264, mixtral.py:246", ("split-experts", "every-layer"),
-            except_for=frozenset({"gpt_oss"}),
+            except_for=STACKED_EXPERTS,
+        ),
+        Rule(
+            "stacked-parts", "refused", "fails unless gate_up_proj and down_proj both have factors",
+            f"{_READ}: model_manager.py:_stack_moe_lora_weights", only_for=STACKED_EXPERTS,
+        ),
+        Rule(
+            "experts", "option", "takes stacked experts of this family unless it is told",
+            f"{_READ}: model_manager.py:145, utils.py:411", only_for=STACKED_EXPERTS,
+            option="vLLM's --enable-mixed-moe-lora-format",
+        ),
+        Rule(
+            "tower", "wrong", "leaves a tower's LoRA out, or refuses it, unless --enable-tower-connector-lora is given and the class has that",
+            f"{_READ}: model_manager.py:240",
         ),
         Rule(
             "some-experts", "refused", "fails unless every expert has all three projections",

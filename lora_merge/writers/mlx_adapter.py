@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from lora_merge.core.mlx_names import family_of, is_expert, mlx_name
 from lora_merge.core.report import error
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
@@ -22,17 +23,15 @@ if TYPE_CHECKING:
     from lora_merge.core.lora import Lora, Made
     from lora_merge.writers.lora_writer import LoadFactors
 
-_EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<projection>[^.]+)")
+_LISTED = re.compile(r"\.experts\.\w+_projs\.\d+$")
 _LAYER = re.compile(r"(?:.+?\.)?\d+\.(?P<key>.+)")
-
-_STACKED_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-"""What mlx-lm calls an expert's projections under ``block_sparse_moe`` (mlx-lm 0.32)."""
 
 
 def write_mlx(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
     """Write a LoRA of one rank and of scale 1 as mlx-lm saves one; return the names of the files.
 
-    Experts are stacked, as mlx-lm has them; it must have factors for all of a layer's.
+    Modules have mlx-lm's names (`lora_merge.core.mlx_names`). Experts are stacked, as mlx-lm has them; it must have
+    factors for all of a layer's.
 
     Raises:
         ConvertError: a module has no place in the format.
@@ -42,11 +41,16 @@ def write_mlx(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
         ``mlx_lm.tuner.utils.load_adapters``, ``mlx_lm.tuner.lora`` (mlx-lm 0.32.2).
     """
     groups: dict[str, list[Made]] = {}
+    family = family_of(lora.base_config)
+    assert family is not None  # else the draft was refused
     for made in lora.made:
         if made.module.form not in {"linear", "embedding"}:
             sentence = f"is LoRA on {made.module.form}, which mlx-lm does not have"
             raise ConvertError([error("unsupported", made.module.path, sentence, "add --split-experts")])
-        groups.setdefault(_path(made.module.path), []).append(made)
+        if _LISTED.search(made.module.path):
+            sentence = "is an expert of a copy for 4-bit training; mlx-lm has no module of this name"
+            raise ConvertError([error("unsupported", made.module.path, sentence, "merge it")])
+        groups.setdefault(mlx_name(made.module.path, family), []).append(made)
     refs = [ref for path, members in groups.items() for ref in _slots(path, members)]
     file = place(MLX_WEIGHTS, sorted(refs, key=lambda ref: ref.name), {"format": "mlx"})
     path = root / MLX_WEIGHTS
@@ -60,24 +64,8 @@ def write_mlx(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
     return ADAPTER_CONFIG, MLX_WEIGHTS
 
 
-def _path(path: str) -> str:
-    """Return what mlx-lm calls a module.
-
-    Example:
-        >>> _path("model.layers.0.block_sparse_moe.experts.7.w3")
-        'model.layers.0.block_sparse_moe.switch_mlp.up_proj'
-    """
-    match = _EXPERT.fullmatch(path)
-    if match is None:
-        return path
-    projection = match["projection"]
-    if match["block"].endswith("block_sparse_moe"):
-        projection = _STACKED_NAMES.get(projection, projection)
-    return f"{match['block']}.switch_mlp.{projection}"
-
-
 def _is_stack(members: list[Made]) -> bool:
-    return _EXPERT.fullmatch(members[0].module.path) is not None
+    return is_expert(members[0].module.path)
 
 
 def _slots(path: str, members: list[Made]) -> list[TensorRef]:

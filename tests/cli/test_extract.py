@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lora_merge.cli import exits
+from tests.conftest import write_tokenizer
 from tests.parity import building
 from tests.tampering import edit_json, edit_tensors
 
@@ -229,11 +230,11 @@ def test_the_energy_decides_the_rank_of_every_module(base, tuned, cli, tmp_path)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(100, 64)}), "is (100, 64), the base's is (96, 64)"),
-        (lambda tensors: tensors.update({"model.layers.7.extra.weight": torch.zeros(4, 4)}), "model.layers.7.extra.weight: is in "),
+        (lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(96, 32)}), "is (96, 32), the base's is (96, 64)"),
+        (lambda tensors: tensors.update({"model.layers.7.extra.weight": torch.zeros(4, 4)}), "model.layers.7.extra.weight: is in"),
         (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}), "is stored as I8"),
     ],
-    ids=["resized", "another model", "no floats"],
+    ids=["of another size", "another model", "no floats"],
 )  # fmt: skip
 def test_what_is_no_training_of_the_base_is_refused(change, says, base, cli, tmp_path):
     shutil.copytree(base, tmp_path / "tuned")
@@ -246,6 +247,110 @@ def test_what_is_no_training_of_the_base_is_refused(change, says, base, cli, tmp
     assert result.exit_code == exits.PLAN
     assert says in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def resized(base, out, rows, change):
+    """Write a base with another vocabulary after a training."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(3)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            changed = change(name, parameter, generator)
+            if changed is not None:
+                parameter.copy_(changed)
+    model.save_pretrained(out)
+    write_tokenizer(out)
+    return model.eval()
+
+
+def computed(model, tokens):
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits
+
+
+NAMED = {"gpt2": "c_attn.weight", "gpt_neox": "query_key_value.weight"}
+
+
+def model_of(family, pico, tmp_path):
+    """Return a base of a family, gpt_neox with the names on disk that transformers 5 renames."""
+    if family != "gpt_neox":
+        return pico(family, "float32")
+    config = GPTNeoXConfig(
+        hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
+    )
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "base")
+    assert "embed_out.weight" in load_file(tmp_path / "base" / "model.safetensors")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("rows", [96, 100, 90])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "gpt_neox"])
+def test_peft_computes_with_what_is_carried_whole_what_the_tuned_model_computes(
+    family, rows, pico, cli, tmp_path
+):
+    """Both ends of a tie are in the file: PEFT has a weight for each. Added tokens come with their rows."""
+    base = model_of(family, pico, tmp_path)
+    ends = (
+        NAMED.get(family, "q_proj.weight"),
+        "embed_tokens.weight",
+        "wte.weight",
+        "embed_in.weight",
+        "lm_head.weight",
+    )
+    trained = resized(base, tmp_path / "tuned", rows, low_rank(4, ends))
+    tokens = TOKENS.clamp(max=rows - 1)
+    if rows > 96:
+        tokens[:, 3:5] = torch.tensor([96, 99])
+    wanted = computed(trained, tokens)
+    report = extract(cli, base, tmp_path / "tuned", tmp_path / "out", "--rank", 4, "--save-modules")
+    assert [issue["code"] for issue in report["issues"]] == ([] if rows == 96 else ["resized"])
+    assert (tmp_path / "out" / "tokenizer.json").exists() is (rows != 96)
+    again = AutoModelForCausalLM.from_pretrained(base)
+    again.resize_token_embeddings(rows, mean_resizing=False)
+    got = computed(PeftModel.from_pretrained(again, tmp_path / "out"), tokens)
+    assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+    result = cli("--base", base, "--adapter", tmp_path / "out", "--out", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (computed(merged, tokens) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    stored = load_file(tmp_path / "merged" / "model.safetensors").keys()
+    assert stored == load_file(base / "model.safetensors").keys()  # what was tied still is
+
+
+def test_a_head_that_was_trained_apart_from_its_tied_embedding_is_a_lora(pico, cli, tmp_path):
+    base = pico("llama_tied", "float32")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    head = low_rank(2, ("lm_head.weight",))(
+        "lm_head.weight", model.lm_head.weight, torch.Generator().manual_seed(1)
+    )
+    model.lm_head.weight = torch.nn.Parameter(head.detach())
+    model.save_pretrained(tmp_path / "tuned")
+    report = extract(cli, base, tmp_path / "tuned", tmp_path / "out", "--rank", 2)
+    assert [module["path"] for module in report["modules"]] == ["lm_head"]
+    wanted = computed(model, TOKENS)
+    assert (logits(base, tmp_path / "out") - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_added_tokens_are_left_out_with_a_warning_that_says_so(base, cli, tmp_path):
+    resized(base, tmp_path / "tuned", 100, low_rank(2))
+    report = extract(cli, base, tmp_path / "tuned", tmp_path / "out", "--rank", 2, "--target", "q_proj")
+    assert {module["path"].rpartition(".")[2] for module in report["modules"]} == {"q_proj"}
+    said = {issue["subject"]: issue["sentence"] for issue in report["issues"] if issue["code"] == "left-out"}
+    assert said.keys() >= {"model.embed_tokens.weight", "lm_head.weight"}
+    assert "has 100 rows in the tuned model and 96 in the base: it is left out" in said["lm_head.weight"]
+
+
+def test_a_target_that_was_resized_is_refused(base, cli, tmp_path):
+    resized(base, tmp_path / "tuned", 100, low_rank(2))
+    options = ("--rank", 2, "--target", "lm_head", "--target", "q_proj", "--out", tmp_path / "out")
+    result = cli("extract", "--base", base, "--tuned", tmp_path / "tuned", *options)
+    assert result.exit_code == exits.PLAN
+    assert "lm_head.weight: has 100 rows, the base's has 96, and LoRA cannot resize a weight" in result.stderr
 
 
 def test_nothing_changed_is_no_adapter(base, cli, tmp_path):

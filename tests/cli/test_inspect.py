@@ -214,7 +214,8 @@ def test_an_embedding_on_vllm_depends_on_the_family_of_the_base(pico, pico_adapt
         adapter = tampered(pico_adapter(pico(family), **fields), family)
         for known in (True, False):
             if not known:
-                edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/model")
+                unnamed = {"base_model_name_or_path": "org/model", "auto_mapping": None}
+                edit_json(adapter / "adapter_config.json", **unnamed)
             (engine,) = found(adapter, "--engine", "vllm")["engines"]
             effects[family, known] = {one["trait"]: one["effect"] for one in engine["obstacles"]}.get(
                 "embedding"

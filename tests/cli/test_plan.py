@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -144,3 +146,18 @@ def test_a_density_that_nothing_looks_at_is_a_warning(combine, is_told, cli, pic
     told = f"warning: density: is 0.3, and --combine {combine} keeps all of each change"
     assert (told in result.stderr) == is_told
     assert "density" not in cli(*arguments).stderr
+
+
+def test_names_and_shapes_tell_all_there_is_to_a_plain_lora_so_transformers_is_not_loaded(pico, pico_adapter):
+    """Importing it takes longer than many a merge."""
+    script = (
+        "import sys, lora_merge; lora_merge.plan(base=sys.argv[1], adapter=sys.argv[2]); "
+        "print('transformers' in sys.modules, 'torch' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, pico(), pico_adapter(pico())],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == ["False", "False"], run.stderr

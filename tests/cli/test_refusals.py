@@ -72,6 +72,10 @@ def add(name: str, *shape: int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def double(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.update({name: tensors[name] * 2})
+
+
 def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
     def change(tensors: dict[str, Any]) -> None:
         for name in [name for name in tensors if old in name]:
@@ -487,9 +491,17 @@ CASES = [
     ),
     Case(
         "MLX with an alpha that two versions read differently",
-        ("lora_parameters.alpha: is 16: the first versions of mlx-lm multiply scale by alpha/rank",),
+        (
+            "lora_parameters.alpha: is 16: mlx-lm multiplied scale by alpha/rank until June 2024",
+            "set scale to 10 x 16/4",
+        ),
         "bad-field",
-        config={"lora_parameters": {"rank": 4, "scale": 10.0, "alpha": 16}},
+        config={
+            "lora_parameters": {"rank": 4, "scale": 10.0, "alpha": 16},
+            "fine_tune_type": ...,
+            "num_layers": ...,
+            "lora_layers": 2,
+        },
         format="mlx",
     ),
     Case(
@@ -550,14 +562,14 @@ CASES = [
         format="mlx",
     ),
     Case(
-        "MLX with a key that matches nothing",
-        ("lora_parameters.keys: the entry 'self_attn.wqkv' matches none of the adapter's 4 modules",),
+        "MLX with a key that the base has and the adapter lacks",
+        ("lora_parameters.keys: the entry 'self_attn.k_proj' matches none of the adapter's 4 modules",),
         "unmatched-target",
         config={
             "lora_parameters": {
                 "rank": 4,
                 "scale": 1.5,
-                "keys": ["self_attn.q_proj", "mlp.down_proj", "self_attn.wqkv"],
+                "keys": ["self_attn.q_proj", "mlp.down_proj", "self_attn.k_proj"],
             }
         },
         format="mlx",
@@ -648,15 +660,13 @@ CASES = [
     ),
     Case(
         "MLX experts whose storage is not known",
-        (
-            "mlp.experts.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",
-        ),
+        ("mlp.bank.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",),
         "unsupported",
         config={"lora_parameters": {"rank": 4, "scale": 1.5}},
         format="mlx",
         tensors=several(
-            add("model.layers.0.mlp.experts.up_proj.lora_a", 2, 4, 64),
-            add("model.layers.0.mlp.experts.up_proj.lora_b", 2, 80, 4),
+            add("model.layers.0.mlp.bank.up_proj.lora_a", 2, 4, 64),
+            add("model.layers.0.mlp.bank.up_proj.lora_b", 2, 80, 4),
         ),
     ),
     Case(
@@ -712,10 +722,10 @@ CASES = [
     Case("another rank in the config", ("has rank 4, the config says 8",), "rank-mismatch", config={"r": 8}),
     # 5. and 6. entries and patterns without a match
     Case(
-        "a target that matches nothing",
-        ("the entry 'wqkv' matches none of the adapter's 4 modules",),
+        "a target that the base has and the adapter lacks",
+        ("the entry 'k_proj' matches none of the adapter's 4 modules, and the base has it",),
         "unmatched-target",
-        config={"target_modules": ["q_proj", "down_proj", "wqkv"]},
+        config={"target_modules": ["q_proj", "down_proj", "k_proj"]},
     ),
     Case(
         "a rank pattern that matches nothing",
@@ -724,10 +734,10 @@ CASES = [
         config={"rank_pattern": {"k_proj": 8}},
     ),
     Case(
-        "an alpha pattern that matches nothing",
-        ("alpha_pattern", "'layers.9.q_proj' matches none"),
+        "an alpha pattern of one layer that the adapter lacks",
+        ("alpha_pattern", r"'layers.1.*.k_proj' matches none"),
         "unmatched-pattern",
-        config={"alpha_pattern": {"layers.9.q_proj": 8}},
+        config={"alpha_pattern": {"layers.1.*.k_proj": 8}},
     ),
     Case(
         "two patterns that disagree",
@@ -809,10 +819,14 @@ CASES = [
     ),
     Case(
         "a trained weight that stands twice",
-        ("lm_head.weight: is a second weight of its module",),
+        ("lm_head.modules_to_save.weight: is a second weight of its module, and differs from",),
         "duplicate-tensor",
         config={"modules_to_save": ["lm_head"]},
-        tensors=several(add(f"{HEAD}.weight", 96, 64), add(f"{HEAD}.modules_to_save.weight", 96, 64)),
+        tensors=several(
+            add(f"{HEAD}.weight", 96, 64),
+            add(f"{HEAD}.modules_to_save.weight", 96, 64),
+            double(f"{HEAD}.weight"),
+        ),
     ),
     Case(
         "a trained module of another size",
@@ -874,7 +888,10 @@ CASES = [
     ),
     Case(
         "a vocabulary that grew at one end",
-        ("lm_head.weight: keeps its 96 rows, and model.embed_tokens.weight grows to 100",),
+        (
+            "lm_head.weight: has 96 rows, model.embed_tokens.weight grows to 100, and its 4 new rows are not in the adapter",
+            "merge into the base as it was resized before the training",
+        ),
         "resized",
         kind="a larger vocabulary",
         tensors=drop(f"{HEAD}.weight"),
@@ -1100,10 +1117,10 @@ CASES = [
         model_type="no",
     ),
     Case(
-        "a parameter that no module has",
-        ("target_parameters: the entry 'nothing.weight' matches none of the adapter's tensors",),
+        "a parameter that the base has and the adapter lacks",
+        ("target_parameters: the entry 'k_proj.weight' matches none of the adapter's tensors",),
         "unmatched-target",
-        config={"target_parameters": ["nothing.weight"]},
+        config={"target_parameters": ["k_proj.weight"]},
     ),
     Case(
         "a parameter that the module does not have",
@@ -1640,11 +1657,11 @@ def test_every_problem_is_named_in_one_message(pico, pico_adapter, tampered, cli
 
 def test_a_rank_that_disagrees_hides_no_other_problem(pico, pico_adapter, tampered, cli, tmp_path):
     adapter = tampered(pico_adapter(pico()))
-    edit_json(adapter / "adapter_config.json", r=8, target_modules=["q_proj", "wqkv"])
+    edit_json(adapter / "adapter_config.json", r=8, target_modules=["q_proj", "k_proj"])
 
     result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
 
-    for words in ("has rank 4, the config says 8", "the entry 'wqkv'", "target_modules does not match it"):
+    for words in ("has rank 4, the config says 8", "the entry 'k_proj'", "target_modules does not match it"):
         assert words in result.stderr
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lora_merge.cli import exits
+from tests.parity import building
 from tests.tampering import edit_json
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -100,3 +103,166 @@ def test_layers_that_transformers_does_not_load_need_no_tensors(pico, pico_adapt
     assert result.exit_code == exits.OK, result.stderr
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(merged["model.layers.2.self_attn.q_proj.weight"], *extra.values())
+
+
+# Names that the base has nothing for: PEFT skips them without a word.
+
+
+def quiet(result):
+    """Check that a command went through and had at most notes to give."""
+    assert result.exit_code == exits.OK, result.output
+    assert "warning" not in result.output
+    return result
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["wqkv", "query_key_value", "model.layers.7.self_attn.q_proj", "vision_tower.q_proj", ".*k_proj"],
+)
+def test_a_target_that_the_base_lacks_is_a_note(entry, pico, pico_adapter, tampered, cli, tmp_path):
+    base, plain = pico(), pico_adapter(pico())
+    adapter = tampered(plain)
+    edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "down_proj", entry])
+
+    result = quiet(cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--strict"))
+    cli("--base", base, "--adapter", plain, "--out", tmp_path / "plain")
+
+    assert f"note: target_modules: the base has no module called {entry!r}" in result.stderr
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "plain"))
+    assert one.read_bytes() == other.read_bytes()
+    quiet(cli("inspect", adapter, "--base", base))
+    quiet(cli("convert", adapter, "--for", "vllm", "--base", base, "--out", tmp_path / "vllm"))
+
+
+LOOSE = {
+    "modules_to_save": (["vision_tower", "score"], "note"),
+    "target_parameters": (["gate.weight", "experts.gate_up_proj"], "note"),
+    "rank_pattern": ({"gate_up_proj": 8}, "warning"),
+    "alpha_pattern": ({r"layers\.9\.self_attn\.q_proj": 8}, "warning"),
+    "exclude_modules": (["visual"], ""),
+    "layers_to_transform": ([0, 1, 2, 3], ""),
+}
+
+
+@pytest.mark.parametrize("field", LOOSE)
+def test_another_field_may_name_what_the_base_lacks(field, pico, pico_adapter, tampered, cli, tmp_path):
+    """PEFT itself warns of patterns, so that they are a warning here."""
+    base = pico()
+    adapter = tampered(pico_adapter(base))
+    value, severity = LOOSE[field]
+    edit_json(adapter / "adapter_config.json", **{field: value})
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.OK, result.output
+    assert (f"{severity}: {field}: " in result.stderr) is bool(severity)
+    assert ("warning" in result.stderr) is (severity == "warning")
+
+
+def test_a_method_of_peft_s_own_layers_may_name_a_saved_module_that_the_base_lacks(pico, tmp_path, cli):
+    from peft import LoHaConfig, get_peft_model
+
+    from tests.conftest import build_model
+
+    model = get_peft_model(
+        build_model("llama"), LoHaConfig(r=2, target_modules=["q_proj", "wqkv"], modules_to_save=["score"])
+    )
+    building.perturb(model, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+
+    result = cli(
+        "--base", pico("llama", "float32"), "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"
+    )
+
+    assert result.exit_code == exits.OK, result.output
+    assert "note: modules_to_save: the base has no module called 'score'" in result.stderr
+
+
+def test_without_a_base_a_loose_entry_is_a_warning(pico, pico_adapter, tampered, cli):
+    adapter = tampered(pico_adapter(pico()))
+    edit_json(adapter / "adapter_config.json", modules_to_save=["score"], rank_pattern={"wqkv": 8})
+
+    result = cli("inspect", adapter)
+
+    assert result.exit_code == exits.OK
+    for words in ("modules_to_save: names 'score'", "rank_pattern: 'wqkv' matches none", "--base"):
+        assert words in result.output
+
+
+def test_an_mlx_key_that_the_base_lacks_is_a_note(pico, pico_adapter, cli, tmp_path):
+    base = pico("llama", "float32")
+    cli("convert", pico_adapter(base), "--format", "mlx", "--base", base, "--out", tmp_path / "mlx")
+    config = tmp_path / "mlx" / "adapter_config.json"
+    settings = json.loads(config.read_text())["lora_parameters"]
+    edit_json(config, lora_parameters={**settings, "keys": [*settings["keys"], "mlp.switch_mlp.up_proj"]})
+
+    result = quiet(cli("--base", base, "--adapter", tmp_path / "mlx", "--out", tmp_path / "out"))
+
+    assert "note: lora_parameters.keys: the base has no module called" in result.stderr
+
+
+# Targets that are null: PEFT's own for the family.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["LORA", "ADALORA"])
+def test_null_targets_are_peft_s_own_for_the_family(family, kind, pico, tampered, cli, tmp_path):
+    import peft
+
+    from tests.conftest import build_model
+    from tests.parity.building import perturb
+
+    config = (
+        peft.LoraConfig(r=2) if kind == "LORA" else peft.AdaLoraConfig(init_r=2, target_r=2, total_step=9)
+    )
+    model = peft.get_peft_model(build_model(family), config)
+    perturb(model, 0.1)
+    model.save_pretrained(tmp_path / "listed")
+    adapter = tampered(tmp_path / "listed")
+    edit_json(adapter / "adapter_config.json", target_modules=None)
+
+    for root in (tmp_path / "listed", adapter):
+        out = tmp_path / "out" / root.name
+        result = cli("--base", pico(family, "float32"), "--adapter", root, "--out", out)
+        assert result.exit_code == exits.OK, result.output
+
+    one, other = (tmp_path / "out" / name / "model.safetensors" for name in ("listed", "tampered"))
+    assert one.read_bytes() == other.read_bytes()
+    assert "PEFT's own for the family (null)" in cli("inspect", adapter).stdout
+
+
+def test_a_conversion_writes_out_what_null_targets_mean(pico, pico_adapter, tampered, cli, tmp_path):
+    adapter = tampered(pico_adapter(pico(), target_modules=["q_proj", "v_proj"]))
+    edit_json(adapter / "adapter_config.json", target_modules=None)
+
+    result = cli("convert", adapter, "--rank", 8, "--base", pico(), "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.OK, result.output
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_null_targets_that_do_not_cover_the_tensors_are_named(pico, pico_adapter, tampered, cli, tmp_path):
+    adapter = tampered(pico_adapter(pico()))
+    edit_json(adapter / "adapter_config.json", target_modules=None)
+
+    result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.PLAN
+    assert (
+        "target_modules is null, which means PEFT's own targets for this family: q_proj, v_proj"
+        in result.stderr
+    )
+
+
+def test_null_targets_of_a_family_without_any_are_refused(pico, pico_adapter, tampered, cli, tmp_path):
+    base = tampered(pico(), "base")
+    edit_json(base / "config.json", model_type="strange", architectures=["StrangeForCausalLM"])
+    adapter = tampered(pico_adapter(pico()))
+    edit_json(adapter / "adapter_config.json", target_modules=None)
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.PLAN
+    assert "PEFT has no default targets for the family 'strange'" in result.stderr
+    assert '["down_proj", "q_proj"]' in result.stderr

@@ -76,7 +76,11 @@ def test_the_table_names_every_check_and_the_last_line_says_what_it_comes_to(mer
     assert result.exit_code == 0
     for check in ("loadable", "recorded", "untouched", "recompute"):
         assert check in result.stdout
-    assert result.stdout.rstrip().endswith("verified: nothing differs that was asked")
+    *_, checked, not_checked, conclusion = result.stdout.rstrip().splitlines()
+    assert checked.startswith("checked: structure (what engines need to load it); digests of all files")
+    assert checked.endswith("weights, recomputed from base and adapter")
+    assert not_checked == "not checked: outputs of the model (--forward)"
+    assert conclusion == "verified: no check found a difference"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,48 @@ def test_what_was_put_beside_the_weights_since_is_no_fault(merge, cli):
     assert cli("verify", merge[2]).exit_code == 0
 
 
+def test_an_output_that_is_compared_with_nothing_is_not_called_verified(pico, cli):
+    # A base as it was published: no manifest, and nobody says what was merged into it.
+    result = cli("verify", pico("llama", "bfloat16", "40KB"), "--json")
+    assert result.exit_code == 6, result.output
+    found = json.loads(result.stdout)
+    assert found["ok"] is False
+    assert states(result) == {
+        "loadable": "passed",
+        "recorded": "not asked",
+        "planned": "not asked",
+        "compared": "failed",
+    }
+    (issue,) = found["findings"][-1]["issues"]
+    assert issue["code"] == "nothing-compared"
+    assert found["checked"] == ["structure (what engines need to load it)"]
+    assert len(found["not_checked"]) == 3
+    said = cli("verify", pico("llama", "bfloat16", "40KB")).stdout
+    assert "verified" not in said
+    assert "not checked: digests of all files (merge_manifest.json); weights, recomputed" in said
+
+
+def test_the_structure_alone_can_be_asked_for(pico, cli, tmp_path):
+    base = pico("llama", "bfloat16", "40KB")
+    result = cli("verify", base, "--level", "structure")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip().endswith("the values of the weights were not checked")
+    assert "verified" not in result.stdout
+    shutil.copytree(base, tmp_path / "broken")
+    shard_of(tmp_path / "broken", COPIED).unlink()
+    assert cli("verify", tmp_path / "broken", "--level", "structure").exit_code == 6
+    asked = cli("verify", base, "--level", "structure", "--forward")
+    assert asked.exit_code == 2
+    assert "--forward asks for a comparison" in asked.output
+
+
+def test_a_base_without_an_adapter_is_nothing_to_compare_with(pico, cli):
+    base = pico("llama", "bfloat16", "40KB")
+    result = cli("verify", base, "--base", base, "--json")
+    assert result.exit_code == 6
+    assert states(result)["compared"] == "failed"
+
+
 def test_an_output_of_another_tool_is_held_to_base_and_adapter(pico, pico_adapter, cli, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -186,9 +232,6 @@ def test_an_output_of_another_tool_is_held_to_base_and_adapter(pico, pico_adapte
     adapter = pico_adapter(base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     model.merge_and_unload().save_pretrained(tmp_path / "by-peft")
-    alone = cli("verify", tmp_path / "by-peft", "--json")
-    assert alone.exit_code == 0, alone.output
-    assert states(alone) == {"loadable": "passed", "recorded": "not asked", "planned": "not asked"}
     result = cli(
         "verify", tmp_path / "by-peft", "--base", base, "--adapter", adapter, "--level", "full", "--json"
     )

@@ -23,6 +23,11 @@ def config(kind):
     if kind == "gpt_neox":
         made = transformers.GPTNeoXConfig(**sizes, intermediate_size=INNER)
         return {**made.to_dict(), "architectures": ["GPTNeoXForCausalLM"]}
+    if kind == "gpt_oss":
+        made = transformers.GptOssConfig(
+            **sizes, num_key_value_heads=2, head_dim=8, intermediate_size=INNER, num_local_experts=EXPERTS
+        )
+        return {**made.to_dict(), "architectures": ["GptOssForCausalLM"]}
     made = transformers.Qwen3MoeConfig(
         **sizes, num_key_value_heads=2, head_dim=8, moe_intermediate_size=INNER, num_experts=EXPERTS
     )
@@ -44,6 +49,12 @@ ONE_BY_ONE = {
 FUSED = {
     f"{LAYER}.gate_up_proj": (EXPERTS, 2 * INNER, HIDDEN),
     f"{LAYER}.down_proj": (EXPERTS, HIDDEN, INNER),
+}
+ACROSS = {
+    f"{LAYER}.gate_up_proj": (EXPERTS, HIDDEN, 2 * INNER),
+    f"{LAYER}.gate_up_proj_bias": (EXPERTS, 2 * INNER),
+    f"{LAYER}.down_proj": (EXPERTS, INNER, HIDDEN),
+    f"{LAYER}.down_proj_bias": (EXPERTS, HIDDEN),
 }
 HALVES = tuple(
     Place(
@@ -104,6 +115,53 @@ FOUND = {
             f"{LAYER}.2.down_proj.weight",
             (HIDDEN, INNER),
             (Place(f"{LAYER}.down_proj", at=((2, 3), (0, HIDDEN), (0, INNER))),),
+        ),
+    ],
+    "apart": [
+        (
+            kind,
+            ACROSS,
+            f"{LAYER}.gate_up_projs.1.weight",
+            (2 * INNER, HIDDEN),
+            (Place(f"{LAYER}.gate_up_proj", at=((1, 2), (0, HIDDEN), (0, 2 * INNER)), transposed=True),),
+        )
+        for kind in ("gpt_oss", "")
+    ]
+    + [
+        (
+            "gpt_oss",
+            ACROSS,
+            f"{LAYER}.down_projs.2.bias",
+            (HIDDEN,),
+            (Place(f"{LAYER}.down_proj_bias", at=((2, 3), (0, HIDDEN))),),
+        ),
+        (
+            "",
+            FUSED,
+            f"{LAYER}.0.down_proj.weight",
+            (HIDDEN, INNER),
+            (Place(f"{LAYER}.down_proj", at=((0, 1), (0, HIDDEN), (0, INNER))),),
+        ),
+        (
+            "gpt_oss",
+            {"model.layers.0.mlp.router.weight": (EXPERTS, HIDDEN)},
+            "model.layers.0.mlp.router.linear.weight",
+            (EXPERTS, HIDDEN),
+            (Place("model.layers.0.mlp.router.weight"),),
+        ),
+        (
+            "gpt_oss",
+            {f"{LAYER}.down_projs.{n}.weight": (HIDDEN, INNER) for n in range(EXPERTS)},
+            f"{LAYER}.down_proj",
+            None,
+            tuple(
+                Place(
+                    f"{LAYER}.down_projs.{n}.weight",
+                    part=((n, n + 1), (0, INNER), (0, HIDDEN)),
+                    transposed=True,
+                )
+                for n in range(EXPERTS)
+            ),
         ),
     ],
     "suffix": [

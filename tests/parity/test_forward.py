@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,76 @@ def test_a_prompt_reaches_the_model_wherever_it_takes_tokens(family, workshop):
     model = building.load(building.base(workshop, family, "published"), building.by_name(family))
     one, other = (scores(model, Prompt("", ids), ())[-1] for ids in ((5, 9, 11), (5, 9, 12)))
     assert abs(one - other).max() > 0.01
+
+
+# Models whose answers are not a function of what they are asked. The class is a real one with a forward pass that adds
+# to the logits what it draws, or what it keeps from call to call.
+
+
+@pytest.fixture
+def unsteady(monkeypatch):
+    """Return a function that has every Llama add something to its logits: (logits, calls so far) → what is added."""
+    from transformers import LlamaForCausalLM
+
+    plain = LlamaForCausalLM.forward
+
+    def install(added):
+        calls = []
+
+        def forward(self, *args, **kwargs):
+            output = plain(self, *args, **kwargs)
+            calls.append(None)
+            output.logits = output.logits + added(output.logits, len(calls))
+            return output
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+
+    return install
+
+
+DRAWN = {
+    "noise": lambda logits, _: torch.randn_like(logits),
+    "dropout in evaluation": lambda logits, _: torch.nn.functional.dropout(logits, 0.3, training=True),
+    "a gate": lambda logits, _: torch.rand(()).expand_as(logits),
+}
+
+
+@pytest.mark.parametrize("what", DRAWN)
+def test_models_that_draw_at_random_draw_the_same_numbers(what, unsteady, pico, pico_adapter, merged):
+    base = pico("llama", "float32")
+    out = merged(base, pico_adapter(base))
+    unsteady(DRAWN[what])
+    proof = lora_merge.verify(out, forward=True)
+    assert proof.ok, [str(issue) for issue in proof.issues]
+    assert "random" in {issue.code for issue in proof.issues}
+    name = "model.layers.1.mlp.down_proj.weight"
+    before = load_file(base / "model.safetensors")[name]
+    edit_tensors(out / "model.safetensors", lambda t: t.update({name: before.clone()}))
+    assert finding(lora_merge.verify(out, forward=True), "forward").state == "failed"
+
+
+KEPT = {
+    "a state": lambda logits, n_calls: torch.full_like(logits, 0.1 * n_calls),
+    "what another generator drew": lambda logits, _: torch.tensor(random.SystemRandom().random()),
+    "a value that is none": lambda logits, n_calls: torch.full_like(logits, torch.nan if n_calls > 9 else 0),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_a_model_that_answers_otherwise_each_time_does_not_pass(
+    what, unsteady, pico, pico_adapter, merged, cli
+):
+    base = pico("llama", "float32")
+    out = merged(base, pico_adapter(base))
+    unsteady(KEPT[what])
+    result = cli("verify", out, "--forward", "--json")
+    assert result.exit_code == 6, result.output
+    found = next(one for one in json.loads(result.stdout)["findings"] if one["check"] == "forward")
+    assert [issue["code"] for issue in found["issues"]] == ["not-comparable"]
+    assert "differently from run to run" in found["issues"][0]["sentence"]
+
+
+def test_a_model_without_chance_is_not_said_to_have_it(pico, pico_adapter, merged):
+    base = pico("llama", "float32")
+    proof = lora_merge.verify(merged(base, pico_adapter(base)), forward=True)
+    assert {issue.code for issue in proof.issues}.isdisjoint({"random", "not-comparable"})

@@ -14,6 +14,7 @@ import torch
 
 from lora_merge.core.plan import View
 from lora_merge.merge import SAMPLE_ELEMENTS
+from tests.tampering import edit_tensors
 
 W_STD, DELTA_STD = 0.02, 1e-4
 SHARE = 0.32
@@ -342,19 +343,28 @@ def test_of_several_adapters_it_is_the_change_that_they_make_together(base, adap
         )
 
 
-def test_a_delta_of_nothing_loses_nothing_and_is_warned_of(adapter, run, base):
-    out, report = run(adapter(0.0))
-    assert all(torch.equal(tensors_in(base)[name], tensor) for name, tensor in tensors_in(out).items())
-    nothing = {"relative_norm": 0.0, "unchanged_share": 0.0, "lost_share": 0.0}
-    assert [manifest_of(out)[name]["delta"] for name in SHAPES] == [nothing] * len(SHAPES)
-    assert [issue["code"] for issue in report["issues"] if issue["severity"] == "warning"] == ["no-effect"]
+def test_a_module_without_a_delta_loses_nothing(adapter, run, base):
+    trained = adapter()
+    nothing = [name for name in SHAPES if "q_proj" in name or "down_proj" in name]
+
+    def untrain(tensors):
+        for name in nothing:
+            tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"].zero_()
+
+    edit_tensors(trained / "adapter_model.safetensors", untrain)
+    out, report = run(trained)
+    assert all(torch.equal(tensors_in(base)[name], tensors_in(out)[name]) for name in nothing)
+    zero = {"relative_norm": 0.0, "unchanged_share": 0.0, "lost_share": 0.0}
+    assert [manifest_of(out)[name]["delta"] for name in nothing] == [zero] * len(nothing)
+    assert "no-effect" not in {issue["code"] for issue in report["issues"]}
 
 
-def test_an_adapter_that_changes_nothing_is_refused_under_strict(adapter, base, cli, tmp_path):
+def test_deltas_that_are_all_too_small_for_the_stored_dtype_are_no_merge(adapter, base, cli, tmp_path):
     out = tmp_path / "out"
-    result = cli("--base", base, "--adapter", adapter(0.0), "--out", out, "--strict")
-    assert result.exit_code == 4
-    assert "no weight changes" in result.output
+    result = cli("--base", base, "--adapter", adapter(1e-12), "--out", out)
+    assert result.exit_code == 4, result.output
+    assert "every change is too small for the dtype it is stored in" in result.output
+    assert "--dtype float32" in result.output
     assert not out.exists()
 
 

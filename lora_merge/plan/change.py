@@ -1,0 +1,80 @@
+"""What a merge does to one tensor of the output, and when two of them are the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.tensor import TensorRef
+
+
+@dataclass
+class Change:
+    """What a merge does to one tensor of the output."""
+
+    own: TensorRef | None = None
+    """The adapter's own tensor, where it takes the place of the base's."""
+
+    deltas: list[DeltaSpec] = field(default_factory=list)
+    copy: TensorRef | None = None
+    """The base's own tensor as the adapter carries it: resized, for example. Both ends of a tie have it."""
+
+    @property
+    def source(self) -> TensorRef | None:
+        """Return what is there in the place of the base's tensor."""
+        return self.own or self.copy
+
+
+def with_one_base(embedding: Change | None, head: Change | None) -> tuple[Change | None, Change | None]:
+    """Return the changes of two tied ends with the copy of the base that the adapter has of one of them at both.
+
+    PEFT loads it into the parameter that they share.
+    """
+    copy = next((change.copy for change in (embedding, head) if change and change.copy), None)
+    if copy is None:
+        return embedding, head
+    first, second = (change or Change() for change in (embedding, head))
+    return replace(first, copy=first.copy or copy), replace(second, copy=second.copy or copy)
+
+
+def alike(one: Change, other: Change, twins: frozenset[frozenset[str]]) -> bool:
+    """Return True when two changes do the same to a tensor."""
+    if one is other:
+        return True
+    if one.source is None or other.source is None:
+        same_source = one.source is other.source
+    else:
+        same_source = one.source == other.source or frozenset((one.source.name, other.source.name)) in twins
+    return same_source and _same_deltas(one, other, twins)
+
+
+def _same_deltas(one: Change, other: Change, twins: frozenset[frozenset[str]]) -> bool:
+    """Return True when two lists of deltas differ in nothing but names."""
+    if len(one.deltas) != len(other.deltas):
+        return False
+    for mine, yours in zip(one.deltas, other.deltas, strict=True):
+        if _nameless(mine) != _nameless(yours):
+            return False
+        for role, ref in mine.tensors.items():
+            if frozenset((ref.name, yours.tensors[role].name)) not in twins | {frozenset((ref.name,))}:
+                return False
+    return True
+
+
+def _nameless(delta: DeltaSpec) -> DeltaSpec:
+    return replace(delta, parameter="", target="", rule="", tensors={})
+
+
+def combined_rank(deltas: tuple[DeltaSpec, ...]) -> int:
+    """Return the largest rank that one adapter's change of one matrix has: its parts beside each other add up."""
+    ranks = [0]
+    for n in {delta.adapter for delta in deltas}:
+        own = [delta for delta in deltas if delta.adapter == n]
+        parts: Counter[object] = Counter()
+        for delta in own:
+            if delta.region.at:
+                parts[delta.region.at[0] if len(delta.region.at) == 3 else None] += delta.rank
+        whole = max((delta.rank for delta in own if not delta.region.at), default=0)
+        ranks.append(whole + max(parts.values(), default=0))
+    return max(ranks)
