@@ -207,3 +207,12 @@ def _spoken(role: str) -> str:
 
 def _other_tensor(ref: TensorRef) -> Issue:
     return error("unexpected-tensor", ref.name, "is no tensor of a LoRA adapter")
+
+
+NESTED = ".base_layer"
+"""How PEFT calls the module inside a layer of its own."""
+
+
+def plain(module: str) -> str:
+    """Return a module's path without the wrappers that PEFT puts around it."""
+    return module.replace(NESTED, "")

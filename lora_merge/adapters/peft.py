@@ -10,10 +10,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.adapters.adalora import AdaLora
 from lora_merge.adapters.experts import taken_apart
-from lora_merge.adapters.names import Wholes, outside, reason, sort_out
+from lora_merge.adapters.names import NESTED, Wholes, outside, plain, reason, sort_out
 from lora_merge.adapters.saved import saved_beside
 from lora_merge.adapters.spelling import canonical
+from lora_merge.adapters.token_rows import token_rows
 from lora_merge.adapters.unread import shard_issues
 from lora_merge.adapters.values import non_finite, unequal
 from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement, StackedPair
@@ -28,8 +30,8 @@ from lora_merge.core.kinds import (
     mutating_init,
 )
 from lora_merge.core.patterns import TargetError
-from lora_merge.core.report import Issue, error, note, warning
-from lora_merge.core.scaling import Scaling, number
+from lora_merge.core.report import Issue, error
+from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import TargetRule, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.io.files import files_digest, read_json
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 OTHER_MARKS = frozenset({"fine_tune_type", "lora_parameters"})
 """Fields of an ``adapter_config.json`` that is not PEFT's, if it has no ``peft_type``."""
 
-_NESTED = ".base_layer"
 _OUT_PROJ = ".base_layer.out_proj"
 """How PEFT names the second projection of an ``nn.MultiheadAttention``."""
 
@@ -214,12 +215,12 @@ def _read_lora(
     replacements = found.wholes.replacements()
     issues += found.issues + unequal(found.repeats)
     groups = {module: group for module, group in found.groups.items() if set(group) != {"tokens"}}
-    modules = frozenset(_plain(module.removesuffix(_OUT_PROJ)) for module in groups)
+    modules = frozenset(plain(module.removesuffix(_OUT_PROJ)) for module in groups)
     content = {"modules": modules, "replacements": replacements}
     if config.get("kasa_config") or mutating_init(config):
         content["layered"] = {ref.name: ref for group in groups.values() for ref in group.values()}
     try:
-        reader = _AdaLora(config, issues) if config.get("peft_type") == "ADALORA" else _Lora(config, issues)
+        reader = AdaLora(config, issues) if config.get("peft_type") == "ADALORA" else _Lora(config, issues)
         stacked = [module for module in groups if _is_stacked(module, config)]
         deltas = [
             delta
@@ -227,7 +228,7 @@ def _read_lora(
             if module not in stacked
             for delta in _attention(module, groups, reader.deltas(module, group))
         ]
-        deltas += _token_rows(found.groups, config, issues)
+        deltas += token_rows(found.groups, config, issues)
         issues += reader.finish(modules)
     except TargetError as exc:
         issues.append(error("bad-field", exc.field, exc.sentence))
@@ -262,8 +263,8 @@ class _Lora:
         if problems:
             self._issues += problems
             return []
-        path = _plain(module)
-        scale, issues = self._scaling.of(_plain(module.removesuffix(_OUT_PROJ)), pair["A"].shape[0])
+        path = plain(module)
+        scale, issues = self._scaling.of(plain(module.removesuffix(_OUT_PROJ)), pair["A"].shape[0])
         self._issues += issues
         kind = "low_rank"
         if "magnitude" in group:
@@ -324,71 +325,6 @@ class _Lora:
         return self._scaling.zeros(modules or ("",))
 
 
-class _AdaLora:
-    """Groups of tensors of an AdaLoRA configuration → deltas.
-
-    Reference:
-        ``peft.tuners.adalora.layer.SVDLinear.get_delta_weight`` (PEFT 0.21.2): ΔW = B (A · E) · α / (init_r + 1e-5);
-        α is not divided by a rank, and ``ranknum`` stays ``init_r`` however many ranks were masked.
-    """
-
-    def __init__(self, config: Mapping[str, Any], issues: list[Issue]) -> None:
-        self._issues = issues
-        self._init_r = number(config, "init_r", 12)
-        alpha = number(config, "lora_alpha", 8)
-        self._scale = float(alpha if alpha > 0 else self._init_r)
-        self._ranks = _masked_ranks(config)
-        self._found: list[int] = []
-
-    def deltas(self, module: str, group: Group) -> list[DeltaSpec]:
-        """Return what one group of tensors changes; nothing where no rank is left."""
-        for role in ("A", "B", "E"):
-            if role not in group:
-                hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
-                self._issues.append(error(f"missing-{role}", module, f"has no lora_{role}", hint))
-                return []
-        a, b, e = (group[role].shape for role in ("A", "B", "E"))
-        if len(a) != 2 or len(b) != 2 or e != (a[0], 1) or b[1] != a[0]:
-            shapes = f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, lora_E is {shape_text(e)}"
-            sentence = f"{shapes}, expected (r, in), (out, r) and (r, 1) of one rank r"
-            self._issues.append(error("bad-shape", module, sentence))
-            return []
-        self._found.append(a[0])
-        wanted = self._ranks.get(module, self._init_r)
-        if a[0] != wanted:
-            sentence = f"has rank {a[0]}, the config says {wanted:g} (rank_pattern and init_r)"
-            hint = "the config does not belong to these tensors"
-            self._issues.append(error("rank-mismatch", module, sentence, hint))
-        if a[0] == 0:
-            self._issues.append(note("rank-zero", module, "was left no rank by AdaLoRA, and stays as it is"))
-            return []
-        factors = {role: group[role] for role in ("A", "B", "E")}
-        options = {"divisor": self._init_r + 1e-5}
-        return [DeltaSpec("low_rank", f"{module}.weight", factors, self._scale, options=options)]
-
-    def finish(self, modules: Collection[str]) -> list[Issue]:
-        """Return a warning when no rank ever moved."""
-        del modules
-        if not self._found or any(rank != self._init_r for rank in self._found):
-            return []
-        sentence = f"every module still has its first rank, init_r = {self._init_r:g}"
-        hint = "training never called update_and_allocate(), so AdaLoRA allocated nothing; the merge is exact all the same"
-        return [warning("adalora-ranks", "rank_pattern", sentence, hint)]
-
-
-def _masked_ranks(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the rank that AdaLoRA's ``rank_pattern`` leaves each module: ``{"….lora_E": [True, …]}``."""
-    table = config.get("rank_pattern") or {}
-    if not isinstance(table, dict) or not all(isinstance(mask, list) for mask in table.values()):
-        raise TargetError(
-            "rank_pattern", f"is {str(table)[:60]}, expected a table of module → list of booleans"
-        )
-    return {
-        name.removeprefix(PREFIX).removesuffix(".default").removesuffix(".lora_E"): sum(map(bool, mask))
-        for name, mask in table.items()
-    }
-
-
 def _pair_problem(module: str, pair: Group, options: Mapping[str, Any]) -> Issue | None:
     """Return what keeps an A and a B from being multiplied."""
     for have, lack in (("A", "B"), ("B", "A")):
@@ -441,7 +377,7 @@ def _is_stacked(module: str, config: Mapping[str, Any]) -> bool:
         TargetError: a field has a value that PEFT could not use.
     """
     owners = {str(entry).rpartition(".")[0] for entry in config.get("target_parameters") or ()}
-    path = _plain(module)
+    path = plain(module)
     if is_listed(path, owners - {""}):
         return True
     return "" in owners and not TargetRule.parse(config).matches(path)
@@ -454,52 +390,4 @@ def _stacked_pair(module: str, group: Group, issues: list[Issue]) -> StackedPair
     if problem is not None:
         issues.append(problem)
         return None
-    return StackedPair(_plain(module), module.count(_NESTED), pair)
-
-
-def _plain(module: str) -> str:
-    """Return a module's path without the wrappers that PEFT puts around it."""
-    return module.replace(_NESTED, "")
-
-
-def _token_rows(
-    groups: Mapping[str, Group], config: Mapping[str, Any], issues: list[Issue]
-) -> list[DeltaSpec]:
-    """Return the trained rows of embeddings (``trainable_token_indices``)."""
-    field = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
-    wanted = config.get(field)
-    if wanted is not None and not isinstance(wanted, list | dict):
-        raise TargetError(field, f"is {wanted!r}, expected a list or a table")
-    deltas = []
-    rows = {module: group["tokens"] for module, group in groups.items() if "tokens" in group}
-    if wanted and not rows:
-        hint = "the adapter file is incomplete"
-        issues.append(error("missing-tokens", field, "no trained rows are in the file", hint))
-    for module, ref in rows.items():
-        indices = _indices_of(module, wanted, rows)
-        if indices is None or len(indices) != ref.shape[0] or len(set(indices)) != len(indices):
-            count = "no" if indices is None else str(len(set(indices)))
-            sentence = f"has {ref.shape[0]} rows, {field} names {count} tokens for it"
-            issues.append(
-                error("token-mismatch", ref.name, sentence, "the config does not belong to these tensors")
-            )
-            continue
-        options = {"indices": list(indices)}
-        deltas.append(DeltaSpec("rows", f"{_plain(module)}.weight", {"rows": ref}, 1.0, options=options))
-    return deltas
-
-
-def _indices_of(module: str, wanted: object, modules: Collection[str]) -> list[int] | None:
-    """Return the tokens that a configuration names for an embedding.
-
-    PEFT saves the rows of both ends of a tie where the vocabulary was resized, whichever of them the configuration names.
-    """
-    if isinstance(wanted, dict):
-        named = {
-            name: indices for name, indices in wanted.items() if any(one.endswith(name) for one in modules)
-        }
-        alone = next(iter(named.values())) if len(wanted) == len(named) == 1 else None
-        wanted = next((indices for name, indices in wanted.items() if module.endswith(name)), alone)
-    if isinstance(wanted, list) and all(isinstance(index, int) for index in wanted):
-        return wanted
-    return None
+    return StackedPair(plain(module), module.count(NESTED), pair)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
 from lora_merge.plan.absent import Absent
+from lora_merge.plan.misfits import Misfits, weight_shape
 from lora_merge.plan.model import SAVE_ANEW, misplaced
 from lora_merge.plan.names import Names
 from lora_merge.plan.rules import rule_issues
@@ -43,6 +43,7 @@ class Fitting:
     def __init__(self, use: AdapterUse, n: int, model: Model, request: Request) -> None:
         self._use, self._n, self._model, self._request = use, n, model, request
         self._adapter = use.adapter
+        self._misfits = Misfits(use.adapter, model, self.shape)
         self._located: dict[str, Located] = {}
         """Where each parameter that the adapter names was found."""
         self.issues: list[Issue] = []
@@ -111,7 +112,7 @@ class Fitting:
     def _join(self, delta: DeltaSpec) -> bool:
         """Take a delta to its places, or say what keeps it from there; return False when it has none."""
         try:
-            found = self._model.locate(delta.parameter, _weight_shape(delta))
+            found = self._model.locate(delta.parameter, weight_shape(delta))
         except LayoutError as exc:
             self.issues.append(misplaced(delta.module, exc))
             return True
@@ -119,7 +120,7 @@ class Fitting:
             return False
         self._located[delta.parameter] = found
         for place in found.places:
-            problem = self._misfit(delta, place, found)
+            problem = self._misfits.of(delta, place, found)
             if problem is not None:
                 self.issues.append(problem)
                 break
@@ -311,7 +312,7 @@ class Fitting:
                 addend = tensors["addend"]
                 tensors = {"addend": replace(addend, shape=(1, *addend.shape))}
         elif delta.kind in {"low_rank", "dora"} and not transposed:
-            transposed = self._transposed(delta, self.shape(place.tensor))
+            transposed = self._misfits.is_transposed(delta, self.shape(place.tensor))
         return replace(
             delta,
             parameter=place.tensor,
@@ -324,132 +325,11 @@ class Fitting:
             adapter=self._n,
         )
 
-    def _misfit(self, delta: DeltaSpec, place: Place, found: Located) -> Issue | None:
-        """Return what keeps a delta from being merged into the tensor it names."""
-        name = place.tensor
-        dtype, shape = self._model.source(name).dtype, self.shape(name)
-        if dtype not in TORCH_NAMES:
-            sentence = f"is stored as {dtype}, expected BF16, F16 or F32"
-            return error("unsupported", name, sentence, "merge into the full-precision model")
-        if found.by_boxes:
-            return _part_misfit(delta, place, found)
-        match delta.kind:
-            case "low_rank" | "dora":
-                return self._low_rank_misfit(delta, name, shape)
-            case "rows":
-                return _rows_misfit(delta, name, shape)
-            case "addition":
-                ref = delta.tensors["addend"]
-                if ref.shape != shape:
-                    sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(shape)}"
-                    return error("shape-mismatch", ref.name, sentence)
-        return None
-
-    def _low_rank_misfit(self, delta: DeltaSpec, name: str, shape: tuple[int, ...]) -> Issue | None:
-        """Return what keeps a product of two factors from being added to a weight."""
-        a, b = _factor_shapes(delta)
-        product = (b[0], *a[1:])
-        if delta.region.transposed or (len(a) == 2 and self._transposed(delta, shape)):
-            product = product[::-1]
-        if delta.options.get("divisor") is not None and len(shape) > 2:  # AdaLoRA keeps a kernel flat
-            shape = (shape[0], prod(shape[1:]))
-        magnitude = delta.tensors.get("magnitude")
-        if magnitude is not None and prod(magnitude.shape) != b[0]:
-            sentence = f"has {prod(magnitude.shape)} values, expected {b[0]}, one per output"
-            return error("bad-shape", magnitude.name, sentence)
-        if shape == product:
-            return None
-        if len(shape) != len(product):
-            wanted = "a linear weight [out, in]" if len(product) == 2 else "a convolution"
-            sentence = f"is {shape_text(shape)} in the base, expected {wanted}"
-            return error("shape-mismatch", name, sentence)
-        if len(shape) > 2 and shape[0] == product[0] and shape[2:] == product[2:]:
-            sentence = f"is a grouped convolution, {shape_text(shape)}; its adapter is {shape_text(product)}"
-            return error("unsupported", name, sentence, "PEFT cannot merge it either")
-        return self._shape_issue(delta, shape)
-
-    def _shape_issue(self, delta: DeltaSpec, shape: tuple[int, ...]) -> Issue:
-        """Return the issue of factors that were made for a weight of another size."""
-        a, b = delta.shape("A"), delta.shape("B")
-        transposed = delta.region.transposed or self._transposed(delta, shape)
-        n_out, n_in = (shape[-1], shape[:-1]) if transposed else (shape[0], shape[1:])
-        parts = []
-        full_a, full_b = _factor_shapes(delta)
-        if full_b[0] != n_out:
-            parts.append(f"lora_B is {shape_text(b)}, the base needs {shape_text((n_out, *b[1:]))}")
-        if full_a[1:] != n_in:
-            parts.append(f"lora_A is {shape_text(a)}, the base needs {shape_text((a[0], *n_in))}")
-        hint = "the adapter was trained on another, perhaps pruned, model"
-        return error("shape-mismatch", delta.module, "; ".join(parts), hint)
-
-    def _transposed(self, delta: DeltaSpec, shape: tuple[int, ...]) -> bool:
-        """Return True when a weight is stored ``[in, out]``: by class where it is known, else by shape."""
-        a, b = _factor_shapes(delta)
-        product = (b[0], *a[1:])
-        says_so = bool(self._adapter.config.get("fan_in_fan_out"))
-        odd = shape != product and shape == product[::-1]
-        if not (odd or says_so or self._model.may_hold_conv1d):
-            return False
-        known = self._model.skeleton
-        kind = known.classes.get(self._model.module(delta.module)) if known else None
-        if kind is not None:
-            return kind == "Conv1D"
-        return odd if product[0] != product[-1] else says_so
-
 
 def named_parameters(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
     """Return the parameters that an adapter names, and the shapes of its weights where they are known."""
     paths = (name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.layered if PREFIX in name)
     by_layers = {f"{path.rpartition('.')[0]}.weight": None for path in paths}
-    return {**by_layers, **{delta.parameter: _weight_shape(delta) for delta in adapter.deltas}} | {
+    return {**by_layers, **{delta.parameter: weight_shape(delta) for delta in adapter.deltas}} | {
         parameter: replacement.ref.shape for parameter, replacement in adapter.replacements.items()
     }
-
-
-def _weight_shape(delta: DeltaSpec) -> tuple[int, ...] | None:
-    """Return the shape of the weight that a delta was made for, ``[out, in]``; None where it does not say."""
-    if delta.kind == "addition":
-        return delta.tensors["addend"].shape
-    if "A" not in delta.tensors:
-        return None
-    a, b = _factor_shapes(delta)
-    product = (b[0], *a[1:])
-    return product[::-1] if delta.region.transposed else product
-
-
-def _part_misfit(delta: DeltaSpec, place: Place, found: Located) -> Issue | None:
-    """Return what keeps a delta from being merged into a part of a tensor, or part by part into several."""
-    wanted = _weight_shape(delta)
-    if wanted is not None and wanted != found.shape:
-        shape = shape_text(found.shape or ())
-        sentence = f"lora_B @ lora_A is {shape_text(wanted)}, the base's weight is {shape}"
-        return error("shape-mismatch", delta.module, sentence, "the adapter was trained on another model")
-    whole_rows = not place.part or (len(place.part) == 2 and place.part[1] == (0, wanted[1] if wanted else 0))
-    packed = "blocks_A" in delta.options or "blocks_B" in delta.options
-    if packed or delta.region.transposed or delta.kind == "rows" or (delta.kind == "dora" and not whole_rows):
-        sentence = f"is stored in parts, {place.tensor} among them, and this kind of change needs it whole"
-        return error("unsupported", delta.module, sentence, SAVE_ANEW)
-    return None
-
-
-def _factor_shapes(delta: DeltaSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B once blocks are laid out on their diagonals."""
-    a, b = delta.shape("A"), delta.shape("B")
-    return (a[0], a[1] * int(delta.options.get("blocks_A", 1)), *a[2:]), b
-
-
-def _rows_misfit(delta: DeltaSpec, name: str, shape: tuple[int, ...]) -> Issue | None:
-    """Return what keeps trained rows from being put into an embedding."""
-    ref, indices = delta.tensors["rows"], delta.options["indices"]
-    if len(shape) != 2 or ref.shape[1:] != shape[1:]:
-        sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(shape)}"
-        return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")
-    outside = [index for index in indices if not 0 <= index < shape[0]]
-    if outside:
-        sentence = f"means token {outside[0]}, and the base's {name} has {shape[0]} rows"
-        hint = (
-            "the vocabulary was resized before the training, and the adapter does not hold the resized embedding: "
-            "merge into the base as it was resized (--base)"
-        )
-        return error("token-mismatch", ref.name, sentence, hint)
-    return None

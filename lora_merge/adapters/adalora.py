@@ -1,0 +1,83 @@
+"""AdaLoRA: factors with a diagonal between them, and ranks that training took away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.kinds import PREFIX
+from lora_merge.core.patterns import TargetError
+from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.scaling import number
+from lora_merge.core.tensor import TensorRef, shape_text
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+Group = Mapping[str, TensorRef]
+
+
+class AdaLora:
+    """Groups of tensors of an AdaLoRA configuration → deltas.
+
+    Reference:
+        ``peft.tuners.adalora.layer.SVDLinear.get_delta_weight`` (PEFT 0.21.2): ΔW = B (A · E) · α / (init_r + 1e-5);
+        α is not divided by a rank, and ``ranknum`` stays ``init_r`` however many ranks were masked.
+    """
+
+    def __init__(self, config: Mapping[str, Any], issues: list[Issue]) -> None:
+        self._issues = issues
+        self._init_r = number(config, "init_r", 12)
+        alpha = number(config, "lora_alpha", 8)
+        self._scale = float(alpha if alpha > 0 else self._init_r)
+        self._ranks = _masked_ranks(config)
+        self._found: list[int] = []
+
+    def deltas(self, module: str, group: Group) -> list[DeltaSpec]:
+        """Return what one group of tensors changes; nothing where no rank is left."""
+        for role in ("A", "B", "E"):
+            if role not in group:
+                hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
+                self._issues.append(error(f"missing-{role}", module, f"has no lora_{role}", hint))
+                return []
+        a, b, e = (group[role].shape for role in ("A", "B", "E"))
+        if len(a) != 2 or len(b) != 2 or e != (a[0], 1) or b[1] != a[0]:
+            shapes = f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, lora_E is {shape_text(e)}"
+            sentence = f"{shapes}, expected (r, in), (out, r) and (r, 1) of one rank r"
+            self._issues.append(error("bad-shape", module, sentence))
+            return []
+        self._found.append(a[0])
+        wanted = self._ranks.get(module, self._init_r)
+        if a[0] != wanted:
+            sentence = f"has rank {a[0]}, the config says {wanted:g} (rank_pattern and init_r)"
+            hint = "the config does not belong to these tensors"
+            self._issues.append(error("rank-mismatch", module, sentence, hint))
+        if a[0] == 0:
+            self._issues.append(note("rank-zero", module, "was left no rank by AdaLoRA, and stays as it is"))
+            return []
+        factors = {role: group[role] for role in ("A", "B", "E")}
+        options = {"divisor": self._init_r + 1e-5}
+        return [DeltaSpec("low_rank", f"{module}.weight", factors, self._scale, options=options)]
+
+    def finish(self, modules: Collection[str]) -> list[Issue]:
+        """Return a warning when no rank ever moved."""
+        del modules
+        if not self._found or any(rank != self._init_r for rank in self._found):
+            return []
+        sentence = f"every module still has its first rank, init_r = {self._init_r:g}"
+        hint = "training never called update_and_allocate(), so AdaLoRA allocated nothing; the merge is exact all the same"
+        return [warning("adalora-ranks", "rank_pattern", sentence, hint)]
+
+
+def _masked_ranks(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the rank that AdaLoRA's ``rank_pattern`` leaves each module: ``{"….lora_E": [True, …]}``."""
+    table = config.get("rank_pattern") or {}
+    if not isinstance(table, dict) or not all(isinstance(mask, list) for mask in table.values()):
+        raise TargetError(
+            "rank_pattern", f"is {str(table)[:60]}, expected a table of module → list of booleans"
+        )
+    return {
+        name.removeprefix(PREFIX).removesuffix(".default").removesuffix(".lora_E"): sum(map(bool, mask))
+        for name, mask in table.items()
+    }

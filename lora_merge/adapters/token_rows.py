@@ -1,0 +1,60 @@
+"""Rows of embeddings that were trained by themselves: ``trainable_token_indices``, and adapters of that type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.adapters.names import plain
+from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.patterns import TargetError
+from lora_merge.core.report import Issue, error
+from lora_merge.core.tensor import TensorRef
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+Group = Mapping[str, TensorRef]
+
+
+def token_rows(
+    groups: Mapping[str, Group], config: Mapping[str, Any], issues: list[Issue]
+) -> list[DeltaSpec]:
+    """Return the trained rows of embeddings (``trainable_token_indices``)."""
+    field = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
+    wanted = config.get(field)
+    if wanted is not None and not isinstance(wanted, list | dict):
+        raise TargetError(field, f"is {wanted!r}, expected a list or a table")
+    deltas = []
+    rows = {module: group["tokens"] for module, group in groups.items() if "tokens" in group}
+    if wanted and not rows:
+        hint = "the adapter file is incomplete"
+        issues.append(error("missing-tokens", field, "no trained rows are in the file", hint))
+    for module, ref in rows.items():
+        indices = _indices_of(module, wanted, rows)
+        if indices is None or len(indices) != ref.shape[0] or len(set(indices)) != len(indices):
+            count = "no" if indices is None else str(len(set(indices)))
+            sentence = f"has {ref.shape[0]} rows, {field} names {count} tokens for it"
+            issues.append(
+                error("token-mismatch", ref.name, sentence, "the config does not belong to these tensors")
+            )
+            continue
+        options = {"indices": list(indices)}
+        deltas.append(DeltaSpec("rows", f"{plain(module)}.weight", {"rows": ref}, 1.0, options=options))
+    return deltas
+
+
+def _indices_of(module: str, wanted: object, modules: Collection[str]) -> list[int] | None:
+    """Return the tokens that a configuration names for an embedding.
+
+    PEFT saves the rows of both ends of a tie where the vocabulary was resized, whichever of them the configuration names.
+    """
+    if isinstance(wanted, dict):
+        named = {
+            name: indices for name, indices in wanted.items() if any(one.endswith(name) for one in modules)
+        }
+        alone = next(iter(named.values())) if len(wanted) == len(named) == 1 else None
+        wanted = next((indices for name, indices in wanted.items() if module.endswith(name)), alone)
+    if isinstance(wanted, list) and all(isinstance(index, int) for index in wanted):
+        return wanted
+    return None
