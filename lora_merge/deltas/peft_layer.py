@@ -30,6 +30,9 @@ _FLOAT32 = "F32"
 _STEADY_MARGIN = 16
 """How many times the expected error of a decomposition may be met."""
 
+_STEADY_SHARE = 2.0**-9
+"""The part of the adapter's change by which two merges may differ: as much as factors in bfloat16 are rounded by."""
+
 _ELSEWHERE = "merge it with PEFT on the machine that trained it, and compare the outputs"
 
 
@@ -144,8 +147,9 @@ class PeftLayer(RowWise):
             one, other = merged[name].float(), again[name].float()
             n = max(one.shape, default=1)
             roundoff = UNIT_ROUNDOFF[DTYPE_CODES[self._dtype]]
-            bound = (_STEADY_MARGIN * n * UNIT_ROUNDOFF[_FLOAT32] + roundoff) * float(before[name].norm())
             off, change = float((one - other).norm()), float((one - before[name].float()).norm())
+            bound = (_STEADY_MARGIN * n * UNIT_ROUNDOFF[_FLOAT32] + roundoff) * float(before[name].norm())
+            bound = max(bound, _STEADY_SHARE * change)
             if not off <= bound:  # negated, so that NaN is wrong
                 sentence = (
                     f"the decomposition of this weight is not reproducible: with {_n_threads()} threads instead of 1 the "

@@ -37,9 +37,6 @@ class Shape:
     says: str = ""
     """What that issue has to say."""
 
-    pending: str = ""
-    """What has to be mended before it holds."""
-
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the user has to add."""
 
@@ -121,9 +118,6 @@ EVERY_PATH = [
         "mlp.down_proj",
     )
 ]
-SOME_ABSENT = "entries that the base lacks"
-HEAD_ON_LM = "a head on a language model"
-NO_TARGETS = "target_modules null"
 
 _OF_RELEASES = (
     lora("0.2", changes={"enable_lora": None, "merge_weights": False}),
@@ -180,7 +174,7 @@ _OF_TRAINERS = (
     lora("0.18", "Unsloth", changes={"auto_mapping": mapped("Qwen2", unsloth_fixed=True)["auto_mapping"], "target_modules": SEVEN}, base="Qwen2"),
     lora("0.15", "Unsloth", changes={"target_modules": UNSLOTH_REGEX}, base="Gemma 3, text"),
     lora("0.16", "Unsloth", changes={"target_modules": UNSLOTH_REGEX}, base="Gemma 3"),
-    lora("0.10", "Unsloth on fused projections", changes={"target_modules": SEVEN}, base="Phi-3", pending=SOME_ABSENT),
+    lora("0.10", "Unsloth on fused projections", changes={"target_modules": SEVEN}, base="Phi-3"),
     lora("0.10", "LLaMA-Factory", changes={"target_modules": ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]}, base="GPT-NeoX"),
     lora("0.10", "LLaMA-Factory, every path", changes={"target_modules": EVERY_PATH}),
     lora("0.10", "LLaMA-Factory", changes={"target_modules": SEVEN}, base="Qwen2.5-VL"),
@@ -200,24 +194,25 @@ _OF_TRAINERS = (
     lora("0.2", "written by hand", lacks=("fan_in_fan_out", "inference_mode", "modules_to_save"), changes={"target_modules": SEVEN}),
     lora("0.2", "a script's placeholder", lacks=("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_dropout", "modules_to_save", "task_type")),
     lora("0.18", "verl's model merger", changes={"lora_alpha": 0, "task_type": None, "base_model_name_or_path": None},
-         built_with={"lora_alpha": 8}, refused="bad-field", says="lora_alpha", pending="lora_alpha 0"),
+         built_with={"lora_alpha": 8}, refused="zero-scale", says="lora_alpha"),
     lora("0.17", "verl", changes={"task_type": "CAUSAL_LM", "auto_mapping": None, "target_modules": r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"}),
-    lora("0.7", "Qwen's own script", changes={"target_modules": ["c_attn", "c_proj", "w1", "w2"]}, base="GPT-2", pending=SOME_ABSENT),
+    lora("0.7", "Qwen's own script", changes={"target_modules": ["c_attn", "c_proj", "w1", "w2"]}, base="GPT-2"),
     lora("0.19", "TRL", changes={"bias": "lora_only", "target_modules": ["down_proj", *ATTENTION, "up_proj"], "use_rslora": True}),
     lora("0.18", "Nemotron challenge", changes={"target_modules": ["down_proj", "in_proj", "k_proj", "o_proj", "out_proj", "q_proj", "up_proj", "v_proj"]}, base="Nemotron-H"),
-    lora("0.2", "Nemotron, by hand", lacks=("bias", "fan_in_fan_out", "modules_to_save"), changes={"inference_mode": False, "target_modules": SEVEN}, base="Nemotron-H", pending=SOME_ABSENT),
+    lora("0.2", "Nemotron, by hand", lacks=("bias", "fan_in_fan_out", "modules_to_save"), changes={"inference_mode": False, "target_modules": SEVEN}, base="Nemotron-H"),
     lora("0.19", changes={"exclude_modules": ".*(audio_tower|vision_tower|embed_vision|embed_audio).*", "target_modules": SEVEN}, base="Gemma 3"),
-    lora("0.16", "SmolVLM", changes={"target_modules": [*SEVEN, "fc1", "fc2", "out_proj", "proj"]}, base="LLaVA", pending=SOME_ABSENT),
+    lora("0.16", "SmolVLM", changes={"target_modules": [*SEVEN, "fc1", "fc2", "out_proj", "proj"]}, base="LLaVA"),
 )  # fmt: skip
 
 _OF_HEADS = (
     lora("0.14", changes={**HEADS, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj"]}, base="GPT-2, classifier"),
     lora("0.10", "TRL reward", changes={**HEADS, "fan_in_fan_out": True, "target_modules": ["attn.c_attn", "attn.c_proj"]}, base="GPT-2, classifier"),
-    lora("0.19", "TRL reward", changes={**HEADS, "fan_in_fan_out": True, "target_modules": ["attn.c_attn", "attn.c_proj"]}, base="GPT-2, padded", trained="GPT2ForSequenceClassification", pending=HEAD_ON_LM),
-    lora("0.14", changes={**HEADS, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "q_proj", "v_proj"]}, base="GPT-2, classifier", pending=SOME_ABSENT),
+    lora("0.19", "TRL reward", changes={**HEADS, "fan_in_fan_out": True, "target_modules": ["attn.c_attn", "attn.c_proj"]}, base="GPT-2, padded", trained="GPT2ForSequenceClassification"),
+    lora("0.14", changes={**HEADS, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "q_proj", "v_proj"]}, base="GPT-2, classifier"),
     lora("0.15", changes={**HEADS, "target_modules": ["key", "query", "value"]}, base="RoBERTa, classifier"),
     lora("0.16", changes={**HEADS, "target_modules": ["query", "value"]}, base="BERT, classifier"),
-    lora("0.17", changes={**HEADS, "target_modules": ["query", "value"]}, base="BERT", trained="BertForSequenceClassification", pending=HEAD_ON_LM),
+    lora("0.17", changes={**HEADS, "target_modules": ["query", "value"]}, base="BERT", trained="BertForSequenceClassification",
+         refused="no-head", says="bert.pooler.dense.weight"),
     lora("0.20", changes={**HEADS, "modules_to_save": ["classifier", "classifier", "score"], "target_modules": ["query", "value"]}, base="BERT, classifier"),
     lora("0.16", changes={**HEADS, "target_modules": ["q_lin", "v_lin"]}, base="DistilBERT, classifier"),
     lora("0.8", changes={"target_modules": ["k_lin", "lin1", "lin2", "q_lin", "v_lin"], "task_type": "SEQ_CLS"}, base="DistilBERT, classifier",
@@ -228,9 +223,9 @@ _OF_HEADS = (
     lora("0.15", "sentence embeddings", changes={"target_modules": ATTENTION, "task_type": "FEATURE_EXTRACTION"}, base="Qwen2", trained="Qwen2Model"),
     lora("0.14.1", changes={**mapped("WhisperForConditionalGeneration")}, base="Whisper"),
     lora("0.17", changes={**mapped("SiglipModel"), "modules_to_save": ["vision_model.head", "text_model.head"], "target_modules": ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"]}, base="SigLIP"),
-    lora("0.17", changes={**mapped("SiglipModel"), "modules_to_save": ["logit_scale", "logit_bias"], "target_modules": ATTENTION}, base="SigLIP", pending=SOME_ABSENT),
+    lora("0.17", changes={**mapped("SiglipModel"), "modules_to_save": ["logit_scale", "logit_bias"], "target_modules": ATTENTION}, base="SigLIP"),
     lora("0.10", changes={**mapped("BlipForConditionalGeneration"), "target_modules": ["mlp.fc1", "mlp.fc2", "output.dense", "self.key", "self.query", "self.value", "self_attn.projection", "self_attn.qkv"]}, base="BLIP"),
-    lora("0.14", changes={**mapped("CLIPTextModel"), "target_modules": ["k_proj", "out_proj", "q_proj", "to_k", "to_out.0", "to_q", "to_v", "v_proj"]}, base="CLIP text", pending=SOME_ABSENT),
+    lora("0.14", changes={**mapped("CLIPTextModel"), "target_modules": ["k_proj", "out_proj", "q_proj", "to_k", "to_out.0", "to_q", "to_v", "v_proj"]}, base="CLIP text"),
     lora("0.5", "Phi with its own code", changes={"target_modules": ["fc1", "fc2", "dense"]}, base="Phi"),
 )  # fmt: skip
 
@@ -268,14 +263,14 @@ _OF_VALUES = (
     lora("0.19", changes={"trainable_token_indices": {"embed_tokens": [3, 17], "lm_head": [3, 17]}}),
     lora("0.19", changes={"target_parameters": []}),
     lora("0.19", changes={"target_modules": [], "lora_dropout": 0.0, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, base="gpt-oss"),
-    lora("0.19", changes={"target_modules": ATTENTION, "lora_dropout": 0.0, "target_parameters": ["7.mlp.experts.gate_up_proj", "1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]}, base="gpt-oss", pending=SOME_ABSENT),
-    lora("0.19", changes={"target_modules": SEVEN}, base="gpt-oss", pending=SOME_ABSENT),
+    lora("0.19", changes={"target_modules": ATTENTION, "lora_dropout": 0.0, "target_parameters": ["7.mlp.experts.gate_up_proj", "1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]}, base="gpt-oss"),
+    lora("0.19", changes={"target_modules": SEVEN}, base="gpt-oss"),
     lora("0.19", changes={"target_modules": ["x_proj", "embeddings", "in_proj", "out_proj"]}, base="Mamba"),
     lora("0.19", changes={"target_modules": "q_proj|v_proj"}, refused="unexpected-tensor", says="q_proj", built_with={"target_modules": ["q_proj", "v_proj"]}),
     lora("0.19", changes={"target_modules": "all-linear"}),
     lora("0.19", changes={"target_modules": "ALL-LINEAR"}),
-    lora("0.19", changes={"target_modules": None}, pending=NO_TARGETS),
-    lora("0.14.1", changes={"inference_mode": False, "target_modules": None, "use_dora": True}, pending=NO_TARGETS),
+    lora("0.19", changes={"target_modules": None}),
+    lora("0.14.1", changes={"inference_mode": False, "target_modules": None, "use_dora": True}),
     lora("0.19", changes={"use_qalora": True}, refused="unsupported", says="QA-LoRA", built_with={"use_qalora": False}),
     lora("0.19", changes={"alora_invocation_tokens": [5, 6]}, refused="unsupported", says="aLoRA"),
     lora("0.14", "PEFT from source", changes={"runtime_config": {"ephemeral_gpu_offload": True}}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.parity.config_shapes import NO_TARGETS, SEVEN, Shape, fields
+from tests.parity.config_shapes import SEVEN, Shape, fields
 
 COMMON = {
     "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "exclude_modules": None,
@@ -30,8 +30,6 @@ def method(kind: str, own: Any, lacks: tuple[str, ...] = (), **about: Any) -> Sh
     """Return a method's shape: the fields that most methods have, without some, and its own."""
     common = {name: value for name, value in COMMON.items() if name not in lacks}
     config = {**common, "peft_type": kind, **own}
-    if config.get("target_modules", ()) is None and kind == "ADALORA":
-        about = {"pending": NO_TARGETS, **about}
     return Shape(f"{kind} in PEFT's comparison of methods", config, **about)
 
 

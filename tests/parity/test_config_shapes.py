@@ -26,7 +26,6 @@ def cases(*, refused: bool):
         pytest.param(
             shape,
             id=f"{number}-{re.sub(r'[^A-Za-z0-9.]+', '_', f'{shape.where}-{shape.base}')}",
-            marks=[pytest.mark.xfail(reason=shape.pending, strict=True)] if shape.pending else [],
         )
         for number, shape in enumerate(ALL_SHAPES)
         if bool(shape.refused) == refused
