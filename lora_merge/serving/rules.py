@@ -73,7 +73,7 @@ NO_SUCH_MODULES = Rule(
     "experts-apart",
     "refused",
     "has no modules of these names: only a copy of the model for 4-bit training has them",
-    "unsloth_zoo 2026.3, temporary_patches/gpt_oss.py, read",
+    "unsloth_zoo cc050d19 (2026), temporary_patches/gpt_oss.py, read",
 )
 """Holds for every engine: each has the experts of the published model."""
 
