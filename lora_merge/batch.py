@@ -166,6 +166,7 @@ class Batch:
                         task.planned.out,
                         overwrite=request.overwrite,
                         inputs=task.planned.inputs,
+                        home=task.planned.home,
                         marks=converting.MARKS,
                     )
         except LoraMergeError as exc:

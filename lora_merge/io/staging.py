@@ -48,7 +48,12 @@ def staging_path(out: Path) -> Path:
 
 
 def check_replaceable(
-    out: Path, *, overwrite: bool, inputs: tuple[Path, ...], marks: tuple[str, ...] = (CONFIG_FILE,)
+    out: Path,
+    *,
+    overwrite: bool,
+    inputs: tuple[Path, ...],
+    home: Path | None = None,
+    marks: tuple[str, ...] = (CONFIG_FILE,),
 ) -> None:
     """Check that an output may come into being under this name.
 
@@ -56,6 +61,7 @@ def check_replaceable(
         out: its path.
         overwrite: what has this name may be replaced.
         inputs: what is read.
+        home: one of the inputs that the output may lie in: an adapter may hold other forms of itself.
         marks: files of which one shows that a directory is an output of this kind.
 
     Raises:
@@ -63,7 +69,7 @@ def check_replaceable(
             or lies in it.
     """
     for path in inputs:
-        _check_apart(out, path)
+        _check_apart(out, path, may_hold_it=path == home)
     if not (out.exists() or out.is_symlink()):
         return
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
@@ -78,8 +84,13 @@ def check_replaceable(
         raise WriteError(f"{out}: already exists", hint="choose another --out, or pass --overwrite")
 
 
-def _check_apart(out: Path, source: Path) -> None:
+def _check_apart(out: Path, source: Path, *, may_hold_it: bool) -> None:
     """Check that an output and an input are not in each other.
+
+    Args:
+        out: the output.
+        source: the input.
+        may_hold_it: the output may be in a folder of the input.
 
     Raises:
         WriteError: they are.
@@ -89,7 +100,7 @@ def _check_apart(out: Path, source: Path) -> None:
     hint = "choose another --out, beside the inputs"
     if real == place or place in real.parents:
         raise WriteError(f"{out}: holds the input {source}", hint=hint)
-    if real in place.parents:
+    if real in place.parents and not may_hold_it:
         raise WriteError(f"{out}: is inside the input {source}, where nothing is written", hint=hint)
 
 

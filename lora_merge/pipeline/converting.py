@@ -83,6 +83,8 @@ class Conversion:
     inputs: tuple[Path, ...]
     provenance: Mapping[str, object]
     issues: tuple[Issue, ...]
+    home: Path | None = None
+    """The adapter's own folder, where it may have other forms of itself."""
 
 
 def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None) -> ConvertReport:
@@ -142,7 +144,7 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     return Conversion(
         source=request.adapter, adapter=adapter, found=found, recipe=recipe, base=joined.base if joined else None, join=join,
         out=files.output_path(request.out), serving=request.serving, overwrite=request.overwrite, strict=request.strict,
-        inputs=inputs, provenance=provenance, issues=issues,
+        inputs=inputs, provenance=provenance, issues=issues, home=Path(adapter.root),
     )  # fmt: skip
 
 
@@ -228,7 +230,7 @@ def _unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
 def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
     """Make the factors of every module, write them, read them back, and give them their name."""
     check_strict(job.issues, strict=job.strict)
-    staging.check_replaceable(job.out, overwrite=job.overwrite, inputs=job.inputs, marks=MARKS)
+    staging.check_replaceable(job.out, overwrite=job.overwrite, inputs=job.inputs, home=job.home, marks=MARKS)
     staging.check_writable(job.out)
     with staging.staging(job.out) as stage, memory_for("writing the adapter"):
         with clock("make"), Spool.open(stage.root / "factors") as spool:

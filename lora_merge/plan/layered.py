@@ -193,7 +193,7 @@ class _Join:
         try:
             injection.rehearse(target.module, blank_base, blank_own)
         except InjectionError as exc:
-            self.issues.append(error("injection", exc.subject, f"{self._adapter.kind}: {exc.sentence}"))
+            self.issues.append(error("injection", exc.subject, exc.sentence))
 
     def _has_bias(self, target: Target) -> bool:
         """Return True when a module has the bias that the adapter trains, if it trains one; else say that it lacks it."""

@@ -310,7 +310,7 @@ def test_values_that_overflow_the_output_dtype_fail_verification(pico, pico_adap
         (["--adapter", "x", "--out", "y", "--workers", "0"], "'0' is no number of workers"),
         (["--adapter", "x:nan", "--out", "y"], "'x:nan' has the weight nan, expected a number"),
         (["--adapter", "x:-inf", "--out", "y"], "'x:-inf' has the weight -inf, expected a number"),
-        (["--adapter", "", "--out", "y"], "'' is no adapter, expected a directory"),
+        (["--adapter", "", "--out", "y"], "'' is not an adapter; expected a directory"),
         (
             ["--adapter", "x", "--out", "y", "--combine", "slerp"],
             "'slerp' is no way to combine, expected linear",

@@ -63,6 +63,15 @@ def drop(*names: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def zeros(role: str) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if f".{role}." in name:
+                tensor.zero_()
+
+    return change
+
+
 def add(name: str, *shape: int) -> Callable[[dict[str, Any]], None]:
     def change(tensors: dict[str, Any]) -> None:
         import torch
@@ -314,9 +323,15 @@ CASES = [
     ),
     Case(
         "a prefix of another class",
-        ("none of the adapter's 4 modules is in the base", "which has model.layers"),
+        ("is of a multimodal model, and the base is a language model alone",),
         "wrong-prefix",
         tensors=rename("base_model.model.model.", "base_model.model.language_model.model."),
+    ),
+    Case(
+        "an adapter that was never trained",
+        ("has no effect: in each of its 4 modules lora_A or lora_B is zero throughout",),
+        "no-effect",
+        tensors=zeros("lora_B"),
     ),
     Case(
         "an adapter's name in half of the names",

@@ -304,7 +304,7 @@ def test_half_an_expert_of_gpt_oss_is_refused_since_gate_and_up_take_turns(cli, 
     result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.exit_code == exits.PLAN
-    assert "gate and up alternate in model.layers.0.mlp.experts.gate_up_proj" in result.stderr
+    assert "gate and up alternate in model.layers.{0-1}.mlp.experts.gate_up_proj" in result.stderr
 
 
 def test_an_expert_beyond_the_last_has_no_place(cli, tmp_path):
