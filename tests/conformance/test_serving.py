@@ -14,7 +14,7 @@ from lora_merge.core.traits import TRAITS, Trait
 from lora_merge.serving import ENGINES, report
 from lora_merge.serving.rules import Need
 from lora_merge.writers import gguf_adapter
-from tests.tampering import edit_json, to_pickles
+from tests.tampering import edit_json, edit_tensors, to_pickles
 
 of_every_engine = pytest.mark.parametrize("engine", ENGINES)
 RULES = [(name, rule) for name, engine in ENGINES.items() for rule in engine.rules]
@@ -281,11 +281,15 @@ def test_what_is_converted_for_an_engine_is_served_by_it(
     "fields", [{"bias": "all"}, {"layer_replication": [[0, 2], [1, 2]]}], ids=["bias", "replicated"]
 )
 def test_what_no_conversion_cures_is_refused_for_every_engine(
-    engine, fields, pico, pico_adapter, cli, tmp_path
+    engine, fields, pico, pico_adapter, tampered, cli, tmp_path
 ):
     """Qwen2 has biases; on no engine does an adapter change them."""
     base = pico("qwen2", "float32")
-    adapter = pico_adapter(base, **fields)
+    adapter = tampered(pico_adapter(base, **fields))
+    edit_tensors(
+        adapter / "adapter_model.safetensors",
+        lambda tensors: [tensors[name].add_(1) for name in tensors if name.endswith(".bias")],
+    )
     before, _ = verdict(cli, engine, adapter)
 
     result = cli("convert", adapter, "--for", engine, "--base", base, "--rank", 16, "--out", tmp_path / "out")
