@@ -12,7 +12,7 @@ from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.same_model import cached_repo, same_model
 from lora_merge.core.source import Source, full_precision, parse_source
 from lora_merge.errors import RequestError, ResolveError, UnsupportedError
-from lora_merge.io.files import read_json, read_text, user_path
+from lora_merge.io.files import is_directory, read_json, read_text, user_path
 from lora_merge.io.hub import Access, Repo, open_repo
 from lora_merge.io.needed import (
     ADAPTER_CONFIG,
@@ -95,7 +95,7 @@ def find(text: str, role: str) -> Found:
             raise ResolveError(f"{text}: cannot be read (permission denied)")
         return root.resolve()
     if exists:
-        raise ResolveError(f"{text}: is a file, expected the {role}'s directory", hint=file_hint(root, role))
+        raise ResolveError(f"{text}: is a file, expected the {role}'s directory", hint=file_hint(root))
     raise ResolveError(f"{text}: there is no such directory", hint=missing_hint(text, role))
 
 
@@ -204,7 +204,7 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
     if not named:
         raise ResolveError(f"{adapter.text}: names no base model", hint="say which with --base DIRECTORY")
     for name, _ in named:
-        if Path(name).is_dir():
+        if is_directory(Path(name)):
             return find(name, "base"), name
     source = next((source for _, source in named if source is not None), None)
     if source is None:

@@ -58,11 +58,12 @@ def cut(shown: int, total: int, rest: str = "more", way: str = "") -> str:
         way: to see them.
 
     Example:
-        >>> cut(2, 5, way="-v lists all"), cut(5, 5), cut(1, 3, "groups")
-        ('… and 3 more (-v lists all)', '', '… and 2 groups')
+        >>> cut(2, 5, way="-v lists all"), cut(5, 5), cut(1, 3, "groups"), cut(2, 3, "groups")
+        ('… and 3 more (-v lists all)', '', '… and 2 groups', '… and 1 group')
     """
     if total <= shown:
         return ""
+    rest = rest.removesuffix("s") if total - shown == 1 else rest
     return f"… and {total - shown} {rest}" + (f" ({way})" if way else "")
 
 

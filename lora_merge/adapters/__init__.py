@@ -70,11 +70,11 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
         key=lambda path: in_order(path.name),
     )
     if not inside or (root / ADAPTER_CONFIG).is_file():
-        raise sharded_error(root, file_names(root)) or _unknown(root)
+        raise _deeper(root) or sharded_error(root, file_names(root)) or _unknown(root)
     if len(inside) > 1:
         names = listing([path.name for path in inside], 8)
         sentence = f"{root}: holds {len(inside)} adapters, {names}; expected one"
-        raise ResolveError(sentence, hint=f"name one of them: --adapter {_likely(inside)}")
+        raise ResolveError(sentence, hint=f"name one of them: {_likely(inside)}")
     (only,) = inside
     own_ignored = {name.removeprefix(f"{only.name}/") for name in ignored if name.startswith(f"{only.name}/")}
     adapter = _read_directory(only, own_ignored)
@@ -91,6 +91,21 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     own_names = {path.name for path in root.iterdir() if path.is_file()}
     outside = unread_issues(replace(adapter, root=str(root)), own_names, own_names.intersection(ignored))
     return replace(adapter, issues=(found, *adapter.issues, *outside), side_files=side_files)
+
+
+def _deeper(root: Path) -> ResolveError | None:
+    """Return the error of a folder whose folders hold folders of adapters: all runs of a trainer, or a step of verl."""
+    if (root / ADAPTER_CONFIG).is_file():
+        return None
+    found = sorted(root.glob(f"*/*/{ADAPTER_CONFIG}"), key=lambda path: in_order(str(path)))
+    inside = [path.parent for path in found if not path.is_relative_to(root / EXTRA_FOLDER)]
+    if not inside:
+        return None
+    names = listing([path.relative_to(root).as_posix() for path in inside], 8)
+    return ResolveError(
+        f"{root}: holds no adapter itself; deeper in it are {names}",
+        hint=f"name one of them: {_likely(inside)}",
+    )
 
 
 def _likely(adapters: Sequence[Path]) -> Path:

@@ -167,6 +167,11 @@ class Finding:
             return "not asked"
         return "failed" if any(issue.severity == "error" for issue in self.issues) else "passed"
 
+    @property
+    def made(self) -> bool:
+        """Return True where it was asked, and what it goes by could be read."""
+        return self.asked and all(issue.code != "broken-manifest" for issue in self.issues)
+
 
 SUBJECTS: Mapping[str, str] = {
     "loadable": "structure (what engines need to load it)",
@@ -206,13 +211,13 @@ class Proof:
     @property
     def checked(self) -> tuple[str, ...]:
         """Return what was checked, in plain words."""
-        made = {finding.check for finding in self.findings if finding.asked}
+        made = {finding.check for finding in self.findings if finding.made}
         return tuple(words for check, words in SUBJECTS.items() if check in made)
 
     @property
     def not_checked(self) -> tuple[str, ...]:
         """Return what was not checked, in plain words."""
-        made = {finding.check for finding in self.findings if finding.asked}
+        made = {finding.check for finding in self.findings if finding.made}
         return tuple(words for check, words in SUBJECTS.items() if check not in made)
 
 

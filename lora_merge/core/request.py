@@ -384,7 +384,7 @@ def parse_dtype(text: str) -> OutputDtype:
         ValueError: it is no dtype that an output can have.
     """
     for short, full in _SHORT_DTYPES.items():
-        if str(text).lower() in {short, full}:
+        if str(text).lower().removeprefix("torch.") in {short, full}:
             return full
     known = ", ".join(f"{full} ({short})" for short, full in _SHORT_DTYPES.items())
     raise ValueError(f"{text!r} is no dtype, expected one of {known}")

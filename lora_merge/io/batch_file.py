@@ -15,7 +15,7 @@ from lora_merge.core.batch import Job
 from lora_merge.core.inputs import adapter_texts
 from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
 from lora_merge.errors import RequestError, ResolveError
-from lora_merge.io.files import output_path, user_path
+from lora_merge.io.files import is_directory, output_path, user_path
 from lora_merge.io.request_file import close_hint, parse_yaml, validated
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _matches(pattern: str) -> list[tuple[str, tuple[str, ...]]]:
     found = []
     for path in glob.glob(place, recursive=True):  # noqa: PTH207 - of any root, and ** follows no rule of Path
         match = rule.fullmatch(path.rstrip("/"))
-        if match and Path(path).is_dir():
+        if match and is_directory(Path(path)):
             found.append((path.rstrip("/") + behind, match.groups("")))
     return sorted(
         found,

@@ -83,6 +83,14 @@ def output_path(text: str) -> Path:
     return path.parent.resolve() / path.name
 
 
+def is_directory(path: Path) -> bool:
+    """Return True for a directory; False where there is none, and where nobody may look."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def nearest_existing(path: Path) -> Path:
     """Return a path, or the nearest of the directories it is to be in that exists, as far as may be seen."""
     for place in (path, *path.parents):
@@ -542,4 +550,6 @@ def write_error(label: str | Path, exc: OSError) -> WriteError:
         hint = "choose an --out on a disk that can be written"
     elif exc.errno in {errno.EACCES, errno.EPERM}:
         hint = "choose an --out where you may write"
+    elif exc.errno == errno.ENAMETOOLONG:
+        hint = "choose a shorter --out"
     return WriteError(f"{label}: cannot be written ({exc.strerror or exc})", hint=hint)

@@ -6,6 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
+from lora_merge.io.files import is_directory
 from lora_merge.words import choice
 
 _URL = re.compile(
@@ -14,24 +15,26 @@ _URL = re.compile(
 )
 """Of a page of a repo: ``https://huggingface.co/org/name/tree/main/folder``."""
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 
 
-def file_hint(path: Path, role: str) -> str:
+def file_hint(path: Path) -> str:
     """Return what to do where a file was named in the place of a folder."""
     if path.suffix in _ARCHIVES:
-        return f"unpack it, and name the folder that comes out: --{role} FOLDER"
+        return "unpack it, and name the folder that comes out"
     if path.suffix == ".gguf":
         return (
             "GGUF is the format of llama.cpp; name the Hugging Face folder or repo that it was converted from"
         )
-    return f"name the folder that it is in: --{role} {path.parent}"
+    return f"name the folder that it is in: {path.parent}"
 
 
 def missing_hint(text: str, role: str) -> str:
     """Return what a path that leads nowhere may have been meant for; without a guess, what is expected."""
-    return _spelling_hint(text, role) or _near_hint(text, role) or (
-        f"--{role} takes a directory, or a repo: org/name, org/name@revision, hf://name, ms://org/name"
+    return _spelling_hint(text, role) or _near_hint(text) or (
+        "name a directory, or a repo: org/name, org/name@revision, hf://name, ms://org/name"
     )  # fmt: skip
 
 
@@ -75,23 +78,25 @@ def _page_hint(text: str, role: str) -> str:
 def _weight_hint(text: str) -> str:
     """Return what is wrong with the weight behind an adapter's path, where that is a directory."""
     place, colon, weight = text.rpartition(":")
-    if not colon or not Path(place).expanduser().is_dir():
+    if not colon or not is_directory(Path(place).expanduser()):
         return ""
+    if _NUMBER.fullmatch(weight):
+        return f"only a merge weighs adapters: leave :{weight} out"
     if re.fullmatch(r"[-+]?\d+,\d+", weight):
         return f"a weight has a point: {place}:{weight.replace(',', '.')}"
     return f"{weight!r} is not a weight; write a number, such as {place}:0.5"
 
 
-def _near_hint(text: str, role: str) -> str:
+def _near_hint(text: str) -> str:
     """Return folders whose names are nearly the one that is not there, or how far the path leads."""
     path = Path(text).expanduser()
     if path.is_symlink():
         return f"it is a link to {path.readlink()}, which is not there"
     parent = path.parent
     try:
-        names = [one.name for one in parent.iterdir() if one.is_dir()]
+        names = [one.name for one in parent.iterdir() if is_directory(one)]
     except OSError:
-        there = next((one for one in parent.parents if one.is_dir()), None)
+        there = next((one for one in parent.parents if is_directory(one)), None)
         return f"the path leads as far as {there}" if there is not None and path.is_absolute() else ""
     near = difflib.get_close_matches(path.name, names, 3)
-    return f"did you mean --{role} {choice([str(parent / name) for name in near])}?" if near else ""
+    return f"did you mean {choice([str(parent / name) for name in near])}?" if near else ""

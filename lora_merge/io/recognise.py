@@ -264,7 +264,7 @@ def _deeper(names: Collection[str], place: str) -> Fault | None:
     last = max(folders, key=in_order)
     return Fault(
         f"holds no model itself; {counted(len(folders), 'folder')} in it may: {listing(sorted(folders, key=in_order))}",
-        f"name one of them: --base {place}{last}",
+        f"name one of them: {place}{last}",
     )
 
 

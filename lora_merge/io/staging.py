@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,16 +66,19 @@ def check_replaceable(
         marks: files of which one shows that a directory is an output of this kind.
 
     Raises:
-        WriteError: it exists and may not be replaced, is another kind of directory, or one of the inputs holds it
-            or lies in it.
+        WriteError: it exists and may not be replaced, is another kind of directory, one of the inputs holds it
+            or lies in it; or nobody may look.
     """
     for path in inputs:
         _check_apart(out, path, may_hold_it=path == home)
-    if not (out.exists() or out.is_symlink()):
-        return
-    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
-        return
-    what = _foreign(out, marks)
+    try:
+        if not (out.exists() or out.is_symlink()):
+            return
+        if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+            return
+        what = _foreign(out, marks)
+    except OSError as exc:  # nobody may look there, or the name is too long
+        raise write_error(out, exc) from exc
     if what:
         raise WriteError(
             f"{out}: already exists and is {what}",
@@ -328,18 +332,27 @@ def publish(staged: Path, out: Path) -> None:
 
 def _replace(staged: Path, out: Path) -> None:
     """Put the staged directory in the place of another, which is staged then, or removed."""
-    import shutil
-
     if _exchange(staged, out):
         return
     old = out.with_name(out.name + ".lora-merge-replaced")
+    _discard(old)  # of a run that could not
     out.rename(old)
     try:
         staged.rename(out)
     except OSError:
         old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
+
+
+def _discard(root: Path) -> None:
+    """Remove a directory, as far as that goes; its owner may have made it read-only."""
+    import shutil
+
+    for directory, _, _ in os.walk(root):
+        with contextlib.suppress(OSError):
+            os.chmod(directory, stat.S_IRWXU)  # noqa: PTH101 - what os.walk gives
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

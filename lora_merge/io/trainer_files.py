@@ -90,14 +90,14 @@ class ShardedState:
 
 SHARDED_STATES = (
     ShardedState(
-        "DeepSpeed ZeRO",
-        ("*zero_pp_rank_*", "*mp_rank_*_model_states.pt", "zero_to_fp32.py", "global_step*/*"),
-        "run the folder's own script: python zero_to_fp32.py FOLDER OUTPUT",
+        "verl (FSDP)",
+        ("model_world_size_*_rank_*.pt", "*/model_world_size_*_rank_*.pt", "global_step_*/actor*", "global_step_*/critic*"),
+        "run: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUTPUT",
     ),
     ShardedState(
-        "verl (FSDP)",
-        ("model_world_size_*_rank_*.pt",),
-        "run: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUTPUT",
+        "DeepSpeed ZeRO",
+        ("*zero_pp_rank_*", "*mp_rank_*_model_states.pt", "zero_to_fp32.py", "global_step*/*_states.pt"),
+        "run the folder's own script: python zero_to_fp32.py FOLDER OUTPUT",
     ),
     ShardedState(
         "Megatron",
@@ -111,7 +111,8 @@ SHARDED_STATES = (
         "run: accelerate merge-weights FOLDER OUTPUT",
     ),
 )  # fmt: skip
-"""In the order in which they are asked: Megatron and FSDP write ``.distcp`` files both.
+"""In the order in which they are asked: Megatron and FSDP write ``.distcp`` files both, verl and Megatron
+``latest_checkpointed_iteration.txt``, verl and DeepSpeed ``global_step`` folders.
 
 References:
     ``deepspeed.runtime.engine`` (DeepSpeed 0.17), ``verl.model_merger`` (verl 0.5), ``accelerate.utils.fsdp_utils``

@@ -14,7 +14,7 @@ from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Observer, Silence, warning
 from lora_merge.core.request import DENSITY, Request, parse_adapter
 from lora_merge.errors import PlanError, RequestError
-from lora_merge.io.files import read_json, user_path
+from lora_merge.io.files import is_directory, read_json, user_path
 from lora_merge.io.hub import Access
 from lora_merge.locate import (
     Place,
@@ -129,7 +129,7 @@ def _use(adapter: Adapter, weight: float, base: Checkpoint) -> AdapterUse:
 
 def _chosen(text: str) -> tuple[str, float]:
     """Return the place and the weight of an adapter; a directory of the whole name wins."""
-    return (text, 1.0) if user_path(text).is_dir() else parse_adapter(text)
+    return (text, 1.0) if is_directory(user_path(text)) else parse_adapter(text)
 
 
 def check_strict(issues: Sequence[Issue], *, strict: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,15 +15,16 @@ from lora_merge.checks.gate import RULES
 from lora_merge.checks.placed import placed
 from lora_merge.checks.recompute import has_formula
 from lora_merge.checks.recorded import recorded
-from lora_merge.core.checkpoint import Output
+from lora_merge.core.checkpoint import CONFIG_FILE, Output
 from lora_merge.core.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
 from lora_merge.core.request import Request, VerifyRequest, parse_adapter, parse_fields
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
-from lora_merge.io.files import read_json, user_path
+from lora_merge.io.files import is_directory, read_json, user_path
 from lora_merge.io.output import read_output
+from lora_merge.io.recognise import fault_of, names_in
 from lora_merge.io.safetensors import is_finite, tensor_digest
 from lora_merge.io.side_files import MANIFEST_FILE
 from lora_merge.io.trainer_files import chosen, file_names
@@ -83,9 +86,18 @@ def _check_level(request: VerifyRequest) -> None:
 
 def _output(out: str) -> Output:
     root = user_path(out)
+    try:
+        exists = root.exists()
+        if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as exc:  # what nobody may read is not damaged
+        raise ResolveError(f"{out}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
     if not root.is_dir():
-        what = "is a file" if root.exists() else "there is no such directory"
+        what = "is a file" if exists else "there is no such directory"
         raise ResolveError(f"{out}: {what}", hint="verify takes the directory that a merge wrote")
+    names = names_in(root)
+    if not {MANIFEST_FILE, CONFIG_FILE} & set(names) and (fault := fault_of(names, "base")) is not None:
+        raise ResolveError(f"{out}: {fault.sentence}", hint="verify takes the directory that a merge wrote")
     return read_output(root.resolve())
 
 
@@ -269,13 +281,15 @@ def _text(recorded: RecordedInput, near: Path) -> str:
     if source is not None:
         return str(source)
     beside = near / recorded.path
-    return str(beside) if not user_path(recorded.path).exists() and beside.is_dir() else recorded.path
+    return (
+        str(beside) if not is_directory(user_path(recorded.path)) and is_directory(beside) else recorded.path
+    )
 
 
 def _is_there(name: str, adapters: Sequence[str]) -> bool:
     """Return False for a file that was left out of a merge and is gone since; of a repo nobody looks."""
     roots = [user_path(parse_adapter(text)[0]) for text in adapters]
-    return not all(root.is_dir() for root in roots) or any(chosen(file_names(root), [name]) for root in roots)
+    return not all(map(is_directory, roots)) or any(chosen(file_names(root), [name]) for root in roots)
 
 
 def _weighted(text: str, weight: float) -> str:

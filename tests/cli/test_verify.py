@@ -303,6 +303,7 @@ def test_a_broken_manifest_is_a_failure_and_says_where(change, sentence, merge, 
     assert result.exit_code == 6
     assert states(result)["recorded"] == "failed"
     assert sentence in result.stdout
+    assert "not checked: digests of all files (merge_manifest.json)" in cli("verify", merge[2]).output
 
 
 @pytest.mark.parametrize(

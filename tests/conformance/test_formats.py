@@ -96,7 +96,7 @@ def test_several_subfolders_with_an_adapter_are_listed(name, sample, tmp_path):
         shutil.copytree(sample(name), tmp_path / folder)
     with pytest.raises(ResolveError, match="holds 2 adapters, one, two; expected one") as caught:
         read(tmp_path)
-    assert caught.value.hint == f"name one of them: --adapter {tmp_path / 'one'}"
+    assert caught.value.hint == f"name one of them: {tmp_path / 'one'}"
 
 
 def test_a_subfolder_whose_files_are_no_adapter_is_named(tmp_path):

@@ -44,6 +44,7 @@ def test_a_long_list_is_cut_and_says_so():
     issues = [error("a", f"m{n}", f"problem {n}") for n in range(30)]
 
     assert str(errors.PlanError(issues)).endswith("… and 18 other kinds (-v and --json list them all)")
+    assert str(errors.PlanError(issues[:13])).endswith("… and 1 other kind (-v and --json list them all)")
 
 
 def test_a_verify_error_lists_the_errors_of_its_verdict():

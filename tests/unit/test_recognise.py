@@ -15,6 +15,7 @@ from lora_merge.io.paths import missing_hint
 from lora_merge.io.pickles import read_pickle
 from lora_merge.io.recognise import fault_of, in_order, names_in
 from lora_merge.io.safetensors import read_header
+from tests.tampering import edit_json
 
 BASE, ADAPTER = ["config.json", "model.safetensors"], ["adapter_config.json", "adapter_model.safetensors"]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
@@ -38,6 +39,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
         (["adapter_config.json", "global_step9/zero_pp_rank_0_mp_rank_00_optim_states.pt"], "adapter", "holds a state of DeepSpeed ZeRO in shards", "zero_to_fp32.py"),
         (["config.json", "pytorch_model_fsdp_0/__0_0.distcp"], "base", "holds a state of FSDP in shards", "accelerate merge-weights"),
         (["model_world_size_2_rank_0.pt"], "adapter", "holds a state of verl (FSDP) in shards", "verl.model_merger"),
+        (["latest_checkpointed_iteration.txt", "global_step_10/actor"], "adapter", "holds a state of verl (FSDP) in shards", "verl.model_merger"),
+        (["actor/model_world_size_2_rank_0.pt", "data.pt"], "base", "holds a state of verl (FSDP) in shards", "verl.model_merger"),
+        (["global_step_9/model_world_size_2_rank_0.pt"], "base", "holds a state of verl (FSDP) in shards", "verl.model_merger"),
         (["latest_checkpointed_iteration.txt", "iter_0000010/common.pt"], "base", "holds a state of Megatron in shards", "export"),
         (["config.json", "consolidated.safetensors", "params.json"], "base", "in Mistral's or Meta's own format", "model*.safetensors"),
         (["consolidated.00.pth", "params.json"], "base", "in Mistral's or Meta's own format", "config.json"),
@@ -56,7 +60,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
         (["lit_model.pth.lora"], "adapter", "LitGPT", "litgpt merge_lora"),
         (["adapter_0.pt", "recipe_state.pt"], "adapter", "torchtune", "adapter_model.safetensors"),
         (["optimizer.pt", "trainer_state.json"], "adapter", "holds the state of a training", "elsewhere"),
-        (["checkpoint-10/config.json", "checkpoint-9/config.json"], "base", "2 folders in it may: checkpoint-9, checkpoint-10", "--base runs/checkpoint-10"),
+        (["checkpoint-10/config.json", "checkpoint-9/config.json"], "base", "2 folders in it may: checkpoint-9, checkpoint-10", "name one of them: runs/checkpoint-10"),
     ],
 )  # fmt: skip
 def test_a_folder_is_called_what_it_is(names, role, says, hint):
@@ -146,12 +150,13 @@ def test_weights_that_are_what_they_should_be_are_called_nothing_else(pico, tmp_
         ("models/*", "wildcards are known in batch files only"),
         ("./~/model", "~ is the home directory only"),
         ("DIR:0,5", "a weight has a point: DIR:0.5"),
+        ("DIR:0.5", "only a merge weighs adapters: leave :0.5 out"),
         ("DIR:half", "'half' is not a weight"),
         ("DIR:50%", "'50%' is not a weight"),
-        ("DIR/llama", "did you mean --base DIR/llama-3"),
+        ("DIR/llama", "did you mean DIR/llama-3?"),
         ("DIR/none/of/it", "the path leads as far as DIR"),
         ("DIR/link", "it is a link to"),
-        ("nothing", "--base takes a directory, or a repo"),
+        ("nothing", "name a directory, or a repo"),
     ],
 )  # fmt: skip
 def test_a_path_that_leads_nowhere_is_answered_with_what_it_may_mean(text, says, tmp_path):
@@ -181,8 +186,8 @@ def test_inputs_are_called_what_they_are_by_the_command(pico, pico_adapter, tamp
         (broken, adapter): "is a link to ../blobs/gone, which is not there",
         (pointed, adapter): "tokenizer.json: is a Git LFS pointer",
         (base, beside): "tokenizer.json: is a Git LFS pointer",
-        (base / "model.safetensors", adapter): f"--base {base}",
-        (base, adapter / "adapter_model.safetensors"): f"--adapter {adapter}",
+        (base / "model.safetensors", adapter): f"name the folder that it is in: {base}",
+        (base, adapter / "adapter_model.safetensors"): f"name the folder that it is in: {adapter}",
         (archive, adapter): "unpack it",
     }
 
@@ -271,3 +276,45 @@ def test_the_last_of_numbered_adapters_is_offered(pico_adapter, pico, tmp_path):
         read(tmp_path)
 
     assert caught.value.hint.endswith(f"{os.sep}checkpoint-100")
+
+
+def test_a_name_that_is_too_long_is_a_sentence_and_no_traceback(pico, pico_adapter, tampered, cli, tmp_path):
+    base, long = pico(), "x" * 300
+    adapter = tampered(pico_adapter(base))
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=f"./{long}")
+    cases = {
+        ("--base", base, "--adapter", long, "--out", tmp_path / "out"): (3, "cannot be read (file name too long)"),
+        ("--adapter", adapter, "--out", tmp_path / "out"): (3, "there is no such directory here"),
+        ("--base", base, "--adapter", adapter, "--out", tmp_path / long): (5, "choose a shorter --out"),
+        ("verify", tmp_path / long): (3, "cannot be read (file name too long)"),
+    }  # fmt: skip
+
+    for arguments, (code, says) in cases.items():
+        result = cli(*arguments)
+        assert result.exit_code == code, result.output
+        assert says in result.stderr
+
+
+def test_adapters_two_folders_down_are_listed_and_one_of_them_is_proposed(pico_adapter, pico, cli, tmp_path):
+    for step in (9, 10):
+        shutil.copytree(pico_adapter(pico()), tmp_path / "runs" / "a" / f"checkpoint-{step}")
+
+    result = cli("inspect", tmp_path / "runs")
+
+    assert result.exit_code == 3
+    assert "holds no adapter itself; deeper in it are a/checkpoint-9, a/checkpoint-10" in result.stderr
+    assert f"hint: name one of them: {tmp_path}/runs/a/checkpoint-10" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [([], "is an empty folder"), (ADAPTER, "is an adapter itself"), (["a.gguf"], "holds GGUF")],
+)
+def test_what_never_was_an_output_is_not_verified_as_a_damaged_one(files, says, cli, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+
+    result = cli("verify", tmp_path)
+
+    assert result.exit_code == 3
+    assert f"{tmp_path}: {says}" in result.stderr

@@ -34,6 +34,18 @@ def test_a_staged_directory_takes_the_place_of_the_old_one(kernel_can_exchange, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_read_only_output_and_what_an_earlier_run_left_of_one_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    out, left = fill(tmp_path / "out", "old"), fill(tmp_path / "out.lora-merge-replaced", "older")
+    left.chmod(0o500)
+    with staging.staging(out) as stage:
+        fill(stage.output, "new")
+        staging.publish(stage.output, out)
+
+    assert (out / "config.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_rename_that_fails_half_way_puts_the_old_output_back(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
     out = fill(tmp_path / "out", "old")
