@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import struct
 import sys
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,8 +78,11 @@ def output_path(text: str) -> Path:
     """Return the one absolute path of a directory that is to be, however it is written; a link of its own name stays one.
 
     Raises:
-        ResolveError: it is no path.
+        ResolveError: it is no path, or has a variable in it that no shell filled in.
     """
+    if re.search(r"\$\w|\$\{", text):
+        hint = "variables are not filled in here: write the path out"
+        raise ResolveError(f"{text}: has a variable of the shell in it, expected a path", hint=hint)
     path = user_path(text).absolute()
     return path.parent.resolve() / path.name
 

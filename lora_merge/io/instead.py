@@ -93,6 +93,12 @@ def instead_of(path: str | Path) -> Instead | None:
     return next((what for is_one, what in _TESTS if is_one(text)), None)
 
 
+def is_page(path: Path) -> bool:
+    """Return True for what a server sent in a file's place: a web page, or an error."""
+    what = instead_of(path)
+    return what is not None and what.hint == _AGAIN
+
+
 def is_pointer(path: Path) -> bool:
     """Return True for a Git LFS pointer."""
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import SideFile
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import same_bytes
-from lora_merge.io.instead import instead_of, is_pointer
+from lora_merge.io.instead import instead_of, is_page, is_pointer
 from lora_merge.io.sentence_modules import may_be_module_file, module_files, whole_model
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
                 notes.append(f"{name} was left out: it holds the base's weights for another program")
             continue
         _check_inside(entry, root)
+        _check_whole(entry)
         if is_pointer(entry):
-            _refuse_pointer(entry)
             notes.append(f"{name} is a Git LFS pointer, and was copied as one: git lfs pull fetches the file")
         kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))
     whole = whole_model(root)
@@ -97,22 +97,25 @@ def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
     paths = {path for pattern in _TOKENIZER for path in root.glob(pattern) if path.is_file()}
     for path in paths | {root / name for name in module_files(root)}:
         _check_inside(path, root)
-        if is_pointer(path):
-            _refuse_pointer(path)
+        _check_whole(path)
         name = path.relative_to(root).as_posix()
         found.append(SideFile(name, str(path), path.stat().st_size, "adapter"))
     return tuple(sorted(found, key=lambda file: file.name))
 
 
-def _refuse_pointer(path: Path) -> None:
-    """Refuse a Git LFS pointer in the place of a file that loading a model needs.
+def _check_whole(path: Path) -> None:
+    """Check that a file to be copied may be read and was downloaded, before weights are written beside it.
 
     Raises:
-        CheckpointError: it is in such a place.
+        CheckpointError: it may not; or loading a model needs it, and it is a Git LFS pointer or what a server sent instead.
     """
-    what = instead_of(path)
-    if what is not None and (_matches(path.name, _TOKENIZER) or path.suffix in _NEEDED_SUFFIXES):
-        raise CheckpointError(str(path), "", what.sentence, hint=what.hint)
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(str(path), "", "cannot be read (Permission denied)")
+    is_needed = _matches(path.name, _TOKENIZER) or path.suffix in _NEEDED_SUFFIXES
+    if is_needed and (is_pointer(path) or (path.suffix == ".json" and is_page(path))):
+        what = instead_of(path)
+        if what is not None:
+            raise CheckpointError(str(path), "", what.sentence, hint=what.hint)
 
 
 def _check_inside(path: Path, root: Path) -> None:

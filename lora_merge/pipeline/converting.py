@@ -178,6 +178,9 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None =
         request: the user's.
         adapter: from its headers.
         joined: the adapter on its base, once that is known.
+
+    Raises:
+        RequestError: the engine reads another format than the one that is asked for.
     """
     needs: frozenset[Need] = frozenset()
     allowed: tuple[int, ...] = ()
@@ -185,6 +188,9 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None =
     if request.serving is not None:
         needs = needs_of(request.serving, *seen_by_engines(adapter, joined))
         engine = ENGINES[request.serving]
+        if kind not in {"peft", engine.format}:
+            sentence = f"is {kind}, and {engine.name} reads {engine.format}"
+            raise RequestError("", 0, "format", sentence, hint="leave one of the two out")
         kind = engine.format
         allowed = engine.ranks.allowed if engine.ranks.by_padding else ()
     is_foreign = adapter.format == "mlx"

@@ -55,6 +55,8 @@ CASES = (
     Case("a lower rank for DoRA", ("--rank", 2), ("is DoRA", "--to-lora makes plain LoRA"), kind="DoRA on a linear layer"),
     Case("an initialisation that changed the base", ("--bake-scale",), ("PiSSA changed the base before training", "--base-is"), kind="PiSSA on the residual base", with_base=False, change=lambda adapter: edit_json(adapter / "adapter_config.json", init_lora_weights="pissa")),
     Case("a rank that does not hold all", ("--pad-rank", 2), ("pad_rank: is 2", "has rank 4", "add --rank 2"), code=exits.USAGE),
+    Case("a format that the engine does not read", ("--for", "vllm", "--format", "mlx"), ("format: is mlx, and vLLM reads peft", "leave one of the two out"), code=exits.USAGE),
+    Case("a format for MLX, and llama.cpp", ("--for", "llamacpp", "--format", "mlx"), ("format: is mlx, and llama.cpp reads gguf",), code=exits.USAGE),
     Case("whole modules in MLX", ("--format", "mlx"), ("is carried whole", "format mlx"), kind="modules_to_save"),
     Case("DoRA in MLX", ("--format", "mlx"), ("has DoRA", "format mlx"), kind="DoRA on a linear layer"),
     Case("repeated layers under other names", ("--rename", "v4"), ("repeats layers of the base",), change=replicate),

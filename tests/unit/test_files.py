@@ -204,6 +204,12 @@ def test_a_home_directory_stands_for_its_tilde(monkeypatch, tmp_path):
     assert output_path("~/models/../out") == tmp_path / "out"
 
 
+@pytest.mark.parametrize("text", ["$HOME/merged", "runs/${NAME}"])
+def test_an_output_with_a_variable_in_its_name_is_not_made(text):
+    with pytest.raises(ResolveError, match="has a variable of the shell in it"):
+        output_path(text)
+
+
 def test_an_output_that_is_a_link_keeps_its_own_name(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "folder").symlink_to("real")

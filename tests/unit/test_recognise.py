@@ -177,6 +177,8 @@ def test_inputs_are_called_what_they_are_by_the_command(pico, pico_adapter, tamp
     (pointed / "tokenizer.json").write_bytes(POINTER)
     beside = tampered(adapter, "beside")
     (beside / "tokenizer.json").write_bytes(POINTER)
+    pages = tampered(adapter, "pages")
+    (pages / "tokenizer.json").write_text("<!DOCTYPE html><html></html>")
     archive = tmp_path / "base.zip"
     archive.write_bytes(b"PK\3\4")
     cases = {
@@ -186,6 +188,7 @@ def test_inputs_are_called_what_they_are_by_the_command(pico, pico_adapter, tamp
         (broken, adapter): "is a link to ../blobs/gone, which is not there",
         (pointed, adapter): "tokenizer.json: is a Git LFS pointer",
         (base, beside): "tokenizer.json: is a Git LFS pointer",
+        (base, pages): "tokenizer.json: is a web page",
         (base / "model.safetensors", adapter): f"name the folder that it is in: {base}",
         (base, adapter / "adapter_model.safetensors"): f"name the folder that it is in: {adapter}",
         (archive, adapter): "unpack it",

@@ -206,7 +206,7 @@ def test_a_path_that_is_not_there_is_named(pico, pico_adapter, cli, tmp_path):
 
     assert [r.exit_code for r in (no_base, no_adapter, a_file)] == [exits.RESOLVE] * 3
     assert "nope: there is no such directory" in no_base.stderr
-    assert "--adapter takes a directory, or a repo" in no_adapter.stderr
+    assert "name a directory, or a repo" in no_adapter.stderr
     assert "is a file, expected the base's directory" in a_file.stderr
 
 
