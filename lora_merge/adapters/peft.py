@@ -198,7 +198,7 @@ def _read_layered(
     wholes = Wholes()
     for ref in refs:
         module, _, parameter = ref.name.removeprefix(PREFIX).rpartition(".")
-        is_whole = ref.name.startswith(PREFIX) and reason(module, parameter, config)
+        is_whole = ref.name.startswith(PREFIX) and reason(plain(module), parameter, config)
         if not (is_whole and wholes.add(ref, config)):
             layered[ref.name] = ref
     issues += outside(refs, file, shared="base_model.")

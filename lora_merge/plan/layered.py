@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.checkpoint import patched_config
 from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, parents, sort_by_module
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
 from lora_merge.core.patterns import TargetError, full_match
@@ -16,6 +17,7 @@ from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
 from lora_merge.layouts import LayoutError, Located
 from lora_merge.plan.model import SAVE_ANEW, misplaced
 from lora_merge.plan.rules import resolved_rule
+from lora_merge.plan.vocabulary import vocabulary_patch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +53,7 @@ class _Join:
         self._located: dict[str, Located] = {}
         """By parameter of the model."""
         self._options: dict[str, Any] = {}
+        self._brought = _resized_embeddings(use.adapter, model)
         self.deltas: list[DeltaSpec] = []
         self.issues: list[Issue] = []
 
@@ -62,14 +65,15 @@ class _Join:
         """
         tensors = self._tensors
         config = self._adapter_config()
+        model_config = self._model_config()
         self._options = {
-            "model_config": json.dumps(self._model.config),
+            "model_config": json.dumps(model_config),
             "adapter_config": json.dumps(config),
             "digest": self._adapter.digest,
             "kind": self._adapter.kind,
         }
         placeholders = {name: _blank(ref) for name, ref in tensors.items() if not name.startswith(PREFIX)}
-        injection = Injection(self._model.config, config, placeholders)
+        injection = Injection(model_config, config, placeholders)
         if self._adapter.kind not in NATIVE:
             self.issues += field_issues(self._adapter.config, injection.fields | TRAINER_FIELDS)
         by_module, shared, orphans = sort_by_module(tensors, injection.targets)
@@ -89,6 +93,13 @@ class _Join:
             if base is not None and self._has_bias(target):
                 self._probe(injection, target, own, base)
                 self._add(target, own | {name: tensors[name] for name in shared}, base)
+
+    def _model_config(self) -> Mapping[str, Any]:
+        """Return the configuration of the model that was trained: of the base, with the adapter's vocabulary."""
+        patch: dict[str, Any] = {}
+        for name, ref in self._brought.items():
+            patch |= vocabulary_patch(self._model.config, self._model.source(name).shape[0], ref.shape[0])
+        return patched_config(self._model.config, patch) if patch else self._model.config
 
     def _adapter_config(self) -> Mapping[str, Any]:
         """Return the configuration for PEFT on the model as transformers has it now.
@@ -134,7 +145,7 @@ class _Join:
             if found is None or found.whole is None:
                 return None
             self._located[f"{target.module}.{parameter}"] = found
-            base[parameter] = self._model.source(found.whole)
+            base[parameter] = self._brought.get(found.whole) or self._model.source(found.whole)
         odd_shape = _not_mergeable(self._adapter, target, base.get("weight"))
         if odd_shape is not None:
             self.issues.append(odd_shape)
@@ -219,7 +230,7 @@ class _Join:
                 "module": target.module,
                 "parameter": parameter,
                 "shape": list(base[parameter].shape),
-                "dtype": base[parameter].dtype,
+                "dtype": self._model.source(found.whole or "").dtype,
                 "changed": list(changed),
             }
             self.deltas.append(
@@ -276,6 +287,22 @@ def _by_module(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[st
             )
         )
     return fields
+
+
+def _resized_embeddings(adapter: Adapter, model: Model) -> dict[str, TensorRef]:
+    """Return the embeddings that an adapter brings in another size, under the names of the stored ones."""
+    found = {}
+    for parameter, replacement in adapter.replacements.items():
+        if replacement.why != "embedding":
+            continue
+        try:
+            located = model.locate(parameter, replacement.ref.shape)
+        except LayoutError:
+            continue  # said where whole parameters are placed
+        name = located.whole if located is not None else None
+        if name is not None and model.source(name).shape != replacement.ref.shape:
+            found[name] = replacement.ref
+    return found
 
 
 def _spelled_as_in_memory(layered: Mapping[str, TensorRef], model: Model) -> dict[str, TensorRef]:
