@@ -149,7 +149,9 @@ def scores(model: Any, prompt: Prompt, said: tuple[int, ...], seed: int = _SEED)
 
     ids = torch.tensor([list(prompt.ids)]) if prompt.ids else None
     inputs = _inputs(model, ids)
-    if getattr(model.config, "is_encoder_decoder", False):
+    if _reads_the_end(model) and "input_ids" in inputs:
+        inputs["input_ids"] = _ended(inputs["input_ids"], model.config.eos_token_id)
+    elif getattr(model.config, "is_encoder_decoder", False):
         first = getattr(model.config, "decoder_start_token_id", None)
         start = [first if first is not None else 0]
         begun = () if "input_ids" in inputs else prompt.ids  # who hears or sees is prompted where it answers
@@ -185,6 +187,23 @@ def _inputs(model: Any, ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
         n_features = 2 * (getattr(config, "max_source_positions", None) or _FRAMES // 2)
         return {name: torch.randn(1, bins, n_features, generator=generator)}
     return {name: torch.randn(1, _SAMPLES, generator=generator)}
+
+
+def _reads_the_end(model: Any) -> bool:
+    """Return True for a classifier that reads its answer where the decoder meets the end of the text (BART, T5).
+
+    It gives the decoder the text itself, and wants it to end once.
+    """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    is_classifier = type(own).__name__.endswith("ForSequenceClassification")
+    return is_classifier and bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _ended(ids: torch.Tensor, end: int) -> torch.Tensor:
+    """Return tokens ``[1, n]`` with one end, behind all others."""
+    import torch
+
+    return torch.cat([ids[ids != end], ids.new_tensor([end])])[None]
 
 
 def _speaks(model: Any) -> bool:

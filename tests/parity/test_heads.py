@@ -78,6 +78,7 @@ CASES: list[tuple[str, str, str | None, int, list[str] | None]] = [
     ("DeBERTa, masked", TOKEN, "TOKEN_CLS", 3, None),
     ("ModernBERT, masked", SEQUENCE, "SEQ_CLS", 3, None),
     ("T5", TOKEN, "TOKEN_CLS", 3, None),
+    ("T5", SEQUENCE, "SEQ_CLS", 3, ["classification_head"]),
     ("ViT without a head", "ImageClassification", None, 4, ["classifier"]),
 ]  # fmt: skip
 
@@ -146,6 +147,15 @@ def test_the_output_is_of_the_class_with_the_head(name, task, task_type, n_label
     assert {key: value for key, value in loading.items() if value} == {}
     assert json.loads((out / "config.json").read_text())["architectures"] == [type(model).__name__]
     assert model.config.num_labels == n_labels
+
+
+def test_verify_asks_a_classifier_that_answers_at_the_end_of_its_text(merged, cli, tmp_path):
+    base = build_base("T5", tmp_path / "base")
+    train(base, SEQUENCE, "SEQ_CLS", 3, ["classification_head"], ["q", "v"], tmp_path / "adapter")
+    out = merged(base, tmp_path / "adapter")
+    result = cli("verify", out, "--forward")
+    assert result.exit_code == 0
+    assert "outputs of the model (--forward)" in result.output
 
 
 def merge_classifier(base: Path, adapter: Path, cli: Any, tmp_path: Path) -> Any:
