@@ -19,6 +19,9 @@ from lora_merge.core.tensor import shape_text
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+NOT_STORED = "no stored tensor belongs to it"
+"""Why a parameter has no value, where nothing else is to be said of it."""
+
 
 class ConversionError(ValueError):
     """A parameter's tensors cannot be put together; the message says why, as the end of a sentence."""
@@ -164,7 +167,7 @@ class Conversion:
                     found[parameter] = str(exc)
                 continue
             if assembly is None:
-                found[parameter] = "no stored tensor belongs to it"
+                found[parameter] = NOT_STORED
             elif assembly.shape != tuple(value.shape):
                 got, wanted = shape_text(assembly.shape), shape_text(tuple(value.shape))
                 found[parameter] = f"what is stored for it is {got}, expected {wanted}"

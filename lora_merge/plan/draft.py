@@ -13,7 +13,7 @@ from lora_merge.core.skeleton import same_layers
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.plan.change import Change, alike, combined_rank, with_one_base
 from lora_merge.plan.fitting import Fitting, named_parameters
-from lora_merge.plan.heads import with_head
+from lora_merge.plan.heads import NOTHING_LOADED, with_head
 from lora_merge.plan.initial import initial_issues, is_layered
 from lora_merge.plan.layered import layered_deltas
 from lora_merge.plan.model import Model
@@ -71,6 +71,8 @@ class Draft:
     def join(self) -> list[Issue]:
         """Fit every adapter, then settle what they do to each other; return what is wrong."""
         issues = self._replicate() + self._add_head()
+        if any(issue.code == NOTHING_LOADED for issue in issues):
+            return issues
         tie = self._model.tie = self._tie()
         for n, use in enumerate(self._uses):
             issues += initial_issues(use.adapter, self._request)
@@ -91,10 +93,8 @@ class Draft:
         if self._may_share():
             issues += self._settle_shared()
         lost = [name for name in self._changes if name not in self.outline.sources]
-        issues += [
-            error("unmatched-module", name, "the adapter changes it, the base does not have it")
-            for name in lost
-        ]
+        sentence = "the adapter changes it, the base does not have it"
+        issues += [error("unmatched-module", name, sentence) for name in lost]
         if lost:
             return issues
         issues += self._resized() + self._unused_biases()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name, patched_config
-from lora_merge.core.conversion import Conversion
+from lora_merge.core.conversion import NOT_STORED, Conversion
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.skeleton import TASK_MAPPINGS, class_for_task, meta_model
 from lora_merge.core.tensor import shape_text
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _MARK = 7919
 """A number of labels that no size of a model is, to find the parameters whose rows are labels."""
 
+
+NOTHING_LOADED = "nothing-loaded"
+"""Code of the issue of a head's class that takes nothing from the base; nothing else can be judged then."""
 
 _TASK_ENDINGS = ("Classification", "QuestionAnswering", "RewardModel")
 """What the names of classes with a head of their own end in."""
@@ -173,7 +176,7 @@ class _Head:
             sentence = (
                 "loads none of the base's tensors in transformers, so the adapter was trained on random ones"
             )
-            return Headed(self._model.outline, issues=(error("no-head", self._name, sentence),))
+            return Headed(self._model.outline, issues=(error(NOTHING_LOADED, self._name, sentence),))
         outline, left_out = self._joined(conversion)
         issues = self._issues(conversion, outline, left_out)
         return Headed(outline, patch, tuple(issues))
@@ -204,14 +207,15 @@ class _Head:
         """Return what is to be said of the head, and what is wrong with it."""
         missing = conversion.missing({name: ref.shape for name, ref in outline.sources.items()})
         hint = (
-            "it had random values when training began, and they are lost: add its module to modules_to_save and "
-            "train again, or save the base with the head's class first and train on that"
+            "it had random values in the training, and they are lost: train again with its module in "
+            "modules_to_save, or on a base saved with the head's class"
         )
         issues = [
             error(
                 "no-head",
                 parameter,
-                f"{self._name} needs it, and neither base nor adapter has it ({why})",
+                f"{self._name} needs it, and neither base nor adapter has it"
+                + (f" ({why})" if why != NOT_STORED else ""),
                 hint,
             )
             for parameter, why in missing.items()

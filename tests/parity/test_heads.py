@@ -215,7 +215,8 @@ def test_a_class_that_loads_nothing_of_the_base_is_refused(cli, tmp_path):
     train(base, ANSWER, "QUESTION_ANS", 2, None, ["q_proj"], tmp_path / "adapter")
     result = merge_classifier(base, tmp_path / "adapter", cli, tmp_path)
     assert result.exit_code == 4
-    assert "LlamaForQuestionAnswering: loads none of the base's tensors" in result.output
+    assert "error: LlamaForQuestionAnswering: loads none of the base's tensors" in result.output
+    assert "qa_outputs" not in result.output
 
 
 def test_the_head_of_the_language_model_is_left_out_with_a_note(classifier, cli, tmp_path, stored):
