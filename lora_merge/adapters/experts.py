@@ -45,6 +45,8 @@ _PROJECTIONS: Mapping[str, str] = {"w1": "gate_proj", "w2": "down_proj", "w3": "
 _UNGATED: Mapping[str, str] = {"w1": "up_proj", "w2": "down_proj"}
 """Of experts without a gate, as Nemotron's: Tinker leaves w3 empty there."""
 
+_EXPERT = re.compile(r"experts\.\d+\.\w+$")
+
 _GROUPED = re.compile(r"(?P<module>.+)\.lora_(?P<which>gate_and_up|down)_(?P<role>[AB])")
 
 
@@ -60,12 +62,19 @@ class Experts:
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What targets are called now, by the last word that they had, where that changed."""
 
+    is_renamed: bool = False
+    """True where some tensors have names now that PEFT does not read as it read those that they had."""
+
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return PEFT's configuration with the targets that these tensors have now.
 
         What meant all experts means each of them, and not other modules of the same name (shared experts, dense layers).
+        ``"all-linear"`` means more to such a trainer than to PEFT, the output embedding and experts in one parameter
+        among it, and less where routers are linear layers: it means the modules with tensors.
         """
         listed = config.get("target_modules")
+        if self.is_renamed and str(listed).lower() == "all-linear":
+            return {**config, "target_modules": list(dict.fromkeys(map(_target, self.refs)))}
         if not isinstance(listed, list) or not (self.targets or self.pairs):
             return config
         entries = (word for entry in map(str, listed) for word in self._targets_of(entry))
@@ -81,6 +90,13 @@ class Experts:
         if word == "experts" and self.targets:
             return tuple(name for names in self.targets.values() for name in names)
         return self.targets.get(word, (entry,))
+
+
+def _target(ref: TensorRef) -> str:
+    """Return what to call the module of a factor among the targets: an expert by the end of its path."""
+    module = ref.name.removeprefix(PREFIX).partition(".lora_")[0]
+    expert = _EXPERT.search(module)
+    return expert[0] if expert else module
 
 
 def taken_apart(refs: tuple[TensorRef, ...], file: str) -> Experts:
@@ -114,6 +130,7 @@ def taken_apart(refs: tuple[TensorRef, ...], file: str) -> Experts:
         made += block_found.experts(found)
         gone |= {ref.name for roles in projections.values() for ref in roles.values()}
     found.refs = (*(ref for ref in found.refs if ref.name not in gone), *made)
+    found.is_renamed |= bool(made)
     return found
 
 
@@ -125,7 +142,7 @@ def _named_as_published(found: Experts, file: str) -> None:
     for ref in found.refs:
         name = _ATTENTION.sub("self_attn", _HEAD.sub(r"\1lm_head", ref.name))
         renamed.append(ref if name == ref.name else replace(ref, name=name))
-    found.refs = tuple(renamed)
+    found.refs, found.is_renamed = tuple(renamed), True
     found.targets["unembed_tokens"] = ("lm_head",)
     found.issues.append(
         note("spelling", file, "its tensors have Tinker's names, and were read under Hugging Face's")

@@ -98,14 +98,17 @@ TINKER = {"gate": "w1", "down": "w2", "up": "w3"}
 
 @pytest.mark.parametrize("kind", ["single", "stacked"])
 @pytest.mark.parametrize("outer", [False, True])
-def test_tinkers_names_and_shared_factors_are_merged(outer, kind, bases, agrees, tmp_path):
+@pytest.mark.parametrize(
+    "targets", [["w1", "w2", "w3", "unembed_tokens"], "all-linear"], ids=["list", "all-linear"]
+)
+def test_tinkers_names_and_shared_factors_are_merged(targets, outer, kind, bases, agrees, tmp_path):
     changes = layers(outer=outer)
     head = drawn(RANK, HIDDEN, seed=91), drawn(96, RANK, seed=92)
     tensors = {"model.unembed_tokens.lora_A.weight": head[0], "model.unembed_tokens.lora_B.weight": head[1]}
     for (layer, projection), (a, b) in changes.items():
         path = f"model.layers.{layer}.mlp.experts.{TINKER[projection]}"
         tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
-    adapter = write(tmp_path / "tinker", tensors, target_modules=["w1", "w2", "w3", "unembed_tokens"])
+    adapter = write(tmp_path / "tinker", tensors, target_modules=targets)
     agrees(kind, adapter, wanted(bases[kind], changes, head))
 
 
