@@ -155,5 +155,6 @@ def _outputs(expert: re.Match[str], n_out: int, half: int | None, stored: Stored
     owner = expert["owner"]
     if conversion is None or conversion.alternates(owner):
         why = "may alternate" if conversion is None else "alternate"
-        raise LayoutError(f"gate and up {why} in {owner}.gate_up_proj, so one of them is no block of it")
+        sentence = f"gate and up {why} in {owner}.gate_up_proj, so one of them is no block of it"
+        raise LayoutError(sentence, hint="merge it with the tool of the trainer that wrote the adapter")
     return (half * n_out // 2, (half + 1) * n_out // 2)

@@ -21,10 +21,10 @@ Shape = tuple[int, ...]
 class LayoutError(ValueError):
     """A parameter has no one place; says why, and which places it could have."""
 
-    def __init__(self, sentence: str, candidates: tuple[str, ...] = ()) -> None:
+    def __init__(self, sentence: str, candidates: tuple[str, ...] = (), hint: str = "") -> None:
         listed = listing(candidates)
         super().__init__(f"{sentence}: {listed}" if candidates else sentence)
-        self.sentence, self.candidates = str(self), candidates
+        self.sentence, self.candidates, self.hint = str(self), candidates, hint
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,4 +173,4 @@ class Model:
 def misplaced(subject: str, exc: LayoutError) -> Issue:
     """Return the issue of a parameter whose place cannot be told."""
     hint = "rename the adapter's tensors as the base's are named" if exc.candidates else SAVE_ANEW
-    return error("no-one-place", subject, exc.sentence, hint)
+    return error("no-one-place", subject, exc.sentence, exc.hint or hint)

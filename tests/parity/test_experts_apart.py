@@ -305,6 +305,8 @@ def test_half_an_expert_of_gpt_oss_is_refused_since_gate_and_up_take_turns(cli, 
 
     assert result.exit_code == exits.PLAN
     assert "gate and up alternate in model.layers.{0-1}.mlp.experts.gate_up_proj" in result.stderr
+    assert "merge it with the tool of the trainer" in result.stderr
+    assert "save_original_format" not in result.stderr
 
 
 def test_an_expert_beyond_the_last_has_no_place(cli, tmp_path):
