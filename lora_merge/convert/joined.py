@@ -15,6 +15,7 @@ from lora_merge.layouts import Stored
 if TYPE_CHECKING:
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.plan import Step
+    from lora_merge.core.tensor import TensorRef
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class Joined:
             is_end = module.rpartition(".")[2] in INPUT_NAMES | OUTPUT_NAMES
             return is_end and bool(self.base.config.get("tie_word_embeddings"))
         return self._other_end(module) is not None
+
+    def before(self, name: str) -> TensorRef | None:
+        """Return the base's own tensor behind one of the output: of a tie, the one that is stored; None for a new one."""
+        if name in self.stored.tensors or self.skeleton is None:
+            return self.stored.tensors.get(name)
+        other = self.skeleton.ends().get(f"{self.stored.module(name.removesuffix('.weight'))}.weight")
+        return self.stored.tensors.get(self.stored.disk_name(other)) if other else None
 
     def twin(self, module: str) -> str | None:
         """Return the other end of a tie that the merge keeps: what is changed at one end is changed at both."""

@@ -304,7 +304,8 @@ class _Drafting:
 
     def _is_new(self, step: Step) -> bool:
         """Return True for another weight than the base's; PEFT saves copies of the base's embeddings along."""
-        before = self._before(step.slots[0].name) if step.replaced else None
+        assert self._joined is not None
+        before = self._joined.before(step.slots[0].name) if step.replaced else None
         return step.replaced and (before is None or not same_values(before, _source(step)))
 
     def _add_changed(self, step: Step, target: str, *, is_new: bool) -> None:
@@ -328,10 +329,12 @@ class _Drafting:
             self.found.issues.append(error("unsupported", target, sentence, MERGE))
             return
         if is_new:
-            before, after = self._before(slot.name), _source(step)
+            assert self._joined is not None
+            before, after = self._joined.before(slot.name), _source(step)
             if before is None or before.shape != after.shape:
-                found = shape_text(before.shape) if before else "not stored"
-                sentence = f"is {shape_text(after.shape)}, the base's is {found}: LoRA cannot resize"
+                found = f"the base's is {shape_text(before.shape)}" if before else "the base has none"
+                verb = "resize a weight" if before else "add a weight"
+                sentence = f"is {shape_text(after.shape)}, and {found}: LoRA cannot {verb}"
                 self.found.issues.append(error("unsupported", target, sentence, MERGE))
                 return
             if deltas:
@@ -341,15 +344,6 @@ class _Drafting:
             self._add(LoraModule(module, form, Difference(before, after, turned), shape, 0))
             return
         self._add(LoraModule(module, form, Changed(step, turned), shape, 0))
-
-    def _before(self, name: str) -> TensorRef | None:
-        """Return the base's own tensor behind one that the adapter replaces: of a tie, the one that is stored."""
-        assert self._joined is not None
-        stored, known = self._joined.stored, self._joined.skeleton
-        if name in stored.tensors or known is None:
-            return stored.tensors.get(name)
-        other = known.ends().get(f"{stored.module(name.removesuffix('.weight'))}.weight")
-        return stored.tensors.get(stored.disk_name(other)) if other else None
 
     def _name_of(self, step: Step) -> str:
         """Return what the adapter calls a parameter that it replaces."""

@@ -195,10 +195,11 @@ class _Measuring:
         deltas = step.op.deltas if isinstance(step.op, Merge) else ()
         (slot,) = step.slots
         source = step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
-        before = self._joined.stored.tensors.get(slot.name, source)
+        before = self._joined.before(slot.name) or (None if step.replaced else source)
         targets = dict.fromkeys(_path(delta.target, self._factored) for delta in deltas)
-        if step.replaced or any(path not in self._factored for path in targets):
-            weight, delta = norms_of(step, before) if before.shape == slot.shape else (0.0, 0.0)
+        if before is None or step.replaced or any(path not in self._factored for path in targets):
+            is_comparable = before is not None and before.shape == slot.shape
+            weight, delta = norms_of(step, before) if before and is_comparable else (0.0, 0.0)
             found = [(path, weight**2, delta**2) for path in targets or (slot.name,)]
         else:
             boxes = {(_path(delta.target, self._factored), delta.region.at) for delta in deltas}

@@ -158,6 +158,16 @@ def test_verify_asks_a_classifier_that_answers_at_the_end_of_its_text(merged, cl
     assert "outputs of the model (--forward)" in result.output
 
 
+def test_inspect_has_no_ratio_for_a_head_that_the_base_lacks(classifier):
+    import lora_merge
+
+    base, adapter = classifier("Llama")
+    found = lora_merge.inspect(adapter, base=base)
+    ratios = {one.path: one.relative for one in found.modules}
+    assert ratios.pop("score.weight") is None
+    assert all(ratios.values())
+
+
 def merge_classifier(base: Path, adapter: Path, cli: Any, tmp_path: Path) -> Any:
     return cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
 
