@@ -172,7 +172,10 @@ def _difference(adapted: Any, root: Path) -> str:
 
     stored = load_peft_weights(str(root), device="cpu")
     taken = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    copies = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    try:
+        copies = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    except NotImplementedError:  # transformers knows no embedding of this model: it takes images, or sound
+        copies = {}
     has = adapted.state_dict() | copies | taken
     lost = sorted(name for name, tensor in stored.items() if not _same(has.get(name), tensor))
     random = sorted(name for name in taken.keys() - stored.keys() if "lora_" in name)

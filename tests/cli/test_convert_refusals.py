@@ -180,8 +180,11 @@ def test_a_rank_is_a_limit_and_one_that_no_module_reaches_is_said_so(
 def test_no_output_is_written_into_an_input(place, pico, pico_adapter, tampered, cli):
     adapter, base = tampered(pico_adapter(pico())), tampered(pico(), "base")
 
-    for out in (adapter / place, base / place):
-        result = cli("convert", adapter, "--base", base, "--out", out)
+    conversion = ("convert", adapter, "--base", base, "--out", base / place)
+    merges = [("--base", base, "--adapter", adapter, "--out", root / place) for root in (base, adapter)]
+    for command in (conversion, *merges):
+        out = command[-1]
+        result = cli(*command)
 
         assert result.exit_code == exits.WRITE
         assert "is inside the input" in result.stderr
