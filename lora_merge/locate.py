@@ -280,7 +280,9 @@ def other_base(
             continue
         name, how, ours, _ = next((pair for pair in pairs if pair[3] is False), (None, "", "", None))
         if name is not None:
-            sentence = f"is {ours}{how}, and the adapter {adapter.text} was trained on {name}: by their names these are two models"
+            families = [_family(root) for root in (base.root, _folder(name)) if root is not None]
+            why = f"by their {'configurations' if len(set(families)) == 2 else 'names'} these are two models"
+            sentence = f"is {ours}{how}, and the adapter {adapter.text} was trained on {name}: {why}"
             hint = f"merge into what it was trained on: --base {name}; if the two are one model, all is well"
             issues.append(warning("other-base", base.text, sentence, hint))
     return tuple(issues)
@@ -301,13 +303,32 @@ def _names_of(base: Place) -> list[tuple[str, str]]:
 
 
 def _is_same(named: str, ours: str, root: Path) -> bool | None:
-    """Return True where a name is of the base, or a path that leads to it."""
-    try:
-        if user_path(named).resolve() == root:
-            return True
-    except (ResolveError, OSError):
-        pass
+    """Return True where a name is of the base, or a path that leads to it, False where it leads to another family."""
+    folder = _folder(named)
+    if folder == root:
+        return True
+    if (
+        folder is not None
+        and None not in (families := {_family(root), _family(folder)})
+        and len(families) == 2
+    ):
+        return False
     return same_model(named, ours)
+
+
+def _folder(name: str) -> Path | None:
+    """Return the model's folder that a name leads to on this machine; None where there is none."""
+    try:
+        folder = user_path(name).resolve()
+        return folder if (folder / CONFIG_FILE).is_file() else None
+    except (ResolveError, OSError):
+        return None
+
+
+def _family(root: Path) -> str | None:
+    """Return the ``model_type`` of a model's folder."""
+    family = _json(root / CONFIG_FILE).get("model_type")
+    return family if isinstance(family, str) else None
 
 
 def _named_bases(adapter: Place) -> list[tuple[str, Source | None]]:

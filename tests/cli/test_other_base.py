@@ -35,6 +35,22 @@ def _deep(tampered, source, tmp_path, folder):
 SNAPSHOT = "hub/models--acme--Solid-7B-Instruct/snapshots/" + "ab" * 20
 
 
+def test_a_folder_of_another_family_is_another_model_whatever_it_is_called(
+    pair, tampered, pico, cli, tmp_path
+):
+    """Two folders called base say nothing by their names; where both are here, their configurations tell."""
+    named = tampered(pico("qwen2"), "trained/base")
+    base, adapter = pair("base", named=str(named))
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.OK, result.stderr
+    assert f"was trained on {named}: by their configurations these are two models" in result.stderr
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tampered(base, "again")))
+    again = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "again-out")
+    assert "two models" not in again.stderr
+
+
 @pytest.mark.parametrize(
     ("folder", "called", "is_called"),
     [
