@@ -53,6 +53,11 @@ THINKER = {
     "text_config": {**COMMON, "rope_parameters": ROPE_3D},
     "audio_token_index": 88, "image_token_index": 90, "video_token_index": 91,
 }  # fmt: skip
+QWEN25 = {**COMMON, "tie_word_embeddings": False, "rope_parameters": ROPE_3D}
+QWEN25_TOWER = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+    "fullatt_block_indexes": [0], "patch_size": 4, "window_size": 16,
+}  # fmt: skip
 LLAVA = {
     "text_config": {**COMMON, "model_type": "llama"},
     "vision_config": {
@@ -85,6 +90,13 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
         "Qwen2_5OmniThinkerForConditionalGeneration",
         "",
     ),
+    "Qwen2.5-VL": (
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        {"text_config": QWEN25, "vision_config": QWEN25_TOWER, **IMAGES},
+        "Qwen2_5_VLForConditionalGeneration",
+        "model.language_model",
+    ),
     "LLaVA": (
         "LlavaForConditionalGeneration",
         "LlavaConfig",
@@ -96,6 +108,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
 """Architecture, config class, its fields; the class that is trained, and which of its modules."""
 
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3.5": ("Qwen3.5", ATTENTION),
     "Qwen3.5, all linear layers": ("Qwen3.5", {"target_modules": "all-linear"}),
@@ -112,6 +125,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Llama 4": ("Llama 4", ATTENTION),
     "Qwen2.5-Omni, the thinker": ("Qwen2.5-Omni", {"target_modules": r"model\.language_model.*(q|v)_proj"}),
+    "Qwen2.5-VL, its language model alone, whose targets the tower has too": (
+        "Qwen2.5-VL",
+        {"target_modules": SEVEN},
+    ),
     "LLaVA, its language model alone": ("LLaVA", {"target_modules": ["q_proj", "down_proj"]}),
 }
 
