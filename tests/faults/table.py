@@ -394,10 +394,6 @@ def _mapped_to(file: object) -> Callable[[Place], None]:
     return cause
 
 
-def _config(**fields: Any) -> Callable[[Place], None]:
-    return lambda place: edit_json(place.adapter / "adapter_config.json", **fields)
-
-
 def _doubled_key(place: Place) -> None:
     text = (place.base / INDEX).read_text()
     name = next(iter(json.loads(text)["weight_map"]))
