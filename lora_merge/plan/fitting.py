@@ -289,7 +289,9 @@ class Fitting:
         sentence = f"none of the adapter's {len(self._adapter.modules)} modules is in the base"
         if near:
             return error("wrong-prefix", first, f"{sentence}, which has {near}", "the prefixes differ")
-        return error("wrong-prefix", first, sentence, "the adapter belongs to another model")
+        named = self._adapter.config.get("base_model_name_or_path")
+        hint = f"the adapter belongs to another model{f': it names {named}' if named else ''}"
+        return error("wrong-prefix", first, sentence, hint)
 
     def _nearest(self, parameter: str) -> str:
         """Return the stored name that shares the longest dotted ending with a parameter."""

@@ -98,7 +98,7 @@ def split_issue(pairs: Mapping[str, str]) -> list[Issue]:
         return []
     name, *others = pairs
     sentence = f"shares its values with {pairs[name]} in the base, and the adapter changes the two differently; both are written"
-    sentence += f"; so it is with {listing(others)}" if others else ""
+    sentence += f"; the same holds for {listing(others)}" if others else ""
     hint = (
         "transformers loads both; check that your engine does too, if it has code of its own for this model"
     )

@@ -214,7 +214,7 @@ def test_a_split_is_said_once_with_both_names(case, cli, tmp_path):
         r"model\.layers\.2\.shared_transf\S+: shares its values with model\.layers\.1\.\S+", result.output
     )
     assert len(said) == 1
-    assert "(the same holds for 3 more)" in result.output
+    assert "; the same holds for model.layers.3.shared_transf" in result.output
 
 
 def test_users_that_are_stored_apart_need_no_split(case, merged, stored, tmp_path):
