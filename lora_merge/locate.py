@@ -282,7 +282,8 @@ def other_base(
         if name is not None:
             families = [_family(root) for root in (base.root, _folder(name)) if root is not None]
             why = f"by their {'configurations' if len(set(families)) == 2 else 'names'} these are two models"
-            sentence = f"is {ours}{how}, and the adapter {adapter.text} was trained on {name}: {why}"
+            called = f"called {base.root.name}" if ours == str(base.root) else f"{ours}{how}"
+            sentence = f"is {called}, and the adapter {adapter.text} was trained on {name}: {why}"
             hint = f"merge into what it was trained on: --base {name}; if the two are one model, all is well"
             issues.append(warning("other-base", base.text, sentence, hint))
     return tuple(issues)

@@ -886,9 +886,15 @@ CASES = [
         tensors=add("base_model.model.score.weight", 2, 64),
     ),
     Case(
+        "a classifier's adapter without its head",
+        ("task_type: is SEQ_CLS, the adapter file has no head",),
+        "no-head",
+        config={"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"},
+    ),
+    Case(
         "a head of a class that loads nothing of the base",
         ("LlamaForQuestionAnswering: loads none of the base's tensors in transformers",),
-        "no-head",
+        "nothing-loaded",
         config={"modules_to_save": ["qa_outputs"], "task_type": "QUESTION_ANS"},
         tensors=several(
             add("base_model.model.qa_outputs.weight", 2, 64), add("base_model.model.qa_outputs.bias", 2)

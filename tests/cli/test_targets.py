@@ -70,7 +70,10 @@ def test_a_model_without_a_class_is_merged_by_its_names(pico, pico_adapter, tamp
         auto_map={"AutoModelForCausalLM": "modeling_strange.StrangeForCausalLM"},
     )
 
-    result = cli("--base", base, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out", "--strict")
+    adapter = tampered(pico_adapter(pico()), "adapter")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "--strict")
 
     assert result.exit_code == exits.OK, result.stderr
 
