@@ -31,6 +31,7 @@ stacked ones, for which transformers has to be imported.
 """
 
 BYTES = 1_000_000_000
+CHUNK_BYTES = 1 << 20
 Shapes = Mapping[str, tuple[int, ...]]
 
 CONFIG = {
@@ -81,8 +82,11 @@ def base_shapes() -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
 
 
-def write_hollow(path: Path, shapes: Shapes, dtype: str, item_bytes: int) -> None:
-    """Write a header, and a hole for the data: no disk holds such a checkpoint, and no plan reads it."""
+def write_hollow(path: Path, shapes: Shapes, dtype: str, item_bytes: int, value: bytes = b"") -> None:
+    """Write a header, and a hole for the data: no disk holds such a checkpoint, and no plan reads it.
+
+    A value fills the hole instead: an adapter that holds nothing but zeros is refused.
+    """
     header: dict[str, object] = {}
     end = 0
     for name, shape in shapes.items():
@@ -92,6 +96,8 @@ def write_hollow(path: Path, shapes: Shapes, dtype: str, item_bytes: int) -> Non
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        for begin in range(0, end if value else 0, CHUNK_BYTES):
+            file.write(value * (min(CHUNK_BYTES, end - begin) // len(value)))
         file.truncate(8 + len(text) + end)
 
 
@@ -123,7 +129,7 @@ def write_adapter(root: Path, factors: Iterable[tuple[str, tuple[int, int], int]
     for name, (n_out, n_in), n_experts in factors:
         shapes[f"base_model.model.{name}.lora_A.weight"] = (n_experts * RANK, n_in)
         shapes[f"base_model.model.{name}.lora_B.weight"] = (n_out, n_experts * RANK)
-    write_hollow(root / "adapter_model.safetensors", shapes, "BF16", 2)
+    write_hollow(root / "adapter_model.safetensors", shapes, "BF16", 2, value=b"\x3c\x3c")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "peft_version": "0.21.2", **fields}
     (root / "adapter_config.json").write_text(json.dumps(config))
     return root
