@@ -280,8 +280,8 @@ def other_base(
             continue
         name, how, ours, _ = next((pair for pair in pairs if pair[3] is False), (None, "", "", None))
         if name is not None:
-            families = [_family(root) for root in (base.root, _folder(name)) if root is not None]
-            why = f"by their {'configurations' if len(set(families)) == 2 else 'names'} these are two models"
+            shown = "configurations" if _is_of_another_family(_folder(name), base.root) else "names"
+            why = f"by their {shown} these are two models"
             called = f"called {base.root.name}" if ours == str(base.root) else f"{ours}{how}"
             sentence = f"is {called}, and the adapter {adapter.text} was trained on {name}: {why}"
             hint = f"merge into what it was trained on: --base {name}; if the two are one model, all is well"
@@ -308,13 +308,13 @@ def _is_same(named: str, ours: str, root: Path) -> bool | None:
     folder = _folder(named)
     if folder == root:
         return True
-    if (
-        folder is not None
-        and None not in (families := {_family(root), _family(folder)})
-        and len(families) == 2
-    ):
-        return False
-    return same_model(named, ours)
+    return False if _is_of_another_family(folder, root) else same_model(named, ours)
+
+
+def _is_of_another_family(folder: Path | None, root: Path) -> bool:
+    """Return True where two models' folders say that they are of two families; one that says nothing is of none."""
+    families = {_family(folder) if folder is not None else None, _family(root)}
+    return None not in families and len(families) == 2
 
 
 def _folder(name: str) -> Path | None:

@@ -217,7 +217,7 @@ def verify(  # noqa: PLR0913 - the options of the command, each by its name
         "out": _path("out", out), "base": base, "adapter": None if adapter == () else adapter,
         "level": level, "forward": forward, "engine": engine,
         "engine_python": engine_python,
-        "prompt": (prompt,) if isinstance(prompt, str) else tuple(prompt), "n_tokens": n_tokens,
+        "prompt": _names(prompt), "n_tokens": n_tokens,
         "tolerance": tolerance, "ignore_file": _names(ignore_file), "dtype": dtype, "trust_remote_code": trust_remote_code, "token": token,
         "offline": offline,
     }  # fmt: skip
@@ -370,10 +370,9 @@ def extract(  # noqa: PLR0913 - the options of the command, each by its name
     Raises:
         LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
     """
-    names = (target,) if isinstance(target, str) else tuple(target)
     fields = {
         "base": base, "tuned": tuned, "out": out, "rank": rank, "energy": energy,
-        "target": names, "save_modules": save_modules, "dtype": dtype, "overwrite": overwrite,
+        "target": _names(target), "save_modules": save_modules, "dtype": dtype, "overwrite": overwrite,
         "strict": strict, "token": token, "offline": offline,
     }  # fmt: skip
     from lora_merge.pipeline.extracting import extract_adapter

@@ -83,8 +83,11 @@ class Conversion:
     inputs: tuple[Path, ...]
     provenance: Mapping[str, object]
     issues: tuple[Issue, ...]
-    home: Path | None = None
-    """The adapter's own folder, where it may have other forms of itself."""
+
+    @property
+    def home(self) -> Path:
+        """Return the adapter's own folder, where it may have other forms of itself."""
+        return Path(self.adapter.root)
 
 
 def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None) -> ConvertReport:
@@ -144,7 +147,7 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     return Conversion(
         source=request.adapter, adapter=adapter, found=found, recipe=recipe, base=joined.base if joined else None, join=join,
         out=files.output_path(request.out), serving=request.serving, overwrite=request.overwrite, strict=request.strict,
-        inputs=inputs, provenance=provenance, issues=issues, home=Path(adapter.root),
+        inputs=inputs, provenance=provenance, issues=issues,
     )  # fmt: skip
 
 
