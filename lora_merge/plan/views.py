@@ -30,11 +30,8 @@ def view_for(
         model: the base.
         parts: whether the models inside it count; PEFT's own layers need a model that has a config of its own.
     """
-    if not wanted or all(name in model.sources for name in wanted):
+    if not wanted or all(name in model.sources for name in wanted) or all(_places(wanted, model).values()):
         return model, []
-    if all(_places(wanted, model).values()):
-        part = _named_by(wanted, model) if parts else ""
-        return (replace(model, part=part), [_part_note(part, wanted)]) if part else (model, [])
     found = {name: view for name, view in _views(model) if (parts or not view.part) and _fits(wanted, view)}
     places = {name: frozenset(_tensors(_places(wanted, view))) for name, view in found.items()}
     if not found:
@@ -47,36 +44,13 @@ def view_for(
         return model, [error("no-one-place", next(iter(wanted)), sentence, hint)]
     own = [view.part for view in found.values() if _has_all(view.part, wanted, model)]
     name, view = next((one for one in found.items() if one[1].part in own), next(iter(found.items())))
-    return view, [_part_note(name, wanted)]
-
-
-def _part_note(name: str, wanted: Mapping[str, Shape | None]) -> Issue:
     sentence = f"the adapter was trained on a part of the base ({name}); the rest is copied"
-    return note("part", next(iter(wanted)), sentence)
-
-
-def _named_by(wanted: Mapping[str, Shape | None], model: Model) -> str:
-    """Return the model inside a base whose own names all parameters have, though the base has places for them too.
-
-    What its configuration targets is then looked for in that model: a tower beside it may have modules of the same names.
-    """
-    conversion = model.stored.conversion
-    if conversion is None or any(_is_own(name, model) for name in wanted):
-        return ""
-    inside = parts_of_model(model.config)
-    names = [part for part in inside if _has_all(part, wanted, model)]
-    beside = [part for part in inside if not any(_is_within(part, name) for name in names)]
-    return names[0] if len(names) == 1 and beside else ""
+    return view, [note("part", next(iter(wanted)), sentence)]
 
 
 def _has_all(part: str, wanted: Mapping[str, Shape | None], model: Model) -> bool:
     """Return True when a model inside a base has every parameter under its own name."""
     return bool(part) and all(_is_own(f"{part}.{name}", model) for name in wanted)
-
-
-def _is_within(one: str, other: str) -> bool:
-    """Return True when one of two models is inside the other."""
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _is_own(name: str, model: Model) -> bool:
