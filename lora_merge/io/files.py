@@ -10,10 +10,12 @@ import errno
 import json
 import os
 import re
+import stat
 import struct
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError, ResolveError, WriteError
 from lora_merge.io.instead import instead_of
 
@@ -51,7 +53,7 @@ _RWF_DONTCACHE = 0x80
 _UNABLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 """What a filesystem or a kernel answers that does not know how."""
 
-_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+_CLOEXEC, _NONBLOCK = getattr(os, "O_CLOEXEC", 0), getattr(os, "O_NONBLOCK", 0)
 
 
 def user_path(text: str) -> Path:
@@ -106,19 +108,65 @@ def nearest_existing(path: Path) -> Path:
 
 @contextlib.contextmanager
 def open_for_reading(path: str | Path) -> Iterator[int]:
-    """Yield a descriptor for positioned reads.
+    """Yield a descriptor for positioned reads. Every file of a stranger is opened here.
+
+    A pipe, a device or a socket would block, or never end: they are refused, and opening one waits for nobody.
 
     Raises:
-        CheckpointError: the file is missing or cannot be opened.
+        CheckpointError: the file is missing, cannot be opened, or is no regular file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | _CLOEXEC)
-    except OSError as exc:
-        raise CheckpointError(str(path), "", f"cannot be opened ({exc.strerror})") from exc
+        fd = os.open(path, os.O_RDONLY | _CLOEXEC | _NONBLOCK)
+    except (
+        OSError,
+        ValueError,
+    ) as exc:  # ValueError: a NUL character, or a name that the system cannot encode
+        why = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise CheckpointError(str(path), "", f"cannot be opened ({why})") from exc
     try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(str(path), "", f"is {_kind_of(mode)}", "a regular file")
         yield fd
     finally:
         os.close(fd)
+
+
+def _kind_of(mode: int) -> str:
+    """Return what an inode is, in words, by its mode."""
+    kinds = {
+        stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    }  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode), "a special file")
+
+
+def identity_of(fd: int) -> FileIdentity:
+    """Return which file a descriptor is of, as it is now."""
+    status = os.fstat(fd)
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """Return the bytes of a small file.
+
+    Raises:
+        CheckpointError: it cannot be read, is no regular file, or is longer than `most` bytes.
+    """
+    with open_for_reading(path) as fd:
+        nbytes = os.fstat(fd).st_size
+        if nbytes > most:
+            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{most} at most")
+        parts, n_read = [], 0
+        try:
+            while part := os.read(fd, min(BLOCK_BYTES, most + 1 - n_read)):
+                parts.append(part)
+                n_read += len(part)
+        except OSError as exc:
+            raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
+    if n_read > most:  # it grew, or says that it has no bytes, as files of /proc do
+        raise CheckpointError(str(path), "", f"has more than {most} bytes", f"{most} at most")
+    return b"".join(parts)
 
 
 @contextlib.contextmanager
@@ -403,13 +451,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, too long to be meant, no JSON, names a key twice, or holds no table.
     """
+    text = read_bytes(path)
     try:
-        nbytes = path.stat().st_size
-        if nbytes > MAX_JSON_BYTES:
-            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{MAX_JSON_BYTES} at most")
-        value = parse_json(path.read_bytes())
-    except OSError as exc:
-        raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
+        value = parse_json(text)
     except (ValueError, RecursionError) as exc:
         raise _no_json(path, exc) from exc
     if not isinstance(value, dict):
@@ -433,13 +477,8 @@ def read_text(path: Path) -> str:
     Raises:
         CheckpointError: it cannot be read, or is too long to be meant.
     """
-    try:
-        nbytes = path.stat().st_size
-        if nbytes > MAX_JSON_BYTES:
-            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{MAX_JSON_BYTES} at most")
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as exc:
-        raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
+    text = read_bytes(path).decode("utf-8", errors="replace")
+    return text.replace("\r\n", "\n")
 
 
 def parse_json(text: bytes) -> Any:
