@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.redaction import without_secrets
 from lora_merge.words import CAUSE, counted, cut, listing, told
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ _LISTED = 12  # kinds of issue that are printed; the rest are counted (-v and --
 class LoraMergeError(Exception):
     """Base of every error that the user can fix.
 
-    ``hint`` says what to do about it, and is empty when the sentence already does.
+    ``hint`` says what to do about it, and is empty when the sentence already does. Tokens are taken out of both.
     """
 
     def __init__(self, sentence: str, *, hint: str = "") -> None:
-        super().__init__(sentence)
-        self.hint = hint
+        super().__init__(without_secrets(sentence))
+        self.hint = without_secrets(hint)
 
 
 class ResolveError(LoraMergeError):
@@ -99,7 +100,7 @@ class RequestError(LoraMergeError):
     """
 
     def __init__(self, file: str, line: int, key: str, sentence: str, *, hint: str = "") -> None:
-        self.file, self.line, self.key, self.sentence = file, line, key, sentence
+        self.file, self.line, self.key, self.sentence = file, line, key, without_secrets(sentence)
         where = f"{file}:{line}" if line else file
         super().__init__(": ".join(part for part in (where, key, sentence) if part), hint=hint)
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lora_merge.cli.app import main
+from lora_merge.redaction import without_secrets
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 __all__ = ["entry", "main"]
 
@@ -19,6 +23,7 @@ def entry() -> NoReturn:
     loads a fifth; a process that is about to end needs neither.
     """
     gc.disable()
+    sys.excepthook = _say_bug
     code = 0
     try:
         main(prog_name="lora-merge")
@@ -27,3 +32,10 @@ def entry() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _say_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of a bug, which may quote anything, without secrets."""
+    import traceback
+
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from lora_merge.cli.plan import plan
 from lora_merge.cli.verify import verify
 from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.errors import LoraMergeError
+from lora_merge.redaction import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +64,9 @@ class _App(click.Group):
         except click.exceptions.Exit as exc:
             code = exc.exit_code
         except click.ClickException as exc:
-            exc.show()
+            said = io.StringIO()
+            exc.show(said)
+            click.echo(without_secrets(said.getvalue()), err=True, nl=False)
             code = exits.USAGE
             if as_json:
                 click.echo(error_json(exc, exc.format_message(), code))

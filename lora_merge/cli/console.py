@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
-from lora_merge.cli.text import printable, size_text
+from lora_merge.cli.text import json_text, printable, size_text
 from lora_merge.core.report import Report, Silence
 from lora_merge.words import Alike, alike, cut, told
 
@@ -62,7 +61,7 @@ class Console:
         if not self._quiet:
             self._issues(report.issues)
         if self._as_json:
-            click.echo(json.dumps({"ok": True, **asdict(report)}, indent=2))
+            click.echo(json_text({"ok": True, **asdict(report)}))
         elif report.dry_run:
             _print_plan(report, verbose=self._verbose)
         elif not self._quiet:
@@ -76,7 +75,7 @@ class Console:
     def proof(self, proof: Proof, *, failed: bool) -> None:
         """Print what verifying an output found: a line for each check, and a table of what differs."""
         if self._as_json:
-            click.echo(json.dumps({"ok": not failed, **_proof_data(proof)}, indent=2))
+            click.echo(json_text({"ok": not failed, **_proof_data(proof)}))
             return
         if self._quiet:
             for issue in proof.issues:
@@ -92,7 +91,7 @@ class Console:
         """Print what an adapter is, and what is wrong with it."""
         if self._as_json:
             ok = not any(issue.severity == "error" for issue in found.issues)
-            click.echo(json.dumps({"ok": ok, **_inspection_data(found)}, indent=2))
+            click.echo(json_text({"ok": ok, **_inspection_data(found)}))
         elif not self._quiet:
             print_inspection(found, full=full)
         self._issues(found.issues)
@@ -101,7 +100,7 @@ class Console:
         """Print what a conversion or an extraction did."""
         self._issues(report.issues)
         if self._as_json:
-            click.echo(json.dumps({"ok": True, **_conversion_data(report)}, indent=2))
+            click.echo(json_text({"ok": True, **_conversion_data(report)}))
         elif not self._quiet:
             print_conversion(report, verbose=self._verbose)
             click.echo(done_text(report), err=True)
@@ -110,7 +109,7 @@ class Console:
         """Print what became of a batch: a table of jobs, and what went wrong."""
         if self._as_json:
             jobs = [{**asdict(job), "report": _job_data(job)} for job in report.jobs]
-            click.echo(json.dumps({"ok": report.ok, **asdict(report), "jobs": jobs}, indent=2))
+            click.echo(json_text({"ok": report.ok, **asdict(report), "jobs": jobs}))
         if not self._quiet or not report.ok:
             print_batch(report, only_failed=self._quiet or self._as_json)
 
@@ -122,7 +121,7 @@ class Console:
     def matches(self, matches: tuple[Match, ...]) -> None:
         """Print how some modules were matched."""
         if self._as_json:
-            click.echo(json.dumps({"ok": True, "matches": [asdict(match) for match in matches]}, indent=2))
+            click.echo(json_text({"ok": True, "matches": [asdict(match) for match in matches]}))
         else:
             click.echo("\n\n".join(printable(match.text()) for match in matches))
 
@@ -202,7 +201,7 @@ def error_json(error: BaseException, sentence: str, code: int) -> str:
         "hint": "; ".join(_hints(error)),
         "issues": [asdict(issue) for issue in (verdict.issues if verdict else issues)],
     }
-    return json.dumps(data, indent=2)
+    return json_text(data)
 
 
 def _done(report: Report) -> str:

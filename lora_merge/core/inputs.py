@@ -10,6 +10,23 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_MOST_SHOWN = 80
+"""Characters of a value that an error repeats."""
+
+
+def shown(value: object) -> str:
+    """Return how an error repeats a value: what stands in a table or a list is not repeated, since a token may be there.
+
+    Example:
+        >>> shown("bf17"), shown({"token": "…"}), shown([])
+        ("'bf17'", 'a table', '[]')
+    """
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, list | tuple | set | frozenset):
+        return "a list" if value else "[]"
+    return repr(value)[:_MOST_SHOWN]
+
 
 def adapter_texts(value: object) -> tuple[str, ...]:
     """Return adapters as a command line names them, each with its weight behind it where it has one.
@@ -46,7 +63,7 @@ def _item(item: object) -> Sequence[str]:
 def _adapter(value: object) -> str:
     if isinstance(value, str | os.PathLike) and str(value):
         return os.fspath(value) if isinstance(os.fspath(value), str) else str(value)
-    sentence = f"{value!r} is not an adapter"
+    sentence = f"{shown(value)} is not an adapter"
     if isinstance(value, int | float):
         sentence += ": a weight belongs to a path, {'PATH': " + repr(value) + "}"
     raise ValueError(f"{sentence}; expected a directory, or a directory and a weight: DIR:0.5")
@@ -59,7 +76,7 @@ def _weighted(path: object, weight: object) -> str:
         ValueError: the one is no path, or the other no number.
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise ValueError(f"{_adapter(path)!r} has the weight {weight!r}, expected a number")  # noqa: TRY004 - as parsers raise
+        raise ValueError(f"{_adapter(path)!r} has the weight {shown(weight)}, expected a number")  # noqa: TRY004 - as parsers raise
     return f"{_adapter(path)}:{weight!r}"
 
 
@@ -87,10 +104,10 @@ def path_text(value: object) -> str:
         ValueError: it is something else, or empty.
     """
     if not isinstance(value, str | os.PathLike):
-        raise ValueError(f"is {value!r}, expected a path")  # noqa: TRY004 - as parsers raise
+        raise ValueError(f"is {shown(value)}, expected a path")  # noqa: TRY004 - as parsers raise
     text = os.fspath(value)
     if not isinstance(text, str):
-        raise ValueError(f"is {value!r}, expected a path as text, not as bytes")  # noqa: TRY004 - as parsers raise
+        raise ValueError(f"is {shown(value)}, expected a path as text, not as bytes")  # noqa: TRY004 - as parsers raise
     if not text.strip():
         raise ValueError("is empty, expected a path (is a variable of the shell not set?)")
     return text
@@ -103,5 +120,5 @@ def switch(value: Any) -> bool:
         ValueError: it is neither.
     """
     if not isinstance(value, bool):
-        raise ValueError(f"is {value!r}, expected true or false")  # noqa: TRY004 - as parsers raise
+        raise ValueError(f"is {shown(value)}, expected true or false")  # noqa: TRY004 - as parsers raise
     return value

@@ -7,7 +7,7 @@ import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
-from lora_merge.core.inputs import adapter_texts, checked_weight, path_text, switch
+from lora_merge.core.inputs import adapter_texts, checked_weight, path_text, shown, switch
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import RequestError
 
@@ -313,11 +313,11 @@ def parse_expert_layout(value: object) -> tuple[str, ...]:
     Raises:
         ValueError: a word is unknown, or two contradict each other.
     """
-    words = tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
+    words = tuple(value) if isinstance(value, list | tuple) else (value,)
     for word in words:
         if word not in EXPERT_LAYOUTS:
             known = f"{', '.join(EXPERT_LAYOUTS[:-1])} or {EXPERT_LAYOUTS[-1]}"
-            raise ValueError(f"{word!r} is no layout of experts, expected {known}")
+            raise ValueError(f"{shown(word)} is no layout of experts, expected {known}")
     if {"out-in", "in-out"} <= set(words):
         raise ValueError("says both out-in and in-out, expected one of them")
     return words
@@ -332,7 +332,7 @@ def parse_file_names(value: object) -> tuple[str, ...]:
     names = tuple(value) if isinstance(value, list | tuple) else (value,)
     for name in names:
         if not isinstance(name, str) or not name.strip("/") or ".." in name.split("/"):
-            raise ValueError(f"{name!r} is not the name of a file in the adapter's folder")
+            raise ValueError(f"{shown(name)} is not the name of a file in the adapter's folder")
     return tuple(name.removeprefix("./") for name in map(str, names))
 
 
@@ -347,7 +347,7 @@ def parse_density(value: str | float) -> float:
     except (TypeError, ValueError):
         density = 0.0
     if not 0 < density <= 1:
-        raise ValueError(f"{value!r} is no density, expected a number above 0 and at most 1")
+        raise ValueError(f"{shown(value)} is no density, expected a number above 0 and at most 1")
     return density
 
 
@@ -367,7 +367,7 @@ def parse_choice(kind: Any, name: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in known:
             choice = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
-            raise ValueError(f"{text!r} is no {name}, expected {choice}")
+            raise ValueError(f"{shown(text)} is no {name}, expected {choice}")
         return text
 
     return parse
@@ -387,7 +387,7 @@ def parse_dtype(text: str) -> OutputDtype:
         if str(text).lower().removeprefix("torch.") in {short, full}:
             return full
     known = ", ".join(f"{full} ({short})" for short, full in _SHORT_DTYPES.items())
-    raise ValueError(f"{text!r} is no dtype, expected one of {known}")
+    raise ValueError(f"{shown(text)} is no dtype, expected one of {known}")
 
 
 def parse_device(text: str) -> str:
@@ -397,7 +397,7 @@ def parse_device(text: str) -> str:
         ValueError: it is none.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(text)):
-        raise ValueError(f"{text!r} is no device, expected auto, cpu, cuda or cuda:N")
+        raise ValueError(f"{shown(text)} is no device, expected auto, cpu, cuda or cuda:N")
     return str(text)
 
 
@@ -433,7 +433,7 @@ def parse_tolerance(value: str | float) -> float:
     except (TypeError, ValueError):
         tolerance = -1.0
     if not 0 <= tolerance < math.inf:
-        raise ValueError(f"{value!r} is no tolerance, expected a difference of logits, 0 or more")
+        raise ValueError(f"{shown(value)} is no tolerance, expected a difference of logits, 0 or more")
     return tolerance
 
 
@@ -472,7 +472,7 @@ def parse_energy(value: str | float) -> float:
         energy = 0.0
     if isinstance(value, bool) or not 0 < energy <= 1:
         raise ValueError(
-            f"{value!r} is no share of energy, expected a number above 0 and at most 1, such as 0.99"
+            f"{shown(value)} is no share of energy, expected a number above 0 and at most 1, such as 0.99"
         )
     return energy
 
@@ -494,7 +494,7 @@ def _whole(value: object, thing: str, most: int, least: int = 1) -> int:
     """
     text = "" if isinstance(value, bool) else str(value)
     if not re.fullmatch(r"\d{1,10}", text) or not least <= int(text) <= most:
-        raise ValueError(f"{value!r} is no {thing}, expected a whole number from {least} to {most}")
+        raise ValueError(f"{shown(value)} is no {thing}, expected a whole number from {least} to {most}")
     return int(text)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import SAFETENSORS_FILE
+from lora_merge.core.inputs import shown
 from lora_merge.core.tensor import TensorRef, nbytes_of
 
 if TYPE_CHECKING:
@@ -64,10 +65,10 @@ def parse_size(text: str | float) -> int:
         bare = not (match["unit"] or match["binary"] or match["byte"])
         if bare and float(match["number"]) and size < LEAST_BARE_BYTES:
             raise ValueError(
-                f"{text!r} has no unit, and would be {size} bytes: write {match['number']}MB or {match['number']}GB"
+                f"{shown(text)} has no unit, and would be {size} bytes: write {match['number']}MB or {match['number']}GB"
             )
     if size <= 0:
-        raise ValueError(f"{text!r} is no size, expected one such as 5GB, 500MB or 2GiB")
+        raise ValueError(f"{shown(text)} is no size, expected one such as 5GB, 500MB or 2GiB")
     return size
 
 

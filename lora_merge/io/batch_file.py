@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.batch import Job
-from lora_merge.core.inputs import adapter_texts
+from lora_merge.core.inputs import adapter_texts, shown
 from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
 from lora_merge.errors import RequestError, ResolveError
 from lora_merge.io.files import is_directory, output_path, user_path
@@ -83,7 +83,7 @@ def _defaults(
     if defaults is None:
         return {}, {}
     if not isinstance(defaults, dict):
-        sentence = f"is {_kind(defaults)}, expected a table of keys"
+        sentence = f"is {shown(defaults)}, expected a table of keys"
         raise RequestError(path, _lines(node)["defaults"], "defaults", sentence)
     lines = _lines(next(value for key, value in node.value if key.value == "defaults"))
     for key in defaults:
@@ -101,13 +101,13 @@ def _entries(
     if not isinstance(listed, list) or not listed:
         line = _lines(node).get("jobs", 1)
         raise RequestError(
-            path, line, "jobs", f"is {_kind(listed)}", hint="a batch is a list of jobs: - adapter: …"
+            path, line, "jobs", f"is {shown(listed)}", hint="a batch is a list of jobs: - adapter: …"
         )
     nodes = next(value for key, value in node.value if key.value == "jobs").value
     for entry, where in zip(listed, nodes, strict=True):
         line = where.start_mark.line + 1
         if not isinstance(entry, dict):
-            raise RequestError(path, line, "jobs", f"has {_kind(entry)}, expected a table of keys")
+            raise RequestError(path, line, "jobs", f"has {shown(entry)}, expected a table of keys")
         yield _Entry(path, line, entry, {**lines, **_lines(where)})
 
 
@@ -151,7 +151,7 @@ def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
         yield {}
         return
     if not isinstance(matrix, dict):
-        raise entry.error("matrix", f"is {_kind(matrix)}, expected a table of key → list of values")
+        raise entry.error("matrix", f"is {shown(matrix)}, expected a table of key → list of values")
     for key, values in matrix.items():
         if not isinstance(values, list) or not values:
             raise entry.error("matrix", f"has no list for {key}, expected a table of key → list of values")
@@ -272,7 +272,9 @@ def _merge_request(values: Mapping[str, Any]) -> Request:
 def _convert_request(values: Mapping[str, Any]) -> ConvertRequest:
     adapter = values["convert"]
     if not isinstance(adapter, str) or not adapter:
-        raise RequestError("", 0, "adapter", f"is {adapter!r}, expected one adapter: a directory or a repo")
+        raise RequestError(
+            "", 0, "adapter", f"is {shown(adapter)}, expected one adapter: a directory or a repo"
+        )
     spelt = {field.name: _SPELT.get(field.name, field.name) for field in fields(ConvertRequest)}
     named = {field: values[key] for field, key in spelt.items() if key in values}
     parsed = parse_request(ConvertRequest, named)
@@ -373,13 +375,6 @@ def _path(file: str, job: Job, key: str, text: str) -> Path:
         return output_path(text)
     except ResolveError as exc:
         raise RequestError(file, job.line, key, str(exc), hint=exc.hint) from exc
-
-
-def _kind(value: object) -> str:
-    """Return what a value is; what stands in a table is not repeated, since a token may be there."""
-    if isinstance(value, dict):
-        return "a table"
-    return "a list" if isinstance(value, list) and value else repr(value)[:80]
 
 
 def _lines(node: yaml.MappingNode) -> dict[str, int]:

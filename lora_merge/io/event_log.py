@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
 from lora_merge.io.files import write_error
+from lora_merge.redaction import without_secrets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,7 @@ class EventLog:
         """Add a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": event, **values}, ensure_ascii=False, default=str) + "\n"
-        text = line.encode("utf-8", "backslashreplace")
+        text = without_secrets(line).encode("utf-8", "backslashreplace")
         with self._lock:
             try:
                 while text and self.failure is None:

@@ -21,6 +21,7 @@ from lora_merge.core.report import Observer
 from lora_merge.core.source import Origin, Source
 from lora_merge.errors import ResolveError
 from lora_merge.io.needed import ADAPTER_CONFIG
+from lora_merge.redaction import without_secrets
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _open_hub(source: Source, access: Access, watch: Observer) -> Repo:
     if access.offline or constants.HF_HUB_OFFLINE:
         return _open_cached(source)
     api = huggingface_hub.HfApi(token=access.token, library_name="lora-merge")
-    with _hub_errors(source):
+    with _hub_errors(source, access):
         info = api.model_info(source.repo, revision=source.revision, files_metadata=True)
     commit = str(info.sha)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
@@ -183,7 +184,7 @@ class _HubFetch:
                 )
             )
 
-        with _hub_errors(self.source):
+        with _hub_errors(self.source, self.access):
             return Path(_interruptible(work, stop))
 
 
@@ -287,7 +288,7 @@ def _anchors(source: Source) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _hub_errors(source: Source) -> Iterator[None]:
+def _hub_errors(source: Source, access: Access) -> Iterator[None]:
     """Turn the errors of huggingface_hub into one sentence each.
 
     Raises:
@@ -298,9 +299,15 @@ def _hub_errors(source: Source) -> Iterator[None]:
     try:
         yield
     except errors.LocalEntryNotFoundError as exc:  # it hides why a file could not be had
-        raise _hub_error(source, exc.__cause__ or exc) from exc
+        raise _said(source, exc.__cause__ or exc, access) from None
     except (errors.HTTPError, OSError, ValueError, RuntimeError) as exc:
-        raise _hub_error(source, exc) from exc
+        raise _said(source, exc, access) from None  # it holds the request, and that the token
+
+
+def _said(source: Source, exc: BaseException, access: Access) -> ResolveError:
+    """Return the error for one of huggingface_hub, which may quote the token."""
+    error = _hub_error(source, exc)
+    return ResolveError(without_secrets(str(error), [access.token]), hint=error.hint)
 
 
 def _hub_error(source: Source, exc: BaseException) -> ResolveError:
@@ -417,7 +424,7 @@ def _modelscope_errors(source: Source) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001 - they have no common root
         status = getattr(getattr(exc, "response", None), "status_code", 0)
         sentence, hint = f"cannot be fetched from ModelScope ({type(exc).__name__})", "run again"
         if _named(exc, "CacheNotFound") or isinstance(exc, ValueError):
@@ -432,7 +439,7 @@ def _modelscope_errors(source: Source) -> Iterator[None]:
                 "ModelScope cannot be reached",
                 "check the network; --offline takes what is cached",
             )
-        raise ResolveError(f"{source}: {sentence}", hint=hint) from exc
+        raise ResolveError(f"{source}: {sentence}", hint=hint) from None
 
 
 def _named(exc: BaseException, *words: str) -> bool:

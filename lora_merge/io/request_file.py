@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lora_merge.core.inputs import shown
 from lora_merge.core.request import ConvertRequest, Request, parse_fields
 from lora_merge.errors import RequestError
 
@@ -48,27 +49,41 @@ def read_request(
     try:
         return validated(Request, parse_fields(values))
     except RequestError as exc:
-        raise RequestError(path, lines.get(exc.key, 0), exc.key, exc.sentence, hint=exc.hint) from exc
+        raise RequestError(path, lines.get(exc.key, 0), exc.key, exc.sentence, hint=exc.hint) from None
 
 
 def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
     """Return a request of values that are parsed, once their types are right.
 
     Raises:
-        RequestError: a value is missing or of the wrong type; it names the key.
+        RequestError: a value is missing, of the wrong type or no text; it names the key. What pydantic says of it is not
+            kept, since its errors repeat what they refuse, tokens too.
     """
     from pydantic import ValidationError
 
+    for key, value in values.items():
+        if not _is_text(value):
+            sentence = "has bytes or characters that are no text (UTF-8)"
+            raise RequestError("", 0, str(key), sentence, hint="rename what it names")
     try:
         request: AnyRequest = _validator(kind).validate_json(json.dumps(values, default=str))
     except ValidationError as exc:
-        first = exc.errors()[0]
+        first = exc.errors(include_url=False, include_context=False)[0]
         key = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "missing":
-            raise RequestError("", 0, key, "is missing", hint=f"add it, or pass --{key}") from exc
-        sentence = f"is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise RequestError("", 0, key, sentence) from exc
+            raise RequestError("", 0, key, "is missing", hint=f"add it, or pass --{key}") from None
+        repeated = "" if key == "token" else f" {shown(values.get(key))}:"
+        raise RequestError("", 0, key, f"is{repeated} {first['msg'][0].lower()}{first['msg'][1:]}") from None
     return request
+
+
+def _is_text(value: object) -> bool:
+    """Return True for a value whose texts, at any depth, can be written as UTF-8: no lone surrogates."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _validator(kind: type[AnyRequest]) -> TypeAdapter[AnyRequest]:
@@ -105,7 +120,8 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         line = mark.line + 1 if mark else 0
-        raise RequestError(path, line, "", f"is not valid YAML ({getattr(exc, 'problem', exc)})") from exc
+        problem = str(getattr(exc, "problem", None) or exc).partition(" '")[0]  # it may quote a token
+        raise RequestError(path, line, "", f"is not valid YAML ({problem})") from None
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         held = {type(None): "nothing", list: "a list"}.get(type(values), "no table")
         raise RequestError(path, 1, "", f"holds {held}, expected a table of keys")

@@ -90,7 +90,7 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
         ("out: o\nadapter: {a: much}\n", 2, "adapter", "'a' has the weight 'much', expected a number"),
         ("adapter: a\nout: o\nbase_is: new\n", 3, "base_is", "'new' is no kind of base, expected original"),
         ("adapter: a\nout: o\ncombine: slerp\n", 3, "combine", "'slerp' is no way to combine, expected"),
-        ("adapter: a\nout: o\ncombine: [ties]\n", 3, "combine", "['ties'] is no way to combine, expected"),
+        ("adapter: a\nout: o\ncombine: [ties]\n", 3, "combine", "a list is no way to combine, expected"),
         ("adapter: a\nout: o\ndensity: 0\n", 3, "density", "0 is no density, expected a number above 0"),
         ("adapter: a\nout: o\ndensity: 1.5\n", 3, "density", "1.5 is no density"),
         ("adapter: a\nout: o\ndensity: much\n", 3, "density", "'much' is no density"),
