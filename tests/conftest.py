@@ -6,20 +6,30 @@ write into what they return, and copy it first when they tamper.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-
 import hashlib
 import json
+import os
+import runpy
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from huggingface_hub import constants
+
+NO_SOCKETS = Path(__file__).with_name("no_sockets")
+os.environ["SOCKET_LOG"] = str(Path(tempfile.mkdtemp(prefix="lora-merge-tests-")) / "sockets")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NO_SOCKETS), os.environ.get("PYTHONPATH")]))
+runpy.run_path(str(NO_SOCKETS / "sitecustomize.py"))
+
+constants.HF_HUB_OFFLINE = (
+    True  # PEFT asks when it saves; commands are to ask nobody without being told, and are not told
+)
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 pytest_plugins = ["tests.parity.table_plugin", "tests.engines.table_plugin"]
 
@@ -126,6 +136,23 @@ def pico_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return build
 
 
+@pytest.fixture(autouse=True)
+def no_sockets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Fail each test that speaks to a network, itself or by a process that it starts; the mark ``loopback`` allows this machine."""
+    if request.node.get_closest_marker("loopback"):
+        monkeypatch.setenv("SOCKETS", "loopback")
+    _assert_silence("a fixture")
+    yield Path(os.environ["SOCKET_LOG"])
+    _assert_silence("the test")
+
+
+def _assert_silence(who: str) -> None:
+    log = Path(os.environ["SOCKET_LOG"])
+    attempts = log.read_text() if log.exists() else ""
+    log.unlink(missing_ok=True)
+    assert not attempts, f"{who} spoke to a network:\n{attempts}"
+
+
 @pytest.fixture
 def tampered(tmp_path: Path) -> Callable[[Path], Path]:
     """Return a function that copies a directory to a fresh place where it may be broken."""
@@ -140,10 +167,12 @@ def tampered(tmp_path: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Result]:
-    """Return a function that runs the real command in this process: ``cli("--base", base, …)``."""
+    """Return a function that runs the real command in this process, online: ``cli("--base", base, …)``."""
     from lora_merge.cli import main
 
     def run(*arguments: object) -> Result:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lora-merge")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_OFFLINE", False)
+            return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="lora-merge")
 
     return run

@@ -68,7 +68,7 @@ def test_a_base_that_the_adapter_names_and_nobody_has_is_asked_for(
     adapter = tampered(pico_adapter(pico()))
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="some-org/some-model")
 
-    result = cli("--adapter", adapter, "--out", tmp_path / "out")
+    result = cli("--adapter", adapter, "--out", tmp_path / "out", "--offline")
 
     assert result.exit_code == exits.RESOLVE
     assert "its base model is some-org/some-model" in result.stderr

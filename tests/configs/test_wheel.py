@@ -15,6 +15,8 @@ import pytest
 
 import lora_merge
 
+NO_SOCKETS = str(Path(__file__).parents[1] / "no_sockets")
+
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("gguf", "matplotlib", "modelscope")
 
@@ -84,7 +86,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
 
 def test_the_command_merges_in_an_environment_of_its_own(empty, pico, pico_adapter, tmp_path):
     def run(*command):
-        environment = {**os.environ, "PYTHONPATH": ""}
+        environment = {**os.environ, "PYTHONPATH": NO_SOCKETS}
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )

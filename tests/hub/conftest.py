@@ -17,6 +17,13 @@ from tests.hub.server import Hub, start
 ROOT = Path(__file__).parents[2]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Allow the tests of this folder to speak to a hub of their own."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.loopback)
+
+
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     """A hub without repos."""

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+NO_SOCKETS = str(Path(__file__).parents[1] / "no_sockets")
+
 pytestmark = pytest.mark.slow
 
 N_SHARDS = 1000
@@ -160,7 +162,7 @@ def run(tmp_path: Path, *arguments: object) -> Ran:
     out, err = tmp_path / "stdout", tmp_path / "stderr"
     with out.open("wb") as stdout, err.open("wb") as stderr:
         command = [sys.executable, "-m", "lora_merge", *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [NO_SOCKETS, *sys.path]))}
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
         peak_bytes, pid = 0, 0
         while not pid:
