@@ -17,8 +17,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.cut_off import cut_off
 from lora_merge.core.kinds import PREFIX
-from lora_merge.core.skeleton import parse_config
+from lora_merge.core.plain_config import plain_adapter_config
+from lora_merge.core.skeleton import model_class, parse_config
 
 if TYPE_CHECKING:
     import torch
@@ -330,13 +332,13 @@ def parents(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Run one injection at a time, without warnings, gradients or traces in torch's random state (CPU).
+    """Run one injection at a time, cut off, without warnings, gradients or traces in torch's random state (CPU).
 
     What layers draw at random is overwritten by the adapter's values, or refused.
     """
     import torch
 
-    with _LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with _LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), cut_off():
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(_SEED)
         yield
@@ -373,7 +375,8 @@ def _peft_config(adapter_config: Mapping[str, Any]) -> Any:
     """Return PEFT's config of an adapter, as ``PeftConfig.from_pretrained`` makes it."""
     from peft import PeftConfig
 
-    config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**copy.deepcopy(dict(adapter_config))))
+    plain = copy.deepcopy(plain_adapter_config(adapter_config))
+    config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**plain))
     config.inference_mode = True
     if getattr(config, "layer_replication", None):
         raise InjectionError("layer_replication", "PEFT would merge all copies of a layer into one weight")
@@ -383,19 +386,17 @@ def _peft_config(adapter_config: Mapping[str, Any]) -> Any:
 def _meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     """Return the model of a ``config.json`` without weights."""
     import torch
-    import transformers
 
-    model_type, names = config.get("model_type"), config.get("architectures") or [""]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
-        raise InjectionError(
-            "architectures", f"{names[0] or 'none'} is unknown to the installed transformers"
-        )
+    model_type, names = config.get("model_type"), config.get("architectures")
+    known = model_class(config)
+    if known is None:
+        named = names[0] if isinstance(names, list) and names else "none"
+        raise InjectionError("architectures", f"{named} is unknown to the installed transformers")
     with _translated("config.json", "transformers"), torch.device("meta"):
         parsed = parse_config(config)
         if parsed is None:
             raise InjectionError("model_type", f"{model_type} is unknown to the installed transformers")
-        model: torch.nn.Module = model_class(parsed)
+        model: torch.nn.Module = known(parsed)
     return model.eval()
 
 

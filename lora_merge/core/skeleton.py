@@ -2,7 +2,7 @@
 
 Most plans never need it: names and shapes on disk decide. It is built, on torch's meta device, only where
 they cannot: a square weight that may be a ``Conv1D``, ``"all-linear"``, a targeted module without tensors.
-Code that a checkpoint carries is never run.
+Code that a checkpoint carries is never run, and nothing that it names is fetched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 from lora_merge.core.checkpoint import config_levels
+from lora_merge.core.cut_off import cut_off
+from lora_merge.core.plain_config import FetchError, plain_config
 
 CONV1D_MODEL_TYPES = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "clvp_encoder"}
@@ -106,13 +108,18 @@ def build_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
 
 
 def parse_config(config: Mapping[str, Any]) -> Any:
-    """Return transformers' own form of a ``config.json``, or None when it knows no such model type."""
+    """Return transformers' own form of what is data in a ``config.json``, or None when it knows no such model type.
+
+    Raises:
+        FetchError: what the model is made of would have to be fetched.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
-    return CONFIG_MAPPING[model_type].from_dict(_with_floats(dict(config)))
+    with cut_off():
+        return CONFIG_MAPPING[model_type].from_dict(_with_floats(plain_config(config)))
 
 
 def _with_floats(value: Any) -> Any:
@@ -134,7 +141,10 @@ def _with_floats(value: Any) -> Any:
 def derived_lists(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[Any]]:
     """Return the lists of a config under some keys, those included that transformers derives from the rest."""
     found = dict(config)
-    parsed = parse_config(config)
+    try:
+        parsed = parse_config(config)
+    except FetchError:
+        parsed = None
     if parsed is not None:
         found = {key: getattr(parsed, key, None) for key in keys} | found
     return {key: list(found[key]) for key in keys if isinstance(found.get(key), list | tuple)}
@@ -178,11 +188,18 @@ def _signature(layer: Any) -> list[object]:
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """Return transformers' class for a ``config.json``, or None when it has none."""
+    """Return transformers' class for a ``config.json``, or None when it has none.
+
+    A stranger may name anything that transformers has; only a class of models is called.
+    """
     import transformers
 
-    names = config.get("architectures") or [""]
-    return getattr(transformers, str(names[0]), None)
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    with cut_off():  # a module of transformers may load kernels when it is imported (Bark)
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
 
 
 def language_model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -195,7 +212,8 @@ def language_model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    known = getattr(transformers, str(name), None)
+    with cut_off():
+        known = getattr(transformers, str(name), None)
     wanted = getattr(getattr(known, "config_class", None), "model_type", None)
     if known is None or name in (config.get("architectures") or ()) or wanted == config.get("model_type"):
         return None
@@ -249,7 +267,7 @@ def _built(text: str) -> Any:
     if known is None:
         return None
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"), cut_off():
             warnings.simplefilter("ignore")
             parsed = parse_config(config)
             return None if parsed is None else known(parsed)

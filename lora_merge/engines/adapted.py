@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.kinds import PREFIX
+from lora_merge.core.plain_config import plain_adapter_config
 from lora_merge.engines.hf import quiet
 from lora_merge.words import listing
 
@@ -98,7 +99,8 @@ def _spelled(model: Any, made_of: Ingredients, adapter: Adapter, folder: Path) -
     from peft import PeftConfig
 
     root = Path(adapter.root)
-    config = PeftConfig.from_pretrained(root)
+    config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**plain_adapter_config(adapter.config)))
+    config.inference_mode = True
     if made_of.base_is_residual:
         config.init_lora_weights = True
     named = adapter.modules - {pair.module for pair in adapter.stacked}

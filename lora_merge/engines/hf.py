@@ -9,6 +9,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import Answer, Prompt
+from lora_merge.core.cut_off import cut_off
+from lora_merge.core.plain_config import FetchError
 from lora_merge.core.report import error
 from lora_merge.core.skeleton import embedding, model_class, parse_config
 from lora_merge.errors import UnsupportedError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
+_ADAPTER_CONFIG = "adapter_config.json"
 _SEED = 0
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModel")
 _SAMPLES = 4000  # of sound, a quarter of a second
@@ -27,11 +30,11 @@ _FRAMES = 100
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers, PEFT and their bars from talking while it lasts; what matters is said by us."""
+    """Keep transformers, PEFT and their bars from talking, to people or to a hub; what matters is said by us."""
     from transformers.utils import logging as own
 
     level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), cut_off():
         warnings.simplefilter("ignore")
         own.set_verbosity(logging.CRITICAL)
         own.disable_progress_bar()
@@ -53,7 +56,8 @@ class Loader:
         trust_remote_code: whether that code may be run.
 
     Raises:
-        UnsupportedError: transformers has no class for the model, and its own code may not be run.
+        UnsupportedError: transformers has no class for the model, and its own code may not be run or does not load; or a
+            part of the model would have to be fetched.
     """
 
     def __init__(self, config: Mapping[str, Any], root: Path, dtype: str, *, trust_remote_code: bool) -> None:
@@ -62,8 +66,15 @@ class Loader:
             self._config, self._class = self._known(config) or self._remote(config)
 
     def _known(self, config: Mapping[str, Any]) -> tuple[Any, Any] | None:
-        known, parsed = model_class(config), parse_config(config)
-        return None if known is None or parsed is None else (parsed, known)
+        known = model_class(config)
+        try:
+            parsed = None if known is None else parse_config(config)
+        except FetchError as exc:
+            hint = "leave --forward out: the tensors are recomputed without it"
+            raise UnsupportedError(
+                [error("unsupported", str(self._root), f"config.json: {exc}", hint)]
+            ) from exc
+        return None if parsed is None else (parsed, known)
 
     def _remote(self, config: Mapping[str, Any]) -> tuple[Any, Any]:
         table = config.get("auto_map")
@@ -77,12 +88,27 @@ class Loader:
         from transformers import AutoConfig
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        parsed = AutoConfig.from_pretrained(self._root, trust_remote_code=True, local_files_only=True)
-        return parsed, get_class_from_dynamic_module(auto_map[name], str(self._root), local_files_only=True)
+        root, options = str(self._root), {"local_files_only": True}
+        try:
+            parsed = AutoConfig.from_pretrained(root, trust_remote_code=True, **options)
+            return parsed, get_class_from_dynamic_module(auto_map[name], root, **options)
+        except Exception as exc:  # code may raise anything; that of another repo is not fetched
+            first = next(iter(str(exc).splitlines()), "")
+            sentence = f"the code that it carries does not load ({type(exc).__name__}: {first})"[:300]
+            raise UnsupportedError([error("unsupported", root, sentence)]) from exc
 
     @contextlib.contextmanager
     def directory(self, root: Path) -> Iterator[tuple[Any, tuple[str, ...]]]:
-        """Yield the model of a directory's weights, and the parameters that it has nothing for."""
+        """Yield the model of a directory's weights, and the parameters that it has nothing for.
+
+        Raises:
+            UnsupportedError: there is an adapter beside them, which transformers would put on the model.
+        """
+        if (root / _ADAPTER_CONFIG).exists():
+            sentence = (
+                f"holds {_ADAPTER_CONFIG} beside the model, and transformers would load that adapter too"
+            )
+            raise UnsupportedError([error("unsupported", str(root), sentence, "move the adapter elsewhere")])
         with self._loaded(root, None) as loaded:
             yield loaded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ SCRIPT = Path(__file__).with_name("vllm_script.py")
 
 _HINT = "name the interpreter that has vLLM with --engine-python PATH"
 _LAST_LINES = 4
+_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def ask_vllm(
     }
     request = json.dumps({"dtype": "float32", "jobs": [job]})
     done = subprocess.run(  # noqa: S603 - the interpreter is the user's choice, the script is ours
-        [python, str(SCRIPT)], input=request, capture_output=True, text=True, check=False
+        [python, str(SCRIPT)], input=request, env=_environment(), capture_output=True, text=True, check=False
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
@@ -90,6 +92,12 @@ def ask_vllm(
     if "No module named 'vllm'" in str(table.get("error")):
         raise RequestError("", 0, "engine", f"{python} has no vLLM", hint=_HINT)
     return _parse(table)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the other process: it asks no hub whatever is set here, and has no token for one."""
+    kept = {name: value for name, value in os.environ.items() if name not in _TOKENS}
+    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def _parse(table: dict[str, Any]) -> Heard:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import Comparison, compare, compare_logprobs
 from lora_merge.core.checkpoint import CONFIG_FILE, Output, patched_config
+from lora_merge.core.cut_off import cut_off
 from lora_merge.core.kinds import peft_version
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, error, note
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
     from lora_merge.pipeline.planning import Planned
 
 
+@cut_off()
 def compare_forward(
     request: VerifyRequest, planned: Planned, output: Output
 ) -> tuple[list[Finding], tuple[Comparison, ...]]:
     """Return how far what the merged checkpoint computes is from what base and adapter compute.
 
-    The models are loaded one after the other.
+    The models are loaded one after the other, cut off from every hub.
 
     Raises:
         UnsupportedError: transformers has no class for the model.
@@ -93,7 +95,9 @@ def _in_transformers(
                 got = scores(model, wanted.prompt, wanted.tokens[:-1])
                 comparisons.append(compare("transformers", wanted, got, reference.tolerance))
             comparisons += _alone(model, reference)
-    except (LoraMergeError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (
+        LoraMergeError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError,
+    ) as exc:  # fmt: skip
         sentence = f"transformers does not run the merged checkpoint ({type(exc).__name__}: {exc})"[:400]
         issues.append(error("forward", output.root, sentence))
     issues += _failures(comparisons)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import Checkpoint, SideFile, config_levels
+from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, SideFile, config_levels
+from lora_merge.core.plain_config import fetched_part
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.shards import index_text, parse_size
@@ -76,6 +77,7 @@ def make_plan(
             *cast_issues,
             *side_issues,
             *(note("left-out", "", sentence) for sentence in base.notes),
+            *_not_fetched(base.config),
         ),
     )
 
@@ -120,6 +122,15 @@ def _quantised(base: Checkpoint) -> list[Issue]:
 def _parent_hint(config: Mapping[str, Any]) -> str:
     parent = config.get("_name_or_path")
     return "merge into its full-precision parent: --base PARENT" + (f" (perhaps {parent})" if parent else "")
+
+
+def _not_fetched(config: Mapping[str, Any]) -> list[Issue]:
+    """Return a note when the base has a part that only its name describes, so that its modules are not known."""
+    part = fetched_part(config)
+    if part is None:
+        return []
+    sentence = f"{part}; nothing is fetched for it, so modules that the adapter targets and has no tensors for are not found"
+    return [note("not-fetched", CONFIG_FILE, sentence)]
 
 
 def _merged_before(base: Checkpoint, uses: Sequence[AdapterUse], request: Request) -> list[Issue]:

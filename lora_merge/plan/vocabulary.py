@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import config_levels
+from lora_merge.core.plain_config import fetched_part
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import parse_config
 from lora_merge.core.tensor import TensorRef
@@ -132,7 +133,7 @@ def vocabulary_patch(config: Mapping[str, Any], before: int, after: int) -> dict
     said = {path: level.get("vocab_size") for path, level in config_levels(config)}
     paths = [path for path, size in said.items() if size == before]
     if not paths or len(said) > 1:
-        parsed = parse_config(config)
+        parsed = None if fetched_part(config) else parse_config(config)
         implied = dict(config_levels(parsed.to_dict())) if parsed is not None else {}
         paths += [
             path

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.conversion import Conversion
-from lora_merge.core.report import error
+from lora_merge.core.plain_config import fetched_part
+from lora_merge.core.report import error, note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,8 +19,16 @@ if TYPE_CHECKING:
 def complete(output: Output) -> Iterator[Issue]:
     """Yield each parameter of transformers' model that the stored tensors leave without a value.
 
-    Nothing is said of models that transformers has no class for. Imports transformers (seconds).
+    Nothing is said of models that transformers has no class for, and that is said where a part of the model would have to be
+    fetched. Imports transformers (seconds).
     """
+    part = fetched_part(output.config or {})
+    if part is not None:
+        sentence = (
+            f"{part}; nothing is fetched for it, so whether every parameter has a tensor was not looked at"
+        )
+        yield note("not-fetched", CONFIG_FILE, sentence)
+        return
     conversion = Conversion.of(output.config or {})
     if conversion is None:
         return
