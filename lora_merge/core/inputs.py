@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,11 @@ def _weighted(path: object, weight: object) -> str:
         ValueError: the one is no path, or the other no number.
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise ValueError(f"{_adapter(path)!r} has the weight {shown(weight)}, expected a number")  # noqa: TRY004 - as parsers raise
+        is_word = isinstance(weight, str) and not re.fullmatch(r"[\d.,+-]+", weight)
+        said = (
+            "a text for its weight" if is_word else f"the weight {shown(weight)}"
+        )  # {token: …} looks like one
+        raise ValueError(f"{_adapter(path)!r} has {said}, expected a number")  # noqa: TRY004 - as parsers raise
     return f"{_adapter(path)}:{weight!r}"
 
 
