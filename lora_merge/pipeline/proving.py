@@ -185,6 +185,10 @@ class _Proving:
                 planned = plan_request(again, self.watch)
         except ResolveError as exc:
             if named:
+                if again.offline and not self.request.offline:
+                    exc.add_note(
+                        "what the manifest alone names is not fetched: name it with --base and --adapter"
+                    )
                 raise
             hint = "name base and adapter with --base and --adapter to recompute what was merged"
             issue = warning("not-recomputed", "", f"{exc}; the deltas were not recomputed", hint)
@@ -198,15 +202,20 @@ class _Proving:
         return planned, Finding("planned", f"{n_merged} tensors are merged, by base and adapter", issues)
 
     def _again(self, manifest: Manifest | None) -> Request:
-        """Return the request of the merge, as its manifest has it, with what this request names instead."""
+        """Return the request of the merge, as its manifest has it, with what this request names instead.
+
+        A stranger may have written the manifest: no hub is asked for what it names.
+        """
         options = {name: manifest.options[name] for name in _SHAPING if manifest and name in manifest.options}
         near = Path(self.output.root).parent
         base, adapters = self.request.base, self.request.adapter
         offline = self.request.offline
         if manifest is not None:
+            recorded = [] if base else [manifest.base]
+            recorded += [] if adapters else manifest.adapters
+            offline = offline or not all(is_directory(user_path(_text(one, near))) for one in recorded)
             base = base or _text(manifest.base, near)
             adapters = adapters or tuple(_weighted(_text(one, near), one.weight) for one in manifest.adapters)
-            offline = offline or not (self.request.base or self.request.adapter)
         ignored = self.request.ignore_file or options.pop("ignore_file", ())
         if not self.request.ignore_file:
             ignored = [name for name in ignored if _is_there(name, adapters)]

@@ -384,3 +384,29 @@ def test_in_python_the_same_is_a_value(merge):
     proof = lora_merge.verify(merge[2], level="full")
     assert not proof.ok
     assert {issue.subject for issue in proof.issues if issue.severity == "error"} == {COPIED}
+
+
+@pytest.mark.parametrize("named", ["base", "adapter", None])
+def test_nothing_is_fetched_that_only_the_manifest_names(named, merge, cli):
+    base, adapter, out = merge
+    manifest = json.loads((out / MANIFEST).read_text())
+    for recorded in (manifest["base"], *manifest["adapters"]):
+        recorded.update(hub="Hugging Face", id="evil/repo", revision="main", commit="0" * 40)
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    options = {"base": ("--base", base), "adapter": ("--adapter", adapter), None: ()}[named]
+
+    result = cli("verify", out, *options)
+
+    assert "evil/repo" in result.stderr
+    assert "hub may not be asked" in result.stderr
+    assert ("what the manifest alone names is not fetched" in result.stderr) == (named is not None)
+
+
+def test_a_model_is_not_run_with_an_adapter_beside_it(merge, cli):
+    base, adapter, out = merge
+    shutil.copy(adapter / "adapter_config.json", out)
+
+    result = cli("verify", out, "--base", base, "--adapter", adapter, "--forward", "--json")
+
+    assert result.exit_code == 6
+    assert "would load that adapter too" in result.stdout
