@@ -19,6 +19,8 @@ from lora_merge.core.conversion import Conversion
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plain_config import plain_adapter_config
 from lora_merge.engines.hf import quiet
+from lora_merge.io.files import read_json
+from lora_merge.io.needed import ADAPTER_CONFIG
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
@@ -99,7 +101,9 @@ def _spelled(model: Any, made_of: Ingredients, adapter: Adapter, folder: Path) -
     from peft import PeftConfig
 
     root = Path(adapter.root)
-    config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**plain_adapter_config(adapter.config)))
+    config = PeftConfig.from_peft_type(
+        **PeftConfig.check_kwargs(**plain_adapter_config(read_json(root / ADAPTER_CONFIG)))
+    )
     config.inference_mode = True
     if made_of.base_is_residual:
         config.init_lora_weights = True

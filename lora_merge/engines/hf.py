@@ -14,6 +14,7 @@ from lora_merge.core.plain_config import FetchError
 from lora_merge.core.report import error
 from lora_merge.core.skeleton import embedding, model_class, parse_config
 from lora_merge.errors import UnsupportedError
+from lora_merge.io.needed import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     import torch
 
-_ADAPTER_CONFIG = "adapter_config.json"
 _SEED = 0
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModel")
 _SAMPLES = 4000  # of sound, a quarter of a second
@@ -104,9 +104,9 @@ class Loader:
         Raises:
             UnsupportedError: there is an adapter beside them, which transformers would put on the model.
         """
-        if (root / _ADAPTER_CONFIG).exists():
+        if (root / ADAPTER_CONFIG).exists():
             sentence = (
-                f"holds {_ADAPTER_CONFIG} beside the model, and transformers would load that adapter too"
+                f"holds {ADAPTER_CONFIG} beside the model, and transformers would load that adapter too"
             )
             raise UnsupportedError([error("unsupported", str(root), sentence, "move the adapter elsewhere")])
         with self._loaded(root, None) as loaded:
