@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.redaction import without_secrets
-from lora_merge.words import CAUSE, counted, cut, listing, told
+from lora_merge.words import CAUSE, counted, cut, listing, printable, told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,12 +34,18 @@ _LISTED = 12  # kinds of issue that are printed; the rest are counted (-v and --
 class LoraMergeError(Exception):
     """Base of every error that the user can fix.
 
-    ``hint`` says what to do about it, and is empty when the sentence already does. Tokens are taken out of both.
+    ``hint`` says what to do about it, and is empty when the sentence already does. Both are fit to be printed: tokens are
+    taken out, and what a file's name or content puts into them cannot steer a terminal, or look like a line of its own.
+
+    Args:
+        sentence: what went wrong.
+        lines: what follows it, a line each.
+        hint: what to do about it.
     """
 
-    def __init__(self, sentence: str, *, hint: str = "") -> None:
-        super().__init__(without_secrets(sentence))
-        self.hint = without_secrets(hint)
+    def __init__(self, sentence: str, *lines: str, hint: str = "") -> None:
+        super().__init__("\n".join(printable(without_secrets(line)) for line in (sentence, *lines)))
+        self.hint = printable(without_secrets(hint))
 
 
 class ResolveError(LoraMergeError):
@@ -113,7 +119,7 @@ class PlanError(LoraMergeError):
 
     def __init__(self, issues: Sequence[Issue]) -> None:
         self.issues = tuple(issues)
-        super().__init__(_issue_list(self.issues, self.verb))
+        super().__init__(*_issue_list(self.issues, self.verb))
 
 
 class UnsupportedError(PlanError):
@@ -136,13 +142,12 @@ class OutOfMemoryError(WriteError):
     Args:
         doing: what for: ``merging model.layers.0.mlp.up_proj.weight``.
         where: whose memory: ``"the machine"``, ``"the GPU"``.
+        hint: what to do about it; empty for that of a merge.
     """
 
-    def __init__(self, doing: str, where: str = "the machine") -> None:
-        super().__init__(
-            f"{doing}: {where} has no memory left",
-            hint="--memory-limit 2GB, or fewer --workers, take less of it",
-        )
+    def __init__(self, doing: str, where: str = "the machine", hint: str = "") -> None:
+        hint = hint or "--memory-limit 2GB, or fewer --workers, take less of it"
+        super().__init__(f"{doing}: {where} has no memory left", hint=hint)
 
 
 class VerifyError(LoraMergeError):
@@ -151,19 +156,19 @@ class VerifyError(LoraMergeError):
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
         super().__init__(
-            _issue_list(verdict.errors, "the output failed verification"),
+            *_issue_list(verdict.errors, "the output failed verification"),
             hint="nothing was written under the output's name; run again, and report this if it repeats",
         )
 
 
-def _issue_list(issues: Sequence[Issue], verb: str) -> str:
-    """Return one sentence for one issue, and a numbered list for several, those alike as one."""
+def _issue_list(issues: Sequence[Issue], verb: str) -> list[str]:
+    """Return one sentence for one issue, and for several the lines of a numbered list, those alike as one."""
     if len(issues) == 1:
-        return str(issues[0])
+        return [str(issues[0])]
     groups, n_left = told(issues, _LISTED)
     lines = [f"{verb}: {len(issues)} problems"]
     if groups[0].first.code == CAUSE:
         lines = [str(groups.pop(0)), f"  {counted(len(issues) - 1, 'problem')} follow from it:"]
     lines += (f"  {n}. {group}" for n, group in enumerate(groups, 1))
     left = cut(len(groups), len(groups) + n_left, "other kinds", "-v and --json list them all")
-    return "\n".join(lines + ([f"  {left}"] if left else []))
+    return lines + ([f"  {left}"] if left else [])

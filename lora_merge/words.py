@@ -1,6 +1,7 @@
 """How several things are said in one sentence: lists that end, counts, and issues that differ in a number only.
 
-The only place where a list is cut short, so that none ever says "and 0 more".
+The only place where a list is cut short, so that none ever says "and 0 more"; and the only one that makes a stranger's
+text fit to be printed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,28 @@ CAUSE = "other-size"
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
 """A part of a path: which layer, which expert."""
+
+_HIDDEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+"""Letters and marks that Unicode calls printable and that show nothing: fillers, joiners, variation selectors."""
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that shows all that is in it, and steers no terminal.
+
+    Whatever comes from a file or a user goes through here before it is printed. Control characters (newlines, tabs, DEL
+    and those of 8 bits among them), marks that turn the direction of a line, characters without a width, separators of
+    lines and paragraphs, lone surrogates and what Unicode has not assigned are written out as Python would. What it
+    returns comes back unchanged.
+
+    Example:
+        >>> print(printable("a\\x1b]0;b\\x07\\nerror: c"), printable("[/b] α"))
+        a\\x1b]0;b\\x07\\nerror: c [/b] α
+    """
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return _HIDDEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def counted(n: int, thing: str) -> str:
@@ -146,9 +169,9 @@ class Alike:
         return f"; {len(self.issues)} times" if len(self.issues) > 1 else ""
 
     def __str__(self) -> str:
-        """Return them as one issue."""
+        """Return them as one issue, in one line that is fit to be printed."""
         text = f"{self.subject}: {self.sentence}" if self.subject else self.sentence
-        return f"{text} ({self.hint})" if self.hint else text
+        return printable(f"{text} ({self.hint})" if self.hint else text)
 
 
 def alike(issues: Iterable[Issue]) -> list[Alike]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plan import Merge
 from lora_merge.core.tensor import shape_text
+from lora_merge.words import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +78,8 @@ class Match:
         rows.append(("change", f"{self.change}{rank}"))
         if self.adapter:
             rows.append(("adapter", self.adapter))
-        return "\n".join([self.parameter, *(f"  {key:<8} {value}" for key, value in rows)])
+        lines = [self.parameter, *(f"  {key:<8} {value}" for key, value in rows)]
+        return "\n".join(map(printable, lines))
 
 
 def matches_of(plan: MergePlan, name: str) -> tuple[Match, ...]:

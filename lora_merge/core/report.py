@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from lora_merge.core.answers import Comparison
 from lora_merge.core.tensor import Survival
+from lora_merge.words import printable
 
 Severity = Literal["error", "warning", "note"]
 
@@ -31,9 +32,9 @@ class Issue:
     """What to do about it."""
 
     def __str__(self) -> str:
-        """Return ``subject: sentence (hint)``."""
+        """Return ``subject: sentence (hint)``, as one line that is fit to be printed."""
         text = f"{self.subject}: {self.sentence}" if self.subject else self.sentence
-        return f"{text} ({self.hint})" if self.hint else text
+        return printable(f"{text} ({self.hint})" if self.hint else text)
 
 
 def error(code: str, subject: str, sentence: str, hint: str = "") -> Issue:

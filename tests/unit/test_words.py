@@ -10,7 +10,7 @@ import pytest
 
 import lora_merge
 from lora_merge.core.report import error, warning
-from lora_merge.words import alike, counted, cut, listing, of_several, ranges
+from lora_merge.words import alike, counted, cut, listing, of_several, printable, ranges
 
 SOURCES = sorted(Path(lora_merge.__file__).parent.rglob("*.py"))
 BY_HAND = (
@@ -116,3 +116,40 @@ def test_a_few_that_are_alike_keep_their_names():
 def test_counts_and_ranges_are_said_as_people_say_them():
     assert [counted(n, "tensor") for n in (0, 1, 2)] == ["0 tensors", "1 tensor", "2 tensors"]
     assert ranges([3, 1, 2, 2, 9]) == "1-3, 9"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nerror: b\r\tc", r"a\nerror: b\r\tc"),
+        ("\x1b[31m\x1b]0;x\x07\x00\x7f\x9b", r"\x1b[31m\x1b]0;x\x07\x00\x7f\x9b"),
+        ("\u202a\u202e\u2066\u2069\u200e\u200f", r"\u202a\u202e\u2066\u2069\u200e\u200f"),
+        ("\u200b\u200d\ufeff\xad\u3164\ufe0f\U000e0041", r"\u200b\u200d\ufeff\xad\u3164\ufe0f\U000e0041"),
+        ("\u2028\u2029\x85\xa0", r"\u2028\u2029\x85\xa0"),
+        ("\ud800\udcff\ue000\U0010ffff", r"\ud800\udcff\ue000\U0010ffff"),
+        ("[v1] [/b] :smile: α × 数 ‖Δ‖ 🙂 \\n", "[v1] [/b] :smile: α × 数 ‖Δ‖ 🙂 \\n"),
+        ("", ""),
+    ],
+)
+def test_a_text_that_is_printed_is_one_line_and_shows_all_of_itself(text, shown):
+    assert printable(text) == shown
+    assert printable(shown) == shown
+    assert shown.isprintable()
+
+
+def test_every_character_is_shown_or_written_out():
+    every = "".join(map(chr, range(0x110000)))
+
+    assert len(printable(every).splitlines()) == 1
+    assert printable(every).isprintable()
+
+
+def test_an_error_is_in_lines_of_its_own_and_no_others():
+    from lora_merge.errors import LoraMergeError, PlanError
+
+    issues = [error("x", f"a{n}\nerror: b", "c\x1b", "d\ne") for n in range(2)]
+
+    assert str(issues[0]) == r"a0\nerror: b: c\x1b (d\ne)"
+    assert len(str(PlanError(issues)).split("\n")) == 3
+    assert str(LoraMergeError("a\nb", "c\rd", hint="e\nf")) == "a\\nb\nc\\rd"
+    assert LoraMergeError("a", hint="e\nf").hint == r"e\nf"
