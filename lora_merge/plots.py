@@ -14,8 +14,10 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.inspection import ModuleFacts
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.errors import RequestError
 from lora_merge.io.files import write_error, write_text
+from lora_merge.words import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -152,6 +154,7 @@ def check(path: Path) -> None:
         import matplotlib.figure
         import matplotlib.style  # noqa: F401
     except ImportError as exc:
+        not_for_want_of_memory(exc)
         sentence = f"a {suffix} file is drawn by matplotlib, which cannot be imported ({exc})"
         hint = 'pip install "lora-merge[plot]", or name an .html file'
         raise RequestError("", 0, "plot", sentence, hint=hint) from exc
@@ -310,20 +313,10 @@ def _ink(share: float) -> str:
     return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else "#fff"
 
 
-def _shown(text: str) -> str:
-    """Return a stranger's text with what does not print, or turns the line around, written out.
-
-    Example:
-        >>> _shown("a\\u202eb\\nc")
-        'a\\\\u202eb\\\\nc'
-    """
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def _summary(inspection: Inspection) -> str:
     n_modules = len(inspection.modules)
     base = f", base {inspection.base}" if inspection.base else ""
-    return _shown(f"{inspection.kind}, {n_modules} module{'s' * (n_modules != 1)}{base}")
+    return printable(f"{inspection.kind}, {n_modules} module{'s' * (n_modules != 1)}{base}")
 
 
 def _remarks(grid: _Grid, panels: Sequence[_Panel]) -> str:
@@ -343,7 +336,7 @@ def _remarks(grid: _Grid, panels: Sequence[_Panel]) -> str:
 
 def _page(inspection: Inspection, grid: _Grid, panels: Sequence[_Panel]) -> str:
     """Return a page that needs nothing but itself."""
-    name = escape(_shown(inspection.adapter))
+    name = escape(printable(inspection.adapter))
     tips = {place: _tooltip(found) for place, found in grid.cells.items()}
     remarks = _remarks(grid, panels)
     lines = [
@@ -390,7 +383,7 @@ def _section(grid: _Grid, panel: _Panel, tips: Mapping[tuple[int, int], str]) ->
             else "<td></td>"
             for column in range(len(grid.columns))
         ]
-        name = escape(_shown(label))
+        name = escape(printable(label))
         lines.append(f'<tr><th scope="row" title="{name}">{name}</th>{"".join(cells)}</tr>')
     return [*lines, "</tbody>", "</table></div>"]
 
@@ -408,11 +401,11 @@ def _cell(panel: _Panel, place: tuple[int, int], tip: str, *, numbered: bool) ->
 def _tooltip(modules: Sequence[ModuleFacts]) -> str:
     """Return all that is known of a cell, line by line, its numbers as they are."""
     first = modules[0]
-    lines = [_shown(_folded(first.path) if len(modules) > 1 else first.path)]
+    lines = [printable(_folded(first.path) if len(modules) > 1 else first.path)]
     if len(modules) > 1:
         lines.append(f"{len(modules)} modules")
     lines += [
-        _shown(", ".join(dict.fromkeys(one.kind for one in modules))),
+        printable(", ".join(dict.fromkeys(one.kind for one in modules))),
         _range("rank", [one.rank or None for one in modules]) or "no rank",
         _range("scale", [one.scale for one in modules]),
         _range("‖Δ‖", [one.delta_norm for one in modules]),

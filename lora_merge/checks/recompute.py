@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import TORCH_NAMES, UNIT_ROUNDOFF
 from lora_merge.errors import CheckpointError
 from lora_merge.words import of_several
@@ -175,6 +176,7 @@ class _Pickled:
         try:
             self._tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError) as exc:
+            not_for_want_of_memory(exc)
             raise CheckpointError(file, "", f"torch cannot load it ({exc})"[:300]) from exc
 
     def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:

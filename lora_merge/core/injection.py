@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.cut_off import cut_off
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plain_config import plain_adapter_config
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.skeleton import model_class, parse_config
 
 if TYPE_CHECKING:
@@ -349,9 +350,10 @@ def _translated(subject: str, speaker: str = "PEFT") -> Iterator[None]:
     """Turn whatever a library raises into an `InjectionError` with its first line."""
     try:
         yield
-    except (InjectionError, MemoryError):
+    except InjectionError:
         raise
     except Exception as exc:
+        not_for_want_of_memory(exc)
         line = next(iter(str(exc).strip().splitlines()), "")
         raise InjectionError(subject, f"{speaker} raises {type(exc).__name__}: {line}") from exc
 

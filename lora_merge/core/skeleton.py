@@ -17,6 +17,7 @@ from typing import Any
 from lora_merge.core.checkpoint import config_levels
 from lora_merge.core.cut_off import cut_off
 from lora_merge.core.plain_config import FetchError, plain_config
+from lora_merge.core.shortage import not_for_want_of_memory
 
 CONV1D_MODEL_TYPES = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "clvp_encoder"}
@@ -271,7 +272,8 @@ def _built(text: str) -> Any:
             warnings.simplefilter("ignore")
             parsed = parse_config(config)
             return None if parsed is None else known(parsed)
-    except Exception:  # noqa: BLE001 - a config that its own class rejects is as good as unknown
+    except Exception as exc:  # noqa: BLE001 - a config that its own class rejects is as good as unknown
+        not_for_want_of_memory(exc)
         return None
 
 

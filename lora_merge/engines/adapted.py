@@ -18,6 +18,7 @@ from lora_merge.core.adapter import Adapter
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plain_config import plain_adapter_config
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.engines.hf import quiet
 from lora_merge.io.files import read_json
 from lora_merge.io.needed import ADAPTER_CONFIG
@@ -87,6 +88,7 @@ def with_adapter(model: Any, made_of: Ingredients) -> tuple[Any | None, str]:
 
             adapted = PeftModel.from_pretrained(model, root, config=config).eval()
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
+            not_for_want_of_memory(exc)
             first = (str(exc).splitlines() or [""])[0]
             return None, f"PEFT does not load it ({first or type(exc).__name__})"[:200]
         difference = _difference(adapted, root)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import Prompt
 from lora_merge.core.checkpoint import config_levels
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.engines.hf import quiet
 from lora_merge.errors import RequestError
 
@@ -92,6 +93,7 @@ def _tokenizer(root: Path, *, needed: bool, trust_remote_code: bool) -> Any:
                 root, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except Exception as exc:  # tokenizers raise Exception itself, and code that they carry anything
+        not_for_want_of_memory(exc)
         if needed:
             sentence = f"has no tokenizer that loads ({str(exc).splitlines()[0] if str(exc) else exc!r})"[
                 :200

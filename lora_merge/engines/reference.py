@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.answers import LEAST_TOLERANCE, NOISE_MARGIN, Answer, Prompt
 from lora_merge.core.bypassed import is_bypassed
 from lora_merge.core.conversion import Conversion
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import DTYPE_CODES, UNIT_ROUNDOFF
 from lora_merge.engines.adapted import Ingredients, adapted_modules, obstacle, with_adapter
 from lora_merge.engines.alone import Alone, Listener, modules_of
@@ -136,7 +137,8 @@ def _answers(model: Any, prompt: Prompt, n_tokens: int) -> Iterator[Answer]:
     """Yield a model's answer; nothing where random input is not what it takes: then each module is asked alone."""
     try:
         yield answer(model, prompt, n_tokens)
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as exc:
+        not_for_want_of_memory(exc)
         if prompt.ids:
             raise
 

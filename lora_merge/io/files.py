@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.core.identity import FileIdentity
-from lora_merge.errors import CheckpointError, ResolveError, WriteError
+from lora_merge.errors import CheckpointError, OutOfMemoryError, ResolveError, WriteError
 from lora_merge.io.instead import instead_of
 
 if TYPE_CHECKING:
@@ -586,6 +586,8 @@ def file_digest(path: Path) -> str:
 
 def write_error(label: str | Path, exc: OSError) -> WriteError:
     """Return the error for a failed write, with the way out."""
+    if exc.errno == errno.ENOMEM:
+        return OutOfMemoryError(f"writing {label}")
     if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
         return WriteError(f"{label}: no space left on the disk", hint="free some, or choose another --out")
     hint = ""

@@ -15,7 +15,7 @@ from lora_merge.core.lora import Given, Recipe
 from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.request import InspectRequest, Request
-from lora_merge.core.shortage import memory_for
+from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.errors import PlanError
 from lora_merge.executors import pick
 from lora_merge.inspect import Measured, Surroundings, inspection
@@ -57,7 +57,7 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
     watch = observer or Silence()
     if request.plot is not None:
         plots.check(Path(request.plot))
-    with memory_for("inspecting"):
+    with memory_for("inspecting", MORE):
         access = Access(request.token, request.offline)
         found = find(request.adapter, "adapter")
         place = locate_adapter(found, request.adapter, access, watch, request.ignore_file)

@@ -20,6 +20,7 @@ from lora_merge.core.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
 from lora_merge.core.request import Request, VerifyRequest, parse_adapter, parse_fields
+from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
 from lora_merge.io.files import is_directory, read_json, user_path
@@ -65,7 +66,8 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
 
         find_python(request.engine_python)  # before anything takes time
     proving = _Proving(request, observer or Silence(), Clock(), _output(request.out))
-    return proving.proof()
+    with memory_for("verifying", MORE):
+        return proving.proof()
 
 
 def _check_level(request: VerifyRequest) -> None:

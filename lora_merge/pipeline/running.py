@@ -12,6 +12,7 @@ from lora_merge.core.cut_off import cut_off
 from lora_merge.core.kinds import peft_version
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, error, note
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import TORCH_TYPES, UNIT_ROUNDOFF
 from lora_merge.engines.adapted import Ingredients
 from lora_merge.engines.hf import Loader, scores
@@ -98,6 +99,7 @@ def _in_transformers(
     except (
         LoraMergeError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError,
     ) as exc:  # fmt: skip
+        not_for_want_of_memory(exc)
         sentence = f"transformers does not run the merged checkpoint ({type(exc).__name__}: {exc})"[:400]
         issues.append(error("forward", output.root, sentence))
     issues += _failures(comparisons)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.lora import Lora
 from lora_merge.core.report import Issue, error
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.errors import ConvertError, RequestError
 from lora_merge.io.files import tensor_bytes, write_error
@@ -538,6 +539,7 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as exc:
+        not_for_want_of_memory(exc)
         hint = 'pip install "lora-merge[gguf]"'
         raise RequestError(
             "", 0, "format", "gguf needs the package gguf, which is not installed", hint=hint

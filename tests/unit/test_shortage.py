@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
-from lora_merge.core.shortage import memory_for
+from lora_merge.core.shortage import memory_for, not_for_want_of_memory
 from lora_merge.errors import OutOfMemoryError
 
 
@@ -14,6 +16,10 @@ from lora_merge.errors import OutOfMemoryError
         (MemoryError(), "the machine"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "the machine"),
         (RuntimeError("can't start new thread"), "the machine"),
+        (RuntimeError("std::bad_alloc"), "the machine"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "the machine"),
+        (ImportError("libx.so: cannot map zero-fill pages: Cannot allocate memory"), "the machine"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "the machine"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the GPU"),
     ],
 )  # fmt: skip
@@ -42,3 +48,40 @@ def test_what_was_named_closer_by_stays():
 def test_another_error_is_left_alone():
     with pytest.raises(RuntimeError, match="shape"), memory_for("merging x"):
         raise RuntimeError("shape mismatch")
+
+
+def test_an_import_that_tells_it_by_another_error_is_understood():
+    """As numpy does, and transformers' lazy modules."""
+    told = RuntimeError("Failed to import transformers.modeling_utils")
+    told.__cause__ = ImportError("libscipy_openblas64_.so: failed to map segment from shared object")
+
+    with pytest.raises(OutOfMemoryError), memory_for("merging x"):
+        raise told
+
+
+def test_an_error_that_only_follows_one_is_left_alone():
+    later = KeyError("name")
+    later.__context__ = MemoryError()
+
+    with pytest.raises(KeyError), memory_for("merging x"):
+        raise later
+
+
+@pytest.mark.parametrize("exc", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_a_library_that_fails_for_want_of_memory_says_nothing_of_its_input(exc):
+    with pytest.raises(MemoryError):
+        not_for_want_of_memory(exc)
+
+    not_for_want_of_memory(ValueError("a rank that is negative"))
+
+
+def test_a_configuration_is_not_called_unknown_because_memory_ran_out(monkeypatch):
+    from lora_merge.core import skeleton
+
+    def fails(config):
+        raise MemoryError
+
+    monkeypatch.setattr(skeleton, "parse_config", fails)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "of": "this test alone"}
+    with pytest.raises(MemoryError):
+        skeleton.build_skeleton(config)

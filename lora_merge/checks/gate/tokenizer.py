@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import INPUT_NAMES, Output, config_levels, owner_name
 from lora_merge.core.report import error, note, warning
+from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
 
@@ -42,6 +43,7 @@ def _fast(output: Output) -> Iterator[Issue]:
     try:
         loaded = Tokenizer.from_file(str(Path(output.root, _FAST)))
     except Exception as exc:  # noqa: BLE001 - the library raises Exception itself
+        not_for_want_of_memory(exc)
         yield error("tokenizer", _FAST, f"does not load ({exc})"[:300], "copy it from the original model")
         return
     n_tokens = loaded.get_vocab_size(with_added_tokens=True)
