@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from lora_merge.cli import exits
 from lora_merge.cli.app import main
-from lora_merge.redaction import without_secrets
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from lora_merge.cli.issues import say_bug
+from lora_merge.cli.voice import fit
+from lora_merge.core.shortage import mind_limits
+from lora_merge.io.streams import finish, guard
 
 __all__ = ["entry", "main"]
 
@@ -22,20 +22,16 @@ def entry() -> NoReturn:
     Taking an interpreter down after torch was loaded costs half a second, and collecting garbage while it
     loads a fifth; a process that is about to end needs neither.
     """
+    guard(fit)  # first of all: before any file is opened that could get a standard stream's number
     gc.disable()
-    sys.excepthook = _say_bug
+    mind_limits()
     code = 0
     try:
         main(prog_name="lora-merge")
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    except BaseException as exc:  # noqa: BLE001 - the process ends here, whatever it is
+        code = exits.BUG
+        say_bug(exc)
+    finish()
     os._exit(code)
-
-
-def _say_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback of a bug, which may quote anything, without secrets."""
-    import traceback
-
-    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))

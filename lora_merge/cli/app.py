@@ -13,20 +13,27 @@ import click
 from lora_merge import __version__
 from lora_merge.cli import exits
 from lora_merge.cli.batch import batch
-from lora_merge.cli.console import error_json, say_error
 from lora_merge.cli.convert import convert
 from lora_merge.cli.extract import extract
 from lora_merge.cli.inspect import inspect
+from lora_merge.cli.issues import say_error
 from lora_merge.cli.merge import merge
 from lora_merge.cli.plan import plan
 from lora_merge.cli.verify import verify
+from lora_merge.cli.voice import say, say_lines
 from lora_merge.core.interrupts import whole_interrupts
+from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.errors import LoraMergeError
-from lora_merge.redaction import without_secrets
+from lora_merge.io.streams import Foreign, failure_of
+from lora_merge.words import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
+
+_SHOWING = {"plan", "verify", "inspect"}
+_SHOWN_BY = {"--dry-run", "--help", "-h", "--version"}
+"""Commands and options that have nothing to show for but what they print."""
 
 
 class _App(click.Group):
@@ -54,22 +61,22 @@ class _App(click.Group):
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         """Run, and turn whatever happens into one sentence and one exit code."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, _interrupt)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(signum, _interrupt)
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
         verbose = bool({"-v", "--verbose"} & set(arguments))
+        if isinstance(sys.stderr, Foreign):
+            sys.stderr.quiet = bool({"-q", "--quiet"} & set(arguments))
         try:
-            code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
-        except click.exceptions.Exit as exc:
-            code = exc.exit_code
+            with memory_for("starting", MORE):
+                code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
+        except (click.exceptions.Exit, SystemExit) as exc:
+            code = exc.code if isinstance(exc, SystemExit) else exc.exit_code
         except click.ClickException as exc:
-            said = io.StringIO()
-            exc.show(said)
-            click.echo(without_secrets(said.getvalue()), err=True, nl=False)
             code = exits.USAGE
-            if as_json:
-                click.echo(error_json(exc, exc.format_message(), code))
+            _say_usage(exc, as_json=as_json)
         except (click.Abort, KeyboardInterrupt) as exc:
             code = exits.INTERRUPTED
             sentence = "interrupted; nothing unfinished stands under the output's name"
@@ -77,13 +84,40 @@ class _App(click.Group):
         except LoraMergeError as exc:
             code = exits.code_of(exc)
             say_error(exc, str(exc), code, as_json=as_json, verbose=verbose)
-        sys.exit(code if isinstance(code, int) else exits.OK)
+        code = code if isinstance(code, int) else exits.OK
+        is_all = bool(_SHOWING & set(arguments[:1]) or _SHOWN_BY & set(arguments))
+        sys.exit(_with_lost_result(code, is_all=is_all))
+
+
+def _say_usage(exc: click.ClickException, *, as_json: bool) -> None:
+    """Print what is wrong with the command line: how it is used, and an error in one line."""
+    context = getattr(exc, "ctx", None)
+    if context is not None:
+        say_lines(context.get_usage())
+        exc.add_note(f"{context.command_path} --help lists its options")
+    say_error(exc, printable(exc.format_message()), exits.USAGE, as_json=as_json)
+
+
+def _with_lost_result(code: int, *, is_all: bool) -> int:
+    """Return the exit code, after saying that stdout did not take the result; where that was all there is, it is an error.
+
+    A reader that has left, as ``head`` does, has what it wanted.
+    """
+    lost = failure_of(sys.stdout)
+    if lost is None:
+        return code
+    say(f"{'error' if is_all else 'warning'}: the result cannot be written to stdout ({lost.strerror})")
+    return exits.WRITE if is_all and code == exits.OK else code
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """Treat SIGTERM as Ctrl-C, so that staging is cleared; end at once when asked a second time."""
+    """Treat SIGTERM, and a terminal that is closed, as Ctrl-C: what is whole is kept, the rest of staging is cleared.
+
+    End at once when asked a second time; but a terminal and its shell may both say that it is closed.
+    """
     del frame
-    signal.signal(signum, lambda *_: os._exit(exits.INTERRUPTED))
+    again = signal.SIG_IGN if signum == signal.SIGHUP else lambda *_: os._exit(exits.INTERRUPTED)
+    signal.signal(signum, again)
     raise KeyboardInterrupt
 
 

@@ -67,7 +67,7 @@ def batch(  # noqa: PLR0913 - its options
       lora-merge batch batch.yaml --keep-going --log-file batch.jsonl --json
     """
     from lora_merge.batch import Batch
-    from lora_merge.cli.text import printable
+    from lora_merge.cli.voice import say
     from lora_merge.cli.watching import watching_batch
     from lora_merge.io.batch_file import read_batch
     from lora_merge.io.event_log import EventLog
@@ -90,10 +90,8 @@ def batch(  # noqa: PLR0913 - its options
             if log:
                 log.add("end", ok=report.ok, seconds=report.seconds)
     if log and log.failure:
-        click.echo(f"error: the log is not complete: {printable(str(log.failure))}", err=True)
+        say(f"error: the log is not complete: {log.failure}")
     if is_interrupted:
-        click.echo(
-            "error: interrupted; what is done stays, and the same command goes on from there", err=True
-        )
+        say("error: interrupted; what is done stays, and the same command goes on from there")
         sys.exit(exits.INTERRUPTED)
     sys.exit(exits.BATCH if not report.ok else exits.WRITE if log and log.failure else exits.OK)

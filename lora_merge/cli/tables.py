@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-import click
-
-from lora_merge.cli.text import printable, size_text
+from lora_merge.cli.text import size_text
+from lora_merge.cli.voice import add_row, say, say_lines, screen, styled, table
 from lora_merge.cli.watching import STYLES
 from lora_merge.core.report import Report
-from lora_merge.words import alike, cut, listing, ranges
+from lora_merge.words import alike, cut, listing, printable, ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,19 +31,13 @@ _MOST_ROWS = 40
 
 def print_inspection(found: Inspection, *, full: bool) -> None:
     """Print what an adapter is."""
-    from rich.console import Console as RichConsole
-
-    console = RichConsole()
+    console = screen()
     _print_head(console, found)
     _print_modules(console, found, full=full)
     _print_engines(console, found)
 
 
 def _print_head(console: RichConsole, found: Inspection) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=printable(found.adapter), show_header=False)
     ranks = ", ".join(f"{rank} × {count}" for rank, count in found.rank_counts.items())
     rows = [
         ("kind", f"{found.kind} ({found.format})"),
@@ -59,19 +52,14 @@ def _print_head(console: RichConsole, found: Inspection) -> None:
         ("digest", found.digest),
         ("files", ", ".join(found.files)),
     ]
-    for name, value in rows:
-        if value:
-            table.add_row(name, Text(printable(value), overflow="fold"))
-    console.print(table)
+    shown = [(name, value) for name, value in rows if value]
+    console.print(table("", "", title=found.adapter, rows=shown, head=False))
 
 
 def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     measured = any(one.delta_norm is not None for one in found.modules)
     columns = ["module", "layers", "kind", "rank", "scale", "shape", *(["‖Δ‖/‖W‖"] if measured else [])]
-    table = Table(*(columns if not full else [columns[0], *columns[2:]]), title="modules")
+    made = table(*(columns if not full else [columns[0], *columns[2:]]), title="modules")
     groups = [[one] for one in found.modules] if full else _grouped(found.modules)
     for members in groups if full else groups[:_MOST_ROWS]:
         first = members[0]
@@ -85,8 +73,8 @@ def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> No
         ]
         if measured:
             cells.append(_span([one.relative for one in members if one.relative is not None], ".2g"))
-        table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
-    console.print(table)
+        add_row(made, *cells)
+    console.print(made)
     if len(groups) > _MOST_ROWS and not full:
         console.print(cut(_MOST_ROWS, len(groups), "groups", "--full lists every module"))
 
@@ -117,18 +105,14 @@ def _span(values: Sequence[float], spec: str = "g") -> str:
 
 
 def _print_engines(console: RichConsole, found: Inspection) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("engine", "serves it", "why not, and what helps", title="engines")
+    made = table("engine", "serves it", "why not, and what helps", title="engines")
     for engine in found.engines:
         lines = [f"- {one.sentence}" for one in engine.obstacles]
         lines += (f"  → {cure}" for cure in _cures(engine.obstacles))
         name = f"{engine.engine} {engine.version}"
-        verdict = Text(engine.verdict, _STYLES.get(engine.verdict, "yellow"))
-        table.add_row(name, verdict, Text(printable("\n".join(lines)), overflow="fold"))
+        add_row(made, name, styled(engine.verdict, _STYLES.get(engine.verdict, "yellow")), tuple(lines))
     if found.engines:
-        console.print(table)
+        console.print(made)
 
 
 def _cures(obstacles: Sequence[Obstacle]) -> list[str]:
@@ -142,16 +126,12 @@ def _cures(obstacles: Sequence[Obstacle]) -> list[str]:
 
 def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
     """Print what a conversion lost, if it lost anything, or every module."""
-    from rich.console import Console as RichConsole
-    from rich.table import Table
-    from rich.text import Text
-
     lossy = [one for one in report.modules if one.loss is not None]
     shown = report.modules if verbose else _worst(lossy)
     if not shown:
         return
     title = "modules" if verbose else "what was lost, the most first"
-    table = Table("module", "rank before", "rank", "energy kept", "‖Δ-Δ′‖", "‖Δ-Δ′‖/‖Δ‖", title=title)
+    made = table("module", "rank before", "rank", "energy kept", "‖Δ-Δ′‖", "‖Δ-Δ′‖/‖Δ‖", title=title)
     for one in shown:
         cells = [one.path, str(one.rank_before or ""), str(one.rank)]
         cells += (
@@ -159,10 +139,10 @@ def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
             if one.loss is not None
             else ["all", "", ""]
         )
-        table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
-    RichConsole(stderr=True).print(table)
+        add_row(made, *cells)
+    screen(stderr=True).print(made)
     if not verbose and len(lossy) > len(shown):
-        RichConsole(stderr=True).print(cut(len(shown), len(lossy), way="-v lists all"))
+        say(cut(len(shown), len(lossy), way="-v lists all"))
 
 
 def _worst(lossy: Sequence[Written]) -> list[Written]:
@@ -175,7 +155,7 @@ def done_text(report: ConvertReport) -> str:
     transforms = ", ".join(report.transforms) or "rewritten"
     seconds = sum(report.seconds.values())
     return (
-        f"{printable(report.out)}: {len(report.modules)} modules{whole}, {size_text(report.nbytes)} in {seconds:.1f} s "
+        f"{report.out}: {len(report.modules)} modules{whole}, {size_text(report.nbytes)} in {seconds:.1f} s "
         f"({transforms}); {_kept(report)}; read back"
     )
 
@@ -198,34 +178,26 @@ def _result(job: JobReport) -> str:
 
 def print_batch(report: BatchReport, *, only_failed: bool) -> None:
     """Print what became of every job, and what went wrong with those that failed."""
-    from rich.console import Console as RichConsole
-    from rich.table import Table
-    from rich.text import Text
-
-    console = RichConsole(stderr=True)
     if not only_failed:
         have_names = any(job.name != job.out for job in report.jobs)
         named = ("job", "output") if have_names else ("output",)
-        table = Table(*named, "", "seconds", "", title=printable(report.file))
+        made = table(*named, "", "seconds", "", title=report.file)
         for job in report.jobs:
-            names = (job.name, job.out) if have_names else (job.out,)
-            table.add_row(
-                *(Text(printable(name), overflow="fold") for name in names),
-                Text(job.state, STYLES[job.state]),
+            add_row(
+                made,
+                *((job.name, job.out) if have_names else (job.out,)),
+                styled(job.state, STYLES[job.state]),
                 f"{job.seconds:.1f}" if job.seconds else "",
                 _result(job),
             )
-        console.print(table)
+        screen(stderr=True).print(made)
     for job in report.jobs:
         for group in alike(issue for issue in job.issues if issue.severity == "warning"):
-            click.echo(printable(f"warning: {job.name}: {group}"), err=True)
+            say(f"warning: {job.name}: {group}")
         if job.message:
-            click.echo(printable(f"error: {job.name}: {job.message}"), err=True)
+            say_lines(f"error: {printable(job.name)}: {job.message}")
             if job.hint:
-                click.echo(printable(f"hint: {job.hint}"), err=True)
+                say(f"hint: {job.hint}")
     states = [(state, report.count(state)) for state in STYLES]
     counted = ", ".join(f"{n} {state}" for state, n in states if n)
-    click.echo(
-        f"{len(report.jobs)} job{'s' * (len(report.jobs) != 1)}: {counted}, in {report.seconds:.1f} s",
-        err=True,
-    )
+    say(f"{len(report.jobs)} job{'s' * (len(report.jobs) != 1)}: {counted}, in {report.seconds:.1f} s")

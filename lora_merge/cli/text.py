@@ -1,22 +1,6 @@
-"""Text for terminals: names of strangers made harmless, sizes made readable."""
+"""Text for terminals: sizes made readable."""
 
 from __future__ import annotations
-
-import json
-from collections.abc import Mapping
-
-from lora_merge.redaction import without_secrets
-
-
-def printable(text: str) -> str:
-    """Return text without secrets, and with control characters made visible, so that a name cannot steer the terminal."""
-    said = without_secrets(text)
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in said)
-
-
-def json_text(data: Mapping[str, object]) -> str:
-    """Return data for programs, without secrets."""
-    return without_secrets(json.dumps(data, indent=2))
 
 
 def size_text(nbytes: float) -> str:

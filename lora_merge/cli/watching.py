@@ -7,9 +7,8 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import click
-
-from lora_merge.cli.text import printable
+from lora_merge.cli.progress import bar
+from lora_merge.cli.voice import add_row, caption, fit, is_terminal, say, screen, styled, table
 from lora_merge.words import cut
 
 if TYPE_CHECKING:
@@ -35,13 +34,14 @@ _ORDER = ("running", "failed", "planned", "waiting", "done", "kept", "not run")
 @contextlib.contextmanager
 def watching_batch(names: Sequence[str], log: EventLog | None, *, quiet: bool) -> Iterator[BatchObserver]:
     """Yield an observer for a batch of jobs."""
-    if not quiet and sys.stderr.isatty():
-        board = _Board(names)
-        with board.live():
-            yield _Logged(board, log) if log else board
-        return
-    plain = _Plain(quiet=quiet)
-    yield _Logged(plain, log) if log else plain
+    with contextlib.redirect_stdout(sys.stderr):  # results alone belong on stdout
+        if not quiet and is_terminal():
+            board = _Board(names)
+            with board.live():
+                yield _Logged(board, log) if log else board
+            return
+        plain = _Plain(quiet=quiet)
+        yield _Logged(plain, log) if log else plain
 
 
 class _Plain:
@@ -60,48 +60,43 @@ class _Plain:
         """Print the state; a job that merely waits is not worth a line."""
         if self._quiet or state in {"waiting", "planned"}:
             return
-        why = f": {sentence.splitlines()[0]}" if sentence else ""
-        click.echo(printable(f"{state}: {name}{why}"), err=True)
+        first = sentence.partition("\n")[0]
+        say(f"{state}: {name}: {first}" if first else f"{state}: {name}")
 
 
 class _Board:
     """An observer that shows a table of jobs and a bar, on a terminal."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
         self._states: dict[str, State] = dict.fromkeys(names, "waiting")
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._progress = Progress(*columns)
+        self._progress = bar()
         self._task = self._progress.add_task("planning", total=None)
 
     def live(self) -> contextlib.AbstractContextManager[object]:
         """Return the display, which lasts as long as its block."""
-        from rich.console import Console
         from rich.live import Live
 
         return Live(
-            get_renderable=self._board, console=Console(stderr=True), refresh_per_second=4, transient=True
-        )
+            get_renderable=self._board, console=screen(stderr=True), refresh_per_second=4, transient=True,
+            redirect_stdout=False, redirect_stderr=False,
+        )  # fmt: skip
 
     def _board(self) -> Group:
         from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
 
         counts = Counter(self._states.values())
-        table = Table("job", "state", title=", ".join(f"{n} {state}" for state, n in counts.items()))
+        made = table("job", "state", title=", ".join(f"{n} {state}" for state, n in counts.items()))
         first = sorted(self._states, key=lambda name: _ORDER.index(self._states[name]))[:_SHOWN]
         for name in (name for name in self._states if name in first):
             state = self._states[name]
-            table.add_row(Text(printable(name), overflow="fold"), Text(state, STYLES[state]))
+            add_row(made, name, styled(state, STYLES[state]))
         if len(self._states) > _SHOWN:
-            table.caption = cut(_SHOWN, len(self._states))
-        return Group(table, self._progress)
+            caption(made, cut(_SHOWN, len(self._states)))
+        return Group(made, self._progress)
 
     def phase(self, name: str, total_bytes: int) -> None:
         """Begin the bar anew."""
-        self._progress.reset(self._task, description=name, total=total_bytes or None)
+        self._progress.reset(self._task, description=fit(name), total=total_bytes or None)
 
     def advance(self, nbytes: int) -> None:
         """Move the bar."""

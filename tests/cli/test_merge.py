@@ -772,7 +772,7 @@ def test_resuming_where_there_is_nothing_to_resume_is_a_plain_run(pico, pico_ada
 
 def interrupted(arguments, monkeypatch, cli, after=5):
     """Run a merge that is interrupted once some tensors are done."""
-    from lora_merge.cli.console import _Lines
+    from lora_merge.cli.progress import _Lines
 
     n_done = 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge.cli.console import _Lines
+from lora_merge.cli.progress import _Lines
 from tests.faults.killing import content
 from tests.faults.table import FAULTS, HOSTILE, MISTAKES, NOBODY, Fault, Place
 

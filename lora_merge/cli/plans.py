@@ -1,0 +1,103 @@
+"""A merge in tables and lines: what it would do, what it did, and where its time went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.cli.text import size_text
+from lora_merge.cli.voice import add_row, screen, table
+
+if TYPE_CHECKING:
+    from lora_merge.core.report import Report, Summary
+
+_PHASES = {
+    "plan": "read headers, match the adapter, lay out the output",
+    "resume": "check what an interrupted run has written",
+    "copy": "move what no delta touches; torch loads meanwhile",
+    "load": "wait until torch is there",
+    "merge": "stream every other tensor through float32",
+    "seal": "write what goes around the weights",
+    "verify": "look at the output; the disk takes it in meanwhile",
+    "flush": "wait until the disk has all of it",
+    "publish": "give it its name",
+}
+_STAGES = {
+    "copy": "move what no delta touches",
+    "digest": "take digests of what is written",
+    "prepare": "load factors",
+    "read": "read tiles of the base",
+    "decode": "widen them to float32",
+    "change": "apply deltas",
+    "encode": "round to the stored dtype, look for NaN",
+    "wait": "wait for the GPU",
+    "write": "write tiles",
+}
+
+
+def merge_text(report: Report) -> str:
+    """Return one line about a merge that was made."""
+    summary, seconds = report.summary, sum(report.seconds.values())
+    total = summary.merged_bytes + summary.replaced_bytes + summary.cast_bytes + summary.copied_bytes
+    verdict = report.verdict
+    checked = (
+        f"verified {verdict.n_tensors} tensors, {verdict.n_rows} rows recomputed"
+        if verdict.level != "none"
+        else "not verified"
+    )
+    merged = f"merged {summary.n_merged} tensors, copied {summary.n_copied}"
+    merged += f", replaced {summary.n_replaced}" if summary.n_replaced else ""
+    merged += f", cast {summary.n_cast}" if summary.n_cast else ""
+    return f"{report.out}: {merged}, {size_text(total)} in {seconds:.1f} s; {checked}"
+
+
+def print_plan(report: Report, *, verbose: bool) -> None:
+    """Print what a merge would do."""
+    console = screen()
+    console.print(table("", "", title="plan", rows=_plan_rows(report), head=False))
+    if verbose and report.summary.module_ranks:
+        console.print(table("parameter", "rank", title="ranks", rows=report.summary.module_ranks.items()))
+
+
+def _plan_rows(report: Report) -> list[tuple[str, str]]:
+    summary: Summary = report.summary
+    return [
+        ("base", report.base),
+        ("adapter", ", ".join(report.adapters)),
+        *([("output", report.out)] if report.out else []),
+        ("tensors merged", f"{summary.n_merged} ({size_text(summary.merged_bytes)})"),
+        ("tensors replaced", f"{summary.n_replaced} ({size_text(summary.replaced_bytes)})"),
+        ("tensors copied", f"{summary.n_copied} ({size_text(summary.copied_bytes)})"),
+        ("tensors cast", f"{summary.n_cast} ({size_text(summary.cast_bytes)})"),
+        ("kind", _counts(summary.kinds)),
+        ("rank", _counts(summary.ranks)),
+        ("scale", _counts(summary.scales)),
+        ("weight files", str(summary.n_shards)),
+        ("side files", str(summary.n_side_files)),
+        ("workers", str(summary.n_workers)),
+        ("peak memory", f"about {size_text(summary.peak_bytes)}"),
+        ("disk needed", size_text(summary.disk_needed_bytes)),
+        ("disk free", size_text(summary.disk_free_bytes)),
+    ]
+
+
+def print_profile(report: Report) -> None:
+    """Print the wall time of each phase, and what the workers were busy with meanwhile."""
+    console, n = screen(stderr=True), report.summary.n_workers
+    phases = table("phase", "seconds", "", title="where each second went")
+    for phase, seconds in report.seconds.items():
+        add_row(phases, phase, f"{seconds:.2f}", _PHASES.get(phase, ""))
+    add_row(phases, "all", f"{sum(report.seconds.values()):.2f}", "", style="bold")
+    console.print(phases)
+    if report.busy_seconds:
+        stages = table("stage", "seconds", "", title=f"copy and merge: {n} worker{'s' * (n != 1)} together")
+        for stage, what in _STAGES.items():
+            if stage in report.busy_seconds:
+                add_row(stages, stage, f"{report.busy_seconds[stage]:.2f}", what)
+        add_row(stages, "all", f"{sum(report.busy_seconds.values()):.2f}", "", style="bold")
+        console.print(stages)
+
+
+def _counts(counts: Any) -> str:
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} × {count}" for value, count in counts.items())
