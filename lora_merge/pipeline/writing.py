@@ -30,6 +30,7 @@ from lora_merge.merge import (
 )
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.effect import check_effect
+from lora_merge.pipeline.heard import Heard
 from lora_merge.pipeline.planning import Planned, check_strict
 from lora_merge.pipeline.provenance import options_of, provenance_of
 from lora_merge.pipeline.resuming import Inputs, fingerprint, finished
@@ -173,7 +174,8 @@ class Output:
     def finish_or_fail(self, watch: Observer) -> None:
         """Finish it; what is wrong with it is its `error`."""
         try:
-            self.finish(watch)
+            with memory_for("writing the output"):
+                self.finish(watch)
         except LoraMergeError as exc:
             self.fail(exc)
             self.error = exc
@@ -195,11 +197,14 @@ def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observe
     What goes wrong while they are made goes wrong for all of them. What is wrong with one alone, once it is filled, is
     its `Output.error`, and the others are finished.
 
+    An observer that raises ends the run as an interrupt does: it says nothing against what was written.
+
     Raises:
         LoraMergeError: they cannot be made.
     """
+    watch = heard = Heard(watch)
     try:
-        with whole_interrupts():
+        with whole_interrupts(), memory_for("writing the output"):
             for output in outputs:
                 output.take_place()
             loading = TorchLoading()  # from here on this thread imports nothing
@@ -207,8 +212,7 @@ def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observe
                 output.begin(budget.n_workers, watch)
             _fill(outputs, device, budget, watch, loading)
     except BaseException as exc:
-        for output in outputs:
-            output.fail(exc)
+        _fail(outputs, exc, heard)
         raise
     for n, output in enumerate(outputs):
         try:
@@ -216,9 +220,19 @@ def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observe
                 output.finish_or_fail(watch)
             yield output
         except BaseException as exc:
-            for other in outputs[n:]:
-                other.fail(KeyboardInterrupt() if isinstance(exc, GeneratorExit) else exc)
+            _fail(outputs[n:], exc, heard)
             raise
+
+
+def _fail(outputs: Sequence[Output], exc: BaseException, heard: Heard) -> None:
+    """Leave the places of some outputs as a fault demands; the error has the notes about them."""
+    is_callers = isinstance(exc, GeneratorExit) or exc is heard.failure
+    fault = KeyboardInterrupt() if is_callers else exc
+    for output in outputs:
+        output.fail(fault)
+    if fault is not exc:
+        for text in getattr(fault, "__notes__", ()):
+            exc.add_note(text)
 
 
 def _fill(
