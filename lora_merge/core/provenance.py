@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import MergedBefore
+from lora_merge.core.markdown import code, name, scalar, strong
 from lora_merge.core.same_model import cached_repo, is_repo
 from lora_merge.core.source import Origin, parse_source
 
@@ -25,7 +26,7 @@ MANIFEST_VERSION = 1
 
 _CARD = """\
 ---
-base_model: {base}
+base_model: {base_scalar}
 base_model_relation: finetune
 library_name: transformers
 tags:
@@ -35,12 +36,12 @@ tags:
 
 # {title}
 
-The weights of **{base}** with {adapters} merged into them. A plain Hugging Face checkpoint: it
+The weights of {base} with {adapters} merged into them. A plain Hugging Face checkpoint: it
 needs no LoRA support to load.
 
 | | |
 | --- | --- |
-| base | `{base_path}`{base_commit} |
+| base | {base_path}{base_commit} |
 {rows}| kind | {kind} |
 | tensors | {n_merged} merged, {n_other} as in the base |
 | made by | lora-merge {version} |
@@ -142,28 +143,30 @@ def card_text(provenance: Provenance, plan: MergePlan) -> str:
     summary = plan.summary()
     kinds = " + ".join(dict.fromkeys(adapter.kind for adapter in provenance.adapters))
     kind = kinds + "".join(
-        f", {name} {', '.join(values)}"
-        for name, values in (("rank", summary.ranks), ("scale", summary.scales))
+        f", {what} {', '.join(values)}"
+        for what, values in (("rank", summary.ranks), ("scale", summary.scales))
         if values
     )
     names = [
-        f"**{_short_name(path, origin)}**" + (f" × {weight:g}" if weight != 1 else "")
+        strong(_short_name(path, origin)) + (f" × {weight:g}" if weight != 1 else "")
         for path, origin, weight in zip(
             provenance.adapter_paths, _origins(provenance), plan.weights, strict=True
         )
     ]
     rows = "".join(
-        f"| adapter | `{path}`{_commit(origin)} |\n| adapter digest | `{adapter.digest}` |\n"
+        f"| adapter | {code(path, in_table=True)}{_commit(origin)} |\n| adapter digest | `{adapter.digest}` |\n"
         for path, origin, adapter in zip(
             provenance.adapter_paths, _origins(provenance), provenance.adapters, strict=True
         )
     )
+    base = _base_name(provenance)
     n_as_in_base = actions.count("copied") + actions.count("cast")
     return _CARD.format(
-        base=_base_name(provenance),
-        title=provenance.out_name,
+        base=strong(base),
+        base_scalar=scalar(base),
+        title=name(provenance.out_name),
         adapters=f"the adapter {names[0]}" if len(names) == 1 else f"the adapters {', '.join(names)}",
-        base_path=provenance.base,
+        base_path=code(provenance.base, in_table=True),
         base_commit=_commit(provenance.base_origin),
         rows=rows,
         kind=kind,
@@ -208,7 +211,7 @@ def _origin_table(origin: Origin | None) -> dict[str, object]:
 
 
 def _commit(origin: Origin | None) -> str:
-    return f", commit `{origin.commit}`" if origin is not None and origin.commit else ""
+    return f", commit {code(origin.commit, in_table=True)}" if origin is not None and origin.commit else ""
 
 
 def _last_part(path: str) -> str:
