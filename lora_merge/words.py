@@ -49,6 +49,23 @@ def printable(text: str) -> str:
     return _HIDDEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def printable_json(text: str) -> str:
+    """Return JSON whose strings say the same, with nothing in them that steers a terminal or ends a line.
+
+    JSON allows much of that in a string (DEL, controls of 8 bits, marks of direction), and lone surrogates nowhere in UTF-8.
+
+    Example:
+        >>> print(printable_json('{"α": "\\x7f\\u2028"}'))
+        {"α": "\\u007f\\u2028"}
+    """
+    return "".join(char if char.isprintable() or char == "\n" else _utf16(char) for char in text)
+
+
+def _utf16(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[n : n + 2].hex()}" for n in range(0, len(units), 2))
+
+
 def counted(n: int, thing: str) -> str:
     """Return a number of things.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lora_merge.io.streams import own
 from lora_merge.redaction import without_secrets
-from lora_merge.words import printable
+from lora_merge.words import printable, printable_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -68,7 +68,7 @@ def as_json(data: object) -> str:
         >>> print(as_json("\\x1b\\x7f"))
         "\\u001b\\u007f"
     """
-    return without_secrets(json.dumps(data, indent=2)).replace("\x7f", "\\u007f")
+    return printable_json(without_secrets(json.dumps(data, indent=2)))
 
 
 def _write(stream: TextIO | None, text: str) -> None:

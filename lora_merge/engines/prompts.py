@@ -10,6 +10,7 @@ from lora_merge.core.checkpoint import config_levels
 from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.engines.hf import quiet
 from lora_merge.errors import RequestError
+from lora_merge.io.tokenizer_file import TokenizerError, n_tokens, without_panics
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ TEXTS = (
 )
 """Prose, code, several languages and numbers: what differs for one of them need not for another."""
 
+_FAST = "tokenizer.json"
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 _N_TOKENS = 48
@@ -88,21 +90,34 @@ def _tokenizer(root: Path, *, needed: bool, trust_remote_code: bool) -> Any:
     if not is_there and not needed:
         return None
     try:
-        with quiet():
+        if (root / _FAST).is_file():
+            n_tokens(root / _FAST)  # it may end the process, which is then not this one
+        with quiet(), without_panics():
             loaded = AutoTokenizer.from_pretrained(
                 root, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except Exception as exc:  # tokenizers raise Exception itself, and code that they carry anything
         not_for_want_of_memory(exc)
         if needed:
-            sentence = f"has no tokenizer that loads ({str(exc).splitlines()[0] if str(exc) else exc!r})"[
-                :200
-            ]
-            raise RequestError(
-                "", 0, "prompt", f"{root}: {sentence}", hint="leave --prompt out, and tokens are drawn"
-            ) from exc
+            raise _no_tokenizer(root, "has no tokenizer that loads", exc) from exc
         return None
-    return lambda text: loaded(text)["input_ids"]
+
+    def tokens(text: str) -> list[int]:
+        try:
+            with without_panics():
+                return list(loaded(text)["input_ids"])
+        except TokenizerError as exc:
+            if needed:
+                raise _no_tokenizer(root, "has a tokenizer that fails", exc) from exc
+            return []
+
+    return tokens
+
+
+def _no_tokenizer(root: Path, what: str, exc: Exception) -> RequestError:
+    first = str(exc).partition("\n")[0] or repr(exc)
+    sentence = f"{root}: {what} ({first})"[:300]
+    return RequestError("", 0, "prompt", sentence, hint="leave --prompt out, and tokens are drawn")
 
 
 def _smallest(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from lora_merge.io.files import write_error
 from lora_merge.redaction import without_secrets
+from lora_merge.words import printable_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,8 +46,8 @@ class EventLog:
     def add(self, event: str, **values: object) -> None:
         """Add a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **values}, ensure_ascii=False, default=str) + "\n"
-        text = without_secrets(line).encode("utf-8", "backslashreplace")
+        line = json.dumps({"time": now, "event": event, **values}, ensure_ascii=False, default=str)
+        text = (printable_json(without_secrets(line)) + "\n").encode()
         with self._lock:
             try:
                 while text and self.failure is None:

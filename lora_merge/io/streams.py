@@ -13,6 +13,7 @@ import os
 import select
 import sys
 import threading
+import warnings
 from typing import TYPE_CHECKING, BinaryIO, TextIO, cast
 
 from lora_merge.words import printable
@@ -42,8 +43,17 @@ def guard(fit: Callable[[str], str] = printable) -> None:
     """
     for fd in range(_FIRST_OTHER):
         _open_missing(fd)
+    warnings.formatwarning = _warning_text
     sys.stdout = _text(1, sys.stdout)
     sys.stderr = Foreign(_text(2, sys.stderr), fit)
+
+
+def _warning_text(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning of Python without the line of the program that gave it, which is nobody's here."""
+    del filename, lineno, line
+    return f"{category.__name__}: {message}\n"
 
 
 def _open_missing(fd: int) -> None:

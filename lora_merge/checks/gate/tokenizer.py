@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import INPUT_NAMES, Output, config_levels, owner_name
 from lora_merge.core.report import error, note, warning
-from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
+from lora_merge.io.tokenizer_file import TokenizerError, n_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,15 +38,11 @@ def tokenizer(output: Output) -> Iterator[Issue]:
 
 def _fast(output: Output) -> Iterator[Issue]:
     """Yield what is wrong with ``tokenizer.json``, by the library that engines read it with."""
-    from tokenizers import Tokenizer
-
     try:
-        loaded = Tokenizer.from_file(str(Path(output.root, _FAST)))
-    except Exception as exc:  # noqa: BLE001 - the library raises Exception itself
-        not_for_want_of_memory(exc)
+        n = n_tokens(Path(output.root, _FAST))
+    except TokenizerError as exc:
         yield error("tokenizer", _FAST, f"does not load ({exc})"[:300], "copy it from the original model")
         return
-    n_tokens = loaded.get_vocab_size(with_added_tokens=True)
     rows = max(
         (
             ref.shape[0]
@@ -55,8 +51,8 @@ def _fast(output: Output) -> Iterator[Issue]:
         ),
         default=None,
     )
-    if rows is not None and n_tokens > rows and _counts_tokens(output):
-        sentence = f"has {n_tokens} tokens, and the embedding has {rows} rows: an engine fails at one beyond"
+    if rows is not None and n > rows and _counts_tokens(output):
+        sentence = f"has {n} tokens, and the embedding has {rows} rows: an engine fails at one beyond"
         yield warning("token-beyond", _FAST, sentence)
 
 
