@@ -30,7 +30,7 @@ MEANINGS: dict[int, str] = {
     WRITE: "the output cannot be written: it exists, the disk is full, …",
     VERIFY: "an output failed verification, or there was nothing to compare it with; one that is being merged is not given its name",
     BATCH: "some jobs of a batch have no output; the report says which, and why",
-    INTERRUPTED: "interrupted (Ctrl-C or SIGTERM)",
+    INTERRUPTED: "interrupted (Ctrl-C, SIGTERM, or SIGHUP of a terminal that is closed)",
 }
 
 _CODES: tuple[tuple[type[LoraMergeError], int], ...] = (

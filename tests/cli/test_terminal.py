@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pty
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import lora_merge
 from lora_merge.cli import exits
 from lora_merge.io.staging import staging_path
 
@@ -113,6 +117,51 @@ def test_a_reader_that_has_enough_is_no_error(inputs):
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "{", "")
 
 
+ANSI = re.compile(r"\x1b\[(\?25[lh]|[0-9;]*[mKA])")
+"""What moves our bars and colours our tables."""
+
+HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\r\nFAKED\u202e\u200b[_b][red]:smile:"
+
+
+@pytest.mark.parametrize("verb", ["merge", "verify", "inspect", "batch"])
+def test_a_terminal_gets_our_own_control_characters_and_no_others(verb, inputs, tmp_path):
+    base, adapter = (shutil.copytree(source, tmp_path / f"{n}{HOSTILE}") for n, source in enumerate(inputs))
+    out = tmp_path / f"2{HOSTILE}"
+    file = tmp_path / f"{HOSTILE}.yaml"
+    file.write_text(json.dumps({"jobs": [{"base": str(base), "adapter": str(adapter), "out": str(out)}]}))
+    if verb == "verify":
+        lora_merge.merge(base=base, adapter=adapter, out=out)
+    words = {
+        "merge": ["-v", "--base", base, "--adapter", adapter, "--out", out],
+        "verify": ["verify", out],
+        "inspect": ["inspect", adapter, "--base", base],
+        "batch": ["batch", file],
+    }
+    code, shown = on_terminal(*words[verb])
+
+    lines = ANSI.sub("", shown).replace("\r", "\n").split("\n")
+    assert code == 0, shown
+    assert all(line.isprintable() for line in lines)
+    assert not [line for line in lines if line.lstrip(" │").startswith("FAKED")]
+    assert "FAKED" in shown.replace("\r\n", "")
+    assert "🙂" not in shown
+    assert "😄" not in shown
+
+
+def on_terminal(*arguments):
+    """Run the command on a terminal of 80 columns; return its exit code and all that it got."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["COLUMNS"] = "80"
+        os.execv(sys.executable, [sys.executable, "-m", "lora_merge", *map(str, arguments)])
+    got = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while piece := os.read(terminal, 1 << 16):
+            got += piece
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), got.decode()
+
+
 @pytest.mark.parametrize("hears", [True, False])
 def test_a_terminal_that_hangs_up_ends_a_run_in_order_and_not_one_that_was_told_to_stay(
     hears, inputs, whole, tmp_path
@@ -197,8 +246,6 @@ class Failing:
 
 
 def test_an_observer_that_fails_ends_the_run_and_keeps_what_is_whole(inputs, whole, tmp_path):
-    import lora_merge
-
     base, adapter = inputs
     out = tmp_path / "merged"
     with pytest.raises(BrokenPipeError) as caught:

@@ -509,6 +509,7 @@ HOSTILE = (
     Fault("a template of the adapter is a link to somewhere else", "{adapter}/chat_template.jinja: is a link to ", exits.RESOLVE, _linked_template),
     Fault("a .bin file runs code", "posix.system", exits.RESOLVE, _pickled_code),
     Fault("an adapter is a bare pickle that runs code", "{adapter}/adapter_model.bin: ", exits.RESOLVE, _bare_pickle),
+    Fault("a tensor's name has a line of its own", "\\nerror: all is well", exits.PLAN, _renamed("base_model.model.x\nerror: all is well.lora_A.weight")),
     Fault("a tensor's name steers the terminal", "\\x1b]0;owned\\x07", exits.PLAN, _renamed(f"base_model.model.{ESCAPE}.lora_A.weight")),
     Fault("target_modules explodes", "target_modules: '(.+)+(.+)+(.+)+!' takes more than", exits.PLAN, _config(target_modules="(.+)+(.+)+(.+)+!")),
     Fault("exclude_modules explodes", "exclude_modules: ", exits.PLAN, _config(exclude_modules="(.*.*)*.*(.*.*)*!")),
