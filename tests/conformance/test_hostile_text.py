@@ -167,6 +167,22 @@ def test_paths(verb, good, check, tmp_path):
     check(*words[verb], codes=range(8))
 
 
+@pytest.mark.parametrize("verb", ["verify", "inspect", "batch", "convert", "plan"])
+def test_paths_that_look_like_markup(verb, good, check):
+    here = Path("[v1] x[")
+    base, adapter, out = (shutil.copytree(source, here / f"b]{n} :smile:") for n, source in enumerate(good))
+    file = here / "b].yaml"
+    file.write_text(json.dumps({"jobs": [{"base": str(base), "adapter": str(adapter), "out": "out"}]}))
+    words = {
+        "verify": ["verify", out, "--base", base, "--adapter", adapter],
+        "inspect": ["inspect", adapter],
+        "batch": ["batch", file],
+        "convert": ["convert", adapter, "--rank", "2", "--out", here / "b]3"],
+        "plan": ["plan", "--base", base, "--adapter", adapter],
+    }
+    assert "[v1]" in "".join(check(*words[verb], codes={0}).split())  # a title may be folded
+
+
 @pytest.mark.parametrize(
     "words",
     [[f"--{HOSTILE}"], [HOSTILE], ["batch", IN_A_PATH], ["--adapter", "a", "--out", "o", "--dtype", HOSTILE],
