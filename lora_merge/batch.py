@@ -165,7 +165,7 @@ class Batch:
                     staging.check_replaceable(
                         task.planned.out,
                         overwrite=request.overwrite,
-                        inputs=task.planned.inputs,
+                        inputs=task.planned.read_files(),
                         home=task.planned.home,
                         marks=converting.MARKS,
                     )

@@ -50,8 +50,8 @@ _PAGE_BYTES = 4096
 _RWF_DONTCACHE = 0x80
 """The flag of Linux's ``pwritev2(2)``."""
 
-_UNABLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
-"""What a filesystem or a kernel answers that does not know how."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+"""What a disk without room answers, or one of which a user has no more."""
 
 _CLOEXEC, _NONBLOCK = getattr(os, "O_CLOEXEC", 0), getattr(os, "O_NONBLOCK", 0)
 
@@ -170,24 +170,6 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 @contextlib.contextmanager
-def open_for_writing(path: str | Path, *, create: bool = False) -> Iterator[int]:
-    """Yield a descriptor for positioned writes; with ``create`` the file must be new.
-
-    Raises:
-        WriteError: it cannot be opened.
-    """
-    flags = os.O_RDWR | _CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
-    try:
-        fd = os.open(path, flags, 0o666)
-    except OSError as exc:
-        raise write_error(path, exc) from exc
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
 def borrowed_block() -> Iterator[memoryview]:
     """Yield a block of memory, `BLOCK_BYTES` long, that comes back at the end: the kernel need not find a new one."""
     try:
@@ -243,7 +225,8 @@ class ReadAhead:
         if self._asked < min(offset + len(buffer) + _AHEAD_BYTES // 2, self._end):
             count = min(_AHEAD_BYTES, self._end - self._asked)
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._fd, self._asked, count, os.POSIX_FADV_WILLNEED)
+                with contextlib.suppress(OSError):  # it is a wish
+                    os.posix_fadvise(self._fd, self._asked, count, os.POSIX_FADV_WILLNEED)
             self._asked += count
         read_into(self._fd, buffer, offset, label)
 
@@ -280,9 +263,9 @@ def _write_all(
         try:
             n_written = os.pwritev(fd, buffers, offset, *flags)
         except OSError as exc:
-            if not (flags and exc.errno in _UNABLE):
+            if not flags:
                 raise write_error(label, exc) from exc
-            flags = ()
+            flags = ()  # the kernel, the filesystem or a sandbox may not know how: the plain way tells
             continue
         offset += n_written
         while buffers and n_written >= len(buffers[0]):
@@ -352,9 +335,7 @@ def copy_range(
     """
     first, last = _share_blocks(source_fd, start, nbytes, target_fd, target_start)
     for begin, end in ((0, first), (last, nbytes)):
-        at = begin + _copy_in_kernel(
-            source_fd, start + begin, end - begin, target_fd, target_start + begin, labels[1]
-        )
+        at = begin + _copy_in_kernel(source_fd, start + begin, end - begin, target_fd, target_start + begin)
         for block in read_blocks(source_fd, start + at, end - at, labels[0]):
             write_from(target_fd, block, target_start + at, labels[1])
             at += len(block)
@@ -381,50 +362,51 @@ def _share_blocks(
     return first, last
 
 
-def _copy_in_kernel(
-    source_fd: int, start: int, nbytes: int, target_fd: int, target_start: int, label: str
-) -> int:
+def _copy_in_kernel(source_fd: int, start: int, nbytes: int, target_fd: int, target_start: int) -> int:
     """Return how many bytes the kernel copied; it may refuse (two filesystems, another platform)."""
     done = 0
     while hasattr(os, "copy_file_range") and done < nbytes:
         count = min(MAX_TRANSFER_BYTES, nbytes - done)
         try:
             n_copied = os.copy_file_range(source_fd, target_fd, count, start + done, target_start + done)
-        except OSError as exc:
-            if (
-                exc.errno in _UNABLE or exc.errno == errno.EIO
-            ):  # whose fault that is, reading by hand will tell
-                break
-            raise write_error(label, exc) from exc
+        except OSError:  # not here, not permitted, or a fault: reading and writing by hand tells which
+            break
         if n_copied == 0:
             break
         done += n_copied
     return done
 
 
-def link(source: Path, target: Path, how: Literal["reflink", "hard"]) -> None:
+def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: int) -> None:
     """Make a new file of an old one's bytes without moving them.
 
     Args:
+        source: path of the old file.
+        target: name of the new one.
         how: ``reflink``: the two share blocks until one changes; ``hard``: they are one file with two names.
+        dir_fd: of the directory that the new one is in.
 
     Raises:
         OSError: the filesystem, or the pair of them, cannot; there is no target then.
     """
     real = source.resolve()
     if how == "hard":
-        os.link(real, target)
+        os.link(real, target, dst_dir_fd=dir_fd)
         return
     if sys.platform != "linux":
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     import fcntl
 
-    with real.open("rb") as old, target.open("xb") as new:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _CLOEXEC
+    with open_for_reading(real) as old:
+        new = os.open(target, flags, 0o666, dir_fd=dir_fd)
         try:
-            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+            fcntl.ioctl(new, _FICLONE, old)
         except OSError:
-            target.unlink()
+            os.unlink(target, dir_fd=dir_fd)
             raise
+        finally:
+            os.close(new)
 
 
 def allocate(fd: int, nbytes: int) -> None:
@@ -433,16 +415,18 @@ def allocate(fd: int, nbytes: int) -> None:
     Raises:
         OSError: the disk is full.
     """
-    unable = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, nbytes)
         except OSError as exc:
-            if exc.errno not in unable:
+            if exc.errno in _FULL:
                 raise
         else:
             return
-    os.ftruncate(fd, nbytes)
+    try:
+        os.ftruncate(fd, nbytes)
+    except PermissionError:  # a filesystem that makes no file longer but by writing to it
+        os.pwrite(fd, b"\0", nbytes - 1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -518,22 +502,6 @@ def write_text(path: Path, text: str) -> None:
         raise write_error(path, exc) from exc
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's bytes, making the directory for it.
-
-    Raises:
-        CheckpointError: the source cannot be read.
-        WriteError: the target cannot be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise write_error(target, exc) from exc
-    with open_for_reading(source) as source_fd, open_for_writing(target, create=True) as target_fd:
-        nbytes = os.fstat(source_fd).st_size
-        copy_range(source_fd, 0, nbytes, target_fd, 0, (str(source), str(target)))
-
-
 def same_bytes(one: Path, other: Path) -> bool:
     """Return True when two files hold the same bytes."""
     import filecmp
@@ -588,7 +556,7 @@ def write_error(label: str | Path, exc: OSError) -> WriteError:
     """Return the error for a failed write, with the way out."""
     if exc.errno == errno.ENOMEM:
         return OutOfMemoryError(f"writing {label}")
-    if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if exc.errno in _FULL:
         return WriteError(f"{label}: no space left on the disk", hint="free some, or choose another --out")
     hint = ""
     if exc.errno == errno.EROFS:

@@ -12,11 +12,16 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, Self
 
 from lora_merge.core.tensor import Survival, TensorRecord
+from lora_merge.errors import WriteError
 from lora_merge.io.files import write_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
+
+    from lora_merge.io.folder import Folder
+
+FILE, FRESH_FILE = "journal.jsonl", "journal.new"
+"""In staging: the journal, and one that is about to take its place."""
 
 _VERSION = 1
 
@@ -27,7 +32,7 @@ class Journal:
     A context; each line is with the kernel when `add` returns, so that a killed process has lost none.
 
     Args:
-        path: of its file, which is replaced.
+        home: the staging directory; a journal that is there is replaced.
         fingerprint: of the merge.
         records: of what is written already.
 
@@ -35,27 +40,29 @@ class Journal:
         WriteError: it cannot be written.
     """
 
-    def __init__(self, path: Path, fingerprint: str, records: Iterable[TensorRecord] = ()) -> None:
-        self._path = path
-        fresh = path.with_suffix(".new")
+    def __init__(self, home: Folder, fingerprint: str, records: Iterable[TensorRecord] = ()) -> None:
+        self._path = home.path / FILE
         head = {
             "journal": _VERSION,
             "merge": fingerprint,
             "process": os.getpid(),
             "host": os.uname().nodename,
         }
-        try:
-            self._fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
-            self._write([head, *map(astuple, records)])
-            fresh.replace(path)
-        except OSError as exc:
-            raise write_error(path, exc) from exc
+        home.remove(FRESH_FILE)
+        with contextlib.ExitStack() as stack:
+            self._fd = stack.enter_context(home.writing(FRESH_FILE, create=True))
+            try:
+                self._write([head, *map(astuple, records)])
+            except OSError as exc:
+                raise write_error(self._path, exc) from exc
+            home.rename(FRESH_FILE, FILE)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._fd)
+        self._stack.close()
 
     def add(self, records: Iterable[TensorRecord]) -> None:
         """Add what has been written.
@@ -74,34 +81,34 @@ class Journal:
             text = text[os.write(self._fd, text) :]
 
 
-def read(path: Path, fingerprint: str) -> list[TensorRecord] | None:
+def read(home: Folder, fingerprint: str) -> list[TensorRecord] | None:
     """Return what a journal lists, or None where there is none, or one of another merge.
 
     What a killed process did not finish writing is left out.
     """
-    lines = _lines(path)
+    lines = _lines(home)
     if not lines or lines[0].get("merge") != fingerprint:
         return None
     return [record for record in map(_record, lines[1:]) if record]
 
 
-def count(path: Path) -> int:
+def count(home: Folder) -> int:
     """Return how many tensors a journal lists."""
-    return max(len(_lines(path)) - 1, 0)
+    return max(len(_lines(home)) - 1, 0)
 
 
-def owner(path: Path) -> str:
+def owner(home: Folder) -> str:
     """Return which process writes a journal, in words; nothing where it does not say."""
-    head: dict[str, Any] = next(iter(_lines(path)), {})
+    head: dict[str, Any] = next(iter(_lines(home)), {})
     return f"process {head['process']} on {head['host']}" if {"process", "host"} <= head.keys() else ""
 
 
-def _lines(path: Path) -> list[Any]:
+def _lines(home: Folder) -> list[Any]:
     """Return the values of a journal, the first one a table; nothing where there is none that can be read."""
     values: list[Any] = []
     try:
-        text = path.read_bytes()
-    except OSError:
+        text = home.read(FILE)
+    except WriteError:  # it is gone
         return values
     with contextlib.suppress(ValueError, RecursionError):
         for line in text.split(b"\n")[:-1]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.pieces import Box
     from lora_merge.core.shards import OutputFile
+    from lora_merge.io.folder import Folder
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit (safetensors 0.8, ``MAX_HEADER_SIZE``)."""
@@ -301,28 +302,28 @@ def load(ref: TensorRef) -> torch.Tensor:
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype])).view(ref.shape)
 
 
-def has_header(path: Path, file: OutputFile) -> bool:
+def has_header(fd: int, file: OutputFile) -> bool:
     """Return True when a stored file has the size and the header, byte by byte, of a file to be written.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     header = header_bytes(file)
-    with files.open_for_reading(path) as fd:
-        if os.fstat(fd).st_size != file.nbytes:
-            return False
-        found = bytearray(len(header))
-        files.read_into(fd, memoryview(found), 0, path)
+    if os.fstat(fd).st_size != file.nbytes:
+        return False
+    found = bytearray(len(header))
+    files.read_into(fd, memoryview(found), 0, file.name)
     return found == header
 
 
-def reserve(path: Path, file: OutputFile) -> None:
+def reserve(folder: Folder, file: OutputFile) -> None:
     """Create an output file at its full size, with its header written and its tensors empty.
 
     Raises:
         WriteError: the disk is full or cannot be written.
     """
-    with files.open_for_writing(path, create=True) as fd:
+    path = folder.path / file.name
+    with folder.writing(file.name, create=True) as fd:
         try:
             files.allocate(fd, file.nbytes)
         except OSError as exc:

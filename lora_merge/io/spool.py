@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.io.folder import Folder
+
+FACTORS = "factors"
+"""The name of the file, in staging."""
+
 
 class Spool:
     """Tensors back to back in one file, in the order in which they come."""
@@ -23,14 +28,14 @@ class Spool:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path) -> Iterator[Spool]:
-        """Yield a new spool; its file stays until somebody removes it.
+    def open(cls, home: Folder) -> Iterator[Spool]:
+        """Yield a new spool in a directory; its file stays until somebody removes it.
 
         Raises:
             WriteError: the file exists, or cannot be made.
         """
-        with files.open_for_writing(path, create=True) as fd:
-            yield cls(path, fd)
+        with home.writing(FACTORS, create=True) as fd:
+            yield cls(home.path / FACTORS, fd)
 
     def add(self, name: str, tensor: torch.Tensor) -> TensorRef:
         """Write a tensor behind the others; return where it lies.

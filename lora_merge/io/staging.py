@@ -18,14 +18,28 @@ from typing import TYPE_CHECKING, Self
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import ChangedError, CheckpointError, WriteError
-from lora_merge.io import journal
-from lora_merge.io.files import nearest_existing, write_error
-from lora_merge.words import choice
+from lora_merge.io import dirs, journal, owners
+from lora_merge.io.files import write_error
+from lora_merge.io.folder import Folder
+from lora_merge.io.publish import KEPT, OUTPUT, REPLACED, publish, recover
+from lora_merge.io.replaceable import SUFFIX, check_replaceable, check_writable, staging_path
+from lora_merge.io.spool import FACTORS
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-SUFFIX = ".lora-merge-staging"
+__all__ = [
+    "SUFFIX",
+    "Flushing",
+    "Stage",
+    "check_replaceable",
+    "check_writable",
+    "publish",
+    "staging",
+    "staging_path",
+    "stale_bytes",
+]
 
 _RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
 """What ends a run without saying anything against what it has written."""
@@ -36,109 +50,19 @@ _MOST_TRIES = 100
 _PAUSE_SECONDS = 0.1
 """Between two flushes of what is still being written."""
 
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-"""What a filesystem answers that knows no locks."""
+_OWN = {OUTPUT, REPLACED, FACTORS, journal.FILE, journal.FRESH_FILE}
+"""What runs put into staging."""
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-
-
-def staging_path(out: Path) -> Path:
-    """Return the directory that an output is built in: beside it, on the same filesystem."""
-    return out.with_name(out.name + SUFFIX)
-
-
-def check_replaceable(
-    out: Path,
-    *,
-    overwrite: bool,
-    inputs: tuple[Path, ...],
-    home: Path | None = None,
-    marks: tuple[str, ...] = (CONFIG_FILE,),
-) -> None:
-    """Check that an output may come into being under this name.
-
-    Args:
-        out: its path.
-        overwrite: what has this name may be replaced.
-        inputs: what is read.
-        home: one of the inputs that the output may lie in: an adapter may hold other forms of itself.
-        marks: files of which one shows that a directory is an output of this kind.
-
-    Raises:
-        WriteError: it exists and may not be replaced, is another kind of directory, one of the inputs holds it
-            or lies in it; or nobody may look.
-    """
-    for path in inputs:
-        _check_apart(out, path, may_hold_it=path == home)
-    try:
-        if not (out.exists() or out.is_symlink()):
-            return
-        if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
-            return
-        what = _foreign(out, marks)
-    except OSError as exc:  # nobody may look there, or the name is too long
-        raise write_error(out, exc) from exc
-    if what:
-        raise WriteError(
-            f"{out}: already exists and is {what}",
-            hint="choose another --out, or remove it yourself: --overwrite does not replace it",
-        )
-    if not overwrite:
-        raise WriteError(f"{out}: already exists", hint="choose another --out, or pass --overwrite")
-
-
-def _check_apart(out: Path, source: Path, *, may_hold_it: bool) -> None:
-    """Check that an output and an input are not in each other.
-
-    Args:
-        out: the output.
-        source: the input.
-        may_hold_it: the output may be in a folder of the input.
-
-    Raises:
-        WriteError: they are.
-    """
-    real = source.resolve()
-    place = out.parent.resolve() / out.name
-    hint = "choose another --out, beside the inputs"
-    if real == place or place in real.parents:
-        raise WriteError(f"{out}: holds the input {source}", hint=hint)
-    if real in place.parents and not may_hold_it:
-        raise WriteError(f"{out}: is inside the input {source}, where nothing is written", hint=hint)
-
-
-def _foreign(out: Path, marks: tuple[str, ...]) -> str:
-    """Return what stands under the output's name, if it is nothing that an output may replace."""
-    if out.is_symlink():
-        return f"a link to {out.readlink()}"
-    if not out.is_dir():
-        return "a file"
-    if any((out / mark).is_file() for mark in marks):
-        return ""
-    kind = "a model checkpoint" if CONFIG_FILE in marks else "an adapter"
-    return f"not {kind} (it has no {choice(marks)})"
-
-
-def check_writable(out: Path) -> None:
-    """Check that a directory may be made under this name: a disk that takes nothing may seem full.
-
-    Raises:
-        WriteError: it may not.
-    """
-    existing = nearest_existing(out.parent)
-    if not existing.is_dir():
-        raise WriteError(f"{out}: cannot be made, since {existing} is a file", hint="choose another --out")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
-        code = errno.EROFS if is_read_only else errno.EACCES
-        raise write_error(out, OSError(code, os.strerror(code)))
+_HIDDEN = (".nfs", ".fuse_hidden")
+"""How the names begin of what network filesystems keep of a removed file that is still open."""
 
 
 def stale_bytes(out: Path) -> int:
     """Return the bytes of what an interrupted run left in staging, which the next run will free."""
     staging = staging_path(out)
     try:
+        if not stat.S_ISDIR(staging.lstat().st_mode):
+            return 0
         return sum(path.lstat().st_size for path in staging.rglob("*"))
     except OSError:
         return 0
@@ -148,120 +72,269 @@ def stale_bytes(out: Path) -> int:
 class Stage:
     """The directory that a run builds its output in, and has for itself."""
 
-    root: Path
+    out: Path
+    """The output's name."""
+
+    home: Folder
+    """The directory itself."""
+
+    folder: Folder
+    """The directory in it that will be the output."""
+
+    parent: int
+    """A descriptor of the directory that holds both names."""
+
+    old: int | None
+    """A descriptor of what has the output's name and may be replaced, if that is anything."""
+
+    marks: tuple[str, ...]
+    """Files of which one shows that it still may be."""
+
+    allowed: int
+    """Bits of the permissions that the output may have."""
+
+    @property
+    def root(self) -> Path:
+        """Return the path of the directory."""
+        return self.home.path
 
     @property
     def output(self) -> Path:
-        """Return the directory that will be the output."""
-        return self.root / "output"
+        """Return the path of the directory that will be the output."""
+        return self.folder.path
 
     @property
     def journal(self) -> Path:
         """Return the path of the list of what is written."""
-        return self.root / "journal.jsonl"
+        return self.root / journal.FILE
+
+    def removable(self) -> Iterator[tuple[int, int]]:
+        """Yield device and inode of the directories that a run may remove: its own, and the one that it may replace."""
+        yield self.folder.device, self.folder.inode
+        if self.old is not None:
+            status = os.fstat(self.old)
+            yield status.st_dev, status.st_ino
+
+    def is_published(self) -> bool:
+        """Return True when the output has its name."""
+        try:
+            status = self.out.lstat()
+        except OSError:
+            return False
+        return self.folder.is_it((status.st_dev, status.st_ino))
 
 
 @contextlib.contextmanager
-def staging(out: Path, *, resume: bool = False) -> Iterator[Stage]:
-    """Yield a directory beside the output, locked against a second run.
+def staging(
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    marks: tuple[str, ...] = (CONFIG_FILE,),
+    inputs: Iterable[Path] = (),
+) -> Iterator[Stage]:
+    """Yield a directory beside the output, locked against a second run and closed to other users.
 
     What an interrupted run left there is cleared first, unless it is to be resumed. Leaving with an error clears it
     again, but after an interrupt or a fault of the disk what is whole is kept, and the error has a note about it.
 
+    Args:
+        out: the output's path.
+        resume: keep what an interrupted run left.
+        overwrite: what has the output's name now may be replaced, and nothing that comes there later.
+        marks: files of which one shows that a directory is an output of this kind.
+        inputs: directories and files that are read: who may not read one of them may not read the output.
+
     Raises:
-        WriteError: another run holds it, or it cannot be made.
+        WriteError: another run or another user holds it, it cannot be made, or the output's name is taken.
     """
     path = staging_path(out)
-    stage = Stage(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise write_error(path.parent, exc) from exc
-    lock = _lock(path)
-    try:
-        if not resume:
-            _clear(path)
+    with contextlib.ExitStack() as held:
+        parent = _opened_parent(out.parent)
+        held.callback(os.close, parent)
+        fd = _lock(path, parent)
+        held.callback(os.close, fd)
         try:
-            stage.output.mkdir(exist_ok=True)
-        except OSError as exc:
-            raise write_error(stage.output, exc) from exc
-        yield stage
-        _remove(path)
-    except BaseException as exc:
-        is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
-        n_kept = journal.count(stage.journal) if is_fault else 0
-        if n_kept:
-            exc.add_note(
-                f"what is whole stays in {path} ({n_kept} tensor{'s' * (n_kept != 1)}): --resume goes on from "
-                "there, and a run without it begins anew"
-            )
-        else:
-            _remove(path)
-        raise
-    finally:
-        os.close(lock)
+            recover(fd, parent, out, path)
+            old = _opened_old(out, parent, held, overwrite=overwrite, marks=marks)
+            folder = _prepare(path, fd, held, resume=resume)
+            allowed = owners.allowed_bits(inputs, os.fstat(fd).st_gid)
+            stage = Stage(out, Folder.of(path, fd), folder, parent, old, marks, allowed)
+        except BaseException as exc:
+            _remove_empty(path, fd, parent)
+            if isinstance(exc, OSError):
+                raise write_error(path, exc) from exc
+            raise
+        try:
+            yield stage
+        except BaseException as exc:
+            is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
+            n_kept = journal.count(stage.home) if is_fault else 0
+            if n_kept:
+                exc.add_note(
+                    f"what is whole stays in {path} ({n_kept} tensor{'s' * (n_kept != 1)}): --resume goes on from "
+                    "there, and a run without it begins anew"
+                )
+            else:
+                _remove(stage, fd)
+            raise
+        _remove(stage, fd)
 
 
-def _remove(path: Path) -> None:
-    """Remove a directory that we hold, as far as that is possible; the next run clears the rest."""
-    with contextlib.suppress(OSError, WriteError):
-        _clear(path)
-        path.rmdir()
-
-
-def _lock(path: Path) -> int:
-    """Return a descriptor that holds the lock on the staging directory until it is closed.
-
-    The kernel frees the lock when the process ends, however it ends: there is no stale one. A filesystem that knows
-    no locks goes without.
+def _opened_parent(path: Path) -> int:
+    """Return a descriptor of the directory that holds the output, made if it is not there.
 
     Raises:
-        WriteError: another run holds it, or the directory cannot be made.
+        WriteError: it cannot be made or opened.
     """
-    import fcntl
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)  # links that lead there are the user's own
+    except OSError as exc:
+        raise write_error(path, exc) from exc
 
+
+def _opened_old(
+    out: Path, parent: int, held: contextlib.ExitStack, *, overwrite: bool, marks: tuple[str, ...]
+) -> int | None:
+    """Return a descriptor of what has the output's name and may be replaced; None where nothing is in its place.
+
+    It is open until the end, so that nothing else gets its inode.
+
+    Raises:
+        OSError: nobody may look.
+        WriteError: it may not be replaced.
+    """
+    check_replaceable(out, overwrite=overwrite, inputs=(), marks=marks)
+    if dirs.inode_of(out.name, parent) is None:
+        return None
+    old = dirs.open_directory(out.name, parent)
+    held.callback(os.close, old)
+    if dirs.is_empty(old):
+        return None
+    if not (overwrite and dirs.has_any(old, marks)):  # it came there after the check
+        raise WriteError(f"{out}: already exists", hint="choose another --out")
+    return old
+
+
+def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -> Folder:
+    """Make the directory that will be the output; what else is staged is removed, unless it is to be resumed.
+
+    Raises:
+        OSError: it cannot be made.
+        WriteError: there are things in staging that no run puts there.
+    """
+    with os.scandir(fd) as entries:
+        names = sorted(entry.name for entry in entries)
+    others = [name for name in names if name not in _OWN and not name.startswith(_HIDDEN)]
+    if others:
+        raise WriteError(
+            f"{path}: holds {listing(others)}, which no run puts there; it would be cleared for this output",
+            hint="move it away, or choose another --out",
+        )
+    if not resume:
+        dirs.clear(fd)
+    for _ in range(2):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(OUTPUT, dir_fd=fd)
+        try:
+            output = dirs.open_directory(OUTPUT, fd)
+        except OSError as exc:
+            if exc.errno not in {errno.ELOOP, errno.ENOTDIR}:
+                raise
+            os.unlink(OUTPUT, dir_fd=fd)  # a link or a file: the link goes, and what it leads to stays
+        else:
+            held.callback(os.close, output)
+            return Folder.of(path / OUTPUT, output)
+    raise WriteError(f"{path / OUTPUT}: cannot be made", hint="choose another --out")
+
+
+def _remove(stage: Stage, fd: int) -> None:
+    """Remove a staging directory that we hold, as far as that is possible; the next run clears the rest.
+
+    What had the output's name stays, where it could not be put back, or was never meant to be taken away.
+    """
+    with contextlib.suppress(OSError):
+        if dirs.inode_of(OUTPUT, fd) not in {None, *stage.removable()}:
+            os.rename(OUTPUT, KEPT, src_dir_fd=fd, dst_dir_fd=fd)
+        is_out = dirs.inode_of(REPLACED, fd) is not None and not stage.is_published()
+        if not is_out and dirs.inode_of(KEPT, fd) is None:
+            dirs.clear(fd)
+    _remove_empty(stage.root, fd, stage.parent)
+
+
+def _remove_empty(path: Path, fd: int, parent: int) -> None:
+    """Remove a staging directory if nothing is in it, and its name is still its own."""
+    with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(OUTPUT, dir_fd=fd)
+        status = os.fstat(fd)
+        if dirs.inode_of(path.name, parent) == (status.st_dev, status.st_ino):
+            os.rmdir(path.name, dir_fd=parent)
+
+
+def _lock(path: Path, parent: int) -> int:
+    """Return a descriptor that holds the lock on the staging directory until it is closed.
+
+    The kernel frees the lock when the process ends, however it ends: there is no stale one. A filesystem that cannot lock
+    goes without.
+
+    Raises:
+        WriteError: another run or another user holds it, or the directory cannot be made.
+    """
     for _ in range(_MOST_TRIES):
         try:
-            path.mkdir(exist_ok=True)
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            is_new = _made(path.name, parent)
+            fd = dirs.open_directory(path.name, parent)
         except FileNotFoundError:
             continue  # removed between the two: its run is done
         except OSError as exc:
+            if exc.errno in {errno.ELOOP, errno.ENOTDIR}:
+                sentence = f"{path}: is a link or a file, expected a directory or nothing"
+                raise WriteError(sentence, hint="remove it, or choose another --out") from exc
             raise write_error(path, exc) from exc
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            if exc.errno in _NO_LOCKS:
-                return fd
+            owners.take(fd, path, parent, is_new=is_new)
+            _wait_for_nobody(fd, path)
+        except BaseException as exc:
+            if is_new and isinstance(exc, KeyboardInterrupt):
+                _remove_empty(path, fd, parent)
             os.close(fd)
-            who = journal.owner(Stage(path).journal)
-            raise WriteError(
-                f"{path}: another run is writing this output{f' ({who})' if who else ''}",
-                hint="wait for it, or choose another --out",
-            ) from exc
-        with contextlib.suppress(OSError):
-            if path.stat().st_ino == os.fstat(fd).st_ino:
-                return fd
+            raise
+        status = os.fstat(fd)
+        if dirs.inode_of(path.name, parent) == (status.st_dev, status.st_ino):
+            return fd
         os.close(fd)  # removed between open and lock: its run is done, take a new one
     raise WriteError(f"{path}: cannot be made", hint="choose another --out")
 
 
-def _clear(path: Path) -> None:
-    """Empty a directory that we hold.
+def _made(name: str, parent: int) -> bool:
+    """Make a directory that is closed to others; return False where there is something of this name."""
+    try:
+        os.mkdir(name, stat.S_IRWXU, dir_fd=parent)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _wait_for_nobody(fd: int, path: Path) -> None:
+    """Lock a staging directory, where its filesystem can.
 
     Raises:
-        WriteError: something in it cannot be removed.
+        WriteError: another run holds it.
     """
-    import shutil
+    import fcntl
 
     try:
-        for child in path.iterdir():
-            if child.is_dir() and not child.is_symlink():
-                shutil.rmtree(child)
-            else:
-                child.unlink()
-    except OSError as exc:
-        raise write_error(path, exc) from exc
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        who = journal.owner(Folder.of(path, fd))
+        raise WriteError(
+            f"{path}: another run is writing this output{f' ({who})' if who else ''}",
+            hint="wait for it, or choose another --out",
+        ) from exc
+    except OSError:
+        return  # it knows no locks, or does not permit them
 
 
 class Flushing:
@@ -270,9 +343,9 @@ class Flushing:
     A context: after an error in its block nobody waits for the disk, since what is staged will be cleared.
     """
 
-    def __init__(self, staged: Path) -> None:
+    def __init__(self, staged: Folder) -> None:
         self._staged = staged
-        self._failure: OSError | None = None
+        self._failure: WriteError | None = None
         self._resting, self._complete, self._over = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._flush, name="flush", daemon=True)
 
@@ -289,10 +362,10 @@ class Flushing:
         try:
             while not self._complete.wait(_PAUSE_SECONDS):
                 if not self._resting.is_set():
-                    _flush(self._staged)
+                    self._staged.flush()
             if not self._over.is_set():
-                _flush(self._staged)
-        except OSError as exc:
+                self._staged.flush()
+        except WriteError as exc:
             self._failure = exc
 
     def rest(self) -> None:
@@ -308,76 +381,4 @@ class Flushing:
         self._complete.set()
         self._thread.join()
         if self._failure:
-            raise write_error(self._staged, self._failure) from self._failure
-
-
-def publish(staged: Path, out: Path) -> None:
-    """Flush the staged output to the disk, or what `Flushing` left of that, and give it its name, replacing what had it.
-
-    Where the kernel can exchange two names, there is no moment without an output.
-
-    Raises:
-        WriteError: a flush or the rename failed; the old output, if any, stands as before.
-    """
-    try:
-        _flush(staged)
-        if out.is_dir() and any(out.iterdir()):
-            _replace(staged, out)
-        else:
-            staged.rename(out)
-        _fsync(out.parent)
-    except OSError as exc:
-        raise write_error(out, exc) from exc
-
-
-def _replace(staged: Path, out: Path) -> None:
-    """Put the staged directory in the place of another, which is staged then, or removed."""
-    if _exchange(staged, out):
-        return
-    old = out.with_name(out.name + ".lora-merge-replaced")
-    _discard(old)  # of a run that could not
-    out.rename(old)
-    try:
-        staged.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    _discard(old)
-
-
-def _discard(root: Path) -> None:
-    """Remove a directory, as far as that goes; its owner may have made it read-only."""
-    import shutil
-
-    for directory, _, _ in os.walk(root):
-        with contextlib.suppress(OSError):
-            os.chmod(directory, stat.S_IRWXU)  # noqa: PTH101 - what os.walk gives
-    shutil.rmtree(root, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; return False where the platform cannot (Linux 3.15 can)."""
-    import ctypes
-
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return bool(renameat2(*arguments) == 0)
-
-
-def _flush(root: Path) -> None:
-    """Make every file and directory below a root durable."""
-    for directory, _, names in os.walk(root, topdown=False):
-        for name in names:
-            _fsync(Path(directory, name))
-        _fsync(Path(directory))
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            raise self._failure

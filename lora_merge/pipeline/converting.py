@@ -27,7 +27,7 @@ from lora_merge.core.report import Issue, Observer, Silence, Verdict, error, not
 from lora_merge.core.request import ConvertRequest, Request, ServingEngine
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.tensor import DTYPE_CODES
-from lora_merge.errors import ConvertError, RequestError, VerifyError
+from lora_merge.errors import ConvertError, RequestError, VerifyError, WriteError
 from lora_merge.io import files, staging
 from lora_merge.io.hub import Access
 from lora_merge.io.needed import ADAPTER_CONFIG, CONVERSION_MANIFEST
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.io.folder import Folder
 
 MARKS = (ADAPTER_CONFIG, CONVERSION_MANIFEST)
 """Files that show that a directory is an adapter."""
@@ -84,10 +85,13 @@ class Conversion:
     provenance: Mapping[str, object]
     issues: tuple[Issue, ...]
 
-    @property
-    def home(self) -> Path:
-        """Return the adapter's own folder, where it may have other forms of itself."""
-        return Path(self.adapter.root)
+    home: Path | None = None
+    """A folder among the inputs that the output may be in: an adapter may hold other forms of itself."""
+
+    def read_files(self) -> tuple[Path, ...]:
+        """Return the directories and the weight files that it is made of."""
+        names = {*self.adapter.files, *(ref.file for ref in (self.base.tensors() if self.base else ()))}
+        return (*self.inputs, *map(Path, sorted(names)))
 
 
 def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None) -> ConvertReport:
@@ -147,7 +151,7 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     return Conversion(
         source=request.adapter, adapter=adapter, found=found, recipe=recipe, base=joined.base if joined else None, join=join,
         out=files.output_path(request.out), serving=request.serving, overwrite=request.overwrite, strict=request.strict,
-        inputs=inputs, provenance=provenance, issues=issues,
+        inputs=inputs, provenance=provenance, issues=issues, home=Path(adapter.root),
     )  # fmt: skip
 
 
@@ -239,28 +243,25 @@ def _unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
 def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
     """Make the factors of every module, write them, read them back, and give them their name."""
     check_strict(job.issues, strict=job.strict)
-    staging.check_replaceable(job.out, overwrite=job.overwrite, inputs=job.inputs, home=job.home, marks=MARKS)
+    staging.check_replaceable(
+        job.out, overwrite=job.overwrite, inputs=job.read_files(), home=job.home, marks=MARKS
+    )
     staging.check_writable(job.out)
-    with staging.staging(job.out) as stage, memory_for("writing the adapter"):
-        with clock("make"), Spool.open(stage.root / "factors") as spool:
+    place = staging.staging(job.out, overwrite=job.overwrite, marks=MARKS, inputs=job.read_files())
+    with place as stage, memory_for("writing the adapter"):
+        with clock("make"), Spool.open(stage.home) as spool:
             watch.phase("making factors", _nbytes(job.found.modules))
             made = _make(job, spool, watch)
         lora = _lora(job, made)
         with clock("write"):
             watch.phase("writing", 0)
-            names = ADAPTER_WRITERS[job.recipe.format](stage.output, lora, _padded)
-            names += _write_beside(job, lora, stage.output)
+            names = ADAPTER_WRITERS[job.recipe.format](stage.folder, lora, _padded)
+            names += _write_beside(job, lora, stage.folder)
         with clock("verify"):
             watch.phase("reading back", 0)
-            if job.recipe.format == "gguf":
-                verdict = Verdict("full", len(lora.made), 0, tuple(check_gguf(stage.output, lora, _padded)))
-            else:
-                verdict = read_back(stage.output, lora, job.join)
-            if not verdict.ok:
-                raise VerifyError(verdict)
-            _raise(_left_for(job, stage.output))
+            _check(job, lora, stage)
         with clock("publish"):
-            staging.publish(stage.output, job.out)
+            staging.publish(stage)
     notes = _kept_ranks(job.recipe, lora)
     written = tuple(_written(one) for one in lora.made)
     nbytes = sum((job.out / name).stat().st_size for name in names)
@@ -269,6 +270,29 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
         transforms=job.recipe.names(), modules=written, n_whole=len(lora.whole), issues=(*job.issues, *notes),
         seconds=clock.seconds,
     )  # fmt: skip
+
+
+def _check(job: Conversion, lora: Lora, stage: staging.Stage) -> None:
+    """Read back what is staged: again, where it changed meanwhile, since a network filesystem sets times late.
+
+    Raises:
+        VerifyError: it is not what was meant.
+        ConvertError: the engine that it is for has no use for it.
+        WriteError: it changes each time.
+    """
+    for _ in range(2):
+        before = stage.folder.listing()
+        if job.recipe.format == "gguf":
+            verdict = Verdict("full", len(lora.made), 0, tuple(check_gguf(stage.output, lora, _padded)))
+        else:
+            verdict = read_back(stage.output, lora, job.join)
+        if not verdict.ok:
+            raise VerifyError(verdict)
+        _raise(_left_for(job, stage.output))
+        if stage.folder.listing() == before:
+            return
+    hint = "run again when nothing else writes to it"
+    raise WriteError(f"{stage.output}: changed while it was read back", hint=hint)
 
 
 def _kept_ranks(recipe: Recipe, lora: Lora) -> list[Issue]:
@@ -356,11 +380,10 @@ def _padded(made: Made) -> tuple[torch.Tensor, torch.Tensor]:
     return pair.a, pair.b
 
 
-def _write_beside(job: Conversion, lora: Lora, root: Path) -> tuple[str, ...]:
+def _write_beside(job: Conversion, lora: Lora, folder: Folder) -> tuple[str, ...]:
     """Write what goes with the factors: tokenizer files that the adapter carried, and where it came from."""
     for side_file in job.adapter.side_files:
-        (root / side_file.name).parent.mkdir(parents=True, exist_ok=True)
-        files.copy_file(Path(side_file.source), root / side_file.name)
+        folder.copy_in(Path(side_file.source), side_file.name)
     manifest = {
         "lora_merge_version": __version__,
         **job.provenance,
@@ -371,7 +394,7 @@ def _write_beside(job: Conversion, lora: Lora, root: Path) -> tuple[str, ...]:
             for one in lora.made
         },
     }
-    files.write_text(root / CONVERSION_MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    folder.write_text(CONVERSION_MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return (CONVERSION_MANIFEST, *(file.name for file in job.adapter.side_files))
 
 

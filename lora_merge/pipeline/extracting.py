@@ -95,7 +95,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         serving=None,
         overwrite=request.overwrite,
         strict=request.strict,
-        inputs=(Path(base.root), Path(tuned.root)),
+        inputs=(Path(base.root), Path(tuned.root), *map(Path, sorted({ref.file for ref in tuned.tensors()}))),
         provenance={"base": _origin(places[0]), "tuned": _origin(places[1])},
         issues=(*issues, *found.issues),
     )

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.request import Request
 
+_UNKNOWN_BYTES = 1 << 60
+"""Free on a disk of which nobody knows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -106,9 +109,8 @@ def prepare(
         useless = effect_issues(plan, planned.uses)
         raise_errors(useless)
         check_strict((*plan.issues, *useless), strict=request.strict)
-        roots = (Path(plan.base), *(Path(root) for root in plan.adapters))
         if request.out or not dry_run:
-            staging.check_replaceable(out, overwrite=request.overwrite, inputs=roots)
+            staging.check_replaceable(out, overwrite=request.overwrite, inputs=planned.read_files())
         if not dry_run:
             staging.check_writable(out)
         device, *issues = _device(request.device)
@@ -160,10 +162,17 @@ def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
 
 
 def _free_bytes(out: Path) -> int:
-    """Return the free bytes of the filesystem that the output will be on, stale staging counted free."""
+    """Return the free bytes of the filesystem that the output will be on, stale staging counted free.
+
+    A filesystem that does not say how large it is (some in FUSE do not) is taken for one with room: writing will tell.
+    """
     import shutil
 
-    return shutil.disk_usage(nearest_existing(out)).free + staging.stale_bytes(out)
+    try:
+        usage = shutil.disk_usage(nearest_existing(out))
+    except OSError:
+        return _UNKNOWN_BYTES
+    return usage.free + staging.stale_bytes(out) if usage.total else _UNKNOWN_BYTES
 
 
 def _shortage(out: Path, summary: Summary) -> Issue | None:

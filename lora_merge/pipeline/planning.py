@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters.mlx_spelling import in_names_of
@@ -62,6 +63,13 @@ class Planned:
     def merged_before(self) -> tuple[MergedBefore, ...]:
         """Return what the base has merged into it already."""
         return self.checkpoint.merged
+
+    def read_files(self) -> tuple[Path, ...]:
+        """Return the directories and the weight files that the output is made of."""
+        roots = (self.plan.base, *self.plan.adapters)
+        own = {ref.file for ref in self.checkpoint.tensors()}
+        own.update(*(use.adapter.files for use in self.uses))
+        return tuple(map(Path, (*roots, *sorted(own))))
 
 
 def plan_request(request: Request, watch: Observer) -> Planned:

@@ -87,7 +87,7 @@ def finished(
         n_workers: threads to read with.
         watch: hears of the bytes.
     """
-    listed = journal.read(stage.journal, merge)
+    listed = journal.read(stage.home, merge)
     kept = writer.keep(plan, [] if listed is None else [record.file for record in listed])
     if listed is None:
         return None

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_merge import executors
 from lora_merge.core.budget import Budget
@@ -16,9 +16,9 @@ from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note,
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch, stretches
 from lora_merge.core.tensor import TensorRecord
-from lora_merge.errors import CheckpointError, LoraMergeError, VerifyError
+from lora_merge.errors import CheckpointError, LoraMergeError, VerifyError, WriteError
 from lora_merge.io import staging
-from lora_merge.io.journal import Journal
+from lora_merge.io.journal import FILE, Journal
 from lora_merge.merge import (
     Copier,
     Merger,
@@ -64,9 +64,6 @@ class Output:
 
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    _inode: int = 0
-    """Of the directory that gets the output's name, once it is about to."""
-
     @property
     def plan(self) -> MergePlan:
         """Return the plan."""
@@ -84,9 +81,12 @@ class Output:
             WriteError: another run holds it, or it cannot be made.
         """
         request = self.planned.request
-        self.stage = self._stack.enter_context(staging.staging(self.out, resume=request.resume))
+        place = staging.staging(
+            self.out, resume=request.resume, overwrite=request.overwrite, inputs=self.planned.read_files()
+        )
+        self.stage = self._stack.enter_context(place)
         self._stack.enter_context(memory_for("writing the output"))
-        self.writer = HfCheckpoint(self.stage.output)
+        self.writer = HfCheckpoint(self.stage.folder)
         self.merge = fingerprint(self.plan, self.inputs, options_of(request) | {"device": self.device})
 
     def begin(self, n_workers: int, watch: Observer) -> None:
@@ -97,8 +97,8 @@ class Output:
         """
         if self.planned.request.resume:
             self._resume(self.merge, n_workers, watch)
-        self.flushing = self._stack.enter_context(staging.Flushing(self.stage.output))
-        self.journal = self._stack.enter_context(Journal(self.stage.journal, self.merge, self.records))
+        self.flushing = self._stack.enter_context(staging.Flushing(self.stage.folder))
+        self.journal = self._stack.enter_context(Journal(self.stage.home, self.merge, self.records))
 
     def _resume(self, merge: str, n_workers: int, watch: Observer) -> None:
         """Take over the records of what an interrupted run has written."""
@@ -153,23 +153,51 @@ class Output:
         self.inputs.check()
         with self.clock("seal"):
             self.writer.seal(self.plan, self.records, provenance_of(self.planned))
-        if request.verify != "none":
-            with self.clock("verify"), one_torch_thread():
-                watch.phase("verifying", 0)
-                self.verdict = check_output(self.plan, self.stage.output, self.records, request.verify)
-            if not self.verdict.ok:
-                raise VerifyError(self.verdict)
+        if request.verify == "none":
+            self._flush(watch)
+        else:
+            self._verify(request.verify, watch)
         check_effect(self.planned, self.stage.output, self.survival)
-        with self.clock("flush"):
-            watch.phase("flushing", 0)
-            self.flushing.wait()
         self.notes += (*self.verdict.notes, *survival_issues(self.survival))
         check_strict(self.notes, strict=request.strict)
         with self.clock("publish"):
             watch.phase("publishing", 0)
-            self._inode = self.stage.output.stat().st_ino
-            staging.publish(self.stage.output, self.out)
+            staging.publish(self.stage)
         self._stack.close()
+
+    def _verify(self, level: Literal["sample", "full"], watch: Observer, *, is_last: bool = False) -> None:
+        """Verify what is staged, and wait until the disk has it.
+
+        A filesystem may set the time of a change late (network filesystems do), or something else writes there. So what
+        changed meanwhile is verified once more, and then in full.
+
+        Raises:
+            VerifyError: the verification says no.
+            WriteError: the disk does not take it, or it changes again.
+        """
+        folder = self.stage.folder
+        before = folder.listing()
+        with self.clock("verify"), one_torch_thread():
+            watch.phase("verifying", 0)
+            self.verdict = check_output(self.plan, folder.path, self.records, level)
+        if not self.verdict.ok:
+            raise VerifyError(self.verdict)
+        self._flush(watch)
+        after = folder.listing()
+        if after == before:
+            return
+        if is_last or {name: seen[:2] for name, seen in after.items()} != {
+            name: seen[:2] for name, seen in before.items()
+        }:
+            hint = "run again when nothing else writes to it"
+            raise WriteError(f"{folder.path}: changed while it was verified", hint=hint)
+        self._verify("full", watch, is_last=True)
+
+    def _flush(self, watch: Observer) -> None:
+        """Wait until the disk has what is staged."""
+        with self.clock("flush"):
+            watch.phase("flushing", 0)
+            self.flushing.wait()
 
     def finish_or_fail(self, watch: Observer) -> None:
         """Finish it; what is wrong with it is its `error`."""
@@ -180,13 +208,12 @@ class Output:
             self.fail(exc)
             self.error = exc
 
-    def _is_published(self) -> bool:
-        return self._inode != 0 and self.out.exists() and self.out.stat().st_ino == self._inode
-
     def fail(self, exc: BaseException) -> None:
         """Leave the place as the fault demands: what is whole stays after some, and the error has a note about it."""
-        if self._is_published():
-            self.stage.journal.unlink(missing_ok=True)  # nobody is to go on from there
+        stage: staging.Stage | None = getattr(self, "stage", None)
+        if stage is not None and stage.is_published():
+            with contextlib.suppress(WriteError):
+                stage.home.remove(FILE)  # nobody is to go on from there
         with contextlib.suppress(type(exc)):
             self._stack.__exit__(type(exc), exc, exc.__traceback__)
 

@@ -6,6 +6,7 @@ and B of any other is multiplied by r/α: every product comes out with a factor 
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.core.lora import Made
+    from lora_merge.io.folder import Folder
     from lora_merge.writers.lora_writer import LoadFactors
 
 GGUF_FILE = "adapter.gguf"
@@ -166,7 +168,7 @@ def check_ready(base_config: Mapping[str, Any]) -> None:
     _ = _Layout(Lora((), {}, base_config=base_config)).family
 
 
-def write_gguf(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
+def write_gguf(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
     """Write a LoRA whose scales are folded into B as llama.cpp reads one; return the name of the file.
 
     Raises:
@@ -182,23 +184,24 @@ def write_gguf(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
     tensors = layout.tensors()
     alpha = Counter(one.rank for one in tensors).most_common(1)[0][0]
     tensors = [one.under(alpha) for one in tensors]
-    path = root / GGUF_FILE
     base = str(lora.config.get("base_model_name_or_path") or "").rstrip("/")
-    writer = gguf.GGUFWriter(path, layout.family.arch)
+    writer = gguf.GGUFWriter(None, layout.family.arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_name(base.rpartition("/")[2] or "adapter")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     try:
-        with closing(writer):
-            _fill(gguf, writer, tensors, alpha, factors)
+        with folder.writing(GGUF_FILE, create=True) as fd, closing(writer):
+            _fill(gguf, writer, tensors, alpha, factors, fd)
     except OSError as exc:
-        raise write_error(path, exc) from exc
+        raise write_error(folder.path / GGUF_FILE, exc) from exc
     return (GGUF_FILE,)
 
 
-def _fill(gguf: Any, writer: Any, tensors: Sequence[_Tensor], alpha: int, factors: LoadFactors) -> None:
+def _fill(
+    gguf: Any, writer: Any, tensors: Sequence[_Tensor], alpha: int, factors: LoadFactors, fd: int
+) -> None:
     """Write everything to the file, one weight in memory at a time.
 
     gguf writes tensors with ``numpy.ndarray.tofile``, which says nothing when the disk is full: not so here.
@@ -208,7 +211,7 @@ def _fill(gguf: Any, writer: Any, tensors: Sequence[_Tensor], alpha: int, factor
     for one in tensors:
         for end, shape in (("lora_a", one.a_shape), ("lora_b", one.b_shape)):
             _announce(gguf, writer, f"{one.name}.{end}", shape, one.dtype)
-    writer.write_header_to_file()
+    writer.write_header_to_file(os.dup(fd))  # which `open` takes in place of a path, and `close` closes
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     (file,) = writer.fout

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from lora_merge.core.lora import Lora, Made
+    from lora_merge.io.folder import Folder
 
 LoadFactors = Callable[["Made"], "tuple[torch.Tensor, torch.Tensor]"]
 """A module → A ``[…, r, in]`` and B ``[…, out, r]``, in the dtype that they are stored in, padded where they are to be."""
 
-LoraWriter = Callable[["Path", "Lora", LoadFactors], "tuple[str, ...]"]
+LoraWriter = Callable[["Folder", "Lora", LoadFactors], "tuple[str, ...]"]
 """Directory, LoRA, factors → the names of the files written; raises ``WriteError``, and ``PlanError`` for what the
 format cannot hold."""

@@ -16,18 +16,17 @@ from lora_merge.io.needed import ADAPTER_CONFIG, MLX_WEIGHTS
 from lora_merge.io.safetensors import reserve
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from lora_merge.core.lora import Lora, Made
+    from lora_merge.io.folder import Folder
     from lora_merge.writers.lora_writer import LoadFactors
 
 _LISTED = re.compile(r"\.experts\.\w+_projs\.\d+$")
 _LAYER = re.compile(r"(?:.+?\.)?\d+\.(?P<key>.+)")
 
 
-def write_mlx(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
+def write_mlx(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
     """Write a LoRA of one rank and of scale 1 as mlx-lm saves one; return the names of the files.
 
     Modules have mlx-lm's names (`lora_merge.core.mlx_names`). Experts are stacked, as mlx-lm has them; it must have
@@ -53,14 +52,14 @@ def write_mlx(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
         groups.setdefault(mlx_name(made.module.path, family), []).append(made)
     refs = [ref for path, members in groups.items() for ref in _slots(path, members)]
     file = place(MLX_WEIGHTS, sorted(refs, key=lambda ref: ref.name), {"format": "mlx"})
-    path = root / MLX_WEIGHTS
-    reserve(path, file)
+    path = folder.path / MLX_WEIGHTS
+    reserve(folder, file)
     slots = {slot.name: slot for slot in file.slots}
-    with files.open_for_writing(path) as fd:
+    with folder.writing(MLX_WEIGHTS) as fd:
         for name, members in groups.items():
             for leaf, tensor in _tensors(members, factors).items():
                 files.write_from(fd, files.tensor_bytes(tensor), slots[f"{name}.{leaf}"].start, path)
-    files.write_text(root / ADAPTER_CONFIG, json.dumps(_config(lora, groups), indent=2) + "\n")
+    folder.write_text(ADAPTER_CONFIG, json.dumps(_config(lora, groups), indent=2) + "\n")
     return ADAPTER_CONFIG, MLX_WEIGHTS
 
 

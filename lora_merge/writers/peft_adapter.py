@@ -14,17 +14,17 @@ from lora_merge.io.safetensors import load, reserve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     import torch
 
     from lora_merge.core.lora import Lora, LoraModule, Made
+    from lora_merge.io.folder import Folder
     from lora_merge.writers.lora_writer import LoadFactors
 
 Produce = "Callable[[], torch.Tensor]"
 
 
-def write_peft(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
+def write_peft(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
     """Write a LoRA as PEFT saves one; return the names of the files.
 
     Raises:
@@ -38,17 +38,17 @@ def write_peft(root: Path, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
         refs |= _slots(made)
     refs |= {name: _named(ref, name) for name, ref in lora.whole.items()}
     file = place(ADAPTER_WEIGHTS, [refs[name] for name in sorted(refs)], {})
-    path = root / ADAPTER_WEIGHTS
-    reserve(path, file)
+    path = folder.path / ADAPTER_WEIGHTS
+    reserve(folder, file)
     slots = {slot.name: slot for slot in file.slots}
-    with files.open_for_writing(path) as fd:
+    with folder.writing(ADAPTER_WEIGHTS) as fd:
         for made in lora.made:
             for name, tensor in _tensors(made, factors):
                 files.write_from(fd, files.tensor_bytes(tensor), slots[name].start, path)
         for name, ref in lora.whole.items():
             with files.open_for_reading(ref.file) as source:
                 files.copy_range(source, ref.start, ref.nbytes, fd, slots[name].start, (ref.file, str(path)))
-    files.write_text(root / ADAPTER_CONFIG, json.dumps(lora.config, indent=2, ensure_ascii=False) + "\n")
+    folder.write_text(ADAPTER_CONFIG, json.dumps(lora.config, indent=2, ensure_ascii=False) + "\n")
     return ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 

@@ -22,6 +22,7 @@ from lora_merge.cli import exits
 from lora_merge.cli.watching import _Board, _Plain
 from lora_merge.core.plan import RUNTIME_BYTES
 from lora_merge.io import journal
+from lora_merge.io.folder import Folder
 from lora_merge.io.staging import SUFFIX, staging
 from lora_merge.pipeline import writing
 from tests.faults.table import _failing
@@ -973,9 +974,7 @@ def test_what_a_pass_had_written_when_it_was_interrupted_is_taken_up(
     left = leftovers(tmp_path / "out")
     assert left
     assert all(name.endswith(SUFFIX) for name in left)
-    listed = {
-        name.removesuffix(SUFFIX): journal.count(tmp_path / "out" / name / "journal.jsonl") for name in left
-    }
+    listed = {name.removesuffix(SUFFIX): journal.count(Folder.of(tmp_path / "out" / name)) for name in left}
 
     code, report, _ = batch(three, base=base)
 
@@ -999,9 +998,9 @@ def test_an_interrupt_once_an_output_has_its_name_leaves_nothing_beside_it(
         assert batch(three, base=base, dtype="bfloat16")[0] == exits.OK
     publish = writing.staging.publish
 
-    def interrupted(staged, out):
-        publish(staged, out)
-        if out.name == "bad":
+    def interrupted(stage):
+        publish(stage)
+        if stage.out.name == "bad":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ import pytest
 
 from lora_merge.cli import exits
 from lora_merge.io import files
+from lora_merge.io.folder import Folder
 from lora_merge.io.side_files import MANIFEST_FILE
 
 
@@ -74,7 +75,7 @@ def test_a_link_to_the_bases_file_is_followed(cli, inputs, tmp_path):
 def test_a_disk_that_cannot_link_copies_and_says_so_where_links_were_asked_for(
     how, cli, inputs, tmp_path, monkeypatch
 ):
-    def refuse(source, target, how):
+    def refuse(source, target, how, *, dir_fd):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(files, "link", refuse)
@@ -99,7 +100,7 @@ def test_a_reflink_that_the_filesystem_does_not_know_leaves_no_file_behind(tmp_p
     (tmp_path / "old").write_bytes(b"text")
     monkeypatch.setattr(fcntl, "ioctl", refuse)
     with pytest.raises(OSError, match="not supported"):
-        files.link(tmp_path / "old", tmp_path / "new", "reflink")
+        Folder.of(tmp_path).link(tmp_path / "old", "new", "reflink")
     assert not (tmp_path / "new").exists()
 
 

@@ -21,6 +21,7 @@ from lora_merge.core.provenance import Provenance
 from lora_merge.core.request import parse_adapter
 from lora_merge.core.tensor import Region, TensorRef
 from lora_merge.executors.serial import run_serial
+from lora_merge.io.folder import Folder
 from lora_merge.merge import Merger
 from lora_merge.verify import verify
 from lora_merge.writers import HfCheckpoint
@@ -56,7 +57,7 @@ def outcome(tmp_path) -> Callable[..., Evidence]:
         plan = lora_merge.plan(base=base, adapter=adapter, **options)
         root = tmp_path / "output"
         root.mkdir()
-        writer = HfCheckpoint(root)
+        writer = HfCheckpoint(Folder.of(root))
         writer.reserve(plan)
         records = tuple(run_serial(Merger(writer, "cpu"), plan.steps))
         paths = tuple(map(str, adapter if isinstance(adapter, list) else [adapter]))

@@ -24,6 +24,7 @@ from lora_merge.cli import exits
 from lora_merge.core.lora import Lora, LoraModule, Made, Unchanged
 from lora_merge.core.tensor import TORCH_CODES, TensorRef
 from lora_merge.errors import ConvertError, WriteError
+from lora_merge.io.folder import Folder
 from lora_merge.writers.gguf_adapter import FAMILIES, GGUF_FILE, check_gguf, write_gguf
 from tests.conftest import COMMON, VOCAB
 from tests.tampering import edit_json, edit_tensors
@@ -559,7 +560,7 @@ def small(*paths: str, rank: int = 4) -> tuple[Lora, Callable[[Made], tuple[Any,
 def test_a_written_file_is_checked_value_by_value(tmp_path):
     paths = ("model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.o_proj")
     lora, factors = small(*paths)
-    write_gguf(tmp_path, lora, factors)
+    write_gguf(Folder.of(tmp_path), lora, factors)
     assert check_gguf(tmp_path, lora, factors) == []
     both = factors(lora.made[0])
     for tensor in both:
@@ -577,7 +578,7 @@ def test_a_written_file_is_checked_value_by_value(tmp_path):
 
 def test_a_file_that_was_cut_short_is_no_traceback(tmp_path):
     lora, factors = small("model.layers.0.self_attn.v_proj")
-    write_gguf(tmp_path, lora, factors)
+    write_gguf(Folder.of(tmp_path), lora, factors)
     file = tmp_path / GGUF_FILE
     file.write_bytes(file.read_bytes()[:-64])
     (issue,) = check_gguf(tmp_path, lora, factors)
@@ -586,13 +587,13 @@ def test_a_file_that_was_cut_short_is_no_traceback(tmp_path):
 
 def test_a_disk_that_is_full_before_the_last_byte_is_noticed(tmp_path):
     lora, factors = small("model.layers.0.self_attn.v_proj")
-    write_gguf(tmp_path, lora, factors)
+    write_gguf(Folder.of(tmp_path), lora, factors)
     nbytes = (tmp_path / GGUF_FILE).stat().st_size
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes - 1, unlimited[1]))
     try:
         with pytest.raises(WriteError, match=rf"{GGUF_FILE}: cannot be written"):
-            write_gguf(tmp_path, lora, factors)
+            write_gguf(Folder.of(tmp_path), lora, factors)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
@@ -600,5 +601,5 @@ def test_a_disk_that_is_full_before_the_last_byte_is_noticed(tmp_path):
 def test_two_modules_cannot_be_one_weight(tmp_path):
     lora, factors = small("model.layers.0.self_attn.v_proj", "layers.0.attention.wv")
     with pytest.raises(ConvertError, match=r"blk\.0\.attn_v\.weight: has LoRA of several modules"):
-        write_gguf(tmp_path, lora, factors)
+        write_gguf(Folder.of(tmp_path), lora, factors)
     assert not list(tmp_path.iterdir())

@@ -230,7 +230,7 @@ def _second_run(place: Place) -> Iterator[None]:
     from lora_merge.io.journal import Journal
     from lora_merge.io.staging import staging
 
-    with staging(place.out) as stage, Journal(stage.journal, "another merge"):
+    with staging(place.out) as stage, Journal(stage.home, "another merge"):
         yield
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora_merge
 from lora_merge.core.plan import Merge
 from lora_merge.executors import EXECUTORS
+from lora_merge.io.folder import Folder
 from lora_merge.merge import Merger, one_torch_thread
 from lora_merge.writers import HfCheckpoint
 from tests.parity import building
@@ -160,7 +161,7 @@ def test_every_executor_writes_the_bytes_of_the_serial_one_for_a_plan_of_many_ki
         for executor, n_workers in [("serial", 1), ("threads", 2), ("threads", 5)]:
             out = root / f"{executor}-{n_workers}"
             out.mkdir()
-            writer = HfCheckpoint(out)
+            writer = HfCheckpoint(Folder.of(out))
             writer.reserve(plan)
             with one_torch_thread():
                 records = list(EXECUTORS[executor](Merger(writer, "cpu"), plan.steps, n_workers))

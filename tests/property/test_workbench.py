@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import lora_merge
 from lora_merge.core.tensor import DTYPE_BITS
 from lora_merge.executors import EXECUTORS
+from lora_merge.io.folder import Folder
 from lora_merge.merge import Merger, one_torch_thread
 from lora_merge.merge.workbench import Workbench
 from lora_merge.writers import HfCheckpoint
@@ -102,7 +103,7 @@ def test_tiles_under_way_together_leave_the_bytes_of_one_at_a_time(dtype, drawn)
             patch.setattr(Workbench, "of", classmethod(lambda cls, device, depth=depth: cls(device, depth)))
             out = root / f"out-{depth}"
             out.mkdir()
-            writer = HfCheckpoint(out)
+            writer = HfCheckpoint(Folder.of(out))
             writer.reserve(plan)
             with one_torch_thread():
                 records = list(EXECUTORS["threads"](Merger(writer, "cpu", 1 << 10), plan.steps, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -14,7 +15,27 @@ from lora_merge.core.tensor import TensorRef
 from lora_merge.errors import CheckpointError, ResolveError, WriteError
 from lora_merge.io import files
 from lora_merge.io.files import output_path, user_path
+from lora_merge.io.folder import Folder
 from lora_merge.io.safetensors import read_header, reserve, tensor_digest
+
+
+@contextlib.contextmanager
+def opened(path, flags=os.O_RDWR):
+    fd = os.open(path, flags, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def new(path):
+    return opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+
+def copied(source, target):
+    with files.open_for_reading(source) as source_fd, new(target) as fd:
+        files.copy_range(source_fd, 0, source.stat().st_size, fd, 0, ("source", "target"))
+    assert target.read_bytes() == source.read_bytes()
 
 
 @pytest.fixture
@@ -30,7 +51,7 @@ def sparse(tmp_path):
 def test_a_copy_of_more_than_one_system_call_is_whole(sparse, tmp_path):
     target = tmp_path / "target"
     start = 2_400_000_001
-    with files.open_for_reading(sparse) as source_fd, files.open_for_writing(target, create=True) as fd:
+    with files.open_for_reading(sparse) as source_fd, new(target) as fd:
         files.copy_range(source_fd, start, 5_000_000_000 - start, fd, 0, ("source", "target"))
 
     assert target.stat().st_size == 5_000_000_000 - start
@@ -42,7 +63,7 @@ def test_a_copy_of_more_than_one_system_call_is_whole(sparse, tmp_path):
 def test_reads_and_writes_are_cut_into_calls_that_the_kernel_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_TRANSFER_BYTES", 7)
     data = bytes(range(256))
-    with files.open_for_writing(tmp_path / "file", create=True) as fd:
+    with new(tmp_path / "file") as fd:
         files.write_from(fd, memoryview(data), 3, "file")
     buffer = bytearray(256)
     with files.open_for_reading(tmp_path / "file") as fd:
@@ -51,16 +72,14 @@ def test_reads_and_writes_are_cut_into_calls_that_the_kernel_takes(tmp_path, mon
     assert bytes(buffer) == data
 
 
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES])
 def test_a_copy_that_the_kernel_refuses_is_done_by_hand(code, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
     (tmp_path / "source").write_bytes(os.urandom(3_000_000))
-    files.copy_file(tmp_path / "source", tmp_path / "sub" / "target")
-
-    assert (tmp_path / "source").read_bytes() == (tmp_path / "sub" / "target").read_bytes()
+    copied(tmp_path / "source", tmp_path / "target")
 
 
 @pytest.mark.parametrize("start", [0, 8, 4095, 4096, 10_000])
@@ -83,7 +102,7 @@ def test_a_stream_writes_its_range_and_nothing_else(start, sizes, uncached, tmp_
     data = os.urandom(sum(sizes))
     (tmp_path / "file").write_bytes(b"." * (start + len(data) + 50))
     monkeypatch.setattr(os, "pwritev", write)
-    with files.open_for_writing(tmp_path / "file") as fd:
+    with opened(tmp_path / "file") as fd:
         stream, at = files.Stream(fd, start, "file"), 0
         for size in sizes:
             stream.write(memoryview(data)[at : at + size])
@@ -102,7 +121,7 @@ def test_a_stream_sends_whole_pages(tmp_path, monkeypatch):
         return n_written
 
     monkeypatch.setattr(os, "pwritev", write)
-    with files.open_for_writing(tmp_path / "file", create=True) as fd:
+    with new(tmp_path / "file") as fd:
         stream = files.Stream(fd, 100, "file")
         for size in (5000, 70_000, 8192, 333):
             stream.write(memoryview(bytes(size)))
@@ -114,7 +133,7 @@ def test_a_stream_sends_whole_pages(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_stream_onto_a_full_disk_is_a_write_error():
-    with files.open_for_writing("/dev/full") as fd, pytest.raises(WriteError, match="no space left"):
+    with opened("/dev/full") as fd, pytest.raises(WriteError, match="no space left"):
         files.Stream(fd, 0, "/dev/full").write(memoryview(bytes(10_000)))
 
 
@@ -140,7 +159,7 @@ def test_blocks_are_shared_where_both_files_have_them_alike(start, target_start,
     (tmp_path / "target").write_bytes(bytes(60_000))
     with (
         files.open_for_reading(tmp_path / "source") as source_fd,
-        files.open_for_writing(tmp_path / "target") as fd,
+        opened(tmp_path / "target") as fd,
     ):
         files.copy_range(source_fd, start, 40_000, fd, target_start, ("source", "target"))
     wanted = bytes(target_start) + data[start : start + 40_000]
@@ -161,7 +180,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_named(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_named_with_the_way_out():
     with (
-        files.open_for_writing("/dev/full") as fd,
+        opened("/dev/full") as fd,
         pytest.raises(WriteError, match="no space left on the disk") as caught,
     ):
         files.write_from(fd, memoryview(b"data"), 0, "/dev/full")
@@ -172,7 +191,7 @@ def test_a_full_disk_is_named_with_the_way_out():
 def test_a_file_is_reserved_at_full_size_with_its_header(tmp_path):
     refs = [TensorRef("a", "BF16", (3, 5), "", 0, 30), TensorRef("ü", "F32", (), "", 0, 4)]
     planned = place("model.safetensors", refs, {"origin": "test"})
-    reserve(tmp_path / "model.safetensors", planned)
+    reserve(Folder.of(tmp_path), planned)
 
     found = read_header(tmp_path / "model.safetensors", "model.safetensors")
     assert (tmp_path / "model.safetensors").stat().st_size == planned.nbytes
@@ -185,7 +204,7 @@ def test_a_file_is_reserved_at_full_size_with_its_header(tmp_path):
 def test_reserving_a_name_that_exists_is_an_error(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(WriteError, match="File exists"):
-        reserve(tmp_path / "taken", place("taken", [], {}))
+        reserve(Folder.of(tmp_path), place("taken", [], {}))
 
 
 def test_the_digest_of_a_tensor_is_that_of_its_bytes_alone(tmp_path):

@@ -6,13 +6,22 @@ import contextlib
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.errors import CheckpointError, WriteError
-from lora_merge.io import staging
+from lora_merge.io import publish, staging
+from lora_merge.io.folder import Folder
 from lora_merge.io.journal import Journal
+
+
+def left_by_a_run(out):
+    root = staging.staging_path(out)
+    root.mkdir()
+    fill(root / "output", "half")
+    return root
 
 
 def fill(path, text):
@@ -21,60 +30,52 @@ def fill(path, text):
     return path
 
 
-@pytest.mark.parametrize("kernel_can_exchange", [True, False])
-def test_a_staged_directory_takes_the_place_of_the_old_one(kernel_can_exchange, tmp_path, monkeypatch):
-    if not kernel_can_exchange:
-        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+@pytest.fixture(params=[True, False], ids=["a kernel that can exchange", "one that cannot"])
+def renames(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(publish, "renamed", lambda one, other, flag: False)
+
+
+def test_a_staged_directory_takes_the_place_of_the_old_one(renames, tmp_path):
     out = fill(tmp_path / "out", "old")
-    with staging.staging(out) as stage:
+    with staging.staging(out, overwrite=True) as stage:
         fill(stage.output, "new")
-        staging.publish(stage.output, out)
+        staging.publish(stage)
 
     assert (out / "config.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_read_only_output_and_what_an_earlier_run_left_of_one_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
-    out, left = fill(tmp_path / "out", "old"), fill(tmp_path / "out.lora-merge-replaced", "older")
-    left.chmod(0o500)
-    with staging.staging(out) as stage:
+def test_a_read_only_output_is_replaced_and_removed(renames, tmp_path):
+    out = fill(tmp_path / "out", "old")
+    fill(out / "deep", "old").chmod(0)
+    out.chmod(0o500)
+    with staging.staging(out, overwrite=True) as stage:
         fill(stage.output, "new")
-        staging.publish(stage.output, out)
+        staging.publish(stage)
 
     assert (out / "config.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_rename_that_fails_half_way_puts_the_old_output_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
-    out = fill(tmp_path / "out", "old")
-    missing = tmp_path / "never-made"
-
-    with pytest.raises(OSError, match="never-made"):
-        staging._replace(missing, out)
-
-    assert (out / "config.json").read_text() == "old"
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path):
     out = tmp_path / "out"
-    fill(staging.staging_path(out), "half")
-    (staging.staging_path(out) / "deep").mkdir()
+    left = left_by_a_run(out)
+    (left / "output" / "deep").mkdir()
     assert staging.stale_bytes(out) > 0
 
     with staging.staging(out) as stage:
         assert list(stage.root.iterdir()) == [stage.output]
         assert list(stage.output.iterdir()) == []
-        staging.publish(stage.output, out)
+        staging.publish(stage)
 
 
 def test_what_a_killed_run_left_is_there_for_one_that_resumes(tmp_path):
     out = tmp_path / "out"
-    fill(staging.staging_path(out), "half")
+    left_by_a_run(out)
 
     with staging.staging(out, resume=True) as stage:
-        assert (stage.root / "config.json").read_text() == "half"
+        assert (stage.output / "config.json").read_text() == "half"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_what_is_written_stays_after_a_fault_from_without(exc, is_kept, n_record
     out = tmp_path / "out"
 
     def fail():
-        with staging.staging(out) as stage, Journal(stage.journal, "this merge", [record] * n_records):
+        with staging.staging(out) as stage, Journal(stage.home, "this merge", [record] * n_records):
             fill(stage.output, "half")
             raise exc
 
@@ -124,7 +125,7 @@ def test_the_lock_is_free_again_after_a_run(tmp_path):
     for _ in range(2):
         with pytest.raises(KeyError), staging.staging(out) as staged:  # noqa: PT012 - the second raise is the point
             with (
-                Journal(staged.journal, "this merge"),
+                Journal(staged.home, "this merge"),
                 pytest.raises(WriteError, match=rf"another run .*\(process {os.getpid()} "),
             ):
                 staging.staging(out).__enter__()
@@ -140,7 +141,7 @@ def test_a_filesystem_without_locks_goes_without(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with staging.staging(tmp_path / "out") as stage:
         fill(stage.output, "new")
-        staging.publish(stage.output, tmp_path / "out")
+        staging.publish(stage)
     assert (tmp_path / "out" / "config.json").read_text() == "new"
 
 
@@ -213,17 +214,17 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 
 def test_what_is_staged_is_flushed_once_it_has_been_waited_for(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr(staging, "_fsync", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
     monkeypatch.setattr(staging, "_PAUSE_SECONDS", 60)
-    with staging.Flushing(fill(tmp_path, "text")) as flushing:
+    with staging.Flushing(Folder.of(fill(tmp_path, "text"))) as flushing:
         flushing.wait()
-    assert flushed == ["config.json", tmp_path.name]
+    assert flushed == [f"{tmp_path}/config.json", str(tmp_path)]
 
 
 def test_what_is_being_written_is_sent_to_the_disk_already(tmp_path, monkeypatch):
     flushed = threading.Event()
-    monkeypatch.setattr(staging, "_fsync", lambda path: flushed.set())
-    with staging.Flushing(tmp_path) as flushing:
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.set())
+    with staging.Flushing(Folder.of(tmp_path)) as flushing:
         assert flushed.wait(60)
         flushed.clear()
         assert flushed.wait(60)  # again
@@ -231,27 +232,27 @@ def test_what_is_being_written_is_sent_to_the_disk_already(tmp_path, monkeypatch
 
 
 def test_a_disk_that_fails_while_flushing_is_a_write_error(tmp_path, monkeypatch):
-    def fail(path):
+    def fail(fd):
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(staging, "_fsync", fail)
-    with staging.Flushing(tmp_path) as flushing, pytest.raises(WriteError, match="no space left"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with staging.Flushing(Folder.of(tmp_path)) as flushing, pytest.raises(WriteError, match="no space left"):
         flushing.wait()
 
 
 def test_after_an_error_nobody_waits_for_the_disk_and_nothing_more_is_flushed(tmp_path, monkeypatch):
     began, enough, flushed = threading.Event(), threading.Event(), []
 
-    def slow(path):
+    def slow(fd):
         began.set()
         enough.wait(60)
-        flushed.append(path)
+        flushed.append(fd)
 
-    monkeypatch.setattr(staging, "_fsync", slow)
-    with contextlib.suppress(KeyError), staging.Flushing(tmp_path) as flushing:
+    monkeypatch.setattr(os, "fsync", slow)
+    with contextlib.suppress(KeyError), staging.Flushing(Folder.of(tmp_path)) as flushing:
         assert began.wait(60)
         raise KeyError
     assert flushed == []  # it is still at it
     enough.set()
     flushing.wait()
-    assert flushed == [tmp_path]
+    assert len(flushed) == 1

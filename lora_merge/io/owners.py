@@ -1,0 +1,117 @@
+"""Whose a directory is: may a run build its output in one that was there already, and who may read what it writes?"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from typing import TYPE_CHECKING
+
+from lora_merge.errors import WriteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_CLASSES = ((stat.S_IRGRP, stat.S_IXGRP, stat.S_IRWXG), (stat.S_IROTH, stat.S_IXOTH, stat.S_IRWXO))
+"""Of the group and of everybody: the bit to read, the bit to enter, and all of them."""
+
+
+def take(fd: int, path: Path, parent: int, *, is_new: bool) -> None:
+    """Check that a directory is this user's alone, and close it to others.
+
+    Some filesystems show one owner, or one mode, for everything (vfat, shares of other systems, a root that a server
+    makes nobody): there it is enough to have what a new file has.
+
+    Args:
+        fd: of the directory.
+        path: its path.
+        parent: a descriptor of the directory that it is in.
+        is_new: it was made just now.
+
+    Raises:
+        WriteError: it is another user's, or others may write to it.
+    """
+    status = os.fstat(fd)
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid not in {os.geteuid(), _owner_of_new(parent) if status.st_uid != os.geteuid() else -1}:
+        raise WriteError(
+            f"{path}: belongs to {_name(status.st_uid)}, and this run is {_name(os.geteuid())}: "
+            "another user's directory is not used",
+            hint="choose another --out, or have that directory removed",
+        )
+    if mode & _OTHERS_WRITE and not is_new and _keeps_modes(fd, mode):
+        raise WriteError(
+            f"{path}: may be written by others (mode {mode:04o}), so what is in it is not used",
+            hint="remove it, or choose another --out",
+        )
+    if mode & _OTHERS:
+        with contextlib.suppress(OSError):  # the filesystem keeps no modes
+            os.fchmod(fd, mode & ~_OTHERS)
+
+
+def _owner_of_new(parent: int) -> int:
+    """Return the owner that a file made by this process has in a directory; -1 where none can be made."""
+    name = f".lora-merge-{secrets.token_hex(8)}"
+    try:
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=parent)
+    except OSError:
+        return -1
+    try:
+        return os.fstat(fd).st_uid
+    finally:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=parent)
+
+
+def _keeps_modes(fd: int, mode: int) -> bool:
+    """Return True where a directory can be closed to others; it is left as it was."""
+    try:
+        os.fchmod(fd, mode & ~_OTHERS_WRITE)
+        is_closed = not os.fstat(fd).st_mode & _OTHERS_WRITE
+        os.fchmod(fd, mode)
+    except OSError:
+        return False
+    return is_closed
+
+
+def _name(uid: int) -> str:
+    """Return a user in words."""
+    import pwd
+
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (user {uid})"
+    except (KeyError, OSError):
+        return f"user {uid}"
+
+
+def allowed_bits(inputs: Iterable[Path], group: int) -> int:
+    """Return the permissions that an output may have, by who may read everything that it is made of.
+
+    The owner keeps all. The group and everybody keep theirs where they may list every directory and read every file; the
+    group also has to be the same one, unless everybody may read.
+
+    Args:
+        inputs: directories and files that are read.
+        group: id of the group that the output will have.
+    """
+    allowed = 0o777
+    for path in inputs:
+        try:
+            status = path.stat()
+        except OSError:
+            continue  # who reads it will say so
+        needs_entry = stat.S_ISDIR(status.st_mode)
+        may_read = [
+            bool(status.st_mode & read) and (not needs_entry or bool(status.st_mode & enter))
+            for read, enter, _ in _CLASSES
+        ]
+        may_read[0] = may_read[0] and (may_read[1] or status.st_gid == group)
+        for permitted, (*_, bits) in zip(may_read, _CLASSES, strict=True):
+            if not permitted:
+                allowed &= ~bits
+    return allowed
