@@ -17,7 +17,9 @@ _DIRECTORY = (
 )
 _FILE = os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
-_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
+_NO_SYNC = {
+    errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EPERM, errno.EACCES, errno.EBADF,
+}  # fmt: skip
 """What a filesystem answers that cannot flush a file or a directory (FUSE, network and overlay filesystems)."""
 
 

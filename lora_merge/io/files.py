@@ -20,7 +20,7 @@ from lora_merge.errors import CheckpointError, OutOfMemoryError, ResolveError, W
 from lora_merge.io.instead import instead_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -49,6 +49,9 @@ _PAGE_BYTES = 4096
 
 _RWF_DONTCACHE = 0x80
 """The flag of Linux's ``pwritev2(2)``."""
+
+_UNABLE = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What a filesystem, a kernel or a sandbox answers that does not know a call, or does not permit it."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 """What a disk without room answers, or one of which a user has no more."""
@@ -191,7 +194,7 @@ def read_into(fd: int, buffer: memoryview, offset: int, label: str | Path) -> No
     done = 0
     while done < len(buffer):
         try:
-            n_read = os.preadv(fd, [buffer[done : done + MAX_TRANSFER_BYTES]], offset + done)
+            n_read = _read(fd, buffer[done : done + MAX_TRANSFER_BYTES], offset + done)
         except OverflowError:  # no file is as long as that
             n_read = 0
         except OSError as exc:
@@ -202,6 +205,21 @@ def read_into(fd: int, buffer: memoryview, offset: int, label: str | Path) -> No
                 hint="it changed while it was read; run again when nothing else writes to it",
             )  # fmt: skip
         done += n_read
+
+
+def _read(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read into a buffer with one call; return how many bytes.
+
+    Python asks for ``preadv2``, which some filesystems and sandboxes refuse; ``pread`` is the call that all know.
+    """
+    try:
+        return os.preadv(fd, [buffer], offset)
+    except OSError as exc:
+        if exc.errno not in _UNABLE:
+            raise
+    data = os.pread(fd, min(len(buffer), BLOCK_BYTES), offset)
+    buffer[: len(data)] = data
+    return len(data)
 
 
 class ReadAhead:
@@ -258,20 +276,31 @@ def _write_all(
     fd: int, buffers: list[memoryview], offset: int, label: str | Path, *, uncached: bool = False
 ) -> None:
     """Write buffers one after the other; past the page cache, if that is wanted and the kernel can."""
-    flags = (_RWF_DONTCACHE,) if uncached and sys.platform == "linux" else ()
+    ways: list[Callable[[int, list[memoryview], int], int]] = [os.pwritev, _pwrite]
+    if uncached and sys.platform == "linux":
+        ways.insert(0, _write_uncached)
     while buffers:
         try:
-            n_written = os.pwritev(fd, buffers, offset, *flags)
+            n_written = ways[0](fd, buffers, offset)
         except OSError as exc:
-            if not flags:
+            if len(ways) == 1 or exc.errno not in _UNABLE:
                 raise write_error(label, exc) from exc
-            flags = ()  # the kernel, the filesystem or a sandbox may not know how: the plain way tells
+            del ways[0]
             continue
         offset += n_written
         while buffers and n_written >= len(buffers[0]):
             n_written -= len(buffers.pop(0))
         if buffers:
             buffers[0] = buffers[0][n_written:]
+
+
+def _write_uncached(fd: int, buffers: list[memoryview], offset: int) -> int:
+    return os.pwritev(fd, buffers, offset, _RWF_DONTCACHE)
+
+
+def _pwrite(fd: int, buffers: list[memoryview], offset: int) -> int:
+    """Write the first buffer. Python asks for ``pwritev2`` where it has several, and some sandboxes refuse that call."""
+    return os.pwrite(fd, buffers[0], offset)
 
 
 class Stream:
