@@ -7,7 +7,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import SideFile
+from lora_merge.core.checkpoint import CONFIG_FILE, SideFile
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import same_bytes
 from lora_merge.io.instead import instead_of, is_page, is_pointer
@@ -44,7 +44,7 @@ _NOT_KEPT = (*_WEIGHTS, *_TRAINING, MANIFEST_FILE, CARD_FILE)
 
 _FOREIGN_DIRECTORIES = (
     ".*", "original", "onnx", "openvino", "coreml", "*.mlpackage", "*.mlmodelc", "metal", "gguf", "checkpoint-*",
-    "global_step*", "runs", "wandb", "logs", "__pycache__",
+    "global_step*", "runs", "wandb", "logs", "__pycache__", "*.lora-merge-staging",
 )  # fmt: skip
 
 _TOKENIZER = (
@@ -184,10 +184,18 @@ def _walk(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
             folders.remove(folder)
             if not folder.startswith(".") and here == root:
                 notes.append(f"{folder}/ is no part of the checkpoint and was not copied")
+        for folder in [name for name in folders if _is_output(here / name)]:
+            folders.remove(folder)
+            notes.append(f"{folder}/ is an output of another merge and was not copied")
         for name in names:
             path = here / name
             if not name.startswith(".") and path.is_file():
                 yield path.relative_to(root).as_posix(), path
+
+
+def _is_output(folder: Path) -> bool:
+    """Return True for a folder that a merge made: a whole model, and not a part of the one that it lies in."""
+    return (folder / MANIFEST_FILE).is_file() and (folder / CONFIG_FILE).is_file()
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
