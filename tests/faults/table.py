@@ -39,6 +39,9 @@ class Place:
     during: Callable[[], None] | None = None
     """Called once, when the first tensor is done."""
 
+    appeared: dict[str, str] | None = None
+    """What somebody else has put under the output's name meanwhile: file → digest."""
+
     resume: Callable[[], None] = lambda: None
     """Resumes the merge; for a cause that ends before its context does."""
 
@@ -239,6 +242,41 @@ def _output_exists(place: Place) -> None:
     (place.out / "config.json").write_text("{}")
 
 
+@contextlib.contextmanager
+def _output_appears(place: Place) -> Iterator[None]:
+    from tests.faults.killing import content
+
+    def appear() -> None:
+        _output_is_no_model(place)
+        place.appeared = content(place.out)
+
+    place.during = appear
+    yield
+    place.appeared = None
+    shutil.rmtree(place.out)
+
+
+def _staging_of_somebody_else(place: Place) -> None:
+    staging = Path(f"{place.out}.lora-merge-staging")
+    staging.mkdir()
+    os.chown(staging, NOBODY, NOBODY)
+
+
+def _staging_for_all(place: Place) -> None:
+    Path(f"{place.out}.lora-merge-staging").mkdir()
+    Path(f"{place.out}.lora-merge-staging").chmod(0o777)
+
+
+def _staging_is_a_link(place: Place) -> None:
+    (place.root / "elsewhere").mkdir()
+    (place.root / "elsewhere" / "thesis.txt").write_text("the only copy")
+    Path(f"{place.out}.lora-merge-staging").symlink_to(place.root / "elsewhere")
+
+
+def _staging_is_an_input(place: Place) -> None:
+    place.base = place.base.rename(f"{place.out}.lora-merge-staging")
+
+
 def _output_is_no_model(place: Place) -> None:
     place.out.mkdir()
     (place.out / "thesis.txt").write_text("the only copy")
@@ -246,6 +284,11 @@ def _output_is_no_model(place: Place) -> None:
 
 def _output_is_inside_an_input(place: Place) -> None:
     place.out = place.adapter / "merged"
+
+
+def _output_is_inside_the_base(place: Place) -> None:
+    (place.root / "link").symlink_to(place.base)
+    place.out = place.root / "link" / "merged"
 
 
 def _output_is_an_input(place: Place) -> None:
@@ -280,6 +323,12 @@ FAULTS = (
     Fault("another run writes the same output", "another run is writing this output (process ", exits.WRITE, _second_run),
     Fault("the output exists", "{out}: already exists", exits.WRITE, _output_exists),
     Fault("the output exists and is no model", "{out}: already exists and is not a model checkpoint", exits.WRITE, _output_is_no_model),
+    Fault("something gets the output's name during the run", "{out}: already exists: it was made while this run worked", exits.WRITE, _output_appears, True),
+    Fault("another user has made the staging directory", "{out}.lora-merge-staging: belongs to ", exits.WRITE, _staging_of_somebody_else, needs="root"),
+    Fault("others may write to the staging directory", "{out}.lora-merge-staging: may be written by others (mode 0777)", exits.WRITE, _staging_for_all),
+    Fault("a link is in the place of the staging directory", "{out}.lora-merge-staging: is a link or a file", exits.WRITE, _staging_is_a_link),
+    Fault("the output would be built in an input", "{out}: would be built in {base}, which holds the input {base}", exits.WRITE, _staging_is_an_input),
+    Fault("the output is inside the base", "{base}/merged: is inside the input {base}", exits.WRITE, _output_is_inside_the_base),
     Fault("the output is inside an input", "{out}: is inside the input {adapter}", exits.WRITE, _output_is_inside_an_input),
     Fault("the output is an input", "{out}: holds the input {base}", exits.WRITE, _output_is_an_input),
     Fault("the base has the adapter merged into it already", "is merged into {base} already", exits.PLAN, _merged_before),

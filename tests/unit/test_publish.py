@@ -241,6 +241,21 @@ def test_a_directory_that_takes_the_place_of_the_staged_one_is_not_published(tmp
     assert not out.exists()
 
 
+def test_a_directory_that_takes_its_place_after_the_flush_is_not_published_either(tmp_path, monkeypatch):
+    out, flush = tmp_path / "out", Folder.flush
+
+    def late(folder):
+        flush(folder)
+        folder.path.rename(tmp_path / "stolen")
+        fill(folder.path, "theirs")
+
+    monkeypatch.setattr(Folder, "flush", late)
+    with refusing("is not published"), staging.staging(out) as stage:
+        fill(stage.output, "new")
+        staging.publish(stage)
+    assert not out.exists()
+
+
 def test_a_staging_directory_that_is_replaced_takes_nothing_with_it(tmp_path):
     out, home = tmp_path / "out", staging.staging_path(tmp_path / "out")
     with (
