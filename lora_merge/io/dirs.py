@@ -149,10 +149,31 @@ def sync(fd: int) -> None:
             raise
 
 
+Listing = dict[str, tuple[int, int, int, int]]
+"""Relative name → inode, size in bytes, times of modification and of change in nanoseconds."""
+
+
+def listing(fd: int) -> Listing:
+    """Return every file in a directory as it is now; what nobody may look at, and what goes away meanwhile, is left out.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    found: Listing = {}
+    for child, within, names in walk(fd):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=child, follow_symlinks=False)
+                # each new link to a file of the base changes its ctime, and others may make some
+                changed = status.st_ctime_ns if status.st_nlink == 1 else 0
+                found[within + name] = (status.st_ino, status.st_size, status.st_mtime_ns, changed)
+    return found
+
+
 def walk(fd: int, within: str = "") -> Iterator[tuple[int, str, list[str]]]:
     """Yield each directory below and at last the one itself: a descriptor, its relative name, what is no directory in it.
 
-    Links are never entered. What goes away meanwhile is passed over.
+    Links are never entered. What goes away meanwhile is passed over, and so is what nobody may enter.
     """
     names = []
     for entry in _entries(fd):
@@ -161,7 +182,7 @@ def walk(fd: int, within: str = "") -> Iterator[tuple[int, str, list[str]]]:
             continue
         try:
             child = open_directory(entry.name, fd)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             continue
         try:
             yield from walk(child, f"{within}{entry.name}/")

@@ -89,7 +89,7 @@ def output_path(text: str) -> Path:
         hint = "variables are not filled in here: write the path out"
         raise ResolveError(f"{text}: has a variable of the shell in it, expected a path", hint=hint)
     path = user_path(text).absolute()
-    return path.parent.resolve() / path.name
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
 
 
 def is_directory(path: Path) -> bool:

@@ -19,9 +19,6 @@ from lora_merge.io import dirs, files
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-Listing = dict[str, tuple[int, int, int, int]]
-"""Relative name → inode, size in bytes, times of modification and of change in nanoseconds."""
-
 
 @dataclass(frozen=True, slots=True)
 class Folder:
@@ -129,11 +126,13 @@ class Folder:
     def write_text(self, name: str, text: str) -> None:
         """Write a new small text file.
 
+        Half a character (a lone surrogate, as a path that is not UTF-8 has) is written as JSON escapes it.
+
         Raises:
             WriteError: the disk is full or cannot be written, or there is a file of this name.
         """
         with self.writing(name, create=True) as fd:
-            files.write_from(fd, memoryview(text.encode("utf-8")), 0, self.path / name)
+            files.write_from(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0, self.path / name)
 
     def copy_in(self, source: Path, name: str) -> None:
         """Copy a file's bytes into a new file.
@@ -209,21 +208,17 @@ class Folder:
             except OSError as exc:
                 raise files.write_error(self.path, exc) from exc
 
-    def listing(self) -> Listing:
+    def listing(self) -> dirs.Listing:
         """Return every file in the directory as it is now.
 
         Raises:
             WriteError: the directory is gone.
         """
-        found = {}
-        with self.opened() as root:
-            for fd, within, names in dirs.walk(root):
-                for name in names:
-                    status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    # each new link to a file of the base changes its ctime, and others may make some
-                    changed = status.st_ctime_ns if status.st_nlink == 1 else 0
-                    found[within + name] = (status.st_ino, status.st_size, status.st_mtime_ns, changed)
-        return found
+        with self.opened() as fd:
+            try:
+                return dirs.listing(fd)
+            except OSError as exc:
+                raise files.write_error(self.path, exc) from exc
 
     def flush(self) -> None:
         """Make every file and directory in it durable, and the directory itself.
@@ -267,13 +262,20 @@ class Folder:
             WriteError: the directory is gone.
         """
         with self.opened() as root:
-            for fd, _, names in dirs.walk(root):
-                for name in names:
+            try:
+                for fd, _, names in dirs.walk(root):
+                    for name in names:
+                        _narrow_file(name, fd, allowed)
                     with contextlib.suppress(OSError):
-                        file = dirs.open_regular(name, os.O_RDONLY, fd)
-                        try:
-                            dirs.narrow(file, allowed)
-                        finally:
-                            os.close(file)
-                with contextlib.suppress(OSError):
-                    dirs.narrow(fd, allowed)
+                        dirs.narrow(fd, allowed)
+            except OSError as exc:
+                raise files.write_error(self.path, exc) from exc
+
+
+def _narrow_file(name: str, dir_fd: int, allowed: int) -> None:
+    with contextlib.suppress(OSError):
+        file = dirs.open_regular(name, os.O_RDONLY, dir_fd)
+        try:
+            dirs.narrow(file, allowed)
+        finally:
+            os.close(file)

@@ -75,8 +75,8 @@ def _name(stage: Stage, home: int) -> None:
 
 def _taken(out: Path) -> WriteError:
     return WriteError(
-        f"{out}: already exists: it was made while this run worked",
-        hint="move it away and run again with --resume, or choose another --out",
+        f"{out}: already exists: it was made or changed while this run worked",
+        hint="move it away and run again, or choose another --out",
     )
 
 
@@ -125,9 +125,11 @@ def _lost_place(stage: Stage, name: str) -> WriteError:
 
 
 def _is_old(stage: Stage, name: str, dir_fd: int, old: int) -> bool:
-    """Return True where a name is that of the directory that may be replaced, and that is still what it was."""
+    """Return True where a name is that of the directory that may be replaced, and nothing has come into it since."""
     status = os.fstat(old)
-    return dirs.inode_of(name, dir_fd) == (status.st_dev, status.st_ino) and dirs.has_any(old, stage.marks)
+    if dirs.inode_of(name, dir_fd) != (status.st_dev, status.st_ino) or not dirs.has_any(old, stage.marks):
+        return False
+    return all(stage.seen.get(file, ())[:3] == now[:3] for file, now in dirs.listing(old).items())
 
 
 def recover(home: int, parent: int, out: Path, root: Path) -> None:

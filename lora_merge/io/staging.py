@@ -87,6 +87,9 @@ class Stage:
     old: int | None
     """A descriptor of what has the output's name and may be replaced, if that is anything."""
 
+    seen: dirs.Listing
+    """The files in it."""
+
     marks: tuple[str, ...]
     """Files of which one shows that it still may be."""
 
@@ -158,8 +161,9 @@ def staging(
             recover(fd, parent, out, path)
             old = _opened_old(out, parent, held, overwrite=overwrite, marks=marks)
             folder = _prepare(path, fd, held, resume=resume)
+            seen = {} if old is None else dirs.listing(old)
             allowed = owners.allowed_bits(inputs, os.fstat(fd).st_gid)
-            stage = Stage(out, Folder.of(path, fd), folder, parent, old, marks, allowed)
+            stage = Stage(out, Folder.of(path, fd), folder, parent, old, seen, marks, allowed)
         except BaseException as exc:
             _remove_empty(path, fd, parent)
             if isinstance(exc, OSError):

@@ -323,7 +323,7 @@ FAULTS = (
     Fault("another run writes the same output", "another run is writing this output (process ", exits.WRITE, _second_run),
     Fault("the output exists", "{out}: already exists", exits.WRITE, _output_exists),
     Fault("the output exists and is no model", "{out}: already exists and is not a model checkpoint", exits.WRITE, _output_is_no_model),
-    Fault("something gets the output's name during the run", "{out}: already exists: it was made while this run worked", exits.WRITE, _output_appears, True),
+    Fault("something gets the output's name during the run", "{out}: already exists: it was made or changed while this run worked", exits.WRITE, _output_appears, True),
     Fault("another user has made the staging directory", "{out}.lora-merge-staging: belongs to ", exits.WRITE, _staging_of_somebody_else, needs="root"),
     Fault("others may write to the staging directory", "{out}.lora-merge-staging: may be written by others (mode 0777)", exits.WRITE, _staging_for_all),
     Fault("a link is in the place of the staging directory", "{out}.lora-merge-staging: is a link or a file", exits.WRITE, _staging_is_a_link),

@@ -221,6 +221,7 @@ def test_a_home_directory_stands_for_its_tilde(monkeypatch, tmp_path):
 
     assert user_path("~/models") == tmp_path / "models"
     assert output_path("~/models/../out") == tmp_path / "out"
+    assert output_path("~/models/..") == tmp_path
 
 
 @pytest.mark.parametrize("text", ["$HOME/merged", "runs/${NAME}"])

@@ -70,7 +70,12 @@ APPEARING = {
 def test_what_appears_under_the_name_of_an_output_stays(what, overwrite, renames, tmp_path):
     out = tmp_path / "out"
 
-    refused(out, lambda: APPEARING[what](out), overwrite=overwrite, words="already exists: it was made while")
+    refused(
+        out,
+        lambda: APPEARING[what](out),
+        overwrite=overwrite,
+        words="already exists: it was made or changed while",
+    )
 
     if what.startswith("a link"):
         assert out.is_symlink()
@@ -92,7 +97,7 @@ def test_what_takes_the_place_of_the_output_that_was_to_be_replaced_stays(what, 
         out.rename(tmp_path / "moved")
         APPEARING[what](out)
 
-    refused(out, happens, overwrite=True, words="already exists: it was made while")
+    refused(out, happens, overwrite=True, words="already exists: it was made or changed while")
 
     assert (tmp_path / "moved" / "config.json").read_text() == "old"
     assert os.path.lexists(out)
@@ -122,6 +127,18 @@ def test_an_output_that_is_a_model_no_more_is_not_replaced(renames, tmp_path):
 
     refused(out, happens, overwrite=True, words="already exists")
     assert (out / "thesis.txt").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "deep/thesis.txt", "config.json"])
+def test_what_comes_into_the_output_that_was_to_be_replaced_stays(name, renames, tmp_path):
+    out = fill(tmp_path / "out", "old")
+    (out / "deep").mkdir()
+
+    refused(out, lambda: (out / name).write_text("the only copy"), overwrite=True, words="or changed while")
+    assert (out / name).read_text() == "the only copy"
+    with staging.staging(out, overwrite=True, resume=True) as stage:  # now it is what the check has seen
+        staging.publish(stage)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("n", [1, 2])
