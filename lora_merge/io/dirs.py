@@ -106,21 +106,33 @@ def clear(fd: int, keep: Collection[str] = (), within: str = "") -> None:
     """
     for entry in _entries(fd):
         name = within + entry.name
-        if not entry.is_dir(follow_symlinks=False):
-            if name not in keep:
-                os.unlink(entry.name, dir_fd=fd)
-            continue
-        kept = [one for one in keep if one.startswith(f"{name}/")]
-        child = _open_to_clear(entry.name, fd)
-        try:
-            with contextlib.suppress(OSError):  # it is another's, or the filesystem keeps no modes
-                if not kept:
-                    os.fchmod(child, stat.S_IRWXU)
-            clear(child, kept, f"{name}/")
-        finally:
-            os.close(child)
-        if not kept:
-            os.rmdir(entry.name, dir_fd=fd)
+        if entry.is_dir(follow_symlinks=False):
+            _clear_directory(entry.name, fd, [one for one in keep if one.startswith(f"{name}/")], name)
+        elif name not in keep:
+            os.unlink(entry.name, dir_fd=fd)
+
+
+def remove_directory(name: str, dir_fd: int) -> None:
+    """Remove a directory with all that is in it.
+
+    Raises:
+        OSError: something cannot be removed, or it is not a directory.
+    """
+    _clear_directory(name, dir_fd, (), name)
+
+
+def _clear_directory(name: str, dir_fd: int, keep: Collection[str], within: str) -> None:
+    """Clear a directory in another, and remove it unless something in it is kept."""
+    fd = _open_to_clear(name, dir_fd)
+    try:
+        with contextlib.suppress(OSError):  # it is another's, or the filesystem keeps no modes
+            if not keep:
+                os.fchmod(fd, stat.S_IRWXU)
+        clear(fd, keep, f"{within}/")
+    finally:
+        os.close(fd)
+    if not keep:
+        os.rmdir(name, dir_fd=dir_fd)
 
 
 def _entries(fd: int) -> list[os.DirEntry[str]]:

@@ -149,7 +149,9 @@ def recover(home: int, parent: int, out: Path, root: Path) -> None:
         return
     if dirs.inode_of(out.name, parent) is None:
         os.rename(REPLACED, out.name, src_dir_fd=home, dst_dir_fd=parent)
-    elif dirs.inode_of(OUTPUT, home) is not None:
+    elif dirs.inode_of(OUTPUT, home) is None:  # the output has its name, and the old one was looked at
+        dirs.remove_directory(REPLACED, home)
+    else:
         raise WriteError(
             f"{root / REPLACED}: had the name {out} once, and something else has it now",
             hint="move that directory to where it belongs, or remove it",

@@ -71,6 +71,18 @@ def test_a_killed_run_loses_nothing_and_is_resumed_to_the_same_bytes(name, job):
     assert words["from where it stopped"] >= 0.2 * N_KILLS
 
 
+@pytest.mark.parametrize("in_two_steps", [False, True], ids=["in one step", "in two steps"])
+def test_a_run_that_is_killed_while_it_names_its_output_loses_neither_the_old_nor_the_new(in_two_steps, job):
+    n = max(10, N_KILLS // 4)
+    words = found(
+        job("Conv1D, over an old output"),
+        n=n, seed=6, signal=signal.SIGKILL, n_last=45, in_two_steps=in_two_steps,
+    )  # fmt: skip
+
+    assert not [word for word in words if word.startswith("broken")], words
+    assert words["resumed"] == n
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_run_is_resumed_to_the_same_bytes(signum, job):
     n = max(5, N_KILLS // 4)
