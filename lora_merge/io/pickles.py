@@ -1,8 +1,8 @@
 """Torch's zip files, ``pytorch_model.bin`` and the like: where their tensors lie, without torch.
 
 ``torch.save`` writes a zip without compression: ``NAME/data.pkl`` is a pickle that says how tensors are made from
-storages, ``NAME/data/KEY`` are the bytes of a storage. The pickle is read with stand-ins for the few things that
-plain tensors need: nothing that it names is imported, and nothing is called but the stand-ins.
+storages, ``NAME/data/KEY`` are the bytes of a storage. `lora_merge.io.unpickling` follows the pickle: nothing that it names
+is imported or called.
 
 Reference:
     ``torch.serialization._save``, ``_load`` and ``torch._utils._rebuild_tensor_v2`` (torch 2.4 to 2.13).
@@ -14,25 +14,26 @@ import io
 import math
 import os
 import pickle
-import pickletools
-import re
 import struct
 import zipfile
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, cast
 
 from lora_merge.core.checkpoint import WeightFile
 from lora_merge.core.tensor import TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 from lora_merge.io.instead import instead_of
+from lora_merge.io.unpickling import Machine, OddKeyError, Table, Tensor, UntrustedError, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
 MAX_PICKLE_BYTES = 100_000_000
 """As safetensors limits its header: what is longer holds values, not places."""
+
+MAX_DIRECTORY_BYTES = 32 << 20
+"""Of the directory at the end of a zip file, as it says itself: some 300 000 storages. Python takes 600 bytes for each."""
 
 SAFETENSORS_SUFFIX = ".safetensors"
 
@@ -58,12 +59,6 @@ _STORAGES: Mapping[str, str] = {
 
 _UNTYPED = frozenset({"torch.storage.UntypedStorage", "torch.UntypedStorage"})
 
-_HARMLESS = re.compile(
-    r"torch\.(\w+Storage|storage\.\w+Storage|Tensor|Size|device|(complex|b?float|u?int|qu?int|bool|bits|per_|sparse_)\w*)"
-    r"|torch\._utils\._rebuild_\w+|torch\.serialization\._get_layout"
-)
-"""What torch names for tensors that are not plain; they are refused by the tensor's name."""
-
 _REFETCH = "the file is truncated, or no file of torch.save; fetch it again"
 _RESAVE = "load it in transformers or PEFT and save_pretrained() it once, which writes safetensors"
 _UNTRUSTED = "weights need no code; load such a file only if you trust whoever made it, and save its tensors as safetensors"
@@ -87,12 +82,29 @@ def read_pickle(path: Path, name: str | None = None) -> WeightFile:
         archive = _Archive(fd, label)
         order = archive.read("byteorder") if "byteorder" in archive else b"little"
         if order != b"little":
-            got = f"is {order.decode(errors='replace')}-endian"
+            got = f"is {order[:20].decode(errors='replace')}-endian"
             raise CheckpointError(label, "byteorder", got, "little-endian", hint=_RESAVE)
-        table = _load(archive.read("data.pkl"), label)
+        table, others = _load(archive.read("data.pkl"), label)
         refs = [_ref(key, value, archive) for key, value in table.items()]
+    if others:  # beside the tensors, in what is forgotten here; torch would make it
+        got = f"wants to call {others[0]}"
+        raise CheckpointError(label, "", got, "nothing but plain tensors", hint=_RESAVE)
     refs.sort(key=lambda ref: (ref.start, ref.end))
     return WeightFile(name=name or label, metadata={}, tensors=tuple(refs))
+
+
+class _Bounded(io.FileIO):
+    """A file of which little is read at once: a zip says itself how long its directory is, and all of that is read."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes.
+
+        Raises:
+            zipfile.BadZipFile: they are more than the directory of any file of weights.
+        """
+        if size is not None and size > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"a directory of {size} bytes")
+        return super().read(size) or b""
 
 
 class _Archive:
@@ -138,7 +150,10 @@ class _Archive:
             got = f"has {self._size} bytes that are no zip file"
             raise CheckpointError(self.label, "", got, "one of torch.save", hint=_REFETCH)
         try:
-            with open(self._fd, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
+            with (
+                _Bounded(self._fd, closefd=False) as stream,
+                zipfile.ZipFile(cast("IO[bytes]", stream)) as archive,
+            ):
                 return archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, struct.error) as exc:
             got = "has no whole zip directory at its end"
@@ -189,124 +204,8 @@ def _is_pickle(name: str) -> bool:
     return name.endswith("/data.pkl") and name.count("/") == 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """The stand-in for whatever a pickle names: nothing is imported for it."""
-
-    path: str
-
-    def __call__(self, *args: Any) -> object:
-        """Return the stand-in for what the named thing would make; for the rest, the name itself."""
-        maker = _MAKERS.get(self.path)
-        return self if maker is None else maker(*args)
-
-    def __setstate__(self, state: object) -> None:
-        """Forget the state: a pickle may give one to anything."""
-
-
-class _Storage(NamedTuple):
-    """The stand-in for a storage."""
-
-    kind: str
-    """Path of its class."""
-
-    key: str
-    size: int
-    """Elements; bytes where the class is untyped."""
-
-
-class _Tensor(NamedTuple):
-    """The stand-in for a tensor."""
-
-    storage: _Storage
-    kind: str
-    """Path of the storage's class, or of the dtype where that is untyped."""
-
-    offset: int
-    """Elements; as all that follow."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    is_plain: bool
-    """False when its values are to be negated or conjugated."""
-
-
-class _Table(dict[Any, Any]):
-    """The stand-in for an ``OrderedDict``, without the attributes that a state dict has (``_metadata``)."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: object) -> None:
-        """Forget the state."""
-
-
-def _tensor(storage: _Storage, kind: str, layout: tuple[Any, Any, Any], metadata: object) -> _Tensor:
-    offset, shape, stride = layout[0], tuple(layout[1]), tuple(layout[2])
-    numbers = (storage.size, offset, *shape, *stride)
-    if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ValueError("a tensor's sizes are no sizes")
-    return _Tensor(storage, kind, offset, shape, stride, is_plain=not metadata)
-
-
-def _tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *rest: object) -> _Tensor:
-    """Take ``requires_grad, backward_hooks, metadata=None`` as the rest."""
-    return _tensor(storage, storage.kind, (offset, size, stride), rest[2:])
-
-
-def _tensor_v3(storage: _Storage, offset: int, size: Any, stride: Any, *rest: Any) -> _Tensor:
-    """Take ``requires_grad, backward_hooks, dtype, metadata=None`` as the rest."""
-    return _tensor(storage, rest[2].path, (offset, size, stride), rest[3:])
-
-
-def _parameter(data: object, *_: object) -> object:
-    return data
-
-
-def _from_type(made_by: _Name, kind: _Name, args: Any, _state: object) -> object:
-    """Return a tensor to which someone gave attributes; a subclass was refused when the pickle named it."""
-    return made_by(*args) if kind.path == "torch.Tensor" else kind
-
-
-_MAKERS: Mapping[str, Callable[..., object]] = {
-    "collections.OrderedDict": _Table,
-    "torch._utils._rebuild_tensor_v2": _tensor_v2,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
-}
-"""What is called in place of what a pickle wants to call."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads a pickle with stand-ins, and refuses every other name."""
-
-    def __init__(self, content: bytes, label: str) -> None:
-        super().__init__(io.BytesIO(content), encoding="utf-8")
-        self._label = label
-
-    def find_class(self, module: str, name: str) -> _Name:
-        """Return the stand-in for a name.
-
-        Raises:
-            CheckpointError: there is none.
-        """
-        path = f"{module}.{name}"
-        if path in _MAKERS or _HARMLESS.fullmatch(path):
-            return _Name(path)
-        got = f"wants to import {path[:80]}"
-        raise CheckpointError(self._label, "", got, "nothing but plain tensors", hint=_UNTRUSTED)
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        """Return the stand-in for a storage."""
-        match pid:
-            case ("storage", _Name(kind), str(key), _, int(size)):
-                return _Storage(kind, key, size)
-        raise ValueError("a reference that is no storage")
-
-
-def _load(content: bytes, label: str) -> dict[object, object]:
-    """Return what a pickle holds, as stand-ins.
+def _load(content: bytes, label: str) -> tuple[dict[str, object], list[str]]:
+    """Return what a pickle holds, as stand-ins, and paths of what it calls that makes no plain tensor.
 
     Raises:
         CheckpointError: it names what has no stand-in, is malformed, or holds no table.
@@ -315,52 +214,36 @@ def _load(content: bytes, label: str) -> dict[object, object]:
     if protocol not in _PROTOCOLS:
         wanted = "2 or 3, which torch.load reads without trusting the file"
         raise CheckpointError(label, "data.pkl", f"has pickle protocol {protocol}", wanted, hint=_RESAVE)
+    machine = Machine(content)
     try:
-        _check_memo(content)
-        value = _Unpickler(content, label).load()
-    except CheckpointError:
-        raise
-    except Exception as exc:
-        # "Other exceptions may also be raised during unpickling", says its documentation.
+        value = machine.run()
+    except UntrustedError as exc:
+        got = f"wants to import {str(exc)[:80]}"
+        raise CheckpointError(label, "", got, "nothing but plain tensors", hint=_UNTRUSTED) from exc
+    except OddKeyError as exc:
+        got = f"holds {exc} as a name"
+        raise CheckpointError(label, "", got, "names of tensors", hint=_RESAVE) from exc
+    except (ValueError, IndexError) as exc:
         got = f"is a malformed pickle ({exc})"[:200]
         raise CheckpointError(label, "data.pkl", got, hint=_REFETCH) from exc
-    if not isinstance(value, dict):
-        got = f"holds {_kind_of(value)}"
+    if not isinstance(value, Table):
+        got = f"holds {kind_of(value)}"
         raise CheckpointError(label, "", got, "a table of tensors by their names", hint=_RESAVE)
-    return value
+    return value.rows, machine.others
 
 
-def _check_memo(content: bytes) -> None:
-    """Check that a pickle numbers no more objects than it can have: the memo is as long as its largest number.
-
-    Raises:
-        ValueError: it does, or is cut off.
-    """
-    for opcode, number, _ in pickletools.genops(content):
-        if (
-            opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"}
-            and isinstance(number, int)
-            and number > len(content)
-        ):
-            raise ValueError(f"object number {number} in {len(content)} bytes")
-
-
-def _ref(name: object, value: object, archive: _Archive) -> TensorRef:
+def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
     """Return where a tensor lies.
 
     Raises:
         CheckpointError: it is no plain dense tensor, or not all of it is in the file.
     """
     label = archive.label
-    if not isinstance(name, str):
-        raise CheckpointError(
-            label, "", f"holds {_kind_of(name)} as a name", "names of tensors", hint=_RESAVE
-        )
-    if isinstance(value, dict):
+    if isinstance(value, Table):
         hint = f"save what {name!r} holds, and nothing else, as the file: engines look for tensors at its top"
         raise CheckpointError(label, name, "is a table", "a tensor", hint=hint)
-    if not isinstance(value, _Tensor):
-        raise CheckpointError(label, name, f"is {_kind_of(value)}", "a plain tensor", hint=_RESAVE)
+    if not isinstance(value, Tensor):
+        raise CheckpointError(label, name, f"is {kind_of(value)}", "a plain tensor", hint=_RESAVE)
     dtype = _STORAGES.get(value.kind)
     if dtype is None:
         hint = "convert the tensor, and save it as safetensors"
@@ -385,12 +268,3 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     rows = zip(shape, stride, steps, strict=True)
     return 0 in shape or all(size == 1 or step == wanted for size, step, wanted in rows)
-
-
-def _kind_of(value: object) -> str:
-    """Return what a value is, as messages print it."""
-    if isinstance(value, _Name):
-        return f"made by {value.path}"
-    return {_Tensor: "a tensor", _Storage: "a bare storage"}.get(
-        type(value), f"a value of type {type(value).__name__}"
-    )

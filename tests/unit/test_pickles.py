@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
 import random
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.errors import CheckpointError
-from lora_merge.io import pickles
+from lora_merge.io import pickles, unpickling
 from lora_merge.io.pickles import read_pickle
 from lora_merge.io.safetensors import blocks, load
 from tests.tampering import edit_records
@@ -413,8 +413,113 @@ def test_the_file_is_read_without_torch(saved):
 
 def test_only_the_table_of_makers_is_ever_called():
     """What a pickle may name and have called: nothing of it is torch's, or Python's."""
-    reader = pickles._Unpickler(pickle.dumps(0, protocol=2), "file")
-    for path, maker in pickles._MAKERS.items():
-        assert maker.__module__ == "lora_merge.io.pickles"
-        module, _, name = path.rpartition(".")
-        assert isinstance(reader.find_class(module, name), pickles._Name)
+    for maker in unpickling.MAKERS.values():
+        assert maker.__module__ == "lora_merge.io.unpickling"
+
+
+def pickled(path: Path, content: bytes) -> Path:
+    """Write a file of torch with a pickle of our choice."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + content)
+    return path
+
+
+def shared(depth: int) -> bytes:
+    """Return opcodes of a tuple that holds the one before it twice, and so on: two to the power of `depth` leaves."""
+    twice = b"".join(b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(depth))
+    return b")q\x00" + twice
+
+
+NESTED = b")" + b"\x85" * 1_000_000
+PAIR = b"X\x01\x00\x00\x00aK\x01"
+BOMBS = {
+    "a shared tuple as a key": (b"}(" + shared(60) + b"K\x01u.", "holds a value of type tuple as a name"),
+    "one key": (b"}" + shared(60) + b"K\x01s.", "holds a value of type tuple as a name"),
+    "a nested tuple as a key": (b"}(" + NESTED + b"K\x01u.", "holds a value of type tuple as a name"),
+    "a nested tuple as a value": (b"}X\x01\x00\x00\x00a" + NESTED + b"s.", "a: is a value of type tuple"),
+    "a nested list": (
+        b"}X\x01\x00\x00\x00a" + b"]" * 500_000 + b"a" * 499_999 + b"s.",
+        "a: is a value of type list",
+    ),
+    "a shared tuple as all there is": (shared(60) + b".", "holds a value of type tuple"),
+    "a shared tuple as a storage": (shared(60) + b"Q.", "a reference that is no storage"),
+    "a key of the attributes": (
+        b"ccollections\nOrderedDict\n)R}(" + shared(60) + b"K\x01ub.",
+        "tuple as a name",
+    ),
+    "pairs of an old table": (
+        b"ccollections\nOrderedDict\n](" + shared(60) + b"K\x01\x86e\x85R.",
+        "tuple as a name",
+    ),
+    "a shared tuple to a maker": (b"ctorch._utils\n_rebuild_tensor_v2\n" + shared(60) + b"R.", "malformed"),
+    "a tensor of a million dimensions": (
+        b"](" + b"K\x01" * 1_000_000 + b"eq\x000ctorch._utils\n_rebuild_tensor_v2\n(NK\x00h\x00h\x00tR.",
+        "malformed",
+    ),
+    "makers in makers": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\nq\x00(h\x00ctorch\nTensor\n(h\x00ctorch\nTensor\n)Nt}tR.",
+        "a tensor is made by what makes none",
+    ),
+    "what torch would make beside the tensors": (
+        b"ccollections\nOrderedDict\n)R}X\x01\x00\x00\x00actorch._utils\n_rebuild_qtensor\n)Rsb.",
+        "wants to call torch._utils._rebuild_qtensor",
+    ),
+    "marks without end": (b"(" * 3_000_000 + b".", "malformed"),
+    "nothing on the stack": (b"\x86.", "malformed"),
+    "a name without an end": (b"c" + b"a" * 1_000_000, "malformed"),
+    "numbers that collide": (
+        b"}("
+        + b"".join(b"\x8a\x10" + ((2**61 - 1) * n).to_bytes(16, "little") + b"N" for n in range(1, 9))
+        + b"u.",
+        "holds a value of type int as a name",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_pickle_that_would_keep_python_s_unpickler_busy_or_end_it_is_refused(bomb, tmp_path):
+    content, words = BOMBS[bomb]
+    began = time.process_time()
+    assert words in str(refused(pickled(tmp_path / "adapter_model.bin", content)))
+    assert time.process_time() - began < 30
+
+
+def test_a_pickle_of_more_steps_than_are_meant_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpickling, "MAX_STEPS", 1000)
+    path = pickled(tmp_path / "adapter_model.bin", b"}" + b"N" * 2000 + b".")
+    assert "more than 1000 steps" in str(refused(path))
+    pairs = b"](" + (PAIR + b"\x86") * 90 + b"eq\x00" + b"ccollections\nOrderedDict\nh\x00\x85R" * 9
+    assert "more than 1000 steps" in str(refused(pickled(path, pairs + b".")))
+
+
+def test_a_zip_that_claims_a_directory_of_gigabytes_is_refused_before_it_is_read(saved):
+    path = saved({"a": A})
+    raw = bytearray(path.read_bytes())
+    at = raw.rindex(b"PK\x05\x06")
+    raw[at + 12 : at + 16] = (0xFFFFFFF0).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with path.open("r+b") as stream:  # a hole: 5 GB of it take no room on the disk
+        end = raw[at:]
+        stream.truncate(5 << 30)
+        stream.seek(0, 2)
+        stream.write(end)
+    tracemalloc.start()
+
+    assert "has no whole zip directory" in str(refused(path))
+
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_a_table_of_pairs_is_read_as_python_2_wrote_it(saved):
+    path = saved({"a": A})
+    storage = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x0ctQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(%sK\x00K\x03K\x04\x86K\x04K\x01\x86\x89}tR" % storage
+    content = b"\x80\x02ccollections\nOrderedDict\n]](U\x01a%sea\x85R." % tensor
+    edit_records(path, lambda records: records.update({"data.pkl": content}))
+
+    (ref,) = read_pickle(path).tensors
+
+    assert ref.name == "a"
+    assert torch.equal(load(ref), A)
+    assert list(torch.load(path, weights_only=True)) == ["a"]
