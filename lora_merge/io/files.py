@@ -32,6 +32,12 @@ MAX_TRANSFER_BYTES = 1 << 30
 MAX_JSON_BYTES = 100_000_000
 """Of a JSON file that is read: as much as a safetensors header may have. The index of 100 000 tensors has 10 MB."""
 
+_MAX_JSON_VALUES = 16_000_000
+"""Of a JSON text. Each takes some 60 bytes of memory, where ``[],`` takes three of the text; a header has ten for a tensor."""
+
+_SHOWN_CHARACTERS = 200
+"""Of a key in a message."""
+
 BLOCK_BYTES = 1 << 22
 """Read at once, where a whole file or tensor passes by."""
 
@@ -498,17 +504,23 @@ def parse_json(text: bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON or no UTF-8, or a table names a key twice.
+        ValueError: it is no JSON or no UTF-8, has too many values to be meant, or a table names a key twice.
+        RecursionError: it is nested too deeply.
     """
+    n_values = sum(map(text.count, (b",", b"[", b"{")))
+    if n_values > _MAX_JSON_VALUES:
+        raise ValueError(f"some {n_values} values, expected {_MAX_JSON_VALUES} at most")
     return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key[:_SHOWN_CHARACTERS]!r} stands twice")
+            seen.add(key)
     return table
 
 

@@ -15,6 +15,7 @@ import resource
 import shutil
 import struct
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -505,6 +506,29 @@ def _bare_pickle(place: Place) -> None:
     (place.adapter / "adapter_model.bin").write_bytes(pickle.dumps(_Bomb()))
 
 
+def _shared_key(place: Place) -> None:
+    """Write a pickle whose table has a tuple as a key that holds itself twice, and so on: hashed, it takes for ever."""
+    twice = b"".join(b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(60))
+    _pickle_of(place, b"\x80\x02}()q\x00" + twice + b"K\x01u.")
+
+
+def _deep_key(place: Place) -> None:
+    _pickle_of(place, b"\x80\x02}()" + b"\x85" * 1_000_000 + b"K\x01u.")
+
+
+def _pickle_of(place: Place, content: bytes) -> None:
+    (place.adapter / ADAPTER).unlink()
+    with zipfile.ZipFile(place.adapter / "adapter_model.bin", "w") as archive:
+        archive.writestr("adapter_model/data.pkl", content)
+
+
+def _many_keys(place: Place) -> None:
+    """Write a configuration with a hundred thousand keys, the last of them twice."""
+    path = place.adapter / "adapter_config.json"
+    keys = "".join(f', "k{n}": 0' for n in range(100_000))
+    path.write_text(path.read_text().rstrip().removesuffix("}") + keys + ', "k99999": 0}')
+
+
 def _lying_dtype(place: Place) -> None:
     content = place.shard().read_bytes()
     assert b'"BF16"' in content
@@ -538,6 +562,7 @@ HOSTILE = (
     Fault("the index maps to no name", "is mapped to 7, expected a file name", exits.RESOLVE, _mapped_to(7)),
     Fault("the index has ten million entries", "{base}/model.safetensors.index.json: has 2", exits.RESOLVE, _huge_index),
     Fault("the index names a tensor twice", "stands twice", exits.RESOLVE, _doubled_key),
+    Fault("one of a hundred thousand keys stands twice", "the key 'k99999' stands twice", exits.RESOLVE, _many_keys),
     Fault("JSON is nested without end", "{base}/config.json: is not valid JSON", exits.RESOLVE, _deep_json),
     Fault("a number has a hundred thousand digits", "{adapter}/adapter_config.json: is not valid JSON", exits.RESOLVE, _long_number),
     Fault("a header claims more than its file", "header: claims 4611686018427387904 bytes, expected at most", exits.RESOLVE, _shard_of({}, length=1 << 62)),
@@ -559,6 +584,8 @@ HOSTILE = (
     Fault("a .bin file runs code", "posix.system", exits.RESOLVE, _pickled_code),
     Fault("an adapter is a bare pickle that runs code", "{adapter}/adapter_model.bin: ", exits.RESOLVE, _bare_pickle),
     Fault("a tensor's name has a line of its own", "\\nerror: all is well", exits.PLAN, _renamed("base_model.model.x\nerror: all is well.lora_A.weight")),
+    Fault("a pickle has a key that takes for ever to hash", "holds a value of type tuple as a name", exits.RESOLVE, _shared_key),
+    Fault("a pickle has a key that is nested a million times", "holds a value of type tuple as a name", exits.RESOLVE, _deep_key),
     Fault("a tensor's name steers the terminal", "\\x1b]0;owned\\x07", exits.PLAN, _renamed(f"base_model.model.{ESCAPE}.lora_A.weight")),
     Fault("target_modules explodes", "target_modules: '(.+)+(.+)+(.+)+!' takes more than", exits.PLAN, _config(target_modules="(.+)+(.+)+(.+)+!")),
     Fault("exclude_modules explodes", "exclude_modules: ", exits.PLAN, _config(exclude_modules="(.*.*)*.*(.*.*)*!")),

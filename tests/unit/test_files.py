@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import struct
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -245,3 +247,35 @@ def test_an_output_that_is_a_link_keeps_its_own_name(tmp_path):
 def test_a_text_that_is_no_path_is_an_error_with_a_sentence(take, text, words):
     with pytest.raises(ResolveError, match=words):
         take(text)
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path):
+    path = tmp_path / "config.json"
+    keys = "".join(f'"k{n}": 0, ' for n in range(200_000))
+    path.write_text("{" + keys + '"k199999": 0}')
+    began = time.process_time()
+
+    with pytest.raises(CheckpointError, match="the key 'k199999' stands twice"):
+        files.read_json(path)
+
+    assert time.process_time() - began < 10  # by counting each, an hour
+
+
+def test_a_key_that_stands_twice_is_shown_by_its_beginning(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(f'{{"{"k" * 100_000}": 0, "{"k" * 100_000}": 0}}')
+    with pytest.raises(CheckpointError, match="stands twice") as caught:
+        files.read_json(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_json_of_more_values_than_are_meant_is_refused_before_it_is_parsed(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [' + "[]," * 17_000_000 + "0]}")
+    tracemalloc.start()
+
+    with pytest.raises(CheckpointError, match=r"some 3[0-9]{7} values, expected 16000000 at most"):
+        files.read_json(path)
+
+    assert tracemalloc.get_traced_memory()[1] < 300 << 20
+    tracemalloc.stop()
