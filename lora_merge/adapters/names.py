@@ -10,7 +10,7 @@ from lora_merge.core.adapter import Reason, Replacement
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error
-from lora_merge.core.targets import is_saved
+from lora_merge.core.targets import saved_among
 from lora_merge.core.tensor import TensorRef
 
 if TYPE_CHECKING:
@@ -192,7 +192,8 @@ def _file_away(found: Sorted, name: str, ref: TensorRef, config: Mapping[str, An
 
 def reason(module: str, parameter: str, config: Mapping[str, Any]) -> Reason:
     """Return what in the configuration explains a whole parameter in the file."""
-    if any(is_saved(module, entry) for entry in config.get("modules_to_save") or ()):
+    entries = config.get("modules_to_save") or ()
+    if saved_among(frozenset(entries), (module,)):
         return "module"
     if parameter == "bias" and config.get("bias", "none") != "none":
         return "bias"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lora_merge.adapters.spelling import canonical
 from lora_merge.adapters.values import non_finite
 from lora_merge.core.adapter import Replacement
-from lora_merge.core.patterns import TargetError, compile_pattern, full_match
+from lora_merge.core.patterns import TargetError, patterns_of
 from lora_merge.core.report import Issue, error, note
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
@@ -148,8 +148,7 @@ def _patterns(value: object) -> list[str]:
     """
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise TargetError("extra_state_keys", f"is {value!r}, expected a list of regular expressions")
-    for pattern in value:
-        compile_pattern("extra_state_keys", pattern)
+    patterns_of("extra_state_keys", tuple(value), "whole").check()
     return value
 
 
@@ -157,11 +156,8 @@ def _unasked(refs: tuple[TensorRef, ...], patterns: list[str] | None) -> list[Is
     """Return an issue for each tensor that no regex asks for."""
     if patterns is None:
         return []
-    strays = [
-        ref.name
-        for ref in refs
-        if not any(full_match("extra_state_keys", pattern, ref.name) for pattern in patterns)
-    ]
+    meant = patterns_of("extra_state_keys", tuple(patterns), "whole")
+    strays = [ref.name for ref in refs if not meant.matching(ref.name)]
     hint = "the config does not belong to these tensors"
     return [
         error("unexpected-tensor", name, "is an extra state that extra_state_keys does not match", hint)

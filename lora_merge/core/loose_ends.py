@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.scaling import Scaling
-from lora_merge.core.targets import is_saved
+from lora_merge.core.targets import saved_among
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,8 +42,9 @@ class LooseEnd:
 def unsaved(adapter: Adapter) -> list[LooseEnd]:
     """Return each entry of ``modules_to_save`` without a tensor."""
     entries = adapter.config.get("modules_to_save") or []
-    owners = [parameter.rpartition(".")[0] for parameter in adapter.replacements]
-    absent = [entry for entry in entries if not any(is_saved(owner, entry) for owner in owners)]
+    owners = {parameter.rpartition(".")[0] for parameter in adapter.replacements}
+    answered = saved_among(frozenset(entries), owners)
+    absent = [entry for entry in entries if entry not in answered]
     alternatives = any(set(entries) >= heads and set(absent) < heads for heads in _HEADS if len(heads) > 1)
     if alternatives:
         absent = [entry for entry in absent if not any(entry in heads for heads in _HEADS)]
@@ -83,5 +85,8 @@ def without_base(adapter: Adapter) -> list[Issue]:
     hint = "give its base with --base to see whether the base has such a module"
     ends = unsaved(adapter)
     if adapter.kind == "LORA" and not adapter.stacked and adapter.deltas:
-        ends += unmatched_patterns(adapter, adapter.modules)
+        try:
+            ends += unmatched_patterns(adapter, adapter.modules)
+        except TargetError as exc:
+            return [error("bad-field", exc.field, exc.sentence)]
     return [warning(end.code, end.field, end.sentence, hint) for end in ends]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.patterns import TargetError, compile_pattern
+from lora_merge.core.patterns import TargetError, patterns_of
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.targets import matching_patterns
 from lora_merge.words import listing
@@ -80,12 +80,13 @@ class Scaling:
     def unmatched(self, modules: Iterable[str]) -> list[tuple[str, str]]:
         """Return ``(field, key)`` of each pattern that no module answers to."""
         known = tuple(modules)
-        return [
-            (field, key)
-            for field, table in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas))
-            for key in table
-            if not any(matching_patterns({key: 0}, module, field) for module in known)
-        ]
+        loose = []
+        for field, table in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
+            keys = tuple(table)
+            patterns = patterns_of(field, keys, "end")
+            answered = {at for module in known for at in patterns.matching(module)}
+            loose += [(field, key) for at, key in enumerate(keys) if at not in answered]
+        return loose
 
 
 def number(config: Mapping[str, Any], field: str, default: float) -> float:
@@ -106,6 +107,5 @@ def _pattern_table(config: Mapping[str, Any], field: str) -> dict[str, float]:
     table = config.get(field) or {}
     if not isinstance(table, dict):
         raise TargetError(field, f"is {table!r}, expected a table of pattern → number")
-    for key in table:
-        compile_pattern(field, f"(.*\\.)?({key})$")
+    patterns_of(field, tuple(table), "end").check()
     return {key: number(table, key, 0) for key in table}

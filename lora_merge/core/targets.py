@@ -7,16 +7,21 @@ against PEFT's on generated module trees.
 from __future__ import annotations
 
 import re
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_merge.core.patterns import TargetError, compile_pattern, full_match, match
+from lora_merge.core.patterns import TargetError, patterns_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 ALL_LINEAR = "all-linear"
 """PEFT's shorthand: every linear layer but the output embedding; any case."""
+
+_MOST_DIGITS = 18
+"""Of the number of a layer."""
 
 Value = TypeVar("Value")
 Names = str | tuple[str, ...] | None
@@ -48,18 +53,17 @@ class TargetRule:
         ):
             raise TargetError("layers_to_transform", f"is {layers!r}, expected a number or a list of numbers")
         patterns = _names(config, "layers_pattern") or ()
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            compile_pattern("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.")
         rule = cls(
             target_modules=_names(config, "target_modules"),
             exclude_modules=_names(config, "exclude_modules"),
             layers_to_transform=tuple(layers) if layers else None,
             layers_pattern=(patterns,) if isinstance(patterns, str) else patterns,
         )
+        patterns_of("layers_pattern", rule.layers_pattern, "layer").check()
         if isinstance(rule.target_modules, str) and not rule.all_linear:
-            compile_pattern("target_modules", rule.target_modules)
+            patterns_of("target_modules", (rule.target_modules,), "whole").check()
         if isinstance(rule.exclude_modules, str):
-            compile_pattern("exclude_modules", rule.exclude_modules)
+            patterns_of("exclude_modules", (rule.exclude_modules,), "whole").check()
         return rule
 
     @property
@@ -73,8 +77,24 @@ class TargetRule:
         if not excluded:
             return False
         if isinstance(excluded, str):
-            return full_match("exclude_modules", excluded, module) is not None
-        return is_listed(module, excluded)
+            return bool(patterns_of("exclude_modules", (excluded,), "whole").matching(module))
+        return is_listed(module, _set_of(excluded))
+
+    def learn(self, modules: Iterable[str]) -> None:
+        """Hold many modules against the regexes at once, which takes less time than one after the other.
+
+        Raises:
+            TargetError: that takes longer than the limit.
+        """
+        names = tuple(modules)
+        for field, value in (
+            ("target_modules", self.target_modules),
+            ("exclude_modules", self.exclude_modules),
+        ):
+            if isinstance(value, str) and not (field == "target_modules" and self.all_linear):
+                patterns_of(field, (value,), "whole").learn(names)
+        if self.layers_to_transform is not None:
+            patterns_of("layers_pattern", self.layers_pattern, "layer").learn(names)
 
     def matches(self, module: str) -> bool:
         """Return True when PEFT would adapt a module of this path.
@@ -91,34 +111,34 @@ class TargetRule:
         if targets is None:
             return False
         if isinstance(targets, str):
-            return self.all_linear or full_match("target_modules", targets, module) is not None
-        if module in targets:  # an exact path is not filtered by layer
+            if self.all_linear:
+                return True
+            return bool(patterns_of("target_modules", (targets,), "whole").matching(module))
+        known = _set_of(targets)
+        if module in known:  # an exact path is not filtered by layer
             return True
-        return is_listed(module, targets) and self._in_layers(module)
+        return is_listed(module, known) and self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
         """Return True when ``layers_to_transform`` lets the module's layer through."""
         if self.layers_to_transform is None:
             return True
         # The lazy prefix finds the first number, the layer's, not an expert's.
-        found = [
-            match("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module, pattern)
-            for pattern in self.layers_pattern
-        ] or [re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)]
-        first = next((one for one in found if one), None)
-        return (
-            first is not None and first["idx"] is not None and int(first["idx"]) in self.layers_to_transform
-        )
+        if self.layers_pattern:
+            number = patterns_of("layers_pattern", self.layers_pattern, "layer").layer(module)
+        else:
+            found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+            number = found["idx"] if found else None
+        if number is None or len(number) > _MOST_DIGITS:
+            return False
+        return int(number) in _set_of(self.layers_to_transform)
 
     def unmatched_targets(self, modules: frozenset[str]) -> tuple[str, ...]:
         """Return the entries of a ``target_modules`` list that none of the modules answers to."""
         if not isinstance(self.target_modules, tuple):
             return ()
-        return tuple(
-            entry
-            for entry in self.target_modules
-            if not any(is_listed(module, (entry,)) for module in modules)
-        )
+        answered = listed_among(_set_of(self.target_modules), modules)
+        return tuple(entry for entry in self.target_modules if entry not in answered)
 
 
 def matching_patterns(patterns: Mapping[str, Value], module: str, field: str = "pattern") -> dict[str, Value]:
@@ -134,16 +154,32 @@ def matching_patterns(patterns: Mapping[str, Value], module: str, field: str = "
     Reference:
         ``peft.utils.other.get_pattern_key`` (PEFT 0.21.2).
     """
-    return {
-        key: value
-        for key, value in patterns.items()
-        if match(field, rf"(.*\.)?({key})$", module, key) is not None
-    }
+    keys = tuple(patterns)
+    return {keys[at]: patterns[keys[at]] for at in patterns_of(field, keys, "end").matching(module)}
 
 
 def is_listed(module: str, names: Iterable[str]) -> bool:
-    """Return True when a module's path is one of the names, or ends in one at a dot."""
+    """Return True when a module's path is one of the names, or ends in one at a dot.
+
+    A set of names is not gone through, however many they are.
+    """
+    if isinstance(names, AbstractSet):
+        return any(end in names for end in _ends(module))
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def listed_among(names: AbstractSet[str], modules: Iterable[str]) -> set[str]:
+    """Return which of the names some module's path is, or ends in at a dot."""
+    return {end for module in modules for end in _ends(module) if end in names}
+
+
+def _ends(path: str) -> Iterator[str]:
+    """Yield a path, and what follows each of its dots."""
+    yield path
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
 
 
 def is_saved(module: str, entry: str) -> bool:
@@ -152,8 +188,33 @@ def is_saved(module: str, entry: str) -> bool:
     Reference:
         ``peft.utils.other._set_trainable`` (PEFT 0.21.2), which asks for no dot before the entry.
     """
-    parts = module.split(".")
-    return any(".".join(parts[:n]).endswith(entry) for n in range(1, len(parts) + 1))
+    return bool(saved_among(frozenset({entry}), (module,)))
+
+
+def saved_among(entries: AbstractSet[str], modules: Iterable[str]) -> set[str]:
+    """Return which entries of ``modules_to_save`` mean some module or one that holds it; as `is_saved`, for many."""
+    lengths = sorted({len(entry) for entry in entries})
+    found: set[str] = set()
+    for module in modules:
+        for parent in _parents(module):
+            ends = (parent[len(parent) - n :] for n in lengths if n <= len(parent))
+            found.update(end for end in ends if end in entries)
+    return found
+
+
+def _parents(path: str) -> Iterator[str]:
+    """Yield what precedes each dot of a path, and the path."""
+    at = path.find(".")
+    while at >= 0:
+        yield path[:at]
+        at = path.find(".", at + 1)
+    yield path
+
+
+@lru_cache(maxsize=32)
+def _set_of(values: tuple[Value, ...]) -> frozenset[Value]:
+    """Return the same values as a set, made once for all that is asked of it."""
+    return frozenset(values)
 
 
 def _names(config: Mapping[str, Any], field: str) -> Names:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES
 from lora_merge.core.family_targets import is_rewritten
+from lora_merge.core.patterns import patterns_of
 from lora_merge.core.report import Issue, note, warning
-from lora_merge.core.targets import is_listed, matching_patterns
+from lora_merge.core.targets import listed_among
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Sequence
+    from collections.abc import Set as AbstractSet
 
     from lora_merge.core.loose_ends import LooseEnd
     from lora_merge.plan.model import Model
@@ -40,31 +42,36 @@ class Absent:
         """Return an error for each entry that the base has something for, and one note for the others of a field."""
         found: list[Issue] = []
         lacking: dict[str, list[str]] = {}
+        by_field: dict[str, list[LooseEnd]] = {}
         for end in ends:
-            has = self._has(end)
-            if has == "nothing":
-                lacking.setdefault(end.field, []).append(end.entry)
-            elif has == "experts":
-                found.append(_untouched_experts(end))
-            else:
-                found.append(end.issue())
+            by_field.setdefault(end.field, []).append(end)
+        for field, own in by_field.items():
+            meant = _Meant(field, [end.entry for end in own])
+            in_model, stored = self._in_model(meant), self._stored(meant)
+            for end in own:
+                has = self._has(end, in_model, stored.get(end.entry, []))
+                if has == "nothing":
+                    lacking.setdefault(field, []).append(end.entry)
+                elif has == "experts":
+                    found.append(_untouched_experts(end))
+                else:
+                    found.append(end.issue())
         return found + [_skipped(field, entries) for field, entries in lacking.items()]
 
-    def _has(self, end: LooseEnd) -> str:
+    def _has(self, end: LooseEnd, in_model: AbstractSet[str], matching: list[str]) -> str:
         """Return ``"module"``, ``"experts"`` or ``"nothing"``: what the base has for an entry.
 
         ``"experts"`` are modules on disk that transformers makes one parameter of, which PEFT skips.
+
+        Args:
+            in_model: the entries that mean something in transformers' model.
+            matching: names of the stored tensors that this one means.
         """
-        is_meant = _meaning(end)
-        if self._model.skeleton is None and end.entry in INPUT_NAMES | OUTPUT_NAMES:
-            return "module"  # one that is tied is not stored
-        if self._in_model(is_meant, end):
-            return "module"
-        stored = self._modules if end.field != "target_parameters" else {}
-        stored = stored | (self._parameters if end.field in _OF_PARAMETERS else {})
-        matching = [name for path, name in stored.items() if is_meant(path)]
         if self._model.skeleton is None:
-            return "module" if matching else "nothing"
+            # An embedding that is tied is not stored.
+            return "module" if matching or end.entry in INPUT_NAMES | OUTPUT_NAMES else "nothing"
+        if end.entry in in_model:
+            return "module"
         taken = self._names.taken
         loaded = [name for name in matching if name not in taken and self._model.knows(name)]
         if not loaded:
@@ -75,17 +82,31 @@ class Absent:
         is_skipped = in_parts and end.field == "target_modules" and not is_rewritten(self._family)
         return "experts" if is_skipped else "module"
 
-    def _in_model(self, is_meant: Callable[[str], bool], end: LooseEnd) -> bool:
-        """Return True when a module or parameter of transformers' model is meant, by its own name or by the adapter's."""
+    def _in_model(self, meant: _Meant) -> AbstractSet[str]:
+        """Return the entries that mean a module or parameter of transformers' model, by its own name or by the adapter's."""
         known = self._model.skeleton
         if known is None:
-            return False
-        parameters = (f"{path}.{name}" for path, own in known.parameters.items() for name in own)
-        if end.field in _OF_PARAMETERS and any(map(is_meant, parameters)):
-            return True
-        if end.field == "target_parameters":
-            return False
-        return any(map(is_meant, known.classes)) or self._model.module(end.entry) in known.classes
+            return frozenset()
+        found: set[str] = set()
+        if meant.field in _OF_PARAMETERS:
+            for path, own in known.parameters.items():
+                for name in own:
+                    found |= meant.by(f"{path}.{name}")
+        if meant.field == "target_parameters":
+            return found
+        for path in known.classes:
+            found |= meant.by(path)
+        return found | {entry for entry in meant.entries if self._model.module(entry) in known.classes}
+
+    def _stored(self, meant: _Meant) -> dict[str, list[str]]:
+        """Return the names of the stored tensors that each entry means."""
+        stored = self._modules if meant.field != "target_parameters" else {}
+        stored = stored | (self._parameters if meant.field in _OF_PARAMETERS else {})
+        found: dict[str, list[str]] = {}
+        for path, name in stored.items():
+            for entry in meant.by(path):
+                found.setdefault(entry, []).append(name)
+        return found
 
     @property
     def _family(self) -> str:
@@ -109,13 +130,32 @@ class Absent:
         return {f"{self._names.in_adapter(owner)}.{last}": name for name, owner, last in split}
 
 
-def _meaning(end: LooseEnd) -> Callable[[str], bool]:
-    """Return what tells whether a path is meant by an entry."""
-    if end.field == "modules_to_save":
-        return lambda path: path.endswith(end.entry)
-    if end.field in {"rank_pattern", "alpha_pattern"}:
-        return lambda path: bool(matching_patterns({end.entry: 0}, path, end.field))
-    return lambda path: is_listed(path, (end.entry,))
+class _Meant:
+    """Entries of one field, and which of them mean a path.
+
+    Args:
+        field: that they are from.
+        entries: without a tensor of the adapter.
+    """
+
+    def __init__(self, field: str, entries: Sequence[str]) -> None:
+        self.field, self.entries = field, entries
+        self._known = frozenset(entries)
+        self._lengths = {len(entry) for entry in entries}
+
+    def by(self, path: str) -> set[str]:
+        """Return the entries that mean a path; it takes no longer where they are many.
+
+        Raises:
+            TargetError: they are patterns that take too long.
+        """
+        if self.field == "modules_to_save":
+            ends = (path[len(path) - n :] for n in self._lengths if n <= len(path))
+            return {end for end in ends if end in self._known}
+        if self.field in {"rank_pattern", "alpha_pattern"}:
+            patterns = patterns_of(self.field, tuple(self.entries), "end")
+            return {self.entries[at] for at in patterns.matching(path)}
+        return listed_among(self._known, (path,))
 
 
 def _skipped(field: str, entries: list[str]) -> Issue:

@@ -75,7 +75,10 @@ class Fitting:
         for delta in layered:
             self._located[delta.target] = Located(delta.rule, (Place(delta.parameter),))
         names = Names(self._model, self._located)
-        self.issues += Absent(self._model, names).issues(ends) if ends else []
+        try:
+            self.issues += Absent(self._model, names).issues(ends) if ends else []
+        except TargetError as exc:
+            self.issues.append(error("bad-field", exc.field, exc.sentence))
         if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
             self.issues += names.several_rewritings() + names.named_twice()
             try:

@@ -10,7 +10,7 @@ from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.checkpoint import patched_config
 from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, parents, sort_by_module
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
-from lora_merge.core.patterns import TargetError, full_match
+from lora_merge.core.patterns import TargetError, patterns_of
 from lora_merge.core.report import Issue, error
 from lora_merge.core.targets import matching_patterns
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
@@ -20,11 +20,12 @@ from lora_merge.plan.rules import resolved_rule
 from lora_merge.plan.vocabulary import vocabulary_patch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from lora_merge.core.adapter import Adapter, AdapterUse
+    from lora_merge.core.targets import TargetRule
     from lora_merge.core.tensor import TensorRef
     from lora_merge.plan.model import Model
 
@@ -114,7 +115,7 @@ class _Join:
         rule = resolved_rule(self._adapter, self._model)
         as_stored = self._tensors.keys() == self._adapter.layered.keys()
         if as_stored and (rule.all_linear or not isinstance(rule.target_modules, str)):
-            return config
+            return _reduced(config, rule, tuple(self._model.skeleton.classes if self._model.skeleton else ()))
         classes = self._model.skeleton.classes if self._model.skeleton else {}
         modules = self._own_paths
         for ours, theirs in zip(self._tensors, self._adapter.layered, strict=True):
@@ -257,6 +258,37 @@ def changed_parameters(adapter: Adapter, target: Target) -> tuple[str, ...]:
     return tuple(name for name in target.parameters if not name.endswith("bias"))
 
 
+def _reduced(config: Mapping[str, Any], rule: TargetRule, paths: Sequence[str]) -> Mapping[str, Any]:
+    """Return a configuration without the patterns that mean no module: PEFT tries each on each, without a limit of time.
+
+    The others have been matched once when this returns, so that they end in PEFT too.
+
+    Args:
+        config: the adapter's.
+        rule: of its targets.
+        paths: of the model's modules.
+
+    Raises:
+        TargetError: a field has a value that PEFT could not use, or would take too long over.
+    """
+    rule.learn(paths)
+    meant = config.get("feedforward_modules")
+    if isinstance(meant, str):
+        patterns_of("feedforward_modules", (meant,), "whole").learn(paths)
+    fields: dict[str, Any] = {}
+    for field, table in config.items():
+        if field.endswith("_pattern") and isinstance(table, dict):
+            patterns = patterns_of(field, tuple(table), "end")
+            patterns.learn(paths)
+            hits = {at for path in paths for at in patterns.matching(path)}
+            fields[field] = {key: table[key] for at, key in enumerate(table) if at in hits}
+    if len(rule.layers_pattern) > 1:
+        patterns = patterns_of("layers_pattern", rule.layers_pattern, "layer")
+        hits = {at for path in paths for at in patterns.matching(path)} or {0}
+        fields["layers_pattern"] = [one for at, one in enumerate(rule.layers_pattern) if at in hits]
+    return {**config, **fields} if fields else config
+
+
 def _by_module(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
     """Return the other fields of a configuration that mean modules by their names, with the modules that they mean.
 
@@ -281,7 +313,7 @@ def _by_module(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[st
             path
             for path, own in modules.items()
             if (
-                full_match("feedforward_modules", meant, own)
+                patterns_of("feedforward_modules", (meant,), "whole").matching(own)
                 if isinstance(meant, str)
                 else own.endswith(tuple(meant))
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.family_targets import family_targets
 from lora_merge.core.loose_ends import LooseEnd
 from lora_merge.core.report import Issue, error, warning
-from lora_merge.core.targets import TargetRule, is_listed
+from lora_merge.core.targets import TargetRule, is_listed, listed_among
 from lora_merge.plan.absent import Absent
 from lora_merge.words import of_several
 
@@ -81,6 +81,7 @@ def _by_module(adapter: Adapter) -> frozenset[str]:
 
 def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model) -> list[Issue]:
     """Return an issue for each module that has tensors and is not targeted."""
+    rule.learn(modules)
     known = model.skeleton if rule.all_linear else None
     allowed = known.all_linear() if known else None
     issues = []
@@ -116,9 +117,10 @@ def _unmatched(
         )
         for entry in unmatched
     ]
-    for entry in map(str, adapter.config.get("target_parameters") or ()):
-        found = any(is_listed(parameter, (entry,)) for parameter in names.parameters)
-        if not found and names.has_modules(adapter.stacked):
+    entries = tuple(map(str, adapter.config.get("target_parameters") or ()))
+    answered = listed_among(frozenset(entries), names.parameters) if entries else set()
+    for entry in entries:
+        if entry not in answered and names.has_modules(adapter.stacked):
             words = f"the entry {entry!r} matches none of the adapter's tensors, and the base has it"
             ends.append(LooseEnd("target_parameters", entry, "unmatched-target", words, hint))
     return Absent(model, names).issues(ends) if ends else []
@@ -135,21 +137,24 @@ def _left_out(rule: TargetRule, model: Model, names: Names) -> frozenset[str]:
     PEFT saves ``"all-linear"`` expanded, with the modules that ``exclude_modules`` takes out again.
     """
     stored = (name.removesuffix(".weight") for name in model.sources if name.endswith(".weight"))
-    modules = map(names.in_adapter, stored)
+    modules = tuple(map(names.in_adapter, stored))
+    rule.learn(modules)
     return frozenset(module for module in modules if not rule.matches(module))
 
 
 def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     """Return an issue for each layer that the configuration targets and the adapter lacks."""
     settled = adapter.modules | _rankless(adapter)
-    candidates = {
+    lacking = {
         module: own
         for name, ref in model.sources.items()
         if name.endswith(".weight") and len(ref.shape) >= 2 and name not in names.taken
         for module in [name.removesuffix(".weight")]
         for own in [names.in_adapter(module)]
-        if own not in settled and rule.matches(own) and not (model.tie and name == model.tie.head)
+        if own not in settled and not (model.tie and name == model.tie.head)
     }
+    rule.learn(lacking.values())
+    candidates = {module: own for module, own in lacking.items() if rule.matches(own)}
     experts = [module for module in names.absent_experts() if rule.matches(module)]
     if not candidates and not experts:
         return []
@@ -190,11 +195,8 @@ def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Is
     Reference:
         ``peft.tuners.tuners_utils.BaseTuner._inject_parameters`` (PEFT 0.21.2).
     """
-    entries = [
-        entry
-        for entry in map(str, adapter.config.get("target_parameters") or ())
-        if any(is_listed(parameter, (entry,)) for parameter in names.parameters)
-    ]
+    wanted = frozenset(map(str, adapter.config.get("target_parameters") or ()))
+    entries = listed_among(wanted, names.parameters) if wanted else set()
     known = model.skeleton if entries else None
     if known is None:
         return []

@@ -590,6 +590,8 @@ HOSTILE = (
     Fault("target_modules explodes", "target_modules: '(.+)+(.+)+(.+)+!' takes more than", exits.PLAN, _config(target_modules="(.+)+(.+)+(.+)+!")),
     Fault("exclude_modules explodes", "exclude_modules: ", exits.PLAN, _config(exclude_modules="(.*.*)*.*(.*.*)*!")),
     Fault("rank_pattern explodes", "rank_pattern: ", exits.PLAN, _config(rank_pattern={"(.+)+(.+)+(.+)+!": 8})),
+    Fault("target_modules takes all memory", "takes too much memory to compile or to match", exits.PLAN, _config(target_modules="(?:a?){4000000000}")),
+    Fault("thousands of patterns explode together", "takes more than", exits.PLAN, _config(alpha_pattern={f"x{n}(.+)+!": 8 for n in range(5000)} | {"(.+)+(.+)+(.+)+!": 8})),
     Fault("target_modules is no regular expression", "is not a regular expression", exits.PLAN, _config(target_modules="(q_proj")),
     Fault("target_modules is of absurd length", "target_modules: has 300000 characters", exits.PLAN, _config(target_modules="a" * 300_000)),
     Fault("a factor has a shape of its own", " is (", exits.PLAN, _replaced_by((4, 1 << 20))),
