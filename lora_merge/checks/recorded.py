@@ -9,6 +9,7 @@ from lora_merge.core.report import error, warning
 from lora_merge.core.tensor import shape_text
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import file_digest
+from lora_merge.io.side_files import MAX_SIDE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,8 +51,9 @@ def _files(output: Output, manifest: Manifest) -> Iterator[Issue]:
         if name not in output.names:
             yield error("missing-file", name, "was part of the output and is not there")
             continue
+        path = Path(output.root, name)
         try:
-            found = file_digest(Path(output.root, name))
+            found = file_digest(path, MAX_SIDE_BYTES)
         except CheckpointError as exc:
             yield error("broken-file", name, str(exc))
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_merge.core.tensor import TensorRef
@@ -126,7 +126,10 @@ class Output:
     """The safetensors files at the top, and those that the index names."""
 
     broken: Mapping[str, str]
-    """What is wrong with the files of these that cannot be read."""
+    """What is wrong with files that cannot be read: of these, or what is no file at all (a pipe, a device)."""
+
+    outside: Mapping[str, str] = field(default_factory=dict)
+    """Of these files, those that are links out of the directory, and where to."""
 
     def tensors(self) -> dict[str, TensorRef]:
         """Return every tensor by its name; the references name files by their full paths."""

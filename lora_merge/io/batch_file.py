@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,9 @@ from lora_merge.core.batch import Job
 from lora_merge.core.inputs import adapter_texts, shown
 from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
 from lora_merge.errors import RequestError, ResolveError
-from lora_merge.io.files import is_directory, output_path, user_path
+from lora_merge.io.files import output_path
 from lora_merge.io.request_file import close_hint, parse_yaml, validated
+from lora_merge.io.wildcards import WILD, matches
 
 if TYPE_CHECKING:
     import yaml
@@ -26,7 +26,9 @@ _CONVERT_KEYS = (frozenset(field.name for field in fields(ConvertRequest)) - {"a
 _OWN_KEYS = frozenset({"name", "matrix", "convert"})
 _TOP_KEYS = ("defaults", "jobs")
 
-_WILD = re.compile(r"[*?\[]")
+MAX_JOBS = 10_000
+"""Of a batch."""
+
 _FIELD = re.compile(r"\{(\w*)\}")
 
 _SPELT = {"adapter": "convert", "serving": "for"}
@@ -70,7 +72,12 @@ def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[J
             )
     defaults, own_lines = _defaults(path, values, node)
     entries = _entries(path, values, node, own_lines)
-    jobs = [job for entry in entries for job in _jobs(entry, defaults, overrides or {})]
+    jobs = []
+    for entry in entries:
+        for job in _jobs(entry, defaults, overrides or {}):
+            jobs.append(job)
+            if len(jobs) > MAX_JOBS:
+                raise entry.error("jobs", f"stands for more than {MAX_JOBS} jobs, with those before it")
     _check_apart(path, jobs)
     return tuple(jobs)
 
@@ -155,8 +162,16 @@ def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
     for key, values in matrix.items():
         if not isinstance(values, list) or not values:
             raise entry.error("matrix", f"has no list for {key}, expected a table of key → list of values")
+    _check_count(entry, "matrix", [len(values) for values in matrix.values()])
     for values in product(*matrix.values()):
         yield dict(zip(matrix, values, strict=True))
+
+
+def _check_count(entry: _Entry, key: str, counts: list[int]) -> None:
+    """Raise where an entry stands for more jobs than a batch can have, before they are made."""
+    if prod(counts) > MAX_JOBS:
+        sentence = f"stands for {' × '.join(map(str, counts))} jobs, expected {MAX_JOBS} at most"
+        raise entry.error(key, sentence)
 
 
 def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
@@ -176,11 +191,12 @@ def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str,
     found = {}
     for key, pattern in patterns.items():
         try:
-            found[key] = _matches(pattern)
+            found[key] = matches(pattern, _placed(pattern))
         except ResolveError as exc:
             raise entry.error(key, str(exc), exc.hint) from exc
         if not found[key]:
             raise entry.error(key, f"{pattern} matches no directory")
+    _check_count(entry, next(iter(found), ""), [len(places) for places in found.values()])
     for chosen in product(*found.values()):
         words = [word for _, captured in chosen for word in captured]
         paths = dict(zip(found, (path for path, _ in chosen), strict=True))
@@ -188,48 +204,7 @@ def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str,
 
 
 def _is_wild(text: str) -> bool:
-    return bool(_WILD.search(text)) and not Path(text).exists()
-
-
-def _matches(pattern: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the directories that a pattern matches, in the order of their numbers, and what each wildcard stands for.
-
-    A weight behind it stays there: ``runs/*:0.5``.
-    """
-    place = _placed(pattern)
-    behind = pattern[len(place) :]
-    place = str(user_path(place))
-    rule = re.compile(_captured(place))
-    found = []
-    for path in glob.glob(place, recursive=True):  # noqa: PTH207 - of any root, and ** follows no rule of Path
-        match = rule.fullmatch(path.rstrip("/"))
-        if match and is_directory(Path(path)):
-            found.append((path.rstrip("/") + behind, match.groups("")))
-    return sorted(
-        found,
-        key=lambda one: [
-            (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", one[0])
-        ],
-    )
-
-
-def _captured(pattern: str) -> str:
-    """Return a regular expression whose groups are a glob's wildcards.
-
-    Example:
-        >>> re.fullmatch(_captured("runs/*/checkpoint-*"), "runs/a/checkpoint-10").groups()
-        ('a', '10')
-    """
-    parts = re.split(r"(\*\*/?|\*|\?|\[!?\]?[^\]]*\])", pattern.rstrip("/"))
-    return "".join(re.escape(part) if n % 2 == 0 else _group(part) for n, part in enumerate(parts))
-
-
-def _group(wildcard: str) -> str:
-    if wildcard.startswith("**"):
-        return "(?:(.*)/)?" if wildcard.endswith("/") else "(.*)"
-    if wildcard.startswith("["):
-        return f"({fnmatch.translate(wildcard)[:-2]})"  # without its \Z
-    return "([^/]*)" if wildcard == "*" else "([^/])"
+    return bool(WILD.search(text)) and not Path(text).exists()
 
 
 def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> Job:
@@ -331,6 +306,9 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
     """Raise where two jobs have one name or one output, or one writes what another reads."""
     names: dict[str, Job] = {}
     outs: dict[Path, Job] = {}
+    above: dict[Path, Job] = {}
+    """Directories that an output lies in."""
+
     for job in jobs:
         if job.name in names:
             sentence = f"is {job.name} a second time (first on line {names[job.name].line})"
@@ -338,11 +316,12 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
         names[job.name] = job
         out = _path(file, job, "out", job.request.out)
         other = next((outs[path] for path in (out, *out.parents) if path in outs), None)
-        other = other or next((found for path, found in outs.items() if out in path.parents), None)
+        other = other or above.get(out)
         if other is not None:
             sentence = f"{job.request.out} is the output of {other.name} (line {other.line}), or lies in it"
             raise RequestError(file, job.line, "out", sentence, hint="give every job an output of its own")
         outs[out] = job
+        above |= dict.fromkeys(out.parents, job)
     for job in jobs:
         for key, text in _inputs(job):
             path = _path(file, job, key, text)

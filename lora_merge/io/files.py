@@ -141,6 +141,15 @@ def open_for_reading(path: str | Path) -> Iterator[int]:
         os.close(fd)
 
 
+def why_no_file(path: Path) -> str:
+    """Return why a path is no regular file, as the end of a sentence; empty for one that is. Nothing is opened."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as exc:
+        return f"cannot be opened ({exc.strerror})"
+    return "" if stat.S_ISREG(mode) else f"is {_kind_of(mode)}, expected a regular file"
+
+
 def _kind_of(mode: int) -> str:
     """Return what an inode is, in words, by its mode."""
     kinds = {
@@ -580,15 +589,18 @@ def files_digest(paths: Sequence[Path]) -> str:
     return digest_text(digest)
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path, most: int | None = None) -> str:
     """Return the digest of a whole file.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or is longer than `most` bytes: one of holes takes no room, and hours to read.
     """
     digest = new_digest()
     with open_for_reading(path) as fd:
-        for block in read_blocks(fd, 0, os.fstat(fd).st_size, path):
+        nbytes = os.fstat(fd).st_size
+        if most is not None and nbytes > most:
+            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{most} at most")
+        for block in read_blocks(fd, 0, nbytes, path):
             digest.update(block)
     return digest_text(digest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,12 +75,10 @@ _TESTS: tuple[tuple[Callable[[bytes], bool], Instead], ...] = (
 
 def instead_of(path: str | Path) -> Instead | None:
     """Return what a file is instead of what it should be; None where its first bytes do not tell, or it cannot be read."""
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123 - a path of either kind
-            head = file.read(HEAD_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except OSError:
+    found_head = _head_of(path)
+    if found_head is None:
         return None
+    head, size = found_head
     if size == 0:
         return Instead("is empty (0 bytes)", "download it again, or save it again")
     if not any(head):
@@ -101,7 +100,23 @@ def is_page(path: Path) -> bool:
 
 def is_pointer(path: Path) -> bool:
     """Return True for a Git LFS pointer."""
+    found = _head_of(path)
+    return found is not None and found[1] < HEAD_BYTES and found[0].startswith(_LFS)
+
+
+def _head_of(path: str | Path) -> tuple[bytes, int] | None:
+    """Return the first bytes of a regular file, and its size in bytes; None where it cannot be read, or is none.
+
+    A pipe or a device might block, or never end; opening one waits for nobody.
+    """
     try:
-        return path.stat().st_size < HEAD_BYTES and path.read_bytes().startswith(_LFS)
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError):
+        return None
+    try:
+        status = os.fstat(fd)
+        return (os.read(fd, HEAD_BYTES), status.st_size) if stat.S_ISREG(status.st_mode) else None
     except OSError:
-        return False
+        return None
+    finally:
+        os.close(fd)

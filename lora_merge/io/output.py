@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, Output
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json
+from lora_merge.io.files import read_json, why_no_file
 from lora_merge.io.safetensors import read_header
+from lora_merge.io.side_files import is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,8 +22,8 @@ _WEIGHTS = ".safetensors"
 
 def read_output(root: Path) -> Output:
     """Return what is in a directory, from its headers and small files; what cannot be read is said, not raised."""
-    broken: dict[str, str] = {}
-    names = frozenset(_names(root))
+    found_names, broken, outside = _names(root)
+    names = frozenset(found_names)
 
     def attempt(name: str, read: Callable[[Path], Any]) -> Any:
         if name not in names:
@@ -38,7 +39,7 @@ def read_output(root: Path) -> Output:
     weights |= {str(file) for file in weight_map(index).values()} & names
     found = {name: attempt(name, read_header) for name in sorted(weights)}
     files: dict[str, WeightFile] = {name: file for name, file in found.items() if file is not None}
-    return Output(str(root), names, config, index, files, broken)
+    return Output(str(root), names, config, index, files, broken, outside)
 
 
 def weight_map(index: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -47,10 +48,20 @@ def weight_map(index: Mapping[str, Any] | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _names(root: Path) -> list[str]:
-    """Return every file below a directory, relative to it."""
-    return [
-        Path(directory, name).relative_to(root).as_posix()
-        for directory, _, names in os.walk(root)
-        for name in names
-    ]
+def _names(root: Path) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Return every file below a directory, relative to it; what is none, and why; and which are links out of it."""
+    names: list[str] = []
+    broken: dict[str, str] = {}
+    outside: dict[str, str] = {}
+    for directory, _, found in os.walk(root):
+        for name in found:
+            path = Path(directory, name)
+            relative = path.relative_to(root).as_posix()
+            why = why_no_file(path)
+            if why:
+                broken[relative] = why
+                continue
+            names.append(relative)
+            if path.is_symlink() and not relative.endswith(_WEIGHTS) and not is_inside(path, root):
+                outside[relative] = str(path.resolve())
+    return names, broken, outside

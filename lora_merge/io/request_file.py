@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_merge.core.inputs import shown
 from lora_merge.core.request import ConvertRequest, Request, parse_fields
-from lora_merge.errors import RequestError
+from lora_merge.errors import CheckpointError, RequestError
+from lora_merge.io.files import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 AnyRequest = TypeVar("AnyRequest", Request, ConvertRequest)
 
 _KEYS = tuple(field.name for field in fields(Request))
+
+MAX_BYTES = 1_000_000
+"""Of a file of requests: a batch of ten thousand jobs, each on a line. Python's YAML takes ten seconds for it."""
+
+_MAX_VALUES = 200_000
+"""Of all tables and lists in it, with those that aliases stand for."""
+
+_MAX_CHARACTERS = 10_000
+"""Of one value. A path may have 4096."""
 
 _VALIDATORS: dict[type, TypeAdapter[Any]] = {}
 
@@ -109,48 +119,99 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     """
     import yaml
 
+    loader = yaml.SafeLoader(_text(path))
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = loader.get_single_node()
         if node is not None:
-            _check_unique(path, node)
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as exc:
-        raise RequestError(path, 0, "", f"cannot be read ({exc})") from exc
+            _check(path, node, set(), {})
+        values = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         line = mark.line + 1 if mark else 0
         problem = str(getattr(exc, "problem", None) or exc).partition(" '")[0]  # it may quote a token
         raise RequestError(path, line, "", f"is not valid YAML ({problem})") from None
+    except RecursionError as exc:
+        raise RequestError(path, 0, "", "is nested too deeply") from exc
+    except ValueError:  # a date that is none, a number of thousands of digits; the text may be a token
+        raise RequestError(
+            path, 0, "", "has a date that is none, or a number of thousands of digits"
+        ) from None
+    finally:
+        loader.dispose()
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         held = {type(None): "nothing", list: "a list"}.get(type(values), "no table")
         raise RequestError(path, 1, "", f"holds {held}, expected a table of keys")
     return values, node
 
 
-def _check_unique(path: str, node: yaml.Node, within: tuple[yaml.Node, ...] = ()) -> None:
-    """Raise where a table, at any depth, names a key twice, or an alias stands for what it stands in.
+def _text(path: str) -> str:
+    """Return the text of a file that the user names: a regular one, or a pipe that the shell made for this process.
+
+    Raises:
+        RequestError: it cannot be read, is something else, is too long, or no UTF-8.
+    """
+    try:
+        if path == "/dev/stdin" or path.startswith(("/dev/fd/", "/proc/self/fd/")):
+            with open(path, "rb") as stream:  # noqa: PTH123 - as the user wrote it
+                content = stream.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise RequestError(path, 0, "", f"has more than {MAX_BYTES} bytes")
+        else:
+            content = read_bytes(Path(path), MAX_BYTES)
+        text = content.decode("utf-8")
+    except CheckpointError as exc:
+        wanted = f", expected {exc.wanted}" if exc.wanted else ""
+        raise RequestError(path, 0, "", f"{exc.got}{wanted}") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise RequestError(path, 0, "", f"cannot be read ({exc})") from exc
+    return text.replace("\r\n", "\n")
+
+
+def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) -> int:
+    """Return how many values a node stands for, with those that its aliases (``*``) stand for.
 
     Args:
         within: the tables and lists that a node lies in.
+        sizes: of those that were looked at already; each is looked at once, however often it has an alias.
+
+    Raises:
+        RequestError: a table, at any depth, names a key twice, an alias stands for what it stands in, or a few
+            lines stand for more values than a request can have.
     """
     import yaml
 
-    if any(node is outer for outer in within):
+    line = node.start_mark.line + 1
+    if id(node) in within:
         sentence = "has an alias (*) for a table or list that it stands in"
-        raise RequestError(path, node.start_mark.line + 1, "", sentence, hint="write out what is meant")
+        raise RequestError(path, line, "", sentence, hint="write out what is meant")
+    if id(node) in sizes:
+        return sizes[id(node)]
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_CHARACTERS:
+        sentence = f"has a value of {len(node.value)} characters, expected {_MAX_CHARACTERS} at most"
+        raise RequestError(path, line, "", sentence)
+    within.add(id(node))
+    children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         _key_lines(path, node)
-        for _, value in node.value:
-            _check_unique(path, value, (*within, node))
+        children = [value for _, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_unique(path, value, (*within, node))
+        children = node.value
+    size = 1 + sum(_check(path, child, within, sizes) for child in children)
+    size += len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0
+    if size > _MAX_VALUES:
+        sentence = f"stands for more than {_MAX_VALUES} values, with its aliases (*)"
+        raise RequestError(path, line, "", sentence, hint="write out what is meant")
+    within.remove(id(node))
+    sizes[id(node)] = size
+    return size
 
 
 def _key_lines(path: str, node: yaml.MappingNode) -> dict[str, int]:
     lines: dict[str, int] = {}
     for key_node, _ in node.value:
+        if not isinstance(key_node.value, str):
+            sentence = "has a table or a list as a key, expected a name"
+            raise RequestError(path, key_node.start_mark.line + 1, "", sentence)
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in lines:
             raise RequestError(path, line, key, f"stands twice, first on line {lines[key]}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE, SideFile
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import same_bytes
+from lora_merge.io.files import same_bytes, why_no_file
 from lora_merge.io.instead import instead_of, is_page, is_pointer
 from lora_merge.io.sentence_modules import may_be_module_file, module_files, whole_model
 
@@ -59,6 +59,10 @@ _NEEDED_SUFFIXES = frozenset({".json", ".py", ".jinja", ".txt"})
 """Of files that a model or its tokenizer is loaded from; a picture beside them may be missing."""
 
 
+MAX_SIDE_BYTES = 16 << 30
+"""Of a file around the weights. One of holes takes no room in an archive, and fills the disk when it is copied."""
+
+
 def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """Return the files that go with a base's weights, and a sentence for each thing left out.
 
@@ -94,7 +98,9 @@ def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
         CheckpointError: one is a link that leads out of the directory.
     """
     found = []
-    paths = {path for pattern in _TOKENIZER for path in root.glob(pattern) if path.is_file()}
+    paths = {
+        path for pattern in _TOKENIZER for path in root.glob(pattern) if not path.is_dir() and path.exists()
+    }
     for path in paths | {root / name for name in module_files(root)}:
         _check_inside(path, root)
         _check_whole(path)
@@ -109,6 +115,12 @@ def _check_whole(path: Path) -> None:
     Raises:
         CheckpointError: it may not; or loading a model needs it, and it is a Git LFS pointer or what a server sent instead.
     """
+    why = why_no_file(path)
+    if why:
+        raise CheckpointError(str(path), "", why, hint="remove it, or put the file itself there")
+    nbytes = path.stat().st_size
+    if nbytes > MAX_SIDE_BYTES:
+        raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{MAX_SIDE_BYTES} at most")
     if not os.access(path, os.R_OK):
         raise CheckpointError(str(path), "", "cannot be read (Permission denied)")
     is_needed = _matches(path.name, _TOKENIZER) or path.suffix in _NEEDED_SUFFIXES
@@ -126,14 +138,16 @@ def _check_inside(path: Path, root: Path) -> None:
     Raises:
         CheckpointError: it is a link to something else, which nobody may have meant to publish.
     """
+    if not is_inside(path, root):
+        got = f"is a link to {path.resolve()}, outside its directory"
+        raise CheckpointError(str(path), "", got, "a file", hint="put the file itself there: cp -L")
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    """Return True for a file that is where it seems to be: below a directory, or in the cache of the hub behind it."""
     real, home = path.resolve(), root.resolve()
     snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
-    if real.is_relative_to(home) or (snapshots and real.is_relative_to(snapshots.parent / "blobs")):
-        return
-    raise CheckpointError(
-        str(path), "", f"is a link to {real}, outside its directory", "a file",
-        hint="put the file itself there: cp -L",
-    )  # fmt: skip
+    return real.is_relative_to(home) or bool(snapshots and real.is_relative_to(snapshots.parent / "blobs"))
 
 
 def belongs_to_base(name: str) -> bool:
@@ -189,8 +203,12 @@ def _walk(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
             notes.append(f"{folder}/ is an output of another merge and was not copied")
         for name in names:
             path = here / name
-            if not name.startswith(".") and path.is_file():
-                yield path.relative_to(root).as_posix(), path
+            if name.startswith(".") or not path.exists():
+                continue
+            why = why_no_file(path)
+            if why:
+                raise CheckpointError(str(path), "", why, hint="remove it, or put the file itself there")
+            yield path.relative_to(root).as_posix(), path
 
 
 def _is_output(folder: Path) -> bool:

@@ -2,45 +2,35 @@
 
 The library is written in Rust and fails by panics: it prints them on descriptor 2 itself, raises an exception that is no
 `Exception`, and ends the process where a second one follows, all of which a stranger's file can bring about. So a file is
-loaded by a process of its own first.
+loaded by a process of its own first, within limits of time and memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import open_for_reading
+from lora_merge.io.files import read_bytes
 from lora_merge.io.streams import native_notes
+from lora_merge.io.tokenizer_script import MEMORY_BYTES, NOT_INSTALLED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+_SCRIPT = Path(__file__).with_name("tokenizer_script.py")
+
+_MOST_BYTES = 200_000_000
+"""Of the file; the largest that are published have 35 MB."""
 
 _SECONDS = 120.0
-"""For one file; the largest vocabularies there are take two."""
-
-_NOT_INSTALLED = 3
-
-_LOAD = f"""\
-import json, sys
-try:
-    from tokenizers import Tokenizer
-except Exception as exc:
-    print(exc, file=sys.stderr)
-    sys.exit({_NOT_INSTALLED})
-try:
-    loaded = Tokenizer.from_buffer(sys.stdin.buffer.read())
-    said = {{"n_tokens": loaded.get_vocab_size(with_added_tokens=True)}}
-except BaseException as exc:
-    said = {{"error": str(exc)[:300]}}
-print(json.dumps(said))
-"""
+"""For one file, by the clock; the largest vocabularies there are take two."""
 
 
 class TokenizerError(Exception):
@@ -55,31 +45,56 @@ def n_tokens(path: Path) -> int:
         ImportError: the library itself cannot be loaded.
         MemoryError: there is no memory for it.
     """
-    environ = os.environ | {"RUST_BACKTRACE": "0", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-P", "-c", _LOAD]
+    environ = os.environ | {"RUST_BACKTRACE": "0"}
+    found = importlib.util.find_spec("tokenizers")
+    if found is None or found.origin is None:
+        raise ImportError("the package tokenizers is not installed")
+    command = [sys.executable, "-I", "-S", str(_SCRIPT), str(Path(found.origin).parents[1])]
     try:
-        with open_for_reading(path) as file:
-            done = subprocess.run(  # noqa: S603 - our own interpreter and text
-                command, env=environ, stdin=file, capture_output=True, timeout=_SECONDS, check=False
-            )
+        content = read_bytes(path, _MOST_BYTES)
+        done = subprocess.run(  # noqa: S603 - our own interpreter and script
+            command, env=environ, input=content, capture_output=True, timeout=_SECONDS, check=False
+        )
     except CheckpointError as exc:
-        raise TokenizerError(exc.got) from exc
+        raise TokenizerError(str(exc)) from exc
     except OSError as exc:
         raise MemoryError(f"no room for another process ({exc.strerror})") from exc
     except subprocess.TimeoutExpired as exc:
         raise TokenizerError(f"takes more than {_SECONDS:.0f} seconds") from exc
+    return _answer(done)
+
+
+def _answer(done: subprocess.CompletedProcess[bytes]) -> int:
+    """Return what the process said: how many tokens there are.
+
+    Raises:
+        TokenizerError: the library does not load the file, or needs more than the process may use.
+        ImportError: the library itself cannot be loaded.
+        MemoryError: this program has less memory than the process may use, and it was not enough.
+    """
     errors = done.stderr.decode("utf-8", "backslashreplace").strip()
-    if done.returncode == _NOT_INSTALLED:
+    if done.returncode == NOT_INSTALLED:
         raise ImportError(errors)
-    if "memory allocation of" in errors:  # what Rust prints before it ends the process for want of it
+    if "memory allocation of" in errors and _has_less():  # what Rust prints before it ends the process
         raise MemoryError(errors)
     try:
         said = json.loads(done.stdout)
     except ValueError:
-        raise TokenizerError(f"ends the process that loads it (exit code {done.returncode})") from None
-    if "error" in said:
-        raise TokenizerError(said["error"])
-    return int(said["n_tokens"])
+        sentence = "it takes more than a minute or 4 GB to load, or ends the process that loads it"
+        raise TokenizerError(sentence) from None
+    if "why" in said:
+        raise TokenizerError(said["why"])
+    return int(said["tokens"])
+
+
+def _has_less() -> bool:
+    """Return True when this program may itself use less memory than the process that loads a tokenizer."""
+    try:
+        import resource
+    except ImportError:  # no Unix
+        return True
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return limit != resource.RLIM_INFINITY and limit < MEMORY_BYTES
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from lora_merge.core.request import Request, VerifyRequest, parse_adapter, parse
 from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
-from lora_merge.io.files import is_directory, read_json, user_path
+from lora_merge.io.files import is_directory, read_json, user_path, why_no_file
 from lora_merge.io.output import read_output
 from lora_merge.io.recognise import fault_of, names_in
 from lora_merge.io.safetensors import is_finite, tensor_digest
@@ -132,6 +132,7 @@ class _Proving:
                     f"{self.request.out}: forward passes need base and adapter, and {finding.detail}",
                     hint="name them with --base and --adapter",
                 )
+            self._check_readable()
             from lora_merge.pipeline.running import compare_forward
 
             with self.clock("forward"):
@@ -142,6 +143,17 @@ class _Proving:
             findings += _nothing_compared(findings)
         base, adapters = ("", ()) if planned is None else (planned.plan.base, planned.plan.adapters)
         return Proof(self.output.root, base, adapters, tuple(findings), comparisons, dict(self.clock.seconds))
+
+    def _check_readable(self) -> None:
+        """Check that whoever loads the directory finds files in it: a library would wait for a pipe for ever.
+
+        Raises:
+            CheckpointError: there is something else.
+        """
+        for name in self.output.broken:
+            path = Path(self.output.root, name)
+            if why := why_no_file(path):
+                raise CheckpointError(str(path), "", why, hint="forward passes read the whole directory")
 
     def _loadable(self) -> Finding:
         """Return what the gate finds; here it asks for every parameter of the model, too."""

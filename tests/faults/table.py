@@ -481,6 +481,11 @@ def _linked(path: Path, place: Place) -> None:
     path.symlink_to(place.root / "secret")
 
 
+def _pipe(place: Place) -> None:
+    (place.base / "tokenizer.json").unlink(missing_ok=True)
+    os.mkfifo(place.base / "tokenizer.json")
+
+
 def _linked_tokenizer(place: Place) -> None:
     _linked(place.base / "tokenizer.json", place)
 
@@ -579,6 +584,7 @@ HOSTILE = (
     Fault("a dtype is unknown", "has the dtype 'F31', expected one of", exits.RESOLVE, _shard_of({"a": _row("F31", [1], 0, 4)}, bytes(4))),
     Fault("a dtype is a lie", " bytes for F32", exits.RESOLVE, _lying_dtype),
     Fault("metadata is no text", "__metadata__: is ", exits.RESOLVE, _shard_of({"__metadata__": {"format": 7}})),
+    Fault("a side file is a pipe", "{base}/tokenizer.json: is a pipe, expected a regular file", exits.RESOLVE, _pipe),
     Fault("a side file is a link to somewhere else", "{base}/tokenizer.json: is a link to ", exits.RESOLVE, _linked_tokenizer),
     Fault("a template of the adapter is a link to somewhere else", "{adapter}/chat_template.jinja: is a link to ", exits.RESOLVE, _linked_template),
     Fault("a .bin file runs code", "posix.system", exits.RESOLVE, _pickled_code),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -444,3 +445,36 @@ def test_an_alias_for_what_it_stands_in_is_an_error_and_another_is_none(refused,
         "defaults: &same {base: b}\njobs:\n- {adapter: a, out: o, <<: *same}\n- {<<: *same, adapter: a, out: p}\n"
     )
     assert [job.request.base for job in jobs] == ["b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "jobs:\n- adapter: '{a}'\n  out: o\n  matrix:\n"
+            + "".join(f"    {word}: [{', '.join(map(str, range(100)))}]\n" for word in "abcdef"),
+            "stands for 100 × 100 × 100 × 100 × 100 × 100 jobs, expected 10000 at most",
+        ),
+        (f"jobs:\n- adapter: {'a*' * 9}\n  out: o\n", "has 9 wildcards, expected 8 at most"),
+    ],
+)
+def test_an_entry_that_stands_for_too_many_jobs_is_refused_before_they_are_made(text, words, tmp_path):
+    path = tmp_path / "batch.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=words):
+        read_batch(str(path))
+
+
+def test_thousands_of_jobs_are_told_apart_at_once(tmp_path):
+    path = tmp_path / "batch.yaml"
+    path.write_text("jobs:\n" + "".join(f"- {{adapter: a, out: o/{n}}}\n" for n in range(5000)))
+    began = time.process_time()
+    assert len(read_batch(str(path))) == 5000
+    assert time.process_time() - began < 60
+
+
+def test_an_output_above_an_earlier_one_is_refused(tmp_path):
+    path = tmp_path / "batch.yaml"
+    path.write_text("jobs:\n- {adapter: a, out: o/p/q}\n- {adapter: b, out: o}\n")
+    with pytest.raises(RequestError, match="o is the output of o/p/q"):
+        read_batch(str(path))

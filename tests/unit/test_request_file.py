@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,67 @@ def test_every_example_runs(path, pico, pico_adapter, cli, tmp_path):
     result = cli("--config", path, *places)
 
     assert result.exit_code == exits.OK, result.stderr
+
+
+LAUGHS = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 12))
+BOMBS = {
+    "aliases of aliases": ("l0: &l0 [a]\n" + LAUGHS, "stands for more than 200000 values, with its aliases"),
+    "aliases in keys": ("l0: &l0 [a]\n" + LAUGHS + "? *l11\n: a\n", "values, with its aliases|as a key"),
+    "merged aliases": (
+        "l0: &l0 {a: b}\n"
+        + "".join(f"l{n}: &l{n}\n  <<: [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 12)),
+        "stands for more than 200000 values, with its aliases",
+    ),
+    "a long text with many aliases": (
+        f"a: &a {'x' * 9000}\nb: [{', '.join(['*a'] * 3000)}]\n",
+        "with its aliases",
+    ),
+    "a long text": (f"a: {'x' * 20_000}\n", "has a value of 20000 characters, expected 10000 at most"),
+    "deep lists": ("a: " + "[" * 100_000 + "]" * 100_000, "is nested too deeply"),
+    "deep tables": ("{a: " * 50_000, "is nested too deeply"),
+    "a date that is none": ("out: 2020-99-99\n", "has a value that is none"),
+    "a number of many digits": ("seed: " + "9" * 9000 + "\n", "has a value that is none"),
+    "too many bytes": ("a: b # " + "x" * 1_000_000 + "\n", "has 1000008 bytes, expected 1000000 at most"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_small_file_that_stands_for_too_much_is_refused(bomb, tmp_path):
+    text, words = BOMBS[bomb]
+    began = time.process_time()
+    with pytest.raises(RequestError, match=words):
+        read_request(write(tmp_path, text), {})
+    assert time.process_time() - began < 30
+
+
+def test_aliases_that_stand_for_little_are_filled_in(tmp_path):
+    path = write(tmp_path, "adapter: &a x\nout: *a\nbase: *a\n")
+    assert read_request(path, {}) == Request(adapter=("x",), out="x", base="x")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "is a pipe, expected a regular file"),
+        (Path.mkdir, "is a directory, expected a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device, expected a regular file"),
+        (
+            lambda path: path.touch() or os.truncate(path, 1 << 40),
+            "has 1099511627776 bytes, expected 1000000 at most",
+        ),
+    ],
+)
+def test_what_is_no_small_file_is_refused_at_once(make, words, tmp_path):
+    make(tmp_path / "merge.yaml")
+    with pytest.raises(RequestError, match=words):
+        read_request(str(tmp_path / "merge.yaml"), {})
+
+
+def test_a_pipe_of_the_shell_s_is_read(tmp_path):
+    reading, writing = os.pipe()
+    os.write(writing, b"adapter: a\nout: o\n")
+    os.close(writing)
+    try:
+        assert read_request(f"/dev/fd/{reading}", {}).adapter == ("a",)
+    finally:
+        os.close(reading)

@@ -66,7 +66,8 @@ def test_one_that_is_no_file_is_not_waited_for(tmp_path):
 
 
 def test_one_that_never_ends_loading_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_file, "_LOAD", "import time; time.sleep(60)")
+    (tmp_path / "script.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(tokenizer_file, "_SCRIPT", tmp_path / "script.py")
     monkeypatch.setattr(tokenizer_file, "_SECONDS", 0.2)
 
     with pytest.raises(TokenizerError, match="takes more than"):

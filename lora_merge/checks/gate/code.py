@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE, Output
 from lora_merge.core.report import error, note
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json
+from lora_merge.io.files import read_bytes, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,9 @@ _CARRIERS = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 """Files that may have an ``auto_map``."""
+
+_MOST_BYTES = 4_000_000
+"""Of a Python file; the longest of transformers has 300 kB."""
 
 
 def code(output: Output) -> Iterator[Issue]:
@@ -60,9 +64,15 @@ def _imports(output: Output, name: str) -> Iterator[Issue]:
     while waiting:
         current = waiting.pop()
         try:
-            tree = ast.parse(Path(output.root, current).read_text("utf-8"))
-        except (OSError, SyntaxError, ValueError) as exc:
-            yield error("broken-code", current, f"is no Python that can be parsed ({exc})"[:200])
+            tree = _parsed(read_bytes(Path(output.root, current), _MOST_BYTES))
+        except CheckpointError as exc:
+            yield error("broken-code", current, str(exc))
+            continue
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
+            why = (
+                str(exc) or "it is nested too deeply"
+            )  # of which Python 3.11 makes a MemoryError without a word
+            yield error("broken-code", current, f"is no Python that can be parsed ({why})"[:200])
             continue
         for candidates in _relative(tree, PurePosixPath(current).parent):
             found = next((module for module in candidates if module in output.names), None)
@@ -71,6 +81,13 @@ def _imports(output: Output, name: str) -> Iterator[Issue]:
             elif found not in seen:
                 seen.add(found)
                 waiting.append(found)
+
+
+def _parsed(content: bytes) -> ast.Module:
+    """Return the tree of Python code, without what Python would print about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(content.decode("utf-8"))
 
 
 def _relative(tree: ast.Module, folder: PurePosixPath) -> Iterator[tuple[str, ...]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import INDEX_FILE, SAFETENSORS_FILE, Output
-from lora_merge.core.report import error
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, Output
+from lora_merge.core.report import error, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,8 +24,11 @@ def weights(output: Output) -> Iterator[Issue]:
         yield error("no-weights", output.root, "holds no safetensors file", hint)
         return
     for name, sentence in output.broken.items():
-        if name.endswith(".safetensors") or name == INDEX_FILE:
+        if name != CONFIG_FILE:  # the rule for that file says so
             yield error("broken-file", name, sentence)
+    for name, place in output.outside.items():
+        sentence = f"is a link to {place}, outside the directory: a copy of it lacks the file"
+        yield warning("outside", name, sentence, "put the file itself there: cp -L")
     if INDEX_FILE in output.names:
         yield from _indexed(output)
     else:
