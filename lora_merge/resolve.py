@@ -23,6 +23,7 @@ from lora_merge.core.checkpoint import (
     owner_name,
 )
 from lora_merge.core.conversion import Conversion
+from lora_merge.core.counts import excess_of
 from lora_merge.core.manifest import merged_before
 from lora_merge.core.report import Issue, warning
 from lora_merge.core.shards import shard_name
@@ -73,6 +74,7 @@ def resolve_base(root: Path) -> Checkpoint:
             str(root), "", "has no config.json", hint="--base takes the folder of a whole model"
         )
     config = read_json(root / CONFIG_FILE)
+    _check_counts(root, config)
     entry = _entry(root)
     index = read_json(root / entry) if entry.endswith(".json") else None
     files = (_single_file(root, entry),) if index is None else read_shards(root, entry, index)
@@ -89,6 +91,20 @@ def resolve_base(root: Path) -> Checkpoint:
         notes=notes + _weight_notes(root, entry, files, index),
         merged=merged_before(read_json(root / MANIFEST_FILE)) if (root / MANIFEST_FILE).is_file() else (),
     )
+
+
+def _check_counts(root: Path, config: Mapping[str, Any]) -> None:
+    """Check that a configuration counts no more layers or experts than any model has, before something is built of it.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    excess = excess_of(config)
+    if excess is not None:
+        value = str(excess.value) if excess.value < 1 << 64 else "a number beyond 64 bits"
+        hint = "config.json does not belong to this model"
+        got = f"is {value}"
+        raise CheckpointError(str(root / CONFIG_FILE), excess.field, got, f"{excess.most} at most", hint=hint)
 
 
 def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:

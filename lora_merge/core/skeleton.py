@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from lora_merge.core.checkpoint import config_levels
+from lora_merge.core.counts import excess_of
 from lora_merge.core.cut_off import cut_off
 from lora_merge.core.plain_config import FetchError, plain_config
 from lora_merge.core.shortage import not_for_want_of_memory
@@ -117,7 +118,7 @@ def parse_config(config: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or excess_of(config):
         return None
     with cut_off():
         return CONFIG_MAPPING[model_type].from_dict(_with_floats(plain_config(config)))
@@ -255,7 +256,7 @@ def meta_model(config: Mapping[str, Any]) -> Any:
 
     It is built once; nobody may change it.
     """
-    return _built(json.dumps(config, sort_keys=True))
+    return None if excess_of(config) else _built(json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=2)

@@ -21,6 +21,12 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 """Width in bits of every safetensors dtype code (safetensors 0.8, ``Dtype``)."""
 
+MAX_NAME_CHARACTERS = 1000
+"""Of a tensor's name; those of models have some hundred. Each part of a name is looked at, with all that is before it."""
+
+MAX_DIMENSIONS = 64
+"""Of a tensor; as many as NumPy's may have."""
+
 TORCH_NAMES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """The floating dtypes that merge, as safetensors and as torch (and ``config.json``) spell them."""
 

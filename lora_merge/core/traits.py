@@ -225,9 +225,9 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
     everywhere = set().union(*by_layer.values()) if by_layer else set()
     numbers = [int(match[1]) for match in map(_LAYER.search, base_modules) if match]
     n_layers = max([*numbers, *by_layer], default=-1) + 1
-    lacking = [n for n in range(n_layers) if by_layer.get(n, set()) != everywhere]
-    if lacking and by_layer:
-        yield Trait("some-layers", f"{len(lacking)} of {n_layers} layers lack some of the modules")
+    n_lacking = n_layers - sum(own == everywhere for own in by_layer.values())
+    if n_lacking and by_layer:
+        yield Trait("some-layers", f"{n_lacking} of {n_layers} layers lack some of the modules")
     elif not base_modules and adapter.config.get("layers_to_transform"):
         yield Trait("some-layers", "layers_to_transform is set")
     names = {module.rpartition(".")[2] for module in everywhere}

@@ -19,7 +19,7 @@ import zipfile
 from typing import IO, TYPE_CHECKING, cast
 
 from lora_merge.core.checkpoint import WeightFile
-from lora_merge.core.tensor import TensorRef, nbytes_of
+from lora_merge.core.tensor import MAX_NAME_CHARACTERS, TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 from lora_merge.io.instead import instead_of
@@ -239,6 +239,9 @@ def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
         CheckpointError: it is no plain dense tensor, or not all of it is in the file.
     """
     label = archive.label
+    if len(name) > MAX_NAME_CHARACTERS:
+        got, wanted = f"is a name of {len(name)} characters", f"{MAX_NAME_CHARACTERS} at most"
+        raise CheckpointError(label, f"{name[:100]}…", got, wanted, hint=_RESAVE)
     if isinstance(value, Table):
         hint = f"save what {name!r} holds, and nothing else, as the file: engines look for tensors at its top"
         raise CheckpointError(label, name, "is a table", "a tensor", hint=hint)

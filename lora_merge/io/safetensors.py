@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import WeightFile
 from lora_merge.core.shards import HEADER_PREFIX_BYTES, header_bytes
-from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES, TensorRef, nbytes_of
+from lora_merge.core.tensor import (
+    DTYPE_BITS,
+    MAX_DIMENSIONS,
+    MAX_NAME_CHARACTERS,
+    TORCH_NAMES,
+    TORCH_TYPES,
+    TensorRef,
+    nbytes_of,
+)
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 from lora_merge.io.instead import instead_of
@@ -90,17 +98,21 @@ def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef
     Raises:
         CheckpointError: the row is malformed, or its size is not that of its shape and dtype.
     """
+    if len(name) > MAX_NAME_CHARACTERS:
+        got, wanted = f"is a name of {len(name)} characters", f"{MAX_NAME_CHARACTERS} at most"
+        raise CheckpointError(label, f"{name[:100]}…", got, wanted)
     try:
         dtype, sizes, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]  # type: ignore[index]
     except (TypeError, KeyError, ValueError):
         dtype, sizes, begin, end = None, None, None, None
     if not (type(dtype) is str and type(sizes) is list and type(begin) is int and type(end) is int):
-        raise CheckpointError(label, name, f"has the header row {row!r}", "dtype, shape and data_offsets")
+        raise CheckpointError(
+            label, name, f"has the header row {row!r}"[:300], "dtype, shape and data_offsets"
+        )
     if dtype not in DTYPE_BITS:
         raise CheckpointError(label, name, f"has the dtype {dtype!r}", f"one of {', '.join(DTYPE_BITS)}")
-    for size in sizes:
-        if type(size) is not int or size < 0:
-            raise CheckpointError(label, name, f"has the shape {sizes!r}", "a list of sizes")
+    if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
+        raise CheckpointError(label, name, f"has the shape {sizes!r}"[:300], "a list of sizes")
     nbytes = nbytes_of(dtype, tuple(sizes))
     if begin < 0 or end - begin != nbytes:
         raise CheckpointError(

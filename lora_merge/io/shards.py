@@ -25,6 +25,9 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 _PICKLED = (".bin", ".bin.index.json", ".pt", ".pth")
 
+MAX_SHARDS = 100_000
+"""That the name of one of them may count."""
+
 _SHARD = re.compile(r"(?P<stem>adapter_model)-(?P<n>\d+)-of-(?P<of>\d+)(?P<suffix>\.safetensors|\.bin)")
 
 
@@ -96,6 +99,8 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
     if match is None:
         return (entry,)
     n_shards = int(match["of"])
+    if n_shards > MAX_SHARDS:
+        raise CheckpointError(str(root), entry, f"counts {n_shards} shards", f"{MAX_SHARDS} at most")
     wanted = tuple(
         f"{match['stem']}-{n:0{len(match['n'])}}-of-{match['of']}{match['suffix']}"
         for n in range(1, n_shards + 1)

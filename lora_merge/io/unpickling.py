@@ -15,14 +15,13 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.tensor import MAX_DIMENSIONS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MAX_STEPS = 6_000_000
 """Opcodes of a pickle, and entries that it copies. A tensor takes some forty; six million take ten seconds and half a GB."""
-
-_MOST_DIMENSIONS = 64
-"""Of a tensor; as many as NumPy's may have."""
 
 _MOST_NAME_BYTES = 1000
 """Of a module or of a name in it."""
@@ -120,7 +119,7 @@ def _layout(storage: object, kind: str, layout: tuple[Any, Any, Any], metadata: 
     """
     offset, *sizes = layout
     if not isinstance(storage, Storage) or not all(
-        isinstance(one, tuple | list) and len(one) <= _MOST_DIMENSIONS for one in sizes
+        isinstance(one, tuple | list) and len(one) <= MAX_DIMENSIONS for one in sizes
     ):
         raise ValueError("a tensor's sizes are no sizes")
     shape, stride = map(tuple, sizes)

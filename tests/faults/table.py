@@ -381,6 +381,10 @@ def _config(**fields: Any) -> Callable[[Place], None]:
     return lambda place: edit_json(place.adapter / "adapter_config.json", **fields)
 
 
+def _base_config(**fields: Any) -> Callable[[Place], None]:
+    return lambda place: edit_json(place.base / "config.json", **fields)
+
+
 def _no_type(place: Place) -> None:
     (place.adapter / "adapter_config.json").write_text('{"lora_rank": 4}')
 
@@ -601,6 +605,12 @@ HOSTILE = (
     Fault("target_modules is no regular expression", "is not a regular expression", exits.PLAN, _config(target_modules="(q_proj")),
     Fault("target_modules is of absurd length", "target_modules: has 300000 characters", exits.PLAN, _config(target_modules="a" * 300_000)),
     Fault("a factor has a shape of its own", " is (", exits.PLAN, _replaced_by((4, 1 << 20))),
+    Fault("a configuration counts a billion layers", "{base}/config.json: num_hidden_layers: is 1000000000, expected 4096 at most", exits.RESOLVE, _base_config(num_hidden_layers=10**9)),
+    Fault("layers times experts are too many", "layers × experts: is 8192000, expected 1000000 at most", exits.RESOLVE, _base_config(num_hidden_layers=4000, num_local_experts=2048)),
+    Fault("layer_replication goes to a billion", "layer_replication: is [[0, 1000000000]], and the base has 2 layers", exits.PLAN, _config(layer_replication=[[0, 10**9]])),
+    Fault("layer_replication repeats too often", "layer_replication: makes 20000 layers, expected 4096 at most", exits.PLAN, _config(layer_replication=[[0, 2]] * 10_000)),
+    Fault("a tensor's name has a million parts", "is a name of 2000000 characters, expected 1000 at most", exits.RESOLVE, _shard_of({"a." * 1_000_000: _row("F32", [1], 0, 4)}, bytes(4))),
+    Fault("a tensor has a hundred thousand dimensions", "has the shape [10, 10, ", exits.RESOLVE, _shard_of({"a": _row("F32", [10] * 100_000, 0, 4)}, bytes(4))),
     Fault("a rank is no number", "r: is 'x', expected a number", exits.PLAN, _config(r="x")),
     Fault("a scale is infinite", "lora_alpha: is inf, expected a number", exits.PLAN, _config(lora_alpha=float("inf"))),
 )  # fmt: skip
