@@ -164,16 +164,16 @@ def is_listed(module: str, names: Iterable[str]) -> bool:
     A set of names is not gone through, however many they are.
     """
     if isinstance(names, AbstractSet):
-        return any(end in names for end in _ends(module))
+        return any(end in names for end in endings(module))
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def listed_among(names: AbstractSet[str], modules: Iterable[str]) -> set[str]:
     """Return which of the names some module's path is, or ends in at a dot."""
-    return {end for module in modules for end in _ends(module) if end in names}
+    return {end for module in modules for end in endings(module) if end in names}
 
 
-def _ends(path: str) -> Iterator[str]:
+def endings(path: str) -> Iterator[str]:
     """Yield a path, and what follows each of its dots."""
     yield path
     at = path.find(".")

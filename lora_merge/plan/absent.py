@@ -14,6 +14,7 @@ from lora_merge.core.family_targets import is_rewritten
 from lora_merge.core.patterns import patterns_of
 from lora_merge.core.report import Issue, note, warning
 from lora_merge.core.targets import listed_among
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from lora_merge.core.loose_ends import LooseEnd
     from lora_merge.plan.model import Model
     from lora_merge.plan.names import Names
+
+_LISTED = 24
+"""Entries that a note names; the usual list of projections has seven."""
 
 _OF_PARAMETERS = frozenset({"target_parameters", "rank_pattern", "alpha_pattern"})
 """Fields whose entries may mean parameters."""
@@ -160,7 +164,7 @@ class _Meant:
 
 def _skipped(field: str, entries: list[str]) -> Issue:
     """Return what there is to say of entries that the base has nothing for; PEFT itself warns of patterns."""
-    listed = ", ".join(map(repr, sorted(entries)))
+    listed = listing([repr(entry) for entry in sorted(entries)], _LISTED)
     noun = "parameter" if field == "target_parameters" else "module"
     sentence = (
         f"the base has no {noun} called {listed}, so nothing was trained there: PEFT skips such entries"

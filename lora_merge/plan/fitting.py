@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from lora_merge.core.kinds import PREFIX
 from lora_merge.core.loose_ends import LooseEnd, unmatched_patterns, unsaved
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.targets import endings
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.layouts import LayoutError, Located, Place
 from lora_merge.plan.absent import Absent
@@ -298,15 +300,18 @@ class Fitting:
 
     def _nearest(self, parameter: str) -> str:
         """Return the stored name that shares the longest dotted ending with a parameter."""
-        wanted = parameter.split(".")[::-1]
+        return next(
+            (self._by_ending[end] for end in endings(parameter) if "." in end and end in self._by_ending), ""
+        )
 
-        def shared(name: str) -> int:
-            parts = name.split(".")[::-1]
-            pairs = zip(wanted, parts, strict=False)
-            return next((n for n, (one, other) in enumerate(pairs) if one != other), len(parts))
-
-        best = max(self._model.sources, key=shared, default="")
-        return best if best and shared(best) >= 2 else ""
+    @cached_property
+    def _by_ending(self) -> dict[str, str]:
+        """Return the first stored name for each dotted ending that one has."""
+        found: dict[str, str] = {}
+        for name in self._model.sources:
+            for end in endings(name):
+                found.setdefault(end, name)
+        return found
 
     def _placed(self, delta: DeltaSpec, place: Place, found: Located) -> DeltaSpec:
         """Return a delta under its name in the output, with the region that it owns."""
