@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +28,70 @@ class FileIdentity:
 
     changed: int
     """``st_ctime_ns``: when its bytes, name or mode changed last, in nanoseconds."""
+
+
+Range = tuple[int, int]
+"""From a byte of a file to another, which is not in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file that a run reads, as it was when it was first opened."""
+
+    identity: FileIdentity
+
+    unsure: tuple[Range, ...] = ()
+    """Bytes that may change later without a trace in the file's times, in order."""
+
+    is_known: bool = True
+    """False where the kernel does not say which bytes those are: then they are the ones that it has in memory."""
+
+    is_local: bool = True
+    """False for a filesystem of which nothing is known, on a network or in a program: it may give a file another inode
+    when it is opened again."""
+
+    def may_be(self, now: FileIdentity) -> bool:
+        """Return True where a file may be this one still, by what only a change of its bytes or another file would change.
+
+        The time of change is not asked for: links and modes move it, and `cp -p` or a backup moves nothing else.
+
+        Example:
+            >>> file = InputFile(FileIdentity(1, 2, 3, 4, 5))
+            >>> file.may_be(FileIdentity(1, 2, 3, 4, 6)), file.may_be(FileIdentity(1, 7, 3, 4, 5))
+            (True, False)
+        """
+        then = self.identity
+        is_inode = (then.device, then.inode) == (now.device, now.inode)
+        return (then.size, then.modified) == (now.size, now.modified) and (is_inode or not self.is_local)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Some bytes of a file."""
+
+    file: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run has read: of which files, and which bytes were found in them."""
+
+    files: Mapping[str, InputFile] = field(default_factory=dict)
+    """By path."""
+
+    readings: Mapping[Place, str] = field(default_factory=dict)
+    """The digest of the bytes of each place that was read."""
+
+    def renewed(self, path: str, before: FileIdentity, after: FileIdentity) -> Inputs:
+        """Return the inputs after this program has changed the identity of one, if it was the one that is known."""
+        known = self.files.get(path)
+        if known is None or known.identity != before:
+            return self
+        return replace(self, files={**self.files, path: replace(known, identity=after)})
+
+    def with_readings(self, others: Mapping[Place, str]) -> Inputs:
+        """Return the inputs with what else was read of their files."""
+        own = {place: digest for place, digest in others.items() if place.file in self.files}
+        return replace(self, readings={**self.readings, **own})

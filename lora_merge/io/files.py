@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError, OutOfMemoryError, ResolveError, WriteError
+from lora_merge.io import input_files
 from lora_merge.io.instead import instead_of
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def open_for_reading(path: str | Path) -> Iterator[int]:
 
     Raises:
         CheckpointError: the file is missing, cannot be opened, or is no regular file.
+        ChangedError: the run has read another file of this name (`input_files.watching`).
     """
     try:
         fd = os.open(path, os.O_RDONLY | _CLOEXEC | _NONBLOCK)
@@ -136,6 +138,7 @@ def open_for_reading(path: str | Path) -> Iterator[int]:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
             raise CheckpointError(str(path), "", f"is {_kind_of(mode)}", "a regular file")
+        input_files.tell_opened(path, fd, identity_of(fd))
         yield fd
     finally:
         os.close(fd)
@@ -184,7 +187,9 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
             raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
     if n_read > most:  # it grew, or says that it has no bytes, as files of /proc do
         raise CheckpointError(str(path), "", f"has more than {most} bytes", f"{most} at most")
-    return b"".join(parts)
+    content = b"".join(parts)
+    input_files.tell_read(path, 0, content)
+    return content
 
 
 @contextlib.contextmanager
@@ -202,6 +207,17 @@ def borrowed_block() -> Iterator[memoryview]:
 
 def read_into(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
     """Fill a buffer from an offset of a file.
+
+    Raises:
+        CheckpointError: the file ends too soon, or the disk cannot be read.
+        ChangedError: the run has read other bytes there (`input_files.watching`).
+    """
+    read_unwatched(fd, buffer, offset, label)
+    input_files.tell_read(label, offset, buffer)
+
+
+def read_unwatched(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
+    """Fill a buffer from an offset of a file; for what has a digest of its own.
 
     Raises:
         CheckpointError: the file ends too soon, or the disk cannot be read.
@@ -243,10 +259,12 @@ class ReadAhead:
     Args:
         fd: of the file.
         start: of the range, in bytes; end: the byte after it.
+        is_watched: False where the caller takes a digest of what is read.
     """
 
-    def __init__(self, fd: int, start: int, end: int) -> None:
+    def __init__(self, fd: int, start: int, end: int, *, is_watched: bool = True) -> None:
         self._fd, self._asked, self._end = fd, start, end
+        self._read = read_into if is_watched else read_unwatched
 
     def read_into(self, buffer: memoryview, offset: int, label: str | Path) -> None:
         """Fill a buffer from an offset of the file; what lies before it is not fetched.
@@ -261,7 +279,7 @@ class ReadAhead:
                 with contextlib.suppress(OSError):  # it is a wish
                     os.posix_fadvise(self._fd, self._asked, count, os.POSIX_FADV_WILLNEED)
             self._asked += count
-        read_into(self._fd, buffer, offset, label)
+        self._read(self._fd, buffer, offset, label)
 
 
 def read_blocks(fd: int, start: int, nbytes: int, label: str | Path) -> Iterator[memoryview]:
@@ -432,17 +450,20 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
 
     Raises:
         OSError: the filesystem, or the pair of them, cannot; there is no target then.
+        CheckpointError: the old one cannot be opened, or another has taken its name.
     """
-    real = source.resolve()
-    if how == "hard":
-        os.link(real, target, dst_dir_fd=dir_fd)
-        return
-    if sys.platform != "linux":
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-    import fcntl
+    with open_for_reading(source) as old:
+        if how == "hard":
+            os.link(source.resolve(), target, dst_dir_fd=dir_fd)
+            if not os.path.samestat(os.fstat(old), os.stat(target, dir_fd=dir_fd, follow_symlinks=False)):
+                os.unlink(target, dir_fd=dir_fd)
+                raise input_files.changed(str(source))
+            return
+        if sys.platform != "linux":
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        import fcntl
 
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _CLOEXEC
-    with open_for_reading(real) as old:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _CLOEXEC
         new = os.open(target, flags, 0o666, dir_fd=dir_fd)
         try:
             fcntl.ioctl(new, _FICLONE, old)
@@ -553,10 +574,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def same_bytes(one: Path, other: Path) -> bool:
-    """Return True when two files hold the same bytes."""
-    import filecmp
+    """Return True when two files hold the same bytes.
 
-    return filecmp.cmp(one, other, shallow=False)
+    Both are read: `filecmp` keeps its answers by size and time, which a changed file may share with the old one.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    with open_for_reading(one) as here, open_for_reading(other) as there:
+        nbytes = os.fstat(here).st_size
+        if os.fstat(there).st_size != nbytes:
+            return False
+        pairs = zip(read_blocks(here, 0, nbytes, one), read_blocks(there, 0, nbytes, other), strict=True)
+        return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
 
 
 def new_digest() -> xxhash.xxh3_128:
@@ -602,6 +632,39 @@ def file_digest(path: Path, most: int | None = None) -> str:
             raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{most} at most")
         for block in read_blocks(fd, 0, nbytes, path):
             digest.update(block)
+    return digest_text(digest)
+
+
+def range_digest(
+    fd: int, start: int, nbytes: int, label: str | Path, *, cached_only: bool = False
+) -> str | None:
+    """Return the digest of some bytes of a file.
+
+    Args:
+        cached_only: read what is in memory; None where that is not all of it, or the kernel cannot tell.
+
+    Raises:
+        CheckpointError: the file ends too soon, or the disk cannot be read.
+    """
+    digest = new_digest()
+    if not cached_only:
+        for block in read_blocks(fd, start, nbytes, label):
+            digest.update(block)
+        return digest_text(digest)
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    with borrowed_block() as block:
+        done = 0
+        while done < nbytes:
+            part = block[: min(BLOCK_BYTES, nbytes - done)]
+            try:
+                n_read = os.preadv(fd, [part], start + done, os.RWF_NOWAIT)
+            except OSError:
+                return None
+            if n_read == 0:
+                return None
+            digest.update(part[:n_read])
+            done += n_read
     return digest_text(digest)
 
 

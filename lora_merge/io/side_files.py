@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE, SideFile
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import same_bytes, why_no_file
+from lora_merge.io.files import open_for_reading, read_blocks, same_bytes, why_no_file
 from lora_merge.io.instead import instead_of, is_page, is_pointer
 from lora_merge.io.sentence_modules import may_be_module_file, module_files, whole_model
 
@@ -55,6 +55,9 @@ _TOKENIZER = (
 """Tokenizer and template files, as transformers 5 names them."""
 
 
+_MOST_READ_BYTES = 64 << 20
+"""Of a side file that is read when it is found; the largest tokenizers have half of it."""
+
 _NEEDED_SUFFIXES = frozenset({".json", ".py", ".jinja", ".txt"})
 """Of files that a model or its tokenizer is loaded from; a picture beside them may be missing."""
 
@@ -80,7 +83,7 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
         _check_whole(entry)
         if is_pointer(entry):
             notes.append(f"{name} is a Git LFS pointer, and was copied as one: git lfs pull fetches the file")
-        kept.append(SideFile(name, str(entry), entry.stat().st_size, "base"))
+        kept.append(SideFile(name, str(entry), _size(entry), "base"))
     whole = whole_model(root)
     if whole is not None:
         notes.append(
@@ -105,8 +108,23 @@ def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
         _check_inside(path, root)
         _check_whole(path)
         name = path.relative_to(root).as_posix()
-        found.append(SideFile(name, str(path), path.stat().st_size, "adapter"))
+        found.append(SideFile(name, str(path), _size(path), "adapter"))
     return tuple(sorted(found, key=lambda file: file.name))
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file to be copied, in bytes.
+
+    It is opened and read for that, unless it is large, so that a run knows later whether it is still the same.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    with open_for_reading(path) as fd:
+        nbytes = os.fstat(fd).st_size
+        for _ in read_blocks(fd, 0, nbytes if nbytes <= _MOST_READ_BYTES else 0, path):
+            pass
+        return nbytes
 
 
 def _check_whole(path: Path) -> None:
