@@ -141,6 +141,10 @@ class TensorRecord:
     survival: Survival | None = None
     """For a merged tensor."""
 
+    source: str = ""
+    """For a merged tensor, the digest of the stored one that it was made of, as it was read; empty for a copy, where
+    `digest` is that."""
+
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the size in bytes of a dense tensor.

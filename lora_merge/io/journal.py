@@ -16,14 +16,14 @@ from lora_merge.errors import WriteError
 from lora_merge.io.files import write_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from lora_merge.io.folder import Folder
 
 FILE, FRESH_FILE = "journal.jsonl", "journal.new"
 """In staging: the journal, and one that is about to take its place."""
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Journal:
@@ -35,18 +35,26 @@ class Journal:
         home: the staging directory; a journal that is there is replaced.
         fingerprint: of the merge.
         records: of what is written already.
+        changed: when each input changed last (ctime, nanoseconds); those are left out that may change without a trace.
 
     Raises:
         WriteError: it cannot be written.
     """
 
-    def __init__(self, home: Folder, fingerprint: str, records: Iterable[TensorRecord] = ()) -> None:
+    def __init__(
+        self,
+        home: Folder,
+        fingerprint: str,
+        records: Iterable[TensorRecord] = (),
+        changed: Mapping[str, int] | None = None,
+    ) -> None:
         self._path = home.path / FILE
         head = {
             "journal": _VERSION,
             "merge": fingerprint,
             "process": os.getpid(),
             "host": os.uname().nodename,
+            "changed": dict(changed or {}),
         }
         home.remove(FRESH_FILE)
         with contextlib.ExitStack() as stack:
@@ -92,6 +100,13 @@ def read(home: Folder, fingerprint: str) -> list[TensorRecord] | None:
     return [record for record in map(_record, lines[1:]) if record]
 
 
+def changed(home: Folder) -> dict[str, int]:
+    """Return when each input of the run that wrote a journal had changed last, those that it could be sure of."""
+    head: dict[str, Any] = next(iter(_lines(home)), {})
+    found = head.get("changed")
+    return found if isinstance(found, dict) else {}
+
+
 def count(home: Folder) -> int:
     """Return how many tensors a journal lists."""
     return max(len(_lines(home)) - 1, 0)
@@ -118,8 +133,10 @@ def _lines(home: Folder) -> list[Any]:
 
 def _record(row: Any) -> TensorRecord | None:
     match row:
-        case [str(name), str(file), int(nbytes), str(digest), bool(finite), None]:
-            return TensorRecord(name, file, nbytes, digest, finite)
-        case [str(name), str(file), int(nbytes), str(digest), bool(finite), [*norms]] if len(norms) == 4:
-            return TensorRecord(name, file, nbytes, digest, finite, Survival(*map(float, norms)))
+        case [str(name), str(file), int(nbytes), str(digest), bool(finite), None, str(source)]:
+            return TensorRecord(name, file, nbytes, digest, finite, source=source)
+        case [str(name), str(file), int(nbytes), str(digest), bool(finite), [*norms], str(source)] if (
+            len(norms) == 4
+        ):
+            return TensorRecord(name, file, nbytes, digest, finite, Survival(*map(float, norms)), source)
     return None

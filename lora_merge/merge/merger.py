@@ -133,7 +133,7 @@ class Merger:
                 for output in outputs:
                     loop.tile(output, n, (start, end), shared)
             loop.finish()
-        return [output.record() for output in outputs]
+        return [output.record(rows.digest()) for output in outputs]
 
     def _output(
         self, order: Order, fd: int, n_tiles: int, stack: contextlib.ExitStack, watch: Stopwatch
@@ -175,7 +175,7 @@ class Merger:
 
         bench = self._workbench("survey", Workbench)
         codec, source = CODECS[op.codec], op.parts[0]
-        rows = RowReader(fd, source, op.view.n_rows)
+        rows = RowReader(fd, source, op.view.n_rows, is_watched=True)
         for left, right in op.view.panels():
             panel = torch.empty((last - first, right - left), device=self._device)
             for start, end in op.tiles(self._tile_elements):
@@ -209,8 +209,12 @@ class _Output:
     sample: Sample
     filled: _Filled
 
-    def record(self) -> TensorRecord:
-        """Return the evidence, once all tiles are written."""
+    def record(self, source: str) -> TensorRecord:
+        """Return the evidence, once all tiles are written.
+
+        Args:
+            source: the digest of the base's rows.
+        """
         slot, filled = self.order.slot, self.filled
         return TensorRecord(
             slot.name,
@@ -219,6 +223,7 @@ class _Output:
             filled.digest(),
             finite=filled.finite,
             survival=self.sample.survival(),
+            source=source,
         )
 
 

@@ -11,7 +11,6 @@ from lora_merge.io.files import read_json
 from lora_merge.io.needed import CONVERSION_MANIFEST
 from lora_merge.io.side_files import MANIFEST_FILE
 from lora_merge.pipeline.provenance import options_of
-from lora_merge.pipeline.resuming import Inputs
 
 if TYPE_CHECKING:
     from lora_merge.core.source import Origin
@@ -44,7 +43,9 @@ def is_current(planned: Planned, out: Path) -> bool:
         and base.get("commit") == _commit(planned.base.origin)
         and manifest.get("options") == options_of(planned.request)
         and all(_size(out / file.name) == file.nbytes for file in planned.plan.files)
-        and _is_newest(out / MANIFEST_FILE, [seen for _, seen in Inputs.of(planned.plan).seen.values()])
+        and _is_newest(
+            out / MANIFEST_FILE, [file.identity.modified for file in planned.inputs.files.values()]
+        )
     )
 
 

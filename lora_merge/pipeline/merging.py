@@ -16,7 +16,6 @@ from lora_merge.io.files import nearest_existing, output_path
 from lora_merge.merge import NoDeviceError, pick_device
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
-from lora_merge.pipeline.resuming import Inputs
 from lora_merge.pipeline.writing import Output, write
 from lora_merge.plan import raise_errors
 from lora_merge.plan.effect import effect_issues
@@ -36,7 +35,6 @@ class Prepared:
     """A request that is planned, and found to be possible."""
 
     planned: Planned
-    inputs: Inputs
     out: Path
     device: str
     budget: Budget
@@ -105,7 +103,6 @@ def prepare(
     with clock("plan"), memory_for("planning"):
         planned = planned or plan_request(request, watch)
         plan = planned.plan
-        inputs = Inputs.of(plan)
         useless = effect_issues(plan, planned.uses)
         raise_errors(useless)
         check_strict((*plan.issues, *useless), strict=request.strict)
@@ -120,7 +117,7 @@ def prepare(
         shortage = _shortage(out, summary)
     if shortage and not dry_run:
         raise WriteError(str(shortage))
-    return Prepared(planned, inputs, out, device, budget, summary, (*useless, *issues), shortage, clock)
+    return Prepared(planned, out, device, budget, summary, (*useless, *issues), shortage, clock)
 
 
 def carry_out(group: Sequence[Prepared], watch: Observer) -> Iterator[Report | LoraMergeError]:
@@ -132,7 +129,7 @@ def carry_out(group: Sequence[Prepared], watch: Observer) -> Iterator[Report | L
     Raises:
         LoraMergeError: what all of them failed of.
     """
-    outputs = [Output(one.planned, one.out, one.inputs, one.device, one.clock) for one in group]
+    outputs = [Output(one.planned, one.out, one.planned.inputs, one.device, one.clock) for one in group]
     smallest = min((one.budget for one in group), key=lambda budget: (budget.n_workers, budget.tile_elements))
     for one, output in zip(group, write(outputs, group[0].device, smallest, watch), strict=True):
         yield output.error or one.report(output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,14 @@ from lora_merge.adapters.unread import beside_base
 from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
 from lora_merge.core.explanation import Match, matches_of, nearest
+from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Observer, Silence, warning
 from lora_merge.core.request import DENSITY, Request, parse_adapter
 from lora_merge.errors import PlanError, RequestError
 from lora_merge.io.files import is_directory, read_json, user_path
 from lora_merge.io.hub import Access
+from lora_merge.io.input_files import watching
 from lora_merge.locate import (
     Place,
     check_ignored,
@@ -59,6 +61,9 @@ class Planned:
     checkpoint: Checkpoint
     """The base, from its headers."""
 
+    inputs: Inputs = field(default_factory=Inputs)
+    """The files that planning read, and what it found in them."""
+
     @property
     def merged_before(self) -> tuple[MergedBefore, ...]:
         """Return what the base has merged into it already."""
@@ -76,7 +81,18 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     """Locate and resolve base and adapters, and plan their merge.
 
     What small files alone show is refused before anything large is fetched.
+
+    Raises:
+        ChangedError: a file changed while it was read.
+        LoraMergeError: there is no plan.
     """
+    with watching() as seen:
+        planned = _plan(request, watch)
+    return replace(planned, inputs=seen.inputs())
+
+
+def _plan(request: Request, watch: Observer) -> Planned:
+    """Locate and resolve base and adapters, and plan their merge."""
     access = Access(request.token, request.offline)
     chosen = [_chosen(text) for text in request.adapter]
     named_base = None if request.base is None else (find(request.base, "base"), request.base)

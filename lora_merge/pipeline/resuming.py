@@ -1,86 +1,68 @@
-"""Going on where an interrupted run stopped: is it the same merge, what of it is there, and do its inputs still stand?"""
+"""Going on where an interrupted run stopped: is it the same merge, what of it is there, and was it made of these inputs?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge import executors
 from lora_merge._version import __version__
-from lora_merge.core.plan import Copy, Merge, MergePlan
+from lora_merge.core.plan import Step
 from lora_merge.core.tensor import TensorRecord, TensorRef
-from lora_merge.errors import ChangedError, CheckpointError
 from lora_merge.io import journal
 from lora_merge.io.files import digest_text, new_digest
 from lora_merge.io.safetensors import tensor_digest
+from lora_merge.pipeline.inputs import changed_times, lasting, source_digest, source_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Mapping, Sequence
 
-    from lora_merge.core.plan import Step
+    from lora_merge.core.identity import Inputs
+    from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Observer
     from lora_merge.io.staging import Stage
     from lora_merge.writers import HfCheckpoint
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """The files that a plan reads, as they were when it was made."""
-
-    seen: Mapping[str, tuple[int, int]]
-    """Path → size and time of the last change, in bytes and nanoseconds."""
-
-    @classmethod
-    def of(cls, plan: MergePlan) -> Inputs:
-        """Return the files of a plan as they are now.
-
-        Raises:
-            CheckpointError: one is gone.
-        """
-        names = {ref.file for ref in _read(plan.steps)} | {file.source for file in plan.side_files}
-        return cls({name: _seen(name) for name in names})
-
-    def check(self) -> None:
-        """Raise where a file is not what it was: what was read of it may be of both, and fit together nowhere.
-
-        Raises:
-            ChangedError: one has changed, or is gone.
-        """
-        hint = "run again when nothing else writes to it"
-        for name, seen in self.seen.items():
-            try:
-                is_same = _seen(name) == seen
-            except CheckpointError as exc:
-                raise ChangedError(name, "", "went away while it was read", hint=hint) from exc
-            if not is_same:
-                raise ChangedError(name, "", "changed while it was read", hint=hint)
-
-
-def fingerprint(plan: MergePlan, inputs: Inputs, options: Mapping[str, object]) -> str:
+def fingerprint(
+    plan: MergePlan, inputs: Inputs, digests: Sequence[str], options: Mapping[str, object]
+) -> str:
     """Return what two runs must have in common for one to go on where the other stopped.
 
     That is the plan, its inputs as they are, the options, and the versions that decide how it is carried out.
+
+    Args:
+        plan: of the merge.
+        inputs: that it was made from.
+        digests: of the adapters.
+        options: that shape the output.
     """
     from importlib import metadata
 
     digest = new_digest()
     versions = (__version__, metadata.version("torch"))
-    for part in (plan, sorted(inputs.seen.items()), sorted(options.items()), versions):
+    for part in (plan, lasting(inputs), digests, sorted(options.items()), versions):
         digest.update(repr(part).encode("utf-8", "surrogatepass"))
     return digest_text(digest)
 
 
 def finished(
-    plan: MergePlan, stage: Stage, writer: HfCheckpoint, merge: str, n_workers: int, watch: Observer
+    plan: MergePlan,
+    inputs: Inputs,
+    stage: Stage,
+    writer: HfCheckpoint,
+    merge: str,
+    n_workers: int,
+    watch: Observer,
 ) -> list[TensorRecord] | None:
     """Return the records of what an interrupted run has written, or None where it was another merge.
 
-    What the journal lists counts if it is still there, to the byte. What else is staged is removed.
+    What the journal lists counts if it is still there, to the byte, and if it was made of the bytes that its input has
+    now; those are read where the input's times cannot tell. What else is staged is removed.
 
     Args:
         plan: of this run.
+        inputs: of this run.
         stage: what the other one left.
         writer: of this run; it keeps the files that are kept here.
         merge: the `fingerprint` of this run.
@@ -92,8 +74,15 @@ def finished(
     if listed is None:
         return None
     slots = {slot.name: slot for step in plan.steps for slot in step.slots}
+    before, now = journal.changed(stage.home), changed_times(inputs)
+    same = frozenset(path for path, time in now.items() if before.get(path) == time)
+    doubtful = {step.slots[0].name: step for step in plan.steps if source_of(step).file not in same}
     there = [
-        _Written(record, replace(slots[record.name], file=str(stage.output / record.file)))
+        _Written(
+            record,
+            replace(slots[record.name], file=str(stage.output / record.file)),
+            doubtful.get(record.name),
+        )
         for record in {record.name: record for record in listed}.values()
         if record.file in kept and _is_of(record, slots.get(record.name))
     ]
@@ -114,6 +103,8 @@ class _Written:
 
     record: TensorRecord
     ref: TensorRef
+    step: Step | None
+    """What made it, where its source may have other bytes now."""
 
     @property
     def nbytes(self) -> int:
@@ -121,29 +112,13 @@ class _Written:
         return self.ref.nbytes
 
     def is_whole(self) -> bool:
-        """Return True when it has the bytes that were written."""
-        return tensor_digest(self.ref) == self.record.digest
+        """Return True when it has the bytes that were written, and its source those that it was made of."""
+        if tensor_digest(self.ref) != self.record.digest:
+            return False
+        if self.step is None:
+            return True
+        return tensor_digest(source_of(self.step)) == source_digest(self.step, self.record)
 
 
 def _is_of(record: TensorRecord, slot: TensorRef | None) -> bool:
     return slot is not None and (record.file, record.nbytes) == (slot.file, slot.nbytes)
-
-
-def _read(steps: Iterable[Step]) -> Iterator[TensorRef]:
-    """Yield every tensor that some steps read."""
-    for step in steps:
-        match step.op:
-            case Copy() as op:
-                yield op.source
-            case Merge() as op:
-                yield from op.parts
-                for delta in op.deltas:
-                    yield from delta.tensors.values()
-
-
-def _seen(name: str) -> tuple[int, int]:
-    try:
-        status = Path(name).stat()
-    except OSError as exc:
-        raise CheckpointError(name, "", f"cannot be read ({exc.strerror})") from exc
-    return status.st_size, status.st_mtime_ns

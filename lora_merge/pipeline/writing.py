@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge import executors
 from lora_merge.core.budget import Budget
+from lora_merge.core.identity import Inputs
 from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note, survival_issues
 from lora_merge.core.shortage import memory_for
-from lora_merge.core.stretches import Stretch, stretches
+from lora_merge.core.stretches import Stretch, stretches, whole_copies
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.errors import CheckpointError, LoraMergeError, VerifyError, WriteError
 from lora_merge.io import staging
+from lora_merge.io.input_files import identity_at, in_threads, watching
 from lora_merge.io.journal import FILE, Journal
 from lora_merge.merge import (
     Copier,
@@ -31,15 +33,17 @@ from lora_merge.merge import (
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.effect import check_effect
 from lora_merge.pipeline.heard import Heard
+from lora_merge.pipeline.inputs import changed_times, check, check_copied, check_names, used_by
 from lora_merge.pipeline.planning import Planned, check_strict
 from lora_merge.pipeline.provenance import options_of, provenance_of
-from lora_merge.pipeline.resuming import Inputs, fingerprint, finished
+from lora_merge.pipeline.resuming import fingerprint, finished
 from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from lora_merge.core.identity import FileIdentity, Place
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import Survival
     from lora_merge.executors.work import Work
@@ -87,7 +91,9 @@ class Output:
         self.stage = self._stack.enter_context(place)
         self._stack.enter_context(memory_for("writing the output"))
         self.writer = HfCheckpoint(self.stage.folder)
-        self.merge = fingerprint(self.plan, self.inputs, options_of(request) | {"device": self.device})
+        digests = [use.adapter.digest for use in self.planned.uses]
+        options = options_of(request) | {"device": self.device}
+        self.merge = fingerprint(self.plan, self.inputs, digests, options)
 
     def begin(self, n_workers: int, watch: Observer) -> None:
         """Take up what an interrupted run left there, and begin the journal of this one.
@@ -98,12 +104,14 @@ class Output:
         if self.planned.request.resume:
             self._resume(self.merge, n_workers, watch)
         self.flushing = self._stack.enter_context(staging.Flushing(self.stage.folder))
-        self.journal = self._stack.enter_context(Journal(self.stage.home, self.merge, self.records))
+        self.journal = self._stack.enter_context(
+            Journal(self.stage.home, self.merge, self.records, changed_times(self.inputs))
+        )
 
     def _resume(self, merge: str, n_workers: int, watch: Observer) -> None:
         """Take over the records of what an interrupted run has written."""
         with self.clock("resume"), quick_turns():
-            found = finished(self.plan, self.stage, self.writer, merge, n_workers, watch)
+            found = finished(self.plan, self.inputs, self.stage, self.writer, merge, n_workers, watch)
         subject, n_tensors = str(self.out), len(self.plan.steps)
         if found:
             sentence = (
@@ -122,14 +130,19 @@ class Output:
         done = {record.name for record in self.records}
         return [step for step in self.plan.steps if not done.issuperset(slot.name for slot in step.slots)]
 
-    def reserve(self) -> None:
+    def reserve(self) -> list[tuple[str, FileIdentity, FileIdentity]]:
         """Make the files, those that nothing changes as links where that is wanted.
+
+        Returns:
+            The files of the base that got links: the identity of each before and after.
 
         Raises:
             CheckpointError: a file of the base cannot be read.
             WriteError: the disk is full or cannot be written.
         """
         wanted = self.planned.request.link
+        linked = sorted(set(whole_copies(self.plan).values()) & self.inputs.files.keys())
+        before = {path: identity_at(path) for path in linked if wanted == "hard"}
         if wanted != "copy":
             refused = self.writer.link(self.plan, wanted or "reflink")
             if refused and wanted:
@@ -139,6 +152,7 @@ class Output:
                 )
                 self.notes.append(note("link", str(self.out), sentence))
         self.writer.reserve(self.plan)
+        return [(path, identity, identity_at(path)) for path, identity in before.items()]
 
     def finish(self, watch: Observer) -> None:
         """Seal what is filled, verify it and give it its name.
@@ -150,13 +164,19 @@ class Output:
             WriteError: the disk does not take it.
         """
         request = self.planned.request
-        self.inputs.check()
-        with self.clock("seal"):
+        check_names(self.inputs)
+        with self.clock("seal"), watching(self.inputs) as seen:
             self.writer.seal(self.plan, self.records, provenance_of(self.planned))
+        with self.clock("seal"):
+            self.inputs = seen.inputs()
+            check_copied(self.inputs, self.plan, self.stage.folder.path)
+            used = used_by(self.plan.steps, self.records)
+            check(self.inputs, used, all_bytes=request.verify == "full")
         if request.verify == "none":
             self._flush(watch)
         else:
-            self._verify(request.verify, watch)
+            self._verify(request.verify, used, watch)
+            check_names(self.inputs)
         check_effect(self.planned, self.stage.output, self.survival)
         self.notes += (*self.verdict.notes, *survival_issues(self.survival))
         check_strict(self.notes, strict=request.strict)
@@ -165,13 +185,27 @@ class Output:
             staging.publish(self.stage)
         self._stack.close()
 
-    def _verify(self, level: Literal["sample", "full"], watch: Observer, *, is_last: bool = False) -> None:
+    def _verify(
+        self,
+        level: Literal["sample", "full"],
+        used: Mapping[Place, str],
+        watch: Observer,
+        *,
+        is_last: bool = False,
+    ) -> None:
         """Verify what is staged, and wait until the disk has it.
 
         A filesystem may set the time of a change late (network filesystems do), or something else writes there. So what
         changed meanwhile is verified once more, and then in full.
 
+        Args:
+            level: how much of it is read.
+            used: the digest of what was read of each place of an input.
+            watch: hears of the phase.
+            is_last: it may not change again.
+
         Raises:
+            ChangedError: an input is not what it was.
             VerifyError: the verification says no.
             WriteError: the disk does not take it, or it changes again.
         """
@@ -181,6 +215,8 @@ class Output:
             watch.phase("verifying", 0)
             self.verdict = check_output(self.plan, folder.path, self.records, level)
         if not self.verdict.ok:
+            check_names(self.inputs)
+            check(self.inputs, used)  # an input that changes meanwhile looks like a wrong output
             raise VerifyError(self.verdict)
         self._flush(watch)
         after = folder.listing()
@@ -191,7 +227,7 @@ class Output:
         }:
             hint = "run again when nothing else writes to it"
             raise WriteError(f"{folder.path}: changed while it was verified", hint=hint)
-        self._verify("full", watch, is_last=True)
+        self._verify("full", used, watch, is_last=True)
 
     def _flush(self, watch: Observer) -> None:
         """Wait until the disk has what is staged."""
@@ -273,20 +309,29 @@ def _fill(
     crew = _Crew(outputs, budget, watch)
     left = [(output, step) for output in outputs for step in output.left()]
     copies = [(output, step) for output, step in left if isinstance(step.op, Copy)]
-    with _each_clock(outputs, "copy"), quick_turns():
-        for output in outputs:
-            output.reserve()
+    known = [output.inputs for output in outputs]
+    with _each_clock(outputs, "copy"), quick_turns(), watching(*known, is_noting=False):
+        _reserve(outputs)
         crew.work("copying", _copier(watches), _shared_stretches(outputs, copies), "cpu")
         for output in outputs:
             output.flushing.rest()
     with _each_clock(outputs, "load"):
         loading.wait()
-    with _each_clock(outputs, "merge"), one_torch_thread():
+    with _each_clock(outputs, "merge"), one_torch_thread(), watching(*known) as seen:
         merger = Merger(outputs[0].writer, device, budget.tile_elements, watches)
         orders = _shared_orders((output, step) for output, step in left if isinstance(step.op, Merge))
         crew.work("merging", lambda work: _merged(merger, work), orders, device)
     for output in outputs:
         output.clock.busy_seconds.update(watches.seconds())
+        output.inputs = output.inputs.with_readings(seen.inputs().readings)
+
+
+def _reserve(outputs: Sequence[Output]) -> None:
+    """Make the files of every output. A hard link moves the time of change of a base's file, which is known to be ours then."""
+    for output in outputs:
+        for path, before, after in output.reserve():
+            for other in outputs:
+                other.inputs = other.inputs.renewed(path, before, after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,7 +427,7 @@ class _Crew:
         self.watch.phase(phase, sum(piece.nbytes for piece in work))
         n_workers = self.budget.n_workers
         try:
-            for done in executors.pick(n_workers, device)(do, work, n_workers):
+            for done in executors.pick(n_workers, device)(in_threads(do), work, n_workers):
                 for output, records in done:
                     output.journal.add(records)
                     output.records += records
@@ -391,7 +436,7 @@ class _Crew:
                         self.watch.done(record.name)
         except CheckpointError:
             for output in self.outputs:
-                output.inputs.check()  # a file that changes breaks in many ways
+                check_names(output.inputs)  # a file that changes breaks in many ways
             raise
 
 

@@ -84,7 +84,7 @@ def test_what_was_cut_off_or_makes_no_sense_is_left_out(tail, path, home):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"[]\n", b"7\n", b'{"journal": 2, "merge": "this merge"}\n', b"\xff\n"], ids=repr
+    "text", [b"", b"[]\n", b"7\n", b'{"journal": 99, "merge": "this merge"}\n', b"\xff\n"], ids=repr
 )
 def test_a_file_that_is_no_journal_says_nothing(text, path, home):
     path.write_bytes(text)

@@ -1,0 +1,161 @@
+"""Are the inputs still what was read of them? By the files that have their names, and by their bytes where times may not tell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.identity import Place
+from lora_merge.core.plan import Copy
+from lora_merge.io.files import file_digest, open_for_reading, range_digest
+from lora_merge.io.input_files import changed, identity_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from lora_merge.core.identity import InputFile, Inputs, Range
+    from lora_merge.core.plan import MergePlan, Step
+    from lora_merge.core.tensor import TensorRecord, TensorRef
+
+
+def check_names(inputs: Inputs) -> None:
+    """Check that each name may still be that of the file that was read, by inode, size and time of modification.
+
+    Raises:
+        ChangedError: one has changed, or is gone.
+    """
+    for path, file in inputs.files.items():
+        if not file.may_be(identity_at(path)):
+            raise changed(path)
+
+
+def check(inputs: Inputs, used: Mapping[Place, str], *, all_bytes: bool = False) -> None:
+    """Check that the inputs are what was read of them.
+
+    Bytes are read again only where their change could have left no trace: where a file's time of change has moved and
+    nothing else (a new link, `chmod`, a backup; or a write whose time was set back), and where the file was unsure from the
+    beginning (`io.page_cache`). Where the kernel could not say which bytes are unsure, those are read again that it has
+    in memory.
+
+    Args:
+        inputs: what was read, as it was noted.
+        used: what else was read: the digest of each place.
+        all_bytes: read everything again.
+
+    Raises:
+        ChangedError: one has changed, or is gone.
+    """
+    unsure = {path: _unsure(path, file, all_bytes=all_bytes) for path, file in inputs.files.items()}
+    places: dict[str, list[tuple[Place, str]]] = {path: [] for path in inputs.files}
+    for place, digest in (*inputs.readings.items(), *used.items()):
+        if place.file in places:
+            places[place.file].append((place, digest))
+    for path, file in inputs.files.items():
+        cached_only = not (unsure[path] or file.is_known)
+        ranges = ((0, file.identity.size),) if cached_only else unsure[path]
+        wanted = [one for one in places[path] if _meet(one[0], ranges)]
+        if wanted:
+            _compare(path, wanted, cached_only=cached_only)
+    check_names(inputs)
+
+
+def _unsure(path: str, file: InputFile, *, all_bytes: bool) -> tuple[Range, ...]:
+    """Return which bytes of a file have to be looked at again.
+
+    Raises:
+        ChangedError: another file has its name, or none.
+    """
+    now = identity_at(path)
+    if not file.may_be(now):
+        raise changed(path)
+    return ((0, now.size),) if now != file.identity or all_bytes else file.unsure
+
+
+def _meet(place: Place, ranges: Iterable[Range]) -> bool:
+    return any(start < place.start + place.nbytes and place.start < end for start, end in ranges)
+
+
+def _compare(path: str, places: Sequence[tuple[Place, str]], *, cached_only: bool) -> None:
+    """Read places of a file again, and compare.
+
+    Raises:
+        ChangedError: one has other bytes.
+    """
+    with open_for_reading(path) as fd:
+        for place, digest in sorted(places, key=lambda one: one[0].start):
+            found = range_digest(fd, place.start, place.nbytes, path, cached_only=cached_only)
+            if found is not None and found != digest:
+                raise changed(path)
+
+
+def used_by(steps: Iterable[Step], records: Iterable[TensorRecord]) -> dict[Place, str]:
+    """Return the places that some steps have read, and the digest of what was found there."""
+    by_name = {record.name: record for record in records}
+    found = {}
+    for step in steps:
+        record, source = by_name.get(step.slots[0].name), source_of(step)
+        if record is not None:
+            found[Place(source.file, source.start, source.nbytes)] = source_digest(step, record)
+    return found
+
+
+def source_of(step: Step) -> TensorRef:
+    """Return the stored tensor that a step copies, or changes."""
+    return step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
+
+
+def source_digest(step: Step, record: TensorRecord) -> str:
+    """Return the digest of the stored tensor that a step copied, or changed, as it was read."""
+    return record.digest if isinstance(step.op, Copy) else record.source
+
+
+def check_copied(inputs: Inputs, plan: MergePlan, root: Path) -> None:
+    """Check that the side files of an output that were looked into before are what was found in them then.
+
+    Args:
+        inputs: what was read.
+        plan: of the merge.
+        root: where the copies are.
+
+    Raises:
+        ChangedError: one is not.
+    """
+    for file in plan.side_files:
+        known = inputs.readings.get(Place(file.source, 0, file.nbytes))
+        is_patched = file.name == CONFIG_FILE and plan.config_patch
+        if known is not None and not is_patched and file_digest(root / file.name) != known:
+            raise changed(file.source)
+
+
+def changed_times(inputs: Inputs) -> dict[str, int]:
+    """Return when each input has changed last, of those whose later changes have to show in that."""
+    return {
+        path: file.identity.changed
+        for path, file in inputs.files.items()
+        if file.is_known and not file.unsure
+    }
+
+
+def lasting(inputs: Inputs) -> list[tuple[object, ...]]:
+    """Return what of the inputs has to be the same for a run that goes on where another stopped, another day perhaps.
+
+    Devices get other numbers with a restart, inodes with a mount of what is not local, and the time of change moves with
+    each link: none of these is asked for.
+    """
+    whole = {place.file: digest for place, digest in inputs.readings.items() if _is_whole(place, inputs)}
+    return sorted(
+        (
+            path,
+            file.identity.inode if file.is_local else 0,
+            file.identity.size,
+            file.identity.modified,
+            whole.get(path, ""),
+        )
+        for path, file in inputs.files.items()
+    )
+
+
+def _is_whole(place: Place, inputs: Inputs) -> bool:
+    file = inputs.files.get(place.file)
+    return file is not None and (place.start, place.nbytes) == (0, file.identity.size)
