@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy, Merge, Step, View
 from lora_merge.core.tensor import nbytes_of
+from lora_merge.io.input_files import tell_digest
 from lora_merge.io.safetensors import load
 from lora_merge.merge import Merger
 from lora_merge.writers import InMemory, Norms
@@ -26,7 +27,9 @@ def merged_in_float32(step: Step) -> torch.Tensor:
     wide = _wide(step)
     (slot,) = wide.slots
     sink = InMemory(slot.nbytes)
-    Merger(sink, "cpu")(wide)
+    record = Merger(sink, "cpu")(wide)
+    assert isinstance(wide.op, Merge)
+    tell_digest(wide.op.parts[0], record.source)
     return sink.tensor(slot.shape)
 
 

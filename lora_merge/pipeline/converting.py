@@ -21,6 +21,7 @@ from lora_merge.convert import (
 )
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import Checkpoint
+from lora_merge.core.identity import Inputs
 from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import ConvertReport, Keep, Lora, LoraModule, Made, Recipe, Written
 from lora_merge.core.report import Issue, Observer, Silence, Verdict, error, note
@@ -30,6 +31,7 @@ from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import ConvertError, RequestError, VerifyError, WriteError
 from lora_merge.io import files, staging
 from lora_merge.io.hub import Access
+from lora_merge.io.input_files import watching
 from lora_merge.io.needed import ADAPTER_CONFIG, CONVERSION_MANIFEST
 from lora_merge.io.safetensors import load
 from lora_merge.io.spool import Spool
@@ -37,6 +39,7 @@ from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.families import left_for, seen_by_engines, serving_issues
+from lora_merge.pipeline.inputs import check
 from lora_merge.pipeline.planning import check_strict, plan_request
 from lora_merge.pipeline.reading_back import Join, read_back
 from lora_merge.plan import raise_errors
@@ -82,6 +85,9 @@ class Conversion:
     overwrite: bool
     strict: bool
     inputs: tuple[Path, ...]
+    read: Inputs
+    """The files that planning read, and what it found in them."""
+
     provenance: Mapping[str, object]
     issues: tuple[Issue, ...]
 
@@ -111,8 +117,16 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     """Locate and resolve, and draft what is to be written.
 
     Raises:
+        ChangedError: a file changed while it was read.
         LoraMergeError: it cannot be converted.
     """
+    with watching() as seen:
+        job = _plan(request, watch)
+    return replace(job, read=seen.inputs())
+
+
+def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
+    """Locate and resolve, and draft what is to be written."""
     access = Access(request.token, request.offline)
     found_adapter = find(request.adapter, "adapter")
     place = locate_adapter(found_adapter, request.adapter, access, watch, request.ignore_file)
@@ -151,7 +165,7 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
     return Conversion(
         source=request.adapter, adapter=adapter, found=found, recipe=recipe, base=joined.base if joined else None, join=join,
         out=files.output_path(request.out), serving=request.serving, overwrite=request.overwrite, strict=request.strict,
-        inputs=inputs, provenance=provenance, issues=issues, home=Path(adapter.root),
+        inputs=inputs, read=Inputs(), provenance=provenance, issues=issues, home=Path(adapter.root),
     )  # fmt: skip
 
 
@@ -241,14 +255,19 @@ def _unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
 
 
 def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
-    """Make the factors of every module, write them, read them back, and give them their name."""
+    """Make the factors of every module, write them, read them back, and give them their name.
+
+    Raises:
+        ChangedError: an input is not what it was.
+        LoraMergeError: the output cannot be written, or is not what was meant.
+    """
     check_strict(job.issues, strict=job.strict)
     staging.check_replaceable(
         job.out, overwrite=job.overwrite, inputs=job.read_files(), home=job.home, marks=MARKS
     )
     staging.check_writable(job.out)
     place = staging.staging(job.out, overwrite=job.overwrite, marks=MARKS, inputs=job.read_files())
-    with place as stage, memory_for("writing the adapter"):
+    with place as stage, memory_for("writing the adapter"), watching(job.read) as seen:
         with clock("make"), Spool.open(stage.home) as spool:
             watch.phase("making factors", _nbytes(job.found.modules))
             made = _make(job, spool, watch)
@@ -260,6 +279,7 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
         with clock("verify"):
             watch.phase("reading back", 0)
             _check(job, lora, stage)
+        check(seen.inputs(), {})
         with clock("publish"):
             staging.publish(stage)
     notes = _kept_ranks(job.recipe, lora)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.convert import Draft, Joined
 from lora_merge.core.adapter import Adapter
+from lora_merge.core.identity import Inputs
 from lora_merge.core.lora import ConvertReport, Keep, Recipe
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.request import ExtractRequest, Request
@@ -18,6 +19,7 @@ from lora_merge.errors import RequestError
 from lora_merge.extract import Pairing, extracted, misfits
 from lora_merge.io.files import output_path
 from lora_merge.io.hub import Access
+from lora_merge.io.input_files import watching
 from lora_merge.io.safetensors import same_values
 from lora_merge.io.side_files import adapter_side_files
 from lora_merge.locate import find, locate_base
@@ -48,9 +50,9 @@ def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None
         raise RequestError(
             "", 0, "rank", "is missing, and so is energy: how much of each change is kept?", hint=hint
         )
-    with clock("plan"), memory_for("planning"):
+    with clock("plan"), memory_for("planning"), watching() as seen:
         job = _plan(request, watch)
-    return carry_out(job, watch, clock)
+    return carry_out(replace(job, read=seen.inputs()), watch, clock)
 
 
 def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
@@ -96,6 +98,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         overwrite=request.overwrite,
         strict=request.strict,
         inputs=(Path(base.root), Path(tuned.root), *map(Path, sorted({ref.file for ref in tuned.tensors()}))),
+        read=Inputs(),
         provenance={"base": _origin(places[0]), "tuned": _origin(places[1])},
         issues=(*issues, *found.issues),
     )

@@ -31,6 +31,7 @@ from lora_merge.io.side_files import MANIFEST_FILE
 from lora_merge.io.trainer_files import chosen, file_names
 from lora_merge.merge import one_torch_thread
 from lora_merge.pipeline.clock import Clock
+from lora_merge.pipeline.inputs import check_names
 from lora_merge.pipeline.planning import Planned, plan_request
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ class _Proving:
                 self.watch.phase("running the models", 0)
                 forward, comparisons = compare_forward(self.request, planned, self.output)
             findings += forward
+        if planned is not None:
+            check_names(planned.inputs)
         if manifest is None and planned is None:
             findings += _nothing_compared(findings)
         base, adapters = ("", ()) if planned is None else (planned.plan.base, planned.plan.adapters)
