@@ -183,6 +183,27 @@ def _grown_while_read(place: Place) -> None:
     place.during = lambda: _grown(place)
 
 
+def _replaced(path: Path) -> None:
+    """Put another file of the same size and the same time of modification in the place of one."""
+    new, time = path.with_name("new"), path.stat().st_mtime_ns
+    content = path.read_bytes()
+    new.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(new, ns=(time, time))
+    new.replace(path)
+
+
+def _shard_replaced_while_read(place: Place) -> None:
+    place.during = lambda: _replaced(place.shard())
+
+
+def _adapter_replaced_while_read(place: Place) -> None:
+    place.during = lambda: _replaced(place.adapter / ADAPTER)
+
+
+def _config_replaced_while_read(place: Place) -> None:
+    place.during = lambda: _replaced(place.base / "config.json")
+
+
 def _removed_while_read(place: Place) -> None:
     place.during = (place.adapter / ADAPTER).unlink
 
@@ -318,6 +339,9 @@ FAULTS = (
     Fault("a weight file is longer than its header says", "the file is truncated or was extended", exits.RESOLVE, _grown),
     Fault("a weight file is truncated while it is read", ": changed while it was read", exits.RESOLVE, _truncated_while_read),
     Fault("a weight file grows while it is read", ": changed while it was read", exits.RESOLVE, _grown_while_read),
+    Fault("a weight file is replaced by one of its size and time while it is read", ": changed while it was read", exits.RESOLVE, _shard_replaced_while_read),
+    Fault("the adapter is replaced by one of its size and time while it is read", "{adapter}/adapter_model.safetensors: changed while it was read", exits.RESOLVE, _adapter_replaced_while_read),
+    Fault("config.json is replaced by one of its size and time while it is read", "{base}/config.json: changed while it was read", exits.RESOLVE, _config_replaced_while_read),
     Fault("the adapter goes away while it is read", "{adapter}/adapter_model.safetensors: went away while it was read", exits.RESOLVE, _removed_while_read),
     Fault("somebody removes what is being written", ": cannot be ", exits.WRITE, _staging_removed),
     Fault("memory runs out", " has no memory left", exits.WRITE, _no_memory, True),
