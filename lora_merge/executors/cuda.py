@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.core.borrowed import Borrowed
 from lora_merge.executors.threads import run_threads
 
 if TYPE_CHECKING:
@@ -30,9 +31,22 @@ def run_cuda(
         torch.cuda.set_device(index)
         torch.cuda.set_stream(torch.cuda.Stream(index))  # type: ignore[no-untyped-call]
 
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with _EXACT_PRODUCTS.changed():
         yield from run_threads(do, work, n_workers, begin)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _allows_tf32() -> bool:
+    import torch
+
+    allowed: bool = torch.backends.cuda.matmul.allow_tf32
+    return allowed
+
+
+def _allow_tf32(allowed: bool) -> None:
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+_EXACT_PRODUCTS = Borrowed(_allows_tf32, _allow_tf32, value=False)
+"""Several threads of a program may merge at the same time."""

@@ -6,10 +6,14 @@ import contextlib
 import importlib
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from lora_merge.core.borrowed import Borrowed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+Result = TypeVar("Result")
 
 _COPYING = ("concurrent.futures.thread", "xxhash")
 """What is imported on the way, when tensors are copied."""
@@ -45,17 +49,72 @@ def pick_device(wanted: str) -> tuple[str, str]:
     return f"cuda:{index}", ""
 
 
-@contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Give torch one thread per worker while it lasts: its own pool would fight the workers."""
-    import torch
+class _TorchThreads:
+    """How many threads torch has, for merges that several threads of a program may carry out at the same time.
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    Torch keeps this number twice: for the process, from which a thread takes its own when it first asks, and in each
+    thread. Setting it sets both, so the number of the process is read and set in a thread that is made for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_users = 0
+        self._of_process = 0
+        self._local = threading.local()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Give torch one thread; afterwards this thread has its number again, and the last gives the process its own."""
+        if getattr(self._local, "is_user", False):
+            yield
+            return
+        self._local.is_user = True
+        own = self._enter()
+        try:
+            yield
+        finally:
+            self._leave(own)
+            self._local.is_user = False
+
+    def _enter(self) -> int:
+        """Return the number that this thread had."""
+        import torch
+
+        with self._lock:
+            own = torch.get_num_threads()
+            if not self._n_users:
+                self._of_process = _in_new_thread(torch.get_num_threads)
+            elif own == 1:  # a thread that never asked before has just taken what the others have set
+                own = self._of_process
+            self._n_users += 1
+            torch.set_num_threads(1)
+        return own
+
+    def _leave(self, own: int) -> None:
+        import torch
+
+        with self._lock:
+            self._n_users -= 1
+            torch.set_num_threads(own)
+            of_process = 1 if self._n_users else self._of_process
+            _in_new_thread(lambda: torch.set_num_threads(of_process))
+
+
+_TORCH_THREADS = _TorchThreads()
+
+
+def one_torch_thread() -> contextlib.AbstractContextManager[None]:
+    """Give torch one thread per worker while it lasts: its own pool would fight the workers."""
+    return _TORCH_THREADS.one()
+
+
+def _in_new_thread(call: Callable[[], Result]) -> Result:
+    """Return what a call returns in a thread of its own."""
+    found: list[Result] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 class TorchLoading:
@@ -86,12 +145,9 @@ class TorchLoading:
             raise self._failure
 
 
-@contextlib.contextmanager
-def quick_turns() -> Iterator[None]:
+_TURNS = Borrowed(sys.getswitchinterval, sys.setswitchinterval, _SWITCH_SECONDS)
+
+
+def quick_turns() -> contextlib.AbstractContextManager[None]:
     """Let threads take turns more often than Python does by itself, while one of them imports."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    return _TURNS.changed()
