@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,7 +17,8 @@ from lora_merge.core.lora import ConvertReport
 from lora_merge.core.report import Report
 from lora_merge.core.request import ConvertRequest, Request
 from lora_merge.core.shards import parse_size
-from lora_merge.errors import LoraMergeError, WriteError
+from lora_merge.errors import BugError, LoraMergeError, WriteError
+from lora_merge.executors.processes import Broken, Crew, be_idle
 from lora_merge.io import machine, staging
 from lora_merge.io.files import output_path
 from lora_merge.pipeline import converting
@@ -29,7 +30,6 @@ from lora_merge.pipeline.planning import plan_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from concurrent.futures import Future, ProcessPoolExecutor
     from pathlib import Path
 
 
@@ -70,6 +70,7 @@ class _Task:
             hint="; ".join(hint for hint in hints if hint),
             issues=tuple(getattr(told, "issues", ())),
             seconds=round(self.seconds, 3),
+            traceback=getattr(error, "traceback", ""),
             report=report,
         )
 
@@ -98,6 +99,9 @@ class Batch:
         self._tasks = [_Task(job) for job in jobs]
         self._watch, self._keep_going, self._dry_run = watch, keep_going, dry_run
         self._n_parallel = n_parallel
+        self._sent: list[list[_Task]] = []
+        """Groups that other processes have been given, by their number."""
+
         self._began = time.monotonic()
 
     @whole_interrupts()
@@ -136,7 +140,9 @@ class Batch:
         task.state = state
         self._watch.job(task.job.name, state, sentence)
 
-    def _fail(self, task: _Task, error: LoraMergeError) -> None:
+    def _fail(self, task: _Task, exc: Exception) -> None:
+        """Take note that a job has failed; what is no error of the user's is a bug, and the job's own all the same."""
+        error = exc if isinstance(exc, LoraMergeError) else _bug(exc)
         task.error = error
         self._set(task, "failed", str(error))
 
@@ -150,29 +156,37 @@ class Batch:
     def _plan(self, task: _Task) -> None:
         """Plan one job: it is planned then, or kept, or failed."""
         try:
-            match task.job.request:
-                case Request() as request:
-                    planned = plan_request(request, self._watch)
-                    if is_current(planned, output_path(request.out)):
-                        self._set(task, "kept")
-                        return
-                    task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)
-                case ConvertRequest() as request:
-                    task.planned = plan_conversion(request, self._watch)
-                    if is_current_adapter(task.planned):
-                        self._set(task, "kept")
-                        return
-                    staging.check_replaceable(
-                        task.planned.out,
-                        overwrite=request.overwrite,
-                        inputs=task.planned.read_files(),
-                        home=task.planned.home,
-                        marks=converting.MARKS,
-                    )
-        except LoraMergeError as exc:
+            with whole_interrupts():
+                is_kept = self._is_kept(task)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is this job's, and there are others
             self._fail(task, exc)
         else:
-            self._set(task, "planned")
+            self._set(task, "kept" if is_kept else "planned")
+
+    def _is_kept(self, task: _Task) -> bool:
+        """Plan one job; return True where its output is there already, and is what it would be.
+
+        Raises:
+            LoraMergeError: it cannot be carried out.
+        """
+        match task.job.request:
+            case Request() as request:
+                planned = plan_request(request, self._watch)
+                if is_current(planned, output_path(request.out)):
+                    return True
+                task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)
+            case ConvertRequest() as request:
+                task.planned = plan_conversion(request, self._watch)
+                if is_current_adapter(task.planned):
+                    return True
+                staging.check_replaceable(
+                    task.planned.out,
+                    overwrite=request.overwrite,
+                    inputs=task.planned.read_files(),
+                    home=task.planned.home,
+                    marks=converting.MARKS,
+                )
+        return False
 
     def _groups(self) -> list[list[_Task]]:
         """Return the tasks that are to be done: merges of one base together, so that it is read once."""
@@ -195,19 +209,21 @@ class Batch:
         for task in group:
             self._set(task, "running")
         try:
-            for task, result in zip(group, self._results(group), strict=True):
-                task.seconds = time.monotonic() - began
-                if isinstance(result, LoraMergeError):
-                    self._fail(task, result)
-                else:
-                    task.report = result
-                    self._set(task, "done")
-        except LoraMergeError as exc:
+            with whole_interrupts():
+                for task, result in zip(group, self._results(group), strict=True):
+                    task.seconds = time.monotonic() - began
+                    if isinstance(result, Exception):
+                        self._fail(task, result)
+                    else:
+                        task.report = result
+                        self._set(task, "done")
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is one job's, and there are others
             if len(group) == 1:
                 self._fail(group[0], exc)
                 return
             for task in group:  # one of them is at fault; which, shows when each is on its own
-                self._carry_out([self._afresh(task)])
+                if task.state == "running":
+                    self._carry_out([self._afresh(task)])
 
     def _afresh(self, task: _Task) -> _Task:
         """Return a task with a clock of its own, for another try."""
@@ -215,7 +231,7 @@ class Batch:
             task.planned = replace(task.planned, clock=Clock())
         return task
 
-    def _results(self, group: list[_Task]) -> Iterator[Report | ConvertReport | LoraMergeError]:
+    def _results(self, group: list[_Task]) -> Iterator[Report | ConvertReport | Exception]:
         """Yield the report of each task, or what it alone failed of."""
         merges = [task.planned for task in group if isinstance(task.planned, Prepared)]
         shortage = None if self._keep_going else _shortage(merges)
@@ -229,83 +245,61 @@ class Batch:
 
     def _carry_out_elsewhere(self, groups: list[list[_Task]]) -> None:
         """Carry out groups in processes, several at a time."""
-        waiting = deque(groups)
         n = min(self._n_parallel, len(groups))
-        while waiting and self._goes_on():
-            self._carry_out_in(n, waiting)
-
-    def _carry_out_in(self, n: int, waiting: deque[list[_Task]]) -> None:
-        """Carry out groups in some processes, until none is waiting or one of the processes is gone."""
-        from concurrent.futures import ProcessPoolExecutor
-        from multiprocessing import get_context
-
-        under_way: dict[Future[list[JobReport]], list[_Task]] = {}
-        with ProcessPoolExecutor(n, get_context("spawn"), _be_idle) as pool:
+        with _Crew(_elsewhere, n) as crew:
             try:
-                self._feed(pool, n, waiting, under_way)
+                self._feed(crew, groups, max(1, machine.usable_cores() // n))
             except KeyboardInterrupt:
-                for process in list(getattr(pool, "_processes", {}).values()):
-                    os.kill(process.pid, signal.SIGINT)  # each keeps what is whole, and says how far it came
-                for future, group in under_way.items():
-                    if future.exception() is None:
-                        self._take(group, future)
+                crew.interrupt()  # each keeps what is whole, and says how far it came, or has not even begun
+                while not crew.is_idle:
+                    self._take_all(crew, is_interrupted=True)
                 raise
 
     @whole_interrupts()
-    def _feed(
-        self,
-        pool: ProcessPoolExecutor,
-        n: int,
-        waiting: deque[list[_Task]],
-        under_way: dict[Future[list[JobReport]], list[_Task]],
-    ) -> None:
-        """Give a pool of n processes one group after the other, and take over what became of them."""
-        from concurrent.futures import FIRST_COMPLETED, wait
-        from concurrent.futures.process import BrokenProcessPool
+    def _feed(self, crew: _Crew, groups: list[list[_Task]], n_workers: int) -> None:
+        """Give processes one group after the other, and take over what became of them.
 
-        n_workers = max(1, machine.usable_cores() // n)
-        is_sound = True
+        Args:
+            crew: the processes.
+            groups: what is to be done.
+            n_workers: threads that each of them may have.
+        """
+        waiting = deque(range(len(groups)))
+        self._sent = groups
         while True:
-            while is_sound and waiting and len(under_way) < n and self._goes_on():
-                group = waiting.popleft()
-                try:
-                    with _held_back(signal.SIGINT):
-                        future = pool.submit(_elsewhere, [task.job for task in group], n_workers)
-                except BrokenProcessPool:
-                    waiting.appendleft(group)
-                    is_sound = False
-                    break
-                under_way[future] = group
-                for task in group:
+            while waiting and crew.has_room and self._goes_on():
+                number = waiting.popleft()
+                crew.begin((number, [task.job for task in groups[number]], n_workers))
+                for task in groups[number]:
                     self._set(task, "running")
-            if not under_way:
+            if crew.is_idle:
                 return
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                is_sound = self._take(under_way.pop(future), future) and is_sound
+            self._take_all(crew)
 
-    def _take(self, group: list[_Task], future: Future[list[JobReport]]) -> bool:
-        """Take over what became of a group elsewhere; return False where its process is gone."""
-        from concurrent.futures.process import BrokenProcessPool
-
-        try:
-            reports = future.result()
-        except BrokenProcessPool:
-            hint = "run again to go on; a smaller --jobs takes less memory"
-            for task in group:
-                self._fail(
-                    task, WriteError("a process ended before its time, perhaps for want of memory", hint=hint)
-                )
-            return False
-        for task, found in zip(group, reports, strict=True):
-            task.elsewhere = found
-            self._set(task, found.state, found.message)
-        return True
+    def _take_all(self, crew: _Crew, *, is_interrupted: bool = False) -> None:
+        """Wait for a process, and take over what became of its group; one that is gone fails its own group only."""
+        for (number, *_), found in crew.results():
+            group = self._sent[number]
+            if isinstance(found, Broken):
+                for task in () if is_interrupted and not found.kind else group:
+                    self._fail(task, _loss(found))
+                continue
+            for task, report in zip(group, found, strict=True):
+                task.elsewhere = report
+                self._set(task, report.state, report.message)
 
 
-def _elsewhere(jobs: Sequence[Job], n_workers: int) -> list[JobReport]:
+_Errand = tuple[int, "list[Job]", int]
+"""A group of jobs on its way to another process: its number, and how many threads it may have."""
+
+_Crew = Crew[_Errand, "list[JobReport]"]
+
+
+def _elsewhere(errand: _Errand) -> list[JobReport]:
     """Carry out a group of jobs in this process, which is there for that alone."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
+    _, jobs, n_workers = errand
     own = [
         replace(job, request=replace(job.request, workers=job.request.workers or n_workers))
         if isinstance(job.request, Request)
@@ -315,28 +309,8 @@ def _elsewhere(jobs: Sequence[Job], n_workers: int) -> list[JobReport]:
     batch = Batch(own, _Nobody(), keep_going=True)
     with contextlib.suppress(KeyboardInterrupt):
         batch.run()
-    _be_idle()
+    be_idle()
     return list(batch.report("").jobs)
-
-
-def _be_idle() -> None:
-    """Let interrupts pass, which are meant for those that work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-
-
-@contextlib.contextmanager
-def _held_back(signum: signal.Signals) -> Iterator[None]:
-    """Take a signal only after the block; a process that starts in it does not take it at all until it says so itself.
-
-    Ctrl-C is sent to all processes of a terminal, and one that is still importing would print a traceback.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signum])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -344,6 +318,21 @@ def _interrupt(signum: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _bug(exc: Exception) -> BugError:
+    """Return the error of a job that met a bug."""
+    return BugError(type(exc).__name__, str(exc), "".join(traceback.format_exception(exc)))
+
+
+def _loss(found: Broken) -> LoraMergeError:
+    """Return the error of jobs whose process has ended, or could not say what became of them."""
+    if found.kind:
+        return BugError(found.kind, found.text, found.traceback)
+    hint = "run again to go on; a smaller --jobs takes less memory"
+    return WriteError(
+        f"its process ended before its time ({found.text}), perhaps for want of memory", hint=hint
+    )
 
 
 class _Nobody:

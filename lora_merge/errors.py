@@ -11,7 +11,8 @@
     │   └── ConvertError          an adapter cannot be written as it is wanted (issues: all of them)
     ├── WriteError                output exists, disk full, rename failed
     │   └── OutOfMemoryError      the machine has no memory left
-    └── VerifyError               the output is not what the plan promised (verdict)
+    ├── VerifyError               the output is not what the plan promised (verdict)
+    └── BugError                  lora-merge itself is at fault: of one job, while a batch goes on (traceback)
 
 Classes carry data; ``__str__`` builds the sentence: subject first, got before wanted.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.report import Issue, Verdict
 
+_SHOWN_CHARACTERS = 200  # of the text of an error that is a bug
 _LISTED = 12  # kinds of issue that are printed; the rest are counted (-v and --json have them all)
 
 
@@ -158,6 +160,25 @@ class VerifyError(LoraMergeError):
         super().__init__(
             *_issue_list(verdict.errors, "the output failed verification"),
             hint="nothing was written under the output's name; run again, and report this if it repeats",
+        )
+
+
+class BugError(LoraMergeError):
+    """Lora-merge itself is at fault. A batch says so of one job, and goes on with the others.
+
+    Args:
+        kind: name of the class of the error.
+        text: what it says; of a long one the beginning.
+        traceback: as Python prints it.
+    """
+
+    def __init__(self, kind: str, text: str, traceback: str) -> None:
+        self.traceback = traceback
+        shown = " ".join(text.split())
+        shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"
+        super().__init__(
+            f"an error inside lora-merge: {kind}{f': {shown}' if shown else ''}",
+            hint="this is a bug: please report it with its traceback, which -v prints and --log-file keeps",
         )
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_merge.cli import exits
 from lora_merge.cli.options import Parsed, console_of, hub_options, output_options
+
+if TYPE_CHECKING:
+    from lora_merge.core.batch import BatchReport
+    from lora_merge.io.event_log import EventLog
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -88,10 +92,18 @@ def batch(  # noqa: PLR0913 - its options
             report = run.report(file)
             console.batch(report)
             if log:
-                log.add("end", ok=report.ok, seconds=report.seconds)
+                _end(log, report)
     if log and log.failure:
         say(f"error: the log is not complete: {log.failure}")
     if is_interrupted:
         say("error: interrupted; what is done stays, and the same command goes on from there")
         sys.exit(exits.INTERRUPTED)
     sys.exit(exits.BATCH if not report.ok else exits.WRITE if log and log.failure else exits.OK)
+
+
+def _end(log: EventLog, report: BatchReport) -> None:
+    """Add the tracebacks of jobs that met a bug, and the last line."""
+    for job in report.jobs:
+        if job.traceback:
+            log.add("bug", name=job.name, traceback=job.traceback)
+    log.add("end", ok=report.ok, seconds=report.seconds)

@@ -98,6 +98,11 @@ class Console:
             show_data({"ok": report.ok, **asdict(report), "jobs": jobs})
         if not self._quiet or not report.ok:
             print_batch(report, only_failed=self._quiet or self._as_json)
+        for job in report.jobs if self._verbose else ():
+            if job.traceback:
+                say(f"{job.name}: the traceback of its bug")
+                for line in job.traceback.rstrip("\n").split("\n"):
+                    say(f"  {line}")
 
     def _issues(self, issues: Sequence[Issue]) -> None:
         """Print issues, those alike as one unless it is verbose; when it is quiet the errors only."""

@@ -49,6 +49,9 @@ class JobReport:
     seconds: float = 0.0
     """From when it was begun; of outputs that are made in one pass, the pass."""
 
+    traceback: str = ""
+    """Of an error inside lora-merge; empty otherwise."""
+
     report: Report | ConvertReport | None = None
     """Its own; of a merge that is planned, what it would do."""
 

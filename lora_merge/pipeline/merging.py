@@ -10,7 +10,7 @@ from lora_merge.core.budget import Budget, allot
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Silence, Summary, warning
 from lora_merge.core.shards import parse_size
 from lora_merge.core.shortage import memory_for
-from lora_merge.errors import LoraMergeError, RequestError, WriteError
+from lora_merge.errors import RequestError, WriteError
 from lora_merge.io import machine, staging
 from lora_merge.io.files import nearest_existing, output_path
 from lora_merge.merge import NoDeviceError, pick_device
@@ -83,7 +83,7 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     if dry_run:
         return prepared.report()
     (done,) = carry_out([prepared], watch)
-    if isinstance(done, LoraMergeError):
+    if isinstance(done, Exception):
         raise done
     return done
 
@@ -120,7 +120,7 @@ def prepare(
     return Prepared(planned, out, device, budget, summary, (*useless, *issues), shortage, clock)
 
 
-def carry_out(group: Sequence[Prepared], watch: Observer) -> Iterator[Report | LoraMergeError]:
+def carry_out(group: Sequence[Prepared], watch: Observer) -> Iterator[Report | Exception]:
     """Make the outputs of some requests that have a base and a device in common, in one pass over the base.
 
     Yields:

@@ -17,7 +17,7 @@ from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note,
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch, stretches, whole_copies
 from lora_merge.core.tensor import TensorRecord
-from lora_merge.errors import CheckpointError, LoraMergeError, VerifyError, WriteError
+from lora_merge.errors import CheckpointError, VerifyError, WriteError
 from lora_merge.io import staging
 from lora_merge.io.input_files import identity_at, in_threads, watching
 from lora_merge.io.journal import FILE, Journal
@@ -63,8 +63,8 @@ class Output:
 
     records: list[TensorRecord] = field(default_factory=list)
     verdict: Verdict = NOT_VERIFIED
-    error: LoraMergeError | None = None
-    """What it failed of, where others did not."""
+    error: Exception | None = None
+    """What it failed of, where others did not; one that is no `LoraMergeError` is a bug."""
 
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -235,12 +235,14 @@ class Output:
             watch.phase("flushing", 0)
             self.flushing.wait()
 
-    def finish_or_fail(self, watch: Observer) -> None:
-        """Finish it; what is wrong with it is its `error`."""
+    def finish_or_fail(self, watch: Heard) -> None:
+        """Finish it; what is wrong with it is its `error`, whatever it is: the other outputs are whole."""
         try:
             with memory_for("writing the output"):
                 self.finish(watch)
-        except LoraMergeError as exc:
+        except Exception as exc:
+            if exc is watch.failure:  # the caller's own
+                raise
             self.fail(exc)
             self.error = exc
 
@@ -280,7 +282,7 @@ def write(outputs: Sequence[Output], device: str, budget: Budget, watch: Observe
     for n, output in enumerate(outputs):
         try:
             with whole_interrupts():
-                output.finish_or_fail(watch)
+                output.finish_or_fail(heard)
             yield output
         except BaseException as exc:
             _fail(outputs[n:], exc, heard)

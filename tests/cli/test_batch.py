@@ -468,6 +468,77 @@ def test_an_adapter_that_changes_once_it_is_planned_fails_alone(
     assert leftovers(tmp_path / "out") == ["one", "two"]
 
 
+@contextlib.contextmanager
+def a_bug_in(place):
+    """Have lora-merge itself fail of the adapter ``bad``, where a plan is made, rows are merged or the card is written."""
+
+    def failing(real):
+        def call(*arguments, **named):
+            if "runs/bad" in repr(arguments):
+                raise ZeroDivisionError("of a job's own\x1b[2J")
+            return real(*arguments, **named)
+
+        return call
+
+    module, name = {
+        "planning": ("lora_merge.batch", "plan_request"),
+        "merging": ("lora_merge.merge.merger", "Working"),
+        "sealing": ("lora_merge.writers.hf_checkpoint", "card_text"),
+    }[place]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[module], name, failing(getattr(sys.modules[module], name)))
+        yield
+
+
+@pytest.mark.parametrize("place", ["planning", "merging", "sealing"])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_bug_that_one_job_meets_takes_no_other_down(place, bad, three, base, batch, tmp_path):
+    three.insert(bad, three.pop(1))
+    with a_bug_in(place):
+        code, report, said = batch(three, "--keep-going", "-v", "--log-file", "log", base=base)
+
+    assert code == exits.BATCH
+    assert states(report) == {"out/one": "done", "out/bad": "failed", "out/two": "done"}
+    job = job_of(report, "out/bad")
+    assert job["error"] == "BugError"
+    assert job["message"] == "an error inside lora-merge: ZeroDivisionError: of a job's own\x1b[2J"
+    assert "please report it" in job["hint"]
+    assert job["traceback"].startswith("Traceback (most recent call last)")
+    assert "error: out/bad: an error inside lora-merge: ZeroDivisionError: of a job's own\\x1b[2J" in said
+    assert "Traceback (most recent call last)" in said
+    lines = logged(tmp_path / "log")
+    assert [line["name"] for line in lines if line["event"] == "bug"] == ["out/bad"]
+    assert lines[-1]["event"] == "end"
+    assert leftovers(tmp_path / "out") == ["one", "two"]
+    code, report, _ = batch(three, base=base)
+    assert states(report) == {"out/one": "kept", "out/bad": "done", "out/two": "kept"}
+
+
+def test_a_bug_of_one_job_is_a_fault_like_any_other_where_nothing_is_to_go_on(three, base, batch, tmp_path):
+    with a_bug_in("planning"):
+        code, report, said = batch(three, base=base)
+
+    assert code == exits.BATCH
+    assert states(report) == {"out/one": "not run", "out/bad": "failed", "out/two": "not run"}
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_that_comes_as_another_error_is_an_interrupt(three, base, batch, monkeypatch):
+    def interrupted(*arguments):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr(batches, "plan_request", interrupted)
+
+    code, report, _ = batch(three, "--keep-going", base=base)
+
+    assert code == exits.INTERRUPTED
+    assert set(states(report).values()) == {"not run"}
+
+
 def test_warnings_count_as_errors_only_of_the_job_that_says_so(three, base, batch):
     for job in three:
         job["device"] = "cuda"
@@ -545,7 +616,7 @@ def test_json_is_one_document_about_every_job(three, base, batch):
     assert (report["file"], report["ok"], report["dry_run"]) == ("batch.yaml", False, False)
     for job in report["jobs"]:
         assert job.keys() == {
-            "name", "kind", "out", "state", "error", "message", "hint", "issues", "seconds", "report",
+            "name", "kind", "out", "state", "error", "message", "hint", "issues", "seconds", "traceback", "report",
         }  # fmt: skip
     one, bad, _, smaller = report["jobs"]
     assert (one["kind"], one["error"], one["message"]) == ("merge", "", "")
@@ -691,7 +762,7 @@ def logged(path):
     times = [datetime.fromisoformat(line["time"]) for line in lines]
     assert times == sorted(times)
     assert all(one.tzinfo is not None for one in times)
-    assert {line["event"] for line in lines} <= {"job", "phase", "end"}
+    assert {line["event"] for line in lines} <= {"job", "phase", "bug", "end"}
     return lines
 
 
@@ -840,11 +911,11 @@ def test_processes_begin_nothing_more_once_one_has_failed(three, bases, batch, t
 _carried_out_elsewhere = batches._elsewhere
 
 
-def elsewhere_with_a_death(jobs, n_workers):
+def elsewhere_with_a_death(errand):
     """Carry out a group, but for one that ends the process as the kernel does when memory is short."""
-    if jobs[0].name == "out/0":
+    if errand[1][0].name == "out/0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return _carried_out_elsewhere(jobs, n_workers)
+    return _carried_out_elsewhere(errand)
 
 
 def test_a_process_that_is_killed_fails_its_jobs_and_the_rest_is_done(
@@ -858,17 +929,32 @@ def test_a_process_that_is_killed_fails_its_jobs_and_the_rest_is_done(
 
     assert code == exits.BATCH
     found = states(report)
-    assert found["out/0"] == "failed"
-    assert "a process ended before its time" in said
-    assert set(found.values()) == {"failed", "done"}
-    assert (
-        list(found.values()).count("failed") <= 2
-    )  # the other one was under way when all processes were ended
+    assert found == {"out/0": "failed", "out/1": "done", "out/2": "done", "out/3": "done"}
+    assert "its process ended before its time (SIGKILL)" in said
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     code, report, _ = batch(jobs)
     assert code == exits.OK
     assert states(report) == {name: "kept" if state == "done" else "done" for name, state in found.items()}
+
+
+def elsewhere_with_a_bug(errand):
+    """Carry out a group, but for one that ends in an error of a kind that no process but its own knows."""
+    if errand[1][0].name == "out/0":
+        raise type("OwnError", (Exception,), {})("what nobody expected")
+    return _carried_out_elsewhere(errand)
+
+
+def test_a_bug_in_a_process_fails_its_own_jobs_only(three, bases, batch, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    monkeypatch.setattr(batches, "_elsewhere", elsewhere_with_a_bug)
+    jobs = [{"adapter": "runs/one", "base": base, "out": f"out/{base[-1]}"} for base in bases(3)]
+
+    code, report, said = batch(jobs, "--jobs", 2, "--keep-going")
+
+    assert code == exits.BATCH
+    assert states(report) == {"out/0": "failed", "out/1": "done", "out/2": "done"}
+    assert "error: out/0: an error inside lora-merge: OwnError: what nobody expected" in said
 
 
 # ---------------------------------------------------------------------------- interrupts
@@ -902,7 +988,7 @@ def test_ctrl_c_of_a_terminal_strikes_processes_that_have_hardly_begun_and_none_
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
 
-    assert "Traceback" not in stderr
+    assert "Traceback" not in stderr, stderr
     assert process.returncode == exits.INTERRUPTED, stderr
 
 
