@@ -81,7 +81,11 @@ def test_processes_of_a_batch_end_when_it_is_killed_and_what_they_had_done_is_ta
     with begun([*two_bases, "2"], tmp_path) as process:
         time.sleep(seconds)
         process.kill()
-    wait_until(lambda: not session(process.pid))
+    try:
+        wait_until(lambda: not session(process.pid))
+    finally:
+        for left in session(process.pid):
+            os.kill(left, signal.SIGKILL)
 
     assert subprocess.run([*two_bases, "1", "-q"], cwd=tmp_path, check=False).returncode == exits.OK
     found = content(tmp_path / "out")
@@ -190,5 +194,7 @@ def test_a_process_ends_with_its_parent_where_only_a_pipe_tells_it(monkeypatch):
 
     writing.close()
     process.join(SECONDS / 2)
+    found = process.exitcode
+    process.kill()
 
-    assert process.exitcode == -signal.SIGKILL
+    assert found == -signal.SIGKILL
