@@ -14,7 +14,7 @@ from lora_merge.core.batch import BatchObserver, BatchReport, Job, JobReport, St
 from lora_merge.core.budget import peak_together
 from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.core.lora import ConvertReport
-from lora_merge.core.report import Report
+from lora_merge.core.report import Issue, Report, warning
 from lora_merge.core.request import ConvertRequest, Request
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import BugError, LoraMergeError, WriteError
@@ -24,7 +24,7 @@ from lora_merge.io.files import output_path
 from lora_merge.pipeline import converting
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.converting import Conversion, plan_conversion
-from lora_merge.pipeline.current import is_current, is_current_adapter
+from lora_merge.pipeline.current import Standing, adapter_standing, standing
 from lora_merge.pipeline.merging import Prepared, carry_out, prepare
 from lora_merge.pipeline.planning import plan_request
 
@@ -49,6 +49,9 @@ class _Task:
     elsewhere: JobReport | None = None
     """What another process says of it."""
 
+    notes: tuple[Issue, ...] = ()
+    """What is worth knowing of the output that was there."""
+
     seconds: float = 0.0
 
     def result(self) -> JobReport:
@@ -68,7 +71,7 @@ class _Task:
             error=type(error).__name__ if error else "",
             message=str(error) if error else "",
             hint="; ".join(hint for hint in hints if hint),
-            issues=tuple(getattr(told, "issues", ())),
+            issues=(*self.notes, *getattr(told, "issues", ())),
             seconds=round(self.seconds, 3),
             traceback=getattr(error, "traceback", ""),
             report=report,
@@ -161,7 +164,7 @@ class Batch:
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is this job's, and there are others
             self._fail(task, exc)
         else:
-            self._set(task, "kept" if is_kept else "planned")
+            self._set(task, "kept" if is_kept else "planned", "; ".join(map(str, task.notes)))
 
     def _is_kept(self, task: _Task) -> bool:
         """Plan one job; return True where its output is there already, and is what it would be.
@@ -172,21 +175,28 @@ class Batch:
         match task.job.request:
             case Request() as request:
                 planned = plan_request(request, self._watch)
-                if is_current(planned, output_path(request.out)):
-                    return True
-                task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)
+                out = output_path(request.out)
+                found = standing(planned, out)
+                if not found.is_current:
+                    _check_fault(found, out, request)
+                    task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)
             case ConvertRequest() as request:
-                task.planned = plan_conversion(request, self._watch)
-                if is_current_adapter(task.planned):
-                    return True
-                staging.check_replaceable(
-                    task.planned.out,
-                    overwrite=request.overwrite,
-                    inputs=task.planned.read_files(),
-                    home=task.planned.home,
-                    marks=converting.MARKS,
-                )
-        return False
+                task.planned = job = plan_conversion(request, self._watch)
+                out = job.out
+                found = adapter_standing(job)
+                if not found.is_current:
+                    _check_fault(found, out, request)
+                    staging.check_replaceable(
+                        out,
+                        overwrite=request.overwrite,
+                        inputs=job.read_files(),
+                        home=job.home,
+                        marks=converting.MARKS,
+                    )
+        task.notes = found.notes
+        if found.fault:
+            task.notes = (warning("made-anew", str(out), f"{found.fault}, so it is made anew"),)
+        return found.is_current
 
     def _groups(self) -> list[list[_Task]]:
         """Return the tasks that are to be done: merges of one base together, so that it is read once."""
@@ -318,6 +328,19 @@ def _interrupt(signum: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _check_fault(found: Standing, out: Path, request: Request | ConvertRequest) -> None:
+    """Check that an output that is there, and is not what it would be, may be replaced: it may hold somebody's work.
+
+    Raises:
+        WriteError: it may not.
+    """
+    if found.fault and not request.overwrite:
+        raise WriteError(
+            f"{out}: already exists, and is not what this job makes: {found.fault}",
+            hint="--overwrite makes it anew, and what is in it now is gone then; or choose another --out",
+        )
 
 
 def _bug(exc: Exception) -> BugError:

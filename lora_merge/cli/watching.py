@@ -58,7 +58,7 @@ class _Plain:
 
     def job(self, name: str, state: State, sentence: str = "") -> None:
         """Print the state; a job that merely waits is not worth a line."""
-        if self._quiet or state in {"waiting", "planned"}:
+        if self._quiet or state == "waiting" or (state == "planned" and not sentence):
             return
         first = sentence.partition("\n")[0]
         say(f"{state}: {name}: {first}" if first else f"{state}: {name}")

@@ -668,6 +668,25 @@ def range_digest(
     return digest_text(digest)
 
 
+def text_digest(text: str) -> str:
+    """Return the digest of a text as it is written (`io.folder.Folder.write_text`)."""
+    digest = new_digest()
+    digest.update(text.encode("utf-8", "backslashreplace"))
+    return digest_text(digest)
+
+
+def modified_at(path: Path) -> int:
+    """Return when a file was written to last, in nanoseconds, or what a program says of that.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    try:
+        return path.stat().st_mtime_ns
+    except OSError as exc:
+        raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
+
+
 def write_error(label: str | Path, exc: OSError) -> WriteError:
     """Return the error for a failed write, with the way out."""
     if exc.errno == errno.ENOMEM:

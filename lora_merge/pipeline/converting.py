@@ -34,6 +34,7 @@ from lora_merge.io.hub import Access
 from lora_merge.io.input_files import watching
 from lora_merge.io.needed import ADAPTER_CONFIG, CONVERSION_MANIFEST
 from lora_merge.io.safetensors import load
+from lora_merge.io.signs import sample_digest
 from lora_merge.io.spool import Spool
 from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of
@@ -151,8 +152,13 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
     _raise([*found.issues, *_unsaid(found.modules, recipe)])
     inputs = (Path(adapter.root), *([Path(joined.base.root)] if joined else []))
     provenance = {
-        "adapter": {"path": place.text, "digest": adapter.digest, "format": adapter.format},
-        **({"base": {"path": joined.base.root}} if joined else {}),
+        "adapter": {
+            "path": place.text,
+            "digest": adapter.digest,
+            "config": files.text_digest(json.dumps(dict(adapter.config), sort_keys=True)),
+            "format": adapter.format,
+        },
+        **({"base": _of_base(joined.base)} if joined else {}),
         "options": _options_of(request),
     }
     join = None
@@ -167,6 +173,15 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
         out=files.output_path(request.out), serving=request.serving, overwrite=request.overwrite, strict=request.strict,
         inputs=inputs, read=Inputs(), provenance=provenance, issues=issues, home=Path(adapter.root),
     )  # fmt: skip
+
+
+def _of_base(base: Checkpoint) -> dict[str, str]:
+    """Return what the manifest says of a base: where it was, and digests of its configuration and of some of its bytes."""
+    return {
+        "path": base.root,
+        "config": files.text_digest(json.dumps(dict(base.config), sort_keys=True)),
+        "sample": sample_digest(list(base.tensors())),
+    }
 
 
 def _options_of(request: ConvertRequest) -> dict[str, object]:
@@ -275,7 +290,7 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
         with clock("write"):
             watch.phase("writing", 0)
             names = ADAPTER_WRITERS[job.recipe.format](stage.folder, lora, _padded)
-            names += _write_beside(job, lora, stage.folder)
+            names += _write_beside(job, lora, stage.folder, names)
         with clock("verify"):
             watch.phase("reading back", 0)
             _check(job, lora, stage)
@@ -400,13 +415,22 @@ def _padded(made: Made) -> tuple[torch.Tensor, torch.Tensor]:
     return pair.a, pair.b
 
 
-def _write_beside(job: Conversion, lora: Lora, folder: Folder) -> tuple[str, ...]:
-    """Write what goes with the factors: tokenizer files that the adapter carried, and where it came from."""
+def _write_beside(job: Conversion, lora: Lora, folder: Folder, written: Sequence[str]) -> tuple[str, ...]:
+    """Write what goes with the factors: tokenizer files that the adapter carried, and where it came from.
+
+    Args:
+        job: what is carried out.
+        lora: what is written.
+        folder: where.
+        written: the files that are there already.
+    """
     for side_file in job.adapter.side_files:
         folder.copy_in(Path(side_file.source), side_file.name)
+    beside = tuple(file.name for file in job.adapter.side_files)
     manifest = {
         "lora_merge_version": __version__,
         **job.provenance,
+        "files": {name: files.file_digest(folder.path / name) for name in sorted({*written, *beside})},
         "format": job.recipe.format,
         "transforms": list(job.recipe.names()),
         "modules": {
@@ -415,7 +439,7 @@ def _write_beside(job: Conversion, lora: Lora, folder: Folder) -> tuple[str, ...
         },
     }
     folder.write_text(CONVERSION_MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return (CONVERSION_MANIFEST, *(file.name for file in job.adapter.side_files))
+    return (CONVERSION_MANIFEST, *beside)
 
 
 def _written(made: Made) -> Written:

@@ -1,86 +1,341 @@
-"""Is an output there already, and what it would be? Its own manifest and the times of its inputs say so, as for make."""
+"""Is an output there already, and what it would be? Its manifest, its own bytes and its inputs say so."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_merge import executors
+from lora_merge.core.checkpoint import INDEX_FILE
+from lora_merge.core.manifest import Manifest, parse_manifest
+from lora_merge.core.plan import Copy, Merge
+from lora_merge.core.provenance import card_text
+from lora_merge.core.report import Issue, warning
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json
+from lora_merge.io import files, machine
 from lora_merge.io.needed import CONVERSION_MANIFEST
-from lora_merge.io.side_files import MANIFEST_FILE
-from lora_merge.pipeline.provenance import options_of
+from lora_merge.io.safetensors import has_header, tensor_digest
+from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
+from lora_merge.io.signs import changed_at, has_hole, pages, sampled
+from lora_merge.merge import Merger, one_torch_thread, pick_device
+from lora_merge.pipeline.provenance import options_of, provenance_of
+from lora_merge.writers.hf_checkpoint import side_digest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from lora_merge.core.plan import Step
     from lora_merge.core.source import Origin
+    from lora_merge.core.stretches import Stretch
+    from lora_merge.core.tensor import TensorRef
     from lora_merge.pipeline.converting import Conversion
     from lora_merge.pipeline.planning import Planned
 
 
-def is_current(planned: Planned, out: Path) -> bool:
-    """Return True when an output was merged from the same base and adapters, by the same options, and none is newer.
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How an output that is there compares with what it would be."""
 
-    Its weight files are there, too, and have their sizes.
+    is_there: bool
+    """Something has its name, and says that it was made here."""
+
+    fault: str = ""
+    """What keeps it from being kept: the file, and what is wrong with it."""
+
+    notes: tuple[Issue, ...] = ()
+    """What is worth knowing about one that is kept."""
+
+    @property
+    def is_current(self) -> bool:
+        """Return True when it is what it would be."""
+        return self.is_there and not self.fault
+
+
+def standing(planned: Planned, out: Path) -> Standing:
+    """Return whether an output is what a merge would make.
+
+    Its small files and the adapters are compared by digests, its weight files by their sizes and headers, and by some of
+    their pages. What the times of a weight file, or holes in it, make doubtful is read as a whole, and all of it at the
+    level ``full``. Of base files that may have changed since, all that was made from them is computed again, and not
+    written. So times decide what is looked at, and content decides.
     """
-    manifest = _read(out / MANIFEST_FILE)
-    base, adapters = manifest.get("base"), manifest.get("adapters")
-    if not isinstance(base, dict) or not isinstance(adapters, list):
-        return False
-    wanted = [
-        (use.adapter.digest, dict(use.adapter.config), use.weight, _commit(place.origin))
-        for use, place in zip(planned.uses, planned.adapters, strict=True)
-    ]
-    found = [
-        (entry.get("digest"), entry.get("config"), entry.get("weight"), entry.get("commit"))
-        for entry in adapters
-        if isinstance(entry, dict)
-    ]
-    named = {planned.base.text, planned.plan.base}
-    return (
-        found == wanted
-        and base.get("path") in named
-        and base.get("commit") == _commit(planned.base.origin)
-        and manifest.get("options") == options_of(planned.request)
-        and all(_size(out / file.name) == file.nbytes for file in planned.plan.files)
-        and _is_newest(
-            out / MANIFEST_FILE, [file.identity.modified for file in planned.inputs.files.values()]
-        )
-    )
-
-
-def is_current_adapter(conversion: Conversion) -> bool:
-    """Return True when an output was converted from the same adapter, by the same options, and nothing is newer."""
-    manifest = _read(conversion.out / CONVERSION_MANIFEST)
-    own = json.loads(json.dumps(conversion.provenance))  # lists, as the manifest has them
-    files = {
-        path for root in conversion.inputs for path in root.iterdir()
-    }  # outputs may lie in folders of theirs
-    files |= {Path(file.source) for file in conversion.adapter.side_files}
-    if conversion.base is not None:
-        files |= {Path(ref.file) for ref in conversion.base.tensors()}
-    times = [path.stat().st_mtime_ns for path in files if path.is_file()]
-    return all(manifest.get(key) == own[key] for key in own) and _is_newest(
-        conversion.out / CONVERSION_MANIFEST, times
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return a manifest, or nothing where there is none, or none that can be read."""
     try:
-        return read_json(path) if path.is_file() else {}
-    except CheckpointError:
-        return {}
+        table = _table(out / MANIFEST_FILE)
+        if table is None:
+            return Standing(is_there=False)
+        manifest = parse_manifest(table)
+    except (CheckpointError, ValueError, RecursionError):
+        return Standing(is_there=True, fault=f"{MANIFEST_FILE}: is damaged")
+    looked = _Looked(planned, out, manifest, table)
+    try:
+        fault = next(looked.faults(), "")
+    except CheckpointError as exc:
+        fault = str(exc)
+    return Standing(is_there=True, fault=fault, notes=() if fault else tuple(looked.notes()))
 
 
-def _size(path: Path) -> int:
-    """Return the size of a file in bytes; -1 where there is none."""
-    return path.stat().st_size if path.is_file() else -1
+class _Looked:
+    """An output that is looked at.
+
+    Args:
+        planned: the merge that would make it.
+        out: where it is.
+        manifest: what it says of itself.
+        table: the same, with all that no `Manifest` has.
+    """
+
+    def __init__(self, planned: Planned, out: Path, manifest: Manifest, table: Mapping[str, Any]) -> None:
+        self._planned, self._plan, self._out = planned, planned.plan, out
+        self._manifest, self._table = manifest, table
+        self._made = changed = files.modified_at(out / MANIFEST_FILE)
+        self._newest = changed
+
+    def faults(self) -> Iterator[str]:
+        """Yield what keeps the output from being kept, the cheapest to find first."""
+        yield from self._of_another()
+        yield from self._missing()
+        yield from self._small_files()
+        yield from self._headers()
+        yield from self._weights()
+        yield from self._inputs()
+        self._remember()
+
+    def _of_another(self) -> Iterator[str]:
+        """Yield how this merge and the one that was made differ."""
+        planned, table = self._planned, self._table
+        base = self._manifest.base
+        if base.path not in {planned.base.text, planned.plan.base}:
+            yield f"it was made from the base {base.path}"
+        if base.commit != _commit(planned.base.origin):
+            yield f"it was made from the base at commit {base.commit}"
+        wanted = [
+            (use.adapter.digest, dict(use.adapter.config), use.weight, _commit(place.origin))
+            for use, place in zip(planned.uses, planned.adapters, strict=True)
+        ]
+        found = [
+            (one.get("digest"), one.get("config"), one.get("weight"), one.get("commit"))
+            for one in table["adapters"]
+        ]
+        if found != wanted:
+            yield "it was made from other adapters, or these have changed"
+        options = options_of(planned.request)
+        then = self._manifest.options
+        if then != options:
+            names = sorted(name for name in {*then, *options} if then.get(name) != options.get(name))
+            yield f"it was made with other options ({', '.join(names)})"
+        slots = {
+            slot.name: (step.action, slot.file, slot.dtype, slot.shape)
+            for step in self._plan.steps
+            for slot in step.slots
+        }
+        recorded = {
+            name: (one.action, one.file, one.dtype, one.shape) for name, one in self._manifest.tensors.items()
+        }
+        if recorded != slots:
+            yield "its tensors are others than base and adapters make now"
+
+    def _missing(self) -> Iterator[str]:
+        """Yield each file that is not there."""
+        plan = self._plan
+        names = [file.name for file in plan.files] + [file.name for file in plan.side_files]
+        for name in (*names, *([INDEX_FILE] if plan.index else []), CARD_FILE):
+            if not (self._out / name).is_file():
+                yield f"{name}: is missing"
+
+    def _small_files(self) -> Iterator[str]:
+        """Yield each file around the weights that is damaged, or would be another one now."""
+        plan, recorded = self._plan, self._manifest.side_files
+        wanted = {side.name: side_digest(plan, side) for side in plan.side_files}
+        if plan.index:
+            wanted[INDEX_FILE] = files.text_digest(plan.index)
+        for name, digest in wanted.items():
+            if name not in recorded or recorded[name].digest != digest:
+                yield f"{name}: would be another one now"
+            if files.file_digest(self._out / name) != digest:
+                yield f"{name}: is not what was written"
+        for name in recorded.keys() - wanted.keys() - {CARD_FILE}:
+            yield f"{name}: is not part of the output any more"
+        text = files.read_text(self._out / CARD_FILE)
+        if not text.strip() or "\0" in text or (text != self._card() and self._card().startswith(text)):
+            yield f"{CARD_FILE}: is damaged"
+
+    def notes(self) -> Iterator[Issue]:
+        """Yield what is worth knowing about an output that is kept: a card may be edited by its owner."""
+        text = files.read_text(self._out / CARD_FILE)
+        is_of_this_version = self._manifest.versions.get("lora-merge") == self._provenance().versions.get(
+            "lora-merge"
+        )
+        recorded = self._manifest.side_files.get(CARD_FILE)
+        same = text == self._card() if recorded is None else files.text_digest(text) == recorded.digest
+        if not same and (recorded is not None or is_of_this_version):
+            yield warning("edited-card", CARD_FILE, "is not what was written, and is left as it is")
+
+    def _provenance(self) -> Any:
+        """Return what the merge would be made from and with, as its manifest spells it."""
+        return replace(
+            provenance_of(self._planned, self._manifest.versions),
+            base=self._manifest.base.path,
+            adapter_paths=tuple(one.path for one in self._manifest.adapters),
+            out_name=self._out.name,
+        )
+
+    def _card(self) -> str:
+        return card_text(self._provenance(), self._plan)
+
+    def _headers(self) -> Iterator[str]:
+        """Yield each weight file that has another size or header than the plan's."""
+        for file in self._plan.files:
+            nbytes = (self._out / file.name).stat().st_size
+            if nbytes != file.nbytes:
+                yield f"{file.name}: has {nbytes} bytes, expected {file.nbytes}"
+            with files.open_for_reading(self._out / file.name) as fd:
+                has_its_header = has_header(fd, file)
+            if not has_its_header:
+                yield f"{file.name}: its header is not what was written"
+
+    def _weights(self) -> Iterator[str]:
+        """Yield each tensor that is not what was written, among those that are in doubt."""
+        is_full = self._planned.request.verify == "full"
+        doubtful = {file.name for file in self._plan.files if is_full or self._is_doubtful(file.name)}
+        sources = {
+            slot.name: step.op.source
+            for step in self._plan.steps
+            if isinstance(step.op, Copy)
+            for slot in step.slots
+        }
+        slots = [slot for file in self._plan.files for slot in file.slots]
+        looked_at = set(sampled(slots))
+        refs = [
+            here
+            for slot in slots
+            for here in [replace(slot, file=str(self._out / slot.file))]
+            if slot.file in doubtful or (slot in looked_at and _looks_wrong(here, sources.get(slot.name)))
+        ]
+        for ref in _others(refs, lambda ref: self._manifest.tensors[ref.name].digest, tensor_digest):
+            yield f"{Path(ref.file).relative_to(self._out)}: {ref.name} is not what was written"
+
+    def _is_doubtful(self, name: str) -> bool:
+        return self._is_newer(self._out / name) or has_hole(self._out / name)
+
+    def _is_newer(self, path: str | Path) -> bool:
+        """Return True for a file that may have changed after the output was made."""
+        changed = changed_at(path)
+        self._newest = max(self._newest, changed)
+        return changed >= self._made
+
+    def _inputs(self) -> Iterator[str]:
+        """Yield each tensor that would be another one now, among those whose base files may have changed."""
+        of_base = {ref.file for ref in self._planned.checkpoint.tensors()}
+        newer = {name for name in of_base if self._is_newer(name)}
+        steps = [step for step in self._plan.steps if newer & _sources(step)]
+        then = self._manifest.tensors
+        copies = {step.op.source: step for step in steps if isinstance(step.op, Copy)}
+        for ref in _others(list(copies), lambda ref: then[copies[ref].slots[0].name].digest, tensor_digest):
+            yield f"the base has changed: {ref.file}: {ref.name} is not what was merged"
+        merges = {step.slots[0]: step for step in steps if isinstance(step.op, Merge)}
+        if not merges:
+            return
+        device, *_ = pick_device(self._planned.request.device or "auto")
+        with one_torch_thread():
+            merger = Merger(_Nowhere(), device)
+            for slot in _others(
+                list(merges), lambda slot: then[slot.name].digest, lambda slot: merger(merges[slot]).digest
+            ):
+                yield f"the base has changed: {slot.name} would be another one now"
+
+    def _remember(self) -> None:
+        """Take note that all of it was looked at, so that the same times make it doubtful no second time."""
+        if self._newest > self._made:
+            with contextlib.suppress(OSError):  # whoever may not write there looks again
+                os.utime(self._out / MANIFEST_FILE, ns=(self._newest + 1, self._newest + 1))
 
 
-def _is_newest(path: Path, times: list[int]) -> bool:
-    """Return True when a file is no older than any of its inputs."""
-    return all(path.stat().st_mtime_ns >= time for time in times)
+class _Nowhere:
+    """Where bytes go of which only the digest is wanted."""
+
+    def copy(self, stretch: Stretch) -> None: ...
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Open a slot that takes everything, and keeps nothing."""
+        del slot
+        yield lambda _: None
+
+
+def _others(
+    refs: Iterable[TensorRef], wanted: Callable[[TensorRef], str], digest: Callable[[TensorRef], str]
+) -> Iterator[TensorRef]:
+    """Yield the tensors whose digest is not the one that is wanted."""
+    work = list(refs)
+    n = min(2, machine.usable_cores()) if len(work) > 1 else 1
+    for ref, found in executors.pick(n)(lambda ref: (ref, digest(ref)), work, n):
+        if found != wanted(ref):
+            yield ref
+
+
+def _looks_wrong(ref: TensorRef, source: TensorRef | None) -> bool:
+    """Return True where pages of a tensor differ from those that it was copied from; of a merged one, where one is empty."""
+    if source is None or source.nbytes != ref.nbytes:
+        return any(page and not any(page) for page in pages(ref))
+    return any(one != other for one, other in zip(pages(ref), pages(source), strict=True))
+
+
+def _sources(step: Step) -> set[str]:
+    """Return the files that a step reads tensors of the base from."""
+    op = step.op
+    return {op.source.file} if isinstance(op, Copy) else {part.file for part in op.parts}
+
+
+def adapter_standing(conversion: Conversion) -> Standing:
+    """Return whether an output is what a conversion would make: by digests of its files and of what it is made from.
+
+    Of the base there is a digest of some pages, and what was written to later than the output counts as another one.
+    """
+    out = conversion.out
+    try:
+        manifest = _table(out / CONVERSION_MANIFEST)
+        fault = "" if manifest is None else next(_conversion_faults(conversion, manifest), "")
+    except (CheckpointError, ValueError, RecursionError) as exc:
+        return Standing(is_there=True, fault=str(exc))
+    return Standing(is_there=manifest is not None, fault=fault)
+
+
+def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> Iterator[str]:
+    own = json.loads(json.dumps(conversion.provenance))  # lists, as the manifest has them
+    for key in own:
+        if manifest.get(key) != own[key]:
+            yield f"it was made from another {key}" if key != "options" else "it was made with other options"
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict):
+        yield f"{CONVERSION_MANIFEST}: has no digests of the files beside it"
+        return
+    for side in conversion.adapter.side_files:
+        if recorded.get(side.name) != files.file_digest(Path(side.source)):
+            yield f"{side.name}: would be another one now"
+    for name, digest in recorded.items():
+        path = conversion.out / name
+        if not path.is_file():
+            yield f"{name}: is missing"
+        elif files.file_digest(path) != digest:
+            yield f"{name}: is not what was written"
+    made = files.modified_at(conversion.out / CONVERSION_MANIFEST)
+    of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
+    for name in sorted(of_base):
+        if files.modified_at(Path(name)) > made:
+            yield f"the base has changed: {name} was written to later"
+
+
+def _table(path: Path) -> dict[str, Any] | None:
+    """Return a manifest, or None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return files.read_json(path) if path.exists() else None
 
 
 def _commit(origin: Origin | None) -> str | None:

@@ -16,7 +16,7 @@ from lora_merge.io.files import nearest_existing, output_path
 from lora_merge.merge import NoDeviceError, pick_device
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
-from lora_merge.pipeline.writing import Output, write
+from lora_merge.pipeline.writing import MARKS, Output, write
 from lora_merge.plan import raise_errors
 from lora_merge.plan.effect import effect_issues
 
@@ -107,7 +107,9 @@ def prepare(
         raise_errors(useless)
         check_strict((*plan.issues, *useless), strict=request.strict)
         if request.out or not dry_run:
-            staging.check_replaceable(out, overwrite=request.overwrite, inputs=planned.read_files())
+            staging.check_replaceable(
+                out, overwrite=request.overwrite, inputs=planned.read_files(), marks=MARKS
+            )
         if not dry_run:
             staging.check_writable(out)
         device, *issues = _device(request.device)

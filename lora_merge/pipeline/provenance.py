@@ -9,17 +9,19 @@ from lora_merge._version import __version__
 from lora_merge.core.provenance import Provenance
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.core.request import Request
     from lora_merge.pipeline.planning import Planned
 
 
-def provenance_of(planned: Planned) -> Provenance:
-    """Return what a merge is made from and made with."""
-    import platform
+def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -> Provenance:
+    """Return what a merge is made from and made with.
 
-    import numpy as np
-    import torch
-
+    Args:
+        planned: the merge.
+        versions: what it was made with, if that was earlier; default: what is here.
+    """
     request = planned.request
     return Provenance(
         base=planned.base.text if request.base or planned.base.origin else planned.plan.base,
@@ -30,13 +32,22 @@ def provenance_of(planned: Planned) -> Provenance:
         merged_before=planned.merged_before,
         out_name=Path(request.out).name,
         options=options_of(request),
-        versions={
-            "lora-merge": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        versions=versions or _versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import numpy as np
+    import torch
+
+    return {
+        "lora-merge": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def options_of(request: Request) -> dict[str, object]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge import executors
 from lora_merge.core.budget import Budget
+from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.identity import Inputs
 from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.core.plan import Copy, Merge, MergePlan
@@ -21,6 +22,7 @@ from lora_merge.errors import CheckpointError, VerifyError, WriteError
 from lora_merge.io import staging
 from lora_merge.io.input_files import identity_at, in_threads, watching
 from lora_merge.io.journal import FILE, Journal
+from lora_merge.io.side_files import MANIFEST_FILE
 from lora_merge.merge import (
     Copier,
     Merger,
@@ -47,6 +49,10 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import Survival
     from lora_merge.executors.work import Work
+
+
+MARKS = (CONFIG_FILE, MANIFEST_FILE)
+"""Files that show that a directory is a model; the second also where the first is lost."""
 
 
 @dataclass
@@ -86,7 +92,11 @@ class Output:
         """
         request = self.planned.request
         place = staging.staging(
-            self.out, resume=request.resume, overwrite=request.overwrite, inputs=self.planned.read_files()
+            self.out,
+            resume=request.resume,
+            overwrite=request.overwrite,
+            marks=MARKS,
+            inputs=self.planned.read_files(),
         )
         self.stage = self._stack.enter_context(place)
         self._stack.enter_context(memory_for("writing the output"))

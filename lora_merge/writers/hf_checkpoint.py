@@ -18,6 +18,7 @@ from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
+    from lora_merge.core.checkpoint import SideFile
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.stretches import Stretch
@@ -134,9 +135,9 @@ class HfCheckpoint:
         """
         folder = self._folder
         for side_file in plan.side_files:
-            if side_file.name == CONFIG_FILE and plan.config_patch:
-                config = patched_config(files.read_json(Path(side_file.source)), plan.config_patch)
-                folder.write_text(CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            text = _patched(plan, side_file)
+            if text is not None:
+                folder.write_text(side_file.name, text)
             else:
                 folder.copy_in(Path(side_file.source), side_file.name)
         if plan.index:
@@ -145,3 +146,25 @@ class HfCheckpoint:
         names = [file.name for file in plan.side_files] + ([INDEX_FILE] if plan.index else [])
         digests = {name: files.file_digest(folder.path / name) for name in names}
         folder.write_text(MANIFEST_FILE, manifest_text(provenance, plan, records, digests))
+
+
+def side_digest(plan: MergePlan, side_file: SideFile) -> str:
+    """Return the digest of a side file as the output has it.
+
+    Raises:
+        CheckpointError: its source cannot be read.
+    """
+    text = _patched(plan, side_file)
+    return files.file_digest(Path(side_file.source)) if text is None else files.text_digest(text)
+
+
+def _patched(plan: MergePlan, side_file: SideFile) -> str | None:
+    """Return the text of a configuration that the output changes; None for a file that is copied as it is.
+
+    Raises:
+        CheckpointError: its source cannot be read.
+    """
+    if side_file.name != CONFIG_FILE or not plan.config_patch:
+        return None
+    config = patched_config(files.read_json(Path(side_file.source)), plan.config_patch)
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
