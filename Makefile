@@ -50,8 +50,8 @@ test: setup ## The test suite
 fuzz: setup ## A million executions of everything that reads files of strangers (RUNS=n; minutes)
 	$(BIN)/python scripts/fuzz.py --runs $(or $(RUNS),1000000)
 
-kills: setup ## Kill a merge at random moments and resume it, KILLS=n times for each of five models
-	LORA_MERGE_KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest -n $(JOBS) tests/faults/test_kills.py
+kills: setup ## End runs at random moments and on full disks, and run them again: KILLS=n times, on DISKS=n sizes
+	LORA_MERGE_KILLS=$(or $(KILLS),1000) LORA_MERGE_DISKS=$(or $(DISKS),100) $(BIN)/python -m pytest -n $(JOBS) -rP tests/faults/test_kills.py
 
 engines: setup $(ENGINES)/.installed ## Serve merged checkpoints with vLLM and LMDeploy, in an environment of their own
 	$(SERVE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import shutil
 import signal
@@ -18,21 +16,11 @@ import yaml
 from lora_merge.cli import exits
 from lora_merge.executors import processes
 from lora_merge.io.staging import SUFFIX
+from tests.faults.trial import content, session
 
 COMMAND = [sys.executable, "-m", "lora_merge"]
 SECONDS = 60.0
 """Until something is taken never to happen."""
-
-
-def session(leader: int) -> list[int]:
-    """Return the processes that live in the session of another one, which led it."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
-            if int(its) == leader and state not in "ZX":
-                found.append(int(path.parent.name))
-    return found
 
 
 def wait_until(is_so) -> None:
@@ -40,14 +28,6 @@ def wait_until(is_so) -> None:
     while not is_so():
         assert time.monotonic() < end
         time.sleep(0.005)
-
-
-def content(root: Path) -> dict[str, str]:
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in root.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lora_merge.cli.progress import _Lines
-from tests.faults.killing import content
 from tests.faults.table import FAULTS, HOSTILE, MISTAKES, NOBODY, Fault, Place
+from tests.faults.trial import content
 
 BOMB = Path("/tmp/lora-merge-bomb")
 
