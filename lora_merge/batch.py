@@ -176,7 +176,7 @@ class Batch:
             case Request() as request:
                 planned = plan_request(request, self._watch)
                 out = output_path(request.out)
-                found = standing(planned, out)
+                found = standing(planned, out, remember=not self._dry_run)
                 if not found.is_current:
                     _check_fault(found, out, request)
                     task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)

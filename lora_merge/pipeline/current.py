@@ -21,7 +21,7 @@ from lora_merge.io.needed import CONVERSION_MANIFEST
 from lora_merge.io.safetensors import has_header, tensor_digest
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.io.signs import changed_at, has_hole, pages, sampled
-from lora_merge.merge import Merger, one_torch_thread, pick_device
+from lora_merge.merge import Merger, NoDeviceError, one_torch_thread, pick_device
 from lora_merge.pipeline.provenance import options_of, provenance_of
 from lora_merge.writers.hf_checkpoint import side_digest
 
@@ -55,13 +55,18 @@ class Standing:
         return self.is_there and not self.fault
 
 
-def standing(planned: Planned, out: Path) -> Standing:
+def standing(planned: Planned, out: Path, *, remember: bool = True) -> Standing:
     """Return whether an output is what a merge would make.
 
     Its small files and the adapters are compared by digests, its weight files by their sizes and headers, and by some of
     their pages. What the times of a weight file, or holes in it, make doubtful is read as a whole, and all of it at the
     level ``full``. Of base files that may have changed since, all that was made from them is computed again, and not
     written. So times decide what is looked at, and content decides.
+
+    Args:
+        planned: the merge.
+        out: the output's path.
+        remember: set the manifest's time where all was looked at, so that the same times make it doubtful no second time.
     """
     try:
         table = _table(out / MANIFEST_FILE)
@@ -73,8 +78,10 @@ def standing(planned: Planned, out: Path) -> Standing:
     looked = _Looked(planned, out, manifest, table)
     try:
         fault = next(looked.faults(), "")
-    except CheckpointError as exc:
+    except (CheckpointError, OSError) as exc:
         fault = str(exc)
+    if remember and not fault:
+        looked.remember()
     return Standing(is_there=True, fault=fault, notes=() if fault else tuple(looked.notes()))
 
 
@@ -102,7 +109,6 @@ class _Looked:
         yield from self._headers()
         yield from self._weights()
         yield from self._inputs()
-        self._remember()
 
     def _of_another(self) -> Iterator[str]:
         """Yield how this merge and the one that was made differ."""
@@ -239,7 +245,11 @@ class _Looked:
         merges = {step.slots[0]: step for step in steps if isinstance(step.op, Merge)}
         if not merges:
             return
-        device, *_ = pick_device(self._planned.request.device or "auto")
+        try:
+            device, _ = pick_device(self._planned.request.device)
+        except NoDeviceError as exc:
+            yield f"the base may have changed, and {exc}"
+            return
         with one_torch_thread():
             merger = Merger(_Nowhere(), device)
             for slot in _others(
@@ -247,8 +257,8 @@ class _Looked:
             ):
                 yield f"the base has changed: {slot.name} would be another one now"
 
-    def _remember(self) -> None:
-        """Take note that all of it was looked at, so that the same times make it doubtful no second time."""
+    def remember(self) -> None:
+        """Set the manifest's time after all that was looked at, whole."""
         if self._newest > self._made:
             with contextlib.suppress(OSError):  # whoever may not write there looks again
                 os.utime(self._out / MANIFEST_FILE, ns=(self._newest + 1, self._newest + 1))
@@ -299,7 +309,7 @@ def adapter_standing(conversion: Conversion) -> Standing:
     try:
         manifest = _table(out / CONVERSION_MANIFEST)
         fault = "" if manifest is None else next(_conversion_faults(conversion, manifest), "")
-    except (CheckpointError, ValueError, RecursionError) as exc:
+    except (CheckpointError, OSError, ValueError, RecursionError) as exc:
         return Standing(is_there=True, fault=str(exc))
     return Standing(is_there=manifest is not None, fault=fault)
 

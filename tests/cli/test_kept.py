@@ -281,6 +281,9 @@ SAME = {
 def test_what_has_other_times_and_the_same_bytes_is_kept_and_looked_at_once(what, again, place):
     SAME[what](place)
     before = contents(place / "out")
+    times = [path.stat().st_mtime_ns for path in sorted((place / "out").iterdir())]
+    assert again("--dry-run")[1]["state"] == "kept"
+    assert [path.stat().st_mtime_ns for path in sorted((place / "out").iterdir())] == times
 
     code, job, said = again()
 
