@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from lora_merge.pipeline.planning import Planned
 
 
+WORTH_A_NOTE_BYTES = 64 << 20
+"""What is read, or computed again, without a note of it: the next look takes no longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """How an output that is there compares with what it would be."""
@@ -66,7 +70,7 @@ def standing(planned: Planned, out: Path, *, remember: bool = True) -> Standing:
     Args:
         planned: the merge.
         out: the output's path.
-        remember: set the manifest's time where all was looked at, so that the same times make it doubtful no second time.
+        remember: set the manifest's time where much was looked at, so that the same times make it doubtful no second time.
     """
     try:
         table = _table(out / MANIFEST_FILE)
@@ -100,6 +104,7 @@ class _Looked:
         self._manifest, self._table = manifest, table
         self._made = changed = files.modified_at(out / MANIFEST_FILE)
         self._newest = changed
+        self._read_bytes = 0
 
     def faults(self) -> Iterator[str]:
         """Yield what keeps the output from being kept, the cheapest to find first."""
@@ -221,7 +226,7 @@ class _Looked:
             for here in [replace(slot, file=str(self._out / slot.file))]
             if slot.file in doubtful or (slot in looked_at and _looks_wrong(here, sources.get(slot.name)))
         ]
-        for ref in _others(refs, lambda ref: self._manifest.tensors[ref.name].digest, tensor_digest):
+        for ref in self._others(refs, lambda ref: self._manifest.tensors[ref.name].digest, tensor_digest):
             yield f"{Path(ref.file).relative_to(self._out)}: {ref.name} is not what was written"
 
     def _is_doubtful(self, name: str) -> bool:
@@ -240,7 +245,9 @@ class _Looked:
         steps = [step for step in self._plan.steps if newer & _sources(step)]
         then = self._manifest.tensors
         copies = {step.op.source: step for step in steps if isinstance(step.op, Copy)}
-        for ref in _others(list(copies), lambda ref: then[copies[ref].slots[0].name].digest, tensor_digest):
+        for ref in self._others(
+            list(copies), lambda ref: then[copies[ref].slots[0].name].digest, tensor_digest
+        ):
             yield f"the base has changed: {ref.file}: {ref.name} is not what was merged"
         merges = {step.slots[0]: step for step in steps if isinstance(step.op, Merge)}
         if not merges:
@@ -252,14 +259,30 @@ class _Looked:
             return
         with one_torch_thread():
             merger = Merger(_Nowhere(), device)
-            for slot in _others(
+            for slot in self._others(
                 list(merges), lambda slot: then[slot.name].digest, lambda slot: merger(merges[slot]).digest
             ):
                 yield f"the base has changed: {slot.name} would be another one now"
 
+    def _others(
+        self,
+        refs: Iterable[TensorRef],
+        wanted: Callable[[TensorRef], str],
+        digest: Callable[[TensorRef], str],
+    ) -> Iterator[TensorRef]:
+        """Yield the tensors whose digest is not the one that is wanted."""
+        work = list(refs)
+        if not work:
+            return
+        self._read_bytes += sum(ref.nbytes for ref in work)
+        n = min(2, machine.usable_cores()) if len(work) > 1 else 1
+        for ref, found in executors.pick(n)(lambda ref: (ref, digest(ref)), work, n):
+            if found != wanted(ref):
+                yield ref
+
     def remember(self) -> None:
-        """Set the manifest's time after all that was looked at, whole."""
-        if self._newest > self._made:
+        """Set the manifest's time after all that was looked at, where that took long."""
+        if self._newest > self._made and self._read_bytes >= WORTH_A_NOTE_BYTES:
             with contextlib.suppress(OSError):  # whoever may not write there looks again
                 os.utime(self._out / MANIFEST_FILE, ns=(self._newest + 1, self._newest + 1))
 
@@ -274,17 +297,6 @@ class _Nowhere:
         """Open a slot that takes everything, and keeps nothing."""
         del slot
         yield lambda _: None
-
-
-def _others(
-    refs: Iterable[TensorRef], wanted: Callable[[TensorRef], str], digest: Callable[[TensorRef], str]
-) -> Iterator[TensorRef]:
-    """Yield the tensors whose digest is not the one that is wanted."""
-    work = list(refs)
-    n = min(2, machine.usable_cores()) if len(work) > 1 else 1
-    for ref, found in executors.pick(n)(lambda ref: (ref, digest(ref)), work, n):
-        if found != wanted(ref):
-            yield ref
 
 
 def _looks_wrong(ref: TensorRef, source: TensorRef | None) -> bool:
