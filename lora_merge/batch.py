@@ -25,7 +25,7 @@ from lora_merge.pipeline import converting
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.converting import Conversion, plan_conversion
 from lora_merge.pipeline.current import Standing, adapter_standing, standing
-from lora_merge.pipeline.merging import Prepared, carry_out, prepare
+from lora_merge.pipeline.merging import MARKS, Prepared, carry_out, prepare
 from lora_merge.pipeline.planning import plan_request
 
 if TYPE_CHECKING:
@@ -193,6 +193,9 @@ class Batch:
                         home=job.home,
                         marks=converting.MARKS,
                     )
+        if found.is_current and not self._dry_run:
+            is_merge = isinstance(task.job.request, Request)
+            staging.clear_spent(out, MARKS if is_merge else converting.MARKS, resumes=is_merge)
         task.notes = found.notes
         if found.fault:
             task.notes = (warning("made-anew", str(out), f"{found.fault}, so it is made anew"),)

@@ -35,6 +35,7 @@ __all__ = [
     "Stage",
     "check_replaceable",
     "check_writable",
+    "clear_spent",
     "publish",
     "staging",
     "staging_path",
@@ -183,6 +184,28 @@ def staging(
                 _remove(stage, fd)
             raise
         _remove(stage, fd)
+
+
+def clear_spent(out: Path, marks: tuple[str, ...], *, resumes: bool) -> None:
+    """Remove what a run that was killed has left beside an output that it had made, as far as that is possible.
+
+    That is nothing, or what had the output's name before. What is begun and not sealed stays: a run may go on from there.
+
+    Args:
+        out: the output, which is whole.
+        marks: files of which one shows that a directory is an output of this kind.
+        resumes: runs of this kind go on from what is staged.
+    """
+    root = staging_path(out)
+    try:
+        is_begun = (root / OUTPUT).is_dir() and any((root / OUTPUT).iterdir())
+        is_sealed = any((root / OUTPUT / mark).is_file() for mark in marks)
+        if not root.is_dir() or (resumes and is_begun and not is_sealed):
+            return
+        with staging(out, overwrite=True, marks=marks):
+            pass
+    except (OSError, WriteError):  # another run has it, or nobody may
+        return
 
 
 def _opened_parent(path: Path) -> int:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lora_merge.cli import exits
+from lora_merge.io.staging import staging_path
 from lora_merge.pipeline import current
 from tests.tampering import edit_json, edit_tensors
 
@@ -335,6 +336,23 @@ def test_a_card_that_was_edited_and_files_of_the_user_are_left_as_they_are(again
     assert (code, job["state"]) == (exits.OK, "kept")
     assert f"warning: out: {CARD}: is not what was written, and is left as it is" in said
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("staged", [(), ("config.json", "model.safetensors"), ("model.safetensors",)])
+def test_what_a_killed_run_left_beside_an_output_that_it_made_is_removed_but_not_what_another_began(
+    staged, again, place
+):
+    left = staging_path(place / "out")
+    (left / "output").mkdir(parents=True)
+    (left / "journal.jsonl").write_text("{}\n[]\n")
+    for name in staged:
+        (left / "output" / name).write_text("{}")
+
+    assert again("--dry-run")[1]["state"] == "kept"
+    assert left.exists()
+    assert again()[1]["state"] == "kept"
+
+    assert left.exists() == (staged == ("model.safetensors",))
 
 
 # ---------------------------------------------------------------------------- conversions
