@@ -25,8 +25,9 @@ from lora_merge.pipeline import converting
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.converting import Conversion, plan_conversion
 from lora_merge.pipeline.current import Standing, adapter_standing, standing
-from lora_merge.pipeline.merging import MARKS, Prepared, carry_out, prepare
+from lora_merge.pipeline.merging import Prepared, carry_out, prepare
 from lora_merge.pipeline.planning import plan_request
+from lora_merge.pipeline.writing import MARKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
