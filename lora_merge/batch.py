@@ -283,9 +283,13 @@ class Batch:
         while True:
             while waiting and crew.has_room and self._goes_on():
                 number = waiting.popleft()
-                crew.begin((number, [task.job for task in groups[number]], n_workers))
                 for task in groups[number]:
                     self._set(task, "running")
+                try:
+                    crew.begin((number, [task.job for task in groups[number]], n_workers))
+                except OSError as exc:
+                    for task in groups[number]:
+                        self._fail(task, WriteError(f"no process can be started for it ({exc.strerror})"))
             if crew.is_idle:
                 return
             self._take_all(crew)

@@ -77,6 +77,8 @@ def standing(planned: Planned, out: Path, *, remember: bool = True) -> Standing:
         if table is None:
             return Standing(is_there=False)
         manifest = parse_manifest(table)
+    except OSError:  # nobody may look there, or its name is too long: that is said where it is to be written
+        return Standing(is_there=False)
     except (CheckpointError, ValueError, RecursionError):
         return Standing(is_there=True, fault=f"{MANIFEST_FILE}: is damaged")
     looked = _Looked(planned, out, manifest, table)
@@ -317,11 +319,12 @@ def adapter_standing(conversion: Conversion) -> Standing:
 
     Of the base there is a digest of some pages, and what was written to later than the output counts as another one.
     """
-    out = conversion.out
     try:
-        manifest = _table(out / CONVERSION_MANIFEST)
+        manifest = _table(conversion.out / CONVERSION_MANIFEST)
         fault = "" if manifest is None else next(_conversion_faults(conversion, manifest), "")
-    except (CheckpointError, OSError, ValueError, RecursionError) as exc:
+    except OSError:
+        return Standing(is_there=False)
+    except (CheckpointError, ValueError, RecursionError) as exc:
         return Standing(is_there=True, fault=str(exc))
     return Standing(is_there=manifest is not None, fault=fault)
 

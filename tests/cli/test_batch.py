@@ -966,6 +966,37 @@ def test_a_bug_in_a_process_fails_its_own_jobs_only(three, bases, batch, monkeyp
     assert "error: out/0: an error inside lora-merge: OwnError: what nobody expected" in said
 
 
+def test_a_process_that_cannot_be_started_fails_its_own_jobs_only(bases, three, batch, monkeypatch):
+    start, n_started = batches.Crew._start, 0
+
+    def scarce(crew):
+        nonlocal n_started
+        n_started += 1
+        if n_started == 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return start(crew)
+
+    monkeypatch.setattr(batches.Crew, "_start", scarce)
+    jobs = [{"adapter": "runs/one", "base": base, "out": f"out/{base[-1]}"} for base in bases(2)]
+
+    code, report, _ = batch(jobs, "--jobs", 2, "--keep-going")
+
+    assert code == exits.BATCH
+    assert states(report) == {"out/0": "done", "out/1": "failed"}
+    assert "no process can be started for it (Resource temp" in job_of(report, "out/1")["message"]
+
+
+@pytest.mark.parametrize("key", ["adapter", "convert"])
+def test_an_output_whose_name_is_too_long_is_an_error_of_its_job(key, three, base, batch):
+    jobs = [three[0], {key: "runs/two", "out": "x" * 300}]
+
+    code, report, _ = batch(jobs, "--keep-going", base=base)
+
+    assert code == exits.BATCH
+    assert [job["state"] for job in report["jobs"]] == ["done", "failed"]
+    assert report["jobs"][1]["error"] == "WriteError"
+
+
 # ---------------------------------------------------------------------------- interrupts
 
 
