@@ -23,6 +23,9 @@ _FEW = 3
 CAUSE = "other-size"
 """Code of the issue that others follow from: the base is not the one of the training."""
 
+_SHOWN = 100
+"""Characters of a value that a message repeats."""
+
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
 """A part of a path: which layer, which expert."""
 
@@ -64,6 +67,23 @@ def printable_json(text: str) -> str:
 def _utf16(char: str) -> str:
     units = char.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[n : n + 2].hex()}" for n in range(0, len(units), 2))
+
+
+def quoted(value: object) -> str:
+    """Return a value of somebody's file as a message repeats it: on one line, and not all of a long one.
+
+    Example:
+        >>> quoted("x"), quoted({"a": [1]}), len(quoted("x" * 5000))
+        ("'x'", "{'a': [1]}", 101)
+    """
+    if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:  # Python refuses to print the longest
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, str | list | tuple):
+        value = value[:_SHOWN]
+    elif isinstance(value, dict) and len(value) > _SHOWN:
+        value = {key: value[key] for key in list(value)[:_SHOWN]}
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def counted(n: int, thing: str) -> str:

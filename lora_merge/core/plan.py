@@ -287,7 +287,9 @@ class MergePlan:
 
     def disk_bytes(self) -> int:
         """Return the bytes that the output takes."""
-        small = sum(file.nbytes for file in self.side_files) + len(self.index.encode())
+        small = sum(file.nbytes for file in self.side_files) + len(
+            self.index.encode("utf-8", "backslashreplace")
+        )
         return small + sum(file.nbytes for file in self.files)
 
     def peak_bytes(self, n_workers: int, tile_elements: int | None = None) -> int:

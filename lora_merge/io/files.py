@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.core.identity import FileIdentity
+from lora_merge.core.json_values import OddValueError, check_values, shown
 from lora_merge.errors import CheckpointError, OutOfMemoryError, ResolveError, WriteError
 from lora_merge.io import input_files
 from lora_merge.io.instead import instead_of
@@ -70,14 +71,18 @@ def user_path(text: str) -> Path:
     """Return the path that a text means: ``~`` and ``~name`` are home directories.
 
     Raises:
-        ResolveError: nobody has that name, or it holds a NUL character, which no path has.
+        ResolveError: nobody has that name, or it holds what no path has: a NUL character, or half of one.
     """
     from pathlib import Path
 
     if "\0" in text:
         raise ResolveError(f"{text!r}: holds a NUL character, which no path has", hint="write it anew")
     try:
+        os.fsencode(text)
         return Path(text).expanduser()
+    except UnicodeEncodeError as exc:
+        sentence = f"{shown(text)}: holds half of a character, which no path has"
+        raise ResolveError(sentence, hint="write it again") from exc
     except RuntimeError as exc:
         name = text.partition("/")[0]
         raise ResolveError(
@@ -95,14 +100,38 @@ def output_path(text: str) -> Path:
     if re.search(r"\$\w|\$\{", text):
         hint = "variables are not filled in here: write the path out"
         raise ResolveError(f"{text}: has a variable of the shell in it, expected a path", hint=hint)
-    path = user_path(text).absolute()
-    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    path = user_path(text)
+    return real_path(path.parent) / path.name if path.name not in {"", ".."} else real_path(path)
+
+
+def real_path(path: Path) -> Path:
+    """Return the one absolute path of a place, links followed as far as they lead.
+
+    Raises:
+        ResolveError: they lead in a circle, or the current directory was removed.
+    """
+    try:
+        return path.resolve()
+    except FileNotFoundError as exc:
+        sentence = f"{path}: the current directory was removed, and this path begins there"
+        raise ResolveError(sentence, hint="cd to another directory, or write the whole path") from exc
+    except (OSError, RuntimeError) as exc:  # RuntimeError: a circle, up to Python 3.12
+        why = exc.strerror if isinstance(exc, OSError) else "its links lead in a circle"
+        raise ResolveError(f"{path}: cannot be followed ({why})") from exc
 
 
 def is_directory(path: Path) -> bool:
     """Return True for a directory; False where there is none, and where nobody may look."""
     try:
         return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Return True for a file; False where there is none, nobody may look, or no file can have such a name."""
+    try:
+        return path.is_file()
     except OSError:
         return False
 
@@ -498,11 +527,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the table in a JSON file.
 
     Raises:
-        CheckpointError: it is missing, too long to be meant, no JSON, names a key twice, or holds no table.
+        CheckpointError: it is missing, too long to be meant, no JSON, names a key twice, holds no table, or a value that
+            no field can hold.
     """
     text = read_bytes(path)
     try:
-        value = parse_json(text)
+        value = parse_json(text, paths=True)
+    except OddValueError as exc:
+        raise CheckpointError(str(path), exc.subject, exc.got, exc.wanted) from exc
     except (ValueError, RecursionError) as exc:
         raise _no_json(path, exc) from exc
     if not isinstance(value, dict):
@@ -530,17 +562,24 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes, *, paths: bool = False) -> Any:
     """Return the value of a JSON text.
 
+    Args:
+        text: of a file.
+        paths: whether names of files that are not UTF-8 may be in it, as `write_text` writes them.
+
     Raises:
-        ValueError: it is no JSON or no UTF-8, has too many values to be meant, or a table names a key twice.
+        ValueError: it is no JSON or no UTF-8, has too many values to be meant, a table names a key twice, or a value is one
+            that no field can hold (`OddValueError`).
         RecursionError: it is nested too deeply.
     """
     n_values = sum(map(text.count, (b",", b"[", b"{")))
     if n_values > _MAX_JSON_VALUES:
         raise ValueError(f"some {n_values} values, expected {_MAX_JSON_VALUES} at most")
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    check_values(text, value, paths=paths)
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -562,13 +601,16 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a new small text file.
+    """Write a new small text file, in UTF-8.
+
+    A path of the user's need not be UTF-8: the bytes of it that are not become ``\\udcff`` here, which JSON reads as
+    the same path again.
 
     Raises:
         WriteError: the disk is full or cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as exc:
         raise write_error(path, exc) from exc
 

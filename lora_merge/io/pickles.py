@@ -19,11 +19,13 @@ import zipfile
 from typing import IO, TYPE_CHECKING, cast
 
 from lora_merge.core.checkpoint import WeightFile
+from lora_merge.core.json_values import is_text
 from lora_merge.core.tensor import MAX_NAME_CHARACTERS, TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 from lora_merge.io.instead import instead_of
 from lora_merge.io.unpickling import Machine, OddKeyError, Table, Tensor, UntrustedError, kind_of
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -242,6 +244,9 @@ def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
     if len(name) > MAX_NAME_CHARACTERS:
         got, wanted = f"is a name of {len(name)} characters", f"{MAX_NAME_CHARACTERS} at most"
         raise CheckpointError(label, f"{name[:100]}…", got, wanted, hint=_RESAVE)
+    if not is_text(name):
+        got = f"has the name {quoted(name)}, which holds half of a character"
+        raise CheckpointError(label, "", got, "text that UTF-8 can hold", hint=_RESAVE)
     if isinstance(value, Table):
         hint = f"save what {name!r} holds, and nothing else, as the file: engines look for tensors at its top"
         raise CheckpointError(label, name, "is a table", "a tensor", hint=hint)

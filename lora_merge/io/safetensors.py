@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import WeightFile
+from lora_merge.core.json_values import OddValueError
 from lora_merge.core.shards import HEADER_PREFIX_BYTES, header_bytes
 from lora_merge.core.tensor import (
     DTYPE_BITS,
@@ -21,6 +22,7 @@ from lora_merge.core.tensor import (
 from lora_merge.errors import CheckpointError
 from lora_merge.io import files
 from lora_merge.io.instead import instead_of
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +66,7 @@ def read_header(path: Path, name: str | None = None) -> WeightFile:
     if metadata is None:  # MLX writes null
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise CheckpointError(label, "__metadata__", f"is {metadata!r}", "a table of strings")
+        raise CheckpointError(label, "__metadata__", f"is {quoted(metadata)}", "a table of strings")
     refs = [_parse_row(row_name, row, label, data_start) for row_name, row in table.items()]
     refs.sort(key=lambda ref: (ref.start, ref.end))
     _check_cover(refs, data_start, size, label)
@@ -85,6 +87,8 @@ def _header_table(fd: int, size: int, label: str) -> tuple[dict[str, Any], int]:
     files.read_into(fd, memoryview(text), HEADER_PREFIX_BYTES, label)
     try:
         table = files.parse_json(bytes(text))
+    except OddValueError as exc:
+        raise CheckpointError(label, f"header: {exc.subject}", exc.got, exc.wanted) from exc
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(label, "header", f"is not valid JSON ({exc})", hint=_REFETCH) from exc
     if not isinstance(table, dict):
@@ -107,12 +111,14 @@ def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef
         dtype, sizes, begin, end = None, None, None, None
     if not (type(dtype) is str and type(sizes) is list and type(begin) is int and type(end) is int):
         raise CheckpointError(
-            label, name, f"has the header row {row!r}"[:300], "dtype, shape and data_offsets"
+            label, name, f"has the header row {quoted(row)}", "dtype, shape and data_offsets"
         )
     if dtype not in DTYPE_BITS:
-        raise CheckpointError(label, name, f"has the dtype {dtype!r}", f"one of {', '.join(DTYPE_BITS)}")
+        raise CheckpointError(
+            label, name, f"has the dtype {quoted(dtype)}", f"one of {', '.join(DTYPE_BITS)}"
+        )
     if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
-        raise CheckpointError(label, name, f"has the shape {sizes!r}"[:300], "a list of sizes")
+        raise CheckpointError(label, name, f"has the shape {quoted(sizes)}", "a list of sizes")
     nbytes = nbytes_of(dtype, tuple(sizes))
     if begin < 0 or end - begin != nbytes:
         raise CheckpointError(

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json
+from lora_merge.io.files import is_file, read_json
 from lora_merge.io.recognise import broken_link
 from lora_merge.io.safetensors import read_header
-from lora_merge.words import listing
+from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -105,7 +105,7 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
         f"{match['stem']}-{n:0{len(match['n'])}}-of-{match['of']}{match['suffix']}"
         for n in range(1, n_shards + 1)
     )
-    missing = [name for name in wanted if not (root / name).is_file()]
+    missing = [name for name in wanted if not is_file(root / name)]
     if missing:
         raise CheckpointError(
             str(root), "", f"lacks {listing(missing)}", f"the {n_shards} shards that their names count",
@@ -123,7 +123,7 @@ def read_shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[Weigh
     label = str(root / entry)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(label, "weight_map", f"is {weight_map!r}"[:80], "a table of tensor → file")
+        raise CheckpointError(label, "weight_map", f"is {quoted(weight_map)}", "a table of tensor → file")
     first = {str(file): (name, file) for name, file in weight_map.items()}  # one tensor of each file
     names = sorted(_file_name(label, name, file) for name, file in first.values())
     missing = [name for name in names if not (root / name).is_file()]
@@ -162,7 +162,7 @@ def _file_name(label: str, tensor: str, file: object) -> str:
         CheckpointError: it is no name, or leads elsewhere.
     """
     if not isinstance(file, str) or not file:
-        raise CheckpointError(label, tensor, f"is mapped to {file!r}", "a file name")
+        raise CheckpointError(label, tensor, f"is mapped to {quoted(file)}", "a file name")
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
         raise CheckpointError(label, tensor, f"is mapped to {file}", "a file inside the model's directory")
