@@ -22,6 +22,7 @@ from lora_merge.io.files import file_digest, read_json
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
 from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import adapter_side_files
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -67,10 +68,10 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
             config, refs = as_mlx_lm(config, refs)
         if kind == "full":
             content |= {"replacements": _whole(refs, issues)}
-        elif kind in {"lora", "dora"}:
+        elif kind in ("lora", "dora"):  # it may be a list, which no set takes
             content = _Reading(config, refs, issues, dora=kind == "dora").content()
         else:
-            sentence = f"is {kind!r}, expected 'lora', 'dora' or 'full'"
+            sentence = f"is {quoted(kind)}, expected 'lora', 'dora' or 'full'"
             issues.append(error("unsupported", "fine_tune_type", sentence, "a newer lora-merge may know it"))
     except TargetError as exc:
         issues.append(error("bad-field", exc.field, exc.sentence))
@@ -128,7 +129,9 @@ class _Reading:
         self._issues, self._dora = issues, dora
         settings = config.get("lora_parameters")
         if not isinstance(settings, dict):
-            raise TargetError("lora_parameters", f"is {settings!r}, expected a table of rank, scale and keys")
+            raise TargetError(
+                "lora_parameters", f"is {quoted(settings)}, expected a table of rank, scale and keys"
+            )
         refs = tuple(refs)
         is_recent = _ignores_alpha(config, refs)
         self._scale, self._rank = _scale(settings, is_recent=is_recent), _required(settings, "rank")
@@ -310,7 +313,7 @@ def _scale(settings: Mapping[str, Any], *, is_recent: bool) -> float:
     rank = settings.get("rank")
     both = f"{scale:g} x {alpha}/{rank}" if isinstance(alpha, int | float) else f"{scale:g} times alpha/rank"
     sentence = (
-        f"is {alpha!r}: mlx-lm multiplied scale by alpha/rank until June 2024 and ignores alpha since then, and this "
+        f"is {quoted(alpha)}: mlx-lm multiplied scale by alpha/rank until June 2024 and ignores alpha since then, and this "
         "config does not show which release trained it"
     )
     advice = (
@@ -344,7 +347,7 @@ def _keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
     if keys is None:
         return ()
     if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
-        raise TargetError("lora_parameters.keys", f"is {keys!r}, expected a list of names")
+        raise TargetError("lora_parameters.keys", f"is {quoted(keys)}, expected a list of names")
     return tuple(keys)
 
 
@@ -356,7 +359,7 @@ def _n_layers(config: Mapping[str, Any]) -> int:
     """
     value = config.get("num_layers", config.get("lora_layers"))
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TargetError("num_layers", f"is {value!r}, expected a whole number")
+        raise TargetError("num_layers", f"is {quoted(value)}, expected a whole number")
     return value
 
 

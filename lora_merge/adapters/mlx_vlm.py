@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.patterns import TargetError
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ def as_mlx_lm(
     scale = config.get("scale", alpha if rank == 1 else None)
     if scale is None:
         sentence = (
-            f"is {alpha!r}: mlx-vlm multiplied by alpha until release 0.4, and by alpha/rank from release 0.5 on, and "
+            f"is {quoted(alpha)}: mlx-vlm multiplied by alpha until release 0.4, and by alpha/rank from release 0.5 on, and "
             "this config does not show which release trained it"
         )
         advice = f"add the scale to adapter_config.json: {_choice(alpha, rank)}"

@@ -39,6 +39,7 @@ from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINER_CONFIG
 from lora_merge.io.safetensors import same_values
 from lora_merge.io.shards import adapter_entries, read_adapter
 from lora_merge.io.side_files import adapter_side_files
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -290,12 +291,12 @@ class _Lora:
             return {}
         n_blocks = settings.get("nblocks", 1)
         if not isinstance(n_blocks, int) or n_blocks < 1:
-            raise TargetError("use_bdlora", f"has nblocks {n_blocks!r}, expected a positive whole number")
-        for axis in ("A", "B"):
-            patterns = settings.get(f"target_modules_bd_{axis.lower()}") or ()
-            if any(pattern in module for pattern in patterns):
-                return {f"blocks_{axis}": n_blocks}
-        return {}
+            raise TargetError(
+                "use_bdlora", f"has nblocks {quoted(n_blocks)}, expected a positive whole number"
+            )
+        named = {axis: _parts_of_names(settings, f"target_modules_bd_{axis.lower()}") for axis in ("A", "B")}
+        found = next((axis for axis, parts in named.items() if any(part in module for part in parts)), None)
+        return {f"blocks_{found}": n_blocks} if found else {}
 
     def _stray_role(self, module: str, group: Group, *, embedding: bool) -> Issue | None:
         """Return what is there, or not there, against the configuration."""
@@ -325,6 +326,20 @@ class _Lora:
         return self._scaling.zeros(modules or ("",))
 
 
+def _parts_of_names(settings: Mapping[str, Any], field: str) -> list[str]:
+    """Return a list of parts of modules' names in BD-LoRA's settings.
+
+    Raises:
+        TargetError: it is something else.
+    """
+    value = settings.get(field)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TargetError("use_bdlora", f"has {field} {quoted(value)}, expected a list of texts")
+    return value
+
+
 def _pair_problem(module: str, pair: Group, options: Mapping[str, Any]) -> Issue | None:
     """Return what keeps an A and a B from being multiplied."""
     for have, lack in (("A", "B"), ("B", "A")):
@@ -332,6 +347,11 @@ def _pair_problem(module: str, pair: Group, options: Mapping[str, Any]) -> Issue
             hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
             return error(f"missing-{lack}", module, f"has lora_{have} and no lora_{lack}", hint)
     a, b = pair["A"].shape, pair["B"].shape
+    if not (a and b):
+        sentence = (
+            f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, expected matrices and no single numbers"
+        )
+        return error("bad-shape", module, sentence)
     rank_of_b = b[1] * int(options.get("blocks_B", 1)) if len(b) > 1 else 0
     for axis, shape in (("A", a), ("B", b)):
         n_blocks = int(options.get(f"blocks_{axis}", 1))

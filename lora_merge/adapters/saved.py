@@ -20,6 +20,7 @@ from lora_merge.io.files import read_json
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXTRA_FOLDER, VISION_WEIGHTS
 from lora_merge.io.shards import reader_of
 from lora_merge.io.trainer_files import LOAD_AFTER, described, trained_beside
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -147,7 +148,7 @@ def _patterns(value: object) -> list[str]:
         TargetError: they are none.
     """
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise TargetError("extra_state_keys", f"is {value!r}, expected a list of regular expressions")
+        raise TargetError("extra_state_keys", f"is {quoted(value)}, expected a list of regular expressions")
     patterns_of("extra_state_keys", tuple(value), "whole").check()
     return value
 

@@ -17,6 +17,7 @@ from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_ARGUMENTS
 from lora_merge.io.safetensors import read_header
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -95,7 +96,7 @@ def read_swift(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
 
 def _refused(root: Path, config: Mapping[str, Any], kind: object) -> Adapter:
     """Return what is known of an adapter that is no LoRA: why it is not merged."""
-    sentence = f"is {kind!r}, which is no tuner of ms-swift 4"
+    sentence = f"is {quoted(kind)}, which is no tuner of ms-swift 4"
     if isinstance(kind, str) and kind in OTHER_TUNERS:
         sentence = f"a {kind} adapter of ms-swift cannot be merged: {OTHER_TUNERS[kind]}"
     issue = error("unsupported", "swift_type", sentence, "serve it with ms-swift")

@@ -10,6 +10,7 @@ from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -24,7 +25,7 @@ def token_rows(
     field = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
     wanted = config.get(field)
     if wanted is not None and not isinstance(wanted, list | dict):
-        raise TargetError(field, f"is {wanted!r}, expected a list or a table")
+        raise TargetError(field, f"is {quoted(wanted)}, expected a list or a table")
     deltas = []
     rows = {module: group["tokens"] for module, group in groups.items() if "tokens" in group}
     if wanted and not rows:

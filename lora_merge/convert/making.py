@@ -34,6 +34,9 @@ ChangeOf = Callable[["Step"], "torch.Tensor"]
 """A step of a merge → W′ - W, float32, in the shape of the stored weight."""
 
 
+_TOO_LARGE = "bfloat16 and float32 hold larger ones; where they do not, the training diverged"
+
+
 class Maker:
     """Makes the factors of one module after the other.
 
@@ -68,15 +71,21 @@ class Maker:
     def _factored(self, module: LoraModule) -> tuple[Pair, Loss | None]:
         """Return what becomes of the factors that a module has."""
         pair = self._pair(module)
-        made = self._transformed(pair)
+        made = self._transformed(module.path, pair)
         lost = made.rank < pair.rank or self._recipe.dtype not in {None, "F32"}
         return made, Loss(pair.norm(), pair.distance(made)) if lost else None
 
-    def _transformed(self, pair: Pair, *, is_truncated: bool = False) -> Pair:
+    def _transformed(self, path: str, pair: Pair, *, is_truncated: bool = False) -> Pair:
         """Return factors after the transforms, as they are stored; none loses anything of what is truncated already."""
-        for transform in self._transforms:
-            if transform.exact or not is_truncated:
-                pair = transform(pair)
+        import torch
+
+        try:
+            for transform in self._transforms:
+                if transform.exact or not is_truncated:
+                    pair = transform(pair)
+        except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]  # infinity was among the values
+            sentence = "changes by values that float32 cannot hold"
+            raise ConvertError([error("non-finite", path, sentence, _TOO_LARGE)]) from exc
         return rounded(pair, self._recipe.dtype, self._own_dtype)
 
     def _pair(self, module: LoraModule) -> Pair:
@@ -127,7 +136,7 @@ class Maker:
             pair = stacked([factorised(one, keep) for one in change])
         else:
             pair = factorised(change, keep)
-        made = self._transformed(pair, is_truncated=True)
+        made = self._transformed(module.path, pair, is_truncated=True)
         residual = change.sub(made.b.float() @ made.a.float())
         return made, Loss(float(change.double().norm()), float(residual.double().norm()))
 
@@ -152,5 +161,4 @@ def _check_finite(path: str, sentence: str, *tensors: torch.Tensor) -> None:
         ConvertError: there is.
     """
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        hint = "bfloat16 and float32 hold larger ones; where they do not, the training diverged"
-        raise ConvertError([error("non-finite", path, sentence, hint)])
+        raise ConvertError([error("non-finite", path, sentence, _TOO_LARGE)])

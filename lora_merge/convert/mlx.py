@@ -9,6 +9,7 @@ from lora_merge.core.checkpoint import OUTPUT_NAMES
 from lora_merge.core.lora import Changed, Difference, Form, Given, LoraModule
 from lora_merge.core.mlx_names import MlxFamily, MlxNameError, family_of, hf_name, is_expert, mlx_name
 from lora_merge.core.report import Issue, error
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ def for_mlx(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraMod
     family = family_of(joined.base.config)
     if family is None:
         model_type = str(joined.base.config.get("model_type"))
-        sentence = f"is {model_type!r}, and what mlx-lm calls the modules of this family is not known"
+        sentence = f"is {quoted(model_type)}, and what mlx-lm calls the modules of this family is not known"
         return list(modules), [error("unsupported", "model_type", sentence, _MERGE)]
     found, issues = _tied(modules, family, joined)
     named: list[LoraModule] = []

@@ -5,11 +5,13 @@ Python and YAML hand over anything; what has no plain meaning is refused in a se
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lora_merge.core.tensor import LARGEST_FLOAT32
+from lora_merge.words import quoted
 
 _MOST_SHOWN = 80
 """Characters of a value that an error repeats."""
@@ -26,7 +28,7 @@ def shown(value: object) -> str:
         return "a table"
     if isinstance(value, list | tuple | set | frozenset):
         return "a list" if value else "[]"
-    return repr(value)[:_MOST_SHOWN]
+    return quoted(value)
 
 
 def adapter_texts(value: object) -> tuple[str, ...]:
@@ -95,8 +97,10 @@ def checked_weight(text: str, weight: float) -> float:
     Raises:
         ValueError: it is not finite, or zero.
     """
-    if not math.isfinite(weight):
-        raise ValueError(f"{text!r} has the weight {weight:g}, expected a number")
+    if not abs(weight) <= LARGEST_FLOAT32:  # as NaN is not
+        raise ValueError(
+            f"{quoted(text)} has the weight {quoted(weight)}, expected a number that float32 can hold"
+        )
     if weight == 0:
         raise ValueError(f"{text!r} has the weight 0, which merges nothing: leave this adapter out")
     return weight

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.errors import CheckpointError
-from lora_merge.words import listing
+from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -46,12 +46,13 @@ READ_FIELDS = frozenset(
 
 _SWITCH, _TEXT = (bool, int, type(None)), (str, type(None))
 _NAMES = (list, type(None))
+_TABLE = (dict, type(None))
 
 FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "peft_type": _TEXT, "bias": _TEXT, "peft_version": _TEXT, "base_model_name_or_path": _TEXT, "task_type": _TEXT,
     "revision": _TEXT, "use_rslora": _SWITCH, "use_dora": _SWITCH, "lora_bias": _SWITCH, "fan_in_fan_out": _SWITCH,
     "ensure_weight_tying": _SWITCH, "init_lora_weights": (bool, str, type(None)),
-    "init_weights": (bool, str, type(None)), "modules_to_save": _NAMES, "target_parameters": _NAMES,
+    "init_weights": (bool, str, type(None)), "modules_to_save": _NAMES, "target_parameters": _NAMES, "rank_pattern": _TABLE, "alpha_pattern": _TABLE,
     "feedforward_modules": (list, str, type(None)), "kasa_config": (dict, bool, type(None)), "use_bdlora": (dict, bool, type(None)),
 }  # fmt: skip
 """What fields may hold, as JSON has it, where whoever reads them trusts that they do."""
@@ -147,10 +148,10 @@ def check_types(config: Mapping[str, Any], label: str) -> None:
         value = config.get(field)
         if not isinstance(value, types):
             wanted = " or ".join(_CALLED[kind] for kind in types if kind in _CALLED)
-            raise CheckpointError(label, field, f"is {value!r}"[:200], wanted)
+            raise CheckpointError(label, field, f"is {quoted(value)}", wanted)
         items = value if field in _OF_TEXTS and isinstance(value, list) else ()
         if not all(isinstance(item, str) for item in items):
-            raise CheckpointError(label, field, f"is {value!r}"[:200], "a list of texts")
+            raise CheckpointError(label, field, f"is {quoted(value)}", "a list of texts")
 
 
 def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
@@ -165,7 +166,7 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
         hint = "load it in PEFT 0.17 and save it again as MISS"
         return [error("unsupported", "peft_type", "'BONE' was renamed, and PEFT 0.21 cannot read it", hint)]
     if kind not in NATIVE | LAYERED:
-        sentence = f"is {kind!r}, which is no type of PEFT 0.21"
+        sentence = f"is {quoted(kind)}, which is no type of PEFT 0.21"
         near = next((one for one in sorted(NATIVE | LAYERED) if one == kind.upper()), None)
         hint = f"PEFT writes it as {near}" if near else "a newer lora-merge may know it"
         return [error("unsupported", "peft_type", sentence, hint)]
@@ -181,7 +182,7 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
     ]
     init = config.get("init_lora_weights", True)
     if kind == "LORA" and init not in PLAIN_INITS and mutating_init(config) is None:
-        sentence = f"is {init!r}, which PEFT 0.21 does not know"
+        sentence = f"is {quoted(init)}, which PEFT 0.21 does not know"
         issues.append(error("unsupported", "init_lora_weights", sentence, "a newer lora-merge may know it"))
     return issues
 
@@ -241,7 +242,7 @@ def field_issues(config: Mapping[str, Any], known: Collection[str] = KNOWN_FIELD
     for field, value in config.items():
         if field in known:
             continue
-        sentence = f"is {value!r}, and PEFT 0.21 knows no such field"
+        sentence = f"is {quoted(value)}, and PEFT 0.21 knows no such field"
         if value:
             hint = (
                 "it may change what the adapter computes; remove it from adapter_config.json if it does not"

@@ -13,6 +13,7 @@ from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import saved_among
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +55,7 @@ def unsaved(adapter: Adapter) -> list[LooseEnd]:
             "modules_to_save",
             entry,
             "missing-module",
-            f"names {entry!r}, and no tensor of the file belongs to it",
+            f"names {quoted(entry)}, and no tensor of the file belongs to it",
             hint,
         )
         for entry in absent
@@ -74,7 +75,10 @@ def unmatched_patterns(adapter: Adapter, paths: Iterable[str]) -> list[LooseEnd]
     known = tuple(paths)
     return [
         LooseEnd(
-            field, key, "unmatched-pattern", f"{key!r} matches none of the adapter's {len(known)} modules"
+            field,
+            key,
+            "unmatched-pattern",
+            f"{quoted(key)} matches none of the adapter's {len(known)} modules",
         )
         for field, key in Scaling(adapter.config).unmatched(known)
     ]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.core.checkpoint import MergedBefore
 from lora_merge.core.plan import Action
 from lora_merge.core.provenance import MANIFEST_VERSION
 from lora_merge.core.source import HOST_NAMES, Source
+from lora_merge.words import quoted
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +100,23 @@ def parse_manifest(table: Mapping[str, Any]) -> Manifest:
     Raises:
         ValueError: it is none, or of another version; the message is the end of a sentence.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     version = table.get("manifest_version")
     if version != MANIFEST_VERSION:
-        raise ValueError(f"manifest_version is {version!r}, expected {MANIFEST_VERSION}")
+        raise ValueError(f"manifest_version is {quoted(version)}, expected {MANIFEST_VERSION}")
     try:
-        manifest: Manifest = TypeAdapter(Manifest).validate_python(table)
+        manifest: Manifest = _validator().validate_python(table)
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {first['msg']}") from exc
     return manifest
+
+
+@cache
+def _validator() -> TypeAdapter[Manifest]:
+    """Return pydantic's validator, which takes longer to make than a manifest takes to check."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)

@@ -344,7 +344,7 @@ def parse_density(value: str | float) -> float:
     """
     try:
         density = 0.0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         density = 0.0
     if not 0 < density <= 1:
         raise ValueError(f"{shown(value)} is no density, expected a number above 0 and at most 1")
@@ -430,7 +430,7 @@ def parse_tolerance(value: str | float) -> float:
     """
     try:
         tolerance = -1.0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         tolerance = -1.0
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"{shown(value)} is no tolerance, expected a difference of logits, 0 or more")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_merge.core.patterns import TargetError, patterns_of
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.targets import matching_patterns
-from lora_merge.words import listing
+from lora_merge.core.tensor import LARGEST_FLOAT32
+from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -96,16 +97,27 @@ def number(config: Mapping[str, Any], field: str, default: float) -> float:
         TargetError: it holds something else, or a rank that is not positive.
     """
     value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TargetError(field, f"is {value!r}, expected a number")
+    if not is_number(value):
+        raise TargetError(field, f"is {quoted(value)}, expected a number that float32 can hold")
     if field in {"r", "init_r"} and value <= 0:
         raise TargetError(field, f"is {value!r}, expected a positive number")
     return value
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Return True for a number that float32 can hold, which merges compute in."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST_FLOAT32  # False for NaN
+
+
 def _pattern_table(config: Mapping[str, Any], field: str) -> dict[str, float]:
     table = config.get(field) or {}
     if not isinstance(table, dict):
-        raise TargetError(field, f"is {table!r}, expected a table of pattern → number")
+        raise TargetError(field, f"is {quoted(table)}, expected a table of pattern → number")
     patterns_of(field, tuple(table), "end").check()
-    return {key: number(table, key, 0) for key in table}
+    for key, value in table.items():
+        if not is_number(value) or (field == "rank_pattern" and value <= 0):
+            wanted = "a positive number" if field == "rank_pattern" else "a number"
+            raise TargetError(field, f"gives {quoted(key)} the value {quoted(value)}, expected {wanted}")
+    return dict(table)

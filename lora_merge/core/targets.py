@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_merge.core.patterns import TargetError, patterns_of
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -51,7 +52,9 @@ class TargetRule:
         if layers is not None and not (
             isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
         ):
-            raise TargetError("layers_to_transform", f"is {layers!r}, expected a number or a list of numbers")
+            raise TargetError(
+                "layers_to_transform", f"is {quoted(layers)}, expected a number or a list of numbers"
+            )
         patterns = _names(config, "layers_pattern") or ()
         rule = cls(
             target_modules=_names(config, "target_modules"),
@@ -224,4 +227,4 @@ def _names(config: Mapping[str, Any], field: str) -> Names:
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    raise TargetError(field, f"is {value!r}, expected a string or a list of strings")
+    raise TargetError(field, f"is {quoted(value)}, expected a string or a list of strings")

@@ -39,6 +39,9 @@ TORCH_TYPES: Mapping[str, str] = {
 UNIT_ROUNDOFF: Mapping[str, float] = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 """Half the gap between 1 and the next number, of the floating dtypes that merge."""
 
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+"""The largest number in float32; torch multiplies by no larger one."""
+
 TORCH_CODES: Mapping[str, str] = {f"torch.{name}": code for code, name in TORCH_TYPES.items()}
 """What torch prints for a dtype → its code: ``"torch.bfloat16"`` → ``"BF16"``."""
 

@@ -11,7 +11,7 @@ from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES
 from lora_merge.core.kinds import PEFT_0_14_FIELDS, mutating_init
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.targets import ALL_LINEAR, TargetRule
-from lora_merge.words import listing
+from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -144,7 +144,7 @@ def _of_config(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Trai
         yield Trait("pickle", "adapter_model.bin")
     if isinstance(targets, str):
         is_short = targets.lower() == ALL_LINEAR
-        yield Trait("all-linear" if is_short else "regex", f"target_modules is {targets!r}")
+        yield Trait("all-linear" if is_short else "regex", f"target_modules is {quoted(targets)}")
     if isinstance(targets, list):
         last = Counter(str(entry).rpartition(".")[2] for entry in targets if "." in str(entry))
         again = sorted(name for name, n in last.items() if n > 1 and name not in _PACKED_NAMES)
@@ -320,9 +320,9 @@ def _of_whole(adapter: Adapter, unchanged: Collection[str]) -> Iterator[Trait]:
         why.setdefault(one.why, []).append(parameter.rpartition(".")[0].rpartition(".")[2])
     kind = adapter.config.get("bias", "none")
     if "bias" in why:
-        yield Trait("bias", f"bias is {kind!r}")
+        yield Trait("bias", f"bias is {quoted(kind)}")
     elif kind not in {None, "none"}:
-        yield Trait("bias-said", f"bias is {kind!r}, and no bias is there")
+        yield Trait("bias-said", f"bias is {quoted(kind)}, and no bias is there")
     whole = sorted({*why.get("module", ()), *why.get("", ())})
     if whole:
         yield Trait("modules-to-save", ", ".join(whole))

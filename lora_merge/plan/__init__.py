@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, SideFile, config_levels
 from lora_merge.core.plain_config import fetched_part
-from lora_merge.core.plan import MergePlan
+from lora_merge.core.plan import Merge, MergePlan
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.shards import index_text, parse_size
+from lora_merge.core.tensor import LARGEST_FLOAT32
 from lora_merge.errors import PlanError, UnsupportedError
 from lora_merge.plan.draft import Draft, touches_embeddings
 from lora_merge.plan.placing import dtype_patch, main_dtype, place_all, slots_of
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lora_merge.core.adapter import AdapterUse
+    from lora_merge.core.plan import Step
     from lora_merge.core.request import Request
 
 __all__ = ["make_plan", "quantised_config", "raise_errors", "touches_embeddings"]
@@ -62,13 +64,15 @@ def make_plan(
     max_shard_bytes = None if request.max_shard_size is None else parse_size(request.max_shard_size)
     files = place_all(draft.outline, slots, max_shard_bytes)
     side_files, side_issues = _side_files(base, uses)
+    steps = draft.steps(files)
+    raise_errors(_beyond_float32(steps))
     indexed = len(files) > 1 or (base.sharded and max_shard_bytes is None)
     return MergePlan(
         base=base.root,
         adapters=tuple(use.adapter.root for use in uses),
         weights=tuple(use.weight for use in uses),
         files=files,
-        steps=draft.steps(files),
+        steps=steps,
         side_files=side_files,
         config_patch={**dtype_patch(base, main, request.dtype), **draft.config_patch},
         index=index_text(files, base.index_metadata) if indexed else "",
@@ -104,6 +108,23 @@ def quantised_config(config: Mapping[str, Any]) -> list[Issue]:
             sentence = f"the base is stored quantised ({method})"
             return [error("unsupported", subject, sentence, _parent_hint(config))]
     return []
+
+
+def _beyond_float32(steps: Sequence[Step]) -> list[Issue]:
+    """Return an issue for each tensor with a change whose scale, weight included, is too large to multiply by."""
+    hint = "look at lora_alpha and at the weights behind the adapters"
+    return [
+        error(
+            "bad-scale",
+            step.slots[0].name,
+            f"has the scale {scale:g}, expected one that float32 can hold",
+            hint,
+        )
+        for step in steps
+        if isinstance(step.op, Merge)
+        for scale in [max((abs(delta.factor * delta.weight) for delta in step.op.deltas), default=0.0)]
+        if not scale <= LARGEST_FLOAT32
+    ]
 
 
 def _quantised(base: Checkpoint) -> list[Issue]:

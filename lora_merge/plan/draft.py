@@ -113,7 +113,7 @@ class Draft:
         change = self._changes.get(slot.name, Change())
         source = change.source or self.outline.sources[slot.name]
         deltas = self._settled(change.deltas)
-        if not deltas and slot.dtype == source.dtype:
+        if not deltas and (slot.dtype == source.dtype or source.nbytes == 0):  # nothing is there to be cast
             return Step((slot,), Copy(source), replaced=change.source is not None)
         combination = self._combination(slot.name, deltas) if len(slot.shape) > 1 else None
         reaches: list[Reach] = [ALGEBRAS[delta.kind].reach(delta) for delta in deltas]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.kinds import DECOMPOSING, LAYERED, mutating_init
 from lora_merge.core.report import Issue, error, note
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
@@ -60,18 +61,18 @@ def _mutated(name: str, init: str, request: Request) -> Issue:
     """Return what is to be said of an initialisation that changed the base."""
     subject = "init_lora_weights"
     if request.base_is is None:
-        sentence = f"is {init!r}: {name} changes the base's weights before training"
+        sentence = f"is {quoted(init)}: {name} changes the base's weights before training"
         hint = (
             "say which base this is: --base-is residual when it was saved after that change, "
             "--base-is original when it is the model as published"
         )
         return error("base-is", subject, sentence, hint)
     if request.base_is == "residual":
-        return note("base-is", subject, f"is {init!r}; the base is taken for what {name} left of it")
+        return note("base-is", subject, f"is {quoted(init)}; the base is taken for what {name} left of it")
     if init.lower() in _RECOMPUTABLE:
-        return note("base-is", subject, f"is {init!r}; {name}'s change of the base is made again")
+        return note("base-is", subject, f"is {quoted(init)}; {name}'s change of the base is made again")
     why = _NOT_REPRODUCIBLE[name]
-    sentence = f"is {init!r}, and {name}'s change of the original base cannot be made again: {why}"
+    sentence = f"is {quoted(init)}, and {name}'s change of the original base cannot be made again: {why}"
     hint = (
         "save the base as it was after the initialisation and pass --base-is residual, or convert the adapter "
         "with save_pretrained(path_initial_model_for_weight_conversion=…)"

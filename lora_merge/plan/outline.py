@@ -12,6 +12,7 @@ from lora_merge.core.checkpoint import config_levels
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.skeleton import derived_lists
 from lora_merge.core.tensor import TensorRef
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS = 4096
 """Of a model whose layers are repeated."""
-
-_SHOWN_CHARACTERS = 200
-"""Of a value in a message."""
 
 _LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?:layers|layer|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)")
 """A parameter of one of a model's layers; the lazy stem finds the outermost list."""
@@ -150,21 +148,15 @@ def layer_order(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
     if not ranges:
         return ()
     if not isinstance(ranges, list) or not all(_is_range(pair) for pair in ranges):
-        raise TargetError("layer_replication", f"is {_short(ranges)}, expected a list of [start, end]")
+        raise TargetError("layer_replication", f"is {quoted(ranges)}, expected a list of [start, end]")
     pairs = [(start, end) for start, end in ranges if start < end]
     if not pairs or any(start < 0 or end > n_layers for start, end in pairs):
-        raise TargetError("layer_replication", f"is {_short(ranges)}, and the base has {n_layers} layers")
+        raise TargetError("layer_replication", f"is {quoted(ranges)}, and the base has {n_layers} layers")
     n_made = sum(end - start for start, end in pairs)
     if n_made > _MOST_LAYERS:
         sentence = f"makes {n_made} layers, expected {_MOST_LAYERS} at most"
         raise TargetError("layer_replication", sentence)
     return tuple(layer for start, end in pairs for layer in range(start, end))
-
-
-def _short(value: object) -> str:
-    """Return a value as messages print it: its beginning, where it is long."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def _is_range(pair: object) -> bool:

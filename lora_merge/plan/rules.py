@@ -10,7 +10,7 @@ from lora_merge.core.loose_ends import LooseEnd
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.targets import TargetRule, is_listed, listed_among
 from lora_merge.plan.absent import Absent
-from lora_merge.words import of_several
+from lora_merge.words import of_several, quoted
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
@@ -225,7 +225,7 @@ def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     if kind == "none":
         return []
     if kind not in {"all", "lora_only"}:
-        return [error("bad-field", "bias", f"is {kind!r}, expected 'none', 'all' or 'lora_only'")]
+        return [error("bad-field", "bias", f"is {quoted(kind)}, expected 'none', 'all' or 'lora_only'")]
     absent = [
         name
         for name in model.sources
@@ -234,7 +234,7 @@ def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
         and (kind == "all" or names.in_adapter(name.removesuffix(".bias")) in adapter.modules)
     ]
     hint = "the adapter file is incomplete; PEFT would keep the base's bias, without a word"
-    sentence = f"the config says bias={kind!r}, and the adapter has no tensor for it"
+    sentence = f"the config says bias={quoted(kind)}, and the adapter has no tensor for it"
     return [error("missing-bias", name, sentence, hint) for name in absent]
 
 

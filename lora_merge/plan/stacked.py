@@ -13,6 +13,7 @@ from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import Region, shape_text
 from lora_merge.layouts import LayoutError, Located, Place, Shape
 from lora_merge.plan.model import misplaced
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -241,7 +242,7 @@ def _undecided(parameter: str, shape: tuple[int, ...], pair: StackedPair, adapte
     version = adapter.config.get("peft_version")
     sentence = (
         f"its experts are square, {shape_text(shape)}, and which axis is the input cannot be told "
-        f"(PEFT changed that in 0.19; the adapter's peft_version is {version!r})"
+        f"(PEFT changed that in 0.19; the adapter's peft_version is {quoted(version)})"
     )
     hint = (
         "say how the base stores an expert: --expert-layout out-in or --expert-layout in-out; "
