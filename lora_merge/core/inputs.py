@@ -13,9 +13,6 @@ from typing import Any
 from lora_merge.core.tensor import LARGEST_FLOAT32
 from lora_merge.words import quoted
 
-_MOST_SHOWN = 80
-"""Characters of a value that an error repeats."""
-
 
 def shown(value: object) -> str:
     """Return how an error repeats a value: what stands in a table or a list is not repeated, since a token may be there.

@@ -58,6 +58,7 @@ def choose(
     n_words = _smallest(config, "vocab_size")
     if n_words is None:
         return (Prompt("random input", ()),)
+    n_words = min(n_words, 1 << 31)  # of which Python can draw some
     n_positions = _smallest(config, "max_position_embeddings", "n_positions", "max_target_positions")
     longest = max(1, min(_N_TOKENS, (n_positions or 1 << 20) - n_said - 1))
     tokenize = _tokenizer(root, needed=bool(texts), trust_remote_code=trust_remote_code)
