@@ -12,7 +12,7 @@ from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.same_model import cached_repo, same_model
 from lora_merge.core.source import Source, full_precision, parse_source
 from lora_merge.errors import RequestError, ResolveError, UnsupportedError
-from lora_merge.io.files import is_directory, read_json, read_text, user_path
+from lora_merge.io.files import is_directory, read_json, read_text, real_path, user_path
 from lora_merge.io.hub import Access, Repo, open_repo
 from lora_merge.io.needed import (
     ADAPTER_CONFIG,
@@ -93,7 +93,7 @@ def find(text: str, role: str) -> Found:
     if root.is_dir():
         if not os.access(root, os.R_OK | os.X_OK):
             raise ResolveError(f"{text}: cannot be read (permission denied)")
-        return root.resolve()
+        return real_path(root)
     if exists:
         raise ResolveError(f"{text}: is a file, expected the {role}'s directory", hint=file_hint(root))
     raise ResolveError(f"{text}: there is no such directory", hint=missing_hint(text, role))
@@ -320,7 +320,7 @@ def _is_of_another_family(folder: Path | None, root: Path) -> bool:
 def _folder(name: str) -> Path | None:
     """Return the model's folder that a name leads to on this machine; None where there is none."""
     try:
-        folder = user_path(name).resolve()
+        folder = real_path(user_path(name))
         return folder if (folder / CONFIG_FILE).is_file() else None
     except (ResolveError, OSError):
         return None

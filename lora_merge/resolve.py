@@ -31,6 +31,7 @@ from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
+from lora_merge.io.model_config import read_config
 from lora_merge.io.recognise import broken_link, fault_of, names_in
 from lora_merge.io.safetensors import differing_rows, is_zero, same_values
 from lora_merge.io.sentence_modules import MODULES_FILE, absent_modules, module_folders, whole_model
@@ -73,7 +74,7 @@ def resolve_base(root: Path) -> Checkpoint:
         raise _no_base(root) or CheckpointError(
             str(root), "", "has no config.json", hint="--base takes the folder of a whole model"
         )
-    config = read_json(root / CONFIG_FILE)
+    config = read_config(root / CONFIG_FILE)
     _check_counts(root, config)
     entry = _entry(root)
     index = read_json(root / entry) if entry.endswith(".json") else None

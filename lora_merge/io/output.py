@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, Output
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json, why_no_file
+from lora_merge.io.model_config import read_config
 from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import is_inside
 
@@ -34,7 +35,7 @@ def read_output(root: Path) -> Output:
             broken[name] = str(exc)
             return None
 
-    config, index = attempt(CONFIG_FILE, read_json), attempt(INDEX_FILE, read_json)
+    config, index = attempt(CONFIG_FILE, read_config), attempt(INDEX_FILE, read_json)
     weights = {name for name in names if name.endswith(_WEIGHTS) and "/" not in name}
     weights |= {str(file) for file in weight_map(index).values()} & names
     found = {name: attempt(name, read_header) for name in sorted(weights)}

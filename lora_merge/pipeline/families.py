@@ -12,6 +12,7 @@ from lora_merge.core.report import Issue, error
 from lora_merge.core.traits import Trait, traits_of
 from lora_merge.errors import ResolveError
 from lora_merge.io.files import read_json, user_path
+from lora_merge.io.model_config import read_config
 from lora_merge.serving import ENGINES, family_issues, obstacles, report
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def base_config(given: str | None, adapter: Adapter) -> Mapping[str, Any]:
     if not named:
         return {}
     try:
-        return read_json(user_path(str(named)) / CONFIG_FILE)
+        return read_config(user_path(str(named)) / CONFIG_FILE)
     except ResolveError:
         return {}
 

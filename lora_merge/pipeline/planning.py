@@ -16,9 +16,10 @@ from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Observer, Silence, warning
 from lora_merge.core.request import DENSITY, Request, parse_adapter
 from lora_merge.errors import PlanError, RequestError
-from lora_merge.io.files import is_directory, read_json, user_path
+from lora_merge.io.files import is_directory, user_path
 from lora_merge.io.hub import Access
 from lora_merge.io.input_files import watching
+from lora_merge.io.model_config import read_config
 from lora_merge.locate import (
     Place,
     check_ignored,
@@ -108,7 +109,7 @@ def _plan(request: Request, watch: Observer) -> Planned:
         base_place = locate_named_base(places[0], access, watch)
     is_remote = base_place.repo is not None
     if is_remote:
-        raise_errors(quantised_config(read_json(base_place.root / CONFIG_FILE)))
+        raise_errors(quantised_config(read_config(base_place.root / CONFIG_FILE)))
     apart = [place for place in places if place.root != base_place.root]  # else its weights are the base's
     raise_errors([issue for place in apart for issue in place.issues])
     adapters = [resolve_adapter(place.whole(), place.ignored) for place in places]

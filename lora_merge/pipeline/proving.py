@@ -23,7 +23,7 @@ from lora_merge.core.request import Request, VerifyRequest, parse_adapter, parse
 from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
-from lora_merge.io.files import is_directory, read_json, user_path, why_no_file
+from lora_merge.io.files import is_directory, read_json, real_path, user_path, why_no_file
 from lora_merge.io.output import read_output
 from lora_merge.io.recognise import fault_of, names_in
 from lora_merge.io.safetensors import is_finite, tensor_digest
@@ -101,7 +101,7 @@ def _output(out: str) -> Output:
     names = names_in(root)
     if not {MANIFEST_FILE, CONFIG_FILE} & set(names) and (fault := fault_of(names, "base")) is not None:
         raise ResolveError(f"{out}: {fault.sentence}", hint="verify takes the directory that a merge wrote")
-    return read_output(root.resolve())
+    return read_output(real_path(root))
 
 
 @dataclass(slots=True)
@@ -196,13 +196,18 @@ class _Proving:
         named = bool(self.request.base or self.request.adapter)
         if manifest is None and not self.request.adapter:
             return None, Finding("planned", "no manifest and no --adapter says what was merged", asked=False)
-        again = self._again(manifest)
+        is_offline = self.request.offline
         try:
+            again = self._again(manifest)
+            is_offline = again.offline
             with self.clock("plan"):
                 planned = plan_request(again, self.watch)
+        except RequestError as exc:  # the user's own options are parsed
+            issue = error("broken-manifest", MANIFEST_FILE, f"names what cannot be merged ({exc})")
+            return None, Finding("planned", "the manifest cannot be merged again", (issue,))
         except ResolveError as exc:
             if named:
-                if again.offline and not self.request.offline:
+                if is_offline and not self.request.offline:
                     exc.add_note(
                         "what the manifest alone names is not fetched: name it with --base and --adapter"
                     )
@@ -233,9 +238,12 @@ class _Proving:
             offline = offline or not all(is_directory(user_path(_text(one, near))) for one in recorded)
             base = base or _text(manifest.base, near)
             adapters = adapters or tuple(_weighted(_text(one, near), one.weight) for one in manifest.adapters)
-        ignored = self.request.ignore_file or options.pop("ignore_file", ())
-        if not self.request.ignore_file:
-            ignored = [name for name in ignored if _is_there(name, adapters)]
+        noted = options.pop("ignore_file", ())
+        ignored = self.request.ignore_file or tuple(
+            name
+            for name in parse_fields({"ignore_file": noted})["ignore_file"] or ()
+            if _is_there(name, adapters)
+        )
         given = {
             "adapter": adapters,
             "base": base,

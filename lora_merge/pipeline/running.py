@@ -20,7 +20,7 @@ from lora_merge.engines.prompts import choose
 from lora_merge.engines.reference import PEFT, Reference, refer
 from lora_merge.engines.vllm import ask_vllm, find_python
 from lora_merge.errors import LoraMergeError, UnsupportedError
-from lora_merge.io.files import read_json
+from lora_merge.io.model_config import read_config
 from lora_merge.io.safetensors import load
 from lora_merge.pipeline.changes import merged_in_float32
 from lora_merge.words import of_several
@@ -47,7 +47,7 @@ def compare_forward(
         RequestError: there is no tokenizer for the user's texts, or no such engine.
     """
     python = find_python(request.engine_python) if request.engine else ""
-    base_config = read_json(Path(planned.plan.base) / CONFIG_FILE)
+    base_config = read_config(Path(planned.plan.base) / CONFIG_FILE)
     made_of = _ingredients(planned, base_config)
     prompts = choose(
         Path(output.root), made_of.merged_config, request.prompt, _trained(planned.plan), request.n_tokens,

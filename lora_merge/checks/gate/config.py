@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE, Output, config_levels
 from lora_merge.core.report import error, warning
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,7 +33,10 @@ def config(output: Output) -> Iterator[Issue]:
     if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
         hint = "engines choose the model's class by it; take it from the config.json of the original model"
         yield error(
-            "no-architectures", CONFIG_FILE, f"architectures is {named!r}, expected a class's name", hint
+            "no-architectures",
+            CONFIG_FILE,
+            f"architectures is {quoted(named)}, expected a class's name",
+            hint,
         )
     if not isinstance(table.get("model_type"), str):
         yield error(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, Output
 from lora_merge.core.report import error, warning
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,9 +57,13 @@ def _indexed(output: Output) -> Iterator[Issue]:
         return
     listed = output.index.get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        yield error("wrong-index", INDEX_FILE, f"weight_map is {listed!r}"[:80] + ", expected tensor → file")
+        yield error("wrong-index", INDEX_FILE, f"weight_map is {quoted(listed)}, expected tensor → file")
         return
-    files = {str(file) for file in listed.values()}
+    for name, file in listed.items():
+        if not isinstance(file, str):
+            yield error("wrong-index", name, f"is mapped to {quoted(file)}, expected a file name")
+    listed = {name: file for name, file in listed.items() if isinstance(file, str)}
+    files = set(listed.values())
     for name in sorted(files - output.names):
         yield error("missing-file", name, "is named by the index and is not there")
     for name in sorted(set(output.files) - files):
@@ -74,7 +79,7 @@ def _indexed(output: Output) -> Iterator[Issue]:
     yield from _disagreements(output, listed, stored)
 
 
-def _disagreements(output: Output, listed: dict[str, object], stored: dict[str, str]) -> Iterator[Issue]:
+def _disagreements(output: Output, listed: dict[str, str], stored: dict[str, str]) -> Iterator[Issue]:
     """Yield each tensor that index and files disagree about, and a wrong total."""
     for name, file in listed.items():
         if file not in output.files:
@@ -90,7 +95,7 @@ def _disagreements(output: Output, listed: dict[str, object], stored: dict[str, 
     total = sum(
         ref.nbytes for name, file in output.files.items() if name in stored.values() for ref in file.tensors
     )
-    if size is not None and size != total and set(map(str, listed.values())) <= output.files.keys():
+    if size is not None and size != total and set(listed.values()) <= output.files.keys():
         yield error(
             "wrong-index", INDEX_FILE, f"total_size is {size}, expected {total}, what the tensors take"
         )

@@ -1,0 +1,40 @@
+"""What the fields of a ``config.json`` may hold, at every level, where whoever reads them trusts that they do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import config_levels
+from lora_merge.errors import CheckpointError
+from lora_merge.words import quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "model_type": ((str,), "a text"),
+    "architectures": ((list,), "a list of classes' names"),
+    "tie_word_embeddings": ((bool, int), "true or false"),
+    "vocab_size": ((int,), "a whole number"),
+}
+"""Types as JSON has them, and what to call them; null is the same as nothing."""
+
+
+def check_config(config: Mapping[str, Any], label: str) -> None:
+    """Check the fields of a model's configuration that are read here; all others are the model's own affair.
+
+    Args:
+        config: as parsed.
+        label: what to call its file.
+
+    Raises:
+        CheckpointError: one holds a value of another type.
+    """
+    for path, level in config_levels(config):
+        for field, (types, wanted) in _FIELDS.items():
+            value = level.get(field)
+            items = value if field == "architectures" and isinstance(value, list) else []
+            is_sound = value is None or isinstance(value, types)
+            if not is_sound or not all(isinstance(item, str) for item in items):
+                subject = f"{path}.{field}" if path else field
+                raise CheckpointError(label, subject[:200], f"is {quoted(value)}", wanted)
