@@ -22,6 +22,7 @@ from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.errors import ConvertError, RequestError
 from lora_merge.io.files import tensor_bytes, write_error
+from lora_merge.writers.gguf_config import check_divides, multiplier, multipliers, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,6 +104,9 @@ _AROUND: Mapping[tuple[str, str], str] = {
     ("qwen2_5_vl", "qwen2_5_vl_text"): "qwen2vl",
 }
 """The architecture of a text model inside of another, by the ``model_type`` of both; of any other nothing is known."""
+
+_MOST_LAYERS = 4096
+"""gguf makes a table of the names of all."""
 
 _EXPERT = re.compile(r".+\.experts(\.(?P<index>\d+))?\.(?P<part>[^.]+)")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -294,11 +298,8 @@ class _Layout:
     def _names(self) -> Any:
         gguf = _gguf()
         archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-        n_layers = int(self._number("num_hidden_layers", "n_layer"))
+        n_layers = whole(self._config, "num_hidden_layers", "n_layer", most=_MOST_LAYERS)
         return gguf.get_tensor_name_map(archs[self.family.arch], n_layers)
-
-    def _number(self, *keys: str) -> Any:
-        return next(self._config[key] for key in keys if self._config.get(key) is not None)
 
     @cached_property
     def _is_tied(self) -> bool:
@@ -355,7 +356,7 @@ class _Layout:
         block, last = f"blk.{layer[1]}." if layer else "", path.rpartition(".")[2]
         n_out = made.module.shape[-2] if made.module.form == "experts" else made.module.shape[0]
         if self.family.arch == "internlm2" and last == "wqkv":
-            return [self._place(f"{block}attn_{end}", rows) for end, rows in self._wqkv(n_out).items()]
+            return [self._place(f"{block}attn_{end}", rows) for end, rows in self._wqkv(path, n_out).items()]
         kind = self._kind_of_experts(path)
         if kind is not None and last in _PARTS:
             names, every = [f"{block}ffn_{part}{kind}" for part in _PARTS[last]], range(n_out)
@@ -364,7 +365,7 @@ class _Layout:
                 halves = (every[::2], every[1::2])
             rows = halves if len(names) == 2 else (every,)
             return [self._place(name, own) for name, own in zip(names, rows, strict=True)]
-        return [self._place(path, self._rows(last, n_out), self._factor(path, n_out))]
+        return [self._place(path, self._rows(path, n_out), self._factor(path, n_out))]
 
     def _place(self, path: str, rows: Sequence[int], factor: float | Sequence[float] = 1.0) -> _Place:
         """Return a place; transformers 5 has the routers of Granite without a layer inside."""
@@ -385,27 +386,35 @@ class _Layout:
             return "_shexp" if self._config.get("num_local_experts") else ""
         return None
 
-    def _rows(self, last: str, n_out: int) -> Sequence[int]:
+    def _rows(self, path: str, n_out: int) -> Sequence[int]:
         """Return which of a weight's rows llama.cpp has at each place.
 
         Reference:
             ``LlamaModel.permute`` (conversion/llama.py) and ``GPTNeoXModel.modify_tensors`` of llama.cpp.
         """
-        n_heads = self._number("num_attention_heads", "n_head")
+        last = path.rpartition(".")[2]
         if self.family.arch == "gptneox" and last == "query_key_value":
+            n_heads = whole(self._config, "num_attention_heads")
+            check_divides("num_attention_heads", 3 * n_heads, n_out, path)
             return _grid(n_out, (n_heads, 3, n_out // n_heads // 3), (1, 0, 2))
         if not self.family.permuted or last not in {"q_proj", "k_proj"}:
             return range(n_out)
-        n = n_heads if last == "q_proj" else self._config.get("num_key_value_heads") or n_heads
-        return _rotated(range(n_out), n)
+        is_grouped = last == "k_proj" and self._config.get("num_key_value_heads") is not None
+        key = "num_key_value_heads" if is_grouped else "num_attention_heads"
+        n_heads = whole(self._config, key)
+        check_divides(key, 2 * n_heads, n_out, path)
+        return _rotated(range(n_out), n_heads)
 
-    def _wqkv(self, n_out: int) -> dict[str, Sequence[int]]:
+    def _wqkv(self, path: str, n_out: int) -> dict[str, Sequence[int]]:
         """Return the rows of q, k and v in InternLM2's one matrix.
 
         Reference:
             ``InternLM2Model.modify_tensors`` (conversion/internlm.py) of llama.cpp.
         """
-        n_heads, n_kv = self._number("num_attention_heads"), self._number("num_key_value_heads")
+        n_heads = whole(self._config, "num_attention_heads")
+        n_kv = whole(self._config, "num_key_value_heads")
+        check_divides("num_key_value_heads", n_kv, n_heads, "num_attention_heads")
+        check_divides("num_attention_heads", 2 * (n_heads + 2 * n_kv), n_out, path)
         per_group = n_heads // n_kv + 2
         size = n_out // (n_kv * per_group)
         rows: dict[str, list[int]] = {"q": [], "k": [], "v": []}
@@ -423,25 +432,31 @@ class _Layout:
         if self.family.arch != "falcon-h1":
             return 1.0
         config, last = self._config, path.rpartition(".")[2]
-        gate, down = config.get("mlp_multipliers") or (1.0, 1.0)
-        attention = float(config.get("attention_in_multiplier", 1.0))
+        gate, down = multipliers(config, "mlp_multipliers", 2)
+        attention = multiplier(config, "attention_in_multiplier")
         if last == "in_proj":
-            n_inner, n_state = config["mamba_d_ssm"], config["mamba_n_groups"] * config["mamba_d_state"]
-            sizes = (n_inner, n_inner, n_state, n_state, n_out - 2 * n_inner - 2 * n_state)
-            parts = config.get("ssm_multipliers") or (1.0,) * len(sizes)
-            whole = config.get("ssm_in_multiplier", 1.0)
-            return [part * whole for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
+            n_inner = whole(config, "mamba_d_ssm", most=n_out)
+            n_state = whole(config, "mamba_n_groups", most=n_out) * whole(config, "mamba_d_state", most=n_out)
+            sizes = (n_inner, n_inner, n_state, n_state, max(0, n_out - 2 * n_inner - 2 * n_state))
+            check_divides("mamba_d_ssm", sum(sizes), n_out, path)
+            parts = multipliers(config, "ssm_multipliers", len(sizes))
+            every = multiplier(config, "ssm_in_multiplier")
+            return [part * every for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
         factors = {
             "gate_proj": gate, "down_proj": down, "q_proj": attention, "v_proj": attention,
-            "k_proj": attention * config.get("key_multiplier", 1.0), "o_proj": config.get("attention_out_multiplier", 1.0),
-            "out_proj": config.get("ssm_out_multiplier", 1.0), "lm_head": config.get("lm_head_multiplier", 1.0),
-            "embed_tokens": config.get("embedding_multiplier", 1.0),
+            "k_proj": attention * multiplier(config, "key_multiplier"), "o_proj": multiplier(config, "attention_out_multiplier"),
+            "out_proj": multiplier(config, "ssm_out_multiplier"), "lm_head": multiplier(config, "lm_head_multiplier"),
+            "embed_tokens": multiplier(config, "embedding_multiplier"),
         }  # fmt: skip
         return float(factors.get(last, 1.0))
 
     def _stack(self, name: str, members: Sequence[tuple[Made, _Place]]) -> _Tensor:
         """Return a weight of all experts: zeros where an expert has no factors, or has fewer."""
-        n = int(self._number("num_local_experts", "num_experts", "n_routed_experts"))
+        n = whole(self._config, "num_local_experts", "num_experts", "n_routed_experts")
+        last = max(_number_of_expert(made.module.path) for made, _ in members)
+        if last >= n:
+            sentence = f"has LoRA of expert {last}, and by config.json the base has {n} experts"
+            raise ConvertError([error("unsupported", name, sentence, _MERGE)])
         first, place = members[0]
         rank = max(made.rank for made, _ in members)
         a_shape, b_shape = (n, rank, first.module.shape[1]), (n, len(place.rows), rank)
@@ -503,12 +518,17 @@ def _stacked(
 
     a, b = torch.zeros(a_shape), torch.zeros(b_shape)
     for made, place in members:
-        match = _EXPERT.fullmatch(made.module.path)
-        assert match is not None
+        n = _number_of_expert(made.module.path)
         own_a, own_b = _placed(made, place, factors)
-        a[int(match["index"]), : made.rank] = own_a
-        b[int(match["index"]), :, : made.rank] = own_b
+        a[n, : made.rank] = own_a
+        b[n, :, : made.rank] = own_b
     return a, b
+
+
+def _number_of_expert(path: str) -> int:
+    match = _EXPERT.fullmatch(path)
+    assert match is not None
+    return int(match["index"])
 
 
 def _dtype(members: Sequence[Made]) -> str:
