@@ -17,6 +17,7 @@ from lora_merge.errors import RequestError, ResolveError
 from lora_merge.io.files import output_path
 from lora_merge.io.request_file import close_hint, parse_yaml, validated
 from lora_merge.io.wildcards import WILD, matches
+from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     import yaml
@@ -91,8 +92,8 @@ def _defaults(
         return {}, {}
     if not isinstance(defaults, dict):
         sentence = f"is {shown(defaults)}, expected a table of keys"
-        raise RequestError(path, _lines(node)["defaults"], "defaults", sentence)
-    lines = _lines(next(value for key, value in node.value if key.value == "defaults"))
+        raise RequestError(path, _lines(node).get("defaults", 1), "defaults", sentence)
+    lines = _lines(_node_of(path, node, "defaults"))
     for key in defaults:
         if key not in _MERGE_KEYS | _CONVERT_KEYS:
             hint = close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
@@ -110,7 +111,7 @@ def _entries(
         raise RequestError(
             path, line, "jobs", f"is {shown(listed)}", hint="a batch is a list of jobs: - adapter: …"
         )
-    nodes = next(value for key, value in node.value if key.value == "jobs").value
+    nodes = _node_of(path, node, "jobs").value
     for entry, where in zip(listed, nodes, strict=True):
         line = where.start_mark.line + 1
         if not isinstance(entry, dict):
@@ -121,9 +122,9 @@ def _entries(
 def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[Job]:
     """Yield the jobs that one entry stands for: one for each cell of its matrix, and each match of its wildcards."""
     own = {key: value for key, value in entry.values.items() if key not in {"name", "matrix"}}
-    kind_keys = (
-        _CONVERT_KEYS if "convert" in own or "convert" in (entry.values.get("matrix") or {}) else _MERGE_KEYS
-    )
+    matrix = entry.values.get("matrix")
+    converts = "convert" in own or (isinstance(matrix, dict) and "convert" in matrix)
+    kind_keys = _CONVERT_KEYS if converts else _MERGE_KEYS
     for cell in _cells(entry):
         words = {key: str(value) for key, value in cell.items()}
         fields = {key: value for key, value in cell.items() if key in kind_keys | {"convert"}}
@@ -295,7 +296,7 @@ def _filled(entry: _Entry, key: str, template: Any, known: Mapping[str, str]) ->
         if match[1] not in known:
             listed = ", ".join(f"{{{word}}}" for word in known)
             raise entry.error(
-                key, f"{template!r} has {match[0]}, which nothing fills", f"known here: {listed}"
+                key, f"{quoted(template)} has {match[0]}, which nothing fills", f"known here: {listed}"
             )
         return known[match[1]]
 
@@ -354,6 +355,20 @@ def _path(file: str, job: Job, key: str, text: str) -> Path:
         return output_path(text)
     except ResolveError as exc:
         raise RequestError(file, job.line, key, str(exc), hint=exc.hint) from exc
+
+
+def _node_of(path: str, node: yaml.MappingNode, name: str) -> Any:
+    """Return the node of a key at the top.
+
+    Raises:
+        RequestError: it came from elsewhere, by a merge key (``<<``).
+    """
+    found = next((value for key, value in node.value if key.value == name), None)
+    if found is None:
+        raise RequestError(
+            path, 1, name, "comes by a merge key (<<), expected it at the top of the file itself"
+        )
+    return found
 
 
 def _lines(node: yaml.MappingNode) -> dict[str, int]:

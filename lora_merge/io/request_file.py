@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_merge.core.inputs import shown
+from lora_merge.core.json_values import MOST_LEVELS
 from lora_merge.core.request import ConvertRequest, Request, parse_fields
 from lora_merge.errors import CheckpointError, RequestError
 from lora_merge.io.files import read_bytes
@@ -31,6 +33,14 @@ _MAX_VALUES = 200_000
 
 _MAX_CHARACTERS = 10_000
 """Of one value. A path may have 4096."""
+
+_TOO_DEEP = f"has tables and lists in each other more than {MOST_LEVELS} deep, expected fewer"
+
+_BY_CONSTRUCTORS = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
+"""What PyYAML lets through where a tag such as ``!!int`` or ``!!timestamp`` stands before something else."""
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""In the name of a file that is not UTF-8; pydantic takes none."""
 
 _VALIDATORS: dict[type, TypeAdapter[Any]] = {}
 
@@ -71,12 +81,10 @@ def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
     """
     from pydantic import ValidationError
 
-    for key, value in values.items():
-        if not _is_text(value):
-            sentence = "has bytes or characters that are no text (UTF-8)"
-            raise RequestError("", 0, str(key), sentence, hint="rename what it names")
+    checked = {key: _without_halves(value) for key, value in values.items()}
     try:
-        request: AnyRequest = _validator(kind).validate_json(json.dumps(values, default=str))
+        text = json.dumps(checked, default=str, skipkeys=True)
+        request: AnyRequest = _validator(kind).validate_json(text)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_context=False)[0]
         key = str(first["loc"][0]) if first["loc"] else ""
@@ -84,16 +92,21 @@ def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
             raise RequestError("", 0, key, "is missing", hint=f"add it, or pass --{key}") from None
         repeated = "" if key == "token" else f" {shown(values.get(key))}:"
         raise RequestError("", 0, key, f"is{repeated} {first['msg'][0].lower()}{first['msg'][1:]}") from None
-    return request
+    meant = {key: values[key] for key, value in checked.items() if value is not values[key]}
+    listed: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in meant.items()
+    }
+    return replace(request, **listed)
 
 
-def _is_text(value: object) -> bool:
-    """Return True for a value whose texts, at any depth, can be written as UTF-8: no lone surrogates."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _without_halves(value: Any) -> Any:
+    """Return a text, or texts, as pydantic takes them; the same object where nothing is to be changed."""
+    if isinstance(value, str):
+        return _HALF.sub("?", value) if _HALF.search(value) else value
+    if isinstance(value, list | tuple):
+        items = [_without_halves(item) for item in value]
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    return value
 
 
 def _validator(kind: type[AnyRequest]) -> TypeAdapter[AnyRequest]:
@@ -125,17 +138,16 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
         if node is not None:
             _check(path, node, set(), {})
         values = None if node is None else loader.construct_document(node)
+    except RecursionError as exc:
+        raise RequestError(path, 0, "", _TOO_DEEP) from exc
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         line = mark.line + 1 if mark else 0
         problem = str(getattr(exc, "problem", None) or exc).partition(" '")[0]  # it may quote a token
         raise RequestError(path, line, "", f"is not valid YAML ({problem})") from None
-    except RecursionError as exc:
-        raise RequestError(path, 0, "", "is nested too deeply") from exc
-    except ValueError:  # a date that is none, a number of thousands of digits; the text may be a token
-        raise RequestError(
-            path, 0, "", "has a date that is none, or a number of thousands of digits"
-        ) from None
+    except _BY_CONSTRUCTORS:  # its text may be a token
+        sentence = "is not valid YAML (a value is not what its tag says, a date that is none, or a number of"
+        raise RequestError(path, 0, "", f"{sentence} thousands of digits)") from None
     finally:
         loader.dispose()
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
@@ -178,12 +190,12 @@ def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) 
         RequestError: a table, at any depth, names a key twice, an alias stands for what it stands in, or a few
             lines stand for more values than a request can have.
     """
-    import yaml
-
     line = node.start_mark.line + 1
     if id(node) in within:
         sentence = "has an alias (*) for a table or list that it stands in"
         raise RequestError(path, line, "", sentence, hint="write out what is meant")
+    if len(within) > MOST_LEVELS:
+        raise RequestError(path, line, "", _TOO_DEEP)
     if id(node) in sizes:
         return sizes[id(node)]
     if isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_CHARACTERS:
