@@ -190,6 +190,8 @@ def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) 
         RequestError: a table, at any depth, names a key twice, an alias stands for what it stands in, or a few
             lines stand for more values than a request can have.
     """
+    import yaml
+
     line = node.start_mark.line + 1
     if id(node) in within:
         sentence = "has an alias (*) for a table or list that it stands in"
