@@ -8,7 +8,7 @@ ENGINES := .venv-engines
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers docs test fuzz kills engines engines-table bench clean
+.PHONY: help setup demo check lint format type layers docs test fuzz values kills engines engines-table bench clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -47,8 +47,11 @@ docs: setup ## Check that the generated pages are current (scripts/docs.py --wri
 test: setup ## The test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-fuzz: setup ## A million executions of everything that reads files of strangers (RUNS=n; minutes)
+fuzz: setup ## A million executions of everything that reads files of strangers (RUNS=n; half an hour)
 	$(BIN)/python scripts/fuzz.py --runs $(or $(RUNS),1000000)
+
+values: setup ## Every field of every file of a stranger, given every kind of wrong value (minutes)
+	LORA_MERGE_VALUES=all $(BIN)/python -m pytest -n $(JOBS) tests/faults/test_odd_values.py
 
 kills: setup ## End runs at random moments and on full disks, and run them again: KILLS=n times, on DISKS=n sizes
 	LORA_MERGE_KILLS=$(or $(KILLS),1000) LORA_MERGE_DISKS=$(or $(DISKS),100) $(BIN)/python -m pytest -n $(JOBS) -rP tests/faults/test_kills.py

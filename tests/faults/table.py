@@ -409,6 +409,10 @@ def _base_config(**fields: Any) -> Callable[[Place], None]:
     return lambda place: edit_json(place.base / "config.json", **fields)
 
 
+def _hundred_deep(place: Place) -> None:
+    edit_json(place.base / "config.json", x=json.loads("[" * 100 + "]" * 100))
+
+
 def _no_type(place: Place) -> None:
     (place.adapter / "adapter_config.json").write_text('{"lora_rank": 4}')
 
@@ -636,5 +640,16 @@ HOSTILE = (
     Fault("a tensor's name has a million parts", "is a name of 2000000 characters, expected 1000 at most", exits.RESOLVE, _shard_of({"a." * 1_000_000: _row("F32", [1], 0, 4)}, bytes(4))),
     Fault("a tensor has a hundred thousand dimensions", "has the shape [10, 10, ", exits.RESOLVE, _shard_of({"a": _row("F32", [10] * 100_000, 0, 4)}, bytes(4))),
     Fault("a rank is no number", "r: is 'x', expected a number", exits.PLAN, _config(r="x")),
+    Fault("a text holds half of a character", "adapter_config.json: revision: holds half of a character, \\ud800", exits.RESOLVE, _config(revision="\ud800")),
+    Fault("a key holds half of a character", "runtime_config: has a key with half of a character, \\udfff", exits.RESOLVE, _config(runtime_config={"\udfff": 1})),
+    Fault("a tensor's name holds half of a character", "has a key with half of a character, \\ud800", exits.RESOLVE, _shard_of({"x\ud800": _row("U8", [1], 0, 1)}, b"1")),
+    Fault("a number has 400 digits", "adapter_config.json: rank_pattern.q_proj: is a number of 401 digits, expected at most 308", exits.RESOLVE, _config(rank_pattern={"q_proj": 10**400})),
+    Fault("tables lie a hundred deep", "has tables and lists in each other more than 64 deep", exits.RESOLVE, _hundred_deep),
+    Fault("model_type is a list", "config.json: model_type: is ['llama'], expected a text", exits.RESOLVE, _base_config(model_type=["llama"])),
+    Fault("architectures is a table", "config.json: architectures: is {{'a': 1}}, expected a list of classes' names", exits.RESOLVE, _base_config(architectures={"a": 1})),
+    Fault("a pattern table is no table", "adapter_config.json: rank_pattern: is False, expected a table or null", exits.RESOLVE, _config(rank_pattern=False)),
+    Fault("a rank by a pattern is 0", "rank_pattern: gives 'q_proj' the value 0, expected a positive number", exits.PLAN, _config(rank_pattern={"q_proj": 0})),
+    Fault("BD-LoRA's modules are no texts", "use_bdlora: has target_modules_bd_a [7], expected a list of texts", exits.PLAN, _config(use_bdlora={"nblocks": 2, "target_modules_bd_a": [7]})),
+    Fault("a scale is larger than any float32", "lora_alpha: is 1e+308, expected a number that float32 can hold", exits.PLAN, _config(lora_alpha=1e308)),
     Fault("a scale is infinite", "lora_alpha: is inf, expected a number", exits.PLAN, _config(lora_alpha=float("inf"))),
 )  # fmt: skip

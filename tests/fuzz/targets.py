@@ -1,7 +1,7 @@
 """What is fuzzed: functions of some bytes that may end in an answer or a `LoraMergeError`, and in nothing else.
 
-Each has a grammar of its own kind of input in `MUTATIONS`, so that bytes that a fuzzer draws at random become something
-that nearly parses.
+Those here take bytes as they would lie in a file; those in `structures` make values of every type of them, so that what is
+drawn at random nearly parses.
 """
 
 from __future__ import annotations
@@ -9,37 +9,25 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
-from lora_merge.core.adapter import Adapter, AdapterUse
-from lora_merge.core.kinds import KNOWN_FIELDS, NATIVE
 from lora_merge.core.manifest import merged_before, parse_manifest
-from lora_merge.core.request import Request
 from lora_merge.errors import LoraMergeError
 from lora_merge.io.files import parse_json
 from lora_merge.io.pickles import read_pickle
 from lora_merge.io.safetensors import read_header
-from lora_merge.plan import make_plan
 from lora_merge.resolve import resolve_base
+from tests.fuzz.structures import STRUCTURES, place
 
 if TYPE_CHECKING:
-    from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.core.adapter import Adapter
 
 CORPUS = Path(__file__).with_name("corpus")
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-
-
-@cache
-def _place(name: str) -> Path:
-    """Return a directory of its own, in memory where there is such a thing."""
-    memory = Path("/dev/shm")
-    return Path(mkdtemp(prefix=f"fuzz-{name}-", dir=memory if memory.is_dir() else None))
 
 
 def _safetensors(table: Mapping[str, Any], n_bytes: int) -> bytes:
@@ -58,7 +46,7 @@ def _tensors(names: list[str]) -> bytes:
 
 def header(data: bytes) -> None:
     """Read a safetensors file."""
-    path = _place("header") / "model.safetensors"
+    path = place("header") / "model.safetensors"
     path.write_bytes(data)
     file = read_header(path)
     assert sum(ref.nbytes for ref in file.tensors) <= len(data)
@@ -73,7 +61,7 @@ def header_text(data: bytes) -> None:
 
 def index(data: bytes) -> None:
     """Resolve a base with an index."""
-    root = _place("index")
+    root = place("index")
     if not (root / "config.json").exists():
         (root / "config.json").write_text('{"model_type": "llama"}')
         (root / "a.safetensors").write_bytes(_tensors(["x", "y"]))
@@ -87,34 +75,16 @@ def index(data: bytes) -> None:
 
 def model_config(data: bytes) -> None:
     """Resolve a base with a ``config.json``."""
-    root = _place("config")
+    root = place("config")
     if not (root / "model.safetensors").exists():
         (root / "model.safetensors").write_bytes(_tensors(["x"]))
     (root / "config.json").write_bytes(data)
     resolve_base(root)
 
 
-@cache
-def _base() -> Checkpoint:
-    """Return a base that has the module of the adapters here, and an embedding."""
-    root = _place("base")
-    (root / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    table = {
-        "model.embed_tokens.weight": ([5, 3], 0, 60),
-        "model.layers.0.self_attn.q_proj.weight": ([2, 3], 60, 84),
-        "lm_head.weight": ([5, 3], 84, 144),
-    }
-    rows = {
-        name: {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-        for name, (shape, begin, end) in table.items()
-    }
-    (root / "model.safetensors").write_bytes(_safetensors(rows, 144))
-    return resolve_base(root)
-
-
 def adapter_config(data: bytes) -> Adapter:
     """Read an adapter with an ``adapter_config.json``."""
-    root = _place("adapter")
+    root = place("adapter")
     if not (root / "adapter_model.safetensors").exists():
         names = [f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"]
         (root / "adapter_model.safetensors").write_bytes(_tensors(names))
@@ -122,31 +92,9 @@ def adapter_config(data: bytes) -> Adapter:
     return adapters.read(root)
 
 
-FIELDS = sorted(
-    KNOWN_FIELDS
-    | {"swift_type", "fine_tune_type", "lora_parameters", "num_layers", "feedforward_modules", "model"}
-)
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, 2, -1, 0.5, 1e300, float("inf"), float("nan"), 1 << 70, "", "q_proj", ".*", "(", "LORA", "ADALORA",
-    "OFT", "TRAINABLE_TOKENS", "FULL", "dora", "all-linear", "pissa", "lora_only", "\ud800", "x" * 300, [], [0], [1, 2], [None], ["q_proj"],
-    [["q_proj"]], [[0, 1]], [[1, 0], 2], {}, {"q_proj": 2}, {"q_proj": [True, False]}, {"": None}, {"(": 1}, {"keys": ["q_proj"], "rank": 2, "scale": 1},
-    {"nblocks": 2}, {"a": {"b": {"c": []}}},
-)  # fmt: skip
-
-
-def adapter_fields(data: bytes) -> None:
-    """Read an adapter with odd values in its configuration: pairs of bytes choose a field and a value."""
-    fields = {
-        FIELDS[data[n] % len(FIELDS)]: VALUES[data[n + 1] % len(VALUES)] for n in range(0, len(data) - 1, 2)
-    }
-    adapter = adapter_config(json.dumps({**CONFIG, **fields}).encode("utf-8"))
-    if adapter.kind in NATIVE:  # PEFT plans the others
-        make_plan(_base(), (AdapterUse(adapter, 1.0),), Request(adapter=("a",), out="out"))
-
-
 def keys(data: bytes) -> None:
     """Read an adapter whose tensors have these names, one a line."""
-    root = _place("keys")
+    root = place("keys")
     if not (root / "adapter_config.json").exists():
         (root / "adapter_config.json").write_text(json.dumps(CONFIG))
     (root / "adapter_model.safetensors").write_bytes(_tensors(data.decode("utf-8", "replace").split("\n")))
@@ -155,7 +103,7 @@ def keys(data: bytes) -> None:
 
 def pickled(data: bytes) -> None:
     """Read a ``.bin`` file."""
-    path = _place("pickle") / "pytorch_model.bin"
+    path = place("pickle") / "pytorch_model.bin"
     path.write_bytes(data)
     read_pickle(path)
 
@@ -176,10 +124,10 @@ TARGETS: Mapping[str, Callable[[bytes], object]] = {
         index,
         model_config,
         adapter_config,
-        adapter_fields,
         keys,
         pickled,
         manifest,
+        *STRUCTURES,
     )
 }
 
