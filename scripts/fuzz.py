@@ -27,7 +27,7 @@ SHARES = {
 """How much of all executions each target gets."""
 
 _MOST_BYTES = 4096
-_SECONDS_FOR_ONE = 10
+_SECONDS_FOR_ONE = 30
 
 
 def main() -> None:

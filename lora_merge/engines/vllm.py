@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import RequestError
-from lora_merge.io.files import user_path
+from lora_merge.io.files import is_file, user_path
 
 if TYPE_CHECKING:
     from lora_merge.core.answers import Prompt
@@ -53,7 +53,7 @@ def find_python(named: str | None) -> str:
             raise RequestError("", 0, "engine", "vLLM is not installed beside lora-merge", hint=_HINT)
         return sys.executable
     path = user_path(named)
-    if not path.is_file():
+    if not is_file(path):
         raise RequestError("", 0, "engine_python", f"{named}: there is no such interpreter", hint=_HINT)
     return str(path)
 
@@ -80,9 +80,14 @@ def ask_vllm(
         "trust_remote_code": trust_remote_code,
     }
     request = json.dumps({"dtype": "float32", "jobs": [job]})
-    done = subprocess.run(  # noqa: S603 - the interpreter is the user's choice, the script is ours
-        [python, str(SCRIPT)], input=request, env=_environment(), capture_output=True, text=True, check=False
-    )
+    command = [python, str(SCRIPT)]
+    try:
+        done = subprocess.run(  # noqa: S603 - the interpreter is the user's choice, the script is ours
+            command, input=request, env=_environment(), capture_output=True, text=True, check=False
+        )
+    except OSError as exc:
+        sentence = f"{python}: cannot be run ({exc.strerror})"
+        raise RequestError("", 0, "engine_python", sentence, hint=_HINT) from exc
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         words = " / ".join(done.stderr.strip().splitlines()[-_LAST_LINES:])

@@ -19,7 +19,7 @@ from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.errors import PlanError
 from lora_merge.executors import pick
 from lora_merge.inspect import Measured, Surroundings, inspection
-from lora_merge.io.files import read_json, read_text
+from lora_merge.io.files import read_json, read_text, user_path
 from lora_merge.io.hub import Access
 from lora_merge.io.machine import usable_cores
 from lora_merge.io.needed import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
@@ -55,8 +55,9 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
         WriteError: the plot cannot be written.
     """
     watch = observer or Silence()
-    if request.plot is not None:
-        plots.check(Path(request.plot))
+    drawing = None if request.plot is None else user_path(request.plot)
+    if drawing is not None:
+        plots.check(drawing)
     with memory_for("inspecting", MORE):
         access = Access(request.token, request.offline)
         found = find(request.adapter, "adapter")
@@ -73,8 +74,8 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
         check_strict(issues, strict=request.strict)
         engines = tuple(ENGINES) if request.serving is None else (request.serving,)
         inspected = inspection(adapter, around, issues, measured, engines)
-    if request.plot is not None:
-        plots.draw(inspected, Path(request.plot))
+    if drawing is not None:
+        plots.draw(inspected, drawing)
     return inspected
 
 

@@ -223,3 +223,14 @@ def test_an_index_with_tables_for_names_is_a_wrong_one(tmp_path, cli):
 
     assert result.exit_code == exits.VERIFY, result.stderr
     assert "is mapped to {}, expected a file name" in result.stderr + result.stdout
+
+
+def test_an_interpreter_that_cannot_be_run_has_its_sentence(tmp_path):
+    from lora_merge.engines.vllm import ask_vllm, find_python
+
+    (tmp_path / "python").write_text("no program")
+
+    with pytest.raises(lora_merge.RequestError, match="cannot be run"):
+        ask_vllm(find_python(str(tmp_path / "python")), tmp_path, (), 1, trust_remote_code=False)
+    with pytest.raises(lora_merge.RequestError, match="there is no such interpreter"):
+        find_python("x" * 300)
