@@ -127,9 +127,13 @@ class Draw:
 
 @cache
 def _base() -> Checkpoint:
-    base = resolve_base(make_base(place("planned-base")))
-    build_skeleton(base.config)  # imports transformers, which takes as long as a thousand plans
-    return base
+    return resolve_base(make_base(place("planned-base")))
+
+
+@cache
+def _warm() -> None:
+    """Import transformers now, which takes as long as ten thousand plans: some of what is drawn asks it."""
+    build_skeleton(CONFIG)
 
 
 def _plan(adapter: Adapter, base: Checkpoint, **options: Any) -> MergePlan:
@@ -139,6 +143,7 @@ def _plan(adapter: Adapter, base: Checkpoint, **options: Any) -> MergePlan:
 
 def _read(name: str, tensors: Any, file: str, table: Mapping[str, Any]) -> Adapter:
     """Read an adapter; look at it, plan it and draft its conversion."""
+    _warm()
     root = place(name)
     if not (root / file).exists():
         write_tensors(root / file, tensors)
@@ -183,7 +188,7 @@ def config_types(data: bytes) -> None:
     root = place("config-types")
     if not (root / "model.safetensors").exists():
         make_base(root)
-    _base()
+    _warm()
     (root / "config.json").write_text(json.dumps(Draw(data).table(CONFIG, CONFIG_FIELDS)))
     _plan(_adapter(), resolve_base(root), dtype="float16")
 
