@@ -13,7 +13,17 @@ import yaml
 
 import lora_merge
 from lora_merge.cli import exits
-from tests.faults.odd_values import BASE_TENSORS, LORA_TENSORS, PEFT_LAYER, make_adapter, make_base
+from lora_merge.io.files import parse_json
+from tests.faults.odd_values import (
+    BASE_TENSORS,
+    LORA_TENSORS,
+    MLX,
+    MLX_TENSORS,
+    PEFT_LAYER,
+    make_adapter,
+    make_base,
+    write_tensors,
+)
 from tests.tampering import edit_json
 
 
@@ -234,3 +244,46 @@ def test_an_interpreter_that_cannot_be_run_has_its_sentence(tmp_path):
         ask_vllm(find_python(str(tmp_path / "python")), tmp_path, (), 1, trust_remote_code=False)
     with pytest.raises(lora_merge.RequestError, match="there is no such interpreter"):
         find_python("x" * 300)
+
+
+@pytest.mark.parametrize("value", [["lora"], {"a": 1}, 7, None])
+def test_a_kind_of_training_that_is_no_text_is_one_that_mlx_lm_does_not_have(value, tmp_path, cli):
+    root = tmp_path / "mlx"
+    root.mkdir()
+    write_tensors(root / "adapters.safetensors", MLX_TENSORS)
+    (root / "adapter_config.json").write_text(json.dumps({**MLX, "fine_tune_type": value}))
+
+    result = cli("--base", make_base(tmp_path / "base"), "--adapter", root, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.PLAN, result.stderr
+    assert "expected 'lora', 'dora' or 'full'" in sentence(result)
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        (rb'"\ud83d\ude00"', False),
+        (rb'"\\ud83d"', False),
+        (rb'"\ud83d"', True),
+        (rb'"\ude00"', True),
+        (rb'"\ude00\ud83d"', True),
+        (rb'"\\ud83d\ude00"', True),
+        (rb'"\udcff"', True),
+        (b'{"a": [' + b"9" * 309 + b"]}", True),
+        (b'"' + b"9" * 400 + b'"', False),
+        (b"[" * 64 + b"]" * 64, False),
+        (b"[" * 65 + b"]" * 65, True),
+        (b'["' + b"[{" * 100 + b'"]', False),
+    ],
+)
+def test_a_json_text_is_refused_for_what_it_holds_and_nothing_else(text, refused):
+    try:
+        parse_json(text)
+    except ValueError:
+        assert refused
+    else:
+        assert not refused
+
+
+def test_a_byte_of_a_file_name_is_kept_where_names_may_be():
+    assert parse_json(rb'"\udcff"', paths=True) == "\udcff"
