@@ -72,7 +72,7 @@ class AdaLora:
 
 def _masked_ranks(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the rank that AdaLoRA's ``rank_pattern`` leaves each module: ``{"….lora_E": [True, …]}``."""
-    table = config.get("rank_pattern") or {}
+    table = {} if config.get("rank_pattern") is None else config["rank_pattern"]
     if not isinstance(table, dict) or not all(isinstance(mask, list) for mask in table.values()):
         raise TargetError(
             "rank_pattern", f"is {str(table)[:60]}, expected a table of module → list of booleans"

@@ -46,13 +46,12 @@ READ_FIELDS = frozenset(
 
 _SWITCH, _TEXT = (bool, int, type(None)), (str, type(None))
 _NAMES = (list, type(None))
-_TABLE = (dict, type(None))
 
 FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "peft_type": _TEXT, "bias": _TEXT, "peft_version": _TEXT, "base_model_name_or_path": _TEXT, "task_type": _TEXT,
     "revision": _TEXT, "use_rslora": _SWITCH, "use_dora": _SWITCH, "lora_bias": _SWITCH, "fan_in_fan_out": _SWITCH,
     "ensure_weight_tying": _SWITCH, "init_lora_weights": (bool, str, type(None)),
-    "init_weights": (bool, str, type(None)), "modules_to_save": _NAMES, "target_parameters": _NAMES, "rank_pattern": _TABLE, "alpha_pattern": _TABLE,
+    "init_weights": (bool, str, type(None)), "modules_to_save": _NAMES, "target_parameters": _NAMES,
     "feedforward_modules": (list, str, type(None)), "kasa_config": (dict, bool, type(None)), "use_bdlora": (dict, bool, type(None)),
 }  # fmt: skip
 """What fields may hold, as JSON has it, where whoever reads them trusts that they do."""

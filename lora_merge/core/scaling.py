@@ -112,7 +112,9 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def _pattern_table(config: Mapping[str, Any], field: str) -> dict[str, float]:
-    table = config.get(field) or {}
+    table = config.get(field)
+    if table is None:
+        return {}
     if not isinstance(table, dict):
         raise TargetError(field, f"is {quoted(table)}, expected a table of pattern → number")
     patterns_of(field, tuple(table), "end").check()

@@ -90,10 +90,10 @@ def _weight_hint(text: str) -> str:
 def _near_hint(text: str) -> str:
     """Return folders whose names are nearly the one that is not there, or how far the path leads."""
     path = Path(text).expanduser()
-    if path.is_symlink():
-        return f"it is a link to {path.readlink()}, which is not there"
     parent = path.parent
     try:
+        if path.is_symlink():
+            return f"it is a link to {path.readlink()}, which is not there"
         names = [one.name for one in parent.iterdir() if is_directory(one)]
     except OSError:
         there = next((one for one in parent.parents if is_directory(one)), None)

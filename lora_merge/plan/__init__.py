@@ -115,7 +115,7 @@ def _beyond_float32(steps: Sequence[Step]) -> list[Issue]:
     hint = "look at lora_alpha and at the weights behind the adapters"
     return [
         error(
-            "bad-scale",
+            "bad-field",
             step.slots[0].name,
             f"has the scale {scale:g}, expected one that float32 can hold",
             hint,

@@ -789,7 +789,7 @@ CASES = [
     ),
     Case(
         "an alpha that is no number",
-        ("q_proj: is '8', expected a number",),
+        ("alpha_pattern: gives 'q_proj' the value '8', expected a number",),
         "bad-field",
         config={"alpha_pattern": {"q_proj": "8"}},
     ),

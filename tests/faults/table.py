@@ -647,7 +647,7 @@ HOSTILE = (
     Fault("tables lie a hundred deep", "has tables and lists in each other more than 64 deep", exits.RESOLVE, _hundred_deep),
     Fault("model_type is a list", "config.json: model_type: is ['llama'], expected a text", exits.RESOLVE, _base_config(model_type=["llama"])),
     Fault("architectures is a table", "config.json: architectures: is {{'a': 1}}, expected a list of classes' names", exits.RESOLVE, _base_config(architectures={"a": 1})),
-    Fault("a pattern table is no table", "adapter_config.json: rank_pattern: is False, expected a table or null", exits.RESOLVE, _config(rank_pattern=False)),
+    Fault("a pattern table is no table", "rank_pattern: is False, expected a table of pattern → number", exits.PLAN, _config(rank_pattern=False)),
     Fault("a rank by a pattern is 0", "rank_pattern: gives 'q_proj' the value 0, expected a positive number", exits.PLAN, _config(rank_pattern={"q_proj": 0})),
     Fault("BD-LoRA's modules are no texts", "use_bdlora: has target_modules_bd_a [7], expected a list of texts", exits.PLAN, _config(use_bdlora={"nblocks": 2, "target_modules_bd_a": [7]})),
     Fault("a scale is larger than any float32", "lora_alpha: is 1e+308, expected a number that float32 can hold", exits.PLAN, _config(lora_alpha=1e308)),
