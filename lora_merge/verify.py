@@ -6,13 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks import CHECKS, Evidence
-from lora_merge.checks.recompute import has_formula, sampled_rows
+from lora_merge.checks.choosing import chosen_rows
 from lora_merge.checks.structure import structure
-from lora_merge.core.plan import Merge
 from lora_merge.core.report import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from lora_merge.core.plan import MergePlan
@@ -23,7 +22,11 @@ _N_THREADS = 2
 
 
 def verify(
-    plan: MergePlan, root: Path, records: Sequence[TensorRecord], level: Literal["sample", "full"]
+    plan: MergePlan,
+    root: Path,
+    records: Sequence[TensorRecord],
+    level: Literal["sample", "full"],
+    sealed: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Return what every check says about an output.
 
@@ -31,9 +34,11 @@ def verify(
         plan: what was promised.
         root: the directory to look at.
         records: what writing returned.
-        level: ``sample`` recomputes three rows of each merged tensor, ``full`` every value.
+        level: ``sample`` recomputes the rows that projections suspect, some of each merged tensor and all of small ones;
+            ``full`` recomputes every value.
+        sealed: digests of the files around the weights, as they were meant to be.
     """
-    evidence = Evidence(plan, root, tuple(records), level)
+    evidence = Evidence(plan, root, tuple(records), level, sealed or {})
     issues = list(structure(evidence))
     if issues:  # the others presuppose the files that it misses
         return Verdict(level, len(plan.steps), 0, tuple(issues))
@@ -41,10 +46,10 @@ def verify(
     with ThreadPoolExecutor(_N_THREADS) as pool:  # a tokenizer takes as long to load as all else to check
         for found in pool.map(lambda check: list(check(evidence)), others):
             issues += found
-    n_rows = sum(
-        len(rows)
-        for step in plan.steps
-        if isinstance(step.op, Merge) and has_formula(step.op)
-        for rows in sampled_rows(step.slots[0], step.op, level)
+    return Verdict(
+        level,
+        n_tensors=len(plan.steps),
+        n_rows=chosen_rows(evidence).n_rows,
+        issues=tuple(issues),
+        n_projected=evidence.n_projected,
     )
-    return Verdict(level, n_tensors=len(plan.steps), n_rows=n_rows, issues=tuple(issues))

@@ -44,10 +44,9 @@ class _Module:
 def layers(evidence: Evidence) -> Iterator[Issue]:
     """Yield an issue for each module whose output after the merge is not that of base and adapter.
 
-    Level ``sample`` asks one module of each shape and adapter; ``full`` asks all. Weights that other adapters
-    changed too are not asked: what the one made of them is not the truth about them.
+    Every output of every module is compared: each depends on a row of its own. Weights that other adapters changed too are
+    not asked: what the one made of them is not the truth about them.
     """
-    asked: set[object] = set()
     injections: dict[object, Injection] = {}
     found, crowded = _modules(evidence)
     if crowded:
@@ -55,10 +54,7 @@ def layers(evidence: Evidence) -> Iterator[Issue]:
         sentence = of_several(len(crowded), f"was {changed} it", f"were {changed} them")
         yield note("not-asked", min(crowded), sentence)
     for module in found:
-        looks = (module.delta.adapter, tuple(sorted((name, ref.shape) for name, ref in module.base.items())))
-        if evidence.level == "full" or looks not in asked:
-            asked.add(looks)
-            yield from _ask(module, injections)
+        yield from _ask(module, injections)
 
 
 def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
@@ -97,7 +93,7 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
         if key not in injections:
             injections[key] = Injection(json.loads(key[0]), json.loads(key[1]), shared)
         injection, name = injections[key], options["module"]
-        x = injection.example(name)
+        x = _inputs(injection.example(name), base)
         adapted, _ = injection.forward(name, base, own, x)
         _, got = injection.forward(name, merged, own, x)
         sizes = [_size(injection, name, weights, own, x) for weights in (base, merged)]
@@ -106,23 +102,38 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
         return
     roundoff = max(UNIT_ROUNDOFF[ref.dtype] for ref in module.merged.values())
     length = max(tensor[0].numel() if tensor.dim() else 1 for tensor in base.values())
-    bound = (_N_ROUNDINGS * roundoff + 4 * length**0.5 * 2.0**-24) * max(sizes)
-    off = float((got - adapted).norm())
-    if not off <= bound:  # negated, so that NaN is wrong
+    share = _N_ROUNDINGS * roundoff + 4 * length**0.5 * 2.0**-24
+    off, size = (got - adapted).abs(), sizes[0].maximum(sizes[1])
+    wrong = ~(off <= share * _spread(size))  # negated, so that NaN is wrong
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
         sentence = (
-            f"its output is off by {off:.3g} from base and adapter, unmerged; rounding explains {bound:.3g}"
+            f"its output is off by {float(off[at]):.3g} from base and adapter, unmerged, in {int(wrong.sum())} of "
+            f"{wrong.numel()} values; rounding explains {share * float(_spread(size)[at]):.3g}"
         )
         yield error("wrong-output", options["module"], sentence)
 
 
-def _size(injection: Injection, name: str, weights: Any, own: Any, x: torch.Tensor) -> float:
-    """Return the root of Σ W²x² over all outputs: what independent roundings of the weights add up to."""
+def _inputs(example: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return an input that every row of the weight has a say in: of an embedding, every token."""
+    import torch
+
+    if example.is_floating_point():
+        return example
+    return torch.arange(max(len(tensor) for tensor in base.values()))
+
+
+def _spread(size: torch.Tensor) -> torch.Tensor:
+    """Return the size of each value, and no less than that of most: what is computed on the way may be as large."""
+    return size.maximum(size.median())
+
+
+def _size(injection: Injection, name: str, weights: Any, own: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the root of Σ W²x² for each output: what independent roundings of the weights add up to."""
     if not x.is_floating_point() or all(tensor.dim() < 2 for tensor in weights.values()):
-        return float(
-            injection.forward(name, weights, own, x)[1].norm()
-        )  # no sums: each output is one product
+        return injection.forward(name, weights, own, x)[1].abs()  # no sums: each output is one product
     squares = {parameter: tensor.square() for parameter, tensor in weights.items()}
-    return float(injection.forward(name, squares, own, x.square())[1].sum().sqrt())
+    return injection.forward(name, squares, own, x.square())[1].abs().sqrt()
 
 
 def _loaded(refs: dict[str, TensorRef]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
 from lora_merge.core.report import error
 from lora_merge.core.tensor import shape_text
-from lora_merge.io.files import same_bytes
+from lora_merge.io.files import open_for_reading, same_bytes
+from lora_merge.io.safetensors import has_header
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ def _compare_file(output: Output, file: OutputFile) -> Iterator[Issue]:
             yield error("wrong-tensor", slot.name, f"is {got}, expected {wanted}")
     for name in found:
         yield error("extra-tensor", name, f"is in {file.name} and was not planned")
+    with open_for_reading(Path(output.root, file.name)) as fd:
+        has_its_header = has_header(fd, file)
+    if not has_its_header:
+        yield error("wrong-header", file.name, "its header is not the one that was planned, byte by byte")
 
 
 def _compare_index(output: Output, files: tuple[OutputFile, ...]) -> Iterator[Issue]:

@@ -7,27 +7,57 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy
 from lora_merge.core.report import error
+from lora_merge.io.files import file_digest
+from lora_merge.io.safetensors import tensor_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.checks.evidence import Evidence
     from lora_merge.core.report import Issue
+    from lora_merge.core.tensor import TensorRecord, TensorRef
+
+WHOLE_BYTES = 256 << 20
+"""Merged tensors are read back whole at every level where there are no more of them than this together."""
 
 
 def untouched(evidence: Evidence) -> Iterator[Issue]:
-    """Yield an issue for each tensor whose bytes are not the recorded ones.
+    """Yield an issue for each tensor or file whose bytes are not the recorded ones.
 
-    A copy's record is the digest of its *source*, so equality means byte-identical to the base. At level
-    ``full`` merged tensors are read back too.
+    A copy's record is the digest of its *source*, so equality means byte-identical to the base. Merged tensors are read
+    back too: all of them at level ``full`` or where they are small together, else some blocks of each. Files around the
+    weights are held to what was meant to be in them.
     """
-    recorded = {record.name: record.digest for record in evidence.records}
+    recorded = {record.name: record for record in evidence.records}
+    merged_bytes = sum(step.nbytes for step in evidence.plan.steps if not isinstance(step.op, Copy))
+    is_whole = evidence.level == "full" or merged_bytes <= WHOLE_BYTES
     for step in evidence.plan.steps:
         is_copy = isinstance(step.op, Copy)
-        if not is_copy and evidence.level != "full":
-            continue
         for slot in step.slots:
-            found = evidence.digest(replace(slot, file=str(evidence.root / slot.file)))
-            if found != recorded.get(slot.name):
-                what = "differs from the base" if is_copy else "is not what was written"
-                yield error("wrong-digest", slot.name, f"{what}: {found}, expected {recorded.get(slot.name)}")
+            record, ref = recorded.get(slot.name), replace(slot, file=str(evidence.root / slot.file))
+            if is_copy or (is_whole and record is not None and record.digest):
+                found, wanted = evidence.digest(ref), record.digest if record else None
+                if found != wanted:
+                    what = "differs from the base" if is_copy else "is not what was written"
+                    yield error("wrong-digest", slot.name, f"{what}: {found}, expected {wanted}")
+            elif record is not None:
+                yield from _blocks(ref, record)
+    yield from _sealed(evidence)
+
+
+def _blocks(ref: TensorRef, record: TensorRecord) -> Iterator[Issue]:
+    """Yield an issue for the first block of a tensor that is not what was written."""
+    for at, nbytes, wanted in record.blocks:
+        found = tensor_digest(replace(ref, start=ref.start + at, nbytes=nbytes))
+        if found != wanted:
+            where = f"bytes {at} to {at + nbytes} are"
+            yield error("wrong-digest", ref.name, f"{where} not what was written: {found}, expected {wanted}")
+            return
+
+
+def _sealed(evidence: Evidence) -> Iterator[Issue]:
+    """Yield an issue for each file around the weights that is not what was written."""
+    for name, wanted in evidence.sealed.items():
+        found = file_digest(evidence.root / name)
+        if found != wanted:
+            yield error("wrong-digest", name, f"is not what was written: {found}, expected {wanted}")

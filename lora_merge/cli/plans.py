@@ -40,7 +40,7 @@ def merge_text(report: Report) -> str:
     total = summary.merged_bytes + summary.replaced_bytes + summary.cast_bytes + summary.copied_bytes
     verdict = report.verdict
     checked = (
-        f"verified {verdict.n_tensors} tensors, {verdict.n_rows} rows recomputed"
+        f"verified {verdict.n_tensors} tensors, {verdict.n_projected} rows by projection, {verdict.n_rows} recomputed"
         if verdict.level != "none"
         else "not verified"
     )

@@ -67,6 +67,9 @@ class Verdict:
 
     issues: tuple[Issue, ...] = ()
 
+    n_projected: int = 0
+    """Rows checked by random projections while they were merged; those that they suspect are recomputed."""
+
     @property
     def errors(self) -> tuple[Issue, ...]:
         """Return the issues that fail the verification."""

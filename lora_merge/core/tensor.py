@@ -139,7 +139,7 @@ class TensorRecord:
     """``xxh3_128:…`` of the tensor's bytes: of the source for a copy, of what was written for a merge."""
 
     finite: bool
-    """False when a merged value is NaN or infinite in the stored dtype."""
+    """False when a merged value is NaN or infinite in the stored dtype, or may be."""
 
     survival: Survival | None = None
     """For a merged tensor."""
@@ -147,6 +147,13 @@ class TensorRecord:
     source: str = ""
     """For a merged tensor, the digest of the stored one that it was made of, as it was read; empty for a copy, where
     `digest` is that."""
+
+    suspects: tuple[tuple[int, int], ...] | None = None
+    """Row ranges of a merged tensor whose projections are off by more than rounding explains, so that verification has to
+    look at them; None where there are no projections."""
+
+    blocks: tuple[tuple[int, int, str], ...] = ()
+    """Some of what was written: offset in the tensor, bytes, digest; verification reads it back."""
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:

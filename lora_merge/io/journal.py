@@ -133,10 +133,10 @@ def _lines(home: Folder) -> list[Any]:
 
 def _record(row: Any) -> TensorRecord | None:
     match row:
-        case [str(name), str(file), int(nbytes), str(digest), bool(finite), None, str(source)]:
-            return TensorRecord(name, file, nbytes, digest, finite, source=source)
-        case [str(name), str(file), int(nbytes), str(digest), bool(finite), [*norms], str(source)] if (
-            len(norms) == 4
-        ):
-            return TensorRecord(name, file, nbytes, digest, finite, Survival(*map(float, norms)), source)
+        case [str(name), str(file), int(nbytes), str(digest), bool(finite), norms, str(source), suspects, blocks]:
+            with contextlib.suppress(TypeError, ValueError):
+                survival = None if norms is None else Survival(*map(float, norms))
+                ranges = None if suspects is None else tuple((int(a), int(b)) for a, b in suspects)
+                pieces = tuple((int(at), int(size), str(text)) for at, size, text in blocks)
+                return TensorRecord(name, file, nbytes, digest, finite, survival, source, ranges, pieces)
     return None

@@ -18,6 +18,7 @@ from lora_merge.io.files import digest_text, new_digest, open_for_reading
 from lora_merge.io.safetensors import RowReader, load
 from lora_merge.merge.changing import Working, change
 from lora_merge.merge.copying import Copier, CopySink
+from lora_merge.merge.passing import Passing
 from lora_merge.merge.sample import Sample
 from lora_merge.merge.stopwatch import Stopwatches
 from lora_merge.merge.workbench import Workbench
@@ -65,6 +66,8 @@ class Merger:
         device: a torch device for the arithmetic.
         tile_elements: of a row tile; default: what suits the CPU's cache.
         watches: count the time.
+        is_checked: project every row as it passes (`lora_merge.checks.projection`), and take digests of some tiles, for
+            the verification that follows.
     """
 
     def __init__(
@@ -73,8 +76,11 @@ class Merger:
         device: str,
         tile_elements: int | None = None,
         watches: Stopwatches | None = None,
+        *,
+        is_checked: bool = True,
     ) -> None:
         self._sink = sink
+        self._is_checked = is_checked
         self._device = device
         self._tile_elements = tile_elements
         self._watches = watches or Stopwatches()
@@ -125,7 +131,7 @@ class Merger:
         with contextlib.ExitStack() as stack:
             fd = stack.enter_context(open_for_reading(source.file))
             rows = RowReader(fd, source, op.view.n_rows)
-            outputs = [self._output(order, fd, len(tiles), stack, watch) for order in orders]
+            outputs = [self._output(order, fd, tiles, stack, watch) for order in orders]
             loop = _Loop(bench, source, rows, codec, watch)
             for n, (start, end) in enumerate(tiles):
                 shared = self._shared(source, rows, (start, end), op) if len(outputs) > 1 else None
@@ -136,12 +142,19 @@ class Merger:
         return [output.record(rows.digest()) for output in outputs]
 
     def _output(
-        self, order: Order, fd: int, n_tiles: int, stack: contextlib.ExitStack, watch: Stopwatch
+        self,
+        order: Order,
+        fd: int,
+        tiles: Sequence[tuple[int, int]],
+        stack: contextlib.ExitStack,
+        watch: Stopwatch,
     ) -> _Output:
         """Return an output's part of the work, its slot open."""
         fill = stack.enter_context(order.sink.open(order.slot))
         working = Working(order.op, lambda delta: self._algebra(fd, order.op, delta, order.slot))
-        return _Output(order, working, Sample(order.op, n_tiles), _Filled(fill, watch))
+        filled = _Filled(fill, watch)
+        passing = Passing(order.op, order.slot, tiles) if self._is_checked else None
+        return _Output(order, working, Sample(order.op, len(tiles)), filled, passing)
 
     def _shared(self, source: TensorRef, rows: RowReader, tile: tuple[int, int], op: Merge) -> Frame:
         """Return a tile of the base, widened, for several outputs."""
@@ -208,22 +221,37 @@ class _Output:
     working: Working
     sample: Sample
     filled: _Filled
+    passing: Passing | None
+    """What looks at tiles as they pass."""
+
+    def take(self, n: int, frame: Frame) -> None:
+        """Write a tile, once it is complete."""
+        self.filled.take(frame)
+        if self.passing is not None:
+            self.passing.after(n, frame)
+        else:
+            self.filled.finite = frame.is_finite() and self.filled.finite
 
     def record(self, source: str) -> TensorRecord:
         """Return the evidence, once all tiles are written.
 
         Args:
             source: the digest of the base's rows.
+
+        Raises:
+            CheckpointError: a factor cannot be read again.
         """
-        slot, filled = self.order.slot, self.filled
+        slot, filled, passing = self.order.slot, self.filled, self.passing
         return TensorRecord(
             slot.name,
             slot.file,
             slot.nbytes,
             filled.digest(),
-            finite=filled.finite,
+            finite=passing.is_finite() if passing else filled.finite,
             survival=self.sample.survival(),
             source=source,
+            suspects=passing.suspects() if passing else None,
+            blocks=passing.blocks() if passing else (),
         )
 
 
@@ -235,7 +263,7 @@ class _Loop:
     ) -> None:
         self._bench, self._source, self._rows = bench, source, rows
         self._codec, self._watch = codec, watch
-        self._under_way: deque[tuple[_Output, Frame]] = deque()
+        self._under_way: deque[tuple[_Output, int, Frame]] = deque()
 
     def tile(self, output: _Output, n: int, limits: tuple[int, int], shared: Frame | None) -> None:
         """Read or take over a tile, change it and round it; what was begun before is written as room is needed.
@@ -260,13 +288,16 @@ class _Loop:
         else:
             frame.values.copy_(shared.values)
         watch.lap("decode")
+        if output.passing is not None:
+            output.passing.before(n, shared or frame)
+            watch.lap("check")
         output.sample.before(n, frame)
         change(frame.values, start, end, order.op, changers)
         watch.lap("change")
         frame.encode(self._codec)
         output.sample.after(n, frame)
         watch.lap("encode")
-        self._under_way.append((output, frame))
+        self._under_way.append((output, n, frame))
 
     def finish(self) -> None:
         """Write what is still under way."""
@@ -274,8 +305,9 @@ class _Loop:
             self._take()
 
     def _take(self) -> None:
-        output, frame = self._under_way.popleft()
-        output.filled.take(frame)
+        output, n, frame = self._under_way.popleft()
+        output.take(n, frame)
+        self._watch.lap("check")
 
 
 class _Filled:
@@ -285,6 +317,7 @@ class _Filled:
         self._fill, self._watch = fill, watch
         self._digest = new_digest()
         self.finite = True
+        """False once a value was not."""
 
     def take(self, frame: Frame) -> None:
         """Write a tile."""
@@ -294,8 +327,6 @@ class _Filled:
         self._watch.lap("write")
         self._digest.update(frame.encoded)
         self._watch.lap("digest")
-        self.finite = frame.is_finite() and self.finite
-        self._watch.lap("encode")
 
     def digest(self) -> str:
         """Return the digest of all that was written."""

@@ -47,10 +47,7 @@ class Frame:
 
     def encode(self, codec: Codec) -> None:
         """Make what is written of `values`."""
-        import torch
-
         codec.encode(self.values, self.rounded)
-        torch.sum(self.rounded, dim=(0, 1), out=self._total)
 
     def wait(self) -> None:
         """Wait until `encoded` is complete, and `raw` may be overwritten."""
@@ -62,9 +59,11 @@ class Frame:
         """
         import torch
 
-        return isfinite(self._total.item()) or all(
-            isfinite(end.item()) for end in torch.aminmax(self.rounded)
-        )
+        torch.sum(self.rounded, dim=(0, 1), out=self._total)
+        return self._has_finite_sum() or all(isfinite(end.item()) for end in torch.aminmax(self.rounded))
+
+    def _has_finite_sum(self) -> bool:
+        return isfinite(self._total.item())
 
 
 class CudaFrame(Frame):
@@ -101,6 +100,12 @@ class CudaFrame(Frame):
     def wait(self) -> None:
         """Wait for the GPU."""
         self._event.synchronize()
+
+    def is_finite(self) -> bool:
+        """Return True when every value that is written is finite; the GPU has added them up already."""
+        import torch
+
+        return self._has_finite_sum() or all(isfinite(end.item()) for end in torch.aminmax(self.rounded))
 
 
 class Place:

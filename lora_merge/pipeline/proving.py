@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks import CHECKS, Evidence
+from lora_merge.checks.choosing import has_formula
 from lora_merge.checks.gate import RULES
 from lora_merge.checks.placed import placed
-from lora_merge.checks.recompute import has_formula
+from lora_merge.checks.projecting import projected
 from lora_merge.checks.recorded import recorded
 from lora_merge.core.checkpoint import CONFIG_FILE, Output
 from lora_merge.core.manifest import Manifest, RecordedInput, parse_manifest
@@ -261,14 +262,18 @@ class _Proving:
             plan, issues = placed(planned.plan, self.output)
             records = tuple(self._records(plan))
             level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
-            evidence = Evidence(plan, Path(self.output.root), records, level, self.digest)
+            evidence = Evidence(plan, Path(self.output.root), records, level, digest=self.digest)
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
+            n_seen = evidence.n_projected
+            how = (
+                "all rows in float64" if level == "full" else f"{n_seen} rows by projection, some in float64"
+            )
             n_layers = len(plan.steps) - n_copied - n_formulas
             details = {
                 "untouched": f"{n_copied} tensors, byte by byte those of base or adapter",
                 "finite": f"{len(plan.steps) - n_copied} merged tensors",
-                "recompute": f"{n_formulas} merged tensors, {'all' if self.request.level == 'full' else 'some'} rows in float64",
+                "recompute": f"{n_formulas} merged tensors, {how}",
             } | ({"layers": f"{n_layers} tensors that PEFT's own layers merge"} if n_layers else {})
             found = [Finding("placed", f"{len(plan.steps)} tensors of the plan", tuple(issues))]
             for name, detail in details.items():
@@ -278,9 +283,9 @@ class _Proving:
         return found
 
     def _records(self, plan: MergePlan) -> Iterable[TensorRecord]:
-        """Yield what the checks need of what writing recorded: a copy's digest, whether a merge is finite.
+        """Yield what the checks need of what writing recorded: a copy's digest, whether a merge is finite, suspect rows.
 
-        The digests of merges are compared with the manifest's.
+        The digests of merges are compared with the manifest's. Projections are made anew, where not all is recomputed.
         """
         for step in plan.steps:
             (slot,) = step.slots
@@ -290,7 +295,13 @@ class _Proving:
                     slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True
                 )
                 continue
-            yield TensorRecord(slot.name, slot.file, slot.nbytes, digest="", finite=is_finite(here))
+            if self.request.level == "full":
+                yield TensorRecord(slot.name, slot.file, slot.nbytes, digest="", finite=is_finite(here))
+                continue
+            seen = projected(step, here)
+            finite = seen.is_finite() or is_finite(here)
+            suspects = seen.suspects()
+            yield TensorRecord(slot.name, slot.file, slot.nbytes, digest="", finite=finite, suspects=suspects)
 
 
 def _nothing_compared(findings: list[Finding]) -> list[Finding]:

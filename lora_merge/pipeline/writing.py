@@ -176,7 +176,7 @@ class Output:
         request = self.planned.request
         check_names(self.inputs)
         with self.clock("seal"), watching(self.inputs) as seen:
-            self.writer.seal(self.plan, self.records, provenance_of(self.planned))
+            sealed = self.writer.seal(self.plan, self.records, provenance_of(self.planned))
         with self.clock("seal"):
             self.inputs = seen.inputs()
             check_copied(self.inputs, self.plan, self.stage.folder.path)
@@ -185,7 +185,7 @@ class Output:
         if request.verify == "none":
             self._flush(watch)
         else:
-            self._verify(request.verify, used, watch)
+            self._verify(request.verify, sealed, used, watch)
             check_names(self.inputs)
         check_effect(self.planned, self.stage.output, self.survival)
         self.notes += (*self.verdict.notes, *survival_issues(self.survival))
@@ -198,6 +198,7 @@ class Output:
     def _verify(
         self,
         level: Literal["sample", "full"],
+        sealed: Mapping[str, str],
         used: Mapping[Place, str],
         watch: Observer,
         *,
@@ -210,6 +211,7 @@ class Output:
 
         Args:
             level: how much of it is read.
+            sealed: the digest of what was to be written into each file around the weights.
             used: the digest of what was read of each place of an input.
             watch: hears of the phase.
             is_last: it may not change again.
@@ -223,7 +225,7 @@ class Output:
         before = folder.listing()
         with self.clock("verify"), one_torch_thread():
             watch.phase("verifying", 0)
-            self.verdict = check_output(self.plan, folder.path, self.records, level)
+            self.verdict = check_output(self.plan, folder.path, self.records, level, sealed)
         if not self.verdict.ok:
             check_names(self.inputs)
             check(self.inputs, used)  # an input that changes meanwhile looks like a wrong output
@@ -237,7 +239,7 @@ class Output:
         }:
             hint = "run again when nothing else writes to it"
             raise WriteError(f"{folder.path}: changed while it was verified", hint=hint)
-        self._verify("full", used, watch, is_last=True)
+        self._verify("full", sealed, used, watch, is_last=True)
 
     def _flush(self, watch: Observer) -> None:
         """Wait until the disk has what is staged."""
@@ -330,7 +332,8 @@ def _fill(
     with _each_clock(outputs, "load"):
         loading.wait()
     with _each_clock(outputs, "merge"), one_torch_thread(), watching(*known) as seen:
-        merger = Merger(outputs[0].writer, device, budget.tile_elements, watches)
+        is_checked = any(output.planned.request.verify != "none" for output in outputs)
+        merger = Merger(outputs[0].writer, device, budget.tile_elements, watches, is_checked=is_checked)
         orders = _shared_orders((output, step) for output, step in left if isinstance(step.op, Merge))
         crew.work("merging", lambda work: _merged(merger, work), orders, device)
     for output in outputs:

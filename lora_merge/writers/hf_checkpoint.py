@@ -126,26 +126,38 @@ class HfCheckpoint:
             yield stream.write
             stream.finish()
 
-    def seal(self, plan: MergePlan, records: Sequence[TensorRecord], provenance: Provenance) -> None:
+    def seal(
+        self, plan: MergePlan, records: Sequence[TensorRecord], provenance: Provenance
+    ) -> dict[str, str]:
         """Write what goes around the weights: index, config, side files, card and manifest.
+
+        Returns:
+            The digest of each file, taken of what it is made from: a text, or the file that is copied. Whether the disk
+            holds that is for verification to say.
 
         Raises:
             CheckpointError: a side file cannot be read.
             WriteError: the disk is full or cannot be written.
         """
-        folder = self._folder
+        digests: dict[str, str] = {}
         for side_file in plan.side_files:
             text = _patched(plan, side_file)
             if text is not None:
-                folder.write_text(side_file.name, text)
+                digests[side_file.name] = self._write(side_file.name, text)
             else:
-                folder.copy_in(Path(side_file.source), side_file.name)
+                source = Path(side_file.source)
+                digests[side_file.name] = files.file_digest(source)
+                self._folder.copy_in(source, side_file.name)
         if plan.index:
-            folder.write_text(INDEX_FILE, plan.index)
-        folder.write_text(CARD_FILE, card_text(provenance, plan))
-        names = [file.name for file in plan.side_files] + ([INDEX_FILE] if plan.index else [])
-        digests = {name: files.file_digest(folder.path / name) for name in names}
-        folder.write_text(MANIFEST_FILE, manifest_text(provenance, plan, records, digests))
+            digests[INDEX_FILE] = self._write(INDEX_FILE, plan.index)
+        manifest = manifest_text(provenance, plan, records, digests)
+        around = {CARD_FILE: card_text(provenance, plan), MANIFEST_FILE: manifest}
+        return digests | {name: self._write(name, text) for name, text in around.items()}
+
+    def _write(self, name: str, text: str) -> str:
+        """Write a file, and return the digest of what it should hold."""
+        self._folder.write_text(name, text)
+        return files.text_digest(text)
 
 
 def side_digest(plan: MergePlan, side_file: SideFile) -> str:

@@ -13,7 +13,8 @@ import pytest
 import lora_merge
 from lora_merge.adapters import read
 from lora_merge.checks import CHECKS, Evidence
-from lora_merge.checks.recompute import has_formula, sampled_rows
+from lora_merge.checks.choosing import has_formula, some_rows
+from lora_merge.checks.expecting import manner_of
 from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.kinds import LAYERED, NATIVE
 from lora_merge.core.plan import Copy, Merge, View
@@ -25,6 +26,7 @@ from lora_merge.io.folder import Folder
 from lora_merge.merge import Merger
 from lora_merge.verify import verify
 from lora_merge.writers import HfCheckpoint
+from tests import planting
 from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.tampering import edit_json, edit_pickle, to_pickles
@@ -139,6 +141,7 @@ def test_every_type_that_is_merged_is_among_the_kinds():
 def test_every_check_passes_a_good_output_of_every_kind_with_a_formula(kind, model, dtype, outcome_of):
     evidence = outcome_of({kind: 1}, model, dtype)
     assert {name: list(check(evidence)) for name, check in CHECKS.items()} == {name: [] for name in CHECKS}
+    assert {record.suspects for record in evidence.records} <= {None, ()}
     verdict = verify(evidence.plan, evidence.root, evidence.records, "full")
     with_formula = any(
         all(delta.kind != "peft_layer" for delta in step.op.deltas) for step in steps_of(evidence, Merge)
@@ -244,8 +247,10 @@ def double_a_row(evidence):
 
 
 def not_finite(evidence):
-    first, *others = evidence.records
-    return replace(evidence, records=(replace(first, finite=False), *others))
+    """Have the first merged tensor hold NaN, and its record say that it may."""
+    name = steps_of(set_nan(evidence), Merge)[0].slots[0].name
+    records = tuple(replace(one, finite=one.finite and one.name != name) for one in evidence.records)
+    return replace(evidence, records=records)
 
 
 def on_disk(change):
@@ -511,22 +516,37 @@ def test_two_steps_are_found_in_a_trained_row_and_in_any_other(row, outcome_of):
 
 
 @pytest.mark.parametrize("shape", [(1000, 2), (1000,), (1000, 4, 3, 3)])
-def test_full_recomputation_takes_every_row_and_a_sample_takes_three(shape):
+def test_a_sample_of_a_large_tensor_takes_three_rows_and_those_that_are_suspect(shape):
     slot = TensorRef("w", "BF16", shape, "file", 0, 0)
     op = Merge("dense", (slot,), (), View.of(shape, stacked=True))
-    assert [row for rows in sampled_rows(slot, op, "full") for row in rows] == list(range(1000))
-    (sample,) = sampled_rows(slot, op, "sample")
+    sample = some_rows(slot, op)
     assert sample == sorted(sample)
     assert {0, 999} < set(sample)
     assert len(sample) == 3
+    assert some_rows(slot, op, ((7, 9), (990, 1000))) == sorted({*sample, 7, 8, *range(990, 1000)})
+
+
+@pytest.mark.parametrize(("kind", "model", "dtype"), kinds_of(NATIVE))
+def test_projections_of_every_kind_suspect_a_row_of_zeros(kind, model, dtype, workshop, outcome_of):
+    case = building.case(workshop, next(one for one in KINDS if one.name == kind), model, dtype)
+    options = OPTIONS[next(one for one in KINDS if one.name == kind).options]
+    plan = lora_merge.plan(base=case.base, adapter=case.adapter, **options)
+    place = planting.place_in(plan, 0)
+    (step,) = [step for step in plan.steps if step.slots[0].name == place.name]
+    with planting.in_merge("a row of zeros", place, step.op.parts[0].name):
+        evidence = outcome_of({kind: 1}, model, dtype)
+    (record,) = [record for record in evidence.records if record.name == place.name]
+    if not manner_of(step.op):
+        assert record.suspects is None
+        return
+    assert any(first <= place.row < last for first, last in record.suspects)
 
 
 @pytest.mark.parametrize(("shape", "n_experts"), [((8, 125, 2), 8), ((500, 2, 3), 63)])
 def test_a_sample_of_stacked_experts_takes_a_row_of_each_or_of_many(shape, n_experts):
     slot = TensorRef("w", "BF16", shape, "file", 0, 0)
     op = Merge("dense", (slot,), (), View.of(shape, stacked=True))
-    assert [row for rows in sampled_rows(slot, op, "full") for row in rows] == list(range(1000))
-    (sample,) = sampled_rows(slot, op, "sample")
+    sample = some_rows(slot, op)
     assert {0, 999} < set(sample)
     assert len({row // shape[1] for row in sample}) >= n_experts
 
@@ -536,9 +556,7 @@ def test_a_sample_of_parts_takes_a_row_of_each(at_once):
     slot = TensorRef("w", "BF16", (6, 40, 2), "file", 0, 0)
     parts = [Region(at=((n, n + at_once), (10, 20), (0, 2))) for n in range(0, 6, at_once)]
     deltas = tuple(DeltaSpec("low_rank", "w", {}, 1.0, region) for region in parts)
-    (sample,) = sampled_rows(
-        slot, Merge("dense", (slot,), deltas, View.of(slot.shape, stacked=True)), "sample"
-    )
+    sample = some_rows(slot, Merge("dense", (slot,), deltas, View.of(slot.shape, stacked=True)))
     for region in parts:
         first = region.at[0][0]
         assert any(row // 40 == first and 10 <= row % 40 < 20 for row in sample)

@@ -16,7 +16,14 @@ from lora_merge.io.journal import Journal
 
 COPY = TensorRecord("model.norm.weight", "model.safetensors", 8, "xxh3_128:01", finite=True)
 MERGED = TensorRecord(
-    "ü", "a/b.safetensors", 1 << 40, "xxh3_128:02", finite=False, survival=Survival(1.5, 0.1, 1e-9, 1 / 3)
+    "ü",
+    "a/b.safetensors",
+    1 << 40,
+    "xxh3_128:02",
+    finite=False,
+    survival=Survival(1.5, 0.1, 1e-9, 1 / 3),
+    suspects=((0, 3), (7, 8)),
+    blocks=((0, 1 << 20, "xxh3_128:03"),),
 )
 
 
@@ -66,8 +73,12 @@ def test_a_journal_names_its_process(path, home):
         b'["model.embed", "model.sa',
         b"\x00\xff\n",
         b"[1, 2]\n",
-        b'["a", "b", "8", "c", true, null]\n',
-        b'["a", "b", 8, "c", true, [1]]\n',
+        b'["a", "b", "8", "c", true, null, null, []]\n',
+        b'["a", "b", 8, "c", true, null]\n',
+        b'["a", "b", 8, "c", true, [1], null, []]\n',
+        b'["a", "b", 8, "c", true, null, [[1]], []]\n',
+        b'["a", "b", 8, "c", true, null, null, [[1, 2]]]\n',
+        b'["a", "b", 8, "c", true, null, 7, 7]\n',
         b"{}\n",
         b"null\n",
         b"[" * 100_000 + b"\n",

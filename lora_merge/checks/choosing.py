@@ -1,0 +1,115 @@
+"""Which rows of merged tensors are recomputed, by level, size and what the merge saw of them in passing."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lora_merge.checks.formulas import CHUNK_ROWS, FORMULAS
+from lora_merge.core.plan import Merge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from lora_merge.checks.evidence import Evidence
+    from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.core.tensor import TensorRef
+
+WHOLE_ELEMENTS = 1 << 21
+"""Elements that are recomputed at every level, the smallest tensors first."""
+
+UNSEEN_ELEMENTS = 1 << 24
+"""Elements of tensors whose rows no projection has seen, that are recomputed at every level, the smallest first."""
+
+_MOST_PARTS = 64
+"""Parts of one tensor that are sampled."""
+
+_MOST_COMBINED = 6
+"""Adapters of a combination that is recomputed: a value may be of any subset of them."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """The rows to be recomputed."""
+
+    rows: list[tuple[Step, list[int]]] = field(default_factory=list)
+    """In chunks, step by step; those of a step with an error are not gone on with."""
+
+    unseen: list[str] = field(default_factory=list)
+    """Tensors of which only some rows are looked at: they have no projection, and are too large."""
+
+    @property
+    def n_rows(self) -> int:
+        """Return how many rows there are."""
+        return sum(len(rows) for _, rows in self.rows)
+
+
+def chosen_rows(evidence: Evidence) -> Choice:
+    """Return the rows of an output that are to be recomputed.
+
+    Level ``full`` takes all of them. ``sample`` takes the first of a tensor, the last, one in between, those that
+    projections suspect, and all of tensors as long as they are small.
+    """
+    suspects = {record.name: record.suspects for record in evidence.records}
+    steps = [step for step in evidence.plan.steps if isinstance(step.op, Merge) and has_formula(step.op)]
+    whole: set[str] = set()
+    if evidence.level == "full":
+        whole = {step.slots[0].name for step in steps}
+    else:
+        unseen = [step for step in steps if suspects.get(step.slots[0].name) is None]
+        whole |= set(_smallest(unseen, UNSEEN_ELEMENTS)) | set(_smallest(steps, WHOLE_ELEMENTS))
+    choice = Choice()
+    for step in steps:
+        (slot,), op = step.slots, step.op
+        assert isinstance(op, Merge)
+        ranges = suspects.get(slot.name)
+        rows = range(op.view.n_rows) if slot.name in whole else some_rows(slot, op, ranges or ())
+        choice.rows += [(step, list(rows[at : at + CHUNK_ROWS])) for at in range(0, len(rows), CHUNK_ROWS)]
+        if ranges is None and slot.name not in whole:
+            choice.unseen.append(slot.name)
+    return choice
+
+
+def _smallest(steps: Iterable[Step], elements: int) -> Iterator[str]:
+    """Yield the names of the smallest tensors that have so many elements together."""
+    sized = []
+    for step in steps:
+        assert isinstance(step.op, Merge)
+        sized.append((step.op.view.n_rows * step.op.view.columns, step.slots[0].name))
+    for size, name in sorted(sized):
+        elements -= size
+        if elements < 0:
+            return
+        yield name
+
+
+def has_formula(op: Merge) -> bool:
+    """Return True when every delta of a step is one that is written out in `lora_merge.checks.formulas`."""
+    n_adapters = len({delta.adapter for delta in op.deltas})
+    if op.combination is not None and (op.combination.method == "svd" or n_adapters > _MOST_COMBINED):
+        return False
+    return all(delta.kind in FORMULAS for delta in op.deltas)
+
+
+def some_rows(slot: TensorRef, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) -> list[int]:
+    """Return suspect rows and a few others, in order.
+
+    The one in between is drawn from the name: always the same. Of stacked experts one row of each is taken, and where
+    deltas have parts of their own one row of each part; of up to `_MOST_PARTS`.
+    """
+    n_rows = op.view.n_rows
+    if not n_rows:
+        return []
+    drawn = zlib.crc32(slot.name.encode())
+    rows = {0, drawn % n_rows, n_rows - 1}
+    for matrix in range(0, op.view.blocks, -(-op.view.blocks // _MOST_PARTS)) if op.view.blocks > 1 else ():
+        rows.add(matrix * op.view.rows + drawn % max(op.view.rows, 1))
+    parts = [delta.region.at for delta in op.deltas if delta.region.at]
+    for at in parts[:: max(1, -(-len(parts) // _MOST_PARTS))]:
+        matrix = at[0][0] if len(at) == 3 else 0
+        top, bottom = at[-2] if len(at) > 1 else at[0]
+        rows.add(matrix * op.view.rows + top + drawn % (bottom - top))
+    for first, last in suspects:
+        rows.update(range(first, min(last, n_rows)))
+    return sorted(rows)

@@ -1,0 +1,337 @@
+"""What each kind of delta makes of a weight, written out in float64, and by how much the merge's float32 may be off.
+
+None of it is shared with `lora_merge.deltas`, which the merge uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from lora_merge.checks.reading import Tensors
+from lora_merge.core.plan import Merge
+from lora_merge.core.tensor import UNIT_ROUNDOFF
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from lora_merge.core.adapter import DeltaSpec
+
+SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
+"""Smallest subnormal of each stored dtype."""
+
+_FLOAT32 = 2.0**-24
+
+_UNDERFLOW = 2.0**-149
+"""Smallest subnormal of float32: below 2⁻¹²⁶ each of its roundings is off by up to half of that, however small the value."""
+
+CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Some rows of one weight, and all that a formula may need to know about the rest of it."""
+
+    reader: Tensors
+    op: Merge
+    rows: Sequence[int]
+    """Counted in the weight: in the stored tensor, or in the part of it that a delta owns."""
+
+    stored: str
+    """Dtype code of the output."""
+
+    at: tuple[tuple[int, int], ...] = ()
+    """The part that is the weight: a range of matrices, of their rows, of their columns; empty for everything."""
+
+    @property
+    def n_rows(self) -> int:
+        """Return the rows of the weight."""
+        if not self.at:
+            return self.op.view.n_rows
+        (first, last), (top, bottom), _ = self.at
+        return (last - first) * (bottom - top)
+
+    @property
+    def rows_of_one(self) -> int:
+        """Return the rows of one matrix of the weight."""
+        return self.at[1][1] - self.at[1][0] if self.at else self.op.view.rows
+
+    def base(self, rows: Sequence[int]) -> torch.Tensor:
+        """Return rows of the weight before the merge."""
+        source, view = self.op.parts[0], self.op.view
+        if not self.at:
+            return self.reader.source(source, rows, view.n_rows)
+        (first, _), (top, _), (left, right) = self.at
+        places = [divmod(row, self.rows_of_one) for row in rows]
+        stored = [(first + matrix) * view.rows + top + row for matrix, row in places]
+        return self.reader.source(source, stored, view.n_rows)[:, left:right]
+
+    def inside(self, delta: DeltaSpec) -> tuple[Site, list[int]]:
+        """Return the same rows as a delta with a part of its own counts them, and which of them are its."""
+        columns = (0, self.op.view.columns)
+        at = delta.region.at if len(delta.region.at) > 1 else (*delta.region.at, columns)
+        at = at if len(at) == 3 else ((0, 1), *at)
+        (first, last), (top, bottom), _ = at
+        rows, own = [], []
+        for n, row in enumerate(self.rows):
+            matrix, inner = divmod(row, self.op.view.rows)
+            if first <= matrix < last and top <= inner < bottom:
+                rows.append((matrix - first) * (bottom - top) + inner - top)
+                own.append(n)
+        return replace(self, rows=rows, at=at), own
+
+
+Value = tuple["torch.Tensor", "torch.Tensor"]
+"""Some values, and by how much float32 may have got them wrong."""
+
+
+def _low_rank(site: Site, delta: DeltaSpec, rows: Sequence[int]) -> Value:
+    """Return s · Σ bᵢaᵢ: off by at most (r + 4)·2⁻²⁴·|s|·Σ|bᵢaᵢ|, by underflow, and by a rounding where PEFT rounds it."""
+    left, right = sides(site, delta, 0, rows)
+    return _scaled(site, delta, *_multiplied(left, right), len(right))
+
+
+def _stacked(site: Site, delta: DeltaSpec, rows: Sequence[int]) -> Value:
+    """Return each expert's own s · Σ bᵢaᵢ."""
+    import torch
+
+    products, magnitudes, rank = [], [], 0
+    by_expert: dict[int, list[int]] = {}
+    for row in rows:  # in order, so that each expert's rows are together
+        expert, inside = divmod(row, site.rows_of_one)
+        by_expert.setdefault(expert, []).append(inside)
+    for expert, own in by_expert.items():
+        left, right = sides(site, delta, expert, own)
+        product, magnitude = _multiplied(left, right)
+        products.append(product)
+        magnitudes.append(magnitude)
+        rank = len(right)
+    return _scaled(site, delta, torch.cat(products), torch.cat(magnitudes), rank)
+
+
+def _multiplied(left: torch.Tensor, right: torch.Tensor) -> Value:
+    """Return BA and Σ|bᵢaᵢ|, of which B may be off by an underflow of its own where the scale went into it first."""
+    return left @ right, left.abs() @ right.abs() + _UNDERFLOW / _FLOAT32 * right.abs().sum(0)
+
+
+def sides(
+    site: Site, delta: DeltaSpec, expert: int, rows: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of the left factor that some rows of the stored weight need, and the right factor.
+
+    Of stacked experts A has one after the other, B has them side by side: column by column in turn, or (Unsloth) block
+    by block. What is not in the delta's part is left out.
+    """
+    ref_a = delta.tensors["A"]
+    n_experts = int(delta.options.get("experts", 1))
+    part = delta.part
+    if "experts" in delta.options:
+        expert, part = expert + (part[0][0] if part else 0), part[1:]
+    rank = delta.shape("A")[0] // n_experts
+    turned = bool(delta.options.get("turned"))  # stored [in, r] and [r, out]
+    if turned:
+        a = site.reader.tensor(ref_a).T
+    else:
+        a = site.reader.tensor(ref_a, range(expert * rank, (expert + 1) * rank))
+    if "E" in delta.tensors:
+        a = a * site.reader.tensor(delta.tensors["E"])
+    a = _on_diagonal(a, int(delta.options.get("blocks_A", 1)))
+    outputs, inputs = part if len(part) > 1 else (*part, (0, a.shape[1])) if part else (None, None)
+    a = a[:, slice(*inputs)] if inputs else a
+    b, rows = _left(site, delta, expert, outputs, rows)
+    index = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)
+    return (a[:, index].T, b.T) if delta.region.transposed else (b[index], a)
+
+
+def _left(
+    site: Site, delta: DeltaSpec, expert: int, outputs: tuple[int, int] | None, rows: Sequence[int]
+) -> tuple[torch.Tensor, Sequence[int]]:
+    """Return B of one expert, or of a weight without experts, and where in it some rows of the weight's part are.
+
+    Where they are rows of the stored tensor too, only they are read.
+    """
+    ref, packing = delta.tensors["B"], delta.options.get("packing")
+    n_experts, n_blocks = int(delta.options.get("experts", 1)), int(delta.options.get("blocks_B", 1))
+    turned = bool(delta.options.get("turned"))
+    rank = delta.shape("A")[0] // n_experts
+    if packing == "by-expert" or n_blocks > 1 or delta.region.transposed or turned:
+        b = site.reader.tensor(ref)
+        if packing == "by-expert":
+            b = b.reshape(n_experts, -1, rank)[expert]
+        else:
+            b = _on_diagonal(b.T if turned else b, n_blocks)
+        b = b[slice(*outputs)] if outputs else b
+    else:
+        first = outputs[0] if outputs else 0
+        b = site.reader.tensor(ref, _moved(rows, first))
+        rows = range(len(rows))
+    if packing == "expert-major":
+        return b[:, expert * rank : (expert + 1) * rank], rows
+    return (b if packing == "by-expert" else b[:, expert::n_experts]), rows
+
+
+def _moved(rows: Sequence[int], by: int) -> Sequence[int]:
+    return range(rows.start + by, rows.stop + by) if isinstance(rows, range) else [by + row for row in rows]
+
+
+def _scaled(site: Site, delta: DeltaSpec, product: torch.Tensor, magnitude: torch.Tensor, rank: int) -> Value:
+    scale = delta.scale / delta.options.get("divisor", 1.0)
+    change, error = scale * product, (rank + 5) * _FLOAT32 * abs(scale) * magnitude
+    error += (abs(scale) * rank + 2) * _UNDERFLOW
+    if delta.rounded:
+        error += UNIT_ROUNDOFF[site.stored] * change.abs() + SMALLEST[site.stored]
+    if delta.options.get("settles"):
+        error += (
+            UNIT_ROUNDOFF[site.stored] * (site.base(site.rows).abs() + change.abs()) + SMALLEST[site.stored]
+        )
+    return change, error
+
+
+def _on_diagonal(factor: torch.Tensor, n_blocks: int) -> torch.Tensor:
+    """Return a factor whose blocks are stored one above the other as the matrix that they stand for."""
+    if n_blocks == 1:
+        return factor
+    height, width = len(factor) // n_blocks, factor.shape[1]
+    laid_out = factor.new_zeros(len(factor), width * n_blocks)
+    for n in range(n_blocks):
+        part = slice(n * height, (n + 1) * height)
+        laid_out[part, n * width : (n + 1) * width] = factor[part]
+    return laid_out
+
+
+def _sum(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> Value:
+    """Return a weight with s · BA added."""
+    formula = _stacked if delta.kind == "stacked" else _low_rank
+    return plus(current, formula(site, delta, rows))
+
+
+def plus(one: Value, other: Value) -> Value:
+    """Return a sum, which float32 rounds once."""
+    return one[0] + other[0], one[1] + other[1] + _FLOAT32 * (one[0].abs() + other[0].abs())
+
+
+def _dora(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> Value:
+    """Return m/‖V‖ · (current + s·BA): the norm of N values is off by at most N·2⁻²⁴ of it, and by what V is off."""
+    magnitude = site.reader.tensor(delta.tensors["magnitude"]).flatten()
+    magnitude = magnitude[slice(*delta.part[0])] if delta.part else magnitude
+    change = _low_rank(site, delta, rows)
+    if delta.region.transposed:
+        norm, norm_off, length = *_column_norms(site, delta), site.n_rows
+        factor = magnitude / norm
+    else:
+        base = site.base(rows)
+        v, v_off = plus((base, base.new_zeros(base.shape)), change)
+        norm, norm_off, length = v.norm(dim=1, keepdim=True), v_off.norm(dim=1, keepdim=True), v.shape[1]
+        factor = magnitude[rows].view(-1, 1) / norm
+    value, off = plus(current, change)
+    relative = norm_off / norm + (length + 6) * _FLOAT32
+    return factor * value, factor.abs() * off + (factor * value).abs() * relative + _UNDERFLOW
+
+
+def _column_norms(site: Site, delta: DeltaSpec) -> Value:
+    """Return ‖V‖ of each column, and by how much it may be off, from all rows of the weight."""
+    n_rows = site.n_rows
+    squares = site.base([0]).zero_()[0]
+    wrongs = squares.clone()
+    for at in range(0, n_rows, CHUNK_ROWS):
+        rows = range(at, min(at + CHUNK_ROWS, n_rows))
+        base = site.base(rows)
+        v, wrong = plus((base, base.new_zeros(base.shape)), _low_rank(site, delta, rows))
+        squares += v.square().sum(dim=0)
+        wrongs += wrong.square().sum(dim=0)
+    return squares.sqrt(), wrongs.sqrt()
+
+
+def _addition(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> Value:
+    """Return a weight with s · D added."""
+    first = delta.part[0][0] if delta.part else 0
+    change = delta.scale * site.reader.tensor(delta.tensors["addend"])[[first + row for row in rows]]
+    return plus(current, (change, _FLOAT32 * change.abs() + _UNDERFLOW))
+
+
+def _rows(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> Value:
+    """Return a weight with some rows replaced."""
+    value, off = current[0].clone(), current[1].clone()
+    trained = site.reader.tensor(delta.tensors["rows"])
+    places = {int(index): n for n, index in enumerate(delta.options["indices"])}
+    for n, row in enumerate(rows):
+        if row in places:
+            value[n], off[n] = trained[places[row]], 0.0
+    return value, off
+
+
+FORMULAS: Mapping[str, Callable[[Site, DeltaSpec, Sequence[int], Value], Value]] = {
+    "low_rank": _sum,
+    "stacked": _sum,
+    "dora": _dora,
+    "addition": _addition,
+    "rows": _rows,
+}
+
+
+def changed(site: Site, deltas: Sequence[DeltaSpec]) -> Value:
+    """Return the rows with every delta applied in turn, each by its weight."""
+    base = site.base(site.rows)
+    value: Value = (base, base.new_zeros(base.shape))
+    for delta in deltas:
+        after = _after(site, delta, value)
+        if delta.weight == 1 or after is value:
+            value = after
+        else:
+            value = plus(value, times(delta.weight, minus(after, value)))
+    return value
+
+
+def _after(site: Site, delta: DeltaSpec, value: Value) -> Value:
+    """Return the rows with one delta applied, in its own part of them."""
+    if not delta.region.at:
+        return FORMULAS[delta.kind](site, delta, site.rows, value)
+    inner, own = site.inside(delta)
+    if not own:
+        return value
+    changed = value[0].clone(), value[1].clone()
+    left, right = inner.at[2]
+    part = value[0][own, left:right], value[1][own, left:right]
+    for whole, new in zip(changed, FORMULAS[delta.kind](inner, delta, inner.rows, part), strict=True):
+        whole[own, left:right] = new
+    return changed
+
+
+def minus(one: Value, other: Value) -> Value:
+    """Return a difference, which float32 rounds once."""
+    return plus(one, (-other[0], other[1]))
+
+
+def times(factor: float, value: Value) -> Value:
+    """Return a multiple, which float32 rounds once."""
+    return factor * value[0], abs(factor) * (value[1] + _FLOAT32 * value[0].abs()) + _UNDERFLOW
+
+
+def combined(site: Site) -> list[Value]:
+    """Return every value that a combination may have chosen, element by element.
+
+    Each is the base plus the sum of some adapters' changes (dare), or their mean (ties), scaled up where the
+    others were dropped at random; which adapters, trimming, signs and chance decide.
+    """
+    how = site.op.combination
+    assert how is not None
+    base = site.base(site.rows)
+    start: Value = (base, base.new_zeros(base.shape))
+    changes = []
+    for adapter in sorted({delta.adapter for delta in site.op.deltas}):
+        own = [delta for delta in site.op.deltas if delta.adapter == adapter]
+        alone = changed(site, [replace(delta, weight=1.0) for delta in own])
+        changes.append(times(own[0].weight, minus(alone, start)))
+    found = []
+    for some in (some for n in range(len(changes) + 1) for some in combinations(changes, n)):
+        share = 1.0 if how.method == "ties" else 1.0 / how.density
+        share /= max(len(some), 1) if how.method != "dare_linear" else 1
+        value = start
+        for change in some:
+            value = plus(value, times(share, change))
+        found.append(value)
+    return found

@@ -1,0 +1,49 @@
+"""Projections of a tensor that was merged before, from the files of base and output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.checks.projection import Projection
+from lora_merge.core.plan import Merge
+from lora_merge.io.files import open_for_reading, read_into
+
+if TYPE_CHECKING:
+    from lora_merge.checks.weighing import TileViews
+    from lora_merge.core.plan import Step
+    from lora_merge.core.tensor import TensorRef
+
+
+def projected(step: Step, here: TensorRef) -> Projection:
+    """Return the projections of a merged tensor, for which base and output are read once.
+
+    Args:
+        step: what made it.
+        here: where it is now.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    op = step.op
+    assert isinstance(op, Merge)
+    (slot,), source, view = step.slots, op.parts[0], op.view
+    tiles = [tile for tile in view.tiles() if (tile[1] - tile[0]) * view.columns]
+    projection = Projection(op, slot, tiles)
+    buffers: dict[tuple[str, int], tuple[memoryview, TileViews]] = {}
+
+    def seen(fd: int, ref: TensorRef, role: str, tile: tuple[int, int]) -> TileViews:
+        """Return a tile of a file, in a buffer that is used again for the next of its size."""
+        start, end = tile
+        row_bytes = ref.nbytes // view.n_rows
+        if (role, end - start) not in buffers:
+            content = memoryview(bytearray((end - start) * row_bytes))
+            buffers[role, end - start] = content, projection.views(content, end - start, ref.dtype)
+        content, views = buffers[role, end - start]
+        read_into(fd, content, ref.start + start * row_bytes, ref.file)
+        return views
+
+    with open_for_reading(source.file) as base, open_for_reading(here.file) as output:
+        for n, tile in enumerate(tiles):
+            projection.before(n, seen(base, source, "base", tile))
+            projection.after(n, seen(output, here, "output", tile))
+    return projection

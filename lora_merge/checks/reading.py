@@ -1,0 +1,182 @@
+"""Rows of stored tensors, read by code that shares nothing with the merge: headers are parsed again, nothing is mapped."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from math import inf
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from lora_merge.core.shortage import not_for_want_of_memory
+from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.errors import CheckpointError
+from lora_merge.io.files import open_for_reading
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Sequence
+
+    import torch
+
+    from lora_merge.core.tensor import TensorRef
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+class Tensors(Protocol):
+    """What formulas read tensors by."""
+
+    def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Return a tensor, one row for each entry of its first axis; all of it, or some rows."""
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        """Return some rows of a weight that is seen as so many."""
+
+
+class Reader:
+    """Rows of stored tensors as float64, by a reader of its own."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._open: dict[str, _Safetensors | _Pickled] = {}
+        self._last: tuple[TensorRef, torch.Tensor] | None = None
+
+    def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Return a whole tensor, one row for each entry of its first axis; or some rows of it.
+
+        The last whole one is kept: each expert of a stack asks for the same.
+        """
+        if rows is not None:
+            return self.source(ref, rows, ref.shape[0])
+        if self._last is None or self._last[0] != ref:
+            self._last = ref, self.source(ref, range(ref.shape[0]), ref.shape[0])
+        return self._last[1]
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        """Return some rows of a tensor of base or adapter, whose file may spell its name otherwise than the plan."""
+        return self._file(ref.file).source(ref, rows, n_rows)
+
+    def rows(self, file: str, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        """Return some rows of a tensor of the output, which is seen as so many: ``[len(rows), …]``."""
+        return self._file(file).rows(name, rows, n_rows)
+
+    def _file(self, file: str) -> _Safetensors | _Pickled:
+        if file not in self._open:
+            fd = self._stack.enter_context(open_for_reading(file))
+            stream = os.fdopen(fd, "rb", closefd=False)
+            is_pickled = stream.read(4) == _ZIP_MAGIC
+            self._open[file] = _Pickled(file, stream) if is_pickled else _Safetensors(stream)
+        return self._open[file]
+
+
+class Factors:
+    """Tensors of an adapter as float32, read where the plan says that they are; each is read once and kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[TensorRef, torch.Tensor] = {}
+
+    def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Return a tensor as `Reader.tensor` does.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        if ref not in self._kept:
+            parts, n_read = [], 0
+            with open_for_reading(ref.file) as fd:
+                while n_read < ref.nbytes and (part := os.pread(fd, ref.nbytes - n_read, ref.start + n_read)):
+                    parts.append(part)
+                    n_read += len(part)
+            self._kept[ref] = _values(b"".join(parts), ref.dtype, ref.shape[0], wide=False)
+        whole = self._kept[ref]
+        if rows is None:
+            return whole
+        return whole[rows.start : rows.stop] if isinstance(rows, range) else whole[list(rows)]
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        """Refuse: a projection has the weight's rows from elsewhere."""
+        raise NotImplementedError
+
+
+class _Safetensors:
+    """A safetensors file: plain reads, no mapping."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        stream.seek(0)
+        length = int.from_bytes(stream.read(8), "little")
+        self._stream, self._header, self._data_start = stream, json.loads(stream.read(length)), 8 + length
+        self._spans = sorted(
+            (*row["data_offsets"], row["dtype"])
+            for name, row in self._header.items()
+            if name != "__metadata__"
+        )
+
+    def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        row = self._header[name]
+        begin, end = row["data_offsets"]
+        start = self._data_start + begin
+        return _read(self._stream, start, (end - begin) // n_rows, rows, row["dtype"])
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        at = ref.start - self._data_start
+        spans = self._spans[bisect.bisect_right(self._spans, (at, inf, "")) - 1 :]
+        dtype = next(str(dtype) for begin, end, dtype in spans if begin <= at < end)
+        return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, dtype)
+
+
+class _Pickled:
+    """A file of ``torch.save``, as torch itself reads it; the mapping is touched only where rows are taken."""
+
+    def __init__(self, file: str, stream: BinaryIO) -> None:
+        import pickle
+
+        import torch
+
+        self._stream = stream
+        try:
+            self._tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError) as exc:
+            not_for_want_of_memory(exc)
+            raise CheckpointError(file, "", f"torch cannot load it ({exc})"[:300]) from exc
+
+    def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        values: torch.Tensor = self._tensors[name].detach().reshape(n_rows, -1)[list(rows)].double()
+        return values
+
+    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        if ref.name in self._tensors:
+            return self.rows(ref.name, rows, n_rows)
+        return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, ref.dtype)
+
+
+def _read(
+    stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int], dtype: str, *, wide: bool = True
+) -> torch.Tensor:
+    """Return rows of so many bytes each, read at their places."""
+    parts = []
+    for first, last in _runs(rows):
+        stream.seek(start + first * n_bytes)
+        parts.append(stream.read((last - first) * n_bytes))
+    return _values(b"".join(parts), dtype, len(rows), wide=wide)
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return rows as ranges of adjacent ones."""
+    if isinstance(rows, range) and rows.step == 1:
+        return [(rows.start, rows.stop)] if rows else []
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return runs
+
+
+def _values(content: bytes, dtype: str, n_rows: int, *, wide: bool) -> torch.Tensor:
+    """Return stored values as float64, or as float32, ``[n_rows, …]``; both are exact."""
+    import torch
+
+    values = torch.frombuffer(bytearray(content), dtype=getattr(torch, TORCH_NAMES[dtype]))
+    return (values.double() if wide else values.float()).view(n_rows, -1)

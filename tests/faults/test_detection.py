@@ -1,0 +1,75 @@
+"""Faults planted in a merge and in what it has staged: is each of them found before the output gets its name?"""
+
+from __future__ import annotations
+
+import pytest
+
+import lora_merge
+from lora_merge.checks import choosing
+from lora_merge.core.plan import Merge
+from lora_merge.errors import VerifyError
+from tests import planting
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
+def case(request, pico, pico_adapter):
+    """A base and an adapter."""
+    base = pico("llama", request.param, "40KB")
+    return base, pico_adapter(base, target_modules="all-linear")
+
+
+@pytest.fixture
+def no_small_tensors(monkeypatch):
+    """Have no tensor recomputed for being small, as in a large model."""
+    monkeypatch.setattr(choosing, "WHOLE_ELEMENTS", 0)
+
+
+def refused(case, out, level="sample"):
+    """Return the subjects and sentences of the issues that a merge is refused for."""
+    with pytest.raises(VerifyError) as caught:
+        lora_merge.merge(base=case[0], adapter=case[1], out=out, verify=level)
+    assert not out.exists()
+    assert list(out.parent.glob(".*")) == []
+    return [(issue.subject, issue.sentence) for issue in caught.value.verdict.errors]
+
+
+@pytest.mark.parametrize("fault", planting.IN_MERGES)
+def test_a_fault_in_rows_is_found_and_named(fault, case, no_small_tensors, tmp_path):
+    plan = lora_merge.plan(base=case[0], adapter=case[1])
+    for seed in range(4):
+        place = planting.place_in(plan, seed)
+        with planting.in_merge(fault, place, place.name):
+            ((subject, sentence),) = refused(case, tmp_path / "out")
+        assert subject == place.name
+        if fault in planting.IN_ROWS:
+            assert (
+                f"row {min(place.row, place.other) if 'two rows' in fault else place.row}, column" in sentence
+            )
+
+
+@pytest.mark.parametrize("where", planting.ON_DISK)
+def test_a_bit_that_flips_on_the_disk_is_found(where, case, tmp_path):
+    for seed in range(4):
+        with planting.bit_flipped(where, seed):
+            assert refused(case, tmp_path / "out")
+
+
+@pytest.mark.parametrize("level", ["sample", "full"])
+def test_an_element_one_unit_off_is_found_where_its_row_is_recomputed(level, case, tmp_path):
+    plan = lora_merge.plan(base=case[0], adapter=case[1])
+    if plan.steps[0].slots[0].dtype == "F32":
+        pytest.skip("float32 arithmetic itself may be off by a unit")
+    place = planting.place_in(plan, 1)
+    with planting.one_unit_off(place, place.name):
+        ((subject, sentence),) = refused(case, tmp_path / "out", level)
+    assert subject == place.name
+    assert f"row {place.row}, column {place.column} is" in sentence
+
+
+def test_a_good_merge_is_said_to_be_checked_row_by_row(case, no_small_tensors, tmp_path):
+    report = lora_merge.merge(base=case[0], adapter=case[1], out=tmp_path / "out")
+    plan = lora_merge.plan(base=case[0], adapter=case[1])
+    merges = [step.op for step in plan.steps if isinstance(step.op, Merge)]
+    assert report.verdict.n_projected == sum(op.view.n_rows for op in merges)
+    assert report.verdict.n_rows < report.verdict.n_projected
+    assert report.verdict.issues == ()

@@ -1,0 +1,181 @@
+"""Faults that are planted in a merge, or in what it has staged, by standing in the way of the real code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_merge.core.plan import Copy, Merge, MergePlan
+from lora_merge.core.shards import header_bytes
+
+merging: Any = importlib.import_module("lora_merge.merge.merger")  # `lora_merge.merge` itself is the verb
+workbench: Any = importlib.import_module("lora_merge.merge.workbench")
+writing: Any = importlib.import_module("lora_merge.pipeline.writing")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fault is planted: rows of one merged tensor."""
+
+    name: str
+    row: int
+    other: int
+    """Another row of the same tile."""
+
+    column: int
+
+
+def place_in(plan: MergePlan, seed: int, at_least: int = 2) -> Place:
+    """Return a random place in a random merged tensor of a plan."""
+    drawn = random.Random(seed)
+    found = [(step.slots[0].name, step.op) for step in plan.steps if isinstance(step.op, Merge)]
+    name, op = drawn.choice([(name, op) for name, op in found if op.deltas and op.view.n_rows >= at_least])
+    start, end = drawn.choice(op.tiles())
+    row, other = drawn.sample(range(start, end), 2)
+    return Place(name, row, other, drawn.randrange(op.view.columns))
+
+
+Spoil = Callable[[Any, Any, int, int], None]
+"""Rows as the merge made them, as they were before, and the places of the two rows in the tile."""
+
+
+def _zero(values: Any, _: Any, row: int, __: int) -> None:
+    values[row] = 0
+
+
+def _rotate(values: Any, _: Any, row: int, __: int) -> None:
+    values[row] = values[row].roll(1)
+
+
+def _swap(values: Any, _: Any, row: int, other: int) -> None:
+    values[[row, other]] = values[[other, row]]
+
+
+def _twice(values: Any, before: Any, row: int, _: int) -> None:
+    values[row] += values[row] - before[row]
+
+
+def _never(values: Any, before: Any, row: int, _: int) -> None:
+    values[row] = before[row]
+
+
+def _zero_tile(values: Any, *_: Any) -> None:
+    values.zero_()
+
+
+def _rescale(values: Any, before: Any, *_: Any) -> None:
+    values.copy_(before + 1.5 * (values - before))
+
+
+IN_ROWS: dict[str, Spoil] = {
+    "a row of zeros": _zero,
+    "a row rotated by one": _rotate,
+    "two rows swapped": _swap,
+    "a row merged twice": _twice,
+    "a row not merged": _never,
+}
+
+IN_TILES: dict[str, Spoil] = {"a tile of zeros": _zero_tile}
+
+IN_TENSORS: dict[str, Spoil] = {"a module with half its scale too much": _rescale}
+
+IN_MERGES = IN_ROWS | IN_TILES | IN_TENSORS
+
+
+@contextlib.contextmanager
+def in_merge(fault: str, place: Place, tensor: str) -> Iterator[None]:
+    """Have the merge make a fault.
+
+    Args:
+        tensor: what the base calls the tensor of the place.
+    """
+    real = merging.change
+
+    def spoiled(values: Any, start: int, end: int, op: Merge, changers: Any) -> None:
+        is_there = op.parts[0].name == tensor and (fault in IN_TENSORS or start <= place.row < end)
+        before = values.clone() if is_there else None
+        real(values, start, end, op, changers)
+        if is_there:
+            IN_MERGES[fault](values, before, place.row - start, place.other - start)
+
+    merging.change = spoiled
+    try:
+        yield
+    finally:
+        merging.change = real
+
+
+@contextlib.contextmanager
+def one_unit_off(place: Place, tensor: str) -> Iterator[None]:
+    """Have the merge write one element that is the next number up."""
+    real, encode = merging.change, workbench.Frame.encode
+    here: list[int] = []
+
+    def watched(values: Any, start: int, end: int, op: Merge, changers: Any) -> None:
+        real(values, start, end, op, changers)
+        here[:] = [place.row - start] if op.parts[0].name == tensor and start <= place.row < end else []
+
+    def spoiled(self: Any, codec: Any) -> None:
+        import torch
+
+        encode(self, codec)
+        for row in here:
+            bits = self.rounded.view(torch.int32 if self.rounded.itemsize == 4 else torch.int16)
+            bits[row, place.column] += 1
+
+    merging.change, workbench.Frame.encode = watched, spoiled
+    try:
+        yield
+    finally:
+        merging.change, workbench.Frame.encode = real, encode
+
+
+ON_DISK = (
+    "a merged tensor",
+    "a copied tensor",
+    "a header",
+    "config.json",
+    "README.md",
+    "merge_manifest.json",
+)
+
+
+@contextlib.contextmanager
+def bit_flipped(where: str, seed: int) -> Iterator[None]:
+    """Flip one bit of what is staged, after it was written and before it is verified."""
+    real = writing.check_output
+
+    def spoiled(plan: MergePlan, root: Path, *rest: Any) -> Any:
+        drawn = random.Random(seed)
+        path, start, nbytes = _range(plan, root, where, drawn)
+        at = start + drawn.randrange(nbytes)
+        with path.open("r+b") as file:
+            file.seek(at)
+            (byte,) = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << drawn.randrange(8)]))
+        return real(plan, root, *rest)
+
+    writing.check_output = spoiled
+    try:
+        yield
+    finally:
+        writing.check_output = real
+
+
+def _range(plan: MergePlan, root: Path, where: str, drawn: random.Random) -> tuple[Path, int, int]:
+    """Return the file of a fault, and its range of bytes."""
+    if where == "a header":
+        file = drawn.choice(plan.files)
+        return root / file.name, 0, len(header_bytes(file))
+    if where in {"a merged tensor", "a copied tensor"}:
+        kind = Copy if where == "a copied tensor" else Merge
+        slots = [step.slots[0] for step in plan.steps if isinstance(step.op, kind)]
+        slot = drawn.choices(slots, [slot.nbytes for slot in slots])[0]
+        return root / slot.file, slot.start, slot.nbytes
+    return root / where, 0, (root / where).stat().st_size
