@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.tensor import TensorRef
 
-WHOLE_ELEMENTS = 1 << 21
+WHOLE_ELEMENTS = 1 << 19
 """Elements that are recomputed at every level, the smallest tensors first."""
 
 UNSEEN_ELEMENTS = 1 << 24

@@ -5,25 +5,23 @@ The factors are read by the code that recomputes values (`lora_merge.checks.form
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks.formulas import Site, sides
 from lora_merge.checks.reading import Factors
+from lora_merge.checks.weighing import Pattern
 from lora_merge.core.plan import Block
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.core.adapter import DeltaSpec
     from lora_merge.core.plan import Merge
     from lora_merge.core.tensor import TensorRef
-
-Spans = Sequence[tuple[int, int]]
 
 Manner = Literal["sums", "directions", "sizes", ""]
 """How the rows of a tensor are checked: against what is added to them; against the direction and the length that DoRA gives
@@ -59,12 +57,6 @@ def _are_apart(op: Merge) -> bool:
     return apart and all(_is_wide(op, delta) and delta.weight == 1 for delta in op.deltas)
 
 
-def replaced_rows(op: Merge) -> list[int]:
-    """Return the rows of the stored tensor that an adapter replaces."""
-    rows = [delta for delta in op.deltas if delta.kind == "rows"]
-    return [row for delta in rows for row in _stored_rows(op, delta, delta.options["indices"])]
-
-
 def _stored_rows(op: Merge, delta: DeltaSpec, rows: Sequence[int]) -> list[int]:
     """Return where rows of a delta's weight are in the stored tensor."""
     ((first, last),) = _block(op, delta).row_ranges()
@@ -76,46 +68,38 @@ class Expected:
     """What becomes of a row w: ``w - taken · w + change``, in the products; of DoRA, that direction with a length.
 
     Shapes:
-        taken: ``[rows]``, or None for none; change: ``[rows, groups]``; sums: ``[tiles, even columns]``, the changes of a tile's rows added
-        up; spread: ``[rows]``, how far a combination may take a row; lengths: ``[rows]``, NaN where there are none.
+        taken: ``[rows]``, or None for none; change: ``[rows, groups]``; spread: ``[rows]``, how far a combination may take a
+        row; lengths: ``[rows]``, NaN where there are none.
     """
 
     taken: torch.Tensor | None
     change: torch.Tensor
-    sums: torch.Tensor
     spread: torch.Tensor
     lengths: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What rows and columns are multiplied by.
+    """What the columns of a pattern are multiplied by.
 
-    Args:
-        columns: of the tensor; n_groups: products of a row.
-        x: of the columns of one group; halved: of the odd columns alone.
-        signs: of the rows; tiles: row ranges whose even columns are added up by them.
+    Shapes:
+        x: ``[taken]``.
     """
 
-    columns: int
-    n_groups: int
+    pattern: Pattern
     x: torch.Tensor
-    halved: bool
-    signs: torch.Tensor
-    tiles: Spans
 
     def products(self, matrix: torch.Tensor, column: int) -> torch.Tensor:
         """Return the products of rows that have some columns, from one on, ``[rows, groups]``."""
-        whole = matrix
-        if matrix.shape[1] != self.columns:
-            whole = matrix.new_zeros(len(matrix), self.columns)
+        if matrix.shape[1] != self.pattern.columns:
+            whole = matrix.new_zeros(len(matrix), self.pattern.columns)
             whole[:, column : column + matrix.shape[1]] = matrix
-        half = whole[:, 1::2] if self.halved else whole
-        return half.reshape(len(matrix), self.n_groups, -1) @ self.x
+            matrix = whole
+        return self.pattern.select(matrix.contiguous()) @ self.x
 
 
 def expect(op: Merge, slot: TensorRef, weights: Weights) -> Expected:
-    """Return what the products of a tensor must come to, and the sums of some tiles, in float32.
+    """Return what the products of a tensor must come to.
 
     Raises:
         CheckpointError: a factor cannot be read.
@@ -123,11 +107,9 @@ def expect(op: Merge, slot: TensorRef, weights: Weights) -> Expected:
     import torch
 
     n_rows = op.view.n_rows
-    n_even = weights.columns // 2 - 1 if weights.halved else 0
     found = Expected(
         taken=torch.zeros(n_rows) if any(delta.kind == "rows" for delta in op.deltas) else None,
-        change=torch.zeros(n_rows, weights.n_groups),
-        sums=torch.zeros(len(weights.tiles), n_even),
+        change=torch.zeros(n_rows, weights.pattern.groups),
         spread=torch.zeros(n_rows),
         lengths=torch.full((n_rows,), torch.nan),
     )
@@ -180,51 +162,22 @@ def _products(op: Merge, delta: DeltaSpec, slot: TensorRef, factors: Factors) ->
 def _add(found: Expected, product: _Product, weights: Weights) -> None:
     """Add a product to what is expected."""
     first, last = product.rows
-    left, right = product.scale * product.left, product.right
-    found.change[first:last] += left @ weights.products(right, product.column)
-    meeting = _meeting(weights.tiles, product.rows)
-    if not meeting or not found.sums.shape[1]:
-        return
-    import torch
-
-    summed = [weights.signs[low:high] @ left[low - first : high - first] for _, low, high in meeting]
-    _add_even(found, [n for n, _, _ in meeting], torch.stack(summed), right, product.column)
-
-
-def _meeting(tiles: Spans, rows: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """Return which tiles have some of these rows, each with the rows that both have."""
-    both = [(n, max(start, rows[0]), min(end, rows[1])) for n, (start, end) in enumerate(tiles)]
-    return [(n, low, high) for n, low, high in both if low < high]
-
-
-def _add_even(
-    found: Expected, tiles: list[int], left: torch.Tensor, right: torch.Tensor, column: int
-) -> None:
-    """Add a product of sums to the even columns but the first, where it has some."""
-    even = max(2, column + column % 2)
-    part = right[:, even - column :: 2]
-    at = even // 2 - 1
-    found.sums[tiles, at : at + part.shape[1]] += left @ part
+    weighed = product.scale * weights.products(product.right, product.column)
+    found.change[first:last].addmm_(product.left, weighed)
 
 
 def _add_addition(found: Expected, op: Merge, delta: DeltaSpec, factors: Factors, weights: Weights) -> None:
     """Add a delta that has no factors."""
-    import torch
-
     block = _block(op, delta)
     start = delta.part[0][0] if delta.part else 0
     for first, last in block.row_ranges():
         addend = factors.tensor(delta.tensors["addend"], range(start, start + last - first)).flatten(1)
-        addend = delta.scale * delta.weight * addend
-        found.change[first:last] += weights.products(addend, block.columns[0])
+        found.change[first:last] += delta.scale * delta.weight * weights.products(addend, block.columns[0])
         start += last - first
-        for n, low, high in _meeting(weights.tiles, (first, last)) if found.sums.shape[1] else ():
-            summed = weights.signs[None, low:high] @ addend[low - first : high - first]
-            _add_even(found, [n], torch.ones(1, 1), summed, block.columns[0])
 
 
 def _replace(found: Expected, op: Merge, delta: DeltaSpec, factors: Factors, weights: Weights) -> None:
-    """Put trained rows in the place of others; their signs are zero."""
+    """Put trained rows in the place of others."""
     rows = _stored_rows(op, delta, delta.options["indices"])
     trained = weights.products(factors.tensor(delta.tensors["rows"]).flatten(1)[: len(rows)], 0)
     found.change[rows] = (1 - delta.weight) * found.change[rows] + delta.weight * trained

@@ -1,13 +1,14 @@
-"""Bytes of a row tile as matrices that are multiplied by weights at the speed of memory.
+"""Some columns of a row tile as a matrix that is multiplied by weights at the speed of memory.
 
 Two neighbouring bfloat16 values, read as one float32, are the second of them: the first fills the lower half of its
-mantissa, which is less than one unit in the last place of bfloat16. So nothing need be widened: from a tile's first byte on
-one sees its odd columns, from its third byte on its even ones. Nothing here shares memory with what the merge made of them.
+mantissa, which is less than one unit in the last place of bfloat16. So nothing need be widened, and a tile's bytes may be
+looked at from any of its values on. Nothing here shares memory with what the merge made of them.
 """
 
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,57 @@ from lora_merge.core.tensor import TORCH_NAMES
 if TYPE_CHECKING:
     import torch
 
-GROUP = 128
-"""Columns that make one product, about: a row has as many products as it has groups."""
+GROUP = 32
+"""Values of a group, at least; a row has a product for each group."""
 
-SEGMENT = 128
-"""Columns that the length of a row is taken from."""
+MOST_GROUPS = 8
+"""Groups of a row: with more of them, small errors stand out more, and a tile takes longer."""
 
-_POOL = 1 << 15
+TAKEN = 64
+"""Values of a group that are multiplied, at most: some adjacent ones."""
+
+_POOL = 1 << 12
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Which columns are multiplied: in each group of a row the same ones, as float32 values.
+
+    Args:
+        columns: of a row; halved: two BF16 columns are one value.
+        groups: of a row; width: values of a group; taken: values of each that are multiplied.
+        first: the column that the first of them begins at.
+    """
+
+    columns: int
+    halved: bool
+    groups: int
+    width: int
+    taken: int
+    first: int
+
+    @classmethod
+    def of(cls, name: str, columns: int, *dtypes: str) -> Pattern:
+        """Return the pattern for a tensor, drawn from its name, so that all columns have their turn."""
+        halved = set(dtypes) == {"BF16"} and columns % 2 == 0 and columns >= 4
+        n, step = (columns // 2, 2) if halved else (columns, 1)
+        groups = next((k for k in range(min(n // GROUP, MOST_GROUPS), 1, -1) if n % k == 0), 1)
+        width = n // groups
+        taken = min(width, TAKEN)
+        room = (width - taken) * step
+        drawn = zlib.crc32(name.encode())
+        if halved and not room:  # the even columns, but for the first
+            return cls(columns, halved, groups, width, taken - drawn % 2, drawn % 2)
+        first = drawn % 4 * (room // 4)  # few patterns, so that views can be used again
+        if halved:  # odd columns: what is not aligned is slower by three times, and has its turn in one tensor of four
+            first = first // 2 * 2 + (drawn // 4 % 4 == 0)
+        return cls(columns, halved, groups, width, taken, first)
+
+    def select(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the columns that are multiplied, ``[rows, groups, taken]``, of a contiguous ``[rows, columns]``."""
+        step = 2 if self.halved else 1
+        size, strides = (len(matrix), self.groups, self.taken), (self.columns, self.width * step, step)
+        return matrix.as_strided(size, strides, matrix.storage_offset() + self.first + step - 1)
 
 
 class TileViews:
@@ -30,53 +75,38 @@ class TileViews:
 
     Args:
         content: the bytes, ``[rows, columns]`` of a dtype.
-        rows, columns: of the tile; dtype: safetensors code.
-        halved: odd and even columns apart, as `is_halved` allows it; width: columns of a group.
+        rows: of the tile; dtype: safetensors code.
+        pattern: which columns.
 
     Shapes:
-        odd: float32 ``[rows, n]``: the odd columns where halved, else all; `refresh` widens what is no float32.
-        groups: ``[rows · n / width, width]``, the same.
-        even: float32 ``[rows, m]``: the even columns but the first, where halved; else None.
-        first: ``[rows]``: the first column.
+        stored: ``[rows, columns]``; groups: float32 ``[rows · groups, taken]``, after `refresh`; segment: the group in the
+        middle of each row, ``[rows, taken]``.
     """
 
-    def __init__(
-        self, content: memoryview, rows: int, columns: int, dtype: str, *, halved: bool, width: int
-    ) -> None:
+    def __init__(self, content: memoryview, rows: int, dtype: str, pattern: Pattern) -> None:
         import torch
 
-        self._stored = torch.frombuffer(content, dtype=getattr(torch, TORCH_NAMES[dtype])).view(rows, columns)
-        self._is_wide = dtype == "F32" or halved
-        self.first = self._stored[:, 0]
-        self.even: torch.Tensor | None = None
-        if halved:
-            half = columns // 2
-            self.odd = torch.frombuffer(content, dtype=torch.float32).view(rows, half)
-            # one value less than there are: it would end beyond the tile
-            shifted = torch.frombuffer(content, dtype=torch.float32, offset=2, count=rows * half - 1)
-            self.even = shifted.as_strided((rows, half - 1), (half, 1))
-        elif dtype == "F32":
-            self.odd = self._stored
+        columns, width, taken = pattern.columns, pattern.width, pattern.taken
+        size = (rows * pattern.groups, taken)
+        self.stored = torch.frombuffer(content, dtype=getattr(torch, TORCH_NAMES[dtype])).view(rows, columns)
+        self._narrow: torch.Tensor | None = None
+        if pattern.halved or dtype == "F32":
+            start = pattern.first * (2 if pattern.halved else 4)
+            flat = torch.frombuffer(
+                content, dtype=torch.float32, offset=start, count=(len(content) - start) // 4
+            )
+            self.groups = flat.as_strided(size, (width, 1))
         else:
-            self.odd = torch.empty(rows, columns)
-        self.groups = self.odd.view(-1, width)
-        start = max((self.odd.shape[1] - SEGMENT) // 2, 0)
-        self.segment = self.odd[:, start : start + SEGMENT]
+            self._narrow = self.stored.as_strided(size, (width, 1), pattern.first)
+            self.groups = torch.empty(size)
+        pitch = self.groups.stride(0)
+        offset = self.groups.storage_offset() + pattern.groups // 2 * pitch
+        self.segment = self.groups.as_strided((rows, taken), (pattern.groups * pitch, 1), offset)
 
     def refresh(self) -> None:
         """Widen what is in the bytes now, where that is needed."""
-        if not self._is_wide:
-            self.odd.copy_(self._stored)
-
-
-def is_halved(columns: int, *dtypes: str) -> bool:
-    """Return True where two BF16 values can be read as one float32: the second, and a bit of the first."""
-    return set(dtypes) == {"BF16"} and columns % 2 == 0 and columns >= 4
-
-
-def n_groups(n: int) -> int:
-    """Return in how many groups of equal size n columns are multiplied."""
-    return next((k for k in range(max(n // GROUP, 1), 1, -1) if n % k == 0), 1)
+        if self._narrow is not None:
+            self.groups.copy_(self._narrow)
 
 
 @lru_cache(maxsize=4)

@@ -139,7 +139,7 @@ class TensorRecord:
     """``xxh3_128:…`` of the tensor's bytes: of the source for a copy, of what was written for a merge."""
 
     finite: bool
-    """False when a merged value is NaN or infinite in the stored dtype, or may be."""
+    """False when a merged value is NaN or infinite in the stored dtype."""
 
     survival: Survival | None = None
     """For a merged tensor."""

@@ -229,8 +229,6 @@ class _Output:
         self.filled.take(frame)
         if self.passing is not None:
             self.passing.after(n, frame)
-        else:
-            self.filled.finite = frame.is_finite() and self.filled.finite
 
     def record(self, source: str) -> TensorRecord:
         """Return the evidence, once all tiles are written.
@@ -247,7 +245,7 @@ class _Output:
             slot.file,
             slot.nbytes,
             filled.digest(),
-            finite=passing.is_finite() if passing else filled.finite,
+            finite=filled.finite,
             survival=self.sample.survival(),
             source=source,
             suspects=passing.suspects() if passing else None,
@@ -327,6 +325,8 @@ class _Filled:
         self._watch.lap("write")
         self._digest.update(frame.encoded)
         self._watch.lap("digest")
+        self.finite = frame.is_finite() and self.finite
+        self._watch.lap("encode")
 
     def digest(self) -> str:
         """Return the digest of all that was written."""

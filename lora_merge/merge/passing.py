@@ -16,7 +16,7 @@ from lora_merge.io.files import digest_text, new_digest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lora_merge.checks.weighing import TileViews
+    from lora_merge.checks.weighing import Pattern, TileViews
     from lora_merge.core.plan import Merge
     from lora_merge.core.tensor import TensorRef
     from lora_merge.merge.workbench import Frame
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BLOCK_EVERY = 8
 """One tile in so many is read back from the disk, where not all are."""
 
-_VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, bool], TileViews]] = WeakKeyDictionary()
+_VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, Pattern], TileViews]] = WeakKeyDictionary()
 """Of the buffers of each frame: they stay the same from tile to tile."""
 
 
@@ -60,16 +60,12 @@ class Passing:
 
     def _views(self, n: int, frame: Frame, role: str) -> TileViews:
         found = _VIEWS.setdefault(frame, {})
-        key = role, self._projection.halved
+        key = role, self._projection.pattern
         if key not in found:
             start, end = self._tiles[n]
             content, dtype = (frame.raw, self._read) if role == "raw" else (frame.encoded, self._written)
             found[key] = self._projection.views(content, end - start, dtype)
         return found[key]
-
-    def is_finite(self) -> bool:
-        """Return True when every value that was written is known to be finite."""
-        return self._projection.is_finite()
 
     def suspects(self) -> tuple[tuple[int, int], ...] | None:
         """Return the rows to be looked at again; None where nothing can be said.

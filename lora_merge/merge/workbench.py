@@ -47,7 +47,10 @@ class Frame:
 
     def encode(self, codec: Codec) -> None:
         """Make what is written of `values`."""
+        import torch
+
         codec.encode(self.values, self.rounded)
+        torch.sum(self.rounded, dim=(0, 1), out=self._total)
 
     def wait(self) -> None:
         """Wait until `encoded` is complete, and `raw` may be overwritten."""
@@ -59,11 +62,9 @@ class Frame:
         """
         import torch
 
-        torch.sum(self.rounded, dim=(0, 1), out=self._total)
-        return self._has_finite_sum() or all(isfinite(end.item()) for end in torch.aminmax(self.rounded))
-
-    def _has_finite_sum(self) -> bool:
-        return isfinite(self._total.item())
+        return isfinite(self._total.item()) or all(
+            isfinite(end.item()) for end in torch.aminmax(self.rounded)
+        )
 
 
 class CudaFrame(Frame):
@@ -100,12 +101,6 @@ class CudaFrame(Frame):
     def wait(self) -> None:
         """Wait for the GPU."""
         self._event.synchronize()
-
-    def is_finite(self) -> bool:
-        """Return True when every value that is written is finite; the GPU has added them up already."""
-        import torch
-
-        return self._has_finite_sum() or all(isfinite(end.item()) for end in torch.aminmax(self.rounded))
 
 
 class Place:

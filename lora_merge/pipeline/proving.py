@@ -295,13 +295,10 @@ class _Proving:
                     slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True
                 )
                 continue
-            if self.request.level == "full":
-                yield TensorRecord(slot.name, slot.file, slot.nbytes, digest="", finite=is_finite(here))
-                continue
-            seen = projected(step, here)
-            finite = seen.is_finite() or is_finite(here)
-            suspects = seen.suspects()
-            yield TensorRecord(slot.name, slot.file, slot.nbytes, digest="", finite=finite, suspects=suspects)
+            suspects = None if self.request.level == "full" else projected(step, here).suspects()
+            yield TensorRecord(
+                slot.name, slot.file, slot.nbytes, digest="", finite=is_finite(here), suspects=suspects
+            )
 
 
 def _nothing_compared(findings: list[Finding]) -> list[Finding]:
