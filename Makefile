@@ -8,7 +8,7 @@ ENGINES := .venv-engines
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers docs test fuzz values kills engines engines-table bench clean
+.PHONY: help setup demo check lint format type layers docs test fuzz values kills detection engines engines-table bench clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -55,6 +55,9 @@ values: setup ## Every field of every file of a stranger, given every kind of wr
 
 kills: setup ## End runs at random moments and on full disks, and run them again: KILLS=n times, on DISKS=n sizes
 	LORA_MERGE_KILLS=$(or $(KILLS),1000) LORA_MERGE_DISKS=$(or $(DISKS),100) $(BIN)/python -m pytest -n $(JOBS) -rP tests/faults/test_kills.py
+
+detection: setup ## Plant faults in merges and in what they stage, RUNS=n times each, and count what verification finds
+	$(BIN)/python scripts/detection.py --runs $(or $(RUNS),60)
 
 engines: setup $(ENGINES)/.installed ## Serve merged checkpoints with vLLM and LMDeploy, in an environment of their own
 	$(SERVE)

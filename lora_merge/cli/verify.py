@@ -22,7 +22,7 @@ from lora_merge.cli.options import Parsed, hub_options, ignore_file_option, outp
 @click.option(
     "--level",
     type=click.Choice(["structure", "sample", "full"]),
-    help="Recompute some rows of each merged tensor, or all of them; or check the structure alone, and compare nothing.  [default: sample]",
+    help="sample: check every merged row by random projections, and recompute some; full: recompute all; structure: compare nothing.  [default: sample]",
 )
 @click.option(
     "--forward",

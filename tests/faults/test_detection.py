@@ -9,6 +9,7 @@ from lora_merge.checks import choosing
 from lora_merge.core.plan import Merge
 from lora_merge.errors import VerifyError
 from tests import planting
+from tests.tampering import edit_tensors
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
@@ -73,3 +74,39 @@ def test_a_good_merge_is_said_to_be_checked_row_by_row(case, no_small_tensors, t
     assert report.verdict.n_projected == sum(op.view.n_rows for op in merges)
     assert report.verdict.n_rows < report.verdict.n_projected
     assert report.verdict.issues == ()
+
+
+def test_a_row_of_zeros_in_an_output_is_found_years_later(case, no_small_tensors, tmp_path):
+    out = tmp_path / "out"
+    lora_merge.merge(base=case[0], adapter=case[1], out=out)
+    place = planting.place_in(lora_merge.plan(base=case[0], adapter=case[1]), 3)
+    (out / "merge_manifest.json").unlink()
+    for path in out.glob("*.safetensors"):
+        edit_tensors(
+            path, lambda tensors: [t[place.row].zero_() for n, t in tensors.items() if n == place.name]
+        )
+
+    proof = lora_merge.verify(out, base=case[0], adapter=case[1])
+
+    assert {finding.check for finding in proof.findings if finding.state == "failed"} == {"recompute"}
+    (issue,) = [issue for issue in proof.issues if issue.severity == "error"]
+    assert (issue.subject, issue.sentence.partition(",")[0]) == (place.name, f"row {place.row}")
+
+
+@pytest.mark.parametrize("level", ["sample", "full"])
+def test_deltas_of_subnormal_size_pass(level, pico, pico_adapter, tampered, tmp_path):
+    base = tampered(pico("llama", "float32"), "base")
+    adapter = tampered(pico_adapter(pico("llama", "float32"), target_modules=["q_proj"]), "adapter")
+    edit_tensors(
+        base / "model.safetensors",
+        lambda tensors: [t.mul_(1e-38) for name, t in tensors.items() if "q_proj" in name],
+    )
+    edit_tensors(
+        adapter / "adapter_model.safetensors",
+        lambda tensors: [t.mul_(1e-19) for t in tensors.values()],
+    )
+
+    report = lora_merge.merge(base=base, adapter=adapter, out=tmp_path / "out", verify=level)
+
+    assert report.verdict.ok
+    assert all(kept.delta_norm > 0 or kept.unchanged < 1 for kept in report.survival.values())
