@@ -43,7 +43,7 @@ def test_a_merge_says_what_it_did_and_leaves_only_the_output(pico, pico_adapter,
     assert result.exit_code == exits.OK, result.stderr
     assert result.stdout == ""
     assert "merged 4 tensors, copied 17" in result.stderr
-    assert "12 rows recomputed" in result.stderr
+    assert "rows by projection, " in result.stderr
     assert leftovers(tmp_path) == ["out"]
 
 
