@@ -27,6 +27,7 @@ _STAGES = {
     "prepare": "load factors",
     "read": "read tiles of the base",
     "decode": "widen them to float32",
+    "check": "multiply rows for verification, take digests of some tiles",
     "change": "apply deltas",
     "encode": "round to the stored dtype, look for NaN",
     "wait": "wait for the GPU",
