@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GROUP = 32
 """Values of a group, at least; a row has a product for each group."""
 
-MOST_GROUPS = 8
+MOST_GROUPS = 4
 """Groups of a row: with more of them, small errors stand out more, and a tile takes longer."""
 
 TAKEN = 64
