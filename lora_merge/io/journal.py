@@ -133,7 +133,17 @@ def _lines(home: Folder) -> list[Any]:
 
 def _record(row: Any) -> TensorRecord | None:
     match row:
-        case [str(name), str(file), int(nbytes), str(digest), bool(finite), norms, str(source), suspects, blocks]:
+        case [
+            str(name),
+            str(file),
+            int(nbytes),
+            str(digest),
+            bool(finite),
+            norms,
+            str(source),
+            suspects,
+            blocks,
+        ]:
             with contextlib.suppress(TypeError, ValueError):
                 survival = None if norms is None else Survival(*map(float, norms))
                 ranges = None if suspects is None else tuple((int(a), int(b)) for a, b in suspects)
