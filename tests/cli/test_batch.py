@@ -510,7 +510,7 @@ def test_a_bug_that_one_job_meets_takes_no_other_down(place, bad, three, base, b
     assert states(report) == {"out/one": "done", "out/bad": "failed", "out/two": "done"}
     job = job_of(report, "out/bad")
     assert job["error"] == "BugError"
-    assert job["message"] == "an error inside lora-merge: ZeroDivisionError: of a job's own\x1b[2J"
+    assert job["message"] == "an error inside lora-merge: ZeroDivisionError: of a job's own\\x1b[2J"
     assert "please report it" in job["hint"]
     assert job["traceback"].startswith("Traceback (most recent call last)")
     assert "error: out/bad: an error inside lora-merge: ZeroDivisionError: of a job's own\\x1b[2J" in said
@@ -618,7 +618,7 @@ def test_json_is_one_document_about_every_job(three, base, batch):
     three[1]["adapter"] = "runs/none"
     jobs = [*three, {"name": "smaller", "convert": "runs/one", "rank": 2, "out": "converted"}]
 
-    code, report, _ = batch(jobs, "--keep-going", base=base)
+    code, report, _ = batch(jobs, "--keep-going", "--offline", base=base)
 
     assert code == exits.BATCH
     assert report.keys() == {"ok", "file", "jobs", "seconds", "dry_run"}
@@ -851,7 +851,15 @@ def test_a_token_stands_nowhere(three, base, pico_adapter, batch, tmp_path):
 
     for options in ((), ("--token", "hf_of_a_flag"), ("--dry-run",)):
         _, report, said = batch(
-            jobs, "--keep-going", "--log-file", "log", "-v", *options, base=base, token="hf_of_all"
+            jobs,
+            "--keep-going",
+            "--offline",
+            "--log-file",
+            "log",
+            "-v",
+            *options,
+            base=base,
+            token="hf_of_all",
         )
         assert states(report)["out/one"] in {"done", "kept"}
         assert states(report)["out/none"] == "failed"

@@ -180,10 +180,9 @@ def test_a_working_directory_that_was_removed_has_its_sentence(tmp_path):
         ("jobs: " + "[" * 70 + "]" * 70, "more than 64 deep"),
         ("jobs: !!int x", "a value is not what its tag says"),
         ("jobs: !!timestamp x", "a value is not what its tag says"),
-        ("<<: {jobs: [{adapter: a, out: b}]}", "comes by a merge key"),
         ("jobs: [{adapter: a, out: b, matrix: 7}]", "is 7, expected a table"),
         ("jobs: [{adapter: a, out: b, density: " + "9" * 400 + "}]", "is no density"),
-        ("a: &a [x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}]\n" for p, n in zip("abcdefghijk", "bcdefghijkl", strict=True)), "write fewer aliases"),
+        ("a: &a [x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}]\n" for p, n in zip("abcdefghijk", "bcdefghijkl", strict=True)), "stands for more than 200000 values"),
     ],
 )  # fmt: skip
 def test_a_batch_file_that_cannot_be_read_has_its_sentence(text, words, tmp_path, cli):

@@ -239,7 +239,7 @@ def test_a_file_that_only_torch_refuses_is_named_by_the_verification(
     pico, pico_adapter, pickled, cli, tmp_path
 ):
     base = pickled(pico())
-    pushed_and_dropped = b"I1\n0"  # torch.load knows no such opcodes, and torch.save writes none
+    pushed_and_dropped = b"K\x010"  # torch.load knows no POP, and torch.save writes none
     edit_records(
         base / "pytorch_model.bin",
         lambda records: records.update(
