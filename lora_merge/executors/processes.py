@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from lora_merge.core.shortage import mind_limits
+from lora_merge.io.streams import guard
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
@@ -175,6 +178,8 @@ def _serve(
     do: Callable[[Any], Any], pipe: Connection[Any, Any], lifeline: Connection[Any, Any], parent: int
 ) -> None:
     """Do one piece of work after the other, until the other end of the pipe is closed."""
+    guard()
+    mind_limits()
     _end_with(parent, lifeline)
     if signal.SIGINT in signal.sigpending():
         os._exit(_INTERRUPTED)
@@ -229,9 +234,24 @@ def _watch(lifeline: Connection[Any, Any]) -> None:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
-    """Take signals only after the block; a process that starts in it takes none until it says so itself."""
+    """Take signals only after the block; a process that starts in it takes none until it says so itself.
+
+    A signal that this thread blocks goes to another that does not (those of numerical libraries, for one), and Python then
+    runs its handler here all the same. So the handlers wait, too.
+    """
+    struck: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        ours = {signum: signal.getsignal(signum) for signum in _HELD_BACK}
+        handlers = {signum: handler for signum, handler in ours.items() if callable(handler)}
+        for signum in handlers:
+            signal.signal(signum, lambda number, _: struck.append(number))
     try:
         yield
     finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in struck:
+            signal.raise_signal(number)

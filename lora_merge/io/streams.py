@@ -16,6 +16,7 @@ import threading
 import warnings
 from typing import TYPE_CHECKING, BinaryIO, TextIO, cast
 
+from lora_merge.redaction import without_secrets
 from lora_merge.words import printable
 
 if TYPE_CHECKING:
@@ -30,7 +31,12 @@ _LONGEST_LINE = 4096
 """Characters of an unfinished line that are kept before it is printed as it is."""
 
 
-def guard(fit: Callable[[str], str] = printable) -> None:
+def _fit(text: str) -> str:
+    """Return a line of foreign text as it may leave."""
+    return printable(without_secrets(text))
+
+
+def guard(fit: Callable[[str], str] = _fit) -> None:
     """Make the standard streams of this process safe; to be called before any other file is opened.
 
     Args:
@@ -119,7 +125,7 @@ class Foreign(io.TextIOBase):
     state is printed.
     """
 
-    def __init__(self, own: TextIO, fit: Callable[[str], str] = printable) -> None:
+    def __init__(self, own: TextIO, fit: Callable[[str], str] = _fit) -> None:
         super().__init__()
         self.own, self._fit = own, fit
         self.quiet = False
