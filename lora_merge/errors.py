@@ -8,6 +8,7 @@
     ├── RequestError              a request file does not parse (file, line, key)
     ├── PlanError                 adapter and base do not fit (issues: all of them)
     │   ├── UnsupportedError      understood, not mergeable (issues: what, and what to do instead)
+    │   ├── TargetError           a field of the adapter's configuration has a value of no use
     │   └── ConvertError          an adapter cannot be written as it is wanted (issues: all of them)
     ├── WriteError                output exists, disk full, rename failed
     │   └── OutOfMemoryError      the machine has no memory left

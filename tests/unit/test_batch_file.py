@@ -285,7 +285,7 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         ("jobs:\n- adapter: a\n  out: {adapter}\n", 3, "out", "is a table: input should be a valid"),
         ("jobs:\n- out: o\n  adapter:\n", 3, "adapter", "is None"),
         ("jobs:\n- out: o\n  adapter: []\n", 3, "adapter", "names no adapter, expected one or more"),
-        ("jobs:\n- out: o\n  adapter: {a: much}\n", 3, "adapter", "'a' has the weight 'much', expected a number"),
+        ("jobs:\n- out: o\n  adapter: {a: much}\n", 3, "adapter", "'a' has a text for its weight, expected a number"),
         ("jobs:\n- out: o\n  adapter: 'a:nan'\n", 3, "adapter", "'a:nan' has the weight nan, expected a number"),
         ("jobs:\n- out: o\n  adapter: [b, 'a:inf']\n", 3, "adapter", "'a:inf' has the weight inf"),
         ("jobs:\n- out: o\n  adapter: [b, 'runs/*']\n", 3, "adapter", "has a wildcard in a list"),
