@@ -14,7 +14,7 @@ from lora_merge.checks.reading import Reader
 from lora_merge.checks.rounding import rounded
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
-from lora_merge.words import of_several
+from lora_merge.words import listing, of_several
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,5 +100,5 @@ def _listed(rows: list[int]) -> str:
             runs[-1][1] = row
         else:
             runs.append([row, row])
-    named = [str(first) if first == last else f"{first} to {last}" for first, last in runs[:_MOST_NAMED]]
-    return ", ".join(named) + (", …" if len(runs) > _MOST_NAMED else "")
+    named = [str(first) if first == last else f"{first} to {last}" for first, last in runs]
+    return listing(named, _MOST_NAMED)

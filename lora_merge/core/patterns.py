@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_merge.core.matcher import Matcher, MatcherError
 from lora_merge.core.report import error
 from lora_merge.errors import PlanError
+from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -148,7 +149,8 @@ class Patterns:
 
     def _sentence(self, exc: MatcherError) -> str:
         pattern = self._entries[self._others[exc.at]]
-        many = f", with the {len(self._others) - 1} others" if len(self._others) > 1 else ""
+        n_more = len(self._others) - 1
+        many = f", with {counted(n_more, 'other')}" if n_more else ""
         among = many if "takes more than" in str(exc) else ""
         return f"{_shown(pattern)}{among} {exc}: write plain names of modules instead"
 

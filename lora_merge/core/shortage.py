@@ -76,8 +76,10 @@ def _is_limited() -> bool:
 
     Then ``error return without exception set``, of a library in C that could not be set up, is for want of it.
     """
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # no Unix, or nobody may read the module
+        return False
     limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
 

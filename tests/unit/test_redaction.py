@@ -35,7 +35,6 @@ REQUESTS = {
     "a table for layouts": "base: b\nadapter: a\nout: o\nexpert_layout: {token: %}\n",
     "a table for files": "base: b\nadapter: a\nout: o\nignore_file: [{token: %}]\n",
     "no output": "base: b\nadapter: a\ntoken: %\n",
-    "a lone surrogate": 'base: "\\ud800"\nadapter: a\nout: o\ntoken: %\n',
     "an alias": "base: b\nadapter: a\nout: o\ntoken: *%\n",
     "an anchor twice": "base: &% b\nadapter: &% a\nout: [\n",
     "a tag": "base: b\nadapter: a\nout: o\ntoken: !% x\n",

@@ -89,7 +89,7 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
         ("adapter: a\nout: o\nmemory_limit: 2\n", 3, "memory_limit", "2 has no unit, and would be 2 bytes"),
         ("adapter: a\nout: o\nmax_shard_size: 2.5\n", 3, "max_shard_size", "write 2.5MB or 2.5GB"),
         ("out: o\nadapter: [a, 'b:inf']\n", 2, "adapter", "'b:inf' has the weight inf, expected a number"),
-        ("out: o\nadapter: {a: much}\n", 2, "adapter", "'a' has the weight 'much', expected a number"),
+        ("out: o\nadapter: {a: much}\n", 2, "adapter", "'a' has a text for its weight, expected a number"),
         ("adapter: a\nout: o\nbase_is: new\n", 3, "base_is", "'new' is no kind of base, expected original"),
         ("adapter: a\nout: o\ncombine: slerp\n", 3, "combine", "'slerp' is no way to combine, expected"),
         ("adapter: a\nout: o\ncombine: [ties]\n", 3, "combine", "a list is no way to combine, expected"),
@@ -186,10 +186,13 @@ BOMBS = {
         "with its aliases",
     ),
     "a long text": (f"a: {'x' * 20_000}\n", "has a value of 20000 characters, expected 10000 at most"),
-    "deep lists": ("a: " + "[" * 100_000 + "]" * 100_000, "is nested too deeply"),
-    "deep tables": ("{a: " * 50_000, "is nested too deeply"),
-    "a date that is none": ("out: 2020-99-99\n", "has a value that is none"),
-    "a number of many digits": ("seed: " + "9" * 9000 + "\n", "has a value that is none"),
+    "deep lists": ("a: " + "[" * 100_000 + "]" * 100_000, "more than 64 deep"),
+    "deep tables": ("{a: " * 50_000, "more than 64 deep"),
+    "a date that is none": ("out: 2020-99-99\n", "a date that is none, or a number of thousands of digits"),
+    "a number of many digits": (
+        "seed: " + "9" * 9000 + "\n",
+        "a date that is none, or a number of thousands of digits",
+    ),
     "too many bytes": ("a: b # " + "x" * 1_000_000 + "\n", "has 1000008 bytes, expected 1000000 at most"),
 }
 
