@@ -14,7 +14,7 @@ from lora_merge.core.batch import Job
 from lora_merge.core.inputs import adapter_texts, shown
 from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
 from lora_merge.errors import RequestError, ResolveError
-from lora_merge.io.files import output_path
+from lora_merge.io.files import is_there, output_path
 from lora_merge.io.request_file import close_hint, parse_yaml, validated
 from lora_merge.io.wildcards import WILD, matches
 from lora_merge.words import quoted
@@ -115,7 +115,8 @@ def _entries(
     for entry, where in zip(listed, nodes, strict=True):
         line = where.start_mark.line + 1
         if not isinstance(entry, dict):
-            raise RequestError(path, line, "jobs", f"has {shown(entry)}, expected a table of keys")
+            what = "a text" if isinstance(entry, str) else shown(entry)  # which may be a token
+            raise RequestError(path, line, "jobs", f"has {what}, expected a table of keys")
         yield _Entry(path, line, entry, {**lines, **_lines(where)})
 
 
@@ -205,7 +206,7 @@ def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str,
 
 
 def _is_wild(text: str) -> bool:
-    return bool(WILD.search(text)) and not Path(text).exists()
+    return bool(WILD.search(text)) and not is_there(Path(text))
 
 
 def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> Job:

@@ -33,7 +33,9 @@ class EventLog:
         self._path = path
         self._lock = threading.Lock()
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._fd = os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe that nobody reads is refused
+            os.set_blocking(self._fd, True)
         except OSError as exc:
             raise write_error(path, exc) from exc
 

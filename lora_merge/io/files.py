@@ -136,6 +136,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_there(path: Path) -> bool:
+    """Return True where something has this name, as far as may be seen."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def nearest_existing(path: Path) -> Path:
     """Return a path, or the nearest of the directories it is to be in that exists, as far as may be seen."""
     for place in (path, *path.parents):

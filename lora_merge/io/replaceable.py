@@ -5,15 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import WriteError
 from lora_merge.io.files import nearest_existing, write_error
 from lora_merge.words import choice
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SUFFIX = ".lora-merge-staging"
 
@@ -86,7 +83,7 @@ def _check_apart(out: Path, source: Path, *, may_hold_it: bool) -> None:
 
 def _holds(place: Path, path: Path) -> bool:
     """Return True where a place is a path or one of the directories above it, whatever links or mounts lead there."""
-    real, place = path.resolve(), place.resolve()
+    real, place = Path(os.path.realpath(path)), Path(os.path.realpath(place))  # which bears links in a circle
     if place == real or place in real.parents:
         return True
     try:

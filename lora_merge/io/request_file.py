@@ -132,7 +132,10 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     """
     import yaml
 
-    loader = yaml.SafeLoader(_text(path))
+    text = _text(path)
+    if yaml.SafeLoader.NON_PRINTABLE.search(text):
+        raise RequestError(path, 0, "", "is not valid YAML (it has a control character)")
+    loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is not None:

@@ -126,7 +126,7 @@ def read_shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[Weigh
         raise CheckpointError(label, "weight_map", f"is {quoted(weight_map)}", "a table of tensor → file")
     first = {str(file): (name, file) for name, file in weight_map.items()}  # one tensor of each file
     names = sorted(_file_name(label, name, file) for name, file in first.values())
-    missing = [name for name in names if not (root / name).is_file()]
+    missing = [name for name in names if not is_file(root / name)]
     if missing:
         raise broken_link(root) or CheckpointError(
             str(root), "", f"lacks {listing(missing)}", f"the {len(names)} files that its index names",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE, SideFile
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import open_for_reading, read_blocks, same_bytes, why_no_file
+from lora_merge.io.files import is_file, open_for_reading, read_blocks, same_bytes, why_no_file
 from lora_merge.io.instead import instead_of, is_page, is_pointer
 from lora_merge.io.sentence_modules import may_be_module_file, module_files, whole_model
 
@@ -231,7 +231,7 @@ def _walk(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
 
 def _is_output(folder: Path) -> bool:
     """Return True for a folder that a merge made: a whole model, and not a part of the one that it lies in."""
-    return (folder / MANIFEST_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+    return is_file(folder / MANIFEST_FILE) and is_file(folder / CONFIG_FILE)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

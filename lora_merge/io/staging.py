@@ -215,7 +215,11 @@ def _opened_parent(path: Path) -> int:
         WriteError: it cannot be made or opened.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        for place in reversed(
+            (path, *path.parents)
+        ):  # Path.mkdir goes down by recursion, which some paths exceed
+            if not place.is_dir():
+                place.mkdir(exist_ok=True)
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY)  # links that lead there are the user's own
     except OSError as exc:
         raise write_error(path, exc) from exc

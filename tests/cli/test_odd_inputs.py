@@ -178,6 +178,7 @@ def test_a_working_directory_that_was_removed_has_its_sentence(tmp_path):
     [
         ("jobs: " + "[" * 20_000 + "]" * 20_000, "more than 64 deep"),
         ("jobs: " + "[" * 70 + "]" * 70, "more than 64 deep"),
+        ("jobs: \x01", "it has a control character"),
         ("jobs: !!int x", "a value is not what its tag says"),
         ("jobs: !!timestamp x", "a value is not what its tag says"),
         ("jobs: [{adapter: a, out: b, matrix: 7}]", "is 7, expected a table"),
@@ -286,3 +287,60 @@ def test_a_json_text_is_refused_for_what_it_holds_and_nothing_else(text, refused
 
 def test_a_byte_of_a_file_name_is_kept_where_names_may_be():
     assert parse_json(rb'"\udcff"', paths=True) == "\udcff"
+
+
+def test_an_output_whose_name_is_a_link_to_itself_is_refused(pico, pico_adapter, cli, tmp_path):
+    out = tmp_path / "loop"
+    out.symlink_to("loop")
+    adapter = pico_adapter(pico())
+
+    for verb in (("--base", pico(), "--adapter", adapter), ("convert", adapter, "--rank", 2)):
+        result = cli(*verb, "--out", out)
+
+        assert result.exit_code == exits.WRITE, result.output
+        assert "already exists and is a link to loop" in result.stderr
+
+
+def test_an_output_below_more_folders_than_python_can_recurse_into_is_made(
+    pico, pico_adapter, cli, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out = "/".join("a" * 1500)
+
+    result = cli("--base", pico(), "--adapter", pico_adapter(pico()), "--out", out)
+
+    assert result.exit_code == exits.OK, result.output
+    assert (tmp_path / out / "config.json").is_file()
+    subprocess.run(["rm", "-rf", tmp_path / "a"], check=True)  # pytest's own cleaning recurses
+
+
+def test_a_base_with_names_too_long_to_look_for_is_told_so_or_merged(
+    pico, pico_adapter, tampered, cli, tmp_path, monkeypatch
+):
+    base = tampered(pico("llama", "float32", "60KB"), "long")
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = "a" * 300 + ".safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = cli("--base", base, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
+    assert result.exit_code == exits.RESOLVE, result.output
+    assert "lacks aaa" in result.stderr
+
+    deep = tampered(pico(), "deep")
+    monkeypatch.chdir(deep)
+    for _ in range(90):
+        Path("d" * 50).mkdir()
+        monkeypatch.chdir("d" * 50)
+    monkeypatch.chdir(tmp_path)
+    result = cli("--base", deep, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
+    assert result.exit_code == exits.OK, result.output
+    subprocess.run(["rm", "-rf", deep], check=True)
+
+
+@pytest.mark.parametrize("word", ["a" * 300 + "*", "a/" * 2500 + "*"], ids=["name", "path"])
+def test_a_wildcard_that_is_too_long_matches_nothing(word, cli, tmp_path):
+    (tmp_path / "batch.yaml").write_text(f'jobs: [{{base: b, adapter: "{word}", out: "o/{{1}}"}}]\n')
+
+    result = cli("batch", tmp_path / "batch.yaml")
+
+    assert result.exit_code == exits.USAGE, result.output
+    assert "adapter: aa" in result.stderr or "adapter: a/a" in result.stderr

@@ -265,7 +265,7 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         ("\njobs: []\n", 2, "jobs", "is []"),
         ("jobs: {adapter: a, out: o}\n", 1, "jobs", "is a table"),
         ("jobs:\n- {adapter: a, out: o}\n- [a]\n", 3, "jobs", "has a list, expected a table of keys"),
-        ("jobs:\n- {adapter: a, out: o}\n- a\n", 3, "jobs", "has 'a', expected a table of keys"),
+        ("jobs:\n- {adapter: a, out: o}\n- a\n", 3, "jobs", "has a text, expected a table of keys"),
         (f"{JOB}job: 5\n", 3, "job", "is no key of a batch"),
         (f"defaults: base\n{JOB}", 1, "defaults", "is 'base', expected a table of keys"),
         (f"defaults: []\n{JOB}", 1, "defaults", "is [], expected a table of keys"),

@@ -30,7 +30,8 @@ def tokenizer(output: Output) -> Iterator[Issue]:
             try:
                 tables[name] = read_json(Path(output.root, name))
             except CheckpointError as exc:
-                yield error("tokenizer", name, str(exc), "copy it from the original model")
+                sentence = f"{exc.got}, expected {exc.wanted}" if exc.wanted else exc.got
+                yield error("tokenizer", name, sentence, "copy it from the original model")
     if _FAST in output.names:
         yield from _fast(output)
     yield from _settings(tables.get(_SETTINGS, {}))
