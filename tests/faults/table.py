@@ -266,7 +266,7 @@ def _output_exists(place: Place) -> None:
 
 @contextlib.contextmanager
 def _output_appears(place: Place) -> Iterator[None]:
-    from tests.faults.killing import content
+    from tests.faults.trial import content
 
     def appear() -> None:
         _output_is_no_model(place)

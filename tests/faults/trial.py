@@ -95,7 +95,7 @@ def run(
         timer.cancel()
         timer.join()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    said = json.loads(answer) if answer else {"text": "", "calls": 0}
+    said: dict[str, Any] = json.loads(answer) if answer else {"text": "", "calls": 0}
     code = status if status >= 0 else 128 - status
     seconds = time.monotonic() - began
     if not none_left(child):
