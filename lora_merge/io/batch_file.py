@@ -93,7 +93,7 @@ def _defaults(
     if not isinstance(defaults, dict):
         sentence = f"is {shown(defaults)}, expected a table of keys"
         raise RequestError(path, _lines(node).get("defaults", 1), "defaults", sentence)
-    lines = _lines(next(value for key, value in node.value if key.value == "defaults"))
+    lines = _lines(_node_of(node, "defaults"))
     for key in defaults:
         if key not in _MERGE_KEYS | _CONVERT_KEYS:
             hint = close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
@@ -111,7 +111,7 @@ def _entries(
         raise RequestError(
             path, line, "jobs", f"is {shown(listed)}", hint="a batch is a list of jobs: - adapter: …"
         )
-    nodes = next(value for key, value in node.value if key.value == "jobs").value
+    nodes = _node_of(node, "jobs").value
     for entry, where in zip(listed, nodes, strict=True):
         line = where.start_mark.line + 1
         if not isinstance(entry, dict):
@@ -356,6 +356,11 @@ def _path(file: str, job: Job, key: str, text: str) -> Path:
         return output_path(text)
     except ResolveError as exc:
         raise RequestError(file, job.line, key, str(exc), hint=exc.hint) from exc
+
+
+def _node_of(node: yaml.MappingNode, name: str) -> Any:
+    """Return the node of a key that is there: its own, where a merge key (``<<``) brings another, which stands before it."""
+    return next(value for key, value in reversed(node.value) if key.value == name)
 
 
 def _lines(node: yaml.MappingNode) -> dict[str, int]:
