@@ -30,6 +30,11 @@ _N_ROUNDINGS = 8
 """How often PEFT may round on the way to a merged value: rotations and Kronecker products have several steps."""
 
 
+_SUMS = 16
+"""How many standard errors of a float32 sum over a row are explained: an unmerged layer adds up several on the way, whose terms
+may be larger than the output (VeRA's shared projections)."""
+
+
 @dataclass(slots=True)
 class _Module:
     """One module that PEFT's layer merged."""
@@ -102,7 +107,7 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
         return
     roundoff = max(UNIT_ROUNDOFF[ref.dtype] for ref in module.merged.values())
     length = max(tensor[0].numel() if tensor.dim() else 1 for tensor in base.values())
-    share = _N_ROUNDINGS * roundoff + 4 * length**0.5 * 2.0**-24
+    share = _N_ROUNDINGS * roundoff + _SUMS * length**0.5 * 2.0**-24
     off, size = (got - adapted).abs(), sizes[0].maximum(sizes[1])
     wrong = ~(off <= share * _spread(size))  # negated, so that NaN is wrong
     if wrong.any():

@@ -8,6 +8,7 @@ loaded by a process of its own first, within limits of time and memory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -44,6 +45,7 @@ def n_tokens(path: Path) -> int:
         TokenizerError: the library does not load it.
         ImportError: the library itself cannot be loaded.
         MemoryError: there is no memory for it.
+        OSError: no process can be started for it.
     """
     environ = os.environ | {"RUST_BACKTRACE": "0"}
     found = importlib.util.find_spec("tokenizers")
@@ -58,6 +60,8 @@ def n_tokens(path: Path) -> int:
     except CheckpointError as exc:
         raise TokenizerError(str(exc)) from exc
     except OSError as exc:
+        if exc.errno not in {errno.ENOMEM, errno.EAGAIN}:
+            raise
         raise MemoryError(f"no room for another process ({exc.strerror})") from exc
     except subprocess.TimeoutExpired as exc:
         raise TokenizerError(f"takes more than {_SECONDS:.0f} seconds") from exc

@@ -12,8 +12,8 @@ import pytest
 
 from lora_merge.cli import exits
 from tests.faults import sandbox
-from tests.faults.killing import content
 from tests.faults.table import _failing
+from tests.faults.trial import content
 
 SANDBOX = Path(sandbox.__file__)
 PROGRAM = "from lora_merge.cli import entry; entry()"

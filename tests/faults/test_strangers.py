@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lora_merge.cli import exits
-from lora_merge.cli.console import _Lines
-from tests.faults.killing import content
+from lora_merge.cli.progress import _Lines
 from tests.faults.table import NOBODY
+from tests.faults.trial import content
 
 ANOTHER = NOBODY - 1
 """A second user who may do nothing."""

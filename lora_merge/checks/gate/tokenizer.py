@@ -44,6 +44,11 @@ def _fast(output: Output) -> Iterator[Issue]:
     except TokenizerError as exc:
         yield error("tokenizer", _FAST, f"does not load ({exc})"[:300], "copy it from the original model")
         return
+    except OSError as exc:
+        yield note(
+            "not-loaded", _FAST, f"was not loaded: no process can be started for that ({exc.strerror})"
+        )
+        return
     rows = max(
         (
             ref.shape[0]
