@@ -200,7 +200,8 @@ def clear_spent(out: Path, marks: tuple[str, ...], *, resumes: bool) -> None:
     try:
         is_begun = (root / OUTPUT).is_dir() and any((root / OUTPUT).iterdir())
         is_sealed = any((root / OUTPUT / mark).is_file() for mark in marks)
-        if not root.is_dir() or (resumes and is_begun and not is_sealed):
+        has_journal = (root / journal.FILE).is_file()  # without it no run goes on
+        if not root.is_dir() or (resumes and has_journal and is_begun and not is_sealed):
             return
         with staging(out, overwrite=True, marks=marks):
             pass
@@ -290,6 +291,8 @@ def _remove(stage: Stage, fd: int) -> None:
             os.rename(OUTPUT, KEPT, src_dir_fd=fd, dst_dir_fd=fd)
         is_out = dirs.inode_of(REPLACED, fd) is not None and not stage.is_published()
         if not is_out and dirs.inode_of(KEPT, fd) is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(journal.FILE, dir_fd=fd)  # first of all: what is left of the rest is of no use
             dirs.clear(fd)
     _remove_empty(stage.root, fd, stage.parent)
 
