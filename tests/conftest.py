@@ -21,7 +21,8 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
 NO_SOCKETS = Path(__file__).with_name("no_sockets")
-os.environ["SOCKET_LOG"] = str(Path(tempfile.mkdtemp(prefix="lora-merge-tests-")) / "sockets")
+SOCKET_LOG = Path(tempfile.mkdtemp(prefix="lora-merge-tests-")) / "sockets"
+os.environ["SOCKET_LOG"] = str(SOCKET_LOG)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NO_SOCKETS), os.environ.get("PYTHONPATH")]))
 runpy.run_path(str(NO_SOCKETS / "sitecustomize.py"))
 
@@ -142,12 +143,12 @@ def no_sockets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.node.get_closest_marker("loopback"):
         monkeypatch.setenv("SOCKETS", "loopback")
     _assert_silence("a fixture")
-    yield Path(os.environ["SOCKET_LOG"])
+    yield SOCKET_LOG
     _assert_silence("the test")
 
 
 def _assert_silence(who: str) -> None:
-    log = Path(os.environ["SOCKET_LOG"])
+    log = SOCKET_LOG
     if not os.path.exists(log):  # noqa: PTH110 - a test may have its own Path.exists
         return
     attempts = log.read_text()

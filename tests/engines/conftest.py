@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,19 @@ DTYPES: Mapping[Engine, str] = {"vllm": "float32", "lmdeploy": "float32", "turbo
 """TurboMind computes in nothing wider."""
 
 
+@pytest.fixture(autouse=True)
+def no_sockets() -> None:
+    """Refuse nothing: engines speak to processes of their own over sockets, by the machine's own address."""
+
+
 @pytest.fixture(scope="session")
 def engines_python(pytestconfig: pytest.Config) -> Path:
     """Return the interpreter of the engines' environment."""
     given = pytestconfig.getoption("--engines-python")
     if given is None:
         pytest.skip("needs --engines-python, an interpreter with vLLM and LMDeploy: make engines")
+    os.environ.pop("SOCKET_LOG", None)  # in the engines' own processes nothing is refused
+    os.environ["HF_HUB_OFFLINE"] = "1"  # and they ask no hub
     return Path(given).absolute()
 
 
