@@ -22,8 +22,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.redaction import without_secrets
-from lora_merge.words import CAUSE, counted, cut, listing, printable, told
+from lora_merge.redaction import fit, without_secrets
+from lora_merge.words import CAUSE, counted, cut, listing, told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,8 +47,8 @@ class LoraMergeError(Exception):
     """
 
     def __init__(self, sentence: str, *lines: str, hint: str = "") -> None:
-        super().__init__("\n".join(printable(without_secrets(line)) for line in (sentence, *lines)))
-        self.hint = printable(without_secrets(hint))
+        super().__init__("\n".join(map(fit, (sentence, *lines))))
+        self.hint = fit(hint)
 
 
 class ResolveError(LoraMergeError):

@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from lora_merge.words import printable, printable_json
+
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
 """Of the environment: where hubs' packages look for a token."""
 
@@ -34,3 +36,13 @@ def without_secrets(text: str, known: Iterable[str | None] = ()) -> str:
         if token and len(token.strip()) >= _LEAST:
             text = text.replace(token.strip(), "…")
     return _TOKEN.sub("hf_…", _CREDENTIALS.sub("…@", text))
+
+
+def fit(text: str) -> str:
+    """Return one line as it may leave, whoever wrote it: without tokens, and with everything visible."""
+    return printable(without_secrets(text))
+
+
+def fit_json(text: str) -> str:
+    """Return JSON as it may leave: without tokens, and without any control character."""
+    return printable_json(without_secrets(text))

@@ -9,7 +9,6 @@ from typing import NoReturn
 from lora_merge.cli import exits
 from lora_merge.cli.app import main
 from lora_merge.cli.issues import say_bug
-from lora_merge.cli.voice import fit
 from lora_merge.core.shortage import mind_limits
 from lora_merge.io.streams import finish, guard
 
@@ -22,7 +21,7 @@ def entry() -> NoReturn:
     Taking an interpreter down after torch was loaded costs half a second, and collecting garbage while it
     loads a fifth; a process that is about to end needs neither.
     """
-    guard(fit)  # first of all: before any file is opened that could get a standard stream's number
+    guard()  # first of all: before any file is opened that could get a standard stream's number
     gc.disable()
     mind_limits()
     code = 0

@@ -8,8 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 from lora_merge.cli.text import size_text
-from lora_merge.cli.voice import fit, is_terminal, say, screen
+from lora_merge.cli.voice import is_terminal, say, screen
 from lora_merge.core.report import Silence
+from lora_merge.redaction import fit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

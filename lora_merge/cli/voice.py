@@ -14,8 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lora_merge.io.streams import own
-from lora_merge.redaction import without_secrets
-from lora_merge.words import printable, printable_json
+from lora_merge.redaction import fit, fit_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,11 +32,6 @@ _SIZE = re.compile(r"[0-9]{1,5}")
 
 Cell = "str | tuple[str, ...] | Text"
 """What a table takes: a text, which becomes one line; several lines; a text of ours that has a style."""
-
-
-def fit(text: str) -> str:
-    """Return one line as it may leave, whoever wrote it, without secrets: all that is printed comes through here."""
-    return printable(without_secrets(text))
 
 
 def say(text: str) -> None:
@@ -68,7 +62,7 @@ def as_json(data: object) -> str:
         >>> print(as_json("\\x1b\\x7f"))
         "\\u001b\\u007f"
     """
-    return printable_json(without_secrets(json.dumps(data, indent=2)))
+    return fit_json(json.dumps(data, indent=2))
 
 
 def _write(stream: TextIO | None, text: str) -> None:

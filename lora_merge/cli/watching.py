@@ -8,7 +8,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lora_merge.cli.progress import bar
-from lora_merge.cli.voice import add_row, caption, fit, is_terminal, say, screen, styled, table
+from lora_merge.cli.voice import add_row, caption, is_terminal, say, screen, styled, table
+from lora_merge.redaction import fit
 from lora_merge.words import cut
 
 if TYPE_CHECKING:

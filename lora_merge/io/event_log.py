@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
 from lora_merge.io.files import write_error
-from lora_merge.redaction import without_secrets
-from lora_merge.words import printable_json
+from lora_merge.redaction import fit_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +48,7 @@ class EventLog:
         """Add a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": event, **values}, ensure_ascii=False, default=str)
-        text = (printable_json(without_secrets(line)) + "\n").encode()
+        text = (fit_json(line) + "\n").encode()
         with self._lock:
             try:
                 while text and self.failure is None:

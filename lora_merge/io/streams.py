@@ -16,11 +16,10 @@ import threading
 import warnings
 from typing import TYPE_CHECKING, BinaryIO, TextIO, cast
 
-from lora_merge.redaction import without_secrets
-from lora_merge.words import printable
+from lora_merge.redaction import fit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from _typeshed import ReadableBuffer
 
@@ -31,16 +30,8 @@ _LONGEST_LINE = 4096
 """Characters of an unfinished line that are kept before it is printed as it is."""
 
 
-def _fit(text: str) -> str:
-    """Return a line of foreign text as it may leave."""
-    return printable(without_secrets(text))
-
-
-def guard(fit: Callable[[str], str] = _fit) -> None:
+def guard() -> None:
     """Make the standard streams of this process safe; to be called before any other file is opened.
-
-    Args:
-        fit: what makes a line of foreign text fit to be printed.
 
     A closed one is opened on the null device, so that no file of an output gets its number, and its log lines with it.
     ``sys.stdout`` and ``sys.stderr`` never raise again: what cannot be written is dropped, and `failure_of` says why.
@@ -51,7 +42,7 @@ def guard(fit: Callable[[str], str] = _fit) -> None:
         _open_missing(fd)
     warnings.formatwarning = _warning_text
     sys.stdout = _text(1, sys.stdout)
-    sys.stderr = Foreign(_text(2, sys.stderr), fit)
+    sys.stderr = Foreign(_text(2, sys.stderr))
 
 
 def _warning_text(
@@ -125,9 +116,9 @@ class Foreign(io.TextIOBase):
     state is printed.
     """
 
-    def __init__(self, own: TextIO, fit: Callable[[str], str] = _fit) -> None:
+    def __init__(self, own: TextIO) -> None:
         super().__init__()
-        self.own, self._fit = own, fit
+        self.own = own
         self.quiet = False
         """Drop it all."""
 
@@ -182,7 +173,7 @@ class Foreign(io.TextIOBase):
         line = line.rstrip("\r").rpartition("\r")[2].rstrip()
         if line and not self.quiet:
             start = "\r\x1b[K" if self.isatty() else ""  # a progress bar may be drawn there
-            self.own.write(f"{start}note: {self._fit(line)}\n")
+            self.own.write(f"{start}note: {fit(line)}\n")
 
 
 class _Bytes(io.RawIOBase):
