@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from lora_merge.cli import exits
 from lora_merge.cli.progress import _Lines
+from tests.faults.other_users import in_python, open_to_all
 from tests.faults.table import NOBODY
 from tests.faults.trial import content
 
@@ -236,16 +234,6 @@ def test_a_file_that_changes_again_and_again_gets_no_name(merge, tmp_path, monke
 # ----------------------------------------------------------------------------------------- two users
 
 
-def open_to_all(tmp_path, tmp_path_factory):
-    """Let other users come to a test's directory."""
-    parents = (path for path in tmp_path.parents if path.is_relative_to(tmp_path_factory.getbasetemp()))
-    for path in (*tmp_path.rglob("*"), tmp_path, *parents):
-        path.chmod(path.stat().st_mode | 0o055)
-    for path in tmp_path_factory.getbasetemp().parents:
-        if path.name.startswith("pytest-"):
-            path.chmod(path.stat().st_mode | 0o011)
-
-
 def as_user(uid, arguments, warm):
     """Run the command as another user, who need not be able to read Python's own files: a merge before it reads them all."""
     program = (
@@ -256,10 +244,7 @@ def as_user(uid, arguments, warm):
         "assert not run('--out', sys.argv[2], '--overwrite')\n"
         f"os.setgid({uid}); os.setuid({uid}); sys.exit(run())"
     )
-    return subprocess.run(
-        [sys.executable, "-c", program, os.pathsep.join(sys.path), str(warm), *map(str, arguments)],
-        check=False, capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    return in_python(program, warm, *arguments)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may be two users")

@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lora_merge.cli.progress import _Lines
+from tests.faults.other_users import in_python, open_to_all
 from tests.faults.table import FAULTS, HOSTILE, MISTAKES, NOBODY, Fault, Place
 from tests.faults.trial import content
 
@@ -118,23 +118,14 @@ def everything(root: Path) -> dict[str, dict[str, str]]:
     "fault", [fault for fault in FAULTS if fault.needs == "nobody"], ids=lambda fault: fault.name
 )
 def test_what_is_not_permitted_has_its_sentence(fault: Fault, place, tmp_path, tmp_path_factory):
-    parents = (path for path in tmp_path.parents if path.is_relative_to(tmp_path_factory.getbasetemp()))
-    for path in (*tmp_path.rglob("*"), tmp_path, *parents):
-        path.chmod(path.stat().st_mode | 0o055)
-    for path in tmp_path_factory.getbasetemp().parents:
-        if path.name.startswith("pytest-"):
-            path.chmod(path.stat().st_mode | 0o011)
+    open_to_all(tmp_path, tmp_path_factory)
     fault.cause(place)
     program = (
         "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from lora_merge.cli import entry\n"
         f"import torch, click, yaml, rich, pydantic, xxhash, transformers; os.setgid({NOBODY}); os.setuid({NOBODY})\n"
         "sys.argv[1:] = sys.argv[2:]; entry()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, os.pathsep.join(sys.path), *arguments(place)],
-        check=False,
-        capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    done = in_python(program, *arguments(place))
 
     assert done.returncode == fault.code, done.stderr
     assert words(fault.says, place) in done.stderr
