@@ -28,7 +28,7 @@ from rich.console import Console
 CACHE_DIR = ROOT / ".bench"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "performance.png"
-UNTOLD = ("cache_dir", "json_file", "keep")
+UNTOLD = ("cache_dir", "json_file", "keep", "before")
 """Options that change no number: they are not recorded, and paths are nobody's business."""
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -91,6 +91,11 @@ CACHE_DIR_OPTION = click.option(
     "--loaded",
     is_flag=True,
     help="lora-merge takes part a second time, as ours-loaded, in processes that have torch loaded already.",
+)
+@click.option(
+    "--before",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Another checkout of lora-merge, which takes part as ours-before: what a change costs.",
 )
 @click.option("--runs", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds.")
 @click.option(
@@ -155,13 +160,13 @@ def bench(command: str, /, **flags: Any) -> None:
     """Measure every case, print a table of each, and write the results."""
     todo = cases(*(flags.pop(name) for name in ("sizes", "dtypes", "targets", "ranks")))
     only, skip, workers, json_file = (flags.pop(name) for name in ("only", "skip", "workers", "json_file"))
-    loaded = flags.pop("loaded")
+    loaded, before = flags.pop("loaded"), flags.pop("before")
     flags["cache_dir"] = flags["cache_dir"].absolute()
     flags["peer_runs"] = flags["peer_runs"] or flags["runs"]
     options = running.Options(**flags)
     options.cache_dir.mkdir(parents=True, exist_ok=True)
     groups = [group for group in only or GROUPS if group not in skip]
-    entrants = contenders(groups, options.kinds, workers, options.cache_dir, loaded=loaded)
+    entrants = contenders(groups, options.kinds, workers, options.cache_dir, loaded=loaded, before=before)
     check(options, only, {entrant.group for entrant in entrants})
     versions = {entrant.name: dict(entrant.versions) for entrant in entrants if entrant.versions}
     about = machine(options.cache_dir)

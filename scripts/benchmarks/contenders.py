@@ -102,6 +102,7 @@ def contenders(
     cache: Path,
     *,
     loaded: bool = False,
+    before: Path | None = None,
 ) -> list[Contender]:
     """Return who takes turns, in their order.
 
@@ -111,6 +112,7 @@ def contenders(
         workers: lora-merge runs with each of these numbers; empty: with its own.
         cache: where peers are installed.
         loaded: lora-merge takes part a second time, in processes that have torch loaded.
+        before: another checkout of lora-merge, which takes part too: what a change costs.
     """
     first, counts = kinds[0], workers or (None,)
     made: list[Contender] = []
@@ -126,6 +128,12 @@ def contenders(
             if loaded:
                 made += [
                     Contender(ours_with("loaded", n), group, first, our_command(n, loaded=True))
+                    for n in counts
+                ]
+            if before is not None:
+                environment = {"PYTHONPATH": str(before.absolute())}
+                made += [
+                    Contender(ours_with("before", n), group, first, our_command(n), environment=environment)
                     for n in counts
                 ]
         elif group == "peft":

@@ -121,6 +121,14 @@ def test_each_number_of_workers_and_kind_of_adapter_is_a_contender(tmp_path):
     assert ours_with("dora", None) == "ours-dora"
 
 
+def test_another_checkout_takes_part_with_its_own_code(tmp_path):
+    job = Job(Path("/base"), Path("/adapter"), Path("/out"), Path("/scratch"), "bfloat16", 16)
+    ours, before = contenders(("ours",), ("lora",), (), tmp_path, before=tmp_path / "old")
+    assert before.name == "ours-before"
+    assert before.environment == {"PYTHONPATH": str(tmp_path / "old")}
+    assert (before.command(job), "PYTHONPATH" in ours.environment) == (ours.command(job), False)
+
+
 @pytest.mark.parametrize("peer", PEERS.values(), ids=list(PEERS))
 def test_a_peer_is_run_with_everything_that_a_job_names(peer, tmp_path):
     job = Job(Path("/base"), Path("/adapter"), Path("/out"), tmp_path, "bfloat16", 16)
