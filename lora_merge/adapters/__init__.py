@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters.mlx import read_mlx
 from lora_merge.adapters.peft import read_peft
 from lora_merge.adapters.swift import read_swift
 from lora_merge.adapters.unread import sharded_error, unread_issues
+from lora_merge.core.adapter import Adapter
 from lora_merge.core.report import note
 from lora_merge.errors import ResolveError, UnknownFormatError
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
@@ -19,33 +22,35 @@ from lora_merge.io.trainer_files import file_names
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
-    from lora_merge.core.adapter import Adapter
 
-FORMATS: Mapping[str, Callable[[Path, Collection[str]], Adapter | None]] = {
-    "peft": read_peft,
-    "ms-swift": read_swift,
-    "mlx": read_mlx,
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to keep an adapter in a directory."""
+
+    read: Callable[[Path, Collection[str]], Adapter | None]
+    """Directory, files that the user leaves out → the adapter; None where the directory is not of this format."""
+
+    weights: str
+    """The file of tensors that it looks for, beside its configuration."""
+
+    looked_for: str
+    """Its files, in words."""
+
+
+FORMATS: Mapping[str, Format] = {
+    "peft": Format(
+        read_peft, ADAPTER_WEIGHTS, f"{ADAPTER_CONFIG} with {ADAPTER_WEIGHTS} or {ADAPTER_PICKLE} (PEFT)"
+    ),
+    "ms-swift": Format(
+        read_swift, ADAPTER_WEIGHTS, f"one whose {ADAPTER_CONFIG} has a swift_type (ms-swift)"
+    ),
+    "mlx": Format(read_mlx, MLX_WEIGHTS, f"{ADAPTER_CONFIG} with {MLX_WEIGHTS} (mlx-lm)"),
 }
 """In the order in which they are asked. Each tells its own configuration from the others', so that one answers."""
 
-WEIGHTS: Mapping[str, str] = {
-    "peft": ADAPTER_WEIGHTS,
-    "ms-swift": ADAPTER_WEIGHTS,
-    "mlx": MLX_WEIGHTS,
-}
-"""The file of tensors that each format looks for, beside its configuration."""
-
-LOOKED_FOR: Mapping[str, str] = {
-    "peft": f"{ADAPTER_CONFIG} with {ADAPTER_WEIGHTS} or {ADAPTER_PICKLE} (PEFT)",
-    "ms-swift": f"one whose {ADAPTER_CONFIG} has a swift_type (ms-swift)",
-    "mlx": f"{ADAPTER_CONFIG} with {MLX_WEIGHTS} (mlx-lm)",
-}
-"""What each format looks for, in words."""
-
-__all__ = ["FORMATS", "LOOKED_FOR", "WEIGHTS", "read"]
+__all__ = ["FORMATS", "Format", "read"]
 
 
 def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
@@ -121,13 +126,15 @@ def _unknown(root: Path) -> ResolveError:
     names = names_in(root)
     what, hint = fault_of(names, "adapter") or ("", "")
     top = [name for name in names if "/" not in name]
-    return UnknownFormatError(str(root), top or names, tuple(LOOKED_FOR.values()), what, hint)
+    return UnknownFormatError(
+        str(root), top or names, tuple(one.looked_for for one in FORMATS.values()), what, hint
+    )
 
 
 def _read_directory(root: Path, ignored: Collection[str]) -> Adapter | None:
     """Return the adapter in a directory itself, or None."""
-    for reader in FORMATS.values():
-        adapter = reader(root, ignored)
+    for one in FORMATS.values():
+        adapter = one.read(root, ignored)
         if adapter is None:
             continue
         issues = unread_issues(adapter, file_names(root), ignored) if adapter.files else []
