@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from lora_merge.core.batch import BatchReport
-    from lora_merge.core.explanation import Match
     from lora_merge.core.inspection import Inspection
     from lora_merge.core.lora import ConvertReport
     from lora_merge.core.report import Issue, Observer, Proof, Report
+    from lora_merge.plan.explanation import Match
 
 
 class Console:

@@ -6,6 +6,7 @@ An adapter speaks the names of the transformers release it was trained with, a c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from lora_merge.layouts.apart import apart
 from lora_merge.layouts.converted import converted
@@ -14,15 +15,28 @@ from lora_merge.layouts.renamed import renamed
 from lora_merge.layouts.stored import LayoutError, Located, Place, Shape, Stored
 from lora_merge.layouts.suffix import suffix
 
-Layout = Callable[[str, Shape | None, Stored], Located | None]
-"""Parameter, the adapter's shape of it if known, the checkpoint → its places, or None; raises `LayoutError`."""
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One rule by which a parameter is found."""
+
+    find: Callable[[str, Shape | None, Stored], Located | None]
+    """Parameter, the adapter's shape of it if known, the checkpoint → its places, or None; raises `LayoutError`."""
+
+    says: str
+    """What it says of a parameter that it found; ``plan --explain`` prints it."""
+
 
 LAYOUTS: Mapping[str, Layout] = {
-    "identity": identity,
-    "renamed": renamed,
-    "converted": converted,
-    "apart": apart,
-    "suffix": suffix,
+    "identity": Layout(identity, "it is stored under its own name"),
+    "renamed": Layout(renamed, "it is stored under another spelling of its name, by transformers' renamings"),
+    "converted": Layout(
+        converted, "transformers stores it in another form, and its parts were laid over each other"
+    ),
+    "apart": Layout(apart, "experts are one by one in one of the two and stacked in the other"),
+    "suffix": Layout(
+        suffix, "transformers has no class for the model; one tensor's path ends as its name does"
+    ),
 }
 """In the order in which they are asked."""
 
@@ -40,5 +54,5 @@ def locate(parameter: str, shape: Shape | None, stored: Stored) -> Located | Non
     Raises:
         LayoutError: it has several places, or is stored in a form that cannot be taken apart.
     """
-    found = (layout(parameter, shape, stored) for layout in LAYOUTS.values())
+    found = (layout.find(parameter, shape, stored) for layout in LAYOUTS.values())
     return next((located for located in found if located is not None), None)

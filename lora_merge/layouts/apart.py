@@ -49,12 +49,16 @@ def apart(parameter: str, shape: Shape | None, stored: Stored) -> Located | None
     router = _ROUTER.fullmatch(parameter)
     if router is not None:
         found = _whole(f"{router['owner']}{router['end']}", stored)
-        return None if found is None else Located("apart", (Place(found),), stored.tensors[found].shape)
+        return None if found is None else _located(Place(found), shape=stored.tensors[found].shape)
     expert = _EXPERT.fullmatch(parameter)
     if expert is not None:
         return _slice(expert, shape, stored)
     stack = _STACK.fullmatch(parameter)
     return None if stack is None else _experts(stack, stored)
+
+
+def _located(*places: Place, shape: Shape) -> Located:
+    return Located("apart", places, shape, by_boxes=True)
 
 
 def _slice(expert: re.Match[str], shape: Shape | None, stored: Stored) -> Located | None:
@@ -68,14 +72,13 @@ def _slice(expert: re.Match[str], shape: Shape | None, stored: Stored) -> Locate
     stack = stored.tensors[tensor].shape
     if expert["end"] == "bias":
         outputs = _outputs(expert, stack[-1], half, stored)
-        return Located("apart", (Place(tensor, ((n, n + 1), outputs)),), (outputs[1] - outputs[0],))
+        return _located(Place(tensor, ((n, n + 1), outputs)), shape=(outputs[1] - outputs[0],))
     turned = _is_turned(expert["owner"], name, shape, stack, half, stored)
     n_out, n_in = stack[1:][::-1] if turned else stack[1:]
     outputs = _outputs(expert, n_out, half, stored)
     sides = ((0, n_in), outputs) if turned else (outputs, (0, n_in))
-    return Located(
-        "apart", (Place(tensor, ((n, n + 1), *sides), transposed=turned),), (outputs[1] - outputs[0], n_in)
-    )
+    place = Place(tensor, ((n, n + 1), *sides), transposed=turned)
+    return _located(place, shape=(outputs[1] - outputs[0], n_in))
 
 
 def _experts(stack: re.Match[str], stored: Stored) -> Located | None:
@@ -98,7 +101,7 @@ def _experts(stack: re.Match[str], stored: Stored) -> Located | None:
         raise LayoutError(f"how the experts of {stack['owner']} lie cannot be told from their shapes")
     sides: Box = tuple((0, size) for size in shape[1:])
     places = (Place(name, (), ((n, n + 1), *sides), turned) for n, name in enumerate(names))
-    return Located("apart", tuple(places), shape)
+    return _located(*places, shape=shape)
 
 
 def _whole(name: str, stored: Stored) -> str | None:

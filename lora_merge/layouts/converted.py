@@ -47,7 +47,7 @@ def converted(parameter: str, shape: Shape | None, stored: Stored) -> Located | 
         sentence = f"{n_covered} of its {prod(shape)} values, {shape_text(shape)}, are stored in the base"
         raise LayoutError(sentence)
     places = (_trimmed(place, shape, stored.tensors[place.tensor].shape) for place in found)
-    return Located("converted", tuple(places), shape)
+    return Located("converted", tuple(places), shape, by_boxes=True)
 
 
 def _places(wanted: dict[str, tuple[Piece, ...]], stored: Stored) -> list[Place]:

@@ -56,10 +56,8 @@ class Located:
     shape: Shape | None = None
     """Of the weight that `Place.part` is a part of, where it is known."""
 
-    @property
-    def by_boxes(self) -> bool:
-        """Return True where the places say how the stored tensors lie, and not the adapter's own shapes."""
-        return self.rule in {"converted", "apart"}
+    by_boxes: bool = False
+    """True where the places say how the stored tensors lie, and not the adapter's own shapes."""
 
     @property
     def whole(self) -> str | None:

@@ -10,7 +10,6 @@ from lora_merge.adapters.mlx_spelling import in_names_of
 from lora_merge.adapters.unread import beside_base
 from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
-from lora_merge.core.explanation import Match, matches_of, nearest
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Observer, Silence, warning
@@ -32,6 +31,7 @@ from lora_merge.locate import (
     other_base,
 )
 from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
+from lora_merge.plan.explanation import Match, matches_of, nearest
 from lora_merge.resolve import (
     differing_copies,
     displaced_side_files,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plan import Merge
 from lora_merge.core.tensor import shape_text
+from lora_merge.layouts import LAYOUTS
 from lora_merge.words import printable
 
 if TYPE_CHECKING:
@@ -19,17 +20,12 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.tensor import TensorRef
 
-RULES = {
-    "identity": "it is stored under its own name",
-    "renamed": "it is stored under another spelling of its name, by transformers' renamings",
-    "apart": "experts are one by one in one of the two and stacked in the other",
-    "converted": "transformers stores it in another form, and its parts were laid over each other",
-    "suffix": "transformers has no class for the model; one tensor's path ends as its name does",
+_WITHOUT_LAYOUT = {
     "tied": "it is an end of the tied embeddings",
     "replaced": "the adapter carries it whole",
     "": "the adapter does not name it",
 }
-"""What each rule says of a parameter."""
+"""What is said of a parameter that no layout had to find."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class Match:
         """Return it as lines for a reader."""
         across = ", stored across" if self.transposed else ""
         rows = [
-            ("rule", f"{self.rule}: {RULES[self.rule]}" if self.rule else RULES[""]),
+            ("rule", _in_words(self.rule)),
             (
                 "tensor",
                 f"{self.tensor}{self.part} of {shape_text(self.shape)}{across}, in {PurePath(self.file).name}",
@@ -80,6 +76,12 @@ class Match:
             rows.append(("adapter", self.adapter))
         lines = [self.parameter, *(f"  {key:<8} {value}" for key, value in rows)]
         return "\n".join(map(printable, lines))
+
+
+def _in_words(rule: str) -> str:
+    """Return what a rule says of a parameter, its name first."""
+    says = _WITHOUT_LAYOUT[rule] if rule in _WITHOUT_LAYOUT else LAYOUTS[rule].says
+    return f"{rule}: {says}" if rule else says
 
 
 def matches_of(plan: MergePlan, name: str) -> tuple[Match, ...]:
