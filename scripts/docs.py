@@ -2,7 +2,7 @@
 
 ``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The tables of adapters and of model
 families in ``README.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
-and the one in ``docs/serving.md`` is the rules themselves.
+and the one in ``docs/serving.md`` is the rules themselves. The tree in ``docs/design.md`` is made of the modules' docstrings.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from tree import tree
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
@@ -33,6 +34,7 @@ CLI_PAGE = ROOT / "docs" / "cli.md"
 README = ROOT / "README.md"
 SECURITY_PAGE = ROOT / "docs" / "security.md"
 SERVING_PAGE = ROOT / "docs" / "serving.md"
+DESIGN_PAGE = ROOT / "docs" / "design.md"
 BEGIN = "<!-- {}: begin (scripts/docs.py --write) -->"
 END = "<!-- {}: end -->"
 
@@ -134,6 +136,11 @@ def security() -> str:
 def serving() -> str:
     """Return the text of ``docs/serving.md`` with its table renewed."""
     return _renewed(SERVING_PAGE, {"serving": "\n".join(map(_engine_rules, ENGINES.values()))})
+
+
+def design() -> str:
+    """Return the text of ``docs/design.md`` with the tree renewed."""
+    return _renewed(DESIGN_PAGE, {"tree": f"{tree()}\n"})
 
 
 def _engine_rules(engine: Engine) -> str:
@@ -298,6 +305,7 @@ def main() -> None:
         (README, readme()),
         (SECURITY_PAGE, security()),
         (SERVING_PAGE, serving()),
+        (DESIGN_PAGE, design()),
     ):
         if write:
             path.write_text(text, encoding="utf-8")
