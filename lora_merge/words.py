@@ -7,6 +7,7 @@ text fit to be printed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -84,6 +85,20 @@ def quoted(value: object) -> str:
         value = {key: value[key] for key in list(value)[:_SHOWN]}
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def shown(value: object) -> str:
+    """Return how an error repeats a value: what stands in a table or a list is not repeated, since a token may be there.
+
+    Example:
+        >>> shown("bf17"), shown({"token": "…"}), shown([])
+        ("'bf17'", 'a table', '[]')
+    """
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, list | tuple | set | frozenset):
+        return "a list" if value else "[]"
+    return quoted(value)
 
 
 def counted(n: int, thing: str) -> str:

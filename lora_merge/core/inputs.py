@@ -11,21 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_merge.core.tensor import LARGEST_FLOAT32
-from lora_merge.words import quoted
-
-
-def shown(value: object) -> str:
-    """Return how an error repeats a value: what stands in a table or a list is not repeated, since a token may be there.
-
-    Example:
-        >>> shown("bf17"), shown({"token": "…"}), shown([])
-        ("'bf17'", 'a table', '[]')
-    """
-    if isinstance(value, Mapping):
-        return "a table"
-    if isinstance(value, list | tuple | set | frozenset):
-        return "a list" if value else "[]"
-    return quoted(value)
+from lora_merge.words import quoted, shown
 
 
 def adapter_texts(value: object) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
-from lora_merge.core.inputs import adapter_texts, checked_weight, path_text, shown, switch
+from lora_merge.core.inputs import adapter_texts, checked_weight, path_text, switch
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import RequestError
+from lora_merge.words import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import SAFETENSORS_FILE
-from lora_merge.core.inputs import shown
 from lora_merge.core.tensor import TensorRef, nbytes_of
+from lora_merge.words import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -11,13 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.batch import Job
-from lora_merge.core.inputs import adapter_texts, shown
+from lora_merge.core.inputs import adapter_texts
 from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
 from lora_merge.errors import RequestError, ResolveError
 from lora_merge.io.files import is_there, output_path
 from lora_merge.io.request_file import close_hint, parse_yaml, validated
 from lora_merge.io.wildcards import WILD, matches
-from lora_merge.words import quoted
+from lora_merge.words import quoted, shown
 
 if TYPE_CHECKING:
     import yaml

@@ -9,11 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_merge.core.inputs import shown
 from lora_merge.core.json_values import MOST_LEVELS
 from lora_merge.core.request import ConvertRequest, Request, parse_fields
 from lora_merge.errors import CheckpointError, RequestError
 from lora_merge.io.files import read_bytes
+from lora_merge.words import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
