@@ -18,8 +18,8 @@ from lora_merge.serving import report
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
+    from lora_merge.core.choices import ServingEngine
     from lora_merge.core.report import Issue
-    from lora_merge.core.request import ServingEngine
     from lora_merge.core.tensor import TensorRef
 
 _TUNER = re.compile(

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 from lora_merge.cli.options import Parsed, base_options, console_of, hub_options, output_options
-from lora_merge.core.request import AdapterFormat, ServingEngine
+from lora_merge.core.choices import AdapterFormat, ServingEngine
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -9,7 +9,7 @@ import click
 
 from lora_merge.cli import exits
 from lora_merge.cli.options import base_options, console_of, hub_options, output_options
-from lora_merge.core.request import ServingEngine
+from lora_merge.core.choices import ServingEngine
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

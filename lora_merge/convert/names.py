@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lora_merge.convert.joined import Joined
-    from lora_merge.core.request import Naming
+    from lora_merge.core.choices import Naming
     from lora_merge.core.tensor import TensorRef
     from lora_merge.layouts import Stored
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.choices import AdapterFormat, ExpertForm, Naming
 from lora_merge.core.plan import Step
 from lora_merge.core.report import Issue
-from lora_merge.core.request import AdapterFormat, ExpertForm, Naming
 from lora_merge.core.tensor import TensorRef
 
 Form = Literal["linear", "embedding", "convolution", "experts"]

@@ -5,8 +5,22 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
 
+from lora_merge.core.choices import (
+    AdapterFormat,
+    BaseIs,
+    CombineMethod,
+    Engine,
+    ExpertForm,
+    ExpertLayout,
+    Link,
+    Naming,
+    OutputDtype,
+    ProofLevel,
+    ServingEngine,
+    VerifyLevel,
+)
 from lora_merge.core.inputs import adapter_texts, checked_weight, path_text, switch
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import RequestError
@@ -15,24 +29,13 @@ from lora_merge.words import shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-VerifyLevel = Literal["none", "sample", "full"]
-OutputDtype = Literal["bfloat16", "float16", "float32"]
-BaseIs = Literal["original", "residual"]
-CombineMethod = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
-Engine = Literal["vllm"]
-Link = Literal["copy", "reflink", "hard"]
-ServingEngine = Literal["vllm", "lmdeploy", "lorax", "sglang", "tgi", "llamacpp"]
-Naming = Literal["v4", "v5"]
-ExpertForm = Literal["split", "fuse"]
-AdapterFormat = Literal["peft", "gguf", "mlx"]
-
 DENSITY = 0.5
 """Where none is given."""
 
 MOST_RANK = 1 << 16
 MOST_WORKERS = 1024
 
-EXPERT_LAYOUTS = ("out-in", "in-out", "unsloth")
+EXPERT_LAYOUTS = get_args(ExpertLayout)
 
 _SHORT_DTYPES: Mapping[str, OutputDtype] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -132,7 +135,7 @@ class VerifyRequest:
     adapter: tuple[str, ...] = ()
     """What was merged into it; default: what its manifest names."""
 
-    level: Literal["structure", "sample", "full"] = "sample"
+    level: ProofLevel = "sample"
     """How many rows of each merged tensor to recompute; ``structure`` compares the output with nothing."""
 
     forward: bool = False
@@ -525,7 +528,7 @@ PARSERS: Mapping[str, Callable[..., object]] = {
     "experts": parse_choice(ExpertForm, "form of experts"),
     "format": parse_choice(AdapterFormat, "format of an adapter"),
     "serving": parse_choice(ServingEngine, "engine"),
-    "level": parse_choice(Literal["structure", "sample", "full"], "level"),
+    "level": parse_choice(ProofLevel, "level"),
 }
 """How the values that a type cannot describe are checked, wherever they come from."""
 

@@ -27,11 +27,7 @@ from lora_merge.pipeline.planning import explain, plan_request
 from lora_merge.pipeline.proving import prove
 
 if TYPE_CHECKING:
-    from lora_merge.core.inspection import Inspection
-    from lora_merge.core.lora import ConvertReport
-    from lora_merge.core.plan import MergePlan
-    from lora_merge.core.report import Proof, Report
-    from lora_merge.core.request import (
+    from lora_merge.core.choices import (
         AdapterFormat,
         BaseIs,
         CombineMethod,
@@ -43,6 +39,10 @@ if TYPE_CHECKING:
         ServingEngine,
         VerifyLevel,
     )
+    from lora_merge.core.inspection import Inspection
+    from lora_merge.core.lora import ConvertReport
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.report import Proof, Report
 
 __all__ = [
     "convert",

@@ -21,11 +21,12 @@ from lora_merge.convert import (
 )
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import Checkpoint
+from lora_merge.core.choices import ServingEngine
 from lora_merge.core.identity import Inputs
 from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import ConvertReport, Keep, Lora, LoraModule, Made, Recipe, Written
 from lora_merge.core.report import Issue, Observer, Silence, Verdict, error, note
-from lora_merge.core.request import ConvertRequest, Request, ServingEngine
+from lora_merge.core.request import ConvertRequest, Request
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import ConvertError, RequestError, VerifyError, WriteError

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lora_merge.convert import Joined
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.core.choices import ServingEngine
     from lora_merge.core.inspection import EngineReport
-    from lora_merge.core.request import ServingEngine
 
 ADDED_TOKENS = "added_tokens.json"
 """Tokens that an adapter's tokenizer has beside its vocabulary, with their ids."""

@@ -25,7 +25,7 @@ from lora_merge.words import listing
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lora_merge.core.request import ServingEngine
+    from lora_merge.core.choices import ServingEngine
     from lora_merge.core.traits import Trait
 
 UNSTATED = BaseFamily()

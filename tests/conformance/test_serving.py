@@ -8,8 +8,8 @@ from typing import get_args
 
 import pytest
 
+from lora_merge.core.choices import ServingEngine
 from lora_merge.core.family import BaseFamily
-from lora_merge.core.request import ServingEngine
 from lora_merge.core.traits import TRAITS, Trait
 from lora_merge.serving import ENGINES, report
 from lora_merge.serving.rules import Need
