@@ -6,13 +6,12 @@ import difflib
 import json
 import re
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_merge.core.json_values import MOST_LEVELS
 from lora_merge.core.request import ConvertRequest, Request, parse_fields
 from lora_merge.errors import CheckpointError, RequestError
-from lora_merge.io.files import read_bytes
+from lora_merge.io.named_file import read_named
 from lora_merge.words import shown
 
 if TYPE_CHECKING:
@@ -160,20 +159,13 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
 
 
 def _text(path: str) -> str:
-    """Return the text of a file that the user names: a regular one, or a pipe that the shell made for this process.
+    """Return the text of a file that the user names.
 
     Raises:
-        RequestError: it cannot be read, is something else, is too long, or no UTF-8.
+        RequestError: it cannot be read, is no regular file and no pipe, is too long, or no UTF-8.
     """
     try:
-        if path == "/dev/stdin" or path.startswith(("/dev/fd/", "/proc/self/fd/")):
-            with open(path, "rb") as stream:  # noqa: PTH123 - as the user wrote it
-                content = stream.read(MAX_BYTES + 1)
-            if len(content) > MAX_BYTES:
-                raise RequestError(path, 0, "", f"has more than {MAX_BYTES} bytes")
-        else:
-            content = read_bytes(Path(path), MAX_BYTES)
-        text = content.decode("utf-8")
+        text = read_named(path, MAX_BYTES).decode("utf-8")
     except CheckpointError as exc:
         wanted = f", expected {exc.wanted}" if exc.wanted else ""
         raise RequestError(path, 0, "", f"{exc.got}{wanted}") from exc
