@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lora_merge.core.lora import ConvertReport
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Issue, Observer, Proof, Report, Summary, Verdict
-    from lora_merge.core.request import ConvertRequest, ExtractRequest, InspectRequest, Request, VerifyRequest
     from lora_merge.errors import (
         CheckpointError,
         ConvertError,
@@ -34,6 +33,13 @@ if TYPE_CHECKING:
         WriteError,
     )
     from lora_merge.pipeline import convert, extract, inspect, merge, plan, verify
+    from lora_merge.requests.request import (
+        ConvertRequest,
+        ExtractRequest,
+        InspectRequest,
+        Request,
+        VerifyRequest,
+    )
 
 __all__ = [
     "CheckpointError",
@@ -72,7 +78,7 @@ __all__ = [
 _HOMES = (
     "lora_merge.errors",
     "lora_merge.core.report",
-    "lora_merge.core.request",
+    "lora_merge.requests.request",
     "lora_merge.core.plan",
     "lora_merge.core.lora",
     "lora_merge.core.inspection",

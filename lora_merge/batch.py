@@ -10,12 +10,11 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.core.batch import BatchObserver, BatchReport, Job, JobReport, State
+from lora_merge.core.batch import BatchObserver, BatchReport, JobReport, State
 from lora_merge.core.budget import peak_together
 from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.core.lora import ConvertReport
 from lora_merge.core.report import Issue, Report, warning
-from lora_merge.core.request import ConvertRequest, Request
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import BugError, LoraMergeError, WriteError
 from lora_merge.executors.processes import Broken, Crew, be_idle
@@ -28,6 +27,8 @@ from lora_merge.pipeline.current import Standing, adapter_standing, standing
 from lora_merge.pipeline.merging import Prepared, carry_out, prepare
 from lora_merge.pipeline.planning import plan_request
 from lora_merge.pipeline.writing import MARKS
+from lora_merge.requests.job import Job
+from lora_merge.requests.request import ConvertRequest, Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

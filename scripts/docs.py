@@ -1,8 +1,9 @@
-"""Write the generated pages, or check that they are current.
+"""Write the generated pages and types, or check that they are current.
 
 ``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The tables of adapters and of model
 families in ``README.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
 and the one in ``docs/serving.md`` is the rules themselves. The tree in ``docs/design.md`` is made of the modules' docstrings.
+and the one in ``docs/serving.md`` is the rules themselves. The types in ``lora_merge/requests`` are the table of options.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 from tree import tree
+import request_types
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
@@ -296,8 +298,8 @@ def _quoted(reasons: Mapping[str, str], why: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--write", action="store_true", help="write the pages")
-    choice.add_argument("--check", action="store_true", help="exit 1 when a page is not current")
+    choice.add_argument("--write", action="store_true", help="write the files")
+    choice.add_argument("--check", action="store_true", help="exit 1 when a file is not current")
     write = parser.parse_args().write
     stale = []
     for path, text in (
@@ -306,6 +308,8 @@ def main() -> None:
         (SECURITY_PAGE, security()),
         (SERVING_PAGE, serving()),
         (DESIGN_PAGE, design()),
+        (request_types.FOLDER / "request.py", request_types.request_module()),
+        (request_types.FOLDER / "keywords.py", request_types.keywords_module()),
     ):
         if write:
             path.write_text(text, encoding="utf-8")

@@ -10,47 +10,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_merge.cli import exits
-from lora_merge.cli.options import Parsed, console_of, hub_options, output_options
+from lora_merge.cli.options import SETTINGS, console_of, options
 
 if TYPE_CHECKING:
     from lora_merge.core.batch import BatchReport
     from lora_merge.io.event_log import EventLog
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "--keep-going",
-    is_flag=True,
-    help="Do what can be done, whatever is wrong with some jobs; else one that cannot be planned keeps all from being begun.",
-)
-@click.option(
-    "--jobs",
-    type=Parsed("workers"),
-    default="1",
-    metavar="N",
-    help="Bases to work on at a time, each in a process of its own.  [default: 1]",
-)
-@click.option("--dry-run", is_flag=True, help="Plan every job and stop; nothing is written.")
-@click.option(
-    "--overwrite/--no-overwrite", default=None, help="Replace outputs that exist and are other ones."
-)
-@click.option(
-    "--log-file",
-    metavar="FILE",
-    type=click.Path(dir_okay=False),
-    help="Add a line of JSON to this file for each thing that happens.",
-)
-@hub_options
-@output_options
-def batch(  # noqa: PLR0913 - its options
+@click.command(context_settings=SETTINGS)
+@options("batch")
+def batch(  # noqa: PLR0913 - options of the command alone, each by its name
     *,
     file: str,
     keep_going: bool,
     jobs: int,
     dry_run: bool,
     log_file: str | None,
-    as_json: bool,
+    json: bool,
     quiet: bool,
     verbose: bool,
     **flags: Any,
@@ -73,10 +49,10 @@ def batch(  # noqa: PLR0913 - its options
     from lora_merge.batch import Batch
     from lora_merge.cli.voice import say
     from lora_merge.cli.watching import watching_batch
-    from lora_merge.io.batch_file import read_batch
     from lora_merge.io.event_log import EventLog
+    from lora_merge.requests.batch_file import read_batch
 
-    console = console_of(as_json=as_json, quiet=quiet, verbose=verbose)
+    console = console_of(json=json, quiet=quiet, verbose=verbose)
     given = {name: value for name, value in flags.items() if value is not None}
     listed = read_batch(file, given)
     is_interrupted = False

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from lora_merge.cli import exits
-from lora_merge.cli.options import base_options, console_of, hub_options, output_options
-from lora_merge.core.choices import ServingEngine
+from lora_merge.cli.options import SETTINGS, console_of, options
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("adapter", metavar="ADAPTER")
-@base_options
-@click.option(
-    "--engine", "serving", type=click.Choice(get_args(ServingEngine)), help="Report on this engine only."
-)
-@click.option("--full", is_flag=True, help="List every module, not groups of them.")
-@click.option(
-    "--plot",
-    metavar="FILE",
-    help="Draw a heat map of layers and modules into a .png, .svg or .html file: rank, and with a base how large the change is.",
-)
-@click.option("--strict", is_flag=True, help="Treat warnings as errors.")
-@hub_options
-@output_options
-def inspect(as_json: bool, quiet: bool, verbose: bool, full: bool, **flags: Any) -> None:
+@click.command(context_settings=SETTINGS)
+@options("inspect")
+def inspect(*, full: bool, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     """Describe an adapter: kind, rank and scale of every module, where it comes from, what engines make of it.
 
     Without a base only the adapter's own files are read. With --base it is held against the base, and ‖Δ‖/‖W‖ of every
@@ -39,10 +25,11 @@ def inspect(as_json: bool, quiet: bool, verbose: bool, full: bool, **flags: Any)
       lora-merge inspect my-lora --base Llama-3-8B --plot my-lora.html
       lora-merge inspect org/my-lora@v1 --engine vllm --json
     """
-    from lora_merge.core.request import InspectRequest, parse_request
     from lora_merge.pipeline.inspecting import inspect_adapter
+    from lora_merge.requests.parsing import parse_request
+    from lora_merge.requests.request import InspectRequest
 
-    console = console_of(as_json=as_json, quiet=quiet, verbose=verbose)
+    console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = parse_request(InspectRequest, flags)
     with console.watching() as observer:
         found = inspect_adapter(request, observer=observer)

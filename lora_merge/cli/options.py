@@ -1,4 +1,4 @@
-"""Options that commands share, and how their values are parsed."""
+"""The options of the commands, made from the table of options."""
 
 from __future__ import annotations
 
@@ -6,152 +6,107 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_merge.core.request import EXPERT_LAYOUTS, PARSERS
+from lora_merge.requests.table import options_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from lora_merge.cli.console import Console
-    from lora_merge.core.request import Request
+    from lora_merge.requests.option import Option, Verb
+    from lora_merge.requests.request import Request
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+"""Of every command."""
+
+_FILES = {
+    "existing": click.Path(exists=True, dir_okay=False),
+    "new": click.Path(dir_okay=False),
+    "any": click.Path(),
+}
+
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
-    """The value of one field of a request, checked by the request's own parser.
+    """A value that the table's own parser checks.
 
     Args:
-        field: a key of `PARSERS`.
+        option: of the table; its parser raises ``ValueError`` with a sentence.
     """
 
-    def __init__(self, field: str) -> None:
-        self.name = field
+    def __init__(self, option: Option) -> None:
+        self.name = option.name
+        self._parse = option.kind.parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the parsed value, or fail with the parser's sentence."""
         try:
-            return PARSERS[self.name](value)
+            return value if self._parse is None else self._parse(value)
         except ValueError as exc:
             self.fail(str(exc), param, ctx)
 
 
-def input_options(command: Command) -> Command:
-    """Add the options that say what is to be merged, into what, and how."""
-    options = (
-        click.option(
-            "--base",
-            metavar="DIR|ID",
-            help="Base model: a directory, or org/name[@revision] on the Hub.  [default: the one that the adapter names]",
-        ),
-        click.option(
-            "--adapter",
-            multiple=True,
-            metavar="DIR|ID[:WEIGHT]",
-            help="Adapter to merge (a directory, or org/name[/folder][@revision] on the Hub), and how much of it; repeat it to merge several.  [required; WEIGHT: 1]",
-        ),
-        click.option(
-            "--config",
-            type=click.Path(exists=True, dir_okay=False),
-            metavar="FILE",
-            help="Read these options from a YAML file; those given here win.",
-        ),
-        click.option(
-            "--base-is",
-            type=Parsed("base_is"),
-            metavar="[original|residual]",
-            help="What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter: the model as published, or what the initialisation left of it.",
-        ),
-        click.option(
-            "--expert-layout",
-            type=click.Choice(EXPERT_LAYOUTS),
-            multiple=True,
-            help="What cannot be seen of stacked experts: how the base stores a square one in the adapter's terms; Unsloth's packing of B. May be repeated.",
-        ),
-        ignore_file_option,
-        click.option(
-            "--combine",
-            type=Parsed("combine"),
-            metavar="[linear|ties|dare_linear|dare_ties|svd]",
-            help="How several adapters become one change of each weight.  [default: linear, their weighted sum]",
-        ),
-        click.option(
-            "--density",
-            type=Parsed("density"),
-            metavar="SHARE",
-            help="Share of each change that ties and dare keep.  [default: 0.5]",
-        ),
-        click.option("--seed", type=Parsed("seed"), metavar="N", help="Of what dare drops.  [default: 0]"),
-        click.option(
-            "--dtype",
-            type=Parsed("dtype"),
-            metavar="[bfloat16|float16|float32]",
-            help="Store the weights in this dtype.  [default: the base's, tensor by tensor]",
-        ),
-        click.option(
-            "--max-shard-size",
-            type=Parsed("max_shard_size"),
-            metavar="SIZE",
-            help="Split the weights into files of at most this size, such as 5GB.  [default: the base's own files]",
-        ),
-        click.option(
-            "--allow-untie",
-            is_flag=True,
-            default=None,
-            help="Untie the embeddings even of a family that engines tie whatever its config says.",
-        ),
-        click.option(
-            "--allow-svd",
-            is_flag=True,
-            default=None,
-            help="Merge OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it otherwise.",
-        ),
-        click.option(
-            "--allow-again",
-            is_flag=True,
-            default=None,
-            help="Merge an adapter into a base that has it merged into it already.",
-        ),
-    )
-    strict = click.option("--strict/--no-strict", default=None, help="Treat warnings as errors.")
-    return _with(options, hub_options(strict(command)))
+def options(verb: Verb) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command its options, in the table's order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options_of(verb)):
+            command = _parameter(option, verb)(command)
+        return command
+
+    return add
 
 
-def ignore_file_option(command: Command) -> Command:
-    """Add the option that leaves files of an adapter's folder out."""
-    return click.option(
-        "--ignore-file",
-        multiple=True,
-        metavar="NAME",
-        help="Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern such as 'model-*'. May be repeated.",
-    )(command)
+def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
+    """Return the decorator that adds one option."""
+    kind = option.kind
+    if option.is_positional:
+        return click.argument(option.name, metavar=option.name.upper(), type=_type(option))
+    settings: dict[str, Any] = {"help": option.help + (f"  [{option.note}]" if option.note else "")}
+    if option.sets:
+        settings["flag_value"] = option.sets
+    elif option.is_switch:
+        settings["default"] = False if option.scope == "command" else None
+        settings["is_flag"] = None if option.can_be_off else True
+    else:
+        settings |= {
+            "type": _type(option),
+            "metavar": kind.metavar or None,
+            "multiple": kind.is_many,
+            "envvar": option.environment or None,
+            "required": option.is_required and not _has_file(verb),
+        }
+        if option.scope == "command" and not kind.is_many:
+            settings["default"] = option.default
+    return click.option(*_names(option), **settings)
 
 
-def base_options(command: Command) -> Command:
-    """Add the options that say which base an adapter belongs to, and what cannot be seen of the two."""
-    options = (
-        click.option(
-            "--base",
-            metavar="DIR|ID",
-            help="Base model: a directory, or org/name[@revision] on the Hub.  [default: none, or where one is needed the one that the adapter names]",
-        ),
-        click.option(
-            "--base-is",
-            type=Parsed("base_is"),
-            metavar="[original|residual]",
-            help="What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter.",
-        ),
-        click.option(
-            "--expert-layout",
-            type=click.Choice(EXPERT_LAYOUTS),
-            multiple=True,
-            help="What cannot be seen of stacked experts.",
-        ),
-        ignore_file_option,
-    )
-    return _with(options, command)
+def _names(option: Option) -> list[str]:
+    """Return what an option is called on the command line, and in the command's function."""
+    flag = option.flag or f"--{option.name.replace('_', '-')}"
+    names = [name for name in (option.short, flag) if name]
+    if option.can_be_off:
+        names[-1] += f"/--no-{flag[2:]}"
+    return [*names, option.name]
 
 
-def console_of(*, as_json: bool, quiet: bool, verbose: bool) -> Console:
+def _type(option: Option) -> Any:
+    """Return how click checks a value; what may be given several times is parsed with the others, when all are known."""
+    kind = option.kind
+    if kind.choices:
+        return click.Choice(kind.choices)
+    if kind.file:
+        return _FILES[kind.file]
+    is_text = kind.parse is None or kind.is_many or kind.is_path
+    return None if is_text else Parsed(option)
+
+
+def _has_file(verb: Verb) -> bool:
+    """Return True where a file may say what the command line leaves out."""
+    return any(option.name == "config" for option in options_of(verb))
+
+
+def console_of(*, json: bool, quiet: bool, verbose: bool, profile: bool = False) -> Console:
     """Return a command's voice.
 
     Raises:
@@ -161,45 +116,7 @@ def console_of(*, as_json: bool, quiet: bool, verbose: bool) -> Console:
 
     if quiet and verbose:
         raise click.UsageError("--quiet and --verbose exclude each other")
-    return Console(as_json=as_json, quiet=quiet, verbose=verbose)
-
-
-def hub_options(command: Command) -> Command:
-    """Add the options that say how a hub may be asked."""
-    options = (
-        click.option(
-            "--token",
-            type=Parsed("token"),
-            metavar="TEXT",
-            help="For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows.  [default: HF_TOKEN, or the login]",
-        ),
-        click.option(
-            "--offline/--no-offline",
-            default=None,
-            help="Take models and adapters from the local cache, and ask no hub.",
-        ),
-    )
-    return _with(options, command)
-
-
-def _with(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
-    """Add options, the first one first in its help."""
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def output_options(command: Command) -> Command:
-    """Add the options that choose how a command speaks."""
-    for option in (
-        click.option(
-            "-v", "--verbose", is_flag=True, help="Name every tensor as it is done; time each phase."
-        ),
-        click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-    ):
-        command = option(command)
-    return command
+    return Console(as_json=json, quiet=quiet, verbose=verbose, profile=profile)
 
 
 def request_of(config: str | None, flags: dict[str, Any], needed: tuple[str, ...]) -> Request:
@@ -208,14 +125,16 @@ def request_of(config: str | None, flags: dict[str, Any], needed: tuple[str, ...
     Raises:
         click.UsageError: an option that is needed stands in neither.
     """
-    from lora_merge.core.request import Request, parse_fields
+    from lora_merge.requests.parsing import parse_request
+    from lora_merge.requests.request import Request
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
+    defaults = {} if "out" in needed else {"out": ""}
     if config is not None:
-        from lora_merge.io.request_file import read_request
+        from lora_merge.requests.request_file import read_request
 
-        return read_request(config, given, defaults={} if "out" in needed else {"out": ""})
+        return read_request(config, given, defaults)
     for name in needed:
         if name not in given:
             raise click.UsageError(f"Missing option '--{name}'. It can also stand in a --config file.")
-    return Request(**parse_fields({"out": "", **given}))
+    return parse_request(Request, given, defaults)

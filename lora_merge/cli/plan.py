@@ -6,20 +6,13 @@ from typing import Any
 
 import click
 
-from lora_merge.cli.options import input_options, output_options, request_of
+from lora_merge.cli.options import SETTINGS, console_of, options, request_of
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@input_options
-@click.option(
-    "--explain",
-    multiple=True,
-    metavar="MODULE",
-    help="Say how this module or parameter was matched, by its name in the adapter or on disk. May be repeated.",
-)
-@output_options
+@click.command(context_settings=SETTINGS)
+@options("plan")
 def plan(
-    config: str | None, explain: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool, **flags: Any
+    *, config: str | None, explain: tuple[str, ...], json: bool, quiet: bool, verbose: bool, **flags: Any
 ) -> None:
     """Plan a merge, write nothing, and print the plan; or how one module was matched: by which rule, to which
     stored tensor, to which part of it.
@@ -30,12 +23,9 @@ def plan(
       lora-merge plan --base Qwen3-30B-A3B --adapter my-lora --explain model.layers.0.mlp.experts.3.up_proj
     """
     from lora_merge import pipeline
-    from lora_merge.cli.console import Console
 
-    if quiet and verbose:
-        raise click.UsageError("--quiet and --verbose exclude each other")
+    console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = request_of(config, flags, needed=("adapter",))
-    console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
     with console.watching() as observer:
         if explain:
             matches = pipeline.explain(request, explain, observer=observer)

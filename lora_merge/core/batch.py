@@ -1,4 +1,4 @@
-"""Many merges and conversions: the jobs of a batch, and what became of each."""
+"""Many merges and conversions: what became of each job of a batch."""
 
 from __future__ import annotations
 
@@ -7,27 +7,9 @@ from typing import Literal, Protocol
 
 from lora_merge.core.lora import ConvertReport
 from lora_merge.core.report import Issue, Observer, Report
-from lora_merge.core.request import ConvertRequest, Request
 
 State = Literal["waiting", "planned", "running", "done", "kept", "failed", "not run"]
 """``kept``: its output was there already, and is what it would be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One merge or one conversion."""
-
-    name: str
-    """Of its own; by default its output's path."""
-
-    request: Request | ConvertRequest
-    line: int = 0
-    """Where it stands in the batch file; 0 where it stands in none."""
-
-    @property
-    def kind(self) -> Literal["merge", "convert"]:
-        """Return what it is."""
-        return "merge" if isinstance(self.request, Request) else "convert"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,6 @@ from lora_merge.core.identity import Inputs
 from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import ConvertReport, Keep, Lora, LoraModule, Made, Recipe, Written
 from lora_merge.core.report import Issue, Observer, Silence, Verdict, error, note
-from lora_merge.core.request import ConvertRequest, Request
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import ConvertError, RequestError, VerifyError, WriteError
@@ -45,6 +44,8 @@ from lora_merge.pipeline.inputs import check
 from lora_merge.pipeline.planning import check_strict, plan_request
 from lora_merge.pipeline.reading_back import Join, read_back
 from lora_merge.plan import raise_errors
+from lora_merge.requests.recording import record_of
+from lora_merge.requests.request import ConvertRequest, Request
 from lora_merge.resolve import resolve_adapter
 from lora_merge.serving import ENGINES, Need, needs_of
 from lora_merge.transforms import BakeScale, PadRank, Pair, ReduceRank, Transform
@@ -160,7 +161,7 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
             "format": adapter.format,
         },
         **({"base": _of_base(joined.base)} if joined else {}),
-        "options": _options_of(request),
+        "options": record_of(request),
     }
     join = None
     if joined is not None:
@@ -182,16 +183,6 @@ def _of_base(base: Checkpoint) -> dict[str, str]:
         "path": base.root,
         "config": files.text_digest(json.dumps(dict(base.config), sort_keys=True)),
         "sample": sample_digest(list(base.tensors())),
-    }
-
-
-def _options_of(request: ConvertRequest) -> dict[str, object]:
-    """Return the options that shape the output, those that were given."""
-    left_out = {"adapter", "out", "base", "overwrite", "strict", "token", "offline"}
-    return {
-        field.name: getattr(request, field.name)
-        for field in fields(request)
-        if field.name not in left_out and getattr(request, field.name) != field.default
     }
 
 

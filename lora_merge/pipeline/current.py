@@ -22,7 +22,8 @@ from lora_merge.io.safetensors import has_header, tensor_digest
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.io.signs import changed_at, has_hole, pages, sampled
 from lora_merge.merge import Merger, NoDeviceError, one_torch_thread, pick_device
-from lora_merge.pipeline.provenance import options_of, provenance_of
+from lora_merge.pipeline.provenance import provenance_of
+from lora_merge.requests.recording import record_of
 from lora_merge.writers.hf_checkpoint import side_digest
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class _Looked:
         ]
         if found != wanted:
             yield "it was made from other adapters, or these have changed"
-        options = options_of(planned.request)
+        options = record_of(planned.request)
         then = self._manifest.options
         if then != options:
             names = sorted(name for name in {*then, *options} if then.get(name) != options.get(name))

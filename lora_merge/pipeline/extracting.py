@@ -11,7 +11,6 @@ from lora_merge.core.adapter import Adapter
 from lora_merge.core.identity import Inputs
 from lora_merge.core.lora import ConvertReport, Keep, Recipe
 from lora_merge.core.report import Observer, Silence
-from lora_merge.core.request import ExtractRequest, Request
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import DTYPE_CODES
@@ -27,6 +26,7 @@ from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.converting import Conversion, carry_out
 from lora_merge.pipeline.planning import plan_request
 from lora_merge.plan import quantised_config, raise_errors
+from lora_merge.requests.request import ExtractRequest, Request
 from lora_merge.resolve import counterpart, resolve_base, stored_in
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import Given, Recipe
 from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.report import Observer, Silence
-from lora_merge.core.request import InspectRequest, Request
 from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.errors import PlanError
 from lora_merge.executors import pick
@@ -29,6 +28,7 @@ from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of, norms_of
 from lora_merge.pipeline.families import added_tokens, base_config, family_of
 from lora_merge.pipeline.planning import check_strict, plan_request
+from lora_merge.requests.request import InspectRequest, Request
 from lora_merge.resolve import resolve_adapter
 from lora_merge.serving import ENGINES
 

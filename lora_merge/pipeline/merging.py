@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lora_merge.core.plan import MergePlan
-    from lora_merge.core.request import Request
+    from lora_merge.requests.request import Request
 
 _UNKNOWN_BYTES = 1 << 60
 """Free on a disk of which nobody knows."""

@@ -13,7 +13,6 @@ from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Observer, Silence, warning
-from lora_merge.core.request import DENSITY, Request, parse_adapter
 from lora_merge.errors import PlanError, RequestError
 from lora_merge.io.files import is_directory, user_path
 from lora_merge.io.hub import Access
@@ -32,6 +31,9 @@ from lora_merge.locate import (
 )
 from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
 from lora_merge.plan.explanation import Match, matches_of, nearest
+from lora_merge.requests.request import Request
+from lora_merge.requests.table import default_of
+from lora_merge.requests.values import parse_adapter
 from lora_merge.resolve import (
     differing_copies,
     displaced_side_files,
@@ -129,7 +131,11 @@ def _plan(request: Request, watch: Observer) -> Planned:
 
 def _unused(request: Request) -> list[Issue]:
     """Return a warning for a density that the way of combining does not look at."""
-    if request.density == DENSITY or request.combine in {"ties", "dare_linear", "dare_ties"}:
+    if request.density == default_of("merge", "density") or request.combine in {
+        "ties",
+        "dare_linear",
+        "dare_ties",
+    }:
         return []
     sentence = f"is {request.density:g}, and --combine {request.combine} keeps all of each change"
     return [warning("unused-option", "density", sentence, "--combine ties, dare_linear or dare_ties uses it")]

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from lora_merge._version import __version__
 from lora_merge.core.provenance import Provenance
+from lora_merge.requests.recording import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lora_merge.core.request import Request
     from lora_merge.pipeline.planning import Planned
 
 
@@ -31,7 +31,7 @@ def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -
         adapter_origins=tuple(place.origin for place in planned.adapters),
         merged_before=planned.merged_before,
         out_name=Path(request.out).name,
-        options=options_of(request),
+        options=record_of(request),
         versions=versions or _versions(),
     )
 
@@ -48,20 +48,3 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-
-
-def options_of(request: Request) -> dict[str, object]:
-    """Return the options that shape the output."""
-    options: dict[str, object] = {
-        "dtype": request.dtype,
-        "max_shard_size": request.max_shard_size,
-        "device": request.device,
-        "base_is": request.base_is,
-    }
-    if request.expert_layout:
-        options["expert_layout"] = list(request.expert_layout)
-    if request.ignore_file:
-        options["ignore_file"] = list(request.ignore_file)
-    if request.combine != "linear":
-        options |= {"combine": request.combine, "density": request.density, "seed": request.seed}
-    return options

@@ -20,7 +20,6 @@ from lora_merge.core.checkpoint import CONFIG_FILE, Output
 from lora_merge.core.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
-from lora_merge.core.request import Request, VerifyRequest, parse_adapter, parse_fields
 from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
@@ -34,23 +33,18 @@ from lora_merge.merge import one_torch_thread
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.inputs import check_names
 from lora_merge.pipeline.planning import Planned, plan_request
+from lora_merge.requests.parsing import parse_values
+from lora_merge.requests.recording import recorded_options
+from lora_merge.requests.request import Request, VerifyRequest
+from lora_merge.requests.values import parse_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lora_merge.core.answers import Comparison
 
-_SHAPING = (
-    "base_is",
-    "expert_layout",
-    "ignore_file",
-    "combine",
-    "density",
-    "seed",
-    "dtype",
-    "max_shard_size",
-)
-"""Options of a manifest that shape the output."""
+_SHAPING = tuple(option.name for option in recorded_options("merge") if option.name != "device")
+"""Options of a manifest that shape the plan; the device shapes bytes only, and may not be there any more."""
 
 
 def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
@@ -242,7 +236,7 @@ class _Proving:
         noted = options.pop("ignore_file", ())
         ignored = self.request.ignore_file or tuple(
             name
-            for name in parse_fields({"ignore_file": noted})["ignore_file"] or ()
+            for name in parse_values(Request, {"ignore_file": noted})["ignore_file"] or ()
             if _is_there(name, adapters)
         )
         given = {
@@ -252,7 +246,7 @@ class _Proving:
             "token": self.request.token,
             "ignore_file": ignored,
         }
-        parsed = parse_fields({name: value for name, value in given.items() if value is not None})
+        parsed = parse_values(Request, {name: value for name, value in given.items() if value is not None})
         return Request(**parsed, out="", allow_untie=True, allow_svd=True, allow_again=True, offline=offline)
 
     def _held_to(self, planned: Planned) -> list[Finding]:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.core.request import VerifyRequest
     from lora_merge.pipeline.planning import Planned
+    from lora_merge.requests.request import VerifyRequest
 
 
 @cut_off()

@@ -37,8 +37,9 @@ from lora_merge.pipeline.effect import check_effect
 from lora_merge.pipeline.heard import Heard
 from lora_merge.pipeline.inputs import changed_times, check, check_copied, check_names, used_by
 from lora_merge.pipeline.planning import Planned, check_strict
-from lora_merge.pipeline.provenance import options_of, provenance_of
+from lora_merge.pipeline.provenance import provenance_of
 from lora_merge.pipeline.resuming import fingerprint, finished
+from lora_merge.requests.recording import record_of
 from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 
@@ -102,7 +103,7 @@ class Output:
         self._stack.enter_context(memory_for("writing the output"))
         self.writer = HfCheckpoint(self.stage.folder)
         digests = [use.adapter.digest for use in self.planned.uses]
-        options = options_of(request) | {"device": self.device}
+        options = record_of(request) | {"device": self.device}
         self.merge = fingerprint(self.plan, self.inputs, digests, options)
 
     def begin(self, n_workers: int, watch: Observer) -> None:

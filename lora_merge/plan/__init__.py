@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.plan import Step
-    from lora_merge.core.request import Request
+    from lora_merge.requests.request import Request
 
 __all__ = ["make_plan", "quantised_config", "raise_errors", "touches_embeddings"]
 

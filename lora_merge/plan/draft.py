@@ -29,9 +29,9 @@ from lora_merge.words import of_several
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter, AdapterUse, DeltaSpec
     from lora_merge.core.checkpoint import Checkpoint
-    from lora_merge.core.request import Request
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.requests.request import Request
 
 
 _SUMS = frozenset({"low_rank", "stacked", "addition"})

@@ -25,8 +25,8 @@ from lora_merge.plan.stacked import stacked_deltas
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter, AdapterUse, Replacement
-    from lora_merge.core.request import Request
     from lora_merge.plan.model import Model
+    from lora_merge.requests.request import Request
 
 _NESTED = ".language_model."
 """In the paths of multimodal models' language models (transformers 5.23)."""

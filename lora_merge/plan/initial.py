@@ -10,7 +10,7 @@ from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
-    from lora_merge.core.request import Request
+    from lora_merge.requests.request import Request
 
 _RECOMPUTABLE = frozenset({"pissa", "olora"})
 """Values of ``init_lora_weights`` whose change of the base follows from the base alone, always the same."""

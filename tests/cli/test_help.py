@@ -70,7 +70,7 @@ def test_every_option_has_a_sentence_of_help(name, command):
 def test_every_field_of_a_request_is_an_option():
     from dataclasses import fields
 
-    from lora_merge.core.request import Request
+    from lora_merge.requests.request import Request
 
     options = {parameter.name for parameter in app.commands["merge"].params}
     assert {field.name for field in fields(Request)} <= options
@@ -83,7 +83,7 @@ def test_every_field_of_a_request_is_an_option():
 def test_every_field_of_a_request_about_an_adapter_is_an_option(command, request_class):
     from dataclasses import fields
 
-    from lora_merge.core import request
+    from lora_merge.requests import request
 
     options = {parameter.name for parameter in app.commands[command].params}
     assert {field.name for field in fields(getattr(request, request_class))} <= options

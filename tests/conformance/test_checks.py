@@ -19,11 +19,11 @@ from lora_merge.core.adapter import DeltaSpec
 from lora_merge.core.kinds import LAYERED, NATIVE
 from lora_merge.core.plan import Copy, Merge, View
 from lora_merge.core.provenance import Provenance
-from lora_merge.core.request import parse_adapter
 from lora_merge.core.tensor import Region, TensorRef
 from lora_merge.executors.serial import run_serial
 from lora_merge.io.folder import Folder
 from lora_merge.merge import Merger
+from lora_merge.requests.values import parse_adapter
 from lora_merge.verify import verify
 from lora_merge.writers import HfCheckpoint
 from tests import planting

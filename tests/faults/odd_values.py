@@ -15,8 +15,8 @@ from typing import Any
 
 import lora_merge
 from lora_merge.core.kinds import KNOWN_FIELDS
-from lora_merge.io.batch_file import read_batch
-from lora_merge.io.request_file import read_request
+from lora_merge.requests.batch_file import read_batch
+from lora_merge.requests.request_file import read_request
 
 HIDDEN, INNER, VOCAB = 8, 16, 12
 LAYER = "model.layers.0."

@@ -20,17 +20,17 @@ from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import Recipe
 from lora_merge.core.manifest import merged_before, parse_manifest
 from lora_merge.core.provenance import Provenance, card_text, manifest_text
-from lora_merge.core.request import Request
 from lora_merge.core.shards import header_bytes
 from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.core.traits import traits_of
-from lora_merge.io.batch_file import read_batch
 from lora_merge.io.files import output_path, parse_json, read_json, write_text
 from lora_merge.io.paths import missing_hint
-from lora_merge.io.request_file import read_request
 from lora_merge.locate import find
 from lora_merge.plan import make_plan
+from lora_merge.requests.batch_file import read_batch
+from lora_merge.requests.request import Request
+from lora_merge.requests.request_file import read_request
 from lora_merge.resolve import resolve_base
 from lora_merge.serving import ENGINES, report
 from tests.faults.odd_values import (

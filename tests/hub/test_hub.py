@@ -362,7 +362,7 @@ def test_a_token_that_cannot_be_one_is_not_repeated(hub, command, adapter, tmp_p
 
 
 def test_a_request_shows_no_token():
-    from lora_merge.core.request import Request
+    from lora_merge.requests.request import Request
 
     assert "secretword" not in repr(Request(adapter=("a",), out="b", token=TOKEN))
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import lora_merge
 from lora_merge.batch import MOST_TOGETHER, Batch
-from lora_merge.core.batch import Job
 from lora_merge.core.plan import Merge
-from lora_merge.core.request import Request
 from lora_merge.io.safetensors import RowReader
+from lora_merge.requests.job import Job
+from lora_merge.requests.request import Request
 from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.property.test_executors import content, layers, write_mixture

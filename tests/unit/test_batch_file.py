@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge.core.request import ConvertRequest, Request
 from lora_merge.errors import RequestError
-from lora_merge.io.batch_file import read_batch
+from lora_merge.requests.batch_file import read_batch
+from lora_merge.requests.request import ConvertRequest, Request
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 import lora_merge
-from lora_merge.core.inputs import adapter_texts
-from lora_merge.core.request import PARSERS, parse_fields
 from lora_merge.core.shards import parse_size
 from lora_merge.errors import RequestError
+from lora_merge.requests.inputs import adapter_texts
+from lora_merge.requests.parsing import parse_values
+from lora_merge.requests.request import Request
+from lora_merge.requests.table import OPTIONS
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,7 @@ from lora_merge.errors import RequestError
 )
 def test_adapters_are_paths_and_weights_in_any_form_that_has_one_meaning(value, texts):
     assert adapter_texts(value) == texts
-    assert PARSERS["adapter"](value) == texts
+    assert parse_values(Request, {"adapter": value}) == {"adapter": texts}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_adapters_are_paths_and_weights_in_any_form_that_has_one_meaning(value, 
 )
 def test_what_names_no_adapter_or_a_weight_without_meaning_is_refused(value, words):
     with pytest.raises(RequestError) as caught:
-        parse_fields({"adapter": value})
+        parse_values(Request, {"adapter": value})
 
     assert words in str(caught.value)
 
@@ -115,8 +117,13 @@ def test_sizes_with_a_unit_and_large_numbers_of_bytes_are_what_they_say():
     assert [parse_size(text) for text in texts] == [5e9, 5e9, 1024, 100, 2.5e6, 1e6, 2e9]
 
 
+def parser_of(name):
+    """Return the parser that the table has for an option."""
+    return next(option.kind.parse for option in OPTIONS if option.name == name)
+
+
 @pytest.mark.parametrize("key", ["workers", "rank", "pad_rank", "n_tokens", "seed"])
 @pytest.mark.parametrize("value", ["-1", "1.5", "9" * 5000, True, "many", ""])
 def test_what_is_no_whole_number_in_range_is_a_sentence(key, value):
     with pytest.raises(ValueError, match="expected a whole number from"):
-        PARSERS[key](value)
+        parser_of(key)(value)

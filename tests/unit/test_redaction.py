@@ -9,13 +9,13 @@ import traceback
 
 import pytest
 
-from lora_merge.core.request import ConvertRequest, InspectRequest, Request, VerifyRequest
 from lora_merge.core.source import Source
 from lora_merge.errors import RequestError
 from lora_merge.io import hub
 from lora_merge.io.event_log import EventLog
-from lora_merge.io.request_file import read_request
 from lora_merge.redaction import without_secrets
+from lora_merge.requests.request import ConvertRequest, InspectRequest, Request, VerifyRequest
+from lora_merge.requests.request_file import read_request
 
 TOKEN = "hf_SECRETsecretSECRETsecret"
 OTHER = "s3cret-of-a-hub-of-our-own"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lora_merge.cli import exits
-from lora_merge.core.request import Request
 from lora_merge.errors import RequestError
-from lora_merge.io.request_file import read_request
+from lora_merge.requests.request import Request
+from lora_merge.requests.request_file import read_request
 
 
 def write(tmp_path, text):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.json_values import MOST_LEVELS
-from lora_merge.core.request import ConvertRequest, Request, parse_fields
 from lora_merge.errors import CheckpointError, RequestError
 from lora_merge.io.named_file import read_named
+from lora_merge.requests.parsing import VERBS, AnyRequest, parse_values
+from lora_merge.requests.request import Request
+from lora_merge.requests.table import fields_of
 from lora_merge.words import shown
 
 if TYPE_CHECKING:
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
 
     import yaml
     from pydantic import TypeAdapter
-
-AnyRequest = TypeVar("AnyRequest", Request, ConvertRequest)
-
-_KEYS = tuple(field.name for field in fields(Request))
 
 MAX_BYTES = 1_000_000
 """Of a file of requests: a batch of ten thousand jobs, each on a line. Python's YAML takes ten seconds for it."""
@@ -60,13 +58,14 @@ def read_request(
     values, node = parse_yaml(path)
     lines = _key_lines(path, node)
     values = {**(defaults or {}), **values, **overrides}
+    keys = [option.key for option in fields_of("merge")]
     for key in values:
-        if key not in _KEYS:
+        if key not in keys:
             raise RequestError(
-                path, lines.get(key, 0), str(key), "is no key of a request", hint=close_hint(key, _KEYS)
+                path, lines.get(key, 0), str(key), "is no key of a request", hint=close_hint(key, keys)
             )
     try:
-        return validated(Request, parse_fields(values))
+        return validated(Request, parse_values(Request, values))
     except RequestError as exc:
         raise RequestError(path, lines.get(exc.key, 0), exc.key, exc.sentence, hint=exc.hint) from None
 
@@ -89,7 +88,8 @@ def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
         key = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "missing":
             raise RequestError("", 0, key, "is missing", hint=f"add it, or pass --{key}") from None
-        repeated = "" if key == "token" else f" {shown(values.get(key))}:"
+        is_secret = any(option.is_secret for option in fields_of(VERBS[kind]) if option.name == key)
+        repeated = "" if is_secret else f" {shown(values.get(key))}:"
         raise RequestError("", 0, key, f"is{repeated} {first['msg'][0].lower()}{first['msg'][1:]}") from None
     meant = {key: values[key] for key, value in checked.items() if value is not values[key]}
     listed: dict[str, Any] = {

@@ -13,6 +13,10 @@ from typing import Any
 from lora_merge.core.tensor import LARGEST_FLOAT32
 from lora_merge.words import quoted, shown
 
+AdapterPath = str | os.PathLike[str]
+AdapterPaths = AdapterPath | Mapping[AdapterPath, float] | Sequence[AdapterPath | tuple[AdapterPath, float]]
+"""One adapter or several, as Python names them; a table and a pair give each its weight."""
+
 
 def adapter_texts(value: object) -> tuple[str, ...]:
     """Return adapters as a command line names them, each with its weight behind it where it has one.
@@ -103,6 +107,19 @@ def path_text(value: object) -> str:
     if not text.strip():
         raise ValueError("is empty, expected a path (is a variable of the shell not set?)")
     return text
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """Return several texts as they are.
+
+    Raises:
+        ValueError: one of them is something else.
+    """
+    found = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for text in found:
+        if not isinstance(text, str):
+            raise ValueError(f"has {shown(text)}, expected a text")  # noqa: TRY004 - as parsers raise
+    return tuple(map(str, found))
 
 
 def switch(value: Any) -> bool:

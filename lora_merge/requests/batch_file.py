@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.batch import Job
-from lora_merge.core.inputs import adapter_texts
-from lora_merge.core.request import ConvertRequest, Request, parse_adapter, parse_fields, parse_request
 from lora_merge.errors import RequestError, ResolveError
 from lora_merge.io.files import is_there, output_path
-from lora_merge.io.request_file import close_hint, parse_yaml, validated
 from lora_merge.io.wildcards import WILD, matches
+from lora_merge.requests.inputs import adapter_texts
+from lora_merge.requests.job import Job
+from lora_merge.requests.parsing import parse_request, parse_values
+from lora_merge.requests.request import ConvertRequest, Request
+from lora_merge.requests.request_file import close_hint, parse_yaml, validated
+from lora_merge.requests.table import fields_of
+from lora_merge.requests.values import parse_adapter
 from lora_merge.words import quoted, shown
 
 if TYPE_CHECKING:
     import yaml
 
-_MERGE_KEYS = frozenset(field.name for field in fields(Request))
-_CONVERT_KEYS = (frozenset(field.name for field in fields(ConvertRequest)) - {"adapter", "serving"}) | {"for"}
+_MERGE_KEYS = frozenset(option.key for option in fields_of("merge"))
+_CONVERT_KEYS = frozenset(option.key for option in fields_of("convert")) - {"convert"}
 _OWN_KEYS = frozenset({"name", "matrix", "convert"})
 _TOP_KEYS = ("defaults", "jobs")
 
@@ -32,11 +35,13 @@ MAX_JOBS = 10_000
 
 _FIELD = re.compile(r"\{(\w*)\}")
 
-_SPELT = {"adapter": "convert", "serving": "for"}
-"""Fields of a conversion that a batch calls otherwise."""
+_SPELT = {option.name: option.key for option in fields_of("convert")}
+"""Fields of a conversion, and what a batch calls them."""
 
-_GLOBBED = ("adapter", "convert", "base")
-"""Keys whose values may have wildcards."""
+_FIELDS = sorted((*fields_of("merge"), *fields_of("convert")), key=lambda option: not option.is_required)
+
+_GLOBBED = tuple(dict.fromkeys(option.key for option in _FIELDS if option.has_wildcards))
+"""Keys whose values may have wildcards, in the order in which ``{1}``, ``{2}`` … count what they match."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +248,7 @@ def _merge_request(values: Mapping[str, Any]) -> Request:
         raise RequestError(
             "", 0, "adapter", "is missing", hint="a job has an adapter, or converts one: convert: …"
         )
-    return validated(Request, parse_fields({"resume": True, **values}))
+    return validated(Request, parse_values(Request, {"resume": True, **values}))
 
 
 def _convert_request(values: Mapping[str, Any]) -> ConvertRequest:
@@ -252,10 +257,9 @@ def _convert_request(values: Mapping[str, Any]) -> ConvertRequest:
         raise RequestError(
             "", 0, "adapter", f"is {shown(adapter)}, expected one adapter: a directory or a repo"
         )
-    spelt = {field.name: _SPELT.get(field.name, field.name) for field in fields(ConvertRequest)}
-    named = {field: values[key] for field, key in spelt.items() if key in values}
+    named = {field: values[key] for field, key in _SPELT.items() if key in values}
     parsed = parse_request(ConvertRequest, named)
-    return validated(ConvertRequest, {field.name: getattr(parsed, field.name) for field in fields(parsed)})
+    return validated(ConvertRequest, {field: getattr(parsed, field) for field in _SPELT})
 
 
 def _placed(text: str) -> str:

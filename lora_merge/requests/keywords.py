@@ -1,0 +1,297 @@
+"""Keywords of the public functions, but for those without a default.
+
+Made from the table of options by `scripts/docs.py --write`; do not edit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from os import PathLike
+
+    from lora_merge.core.choices import (
+        AdapterFormat,
+        BaseIs,
+        CombineMethod,
+        Engine,
+        ExpertForm,
+        Link,
+        Naming,
+        OutputDtype,
+        ProofLevel,
+        ServingEngine,
+        VerifyLevel,
+    )
+    from lora_merge.requests.inputs import AdapterPaths
+
+
+class PlanOptions(TypedDict, total=False):
+    """Keywords of `lora_merge.plan`."""
+
+    base: str | PathLike[str] | None
+    """Base model: a directory, or org/name[@revision] on the Hub. Default: the one that the adapter names."""
+
+    base_is: BaseIs | None
+    """What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter: the model as published, or what
+    the initialisation left of it."""
+
+    expert_layout: str | Sequence[str]
+    """What cannot be seen of stacked experts: how the base stores a square one in the adapter's terms;
+    Unsloth's packing of B. May be repeated."""
+
+    ignore_file: str | Sequence[str]
+    """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
+    such as 'model-*'. May be repeated."""
+
+    combine: CombineMethod
+    """How several adapters become one change of each weight. Default: linear, their weighted sum."""
+
+    density: float
+    """Share of each change that ties and dare keep. Default: 0.5."""
+
+    seed: int
+    """Of what dare drops. Default: 0."""
+
+    dtype: OutputDtype | None
+    """Store the weights in this dtype. Default: the base's, tensor by tensor."""
+
+    max_shard_size: str | int | None
+    """Split the weights into files of at most this size, such as 5GB. Default: the base's own files."""
+
+    allow_untie: bool
+    """Untie the embeddings even of a family that engines tie whatever its config says."""
+
+    allow_svd: bool
+    """Merge OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it otherwise."""
+
+    allow_again: bool
+    """Merge an adapter into a base that has it merged into it already."""
+
+    token: str | None
+    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
+    HF_TOKEN, or the login."""
+
+    offline: bool
+    """Take models and adapters from the local cache, and ask no hub."""
+
+
+class MergeOptions(PlanOptions, total=False):
+    """Keywords of `lora_merge.merge`."""
+
+    strict: bool
+    """Treat warnings as errors."""
+
+    device: str
+    """Do the arithmetic here. Default: auto, the CPU."""
+
+    workers: int | None
+    """Worker threads, at most. Default: the usable cores, up to 8."""
+
+    memory_limit: str | int | None
+    """Hold no more than this in memory, such as 2GB: fewer workers and smaller tiles, or a refusal. Default:
+    what is free."""
+
+    link: Link | None
+    """How weight files that nothing changes come into the output; a hard link is the base's own file under a
+    second name. Default: reflink where the filesystem has it, else copy."""
+
+    verify: VerifyLevel
+    """Check the output before it gets its name: three rows of each merged tensor, or everything. Default:
+    sample."""
+
+    overwrite: bool
+    """Replace an existing output, once the new one is whole."""
+
+    resume: bool
+    """Go on where an interrupted run to this output stopped, if it was the same merge; what it has written is
+    checked first."""
+
+
+class VerifyOptions(TypedDict, total=False):
+    """Keywords of `lora_merge.verify`."""
+
+    base: str | PathLike[str] | None
+    """What it was merged into. Default: what its manifest names."""
+
+    adapter: AdapterPaths
+    """What was merged into it; repeat it for several. Default: what its manifest names."""
+
+    level: ProofLevel
+    """sample: check every merged row by random projections, and recompute some; full: recompute all;
+    structure: compare nothing. Default: sample."""
+
+    forward: bool
+    """Run base and adapter, unmerged, and the merged checkpoint, and compare what they compute."""
+
+    engine: Engine | None
+    """Ask this engine too, with no LoRA support."""
+
+    engine_python: str | PathLike[str] | None
+    """Python interpreter that has the engine. Default: this one, or LORA_MERGE_ENGINE_PYTHON."""
+
+    prompt: str | Sequence[str]
+    """Ask this; may be repeated. Default: three texts, and tokens drawn from the vocabulary."""
+
+    n_tokens: int
+    """Tokens that each prompt is answered with. Default: 8."""
+
+    tolerance: float | None
+    """Largest difference of two logits that passes. Default: what rounding to the stored dtype explains,
+    measured."""
+
+    dtype: OutputDtype
+    """What the models compute in; a half dtype takes half the memory and hides more. Default: float32."""
+
+    trust_remote_code: bool
+    """Run the code that the checkpoint carries, where transformers has no class for the model."""
+
+    ignore_file: str | Sequence[str]
+    """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
+    such as 'model-*'. May be repeated."""
+
+    token: str | None
+    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
+    HF_TOKEN, or the login."""
+
+    offline: bool
+    """Take models and adapters from the local cache, and ask no hub."""
+
+
+class InspectOptions(TypedDict, total=False):
+    """Keywords of `lora_merge.inspect`."""
+
+    base: str | PathLike[str] | None
+    """Base model: a directory, or org/name[@revision] on the Hub. Default: none, or where one is needed the
+    one that the adapter names."""
+
+    base_is: BaseIs | None
+    """What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter."""
+
+    expert_layout: str | Sequence[str]
+    """What cannot be seen of stacked experts."""
+
+    ignore_file: str | Sequence[str]
+    """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
+    such as 'model-*'. May be repeated."""
+
+    engine: ServingEngine | None
+    """Report on this engine only."""
+
+    plot: str | PathLike[str] | None
+    """Draw a heat map of layers and modules into a .png, .svg or .html file: rank, and with a base how large
+    the change is."""
+
+    strict: bool
+    """Treat warnings as errors."""
+
+    token: str | None
+    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
+    HF_TOKEN, or the login."""
+
+    offline: bool
+    """Take models and adapters from the local cache, and ask no hub."""
+
+
+class ConvertOptions(TypedDict, total=False):
+    """Keywords of `lora_merge.convert`."""
+
+    engine: ServingEngine | None
+    """Do whatever this engine needs, by the rules that inspect reports, and check that it is enough."""
+
+    expand_targets: bool
+    """List the modules in place of a regex, layers and exclusions."""
+
+    bake_scale: bool
+    """Fold rsLoRA, α and its patterns into B: α/r is 1 then."""
+
+    rank: int | None
+    """Keep the N largest singular values of each module's change, at most; says what is lost. A smaller rank
+    stays: see --pad-rank."""
+
+    energy: float | None
+    """Keep as many as make up this share of the sum of their squares, such as 0.99."""
+
+    pad_rank: int | None
+    """Give every module the rank N, with zeros."""
+
+    to_lora: bool
+    """Make plain LoRA of any other kind: AdaLoRA exactly; DoRA, LoHa, IA3, OFT, whole modules and so on by
+    --rank or --energy of what they change in the base."""
+
+    rename: Naming | None
+    """Name modules as transformers 4 or 5 does."""
+
+    experts: ExpertForm | None
+    """``split``: LoRA on every expert by itself. ``fuse``: LoRA on the parameters that hold all experts."""
+
+    dtype: OutputDtype | None
+    """Store the factors in this dtype. Default: the adapter's, where it holds them exactly, else float32."""
+
+    format: AdapterFormat
+    """Write PEFT's files, a GGUF file for llama.cpp, or mlx-lm's files. Default: peft."""
+
+    base: str | PathLike[str] | None
+    """Base model: a directory, or org/name[@revision] on the Hub. Default: none, or where one is needed the
+    one that the adapter names."""
+
+    base_is: BaseIs | None
+    """What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter."""
+
+    expert_layout: str | Sequence[str]
+    """What cannot be seen of stacked experts."""
+
+    ignore_file: str | Sequence[str]
+    """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
+    such as 'model-*'. May be repeated."""
+
+    allow_svd: bool
+    """Take apart OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it
+    otherwise."""
+
+    overwrite: bool
+    """Replace an existing output, once the new one is whole."""
+
+    strict: bool
+    """Treat warnings as errors."""
+
+    token: str | None
+    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
+    HF_TOKEN, or the login."""
+
+    offline: bool
+    """Take models and adapters from the local cache, and ask no hub."""
+
+
+class ExtractOptions(TypedDict, total=False):
+    """Keywords of `lora_merge.extract`."""
+
+    rank: int | None
+    """Keep the N largest singular values of each change."""
+
+    energy: float | None
+    """Keep as many as make up this share of the sum of their squares, such as 0.9; with --rank, at most N."""
+
+    target: str | Sequence[str]
+    """Take modules whose paths end in this, such as q_proj; may be repeated. Default: all that LoRA can
+    hold."""
+
+    save_modules: bool
+    """Carry whole what no LoRA holds: embeddings, norms, biases."""
+
+    dtype: OutputDtype | None
+    """Store the factors in this dtype. Default: float32."""
+
+    overwrite: bool
+    """Replace an existing output, once the new one is whole."""
+
+    strict: bool
+    """Treat warnings as errors."""
+
+    token: str | None
+    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
+    HF_TOKEN, or the login."""
+
+    offline: bool
+    """Take models and adapters from the local cache, and ask no hub."""

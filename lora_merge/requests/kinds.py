@@ -1,0 +1,82 @@
+"""The kinds of values that several options have, or one."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from lora_merge.core.choices import (
+    AdapterFormat,
+    BaseIs,
+    CombineMethod,
+    Engine,
+    ExpertForm,
+    ExpertLayout,
+    Link,
+    Naming,
+    OutputDtype,
+    ProofLevel,
+    ServingEngine,
+    VerifyLevel,
+)
+from lora_merge.requests import values
+from lora_merge.requests.inputs import path_text, switch, texts
+from lora_merge.requests.option import Kind
+
+
+def _shown(choice: Any) -> str:
+    """Return how help shows the values of a ``Literal``: ``[v4|v5]``."""
+    return f"[{'|'.join(get_args(choice))}]"
+
+
+SWITCH = Kind("bool", switch)
+TEXTS = Kind("tuple[str, ...]", texts, "TEXT", is_many=True)
+MODULES = Kind("tuple[str, ...]", metavar="MODULE", is_many=True)
+NAMES = Kind("tuple[str, ...]", texts, "NAME", is_many=True)
+
+PLACE = Kind("str", path_text, "DIR|ID", is_path=True)
+"""A directory, or a repo of the Hub."""
+
+NEW_FILE = Kind("str", path_text, "FILE", is_path=True)
+INTERPRETER = Kind("str", path_text, "PATH", is_path=True)
+READ_FILE = Kind("str", metavar="FILE", file="existing")
+LOG_FILE = Kind("str", metavar="FILE", file="new")
+FOLDER = Kind("str", path_text, "DIR", is_path=True)
+OUTPUT = Kind("str", metavar="DIR", is_path=True, file="any")
+"""As `FOLDER`; a YAML file says what type it is of before it says what is wrong with the path."""
+
+ADAPTERS = Kind(
+    "tuple[str, ...]", values.parse_adapters, "DIR|ID[:WEIGHT]", is_many=True, accepts="AdapterPaths"
+)
+FILE_NAMES = Kind("tuple[str, ...]", values.parse_file_names, "NAME", is_many=True)
+LAYOUTS = Kind("tuple[str, ...]", values.parse_expert_layout, choices=get_args(ExpertLayout), is_many=True)
+
+BASE_IS = Kind("BaseIs", values.parse_choice(BaseIs, "kind of base"), _shown(BaseIs))
+COMBINE = Kind("CombineMethod", values.parse_choice(CombineMethod, "way to combine"), _shown(CombineMethod))
+DTYPE = Kind("OutputDtype", values.parse_dtype, _shown(OutputDtype))
+ENGINE = Kind("Engine", values.parse_choice(Engine, "engine"), _shown(Engine))
+EXPERTS = Kind("ExpertForm", values.parse_choice(ExpertForm, "form of experts"))
+FORMAT = Kind(
+    "AdapterFormat",
+    values.parse_choice(AdapterFormat, "format of an adapter"),
+    choices=get_args(AdapterFormat),
+)
+LEVEL = Kind("ProofLevel", values.parse_choice(ProofLevel, "level"), choices=get_args(ProofLevel))
+LINK = Kind("Link", values.parse_choice(Link, "way to link"), _shown(Link))
+NAMING = Kind("Naming", values.parse_choice(Naming, "naming"), choices=get_args(Naming))
+SERVING = Kind("ServingEngine", values.parse_choice(ServingEngine, "engine"), choices=get_args(ServingEngine))
+VERIFY = Kind(
+    "VerifyLevel",
+    values.parse_choice(VerifyLevel, "level of verification"),
+    choices=("sample", "full"),  # none has a flag of its own: --no-verify
+)
+
+DENSITY = Kind("float", values.parse_density, "SHARE")
+DEVICE = Kind("str", values.parse_device, "[auto|cpu|cuda|cuda:N]")
+ENERGY = Kind("float", values.parse_energy, "SHARE")
+N_TOKENS = Kind("int", values.parse_n_tokens, "N")
+RANK = Kind("int", values.parse_rank, "N")
+SEED = Kind("int", values.parse_seed, "N")
+SIZE = Kind("str | int", values.parse_size_text, "SIZE")
+TOKEN = Kind("str", values.parse_token, "TEXT")
+TOLERANCE = Kind("float", values.parse_tolerance, "LOGITS")
+WORKERS = Kind("int", values.parse_workers, "N")

@@ -1,0 +1,110 @@
+"""Values, wherever they come from → a request: every value is parsed as the table of options says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from lora_merge.errors import RequestError
+from lora_merge.requests.inputs import path_text
+from lora_merge.requests.request import (
+    ConvertRequest,
+    ExtractRequest,
+    InspectRequest,
+    Request,
+    VerifyRequest,
+)
+from lora_merge.requests.table import fields_of
+
+if TYPE_CHECKING:
+    from lora_merge.requests.option import Option, Verb
+
+AnyRequest = TypeVar("AnyRequest", Request, VerifyRequest, InspectRequest, ConvertRequest, ExtractRequest)
+
+VERBS: Final[Mapping[type, Verb]] = {
+    Request: "merge",
+    VerifyRequest: "verify",
+    InspectRequest: "inspect",
+    ConvertRequest: "convert",
+    ExtractRequest: "extract",
+}
+"""Whose options are the fields of a request."""
+
+
+def parse_values(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of a request's fields, parsed; None stays None, and what is not given is not added.
+
+    A place without a parser of its own (the output's) is left as it is: its type is checked with the others'.
+
+    Raises:
+        RequestError: a value does not parse; it names the key.
+    """
+    parsed = dict(values)
+    for option in fields_of(VERBS[kind]):
+        if option.kind.parse is not None and parsed.get(option.name) is not None:
+            parsed[option.name] = _parsed(option, parsed[option.name])
+    return parsed
+
+
+def parse_request(
+    kind: type[AnyRequest], values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> AnyRequest:
+    """Return a request: what is given is parsed, the rest has its default.
+
+    Args:
+        kind: of request.
+        values: by the names of its fields; None and ``()`` count as not given.
+        defaults: of fields that have none of their own.
+
+    Raises:
+        RequestError: a value does not parse, or a field without a default is not given; it names the key.
+    """
+    given = {name: value for name, value in values.items() if value is not None and value != ()}
+    fields = {**(defaults or {}), **given}
+    for option in fields_of(VERBS[kind]):
+        if option.name in given or (option.is_required and option.name not in fields):
+            fields[option.name] = _parsed(option, values.get(option.name))
+    return kind(**fields)
+
+
+def parse_keywords(
+    kind: type[AnyRequest], verb: Verb, keywords: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> AnyRequest:
+    """Return the request of a call in Python.
+
+    Args:
+        kind: of request.
+        verb: the function that is called.
+        keywords: its arguments, all by their names.
+        defaults: of fields that have none of their own.
+
+    Raises:
+        TypeError: the function has no such keyword.
+        RequestError: a value does not parse; it names the field.
+    """
+    options = {option.python_name: option for option in fields_of(verb) if option.in_python}
+    for keyword in keywords:
+        if keyword not in options:
+            raise TypeError(f"{verb}() got an unexpected keyword argument {keyword!r}")
+    values = {options[keyword].name: _listed(options[keyword], value) for keyword, value in keywords.items()}
+    return parse_request(kind, values, defaults)
+
+
+def _listed(option: Option, value: Any) -> Any:
+    """Return a value that may be several as a tuple; Python takes one text for a list of one, and any iterable."""
+    if not option.kind.is_many or option.kind.accepts or isinstance(value, str):
+        return value
+    return tuple(value) if isinstance(value, Iterable) else value
+
+
+def _parsed(option: Option, value: Any) -> Any:
+    """Return the parsed value of a field.
+
+    Raises:
+        RequestError: it does not parse.
+    """
+    parse = option.kind.parse or (path_text if option.kind.is_path else None)
+    try:
+        return value if parse is None else parse(value)
+    except ValueError as exc:
+        raise RequestError("", 0, option.name, str(exc)) from exc

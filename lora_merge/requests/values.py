@@ -1,0 +1,247 @@
+"""Values as texts → the values of a request, each by a parser of its own that raises ``ValueError`` with a sentence."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from lora_merge.core.choices import ExpertLayout, OutputDtype
+from lora_merge.core.shards import parse_size
+from lora_merge.requests.inputs import adapter_texts, checked_weight
+from lora_merge.words import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+MOST_RANK: Final = 1 << 16
+MOST_WORKERS: Final = 1024
+
+_SHORT_DTYPES: Final[Mapping[str, OutputDtype]] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def parse_adapter(text: object) -> tuple[str, float]:
+    """Return the place and the weight of one adapter.
+
+    Example:
+        >>> parse_adapter("my-lora:0.5"), parse_adapter("org/my-lora@v1")
+        (('my-lora', 0.5), ('org/my-lora@v1', 1.0))
+
+    Raises:
+        ValueError: it is no text, or the weight is 0 or not finite.
+    """
+    (text,) = adapter_texts((text,))
+    path, colon, weight = text.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0
+    if not colon or not path:
+        return text, 1.0
+    return path, checked_weight(text, value)
+
+
+def parse_adapters(value: object) -> tuple[str, ...]:
+    """Return one adapter or several, once their weights are known to parse.
+
+    Raises:
+        ValueError: there is none, or one does not parse.
+    """
+    if value is None:
+        raise ValueError("is None, expected an adapter")
+    texts = adapter_texts(value)
+    for text in texts:
+        parse_adapter(text)
+    return texts
+
+
+def parse_expert_layout(value: object) -> tuple[str, ...]:
+    """Return what is said of stacked experts.
+
+    Raises:
+        ValueError: a word is unknown, or two contradict each other.
+    """
+    words = tuple(value) if isinstance(value, list | tuple) else (value,)
+    layouts = get_args(ExpertLayout)
+    for word in words:
+        if word not in layouts:
+            known = f"{', '.join(layouts[:-1])} or {layouts[-1]}"
+            raise ValueError(f"{shown(word)} is no layout of experts, expected {known}")
+    if {"out-in", "in-out"} <= set(words):
+        raise ValueError("says both out-in and in-out, expected one of them")
+    return words
+
+
+def parse_file_names(value: object) -> tuple[str, ...]:
+    """Return the names of files, one or several.
+
+    Raises:
+        ValueError: one is no name of a file inside a folder.
+    """
+    names = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for name in names:
+        if not isinstance(name, str) or not name.strip("/") or ".." in name.split("/"):
+            raise ValueError(f"{shown(name)} is not the name of a file in the adapter's folder")
+    return tuple(name.removeprefix("./") for name in map(str, names))
+
+
+def parse_density(value: str | float) -> float:
+    """Return a share of values.
+
+    Raises:
+        ValueError: it is no number above 0 and at most 1.
+    """
+    try:
+        density = 0.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        density = 0.0
+    if not 0 < density <= 1:
+        raise ValueError(f"{shown(value)} is no density, expected a number above 0 and at most 1")
+    return density
+
+
+def parse_seed(value: str | int) -> int:
+    """Return a seed.
+
+    Raises:
+        ValueError: it is no whole number from 0 to 2³¹ - 1.
+    """
+    return _whole(value, "seed", 2**31 - 1, least=0)
+
+
+def parse_choice(kind: Any, name: str) -> Callable[[str], str]:
+    """Return a parser of the values of a ``Literal``, which raises ``ValueError`` for any other."""
+    known = get_args(kind)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            choice = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+            raise ValueError(f"{shown(text)} is no {name}, expected {choice}")
+        return text
+
+    return parse
+
+
+def parse_dtype(text: str) -> OutputDtype:
+    """Return a dtype as torch spells it.
+
+    Example:
+        >>> parse_dtype("bf16")
+        'bfloat16'
+
+    Raises:
+        ValueError: it is no dtype that an output can have.
+    """
+    for short, full in _SHORT_DTYPES.items():
+        if str(text).lower().removeprefix("torch.") in {short, full}:
+            return full
+    known = ", ".join(f"{full} ({short})" for short, full in _SHORT_DTYPES.items())
+    raise ValueError(f"{shown(text)} is no dtype, expected one of {known}")
+
+
+def parse_device(text: str) -> str:
+    """Return a device name as it is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(text)):
+        raise ValueError(f"{shown(text)} is no device, expected auto, cpu, cuda or cuda:N")
+    return str(text)
+
+
+def parse_size_text(text: str | int) -> str | int:
+    """Return a size as it is written, once it is known to parse.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    parse_size(text)
+    return text
+
+
+def parse_token(text: object) -> str:
+    """Return an access token as it is.
+
+    Raises:
+        ValueError: it cannot be one. The sentence does not repeat it.
+    """
+    if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("is no token, expected letters and digits without spaces")
+    return text
+
+
+def parse_tolerance(value: str | float) -> float:
+    """Return a difference of logits.
+
+    Raises:
+        ValueError: it is no number of 0 or more.
+    """
+    try:
+        tolerance = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        tolerance = -1.0
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"{shown(value)} is no tolerance, expected a difference of logits, 0 or more")
+    return tolerance
+
+
+def parse_n_tokens(value: str | int) -> int:
+    """Return a number of tokens.
+
+    Raises:
+        ValueError: it is no whole number from 1 to 1024.
+    """
+    return _whole(value, "number of tokens", 1024)
+
+
+def parse_rank(value: str | int) -> int:
+    """Return a rank.
+
+    Raises:
+        ValueError: it is no whole number, less than one, or larger than any matrix has.
+    """
+    return _whole(value, "rank", MOST_RANK)
+
+
+def parse_energy(value: str | float) -> float:
+    """Return a share of energy.
+
+    Example:
+        >>> parse_energy("0.99"), parse_energy("99%")
+        (0.99, 0.99)
+
+    Raises:
+        ValueError: it is no number above 0 and at most 1.
+    """
+    text = str(value)
+    try:
+        energy = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        energy = 0.0
+    if isinstance(value, bool) or not 0 < energy <= 1:
+        raise ValueError(
+            f"{shown(value)} is no share of energy, expected a number above 0 and at most 1, such as 0.99"
+        )
+    return energy
+
+
+def parse_workers(text: str | int) -> int:
+    """Return a number of workers.
+
+    Raises:
+        ValueError: it is no whole number, less than one, or more than a machine can run.
+    """
+    return _whole(text, "number of workers", MOST_WORKERS)
+
+
+def _whole(value: object, thing: str, most: int, least: int = 1) -> int:
+    """Return a whole number between two limits.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    text = "" if isinstance(value, bool) else str(value)
+    if not re.fullmatch(r"\d{1,10}", text) or not least <= int(text) <= most:
+        raise ValueError(f"{shown(value)} is no {thing}, expected a whole number from {least} to {most}")
+    return int(text)
