@@ -2,8 +2,8 @@
 
 ``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The tables of adapters and of model
 families in ``README.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
-and the one in ``docs/serving.md`` is the rules themselves. The tree in ``docs/design.md`` is made of the modules' docstrings.
-and the one in ``docs/serving.md`` is the rules themselves. The types in ``lora_merge/requests`` are the table of options.
+and the one in ``docs/serving.md`` is the rules themselves. The tree in ``docs/design.md`` is made of the modules' docstrings;
+the types in ``lora_merge/requests`` are the table of options.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from tree import tree
 import request_types
+from tree import tree
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
