@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.spelling import TUNERS
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.family import BaseFamily
 from lora_merge.core.inspection import EngineReport, Inspection, ModuleFacts
 from lora_merge.core.kinds import PREFIX, READ_FIELDS, UNMERGEABLE_FIELDS
 from lora_merge.core.traits import traits_of
+from lora_merge.deltas import FactorFacts, StackedFacts
 from lora_merge.serving import report
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Measured:
     """By path: ‖Δ‖ and ‖W‖."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    stacked: Sequence[DeltaSpec] = ()
+    stacked: Sequence[Delta] = ()
     """LoRA on ``target_parameters``, which only the base can name; one delta for each."""
 
 
@@ -141,16 +142,18 @@ def _engine_reports(
 def _modules(adapter: Adapter, measured: Measured) -> tuple[ModuleFacts, ...]:
     """Return every module, in the order in which people count layers."""
     found: dict[str, ModuleFacts] = {}
-    for delta in (*adapter.deltas, *measured.stacked):
-        path = delta.target or delta.module
-        if delta.kind == "addition" or path in found:
-            continue
-        found[path] = _of_delta(path, delta)
+    named = [(delta.module, delta) for delta in adapter.deltas]
+    named += [(delta.parameter, delta) for delta in measured.stacked]
+    for path, delta in named:
+        if path not in found:  # a bias of lora_B comes after the factors of its module
+            found[path] = _of_delta(path, delta)
     if not measured.stacked:
         for pair in adapter.stacked:
             path = f"{pair.module}{'.base_layer' * pair.depth}"
-            found[path] = ModuleFacts(path, "stacked", 0, None, (), _nbytes(pair.tensors.values()))
-    own = {ref.name for delta in adapter.deltas for ref in delta.tensors.values()}
+            found[path] = ModuleFacts(
+                path, StackedFacts().algebra, 0, None, (), _nbytes(pair.tensors.values())
+            )
+    own = {ref.name for delta in adapter.deltas for ref in delta.factors.values()}
     for path, refs in _layered(adapter, own).items():
         found.setdefault(
             path, ModuleFacts(path, adapter.kind, 0, None, measured.shapes.get(path, ()), _nbytes(refs))
@@ -166,15 +169,15 @@ def _modules(adapter: Adapter, measured: Measured) -> tuple[ModuleFacts, ...]:
     )
 
 
-def _of_delta(path: str, delta: DeltaSpec) -> ModuleFacts:
-    nbytes = _nbytes(delta.tensors.values())
-    if "A" not in delta.tensors:
-        (ref,) = delta.tensors.values()
-        return ModuleFacts(path, delta.kind, 0, None, ref.shape, nbytes)
+def _of_delta(path: str, delta: Delta) -> ModuleFacts:
+    nbytes = _nbytes(delta.factors.values())
+    if not isinstance(delta.facts, FactorFacts):
+        ref = next(iter(delta.factors.values()))
+        return ModuleFacts(path, delta.algebra, 0, None, ref.shape, nbytes)
     shape = (delta.shape("B")[0], *delta.shape("A")[1:])
-    if "experts" in delta.options:
-        shape = (int(delta.options["experts"]), *shape)
-    return ModuleFacts(path, delta.kind, delta.rank, delta.factor, shape, nbytes)
+    if delta.facts.stack is not None:
+        shape = (delta.facts.stack.experts, *shape)
+    return ModuleFacts(path, delta.algebra, delta.rank, delta.effective_scale, shape, nbytes)
 
 
 def _layered(adapter: Adapter, own: set[str]) -> dict[str, list[TensorRef]]:

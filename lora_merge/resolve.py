@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -210,21 +210,20 @@ def is_idle(adapter: Adapter, unchanged: frozenset[str]) -> bool:
         adapter: as it was read.
         unchanged: the whole parameters in it that equal the base's.
     """
-    pairs: list[DeltaSpec | StackedPair] = [*adapter.deltas, *adapter.stacked]
+    pairs: list[Delta | StackedPair] = [*adapter.deltas, *adapter.stacked]
     if adapter.layered or adapter.replacements.keys() - unchanged or not pairs:
         return False
     return all(_is_zero(pair) for pair in pairs)
 
 
-def _is_zero(pair: DeltaSpec | StackedPair) -> bool:
-    """Return True when a product of factors is zero; no other kind of change is known to be none."""
-    factors = [ref for role, ref in pair.tensors.items() if role in {"A", "B", "E"}]
-    if isinstance(pair, DeltaSpec) and pair.kind == "addition":
-        factors = list(pair.tensors.values())
-    elif isinstance(pair, DeltaSpec) and pair.kind != "low_rank":
-        return False
-    scaled_away = isinstance(pair, DeltaSpec) and not pair.scale
-    return scaled_away or any(ref.dtype in TORCH_NAMES and is_zero(ref) for ref in factors)
+def _is_zero(pair: Delta | StackedPair) -> bool:
+    """Return True when a change is known to be none: one of its factors is zero, or its scale."""
+    if isinstance(pair, Delta):
+        telling = [ref for role, ref in pair.factors.items() if role in pair.facts.vanishes_with]
+        is_scaled_away = bool(pair.facts.vanishes_with) and not pair.scale
+    else:
+        telling, is_scaled_away = list(pair.tensors.values()), False
+    return is_scaled_away or any(ref.dtype in TORCH_NAMES and is_zero(ref) for ref in telling)
 
 
 def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset[frozenset[str]]:
@@ -234,7 +233,7 @@ def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset
     """
     groups = [[ref for ref in base.tensors() if ref.name.endswith(".weight") and len(ref.shape) == 2]]
     for adapter in adapters:
-        rows = [delta.tensors["rows"] for delta in adapter.deltas if delta.kind == "rows"]
+        rows = [delta.factors["rows"] for delta in adapter.deltas if delta.facts.replaces_rows]
         wholes = [ref for one in adapter.replacements.values() for ref in (one.ref, one.original) if ref]
         groups.append([*rows, *wholes])
     found = set()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.scaling import number
 from lora_merge.core.tensor import TensorRef, shape_text
+from lora_merge.deltas import LowRankFacts
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -34,7 +35,7 @@ class AdaLora:
         self._ranks = _masked_ranks(config)
         self._found: list[int] = []
 
-    def deltas(self, module: str, group: Group) -> list[DeltaSpec]:
+    def deltas(self, module: str, group: Group) -> list[Delta]:
         """Return what one group of tensors changes; nothing where no rank is left."""
         for role in ("A", "B", "E"):
             if role not in group:
@@ -57,8 +58,8 @@ class AdaLora:
             self._issues.append(note("rank-zero", module, "was left no rank by AdaLoRA, and stays as it is"))
             return []
         factors = {role: group[role] for role in ("A", "B", "E")}
-        options = {"divisor": self._init_r + 1e-5}
-        return [DeltaSpec("low_rank", f"{module}.weight", factors, self._scale, options=options)]
+        facts = LowRankFacts(divisor=self._init_r + 1e-5)
+        return [Delta(f"{module}.weight", facts, factors, self._scale)]
 
     def finish(self, modules: Collection[str]) -> list[Issue]:
         """Return a warning when no rank ever moved."""

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.mlx_vlm import as_mlx_lm, is_mlx_vlm
 from lora_merge.adapters.values import non_finite
-from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement
+from lora_merge.core.adapter import Adapter, Delta, Replacement
 from lora_merge.core.checkpoint import INPUT_NAMES
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import number
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
+from lora_merge.deltas import DoraFacts, LowRankFacts
 from lora_merge.io.files import file_digest, read_json
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
 from lora_merge.io.safetensors import read_header
@@ -174,7 +175,7 @@ class _Reading:
                 groups.setdefault(module, {})[leaf] = ref
         return groups
 
-    def _deltas(self, module: str, group: Group) -> list[DeltaSpec]:
+    def _deltas(self, module: str, group: Group) -> list[Delta]:
         """Return what one group of tensors changes; nothing where they cannot be multiplied."""
         problem = self._stray(module, group) or self._misfit(module, group)
         if problem is not None:
@@ -185,14 +186,15 @@ class _Reading:
         self._note_target(module, paths)
         if len(a.shape) == 3:
             return [
-                DeltaSpec("low_rank", f"{path}.weight", {"A": a.entry(n), "B": b.entry(n)}, self._scale)
+                Delta(f"{path}.weight", LowRankFacts(), {"A": a.entry(n), "B": b.entry(n)}, self._scale)
                 for n, path in enumerate(paths)
             ]
-        kind, lengths = ("dora", {"magnitude": group["m"]}) if self._dora else ("low_rank", {})
-        if _is_embedding(module):
-            return [DeltaSpec(kind, f"{module}.weight", {"A": b, "B": a, **lengths}, self._scale)]
-        factors = {"A": a, "B": b, **lengths}
-        return [DeltaSpec(kind, f"{module}.weight", factors, self._scale, options={"turned": True})]
+        is_embedding = _is_embedding(module)  # mlx-lm's [vocabulary, r] and [r, dim] are B and A as they are
+        facts = (DoraFacts if self._dora else LowRankFacts)(stored_transposed=not is_embedding)
+        factors = {"A": b, "B": a} if is_embedding else {"A": a, "B": b}
+        if self._dora:
+            factors["magnitude"] = group["m"]
+        return [Delta(f"{module}.weight", facts, factors, self._scale)]
 
     def _stray(self, module: str, group: Group) -> Issue | None:
         """Return what is there, or not there, against the configuration."""

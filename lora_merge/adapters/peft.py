@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_merge.adapters.adalora import AdaLora
 from lora_merge.adapters.experts import taken_apart
@@ -18,7 +18,7 @@ from lora_merge.adapters.spelling import canonical
 from lora_merge.adapters.token_rows import token_rows
 from lora_merge.adapters.unread import shard_issues
 from lora_merge.adapters.values import non_finite, unequal
-from lora_merge.core.adapter import Adapter, DeltaSpec, Replacement, StackedPair
+from lora_merge.core.adapter import Adapter, Delta, Replacement, StackedPair
 from lora_merge.core.kinds import (
     LAYERED,
     NATIVE,
@@ -33,7 +33,8 @@ from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import TargetRule, is_listed
-from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
+from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
+from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
 from lora_merge.io.files import files_digest, read_json
 from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINER_CONFIG
 from lora_merge.io.safetensors import same_values
@@ -51,6 +52,13 @@ _OUT_PROJ = ".base_layer.out_proj"
 """How PEFT names the second projection of an ``nn.MultiheadAttention``."""
 
 Group = Mapping[str, TensorRef]
+
+
+class _Blocks(TypedDict, total=False):
+    """How many blocks the block-diagonal factor of a BD-LoRA has; of any other LoRA, nothing."""
+
+    blocks_a: int
+    blocks_b: int
 
 
 def read_peft(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
@@ -250,7 +258,7 @@ class _Lora:
         self._scaling = Scaling(config)
         self._is_mica = config.get("init_lora_weights") == "mica"
 
-    def deltas(self, module: str, group: Group) -> list[DeltaSpec]:
+    def deltas(self, module: str, group: Group) -> list[Delta]:
         """Return what one group of tensors changes; nothing where they cannot be multiplied.
 
         A group that disagrees with the configuration is still a delta, so that planning can judge the rest of it.
@@ -258,8 +266,8 @@ class _Lora:
         embedding = "embedding_A" in group or "embedding_B" in group
         roles = {"embedding_A": "A", "embedding_B": "B"} if embedding else {"A": "A", "B": "B"}
         pair = {short: group[role] for role, short in roles.items() if role in group}
-        options = self._blocks(module, pair)
-        found = [self._stray_role(module, group, embedding=embedding), _pair_problem(module, pair, options)]
+        blocks = self._blocks(module, pair)
+        found = [self._stray_role(module, group, embedding=embedding), _pair_problem(module, pair, blocks)]
         problems = [problem for problem in found if problem is not None]
         if problems:
             self._issues += problems
@@ -267,20 +275,19 @@ class _Lora:
         path = plain(module)
         scale, issues = self._scaling.of(plain(module.removesuffix(_OUT_PROJ)), pair["A"].shape[0])
         self._issues += issues
-        kind = "low_rank"
         if "magnitude" in group:
-            kind, pair = "dora", {**pair, "magnitude": group["magnitude"]}
-        made = DeltaSpec(
-            kind, f"{path}.weight", pair, scale,
-            region=Region(transposed=embedding),
-            rounded=kind == "low_rank" and (embedding or bool(options) or self._is_mica),
-            options=options,
-        )  # fmt: skip
+            pair = {**pair, "magnitude": group["magnitude"]}
+            made = Delta(f"{path}.weight", DoraFacts(**blocks), pair, scale, transposed=embedding)
+        else:
+            rounded = embedding or bool(blocks) or self._is_mica
+            made = Delta(
+                f"{path}.weight", LowRankFacts(**blocks), pair, scale, transposed=embedding, rounded=rounded
+            )
         if "bias" not in group:
             return [made]
-        return [made, DeltaSpec("addition", f"{path}.bias", {"addend": group["bias"]}, scale)]
+        return [made, Delta(f"{path}.bias", AdditionFacts(), {"addend": group["bias"]}, scale)]
 
-    def _blocks(self, module: str, pair: Group) -> dict[str, Any]:
+    def _blocks(self, module: str, pair: Group) -> _Blocks:
         """Return which factor of a BD-LoRA pair is block-diagonal, and in how many blocks.
 
         Reference:
@@ -296,7 +303,7 @@ class _Lora:
             )
         named = {axis: _parts_of_names(settings, f"target_modules_bd_{axis.lower()}") for axis in ("A", "B")}
         found = next((axis for axis, parts in named.items() if any(part in module for part in parts)), None)
-        return {f"blocks_{found}": n_blocks} if found else {}
+        return {"blocks_a": n_blocks} if found == "A" else {"blocks_b": n_blocks} if found else {}
 
     def _stray_role(self, module: str, group: Group, *, embedding: bool) -> Issue | None:
         """Return what is there, or not there, against the configuration."""
@@ -340,7 +347,7 @@ def _parts_of_names(settings: Mapping[str, Any], field: str) -> list[str]:
     return value
 
 
-def _pair_problem(module: str, pair: Group, options: Mapping[str, Any]) -> Issue | None:
+def _pair_problem(module: str, pair: Group, blocks: _Blocks) -> Issue | None:
     """Return what keeps an A and a B from being multiplied."""
     for have, lack in (("A", "B"), ("B", "A")):
         if lack not in pair:
@@ -352,9 +359,8 @@ def _pair_problem(module: str, pair: Group, options: Mapping[str, Any]) -> Issue
             f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, expected matrices and no single numbers"
         )
         return error("bad-shape", module, sentence)
-    rank_of_b = b[1] * int(options.get("blocks_B", 1)) if len(b) > 1 else 0
-    for axis, shape in (("A", a), ("B", b)):
-        n_blocks = int(options.get(f"blocks_{axis}", 1))
+    rank_of_b = b[1] * blocks.get("blocks_b", 1) if len(b) > 1 else 0
+    for axis, shape, n_blocks in (("A", a, blocks.get("blocks_a", 1)), ("B", b, blocks.get("blocks_b", 1))):
         if shape[0] % n_blocks:
             sentence = f"lora_{axis} is {shape_text(shape)}, expected rows for {n_blocks} blocks (use_bdlora)"
             return error("bad-shape", module, sentence)
@@ -368,7 +374,7 @@ def _pair_problem(module: str, pair: Group, options: Mapping[str, Any]) -> Issue
     return None
 
 
-def _attention(module: str, groups: Mapping[str, Group], deltas: list[DeltaSpec]) -> list[DeltaSpec]:
+def _attention(module: str, groups: Mapping[str, Group], deltas: list[Delta]) -> list[Delta]:
     """Return the deltas of a module as an ``nn.MultiheadAttention`` takes them, if it is one.
 
     The output projection gets its delta twice, because the forward pass merges it twice; the first time it is
@@ -381,7 +387,11 @@ def _attention(module: str, groups: Mapping[str, Group], deltas: list[DeltaSpec]
         return [
             twice
             for delta in deltas
-            for twice in (replace(delta, rounded=True, options={"settles": True}), delta)
+            # PEFT multiplies the two factors as they are stored, so a block-diagonal one fits nowhere and is refused
+            for twice in (
+                replace(delta, facts=type(delta.facts)(), rounded=True, round_before_next=True),
+                delta,
+            )
         ]
     if f"{module}{_OUT_PROJ}" in groups:
         return [replace(delta, parameter=f"{module}.in_proj_weight", rounded=True) for delta in deltas]

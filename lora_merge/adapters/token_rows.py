@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.names import plain
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef
+from lora_merge.deltas import RowsFacts
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 Group = Mapping[str, TensorRef]
 
 
-def token_rows(
-    groups: Mapping[str, Group], config: Mapping[str, Any], issues: list[Issue]
-) -> list[DeltaSpec]:
+def token_rows(groups: Mapping[str, Group], config: Mapping[str, Any], issues: list[Issue]) -> list[Delta]:
     """Return the trained rows of embeddings (``trainable_token_indices``)."""
     field = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
     wanted = config.get(field)
@@ -40,8 +39,7 @@ def token_rows(
                 error("token-mismatch", ref.name, sentence, "the config does not belong to these tensors")
             )
             continue
-        options = {"indices": list(indices)}
-        deltas.append(DeltaSpec("rows", f"{plain(module)}.weight", {"rows": ref}, 1.0, options=options))
+        deltas.append(Delta(f"{plain(module)}.weight", RowsFacts(tuple(indices)), {"rows": ref}))
     return deltas
 
 

@@ -89,7 +89,7 @@ def has_formula(op: Merge) -> bool:
     n_adapters = len({delta.adapter for delta in op.deltas})
     if op.combination is not None and (op.combination.method == "svd" or n_adapters > _MOST_COMBINED):
         return False
-    return all(delta.kind in FORMULAS for delta in op.deltas)
+    return all(delta.algebra in FORMULAS for delta in op.deltas)
 
 
 def some_rows(slot: TensorRef, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) -> list[int]:
@@ -105,10 +105,10 @@ def some_rows(slot: TensorRef, op: Merge, suspects: tuple[tuple[int, int], ...] 
     rows = {0, drawn % n_rows, n_rows - 1}
     for matrix in range(0, op.view.blocks, -(-op.view.blocks // _MOST_PARTS)) if op.view.blocks > 1 else ():
         rows.add(matrix * op.view.rows + drawn % max(op.view.rows, 1))
-    parts = [delta.region.at for delta in op.deltas if delta.region.at]
-    for at in parts[:: max(1, -(-len(parts) // _MOST_PARTS))]:
-        matrix = at[0][0] if len(at) == 3 else 0
-        top, bottom = at[-2] if len(at) > 1 else at[0]
+    parts = [delta.region.box for delta in op.deltas if delta.region.box]
+    for box in parts[:: max(1, -(-len(parts) // _MOST_PARTS))]:
+        matrix = box[0][0] if len(box) == 3 else 0
+        top, bottom = box[-2] if len(box) > 1 else box[0]
         rows.add(matrix * op.view.rows + top + drawn % (bottom - top))
     for first, last in suspects:
         rows.update(range(first, min(last, n_rows)))

@@ -7,45 +7,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from lora_merge.checks.formulas import Site, sides
 from lora_merge.checks.reading import Factors
 from lora_merge.checks.weighing import Pattern
-from lora_merge.core.plan import Block
+from lora_merge.core.plan import Block, Merge
+from lora_merge.core.tensor import TensorRef
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch  # noqa: TC004 - a field's type, never evaluated
 
-    from lora_merge.core.adapter import DeltaSpec
-    from lora_merge.core.plan import Merge
-    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.deltas import RowsFacts
 
 Manner = Literal["sums", "directions", "sizes", ""]
 """How the rows of a tensor are checked: against what is added to them; against the direction and the length that DoRA gives
 them; against how far a combination can take them; or not at all."""
 
-_PRODUCTS = {"low_rank", "stacked"}
-_LINEAR = {*_PRODUCTS, "addition", "rows"}
-
 
 def manner_of(op: Merge) -> Manner:
     """Return how the rows of a merged tensor can be checked by a projection."""
-    kinds = {delta.kind for delta in op.deltas}
+    expected = {EXPECTED.get(delta.algebra) for delta in op.deltas}
     if op.combination is not None:
-        return "sizes" if kinds <= _PRODUCTS else ""
-    if kinds <= _LINEAR and all(_is_wide(op, delta) for delta in op.deltas if delta.kind == "rows"):
+        return "sizes" if expected <= {_add_products} else ""
+    linear = {_add_products, _add_addition, _replace}
+    if expected <= linear and all(_is_wide(op, delta) for delta in op.deltas if delta.facts.replaces_rows):
         return "sums"
-    return "directions" if kinds == {"dora"} and _are_apart(op) else ""
+    return "directions" if expected == {_add_and_lengthen} and _are_apart(op) else ""
 
 
-def _block(op: Merge, delta: DeltaSpec) -> Block:
-    return Block.of(op.view, delta.region.at)
+def _block(op: Merge, delta: PlacedDelta) -> Block:
+    return Block.of(op.view, delta.region.box)
 
 
-def _is_wide(op: Merge, delta: DeltaSpec) -> bool:
+def _is_wide(op: Merge, delta: PlacedDelta) -> bool:
     """Return True where a delta has rows of the stored tensor in all their columns."""
     return not delta.region.transposed and _block(op, delta).columns == (0, op.view.columns)
 
@@ -54,10 +52,10 @@ def _are_apart(op: Merge) -> bool:
     """Return True where each delta has whole rows of its own."""
     ranges = sorted(limits for delta in op.deltas for limits in _block(op, delta).row_ranges())
     apart = all(one[1] <= other[0] for one, other in pairwise(ranges))
-    return apart and all(_is_wide(op, delta) and delta.weight == 1 for delta in op.deltas)
+    return apart and all(_is_wide(op, delta) and delta.adapter_weight == 1 for delta in op.deltas)
 
 
-def _stored_rows(op: Merge, delta: DeltaSpec, rows: Sequence[int]) -> list[int]:
+def _stored_rows(op: Merge, delta: PlacedDelta, rows: Sequence[int]) -> list[int]:
     """Return where rows of a delta's weight are in the stored tensor."""
     ((first, last),) = _block(op, delta).row_ranges()
     return [first + int(row) for row in rows if int(row) < last - first]
@@ -108,25 +106,26 @@ def expect(op: Merge, slot: TensorRef, weights: Weights) -> Expected:
 
     n_rows = op.view.n_rows
     found = Expected(
-        taken=torch.zeros(n_rows) if any(delta.kind == "rows" for delta in op.deltas) else None,
+        taken=torch.zeros(n_rows) if any(delta.facts.replaces_rows for delta in op.deltas) else None,
         change=torch.zeros(n_rows, weights.pattern.groups),
         spread=torch.zeros(n_rows),
         lengths=torch.full((n_rows,), torch.nan),
     )
-    factors = Factors()
+    task = _Task(found, op, slot, Factors(), weights)
     for delta in op.deltas:
-        if delta.kind == "addition":
-            _add_addition(found, op, delta, factors, weights)
-        elif delta.kind == "rows":
-            _replace(found, op, delta, factors, weights)
-        else:
-            for product in _products(op, delta, slot, factors):
-                _add(found, product, weights)
-                if op.combination is not None:
-                    _widen(found, op, product)
-        if delta.kind == "dora":
-            _lengthen(found, op, delta, factors)
+        EXPECTED[delta.algebra](task, delta)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is expected of one tensor so far, and what more is to be added to it."""
+
+    found: Expected
+    op: Merge
+    slot: TensorRef
+    factors: Factors
+    weights: Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +139,12 @@ class _Product:
     column: int
 
 
-def _products(op: Merge, delta: DeltaSpec, slot: TensorRef, factors: Factors) -> Iterator[_Product]:
+def _products(op: Merge, delta: PlacedDelta, slot: TensorRef, factors: Factors) -> Iterator[_Product]:
     """Yield the parts of a delta: one, or one for each expert of a stack."""
     block = _block(op, delta)
     site = Site(factors, op, range(0), slot.dtype, (block.blocks, block.rows, block.columns))
-    scale = delta.factor * delta.weight
-    if delta.kind == "stacked":
+    scale = delta.effective_scale * delta.adapter_weight
+    if delta.facts.is_stacked:
         for expert in range(block.blocks[1] - block.blocks[0]):
             first = (block.blocks[0] + expert) * op.view.rows + block.rows[0]
             left, right = sides(site, delta, expert, range(site.rows_of_one))
@@ -159,6 +158,14 @@ def _products(op: Merge, delta: DeltaSpec, slot: TensorRef, factors: Factors) ->
         done += last - first
 
 
+def _add_products(task: _Task, delta: PlacedDelta) -> None:
+    """Add the products of two factors."""
+    for product in _products(task.op, delta, task.slot, task.factors):
+        _add(task.found, product, task.weights)
+        if task.op.combination is not None:
+            _widen(task.found, task.op, product)
+
+
 def _add(found: Expected, product: _Product, weights: Weights) -> None:
     """Add a product to what is expected."""
     first, last = product.rows
@@ -166,23 +173,28 @@ def _add(found: Expected, product: _Product, weights: Weights) -> None:
     found.change[first:last].addmm_(product.left, weighed)
 
 
-def _add_addition(found: Expected, op: Merge, delta: DeltaSpec, factors: Factors, weights: Weights) -> None:
+def _add_addition(task: _Task, delta: PlacedDelta) -> None:
     """Add a delta that has no factors."""
-    block = _block(op, delta)
+    found, factors, weights = task.found, task.factors, task.weights
+    block = _block(task.op, delta)
     start = delta.part[0][0] if delta.part else 0
     for first, last in block.row_ranges():
-        addend = factors.tensor(delta.tensors["addend"], range(start, start + last - first)).flatten(1)
-        found.change[first:last] += delta.scale * delta.weight * weights.products(addend, block.columns[0])
+        addend = factors.tensor(delta.factors["addend"], range(start, start + last - first)).flatten(1)
+        found.change[first:last] += (
+            delta.scale * delta.adapter_weight * weights.products(addend, block.columns[0])
+        )
         start += last - first
 
 
-def _replace(found: Expected, op: Merge, delta: DeltaSpec, factors: Factors, weights: Weights) -> None:
+def _replace(task: _Task, delta: PlacedDelta) -> None:
     """Put trained rows in the place of others."""
-    rows = _stored_rows(op, delta, delta.options["indices"])
-    trained = weights.products(factors.tensor(delta.tensors["rows"]).flatten(1)[: len(rows)], 0)
-    found.change[rows] = (1 - delta.weight) * found.change[rows] + delta.weight * trained
+    found, share = task.found, delta.adapter_weight
+    rows = _stored_rows(task.op, delta, cast("RowsFacts", delta.facts).indices)
+    own = task.factors.tensor(delta.factors["rows"]).flatten(1)[: len(rows)]
+    trained = task.weights.products(own, 0)
+    found.change[rows] = (1 - share) * found.change[rows] + share * trained
     assert found.taken is not None
-    found.taken[rows] = 1 - (1 - found.taken[rows]) * (1 - delta.weight)
+    found.taken[rows] = 1 - (1 - found.taken[rows]) * (1 - share)
 
 
 def _widen(found: Expected, op: Merge, product: _Product) -> None:
@@ -194,11 +206,23 @@ def _widen(found: Expected, op: Merge, product: _Product) -> None:
     found.spread[first:last] += abs(product.scale) * share * squares.sqrt()
 
 
-def _lengthen(found: Expected, op: Merge, delta: DeltaSpec, factors: Factors) -> None:
-    """Expect the lengths that DoRA gives to rows."""
-    magnitude = factors.tensor(delta.tensors["magnitude"]).flatten()
+def _add_and_lengthen(task: _Task, delta: PlacedDelta) -> None:
+    """Add the products of two factors, and expect the lengths that DoRA gives to rows."""
+    _add_products(task, delta)
+    magnitude = task.factors.tensor(delta.factors["magnitude"]).flatten()
     magnitude = magnitude[slice(*delta.part[0])] if delta.part else magnitude
     done = 0
-    for first, last in _block(op, delta).row_ranges():
-        found.lengths[first:last] = magnitude[done : done + last - first]
+    for first, last in _block(task.op, delta).row_ranges():
+        task.found.lengths[first:last] = magnitude[done : done + last - first]
         done += last - first
+
+
+EXPECTED: Mapping[str, Callable[[_Task, PlacedDelta], None]] = {
+    "low_rank": _add_products,
+    "stacked": _add_products,
+    "dora": _add_and_lengthen,
+    "addition": _add_addition,
+    "rows": _replace,
+}
+"""By algebra, apart from `lora_merge.deltas.ALGEBRAS` as `lora_merge.checks.formulas.FORMULAS` is; rows changed by an algebra that
+is missing here are not projected."""

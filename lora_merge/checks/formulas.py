@@ -1,6 +1,6 @@
 """What each kind of delta makes of a weight, written out in float64, and by how much the merge's float32 may be off.
 
-None of it is shared with `lora_merge.deltas`, which the merge uses.
+No arithmetic is shared with `lora_merge.deltas`, which the merge uses: only what an adapter states is read from there.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lora_merge.checks.reading import Tensors
 from lora_merge.core.plan import Merge
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.deltas import FactorFacts, RowsFacts
 
 SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
 """Smallest subnormal of each stored dtype."""
@@ -44,58 +45,58 @@ class Site:
     stored: str
     """Dtype code of the output."""
 
-    at: tuple[tuple[int, int], ...] = ()
+    box: tuple[tuple[int, int], ...] = ()
     """The part that is the weight: a range of matrices, of their rows, of their columns; empty for everything."""
 
     @property
     def n_rows(self) -> int:
         """Return the rows of the weight."""
-        if not self.at:
+        if not self.box:
             return self.op.view.n_rows
-        (first, last), (top, bottom), _ = self.at
+        (first, last), (top, bottom), _ = self.box
         return (last - first) * (bottom - top)
 
     @property
     def rows_of_one(self) -> int:
         """Return the rows of one matrix of the weight."""
-        return self.at[1][1] - self.at[1][0] if self.at else self.op.view.rows
+        return self.box[1][1] - self.box[1][0] if self.box else self.op.view.rows
 
     def base(self, rows: Sequence[int]) -> torch.Tensor:
         """Return rows of the weight before the merge."""
         source, view = self.op.parts[0], self.op.view
-        if not self.at:
+        if not self.box:
             return self.reader.source(source, rows, view.n_rows)
-        (first, _), (top, _), (left, right) = self.at
+        (first, _), (top, _), (left, right) = self.box
         places = [divmod(row, self.rows_of_one) for row in rows]
         stored = [(first + matrix) * view.rows + top + row for matrix, row in places]
         return self.reader.source(source, stored, view.n_rows)[:, left:right]
 
-    def inside(self, delta: DeltaSpec) -> tuple[Site, list[int]]:
+    def inside(self, delta: PlacedDelta) -> tuple[Site, list[int]]:
         """Return the same rows as a delta with a part of its own counts them, and which of them are its."""
         columns = (0, self.op.view.columns)
-        at = delta.region.at if len(delta.region.at) > 1 else (*delta.region.at, columns)
-        at = at if len(at) == 3 else ((0, 1), *at)
-        (first, last), (top, bottom), _ = at
+        box = delta.region.box if len(delta.region.box) > 1 else (*delta.region.box, columns)
+        box = box if len(box) == 3 else ((0, 1), *box)
+        (first, last), (top, bottom), _ = box
         rows, own = [], []
         for n, row in enumerate(self.rows):
             matrix, inner = divmod(row, self.op.view.rows)
             if first <= matrix < last and top <= inner < bottom:
                 rows.append((matrix - first) * (bottom - top) + inner - top)
                 own.append(n)
-        return replace(self, rows=rows, at=at), own
+        return replace(self, rows=rows, box=box), own
 
 
 Value = tuple["torch.Tensor", "torch.Tensor"]
 """Some values, and by how much float32 may have got them wrong."""
 
 
-def _low_rank(site: Site, delta: DeltaSpec, rows: Sequence[int]) -> Value:
+def _low_rank(site: Site, delta: PlacedDelta, rows: Sequence[int]) -> Value:
     """Return s · Σ bᵢaᵢ: off by at most (r + 4)·2⁻²⁴·|s|·Σ|bᵢaᵢ|, by underflow, and by a rounding where PEFT rounds it."""
     left, right = sides(site, delta, 0, rows)
     return _scaled(site, delta, *_multiplied(left, right), len(right))
 
 
-def _stacked(site: Site, delta: DeltaSpec, rows: Sequence[int]) -> Value:
+def _stacked(site: Site, delta: PlacedDelta, rows: Sequence[int]) -> Value:
     """Return each expert's own s · Σ bᵢaᵢ."""
     import torch
 
@@ -119,27 +120,24 @@ def _multiplied(left: torch.Tensor, right: torch.Tensor) -> Value:
 
 
 def sides(
-    site: Site, delta: DeltaSpec, expert: int, rows: Sequence[int]
+    site: Site, delta: PlacedDelta, expert: int, rows: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows of the left factor that some rows of the stored weight need, and the right factor.
 
     Of stacked experts A has one after the other, B has them side by side: column by column in turn, or (Unsloth) block
     by block. What is not in the delta's part is left out.
     """
-    ref_a = delta.tensors["A"]
-    n_experts = int(delta.options.get("experts", 1))
-    part = delta.part
-    if "experts" in delta.options:
+    ref_a, facts = delta.factors["A"], _factor_facts(delta)
+    part, rank = delta.part, _rank(delta)
+    if facts.stack is not None:
         expert, part = expert + (part[0][0] if part else 0), part[1:]
-    rank = delta.shape("A")[0] // n_experts
-    turned = bool(delta.options.get("turned"))  # stored [in, r] and [r, out]
-    if turned:
+    if facts.stored_transposed:
         a = site.reader.tensor(ref_a).T
     else:
         a = site.reader.tensor(ref_a, range(expert * rank, (expert + 1) * rank))
-    if "E" in delta.tensors:
-        a = a * site.reader.tensor(delta.tensors["E"])
-    a = _on_diagonal(a, int(delta.options.get("blocks_A", 1)))
+    if "E" in delta.factors:
+        a = a * site.reader.tensor(delta.factors["E"])
+    a = _on_diagonal(a, facts.blocks_a or 1)
     outputs, inputs = part if len(part) > 1 else (*part, (0, a.shape[1])) if part else (None, None)
     a = a[:, slice(*inputs)] if inputs else a
     b, rows = _left(site, delta, expert, outputs, rows)
@@ -148,22 +146,21 @@ def sides(
 
 
 def _left(
-    site: Site, delta: DeltaSpec, expert: int, outputs: tuple[int, int] | None, rows: Sequence[int]
+    site: Site, delta: PlacedDelta, expert: int, outputs: tuple[int, int] | None, rows: Sequence[int]
 ) -> tuple[torch.Tensor, Sequence[int]]:
     """Return B of one expert, or of a weight without experts, and where in it some rows of the weight's part are.
 
     Where they are rows of the stored tensor too, only they are read.
     """
-    ref, packing = delta.tensors["B"], delta.options.get("packing")
-    n_experts, n_blocks = int(delta.options.get("experts", 1)), int(delta.options.get("blocks_B", 1))
-    turned = bool(delta.options.get("turned"))
-    rank = delta.shape("A")[0] // n_experts
-    if packing == "by-expert" or n_blocks > 1 or delta.region.transposed or turned:
+    ref, facts, rank = delta.factors["B"], _factor_facts(delta), _rank(delta)
+    packing, n_experts = (facts.stack.packing, facts.stack.experts) if facts.stack else ("interleaved", 1)
+    n_blocks = facts.blocks_b or 1
+    if packing == "by-expert" or n_blocks > 1 or delta.region.transposed or facts.stored_transposed:
         b = site.reader.tensor(ref)
         if packing == "by-expert":
             b = b.reshape(n_experts, -1, rank)[expert]
         else:
-            b = _on_diagonal(b.T if turned else b, n_blocks)
+            b = _on_diagonal(b.T if facts.stored_transposed else b, n_blocks)
         b = b[slice(*outputs)] if outputs else b
     else:
         first = outputs[0] if outputs else 0
@@ -174,17 +171,29 @@ def _left(
     return (b if packing == "by-expert" else b[:, expert::n_experts]), rows
 
 
+def _factor_facts(delta: PlacedDelta) -> FactorFacts:
+    return cast("FactorFacts", delta.facts)
+
+
+def _rank(delta: PlacedDelta) -> int:
+    """Return r: of stacked experts, A has that many rows for each."""
+    facts, shape = _factor_facts(delta), delta.factors["A"].shape
+    return shape[-1 if facts.stored_transposed else 0] // (facts.stack.experts if facts.stack else 1)
+
+
 def _moved(rows: Sequence[int], by: int) -> Sequence[int]:
     return range(rows.start + by, rows.stop + by) if isinstance(rows, range) else [by + row for row in rows]
 
 
-def _scaled(site: Site, delta: DeltaSpec, product: torch.Tensor, magnitude: torch.Tensor, rank: int) -> Value:
-    scale = delta.scale / delta.options.get("divisor", 1.0)
+def _scaled(
+    site: Site, delta: PlacedDelta, product: torch.Tensor, magnitude: torch.Tensor, rank: int
+) -> Value:
+    scale = delta.effective_scale
     change, error = scale * product, (rank + 5) * _FLOAT32 * abs(scale) * magnitude
     error += (abs(scale) * rank + 2) * _UNDERFLOW
     if delta.rounded:
         error += UNIT_ROUNDOFF[site.stored] * change.abs() + SMALLEST[site.stored]
-    if delta.options.get("settles"):
+    if delta.round_before_next:
         error += (
             UNIT_ROUNDOFF[site.stored] * (site.base(site.rows).abs() + change.abs()) + SMALLEST[site.stored]
         )
@@ -203,9 +212,9 @@ def _on_diagonal(factor: torch.Tensor, n_blocks: int) -> torch.Tensor:
     return laid_out
 
 
-def _sum(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> Value:
+def _sum(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:
     """Return a weight with s · BA added."""
-    formula = _stacked if delta.kind == "stacked" else _low_rank
+    formula = _stacked if delta.facts.is_stacked else _low_rank
     return plus(current, formula(site, delta, rows))
 
 
@@ -214,9 +223,9 @@ def plus(one: Value, other: Value) -> Value:
     return one[0] + other[0], one[1] + other[1] + _FLOAT32 * (one[0].abs() + other[0].abs())
 
 
-def _dora(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> Value:
+def _dora(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:
     """Return m/‖V‖ · (current + s·BA): the norm of N values is off by at most N·2⁻²⁴ of it, and by what V is off."""
-    magnitude = site.reader.tensor(delta.tensors["magnitude"]).flatten()
+    magnitude = site.reader.tensor(delta.factors["magnitude"]).flatten()
     magnitude = magnitude[slice(*delta.part[0])] if delta.part else magnitude
     change = _low_rank(site, delta, rows)
     if delta.region.transposed:
@@ -232,7 +241,7 @@ def _dora(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> 
     return factor * value, factor.abs() * off + (factor * value).abs() * relative + _UNDERFLOW
 
 
-def _column_norms(site: Site, delta: DeltaSpec) -> Value:
+def _column_norms(site: Site, delta: PlacedDelta) -> Value:
     """Return ‖V‖ of each column, and by how much it may be off, from all rows of the weight."""
     n_rows = site.n_rows
     squares = site.base([0]).zero_()[0]
@@ -246,57 +255,59 @@ def _column_norms(site: Site, delta: DeltaSpec) -> Value:
     return squares.sqrt(), wrongs.sqrt()
 
 
-def _addition(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> Value:
+def _addition(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:
     """Return a weight with s · D added."""
     first = delta.part[0][0] if delta.part else 0
-    change = delta.scale * site.reader.tensor(delta.tensors["addend"])[[first + row for row in rows]]
+    change = delta.scale * site.reader.tensor(delta.factors["addend"])[[first + row for row in rows]]
     return plus(current, (change, _FLOAT32 * change.abs() + _UNDERFLOW))
 
 
-def _rows(site: Site, delta: DeltaSpec, rows: Sequence[int], current: Value) -> Value:
+def _rows(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:
     """Return a weight with some rows replaced."""
     value, off = current[0].clone(), current[1].clone()
-    trained = site.reader.tensor(delta.tensors["rows"])
-    places = {int(index): n for n, index in enumerate(delta.options["indices"])}
+    trained = site.reader.tensor(delta.factors["rows"])
+    places = {index: n for n, index in enumerate(cast("RowsFacts", delta.facts).indices)}
     for n, row in enumerate(rows):
         if row in places:
             value[n], off[n] = trained[places[row]], 0.0
     return value, off
 
 
-FORMULAS: Mapping[str, Callable[[Site, DeltaSpec, Sequence[int], Value], Value]] = {
+FORMULAS: Mapping[str, Callable[[Site, PlacedDelta, Sequence[int], Value], Value]] = {
     "low_rank": _sum,
     "stacked": _sum,
     "dora": _dora,
     "addition": _addition,
     "rows": _rows,
 }
+"""By algebra. This table is apart from `lora_merge.deltas.ALGEBRAS` on purpose: of an algebra that is missing here, nothing is
+recomputed, and verification says so."""
 
 
-def changed(site: Site, deltas: Sequence[DeltaSpec]) -> Value:
+def changed(site: Site, deltas: Sequence[PlacedDelta]) -> Value:
     """Return the rows with every delta applied in turn, each by its weight."""
     base = site.base(site.rows)
     value: Value = (base, base.new_zeros(base.shape))
     for delta in deltas:
         after = _after(site, delta, value)
-        if delta.weight == 1 or after is value:
+        if delta.adapter_weight == 1 or after is value:
             value = after
         else:
-            value = plus(value, times(delta.weight, minus(after, value)))
+            value = plus(value, times(delta.adapter_weight, minus(after, value)))
     return value
 
 
-def _after(site: Site, delta: DeltaSpec, value: Value) -> Value:
+def _after(site: Site, delta: PlacedDelta, value: Value) -> Value:
     """Return the rows with one delta applied, in its own part of them."""
-    if not delta.region.at:
-        return FORMULAS[delta.kind](site, delta, site.rows, value)
+    if not delta.region.box:
+        return FORMULAS[delta.algebra](site, delta, site.rows, value)
     inner, own = site.inside(delta)
     if not own:
         return value
     changed = value[0].clone(), value[1].clone()
-    left, right = inner.at[2]
+    left, right = inner.box[2]
     part = value[0][own, left:right], value[1][own, left:right]
-    for whole, new in zip(changed, FORMULAS[delta.kind](inner, delta, inner.rows, part), strict=True):
+    for whole, new in zip(changed, FORMULAS[delta.algebra](inner, delta, inner.rows, part), strict=True):
         whole[own, left:right] = new
     return changed
 
@@ -324,8 +335,8 @@ def combined(site: Site) -> list[Value]:
     changes = []
     for adapter in sorted({delta.adapter for delta in site.op.deltas}):
         own = [delta for delta in site.op.deltas if delta.adapter == adapter]
-        alone = changed(site, [replace(delta, weight=1.0) for delta in own])
-        changes.append(times(own[0].weight, minus(alone, start)))
+        alone = changed(site, [replace(delta, adapter_weight=1.0) for delta in own])
+        changes.append(times(own[0].adapter_weight, minus(alone, start)))
     found = []
     for some in (some for n in range(len(changes) + 1) for some in combinations(changes, n)):
         share = 1.0 if how.method == "ties" else 1.0 / how.density

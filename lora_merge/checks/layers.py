@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import PlacedDelta
 from lora_merge.core.injection import Injection, InjectionError
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plan import Merge
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lora_merge.checks.evidence import Evidence
     from lora_merge.core.report import Issue
+    from lora_merge.deltas import PeftLayerFacts  # noqa: TC004 - a field's type, never evaluated
 
 _N_ROUNDINGS = 8
 """How often PEFT may round on the way to a merged value: rotations and Kronecker products have several steps."""
@@ -39,8 +40,11 @@ may be larger than the output (VeRA's shared projections)."""
 class _Module:
     """One module that PEFT's layer merged."""
 
-    delta: DeltaSpec
-    """Of one of its parameters: it knows the module, the configurations and the adapter's tensors."""
+    delta: PlacedDelta
+    """Of one of its parameters: it has the adapter's tensors."""
+
+    facts: PeftLayerFacts
+    """Of the same: the module, and the configurations."""
 
     base: dict[str, TensorRef]
     merged: dict[str, TensorRef]
@@ -67,37 +71,38 @@ def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
     found: dict[str, _Module] = {}
     crowded: set[str] = set()
     for step in evidence.plan.steps:
-        own = [d for d in step.op.deltas if d.kind == "peft_layer"] if isinstance(step.op, Merge) else []
+        own = [d for d in step.op.deltas if d.facts.by_peft] if isinstance(step.op, Merge) else []
         if not own or not isinstance(step.op, Merge):
             continue
         delta, slot = own[0], step.slots[0]
-        if len(step.op.deltas) > 1 or delta.weight != 1 or step.op.combination is not None:
-            crowded.add(delta.options["module"])
+        facts = cast("PeftLayerFacts", delta.facts)
+        if len(step.op.deltas) > 1 or delta.adapter_weight != 1 or step.op.combination is not None:
+            crowded.add(facts.module)
             continue
-        base = {delta.options["parameter"]: step.op.parts[0]} | {
-            role.removeprefix("base:"): ref for role, ref in delta.tensors.items() if role.startswith("base:")
+        base = {facts.parameter: step.op.parts[0]} | {
+            role.removeprefix("base:"): ref for role, ref in delta.factors.items() if role.startswith("base:")
         }
-        module = found.setdefault(delta.options["module"], _Module(delta, base, dict(base)))
-        module.merged[delta.options["parameter"]] = replace(slot, file=str(evidence.root / slot.file))
+        module = found.setdefault(facts.module, _Module(delta, facts, base, dict(base)))
+        module.merged[facts.parameter] = replace(slot, file=str(evidence.root / slot.file))
     return [module for name, module in found.items() if name not in crowded], crowded
 
 
 def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue]:
     """Yield an issue when the outputs differ by more than rounding explains: of weights, and of float32 sums."""
-    options = module.delta.options
+    facts = module.facts
     tensors = {
         role.removeprefix("adapter:"): load(ref)
-        for role, ref in module.delta.tensors.items()
+        for role, ref in module.delta.factors.items()
         if role.startswith("adapter:")
     }
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     shared = {name: tensor for name, tensor in tensors.items() if name not in own}
     base, merged = _loaded(module.base), _loaded(module.merged)
-    key = (options["model_config"], options["adapter_config"], options["digest"])
+    key = (facts.model_config, facts.adapter_config, facts.digest)
     try:
         if key not in injections:
             injections[key] = Injection(json.loads(key[0]), json.loads(key[1]), shared)
-        injection, name = injections[key], options["module"]
+        injection, name = injections[key], facts.module
         x = _inputs(injection.example(name), base)
         adapted, _ = injection.forward(name, base, own, x)
         _, got = injection.forward(name, merged, own, x)
@@ -116,7 +121,7 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
             f"its output is off by {float(off[at]):.3g} from base and adapter, unmerged, in {int(wrong.sum())} of "
             f"{wrong.numel()} values; rounding explains {share * float(_spread(size)[at]):.3g}"
         )
-        yield error("wrong-output", options["module"], sentence)
+        yield error("wrong-output", facts.module, sentence)
 
 
 def _inputs(example: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from lora_merge.convert.joined import Joined
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import Delta, PlacedDelta
     from lora_merge.core.conversion import Conversion
     from lora_merge.core.pieces import Piece
 
@@ -33,7 +33,7 @@ def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
         own = [delta for delta in joined.deltas if delta.target == module.path]
         if len(module.shape) == 2:
             found.append(_by_module(module, own, joined))
-        elif any(delta.kind == "stacked" or delta.region.at or not delta.part for delta in own):
+        elif any(delta.facts.is_stacked or delta.region.box or not delta.part for delta in own):
             sentence = "is stored in the base as one tensor, so that its experts have no names of their own"
             hint = "pass a --base that stores them one by one, as it was published"
             issues.append(error("unsupported", module.path, sentence, hint))
@@ -42,22 +42,22 @@ def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
     return found, issues
 
 
-def _by_module(module: LoraModule, own: Sequence[DeltaSpec], joined: Joined) -> LoraModule:
+def _by_module(module: LoraModule, own: Sequence[PlacedDelta], joined: Joined) -> LoraModule:
     """Return the module of a matrix that is a parameter so far; itself where that is no linear layer's."""
     owner, _, parameter = module.path.rpartition(".")
-    is_whole = len(own) == 1 and not (own[0].part or own[0].region.at or own[0].region.transposed)
+    is_whole = len(own) == 1 and not (own[0].part or own[0].region.box or own[0].region.transposed)
     if parameter != "weight" or not is_whole or joined.class_of(owner) in {"Conv1D", "Embedding"}:
         return module
-    return replace(module, path=own[0].parameter.removesuffix(".weight"), form="linear", depth=0)
+    return replace(module, path=own[0].tensor.removesuffix(".weight"), form="linear", depth=0)
 
 
-def _expert(module: LoraModule, delta: DeltaSpec) -> LoraModule:
+def _expert(module: LoraModule, delta: PlacedDelta) -> LoraModule:
     """Return the module of one stored matrix."""
     _, (top, bottom), (left, right) = delta.part
     shape = (bottom - top, right - left)
     turned = delta.region.transposed
-    path = delta.parameter.removesuffix(".weight")
-    origin = Given(delta, turned)
+    path = delta.tensor.removesuffix(".weight")
+    origin = Given(delta.delta, turned, delta.part)
     return replace(
         module, path=path, form="linear", origin=origin, shape=shape[::-1] if turned else shape, depth=0
     )
@@ -108,8 +108,8 @@ def _by_parameter(module: LoraModule, names: Collection[str], joined: Joined) ->
     """
     assert joined.skeleton is not None
     own = [delta for delta in joined.deltas if delta.target == f"{module.path}.weight"]
-    if len(own) == 1 and own[0].rule == "apart" and not own[0].region.at:  # the router of such a copy
-        return replace(module, path=joined.stored.canonical(own[0].parameter), form="experts")
+    if len(own) == 1 and own[0].rule == "apart" and not own[0].region.box:  # the router of such a copy
+        return replace(module, path=joined.stored.canonical(own[0].tensor), form="experts")
     path = joined.stored.module(module.path)
     is_found = module.path.rpartition(".")[2] not in names and joined.skeleton.is_adaptable(path)
     if module.form != "linear" or module.kept or is_found or path not in joined.skeleton.classes:
@@ -149,20 +149,20 @@ def _slice_of(module: LoraModule, joined: Joined) -> dict[str, Placed] | None:
     own = [
         delta
         for delta in joined.deltas
-        if delta.target == f"{module.path}.weight" and delta.rule == "apart" and len(delta.region.at) == 3
+        if delta.target == f"{module.path}.weight" and delta.rule == "apart" and len(delta.region.box) == 3
     ]
     if not own or not isinstance(module.origin, Given):
         return None
     (delta,) = own
-    (expert, _), *sides = delta.region.at
+    (expert, _), *sides = delta.region.box
     return {
-        joined.stored.canonical(delta.parameter): Placed(
+        joined.stored.canonical(delta.tensor): Placed(
             module.origin.delta, expert, sides[1 if delta.region.transposed else 0]
         )
     }
 
 
-def _placed(delta: DeltaSpec, piece: Piece) -> Placed:
+def _placed(delta: Delta, piece: Piece) -> Placed:
     experts = next(span for span in piece.spans if span.axis is None)
     outputs = next(span for span in piece.spans if span.axis == 0)
     return Placed(delta, experts.start, (outputs.start, outputs.end))

@@ -13,7 +13,7 @@ from lora_merge.core.skeleton import Skeleton, build_skeleton, meta_model
 from lora_merge.layouts import Stored
 
 if TYPE_CHECKING:
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef
 
@@ -44,7 +44,7 @@ class Joined:
         return tuple(step for step in self.plan.steps if step.action in {"merged", "replaced"})
 
     @cached_property
-    def deltas(self) -> tuple[DeltaSpec, ...]:
+    def deltas(self) -> tuple[PlacedDelta, ...]:
         """Return what is done to every stored tensor."""
         return tuple(delta for step in self.steps if isinstance(step.op, Merge) for delta in step.op.deltas)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lora_merge.core.lora import (
     Changed,
@@ -26,8 +26,9 @@ from lora_merge.transforms import Pair, factorised, rounded, stacked
 if TYPE_CHECKING:
     import torch
 
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import Delta
     from lora_merge.core.plan import Step
+    from lora_merge.deltas import FactorFacts
     from lora_merge.transforms import Transform
 
 ChangeOf = Callable[["Step"], "torch.Tensor"]
@@ -93,23 +94,25 @@ class Maker:
         import torch
 
         match module.origin:
-            case Given(delta, turned):
-                a, b = self._given(delta)
+            case Given(delta, turned, part):
+                a, b = self._given(delta, part)
                 if turned:
                     a, b = b.mT.contiguous(), a.mT.contiguous()
-                return Pair(a, b, delta.factor)
+                return Pair(a, b, delta.effective_scale)
             case Gathered(parts):
                 return self._gathered(module, parts)
             case _:
                 n_out, n_in = module.shape
                 return Pair(torch.zeros(module.rank, n_in), torch.zeros(n_out, module.rank), module.scale)
 
-    def _given(self, delta: DeltaSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def _given(
+        self, delta: Delta, part: tuple[tuple[int, int], ...] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B in float32, a kernel flat, whatever they are stored as."""
-        factors = self._factors.of(delta)
-        if delta.kind == "stacked":
+        factors = self._factors.of(delta, part)
+        if delta.facts.is_stacked:
             return factors["A"].float(), factors["B"].float()
-        return plain_pair(delta, factors)
+        return plain_pair(cast("FactorFacts", delta.facts), factors)
 
     def _gathered(self, module: LoraModule, parts: Sequence[Placed]) -> Pair:
         """Return the factors of a stack, those of its parts side by side, each with its scale."""
@@ -123,7 +126,7 @@ class Maker:
             first = used[part.expert]
             last = used[part.expert] = first + len(own_a)
             a[part.expert, first:last] = own_a
-            b[part.expert, slice(*part.rows), first:last] = own_b * part.delta.factor
+            b[part.expert, slice(*part.rows), first:last] = own_b * part.delta.effective_scale
         return Pair(a, b)
 
     def _taken_apart(self, module: LoraModule) -> tuple[Pair, Loss]:

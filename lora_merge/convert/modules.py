@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from lora_merge.convert.experts import fused, renested, split
 from lora_merge.convert.mlx import for_mlx
 from lora_merge.convert.names import filled, renamed
-from lora_merge.core.adapter import PLAIN, Adapter, DeltaSpec
 from lora_merge.core.checkpoint import INPUT_NAMES
 from lora_merge.core.kinds import mutating_init
 from lora_merge.core.lora import Changed, Difference, Form, Given, LoraModule, Recipe
 from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef, shape_text
+from lora_merge.deltas import FactorFacts, StackedFacts
 from lora_merge.io.safetensors import same_values
 from lora_merge.words import of_several
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from lora_merge.convert.joined import Joined
+    from lora_merge.core.adapter import Adapter, Delta
+    from lora_merge.core.facts import Facts
     from lora_merge.core.plan import Step
+    from lora_merge.deltas import Stack
 
 MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
 """The way out where no adapter can say what this one does."""
@@ -95,11 +98,19 @@ def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
     return found
 
 
+def _is_product(delta: Delta) -> bool:
+    """Return True when a change is the product of its factors, and nothing else."""
+    return delta.facts.has_factors and delta.facts.is_sum
+
+
+def _stack_of(facts: Facts) -> Stack | None:
+    """Return how factors hold those of all experts; None where they do not."""
+    return facts.stack if isinstance(facts, FactorFacts) else None
+
+
 def _is_plain(adapter: Adapter) -> bool:
     """Return True when everything an adapter does has factors in its file."""
-    return not (
-        adapter.layered or adapter.replacements or any(delta.kind != "low_rank" for delta in adapter.deltas)
-    )
+    return not (adapter.layered or adapter.replacements or not all(map(_is_product, adapter.deltas)))
 
 
 class _Drafting:
@@ -130,8 +141,7 @@ class _Drafting:
         """Return what keeps an adapter of this kind from being converted."""
         adapter, recipe = self._adapter, self._recipe
         if any(
-            delta.options.get("settles") or delta.parameter.endswith("in_proj_weight")
-            for delta in adapter.deltas
+            delta.round_before_next or delta.parameter.endswith("in_proj_weight") for delta in adapter.deltas
         ):
             sentence = "is LoRA on nn.MultiheadAttention, whose output projection PEFT changes twice"
             return [error("unsupported", adapter.root, sentence, MERGE)]
@@ -168,56 +178,44 @@ class _Drafting:
             return [error("unsupported", "peft_type", sentence, _TO_LORA)]
         return []
 
-    def _groups(self) -> dict[str, list[DeltaSpec]]:
-        groups: dict[str, list[DeltaSpec]] = {}
+    def _groups(self) -> dict[str, list[Delta]]:
+        groups: dict[str, list[Delta]] = {}
         for delta in self._adapter.deltas:
             groups.setdefault(delta.parameter, []).append(delta)
         return groups
 
-    def _stays(self, deltas: list[DeltaSpec]) -> bool:
+    def _stays(self, deltas: list[Delta]) -> bool:
         """Return True for what is written with the factors that it has."""
-        kinds = {delta.kind for delta in deltas}
         if self._recipe.to_lora:
             again = bool(self._adapter.config.get("kasa_config")) or mutating_init(self._adapter.config)
-            return kinds == {"low_rank"} and not again
-        return kinds <= {"low_rank", "dora"}
+            return all(map(_is_product, deltas)) and not again
+        return all(delta.facts.has_factors for delta in deltas)
 
-    def _give(self, parameter: str, groups: Mapping[str, list[DeltaSpec]]) -> None:
+    def _give(self, parameter: str, groups: Mapping[str, list[Delta]]) -> None:
         """Take a module with its factors."""
         (delta,) = groups[parameter]
-        if delta.kind == "dora" and self._recipe.keep is not None:
+        magnitude = delta.factors.get("magnitude")
+        if magnitude is not None and self._recipe.keep is not None:
             sentence = "is DoRA, and what a lower rank does to it depends on the base's weights"
             self.found.issues.append(
                 error("unsupported", delta.module, sentence, "--to-lora makes plain LoRA of it")
             )
             return
-        kept = {"lora_magnitude_vector": delta.tensors["magnitude"]} if delta.kind == "dora" else {}
+        kept = {"lora_magnitude_vector": magnitude} if magnitude is not None else {}
         for one in groups.get(f"{delta.module}.bias", ()):
-            kept["lora_B.bias"] = one.tensors["addend"]
+            kept["lora_B.bias"] = one.factors["addend"]
         form: Form = "embedding" if self._is_embedding(delta) else "linear"
-        shape = (delta.shape("B")[0], *delta.shape("A")[1:])
+        shape = delta.facts.weight_shape(delta.factors) or ()
         if len(shape) > 2:
             form = "convolution"
-        n_blocks = {axis: int(delta.options.get(f"blocks_{axis}", 1)) for axis in "AB"}
-        shape = (shape[0], shape[1] * n_blocks["A"], *shape[2:])
         if parameter in self._kernels:
             form, shape = "convolution", self._kernels[parameter]
-        factors = replace(delta, region=PLAIN)
-        if (
-            form == "embedding" and not delta.region.transposed
-        ):  # MLX: the factors are those of [vocabulary, dim]
-            self._add(
-                LoraModule(
-                    delta.module,
-                    "embedding",
-                    Given(factors, turned=True),
-                    shape[::-1],
-                    delta.rank,
-                    delta.factor,
-                )
-            )
+        rank, scale = delta.rank, delta.effective_scale
+        if form == "embedding" and not delta.transposed:  # MLX: the factors are those of [vocabulary, dim]
+            origin = Given(delta, turned=True)
+            self._add(LoraModule(delta.module, "embedding", origin, shape[::-1], rank, scale))
             return
-        self._add(LoraModule(delta.module, form, Given(factors), shape, delta.rank, delta.factor, kept))
+        self._add(LoraModule(delta.module, form, Given(delta), shape, rank, scale, kept))
 
     def _add(self, module: LoraModule) -> None:
         self.found.modules.append(module)
@@ -229,20 +227,19 @@ class _Drafting:
             delta.target: step.slots[0].shape
             for step in (self._joined.steps if self._joined else ())
             for delta in (step.op.deltas if isinstance(step.op, Merge) else ())
-            if len(step.slots[0].shape) > 2
-            and not (delta.part or delta.region.at or "experts" in delta.options)
+            if len(step.slots[0].shape) > 2 and not (delta.part or delta.region.box or _stack_of(delta.facts))
         }
 
-    def _is_embedding(self, delta: DeltaSpec) -> bool:
+    def _is_embedding(self, delta: Delta) -> bool:
         is_input = delta.module.rpartition(".")[2] in INPUT_NAMES
-        return delta.region.transposed or (self._adapter.format == "mlx" and is_input)
+        return delta.transposed or (self._adapter.format == "mlx" and is_input)
 
-    def _carry(self, parameters: set[str], groups: Mapping[str, list[DeltaSpec]]) -> None:
+    def _carry(self, parameters: set[str], groups: Mapping[str, list[Delta]]) -> None:
         """Take along what has no factors, as it is; nothing of it depends on what is done to factors."""
         for parameter in sorted(parameters):
             for delta in groups[parameter]:
-                if delta.kind == "rows":
-                    self.found.whole[delta.tensors["rows"].name] = delta.tensors["rows"]
+                if delta.facts.replaces_rows:
+                    self.found.whole[delta.factors["rows"].name] = delta.factors["rows"]
         copies = self._joined.unchanged if self._joined and self._recipe.drops_copies else ()
         for parameter, one in self._adapter.replacements.items():
             for ref in (one.ref, one.original) if parameter not in copies else ():
@@ -264,16 +261,16 @@ class _Drafting:
         """Take the factors of stacked experts, as they are stacked."""
         for pair in self._adapter.stacked:
             assert self._joined is not None
-            delta = next((one for one in self._joined.deltas if one.tensors == pair.tensors), None)
+            delta = next((one for one in self._joined.deltas if one.factors == pair.tensors), None)
             if delta is None:
                 continue  # the plan said why
-            n = int(delta.options.get("experts", 1))
             a, b = pair.tensors["A"].shape, pair.tensors["B"].shape
-            shape = (n, b[0], a[1]) if "experts" in delta.options else (b[0], a[1])
-            whole = replace(delta, kind="stacked" if len(shape) == 3 else "low_rank", part=(), region=PLAIN)
-            origin = Given(replace(whole, rounded=False))
+            stack = _stack_of(delta.facts)
+            shape = (stack.experts, b[0], a[1]) if stack else (b[0], a[1])
+            whole = replace(delta.delta, facts=StackedFacts(stack=stack)) if stack else delta.delta
+            scale, depth = delta.effective_scale, pair.depth
             self._add(
-                LoraModule(delta.target, "experts", origin, shape, a[0] // n, delta.factor, depth=pair.depth)
+                LoraModule(delta.target, "experts", Given(whole), shape, delta.rank, scale, depth=depth)
             )
 
     def _change(self, given: Collection[str]) -> None:
@@ -284,7 +281,7 @@ class _Drafting:
             deltas = step.op.deltas if isinstance(step.op, Merge) else ()
             is_new = self._is_new(step)
             if not is_new and all(
-                delta.target in given or not stacked.isdisjoint(ref.name for ref in delta.tensors.values())
+                delta.target in given or not stacked.isdisjoint(ref.name for ref in delta.factors.values())
                 for delta in deltas
             ):
                 continue
@@ -312,7 +309,7 @@ class _Drafting:
         (slot,) = step.slots
         deltas = step.op.deltas if isinstance(step.op, Merge) else ()
         module, _, parameter = target.rpartition(".")
-        if any(delta.region.at or delta.part for delta in deltas):
+        if any(delta.region.box or delta.part for delta in deltas):
             sentence = "is stored in parts, or as a part, and is no plain LoRA"
             self.found.issues.append(error("unsupported", target, sentence, MERGE))
             return

@@ -7,51 +7,46 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_merge.core.checkpoint import SideFile
+from lora_merge.core.facts import Facts, Reach
 from lora_merge.core.report import Issue
 from lora_merge.core.tensor import Region, TensorRef
 
 PLAIN = Region()
 
+Packing = Literal["interleaved", "expert-major", "by-expert"]
+"""How B of stacked experts has their columns: the expert running fastest (PEFT), one expert's columns after the other's (Unsloth),
+or each expert's matrix whole, one after the other (NeMo Automodel)."""
+
 
 @dataclass(frozen=True, slots=True)
-class DeltaSpec:
-    """One change to one parameter: the algebra's name and everything it needs."""
-
-    kind: str
-    """Names an algebra in `lora_merge.deltas`, for example ``"low_rank"``."""
+class Delta:
+    """One change to one parameter, as the adapter states it."""
 
     parameter: str
-    """The parameter it changes: as the adapter names it, and in a plan the stored tensor."""
+    """As the adapter names it."""
 
-    tensors: Mapping[str, TensorRef]
+    facts: Facts
+    """Which algebra it is, and what else that algebra needs."""
+
+    factors: Mapping[str, TensorRef]
     """By role: ``{"A": [r, in], "B": [out, r]}`` for ``low_rank``."""
 
-    scale: float
+    scale: float = 1.0
     """The one factor that the algebra multiplies by; the reader has folded α, r and patterns into it."""
 
-    region: Region = PLAIN
-
-    part: tuple[tuple[int, int], ...] = ()
-    """The part of the adapter's own weight that is meant, a range per axis (``[out, in]``; of stacked factors
-    ``[expert, out, in]``); empty for all of it."""
+    transposed: bool = False
+    """True when the weight is ``[in, out]`` by the adapter's format: LoRA on an embedding."""
 
     rounded: bool = False
-    """True where PEFT rounds the delta to the weight's dtype before it adds it."""
+    """True where PEFT rounds the change to the weight's dtype before it adds it."""
 
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """What else the algebra needs, as its docstring says."""
+    round_before_next: bool = False
+    """True where PEFT stores the weight in its own dtype before the next change is made."""
 
-    weight: float = 1.0
-    """How much of the change is wanted: the user's ``--adapter PATH:WEIGHT``."""
-
-    adapter: int = 0
-    """Which of the plan's adapters it comes from."""
-
-    target: str = ""
-    """What the adapter calls the parameter, once `parameter` is the stored tensor's name."""
-
-    rule: str = ""
-    """The layout by which the two were joined; names one of `lora_merge.layouts`, or ``"tied"``."""
+    @property
+    def algebra(self) -> str:
+        """Return the algebra's name, for example ``"low_rank"``."""
+        return self.facts.algebra
 
     @property
     def module(self) -> str:
@@ -59,19 +54,116 @@ class DeltaSpec:
         return self.parameter.rpartition(".")[0]
 
     @property
-    def factor(self) -> float:
+    def effective_scale(self) -> float:
         """Return what the product of the factors is multiplied by in all."""
-        return self.scale / float(self.options.get("divisor", 1.0))
+        return self.facts.effective_scale(self.scale)
 
     @property
     def rank(self) -> int:
-        """Return r, the number of rows of A (of one expert's A, where experts are stacked); 0 without an A."""
-        return self.shape("A")[0] // int(self.options.get("experts", 1)) if "A" in self.tensors else 0
+        """Return r, of stacked factors that of one matrix; 0 without factors."""
+        return self.facts.rank(self.factors)
 
     def shape(self, role: str) -> tuple[int, ...]:
-        """Return the shape of a factor as the formula has it: turned round where it is stored so (``turned``)."""
-        shape = self.tensors[role].shape
-        return shape[::-1] if self.options.get("turned") and role in {"A", "B"} else shape
+        """Return the shape of a factor as the formula has it, however it is stored."""
+        return self.facts.shape_of(role, self.factors)
+
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """Return the shape of the weight as the adapter's format has it; None where the factors do not tell."""
+        shape = self.facts.weight_shape(self.factors)
+        return shape[::-1] if shape is not None and self.transposed else shape
+
+    def placed(
+        self,
+        tensor: str,
+        region: Region = PLAIN,
+        *,
+        part: tuple[tuple[int, int], ...] = (),
+        adapter: int = 0,
+        adapter_weight: float = 1.0,
+        rule: str = "",
+    ) -> PlacedDelta:
+        """Return the change on one stored tensor; see `PlacedDelta` for the arguments."""
+        return PlacedDelta(
+            self,
+            tensor,
+            region,
+            part,
+            self.scale,
+            adapter,
+            adapter_weight,
+            self.rounded,
+            self.round_before_next,
+            rule,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedDelta:
+    """A change on one stored tensor, as a plan applies it."""
+
+    delta: Delta
+    tensor: str
+    """Name of the stored tensor."""
+
+    region: Region
+    """The part of the tensor that it changes, and how the weight lies there."""
+
+    part: tuple[tuple[int, int], ...]
+    """The part of the adapter's own weight that is meant, a range per axis (``[out, in]``; of stacked factors
+    ``[expert, out, in]``); empty for all of it."""
+
+    scale: float
+    """As it is applied: `Delta.scale`, times the adapter's weight where the algebra is scaled and all is added in turn."""
+
+    adapter: int = 0
+    """Which of the plan's adapters it comes from."""
+
+    adapter_weight: float = 1.0
+    """How much of the change is wanted, beside `scale`: the user's ``--adapter PATH:WEIGHT``."""
+
+    rounded: bool = False
+    """As `Delta.rounded`, but False where changes of several adapters are added up in float32."""
+
+    round_before_next: bool = False
+    """As `Delta.round_before_next`, but False where changes of several adapters are added up in float32."""
+
+    rule: str = ""
+    """The layout by which parameter and tensor were joined; names one of `lora_merge.layouts`, or ``"tied"``."""
+
+    @property
+    def algebra(self) -> str:
+        """Return the algebra's name, for example ``"low_rank"``."""
+        return self.delta.facts.algebra
+
+    @property
+    def facts(self) -> Facts:
+        """Return the facts of its algebra."""
+        return self.delta.facts
+
+    @property
+    def factors(self) -> Mapping[str, TensorRef]:
+        """Return its tensors by role."""
+        return self.delta.factors
+
+    @property
+    def target(self) -> str:
+        """Return what the adapter calls the parameter."""
+        return self.delta.parameter
+
+    @property
+    def effective_scale(self) -> float:
+        """Return what the product of the factors is multiplied by in all, but for `adapter_weight`."""
+        return self.facts.effective_scale(self.scale)
+
+    @property
+    def rank(self) -> int:
+        """Return r, of stacked factors that of one matrix; 0 without factors."""
+        return self.delta.rank
+
+    @property
+    def reach(self) -> Reach:
+        """Return how much of the weight the change of some rows depends on."""
+        return self.facts.reach(transposed=self.region.transposed)
 
 
 Reason = Literal["module", "bias", "embedding", "saved", ""]
@@ -105,8 +197,8 @@ class StackedPair:
     parameter: str = ""
     """Name of the parameter in its module, where the format says it; empty where only the model can tell."""
 
-    packing: str = ""
-    """How B holds the experts: an option of `lora_merge.deltas.factors`; empty for PEFT's way."""
+    packing: Packing | None = None
+    """How B holds the experts, where the format says it."""
 
     inward: bool = False
     """True where B is known to have the inputs and A the outputs, so that shapes need not tell."""
@@ -123,7 +215,7 @@ class Adapter:
 
     config: Mapping[str, Any]
 
-    deltas: tuple[DeltaSpec, ...]
+    deltas: tuple[Delta, ...]
 
     modules: frozenset[str]
     """Every module that has tensors of its own, sound or not."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.choices import AdapterFormat, ExpertForm, Naming
 from lora_merge.core.plan import Step
 from lora_merge.core.report import Issue
@@ -20,10 +20,13 @@ Form = Literal["linear", "embedding", "convolution", "experts"]
 class Given:
     """Factors that the adapter has."""
 
-    delta: DeltaSpec
+    delta: Delta
 
     turned: bool = False
     """True where they are those of the transposed change."""
+
+    part: tuple[tuple[int, int], ...] = ()
+    """The part of the delta's weight that is meant, as `lora_merge.core.adapter.PlacedDelta.part` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Difference:
 class Placed:
     """Factors of a part, and the part of a stack of experts that they belong to."""
 
-    delta: DeltaSpec
+    delta: Delta
     expert: int
 
     rows: tuple[int, int]

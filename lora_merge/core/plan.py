@@ -12,8 +12,9 @@ from heapq import nlargest
 from itertools import pairwise
 from typing import Any, Literal
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import PlacedDelta
 from lora_merge.core.checkpoint import SideFile
+from lora_merge.core.facts import Reach
 from lora_merge.core.report import Issue, Summary
 from lora_merge.core.shards import OutputFile
 from lora_merge.core.tensor import TensorRef
@@ -37,9 +38,6 @@ PANEL_ELEMENTS = 1 << 24
 """Elements of a column panel, read by what has to look down whole columns."""
 
 Action = Literal["merged", "replaced", "cast", "copied"]
-
-Reach = Literal["rows", "columns", "tensor"]
-"""What a change of some rows depends on: those rows; the whole columns, seen before; or all of the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +107,23 @@ class Block:
     columns: tuple[int, int]
 
     @classmethod
-    def of(cls, view: View, at: tuple[tuple[int, int], ...]) -> Block:
+    def of(cls, view: View, box: tuple[tuple[int, int], ...]) -> Block:
         """Return the block of a region; of an empty one, everything.
 
         Example:
             >>> Block.of(View(8, 4, 3), ((2, 3), (0, 2), (0, 3))).row_ranges()
             [(8, 10)]
         """
-        if not at:
+        if not box:
             return cls(view, (0, view.blocks), (0, view.rows), (0, view.columns))
-        match at:
+        match box:
             case (rows,):
                 return cls(view, (0, 1), rows, (0, view.columns))
             case (rows, columns):
                 return cls(view, (0, 1), rows, columns)
             case (blocks, rows, columns):
                 return cls(view, blocks, rows, columns)
-        raise ValueError(f"a region of {len(at)} axes is no block of matrices")
+        raise ValueError(f"a region of {len(box)} axes is no block of matrices")
 
     def row_ranges(self) -> list[tuple[int, int]]:
         """Return its rows, counted through all matrices of the view; adjacent ones are one range."""
@@ -176,7 +174,7 @@ class Combination:
     rank: int
     """Singular values that ``svd`` keeps."""
 
-    name: str
+    rng_key: str
     """What chance is drawn for, beside the seed: the tensor's name, or the first of the two that a tie has."""
 
 
@@ -201,7 +199,7 @@ class Merge:
     parts: tuple[TensorRef, ...]
     """What the codec reads; the first is the weight itself."""
 
-    deltas: tuple[DeltaSpec, ...]
+    deltas: tuple[PlacedDelta, ...]
 
     view: View
     reach: Reach = "rows"
@@ -299,7 +297,7 @@ class MergePlan:
         """
         heaviest = nlargest(n_workers, (_step_bytes(step, tile_elements) for step in self.steps))
         merges = [step.op for step in self.steps if isinstance(step.op, Merge)]
-        by_peft = any(delta.kind == "peft_layer" for op in merges for delta in op.deltas)
+        by_peft = any(delta.facts.by_peft for op in merges for delta in op.deltas)
         return RUNTIME_BYTES + by_peft * PEFT_BYTES + sum(heaviest)
 
     def summary(self, n_workers: int = 0, peak_bytes: int = 0, disk_free_bytes: int = 0) -> Summary:
@@ -319,9 +317,9 @@ class MergePlan:
             copied_bytes=sum(sizes["copied"]),
             n_shards=len(self.files),
             n_side_files=len(self.side_files),
-            ranks=_count([str(delta.rank) for delta in deltas if "A" in delta.tensors]),
-            scales=_count([f"{delta.factor:g}" for delta in deltas if "A" in delta.tensors]),
-            kinds=_count([delta.kind for delta in deltas]),
+            ranks=_count([str(delta.rank) for delta in deltas if delta.facts.has_factors]),
+            scales=_count([f"{delta.effective_scale:g}" for delta in deltas if delta.facts.has_factors]),
+            kinds=_count([delta.algebra for delta in deltas]),
             module_ranks=_module_ranks(deltas),
             n_workers=n_workers,
             peak_bytes=peak_bytes,
@@ -330,12 +328,12 @@ class MergePlan:
         )
 
 
-def _module_ranks(deltas: list[DeltaSpec]) -> dict[str, int]:
+def _module_ranks(deltas: list[PlacedDelta]) -> dict[str, int]:
     """Return the rank of each parameter's change: the sum over the adapters that have one."""
     ranks: dict[str, dict[int, int]] = {}
     for delta in deltas:
-        if "A" in delta.tensors:
-            own = ranks.setdefault(delta.parameter, {})
+        if delta.facts.has_factors:
+            own = ranks.setdefault(delta.tensor, {})
             own[delta.adapter] = max(own.get(delta.adapter, 0), delta.rank)
     return {parameter: sum(own.values()) for parameter, own in ranks.items()}
 
@@ -365,18 +363,18 @@ def _step_bytes(step: Step, tile_elements: int | None) -> int:
             return (8 + 4 + 4 + 8) * elements + 2 * factors + panel
 
 
-def _together(op: Merge, tiles: Sequence[tuple[int, int]]) -> Iterator[Sequence[DeltaSpec]]:
+def _together(op: Merge, tiles: Sequence[tuple[int, int]]) -> Iterator[Sequence[PlacedDelta]]:
     """Yield the deltas that are at work at the same time: on each tile, those that meet it."""
-    if not any(delta.region.at for delta in op.deltas):
+    if not any(delta.region.box for delta in op.deltas):
         yield op.deltas
         return
-    spread = Spread(Block.of(op.view, delta.region.at) for delta in op.deltas)
+    spread = Spread(Block.of(op.view, delta.region.box) for delta in op.deltas)
     for start, end in tiles:
         yield [op.deltas[n] for n in spread.meeting(start, end)]
 
 
-def _factor_bytes(delta: DeltaSpec) -> int:
-    return sum(4 * math.prod(ref.shape) for ref in delta.tensors.values())
+def _factor_bytes(delta: PlacedDelta) -> int:
+    return sum(4 * math.prod(ref.shape) for ref in delta.factors.values())
 
 
 def _count(values: list[str]) -> dict[str, int]:

@@ -95,7 +95,7 @@ class Region:
     transposed: bool = False
     """True when the weight is stored ``[in, out]``, as transformers' ``Conv1D`` does."""
 
-    at: tuple[tuple[int, int], ...] = ()
+    box: tuple[tuple[int, int], ...] = ()
     """Its range on each axis of the stored tensor; empty when the tensor is the module's alone."""
 
 

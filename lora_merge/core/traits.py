@@ -181,7 +181,7 @@ def _excludes(config: Mapping[str, Any], base_modules: Collection[str]) -> bool:
 
 
 def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
-    ranks = {delta.module: delta.rank for delta in adapter.deltas if "A" in delta.tensors}
+    ranks = {delta.module: delta.rank for delta in adapter.deltas if delta.facts.has_factors}
     config = adapter.config
     own = config.get("r")
     said = {own} if isinstance(own, int) and not isinstance(own, bool) else set()
@@ -208,9 +208,9 @@ def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
         yield Trait("ranks-differ", f"rank {found[0]}, and r is {own}")
     alphas = set()
     for delta in adapter.deltas:
-        if "A" in delta.tensors and delta.kind in {"low_rank", "dora"}:
+        if delta.facts.has_factors:
             root = delta.rank**0.5 if adapter.config.get("use_rslora") else delta.rank
-            alphas.add(round(delta.factor * root, 6))
+            alphas.add(round(delta.effective_scale * root, 6))
     if len(alphas) > 1 and adapter.format == "peft":
         yield Trait("alphas-differ", f"α is {', '.join(f'{alpha:g}' for alpha in sorted(alphas))}")
 
@@ -241,18 +241,18 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
         hit = sorted(names & wanted)
         if hit:
             yield Trait(trait, ", ".join(hit))
-    if any(delta.region.transposed for delta in adapter.deltas):
+    if any(delta.transposed for delta in adapter.deltas):
         yield Trait("embedding", "the input embedding is a target")
     if any(module.rpartition(".")[2] in OUTPUT_NAMES for module in modules):
         yield Trait("head", "the output embedding is a target")
-    if any("A" in delta.tensors and len(delta.tensors["A"].shape) > 2 for delta in adapter.deltas):
+    if any(delta.facts.has_factors and len(delta.shape("A")) > 2 for delta in adapter.deltas):
         yield Trait("convolution", "a convolution is a target")
     yield Trait("modules", f"{len(modules)} modules", paths=_plain(adapter, modules))
 
 
 def _plain(adapter: Adapter, modules: list[str]) -> tuple[str, ...]:
     """Return the modules that are no head, no embedding and no expert."""
-    embeddings = {delta.module for delta in adapter.deltas if delta.region.transposed}
+    embeddings = {delta.module for delta in adapter.deltas if delta.transposed}
     return tuple(
         module
         for module in modules
@@ -306,13 +306,8 @@ def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
 
 
 def _of_whole(adapter: Adapter, unchanged: Collection[str]) -> Iterator[Trait]:
-    kinds = {delta.kind for delta in adapter.deltas}
-    if "dora" in kinds:
-        yield Trait("dora", "use_dora is set")
-    if "addition" in kinds:
-        yield Trait("lora-bias", "lora_bias is set")
-    if "rows" in kinds:
-        yield Trait("tokens", "trained tokens")
+    of_algebras = (delta.facts.serving_trait for delta in adapter.deltas)
+    yield from (Trait(*trait) for trait in dict.fromkeys(of_algebras) if trait is not None)
     why: dict[str, list[str]] = {}
     for parameter, one in adapter.replacements.items():
         if parameter in unchanged:
@@ -334,7 +329,7 @@ def _of_whole(adapter: Adapter, unchanged: Collection[str]) -> Iterator[Trait]:
 
 def _refs(adapter: Adapter) -> Iterator[TensorRef]:
     for delta in adapter.deltas:
-        yield from delta.tensors.values()
+        yield from delta.factors.values()
     for pair in adapter.stacked:
         yield from pair.tensors.values()
     yield from adapter.layered.values()

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.core.adapter import DeltaSpec
-    from lora_merge.core.plan import Reach
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.facts import Facts
 
 Panels = Iterator[tuple[int, int, "torch.Tensor"]]
 """``(start, end, columns)``: the stored weight panel by panel, float32 ``[rows, end - start]``, to be changed."""
@@ -37,29 +37,19 @@ class Algebra(Changer, Protocol):
     """One delta, ready to change the tiles of one weight.
 
     Args:
-        spec: the delta.
+        delta: the change.
         factors: its tensors by role, as `Factors` gives them, on the device of the weight.
-        stored: dtype code that the weight will be stored in; `DeltaSpec.rounded` asks for it.
+        stored: dtype code that the weight will be stored in; `PlacedDelta.rounded` asks for it.
     """
 
-    scaled: ClassVar[bool]
-    """True when `DeltaSpec.scale` says how much of the change is made; else it is all or nothing."""
+    facts: ClassVar[type[Facts]]
+    """What `PlacedDelta.facts` is for this algebra; it says what kind of change the algebra makes."""
 
-    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None: ...
-
-    @staticmethod
-    def reach(spec: DeltaSpec) -> Reach:
-        """Return how much of the weight a tile's change depends on."""
+    def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None: ...
 
 
-class RowWise:
-    """What an algebra has in common with the others whose rows depend on themselves alone."""
-
-    @staticmethod
-    def reach(spec: DeltaSpec) -> Reach:
-        """Return ``"rows"``."""
-        del spec
-        return "rows"
+class Unsurveyed:
+    """What algebras have in common that need not look at the whole weight first."""
 
     def survey(self, panels: Panels) -> None:
         """Look at nothing."""

@@ -33,7 +33,7 @@ def combine(changes: Sequence[torch.Tensor], weights: Sequence[float], how: Comb
     device = changes[0].device
     generator = torch.Generator()  # of the CPU, so that a GPU drops the same values
     generator.manual_seed(
-        zlib.crc32(f"{how.seed}/{how.name}".encode())
+        zlib.crc32(f"{how.seed}/{how.rng_key}".encode())
     )  # 32 bits are all that a CPU generator uses
     return COMBINATIONS[how.method](changes, torch.tensor(list(weights), device=device), how, generator)
 

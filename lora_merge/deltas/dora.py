@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from lora_merge.deltas.factors import FactorFacts
 from lora_merge.deltas.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -11,9 +13,29 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.core.adapter import DeltaSpec
-    from lora_merge.core.plan import Reach
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.facts import Division, Facts, Reach
     from lora_merge.deltas.algebra import Panels
+
+
+@dataclass(frozen=True, slots=True)
+class DoraFacts(FactorFacts):
+    """Of a low-rank change after which every output gets a trained length; it depends on the weight."""
+
+    algebra: Literal["dora"] = "dora"
+
+    is_scaled: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = True
+    serving_trait: ClassVar[tuple[str, str] | None] = ("dora", "use_dora is set")
+
+    @property
+    def division(self) -> Division:
+        """Return ``"rows"``: a length is that of a whole row."""
+        return "none" if self.has_blocks else "rows"
+
+    def reach(self, *, transposed: bool) -> Reach:
+        """Return ``"columns"`` where the norms run down the columns of the stored weight."""
+        return "columns" if transposed else "rows"
 
 
 class Dora:
@@ -30,18 +52,13 @@ class Dora:
         ``DoraEmbeddingVariant`` and ``DoraConv2dVariant``, ``merge_unsafe`` (PEFT 0.21.2).
     """
 
-    scaled: ClassVar[bool] = True
+    facts: ClassVar[type[Facts]] = DoraFacts
 
-    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
-        self._sum = LowRank(spec, factors, stored)
+    def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+        self._sum = LowRank(delta, factors, stored)
         self._magnitude = factors["magnitude"].float().flatten()
-        self._transposed = spec.region.transposed
+        self._transposed = delta.region.transposed
         self._factor: torch.Tensor | None = None
-
-    @staticmethod
-    def reach(spec: DeltaSpec) -> Reach:
-        """Return ``"columns"`` where the norms run down the columns of the stored weight."""
-        return "columns" if spec.region.transposed else "rows"
 
     def survey(self, panels: Panels) -> None:
         """Take the norm of every column of V."""

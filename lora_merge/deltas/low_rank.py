@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from lora_merge.core.tensor import TORCH_NAMES
-from lora_merge.deltas.algebra import RowWise
+from lora_merge.deltas.algebra import Unsurveyed
+from lora_merge.deltas.factors import FactorFacts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.facts import Division, Facts, Reach
 
 _FUSED_RANK = 128
 """Up to this rank a product is summed in one block, before it is added (measured: up to 192 with MKL)."""
@@ -22,7 +25,56 @@ _FUSED_SIDE = 64
 """Smaller matrices go through other kernels, which sum in another order."""
 
 
-class LowRank(RowWise):
+@dataclass(frozen=True, slots=True)
+class LowRankFacts(FactorFacts):
+    """Of a low-rank sum."""
+
+    divisor: float | None = None
+    """What the scaled product is divided by (AdaLoRA's ``ranknum + 1e-5``)."""
+
+    algebra: Literal["low_rank"] = "low_rank"
+
+    is_sum: ClassVar[bool] = True
+    is_scaled: ClassVar[bool] = True
+    vanishes_with: ClassVar[frozenset[str]] = frozenset({"A", "B", "E"})
+
+    @property
+    def has_flat_kernel(self) -> bool:
+        """Return True where the factors of a convolution have its kernel flat: AdaLoRA's."""
+        return self.divisor is not None
+
+    @property
+    def division(self) -> Division:
+        """Return ``"boxes"``: rows of B and columns of A give any part; blocks on a diagonal do not."""
+        return "none" if self.has_blocks else "boxes"
+
+    def reach(self, *, transposed: bool) -> Reach:
+        """Return ``"rows"``."""
+        del transposed
+        return "rows"
+
+    def effective_scale(self, scale: float) -> float:
+        """Return the scale over the divisor."""
+        return scale / (self.divisor or 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedFacts(FactorFacts):
+    """Of a low-rank sum for each expert of a stack."""
+
+    algebra: Literal["stacked"] = "stacked"
+
+    is_sum: ClassVar[bool] = True
+    is_scaled: ClassVar[bool] = True
+    is_stacked: ClassVar[bool] = True
+
+    def reach(self, *, transposed: bool) -> Reach:
+        """Return ``"rows"``."""
+        del transposed
+        return "rows"
+
+
+class LowRank(Unsurveyed):
     """W ← W + s · B A, or its transpose for a weight stored ``[in, out]``.
 
     The bits are PEFT's: the product is formed first, scaled after, and then added. Where scaling is exact (a
@@ -34,32 +86,28 @@ class LowRank(RowWise):
         weight is seen as ``[out, in · kernel]``.
         E (AdaLoRA): ``[r, 1]``, the singular values; A is multiplied by them.
 
-    Options:
-        divisor: what the scaled product is divided by (AdaLoRA's ``ranknum + 1e-5``).
-        settles: True where PEFT stores the weight in its own dtype before the next delta is added to it.
-        blocks_A, blocks_B: how many blocks of that factor lie on the diagonal (BD-LoRA).
-
     Reference:
         Hu et al., 2021, https://arxiv.org/abs/2106.09685; ``peft.tuners.lora.layer.Linear.merge`` with
         ``safe_merge=False``, ``peft.tuners.adalora.layer.SVDLinear.get_delta_weight`` and
         ``peft.tuners.lora.variants.BdLoraLinearVariant`` (PEFT 0.21.2).
     """
 
-    scaled: ClassVar[bool] = True
+    facts: ClassVar[type[Facts]] = LowRankFacts
 
-    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
-        self._a, self._b = plain_pair(spec, factors)
-        self._scale = spec.scale
-        self._divisor = spec.options.get("divisor")
-        self._transposed = spec.region.transposed
-        self._rounded_to = stored if spec.rounded else ""
-        self._settles = bool(self._rounded_to and spec.options.get("settles"))
-        exact = math.frexp(spec.scale)[0] in {0.5, -0.5}
+    def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+        facts = cast("FactorFacts", delta.facts)  # DoRA's too, whose sum this is
+        self._a, self._b = plain_pair(facts, factors)
+        self._scale = delta.scale
+        self._divisor = facts.divisor if isinstance(facts, LowRankFacts) else None
+        self._transposed = delta.region.transposed
+        self._rounded_to = stored if delta.rounded else ""
+        self._round_weight = bool(self._rounded_to and delta.round_before_next)
+        exact = math.frexp(delta.scale)[0] in {0.5, -0.5}
         plain = not self._rounded_to and self._divisor is None
         small = len(self._a) <= _FUSED_RANK and min(len(self._b), self._a.shape[1]) >= _FUSED_SIDE
         self._fused = exact and plain and small
         if self._fused:
-            self._b = self._b * spec.scale
+            self._b = self._b * delta.scale
         self._buffer: torch.Tensor | None = None
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
@@ -89,7 +137,7 @@ class LowRank(RowWise):
         if self._rounded_to:
             product = rounded(product, self._rounded_to)
         weight.add_(product.T if self._transposed else product)
-        if self._settles:
+        if self._round_weight:
             weight.copy_(rounded(weight, self._rounded_to))
 
     def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -105,7 +153,7 @@ class LowRank(RowWise):
         return product
 
 
-class Stacked(RowWise):
+class Stacked(Unsurveyed):
     """W[e] ← W[e] + s · B[e] A[e] for every expert e, or its transpose where experts are ``[in, out]``.
 
     Shapes:
@@ -116,12 +164,12 @@ class Stacked(RowWise):
         ``peft.tuners.lora.layer.ParamWrapper.get_delta_weight`` (PEFT 0.21.2).
     """
 
-    scaled: ClassVar[bool] = True
+    facts: ClassVar[type[Facts]] = StackedFacts
 
-    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+    def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
         self._a, self._b = factors["A"].float(), factors["B"].float()
-        self._scale, self._transposed = spec.scale, spec.region.transposed
-        self._rounded_to = stored if spec.rounded else ""
+        self._scale, self._transposed = delta.scale, delta.region.transposed
+        self._rounded_to = stored if delta.rounded else ""
         self._rows = self._a.shape[2] if self._transposed else self._b.shape[1]
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
@@ -158,18 +206,20 @@ def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
     return values.to(getattr(torch, TORCH_NAMES[dtype])).float()
 
 
-def plain_pair(spec: DeltaSpec, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_pair(facts: FactorFacts, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A ``[r, in]`` and B ``[out, r]`` in float32, whatever they are stored as."""
-    import torch
-
     a, b = factors["A"].float(), factors["B"].float()
     if "E" in factors:
         a = a * factors["E"].float()
-    for axis in ("A", "B"):
-        n_blocks = int(spec.options.get(f"blocks_{axis}", 1))
-        if n_blocks > 1:
-            blocks: torch.Tensor = torch.block_diag(  # type: ignore[no-untyped-call]
-                *torch.chunk(a if axis == "A" else b, n_blocks)
-            )
-            a, b = (blocks, b) if axis == "A" else (a, blocks)
+    a, b = _on_diagonal(a, facts.blocks_a or 1), _on_diagonal(b, facts.blocks_b or 1)
     return a.flatten(1), b.flatten(1)
+
+
+def _on_diagonal(factor: torch.Tensor, n_blocks: int) -> torch.Tensor:
+    """Return a factor whose blocks are stored one above the other as the block-diagonal matrix."""
+    import torch
+
+    if n_blocks == 1:
+        return factor
+    laid_out: torch.Tensor = torch.block_diag(*torch.chunk(factor, n_blocks))  # type: ignore[no-untyped-call]
+    return laid_out

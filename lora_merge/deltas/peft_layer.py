@@ -9,20 +9,20 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from lora_merge.core.facts import Facts
 from lora_merge.core.injection import Injection, InjectionError
 from lora_merge.core.kinds import DECOMPOSING, PREFIX, mutating_init
 from lora_merge.core.report import error
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, UNIT_ROUNDOFF
-from lora_merge.deltas.algebra import RowWise
+from lora_merge.deltas.algebra import Unsurveyed
 from lora_merge.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_merge.core.adapter import DeltaSpec
-    from lora_merge.core.plan import Reach
+    from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.report import Issue
 
 _FLOAT32 = "F32"
@@ -36,7 +36,41 @@ _STEADY_SHARE = 2.0**-9
 _ELSEWHERE = "merge it with PEFT on the machine that trained it, and compare the outputs"
 
 
-class PeftLayer(RowWise):
+@dataclass(frozen=True, slots=True)
+class PeftLayerFacts(Facts):
+    """Of one parameter of a module that PEFT's own layer merges."""
+
+    model_config: str
+    """JSON text, of the model that was trained."""
+
+    adapter_config: str
+    """JSON text."""
+
+    digest: str
+    """Of the adapter."""
+
+    method: str
+    """Its PEFT type, for messages."""
+
+    module: str
+    parameter: str
+    """Of the module: what is changed."""
+
+    shape: tuple[int, ...]
+    """Of the parameter."""
+
+    dtype: str
+    """Of the parameter as the base stores it, a safetensors code."""
+
+    changed: tuple[str, ...]
+    """Every parameter of the module for which a delta is planned."""
+
+    algebra: Literal["peft_layer"] = "peft_layer"
+
+    by_peft: ClassVar[bool] = True
+
+
+class PeftLayer(Unsurveyed):
     """W ← what PEFT's layer makes of W when it merges.
 
     The module is whole in memory, and modules take turns. The work is done in the dtype of the weight, as PEFT
@@ -46,29 +80,18 @@ class PeftLayer(RowWise):
         ``adapter:NAME``: a tensor of the adapter, of this module or of the whole model; ``base:NAME``: another
         parameter of the module.
 
-    Options:
-        model_config, adapter_config: JSON texts; digest: of the adapter; kind: its PEFT type, for messages; module,
-        parameter: what is changed;
-        shape, dtype: of the parameter; changed: every parameter of the module for which a delta is planned.
-
     Reference:
         ``peft.tuners.tuners_utils.BaseTuner.merge_and_unload`` (PEFT 0.21.2), layer by layer.
     """
 
-    scaled: ClassVar[bool] = False
+    facts: ClassVar[type[Facts]] = PeftLayerFacts
 
-    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
-        self._options = spec.options
-        exact = spec.rounded and stored == spec.options["dtype"]
+    def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+        facts = self._facts = cast("PeftLayerFacts", delta.facts)
+        exact = delta.rounded and stored == facts.dtype
         self._dtype = TORCH_NAMES[stored if exact else _FLOAT32]
         self._tensors = _of(factors, "adapter:")
         self._others = _of(factors, "base:")
-
-    @staticmethod
-    def reach(spec: DeltaSpec) -> Reach:
-        """Return ``"tensor"``: some methods rotate, some decompose."""
-        del spec
-        return "tensor"
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Let PEFT merge the whole module, and take the one parameter.
@@ -84,7 +107,7 @@ class PeftLayer(RowWise):
 
     def _issue(self, exc: InjectionError) -> Issue:
         """Return what PEFT refuses, with the module and the kind of adapter."""
-        module, kind = self._options["module"], self._options["kind"]
+        module, kind = self._facts.module, self._facts.method
         sentence = f"{kind}: {exc.sentence}"
         if module not in exc.subject:
             sentence += f", while {module} was merged"
@@ -101,25 +124,19 @@ class PeftLayer(RowWise):
         import torch
 
         dtype: torch.dtype = getattr(torch, self._dtype)
-        parameter = self._options["parameter"]
-        whole = weight.cpu().to(dtype).view(self._options["shape"])
+        parameter = self._facts.parameter
+        whole = weight.cpu().to(dtype).view(self._facts.shape)
         module = {parameter: whole} | {name: tensor.to(dtype) for name, tensor in self._others.items()}
         shared = {name: tensor for name, tensor in self._tensors.items() if not name.startswith(PREFIX)}
         own = {name: tensor for name, tensor in self._tensors.items() if name.startswith(PREFIX)}
         with _BUILDING:
-            injection = _injection(
-                _Key(
-                    self._options["model_config"],
-                    self._options["adapter_config"],
-                    self._options["digest"],
-                    shared,
-                )
-            )
-        merged = injection.merge(self._options["module"], module, own)
+            facts = self._facts
+            injection = _injection(_Key(facts.model_config, facts.adapter_config, facts.digest, shared))
+        merged = injection.merge(self._facts.module, module, own)
         self._check_others(module, merged)
         if _decomposes(injection.config):
             with _all_threads():
-                again = injection.merge(self._options["module"], _nudged(module), own)
+                again = injection.merge(self._facts.module, _nudged(module), own)
             self._check_steady(module, merged, again)
         return merged[parameter]
 
@@ -127,10 +144,10 @@ class PeftLayer(RowWise):
         """Raise when PEFT changed a parameter for which nothing is planned."""
         import torch
 
-        for name in before.keys() - set(self._options["changed"]):
+        for name in before.keys() - set(self._facts.changed):
             if not torch.equal(after[name], before[name]):
                 sentence = "is changed by PEFT's layer, and nothing was planned for it"
-                raise InjectionError(f"{self._options['module']}.{name}", sentence)
+                raise InjectionError(f"{self._facts.module}.{name}", sentence)
 
     def _check_steady(
         self,
@@ -143,7 +160,7 @@ class PeftLayer(RowWise):
         A singular vector of a matrix that is off by u σ₁ is off by about u σ₁ / gap, and n singular values lie about
         σ₁ / n apart: by n u.
         """
-        for name in self._options["changed"]:
+        for name in self._facts.changed:
             one, other = merged[name].float(), again[name].float()
             n = max(one.shape, default=1)
             roundoff = UNIT_ROUNDOFF[DTYPE_CODES[self._dtype]]
@@ -155,7 +172,7 @@ class PeftLayer(RowWise):
                     f"the decomposition of this weight is not reproducible: with {_n_threads()} threads instead of 1 the "
                     f"merged weight differs by {off:.2g}, and rounding explains {bound:.2g} (the adapter changes it by {change:.2g})"
                 )
-                raise InjectionError(f"{self._options['module']}.{name}", sentence)
+                raise InjectionError(f"{self._facts.module}.{name}", sentence)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-from lora_merge.deltas.algebra import RowWise
+from lora_merge.core.facts import Division, Facts, Reach
+from lora_merge.deltas.algebra import Unsurveyed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.tensor import TensorRef
 
 
-class Addition(RowWise):
+@dataclass(frozen=True, slots=True)
+class AdditionFacts(Facts):
+    """Of a tensor that is added: it has the weight's shape."""
+
+    algebra: Literal["addition"] = "addition"
+
+    is_sum: ClassVar[bool] = True
+    is_scaled: ClassVar[bool] = True
+    vanishes_with: ClassVar[frozenset[str]] = frozenset({"addend"})
+    serving_trait: ClassVar[tuple[str, str] | None] = ("lora-bias", "lora_bias is set")
+
+    @property
+    def division(self) -> Division:
+        """Return ``"boxes"``."""
+        return "boxes"
+
+    def reach(self, *, transposed: bool) -> Reach:
+        """Return ``"rows"``."""
+        del transposed
+        return "rows"
+
+    def weight_shape(self, factors: Mapping[str, TensorRef]) -> tuple[int, ...] | None:
+        """Return the shape of what is added."""
+        return factors["addend"].shape
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFacts(Facts):
+    """Of rows that replace those of an embedding."""
+
+    indices: tuple[int, ...]
+    """Which rows of the weight, all different, in the order of those in ``rows``."""
+
+    algebra: Literal["rows"] = "rows"
+
+    replaces_rows: ClassVar[bool] = True
+    serving_trait: ClassVar[tuple[str, str] | None] = ("tokens", "trained tokens")
+
+    def reach(self, *, transposed: bool) -> Reach:
+        """Return ``"rows"``."""
+        del transposed
+        return "rows"
+
+
+class Addition(Unsurveyed):
     """W ← W + s · D, for a D of the weight's own shape: the bias of a ``lora_B``.
 
     Shapes:
@@ -24,12 +71,12 @@ class Addition(RowWise):
         ``peft.tuners.lora.layer.Linear.merge`` with ``lora_bias`` (PEFT 0.21.2).
     """
 
-    scaled: ClassVar[bool] = True
+    facts: ClassVar[type[Facts]] = AdditionFacts
 
-    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+    def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
         del stored
         addend = factors["addend"].float()
-        self._addend = addend.reshape(len(addend), -1) * spec.scale
+        self._addend = addend.reshape(len(addend), -1) * delta.scale
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Add the rows."""
@@ -37,25 +84,22 @@ class Addition(RowWise):
         weight.add_(self._addend[start:end])
 
 
-class Rows(RowWise):
+class Rows(Unsurveyed):
     """W[i] ← R[k] for the k-th of the indices i: trained tokens of an embedding.
 
     Shapes:
         rows: ``[n, dim]``; W: ``[vocabulary, dim]``.
 
-    Options:
-        indices: n different rows of W.
-
     Reference:
         ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer.merge`` (PEFT 0.21.2).
     """
 
-    scaled: ClassVar[bool] = False
+    facts: ClassVar[type[Facts]] = RowsFacts
 
-    def __init__(self, spec: DeltaSpec, factors: Mapping[str, torch.Tensor], stored: str) -> None:
+    def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
         del stored
         self._rows = factors["rows"].float()
-        self._indices = [int(index) for index in spec.options["indices"]]
+        self._indices = cast("RowsFacts", delta.facts).indices
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Put the trained rows that lie in the tile in their places."""

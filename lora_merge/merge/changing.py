@@ -12,26 +12,23 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Merge
     from lora_merge.deltas.algebra import Changer
-
-_LOOKING_BACK = frozenset({"dora"})
-"""Kinds of delta that look at the weight as it was before the others."""
 
 
 class Working:
     """The algebras of a step: each is made when the first of its rows comes, and dropped after the last."""
 
-    def __init__(self, op: Merge, make: Callable[[DeltaSpec], Changer]) -> None:
+    def __init__(self, op: Merge, make: Callable[[PlacedDelta], Changer]) -> None:
         self._op, self._make = op, make
         self._made: dict[int, Changer] = {}
-        self._always: list[tuple[DeltaSpec, Changer]] | None = None
+        self._always: list[tuple[PlacedDelta, Changer]] | None = None
         self._spread: Spread | None = None
-        if any(delta.region.at for delta in op.deltas):
-            self._spread = Spread(Block.of(op.view, delta.region.at) for delta in op.deltas)
+        if any(delta.region.box for delta in op.deltas):
+            self._spread = Spread(Block.of(op.view, delta.region.box) for delta in op.deltas)
 
-    def on(self, start: int, end: int) -> list[tuple[DeltaSpec, Changer]]:
+    def on(self, start: int, end: int) -> list[tuple[PlacedDelta, Changer]]:
         """Return what changes some rows, in order."""
         if self._spread is None:
             if self._always is None:
@@ -46,7 +43,7 @@ class Working:
 
 
 def change(
-    values: torch.Tensor, start: int, end: int, op: Merge, changers: list[tuple[DeltaSpec, Changer]]
+    values: torch.Tensor, start: int, end: int, op: Merge, changers: list[tuple[PlacedDelta, Changer]]
 ) -> None:
     """Apply every delta of a step to a row tile, in place.
 
@@ -56,17 +53,17 @@ def change(
     if op.combination is not None:
         values.add_(_combined(values, start, end, op, changers))
         return
-    several = len(changers) > 1 and any(delta.kind in _LOOKING_BACK for delta, _ in changers)
+    several = len(changers) > 1 and any(delta.facts.looks_back for delta, _ in changers)
     base = values.clone() if several else values
     for delta, changer in changers:
-        if delta.weight == 1:
+        if delta.adapter_weight == 1:
             changer.apply(values, base, start, end)
         else:
-            values.add_(_difference(values, start, end, [changer]), alpha=delta.weight)
+            values.add_(_difference(values, start, end, [changer]), alpha=delta.adapter_weight)
 
 
 def _combined(
-    values: torch.Tensor, start: int, end: int, op: Merge, changers: list[tuple[DeltaSpec, Changer]]
+    values: torch.Tensor, start: int, end: int, op: Merge, changers: list[tuple[PlacedDelta, Changer]]
 ) -> torch.Tensor:
     """Return the combined change of several adapters to a whole tensor."""
     assert op.combination is not None
@@ -74,7 +71,7 @@ def _combined(
     for adapter in sorted({delta.adapter for delta, _ in changers}):
         own = [(delta, changer) for delta, changer in changers if delta.adapter == adapter]
         changes.append(_difference(values, start, end, [changer for _, changer in own]))
-        weights.append(own[0][0].weight)
+        weights.append(own[0][0].adapter_weight)
     if op.view.blocks > 1:
         changes = [change.view(op.view.blocks, op.view.rows, op.view.columns) for change in changes]
     return combine(changes, weights, op.combination).view(values.shape)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.codecs import Codec
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Step
     from lora_merge.deltas.algebra import Changer
     from lora_merge.merge.stopwatch import Stopwatch
@@ -167,14 +167,16 @@ class Merger:
         frame.decode(CODECS[op.codec])
         return frame
 
-    def _algebra(self, fd: int, op: Merge, delta: DeltaSpec, slot: TensorRef) -> Changer:
+    def _algebra(self, fd: int, op: Merge, delta: PlacedDelta, slot: TensorRef) -> Changer:
         """Return a delta with its factors loaded, on the device, and the weight surveyed if it asks for that."""
-        factors = {role: tensor.to(self._device) for role, tensor in self._factors.of(delta).items()}
-        made = ALGEBRAS[delta.kind]
-        algebra = made(delta, factors, slot.dtype)
-        block = Block.of(op.view, delta.region.at)
-        placed: Changer = Part(algebra, block) if delta.region.at else algebra
-        if made.reach(delta) == "columns":
+        factors = {
+            role: tensor.to(self._device)
+            for role, tensor in self._factors.of(delta.delta, delta.part).items()
+        }
+        algebra = ALGEBRAS[delta.algebra](delta, factors, slot.dtype)
+        block = Block.of(op.view, delta.region.box)
+        placed: Changer = Part(algebra, block) if delta.region.box else algebra
+        if delta.reach == "columns":
             ((first, last),) = block.row_ranges()
             placed.survey(self._panels(fd, op, first, last))
         return placed

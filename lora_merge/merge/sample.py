@@ -28,7 +28,7 @@ class Sample:
     """
 
     def __init__(self, op: Merge, n_tiles: int) -> None:
-        self._tile = n_tiles // 2 if any(delta.kind != "rows" for delta in op.deltas) else -1
+        self._tile = n_tiles // 2 if any(not delta.facts.replaces_rows for delta in op.deltas) else -1
         self._before: torch.Tensor | None = None
         self._found: torch.Tensor | None = None
 

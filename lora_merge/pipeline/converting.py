@@ -441,7 +441,7 @@ def _written(made: Made) -> Written:
 def _own_dtype(adapter: Adapter) -> str:
     """Return the dtype that most of an adapter's factors are stored in; float32 where it has none."""
     sizes: dict[str, int] = {"F32": 0}
-    refs = [ref for delta in adapter.deltas for ref in delta.tensors.values()]
+    refs = [ref for delta in adapter.deltas for ref in delta.factors.values()]
     refs += [ref for pair in adapter.stacked for ref in pair.tensors.values()]
     for ref in refs:
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes

@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 _TAGS = re.compile(r"^(?:tags:\n|- |library_name: )(?P<tag>[\w.-]+)$", re.MULTILINE)
 """Tags in the front matter of a model card."""
 
-_SUMS = frozenset({"low_rank", "stacked"})
-"""Kinds of delta that are the product of their factors."""
-
 
 def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None) -> Inspection:
     """Describe an adapter; nothing is written but a plot.
@@ -152,7 +149,11 @@ class _Measuring:
     def __init__(self, adapter: Adapter, joined: Joined, watch: Observer) -> None:
         self._joined, self._watch = joined, watch
         found = draft(adapter, Recipe(), joined)
-        changed = {_path(delta.target, ()) for delta in joined.deltas if delta.kind not in _SUMS}
+        changed = {
+            _path(delta.target, ())
+            for delta in joined.deltas
+            if not (delta.facts.has_factors and delta.facts.is_sum)
+        }
         self._factored = {
             module.path: module for module in found.modules if not module.kept and module.path not in changed
         }
@@ -203,7 +204,7 @@ class _Measuring:
             weight, delta = norms_of(step, before) if before and is_comparable else (0.0, 0.0)
             found = [(path, weight**2, delta**2) for path in targets or (slot.name,)]
         else:
-            boxes = {(_path(delta.target, self._factored), delta.region.at) for delta in deltas}
+            boxes = {(_path(delta.target, self._factored), delta.region.box) for delta in deltas}
             found = [(path, box_norm(before, at) ** 2, 0.0) for path, at in boxes]
         self._watch.advance(piece.nbytes)
         return found

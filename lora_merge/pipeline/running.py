@@ -14,6 +14,7 @@ from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, error, note
 from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import TORCH_TYPES, UNIT_ROUNDOFF
+from lora_merge.deltas import RowsFacts
 from lora_merge.engines.adapted import Ingredients
 from lora_merge.engines.hf import Loader, scores
 from lora_merge.engines.prompts import choose
@@ -203,12 +204,12 @@ def _lies_otherwise(planned: Planned, config: Any) -> bool:
 def _trained(plan: MergePlan) -> frozenset[int]:
     """Return the tokens whose embeddings the adapter replaces."""
     return frozenset(
-        int(index)
+        index
         for step in plan.steps
         if isinstance(step.op, Merge)
         for delta in step.op.deltas
-        if delta.kind == "rows"
-        for index in delta.options["indices"]
+        if isinstance(delta.facts, RowsFacts)
+        for index in delta.facts.indices
     )
 
 

@@ -122,7 +122,9 @@ def _beyond_float32(steps: Sequence[Step]) -> list[Issue]:
         )
         for step in steps
         if isinstance(step.op, Merge)
-        for scale in [max((abs(delta.factor * delta.weight) for delta in step.op.deltas), default=0.0)]
+        for scale in [
+            max((abs(delta.effective_scale * delta.adapter_weight) for delta in step.op.deltas), default=0.0)
+        ]
         if not scale <= LARGEST_FLOAT32
     ]
 

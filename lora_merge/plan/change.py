@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import PlacedDelta
 from lora_merge.core.tensor import TensorRef
 
 
@@ -16,7 +16,7 @@ class Change:
     own: TensorRef | None = None
     """The adapter's own tensor, where it takes the place of the base's."""
 
-    deltas: list[DeltaSpec] = field(default_factory=list)
+    deltas: list[PlacedDelta] = field(default_factory=list)
     copy: TensorRef | None = None
     """The base's own tensor as the adapter carries it: resized, for example. Both ends of a tie have it."""
 
@@ -56,25 +56,27 @@ def _same_deltas(one: Change, other: Change, twins: frozenset[frozenset[str]]) -
     for mine, yours in zip(one.deltas, other.deltas, strict=True):
         if _nameless(mine) != _nameless(yours):
             return False
-        for role, ref in mine.tensors.items():
-            if frozenset((ref.name, yours.tensors[role].name)) not in twins | {frozenset((ref.name,))}:
+        for role, ref in mine.factors.items():
+            if frozenset((ref.name, yours.factors[role].name)) not in twins | {frozenset((ref.name,))}:
                 return False
     return True
 
 
-def _nameless(delta: DeltaSpec) -> DeltaSpec:
-    return replace(delta, parameter="", target="", rule="", tensors={})
+def _nameless(placed: PlacedDelta) -> PlacedDelta:
+    """Return a change without what it is called, and without how the adapter's format has its weight."""
+    stated = replace(placed.delta, parameter="", factors={}, transposed=False)
+    return replace(placed, delta=stated, tensor="", rule="")
 
 
-def combined_rank(deltas: tuple[DeltaSpec, ...]) -> int:
+def combined_rank(deltas: tuple[PlacedDelta, ...]) -> int:
     """Return the largest rank that one adapter's change of one matrix has: its parts beside each other add up."""
     ranks = [0]
     for n in {delta.adapter for delta in deltas}:
         own = [delta for delta in deltas if delta.adapter == n]
         parts: Counter[object] = Counter()
         for delta in own:
-            if delta.region.at:
-                parts[delta.region.at[0] if len(delta.region.at) == 3 else None] += delta.rank
-        whole = max((delta.rank for delta in own if not delta.region.at), default=0)
+            if delta.region.box:
+                parts[delta.region.box[0] if len(delta.region.box) == 3 else None] += delta.rank
+        whole = max((delta.rank for delta in own if not delta.region.box), default=0)
         ranks.append(whole + max(parts.values(), default=0))
     return max(ranks)

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name, patched_config
 from lora_merge.core.patterns import TargetError
-from lora_merge.core.plan import Combination, Copy, Merge, Reach, Step, View
+from lora_merge.core.plan import Combination, Copy, Merge, Step, View
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.skeleton import same_layers
-from lora_merge.deltas import ALGEBRAS
 from lora_merge.plan.change import Change, alike, combined_rank, with_one_base
 from lora_merge.plan.fitting import Fitting, named_parameters
 from lora_merge.plan.heads import NOTHING_LOADED, with_head
@@ -27,15 +26,13 @@ from lora_merge.plan.vocabulary import resized
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
-    from lora_merge.core.adapter import Adapter, AdapterUse, DeltaSpec
+    from lora_merge.core.adapter import Adapter, AdapterUse, PlacedDelta
     from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.core.facts import Reach
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRef
     from lora_merge.requests.request import Request
 
-
-_SUMS = frozenset({"low_rank", "stacked", "addition"})
-"""Kinds of delta whose order does not count."""
 
 _HEADS_WITH_BIAS = frozenset({"decoder", "predictions", "lm_head"})
 """Last parts of the paths of what holds the bias of an output embedding."""
@@ -77,7 +74,7 @@ class Draft:
         for n, use in enumerate(self._uses):
             issues += initial_issues(use.adapter, self._request)
             issues += origin_issues(use.adapter, self._base.config)
-            layered: tuple[DeltaSpec, ...] = ()
+            layered: tuple[PlacedDelta, ...] = ()
             by_layers = is_layered(use.adapter, self._request)
             model, view_issues = view_for(named_parameters(use.adapter), self._model, parts=not by_layers)
             issues += view_issues
@@ -116,41 +113,41 @@ class Draft:
         if not deltas and (slot.dtype == source.dtype or source.nbytes == 0):  # nothing is there to be cast
             return Step((slot,), Copy(source), replaced=change.source is not None)
         combination = self._combination(slot.name, deltas) if len(slot.shape) > 1 else None
-        reaches: list[Reach] = [ALGEBRAS[delta.kind].reach(delta) for delta in deltas]
+        reaches: set[Reach] = {delta.reach for delta in deltas}
         reach: Reach = (
             "tensor" if combination or "tensor" in reaches else "columns" if "columns" in reaches else "rows"
         )
         view = View.of(
-            slot.shape, stacked=any(delta.kind == "stacked" or delta.region.at for delta in deltas)
+            slot.shape, stacked=any(delta.facts.is_stacked or delta.region.box for delta in deltas)
         )
         merge = Merge("dense", (source,), deltas, view, reach, combination)
         return Step((slot,), merge, replaced=change.source is not None)
 
-    def _settled(self, deltas: list[DeltaSpec]) -> tuple[DeltaSpec, ...]:
+    def _settled(self, deltas: list[PlacedDelta]) -> tuple[PlacedDelta, ...]:
         """Return the deltas of one tensor as they are applied, one after the other.
 
         Sums take the user's weight into their scale; where there are several, nothing is rounded in between.
         """
         several = len({delta.adapter for delta in deltas}) > 1
         if self._request.combine != "linear":
-            return tuple(replace(delta, rounded=False) for delta in deltas)
-        if not (several or any(delta.weight != 1 for delta in deltas)):
+            return tuple(map(_unrounded, deltas))
+        if not (several or any(delta.adapter_weight != 1 for delta in deltas)):
             return tuple(deltas)
         return tuple(
-            replace(delta, scale=delta.scale * delta.weight, weight=1.0, rounded=False)
-            if ALGEBRAS[delta.kind].scaled
-            else replace(delta, rounded=False)
-            for delta in deltas
+            replace(delta, scale=delta.scale * delta.adapter_weight, adapter_weight=1.0)
+            if delta.facts.is_scaled
+            else delta
+            for delta in map(_unrounded, deltas)
         )
 
-    def _combination(self, name: str, deltas: tuple[DeltaSpec, ...]) -> Combination | None:
+    def _combination(self, name: str, deltas: tuple[PlacedDelta, ...]) -> Combination | None:
         """Return how the adapters' changes of one tensor become one; None for a sum."""
         request = self._request
         if not deltas or request.combine == "linear":
             return None
         rank = combined_rank(deltas)
-        name = self._first_of_tie.get(name, name)
-        return Combination(request.combine, request.density, request.seed, rank, name)
+        rng_key = self._first_of_tie.get(name, name)
+        return Combination(request.combine, request.density, request.seed, rank, rng_key)
 
     def _replicate(self) -> list[Issue]:
         """Repeat layers, where an adapter was trained on a model with repeated layers."""
@@ -214,7 +211,7 @@ class Draft:
                 issues.append(error("two-replacements", name, sentence, "merge one of them only"))
             change.own, change.copy = fitting.replacements.get(name), fitting.copies.get(name)
         for delta in fitting.deltas:
-            self._changes.setdefault(delta.parameter, Change()).deltas.append(delta)
+            self._changes.setdefault(delta.tensor, Change()).deltas.append(delta)
         return issues
 
     def _settle_tie(self, tie: Tie) -> list[Issue]:
@@ -281,11 +278,11 @@ class Draft:
         if all(ensured) and (embedding.own or embedding.deltas):
             return embedding
         whole = embedding.own is not None or head.own is not None
-        deltas: list[DeltaSpec] = []
+        deltas: list[PlacedDelta] = []
         for n, is_ensured in enumerate(ensured):
             theirs = [delta for delta in embedding.deltas if delta.adapter == n]
             own = [delta for delta in head.deltas if delta.adapter == n]
-            only_tokens = not own and not whole and all(delta.kind == "rows" for delta in theirs)
+            only_tokens = not own and not whole and all(delta.facts.replaces_rows for delta in theirs)
             deltas += theirs if is_ensured or only_tokens else own
         return Change(head.own, deltas, head.copy) if deltas or head.source is not None else None
 
@@ -304,7 +301,9 @@ class Draft:
             ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer.forward_adapters`` (PEFT 0.21.2).
         """
         trained = {
-            name for name, change in self._changes.items() if any(one.kind == "rows" for one in change.deltas)
+            name
+            for name, change in self._changes.items()
+            if any(one.facts.replaces_rows for one in change.deltas)
         }
         tie = self._model.tie
         if tie is not None and not trained.isdisjoint(tie.stored) and tie.head not in self._changes:
@@ -324,7 +323,7 @@ class Draft:
             name
             for name, change in self._changes.items()
             if len({delta.adapter for delta in change.deltas}) > 1
-            and any(delta.kind not in _SUMS for delta in change.deltas)
+            and not all(delta.facts.is_sum for delta in change.deltas)
         ]
         if not names:
             return []
@@ -346,7 +345,7 @@ class Draft:
         names = [
             name
             for name, change in self._changes.items()
-            if any(delta.region.at or delta.kind == "stacked" for delta in change.deltas)
+            if any(delta.region.box or delta.facts.is_stacked for delta in change.deltas)
         ]
         if not names:
             return []
@@ -377,9 +376,13 @@ class Draft:
         ]
 
 
+def _unrounded(delta: PlacedDelta) -> PlacedDelta:
+    return replace(delta, rounded=False, round_before_next=False)
+
+
 def _without_factors(adapter: Adapter) -> Adapter:
     """Return what PEFT's layers leave of an adapter: trained rows stand beside them, whatever they merge."""
-    return replace(adapter, deltas=tuple(delta for delta in adapter.deltas if delta.kind == "rows"))
+    return replace(adapter, deltas=tuple(delta for delta in adapter.deltas if delta.facts.replaces_rows))
 
 
 def touches_embeddings(use: AdapterUse) -> bool:
@@ -387,7 +390,7 @@ def touches_embeddings(use: AdapterUse) -> bool:
     names = INPUT_NAMES | OUTPUT_NAMES
     return (
         any(
-            delta.region.transposed or delta.kind == "rows" or owner_name(delta.parameter) in names
+            delta.transposed or delta.facts.replaces_rows or owner_name(delta.parameter) in names
             for delta in use.adapter.deltas
         )
         or any(

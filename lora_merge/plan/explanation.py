@@ -16,7 +16,7 @@ from lora_merge.words import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lora_merge.core.adapter import DeltaSpec
+    from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.tensor import TensorRef
 
@@ -119,19 +119,19 @@ def _matches(plan: MergePlan, step: Step, name: str) -> Iterator[Match]:
         yield Match(slot.name, "", slot.name, slot.shape, source.file, "", "", False, step.action, 0, 1.0, "")
 
 
-def _match(plan: MergePlan, delta: DeltaSpec, source: TensorRef) -> Match:
+def _match(plan: MergePlan, delta: PlacedDelta, source: TensorRef) -> Match:
     return Match(
-        parameter=delta.target or delta.parameter,
+        parameter=delta.target,
         rule=delta.rule or "identity",
-        tensor=delta.parameter,
+        tensor=delta.tensor,
         shape=source.shape,
         file=source.file,
-        part=_indexed(delta.region.at),
+        part=_indexed(delta.region.box),
         of_adapter=_indexed(delta.part),
         transposed=delta.region.transposed,
-        change=delta.kind,
+        change=delta.algebra,
         rank=delta.rank,
-        scale=delta.factor,
+        scale=delta.effective_scale,
         adapter=plan.adapters[delta.adapter],
     )
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.bypassed import is_bypassed
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.loose_ends import LooseEnd, unmatched_patterns, unsaved
@@ -15,16 +15,17 @@ from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.targets import endings
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
+from lora_merge.deltas import RowsFacts
 from lora_merge.layouts import LayoutError, Located, Place
 from lora_merge.plan.absent import Absent
-from lora_merge.plan.misfits import Misfits, weight_shape
+from lora_merge.plan.misfits import Misfits
 from lora_merge.plan.model import SAVE_ANEW, misplaced
 from lora_merge.plan.names import Names
 from lora_merge.plan.rules import rule_issues
 from lora_merge.plan.stacked import stacked_deltas
 
 if TYPE_CHECKING:
-    from lora_merge.core.adapter import Adapter, AdapterUse, Replacement
+    from lora_merge.core.adapter import Adapter, AdapterUse, PlacedDelta, Replacement
     from lora_merge.plan.model import Model
     from lora_merge.requests.request import Request
 
@@ -53,10 +54,10 @@ class Fitting:
         """Parameters of the output that are the adapter's own tensors."""
         self.copies: dict[str, TensorRef] = {}
         """The base's own parameters as the adapter carries them: PEFT loads them into the base, where ties share them."""
-        self.deltas: list[DeltaSpec] = []
+        self.deltas: list[PlacedDelta] = []
         """What changes, by the name in the output; regions are filled in."""
 
-    def fit(self, layered: tuple[DeltaSpec, ...] = ()) -> Fitting:
+    def fit(self, layered: tuple[PlacedDelta, ...] = ()) -> Fitting:
         """Join everything, and collect what does not fit.
 
         Args:
@@ -75,7 +76,7 @@ class Fitting:
         self.issues += [self._absent(delta.parameter) for delta in lost]
         self.deltas += self._effective([replace(delta, adapter=self._n) for delta in layered])
         for delta in layered:
-            self._located[delta.target] = Located(delta.rule, (Place(delta.parameter),))
+            self._located[delta.target] = Located(delta.rule, (Place(delta.tensor),))
         names = Names(self._model, self._located)
         try:
             self.issues += Absent(self._model, names).issues(ends) if ends else []
@@ -101,7 +102,7 @@ class Fitting:
         shared = resized.keys() & set(self._model.users_with(name)) if resized else ()
         return next((resized[one].shape for one in shared), stored)
 
-    def _effective(self, deltas: list[DeltaSpec]) -> list[DeltaSpec]:
+    def _effective(self, deltas: list[PlacedDelta]) -> list[PlacedDelta]:
         """Return the deltas without those of layers that the model never calls, and warn of these."""
         bypassed = {delta.target for delta in deltas if self._is_bypassed(delta)}
         sentence = "was left out: the model reads the weight of this layer and never calls it"
@@ -111,13 +112,13 @@ class Fitting:
         self.issues += [warning("no-effect", target, sentence, hint) for target in sorted(bypassed)]
         return [delta for delta in deltas if delta.target not in bypassed]
 
-    def _is_bypassed(self, delta: DeltaSpec) -> bool:
+    def _is_bypassed(self, delta: PlacedDelta) -> bool:
         return is_bypassed(delta.target.rpartition(".")[0], self._model.config)
 
-    def _join(self, delta: DeltaSpec) -> bool:
+    def _join(self, delta: Delta) -> bool:
         """Take a delta to its places, or say what keeps it from there; return False when it has none."""
         try:
-            found = self._model.locate(delta.parameter, weight_shape(delta))
+            found = self._model.locate(delta.parameter, delta.weight_shape())
         except LayoutError as exc:
             self.issues.append(misplaced(delta.module, exc))
             return True
@@ -193,7 +194,7 @@ class Fitting:
         if not replacement.why or columns != (0, self._model.source(place.tensor).shape[1]):
             return False
         row = replace(ref, shape=(1, *ref.shape))
-        delta = DeltaSpec("rows", parameter, {"rows": row}, 1.0, options={"indices": [n]})
+        delta = Delta(parameter, RowsFacts((n,)), {"rows": row})
         self._located[parameter] = found
         self.deltas.append(self._placed(delta, Place(place.tensor), found))
         return True
@@ -313,26 +314,26 @@ class Fitting:
                 found.setdefault(end, name)
         return found
 
-    def _placed(self, delta: DeltaSpec, place: Place, found: Located) -> DeltaSpec:
-        """Return a delta under its name in the output, with the region that it owns."""
-        transposed, tensors = delta.region.transposed, delta.tensors
+    def _placed(self, delta: Delta, place: Place, found: Located) -> PlacedDelta:
+        """Return a delta on a tensor of the output, with the region that it owns."""
+        transposed = delta.transposed
         if found.by_boxes:
             transposed ^= place.transposed
-            if delta.kind == "addition" and len(place.at) == 2:  # a row of stacked biases
-                addend = tensors["addend"]
-                tensors = {"addend": replace(addend, shape=(1, *addend.shape))}
-        elif delta.kind in {"low_rank", "dora"} and not transposed:
+            if len(place.at) == 2:  # of a bias, a row of the stack that the base has
+                rows = {
+                    role: replace(ref, shape=(1, *ref.shape)) if len(ref.shape) == 1 else ref
+                    for role, ref in delta.factors.items()
+                }
+                delta = delta if delta.facts.has_factors else replace(delta, factors=rows)
+        elif delta.facts.has_factors and not transposed:
             transposed = self._misfits.is_transposed(delta, self.shape(place.tensor))
-        return replace(
-            delta,
-            parameter=place.tensor,
-            tensors=tensors,
-            target=delta.parameter,
-            rule=found.rule,
-            region=Region(transposed, place.at),
+        return delta.placed(
+            place.tensor,
+            Region(transposed, place.at),
             part=place.part,
-            weight=self._use.weight,
             adapter=self._n,
+            adapter_weight=self._use.weight,
+            rule=found.rule,
         )
 
 
@@ -340,6 +341,6 @@ def named_parameters(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
     """Return the parameters that an adapter names, and the shapes of its weights where they are known."""
     paths = (name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.layered if PREFIX in name)
     by_layers = {f"{path.rpartition('.')[0]}.weight": None for path in paths}
-    return {**by_layers, **{delta.parameter: weight_shape(delta) for delta in adapter.deltas}} | {
+    return {**by_layers, **{delta.parameter: delta.weight_shape() for delta in adapter.deltas}} | {
         parameter: replacement.ref.shape for parameter, replacement in adapter.replacements.items()
     }

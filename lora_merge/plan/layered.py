@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import patched_config
 from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, parents, sort_by_module
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
@@ -14,6 +14,7 @@ from lora_merge.core.patterns import TargetError, patterns_of
 from lora_merge.core.report import Issue, error
 from lora_merge.core.targets import matching_patterns
 from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
+from lora_merge.deltas import PeftLayerFacts
 from lora_merge.layouts import LayoutError, Located
 from lora_merge.plan.model import SAVE_ANEW, misplaced
 from lora_merge.plan.rules import resolved_rule
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.core.adapter import Adapter, AdapterUse
+    from lora_merge.core.adapter import Adapter, AdapterUse, PlacedDelta
     from lora_merge.core.targets import TargetRule
     from lora_merge.core.tensor import TensorRef
     from lora_merge.plan.model import Model
 
 
-def layered_deltas(use: AdapterUse, model: Model) -> tuple[tuple[DeltaSpec, ...], list[Issue]]:
+def layered_deltas(use: AdapterUse, model: Model) -> tuple[tuple[PlacedDelta, ...], list[Issue]]:
     """Return a delta for each parameter of each module that PEFT would wrap, and what does not fit."""
     join = _Join(use, model)
     try:
@@ -53,9 +54,10 @@ class _Join:
         """Module in the model → in the adapter, where that has other names."""
         self._located: dict[str, Located] = {}
         """By parameter of the model."""
-        self._options: dict[str, Any] = {}
+        self._config_texts = ("", "")
+        """Of the model that was trained and of the adapter, as JSON."""
         self._brought = _resized_embeddings(use.adapter, model)
-        self.deltas: list[DeltaSpec] = []
+        self.deltas: list[PlacedDelta] = []
         self.issues: list[Issue] = []
 
     def run(self) -> None:
@@ -67,12 +69,7 @@ class _Join:
         tensors = self._tensors
         config = self._adapter_config()
         model_config = self._model_config()
-        self._options = {
-            "model_config": json.dumps(model_config),
-            "adapter_config": json.dumps(config),
-            "digest": self._adapter.digest,
-            "kind": self._adapter.kind,
-        }
+        self._config_texts = json.dumps(model_config), json.dumps(config)
         placeholders = {name: _blank(ref) for name, ref in tensors.items() if not name.startswith(PREFIX)}
         injection = Injection(model_config, config, placeholders)
         if self._adapter.kind not in NATIVE:
@@ -226,27 +223,20 @@ class _Join:
         for parameter in changed:
             found = self._located[f"{target.module}.{parameter}"]
             others = {f"base:{name}": ref for name, ref in base.items() if name != parameter}
-            options = {
-                **self._options,
-                "module": target.module,
-                "parameter": parameter,
-                "shape": list(base[parameter].shape),
-                "dtype": self._model.source(found.whole or "").dtype,
-                "changed": list(changed),
-            }
-            self.deltas.append(
-                DeltaSpec(
-                    kind="peft_layer",
-                    parameter=found.whole or "",
-                    target=f"{own_path}.{parameter}",
-                    rule=found.rule,
-                    tensors={f"adapter:{name}": ref for name, ref in tensors.items()} | others,
-                    scale=1.0,
-                    rounded=True,
-                    options=options,
-                    weight=self._use.weight,
-                )
+            tensor = found.whole or ""
+            facts = PeftLayerFacts(
+                *self._config_texts,
+                digest=self._adapter.digest,
+                method=self._adapter.kind,
+                module=target.module,
+                parameter=parameter,
+                shape=base[parameter].shape,
+                dtype=self._model.source(tensor).dtype,
+                changed=tuple(changed),
             )
+            factors = {f"adapter:{name}": ref for name, ref in tensors.items()} | others
+            delta = Delta(f"{own_path}.{parameter}", facts, factors, rounded=True)
+            self.deltas.append(delta.placed(tensor, adapter_weight=self._use.weight, rule=found.rule))
 
 
 def changed_parameters(adapter: Adapter, target: Target) -> tuple[str, ...]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TORCH_NAMES, shape_text
+from lora_merge.deltas import LowRankFacts
 from lora_merge.plan.model import SAVE_ANEW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lora_merge.core.adapter import Adapter, DeltaSpec
+    from lora_merge.core.adapter import Adapter, Delta
+    from lora_merge.deltas import FactorFacts, RowsFacts
     from lora_merge.layouts import Located, Place
     from lora_merge.plan.model import Model
 
@@ -29,7 +31,7 @@ class Misfits:
     def __init__(self, adapter: Adapter, model: Model, shape: Callable[[str], tuple[int, ...]]) -> None:
         self._adapter, self._model, self._shape = adapter, model, shape
 
-    def of(self, delta: DeltaSpec, place: Place, found: Located) -> Issue | None:
+    def of(self, delta: Delta, place: Place, found: Located) -> Issue | None:
         """Return what keeps a delta from being merged into the tensor it names."""
         name = place.tensor
         dtype, shape = self._model.source(name).dtype, self._shape(name)
@@ -38,27 +40,26 @@ class Misfits:
             return error("unsupported", name, sentence, "merge into the full-precision model")
         if found.by_boxes:
             return _part_misfit(delta, place, found)
-        match delta.kind:
-            case "low_rank" | "dora":
-                return self._low_rank_misfit(delta, name, shape)
-            case "rows":
-                return _rows_misfit(delta, name, shape)
-            case "addition":
-                ref = delta.tensors["addend"]
-                if ref.shape != shape:
-                    sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(shape)}"
-                    return error("shape-mismatch", ref.name, sentence)
+        if delta.facts.has_factors:
+            return self._product_misfit(delta, name, shape)
+        if delta.facts.replaces_rows:
+            return _rows_misfit(delta, name, shape)
+        wanted = delta.weight_shape()
+        if wanted is not None and wanted != shape:
+            ref = next(iter(delta.factors.values()))
+            sentence = f"is {shape_text(wanted)}, the base's {name} is {shape_text(shape)}"
+            return error("shape-mismatch", ref.name, sentence)
         return None
 
-    def _low_rank_misfit(self, delta: DeltaSpec, name: str, shape: tuple[int, ...]) -> Issue | None:
+    def _product_misfit(self, delta: Delta, name: str, shape: tuple[int, ...]) -> Issue | None:
         """Return what keeps a product of two factors from being added to a weight."""
         a, b = factor_shapes(delta)
         product = (b[0], *a[1:])
-        if delta.region.transposed or (len(a) == 2 and self.is_transposed(delta, shape)):
+        if delta.transposed or (len(a) == 2 and self.is_transposed(delta, shape)):
             product = product[::-1]
-        if delta.options.get("divisor") is not None and len(shape) > 2:  # AdaLoRA keeps a kernel flat
+        if isinstance(delta.facts, LowRankFacts) and delta.facts.has_flat_kernel and len(shape) > 2:
             shape = (shape[0], prod(shape[1:]))
-        magnitude = delta.tensors.get("magnitude")
+        magnitude = delta.factors.get("magnitude")
         if magnitude is not None and prod(magnitude.shape) != b[0]:
             sentence = f"has {prod(magnitude.shape)} values, expected {b[0]}, one per output"
             return error("bad-shape", magnitude.name, sentence)
@@ -73,10 +74,10 @@ class Misfits:
             return error("unsupported", name, sentence, "PEFT cannot merge it either")
         return self._shape_issue(delta, shape)
 
-    def _shape_issue(self, delta: DeltaSpec, shape: tuple[int, ...]) -> Issue:
+    def _shape_issue(self, delta: Delta, shape: tuple[int, ...]) -> Issue:
         """Return the issue of factors that were made for a weight of another size."""
         a, b = delta.shape("A"), delta.shape("B")
-        transposed = delta.region.transposed or self.is_transposed(delta, shape)
+        transposed = delta.transposed or self.is_transposed(delta, shape)
         n_out, n_in = (shape[-1], shape[:-1]) if transposed else (shape[0], shape[1:])
         parts = []
         full_a, full_b = factor_shapes(delta)
@@ -87,7 +88,7 @@ class Misfits:
         hint = "the adapter was trained on another, perhaps pruned, model"
         return error("shape-mismatch", delta.module, "; ".join(parts), hint)
 
-    def is_transposed(self, delta: DeltaSpec, shape: tuple[int, ...]) -> bool:
+    def is_transposed(self, delta: Delta, shape: tuple[int, ...]) -> bool:
         """Return True when a weight is stored ``[in, out]``: by class where it is known, else by shape."""
         a, b = factor_shapes(delta)
         product = (b[0], *a[1:])
@@ -102,41 +103,29 @@ class Misfits:
         return odd if product[0] != product[-1] else says_so
 
 
-def weight_shape(delta: DeltaSpec) -> tuple[int, ...] | None:
-    """Return the shape of the weight that a delta was made for, ``[out, in]``; None where it does not say."""
-    if delta.kind == "addition":
-        return delta.tensors["addend"].shape
-    if "A" not in delta.tensors:
-        return None
-    a, b = factor_shapes(delta)
-    product = (b[0], *a[1:])
-    return product[::-1] if delta.region.transposed else product
-
-
-def _part_misfit(delta: DeltaSpec, place: Place, found: Located) -> Issue | None:
+def _part_misfit(delta: Delta, place: Place, found: Located) -> Issue | None:
     """Return what keeps a delta from being merged into a part of a tensor, or part by part into several."""
-    wanted = weight_shape(delta)
+    wanted = delta.weight_shape()
     if wanted is not None and wanted != found.shape:
         shape = shape_text(found.shape or ())
         sentence = f"lora_B @ lora_A is {shape_text(wanted)}, the base's weight is {shape}"
         return error("shape-mismatch", delta.module, sentence, "the adapter was trained on another model")
     whole_rows = not place.part or (len(place.part) == 2 and place.part[1] == (0, wanted[1] if wanted else 0))
-    packed = "blocks_A" in delta.options or "blocks_B" in delta.options
-    if packed or delta.region.transposed or delta.kind == "rows" or (delta.kind == "dora" and not whole_rows):
+    division = delta.facts.division
+    if delta.transposed or division == "none" or (division == "rows" and not whole_rows):
         sentence = f"is stored in parts, {place.tensor} among them, and this kind of change needs it whole"
         return error("unsupported", delta.module, sentence, SAVE_ANEW)
     return None
 
 
-def factor_shapes(delta: DeltaSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_shapes(delta: Delta) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of A and B once blocks are laid out on their diagonals."""
-    a, b = delta.shape("A"), delta.shape("B")
-    return (a[0], a[1] * int(delta.options.get("blocks_A", 1)), *a[2:]), b
+    return cast("FactorFacts", delta.facts).factor_shapes(delta.factors)
 
 
-def _rows_misfit(delta: DeltaSpec, name: str, shape: tuple[int, ...]) -> Issue | None:
+def _rows_misfit(delta: Delta, name: str, shape: tuple[int, ...]) -> Issue | None:
     """Return what keeps trained rows from being put into an embedding."""
-    ref, indices = delta.tensors["rows"], delta.options["indices"]
+    ref, indices = delta.factors["rows"], cast("RowsFacts", delta.facts).indices
     if len(shape) != 2 or ref.shape[1:] != shape[1:]:
         sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(shape)}"
         return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")

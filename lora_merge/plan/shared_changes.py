@@ -71,7 +71,9 @@ class Separation:
             (name, self._changes[name]) for name in (*shared.users[:1], *users) if name in self._changes
         ]
         trained = [
-            (name, change) for name, change in changes if any(one.kind == "rows" for one in change.deltas)
+            (name, change)
+            for name, change in changes
+            if any(one.facts.replaces_rows for one in change.deltas)
         ]
         return [
             unlike_rows_issue(name, trained[0][0])

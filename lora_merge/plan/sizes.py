@@ -14,7 +14,7 @@ from lora_merge.words import counted
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from lora_merge.core.adapter import Adapter, DeltaSpec
+    from lora_merge.core.adapter import Adapter, Delta
     from lora_merge.plan.model import Model
 
 _FOLLOWS = frozenset({"shape-mismatch", "unmatched-module", "missing-module"})
@@ -65,7 +65,7 @@ def _n_layers(names: Iterable[str]) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _widths(deltas: Iterable[DeltaSpec], model: Model) -> tuple[int, int]:
+def _widths(deltas: Iterable[Delta], model: Model) -> tuple[int, int]:
     """Return the hidden size that an adapter was trained on, and the base's; 0 where they cannot be told.
 
     Most modules read the hidden state: what an adapter's A reads where the base's weight reads that.
@@ -76,12 +76,12 @@ def _widths(deltas: Iterable[DeltaSpec], model: Model) -> tuple[int, int]:
     found: Counter[tuple[int, int]] = Counter()
     for delta in deltas:
         shape = _shape(delta, model)
-        if "A" in delta.tensors and not delta.region.transposed and len(shape) == 2 and shape[axis] in known:
+        if delta.facts.has_factors and not delta.transposed and len(shape) == 2 and shape[axis] in known:
             found[delta.shape("A")[1], shape[axis]] += 1
     return found.most_common(1)[0][0] if found else (0, 0)
 
 
-def _shape(delta: DeltaSpec, model: Model) -> tuple[int, ...]:
+def _shape(delta: Delta, model: Model) -> tuple[int, ...]:
     """Return the shape of the base's weight of this name; empty where there is none."""
     try:
         found = model.locate(delta.parameter, None)

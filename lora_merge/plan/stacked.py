@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta, PlacedDelta
+from lora_merge.core.facts import Facts
 from lora_merge.core.kinds import peft_version
 from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import Region, shape_text
+from lora_merge.deltas import LowRankFacts, Stack, StackedFacts
 from lora_merge.layouts import LayoutError, Located, Place, Shape
 from lora_merge.plan.model import misplaced
 from lora_merge.words import quoted
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class JoinedPair:
     """What became of one pair."""
 
-    deltas: tuple[DeltaSpec, ...] = ()
+    deltas: tuple[PlacedDelta, ...] = ()
     issues: tuple[Issue, ...] = ()
     parameter: str = ""
     """As the adapter would name it; empty when it cannot be told."""
@@ -37,7 +39,7 @@ class Stack:
 
 def stacked_deltas(
     pair: StackedPair, use: AdapterUse, n: int, model: Model, expert_layout: Collection[str]
-) -> Stack:
+) -> JoinedPair:
     """Return the deltas of a pair of ``target_parameters``, one per stored tensor, or why there are none.
 
     Args:
@@ -59,78 +61,66 @@ def stacked_deltas(
     try:
         located = model.locate(parameter, None) if parameter else None
     except LayoutError as exc:
-        return Stack(issues=(misplaced(parameter or pair.module, exc),))
+        return JoinedPair(issues=(misplaced(parameter or pair.module, exc),))
     if parameter is None or located is None or located.shape is None:
-        return Stack(issues=(_nameless(pair, parameter, known=model.skeleton is not None),))
+        return JoinedPair(issues=(_nameless(pair, parameter, known=model.skeleton is not None),))
     shape = located.shape
     n_experts = shape[0] if len(shape) == 3 else 1
     rank, rest = divmod(pair.tensors["A"].shape[0], n_experts)
     if rest or rank == 0 or len(shape) not in {2, 3}:
-        return Stack(issues=(_misfit(parameter, shape, pair),))
+        return JoinedPair(issues=(_misfit(parameter, shape, pair),))
     scale, issues = Scaling(adapter.config).of(parameter, rank)
-    delta = DeltaSpec(
-        "low_rank", parameter, pair.tensors, scale, rounded=True, weight=use.weight, adapter=n, target=parameter,
-        rule=located.rule,
-    )  # fmt: skip
+    where: list[_Where]
     if len(shape) == 2:
         fits = (pair.tensors["B"].shape[0], pair.tensors["A"].shape[1]) == shape
-        deltas = [_flat(delta, place) for place in located.places if fits]
+        where = [(place, LowRankFacts(), place.transposed, place.part) for place in located.places if fits]
         problem = _misfit(parameter, shape, pair)
     else:
-        packing = pair.packing or ("expert-major" if "unsloth" in expert_layout else "")
-        options = {"experts": n_experts} | ({"packing": packing} if packing else {})
-        delta = replace(delta, options=options)
-        deltas = _placed_experts(delta, pair, located, adapter, model, expert_layout)
+        packing = pair.packing or ("expert-major" if "unsloth" in expert_layout else "interleaved")
+        stack = Stack(n_experts, packing)
+        where = _experts_places(parameter, stack, pair, located, adapter, model, expert_layout)
         problem = _undecided(parameter, shape, pair, adapter)
+    deltas = tuple(
+        Delta(parameter, facts, pair.tensors, scale, rounded=True).placed(
+            place.tensor,
+            Region(transposed, place.at),
+            part=part,
+            adapter=n,
+            adapter_weight=use.weight,
+            rule=located.rule,
+        )
+        for place, facts, transposed, part in where
+    )
     found = issues if deltas else [*issues, problem]
-    return Stack(tuple(deltas), tuple(found), parameter, located)
+    return JoinedPair(deltas, tuple(found), parameter, located)
 
 
-def _placed_experts(
-    delta: DeltaSpec,
+_Where = tuple[Place, Facts, bool, tuple[tuple[int, int], ...]]
+"""Where a pair belongs, its facts there, whether the weight is stored ``[in, out]``, and the part that is meant."""
+
+
+def _experts_places(
+    parameter: str,
+    stack: Stack,
     pair: StackedPair,
     located: Located,
     adapter: Adapter,
     model: Model,
     expert_layout: Collection[str],
-) -> list[DeltaSpec]:
-    """Return the deltas of stacked experts, one per stored tensor; none where nothing tells how they lie."""
+) -> list[_Where]:
+    """Return where stacked experts belong, one entry per stored tensor; nothing where their orientation is not known."""
     assert located.shape is not None
-    deltas = []
+    where: list[_Where] = []
     for place in located.places:
-        turned = _is_across(delta.target, pair, place, located.shape, adapter, model, expert_layout)
-        if turned is None:
+        across = _is_across(parameter, pair, place, located.shape, adapter, model, expert_layout)
+        if across is None:
             return []
-        n_axes = len(model.source(place.tensor).shape)
-        deltas.append(_placed(delta, place, located.shape, turned=turned, n_axes=n_axes))
-    return deltas
-
-
-def _flat(delta: DeltaSpec, place: Place) -> DeltaSpec:
-    """Return the delta of a parameter with two axes, at one place."""
-    region = Region(place.transposed, place.at)
-    return replace(delta, parameter=place.tensor, region=region, part=place.part)
-
-
-def _placed(delta: DeltaSpec, place: Place, shape: Shape, *, turned: bool, n_axes: int) -> DeltaSpec:
-    """Return the delta of stacked experts at one place.
-
-    Args:
-        delta: of them all.
-        place: in the stored tensor.
-        shape: of the weight that the place is a part of.
-        turned: whether that weight's experts are ``[in, out]``.
-        n_axes: of the stored tensor; one with two axes is one expert.
-    """
-    box: Box = place.part or (tuple((0, size) for size in shape) if n_axes == 2 else ())
-    part = (box[0], box[2], box[1]) if box and turned else box
-    return replace(
-        delta,
-        kind="stacked" if n_axes == 3 else "low_rank",
-        parameter=place.tensor,
-        region=Region(turned != place.transposed, place.at),
-        part=part,
-    )
+        is_stack = len(model.source(place.tensor).shape) == 3  # a tensor with two axes is one expert
+        box: Box = place.part or (() if is_stack else tuple((0, size) for size in located.shape))
+        part = (box[0], box[2], box[1]) if box and across else box
+        facts = StackedFacts(stack=stack) if is_stack else LowRankFacts(stack=stack)
+        where.append((place, facts, across != place.transposed, part))
+    return where
 
 
 def _parameter(pair: StackedPair, adapter: Adapter, model: Model) -> str | None:

@@ -10,10 +10,19 @@ import pytest
 import torch
 
 import lora_merge
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta, PlacedDelta
 from lora_merge.core.plan import MIN_TILE_ROWS, Merge, View
 from lora_merge.core.tensor import Region, TensorRef
-from lora_merge.deltas import ALGEBRAS, Factors
+from lora_merge.deltas import (
+    ALGEBRAS,
+    AdditionFacts,
+    DoraFacts,
+    Factors,
+    LowRankFacts,
+    RowsFacts,
+    Stack,
+    StackedFacts,
+)
 from lora_merge.io.safetensors import load
 from tests.parity import building
 from tests.parity.kinds import KINDS
@@ -30,7 +39,7 @@ Value = tuple[torch.Tensor, torch.Tensor]
 class Sample:
     """A delta, a weight for it, and what comes of the two."""
 
-    spec: DeltaSpec
+    spec: PlacedDelta
     factors: Mapping[str, torch.Tensor]
     view: View
     exact: Callable[[torch.Tensor, torch.Tensor], Value]
@@ -52,10 +61,10 @@ class Sample:
     def algebra(self, base: torch.Tensor, **changes: Any) -> Any:
         """Return the algebra, with the base surveyed if it asks for that."""
         spec = replace(self.spec, **changes)
-        roles = {id(ref): role for role, ref in spec.tensors.items()}
-        factors = Factors(lambda ref: self.factors[roles[id(ref)]]).of(spec)
-        made = ALGEBRAS[spec.kind](spec, factors, self.stored)
-        if made.reach(spec) == "columns":
+        roles = {id(ref): role for role, ref in spec.factors.items()}
+        load = Factors(lambda ref: self.factors[roles[id(ref)]])
+        made = ALGEBRAS[spec.algebra](spec, load.of(spec.delta, spec.part), self.stored)
+        if spec.reach == "columns":
             made.survey(panels(base, 48))
         return made
 
@@ -77,9 +86,10 @@ def drawn(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def spec_of(kind, factors, scale=SCALE, **fields):
+def spec_of(facts, factors, scale=SCALE, *, transposed=False, part=(), rounded=False):
     refs = {role: TensorRef(role, "F32", tuple(tensor.shape), "", 0, 0) for role, tensor in factors.items()}
-    return DeltaSpec(kind, "module.weight", refs, scale, **fields)
+    delta = Delta("module.weight", facts, refs, scale, rounded=rounded)
+    return delta.placed("module.weight", Region(transposed), part=part)
 
 
 def product(b, a, scale, terms):
@@ -104,19 +114,19 @@ def with_zero_error(tensor):
 def low_rank(*, transposed=False, scale=SCALE, n_out=N_OUT, stored="F32", rounded=False, e=False, blocks=""):
     """Return W + s · B A, as a linear layer, a Conv1D, AdaLoRA or BD-LoRA has it."""
     factors = {"A": drawn(RANK, N_IN), "B": drawn(n_out, RANK, seed=3)}
-    a, b, options = factors["A"].double(), factors["B"].double(), {}
+    a, b, facts = factors["A"].double(), factors["B"].double(), LowRankFacts()
     if e:
         factors["E"] = drawn(RANK, 1, seed=4)
-        a, options = a * factors["E"].double(), {"divisor": 12 + 1e-5}
+        a, facts = a * factors["E"].double(), LowRankFacts(divisor=12 + 1e-5)
     if blocks:
-        options = {f"blocks_{blocks}": 2}
+        facts = LowRankFacts(blocks_a=2) if blocks == "A" else LowRankFacts(blocks_b=2)
         factors = {"A": drawn(6, N_IN), "B": drawn(n_out, 6, seed=3)}
         a, b = factors["A"].double(), factors["B"].double()
         narrow = factors[blocks][:, : factors[blocks].shape[1] // 2].clone()
         factors[blocks] = narrow
         whole = torch.block_diag(*narrow.double().chunk(2))
         a, b = (whole, b) if blocks == "A" else (a, whole)
-    divisor = options.get("divisor", 1.0)
+    divisor = facts.divisor or 1.0
 
     def exact(weight, _base):
         change = product(b, a, scale / divisor, len(a) + 3)  # E, the divisor and the division round as well
@@ -124,9 +134,7 @@ def low_rank(*, transposed=False, scale=SCALE, n_out=N_OUT, stored="F32", rounde
             change = change[0].float().bfloat16().double(), change[1] + change[0].abs() * 2.0**-7
         return plus(with_zero_error(weight), turned(change, transposed))
 
-    spec = spec_of(
-        "low_rank", factors, scale, region=Region(transposed=transposed), rounded=rounded, options=options
-    )
+    spec = spec_of(facts, factors, scale, transposed=transposed, rounded=rounded)
     shape = (N_IN, n_out) if transposed else (n_out, N_IN)
     return Sample(spec, factors, View.of(shape), exact, stored)
 
@@ -140,9 +148,8 @@ def turned_factors():
             with_zero_error(weight), product(factors["B"].double().T, factors["A"].double().T, SCALE, RANK)
         )
 
-    return Sample(
-        spec_of("low_rank", factors, options={"turned": True}), factors, View.of((N_OUT, N_IN)), exact
-    )
+    spec = spec_of(LowRankFacts(stored_transposed=True), factors)
+    return Sample(spec, factors, View.of((N_OUT, N_IN)), exact)
 
 
 def convolution():
@@ -157,7 +164,7 @@ def convolution():
         off = (RANK + 2) * U * SCALE * size
         return plus(with_zero_error(weight), (SCALE * change.flatten(1), off.flatten(1)))
 
-    return Sample(spec_of("low_rank", factors), factors, View.of((N_OUT, 8, 3, 3)), exact)
+    return Sample(spec_of(LowRankFacts(), factors), factors, View.of((N_OUT, 8, 3, 3)), exact)
 
 
 def experts_of(factors, packing):
@@ -166,14 +173,14 @@ def experts_of(factors, packing):
         (
             factors["A"].double()[expert * RANK : (expert + 1) * RANK],
             factors["B"].double()[:, expert * RANK : (expert + 1) * RANK]
-            if packing
+            if packing == "expert-major"
             else factors["B"].double()[:, expert::EXPERTS],
         )
         for expert in range(EXPERTS)
     ]
 
 
-def stacked(*, transposed, packing=""):
+def stacked(*, transposed, packing="interleaved"):
     """Return W[e] + s · B[e] A[e]."""
     factors = {"A": drawn(EXPERTS * RANK, N_IN), "B": drawn(N_OUT, RANK * EXPERTS, seed=3)}
 
@@ -182,13 +189,12 @@ def stacked(*, transposed, packing=""):
         change = tuple(torch.cat([part[n] for part in parts]) for n in range(2))
         return plus(with_zero_error(weight), change)
 
-    options = {"experts": EXPERTS} | ({"packing": packing} if packing else {})
-    spec = spec_of("stacked", factors, region=Region(transposed=transposed), options=options)
+    spec = spec_of(StackedFacts(stack=Stack(EXPERTS, packing)), factors, transposed=transposed)
     shape = (EXPERTS, N_IN, N_OUT) if transposed else (EXPERTS, N_OUT, N_IN)
     return Sample(spec, factors, View.of(shape, stacked=True), exact)
 
 
-def one_expert(*, transposed, packing=""):
+def one_expert(*, transposed, packing="interleaved"):
     """Return the upper rows of the second expert of a stack, with a few inputs left out, as a weight of its own."""
     factors = {"A": drawn(EXPERTS * RANK, N_IN + 3), "B": drawn(N_OUT + 9, RANK * EXPERTS, seed=3)}
 
@@ -197,9 +203,9 @@ def one_expert(*, transposed, packing=""):
         change = product(b[:N_OUT], a[:, 3:], SCALE, RANK)
         return plus(with_zero_error(weight), turned(change, transposed))
 
-    options = {"experts": EXPERTS} | ({"packing": packing} if packing else {})
+    facts = LowRankFacts(stack=Stack(EXPERTS, packing))
     part = ((1, 2), (0, N_OUT), (3, N_IN + 3))
-    spec = spec_of("low_rank", factors, region=Region(transposed=transposed), options=options, part=part)
+    spec = spec_of(facts, factors, transposed=transposed, part=part)
     shape = (N_IN, N_OUT) if transposed else (N_OUT, N_IN)
     return Sample(spec, factors, View.of(shape), exact)
 
@@ -225,7 +231,7 @@ def dora(*, transposed):
         factor = factors["magnitude"].double().view(norm.shape) / norm
         return factor * value, (factor * off + (factor * value).abs() * relative) * (1 + 2 * U)
 
-    spec = spec_of("dora", factors, region=Region(transposed=transposed))
+    spec = spec_of(DoraFacts(), factors, transposed=transposed)
     return Sample(spec, factors, View.of((N_IN, N_OUT) if transposed else (N_OUT, N_IN)), exact)
 
 
@@ -238,7 +244,7 @@ def addition(*shape):
         off = 2 * U * change.abs()  # the scale is rounded, and the scaling
         return plus(with_zero_error(weight), (change, off))
 
-    return Sample(spec_of("addition", factors), factors, View.of(shape), exact)
+    return Sample(spec_of(AdditionFacts(), factors), factors, View.of(shape), exact)
 
 
 def rows():
@@ -252,7 +258,7 @@ def rows():
             value[index] = row.double()
         return with_zero_error(value)
 
-    spec = spec_of("rows", factors, 1.0, options={"indices": indices})
+    spec = spec_of(RowsFacts(tuple(indices)), factors, 1.0)
     return Sample(spec, factors, View.of((N_OUT, N_IN)), exact)
 
 
@@ -264,7 +270,7 @@ def of_peft(workshop, name, parameter):
     step = next(step for step in steps if step.slots[0].name == parameter)
     assert isinstance(step.op, Merge)
     (spec,) = step.op.deltas
-    factors = {role: load(ref) for role, ref in spec.tensors.items()}
+    factors = {role: load(ref) for role, ref in spec.factors.items()}
     return spec, factors, step.op.view, load(step.op.parts[0]).view(step.op.view.n_rows, -1)
 
 
@@ -349,7 +355,15 @@ def tiles(view, size):
 
 
 def test_every_algebra_has_samples(workshop):
-    assert {make(workshop).spec.kind for make in MAKERS.values()} == set(ALGEBRAS)
+    assert {make(workshop).spec.algebra for make in MAKERS.values()} == set(ALGEBRAS)
+
+
+@each
+def test_the_table_has_each_algebra_under_the_name_of_its_facts(name, sample):
+    spec = sample(name).spec
+    assert ALGEBRAS[spec.algebra].facts is type(spec.facts)
+    assert spec.facts.has_factors == ({"A", "B"} <= spec.factors.keys())
+    assert (spec.rank > 0) == spec.facts.has_factors
 
 
 @each
@@ -380,7 +394,7 @@ def test_what_other_deltas_did_before_is_kept(name, sample):
 @pytest.mark.parametrize("size", [16, 32, 40, 64, 96, 192])
 def test_tiles_in_any_order_make_the_same_bits_as_the_whole(name, size, sample):
     made = sample(name)
-    if made.algebra(made.fresh()).reach(made.spec) == "tensor":
+    if made.spec.reach == "tensor":
         pytest.skip("its tensors are never cut")
     if "matrix library" in name and size < MIN_TILE_ROWS:
         pytest.skip(
@@ -401,7 +415,7 @@ def test_a_tile_is_changed_in_place_and_nothing_beside_it(name, sample):
     made = sample(name)
     before = made.fresh()
     algebra = made.algebra(before)
-    whole = algebra.reach(made.spec) == "tensor"
+    whole = made.spec.reach == "tensor"
     start, end = (0, made.view.n_rows) if whole else (16, 80)
     frame = torch.cat([before, before, before])  # the tile lies inside something larger
     at = len(before) + start
@@ -422,11 +436,11 @@ def test_the_rest_of_the_weight_counts_as_far_as_an_algebra_reaches_and_no_furth
     results = []
     for weight in (one, other):
         algebra, tile = made.algebra(weight), weight[:64].clone()
-        if algebra.reach(made.spec) == "tensor":
+        if made.spec.reach == "tensor":
             pytest.skip("it is given no less than all of the weight")
         algebra.apply(tile, tile, 0, 64)
         results.append(tile)
-    assert torch.equal(*results) == (algebra.reach(made.spec) == "rows")
+    assert torch.equal(*results) == (made.spec.reach == "rows")
 
 
 @each
@@ -447,7 +461,38 @@ def test_the_scale_counts_where_an_algebra_says_that_it_is_scaled(name, sample):
     made = sample(name)
     weight = made.fresh()
     same = torch.equal(made.applied(weight), made.applied(weight, scale=3 * made.spec.scale))
-    assert same == (not ALGEBRAS[made.spec.kind].scaled)
+    assert same == (not made.spec.facts.is_scaled)
+
+
+@each
+def test_the_order_of_changes_matters_unless_an_algebra_says_that_it_is_a_sum(name, sample):
+    made = sample(name)
+    if made.spec.facts.by_peft:
+        pytest.skip("nothing is promised of PEFT's layers, and some are sums")
+    before, shift = made.fresh(), 0.5
+    first, last = made.applied(before) + shift, made.applied(before + shift)
+    assert torch.allclose(first, last, atol=1e-4) == made.spec.facts.is_sum
+
+
+@each
+def test_a_zero_makes_a_change_none_where_an_algebra_says_so(name, sample):
+    made = sample(name)
+    weight = made.fresh()
+    assert made.spec.facts.vanishes_with <= {"A", "B", "E", "addend"}
+    for role in made.spec.facts.vanishes_with & made.factors.keys():
+        zeroed = replace(made, factors={**made.factors, role: torch.zeros_like(made.factors[role])})
+        assert torch.equal(zeroed.applied(weight), weight)
+
+
+@each
+def test_an_algebra_that_looks_back_gives_another_result_with_another_base(name, sample):
+    made = sample(name)
+    weight, results = made.fresh(), []
+    for base in (made.fresh(), made.fresh() * 2):
+        changed = weight.clone()
+        made.algebra(base).apply(changed, base, 0, made.view.n_rows)
+        results.append(changed)
+    assert torch.equal(*results) == (not made.spec.facts.looks_back)
 
 
 @pytest.mark.parametrize("width", [1, 7, 48, N_OUT])
@@ -481,7 +526,7 @@ def test_pefts_layer_computes_in_the_dtype_of_the_weight_unless_the_output_has_a
     case = building.case(workshop, kind, "llama", "bfloat16")
     steps = lora_merge.plan(base=case.base, adapter=case.adapter).steps
     op = next(step.op for step in steps if isinstance(step.op, Merge))
-    factors = {role: load(ref) for role, ref in op.deltas[0].tensors.items()}
+    factors = {role: load(ref) for role, ref in op.deltas[0].factors.items()}
     weight = load(op.parts[0]).float().view(op.view.n_rows, -1)
     ALGEBRAS["peft_layer"](op.deltas[0], factors, stored).apply(weight, weight, 0, len(weight))
     assert torch.equal(weight, weight.bfloat16().float()) == on_the_grid

@@ -15,11 +15,12 @@ from lora_merge.adapters import read
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.choosing import has_formula, some_rows
 from lora_merge.checks.expecting import manner_of
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.kinds import LAYERED, NATIVE
 from lora_merge.core.plan import Copy, Merge, View
 from lora_merge.core.provenance import Provenance
 from lora_merge.core.tensor import Region, TensorRef
+from lora_merge.deltas import LowRankFacts
 from lora_merge.executors.serial import run_serial
 from lora_merge.io.folder import Folder
 from lora_merge.merge import Merger
@@ -145,7 +146,7 @@ def test_every_check_passes_a_good_output_of_every_kind_with_a_formula(kind, mod
     assert all(sum(last - first for first, last in ranges) <= 1 for ranges in suspects)
     verdict = verify(evidence.plan, evidence.root, evidence.records, "full")
     with_formula = any(
-        all(delta.kind != "peft_layer" for delta in step.op.deltas) for step in steps_of(evidence, Merge)
+        all(not delta.facts.by_peft for delta in step.op.deltas) for step in steps_of(evidence, Merge)
     )
     assert with_formula == (verdict.n_rows > 0)
     assert verdict.ok
@@ -500,7 +501,7 @@ def test_two_steps_of_the_dtype_are_found_in_the_output_of_any_formula(named, mo
         slot = step.slots[0]
         # where PEFT rounds a delta, or the weight in between, the right value is known to one step less each
         rounded = any(delta.rounded for delta in step.op.deltas)
-        settled = any(delta.options.get("settles") for delta in step.op.deltas)
+        settled = any(delta.round_before_next for delta in step.op.deltas)
         # a combination leaves several values to choose from, and one of them may lie a few steps away
         steps_away = 2 + rounded + settled + (100 if step.op.combination else 0)
         row = (7 * n + 17) % step.op.view.n_rows
@@ -555,11 +556,11 @@ def test_a_sample_of_stacked_experts_takes_a_row_of_each_or_of_many(shape, n_exp
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_sample_of_parts_takes_a_row_of_each(at_once):
     slot = TensorRef("w", "BF16", (6, 40, 2), "file", 0, 0)
-    parts = [Region(at=((n, n + at_once), (10, 20), (0, 2))) for n in range(0, 6, at_once)]
-    deltas = tuple(DeltaSpec("low_rank", "w", {}, 1.0, region) for region in parts)
+    parts = [Region(box=((n, n + at_once), (10, 20), (0, 2))) for n in range(0, 6, at_once)]
+    deltas = tuple(Delta("w", LowRankFacts(), {}).placed("w", region) for region in parts)
     sample = some_rows(slot, Merge("dense", (slot,), deltas, View.of(slot.shape, stacked=True)))
     for region in parts:
-        first = region.at[0][0]
+        first = region.box[0][0]
         assert any(row // 40 == first and 10 <= row % 40 < 20 for row in sample)
 
 

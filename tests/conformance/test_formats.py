@@ -125,10 +125,10 @@ def test_every_delta_names_an_algebra_and_tensors_that_are_in_the_file(name, sam
     parameters = [delta.parameter for delta in adapter.deltas]
     assert len(set(parameters)) == len(parameters)
     for delta in adapter.deltas:
-        assert delta.kind in ALGEBRAS
+        assert ALGEBRAS[delta.algebra].facts is type(delta.facts)
         assert delta.scale > 0
         assert delta.rank > 0
-        for ref in delta.tensors.values():
+        for ref in delta.factors.values():
             assert ref.nbytes == nbytes_of(ref.dtype, ref.shape)
             assert ref.file.startswith(str(root))
 

@@ -47,7 +47,7 @@ def bound(step, stored):
     slot, weight = step.slots[0], step.op.parts[0]
     magnitude, rank = factor(weight), 0
     for delta in step.op.deltas:
-        product = factor(delta.tensors["B"]) @ factor(delta.tensors["A"])
+        product = factor(delta.factors["B"]) @ factor(delta.factors["A"])
         magnitude += abs(delta.scale) * (product.T if delta.region.transposed else product)
         rank += delta.rank
     carried = (1 + ROUNDOFF[slot.dtype]) * (rank + 4) * 2.0**-24 * magnitude

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from lora_merge.cli import exits
 from lora_merge.core import plan
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.plan import Merge, Step, View
 from lora_merge.core.tensor import Region
+from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
 from lora_merge.merge import Merger, one_torch_thread
 from tests.parity import building
 from tests.parity.kinds import KINDS
@@ -175,7 +176,7 @@ def test_two_experts_in_each_others_place_do_not_pass_verification(stacked, tmp_
         if delta.target in pairs:
             other = f"{experts(0)}.{pairs[delta.target]}.up_proj.weight"
             twin = next(one for one in op.deltas if one.target == other)
-            delta = replace(delta, tensors=twin.tensors)
+            delta = replace(delta, delta=replace(delta.delta, factors=twin.factors))
         return honest(self, fd, op, delta, slot)
 
     monkeypatch.setattr(Merger, "_algebra", swapping)
@@ -224,7 +225,9 @@ def test_a_part_is_changed_and_nothing_beside_it(block, kind, transposed, tmp_pa
     part = ((5, n_out + 5), (0, n_in))
     refs = written(tmp_path / "tensors", {"W": weight, "A": a, "B": b, "magnitude": magnitude})
     roles = ("A", "B", "magnitude") if kind == "dora" else ("A", "B")
-    spec = DeltaSpec(kind, "W", {role: refs[role] for role in roles}, 1.7, Region(transposed, at), part=part)
+    facts = DoraFacts() if kind == "dora" else LowRankFacts()
+    delta = Delta("W", facts, {role: refs[role] for role in roles}, 1.7)
+    spec = delta.placed("W", Region(transposed, at), part=part)
     sink, view = Memory(), View.of(shape, stacked=len(shape) == 3)
     reach = "columns" if kind == "dora" and transposed else "rows"
     with one_torch_thread():
@@ -246,9 +249,8 @@ def test_a_part_is_changed_and_nothing_beside_it(block, kind, transposed, tmp_pa
 def test_a_part_of_a_bias_is_changed_and_nothing_beside_it(tmp_path):
     weight, addend = draw(90, seed=1), draw(30, seed=2)
     refs = written(tmp_path / "tensors", {"W": weight, "addend": addend})
-    spec = DeltaSpec(
-        "addition", "W", {"addend": refs["addend"]}, 2.0, Region(at=((30, 50),)), part=((10, 30),)
-    )
+    delta = Delta("W", AdditionFacts(), {"addend": refs["addend"]}, 2.0)
+    spec = delta.placed("W", Region(box=((30, 50),)), part=((10, 30),))
     sink = Memory()
     with one_torch_thread():
         Merger(sink, "cpu")(Step((refs["W"],), Merge("dense", (refs["W"],), (spec,), View.of((90,)))))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lora_merge.core import plan
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.plan import Merge, Step, View
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef
+from lora_merge.deltas import DoraFacts, LowRankFacts, Stack, StackedFacts
 from lora_merge.merge import Merger, one_torch_thread
 
 SHAPES = [(1000, 300), (300, 1000), (257, 129), (64, 64), (65, 1031), (129, 8), (3, 500), (1, 1)]
@@ -63,9 +64,8 @@ def test_many_tiles_have_the_bits_of_one_product(shape, rank, transposed, tmp_pa
     for code, name in TORCH_NAMES.items():
         weight = whole.to(getattr(torch, name))
         refs = written(tmp_path / code, {"W": weight, "A": a, "B": b})
-        spec = DeltaSpec(
-            "low_rank", "W", {"A": refs["A"], "B": refs["B"]}, SCALE, Region(transposed=transposed)
-        )
+        stated = Delta("W", LowRankFacts(), {"A": refs["A"], "B": refs["B"]}, SCALE)
+        spec = stated.placed("W", Region(transposed))
         sink = Memory()
         with one_torch_thread():
             op = Merge("dense", (refs["W"],), (spec,), View.of(shape))
@@ -99,7 +99,8 @@ def test_two_deltas_and_a_change_of_dtype_are_rounded_once(weight_dtype, stored_
         tensors |= {f"A{n}": a, f"B{n}": b}
     refs = written(tmp_path / "tensors", tensors)
     specs = tuple(
-        DeltaSpec("low_rank", "W", {"A": refs[f"A{n}"], "B": refs[f"B{n}"]}, SCALE) for n in range(2)
+        Delta("W", LowRankFacts(), {"A": refs[f"A{n}"], "B": refs[f"B{n}"]}, SCALE).placed("W")
+        for n in range(2)
     )
     wanted = weight.float()
     for a, b in factors:
@@ -128,10 +129,8 @@ def test_tiles_across_experts_have_the_bits_of_each_experts_product(shape, trans
     b = torch.randn(n_out, rank * n, generator=generator)
     weight = torch.randn(shape, generator=generator)
     refs = written(tmp_path / "tensors", {"W": weight, "A": a, "B": b})
-    spec = DeltaSpec(
-        "stacked", "W", {"A": refs["A"], "B": refs["B"]}, SCALE, Region(transposed=transposed),
-        options={"experts": n},
-    )  # fmt: skip
+    stated = Delta("W", StackedFacts(stack=Stack(n)), {"A": refs["A"], "B": refs["B"]}, SCALE)
+    spec = stated.placed("W", Region(transposed))
     sink = Memory()
     with one_torch_thread():
         op = Merge("dense", (refs["W"],), (spec,), View.of(shape, stacked=True))
@@ -151,9 +150,8 @@ def test_tiles_and_panels_of_a_dora_in_out_have_the_bits_of_one_product(shape, t
     a, b = torch.randn(4, n_in, generator=generator), torch.randn(n_out, 4, generator=generator)
     magnitude, weight = torch.rand(n_out, generator=generator) + 1, torch.randn(shape, generator=generator)
     refs = written(tmp_path / "tensors", {"W": weight, "A": a, "B": b, "magnitude": magnitude})
-    spec = DeltaSpec(
-        "dora", "W", {role: refs[role] for role in ("A", "B", "magnitude")}, SCALE, Region(transposed=True)
-    )
+    factors = {role: refs[role] for role in ("A", "B", "magnitude")}
+    spec = Delta("W", DoraFacts(), factors, SCALE).placed("W", Region(transposed=True))
     sink, view = Memory(), View.of(shape)
     with one_torch_thread():
         Merger(sink, "cpu")(Step((refs["W"],), Merge("dense", (refs["W"],), (spec,), view, "columns")))

@@ -89,7 +89,7 @@ def test_a_plan_of_any_kind_survives_json_and_pickling(model, names, options, wa
         **options,
     )  # fmt: skip
     deltas = [delta for step in plan.steps if isinstance(step.op, Merge) for delta in step.op.deltas]
-    assert {delta.kind for delta in deltas} == wanted
+    assert {delta.algebra for delta in deltas} == wanted
     again = lora_merge.MergePlan.from_json(plan.to_json())
     assert again == plan
     assert [type(step.op) for step in again.steps] == [type(step.op) for step in plan.steps]

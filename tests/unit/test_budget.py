@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, Budget, allot, peak_together
 from lora_merge.core.plan import RUNTIME_BYTES, TILE_ELEMENTS, Copy, Merge, MergePlan, Step, View
 from lora_merge.core.tensor import TensorRef
+from lora_merge.deltas import LowRankFacts
 
 MB = 1 << 20
 
@@ -16,9 +17,8 @@ def step_of(rows, columns, reach="rows"):
     """Return a merge of one matrix."""
     ref = TensorRef("w", "BF16", (rows, columns), "file", 0, 2 * rows * columns)
     factors = {"A": TensorRef("a", "F32", (4, columns), "file", 0, 16 * columns)}
-    return Step(
-        (ref,), Merge("dense", (ref,), (DeltaSpec("low_rank", "w", factors, 1.0),), View.of(ref.shape), reach)
-    )
+    delta = Delta("w", LowRankFacts(), factors).placed("w")
+    return Step((ref,), Merge("dense", (ref,), (delta,), View.of(ref.shape), reach))
 
 
 def plan_of(*steps):
