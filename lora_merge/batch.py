@@ -20,9 +20,10 @@ from lora_merge.errors import BugError, LoraMergeError, WriteError
 from lora_merge.executors.processes import Broken, Crew, be_idle
 from lora_merge.io import machine, staging
 from lora_merge.io.files import output_path
-from lora_merge.pipeline import converting
+from lora_merge.pipeline import conversion, writing_adapters
 from lora_merge.pipeline.clock import Clock
-from lora_merge.pipeline.converting import Conversion, plan_conversion
+from lora_merge.pipeline.conversion import Conversion
+from lora_merge.pipeline.converting import plan_conversion
 from lora_merge.pipeline.current import Standing, adapter_standing, standing
 from lora_merge.pipeline.merging import Prepared, carry_out, prepare
 from lora_merge.pipeline.planning import plan_request
@@ -193,11 +194,11 @@ class Batch:
                         overwrite=request.overwrite,
                         inputs=job.read_files(),
                         home=job.home,
-                        marks=converting.MARKS,
+                        marks=conversion.MARKS,
                     )
         if found.is_current and not self._dry_run:
             is_merge = isinstance(task.job.request, Request)
-            staging.clear_spent(out, MARKS if is_merge else converting.MARKS, resumes=is_merge)
+            staging.clear_spent(out, MARKS if is_merge else conversion.MARKS, resumes=is_merge)
         task.notes = found.notes
         if found.fault:
             task.notes = (warning("made-anew", str(out), f"{found.fault}, so it is made anew"),)
@@ -256,7 +257,7 @@ class Batch:
             yield from carry_out(merges, self._watch)
         for task in group:
             if isinstance(task.planned, Conversion):
-                yield converting.carry_out(task.planned, self._watch, Clock())
+                yield writing_adapters.carry_out(task.planned, self._watch, Clock())
 
     def _carry_out_elsewhere(self, groups: list[list[_Task]]) -> None:
         """Carry out groups in processes, several at a time."""

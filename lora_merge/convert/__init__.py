@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from lora_merge.convert.config import adapter_config, listed, module_paths, scaling
-from lora_merge.convert.joined import Joined
 from lora_merge.convert.making import Maker
 from lora_merge.convert.modules import MERGE, Draft, draft, needs_base
 
 __all__ = [
     "MERGE",
     "Draft",
-    "Joined",
     "Maker",
     "adapter_config",
     "draft",

@@ -12,10 +12,10 @@ from lora_merge.core.report import Issue, error
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from lora_merge.convert.joined import Joined
     from lora_merge.core.adapter import Delta, PlacedDelta
     from lora_merge.core.conversion import Conversion
     from lora_merge.core.pieces import Piece
+    from lora_merge.plan.joined import Joined
 
 
 def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModule], list[Issue]]:

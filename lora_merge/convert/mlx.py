@@ -14,7 +14,7 @@ from lora_merge.words import quoted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lora_merge.convert.joined import Joined
+    from lora_merge.plan.joined import Joined
 
 _MERGE = "merge it, and convert the merged model with mlx_lm.convert"
 

@@ -23,11 +23,11 @@ from lora_merge.words import of_several
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from lora_merge.convert.joined import Joined
     from lora_merge.core.adapter import Adapter, Delta
     from lora_merge.core.facts import Facts
     from lora_merge.core.plan import Step
     from lora_merge.deltas import Stack
+    from lora_merge.plan.joined import Joined
 
 MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
 """The way out where no adapter can say what this one does."""

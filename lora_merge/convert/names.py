@@ -14,10 +14,10 @@ from lora_merge.core.traits import PACKED
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lora_merge.convert.joined import Joined
     from lora_merge.core.choices import Naming
     from lora_merge.core.tensor import TensorRef
     from lora_merge.layouts import Stored
+    from lora_merge.plan.joined import Joined
 
 _WHOLE = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+?)"

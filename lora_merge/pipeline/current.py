@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lora_merge.core.source import Origin
     from lora_merge.core.stretches import Stretch
     from lora_merge.core.tensor import TensorRef
-    from lora_merge.pipeline.converting import Conversion
+    from lora_merge.pipeline.conversion import Conversion
     from lora_merge.pipeline.planning import Planned
 
 

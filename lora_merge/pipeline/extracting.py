@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_merge.convert import Draft, Joined
+from lora_merge.convert import Draft
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.identity import Inputs
 from lora_merge.core.lora import ConvertReport, Keep, Recipe
@@ -23,10 +23,11 @@ from lora_merge.io.safetensors import same_values
 from lora_merge.io.side_files import adapter_side_files
 from lora_merge.locate import find, locate_base
 from lora_merge.pipeline.clock import Clock
-from lora_merge.pipeline.converting import Conversion, carry_out
-from lora_merge.pipeline.planning import plan_request
-from lora_merge.plan import quantised_config, raise_errors
-from lora_merge.requests.request import ExtractRequest, Request
+from lora_merge.pipeline.conversion import Conversion
+from lora_merge.pipeline.reading_back import OnBase
+from lora_merge.pipeline.writing_adapters import carry_out
+from lora_merge.plan import Reading, quantised_config, raise_errors
+from lora_merge.requests.request import ExtractRequest
 from lora_merge.resolve import counterpart, resolve_base, stored_in
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.layouts import Stored
     from lora_merge.locate import Place
+    from lora_merge.requests.request import ExtractRequest
 
 
 def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None) -> ConvertReport:
@@ -79,20 +81,13 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         adapter = replace(adapter, side_files=adapter_side_files(Path(tuned.root)))
     dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
 
-    def join(root: Path) -> Joined:
-        fields = Request(
-            adapter=(str(root),), out="", base=base.root, allow_untie=True, allow_again=True, offline=True
-        )
-        planned = plan_request(fields, Silence())
-        return Joined(planned.checkpoint, planned.plan)
-
     return Conversion(
         source=request.tuned,
         adapter=adapter,
         found=Draft(found.modules, found.whole),
         recipe=Recipe(keep=Keep(request.rank, request.energy), explicit=True, dtype=dtype),
         base=base,
-        join=join,
+        on_base=OnBase(base.root, Reading(), Access(offline=True)),
         out=output_path(request.out),
         serving=None,
         overwrite=request.overwrite,

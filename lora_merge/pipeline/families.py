@@ -18,11 +18,11 @@ from lora_merge.serving import ENGINES, family_issues, obstacles, report
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lora_merge.convert import Joined
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.choices import ServingEngine
     from lora_merge.core.inspection import EngineReport
+    from lora_merge.plan import Joined
 
 ADDED_TOKENS = "added_tokens.json"
 """Tokens that an adapter's tokenizer has beside its vocabulary, with their ids."""

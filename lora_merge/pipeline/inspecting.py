@@ -9,7 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from lora_merge import plots
-from lora_merge.convert import Joined, Maker, draft
+from lora_merge.convert import Maker, draft
 from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import Given, Recipe
 from lora_merge.core.plan import Copy, Merge, Step
@@ -27,8 +27,9 @@ from lora_merge.io.side_files import CARD_FILE
 from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of, norms_of
 from lora_merge.pipeline.families import added_tokens, base_config, family_of
-from lora_merge.pipeline.planning import check_strict, plan_request
-from lora_merge.requests.request import InspectRequest, Request
+from lora_merge.pipeline.planning import InputTexts, check_strict, join_inputs
+from lora_merge.plan import Reading, check_fit
+from lora_merge.requests.request import InspectRequest
 from lora_merge.resolve import resolve_adapter
 from lora_merge.serving import ENGINES
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.inspection import Inspection
     from lora_merge.core.report import Issue
+    from lora_merge.plan import Joined
+    from lora_merge.requests.request import InspectRequest
 
 _TAGS = re.compile(r"^(?:tags:\n|- |library_name: )(?P<tag>[\w.-]+)$", re.MULTILINE)
 """Tags in the front matter of a model card."""
@@ -114,21 +117,22 @@ def _options(request: InspectRequest) -> str:
 def _held_against_base(
     request: InspectRequest, adapter: Adapter, watch: Observer
 ) -> tuple[Adapter, Measured | None, tuple[Issue, ...]]:
-    """Plan a merge, and measure what it would change; of what does not fit, only the reasons are returned."""
+    """Measure what an adapter would change; of one that does not fit, only the reasons are returned."""
+    texts = InputTexts(
+        ((request.adapter, 1.0),),
+        request.base,
+        request.ignore_file,
+        Access(request.token, request.offline),
+    )
+    reading = Reading(request.base_is, request.expert_layout, allow_svd=True)
     try:
-        planned = plan_request(
-            Request(
-                adapter=(request.adapter,), out="", base=request.base, base_is=request.base_is,
-                expert_layout=request.expert_layout, ignore_file=request.ignore_file, allow_untie=True, allow_svd=True, allow_again=True,
-                token=request.token, offline=request.offline,
-            ),
-            watch,
-        )  # fmt: skip
+        found = join_inputs(texts, reading, watch)
+        check_fit(found.joined)
     except PlanError as exc:
         return adapter, None, exc.issues
-    joined = Joined(planned.checkpoint, planned.plan, planned.uses[0].unchanged)
-    adapter = planned.uses[0].adapter
-    return adapter, _Measuring(adapter, joined, watch).run(), planned.plan.issues
+    joined = found.joined
+    adapter = joined.uses[0].adapter
+    return adapter, _Measuring(adapter, joined, watch).run(), found.issues
 
 
 @dataclass(frozen=True, slots=True)

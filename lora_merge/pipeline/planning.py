@@ -1,10 +1,10 @@
-"""Texts → a plan: locate, resolve, plan; and how one module was matched."""
+"""Texts → base and adapters, joined → a plan; and how one module was matched."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lora_merge.adapters.mlx_spelling import in_names_of
 from lora_merge.adapters.unread import beside_base
@@ -12,7 +12,7 @@ from lora_merge.core.adapter import AdapterUse
 from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import MergePlan
-from lora_merge.core.report import Observer, Silence, warning
+from lora_merge.core.report import Issue, Observer, Silence, warning
 from lora_merge.errors import PlanError, RequestError
 from lora_merge.io.files import is_directory, user_path
 from lora_merge.io.hub import Access
@@ -29,7 +29,16 @@ from lora_merge.locate import (
     moved_base,
     other_base,
 )
-from lora_merge.plan import make_plan, quantised_config, raise_errors, touches_embeddings
+from lora_merge.plan import (
+    Joined,
+    Policy,
+    Reading,
+    join,
+    make_plan,
+    quantised_config,
+    raise_errors,
+    touches_embeddings,
+)
 from lora_merge.plan.explanation import Match, matches_of, nearest
 from lora_merge.requests.request import Request
 from lora_merge.requests.table import default_of
@@ -49,23 +58,70 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_merge.core.adapter import Adapter
-    from lora_merge.core.report import Issue
+
+Settings = TypeVar("Settings", Reading, Policy)
+
+
+@dataclass(frozen=True, slots=True)
+class InputTexts:
+    """Which base and which adapters, as texts that name them, and how a hub may be asked for them."""
+
+    adapters: tuple[tuple[str, float], ...]
+    """The text of each, and how much of it is wanted."""
+
+    base: str | None
+    """None for the one that the first adapter names."""
+
+    ignore_file: tuple[str, ...] = ()
+    """Files in the adapters' folders that are not read though they may hold weights."""
+
+    access: Access = field(default_factory=Access)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedInputs:
+    """A base and its adapters, joined, and where they came from."""
+
+    joined: Joined
+    base: Place
+    adapters: tuple[Place, ...]
+
+    located: tuple[Issue, ...]
+    """What locating them showed."""
+
+    doubts: tuple[Issue, ...]
+    """Whether it is the base that the adapters were trained on."""
+
+    inputs: Inputs = field(default_factory=Inputs)
+    """The files that were read, and what was found in them."""
+
+    @property
+    def issues(self) -> tuple[Issue, ...]:
+        """Return everything that is wrong, or worth knowing."""
+        return (*self.located, *self.doubts, *self.joined.issues)
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, and what it was made from."""
+    """The plan of a merge, and what it was made from."""
 
     request: Request
     plan: MergePlan
-    uses: tuple[AdapterUse, ...]
+    joined: Joined
     base: Place
     adapters: tuple[Place, ...]
-    checkpoint: Checkpoint
-    """The base, from its headers."""
-
-    inputs: Inputs = field(default_factory=Inputs)
+    inputs: Inputs
     """The files that planning read, and what it found in them."""
+
+    @property
+    def uses(self) -> tuple[AdapterUse, ...]:
+        """Return the adapters, from their headers."""
+        return self.joined.uses
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Return the base, from its headers."""
+        return self.joined.base
 
     @property
     def merged_before(self) -> tuple[MergedBefore, ...]:
@@ -83,28 +139,52 @@ class Planned:
 def plan_request(request: Request, watch: Observer) -> Planned:
     """Locate and resolve base and adapters, and plan their merge.
 
-    What small files alone show is refused before anything large is fetched.
-
     Raises:
         ChangedError: a file changed while it was read.
         LoraMergeError: there is no plan.
     """
+    texts = InputTexts(
+        tuple(map(chosen_adapter, request.adapter)),
+        request.base,
+        request.ignore_file,
+        Access(request.token, request.offline),
+    )
+    found = join_inputs(texts, _settings(Reading, request), watch)
+    policy = _settings(Policy, request)
+    plan = make_plan(found.joined, policy)
+    issues = (*found.located, *_unused(policy), *found.doubts, *plan.issues)
+    plan = replace(plan, issues=issues)
+    return Planned(request, plan, found.joined, found.base, found.adapters, found.inputs)
+
+
+def _settings(kind: type[Settings], request: Request) -> Settings:
+    """Return the fields of a request that are settings of one kind."""
+    return kind(**{field.name: getattr(request, field.name) for field in fields(kind)})
+
+
+def join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> JoinedInputs:
+    """Locate and resolve a base and adapters, and join them. Whatever does not fit is among the issues of the join.
+
+    What small files alone show is refused before anything large is fetched.
+
+    Raises:
+        ChangedError: a file changed while it was read.
+        LoraMergeError: one of them cannot be found or read.
+    """
     with watching() as seen:
-        planned = _plan(request, watch)
-    return replace(planned, inputs=seen.inputs())
+        found = _join_inputs(texts, reading, watch)
+    return replace(found, inputs=seen.inputs())
 
 
-def _plan(request: Request, watch: Observer) -> Planned:
-    """Locate and resolve base and adapters, and plan their merge."""
-    access = Access(request.token, request.offline)
-    chosen = [_chosen(text) for text in request.adapter]
-    named_base = None if request.base is None else (find(request.base, "base"), request.base)
-    found = [(find(text, "adapter"), text) for text, _ in chosen]
+def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> JoinedInputs:
+    access = texts.access
+    named_base = None if texts.base is None else (find(texts.base, "base"), texts.base)
+    found = [(find(text, "adapter"), text) for text, _ in texts.adapters]
     if named_base is not None:
         for adapter_found, _ in found:
             check_not_swapped(named_base[0], adapter_found)
-    places = tuple(locate_adapter(*one, access, watch, request.ignore_file) for one in found)
-    check_ignored(places, request.ignore_file)
+    places = tuple(locate_adapter(*one, access, watch, texts.ignore_file) for one in found)
+    check_ignored(places, texts.ignore_file)
     if named_base is not None:
         base_place = locate_base(*named_base, access, watch)
     else:
@@ -119,25 +199,28 @@ def _plan(request: Request, watch: Observer) -> Planned:
         raise_errors([issue for adapter in adapters for issue in adapter.issues])
     base = resolve_base(base_place.whole())
     adapters = [in_names_of(beside_base(adapter, base), base.config) for adapter in adapters]
-    weights = [weight for _, weight in chosen]
+    weights = [weight for _, weight in texts.adapters]
     uses = tuple(_use(adapter, weight, base) for adapter, weight in zip(adapters, weights, strict=True))
     twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
-    plan = make_plan(base, uses, request, twins)
-    located = [issue for place in (base_place, *places) for issue in place.issues]
     other = other_base(base_place, places, [adapter.config for adapter in adapters])
-    issues = (*located, *_unused(request), *(other or moved_base(base_place, places)), *plan.issues)
-    return Planned(request, replace(plan, issues=issues), uses, base_place, places, base)
+    return JoinedInputs(
+        joined=join(base, uses, reading, twins),
+        base=base_place,
+        adapters=places,
+        located=tuple(issue for place in (base_place, *places) for issue in place.issues),
+        doubts=other or moved_base(base_place, places),
+    )
 
 
-def _unused(request: Request) -> list[Issue]:
+def _unused(policy: Policy) -> list[Issue]:
     """Return a warning for a density that the way of combining does not look at."""
-    if request.density == default_of("merge", "density") or request.combine in {
+    if policy.density == default_of("merge", "density") or policy.combine in {
         "ties",
         "dare_linear",
         "dare_ties",
     }:
         return []
-    sentence = f"is {request.density:g}, and --combine {request.combine} keeps all of each change"
+    sentence = f"is {policy.density:g}, and --combine {policy.combine} keeps all of each change"
     return [warning("unused-option", "density", sentence, "--combine ties, dare_linear or dare_ties uses it")]
 
 
@@ -158,7 +241,7 @@ def _use(adapter: Adapter, weight: float, base: Checkpoint) -> AdapterUse:
     )
 
 
-def _chosen(text: str) -> tuple[str, float]:
+def chosen_adapter(text: str) -> tuple[str, float]:
     """Return the place and the weight of an adapter; a directory of the whole name wins."""
     return (text, 1.0) if is_directory(user_path(text)) else parse_adapter(text)
 

@@ -17,6 +17,7 @@ from lora_merge.checks.placed import placed
 from lora_merge.checks.projecting import projected
 from lora_merge.checks.recorded import recorded
 from lora_merge.core.checkpoint import CONFIG_FILE, Output
+from lora_merge.core.identity import Inputs
 from lora_merge.core.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
@@ -24,6 +25,7 @@ from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
 from lora_merge.io.files import is_directory, read_json, real_path, user_path, why_no_file
+from lora_merge.io.hub import Access
 from lora_merge.io.output import read_output
 from lora_merge.io.recognise import fault_of, names_in
 from lora_merge.io.safetensors import is_finite, tensor_digest
@@ -32,19 +34,21 @@ from lora_merge.io.trainer_files import chosen, file_names
 from lora_merge.merge import one_torch_thread
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.inputs import check_names
-from lora_merge.pipeline.planning import Planned, plan_request
+from lora_merge.pipeline.planning import InputTexts, chosen_adapter, join_inputs
+from lora_merge.plan import Joined, Policy, Reading, make_plan
 from lora_merge.requests.parsing import parse_values
-from lora_merge.requests.recording import recorded_options
 from lora_merge.requests.request import Request, VerifyRequest
 from lora_merge.requests.values import parse_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.answers import Comparison
 
-_SHAPING = tuple(option.name for option in recorded_options("merge") if option.name != "device")
-"""Options of a manifest that shape the plan; the device shapes bytes only, and may not be there any more."""
+_READING = ("base_is", "expert_layout")
+_POLICY = ("combine", "density", "seed", "dtype", "max_shard_size")
+"""Options of a manifest that shape the output: how base and adapters were read, and what the merge decided."""
 
 
 def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
@@ -99,6 +103,15 @@ def _output(out: str) -> Output:
     return read_output(real_path(root))
 
 
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """The merge, planned again."""
+
+    joined: Joined
+    plan: MergePlan
+    inputs: Inputs
+
+
 @dataclass(slots=True)
 class _Proving:
     """One verification."""
@@ -117,13 +130,13 @@ class _Proving:
             return Proof(self.output.root, "", (), tuple(findings), (), dict(self.clock.seconds))
         manifest, finding = self._manifest()
         findings.append(finding)
-        planned, finding = self._planned(manifest)
+        again, finding = self._planned(manifest)
         findings.append(finding)
         comparisons: tuple[Comparison, ...] = ()
-        if planned is not None:
-            findings += self._held_to(planned)
+        if again is not None:
+            findings += self._held_to(again.plan)
         if self.request.forward or self.request.engine:
-            if planned is None:
+            if again is None:
                 raise ResolveError(
                     f"{self.request.out}: forward passes need base and adapter, and {finding.detail}",
                     hint="name them with --base and --adapter",
@@ -133,13 +146,13 @@ class _Proving:
 
             with self.clock("forward"):
                 self.watch.phase("running the models", 0)
-                forward, comparisons = compare_forward(self.request, planned, self.output)
+                forward, comparisons = compare_forward(self.request, again.joined, again.plan, self.output)
             findings += forward
-        if planned is not None:
-            check_names(planned.inputs)
-        if manifest is None and planned is None:
+        if again is not None:
+            check_names(again.inputs)
+        if manifest is None and again is None:
             findings += _nothing_compared(findings)
-        base, adapters = ("", ()) if planned is None else (planned.plan.base, planned.plan.adapters)
+        base, adapters = ("", ()) if again is None else (again.plan.base, again.plan.adapters)
         return Proof(self.output.root, base, adapters, tuple(findings), comparisons, dict(self.clock.seconds))
 
     def _check_readable(self) -> None:
@@ -186,17 +199,18 @@ class _Proving:
         )
         return manifest, Finding("recorded", counted, issues)
 
-    def _planned(self, manifest: Manifest | None) -> tuple[Planned | None, Finding]:
+    def _planned(self, manifest: Manifest | None) -> tuple[_Again | None, Finding]:
         """Return the merge planned anew, when base and adapter are at hand."""
         named = bool(self.request.base or self.request.adapter)
         if manifest is None and not self.request.adapter:
             return None, Finding("planned", "no manifest and no --adapter says what was merged", asked=False)
         is_offline = self.request.offline
         try:
-            again = self._again(manifest)
-            is_offline = again.offline
+            texts, reading, policy = self._asked_again(manifest)
+            is_offline = texts.access.offline
             with self.clock("plan"):
-                planned = plan_request(again, self.watch)
+                found = join_inputs(texts, reading, self.watch)
+                plan = make_plan(found.joined, policy)
         except RequestError as exc:  # the user's own options are parsed
             issue = error("broken-manifest", MANIFEST_FILE, f"names what cannot be merged ({exc})")
             return None, Finding("planned", "the manifest cannot be merged again", (issue,))
@@ -214,16 +228,19 @@ class _Proving:
             if named:
                 raise
             return None, Finding("planned", "base and adapter no longer fit", tuple(exc.issues))
-        issues = tuple(_other_adapters(manifest, planned, named=bool(self.request.adapter)))
-        n_merged = sum(isinstance(step.op, Merge) for step in planned.plan.steps)
-        return planned, Finding("planned", f"{n_merged} tensors are merged, by base and adapter", issues)
+        issues = tuple(_other_adapters(manifest, found.joined.uses, named=bool(self.request.adapter)))
+        n_merged = sum(isinstance(step.op, Merge) for step in plan.steps)
+        finding = Finding("planned", f"{n_merged} tensors are merged, by base and adapter", issues)
+        return _Again(found.joined, plan, found.inputs), finding
 
-    def _again(self, manifest: Manifest | None) -> Request:
-        """Return the request of the merge, as its manifest has it, with what this request names instead.
+    def _asked_again(self, manifest: Manifest | None) -> tuple[InputTexts, Reading, Policy]:
+        """Return what the merge was made of and how, as its manifest has it, with what this request names instead.
 
-        A stranger may have written the manifest: no hub is asked for what it names.
+        A stranger may have written the manifest: no hub is asked for what it names. What the merge was allowed to do is
+        not recorded: the output is there, so it was allowed what it needed.
         """
-        options = {name: manifest.options[name] for name in _SHAPING if manifest and name in manifest.options}
+        recorded_options = manifest.options if manifest is not None else {}
+        options = {name: recorded_options[name] for name in (*_READING, *_POLICY) if name in recorded_options}
         near = Path(self.output.root).parent
         base, adapters = self.request.base, self.request.adapter
         offline = self.request.offline
@@ -233,7 +250,7 @@ class _Proving:
             offline = offline or not all(is_directory(user_path(_text(one, near))) for one in recorded)
             base = base or _text(manifest.base, near)
             adapters = adapters or tuple(_weighted(_text(one, near), one.weight) for one in manifest.adapters)
-        noted = options.pop("ignore_file", ())
+        noted = recorded_options.get("ignore_file", ())
         ignored = self.request.ignore_file or tuple(
             name
             for name in parse_values(Request, {"ignore_file": noted})["ignore_file"] or ()
@@ -247,13 +264,25 @@ class _Proving:
             "ignore_file": ignored,
         }
         parsed = parse_values(Request, {name: value for name, value in given.items() if value is not None})
-        return Request(**parsed, out="", allow_untie=True, allow_svd=True, allow_again=True, offline=offline)
+        texts = InputTexts(
+            tuple(map(chosen_adapter, parsed["adapter"])),
+            parsed.get("base"),
+            parsed["ignore_file"],
+            Access(parsed.get("token"), offline),
+        )
+        read = {name: parsed[name] for name in _READING if name in parsed}
+        decided = {name: parsed[name] for name in _POLICY if name in parsed}
+        return (
+            texts,
+            Reading(**read, allow_svd=True),
+            Policy(**decided, allow_untie=True, allow_again=True),
+        )
 
-    def _held_to(self, planned: Planned) -> list[Finding]:
+    def _held_to(self, plan: MergePlan) -> list[Finding]:
         """Return what the checks of a merge say, with the base's own bytes as evidence."""
         with self.clock("recomputed"), one_torch_thread():
             self.watch.phase("recomputing", 0)
-            plan, issues = placed(planned.plan, self.output)
+            plan, issues = placed(plan, self.output)
             records = tuple(self._records(plan))
             level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
             evidence = Evidence(plan, Path(self.output.root), records, level, digest=self.digest)
@@ -332,11 +361,11 @@ def _weighted(text: str, weight: float) -> str:
     return text if weight == 1 else f"{text}:{weight!r}"
 
 
-def _other_adapters(manifest: Manifest | None, planned: Planned, *, named: bool) -> Iterable[Issue]:
+def _other_adapters(manifest: Manifest | None, uses: Sequence[AdapterUse], *, named: bool) -> Iterable[Issue]:
     """Yield an issue for each adapter whose tensors are not those that were merged."""
     if manifest is None:
         return
-    then, now = manifest.adapters, planned.uses
+    then, now = manifest.adapters, uses
     if len(then) != len(now):
         yield error("other-adapter", "", f"{len(now)} adapters are named, {len(then)} were merged")
         return

@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters.mlx_spelling import in_names_of
-from lora_merge.convert import Joined, Maker, draft
+from lora_merge.convert import Maker, draft
 from lora_merge.core.lora import Recipe
-from lora_merge.core.report import Issue, Verdict, error
+from lora_merge.core.report import Issue, Silence, Verdict, error
 from lora_merge.errors import PlanError
+from lora_merge.io.hub import Access
 from lora_merge.io.safetensors import load
 from lora_merge.pipeline.changes import change_of
+from lora_merge.pipeline.planning import InputTexts, join_inputs
+from lora_merge.plan import Reading, check_fit
 from lora_merge.resolve import resolve_adapter
 from lora_merge.transforms import Pair
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from lora_merge.core.lora import Lora, LoraModule
-
-Join = Callable[["Path"], Joined]
-"""Plans the merge of an adapter in a directory; raises `PlanError`."""
+    from lora_merge.plan import Joined
 
 _TOLERANCE = 1e-6
 """Of ‖Δ - Δ′‖ / ‖Δ‖: a scale that is α/r again may differ in its last bit, and so may each product."""
 
 
-def read_back(root: Path, lora: Lora, join: Join | None) -> Verdict:
+@dataclass(frozen=True, slots=True)
+class OnBase:
+    """The base that an adapter is joined with when it is read back, and how."""
+
+    base: str
+    """Root of the checkpoint."""
+
+    reading: Reading
+    access: Access
+
+    def join(self, adapter: Path) -> Joined:
+        """Return the adapter in a directory on the base.
+
+        Raises:
+            PlanError: it does not fit.
+        """
+        texts = InputTexts(((str(adapter), 1.0),), self.base, access=self.access)
+        joined = join_inputs(texts, self.reading, Silence()).joined
+        check_fit(joined)
+        return joined
+
+
+def read_back(root: Path, lora: Lora, on_base: OnBase | None) -> Verdict:
     """Return whether the adapter in a directory is the one that was made: read anew, planned anew, compared.
 
     Args:
         root: of the adapter.
         lora: what was meant.
-        join: puts it on its base, where that is at hand.
+        on_base: its base, where that is at hand.
     """
     adapter = resolve_adapter(root)
     issues = [issue for issue in adapter.issues if issue.severity == "error"]
     joined = None
-    if join is not None and not issues:
+    if on_base is not None and not issues:
         try:
-            joined = join(root)
+            joined = on_base.join(root)
             adapter = in_names_of(adapter, joined.base.config)
         except PlanError as exc:
             issues += exc.issues

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.pipeline.planning import Planned
+    from lora_merge.plan import Joined
     from lora_merge.requests.request import VerifyRequest
 
 
 @cut_off()
 def compare_forward(
-    request: VerifyRequest, planned: Planned, output: Output
+    request: VerifyRequest, joined: Joined, plan: MergePlan, output: Output
 ) -> tuple[list[Finding], tuple[Comparison, ...]]:
     """Return how far what the merged checkpoint computes is from what base and adapter compute.
 
@@ -48,10 +48,10 @@ def compare_forward(
         RequestError: there is no tokenizer for the user's texts, or no such engine.
     """
     python = find_python(request.engine_python) if request.engine else ""
-    base_config = read_config(Path(planned.plan.base) / CONFIG_FILE)
-    made_of = _ingredients(planned, base_config)
+    base_config = read_config(Path(plan.base) / CONFIG_FILE)
+    made_of = _ingredients(joined, plan, base_config)
     prompts = choose(
-        Path(output.root), made_of.merged_config, request.prompt, _trained(planned.plan), request.n_tokens,
+        Path(output.root), made_of.merged_config, request.prompt, _trained(plan), request.n_tokens,
         trust_remote_code=request.trust_remote_code,
     )  # fmt: skip
     reference = refer(
@@ -169,9 +169,9 @@ def _said_of(reference: Reference) -> Iterator[Issue]:
         yield note("not-asked", reference.silent[0], sentence)
 
 
-def _ingredients(planned: Planned, base_config: dict[str, Any]) -> Ingredients:
+def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -> Ingredients:
     """Return what the reference is made of."""
-    plan, uses = planned.plan, planned.uses
+    uses = joined.uses
     changed = [step for step in plan.steps if step.action != "copied"]
     slots = [slot for step in changed for slot in step.slots]
     merged = patched_config(base_config, plan.config_patch)
@@ -183,8 +183,8 @@ def _ingredients(planned: Planned, base_config: dict[str, Any]) -> Ingredients:
         base_config=base_config,
         merged_config=merged,
         adapter=uses[0].adapter if alone else None,
-        base_is_residual=planned.request.base_is == "residual",
-        old_experts=any(use.adapter.stacked and _lies_otherwise(planned, use.adapter.config) for use in uses),
+        base_is_residual=joined.reading.base_is == "residual",
+        old_experts=any(use.adapter.stacked and _lies_otherwise(joined, use.adapter.config) for use in uses),
         n_rows=max(rows, default=None),
         touched=frozenset(slot.name for slot in slots),
         roundoff=max(
@@ -195,10 +195,10 @@ def _ingredients(planned: Planned, base_config: dict[str, Any]) -> Ingredients:
     )
 
 
-def _lies_otherwise(planned: Planned, config: Any) -> bool:
+def _lies_otherwise(joined: Joined, config: Any) -> bool:
     """Return True where stacked experts are laid out as PEFT before 0.19, or someone else, has them."""
     version = peft_version(config)
-    return bool(planned.request.expert_layout) or version is None or version <= (0, 19, 0)
+    return bool(joined.reading.expert_layout) or version is None or version <= (0, 19, 0)
 
 
 def _trained(plan: MergePlan) -> frozenset[int]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from lora_merge.core.adapter import PlacedDelta
 from lora_merge.core.tensor import TensorRef
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Change:
     """What a merge does to one tensor of the output."""
 
     own: TensorRef | None = None
     """The adapter's own tensor, where it takes the place of the base's."""
 
-    deltas: list[PlacedDelta] = field(default_factory=list)
+    deltas: tuple[PlacedDelta, ...] = ()
     copy: TensorRef | None = None
     """The base's own tensor as the adapter carries it: resized, for example. Both ends of a tie have it."""
 

@@ -1,4 +1,4 @@
-"""The join of a base and its adapters, as it grows: what each output tensor is, and what is done to it."""
+"""The join of a base and its adapters: what each output tensor is, and what is done to it."""
 
 from __future__ import annotations
 
@@ -7,147 +7,138 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name, patched_config
 from lora_merge.core.patterns import TargetError
-from lora_merge.core.plan import Combination, Copy, Merge, Step, View
-from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.report import Issue, error, note
 from lora_merge.core.skeleton import same_layers
-from lora_merge.plan.change import Change, alike, combined_rank, with_one_base
+from lora_merge.plan.beside import left_out, side_files_of
+from lora_merge.plan.change import Change, alike, with_one_base
 from lora_merge.plan.fitting import Fitting, named_parameters
 from lora_merge.plan.heads import NOTHING_LOADED, with_head
 from lora_merge.plan.initial import initial_issues, is_layered
+from lora_merge.plan.joined import Joined
 from lora_merge.plan.layered import layered_deltas
 from lora_merge.plan.model import Model
 from lora_merge.plan.origins import origin_issues
 from lora_merge.plan.outline import Outline, layer_order, layer_stem, replicated, replication_patch
+from lora_merge.plan.quantised import quantised_base
 from lora_merge.plan.shared_changes import Separation
 from lora_merge.plan.sizes import other_size
-from lora_merge.plan.ties import Tie, ensures_tie, find_tie, untie_issue, untie_patch
+from lora_merge.plan.ties import Tie, ensures_tie, find_tie, untie_patch, untied_note
 from lora_merge.plan.views import view_for
 from lora_merge.plan.vocabulary import resized
-from lora_merge.words import of_several
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lora_merge.core.adapter import Adapter, AdapterUse, PlacedDelta
     from lora_merge.core.checkpoint import Checkpoint
-    from lora_merge.core.facts import Reach
-    from lora_merge.core.shards import OutputFile
-    from lora_merge.core.tensor import TensorRef
-    from lora_merge.requests.request import Request
-
+    from lora_merge.plan.settings import Reading
 
 _HEADS_WITH_BIAS = frozenset({"decoder", "predictions", "lm_head"})
 """Last parts of the paths of what holds the bias of an output embedding."""
 
 
-class Draft:
-    """The join of a base and its adapters.
+def join(
+    base: Checkpoint,
+    uses: Sequence[AdapterUse],
+    reading: Reading,
+    twins: frozenset[frozenset[str]] = frozenset(),
+) -> Joined:
+    """Return where each change of some adapters belongs on a base. Whatever does not fit is among its issues.
 
     Args:
-        base: what to merge into.
+        base: what they change.
         uses: the adapters, in the order in which they are applied.
-        request: how.
-        twins: pairs of an input and an output embedding with equal values.
+        reading: how they are read where their files do not say it.
+        twins: pairs of an input and an output embedding with equal values, where base or adapter hold both.
     """
+    uses = tuple(uses)
+    draft = _Draft(base, uses, reading, twins)
+    of_base = quantised_base(base)
+    of_adapters = [issue for use in uses for issue in (*use.adapter.issues, *use.issues)]
+    is_refused = any(issue.severity == "error" for issue in (*of_base, *of_adapters))
+    if all(use.adapter.is_read for use in uses) or not is_refused:
+        draft.join()
+    side_files, of_files = side_files_of(base, uses)
+    return Joined(
+        base=base,
+        uses=uses,
+        reading=reading,
+        outline=draft.outline,
+        changes=draft.changes,
+        config_patch=draft.config_patch,
+        tie=draft.tie,
+        is_untied=draft.is_untied,
+        side_files=side_files,
+        issues_of_base=tuple(of_base),
+        issues_of_adapters=tuple(of_adapters),
+        issues_of_fit=tuple(draft.issues),
+        issues_of_files=(*of_files, *left_out(base)),
+        is_whole=draft.is_whole,
+    )
+
+
+class _Draft:
+    """A join as it grows: each adapter is fitted, then what they do to each other is settled."""
 
     def __init__(
         self,
         base: Checkpoint,
         uses: tuple[AdapterUse, ...],
-        request: Request,
+        reading: Reading,
         twins: frozenset[frozenset[str]],
     ) -> None:
-        self._base, self._uses, self._request, self._twins = base, uses, request, twins
+        self._base, self._uses, self._reading, self._twins = base, uses, reading, twins
         self._model = Model(Outline.of(base), base.config)
-        self._changes: dict[str, Change] = {}
-        self._first_of_tie: dict[str, str] = {}
         self._is_flag_cleared = False
         """True when the output's config no longer says that anything is tied."""
         self.outline = self._model.outline
         """Names of the output, and the stored tensors behind them."""
+        self.changes: dict[str, Change] = {}
         self.config_patch: dict[str, Any] = {}
-
-    def join(self) -> list[Issue]:
-        """Fit every adapter, then settle what they do to each other; return what is wrong."""
-        issues = self._replicate() + self._add_head()
-        if any(issue.code == NOTHING_LOADED for issue in issues):
-            return issues
-        tie = self._model.tie = self._tie()
-        for n, use in enumerate(self._uses):
-            issues += initial_issues(use.adapter, self._request)
-            issues += origin_issues(use.adapter, self._base.config)
-            layered: tuple[PlacedDelta, ...] = ()
-            by_layers = is_layered(use.adapter, self._request)
-            model, view_issues = view_for(named_parameters(use.adapter), self._model, parts=not by_layers)
-            issues += view_issues
-            if by_layers:
-                layered, layer_issues = layered_deltas(use, model)
-                issues += layer_issues
-                use = replace(use, adapter=_without_factors(use.adapter))  # noqa: PLW2901 - what is left of it
-            fitting = Fitting(use, n, model, self._request).fit(layered)
-            issues += other_size(use.adapter, model, fitting.issues) + fitting.issues
-            issues += self._take(fitting)
-        if tie is not None:
-            issues += self._settle_tie(tie)
-        if self._may_share():
-            issues += self._settle_shared()
-        lost = [name for name in self._changes if name not in self.outline.sources]
-        sentence = "the adapter changes it, the base does not have it"
-        issues += [error("unmatched-module", name, sentence) for name in lost]
-        if lost:
-            return issues
-        issues += self._resized() + self._unused_biases()
-        return issues + self._in_turn() + self._rankless() + self._in_parts()
+        self.is_untied = False
+        self.issues: list[Issue] = []
+        self.is_whole = False
+        """True once every question was asked."""
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the parameters that are the adapters' own."""
-        return {name: change.source.shape for name, change in self._changes.items() if change.source}
+    def tie(self) -> Tie | None:
+        """Return the tie of the embeddings, once it was looked for."""
+        return self._model.tie
 
-    def steps(self, files: tuple[OutputFile, ...]) -> tuple[Step, ...]:
-        """Return one step per output tensor, in the order of the output's bytes."""
-        return tuple(self._step(slot) for file in files for slot in file.slots)
+    def join(self) -> None:
+        """Fit every adapter, then settle what they do to each other; take note of what is wrong."""
+        self.issues += self._replicate() + self._add_head()
+        if any(issue.code == NOTHING_LOADED for issue in self.issues):
+            return
+        self._find_tie()
+        for n, use in enumerate(self._uses):
+            self._fit(use, n)
+        if self.tie is not None:
+            self.issues += self._settle_tie(self.tie)
+        if self._may_share():
+            self.issues += self._settle_shared()
+        lost = [name for name in self.changes if name not in self.outline.sources]
+        sentence = "the adapter changes it, the base does not have it"
+        self.issues += [error("unmatched-module", name, sentence) for name in lost]
+        if not lost:
+            self.issues += self._resized() + self._unused_biases()
+            self.is_whole = True
 
-    def _step(self, slot: TensorRef) -> Step:
-        change = self._changes.get(slot.name, Change())
-        source = change.source or self.outline.sources[slot.name]
-        deltas = self._settled(change.deltas)
-        if not deltas and (slot.dtype == source.dtype or source.nbytes == 0):  # nothing is there to be cast
-            return Step((slot,), Copy(source), replaced=change.source is not None)
-        combination = self._combination(slot.name, deltas) if len(slot.shape) > 1 else None
-        reaches: set[Reach] = {delta.reach for delta in deltas}
-        reach: Reach = (
-            "tensor" if combination or "tensor" in reaches else "columns" if "columns" in reaches else "rows"
-        )
-        view = View.of(
-            slot.shape, stacked=any(delta.facts.is_stacked or delta.region.box for delta in deltas)
-        )
-        merge = Merge("dense", (source,), deltas, view, reach, combination)
-        return Step((slot,), merge, replaced=change.source is not None)
-
-    def _settled(self, deltas: list[PlacedDelta]) -> tuple[PlacedDelta, ...]:
-        """Return the deltas of one tensor as they are applied, one after the other.
-
-        Sums take the user's weight into their scale; where there are several, nothing is rounded in between.
-        """
-        several = len({delta.adapter for delta in deltas}) > 1
-        if self._request.combine != "linear":
-            return tuple(map(_unrounded, deltas))
-        if not (several or any(delta.adapter_weight != 1 for delta in deltas)):
-            return tuple(deltas)
-        return tuple(
-            replace(delta, scale=delta.scale * delta.adapter_weight, adapter_weight=1.0)
-            if delta.facts.is_scaled
-            else delta
-            for delta in map(_unrounded, deltas)
-        )
-
-    def _combination(self, name: str, deltas: tuple[PlacedDelta, ...]) -> Combination | None:
-        """Return how the adapters' changes of one tensor become one; None for a sum."""
-        request = self._request
-        if not deltas or request.combine == "linear":
-            return None
-        rank = combined_rank(deltas)
-        rng_key = self._first_of_tie.get(name, name)
-        return Combination(request.combine, request.density, request.seed, rank, rng_key)
+    def _fit(self, use: AdapterUse, n: int) -> None:
+        """Find the places of what one adapter changes, and take it over."""
+        self.issues += initial_issues(use.adapter, self._reading)
+        self.issues += origin_issues(use.adapter, self._base.config)
+        layered: tuple[PlacedDelta, ...] = ()
+        by_layers = is_layered(use.adapter, self._reading)
+        model, issues = view_for(named_parameters(use.adapter), self._model, parts=not by_layers)
+        self.issues += issues
+        if by_layers:
+            layered, issues = layered_deltas(use, model)
+            self.issues += issues
+            use = replace(use, adapter=_without_factors(use.adapter))
+        fitting = Fitting(use, n, model, self._reading).fit(layered)
+        self.issues += other_size(use.adapter, model, fitting.issues) + fitting.issues
+        self.issues += self._take(fitting)
 
     def _replicate(self) -> list[Issue]:
         """Repeat layers, where an adapter was trained on a model with repeated layers."""
@@ -195,28 +186,34 @@ class Draft:
         self._model = Model(self.outline, patched_config(self._model.config, headed.config_patch))
         return list(headed.issues)
 
-    def _tie(self) -> Tie | None:
-        """Return the tie of the embeddings, if an adapter touches one of them."""
-        if not any(touches_embeddings(use) for use in self._uses):
-            return None
-        return find_tie(self._model, self._twins)
+    def _find_tie(self) -> None:
+        """Look for the tie of the embeddings, if an adapter touches one of them."""
+        touched = any(touches_embeddings(use) for use in self._uses)
+        tie = find_tie(self._model, self._twins) if touched else None
+        if tie is not None:
+            self._model = self._model.with_tie(tie)
 
     def _take(self, fitting: Fitting) -> list[Issue]:
         """Take over what one adapter changes."""
         issues = []
         for name in fitting.replacements.keys() | fitting.copies.keys():
-            change = self._changes.setdefault(name, Change())
+            change = self.changes.get(name, Change())
             if change.source is not None:
                 sentence = "is replaced as a whole by two adapters"
                 issues.append(error("two-replacements", name, sentence, "merge one of them only"))
-            change.own, change.copy = fitting.replacements.get(name), fitting.copies.get(name)
+            own, copy = fitting.replacements.get(name), fitting.copies.get(name)
+            self.changes[name] = replace(change, own=own, copy=copy)
+        deltas: dict[str, list[PlacedDelta]] = {}
         for delta in fitting.deltas:
-            self._changes.setdefault(delta.tensor, Change()).deltas.append(delta)
+            deltas.setdefault(delta.tensor, []).append(delta)
+        for name, more in deltas.items():
+            change = self.changes.get(name, Change())
+            self.changes[name] = replace(change, deltas=(*change.deltas, *more))
         return issues
 
     def _settle_tie(self, tie: Tie) -> list[Issue]:
         """Keep a tie whose ends change alike, take apart one whose ends do not."""
-        embedding, head = self._changes.pop(tie.embedding, None), self._changes.pop(tie.head, None)
+        embedding, head = self.changes.pop(tie.embedding, None), self.changes.pop(tie.head, None)
         if embedding is not None:
             head = self._following(tie.embedding, embedding, head or Change())
         embedding, head = with_one_base(embedding, head)
@@ -227,26 +224,26 @@ class Draft:
             hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
             return [error("stored-copy", tie.embedding, sentence, hint)]
         if embedding is not None and head is not None and alike(embedding, head, self._twins):
-            self._changes |= dict.fromkeys(tie.stored, embedding)
-            self._first_of_tie = dict.fromkeys(tie.stored, tie.source)
+            self.changes |= dict.fromkeys(tie.stored, embedding)
             return []
+        self.is_untied = True
         for name, change in ((tie.embedding, embedding), (tie.head, head)):
             if name not in self.outline.sources:
                 self.outline = self.outline.with_twin(tie.source, name)
             if change is not None:
-                self._changes[name] = change
+                self.changes[name] = change
         patch = untie_patch(self._base.config)
         self.config_patch |= patch
         self._is_flag_cleared = bool(patch)
-        return [untie_issue(self._base.config, tie, allowed=self._request.allow_untie)]
+        return [untied_note(self._base.config, tie)]
 
     def _may_share(self) -> bool:
         """Return True when a changed tensor may have several users; asking transformers takes seconds."""
         head_bias = any(
             change.copy is not None and name.endswith(".bias") and owner_name(name) in _HEADS_WITH_BIAS
-            for name, change in self._changes.items()
+            for name, change in self.changes.items()
         )
-        unstored = not self._changes.keys() <= self.outline.sources.keys()
+        unstored = not self.changes.keys() <= self.outline.sources.keys()
         return head_bias or unstored or self._model.may_share or any(map(touches_embeddings, self._uses))
 
     def _settle_shared(self) -> list[Issue]:
@@ -254,12 +251,12 @@ class Draft:
         separation = Separation(
             self._model,
             self.outline,
-            self._changes,
+            self.changes,
             follow=self._following,
             alike=lambda one, other: alike(one, other, self._twins),
         )
         issues = separation.settle(write_all=self._is_flag_cleared)
-        self.outline = separation.outline
+        self.outline, self.changes = separation.outline, separation.changes
         return issues
 
     def _following(self, name: str, embedding: Change, head: Change) -> Change | None:
@@ -284,14 +281,15 @@ class Draft:
             own = [delta for delta in head.deltas if delta.adapter == n]
             only_tokens = not own and not whole and all(delta.facts.replaces_rows for delta in theirs)
             deltas += theirs if is_ensured or only_tokens else own
-        return Change(head.own, deltas, head.copy) if deltas or head.source is not None else None
+        return Change(head.own, tuple(deltas), head.copy) if deltas or head.source is not None else None
 
     def _resized(self) -> list[Issue]:
         """Settle what a vocabulary of another size changes: every end of it, and the config."""
-        found = resized(self._model, self.outline, self.shapes)
+        shapes = {name: change.source.shape for name, change in self.changes.items() if change.source}
+        found = resized(self._model, self.outline, shapes)
         self.config_patch |= found.patch
         for name, ref in found.cut.items():
-            self._changes.setdefault(name, Change()).copy = ref
+            self.changes[name] = replace(self.changes.get(name, Change()), copy=ref)
         return found.issues
 
     def _unused_biases(self) -> list[Issue]:
@@ -302,11 +300,11 @@ class Draft:
         """
         trained = {
             name
-            for name, change in self._changes.items()
+            for name, change in self.changes.items()
             if any(one.facts.replaces_rows for one in change.deltas)
         }
         tie = self._model.tie
-        if tie is not None and not trained.isdisjoint(tie.stored) and tie.head not in self._changes:
+        if tie is not None and not trained.isdisjoint(tie.stored) and tie.head not in self.changes:
             trained.add(tie.head)
         biases = [name.removesuffix("weight") + "bias" for name in sorted(trained)]
         sentence = (
@@ -314,70 +312,6 @@ class Draft:
         )
         hint = "train the output embedding whole (modules_to_save), or rows of an untied input embedding only"
         return [error("unsupported", name, sentence, hint) for name in biases if self._model.has(name)]
-
-    def _in_turn(self) -> list[Issue]:
-        """Return a note when the order of the adapters counts."""
-        if self._request.combine != "linear":
-            return []
-        names = [
-            name
-            for name, change in self._changes.items()
-            if len({delta.adapter for delta in change.deltas}) > 1
-            and not all(delta.facts.is_sum for delta in change.deltas)
-        ]
-        if not names:
-            return []
-        why = (
-            "changed by several adapters, and not all of them only add to it (DoRA, trained rows, PEFT's own "
-            "layers): each works on what the one before it left, in the order given"
-        )
-        sentence = of_several(len(names), f"is {why}", f"are {why}")
-        return [note("in-turn", min(names), sentence)]
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor of the output."""
-        return self.shapes.get(name, self.outline.sources[name].shape)
-
-    def _in_parts(self) -> list[Issue]:
-        """Return a warning when a combination looks at a stored tensor that is several of the adapters' weights."""
-        if self._request.combine == "linear":
-            return []
-        names = [
-            name
-            for name, change in self._changes.items()
-            if any(delta.region.box or delta.facts.is_stacked for delta in change.deltas)
-        ]
-        if not names:
-            return []
-        why = (
-            f"several weights (experts, fused projections), which --combine {self._request.combine} takes as one: "
-            "on a base that stores them apart it gives another result"
-        )
-        sentence = of_several(len(names), f"holds {why}", f"hold {why}")
-        return [
-            warning(
-                "combined-whole", min(names), sentence, "combine with linear, which does not depend on it"
-            )
-        ]
-
-    def _rankless(self) -> list[Issue]:
-        """Return an issue for each weight that ``--combine svd`` has no rank for."""
-        if self._request.combine != "svd":
-            return []
-        sentence = (
-            "--combine svd keeps the largest rank of the adapters, and none that changes this weight has one"
-        )
-        return [
-            error("no-rank", name, sentence, "combine these adapters with linear, ties or dare")
-            for name, change in self._changes.items()
-            if change.deltas
-            and len(self._shape(name)) > 1
-            and max(delta.rank for delta in change.deltas) == 0
-        ]
-
-
-def _unrounded(delta: PlacedDelta) -> PlacedDelta:
-    return replace(delta, rounded=False, round_before_next=False)
 
 
 def _without_factors(adapter: Adapter) -> Adapter:

@@ -27,7 +27,7 @@ from lora_merge.plan.stacked import stacked_deltas
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter, AdapterUse, PlacedDelta, Replacement
     from lora_merge.plan.model import Model
-    from lora_merge.requests.request import Request
+    from lora_merge.plan.settings import Reading
 
 _NESTED = ".language_model."
 """In the paths of multimodal models' language models (transformers 5.23)."""
@@ -40,11 +40,11 @@ class Fitting:
         use: the adapter.
         n: which of the plan's adapters it is.
         model: the base.
-        request: how experts are laid out, if the user says so.
+        reading: how experts are laid out, if the user says so.
     """
 
-    def __init__(self, use: AdapterUse, n: int, model: Model, request: Request) -> None:
-        self._use, self._n, self._model, self._request = use, n, model, request
+    def __init__(self, use: AdapterUse, n: int, model: Model, reading: Reading) -> None:
+        self._use, self._n, self._model, self._reading = use, n, model, reading
         self._adapter = use.adapter
         self._misfits = Misfits(use.adapter, model, self.shape)
         self._located: dict[str, Located] = {}
@@ -142,7 +142,7 @@ class Fitting:
         n_found = 0
         for pair in self._adapter.stacked:
             try:
-                found = stacked_deltas(pair, self._use, self._n, self._model, self._request.expert_layout)
+                found = stacked_deltas(pair, self._use, self._n, self._model, self._reading.expert_layout)
             except TargetError as exc:
                 self.issues.append(error("bad-field", exc.field, exc.sentence))
                 continue

@@ -10,7 +10,7 @@ from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
-    from lora_merge.requests.request import Request
+    from lora_merge.plan.settings import Reading
 
 _RECOMPUTABLE = frozenset({"pissa", "olora"})
 """Values of ``init_lora_weights`` whose change of the base follows from the base alone, always the same."""
@@ -24,24 +24,24 @@ _NOT_REPRODUCIBLE = {
 """Why an initialisation cannot be done again."""
 
 
-def is_layered(adapter: Adapter, request: Request) -> bool:
+def is_layered(adapter: Adapter, reading: Reading) -> bool:
     """Return True when PEFT's own layers merge an adapter.
 
     They do so for methods without a formula here, and for LoRA where the base has to be changed again as the
     initialisation changed it: KaSA always, the others on the original base.
     """
-    again = mutating_init(adapter.config) is not None and request.base_is == "original"
+    again = mutating_init(adapter.config) is not None and reading.base_is == "original"
     return adapter.kind in LAYERED or bool(adapter.config.get("kasa_config")) or again
 
 
-def initial_issues(adapter: Adapter, request: Request) -> list[Issue]:
+def initial_issues(adapter: Adapter, reading: Reading) -> list[Issue]:
     """Return what an adapter presupposes about the base and the user has not stated.
 
     Reference:
         ``peft.tuners.lora.layer.LoraLayer.pissa_init`` and its siblings (PEFT 0.21.2): each puts W - s·BA of the
         first A and B in the place of W.
     """
-    if adapter.kind in DECOMPOSING and not request.allow_svd:
+    if adapter.kind in DECOMPOSING and not reading.allow_svd:
         sentence = (
             f"{DECOMPOSING[adapter.kind]} decomposes the base's weights when it is loaded, "
             "and another machine may decompose them otherwise"
@@ -50,24 +50,24 @@ def initial_issues(adapter: Adapter, request: Request) -> list[Issue]:
         return [error("decomposes", "peft_type", sentence, hint)]
     name = mutating_init(adapter.config)
     if name is not None:
-        return [_mutated(name, str(adapter.config["init_lora_weights"]), request)]
-    if request.base_is is not None:
+        return [_mutated(name, str(adapter.config["init_lora_weights"]), reading)]
+    if reading.base_is is not None:
         sentence = "was initialised without changing the base; --base-is means nothing to it"
         return [note("base-is", adapter.root, sentence)]
     return []
 
 
-def _mutated(name: str, init: str, request: Request) -> Issue:
+def _mutated(name: str, init: str, reading: Reading) -> Issue:
     """Return what is to be said of an initialisation that changed the base."""
     subject = "init_lora_weights"
-    if request.base_is is None:
+    if reading.base_is is None:
         sentence = f"is {quoted(init)}: {name} changes the base's weights before training"
         hint = (
             "say which base this is: --base-is residual when it was saved after that change, "
             "--base-is original when it is the model as published"
         )
         return error("base-is", subject, sentence, hint)
-    if request.base_is == "residual":
+    if reading.base_is == "residual":
         return note("base-is", subject, f"is {quoted(init)}; the base is taken for what {name} left of it")
     if init.lower() in _RECOMPUTABLE:
         return note("base-is", subject, f"is {quoted(init)}; {name}'s change of the base is made again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ SAVE_ANEW = (
 """The way out of a layout that cannot be taken apart."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Model:
     """What planning asks about a base. Skeleton and conversion take seconds, and are built when they are needed."""
 
@@ -40,6 +40,13 @@ class Model:
 
     part: str = ""
     """Path of the module whose own names an adapter has; empty for the model itself."""
+
+    def with_tie(self, tie: Tie) -> Model:
+        """Return the model with a tie. What was computed of it is kept: a tie changes none of that."""
+        tied = replace(self, tie=tie)
+        given = {field.name for field in fields(self)}
+        vars(tied).update({name: value for name, value in vars(self).items() if name not in given})
+        return tied
 
     @property
     def sources(self) -> Mapping[str, TensorRef]:

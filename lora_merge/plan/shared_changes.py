@@ -9,7 +9,7 @@ from lora_merge.plan.change import Change
 from lora_merge.plan.shared import Shared, in_parts_issue, split_issue, to_write, unlike_rows_issue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from lora_merge.core.report import Issue
     from lora_merge.plan.model import Model
@@ -31,16 +31,18 @@ class Separation:
         self,
         model: Model,
         outline: Outline,
-        changes: dict[str, Change],
+        changes: Mapping[str, Change],
         *,
         follow: Callable[[str, Change, Change], Change | None],
         alike: Callable[[Change, Change], bool],
     ) -> None:
-        self._model, self._changes = model, changes
+        self._model = model
         self._follow, self._alike = follow, alike
         self._ends = {model.tie.embedding, model.tie.head} if model.tie is not None else frozenset()
         self.outline = outline
         """With the tensors that are written apart."""
+        self.changes = dict(changes)
+        """With what is done to those."""
 
     def settle(self, *, write_all: bool) -> list[Issue]:
         """Give each user that does not change as the others do a tensor, and say so.
@@ -53,7 +55,7 @@ class Separation:
         for shared in self._model.shared:
             free = [name for name in shared.unstored(self._model.sources) if name not in self._ends]
             if not shared.holder:
-                changed = next((name for name in (*shared.parts, *free) if name in self._changes), "")
+                changed = next((name for name in (*shared.parts, *free) if name in self.changes), "")
                 if changed or write_all:
                     issues.append(in_parts_issue(shared, changed or shared.parts[0]))
                 continue
@@ -67,9 +69,7 @@ class Separation:
         Reference:
             ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer`` with a ``tied_adapter`` (PEFT 0.21.2).
         """
-        changes = [
-            (name, self._changes[name]) for name in (*shared.users[:1], *users) if name in self._changes
-        ]
+        changes = [(name, self.changes[name]) for name in (*shared.users[:1], *users) if name in self.changes]
         trained = [
             (name, change)
             for name, change in changes
@@ -90,21 +90,21 @@ class Separation:
         wanted = {name: self._wanted(name, anchor, shared) for name in (anchor, *free)}
         own = to_write(shared, anchor, wanted, self._alike)
         for name in free:
-            self._changes.pop(name, None)
+            self.changes.pop(name, None)
             if name in own or write_all:
                 self.outline = self.outline.with_twin(anchor, name)
-                self._changes[name] = wanted[name]
+                self.changes[name] = wanted[name]
         if wanted[anchor] != Change():
-            self._changes[anchor] = wanted[anchor]
+            self.changes[anchor] = wanted[anchor]
         return dict.fromkeys(own, anchor)
 
     def _spread(self, anchor: str, users: list[str]) -> None:
         """Let a tensor that is loaded in place be the anchor's, whichever of its names the adapter has."""
-        found = [self._changes[name] for name in (anchor, *users) if name in self._changes]
+        found = [self.changes[name] for name in (anchor, *users) if name in self.changes]
         loaded = next((change.copy for change in found if change.copy is not None), None)
-        change = self._changes.get(anchor, Change())
+        change = self.changes.get(anchor, Change())
         if change.copy is None and loaded is not None:
-            self._changes[anchor] = replace(change, copy=loaded)
+            self.changes[anchor] = replace(change, copy=loaded)
 
     def _wanted(self, name: str, anchor: str, shared: Shared) -> Change:
         """Return what is done to one user.
@@ -118,8 +118,8 @@ class Separation:
             ``peft.utils.other._get_module_names_tied_with_embedding`` (PEFT 0.21.2): what is tied to another parameter
             follows the input embedding; the parameter that it is tied to does not.
         """
-        first, own = (self._changes.get(one, Change()) for one in (anchor, name))
+        first, own = (self.changes.get(one, Change()) for one in (anchor, name))
         lead = self._model.input_embedding
         if lead in shared.users and name in shared.users[1:] and name != lead and name not in self._ends:
-            own = self._follow(lead, self._changes.get(lead, Change()), own) or Change()
+            own = self._follow(lead, self.changes.get(lead, Change()), own) or Change()
         return replace(own, copy=first.copy or own.copy)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
     from lora_merge.plan.model import Model
 
+UNTIED = "untied"
+"""Code of the note that both ends of a tie are written."""
+
 _TIED_BY_ENGINES = frozenset({"gemma", "gemma2", "cohere", "cohere2", "cohere2_moe", "mpt"})
 """Model types whose class in vLLM ties the embeddings whatever the config says."""
 
@@ -95,23 +98,40 @@ def _is_flagged(model: Model, embedding: str, head: str) -> bool:
     return any(level.get("tie_word_embeddings") for _, level in config_levels(model.config))
 
 
-def untie_issue(config: Mapping[str, Any], tie: Tie, *, allowed: bool) -> Issue:
-    """Return what has to be said when a tie is taken apart: a note, or an error where that is not harmless."""
-    types = [str(level.get("model_type")) for _, level in config_levels(config)]
-    engines = next((kind for kind in types if kind in _TIED_BY_ENGINES), None)
-    scaled = next((kind for kind in types if kind in SCALED_WHEN_TIED), None)
-    what = f"differs from {tie.embedding} after the merge, and both were one tensor"
-    if (engines or scaled) and not allowed:
-        why = (
-            f"engines tie the embeddings of {engines} whatever the config says, and would read one for the other"
-            if engines
-            else f"{scaled} scales its output where the config says that embeddings are tied, so that must stay"
-        )
-        hint = "retrain without the one end; or pass --allow-untie to write both, for transformers"
-        return error("untie", tie.head, f"{what}; {why}", hint)
-    kept = ", which still calls them tied: transformers reads both all the same" if scaled else ""
-    flag = f"; config.json says so{kept}" if scaled else "; tie_word_embeddings is now false"
-    return note("untied", tie.head, f"{what}: both are written{flag}")
+def untied_note(config: Mapping[str, Any], tie: Tie) -> Issue:
+    """Return the note that a tie is taken apart."""
+    kept = ", which still calls them tied: transformers reads both all the same" if _scaled(config) else ""
+    flag = f"; config.json says so{kept}" if _scaled(config) else "; tie_word_embeddings is now false"
+    return note(UNTIED, tie.head, f"{_untied(tie)}: both are written{flag}")
+
+
+def untie_refusal(config: Mapping[str, Any], tie: Tie) -> Issue | None:
+    """Return the error of a tie that cannot be taken apart without harm; None where it can."""
+    engines = next((kind for kind in _types(config) if kind in _TIED_BY_ENGINES), None)
+    scaled = _scaled(config)
+    if not (engines or scaled):
+        return None
+    why = (
+        f"engines tie the embeddings of {engines} whatever the config says, and would read one for the other"
+        if engines
+        else f"{scaled} scales its output where the config says that embeddings are tied, so that must stay"
+    )
+    hint = "retrain without the one end; or pass --allow-untie to write both, for transformers"
+    return error("untie", tie.head, f"{_untied(tie)}; {why}", hint)
+
+
+def _untied(tie: Tie) -> str:
+    return f"differs from {tie.embedding} after the merge, and both were one tensor"
+
+
+def _types(config: Mapping[str, Any]) -> list[str]:
+    """Return the model type of a config and of every config in it."""
+    return [str(level.get("model_type")) for _, level in config_levels(config)]
+
+
+def _scaled(config: Mapping[str, Any]) -> str | None:
+    """Return the model type that scales its output where embeddings are tied, if one does."""
+    return next((kind for kind in _types(config) if kind in SCALED_WHEN_TIED), None)
 
 
 def untie_patch(config: Mapping[str, Any]) -> dict[str, bool]:

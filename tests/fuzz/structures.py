@@ -27,9 +27,8 @@ from lora_merge.core.traits import traits_of
 from lora_merge.io.files import output_path, parse_json, read_json, write_text
 from lora_merge.io.paths import missing_hint
 from lora_merge.locate import find
-from lora_merge.plan import make_plan
+from lora_merge.plan import Policy, Reading, join, make_plan
 from lora_merge.requests.batch_file import read_batch
-from lora_merge.requests.request import Request
 from lora_merge.requests.request_file import read_request
 from lora_merge.resolve import resolve_base
 from lora_merge.serving import ENGINES, report
@@ -137,8 +136,7 @@ def _warm() -> None:
 
 
 def _plan(adapter: Adapter, base: Checkpoint, **options: Any) -> MergePlan:
-    request = Request(adapter=("a",), out="out", **options)
-    return make_plan(base, (AdapterUse(adapter, 1.0),), request)
+    return make_plan(join(base, (AdapterUse(adapter, 1.0),), Reading()), Policy(**options))
 
 
 def _read(name: str, tensors: Any, file: str, table: Mapping[str, Any]) -> Adapter:

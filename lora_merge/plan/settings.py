@@ -1,0 +1,32 @@
+"""What the user says of a merge: how base and adapters are read, and what becomes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_merge.core.choices import BaseIs, CombineMethod, OutputDtype
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How adapters and their base are read where their files do not say it; every verb that joins the two has one.
+
+    The fields are those of `lora_merge.requests.request.Request`.
+    """
+
+    base_is: BaseIs | None = None
+    expert_layout: tuple[str, ...] = ()
+    allow_svd: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What only a merge decides. The fields are those of `lora_merge.requests.request.Request`."""
+
+    combine: CombineMethod = "linear"
+    density: float = 0.5
+    seed: int = 0
+    dtype: OutputDtype | None = None
+    max_shard_size: str | int | None = None
+    allow_untie: bool = False
+    allow_again: bool = False
