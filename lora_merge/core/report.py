@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from lora_merge.core.answers import Comparison
+from lora_merge.core.comparison import Comparison
 from lora_merge.core.tensor import Survival
 from lora_merge.words import printable
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lora_merge.core.adapter import AdapterUse
-    from lora_merge.core.answers import Comparison
+    from lora_merge.core.comparison import Comparison
 
 _READING = ("base_is", "expert_layout")
 _POLICY = ("combine", "density", "seed", "dtype", "max_shard_size")

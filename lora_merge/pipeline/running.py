@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.answers import Comparison, compare, compare_logprobs
+from lora_merge.core.answers import compare, compare_logprobs
 from lora_merge.core.checkpoint import CONFIG_FILE, Output, patched_config
+from lora_merge.core.comparison import Comparison
 from lora_merge.core.cut_off import cut_off
 from lora_merge.core.kinds import peft_version
 from lora_merge.core.plan import Copy, Merge, MergePlan

@@ -1,0 +1,46 @@
+"""How far two answers to one prompt are apart: the merged checkpoint's, and that of base and adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far an engine's answer to a prompt, from the merged checkpoint, is from base and adapter's."""
+
+    engine: str
+    prompt: str
+    """Label of the prompt, or the module that was asked alone."""
+
+    max_difference: float
+    """The largest |Δlogit|, or |Δ log-probability| where an engine tells no logits."""
+
+    tolerance: float
+    kl: float | None = None
+    """The largest Kullback-Leibler divergence of a position, in nats: Σ p·(log p - log q), p from base and adapter."""
+
+    top1: float | None = None
+    """Share of positions at which both find the same token likeliest."""
+
+    first_diverging: int | None = None
+    """The first token said that differs, counted from 0; None when none does."""
+
+    n_tokens: int = 0
+    """Tokens that were said."""
+
+    @property
+    def ok(self) -> bool:
+        """Return True when the difference is one that rounding explains; NaN is none."""
+        return self.max_difference <= self.tolerance
+
+    def sentence(self) -> str:
+        """Return what differs, for an issue."""
+        said = (
+            ""
+            if not self.n_tokens
+            else f"; the {self.n_tokens} tokens said agree"
+            if self.first_diverging is None
+            else f"; of {self.n_tokens} tokens said, number {self.first_diverging + 1} is the first that differs"
+        )
+        return f"is off by {self.max_difference:.3g}, rounding explains {self.tolerance:.3g}{said}"
