@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.adapters.spelling import TUNERS
 from lora_merge.core.adapter import Delta
 from lora_merge.core.family import BaseFamily
-from lora_merge.core.inspection import EngineReport, Inspection, ModuleFacts
+from lora_merge.core.inspection import Inspection, ModuleFacts
 from lora_merge.core.kinds import PREFIX, READ_FIELDS, UNMERGEABLE_FIELDS
 from lora_merge.core.traits import traits_of
 from lora_merge.deltas import FactorFacts, StackedFacts
@@ -20,6 +20,7 @@ from lora_merge.serving import report
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.choices import ServingEngine
+    from lora_merge.core.engine_report import EngineReport
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
 

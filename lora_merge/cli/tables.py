@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
     from lora_merge.core.batch import BatchReport, JobReport
-    from lora_merge.core.inspection import Inspection, ModuleFacts, Obstacle
+    from lora_merge.core.engine_report import Obstacle
+    from lora_merge.core.inspection import Inspection, ModuleFacts
     from lora_merge.core.lora import ConvertReport, Written
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")

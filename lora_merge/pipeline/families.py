@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.choices import ServingEngine
-    from lora_merge.core.inspection import EngineReport
+    from lora_merge.core.engine_report import EngineReport
     from lora_merge.plan import Joined
 
 ADDED_TOKENS = "added_tokens.json"

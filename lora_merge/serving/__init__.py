@@ -10,8 +10,8 @@ import re
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from lora_merge.core.engine_report import EngineReport, Obstacle
 from lora_merge.core.family import BaseFamily
-from lora_merge.core.inspection import EngineReport, Obstacle
 from lora_merge.core.report import Issue, error, note
 from lora_merge.serving.llamacpp import LLAMACPP
 from lora_merge.serving.lmdeploy import LMDEPLOY
