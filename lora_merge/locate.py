@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.same_model import cached_repo, same_model
 from lora_merge.core.source import Source, full_precision, parse_source
@@ -15,7 +15,6 @@ from lora_merge.errors import RequestError, ResolveError, UnsupportedError
 from lora_merge.io.files import is_directory, read_json, read_text, real_path, user_path
 from lora_merge.io.hub import Access, Repo, open_repo
 from lora_merge.io.needed import (
-    ADAPTER_CONFIG,
     EXTRA_FOLDER,
     TRAINING_ARGUMENTS,
     adapter_copies,

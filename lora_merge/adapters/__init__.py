@@ -12,9 +12,10 @@ from lora_merge.adapters.peft import read_peft
 from lora_merge.adapters.swift import read_swift
 from lora_merge.adapters.unread import sharded_error, unread_issues
 from lora_merge.core.adapter import Adapter
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.report import note
 from lora_merge.errors import ResolveError, UnknownFormatError
-from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
+from lora_merge.io.needed import ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
 from lora_merge.io.recognise import broken_link, fault_of, in_order, names_in
 from lora_merge.io.sentence_modules import module_files, whole_model
 from lora_merge.io.side_files import adapter_side_files

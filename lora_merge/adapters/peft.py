@@ -19,6 +19,7 @@ from lora_merge.adapters.token_rows import token_rows
 from lora_merge.adapters.unread import shard_issues
 from lora_merge.adapters.values import non_finite, unequal
 from lora_merge.core.adapter import Adapter, Delta, Replacement, StackedPair
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.kinds import (
     LAYERED,
     NATIVE,
@@ -36,7 +37,7 @@ from lora_merge.core.targets import TargetRule, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
 from lora_merge.io.files import files_digest, read_json
-from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINER_CONFIG
+from lora_merge.io.needed import ADAPTER_WEIGHTS, TRAINER_CONFIG
 from lora_merge.io.safetensors import same_values
 from lora_merge.io.shards import adapter_entries, read_adapter
 from lora_merge.io.side_files import adapter_side_files

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.adapters.peft import assemble, read_tensors
 from lora_merge.adapters.spelling import canonical
 from lora_merge.core.adapter import Adapter
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.kinds import PREFIX, check_types
 from lora_merge.core.report import Issue, error
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
-from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_ARGUMENTS
+from lora_merge.io.needed import ADAPTER_WEIGHTS, TRAINING_ARGUMENTS
 from lora_merge.io.safetensors import read_header
 from lora_merge.words import quoted
 

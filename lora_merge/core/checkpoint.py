@@ -14,6 +14,7 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 OUTPUT_NAMES = frozenset({"lm_head", "embed_out", "proj_out", "decoder"})
 INPUT_NAMES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings"})

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.conversion import Conversion
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plain_config import plain_adapter_config
 from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.engines.hf import quiet
 from lora_merge.io.files import read_json
-from lora_merge.io.needed import ADAPTER_CONFIG
 from lora_merge.words import listing
 
 if TYPE_CHECKING:

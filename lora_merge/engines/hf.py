@@ -9,12 +9,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.answers import Answer, Prompt
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.cut_off import cut_off
 from lora_merge.core.plain_config import FetchError
 from lora_merge.core.report import error
 from lora_merge.core.skeleton import embedding, model_class, parse_config
 from lora_merge.errors import UnsupportedError
-from lora_merge.io.needed import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -16,11 +16,10 @@ from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.core.report import Observer
 from lora_merge.core.source import Origin, Source
 from lora_merge.errors import ResolveError
-from lora_merge.io.needed import ADAPTER_CONFIG
 from lora_merge.redaction import without_secrets
 from lora_merge.words import listing
 

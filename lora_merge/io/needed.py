@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import (
+    ADAPTER_CONFIG,
     CONFIG_FILE,
     INDEX_FILE,
     PICKLED_FILE,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-ADAPTER_CONFIG = "adapter_config.json"
 TRAINING_ARGUMENTS = "args.json"
 """What ms-swift was called with; it names the base."""
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from lora_merge.convert import Draft
 from lora_merge.core.adapter import Adapter
-from lora_merge.core.checkpoint import Checkpoint
+from lora_merge.core.checkpoint import ADAPTER_CONFIG, Checkpoint
 from lora_merge.core.choices import ServingEngine
 from lora_merge.core.identity import Inputs
 from lora_merge.core.lora import Recipe
 from lora_merge.core.report import Issue
 from lora_merge.errors import ConvertError
-from lora_merge.io.needed import ADAPTER_CONFIG, CONVERSION_MANIFEST
+from lora_merge.io.needed import CONVERSION_MANIFEST
 from lora_merge.pipeline.reading_back import OnBase
 
 if TYPE_CHECKING:

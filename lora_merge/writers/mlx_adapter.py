@@ -6,13 +6,14 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.mlx_names import family_of, is_expert, mlx_name
 from lora_merge.core.report import error
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
 from lora_merge.errors import ConvertError
 from lora_merge.io import files
-from lora_merge.io.needed import ADAPTER_CONFIG, MLX_WEIGHTS
+from lora_merge.io.needed import MLX_WEIGHTS
 from lora_merge.io.safetensors import reserve
 
 if TYPE_CHECKING:

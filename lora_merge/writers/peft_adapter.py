@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TORCH_CODES, TensorRef
 from lora_merge.io import files
-from lora_merge.io.needed import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lora_merge.io.needed import ADAPTER_WEIGHTS
 from lora_merge.io.safetensors import load, reserve
 
 if TYPE_CHECKING:
