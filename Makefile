@@ -8,7 +8,7 @@ ENGINES := .venv-engines
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers docs test fuzz values kills detection engines engines-table bench clean
+.PHONY: help setup demo check lint format type layers measures docs test fuzz values kills detection engines engines-table bench clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -40,6 +40,9 @@ type: setup ## mypy, strict
 
 layers: setup ## import-linter: who may import whom
 	$(BIN)/lint-imports
+
+measures: setup ## What the house is held to: sizes of files and functions, circles of imports (scripts/measures.py)
+	$(BIN)/python scripts/measures.py --check
 
 docs: setup ## Check that the generated pages are current (scripts/docs.py --write renews them)
 	$(BIN)/python scripts/docs.py --check
