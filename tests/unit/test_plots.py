@@ -15,6 +15,7 @@ import pytest
 from lora_merge import plots
 from lora_merge.core.inspection import Inspection, ModuleFacts
 from lora_merge.errors import RequestError, WriteError
+from lora_merge.plots.colours import VIRIDIS
 
 HOSTILE = "</td><script>alert(1)</script>--> $x^2$ & \"'\n\u202e漢\ud800"
 
@@ -348,7 +349,7 @@ def test_the_colours_are_those_of_viridis():
     from matplotlib.colors import to_hex
 
     viridis = mpl.colormaps["viridis"]
-    assert [f"#{colour:06x}" for colour in plots._VIRIDIS] == [
+    assert [f"#{colour:06x}" for colour in VIRIDIS] == [
         to_hex(viridis(round(n / 10 * 255))) for n in range(11)
     ]
 
