@@ -18,7 +18,7 @@ _FAMILIES = Families(
     served=dict.fromkeys(_KNOWN.split(), ""),
     source=f"{_READ}: conversion/*.py, src/models/*.cpp",
 )
-"""By ``model_type``: families whose names and graphs `lora_merge.writers.gguf_adapter` knows."""
+"""By ``model_type``: families whose names and graphs `lora_merge.writers.gguf` knows."""
 
 LLAMACPP = Engine(
     name="llama.cpp",

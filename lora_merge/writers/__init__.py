@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.writers.gguf_adapter import check_gguf, check_ready, write_gguf
+from lora_merge.writers.gguf import check_gguf, check_ready, write_gguf
 from lora_merge.writers.hf_checkpoint import HfCheckpoint
 from lora_merge.writers.lora_writer import LoadFactors, LoraWriter
 from lora_merge.writers.memory import InMemory, Norms

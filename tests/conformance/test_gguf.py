@@ -25,7 +25,8 @@ from lora_merge.core.lora import Lora, LoraModule, Made, Unchanged
 from lora_merge.core.tensor import TORCH_CODES, TensorRef
 from lora_merge.errors import ConvertError, WriteError
 from lora_merge.io.folder import Folder
-from lora_merge.writers.gguf_adapter import FAMILIES, GGUF_FILE, check_gguf, write_gguf
+from lora_merge.writers.gguf import GGUF_FILE, check_gguf, write_gguf
+from lora_merge.writers.gguf.families import FAMILIES
 from tests.conftest import COMMON, VOCAB
 from tests.tampering import edit_json, edit_tensors
 

@@ -13,7 +13,7 @@ from lora_merge.core.family import BaseFamily
 from lora_merge.core.traits import TRAITS, Trait
 from lora_merge.serving import ENGINES, report
 from lora_merge.serving.rules import Need
-from lora_merge.writers import gguf_adapter
+from lora_merge.writers.gguf.families import AROUND, FAMILIES
 from tests.tampering import edit_json, edit_tensors, to_pickles
 
 of_every_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -74,7 +74,7 @@ def test_a_family_is_served_refused_or_not_known_and_never_two_of_them(engine):
 
 
 def test_the_families_of_llama_cpp_are_those_that_its_files_are_written_for():
-    written = set(gguf_adapter.FAMILIES) | {outer for outer, _ in gguf_adapter._AROUND}
+    written = set(FAMILIES) | {outer for outer, _ in AROUND}
     assert set(ENGINES["llamacpp"].families.served) == {
         name for name in written if not name.endswith("_vl_text")
     }
