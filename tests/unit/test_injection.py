@@ -17,8 +17,17 @@ from types import SimpleNamespace
 
 import pytest
 
-import lora_merge.core.injection as room
-from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, sort_by_module
+from lora_merge.core.injection import (
+    BIAS_TYPES,
+    Injection,
+    InjectionError,
+    Target,
+    ingredients,
+    sort_by_module,
+    turns,
+)
+from lora_merge.core.injection import injection as room
+from lora_merge.core.kinds import PREFIX
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 SQUARE = ["q_proj", "o_proj"]
@@ -248,7 +257,7 @@ def stir(model):
 def inject(adapter, **changes):
     """Return an injection of an adapter, with a changed model_config, adapter_config or tensors."""
     parts = {**vars(adapter), **changes}
-    shared = {name: value for name, value in parts["tensors"].items() if not name.startswith(room.PREFIX)}
+    shared = {name: value for name, value in parts["tensors"].items() if not name.startswith(PREFIX)}
     return Injection(parts["model_config"], parts["adapter_config"], shared)
 
 
@@ -363,7 +372,7 @@ def test_every_mergeable_type_is_tried():
         kind.value for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if issubclass(tuner, BaseTuner)
     }
 
-    assert {kind for kind, _, _ in CASES.values()} == tuners - room._UNMERGEABLE.keys()
+    assert {kind for kind, _, _ in CASES.values()} == tuners - ingredients._UNMERGEABLE.keys()
 
 
 def test_only_the_bias_types_change_a_bias():
@@ -394,7 +403,7 @@ def test_no_tensor_may_be_missing(case):
         with pytest.raises(InjectionError, match=f"^{re.escape(name)}: is not in the adapter"):
             injection.merge(module, base, rest)
     for name in sorted(adapter.tensors):
-        if not name.startswith(room.PREFIX) and not is_spare(name):
+        if not name.startswith(PREFIX) and not is_spare(name):
             rest = {other: tensor for other, tensor in adapter.tensors.items() if other != name}
             with pytest.raises(InjectionError, match=f"^{re.escape(name)}: is not in the adapter"):
                 merge_all(adapter, inject(adapter, tensors=rest))
@@ -428,7 +437,7 @@ def test_no_tensor_may_be_left_over(case, name):
 
     injection, module, base, tensors = first_target(case)
     name = name.format(module=module)
-    if name.startswith(room.PREFIX):
+    if name.startswith(PREFIX):
         tensors = {**tensors, name: torch.zeros(1)}
     else:
         injection = inject(adapted(case), tensors={**adapted(case).tensors, name: torch.zeros(1)})
@@ -478,7 +487,7 @@ def test_nothing_is_left_to_chance_and_what_is_given_stays_as_it_is(case, monkey
 
     answers = injection.merge(module, base, tensors), injection.forward(module, base, tensors, x)
     assert torch.equal(torch.random.get_rng_state(), state)
-    monkeypatch.setattr(room, "_SEED", 1)
+    monkeypatch.setattr(turns, "_SEED", 1)
     other = inject(adapted(case))
     others = other.merge(module, base, tensors), other.forward(module, base, tensors, x)
 
@@ -500,14 +509,14 @@ def flat(value):
 @pytest.mark.parametrize("case", CASES)
 def test_a_module_leaves_nothing_behind(case, monkeypatch):
     seen = []
-    filled = room._filled
+    filled = room.filled
 
     def watched(*arguments):
         module = filled(*arguments)
         seen.extend(weakref.ref(parameter) for parameter in module.parameters())
         return module
 
-    monkeypatch.setattr(room, "_filled", watched)
+    monkeypatch.setattr(room, "filled", watched)
     injection, module, base, tensors = first_target(case)
     gc.disable()
     try:
