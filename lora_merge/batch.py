@@ -10,12 +10,11 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_merge.batch_groups import fit_together, shortage
 from lora_merge.core.batch import BatchObserver, BatchReport, JobReport, State
-from lora_merge.core.budget import peak_together
 from lora_merge.core.interrupts import whole_interrupts
 from lora_merge.core.lora import ConvertReport
 from lora_merge.core.report import Issue, Report, warning
-from lora_merge.core.shards import parse_size
 from lora_merge.errors import BugError, LoraMergeError, WriteError
 from lora_merge.executors.processes import Broken, Crew, be_idle
 from lora_merge.io import machine, staging
@@ -34,10 +33,6 @@ from lora_merge.requests.request import ConvertRequest, Request
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
-
-
-MOST_TOGETHER = 8
-"""Outputs of one pass over a base: each keeps its factors in memory, and its files open."""
 
 
 @dataclass
@@ -79,6 +74,11 @@ class _Task:
             traceback=getattr(error, "traceback", ""),
             report=report,
         )
+
+
+def _merges_of(tasks: Sequence[_Task]) -> list[Prepared]:
+    """Return those of some tasks that are merges and can be carried out."""
+    return [task.planned for task in tasks if isinstance(task.planned, Prepared)]
 
 
 class Batch:
@@ -214,7 +214,7 @@ class Batch:
             if isinstance(task.planned, Prepared):
                 key = (task.planned.planned.plan.base, task.planned.device)
             of_base = groups.setdefault(key, [[]])
-            if of_base[-1] and not _fit_together([*of_base[-1], task]):
+            if of_base[-1] and not fit_together(_merges_of([*of_base[-1], task])):
                 of_base.append([])
             of_base[-1].append(task)
         return [group for of_base in groups.values() for group in of_base]
@@ -249,10 +249,10 @@ class Batch:
 
     def _results(self, group: list[_Task]) -> Iterator[Report | ConvertReport | Exception]:
         """Yield the report of each task, or what it alone failed of."""
-        merges = [task.planned for task in group if isinstance(task.planned, Prepared)]
-        shortage = None if self._keep_going else _shortage(merges)
-        if shortage:
-            yield from [shortage] * len(merges)
+        merges = _merges_of(group)
+        lack = None if self._keep_going else shortage(merges)
+        if lack:
+            yield from [lack] * len(merges)
         elif merges:
             yield from carry_out(merges, self._watch)
         for task in group:
@@ -378,29 +378,3 @@ class _Nobody:
     def done(self, name: str) -> None: ...
 
     def job(self, name: str, state: State, sentence: str = "") -> None: ...
-
-
-def _shortage(merges: Sequence[Prepared]) -> WriteError | None:
-    """Return an error where the disk has room for each output, and not for all that are made together."""
-    if len(merges) < 2 or len({_disk(one.out) for one in merges}) > 1:
-        return None
-    needed = sum(one.summary.disk_needed_bytes for one in merges)
-    free = min(one.summary.disk_free_bytes for one in merges)
-    if needed <= free:
-        return None
-    sentence = f"{merges[0].out.parent}: {len(merges)} outputs need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
-    return WriteError(sentence, hint="free some, or choose another place")
-
-
-def _fit_together(tasks: Sequence[_Task]) -> bool:
-    """Return True where one pass may make all of these: they are few enough, and memory is enough for them."""
-    merges = [task.planned for task in tasks if isinstance(task.planned, Prepared)]
-    limits = [one.request.memory_limit for one in merges if one.request.memory_limit is not None]
-    limit = min(map(parse_size, limits), default=machine.free_bytes())
-    peak = peak_together(one.budget for one in merges)
-    return len(tasks) <= MOST_TOGETHER and (limit is None or peak <= limit)
-
-
-def _disk(out: Path) -> int:
-    existing = next(path for path in (out, *out.parents) if path.exists())
-    return existing.stat().st_dev

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_merge
-from lora_merge.batch import MOST_TOGETHER, Batch
+from lora_merge.batch import Batch
+from lora_merge.batch_groups import MOST_TOGETHER
 from lora_merge.core.plan import Merge
 from lora_merge.io.safetensors import RowReader
 from lora_merge.requests.job import Job
