@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.adapters.peft import assemble, read_tensors
+from lora_merge.adapters.directory import assemble
+from lora_merge.adapters.peft import read_tensors
 from lora_merge.adapters.spelling import canonical
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import ADAPTER_CONFIG

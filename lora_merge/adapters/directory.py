@@ -1,0 +1,72 @@
+"""An adapter's directory: what its own files say, and whole parameters in files beside them → `Adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.adapters.saved import saved_beside
+from lora_merge.core.adapter import Adapter, Replacement
+from lora_merge.core.kinds import TRAINER_FIELDS
+from lora_merge.core.report import Issue, error
+from lora_merge.io.files import files_digest
+from lora_merge.io.needed import TRAINER_CONFIG
+from lora_merge.io.safetensors import same_values
+from lora_merge.io.side_files import adapter_side_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def assemble(
+    files: tuple[Path, ...],
+    name: str,
+    config: Mapping[str, Any],
+    content: Mapping[str, Any],
+    issues: list[Issue],
+    ignored: Collection[str] = (),
+) -> Adapter:
+    """Return the adapter in a directory, with the whole parameters that were saved beside its own files.
+
+    Args:
+        files: its own, one or more.
+        name: of the format.
+        config: PEFT's.
+        content: fields of `Adapter`.
+        issues: what was found wrong so far.
+        ignored: files that the user wants left out.
+
+    Raises:
+        ResolveError: a file beside it is broken.
+    """
+    root = files[0].parent
+    by_swift = name == "ms-swift" or (root / TRAINER_CONFIG).is_file() or bool(config.keys() & TRAINER_FIELDS)
+    saved = saved_beside(root, ignored)
+    own = dict(content.get("replacements", {}))
+    fields = {"deltas": (), "modules": frozenset()} | dict(content)
+    fields["replacements"] = own | saved.replacements
+    return Adapter(
+        root=str(root),
+        format=name,
+        config=config,
+        digest=files_digest([*files, *saved.files]),
+        side_files=adapter_side_files(root),
+        issues=(*issues, *saved.issues, *_stored_twice(own, saved.replacements, files[0].name)),
+        trainer="ms-swift" if by_swift else "",
+        files=tuple(str(path) for path in (*files, *saved.files)),
+        **fields,
+    )
+
+
+def _stored_twice(own: Mapping[str, Replacement], saved: Mapping[str, Replacement], name: str) -> list[Issue]:
+    """Return an issue for each parameter that an adapter's own file and one beside it hold with other values.
+
+    Trainers that save all that is trained and has no ``lora_`` in its name save ``modules_to_save`` again.
+    """
+    return [
+        error(
+            "duplicate-tensor", own[parameter].ref.name, f"has other values in {name} and in a file beside it"
+        )
+        for parameter in saved.keys() & own.keys()
+        if not same_values(own[parameter].ref, saved[parameter].ref)
+    ]
