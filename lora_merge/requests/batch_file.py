@@ -17,9 +17,10 @@ from lora_merge.requests.inputs import adapter_texts
 from lora_merge.requests.job import Job
 from lora_merge.requests.parsing import parse_request, parse_values
 from lora_merge.requests.request import ConvertRequest, Request
-from lora_merge.requests.request_file import close_hint, parse_yaml, validated
+from lora_merge.requests.request_file import close_hint, validated
 from lora_merge.requests.table import fields_of
 from lora_merge.requests.values import parse_adapter
+from lora_merge.requests.yaml_file import parse_yaml
 from lora_merge.words import quoted, shown
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Values, wherever they come from → a request: every value is parsed as the table of options says."""
+"""Values → a request. The table of options says how each value is parsed, wherever it comes from."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ if TYPE_CHECKING:
 
 AnyRequest = TypeVar("AnyRequest", Request, VerifyRequest, InspectRequest, ConvertRequest, ExtractRequest)
 
-VERBS: Final[Mapping[type, Verb]] = {
-    Request: "merge",
-    VerifyRequest: "verify",
-    InspectRequest: "inspect",
-    ConvertRequest: "convert",
-    ExtractRequest: "extract",
+REQUESTS: Final[Mapping[Verb, type]] = {
+    "merge": Request,
+    "verify": VerifyRequest,
+    "inspect": InspectRequest,
+    "convert": ConvertRequest,
+    "extract": ExtractRequest,
 }
-"""Whose options are the fields of a request."""
+"""The request whose fields are the options of a verb. `plan` makes those of `merge`."""
+
+VERBS: Final[Mapping[type, Verb]] = {kind: verb for verb, kind in REQUESTS.items()}
 
 
 def parse_values(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of a request's fields, parsed; None stays None, and what is not given is not added.
+    """Return the parsed values of some fields. None stays None, and no field is added.
 
-    A place without a parser of its own (the output's) is left as it is: its type is checked with the others'.
+    An option without a parser (a merge's output) keeps its value.
 
     Raises:
         RequestError: a value does not parse; it names the key.
@@ -49,12 +51,12 @@ def parse_values(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def parse_request(
     kind: type[AnyRequest], values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> AnyRequest:
-    """Return a request: what is given is parsed, the rest has its default.
+    """Return a request: given values are parsed, other fields get their defaults.
 
     Args:
         kind: of request.
         values: by the names of its fields; None and ``()`` count as not given.
-        defaults: of fields that have none of their own.
+        defaults: values for required fields that may be left out here.
 
     Raises:
         RequestError: a value does not parse, or a field without a default is not given; it names the key.
@@ -76,7 +78,7 @@ def parse_keywords(
         kind: of request.
         verb: the function that is called.
         keywords: its arguments, all by their names.
-        defaults: of fields that have none of their own.
+        defaults: as for `parse_request`.
 
     Raises:
         TypeError: the function has no such keyword.
@@ -91,7 +93,7 @@ def parse_keywords(
 
 
 def _listed(option: Option, value: Any) -> Any:
-    """Return a value that may be several as a tuple; Python takes one text for a list of one, and any iterable."""
+    """Return the value of a repeatable option as a tuple. Python takes one text in place of a list, and any iterable."""
     if not option.kind.is_many or option.kind.accepts or isinstance(value, str):
         return value
     return tuple(value) if isinstance(value, Iterable) else value

@@ -20,14 +20,13 @@ from lora_merge.core import choices
 from lora_merge.errors import RequestError
 from lora_merge.requests import keywords
 from lora_merge.requests.option import Option
-from lora_merge.requests.parsing import VERBS, parse_keywords, parse_request
+from lora_merge.requests.parsing import REQUESTS, parse_keywords, parse_request
 from lora_merge.requests.recording import record_of, recorded_options
 from lora_merge.requests.request import ConvertRequest, Request
 from lora_merge.requests.table import OPTIONS, default_of, fields_of, options_of
 
 ROOT = Path(__file__).parents[2]
 VERBS_IN_PYTHON = ("merge", "plan", "verify", "inspect", "convert", "extract")
-REQUESTS = {verb: kind for kind, verb in VERBS.items()}
 EVERY_ROW = pytest.mark.parametrize("option", OPTIONS, ids=lambda row: f"{row.name}-{'-'.join(row.verbs)}")
 
 
