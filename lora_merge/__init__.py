@@ -33,6 +33,14 @@ if TYPE_CHECKING:
         WriteError,
     )
     from lora_merge.pipeline import convert, extract, inspect, merge, plan, verify
+    from lora_merge.requests.keywords import (
+        ConvertOptions,
+        ExtractOptions,
+        InspectOptions,
+        MergeOptions,
+        PlanOptions,
+        VerifyOptions,
+    )
     from lora_merge.requests.request import (
         ConvertRequest,
         ExtractRequest,
@@ -44,16 +52,21 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ConvertError",
+    "ConvertOptions",
     "ConvertReport",
     "ConvertRequest",
+    "ExtractOptions",
     "ExtractRequest",
+    "InspectOptions",
     "InspectRequest",
     "Inspection",
     "Issue",
     "LoraMergeError",
+    "MergeOptions",
     "MergePlan",
     "Observer",
     "PlanError",
+    "PlanOptions",
     "Proof",
     "Report",
     "Request",
@@ -64,6 +77,7 @@ __all__ = [
     "UnsupportedError",
     "Verdict",
     "VerifyError",
+    "VerifyOptions",
     "VerifyRequest",
     "WriteError",
     "__version__",
@@ -79,6 +93,7 @@ _HOMES = (
     "lora_merge.errors",
     "lora_merge.core.report",
     "lora_merge.requests.request",
+    "lora_merge.requests.keywords",
     "lora_merge.core.plan",
     "lora_merge.core.lora",
     "lora_merge.core.inspection",
