@@ -1,7 +1,7 @@
-"""Python's types of what a user can ask for, made from the table of options.
+"""Python types made from the table of options.
 
-``lora_merge/requests/request.py`` has the requests, ``keywords.py`` the arguments of the public functions. They are written
-out, so that editors complete them and mypy checks them. `docs.py` writes them, or checks that they are current.
+``lora_merge/requests/request.py`` holds the requests, ``keywords.py`` the keywords of the public functions. They are source
+files so that editors complete them and mypy checks them. `docs.py` writes them, or checks that they are current.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def request_module() -> str:
     classes = [_request(verb, *about) for verb, about in _REQUESTS.items()]
     choices = _choices(option.kind.type for verb in _REQUESTS for option in fields_of(verb))
     head = (
-        f'"""What a user asks for, one class for each verb.\n\n{_MADE}\n"""\n\n'
+        f'"""Requests, one class for each verb.\n\n{_MADE}\n"""\n\n'
         "from __future__ import annotations\n\n"
         "from dataclasses import dataclass, field\n"
         "from typing import ClassVar\n\n"
@@ -64,7 +64,7 @@ def keywords_module() -> str:
     classes = [_keywords(verb, name) for verb, name in _KEYWORDS.items()]
     choices = _choices(option.kind.type for verb in _KEYWORDS for option in fields_of(verb))
     return (
-        f'"""Keywords of the public functions, but for those without a default.\n\n{_MADE}\n"""\n\n'
+        f'"""Keywords of the public functions that have a default.\n\n{_MADE}\n"""\n\n'
         "from __future__ import annotations\n\n"
         "from typing import TYPE_CHECKING, TypedDict\n\n"
         "if TYPE_CHECKING:\n"

@@ -38,7 +38,7 @@ def merge(
     if no_verify:
         flags["verify"] = "none"
     console = console_of(json=json, quiet=quiet, verbose=verbose, profile=profile)
-    request = request_of(config, flags, needed=("adapter", "out"))
+    request = request_of("merge", config, flags)
     with console.watching() as observer:
         report = pipeline.run(request, dry_run=dry_run, observer=observer)
     console.report(report)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_merge.requests.table import options_of
+from lora_merge.requests.table import fields_of, options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,16 +119,23 @@ def console_of(*, json: bool, quiet: bool, verbose: bool, profile: bool = False)
     return Console(as_json=json, quiet=quiet, verbose=verbose, profile=profile)
 
 
-def request_of(config: str | None, flags: dict[str, Any], needed: tuple[str, ...]) -> Request:
+def request_of(verb: Verb, config: str | None, flags: dict[str, Any]) -> Request:
     """Return the request of a file and of the flags, which win.
 
+    Args:
+        verb: ``merge``, or ``plan``, which needs no output.
+        config: the file, if there is one.
+        flags: values of the command's options, by the names of their fields.
+
     Raises:
-        click.UsageError: an option that is needed stands in neither.
+        click.UsageError: a required option is in neither.
+        RequestError: a value does not parse.
     """
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import Request
 
     given = {name: value for name, value in flags.items() if value not in (None, ())}
+    needed = [option.name for option in fields_of(verb) if option.is_required]
     defaults = {} if "out" in needed else {"out": ""}
     if config is not None:
         from lora_merge.requests.request_file import read_request

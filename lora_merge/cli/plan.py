@@ -25,7 +25,7 @@ def plan(
     from lora_merge import pipeline
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
-    request = request_of(config, flags, needed=("adapter",))
+    request = request_of("plan", config, flags)
     with console.watching() as observer:
         if explain:
             matches = pipeline.explain(request, explain, observer=observer)

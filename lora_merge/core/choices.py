@@ -1,4 +1,4 @@
-"""The words that a user chooses among, as types: one ``Literal`` for each option that has a few values."""
+"""Options with a few values: their types, a ``Literal`` each."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a user can ask for: the table of options, and all that follows from it.
+"""Requests: the table of options, and everything made from it.
 
-`table.OPTIONS` says each option once. The options of the command (`cli/options.py`), the keys of YAML files, the checks of
-Python's arguments, what a manifest records, `request.py`, `keywords.py` and ``docs/cli.md`` are made from it.
+`table.OPTIONS` defines each option once. The command's options (`cli/options.py`), the keys of YAML files, the checks of
+Python's arguments, the options in a manifest, `request.py`, `keywords.py` and ``docs/cli.md`` are made from it.
 """

@@ -1,4 +1,4 @@
-"""Keywords of the public functions, but for those without a default.
+"""Keywords of the public functions that have a default.
 
 Made from the table of options by `scripts/docs.py --write`; do not edit.
 """

@@ -1,4 +1,4 @@
-"""The kinds of values that several options have, or one."""
+"""The kinds of values that options have."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ READ_FILE = Kind("str", metavar="FILE", file="existing")
 LOG_FILE = Kind("str", metavar="FILE", file="new")
 FOLDER = Kind("str", path_text, "DIR", is_path=True)
 OUTPUT = Kind("str", metavar="DIR", is_path=True, file="any")
-"""As `FOLDER`; a YAML file says what type it is of before it says what is wrong with the path."""
+"""A `FOLDER` without a parser: in a YAML file, the check of all types says what is wrong with it."""
 
 ADAPTERS = Kind(
     "tuple[str, ...]", values.parse_adapters, "DIR|ID[:WEIGHT]", is_many=True, accepts="AdapterPaths"

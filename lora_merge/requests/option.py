@@ -1,4 +1,4 @@
-"""What a row of the table of options says, and what kind of value an option has."""
+"""One row of the table of options, and the kind of its value."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ REQUIRED: Final = Required()
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What kind of value an option has: its type, how it is parsed, and how the command shows it."""
+    """The kind of value that an option has: its type, its parser, and how the command shows it."""
 
     type: str
     """Annotation of the field, as Python spells it, without the None of a default."""
 
     parse: Callable[[Any], object] | None = None
-    """Makes the field's value of whatever is given, or raises ``ValueError`` with a sentence; None takes it as it is."""
+    """Returns the field's value for a value from YAML, Python or the command line, or raises ``ValueError`` with a sentence.
+    None keeps the value as it is."""
 
     metavar: str = ""
     """How the help shows the value; empty shows the choices."""
 
     choices: tuple[str, ...] = ()
-    """Values that the command completes; it refuses all others by itself."""
+    """Values that the command completes. It refuses all others before the parser sees them."""
 
     is_many: bool = False
-    """True where it may be given several times; the field is a tuple."""
+    """True if it may be given several times; the field is a tuple."""
 
     is_path: bool = False
     """True for a path or the name of a repo."""
 
     accepts: str = ""
-    """Annotation of the keyword in Python, where it does not follow from the rest."""
+    """Annotation of the keyword in Python, if it does not follow from the fields above."""
 
     file: Literal["", "existing", "new", "any"] = ""
-    """What the command checks of a path: an existing file; no directory; nothing that is there and unreadable."""
+    """What the command checks about a path: ``existing``, a file that is there; ``new``, not a directory; ``any``, readable if it
+    is there. Empty checks nothing."""
 
     @property
     def python_type(self) -> str:
-        """Return the annotation of Python's keyword, which takes more than the field: ``Path`` for a path, say."""
+        """Return the annotation of the keyword in Python. It takes more than the field: ``Path`` objects, one text for a list."""
         if self.accepts:
             return self.accepts
         if self.is_many:
@@ -62,7 +64,7 @@ class Option:
     """One option of one or several verbs, and everything that is said about it anywhere."""
 
     name: str
-    """Of the request's field, of the key in YAML and of the keyword in Python, where nothing below says otherwise."""
+    """The request's field. YAML, Python and the command line use the same name, unless a field below gives another."""
 
     verbs: tuple[Verb, ...]
     kind: Kind
@@ -71,57 +73,57 @@ class Option:
     """Sentences of the command's help and of the generated docstrings."""
 
     note: str = ""
-    """What the command's help adds in brackets: ``default: 0.5``."""
+    """Added to the command's help, in brackets: ``default: 0.5``."""
 
     default: object = None
-    """The field's value where nothing is given; `REQUIRED` where something must be."""
+    """The field's value when nothing is given; `REQUIRED` if there is none."""
 
     scope: Literal["request", "command"] = "request"
-    """``command``: of the command alone, and no field of a request (``--json``)."""
+    """``command``: the command alone has it; it is not a field of a request (``--json``)."""
 
     recorded: Literal["", "given", "always"] = ""
-    """How a manifest records an option that shapes the output; empty where it does not shape it. What is recorded counts
-    where an output is checked to be up to date, and for ``--resume``."""
+    """When the manifest records it: only if it differs from its default, or always. Empty for an option that does not shape
+    the output. An output with other recorded values is not up to date, and ``--resume`` starts over."""
 
     recorded_with: str = ""
-    """Name of an option: this one has an effect, and is recorded, only where that one is."""
+    """Another option's name. This one has an effect, and is recorded, only if that one is."""
 
     flag: str = ""
-    """Name on the command line, where it does not follow from the field's: ``--for``."""
+    """Name on the command line, if it differs: ``--for``."""
 
     short: str = ""
-    """One letter for it: ``-q``."""
+    """A one-letter name: ``-q``."""
 
     sets: str = ""
-    """Value that the flag stands for by itself: ``--split-experts`` is ``split``, of ``experts``."""
+    """Value that the flag sets: ``--split-experts`` sets ``experts`` to ``split``."""
 
     can_be_off: bool = False
-    """True for a switch with a ``--no-…`` beside it, so that the command line can undo what a file says."""
+    """True for a switch with a ``--no-…`` form, so that the command line can override a file."""
 
     is_positional: bool = False
-    """True where the command takes it by its place."""
+    """True for an argument of the command that has no flag."""
 
     environment: str = ""
-    """Variable that the command reads where the option is not given."""
+    """Environment variable that the command reads if the option is not given."""
 
     yaml_key: str = ""
-    """Key in a batch file, where it is another."""
+    """Key in a batch file, if it differs."""
 
     has_wildcards: bool = False
-    """True where a batch file may name many directories at once: ``runs/*``."""
+    """True if a batch file may give a pattern that matches several directories: ``runs/*``."""
 
     keyword: str = ""
-    """Name in Python, where it is another."""
+    """Name in Python, if it differs."""
 
     in_python: bool = True
-    """False for a field that the verb's function in Python does not take."""
+    """False for a field that the Python function does not take."""
 
     is_secret: bool = False
-    """True for what no message and no ``repr`` may repeat."""
+    """True for a value that messages and ``repr`` must not repeat."""
 
     @property
     def is_required(self) -> bool:
-        """Return True where there is no request without it."""
+        """Return True if a request cannot be made without it."""
         return isinstance(self.default, Required)
 
     @property

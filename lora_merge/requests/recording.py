@@ -1,4 +1,4 @@
-"""Which options of a request its output records: those that shape it."""
+"""The options that shape an output, as its manifest records them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _FIRST: Final[Mapping[Verb, tuple[str, ...]]] = {
     "merge": ("dtype", "max_shard_size", "device", "base_is"),
     "convert": ("format",),
 }
-"""Fields that a manifest names before the others. Manifests have had this order from the first on, and the same request
-writes the same bytes."""
+"""Fields that come first in a manifest. The order is that of the first release, so that the same request still writes the
+same bytes."""
 
 
 def recorded_options(verb: Verb) -> tuple[Option, ...]:
-    """Return the options of a verb that shape its output, in the order in which a manifest names them."""
+    """Return the options that shape the output of a verb, in the order of the manifest."""
     first = _FIRST.get(verb, ())
     rows = [option for option in fields_of(verb) if option.recorded]
     return tuple(sorted(rows, key=lambda row: first.index(row.name) if row.name in first else len(first)))
 
 
 def record_of(request: Request | ConvertRequest) -> dict[str, object]:
-    """Return the options that shape the output of a request, as its manifest names them.
+    """Return the options that shape a request's output, in the order of the manifest.
 
-    Two requests to which this is the same make the same output of the same inputs.
+    Requests with equal records make the same output from the same inputs.
     """
     found: dict[str, object] = {}
     for option in recorded_options(VERBS[type(request)]):

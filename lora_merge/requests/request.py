@@ -1,4 +1,4 @@
-"""What a user asks for, one class for each verb.
+"""Requests, one class for each verb.
 
 Made from the table of options by `scripts/docs.py --write`; do not edit.
 """

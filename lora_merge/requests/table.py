@@ -1,7 +1,7 @@
-"""The table of options: each is said here, once.
+"""The table of options. Each option is defined once, here.
 
-Its order is that of the command's help. To add an option, add a row and run ``python scripts/docs.py --write``: then the
-request has a field of that name, for the code that does what the option says.
+The order of the rows is the order of the command's help. To add an option, add a row and run
+``python scripts/docs.py --write``. The request then has a field of that name, for the code that needs it.
 """
 
 from __future__ import annotations
