@@ -11,8 +11,9 @@ import pytest
 
 from lora_merge.core.source import Source
 from lora_merge.errors import RequestError
-from lora_merge.io import hub
 from lora_merge.io.event_log import EventLog
+from lora_merge.io.hub import Access
+from lora_merge.io.hub.hub_errors import hub_errors
 from lora_merge.redaction import without_secrets
 from lora_merge.requests.request import ConvertRequest, InspectRequest, Request, VerifyRequest
 from lora_merge.requests.request_file import read_request
@@ -112,10 +113,10 @@ def test_the_environments_token_is_taken_out_of_the_traceback_of_a_bug(tmp_path)
 
 
 def test_what_a_hubs_package_raises_is_said_without_the_token():
-    access = hub.Access(OTHER)
+    access = Access(OTHER)
     with (
         pytest.raises(Exception, match="the download failed") as caught,
-        hub._hub_errors(Source("hf", "a/b"), access),
+        hub_errors(Source("hf", "a/b"), access),
     ):
         raise ValueError(f"Illegal header value b'Bearer {OTHER}'")
     assert OTHER not in "".join(traceback.format_exception(caught.value))

@@ -1,0 +1,50 @@
+"""Downloads that end when they are interrupted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_PATIENCE_SECONDS = 5.0  # for downloads to stop after an interrupt; they look after every block
+
+
+class StoppedError(Exception):
+    """A download was asked to stop."""
+
+
+def interruptible(work: Callable[[], T], stop: threading.Event) -> T:
+    """Return what work returns. An interrupt does not wait for its downloads; it stops them.
+
+    Raises:
+        KeyboardInterrupt: as it came.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as exc:  # noqa: BLE001 - raised again where it is waited for
+            outcome.set_exception(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:
+        stop.set()
+        thread.join(_PATIENCE_SECONDS)
+        raise
+
+
+def is_named(exc: BaseException, *words: str) -> bool:
+    """Return True when the class of an error, or of one that it came from, has such a name."""
+    chain: list[BaseException] = []
+    current: BaseException | None = exc
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__
+    return any(word in kind.__name__ for error in chain for kind in type(error).__mro__ for word in words)
