@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from lora_merge.io.safetensors import same_values
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     from lora_merge.core.adapter import Adapter, Delta
     from lora_merge.core.facts import Facts
@@ -39,14 +40,23 @@ _PLAIN_NAME = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.[^.]+|model\.emb
 """A module that mlx-lm and transformers call the same, whatever the family."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Draft:
     """What will be written."""
 
-    modules: list[LoraModule] = field(default_factory=list)
-    whole: dict[str, TensorRef] = field(default_factory=dict)
+    modules: tuple[LoraModule, ...]
+    whole: Mapping[str, TensorRef]
     """Tensors that are carried as they are, by their names in a PEFT file."""
 
+    issues: tuple[Issue, ...] = ()
+
+
+@dataclass(slots=True)
+class _Sketch:
+    """A draft that is not finished."""
+
+    modules: list[LoraModule] = field(default_factory=list)
+    whole: dict[str, TensorRef] = field(default_factory=dict)
     issues: list[Issue] = field(default_factory=list)
 
 
@@ -95,7 +105,7 @@ def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
         found.issues.append(
             error("empty", adapter.root, "has no module that LoRA could be written for", MERGE)
         )
-    return found
+    return Draft(tuple(found.modules), found.whole, tuple(found.issues))
 
 
 def _is_product(delta: Delta) -> bool:
@@ -118,7 +128,7 @@ class _Drafting:
 
     def __init__(self, adapter: Adapter, recipe: Recipe, joined: Joined | None) -> None:
         self._adapter, self._recipe, self._joined = adapter, recipe, joined
-        self.found = Draft()
+        self.found = _Sketch()
 
     def run(self) -> None:
         """Sort everything that the adapter does into modules, whole tensors and issues."""

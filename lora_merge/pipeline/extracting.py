@@ -84,7 +84,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     return Conversion(
         source=request.tuned,
         adapter=adapter,
-        found=Draft(found.modules, found.whole),
+        found=Draft(tuple(found.modules), found.whole),
         recipe=Recipe(keep=Keep(request.rank, request.energy), explicit=True, dtype=dtype),
         base=base,
         on_base=OnBase(base.root, Reading(), Access(offline=True)),

@@ -56,7 +56,7 @@ def join(
     of_base = quantised_base(base)
     of_adapters = [issue for use in uses for issue in (*use.adapter.issues, *use.issues)]
     is_refused = any(issue.severity == "error" for issue in (*of_base, *of_adapters))
-    if all(use.adapter.is_read for use in uses) or not is_refused:
+    if all(use.adapter.is_read for use in uses) or not is_refused:  # else nothing that follows would be true
         draft.join()
     side_files, of_files = side_files_of(base, uses)
     return Joined(
