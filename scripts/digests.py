@@ -6,6 +6,7 @@ it, and compare. Nothing of lora_merge is imported, so one script records any co
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -83,33 +85,75 @@ def main() -> None:
 @click.option(
     "--root", type=click.Path(path_type=Path), default=ROOT, show_default=True, help="For temporary files."
 )
+@click.option(
+    "--go-on", is_flag=True, help="OUT is of this commit and was cut short: run the files that it lacks."
+)
 @click.argument("options", nargs=-1)
 def record(
-    out: Path, tree: Path, suites: tuple[str, ...], jobs: int, root: Path, options: tuple[str, ...]
+    out: Path,
+    tree: Path,
+    suites: tuple[str, ...],
+    jobs: int,
+    root: Path,
+    go_on: bool,
+    options: tuple[str, ...],
 ) -> None:
-    """Run the suites and write the digests of what they make into OUT. OPTIONS (after --) are pytest's."""
+    """Run the suites and write the digests of what they make into OUT. OPTIONS (after --) are pytest's.
+
+    OUT is written whenever a file of tests is through.
+    """
     tree = tree.resolve()
     files = _files(tree, suites or SUITES)
+    whole = _begun(out, root, _commit(tree), go_on)
+    left = [file for file in files if file not in whole["files"]]
+    whole["not run"] = dict.fromkeys(left, "was not run")
+    with _locked(root), ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(_recorded, file, files, tree, root, options) for file in left]
+        for done in as_completed(running):
+            _add(whole, done.result(), out)
+    click.echo(f"{out}: {records.summary(whole)}")
+    for line in records.complaints(whole):
+        click.echo(line, err=True)
+    sys.exit(bool(whole["faults"] or whole["not run"]))
+
+
+def _begun(out: Path, root: Path, commit: str, go_on: bool) -> dict[str, Any]:
+    """Return the record to add to."""
+    if not go_on:
+        return {"root": str(root), "commit": commit, "tests": {}, "faults": [], "files": [], "not run": {}}
+    begun = records.read(out)
+    if (begun["root"], begun["commit"]) != (str(root), commit) or commit.endswith("-dirty"):
+        raise click.ClickException(
+            f"{out}: is of {begun['commit']} in {begun['root']}, not of {commit} in {root}"
+        )
+    return begun
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Have the directory of temporary files alone."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise click.ClickException(f"{root}: another recording uses it; wait, or give --root") from None
-        with ThreadPoolExecutor(jobs) as pool:
-            parts = list(pool.map(lambda file: _recorded(file, files, tree, root, options), files))
+        yield
+
+
+def _add(whole: dict[str, Any], part: dict[str, Any], out: Path) -> None:
+    """Add what one file of tests made, and write the record."""
+    if "ended" in part:
+        whole["not run"][part["file"]] = part["ended"]
+    else:
+        whole["tests"] |= part["tests"]
+        whole["faults"] += part["faults"]
+        whole["files"].append(part["file"])
+        del whole["not run"][part["file"]]
     out.parent.mkdir(parents=True, exist_ok=True)
-    whole = {
-        "root": str(root),
-        "commit": _commit(tree),
-        "tests": {name: test for part in parts for name, test in part["tests"].items()},
-        "faults": [fault for part in parts for fault in part["faults"]],
-    }
-    out.write_text(json.dumps(whole, sort_keys=True))
-    click.echo(f"{out}: {records.summary(whole)}")
-    for line in records.complaints(whole):
-        click.echo(line, err=True)
-    sys.exit(bool(whole["faults"]))
+    fresh = out.with_name(out.name + ".fresh")
+    fresh.write_text(json.dumps(whole, sort_keys=True))
+    fresh.replace(out)
 
 
 def _files(tree: Path, suites: tuple[str, ...]) -> list[str]:
@@ -124,30 +168,28 @@ def _files(tree: Path, suites: tuple[str, ...]) -> list[str]:
     return [path.relative_to(tree).as_posix() for path in places]
 
 
-def _recorded(file: str, files: list[str], tree: Path, root: Path, options: tuple[str, ...]) -> Any:
+def _recorded(
+    file: str, files: list[str], tree: Path, root: Path, options: tuple[str, ...]
+) -> dict[str, Any]:
     """Run one file of tests in a process of its own, and return its record."""
     stem = Path(file).stem  # a file may move to another folder
     twins = [other for other in files if Path(other).stem == stem]
     place = root / (stem if len(twins) == 1 else file.removesuffix(".py").replace("/", "-"))
     shutil.rmtree(place, ignore_errors=True)
     (place / "temp").mkdir(parents=True)
-    environment = os.environ | {
-        "PYTHONPATH": str(tree), "PYTHONHASHSEED": "0", "TMPDIR": str(place / "temp"),
-    }  # fmt: skip
-    began = time.monotonic()
+    settings = {"PYTHONPATH": str(tree), "PYTHONHASHSEED": "0", "TMPDIR": str(place / "temp")}
     found = place / "record.json"
     command = [sys.executable, "-c", RUN, str(SCRIPTS), file, str(place), str(found), *options]
-    done = subprocess.run(command, cwd=tree, env=environment, check=False, capture_output=True, text=True)
+    began = time.monotonic()
+    done = subprocess.run(
+        command, cwd=tree, env=os.environ | settings, check=False, capture_output=True, text=True
+    )
     if done.returncode not in OUTCOMES or not found.exists():
-        return {
-            "tests": {},
-            "faults": [
-                f"{file}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-            ],
-        }
-    part = json.loads(found.read_text())
+        said = done.stdout[-3000:] + done.stderr[-3000:]
+        return {"file": file, "ended": f"pytest ended with {done.returncode}\n{said}"}
     last = (done.stdout.strip() or "nothing was said").splitlines()[-1]
     click.echo(f"{time.monotonic() - began:6.1f} s  {file}: {last}")
+    part: dict[str, Any] = json.loads(found.read_text()) | {"file": file}
     shutil.rmtree(place, ignore_errors=True)
     return part
 
@@ -165,9 +207,17 @@ def _commit(tree: Path) -> str:
 @main.command()
 @click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def compare(old: Path, new: Path) -> None:
+@click.option(
+    "--part",
+    is_flag=True,
+    help="NEW was recorded with --suite: leave out the files of tests that it did not run.",
+)
+def compare(old: Path, new: Path, part: bool) -> None:
     """Compare two records; exit with 1 when anything differs or is in one of them alone."""
-    found = records.compare(records.read(old), records.read(new))
+    before, after = records.read(old), records.read(new)
+    if part:
+        before = records.part_of(before, after)
+    found = records.compare(before, after)
     click.echo(str(found))
     sys.exit(bool(found.differences))
 

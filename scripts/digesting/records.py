@@ -72,7 +72,21 @@ def complaints(record: dict[str, Any]) -> list[str]:
         for name, outcome in outcomes.items()
         if "failed" in outcome or (not outcome and SHARED not in name)
     ]
-    return failed + list(record["faults"])
+    return [*failed, *record["faults"], *(f"{file}: {reason}" for file, reason in record["not run"].items())]
+
+
+def part_of(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return of a record what the files of tests made that the other ran, wherever these are by now."""
+    stems = {Path(file).stem for file in new["files"]}
+
+    def belongs(name: str) -> bool:
+        return Path(name.partition("::")[0]).stem in stems
+
+    return old | {
+        "tests": {name: test for name, test in old["tests"].items() if belongs(name)},
+        "files": [file for file in old["files"] if belongs(file)],
+        "not run": {file: reason for file, reason in old["not run"].items() if belongs(file)},
+    }
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
@@ -81,6 +95,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     for side, record in (("old", old), ("new", new)):
         for fault in record["faults"]:
             result.differs("not recorded", f"{side} record", fault)
+        for file, reason in record["not run"].items():
+            result.differs("not recorded", f"{side} record", f"{file}: {reason}")
     if old["root"] != new["root"]:
         result.differs(
             "not recorded", "root", f"{old['root']} and {new['root']}: digests of paths will differ"

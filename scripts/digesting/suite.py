@@ -23,6 +23,12 @@ import pytest
 from digesting.directories import Files, Looker, digest, number_of, stamp, unstamped
 from digesting.records import SHARED
 
+PYTEST = (
+    *("-o", "tmp_path_retention_policy=failed"),  # keeps what is looked at small
+    "--hypothesis-seed=0",
+    *("-p", "no:cacheprovider", "-q"),
+)
+
 
 class Recorder:
     """A pytest plugin that looks at the disk."""
@@ -185,12 +191,9 @@ def main(tests: str, root: str, out: str, *options: str) -> int:
     recorder = Recorder(Path(root), Path.cwd())
     _stand_in(recorder)
     code = pytest.main(
-        [
-            tests, f"--basetemp={root}/tests", "-o", "tmp_path_retention_policy=failed", "--hypothesis-seed=0",
-            "-p", "no:cacheprovider", "-q", *options,
-        ],
+        [tests, f"--basetemp={root}/tests", *PYTEST, *options],
         plugins=[recorder],
-    )  # fmt: skip
-    found = {"tests": recorder.tests, "faults": recorder.faults, "exit": int(code)}
+    )
+    found = {"tests": recorder.tests, "faults": recorder.faults}
     Path(out).write_text(json.dumps(found, sort_keys=True))
     return int(code)

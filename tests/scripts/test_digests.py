@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_one_that_fails():
 """
 
 
-def record(tree, out):
+def record(tree, out, *more):
     command = [
         sys.executable,
         SCRIPT,
@@ -81,6 +82,7 @@ def record(tree, out):
         "tests",
         "--root",
         out.parent / "root",
+        *more,
     ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -218,3 +220,25 @@ def test_a_test_that_moved_is_matched_by_its_name(found):
     assert len(result.moved) == 4
     assert result.differences == []
     assert str(result).startswith("matched by its name: tests/test_tiny.py::test_a_command")
+
+
+def test_a_record_that_was_cut_short_goes_on_with_the_files_that_it_lacks(recorded):
+    out = recorded[1].with_name("continued.json")
+    shutil.copy(recorded[1], out)
+    tree = recorded[1].with_suffix("")
+    (tree / "tests" / "test_broken.py").write_text("def test_mended(): pass")
+    (tree / "tests" / "test_tiny.py").write_text("assert False")
+    done = record(tree, out, "--go-on")
+    assert done.returncode == 0, done.stderr
+    whole = records.read(out)
+    assert whole["not run"] == {}
+    kinds = [line.partition(":")[0] for line in compared(records.read(recorded[0]), whole)]
+    assert kinds == ["additional test", "file"]
+
+
+def test_a_record_of_some_files_is_compared_with_its_part_of_another(found):
+    whole = copy.deepcopy(found)
+    whole["tests"]["tests/test_other.py::test_more"] = of(found, "test_one_that_fails")
+    whole["not run"]["tests/test_third.py"] = "was not run"
+    assert len(compared(whole, found)) == 2
+    assert compared(records.part_of(whole, found), found) == []
