@@ -13,9 +13,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ def record(
     left = [file for file in files if file not in whole["files"]]
     whole["not run"] = dict.fromkeys(left, "was not run")
     with _locked(root), ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(_recorded, file, files, tree, root, options) for file in left]
+        running = [pool.submit(run) for run in _in_turn(left, tree, root, options)]
         for done in as_completed(running):
             _add(whole, done.result(), out)
     click.echo(f"{out}: {records.summary(whole)}")
@@ -168,13 +170,23 @@ def _files(tree: Path, suites: tuple[str, ...]) -> list[str]:
     return [path.relative_to(tree).as_posix() for path in places]
 
 
-def _recorded(
-    file: str, files: list[str], tree: Path, root: Path, options: tuple[str, ...]
-) -> dict[str, Any]:
+def _in_turn(
+    files: list[str], tree: Path, root: Path, options: tuple[str, ...]
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yield what records each file; files of one name take turns, since they have one place."""
+    turns = {Path(file).stem: threading.Lock() for file in files}
+
+    def run(file: str) -> dict[str, Any]:
+        with turns[Path(file).stem]:
+            return _recorded(file, tree, root, options)
+
+    for file in files:
+        yield partial(run, file)
+
+
+def _recorded(file: str, tree: Path, root: Path, options: tuple[str, ...]) -> dict[str, Any]:
     """Run one file of tests in a process of its own, and return its record."""
-    stem = Path(file).stem  # a file may move to another folder
-    twins = [other for other in files if Path(other).stem == stem]
-    place = root / (stem if len(twins) == 1 else file.removesuffix(".py").replace("/", "-"))
+    place = root / Path(file).stem  # the same when the file moves to another folder
     shutil.rmtree(place, ignore_errors=True)
     (place / "temp").mkdir(parents=True)
     settings = {"PYTHONPATH": str(tree), "PYTHONHASHSEED": "0", "TMPDIR": str(place / "temp")}
