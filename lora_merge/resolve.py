@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
+from lora_merge.codecs import recognised
 from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import (
     CONFIG_FILE,
@@ -28,7 +29,7 @@ from lora_merge.core.manifest import merged_before
 from lora_merge.core.report import Issue, warning
 from lora_merge.core.shards import shard_name
 from lora_merge.core.skeleton import build_skeleton
-from lora_merge.core.tensor import TORCH_NAMES, TensorRef
+from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import read_json
 from lora_merge.io.model_config import read_config
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from lora_merge.core.adapter import Adapter, StackedPair
+    from lora_merge.core.weight import Weight
 
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
 
@@ -81,14 +83,17 @@ def resolve_base(root: Path) -> Checkpoint:
     files = (_single_file(root, entry),) if index is None else read_shards(root, entry, index)
     _check_merged(root, config, files)
     side_files, notes = base_side_files(root)
-    weights = {file.name for file in files}
+    names = {file.name for file in files}
+    weights, others = recognised((ref for file in files for ref in file.tensors), config)
     return Checkpoint(
         root=str(root),
         config=config,
         files=_output_files(files, sharded=index is not None) if entry in _PICKLED else files,
         sharded=index is not None,
         index_metadata=_table((index or {}).get("metadata")),
-        side_files=tuple(file for file in side_files if file.name not in weights),
+        side_files=tuple(file for file in side_files if file.name not in names),
+        weights=weights,
+        others=others,
         notes=notes + _weight_notes(root, entry, files, index),
         merged=merged_before(read_json(root / MANIFEST_FILE)) if (root / MANIFEST_FILE).is_file() else (),
     )
@@ -163,7 +168,7 @@ def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
         for parameter, replacement in adapter.replacements.items()
         if replacement.why != "module"
         for ref in [counterpart(parameter, stored, base)]
-        if ref is not None and same_values(ref, replacement.ref)
+        if ref is not None and ref.plain is not None and same_values(ref.plain, replacement.ref)
     )
 
 
@@ -176,7 +181,8 @@ def differing_copies(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
     found = {}
     for parameter, one in adapter.replacements.items():
         copy = one.original or (one.ref if one.why in {"embedding", ""} else None)
-        ref = counterpart(parameter, stored, base) if copy is not None else None
+        weight = counterpart(parameter, stored, base) if copy is not None else None
+        ref = weight.plain if weight is not None else None
         if copy is None or ref is None or copy.shape[1:] != ref.shape[1:]:
             continue
         if {copy.dtype, ref.dtype} <= TORCH_NAMES.keys() and (n_rows := differing_rows(ref, copy)):
@@ -186,11 +192,11 @@ def differing_copies(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
 
 def stored_in(base: Checkpoint) -> Stored:
     """Return a checkpoint's tensors as layouts look at them."""
-    return Stored(base.by_name(), lambda: Conversion.of(base.config))
+    return Stored(base.parameters(), lambda: Conversion.of(base.config))
 
 
-def counterpart(parameter: str, stored: Stored, base: Checkpoint) -> TensorRef | None:
-    """Return the base's own tensor of a parameter; for an end of a tie that is not stored, that of the other end."""
+def counterpart(parameter: str, stored: Stored, base: Checkpoint) -> Weight | None:
+    """Return the base's own weight of a parameter; for an end of a tie that is not stored, that of the other end."""
     name = stored.disk_name(parameter)
     if name in stored.tensors or owner_name(parameter) not in INPUT_NAMES | OUTPUT_NAMES:
         return stored.tensors.get(name)
@@ -231,7 +237,8 @@ def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset
 
     PEFT saves both ends of a tie, if it saves them at all.
     """
-    groups = [[ref for ref in base.tensors() if ref.name.endswith(".weight") and len(ref.shape) == 2]]
+    plain = [weight.plain for weight in base.weights.values()]
+    groups = [[ref for ref in plain if ref and ref.name.endswith(".weight") and len(ref.shape) == 2]]
     for adapter in adapters:
         rows = [delta.factors["rows"] for delta in adapter.deltas if delta.facts.replaces_rows]
         wholes = [ref for one in adapter.replacements.values() for ref in (one.ref, one.original) if ref]

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.shards import header_bytes
+from lora_merge.core.weight import WEIGHT
 
 merging: Any = importlib.import_module("lora_merge.merge.merger")  # `lora_merge.merge` itself is the verb
 workbench: Any = importlib.import_module("lora_merge.merge.workbench")
@@ -33,7 +34,7 @@ class Place:
 def place_in(plan: MergePlan, seed: int, at_least: int = 2) -> Place:
     """Return a random place in a random merged tensor of a plan."""
     drawn = random.Random(seed)
-    found = [(step.slots[0].name, step.op) for step in plan.steps if isinstance(step.op, Merge)]
+    found = [(step.name, step.op) for step in plan.steps if isinstance(step.op, Merge)]
     name, op = drawn.choice([(name, op) for name, op in found if op.deltas and op.view.n_rows >= at_least])
     start, end = drawn.choice(op.tiles())
     row, other = drawn.sample(range(start, end), 2)
@@ -97,7 +98,7 @@ def in_merge(fault: str, place: Place, tensor: str) -> Iterator[None]:
     real = merging.change
 
     def spoiled(values: Any, start: int, end: int, op: Merge, changers: Any) -> None:
-        is_there = op.parts[0].name == tensor and (fault in IN_TENSORS or start <= place.row < end)
+        is_there = op.source.name == tensor and (fault in IN_TENSORS or start <= place.row < end)
         before = values.clone() if is_there else None
         real(values, start, end, op, changers)
         if is_there:
@@ -118,14 +119,15 @@ def one_unit_off(place: Place, tensor: str) -> Iterator[None]:
 
     def watched(values: Any, start: int, end: int, op: Merge, changers: Any) -> None:
         real(values, start, end, op, changers)
-        here[:] = [place.row - start] if op.parts[0].name == tensor and start <= place.row < end else []
+        here[:] = [place.row - start] if op.source.name == tensor and start <= place.row < end else []
 
-    def spoiled(self: Any, codec: Any) -> None:
+    def spoiled(self: Any, *codec: Any) -> None:
         import torch
 
-        encode(self, codec)
+        encode(self, *codec)
         for row in here:
-            bits = self.rounded.view(torch.int32 if self.rounded.itemsize == 4 else torch.int16)
+            rounded = self.rounded[WEIGHT]
+            bits = rounded.view(torch.int32 if rounded.itemsize == 4 else torch.int16)
             bits[row, place.column] += 1
 
     merging.change, workbench.Frame.encode = watched, spoiled
@@ -175,7 +177,7 @@ def _range(plan: MergePlan, root: Path, where: str, drawn: random.Random) -> tup
         return root / file.name, 0, len(header_bytes(file))
     if where in {"a merged tensor", "a copied tensor"}:
         kind = Copy if where == "a copied tensor" else Merge
-        slots = [step.slots[0] for step in plan.steps if isinstance(step.op, kind)]
+        slots = [step.main for step in plan.steps if isinstance(step.op, kind)]
         slot = drawn.choices(slots, [slot.nbytes for slot in slots])[0]
         return root / slot.file, slot.start, slot.nbytes
     return root / where, 0, (root / where).stat().st_size

@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lora_merge.checks.decoding import DECODERS
 from lora_merge.checks.formulas import CHUNK_ROWS, FORMULAS
 from lora_merge.core.plan import Merge
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from lora_merge.checks.evidence import Evidence
     from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
-    from lora_merge.core.tensor import TensorRef
 
 WHOLE_ELEMENTS = 1 << 19
 """Elements that are recomputed at every level, the smallest tensors first."""
@@ -55,19 +55,19 @@ def chosen_rows(evidence: Evidence) -> Choice:
     steps = [step for step in evidence.plan.steps if isinstance(step.op, Merge) and has_formula(step.op)]
     whole: set[str] = set()
     if evidence.level == "full":
-        whole = {step.slots[0].name for step in steps}
+        whole = {step.name for step in steps}
     else:
-        unseen = [step for step in steps if suspects.get(step.slots[0].name) is None]
+        unseen = [step for step in steps if suspects.get(step.main.name) is None]
         whole |= set(_smallest(unseen, UNSEEN_ELEMENTS)) | set(_smallest(steps, WHOLE_ELEMENTS))
     choice = Choice()
     for step in steps:
-        (slot,), op = step.slots, step.op
+        op = step.op
         assert isinstance(op, Merge)
-        ranges = suspects.get(slot.name)
-        rows = range(op.view.n_rows) if slot.name in whole else some_rows(slot, op, ranges or ())
+        ranges = suspects.get(step.main.name)
+        rows = range(op.view.n_rows) if step.name in whole else some_rows(step.name, op, ranges or ())
         choice.rows += [(step, list(rows[at : at + CHUNK_ROWS])) for at in range(0, len(rows), CHUNK_ROWS)]
-        if ranges is None and slot.name not in whole:
-            choice.unseen.append(slot.name)
+        if ranges is None and step.name not in whole:
+            choice.unseen.append(step.name)
     return choice
 
 
@@ -76,7 +76,7 @@ def _smallest(steps: Iterable[Step], elements: int) -> Iterator[str]:
     sized = []
     for step in steps:
         assert isinstance(step.op, Merge)
-        sized.append((step.op.view.n_rows * step.op.view.columns, step.slots[0].name))
+        sized.append((step.op.view.n_rows * step.op.view.columns, step.name))
     for size, name in sorted(sized):
         elements -= size
         if elements < 0:
@@ -85,14 +85,16 @@ def _smallest(steps: Iterable[Step], elements: int) -> Iterator[str]:
 
 
 def has_formula(op: Merge) -> bool:
-    """Return True when every delta of a step is one that is written out in `lora_merge.checks.formulas`."""
+    """Return True when a step's storages can be read, and each of its deltas is written out in `lora_merge.checks.formulas`."""
+    if not {op.source.storage.codec, op.target.codec} <= DECODERS.keys():
+        return False
     n_adapters = len({delta.adapter for delta in op.deltas})
     if op.combination is not None and (op.combination.method == "svd" or n_adapters > _MOST_COMBINED):
         return False
     return all(delta.algebra in FORMULAS for delta in op.deltas)
 
 
-def some_rows(slot: TensorRef, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) -> list[int]:
+def some_rows(name: str, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) -> list[int]:
     """Return suspect rows and a few others, in order.
 
     The one in between is drawn from the name: always the same. Of stacked experts one row of each is taken, and where
@@ -101,7 +103,7 @@ def some_rows(slot: TensorRef, op: Merge, suspects: tuple[tuple[int, int], ...] 
     n_rows = op.view.n_rows
     if not n_rows:
         return []
-    drawn = zlib.crc32(slot.name.encode())
+    drawn = zlib.crc32(name.encode())
     rows = {0, drawn % n_rows, n_rows - 1}
     for matrix in range(0, op.view.blocks, -(-op.view.blocks // _MOST_PARTS)) if op.view.blocks > 1 else ():
         rows.add(matrix * op.view.rows + drawn % max(op.view.rows, 1))

@@ -39,9 +39,7 @@ class Evidence:
         seen = {record.name for record in self.records if record.suspects is not None}
         merges = [step for step in self.plan.steps if isinstance(step.op, Merge)]
         return sum(
-            step.op.view.n_rows
-            for step in merges
-            if isinstance(step.op, Merge) and step.slots[0].name in seen
+            step.op.view.n_rows for step in merges if isinstance(step.op, Merge) and step.main.name in seen
         )
 
     @cached_property

@@ -13,7 +13,6 @@ from lora_merge.checks.formulas import Site, sides
 from lora_merge.checks.reading import Factors
 from lora_merge.checks.weighing import Pattern
 from lora_merge.core.plan import Block, Merge
-from lora_merge.core.tensor import TensorRef
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,7 +95,7 @@ class Weights:
         return self.pattern.select(matrix.contiguous()) @ self.x
 
 
-def expect(op: Merge, slot: TensorRef, weights: Weights) -> Expected:
+def expect(op: Merge, weights: Weights) -> Expected:
     """Return what the products of a tensor must come to.
 
     Raises:
@@ -111,7 +110,7 @@ def expect(op: Merge, slot: TensorRef, weights: Weights) -> Expected:
         spread=torch.zeros(n_rows),
         lengths=torch.full((n_rows,), torch.nan),
     )
-    task = _Task(found, op, slot, Factors(), weights)
+    task = _Task(found, op, Factors(), weights)
     for delta in op.deltas:
         EXPECTED[delta.algebra](task, delta)
     return found
@@ -123,7 +122,6 @@ class _Task:
 
     found: Expected
     op: Merge
-    slot: TensorRef
     factors: Factors
     weights: Weights
 
@@ -139,10 +137,10 @@ class _Product:
     column: int
 
 
-def _products(op: Merge, delta: PlacedDelta, slot: TensorRef, factors: Factors) -> Iterator[_Product]:
+def _products(op: Merge, delta: PlacedDelta, factors: Factors) -> Iterator[_Product]:
     """Yield the parts of a delta: one, or one for each expert of a stack."""
     block = _block(op, delta)
-    site = Site(factors, op, range(0), slot.dtype, (block.blocks, block.rows, block.columns))
+    site = Site(factors, op, range(0), op.target.value_dtype, (block.blocks, block.rows, block.columns))
     scale = delta.effective_scale * delta.adapter_weight
     if delta.facts.is_stacked:
         for expert in range(block.blocks[1] - block.blocks[0]):
@@ -160,7 +158,7 @@ def _products(op: Merge, delta: PlacedDelta, slot: TensorRef, factors: Factors) 
 
 def _add_products(task: _Task, delta: PlacedDelta) -> None:
     """Add the products of two factors."""
-    for product in _products(task.op, delta, task.slot, task.factors):
+    for product in _products(task.op, delta, task.factors):
         _add(task.found, product, task.weights)
         if task.op.combination is not None:
             _widen(task.found, task.op, product)

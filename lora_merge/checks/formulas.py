@@ -63,13 +63,13 @@ class Site:
 
     def base(self, rows: Sequence[int]) -> torch.Tensor:
         """Return rows of the weight before the merge."""
-        source, view = self.op.parts[0], self.op.view
+        source, view = self.op.source, self.op.view
         if not self.box:
-            return self.reader.source(source, rows, view.n_rows)
+            return self.reader.weight(source, rows, view.n_rows)
         (first, _), (top, _), (left, right) = self.box
         places = [divmod(row, self.rows_of_one) for row in rows]
         stored = [(first + matrix) * view.rows + top + row for matrix, row in places]
-        return self.reader.source(source, stored, view.n_rows)[:, left:right]
+        return self.reader.weight(source, stored, view.n_rows)[:, left:right]
 
     def inside(self, delta: PlacedDelta) -> tuple[Site, list[int]]:
         """Return the same rows as a delta with a part of its own counts them, and which of them are its."""

@@ -15,6 +15,7 @@ from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.tensor import UNIT_ROUNDOFF, TensorRef
+from lora_merge.core.weight import WEIGHT
 from lora_merge.io.safetensors import load
 from lora_merge.words import of_several
 
@@ -74,12 +75,13 @@ def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
         own = [d for d in step.op.deltas if d.facts.by_peft] if isinstance(step.op, Merge) else []
         if not own or not isinstance(step.op, Merge):
             continue
-        delta, slot = own[0], step.slots[0]
+        delta, slot, source = own[0], step.writes[WEIGHT], step.op.source.plain
+        assert source is not None  # the plan refuses others
         facts = cast("PeftLayerFacts", delta.facts)
         if len(step.op.deltas) > 1 or delta.adapter_weight != 1 or step.op.combination is not None:
             crowded.add(facts.module)
             continue
-        base = {facts.parameter: step.op.parts[0]} | {
+        base = {facts.parameter: source} | {
             role.removeprefix("base:"): ref for role, ref in delta.factors.items() if role.startswith("base:")
         }
         module = found.setdefault(facts.module, _Module(delta, facts, base, dict(base)))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_merge.core.checkpoint import Output
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.report import Issue
+    from lora_merge.core.tensor import TensorRef
 
 
 def placed(plan: MergePlan, output: Output) -> tuple[MergePlan, list[Issue]]:
@@ -23,16 +24,19 @@ def placed(plan: MergePlan, output: Output) -> tuple[MergePlan, list[Issue]]:
     steps: list[Step] = []
     issues: list[Issue] = []
     for step in plan.steps:
-        (slot,) = step.slots
-        ref = found.pop(slot.name, None)
-        if ref is None:
-            sentence = "base and adapter make this tensor, and it is in no file"
-            issues.append(error("missing-tensor", slot.name, sentence))
-        elif (ref.dtype, ref.shape) != (slot.dtype, slot.shape):
-            got, wanted = f"{ref.dtype} {shape_text(ref.shape)}", f"{slot.dtype} {shape_text(slot.shape)}"
-            issues.append(error("wrong-tensor", slot.name, f"is {got}; base and adapter make {wanted}"))
-        else:
-            steps.append(replace(step, slots=(ref,)))
+        writes: dict[str, TensorRef] = {}
+        for role, slot in step.writes.items():
+            ref = found.pop(slot.name, None)
+            if ref is None:
+                sentence = "base and adapter make this tensor, and it is in no file"
+                issues.append(error("missing-tensor", slot.name, sentence))
+            elif (ref.dtype, ref.shape) != (slot.dtype, slot.shape):
+                got, wanted = f"{ref.dtype} {shape_text(ref.shape)}", f"{slot.dtype} {shape_text(slot.shape)}"
+                issues.append(error("wrong-tensor", slot.name, f"is {got}; base and adapter make {wanted}"))
+            else:
+                writes[role] = ref
+        if writes.keys() == step.writes.keys():
+            steps.append(replace(step, writes=writes))
     for name, ref in found.items():
         issues.append(error("extra-tensor", name, f"is in {ref.file}, and neither base nor adapter make it"))
     return replace(plan, steps=tuple(steps)), issues

@@ -6,27 +6,38 @@ from typing import TYPE_CHECKING
 
 from lora_merge.checks.projection import Projection
 from lora_merge.core.plan import Merge
+from lora_merge.core.weight import WEIGHT
 from lora_merge.io.files import open_for_reading, read_into
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.checks.weighing import TileViews
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef
 
 
-def projected(step: Step, here: TensorRef) -> Projection:
-    """Return the projections of a merged tensor, for which base and output are read once.
+def suspects_of(step: Step, here: Mapping[str, TensorRef]) -> tuple[tuple[int, int], ...] | None:
+    """Return the rows of a merged weight that projections suspect; None where a codec stores it, or it has none.
 
     Args:
         step: what made it.
-        here: where it is now.
+        here: role → where it is now.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     op = step.op
     assert isinstance(op, Merge)
-    (slot,), source, view = step.slots, op.parts[0], op.view
+    source = op.source.plain
+    if source is None or not op.target.is_dense:
+        return None
+    return _projected(op, source, step.writes[WEIGHT], here[WEIGHT]).suspects()
+
+
+def _projected(op: Merge, source: TensorRef, slot: TensorRef, here: TensorRef) -> Projection:
+    """Return the projections of a merged tensor, for which base and output are read once."""
+    view = op.view
     tiles = [tile for tile in view.tiles() if (tile[1] - tile[0]) * view.columns]
     projection = Projection(op, slot, tiles)
     buffers: dict[tuple[str, int], tuple[memoryview, TileViews]] = {}

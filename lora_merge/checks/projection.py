@@ -77,7 +77,7 @@ class Projection:
         self._op, self._slot, self._tiles = op, slot, tiles
         self.manner = manner_of(op)
         n_rows = op.view.n_rows
-        self.pattern = Pattern.of(slot.name, op.view.columns, op.parts[0].dtype, slot.dtype)
+        self.pattern = Pattern.of(slot.name, op.view.columns, op.source.dtype, slot.dtype)
         self._flushing = Flushing(wanted=self.pattern.halved and has_subnormals())
         self._x = weights_of(slot.name, self.pattern.taken)
         k = self.pattern.groups
@@ -122,7 +122,7 @@ class Projection:
         """
         if not self.manner or not self._tiles or float(_norms(self._after).median()) < _SMALLEST:
             return None
-        return _ranges(self._rows_off(expect(self._op, self._slot, Weights(self.pattern, self._x))))
+        return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, self._x))))
 
     def _rows_off(self, expected: Expected) -> torch.Tensor:
         """Return which rows are suspect."""

@@ -5,21 +5,24 @@ from __future__ import annotations
 import bisect
 import json
 import os
+from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
+from lora_merge.checks.decoding import DECODERS
 from lora_merge.core.shortage import not_for_want_of_memory
-from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.errors import CheckpointError
 from lora_merge.io.files import open_for_reading
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Sequence
+    from collections.abc import Sequence  # noqa: TC004 - a field's type, never evaluated
 
     import torch
 
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Weight  # noqa: TC004 - a field's type, never evaluated
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -30,7 +33,7 @@ class Tensors(Protocol):
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Return a tensor, one row for each entry of its first axis; all of it, or some rows."""
 
-    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a weight that is seen as so many."""
 
 
@@ -53,6 +56,21 @@ class Reader:
             self._last = ref, self.source(ref, range(ref.shape[0]), ref.shape[0])
         return self._last[1]
 
+    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+        """Return some rows of a weight of the base, decoded: ``[len(rows), …]``."""
+        stored = _Stored(self, weight, rows, n_rows)
+        return DECODERS[weight.storage.codec].values(stored)
+
+    def written(
+        self, weight: Weight, rows: Sequence[int], n_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return some rows of a weight of the output, decoded, and by how much a codec may be off.
+
+        Its parts are found by their names, whatever the plan says of their places.
+        """
+        stored, decoder = _Written(self, weight, rows, n_rows), DECODERS[weight.storage.codec]
+        return decoder.values(stored), None if decoder.off is None else decoder.off(stored)
+
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a tensor of base or adapter, whose file may spell its name otherwise than the plan."""
         return self._file(ref.file).source(ref, rows, n_rows)
@@ -68,6 +86,36 @@ class Reader:
             is_pickled = stream.read(4) == _ZIP_MAGIC
             self._open[file] = _Pickled(file, stream) if is_pickled else _Safetensors(stream)
         return self._open[file]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Some rows of a weight of the base: its parts are read where the plan says that they are."""
+
+    reader: Reader
+    weight: Weight
+    rows: Sequence[int]
+    n_rows: int
+
+    def share(self, role: str) -> torch.Tensor:
+        return self.reader.source(self.weight.parts[role], self.rows, self.n_rows)
+
+    def whole(self, role: str) -> torch.Tensor:
+        return self.reader.source(self.weight.parts[role], [0], 1).flatten()
+
+
+class _Written(_Stored):
+    """The same of the output: its parts are read by their names."""
+
+    __slots__ = ()
+
+    def share(self, role: str) -> torch.Tensor:
+        ref = self.weight.parts[role]
+        return self.reader.rows(ref.file, ref.name, self.rows, self.n_rows)
+
+    def whole(self, role: str) -> torch.Tensor:
+        ref = self.weight.parts[role]
+        return self.reader.rows(ref.file, ref.name, [0], 1).flatten()
 
 
 class Factors:
@@ -94,7 +142,7 @@ class Factors:
             return whole
         return whole[rows.start : rows.stop] if isinstance(rows, range) else whole[list(rows)]
 
-    def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Refuse: a projection has the weight's rows from elsewhere."""
         raise NotImplementedError
 
@@ -178,5 +226,5 @@ def _values(content: bytes, dtype: str, n_rows: int, *, wide: bool) -> torch.Ten
     """Return stored values as float64, or as float32, ``[n_rows, …]``; both are exact."""
     import torch
 
-    values = torch.frombuffer(bytearray(content), dtype=getattr(torch, TORCH_NAMES[dtype]))
+    values = torch.frombuffer(bytearray(content), dtype=getattr(torch, TORCH_TYPES[dtype]))
     return (values.double() if wide else values.float()).view(n_rows, -1)

@@ -6,14 +6,17 @@ Files are parsed anew, rows are whole, and the formula is written out.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.choosing import chosen_rows, has_formula
+from lora_merge.checks.decoding import DECODERS
 from lora_merge.checks.formulas import Site, changed, combined
 from lora_merge.checks.reading import Reader
 from lora_merge.checks.rounding import rounded
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
+from lora_merge.core.weight import Weight
 from lora_merge.words import listing, of_several
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
     with contextlib.ExitStack() as stack:
         reader = Reader(stack)
         for step, rows in choice.rows:
-            name = step.slots[0].name
+            name = step.name
             if name not in wrong and (problem := _compare(reader, evidence, step, rows)) is not None:
                 wrong.add(name)
                 yield problem
@@ -49,7 +52,7 @@ def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
     """Yield a note about what is not recomputed, or only here and there."""
     merges = [step for step in evidence.plan.steps if isinstance(step.op, Merge)]
     combined_ones = [
-        step.slots[0].name
+        step.name
         for step in merges
         if isinstance(step.op, Merge) and step.op.combination is not None and not has_formula(step.op)
     ]
@@ -57,6 +60,16 @@ def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
         why = "combined in a way that cannot be recomputed row by row"
         sentence = of_several(len(combined_ones), f"was {why}", f"were {why}")
         yield note("not-recomputed", combined_ones[0], sentence)
+    unknown = [
+        step.name
+        for step in merges
+        if isinstance(step.op, Merge)
+        and not {step.op.source.storage.codec, step.op.target.codec} <= DECODERS.keys()
+    ]
+    if unknown:
+        why = "stored in a way that is not decoded a second time"
+        sentence = of_several(len(unknown), f"is {why}", f"are {why}")
+        yield note("not-recomputed", unknown[0], sentence)
     if unseen:
         why = "of a kind whose rows are not checked one by one; some of them were recomputed"
         sentence = of_several(len(unseen), f"is {why}", f"are {why}")
@@ -67,18 +80,23 @@ def _compare(reader: Reader, evidence: Evidence, step: Step, rows: list[int]) ->
     """Return an issue when some rows are further from the formula than rounding can carry them.
 
     What float32 computes for an exact x lies between x - e and x + e, and rounding keeps an order. So what is stored lies
-    between those two as the stored dtype holds them.
+    between those two as the stored dtype holds them; what a codec stores is off by half a gap of its own besides.
     """
     import torch
 
-    (slot,), op = step.slots, step.op
+    op = step.op
     assert isinstance(op, Merge)
-    site = Site(reader, op, rows, slot.dtype)
-    stored = reader.rows(str(evidence.root / slot.file), slot.name, rows, op.view.n_rows)
+    site = Site(reader, op, rows, op.target.value_dtype)
+    parts = {role: replace(slot, file=str(evidence.root / slot.file)) for role, slot in step.writes.items()}
+    written = Weight(step.name, step.shape, op.target, parts)
+    stored, gap = reader.written(written, rows, op.view.n_rows)
     candidates = combined(site) if op.combination is not None else [changed(site, op.deltas)]
     wrong = stored.new_ones(stored.shape, dtype=torch.bool)
     for exact, off in candidates:
-        low, high = rounded(exact - off, slot.dtype), rounded(exact + off, slot.dtype)
+        if gap is None:
+            low, high = rounded(exact - off, op.target.dtype), rounded(exact + off, op.target.dtype)
+        else:
+            low, high = exact - off - gap, exact + off + gap
         wrong &= ~((low <= stored) & (stored <= high))  # negated, so that NaN is wrong
     if not wrong.any():
         return None
@@ -89,7 +107,7 @@ def _compare(reader: Reader, evidence: Evidence, step: Step, rows: list[int]) ->
     others = [rows[n] for n in wrong.any(1).nonzero().flatten().tolist()]
     if len(others) > 1:
         sentence += f"; {len(others)} of the {len(rows)} rows looked at with it are wrong: {_listed(others)}"
-    return error("wrong-value", slot.name, sentence)
+    return error("wrong-value", step.name, sentence)
 
 
 def _listed(rows: list[int]) -> str:

@@ -14,7 +14,7 @@ from lora_merge.convert.names import filled, renamed
 from lora_merge.core.checkpoint import INPUT_NAMES
 from lora_merge.core.kinds import mutating_init
 from lora_merge.core.lora import Changed, Difference, Form, Given, LoraModule, Recipe
-from lora_merge.core.plan import Copy, Merge
+from lora_merge.core.plan import Merge
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef, shape_text
 from lora_merge.deltas import FactorFacts, StackedFacts
@@ -234,10 +234,10 @@ class _Drafting:
     def _kernels(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of convolutions by parameter: AdaLoRA has flat factors for them."""
         return {
-            delta.target: step.slots[0].shape
+            delta.target: step.shape
             for step in (self._joined.steps if self._joined else ())
             for delta in (step.op.deltas if isinstance(step.op, Merge) else ())
-            if len(step.slots[0].shape) > 2 and not (delta.part or delta.region.box or _stack_of(delta.facts))
+            if len(step.shape) > 2 and not (delta.part or delta.region.box or _stack_of(delta.facts))
         }
 
     def _is_embedding(self, delta: Delta) -> bool:
@@ -312,24 +312,25 @@ class _Drafting:
     def _is_new(self, step: Step) -> bool:
         """Return True for another weight than the base's; PEFT saves copies of the base's embeddings along."""
         assert self._joined is not None
-        before = self._joined.before(step.slots[0].name) if step.replaced else None
-        return step.replaced and (before is None or not same_values(before, _source(step)))
+        before = self._joined.before(step.name) if step.replaced else None
+        plain = before.plain if before is not None else None
+        return step.replaced and (plain is None or not same_values(plain, _replacement(step)))
 
     def _add_changed(self, step: Step, target: str, *, is_new: bool) -> None:
-        (slot,) = step.slots
+        stored = step.shape
         deltas = step.op.deltas if isinstance(step.op, Merge) else ()
         module, _, parameter = target.rpartition(".")
         if any(delta.region.box or delta.part for delta in deltas):
             sentence = "is stored in parts, or as a part, and is no plain LoRA"
             self.found.issues.append(error("unsupported", target, sentence, MERGE))
             return
-        if parameter != "weight" or len(slot.shape) < 2:
-            sentence = f"is changed, {shape_text(slot.shape)}, and LoRA changes matrices only"
+        if parameter != "weight" or len(stored) < 2:
+            sentence = f"is changed, {shape_text(stored)}, and LoRA changes matrices only"
             self.found.issues.append(error("unsupported", target, sentence, MERGE))
             return
         is_embedding = self._is_input(module)
         turned = is_embedding or self._is_conv1d(module)
-        shape = slot.shape[::-1] if turned else slot.shape
+        shape = stored[::-1] if turned else stored
         form: Form = "embedding" if is_embedding else "convolution" if len(shape) > 2 else "linear"
         if form == "convolution" and self._joined is not None and self._joined.is_grouped(module):
             sentence = "is a convolution in groups, of which no LoRA is a change of a low rank"
@@ -337,7 +338,8 @@ class _Drafting:
             return
         if is_new:
             assert self._joined is not None
-            before, after = self._joined.before(slot.name), _source(step)
+            weight, after = self._joined.before(step.name), _replacement(step)
+            before = weight.plain if weight is not None else None
             if before is None or before.shape != after.shape:
                 found = f"the base's is {shape_text(before.shape)}" if before else "the base has none"
                 verb = "resize a weight" if before else "add a weight"
@@ -354,7 +356,7 @@ class _Drafting:
 
     def _name_of(self, step: Step) -> str:
         """Return what the adapter calls a parameter that it replaces."""
-        ref = _source(step)
+        ref = _replacement(step)
         return next(name for name, one in self._adapter.replacements.items() if one.ref == ref)
 
     def _is_input(self, module: str) -> bool:
@@ -367,9 +369,11 @@ class _Drafting:
         return self._joined.class_of(module) == "Conv1D"
 
 
-def _source(step: Step) -> TensorRef:
-    """Return what a step works on."""
-    return step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
+def _replacement(step: Step) -> TensorRef:
+    """Return the adapter's own tensor, which takes the place of the base's."""
+    ref = step.source.plain
+    assert ref is not None
+    return ref
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

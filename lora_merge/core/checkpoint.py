@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_merge.core.tensor import TensorRef
+from lora_merge.core.weight import Weight
 
 SAFETENSORS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -84,6 +85,12 @@ class Checkpoint:
 
     side_files: tuple[SideFile, ...]
 
+    weights: Mapping[str, Weight]
+    """The parameters by name, as `lora_merge.codecs` recognises them."""
+
+    others: tuple[TensorRef, ...] = ()
+    """The tensors that belong to no parameter: integers, buffers, what is left of a storage that no codec knows."""
+
     notes: tuple[str, ...] = ()
     """What was seen and left out on purpose, one sentence each."""
 
@@ -99,12 +106,21 @@ class Checkpoint:
         """Return every tensor by its stored name."""
         return {ref.name: ref for ref in self.tensors()}
 
+    def parameters(self) -> dict[str, Weight]:
+        """Return everything that may be asked for by name, in the order of the files' bytes.
+
+        A tensor that belongs to no parameter is there as a dense one of its own dtype.
+        """
+        owners = {ref.name: weight for weight in self.weights.values() for ref in weight.parts.values()}
+        found = (owners.get(ref.name) or Weight.dense(ref) for ref in self.tensors())
+        return {weight.name: weight for weight in found}
+
     def matrices(self) -> frozenset[str]:
         """Return every module whose weight has two axes or more."""
         return frozenset(
-            ref.name.removesuffix(".weight")
-            for ref in self.tensors()
-            if ref.name.endswith(".weight") and len(ref.shape) > 1
+            name.removesuffix(".weight")
+            for name, weight in self.parameters().items()
+            if name.endswith(".weight") and len(weight.shape) > 1
         )
 
 
@@ -147,20 +163,43 @@ def owner_name(parameter: str) -> str:
     return parameter.rpartition(".")[0].rpartition(".")[2]
 
 
-def patched_config(config: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with some values replaced, in its own order.
+@dataclass(frozen=True, slots=True)
+class ConfigPatch:
+    """What changes in a ``config.json``. Keys are dotted paths, such as ``text_config.vocab_size``."""
+
+    set: Mapping[str, Any] = field(default_factory=dict)
+    """Key → new value."""
+
+    delete: tuple[str, ...] = ()
+    """Keys that are not in the result; one that is not there is no error."""
+
+    def __bool__(self) -> bool:
+        """Return True where anything changes."""
+        return bool(self.set or self.delete)
+
+
+def patched_config(config: Mapping[str, Any], patch: ConfigPatch) -> dict[str, Any]:
+    """Return a config with some values replaced and some keys removed, in its own order.
 
     Example:
-        >>> patched_config({"text_config": {"vocab_size": 8}}, {"text_config.vocab_size": 9})
+        >>> config = {"text_config": {"vocab_size": 8, "quantization_config": {}}}
+        >>> patched_config(config, ConfigPatch({"text_config.vocab_size": 9}, ("text_config.quantization_config",)))
         {'text_config': {'vocab_size': 9}}
     """
     table: dict[str, Any] = copy.deepcopy(dict(config))
-    for dotted, value in patch.items():
+    for dotted, value in patch.set.items():
         *parents, key = dotted.split(".")
         level = table
         for parent in parents:
             level = level.setdefault(parent, {})
         level[key] = value
+    for dotted in patch.delete:
+        *parents, key = dotted.split(".")
+        found: Any = table
+        for parent in parents:
+            found = found.get(parent) if isinstance(found, dict) else None
+        if isinstance(found, dict):
+            found.pop(key, None)
     return table
 
 

@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from heapq import nlargest
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from lora_merge.core.adapter import PlacedDelta
-from lora_merge.core.checkpoint import SideFile
+from lora_merge.core.checkpoint import ConfigPatch, SideFile
 from lora_merge.core.facts import Reach
 from lora_merge.core.report import Issue, Summary
 from lora_merge.core.shards import OutputFile
 from lora_merge.core.tensor import TensorRef
+from lora_merge.core.weight import Storage, Weight
 
 RUNTIME_BYTES = 260 << 20
 """Resident memory of the interpreter with torch loaded, before the first tile."""
@@ -69,11 +70,12 @@ class View:
         """Return the rows of all blocks together."""
         return self.blocks * self.rows
 
-    def tiles(self, elements: int | None = None) -> list[tuple[int, int]]:
-        """Return the row ranges that the tensor is worked on in: of equal size, give or take one row.
+    def tiles(self, elements: int | None = None, rows: int = 1) -> list[tuple[int, int]]:
+        """Return the row ranges that the tensor is worked on in: of equal size, give or take so many rows.
 
         Args:
             elements: of a tile, about; default: `TILE_ELEMENTS`.
+            rows: multiples of which each range begins at, counted in its matrix.
 
         Example:
             >>> View(1, 1024, 1024).tiles()
@@ -85,7 +87,7 @@ class View:
         return [
             (block * self.rows + start, block * self.rows + end)
             for block in range(self.blocks)
-            for start, end in _spread(self.rows, wanted)
+            for start, end in _spread(self.rows, wanted, rows)
         ]
 
     def panels(self) -> list[tuple[int, int]]:
@@ -188,16 +190,14 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A stored tensor decoded to float32, changed by every delta in turn, encoded once.
+    """A weight decoded to float32, changed by every delta in turn, encoded once.
 
-    With no deltas it is a change of dtype.
+    With no deltas it is a change of the storage: of the dtype, for a dense one.
     """
 
-    codec: str
-    """Names a codec in `lora_merge.codecs`."""
-
-    parts: tuple[TensorRef, ...]
-    """What the codec reads; the first is the weight itself."""
+    source: Weight
+    target: Storage
+    """How the result is stored."""
 
     deltas: tuple[PlacedDelta, ...]
 
@@ -210,20 +210,52 @@ class Merge:
 
     op: Literal["merge"] = "merge"
 
-    def tiles(self, elements: int | None = None) -> list[tuple[int, int]]:
+    def tiles(self, elements: int | None = None, rows: int = 1) -> list[tuple[int, int]]:
         """Return the row ranges to work on, in order; see `View.tiles`."""
-        return [(0, self.view.n_rows)] if self.reach == "tensor" else self.view.tiles(elements)
+        return [(0, self.view.n_rows)] if self.reach == "tensor" else self.view.tiles(elements, rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One unit of work: it reads its inputs and fills its own places, and needs no other step."""
 
-    slots: tuple[TensorRef, ...]
+    name: str
+    """Of the parameter that it makes; of a copied part of one, the part's own name."""
+
+    writes: Mapping[str, TensorRef]
+    """Role → place in the output."""
+
     op: Copy | Merge
 
     replaced: bool = False
     """True when the source is the adapter's own tensor."""
+
+    @property
+    def slots(self) -> tuple[TensorRef, ...]:
+        """Return the places in the output, the main part's first."""
+        return tuple(self.writes.values())
+
+    @property
+    def main(self) -> TensorRef:
+        """Return the place of the main part: the record of that speaks for the values."""
+        return next(iter(self.writes.values()))
+
+    @property
+    def reads(self) -> Mapping[str, TensorRef]:
+        """Return role → the stored tensors that are copied, or changed; factors are not among them."""
+        if isinstance(self.op, Merge):
+            return self.op.source.parts
+        return dict.fromkeys(self.writes, self.op.source)
+
+    @property
+    def source(self) -> Weight:
+        """Return what is copied, or changed."""
+        return self.op.source if isinstance(self.op, Merge) else Weight.dense(self.op.source)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the parameter."""
+        return self.op.source.shape
 
     @property
     def action(self) -> Action:
@@ -237,7 +269,7 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Return the bytes that the step writes."""
-        return sum(slot.nbytes for slot in self.slots)
+        return sum(slot.nbytes for slot in self.writes.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +290,8 @@ class MergePlan:
     """In the order of the output's bytes."""
 
     side_files: tuple[SideFile, ...]
-    config_patch: Mapping[str, Any]
-    """Dotted path in ``config.json`` → new value; empty when the file is copied as it is."""
+    config_patch: ConfigPatch
+    """What changes in ``config.json``; nothing when the file is copied as it is."""
 
     index: str
     """Text of the index file; empty when the output is a single file without one."""
@@ -338,10 +370,12 @@ def _module_ranks(deltas: list[PlacedDelta]) -> dict[str, int]:
     return {parameter: sum(own.values()) for parameter, own in ranks.items()}
 
 
-def _spread(n: int, wanted: int) -> list[tuple[int, int]]:
-    """Return ranges of at least so many, of equal size, give or take one."""
-    n_ranges = max(1, n // wanted)
-    return list(pairwise(n * k // n_ranges for k in range(n_ranges + 1)))
+def _spread(n: int, wanted: int, multiple: int) -> list[tuple[int, int]]:
+    """Return ranges of at least so many, of equal size, give or take one multiple; each begins at one."""
+    n_units = -(-n // multiple)
+    n_ranges = max(1, n_units // -(-wanted // multiple))
+    ends = (n_units * k // n_ranges * multiple for k in range(n_ranges + 1))
+    return list(pairwise(min(end, n) for end in ends))
 
 
 def _ranges(n: int, size: int) -> list[tuple[int, int]]:

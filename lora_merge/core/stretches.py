@@ -73,7 +73,7 @@ def whole_copies(plan: MergePlan) -> dict[str, str]:
 
 def _follows(before: Step, step: Step) -> bool:
     """Return True where one copy begins where another ends, on both sides."""
-    return _touch(_source(before), _source(step)) and _touch(before.slots[-1], step.slots[0])
+    return _touch(_source(before), _source(step)) and _touch(before.slots[-1], step.main)
 
 
 def _touch(before: TensorRef, ref: TensorRef) -> bool:

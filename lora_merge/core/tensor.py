@@ -7,11 +7,8 @@ Axis letters used in every docstring: ``W [out, in]`` is a linear weight, ``A [r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -144,9 +141,9 @@ class TensorRecord:
     survival: Survival | None = None
     """For a merged tensor."""
 
-    source: str = ""
-    """For a merged tensor, the digest of the stored one that it was made of, as it was read; empty for a copy, where
-    `digest` is that."""
+    source: Mapping[str, str] = field(default_factory=dict)
+    """For a merged tensor, the digests of the stored ones that its weight was made of, by role, as they were read; empty
+    for a copy, where `digest` is that."""
 
     suspects: tuple[tuple[int, int], ...] | None = None
     """Row ranges of a merged tensor whose projections are off by more than rounding explains, so that verification has to

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILE, FRESH_FILE = "journal.jsonl", "journal.new"
 """In staging: the journal, and one that is about to take its place."""
 
-_VERSION = 2
+_VERSION = 3
 
 
 class Journal:
@@ -140,7 +140,7 @@ def _record(row: Any) -> TensorRecord | None:
             str(digest),
             bool(finite),
             norms,
-            str(source),
+            dict(sources),
             suspects,
             blocks,
         ]:
@@ -148,5 +148,6 @@ def _record(row: Any) -> TensorRecord | None:
                 survival = None if norms is None else Survival(*map(float, norms))
                 ranges = None if suspects is None else tuple((int(a), int(b)) for a, b in suspects)
                 pieces = tuple((int(at), int(size), str(text)) for at, size, text in blocks)
-                return TensorRecord(name, file, nbytes, digest, finite, survival, source, ranges, pieces)
+                read = {str(role): str(text) for role, text in sources.items()}
+                return TensorRecord(name, file, nbytes, digest, finite, survival, read, ranges, pieces)
     return None

@@ -249,36 +249,6 @@ def _elements(fd: int, ref: TensorRef, start: int, end: int) -> torch.Tensor:
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype]))
 
 
-class RowReader:
-    """Reads rows of a stored tensor, and has the disk fetch those that will be read next; `digest` is of all that it read.
-
-    Args:
-        fd: of the file.
-        ref: the tensor.
-        n_rows: that it is divided into.
-        is_watched: True where `digest` is not asked for.
-    """
-
-    def __init__(self, fd: int, ref: TensorRef, n_rows: int, *, is_watched: bool = False) -> None:
-        self._ref = ref
-        self._row_bytes = ref.nbytes // max(n_rows, 1)
-        self._ahead = files.ReadAhead(fd, ref.start, ref.end, is_watched=is_watched)
-        self._digest = files.new_digest()
-
-    def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fill a buffer with the rows from ``start`` on.
-
-        Raises:
-            CheckpointError: the file ends too soon, or the disk cannot be read.
-        """
-        self._ahead.read_into(buffer, self._ref.start + start * self._row_bytes, self._ref.file)
-        self._digest.update(buffer)
-
-    def digest(self) -> str:
-        """Return the digest of the rows that were read, in the order in which they were."""
-        return files.digest_text(self._digest)
-
-
 def box_norm(ref: TensorRef, box: Box = ()) -> float:
     """Return the Frobenius norm of a part of a floating tensor, read block by block.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from lora_merge.core.conversion import Conversion, Memory
-    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Weight
 
 Shape = tuple[int, ...]
 
@@ -70,11 +70,11 @@ class Stored:
     """A checkpoint's tensors, and how transformers reads them.
 
     Args:
-        tensors: by stored name.
+        tensors: its parameters, by stored name.
         conversion: of the model; building it takes seconds, so it is asked only where names do not settle it.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorRef], conversion: Callable[[], Conversion | None]) -> None:
+    def __init__(self, tensors: Mapping[str, Weight], conversion: Callable[[], Conversion | None]) -> None:
         self.tensors = tensors
         self._build = conversion
 

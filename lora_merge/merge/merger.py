@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -14,23 +15,24 @@ from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.deltas import ALGEBRAS, Factors, Part
-from lora_merge.io.files import digest_text, new_digest, open_for_reading
-from lora_merge.io.safetensors import RowReader, load
+from lora_merge.io.files import digest_text, new_digest
+from lora_merge.io.safetensors import load
+from lora_merge.io.weights import WeightReader
 from lora_merge.merge.changing import Working, change
 from lora_merge.merge.copying import Copier, CopySink
 from lora_merge.merge.passing import Passing
 from lora_merge.merge.sample import Sample
 from lora_merge.merge.stopwatch import Stopwatches
-from lora_merge.merge.workbench import Workbench
+from lora_merge.merge.workbench import Parts, Workbench
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import torch
+    import torch  # noqa: TC004 - a field's type, never evaluated
 
-    from lora_merge.codecs import Codec
     from lora_merge.core.adapter import PlacedDelta
-    from lora_merge.core.plan import Step
+    from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.core.weight import PartRange, Tile
     from lora_merge.deltas.algebra import Changer
     from lora_merge.merge.stopwatch import Stopwatch
     from lora_merge.merge.workbench import Frame
@@ -45,19 +47,35 @@ class Sink(CopySink, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One tensor of one output: what it is made by, and where it goes."""
+    """One weight of one output: what it is made by, and where it goes."""
 
-    slot: TensorRef
-    op: Merge
+    step: Step
     sink: Sink
+
+    @property
+    def op(self) -> Merge:
+        """Return what is done."""
+        assert isinstance(self.step.op, Merge)
+        return self.step.op
+
+    @property
+    def multiple(self) -> int:
+        """Return the rows that its tiles begin at multiples of: those of the storage that is read, and of what is written."""
+        op = self.op
+        return math.lcm(
+            *(
+                CODECS[storage.codec].alignment(op.source.shape, storage)[0]
+                for storage in (op.source.storage, op.target)
+            )
+        )
 
     def alike(self) -> tuple[object, ...]:
         """Return what orders have in common whose source may be read once for all of them."""
-        return (self.op.codec, self.op.parts, self.op.view, self.op.reach == "tensor")
+        return (self.op.source, self.op.view, self.op.reach == "tensor", self.multiple)
 
 
 class Merger:
-    """Carries out steps: ``merger(step)`` fills the step's slots and returns the record.
+    """Carries out steps: ``merger(step)`` fills the step's places and returns a record for each.
 
     It may be called from several threads; each keeps buffers of its own.
 
@@ -88,7 +106,7 @@ class Merger:
         self._copier = Copier(sink, self._watches)
         self._local = threading.local()
 
-    def __call__(self, step: Step) -> TensorRecord:
+    def __call__(self, step: Step) -> tuple[TensorRecord, ...]:
         """Carry out one step.
 
         Raises:
@@ -96,92 +114,114 @@ class Merger:
             WriteError: the disk is full or cannot be written.
             OutOfMemoryError: there is no memory left for it.
         """
-        (slot,) = step.slots
         match step.op:
             case Copy():
-                (record,) = self._copier(Stretch((step,)))
-                return record
-            case Merge() as op:
-                (record,) = self.together([Order(slot, op, self._sink)])
-                return record
+                return tuple(self._copier(Stretch((step,))))
+            case Merge():
+                (records,) = self.together([Order(step, self._sink)])
+                return records
             case _:
                 assert_never(step.op)
 
-    def together(self, orders: Sequence[Order]) -> list[TensorRecord]:
-        """Make one stored tensor into several, for which it is read and widened once; return their records.
+    def together(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]]:
+        """Make one stored weight into several, for which it is read and decoded once; return the records of each.
 
         Args:
-            orders: of which all have the same source, codec, view and tiles (`alike`).
+            orders: of which all have the same source, view and tiles (`alike`).
 
         Raises:
             CheckpointError: a source cannot be read.
             WriteError: the disk is full or cannot be written.
             OutOfMemoryError: there is no memory left for it.
         """
-        with memory_for(f"merging {orders[0].slot.name}"):
+        with memory_for(f"merging {orders[0].step.name}"):
             return self._merge(orders)
 
-    def _merge(self, orders: Sequence[Order]) -> list[TensorRecord]:
-        """Stream one tensor through float32, row tile by row tile, into every output that wants it."""
+    def _merge(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]]:
+        """Stream one weight through float32, row tile by row tile, into every output that wants it."""
         watch, bench = self._watches.mine(), self._workbench("bench", Workbench.of)
         watch.start()
         op = orders[0].op
-        codec, source, columns = CODECS[op.codec], op.parts[0], op.view.columns
-        tiles = [tile for tile in op.tiles(self._tile_elements) if (tile[1] - tile[0]) * columns]
+        tiles = self._tiles(orders[0])
         with contextlib.ExitStack() as stack:
-            fd = stack.enter_context(open_for_reading(source.file))
-            rows = RowReader(fd, source, op.view.n_rows)
-            outputs = [self._output(order, fd, tiles, stack, watch) for order in orders]
-            loop = _Loop(bench, source, rows, codec, watch)
+            reader = stack.enter_context(WeightReader(op.source, op.view.n_rows))
+            outputs = [self._output(order, tiles, stack, watch) for order in orders]
+            loop = _Loop(bench, reader, watch)
             for n, (start, end) in enumerate(tiles):
-                shared = self._shared(source, rows, (start, end), op) if len(outputs) > 1 else None
+                tile = reader.tile(start, end)
+                read = Parts(op.source.storage, reader.ranges(tile))
+                shared = self._shared(reader, tile, op) if len(outputs) > 1 else None
                 watch.lap("read")
                 for output in outputs:
-                    loop.tile(output, n, (start, end), shared)
+                    loop.tile(output, n, tile, read, shared)
             loop.finish()
-        return [output.record(rows.digest()) for output in outputs]
+            digests = reader.digests()
+        return [output.records(digests) for output in outputs]
+
+    def _tiles(self, order: Order) -> list[tuple[int, int]]:
+        """Return the row ranges of a weight that have anything in them."""
+        op = order.op
+        found = op.tiles(self._tile_elements, order.multiple)
+        return [(start, end) for start, end in found if (end - start) * op.view.columns]
 
     def _output(
-        self,
-        order: Order,
-        fd: int,
-        tiles: Sequence[tuple[int, int]],
-        stack: contextlib.ExitStack,
-        watch: Stopwatch,
+        self, order: Order, tiles: Sequence[tuple[int, int]], stack: contextlib.ExitStack, watch: Stopwatch
     ) -> _Output:
-        """Return an output's part of the work, its slot open."""
-        fill = stack.enter_context(order.sink.open(order.slot))
-        working = Working(order.op, lambda delta: self._algebra(fd, order.op, delta, order.slot))
-        filled = _Filled(fill, watch)
-        passing = Passing(order.op, order.slot, tiles) if self._is_checked else None
-        return _Output(order, working, Sample(order.op, len(tiles)), filled, passing)
+        """Return an output's part of the work, its slots open."""
+        op, writes = order.op, order.step.writes
+        survey = self._survey(order, tiles) if CODECS[op.target.codec].survey == "tensor" else None
+        fills = {role: stack.enter_context(order.sink.open(slot)) for role, slot in writes.items()}
+        passing = Passing(op, writes, tiles) if self._is_checked else None
+        sample, filled = Sample(op, len(tiles)), _Filled(fills, watch)
+        return _Output(order, self._working(op), sample, filled, passing, survey)
 
-    def _shared(self, source: TensorRef, rows: RowReader, tile: tuple[int, int], op: Merge) -> Frame:
-        """Return a tile of the base, widened, for several outputs."""
-        start, end = tile
-        frame = self._workbench("shared", Workbench).frame(
-            end - start, op.view.columns, source.dtype, source.dtype
-        )
+    def _working(self, op: Merge) -> Working:
+        """Return the deltas of a step, none of them loaded yet."""
+        return Working(op, lambda delta: self._algebra(op, delta))
+
+    def _survey(self, order: Order, tiles: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+        """Return what the codec has to know of all values before it encodes the first: they are computed once for that."""
+        op, working, found = order.op, self._working(order.op), None
+        codec, target = CODECS[op.source.storage.codec], CODECS[op.target.codec]
+        bench = self._workbench("looking", Workbench)
+        with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
+            for start, end in tiles:
+                changers, tile = working.on(start, end), reader.tile(start, end)
+                frame = self._read(bench, reader, tile, op.view.columns)
+                frame.decode(codec, tile)
+                change(frame.values, start, end, op, changers)
+                found = target.look(frame.values, found)
+        return found
+
+    def _read(self, bench: Workbench, reader: WeightReader, tile: Tile, columns: int) -> Frame:
+        """Return a frame with what some rows are stored as."""
+        read = Parts(reader.weight.storage, reader.ranges(tile))
+        frame = bench.frame(tile.end - tile.start, columns, read, read)
         frame.wait()
-        rows.read_into(frame.raw, start)
-        frame.decode(CODECS[op.codec])
+        reader.read_into(frame.raw, tile, read.ranges)
         return frame
 
-    def _algebra(self, fd: int, op: Merge, delta: PlacedDelta, slot: TensorRef) -> Changer:
+    def _shared(self, reader: WeightReader, tile: Tile, op: Merge) -> Frame:
+        """Return a tile of the base, decoded, for several outputs."""
+        frame = self._read(self._workbench("shared", Workbench), reader, tile, op.view.columns)
+        frame.decode(CODECS[op.source.storage.codec], tile)
+        return frame
+
+    def _algebra(self, op: Merge, delta: PlacedDelta) -> Changer:
         """Return a delta with its factors loaded, on the device, and the weight surveyed if it asks for that."""
         factors = {
             role: tensor.to(self._device)
             for role, tensor in self._factors.of(delta.delta, delta.part).items()
         }
-        algebra = ALGEBRAS[delta.algebra](delta, factors, slot.dtype)
+        algebra = ALGEBRAS[delta.algebra](delta, factors, op.target.value_dtype)
         block = Block.of(op.view, delta.region.box)
         placed: Changer = Part(algebra, block) if delta.region.box else algebra
         if delta.reach == "columns":
             ((first, last),) = block.row_ranges()
-            placed.survey(self._panels(fd, op, first, last))
+            placed.survey(self._panels(op, first, last))
         return placed
 
-    def _panels(self, fd: int, op: Merge, first: int, last: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def _panels(self, op: Merge, first: int, last: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yield some rows of the stored weight in panels of whole columns; they are read once for each.
 
         It has a workbench of its own: tiles may be under way on the other.
@@ -189,19 +229,21 @@ class Merger:
         import torch
 
         bench = self._workbench("survey", Workbench)
-        codec, source = CODECS[op.codec], op.parts[0]
-        rows = RowReader(fd, source, op.view.n_rows, is_watched=True)
-        for left, right in op.view.panels():
-            panel = torch.empty((last - first, right - left), device=self._device)
-            for start, end in op.tiles(self._tile_elements):
-                low, high = max(start, first), min(end, last)
-                if low < high:
-                    frame = bench.frame(high - low, op.view.columns, source.dtype, source.dtype)
-                    frame.wait()
-                    rows.read_into(frame.raw, low)
-                    frame.decode(codec)
-                    panel[low - first : high - first] = frame.values[:, left:right]
-            yield left, right, panel
+        codec = CODECS[op.source.storage.codec]
+        multiple, _ = codec.alignment(op.source.shape, op.source.storage)
+        with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
+            for left, right in op.view.panels():
+                panel = torch.empty((last - first, right - left), device=self._device)
+                for start, end in op.tiles(self._tile_elements, multiple):
+                    low, high = max(start, first), min(end, last)
+                    if low < high:
+                        low_edge, high_edge = (low, high) if multiple == 1 else (start, end)
+                        tile = reader.tile(low_edge, high_edge)
+                        frame = self._read(bench, reader, tile, op.view.columns)
+                        frame.decode(codec, tile)
+                        rows = frame.values[low - low_edge : high - low_edge]
+                        panel[low - first : high - first] = rows[:, left:right]
+                yield left, right, panel
 
     def _workbench(self, name: str, make: Callable[[str], Workbench]) -> Workbench:
         """Return a workbench of this thread."""
@@ -217,7 +259,7 @@ class Merger:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """One output's part of the work on a tensor."""
+    """One output's part of the work on a weight."""
 
     order: Order
     working: Working
@@ -226,65 +268,83 @@ class _Output:
     passing: Passing | None
     """What looks at tiles as they pass."""
 
-    def take(self, n: int, frame: Frame) -> None:
-        """Write a tile, once it is complete."""
-        self.filled.take(frame)
-        if self.passing is not None:
-            self.passing.after(n, frame)
+    survey: torch.Tensor | None
+    """What its codec has to know of all values."""
 
-    def record(self, source: str) -> TensorRecord:
-        """Return the evidence, once all tiles are written.
+    def parts(self, tile: Tile) -> Parts:
+        """Return what a tile is written as."""
+        target = self.order.op.target
+        return Parts(target, CODECS[target.codec].ranges(tile, target))
+
+    def encode(self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor]) -> None:
+        """Encode a tile; a codec that stays the same sees the parts that the values were decoded from."""
+        op = self.order.op
+        is_same = op.target == op.source.storage
+        frame.encode(CODECS[op.target.codec], tile, self.survey, stored if is_same else None)
+
+    def take(self, n: int, frame: Frame, written: Parts) -> None:
+        """Write a tile, once it is complete."""
+        self.filled.take(frame, written.ranges)
+        if self.passing is not None:
+            self.passing.after(n, frame, written.ranges)
+
+    def records(self, sources: Mapping[str, str]) -> tuple[TensorRecord, ...]:
+        """Return the evidence, once all tiles are written: of each part, the first of which speaks for the values.
 
         Args:
-            source: the digest of the base's rows.
+            sources: the digests of what was read of the base, by role.
 
         Raises:
             CheckpointError: a factor cannot be read again.
         """
-        slot, filled, passing = self.order.slot, self.filled, self.passing
-        return TensorRecord(
-            slot.name,
-            slot.file,
-            slot.nbytes,
-            filled.digest(),
-            finite=filled.finite,
-            survival=self.sample.survival(),
-            source=source,
-            suspects=passing.suspects() if passing else None,
-            blocks=passing.blocks() if passing else (),
+        filled, passing = self.filled, self.passing
+        suspects = passing.suspects() if passing else None
+        return tuple(
+            TensorRecord(
+                slot.name,
+                slot.file,
+                slot.nbytes,
+                filled.digest(role),
+                finite=n > 0 or filled.finite,
+                survival=None if n else self.sample.survival(),
+                source=sources,
+                suspects=None if n else suspects,
+                blocks=passing.blocks(role) if passing else (),
+            )
+            for n, (role, slot) in enumerate(self.order.step.writes.items())
         )
 
 
 class _Loop:
     """The way of a tile through a worker's buffers, of one output after the other."""
 
-    def __init__(
-        self, bench: Workbench, source: TensorRef, rows: RowReader, codec: Codec, watch: Stopwatch
-    ) -> None:
-        self._bench, self._source, self._rows = bench, source, rows
-        self._codec, self._watch = codec, watch
-        self._under_way: deque[tuple[_Output, int, Frame]] = deque()
+    def __init__(self, bench: Workbench, reader: WeightReader, watch: Stopwatch) -> None:
+        self._bench, self._reader, self._watch = bench, reader, watch
+        self._codec = CODECS[reader.weight.storage.codec]
+        self._under_way: deque[tuple[_Output, int, Frame, Parts]] = deque()
 
-    def tile(self, output: _Output, n: int, limits: tuple[int, int], shared: Frame | None) -> None:
-        """Read or take over a tile, change it and round it; what was begun before is written as room is needed.
+    def tile(self, output: _Output, n: int, tile: Tile, read: Parts, shared: Frame | None) -> None:
+        """Read or take over a tile, change it and encode it; what was begun before is written as room is needed.
 
         Args:
             output: whose tile.
             n: its number.
-            limits: its rows.
+            tile: its rows.
+            read: what they are stored as.
             shared: the same tile as it is for every output; None for a single one, which reads it.
         """
-        start, end = limits
+        start, end = tile.start, tile.end
         watch, order = self._watch, output.order
         changers = output.working.on(start, end)
         watch.lap("prepare")
         if len(self._under_way) == self._bench.depth:
             self._take()
-        frame = self._bench.frame(end - start, order.op.view.columns, self._source.dtype, order.slot.dtype)
+        written = output.parts(tile)
+        frame = self._bench.frame(end - start, order.op.view.columns, read, written)
         if shared is None:
-            self._rows.read_into(frame.raw, start)
+            self._reader.read_into(frame.raw, tile, read.ranges)
             watch.lap("read")
-            frame.decode(self._codec)
+            frame.decode(self._codec, tile)
         else:
             frame.values.copy_(shared.values)
         watch.lap("decode")
@@ -294,10 +354,10 @@ class _Loop:
         output.sample.before(n, frame)
         change(frame.values, start, end, order.op, changers)
         watch.lap("change")
-        frame.encode(self._codec)
-        output.sample.after(n, frame)
+        output.encode(frame, tile, (shared or frame).stored)
+        output.sample.after(n, frame, tile)
         watch.lap("encode")
-        self._under_way.append((output, n, frame))
+        self._under_way.append((output, n, frame, written))
 
     def finish(self) -> None:
         """Write what is still under way."""
@@ -305,31 +365,47 @@ class _Loop:
             self._take()
 
     def _take(self) -> None:
-        output, n, frame = self._under_way.popleft()
-        output.take(n, frame)
+        output, n, frame, written = self._under_way.popleft()
+        output.take(n, frame, written)
         self._watch.lap("check")
 
 
 class _Filled:
-    """What of a slot is filled: tile after tile, in order."""
+    """What of a weight's places is filled: tile after tile, in order."""
 
-    def __init__(self, fill: Callable[[memoryview], None], watch: Stopwatch) -> None:
-        self._fill, self._watch = fill, watch
-        self._digest = new_digest()
+    def __init__(self, fills: Mapping[str, Callable[[memoryview], None]], watch: Stopwatch) -> None:
+        self._fills, self._watch = fills, watch
+        self._digests = {role: new_digest() for role in fills}
+        self._done = dict.fromkeys(fills, 0)
         self.finite = True
         """False once a value was not."""
 
-    def take(self, frame: Frame) -> None:
+    def take(self, frame: Frame, ranges: Mapping[str, PartRange]) -> None:
         """Write a tile."""
         frame.wait()
         self._watch.lap("wait")
-        self._fill(frame.encoded)
+        pieces = [
+            one for role, found in ranges.items() for one in self._new(role, found, frame.encoded[role])
+        ]
+        for role, piece in pieces:
+            self._fills[role](piece)
         self._watch.lap("write")
-        self._digest.update(frame.encoded)
+        for role, piece in pieces:
+            self._digests[role].update(piece)
         self._watch.lap("digest")
         self.finite = frame.is_finite() and self.finite
         self._watch.lap("encode")
 
-    def digest(self) -> str:
-        """Return the digest of all that was written."""
-        return digest_text(self._digest)
+    def _new(self, role: str, found: PartRange, content: memoryview) -> Iterator[tuple[str, memoryview]]:
+        """Yield what of a part is not written yet: the scale of a whole tensor comes with every tile."""
+        at = 0
+        for first, nbytes in found.ranges:
+            if first >= self._done[role]:
+                assert first == self._done[role], f"{role} is not encoded in the order of its bytes"
+                self._done[role] += nbytes
+                yield role, content if nbytes == len(content) else content[at : at + nbytes]
+            at += nbytes
+
+    def digest(self, role: str) -> str:
+        """Return the digest of all that was written to a part."""
+        return digest_text(self._digests[role])

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from lora_merge.checks.projection import Projection
-from lora_merge.core.tensor import DTYPE_BITS
+from lora_merge.core.weight import WEIGHT
 from lora_merge.io.files import digest_text, new_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lora_merge.checks.weighing import Pattern, TileViews
     from lora_merge.core.plan import Merge
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import PartRange
     from lora_merge.merge.workbench import Frame
 
 BLOCK_EVERY = 8
@@ -29,42 +30,51 @@ _VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, Pattern], TileViews]] = WeakKey
 
 
 class Passing:
-    """The eyes on one tensor.
+    """The eyes on one weight. Only plain tensors are projected: what a codec makes of a value depends on others.
 
     Args:
         op: what is done to it.
-        slot: where it goes.
+        writes: role → where it goes.
         tiles: its row ranges, in order.
     """
 
-    def __init__(self, op: Merge, slot: TensorRef, tiles: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, op: Merge, writes: Mapping[str, TensorRef], tiles: Sequence[tuple[int, int]]) -> None:
         self._tiles = tiles
-        self._read, self._written = op.parts[0].dtype, slot.dtype
-        self._row_bytes = op.view.columns * DTYPE_BITS[slot.dtype] // 8
-        self._projection = Projection(op, slot, tiles)
+        self._read, self._written = op.source.dtype, op.target.dtype
+        slot = next(iter(writes.values()))
+        is_plain = op.source.storage.is_dense and op.target.is_dense
+        self._projection = Projection(op, slot, tiles) if is_plain else None
         self._drawn = zlib.crc32(slot.name.encode()) % min(BLOCK_EVERY, max(len(tiles), 1))
-        self._blocks: list[tuple[int, int, str]] = []
+        self._blocks: dict[str, list[tuple[int, int, str]]] = {role: [] for role in writes}
 
     def before(self, n: int, frame: Frame) -> None:
         """Look at a tile as it was read."""
-        self._projection.before(n, self._views(n, frame, "raw"))
+        if self._projection is not None:
+            self._projection.before(n, self._views(self._projection, n, frame, "raw"))
 
-    def after(self, n: int, frame: Frame) -> None:
+    def after(self, n: int, frame: Frame, ranges: Mapping[str, PartRange]) -> None:
         """Look at a tile as it is written."""
         if n % BLOCK_EVERY == self._drawn:
-            start, _ = self._tiles[n]
-            digest = new_digest()
-            digest.update(frame.encoded)
-            self._blocks.append((start * self._row_bytes, len(frame.encoded), digest_text(digest)))
-        self._projection.after(n, self._views(n, frame, "encoded"))
+            for role, part in ranges.items():
+                self._take_digests(role, part, frame.encoded[role])
+        if self._projection is not None:
+            self._projection.after(n, self._views(self._projection, n, frame, "encoded"))
 
-    def _views(self, n: int, frame: Frame, role: str) -> TileViews:
+    def _take_digests(self, role: str, part: PartRange, content: memoryview) -> None:
+        at = 0
+        for first, nbytes in part.ranges:
+            digest = new_digest()
+            digest.update(content[at : at + nbytes])
+            self._blocks[role].append((first, nbytes, digest_text(digest)))
+            at += nbytes
+
+    def _views(self, projection: Projection, n: int, frame: Frame, use: str) -> TileViews:
         found = _VIEWS.setdefault(frame, {})
-        key = role, self._projection.pattern
+        key = use, projection.pattern
         if key not in found:
             start, end = self._tiles[n]
-            content, dtype = (frame.raw, self._read) if role == "raw" else (frame.encoded, self._written)
-            found[key] = self._projection.views(content, end - start, dtype)
+            content, dtype = (frame.raw, self._read) if use == "raw" else (frame.encoded, self._written)
+            found[key] = projection.views(content[WEIGHT], end - start, dtype)
         return found[key]
 
     def suspects(self) -> tuple[tuple[int, int], ...] | None:
@@ -73,8 +83,8 @@ class Passing:
         Raises:
             CheckpointError: a factor cannot be read.
         """
-        return self._projection.suspects()
+        return self._projection.suspects() if self._projection is not None else None
 
-    def blocks(self) -> tuple[tuple[int, int, str], ...]:
-        """Return digests of some tiles: offset in the tensor, bytes, digest."""
-        return tuple(self._blocks)
+    def blocks(self, role: str) -> tuple[tuple[int, int, str], ...]:
+        """Return digests of some tiles of a part: offset in the part, bytes, digest."""
+        return tuple(self._blocks[role])

@@ -6,12 +6,16 @@ a tile needs is made once for its shape and kept, in a `Frame`; the loop over th
 
 from __future__ import annotations
 
-from math import isfinite
+from dataclasses import dataclass
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES
+from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES
+from lora_merge.core.weight import FLOAT32, PartRange, Storage, Tile
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping  # noqa: TC004 - a field's type, never evaluated
+
     import torch
 
     from lora_merge.codecs import Codec
@@ -23,34 +27,73 @@ _MOST_FRAMES = 64
 """Shapes of tiles whose views are kept."""
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What of a stored weight, or of one to be stored, belongs to a tile."""
+
+    storage: Storage
+    ranges: Mapping[str, PartRange]
+
+    def key(self) -> tuple[object, ...]:
+        """Return what decides on the buffers."""
+        return (self.storage, *(part.shape for part in self.ranges.values()))
+
+
 class Frame:
     """The buffers of one tile, in its shape, on the CPU. What is read lands in `raw`; `encoded` is what is written.
 
     Float32 is stored as it is computed, so there all of them are one buffer.
 
     Shapes:
-        values: float32 ``[rows, cols]``; rounded: the same in the dtype of the output; raw, encoded: bytes.
+        values: float32 ``[rows, cols]``; stored, rounded: role → tensor, as the codec's `ranges` say; raw, encoded: role →
+        the bytes of the same, on the host.
     """
 
-    def __init__(self, place: Place, rows: int, columns: int, stored: str, written: str) -> None:
+    def __init__(self, place: Place, rows: int, columns: int, read: Parts, written: Parts) -> None:
+        self.values = place.seen("values", "", (rows, columns), "F32")
+        self.stored = self._views(place, "raw", read)
+        self.rounded = self._views(place, "encoded", written)
+        self.raw, self.encoded = _bytes(self.stored), _bytes(self.rounded)
+        self._prepare(written.storage)
+
+    def _views(self, place: Place, use: str, parts: Parts) -> dict[str, torch.Tensor]:
+        """Return role → a buffer in the shape of the part; float32 stays where it is computed."""
+        if parts.storage == FLOAT32 and use in {"raw", "encoded"}:
+            return dict.fromkeys(parts.ranges, self.values)
+        return {role: place.seen(use, role, part.shape, part.dtype) for role, part in parts.ranges.items()}
+
+    def _prepare(self, target: Storage) -> None:
+        """Find out where a value shows that is not finite: in floats that are written, or in what was encoded."""
         import torch
 
-        self.values = place.seen("values", rows, columns, "F32")
-        self._stored = self.values if stored == "F32" else place.seen("raw", rows, columns, stored)
-        self.rounded = self.values if written == "F32" else place.seen("encoded", rows, columns, written)
-        self.raw, self.encoded = _bytes(self._stored), _bytes(self.rounded)
-        self._total = torch.empty((), dtype=self.rounded.dtype)
+        floats = {getattr(torch, name) for name in TORCH_NAMES.values()}
+        found = [part for part in self.rounded.values() if part.dtype in floats]
+        self._floats = found if target.is_dense else [self.values, *found]
+        self._axes = [tuple(range(part.dim())) for part in self._floats]
+        self._totals = [self._total(part) for part in self._floats]
 
-    def decode(self, codec: Codec) -> None:
+    def _total(self, part: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return torch.empty((), dtype=part.dtype)
+
+    def decode(self, codec: Codec, tile: Tile) -> None:
         """Make `values` of what was read."""
-        codec.decode(self._stored, self.values)
+        codec.decode(tile, self.stored, self.values)
 
-    def encode(self, codec: Codec) -> None:
-        """Make what is written of `values`."""
+    def encode(
+        self,
+        codec: Codec,
+        tile: Tile,
+        survey: torch.Tensor | None = None,
+        stored: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Make what is written of `values`; see `Codec.encode`."""
         import torch
 
-        codec.encode(self.values, self.rounded)
-        torch.sum(self.rounded, dim=(0, 1), out=self._total)
+        codec.encode(tile, self.values, self.rounded, survey, stored)
+        for part, axes, total in zip(self._floats, self._axes, self._totals, strict=True):
+            torch.sum(part, dim=axes, out=total)
 
     def wait(self) -> None:
         """Wait until `encoded` is complete, and `raw` may be overwritten."""
@@ -62,8 +105,9 @@ class Frame:
         """
         import torch
 
-        return isfinite(self._total.item()) or all(
-            isfinite(end.item()) for end in torch.aminmax(self.rounded)
+        return all(
+            isfinite(total.item()) or all(isfinite(end.item()) for end in torch.aminmax(part))
+            for part, total in zip(self._floats, self._totals, strict=True)
         )
 
 
@@ -73,29 +117,44 @@ class CudaFrame(Frame):
     Nothing waits for the GPU but `wait`; all is in the order of the thread's current stream.
     """
 
-    def __init__(self, place: Place, rows: int, columns: int, stored: str, written: str) -> None:
-        import torch
-
-        self.values = place.seen("values", rows, columns, "F32")
-        self._stored = place.seen("uploaded", rows, columns, stored)
-        self.rounded = place.seen("downloading", rows, columns, written)
-        self._landing = place.seen("raw", rows, columns, stored)
-        self._leaving = place.seen("encoded", rows, columns, written)
+    def __init__(self, place: Place, rows: int, columns: int, read: Parts, written: Parts) -> None:
+        self.values = place.seen("values", "", (rows, columns), "F32")
+        self.stored = self._views(place, "uploaded", read)
+        self.rounded = self._views(place, "downloading", written)
+        self._landing = self._on_host(place, "raw", read)
+        self._leaving = self._on_host(place, "encoded", written)
         self.raw, self.encoded = _bytes(self._landing), _bytes(self._leaving)
-        self._total = torch.empty((), dtype=self.rounded.dtype, pin_memory=True)
+        self._prepare(written.storage)
         self._event = place.event
 
-    def decode(self, codec: Codec) -> None:
+    def _on_host(self, place: Place, use: str, parts: Parts) -> dict[str, torch.Tensor]:
+        return {role: place.seen(use, role, part.shape, part.dtype) for role, part in parts.ranges.items()}
+
+    def _total(self, part: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return torch.empty((), dtype=part.dtype, pin_memory=True)
+
+    def decode(self, codec: Codec, tile: Tile) -> None:
         """Upload what was read, and make `values` of it."""
-        self._stored.copy_(self._landing, non_blocking=True)
-        codec.decode(self._stored, self.values)
+        for role, landing in self._landing.items():
+            self.stored[role].copy_(landing, non_blocking=True)
+        codec.decode(tile, self.stored, self.values)
         self._event.record()
 
-    def encode(self, codec: Codec) -> None:
+    def encode(
+        self,
+        codec: Codec,
+        tile: Tile,
+        survey: torch.Tensor | None = None,
+        stored: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Make what is written of `values`, and download it."""
-        codec.encode(self.values, self.rounded)
-        self._leaving.copy_(self.rounded, non_blocking=True)
-        self._total.copy_(self.rounded.sum(), non_blocking=True)
+        codec.encode(tile, self.values, self.rounded, survey, stored)
+        for role, leaving in self._leaving.items():
+            leaving.copy_(self.rounded[role], non_blocking=True)
+        for part, total in zip(self._floats, self._totals, strict=True):
+            total.copy_(part.sum(), non_blocking=True)
         self._event.record()
 
     def wait(self) -> None:
@@ -108,43 +167,48 @@ class Place:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._frames: dict[tuple[int, int, str, str], Frame] = {}
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self._frames: dict[tuple[object, ...], Frame] = {}
         self.event: Any = None
         if device != "cpu":
             import torch
 
             self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def frame(self, rows: int, columns: int, stored: str, written: str) -> Frame:
-        """Return the frame of a shape and two dtypes."""
-        key = (rows, columns, stored, written)
+    def frame(self, rows: int, columns: int, read: Parts, written: Parts) -> Frame:
+        """Return the frame of a shape and two storages."""
+        key = (rows, columns, read.key(), written.key())
         found = self._frames.get(key)
         if found is None:
             if len(self._frames) >= _MOST_FRAMES:
                 self._frames.clear()
             made = Frame if self.event is None else CudaFrame
-            found = made(self, *key)
+            found = made(self, rows, columns, read, written)
             self._frames[key] = found
         return found
 
-    def seen(self, role: str, rows: int, columns: int, dtype: str) -> torch.Tensor:
-        """Return the beginning of a buffer as a matrix; a buffer that is too small is replaced, frames and all."""
+    def seen(self, use: str, role: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        """Return the beginning of a buffer in some shape; a buffer that is too small is replaced, frames and all.
+
+        Args:
+            use: what the buffer is for; role: of the part that it holds, if it holds one.
+            shape: that is wanted; dtype: safetensors code.
+        """
         import torch
 
-        nbytes = rows * columns * DTYPE_BITS[dtype] // 8
-        held = self._buffers.get(role)
+        nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+        held = self._buffers.get((use, role))
         if held is None or held.numel() < nbytes:
             self._frames.clear()
-            on_host = self.event is None or role in {"raw", "encoded"}
+            on_host = self.event is None or use in {"raw", "encoded"}
             held = torch.empty(
                 nbytes,
                 dtype=torch.uint8,
                 device="cpu" if on_host else self._device,
                 pin_memory=on_host and self.event is not None,
             )
-            self._buffers[role] = held
-        return held[:nbytes].view(getattr(torch, TORCH_NAMES[dtype])).view(rows, columns)
+            self._buffers[use, role] = held
+        return held[:nbytes].view(getattr(torch, TORCH_TYPES[dtype])).view(shape)
 
 
 class Workbench:
@@ -165,19 +229,20 @@ class Workbench:
         """Return a workbench for a device, as deep as pays there."""
         return cls(device, 1 if device == "cpu" else CUDA_DEPTH)
 
-    def frame(self, rows: int, columns: int, stored: str, written: str) -> Frame:
+    def frame(self, rows: int, columns: int, read: Parts, written: Parts) -> Frame:
         """Return the next place's frame for a tile; what it held `depth` tiles ago is gone.
 
         Args:
-            stored: dtype code of what is read; written: of what is written.
+            rows: of the tile; columns: of it.
+            read: what is read; written: what is written.
         """
         place = self._places[self._next]
         self._next = (self._next + 1) % self.depth
-        return place.frame(rows, columns, stored, written)
+        return place.frame(rows, columns, read, written)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a host tensor's memory."""
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> dict[str, memoryview]:
+    """Return the memory of some tensors on the host."""
     import torch
 
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    return {role: tensor.view(-1).view(torch.uint8).numpy().data for role, tensor in tensors.items()}

@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_merge.core.plan import Copy, Merge, Step, View
-from lora_merge.core.tensor import nbytes_of
+from lora_merge.core.plan import Merge, Step, View
+from lora_merge.core.tensor import TensorRef, nbytes_of
+from lora_merge.core.weight import FLOAT32, WEIGHT
 from lora_merge.io.input_files import tell_digest
-from lora_merge.io.safetensors import load
+from lora_merge.io.weights import values_of
 from lora_merge.merge import Merger
 from lora_merge.writers import InMemory, Norms
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Weight
 
 
 def merged_in_float32(step: Step) -> torch.Tensor:
-    """Return W′ of a stored tensor, in its shape, as it is before it is rounded to what it is stored as.
+    """Return W′ of a stored weight, in its shape, as it is before it is encoded.
 
     Raises:
         CheckpointError: a source cannot be read.
     """
     wide = _wide(step)
-    (slot,) = wide.slots
-    sink = InMemory(slot.nbytes)
-    record = Merger(sink, "cpu", is_checked=False)(wide)
-    assert isinstance(wide.op, Merge)
-    tell_digest(wide.op.parts[0], record.source)
-    return sink.tensor(slot.shape)
+    sink = InMemory(wide.nbytes)
+    (record,) = Merger(sink, "cpu", is_checked=False)(wide)
+    for role, digest in record.source.items():
+        tell_digest(wide.reads[role], digest)
+    return sink.tensor(step.shape)
 
 
 def change_of(step: Step) -> torch.Tensor:
-    """Return W′ - W of a stored tensor, float32, in its shape; nothing is rounded to what it is stored as.
+    """Return W′ - W of a stored weight, float32, in its shape; nothing is rounded to what it is stored as.
 
     Raises:
         CheckpointError: a source cannot be read.
     """
-    assert isinstance(step.op, Merge)
-    return merged_in_float32(step).sub_(load(step.op.parts[0]).float())
+    return merged_in_float32(step).sub_(values_of(step.source))
 
 
-def norms_of(step: Step, before: TensorRef) -> tuple[float, float]:
-    """Return ‖W‖ and ‖W′ - W‖ of a stored tensor, in the Frobenius norm, read tile by tile.
+def norms_of(step: Step, before: Weight) -> tuple[float, float]:
+    """Return ‖W‖ and ‖W′ - W‖ of a stored weight, in the Frobenius norm, read tile by tile.
 
     Args:
         step: of the plan.
-        before: the base's own tensor, which another of the same shape may take the place of.
+        before: the base's own weight, which another of the same shape may take the place of.
 
     Raises:
         CheckpointError: a source cannot be read.
@@ -59,10 +57,11 @@ def norms_of(step: Step, before: TensorRef) -> tuple[float, float]:
 
 
 def _wide(step: Step) -> Step:
-    """Return a step that makes the same tensor in float32."""
-    (slot,) = step.slots
-    wide = replace(slot, dtype="F32", start=0, nbytes=nbytes_of("F32", slot.shape))
-    op = step.op
-    if isinstance(op, Copy):
-        op = Merge("dense", (op.source,), (), View.of(slot.shape))
-    return Step((wide,), op, step.replaced)
+    """Return a step that makes the same weight in float32."""
+    shape, op = step.shape, step.op
+    place = TensorRef(step.name, FLOAT32.dtype, shape, "", 0, nbytes_of(FLOAT32.dtype, shape))
+    if isinstance(op, Merge):
+        wide = Merge(op.source, FLOAT32, op.deltas, op.view, op.reach, op.combination)
+    else:
+        wide = Merge(step.source, FLOAT32, (), View.of(shape))
+    return Step(step.name, {WEIGHT: place}, wide, step.replaced)

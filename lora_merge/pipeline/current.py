@@ -248,11 +248,9 @@ class _Looked:
         steps = [step for step in self._plan.steps if newer & _sources(step)]
         then = self._manifest.tensors
         copies = {step.op.source: step for step in steps if isinstance(step.op, Copy)}
-        for ref in self._others(
-            list(copies), lambda ref: then[copies[ref].slots[0].name].digest, tensor_digest
-        ):
+        for ref in self._others(list(copies), lambda ref: then[copies[ref].main.name].digest, tensor_digest):
             yield f"the base has changed: {ref.file}: {ref.name} is not what was merged"
-        merges = {step.slots[0]: step for step in steps if isinstance(step.op, Merge)}
+        merges = {step.main: step for step in steps if isinstance(step.op, Merge)}
         if not merges:
             return
         try:
@@ -263,7 +261,9 @@ class _Looked:
         with one_torch_thread():
             merger = Merger(_Nowhere(), device)
             for slot in self._others(
-                list(merges), lambda slot: then[slot.name].digest, lambda slot: merger(merges[slot]).digest
+                list(merges),
+                lambda slot: " ".join(then[one.name].digest for one in merges[slot].slots),
+                lambda slot: " ".join(record.digest for record in merger(merges[slot])),
             ):
                 yield f"the base has changed: {slot.name} would be another one now"
 
@@ -311,8 +311,7 @@ def _looks_wrong(ref: TensorRef, source: TensorRef | None) -> bool:
 
 def _sources(step: Step) -> set[str]:
     """Return the files that a step reads tensors of the base from."""
-    op = step.op
-    return {op.source.file} if isinstance(op, Copy) else {part.file for part in op.parts}
+    return {ref.file for ref in step.reads.values()}
 
 
 def adapter_standing(conversion: Conversion) -> Standing:

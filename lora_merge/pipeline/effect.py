@@ -34,14 +34,16 @@ def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival])
     plan = planned.plan
     if is_reshaped(plan) or any(one.unchanged < 1 and one.delta_norm for one in survival.values()):
         return
-    base = planned.checkpoint.by_name()
+    base = planned.checkpoint.parameters()
     for step in plan.steps:
-        (slot,) = step.slots
         if step.action in {"copied", "cast"}:
             continue
-        before = base.get(slot.name)
-        if before is None or not same_values(replace(slot, file=str(root / slot.file)), before):
+        before = base.get(step.name)
+        if before is None or before.parts.keys() != step.writes.keys():
             return
+        for role, slot in step.writes.items():
+            if not same_values(replace(slot, file=str(root / slot.file)), before.parts[role]):
+                return
     if any(one.delta_norm for one in survival.values()):
         sentence = (
             "every change is too small for the dtype it is stored in, so the output is a copy of the base"

@@ -107,7 +107,8 @@ def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
         for names, checkpoint in ((after.keys() - before.keys(), base), (before.keys() - after.keys(), tuned))
         for stored in [stored_in(checkpoint)]
         for name in names
-        if (ref := counterpart(name, stored, checkpoint)) is not None
+        for weight in [counterpart(name, stored, checkpoint)]
+        if weight is not None and (ref := weight.plain) is not None
     }
     known, stored = build_skeleton(base.config), stored_in(tuned)
     tied = (build_skeleton(tuned.config) or known).tied if known is not None else {}

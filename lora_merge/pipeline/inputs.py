@@ -94,20 +94,17 @@ def used_by(steps: Iterable[Step], records: Iterable[TensorRecord]) -> dict[Plac
     by_name = {record.name: record for record in records}
     found = {}
     for step in steps:
-        record, source = by_name.get(step.slots[0].name), source_of(step)
+        record = by_name.get(step.main.name)
         if record is not None:
-            found[Place(source.file, source.start, source.nbytes)] = source_digest(step, record)
+            for source, digest in sources_of(step, record):
+                found[Place(source.file, source.start, source.nbytes)] = digest
     return found
 
 
-def source_of(step: Step) -> TensorRef:
-    """Return the stored tensor that a step copies, or changes."""
-    return step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
-
-
-def source_digest(step: Step, record: TensorRecord) -> str:
-    """Return the digest of the stored tensor that a step copied, or changed, as it was read."""
-    return record.digest if isinstance(step.op, Copy) else record.source
+def sources_of(step: Step, record: TensorRecord) -> list[tuple[TensorRef, str]]:
+    """Return the stored tensors that a step copied, or changed, and the digest of each as it was read."""
+    digests = dict.fromkeys(step.reads, record.digest) if isinstance(step.op, Copy) else record.source
+    return [(ref, digests.get(role, "")) for role, ref in step.reads.items()]
 
 
 def check_copied(inputs: Inputs, plan: MergePlan, root: Path) -> None:

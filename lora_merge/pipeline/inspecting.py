@@ -12,7 +12,7 @@ from lora_merge import plots
 from lora_merge.convert import Maker, draft
 from lora_merge.core.loose_ends import without_base
 from lora_merge.core.lora import Given, Recipe
-from lora_merge.core.plan import Copy, Merge, Step
+from lora_merge.core.plan import Merge, Step
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.errors import PlanError
@@ -22,8 +22,8 @@ from lora_merge.io.files import read_json, read_text, user_path
 from lora_merge.io.hub import Access
 from lora_merge.io.machine import usable_cores
 from lora_merge.io.needed import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
-from lora_merge.io.safetensors import box_norm
 from lora_merge.io.side_files import CARD_FILE
+from lora_merge.io.weights import weight_norm
 from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of, norms_of
 from lora_merge.pipeline.families import added_tokens, base_config, family_of
@@ -199,23 +199,21 @@ class _Measuring:
         """Return ``(path, ‖W‖², ‖Δ‖²)`` of every module that has a part in a stored tensor."""
         step = piece.step
         deltas = step.op.deltas if isinstance(step.op, Merge) else ()
-        (slot,) = step.slots
-        source = step.op.source if isinstance(step.op, Copy) else step.op.parts[0]
-        before = self._joined.before(slot.name) or (None if step.replaced else source)
+        before = self._joined.before(step.name) or (None if step.replaced else step.source)
         targets = dict.fromkeys(_path(delta.target, self._factored) for delta in deltas)
         if before is None or step.replaced or any(path not in self._factored for path in targets):
-            is_comparable = before is not None and before.shape == slot.shape
+            is_comparable = before is not None and before.shape == step.shape
             weight, delta = norms_of(step, before) if before and is_comparable else (0.0, 0.0)
-            found = [(path, weight**2, delta**2) for path in targets or (slot.name,)]
+            found = [(path, weight**2, delta**2) for path in targets or (step.name,)]
         else:
             boxes = {(_path(delta.target, self._factored), delta.region.box) for delta in deltas}
-            found = [(path, box_norm(before, at) ** 2, 0.0) for path, at in boxes]
+            found = [(path, weight_norm(before, at) ** 2, 0.0) for path, at in boxes]
         self._watch.advance(piece.nbytes)
         return found
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
-            _path(delta.target, self._factored): step.slots[0].shape
+            _path(delta.target, self._factored): step.shape
             for step in self._joined.steps
             if isinstance(step.op, Merge)
             for delta in step.op.deltas

@@ -14,7 +14,7 @@ from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.choosing import has_formula
 from lora_merge.checks.gate import RULES
 from lora_merge.checks.placed import placed
-from lora_merge.checks.projecting import projected
+from lora_merge.checks.projecting import suspects_of
 from lora_merge.checks.recorded import recorded
 from lora_merge.core.checkpoint import CONFIG_FILE, Output
 from lora_merge.core.identity import Inputs
@@ -22,7 +22,7 @@ from lora_merge.core.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
 from lora_merge.core.shortage import MORE, memory_for
-from lora_merge.core.tensor import TensorRecord, TensorRef
+from lora_merge.core.tensor import TORCH_NAMES, TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
 from lora_merge.io.files import is_directory, read_json, real_path, user_path, why_no_file
 from lora_merge.io.hub import Access
@@ -311,17 +311,22 @@ class _Proving:
         The digests of merges are compared with the manifest's. Projections are made anew, where not all is recomputed.
         """
         for step in plan.steps:
-            (slot,) = step.slots
-            here = replace(slot, file=str(Path(self.output.root, slot.file)))
+            here = {
+                role: replace(slot, file=str(Path(self.output.root, slot.file)))
+                for role, slot in step.writes.items()
+            }
             if isinstance(step.op, Copy):
+                (slot,) = step.slots
                 yield TensorRecord(
                     slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True
                 )
                 continue
-            suspects = None if self.request.level == "full" else projected(step, here).suspects()
-            yield TensorRecord(
-                slot.name, slot.file, slot.nbytes, digest="", finite=is_finite(here), suspects=suspects
-            )
+            suspects = None if self.request.level == "full" else suspects_of(step, here)
+            for role, slot in step.writes.items():
+                finite = slot.dtype not in TORCH_NAMES or is_finite(here[role])
+                yield TensorRecord(
+                    slot.name, slot.file, slot.nbytes, digest="", finite=finite, suspects=suspects
+                )
 
 
 def _nothing_compared(findings: list[Finding]) -> list[Finding]:

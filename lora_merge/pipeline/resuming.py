@@ -12,7 +12,7 @@ from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.io import journal
 from lora_merge.io.files import digest_text, new_digest
 from lora_merge.io.safetensors import tensor_digest
-from lora_merge.pipeline.inputs import changed_times, lasting, source_digest, source_of
+from lora_merge.pipeline.inputs import changed_times, lasting, sources_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,7 +76,12 @@ def finished(
     slots = {slot.name: slot for step in plan.steps for slot in step.slots}
     before, now = journal.changed(stage.home), changed_times(inputs)
     same = frozenset(path for path, time in now.items() if before.get(path) == time)
-    doubtful = {step.slots[0].name: step for step in plan.steps if source_of(step).file not in same}
+    doubtful = {
+        slot.name: step
+        for step in plan.steps
+        if not same.issuperset(ref.file for ref in step.reads.values())
+        for slot in step.slots
+    }
     there = [
         _Written(
             record,
@@ -94,7 +99,19 @@ def finished(
         watch.advance(piece.nbytes)
         if is_whole:
             found.append(piece.record)
-    return found
+    return _whole_steps(plan, found)
+
+
+def _whole_steps(plan: MergePlan, records: Sequence[TensorRecord]) -> list[TensorRecord]:
+    """Return the records of steps that are done; one of which a part is missing is done again as a whole."""
+    there = {record.name for record in records}
+    done = {
+        slot.name
+        for step in plan.steps
+        if there.issuperset(slot.name for slot in step.slots)
+        for slot in step.slots
+    }
+    return [record for record in records if record.name in done]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +121,7 @@ class _Written:
     record: TensorRecord
     ref: TensorRef
     step: Step | None
-    """What made it, where its source may have other bytes now."""
+    """What made it, where a source of it may have other bytes now."""
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +134,7 @@ class _Written:
             return False
         if self.step is None:
             return True
-        return tensor_digest(source_of(self.step)) == source_digest(self.step, self.record)
+        return all(tensor_digest(ref) == digest for ref, digest in sources_of(self.step, self.record))
 
 
 def _is_of(record: TensorRecord, slot: TensorRef | None) -> bool:

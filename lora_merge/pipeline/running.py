@@ -176,7 +176,7 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
     changed = [step for step in plan.steps if step.action != "copied"]
     slots = [slot for step in changed for slot in step.slots]
     merged = patched_config(base_config, plan.config_patch)
-    rows = {value for key, value in plan.config_patch.items() if key.endswith("vocab_size")}
+    rows = {value for key, value in plan.config_patch.set.items() if key.endswith("vocab_size")}
     combined = any(isinstance(step.op, Merge) and step.op.combination for step in plan.steps)
     alone = len(uses) == 1 and uses[0].weight == 1 and not combined
     return Ingredients(
@@ -187,11 +187,11 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
         base_is_residual=joined.reading.base_is == "residual",
         old_experts=any(use.adapter.stacked and _lies_otherwise(joined, use.adapter.config) for use in uses),
         n_rows=max(rows, default=None),
-        touched=frozenset(slot.name for slot in slots),
+        touched=frozenset(step.name for step in changed),
         roundoff=max(
             (UNIT_ROUNDOFF[slot.dtype] for slot in slots if slot.dtype in UNIT_ROUNDOFF), default=0.0
         ),
-        longest=max((max(slot.shape, default=1) for slot in slots), default=1),
+        longest=max((max(step.shape, default=1) for step in changed), default=1),
         unrounded=lambda: dict(_unrounded(plan)),
     )
 

@@ -371,10 +371,10 @@ class _Orders:
     @property
     def nbytes(self) -> int:
         """Return the bytes that are written."""
-        return sum(order.slot.nbytes for _, order in self.wanted)
+        return sum(order.step.nbytes for _, order in self.wanted)
 
 
-_Done = list[tuple[Output, list[TensorRecord]]]
+_Done = list[tuple[Output, Sequence[TensorRecord]]]
 """The records that a piece of work leaves, output by output."""
 
 
@@ -395,8 +395,7 @@ def _shared_orders(merges: Iterable[tuple[Output, Step]]) -> list[_Orders]:
     """Return merges, those whose source may be read once for several outputs together."""
     found: dict[tuple[object, ...], list[tuple[Output, Order]]] = {}
     for output, step in merges:
-        assert isinstance(step.op, Merge)
-        order = Order(step.slots[0], step.op, output.writer)
+        order = Order(step, output.writer)
         found.setdefault(order.alike(), []).append((output, order))
     return [_Orders(tuple(wanted)) for wanted in found.values()]
 
@@ -407,7 +406,7 @@ def _copier(watches: Stopwatches) -> Callable[[_Copies], _Done]:
     def copy(work: _Copies) -> _Done:
         first, stretch = work.wanted[0]
         records = Copier(first.writer, watches)(stretch)
-        done = [(first, records)]
+        done: _Done = [(first, records)]
         for output, other in work.wanted[1:]:
             output.writer.copy(other)
             done.append((output, _renamed(records, other)))
@@ -426,8 +425,8 @@ def _renamed(records: Sequence[TensorRecord], stretch: Stretch) -> list[TensorRe
 
 def _merged(merger: Merger, work: _Orders) -> _Done:
     """Make one stored tensor into that of every output that wants it."""
-    records = merger.together([order for _, order in work.wanted])
-    return [(output, [record]) for (output, _), record in zip(work.wanted, records, strict=True)]
+    made = merger.together([order for _, order in work.wanted])
+    return [(output, records) for (output, _), records in zip(work.wanted, made, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

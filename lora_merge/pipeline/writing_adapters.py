@@ -162,7 +162,7 @@ def _lora(job: Conversion, made: Sequence[Made]) -> Lora:
                 "", 0, "pad_rank", sentence, hint=f"add --rank {max(recipe.ranks)} to keep less of it"
             )
         made = [replace(one, padded=rank) for one in made]
-    modules = module_paths(job.base.by_name()) if job.base else ()
+    modules = module_paths(job.base.parameters()) if job.base else ()
     config = adapter_config(job.adapter, made, recipe, modules, job.found.whole)
     base_config = job.base.config if job.base else {}
     return Lora(tuple(made), config, job.found.whole, base_config)

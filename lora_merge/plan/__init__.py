@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.core.checkpoint import ConfigPatch
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.shards import index_text, parse_size
 from lora_merge.errors import PlanError, UnsupportedError
 from lora_merge.plan.draft import join, touches_embeddings
 from lora_merge.plan.joined import Joined
-from lora_merge.plan.placing import dtype_patch, main_dtype, place_all, slots_of
+from lora_merge.plan.placing import dtype_patch, main_dtype, place_all, slots_of, storages_of
 from lora_merge.plan.quantised import quantised_config
 from lora_merge.plan.questions import combining_issues, judged, merged_before
 from lora_merge.plan.settings import Policy, Reading
@@ -54,10 +55,11 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
     ]
     raise_errors(issues)
     main = main_dtype(base)
-    slots, cast_issues = slots_of(joined.outline, joined.shapes, main, policy.dtype)
+    storages, cast_issues = storages_of(joined.outline, main, policy.dtype)
+    slots = slots_of(joined.outline, joined.shapes, storages)
     max_shard_bytes = None if policy.max_shard_size is None else parse_size(policy.max_shard_size)
     files = place_all(joined.outline, slots, max_shard_bytes)
-    steps = tuple(joined.step(slot, policy) for file in files for slot in file.slots)
+    steps = joined.steps_into(files, storages, policy)
     raise_errors(beyond_float32(steps))
     indexed = len(files) > 1 or (base.sharded and max_shard_bytes is None)
     return MergePlan(
@@ -67,7 +69,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
         files=files,
         steps=steps,
         side_files=joined.side_files,
-        config_patch={**dtype_patch(base, main, policy.dtype), **joined.config_patch},
+        config_patch=ConfigPatch({**dtype_patch(base, main, policy.dtype), **joined.config_patch}),
         index=index_text(files, base.index_metadata) if indexed else "",
         issues=(*issues, *cast_issues, *joined.issues_of_files),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name, patched_config
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, ConfigPatch, owner_name, patched_config
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.skeleton import same_layers
@@ -163,7 +163,7 @@ class _Draft:
             ]
         (order,) = orders
         patch = replication_patch(self._base.config, order, len(layers))
-        patched = patched_config(self._base.config, patch)
+        patched = patched_config(self._base.config, ConfigPatch(patch))
         if not same_layers(self._base.config, patched, stem, order):
             sentence = (
                 "repeats layers, and what a layer of this model is depends on its place or is not known"
@@ -183,7 +183,9 @@ class _Draft:
             return []
         self.outline = headed.outline
         self.config_patch |= headed.config_patch
-        self._model = Model(self.outline, patched_config(self._model.config, headed.config_patch))
+        self._model = Model(
+            self.outline, patched_config(self._model.config, ConfigPatch(headed.config_patch))
+        )
         return list(headed.issues)
 
     def _find_tie(self) -> None:

@@ -31,7 +31,7 @@ def effect_issues(plan: MergePlan, uses: Sequence[AdapterUse]) -> list[Issue]:
 
 def is_reshaped(plan: MergePlan) -> bool:
     """Return True when the output's config differs from the base's in more than a dtype: layers, rows, a tie."""
-    return any(not key.endswith("dtype") for key in plan.config_patch)
+    return any(not key.endswith("dtype") for key in plan.config_patch.set)
 
 
 def _why(use: AdapterUse) -> tuple[str, str]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import MergePlan, Step
-    from lora_merge.core.tensor import TensorRef
 
 _WITHOUT_LAYOUT = {
     "tied": "it is an end of the tied embeddings",
@@ -91,7 +90,7 @@ def matches_of(plan: MergePlan, name: str) -> tuple[Match, ...]:
 
 def nearest(plan: MergePlan, name: str) -> list[str]:
     """Return the names that are most like one that nothing answers to."""
-    known = {slot.name for step in plan.steps for slot in step.slots}
+    known = {step.name for step in plan.steps}
     known |= {
         delta.target
         for step in plan.steps
@@ -104,28 +103,27 @@ def nearest(plan: MergePlan, name: str) -> list[str]:
 
 
 def _matches(plan: MergePlan, step: Step, name: str) -> Iterator[Match]:
-    slot = step.slots[0]
     deltas = step.op.deltas if isinstance(step.op, Merge) else ()
-    source = step.op.parts[0] if isinstance(step.op, Merge) else step.op.source
-    stored = name in _names(slot.name)
+    source = next(iter(step.reads.values()))
+    stored = name in _names(step.name)
     for delta in deltas:
         if stored or name in _names(delta.target):
-            yield _match(plan, delta, source)
+            yield _match(plan, delta, step.shape, source.file)
     if step.replaced and (stored or name in _names(source.name.removeprefix(PREFIX))):
         yield Match(
-            slot.name, "replaced", slot.name, slot.shape, source.file, "", "", False, "replaced", 0, 1.0, ""
+            step.name, "replaced", step.name, step.shape, source.file, "", "", False, "replaced", 0, 1.0, ""
         )
     elif stored and not deltas:
-        yield Match(slot.name, "", slot.name, slot.shape, source.file, "", "", False, step.action, 0, 1.0, "")
+        yield Match(step.name, "", step.name, step.shape, source.file, "", "", False, step.action, 0, 1.0, "")
 
 
-def _match(plan: MergePlan, delta: PlacedDelta, source: TensorRef) -> Match:
+def _match(plan: MergePlan, delta: PlacedDelta, shape: tuple[int, ...], file: str) -> Match:
     return Match(
         parameter=delta.target,
         rule=delta.rule or "identity",
         tensor=delta.tensor,
-        shape=source.shape,
-        file=source.file,
+        shape=shape,
+        file=file,
         part=_indexed(delta.region.box),
         of_adapter=_indexed(delta.part),
         transposed=delta.region.transposed,

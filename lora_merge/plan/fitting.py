@@ -241,7 +241,7 @@ class Fitting:
             sentence = "is a whole weight that differs from the base's, and the config does not say that it was trained"
             hint = "PEFT would load it into the base without a word; add its module to modules_to_save if it is meant"
             return error("unexpected-tensor", ref.name, sentence, hint)
-        if ref.dtype != source.dtype and not {ref.dtype, source.dtype} <= TORCH_NAMES.keys():
+        if ref.dtype != source.dtype and not (ref.dtype in TORCH_NAMES and source.holds_floats):
             sentence = f"is stored as {ref.dtype}, the base's as {source.dtype}; expected BF16, F16 or F32"
             return error("bad-dtype", ref.name, sentence)
         resized = ref.shape[1:] == source.shape[1:] and self._is_resizable(name)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, owner_name, patched_config
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, ConfigPatch, owner_name, patched_config
 from lora_merge.core.conversion import NOT_STORED, Conversion
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.skeleton import TASK_MAPPINGS, class_for_task, meta_model
@@ -156,7 +156,7 @@ class _Head:
     def _shapes(self, n_labels: int | None) -> dict[str, tuple[int, ...]]:
         """Return the parameters of the class with so many labels; none where it cannot have so many."""
         built = meta_model(
-            patched_config(self._model.config, _patch(self._model.config, self._name, n_labels))
+            patched_config(self._model.config, ConfigPatch(_patch(self._model.config, self._name, n_labels)))
         )
         return {} if built is None else {key: tuple(value.shape) for key, value in built.state_dict().items()}
 
@@ -170,7 +170,7 @@ class _Head:
             return Headed(self._model.outline, issues=(error("bad-shape", min(self.tensors), sentence),))
         n_labels = rows.pop() if rows else None
         patch = _patch(self._model.config, self._name, n_labels)
-        conversion = Conversion.of(patched_config(self._model.config, patch))
+        conversion = Conversion.of(patched_config(self._model.config, ConfigPatch(patch)))
         assert conversion is not None
         if not any(self._is_known(name, conversion) for name in self._model.sources):
             sentence = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,17 @@ from lora_merge.core.skeleton import Skeleton, build_skeleton, meta_model
 from lora_merge.layouts import Stored
 from lora_merge.plan.change import Change
 from lora_merge.plan.outline import Outline
-from lora_merge.plan.placing import slots_of
+from lora_merge.plan.placing import slots_of, storages_of
 from lora_merge.plan.settings import Policy, Reading
-from lora_merge.plan.steps import step_for
+from lora_merge.plan.steps import Wanted
 from lora_merge.plan.ties import Tie
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Step
+    from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Storage, Weight
 
 _UNCHANGED = Change()
 
@@ -104,17 +106,34 @@ class Joined:
         """Return the shape of a tensor of the output."""
         return self.shapes.get(name, self.outline.sources[name].shape)
 
-    def step(self, slot: TensorRef, policy: Policy) -> Step:
-        """Return the step that writes one tensor of the output.
+    def steps_into(
+        self, files: tuple[OutputFile, ...], storages: Mapping[str, Storage], policy: Policy
+    ) -> tuple[Step, ...]:
+        """Return what makes each parameter of an output, in the order of its bytes.
 
         Args:
-            slot: its place; its name tells which it is.
+            files: of the output; they hold a tensor for each part of the outline, in its order.
+            storages: how each parameter is stored.
             policy: how changes of several adapters become one.
         """
+        slots = [slot for file in files for slot in file.slots]
+        writes: dict[str, dict[str, TensorRef]] = {}
+        for (name, role), slot in zip(self.outline.parts, slots, strict=True):
+            writes.setdefault(name, {})[role] = slot
+        order = {slot.name: n for n, slot in enumerate(slots)}
+        steps = (
+            step
+            for name, places in writes.items()
+            for step in self._wanted(name, storages[name], places).steps(policy)
+        )
+        return tuple(sorted(steps, key=lambda step: order[step.main.name]))
+
+    def _wanted(self, name: str, target: Storage, writes: Mapping[str, TensorRef]) -> Wanted:
+        """Return a parameter of the output, with what is done to it."""
         tie = self.tie if not self.is_untied else None
-        key = tie.source if tie is not None and slot.name in tie.stored else slot.name
-        change = self.changes.get(slot.name, _UNCHANGED)
-        return step_for(slot, self.outline.sources[slot.name], change, policy, key)
+        key = tie.source if tie is not None and name in tie.stored else name
+        change = self.changes.get(name, _UNCHANGED)
+        return Wanted(name, self.outline.sources[name], change, target, writes, key)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -122,11 +141,16 @@ class Joined:
 
         Changes of several adapters are added up.
         """
-        slots, _ = slots_of(self.outline, self.shapes, None, None)
+        storages, _ = storages_of(self.outline, None, None)
+        slots = slots_of(self.outline, self.shapes, storages)
+        writes: dict[str, dict[str, TensorRef]] = {}
+        for (name, role), slot in slots.items():
+            writes.setdefault(name, {})[role] = slot
         steps = (
-            self.step(replace(slot, file="", start=0), Policy())
-            for name, slot in slots.items()
+            step
+            for name in writes
             if name in self.changes
+            for step in self._wanted(name, storages[name], writes[name]).steps(Policy())
         )
         return tuple(step for step in steps if step.action in {"merged", "replaced"})
 
@@ -138,7 +162,7 @@ class Joined:
     @cached_property
     def stored(self) -> Stored:
         """Return the base's tensors as layouts look at them."""
-        return Stored(self.base.by_name(), lambda: Conversion.of(self.base.config))
+        return Stored(self.base.parameters(), lambda: Conversion.of(self.base.config))
 
     @cached_property
     def skeleton(self) -> Skeleton | None:
@@ -172,8 +196,8 @@ class Joined:
             return is_end and bool(self.base.config.get("tie_word_embeddings"))
         return self._other_end(module) is not None
 
-    def before(self, name: str) -> TensorRef | None:
-        """Return the base's own tensor behind one of the output: of a tie, the one that is stored; None for a new one."""
+    def before(self, name: str) -> Weight | None:
+        """Return the base's own weight behind one of the output: of a tie, the one that is stored; None for a new one."""
         if name in self.stored.tensors or self.skeleton is None:
             return self.stored.tensors.get(name)
         other = self.skeleton.ends().get(f"{self.stored.module(name.removesuffix('.weight'))}.weight")

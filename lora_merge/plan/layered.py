@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Delta
-from lora_merge.core.checkpoint import patched_config
+from lora_merge.core.checkpoint import ConfigPatch, patched_config
 from lora_merge.core.injection import BIAS_TYPES, Injection, InjectionError, Target, parents, sort_by_module
 from lora_merge.core.kinds import DECOMPOSING, NATIVE, PREFIX, TRAINER_FIELDS, field_issues, mutating_init
 from lora_merge.core.patterns import TargetError, patterns_of
@@ -97,7 +97,7 @@ class _Join:
         patch: dict[str, Any] = {}
         for name, ref in self._brought.items():
             patch |= vocabulary_patch(self._model.config, self._model.source(name).shape[0], ref.shape[0])
-        return patched_config(self._model.config, patch) if patch else self._model.config
+        return patched_config(self._model.config, ConfigPatch(patch)) if patch else self._model.config
 
     def _adapter_config(self) -> Mapping[str, Any]:
         """Return the configuration for PEFT on the model as transformers has it now.
@@ -143,7 +143,13 @@ class _Join:
             if found is None or found.whole is None:
                 return None
             self._located[f"{target.module}.{parameter}"] = found
-            base[parameter] = self._brought.get(found.whole) or self._model.source(found.whole)
+            source = self._model.source(found.whole)
+            if source.plain is None:
+                sentence = f"is stored by {source.storage.codec}, and this PEFT method needs plain tensors"
+                hint = "merge into the full-precision model"
+                self.issues.append(error("unsupported", found.whole, sentence, hint))
+                return None
+            base[parameter] = self._brought.get(found.whole) or source.plain
         odd_shape = _not_mergeable(self._adapter, target, base.get("weight"))
         if odd_shape is not None:
             self.issues.append(odd_shape)

@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, cast
 
 from lora_merge.core.report import Issue, error
-from lora_merge.core.tensor import TORCH_NAMES, shape_text
+from lora_merge.core.tensor import shape_text
 from lora_merge.deltas import LowRankFacts
 from lora_merge.plan.model import SAVE_ANEW
 
@@ -34,9 +34,9 @@ class Misfits:
     def of(self, delta: Delta, place: Place, found: Located) -> Issue | None:
         """Return what keeps a delta from being merged into the tensor it names."""
         name = place.tensor
-        dtype, shape = self._model.source(name).dtype, self._shape(name)
-        if dtype not in TORCH_NAMES:
-            sentence = f"is stored as {dtype}, expected BF16, F16 or F32"
+        source, shape = self._model.source(name), self._shape(name)
+        if not source.holds_floats:
+            sentence = f"is stored as {source.dtype}, expected BF16, F16 or F32"
             return error("unsupported", name, sentence, "merge into the full-precision model")
         if found.by_boxes:
             return _part_misfit(delta, place, found)

@@ -17,7 +17,7 @@ from lora_merge.plan.shared import Shared, shared_weights
 from lora_merge.plan.ties import Tie
 
 if TYPE_CHECKING:
-    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Weight
 
 SAVE_ANEW = (
     "load the base in transformers, save_pretrained(…, save_original_format=False), and merge into that"
@@ -49,8 +49,8 @@ class Model:
         return tied
 
     @property
-    def sources(self) -> Mapping[str, TensorRef]:
-        """Return the stored tensors by their names in the output."""
+    def sources(self) -> Mapping[str, Weight]:
+        """Return the stored weights by their names in the output."""
         return self.outline.sources
 
     @cached_property
@@ -68,8 +68,8 @@ class Model:
         """Return the tensors as layouts look at them."""
         return Stored(self.sources, lambda: Conversion.of(self.config, self.part))
 
-    def source(self, name: str) -> TensorRef:
-        """Return the stored tensor behind a name of the output; a user of a shared weight has one, stored or not."""
+    def source(self, name: str) -> Weight:
+        """Return the stored weight behind a name of the output; a user of a shared weight has one, stored or not."""
         if name in self.sources:
             return self.sources[name]
         if self.tie is not None and name in {self.tie.embedding, self.tie.head}:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.checkpoint import config_levels
 from lora_merge.core.patterns import TargetError
 from lora_merge.core.skeleton import derived_lists
-from lora_merge.core.tensor import TensorRef
+from lora_merge.core.weight import Weight
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.core.tensor import TensorRef
 
 _MOST_LAYERS = 4096
 """Of a model whose layers are repeated."""
@@ -35,41 +36,49 @@ _BY_NUMBER = frozenset({"mlp_only_layers", "cross_attention_layers", "full_attn_
 
 @dataclass(frozen=True)
 class OutlineFile:
-    """One weight file of the output, by its tensors' names."""
+    """One weight file of the output, by what it holds."""
 
     name: str
     metadata: Mapping[str, str]
-    names: tuple[str, ...]
-    """In the order of their bytes."""
+    parts: tuple[tuple[str, str], ...]
+    """``(parameter, role)`` of each tensor, in the order of their bytes."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """Names of the output and the stored tensors behind them; at first, the base's own."""
+    """Parameters of the output and the stored weights behind them; at first, the base's own."""
 
     files: tuple[OutlineFile, ...]
 
-    sources: Mapping[str, TensorRef]
-    """Name in the output → stored tensor, which may have another name."""
+    sources: Mapping[str, Weight]
+    """Name in the output → stored weight, which may have another name."""
 
     @classmethod
     def of(cls, base: Checkpoint) -> Outline:
         """Return the outline of a base, unchanged."""
+        sources = base.parameters()
+        owners = {ref.name: (name, role) for name, one in sources.items() for role, ref in one.parts.items()}
         files = tuple(
-            OutlineFile(file.name, file.metadata, tuple(ref.name for ref in file.tensors))
+            OutlineFile(file.name, file.metadata, tuple(owners[ref.name] for ref in file.tensors))
             for file in base.files
         )
-        return cls(files, base.by_name())
+        return cls(files, sources)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Return every name, in the order of the files' bytes."""
-        return tuple(name for file in self.files for name in file.names)
+        """Return every parameter, in the order of the files' bytes."""
+        return tuple(dict.fromkeys(name for name, _ in self.parts))
+
+    @cached_property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """Return ``(parameter, role)`` of every tensor, in the order of the files' bytes."""
+        return tuple(part for file in self.files for part in file.parts)
 
     def with_twin(self, name: str, twin: str) -> Outline:
-        """Return the outline with another tensor of the same source, right behind the first."""
+        """Return the outline with another parameter of the same source, its tensors right behind those of the first."""
+        copies = {name: (name, twin)}
         files = tuple(
-            replace(file, names=_after(file.names, name, twin)) if name in file.names else file
+            replace(file, parts=tuple(_copied(file.parts, lambda one: copies.get(one, (one,)))))
             for file in self.files
         )
         return Outline(files, {**self.sources, twin: self.sources[name]})
@@ -77,22 +86,25 @@ class Outline:
     def without(self, names: Collection[str]) -> Outline:
         """Return the outline without some tensors; a file that is left without any goes too."""
         files = (
-            replace(file, names=tuple(name for name in file.names if name not in names))
+            replace(file, parts=tuple(part for part in file.parts if part[0] not in names))
             for file in self.files
         )
         sources = {name: ref for name, ref in self.sources.items() if name not in names}
-        return Outline(tuple(file for file in files if file.names), sources)
+        return Outline(tuple(file for file in files if file.parts), sources)
 
     def with_new(self, tensors: Mapping[str, TensorRef]) -> Outline:
         """Return the outline with more tensors at its end, each from a file of its own."""
         last = self.files[-1]
-        files = (*self.files[:-1], replace(last, names=(*last.names, *tensors)))
-        return Outline(files, {**self.sources, **tensors})
+        new = {name: Weight.dense(ref) for name, ref in tensors.items()}
+        parts = ((name, role) for name, weight in new.items() for role in weight.parts)
+        files = (*self.files[:-1], replace(last, parts=(*last.parts, *parts)))
+        return Outline(files, {**self.sources, **new})
 
     def renamed(self, names: Mapping[str, str]) -> Outline:
-        """Return the outline with other names for some tensors."""
+        """Return the outline with other names for some parameters."""
         files = tuple(
-            replace(file, names=tuple(names.get(name, name) for name in file.names)) for file in self.files
+            replace(file, parts=tuple((names.get(name, name), role) for name, role in file.parts))
+            for file in self.files
         )
         return Outline(files, {names.get(name, name): ref for name, ref in self.sources.items()})
 
@@ -103,7 +115,7 @@ def replicated(outline: Outline, layers: tuple[int, ...]) -> Outline:
     Reference:
         ``peft.tuners.tuners_utils.replicate_layers`` (PEFT 0.21.2).
     """
-    sources: dict[str, TensorRef] = {}
+    sources: dict[str, Weight] = {}
     copies: dict[str, list[str]] = {}
     stem = layer_stem(outline)
     for name in outline.names:
@@ -118,10 +130,9 @@ def replicated(outline: Outline, layers: tuple[int, ...]) -> Outline:
             ]
         sources |= dict.fromkeys(copies[name], outline.sources[name])
     files = tuple(
-        replace(file, names=tuple(copy for name in file.names for copy in copies[name]))
-        for file in outline.files
+        replace(file, parts=tuple(_copied(file.parts, lambda one: copies[one]))) for file in outline.files
     )
-    return Outline(tuple(file for file in files if file.names), sources)
+    return Outline(tuple(file for file in files if file.parts), sources)
 
 
 def layer_stem(outline: Outline) -> str:
@@ -191,6 +202,8 @@ def replication_patch(config: Mapping[str, Any], layers: tuple[int, ...], n_laye
     return patch
 
 
-def _after(names: tuple[str, ...], name: str, new: str) -> tuple[str, ...]:
-    at = names.index(name) + 1
-    return (*names[:at], new, *names[at:])
+def _copied(
+    parts: Iterable[tuple[str, str]], copies: Callable[[str], Sequence[str]]
+) -> Iterator[tuple[str, str]]:
+    """Yield some parts, each under all the parameters that are made of its own."""
+    return ((copy, role) for name, role in parts for copy in copies(name))

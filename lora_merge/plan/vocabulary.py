@@ -84,10 +84,15 @@ def _resize_others(
 ) -> None:
     """Cut the embeddings that the adapter does not bring, or say that their new rows are missing."""
     before, rows = model.source(name).shape[0], shapes[name][0]
-    for other, ref in outline.sources.items():
-        if other in shapes or ref.shape[:1] != (before,) or not model.is_embedding(other):
+    for other, weight in outline.sources.items():
+        if other in shapes or weight.shape[:1] != (before,) or not model.is_embedding(other):
             continue
-        if rows < before:
+        ref = weight.plain
+        if rows < before and ref is None:
+            sentence = f"is stored by {weight.storage.codec}, and cannot be cut to the {rows} rows of {name}"
+            found.issues.append(error("resized", other, sentence, "resize the base in transformers first"))
+            continue
+        if rows < before and ref is not None:
             shape = (rows, *ref.shape[1:])
             n_bytes = ref.nbytes // before * rows
             found.cut[other] = replace(ref, shape=shape, nbytes=n_bytes)

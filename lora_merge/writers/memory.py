@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from math import sqrt
+from math import prod, sqrt
 from typing import TYPE_CHECKING
 
-from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.core.tensor import nbytes_of
 from lora_merge.io import files
+from lora_merge.io.weights import WeightReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.stretches import Stretch
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Weight
 
 
 class InMemory:
@@ -59,13 +61,13 @@ class InMemory:
 
 
 class Norms:
-    """How large a weight is, and how large the change of it; filled with the merged tensor in float32.
+    """How large a weight is, and how large the change of it; filled with the merged weight in float32.
 
     Args:
         before: the weight as it is stored.
     """
 
-    def __init__(self, before: TensorRef) -> None:
+    def __init__(self, before: Weight) -> None:
         self._before = before
         self._weight = self._delta = 0.0
 
@@ -75,7 +77,7 @@ class Norms:
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
-        """Yield a function that is given the next bytes of the merged tensor.
+        """Yield a function that is given the next bytes of the merged weight, whole rows of it.
 
         Raises:
             CheckpointError: the weight cannot be read.
@@ -83,17 +85,16 @@ class Norms:
         import torch
 
         del slot
-        dtype: torch.dtype = getattr(torch, TORCH_NAMES[self._before.dtype])
-        at = self._before.start
-        with files.open_for_reading(self._before.file) as fd:
+        *outer, columns = self._before.shape if len(self._before.shape) > 1 else (*self._before.shape, 1)
+        row_bytes = nbytes_of("F32", (columns,))
+        done = 0
+        with WeightReader(self._before, prod(outer)) as reader:
 
             def compare(buffer: memoryview) -> None:
-                nonlocal at
+                nonlocal done
                 after = torch.frombuffer(buffer, dtype=torch.float32)
-                raw = torch.empty(after.numel(), dtype=dtype)
-                files.read_into(fd, raw.view(torch.uint8).numpy().data, at, self._before.file)
-                at += raw.nbytes
-                before = raw.float()
+                start, done = done, done + len(buffer) // row_bytes
+                before = reader.values(start, done).view(-1)
                 self._weight += float(before.square().sum())
                 self._delta += float(before.sub_(after).square_().sum())
 

@@ -267,11 +267,11 @@ def of_peft(workshop, name, parameter):
     kind = next(kind for kind in KINDS if kind.name == name)
     case = building.case(workshop, kind, kind.models[0], "float32")
     steps = lora_merge.plan(base=case.base, adapter=case.adapter).steps
-    step = next(step for step in steps if step.slots[0].name == parameter)
+    step = next(step for step in steps if step.name == parameter)
     assert isinstance(step.op, Merge)
     (spec,) = step.op.deltas
     factors = {role: load(ref) for role, ref in spec.factors.items()}
-    return spec, factors, step.op.view, load(step.op.parts[0]).view(step.op.view.n_rows, -1)
+    return spec, factors, step.op.view, load(step.op.source.plain).view(step.op.view.n_rows, -1)
 
 
 def loha(workshop):
@@ -527,6 +527,6 @@ def test_pefts_layer_computes_in_the_dtype_of_the_weight_unless_the_output_has_a
     steps = lora_merge.plan(base=case.base, adapter=case.adapter).steps
     op = next(step.op for step in steps if isinstance(step.op, Merge))
     factors = {role: load(ref) for role, ref in op.deltas[0].factors.items()}
-    weight = load(op.parts[0]).float().view(op.view.n_rows, -1)
+    weight = load(op.source.plain).float().view(op.view.n_rows, -1)
     ALGEBRAS["peft_layer"](op.deltas[0], factors, stored).apply(weight, weight, 0, len(weight))
     assert torch.equal(weight, weight.bfloat16().float()) == on_the_grid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.choosing import has_formula, some_rows
 from lora_merge.checks.expecting import manner_of
 from lora_merge.core.adapter import Delta
+from lora_merge.core.checkpoint import ConfigPatch
 from lora_merge.core.kinds import LAYERED, NATIVE
 from lora_merge.core.plan import Copy, Merge, View
 from lora_merge.core.provenance import Provenance
@@ -30,6 +32,7 @@ from lora_merge.writers import HfCheckpoint
 from tests import planting
 from tests.parity import building
 from tests.parity.kinds import KINDS
+from tests.steps import dense_merge
 from tests.tampering import edit_json, edit_pickle, to_pickles
 
 LEVELS = ("sample", "full")
@@ -62,7 +65,7 @@ def outcome(tmp_path) -> Callable[..., Evidence]:
         root.mkdir()
         writer = HfCheckpoint(Folder.of(root))
         writer.reserve(plan)
-        records = tuple(run_serial(Merger(writer, "cpu"), plan.steps))
+        records = tuple(chain.from_iterable(run_serial(Merger(writer, "cpu"), plan.steps)))
         paths = tuple(map(str, adapter if isinstance(adapter, list) else [adapter]))
         adapters = tuple(read(Path(parse_adapter(path)[0])) for path in paths)
         versions = {"lora-merge": lora_merge.__version__}
@@ -178,7 +181,7 @@ def flip_in(kind, byte):
     """Flip a bit in one byte of the first tensor that was copied, or merged."""
 
     def plant(evidence):
-        slot = steps_of(evidence, kind)[0].slots[0]
+        slot = steps_of(evidence, kind)[0].main
         flip(evidence.root / slot.file, range(slot.start, slot.end)[byte])
         return evidence
 
@@ -203,21 +206,21 @@ def nudge(evidence, slot, row, n_steps=2):
 
 def view_of(evidence, slot):
     """Return the view of a merged tensor."""
-    return next(step.op.view for step in steps_of(evidence, Merge) if step.slots[0] == slot)
+    return next(step.op.view for step in steps_of(evidence, Merge) if step.main == slot)
 
 
 def nudge_row(row):
     """Nudge a row of the first merged tensor."""
 
     def plant(evidence):
-        nudge(evidence, steps_of(evidence, Merge)[0].slots[0], row)
+        nudge(evidence, steps_of(evidence, Merge)[0].main, row)
         return evidence
 
     return plant
 
 
 def set_nan(evidence):
-    slot = steps_of(evidence, Merge)[0].slots[0]
+    slot = steps_of(evidence, Merge)[0].main
     path = evidence.root / slot.file
     content = bytearray(path.read_bytes())
     content[slot.start : slot.start + 2] = b"\xff\x7f"
@@ -228,7 +231,7 @@ def set_nan(evidence):
 def keep_as_in_the_base(evidence):
     """Put the base's bytes in the place of the first merged tensor."""
     step = steps_of(evidence, Merge)[0]
-    slot, source = step.slots[0], step.op.parts[0]
+    slot, source = step.main, step.op.source.plain
     path = evidence.root / slot.file
     content = bytearray(path.read_bytes())
     content[slot.start : slot.end] = Path(source.file).read_bytes()[source.start : source.end]
@@ -239,7 +242,7 @@ def keep_as_in_the_base(evidence):
 def double_a_row(evidence):
     """Multiply every value of a row of the first merged tensor by two, in bfloat16."""
     step = steps_of(evidence, Merge)[0]
-    slot = step.slots[0]
+    slot = step.main
     path = evidence.root / slot.file
     content = bytearray(path.read_bytes())
     bits = np.frombuffer(content, np.uint16, slot.nbytes // 2, slot.start).reshape(step.op.view.n_rows, -1)
@@ -250,7 +253,7 @@ def double_a_row(evidence):
 
 def not_finite(evidence):
     """Have the first merged tensor hold NaN, and its record say that it may."""
-    name = steps_of(set_nan(evidence), Merge)[0].slots[0].name
+    name = steps_of(set_nan(evidence), Merge)[0].main.name
     records = tuple(replace(one, finite=one.finite and one.name != name) for one in evidence.records)
     return replace(evidence, records=records)
 
@@ -311,7 +314,7 @@ def swap_files(table):
 def miscounted(evidence):
     """Say in the output's config that there is one more token, and in the plan that this was wanted."""
     edit_json(evidence.root / "config.json", vocab_size=97)
-    return replace(evidence, plan=replace(evidence.plan, config_patch={"vocab_size": 97}))
+    return replace(evidence, plan=replace(evidence.plan, config_patch=ConfigPatch({"vocab_size": 97})))
 
 
 @dataclass(frozen=True)
@@ -432,7 +435,7 @@ def test_full_recomputation_finds_two_steps_in_any_row_and_says_where(
     evidence = outcome(base, pico_adapter(base, target_modules="all-linear"), "full")
     places = {}
     for n, step in enumerate(steps_of(evidence, Merge)):
-        slot = step.slots[0]
+        slot = step.main
         places[slot.name] = nudge(evidence, slot, 7 * n % slot.shape[0])
     assert_found_at(evidence, places)
 
@@ -498,7 +501,7 @@ def test_two_steps_of_the_dtype_are_found_in_the_output_of_any_formula(named, mo
     assert any(step.op.deltas for step in steps)
     places = {}
     for n, step in enumerate(steps):
-        slot = step.slots[0]
+        slot = step.main
         # where PEFT rounds a delta, or the weight in between, the right value is known to one step less each
         rounded = any(delta.rounded for delta in step.op.deltas)
         settled = any(delta.round_before_next for delta in step.op.deltas)
@@ -512,7 +515,7 @@ def test_two_steps_of_the_dtype_are_found_in_the_output_of_any_formula(named, mo
 @pytest.mark.parametrize("row", [1, 17, 80, 2, 95])
 def test_two_steps_are_found_in_a_trained_row_and_in_any_other(row, outcome_of):
     evidence = outcome_of({"trainable_token_indices": 1}, "llama", "bfloat16")
-    slot = next(step.slots[0] for step in steps_of(evidence, Merge) if "embed" in step.slots[0].name)
+    slot = next(step.main for step in steps_of(evidence, Merge) if "embed" in step.main.name)
     place = nudge(evidence, slot, row)
     assert_found_at(evidence, {slot.name: place})
 
@@ -520,12 +523,12 @@ def test_two_steps_are_found_in_a_trained_row_and_in_any_other(row, outcome_of):
 @pytest.mark.parametrize("shape", [(1000, 2), (1000,), (1000, 4, 3, 3)])
 def test_a_sample_of_a_large_tensor_takes_three_rows_and_those_that_are_suspect(shape):
     slot = TensorRef("w", "BF16", shape, "file", 0, 0)
-    op = Merge("dense", (slot,), (), View.of(shape, stacked=True))
-    sample = some_rows(slot, op)
+    op = dense_merge(slot, (), View.of(shape, stacked=True))
+    sample = some_rows(slot.name, op)
     assert sample == sorted(sample)
     assert {0, 999} < set(sample)
     assert len(sample) == 3
-    assert some_rows(slot, op, ((7, 9), (990, 1000))) == sorted({*sample, 7, 8, *range(990, 1000)})
+    assert some_rows(slot.name, op, ((7, 9), (990, 1000))) == sorted({*sample, 7, 8, *range(990, 1000)})
 
 
 @pytest.mark.parametrize(("kind", "model", "dtype"), kinds_of(NATIVE))
@@ -534,8 +537,8 @@ def test_projections_of_every_kind_suspect_a_row_of_zeros(kind, model, dtype, wo
     options = OPTIONS[next(one for one in KINDS if one.name == kind).options]
     plan = lora_merge.plan(base=case.base, adapter=case.adapter, **options)
     place = planting.place_in(plan, 0)
-    (step,) = [step for step in plan.steps if step.slots[0].name == place.name]
-    with planting.in_merge("a row of zeros", place, step.op.parts[0].name):
+    (step,) = [step for step in plan.steps if step.main.name == place.name]
+    with planting.in_merge("a row of zeros", place, step.op.source.name):
         evidence = outcome_of({kind: 1}, model, dtype)
     (record,) = [record for record in evidence.records if record.name == place.name]
     if not manner_of(step.op):
@@ -547,8 +550,8 @@ def test_projections_of_every_kind_suspect_a_row_of_zeros(kind, model, dtype, wo
 @pytest.mark.parametrize(("shape", "n_experts"), [((8, 125, 2), 8), ((500, 2, 3), 63)])
 def test_a_sample_of_stacked_experts_takes_a_row_of_each_or_of_many(shape, n_experts):
     slot = TensorRef("w", "BF16", shape, "file", 0, 0)
-    op = Merge("dense", (slot,), (), View.of(shape, stacked=True))
-    sample = some_rows(slot, op)
+    op = dense_merge(slot, (), View.of(shape, stacked=True))
+    sample = some_rows(slot.name, op)
     assert {0, 999} < set(sample)
     assert len({row // shape[1] for row in sample}) >= n_experts
 
@@ -558,7 +561,7 @@ def test_a_sample_of_parts_takes_a_row_of_each(at_once):
     slot = TensorRef("w", "BF16", (6, 40, 2), "file", 0, 0)
     parts = [Region(box=((n, n + at_once), (10, 20), (0, 2))) for n in range(0, 6, at_once)]
     deltas = tuple(Delta("w", LowRankFacts(), {}).placed("w", region) for region in parts)
-    sample = some_rows(slot, Merge("dense", (slot,), deltas, View.of(slot.shape, stacked=True)))
+    sample = some_rows(slot.name, dense_merge(slot, deltas, View.of(slot.shape, stacked=True)))
     for region in parts:
         first = region.box[0][0]
         assert any(row // 40 == first and 10 <= row % 40 < 20 for row in sample)

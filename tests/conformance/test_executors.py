@@ -8,10 +8,11 @@ from contextlib import closing
 import pytest
 import torch
 
-from lora_merge.core.plan import Copy, Step
+from lora_merge.core.plan import Copy
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.executors import EXECUTORS, pick
 from lora_merge.executors.threads import run_threads
+from tests.steps import step_at
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 each = pytest.mark.parametrize(
@@ -27,7 +28,7 @@ PAUSE_SECONDS = 0.02
 def steps_of(sizes):
     """Return one step for each size in bytes."""
     refs = [TensorRef(f"t{n}", "U8", (nbytes,), "file", 0, nbytes) for n, nbytes in enumerate(sizes)]
-    return [Step((ref,), Copy(ref)) for ref in refs]
+    return [step_at(ref, Copy(ref)) for ref in refs]
 
 
 class Work:
@@ -53,7 +54,7 @@ class Work:
 def test_every_step_is_done_once_and_leaves_one_record(executor, n_workers, sizes):
     steps, work = steps_of(sizes), Work()
     records = list(executor(work, steps, n_workers))
-    names = sorted(step.slots[0].name for step in steps)
+    names = sorted(step.name for step in steps)
     assert sorted(record.name for record in records) == names
     assert sorted(work.began) == names
     assert sum(record.nbytes for record in records) == sum(sizes)
@@ -109,7 +110,7 @@ def test_every_thread_is_told_to_begin_before_its_first_step():
 
     def do(step):
         assert threading.get_ident() in begun
-        return step.slots[0].name
+        return step.name
 
     names = list(run_threads(do, steps, 3, begin=lambda: begun.add(threading.get_ident())))
     assert len(names) == 20

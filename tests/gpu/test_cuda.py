@@ -44,7 +44,7 @@ def bound(step, stored):
         with safe_open(ref.file, "pt") as file:
             return file.get_tensor(ref.name).double().abs()
 
-    slot, weight = step.slots[0], step.op.parts[0]
+    slot, weight = step.main, step.op.source.plain
     magnitude, rank = factor(weight), 0
     for delta in step.op.deltas:
         product = factor(delta.factors["B"]) @ factor(delta.factors["A"])
@@ -68,7 +68,7 @@ def test_a_merge_on_cuda_is_within_one_rounding_of_the_cpus(family, dtype, pico,
     assert sorted(on_cpu) == sorted(on_cuda)
     n_merged = 0
     for step in lora_merge.plan(base=base, adapter=adapter).steps:
-        name = step.slots[0].name
+        name = step.name
         if isinstance(step.op, Merge):
             wanted = on_cpu[name].double()
             assert ((on_cuda[name].double() - wanted).abs() <= bound(step, wanted)).all(), name

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from lora_merge.cli import exits
 from lora_merge.core import plan
 from lora_merge.core.adapter import Delta
-from lora_merge.core.plan import Merge, Step, View
+from lora_merge.core.plan import View
 from lora_merge.core.tensor import Region
 from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
 from lora_merge.merge import Merger, one_torch_thread
 from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.parity.test_tiles import Memory, written
+from tests.steps import dense_merge, step_at
 
 N_EXPERTS, HIDDEN, INNER, RANK, ALPHA = 4, 64, 40, 3, 4.5
 LAYERS = (0, 1)
@@ -171,13 +172,13 @@ def test_two_experts_in_each_others_place_do_not_pass_verification(stacked, tmp_
     write_adapter(tmp_path / "adapter", 1)
     honest = Merger._algebra
 
-    def swapping(self, fd, op, delta, slot):
+    def swapping(self, op, delta):
         pairs = {f"{experts(0)}.1.up_proj.weight": 2, f"{experts(0)}.2.up_proj.weight": 1}
         if delta.target in pairs:
             other = f"{experts(0)}.{pairs[delta.target]}.up_proj.weight"
             twin = next(one for one in op.deltas if one.target == other)
             delta = replace(delta, delta=replace(delta.delta, factors=twin.factors))
-        return honest(self, fd, op, delta, slot)
+        return honest(self, op, delta)
 
     monkeypatch.setattr(Merger, "_algebra", swapping)
     result = cli("--base", stacked, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
@@ -231,7 +232,7 @@ def test_a_part_is_changed_and_nothing_beside_it(block, kind, transposed, tmp_pa
     sink, view = Memory(), View.of(shape, stacked=len(shape) == 3)
     reach = "columns" if kind == "dora" and transposed else "rows"
     with one_torch_thread():
-        Merger(sink, "cpu")(Step((refs["W"],), Merge("dense", (refs["W"],), (spec,), view, reach)))
+        Merger(sink, "cpu")(step_at(refs["W"], dense_merge(refs["W"], (spec,), view, reach)))
     assert len(view.tiles()) > 1
     result = torch.frombuffer(bytearray(sink.content), dtype=torch.float32).view(shape)
     place = tuple(slice(start, end) for start, end in at)
@@ -253,7 +254,7 @@ def test_a_part_of_a_bias_is_changed_and_nothing_beside_it(tmp_path):
     spec = delta.placed("W", Region(box=((30, 50),)), part=((10, 30),))
     sink = Memory()
     with one_torch_thread():
-        Merger(sink, "cpu")(Step((refs["W"],), Merge("dense", (refs["W"],), (spec,), View.of((90,)))))
+        Merger(sink, "cpu")(step_at(refs["W"], dense_merge(refs["W"], (spec,), View.of((90,)))))
     result = torch.frombuffer(bytearray(sink.content), dtype=torch.float32)
     weight[30:50] += 2 * addend[10:]
     torch.testing.assert_close(result, weight)

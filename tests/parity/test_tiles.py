@@ -10,10 +10,11 @@ import torch
 
 from lora_merge.core import plan
 from lora_merge.core.adapter import Delta
-from lora_merge.core.plan import Merge, Step, View
+from lora_merge.core.plan import View
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef
 from lora_merge.deltas import DoraFacts, LowRankFacts, Stack, StackedFacts
 from lora_merge.merge import Merger, one_torch_thread
+from tests.steps import dense_merge, step_at
 
 SHAPES = [(1000, 300), (300, 1000), (257, 129), (64, 64), (65, 1031), (129, 8), (3, 500), (1, 1)]
 SCALE = 1.7  # no power of two, so that its rounding shows
@@ -68,8 +69,8 @@ def test_many_tiles_have_the_bits_of_one_product(shape, rank, transposed, tmp_pa
         spec = stated.placed("W", Region(transposed))
         sink = Memory()
         with one_torch_thread():
-            op = Merge("dense", (refs["W"],), (spec,), View.of(shape))
-            record = Merger(sink, "cpu")(Step((refs["W"],), op))
+            op = dense_merge(refs["W"], (spec,), View.of(shape))
+            (record,) = Merger(sink, "cpu")(step_at(refs["W"], op))
         wanted = (weight.float() + delta).to(weight.dtype)
         if sink.content != wanted.view(torch.uint8).numpy().tobytes():
             wrong.append(code)
@@ -110,8 +111,8 @@ def test_two_deltas_and_a_change_of_dtype_are_rounded_once(weight_dtype, stored_
     slot = TensorRef("W", stored_as, (200, 90), "out", 0, len(raw))
     sink = Memory()
     with one_torch_thread():
-        op = Merge("dense", (refs["W"],), specs, View.of((200, 90)))
-        Merger(sink, "cpu")(Step((slot,), op))
+        op = dense_merge(refs["W"], specs, View.of((200, 90)), dtype=stored_as)
+        Merger(sink, "cpu")(step_at(slot, op))
     assert sink.content == raw
 
 
@@ -133,8 +134,8 @@ def test_tiles_across_experts_have_the_bits_of_each_experts_product(shape, trans
     spec = stated.placed("W", Region(transposed))
     sink = Memory()
     with one_torch_thread():
-        op = Merge("dense", (refs["W"],), (spec,), View.of(shape, stacked=True))
-        Merger(sink, "cpu")(Step((refs["W"],), op))
+        op = dense_merge(refs["W"], (spec,), View.of(shape, stacked=True))
+        Merger(sink, "cpu")(step_at(refs["W"], op))
     for expert in range(n):
         delta = (b[:, expert::n].contiguous() @ a[expert * rank : (expert + 1) * rank]) * SCALE
         weight[expert] += delta.T if transposed else delta
@@ -154,7 +155,7 @@ def test_tiles_and_panels_of_a_dora_in_out_have_the_bits_of_one_product(shape, t
     spec = Delta("W", DoraFacts(), factors, SCALE).placed("W", Region(transposed=True))
     sink, view = Memory(), View.of(shape)
     with one_torch_thread():
-        Merger(sink, "cpu")(Step((refs["W"],), Merge("dense", (refs["W"],), (spec,), view, "columns")))
+        Merger(sink, "cpu")(step_at(refs["W"], dense_merge(refs["W"], (spec,), view, "columns")))
         v = weight + (b @ a).T * SCALE
         # the norm of a column is of a row of Vᵀ, as PEFT takes it
         wanted = v * (magnitude / torch.linalg.norm(v.T, dim=1))

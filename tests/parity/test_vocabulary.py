@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_merge.core.checkpoint import patched_config
+from lora_merge.core.checkpoint import ConfigPatch, patched_config
 from lora_merge.plan.vocabulary import vocabulary_patch
 from tests.conftest import VOCAB, write_tokenizer
 from tests.parity import building
@@ -216,7 +216,7 @@ def test_a_size_is_written_where_it_is_said_and_where_it_is_a_default(config, le
     patch = vocabulary_patch(config, 32000, 32064)
     assert patch == dict.fromkeys(levels, 32064)
     for path in levels:
-        level = patched_config(config, patch)
+        level = patched_config(config, ConfigPatch(patch))
         for key in path.split("."):
             level = level[key]
         assert level == 32064

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,9 @@ def test_every_executor_writes_the_bytes_of_the_serial_one_for_a_plan_of_many_ki
             writer = HfCheckpoint(Folder.of(out))
             writer.reserve(plan)
             with one_torch_thread():
-                records = list(EXECUTORS[executor](Merger(writer, "cpu"), plan.steps, n_workers))
+                records = list(
+                    chain.from_iterable(EXECUTORS[executor](Merger(writer, "cpu"), plan.steps, n_workers))
+                )
             records.sort(key=lambda record: record.name)
             written[out.name] = (records, content(out))
         assert written["threads-2"] == written["serial-1"]

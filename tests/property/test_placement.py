@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lora_merge.core.plan import MIN_TILE_ROWS, PANEL_ELEMENTS, TILE_ELEMENTS, Combination, Merge, View
+from lora_merge.core.plan import MIN_TILE_ROWS, PANEL_ELEMENTS, TILE_ELEMENTS, Combination, View
 from lora_merge.core.shards import header_bytes, index_text, place, split
 from lora_merge.core.tensor import DTYPE_BITS, TensorRef, nbytes_of
 from lora_merge.io.safetensors import read_header
+from tests.steps import dense_merge
 
 WHOLE_BYTES = sorted(code for code, bits in DTYPE_BITS.items() if bits % 8 == 0)
 
@@ -151,5 +152,5 @@ def test_panels_cover_every_column_once_and_are_no_larger_than_they_may_be(view)
 def test_what_reaches_across_the_tensor_is_worked_on_at_once(view, reach):
     slot = TensorRef("w", "F32", (view.n_rows, view.columns), "file", 0, 0)
     how = Combination("ties", 0.5, 0, 4, "name") if reach == "tensor" else None
-    tiles = Merge("dense", (slot,), (), view, reach, how).tiles()
+    tiles = dense_merge(slot, (), view, reach, how).tiles()
     assert tiles == ([(0, view.n_rows)] if reach == "tensor" else view.tiles())

@@ -7,10 +7,12 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge.core.plan import Copy, MergePlan, Step
+from lora_merge.core.checkpoint import ConfigPatch
+from lora_merge.core.plan import Copy, MergePlan
 from lora_merge.core.shards import place
 from lora_merge.core.stretches import stretches, whole_copies
 from lora_merge.core.tensor import TensorRef
+from tests.steps import step_at
 
 copies = st.lists(
     st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.sampled_from("xy"), st.integers(0, 3), st.integers(0, 20)),
@@ -27,7 +29,7 @@ def steps_of(drawn):
         at[target] += target_gap // 2
         ref = TensorRef(f"t{n}", "U8", (nbytes,), source, at[source], nbytes)
         slot = TensorRef(f"t{n}", "U8", (nbytes,), target, at[target], nbytes)
-        steps.append(Step((slot,), Copy(ref)))
+        steps.append(step_at(slot, Copy(ref)))
         at[source] += nbytes
         at[target] += nbytes
     return steps
@@ -74,8 +76,8 @@ def plan_of(refs, changed=(), moved=0):
             slot.name, slot.dtype, slot.shape, "/base/model.safetensors", slot.start + moved, slot.nbytes
         )
         other = TensorRef(slot.name, slot.dtype, slot.shape, "/adapter", 8, slot.nbytes)
-        steps.append(Step((slot,), Copy(other if slot.name in changed else source)))
-    return MergePlan("/base", (), (), (sources,), tuple(steps), (), {}, "", ())
+        steps.append(step_at(slot, Copy(other if slot.name in changed else source)))
+    return MergePlan("/base", (), (), (sources,), tuple(steps), (), ConfigPatch(), "", ())
 
 
 REFS = [TensorRef(name, "F32", (3, 2), "", 0, 24) for name in ("one", "two", "three")]

@@ -17,7 +17,7 @@ import lora_merge
 from lora_merge.batch import Batch
 from lora_merge.batch_groups import MOST_TOGETHER
 from lora_merge.core.plan import Merge
-from lora_merge.io.safetensors import RowReader
+from lora_merge.io.weights import WeightReader
 from lora_merge.requests.job import Job
 from lora_merge.requests.request import Request
 from tests.parity import building
@@ -208,13 +208,13 @@ def test_tensors_of_many_tiles_are_those_of_merges_of_their_own(drawn, order, wo
 def bytes_read(monkeypatch):
     """Return a function: what to do → the bytes of the base's tensors that merging reads meanwhile."""
     counts = []
-    plain = RowReader.read_into
+    plain = WeightReader.read_into
 
-    def counted(self, buffer, start):
-        counts.append(len(buffer))
-        plain(self, buffer, start)
+    def counted(self, buffers, tile, ranges):
+        counts.append(sum(map(len, buffers.values())))
+        plain(self, buffers, tile, ranges)
 
-    monkeypatch.setattr(RowReader, "read_into", counted)
+    monkeypatch.setattr(WeightReader, "read_into", counted)
 
     def during(do):
         counts.clear()
@@ -232,7 +232,7 @@ def test_any_number_of_outputs_reads_as_many_bytes_as_one(shards, bytes_read, se
     others = [replace(alike[0], dtype=dtype) for dtype in ("float32", "float16", "bfloat16")]
     plan = lora_merge.plan(base=alike[0].base, adapter=alike[0].adapter)
     merged_bytes = sum(
-        step.op.parts[0].nbytes for step in plan.steps if isinstance(step.op, Merge) and step.op.deltas
+        step.op.source.nbytes for step in plan.steps if isinstance(step.op, Merge) and step.op.deltas
     )
 
     def carry_out(place, requests):

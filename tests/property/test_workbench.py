@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,26 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import lora_merge
+from lora_merge.codecs import CODECS
 from lora_merge.core.tensor import DTYPE_BITS
+from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile
 from lora_merge.executors import EXECUTORS
 from lora_merge.io.folder import Folder
 from lora_merge.merge import Merger, one_torch_thread
-from lora_merge.merge.workbench import Workbench
+from lora_merge.merge.workbench import Parts, Workbench
 from lora_merge.writers import HfCheckpoint
+
+
+def parts(rows, columns, dtype):
+    """Return a tile of a plain tensor, as it is stored."""
+    storage = Storage(DENSE, dtype)
+    return Parts(storage, CODECS[DENSE].ranges(Tile((rows, columns), rows, 0, rows), storage))
+
+
+def frame_of(bench, rows, columns, stored, written):
+    """Return a frame for a tile of a plain tensor."""
+    return bench.frame(rows, columns, parts(rows, columns, stored), parts(rows, columns, written))
+
 
 CODES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 tiles = st.tuples(
@@ -30,44 +45,42 @@ tiles = st.tuples(
 def test_a_frame_has_the_shape_and_dtypes_that_were_asked_for_and_bytes_to_match(drawn, depth):
     bench = Workbench("cpu", depth)
     for rows, columns, stored, written in drawn:
-        frame = bench.frame(rows, columns, stored, written)
-        assert frame.values.shape == frame.rounded.shape == (rows, columns)
-        assert (frame.values.dtype, frame.rounded.dtype) == (torch.float32, CODES[written])
-        assert len(frame.raw) == rows * columns * DTYPE_BITS[stored] // 8
-        assert len(frame.encoded) == rows * columns * DTYPE_BITS[written] // 8
+        frame = frame_of(bench, rows, columns, stored, written)
+        assert frame.values.shape == frame.rounded[WEIGHT].shape == (rows, columns)
+        assert (frame.values.dtype, frame.rounded[WEIGHT].dtype) == (torch.float32, CODES[written])
+        assert len(frame.raw[WEIGHT]) == rows * columns * DTYPE_BITS[stored] // 8
+        assert len(frame.encoded[WEIGHT]) == rows * columns * DTYPE_BITS[written] // 8
 
 
 def test_frames_that_are_under_way_together_share_no_memory():
     bench = Workbench("cpu", 3)
-    frames = [bench.frame(4, 8, "BF16", "F16") for _ in range(3)]
+    frames = [frame_of(bench, 4, 8, "BF16", "F16") for _ in range(3)]
     for n, frame in enumerate(frames):
         frame.values.fill_(n)
-        frame.rounded.fill_(n)
+        frame.rounded[WEIGHT].fill_(n)
     assert [frame.values.unique().tolist() for frame in frames] == [[0], [1], [2]]
-    assert [frame.rounded.unique().tolist() for frame in frames] == [[0], [1], [2]]
+    assert [frame.rounded[WEIGHT].unique().tolist() for frame in frames] == [[0], [1], [2]]
 
 
 def test_a_shape_that_comes_again_finds_its_views_and_a_larger_one_makes_all_anew():
     bench = Workbench("cpu")
-    small = bench.frame(4, 8, "BF16", "BF16")
-    assert bench.frame(2, 8, "BF16", "BF16") is not small
-    assert bench.frame(4, 8, "BF16", "BF16") is small
-    bench.frame(40, 80, "BF16", "BF16")
-    again = bench.frame(4, 8, "BF16", "BF16")
+    small = frame_of(bench, 4, 8, "BF16", "BF16")
+    assert frame_of(bench, 2, 8, "BF16", "BF16") is not small
+    assert frame_of(bench, 4, 8, "BF16", "BF16") is small
+    frame_of(bench, 40, 80, "BF16", "BF16")
+    again = frame_of(bench, 4, 8, "BF16", "BF16")
     assert again is not small
     assert again.values.data_ptr() != small.values.data_ptr()
 
 
 def test_values_that_are_not_finite_are_seen_and_sums_that_overflow_alone_are_not_mistaken():
-    from lora_merge.codecs import CODECS
-
     for written, dtype in CODES.items():
-        frame = Workbench("cpu").frame(300, 300, "F32", written)
+        frame = frame_of(Workbench("cpu"), 300, 300, "F32", written)
         largest = torch.finfo(dtype).max
         for value, finite in ((1.0, True), (largest, True), (float("inf"), False), (float("nan"), False)):
             frame.values.fill_(1.0 if finite is False else value)
             frame.values[7, 5] = value
-            frame.encode(CODECS["dense"])
+            frame.encode(CODECS[DENSE], Tile((300, 300), 300, 0, 300))
             assert frame.is_finite() is finite, (written, value)
 
 
@@ -106,7 +119,9 @@ def test_tiles_under_way_together_leave_the_bytes_of_one_at_a_time(dtype, drawn)
             writer = HfCheckpoint(Folder.of(out))
             writer.reserve(plan)
             with one_torch_thread():
-                records = list(EXECUTORS["threads"](Merger(writer, "cpu", 1 << 10), plan.steps, 2))
+                records = list(
+                    chain.from_iterable(EXECUTORS["threads"](Merger(writer, "cpu", 1 << 10), plan.steps, 2))
+                )
             records.sort(key=lambda record: record.name)
             written.append((records, (out / "model.safetensors").read_bytes()))
     assert written[0] == written[1]

@@ -6,9 +6,11 @@ import pytest
 
 from lora_merge.core.adapter import Delta
 from lora_merge.core.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, Budget, allot, peak_together
-from lora_merge.core.plan import RUNTIME_BYTES, TILE_ELEMENTS, Copy, Merge, MergePlan, Step, View
+from lora_merge.core.checkpoint import ConfigPatch
+from lora_merge.core.plan import RUNTIME_BYTES, TILE_ELEMENTS, Copy, MergePlan, View
 from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import LowRankFacts
+from tests.steps import dense_merge, step_at
 
 MB = 1 << 20
 
@@ -18,11 +20,11 @@ def step_of(rows, columns, reach="rows"):
     ref = TensorRef("w", "BF16", (rows, columns), "file", 0, 2 * rows * columns)
     factors = {"A": TensorRef("a", "F32", (4, columns), "file", 0, 16 * columns)}
     delta = Delta("w", LowRankFacts(), factors).placed("w")
-    return Step((ref,), Merge("dense", (ref,), (delta,), View.of(ref.shape), reach))
+    return step_at(ref, dense_merge(ref, (delta,), View.of(ref.shape), reach))
 
 
 def plan_of(*steps):
-    return MergePlan("base", (), (), (), steps, (), {}, "", ())
+    return MergePlan("base", (), (), (), steps, (), ConfigPatch(), "", ())
 
 
 PLAN = plan_of(*[step_of(4096, 4096)] * 3)
@@ -80,7 +82,7 @@ def test_the_peak_is_that_of_the_heaviest_steps_together_not_of_the_heaviest_as_
 
 def test_a_plan_of_copies_needs_little():
     ref = TensorRef("w", "BF16", (4096, 4096), "file", 0, 2 << 24)
-    assert plan_of(Step((ref,), Copy(ref))).peak_bytes(2) < RUNTIME_BYTES + 8 * MB
+    assert plan_of(step_at(ref, Copy(ref))).peak_bytes(2) < RUNTIME_BYTES + 8 * MB
 
 
 def test_merges_in_one_pass_take_what_each_takes_and_what_the_process_takes_once():

@@ -1,0 +1,90 @@
+"""What a codec is: a way to store the values of a weight in one tensor or several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import PartRange, Storage, Survey, Tile, Weight
+
+
+class Codec(Protocol):
+    """A way to store floating-point numbers. It has no state: one object serves all threads and all weights.
+
+    A *part* is one of the tensors that store a weight; its *role* says which one. A part that is the same for every row
+    (a scale for the whole tensor) belongs to every tile, with the same bytes.
+    """
+
+    survey: Survey
+    """What `encode` has to know of all values: ``"tensor"`` where a scale depends on the whole of them."""
+
+    def recognise(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterable[Weight]:
+        """Yield the weights that are stored this way.
+
+        Args:
+            tensors: of a checkpoint, by name; those that no codec before this one has taken.
+            config: its ``config.json``.
+        """
+
+    def names(self, name: str, storage: Storage) -> Mapping[str, str]:
+        """Return role → name of the tensor, for a parameter of some name."""
+
+    def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return role → ``(dtype, shape)`` of each part of a weight, the main part first."""
+
+    def alignment(self, shape: tuple[int, ...], storage: Storage) -> tuple[int, int]:
+        """Return the multiples of rows and of columns at which a tile may begin, counted in each matrix of a stack."""
+
+    def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
+        """Return role → the bytes of each part that a tile needs, and how they are given to `decode` and `encode`."""
+
+    def decode(self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        """Make float32 of what is stored.
+
+        Shapes:
+            parts: as `ranges` says; out: float32 ``[rows, columns]``.
+        """
+
+    def look(self, values: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
+        """Return what is known of all values after one more tile; only where `survey` is ``"tensor"``.
+
+        Args:
+            values: float32 ``[rows, columns]``.
+            found: what this returned for the tiles before; None at the first.
+        """
+
+    def encode(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> None:
+        """Store float32, each value as the nearest that the parts can hold.
+
+        Args:
+            tile: which rows.
+            values: float32 ``[rows, columns]``.
+            out: the parts to fill, shaped as `ranges` says.
+            survey: what `look` has returned at last; None where `survey` is ``"none"``.
+            stored: the parts that the values were decoded from, so that a scale can be kept; None where they were stored in
+                another way.
+        """
+
+    def bound(self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return by how much `decode` may differ from the values that were encoded into some parts.
+
+        Args:
+            tile: which rows.
+            values: as they were given to `encode`.
+            parts: as `encode` filled them.
+
+        Returns:
+            Float32, broadcast to ``[rows, columns]``; infinite where a value is beyond what the storage can hold.
+        """

@@ -1,0 +1,90 @@
+"""Plain tensors: BF16, F16 or F32, row by row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.tensor import TORCH_CODES, TORCH_NAMES, UNIT_ROUNDOFF, nbytes_of
+from lora_merge.core.weight import WEIGHT, PartRange, Survey, Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Storage, Tile
+
+_SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
+"""The smallest subnormal of each dtype: half of it is the error next to zero."""
+
+_LARGEST = {"BF16": (2 - 2.0**-7) * 2.0**127, "F16": 65504.0, "F32": (2 - 2.0**-23) * 2.0**127}
+
+
+class Dense:
+    """One part, ``weight``, of the weight's own shape. Where float32 is stored, both sides are one tensor."""
+
+    survey: Survey = "none"
+
+    def recognise(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight]:
+        """Yield every tensor of floating-point numbers that merge."""
+        del config
+        yield from (Weight.dense(ref) for ref in tensors.values() if ref.dtype in TORCH_NAMES)
+
+    def names(self, name: str, storage: Storage) -> Mapping[str, str]:
+        """Return the parameter's own name."""
+        del storage
+        return {WEIGHT: name}
+
+    def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return the one part."""
+        return {WEIGHT: (storage.dtype, shape)}
+
+    def alignment(self, shape: tuple[int, ...], storage: Storage) -> tuple[int, int]:
+        """Return ``(1, 1)``: a tile may begin anywhere."""
+        del shape, storage
+        return 1, 1
+
+    def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
+        """Return the rows, which lie one after the other: ``[rows, columns]``."""
+        row_bytes = nbytes_of(storage.dtype, tile.shape) // max(tile.n_rows, 1)
+        rows = tile.end - tile.start
+        columns = row_bytes // nbytes_of(storage.dtype, ())
+        span = (tile.start * row_bytes, rows * row_bytes)
+        return {WEIGHT: PartRange(storage.dtype, (rows, columns), (span,))}
+
+    def decode(self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        """Widen stored values into float32; exact."""
+        del tile
+        stored = parts[WEIGHT]
+        if stored is not out:
+            out.copy_(stored)
+
+    def look(self, values: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
+        """Return the values: nothing is to be known of them."""
+        del found
+        return values
+
+    def encode(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> None:
+        """Round float32 to the stored dtype, ties to even."""
+        del tile, survey, stored
+        rounded = out[WEIGHT]
+        if rounded is not values:
+            rounded.copy_(values)
+
+    def bound(self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return half a unit in the last place; infinity where rounding may go beyond the largest number."""
+        del tile
+        dtype = TORCH_CODES[str(parts[WEIGHT].dtype)]
+        if dtype == "F32":
+            return values.new_zeros(())
+        size = values.abs()
+        off = (size * UNIT_ROUNDOFF[dtype]).clamp_(min=_SMALLEST[dtype] / 2)
+        return off.masked_fill_(size > _LARGEST[dtype], float("inf"))

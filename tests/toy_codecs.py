@@ -1,0 +1,186 @@
+"""Two storages of nobody, each of two parts: int8 with one scale for each row, and int8 with one for the whole tensor.
+
+Scales are powers of two, so that what a scale was made from can be told from what is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_merge.checks.decoding import DECODERS, Decoder
+from lora_merge.codecs import CODECS
+from lora_merge.core.weight import WEIGHT, PartRange, Storage, Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MOST = 127.0
+
+
+def scale_for(largest: torch.Tensor) -> torch.Tensor:
+    """Return the smallest power of two that makes codes of all values up to the largest; 1 where all are zero."""
+    mantissa, exponent = torch.frexp(largest / MOST)
+    exponent = exponent - (mantissa == 0.5).int()
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), torch.ones_like(largest))
+
+
+class RowScaled:
+    """``weight`` I8 ``[…, n]`` and ``scaling`` F32 ``[…, 1]``: value = code · scale. A scale that is large enough is kept."""
+
+    survey: Any = "none"
+    key = "row_scaled"
+    suffix = "_row_scaling"
+
+    def scale_shape(self, shape):
+        return (*shape[:-1], 1)
+
+    def recognise(self, tensors, config):
+        del config
+        for name, ref in tensors.items():
+            scale = tensors.get(name + self.suffix)
+            if scale is not None and ref.dtype == "I8" and scale.shape == self.scale_shape(ref.shape):
+                parts = {WEIGHT: ref, "scaling": scale}
+                yield Weight(name, ref.shape, Storage(self.key, "I8"), parts)
+
+    def names(self, name, storage):
+        del storage
+        return {WEIGHT: name, "scaling": name + self.suffix}
+
+    def parts(self, shape, storage):
+        del storage
+        return {WEIGHT: ("I8", shape), "scaling": ("F32", self.scale_shape(shape))}
+
+    def alignment(self, shape, storage):
+        del shape, storage
+        return 4, 1  # none is needed; it shows that tiles keep to it
+
+    def ranges(self, tile, storage):
+        del storage
+        n_values = _prod(tile.shape)
+        columns, inner = n_values // max(tile.n_rows, 1), tile.shape[-1]
+        rows, scales = tile.end - tile.start, columns // inner
+        codes = PartRange("I8", (rows, columns), ((tile.start * columns, rows * columns),))
+        span = (tile.start * scales * 4, rows * scales * 4)
+        return {WEIGHT: codes, "scaling": PartRange("F32", (rows, scales), (span,))}
+
+    def _spread(self, scale, codes):
+        return scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+
+    def decode(self, tile, parts, out):
+        del tile
+        torch.mul(parts[WEIGHT], self._spread(parts["scaling"], parts[WEIGHT]), out=out)
+
+    def look(self, values, found):
+        raise AssertionError("nothing is asked of all values")
+
+    def encode(self, tile, values, out, survey, stored):
+        assert survey is None
+        rows, columns = values.shape
+        inner = tile.shape[-1]
+        scale = scale_for(values.view(rows, columns // inner, inner).abs().amax(2))
+        if stored is not None:
+            scale = torch.maximum(scale, stored["scaling"])
+        out["scaling"].copy_(scale)
+        out[WEIGHT].copy_((values / self._spread(scale, values)).round_().clamp_(-MOST, MOST))
+
+    def bound(self, tile, values, parts):
+        del tile
+        scale = self._spread(parts["scaling"], values)
+        return (scale / 2).masked_fill(values.abs() > scale * MOST, float("inf"))
+
+
+class TensorScaled(RowScaled):
+    """``weight`` I8 and ``scaling`` F32 ``[1]``: it depends on all values, and so they are looked at before."""
+
+    survey = "tensor"
+    key = "tensor_scaled"
+    suffix = "_tensor_scaling"
+
+    def scale_shape(self, shape):
+        del shape
+        return (1,)
+
+    def ranges(self, tile, storage):
+        return {**super().ranges(tile, storage), "scaling": PartRange("F32", (1,), ((0, 4),))}
+
+    def _spread(self, scale, codes):
+        del codes
+        return scale
+
+    def look(self, values, found):
+        largest = values.abs().max()
+        return largest if found is None else torch.maximum(found, largest)
+
+    def encode(self, tile, values, out, survey, stored):
+        del tile, stored
+        scale = scale_for(survey)
+        out["scaling"].fill_(scale)
+        out[WEIGHT].copy_((values / scale).round_().clamp_(-MOST, MOST))
+
+
+def _prod(shape):
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def _codes_by_row(stored):
+    codes, scale = stored.share(WEIGHT), stored.share("scaling")
+    return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+
+
+def _half_by_row(stored):
+    scale = stored.share("scaling")
+    columns = _prod(stored.weight.shape) // stored.n_rows
+    return (scale / 2).repeat_interleave(columns // scale.shape[1], 1)
+
+
+BY_ROW = Decoder(_codes_by_row, _half_by_row)
+BY_TENSOR = Decoder(
+    lambda stored: stored.share(WEIGHT) * stored.whole("scaling"), lambda stored: stored.whole("scaling") / 2
+)
+
+TOYS = {"row_scaled": (RowScaled(), BY_ROW), "tensor_scaled": (TensorScaled(), BY_TENSOR)}
+
+
+@contextlib.contextmanager
+def known(*names: str, recomputed: bool = True) -> Iterator[None]:
+    """Have the product know some of them: one line in the table of codecs, and one in that of the recomputation."""
+    for name in names:
+        CODECS[name] = TOYS[name][0]
+        if recomputed:
+            DECODERS[name] = TOYS[name][1]
+    try:
+        yield
+    finally:
+        for name in names:
+            del CODECS[name]
+            DECODERS.pop(name, None)
+
+
+def stored_as(name: str, parameter: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors that store some values, by their names in a file."""
+    codec, storage = TOYS[name][0], Storage(name, "I8")
+    rows = values.shape[0]
+    from lora_merge.core.weight import Tile
+
+    tile = Tile(tuple(values.shape), rows, 0, rows)
+    flat = values.float().reshape(rows, -1)
+    types = {"I8": torch.int8, "F32": torch.float32}
+    out = {
+        role: torch.empty(one.shape, dtype=types[one.dtype])
+        for role, one in codec.ranges(tile, storage).items()
+    }
+    codec.encode(tile, flat, out, flat.abs().max() if codec.survey == "tensor" else None, None)
+    names, parts = codec.names(parameter, storage), codec.parts(tuple(values.shape), storage)
+    return {names[role]: tensor.reshape(parts[role][1]) for role, tensor in out.items()}
+
+
+def values_in(name: str, parameter: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what some tensors of a file hold."""
+    names = TOYS[name][0].names(parameter, Storage(name, "I8"))
+    return tensors[names[WEIGHT]].float() * tensors[names["scaling"]]
