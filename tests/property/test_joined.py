@@ -68,7 +68,7 @@ def test_a_join_has_the_steps_of_the_plan(model, name, read, workshop):
     plan = make_plan(found, Policy(allow_untie=True))
     changing = [step for step in plan.steps if step.action in {"merged", "replaced"}]
     placeless = [
-        replace(step, slots=(replace(step.slots[0], file="", start=0),), replaced=step.replaced)
+        replace(step, writes={role: replace(slot, file="", start=0) for role, slot in step.writes.items()})
         for step in changing
     ]
     assert list(found.steps) == placeless
