@@ -37,6 +37,9 @@ class Facts:
     is_scaled: ClassVar[bool] = False
     """True when the scale says how much of the change is made; else it is all or nothing."""
 
+    is_row_wise: ClassVar[bool] = False
+    """True when the change of a row depends on that row alone, however the weight is stored."""
+
     looks_back: ClassVar[bool] = False
     """True when the change depends on the weight as it was before any other change."""
 
@@ -70,7 +73,7 @@ class Facts:
             transposed: whether the weight is stored ``[in, out]``.
         """
         del transposed
-        return "tensor"
+        return "rows" if self.is_row_wise else "tensor"
 
     def effective_scale(self, scale: float) -> float:
         """Return what the product of the factors is multiplied by in all."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.core.adapter import PlacedDelta
-    from lora_merge.core.facts import Division, Facts, Reach
+    from lora_merge.core.facts import Division, Facts
 
 _FUSED_RANK = 128
 """Up to this rank a product is summed in one block, before it is added (measured: up to 192 with MKL)."""
@@ -36,6 +36,7 @@ class LowRankFacts(FactorFacts):
 
     is_sum: ClassVar[bool] = True
     is_scaled: ClassVar[bool] = True
+    is_row_wise: ClassVar[bool] = True
     vanishes_with: ClassVar[frozenset[str]] = frozenset({"A", "B", "E"})
 
     @property
@@ -47,11 +48,6 @@ class LowRankFacts(FactorFacts):
     def division(self) -> Division:
         """Return ``"boxes"``: rows of B and columns of A give any part; blocks on a diagonal do not."""
         return "none" if self.has_blocks else "boxes"
-
-    def reach(self, *, transposed: bool) -> Reach:
-        """Return ``"rows"``."""
-        del transposed
-        return "rows"
 
     def effective_scale(self, scale: float) -> float:
         """Return the scale over the divisor."""
@@ -66,12 +62,8 @@ class StackedFacts(FactorFacts):
 
     is_sum: ClassVar[bool] = True
     is_scaled: ClassVar[bool] = True
+    is_row_wise: ClassVar[bool] = True
     is_stacked: ClassVar[bool] = True
-
-    def reach(self, *, transposed: bool) -> Reach:
-        """Return ``"rows"``."""
-        del transposed
-        return "rows"
 
 
 class LowRank(Unsurveyed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-from lora_merge.core.facts import Division, Facts, Reach
+from lora_merge.core.facts import Division, Facts
 from lora_merge.deltas.algebra import Unsurveyed
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class AdditionFacts(Facts):
 
     is_sum: ClassVar[bool] = True
     is_scaled: ClassVar[bool] = True
+    is_row_wise: ClassVar[bool] = True
     vanishes_with: ClassVar[frozenset[str]] = frozenset({"addend"})
     serving_trait: ClassVar[tuple[str, str] | None] = ("lora-bias", "lora_bias is set")
 
@@ -32,11 +33,6 @@ class AdditionFacts(Facts):
     def division(self) -> Division:
         """Return ``"boxes"``."""
         return "boxes"
-
-    def reach(self, *, transposed: bool) -> Reach:
-        """Return ``"rows"``."""
-        del transposed
-        return "rows"
 
     def weight_shape(self, factors: Mapping[str, TensorRef]) -> tuple[int, ...] | None:
         """Return the shape of what is added."""
@@ -52,13 +48,9 @@ class RowsFacts(Facts):
 
     algebra: Literal["rows"] = "rows"
 
+    is_row_wise: ClassVar[bool] = True
     replaces_rows: ClassVar[bool] = True
     serving_trait: ClassVar[tuple[str, str] | None] = ("tokens", "trained tokens")
-
-    def reach(self, *, transposed: bool) -> Reach:
-        """Return ``"rows"``."""
-        del transposed
-        return "rows"
 
 
 class Addition(Unsurveyed):
