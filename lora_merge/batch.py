@@ -18,7 +18,7 @@ from lora_merge.core.report import Issue, Report, warning
 from lora_merge.errors import BugError, LoraMergeError, WriteError
 from lora_merge.executors.processes import Broken, Crew, be_idle
 from lora_merge.io import machine, staging
-from lora_merge.io.files import output_path
+from lora_merge.io.user_paths import output_path
 from lora_merge.pipeline import conversion, writing_adapters
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.conversion import Conversion

@@ -12,7 +12,6 @@ from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.same_model import cached_repo, same_model
 from lora_merge.core.source import Source, full_precision, parse_source
 from lora_merge.errors import RequestError, ResolveError, UnsupportedError
-from lora_merge.io.files import is_directory, read_json, read_text, real_path, user_path
 from lora_merge.io.hub import Access, Repo, open_repo
 from lora_merge.io.needed import (
     EXTRA_FOLDER,
@@ -25,7 +24,9 @@ from lora_merge.io.needed import (
 )
 from lora_merge.io.paths import file_hint, missing_hint
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
+from lora_merge.io.small_files import read_json, read_text
 from lora_merge.io.trainer_files import chosen, described, file_names, unread_files
+from lora_merge.io.user_paths import is_directory, real_path, user_path
 from lora_merge.words import listing
 
 if TYPE_CHECKING:

@@ -31,13 +31,13 @@ from lora_merge.core.shards import shard_name
 from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json
 from lora_merge.io.model_config import read_config
 from lora_merge.io.recognise import broken_link, fault_of, names_in
 from lora_merge.io.safetensors import differing_rows, is_zero, same_values
 from lora_merge.io.sentence_modules import MODULES_FILE, absent_modules, module_folders, whole_model
 from lora_merge.io.shards import read_shards, reader_of
 from lora_merge.io.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
+from lora_merge.io.small_files import read_json
 from lora_merge.layouts import Stored
 from lora_merge.words import choice
 

@@ -9,10 +9,10 @@ from lora_merge.adapters.saved import saved_beside
 from lora_merge.core.adapter import Adapter, Replacement
 from lora_merge.core.kinds import TRAINER_FIELDS
 from lora_merge.core.report import Issue, error
-from lora_merge.io.files import files_digest
 from lora_merge.io.needed import TRAINER_CONFIG
 from lora_merge.io.safetensors import same_values
 from lora_merge.io.side_files import adapter_side_files
+from lora_merge.storage.digests import files_digest
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,10 +19,11 @@ from lora_merge.core.report import Issue, error
 from lora_merge.core.scaling import number
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.deltas import DoraFacts, LowRankFacts
-from lora_merge.io.files import file_digest, read_json
 from lora_merge.io.needed import ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
 from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import adapter_side_files
+from lora_merge.io.small_files import read_json
+from lora_merge.storage.digests import file_digest
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:

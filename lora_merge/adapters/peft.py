@@ -36,9 +36,9 @@ from lora_merge.core.scaling import Scaling
 from lora_merge.core.targets import TargetRule, is_listed
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
-from lora_merge.io.files import read_json
 from lora_merge.io.needed import ADAPTER_WEIGHTS, TRAINER_CONFIG
 from lora_merge.io.shards import adapter_entries, read_adapter
+from lora_merge.io.small_files import read_json
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:

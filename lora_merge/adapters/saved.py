@@ -17,9 +17,9 @@ from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.patterns import TargetError, patterns_of
 from lora_merge.core.report import Issue, error, note
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json
 from lora_merge.io.needed import ADAPTER_WEIGHTS, EXTRA_FOLDER, VISION_WEIGHTS
 from lora_merge.io.shards import reader_of
+from lora_merge.io.small_files import read_json
 from lora_merge.io.trainer_files import LOAD_AFTER, described, trained_beside
 from lora_merge.words import quoted
 

@@ -16,9 +16,9 @@ from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.kinds import PREFIX, check_types
 from lora_merge.core.report import Issue, error
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json
 from lora_merge.io.needed import ADAPTER_WEIGHTS, TRAINING_ARGUMENTS
 from lora_merge.io.safetensors import read_header
+from lora_merge.io.small_files import read_json
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from lora_merge.checks.projection import Projection
 from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
-from lora_merge.io.files import open_for_reading, read_into
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import read_into
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,7 +13,7 @@ from lora_merge.checks.decoding import DECODERS
 from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import open_for_reading
+from lora_merge.storage.local import open_for_reading
 
 if TYPE_CHECKING:
     import contextlib

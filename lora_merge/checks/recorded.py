@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from lora_merge.core.report import error, warning
 from lora_merge.core.tensor import shape_text
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import file_digest
 from lora_merge.io.side_files import MAX_SIDE_BYTES
+from lora_merge.storage.digests import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

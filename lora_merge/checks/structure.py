@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
 from lora_merge.core.report import error
 from lora_merge.core.tensor import shape_text
-from lora_merge.io.files import open_for_reading, same_bytes
 from lora_merge.io.safetensors import has_header
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
+from lora_merge.storage.digests import same_bytes
+from lora_merge.storage.local import open_for_reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plain_config import plain_adapter_config
 from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.engines.hf import quiet
-from lora_merge.io.files import read_json
+from lora_merge.io.small_files import read_json
 from lora_merge.words import listing
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import RequestError
-from lora_merge.io.files import is_file, user_path
+from lora_merge.io.user_paths import is_file, user_path
 
 if TYPE_CHECKING:
     from lora_merge.core.answers import Prompt

@@ -8,8 +8,8 @@ import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
-from lora_merge.io.files import write_error
 from lora_merge.redaction import fit_json
+from lora_merge.storage.writing import write_error
 
 if TYPE_CHECKING:
     from pathlib import Path

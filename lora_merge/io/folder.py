@@ -14,7 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.errors import WriteError
-from lora_merge.io import dirs, files
+from lora_merge.io import dirs
+from lora_merge.storage.copying import copy_range, link
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.writing import write_error, write_from
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -43,7 +46,7 @@ class Folder:
         try:
             status = path.lstat() if fd is None else os.fstat(fd)
         except OSError as exc:
-            raise files.write_error(path, exc) from exc
+            raise write_error(path, exc) from exc
         return cls(path, status.st_dev, status.st_ino)
 
     def is_it(self, inode: tuple[int, int] | None) -> bool:
@@ -62,7 +65,7 @@ class Folder:
         except OSError as exc:
             if exc.errno in {errno.ELOOP, errno.ENOTDIR}:
                 raise self._replaced() from exc
-            raise files.write_error(self.path, exc) from exc
+            raise write_error(self.path, exc) from exc
         try:
             status = os.fstat(fd)
             if not self.is_it((status.st_dev, status.st_ino)):
@@ -91,7 +94,7 @@ class Folder:
                     fd = dirs.open_directory(step, fd)
                     stack.callback(os.close, fd)
             except OSError as exc:
-                raise files.write_error(self.path / name, exc) from exc
+                raise write_error(self.path / name, exc) from exc
             yield fd, leaf
 
     @contextlib.contextmanager
@@ -112,7 +115,7 @@ class Folder:
                 fd = dirs.open_regular(leaf, flags, parent)
                 owner = os.fstat(parent).st_uid
             except OSError as exc:
-                raise files.write_error(path, exc) from exc
+                raise write_error(path, exc) from exc
         try:
             status = os.fstat(fd)
             if status.st_nlink > 1 or status.st_uid != owner:
@@ -132,7 +135,7 @@ class Folder:
             WriteError: the disk is full or cannot be written, or there is a file of this name.
         """
         with self.writing(name, create=True) as fd:
-            files.write_from(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0, self.path / name)
+            write_from(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0, self.path / name)
 
     def copy_in(self, source: Path, name: str) -> None:
         """Copy a file's bytes into a new file.
@@ -142,18 +145,18 @@ class Folder:
             WriteError: the target cannot be written.
         """
         labels = (str(source), str(self.path / name))
-        with files.open_for_reading(source) as source_fd, self.writing(name, create=True) as fd:
-            files.copy_range(source_fd, 0, os.fstat(source_fd).st_size, fd, 0, labels)
+        with open_for_reading(source) as source_fd, self.writing(name, create=True) as fd:
+            copy_range(source_fd, 0, os.fstat(source_fd).st_size, fd, 0, labels)
 
     def link(self, source: Path, name: str, how: Literal["reflink", "hard"]) -> None:
-        """Make a new file of an old one's bytes without moving them (`lora_merge.io.files.link`).
+        """Make a new file of an old one's bytes without moving them (`lora_merge.storage.copying.link`).
 
         Raises:
             OSError: the filesystem, or the pair of them, cannot; there is no target then.
             WriteError: a directory cannot be made.
         """
         with self._parent(name, make=True) as (parent, leaf):
-            files.link(source, leaf, how, dir_fd=parent)
+            link(source, leaf, how, dir_fd=parent)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a small file that a run wrote; nothing where there is none, or something else.
@@ -182,7 +185,7 @@ class Folder:
             except FileNotFoundError:
                 pass
             except OSError as exc:
-                raise files.write_error(self.path / name, exc) from exc
+                raise write_error(self.path / name, exc) from exc
 
     def rename(self, old: str, new: str) -> None:
         """Give a file in the directory another name, which it takes from whatever has it.
@@ -194,7 +197,7 @@ class Folder:
             try:
                 os.rename(old, new, src_dir_fd=fd, dst_dir_fd=fd)
             except OSError as exc:
-                raise files.write_error(self.path / new, exc) from exc
+                raise write_error(self.path / new, exc) from exc
 
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove what is in the directory, but for some files.
@@ -206,7 +209,7 @@ class Folder:
             try:
                 dirs.clear(fd, keep)
             except OSError as exc:
-                raise files.write_error(self.path, exc) from exc
+                raise write_error(self.path, exc) from exc
 
     def listing(self) -> dirs.Listing:
         """Return every file in the directory as it is now.
@@ -218,7 +221,7 @@ class Folder:
             try:
                 return dirs.listing(fd)
             except OSError as exc:
-                raise files.write_error(self.path, exc) from exc
+                raise write_error(self.path, exc) from exc
 
     def flush(self) -> None:
         """Make every file and directory in it durable, and the directory itself.
@@ -233,7 +236,7 @@ class Folder:
                         self._flush_file(fd, within, name)
                     dirs.sync(fd)
             except OSError as exc:
-                raise files.write_error(self.path, exc) from exc
+                raise write_error(self.path, exc) from exc
 
     def _flush_file(self, dir_fd: int, within: str, name: str) -> None:
         try:
@@ -269,7 +272,7 @@ class Folder:
                     with contextlib.suppress(OSError):
                         dirs.narrow(fd, allowed)
             except OSError as exc:
-                raise files.write_error(self.path, exc) from exc
+                raise write_error(self.path, exc) from exc
 
 
 def _narrow_file(name: str, dir_fd: int, allowed: int) -> None:

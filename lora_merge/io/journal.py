@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lora_merge.core.tensor import Survival, TensorRecord
 from lora_merge.errors import WriteError
-from lora_merge.io.files import write_error
+from lora_merge.storage.writing import write_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

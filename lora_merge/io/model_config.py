@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.config_fields import check_config
-from lora_merge.io.files import read_json
+from lora_merge.io.small_files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_bytes
+from lora_merge.io.small_files import read_bytes
 
 _PIPES = ("/dev/fd/", "/proc/self/fd/")
 """Where shells put what ``<(…)`` stands for."""

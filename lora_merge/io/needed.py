@@ -13,10 +13,10 @@ from lora_merge.core.checkpoint import (
     SAFETENSORS_FILE,
 )
 from lora_merge.errors import CheckpointError, ResolveError
-from lora_merge.io.files import read_json
 from lora_merge.io.recognise import fault_of
 from lora_merge.io.shards import adapter_entries
 from lora_merge.io.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
+from lora_merge.io.small_files import read_json
 from lora_merge.io.trainer_files import LOAD_AFTER, sharded_state, trained_beside
 from lora_merge.words import choice, listing
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, Output
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_json, why_no_file
 from lora_merge.io.model_config import read_config
 from lora_merge.io.safetensors import read_header
 from lora_merge.io.side_files import is_inside
+from lora_merge.io.small_files import read_json
+from lora_merge.storage.local import why_no_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

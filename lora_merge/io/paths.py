@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from lora_merge.io.files import is_directory
+from lora_merge.io.user_paths import is_directory
 from lora_merge.words import choice
 
 _URL = re.compile(

@@ -22,9 +22,10 @@ from lora_merge.core.checkpoint import WeightFile
 from lora_merge.core.json_values import is_text
 from lora_merge.core.tensor import MAX_NAME_CHARACTERS, TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
-from lora_merge.io import files
 from lora_merge.io.instead import instead_of
 from lora_merge.io.unpickling import Machine, OddKeyError, Table, Tensor, UntrustedError, kind_of
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import read_into
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def read_pickle(path: Path, name: str | None = None) -> WeightFile:
             outside it or not in one piece.
     """
     label = str(path)
-    with files.open_for_reading(path) as fd:
+    with open_for_reading(path) as fd:
         archive = _Archive(fd, label)
         order = archive.read("byteorder") if "byteorder" in archive else b"little"
         if order != b"little":
@@ -138,7 +139,7 @@ class _Archive:
 
     def _entries(self) -> list[zipfile.ZipInfo]:
         head = bytearray(min(32, self._size))
-        files.read_into(self._fd, memoryview(head), 0, self.label)
+        read_into(self._fd, memoryview(head), 0, self.label)
         if _LEGACY_MAGIC in head:
             got = "is in the format of torch before 1.6"
             raise CheckpointError(self.label, "", got, "the zip format", hint=_RESAVE)
@@ -179,7 +180,7 @@ class _Archive:
             raise CheckpointError(self.label, subject, got, "plain bytes", hint=_RESAVE)
         header = bytearray(_LOCAL_HEADER.size)
         if entry.header_offset + len(header) <= self._size:
-            files.read_into(self._fd, memoryview(header), entry.header_offset, self.label)
+            read_into(self._fd, memoryview(header), entry.header_offset, self.label)
         magic, n_name, n_extra = _LOCAL_HEADER.unpack(header)
         start = entry.header_offset + len(header) + n_name + n_extra
         if magic != _ZIP_MAGIC or start + entry.file_size > self._size:
@@ -198,7 +199,7 @@ class _Archive:
             got = f"has {nbytes} bytes"
             raise CheckpointError(self.label, name, got, f"at most {MAX_PICKLE_BYTES}", hint=_RESAVE)
         content = bytearray(nbytes)
-        files.read_into(self._fd, memoryview(content), start, self.label)
+        read_into(self._fd, memoryview(content), start, self.label)
         return bytes(content)
 
 

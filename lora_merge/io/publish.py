@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.errors import WriteError
 from lora_merge.io import dirs
-from lora_merge.io.files import write_error
+from lora_merge.storage.writing import write_error
 
 if TYPE_CHECKING:
     from pathlib import Path

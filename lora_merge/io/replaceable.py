@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import WriteError
-from lora_merge.io.files import nearest_existing, write_error
+from lora_merge.io.user_paths import nearest_existing
+from lora_merge.storage.writing import write_error
 from lora_merge.words import choice
 
 SUFFIX = ".lora-merge-staging"

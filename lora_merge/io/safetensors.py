@@ -20,8 +20,12 @@ from lora_merge.core.tensor import (
     nbytes_of,
 )
 from lora_merge.errors import CheckpointError
-from lora_merge.io import files
 from lora_merge.io.instead import instead_of
+from lora_merge.io.small_files import parse_json
+from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import read_blocks, read_into
+from lora_merge.storage.writing import allocate, write_error, write_from
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
@@ -53,7 +57,7 @@ def read_header(path: Path, name: str | None = None) -> WeightFile:
         CheckpointError: it is no safetensors file, or tensors overlap, leave holes or lie outside it.
     """
     label = str(path)
-    with files.open_for_reading(path) as fd:
+    with open_for_reading(path) as fd:
         size = os.fstat(fd).st_size
         try:
             table, data_start = _header_table(fd, size, label)
@@ -78,15 +82,15 @@ def _header_table(fd: int, size: int, label: str) -> tuple[dict[str, Any], int]:
     if size < HEADER_PREFIX_BYTES:
         raise CheckpointError(label, "", f"has {size} bytes", "at least 8", hint=_REFETCH)
     prefix = bytearray(HEADER_PREFIX_BYTES)
-    files.read_into(fd, memoryview(prefix), 0, label)
+    read_into(fd, memoryview(prefix), 0, label)
     length = int.from_bytes(prefix, "little")
     most = min(MAX_HEADER_BYTES, size - HEADER_PREFIX_BYTES)
     if length > most:
         raise CheckpointError(label, "header", f"claims {length} bytes", f"at most {most}", hint=_REFETCH)
     text = bytearray(length)
-    files.read_into(fd, memoryview(text), HEADER_PREFIX_BYTES, label)
+    read_into(fd, memoryview(text), HEADER_PREFIX_BYTES, label)
     try:
-        table = files.parse_json(bytes(text))
+        table = parse_json(bytes(text))
     except OddValueError as exc:
         raise CheckpointError(label, f"header: {exc.subject}", exc.got, exc.wanted) from exc
     except (ValueError, RecursionError) as exc:
@@ -152,8 +156,8 @@ def blocks(ref: TensorRef) -> Iterator[memoryview]:
     Raises:
         CheckpointError: the file ends too soon.
     """
-    with files.open_for_reading(ref.file) as fd:
-        yield from files.read_blocks(fd, ref.start, ref.nbytes, ref.file)
+    with open_for_reading(ref.file) as fd:
+        yield from read_blocks(fd, ref.start, ref.nbytes, ref.file)
 
 
 def tensor_digest(ref: TensorRef) -> str:
@@ -162,10 +166,10 @@ def tensor_digest(ref: TensorRef) -> str:
     Raises:
         CheckpointError: the file ends too soon.
     """
-    digest = files.new_digest()
+    digest = new_digest()
     for block in blocks(ref):
         digest.update(block)
-    return files.digest_text(digest)
+    return digest_text(digest)
 
 
 def is_finite(ref: TensorRef) -> bool:
@@ -208,7 +212,7 @@ def same_values(stored: TensorRef, other: TensorRef) -> bool:
     import torch
 
     n_elements = math.prod(stored.shape)
-    with files.open_for_reading(stored.file) as one, files.open_for_reading(other.file) as two:
+    with open_for_reading(stored.file) as one, open_for_reading(other.file) as two:
         for start in range(0, n_elements, _COMPARED_ELEMENTS):
             end = min(start + _COMPARED_ELEMENTS, n_elements)
             here, there = _elements(one, stored, start, end), _elements(two, other, start, end)
@@ -229,7 +233,7 @@ def differing_rows(stored: TensorRef, other: TensorRef) -> int:
     row = math.prod(stored.shape[1:])
     step = max(1, _COMPARED_ELEMENTS // max(row, 1))
     count = 0
-    with files.open_for_reading(stored.file) as one, files.open_for_reading(other.file) as two:
+    with open_for_reading(stored.file) as one, open_for_reading(other.file) as two:
         for first in range(0, n_rows, step):
             end = min(first + step, n_rows)
             here = _elements(one, stored, first * row, end * row).view(end - first, row)
@@ -245,7 +249,7 @@ def _elements(fd: int, ref: TensorRef, start: int, end: int) -> torch.Tensor:
 
     size = DTYPE_BITS[ref.dtype] // 8
     raw = torch.empty((end - start) * size, dtype=torch.uint8)
-    files.read_into(fd, raw.numpy().data, ref.start + start * size, ref.file)
+    read_into(fd, raw.numpy().data, ref.start + start * size, ref.file)
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype]))
 
 
@@ -269,14 +273,14 @@ def box_norm(ref: TensorRef, box: Box = ()) -> float:
     size = DTYPE_BITS[ref.dtype] // 8
     strides = [math.prod(ref.shape[axis + 1 :]) for axis in range(len(ref.shape))]
     total = 0.0
-    with files.open_for_reading(ref.file) as fd:
+    with open_for_reading(ref.file) as fd:
         last = max(whole_from - 1, 0)  # from this axis on a range is one stretch of bytes
         for outer in product(*(range(*limits) for limits in box[:last])):
             first = sum(index * stride for index, stride in zip(outer, strides, strict=False))
             start, end = box[last] if box else (0, 1)
             step = strides[last] if strides else 1
             at, nbytes = ref.start + (first + start * step) * size, (end - start) * step * size
-            for block in files.read_blocks(fd, at, nbytes, ref.file):
+            for block in read_blocks(fd, at, nbytes, ref.file):
                 total += float(
                     torch.frombuffer(block, dtype=dtype).float().square_().sum(dtype=torch.float64)
                 )
@@ -292,8 +296,8 @@ def load(ref: TensorRef) -> torch.Tensor:
     import torch
 
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
-    with files.open_for_reading(ref.file) as fd:
-        files.read_into(fd, raw.numpy().data, ref.start, ref.file)
+    with open_for_reading(ref.file) as fd:
+        read_into(fd, raw.numpy().data, ref.start, ref.file)
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype])).view(ref.shape)
 
 
@@ -307,7 +311,7 @@ def has_header(fd: int, file: OutputFile) -> bool:
     if os.fstat(fd).st_size != file.nbytes:
         return False
     found = bytearray(len(header))
-    files.read_into(fd, memoryview(found), 0, file.name)
+    read_into(fd, memoryview(found), 0, file.name)
     return found == header
 
 
@@ -320,7 +324,7 @@ def reserve(folder: Folder, file: OutputFile) -> None:
     path = folder.path / file.name
     with folder.writing(file.name, create=True) as fd:
         try:
-            files.allocate(fd, file.nbytes)
+            allocate(fd, file.nbytes)
         except OSError as exc:
-            raise files.write_error(path, exc) from exc
-        files.write_from(fd, memoryview(header_bytes(file)), 0, path)
+            raise write_error(path, exc) from exc
+        write_from(fd, memoryview(header_bytes(file)), 0, path)

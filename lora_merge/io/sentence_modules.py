@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import parse_json, read_text
+from lora_merge.io.small_files import parse_json, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

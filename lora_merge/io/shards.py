@@ -8,9 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import is_file, read_json
 from lora_merge.io.recognise import broken_link
 from lora_merge.io.safetensors import read_header
+from lora_merge.io.small_files import read_json
+from lora_merge.io.user_paths import is_file
 from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:

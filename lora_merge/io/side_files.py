@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE, SideFile
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import is_file, open_for_reading, read_blocks, same_bytes, why_no_file
 from lora_merge.io.instead import instead_of, is_page, is_pointer
 from lora_merge.io.sentence_modules import may_be_module_file, module_files, whole_model
+from lora_merge.io.user_paths import is_file
+from lora_merge.storage.digests import same_bytes
+from lora_merge.storage.local import open_for_reading, why_no_file
+from lora_merge.storage.reading import read_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
-from lora_merge.io import files
+from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import read_into
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,7 +46,7 @@ def has_hole(path: Path) -> bool:
     Raises:
         CheckpointError: the file cannot be opened.
     """
-    with files.open_for_reading(path) as fd:
+    with open_for_reading(path) as fd:
         try:
             return os.lseek(fd, 0, os.SEEK_HOLE) < os.fstat(fd).st_size
         except (OSError, AttributeError):  # nobody here knows
@@ -65,10 +67,10 @@ def pages(ref: TensorRef) -> Iterator[bytes]:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    with files.open_for_reading(ref.file) as fd:
+    with open_for_reading(ref.file) as fd:
         for start in dict.fromkeys((ref.start, max(ref.start, ref.end - PAGE_BYTES))):
             page = bytearray(min(PAGE_BYTES, ref.nbytes))
-            files.read_into(fd, memoryview(page), start, ref.file)
+            read_into(fd, memoryview(page), start, ref.file)
             yield bytes(page)
 
 
@@ -78,10 +80,10 @@ def sample_digest(refs: Sequence[TensorRef]) -> str:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    digest = files.new_digest()
+    digest = new_digest()
     for ref in refs:
         digest.update(repr((ref.name, ref.dtype, ref.shape)).encode("utf-8", "surrogatepass"))
     for ref in sampled(refs):
         for page in pages(ref):
             digest.update(page)
-    return files.digest_text(digest)
+    return digest_text(digest)

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from lora_merge.core.tensor import TORCH_CODES, TensorRef
-from lora_merge.io import files
+from lora_merge.storage.writing import tensor_bytes, write_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,8 +43,8 @@ class Spool:
         Raises:
             WriteError: the disk is full or cannot be written.
         """
-        buffer = files.tensor_bytes(tensor)
-        files.write_from(self._fd, buffer, self._end, self._path)
+        buffer = tensor_bytes(tensor)
+        write_from(self._fd, buffer, self._end, self._path)
         shape = tuple(tensor.shape)
         ref = TensorRef(name, TORCH_CODES[str(tensor.dtype)], shape, str(self._path), self._end, len(buffer))
         self._end += len(buffer)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Self
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import ChangedError, CheckpointError, WriteError
 from lora_merge.io import dirs, journal, owners
-from lora_merge.io.files import write_error
 from lora_merge.io.folder import Folder
 from lora_merge.io.publish import KEPT, OUTPUT, REPLACED, publish, recover
 from lora_merge.io.replaceable import SUFFIX, check_replaceable, check_writable, staging_path
 from lora_merge.io.spool import FACTORS
+from lora_merge.storage.writing import write_error
 from lora_merge.words import listing
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_bytes
+from lora_merge.io.small_files import read_bytes
 from lora_merge.io.streams import native_notes
 from lora_merge.io.tokenizer_script import MEMORY_BYTES, NOT_INSTALLED
 

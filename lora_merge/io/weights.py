@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Self
 from lora_merge.codecs import CODECS
 from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.core.weight import Tile
-from lora_merge.io import files
 from lora_merge.io.safetensors import box_norm, tensor_digest
+from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import ReadAhead
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +48,7 @@ class WeightReader:
             fds: dict[str, int] = {}
             for role, ref in self.weight.parts.items():
                 if ref.file not in fds:
-                    fds[ref.file] = stack.enter_context(files.open_for_reading(ref.file))
+                    fds[ref.file] = stack.enter_context(open_for_reading(ref.file))
                 self._parts[role] = _PartReader(fds[ref.file], ref, is_watched=self._is_watched)
             self._stack = stack.pop_all()
         return self
@@ -109,8 +111,8 @@ class _PartReader:
 
     def __init__(self, fd: int, ref: TensorRef, *, is_watched: bool) -> None:
         self._ref, self._done = ref, 0
-        self._ahead = files.ReadAhead(fd, ref.start, ref.end, is_watched=is_watched)
-        self._digest = files.new_digest()
+        self._ahead = ReadAhead(fd, ref.start, ref.end, is_watched=is_watched)
+        self._digest = new_digest()
         self._whole: bytes | None = None
 
     def read_into(self, buffer: memoryview, wanted: PartRange, *, is_last: bool) -> None:
@@ -132,7 +134,7 @@ class _PartReader:
 
     def digest(self) -> str:
         if self._done == self._ref.nbytes:
-            return files.digest_text(self._digest)
+            return digest_text(self._digest)
         return tensor_digest(self._ref)
 
 

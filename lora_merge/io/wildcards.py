@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from lora_merge.errors import ResolveError
-from lora_merge.io.files import is_directory, user_path
+from lora_merge.io.user_paths import is_directory, user_path
 
 WILD = re.compile(r"[*?\[]")
 """What makes a path one with wildcards."""

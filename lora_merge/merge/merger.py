@@ -15,7 +15,6 @@ from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.deltas import ALGEBRAS, Factors, Part
-from lora_merge.io.files import digest_text, new_digest
 from lora_merge.io.safetensors import load
 from lora_merge.io.weights import WeightReader
 from lora_merge.merge.changing import Working, change
@@ -24,6 +23,7 @@ from lora_merge.merge.passing import Passing
 from lora_merge.merge.sample import Sample
 from lora_merge.merge.stopwatch import Stopwatches
 from lora_merge.merge.workbench import Parts, Workbench
+from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

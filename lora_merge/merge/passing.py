@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from lora_merge.checks.projection import Projection
 from lora_merge.core.weight import WEIGHT
-from lora_merge.io.files import digest_text, new_digest
+from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from lora_merge.core.plan import Merge, Step, View
 from lora_merge.core.tensor import TensorRef, nbytes_of
 from lora_merge.core.weight import FLOAT32, WEIGHT
-from lora_merge.io.input_files import tell_digest
 from lora_merge.io.weights import values_of
 from lora_merge.merge import Merger
+from lora_merge.storage.input_files import tell_digest
 from lora_merge.writers import InMemory, Norms
 
 if TYPE_CHECKING:

@@ -13,10 +13,9 @@ from lora_merge.core.identity import Inputs
 from lora_merge.core.loose_ends import without_base
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.shortage import memory_for
-from lora_merge.io import files
 from lora_merge.io.hub import Access
-from lora_merge.io.input_files import watching
 from lora_merge.io.signs import sample_digest
+from lora_merge.io.user_paths import output_path
 from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.conversion import Conversion, raise_unconvertible
@@ -28,6 +27,8 @@ from lora_merge.pipeline.writing_adapters import carry_out
 from lora_merge.plan import Joined, Reading, check_fit, raise_errors
 from lora_merge.requests.recording import record_of
 from lora_merge.resolve import resolve_adapter
+from lora_merge.storage.digests import text_digest
+from lora_merge.storage.input_files import watching
 from lora_merge.writers import check_ready
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
         recipe=recipe,
         base=joined.base if joined else None,
         on_base=OnBase(joined.base.root, joined.reading, access) if joined else None,
-        out=files.output_path(request.out),
+        out=output_path(request.out),
         serving=request.serving,
         overwrite=request.overwrite,
         strict=request.strict,
@@ -132,7 +133,7 @@ def _provenance(
         "adapter": {
             "path": place.text,
             "digest": adapter.digest,
-            "config": files.text_digest(json.dumps(dict(adapter.config), sort_keys=True)),
+            "config": text_digest(json.dumps(dict(adapter.config), sort_keys=True)),
             "format": adapter.format,
         },
         **({"base": _of_base(joined.base)} if joined else {}),
@@ -144,6 +145,6 @@ def _of_base(base: Checkpoint) -> dict[str, str]:
     """Return what the manifest says of a base: where it was, and digests of its configuration and of some of its bytes."""
     return {
         "path": base.root,
-        "config": files.text_digest(json.dumps(dict(base.config), sort_keys=True)),
+        "config": text_digest(json.dumps(dict(base.config), sort_keys=True)),
         "sample": sample_digest(list(base.tensors())),
     }

@@ -16,14 +16,18 @@ from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.provenance import card_text
 from lora_merge.core.report import Issue, warning
 from lora_merge.errors import CheckpointError
-from lora_merge.io import files, machine
+from lora_merge.io import machine
 from lora_merge.io.needed import CONVERSION_MANIFEST
 from lora_merge.io.safetensors import has_header, tensor_digest
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.io.signs import changed_at, has_hole, pages, sampled
+from lora_merge.io.small_files import read_json, read_text
+from lora_merge.io.user_paths import modified_at
 from lora_merge.merge import Merger, NoDeviceError, one_torch_thread, pick_device
 from lora_merge.pipeline.provenance import provenance_of
 from lora_merge.requests.recording import record_of
+from lora_merge.storage.digests import file_digest, text_digest
+from lora_merge.storage.local import open_for_reading
 from lora_merge.writers.hf_checkpoint import side_digest
 
 if TYPE_CHECKING:
@@ -105,7 +109,7 @@ class _Looked:
     def __init__(self, planned: Planned, out: Path, manifest: Manifest, table: Mapping[str, Any]) -> None:
         self._planned, self._plan, self._out = planned, planned.plan, out
         self._manifest, self._table = manifest, table
-        self._made = changed = files.modified_at(out / MANIFEST_FILE)
+        self._made = changed = modified_at(out / MANIFEST_FILE)
         self._newest = changed
         self._read_bytes = 0
 
@@ -165,26 +169,26 @@ class _Looked:
         plan, recorded = self._plan, self._manifest.side_files
         wanted = {side.name: side_digest(plan, side) for side in plan.side_files}
         if plan.index:
-            wanted[INDEX_FILE] = files.text_digest(plan.index)
+            wanted[INDEX_FILE] = text_digest(plan.index)
         for name, digest in wanted.items():
             if name not in recorded or recorded[name].digest != digest:
                 yield f"{name}: would be another one now"
-            if files.file_digest(self._out / name) != digest:
+            if file_digest(self._out / name) != digest:
                 yield f"{name}: is not what was written"
         for name in recorded.keys() - wanted.keys() - {CARD_FILE}:
             yield f"{name}: is not part of the output any more"
-        text = files.read_text(self._out / CARD_FILE)
+        text = read_text(self._out / CARD_FILE)
         if not text.strip() or "\0" in text or (text != self._card() and self._card().startswith(text)):
             yield f"{CARD_FILE}: is damaged"
 
     def notes(self) -> Iterator[Issue]:
         """Yield what is worth knowing about an output that is kept: a card may be edited by its owner."""
-        text = files.read_text(self._out / CARD_FILE)
+        text = read_text(self._out / CARD_FILE)
         is_of_this_version = self._manifest.versions.get("lora-merge") == self._provenance().versions.get(
             "lora-merge"
         )
         recorded = self._manifest.side_files.get(CARD_FILE)
-        same = text == self._card() if recorded is None else files.text_digest(text) == recorded.digest
+        same = text == self._card() if recorded is None else text_digest(text) == recorded.digest
         if not same and (recorded is not None or is_of_this_version):
             yield warning("edited-card", CARD_FILE, "is not what was written, and is left as it is")
 
@@ -206,7 +210,7 @@ class _Looked:
             nbytes = (self._out / file.name).stat().st_size
             if nbytes != file.nbytes:
                 yield f"{file.name}: has {nbytes} bytes, expected {file.nbytes}"
-            with files.open_for_reading(self._out / file.name) as fd:
+            with open_for_reading(self._out / file.name) as fd:
                 has_its_header = has_header(fd, file)
             if not has_its_header:
                 yield f"{file.name}: its header is not what was written"
@@ -339,18 +343,18 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
         yield f"{CONVERSION_MANIFEST}: has no digests of the files beside it"
         return
     for side in conversion.adapter.side_files:
-        if recorded.get(side.name) != files.file_digest(Path(side.source)):
+        if recorded.get(side.name) != file_digest(Path(side.source)):
             yield f"{side.name}: would be another one now"
     for name, digest in recorded.items():
         path = conversion.out / name
         if not path.is_file():
             yield f"{name}: is missing"
-        elif files.file_digest(path) != digest:
+        elif file_digest(path) != digest:
             yield f"{name}: is not what was written"
-    made = files.modified_at(conversion.out / CONVERSION_MANIFEST)
+    made = modified_at(conversion.out / CONVERSION_MANIFEST)
     of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
     for name in sorted(of_base):
-        if files.modified_at(Path(name)) > made:
+        if modified_at(Path(name)) > made:
             yield f"the base has changed: {name} was written to later"
 
 
@@ -360,7 +364,7 @@ def _table(path: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it cannot be read.
     """
-    return files.read_json(path) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def _commit(origin: Origin | None) -> str | None:

@@ -16,11 +16,10 @@ from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import RequestError
 from lora_merge.extract import Pairing, extracted, misfits
-from lora_merge.io.files import output_path
 from lora_merge.io.hub import Access
-from lora_merge.io.input_files import watching
 from lora_merge.io.safetensors import same_values
 from lora_merge.io.side_files import adapter_side_files
+from lora_merge.io.user_paths import output_path
 from lora_merge.locate import find, locate_base
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.conversion import Conversion
@@ -29,6 +28,7 @@ from lora_merge.pipeline.writing_adapters import carry_out
 from lora_merge.plan import Reading, quantised_config, raise_errors
 from lora_merge.requests.request import ExtractRequest
 from lora_merge.resolve import counterpart, resolve_base, stored_in
+from lora_merge.storage.input_files import watching
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -11,8 +11,9 @@ from lora_merge.core.family import BaseFamily
 from lora_merge.core.report import Issue, error
 from lora_merge.core.traits import Trait, traits_of
 from lora_merge.errors import ResolveError
-from lora_merge.io.files import read_json, user_path
 from lora_merge.io.model_config import read_config
+from lora_merge.io.small_files import read_json
+from lora_merge.io.user_paths import user_path
 from lora_merge.serving import ENGINES, family_issues, obstacles, report
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.identity import Place
 from lora_merge.core.plan import Copy
-from lora_merge.io.files import file_digest, open_for_reading, range_digest
-from lora_merge.io.input_files import changed, identity_at
+from lora_merge.storage.digests import file_digest, range_digest
+from lora_merge.storage.input_files import changed, identity_at
+from lora_merge.storage.local import open_for_reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +36,7 @@ def check(inputs: Inputs, used: Mapping[Place, str], *, all_bytes: bool = False)
 
     Bytes are read again only where their change could have left no trace: where a file's time of change has moved and
     nothing else (a new link, `chmod`, a backup; or a write whose time was set back), and where the file was unsure from the
-    beginning (`io.page_cache`). Where the kernel could not say which bytes are unsure, those are read again that it has
+    beginning (`storage.page_cache`). Where the kernel could not say which bytes are unsure, those are read again that it has
     in memory.
 
     Args:

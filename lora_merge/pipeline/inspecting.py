@@ -18,11 +18,12 @@ from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.errors import PlanError
 from lora_merge.executors import pick
 from lora_merge.inspect import Measured, Surroundings, inspection
-from lora_merge.io.files import read_json, read_text, user_path
 from lora_merge.io.hub import Access
 from lora_merge.io.machine import usable_cores
 from lora_merge.io.needed import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
 from lora_merge.io.side_files import CARD_FILE
+from lora_merge.io.small_files import read_json, read_text
+from lora_merge.io.user_paths import user_path
 from lora_merge.io.weights import weight_norm
 from lora_merge.locate import check_ignored, find, locate_adapter
 from lora_merge.pipeline.changes import change_of, norms_of

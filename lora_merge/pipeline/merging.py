@@ -12,7 +12,7 @@ from lora_merge.core.shards import parse_size
 from lora_merge.core.shortage import memory_for
 from lora_merge.errors import RequestError, WriteError
 from lora_merge.io import machine, staging
-from lora_merge.io.files import nearest_existing, output_path
+from lora_merge.io.user_paths import nearest_existing, output_path
 from lora_merge.merge import NoDeviceError, pick_device
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request

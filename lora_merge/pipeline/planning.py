@@ -14,10 +14,9 @@ from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Issue, Observer, Silence, warning
 from lora_merge.errors import PlanError, RequestError
-from lora_merge.io.files import is_directory, user_path
 from lora_merge.io.hub import Access
-from lora_merge.io.input_files import watching
 from lora_merge.io.model_config import read_config
+from lora_merge.io.user_paths import is_directory, user_path
 from lora_merge.locate import (
     Place,
     check_ignored,
@@ -53,6 +52,7 @@ from lora_merge.resolve import (
     resolve_base,
     unchanged_parameters,
 )
+from lora_merge.storage.input_files import watching
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,13 +24,14 @@ from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, err
 from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.core.tensor import TORCH_NAMES, TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
-from lora_merge.io.files import is_directory, read_json, real_path, user_path, why_no_file
 from lora_merge.io.hub import Access
 from lora_merge.io.output import read_output
 from lora_merge.io.recognise import fault_of, names_in
 from lora_merge.io.safetensors import is_finite, tensor_digest
 from lora_merge.io.side_files import MANIFEST_FILE
+from lora_merge.io.small_files import read_json
 from lora_merge.io.trainer_files import chosen, file_names
+from lora_merge.io.user_paths import is_directory, real_path, user_path
 from lora_merge.merge import one_torch_thread
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.inputs import check_names
@@ -39,6 +40,7 @@ from lora_merge.plan import Joined, Policy, Reading, make_plan
 from lora_merge.requests.parsing import parse_values
 from lora_merge.requests.request import Request, VerifyRequest
 from lora_merge.requests.values import parse_adapter
+from lora_merge.storage.local import why_no_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -10,9 +10,9 @@ from lora_merge._version import __version__
 from lora_merge.core.plan import Step
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.io import journal
-from lora_merge.io.files import digest_text, new_digest
 from lora_merge.io.safetensors import tensor_digest
 from lora_merge.pipeline.inputs import changed_times, lasting, sources_of
+from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -20,7 +20,6 @@ from lora_merge.core.stretches import Stretch, stretches, whole_copies
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.errors import CheckpointError, VerifyError, WriteError
 from lora_merge.io import staging
-from lora_merge.io.input_files import identity_at, in_threads, watching
 from lora_merge.io.journal import FILE, Journal
 from lora_merge.io.side_files import MANIFEST_FILE
 from lora_merge.merge import (
@@ -40,6 +39,7 @@ from lora_merge.pipeline.planning import Planned, check_strict
 from lora_merge.pipeline.provenance import provenance_of
 from lora_merge.pipeline.resuming import fingerprint, finished
 from lora_merge.requests.recording import record_of
+from lora_merge.storage.input_files import identity_at, in_threads, watching
 from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 

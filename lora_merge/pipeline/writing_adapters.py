@@ -13,8 +13,7 @@ from lora_merge.core.lora import ConvertReport, Lora, LoraModule, Made, Recipe, 
 from lora_merge.core.report import Issue, Observer, Verdict, error, note
 from lora_merge.core.shortage import memory_for
 from lora_merge.errors import RequestError, VerifyError, WriteError
-from lora_merge.io import files, staging
-from lora_merge.io.input_files import watching
+from lora_merge.io import staging
 from lora_merge.io.needed import CONVERSION_MANIFEST
 from lora_merge.io.safetensors import load
 from lora_merge.io.spool import Spool
@@ -25,6 +24,8 @@ from lora_merge.pipeline.inputs import check
 from lora_merge.pipeline.planning import check_strict
 from lora_merge.pipeline.reading_back import read_back
 from lora_merge.resolve import resolve_adapter
+from lora_merge.storage.digests import file_digest
+from lora_merge.storage.input_files import watching
 from lora_merge.transforms import BakeScale, PadRank, Pair, ReduceRank, Transform
 from lora_merge.writers import ADAPTER_WRITERS, check_gguf
 
@@ -189,7 +190,7 @@ def _write_beside(job: Conversion, lora: Lora, folder: Folder, written: Sequence
     manifest = {
         "lora_merge_version": __version__,
         **job.provenance,
-        "files": {name: files.file_digest(folder.path / name) for name in sorted({*written, *beside})},
+        "files": {name: file_digest(folder.path / name) for name in sorted({*written, *beside})},
         "format": job.recipe.format,
         "transforms": list(job.recipe.names()),
         "modules": {

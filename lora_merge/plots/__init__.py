@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.errors import RequestError
-from lora_merge.io.files import write_error, write_text
+from lora_merge.io.small_files import write_text
 from lora_merge.plots.grid import arranged, panels_of
 from lora_merge.plots.image import image
 from lora_merge.plots.page import page
+from lora_merge.storage.writing import write_error
 
 if TYPE_CHECKING:
     from pathlib import Path

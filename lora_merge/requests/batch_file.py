@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import RequestError, ResolveError
-from lora_merge.io.files import is_there, output_path
+from lora_merge.io.user_paths import is_there, output_path
 from lora_merge.io.wildcards import WILD, matches
 from lora_merge.requests.inputs import adapter_texts
 from lora_merge.requests.job import Job

@@ -11,9 +11,13 @@ from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, patched_config
 from lora_merge.core.provenance import Provenance, card_text, manifest_text
 from lora_merge.core.stretches import whole_copies
 from lora_merge.errors import CheckpointError, WriteError
-from lora_merge.io import files
 from lora_merge.io.safetensors import has_header, reserve
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
+from lora_merge.io.small_files import read_json
+from lora_merge.storage.copying import copy_range
+from lora_merge.storage.digests import file_digest, text_digest
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.writing import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -78,7 +82,7 @@ class HfCheckpoint:
             if file.name in self._kept or file.name not in sources:
                 continue
             source = Path(sources[file.name])
-            with files.open_for_reading(source) as fd:
+            with open_for_reading(source) as fd:
                 if not has_header(fd, file):
                     continue
             try:
@@ -111,8 +115,8 @@ class HfCheckpoint:
         if slot.file in self._linked:
             return
         labels = (source.file, str(self._folder.path / slot.file))
-        with files.open_for_reading(source.file) as source_fd, self._folder.writing(slot.file) as fd:
-            files.copy_range(source_fd, source.start, stretch.nbytes, fd, slot.start, labels)
+        with open_for_reading(source.file) as source_fd, self._folder.writing(slot.file) as fd:
+            copy_range(source_fd, source.start, stretch.nbytes, fd, slot.start, labels)
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
@@ -122,7 +126,7 @@ class HfCheckpoint:
             WriteError: the disk is full or cannot be written.
         """
         with self._folder.writing(slot.file) as fd:
-            stream = files.Stream(fd, slot.start, self._folder.path / slot.file)
+            stream = Stream(fd, slot.start, self._folder.path / slot.file)
             yield stream.write
             stream.finish()
 
@@ -146,7 +150,7 @@ class HfCheckpoint:
                 digests[side_file.name] = self._write(side_file.name, text)
             else:
                 source = Path(side_file.source)
-                digests[side_file.name] = files.file_digest(source)
+                digests[side_file.name] = file_digest(source)
                 self._folder.copy_in(source, side_file.name)
         if plan.index:
             digests[INDEX_FILE] = self._write(INDEX_FILE, plan.index)
@@ -157,7 +161,7 @@ class HfCheckpoint:
     def _write(self, name: str, text: str) -> str:
         """Write a file, and return the digest of what it should hold."""
         self._folder.write_text(name, text)
-        return files.text_digest(text)
+        return text_digest(text)
 
 
 def side_digest(plan: MergePlan, side_file: SideFile) -> str:
@@ -167,7 +171,7 @@ def side_digest(plan: MergePlan, side_file: SideFile) -> str:
         CheckpointError: its source cannot be read.
     """
     text = _patched(plan, side_file)
-    return files.file_digest(Path(side_file.source)) if text is None else files.text_digest(text)
+    return file_digest(Path(side_file.source)) if text is None else text_digest(text)
 
 
 def _patched(plan: MergePlan, side_file: SideFile) -> str | None:
@@ -178,5 +182,5 @@ def _patched(plan: MergePlan, side_file: SideFile) -> str | None:
     """
     if side_file.name != CONFIG_FILE or not plan.config_patch:
         return None
-    config = patched_config(files.read_json(Path(side_file.source)), plan.config_patch)
+    config = patched_config(read_json(Path(side_file.source)), plan.config_patch)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -7,8 +7,9 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING
 
 from lora_merge.core.tensor import nbytes_of
-from lora_merge.io import files
 from lora_merge.io.weights import WeightReader
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import read_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,8 +38,8 @@ class InMemory:
             CheckpointError: the source cannot be read.
         """
         (source,) = stretch.sources
-        with files.open_for_reading(source.file) as fd:
-            files.read_into(fd, memoryview(self._content), source.start, source.file)
+        with open_for_reading(source.file) as fd:
+            read_into(fd, memoryview(self._content), source.start, source.file)
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:

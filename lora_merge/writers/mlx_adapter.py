@@ -12,9 +12,9 @@ from lora_merge.core.report import error
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
 from lora_merge.errors import ConvertError
-from lora_merge.io import files
 from lora_merge.io.needed import MLX_WEIGHTS
 from lora_merge.io.safetensors import reserve
+from lora_merge.storage.writing import tensor_bytes, write_from
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def write_mlx(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, ..
     with folder.writing(MLX_WEIGHTS) as fd:
         for name, members in groups.items():
             for leaf, tensor in _tensors(members, factors).items():
-                files.write_from(fd, files.tensor_bytes(tensor), slots[f"{name}.{leaf}"].start, path)
+                write_from(fd, tensor_bytes(tensor), slots[f"{name}.{leaf}"].start, path)
     folder.write_text(ADAPTER_CONFIG, json.dumps(_config(lora, groups), indent=2) + "\n")
     return ADAPTER_CONFIG, MLX_WEIGHTS
 

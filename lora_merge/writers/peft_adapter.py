@@ -9,9 +9,11 @@ from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.kinds import PREFIX
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TORCH_CODES, TensorRef
-from lora_merge.io import files
 from lora_merge.io.needed import ADAPTER_WEIGHTS
 from lora_merge.io.safetensors import load, reserve
+from lora_merge.storage.copying import copy_range
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.writing import tensor_bytes, write_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,10 +47,10 @@ def write_peft(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, .
     with folder.writing(ADAPTER_WEIGHTS) as fd:
         for made in lora.made:
             for name, tensor in _tensors(made, factors):
-                files.write_from(fd, files.tensor_bytes(tensor), slots[name].start, path)
+                write_from(fd, tensor_bytes(tensor), slots[name].start, path)
         for name, ref in lora.whole.items():
-            with files.open_for_reading(ref.file) as source:
-                files.copy_range(source, ref.start, ref.nbytes, fd, slots[name].start, (ref.file, str(path)))
+            with open_for_reading(ref.file) as source:
+                copy_range(source, ref.start, ref.nbytes, fd, slots[name].start, (ref.file, str(path)))
     folder.write_text(ADAPTER_CONFIG, json.dumps(lora.config, indent=2, ensure_ascii=False) + "\n")
     return ADAPTER_CONFIG, ADAPTER_WEIGHTS
 

@@ -15,10 +15,10 @@ from lora_merge.batch import Batch
 from lora_merge.core.report import Silence
 from lora_merge.errors import ChangedError
 from lora_merge.io import page_cache
-from lora_merge.io.files import identity_of, open_for_reading
 from lora_merge.io.safetensors import read_header
 from lora_merge.pipeline import planning
 from lora_merge.requests.batch_file import read_batch
+from lora_merge.storage.local import identity_of, open_for_reading
 from tests.tampering import edit_json, to_pickles
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -13,7 +13,7 @@ import yaml
 
 import lora_merge
 from lora_merge.cli import exits
-from lora_merge.io.files import parse_json
+from lora_merge.io.small_files import parse_json
 from tests.faults.odd_values import (
     BASE_TENSORS,
     LORA_TENSORS,

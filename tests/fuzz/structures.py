@@ -24,8 +24,9 @@ from lora_merge.core.shards import header_bytes
 from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.core.traits import traits_of
-from lora_merge.io.files import output_path, parse_json, read_json, write_text
 from lora_merge.io.paths import missing_hint
+from lora_merge.io.small_files import parse_json, read_json, write_text
+from lora_merge.io.user_paths import output_path
 from lora_merge.locate import find
 from lora_merge.plan import Policy, Reading, join, make_plan
 from lora_merge.requests.batch_file import read_batch

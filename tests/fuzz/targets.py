@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from lora_merge import adapters
 from lora_merge.core.manifest import merged_before, parse_manifest
 from lora_merge.errors import LoraMergeError
-from lora_merge.io.files import parse_json
 from lora_merge.io.pickles import read_pickle
 from lora_merge.io.safetensors import read_header
+from lora_merge.io.small_files import parse_json
 from lora_merge.resolve import resolve_base
 from tests.fuzz.structures import STRUCTURES, place
 

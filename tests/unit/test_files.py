@@ -15,10 +15,15 @@ import pytest
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
 from lora_merge.errors import CheckpointError, ResolveError, WriteError
-from lora_merge.io import files
-from lora_merge.io.files import output_path, user_path
 from lora_merge.io.folder import Folder
 from lora_merge.io.safetensors import read_header, reserve, tensor_digest
+from lora_merge.io.small_files import read_json
+from lora_merge.io.user_paths import output_path, user_path
+from lora_merge.storage import reading, writing
+from lora_merge.storage.copying import copy_range
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import read_into
+from lora_merge.storage.writing import Stream, write_from
 
 
 @contextlib.contextmanager
@@ -35,8 +40,8 @@ def new(path):
 
 
 def copied(source, target):
-    with files.open_for_reading(source) as source_fd, new(target) as fd:
-        files.copy_range(source_fd, 0, source.stat().st_size, fd, 0, ("source", "target"))
+    with open_for_reading(source) as source_fd, new(target) as fd:
+        copy_range(source_fd, 0, source.stat().st_size, fd, 0, ("source", "target"))
     assert target.read_bytes() == source.read_bytes()
 
 
@@ -53,8 +58,8 @@ def sparse(tmp_path):
 def test_a_copy_of_more_than_one_system_call_is_whole(sparse, tmp_path):
     target = tmp_path / "target"
     start = 2_400_000_001
-    with files.open_for_reading(sparse) as source_fd, new(target) as fd:
-        files.copy_range(source_fd, start, 5_000_000_000 - start, fd, 0, ("source", "target"))
+    with open_for_reading(sparse) as source_fd, new(target) as fd:
+        copy_range(source_fd, start, 5_000_000_000 - start, fd, 0, ("source", "target"))
 
     assert target.stat().st_size == 5_000_000_000 - start
     with target.open("rb") as file:
@@ -63,13 +68,14 @@ def test_a_copy_of_more_than_one_system_call_is_whole(sparse, tmp_path):
 
 
 def test_reads_and_writes_are_cut_into_calls_that_the_kernel_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_TRANSFER_BYTES", 7)
+    monkeypatch.setattr(reading, "MAX_TRANSFER_BYTES", 7)
+    monkeypatch.setattr(writing, "MAX_TRANSFER_BYTES", 7)
     data = bytes(range(256))
     with new(tmp_path / "file") as fd:
-        files.write_from(fd, memoryview(data), 3, "file")
+        write_from(fd, memoryview(data), 3, "file")
     buffer = bytearray(256)
-    with files.open_for_reading(tmp_path / "file") as fd:
-        files.read_into(fd, memoryview(buffer), 3, "file")
+    with open_for_reading(tmp_path / "file") as fd:
+        read_into(fd, memoryview(buffer), 3, "file")
 
     assert bytes(buffer) == data
 
@@ -105,7 +111,7 @@ def test_a_stream_writes_its_range_and_nothing_else(start, sizes, uncached, tmp_
     (tmp_path / "file").write_bytes(b"." * (start + len(data) + 50))
     monkeypatch.setattr(os, "pwritev", write)
     with opened(tmp_path / "file") as fd:
-        stream, at = files.Stream(fd, start, "file"), 0
+        stream, at = Stream(fd, start, "file"), 0
         for size in sizes:
             stream.write(memoryview(data)[at : at + size])
             at += size
@@ -124,7 +130,7 @@ def test_a_stream_sends_whole_pages(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwritev", write)
     with new(tmp_path / "file") as fd:
-        stream = files.Stream(fd, 100, "file")
+        stream = Stream(fd, 100, "file")
         for size in (5000, 70_000, 8192, 333):
             stream.write(memoryview(bytes(size)))
         assert all(end % 4096 == 0 for end in ends)
@@ -136,7 +142,7 @@ def test_a_stream_sends_whole_pages(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_stream_onto_a_full_disk_is_a_write_error():
     with opened("/dev/full") as fd, pytest.raises(WriteError, match="no space left"):
-        files.Stream(fd, 0, "/dev/full").write(memoryview(bytes(10_000)))
+        Stream(fd, 0, "/dev/full").write(memoryview(bytes(10_000)))
 
 
 @pytest.mark.parametrize(("start", "target_start"), [(0, 0), (100, 100), (4096 + 7, 7), (8, 16), (0, 1)])
@@ -160,10 +166,10 @@ def test_blocks_are_shared_where_both_files_have_them_alike(start, target_start,
     (tmp_path / "source").write_bytes(data)
     (tmp_path / "target").write_bytes(bytes(60_000))
     with (
-        files.open_for_reading(tmp_path / "source") as source_fd,
+        open_for_reading(tmp_path / "source") as source_fd,
         opened(tmp_path / "target") as fd,
     ):
-        files.copy_range(source_fd, start, 40_000, fd, target_start, ("source", "target"))
+        copy_range(source_fd, start, 40_000, fd, target_start, ("source", "target"))
     wanted = bytes(target_start) + data[start : start + 40_000]
     assert (tmp_path / "target").read_bytes() == wanted + bytes(60_000 - len(wanted))
     assert bool(shared) == (able and (start - target_start) % 4096 == 0)
@@ -173,10 +179,10 @@ def test_blocks_are_shared_where_both_files_have_them_alike(start, target_start,
 def test_a_source_that_shrinks_while_it_is_read_is_named(tmp_path):
     (tmp_path / "short").write_bytes(b"1234")
     with (
-        files.open_for_reading(tmp_path / "short") as fd,
+        open_for_reading(tmp_path / "short") as fd,
         pytest.raises(CheckpointError, match="ends at byte 4, expected 12 or more"),
     ):
-        files.read_into(fd, memoryview(bytearray(10)), 2, tmp_path / "short")
+        read_into(fd, memoryview(bytearray(10)), 2, tmp_path / "short")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -185,7 +191,7 @@ def test_a_full_disk_is_named_with_the_way_out():
         opened("/dev/full") as fd,
         pytest.raises(WriteError, match="no space left on the disk") as caught,
     ):
-        files.write_from(fd, memoryview(b"data"), 0, "/dev/full")
+        write_from(fd, memoryview(b"data"), 0, "/dev/full")
 
     assert "another --out" in caught.value.hint
 
@@ -256,7 +262,7 @@ def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path):
     began = time.process_time()
 
     with pytest.raises(CheckpointError, match="the key 'k199999' stands twice"):
-        files.read_json(path)
+        read_json(path)
 
     assert time.process_time() - began < 10  # by counting each, an hour
 
@@ -265,7 +271,7 @@ def test_a_key_that_stands_twice_is_shown_by_its_beginning(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(f'{{"{"k" * 100_000}": 0, "{"k" * 100_000}": 0}}')
     with pytest.raises(CheckpointError, match="stands twice") as caught:
-        files.read_json(path)
+        read_json(path)
     assert len(str(caught.value)) < 1000
 
 
@@ -275,7 +281,7 @@ def test_json_of_more_values_than_are_meant_is_refused_before_it_is_parsed(tmp_p
     tracemalloc.start()
 
     with pytest.raises(CheckpointError, match=r"some 3[0-9]{7} values, expected 16000000 at most"):
-        files.read_json(path)
+        read_json(path)
 
     assert tracemalloc.get_traced_memory()[1] < 300 << 20
     tracemalloc.stop()

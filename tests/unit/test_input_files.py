@@ -13,10 +13,12 @@ import pytest
 
 from lora_merge.core.identity import FileIdentity, InputFile, Inputs
 from lora_merge.errors import ChangedError
-from lora_merge.io import page_cache
-from lora_merge.io.files import identity_of, open_for_reading, range_digest, read_bytes, same_bytes
-from lora_merge.io.input_files import identity_at, in_threads, watching
+from lora_merge.io.small_files import read_bytes
 from lora_merge.pipeline.inputs import changed_times, check, lasting
+from lora_merge.storage import page_cache
+from lora_merge.storage.digests import range_digest, same_bytes
+from lora_merge.storage.input_files import identity_at, in_threads, watching
+from lora_merge.storage.local import identity_of, open_for_reading
 
 BIG, STEP = 40 << 20, 16 << 20
 

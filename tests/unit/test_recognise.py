@@ -9,12 +9,12 @@ import shutil
 import pytest
 
 from lora_merge.errors import CheckpointError, ResolveError
-from lora_merge.io.files import read_json
 from lora_merge.io.instead import instead_of, is_pointer
 from lora_merge.io.paths import missing_hint
 from lora_merge.io.pickles import read_pickle
 from lora_merge.io.recognise import fault_of, in_order, names_in
 from lora_merge.io.safetensors import read_header
+from lora_merge.io.small_files import read_json
 from tests.tampering import edit_json
 
 BASE, ADAPTER = ["config.json", "model.safetensors"], ["adapter_config.json", "adapter_model.safetensors"]

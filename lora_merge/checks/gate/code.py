@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import CONFIG_FILE, Output
 from lora_merge.core.report import error, note
 from lora_merge.errors import CheckpointError
-from lora_merge.io.files import read_bytes, read_json
+from lora_merge.io.small_files import read_bytes, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

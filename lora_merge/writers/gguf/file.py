@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.lora import Lora
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TORCH_NAMES
-from lora_merge.io.files import tensor_bytes, write_error
+from lora_merge.storage.writing import tensor_bytes, write_error
 from lora_merge.writers.gguf.layout import Layout
 from lora_merge.writers.gguf.package import gguf_package
 

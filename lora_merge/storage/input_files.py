@@ -1,6 +1,6 @@
 """The input files of a run: which files they were when they were opened, and what was read of them.
 
-`io.files` tells of every file that it opens and of every byte that it reads. Inside `watching`, the first opening of a path
+`storage.local` tells of every file that it opens, `storage.reading` of every byte that it reads. Inside `watching`, the first opening of a path
 says which file the run means; a later one that finds another file, or other bytes, raises `ChangedError` at once. What was
 seen comes back as a frozen `Inputs`, which can be compared with the disk at the end (`check`).
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import FileIdentity, Inputs, Place
 from lora_merge.errors import ChangedError
-from lora_merge.io.page_cache import look_at
+from lora_merge.storage.page_cache import look_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,0 +1,118 @@
+"""Digests of files, of parts of them and of texts; whether two files hold the same bytes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from lora_merge.errors import CheckpointError
+from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import BLOCK_BYTES, borrowed_block, read_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import xxhash
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Return True when two files hold the same bytes.
+
+    Both are read: `filecmp` keeps its answers by size and time, which a changed file may share with the old one.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    with open_for_reading(one) as here, open_for_reading(other) as there:
+        nbytes = os.fstat(here).st_size
+        if os.fstat(there).st_size != nbytes:
+            return False
+        pairs = zip(read_blocks(here, 0, nbytes, one), read_blocks(there, 0, nbytes, other), strict=True)
+        return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
+
+
+def new_digest() -> xxhash.xxh3_128:
+    """Return an empty digest.
+
+    XXH3 with 128 bits finds every accident at the speed of memory, a few per cent of a copy. It is no
+    defence against someone who forges files on purpose.
+    """
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+def digest_text(digest: xxhash.xxh3_128) -> str:
+    """Return a digest as it stands in records and manifests."""
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """Return the digest of one whole file, or of the digests of several.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    texts = [file_digest(path) for path in paths]
+    if len(texts) == 1:
+        return texts[0]
+    digest = new_digest()
+    digest.update("\n".join(texts).encode())
+    return digest_text(digest)
+
+
+def file_digest(path: Path, most: int | None = None) -> str:
+    """Return the digest of a whole file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is longer than `most` bytes: one of holes takes no room, and hours to read.
+    """
+    digest = new_digest()
+    with open_for_reading(path) as fd:
+        nbytes = os.fstat(fd).st_size
+        if most is not None and nbytes > most:
+            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{most} at most")
+        for block in read_blocks(fd, 0, nbytes, path):
+            digest.update(block)
+    return digest_text(digest)
+
+
+def range_digest(
+    fd: int, start: int, nbytes: int, label: str | Path, *, cached_only: bool = False
+) -> str | None:
+    """Return the digest of some bytes of a file.
+
+    Args:
+        cached_only: read what is in memory; None where that is not all of it, or the kernel cannot tell.
+
+    Raises:
+        CheckpointError: the file ends too soon, or the disk cannot be read.
+    """
+    digest = new_digest()
+    if not cached_only:
+        for block in read_blocks(fd, start, nbytes, label):
+            digest.update(block)
+        return digest_text(digest)
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    with borrowed_block() as block:
+        done = 0
+        while done < nbytes:
+            part = block[: min(BLOCK_BYTES, nbytes - done)]
+            try:
+                n_read = os.preadv(fd, [part], start + done, os.RWF_NOWAIT)
+            except OSError:
+                return None
+            if n_read == 0:
+                return None
+            digest.update(part[:n_read])
+            done += n_read
+    return digest_text(digest)
+
+
+def text_digest(text: str) -> str:
+    """Return the digest of a text as it is written (`io.folder.Folder.write_text`)."""
+    digest = new_digest()
+    digest.update(text.encode("utf-8", "backslashreplace"))
+    return digest_text(digest)
