@@ -35,10 +35,11 @@ from lora_merge.io.model_config import read_config
 from lora_merge.io.recognise import broken_link, fault_of, names_in
 from lora_merge.io.safetensors import differing_rows, is_zero, same_values
 from lora_merge.io.sentence_modules import MODULES_FILE, absent_modules, module_folders, whole_model
-from lora_merge.io.shards import read_shards, reader_of
+from lora_merge.io.shards import place_of, read_shards, reader_of
 from lora_merge.io.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
 from lora_merge.io.small_files import read_json
 from lora_merge.layouts import Stored
+from lora_merge.storage.sources import is_stored
 from lora_merge.words import choice
 
 if TYPE_CHECKING:
@@ -64,10 +65,14 @@ def resolve_adapter(root: Path, ignored: Collection[str] = ()) -> Adapter:
     return adapters.read(root, ignored)
 
 
-def resolve_base(root: Path) -> Checkpoint:
+def resolve_base(root: Path, weights: str = "") -> Checkpoint:
     """Return the checkpoint in a directory: ``config.json`` and weights, one file or shards.
 
     Safetensors win over ``.bin`` files. Files that the index does not name are not part of the model.
+
+    Args:
+        root: the directory: its small files are read there.
+        weights: what the texts of its weight files begin with, if they are in another storage (`storage.sources`).
 
     Raises:
         CheckpointError: the configuration, the index or a shard is missing or broken.
@@ -78,13 +83,16 @@ def resolve_base(root: Path) -> Checkpoint:
         )
     config = read_config(root / CONFIG_FILE)
     _check_counts(root, config)
-    entry = _entry(root)
+    entry = _entry(root, weights)
     index = read_json(root / entry) if entry.endswith(".json") else None
-    files = (_single_file(root, entry),) if index is None else read_shards(root, entry, index)
+    if index is None:
+        files: tuple[WeightFile, ...] = (reader_of(entry)(place_of(root, weights, entry), entry),)
+    else:
+        files = read_shards(root, entry, index, weights)
     _check_merged(root, config, files)
     side_files, notes = base_side_files(root)
     names = {file.name for file in files}
-    weights, others = recognised((ref for file in files for ref in file.tensors), config)
+    stored, others = recognised((ref for file in files for ref in file.tensors), config)
     return Checkpoint(
         root=str(root),
         config=config,
@@ -92,7 +100,7 @@ def resolve_base(root: Path) -> Checkpoint:
         sharded=index is not None,
         index_metadata=_table((index or {}).get("metadata")),
         side_files=tuple(file for file in side_files if file.name not in names),
-        weights=weights,
+        weights=stored,
         others=others,
         notes=notes + _weight_notes(root, entry, files, index),
         merged=merged_before(read_json(root / MANIFEST_FILE)) if (root / MANIFEST_FILE).is_file() else (),
@@ -279,7 +287,7 @@ def _weight_notes(
     return tuple(stale + forgotten)
 
 
-def _entry(root: Path) -> str:
+def _entry(root: Path, weights: str = "") -> str:
     """Return the name of the file that says what the weights are: the index, or the only one.
 
     Raises:
@@ -287,6 +295,8 @@ def _entry(root: Path) -> str:
     """
     entries = (INDEX_FILE, SAFETENSORS_FILE, PICKLED_INDEX_FILE, PICKLED_FILE)
     found = next((name for name in entries if (root / name).is_file()), None)
+    if found is None and weights:
+        found = next((name for name in entries if is_stored(place_of(root, weights, name))), None)
     if found is None:
         raise _no_base(root) or CheckpointError(
             str(root), "", "holds no weights", choice(entries), hint="fetch the weights too"
@@ -319,10 +329,6 @@ def _check_merged(root: Path, config: Mapping[str, Any], files: tuple[WeightFile
             str(root), wrapped, f"is a layer of PEFT, and {factor} is the LoRA on it: the model was saved unmerged",
             hint="save it again from PEFT: model.merge_and_unload() for a merged model, model.unload() for the base alone",
         )  # fmt: skip
-
-
-def _single_file(root: Path, name: str) -> WeightFile:
-    return reader_of(name)(root / name, name)
 
 
 def _output_files(files: tuple[WeightFile, ...], *, sharded: bool) -> tuple[WeightFile, ...]:

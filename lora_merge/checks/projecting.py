@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from lora_merge.checks.projection import Projection
 from lora_merge.core.plan import Merge
 from lora_merge.core.weight import WEIGHT
-from lora_merge.storage.local import open_for_reading
 from lora_merge.storage.reading import read_into
+from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_merge.checks.weighing import TileViews
     from lora_merge.core.plan import Step
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.storage.sources import Source
 
 
 def suspects_of(step: Step, here: Mapping[str, TensorRef]) -> tuple[tuple[int, int], ...] | None:
@@ -43,7 +44,7 @@ def _projected(op: Merge, source: TensorRef, slot: TensorRef, here: TensorRef) -
     projection = Projection(op, slot, tiles)
     buffers: dict[tuple[str, int], tuple[memoryview, TileViews]] = {}
 
-    def seen(fd: int, ref: TensorRef, role: str, tile: tuple[int, int]) -> TileViews:
+    def seen(file: Source, ref: TensorRef, role: str, tile: tuple[int, int]) -> TileViews:
         """Return a tile of a file, in a buffer that is used again for the next of its size."""
         start, end = tile
         row_bytes = ref.nbytes // view.n_rows
@@ -51,10 +52,10 @@ def _projected(op: Merge, source: TensorRef, slot: TensorRef, here: TensorRef) -
             content = memoryview(bytearray((end - start) * row_bytes))
             buffers[role, end - start] = content, projection.views(content, end - start, ref.dtype)
         content, views = buffers[role, end - start]
-        read_into(fd, content, ref.start + start * row_bytes, ref.file)
+        read_into(file, content, ref.start + start * row_bytes)
         return views
 
-    with open_for_reading(source.file) as base, open_for_reading(here.file) as output:
+    with open_source(source.file) as base, open_source(here.file) as output:
         for n, tile in enumerate(tiles):
             projection.before(n, seen(base, source, "base", tile))
             projection.after(n, seen(output, here, "output", tile))

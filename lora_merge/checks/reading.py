@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -13,7 +12,8 @@ from lora_merge.checks.decoding import DECODERS
 from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.errors import CheckpointError
-from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.reading import stream_of
+from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
     import contextlib
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Weight  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.storage.sources import Source
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -81,10 +82,10 @@ class Reader:
 
     def _file(self, file: str) -> _Safetensors | _Pickled:
         if file not in self._open:
-            fd = self._stack.enter_context(open_for_reading(file))
-            stream = os.fdopen(fd, "rb", closefd=False)
+            source = self._stack.enter_context(open_source(file))
+            stream = stream_of(source)
             is_pickled = stream.read(4) == _ZIP_MAGIC
-            self._open[file] = _Pickled(file, stream) if is_pickled else _Safetensors(stream)
+            self._open[file] = _Pickled(source, stream) if is_pickled else _Safetensors(stream)
         return self._open[file]
 
 
@@ -131,12 +132,10 @@ class Factors:
             CheckpointError: the file cannot be read.
         """
         if ref not in self._kept:
-            parts, n_read = [], 0
-            with open_for_reading(ref.file) as fd:
-                while n_read < ref.nbytes and (part := os.pread(fd, ref.nbytes - n_read, ref.start + n_read)):
-                    parts.append(part)
-                    n_read += len(part)
-            self._kept[ref] = _values(b"".join(parts), ref.dtype, ref.shape[0], wide=False)
+            with open_source(ref.file) as source, stream_of(source) as stream:
+                self._kept[ref] = _read(stream, ref.start, ref.nbytes, range(1), ref.dtype, wide=False).view(
+                    ref.shape[0], -1
+                )
         whole = self._kept[ref]
         if rows is None:
             return whole
@@ -176,14 +175,19 @@ class _Safetensors:
 class _Pickled:
     """A file of ``torch.save``, as torch itself reads it; the mapping is touched only where rows are taken."""
 
-    def __init__(self, file: str, stream: BinaryIO) -> None:
+    def __init__(self, source: Source, stream: BinaryIO) -> None:
         import pickle
 
         import torch
 
         self._stream = stream
+        is_local = source.fd is not None  # torch maps files of this machine only
+        file = source.text
+        stream.seek(0)
         try:
-            self._tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            self._tensors = torch.load(
+                file if is_local else stream, map_location="cpu", weights_only=True, mmap=is_local
+            )
         except (pickle.UnpicklingError, RuntimeError) as exc:
             not_for_want_of_memory(exc)
             raise CheckpointError(file, "", f"torch cannot load it ({exc})"[:300]) from exc

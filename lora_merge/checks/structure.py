@@ -11,7 +11,7 @@ from lora_merge.core.tensor import shape_text
 from lora_merge.io.safetensors import has_header
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.storage.digests import same_bytes
-from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,8 +61,8 @@ def _compare_file(output: Output, file: OutputFile) -> Iterator[Issue]:
             yield error("wrong-tensor", slot.name, f"is {got}, expected {wanted}")
     for name in found:
         yield error("extra-tensor", name, f"is in {file.name} and was not planned")
-    with open_for_reading(Path(output.root, file.name)) as fd:
-        has_its_header = has_header(fd, file)
+    with open_source(Path(output.root, file.name)) as source:
+        has_its_header = has_header(source, file)
     if not has_its_header:
         yield error("wrong-header", file.name, "its header is not the one that was planned, byte by byte")
 

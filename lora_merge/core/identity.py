@@ -1,4 +1,4 @@
-"""Which file it is: what the kernel says of an open file, which changes when the file does or another takes its name."""
+"""Which file it is: what its storage says of it, which changes when the file does or another takes its name."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class FileIdentity:
 
     changed: int
     """``st_ctime_ns``: when its bytes, name or mode changed last, in nanoseconds."""
+
+    tag: str = ""
+    """What a storage without inodes calls this version (an ETag, a generation); all but `size` is 0 there."""
 
 
 Range = tuple[int, int]
@@ -62,7 +65,8 @@ class InputFile:
         """
         then = self.identity
         is_inode = (then.device, then.inode) == (now.device, now.inode)
-        return (then.size, then.modified) == (now.size, now.modified) and (is_inode or not self.is_local)
+        is_same = (then.size, then.modified, then.tag) == (now.size, now.modified, now.tag)
+        return is_same and (is_inode or not self.is_local)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Copies that lie together: neighbours, which one call to the kernel moves, and files of nothing but copies."""
+"""Copies that lie together: neighbours, which are one piece of work, and files of nothing but copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
 
 STRETCH_BYTES = 64 << 20
-"""Of a stretch of several tensors, at most: it is read again for its digests while the page cache has it."""
+"""Of a stretch of several tensors, at most, so that the work is shared out evenly."""
 
 
 @dataclass(frozen=True, slots=True)

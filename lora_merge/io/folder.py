@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_merge.errors import WriteError
 from lora_merge.io import dirs
 from lora_merge.storage.copying import copy_range, link
-from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.sources import open_source
 from lora_merge.storage.writing import write_error, write_from
 
 if TYPE_CHECKING:
@@ -137,16 +137,15 @@ class Folder:
         with self.writing(name, create=True) as fd:
             write_from(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0, self.path / name)
 
-    def copy_in(self, source: Path, name: str) -> None:
-        """Copy a file's bytes into a new file.
+    def copy_in(self, source: Path, name: str) -> str:
+        """Copy a file's bytes into a new file; return the digest of what was read.
 
         Raises:
             CheckpointError: the source cannot be read.
             WriteError: the target cannot be written.
         """
-        labels = (str(source), str(self.path / name))
-        with open_for_reading(source) as source_fd, self.writing(name, create=True) as fd:
-            copy_range(source_fd, 0, os.fstat(source_fd).st_size, fd, 0, labels)
+        with open_source(source) as old, self.writing(name, create=True) as fd:
+            return copy_range(old, 0, old.nbytes, fd, 0, str(self.path / name))
 
     def link(self, source: Path, name: str, how: Literal["reflink", "hard"]) -> None:
         """Make a new file of an old one's bytes without moving them (`lora_merge.storage.copying.link`).

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
+
+from lora_merge.errors import CheckpointError
+from lora_merge.storage.sources import open_unwatched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,14 +110,9 @@ def _head_of(path: str | Path) -> tuple[bytes, int] | None:
 
     A pipe or a device might block, or never end; opening one waits for nobody.
     """
+    head = bytearray(HEAD_BYTES)
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-    except (OSError, ValueError):
+        with open_unwatched(path) as source:
+            return bytes(head[: source.read_into(memoryview(head), 0)]), source.nbytes
+    except (CheckpointError, OSError):
         return None
-    try:
-        status = os.fstat(fd)
-        return (os.read(fd, HEAD_BYTES), status.st_size) if stat.S_ISREG(status.st_mode) else None
-    except OSError:
-        return None
-    finally:
-        os.close(fd)

@@ -10,9 +10,7 @@ Reference:
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import pickle
 import struct
 import zipfile
@@ -24,13 +22,15 @@ from lora_merge.core.tensor import MAX_NAME_CHARACTERS, TensorRef, nbytes_of
 from lora_merge.errors import CheckpointError
 from lora_merge.io.instead import instead_of
 from lora_merge.io.unpickling import Machine, OddKeyError, Table, Tensor, UntrustedError, kind_of
-from lora_merge.storage.local import open_for_reading
-from lora_merge.storage.reading import read_into
+from lora_merge.storage.reading import read_into, stream_of
+from lora_merge.storage.sources import open_source
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from lora_merge.storage.sources import Source
 
 MAX_PICKLE_BYTES = 100_000_000
 """As safetensors limits its header: what is longer holds values, not places."""
@@ -67,7 +67,7 @@ _RESAVE = "load it in transformers or PEFT and save_pretrained() it once, which 
 _UNTRUSTED = "weights need no code; load such a file only if you trust whoever made it, and save its tensors as safetensors"
 
 
-def read_pickle(path: Path, name: str | None = None) -> WeightFile:
+def read_pickle(path: str | Path, name: str | None = None) -> WeightFile:
     """Return the tensors of a file that ``torch.save`` wrote; reads no values and runs nothing of it.
 
     Tensors that share a storage share their bytes.
@@ -81,8 +81,8 @@ def read_pickle(path: Path, name: str | None = None) -> WeightFile:
             outside it or not in one piece.
     """
     label = str(path)
-    with open_for_reading(path) as fd:
-        archive = _Archive(fd, label)
+    with open_source(path) as source:
+        archive = _Archive(source)
         order = archive.read("byteorder") if "byteorder" in archive else b"little"
         if order != b"little":
             got = f"is {order[:20].decode(errors='replace')}-endian"
@@ -96,18 +96,22 @@ def read_pickle(path: Path, name: str | None = None) -> WeightFile:
     return WeightFile(name=name or label, metadata={}, tensors=tuple(refs))
 
 
-class _Bounded(io.FileIO):
+class _Bounded:
     """A file of which little is read at once: a zip says itself how long its directory is, and all of that is read."""
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.seek, self.tell = stream.seek, stream.tell
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
         """Return the next bytes.
 
         Raises:
             zipfile.BadZipFile: they are more than the directory of any file of weights.
         """
-        if size is not None and size > MAX_DIRECTORY_BYTES:
+        if size > MAX_DIRECTORY_BYTES:
             raise zipfile.BadZipFile(f"a directory of {size} bytes")
-        return super().read(size) or b""
+        return self._stream.read(size)
 
 
 class _Archive:
@@ -117,9 +121,10 @@ class _Archive:
         CheckpointError: it is no zip file, or none of ``torch.save``.
     """
 
-    def __init__(self, fd: int, label: str) -> None:
-        self._fd, self.label = fd, label
-        self._size = os.fstat(fd).st_size
+    def __init__(self, source: Source) -> None:
+        self._source, self.label = source, source.text
+        self._size = source.nbytes
+        label = self.label
         entries = self._entries()
         folders = [entry.filename[: -len("data.pkl")] for entry in entries if _is_pickle(entry.filename)]
         if len(folders) != 1:
@@ -139,7 +144,7 @@ class _Archive:
 
     def _entries(self) -> list[zipfile.ZipInfo]:
         head = bytearray(min(32, self._size))
-        read_into(self._fd, memoryview(head), 0, self.label)
+        read_into(self._source, memoryview(head), 0)
         if _LEGACY_MAGIC in head:
             got = "is in the format of torch before 1.6"
             raise CheckpointError(self.label, "", got, "the zip format", hint=_RESAVE)
@@ -153,10 +158,7 @@ class _Archive:
             got = f"has {self._size} bytes that are no zip file"
             raise CheckpointError(self.label, "", got, "one of torch.save", hint=_REFETCH)
         try:
-            with (
-                _Bounded(self._fd, closefd=False) as stream,
-                zipfile.ZipFile(cast("IO[bytes]", stream)) as archive,
-            ):
+            with zipfile.ZipFile(cast("IO[bytes]", _Bounded(stream_of(self._source)))) as archive:
                 return archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, struct.error) as exc:
             got = "has no whole zip directory at its end"
@@ -180,7 +182,7 @@ class _Archive:
             raise CheckpointError(self.label, subject, got, "plain bytes", hint=_RESAVE)
         header = bytearray(_LOCAL_HEADER.size)
         if entry.header_offset + len(header) <= self._size:
-            read_into(self._fd, memoryview(header), entry.header_offset, self.label)
+            read_into(self._source, memoryview(header), entry.header_offset)
         magic, n_name, n_extra = _LOCAL_HEADER.unpack(header)
         start = entry.header_offset + len(header) + n_name + n_extra
         if magic != _ZIP_MAGIC or start + entry.file_size > self._size:
@@ -199,7 +201,7 @@ class _Archive:
             got = f"has {nbytes} bytes"
             raise CheckpointError(self.label, name, got, f"at most {MAX_PICKLE_BYTES}", hint=_RESAVE)
         content = bytearray(nbytes)
-        read_into(self._fd, memoryview(content), start, self.label)
+        read_into(self._source, memoryview(content), start)
         return bytes(content)
 
 

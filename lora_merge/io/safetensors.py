@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,8 @@ from lora_merge.errors import CheckpointError
 from lora_merge.io.instead import instead_of
 from lora_merge.io.small_files import parse_json
 from lora_merge.storage.digests import digest_text, new_digest
-from lora_merge.storage.local import open_for_reading
 from lora_merge.storage.reading import read_blocks, read_into
+from lora_merge.storage.sources import open_source
 from lora_merge.storage.writing import allocate, write_error, write_from
 from lora_merge.words import quoted
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from lora_merge.core.pieces import Box
     from lora_merge.core.shards import OutputFile
     from lora_merge.io.folder import Folder
+    from lora_merge.storage.sources import Source
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit (safetensors 0.8, ``MAX_HEADER_SIZE``)."""
@@ -46,21 +46,20 @@ _COMPARED_ELEMENTS = 1 << 20
 _REFETCH = "the file is truncated, or no safetensors file; fetch it again"
 
 
-def read_header(path: Path, name: str | None = None) -> WeightFile:
+def read_header(path: str | Path, name: str | None = None) -> WeightFile:
     """Return the tensors of a safetensors file, checked against its size.
 
     Args:
-        path: the file.
+        path: the file, or what names it in another storage.
         name: what to call it in the result; default: its path.
 
     Raises:
         CheckpointError: it is no safetensors file, or tensors overlap, leave holes or lie outside it.
     """
     label = str(path)
-    with open_for_reading(path) as fd:
-        size = os.fstat(fd).st_size
+    with open_source(path) as source:
         try:
-            table, data_start = _header_table(fd, size, label)
+            table, data_start = _header_table(source)
         except CheckpointError as exc:
             what = instead_of(path)
             if what is None:
@@ -73,22 +72,23 @@ def read_header(path: Path, name: str | None = None) -> WeightFile:
         raise CheckpointError(label, "__metadata__", f"is {quoted(metadata)}", "a table of strings")
     refs = [_parse_row(row_name, row, label, data_start) for row_name, row in table.items()]
     refs.sort(key=lambda ref: (ref.start, ref.end))
-    _check_cover(refs, data_start, size, label)
+    _check_cover(refs, data_start, source.nbytes, label)
     return WeightFile(name=name or label, metadata=metadata, tensors=tuple(refs))
 
 
-def _header_table(fd: int, size: int, label: str) -> tuple[dict[str, Any], int]:
+def _header_table(source: Source) -> tuple[dict[str, Any], int]:
     """Return the header's JSON table and where the data begins."""
+    label, size = source.text, source.nbytes
     if size < HEADER_PREFIX_BYTES:
         raise CheckpointError(label, "", f"has {size} bytes", "at least 8", hint=_REFETCH)
     prefix = bytearray(HEADER_PREFIX_BYTES)
-    read_into(fd, memoryview(prefix), 0, label)
+    read_into(source, memoryview(prefix), 0)
     length = int.from_bytes(prefix, "little")
     most = min(MAX_HEADER_BYTES, size - HEADER_PREFIX_BYTES)
     if length > most:
         raise CheckpointError(label, "header", f"claims {length} bytes", f"at most {most}", hint=_REFETCH)
     text = bytearray(length)
-    read_into(fd, memoryview(text), HEADER_PREFIX_BYTES, label)
+    read_into(source, memoryview(text), HEADER_PREFIX_BYTES)
     try:
         table = parse_json(bytes(text))
     except OddValueError as exc:
@@ -156,8 +156,8 @@ def blocks(ref: TensorRef) -> Iterator[memoryview]:
     Raises:
         CheckpointError: the file ends too soon.
     """
-    with open_for_reading(ref.file) as fd:
-        yield from read_blocks(fd, ref.start, ref.nbytes, ref.file)
+    with open_source(ref.file) as source:
+        yield from read_blocks(source, ref.start, ref.nbytes)
 
 
 def tensor_digest(ref: TensorRef) -> str:
@@ -212,7 +212,7 @@ def same_values(stored: TensorRef, other: TensorRef) -> bool:
     import torch
 
     n_elements = math.prod(stored.shape)
-    with open_for_reading(stored.file) as one, open_for_reading(other.file) as two:
+    with open_source(stored.file) as one, open_source(other.file) as two:
         for start in range(0, n_elements, _COMPARED_ELEMENTS):
             end = min(start + _COMPARED_ELEMENTS, n_elements)
             here, there = _elements(one, stored, start, end), _elements(two, other, start, end)
@@ -233,7 +233,7 @@ def differing_rows(stored: TensorRef, other: TensorRef) -> int:
     row = math.prod(stored.shape[1:])
     step = max(1, _COMPARED_ELEMENTS // max(row, 1))
     count = 0
-    with open_for_reading(stored.file) as one, open_for_reading(other.file) as two:
+    with open_source(stored.file) as one, open_source(other.file) as two:
         for first in range(0, n_rows, step):
             end = min(first + step, n_rows)
             here = _elements(one, stored, first * row, end * row).view(end - first, row)
@@ -243,13 +243,13 @@ def differing_rows(stored: TensorRef, other: TensorRef) -> int:
     return count
 
 
-def _elements(fd: int, ref: TensorRef, start: int, end: int) -> torch.Tensor:
+def _elements(source: Source, ref: TensorRef, start: int, end: int) -> torch.Tensor:
     """Return some elements of a tensor, in its stored dtype."""
     import torch
 
     size = DTYPE_BITS[ref.dtype] // 8
     raw = torch.empty((end - start) * size, dtype=torch.uint8)
-    read_into(fd, raw.numpy().data, ref.start + start * size, ref.file)
+    read_into(source, raw.numpy().data, ref.start + start * size)
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype]))
 
 
@@ -273,14 +273,14 @@ def box_norm(ref: TensorRef, box: Box = ()) -> float:
     size = DTYPE_BITS[ref.dtype] // 8
     strides = [math.prod(ref.shape[axis + 1 :]) for axis in range(len(ref.shape))]
     total = 0.0
-    with open_for_reading(ref.file) as fd:
+    with open_source(ref.file) as source:
         last = max(whole_from - 1, 0)  # from this axis on a range is one stretch of bytes
         for outer in product(*(range(*limits) for limits in box[:last])):
             first = sum(index * stride for index, stride in zip(outer, strides, strict=False))
             start, end = box[last] if box else (0, 1)
             step = strides[last] if strides else 1
             at, nbytes = ref.start + (first + start * step) * size, (end - start) * step * size
-            for block in read_blocks(fd, at, nbytes, ref.file):
+            for block in read_blocks(source, at, nbytes):
                 total += float(
                     torch.frombuffer(block, dtype=dtype).float().square_().sum(dtype=torch.float64)
                 )
@@ -296,22 +296,22 @@ def load(ref: TensorRef) -> torch.Tensor:
     import torch
 
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
-    with open_for_reading(ref.file) as fd:
-        read_into(fd, raw.numpy().data, ref.start, ref.file)
+    with open_source(ref.file) as source:
+        read_into(source, raw.numpy().data, ref.start)
     return raw.view(getattr(torch, TORCH_TYPES[ref.dtype])).view(ref.shape)
 
 
-def has_header(fd: int, file: OutputFile) -> bool:
+def has_header(source: Source, file: OutputFile) -> bool:
     """Return True when a stored file has the size and the header, byte by byte, of a file to be written.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     header = header_bytes(file)
-    if os.fstat(fd).st_size != file.nbytes:
+    if source.nbytes != file.nbytes:
         return False
     found = bytearray(len(header))
-    read_into(fd, memoryview(found), 0, file.name)
+    read_into(source, memoryview(found), 0)
     return found == header
 
 

@@ -12,6 +12,7 @@ from lora_merge.io.recognise import broken_link
 from lora_merge.io.safetensors import read_header
 from lora_merge.io.small_files import read_json
 from lora_merge.io.user_paths import is_file
+from lora_merge.storage.sources import is_stored
 from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ MAX_SHARDS = 100_000
 _SHARD = re.compile(r"(?P<stem>adapter_model)-(?P<n>\d+)-of-(?P<of>\d+)(?P<suffix>\.safetensors|\.bin)")
 
 
-def reader_of(name: str) -> Callable[[Path, str], WeightFile]:
+def reader_of(name: str) -> Callable[[str | Path, str], WeightFile]:
     """Return what reads a weight file, or those that an index of this name lists."""
     if not name.endswith(_PICKLED):
         return read_header
@@ -115,8 +116,31 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
     return wanted
 
 
-def read_shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[WeightFile, ...]:
+def place_of(root: Path, weights: str, name: str) -> str:
+    """Return what names a weight file.
+
+    Args:
+        root: the directory of the model.
+        weights: where its weight files are, if elsewhere (``scheme://…/folder``).
+        name: the file's, relative.
+    """
+    return f"{weights}/{name}" if weights else str(root / name)
+
+
+def _is_there(root: Path, weights: str, name: str) -> bool:
+    return is_stored(place_of(root, weights, name)) if weights else is_file(root / name)
+
+
+def read_shards(
+    root: Path, entry: str, index: Mapping[str, Any], weights: str = ""
+) -> tuple[WeightFile, ...]:
     """Return the files that an index names, each holding exactly what the index says.
+
+    Args:
+        root: the directory of the model.
+        entry: the name of the index.
+        index: what it says.
+        weights: as for `place_of`.
 
     Raises:
         CheckpointError: a shard is missing, lies outside the directory, or disagrees with the index.
@@ -127,14 +151,14 @@ def read_shards(root: Path, entry: str, index: Mapping[str, Any]) -> tuple[Weigh
         raise CheckpointError(label, "weight_map", f"is {quoted(weight_map)}", "a table of tensor → file")
     first = {str(file): (name, file) for name, file in weight_map.items()}  # one tensor of each file
     names = sorted(_file_name(label, name, file) for name, file in first.values())
-    missing = [name for name in names if not is_file(root / name)]
+    missing = [name for name in names if not _is_there(root, weights, name)]
     if missing:
         raise broken_link(root) or CheckpointError(
             str(root), "", f"lacks {listing(missing)}", f"the {len(names)} files that its index names",
             hint="the download is incomplete; fetch it again",
         )  # fmt: skip
     read = reader_of(entry)
-    files = tuple(read(root / name, name) for name in names)
+    files = tuple(read(place_of(root, weights, name), name) for name in names)
     found = {ref.name: file.name for file in files for ref in file.tensors}
     for name, file in weight_map.items():
         if found.get(name) != file:

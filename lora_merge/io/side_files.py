@@ -13,8 +13,9 @@ from lora_merge.io.instead import instead_of, is_page, is_pointer
 from lora_merge.io.sentence_modules import may_be_module_file, module_files, whole_model
 from lora_merge.io.user_paths import is_file
 from lora_merge.storage.digests import same_bytes
-from lora_merge.storage.local import open_for_reading, why_no_file
+from lora_merge.storage.local import why_no_file
 from lora_merge.storage.reading import read_blocks
+from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,11 +124,10 @@ def _size(path: Path) -> int:
     Raises:
         CheckpointError: it cannot be opened.
     """
-    with open_for_reading(path) as fd:
-        nbytes = os.fstat(fd).st_size
-        for _ in read_blocks(fd, 0, nbytes if nbytes <= _MOST_READ_BYTES else 0, path):
+    with open_source(path) as source:
+        for _ in read_blocks(source, 0, source.nbytes if source.nbytes <= _MOST_READ_BYTES else 0):
             pass
-        return nbytes
+        return source.nbytes
 
 
 def _check_whole(path: Path) -> None:

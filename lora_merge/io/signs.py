@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
 from lora_merge.storage.digests import digest_text, new_digest
-from lora_merge.storage.local import open_for_reading
 from lora_merge.storage.reading import read_into
+from lora_merge.storage.sources import open_source, version_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from lora_merge.core.identity import FileIdentity
     from lora_merge.core.tensor import TensorRef
 
 PAGE_BYTES = 4096
@@ -27,17 +28,39 @@ def changed_at(path: str | Path) -> int:
     """Return when a file may have changed last, in nanoseconds.
 
     That is the later of two times. Programs that copy set the time of modification back; the kernel sets the other one
-    itself, also when a file is renamed, linked or given another mode. A time to come tells nothing.
+    itself, also when a file is renamed, linked or given another mode. A time to come tells nothing. Of a storage without times
+    it is now: nobody says that it was earlier.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    version = _version(path)
+    if version.tag:
+        return time.time_ns()
+    is_to_come = version.modified > time.time_ns()
+    return version.changed if is_to_come else max(version.modified, version.changed)
+
+
+def modified_at(path: str | Path) -> int:
+    """Return when a file was written to last, in nanoseconds, or what a program says of that; now where there are no times.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    version = _version(path)
+    return time.time_ns() if version.tag else version.modified
+
+
+def _version(path: str | Path) -> FileIdentity:
+    """Return which file has a name.
 
     Raises:
         CheckpointError: there is no such file.
     """
     try:
-        status = Path(path).stat()
+        return version_at(str(path))
     except OSError as exc:
         raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
-    modified = status.st_mtime_ns
-    return status.st_ctime_ns if modified > time.time_ns() else max(modified, status.st_ctime_ns)
 
 
 def has_hole(path: Path) -> bool:
@@ -46,9 +69,11 @@ def has_hole(path: Path) -> bool:
     Raises:
         CheckpointError: the file cannot be opened.
     """
-    with open_for_reading(path) as fd:
+    with open_source(path) as source:
+        if source.fd is None:
+            return False
         try:
-            return os.lseek(fd, 0, os.SEEK_HOLE) < os.fstat(fd).st_size
+            return os.lseek(source.fd, 0, os.SEEK_HOLE) < source.nbytes
         except (OSError, AttributeError):  # nobody here knows
             return False
 
@@ -67,10 +92,10 @@ def pages(ref: TensorRef) -> Iterator[bytes]:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    with open_for_reading(ref.file) as fd:
+    with open_source(ref.file) as source:
         for start in dict.fromkeys((ref.start, max(ref.start, ref.end - PAGE_BYTES))):
             page = bytearray(min(PAGE_BYTES, ref.nbytes))
-            read_into(fd, memoryview(page), start, ref.file)
+            read_into(source, memoryview(page), start)
             yield bytes(page)
 
 

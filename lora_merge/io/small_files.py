@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.json_values import OddValueError, check_values
 from lora_merge.errors import CheckpointError
 from lora_merge.io.instead import instead_of
 from lora_merge.storage import input_files
-from lora_merge.storage.local import open_for_reading
-from lora_merge.storage.reading import BLOCK_BYTES
+from lora_merge.storage.reading import BLOCK_BYTES, borrowed_block, read_some
+from lora_merge.storage.sources import open_source
 from lora_merge.storage.writing import write_error
 
 if TYPE_CHECKING:
@@ -35,21 +34,17 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     Raises:
         CheckpointError: it cannot be read, is no regular file, or is longer than `most` bytes.
     """
-    with open_for_reading(path) as fd:
-        nbytes = os.fstat(fd).st_size
-        if nbytes > most:
-            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{most} at most")
+    with open_source(path) as source, borrowed_block() as block:
+        if source.nbytes > most:
+            raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"{most} at most")
         parts, n_read = [], 0
-        try:
-            while part := os.read(fd, min(BLOCK_BYTES, most + 1 - n_read)):
-                parts.append(part)
-                n_read += len(part)
-        except OSError as exc:
-            raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc
+        while n_more := read_some(source, block[: min(BLOCK_BYTES, most + 1 - n_read)], n_read):
+            parts.append(bytes(block[:n_more]))
+            n_read += n_more
     if n_read > most:  # it grew, or says that it has no bytes, as files of /proc do
         raise CheckpointError(str(path), "", f"has more than {most} bytes", f"{most} at most")
     content = b"".join(parts)
-    input_files.tell_read(path, 0, content)
+    input_files.tell_read(str(path), 0, content)
     return content
 
 

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from lora_merge.core.json_values import shown
-from lora_merge.errors import CheckpointError, ResolveError
+from lora_merge.errors import ResolveError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,15 +98,3 @@ def nearest_existing(path: Path) -> Path:
             if place.exists():
                 return place
     return path
-
-
-def modified_at(path: Path) -> int:
-    """Return when a file was written to last, in nanoseconds, or what a program says of that.
-
-    Raises:
-        CheckpointError: there is no such file.
-    """
-    try:
-        return path.stat().st_mtime_ns
-    except OSError as exc:
-        raise CheckpointError(str(path), "", f"cannot be read ({exc.strerror})") from exc

@@ -11,8 +11,8 @@ from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.core.weight import Tile
 from lora_merge.io.safetensors import box_norm, tensor_digest
 from lora_merge.storage.digests import digest_text, new_digest
-from lora_merge.storage.local import open_for_reading
 from lora_merge.storage.reading import ReadAhead
+from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_merge.core.pieces import Box
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import PartRange, Weight
+    from lora_merge.storage.sources import Source
 
 _NORM_ELEMENTS = 1 << 20
 
@@ -45,11 +46,11 @@ class WeightReader:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            fds: dict[str, int] = {}
+            sources: dict[str, Source] = {}
             for role, ref in self.weight.parts.items():
-                if ref.file not in fds:
-                    fds[ref.file] = stack.enter_context(open_for_reading(ref.file))
-                self._parts[role] = _PartReader(fds[ref.file], ref, is_watched=self._is_watched)
+                if ref.file not in sources:
+                    sources[ref.file] = stack.enter_context(open_source(ref.file))
+                self._parts[role] = _PartReader(sources[ref.file], ref, is_watched=self._is_watched)
             self._stack = stack.pop_all()
         return self
 
@@ -109,9 +110,9 @@ class WeightReader:
 class _PartReader:
     """Reads one part; its digest is of the bytes that were read, where they came in order."""
 
-    def __init__(self, fd: int, ref: TensorRef, *, is_watched: bool) -> None:
+    def __init__(self, source: Source, ref: TensorRef, *, is_watched: bool) -> None:
         self._ref, self._done = ref, 0
-        self._ahead = ReadAhead(fd, ref.start, ref.end, is_watched=is_watched)
+        self._ahead = ReadAhead(source, ref.start, ref.end, is_watched=is_watched)
         self._digest = new_digest()
         self._whole: bytes | None = None
 
@@ -124,7 +125,7 @@ class _PartReader:
             if is_whole and self._whole is not None:
                 piece[:] = self._whole
             else:
-                self._ahead.read_into(piece, self._ref.start + first, self._ref.file)
+                self._ahead.read_into(piece, self._ref.start + first)
                 if first == self._done:
                     self._digest.update(piece)
                     self._done += nbytes

@@ -5,7 +5,7 @@ or on a GPU; `changing` applies the deltas; `sample` sees what the stored dtype 
 no delta touches; `devices` sets torch up, and `stopwatch` knows where the time went.
 """
 
-from lora_merge.merge.copying import Copier
+from lora_merge.merge.copying import copy
 from lora_merge.merge.devices import NoDeviceError, TorchLoading, one_torch_thread, pick_device, quick_turns
 from lora_merge.merge.merger import Merger, Order, Sink
 from lora_merge.merge.sample import SAMPLE_ELEMENTS
@@ -13,13 +13,13 @@ from lora_merge.merge.stopwatch import Stopwatches
 
 __all__ = [
     "SAMPLE_ELEMENTS",
-    "Copier",
     "Merger",
     "NoDeviceError",
     "Order",
     "Sink",
     "Stopwatches",
     "TorchLoading",
+    "copy",
     "one_torch_thread",
     "pick_device",
     "quick_turns",

@@ -1,51 +1,99 @@
-"""Copies: bytes that no delta touches, moved in the kernel where it can."""
+"""Copies: bytes that no delta touches. They are read once, for every output that wants them and for their digests."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.core.tensor import TensorRecord
-from lora_merge.io.safetensors import tensor_digest
-from lora_merge.merge.stopwatch import Stopwatches
+from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.reading import read_blocks
+from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
     from lora_merge.core.stretches import Stretch
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.merge.stopwatch import Stopwatches
+    from lora_merge.storage.sources import Source
+
+COPY_BYTES = 1 << 18
+"""Of a copy, read, digested and written at once: what the processor's cache keeps from one to the next."""
 
 
 class CopySink(Protocol):
     """Where copies go; a writer is one."""
 
-    def copy(self, stretch: Stretch) -> None:
-        """Fill the slots of a stretch with the bytes of its sources."""
+    def copying(
+        self, stretch: Stretch, source: Source
+    ) -> AbstractContextManager[Callable[[memoryview], None]]:
+        """Open the slots of a stretch; the result takes the next bytes of its sources, which `source` holds."""
 
 
-class Copier:
-    """Carries out copies: ``copier(stretch)`` fills its slots and returns their records.
+def copy(wanted: Sequence[tuple[CopySink, Stretch]], watches: Stopwatches) -> list[list[TensorRecord]]:
+    """Carry out the copies of one stretch of a source into every sink that wants it; return the records of each.
 
-    A tensor's digest is taken of its *source*, right after the copy, while the page cache has it.
+    A tensor's digest is taken of its *source*, of the bytes that are written.
 
     Args:
-        sink: where the bytes go.
+        wanted: the sinks, and the stretch as each has it: all of the same bytes.
         watches: count the time.
+
+    Raises:
+        CheckpointError: a source cannot be read.
+        WriteError: the disk is full or cannot be written.
     """
-
-    def __init__(self, sink: CopySink, watches: Stopwatches | None = None) -> None:
-        self._sink, self._watches = sink, watches or Stopwatches()
-
-    def __call__(self, stretch: Stretch) -> list[TensorRecord]:
-        """Carry out the copies of one stretch.
-
-        Raises:
-            CheckpointError: a source cannot be read.
-            WriteError: the disk is full or cannot be written.
-        """
-        watch = self._watches.mine()
-        watch.start()
-        self._sink.copy(stretch)
-        watch.lap("copy")
-        records = [
-            TensorRecord(slot.name, slot.file, slot.nbytes, tensor_digest(source), finite=True)
-            for slot, source in zip(stretch.slots, stretch.sources, strict=True)
+    watch = watches.mine()
+    watch.start()
+    stretch = wanted[0][1]
+    first = stretch.sources[0]
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_source(first.file))
+        writes = [stack.enter_context(sink.copying(own, source)) for sink, own in wanted]
+        digests = _Digests(stretch.sources)
+        for block in read_blocks(source, first.start, stretch.nbytes, COPY_BYTES):
+            watch.lap("copy")
+            digests.take(block)
+            watch.lap("digest")
+            for write in writes:
+                write(block)
+            watch.lap("copy")
+    found = digests.texts()
+    return [
+        [
+            TensorRecord(slot.name, slot.file, slot.nbytes, digest, finite=True)
+            for slot, digest in zip(own.slots, found, strict=True)
         ]
-        watch.lap("digest")
-        return records
+        for _, own in wanted
+    ]
+
+
+class _Digests:
+    """The digests of tensors that lie one after the other, taken as their bytes pass."""
+
+    def __init__(self, refs: Sequence[TensorRef]) -> None:
+        self._sizes = [ref.nbytes for ref in refs]
+        self._found: list[str] = []
+        self._digest, self._n_taken = new_digest(), 0
+
+    def take(self, block: memoryview) -> None:
+        """Take the next bytes, of one tensor or of several."""
+        while block:
+            room = self._sizes[len(self._found)] - self._n_taken
+            self._digest.update(block[:room])
+            self._n_taken += len(block[:room])
+            block = block[room:]
+            if self._n_taken == self._sizes[len(self._found)]:
+                self._next()
+
+    def texts(self) -> list[str]:
+        """Return the digest of each tensor, once all bytes have passed."""
+        while len(self._found) < len(self._sizes):  # the last ones are empty
+            self._next()
+        return self._found
+
+    def _next(self) -> None:
+        self._found.append(digest_text(self._digest))
+        self._digest, self._n_taken = new_digest(), 0

@@ -18,7 +18,7 @@ from lora_merge.deltas import ALGEBRAS, Factors, Part
 from lora_merge.io.safetensors import load
 from lora_merge.io.weights import WeightReader
 from lora_merge.merge.changing import Working, change
-from lora_merge.merge.copying import Copier, CopySink
+from lora_merge.merge.copying import CopySink, copy
 from lora_merge.merge.passing import Passing
 from lora_merge.merge.sample import Sample
 from lora_merge.merge.stopwatch import Stopwatches
@@ -103,7 +103,6 @@ class Merger:
         self._tile_elements = tile_elements
         self._watches = watches or Stopwatches()
         self._factors = Factors(load)
-        self._copier = Copier(sink, self._watches)
         self._local = threading.local()
 
     def __call__(self, step: Step) -> tuple[TensorRecord, ...]:
@@ -116,10 +115,11 @@ class Merger:
         """
         match step.op:
             case Copy():
-                return tuple(self._copier(Stretch((step,))))
+                (copied,) = copy([(self._sink, Stretch((step,)))], self._watches)
+                return tuple(copied)
             case Merge():
-                (records,) = self.together([Order(step, self._sink)])
-                return records
+                (merged,) = self.together([Order(step, self._sink)])
+                return merged
             case _:
                 assert_never(step.op)
 

@@ -20,14 +20,13 @@ from lora_merge.io import machine
 from lora_merge.io.needed import CONVERSION_MANIFEST
 from lora_merge.io.safetensors import has_header, tensor_digest
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
-from lora_merge.io.signs import changed_at, has_hole, pages, sampled
+from lora_merge.io.signs import changed_at, has_hole, modified_at, pages, sampled
 from lora_merge.io.small_files import read_json, read_text
-from lora_merge.io.user_paths import modified_at
 from lora_merge.merge import Merger, NoDeviceError, one_torch_thread, pick_device
 from lora_merge.pipeline.provenance import provenance_of
 from lora_merge.requests.recording import record_of
 from lora_merge.storage.digests import file_digest, text_digest
-from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.sources import open_source
 from lora_merge.writers.hf_checkpoint import side_digest
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
     from lora_merge.pipeline.conversion import Conversion
     from lora_merge.pipeline.planning import Planned
+    from lora_merge.storage.sources import Source
 
 
 WORTH_A_NOTE_BYTES = 64 << 20
@@ -210,8 +210,8 @@ class _Looked:
             nbytes = (self._out / file.name).stat().st_size
             if nbytes != file.nbytes:
                 yield f"{file.name}: has {nbytes} bytes, expected {file.nbytes}"
-            with open_for_reading(self._out / file.name) as fd:
-                has_its_header = has_header(fd, file)
+            with open_source(self._out / file.name) as source:
+                has_its_header = has_header(source, file)
             if not has_its_header:
                 yield f"{file.name}: its header is not what was written"
 
@@ -297,7 +297,11 @@ class _Looked:
 class _Nowhere:
     """Where bytes go of which only the digest is wanted."""
 
-    def copy(self, stretch: Stretch) -> None: ...
+    @contextlib.contextmanager
+    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
+        """Open slots that take everything, and keep nothing."""
+        del stretch, source
+        yield lambda _: None
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
@@ -354,7 +358,7 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
     made = modified_at(conversion.out / CONVERSION_MANIFEST)
     of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
     for name in sorted(of_base):
-        if modified_at(Path(name)) > made:
+        if modified_at(name) > made:
             yield f"the base has changed: {name} was written to later"
 
 

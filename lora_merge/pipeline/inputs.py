@@ -8,8 +8,8 @@ from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.identity import Place
 from lora_merge.core.plan import Copy
 from lora_merge.storage.digests import file_digest, range_digest
-from lora_merge.storage.input_files import changed, identity_at
-from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.input_files import changed
+from lora_merge.storage.sources import identity_at, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -83,9 +83,9 @@ def _compare(path: str, places: Sequence[tuple[Place, str]], *, cached_only: boo
     Raises:
         ChangedError: one has other bytes.
     """
-    with open_for_reading(path) as fd:
+    with open_source(path) as source:
         for place, digest in sorted(places, key=lambda one: one[0].start):
-            found = range_digest(fd, place.start, place.nbytes, path, cached_only=cached_only)
+            found = range_digest(source, place.start, place.nbytes, cached_only=cached_only)
             if found is not None and found != digest:
                 raise changed(path)
 
@@ -148,6 +148,7 @@ def lasting(inputs: Inputs) -> list[tuple[object, ...]]:
             file.identity.inode if file.is_local else 0,
             file.identity.size,
             file.identity.modified,
+            file.identity.tag,
             whole.get(path, ""),
         )
         for path, file in inputs.files.items()

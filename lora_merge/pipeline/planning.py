@@ -53,6 +53,7 @@ from lora_merge.resolve import (
     unchanged_parameters,
 )
 from lora_merge.storage.input_files import watching
+from lora_merge.storage.sources import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,11 +130,11 @@ class Planned:
         return self.checkpoint.merged
 
     def read_files(self) -> tuple[Path, ...]:
-        """Return the directories and the weight files that the output is made of."""
+        """Return the directories and the weight files of this machine that the output is made of."""
         roots = (self.plan.base, *self.plan.adapters)
         own = {ref.file for ref in self.checkpoint.tensors()}
         own.update(*(use.adapter.files for use in self.uses))
-        return tuple(map(Path, (*roots, *sorted(own))))
+        return tuple(map(Path, (*roots, *sorted(filter(is_local, own)))))
 
 
 def plan_request(request: Request, watch: Observer) -> Planned:

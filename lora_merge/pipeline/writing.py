@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,11 +23,11 @@ from lora_merge.io import staging
 from lora_merge.io.journal import FILE, Journal
 from lora_merge.io.side_files import MANIFEST_FILE
 from lora_merge.merge import (
-    Copier,
     Merger,
     Order,
     Stopwatches,
     TorchLoading,
+    copy,
     one_torch_thread,
     quick_turns,
 )
@@ -39,7 +39,8 @@ from lora_merge.pipeline.planning import Planned, check_strict
 from lora_merge.pipeline.provenance import provenance_of
 from lora_merge.pipeline.resuming import fingerprint, finished
 from lora_merge.requests.recording import record_of
-from lora_merge.storage.input_files import identity_at, in_threads, watching
+from lora_merge.storage.input_files import in_threads, watching
+from lora_merge.storage.sources import identity_at
 from lora_merge.verify import verify as check_output
 from lora_merge.writers import HfCheckpoint
 
@@ -401,26 +402,13 @@ def _shared_orders(merges: Iterable[tuple[Output, Step]]) -> list[_Orders]:
 
 
 def _copier(watches: Stopwatches) -> Callable[[_Copies], _Done]:
-    """Return what copies a stretch into every output that wants it; its digests are taken once."""
+    """Return what copies a stretch into every output that wants it; it is read once."""
 
-    def copy(work: _Copies) -> _Done:
-        first, stretch = work.wanted[0]
-        records = Copier(first.writer, watches)(stretch)
-        done: _Done = [(first, records)]
-        for output, other in work.wanted[1:]:
-            output.writer.copy(other)
-            done.append((output, _renamed(records, other)))
-        return done
+    def copied(work: _Copies) -> _Done:
+        records = copy([(output.writer, stretch) for output, stretch in work.wanted], watches)
+        return [(output, own) for (output, _), own in zip(work.wanted, records, strict=True)]
 
-    return copy
-
-
-def _renamed(records: Sequence[TensorRecord], stretch: Stretch) -> list[TensorRecord]:
-    """Return the records of the same bytes in another output."""
-    return [
-        replace(record, name=slot.name, file=slot.file)
-        for record, slot in zip(records, stretch.slots, strict=True)
-    ]
+    return copied
 
 
 def _merged(merger: Merger, work: _Orders) -> _Done:

@@ -1,4 +1,7 @@
-"""Bytes from one file to another: in the kernel where it can, and shared by both files where the filesystem can."""
+"""Bytes from a source into a file, read once: digests are taken and files filled as the blocks pass.
+
+What a filesystem lets two files share (XFS, btrfs) is read for its digest, and not written.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,78 @@ import sys
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.storage import input_files
-from lora_merge.storage.local import CLOEXEC, open_for_reading
+from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.local import CLOEXEC
 from lora_merge.storage.reading import read_blocks
-from lora_merge.storage.writing import MAX_TRANSFER_BYTES, PAGE_BYTES, write_from
+from lora_merge.storage.sources import open_source
+from lora_merge.storage.writing import PAGE_BYTES, write_from
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from lora_merge.storage.sources import Source
 
 _FICLONE, _FICLONERANGE = 0x40049409, 0x4020940D
 """The requests of Linux's ``ioctl_ficlone(2)`` and ``ioctl_ficlonerange(2)``."""
 
 
-def copy_range(
-    source_fd: int, start: int, nbytes: int, target_fd: int, target_start: int, labels: tuple[str, str]
-) -> None:
-    """Copy bytes from one file to another, in the kernel where the platform can.
-
-    Where the filesystem shares blocks between files, nothing is moved.
+class CopyTarget:
+    """A range of a file that is filled with a range of a source, as the bytes of that pass.
 
     Args:
-        labels: what to call source and target in messages.
+        source: what is copied.
+        start: of its range, in bytes.
+        nbytes: of either range.
+        fd: of the file that is filled.
+        target_start: of its range, in bytes.
+        label: what to call that file in messages.
+    """
+
+    def __init__(
+        self, source: Source, start: int, nbytes: int, fd: int, target_start: int, label: str
+    ) -> None:
+        self._fd, self._label, self._at = fd, label, target_start
+        first, last = _share_blocks(source.fd, start, nbytes, fd, target_start)
+        self._shared = target_start + first, target_start + last
+
+    def write(self, block: memoryview) -> None:
+        """Write the next bytes of the range, but for those that both files share.
+
+        Raises:
+            WriteError: the disk is full or cannot be written.
+        """
+        at, end = self._at, self._at + len(block)
+        first, last = (min(max(place, at), end) for place in self._shared)
+        for begin, stop in ((at, first), (last, end)) if first < last else ((at, end),):
+            if begin < stop:
+                write_from(self._fd, block[begin - at : stop - at], begin, self._label)
+        self._at = end
+
+
+def copy_range(source: Source, start: int, nbytes: int, fd: int, target_start: int, label: str) -> str:
+    """Copy bytes of a source into a file; return the digest of what was copied.
+
+    Args:
+        source: what is copied.
+        start: of its range, in bytes.
+        nbytes: of the range.
+        fd: of the file that is written.
+        target_start: where the range begins there.
+        label: what to call that file in messages.
 
     Raises:
         CheckpointError: the source ends too soon.
         WriteError: the disk is full or cannot be written.
     """
-    first, last = _share_blocks(source_fd, start, nbytes, target_fd, target_start)
-    for begin, end in ((0, first), (last, nbytes)):
-        at = begin + _copy_in_kernel(source_fd, start + begin, end - begin, target_fd, target_start + begin)
-        for block in read_blocks(source_fd, start + at, end - at, labels[0]):
-            write_from(target_fd, block, target_start + at, labels[1])
-            at += len(block)
+    target, digest = CopyTarget(source, start, nbytes, fd, target_start, label), new_digest()
+    for block in read_blocks(source, start, nbytes):
+        digest.update(block)
+        target.write(block)
+    return digest_text(digest)
 
 
 def _share_blocks(
-    source_fd: int, start: int, nbytes: int, target_fd: int, target_start: int
+    source_fd: int | None, start: int, nbytes: int, target_fd: int, target_start: int
 ) -> tuple[int, int]:
     """Let two files share the whole blocks of a range; return which part of the range that is, from its start.
 
@@ -51,7 +91,8 @@ def _share_blocks(
     """
     first = -start % PAGE_BYTES
     last = (start + nbytes) // PAGE_BYTES * PAGE_BYTES - start
-    if (start - target_start) % PAGE_BYTES or first >= last or sys.platform != "linux":
+    is_able = source_fd is not None and sys.platform == "linux"
+    if not is_able or (start - target_start) % PAGE_BYTES or first >= last:
         return 0, 0
     import fcntl
 
@@ -61,21 +102,6 @@ def _share_blocks(
     except OSError:
         return 0, 0
     return first, last
-
-
-def _copy_in_kernel(source_fd: int, start: int, nbytes: int, target_fd: int, target_start: int) -> int:
-    """Return how many bytes the kernel copied; it may refuse (two filesystems, another platform)."""
-    done = 0
-    while hasattr(os, "copy_file_range") and done < nbytes:
-        count = min(MAX_TRANSFER_BYTES, nbytes - done)
-        try:
-            n_copied = os.copy_file_range(source_fd, target_fd, count, start + done, target_start + done)
-        except OSError:  # not here, not permitted, or a fault: reading and writing by hand tells which
-            break
-        if n_copied == 0:
-            break
-        done += n_copied
-    return done
 
 
 def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: int) -> None:
@@ -91,10 +117,12 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
         OSError: the filesystem, or the pair of them, cannot; there is no target then.
         CheckpointError: the old one cannot be opened, or another has taken its name.
     """
-    with open_for_reading(source) as old:
+    with open_source(source) as old:
+        if old.fd is None:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         if how == "hard":
             os.link(source.resolve(), target, dst_dir_fd=dir_fd)
-            if not os.path.samestat(os.fstat(old), os.stat(target, dir_fd=dir_fd, follow_symlinks=False)):
+            if not os.path.samestat(os.fstat(old.fd), os.stat(target, dir_fd=dir_fd, follow_symlinks=False)):
                 os.unlink(target, dir_fd=dir_fd)
                 raise input_files.changed(str(source))
             return
@@ -105,7 +133,7 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | CLOEXEC
         new = os.open(target, flags, 0o666, dir_fd=dir_fd)
         try:
-            fcntl.ioctl(new, _FICLONE, old)
+            fcntl.ioctl(new, _FICLONE, old.fd)
         except OSError:
             os.unlink(target, dir_fd=dir_fd)
             raise

@@ -6,14 +6,16 @@ import os
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
-from lora_merge.storage.local import open_for_reading
 from lora_merge.storage.reading import BLOCK_BYTES, borrowed_block, read_blocks
+from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     import xxhash
+
+    from lora_merge.storage.sources import Source
 
 
 def same_bytes(one: Path, other: Path) -> bool:
@@ -24,11 +26,10 @@ def same_bytes(one: Path, other: Path) -> bool:
     Raises:
         CheckpointError: one cannot be read.
     """
-    with open_for_reading(one) as here, open_for_reading(other) as there:
-        nbytes = os.fstat(here).st_size
-        if os.fstat(there).st_size != nbytes:
+    with open_source(one) as here, open_source(other) as there:
+        if here.nbytes != there.nbytes:
             return False
-        pairs = zip(read_blocks(here, 0, nbytes, one), read_blocks(there, 0, nbytes, other), strict=True)
+        pairs = zip(read_blocks(here, 0, here.nbytes), read_blocks(there, 0, here.nbytes), strict=True)
         return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
 
 
@@ -69,21 +70,21 @@ def file_digest(path: Path, most: int | None = None) -> str:
         CheckpointError: it cannot be read, or is longer than `most` bytes: one of holes takes no room, and hours to read.
     """
     digest = new_digest()
-    with open_for_reading(path) as fd:
-        nbytes = os.fstat(fd).st_size
-        if most is not None and nbytes > most:
-            raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{most} at most")
-        for block in read_blocks(fd, 0, nbytes, path):
+    with open_source(path) as source:
+        if most is not None and source.nbytes > most:
+            raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"{most} at most")
+        for block in read_blocks(source, 0, source.nbytes):
             digest.update(block)
     return digest_text(digest)
 
 
-def range_digest(
-    fd: int, start: int, nbytes: int, label: str | Path, *, cached_only: bool = False
-) -> str | None:
-    """Return the digest of some bytes of a file.
+def range_digest(source: Source, start: int, nbytes: int, *, cached_only: bool = False) -> str | None:
+    """Return the digest of some bytes of a source.
 
     Args:
+        source: what is read.
+        start: of the range, in bytes.
+        nbytes: of the range.
         cached_only: read what is in memory; None where that is not all of it, or the kernel cannot tell.
 
     Raises:
@@ -91,17 +92,17 @@ def range_digest(
     """
     digest = new_digest()
     if not cached_only:
-        for block in read_blocks(fd, start, nbytes, label):
+        for block in read_blocks(source, start, nbytes):
             digest.update(block)
         return digest_text(digest)
-    if not hasattr(os, "RWF_NOWAIT"):
+    if source.fd is None or not hasattr(os, "RWF_NOWAIT"):
         return None
     with borrowed_block() as block:
         done = 0
         while done < nbytes:
             part = block[: min(BLOCK_BYTES, nbytes - done)]
             try:
-                n_read = os.preadv(fd, [part], start + done, os.RWF_NOWAIT)
+                n_read = os.preadv(source.fd, [part], start + done, os.RWF_NOWAIT)
             except OSError:
                 return None
             if n_read == 0:

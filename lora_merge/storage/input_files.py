@@ -1,6 +1,6 @@
 """The input files of a run: which files they were when they were opened, and what was read of them.
 
-`storage.local` tells of every file that it opens, `storage.reading` of every byte that it reads. Inside `watching`, the first opening of a path
+`storage.sources` tells of every file that it opens, `storage.reading` of every byte that it reads. Inside `watching`, the first opening of a path
 says which file the run means; a later one that finds another file, or other bytes, raises `ChangedError` at once. What was
 seen comes back as a frozen `Inputs`, which can be compared with the disk at the end (`check`).
 """
@@ -8,21 +8,20 @@ seen comes back as a frozen `Inputs`, which can be compared with the disk at the
 from __future__ import annotations
 
 import contextlib
-import os
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from lora_merge.core.identity import FileIdentity, Inputs, Place
+from lora_merge.core.identity import Inputs, Place
 from lora_merge.errors import ChangedError
 from lora_merge.storage.page_cache import look_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
     from typing import TypeVar
 
     from lora_merge.core.identity import InputFile
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.storage.sources import Source
 
     Work = TypeVar("Work")
     Result = TypeVar("Result")
@@ -46,19 +45,19 @@ class Watch:
         self._files, self._readings = dict(inputs.files), dict(inputs.readings)
         self._outer, self._is_closed, self.is_noting = outer, is_closed, is_noting
 
-    def opened(self, path: str, fd: int, identity: FileIdentity) -> None:
+    def opened(self, source: Source) -> None:
         """Take note of a file that was opened for reading.
 
         Raises:
             ChangedError: it is not the file that it was.
         """
-        known = self._files.get(path)
+        known = self._files.get(source.text)
         if known is None and not self._is_closed:
-            self._files[path] = look_at(fd, identity)
-        elif known is not None and not known.may_be(identity):
-            raise changed(path)
+            self._files[source.text] = look_at(source)
+        elif known is not None and not known.may_be(source.version):
+            raise changed(source.text)
         if self._outer is not None:
-            self._outer.opened(path, fd, identity)
+            self._outer.opened(source)
 
     def read(self, place: Place, digest: str) -> None:
         """Take note of some bytes that were read.
@@ -128,7 +127,7 @@ def _joined(several: tuple[Inputs, ...]) -> Inputs:
     return Inputs(files)
 
 
-def tell_opened(path: str | Path, fd: int, identity: FileIdentity) -> None:
+def tell_opened(source: Source) -> None:
     """Tell whoever watches that a file was opened.
 
     Raises:
@@ -136,10 +135,10 @@ def tell_opened(path: str | Path, fd: int, identity: FileIdentity) -> None:
     """
     watch = _WATCH.get()
     if watch is not None:
-        watch.opened(str(path), fd, identity)
+        watch.opened(source)
 
 
-def tell_read(path: str | Path, start: int, content: memoryview | bytes) -> None:
+def tell_read(text: str, start: int, content: memoryview | bytes) -> None:
     """Tell whoever watches that some bytes were read.
 
     Raises:
@@ -150,7 +149,7 @@ def tell_read(path: str | Path, start: int, content: memoryview | bytes) -> None
         import xxhash
 
         digest = f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
-        watch.read(Place(str(path), start, len(content)), digest)
+        watch.read(Place(text, start, len(content)), digest)
 
 
 def tell_digest(ref: TensorRef, digest: str) -> None:
@@ -162,19 +161,6 @@ def tell_digest(ref: TensorRef, digest: str) -> None:
     watch = _WATCH.get()
     if watch is not None:
         watch.read(Place(ref.file, ref.start, ref.nbytes), digest)
-
-
-def identity_at(path: str) -> FileIdentity:
-    """Return which file has a name now.
-
-    Raises:
-        ChangedError: none has it any more.
-    """
-    try:
-        status = os.stat(path)  # noqa: PTH116 - of a text, thousands of times
-    except OSError as exc:
-        raise changed(path, "went away while it was read") from exc
-    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def changed(path: str, what: str = "changed while it was read") -> ChangedError:

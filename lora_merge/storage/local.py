@@ -3,47 +3,113 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError
-from lora_merge.storage import input_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-CLOEXEC, NONBLOCK = getattr(os, "O_CLOEXEC", 0), getattr(os, "O_NONBLOCK", 0)
+MAX_TRANSFER_BYTES = 1 << 30
+"""Asked of one system call; below the kernel's limit of 0x7ffff000."""
+
+UNABLE = frozenset({errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What a filesystem, a kernel or a sandbox answers that does not know a call, or does not permit it."""
+
+CLOEXEC, _NONBLOCK = getattr(os, "O_CLOEXEC", 0), getattr(os, "O_NONBLOCK", 0)
+
+_PLAIN_READ_BYTES = 1 << 22
+"""Asked of ``pread``, which makes a new object of what it reads."""
 
 
-@contextlib.contextmanager
-def open_for_reading(path: str | Path) -> Iterator[int]:
-    """Yield a descriptor for positioned reads. Every file of a stranger is opened here.
+class LocalSource:
+    """An open file of this machine (a `storage.sources.Source`).
 
-    A pipe, a device or a socket would block, or never end: they are refused, and opening one waits for nobody.
-
-    Raises:
-        CheckpointError: the file is missing, cannot be opened, or is no regular file.
-        ChangedError: the run has read another file of this name (`input_files.watching`).
+    Args:
+        text: its path, as messages have it.
+        fd: a descriptor of it, which stays open for as long as this is used.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | CLOEXEC | NONBLOCK)
-    except (
-        OSError,
-        ValueError,
-    ) as exc:  # ValueError: a NUL character, or a name that the system cannot encode
-        why = exc.strerror if isinstance(exc, OSError) else str(exc)
-        raise CheckpointError(str(path), "", f"cannot be opened ({why})") from exc
-    try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode):
-            raise CheckpointError(str(path), "", f"is {_kind_of(mode)}", "a regular file")
-        input_files.tell_opened(path, fd, identity_of(fd))
-        yield fd
-    finally:
-        os.close(fd)
+
+    def __init__(self, text: str, fd: int) -> None:
+        self.text, self.fd = text, fd
+        self.version = identity_of(fd)
+        self.nbytes = self.version.size
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Read into a buffer from an offset, with one call; return how many bytes, 0 at the end.
+
+        Python asks for ``preadv2``, which some filesystems and sandboxes refuse; ``pread`` is the call that all know.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        buffer = buffer[:MAX_TRANSFER_BYTES]
+        try:
+            try:
+                return os.preadv(self.fd, [buffer], offset)
+            except OSError as exc:
+                if exc.errno not in UNABLE:
+                    raise
+            data = os.pread(self.fd, min(len(buffer), _PLAIN_READ_BYTES), offset)
+        except OverflowError:  # no file is as long as that
+            return 0
+        buffer[: len(data)] = data
+        return len(data)
+
+    def ahead(self, start: int, nbytes: int) -> None:
+        """Have the disk fetch a range."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+class Local:
+    """The storage of this machine (a `storage.sources.Scheme`): texts are paths."""
+
+    @contextlib.contextmanager
+    def open(self, text: str) -> Iterator[LocalSource]:
+        """Open a file. A pipe, a device or a socket would block, or never end: they are refused, and nothing waits for them.
+
+        Raises:
+            CheckpointError: the file is missing, cannot be opened, or is no regular file.
+        """
+        try:
+            fd = os.open(text, os.O_RDONLY | CLOEXEC | _NONBLOCK)
+        except (OSError, ValueError) as exc:  # ValueError: a NUL character, or a name that cannot be encoded
+            why = exc.strerror if isinstance(exc, OSError) else str(exc)
+            raise CheckpointError(text, "", f"cannot be opened ({why})") from exc
+        try:
+            mode = os.fstat(fd).st_mode
+            if not stat.S_ISREG(mode):
+                raise CheckpointError(text, "", f"is {_kind_of(mode)}", "a regular file")
+            yield LocalSource(text, fd)
+        finally:
+            os.close(fd)
+
+    def version_at(self, text: str) -> FileIdentity:
+        """Return which file has a name now.
+
+        Raises:
+            OSError: none has it, or nobody may look.
+        """
+        return _identity(os.stat(text))  # noqa: PTH116 - of a text, thousands of times
+
+
+LOCAL = Local()
+
+
+def identity_of(fd: int) -> FileIdentity:
+    """Return which file a descriptor is of, as it is now."""
+    return _identity(os.fstat(fd))
+
+
+def _identity(status: os.stat_result) -> FileIdentity:
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def why_no_file(path: Path) -> str:
@@ -58,13 +124,10 @@ def why_no_file(path: Path) -> str:
 def _kind_of(mode: int) -> str:
     """Return what an inode is, in words, by its mode."""
     kinds = {
-        stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-    }  # fmt: skip
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
     return kinds.get(stat.S_IFMT(mode), "a special file")
-
-
-def identity_of(fd: int) -> FileIdentity:
-    """Return which file a descriptor is of, as it is now."""
-    status = os.fstat(fd)
-    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

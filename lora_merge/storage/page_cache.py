@@ -19,6 +19,7 @@ from lora_merge.core.identity import InputFile
 
 if TYPE_CHECKING:
     from lora_merge.core.identity import FileIdentity, Range
+    from lora_merge.storage.sources import Source
 
 _TIMED = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010})
 """``f_type`` of ext4, XFS, btrfs and F2FS, which set the time of a file when a clean page of a mapping is written."""
@@ -37,8 +38,11 @@ _TICK_NS, _COARSE_NS = 50_000_000, 2_000_000_000
 filesystems keep whole seconds."""
 
 
-def look_at(fd: int, identity: FileIdentity) -> InputFile:
+def look_at(source: Source) -> InputFile:
     """Return a file that was opened, and what the kernel may not tell of its later changes."""
+    fd, identity = source.fd, source.version
+    if fd is None:  # other bytes have another tag
+        return InputFile(identity)
     everything = ((0, identity.size),)
     kind = _filesystem(fd)
     if kind in _UNTIMED or _is_young(identity, time.time_ns()):

@@ -1,29 +1,26 @@
-"""Positioned reads into buffers that are used again, and the disk asked in advance.
-
-Every transfer loops: one system call moves at most 0x7ffff000 bytes, and reads short without an error.
-"""
+"""Positioned reads from sources into buffers that are used again, and the storage asked in advance."""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
 from lora_merge.storage import input_files
-from lora_merge.storage.writing import MAX_TRANSFER_BYTES, UNABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+    from _typeshed import WriteableBuffer
+
+    from lora_merge.storage.sources import Source
 
 BLOCK_BYTES = 1 << 22
 """Read at once, where a whole file or tensor passes by."""
 
-
 _AHEAD_BYTES = 32 << 20
-"""Asked of the disk in advance."""
-
+"""Asked of the storage in advance."""
 
 _BLOCKS: list[memoryview] = []
 """Blocks that nobody has borrowed."""
@@ -42,92 +39,128 @@ def borrowed_block() -> Iterator[memoryview]:
         _BLOCKS.append(block)
 
 
-def read_into(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
-    """Fill a buffer from an offset of a file.
+def read_into(source: Source, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer from an offset of a source.
 
     Raises:
-        CheckpointError: the file ends too soon, or the disk cannot be read.
+        CheckpointError: the file ends too soon, or cannot be read.
         ChangedError: the run has read other bytes there (`input_files.watching`).
     """
-    read_unwatched(fd, buffer, offset, label)
-    input_files.tell_read(label, offset, buffer)
+    read_unwatched(source, buffer, offset)
+    input_files.tell_read(source.text, offset, buffer)
 
 
-def read_unwatched(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
-    """Fill a buffer from an offset of a file; for what has a digest of its own.
+def read_unwatched(source: Source, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer from an offset of a source; for what has a digest of its own.
 
     Raises:
-        CheckpointError: the file ends too soon, or the disk cannot be read.
+        CheckpointError: the file ends too soon, or cannot be read.
     """
     done = 0
     while done < len(buffer):
-        try:
-            n_read = _read(fd, buffer[done : done + MAX_TRANSFER_BYTES], offset + done)
-        except OverflowError:  # no file is as long as that
-            n_read = 0
-        except OSError as exc:
-            raise CheckpointError(str(label), "", f"cannot be read ({exc.strerror})") from exc
+        n_read = read_some(source, buffer[done:], offset + done)
         if n_read == 0:
             raise CheckpointError(
-                str(label), "", f"ends at byte {offset + done}", f"{offset + len(buffer)} or more",
+                source.text,
+                "",
+                f"ends at byte {offset + done}",
+                f"{offset + len(buffer)} or more",
                 hint="it changed while it was read; run again when nothing else writes to it",
-            )  # fmt: skip
+            )
         done += n_read
 
 
-def _read(fd: int, buffer: memoryview, offset: int) -> int:
-    """Read into a buffer with one call; return how many bytes.
+def read_some(source: Source, buffer: memoryview, offset: int) -> int:
+    """Read into a buffer with one call; return how many bytes, 0 at the end.
 
-    Python asks for ``preadv2``, which some filesystems and sandboxes refuse; ``pread`` is the call that all know.
+    Raises:
+        CheckpointError: the file cannot be read.
     """
     try:
-        return os.preadv(fd, [buffer], offset)
+        return source.read_into(buffer, offset)
     except OSError as exc:
-        if exc.errno not in UNABLE:
-            raise
-    data = os.pread(fd, min(len(buffer), BLOCK_BYTES), offset)
-    buffer[: len(data)] = data
-    return len(data)
+        raise CheckpointError(source.text, "", f"cannot be read ({exc.strerror})") from exc
 
 
 class ReadAhead:
-    """Has the disk fetch what of a range will be read next, while what was fetched before is worked on.
+    """Has the storage fetch what of a range will be read next, while what was fetched before is worked on.
 
     Args:
-        fd: of the file.
+        source: what is read.
         start: of the range, in bytes; end: the byte after it.
         is_watched: False where the caller takes a digest of what is read.
     """
 
-    def __init__(self, fd: int, start: int, end: int, *, is_watched: bool = True) -> None:
-        self._fd, self._asked, self._end = fd, start, end
+    def __init__(self, source: Source, start: int, end: int, *, is_watched: bool = True) -> None:
+        self._source, self._asked, self._end = source, start, end
         self._read = read_into if is_watched else read_unwatched
 
-    def read_into(self, buffer: memoryview, offset: int, label: str | Path) -> None:
-        """Fill a buffer from an offset of the file; what lies before it is not fetched.
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer from an offset of the source; what lies before it is not fetched.
 
         Raises:
-            CheckpointError: the file ends too soon, or the disk cannot be read.
+            CheckpointError: the file ends too soon, or cannot be read.
         """
         self._asked = max(self._asked, offset)
         if self._asked < min(offset + len(buffer) + _AHEAD_BYTES // 2, self._end):
             count = min(_AHEAD_BYTES, self._end - self._asked)
-            if hasattr(os, "posix_fadvise"):
-                with contextlib.suppress(OSError):  # it is a wish
-                    os.posix_fadvise(self._fd, self._asked, count, os.POSIX_FADV_WILLNEED)
+            self._source.ahead(self._asked, count)
             self._asked += count
-        self._read(self._fd, buffer, offset, label)
+        self._read(self._source, buffer, offset)
 
 
-def read_blocks(fd: int, start: int, nbytes: int, label: str | Path) -> Iterator[memoryview]:
+def read_blocks(
+    source: Source, start: int, nbytes: int, block_bytes: int = BLOCK_BYTES
+) -> Iterator[memoryview]:
     """Yield the bytes of a range in order, block by block, through one reused buffer.
 
+    Args:
+        source: what is read.
+        start: of the range, in bytes.
+        nbytes: of the range.
+        block_bytes: of each block, `BLOCK_BYTES` at most.
+
     Raises:
-        CheckpointError: the file ends too soon, or the disk cannot be read.
+        CheckpointError: the file ends too soon, or cannot be read.
     """
-    ahead = ReadAhead(fd, start, start + nbytes)
+    ahead = ReadAhead(source, start, start + nbytes)
     with borrowed_block() as block:
-        for at in range(0, nbytes, BLOCK_BYTES):
-            part = block[: min(BLOCK_BYTES, nbytes - at)]
-            ahead.read_into(part, start + at, label)
+        for at in range(0, nbytes, block_bytes):
+            part = block[: min(block_bytes, nbytes - at)]
+            ahead.read_into(part, start + at)
             yield part
+
+
+class _Stream(io.RawIOBase):
+    """A source as a raw stream of Python's."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._at = source, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Read the next bytes; return how many."""
+        n_read = self._source.read_into(memoryview(buffer).cast("B"), self._at)
+        self._at += n_read
+        return n_read
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place; return it."""
+        begins = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.nbytes}
+        at = begins[whence] + offset
+        if at < 0:
+            raise OSError(22, "a place before the beginning")
+        self._at = at
+        return at
+
+
+def stream_of(source: Source) -> io.BufferedReader:
+    """Return a source as a file of Python's, for readers that want one. It ends with the source."""
+    return io.BufferedReader(_Stream(source))

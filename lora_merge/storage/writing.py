@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import OutOfMemoryError, WriteError
+from lora_merge.storage.local import UNABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,20 +16,12 @@ if TYPE_CHECKING:
 
     import torch
 
-MAX_TRANSFER_BYTES = 1 << 30
-"""Asked of one system call; below the kernel's limit of 0x7ffff000."""
-
-
 PAGE_BYTES = 4096
 """Of the page cache, and a multiple of the blocks of any filesystem that shares them."""
 
 
 _RWF_DONTCACHE = 0x80
 """The flag of Linux's ``pwritev2(2)``."""
-
-
-UNABLE = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What a filesystem, a kernel or a sandbox answers that does not know a call, or does not permit it."""
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -14,9 +14,10 @@ from lora_merge.errors import CheckpointError, WriteError
 from lora_merge.io.safetensors import has_header, reserve
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.io.small_files import read_json
-from lora_merge.storage.copying import copy_range
+from lora_merge.storage.copying import CopyTarget
 from lora_merge.storage.digests import file_digest, text_digest
-from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.local import LocalSource
+from lora_merge.storage.sources import open_source
 from lora_merge.storage.writing import Stream
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lora_merge.core.stretches import Stretch
     from lora_merge.core.tensor import TensorRecord, TensorRef
     from lora_merge.io.folder import Folder
+    from lora_merge.storage.sources import Source
 
 
 class HfCheckpoint:
@@ -58,7 +60,7 @@ class HfCheckpoint:
         """Return True where a file of the plan is there, a plain one with its header."""
         try:
             with self._folder.writing(file.name) as fd:
-                return has_header(fd, file)
+                return has_header(LocalSource(str(self._folder.path / file.name), fd), file)
         except (WriteError, CheckpointError):
             return False
 
@@ -81,12 +83,11 @@ class HfCheckpoint:
         for file in plan.files:
             if file.name in self._kept or file.name not in sources:
                 continue
-            source = Path(sources[file.name])
-            with open_for_reading(source) as fd:
-                if not has_header(fd, file):
+            with open_source(sources[file.name]) as source:
+                if source.fd is None or not has_header(source, file):
                     continue
             try:
-                self._folder.link(source, file.name, how)
+                self._folder.link(Path(sources[file.name]), file.name, how)
             except OSError as exc:
                 refused[file.name] = exc.strerror or str(exc)
             else:
@@ -104,19 +105,20 @@ class HfCheckpoint:
             if file.name not in self._linked | self._kept:
                 reserve(self._folder, file)
 
-    def copy(self, stretch: Stretch) -> None:
-        """Fill the slots of a stretch with the bytes of its sources, unless their file is linked.
+    @contextlib.contextmanager
+    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that writes the next bytes of a stretch, unless their file is linked and has them.
 
         Raises:
-            CheckpointError: a source cannot be read.
             WriteError: the disk is full or cannot be written.
         """
-        source, slot = stretch.sources[0], stretch.slots[0]
+        start, slot = stretch.sources[0].start, stretch.slots[0]
         if slot.file in self._linked:
+            yield lambda _: None
             return
-        labels = (source.file, str(self._folder.path / slot.file))
-        with open_for_reading(source.file) as source_fd, self._folder.writing(slot.file) as fd:
-            copy_range(source_fd, source.start, stretch.nbytes, fd, slot.start, labels)
+        with self._folder.writing(slot.file) as fd:
+            label = str(self._folder.path / slot.file)
+            yield CopyTarget(source, start, stretch.nbytes, fd, slot.start, label).write
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
@@ -149,9 +151,7 @@ class HfCheckpoint:
             if text is not None:
                 digests[side_file.name] = self._write(side_file.name, text)
             else:
-                source = Path(side_file.source)
-                digests[side_file.name] = file_digest(source)
-                self._folder.copy_in(source, side_file.name)
+                digests[side_file.name] = self._folder.copy_in(Path(side_file.source), side_file.name)
         if plan.index:
             digests[INDEX_FILE] = self._write(INDEX_FILE, plan.index)
         manifest = manifest_text(provenance, plan, records, digests)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.tensor import nbytes_of
 from lora_merge.io.weights import WeightReader
-from lora_merge.storage.local import open_for_reading
-from lora_merge.storage.reading import read_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from lora_merge.core.stretches import Stretch
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Weight
+    from lora_merge.storage.sources import Source
 
 
 class InMemory:
@@ -31,15 +30,13 @@ class InMemory:
     def __init__(self, nbytes: int) -> None:
         self._content = bytearray(nbytes)
 
-    def copy(self, stretch: Stretch) -> None:
-        """Fill it with the bytes of a stored tensor.
-
-        Raises:
-            CheckpointError: the source cannot be read.
-        """
-        (source,) = stretch.sources
-        with open_for_reading(source.file) as fd:
-            read_into(fd, memoryview(self._content), source.start, source.file)
+    def copying(
+        self, stretch: Stretch, source: Source
+    ) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
+        """Return a context of a function that takes the next bytes of a stored tensor."""
+        del source
+        (slot,) = stretch.slots
+        return self.open(slot)
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
@@ -72,9 +69,11 @@ class Norms:
         self._before = before
         self._weight = self._delta = 0.0
 
-    def copy(self, stretch: Stretch) -> None:
-        """Take note of nothing: what is copied does not change."""
-        del stretch
+    @contextlib.contextmanager
+    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that takes note of nothing: what is copied does not change."""
+        del stretch, source
+        yield lambda _: None
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:

@@ -12,7 +12,7 @@ from lora_merge.core.tensor import TORCH_CODES, TensorRef
 from lora_merge.io.needed import ADAPTER_WEIGHTS
 from lora_merge.io.safetensors import load, reserve
 from lora_merge.storage.copying import copy_range
-from lora_merge.storage.local import open_for_reading
+from lora_merge.storage.sources import open_source
 from lora_merge.storage.writing import tensor_bytes, write_from
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def write_peft(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, .
             for name, tensor in _tensors(made, factors):
                 write_from(fd, tensor_bytes(tensor), slots[name].start, path)
         for name, ref in lora.whole.items():
-            with open_for_reading(ref.file) as source:
-                copy_range(source, ref.start, ref.nbytes, fd, slots[name].start, (ref.file, str(path)))
+            with open_source(ref.file) as source:
+                copy_range(source, ref.start, ref.nbytes, fd, slots[name].start, str(path))
     folder.write_text(ADAPTER_CONFIG, json.dumps(lora.config, indent=2, ensure_ascii=False) + "\n")
     return ADAPTER_CONFIG, ADAPTER_WEIGHTS
 

@@ -14,11 +14,11 @@ import lora_merge
 from lora_merge.batch import Batch
 from lora_merge.core.report import Silence
 from lora_merge.errors import ChangedError
-from lora_merge.io import page_cache
 from lora_merge.io.safetensors import read_header
 from lora_merge.pipeline import planning
 from lora_merge.requests.batch_file import read_batch
-from lora_merge.storage.local import identity_of, open_for_reading
+from lora_merge.storage import page_cache
+from lora_merge.storage.sources import open_source
 from tests.tampering import edit_json, to_pickles
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -217,8 +217,8 @@ def test_a_write_through_a_mapping_changes_no_time_and_is_noticed(place, level, 
     ref = next(ref for ref in read_header(path).tensors if ref.name == name)
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
         mapping[ref.start] ^= 1  # dirty from now on
-        with open_for_reading(path) as fd:
-            if not page_cache.look_at(fd, identity_of(fd)).unsure:
+        with open_source(path) as source:
+            if not page_cache.look_at(source).unsure:
                 pytest.skip("the filesystem is not one that says which pages are dirty")
         before = path.stat()
 

@@ -22,7 +22,7 @@ from typing import Any
 from tests.faults.trial import Ended, Job, Trial, run
 
 CALLS = (
-    "open", "write", "pwritev", "copy_file_range", "posix_fallocate", "fsync", "rename", "replace", "mkdir", "unlink",
+    "open", "write", "pwritev", "posix_fallocate", "fsync", "rename", "replace", "mkdir", "unlink",
     "rmdir", "link", "fchmod",
 )  # fmt: skip
 KILLED, INTERRUPTED = 137, 130
@@ -57,8 +57,6 @@ def _half(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> No
             call(fd, bytes(data)[: len(data) // 2])
         case "pwritev", (fd, buffers, offset, *flags):
             call(fd, [bytes(buffers[0])[: len(buffers[0]) // 2]], offset, *flags)
-        case "copy_file_range", (source, target, nbytes, *offsets):
-            call(source, target, nbytes // 2, *offsets)
 
 
 class Killing:

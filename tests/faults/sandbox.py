@@ -13,11 +13,11 @@ import sys
 
 NUMBERS = {
     "x86_64": {
-        "copy_file_range": 326, "fallocate": 285, "fadvise64": 221, "flock": 73, "pwritev2": 328, "preadv2": 327, "renameat2": 316,
+        "fallocate": 285, "fadvise64": 221, "flock": 73, "pwritev2": 328, "preadv2": 327, "renameat2": 316,
         "fsync": 74, "ioctl": 16, "fchmod": 91, "statfs": 137, "fstatfs": 138,
     },
     "aarch64": {
-        "copy_file_range": 285, "fallocate": 47, "fadvise64": 223, "flock": 32, "pwritev2": 287, "preadv2": 286, "renameat2": 276,
+        "fallocate": 47, "fadvise64": 223, "flock": 32, "pwritev2": 287, "preadv2": 286, "renameat2": 276,
         "fsync": 82, "ioctl": 29, "fchmod": 52, "statfs": 43, "fstatfs": 44,
     },
 }  # fmt: skip

@@ -149,10 +149,9 @@ def _dying_source(place: Place) -> Iterator[None]:
         inodes = {path.stat().st_ino for path in place.base.glob("*.safetensors")}
 
         def die() -> None:
-            for name in ("preadv", "copy_file_range"):
-                stack.enter_context(
-                    _failing(name, errno.EIO, 0, when=lambda fd, *_: os.fstat(fd).st_ino in inodes)
-                )
+            stack.enter_context(
+                _failing("preadv", errno.EIO, 0, when=lambda fd, *_: os.fstat(fd).st_ino in inodes)
+            )
 
         place.during = die
         yield

@@ -17,7 +17,7 @@ from tests.faults.trial import content
 
 SANDBOX = Path(sandbox.__file__)
 PROGRAM = "from lora_merge.cli import entry; entry()"
-FAST = ("copy_file_range", "fallocate", "fadvise64", "flock", "pwritev2", "preadv2", "renameat2")
+FAST = ("fallocate", "fadvise64", "flock", "pwritev2", "preadv2", "renameat2")
 """Calls that are there for speed, or to be sure against what rarely happens."""
 
 
@@ -63,7 +63,7 @@ def test_a_merge_does_without_calls_that_the_kernel_refuses(code, names, argumen
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        ("copy_file_range", errno.EPERM), ("posix_fallocate", errno.EPERM), ("posix_fadvise", errno.EIO),
+        ("posix_fallocate", errno.EPERM), ("posix_fadvise", errno.EIO),
         ("fsync", errno.EROFS), ("fchmod", errno.EPERM),
     ],
     ids=str,

@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
@@ -19,10 +20,10 @@ from lora_merge.io.folder import Folder
 from lora_merge.io.safetensors import read_header, reserve, tensor_digest
 from lora_merge.io.small_files import read_json
 from lora_merge.io.user_paths import output_path, user_path
-from lora_merge.storage import reading, writing
-from lora_merge.storage.copying import copy_range
-from lora_merge.storage.local import open_for_reading
-from lora_merge.storage.reading import read_into
+from lora_merge.storage import local
+from lora_merge.storage.copying import CopyTarget, copy_range
+from lora_merge.storage.reading import read_blocks, read_into
+from lora_merge.storage.sources import open_source
 from lora_merge.storage.writing import Stream, write_from
 
 
@@ -39,12 +40,6 @@ def new(path):
     return opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
 
-def copied(source, target):
-    with open_for_reading(source) as source_fd, new(target) as fd:
-        copy_range(source_fd, 0, source.stat().st_size, fd, 0, ("source", "target"))
-    assert target.read_bytes() == source.read_bytes()
-
-
 @pytest.fixture
 def sparse(tmp_path):
     """Return a file of 5 GB that takes no space: zeros, but for a mark near its end."""
@@ -55,39 +50,38 @@ def sparse(tmp_path):
     return path
 
 
-def test_a_copy_of_more_than_one_system_call_is_whole(sparse, tmp_path):
+def test_bytes_beyond_four_gigabytes_are_copied(sparse, tmp_path):
     target = tmp_path / "target"
-    start = 2_400_000_001
-    with open_for_reading(sparse) as source_fd, new(target) as fd:
-        copy_range(source_fd, start, 5_000_000_000 - start, fd, 0, ("source", "target"))
+    start = 4_990_000_001
+    with open_source(sparse) as source, new(target) as fd:
+        digest = copy_range(source, start, 5_000_000_000 - start, fd, 0, "target")
 
-    assert target.stat().st_size == 5_000_000_000 - start
-    with target.open("rb") as file:
-        file.seek(-4, os.SEEK_END)
-        assert file.read() == b"mark"
+    content = target.read_bytes()
+    assert content == bytes(9_999_995) + b"mark"
+    assert digest == f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def test_reads_and_writes_are_cut_into_calls_that_the_kernel_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_TRANSFER_BYTES", 7)
-    monkeypatch.setattr(writing, "MAX_TRANSFER_BYTES", 7)
+    monkeypatch.setattr(local, "MAX_TRANSFER_BYTES", 7)
     data = bytes(range(256))
     with new(tmp_path / "file") as fd:
         write_from(fd, memoryview(data), 3, "file")
     buffer = bytearray(256)
-    with open_for_reading(tmp_path / "file") as fd:
-        read_into(fd, memoryview(buffer), 3, "file")
+    with open_source(tmp_path / "file") as source:
+        read_into(source, memoryview(buffer), 3)
 
     assert bytes(buffer) == data
 
 
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES])
-def test_a_copy_that_the_kernel_refuses_is_done_by_hand(code, tmp_path, monkeypatch):
-    def refuse(*arguments):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    (tmp_path / "source").write_bytes(os.urandom(3_000_000))
-    copied(tmp_path / "source", tmp_path / "target")
+@pytest.mark.parametrize("nbytes", [0, 1, 3_000_000, (4 << 20) + 1])
+def test_a_copy_is_whole_and_its_digest_is_that_of_its_bytes(nbytes, tmp_path):
+    data = os.urandom(nbytes)
+    (tmp_path / "source").write_bytes(b"before" + data + b"after")
+    (tmp_path / "target").write_bytes(b"." * (nbytes + 20))
+    with open_source(tmp_path / "source") as source, opened(tmp_path / "target") as fd:
+        digest = copy_range(source, 6, nbytes, fd, 9, "target")
+    assert (tmp_path / "target").read_bytes() == b"." * 9 + data + b"." * 11
+    assert digest == f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
 
 
 @pytest.mark.parametrize("start", [0, 8, 4095, 4096, 10_000])
@@ -147,11 +141,18 @@ def test_a_stream_onto_a_full_disk_is_a_write_error():
 
 @pytest.mark.parametrize(("start", "target_start"), [(0, 0), (100, 100), (4096 + 7, 7), (8, 16), (0, 1)])
 @pytest.mark.parametrize("able", [True, False])
-def test_blocks_are_shared_where_both_files_have_them_alike(start, target_start, able, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block_bytes", [333, 4096, 50_000])
+def test_blocks_are_shared_where_both_files_have_them_alike(
+    start, target_start, able, block_bytes, tmp_path, monkeypatch
+):
     """The request that a filesystem with shared blocks would carry out is carried out by hand."""
     import fcntl
 
-    shared = []
+    shared, written, pwritev = [], [], os.pwritev
+
+    def write(fd, buffers, offset):
+        written.extend(map(len, buffers))
+        return pwritev(fd, buffers, offset)
 
     def ioctl(target_fd, request, argument):
         if not able:
@@ -162,27 +163,32 @@ def test_blocks_are_shared_where_both_files_have_them_alike(start, target_start,
         os.pwrite(target_fd, os.pread(source_fd, nbytes, offset), target_offset)
 
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(os, "pwritev", write)
     data = os.urandom(50_000)
     (tmp_path / "source").write_bytes(data)
     (tmp_path / "target").write_bytes(bytes(60_000))
     with (
-        open_for_reading(tmp_path / "source") as source_fd,
+        open_source(tmp_path / "source") as source,
         opened(tmp_path / "target") as fd,
     ):
-        copy_range(source_fd, start, 40_000, fd, target_start, ("source", "target"))
+        target = CopyTarget(source, start, 40_000, fd, target_start, "target")
+        written.clear()
+        for block in read_blocks(source, start, 40_000, block_bytes):
+            target.write(block)
     wanted = bytes(target_start) + data[start : start + 40_000]
     assert (tmp_path / "target").read_bytes() == wanted + bytes(60_000 - len(wanted))
     assert bool(shared) == (able and (start - target_start) % 4096 == 0)
     assert all(nbytes > 30_000 for nbytes in shared)
+    assert sum(written) == 40_000 - sum(shared)
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_named(tmp_path):
     (tmp_path / "short").write_bytes(b"1234")
     with (
-        open_for_reading(tmp_path / "short") as fd,
+        open_source(tmp_path / "short") as source,
         pytest.raises(CheckpointError, match="ends at byte 4, expected 12 or more"),
     ):
-        read_into(fd, memoryview(bytearray(10)), 2, tmp_path / "short")
+        read_into(source, memoryview(bytearray(10)), 2)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -216,8 +222,6 @@ def test_reserving_a_name_that_exists_is_an_error(tmp_path):
 
 
 def test_the_digest_of_a_tensor_is_that_of_its_bytes_alone(tmp_path):
-    import xxhash
-
     (tmp_path / "file").write_bytes(b"before" + b"x" * 2_500_000 + b"after")
     ref = TensorRef("x", "U8", (2_500_000,), str(tmp_path / "file"), 6, 2_500_000)
 

@@ -17,15 +17,15 @@ from lora_merge.io.small_files import read_bytes
 from lora_merge.pipeline.inputs import changed_times, check, lasting
 from lora_merge.storage import page_cache
 from lora_merge.storage.digests import range_digest, same_bytes
-from lora_merge.storage.input_files import identity_at, in_threads, watching
-from lora_merge.storage.local import identity_of, open_for_reading
+from lora_merge.storage.input_files import in_threads, watching
+from lora_merge.storage.sources import identity_at, open_source
 
 BIG, STEP = 40 << 20, 16 << 20
 
 
 def seen(path):
-    with open_for_reading(path) as fd:
-        return page_cache.look_at(fd, identity_of(fd))
+    with open_source(path) as source:
+        return page_cache.look_at(source)
 
 
 def settled(path, nbytes):
@@ -66,14 +66,14 @@ def test_only_the_ranges_with_dirty_pages_are_unsure(tmp_path):
 def test_a_file_that_has_just_changed_is_unsure(tmp_path):
     now = time.time_ns()
     path = settled(tmp_path / "file", 8)
-    with open_for_reading(path) as fd:
+    with open_source(path) as source:
         for changed, is_sure in (
             (now - 10**9 + 1, True),
             (time.time_ns(), False),
             (now // 10**9 * 10**9, False),
         ):
-            identity = FileIdentity(1, 2, 8, changed, changed)
-            assert (page_cache.look_at(fd, identity).unsure == ()) is is_sure
+            source.version = FileIdentity(1, 2, 8, changed, changed)
+            assert (page_cache.look_at(source).unsure == ()) is is_sure
 
 
 def test_where_the_kernel_cannot_say_what_is_dirty_it_is_what_is_in_memory(tmp_path, monkeypatch):
@@ -89,8 +89,8 @@ def test_where_the_kernel_cannot_say_what_is_dirty_it_is_what_is_in_memory(tmp_p
         mapping[0] = 1
         known = looked.inputs().files[str(path)]
         now = Inputs({str(path): replace(known, identity=identity_at(str(path)))}, looked.inputs().readings)
-        with open_for_reading(path) as fd:
-            if range_digest(fd, 0, 8, path, cached_only=True) is None:
+        with open_source(path) as source:
+            if range_digest(source, 0, 8, cached_only=True) is None:
                 pytest.skip("the filesystem does not say what is in memory")
         with pytest.raises(ChangedError):
             check(now, {})
@@ -217,13 +217,13 @@ def test_at_the_end_another_file_of_the_same_size_and_time_is_noticed(tmp_path, 
 def test_what_the_page_cache_has_is_read_without_the_disk(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
-    with open_for_reading(path) as fd:
-        whole = range_digest(fd, 2, 5, path)
-        assert range_digest(fd, 2, 5, path, cached_only=True) in {
+    with open_source(path) as source:
+        whole = range_digest(source, 2, 5)
+        assert range_digest(source, 2, 5, cached_only=True) in {
             whole,
             None,
         }  # None where the kernel cannot tell
-        assert range_digest(fd, 8, 5, path, cached_only=True) is None
+        assert range_digest(source, 8, 5, cached_only=True) is None
 
 
 def test_two_files_are_compared_anew_whatever_their_times_say(tmp_path):

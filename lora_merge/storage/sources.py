@@ -1,0 +1,137 @@
+"""A text names a file; a `Source` is what it means: one version of its bytes, wherever they are.
+
+`SCHEMES` is the table of storages. Another one is a module beside this and a line there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Protocol
+
+from lora_merge.storage import input_files
+from lora_merge.storage.local import LOCAL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from lora_merge.core.identity import FileIdentity
+
+
+class Source(Protocol):
+    """The bytes of one version of a file, open for positioned reads. Several threads may read at once."""
+
+    @property
+    def text(self) -> str:
+        """The name that it was opened by; messages and the notes of `input_files.watching` have it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size when it was opened. A local file may grow or shrink afterwards."""
+
+    @property
+    def version(self) -> FileIdentity:
+        """Which bytes these are. Others under the same name have another version."""
+
+    @property
+    def fd(self) -> int | None:
+        """A descriptor that the kernel can move the bytes by; None where there is none."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Read into a buffer from an offset in bytes; return how many, fewer than it has room for perhaps, 0 at the end.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+
+    def ahead(self, start: int, nbytes: int) -> None:
+        """Say that a range will be read next, so that it can be fetched meanwhile. It is a wish: it never fails."""
+
+
+class Scheme(Protocol):
+    """A storage: what its texts mean."""
+
+    def open(self, text: str) -> AbstractContextManager[Source]:
+        """Open a file for the length of a block.
+
+        Raises:
+            CheckpointError: it is missing, cannot be opened, or is no regular file.
+        """
+
+    def version_at(self, text: str) -> FileIdentity:
+        """Return which version has a name now.
+
+        Raises:
+            OSError: none has it, or nobody can tell.
+        """
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "": LOCAL,
+}
+"""By what comes before ``://`` in a text; every other text is the path of a file of this machine."""
+
+
+def scheme_of(text: str) -> Scheme:
+    """Return the storage that a text names a file of."""
+    name, mark, _ = text.partition("://")
+    return SCHEMES.get(name if mark else "", SCHEMES[""])
+
+
+def is_local(text: str) -> bool:
+    """Return True for the path of a file of this machine."""
+    return scheme_of(text) is LOCAL
+
+
+def is_stored(text: str) -> bool:
+    """Return True where something has this name, as far as may be seen."""
+    try:
+        version_at(text)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def open_source(text: str | Path) -> Iterator[Source]:
+    """Open a file for reading. Every file of a stranger is opened here.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be opened, or is no regular file.
+        ChangedError: the run has read another file of this name (`input_files.watching`).
+    """
+    with open_unwatched(text) as source:
+        input_files.tell_opened(source)
+        yield source
+
+
+def open_unwatched(text: str | Path) -> AbstractContextManager[Source]:
+    """Open a file that is only looked at, to say what it is.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be opened, or is no regular file.
+    """
+    name = str(text)
+    return scheme_of(name).open(name)
+
+
+def version_at(text: str) -> FileIdentity:
+    """Return which version of a file has a name now.
+
+    Raises:
+        OSError: none has it, or nobody can tell.
+    """
+    return scheme_of(text).version_at(text)
+
+
+def identity_at(text: str) -> FileIdentity:
+    """Return which version of an input has its name now.
+
+    Raises:
+        ChangedError: none has it any more.
+    """
+    try:
+        return version_at(text)
+    except OSError as exc:
+        raise input_files.changed(text, "went away while it was read") from exc
