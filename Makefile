@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## Build a small Llama, train a LoRA on it, merge it, and compare what the three generate
 	$(BIN)/python scripts/demo.py
 
-check: lint type layers docs test ## Everything that CI runs, but for the engines
+check: lint type layers measures docs test ## Everything that CI runs, but for the engines
 
 lint: setup ## ruff: rules and formatting
 	$(BIN)/ruff check .
