@@ -14,7 +14,7 @@ from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.shards import header_bytes
 from lora_merge.core.weight import WEIGHT
 
-merging: Any = importlib.import_module("lora_merge.merge.merger")  # `lora_merge.merge` itself is the verb
+merging: Any = importlib.import_module("lora_merge.merge.filling")  # `lora_merge.merge` itself is the verb
 workbench: Any = importlib.import_module("lora_merge.merge.workbench")
 writing: Any = importlib.import_module("lora_merge.pipeline.writing")
 

@@ -53,15 +53,18 @@ class RowScaled:
         del storage
         return {WEIGHT: ("I8", shape), "scaling": ("F32", self.scale_shape(shape))}
 
-    def alignment(self, shape, storage):
-        del shape, storage
-        return 4, 1  # none is needed; it shows that tiles keep to it
+    def alignment(self, shape, n_rows, storage):
+        del shape, n_rows, storage
+        return 4, 1  # none is needed; `ranges` holds tiles to it
 
     def ranges(self, tile, storage):
         del storage
         n_values = _prod(tile.shape)
         columns, inner = n_values // max(tile.n_rows, 1), tile.shape[-1]
         rows, scales = tile.end - tile.start, columns // inner
+        matrix = tile.shape[-2] if tile.n_rows == n_values // inner else tile.n_rows
+        assert tile.start % matrix % 4 == 0
+        assert tile.end % matrix % 4 == 0 or tile.end % matrix == 0
         codes = PartRange("I8", (rows, columns), ((tile.start * columns, rows * columns),))
         span = (tile.start * scales * 4, rows * scales * 4)
         return {WEIGHT: codes, "scaling": PartRange("F32", (rows, scales), (span,))}

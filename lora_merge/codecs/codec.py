@@ -37,8 +37,14 @@ class Codec(Protocol):
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return role → ``(dtype, shape)`` of each part of a weight, the main part first."""
 
-    def alignment(self, shape: tuple[int, ...], storage: Storage) -> tuple[int, int]:
-        """Return the multiples of rows and of columns at which a tile may begin, counted in each matrix of a stack."""
+    def alignment(self, shape: tuple[int, ...], n_rows: int, storage: Storage) -> tuple[int, int]:
+        """Return the multiples of rows and of columns at which a tile may begin, counted in each matrix of a stack.
+
+        Args:
+            shape: of the whole weight.
+            n_rows: that it is divided into, see `Tile`.
+            storage: with the settings of the codec.
+        """
 
     def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
         """Return role → the bytes of each part that a tile needs, and how they are given to `decode` and `encode`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.tensor import TORCH_CODES, TORCH_NAMES, UNIT_ROUNDOFF, nbytes_of
@@ -19,6 +21,13 @@ _SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
 """The smallest subnormal of each dtype: half of it is the error next to zero."""
 
 _LARGEST = {"BF16": (2 - 2.0**-7) * 2.0**127, "F16": 65504.0, "F32": (2 - 2.0**-23) * 2.0**127}
+
+
+@lru_cache
+def _row(dtype: str, shape: tuple[int, ...], n_rows: int) -> tuple[int, int]:
+    """Return the columns of a weight that is divided into rows, and the bytes of each row."""
+    columns = prod(shape) // max(n_rows, 1)
+    return columns, nbytes_of(dtype, (columns,))
 
 
 class Dense:
@@ -40,16 +49,15 @@ class Dense:
         """Return the one part."""
         return {WEIGHT: (storage.dtype, shape)}
 
-    def alignment(self, shape: tuple[int, ...], storage: Storage) -> tuple[int, int]:
+    def alignment(self, shape: tuple[int, ...], n_rows: int, storage: Storage) -> tuple[int, int]:
         """Return ``(1, 1)``: a tile may begin anywhere."""
-        del shape, storage
+        del shape, n_rows, storage
         return 1, 1
 
     def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
         """Return the rows, which lie one after the other: ``[rows, columns]``."""
-        row_bytes = nbytes_of(storage.dtype, tile.shape) // max(tile.n_rows, 1)
+        columns, row_bytes = _row(storage.dtype, tile.shape, tile.n_rows)
         rows = tile.end - tile.start
-        columns = row_bytes // nbytes_of(storage.dtype, ())
         span = (tile.start * row_bytes, rows * row_bytes)
         return {WEIGHT: PartRange(storage.dtype, (rows, columns), (span,))}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef
 
@@ -90,8 +90,10 @@ Survey = Literal["none", "tensor"]
 """What a codec has to see before it encodes the first row: nothing, or all values."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+# One of the next two is made for each tile: a named tuple in a fifth of the time that a frozen dataclass takes.
+
+
+class Tile(NamedTuple):
     """Some rows of a weight, which is looked at as a matrix.
 
     A row is what one entry of the view's rows holds: of a weight ``[experts, out, in]`` either ``out · in`` values or, where
@@ -108,8 +110,7 @@ class Tile:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class PartRange:
+class PartRange(NamedTuple):
     """The share of one part that belongs to a tile."""
 
     dtype: str

@@ -61,6 +61,17 @@ class WeightReader:
         """Return some rows, as codecs are told of them."""
         return Tile(self.weight.shape, self._n_rows, start, end)
 
+    def widened(self, start: int, end: int) -> tuple[int, int]:
+        """Return the rows that have to be read for some rows: the codec may need to begin at a multiple of its own."""
+        shape, n_rows = self.weight.shape, self._n_rows
+        multiple, _ = self._codec.alignment(shape, n_rows, self.weight.storage)
+        if multiple == 1 or start == end:
+            return start, end
+        is_stacked = len(shape) == 3 and n_rows == shape[0] * shape[1]
+        matrix = shape[1] if is_stacked else n_rows
+        last = (end - 1) % matrix + 1
+        return start - start % matrix % multiple, end - last + min(matrix, -(-last // multiple) * multiple)
+
     def ranges(self, tile: Tile) -> Mapping[str, PartRange]:
         """Return which bytes of which part some rows need."""
         return self._codec.ranges(tile, self.weight.storage)
@@ -85,7 +96,7 @@ class WeightReader:
         """
         import torch
 
-        tile = self.tile(start, end)
+        tile = self.tile(*self.widened(start, end))
         ranges = self.ranges(tile)
         raw = {role: torch.empty(one.nbytes, dtype=torch.uint8) for role, one in ranges.items()}
         self.read_into({role: buffer.numpy().data for role, buffer in raw.items()}, tile, ranges)
@@ -94,9 +105,9 @@ class WeightReader:
             for role, one in ranges.items()
         }
         columns = math.prod(self.weight.shape) // max(self._n_rows, 1)
-        out = torch.empty(end - start, columns)
+        out = torch.empty(tile.end - tile.start, columns)
         self._codec.decode(tile, parts, out)
-        return out
+        return out[start - tile.start : end - tile.start]
 
     def digests(self) -> dict[str, str]:
         """Return the digest of each part, as it was read.

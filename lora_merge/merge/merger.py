@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
 
@@ -13,26 +12,26 @@ from lora_merge.codecs import CODECS
 from lora_merge.core.plan import Block, Copy, Merge
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch
-from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.deltas import ALGEBRAS, Factors, Part
 from lora_merge.io.safetensors import load
 from lora_merge.io.weights import WeightReader
 from lora_merge.merge.changing import Working, change
 from lora_merge.merge.copying import CopySink, copy
+from lora_merge.merge.filling import Filled, Filling, Loop
 from lora_merge.merge.passing import Passing
 from lora_merge.merge.sample import Sample
 from lora_merge.merge.stopwatch import Stopwatches
 from lora_merge.merge.workbench import Parts, Workbench
-from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    import torch  # noqa: TC004 - a field's type, never evaluated
+    import torch
 
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
-    from lora_merge.core.weight import PartRange, Tile
+    from lora_merge.core.tensor import TensorRecord, TensorRef
+    from lora_merge.core.weight import Tile
     from lora_merge.deltas.algebra import Changer
     from lora_merge.merge.stopwatch import Stopwatch
     from lora_merge.merge.workbench import Frame
@@ -61,13 +60,9 @@ class Order:
     @property
     def multiple(self) -> int:
         """Return the rows that its tiles begin at multiples of: those of the storage that is read, and of what is written."""
-        op = self.op
-        return math.lcm(
-            *(
-                CODECS[storage.codec].alignment(op.source.shape, storage)[0]
-                for storage in (op.source.storage, op.target)
-            )
-        )
+        shape, n_rows = self.op.source.shape, self.op.view.n_rows
+        both = (self.op.source.storage, self.op.target)
+        return math.lcm(*(CODECS[one.codec].alignment(shape, n_rows, one)[0] for one in both))
 
     def alike(self) -> tuple[object, ...]:
         """Return what orders have in common whose source may be read once for all of them."""
@@ -146,7 +141,7 @@ class Merger:
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(WeightReader(op.source, op.view.n_rows))
             outputs = [self._output(order, tiles, stack, watch) for order in orders]
-            loop = _Loop(bench, reader, watch)
+            loop = Loop(bench, reader, watch)
             for n, (start, end) in enumerate(tiles):
                 tile = reader.tile(start, end)
                 read = Parts(op.source.storage, reader.ranges(tile))
@@ -166,14 +161,17 @@ class Merger:
 
     def _output(
         self, order: Order, tiles: Sequence[tuple[int, int]], stack: contextlib.ExitStack, watch: Stopwatch
-    ) -> _Output:
+    ) -> Filling:
         """Return an output's part of the work, its slots open."""
         op, writes = order.op, order.step.writes
         survey = self._survey(order, tiles) if CODECS[op.target.codec].survey == "tensor" else None
         fills = {role: stack.enter_context(order.sink.open(slot)) for role, slot in writes.items()}
         passing = Passing(op, writes, tiles) if self._is_checked else None
-        sample, filled = Sample(op, len(tiles)), _Filled(fills, watch)
-        return _Output(order, self._working(op), sample, filled, passing, survey)
+        sample, filled = Sample(op, len(tiles)), Filled(fills, watch)
+        codec, is_same = CODECS[op.target.codec], op.target == op.source.storage
+        return Filling(
+            order.step, self._working(op), sample, filled, passing, survey, op, codec, is_same=is_same
+        )
 
     def _working(self, op: Merge) -> Working:
         """Return the deltas of a step, none of them loaded yet."""
@@ -230,18 +228,16 @@ class Merger:
 
         bench = self._workbench("survey", Workbench)
         codec = CODECS[op.source.storage.codec]
-        multiple, _ = codec.alignment(op.source.shape, op.source.storage)
         with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
             for left, right in op.view.panels():
                 panel = torch.empty((last - first, right - left), device=self._device)
-                for start, end in op.tiles(self._tile_elements, multiple):
+                for start, end in op.tiles(self._tile_elements):
                     low, high = max(start, first), min(end, last)
                     if low < high:
-                        low_edge, high_edge = (low, high) if multiple == 1 else (start, end)
-                        tile = reader.tile(low_edge, high_edge)
+                        tile = reader.tile(*reader.widened(low, high))
                         frame = self._read(bench, reader, tile, op.view.columns)
                         frame.decode(codec, tile)
-                        rows = frame.values[low - low_edge : high - low_edge]
+                        rows = frame.values[low - tile.start : high - tile.start]
                         panel[low - first : high - first] = rows[:, left:right]
                 yield left, right, panel
 
@@ -255,157 +251,3 @@ class Merger:
             found = make(self._device)
             setattr(self._local, name, found)
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """One output's part of the work on a weight."""
-
-    order: Order
-    working: Working
-    sample: Sample
-    filled: _Filled
-    passing: Passing | None
-    """What looks at tiles as they pass."""
-
-    survey: torch.Tensor | None
-    """What its codec has to know of all values."""
-
-    def parts(self, tile: Tile) -> Parts:
-        """Return what a tile is written as."""
-        target = self.order.op.target
-        return Parts(target, CODECS[target.codec].ranges(tile, target))
-
-    def encode(self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor]) -> None:
-        """Encode a tile; a codec that stays the same sees the parts that the values were decoded from."""
-        op = self.order.op
-        is_same = op.target == op.source.storage
-        frame.encode(CODECS[op.target.codec], tile, self.survey, stored if is_same else None)
-
-    def take(self, n: int, frame: Frame, written: Parts) -> None:
-        """Write a tile, once it is complete."""
-        self.filled.take(frame, written.ranges)
-        if self.passing is not None:
-            self.passing.after(n, frame, written.ranges)
-
-    def records(self, sources: Mapping[str, str]) -> tuple[TensorRecord, ...]:
-        """Return the evidence, once all tiles are written: of each part, the first of which speaks for the values.
-
-        Args:
-            sources: the digests of what was read of the base, by role.
-
-        Raises:
-            CheckpointError: a factor cannot be read again.
-        """
-        filled, passing = self.filled, self.passing
-        suspects = passing.suspects() if passing else None
-        return tuple(
-            TensorRecord(
-                slot.name,
-                slot.file,
-                slot.nbytes,
-                filled.digest(role),
-                finite=n > 0 or filled.finite,
-                survival=None if n else self.sample.survival(),
-                source=sources,
-                suspects=None if n else suspects,
-                blocks=passing.blocks(role) if passing else (),
-            )
-            for n, (role, slot) in enumerate(self.order.step.writes.items())
-        )
-
-
-class _Loop:
-    """The way of a tile through a worker's buffers, of one output after the other."""
-
-    def __init__(self, bench: Workbench, reader: WeightReader, watch: Stopwatch) -> None:
-        self._bench, self._reader, self._watch = bench, reader, watch
-        self._codec = CODECS[reader.weight.storage.codec]
-        self._under_way: deque[tuple[_Output, int, Frame, Parts]] = deque()
-
-    def tile(self, output: _Output, n: int, tile: Tile, read: Parts, shared: Frame | None) -> None:
-        """Read or take over a tile, change it and encode it; what was begun before is written as room is needed.
-
-        Args:
-            output: whose tile.
-            n: its number.
-            tile: its rows.
-            read: what they are stored as.
-            shared: the same tile as it is for every output; None for a single one, which reads it.
-        """
-        start, end = tile.start, tile.end
-        watch, order = self._watch, output.order
-        changers = output.working.on(start, end)
-        watch.lap("prepare")
-        if len(self._under_way) == self._bench.depth:
-            self._take()
-        written = output.parts(tile)
-        frame = self._bench.frame(end - start, order.op.view.columns, read, written)
-        if shared is None:
-            self._reader.read_into(frame.raw, tile, read.ranges)
-            watch.lap("read")
-            frame.decode(self._codec, tile)
-        else:
-            frame.values.copy_(shared.values)
-        watch.lap("decode")
-        if output.passing is not None:
-            output.passing.before(n, shared or frame)
-            watch.lap("check")
-        output.sample.before(n, frame)
-        change(frame.values, start, end, order.op, changers)
-        watch.lap("change")
-        output.encode(frame, tile, (shared or frame).stored)
-        output.sample.after(n, frame, tile)
-        watch.lap("encode")
-        self._under_way.append((output, n, frame, written))
-
-    def finish(self) -> None:
-        """Write what is still under way."""
-        while self._under_way:
-            self._take()
-
-    def _take(self) -> None:
-        output, n, frame, written = self._under_way.popleft()
-        output.take(n, frame, written)
-        self._watch.lap("check")
-
-
-class _Filled:
-    """What of a weight's places is filled: tile after tile, in order."""
-
-    def __init__(self, fills: Mapping[str, Callable[[memoryview], None]], watch: Stopwatch) -> None:
-        self._fills, self._watch = fills, watch
-        self._digests = {role: new_digest() for role in fills}
-        self._done = dict.fromkeys(fills, 0)
-        self.finite = True
-        """False once a value was not."""
-
-    def take(self, frame: Frame, ranges: Mapping[str, PartRange]) -> None:
-        """Write a tile."""
-        frame.wait()
-        self._watch.lap("wait")
-        pieces = [
-            one for role, found in ranges.items() for one in self._new(role, found, frame.encoded[role])
-        ]
-        for role, piece in pieces:
-            self._fills[role](piece)
-        self._watch.lap("write")
-        for role, piece in pieces:
-            self._digests[role].update(piece)
-        self._watch.lap("digest")
-        self.finite = frame.is_finite() and self.finite
-        self._watch.lap("encode")
-
-    def _new(self, role: str, found: PartRange, content: memoryview) -> Iterator[tuple[str, memoryview]]:
-        """Yield what of a part is not written yet: the scale of a whole tensor comes with every tile."""
-        at = 0
-        for first, nbytes in found.ranges:
-            if first >= self._done[role]:
-                assert first == self._done[role], f"{role} is not encoded in the order of its bytes"
-                self._done[role] += nbytes
-                yield role, content if nbytes == len(content) else content[at : at + nbytes]
-            at += nbytes
-
-    def digest(self, role: str) -> str:
-        """Return the digest of all that was written to a part."""
-        return digest_text(self._digests[role])

@@ -6,15 +6,14 @@ a tile needs is made once for its shape and kept, in a `Frame`; the loop over th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isfinite, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES
 from lora_merge.core.weight import FLOAT32, PartRange, Storage, Tile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping  # noqa: TC004 - a field's type, never evaluated
+    from collections.abc import Mapping
 
     import torch
 
@@ -27,15 +26,16 @@ _MOST_FRAMES = 64
 """Shapes of tiles whose views are kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """What of a stored weight, or of one to be stored, belongs to a tile."""
 
     storage: Storage
     ranges: Mapping[str, PartRange]
 
-    def key(self) -> tuple[object, ...]:
-        """Return what decides on the buffers."""
+    def key(self) -> object:
+        """Return what decides on the buffers, beside the rows and columns of the tile."""
+        if self.storage.is_dense:
+            return self.storage.dtype
         return (self.storage, *(part.shape for part in self.ranges.values()))
 
 

@@ -16,7 +16,9 @@ import torch
 from lora_merge.codecs import CODECS, recognised
 from lora_merge.core.plan import View
 from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES, TensorRef, nbytes_of
-from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile
+from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile, Weight
+from lora_merge.io.safetensors import tensor_digest
+from lora_merge.io.weights import WeightReader, values_of, weight_norm
 from tests.toy_codecs import TOYS
 
 KNOWN = {**CODECS, **{name: codec for name, (codec, _) in TOYS.items()}}
@@ -55,7 +57,7 @@ def views_of(shape):
 
 
 def tiles_of(codec, storage, shape, view, elements=1):
-    multiple, _ = codec.alignment(shape, storage)
+    multiple, _ = codec.alignment(shape, view.n_rows, storage)
     return [Tile(shape, view.n_rows, *limits) for limits in view.tiles(elements, multiple)]
 
 
@@ -127,8 +129,8 @@ def test_the_ranges_of_the_tiles_have_every_byte_of_each_part(codec, storage, sh
 @each
 @of_every_shape
 def test_tiles_begin_where_the_codec_wants_them_to(codec, storage, shape):
-    multiple, _ = codec.alignment(shape, storage)
     for view in views_of(shape):
+        multiple, _ = codec.alignment(shape, view.n_rows, storage)
         tiles = tiles_of(codec, storage, shape, view)
         assert all(tile.start % view.rows % multiple == 0 for tile in tiles)
         assert [tile.start for tile in tiles[1:]] == [tile.end for tile in tiles[:-1]]
@@ -201,6 +203,45 @@ def test_a_codec_knows_its_own_tensors_and_leaves_the_others(codec, storage, sha
     assert list(found) == ["a.weight"]
     assert (found["a.weight"].shape, found["a.weight"].storage) == (shape, storage)
     assert list(found["a.weight"].parts.values()) == own
+
+
+@each
+@of_every_shape
+def test_any_rows_of_a_stored_weight_can_be_read(codec, storage, shape, tmp_path):
+    values, names, parts = drawn(shape), codec.names("w", storage), codec.parts(shape, storage)
+    refs = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CODECS, storage.codec, codec)
+        for view in views_of(shape):
+            tiles = tiles_of(codec, storage, shape, view)
+            for role, content in encoded(codec, storage, values, view, tiles).items():
+                file = tmp_path / f"{role}-{view.n_rows}"
+                file.write_bytes(content)
+                refs[role] = TensorRef(names[role], *parts[role], str(file), 0, len(content))
+            wanted = decoded(
+                codec,
+                storage,
+                {role: (tmp_path / f"{role}-{view.n_rows}").read_bytes() for role in refs},
+                shape,
+                view,
+                tiles,
+            )
+            rows = wanted.view(view.n_rows, -1)
+            weight = Weight("w", shape, storage, dict(refs))
+            assert torch.equal(values_of(weight), wanted)
+            with WeightReader(weight, view.n_rows) as reader:
+                for start, end in (
+                    (0, view.n_rows),
+                    (view.n_rows // 3, view.n_rows // 2 + 1),
+                    (view.n_rows - 1, view.n_rows),
+                ):
+                    assert torch.equal(reader.values(start, end), rows[start:end])
+                assert reader.digests() == {role: tensor_digest(ref) for role, ref in refs.items()}
+            box = ((shape[0] // 3, shape[0]), *((0, max(1, size - 1)) for size in shape[1:]))
+            part = wanted[tuple(slice(*limits) for limits in box)]
+            assert math.isclose(
+                weight_norm(weight, box), float(part.double().norm()), rel_tol=1e-5, abs_tol=1e-12
+            )
 
 
 @each
