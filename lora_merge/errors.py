@@ -20,7 +20,7 @@ Classes carry data; ``__str__`` builds the sentence: subject first, got before w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.redaction import fit, without_secrets
 from lora_merge.words import CAUSE, counted, cut, listing, told
@@ -49,6 +49,17 @@ class LoraMergeError(Exception):
     def __init__(self, sentence: str, *lines: str, hint: str = "") -> None:
         super().__init__("\n".join(map(fit, (sentence, *lines))))
         self.hint = fit(hint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes as sentence and data; a class's constructor takes other arguments than the sentence."""
+        return _arrived, (type(self), self.args, dict(self.__dict__))
+
+
+def _arrived(kind: type[LoraMergeError], args: tuple[object, ...], data: dict[str, Any]) -> LoraMergeError:
+    """Return an error that was raised in another process."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(data)
+    return error
 
 
 class ResolveError(LoraMergeError):
