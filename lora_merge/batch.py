@@ -24,9 +24,9 @@ from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.conversion import Conversion
 from lora_merge.pipeline.converting import plan_conversion
 from lora_merge.pipeline.current import Standing, adapter_standing, standing
-from lora_merge.pipeline.merging import Prepared, carry_out, prepare
+from lora_merge.pipeline.merging import carry_out
 from lora_merge.pipeline.planning import plan_request
-from lora_merge.pipeline.writing import MARKS
+from lora_merge.pipeline.preparing import MARKS, Prepared, prepare
 from lora_merge.requests.job import Job
 from lora_merge.requests.request import ConvertRequest, Request
 
@@ -212,7 +212,7 @@ class Batch:
                 continue
             key: object = id(task)
             if isinstance(task.planned, Prepared):
-                key = (task.planned.planned.plan.base, task.planned.device)
+                key = (task.planned.planned.plan.base, task.planned.device, task.planned.request.executor)
             of_base = groups.setdefault(key, [[]])
             if of_base[-1] and not fit_together(_merges_of([*of_base[-1], task])):
                 of_base.append([])
@@ -239,13 +239,7 @@ class Batch:
                 return
             for task in group:  # one of them is at fault; which, shows when each is on its own
                 if task.state == "running":
-                    self._carry_out([self._afresh(task)])
-
-    def _afresh(self, task: _Task) -> _Task:
-        """Return a task with a clock of its own, for another try."""
-        if isinstance(task.planned, Prepared):
-            task.planned = replace(task.planned, clock=Clock())
-        return task
+                    self._carry_out([task])
 
     def _results(self, group: list[_Task]) -> Iterator[Report | ConvertReport | Exception]:
         """Yield the report of each task, or what it alone failed of."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lora_merge.pipeline.merging import Prepared
+    from lora_merge.pipeline.preparing import Prepared
 
 MOST_TOGETHER = 8
 """Outputs of one pass over a base: each keeps its factors in memory, and its files open."""

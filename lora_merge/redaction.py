@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from lora_merge.words import printable, printable_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
 """Of the environment: where hubs' packages look for a token."""

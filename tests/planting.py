@@ -16,7 +16,7 @@ from lora_merge.core.weight import WEIGHT
 
 merging: Any = importlib.import_module("lora_merge.merge.filling")  # `lora_merge.merge` itself is the verb
 workbench: Any = importlib.import_module("lora_merge.merge.workbench")
-writing: Any = importlib.import_module("lora_merge.pipeline.writing")
+staged: Any = importlib.import_module("lora_merge.pipeline.staged")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ ON_DISK = (
 @contextlib.contextmanager
 def bit_flipped(where: str, seed: int) -> Iterator[None]:
     """Flip one bit of what is staged, after it was written and before it is verified."""
-    real = writing.check_output
+    real = staged.check_output
 
     def spoiled(plan: MergePlan, root: Path, *rest: Any) -> Any:
         drawn = random.Random(seed)
@@ -163,11 +163,11 @@ def bit_flipped(where: str, seed: int) -> Iterator[None]:
             file.write(bytes([byte ^ 1 << drawn.randrange(8)]))
         return real(plan, root, *rest)
 
-    writing.check_output = spoiled
+    staged.check_output = spoiled
     try:
         yield
     finally:
-        writing.check_output = real
+        staged.check_output = real
 
 
 def _range(plan: MergePlan, root: Path, where: str, drawn: random.Random) -> tuple[Path, int, int]:

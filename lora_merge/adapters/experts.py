@@ -15,7 +15,6 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import TensorRef, shape_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 _HEAD = re.compile(
     rf"^({re.escape(PREFIX)})(?:model\.)?(?:language_model\.)?(?:unembed_tokens|lm_head)(?=\.)"

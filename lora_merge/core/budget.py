@@ -43,7 +43,13 @@ def peak_together(budgets: Iterable[Budget]) -> int:
 
 
 def allot(
-    plan: MergePlan, n_workers: int | None, n_cores: int, limit_bytes: int | None, *, on_gpu: bool = False
+    plan: MergePlan,
+    n_workers: int | None,
+    n_cores: int,
+    limit_bytes: int | None,
+    *,
+    on_gpu: bool = False,
+    in_processes: bool = False,
 ) -> Budget:
     """Return the most workers that fit into memory, with the largest tiles that then fit.
 
@@ -55,13 +61,15 @@ def allot(
         n_cores: that may be used.
         limit_bytes: of resident memory; None: no limit.
         on_gpu: True when a GPU does the arithmetic.
+        in_processes: True when each worker has a process, with torch in it; the estimate is of all of them.
     """
     best = CUDA_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS
     n = n_workers or max(1, min(n_cores, MOST_WORKERS))
     sizes = [best >> halvings for halvings in range(_SMALLEST_SHARE.bit_length())]
     while True:
         for size in sizes:
-            budget = Budget(n, size, plan.peak_bytes(n, size))
+            peak = plan.peak_bytes(n, size) + in_processes * n * RUNTIME_BYTES
+            budget = Budget(n, size, peak)
             if limit_bytes is None or budget.peak_bytes <= limit_bytes:
                 return budget
         if n == 1:

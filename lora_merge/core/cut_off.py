@@ -11,8 +11,10 @@ import functools
 import importlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 _STATE = threading.local()
 

@@ -1,7 +1,7 @@
-"""Executors: ways to run work. They carry steps out and records back, and know neither.
+"""Executors: ways to run work. They carry pieces out and results back, and know neither.
 
 Serial is the definition of correct; what any other CPU executor writes is byte-identical to it. Results come in any
-order, one for each piece of work. The first error ends the run.
+order, one for each piece. The first error ends the run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_merge.executors.cuda import run_cuda
+from lora_merge.executors.processes import run_processes
 from lora_merge.executors.serial import run_serial
 from lora_merge.executors.threads import run_threads
 from lora_merge.executors.work import Executor
@@ -17,13 +18,25 @@ from lora_merge.executors.work import Executor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-EXECUTORS: Mapping[str, Executor] = {"serial": run_serial, "threads": run_threads, "cuda": run_cuda}
+EXECUTORS: Mapping[str, Executor] = {
+    "serial": run_serial,
+    "threads": run_threads,
+    "processes": run_processes,
+    "cuda": run_cuda,
+}
 
 __all__ = ["EXECUTORS", "Executor", "pick"]
 
 
-def pick(n_workers: int, device: str = "cpu") -> Executor:
-    """Return the executor for so many workers on a torch device."""
+def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> Executor:
+    """Return the executor for so many workers on a torch device.
+
+    Args:
+        name: a key of `EXECUTORS`; ``auto``: threads, or no other thread than the caller's for one worker. A GPU has an
+            executor of its own, whatever the name.
+    """
     if device != "cpu":
         return partial(run_cuda, device=device)
-    return EXECUTORS["serial" if n_workers == 1 else "threads"]
+    if name == "auto":
+        name = "serial" if n_workers == 1 else "threads"
+    return EXECUTORS[name]

@@ -8,15 +8,15 @@ from lora_merge.core.borrowed import Borrowed
 from lora_merge.executors.threads import run_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
-    from lora_merge.executors.work import Result, Work
+    from lora_merge.core.work import Result, Work, WorkerSpec
 
 
 def run_cuda(
-    do: Callable[[Work], Result], work: Sequence[Work], n_workers: int, device: str = "cuda"
-) -> Iterator[Result]:
-    """Yield the result of each piece of work as it is done.
+    spec: WorkerSpec[Work, Result], pieces: Sequence[Work], n_workers: int, device: str = "cuda"
+) -> Generator[Result, None, None]:
+    """Yield the result of each piece as it is done.
 
     Matrix products keep all bits of float32 (no TF32) meanwhile.
 
@@ -32,7 +32,7 @@ def run_cuda(
         torch.cuda.set_stream(torch.cuda.Stream(index))  # type: ignore[no-untyped-call]
 
     with _EXACT_PRODUCTS.changed():
-        yield from run_threads(do, work, n_workers, begin)
+        yield from run_threads(spec, pieces, n_workers, begin)
 
 
 def _allows_tf32() -> bool:

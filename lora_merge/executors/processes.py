@@ -1,4 +1,6 @@
-"""Worker processes for large pieces of work: one that dies fails its own piece only, and all end when their parent does."""
+"""Worker processes: `Crew` for large pieces of work, where one that dies fails its own piece only; `run_processes` for those of
+one merge. All end when their parent does.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,21 @@ import signal
 import sys
 import threading
 import traceback
+from collections import deque
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from lora_merge.core.shortage import mind_limits
+from lora_merge.errors import BugError, LoraMergeError, WriteError
 from lora_merge.io.streams import guard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
+
+    from lora_merge.core import work
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -56,16 +62,17 @@ class Crew(Generic[Work, Result]):
     (`interrupt`).
 
     Args:
-        do: does one piece; a function of a module, since it travels by its name.
+        do: does one piece; a function of a module, which travels by its name, or something that can be pickled.
         n: how many processes, at most.
+        is_deaf: leave all signals to the parent, ``SIGTERM`` too, which a service manager sends to each process.
     """
 
-    def __init__(self, do: Callable[[Work], Result], n: int) -> None:
+    def __init__(self, do: Callable[[Work], Result], n: int, *, is_deaf: bool = False) -> None:
         from multiprocessing import get_context, resource_tracker
 
         resource_tracker.ensure_running()  # else the first process to start does it, and unblocks signals meanwhile
         self._context = get_context("spawn")
-        self._do, self._n = do, n
+        self._do, self._n, self._is_deaf = do, n, is_deaf
         self._hands: list[_Hand[Work, Result]] = []
         self._lifeline, self._end = self._context.Pipe(duplex=False)
         self._news: SimpleQueue[None] = SimpleQueue()
@@ -122,7 +129,7 @@ class Crew(Generic[Work, Result]):
     def _start(self) -> _Hand[Work, Result]:
         """Start a process; it has its own end of the pipe and no other, so that each end closes with its owner."""
         ours, its = self._context.Pipe()
-        arguments = (self._do, its, self._lifeline, os.getpid())
+        arguments = (self._do, its, self._lifeline, os.getpid(), self._is_deaf)
         process = self._context.Process(target=_serve, args=arguments, name="lora-merge")
         with _held_back():
             process.start()
@@ -175,7 +182,11 @@ def _how_it_ended(code: int | None) -> str:
 
 
 def _serve(
-    do: Callable[[Any], Any], pipe: Connection[Any, Any], lifeline: Connection[Any, Any], parent: int
+    do: Callable[[Any], Any],
+    pipe: Connection[Any, Any],
+    lifeline: Connection[Any, Any],
+    parent: int,
+    is_deaf: bool = False,
 ) -> None:
     """Do one piece of work after the other, until the other end of the pipe is closed."""
     guard()
@@ -183,12 +194,12 @@ def _serve(
     _end_with(parent, lifeline)
     if signal.SIGINT in signal.sigpending():
         os._exit(_INTERRUPTED)
-    be_idle()
+    be_idle(is_deaf=is_deaf)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             work = pipe.recv()
             answer = _answer(do, work)
-            be_idle()
+            be_idle(is_deaf=is_deaf)
             pipe.send_bytes(answer)
 
 
@@ -202,11 +213,11 @@ def _answer(do: Callable[[Any], Any], work: object) -> memoryview:
         return ForkingPickler.dumps(Broken(type(exc).__name__, str(exc), traceback.format_exc()))
 
 
-def be_idle() -> None:
+def be_idle(*, is_deaf: bool = False) -> None:
     """Let interrupts pass, which are meant for those that work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if is_deaf else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
 
 
@@ -255,3 +266,89 @@ def _held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number in struck:
             signal.raise_signal(number)
+
+
+def run_processes(
+    spec: work.WorkerSpec[work.Work, work.Result], pieces: Sequence[work.Work], n_workers: int
+) -> Generator[work.Result, None, None]:
+    """Yield the result of each piece as it is done, each worker in a process.
+
+    Each process imports what its worker needs, torch above all, which takes seconds and some hundred MB: this pays where
+    threads stand in each other's way, and proves that work travels. A program that calls this needs the usual
+    ``if __name__ == "__main__":``, since each process imports its main module.
+
+    On an error, or when the caller stops listening, pieces that are under way are waited for, as with threads.
+
+    Raises:
+        LoraMergeError: what a worker raised.
+        BugError: a worker raised something else.
+        WriteError: a process ended before its time, or cannot be started.
+    """
+    if not pieces:
+        return
+    waiting = deque(pieces)
+    crew: Crew[work.Work, work.Result | _Raised] = Crew(
+        _Worker(spec), min(n_workers, len(pieces)), is_deaf=True
+    )
+    with crew:
+        try:
+            while waiting or not crew.is_idle:
+                while waiting and crew.has_room:
+                    _begin(crew, waiting.popleft())
+                for _, found in crew.results():
+                    yield _result(found)
+        finally:
+            while not crew.is_idle:
+                crew.results()
+
+
+def _begin(crew: Crew[Work, Result], piece: Work) -> None:
+    try:
+        crew.begin(piece)
+    except OSError as exc:
+        raise WriteError(
+            f"no process can be started for a worker ({exc.strerror})", hint="--executor threads needs none"
+        ) from exc
+
+
+class _Worker(Generic[Work, Result]):
+    """Does pieces in a process of its own, where the worker is made before the first one."""
+
+    def __init__(self, spec: work.WorkerSpec[Work, Result]) -> None:
+        self._spec = spec
+        self._stack = contextlib.ExitStack()
+        self._made: list[Callable[[Work], Result]] = []
+
+    def __call__(self, piece: Work) -> Result | _Raised:
+        try:
+            if not self._made:
+                self._made += self._stack.enter_context(self._spec.make(1))  # until the process ends
+            return self._made[0](piece)
+        except LoraMergeError as exc:
+            return _Raised(exc)
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """An error that a user can fix, on its way to the parent, which raises it again."""
+
+    error: LoraMergeError
+
+
+def _result(found: Result | _Raised | Broken) -> Result:
+    """Return a result that is one.
+
+    Raises:
+        LoraMergeError: it is an error, or what is known of a process that ended.
+    """
+    match found:
+        case _Raised(error):
+            raise error
+        case Broken("", text):
+            raise WriteError(
+                f"the process of a worker ended before its time ({text}), perhaps for want of memory",
+                hint="fewer --workers take less of it",
+            )
+        case Broken(kind, text, traceback):
+            raise BugError(kind, text, traceback)
+    return found

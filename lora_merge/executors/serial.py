@@ -1,17 +1,22 @@
-"""One step after the other, in the caller's thread: what correct means, and what debugs best."""
+"""One piece after the other, in the caller's thread: what correct means, and what debugs best."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
-    from lora_merge.executors.work import Result, Work
+    from lora_merge.core.work import Result, Work, WorkerSpec
 
 
-def run_serial(do: Callable[[Work], Result], work: Sequence[Work], n_workers: int = 1) -> Iterator[Result]:
-    """Yield the result of each piece of work, in order; ``n_workers`` is ignored."""
+def run_serial(
+    spec: WorkerSpec[Work, Result], pieces: Sequence[Work], n_workers: int = 1
+) -> Generator[Result, None, None]:
+    """Yield the result of each piece, in order; ``n_workers`` is ignored."""
     del n_workers
-    for piece in work:
-        yield do(piece)
+    if not pieces:
+        return
+    with spec.make(1) as (work,):
+        for piece in pieces:
+            yield work(piece)

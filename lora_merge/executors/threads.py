@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
-    from lora_merge.executors.work import Result, Work
+    from lora_merge.core.work import Result, Work, WorkerSpec
 
 
 def run_threads(
-    do: Callable[[Work], Result],
-    work: Sequence[Work],
+    spec: WorkerSpec[Work, Result],
+    pieces: Sequence[Work],
     n_workers: int,
     begin: Callable[[], None] | None = None,
-) -> Iterator[Result]:
-    """Yield the result of each piece of work as it is done.
+) -> Generator[Result, None, None]:
+    """Yield the result of each piece as it is done.
 
-    Large pieces go first, so that no worker is left alone with one at the end. On an error, or when the
-    caller stops listening, work that has not begun never does.
+    On an error, or when the caller stops listening, work that has not begun never does.
 
     Args:
-        begin: called once in every thread, before its first piece of work.
+        begin: called once in every thread, before its first piece.
     """
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    largest_first = sorted(work, key=lambda piece: piece.nbytes, reverse=True)
-    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="merge", initializer=begin)
-    try:
-        futures = [pool.submit(do, piece) for piece in largest_first]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    if not pieces:
+        return
+    with spec.make(min(n_workers, len(pieces))) as workers:
+        free, mine = list(workers), threading.local()
+
+        def enter() -> None:
+            mine.worker = free.pop()  # one call into C: no two threads get the same
+            if begin is not None:
+                begin()
+
+        def work(piece: Work) -> Result:
+            result: Result = mine.worker(piece)
+            return result
+
+        pool = ThreadPoolExecutor(len(free), thread_name_prefix="merge", initializer=enter)
+        try:
+            futures = [pool.submit(work, piece) for piece in pieces]
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,35 +1,25 @@
-"""What executors have to do with: work that knows its size."""
+"""What every executor is called with."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Generator, Sequence
 
-
-class Sized(Protocol):
-    """A step, a stretch of copies: something to do, with the bytes that it writes."""
-
-    @property
-    def nbytes(self) -> int:
-        """Return its size."""
-
-
-Work = TypeVar("Work", bound=Sized)
-Result = TypeVar("Result")
+    from lora_merge.core.work import Result, Work, WorkerSpec
 
 
 class Executor(Protocol):
     """A way to run work.
 
     Args:
-        do: does one piece of work; it may be called from several threads.
-        work: all of it.
+        spec: makes the workers. Each thread, and each process, has one of its own.
+        pieces: all of the work; it is begun in this order.
         n_workers: how many may be at it.
     """
 
     def __call__(
-        self, do: Callable[[Work], Result], work: Sequence[Work], n_workers: int
-    ) -> Iterable[Result]:
-        """Yield the result of each piece of work."""
+        self, spec: WorkerSpec[Work, Result], pieces: Sequence[Work], n_workers: int
+    ) -> Generator[Result, None, None]:
+        """Yield the result of each piece, in any order."""

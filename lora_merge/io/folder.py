@@ -237,6 +237,18 @@ class Folder:
             except OSError as exc:
                 raise write_error(self.path, exc) from exc
 
+    def flush_file(self, name: str) -> None:
+        """Make a file durable, if it is there.
+
+        Raises:
+            WriteError: the disk does not take it, the directory is gone, or it is not a file.
+        """
+        with self._parent(name) as (parent, leaf):
+            try:
+                self._flush_file(parent, "", leaf)
+            except OSError as exc:
+                raise write_error(self.path, exc) from exc
+
     def _flush_file(self, dir_fd: int, within: str, name: str) -> None:
         try:
             fd = dirs.open_regular(name, os.O_RDONLY, dir_fd)

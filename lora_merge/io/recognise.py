@@ -7,7 +7,6 @@ to do; what nothing is known of has none.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -17,6 +16,7 @@ from lora_merge.io.trainer_files import LOAD_AFTER, SHARDED_STATES
 from lora_merge.words import counted, listing
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
 Role = Literal["base", "adapter"]

@@ -11,10 +11,9 @@ import contextlib
 import errno
 import os
 import stat
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import ChangedError, CheckpointError, WriteError
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SUFFIX",
-    "Flushing",
     "Stage",
     "check_replaceable",
     "check_writable",
@@ -47,9 +45,6 @@ _RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
 
 _MOST_TRIES = 100
 """To lock a directory that other runs make and remove."""
-
-_PAUSE_SECONDS = 0.1
-"""Between two flushes of what is still being written."""
 
 _OWN = {OUTPUT, REPLACED, FACTORS, journal.FILE, journal.FRESH_FILE}
 """What runs put into staging."""
@@ -369,50 +364,3 @@ def _wait_for_nobody(fd: int, path: Path) -> None:
         ) from exc
     except OSError:
         return  # it knows no locks, or does not permit them
-
-
-class Flushing:
-    """Sends what is staged on its way to the disk while it is being written, and makes it durable.
-
-    A context: after an error in its block nobody waits for the disk, since what is staged will be cleared.
-    """
-
-    def __init__(self, staged: Folder) -> None:
-        self._staged = staged
-        self._failure: WriteError | None = None
-        self._resting, self._complete, self._over = (threading.Event() for _ in range(3))
-        self._thread = threading.Thread(target=self._flush, name="flush", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._complete.set()
-
-    def _flush(self) -> None:
-        """Flush again and again, and one last time what is complete."""
-        try:
-            while not self._complete.wait(_PAUSE_SECONDS):
-                if not self._resting.is_set():
-                    self._staged.flush()
-            if not self._over.is_set():
-                self._staged.flush()
-        except WriteError as exc:
-            self._failure = exc
-
-    def rest(self) -> None:
-        """Leave the disk alone until `wait`: to flush a file holds up those who write to it past the page cache."""
-        self._resting.set()
-
-    def wait(self) -> None:
-        """Wait until all of it is durable; nothing may be written any more.
-
-        Raises:
-            WriteError: the disk does not take it.
-        """
-        self._complete.set()
-        self._thread.join()
-        if self._failure:
-            raise self._failure

@@ -7,7 +7,6 @@ transformers knows nothing of these layouts; what they are is data here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lora_merge.layouts.identity import identity
@@ -16,6 +15,8 @@ from lora_merge.layouts.stored import LayoutError, Located, Place, Shape, Stored
 from lora_merge.layouts.suffix import suffix
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.core.pieces import Box
 
 _EXPERT = re.compile(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.stretches import Stretch
     from lora_merge.core.tensor import TensorRef
-    from lora_merge.merge.stopwatch import Stopwatches
+    from lora_merge.merge.stopwatch import Stopwatch
     from lora_merge.storage.sources import Source
 
 COPY_BYTES = 1 << 18
@@ -32,20 +32,19 @@ class CopySink(Protocol):
         """Open the slots of a stretch; the result takes the next bytes of its sources, which `source` holds."""
 
 
-def copy(wanted: Sequence[tuple[CopySink, Stretch]], watches: Stopwatches) -> list[list[TensorRecord]]:
+def copy(wanted: Sequence[tuple[CopySink, Stretch]], watch: Stopwatch) -> list[list[TensorRecord]]:
     """Carry out the copies of one stretch of a source into every sink that wants it; return the records of each.
 
     A tensor's digest is taken of its *source*, of the bytes that are written.
 
     Args:
         wanted: the sinks, and the stretch as each has it: all of the same bytes.
-        watches: count the time.
+        watch: counts the time.
 
     Raises:
         CheckpointError: a source cannot be read.
         WriteError: the disk is full or cannot be written.
     """
-    watch = watches.mine()
     watch.start()
     stretch = wanted[0][1]
     first = stretch.sources[0]

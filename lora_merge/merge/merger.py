@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from lora_merge.codecs import CODECS
 from lora_merge.core.plan import Block, Copy, Merge
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import Stretch
 from lora_merge.deltas import ALGEBRAS, Factors, Part
+from lora_merge.io.destination import Sink
 from lora_merge.io.safetensors import load
 from lora_merge.io.weights import WeightReader
 from lora_merge.merge.changing import Working, change
-from lora_merge.merge.copying import CopySink, copy
+from lora_merge.merge.copying import copy
 from lora_merge.merge.filling import Filled, Filling, Loop
 from lora_merge.merge.passing import Passing
 from lora_merge.merge.sample import Sample
-from lora_merge.merge.stopwatch import Stopwatches
+from lora_merge.merge.stopwatch import Stopwatch
 from lora_merge.merge.workbench import Parts, Workbench
 
 if TYPE_CHECKING:
@@ -30,18 +30,10 @@ if TYPE_CHECKING:
 
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
-    from lora_merge.core.tensor import TensorRecord, TensorRef
+    from lora_merge.core.tensor import TensorRecord
     from lora_merge.core.weight import Tile
     from lora_merge.deltas.algebra import Changer
-    from lora_merge.merge.stopwatch import Stopwatch
     from lora_merge.merge.workbench import Frame
-
-
-class Sink(CopySink, Protocol):
-    """Where bytes go; a writer is one."""
-
-    def open(self, slot: TensorRef) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
-        """Open a slot; the result writes its next bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +49,31 @@ class Order:
         assert isinstance(self.step.op, Merge)
         return self.step.op
 
-    @property
-    def multiple(self) -> int:
-        """Return the rows that its tiles begin at multiples of: those of the storage that is read, and of what is written."""
-        shape, n_rows = self.op.source.shape, self.op.view.n_rows
-        both = (self.op.source.storage, self.op.target)
-        return math.lcm(*(CODECS[one.codec].alignment(shape, n_rows, one)[0] for one in both))
 
-    def alike(self) -> tuple[object, ...]:
-        """Return what orders have in common whose source may be read once for all of them."""
-        return (self.op.source, self.op.view, self.op.reach == "tensor", self.multiple)
+def row_multiple(op: Merge) -> int:
+    """Return the rows that tiles begin at multiples of: those of the storage that is read, and of what is written."""
+    shape, n_rows = op.source.shape, op.view.n_rows
+    return math.lcm(
+        *(CODECS[one.codec].alignment(shape, n_rows, one)[0] for one in (op.source.storage, op.target))
+    )
+
+
+def alike(op: Merge) -> tuple[object, ...]:
+    """Return what merges have in common whose source may be read once for all of them."""
+    return (op.source, op.view, op.reach == "tensor", row_multiple(op))
 
 
 class Merger:
     """Carries out steps: ``merger(step)`` fills the step's places and returns a record for each.
 
-    It may be called from several threads; each keeps buffers of its own.
+    It keeps buffers, and belongs to one thread.
 
     Args:
         sink: where the bytes go.
         device: a torch device for the arithmetic.
         tile_elements: of a row tile; default: what suits the CPU's cache.
-        watches: count the time.
+        watch: counts the time.
+        factors: those that mergers of the same run have in common; default: its own.
         is_checked: project every row as it passes (`lora_merge.checks.projection`), and take digests of some tiles, for
             the verification that follows.
     """
@@ -88,7 +83,8 @@ class Merger:
         sink: Sink,
         device: str,
         tile_elements: int | None = None,
-        watches: Stopwatches | None = None,
+        watch: Stopwatch | None = None,
+        factors: Factors | None = None,
         *,
         is_checked: bool = True,
     ) -> None:
@@ -96,9 +92,9 @@ class Merger:
         self._is_checked = is_checked
         self._device = device
         self._tile_elements = tile_elements
-        self._watches = watches or Stopwatches()
-        self._factors = Factors(load)
-        self._local = threading.local()
+        self._watch = watch or Stopwatch()
+        self._factors = factors or Factors(load)
+        self._benches: dict[str, Workbench] = {}
 
     def __call__(self, step: Step) -> tuple[TensorRecord, ...]:
         """Carry out one step.
@@ -110,7 +106,7 @@ class Merger:
         """
         match step.op:
             case Copy():
-                (copied,) = copy([(self._sink, Stretch((step,)))], self._watches)
+                (copied,) = copy([(self._sink, Stretch((step,)))], self._watch)
                 return tuple(copied)
             case Merge():
                 (merged,) = self.together([Order(step, self._sink)])
@@ -134,7 +130,7 @@ class Merger:
 
     def _merge(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]]:
         """Stream one weight through float32, row tile by row tile, into every output that wants it."""
-        watch, bench = self._watches.mine(), self._workbench("bench", Workbench.of)
+        watch, bench = self._watch, self._workbench("bench", Workbench.of)
         watch.start()
         op = orders[0].op
         tiles = self._tiles(orders[0])
@@ -156,7 +152,7 @@ class Merger:
     def _tiles(self, order: Order) -> list[tuple[int, int]]:
         """Return the row ranges of a weight that have anything in them."""
         op = order.op
-        found = op.tiles(self._tile_elements, order.multiple)
+        found = op.tiles(self._tile_elements, row_multiple(op))
         return [(start, end) for start, end in found if (end - start) * op.view.columns]
 
     def _output(
@@ -242,12 +238,10 @@ class Merger:
                 yield left, right, panel
 
     def _workbench(self, name: str, make: Callable[[str], Workbench]) -> Workbench:
-        """Return a workbench of this thread."""
-        found: Workbench | None = getattr(self._local, name, None)
-        if found is None:
+        """Return a workbench, made when it is first needed."""
+        if name not in self._benches:
             import torch
 
             torch.get_num_threads()  # makes `one_torch_thread` hold here: MKL has its own number until then
-            found = make(self._device)
-            setattr(self._local, name, found)
-        return found
+            self._benches[name] = make(self._device)
+        return self._benches[name]

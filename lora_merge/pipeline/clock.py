@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 class Clock:
-    """Wall seconds of each phase, in `seconds`; what workers were busy with, in `busy_seconds`."""
+    """The time of one run. It belongs to whoever drives the run, and its readings leave it as values.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.busy_seconds: dict[str, float] = {}
+    Args:
+        before: wall seconds of phases that are over.
+    """
+
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        self._seconds = dict(before or {})
+        self._busy: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -24,4 +29,19 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[phase] = round(time.perf_counter() - start, 4)
+            self._seconds[phase] = round(time.perf_counter() - start, 4)
+
+    def add_busy(self, seconds: Mapping[str, float]) -> None:
+        """Add what workers were busy with, by stage."""
+        for stage, spent in seconds.items():
+            self._busy[stage] += spent
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds of each phase, in their order."""
+        return dict(self._seconds)
+
+    @property
+    def busy_seconds(self) -> dict[str, float]:
+        """Seconds that all workers together spent on each stage."""
+        return {stage: round(spent, 4) for stage, spent in self._busy.items()}

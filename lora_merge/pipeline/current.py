@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import executors
 from lora_merge.core.checkpoint import INDEX_FILE
+from lora_merge.core.identity import Inputs
 from lora_merge.core.manifest import Manifest, parse_manifest
-from lora_merge.core.plan import Copy, Merge
+from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.provenance import card_text
 from lora_merge.core.report import Issue, warning
+from lora_merge.core.tensor import TensorRef
+from lora_merge.core.work import Piece, Plain, largest_first
 from lora_merge.errors import CheckpointError
 from lora_merge.io import machine
 from lora_merge.io.needed import CONVERSION_MANIFEST
@@ -22,20 +27,19 @@ from lora_merge.io.safetensors import has_header, tensor_digest
 from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.io.signs import changed_at, has_hole, modified_at, pages, sampled
 from lora_merge.io.small_files import read_json, read_text
-from lora_merge.merge import Merger, NoDeviceError, one_torch_thread, pick_device
+from lora_merge.merge import MergeSpec, NoDeviceError, pick_device
 from lora_merge.pipeline.provenance import provenance_of
 from lora_merge.requests.recording import record_of
 from lora_merge.storage.digests import file_digest, text_digest
 from lora_merge.storage.sources import open_source
-from lora_merge.writers.hf_checkpoint import side_digest
+from lora_merge.writers import side_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Sequence
 
-    from lora_merge.core.plan import Step
     from lora_merge.core.source import Origin
     from lora_merge.core.stretches import Stretch
-    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.work import Done, WorkerSpec
     from lora_merge.pipeline.conversion import Conversion
     from lora_merge.pipeline.planning import Planned
     from lora_merge.storage.sources import Source
@@ -233,7 +237,7 @@ class _Looked:
             for here in [replace(slot, file=str(self._out / slot.file))]
             if slot.file in doubtful or (slot in looked_at and _looks_wrong(here, sources.get(slot.name)))
         ]
-        for ref in self._others(refs, lambda ref: self._manifest.tensors[ref.name].digest, tensor_digest):
+        for ref in self._others(Plain(_digested), refs, lambda ref: self._manifest.tensors[ref.name].digest):
             yield f"{Path(ref.file).relative_to(self._out)}: {ref.name} is not what was written"
 
     def _is_doubtful(self, name: str) -> bool:
@@ -252,7 +256,9 @@ class _Looked:
         steps = [step for step in self._plan.steps if newer & _sources(step)]
         then = self._manifest.tensors
         copies = {step.op.source: step for step in steps if isinstance(step.op, Copy)}
-        for ref in self._others(list(copies), lambda ref: then[copies[ref].main.name].digest, tensor_digest):
+        for ref in self._others(
+            Plain(_digested), list(copies), lambda ref: then[copies[ref].main.name].digest
+        ):
             yield f"the base has changed: {ref.file}: {ref.name} is not what was merged"
         merges = {step.main: step for step in steps if isinstance(step.op, Merge)}
         if not merges:
@@ -262,28 +268,26 @@ class _Looked:
         except NoDeviceError as exc:
             yield f"the base may have changed, and {exc}"
             return
-        with one_torch_thread():
-            merger = Merger(_Nowhere(), device)
-            for slot in self._others(
-                list(merges),
-                lambda slot: " ".join(then[one.name].digest for one in merges[slot].slots),
-                lambda slot: " ".join(record.digest for record in merger(merges[slot])),
-            ):
-                yield f"the base has changed: {slot.name} would be another one now"
+        remerging = _Remerging(MergeSpec((_Nowhere(),), Inputs(), device, is_checked=False), merges)
+        for slot in self._others(
+            remerging,
+            list(merges),
+            lambda slot: " ".join(then[one.name].digest for one in merges[slot].slots),
+        ):
+            yield f"the base has changed: {slot.name} would be another one now"
 
     def _others(
         self,
-        refs: Iterable[TensorRef],
+        spec: WorkerSpec[TensorRef, tuple[TensorRef, str]],
+        refs: Sequence[TensorRef],
         wanted: Callable[[TensorRef], str],
-        digest: Callable[[TensorRef], str],
     ) -> Iterator[TensorRef]:
         """Yield the tensors whose digest is not the one that is wanted."""
-        work = list(refs)
-        if not work:
+        if not refs:
             return
-        self._read_bytes += sum(ref.nbytes for ref in work)
-        n = min(2, machine.usable_cores()) if len(work) > 1 else 1
-        for ref, found in executors.pick(n)(lambda ref: (ref, digest(ref)), work, n):
+        self._read_bytes += sum(ref.nbytes for ref in refs)
+        n = min(2, machine.usable_cores()) if len(refs) > 1 else 1
+        for ref, found in executors.pick(n)(spec, largest_first(refs), n):
             if found != wanted(ref):
                 yield ref
 
@@ -294,6 +298,30 @@ class _Looked:
                 os.utime(self._out / MANIFEST_FILE, ns=(self._newest + 1, self._newest + 1))
 
 
+def _digested(ref: TensorRef) -> tuple[TensorRef, str]:
+    return ref, tensor_digest(ref)
+
+
+@dataclass(frozen=True, slots=True)
+class _Remerging:
+    """Workers that merge tensors once more, for their digests."""
+
+    spec: MergeSpec
+    steps: Mapping[TensorRef, Step]
+    """What makes each slot."""
+
+    @contextlib.contextmanager
+    def make(self, n: int) -> Iterator[list[Callable[[TensorRef], tuple[TensorRef, str]]]]:
+        """Yield workers for the threads of one process."""
+        with self.spec.make(n) as workers:
+            yield [partial(self._digest, worker) for worker in workers]
+
+    def _digest(self, worker: Callable[[Piece], Done], slot: TensorRef) -> tuple[TensorRef, str]:
+        done = worker(Piece(((0, (self.steps[slot],)),)))
+        return slot, " ".join(record.digest for _, record in done.records)
+
+
+@dataclass(frozen=True, slots=True)
 class _Nowhere:
     """Where bytes go of which only the digest is wanted."""
 

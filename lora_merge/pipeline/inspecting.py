@@ -15,6 +15,7 @@ from lora_merge.core.lora import Given, Recipe
 from lora_merge.core.plan import Merge, Step
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.shortage import MORE, memory_for
+from lora_merge.core.work import Plain, largest_first
 from lora_merge.errors import PlanError
 from lora_merge.executors import pick
 from lora_merge.inspect import Measured, Surroundings, inspection
@@ -179,7 +180,7 @@ class _Measuring:
         pieces = [_Piece(step, step.nbytes) for step in self._joined.steps]
         self._watch.phase("measuring", sum(piece.nbytes for piece in pieces))
         n_workers = min(usable_cores(), 8)
-        for found in pick(n_workers)(self._measure, pieces, n_workers):
+        for found in pick(n_workers)(Plain(self._measure), largest_first(pieces), n_workers):
             for path, weight, delta in found:
                 self._weights[path] = self._weights.get(path, 0.0) + weight
                 if path not in self._factored:

@@ -9,7 +9,7 @@ from lora_merge import executors
 from lora_merge._version import __version__
 from lora_merge.core.plan import Step
 from lora_merge.core.tensor import TensorRecord, TensorRef
-from lora_merge.io import journal
+from lora_merge.core.work import Plain, largest_first
 from lora_merge.io.safetensors import tensor_digest
 from lora_merge.pipeline.inputs import changed_times, lasting, sources_of
 from lora_merge.storage.digests import digest_text, new_digest
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from lora_merge.core.identity import Inputs
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Observer
-    from lora_merge.io.staging import Stage
-    from lora_merge.writers import HfCheckpoint
+    from lora_merge.io.destination import Destination, Left
 
 
 def fingerprint(
@@ -49,9 +48,8 @@ def fingerprint(
 def finished(
     plan: MergePlan,
     inputs: Inputs,
-    stage: Stage,
-    writer: HfCheckpoint,
-    merge: str,
+    place: Destination,
+    left: Left,
     n_workers: int,
     watch: Observer,
 ) -> list[TensorRecord] | None:
@@ -63,18 +61,16 @@ def finished(
     Args:
         plan: of this run.
         inputs: of this run.
-        stage: what the other one left.
-        writer: of this run; it keeps the files that are kept here.
-        merge: the `fingerprint` of this run.
+        place: of the output; it keeps the files that count.
+        left: what the other one left there.
         n_workers: threads to read with.
         watch: hears of the bytes.
     """
-    listed = journal.read(stage.home, merge)
-    kept = writer.keep(plan, [] if listed is None else [record.file for record in listed])
-    if listed is None:
+    kept = place.keep(plan.files, [record.file for record in left.records or ()])
+    if left.records is None:
         return None
     slots = {slot.name: slot for step in plan.steps for slot in step.slots}
-    before, now = journal.changed(stage.home), changed_times(inputs)
+    before, now = left.changed, changed_times(inputs)
     same = frozenset(path for path, time in now.items() if before.get(path) == time)
     doubtful = {
         slot.name: step
@@ -85,17 +81,15 @@ def finished(
     there = [
         _Written(
             record,
-            replace(slots[record.name], file=str(stage.output / record.file)),
+            replace(slots[record.name], file=str(place.root / record.file)),
             doubtful.get(record.name),
         )
-        for record in {record.name: record for record in listed}.values()
+        for record in {record.name: record for record in left.records}.values()
         if record.file in kept and _is_of(record, slots.get(record.name))
     ]
     watch.phase("checking", sum(piece.nbytes for piece in there))
     found = []
-    for piece, is_whole in executors.pick(n_workers)(
-        lambda piece: (piece, piece.is_whole()), there, n_workers
-    ):
+    for piece, is_whole in executors.pick(n_workers)(Plain(_look_at), largest_first(there), n_workers):
         watch.advance(piece.nbytes)
         if is_whole:
             found.append(piece.record)
@@ -135,6 +129,10 @@ class _Written:
         if self.step is None:
             return True
         return all(tensor_digest(ref) == digest for ref, digest in sources_of(self.step, self.record))
+
+
+def _look_at(piece: _Written) -> tuple[_Written, bool]:
+    return piece, piece.is_whole()
 
 
 def _is_of(record: TensorRecord, slot: TensorRef | None) -> bool:

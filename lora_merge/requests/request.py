@@ -13,6 +13,7 @@ from lora_merge.core.choices import (
     BaseIs,
     CombineMethod,
     Engine,
+    Executor,
     ExpertForm,
     Link,
     Naming,
@@ -87,7 +88,11 @@ class Request:
     """Do the arithmetic here. Default: auto, the CPU."""
 
     workers: int | None = None
-    """Worker threads, at most. Default: the usable cores, up to 8."""
+    """Workers, at most. Default: the usable cores, up to 8."""
+
+    executor: Executor = "auto"
+    """What runs the workers. Each process loads torch for itself, which takes seconds and memory. The output
+    is the same. Default: auto, threads."""
 
     memory_limit: str | int | None = None
     """Hold no more than this in memory, such as 2GB: fewer workers and smaller tiles, or a refusal. Default:

@@ -495,8 +495,14 @@ _WRITING: tuple[Option, ...] = (
         default="auto",
         recorded="always",
     ),
+    Option("workers", ("merge",), kinds.WORKERS, "Workers, at most.", "default: the usable cores, up to 8"),
     Option(
-        "workers", ("merge",), kinds.WORKERS, "Worker threads, at most.", "default: the usable cores, up to 8"
+        "executor",
+        ("merge",),
+        kinds.EXECUTOR,
+        "What runs the workers. Each process loads torch for itself, which takes seconds and memory. The output is the same.",
+        "default: auto, threads",
+        default="auto",
     ),
     Option(
         "memory_limit",

@@ -16,15 +16,11 @@ from lora_merge.errors import ChangedError
 from lora_merge.storage.page_cache import look_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import TypeVar
+    from collections.abc import Iterator
 
     from lora_merge.core.identity import InputFile
     from lora_merge.core.tensor import TensorRef
     from lora_merge.storage.sources import Source
-
-    Work = TypeVar("Work")
-    Result = TypeVar("Result")
 
 _HINT = "run again when nothing else writes to it"
 
@@ -34,13 +30,13 @@ class Watch:
 
     Args:
         inputs: what is known already.
+        outer: hears of everything as well.
         is_closed: files that are not among them are none of its business: a run reads its own output, too.
         is_noting: what is read of them is noted as well.
-        outer: hears of everything as well.
     """
 
     def __init__(
-        self, inputs: Inputs, outer: Watch | None, *, is_closed: bool, is_noting: bool = True
+        self, inputs: Inputs, outer: Watch | None = None, *, is_closed: bool, is_noting: bool = True
     ) -> None:
         self._files, self._readings = dict(inputs.files), dict(inputs.readings)
         self._outer, self._is_closed, self.is_noting = outer, is_closed, is_noting
@@ -74,6 +70,12 @@ class Watch:
         """Return what was seen so far."""
         return Inputs(dict(self._files), dict(self._readings))
 
+    def taken(self) -> dict[Place, str]:
+        """Return what was read since this was called last."""
+        readings = dict(self._readings)
+        self._readings.clear()
+        return readings
+
 
 _WATCH: ContextVar[Watch | None] = ContextVar("input_files", default=None)
 
@@ -97,18 +99,14 @@ def watching(*known: Inputs, is_noting: bool = True) -> Iterator[Watch]:
         _WATCH.reset(token)
 
 
-def in_threads(do: Callable[[Work], Result]) -> Callable[[Work], Result]:
-    """Return a function that is watched as the caller is, in whatever thread it is called."""
-    watch = _WATCH.get()
-
-    def watched(piece: Work) -> Result:
-        token = _WATCH.set(watch)
-        try:
-            return do(piece)
-        finally:
-            _WATCH.reset(token)
-
-    return watched
+@contextlib.contextmanager
+def told(watch: Watch) -> Iterator[None]:
+    """Have a watch take note of what this thread reads in the block."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
 
 
 def _joined(several: tuple[Inputs, ...]) -> Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.writers.gguf import check_gguf, check_ready, write_gguf
-from lora_merge.writers.hf_checkpoint import HfCheckpoint
+from lora_merge.writers.hf_checkpoint import seal, side_digest
 from lora_merge.writers.lora_writer import LoadFactors, LoraWriter
 from lora_merge.writers.memory import InMemory, Norms
 from lora_merge.writers.mlx_adapter import write_mlx
@@ -24,11 +24,12 @@ ADAPTER_WRITERS: Mapping[AdapterFormat, LoraWriter] = {
 
 __all__ = [
     "ADAPTER_WRITERS",
-    "HfCheckpoint",
     "InMemory",
     "LoadFactors",
     "LoraWriter",
     "Norms",
     "check_gguf",
     "check_ready",
+    "seal",
+    "side_digest",
 ]

@@ -22,9 +22,9 @@ from lora_merge.cli import exits
 from lora_merge.cli.watching import _Board, _Plain
 from lora_merge.core.plan import RUNTIME_BYTES
 from lora_merge.io import journal
+from lora_merge.io import publish as publishing
 from lora_merge.io.folder import Folder
 from lora_merge.io.staging import SUFFIX, staging
-from lora_merge.pipeline import writing
 from tests.faults.table import _failing
 from tests.tampering import edit_json, edit_tensors
 
@@ -565,7 +565,7 @@ def test_room_for_each_output_and_not_for_all_is_said_before_any_is_begun(
     three, base, batch, tmp_path, monkeypatch
 ):
     needed = batch(three, "--dry-run", base=base)[1]["jobs"][0]["report"]["summary"]["disk_needed_bytes"]
-    monkeypatch.setattr("lora_merge.pipeline.merging._free_bytes", lambda out: 2 * needed)
+    monkeypatch.setattr("lora_merge.pipeline.preparing._free_bytes", lambda out: 2 * needed)
 
     code, report, said = batch(three, base=base)
 
@@ -603,7 +603,7 @@ def test_a_dry_run_plans_everything_and_writes_nothing(three, base, batch, tmp_p
 
 
 def test_a_dry_run_warns_of_what_a_run_would_stumble_over(three, base, batch, monkeypatch):
-    monkeypatch.setattr("lora_merge.pipeline.merging._free_bytes", lambda out: 1)
+    monkeypatch.setattr("lora_merge.pipeline.preparing._free_bytes", lambda out: 1)
     three[1] = {"convert": "runs/one", "for": "lmdeploy", "out": "converted"}
 
     code, report, said = batch(three, "--dry-run", base=base)
@@ -1130,7 +1130,7 @@ def test_an_interrupt_once_an_output_has_its_name_leaves_nothing_beside_it(
 ):
     if is_there:
         assert batch(three, base=base, dtype="bfloat16")[0] == exits.OK
-    publish = writing.staging.publish
+    publish = publishing.publish
 
     def interrupted(stage):
         publish(stage)
@@ -1138,7 +1138,7 @@ def test_an_interrupt_once_an_output_has_its_name_leaves_nothing_beside_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing.staging, "publish", interrupted)
+        patch.setattr("lora_merge.io.staging.publish", interrupted)
         code, report, _ = batch(three, "--overwrite", base=base)
 
     assert code == exits.INTERRUPTED

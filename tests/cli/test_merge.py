@@ -279,7 +279,7 @@ def test_an_empty_directory_may_become_the_output(pico, pico_adapter, cli, tmp_p
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     pico, pico_adapter, cli, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lora_merge.pipeline.merging._free_bytes", lambda out: 1000)
+    monkeypatch.setattr("lora_merge.pipeline.preparing._free_bytes", lambda out: 1000)
 
     result = cli("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,12 @@ from lora_merge.core.plan import Copy, Merge, View
 from lora_merge.core.provenance import Provenance
 from lora_merge.core.tensor import Region, TensorRef
 from lora_merge.deltas import LowRankFacts
-from lora_merge.executors.serial import run_serial
 from lora_merge.io.folder import Folder
-from lora_merge.merge import Merger
 from lora_merge.requests.values import parse_adapter
 from lora_merge.verify import verify
-from lora_merge.writers import HfCheckpoint
+from lora_merge.writers import seal
 from tests import planting
+from tests.filling import fill
 from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.steps import dense_merge
@@ -62,14 +60,11 @@ def outcome(tmp_path) -> Callable[..., Evidence]:
     def make(base, adapter, level="sample", **options):
         plan = lora_merge.plan(base=base, adapter=adapter, **options)
         root = tmp_path / "output"
-        root.mkdir()
-        writer = HfCheckpoint(Folder.of(root))
-        writer.reserve(plan)
-        records = tuple(chain.from_iterable(run_serial(Merger(writer, "cpu"), plan.steps)))
+        records = tuple(fill(plan, root))
         paths = tuple(map(str, adapter if isinstance(adapter, list) else [adapter]))
         adapters = tuple(read(Path(parse_adapter(path)[0])) for path in paths)
         versions = {"lora-merge": lora_merge.__version__}
-        writer.seal(plan, records, Provenance(str(base), adapters, paths, "output", {}, versions))
+        seal(Folder.of(root), plan, records, Provenance(str(base), adapters, paths, "output", {}, versions))
         return Evidence(plan, root, records, level)
 
     return make

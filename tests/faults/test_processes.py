@@ -112,6 +112,44 @@ def test_a_merge_whose_terminal_is_closed_keeps_what_is_whole(pico, pico_adapter
     assert "were there from an interrupted run" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("whom", "signum"),
+    [
+        ("all of the terminal", signal.SIGINT),
+        ("all of the terminal", signal.SIGTERM),
+        ("the command", signal.SIGINT),
+        ("the command", signal.SIGKILL),
+    ],
+)
+def test_a_merge_by_processes_that_is_ended_keeps_what_is_whole_and_leaves_no_process(
+    whom, signum, pico, pico_adapter, tmp_path
+):
+    base = pico("llama", "bfloat16", "30KB")
+    common = ["--base", base, "--adapter", pico_adapter(base), "--resume", "--workers", "2"]
+    command = [*COMMAND, *common, "--out", "out", "--executor", "processes"]
+    journal = tmp_path / f"out{SUFFIX}" / "journal.jsonl"
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 1)
+        (os.kill if whom == "the command" else os.killpg)(process.pid, signum)
+        _, said = process.communicate(timeout=SECONDS)
+    wait_until(lambda: not session(process.pid))
+
+    assert "Traceback" not in said
+    if signum != signal.SIGKILL:
+        assert process.returncode == exits.INTERRUPTED, said
+        assert "error: interrupted" in said
+        assert "what is whole stays" in said
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == exits.OK, done.stderr
+    assert "were there from an interrupted run" in done.stderr
+    other = [*COMMAND, *common, "--out", "other/out", "--executor", "serial"]
+    subprocess.run(other, cwd=tmp_path, check=True, capture_output=True)
+    assert content(tmp_path / "out") == content(tmp_path / "other" / "out")
+
+
 def test_a_merge_that_was_started_to_outlive_its_terminal_does(pico, pico_adapter, tmp_path):
     base = pico("llama", "bfloat16")
     command = ["nohup", *COMMAND, "--base", base, "--adapter", pico_adapter(base), "--out", "out"]

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import lora_merge
 from lora_merge.cli import exits
-from lora_merge.core.adapter import DeltaSpec
+from lora_merge.core.adapter import Delta
 from lora_merge.core.plan import Merge, MergePlan, Step, View
 from lora_merge.core.tensor import Region, TensorRef
 from lora_merge.core.weight import FLOAT32, Storage, Weight
+from lora_merge.deltas import DoraFacts, LowRankFacts
 from lora_merge.io.journal import FILE as JOURNAL
 from lora_merge.io.safetensors import read_header, tensor_digest
 from lora_merge.merge import Merger, one_torch_thread
@@ -275,9 +276,9 @@ def test_the_values_of_a_merge_do_not_depend_on_how_the_base_is_stored(
     save_file(tensors, tmp_path / "tensors")
     refs = {ref.name: ref for ref in read_header(tmp_path / "tensors").tensors}
     roles = ("A", "B", "magnitude") if kind == "dora across" else ("A", "B")
-    delta = DeltaSpec(
-        kind.partition(" ")[0], "W", {role: refs[role] for role in roles}, SCALE, Region(transposed=True)
-    )
+    facts = DoraFacts() if kind == "dora across" else LowRankFacts()
+    stated = Delta("W", facts, {role: refs[role] for role in roles}, SCALE)
+    delta = stated.placed("W", Region(transposed=True))
     found = {}
     with known(storage), one_torch_thread():
         names = TOYS[storage][0].names("W", None)

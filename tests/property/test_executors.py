@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_merge
 from lora_merge.core.plan import Merge
-from lora_merge.executors import EXECUTORS
-from lora_merge.io.folder import Folder
-from lora_merge.merge import Merger, one_torch_thread
-from lora_merge.writers import HfCheckpoint
+from tests.filling import fill
 from tests.parity import building
 from tests.parity.kinds import KINDS
 
@@ -161,14 +157,7 @@ def test_every_executor_writes_the_bytes_of_the_serial_one_for_a_plan_of_many_ki
         written = {}
         for executor, n_workers in [("serial", 1), ("threads", 2), ("threads", 5)]:
             out = root / f"{executor}-{n_workers}"
-            out.mkdir()
-            writer = HfCheckpoint(Folder.of(out))
-            writer.reserve(plan)
-            with one_torch_thread():
-                records = list(
-                    chain.from_iterable(EXECUTORS[executor](Merger(writer, "cpu"), plan.steps, n_workers))
-                )
-            records.sort(key=lambda record: record.name)
+            records = fill(plan, out, executor, n_workers)
             written[out.name] = (records, content(out))
         assert written["threads-2"] == written["serial-1"]
         assert written["threads-5"] == written["serial-1"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,8 @@ import lora_merge
 from lora_merge.codecs import CODECS
 from lora_merge.core.tensor import DTYPE_BITS
 from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile
-from lora_merge.executors import EXECUTORS
-from lora_merge.io.folder import Folder
-from lora_merge.merge import Merger, one_torch_thread
 from lora_merge.merge.workbench import Parts, Workbench
-from lora_merge.writers import HfCheckpoint
+from tests.filling import fill
 
 
 def parts(rows, columns, dtype):
@@ -115,14 +111,7 @@ def test_tiles_under_way_together_leave_the_bytes_of_one_at_a_time(dtype, drawn)
         for depth in (1, 3):
             patch.setattr(Workbench, "of", classmethod(lambda cls, device, depth=depth: cls(device, depth)))
             out = root / f"out-{depth}"
-            out.mkdir()
-            writer = HfCheckpoint(Folder.of(out))
-            writer.reserve(plan)
-            with one_torch_thread():
-                records = list(
-                    chain.from_iterable(EXECUTORS["threads"](Merger(writer, "cpu", 1 << 10), plan.steps, 2))
-                )
-            records.sort(key=lambda record: record.name)
+            records = fill(plan, out, "threads", 2, tile_elements=1 << 10)
             written.append((records, (out / "model.safetensors").read_bytes()))
     assert written[0] == written[1]
     assert len(written[0][0]) == len(drawn)

@@ -17,7 +17,7 @@ from lora_merge.io.small_files import read_bytes
 from lora_merge.pipeline.inputs import changed_times, check, lasting
 from lora_merge.storage import page_cache
 from lora_merge.storage.digests import range_digest, same_bytes
-from lora_merge.storage.input_files import in_threads, watching
+from lora_merge.storage.input_files import Watch, told, watching
 from lora_merge.storage.sources import identity_at, open_source
 
 BIG, STEP = 40 << 20, 16 << 20
@@ -140,15 +140,25 @@ def test_other_bytes_in_the_file_are_noticed_when_they_are_read(tmp_path):
             read_bytes(path)
 
 
-def test_threads_are_watched_as_whoever_starts_them(tmp_path):
+def test_a_thread_tells_the_watch_that_it_is_given_and_what_it_read_is_taken_once(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with watching() as seen, ThreadPoolExecutor(1) as pool:
-        assert pool.submit(in_threads(read_bytes), path).result() == b"old"
-        assert list(seen.inputs().files) == [str(path)]
+    with watching() as seen:
+        read_bytes(path)
+    watch = Watch(seen.inputs(), is_closed=True)
+
+    def read_watched():
+        with told(watch):
+            return read_bytes(path)
+
+    watch.taken()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(read_watched).result() == b"old"
+        assert {place.file for place in watch.taken()} == {str(path)}
+        assert watch.taken() == {}
         swap(path, b"new")
         with pytest.raises(ChangedError):
-            pool.submit(in_threads(read_bytes), path).result()
+            pool.submit(read_watched).result()
 
 
 def test_of_what_is_known_other_files_are_nobodys_business(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.errors import CheckpointError, WriteError
-from lora_merge.io import publish, staging
+from lora_merge.io import flushing, publish, staging
 from lora_merge.io.folder import Folder
 from lora_merge.io.journal import Journal
 
@@ -215,20 +215,43 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 def test_what_is_staged_is_flushed_once_it_has_been_waited_for(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
-    monkeypatch.setattr(staging, "_PAUSE_SECONDS", 60)
-    with staging.Flushing(Folder.of(fill(tmp_path, "text"))) as flushing:
-        flushing.wait()
+    monkeypatch.setattr(flushing, "_PAUSE_SECONDS", 60)
+    with flushing.Flushing(Folder.of(fill(tmp_path, "text"))) as flusher:
+        flusher.wait()
     assert flushed == [f"{tmp_path}/config.json", str(tmp_path)]
 
 
 def test_what_is_being_written_is_sent_to_the_disk_already(tmp_path, monkeypatch):
     flushed = threading.Event()
     monkeypatch.setattr(os, "fsync", lambda fd: flushed.set())
-    with staging.Flushing(Folder.of(tmp_path)) as flushing:
+    with flushing.Flushing(Folder.of(tmp_path)) as flusher:
         assert flushed.wait(60)
         flushed.clear()
         assert flushed.wait(60)  # again
-        flushing.wait()
+        flusher.wait()
+
+
+def test_at_rest_a_file_is_flushed_once_it_is_finished_and_no_other(tmp_path, monkeypatch):
+    flushed, once = [], threading.Event()
+
+    def note(fd):
+        flushed.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        once.set()
+
+    folder = Folder.of(fill(tmp_path / "staged", "text"))
+    (tmp_path / "staged" / "model.safetensors").write_text("weights")
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(flushing, "_PAUSE_SECONDS", 0.001)
+    flusher = flushing.Flushing(folder)
+    flusher.rest()
+    with flusher:
+        flusher.add("gone.safetensors")  # does no harm
+        assert not once.wait(0.05)
+        flusher.add("model.safetensors")
+        assert once.wait(60)
+        assert flushed == ["model.safetensors"]
+        flusher.wait()
+    assert sorted(flushed[1:]) == ["config.json", "model.safetensors", "staged"]
 
 
 def test_a_disk_that_fails_while_flushing_is_a_write_error(tmp_path, monkeypatch):
@@ -236,8 +259,8 @@ def test_a_disk_that_fails_while_flushing_is_a_write_error(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with staging.Flushing(Folder.of(tmp_path)) as flushing, pytest.raises(WriteError, match="no space left"):
-        flushing.wait()
+    with flushing.Flushing(Folder.of(tmp_path)) as flusher, pytest.raises(WriteError, match="no space left"):
+        flusher.wait()
 
 
 def test_after_an_error_nobody_waits_for_the_disk_and_nothing_more_is_flushed(tmp_path, monkeypatch):
@@ -249,10 +272,10 @@ def test_after_an_error_nobody_waits_for_the_disk_and_nothing_more_is_flushed(tm
         flushed.append(fd)
 
     monkeypatch.setattr(os, "fsync", slow)
-    with contextlib.suppress(KeyError), staging.Flushing(Folder.of(tmp_path)) as flushing:
+    with contextlib.suppress(KeyError), flushing.Flushing(Folder.of(tmp_path)) as flusher:
         assert began.wait(60)
         raise KeyError
     assert flushed == []  # it is still at it
     enough.set()
-    flushing.wait()
+    flusher.wait()
     assert len(flushed) == 1
