@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from lora_merge import executors
+from lora_merge.merge import CopySpec, MergeSpec
+
+OTHER_EXECUTOR = "LORA_MERGE_TEST_EXECUTOR"
+"""Name of an executor that every merge of the suite is to use, such as ``processes``, which takes long."""
 
 PROMPT = [[1, 17, 5, 80, 33, 9, 62, 2], [1, 94, 3, 3, 41, 28, 70, 11]]
 
@@ -18,6 +26,38 @@ class Stored(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     raw: bytes
+
+
+@pytest.fixture(scope="package", autouse=True)
+def everything_travels() -> Iterator[None]:
+    """Hold every merge of the suite to what a worker in another process needs.
+
+    What workers are made from and what they are given is used as it comes out of a pickle, and so is what they give back.
+    """
+    real = executors.pick
+
+    def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> executors.Executor:
+        run = real(n_workers, device, os.environ.get(OTHER_EXECUTOR, name))
+
+        def travelled(spec: Any, pieces: Any, n: int) -> Any:
+            if not isinstance(spec, CopySpec | MergeSpec):
+                yield from real(n_workers, device, name)(spec, pieces, n)
+                return
+            for done in run(_travelled(spec), [_travelled(piece) for piece in pieces], n):
+                yield _travelled(done)
+
+        return travelled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executors, "pick", pick)
+        yield
+
+
+def _travelled(value: Any) -> Any:
+    """Return what another process has of a value: an equal one."""
+    there = pickle.loads(pickle.dumps(value))
+    assert there == value
+    return there
 
 
 @pytest.fixture(scope="session")
