@@ -132,7 +132,9 @@ def test_a_merge_by_processes_that_is_ended_keeps_what_is_whole_and_leaves_no_pr
     with subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 1)
+        wait_until(
+            lambda: process.poll() is not None or (journal.exists() and journal.read_text().count("\n") > 1)
+        )
         (os.kill if whom == "the command" else os.killpg)(process.pid, signum)
         _, said = process.communicate(timeout=SECONDS)
     wait_until(lambda: not session(process.pid))
