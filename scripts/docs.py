@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +25,8 @@ from lora_merge.core.traits import TRAITS
 from lora_merge.serving import ENGINES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
     from lora_merge.serving import Engine, Rule
     from tests.faults.table import Fault
     from tests.parity.families import Family

@@ -12,13 +12,15 @@ import os
 import runpy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 NO_SOCKETS = Path(__file__).with_name("no_sockets")
 SOCKET_LOG = Path(tempfile.mkdtemp(prefix="lora-merge-tests-")) / "sockets"

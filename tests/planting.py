@@ -7,12 +7,14 @@ import importlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.shards import header_bytes
 from lora_merge.core.weight import WEIGHT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 merging: Any = importlib.import_module("lora_merge.merge.filling")  # `lora_merge.merge` itself is the verb
 workbench: Any = importlib.import_module("lora_merge.merge.workbench")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -16,9 +16,6 @@ Engine = Literal["vllm"]
 ServingEngine = Literal["vllm", "lmdeploy", "lorax", "sglang", "tgi", "llamacpp"]
 """Engines whose rules for adapters are known."""
 
-Executor = Literal["auto", "serial", "threads", "processes"]
-"""What runs the workers of a merge."""
-
 Link = Literal["copy", "reflink", "hard"]
 Naming = Literal["v4", "v5"]
 """Major versions of transformers whose names modules can have."""

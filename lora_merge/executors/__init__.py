@@ -25,7 +25,12 @@ EXECUTORS: Mapping[str, Executor] = {
     "cuda": run_cuda,
 }
 
-__all__ = ["EXECUTORS", "Executor", "pick"]
+__all__ = ["EXECUTORS", "Executor", "choices", "pick"]
+
+
+def choices() -> tuple[str, ...]:
+    """Return those that a user may ask for; workers of a GPU have one of their own."""
+    return ("auto", *(name for name in EXECUTORS if name != "cuda"))
 
 
 def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> Executor:

@@ -190,3 +190,38 @@ class Destination(Protocol):
 
     def abort(self, exc: BaseException) -> None:
         """Free the place as a fault demands: what is whole stays after some, and the error has a note about it."""
+
+
+class Storage(Protocol):
+    """A kind of storage that outputs may go to."""
+
+    def path(self, text: str) -> Path:
+        """Return what an output is called, however the user writes it.
+
+        Raises:
+            ResolveError: it is no name.
+        """
+
+    def check_replaceable(self, wish: Wish) -> None:
+        """Check that an output may have its name, before anything is read for it.
+
+        Raises:
+            WriteError: it may not.
+        """
+
+    def check_writable(self, out: Path) -> None:
+        """Check that an output can be written.
+
+        Raises:
+            WriteError: it cannot.
+        """
+
+    def free_bytes(self, out: Path) -> int:
+        """Return how much room there is; a large number where nobody knows."""
+
+    def open(self, wish: Wish) -> Destination:
+        """Take the place of an output.
+
+        Raises:
+            WriteError: another run or another user holds it, it cannot be made, or the output's name is taken.
+        """

@@ -1,6 +1,6 @@
-"""Where outputs go: one destination for each kind of storage, named by the scheme of the output's text.
+"""Where outputs go: one kind of storage for each scheme of the output's text.
 
-Another kind is one module with a class, and one line in `DESTINATIONS`.
+Another kind is one module with a class, and one line in `STORAGES`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 from lora_merge.io.local_output import LocalDestination
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from lora_merge.io.destination import Destination, Wish
+    from lora_merge.io.destination import Storage
 
-DESTINATIONS: Mapping[str, Callable[[Wish], Destination]] = {"file": LocalDestination.open}
-"""By the scheme of a URL; a path has ``file``."""
+STORAGES: Mapping[str, Storage] = {"file": LocalDestination}
+"""By the scheme of a URL, ``file`` for a path."""
 
 
-def open_destination(wish: Wish) -> Destination:
-    """Take the place of an output.
+def storage_of(out: str) -> Storage:
+    """Return the kind of storage that an output goes to.
 
-    Raises:
-        WriteError: another run or another user holds it, it cannot be made, or the output's name is taken.
+    Args:
+        out: as the user names it. A text whose scheme nobody knows is a path: files may have any name.
     """
-    scheme, colon, _ = str(wish.out).partition("://")
-    return DESTINATIONS[scheme if colon and scheme in DESTINATIONS else "file"](wish)
+    scheme, colon, _ = out.partition("://")
+    return STORAGES[scheme if colon and scheme in STORAGES else "file"]

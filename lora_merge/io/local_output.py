@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from lora_merge.io.destination import Wish
     from lora_merge.io.dirs import Listing
     from lora_merge.storage.sources import Source
+
+
+_UNKNOWN_BYTES = 1 << 60
+"""Free on a disk of which nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,45 @@ class LocalDestination:
                 )
             )
             return cls(stage, stack.pop_all())
+
+    @staticmethod
+    def path(text: str) -> Path:
+        """Return the absolute path.
+
+        Raises:
+            ResolveError: it is no path, or has a variable in it that no shell filled in.
+        """
+        return files_io.output_path(text)
+
+    @staticmethod
+    def check_replaceable(wish: Wish) -> None:
+        """Check that nothing has the output's name that may not be replaced, and no input lies there.
+
+        Raises:
+            WriteError: something has.
+        """
+        staging.check_replaceable(wish.out, overwrite=wish.overwrite, inputs=wish.inputs, marks=wish.marks)
+
+    @staticmethod
+    def check_writable(out: Path) -> None:
+        """Check that the directory that the output is to be in can be written.
+
+        Raises:
+            WriteError: it cannot.
+        """
+        staging.check_writable(out)
+
+    @staticmethod
+    def free_bytes(out: Path) -> int:
+        """Return the free bytes of the filesystem that the output will be on, stale staging counted free.
+
+        A filesystem that does not say how large it is (some in FUSE do not) is taken for one with room: writing will tell.
+        """
+        try:
+            usage = shutil.disk_usage(files_io.nearest_existing(out))
+        except OSError:
+            return _UNKNOWN_BYTES
+        return usage.free + staging.stale_bytes(out) if usage.total else _UNKNOWN_BYTES
 
     @property
     def root(self) -> Path:

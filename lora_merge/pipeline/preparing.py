@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_merge import executors
 from lora_merge.core.budget import Budget, allot
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, warning
@@ -14,24 +14,25 @@ from lora_merge.core.shards import parse_size
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.tensor import Survival
 from lora_merge.errors import RequestError, WriteError
-from lora_merge.io import machine, staging
+from lora_merge.io import machine
+from lora_merge.io.destination import Wish
+from lora_merge.io.destinations import storage_of
 from lora_merge.io.side_files import MANIFEST_FILE
-from lora_merge.io.user_paths import nearest_existing, output_path
 from lora_merge.merge import NoDeviceError, pick_device
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.planning import Planned, check_strict, plan_request
 from lora_merge.plan import raise_errors
 from lora_merge.plan.effect import effect_issues
+from lora_merge.words import choice, quoted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lora_merge.core.plan import MergePlan
     from lora_merge.requests.request import Request
 
 MARKS = (CONFIG_FILE, MANIFEST_FILE)
 """Files that show that a directory is a model; the second also where the first is lost."""
-
-_UNKNOWN_BYTES = 1 << 60
-"""Free on a disk of which nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,9 @@ class Prepared:
     """A request that is planned, and found to be possible."""
 
     planned: Planned
-    out: Path
+    wish: Wish
+    """Of the place of its output."""
+
     device: str
     budget: Budget
     summary: Summary
@@ -66,6 +69,11 @@ class Prepared:
     shortage: Issue | None
     seconds: Mapping[str, float]
     """That planning took."""
+
+    @property
+    def out(self) -> Path:
+        """Return what the output is called."""
+        return self.wish.out
 
     @property
     def request(self) -> Request:
@@ -102,28 +110,28 @@ def prepare(
     clock = Clock()
     if not (request.out or dry_run):
         raise RequestError("", 0, "out", "is empty, expected a path (is a variable of the shell not set?)")
-    out = output_path(request.out)
+    storage = storage_of(request.out)
+    out = storage.path(request.out)
     with clock("plan"), memory_for("planning"):
         planned = planned or plan_request(request, watch)
         plan = planned.plan
         useless = effect_issues(plan, planned.uses)
         raise_errors(useless)
         check_strict((*plan.issues, *useless), strict=request.strict)
+        wish = Wish(out, request.resume, request.overwrite, MARKS, planned.read_files())
         if request.out or not dry_run:
-            staging.check_replaceable(
-                out, overwrite=request.overwrite, inputs=planned.read_files(), marks=MARKS
-            )
+            storage.check_replaceable(wish)
         if not dry_run:
-            staging.check_writable(out)
+            storage.check_writable(out)
         device, *issues = _device(request.device)
         check_strict(issues, strict=request.strict)
         _check_executor(request, device)
         budget = _budget(request, plan, on_gpu=device != "cpu")
-        summary = plan.summary(budget.n_workers, budget.peak_bytes, _free_bytes(out))
+        summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
         shortage = _shortage(out, summary)
     if shortage and not dry_run:
         raise WriteError(str(shortage))
-    return Prepared(planned, out, device, budget, summary, (*useless, *issues), shortage, clock.seconds)
+    return Prepared(planned, wish, device, budget, summary, (*useless, *issues), shortage, clock.seconds)
 
 
 def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
@@ -141,8 +149,11 @@ def _check_executor(request: Request, device: str) -> None:
     Raises:
         RequestError: it cannot.
     """
-    if request.executor == "processes" and device != "cpu":
-        sentence = f"is processes, and workers of {device} are threads"
+    if request.executor not in executors.choices():
+        sentence = f"{quoted(request.executor)} is no executor, expected {choice(executors.choices())}"
+        raise RequestError("", 0, "executor", sentence)
+    if request.executor not in {"auto", "serial", "threads"} and device != "cpu":
+        sentence = f"is {request.executor}, and workers of {device} are threads"
         raise RequestError("", 0, "executor", sentence, hint="leave it out, or use --device cpu")
 
 
@@ -160,20 +171,6 @@ def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
         sentence = f"is {limit / 1e6:.0f} MB, and one worker needs about {budget.peak_bytes / 1e6:.0f} MB"
         raise RequestError("", 0, "memory_limit", sentence, hint="raise it, or leave it out")
     return budget
-
-
-def _free_bytes(out: Path) -> int:
-    """Return the free bytes of the filesystem that the output will be on, stale staging counted free.
-
-    A filesystem that does not say how large it is (some in FUSE do not) is taken for one with room: writing will tell.
-    """
-    import shutil
-
-    try:
-        usage = shutil.disk_usage(nearest_existing(out))
-    except OSError:
-        return _UNKNOWN_BYTES
-    return usage.free + staging.stale_bytes(out) if usage.total else _UNKNOWN_BYTES
 
 
 def _shortage(out: Path, summary: Summary) -> Issue | None:

@@ -8,15 +8,14 @@ from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note,
 from lora_merge.core.shortage import memory_for
 from lora_merge.core.stretches import whole_copies
 from lora_merge.errors import VerifyError, WriteError
-from lora_merge.io.destination import Wish
-from lora_merge.io.destinations import open_destination
+from lora_merge.io.destinations import storage_of
 from lora_merge.merge import one_torch_thread, quick_turns
 from lora_merge.pipeline.clock import Clock
 from lora_merge.pipeline.effect import check_effect
 from lora_merge.pipeline.filling import Unfinished
 from lora_merge.pipeline.inputs import changed_times, check, check_copied, check_names, used_by
 from lora_merge.pipeline.planning import check_strict
-from lora_merge.pipeline.preparing import MARKS, Made
+from lora_merge.pipeline.preparing import Made
 from lora_merge.pipeline.provenance import provenance_of
 from lora_merge.pipeline.resuming import fingerprint, finished
 from lora_merge.requests.recording import record_of
@@ -42,10 +41,7 @@ def take_place(prepared: Prepared) -> Destination:
     Raises:
         WriteError: another run holds it, or it cannot be made.
     """
-    planned, request = prepared.planned, prepared.request
-    return open_destination(
-        Wish(prepared.out, request.resume, request.overwrite, MARKS, planned.read_files())
-    )
+    return storage_of(prepared.request.out).open(prepared.wish)
 
 
 def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Observer) -> Staged:
@@ -103,6 +99,14 @@ class Staged:
         self._verdict: Verdict = NOT_VERIFIED
         self._records = list(records)
         self._unfinished = Unfinished(self.plan, records)
+
+    def renew(self, path: str, before: FileIdentity, after: FileIdentity) -> None:
+        """Take note of a file of the base whose identity this run has changed."""
+        self.inputs = self.inputs.renewed(path, before, after)
+
+    def read(self, readings: Mapping[Place, str]) -> None:
+        """Take note of what workers have read of its inputs."""
+        self.inputs = self.inputs.with_readings(readings)
 
     @property
     def plan(self) -> MergePlan:

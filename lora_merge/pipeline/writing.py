@@ -121,14 +121,14 @@ class _Driver:
             )
             self._work("merging", merging, filling.merges(left, order), first.device, seen)
         for output in outputs:
-            output.inputs = output.inputs.with_readings(seen.inputs().readings)
+            output.read(seen.inputs().readings)
 
     def _reserve(self) -> None:
         """Make the files of every output. A hard link moves the time of change of a base's file, which is known to be ours then."""
         for output in self.outputs:
             for path, before, after in output.reserve():
                 for other in self.outputs:
-                    other.inputs = other.inputs.renewed(path, before, after)
+                    other.renew(path, before, after)
 
     def _work(
         self,

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         BaseIs,
         CombineMethod,
         Engine,
-        Executor,
         ExpertForm,
         Link,
         Naming,
@@ -90,7 +89,7 @@ class MergeOptions(PlanOptions, total=False):
     workers: int | None
     """Workers, at most. Default: the usable cores, up to 8."""
 
-    executor: Executor
+    executor: str
     """What runs the workers. Each process loads torch for itself, which takes seconds and memory. The output
     is the same. Default: auto, threads."""
 

@@ -9,7 +9,6 @@ from lora_merge.core.choices import (
     BaseIs,
     CombineMethod,
     Engine,
-    Executor,
     ExpertForm,
     ExpertLayout,
     Link,
@@ -62,7 +61,7 @@ FORMAT = Kind(
     choices=get_args(AdapterFormat),
 )
 LEVEL = Kind("ProofLevel", values.parse_choice(ProofLevel, "level"), choices=get_args(ProofLevel))
-EXECUTOR = Kind("Executor", values.parse_choice(Executor, "executor"), _shown(Executor))
+EXECUTOR = Kind("str", values.parse_word, "[auto|serial|threads|processes]")
 LINK = Kind("Link", values.parse_choice(Link, "way to link"), _shown(Link))
 NAMING = Kind("Naming", values.parse_choice(Naming, "naming"), choices=get_args(Naming))
 SERVING = Kind("ServingEngine", values.parse_choice(ServingEngine, "engine"), choices=get_args(ServingEngine))

@@ -13,7 +13,6 @@ from lora_merge.core.choices import (
     BaseIs,
     CombineMethod,
     Engine,
-    Executor,
     ExpertForm,
     Link,
     Naming,
@@ -90,7 +89,7 @@ class Request:
     workers: int | None = None
     """Workers, at most. Default: the usable cores, up to 8."""
 
-    executor: Executor = "auto"
+    executor: str = "auto"
     """What runs the workers. Each process loads torch for itself, which takes seconds and memory. The output
     is the same. Default: auto, threads."""
 

@@ -150,6 +150,17 @@ def parse_device(text: str) -> str:
     return str(text)
 
 
+def parse_word(text: object) -> str:
+    """Return a word as it is; whether it names anything shows where the names are.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(text, str) or not re.fullmatch(r"\w+", text):
+        raise ValueError(f"{shown(text)} is no word")
+    return text
+
+
 def parse_size_text(text: str | int) -> str | int:
     """Return a size as it is written, once it is known to parse.
 

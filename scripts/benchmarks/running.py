@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import machine
 from benchmarks.cases import ITEM_BYTES, TARGETS, Case
@@ -18,6 +18,9 @@ from benchmarks.inputs import Place, adapter_place, apart, base_place, ensure, s
 from benchmarks.measure import CACHES, RunError, Sample, settle, timed
 from benchmarks.peers import Job
 from benchmarks.results import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 REHEARSAL = Case(0.005, "bfloat16", "all", 8)
 """What other tools merge once before anything is timed: it loads their libraries, and shows whether they work."""

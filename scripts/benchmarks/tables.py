@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
 from benchmarks.machine import machine_line
 from benchmarks.results import Outcome, Results, is_ours
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FLAT = 1.1
 """Peak memory that grows by less from size to size is called flat."""

@@ -8,14 +8,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.inputs import adapter_place, base_place, ensure
 from benchmarks.measure import CACHES, RunError, settle
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from benchmarks.cases import Case
 
 COMMAND = [sys.executable, "-m", "lora_merge"]

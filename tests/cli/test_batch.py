@@ -565,7 +565,7 @@ def test_room_for_each_output_and_not_for_all_is_said_before_any_is_begun(
     three, base, batch, tmp_path, monkeypatch
 ):
     needed = batch(three, "--dry-run", base=base)[1]["jobs"][0]["report"]["summary"]["disk_needed_bytes"]
-    monkeypatch.setattr("lora_merge.pipeline.preparing._free_bytes", lambda out: 2 * needed)
+    monkeypatch.setattr("lora_merge.io.local_output.LocalDestination.free_bytes", lambda out: 2 * needed)
 
     code, report, said = batch(three, base=base)
 
@@ -603,7 +603,7 @@ def test_a_dry_run_plans_everything_and_writes_nothing(three, base, batch, tmp_p
 
 
 def test_a_dry_run_warns_of_what_a_run_would_stumble_over(three, base, batch, monkeypatch):
-    monkeypatch.setattr("lora_merge.pipeline.preparing._free_bytes", lambda out: 1)
+    monkeypatch.setattr("lora_merge.io.local_output.LocalDestination.free_bytes", lambda out: 1)
     three[1] = {"convert": "runs/one", "for": "lmdeploy", "out": "converted"}
 
     code, report, said = batch(three, "--dry-run", base=base)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -19,6 +19,9 @@ from lora_merge.cli import exits
 from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.tampering import edit_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "lora_merge"]
 
@@ -279,7 +282,7 @@ def test_an_empty_directory_may_become_the_output(pico, pico_adapter, cli, tmp_p
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     pico, pico_adapter, cli, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lora_merge.pipeline.preparing._free_bytes", lambda out: 1000)
+    monkeypatch.setattr("lora_merge.io.local_output.LocalDestination.free_bytes", lambda out: 1000)
 
     result = cli("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MODULES = "sentence_transformers.models."
 WIDTH = 32

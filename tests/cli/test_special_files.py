@@ -9,12 +9,14 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 SECONDS = 120
 """A verb takes one or two."""

@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import lora_merge
 from tests.tampering import edit_json, edit_tensors, to_pickles
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MANIFEST = "merge_manifest.json"
 

@@ -6,8 +6,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Job = dict[str, Any]
 Line = dict[str, Any]

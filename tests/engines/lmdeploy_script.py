@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TORCHDYNAMO_DISABLE="1")
 
@@ -28,6 +27,9 @@ from lmdeploy.pytorch.weight_loader.model_weight_loader import load_model_weight
 
 from tests.engines.answering import Job, Line, answer_all
 from tests.engines.lmdeploy_on_cpu import install
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +15,8 @@ from tests.engines.families import LLAMA, LLAMA_TIED
 from tests.engines.serving import SERVED_TOLERANCE, needed_rank
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tests.engines.asking import Line
 
 pytestmark = pytest.mark.engines

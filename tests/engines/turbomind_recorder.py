@@ -6,10 +6,11 @@ import copy
 import enum
 import math
 import types
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 N_BYTES = {"FP32": 4, "FP16": 2, "BF16": 2, "INT64": 8, "INT32": 4, "INT8": 1, "UINT8": 1}

@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tests.engines import turbomind_recorder as recorder
 from tests.engines.answering import Job, Line, answer_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 
 def answer(job: Job, dtype: str) -> Line:

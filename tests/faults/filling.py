@@ -13,10 +13,13 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.faults.trial import Ended, Job, Trial, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 FULL = {5, 7}
 """Exit codes: of a merge or a conversion, of a batch."""

@@ -15,11 +15,13 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.faults.trial import Ended, Job, Trial, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 CALLS = (
     "open", "write", "pwritev", "posix_fallocate", "fsync", "rename", "replace", "mkdir", "unlink",

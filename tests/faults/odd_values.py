@@ -10,13 +10,15 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lora_merge
 from lora_merge.core.kinds import KNOWN_FIELDS
 from lora_merge.requests.batch_file import read_batch
 from lora_merge.requests.request_file import read_request
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HIDDEN, INNER, VOCAB = 8, 16, 12
 LAYER = "model.layers.0."

@@ -11,10 +11,12 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 _write = os.write
 """The kernel's own, which no strike is counted in: a run that was struck while it answers would leave half an answer."""

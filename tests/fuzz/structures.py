@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -52,6 +51,8 @@ from tests.faults.odd_values import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.core.plan import MergePlan
 
 _MOST_ITEMS = 6

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ from lora_merge.resolve import resolve_base
 from tests.fuzz.structures import STRUCTURES, place
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from lora_merge.core.adapter import Adapter
 
 CORPUS = Path(__file__).with_name("corpus")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from lora_merge import executors
 from lora_merge.merge import CopySpec, MergeSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 OTHER_EXECUTOR = "LORA_MERGE_TEST_EXECUTOR"
 """Name of an executor that every merge of the suite is to use, such as ``processes``, which takes long."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +16,9 @@ from tests.parity.families import COMMON, ENDS, FAMILIES, UNTIED, VOCAB, Family
 from tests.parity.family_building import one_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from tests.parity.config_shapes import Shape
 
 BERT = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from tests.parity.families import cells
 from tests.parity.kinds import KINDS
 from tests.parity.test_families import slug
 from tests.tampering import edit_json, edit_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # PEFT has no module of these names: what it is compared with is the merge before it was rounded.
 UNROUNDED = {"Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V3", "GLM-4-MoE", "Granite-MoE", "OLMoE"} | {

@@ -6,8 +6,7 @@ The oracle is PEFT's forward pass on the class with the head, unmerged.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,6 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import COMMON
 from tests.tampering import edit_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FLOAT32_TOLERANCE = 3e-5
 TOKENS = torch.tensor([[1, 17, 5, 80, 33, 9, 62, 2], [1, 94, 3, 3, 41, 28, 70, 2]])

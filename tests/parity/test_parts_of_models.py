@@ -5,14 +5,16 @@ The oracle is PEFT's forward pass on that part, unmerged.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from tests.conftest import COMMON
 from tests.parity.building import perturb
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FLOAT32_TOLERANCE = 3e-5
 LEAST_EFFECT = 0.05

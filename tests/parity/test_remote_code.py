@@ -9,8 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,6 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.parity.families import SWIFT
 from tests.parity.family_building import EXTRAS, write_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HIDDEN, WIDE, KEYS_AND_VALUES, TOWER = 32, 48, 16, 24
 N_LAYERS = 2

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +18,9 @@ from lora_merge.plan.vocabulary import vocabulary_patch
 from tests.conftest import VOCAB, write_tokenizer
 from tests.parity import building
 from tests.tampering import edit_json, edit_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # As in test_kinds.py: the same model, with one product more.
 FLOAT32_TOLERANCE = 1e-5
