@@ -198,7 +198,7 @@ class _Draft:
     def _take(self, fitting: Fitting) -> list[Issue]:
         """Take over what one adapter changes."""
         issues = []
-        for name in fitting.replacements.keys() | fitting.copies.keys():
+        for name in dict.fromkeys((*fitting.replacements, *fitting.copies)):  # in this order in every process
             change = self.changes.get(name, Change())
             if change.source is not None:
                 sentence = "is replaced as a whole by two adapters"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
@@ -86,6 +89,27 @@ def test_plans_of_one_join_leave_it_as_it_was(pico, pico_adapter):
     ]
     assert len({plan.to_json() for plan in plans}) == 3
     assert TypeAdapter(Joined).dump_json(found) == before
+
+
+SAYING = (
+    "import sys, lora_merge; print(*lora_merge.plan(base=sys.argv[1], adapter=sys.argv[2]).issues, sep='\\n')"
+)
+
+
+def test_issues_have_one_order_in_every_process(workshop):
+    made = case(workshop, "a larger vocabulary", "llama")
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", SAYING, made.base, made.adapter],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    ]
+    assert said[0].count("grows from") == 2
+    assert said[1:] == said[:1] * 2
 
 
 def test_neither_a_join_nor_what_is_in_it_can_be_set(pico, pico_adapter):
