@@ -14,6 +14,7 @@ from lora_merge.io.destination import Left
 from lora_merge.io.flushing import Flushing
 from lora_merge.io.folder import Folder
 from lora_merge.io.safetensors import has_header, reserve
+from lora_merge.io.user_paths import nearest_existing, output_path
 from lora_merge.storage.copying import CopyTarget
 from lora_merge.storage.local import LocalSource
 from lora_merge.storage.sources import open_source
@@ -114,7 +115,7 @@ class LocalDestination:
         Raises:
             ResolveError: it is no path, or has a variable in it that no shell filled in.
         """
-        return files_io.output_path(text)
+        return output_path(text)
 
     @staticmethod
     def check_replaceable(wish: Wish) -> None:
@@ -141,7 +142,7 @@ class LocalDestination:
         A filesystem that does not say how large it is (some in FUSE do not) is taken for one with room: writing will tell.
         """
         try:
-            usage = shutil.disk_usage(files_io.nearest_existing(out))
+            usage = shutil.disk_usage(nearest_existing(out))
         except OSError:
             return _UNKNOWN_BYTES
         return usage.free + staging.stale_bytes(out) if usage.total else _UNKNOWN_BYTES
