@@ -8,16 +8,14 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lora_merge._version import __version__
 
 if TYPE_CHECKING:
-    from lora_merge.core.inspection import Inspection
-    from lora_merge.core.lora import ConvertReport
+    from lora_merge.api import convert, extract, inspect, merge, plan, verify
+    from lora_merge.conversion.lora import ConvertReport
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Issue, Observer, Proof, Report, Summary, Verdict
     from lora_merge.errors import (
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
         VerifyError,
         WriteError,
     )
-    from lora_merge.pipeline import convert, extract, inspect, merge, plan, verify
+    from lora_merge.inspection.facts import Inspection
     from lora_merge.requests.keywords import (
         ConvertOptions,
         ExtractOptions,
@@ -95,71 +93,25 @@ _HOMES = (
     "lora_merge.requests.request",
     "lora_merge.requests.keywords",
     "lora_merge.core.plan",
-    "lora_merge.core.lora",
-    "lora_merge.core.inspection",
+    "lora_merge.conversion.lora",
+    "lora_merge.inspection.facts",
 )
 """Where the public types live."""
 
+_VERBS = frozenset({"convert", "extract", "inspect", "merge", "plan", "verify"})
+"""Functions of `lora_merge.api`, imported when one is asked for: ``lora-merge --help`` needs none."""
+
 
 def __getattr__(name: str) -> Any:
-    """Return a public type, whose module is imported only now: ``lora-merge --help`` answers at once."""
+    """Import a public name when it is first used: ``lora-merge --help`` answers at once.
+
+    Raises:
+        AttributeError: it is not one of `__all__`.
+    """
+    if name in _VERBS:
+        return getattr(import_module("lora_merge.api"), name)
     if name in __all__:
         for home in map(import_module, _HOMES):
             if hasattr(home, name):
                 return getattr(home, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    """The package, whose verbs are functions though they are names of modules as well."""
-
-    @property
-    def convert(self) -> Any:
-        """Return the function; importing the package of this name does not change that."""
-        return import_module("lora_merge.pipeline").convert
-
-    @convert.setter
-    def convert(self, module: ModuleType) -> None: ...
-
-    @property
-    def extract(self) -> Any:
-        """Return the function; importing the module of this name does not change that."""
-        return import_module("lora_merge.pipeline").extract
-
-    @extract.setter
-    def extract(self, module: ModuleType) -> None: ...
-
-    @property
-    def inspect(self) -> Any:
-        """Return the function; importing the module of this name does not change that."""
-        return import_module("lora_merge.pipeline").inspect
-
-    @inspect.setter
-    def inspect(self, module: ModuleType) -> None: ...
-
-    @property
-    def merge(self) -> Any:
-        """Return the function; importing the module of this name does not change that."""
-        return import_module("lora_merge.pipeline").merge
-
-    @merge.setter
-    def merge(self, module: ModuleType) -> None: ...
-
-    @property
-    def plan(self) -> Any:
-        """Return the function; importing the package of this name does not change that."""
-        return import_module("lora_merge.pipeline").plan
-
-    @plan.setter
-    def plan(self, module: ModuleType) -> None: ...
-
-    @property
-    def verify(self) -> Any:
-        """Return the function; importing the module of this name does not change that."""
-        return import_module("lora_merge.pipeline").verify
-
-    @verify.setter
-    def verify(self, module: ModuleType) -> None: ...
-
-
-sys.modules[__name__].__class__ = _Package

@@ -20,9 +20,9 @@ from tree import tree
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
-from lora_merge.core.kinds import NOT_IN_WEIGHTS, RETIRED_FIELDS, UNMERGEABLE_FIELDS
-from lora_merge.core.traits import TRAITS
+from lora_merge.peft_rules.kinds import NOT_IN_WEIGHTS, RETIRED_FIELDS, UNMERGEABLE_FIELDS
 from lora_merge.serving import ENGINES
+from lora_merge.serving.traits import TRAITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

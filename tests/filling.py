@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import Inputs
 from lora_merge.executors import EXECUTORS
-from lora_merge.io.folder import Folder
-from lora_merge.io.local_output import FolderSink
-from lora_merge.io.safetensors import reserve
-from lora_merge.merge import CopySpec, MergeSpec
-from lora_merge.pipeline import filling
+from lora_merge.merging import filling
+from lora_merge.merging.worker import CopySpec, MergeSpec
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.local_output import FolderSink
+from lora_merge.storage.output_files import reserve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

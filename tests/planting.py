@@ -16,9 +16,11 @@ from lora_merge.core.weight import WEIGHT
 if TYPE_CHECKING:
     from pathlib import Path
 
-merging: Any = importlib.import_module("lora_merge.merge.filling")  # `lora_merge.merge` itself is the verb
-workbench: Any = importlib.import_module("lora_merge.merge.workbench")
-staged: Any = importlib.import_module("lora_merge.pipeline.staged")
+merging: Any = importlib.import_module(
+    "lora_merge.merging.worker.filling"
+)  # `lora_merge.merge` itself is the verb
+workbench: Any = importlib.import_module("lora_merge.merging.worker.workbench")
+staged: Any = importlib.import_module("lora_merge.merging.staged")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.core.report import note
 from lora_merge.errors import ResolveError, UnknownFormatError
-from lora_merge.io.needed import ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
-from lora_merge.io.recognise import broken_link, fault_of, in_order, names_in
-from lora_merge.io.sentence_modules import module_files, whole_model
-from lora_merge.io.side_files import adapter_side_files
-from lora_merge.io.trainer_files import file_names
+from lora_merge.formats.recognise import broken_link, fault_of, in_order, names_in
+from lora_merge.formats.repo_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS, EXTRA_FOLDER, MLX_WEIGHTS
+from lora_merge.formats.sentence_modules import module_files, whole_model
+from lora_merge.formats.side_files import adapter_side_files
+from lora_merge.formats.trainer_files import file_names
 from lora_merge.words import listing
 
 if TYPE_CHECKING:

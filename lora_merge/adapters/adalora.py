@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Delta
-from lora_merge.core.kinds import PREFIX
-from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error, note, warning
-from lora_merge.core.scaling import number
 from lora_merge.core.tensor import TensorRef, shape_text
 from lora_merge.deltas import LowRankFacts
+from lora_merge.peft_rules.kinds import PREFIX
+from lora_merge.peft_rules.patterns import TargetError
+from lora_merge.peft_rules.scaling import number
 
 if TYPE_CHECKING:
     from collections.abc import Collection

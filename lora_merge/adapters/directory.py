@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.adapters.saved import saved_beside
+from lora_merge.adapters.swift_extra_states import saved_beside
 from lora_merge.core.adapter import Adapter, Replacement
-from lora_merge.core.kinds import TRAINER_FIELDS
 from lora_merge.core.report import Issue, error
-from lora_merge.io.needed import TRAINER_CONFIG
-from lora_merge.io.safetensors import same_values
-from lora_merge.io.side_files import adapter_side_files
+from lora_merge.formats.repo_files import TRAINER_CONFIG
+from lora_merge.formats.safetensors import same_values
+from lora_merge.formats.side_files import adapter_side_files
+from lora_merge.peft_rules.kinds import TRAINER_FIELDS
 from lora_merge.storage.digests import files_digest
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import StackedPair
-from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error, note
-from lora_merge.core.targets import is_listed
 from lora_merge.core.tensor import TensorRef, shape_text
+from lora_merge.peft_rules.kinds import PREFIX
+from lora_merge.peft_rules.targets import is_listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.mlx_vlm import as_mlx_lm, is_mlx_vlm
-from lora_merge.adapters.values import non_finite
+from lora_merge.adapters.non_finite import non_finite
 from lora_merge.core.adapter import Adapter, Delta, Replacement
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, INPUT_NAMES
-from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error
-from lora_merge.core.scaling import number
 from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.deltas import DoraFacts, LowRankFacts
-from lora_merge.io.needed import ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
-from lora_merge.io.safetensors import read_header
-from lora_merge.io.side_files import adapter_side_files
-from lora_merge.io.small_files import read_json
+from lora_merge.formats.repo_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
+from lora_merge.formats.safetensors import read_header
+from lora_merge.formats.side_files import adapter_side_files
+from lora_merge.peft_rules.patterns import TargetError
+from lora_merge.peft_rules.scaling import number
 from lora_merge.storage.digests import file_digest
+from lora_merge.storage.small_files import read_json
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:

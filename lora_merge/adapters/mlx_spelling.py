@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.mlx_names import MlxFamily, family_of, hf_name
-from lora_merge.core.targets import is_listed
+from lora_merge.adapters.mlx_names import MlxFamily, family_of, hf_name
+from lora_merge.peft_rules.targets import is_listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

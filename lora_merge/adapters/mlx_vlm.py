@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.patterns import TargetError
+from lora_merge.peft_rules.patterns import TargetError
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:

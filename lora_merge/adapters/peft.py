@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from lora_merge.adapters.adalora import AdaLora
 from lora_merge.adapters.directory import assemble
 from lora_merge.adapters.experts import taken_apart
-from lora_merge.adapters.names import NESTED, Wholes, outside, plain, reason, sort_out
+from lora_merge.adapters.non_finite import non_finite, unequal
 from lora_merge.adapters.spelling import canonical
+from lora_merge.adapters.tensor_names import NESTED, Wholes, outside, plain, reason, sort_out
 from lora_merge.adapters.token_rows import token_rows
 from lora_merge.adapters.unread import shard_issues
-from lora_merge.adapters.values import non_finite, unequal
 from lora_merge.core.adapter import Adapter, Delta, StackedPair
 from lora_merge.core.checkpoint import ADAPTER_CONFIG
-from lora_merge.core.kinds import (
+from lora_merge.core.report import Issue, error
+from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
+from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
+from lora_merge.formats.repo_files import ADAPTER_WEIGHTS, TRAINER_CONFIG
+from lora_merge.formats.weight_files import adapter_entries, read_adapter
+from lora_merge.peft_rules.kinds import (
     LAYERED,
     NATIVE,
     PREFIX,
@@ -30,15 +35,10 @@ from lora_merge.core.kinds import (
     kind_issues,
     mutating_init,
 )
-from lora_merge.core.patterns import TargetError
-from lora_merge.core.report import Issue, error
-from lora_merge.core.scaling import Scaling
-from lora_merge.core.targets import TargetRule, is_listed
-from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
-from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
-from lora_merge.io.needed import ADAPTER_WEIGHTS, TRAINER_CONFIG
-from lora_merge.io.shards import adapter_entries, read_adapter
-from lora_merge.io.small_files import read_json
+from lora_merge.peft_rules.patterns import TargetError
+from lora_merge.peft_rules.scaling import Scaling
+from lora_merge.peft_rules.targets import TargetRule, is_listed
+from lora_merge.storage.small_files import read_json
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.core.kinds import PREFIX
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.tensor import TensorRef
+from lora_merge.peft_rules.kinds import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,10 +26,31 @@ _WRAPPERS: Mapping[str, re.Pattern[str]] = {
 """
 
 TUNERS = (
-    "adamss", "beft", "boft", "c3a", "deft", "delora", "fourierft", "gralora", "hada", "hira", "hra", "ia3",
-    "lokr", "miss", "oft", "pvera", "randlora", "road", "shira", "supertuning",
-    "trainable_tokens", "unilora", "vera", "waveft",
-)  # fmt: skip
+    "adamss",
+    "beft",
+    "boft",
+    "c3a",
+    "deft",
+    "delora",
+    "fourierft",
+    "gralora",
+    "hada",
+    "hira",
+    "hra",
+    "ia3",
+    "lokr",
+    "miss",
+    "oft",
+    "pvera",
+    "randlora",
+    "road",
+    "shira",
+    "supertuning",
+    "trainable_tokens",
+    "unilora",
+    "vera",
+    "waveft",
+)
 """How the names of PEFT's tensors begin, ``hada_w1_a`` for example, where an adapter's name can stand behind them.
 
 Not those of FRoD, GLoRA, LN tuning, OSF, PEANuT, PSOFT, TinyLoRA and VB-LoRA, which have other words there (PEFT 0.21.2).

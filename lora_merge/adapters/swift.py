@@ -13,12 +13,12 @@ from lora_merge.adapters.peft import read_tensors
 from lora_merge.adapters.spelling import canonical
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import ADAPTER_CONFIG
-from lora_merge.core.kinds import PREFIX, check_types
 from lora_merge.core.report import Issue, error
 from lora_merge.errors import CheckpointError
-from lora_merge.io.needed import ADAPTER_WEIGHTS, TRAINING_ARGUMENTS
-from lora_merge.io.safetensors import read_header
-from lora_merge.io.small_files import read_json
+from lora_merge.formats.repo_files import ADAPTER_WEIGHTS, TRAINING_ARGUMENTS
+from lora_merge.formats.safetensors import read_header
+from lora_merge.peft_rules.kinds import PREFIX, check_types
+from lora_merge.storage.small_files import read_json
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.adapters.names import plain
+from lora_merge.adapters.tensor_names import plain
 from lora_merge.core.adapter import Delta
-from lora_merge.core.patterns import TargetError
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import RowsFacts
+from lora_merge.peft_rules.patterns import TargetError
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:

@@ -10,14 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.tensor import shape_text
 from lora_merge.errors import CheckpointError, ResolveError
-from lora_merge.io.safetensors import same_values
-from lora_merge.io.shards import adapter_entries, read_adapter
-from lora_merge.io.trainer_files import (
-    LOAD_AFTER,
-    described,
-    sharded_state,
-    unread_files,
-)
+from lora_merge.formats.safetensors import same_values
+from lora_merge.formats.trainer_files import LOAD_AFTER, described, sharded_state, unread_files
+from lora_merge.formats.weight_files import adapter_entries, read_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

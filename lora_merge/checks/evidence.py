@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.plan import Merge, MergePlan
 from lora_merge.core.tensor import TensorRecord, TensorRef
-from lora_merge.io.output import read_output
-from lora_merge.io.safetensors import tensor_digest
+from lora_merge.formats.safetensors import tensor_digest
+from lora_merge.formats.written_checkpoint import read_output
 
 if TYPE_CHECKING:
     from lora_merge.core.checkpoint import Output

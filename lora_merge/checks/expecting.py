@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, cast
 from lora_merge.checks.formulas import Site, sides
 from lora_merge.checks.reading import Factors
 from lora_merge.checks.weighing import Pattern
-from lora_merge.core.plan import Block, Merge
+from lora_merge.core.plan import Merge
+from lora_merge.core.view import Block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_merge.core.adapter import PlacedDelta
-from lora_merge.core.injection import Injection, InjectionError
-from lora_merge.core.kinds import PREFIX
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.tensor import UNIT_ROUNDOFF, TensorRef
 from lora_merge.core.weight import WEIGHT
-from lora_merge.io.safetensors import load
+from lora_merge.formats.safetensors import load
+from lora_merge.peft_rules.injection import Injection, InjectionError
+from lora_merge.peft_rules.kinds import PREFIX
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.gate import RULES
-from lora_merge.io.output import read_output
+from lora_merge.formats.written_checkpoint import read_output
 from lora_merge.storage.digests import same_bytes
 
 if TYPE_CHECKING:

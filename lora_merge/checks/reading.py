@@ -9,9 +9,9 @@ from math import inf
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from lora_merge.checks.decoding import DECODERS
-from lora_merge.core.shortage import not_for_want_of_memory
 from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.errors import CheckpointError
+from lora_merge.runtime.shortage import not_for_want_of_memory
 from lora_merge.storage.reading import stream_of
 from lora_merge.storage.sources import open_source
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from lora_merge.core.report import error, warning
 from lora_merge.core.tensor import shape_text
 from lora_merge.errors import CheckpointError
-from lora_merge.io.side_files import MAX_SIDE_BYTES
+from lora_merge.formats.side_files import MAX_SIDE_BYTES
 from lora_merge.storage.digests import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from lora_merge.core.checkpoint import Output
-    from lora_merge.core.manifest import Manifest
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.formats.manifest import Manifest
 
 
 def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], str]) -> Iterator[Issue]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
 from lora_merge.core.report import error
 from lora_merge.core.tensor import shape_text
-from lora_merge.io.safetensors import has_header
-from lora_merge.io.side_files import CARD_FILE, MANIFEST_FILE
+from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.storage.digests import same_bytes
+from lora_merge.storage.output_files import has_header
 from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy
 from lora_merge.core.report import error
-from lora_merge.io.safetensors import tensor_digest
+from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.storage.digests import file_digest
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import NoReturn
 from lora_merge.cli import exits
 from lora_merge.cli.app import main
 from lora_merge.cli.issues import say_bug
-from lora_merge.core.shortage import mind_limits
-from lora_merge.io.streams import finish, guard
+from lora_merge.runtime.shortage import mind_limits
+from lora_merge.runtime.streams import finish, guard
 
 __all__ = ["entry", "main"]
 

@@ -20,10 +20,10 @@ from lora_merge.cli.merge import merge
 from lora_merge.cli.plan import plan
 from lora_merge.cli.verify import verify
 from lora_merge.cli.voice import say, say_lines
-from lora_merge.core.interrupts import whole_interrupts
-from lora_merge.core.shortage import MORE, memory_for
 from lora_merge.errors import LoraMergeError
-from lora_merge.io.streams import Foreign, failure_of
+from lora_merge.runtime.interrupts import whole_interrupts
+from lora_merge.runtime.shortage import MORE, memory_for
+from lora_merge.runtime.streams import Foreign, failure_of
 from lora_merge.words import printable
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from lora_merge.cli import exits
 from lora_merge.cli.options import SETTINGS, console_of, options
 
 if TYPE_CHECKING:
-    from lora_merge.core.batch import BatchReport
-    from lora_merge.io.event_log import EventLog
+    from lora_merge.batches.event_log import EventLog
+    from lora_merge.batches.reports import BatchReport
 
 
 @click.command(context_settings=SETTINGS)
@@ -46,11 +46,11 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
       lora-merge batch batch.yaml
       lora-merge batch batch.yaml --keep-going --log-file batch.jsonl --json
     """
-    from lora_merge.batch import Batch
+    from lora_merge.batches.batch_file import read_batch
+    from lora_merge.batches.event_log import EventLog
+    from lora_merge.batches.run import Batch
     from lora_merge.cli.voice import say
     from lora_merge.cli.watching import watching_batch
-    from lora_merge.io.event_log import EventLog
-    from lora_merge.requests.batch_file import read_batch
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     given = {name: value for name, value in flags.items() if value is not None}

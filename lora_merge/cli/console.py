@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from lora_merge.core.batch import BatchReport
-    from lora_merge.core.inspection import Inspection
-    from lora_merge.core.lora import ConvertReport
+    from lora_merge.batches.reports import BatchReport
+    from lora_merge.conversion.lora import ConvertReport
     from lora_merge.core.report import Issue, Observer, Proof, Report
-    from lora_merge.plan.explanation import Match
+    from lora_merge.inspection.facts import Inspection
+    from lora_merge.planning.explanation import Match
 
 
 class Console:

@@ -22,7 +22,7 @@ def convert(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
       lora-merge convert my-dora --to-lora --energy 0.99 --base Llama-3-8B --out my-lora
       lora-merge convert my-lora --bake-scale --expand-targets --out plain
     """
-    from lora_merge.pipeline.converting import convert_adapter
+    from lora_merge.conversion.run import convert_adapter
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import ConvertRequest
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.report import Report
 
 if TYPE_CHECKING:
-    from lora_merge.core.batch import JobReport
-    from lora_merge.core.inspection import Inspection
-    from lora_merge.core.lora import ConvertReport, Loss
+    from lora_merge.batches.reports import JobReport
+    from lora_merge.conversion.lora import ConvertReport, Loss
     from lora_merge.core.report import Issue, Proof
+    from lora_merge.inspection.facts import Inspection
 
 
 def _loss_data(loss: Loss | None) -> dict[str, float] | None:

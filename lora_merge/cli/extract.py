@@ -19,7 +19,7 @@ def extract(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
       lora-merge extract --base Llama-3-8B --tuned my-model --rank 64 --out my-lora
       lora-merge extract --base Llama-3-8B --tuned my-model --energy 0.9 --save-modules --out my-lora
     """
-    from lora_merge.pipeline.extracting import extract_adapter
+    from lora_merge.conversion.extraction import extract_adapter
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import ExtractRequest
 

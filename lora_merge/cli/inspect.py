@@ -25,7 +25,7 @@ def inspect(*, full: bool, json: bool, quiet: bool, verbose: bool, **flags: Any)
       lora-merge inspect my-lora --base Llama-3-8B --plot my-lora.html
       lora-merge inspect org/my-lora@v1 --engine vllm --json
     """
-    from lora_merge.pipeline.inspecting import inspect_adapter
+    from lora_merge.inspection.run import inspect_adapter
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import InspectRequest
 

@@ -31,7 +31,7 @@ def merge(
       lora-merge merge --config merge.yaml --out merged
       lora-merge merge --base Llama-3-8B --adapter style:0.7 --adapter facts --out merged
     """
-    from lora_merge import pipeline
+    from lora_merge import api
 
     if no_verify and flags["verify"]:
         raise click.UsageError("--verify and --no-verify exclude each other")
@@ -40,5 +40,5 @@ def merge(
     console = console_of(json=json, quiet=quiet, verbose=verbose, profile=profile)
     request = request_of("merge", config, flags)
     with console.watching() as observer:
-        report = pipeline.run(request, dry_run=dry_run, observer=observer)
+        report = api.run(request, dry_run=dry_run, observer=observer)
     console.report(report)

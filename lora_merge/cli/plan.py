@@ -22,15 +22,15 @@ def plan(
       lora-merge plan --base Llama-3-8B --adapter my-lora
       lora-merge plan --base Qwen3-30B-A3B --adapter my-lora --explain model.layers.0.mlp.experts.3.up_proj
     """
-    from lora_merge import pipeline
+    from lora_merge import api
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = request_of("plan", config, flags)
     with console.watching() as observer:
         if explain:
-            matches = pipeline.explain(request, explain, observer=observer)
+            matches = api.explain(request, explain, observer=observer)
         else:
-            report = pipeline.run(request, dry_run=True, observer=observer)
+            report = api.run(request, dry_run=True, observer=observer)
     if explain:
         console.matches(matches)
     else:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from rich.console import Console as RichConsole
 
-    from lora_merge.core.batch import BatchReport, JobReport
-    from lora_merge.core.engine_report import Obstacle
-    from lora_merge.core.inspection import Inspection, ModuleFacts
-    from lora_merge.core.lora import ConvertReport, Written
+    from lora_merge.batches.reports import BatchReport, JobReport
+    from lora_merge.conversion.lora import ConvertReport, Written
+    from lora_merge.inspection.facts import Inspection, ModuleFacts
+    from lora_merge.serving.engine_report import Obstacle
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 

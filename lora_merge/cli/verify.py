@@ -26,14 +26,14 @@ def verify(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
       lora-merge verify merged --forward --engine vllm --engine-python ~/vllm/bin/python
       lora-merge verify elsewhere --base Llama-3-8B --adapter my-lora --level full
     """
-    from lora_merge import pipeline
+    from lora_merge import api
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import VerifyRequest
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = parse_request(VerifyRequest, flags)
     with console.watching() as observer:
-        proof = pipeline.prove(request, observer=observer)
+        proof = api.prove(request, observer=observer)
     is_strict_about = request.strict and any(issue.severity == "warning" for issue in proof.issues)
     failed = not proof.ok or is_strict_about
     console.proof(proof, failed=failed)

@@ -13,8 +13,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lora_merge.io.streams import own
 from lora_merge.redaction import fit, fit_json
+from lora_merge.runtime.streams import own
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -92,8 +92,11 @@ def screen(*, stderr: bool = False) -> RichConsole:
     }
     made = RichConsole(
         file=own(sys.stderr if stderr else sys.stdout),
-        markup=False, emoji=False, highlight=False, _environ=environ,
-    )  # fmt: skip
+        markup=False,
+        emoji=False,
+        highlight=False,
+        _environ=environ,
+    )
     low, high = _WIDTHS
     if not low <= made.width <= high:
         made.width = min(max(made.width, low), high)

@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
-    from lora_merge.core.batch import BatchObserver, State
-    from lora_merge.io.event_log import EventLog
+    from lora_merge.batches.event_log import EventLog
+    from lora_merge.batches.reports import BatchObserver, State
 
 _SHOWN = 20
 """Jobs that a terminal shows at a time."""
 
 STYLES: dict[State, str] = {
-    "waiting": "dim", "planned": "dim", "running": "cyan", "done": "green", "kept": "green", "failed": "red",
+    "waiting": "dim",
+    "planned": "dim",
+    "running": "cyan",
+    "done": "green",
+    "kept": "green",
+    "failed": "red",
     "not run": "yellow",
-}  # fmt: skip
+}
 
 _ORDER = ("running", "failed", "planned", "waiting", "done", "kept", "not run")
 """Which jobs are shown first, where there is no room for all."""
@@ -78,9 +83,13 @@ class _Board:
         from rich.live import Live
 
         return Live(
-            get_renderable=self._board, console=screen(stderr=True), refresh_per_second=4, transient=True,
-            redirect_stdout=False, redirect_stderr=False,
-        )  # fmt: skip
+            get_renderable=self._board,
+            console=screen(stderr=True),
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     def _board(self) -> Group:
         from rich.console import Group

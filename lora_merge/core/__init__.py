@@ -1,1 +1,1 @@
-"""Nouns: frozen dataclasses and pure functions. No file is opened here."""
+"""Nouns that several rooms share: frozen dataclasses and pure functions. No file is opened here."""

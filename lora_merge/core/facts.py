@@ -59,7 +59,7 @@ class Facts:
     """Roles of tensors; where one of these is zero throughout, nothing changes. Empty where that cannot be told."""
 
     serving_trait: ClassVar[tuple[str, str] | None] = None
-    """The trait (`lora_merge.core.traits`) that an adapter with such a change has for serving engines, and its detail."""
+    """The trait (`lora_merge.serving.traits`) that an adapter with such a change has for serving engines, and its detail."""
 
     @property
     def division(self) -> Division:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from heapq import nlargest
-from itertools import pairwise
 from typing import Literal
 
 from lora_merge.core.adapter import PlacedDelta
@@ -18,6 +16,7 @@ from lora_merge.core.facts import Reach
 from lora_merge.core.report import Issue, Summary
 from lora_merge.core.shards import OutputFile
 from lora_merge.core.tensor import TensorRef
+from lora_merge.core.view import PANEL_ELEMENTS, TILE_ELEMENTS, Block, Spread, View
 from lora_merge.core.weight import Storage, Weight
 
 RUNTIME_BYTES = 260 << 20
@@ -26,139 +25,8 @@ RUNTIME_BYTES = 260 << 20
 PEFT_BYTES = 140 << 20
 """What transformers and PEFT add to that, where PEFT's own layers merge."""
 
-TILE_ELEMENTS = 1 << 19
-"""Elements of a row tile: few enough to stay in the cache from reading to writing, enough to outweigh the
-fixed cost of the dozen calls that a tile takes (measured: 2¹⁸ and 2²⁰ are slower)."""
-
-MIN_TILE_ROWS = 64
-"""Rows of the smallest tile. Matrix libraries use other kernels, with other rounding, for a handful of
-rows; from 16 on every tile has the bits of the whole product (measured with MKL)."""
-
-
-PANEL_ELEMENTS = 1 << 24
-"""Elements of a column panel, read by what has to look down whole columns."""
 
 Action = Literal["merged", "replaced", "cast", "copied"]
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """How a tensor is looked at: a stack of matrices, each worked on row by row.
-
-    A linear weight is one matrix ``[out, in]``, a convolution ``[out, in · kernel]``, a bias ``[n, 1]``; stacked
-    experts are as many matrices.
-    """
-
-    blocks: int
-    rows: int
-    columns: int
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], *, stacked: bool = False) -> View:
-        """Return the view of a tensor.
-
-        Example:
-            >>> View.of((8, 4, 3, 3)), View.of((8, 4, 3), stacked=True)
-            (View(blocks=1, rows=8, columns=36), View(blocks=8, rows=4, columns=3))
-        """
-        if stacked and len(shape) == 3:
-            return cls(*shape)
-        return cls(1, shape[0] if shape else 1, math.prod(shape[1:]))
-
-    @property
-    def n_rows(self) -> int:
-        """Return the rows of all blocks together."""
-        return self.blocks * self.rows
-
-    def tiles(self, elements: int | None = None, rows: int = 1) -> list[tuple[int, int]]:
-        """Return the row ranges that the tensor is worked on in: of equal size, give or take so many rows.
-
-        Args:
-            elements: of a tile, about; default: `TILE_ELEMENTS`.
-            rows: multiples of which each range begins at, counted in its matrix.
-
-        Example:
-            >>> View(1, 1024, 1024).tiles()
-            [(0, 512), (512, 1024)]
-        """
-        wanted = max(MIN_TILE_ROWS, (elements or TILE_ELEMENTS) // max(self.columns, 1))
-        if wanted >= 2 * self.rows:  # several blocks at once
-            return _ranges(self.n_rows, max(self.rows, 1) * (wanted // max(self.rows, 1)))
-        return [
-            (block * self.rows + start, block * self.rows + end)
-            for block in range(self.blocks)
-            for start, end in _spread(self.rows, wanted, rows)
-        ]
-
-    def panels(self) -> list[tuple[int, int]]:
-        """Return the column ranges that it is surveyed in."""
-        return _ranges(self.columns, max(1, PANEL_ELEMENTS // max(self.n_rows, 1)))
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """The part of a viewed tensor that one module owns."""
-
-    view: View
-    blocks: tuple[int, int]
-    """Matrices of the stack."""
-
-    rows: tuple[int, int]
-    """Of each of them."""
-
-    columns: tuple[int, int]
-
-    @classmethod
-    def of(cls, view: View, box: tuple[tuple[int, int], ...]) -> Block:
-        """Return the block of a region; of an empty one, everything.
-
-        Example:
-            >>> Block.of(View(8, 4, 3), ((2, 3), (0, 2), (0, 3))).row_ranges()
-            [(8, 10)]
-        """
-        if not box:
-            return cls(view, (0, view.blocks), (0, view.rows), (0, view.columns))
-        match box:
-            case (rows,):
-                return cls(view, (0, 1), rows, (0, view.columns))
-            case (rows, columns):
-                return cls(view, (0, 1), rows, columns)
-            case (blocks, rows, columns):
-                return cls(view, blocks, rows, columns)
-        raise ValueError(f"a region of {len(box)} axes is no block of matrices")
-
-    def row_ranges(self) -> list[tuple[int, int]]:
-        """Return its rows, counted through all matrices of the view; adjacent ones are one range."""
-        size = self.view.rows
-        if self.rows == (0, size):
-            return [(self.blocks[0] * size, self.blocks[1] * size)]
-        return [(block * size + self.rows[0], block * size + self.rows[1]) for block in range(*self.blocks)]
-
-
-class Spread:
-    """Blocks by their rows, so that those of a tile are found without looking at all."""
-
-    def __init__(self, blocks: Iterable[Block]) -> None:
-        self._ranges = sorted(
-            (first, last, n) for n, block in enumerate(blocks) for first, last in block.row_ranges()
-        )
-        self._longest = max((last - first for first, last, _ in self._ranges), default=0)
-
-    def meeting(self, start: int, end: int) -> list[int]:
-        """Return the numbers of the blocks that have some of these rows, in their order.
-
-        Example:
-            >>> Spread([Block.of(View(4, 8, 3), ((n, n + 1), (0, 8), (0, 3))) for n in range(4)]).meeting(7, 17)
-            [0, 1, 2]
-        """
-        found = set()
-        for at in range(bisect.bisect_left(self._ranges, (start - self._longest,)), len(self._ranges)):
-            first, last, n = self._ranges[at]
-            if first >= end:
-                break
-            if last > start:
-                found.add(n)
-        return sorted(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,19 +236,6 @@ def _module_ranks(deltas: list[PlacedDelta]) -> dict[str, int]:
             own = ranks.setdefault(delta.tensor, {})
             own[delta.adapter] = max(own.get(delta.adapter, 0), delta.rank)
     return {parameter: sum(own.values()) for parameter, own in ranks.items()}
-
-
-def _spread(n: int, wanted: int, multiple: int) -> list[tuple[int, int]]:
-    """Return ranges of at least so many, of equal size, give or take one multiple; each begins at one."""
-    n_units = -(-n // multiple)
-    n_ranges = max(1, n_units // -(-wanted // multiple))
-    ends = (n_units * k // n_ranges * multiple for k in range(n_ranges + 1))
-    return list(pairwise(min(end, n) for end in ends))
-
-
-def _ranges(n: int, size: int) -> list[tuple[int, int]]:
-    """Return ranges of a size, the last one shorter."""
-    return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _step_bytes(step: Step, tile_elements: int | None) -> int:

@@ -11,11 +11,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 DTYPE_BITS: Mapping[str, int] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 """Width in bits of every safetensors dtype code (safetensors 0.8, ``Dtype``)."""
 
 MAX_NAME_CHARACTERS = 1000
@@ -28,9 +46,15 @@ TORCH_NAMES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "
 """The floating dtypes that merge, as safetensors and as torch (and ``config.json``) spell them."""
 
 TORCH_TYPES: Mapping[str, str] = {
-    **TORCH_NAMES, "F64": "float64", "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32",
+    **TORCH_NAMES,
+    "F64": "float64",
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
     "I64": "int64",
-}  # fmt: skip
+}
 """What an adapter may hold beside factors: indices and masks."""
 
 UNIT_ROUNDOFF: Mapping[str, float] = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
@@ -80,9 +104,12 @@ class TensorRef:
         nbytes = self.nbytes // self.shape[0]
         label = str(first) if last == first + 1 else f"{first}:{last}"
         return replace(
-            self, name=f"{self.name}[{label}]", shape=shape, start=self.start + first * nbytes,
+            self,
+            name=f"{self.name}[{label}]",
+            shape=shape,
+            start=self.start + first * nbytes,
             nbytes=(last - first) * nbytes,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, slots=True)

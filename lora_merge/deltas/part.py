@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.core.plan import Block
+    from lora_merge.core.view import Block
     from lora_merge.deltas.algebra import Algebra, Panels
 
 

@@ -12,12 +12,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from lora_merge.core.facts import Facts
-from lora_merge.core.injection import Injection, InjectionError
-from lora_merge.core.kinds import DECOMPOSING, PREFIX, mutating_init
 from lora_merge.core.report import error
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, UNIT_ROUNDOFF
 from lora_merge.deltas.algebra import Unsurveyed
 from lora_merge.errors import PlanError
+from lora_merge.peft_rules.injection import Injection, InjectionError
+from lora_merge.peft_rules.kinds import DECOMPOSING, PREFIX, mutating_init
 
 if TYPE_CHECKING:
     import torch

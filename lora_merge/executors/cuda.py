@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.core.borrowed import Borrowed
 from lora_merge.executors.threads import run_threads
+from lora_merge.runtime.borrowed import Borrowed
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from lora_merge.core.shortage import mind_limits
 from lora_merge.errors import BugError, LoraMergeError, WriteError
-from lora_merge.io.streams import guard
+from lora_merge.runtime.shortage import mind_limits
+from lora_merge.runtime.streams import guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence

@@ -17,7 +17,7 @@ from lora_merge.layouts.suffix import suffix
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lora_merge.core.pieces import Box
+    from lora_merge.modeling.pieces import Box
 
 _EXPERT = re.compile(
     r"(?P<owner>(?:.+\.)?experts)\.(?:(?P<listed>\w+_proj)s\.(?P<n>\d+)|(?P<m>\d+)\.(?P<single>\w+_proj))"

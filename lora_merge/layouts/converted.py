@@ -6,12 +6,12 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from lora_merge.core.conversion import ConversionError
 from lora_merge.core.tensor import shape_text
 from lora_merge.layouts.stored import LayoutError, Located, Place, Shape, Stored
+from lora_merge.modeling.conversion import ConversionError
 
 if TYPE_CHECKING:
-    from lora_merge.core.pieces import Box, Piece
+    from lora_merge.modeling.pieces import Box, Piece
 
 
 def converted(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lora_merge.core.pieces import Box
+from lora_merge.modeling.pieces import Box
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from lora_merge.core.conversion import Conversion, Memory
     from lora_merge.core.weight import Weight
+    from lora_merge.modeling.conversion import Conversion, Memory
 
 Shape = tuple[int, ...]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.json_values import MOST_LEVELS
 from lora_merge.errors import CheckpointError, RequestError
-from lora_merge.io.named_file import read_named
+from lora_merge.storage.json_values import MOST_LEVELS
+from lora_merge.storage.named_file import read_named
 
 if TYPE_CHECKING:
     import yaml

@@ -10,9 +10,9 @@ import re
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from lora_merge.core.engine_report import EngineReport, Obstacle
-from lora_merge.core.family import BaseFamily
 from lora_merge.core.report import Issue, error, note
+from lora_merge.serving.engine_report import EngineReport, Obstacle
+from lora_merge.serving.family import BaseFamily
 from lora_merge.serving.llamacpp import LLAMACPP
 from lora_merge.serving.lmdeploy import LMDEPLOY
 from lora_merge.serving.lorax import LORAX
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lora_merge.core.choices import ServingEngine
-    from lora_merge.core.traits import Trait
+    from lora_merge.serving.traits import Trait
 
 UNSTATED = BaseFamily()
 """Nothing is known of the base."""

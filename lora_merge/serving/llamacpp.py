@@ -18,7 +18,7 @@ _FAMILIES = Families(
     served=dict.fromkeys(_KNOWN.split(), ""),
     source=f"{_READ}: conversion/*.py, src/models/*.cpp",
 )
-"""By ``model_type``: families whose names and graphs `lora_merge.writers.gguf` knows."""
+"""By ``model_type``: families whose names and graphs `lora_merge.conversion.writers.gguf` knows."""
 
 LLAMACPP = Engine(
     name="llama.cpp",
@@ -29,7 +29,13 @@ LLAMACPP = Engine(
     rules=(
         Rule("kind", "refused", "has LoRA only", f"{_RUN}: convert_lora_to_gguf.py:470", ("to-lora",)),
         Rule("dora", "refused", "has no DoRA", f"{_RUN}: convert_lora_to_gguf.py:479", ("to-lora",)),
-        Rule("modules-to-save", "refused", "has no place for whole modules, and ignores norms", f"{_RUN}: convert_lora_to_gguf.py:476", ("to-lora",)),
+        Rule(
+            "modules-to-save",
+            "refused",
+            "has no place for whole modules, and ignores norms",
+            f"{_RUN}: convert_lora_to_gguf.py:476",
+            ("to-lora",),
+        ),
         Rule(
             "saved-embeddings",
             "refused",
@@ -38,19 +44,57 @@ LLAMACPP = Engine(
             ("without-copies",),
         ),
         Rule("bias", "refused", "has no place for biases", f"{_RUN}: convert_lora_to_gguf.py:479"),
-        Rule("lora-bias", "refused", "has no place for the bias of lora_B", f"{_RUN}: convert_lora_to_gguf.py:479"),
-        Rule("tokens", "refused", "has no place for trained tokens", f"{_RUN}: convert_lora_to_gguf.py:479", ("to-lora",)),
+        Rule(
+            "lora-bias",
+            "refused",
+            "has no place for the bias of lora_B",
+            f"{_RUN}: convert_lora_to_gguf.py:479",
+        ),
+        Rule(
+            "tokens",
+            "refused",
+            "has no place for trained tokens",
+            f"{_RUN}: convert_lora_to_gguf.py:479",
+            ("to-lora",),
+        ),
         Rule(
             "latent-query",
             "wrong",
             "loads LoRA on latent attention and does not apply it",
             f"{_RUN}: src/models/deepseek2.cpp:265",
         ),
-        Rule("latent", "wrong", "loads LoRA on latent attention and does not apply it", f"{_RUN}: src/models/deepseek2.cpp:265"),
-        Rule("latent-kv", "wrong", "loads LoRA on latent attention and does not apply it", f"{_RUN}: src/models/deepseek2.cpp:265"),
-        Rule("convolution", "refused", "has LoRA for linear layers and embeddings only", f"{_READ}: src/llama-graph.cpp:1520"),
-        Rule("initial", "wrong", "takes the factors as they are, on the base as published", f"{_READ}: src/llama-adapter.cpp", ("to-lora",)),
+        Rule(
+            "latent",
+            "wrong",
+            "loads LoRA on latent attention and does not apply it",
+            f"{_RUN}: src/models/deepseek2.cpp:265",
+        ),
+        Rule(
+            "latent-kv",
+            "wrong",
+            "loads LoRA on latent attention and does not apply it",
+            f"{_RUN}: src/models/deepseek2.cpp:265",
+        ),
+        Rule(
+            "convolution",
+            "refused",
+            "has LoRA for linear layers and embeddings only",
+            f"{_READ}: src/llama-graph.cpp:1520",
+        ),
+        Rule(
+            "initial",
+            "wrong",
+            "takes the factors as they are, on the base as published",
+            f"{_READ}: src/llama-adapter.cpp",
+            ("to-lora",),
+        ),
         Rule("replicated", "refused", "knows no repeated layers", f"{_READ}: src/llama-adapter.cpp:335"),
-        Rule("beside", "refused", "has no place for whole modules", f"{_READ}: convert_lora_to_gguf.py:479", ("to-lora",)),
+        Rule(
+            "beside",
+            "refused",
+            "has no place for whole modules",
+            f"{_READ}: convert_lora_to_gguf.py:479",
+            ("to-lora",),
+        ),
     ),
-)  # fmt: skip
+)

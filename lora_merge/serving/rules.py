@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from lora_merge.core.family import BaseFamily
+    from lora_merge.serving.family import BaseFamily
 
 Effect = Literal["refused", "wrong", "option"]
 
 Need = Literal[
-    "to-lora", "bake-scale", "pad-rank", "expand-targets", "every-layer", "every-name", "packed", "split-experts", "rename-v4", "without-copies",
+    "to-lora",
+    "bake-scale",
+    "pad-rank",
+    "expand-targets",
+    "every-layer",
+    "every-name",
+    "packed",
+    "split-experts",
+    "rename-v4",
+    "without-copies",
     "rewrite",
-]  # fmt: skip
+]
 """What a conversion does about a trait; ``rewrite``: writing the adapter anew is enough."""
 
 
@@ -23,7 +32,7 @@ class Rule:
     """An engine does not serve adapters with a trait as they are."""
 
     trait: str
-    """A key of `lora_merge.core.traits.TRAITS`."""
+    """A key of `lora_merge.serving.traits.TRAITS`."""
 
     effect: Effect
     """``"wrong"``: computed otherwise, or left out, without a word."""

@@ -113,7 +113,7 @@ def range_digest(source: Source, start: int, nbytes: int, *, cached_only: bool =
 
 
 def text_digest(text: str) -> str:
-    """Return the digest of a text as it is written (`io.folder.Folder.write_text`)."""
+    """Return the digest of a text as it is written (`storage.folder.Folder.write_text`)."""
     digest = new_digest()
     digest.update(text.encode("utf-8", "backslashreplace"))
     return digest_text(digest)

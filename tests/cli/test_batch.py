@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_merge import batch as batches
+from lora_merge.batches import run as batches
 from lora_merge.cli import exits
 from lora_merge.cli.watching import _Board, _Plain
 from lora_merge.core.plan import RUNTIME_BYTES
-from lora_merge.io import journal
-from lora_merge.io import publish as publishing
-from lora_merge.io.folder import Folder
-from lora_merge.io.staging import SUFFIX, staging
+from lora_merge.storage import journal
+from lora_merge.storage import publish as publishing
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.staging import SUFFIX, staging
 from tests.faults.table import _failing
 from tests.tampering import edit_json, edit_tensors
 
@@ -490,9 +490,9 @@ def a_bug_in(place):
         return call
 
     module, name = {
-        "planning": ("lora_merge.batch", "plan_request"),
-        "merging": ("lora_merge.merge.merger", "Working"),
-        "sealing": ("lora_merge.writers.hf_checkpoint", "card_text"),
+        "planning": ("lora_merge.batches.run", "plan_request"),
+        "merging": ("lora_merge.merging.worker.merger", "Working"),
+        "sealing": ("lora_merge.merging.hf_checkpoint", "card_text"),
     }[place]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[module], name, failing(getattr(sys.modules[module], name)))
@@ -565,7 +565,7 @@ def test_room_for_each_output_and_not_for_all_is_said_before_any_is_begun(
     three, base, batch, tmp_path, monkeypatch
 ):
     needed = batch(three, "--dry-run", base=base)[1]["jobs"][0]["report"]["summary"]["disk_needed_bytes"]
-    monkeypatch.setattr("lora_merge.io.local_output.LocalDestination.free_bytes", lambda out: 2 * needed)
+    monkeypatch.setattr("lora_merge.storage.local_output.LocalDestination.free_bytes", lambda out: 2 * needed)
 
     code, report, said = batch(three, base=base)
 
@@ -603,7 +603,7 @@ def test_a_dry_run_plans_everything_and_writes_nothing(three, base, batch, tmp_p
 
 
 def test_a_dry_run_warns_of_what_a_run_would_stumble_over(three, base, batch, monkeypatch):
-    monkeypatch.setattr("lora_merge.io.local_output.LocalDestination.free_bytes", lambda out: 1)
+    monkeypatch.setattr("lora_merge.storage.local_output.LocalDestination.free_bytes", lambda out: 1)
     three[1] = {"convert": "runs/one", "for": "lmdeploy", "out": "converted"}
 
     code, report, said = batch(three, "--dry-run", base=base)
@@ -1138,7 +1138,7 @@ def test_an_interrupt_once_an_output_has_its_name_leaves_nothing_beside_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_merge.io.staging.publish", interrupted)
+        patch.setattr("lora_merge.storage.staging.publish", interrupted)
         code, report, _ = batch(three, "--overwrite", base=base)
 
     assert code == exits.INTERRUPTED

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import lora_merge
-from lora_merge.batch import Batch
+from lora_merge.batches.batch_file import read_batch
+from lora_merge.batches.run import Batch
 from lora_merge.core.report import Silence
 from lora_merge.errors import ChangedError
-from lora_merge.io.safetensors import read_header
-from lora_merge.pipeline import planning
-from lora_merge.requests.batch_file import read_batch
+from lora_merge.formats.safetensors import read_header
+from lora_merge.planning import run
 from lora_merge.storage import page_cache
 from lora_merge.storage.sources import open_source
 from tests.tampering import edit_json, to_pickles
@@ -119,13 +119,13 @@ def test_a_file_that_changes_during_the_merge_is_noticed(place, name, how, level
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_changes_between_its_header_and_the_plan_is_noticed(place, name, how, monkeypatch):
-    plan = planning.make_plan
+    plan = run.make_plan
 
     def changed_first(*arguments):
         how(place / name)
         return plan(*arguments)
 
-    monkeypatch.setattr(planning, "make_plan", changed_first)
+    monkeypatch.setattr(run, "make_plan", changed_first)
     try:
         merge(place)
     except ChangedError:
@@ -139,13 +139,13 @@ def test_a_file_that_changes_between_its_header_and_the_plan_is_noticed(place, n
 
 
 def test_a_configuration_that_changes_before_the_weights_are_read_is_noticed(place, monkeypatch):
-    read = planning.resolve_base
+    read = run.resolve_base
 
     def changed_first(root):
         by_rename(place / "adapter" / CONFIG)
         return read(root)
 
-    monkeypatch.setattr(planning, "resolve_base", changed_first)
+    monkeypatch.setattr(run, "resolve_base", changed_first)
     with pytest.raises(ChangedError):
         merge(place)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora_merge.batches import up_to_date
 from lora_merge.cli import exits
-from lora_merge.io.staging import staging_path
-from lora_merge.pipeline import current
+from lora_merge.storage.staging import staging_path
 from tests.tampering import edit_json, edit_tensors
 
 INDEX, MANIFEST, CARD = "model.safetensors.index.json", "merge_manifest.json", "README.md"
@@ -281,14 +281,14 @@ SAME = {
 
 @pytest.mark.parametrize("what", SAME)
 def test_what_has_other_times_and_the_same_bytes_is_kept_and_looked_at_once(what, again, place, monkeypatch):
-    monkeypatch.setattr(current, "WORTH_A_NOTE_BYTES", 1)  # as of a large model
+    monkeypatch.setattr(up_to_date, "WORTH_A_NOTE_BYTES", 1)  # as of a large model
     SAME[what](place)
     before = contents(place / "out")
     times = [path.stat().st_mtime_ns for path in sorted((place / "out").iterdir())]
     assert again("--dry-run")[1]["state"] == "kept"
     assert [path.stat().st_mtime_ns for path in sorted((place / "out").iterdir())] == times
     with monkeypatch.context() as patch:
-        patch.setattr(current, "WORTH_A_NOTE_BYTES", 1 << 60)
+        patch.setattr(up_to_date, "WORTH_A_NOTE_BYTES", 1 << 60)
         assert again()[1]["state"] == "kept"
     assert [path.stat().st_mtime_ns for path in sorted((place / "out").iterdir())] == times
 
@@ -297,7 +297,7 @@ def test_what_has_other_times_and_the_same_bytes_is_kept_and_looked_at_once(what
     assert (code, job["state"]) == (exits.OK, "kept"), said
     assert contents(place / "out") == before
     with monkeypatch.context() as patch:
-        patch.setattr(current.executors, "pick", None)  # nothing is read as a whole again
+        patch.setattr(up_to_date.executors, "pick", None)  # nothing is read as a whole again
         assert again()[1]["state"] == "kept"
     times = [path.stat().st_mtime_ns for path in sorted((place / "out").iterdir())]
     assert again()[1]["state"] == "kept"

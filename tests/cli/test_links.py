@@ -10,8 +10,8 @@ import shutil
 import pytest
 
 from lora_merge.cli import exits
-from lora_merge.io.folder import Folder
-from lora_merge.io.side_files import MANIFEST_FILE
+from lora_merge.formats.side_files import MANIFEST_FILE
+from lora_merge.storage.folder import Folder
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_disk_that_cannot_link_copies_and_says_so_where_links_were_asked_for(
     def refuse(source, target, how, *, dir_fd):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr("lora_merge.io.folder.link", refuse)
+    monkeypatch.setattr("lora_merge.storage.folder.link", refuse)
     result = merged(cli, inputs, tmp_path / "out", "--link", how)
     n_copied = len(shards(inputs[0])) - 1
     assert f"note: {tmp_path}" in result.stderr

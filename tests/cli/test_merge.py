@@ -282,7 +282,7 @@ def test_an_empty_directory_may_become_the_output(pico, pico_adapter, cli, tmp_p
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     pico, pico_adapter, cli, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lora_merge.io.local_output.LocalDestination.free_bytes", lambda out: 1000)
+    monkeypatch.setattr("lora_merge.storage.local_output.LocalDestination.free_bytes", lambda out: 1000)
 
     result = cli("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
 
@@ -695,7 +695,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_run_succeeds(pico, pico_adap
 
 
 def test_two_runs_to_one_output_do_not_mix(pico, pico_adapter, cli, tmp_path):
-    from lora_merge.io.staging import staging
+    from lora_merge.storage.staging import staging
 
     with staging(tmp_path / "out"):
         result = cli("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")

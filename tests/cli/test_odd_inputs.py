@@ -13,7 +13,7 @@ import yaml
 
 import lora_merge
 from lora_merge.cli import exits
-from lora_merge.io.small_files import parse_json
+from lora_merge.storage.small_files import parse_json
 from tests.faults.odd_values import (
     BASE_TENSORS,
     LORA_TENSORS,
@@ -236,7 +236,7 @@ def test_an_index_with_tables_for_names_is_a_wrong_one(tmp_path, cli):
 
 
 def test_an_interpreter_that_cannot_be_run_has_its_sentence(tmp_path):
-    from lora_merge.engines.vllm import ask_vllm, find_python
+    from lora_merge.verification.engines.vllm import ask_vllm, find_python
 
     (tmp_path / "python").write_text("no program")
 

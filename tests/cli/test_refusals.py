@@ -17,7 +17,7 @@ import pytest
 
 from lora_merge.adapters.swift import OTHER_TUNERS
 from lora_merge.cli import exits
-from lora_merge.core.kinds import DECOMPOSING, MUTATING_INITS, NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
+from lora_merge.peft_rules.kinds import DECOMPOSING, MUTATING_INITS, NOT_IN_WEIGHTS, UNMERGEABLE_FIELDS
 from tests import twins
 from tests.parity import building
 from tests.parity.kinds import KINDS, Kind

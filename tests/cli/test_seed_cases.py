@@ -189,7 +189,7 @@ def test_a_regex_that_vanilla_peft_refuses_loads_once_it_is_a_list(
 
 def test_the_config_is_one_that_peft_0_14_reads(base, pico_adapter, cli, tmp_path):
     """Any field that PEFT 0.14 does not know is a TypeError there, and LMDeploy pins that release."""
-    from lora_merge.core.kinds import PEFT_0_14_FIELDS
+    from lora_merge.peft_rules.kinds import PEFT_0_14_FIELDS
 
     adapter = pico_adapter(base)
     assert not json.loads((adapter / "adapter_config.json").read_text()).keys() <= PEFT_0_14_FIELDS

@@ -19,7 +19,7 @@ import pytest
 
 import lora_merge
 from lora_merge.cli import exits
-from lora_merge.io.staging import staging_path
+from lora_merge.storage.staging import staging_path
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="there is no disk that is full here")

@@ -11,8 +11,9 @@ import torch
 
 import lora_merge
 from lora_merge.core.adapter import Delta, PlacedDelta
-from lora_merge.core.plan import MIN_TILE_ROWS, Merge, View
+from lora_merge.core.plan import Merge
 from lora_merge.core.tensor import Region, TensorRef
+from lora_merge.core.view import MIN_TILE_ROWS, View
 from lora_merge.deltas import (
     ALGEBRAS,
     AdditionFacts,
@@ -23,7 +24,7 @@ from lora_merge.deltas import (
     Stack,
     StackedFacts,
 )
-from lora_merge.io.safetensors import load
+from lora_merge.formats.safetensors import load
 from tests.parity import building
 from tests.parity.kinds import KINDS
 

@@ -15,17 +15,18 @@ from lora_merge.adapters import read
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.choosing import has_formula, some_rows
 from lora_merge.checks.expecting import manner_of
+from lora_merge.checks.verdict import verify
 from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import ConfigPatch
-from lora_merge.core.kinds import LAYERED, NATIVE
-from lora_merge.core.plan import Copy, Merge, View
-from lora_merge.core.provenance import Provenance
+from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.tensor import Region, TensorRef
+from lora_merge.core.view import View
 from lora_merge.deltas import LowRankFacts
-from lora_merge.io.folder import Folder
+from lora_merge.formats.provenance import Provenance
+from lora_merge.merging.hf_checkpoint import seal
+from lora_merge.peft_rules.kinds import LAYERED, NATIVE
 from lora_merge.requests.values import parse_adapter
-from lora_merge.verify import verify
-from lora_merge.writers import seal
+from lora_merge.storage.folder import Folder
 from tests import planting
 from tests.filling import fill
 from tests.parity import building

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from lora_merge.codecs import CODECS, recognised
-from lora_merge.core.plan import View
 from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES, TensorRef, nbytes_of
+from lora_merge.core.view import View
 from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile, Weight
-from lora_merge.io.safetensors import tensor_digest
-from lora_merge.io.weights import WeightReader, values_of, weight_norm
+from lora_merge.formats.safetensors import tensor_digest
+from lora_merge.formats.weights import WeightReader, values_of, weight_norm
 from tests.toy_codecs import TOYS
 
 KNOWN = {**CODECS, **{name: codec for name, (codec, _) in TOYS.items()}}

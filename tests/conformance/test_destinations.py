@@ -11,12 +11,12 @@ import pytest
 from lora_merge.cli import exits
 from lora_merge.core.plan import Copy, Step
 from lora_merge.core.shards import header_bytes, place
-from lora_merge.core.stretches import Stretch
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.errors import WriteError
-from lora_merge.io.destination import Wish
-from lora_merge.io.destinations import STORAGES
-from lora_merge.io.local_output import LocalDestination
+from lora_merge.storage.copy_runs import Stretch
+from lora_merge.storage.destination import Wish
+from lora_merge.storage.destinations import STORAGES
+from lora_merge.storage.local_output import LocalDestination
 
 MERGE = "fingerprint"
 MARKS = ("config.json",)

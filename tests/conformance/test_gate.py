@@ -13,7 +13,7 @@ import pytest
 
 import lora_merge
 from lora_merge.checks.gate import RULES
-from lora_merge.io.output import read_output
+from lora_merge.formats.written_checkpoint import read_output
 from tests.parity import family_building
 from tests.parity.families import FAMILIES
 from tests.tampering import edit_json, edit_tensors

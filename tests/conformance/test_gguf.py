@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 
 from lora_merge.cli import exits
-from lora_merge.core.lora import Lora, LoraModule, Made, Unchanged
+from lora_merge.conversion.lora import Lora, LoraModule, Made, Unchanged
+from lora_merge.conversion.writers.gguf import GGUF_FILE, check_gguf, write_gguf
+from lora_merge.conversion.writers.gguf.families import FAMILIES
 from lora_merge.core.tensor import TORCH_CODES, TensorRef
 from lora_merge.errors import ConvertError, WriteError
-from lora_merge.io.folder import Folder
-from lora_merge.writers.gguf import GGUF_FILE, check_gguf, write_gguf
-from lora_merge.writers.gguf.families import FAMILIES
+from lora_merge.storage.folder import Folder
 from tests.conftest import COMMON, VOCAB
 from tests.tampering import edit_json, edit_tensors
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import lora_merge
 from lora_merge.cli import main
-from lora_merge.io.streams import Foreign
+from lora_merge.runtime.streams import Foreign
 
 HOSTILE = "x\x1b]0;owned\x07\x9b31m\x7f\r\nFAKED: all is well\u202e\u2066\u200b\u2028z[/b][red]:smile:[link=a]\ud800"
 IN_A_PATH = HOSTILE.replace("/", "_").replace("\ud800", "\udcff")

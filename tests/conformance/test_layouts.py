@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 
-from lora_merge.core.conversion import Conversion
 from lora_merge.core.tensor import TensorRef
 from lora_merge.layouts import LAYOUTS, LayoutError, Place, Stored, locate
+from lora_merge.modeling.conversion import Conversion
 
 HIDDEN, INNER, EXPERTS, VOCAB = 16, 6, 3, 32
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge import pipeline
+from lora_merge import api
 from lora_merge.cli import main as app
 from lora_merge.core import choices
 from lora_merge.errors import RequestError
@@ -80,7 +80,7 @@ def test_a_request_has_the_fields_of_the_table(verb):
 
 @pytest.mark.parametrize("verb", VERBS_IN_PYTHON)
 def test_a_function_takes_the_keywords_of_the_table(verb):
-    explicit = inspect.signature(getattr(pipeline, verb)).parameters.keys() - {"options", "observer"}
+    explicit = inspect.signature(getattr(api, verb)).parameters.keys() - {"options", "observer"}
     options = getattr(keywords, f"{verb.capitalize()}Options").__annotations__.keys()
     rows = {row.python_name: row for row in fields_of(verb) if row.in_python}
 

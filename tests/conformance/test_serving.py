@@ -8,12 +8,12 @@ from typing import get_args
 
 import pytest
 
+from lora_merge.conversion.writers.gguf.families import AROUND, FAMILIES
 from lora_merge.core.choices import ServingEngine
-from lora_merge.core.family import BaseFamily
-from lora_merge.core.traits import TRAITS, Trait
 from lora_merge.serving import ENGINES, report
+from lora_merge.serving.family import BaseFamily
 from lora_merge.serving.rules import Need
-from lora_merge.writers.gguf.families import AROUND, FAMILIES
+from lora_merge.serving.traits import TRAITS, Trait
 from tests.tampering import edit_json, edit_tensors, to_pickles
 
 of_every_engine = pytest.mark.parametrize("engine", ENGINES)

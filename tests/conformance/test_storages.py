@@ -15,10 +15,10 @@ import pytest
 import xxhash
 
 from lora_merge.errors import ChangedError, CheckpointError
-from lora_merge.io.safetensors import read_header
-from lora_merge.pipeline import planning
-from lora_merge.pipeline.inputs import check, lasting
-from lora_merge.resolve import resolve_base
+from lora_merge.formats.safetensors import read_header
+from lora_merge.merging.unchanged_inputs import check, lasting
+from lora_merge.planning import run
+from lora_merge.planning.resolve import resolve_base
 from lora_merge.storage.digests import file_digest, files_digest, range_digest
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.reading import read_blocks, read_into, stream_of
@@ -206,7 +206,7 @@ def test_weights_of_a_base_are_merged_from_a_storage_that_is_no_disk(
     for path in files.values():
         path.unlink()
     monkeypatch.setitem(SCHEMES, "mem", toy)
-    monkeypatch.setattr(planning, "resolve_base", partial(resolve_base, weights="mem://base"))
+    monkeypatch.setattr(run, "resolve_base", partial(resolve_base, weights="mem://base"))
     done = cli("--base", base, *arguments, tmp_path / "out")
     assert done.exit_code == 0, (done.stderr, done.exception)
     assert content(tmp_path / "out") == content(tmp_path / "wanted" / "out")
@@ -222,7 +222,7 @@ def test_a_base_in_a_storage_that_changes_meanwhile_is_noticed(pico, pico_adapte
     base = tmp_path / whole.name
     shutil.copytree(whole, base, ignore=shutil.ignore_patterns(name))
     monkeypatch.setitem(SCHEMES, "mem", toy)
-    monkeypatch.setattr(planning, "resolve_base", partial(resolve_base, weights="mem://base"))
+    monkeypatch.setattr(run, "resolve_base", partial(resolve_base, weights="mem://base"))
 
     class Hook:
         def phase(self, name, nbytes):

@@ -8,8 +8,8 @@ from math import sqrt
 import pytest
 import torch
 
-from lora_merge.core.lora import Keep
-from lora_merge.transforms import (
+from lora_merge.conversion.lora import Keep
+from lora_merge.conversion.transforms import (
     TRANSFORMS,
     BakeScale,
     PadRank,

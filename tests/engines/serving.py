@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from click.testing import Result
 
-from lora_merge.core.kinds import PEFT_0_14_FIELDS
+from lora_merge.peft_rules.kinds import PEFT_0_14_FIELDS
 from tests.engines.adapters import VLLM_RANKS, Adapted, Server
 from tests.engines.building import (
     RANK,

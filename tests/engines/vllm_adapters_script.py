@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_merge.engines import vllm_script
+from lora_merge.verification.engines import vllm_script
 from tests.engines.answering import Job, Line, answer_all
 
 

@@ -117,7 +117,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
 
-    from lora_merge.io import publish
+    from lora_merge.storage import publish
 
     torch.set_num_threads(1)
     job = Job(**told["job"])

@@ -13,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lora_merge
-from lora_merge.core.kinds import KNOWN_FIELDS
-from lora_merge.requests.batch_file import read_batch
+from lora_merge.batches.batch_file import read_batch
+from lora_merge.peft_rules.kinds import KNOWN_FIELDS
 from lora_merge.requests.request_file import read_request
 
 if TYPE_CHECKING:

@@ -251,8 +251,8 @@ def _widen(place: Place) -> None:
 
 @contextlib.contextmanager
 def _second_run(place: Place) -> Iterator[None]:
-    from lora_merge.io.journal import Journal
-    from lora_merge.io.staging import staging
+    from lora_merge.storage.journal import Journal
+    from lora_merge.storage.staging import staging
 
     with staging(place.out) as stage, Journal(stage.home, "another merge"):
         yield

@@ -11,7 +11,7 @@ import pytest
 
 import lora_merge
 from lora_merge.cli import exits
-from lora_merge.io.staging import staging_path
+from lora_merge.storage.staging import staging_path
 
 
 @pytest.fixture(scope="module")

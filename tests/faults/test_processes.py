@@ -15,7 +15,7 @@ import yaml
 
 from lora_merge.cli import exits
 from lora_merge.executors import processes
-from lora_merge.io.staging import SUFFIX
+from lora_merge.storage.staging import SUFFIX
 from tests.faults.trial import content, session
 
 COMMAND = [sys.executable, "-m", "lora_merge"]

@@ -10,28 +10,28 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
-from lora_merge.convert import draft, needs_base
+from lora_merge.batches.batch_file import read_batch
+from lora_merge.conversion import draft, needs_base
+from lora_merge.conversion.lora import Recipe
 from lora_merge.core.adapter import Adapter, AdapterUse
 from lora_merge.core.checkpoint import Checkpoint, MergedBefore
-from lora_merge.core.family import BaseFamily
-from lora_merge.core.kinds import NATIVE
-from lora_merge.core.loose_ends import without_base
-from lora_merge.core.lora import Recipe
-from lora_merge.core.manifest import merged_before, parse_manifest
-from lora_merge.core.provenance import Provenance, card_text, manifest_text
 from lora_merge.core.shards import header_bytes
-from lora_merge.core.skeleton import build_skeleton
 from lora_merge.core.tensor import TensorRecord
-from lora_merge.core.traits import traits_of
-from lora_merge.io.paths import missing_hint
-from lora_merge.io.small_files import parse_json, read_json, write_text
-from lora_merge.io.user_paths import output_path
-from lora_merge.locate import find
-from lora_merge.plan import Policy, Reading, join, make_plan
-from lora_merge.requests.batch_file import read_batch
+from lora_merge.formats.manifest import merged_before, parse_manifest
+from lora_merge.formats.provenance import Provenance, card_text, manifest_text
+from lora_merge.modeling.skeleton import build_skeleton
+from lora_merge.peft_rules.kinds import NATIVE
+from lora_merge.peft_rules.loose_ends import without_base
+from lora_merge.planning import Policy, Reading, join, make_plan
+from lora_merge.planning.locate import find
+from lora_merge.planning.resolve import resolve_base
 from lora_merge.requests.request_file import read_request
-from lora_merge.resolve import resolve_base
 from lora_merge.serving import ENGINES, report
+from lora_merge.serving.family import BaseFamily
+from lora_merge.serving.traits import traits_of
+from lora_merge.storage.paths import missing_hint
+from lora_merge.storage.small_files import parse_json, read_json, write_text
+from lora_merge.storage.user_paths import output_path
 from tests.faults.odd_values import (
     BASE_TENSORS,
     CONFIG,

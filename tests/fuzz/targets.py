@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
-from lora_merge.core.manifest import merged_before, parse_manifest
 from lora_merge.errors import LoraMergeError
-from lora_merge.io.pickles import read_pickle
-from lora_merge.io.safetensors import read_header
-from lora_merge.io.small_files import parse_json
-from lora_merge.resolve import resolve_base
+from lora_merge.formats.manifest import merged_before, parse_manifest
+from lora_merge.formats.pickles import read_pickle
+from lora_merge.formats.safetensors import read_header
+from lora_merge.planning.resolve import resolve_base
+from lora_merge.storage.small_files import parse_json
 from tests.fuzz.structures import STRUCTURES, place
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from lora_merge import executors
-from lora_merge.merge import CopySpec, MergeSpec
+from lora_merge.merging.worker import CopySpec, MergeSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

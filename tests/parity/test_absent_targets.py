@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lora_merge.cli import exits
-from lora_merge.core.bypassed import BYPASSED
+from lora_merge.peft_rules.bypassed import BYPASSED
 from tests.conftest import COMMON, VOCAB
 from tests.parity.building import one_thread, perturb
 from tests.tampering import edit_tensors

@@ -266,8 +266,8 @@ def test_several_adapters_are_compared_with_what_was_merged_before_rounding(pico
 
 @pytest.mark.parametrize("family", ["Whisper", "T5", "Llama"])
 def test_a_prompt_reaches_the_model_wherever_it_takes_tokens(family, workshop):
-    from lora_merge.core.answers import Prompt
-    from lora_merge.engines.hf import scores
+    from lora_merge.verification.engines.hf import scores
+    from lora_merge.verification.forward_comparison import Prompt
 
     model = building.load(building.base(workshop, family, "published"), building.by_name(family))
     one, other = (scores(model, Prompt("", ids), ())[-1] for ids in ((5, 9, 11), (5, 9, 12)))

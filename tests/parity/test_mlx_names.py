@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_merge.core.mlx_names import FAMILIES, MlxNameError, hf_name, mlx_name
+from lora_merge.adapters.mlx_names import FAMILIES, MlxNameError, hf_name, mlx_name
 from tests import twins
 from tests.parity import family_building as building
 from tests.tampering import edit_json, edit_tensors

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_merge.cli import exits
-from lora_merge.core import plan
+from lora_merge.core import view as views
 from lora_merge.core.adapter import Delta
-from lora_merge.core.plan import View
 from lora_merge.core.tensor import Region
+from lora_merge.core.view import View
 from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
-from lora_merge.merge import Merger, one_torch_thread
+from lora_merge.merging.worker import Merger, one_torch_thread
 from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.parity.test_tiles import Memory, written
@@ -214,8 +214,8 @@ BLOCKS = {
 @pytest.mark.parametrize("kind", ["low_rank", "dora"])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_a_part_is_changed_and_nothing_beside_it(block, kind, transposed, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
-    monkeypatch.setattr(plan, "PANEL_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(views, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(views, "PANEL_ELEMENTS", 1 << 14)
     shape, at = BLOCKS[block]
     rows, columns = (end - start for start, end in at[-2:])
     n_out, n_in = (columns, rows) if transposed else (rows, columns)

@@ -249,7 +249,7 @@ def test_the_table_of_families_names_those_of_transformers():
     # Zamba and Bark fill their tables as they go, which no pattern finds.
     import transformers
 
-    from lora_merge.core.skeleton import SHARING_MODEL_TYPES
+    from lora_merge.modeling.skeleton import SHARING_MODEL_TYPES
 
     known = {FOLDERS.get(name, name.replace("-", "_")) for name in SHARING_MODEL_TYPES}
     root = Path(transformers.__file__).parent / "models"

@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 import lora_merge
 from lora_merge.cli import exits
 from lora_merge.core.adapter import Delta
-from lora_merge.core.plan import Merge, MergePlan, Step, View
+from lora_merge.core.plan import Merge, MergePlan, Step
 from lora_merge.core.tensor import Region, TensorRef
+from lora_merge.core.view import View
 from lora_merge.core.weight import FLOAT32, Storage, Weight
 from lora_merge.deltas import DoraFacts, LowRankFacts
-from lora_merge.io.journal import FILE as JOURNAL
-from lora_merge.io.safetensors import read_header, tensor_digest
-from lora_merge.merge import Merger, one_torch_thread
-from lora_merge.pipeline import writing
-from lora_merge.writers import InMemory
+from lora_merge.formats.safetensors import read_header, tensor_digest
+from lora_merge.merging import writing
+from lora_merge.merging.memory import InMemory
+from lora_merge.merging.worker import Merger, one_torch_thread
+from lora_merge.storage.journal import FILE as JOURNAL
 from tests import toy_codecs
 from tests.steps import step_at
 from tests.toy_codecs import TOYS, known, scale_for, stored_as, values_in

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lora_merge.core.plan import View
-from lora_merge.merge import SAMPLE_ELEMENTS
+from lora_merge.core.view import View
+from lora_merge.merging.worker import SAMPLE_ELEMENTS
 from tests.tampering import edit_tensors
 
 W_STD, DELTA_STD = 0.02, 1e-4

@@ -8,12 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lora_merge.core import plan
+from lora_merge.core import view as views
 from lora_merge.core.adapter import Delta
-from lora_merge.core.plan import View
 from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef
+from lora_merge.core.view import View
 from lora_merge.deltas import DoraFacts, LowRankFacts, Stack, StackedFacts
-from lora_merge.merge import Merger, one_torch_thread
+from lora_merge.merging.worker import Merger, one_torch_thread
 from tests.steps import dense_merge, step_at
 
 SHAPES = [(1000, 300), (300, 1000), (257, 129), (64, 64), (65, 1031), (129, 8), (3, 500), (1, 1)]
@@ -54,7 +54,7 @@ def written(path, tensors):
 @pytest.mark.parametrize("rank", [1, 3, 8, 64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_many_tiles_have_the_bits_of_one_product(shape, rank, transposed, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(views, "TILE_ELEMENTS", 1 << 12)
     generator = torch.Generator().manual_seed(rank)
     n_out, n_in = shape[::-1] if transposed else shape
     a = torch.randn(rank, n_in, generator=generator)
@@ -79,7 +79,7 @@ def test_many_tiles_have_the_bits_of_one_product(shape, rank, transposed, tmp_pa
 
 
 def test_the_shapes_above_make_many_uneven_tiles(monkeypatch):
-    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(views, "TILE_ELEMENTS", 1 << 12)
     sizes = {shape: [end - start for start, end in View.of(shape).tiles()] for shape in SHAPES}
     assert max(len(tiles) for tiles in sizes.values()) >= 10
     assert any(len(set(tiles)) > 1 for tiles in sizes.values())
@@ -88,7 +88,7 @@ def test_the_shapes_above_make_many_uneven_tiles(monkeypatch):
 @pytest.mark.parametrize("stored_as", list(TORCH_NAMES))
 @pytest.mark.parametrize("weight_dtype", list(TORCH_NAMES))
 def test_two_deltas_and_a_change_of_dtype_are_rounded_once(weight_dtype, stored_as, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(views, "TILE_ELEMENTS", 1 << 12)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(200, 90, generator=generator).to(getattr(torch, TORCH_NAMES[weight_dtype]))
     factors = [
@@ -122,7 +122,7 @@ EXPERTS = [(5, 100, 30), (5, 30, 100), (3, 257, 65), (20, 9, 33), (2, 1, 1)]
 @pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
 @pytest.mark.parametrize("shape", EXPERTS, ids=str)
 def test_tiles_across_experts_have_the_bits_of_each_experts_product(shape, transposed, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(views, "TILE_ELEMENTS", 1 << 12)
     generator = torch.Generator().manual_seed(3)
     n, rank = shape[0], 3
     n_out, n_in = shape[:0:-1] if transposed else shape[1:]
@@ -144,8 +144,8 @@ def test_tiles_across_experts_have_the_bits_of_each_experts_product(shape, trans
 
 @pytest.mark.parametrize("shape", [(300, 200), (1000, 90), (200, 517)], ids=str)
 def test_tiles_and_panels_of_a_dora_in_out_have_the_bits_of_one_product(shape, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "TILE_ELEMENTS", 1 << 12)
-    monkeypatch.setattr(plan, "PANEL_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(views, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(views, "PANEL_ELEMENTS", 1 << 14)
     generator = torch.Generator().manual_seed(4)
     n_in, n_out = shape
     a, b = torch.randn(4, n_in, generator=generator), torch.randn(n_out, 4, generator=generator)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_merge.core.checkpoint import ConfigPatch, patched_config
-from lora_merge.plan.vocabulary import vocabulary_patch
+from lora_merge.planning.vocabulary import vocabulary_patch
 from tests.conftest import VOCAB, write_tokenizer
 from tests.parity import building
 from tests.tampering import edit_json, edit_tensors

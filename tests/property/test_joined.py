@@ -15,8 +15,8 @@ import lora_merge
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import Silence
 from lora_merge.errors import PlanError
-from lora_merge.pipeline.planning import InputTexts, join_inputs
-from lora_merge.plan import Joined, Policy, Reading, check_fit, make_plan
+from lora_merge.planning import Joined, Policy, Reading, check_fit, make_plan
+from lora_merge.planning.run import InputTexts, join_inputs
 from tests.parity import building
 from tests.parity.kinds import KINDS
 from tests.tampering import edit_json

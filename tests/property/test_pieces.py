@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_merge.core.pieces import Assembly, UnknownOperationError
+from lora_merge.modeling.pieces import Assembly, UnknownOperationError
 
 
 def filled(assembly, parts):

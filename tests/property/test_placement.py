@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lora_merge.core.plan import MIN_TILE_ROWS, PANEL_ELEMENTS, TILE_ELEMENTS, Combination, View
+from lora_merge.core.plan import Combination
 from lora_merge.core.shards import header_bytes, index_text, place, split
 from lora_merge.core.tensor import DTYPE_BITS, TensorRef, nbytes_of
-from lora_merge.io.safetensors import read_header
+from lora_merge.core.view import MIN_TILE_ROWS, PANEL_ELEMENTS, TILE_ELEMENTS, View
+from lora_merge.formats.safetensors import read_header
 from tests.steps import dense_merge
 
 WHOLE_BYTES = sorted(code for code, bits in DTYPE_BITS.items() if bits % 8 == 0)

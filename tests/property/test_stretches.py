@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lora_merge.core.checkpoint import ConfigPatch
 from lora_merge.core.plan import Copy, MergePlan
 from lora_merge.core.shards import place
-from lora_merge.core.stretches import stretches, whole_copies
 from lora_merge.core.tensor import TensorRef
+from lora_merge.storage.copy_runs import stretches, whole_copies
 from tests.steps import step_at
 
 copies = st.lists(

@@ -13,9 +13,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from lora_merge.core.patterns import TargetError
-from lora_merge.core.skeleton import build_skeleton
-from lora_merge.core.targets import TargetRule, matching_patterns
+from lora_merge.modeling.skeleton import build_skeleton
+from lora_merge.peft_rules.patterns import TargetError
+from lora_merge.peft_rules.targets import TargetRule, matching_patterns
 
 STEMS = ("", "model.", "transformer.", "language_model.model.", "0.")
 STACKS = ("layers", "h", "blocks", "my_layers")

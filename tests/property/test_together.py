@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_merge
-from lora_merge.batch import Batch
-from lora_merge.batch_groups import MOST_TOGETHER
+from lora_merge.batches.groups import MOST_TOGETHER
+from lora_merge.batches.job import Job
+from lora_merge.batches.run import Batch
 from lora_merge.core.plan import Merge
-from lora_merge.io.weights import WeightReader
-from lora_merge.requests.job import Job
+from lora_merge.formats.weights import WeightReader
 from lora_merge.requests.request import Request
 from tests.parity import building
 from tests.parity.kinds import KINDS
@@ -172,7 +172,7 @@ def test_tensors_of_many_tiles_are_those_of_merges_of_their_own(drawn, order, wo
     """Random bases whose tensors have up to three tiles, adapters alone and together, and a change of dtype."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lora_merge.core.budget.TILE_ELEMENTS", 16
+            "lora_merge.merging.budget.TILE_ELEMENTS", 16
         )  # 64 rows are a tile, as few as there may be
         root = Path(name)
         made = list(map(str, write_mixture(root, drawn)))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from lora_merge.convert import listed, module_paths, scaling
-from lora_merge.core.scaling import Scaling
+from lora_merge.conversion import listed, module_paths, scaling
+from lora_merge.peft_rules.scaling import Scaling
 
 STEMS = ("", "model.", "draft.model.", "language_model.model.", "0.")
 BLOCKS = ("layers.{}.self_attn", "layers.{}.mlp.experts.1", "layers.{}.mlp.experts.11", "h.{}", "merger.mlp")

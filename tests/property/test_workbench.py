@@ -16,7 +16,7 @@ import lora_merge
 from lora_merge.codecs import CODECS
 from lora_merge.core.tensor import DTYPE_BITS
 from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile
-from lora_merge.merge.workbench import Parts, Workbench
+from lora_merge.merging.worker.workbench import Parts, Workbench
 from tests.filling import fill
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_merge.core.answers import Answer, Prompt, compare, compare_logprobs
+from lora_merge.verification.forward_comparison import Answer, Prompt, compare, compare_logprobs
 
 SCORES = np.array([[0, 1, 2], [3, 0, 0], [0, 0, 4], [1, 5, 0]], dtype=np.float32)
 WANTED = Answer(Prompt("text", (0, 2, 1)), (2, 1), SCORES)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_merge.batches.batch_file import read_batch
 from lora_merge.errors import RequestError
-from lora_merge.requests.batch_file import read_batch
 from lora_merge.requests.request import ConvertRequest, Request
 
 

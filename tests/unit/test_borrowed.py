@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 
-from lora_merge.core.borrowed import Borrowed
 from lora_merge.executors.cuda import _EXACT_PRODUCTS
-from lora_merge.merge import one_torch_thread, quick_turns
+from lora_merge.merging.worker import one_torch_thread, quick_turns
+from lora_merge.runtime.borrowed import Borrowed
 
 
 class Actor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from lora_merge.core.adapter import Delta
-from lora_merge.core.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, Budget, allot, peak_together
 from lora_merge.core.checkpoint import ConfigPatch
-from lora_merge.core.plan import RUNTIME_BYTES, TILE_ELEMENTS, Copy, MergePlan, View
+from lora_merge.core.plan import RUNTIME_BYTES, Copy, MergePlan
 from lora_merge.core.tensor import TensorRef
+from lora_merge.core.view import TILE_ELEMENTS, View
 from lora_merge.deltas import LowRankFacts
+from lora_merge.merging.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, Budget, allot, peak_together
 from tests.steps import dense_merge, step_at
 
 MB = 1 << 20

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
+from lora_merge.conversion.writers import HfCheckpoint
 from lora_merge.core.checkpoint import ConfigPatch, SideFile, patched_config
 from lora_merge.core.plan import MergePlan
-from lora_merge.core.provenance import Provenance
-from lora_merge.io.folder import Folder
-from lora_merge.writers import HfCheckpoint
+from lora_merge.formats.provenance import Provenance
+from lora_merge.storage.folder import Folder
 
 CONFIG = {
     "a": 1,

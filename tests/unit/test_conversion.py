@@ -6,8 +6,8 @@ import pytest
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from lora_merge.core.conversion import Conversion, ConversionError
-from lora_merge.core.pieces import Assembly, UnknownOperationError
+from lora_merge.modeling.conversion import Conversion, ConversionError
+from lora_merge.modeling.pieces import Assembly, UnknownOperationError
 from tests.parity import family_building
 from tests.parity.families import FAMILIES
 

@@ -8,17 +8,17 @@ import os
 import pytest
 import xxhash
 
+from lora_merge.conversion.writers import HfCheckpoint
 from lora_merge.core.plan import Copy, Step
 from lora_merge.core.shards import place
-from lora_merge.core.stretches import Stretch
 from lora_merge.core.tensor import TensorRef
 from lora_merge.errors import CheckpointError, WriteError
-from lora_merge.io.folder import Folder
-from lora_merge.io.safetensors import reserve
-from lora_merge.merge import Stopwatches, copying
-from lora_merge.merge.copying import copy
+from lora_merge.merging.worker import Stopwatches, copying
+from lora_merge.merging.worker.copying import copy
+from lora_merge.storage.copy_runs import Stretch
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.output_files import reserve
 from lora_merge.storage.sources import SCHEMES
-from lora_merge.writers import HfCheckpoint
 from tests.memory_storage import Memory
 
 START = 37

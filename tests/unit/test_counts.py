@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from lora_merge.core.counts import excess_of
-from lora_merge.core.patterns import TargetError
-from lora_merge.core.skeleton import build_skeleton, parse_config
 from lora_merge.errors import CheckpointError
-from lora_merge.io.shards import _unindexed
-from lora_merge.plan.outline import layer_order
+from lora_merge.formats.weight_files import _unindexed
+from lora_merge.modeling.counts import excess_of
+from lora_merge.modeling.skeleton import build_skeleton, parse_config
+from lora_merge.peft_rules.patterns import TargetError
+from lora_merge.planning.outline import layer_order
 
 LLAMA = {
     "model_type": "llama",

@@ -16,14 +16,15 @@ import xxhash
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
 from lora_merge.errors import CheckpointError, ResolveError, WriteError
-from lora_merge.io.folder import Folder
-from lora_merge.io.safetensors import read_header, reserve, tensor_digest
-from lora_merge.io.small_files import read_json
-from lora_merge.io.user_paths import output_path, user_path
+from lora_merge.formats.safetensors import read_header, tensor_digest
 from lora_merge.storage import local
 from lora_merge.storage.copying import CopyTarget, copy_range
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.output_files import reserve
 from lora_merge.storage.reading import read_blocks, read_into
+from lora_merge.storage.small_files import read_json
 from lora_merge.storage.sources import open_source
+from lora_merge.storage.user_paths import output_path, user_path
 from lora_merge.storage.writing import Stream, write_from
 
 

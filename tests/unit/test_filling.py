@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import lora_merge
 from lora_merge.core.tensor import TensorRecord
-from lora_merge.pipeline import filling
+from lora_merge.merging import filling
 
 N_LAYERS = 4
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_merge.core.injection import (
+from lora_merge.peft_rules.injection import (
     BIAS_TYPES,
     Injection,
     InjectionError,
@@ -26,8 +26,8 @@ from lora_merge.core.injection import (
     sort_by_module,
     turns,
 )
-from lora_merge.core.injection import injection as room
-from lora_merge.core.kinds import PREFIX
+from lora_merge.peft_rules.injection import injection as room
+from lora_merge.peft_rules.kinds import PREFIX
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 SQUARE = ["q_proj", "o_proj"]

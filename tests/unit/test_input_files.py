@@ -13,11 +13,11 @@ import pytest
 
 from lora_merge.core.identity import FileIdentity, InputFile, Inputs
 from lora_merge.errors import ChangedError
-from lora_merge.io.small_files import read_bytes
-from lora_merge.pipeline.inputs import changed_times, check, lasting
+from lora_merge.merging.unchanged_inputs import changed_times, check, lasting
 from lora_merge.storage import page_cache
 from lora_merge.storage.digests import range_digest, same_bytes
 from lora_merge.storage.input_files import Watch, told, watching
+from lora_merge.storage.small_files import read_bytes
 from lora_merge.storage.sources import identity_at, open_source
 
 BIG, STEP = 40 << 20, 16 << 20

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import lora_merge
-from lora_merge.core.shards import parse_size
 from lora_merge.errors import RequestError
 from lora_merge.requests.inputs import adapter_texts
 from lora_merge.requests.parsing import parse_values
 from lora_merge.requests.request import Request
+from lora_merge.requests.sizes import parse_size
 from lora_merge.requests.table import OPTIONS
 
 

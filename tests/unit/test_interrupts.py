@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lora_merge.core.interrupts import whole_interrupts
+from lora_merge.runtime.interrupts import whole_interrupts
 
 
 @whole_interrupts()

@@ -10,9 +10,9 @@ import pytest
 
 from lora_merge.core.tensor import Survival, TensorRecord
 from lora_merge.errors import WriteError
-from lora_merge.io import journal
-from lora_merge.io.folder import Folder
-from lora_merge.io.journal import Journal
+from lora_merge.storage import journal
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.journal import Journal
 
 COPY = TensorRecord("model.norm.weight", "model.safetensors", 8, "xxh3_128:01", finite=True)
 MERGED = TensorRecord(

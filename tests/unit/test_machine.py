@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lora_merge.io import machine
+from lora_merge.runtime import machine
 
 GB = 1 << 30
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import lora_merge
-from lora_merge.core.markdown import code, name, scalar, strong
+from lora_merge.formats.markdown import code, name, scalar, strong
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge.core import patterns
-from lora_merge.core.patterns import Patterns, TargetError, patterns_of
+from lora_merge.peft_rules import patterns
+from lora_merge.peft_rules.patterns import Patterns, TargetError, patterns_of
 
 EXPLODING = ["(a+)+$", "(a|a)+$", "(a|a?)+$", "(.*)*!", "a?" * 40 + "a" * 40]
 HUGE = ["(?:a?){4000000000}", "(?:){4000000000}", "(?:|a){4000000000}"]
@@ -191,7 +191,7 @@ def test_a_forked_process_asks_one_of_its_own():
 
 def test_ctrl_c_is_heard_while_a_pattern_explodes_and_leaves_no_process():
     program = (
-        "from lora_merge.core import matcher; from lora_merge.core.patterns import Patterns\n"
+        "from lora_merge.peft_rules import matcher; from lora_merge.peft_rules.patterns import Patterns\n"
         "rule = Patterns('f', ['(a+)+$'], 'whole'); rule.check(); print(matcher._WORKER._process.pid, flush=True)\n"
         f"rule.matching({NAME!r})"
     )
@@ -210,7 +210,7 @@ def test_ctrl_c_is_heard_while_a_pattern_explodes_and_leaves_no_process():
 
 def test_no_process_is_left_by_one_that_is_killed():
     program = (
-        "import os; from lora_merge.core import matcher; from lora_merge.core.patterns import Patterns\n"
+        "import os; from lora_merge.peft_rules import matcher; from lora_merge.peft_rules.patterns import Patterns\n"
         "rule = Patterns('f', [r'.*\\.q'], 'whole'); rule.check(); print(matcher._WORKER._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )

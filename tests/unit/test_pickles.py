@@ -14,9 +14,9 @@ import torch
 
 from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.errors import CheckpointError
-from lora_merge.io import pickles, unpickling
-from lora_merge.io.pickles import read_pickle
-from lora_merge.io.safetensors import blocks, load
+from lora_merge.formats import pickles, unpickling
+from lora_merge.formats.pickles import read_pickle
+from lora_merge.formats.safetensors import blocks, load
 from tests.tampering import edit_records
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -403,7 +403,7 @@ def test_the_file_is_read_without_torch(saved):
     import sys
 
     program = (
-        "import sys; from pathlib import Path; from lora_merge.io.pickles import read_pickle;"
+        "import sys; from pathlib import Path; from lora_merge.formats.pickles import read_pickle;"
         "print(len(read_pickle(Path(sys.argv[1])).tensors), 'torch' in sys.modules)"
     )
     path = saved({"a": A, "b": A + 1})
@@ -414,7 +414,7 @@ def test_the_file_is_read_without_torch(saved):
 def test_only_the_table_of_makers_is_ever_called():
     """What a pickle may name and have called: nothing of it is torch's, or Python's."""
     for maker in unpickling.MAKERS.values():
-        assert maker.__module__ == "lora_merge.io.unpickling"
+        assert maker.__module__ == "lora_merge.formats.unpickling"
 
 
 def pickled(path: Path, content: bytes) -> Path:

@@ -12,12 +12,12 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.integrations import hub_kernels
 
-from lora_merge.core import cut_off as wall
-from lora_merge.core import skeleton as room
-from lora_merge.core.cut_off import cut_off, is_cut_off
-from lora_merge.core.injection import Injection, InjectionError
-from lora_merge.core.plain_config import FetchError, fetched_part, plain_adapter_config, plain_config
-from lora_merge.core.skeleton import build_skeleton, meta_model, model_class, parse_config
+from lora_merge.modeling import cut_off as wall
+from lora_merge.modeling import skeleton as room
+from lora_merge.modeling.cut_off import cut_off, is_cut_off
+from lora_merge.modeling.plain_config import FetchError, fetched_part, plain_adapter_config, plain_config
+from lora_merge.modeling.skeleton import build_skeleton, meta_model, model_class, parse_config
+from lora_merge.peft_rules.injection import Injection, InjectionError
 
 KERNEL = {
     "_attn_implementation": "evil/kernel",

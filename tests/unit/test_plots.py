@@ -12,10 +12,10 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from lora_merge import plots
-from lora_merge.core.inspection import Inspection, ModuleFacts
 from lora_merge.errors import RequestError, WriteError
-from lora_merge.plots.colours import VIRIDIS
+from lora_merge.inspection import plots
+from lora_merge.inspection.facts import Inspection, ModuleFacts
+from lora_merge.inspection.plots.colours import VIRIDIS
 
 HOSTILE = "</td><script>alert(1)</script>--> $x^2$ & \"'\n\u202e漢\ud800"
 
@@ -158,8 +158,8 @@ def test_a_page_loads_nothing_and_runs_nothing(tmp_path):
 
 def test_a_page_needs_no_matplotlib(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from lora_merge import plots\n"
-        "from lora_merge.core.inspection import Inspection, ModuleFacts\n"
+        "import sys; from pathlib import Path; from lora_merge.inspection import plots\n"
+        "from lora_merge.inspection.facts import Inspection, ModuleFacts\n"
         "one = ModuleFacts('layers.0.x', 'low_rank', 4, 1.0, (), 0)\n"
         "it = Inspection('a', 'peft', 'LORA', '', '', False, '', 0, '', (one,))\n"
         "plots.draw(it, Path(sys.argv[1])); print(sorted({'matplotlib', 'numpy'} & {*sys.modules}))"
@@ -182,7 +182,7 @@ def test_the_same_inspection_gives_the_same_bytes_whatever_the_users_settings(tm
         plots.draw(shown, tmp_path / f"two{suffix}")
         assert mpl.rcParams["font.size"] == 30
     program = (
-        "import pickle, sys; from pathlib import Path; from lora_merge import plots\n"
+        "import pickle, sys; from pathlib import Path; from lora_merge.inspection import plots\n"
         "plots.draw(pickle.load(sys.stdin.buffer), Path(sys.argv[1]))"
     )
     subprocess.run(

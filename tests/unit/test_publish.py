@@ -11,9 +11,9 @@ import pytest
 
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.errors import WriteError
-from lora_merge.io import dirs, owners, publish, staging
-from lora_merge.io.folder import Folder
-from lora_merge.io.journal import Journal
+from lora_merge.storage import dirs, owners, publish, staging
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.journal import Journal
 
 RECORD = TensorRecord("x", "model.safetensors", 8, "xxh3_128:01", finite=True)
 

@@ -9,12 +9,12 @@ import shutil
 import pytest
 
 from lora_merge.errors import CheckpointError, ResolveError
-from lora_merge.io.instead import instead_of, is_pointer
-from lora_merge.io.paths import missing_hint
-from lora_merge.io.pickles import read_pickle
-from lora_merge.io.recognise import fault_of, in_order, names_in
-from lora_merge.io.safetensors import read_header
-from lora_merge.io.small_files import read_json
+from lora_merge.formats.pickles import read_pickle
+from lora_merge.formats.recognise import fault_of, in_order, names_in
+from lora_merge.formats.safetensors import read_header
+from lora_merge.storage.instead import instead_of, is_pointer
+from lora_merge.storage.paths import missing_hint
+from lora_merge.storage.small_files import read_json
 from tests.tampering import edit_json
 
 BASE, ADAPTER = ["config.json", "model.safetensors"], ["adapter_config.json", "adapter_model.safetensors"]
@@ -257,7 +257,7 @@ def test_a_configuration_that_is_not_pefts_is_called_so(config, says, pico, pico
 def test_folders_that_may_not_be_searched_are_a_sentence(tmp_path, monkeypatch):
     from pathlib import Path
 
-    from lora_merge.locate import find
+    from lora_merge.planning.locate import find
 
     def refuse(path, **_):
         raise PermissionError(13, "Permission denied")

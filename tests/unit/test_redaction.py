@@ -9,14 +9,14 @@ import traceback
 
 import pytest
 
-from lora_merge.core.source import Source
+from lora_merge.batches.event_log import EventLog
 from lora_merge.errors import RequestError
-from lora_merge.io.event_log import EventLog
-from lora_merge.io.hub import Access
-from lora_merge.io.hub.hub_errors import hub_errors
 from lora_merge.redaction import without_secrets
 from lora_merge.requests.request import ConvertRequest, InspectRequest, Request, VerifyRequest
 from lora_merge.requests.request_file import read_request
+from lora_merge.storage.hub import Access
+from lora_merge.storage.hub.hub_errors import hub_errors
+from lora_merge.storage.source import Source
 
 TOKEN = "hf_SECRETsecretSECRETsecret"
 OTHER = "s3cret-of-a-hub-of-our-own"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_merge.core.same_model import cached_repo, is_repo, same_model
+from lora_merge.storage.same_model import cached_repo, is_repo, same_model
 
 SAME = [
     ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_merge.core.tensor import TensorRef
 from lora_merge.layouts import Stored
-from lora_merge.plan.shared import Shared, in_parts_issue, shared_weights, split_issue, to_write
+from lora_merge.planning.shared import Shared, in_parts_issue, shared_weights, split_issue, to_write
 
 
 class Experts:

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from lora_merge.core.shortage import memory_for, not_for_want_of_memory
 from lora_merge.errors import OutOfMemoryError
+from lora_merge.runtime.shortage import memory_for, not_for_want_of_memory
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_library_that_fails_for_want_of_memory_says_nothing_of_its_input(exc):
 
 
 def test_a_configuration_is_not_called_unknown_because_memory_ran_out(monkeypatch):
-    from lora_merge.core import skeleton
+    from lora_merge.modeling import skeleton
 
     def fails(config):
         raise MemoryError

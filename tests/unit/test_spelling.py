@@ -6,8 +6,8 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from lora_merge.adapters.spelling import TUNERS, canonical
-from lora_merge.core.kinds import LAYERED, NATIVE
 from lora_merge.core.tensor import TensorRef
+from lora_merge.peft_rules.kinds import LAYERED, NATIVE
 
 Q = "model.layers.0.self_attn.q_proj"
 P = f"base_model.model.{Q}"

@@ -12,9 +12,9 @@ import pytest
 
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.errors import CheckpointError, WriteError
-from lora_merge.io import flushing, publish, staging
-from lora_merge.io.folder import Folder
-from lora_merge.io.journal import Journal
+from lora_merge.storage import flushing, publish, staging
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.journal import Journal
 
 
 def left_by_a_run(out):

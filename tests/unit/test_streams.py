@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lora_merge.io.streams import Foreign, failure_of, own
+from lora_merge.runtime.streams import Foreign, failure_of, own
 
 FAKED = "a \x1b[31mname\x1b]0;owned\x07\u202e\nerror: faked\r\n"
 
@@ -70,7 +70,7 @@ def test_ours_goes_past_it(foreign):
 
 
 def guarded(program, **how):
-    lines = ["import os, sys, warnings, logging", "from lora_merge.io import streams", "streams.guard()"]
+    lines = ["import os, sys, warnings, logging", "from lora_merge.runtime import streams", "streams.guard()"]
     script = "\n".join([*lines, program])
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **how}
     return subprocess.run([sys.executable, "-c", script], check=False, timeout=60, **how)
@@ -94,7 +94,7 @@ def test_warnings_and_log_records_of_libraries_are_notes():
 
 def test_closed_streams_are_open_and_no_file_gets_their_numbers():
     program = (
-        "from lora_merge.io import streams; streams.guard()\n"
+        "from lora_merge.runtime import streams; streams.guard()\n"
         "import os, sys; print('out'); print('err', file=sys.stderr); input_ = os.read(0, 1)\n"
         "fd = os.open('/dev/null', os.O_RDONLY)\n"
         "inherited = [os.get_inheritable(n) for n in range(3)]\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge.core import kinds
-from lora_merge.core.skeleton import CONV1D_MODEL_TYPES, build_skeleton, may_hold_conv1d
+from lora_merge.modeling.skeleton import CONV1D_MODEL_TYPES, build_skeleton, may_hold_conv1d
+from lora_merge.peft_rules import kinds
 
 
 @pytest.mark.parametrize("config_class", ["LoraConfig", "AdaLoraConfig", "TrainableTokensConfig"])

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lora_merge.io import tokenizer_file
-from lora_merge.io.streams import Foreign
-from lora_merge.io.tokenizer_file import TokenizerError, n_tokens, without_panics
+from lora_merge.formats import tokenizer_file
+from lora_merge.formats.tokenizer_file import TokenizerError, n_tokens, without_panics
+from lora_merge.runtime.streams import Foreign
 
 PLAIN = {
     "version": "1.0",

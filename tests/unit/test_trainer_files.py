@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_merge.adapters import read
 from lora_merge.errors import CheckpointError, ResolveError
-from lora_merge.io.trainer_files import chosen, unread_files
+from lora_merge.formats.trainer_files import chosen, unread_files
 from tests.tampering import to_pickles
 
 WEIGHTS = (

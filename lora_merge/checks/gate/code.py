@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.checkpoint import CONFIG_FILE, Output
 from lora_merge.core.report import error, note
 from lora_merge.errors import CheckpointError
-from lora_merge.io.small_files import read_bytes, read_json
+from lora_merge.storage.small_files import read_bytes, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Issue
 
 _CARRIERS = (
-    CONFIG_FILE, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+    CONFIG_FILE,
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
     "video_preprocessor_config.json",
-)  # fmt: skip
+)
 """Files that may have an ``auto_map``."""
 
 _MOST_BYTES = 4_000_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE
-from lora_merge.core.conversion import Conversion
-from lora_merge.core.plain_config import fetched_part
 from lora_merge.core.report import error, note
+from lora_merge.modeling.conversion import Conversion
+from lora_merge.modeling.plain_config import fetched_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,7 @@ from lora_merge.core.checkpoint import (
     owner_name,
 )
 from lora_merge.core.report import error, warning
-from lora_merge.io.safetensors import tensor_digest
+from lora_merge.formats.safetensors import tensor_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

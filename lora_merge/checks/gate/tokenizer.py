@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.checkpoint import INPUT_NAMES, Output, config_levels, owner_name
 from lora_merge.core.report import error, note, warning
 from lora_merge.errors import CheckpointError
-from lora_merge.io.small_files import read_json
-from lora_merge.io.tokenizer_file import TokenizerError, n_tokens
+from lora_merge.formats.tokenizer_file import TokenizerError, n_tokens
+from lora_merge.storage.small_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

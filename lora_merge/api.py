@@ -1,0 +1,182 @@
+"""The public verbs: merge, plan, verify, inspect, convert and extract.
+
+`planning` makes a plan, `merging` carries it out, `proving` holds an output to it, years later too; `inspecting`,
+`converting` and `extracting` are about adapters. Here are the public verbs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import Observer, Silence
+from lora_merge.merging.run import run
+from lora_merge.planning.run import explain, plan_request
+from lora_merge.requests.parsing import parse_keywords
+from lora_merge.requests.request import (
+    ConvertRequest,
+    ExtractRequest,
+    InspectRequest,
+    Request,
+    VerifyRequest,
+)
+from lora_merge.verification.verify_existing import prove
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from typing import Unpack
+
+    from lora_merge.conversion.lora import ConvertReport
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.report import Proof, Report
+    from lora_merge.inspection.facts import Inspection
+    from lora_merge.requests.inputs import AdapterPaths
+    from lora_merge.requests.keywords import (
+        ConvertOptions,
+        ExtractOptions,
+        InspectOptions,
+        MergeOptions,
+        PlanOptions,
+        VerifyOptions,
+    )
+
+__all__ = [
+    "convert",
+    "explain",
+    "extract",
+    "inspect",
+    "merge",
+    "plan",
+    "prove",
+    "run",
+    "verify",
+]
+
+
+def merge(
+    *,
+    adapter: AdapterPaths,
+    out: str | PathLike[str],
+    observer: Observer | None = None,
+    **options: Unpack[MergeOptions],
+) -> Report:
+    """Merge an adapter into a base and write a checkpoint that loads without LoRA support.
+
+    Args:
+        adapter: adapter directory or repo (``org/name``, ``org/name/folder@revision``, ``ms://org/name``), or
+            several; each may have ``:WEIGHT`` behind it. A table gives weights too: ``{"style": 0.7, "facts": 1}``.
+        out: directory to create.
+        observer: hears of phases and bytes.
+        **options: those of ``lora-merge merge``, with underscores: ``base``, ``dtype``, ``combine``, ``workers``,
+            ``overwrite`` … `MergeOptions` has all of them.
+
+    Raises:
+        LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood
+            there before.
+    """
+    request = parse_keywords(Request, "merge", {"adapter": adapter, "out": out, **options})
+    return run(request, observer=observer)
+
+
+def plan(*, adapter: AdapterPaths, **options: Unpack[PlanOptions]) -> MergePlan:
+    """Return what `merge` would read, compute and write; writes nothing.
+
+    Args:
+        adapter: as for `merge`.
+        **options: those of `merge` that shape the plan; `PlanOptions` has all of them.
+
+    Raises:
+        ResolveError: base or adapter cannot be found or read.
+        PlanError: they do not fit.
+    """
+    request = parse_keywords(Request, "plan", {"adapter": adapter, **options}, {"out": ""})
+    return plan_request(request, Silence()).plan
+
+
+def verify(
+    out: str | PathLike[str], *, observer: Observer | None = None, **options: Unpack[VerifyOptions]
+) -> Proof:
+    """Verify a merged checkpoint, now or years later; `Proof.ok` says whether it passed.
+
+    Args:
+        out: its directory.
+        observer: hears of phases.
+        **options: those of ``lora-merge verify``, with underscores: ``base``, ``adapter``, ``level``, ``forward`` …
+            `VerifyOptions` has all of them.
+
+    Raises:
+        ResolveError: there is no such output, or a base or adapter named here cannot be read.
+        PlanError: those named here do not fit, or the model cannot be run.
+    """
+    return prove(parse_keywords(VerifyRequest, "verify", {"out": out, **options}), observer=observer)
+
+
+def inspect(
+    adapter: str | PathLike[str], *, observer: Observer | None = None, **options: Unpack[InspectOptions]
+) -> Inspection:
+    """Describe an adapter, from its headers: every module, where it comes from, what engines make of it.
+
+    Args:
+        adapter: directory or repo.
+        observer: hears of phases.
+        **options: those of ``lora-merge inspect``, with underscores: ``base`` (then ‖Δ‖ and ‖W‖ of every module are
+            measured), ``engine``, ``plot`` … `InspectOptions` has all of them.
+
+    Raises:
+        ResolveError: it cannot be found or read.
+    """
+    from lora_merge.inspection.run import inspect_adapter
+
+    request = parse_keywords(InspectRequest, "inspect", {"adapter": adapter, **options})
+    return inspect_adapter(request, observer=observer)
+
+
+def convert(
+    adapter: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    observer: Observer | None = None,
+    **options: Unpack[ConvertOptions],
+) -> ConvertReport:
+    """Rewrite an adapter: for an engine, in another format, with another rank.
+
+    Args:
+        adapter: directory or repo.
+        out: directory to create.
+        observer: hears of phases and bytes.
+        **options: those of ``lora-merge convert``, with underscores: ``base``, ``engine`` (``--for``), ``format``,
+            ``rank``, ``to_lora`` … `ConvertOptions` has all of them.
+
+    Raises:
+        LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
+    """
+    from lora_merge.conversion.run import convert_adapter
+
+    request = parse_keywords(ConvertRequest, "convert", {"adapter": adapter, "out": out, **options})
+    return convert_adapter(request, observer=observer)
+
+
+def extract(
+    base: str | PathLike[str],
+    tuned: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    observer: Observer | None = None,
+    **options: Unpack[ExtractOptions],
+) -> ConvertReport:
+    """Take a full fine-tune apart: a PEFT LoRA of what it changed in its base.
+
+    Args:
+        base: what was trained: directory or repo.
+        tuned: what came of it.
+        out: directory to create.
+        observer: hears of phases and bytes.
+        **options: those of ``lora-merge extract``, with underscores; ``rank`` or ``energy`` has to be given.
+            `ExtractOptions` has all of them.
+
+    Raises:
+        LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
+    """
+    from lora_merge.conversion.extraction import extract_adapter
+
+    keywords = {"base": base, "tuned": tuned, "out": out, **options}
+    return extract_adapter(parse_keywords(ExtractRequest, "extract", keywords), observer=observer)

@@ -1,0 +1,1 @@
+"""Many requests at a time: the batch file, groups by base, what became of each job."""

@@ -1,0 +1,372 @@
+"""Batch files: YAML → jobs, with globs, matrices and templates, and errors that name the line and the key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.batches.job import Job
+from lora_merge.batches.wildcards import WILD, matches
+from lora_merge.errors import RequestError, ResolveError
+from lora_merge.requests.inputs import adapter_texts
+from lora_merge.requests.parsing import parse_request, parse_values
+from lora_merge.requests.request import ConvertRequest, Request
+from lora_merge.requests.request_file import close_hint, validated
+from lora_merge.requests.table import fields_of
+from lora_merge.requests.values import parse_adapter
+from lora_merge.requests.yaml_file import parse_yaml
+from lora_merge.storage.user_paths import is_there, output_path
+from lora_merge.words import quoted, shown
+
+if TYPE_CHECKING:
+    import yaml
+
+_MERGE_KEYS = frozenset(option.key for option in fields_of("merge"))
+_CONVERT_KEYS = frozenset(option.key for option in fields_of("convert")) - {"convert"}
+_OWN_KEYS = frozenset({"name", "matrix", "convert"})
+_TOP_KEYS = ("defaults", "jobs")
+
+MAX_JOBS = 10_000
+"""Of a batch."""
+
+_FIELD = re.compile(r"\{(\w*)\}")
+
+_SPELT = {option.name: option.key for option in fields_of("convert")}
+"""Fields of a conversion, and what a batch calls them."""
+
+_FIELDS = sorted((*fields_of("merge"), *fields_of("convert")), key=lambda option: not option.is_required)
+
+_GLOBBED = tuple(dict.fromkeys(option.key for option in _FIELDS if option.has_wildcards))
+"""Keys whose values may have wildcards, in the order in which ``{1}``, ``{2}`` … count what they match."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One entry of ``jobs``, and where its keys stand."""
+
+    file: str
+    line: int
+    values: Mapping[str, Any]
+    lines: Mapping[str, int]
+
+    def error(self, key: str, sentence: str, hint: str = "") -> RequestError:
+        """Return the error of a key."""
+        return RequestError(self.file, self.lines.get(key, self.line), key, sentence, hint=hint)
+
+
+def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[Job, ...]:
+    """Return the jobs in a YAML file, in their order.
+
+    Args:
+        path: the file. Paths in it are relative to the current directory, as on the command line.
+        overrides: values of requests that win over the file's.
+
+    Raises:
+        RequestError: the file is no YAML, a key is unknown, repeated, missing or of the wrong type, a wildcard matches
+            nothing, or two jobs get in each other's way.
+    """
+    values, node = parse_yaml(path)
+    lines = _lines(node)
+    for key in values:
+        if key not in _TOP_KEYS:
+            raise RequestError(
+                path, lines.get(key, 0), str(key), "is no key of a batch", hint=close_hint(key, _TOP_KEYS)
+            )
+    defaults, own_lines = _defaults(path, values, node)
+    entries = _entries(path, values, node, own_lines)
+    jobs = []
+    for entry in entries:
+        for job in _jobs(entry, defaults, overrides or {}):
+            jobs.append(job)
+            if len(jobs) > MAX_JOBS:
+                raise entry.error("jobs", f"stands for more than {MAX_JOBS} jobs, with those before it")
+    _check_apart(path, jobs)
+    return tuple(jobs)
+
+
+def _defaults(
+    path: str, values: Mapping[str, Any], node: yaml.MappingNode
+) -> tuple[Mapping[str, Any], dict[str, int]]:
+    """Return ``defaults``, and where its keys stand."""
+    defaults = values.get("defaults")
+    if defaults is None:
+        return {}, {}
+    if not isinstance(defaults, dict):
+        sentence = f"is {shown(defaults)}, expected a table of keys"
+        raise RequestError(path, _lines(node).get("defaults", 1), "defaults", sentence)
+    lines = _lines(_node_of(node, "defaults"))
+    for key in defaults:
+        if key not in _MERGE_KEYS | _CONVERT_KEYS:
+            hint = close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
+            raise RequestError(path, lines.get(key, 0), str(key), "is no key of a request", hint=hint)
+    return defaults, lines
+
+
+def _entries(
+    path: str, values: Mapping[str, Any], node: yaml.MappingNode, lines: Mapping[str, int]
+) -> Iterator[_Entry]:
+    """Yield the entries of ``jobs``; what they leave to ``defaults`` stands on the lines given."""
+    listed = values.get("jobs")
+    if not isinstance(listed, list) or not listed:
+        line = _lines(node).get("jobs", 1)
+        raise RequestError(
+            path, line, "jobs", f"is {shown(listed)}", hint="a batch is a list of jobs: - adapter: …"
+        )
+    nodes = _node_of(node, "jobs").value
+    for entry, where in zip(listed, nodes, strict=True):
+        line = where.start_mark.line + 1
+        if not isinstance(entry, dict):
+            what = "a text" if isinstance(entry, str) else shown(entry)  # which may be a token
+            raise RequestError(path, line, "jobs", f"has {what}, expected a table of keys")
+        yield _Entry(path, line, entry, {**lines, **_lines(where)})
+
+
+def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[Job]:
+    """Yield the jobs that one entry stands for: one for each cell of its matrix, and each match of its wildcards."""
+    own = {key: value for key, value in entry.values.items() if key not in {"name", "matrix"}}
+    matrix = entry.values.get("matrix")
+    converts = "convert" in own or (isinstance(matrix, dict) and "convert" in matrix)
+    kind_keys = _CONVERT_KEYS if converts else _MERGE_KEYS
+    for cell in _cells(entry):
+        words = {key: str(value) for key, value in cell.items()}
+        fields = {key: value for key, value in cell.items() if key in kind_keys | {"convert"}}
+        wanted = {**{key: value for key, value in defaults.items() if key in kind_keys}, **own, **fields}
+        for word in words.keys() - fields.keys():
+            if f"{{{word}}}" not in str({**own, "name": entry.values.get("name")}):
+                sentence = f"has {word!r}, which is no key of such a job, and {{{word}}} stands nowhere"
+                raise entry.error("matrix", sentence, close_hint(word, sorted(kind_keys)))
+        wanted |= {key: _worded(wanted[key], words) for key in _GLOBBED if key in wanted}
+        for key in wanted:
+            if key not in kind_keys | {"convert"}:
+                raise entry.error(
+                    str(key), "is no key of such a job", close_hint(key, sorted(kind_keys | _OWN_KEYS))
+                )
+        for values, matched in _expanded(entry, wanted):
+            yield _job(entry, {**values, **overrides}, {**matched, **words})
+
+
+def _worded(value: Any, words: Mapping[str, str]) -> Any:
+    """Return a value, or each of a list, with the words of a matrix in their places."""
+    if isinstance(value, list):
+        return [_worded(item, words) for item in value]
+    for word, text in words.items():
+        value = value.replace(f"{{{word}}}", text) if isinstance(value, str) else value
+    return value
+
+
+def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
+    """Yield one value of each key of a matrix, in every combination."""
+    matrix = entry.values.get("matrix")
+    if matrix is None:
+        yield {}
+        return
+    if not isinstance(matrix, dict):
+        raise entry.error("matrix", f"is {shown(matrix)}, expected a table of key → list of values")
+    for key, values in matrix.items():
+        if not isinstance(values, list) or not values:
+            raise entry.error("matrix", f"has no list for {key}, expected a table of key → list of values")
+    _check_count(entry, "matrix", [len(values) for values in matrix.values()])
+    for values in product(*matrix.values()):
+        yield dict(zip(matrix, values, strict=True))
+
+
+def _check_count(entry: _Entry, key: str, counts: list[int]) -> None:
+    """Raise where an entry stands for more jobs than a batch can have, before they are made."""
+    if prod(counts) > MAX_JOBS:
+        sentence = f"stands for {' × '.join(map(str, counts))} jobs, expected {MAX_JOBS} at most"
+        raise entry.error(key, sentence)
+
+
+def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Yield the values of a job with its wildcards replaced, and what they matched: ``{"1": …}``."""
+    patterns = {
+        key: str(values[key])
+        for key in _GLOBBED
+        if isinstance(values.get(key), str) and _is_wild(values[key])
+    }
+    for key in _GLOBBED:
+        if isinstance(values.get(key), list) and any(_is_wild(str(item)) for item in values[key]):
+            raise entry.error(
+                key,
+                "has a wildcard in a list, and all of a list are merged into one",
+                "list them, or name one with a wildcard",
+            )
+    found = {}
+    for key, pattern in patterns.items():
+        try:
+            found[key] = matches(pattern, _placed(pattern))
+        except ResolveError as exc:
+            raise entry.error(key, str(exc), exc.hint) from exc
+        if not found[key]:
+            raise entry.error(key, f"{pattern} matches no directory")
+    _check_count(entry, next(iter(found), ""), [len(places) for places in found.values()])
+    for chosen in product(*found.values()):
+        words = [word for _, captured in chosen for word in captured]
+        paths = dict(zip(found, (path for path, _ in chosen), strict=True))
+        yield {**values, **paths}, {str(n): word for n, word in enumerate(words, 1)}
+
+
+def _is_wild(text: str) -> bool:
+    return bool(WILD.search(text)) and not is_there(Path(text))
+
+
+def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> Job:
+    """Return the job of some values, its templates filled in."""
+    converts = "convert" in values
+    adapters = values.get("convert", values.get("adapter", ()))
+    listed = _listed(adapters)
+    own = {
+        "adapter": "+".join(_last(str(adapter)) for adapter in listed),
+        "parent": PurePosixPath(str(listed[0]) if listed else "").parent.name,
+        "base": _last(str(values.get("base") or "")),
+    }
+    known = {**words, **{field: word for field, word in own.items() if word}}
+    filled = {
+        key: _filled(entry, key, value, known) if key == "out" else value for key, value in values.items()
+    }
+    name = _filled(entry, "name", entry.values.get("name") or filled.get("out"), known)
+    if not filled.get("out"):
+        raise entry.error(
+            "out",
+            "is missing",
+            "say where the output goes; {adapter}, {parent}, {base} and {1} are filled in",
+        )
+    try:
+        request = _convert_request(filled) if converts else _merge_request(filled)
+    except RequestError as exc:
+        key = _SPELT.get(exc.key, exc.key) if converts else exc.key
+        raise entry.error(key, exc.sentence, exc.hint) from exc
+    return Job(str(name), request, entry.line)
+
+
+def _merge_request(values: Mapping[str, Any]) -> Request:
+    if "adapter" not in values:
+        raise RequestError(
+            "", 0, "adapter", "is missing", hint="a job has an adapter, or converts one: convert: …"
+        )
+    return validated(Request, parse_values(Request, {"resume": True, **values}))
+
+
+def _convert_request(values: Mapping[str, Any]) -> ConvertRequest:
+    adapter = values["convert"]
+    if not isinstance(adapter, str) or not adapter:
+        raise RequestError(
+            "", 0, "adapter", f"is {shown(adapter)}, expected one adapter: a directory or a repo"
+        )
+    named = {field: values[key] for field, key in _SPELT.items() if key in values}
+    parsed = parse_request(ConvertRequest, named)
+    return validated(ConvertRequest, {field: getattr(parsed, field) for field in _SPELT})
+
+
+def _placed(text: str) -> str:
+    """Return an adapter's place, without its weight; what has no sound weight is left to the request's own parser."""
+    try:
+        return parse_adapter(text)[0]
+    except ValueError:
+        return text
+
+
+def _listed(adapters: Any) -> list[Any]:
+    """Return what is merged, one by one; what has no sound form is left to the request's own parser."""
+    try:
+        return list(adapter_texts(adapters))
+    except ValueError:
+        return adapters if isinstance(adapters, list) else [adapters]
+
+
+def _last(path: str) -> str:
+    """Return the last part of a path or a repo, without its weight and its revision.
+
+    Example:
+        >>> _last("runs/style/checkpoint-10:0.5"), _last("org/my-lora@v1")
+        ('checkpoint-10', 'my-lora')
+    """
+    return PurePosixPath(_placed(path).partition("@")[0]).name
+
+
+def _filled(entry: _Entry, key: str, template: Any, known: Mapping[str, str]) -> Any:
+    """Return a template with its fields filled in.
+
+    Raises:
+        RequestError: it has a field that nothing fills.
+    """
+    if not isinstance(template, str):
+        return template
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            listed = ", ".join(f"{{{word}}}" for word in known)
+            raise entry.error(
+                key, f"{quoted(template)} has {match[0]}, which nothing fills", f"known here: {listed}"
+            )
+        return known[match[1]]
+
+    return _FIELD.sub(fill, template)
+
+
+def _check_apart(file: str, jobs: list[Job]) -> None:
+    """Raise where two jobs have one name or one output, or one writes what another reads."""
+    names: dict[str, Job] = {}
+    outs: dict[Path, Job] = {}
+    above: dict[Path, Job] = {}
+    """Directories that an output lies in."""
+
+    for job in jobs:
+        if job.name in names:
+            sentence = f"is {job.name} a second time (first on line {names[job.name].line})"
+            raise RequestError(file, job.line, "name", sentence, hint="tell them apart: {adapter}, {1} …")
+        names[job.name] = job
+        out = _path(file, job, "out", job.request.out)
+        other = next((outs[path] for path in (out, *out.parents) if path in outs), None)
+        other = other or above.get(out)
+        if other is not None:
+            sentence = f"{job.request.out} is the output of {other.name} (line {other.line}), or lies in it"
+            raise RequestError(file, job.line, "out", sentence, hint="give every job an output of its own")
+        outs[out] = job
+        above |= dict.fromkeys(out.parents, job)
+    for job in jobs:
+        for key, text in _inputs(job):
+            path = _path(file, job, key, text)
+            writer = next((outs[place] for place in (path, *path.parents) if place in outs), None)
+            if writer is not None:
+                sentence = f"{text} is what {writer.name} (line {writer.line}) writes"
+                raise RequestError(
+                    file, job.line, key, sentence, hint="jobs have no order: use a batch for each step"
+                )
+
+
+def _inputs(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield the key and the place of everything that a job reads."""
+    match job.request:
+        case Request(adapter=adapters):
+            yield from (("adapter", _placed(adapter)) for adapter in adapters)
+        case ConvertRequest(adapter=adapter):
+            yield "convert", adapter
+    if job.request.base:
+        yield "base", job.request.base
+
+
+def _path(file: str, job: Job, key: str, text: str) -> Path:
+    """Return the one path of a directory that a job names.
+
+    Raises:
+        RequestError: it is no path.
+    """
+    try:
+        return output_path(text)
+    except ResolveError as exc:
+        raise RequestError(file, job.line, key, str(exc), hint=exc.hint) from exc
+
+
+def _node_of(node: yaml.MappingNode, name: str) -> Any:
+    """Return the node of a key that is there: its own, where a merge key (``<<``) brings another, which stands before it."""
+    return next(value for key, value in reversed(node.value) if key.value == name)
+
+
+def _lines(node: yaml.MappingNode) -> dict[str, int]:
+    return {str(key.value): key.start_mark.line + 1 for key, _ in node.value}

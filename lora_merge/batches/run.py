@@ -1,0 +1,376 @@
+"""Many requests → one report: planned as a whole, grouped by base, carried out group by group, gone on with when run again."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lora_merge.batches.groups import fit_together, shortage
+from lora_merge.batches.job import Job
+from lora_merge.batches.reports import BatchObserver, BatchReport, JobReport, State
+from lora_merge.batches.up_to_date import Standing, adapter_standing, standing
+from lora_merge.conversion import job as conversion
+from lora_merge.conversion import writing
+from lora_merge.conversion.job import Conversion
+from lora_merge.conversion.lora import ConvertReport
+from lora_merge.conversion.run import plan_conversion
+from lora_merge.core.report import Issue, Report, warning
+from lora_merge.errors import BugError, LoraMergeError, WriteError
+from lora_merge.executors.processes import Broken, Crew, be_idle
+from lora_merge.merging.preparing import MARKS, Prepared, prepare
+from lora_merge.merging.run import carry_out
+from lora_merge.planning.run import plan_request
+from lora_merge.requests.request import ConvertRequest, Request
+from lora_merge.runtime import machine
+from lora_merge.runtime.clock import Clock
+from lora_merge.runtime.interrupts import whole_interrupts
+from lora_merge.storage import staging
+from lora_merge.storage.user_paths import output_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+
+@dataclass
+class _Task:
+    """A job while the batch runs."""
+
+    job: Job
+    state: State = "waiting"
+    error: LoraMergeError | None = None
+    planned: Prepared | Conversion | None = None
+    report: Report | ConvertReport | None = None
+    elsewhere: JobReport | None = None
+    """What another process says of it."""
+
+    notes: tuple[Issue, ...] = ()
+    """What is worth knowing of the output that was there."""
+
+    seconds: float = 0.0
+
+    def result(self) -> JobReport:
+        """Return what became of it."""
+        if self.elsewhere is not None:
+            return self.elsewhere
+        error, report = self.error, self.report
+        if self.state == "planned" and isinstance(self.planned, Prepared):
+            report = self.planned.report()
+        told = error or report or (self.planned if self.state == "planned" else None)
+        hints = (getattr(error, "hint", ""), *getattr(error, "__notes__", ())) if error else ()
+        return JobReport(
+            name=self.job.name,
+            kind=self.job.kind,
+            out=self.job.request.out,
+            state=self.state,
+            error=type(error).__name__ if error else "",
+            message=str(error) if error else "",
+            hint="; ".join(hint for hint in hints if hint),
+            issues=(*self.notes, *getattr(told, "issues", ())),
+            seconds=round(self.seconds, 3),
+            traceback=getattr(error, "traceback", ""),
+            report=report,
+        )
+
+
+def _merges_of(tasks: Sequence[_Task]) -> list[Prepared]:
+    """Return those of some tasks that are merges and can be carried out."""
+    return [task.planned for task in tasks if isinstance(task.planned, Prepared)]
+
+
+class Batch:
+    """Carries out jobs; `report` says at any time how far it is.
+
+    Args:
+        jobs: in the order in which they stand.
+        keep_going: do what can be done, whatever is wrong with some of them; else one that cannot be planned keeps
+            all of them from being begun, and one that fails keeps the rest.
+        n_parallel: groups of jobs at a time, each in a process of its own where that is more than one.
+        dry_run: plan only.
+        watch: hears of jobs, phases and bytes.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        watch: BatchObserver,
+        *,
+        keep_going: bool = False,
+        n_parallel: int = 1,
+        dry_run: bool = False,
+    ) -> None:
+        self._tasks = [_Task(job) for job in jobs]
+        self._watch, self._keep_going, self._dry_run = watch, keep_going, dry_run
+        self._n_parallel = n_parallel
+        self._sent: list[list[_Task]] = []
+        """Groups that other processes have been given, by their number."""
+
+        self._began = time.monotonic()
+
+    @whole_interrupts()
+    def run(self) -> None:
+        """Plan every job, then carry out those that can be, and whose output is not there already.
+
+        Raises:
+            KeyboardInterrupt: as it comes; what was not done by then is said not to have been.
+        """
+        try:
+            for task in self._tasks:
+                self._plan(task)
+            if not self._dry_run and self._goes_on():
+                self._carry_out_all(self._groups())
+        finally:
+            self._leave()
+
+    def _carry_out_all(self, groups: list[list[_Task]]) -> None:
+        """Carry out groups one after the other, or several at a time."""
+        if self._n_parallel > 1 and len(groups) > 1:
+            self._carry_out_elsewhere(groups)
+            return
+        for group in groups:
+            if self._goes_on():
+                self._carry_out(group)
+
+    def report(self, file: str) -> BatchReport:
+        """Return what became of every job so far."""
+        seconds = round(time.monotonic() - self._began, 3)
+        return BatchReport(file, tuple(task.result() for task in self._tasks), seconds, self._dry_run)
+
+    def _goes_on(self) -> bool:
+        return self._keep_going or not any(task.state == "failed" for task in self._tasks)
+
+    def _set(self, task: _Task, state: State, sentence: str = "") -> None:
+        task.state = state
+        self._watch.job(task.job.name, state, sentence)
+
+    def _fail(self, task: _Task, exc: Exception) -> None:
+        """Take note that a job has failed; what is no error of the user's is a bug, and the job's own all the same."""
+        error = exc if isinstance(exc, LoraMergeError) else _bug(exc)
+        task.error = error
+        self._set(task, "failed", str(error))
+
+    def _leave(self) -> None:
+        """Say of what was not begun, or not finished, that it was not run."""
+        unfinished = {"running"} if self._dry_run else {"waiting", "planned", "running"}
+        for task in self._tasks:
+            if task.state in unfinished:
+                self._set(task, "not run")
+
+    def _plan(self, task: _Task) -> None:
+        """Plan one job: it is planned then, or kept, or failed."""
+        try:
+            with whole_interrupts():
+                is_kept = self._is_kept(task)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is this job's, and there are others
+            self._fail(task, exc)
+        else:
+            self._set(task, "kept" if is_kept else "planned", "; ".join(map(str, task.notes)))
+
+    def _is_kept(self, task: _Task) -> bool:
+        """Plan one job; return True where its output is there already, and is what it would be.
+
+        Raises:
+            LoraMergeError: it cannot be carried out.
+        """
+        match task.job.request:
+            case Request() as request:
+                planned = plan_request(request, self._watch)
+                out = output_path(request.out)
+                found = standing(planned, out, remember=not self._dry_run)
+                if not found.is_current:
+                    _check_fault(found, out, request)
+                    task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)
+            case ConvertRequest() as request:
+                task.planned = job = plan_conversion(request, self._watch)
+                out = job.out
+                found = adapter_standing(job)
+                if not found.is_current:
+                    _check_fault(found, out, request)
+                    staging.check_replaceable(
+                        out,
+                        overwrite=request.overwrite,
+                        inputs=job.read_files(),
+                        home=job.home,
+                        marks=conversion.MARKS,
+                    )
+        if found.is_current and not self._dry_run:
+            is_merge = isinstance(task.job.request, Request)
+            staging.clear_spent(out, MARKS if is_merge else conversion.MARKS, resumes=is_merge)
+        task.notes = found.notes
+        if found.fault:
+            task.notes = (warning("made-anew", str(out), f"{found.fault}, so it is made anew"),)
+        return found.is_current
+
+    def _groups(self) -> list[list[_Task]]:
+        """Return the tasks that are to be done: merges of one base together, so that it is read once."""
+        groups: dict[object, list[list[_Task]]] = {}
+        for task in self._tasks:
+            if task.state != "planned":
+                continue
+            key: object = id(task)
+            if isinstance(task.planned, Prepared):
+                key = (task.planned.planned.plan.base, task.planned.device, task.planned.request.executor)
+            of_base = groups.setdefault(key, [[]])
+            if of_base[-1] and not fit_together(_merges_of([*of_base[-1], task])):
+                of_base.append([])
+            of_base[-1].append(task)
+        return [group for of_base in groups.values() for group in of_base]
+
+    def _carry_out(self, group: list[_Task]) -> None:
+        """Carry out the tasks of one group."""
+        began = time.monotonic()
+        for task in group:
+            self._set(task, "running")
+        try:
+            with whole_interrupts():
+                for task, result in zip(group, self._results(group), strict=True):
+                    task.seconds = time.monotonic() - began
+                    if isinstance(result, Exception):
+                        self._fail(task, result)
+                    else:
+                        task.report = result
+                        self._set(task, "done")
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is one job's, and there are others
+            if len(group) == 1:
+                self._fail(group[0], exc)
+                return
+            for task in group:  # one of them is at fault; which, shows when each is on its own
+                if task.state == "running":
+                    self._carry_out([task])
+
+    def _results(self, group: list[_Task]) -> Iterator[Report | ConvertReport | Exception]:
+        """Yield the report of each task, or what it alone failed of."""
+        merges = _merges_of(group)
+        lack = None if self._keep_going else shortage(merges)
+        if lack:
+            yield from [lack] * len(merges)
+        elif merges:
+            yield from carry_out(merges, self._watch)
+        for task in group:
+            if isinstance(task.planned, Conversion):
+                yield writing.carry_out(task.planned, self._watch, Clock())
+
+    def _carry_out_elsewhere(self, groups: list[list[_Task]]) -> None:
+        """Carry out groups in processes, several at a time."""
+        n = min(self._n_parallel, len(groups))
+        with _Crew(_elsewhere, n) as crew:
+            try:
+                self._feed(crew, groups, max(1, machine.usable_cores() // n))
+            except KeyboardInterrupt:
+                crew.interrupt()  # each keeps what is whole, and says how far it came, or has not even begun
+                while not crew.is_idle:
+                    self._take_all(crew, is_interrupted=True)
+                raise
+
+    @whole_interrupts()
+    def _feed(self, crew: _Crew, groups: list[list[_Task]], n_workers: int) -> None:
+        """Give processes one group after the other, and take over what became of them.
+
+        Args:
+            crew: the processes.
+            groups: what is to be done.
+            n_workers: threads that each of them may have.
+        """
+        waiting = deque(range(len(groups)))
+        self._sent = groups
+        while True:
+            while waiting and crew.has_room and self._goes_on():
+                number = waiting.popleft()
+                for task in groups[number]:
+                    self._set(task, "running")
+                try:
+                    crew.begin((number, [task.job for task in groups[number]], n_workers))
+                except OSError as exc:
+                    for task in groups[number]:
+                        self._fail(task, WriteError(f"no process can be started for it ({exc.strerror})"))
+            if crew.is_idle:
+                return
+            self._take_all(crew)
+
+    def _take_all(self, crew: _Crew, *, is_interrupted: bool = False) -> None:
+        """Wait for a process, and take over what became of its group; one that is gone fails its own group only."""
+        for (number, *_), found in crew.results():
+            group = self._sent[number]
+            if isinstance(found, Broken):
+                for task in () if is_interrupted and not found.kind else group:
+                    self._fail(task, _loss(found))
+                continue
+            for task, report in zip(group, found, strict=True):
+                task.elsewhere = report
+                self._set(task, report.state, report.message)
+
+
+_Errand = tuple[int, "list[Job]", int]
+"""A group of jobs on its way to another process: its number, and how many threads it may have."""
+
+_Crew = Crew[_Errand, "list[JobReport]"]
+
+
+def _elsewhere(errand: _Errand) -> list[JobReport]:
+    """Carry out a group of jobs in this process, which is there for that alone."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
+    _, jobs, n_workers = errand
+    own = [
+        replace(job, request=replace(job.request, workers=job.request.workers or n_workers))
+        if isinstance(job.request, Request)
+        else job
+        for job in jobs
+    ]
+    batch = Batch(own, _Nobody(), keep_going=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        batch.run()
+    be_idle()
+    return list(batch.report("").jobs)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    del signum, frame
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _check_fault(found: Standing, out: Path, request: Request | ConvertRequest) -> None:
+    """Check that an output that is there, and is not what it would be, may be replaced: it may hold somebody's work.
+
+    Raises:
+        WriteError: it may not.
+    """
+    if found.fault and not request.overwrite:
+        raise WriteError(
+            f"{out}: already exists, and is not what this job makes: {found.fault}",
+            hint="--overwrite makes it anew, and what is in it now is gone then; or choose another --out",
+        )
+
+
+def _bug(exc: Exception) -> BugError:
+    """Return the error of a job that met a bug."""
+    return BugError(type(exc).__name__, str(exc), "".join(traceback.format_exception(exc)))
+
+
+def _loss(found: Broken) -> LoraMergeError:
+    """Return the error of jobs whose process has ended, or could not say what became of them."""
+    if found.kind:
+        return BugError(found.kind, found.text, found.traceback)
+    hint = "run again to go on; a smaller --jobs takes less memory"
+    return WriteError(
+        f"its process ended before its time ({found.text}), perhaps for want of memory", hint=hint
+    )
+
+
+class _Nobody:
+    """An observer that hears nothing."""
+
+    def phase(self, name: str, total_bytes: int) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+    def done(self, name: str) -> None: ...
+
+    def job(self, name: str, state: State, sentence: str = "") -> None: ...

@@ -1,0 +1,404 @@
+"""Is an output there already, and what it would be? Its manifest, its own bytes and its inputs say so."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge import executors
+from lora_merge.core.checkpoint import INDEX_FILE
+from lora_merge.core.identity import Inputs
+from lora_merge.core.plan import Copy, Merge, Step
+from lora_merge.core.report import Issue, warning
+from lora_merge.core.tensor import TensorRef
+from lora_merge.core.work import Piece, Plain, largest_first
+from lora_merge.errors import CheckpointError
+from lora_merge.formats.manifest import Manifest, parse_manifest
+from lora_merge.formats.provenance import card_text
+from lora_merge.formats.repo_files import CONVERSION_MANIFEST
+from lora_merge.formats.safetensors import tensor_digest
+from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
+from lora_merge.merging.hf_checkpoint import side_digest
+from lora_merge.merging.made_from import provenance_of
+from lora_merge.merging.worker import MergeSpec, NoDeviceError, pick_device
+from lora_merge.requests.recording import record_of
+from lora_merge.runtime import machine
+from lora_merge.storage.digests import file_digest, text_digest
+from lora_merge.storage.output_files import has_header
+from lora_merge.storage.signs import changed_at, has_hole, modified_at, pages, sampled
+from lora_merge.storage.small_files import read_json, read_text
+from lora_merge.storage.sources import open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lora_merge.conversion.job import Conversion
+    from lora_merge.core.work import Done, WorkerSpec
+    from lora_merge.planning.run import Planned
+    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.source import Origin
+    from lora_merge.storage.sources import Source
+
+
+WORTH_A_NOTE_BYTES = 64 << 20
+"""What is read, or computed again, without a note of it: the next look takes no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How an output that is there compares with what it would be."""
+
+    is_there: bool
+    """Something has its name, and says that it was made here."""
+
+    fault: str = ""
+    """What keeps it from being kept: the file, and what is wrong with it."""
+
+    notes: tuple[Issue, ...] = ()
+    """What is worth knowing about one that is kept."""
+
+    @property
+    def is_current(self) -> bool:
+        """Return True when it is what it would be."""
+        return self.is_there and not self.fault
+
+
+def standing(planned: Planned, out: Path, *, remember: bool = True) -> Standing:
+    """Return whether an output is what a merge would make.
+
+    Its small files and the adapters are compared by digests, its weight files by their sizes and headers, and by some of
+    their pages. What the times of a weight file, or holes in it, make doubtful is read as a whole, and all of it at the
+    level ``full``. Of base files that may have changed since, all that was made from them is computed again, and not
+    written. So times decide what is looked at, and content decides.
+
+    Args:
+        planned: the merge.
+        out: the output's path.
+        remember: set the manifest's time where much was looked at, so that the same times make it doubtful no second time.
+    """
+    try:
+        table = _table(out / MANIFEST_FILE)
+        if table is None:
+            return Standing(is_there=False)
+        manifest = parse_manifest(table)
+    except OSError:  # nobody may look there, or its name is too long: that is said where it is to be written
+        return Standing(is_there=False)
+    except (CheckpointError, ValueError, RecursionError):
+        return Standing(is_there=True, fault=f"{MANIFEST_FILE}: is damaged")
+    looked = _Looked(planned, out, manifest, table)
+    try:
+        fault = next(looked.faults(), "")
+    except (CheckpointError, OSError) as exc:
+        fault = str(exc)
+    if remember and not fault:
+        looked.remember()
+    return Standing(is_there=True, fault=fault, notes=() if fault else tuple(looked.notes()))
+
+
+class _Looked:
+    """An output that is looked at.
+
+    Args:
+        planned: the merge that would make it.
+        out: where it is.
+        manifest: what it says of itself.
+        table: the same, with all that no `Manifest` has.
+    """
+
+    def __init__(self, planned: Planned, out: Path, manifest: Manifest, table: Mapping[str, Any]) -> None:
+        self._planned, self._plan, self._out = planned, planned.plan, out
+        self._manifest, self._table = manifest, table
+        self._made = changed = modified_at(out / MANIFEST_FILE)
+        self._newest = changed
+        self._read_bytes = 0
+
+    def faults(self) -> Iterator[str]:
+        """Yield what keeps the output from being kept, the cheapest to find first."""
+        yield from self._of_another()
+        yield from self._missing()
+        yield from self._small_files()
+        yield from self._headers()
+        yield from self._weights()
+        yield from self._inputs()
+
+    def _of_another(self) -> Iterator[str]:
+        """Yield how this merge and the one that was made differ."""
+        planned, table = self._planned, self._table
+        base = self._manifest.base
+        if base.path not in {planned.base.text, planned.plan.base}:
+            yield f"it was made from the base {base.path}"
+        if base.commit != _commit(planned.base.origin):
+            yield f"it was made from the base at commit {base.commit}"
+        wanted = [
+            (use.adapter.digest, dict(use.adapter.config), use.weight, _commit(place.origin))
+            for use, place in zip(planned.uses, planned.adapters, strict=True)
+        ]
+        found = [
+            (one.get("digest"), one.get("config"), one.get("weight"), one.get("commit"))
+            for one in table["adapters"]
+        ]
+        if found != wanted:
+            yield "it was made from other adapters, or these have changed"
+        options = record_of(planned.request)
+        then = self._manifest.options
+        if then != options:
+            names = sorted(name for name in {*then, *options} if then.get(name) != options.get(name))
+            yield f"it was made with other options ({', '.join(names)})"
+        slots = {
+            slot.name: (step.action, slot.file, slot.dtype, slot.shape)
+            for step in self._plan.steps
+            for slot in step.slots
+        }
+        recorded = {
+            name: (one.action, one.file, one.dtype, one.shape) for name, one in self._manifest.tensors.items()
+        }
+        if recorded != slots:
+            yield "its tensors are others than base and adapters make now"
+
+    def _missing(self) -> Iterator[str]:
+        """Yield each file that is not there."""
+        plan = self._plan
+        names = [file.name for file in plan.files] + [file.name for file in plan.side_files]
+        for name in (*names, *([INDEX_FILE] if plan.index else []), CARD_FILE):
+            if not (self._out / name).is_file():
+                yield f"{name}: is missing"
+
+    def _small_files(self) -> Iterator[str]:
+        """Yield each file around the weights that is damaged, or would be another one now."""
+        plan, recorded = self._plan, self._manifest.side_files
+        wanted = {side.name: side_digest(plan, side) for side in plan.side_files}
+        if plan.index:
+            wanted[INDEX_FILE] = text_digest(plan.index)
+        for name, digest in wanted.items():
+            if name not in recorded or recorded[name].digest != digest:
+                yield f"{name}: would be another one now"
+            if file_digest(self._out / name) != digest:
+                yield f"{name}: is not what was written"
+        for name in recorded.keys() - wanted.keys() - {CARD_FILE}:
+            yield f"{name}: is not part of the output any more"
+        text = read_text(self._out / CARD_FILE)
+        if not text.strip() or "\0" in text or (text != self._card() and self._card().startswith(text)):
+            yield f"{CARD_FILE}: is damaged"
+
+    def notes(self) -> Iterator[Issue]:
+        """Yield what is worth knowing about an output that is kept: a card may be edited by its owner."""
+        text = read_text(self._out / CARD_FILE)
+        is_of_this_version = self._manifest.versions.get("lora-merge") == self._provenance().versions.get(
+            "lora-merge"
+        )
+        recorded = self._manifest.side_files.get(CARD_FILE)
+        same = text == self._card() if recorded is None else text_digest(text) == recorded.digest
+        if not same and (recorded is not None or is_of_this_version):
+            yield warning("edited-card", CARD_FILE, "is not what was written, and is left as it is")
+
+    def _provenance(self) -> Any:
+        """Return what the merge would be made from and with, as its manifest spells it."""
+        return replace(
+            provenance_of(self._planned, self._manifest.versions),
+            base=self._manifest.base.path,
+            adapter_paths=tuple(one.path for one in self._manifest.adapters),
+            out_name=self._out.name,
+        )
+
+    def _card(self) -> str:
+        return card_text(self._provenance(), self._plan)
+
+    def _headers(self) -> Iterator[str]:
+        """Yield each weight file that has another size or header than the plan's."""
+        for file in self._plan.files:
+            nbytes = (self._out / file.name).stat().st_size
+            if nbytes != file.nbytes:
+                yield f"{file.name}: has {nbytes} bytes, expected {file.nbytes}"
+            with open_source(self._out / file.name) as source:
+                has_its_header = has_header(source, file)
+            if not has_its_header:
+                yield f"{file.name}: its header is not what was written"
+
+    def _weights(self) -> Iterator[str]:
+        """Yield each tensor that is not what was written, among those that are in doubt."""
+        is_full = self._planned.request.verify == "full"
+        doubtful = {file.name for file in self._plan.files if is_full or self._is_doubtful(file.name)}
+        sources = {
+            slot.name: step.op.source
+            for step in self._plan.steps
+            if isinstance(step.op, Copy)
+            for slot in step.slots
+        }
+        slots = [slot for file in self._plan.files for slot in file.slots]
+        looked_at = set(sampled(slots))
+        refs = [
+            here
+            for slot in slots
+            for here in [replace(slot, file=str(self._out / slot.file))]
+            if slot.file in doubtful or (slot in looked_at and _looks_wrong(here, sources.get(slot.name)))
+        ]
+        for ref in self._others(Plain(_digested), refs, lambda ref: self._manifest.tensors[ref.name].digest):
+            yield f"{Path(ref.file).relative_to(self._out)}: {ref.name} is not what was written"
+
+    def _is_doubtful(self, name: str) -> bool:
+        return self._is_newer(self._out / name) or has_hole(self._out / name)
+
+    def _is_newer(self, path: str | Path) -> bool:
+        """Return True for a file that may have changed after the output was made."""
+        changed = changed_at(path)
+        self._newest = max(self._newest, changed)
+        return changed >= self._made
+
+    def _inputs(self) -> Iterator[str]:
+        """Yield each tensor that would be another one now, among those whose base files may have changed."""
+        of_base = {ref.file for ref in self._planned.checkpoint.tensors()}
+        newer = {name for name in of_base if self._is_newer(name)}
+        steps = [step for step in self._plan.steps if newer & _sources(step)]
+        then = self._manifest.tensors
+        copies = {step.op.source: step for step in steps if isinstance(step.op, Copy)}
+        for ref in self._others(
+            Plain(_digested), list(copies), lambda ref: then[copies[ref].main.name].digest
+        ):
+            yield f"the base has changed: {ref.file}: {ref.name} is not what was merged"
+        merges = {step.main: step for step in steps if isinstance(step.op, Merge)}
+        if not merges:
+            return
+        try:
+            device, _ = pick_device(self._planned.request.device)
+        except NoDeviceError as exc:
+            yield f"the base may have changed, and {exc}"
+            return
+        remerging = _Remerging(MergeSpec((_Nowhere(),), Inputs(), device, is_checked=False), merges)
+        for slot in self._others(
+            remerging,
+            list(merges),
+            lambda slot: " ".join(then[one.name].digest for one in merges[slot].slots),
+        ):
+            yield f"the base has changed: {slot.name} would be another one now"
+
+    def _others(
+        self,
+        spec: WorkerSpec[TensorRef, tuple[TensorRef, str]],
+        refs: Sequence[TensorRef],
+        wanted: Callable[[TensorRef], str],
+    ) -> Iterator[TensorRef]:
+        """Yield the tensors whose digest is not the one that is wanted."""
+        if not refs:
+            return
+        self._read_bytes += sum(ref.nbytes for ref in refs)
+        n = min(2, machine.usable_cores()) if len(refs) > 1 else 1
+        for ref, found in executors.pick(n)(spec, largest_first(refs), n):
+            if found != wanted(ref):
+                yield ref
+
+    def remember(self) -> None:
+        """Set the manifest's time after all that was looked at, where that took long."""
+        if self._newest > self._made and self._read_bytes >= WORTH_A_NOTE_BYTES:
+            with contextlib.suppress(OSError):  # whoever may not write there looks again
+                os.utime(self._out / MANIFEST_FILE, ns=(self._newest + 1, self._newest + 1))
+
+
+def _digested(ref: TensorRef) -> tuple[TensorRef, str]:
+    return ref, tensor_digest(ref)
+
+
+@dataclass(frozen=True, slots=True)
+class _Remerging:
+    """Workers that merge tensors once more, for their digests."""
+
+    spec: MergeSpec
+    steps: Mapping[TensorRef, Step]
+    """What makes each slot."""
+
+    @contextlib.contextmanager
+    def make(self, n: int) -> Iterator[list[Callable[[TensorRef], tuple[TensorRef, str]]]]:
+        """Yield workers for the threads of one process."""
+        with self.spec.make(n) as workers:
+            yield [partial(self._digest, worker) for worker in workers]
+
+    def _digest(self, worker: Callable[[Piece], Done], slot: TensorRef) -> tuple[TensorRef, str]:
+        done = worker(Piece(((0, (self.steps[slot],)),)))
+        return slot, " ".join(record.digest for _, record in done.records)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nowhere:
+    """Where bytes go of which only the digest is wanted."""
+
+    @contextlib.contextmanager
+    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
+        """Open slots that take everything, and keep nothing."""
+        del stretch, source
+        yield lambda _: None
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Open a slot that takes everything, and keeps nothing."""
+        del slot
+        yield lambda _: None
+
+
+def _looks_wrong(ref: TensorRef, source: TensorRef | None) -> bool:
+    """Return True where pages of a tensor differ from those that it was copied from; of a merged one, where one is empty."""
+    if source is None or source.nbytes != ref.nbytes:
+        return any(page and not any(page) for page in pages(ref))
+    return any(one != other for one, other in zip(pages(ref), pages(source), strict=True))
+
+
+def _sources(step: Step) -> set[str]:
+    """Return the files that a step reads tensors of the base from."""
+    return {ref.file for ref in step.reads.values()}
+
+
+def adapter_standing(conversion: Conversion) -> Standing:
+    """Return whether an output is what a conversion would make: by digests of its files and of what it is made from.
+
+    Of the base there is a digest of some pages, and what was written to later than the output counts as another one.
+    """
+    try:
+        manifest = _table(conversion.out / CONVERSION_MANIFEST)
+        fault = "" if manifest is None else next(_conversion_faults(conversion, manifest), "")
+    except OSError:
+        return Standing(is_there=False)
+    except (CheckpointError, ValueError, RecursionError) as exc:
+        return Standing(is_there=True, fault=str(exc))
+    return Standing(is_there=manifest is not None, fault=fault)
+
+
+def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> Iterator[str]:
+    own = json.loads(json.dumps(conversion.provenance))  # lists, as the manifest has them
+    for key in own:
+        if manifest.get(key) != own[key]:
+            yield f"it was made from another {key}" if key != "options" else "it was made with other options"
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict):
+        yield f"{CONVERSION_MANIFEST}: has no digests of the files beside it"
+        return
+    for side in conversion.adapter.side_files:
+        if recorded.get(side.name) != file_digest(Path(side.source)):
+            yield f"{side.name}: would be another one now"
+    for name, digest in recorded.items():
+        path = conversion.out / name
+        if not path.is_file():
+            yield f"{name}: is missing"
+        elif file_digest(path) != digest:
+            yield f"{name}: is not what was written"
+    made = modified_at(conversion.out / CONVERSION_MANIFEST)
+    of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
+    for name in sorted(of_base):
+        if modified_at(name) > made:
+            yield f"the base has changed: {name} was written to later"
+
+
+def _table(path: Path) -> dict[str, Any] | None:
+    """Return a manifest, or None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return read_json(path) if path.exists() else None
+
+
+def _commit(origin: Origin | None) -> str | None:
+    return origin.commit if origin is not None else None

@@ -1,0 +1,67 @@
+"""Wildcards in the paths of a batch: the directories that they match, and what each of them stands for."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import re
+from pathlib import Path
+
+from lora_merge.errors import ResolveError
+from lora_merge.storage.user_paths import is_directory, user_path
+
+WILD = re.compile(r"[*?\[]")
+"""What makes a path one with wildcards."""
+
+_MAX_WILDCARDS = 8
+"""Of a path: each may stand for any part of a name, and all ways to share a name among them are tried."""
+
+
+def matches(pattern: str, place: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the directories that a pattern matches, in the order of their numbers, and what each wildcard stands for.
+
+    A weight behind it stays there: ``runs/*:0.5``.
+
+    Args:
+        pattern: as the user wrote it.
+        place: what it begins with, without the weight.
+
+    Raises:
+        ResolveError: it has more wildcards than can be told apart.
+    """
+    behind = pattern[len(place) :]
+    place = str(user_path(place))
+    n_wild = len(WILD.findall(place.replace("**", "*")))
+    if n_wild > _MAX_WILDCARDS:
+        raise ResolveError(f"{pattern}: has {n_wild} wildcards, expected {_MAX_WILDCARDS} at most")
+    rule = re.compile(_captured(place))
+    found = []
+    for path in glob.glob(place, recursive=True):  # noqa: PTH207 - of any root, and ** follows no rule of Path
+        match = rule.fullmatch(path.rstrip("/"))
+        if match and is_directory(Path(path)):
+            found.append((path.rstrip("/") + behind, match.groups("")))
+    return sorted(
+        found,
+        key=lambda one: [
+            (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", one[0])
+        ],
+    )
+
+
+def _captured(pattern: str) -> str:
+    """Return a regular expression whose groups are a glob's wildcards.
+
+    Example:
+        >>> re.fullmatch(_captured("runs/*/checkpoint-*"), "runs/a/checkpoint-10").groups()
+        ('a', '10')
+    """
+    parts = re.split(r"(\*\*/?|\*|\?|\[!?\]?[^\]]*\])", pattern.rstrip("/"))
+    return "".join(re.escape(part) if n % 2 == 0 else _group(part) for n, part in enumerate(parts))
+
+
+def _group(wildcard: str) -> str:
+    if wildcard.startswith("**"):
+        return "(?:(.*)/)?" if wildcard.endswith("/") else "(.*)"
+    if wildcard.startswith("["):
+        return f"({fnmatch.translate(wildcard)[:-2]})"  # without its \Z
+    return "([^/]*)" if wildcard == "*" else "([^/])"

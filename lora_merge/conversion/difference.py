@@ -1,0 +1,259 @@
+"""A base and what a training made of it → the modules of a LoRA that says the same, as nearly as a rank allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.conversion.lora import Difference, Form, LoraModule, nested
+from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, Checkpoint, owner_name
+from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
+from lora_merge.modeling.skeleton import Skeleton
+from lora_merge.peft_rules.kinds import PREFIX
+from lora_merge.peft_rules.targets import is_listed
+from lora_merge.words import of_several
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+
+_LINEAR = frozenset({"Linear", "Conv1D"})
+_CONVOLUTIONS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
+
+
+@dataclass(slots=True)
+class Extraction:
+    """What will be written."""
+
+    modules: list[LoraModule] = field(default_factory=list)
+    whole: dict[str, TensorRef] = field(default_factory=dict)
+    """By name in a PEFT file."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """What the configuration says beside ranks and targets."""
+
+    issues: list[Issue] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Two checkpoints of one model, tensor by tensor; both have the names of either."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    known: Skeleton | None
+    """The module tree; None where transformers has no class for the model."""
+
+    before: Mapping[str, TensorRef]
+    after: Mapping[str, TensorRef]
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """What is tied in the tuned model: the name of an end that is not stored → the name of the tensor that it shares."""
+
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    """Stored names → those that PEFT knows the parameters by, where they differ."""
+
+    def parameter(self, name: str) -> str:
+        """Return what PEFT calls a stored parameter."""
+        return self.spelled.get(name, name)
+
+    def paths(self, name: str) -> tuple[str, str]:
+        """Return the paths of a parameter's module: as it is stored, and as PEFT knows it."""
+        return name.rpartition(".")[0], self.parameter(name).rpartition(".")[0]
+
+    def is_resized(self, name: str) -> bool:
+        """Return True for an embedding, or a bias of one, with another number of rows."""
+        one, other = self.before[name], self.after[name]
+        if one.shape == other.shape or one.shape[1:] != other.shape[1:]:
+            return False
+        _, path = self.paths(name)
+        ends = {self.known.input_embedding, self.known.output_embedding} if self.known else set()
+        return path in ends or owner_name(name) in INPUT_NAMES | OUTPUT_NAMES
+
+
+def misfits(pairing: Pairing) -> list[Issue]:
+    """Return what shows that one model is no training of the other."""
+    before, after, tuned = pairing.before, pairing.after, pairing.tuned
+    issues = []
+    strange = sorted(after.keys() - before.keys())
+    if strange:
+        where = f"in {tuned.root} and not in the base"
+        sentence = of_several(len(strange), f"is {where}", f"are {where}")
+        hint = "save both with the same release of transformers, or pass the base that was trained"
+        issues.append(error("unexpected-tensor", strange[0], sentence, hint))
+    for name in sorted(before.keys() & after.keys()):
+        if before[name].shape != after[name].shape and not pairing.is_resized(name):
+            sentence = f"is {shape_text(after[name].shape)}, the base's is {shape_text(before[name].shape)}"
+            hint = "no adapter can resize a weight: pass the base that was trained"
+            issues.append(error("shape-mismatch", name, sentence, hint))
+        elif (
+            before[name].dtype != after[name].dtype
+            and not {before[name].dtype, after[name].dtype} <= TORCH_NAMES.keys()
+        ):
+            sentence = f"is stored as {after[name].dtype}, the base's as {before[name].dtype}; expected BF16, F16 or F32"
+            issues.append(error("bad-dtype", name, sentence))
+    missing = sorted(before.keys() - after.keys())
+    if missing and not strange:
+        where = f"in the base and not in {tuned.root}: taken as unchanged"
+        sentence = of_several(len(missing), f"is {where}", f"are {where}")
+        issues.append(warning("missing-tensor", missing[0], sentence))
+    return issues
+
+
+def extracted(
+    pairing: Pairing, changed: Collection[str], *, targets: tuple[str, ...] = (), save_modules: bool = False
+) -> Extraction:
+    """Return the modules of a LoRA, and what is carried whole or lost.
+
+    Args:
+        pairing: what was trained, and what came of it.
+        changed: names of the tensors that differ.
+        targets: ends of the paths of the modules to take; empty: all that LoRA can hold.
+        save_modules: carry the rest whole.
+    """
+    found = Extraction(config=_config(pairing.base))
+    before, after, known = pairing.before, pairing.after, pairing.known
+    rest = []
+    for name in sorted(changed):
+        is_resized = pairing.is_resized(name)
+        module = (
+            None if is_resized else _lora_module(pairing.parameter(name), before[name], after[name], known)
+        )
+        is_wanted = not targets or any(is_listed(path, targets) for path in pairing.paths(name))
+        if module is None or not is_wanted:
+            rest.append(name)
+        else:
+            found.modules.append(module)
+        if is_resized and targets and is_wanted:
+            found.issues.append(_resized_target(name, pairing))
+    if any(known and known.classes.get(module.path) == "Conv1D" for module in found.modules):
+        found.config["fan_in_fan_out"] = True
+    if known is not None:
+        found.modules = nested(found.modules, known.parameters)
+    if save_modules:
+        _carry(found, rest, pairing)
+    elif rest:
+        found.issues += _left_out(rest, pairing)
+    if not found.modules:
+        sentence = "differs from the base in no module that LoRA could hold"
+        found.issues.append(error("empty", pairing.tuned.root, sentence))
+    return found
+
+
+def _resized_target(name: str, pairing: Pairing) -> Issue:
+    """Return the issue of a target that has other rows than the base's."""
+    before, after = pairing.before[name].shape[0], pairing.after[name].shape[0]
+    sentence = f"has {after} rows, the base's has {before}, and LoRA cannot resize a weight"
+    hint = (
+        "leave it out of --target, and pass --save-modules to carry it whole; or pass a base that was resized"
+    )
+    return error("unsupported", name, sentence, hint)
+
+
+def _left_out(names: list[str], pairing: Pairing) -> list[Issue]:
+    """Return a warning for what is lost, and one for added tokens that are."""
+    hint = "--save-modules carries them whole"
+    resized = [name for name in names if pairing.is_resized(name)]
+    others = [name for name in names if name not in resized]
+    issues = []
+    if resized:
+        before, after = (refs[resized[0]].shape[0] for refs in (pairing.before, pairing.after))
+        sentence = (
+            f"has {after} rows in the tuned model and {before} in the base: it is left out, and what was learnt of "
+            "added tokens is lost"
+        )
+        issues += [warning("left-out", name, sentence, hint) for name in resized]
+    if others:
+        lost = "changed, and LoRA on the chosen modules does not hold this: it is lost"
+        sentence = of_several(len(others), lost, lost)
+        issues.append(warning("left-out", others[0], sentence, hint))
+    return issues
+
+
+def _lora_module(name: str, before: TensorRef, after: TensorRef, known: Skeleton | None) -> LoraModule | None:
+    """Return the module of a weight that LoRA can hold, or None."""
+    path, _, parameter = name.rpartition(".")
+    kind = known.classes.get(path, "") if known else ""
+    shape = before.shape
+    form: Form
+    turned = False
+    if (
+        parameter == "weight"
+        and len(shape) == 2
+        and (kind in _LINEAR or (not kind and not _is_embedding(path)))
+    ):
+        form, turned = "linear", kind == "Conv1D"
+    elif parameter == "weight" and len(shape) > 2 and kind in _CONVOLUTIONS:
+        form = "convolution"
+    elif known and _is_stacked(path, parameter, known, len(shape)):
+        form, turned = "experts", path in known.transposed and len(shape) == 3
+        path = name
+    else:
+        return None
+    if turned:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    return LoraModule(path, form, Difference(before, after, turned), shape, 0)
+
+
+def _is_stacked(path: str, parameter: str, known: Skeleton, n_axes: int) -> bool:
+    """Return True for a parameter of all experts: three axes, or beside one of those two, as a bias has."""
+    own = known.parameters.get(path, ())
+    return parameter in own and (n_axes == 3 or (n_axes == 2 and parameter != "weight" and "experts" in path))
+
+
+def _is_embedding(path: str) -> bool:
+    return path.rpartition(".")[2] in INPUT_NAMES
+
+
+def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
+    """Carry parameters whole: biases as ``bias="all"``, which means all of them, the rest in ``modules_to_save``.
+
+    PEFT gives each module of ``modules_to_save`` a weight of its own, so both ends of a tie have to be there. A release
+    that knows ``ensure_weight_tying`` writes both too, and any other reads them.
+
+    Reference:
+        ``peft.utils.other.ModulesToSaveWrapper.adapter_state_dict_load_map`` (PEFT 0.21.2).
+    """
+    before, after = pairing.before, pairing.after
+    resized = sorted(name for name in names if pairing.is_resized(name))
+    sources = {pairing.parameter(name): after.get(name, ref) for name, ref in before.items()}
+    ends = {pairing.parameter(end): source for end, source in pairing.twins.items() if source in names}
+    sources |= {end: after[source] for end, source in ends.items()}
+    is_bias = {pairing.parameter(name): name.endswith(".bias") and name not in resized for name in names}
+    is_bias |= dict.fromkeys(ends, False)
+    adapted = {module.owner for module in found.modules}
+    modules = {name.rpartition(".")[0] for name in is_bias if not is_bias[name]} - adapted
+    sentence = "changed, and its module has LoRA on another parameter: it cannot be carried whole too"
+    found.issues += [
+        error("unsupported", name, sentence)
+        for name in is_bias
+        if not is_bias[name] and name.rpartition(".")[0] in adapted
+    ]
+    saved = {name for name in sources if name.rpartition(".")[0] in modules}
+    if any(is_bias.values()):
+        found.config["bias"] = "all"
+        saved |= {name for name in sources if name.endswith(".bias")}
+    for name in sorted(saved):
+        owner, _, parameter = name.rpartition(".")
+        inner = ".base_layer" if owner in adapted else ""
+        found.whole[f"{PREFIX}{owner}{inner}.{parameter}"] = sources[name]
+    if modules:
+        found.config["modules_to_save"] = sorted(modules)
+    if resized:
+        rows = after[resized[0]].shape[0]
+        sentence = (
+            f"is carried whole with its {rows} rows, and the base has {before[resized[0]].shape[0]}; "
+            f"PEFT loads the adapter after model.resize_token_embeddings({rows}), lora-merge as it is"
+        )
+        found.issues.append(note("resized", resized[0], sentence))
+
+
+def _config(base: Checkpoint) -> dict[str, Any]:
+    """Return what the configuration says of the model."""
+    config: dict[str, Any] = {}
+    names = base.config.get("architectures") or [""]
+    for end, task in (("ForCausalLM", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS")):
+        if str(names[0]).endswith(end):
+            config["task_type"] = task
+    return config

@@ -1,0 +1,153 @@
+"""base, tuned → what differs → a LoRA of it, through the same steps as a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.conversion import Draft
+from lora_merge.conversion.difference import Pairing, extracted, misfits
+from lora_merge.conversion.job import Conversion
+from lora_merge.conversion.lora import ConvertReport, Keep, Recipe
+from lora_merge.conversion.reading_back import OnBase
+from lora_merge.conversion.writing import carry_out
+from lora_merge.core.adapter import Adapter
+from lora_merge.core.identity import Inputs
+from lora_merge.core.report import Observer, Silence
+from lora_merge.core.tensor import DTYPE_CODES
+from lora_merge.errors import RequestError
+from lora_merge.formats.safetensors import same_values
+from lora_merge.formats.side_files import adapter_side_files
+from lora_merge.modeling.skeleton import build_skeleton
+from lora_merge.planning import Reading, quantised_config, raise_errors
+from lora_merge.planning.locate import find, locate_base
+from lora_merge.planning.resolve import counterpart, resolve_base, stored_in
+from lora_merge.requests.request import ExtractRequest
+from lora_merge.runtime.clock import Clock
+from lora_merge.runtime.shortage import memory_for
+from lora_merge.storage.hub import Access
+from lora_merge.storage.input_files import watching
+from lora_merge.storage.user_paths import output_path
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.layouts import Stored
+    from lora_merge.planning.locate import Place
+    from lora_merge.requests.request import ExtractRequest
+
+
+def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None) -> ConvertReport:
+    """Take a full fine-tune apart into a base and a LoRA.
+
+    Raises:
+        LoraMergeError: see `lora_merge.errors`. Nothing stands under the output's name then, but what stood there
+            before.
+    """
+    watch, clock = observer or Silence(), Clock()
+    if request.rank is None and request.energy is None:
+        hint = "for example --rank 32, or --energy 0.9"
+        raise RequestError(
+            "", 0, "rank", "is missing, and so is energy: how much of each change is kept?", hint=hint
+        )
+    with clock("plan"), memory_for("planning"), watching() as seen:
+        job = _plan(request, watch)
+    return carry_out(replace(job, read=seen.inputs()), watch, clock)
+
+
+def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
+    access = Access(request.token, request.offline)
+    places = [
+        locate_base(find(text, role), text, access, watch)
+        for text, role in ((request.base, "base"), (request.tuned, "tuned"))
+    ]
+    base, tuned = (resolve_base(place.whole()) for place in places)
+    for checkpoint in (base, tuned):
+        raise_errors(quantised_config(checkpoint.config))
+    pairing = _paired(base, tuned)
+    issues = [*(issue for place in places for issue in place.issues), *misfits(pairing)]
+    raise_errors(issues)
+    found = extracted(
+        pairing, _changed(pairing, watch), targets=request.target, save_modules=request.save_modules
+    )
+    raise_errors(found.issues)
+    config = {**found.config, "base_model_name_or_path": request.base, "peft_type": "LORA"}
+    adapter = Adapter(str(tuned.root), "peft", config, (), frozenset(), (), digest="")
+    if any(
+        issue.code == "resized" for issue in found.issues
+    ):  # the tokens that were added go with their rows
+        adapter = replace(adapter, side_files=adapter_side_files(Path(tuned.root)))
+    dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
+
+    return Conversion(
+        source=request.tuned,
+        adapter=adapter,
+        found=Draft(tuple(found.modules), found.whole),
+        recipe=Recipe(keep=Keep(request.rank, request.energy), explicit=True, dtype=dtype),
+        base=base,
+        on_base=OnBase(base.root, Reading(), Access(offline=True)),
+        out=output_path(request.out),
+        serving=None,
+        overwrite=request.overwrite,
+        strict=request.strict,
+        inputs=(Path(base.root), Path(tuned.root), *map(Path, sorted({ref.file for ref in tuned.tensors()}))),
+        read=Inputs(),
+        provenance={"base": _origin(places[0]), "tuned": _origin(places[1])},
+        issues=(*issues, *found.issues),
+    )
+
+
+def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
+    """Return the tensors of both under the names of either: an end of a tie that one does not store has the other's values."""
+    before, after = base.by_name(), tuned.by_name()
+    missing = {
+        name: ref
+        for names, checkpoint in ((after.keys() - before.keys(), base), (before.keys() - after.keys(), tuned))
+        for stored in [stored_in(checkpoint)]
+        for name in names
+        for weight in [counterpart(name, stored, checkpoint)]
+        if weight is not None and (ref := weight.plain) is not None
+    }
+    known, stored = build_skeleton(base.config), stored_in(tuned)
+    tied = (build_skeleton(tuned.config) or known).tied if known is not None else {}
+    ends = [(stored.disk_name(end), stored.disk_name(source)) for end, source in tied.items()]
+    twins = {
+        end: source
+        for one, another in ends
+        for end, source in ((one, another), (another, one))
+        if source in after and end not in after and end not in before
+    }
+    before, after = missing | before, missing | after
+    spelled = _spelled({*before, *after, *twins}, stored_in(base))
+    return Pairing(base, tuned, known, before, after, twins, spelled)
+
+
+def _spelled(names: Collection[str], stored: Stored) -> dict[str, str]:
+    """Return the stored names that transformers' model has under other ones: PEFT drops what it does not find there."""
+    conversion = stored.conversion
+    found = {}
+    for name in names if conversion is not None else ():
+        assert conversion is not None
+        canonical, pattern = conversion.canonical(name)
+        if canonical != name and pattern is None and conversion.shape(canonical) is not None:
+            found[name] = canonical
+    return found
+
+
+def _changed(pairing: Pairing, watch: Observer) -> frozenset[str]:
+    """Return the names of the tensors that differ. Reads both."""
+    before, after = pairing.before, pairing.after
+    common = before.keys() & after.keys()
+    watch.phase("comparing", sum(before[name].nbytes for name in common))
+    changed = set()
+    for name in sorted(common, key=lambda name: (before[name].file, before[name].start)):
+        if not same_values(before[name], after[name]):
+            changed.add(name)
+        watch.advance(before[name].nbytes)
+    return frozenset(changed)
+
+
+def _origin(place: Place) -> dict[str, str]:
+    return {"path": place.text, **({"commit": place.origin.commit} if place.origin else {})}

@@ -1,0 +1,158 @@
+"""One module → its factors, in memory; and what they lose on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+from lora_merge.conversion.lora import Changed, Difference, Gathered, Given, LoraModule, Loss, Placed, Recipe
+from lora_merge.conversion.transforms import Pair, factorised, rounded, stacked
+from lora_merge.core.report import error
+from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.deltas import Factors, plain_pair
+from lora_merge.errors import ConvertError
+from lora_merge.formats.safetensors import load
+from lora_merge.runtime.shortage import memory_for
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_merge.conversion.transforms import Transform
+    from lora_merge.core.adapter import Delta
+    from lora_merge.core.plan import Step
+    from lora_merge.deltas import FactorFacts
+
+ChangeOf = Callable[["Step"], "torch.Tensor"]
+"""A step of a merge → W′ - W, float32, in the shape of the stored weight."""
+
+
+_TOO_LARGE = "bfloat16 and float32 hold larger ones; where they do not, the training diverged"
+
+
+class Maker:
+    """Makes the factors of one module after the other.
+
+    Args:
+        change_of: what a merge would change.
+        recipe: how much is kept of a change without factors, and what the factors are stored as.
+        transforms: what factors go through, in order.
+        own_dtype: dtype code that most of the adapter is stored in.
+    """
+
+    def __init__(
+        self, change_of: ChangeOf, recipe: Recipe, transforms: Sequence[Transform], own_dtype: str
+    ) -> None:
+        self._change_of, self._recipe, self._transforms = change_of, recipe, transforms
+        self._own_dtype = own_dtype
+        self._factors = Factors(load)
+
+    def __call__(self, module: LoraModule) -> tuple[Pair, Loss | None]:
+        """Return the factors of a module as they are stored, and what was lost; None where nothing was.
+
+        Raises:
+            CheckpointError: a source cannot be read.
+            ConvertError: a value is too large for the dtype, or none.
+            OutOfMemoryError: there is no memory left for it.
+        """
+        with memory_for(f"converting {module.path}"):
+            made, loss = self._factored(module) if module.is_exact else self._taken_apart(module)
+            dtype = TORCH_NAMES[self._recipe.dtype or "F32"]
+            _check_finite(module.path, f"has factors that {dtype} cannot hold", made.a, made.b)
+            return made, loss
+
+    def _factored(self, module: LoraModule) -> tuple[Pair, Loss | None]:
+        """Return what becomes of the factors that a module has."""
+        pair = self._pair(module)
+        made = self._transformed(module.path, pair)
+        lost = made.rank < pair.rank or self._recipe.dtype not in {None, "F32"}
+        return made, Loss(pair.norm(), pair.distance(made)) if lost else None
+
+    def _transformed(self, path: str, pair: Pair, *, is_truncated: bool = False) -> Pair:
+        """Return factors after the transforms, as they are stored; none loses anything of what is truncated already."""
+        import torch
+
+        try:
+            for transform in self._transforms:
+                if transform.exact or not is_truncated:
+                    pair = transform(pair)
+        except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]  # infinity was among the values
+            sentence = "changes by values that float32 cannot hold"
+            raise ConvertError([error("non-finite", path, sentence, _TOO_LARGE)]) from exc
+        return rounded(pair, self._recipe.dtype, self._own_dtype)
+
+    def _pair(self, module: LoraModule) -> Pair:
+        """Return the factors that a module has."""
+        import torch
+
+        match module.origin:
+            case Given(delta, turned, part):
+                a, b = self._given(delta, part)
+                if turned:
+                    a, b = b.mT.contiguous(), a.mT.contiguous()
+                return Pair(a, b, delta.effective_scale)
+            case Gathered(parts):
+                return self._gathered(module, parts)
+            case _:
+                n_out, n_in = module.shape
+                return Pair(torch.zeros(module.rank, n_in), torch.zeros(n_out, module.rank), module.scale)
+
+    def _given(
+        self, delta: Delta, part: tuple[tuple[int, int], ...] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B in float32, a kernel flat, whatever they are stored as."""
+        factors = self._factors.of(delta, part)
+        if delta.facts.is_stacked:
+            return factors["A"].float(), factors["B"].float()
+        return plain_pair(cast("FactorFacts", delta.facts), factors)
+
+    def _gathered(self, module: LoraModule, parts: Sequence[Placed]) -> Pair:
+        """Return the factors of a stack, those of its parts side by side, each with its scale."""
+        import torch
+
+        n_experts, n_out, n_in = module.shape
+        a, b = torch.zeros(n_experts, module.rank, n_in), torch.zeros(n_experts, n_out, module.rank)
+        used = [0] * n_experts
+        for part in parts:
+            own_a, own_b = self._given(part.delta)
+            first = used[part.expert]
+            last = used[part.expert] = first + len(own_a)
+            a[part.expert, first:last] = own_a
+            b[part.expert, slice(*part.rows), first:last] = own_b * part.delta.effective_scale
+        return Pair(a, b)
+
+    def _taken_apart(self, module: LoraModule) -> tuple[Pair, Loss]:
+        """Return the factors of a change that has none, and how far they are from it."""
+        change = self._change(module)
+        _check_finite(module.path, "changes by values that are NaN or infinite", change)
+        keep = self._recipe.keep
+        assert keep is not None
+        if module.form == "experts" and change.dim() == 3:
+            pair = stacked([factorised(one, keep) for one in change])
+        else:
+            pair = factorised(change, keep)
+        made = self._transformed(module.path, pair, is_truncated=True)
+        residual = change.sub(made.b.float() @ made.a.float())
+        return made, Loss(float(change.double().norm()), float(residual.double().norm()))
+
+    def _change(self, module: LoraModule) -> torch.Tensor:
+        """Return ΔW ``[…, out, in]``, float32; the kernel of a convolution is flat."""
+        match module.origin:
+            case Changed(step, turned):
+                change = self._change_of(step)
+            case Difference(before, after, turned):
+                change = load(after).float().sub_(load(before).float())
+            case _:
+                raise AssertionError(module.origin)
+        if module.form == "convolution":
+            change = change.flatten(1)
+        return change.mT if turned else change
+
+
+def _check_finite(path: str, sentence: str, *tensors: torch.Tensor) -> None:
+    """Check that there is no NaN and no infinity in some tensors.
+
+    Raises:
+        ConvertError: there is.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ConvertError([error("non-finite", path, sentence, _TOO_LARGE)])

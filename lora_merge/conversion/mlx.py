@@ -1,0 +1,89 @@
+"""What the modules of an adapter are in mlx-lm: under names that its class of the model has, and tied where it ties."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_merge.adapters.mlx_names import MlxFamily, MlxNameError, family_of, hf_name, is_expert, mlx_name
+from lora_merge.conversion.lora import Changed, Difference, Form, Given, LoraModule
+from lora_merge.core.checkpoint import OUTPUT_NAMES
+from lora_merge.core.report import Issue, error
+from lora_merge.words import quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_merge.planning.joined import Joined
+
+_MERGE = "merge it, and convert the merged model with mlx_lm.convert"
+
+
+def for_mlx(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModule], list[Issue]]:
+    """Return the modules that mlx-lm has, as transformers 5 names them, and what it has no place for."""
+    family = family_of(joined.base.config)
+    if family is None:
+        model_type = str(joined.base.config.get("model_type"))
+        sentence = f"is {quoted(model_type)}, and what mlx-lm calls the modules of this family is not known"
+        return list(modules), [error("unsupported", "model_type", sentence, _MERGE)]
+    found, issues = _tied(modules, family, joined)
+    named: list[LoraModule] = []
+    for module in found:
+        try:
+            named.append(replace(module, path=_canonical(module.path, family, joined)))
+        except MlxNameError as exc:
+            issues.append(error("unsupported", module.path, str(exc), _MERGE))
+    return named, issues
+
+
+def _canonical(path: str, family: MlxFamily, joined: Joined) -> str:
+    """Return a path in the one spelling that a reader of mlx-lm's names would give it.
+
+    mlx-lm starts from the names of published checkpoints, so those of the base count, whatever the adapter's are.
+    """
+    stored = joined.stored.disk_name(f"{path}.weight").removesuffix(".weight")
+    name = mlx_name(stored, family)
+    if not is_expert(stored):
+        return hf_name(name, family)
+    block, _, rest = stored.partition(".experts.")
+    stem, _, _ = hf_name(f"{block}.experts.{rest}", family).partition(".experts.")
+    return f"{stem}.experts.{rest}"
+
+
+def _tied(
+    modules: Sequence[LoraModule], family: MlxFamily, joined: Joined
+) -> tuple[list[LoraModule], list[Issue]]:
+    """Return the modules with a tied embedding written once: mlx-lm uses its factors at both ends.
+
+    Reference:
+        ``mlx_lm.tuner.lora.LoRAEmbedding.as_linear`` (mlx-lm 0.32.2).
+    """
+    inputs = {module.path for module in modules if module.form == "embedding"}
+    found: list[LoraModule] = []
+    issues: list[Issue] = []
+    for module in modules:
+        is_head = module.path.rpartition(".")[2] in OUTPUT_NAMES
+        if not (is_head or module.path in inputs):
+            found.append(module)
+            continue
+        twin = joined.kept_twin(module.path)
+        if twin is None and (joined.is_tied(module.path) or (family.lacking.get("lm_head") and not is_head)):
+            issues.append(_one_end(module.path))
+        elif twin is None or not is_head:
+            found.append(module)
+        elif twin not in inputs:
+            found.append(_turned(module, twin))
+    return found, issues
+
+
+def _one_end(path: str) -> Issue:
+    sentence = "is one end of tied embeddings, and mlx-lm uses the factors of an embedding at both ends"
+    return error("unsupported", path, sentence, _MERGE)
+
+
+def _turned(module: LoraModule, path: str) -> LoraModule:
+    """Return the head of a tied model as the embedding that it is."""
+    assert isinstance(module.origin, Given | Changed | Difference)
+    form: Form = "embedding"
+    origin = replace(module.origin, turned=not module.origin.turned)
+    return replace(module, path=path, form=form, origin=origin, shape=module.shape[::-1])

@@ -1,0 +1,141 @@
+"""What the modules of an adapter are called: as transformers 4 or 5 names them; and those that it has nothing for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_merge.conversion.lora import LoraModule, Recipe, Unchanged
+from lora_merge.core.report import Issue, error
+from lora_merge.peft_rules.kinds import PREFIX
+from lora_merge.serving.traits import PACKED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lora_merge.core.choices import Naming
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.layouts import Stored
+    from lora_merge.planning.joined import Joined
+
+_WHOLE = re.compile(
+    rf"{re.escape(PREFIX)}(?P<module>.+?)"
+    r"(?P<end>(\.base_layer)?\.(weight|bias|token_adapter\.trainable_tokens_delta|trainable_tokens_delta))"
+)
+"""The name of a tensor that is carried whole."""
+
+
+def renamed(
+    modules: Sequence[LoraModule], whole: Mapping[str, TensorRef], naming: Naming, joined: Joined
+) -> tuple[list[LoraModule], dict[str, TensorRef], list[Issue]]:
+    """Return modules and whole tensors under the names that a release of transformers has for them."""
+    stored = joined.stored
+    if stored.conversion is None:
+        sentence = "transformers has no class for this model: it has but one naming"
+        return list(modules), dict(whole), [error("unsupported", joined.base.root, sentence)]
+    apart = {delta.target for delta in joined.deltas if delta.rule == "apart"}
+    found: list[LoraModule] = []
+    issues: list[Issue] = []
+    for module in modules:
+        name = module.path if module.form == "experts" else f"{module.path}.weight"
+        other = None if name in apart else _named(name, naming, stored)
+        if other is None:
+            issues.append(_of_a_copy(module) if name in apart else _no_name(module, naming, stored))
+        else:
+            path = other if module.form == "experts" else other.removesuffix(".weight")
+            found.append(replace(module, path=path))
+    tensors = {}
+    for name, ref in whole.items():
+        match = _WHOLE.fullmatch(name)
+        other = _named(f"{match['module']}.weight", naming, stored) if match else None
+        if match and other:
+            tensors[f"{PREFIX}{other.removesuffix('.weight')}{match['end']}"] = ref
+        else:
+            tensors[name] = ref
+    return found, tensors, issues
+
+
+def _named(name: str, naming: Naming, stored: Stored) -> str | None:
+    """Return a parameter under the names of a release; None where it is a part there, or many."""
+    assert stored.conversion is not None
+    canonical, pattern = stored.conversion.canonical(name)
+    if naming == "v5":
+        is_its_own = pattern is None or stored.conversion.shape(name) is not None
+        return canonical if is_its_own else None
+    if pattern is not None:
+        return name  # a part has only its published name
+    published = stored.as_published(name)
+    is_made = any(
+        canonical.endswith(target)
+        for converter in stored.conversion.converters
+        for target in converter.target_patterns
+    )
+    return None if is_made and published not in stored.tensors else published
+
+
+def _of_a_copy(module: LoraModule) -> Issue:
+    """Return the issue of an expert that is a module in a copy of the model, and in no release of transformers."""
+    sentence = "is a module in a copy of the model for 4-bit training, and part of a larger parameter in transformers"
+    return error("unsupported", module.path, sentence, "add --fuse-experts")
+
+
+def _no_name(module: LoraModule, naming: Naming, stored: Stored) -> Issue:
+    """Return the issue of a module that a release of transformers has as a part of another, or in parts."""
+    assert stored.conversion is not None
+    release = "5 has it as a part of a larger parameter" if naming == "v5" else "4 has it in parts"
+    canonical, _ = stored.conversion.canonical(f"{module.path}.weight")
+    if module.form == "experts" or len(stored.conversion.shape(canonical) or ()) == 3:
+        hint = f"add {'--fuse-experts' if naming == 'v5' else '--split-experts'}"
+    else:
+        release, hint = f"{naming[1:]} has it joined with others, or in parts", "leave its names as they are"
+    return error("unsupported", module.path, f"has no name of its own: transformers {release}", hint)
+
+
+def filled(modules: Sequence[LoraModule], joined: Joined, recipe: Recipe) -> list[LoraModule]:
+    """Return the modules, and zeros for those of the base that an engine wants beside them.
+
+    Those are modules of other layers and experts that have the same name but for the number; modules that have the
+    same last name, wherever they stand; and modules that are computed as one with these.
+    """
+    linear = [module for module in modules if module.form == "linear"]
+    like = {_without_number(module.path): module for module in linear}
+    named = {module.path.rpartition(".")[2]: module for module in linear} if recipe.every_name else {}
+    layers = {_layer(module.path) for module in modules}
+    if recipe.packed:
+        for pattern, module in list(like.items()):
+            stem, _, last = pattern.rpartition(".")
+            for group in PACKED:
+                if last in group:
+                    like |= {f"{stem}.{name}": module for name in group if f"{stem}.{name}" not in like}
+    known = {module.path for module in modules} | {joined.stored.module(module.path) for module in modules}
+    found = list(modules)
+    for path in sorted(joined.modules - known):
+        shape = joined.stored.tensors[f"{path}.weight"].shape
+        is_near = recipe.every_layer or recipe.every_name or _layer(path) in layers
+        twin = like.get(_without_number(path)) if is_near else None
+        twin = twin or named.get(path.rpartition(".")[2])
+        if twin is not None and len(shape) == 2 and joined.stored.module(path) not in known:
+            found.append(LoraModule(path, "linear", Unchanged(), shape, max(twin.rank, 1), twin.scale))
+    return found
+
+
+def _layer(path: str) -> str:
+    """Return a path up to its last number.
+
+    Example:
+        >>> _layer("model.layers.11.self_attn.q_proj")
+        'model.layers.11'
+    """
+    found = re.match(r"(.*\.\d+)\.", path)
+    return found[1] if found else ""
+
+
+def _without_number(path: str) -> str:
+    """Return a path without the numbers of layers and experts.
+
+    Example:
+        >>> _without_number("model.layers.11.self_attn.q_proj")
+        'model.layers.*.self_attn.q_proj'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)

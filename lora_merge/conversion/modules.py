@@ -1,0 +1,381 @@
+"""Which modules the adapter to be written has, and what the factors of each are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from lora_merge.conversion.experts import fused, renested, split
+from lora_merge.conversion.lora import Changed, Difference, Form, Given, LoraModule, Recipe
+from lora_merge.conversion.mlx import for_mlx
+from lora_merge.conversion.module_names import filled, renamed
+from lora_merge.core.checkpoint import INPUT_NAMES
+from lora_merge.core.plan import Merge
+from lora_merge.core.report import Issue, error
+from lora_merge.core.tensor import TensorRef, shape_text
+from lora_merge.deltas import FactorFacts, StackedFacts
+from lora_merge.formats.safetensors import same_values
+from lora_merge.peft_rules.kinds import mutating_init
+from lora_merge.words import of_several
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from lora_merge.core.adapter import Adapter, Delta
+    from lora_merge.core.facts import Facts
+    from lora_merge.core.plan import Step
+    from lora_merge.deltas import Stack
+    from lora_merge.planning.joined import Joined
+
+MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
+"""The way out where no adapter can say what this one does."""
+
+_TO_LORA = "--to-lora with --rank N or --energy SHARE makes plain LoRA of it, as near as that comes"
+
+
+_PLAIN_NAME = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.[^.]+|model\.embed_tokens|lm_head")
+"""A module that mlx-lm and transformers call the same, whatever the family."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What will be written."""
+
+    modules: tuple[LoraModule, ...]
+    whole: Mapping[str, TensorRef]
+    """Tensors that are carried as they are, by their names in a PEFT file."""
+
+    issues: tuple[Issue, ...] = ()
+
+
+@dataclass(slots=True)
+class _Sketch:
+    """A draft that is not finished."""
+
+    modules: list[LoraModule] = field(default_factory=list)
+    whole: dict[str, TensorRef] = field(default_factory=dict)
+    issues: list[Issue] = field(default_factory=list)
+
+
+def needs_base(adapter: Adapter, recipe: Recipe) -> bool:
+    """Return True when an adapter's own files do not say enough for a conversion."""
+    reaches_further = bool(
+        recipe.naming or recipe.experts or recipe.fills or recipe.without_copies or recipe.format != "peft"
+    )
+    is_foreign = adapter.format == "mlx" and any(
+        not _PLAIN_NAME.fullmatch(module) for module in adapter.modules
+    )
+    unfactored = recipe.to_lora and not (_is_plain(adapter) and not adapter.config.get("ensure_weight_tying"))
+    return reaches_further or unfactored or is_foreign or bool(adapter.stacked)
+
+
+def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
+    """Return the modules of the adapter that is to be written, and everything that stands in the way.
+
+    Args:
+        adapter: what is converted.
+        recipe: what is done to it.
+        joined: the adapter on its base; needed where `needs_base` says so.
+    """
+    drafting = _Drafting(adapter, recipe, joined)
+    drafting.run()
+    found = drafting.found
+    if joined is not None and not found.issues:
+        if recipe.experts == "split":
+            found.modules, issues = split(found.modules, joined)
+            found.issues += issues
+        elif recipe.experts == "fuse":
+            found.modules, issues = fused(found.modules, joined)
+            found.issues += issues
+        if recipe.naming is not None:
+            found.modules, found.whole, issues = renamed(found.modules, found.whole, recipe.naming, joined)
+            found.issues += issues
+        if recipe.experts or recipe.naming:
+            found.modules = renested(found.modules, joined)
+        if recipe.fills:
+            found.modules = filled(found.modules, joined, recipe)
+        if recipe.format == "mlx":
+            found.modules, issues = for_mlx(found.modules, joined)
+            found.issues += issues
+        found.modules.sort(key=lambda module: _natural(module.path))
+    if not found.modules and not found.issues:
+        found.issues.append(
+            error("empty", adapter.root, "has no module that LoRA could be written for", MERGE)
+        )
+    return Draft(tuple(found.modules), found.whole, tuple(found.issues))
+
+
+def _is_product(delta: Delta) -> bool:
+    """Return True when a change is the product of its factors, and nothing else."""
+    return delta.facts.has_factors and delta.facts.is_sum
+
+
+def _stack_of(facts: Facts) -> Stack | None:
+    """Return how factors hold those of all experts; None where they do not."""
+    return facts.stack if isinstance(facts, FactorFacts) else None
+
+
+def _is_plain(adapter: Adapter) -> bool:
+    """Return True when everything an adapter does has factors in its file."""
+    return not (adapter.layered or adapter.replacements or not all(map(_is_product, adapter.deltas)))
+
+
+class _Drafting:
+    """The modules of one adapter, as it names them."""
+
+    def __init__(self, adapter: Adapter, recipe: Recipe, joined: Joined | None) -> None:
+        self._adapter, self._recipe, self._joined = adapter, recipe, joined
+        self.found = _Sketch()
+
+    def run(self) -> None:
+        """Sort everything that the adapter does into modules, whole tensors and issues."""
+        self.found.issues += self._kind_issues()
+        if self.found.issues:
+            return
+        groups = self._groups()
+        given = {parameter: None for parameter, deltas in groups.items() if self._stays(deltas)}
+        for parameter in given:
+            self._give(parameter, groups)
+        if self._recipe.to_lora:
+            self._change(given.keys())
+            self._change_twins()
+        else:
+            self._carry(groups.keys() - given.keys(), groups)
+        self._stack()
+        self.found.modules.sort(key=lambda module: _natural(module.path))
+
+    def _kind_issues(self) -> list[Issue]:
+        """Return what keeps an adapter of this kind from being converted."""
+        adapter, recipe = self._adapter, self._recipe
+        if any(
+            delta.round_before_next or delta.parameter.endswith("in_proj_weight") for delta in adapter.deltas
+        ):
+            sentence = "is LoRA on nn.MultiheadAttention, whose output projection PEFT changes twice"
+            return [error("unsupported", adapter.root, sentence, MERGE)]
+        if adapter.config.get("layer_replication") and (recipe.is_renamed or recipe.format != "peft"):
+            sentence = "repeats layers of the base, under whose names nothing else can be written"
+            return [error("unsupported", "layer_replication", sentence, MERGE)]
+        if recipe.to_lora:
+            return []
+        return self._beside() or self._unfactored()
+
+    def _beside(self) -> list[Issue]:
+        """Return an issue when whole parameters stand in a file of their own."""
+        beside = [name for name, one in self._adapter.replacements.items() if one.why == "saved"]
+        if not beside:
+            return []
+        sentence = of_several(
+            len(beside),
+            "is a whole parameter in a file beside the adapter's",
+            "are whole parameters in a file beside the adapter's",
+        )
+        return [error("unsupported", min(beside), sentence, MERGE)]
+
+    def _unfactored(self) -> list[Issue]:
+        """Return an issue when the factors are not all that an adapter is, or there are none."""
+        adapter, recipe = self._adapter, self._recipe
+        kasa = bool(adapter.config.get("kasa_config"))  # a field that is not written
+        init = "KaSA" if kasa else mutating_init(adapter.config)
+        if init is not None and (kasa or recipe.is_rescaled or recipe.is_renamed):
+            sentence = f"{init} changed the base before training, by factors of this rank and scale"
+            hint = f"{_TO_LORA}; --base-is says what the base is"
+            return [error("unsupported", "init_lora_weights", sentence, hint)]
+        if adapter.layered and init is None:
+            sentence = f"a {adapter.kind} adapter has no factors of LoRA"
+            return [error("unsupported", "peft_type", sentence, _TO_LORA)]
+        return []
+
+    def _groups(self) -> dict[str, list[Delta]]:
+        groups: dict[str, list[Delta]] = {}
+        for delta in self._adapter.deltas:
+            groups.setdefault(delta.parameter, []).append(delta)
+        return groups
+
+    def _stays(self, deltas: list[Delta]) -> bool:
+        """Return True for what is written with the factors that it has."""
+        if self._recipe.to_lora:
+            again = bool(self._adapter.config.get("kasa_config")) or mutating_init(self._adapter.config)
+            return all(map(_is_product, deltas)) and not again
+        return all(delta.facts.has_factors for delta in deltas)
+
+    def _give(self, parameter: str, groups: Mapping[str, list[Delta]]) -> None:
+        """Take a module with its factors."""
+        (delta,) = groups[parameter]
+        magnitude = delta.factors.get("magnitude")
+        if magnitude is not None and self._recipe.keep is not None:
+            sentence = "is DoRA, and what a lower rank does to it depends on the base's weights"
+            self.found.issues.append(
+                error("unsupported", delta.module, sentence, "--to-lora makes plain LoRA of it")
+            )
+            return
+        kept = {"lora_magnitude_vector": magnitude} if magnitude is not None else {}
+        for one in groups.get(f"{delta.module}.bias", ()):
+            kept["lora_B.bias"] = one.factors["addend"]
+        form: Form = "embedding" if self._is_embedding(delta) else "linear"
+        shape = delta.facts.weight_shape(delta.factors) or ()
+        if len(shape) > 2:
+            form = "convolution"
+        if parameter in self._kernels:
+            form, shape = "convolution", self._kernels[parameter]
+        rank, scale = delta.rank, delta.effective_scale
+        if form == "embedding" and not delta.transposed:  # MLX: the factors are those of [vocabulary, dim]
+            origin = Given(delta, turned=True)
+            self._add(LoraModule(delta.module, "embedding", origin, shape[::-1], rank, scale))
+            return
+        self._add(LoraModule(delta.module, form, Given(delta), shape, rank, scale, kept))
+
+    def _add(self, module: LoraModule) -> None:
+        self.found.modules.append(module)
+
+    @cached_property
+    def _kernels(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of convolutions by parameter: AdaLoRA has flat factors for them."""
+        return {
+            delta.target: step.shape
+            for step in (self._joined.steps if self._joined else ())
+            for delta in (step.op.deltas if isinstance(step.op, Merge) else ())
+            if len(step.shape) > 2 and not (delta.part or delta.region.box or _stack_of(delta.facts))
+        }
+
+    def _is_embedding(self, delta: Delta) -> bool:
+        is_input = delta.module.rpartition(".")[2] in INPUT_NAMES
+        return delta.transposed or (self._adapter.format == "mlx" and is_input)
+
+    def _carry(self, parameters: set[str], groups: Mapping[str, list[Delta]]) -> None:
+        """Take along what has no factors, as it is; nothing of it depends on what is done to factors."""
+        for parameter in sorted(parameters):
+            for delta in groups[parameter]:
+                if delta.facts.replaces_rows:
+                    self.found.whole[delta.factors["rows"].name] = delta.factors["rows"]
+        copies = self._joined.unchanged if self._joined and self._recipe.drops_copies else ()
+        for parameter, one in self._adapter.replacements.items():
+            for ref in (one.ref, one.original) if parameter not in copies else ():
+                if ref is not None:
+                    self.found.whole[ref.name] = ref
+        if self._recipe.format != "peft" and self.found.whole:
+            name = min(self.found.whole)
+            sentence = f"is carried whole, which an adapter in the format {self._recipe.format} cannot do"
+            self.found.issues.append(error("unsupported", name, sentence, _TO_LORA))
+        for module in self.found.modules:
+            if self._recipe.format != "peft" and module.kept:
+                what = "DoRA" if "lora_magnitude_vector" in module.kept else "a bias of lora_B"
+                sentence = (
+                    f"has {what}, which an adapter in the format {self._recipe.format} cannot hold here"
+                )
+                self.found.issues.append(error("unsupported", module.path, sentence, _TO_LORA))
+
+    def _stack(self) -> None:
+        """Take the factors of stacked experts, as they are stacked."""
+        for pair in self._adapter.stacked:
+            assert self._joined is not None
+            delta = next((one for one in self._joined.deltas if one.factors == pair.tensors), None)
+            if delta is None:
+                continue  # the plan said why
+            a, b = pair.tensors["A"].shape, pair.tensors["B"].shape
+            stack = _stack_of(delta.facts)
+            shape = (stack.experts, b[0], a[1]) if stack else (b[0], a[1])
+            whole = replace(delta.delta, facts=StackedFacts(stack=stack)) if stack else delta.delta
+            scale, depth = delta.effective_scale, pair.depth
+            self._add(
+                LoraModule(delta.target, "experts", Given(whole), shape, delta.rank, scale, depth=depth)
+            )
+
+    def _change(self, given: Collection[str]) -> None:
+        """Take apart what a merge would change, where the adapter has no factors for it."""
+        assert self._joined is not None or _is_plain(self._adapter)
+        stacked = {ref.name for pair in self._adapter.stacked for ref in pair.tensors.values()}
+        for step in self._joined.steps if self._joined else ():
+            deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+            is_new = self._is_new(step)
+            if not is_new and all(
+                delta.target in given or not stacked.isdisjoint(ref.name for ref in delta.factors.values())
+                for delta in deltas
+            ):
+                continue
+            target = deltas[0].target if deltas else self._name_of(step)
+            self._add_changed(step, target, is_new=is_new)
+
+    def _change_twins(self) -> None:
+        """Give both ends of a tie what only one of them is stored for: PEFT has a layer for each."""
+        known = {module.path for module in self.found.modules}
+        for module in list(self.found.modules):
+            twin = self._joined.twin(module.path) if self._joined else None
+            if twin and twin not in known:
+                assert isinstance(module.origin, Given | Changed | Difference)
+                form: Form = "linear" if module.form == "embedding" else "embedding"
+                origin = replace(module.origin, turned=not module.origin.turned)
+                self._add(replace(module, path=twin, form=form, origin=origin, shape=module.shape[::-1]))
+
+    def _is_new(self, step: Step) -> bool:
+        """Return True for another weight than the base's; PEFT saves copies of the base's embeddings along."""
+        assert self._joined is not None
+        before = self._joined.before(step.name) if step.replaced else None
+        plain = before.plain if before is not None else None
+        return step.replaced and (plain is None or not same_values(plain, _replacement(step)))
+
+    def _add_changed(self, step: Step, target: str, *, is_new: bool) -> None:
+        stored = step.shape
+        deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+        module, _, parameter = target.rpartition(".")
+        if any(delta.region.box or delta.part for delta in deltas):
+            sentence = "is stored in parts, or as a part, and is no plain LoRA"
+            self.found.issues.append(error("unsupported", target, sentence, MERGE))
+            return
+        if parameter != "weight" or len(stored) < 2:
+            sentence = f"is changed, {shape_text(stored)}, and LoRA changes matrices only"
+            self.found.issues.append(error("unsupported", target, sentence, MERGE))
+            return
+        is_embedding = self._is_input(module)
+        turned = is_embedding or self._is_conv1d(module)
+        shape = stored[::-1] if turned else stored
+        form: Form = "embedding" if is_embedding else "convolution" if len(shape) > 2 else "linear"
+        if form == "convolution" and self._joined is not None and self._joined.is_grouped(module):
+            sentence = "is a convolution in groups, of which no LoRA is a change of a low rank"
+            self.found.issues.append(error("unsupported", target, sentence, MERGE))
+            return
+        if is_new:
+            assert self._joined is not None
+            weight, after = self._joined.before(step.name), _replacement(step)
+            before = weight.plain if weight is not None else None
+            if before is None or before.shape != after.shape:
+                found = f"the base's is {shape_text(before.shape)}" if before else "the base has none"
+                verb = "resize a weight" if before else "add a weight"
+                sentence = f"is {shape_text(after.shape)}, and {found}: LoRA cannot {verb}"
+                self.found.issues.append(error("unsupported", target, sentence, MERGE))
+                return
+            if deltas:
+                sentence = "is replaced as a whole and changed besides"
+                self.found.issues.append(error("unsupported", target, sentence, MERGE))
+                return
+            self._add(LoraModule(module, form, Difference(before, after, turned), shape, 0))
+            return
+        self._add(LoraModule(module, form, Changed(step, turned), shape, 0))
+
+    def _name_of(self, step: Step) -> str:
+        """Return what the adapter calls a parameter that it replaces."""
+        ref = _replacement(step)
+        return next(name for name, one in self._adapter.replacements.items() if one.ref == ref)
+
+    def _is_input(self, module: str) -> bool:
+        assert self._joined is not None
+        kind = self._joined.class_of(module)
+        return kind == "Embedding" if kind else module.rpartition(".")[2] in INPUT_NAMES
+
+    def _is_conv1d(self, module: str) -> bool:
+        assert self._joined is not None
+        return self._joined.class_of(module) == "Conv1D"
+
+
+def _replacement(step: Step) -> TensorRef:
+    """Return the adapter's own tensor, which takes the place of the base's."""
+    ref = step.source.plain
+    assert ref is not None
+    return ref
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Return what sorts paths as people do, layer 9 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

@@ -1,0 +1,101 @@
+"""A written adapter, read as any other would be: does it say what was meant, and does it fit its base?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.adapters.mlx_spelling import in_names_of
+from lora_merge.conversion import Maker, draft
+from lora_merge.conversion.lora import Recipe
+from lora_merge.conversion.transforms import Pair
+from lora_merge.core.report import Issue, Silence, Verdict, error
+from lora_merge.errors import PlanError
+from lora_merge.formats.safetensors import load
+from lora_merge.merging.changes import change_of
+from lora_merge.planning import Reading, check_fit
+from lora_merge.planning.resolve import resolve_adapter
+from lora_merge.planning.run import InputTexts, join_inputs
+from lora_merge.storage.hub import Access
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from lora_merge.conversion.lora import Lora, LoraModule
+    from lora_merge.planning import Joined
+
+_TOLERANCE = 1e-6
+"""Of ‖Δ - Δ′‖ / ‖Δ‖: a scale that is α/r again may differ in its last bit, and so may each product."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnBase:
+    """The base that an adapter is joined with when it is read back, and how."""
+
+    base: str
+    """Root of the checkpoint."""
+
+    reading: Reading
+    access: Access
+
+    def join(self, adapter: Path) -> Joined:
+        """Return the adapter in a directory on the base.
+
+        Raises:
+            PlanError: it does not fit.
+        """
+        texts = InputTexts(((str(adapter), 1.0),), self.base, access=self.access)
+        joined = join_inputs(texts, self.reading, Silence()).joined
+        check_fit(joined)
+        return joined
+
+
+def read_back(root: Path, lora: Lora, on_base: OnBase | None) -> Verdict:
+    """Return whether the adapter in a directory is the one that was made: read anew, planned anew, compared.
+
+    Args:
+        root: of the adapter.
+        lora: what was meant.
+        on_base: its base, where that is at hand.
+    """
+    adapter = resolve_adapter(root)
+    issues = [issue for issue in adapter.issues if issue.severity == "error"]
+    joined = None
+    if on_base is not None and not issues:
+        try:
+            joined = on_base.join(root)
+            adapter = in_names_of(adapter, joined.base.config)
+        except PlanError as exc:
+            issues += exc.issues
+    if not issues:
+        found = draft(adapter, Recipe(), joined)
+        issues += found.issues or _differences(lora, {one.path: one for one in found.modules})
+        missing = lora.whole.keys() - found.whole.keys()
+        issues += [
+            error("missing", name, "was to be carried along, and is not in the output")
+            for name in sorted(missing)
+        ]
+    return Verdict("full", len(lora.made), 0, tuple(issues))
+
+
+def _differences(lora: Lora, modules: Mapping[str, LoraModule]) -> list[Issue]:
+    """Return an issue for each module whose change is not the one that was made."""
+    maker = Maker(change_of, Recipe(), (), "F32")
+    issues = []
+    for made in lora.made:
+        path = made.module.path
+        if path not in modules:
+            issues.append(error("missing", path, "was made, and is not in the output"))
+            continue
+        wanted = Pair(load(made.a), load(made.b), made.scale)
+        got, _ = maker(modules[path])
+        if wanted.equals(got):
+            continue
+        off = wanted.distance(got)
+        if off > _TOLERANCE * wanted.norm():
+            sentence = f"differs from what was made by {off / (wanted.norm() or 1):.2g} of its size"
+            issues.append(error("differs", path, sentence))
+    surplus = sorted(modules.keys() - {made.module.path for made in lora.made})
+    issues += [error("surplus", path, "is in the output, and was not made") for path in surplus]
+    return issues

@@ -1,0 +1,150 @@
+"""adapter → draft → factors → files → read back → publish."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge.adapters.mlx_spelling import in_names_of
+from lora_merge.conversion import draft, needs_base
+from lora_merge.conversion.families import serving_issues
+from lora_merge.conversion.job import Conversion, raise_unconvertible
+from lora_merge.conversion.reading_back import OnBase
+from lora_merge.conversion.recipe import recipe_of, unsaid
+from lora_merge.conversion.writers import check_ready
+from lora_merge.conversion.writing import carry_out
+from lora_merge.core.identity import Inputs
+from lora_merge.core.report import Observer, Silence
+from lora_merge.peft_rules.loose_ends import without_base
+from lora_merge.planning import Joined, Reading, check_fit, raise_errors
+from lora_merge.planning.locate import check_ignored, find, locate_adapter
+from lora_merge.planning.resolve import resolve_adapter
+from lora_merge.planning.run import InputTexts, JoinedInputs, join_inputs
+from lora_merge.requests.recording import record_of
+from lora_merge.runtime.clock import Clock
+from lora_merge.runtime.shortage import memory_for
+from lora_merge.storage.digests import text_digest
+from lora_merge.storage.hub import Access
+from lora_merge.storage.input_files import watching
+from lora_merge.storage.signs import sample_digest
+from lora_merge.storage.user_paths import output_path
+
+if TYPE_CHECKING:
+    from lora_merge.conversion.lora import ConvertReport
+    from lora_merge.core.adapter import Adapter
+    from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.planning.locate import Place
+    from lora_merge.requests.request import ConvertRequest
+
+
+def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None) -> ConvertReport:
+    """Rewrite an adapter.
+
+    Raises:
+        LoraMergeError: see `lora_merge.errors`. Nothing stands under the output's name then, but what stood there
+            before.
+    """
+    watch, clock = observer or Silence(), Clock()
+    with clock("plan"), memory_for("planning"):
+        job = plan_conversion(request, watch)
+    return carry_out(job, watch, clock)
+
+
+def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
+    """Locate and resolve, and draft what is to be written.
+
+    Raises:
+        ChangedError: a file changed while it was read.
+        LoraMergeError: it cannot be converted.
+    """
+    with watching() as seen:
+        job = _plan(request, watch)
+    return replace(job, read=seen.inputs())
+
+
+def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
+    """Locate and resolve, and draft what is to be written."""
+    access = Access(request.token, request.offline)
+    found_adapter = find(request.adapter, "adapter")
+    place = locate_adapter(found_adapter, request.adapter, access, watch, request.ignore_file)
+    check_ignored([place], request.ignore_file)
+    raise_errors(place.issues)
+    adapter = resolve_adapter(place.whole(), place.ignored)
+    recipe = recipe_of(request, adapter)
+    joined, issues = None, (*place.issues, *adapter.issues, *without_base(adapter))
+    if request.base is not None or needs_base(adapter, recipe):
+        found = _on_base(request, watch)
+        joined, issues = found.joined, found.issues
+        adapter = in_names_of(adapter, joined.base.config)
+        recipe = recipe_of(request, adapter, joined)
+    raise_errors(issues)
+    if recipe.format == "gguf" and joined is not None:
+        check_ready(joined.base.config)
+    if request.serving is not None:
+        about = serving_issues(request.serving, adapter, joined)
+        raise_unconvertible(about)
+        issues = (*issues, *about)
+    drafted = draft(adapter, recipe, joined)
+    raise_unconvertible([*drafted.issues, *unsaid(drafted.modules, recipe)])
+    return Conversion(
+        source=request.adapter,
+        adapter=adapter,
+        found=drafted,
+        recipe=recipe,
+        base=joined.base if joined else None,
+        on_base=OnBase(joined.base.root, joined.reading, access) if joined else None,
+        out=output_path(request.out),
+        serving=request.serving,
+        overwrite=request.overwrite,
+        strict=request.strict,
+        inputs=(Path(adapter.root), *([Path(joined.base.root)] if joined else [])),
+        read=Inputs(),
+        provenance=_provenance(request, place, adapter, joined),
+        issues=issues,
+        home=Path(adapter.root),
+    )
+
+
+def _on_base(request: ConvertRequest, watch: Observer) -> JoinedInputs:
+    """Return the adapter on its base.
+
+    Raises:
+        PlanError: it does not fit.
+    """
+    texts = InputTexts(
+        ((request.adapter, 1.0),),
+        request.base,
+        request.ignore_file,
+        Access(request.token, request.offline),
+    )
+    reading = Reading(request.base_is, request.expert_layout, request.allow_svd)
+    found = join_inputs(texts, reading, watch)
+    check_fit(found.joined)
+    return found
+
+
+def _provenance(
+    request: ConvertRequest, place: Place, adapter: Adapter, joined: Joined | None
+) -> dict[str, object]:
+    """Return what the manifest says of what the output is made from."""
+    return {
+        "adapter": {
+            "path": place.text,
+            "digest": adapter.digest,
+            "config": text_digest(json.dumps(dict(adapter.config), sort_keys=True)),
+            "format": adapter.format,
+        },
+        **({"base": _of_base(joined.base)} if joined else {}),
+        "options": record_of(request),
+    }
+
+
+def _of_base(base: Checkpoint) -> dict[str, str]:
+    """Return what the manifest says of a base: where it was, and digests of its configuration and of some of its bytes."""
+    return {
+        "path": base.root,
+        "config": text_digest(json.dumps(dict(base.config), sort_keys=True)),
+        "sample": sample_digest(list(base.tensors())),
+    }

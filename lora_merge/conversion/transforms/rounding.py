@@ -1,0 +1,36 @@
+"""Factors in the dtype that they are stored in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_merge.core.tensor import TORCH_NAMES
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_merge.conversion.transforms.pair import Pair
+
+
+def rounded(pair: Pair, wanted: str | None, own: str) -> Pair:
+    """Return factors as they are stored.
+
+    Args:
+        pair: in float32.
+        wanted: dtype code that the user asks for; None: ``own``, where it holds every value exactly, else float32.
+        own: dtype code that the adapter came in.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[wanted or own])
+    a, b = pair.a.to(dtype), pair.b.to(dtype)
+    if wanted is None and not (_same(a, pair.a) and _same(b, pair.b)):
+        return replace(pair, a=pair.a.float(), b=pair.b.float())
+    return replace(pair, a=a, b=b)
+
+
+def _same(rounded: torch.Tensor, values: torch.Tensor) -> bool:
+    import torch
+
+    return torch.equal(rounded.float(), values.float())

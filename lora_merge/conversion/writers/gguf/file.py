@@ -1,0 +1,150 @@
+"""The file: written one weight at a time, and read back by gguf's own reader."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.conversion.lora import Lora
+from lora_merge.conversion.writers.gguf.layout import Layout
+from lora_merge.conversion.writers.gguf.package import gguf_package
+from lora_merge.core.report import Issue, error
+from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.storage.writing import tensor_bytes, write_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+    from lora_merge.conversion.writers.gguf.tensors import GgufTensor
+    from lora_merge.conversion.writers.lora_writer import LoadFactors
+    from lora_merge.storage.folder import Folder
+
+GGUF_FILE = "adapter.gguf"
+
+
+def check_ready(base_config: Mapping[str, Any]) -> None:
+    """Check that adapters of a model can be written at all, before anything is made.
+
+    Raises:
+        RequestError: the package gguf is not installed.
+        ConvertError: the family is not known.
+    """
+    gguf_package()
+    _ = Layout(Lora((), {}, base_config=base_config)).family
+
+
+def write_gguf(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
+    """Write a LoRA whose scales are folded into B as llama.cpp reads one; return the name of the file.
+
+    Raises:
+        RequestError: the package gguf is not installed.
+        ConvertError: the family is not known, or a module has no place in llama.cpp.
+        WriteError: the disk is full or cannot be written.
+
+    Reference:
+        ``llama_adapter_lora_init_impl`` (src/llama-adapter.cpp) and ``convert_lora_to_gguf.py`` of llama.cpp.
+    """
+    gguf = gguf_package()
+    layout = Layout(lora)
+    tensors = layout.tensors()
+    alpha = Counter(one.rank for one in tensors).most_common(1)[0][0]
+    tensors = [one.under(alpha) for one in tensors]
+    base = str(lora.config.get("base_model_name_or_path") or "").rstrip("/")
+    writer = gguf.GGUFWriter(None, layout.family.arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_name(base.rpartition("/")[2] or "adapter")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    try:
+        with folder.writing(GGUF_FILE, create=True) as fd, closing(writer):
+            _fill(gguf, writer, tensors, alpha, factors, fd)
+    except OSError as exc:
+        raise write_error(folder.path / GGUF_FILE, exc) from exc
+    return (GGUF_FILE,)
+
+
+def _fill(
+    gguf: Any, writer: Any, tensors: Sequence[GgufTensor], alpha: int, factors: LoadFactors, fd: int
+) -> None:
+    """Write everything to the file, one weight in memory at a time.
+
+    gguf writes tensors with ``numpy.ndarray.tofile``, which says nothing when the disk is full: not so here.
+    """
+    import torch
+
+    for one in tensors:
+        for end, shape in (("lora_a", one.a_shape), ("lora_b", one.b_shape)):
+            _announce(gguf, writer, f"{one.name}.{end}", shape, one.dtype)
+    writer.write_header_to_file(os.dup(fd))  # which `open` takes in place of a path, and `close` closes
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    for one in tensors:
+        a, b = one.produce(factors)
+        if one.rank != alpha:
+            b = b.float() * (one.rank / alpha)
+        for tensor in (a, b):
+            nbytes = file.write(tensor_bytes(tensor.to(getattr(torch, TORCH_NAMES[one.dtype]))))
+            writer.write_padding(file, nbytes)
+
+
+def check_gguf(root: Path, lora: Lora, factors: LoadFactors) -> list[Issue]:
+    """Return an issue for each tensor of a written file that is not what was meant; read with gguf's own reader."""
+    import torch
+
+    gguf = gguf_package()
+    try:
+        reader = gguf.GGUFReader(root / GGUF_FILE)
+    except ValueError as exc:
+        return [error("unreadable", GGUF_FILE, f"cannot be read back ({exc})")]
+    alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    issues = []
+    for one in Layout(lora).tensors():
+        names = (f"{one.name}.lora_a", f"{one.name}.lora_b")
+        missing = [name for name in names if name not in found]
+        if missing:
+            issues.append(error("missing", missing[0], "was made, and is not in the output"))
+            continue
+        a, b = (torch.from_numpy(_values(found.pop(name))) for name in names)
+        wanted_a, wanted_b = one.produce(factors)
+        # r/α and α/r are two roundings each; below the smallest normal number bits are lost
+        atol = torch.finfo(torch.float32).tiny
+        is_same = (
+            torch.equal(a, wanted_a.float())
+            and b.shape == wanted_b.shape
+            and torch.allclose(b * (alpha / b.shape[-1]), wanted_b.float(), rtol=1e-6, atol=atol)
+        )
+        if not is_same:
+            issues.append(error("differs", one.name, "is in the output with other values than were made"))
+    issues += [error("surplus", name, "is in the output, and was not made") for name in sorted(found)]
+    return issues
+
+
+def _announce(gguf: Any, writer: Any, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    """Tell the writer of a tensor that will come."""
+    import numpy as np
+
+    nbytes = prod(shape) * (4 if dtype == "F32" else 2)
+    raw = getattr(gguf.GGMLQuantizationType, dtype)
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=raw)
+
+
+def _values(tensor: Any) -> np.ndarray[Any, Any]:
+    """Return the values of a tensor that gguf read, in float32."""
+    import numpy as np
+
+    data = np.asarray(tensor.data)
+    if tensor.tensor_type.name == "BF16":
+        wide = data.view(np.uint16).astype(np.uint32) << 16
+        data = wide.view(np.float32)
+    shape = tuple(int(size) for size in tensor.shape[::-1])
+    return data.astype(np.float32).reshape(shape)

@@ -1,0 +1,25 @@
+"""The package gguf, which is an extra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_merge.errors import RequestError
+from lora_merge.runtime.shortage import not_for_want_of_memory
+
+
+def gguf_package() -> Any:
+    """Import it.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as exc:
+        not_for_want_of_memory(exc)
+        hint = 'pip install "lora-merge[gguf]"'
+        raise RequestError(
+            "", 0, "format", "gguf needs the package gguf, which is not installed", hint=hint
+        ) from exc
+    return gguf

@@ -1,0 +1,1 @@
+"""File formats: safetensors, pickles, the manifest, the model card, side files."""

@@ -1,0 +1,22 @@
+"""A model's ``config.json``, read and checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.modeling.config_fields import check_config
+from lora_merge.storage.small_files import read_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the table in a ``config.json``.
+
+    Raises:
+        CheckpointError: it cannot be read, is no JSON table, or a field that is read here holds another type.
+    """
+    config = read_json(path)
+    check_config(config, str(path))
+    return config

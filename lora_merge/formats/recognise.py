@@ -1,0 +1,335 @@
+"""What a folder is that is not the base or the adapter it was named as, told by the names of its files.
+
+Names alone decide, so that the listing of a repo is enough. Each answer is the end of a sentence about the folder, and what
+to do; what nothing is known of has none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from lora_merge.errors import CheckpointError
+from lora_merge.formats.trainer_files import LOAD_AFTER, SHARDED_STATES
+from lora_merge.words import counted, listing
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+    from pathlib import Path
+
+Role = Literal["base", "adapter"]
+
+_MODEL_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+
+_MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model*.safetensors.index.json")
+_ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapter_model*.bin", "adapters.safetensors")
+
+_SHARD = re.compile(r"(?P<stem>model|pytorch_model)-\d{5}-of-(?P<count>\d{5})\.(?P<suffix>safetensors|bin)")
+
+_MOST_NAMES = 2000
+"""Of a folder's files that are looked at: a folder may be anything, a home directory for one."""
+
+
+class Fault(NamedTuple):
+    """What a folder is instead."""
+
+    sentence: str
+    """Of which the folder is the subject."""
+
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kind of folder that people name as a base or an adapter."""
+
+    patterns: tuple[str, ...]
+    """Of files; one that matches is enough."""
+
+    sentence: str
+    hint: str
+    roles: tuple[Role, ...] = ("base", "adapter")
+
+
+_KINDS = (
+    *(
+        _Kind(
+            state.patterns,
+            f"holds a state of {state.trainer} in shards ({{found}}), and no weights",
+            f"{state.tool}; then {LOAD_AFTER}",
+        )
+        for state in SHARDED_STATES
+    ),
+    _Kind(
+        ("*.nemo", "mp_rank_*/*", "*/mp_rank_*", "model_optim_rng.pt"),
+        "is a checkpoint of NeMo or Megatron ({found})",
+        "export it to Hugging Face's format with the trainer's own converter",
+    ),
+    _Kind(
+        ("manifest.ocdbt", "*/manifest.ocdbt", "_CHECKPOINT_METADATA", "*/_METADATA"),
+        "is a checkpoint of JAX (Orbax: {found})",
+        "export it as safetensors with the trainer's own tool",
+    ),
+    _Kind(
+        ("pytorch_lora_weights.*",),
+        "is a LoRA for diffusers ({found}): models that make images are not merged here",
+        "use diffusers: pipe.load_lora_weights(FOLDER), pipe.fuse_lora(), pipe.save_pretrained(OUTPUT)",
+    ),
+    _Kind(
+        ("model_index.json",),
+        "is a pipeline of diffusers ({found}): models that make images are not merged here",
+        "name the folder of one transformers model in it, text_encoder for example",
+    ),
+    _Kind(
+        (
+            "pytorch_adapter.bin",
+            "adapter.safetensors",
+            "head_config.json",
+            "pytorch_model_head.bin",
+            "model_head.safetensors",
+        ),
+        "is an adapter of AdapterHub's library adapters ({found}), which is not PEFT's format",
+        "if it is a LoRA, merge it there: model.load_adapter(FOLDER), model.merge_adapter(NAME), model.save_pretrained(OUTPUT)",
+        ("adapter",),
+    ),
+    _Kind(
+        ("adapters.npz", "[0-9]*_adapters.safetensors"),
+        "holds an adapter of mlx-lm under another name ({found})",
+        "save it as adapters.safetensors, beside its adapter_config.json",
+        ("adapter",),
+    ),
+    _Kind(
+        ("lora.safetensors",),
+        "is a LoRA of mistral-finetune ({found})",
+        "merge it there: python -m utils.merge_lora, or train with PEFT",
+        ("adapter",),
+    ),
+    _Kind(
+        ("lit_model*", "lit_config.json"),
+        "is a checkpoint of LitGPT ({found})",
+        "use its own commands: litgpt merge_lora, then litgpt convert_from_litgpt",
+    ),
+    _Kind(
+        ("adapter_[0-9]*.pt", "recipe_state.pt", "recipe_state/*"),
+        "is a checkpoint of torchtune ({found})",
+        "torchtune writes PEFT's adapter_config.json and adapter_model.safetensors with the checkpointer for Hugging Face",
+    ),
+    _Kind(
+        ("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt"),
+        "holds the model in Mistral's or Meta's own format ({found})",
+        "name a folder or repo with config.json and model*.safetensors, as transformers has them: download those files too",
+        ("base",),
+    ),
+    _Kind(
+        ("*.gguf",),
+        "holds GGUF ({found}), the format of llama.cpp",
+        "name the Hugging Face folder or repo that it was converted from",
+    ),
+    _Kind(
+        (
+            "tf_model*.h5",
+            "flax_model*.msgpack",
+            "*.onnx",
+            "onnx/*",
+            "model.ckpt*",
+            "*.tflite",
+            "openvino_model.*",
+            "rust_model.ot",
+        ),
+        "holds weights for another framework than PyTorch ({found})",
+        "load it once in transformers with PyTorch and save_pretrained() it",
+        ("base",),
+    ),
+    _Kind(
+        ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.rar"),
+        "holds an archive ({found})",
+        "unpack it, and name the folder that comes out",
+    ),
+    _Kind(
+        ("*.incomplete", "*.part", "*.crdownload", "*.aria2", "*.download"),
+        "holds a download that did not end ({found})",
+        "download it again",
+    ),
+)
+"""In the order in which they are asked, the most telling first."""
+
+_STATES = (
+    _Kind(
+        (
+            "optimizer.pt",
+            "optimizer.bin",
+            "trainer_state.json",
+            "training_args.bin",
+            "rng_state*.pth",
+            "scheduler.pt",
+        ),
+        "holds the state of a training ({found}) and no weights",
+        "the training saved its weights elsewhere, or was told to save none",
+    ),
+)
+"""What is said where nothing else speaks for a folder."""
+
+
+def names_in(root: Path) -> tuple[str, ...]:
+    """Return the files of a folder and of the folders in it, by their names below it."""
+    found = []
+    for path in sorted(root.iterdir(), key=lambda path: in_order(path.name)):
+        inside = sorted(path.iterdir()) if _is_open(path) else [path]
+        found += [one.relative_to(root).as_posix() for one in inside]
+        if len(found) > _MOST_NAMES:
+            break
+    return tuple(found[:_MOST_NAMES])
+
+
+def broken_link(root: Path) -> CheckpointError | None:
+    """Return the error of a folder with a link in it that leads to nothing, in the place of a file that is needed."""
+    for path in sorted(root.iterdir()):
+        if path.is_symlink() and not path.exists() and path.suffix in {".json", ".safetensors", ".bin"}:
+            return CheckpointError(
+                str(path),
+                "",
+                f"is a link to {path.readlink()}, which is not there",
+                hint="download it again: the cache was cleared, or a disk is not mounted",
+            )
+    return None
+
+
+def _is_open(path: Path) -> bool:
+    """Return True for a folder that may be read."""
+    import os
+
+    return path.is_dir() and os.access(path, os.R_OK | os.X_OK)
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts ``checkpoint-9`` before ``checkpoint-10``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def fault_of(names: Collection[str], role: Role, place: str = "") -> Fault | None:
+    """Return what a folder is instead of what it was named as; None where its names do not tell.
+
+    Args:
+        names: its files, those of the folders in it as ``folder/file``.
+        role: what it was named as.
+        place: how its own folders are named, with a slash at the end: ``runs/style/``.
+
+    Example:
+        >>> fault_of(["config.json", "model.safetensors"], "adapter").sentence
+        'is a whole model and no adapter (it has config.json and model.safetensors)'
+    """
+    if not names:
+        return Fault("is an empty folder", "check the path, or download again what was to be in it")
+    if role == "adapter":
+        return (
+            _whole_model(names) or _known(names, role) or _half_adapter(names) or _known(names, role, _STATES)
+        )
+    return (
+        _adapter(names)
+        or _lost_index(names)
+        or _known(names, role)
+        or _deeper(names, place)
+        or _half_model(names)
+        or _known(names, role, _STATES)
+    )
+
+
+def _known(names: Collection[str], role: Role, kinds: Iterable[_Kind] = _KINDS) -> Fault | None:
+    """Return the first kind that a file of the folder speaks for."""
+    for kind in kinds:
+        found = [name for name in names if _matches(name, kind.patterns)]
+        if role in kind.roles and found:
+            return Fault(kind.sentence.format(found=listing(found, 2)), kind.hint)
+    return None
+
+
+def _whole_model(names: Collection[str]) -> Fault | None:
+    weights = _first(names, _MODEL_WEIGHTS)
+    if _MODEL_CONFIG not in names or _ADAPTER_CONFIG in names or not weights:
+        return None
+    return Fault(
+        f"is a whole model and no adapter (it has {_MODEL_CONFIG} and {weights})",
+        "pass it as --base; --adapter takes a folder with adapter_config.json",
+    )
+
+
+def _adapter(names: Collection[str]) -> Fault | None:
+    if _ADAPTER_CONFIG not in names or (_MODEL_CONFIG in names and _first(names, _MODEL_WEIGHTS)):
+        return None
+    return Fault(
+        f"is an adapter itself (it has {_ADAPTER_CONFIG}), and no model",
+        "pass the model that it was trained on as --base; to merge two adapters, merge one and take the result as --base of "
+        "the other, or name both with --adapter",
+    )
+
+
+def _lost_index(names: Collection[str]) -> Fault | None:
+    """Return what is said of shards without their index, or of some without the others."""
+    shards = [match for match in map(_SHARD.fullmatch, names) if match]
+    if not shards or _MODEL_CONFIG not in names:
+        return None
+    first = shards[0]
+    index = f"{first['stem']}.{first['suffix']}.index.json"
+    if index in names:
+        return None
+    there = (
+        f"{len(shards)} of {int(first['count'])} weight files ({listing([shard[0] for shard in shards], 1)})"
+    )
+    return Fault(
+        f"holds {there}, and their index is missing: {index}",
+        f"download {index} from where the weights are from"
+        + ("" if len(shards) == int(first["count"]) else ", and the other files"),
+    )
+
+
+def _deeper(names: Collection[str], place: str) -> Fault | None:
+    """Return which folders in it hold models, where it holds none itself."""
+    folders = [name.removesuffix(f"/{_MODEL_CONFIG}") for name in names if name.endswith(f"/{_MODEL_CONFIG}")]
+    folders = [folder for folder in folders if "/" not in folder]
+    if not folders or _MODEL_CONFIG in names:
+        return None
+    last = max(folders, key=in_order)
+    return Fault(
+        f"holds no model itself; {counted(len(folders), 'folder')} in it may: {listing(sorted(folders, key=in_order))}",
+        f"name one of them: {place}{last}",
+    )
+
+
+def _half_adapter(names: Collection[str]) -> Fault | None:
+    weights = _first(names, _ADAPTER_WEIGHTS)
+    if _ADAPTER_CONFIG in names and not weights:
+        return Fault(
+            f"has {_ADAPTER_CONFIG} and no weights beside it: adapter_model.safetensors or adapter_model.bin is missing",
+            "the download or the training did not end; fetch or save the weights too",
+        )
+    if weights and _ADAPTER_CONFIG not in names:
+        return Fault(
+            f"has {weights} and no {_ADAPTER_CONFIG}, which says what α and the targets are",
+            f"fetch {_ADAPTER_CONFIG} from where the weights are from",
+        )
+    return None
+
+
+def _half_model(names: Collection[str]) -> Fault | None:
+    weights = _first(names, _MODEL_WEIGHTS)
+    if weights and _MODEL_CONFIG not in names:
+        return Fault(
+            f"has {weights} and no {_MODEL_CONFIG}", f"fetch {_MODEL_CONFIG} from where the weights are from"
+        )
+    if _MODEL_CONFIG in names and not weights:
+        return Fault(
+            f"has {_MODEL_CONFIG} and no weights: model.safetensors, or shards with their index, is missing",
+            "the download did not end, or only the small files were fetched; fetch the weights too",
+        )
+    return None
+
+
+def _first(names: Iterable[str], patterns: tuple[str, ...]) -> str:
+    """Return the first of some names that matches, or nothing."""
+    return next((name for name in names if _matches(name, patterns)), "")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,160 @@
+"""Which files of a repo a merge needs, from its listing: the small ones first, then the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import (
+    ADAPTER_CONFIG,
+    CONFIG_FILE,
+    INDEX_FILE,
+    PICKLED_FILE,
+    PICKLED_INDEX_FILE,
+    SAFETENSORS_FILE,
+)
+from lora_merge.errors import CheckpointError, ResolveError
+from lora_merge.formats.recognise import fault_of
+from lora_merge.formats.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
+from lora_merge.formats.trainer_files import LOAD_AFTER, sharded_state, trained_beside
+from lora_merge.formats.weight_files import adapter_entries
+from lora_merge.storage.small_files import read_json
+from lora_merge.words import choice, listing
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+TRAINING_ARGUMENTS = "args.json"
+"""What ms-swift was called with; it names the base."""
+
+TRAINER_CONFIG = "additional_config.json"
+"""Where ms-swift keeps its own fields of a LoRA configuration."""
+
+ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+MLX_WEIGHTS = "adapters.safetensors"
+
+CONVERSION_MANIFEST = "conversion.json"
+"""What an adapter was made from, and how, where it was made here."""
+
+_ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG, CONVERSION_MANIFEST})
+_ADAPTER_WEIGHTS = (ADAPTER_WEIGHTS, ADAPTER_PICKLE, MLX_WEIGHTS)
+"""In the order in which they are preferred."""
+
+VISION_WEIGHTS = "vit.safetensors"
+"""What ms-swift saves of a vision tower that was trained as a whole."""
+
+EXTRA_FOLDER = "extra_states"
+"""What ms-swift saves of other parameters that were; beside the folder of the adapter, if that has one."""
+
+
+def base_small(label: str, names: Collection[str]) -> frozenset[str]:
+    """Return the configuration, the side files and the index of a base.
+
+    Raises:
+        ResolveError: the listing is none of a model that can be merged into.
+    """
+    if CONFIG_FILE not in names:
+        what = fault_of(names, "base", f"{label}/")
+        raise ResolveError(
+            f"{label}: {what.sentence}" if what else f"{label}: has no config.json",
+            hint=what.hint if what else "a base is a whole model",
+        )
+    index = next(
+        (name for name in (INDEX_FILE, SAFETENSORS_FILE, PICKLED_INDEX_FILE, PICKLED_FILE) if name in names),
+        None,
+    )
+    if index is None:
+        what = fault_of(names, "base", f"{label}/")
+        hint = what.hint if what else "pass the repo that holds the model's safetensors"
+        found = sorted(name for name in names if not belongs_to_base(name))
+        there = f" (it has {listing(found)})" if found else ""
+        raise ResolveError(
+            f"{label}: has no weights that can be merged into{there}, expected {SAFETENSORS_FILE} or {INDEX_FILE}",
+            hint=hint,
+        )
+    small = frozenset(name for name in names if belongs_to_base(name) or name == MANIFEST_FILE)
+    return small | {index} if index in {INDEX_FILE, PICKLED_INDEX_FILE} else small
+
+
+def base_weights(label: str, names: Collection[str], root: Path) -> frozenset[str]:
+    """Return the weight files of a base whose small files are in ``root``.
+
+    Raises:
+        CheckpointError: the index names a file that is not in the listing.
+    """
+    for index, single in ((INDEX_FILE, SAFETENSORS_FILE), (PICKLED_INDEX_FILE, PICKLED_FILE)):
+        if index in names:
+            return _shards(label, index, names, root)
+        if single in names:
+            return frozenset({single})
+    return frozenset()
+
+
+def _shards(label: str, index: str, names: Collection[str], root: Path) -> frozenset[str]:
+    weight_map = read_json(root / index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    wanted = frozenset(file for file in files if isinstance(file, str))
+    missing = sorted(wanted - frozenset(names))
+    if missing:
+        raise CheckpointError(
+            label,
+            "",
+            f"lacks {listing(missing)}",
+            f"the {len(wanted)} files that {index} names",
+            hint="the repo is incomplete; ask its owner",
+        )
+    return wanted
+
+
+def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]) -> frozenset[str]:
+    """Return the configuration and the side files of an adapter.
+
+    Args:
+        label: what to call it.
+        names: the files of its folder.
+        elsewhere: the folders of the repo that hold an adapter.
+
+    Raises:
+        ResolveError: the listing is none of an adapter.
+    """
+    if ADAPTER_CONFIG not in names:
+        what = None if elsewhere else fault_of(names, "adapter")
+        if what is not None:
+            raise ResolveError(f"{label}: {what.sentence}", hint=what.hint)
+        hint = ""
+        if elsewhere:
+            hint = f"adapters are in its folders {listing(sorted(elsewhere), 8)}: org/name/FOLDER"
+        raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
+    if not adapter_weights(names):
+        state = sharded_state(names)
+        if state is not None:
+            sentence = f"{label}: holds no file of an adapter, only a state of {state.trainer} in shards"
+            raise ResolveError(sentence, hint=f"download it; {state.tool}; then {LOAD_AFTER}")
+        what = fault_of(names, "adapter")
+        wanted = choice(_ADAPTER_WEIGHTS[:2])
+        sentence = what.sentence if what else f"has no weights of an adapter, expected {wanted}"
+        raise ResolveError(f"{label}: {sentence}", hint=what.hint if what else "")
+    return frozenset(name for name in names if name in _ADAPTER_SMALL or belongs_to_adapter(name))
+
+
+def adapter_weights(names: Collection[str], ignored: Collection[str] = ()) -> frozenset[str]:
+    """Return the weight files of an adapter: its own in the form that is preferred, and what was trained beside it.
+
+    Args:
+        names: the files of its folder.
+        ignored: those that the user wants left out.
+    """
+    kept = frozenset(names) - frozenset(ignored)
+    entries = adapter_entries(kept)
+    entry = next(iter(entries), None)
+    weights = {MLX_WEIGHTS} & kept if entry is None else {entry, *entries[entry]}
+    if not weights:
+        return frozenset()
+    beside = {name for name in kept if name.startswith(f"{EXTRA_FOLDER}/") or name == VISION_WEIGHTS}
+    return frozenset(weights | beside | set(trained_beside(kept)))
+
+
+def adapter_copies(names: Collection[str], ignored: Collection[str] = ()) -> frozenset[str]:
+    """Return the files that hold an adapter a second time, in a form that is not preferred: no download is worth it."""
+    entries = adapter_entries(frozenset(names) - frozenset(ignored))
+    return frozenset(name for entry in list(entries)[1:] for name in (entry, *entries[entry]))

@@ -1,0 +1,188 @@
+"""The values of a stored weight, read some rows at a time from however many tensors it has."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Self
+
+from lora_merge.codecs import CODECS
+from lora_merge.core.tensor import TORCH_TYPES
+from lora_merge.core.weight import Tile
+from lora_merge.formats.safetensors import box_norm, tensor_digest
+from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.reading import ReadAhead
+from lora_merge.storage.sources import open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import PartRange, Weight
+    from lora_merge.modeling.pieces import Box
+    from lora_merge.storage.sources import Source
+
+_NORM_ELEMENTS = 1 << 20
+
+
+class WeightReader:
+    """Reads rows of a stored weight, part by part, and has the disk fetch those that will be read next.
+
+    A context: its files are open inside.
+
+    Args:
+        weight: what is read.
+        n_rows: that it is divided into.
+        is_watched: True where `digests` are not asked for.
+    """
+
+    def __init__(self, weight: Weight, n_rows: int, *, is_watched: bool = False) -> None:
+        self.weight, self._n_rows, self._is_watched = weight, n_rows, is_watched
+        self._codec = CODECS[weight.storage.codec]
+        self._stack = contextlib.ExitStack()
+        self._parts: dict[str, _PartReader] = {}
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            sources: dict[str, Source] = {}
+            for role, ref in self.weight.parts.items():
+                if ref.file not in sources:
+                    sources[ref.file] = stack.enter_context(open_source(ref.file))
+                self._parts[role] = _PartReader(sources[ref.file], ref, is_watched=self._is_watched)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def tile(self, start: int, end: int) -> Tile:
+        """Return some rows, as codecs are told of them."""
+        return Tile(self.weight.shape, self._n_rows, start, end)
+
+    def widened(self, start: int, end: int) -> tuple[int, int]:
+        """Return the rows that have to be read for some rows: the codec may need to begin at a multiple of its own."""
+        shape, n_rows = self.weight.shape, self._n_rows
+        multiple, _ = self._codec.alignment(shape, n_rows, self.weight.storage)
+        if multiple == 1 or start == end:
+            return start, end
+        is_stacked = len(shape) == 3 and n_rows == shape[0] * shape[1]
+        matrix = shape[1] if is_stacked else n_rows
+        last = (end - 1) % matrix + 1
+        return start - start % matrix % multiple, end - last + min(matrix, -(-last // multiple) * multiple)
+
+    def ranges(self, tile: Tile) -> Mapping[str, PartRange]:
+        """Return which bytes of which part some rows need."""
+        return self._codec.ranges(tile, self.weight.storage)
+
+    def read_into(
+        self, buffers: Mapping[str, memoryview], tile: Tile, ranges: Mapping[str, PartRange]
+    ) -> None:
+        """Fill a buffer for each part with what some rows need of it.
+
+        Raises:
+            CheckpointError: a file ends too soon, or the disk cannot be read.
+        """
+        is_all = tile.end - tile.start == tile.n_rows
+        for role, found in ranges.items():
+            self._parts[role].read_into(buffers[role], found, is_last=is_all)
+
+    def values(self, start: int, end: int) -> torch.Tensor:
+        """Return some rows as float32, ``[rows, columns]``, in memory of their own.
+
+        Raises:
+            CheckpointError: a file ends too soon, or the disk cannot be read.
+        """
+        import torch
+
+        tile = self.tile(*self.widened(start, end))
+        ranges = self.ranges(tile)
+        raw = {role: torch.empty(one.nbytes, dtype=torch.uint8) for role, one in ranges.items()}
+        self.read_into({role: buffer.numpy().data for role, buffer in raw.items()}, tile, ranges)
+        parts = {
+            role: raw[role].view(getattr(torch, TORCH_TYPES[one.dtype])).view(one.shape)
+            for role, one in ranges.items()
+        }
+        columns = math.prod(self.weight.shape) // max(self._n_rows, 1)
+        out = torch.empty(tile.end - tile.start, columns)
+        self._codec.decode(tile, parts, out)
+        return out[start - tile.start : end - tile.start]
+
+    def digests(self) -> dict[str, str]:
+        """Return the digest of each part, as it was read.
+
+        Raises:
+            CheckpointError: a part that was not read from end to end cannot be read again.
+        """
+        return {role: part.digest() for role, part in self._parts.items()}
+
+
+class _PartReader:
+    """Reads one part; its digest is of the bytes that were read, where they came in order."""
+
+    def __init__(self, source: Source, ref: TensorRef, *, is_watched: bool) -> None:
+        self._ref, self._done = ref, 0
+        self._ahead = ReadAhead(source, ref.start, ref.end, is_watched=is_watched)
+        self._digest = new_digest()
+        self._whole: bytes | None = None
+
+    def read_into(self, buffer: memoryview, wanted: PartRange, *, is_last: bool) -> None:
+        """Fill a buffer with some ranges. What every tile needs whole is read once."""
+        at = 0
+        for first, nbytes in wanted.ranges:
+            piece = buffer[at : at + nbytes] if len(wanted.ranges) > 1 else buffer
+            is_whole = nbytes == self._ref.nbytes
+            if is_whole and self._whole is not None:
+                piece[:] = self._whole
+            else:
+                self._ahead.read_into(piece, self._ref.start + first)
+                if first == self._done:
+                    self._digest.update(piece)
+                    self._done += nbytes
+                if is_whole and not is_last:
+                    self._whole = bytes(piece)
+            at += nbytes
+
+    def digest(self) -> str:
+        if self._done == self._ref.nbytes:
+            return digest_text(self._digest)
+        return tensor_digest(self._ref)
+
+
+def values_of(weight: Weight) -> torch.Tensor:
+    """Return a whole weight as float32, in its shape.
+
+    Raises:
+        CheckpointError: a file ends too soon, or the disk cannot be read.
+    """
+    n_rows = weight.shape[0] if weight.shape else 1
+    with WeightReader(weight, n_rows, is_watched=True) as reader:
+        return reader.values(0, n_rows).view(weight.shape)
+
+
+def weight_norm(weight: Weight, box: Box = ()) -> float:
+    """Return the Frobenius norm of a part of a weight, read some rows at a time.
+
+    Args:
+        weight: the weight.
+        box: a range per axis; empty for all of it.
+
+    Raises:
+        CheckpointError: a file ends too soon, or the disk cannot be read.
+    """
+    import torch
+
+    if weight.plain is not None:
+        return box_norm(weight.plain, box)
+    first, *others = box or tuple((0, size) for size in weight.shape) or ((0, 1),)
+    inner = weight.shape[1:]
+    step = max(1, _NORM_ELEMENTS // max(math.prod(inner), 1))
+    total = 0.0
+    with WeightReader(weight, weight.shape[0] if weight.shape else 1, is_watched=True) as reader:
+        for start in range(first[0], first[1], step):
+            end = min(start + step, first[1])
+            rows = reader.values(start, end).view(end - start, *inner)
+            part = rows[(slice(None), *(slice(*limits) for limits in others))]
+            total += float(part.square().sum(dtype=torch.float64))
+    return math.sqrt(total)

@@ -1,0 +1,69 @@
+"""A written checkpoint as it is found, sound or not: nothing in it makes reading fail."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, Output
+from lora_merge.errors import CheckpointError
+from lora_merge.formats.model_config import read_config
+from lora_merge.formats.safetensors import read_header
+from lora_merge.formats.side_files import is_inside
+from lora_merge.storage.local import why_no_file
+from lora_merge.storage.small_files import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lora_merge.core.checkpoint import WeightFile
+
+_WEIGHTS = ".safetensors"
+
+
+def read_output(root: Path) -> Output:
+    """Return what is in a directory, from its headers and small files; what cannot be read is said, not raised."""
+    found_names, broken, outside = _names(root)
+    names = frozenset(found_names)
+
+    def attempt(name: str, read: Callable[[Path], Any]) -> Any:
+        if name not in names:
+            return None
+        try:
+            return read(root / name)
+        except CheckpointError as exc:
+            broken[name] = str(exc)
+            return None
+
+    config, index = attempt(CONFIG_FILE, read_config), attempt(INDEX_FILE, read_json)
+    weights = {name for name in names if name.endswith(_WEIGHTS) and "/" not in name}
+    weights |= {str(file) for file in weight_map(index).values()} & names
+    found = {name: attempt(name, read_header) for name in sorted(weights)}
+    files: dict[str, WeightFile] = {name: file for name, file in found.items() if file is not None}
+    return Output(str(root), names, config, index, files, broken, outside)
+
+
+def weight_map(index: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the table of tensor → file in an index; empty when it has none."""
+    found = (index or {}).get("weight_map")
+    return found if isinstance(found, dict) else {}
+
+
+def _names(root: Path) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Return every file below a directory, relative to it; what is none, and why; and which are links out of it."""
+    names: list[str] = []
+    broken: dict[str, str] = {}
+    outside: dict[str, str] = {}
+    for directory, _, found in os.walk(root):
+        for name in found:
+            path = Path(directory, name)
+            relative = path.relative_to(root).as_posix()
+            why = why_no_file(path)
+            if why:
+                broken[relative] = why
+                continue
+            names.append(relative)
+            if path.is_symlink() and not relative.endswith(_WEIGHTS) and not is_inside(path, root):
+                outside[relative] = str(path.resolve())
+    return names, broken, outside

@@ -1,0 +1,78 @@
+"""An inspection as a picture: ranks and norms by layer and module, as PNG, SVG or an HTML page.
+
+The same inspection gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.errors import RequestError
+from lora_merge.inspection.plots.grid import arranged, panels_of
+from lora_merge.inspection.plots.image import image
+from lora_merge.inspection.plots.page import page
+from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.storage.small_files import write_text
+from lora_merge.storage.writing import write_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_merge.inspection.facts import Inspection
+
+__all__ = ["SUFFIXES", "check", "draw"]
+
+SUFFIXES = (".png", ".svg", ".html")
+"""Of files that can be drawn."""
+
+
+def check(path: Path) -> None:
+    """Refuse a file that cannot be drawn, before anything is worked out for it.
+
+    Raises:
+        RequestError: its suffix names no format, or the format needs matplotlib and that is not there.
+    """
+    wanted = "expected .png, .svg or .html"
+    suffix = path.suffix.lower()
+    if not suffix:
+        raise RequestError("", 0, "plot", f"{path} has no suffix, {wanted}")
+    if suffix not in SUFFIXES:
+        raise RequestError("", 0, "plot", f"{path} is a {suffix} file, {wanted}")
+    if suffix == ".html":
+        return
+    try:
+        import matplotlib.figure
+        import matplotlib.style  # noqa: F401
+    except ImportError as exc:
+        not_for_want_of_memory(exc)
+        sentence = f"a {suffix} file is drawn by matplotlib, which cannot be imported ({exc})"
+        hint = 'pip install "lora-merge[plot]", or name an .html file'
+        raise RequestError("", 0, "plot", sentence, hint=hint) from exc
+
+
+def draw(inspection: Inspection, path: Path) -> None:
+    """Draw rank, and norms where they are known, as a heat map of layers and modules.
+
+    Args:
+        inspection: what is drawn.
+        path: of the file; its suffix chooses the format.
+
+    Raises:
+        RequestError: there is nothing to draw, or no way to draw it (`check`).
+        WriteError: the file cannot be written.
+    """
+    check(path)
+    if not inspection.modules:
+        raise RequestError(
+            "", 0, "plot", f"{inspection.adapter} changes no module, so there is nothing to draw"
+        )
+    grid = arranged(inspection.modules)
+    panels = panels_of(grid)
+    if path.suffix.lower() == ".html":
+        write_text(path, page(inspection, grid, panels))
+        return
+    drawn = image(inspection, grid, panels, path.suffix.lower()[1:])
+    try:
+        path.write_bytes(drawn)
+    except OSError as exc:
+        raise write_error(path, exc) from exc

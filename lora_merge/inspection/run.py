@@ -1,0 +1,227 @@
+"""text → an adapter described; with a base, how large each change is beside the weight that it changes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING
+
+from lora_merge.conversion import Maker, draft
+from lora_merge.conversion.families import added_tokens, base_config, family_of
+from lora_merge.conversion.lora import Given, Recipe
+from lora_merge.core.plan import Merge, Step
+from lora_merge.core.report import Observer, Silence
+from lora_merge.core.work import Plain, largest_first
+from lora_merge.errors import PlanError
+from lora_merge.executors import pick
+from lora_merge.formats.repo_files import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
+from lora_merge.formats.side_files import CARD_FILE
+from lora_merge.formats.weights import weight_norm
+from lora_merge.inspection import plots
+from lora_merge.inspection.describe import Measured, Surroundings, inspection
+from lora_merge.merging.changes import change_of, norms_of
+from lora_merge.peft_rules.loose_ends import without_base
+from lora_merge.planning import Reading, check_fit
+from lora_merge.planning.locate import check_ignored, find, locate_adapter
+from lora_merge.planning.resolve import resolve_adapter
+from lora_merge.planning.run import InputTexts, check_strict, join_inputs
+from lora_merge.requests.request import InspectRequest
+from lora_merge.runtime.machine import usable_cores
+from lora_merge.runtime.shortage import MORE, memory_for
+from lora_merge.serving import ENGINES
+from lora_merge.storage.hub import Access
+from lora_merge.storage.small_files import read_json, read_text
+from lora_merge.storage.user_paths import user_path
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from lora_merge.core.adapter import Adapter
+    from lora_merge.core.report import Issue
+    from lora_merge.inspection.facts import Inspection
+    from lora_merge.planning import Joined
+    from lora_merge.requests.request import InspectRequest
+
+_TAGS = re.compile(r"^(?:tags:\n|- |library_name: )(?P<tag>[\w.-]+)$", re.MULTILINE)
+"""Tags in the front matter of a model card."""
+
+
+def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None) -> Inspection:
+    """Describe an adapter; nothing is written but a plot.
+
+    Raises:
+        ResolveError: it cannot be found or read.
+        RequestError: the plot cannot be drawn.
+        WriteError: the plot cannot be written.
+    """
+    watch = observer or Silence()
+    drawing = None if request.plot is None else user_path(request.plot)
+    if drawing is not None:
+        plots.check(drawing)
+    with memory_for("inspecting", MORE):
+        access = Access(request.token, request.offline)
+        found = find(request.adapter, "adapter")
+        place = locate_adapter(found, request.adapter, access, watch, request.ignore_file)
+        check_ignored([place], request.ignore_file)
+        adapter = resolve_adapter(place.whole(), place.ignored)
+        around = _surroundings(request, adapter)
+        issues: tuple[Issue, ...] = (*place.issues, *adapter.issues)
+        measured = None
+        if request.base is None:
+            issues += tuple(without_base(adapter))
+        else:
+            adapter, measured, issues = _held_against_base(request, adapter, watch)
+        check_strict(issues, strict=request.strict)
+        engines = tuple(ENGINES) if request.serving is None else (request.serving,)
+        inspected = inspection(adapter, around, issues, measured, engines)
+    if drawing is not None:
+        plots.draw(inspected, drawing)
+    return inspected
+
+
+def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
+    """Read what stands around an adapter's tensors."""
+    root = Path(adapter.root)
+    arguments = next(
+        (
+            read_json(folder / TRAINING_ARGUMENTS)
+            for folder in (root, root.parent)
+            if (folder / TRAINING_ARGUMENTS).is_file()
+        ),
+        {},
+    )
+    manifest, card = root / CONVERSION_MANIFEST, root / CARD_FILE
+    config = base_config(request.base, adapter)
+    front = read_text(card).split("\n---", 1)[0] if card.is_file() else ""
+    return Surroundings(
+        named=request.adapter,
+        files=tuple(sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())),
+        tags=tuple(match["tag"] for match in _TAGS.finditer(front)),
+        arguments=arguments,
+        manifest=read_json(manifest) if manifest.is_file() else {},
+        base=request.base or "",
+        options=_options(request),
+        family=family_of(config, adapter),
+        added_tokens=added_tokens(adapter, config),
+    )
+
+
+def _options(request: InspectRequest) -> str:
+    """Return the options about the base, as a command line has them."""
+    given = [("--base", request.base), ("--base-is", request.base_is)]
+    given += [("--expert-layout", layout) for layout in request.expert_layout]
+    given += [("--ignore-file", name) for name in request.ignore_file]
+    return "".join(f" {option} {quote(value)}" for option, value in given if value)
+
+
+def _held_against_base(
+    request: InspectRequest, adapter: Adapter, watch: Observer
+) -> tuple[Adapter, Measured | None, tuple[Issue, ...]]:
+    """Measure what an adapter would change; of one that does not fit, only the reasons are returned."""
+    texts = InputTexts(
+        ((request.adapter, 1.0),),
+        request.base,
+        request.ignore_file,
+        Access(request.token, request.offline),
+    )
+    reading = Reading(request.base_is, request.expert_layout, allow_svd=True)
+    try:
+        found = join_inputs(texts, reading, watch)
+        check_fit(found.joined)
+    except PlanError as exc:
+        return adapter, None, exc.issues
+    joined = found.joined
+    adapter = joined.uses[0].adapter
+    return adapter, _Measuring(adapter, joined, watch).run(), found.issues
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stored tensor of which something is to be measured."""
+
+    step: Step
+    nbytes: int
+
+
+class _Measuring:
+    """How large the changes of an adapter are, beside the weights.
+
+    Of a sum of factors ‖Δ‖ is known from the factors; only ‖W‖ has to be read. Any other change is carried out, tile by
+    tile, and compared.
+    """
+
+    def __init__(self, adapter: Adapter, joined: Joined, watch: Observer) -> None:
+        self._joined, self._watch = joined, watch
+        found = draft(adapter, Recipe(), joined)
+        changed = {
+            _path(delta.target, ())
+            for delta in joined.deltas
+            if not (delta.facts.has_factors and delta.facts.is_sum)
+        }
+        self._factored = {
+            module.path: module for module in found.modules if not module.kept and module.path not in changed
+        }
+        self._stacked = tuple(
+            module.origin.delta
+            for module in found.modules
+            if module.form == "experts" and isinstance(module.origin, Given)
+        )
+        self._weights: dict[str, float] = {}
+        self._deltas: dict[str, float] = {}
+
+    def run(self) -> Measured:
+        """Measure everything."""
+        maker = Maker(change_of, Recipe(), (), "F32")
+        for path, module in self._factored.items():
+            pair, _ = maker(module)
+            self._deltas[path] = pair.norm() ** 2
+        pieces = [_Piece(step, step.nbytes) for step in self._joined.steps]
+        self._watch.phase("measuring", sum(piece.nbytes for piece in pieces))
+        n_workers = min(usable_cores(), 8)
+        for found in pick(n_workers)(Plain(self._measure), largest_first(pieces), n_workers):
+            for path, weight, delta in found:
+                self._weights[path] = self._weights.get(path, 0.0) + weight
+                if path not in self._factored:
+                    self._deltas[path] = self._deltas.get(path, 0.0) + delta
+        norms = {
+            path: (self._deltas[path] ** 0.5, self._weights[path] ** 0.5)
+            for path in self._weights.keys() & self._deltas.keys()
+        }
+        return Measured(
+            self._joined.modules,
+            self._joined.unchanged,
+            norms,
+            self._shapes(),
+            self._stacked,
+        )
+
+    def _measure(self, piece: _Piece) -> list[tuple[str, float, float]]:
+        """Return ``(path, ‖W‖², ‖Δ‖²)`` of every module that has a part in a stored tensor."""
+        step = piece.step
+        deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+        before = self._joined.before(step.name) or (None if step.replaced else step.source)
+        targets = dict.fromkeys(_path(delta.target, self._factored) for delta in deltas)
+        if before is None or step.replaced or any(path not in self._factored for path in targets):
+            is_comparable = before is not None and before.shape == step.shape
+            weight, delta = norms_of(step, before) if before and is_comparable else (0.0, 0.0)
+            found = [(path, weight**2, delta**2) for path in targets or (step.name,)]
+        else:
+            boxes = {(_path(delta.target, self._factored), delta.region.box) for delta in deltas}
+            found = [(path, weight_norm(before, at) ** 2, 0.0) for path, at in boxes]
+        self._watch.advance(piece.nbytes)
+        return found
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            _path(delta.target, self._factored): step.shape
+            for step in self._joined.steps
+            if isinstance(step.op, Merge)
+            for delta in step.op.deltas
+        }
+
+
+def _path(target: str, factored: Collection[str]) -> str:
+    """Return the path under which a parameter is described: the module's, but of stacked experts the parameter's."""
+    return target if target in factored else target.removesuffix(".weight")

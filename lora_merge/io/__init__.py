@@ -1,1 +1,0 @@
-"""Bytes: the only place that opens files."""

@@ -1,0 +1,1 @@
+"""A merge, from a request to a published output."""

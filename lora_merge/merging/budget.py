@@ -1,0 +1,78 @@
+"""How many workers, and how large their tiles: what cores and memory allow for a plan. Pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.core.plan import RUNTIME_BYTES
+from lora_merge.core.view import TILE_ELEMENTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lora_merge.core.plan import MergePlan
+
+MOST_WORKERS = 8
+"""Unless more are asked for: workers wait for each other to write one file, and a disk has its limits."""
+
+CUDA_TILE_ELEMENTS = 1 << 22
+"""Elements of a row tile on a GPU: enough to outweigh the fixed cost of its kernels and copies."""
+
+_SMALLEST_SHARE = 8
+"""Tiles are halved down to this part of their best size before a worker is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a merge may use."""
+
+    n_workers: int
+    tile_elements: int
+    """Of a row tile, about."""
+
+    peak_bytes: int
+    """Estimate of the resident memory."""
+
+
+def peak_together(budgets: Iterable[Budget]) -> int:
+    """Return an estimate of the resident memory of several merges in one pass over their base, in bytes.
+
+    What a process holds without any is there once; what each of them has under way, its factors above all, adds up.
+    """
+    return RUNTIME_BYTES + sum(budget.peak_bytes - RUNTIME_BYTES for budget in budgets)
+
+
+def allot(
+    plan: MergePlan,
+    n_workers: int | None,
+    n_cores: int,
+    limit_bytes: int | None,
+    *,
+    on_gpu: bool = False,
+    in_processes: bool = False,
+) -> Budget:
+    """Return the most workers that fit into memory, with the largest tiles that then fit.
+
+    Where nothing fits it is one worker with the smallest tiles, whose `Budget.peak_bytes` is above the limit.
+
+    Args:
+        plan: what is to be done.
+        n_workers: as asked for; default: the cores, up to `MOST_WORKERS`.
+        n_cores: that may be used.
+        limit_bytes: of resident memory; None: no limit.
+        on_gpu: True when a GPU does the arithmetic.
+        in_processes: True when each worker has a process, with torch in it; the estimate is of all of them.
+    """
+    best = CUDA_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS
+    n = n_workers or max(1, min(n_cores, MOST_WORKERS))
+    sizes = [best >> halvings for halvings in range(_SMALLEST_SHARE.bit_length())]
+    while True:
+        for size in sizes:
+            peak = plan.peak_bytes(n, size) + in_processes * n * RUNTIME_BYTES
+            budget = Budget(n, size, peak)
+            if limit_bytes is None or budget.peak_bytes <= limit_bytes:
+                return budget
+        if n == 1:
+            return budget
+        n -= 1

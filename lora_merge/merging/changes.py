@@ -1,0 +1,68 @@
+"""What a merge would change of a weight, without an output: the change itself, or how large it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.plan import Merge, Step
+from lora_merge.core.tensor import TensorRef, nbytes_of
+from lora_merge.core.view import View
+from lora_merge.core.weight import FLOAT32, WEIGHT
+from lora_merge.formats.weights import values_of
+from lora_merge.merging.memory import InMemory, Norms
+from lora_merge.merging.worker import Merger
+from lora_merge.storage.input_files import tell_digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_merge.core.weight import Weight
+
+
+def merged_in_float32(step: Step) -> torch.Tensor:
+    """Return W′ of a stored weight, in its shape, as it is before it is encoded.
+
+    Raises:
+        CheckpointError: a source cannot be read.
+    """
+    wide = _wide(step)
+    sink = InMemory(wide.nbytes)
+    (record,) = Merger(sink, "cpu", is_checked=False)(wide)
+    for role, digest in record.source.items():
+        tell_digest(wide.reads[role], digest)
+    return sink.tensor(step.shape)
+
+
+def change_of(step: Step) -> torch.Tensor:
+    """Return W′ - W of a stored weight, float32, in its shape; nothing is rounded to what it is stored as.
+
+    Raises:
+        CheckpointError: a source cannot be read.
+    """
+    return merged_in_float32(step).sub_(values_of(step.source))
+
+
+def norms_of(step: Step, before: Weight) -> tuple[float, float]:
+    """Return ‖W‖ and ‖W′ - W‖ of a stored weight, in the Frobenius norm, read tile by tile.
+
+    Args:
+        step: of the plan.
+        before: the base's own weight, which another of the same shape may take the place of.
+
+    Raises:
+        CheckpointError: a source cannot be read.
+    """
+    norms = Norms(before)
+    Merger(norms, "cpu", is_checked=False)(_wide(step))
+    return norms.weight, norms.delta
+
+
+def _wide(step: Step) -> Step:
+    """Return a step that makes the same weight in float32."""
+    shape, op = step.shape, step.op
+    place = TensorRef(step.name, FLOAT32.dtype, shape, "", 0, nbytes_of(FLOAT32.dtype, shape))
+    if isinstance(op, Merge):
+        wide = Merge(op.source, FLOAT32, op.deltas, op.view, op.reach, op.combination)
+    else:
+        wide = Merge(step.source, FLOAT32, (), View.of(shape))
+    return Step(step.name, {WEIGHT: place}, wide, step.replaced)

@@ -1,0 +1,55 @@
+"""Is an output that is about to get its name anything else than the base?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import error
+from lora_merge.errors import PlanError
+from lora_merge.formats.safetensors import same_values
+from lora_merge.planning.effect import is_reshaped
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from lora_merge.core.tensor import Survival
+    from lora_merge.planning.run import Planned
+
+
+def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival]) -> None:
+    """Check that a tensor of an output differs from the base's, up to the dtype it is stored in.
+
+    The base is read again only where nothing was seen to change in the rows that were looked at.
+
+    Args:
+        planned: the merge.
+        root: where the output lies.
+        survival: what became of each delta, where that was looked at.
+
+    Raises:
+        PlanError: none differs.
+    """
+    plan = planned.plan
+    if is_reshaped(plan) or any(one.unchanged < 1 and one.delta_norm for one in survival.values()):
+        return
+    base = planned.checkpoint.parameters()
+    for step in plan.steps:
+        if step.action in {"copied", "cast"}:
+            continue
+        before = base.get(step.name)
+        if before is None or before.parts.keys() != step.writes.keys():
+            return
+        for role, slot in step.writes.items():
+            if not same_values(replace(slot, file=str(root / slot.file)), before.parts[role]):
+                return
+    if any(one.delta_norm for one in survival.values()):
+        sentence = (
+            "every change is too small for the dtype it is stored in, so the output is a copy of the base"
+        )
+        hint = "--dtype float32 keeps changes of any size"
+    else:
+        sentence = "merging changes no value of the base, so the output would be a copy of the base"
+        hint = "check that this is the adapter you want, and that its training ran"
+    raise PlanError([error("no-effect", ", ".join(plan.adapters), sentence, hint)])

@@ -1,0 +1,85 @@
+"""What makes a directory of weights a Hugging Face checkpoint: index, config, side files, card and manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, patched_config
+from lora_merge.formats.provenance import Provenance, card_text, manifest_text
+from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
+from lora_merge.storage.digests import file_digest, text_digest
+from lora_merge.storage.small_files import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_merge.core.checkpoint import SideFile
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.tensor import TensorRecord
+
+
+class Folder(Protocol):
+    """Where small files go: a `lora_merge.storage.destination.Destination`, or a directory."""
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file."""
+
+    def copy_in(self, source: Path, name: str) -> str:
+        """Copy a file; return the digest of what was read."""
+
+
+def seal(
+    folder: Folder, plan: MergePlan, records: Sequence[TensorRecord], provenance: Provenance
+) -> dict[str, str]:
+    """Write what goes around the weights: index, config, side files, card and manifest.
+
+    Returns:
+        The digest of each file, taken of what it is made from: a text, or the file that is copied. Whether the disk
+        holds that is for verification to say.
+
+    Raises:
+        CheckpointError: a side file cannot be read.
+        WriteError: the disk is full or cannot be written.
+    """
+    digests: dict[str, str] = {}
+
+    def write(name: str, text: str) -> None:
+        folder.write_text(name, text)
+        digests[name] = text_digest(text)
+
+    for side_file in plan.side_files:
+        text = _patched(plan, side_file)
+        if text is not None:
+            write(side_file.name, text)
+        else:
+            digests[side_file.name] = folder.copy_in(Path(side_file.source), side_file.name)
+    if plan.index:
+        write(INDEX_FILE, plan.index)
+    manifest = manifest_text(provenance, plan, records, digests)
+    write(CARD_FILE, card_text(provenance, plan))
+    write(MANIFEST_FILE, manifest)
+    return digests
+
+
+def side_digest(plan: MergePlan, side_file: SideFile) -> str:
+    """Return the digest of a side file as the output has it.
+
+    Raises:
+        CheckpointError: its source cannot be read.
+    """
+    text = _patched(plan, side_file)
+    return file_digest(Path(side_file.source)) if text is None else text_digest(text)
+
+
+def _patched(plan: MergePlan, side_file: SideFile) -> str | None:
+    """Return the text of a configuration that the output changes; None for a file that is copied as it is.
+
+    Raises:
+        CheckpointError: its source cannot be read.
+    """
+    if side_file.name != CONFIG_FILE or not plan.config_patch:
+        return None
+    config = patched_config(read_json(Path(side_file.source)), plan.config_patch)
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,50 @@
+"""What a merge was made from and with, for its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_merge._version import __version__
+from lora_merge.formats.provenance import Provenance
+from lora_merge.requests.recording import record_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_merge.planning.run import Planned
+
+
+def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -> Provenance:
+    """Return what a merge is made from and made with.
+
+    Args:
+        planned: the merge.
+        versions: what it was made with, if that was earlier; default: what is here.
+    """
+    request = planned.request
+    return Provenance(
+        base=planned.base.text if request.base or planned.base.origin else planned.plan.base,
+        adapters=tuple(use.adapter for use in planned.uses),
+        adapter_paths=tuple(place.text for place in planned.adapters),
+        base_origin=planned.base.origin,
+        adapter_origins=tuple(place.origin for place in planned.adapters),
+        merged_before=planned.merged_before,
+        out_name=Path(request.out).name,
+        options=record_of(request),
+        versions=versions or _versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import numpy as np
+    import torch
+
+    return {
+        "lora-merge": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }

@@ -1,0 +1,111 @@
+"""Merged tensors that are no files: one that is kept, and one of which only the size of its change is."""
+
+from __future__ import annotations
+
+import contextlib
+from math import prod, sqrt
+from typing import TYPE_CHECKING
+
+from lora_merge.core.tensor import nbytes_of
+from lora_merge.formats.weights import WeightReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Weight
+    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.sources import Source
+
+
+class InMemory:
+    """One tensor in memory, filled as a slot of a file would be.
+
+    Args:
+        nbytes: its size.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._content = bytearray(nbytes)
+
+    def copying(
+        self, stretch: Stretch, source: Source
+    ) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
+        """Return a context of a function that takes the next bytes of a stored tensor."""
+        del source
+        (slot,) = stretch.slots
+        return self.open(slot)
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that writes the next bytes."""
+        del slot
+        done = 0
+
+        def write(buffer: memoryview) -> None:
+            nonlocal done
+            self._content[done : done + len(buffer)] = buffer
+            done += len(buffer)
+
+        yield write
+
+    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return it as float32."""
+        import torch
+
+        return torch.frombuffer(self._content, dtype=torch.float32).view(shape)
+
+
+class Norms:
+    """How large a weight is, and how large the change of it; filled with the merged weight in float32.
+
+    Args:
+        before: the weight as it is stored.
+    """
+
+    def __init__(self, before: Weight) -> None:
+        self._before = before
+        self._weight = self._delta = 0.0
+
+    @contextlib.contextmanager
+    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that takes note of nothing: what is copied does not change."""
+        del stretch, source
+        yield lambda _: None
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that is given the next bytes of the merged weight, whole rows of it.
+
+        Raises:
+            CheckpointError: the weight cannot be read.
+        """
+        import torch
+
+        del slot
+        *outer, columns = self._before.shape if len(self._before.shape) > 1 else (*self._before.shape, 1)
+        row_bytes = nbytes_of("F32", (columns,))
+        done = 0
+        with WeightReader(self._before, prod(outer)) as reader:
+
+            def compare(buffer: memoryview) -> None:
+                nonlocal done
+                after = torch.frombuffer(buffer, dtype=torch.float32)
+                start, done = done, done + len(buffer) // row_bytes
+                before = reader.values(start, done).view(-1)
+                self._weight += float(before.square().sum())
+                self._delta += float(before.sub_(after).square_().sum())
+
+            yield compare
+
+    @property
+    def weight(self) -> float:
+        """Return ‖W‖ in the Frobenius norm."""
+        return sqrt(self._weight)
+
+    @property
+    def delta(self) -> float:
+        """Return ‖W′ - W‖."""
+        return sqrt(self._delta)

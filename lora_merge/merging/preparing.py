@@ -1,0 +1,182 @@
+"""request → a merge that is planned, and known to be possible on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lora_merge import executors
+from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, warning
+from lora_merge.core.tensor import Survival
+from lora_merge.errors import RequestError, WriteError
+from lora_merge.formats.side_files import MANIFEST_FILE
+from lora_merge.merging.budget import Budget, allot
+from lora_merge.merging.worker import NoDeviceError, pick_device
+from lora_merge.planning import raise_errors
+from lora_merge.planning.effect import effect_issues
+from lora_merge.planning.run import Planned, check_strict, plan_request
+from lora_merge.requests.sizes import parse_size
+from lora_merge.runtime import machine
+from lora_merge.runtime.clock import Clock
+from lora_merge.runtime.shortage import memory_for
+from lora_merge.storage.destination import Wish
+from lora_merge.storage.destinations import storage_of
+from lora_merge.words import choice, quoted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.requests.request import Request
+
+MARKS = (CONFIG_FILE, MANIFEST_FILE)
+"""Files that show that a directory is a model; the second also where the first is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What became of one output."""
+
+    notes: tuple[Issue, ...] = ()
+    """What is worth knowing about it."""
+
+    verdict: Verdict = NOT_VERIFIED
+    survival: Mapping[str, Survival] = field(default_factory=dict)
+    """What became of each delta."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall seconds of each phase, planning included."""
+
+    busy_seconds: Mapping[str, float] = field(default_factory=dict)
+    error: Exception | None = None
+    """What it alone failed of; one that is no `LoraMergeError` is a bug."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that is planned, and found to be possible."""
+
+    planned: Planned
+    wish: Wish
+    """Of the place of its output."""
+
+    device: str
+    budget: Budget
+    summary: Summary
+    issues: tuple[Issue, ...]
+    shortage: Issue | None
+    seconds: Mapping[str, float]
+    """That planning took."""
+
+    @property
+    def out(self) -> Path:
+        """Return what the output is called."""
+        return self.wish.out
+
+    @property
+    def request(self) -> Request:
+        """Return the user's."""
+        return self.planned.request
+
+    def report(self, made: Made | None = None) -> Report:
+        """Return what was done, or what would be."""
+        request, plan = self.request, self.planned.plan
+        shortage = [self.shortage] if self.shortage else []
+        done = made or Made(seconds=self.seconds)
+        return Report(
+            plan.base,
+            request.adapter,
+            str(self.out) if request.out else "",
+            made is None,
+            self.summary,
+            (*plan.issues, *shortage, *self.issues, *done.notes),
+            done.verdict,
+            done.survival,
+            done.seconds,
+            done.busy_seconds,
+        )
+
+
+def prepare(
+    request: Request, watch: Observer, *, dry_run: bool = False, planned: Planned | None = None
+) -> Prepared:
+    """Plan a request, if it is not planned yet, and look at the machine that is to carry it out.
+
+    Raises:
+        LoraMergeError: it cannot be carried out.
+    """
+    clock = Clock()
+    if not (request.out or dry_run):
+        raise RequestError("", 0, "out", "is empty, expected a path (is a variable of the shell not set?)")
+    storage = storage_of(request.out)
+    out = storage.path(request.out)
+    with clock("plan"), memory_for("planning"):
+        planned = planned or plan_request(request, watch)
+        plan = planned.plan
+        useless = effect_issues(plan, planned.uses)
+        raise_errors(useless)
+        check_strict((*plan.issues, *useless), strict=request.strict)
+        wish = Wish(out, request.resume, request.overwrite, MARKS, planned.read_files())
+        if request.out or not dry_run:
+            storage.check_replaceable(wish)
+        if not dry_run:
+            storage.check_writable(out)
+        device, *issues = _device(request.device)
+        check_strict(issues, strict=request.strict)
+        _check_executor(request, device)
+        budget = _budget(request, plan, on_gpu=device != "cpu")
+        summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
+        shortage = _shortage(out, summary)
+    if shortage and not dry_run:
+        raise WriteError(str(shortage))
+    return Prepared(planned, wish, device, budget, summary, (*useless, *issues), shortage, clock.seconds)
+
+
+def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
+    """Return the torch device for what is asked for, and what there is to say about it."""
+    try:
+        device, why = pick_device(wanted)
+    except NoDeviceError as exc:
+        raise RequestError("", 0, "device", str(exc), hint="use --device cpu") from exc
+    return (device, warning("no-gpu", "device", why)) if why else (device,)
+
+
+def _check_executor(request: Request, device: str) -> None:
+    """Check that an executor can run workers for a device.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if request.executor not in executors.choices():
+        sentence = f"{quoted(request.executor)} is no executor, expected {choice(executors.choices())}"
+        raise RequestError("", 0, "executor", sentence)
+    if request.executor not in {"auto", "serial", "threads"} and device != "cpu":
+        sentence = f"is {request.executor}, and workers of {device} are threads"
+        raise RequestError("", 0, "executor", sentence, hint="leave it out, or use --device cpu")
+
+
+def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
+    """Return how many workers a merge has, and how large their tiles are.
+
+    Raises:
+        RequestError: one worker alone needs more memory than the request allows.
+    """
+    limit = machine.free_bytes() if request.memory_limit is None else parse_size(request.memory_limit)
+    n_workers = 1 if request.executor == "serial" else request.workers
+    in_processes = request.executor == "processes"
+    budget = allot(plan, n_workers, machine.usable_cores(), limit, on_gpu=on_gpu, in_processes=in_processes)
+    if request.memory_limit is not None and limit is not None and budget.peak_bytes > limit:
+        sentence = f"is {limit / 1e6:.0f} MB, and one worker needs about {budget.peak_bytes / 1e6:.0f} MB"
+        raise RequestError("", 0, "memory_limit", sentence, hint="raise it, or leave it out")
+    return budget
+
+
+def _shortage(out: Path, summary: Summary) -> Issue | None:
+    """Return an issue when the disk is too small for the output."""
+    needed, free = summary.disk_needed_bytes, summary.disk_free_bytes
+    if needed <= free:
+        return None
+    sentence = f"needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk"
+    return warning("disk", str(out), sentence, "free some, or choose another --out")

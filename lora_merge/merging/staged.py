@@ -1,0 +1,264 @@
+"""One output while it is made: taken up, filled, sealed, verified, published."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from lora_merge.checks.verdict import verify as check_output
+from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note, survival_issues
+from lora_merge.errors import VerifyError, WriteError
+from lora_merge.merging.effect import check_effect
+from lora_merge.merging.filling import Unfinished
+from lora_merge.merging.hf_checkpoint import seal
+from lora_merge.merging.made_from import provenance_of
+from lora_merge.merging.preparing import Made
+from lora_merge.merging.resuming import fingerprint, finished
+from lora_merge.merging.unchanged_inputs import changed_times, check, check_copied, check_names, used_by
+from lora_merge.merging.worker import one_torch_thread, quick_turns
+from lora_merge.planning.run import check_strict
+from lora_merge.requests.recording import record_of
+from lora_merge.runtime.clock import Clock
+from lora_merge.runtime.shortage import memory_for
+from lora_merge.storage.copy_runs import whole_copies
+from lora_merge.storage.destinations import storage_of
+from lora_merge.storage.input_files import watching
+from lora_merge.storage.sources import identity_at
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lora_merge.core.identity import FileIdentity, Inputs, Place
+    from lora_merge.core.plan import MergePlan, Step
+    from lora_merge.core.tensor import Survival, TensorRecord
+    from lora_merge.merging.observer import Heard
+    from lora_merge.merging.preparing import Prepared
+    from lora_merge.storage.destination import Destination
+
+
+def take_place(prepared: Prepared) -> Destination:
+    """Take the place of an output.
+
+    Raises:
+        WriteError: another run holds it, or it cannot be made.
+    """
+    return storage_of(prepared.request.out).open(prepared.wish)
+
+
+def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Observer) -> Staged:
+    """Begin an output, with what an interrupted run left of it where that is wanted.
+
+    Raises:
+        WriteError: what is left cannot be cleared.
+    """
+    planned, clock = prepared.planned, Clock(prepared.seconds)
+    digests = [use.adapter.digest for use in planned.uses]
+    options = record_of(prepared.request) | {"device": prepared.device}
+    merge = fingerprint(planned.plan, planned.inputs, digests, options)
+    if not prepared.request.resume:
+        return Staged(prepared, place, merge, clock)
+    with clock("resume"), quick_turns():
+        left = place.left(merge)
+        found = finished(planned.plan, planned.inputs, place, left, n_workers, watch)
+    n_tensors, subject = len(planned.plan.steps), str(prepared.out)
+    notes: list[Issue] = []
+    if found:
+        sentence = f"{len(found)} of {n_tensors} tensors were there from an interrupted run, as it wrote them"
+        notes = [note("resumed", subject, sentence)]
+    elif found is None and left.has_journal:
+        sentence = "an interrupted run was of another merge (other inputs, options or versions): begun anew"
+        notes = [note("not-resumed", subject, sentence)]
+    return Staged(prepared, place, merge, clock, found or (), notes)
+
+
+class Staged:
+    """One output while it is made. Workers know nothing of it: they have a spec, and send back records.
+
+    Args:
+        prepared: what it is to be.
+        place: where it goes; this run holds it.
+        merge: the fingerprint of the run.
+        clock: counts its time.
+        records: of what is written already.
+        notes: what is worth knowing about it.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        place: Destination,
+        merge: str,
+        clock: Clock,
+        records: Sequence[TensorRecord] = (),
+        notes: Sequence[Issue] = (),
+    ) -> None:
+        self.prepared, self.place, self.clock = prepared, place, clock
+        self.inputs: Inputs = prepared.planned.inputs
+        """The files that are read, and what was found in them."""
+
+        self._merge, self._notes = merge, list(notes)
+        self._verdict: Verdict = NOT_VERIFIED
+        self._records = list(records)
+        self._unfinished = Unfinished(self.plan, records)
+
+    def renew(self, path: str, before: FileIdentity, after: FileIdentity) -> None:
+        """Take note of a file of the base whose identity this run has changed."""
+        self.inputs = self.inputs.renewed(path, before, after)
+
+    def read(self, readings: Mapping[Place, str]) -> None:
+        """Take note of what workers have read of its inputs."""
+        self.inputs = self.inputs.with_readings(readings)
+
+    @property
+    def plan(self) -> MergePlan:
+        """What it is to be."""
+        return self.prepared.planned.plan
+
+    def left(self) -> list[Step]:
+        """Return what is still to be done."""
+        done = {record.name for record in self._records}
+        return [step for step in self.plan.steps if not done.issuperset(slot.name for slot in step.slots)]
+
+    def reserve(self) -> list[tuple[str, FileIdentity, FileIdentity]]:
+        """Make its files, those that nothing changes as links where that is wanted.
+
+        Returns:
+            The files of the base that got links: the identity of each before and after.
+
+        Raises:
+            CheckpointError: a file of the base cannot be read.
+            WriteError: the disk is full or cannot be written.
+        """
+        wanted, sources = self.prepared.request.link, whole_copies(self.plan)
+        linked = sorted(set(sources.values()) & self.inputs.files.keys())
+        before = {path: identity_at(path) for path in linked if wanted == "hard"}
+        if wanted != "copy":
+            refused = self.place.link(self.plan.files, sources, wanted or "reflink")
+            if refused and wanted:
+                n_files, why = len(refused), next(iter(refused.values()))
+                sentence = (
+                    f"the disk makes no {wanted} links here ({why}), so {n_files} of its files were copied"
+                )
+                self._notes.append(note("link", str(self.prepared.out), sentence))
+        self.place.begin(self.plan.files, self._merge, self._records, changed_times(self.inputs))
+        for name in self._unfinished.full:
+            self.place.finish_file(name)
+        return [(path, identity, identity_at(path)) for path, identity in before.items()]
+
+    def add(self, records: Sequence[TensorRecord]) -> None:
+        """Take note of what workers have written.
+
+        Raises:
+            WriteError: it cannot be noted on the disk.
+        """
+        self.place.note(records)
+        self._records += records
+        for name in self._unfinished.without(records):
+            self.place.finish_file(name)
+
+    def finish(self, watch: Heard) -> Made:
+        """Seal what is filled, verify it and give it its name.
+
+        What is wrong with it is the `error` of what is returned, whatever it is: the other outputs of the run are whole. Its
+        place is left as that demands.
+
+        Raises:
+            BaseException: the run is to end: it is interrupted, or its observer has failed.
+        """
+        error = None
+        try:
+            with memory_for("writing the output"):
+                self._finish(watch)
+        except Exception as exc:
+            if exc is watch.failure:  # the caller's own
+                raise
+            self.place.abort(exc)
+            error = exc
+        clock = self.clock
+        return Made(
+            tuple(self._notes), self._verdict, self._survival(), clock.seconds, clock.busy_seconds, error
+        )
+
+    def _survival(self) -> dict[str, Survival]:
+        return {record.name: record.survival for record in self._records if record.survival}
+
+    def _finish(self, watch: Observer) -> None:
+        """Seal, verify and publish.
+
+        Raises:
+            ChangedError: an input is not what it was.
+            VerifyError: the verification says no.
+            PlanError: there are warnings, and they count as errors.
+            WriteError: the disk does not take it.
+        """
+        request = self.prepared.request
+        check_names(self.inputs)
+        with self.clock("seal"), watching(self.inputs) as seen:
+            sealed = seal(self.place, self.plan, self._records, provenance_of(self.prepared.planned))
+        with self.clock("seal"):
+            self.inputs = seen.inputs()
+            check_copied(self.inputs, self.plan, self.place.root)
+            used = used_by(self.plan.steps, self._records)
+            check(self.inputs, used, all_bytes=request.verify == "full")
+        if request.verify == "none":
+            self._flush(watch)
+        else:
+            self._verify(request.verify, sealed, used, watch)
+            check_names(self.inputs)
+        survival = self._survival()
+        check_effect(self.prepared.planned, self.place.root, survival)
+        self._notes += (*self._verdict.notes, *survival_issues(survival))
+        check_strict(self._notes, strict=request.strict)
+        with self.clock("publish"):
+            watch.phase("publishing", 0)
+            self.place.commit()
+
+    def _verify(
+        self,
+        level: Literal["sample", "full"],
+        sealed: Mapping[str, str],
+        used: Mapping[Place, str],
+        watch: Observer,
+        *,
+        is_last: bool = False,
+    ) -> None:
+        """Verify what is staged, and wait until the disk has it.
+
+        A filesystem may set the time of a change late (network filesystems do), or something else writes there. So what
+        changed meanwhile is verified once more, and then in full.
+
+        Args:
+            level: how much of it is read.
+            sealed: the digest of what was to be written into each file around the weights.
+            used: the digest of what was read of each place of an input.
+            watch: hears of the phase.
+            is_last: it may not change again.
+
+        Raises:
+            ChangedError: an input is not what it was.
+            VerifyError: the verification says no.
+            WriteError: the disk does not take it, or it changes again.
+        """
+        before = self.place.listing()
+        with self.clock("verify"), one_torch_thread():
+            watch.phase("verifying", 0)
+            self._verdict = check_output(self.plan, self.place.root, self._records, level, sealed)
+        if not self._verdict.ok:
+            check_names(self.inputs)
+            check(self.inputs, used)  # an input that changes meanwhile looks like a wrong output
+            raise VerifyError(self._verdict)
+        self._flush(watch)
+        after = self.place.listing()
+        if after == before:
+            return
+        if is_last or {name: seen[:2] for name, seen in after.items()} != {
+            name: seen[:2] for name, seen in before.items()
+        }:
+            hint = "run again when nothing else writes to it"
+            raise WriteError(f"{self.place.root}: changed while it was verified", hint=hint)
+        self._verify("full", sealed, used, watch, is_last=True)
+
+    def _flush(self, watch: Observer) -> None:
+        """Wait until the disk has what is staged."""
+        with self.clock("flush"):
+            watch.phase("flushing", 0)
+            self.place.flush()

@@ -1,0 +1,33 @@
+"""One step → bytes: read, decode, apply, encode, fill. Knows no schedule and no destination.
+
+`merger` is the loop over the tiles of a tensor; `workbench` has the buffers that a tile passes through, on the CPU
+or on a GPU; `changing` applies the deltas; `sample` sees what the stored dtype keeps of them; `copying` moves what
+no delta touches; `devices` sets torch up, and `stopwatch` knows where the time went. `worker` is what executors run.
+"""
+
+from lora_merge.merging.worker.copying import copy
+from lora_merge.merging.worker.devices import (
+    NoDeviceError,
+    TorchLoading,
+    one_torch_thread,
+    pick_device,
+    quick_turns,
+)
+from lora_merge.merging.worker.merger import Merger, Order, alike
+from lora_merge.merging.worker.sample import SAMPLE_ELEMENTS
+from lora_merge.merging.worker.specs import CopySpec, MergeSpec
+
+__all__ = [
+    "SAMPLE_ELEMENTS",
+    "CopySpec",
+    "MergeSpec",
+    "Merger",
+    "NoDeviceError",
+    "Order",
+    "TorchLoading",
+    "alike",
+    "copy",
+    "one_torch_thread",
+    "pick_device",
+    "quick_turns",
+]

@@ -1,0 +1,85 @@
+"""Deltas on a tile: the algebras that have a say in it, in order, or combined."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.view import Block, Spread
+from lora_merge.deltas import combine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.plan import Merge
+    from lora_merge.deltas.algebra import Changer
+
+
+class Working:
+    """The algebras of a step: each is made when the first of its rows comes, and dropped after the last."""
+
+    def __init__(self, op: Merge, make: Callable[[PlacedDelta], Changer]) -> None:
+        self._op, self._make = op, make
+        self._made: dict[int, Changer] = {}
+        self._always: list[tuple[PlacedDelta, Changer]] | None = None
+        self._spread: Spread | None = None
+        if any(delta.region.box for delta in op.deltas):
+            self._spread = Spread(Block.of(op.view, delta.region.box) for delta in op.deltas)
+
+    def on(self, start: int, end: int) -> list[tuple[PlacedDelta, Changer]]:
+        """Return what changes some rows, in order."""
+        if self._spread is None:
+            if self._always is None:
+                self._always = [(delta, self._make(delta)) for delta in self._op.deltas]
+            return self._always
+        deltas = self._op.deltas
+        self._made = {
+            n: self._made[n] if n in self._made else self._make(deltas[n])
+            for n in self._spread.meeting(start, end)
+        }
+        return [(deltas[n], changer) for n, changer in self._made.items()]
+
+
+def change(
+    values: torch.Tensor, start: int, end: int, op: Merge, changers: list[tuple[PlacedDelta, Changer]]
+) -> None:
+    """Apply every delta of a step to a row tile, in place.
+
+    Shapes:
+        values: float32 ``[end - start, cols]``, rows ``start`` to ``end`` of the stored weight.
+    """
+    if op.combination is not None:
+        values.add_(_combined(values, start, end, op, changers))
+        return
+    several = len(changers) > 1 and any(delta.facts.looks_back for delta, _ in changers)
+    base = values.clone() if several else values
+    for delta, changer in changers:
+        if delta.adapter_weight == 1:
+            changer.apply(values, base, start, end)
+        else:
+            values.add_(_difference(values, start, end, [changer]), alpha=delta.adapter_weight)
+
+
+def _combined(
+    values: torch.Tensor, start: int, end: int, op: Merge, changers: list[tuple[PlacedDelta, Changer]]
+) -> torch.Tensor:
+    """Return the combined change of several adapters to a whole tensor."""
+    assert op.combination is not None
+    changes, weights = [], []
+    for adapter in sorted({delta.adapter for delta, _ in changers}):
+        own = [(delta, changer) for delta, changer in changers if delta.adapter == adapter]
+        changes.append(_difference(values, start, end, [changer for _, changer in own]))
+        weights.append(own[0][0].adapter_weight)
+    if op.view.blocks > 1:
+        changes = [change.view(op.view.blocks, op.view.rows, op.view.columns) for change in changes]
+    return combine(changes, weights, op.combination).view(values.shape)
+
+
+def _difference(weight: torch.Tensor, start: int, end: int, changers: Iterable[Changer]) -> torch.Tensor:
+    """Return what algebras change in a weight, which stays as it is."""
+    changed = weight.clone()
+    for changer in changers:
+        changer.apply(changed, weight, start, end)
+    return changed.sub_(weight)

@@ -1,0 +1,98 @@
+"""Copies: bytes that no delta touches. They are read once, for every output that wants them and for their digests."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Protocol
+
+from lora_merge.core.tensor import TensorRecord
+from lora_merge.storage.digests import digest_text, new_digest
+from lora_merge.storage.reading import read_blocks
+from lora_merge.storage.sources import open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.merging.worker.stopwatch import Stopwatch
+    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.sources import Source
+
+COPY_BYTES = 1 << 18
+"""Of a copy, read, digested and written at once: what the processor's cache keeps from one to the next."""
+
+
+class CopySink(Protocol):
+    """Where copies go; a writer is one."""
+
+    def copying(
+        self, stretch: Stretch, source: Source
+    ) -> AbstractContextManager[Callable[[memoryview], None]]:
+        """Open the slots of a stretch; the result takes the next bytes of its sources, which `source` holds."""
+
+
+def copy(wanted: Sequence[tuple[CopySink, Stretch]], watch: Stopwatch) -> list[list[TensorRecord]]:
+    """Carry out the copies of one stretch of a source into every sink that wants it; return the records of each.
+
+    A tensor's digest is taken of its *source*, of the bytes that are written.
+
+    Args:
+        wanted: the sinks, and the stretch as each has it: all of the same bytes.
+        watch: counts the time.
+
+    Raises:
+        CheckpointError: a source cannot be read.
+        WriteError: the disk is full or cannot be written.
+    """
+    watch.start()
+    stretch = wanted[0][1]
+    first = stretch.sources[0]
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_source(first.file))
+        writes = [stack.enter_context(sink.copying(own, source)) for sink, own in wanted]
+        digests = _Digests(stretch.sources)
+        for block in read_blocks(source, first.start, stretch.nbytes, COPY_BYTES):
+            watch.lap("copy")
+            digests.take(block)
+            watch.lap("digest")
+            for write in writes:
+                write(block)
+            watch.lap("copy")
+    found = digests.texts()
+    return [
+        [
+            TensorRecord(slot.name, slot.file, slot.nbytes, digest, finite=True)
+            for slot, digest in zip(own.slots, found, strict=True)
+        ]
+        for _, own in wanted
+    ]
+
+
+class _Digests:
+    """The digests of tensors that lie one after the other, taken as their bytes pass."""
+
+    def __init__(self, refs: Sequence[TensorRef]) -> None:
+        self._sizes = [ref.nbytes for ref in refs]
+        self._found: list[str] = []
+        self._digest, self._n_taken = new_digest(), 0
+
+    def take(self, block: memoryview) -> None:
+        """Take the next bytes, of one tensor or of several."""
+        while block:
+            room = self._sizes[len(self._found)] - self._n_taken
+            self._digest.update(block[:room])
+            self._n_taken += len(block[:room])
+            block = block[room:]
+            if self._n_taken == self._sizes[len(self._found)]:
+                self._next()
+
+    def texts(self) -> list[str]:
+        """Return the digest of each tensor, once all bytes have passed."""
+        while len(self._found) < len(self._sizes):  # the last ones are empty
+            self._next()
+        return self._found
+
+    def _next(self) -> None:
+        self._found.append(digest_text(self._digest))
+        self._digest, self._n_taken = new_digest(), 0

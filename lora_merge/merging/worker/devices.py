@@ -1,0 +1,153 @@
+"""Torch, set up for a merge: loaded in the background, one thread per worker, on the device that is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+from lora_merge.runtime.borrowed import Borrowed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+Result = TypeVar("Result")
+
+_COPYING = ("concurrent.futures.thread", "xxhash")
+"""What is imported on the way, when tensors are copied."""
+
+_SWITCH_SECONDS = 2e-4
+"""How long the thread that imports torch may keep the interpreter from those that copy; Python's own is 25 times
+that, and a copy of a model asks for the interpreter a thousand times."""
+
+
+class NoDeviceError(Exception):
+    """There is no such device on this machine."""
+
+
+def pick_device(wanted: str) -> tuple[str, str]:
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and why it is not the one asked for.
+
+    ``auto`` is the CPU: a merge is bound by reading and writing, and the CPU's bits are PEFT's. Where torch sees no
+    CUDA device at all, a merge for one is done on the CPU, with the same values up to rounding.
+
+    Raises:
+        NoDeviceError: there are CUDA devices, and this is not one of them.
+    """
+    if wanted in {"auto", "cpu"}:
+        return "cpu", ""
+    import torch
+
+    n_devices = torch.cuda.device_count()
+    if not n_devices:
+        return "cpu", f"torch {torch.__version__} sees no CUDA device, so the merge is done on the CPU"
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= n_devices:
+        raise NoDeviceError(f"there is no {wanted}: torch {torch.__version__} sees {n_devices} CUDA devices")
+    return f"cuda:{index}", ""
+
+
+class _TorchThreads:
+    """How many threads torch has, for merges that several threads of a program may carry out at the same time.
+
+    Torch keeps this number twice: for the process, from which a thread takes its own when it first asks, and in each
+    thread. Setting it sets both, so the number of the process is read and set in a thread that is made for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_users = 0
+        self._of_process = 0
+        self._local = threading.local()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Give torch one thread; afterwards this thread has its number again, and the last gives the process its own."""
+        if getattr(self._local, "is_user", False):
+            yield
+            return
+        self._local.is_user = True
+        own = self._enter()
+        try:
+            yield
+        finally:
+            self._leave(own)
+            self._local.is_user = False
+
+    def _enter(self) -> int:
+        """Return the number that this thread had."""
+        import torch
+
+        with self._lock:
+            own = torch.get_num_threads()
+            if not self._n_users:
+                self._of_process = _in_new_thread(torch.get_num_threads)
+            elif own == 1:  # a thread that never asked before has just taken what the others have set
+                own = self._of_process
+            self._n_users += 1
+            torch.set_num_threads(1)
+        return own
+
+    def _leave(self, own: int) -> None:
+        import torch
+
+        with self._lock:
+            self._n_users -= 1
+            torch.set_num_threads(own)
+            of_process = 1 if self._n_users else self._of_process
+            _in_new_thread(lambda: torch.set_num_threads(of_process))
+
+
+_TORCH_THREADS = _TorchThreads()
+
+
+def one_torch_thread() -> contextlib.AbstractContextManager[None]:
+    """Give torch one thread per worker while it lasts: its own pool would fight the workers."""
+    return _TORCH_THREADS.one()
+
+
+def _in_new_thread(call: Callable[[], Result]) -> Result:
+    """Return what a call returns in a thread of its own."""
+    found: list[Result] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+class TorchLoading:
+    """Imports torch in the background, for what can be done meanwhile without it.
+
+    After an error nobody waits for it: an interrupt may have struck inside another import, and left a lock
+    held that this one needs. What copying imports is imported before, because Python swallows an interrupt that
+    strikes while it tidies up after an import, and keeps the lock.
+    """
+
+    def __init__(self) -> None:
+        for name in _COPYING:
+            importlib.import_module(name)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._load, name="torch", daemon=True)
+        self._thread.start()
+
+    def _load(self) -> None:
+        try:
+            importlib.import_module("torch")
+        except BaseException as exc:  # noqa: BLE001 - for whoever waits; after an interrupt nobody does
+            self._failure = exc
+
+    def wait(self) -> None:
+        """Wait until it is there, or raise what kept it from being there."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+
+_TURNS = Borrowed(sys.getswitchinterval, sys.setswitchinterval, _SWITCH_SECONDS)
+
+
+def quick_turns() -> contextlib.AbstractContextManager[None]:
+    """Let threads take turns more often than Python does by itself, while one of them imports."""
+    return _TURNS.changed()

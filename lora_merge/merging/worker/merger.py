@@ -1,0 +1,248 @@
+"""The loop over the tiles of a tensor: read, decode, apply, encode, fill."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, assert_never
+
+from lora_merge.codecs import CODECS
+from lora_merge.core.plan import Copy, Merge
+from lora_merge.core.view import Block
+from lora_merge.deltas import ALGEBRAS, Factors, Part
+from lora_merge.formats.safetensors import load
+from lora_merge.formats.weights import WeightReader
+from lora_merge.merging.worker.changing import Working, change
+from lora_merge.merging.worker.copying import copy
+from lora_merge.merging.worker.filling import Filled, Filling, Loop
+from lora_merge.merging.worker.passing import Passing
+from lora_merge.merging.worker.sample import Sample
+from lora_merge.merging.worker.stopwatch import Stopwatch
+from lora_merge.merging.worker.workbench import Parts, Workbench
+from lora_merge.runtime.shortage import memory_for
+from lora_merge.storage.copy_runs import Stretch
+from lora_merge.storage.destination import Sink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.core.weight import Tile
+    from lora_merge.deltas.algebra import Changer
+    from lora_merge.merging.worker.workbench import Frame
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One weight of one output: what it is made by, and where it goes."""
+
+    step: Step
+    sink: Sink
+
+    @property
+    def op(self) -> Merge:
+        """Return what is done."""
+        assert isinstance(self.step.op, Merge)
+        return self.step.op
+
+
+def row_multiple(op: Merge) -> int:
+    """Return the rows that tiles begin at multiples of: those of the storage that is read, and of what is written."""
+    shape, n_rows = op.source.shape, op.view.n_rows
+    return math.lcm(
+        *(CODECS[one.codec].alignment(shape, n_rows, one)[0] for one in (op.source.storage, op.target))
+    )
+
+
+def alike(op: Merge) -> tuple[object, ...]:
+    """Return what merges have in common whose source may be read once for all of them."""
+    return (op.source, op.view, op.reach == "tensor", row_multiple(op))
+
+
+class Merger:
+    """Carries out steps: ``merger(step)`` fills the step's places and returns a record for each.
+
+    It keeps buffers, and belongs to one thread.
+
+    Args:
+        sink: where the bytes go.
+        device: a torch device for the arithmetic.
+        tile_elements: of a row tile; default: what suits the CPU's cache.
+        watch: counts the time.
+        factors: those that mergers of the same run have in common; default: its own.
+        is_checked: project every row as it passes (`lora_merge.checks.projection`), and take digests of some tiles, for
+            the verification that follows.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        device: str,
+        tile_elements: int | None = None,
+        watch: Stopwatch | None = None,
+        factors: Factors | None = None,
+        *,
+        is_checked: bool = True,
+    ) -> None:
+        self._sink = sink
+        self._is_checked = is_checked
+        self._device = device
+        self._tile_elements = tile_elements
+        self._watch = watch or Stopwatch()
+        self._factors = factors or Factors(load)
+        self._benches: dict[str, Workbench] = {}
+
+    def __call__(self, step: Step) -> tuple[TensorRecord, ...]:
+        """Carry out one step.
+
+        Raises:
+            CheckpointError: a source cannot be read.
+            WriteError: the disk is full or cannot be written.
+            OutOfMemoryError: there is no memory left for it.
+        """
+        match step.op:
+            case Copy():
+                (copied,) = copy([(self._sink, Stretch((step,)))], self._watch)
+                return tuple(copied)
+            case Merge():
+                (merged,) = self.together([Order(step, self._sink)])
+                return merged
+            case _:
+                assert_never(step.op)
+
+    def together(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]]:
+        """Make one stored weight into several, for which it is read and decoded once; return the records of each.
+
+        Args:
+            orders: of which all have the same source, view and tiles (`alike`).
+
+        Raises:
+            CheckpointError: a source cannot be read.
+            WriteError: the disk is full or cannot be written.
+            OutOfMemoryError: there is no memory left for it.
+        """
+        with memory_for(f"merging {orders[0].step.name}"):
+            return self._merge(orders)
+
+    def _merge(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]]:
+        """Stream one weight through float32, row tile by row tile, into every output that wants it."""
+        watch, bench = self._watch, self._workbench("bench", Workbench.of)
+        watch.start()
+        op = orders[0].op
+        tiles = self._tiles(orders[0])
+        with contextlib.ExitStack() as stack:
+            reader = stack.enter_context(WeightReader(op.source, op.view.n_rows))
+            outputs = [self._output(order, tiles, stack, watch) for order in orders]
+            loop = Loop(bench, reader, watch)
+            for n, (start, end) in enumerate(tiles):
+                tile = reader.tile(start, end)
+                read = Parts(op.source.storage, reader.ranges(tile))
+                shared = self._shared(reader, tile, op) if len(outputs) > 1 else None
+                watch.lap("read")
+                for output in outputs:
+                    loop.tile(output, n, tile, read, shared)
+            loop.finish()
+            digests = reader.digests()
+        return [output.records(digests) for output in outputs]
+
+    def _tiles(self, order: Order) -> list[tuple[int, int]]:
+        """Return the row ranges of a weight that have anything in them."""
+        op = order.op
+        found = op.tiles(self._tile_elements, row_multiple(op))
+        return [(start, end) for start, end in found if (end - start) * op.view.columns]
+
+    def _output(
+        self, order: Order, tiles: Sequence[tuple[int, int]], stack: contextlib.ExitStack, watch: Stopwatch
+    ) -> Filling:
+        """Return an output's part of the work, its slots open."""
+        op, writes = order.op, order.step.writes
+        survey = self._survey(order, tiles) if CODECS[op.target.codec].survey == "tensor" else None
+        fills = {role: stack.enter_context(order.sink.open(slot)) for role, slot in writes.items()}
+        passing = Passing(op, writes, tiles) if self._is_checked else None
+        sample, filled = Sample(op, len(tiles)), Filled(fills, watch)
+        codec, is_same = CODECS[op.target.codec], op.target == op.source.storage
+        return Filling(
+            order.step, self._working(op), sample, filled, passing, survey, op, codec, is_same=is_same
+        )
+
+    def _working(self, op: Merge) -> Working:
+        """Return the deltas of a step, none of them loaded yet."""
+        return Working(op, lambda delta: self._algebra(op, delta))
+
+    def _survey(self, order: Order, tiles: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+        """Return what the codec has to know of all values before it encodes the first: they are computed once for that."""
+        op, working, found = order.op, self._working(order.op), None
+        codec, target = CODECS[op.source.storage.codec], CODECS[op.target.codec]
+        bench = self._workbench("looking", Workbench)
+        with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
+            for start, end in tiles:
+                changers, tile = working.on(start, end), reader.tile(start, end)
+                frame = self._read(bench, reader, tile, op.view.columns)
+                frame.decode(codec, tile)
+                change(frame.values, start, end, op, changers)
+                found = target.look(frame.values, found)
+        return found
+
+    def _read(self, bench: Workbench, reader: WeightReader, tile: Tile, columns: int) -> Frame:
+        """Return a frame with what some rows are stored as."""
+        read = Parts(reader.weight.storage, reader.ranges(tile))
+        frame = bench.frame(tile.end - tile.start, columns, read, read)
+        frame.wait()
+        reader.read_into(frame.raw, tile, read.ranges)
+        return frame
+
+    def _shared(self, reader: WeightReader, tile: Tile, op: Merge) -> Frame:
+        """Return a tile of the base, decoded, for several outputs."""
+        frame = self._read(self._workbench("shared", Workbench), reader, tile, op.view.columns)
+        frame.decode(CODECS[op.source.storage.codec], tile)
+        return frame
+
+    def _algebra(self, op: Merge, delta: PlacedDelta) -> Changer:
+        """Return a delta with its factors loaded, on the device, and the weight surveyed if it asks for that."""
+        factors = {
+            role: tensor.to(self._device)
+            for role, tensor in self._factors.of(delta.delta, delta.part).items()
+        }
+        algebra = ALGEBRAS[delta.algebra](delta, factors, op.target.value_dtype)
+        block = Block.of(op.view, delta.region.box)
+        placed: Changer = Part(algebra, block) if delta.region.box else algebra
+        if delta.reach == "columns":
+            ((first, last),) = block.row_ranges()
+            placed.survey(self._panels(op, first, last))
+        return placed
+
+    def _panels(self, op: Merge, first: int, last: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield some rows of the stored weight in panels of whole columns; they are read once for each.
+
+        It has a workbench of its own: tiles may be under way on the other.
+        """
+        import torch
+
+        bench = self._workbench("survey", Workbench)
+        codec = CODECS[op.source.storage.codec]
+        with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
+            for left, right in op.view.panels():
+                panel = torch.empty((last - first, right - left), device=self._device)
+                for start, end in op.tiles(self._tile_elements):
+                    low, high = max(start, first), min(end, last)
+                    if low < high:
+                        tile = reader.tile(*reader.widened(low, high))
+                        frame = self._read(bench, reader, tile, op.view.columns)
+                        frame.decode(codec, tile)
+                        rows = frame.values[low - tile.start : high - tile.start]
+                        panel[low - first : high - first] = rows[:, left:right]
+                yield left, right, panel
+
+    def _workbench(self, name: str, make: Callable[[str], Workbench]) -> Workbench:
+        """Return a workbench, made when it is first needed."""
+        if name not in self._benches:
+            import torch
+
+            torch.get_num_threads()  # makes `one_torch_thread` hold here: MKL has its own number until then
+            self._benches[name] = make(self._device)
+        return self._benches[name]

@@ -1,0 +1,125 @@
+"""Workers of a merge: a piece in, the records of its tensors out.
+
+A worker owns buffers and a device. It opens what it reads and writes by name, for each piece, so that the spec that it is
+made from can be sent to another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.core.identity import Inputs
+from lora_merge.core.work import Done
+from lora_merge.deltas import Factors
+from lora_merge.formats.safetensors import load
+from lora_merge.merging.worker.copying import copy
+from lora_merge.merging.worker.devices import one_torch_thread
+from lora_merge.merging.worker.merger import Merger, Order
+from lora_merge.merging.worker.stopwatch import Stopwatch
+from lora_merge.storage.copy_runs import Stretch
+from lora_merge.storage.destination import Sink
+from lora_merge.storage.input_files import Watch, told
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.core.work import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class CopySpec:
+    """Workers that copy: they need no torch."""
+
+    sinks: tuple[Sink, ...]
+    """Where each output's bytes go, by its number."""
+
+    inputs: Inputs
+    """The files that may be read, as they were when the merge was planned."""
+
+    @contextlib.contextmanager
+    def make(self, n: int) -> Iterator[list[CopyWorker]]:
+        """Yield workers for the threads of one process."""
+        yield [CopyWorker(self) for _ in range(n)]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSpec:
+    """Workers that merge: torch has one thread for each while they last, and they share stacks of factors."""
+
+    sinks: tuple[Sink, ...]
+    """Where each output's bytes go, by its number."""
+
+    inputs: Inputs
+    """The files that may be read, as they were when the merge was planned."""
+
+    device: str = "cpu"
+    """A torch device for the arithmetic."""
+
+    tile_elements: int | None = None
+    """Of a row tile; None: what suits the CPU's cache."""
+
+    is_checked: bool = True
+    """Look at every row as it passes, for the verification that follows."""
+
+    @contextlib.contextmanager
+    def make(self, n: int) -> Iterator[list[MergeWorker]]:
+        """Yield workers for the threads of one process."""
+        factors = Factors(load)
+        with one_torch_thread():
+            yield [MergeWorker(self, factors) for _ in range(n)]
+
+
+class CopyWorker:
+    """Copies runs of tensors; of what several outputs want, it is read once."""
+
+    def __init__(self, spec: CopySpec) -> None:
+        self._sinks, self._time = spec.sinks, Stopwatch()
+        self._watch = Watch(Inputs(spec.inputs.files), is_closed=True, is_noting=False)
+
+    def __call__(self, piece: Piece) -> Done:
+        """Carry out the copies.
+
+        Raises:
+            CheckpointError: a source cannot be read, or is not what it was.
+            WriteError: the disk is full or cannot be written.
+        """
+        wanted = [(self._sinks[number], Stretch(steps)) for number, steps in piece.wanted]
+        with told(self._watch):
+            copied = copy(wanted, self._time)
+        found = (
+            (number, record)
+            for (number, _), records in zip(piece.wanted, copied, strict=True)
+            for record in records
+        )
+        return Done(tuple(found), self._time.taken(), self._watch.taken())
+
+
+class MergeWorker:
+    """Makes one stored tensor into that of every output that wants it; it is read once."""
+
+    def __init__(self, spec: MergeSpec, factors: Factors) -> None:
+        self._sinks, self._time = spec.sinks, Stopwatch()
+        self._merger = Merger(
+            spec.sinks[0], spec.device, spec.tile_elements, self._time, factors, is_checked=spec.is_checked
+        )
+        self._watch = Watch(Inputs(spec.inputs.files), is_closed=True)
+
+    def __call__(self, piece: Piece) -> Done:
+        """Carry out the merges.
+
+        Raises:
+            CheckpointError: a source cannot be read, or is not what it was.
+            WriteError: the disk is full or cannot be written.
+            OutOfMemoryError: there is no memory left for it.
+        """
+        orders = [Order(step, self._sinks[number]) for number, (step,) in piece.wanted]
+        with told(self._watch):
+            merged = self._merger.together(orders)
+        found = (
+            (number, record)
+            for (number, _), records in zip(piece.wanted, merged, strict=True)
+            for record in records
+        )
+        return Done(tuple(found), self._time.taken(), self._watch.taken())

@@ -1,0 +1,67 @@
+"""What PEFT needs for an injection: its tuner and configuration of the adapter, and the model without weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.modeling.plain_config import plain_adapter_config
+from lora_merge.modeling.skeleton import model_class, parse_config
+from lora_merge.peft_rules.injection.targets import InjectionError
+from lora_merge.peft_rules.injection.turns import translated
+
+if TYPE_CHECKING:
+    import torch
+
+_UNMERGEABLE: Mapping[str, str] = {
+    "LILY": "a router mixes its factors, token by token",
+    "POLY": "a router mixes its factors, task by task",
+    "SHADOW": "it is a network beside the model",
+    "XLORA": "a router mixes its adapters, token by token",
+}
+"""PEFT types with a tuner, but no merge; PEFT merges ``XLORA`` all the same, without its router."""
+
+
+def tuner_class_of(peft_type: Any) -> Any:
+    """Return PEFT's tuner of a type that can be merged."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise InjectionError("peft_type", f"{peft_type} is unknown to the installed PEFT")
+    if peft_type in _UNMERGEABLE:
+        raise InjectionError("peft_type", f"{peft_type} cannot be merged: {_UNMERGEABLE[peft_type]}")
+    tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
+    if not issubclass(tuner_class, BaseTuner):
+        raise InjectionError("peft_type", f"{peft_type} cannot be merged: it changes no weights")
+    return tuner_class
+
+
+def peft_config(adapter_config: Mapping[str, Any]) -> Any:
+    """Return PEFT's config of an adapter, as ``PeftConfig.from_pretrained`` makes it."""
+    from peft import PeftConfig
+
+    plain = copy.deepcopy(plain_adapter_config(adapter_config))
+    config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**plain))
+    config.inference_mode = True
+    if getattr(config, "layer_replication", None):
+        raise InjectionError("layer_replication", "PEFT would merge all copies of a layer into one weight")
+    return config
+
+
+def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
+    """Return the model of a ``config.json`` without weights."""
+    import torch
+
+    model_type, names = config.get("model_type"), config.get("architectures")
+    known = model_class(config)
+    if known is None:
+        named = names[0] if isinstance(names, list) and names else "none"
+        raise InjectionError("architectures", f"{named} is unknown to the installed transformers")
+    with translated("config.json", "transformers"), torch.device("meta"):
+        parsed = parse_config(config)
+        if parsed is None:
+            raise InjectionError("model_type", f"{model_type} is unknown to the installed transformers")
+        model: torch.nn.Module = known(parsed)
+    return model.eval()

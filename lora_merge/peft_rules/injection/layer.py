@@ -1,0 +1,111 @@
+"""One module of a model, with its weights and PEFT's layer around it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.peft_rules.injection.targets import InjectionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_merge.peft_rules.injection.targets import Site
+
+
+_N_EXAMPLES = 8
+"""Rows of an example input."""
+
+
+def example_for(module: Any) -> torch.Tensor:
+    """Return an input that a module answers to, random and always the same.
+
+    Shapes:
+        ``[8, in]``; ``[8]`` tokens of an embedding; ``[1, 8, in]`` for attention; ``[2, channels, …]`` for a convolution.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    kernel = getattr(module, "kernel_size", ())
+    if isinstance(module, torch.nn.Embedding):
+        return torch.randint(module.num_embeddings, (_N_EXAMPLES,), generator=generator)
+    if kernel:
+        sizes = [2 * size for size in kernel]
+        return torch.randn(2, module.in_channels, *sizes, generator=generator)
+    if isinstance(module, torch.nn.MultiheadAttention):
+        return torch.randn(1, _N_EXAMPLES, module.embed_dim, generator=generator)
+    n_in = getattr(module, "in_features", None) or module.weight.shape[0]
+    return torch.randn(_N_EXAMPLES, n_in, generator=generator)
+
+
+@contextlib.contextmanager
+def seeing_only(tuner: Any, module: str, layer: Any) -> Iterator[None]:
+    """Let a tuner see a model that is nothing but one layer, so that its loops end soon."""
+    import torch
+
+    *path, last = module.split(".")
+    model = at = torch.nn.Module()
+    for part in path:
+        at.add_module(part, torch.nn.Module())
+        at = at.get_submodule(part)
+    at.add_module(last, layer)
+    whole, tuner.model = tuner.model, model
+    try:
+        yield
+    finally:
+        tuner.model = whole
+
+
+def filled(site: Site, base: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """Return a copy of a target with its weights, cloned."""
+    import torch
+
+    module: torch.nn.Module = copy.deepcopy(site.base)
+    parameters = dict(module.named_parameters())
+    for name in base.keys() ^ parameters.keys():
+        kind = type(module).__name__
+        raise InjectionError(
+            f"{site.module}.{name}", f"is no parameter of {kind}" if name in base else "is missing"
+        )
+    for name, tensor in base.items():
+        if tensor.shape != parameters[name].shape:
+            found, expected = list(tensor.shape), list(parameters[name].shape)
+            raise InjectionError(f"{site.module}.{name}", f"shape {found}, expected {expected}")
+        owner, _, last = name.rpartition(".")
+        setattr(
+            module.get_submodule(owner),
+            last,
+            torch.nn.Parameter(tensor.detach().clone(), requires_grad=False),
+        )
+    return module
+
+
+def empty(layer: Any) -> None:
+    """Take every tensor out of a layer: PEFT's hooks (OSF) and caches (SHiRA) may keep the rest of it."""
+    import torch
+
+    for value in vars(layer).values():
+        held = value.values() if isinstance(value, dict) else ()
+        if any(isinstance(item, torch.Tensor | torch.nn.Module) for item in held):
+            value.clear()
+
+
+def merged(layer: Any) -> Any:
+    """Return the module that PEFT's layer merges into."""
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    layer.merge(safe_merge=False)
+    return layer.get_base_layer()
+
+
+def answer_of(module: Any, plain: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return the output of a module, adapted or not, whose plain form is ``plain``."""
+    import torch
+
+    if isinstance(plain, torch.nn.MultiheadAttention):
+        attended: torch.Tensor = module(x, x, x)[0]
+        return attended
+    answer: torch.Tensor = module(x)
+    return answer

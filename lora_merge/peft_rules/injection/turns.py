@@ -1,0 +1,44 @@
+"""PEFT runs by itself: one injection at a time, without traces in the process, its errors in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+
+from lora_merge.modeling.cut_off import cut_off
+from lora_merge.peft_rules.injection.targets import InjectionError
+from lora_merge.runtime.shortage import not_for_want_of_memory
+
+_SEED = 0
+
+_LOCK = threading.RLock()
+"""Warning filters and torch's random state belong to the process, so injections take turns."""
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Run one injection at a time, cut off, without warnings, gradients or traces in torch's random state (CPU).
+
+    What layers draw at random is overwritten by the adapter's values, or refused.
+    """
+    import torch
+
+    with _LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), cut_off():
+        warnings.simplefilter("ignore")
+        torch.default_generator.manual_seed(_SEED)
+        yield
+
+
+@contextlib.contextmanager
+def translated(subject: str, speaker: str = "PEFT") -> Iterator[None]:
+    """Turn whatever a library raises into an `InjectionError` with its first line."""
+    try:
+        yield
+    except InjectionError:
+        raise
+    except Exception as exc:
+        not_for_want_of_memory(exc)
+        line = next(iter(str(exc).strip().splitlines()), "")
+        raise InjectionError(subject, f"{speaker} raises {type(exc).__name__}: {line}") from exc

@@ -1,0 +1,51 @@
+"""The files beside the weights of an output, and what the base has that is not in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.report import Issue, note, warning
+from lora_merge.modeling.plain_config import fetched_part
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_merge.core.adapter import AdapterUse
+    from lora_merge.core.checkpoint import Checkpoint, SideFile
+
+
+def side_files_of(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[SideFile, ...], list[Issue]]:
+    """Return the side files of the output, by their names, and a note on each that an adapter brings.
+
+    They are the base's. An adapter's take the place of those that they differ from, and the last adapter's win.
+    """
+    files = {file.name: file for file in base.side_files}
+    issues: list[Issue] = []
+    taken: set[str] = set()
+    for use in uses:
+        for name in use.displaced & files.keys() - taken:
+            del files[name]
+        for file in use.adapter.side_files:
+            if file.name not in use.own_side_files:
+                continue
+            if file.name in taken:
+                sentence = "comes from several adapters; the last one's is taken"
+                issues.append(warning("side-file", file.name, sentence))
+            else:
+                copy = ", whose copy differs from the base's" if file.name in files else ""
+                sentence = f"comes from the adapter{copy}"
+                issues.append(note("side-file", file.name, sentence))
+            taken.add(file.name)
+            files[file.name] = file
+    return tuple(sorted(files.values(), key=lambda file: file.name)), issues
+
+
+def left_out(base: Checkpoint) -> list[Issue]:
+    """Return a note on each file of the base that was left out, and on a part of it that only a name describes."""
+    notes = [note("left-out", "", sentence) for sentence in base.notes]
+    part = fetched_part(base.config)
+    if part is not None:
+        sentence = f"{part}; nothing is fetched for it, so modules that the adapter targets and has no tensors for are not found"
+        notes.append(note("not-fetched", CONFIG_FILE, sentence))
+    return notes

@@ -1,0 +1,349 @@
+"""How one adapter lies on one base: the join of their names, shapes and rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from lora_merge.core.adapter import Delta
+from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
+from lora_merge.deltas import RowsFacts
+from lora_merge.layouts import LayoutError, Located, Place
+from lora_merge.peft_rules.bypassed import is_bypassed
+from lora_merge.peft_rules.kinds import PREFIX
+from lora_merge.peft_rules.loose_ends import LooseEnd, unmatched_patterns, unsaved
+from lora_merge.peft_rules.patterns import TargetError
+from lora_merge.peft_rules.targets import endings
+from lora_merge.planning.absent import Absent
+from lora_merge.planning.misfits import Misfits
+from lora_merge.planning.model import SAVE_ANEW, misplaced
+from lora_merge.planning.rules import rule_issues
+from lora_merge.planning.spellings import Names
+from lora_merge.planning.stacked import stacked_deltas
+
+if TYPE_CHECKING:
+    from lora_merge.core.adapter import Adapter, AdapterUse, PlacedDelta, Replacement
+    from lora_merge.planning.model import Model
+    from lora_merge.planning.settings import Reading
+
+_NESTED = ".language_model."
+"""In the paths of multimodal models' language models (transformers 5.23)."""
+
+
+class Fitting:
+    """One adapter on one base.
+
+    Args:
+        use: the adapter.
+        n: which of the plan's adapters it is.
+        model: the base.
+        reading: how experts are laid out, if the user says so.
+    """
+
+    def __init__(self, use: AdapterUse, n: int, model: Model, reading: Reading) -> None:
+        self._use, self._n, self._model, self._reading = use, n, model, reading
+        self._adapter = use.adapter
+        self._misfits = Misfits(use.adapter, model, self.shape)
+        self._located: dict[str, Located] = {}
+        """Where each parameter that the adapter names was found."""
+        self.issues: list[Issue] = []
+        self.replacements: dict[str, TensorRef] = {}
+        """Parameters of the output that are the adapter's own tensors."""
+        self.copies: dict[str, TensorRef] = {}
+        """The base's own parameters as the adapter carries them: PEFT loads them into the base, where ties share them."""
+        self.deltas: list[PlacedDelta] = []
+        """What changes, by the name in the output; regions are filled in."""
+
+    def fit(self, layered: tuple[PlacedDelta, ...] = ()) -> Fitting:
+        """Join everything, and collect what does not fit.
+
+        Args:
+            layered: deltas that PEFT's own layers make, already joined.
+        """
+        for parameter, replacement in self._adapter.replacements.items():
+            self._replace(parameter, replacement)
+        deltas = self._adapter.deltas
+        ends = unsaved(self._adapter)
+        lost = [delta for delta in deltas if not self._join(delta)]
+        self.deltas = self._effective(self.deltas)
+        ends += self._join_stacked()
+        if lost and len(lost) == len(deltas) and not self._adapter.stacked:
+            self.issues.append(self._all_absent(lost[0].parameter))
+            return self
+        self.issues += [self._absent(delta.parameter) for delta in lost]
+        self.deltas += self._effective([replace(delta, adapter=self._n) for delta in layered])
+        for delta in layered:
+            self._located[delta.target] = Located(delta.rule, (Place(delta.tensor),))
+        names = Names(self._model, self._located)
+        try:
+            self.issues += Absent(self._model, names).issues(ends) if ends else []
+        except TargetError as exc:
+            self.issues.append(error("bad-field", exc.field, exc.sentence))
+        if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
+            self.issues += names.several_rewritings() + names.named_twice()
+            try:
+                self.issues += rule_issues(self._adapter, self._model, names)
+            except TargetError as exc:
+                self.issues.append(error("bad-field", exc.field, exc.sentence))
+        return self
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that a parameter has in the output."""
+        own = self.replacements.get(name) or self.copies.get(name)
+        if own is not None:
+            return own.shape
+        stored = self._model.source(name).shape
+        resized = {
+            one: copy for one, copy in self.copies.items() if copy.shape != self._model.source(one).shape
+        }
+        shared = resized.keys() & set(self._model.users_with(name)) if resized else ()
+        return next((resized[one].shape for one in shared), stored)
+
+    def _effective(self, deltas: list[PlacedDelta]) -> list[PlacedDelta]:
+        """Return the deltas without those of layers that the model never calls, and warn of these."""
+        bypassed = {delta.target for delta in deltas if self._is_bypassed(delta)}
+        sentence = "was left out: the model reads the weight of this layer and never calls it"
+        hint = (
+            "so the adapter has no effect there in PEFT, and merging it would change what the model computes"
+        )
+        self.issues += [warning("no-effect", target, sentence, hint) for target in sorted(bypassed)]
+        return [delta for delta in deltas if delta.target not in bypassed]
+
+    def _is_bypassed(self, delta: PlacedDelta) -> bool:
+        return is_bypassed(delta.target.rpartition(".")[0], self._model.config)
+
+    def _join(self, delta: Delta) -> bool:
+        """Take a delta to its places, or say what keeps it from there; return False when it has none."""
+        try:
+            found = self._model.locate(delta.parameter, delta.weight_shape())
+        except LayoutError as exc:
+            self.issues.append(misplaced(delta.module, exc))
+            return True
+        if found is None:
+            return False
+        self._located[delta.parameter] = found
+        for place in found.places:
+            problem = self._misfits.of(delta, place, found)
+            if problem is not None:
+                self.issues.append(problem)
+                break
+            self.deltas.append(self._placed(delta, place, found))
+        return True
+
+    def _join_stacked(self) -> list[LooseEnd]:
+        """Take the deltas on ``target_parameters``, which only the model can name, to their places.
+
+        Returns the patterns that match nothing, once every module and parameter is known.
+        """
+        paths = set(self._adapter.modules)
+        n_found = 0
+        for pair in self._adapter.stacked:
+            try:
+                found = stacked_deltas(pair, self._use, self._n, self._model, self._reading.expert_layout)
+            except TargetError as exc:
+                self.issues.append(error("bad-field", exc.field, exc.sentence))
+                continue
+            self.issues += found.issues
+            if found.located is not None:
+                self._located[found.parameter] = found.located
+                paths.add(found.parameter)
+                n_found += bool(found.deltas)
+            self.deltas += found.deltas
+        if self._adapter.kind != "LORA" or n_found < len(self._adapter.stacked):
+            return []
+        try:
+            return unmatched_patterns(self._adapter, paths)
+        except TargetError as exc:
+            self.issues.append(error("bad-field", exc.field, exc.sentence))
+            return []
+
+    def _replace(self, parameter: str, replacement: Replacement) -> None:
+        """Take a whole parameter from the adapter, if it belongs there."""
+        if parameter in self._use.unchanged:
+            sentence = "was saved along and equals the base's"
+            self.issues.append(note("full-tensor", replacement.ref.name, sentence))
+            found = self._model.locate(parameter, replacement.ref.shape)  # found when it was compared
+            self._located |= {parameter: found} if found is not None else {}
+            return
+        if self._replace_row(parameter, replacement):
+            return
+        name = self._whole_place(parameter, replacement)
+        problem = self._replacement_problem(name, replacement) if name is not None else None
+        if problem is not None:
+            self.issues.append(problem)
+        elif name is not None and replacement.why == "module":
+            self.replacements[name] = replacement.ref
+            self._copy(parameter, name, replacement.original, only_if_other=True)
+        elif name is not None:
+            self._copy(parameter, name, replacement.ref)
+
+    def _replace_row(self, parameter: str, replacement: Replacement) -> bool:
+        """Take an expert's whole bias as the row of the stack that it is; return False where it is none."""
+        ref = replacement.ref
+        try:
+            found = self._model.locate(parameter, ref.shape) if len(ref.shape) == 1 else None
+        except LayoutError:
+            found = None
+        place = found.places[0] if found is not None else None
+        if found is None or place is None or found.shape != ref.shape or len(place.at) != 2:
+            return False
+        (n, _), columns = place.at
+        if not replacement.why or columns != (0, self._model.source(place.tensor).shape[1]):
+            return False
+        row = replace(ref, shape=(1, *ref.shape))
+        delta = Delta(parameter, RowsFacts((n,)), {"rows": row})
+        self._located[parameter] = found
+        self.deltas.append(self._placed(delta, Place(place.tensor), found))
+        return True
+
+    def _copy(
+        self, parameter: str, name: str, copy: TensorRef | None, *, only_if_other: bool = False
+    ) -> None:
+        """Take what the base's own parameter was in the training: trained in place, or resized."""
+        n_rows = self._use.differing.get(parameter, 0)
+        is_other = n_rows > 0 or (copy is not None and copy.shape != self._model.source(name).shape)
+        if copy is None or (only_if_other and not is_other):
+            return
+        self.copies[name] = copy
+        if n_rows:
+            n_all = min(copy.shape[0], self._model.source(name).shape[0])
+            sentence = (
+                f"is the base's {name} as it was in training, and {n_rows} of {n_all} rows differ from this base's; "
+                "the adapter's are taken, as PEFT takes them"
+            )
+            hint = "check that --base is the model that was trained"
+            self.issues.append(warning("other-base", copy.name, sentence, hint))
+
+    def _whole_place(self, parameter: str, replacement: Replacement) -> str | None:
+        """Return the name under which the base stores a parameter whole, or say why it has none."""
+        try:
+            found = self._model.locate(parameter, replacement.ref.shape)
+        except LayoutError as exc:
+            self.issues.append(misplaced(parameter, exc))
+            return None
+        if found is None:
+            self.issues.append(self._no_place(parameter, replacement))
+            return None
+        self._located[parameter] = found
+        if found.whole is None:
+            tensor = found.places[0].tensor
+            sentence = f"is a whole parameter, and the base stores it otherwise: {tensor} holds a part of it, or more"
+            self.issues.append(error("unsupported", replacement.ref.name, sentence, SAVE_ANEW))
+        return found.whole
+
+    def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:
+        """Return what keeps a parameter of the adapter from taking the place of the base's."""
+        ref, source = replacement.ref, self._model.source(name)
+        if not replacement.why and not self._is_resizable(name):
+            sentence = "is a whole weight that differs from the base's, and the config does not say that it was trained"
+            hint = "PEFT would load it into the base without a word; add its module to modules_to_save if it is meant"
+            return error("unexpected-tensor", ref.name, sentence, hint)
+        if ref.dtype != source.dtype and not (ref.dtype in TORCH_NAMES and source.holds_floats):
+            sentence = f"is stored as {ref.dtype}, the base's as {source.dtype}; expected BF16, F16 or F32"
+            return error("bad-dtype", ref.name, sentence)
+        resized = ref.shape[1:] == source.shape[1:] and self._is_resizable(name)
+        if ref.shape != source.shape and not resized:
+            sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(source.shape)}"
+            return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")
+        if self._use.weight != 1 and (replacement.why == "module" or not self._is_resizable(name)):
+            hint = "give this adapter the weight 1"
+            sentence = f"replaces a whole parameter, which cannot be done by {self._use.weight:g}"
+            return error("weighted-replacement", ref.name, sentence, hint)
+        return None
+
+    def _is_resizable(self, name: str) -> bool:
+        """Return True for a parameter with one row per token: an embedding, or the bias of the output's."""
+        return self._model.is_embedding(name)
+
+    def _no_place(self, parameter: str, replacement: Replacement) -> Issue:
+        """Return the issue of a whole parameter that the base does not store."""
+        if replacement.why == "module" and parameter.rpartition(".")[0].rpartition(".")[2] in {
+            "score",
+            "classifier",
+            "qa_outputs",
+            "summary",
+        }:
+            sentence = "is a trained head, and the base has none"
+            hint = (
+                "write what it was trained for into adapter_config.json, as task_type: SEQ_CLS, TOKEN_CLS or "
+                "QUESTION_ANS; then the output gets the head's class"
+            )
+            return error("unmatched-module", parameter, sentence, hint)
+        if replacement.why == "saved":
+            file = PurePosixPath(replacement.ref.file).name
+            near = self._nearest(parameter)
+            sentence = f"is in {file}, and the base has no {parameter}" + (
+                f"; nearest: {near}" if near else ""
+            )
+            hint = f"merge into the base that it was trained on, or leave it out with --ignore-file {file}"
+            return error("unmatched-module", replacement.ref.name, sentence, hint)
+        return self._absent(parameter)
+
+    def _absent(self, parameter: str) -> Issue:
+        """Return the issue of a parameter that the base does not store."""
+        module = parameter.rpartition(".")[0]
+        near = self._nearest(parameter)
+        sentence = f"the adapter changes it, the base has no {parameter}"
+        return error("unmatched-module", module, sentence, f"nearest: {near}" if near else "")
+
+    def _all_absent(self, first: str) -> Issue:
+        """Return the one issue of an adapter that touches nothing at all."""
+        if _NESTED in f".{first}" and not any(_NESTED in f".{name}" for name in self._model.sources):
+            sentence = "is of a multimodal model, and the base is a language model alone"
+            return error("wrong-prefix", first, sentence, "pass the multimodal model with --base")
+        near = self._nearest(first)
+        sentence = f"none of the adapter's {len(self._adapter.modules)} modules is in the base"
+        if near:
+            return error("wrong-prefix", first, f"{sentence}, which has {near}", "the prefixes differ")
+        named = self._adapter.config.get("base_model_name_or_path")
+        hint = f"the adapter belongs to another model{f': it names {named}' if named else ''}"
+        return error("wrong-prefix", first, sentence, hint)
+
+    def _nearest(self, parameter: str) -> str:
+        """Return the stored name that shares the longest dotted ending with a parameter."""
+        return next(
+            (self._by_ending[end] for end in endings(parameter) if "." in end and end in self._by_ending), ""
+        )
+
+    @cached_property
+    def _by_ending(self) -> dict[str, str]:
+        """Return the first stored name for each dotted ending that one has."""
+        found: dict[str, str] = {}
+        for name in self._model.sources:
+            for end in endings(name):
+                found.setdefault(end, name)
+        return found
+
+    def _placed(self, delta: Delta, place: Place, found: Located) -> PlacedDelta:
+        """Return a delta on a tensor of the output, with the region that it owns."""
+        transposed = delta.transposed
+        if found.by_boxes:
+            transposed ^= place.transposed
+            if len(place.at) == 2:  # of a bias, a row of the stack that the base has
+                rows = {
+                    role: replace(ref, shape=(1, *ref.shape)) if len(ref.shape) == 1 else ref
+                    for role, ref in delta.factors.items()
+                }
+                delta = delta if delta.facts.has_factors else replace(delta, factors=rows)
+        elif delta.facts.has_factors and not transposed:
+            transposed = self._misfits.is_transposed(delta, self.shape(place.tensor))
+        return delta.placed(
+            place.tensor,
+            Region(transposed, place.at),
+            part=place.part,
+            adapter=self._n,
+            adapter_weight=self._use.weight,
+            rule=found.rule,
+        )
+
+
+def named_parameters(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
+    """Return the parameters that an adapter names, and the shapes of its weights where they are known."""
+    paths = (name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.layered if PREFIX in name)
+    by_layers = {f"{path.rpartition('.')[0]}.weight": None for path in paths}
+    return {**by_layers, **{delta.parameter: delta.weight_shape() for delta in adapter.deltas}} | {
+        parameter: replacement.ref.shape for parameter, replacement in adapter.replacements.items()
+    }

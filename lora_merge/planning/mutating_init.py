@@ -1,0 +1,80 @@
+"""Adapters that presuppose something about the base: an initialisation that changed it, or a decomposition of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import Issue, error, note
+from lora_merge.peft_rules.kinds import DECOMPOSING, LAYERED, mutating_init
+from lora_merge.words import quoted
+
+if TYPE_CHECKING:
+    from lora_merge.core.adapter import Adapter
+    from lora_merge.planning.settings import Reading
+
+_RECOMPUTABLE = frozenset({"pissa", "olora"})
+"""Values of ``init_lora_weights`` whose change of the base follows from the base alone, always the same."""
+
+_NOT_REPRODUCIBLE = {
+    "PiSSA": "its decomposition drew random numbers (pissa_niter)",
+    "CorDA": "it depends on the data that it was calibrated with",
+    "LoftQ": "it depends on how the base was quantised",
+    "LoRA-GA": "it depends on gradients of the first training steps",
+}
+"""Why an initialisation cannot be done again."""
+
+
+def is_layered(adapter: Adapter, reading: Reading) -> bool:
+    """Return True when PEFT's own layers merge an adapter.
+
+    They do so for methods without a formula here, and for LoRA where the base has to be changed again as the
+    initialisation changed it: KaSA always, the others on the original base.
+    """
+    again = mutating_init(adapter.config) is not None and reading.base_is == "original"
+    return adapter.kind in LAYERED or bool(adapter.config.get("kasa_config")) or again
+
+
+def initial_issues(adapter: Adapter, reading: Reading) -> list[Issue]:
+    """Return what an adapter presupposes about the base and the user has not stated.
+
+    Reference:
+        ``peft.tuners.lora.layer.LoraLayer.pissa_init`` and its siblings (PEFT 0.21.2): each puts W - s·BA of the
+        first A and B in the place of W.
+    """
+    if adapter.kind in DECOMPOSING and not reading.allow_svd:
+        sentence = (
+            f"{DECOMPOSING[adapter.kind]} decomposes the base's weights when it is loaded, "
+            "and another machine may decompose them otherwise"
+        )
+        hint = "pass --allow-svd to merge it here all the same, and compare the outputs"
+        return [error("decomposes", "peft_type", sentence, hint)]
+    name = mutating_init(adapter.config)
+    if name is not None:
+        return [_mutated(name, str(adapter.config["init_lora_weights"]), reading)]
+    if reading.base_is is not None:
+        sentence = "was initialised without changing the base; --base-is means nothing to it"
+        return [note("base-is", adapter.root, sentence)]
+    return []
+
+
+def _mutated(name: str, init: str, reading: Reading) -> Issue:
+    """Return what is to be said of an initialisation that changed the base."""
+    subject = "init_lora_weights"
+    if reading.base_is is None:
+        sentence = f"is {quoted(init)}: {name} changes the base's weights before training"
+        hint = (
+            "say which base this is: --base-is residual when it was saved after that change, "
+            "--base-is original when it is the model as published"
+        )
+        return error("base-is", subject, sentence, hint)
+    if reading.base_is == "residual":
+        return note("base-is", subject, f"is {quoted(init)}; the base is taken for what {name} left of it")
+    if init.lower() in _RECOMPUTABLE:
+        return note("base-is", subject, f"is {quoted(init)}; {name}'s change of the base is made again")
+    why = _NOT_REPRODUCIBLE[name]
+    sentence = f"is {quoted(init)}, and {name}'s change of the original base cannot be made again: {why}"
+    hint = (
+        "save the base as it was after the initialisation and pass --base-is residual, or convert the adapter "
+        "with save_pretrained(path_initial_model_for_weight_conversion=…)"
+    )
+    return error("base-is", subject, sentence, hint)

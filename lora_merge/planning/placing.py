@@ -1,0 +1,106 @@
+"""Where the tensors of the output go, in which dtype, and what that changes in ``config.json``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from lora_merge.codecs import CODECS
+from lora_merge.core.checkpoint import Checkpoint, config_levels
+from lora_merge.core.report import Issue, note
+from lora_merge.core.shards import OutputFile, place, split
+from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, TensorRef, nbytes_of
+from lora_merge.core.weight import DENSE, Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_merge.planning.outline import Outline
+
+
+Slots = dict[tuple[str, str], TensorRef]
+"""``(parameter, role)`` → the tensor as the output stores it; its place is not decided yet."""
+
+
+def storages_of(
+    outline: Outline, main: str | None, dtype: str | None
+) -> tuple[dict[str, Storage], list[Issue]]:
+    """Return how the output stores each parameter, and a note on those that keep their own dtype.
+
+    A change of dtype is for the tensors in the checkpoint's main dtype, the one most of its bytes are in.
+    What the base keeps apart on purpose (a float32 ``A_log`` among bfloat16) stays as it is.
+
+    Args:
+        outline: the output's parameters and their sources.
+        main: the main dtype's code.
+        dtype: the wanted dtype as torch spells it; None keeps the base's, tensor by tensor.
+    """
+    code = main if dtype is None else DTYPE_CODES[dtype]
+    changing = main is not None and code != main
+    storages = {}
+    apart: Counter[str] = Counter()
+    for name in outline.names:
+        source = outline.sources[name]
+        is_changed = changing and code and source.storage == Storage(DENSE, main or "")
+        storages[name] = Storage(DENSE, code) if is_changed and code else source.storage
+        if changing and source.dtype not in (main, code):
+            apart[source.dtype] += 1
+    issues = [
+        note("dtype-kept", "", f"{count} tensors stay {kept}: the base keeps them apart from its {main}")
+        for kept, count in apart.items()
+        if kept in TORCH_NAMES
+    ]
+    return storages, issues
+
+
+def slots_of(
+    outline: Outline, shapes: Mapping[str, tuple[int, ...]], storages: Mapping[str, Storage]
+) -> Slots:
+    """Return the tensors that the output stores, parameter by parameter.
+
+    Args:
+        outline: the output's parameters and their sources.
+        shapes: of those that the merge gives another shape.
+        storages: how each is stored.
+    """
+    slots = {}
+    for name in outline.names:
+        storage, shape = storages[name], shapes.get(name, outline.sources[name].shape)
+        codec = CODECS[storage.codec]
+        names = codec.names(name, storage)
+        for role, (dtype, size) in codec.parts(shape, storage).items():
+            slots[name, role] = TensorRef(names[role], dtype, size, "", 0, nbytes_of(dtype, size))
+    return slots
+
+
+def main_dtype(base: Checkpoint) -> str | None:
+    """Return the floating dtype that most bytes of a checkpoint are in."""
+    sizes: Counter[str] = Counter()
+    for weight in base.weights.values():
+        if weight.plain is not None:
+            sizes[weight.dtype] += weight.nbytes
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def place_all(outline: Outline, slots: Slots, max_shard_bytes: int | None) -> tuple[OutputFile, ...]:
+    """Return the output's weight files: the base's own, or shards of at most so many bytes."""
+    if max_shard_bytes is None:
+        return tuple(
+            place(file.name, [slots[part] for part in file.parts], file.metadata) for file in outline.files
+        )
+    metadata = outline.files[0].metadata
+    shards = split([slots[part] for part in outline.parts], max_shard_bytes)
+    return tuple(place(name, shard, metadata) for name, shard in shards)
+
+
+def dtype_patch(base: Checkpoint, main: str | None, dtype: str | None) -> dict[str, str]:
+    """Return what a change of dtype changes in ``config.json``, at every level that names one."""
+    if dtype is None or main is None or DTYPE_CODES[dtype] == main:
+        return {}
+    patch = {
+        f"{path}.{key}".lstrip("."): dtype
+        for path, level in config_levels(base.config)
+        for key in ("dtype", "torch_dtype")
+        if key in level and (not path or level[key] == TORCH_NAMES[main])
+    }
+    return patch or {"torch_dtype": dtype}

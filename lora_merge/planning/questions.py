@@ -1,0 +1,95 @@
+"""What a merge asks of a join, and nobody else does: what it refuses, and what it warns of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.planning.ties import UNTIED, untie_refusal
+from lora_merge.words import of_several
+
+if TYPE_CHECKING:
+    from lora_merge.planning.joined import Joined
+    from lora_merge.planning.settings import Policy
+
+
+def merged_before(joined: Joined, policy: Policy) -> list[Issue]:
+    """Return an error for each adapter that the base has merged into it already, by its own manifest."""
+    if policy.allow_again:
+        return []
+    paths = {before.digest: before.path for before in joined.base.merged}
+    hint = "merge into the base that it was made from, or pass --allow-again"
+    return [
+        error(
+            "merged-before",
+            use.adapter.root,
+            f"is merged into {joined.base.root} already (as {paths[use.adapter.digest]}, by its merge_manifest.json)",
+            hint,
+        )
+        for use in joined.uses
+        if use.adapter.digest in paths
+    ]
+
+
+def judged(joined: Joined, policy: Policy) -> list[Issue]:
+    """Return what was found when the adapters were fitted; a tie that may not be taken apart is an error there."""
+    issues = list(joined.issues_of_fit)
+    if joined.tie is None or not joined.is_untied or policy.allow_untie:
+        return issues
+    refusal = untie_refusal(joined.base.config, joined.tie)
+    return [refusal if refusal and issue.code == UNTIED else issue for issue in issues]
+
+
+def combining_issues(joined: Joined, policy: Policy) -> list[Issue]:
+    """Return what is to be said of changes that become one: by several adapters, or in the way that ``combine`` names."""
+    if policy.combine == "linear":
+        return _in_turn(joined)
+    return [*(_rankless(joined) if policy.combine == "svd" else ()), *_in_parts(joined, policy)]
+
+
+def _in_turn(joined: Joined) -> list[Issue]:
+    """Return a note when the order of the adapters counts."""
+    names = [
+        name
+        for name, change in joined.changes.items()
+        if len({delta.adapter for delta in change.deltas}) > 1
+        and not all(delta.facts.is_sum for delta in change.deltas)
+    ]
+    if not names:
+        return []
+    why = (
+        "changed by several adapters, and not all of them only add to it (DoRA, trained rows, PEFT's own "
+        "layers): each works on what the one before it left, in the order given"
+    )
+    sentence = of_several(len(names), f"is {why}", f"are {why}")
+    return [note("in-turn", min(names), sentence)]
+
+
+def _in_parts(joined: Joined, policy: Policy) -> list[Issue]:
+    """Return a warning when a combination looks at a stored tensor that is several of the adapters' weights."""
+    names = [
+        name
+        for name, change in joined.changes.items()
+        if any(delta.region.box or delta.facts.is_stacked for delta in change.deltas)
+    ]
+    if not names:
+        return []
+    why = (
+        f"several weights (experts, fused projections), which --combine {policy.combine} takes as one: "
+        "on a base that stores them apart it gives another result"
+    )
+    sentence = of_several(len(names), f"holds {why}", f"hold {why}")
+    hint = "combine with linear, which does not depend on it"
+    return [warning("combined-whole", min(names), sentence, hint)]
+
+
+def _rankless(joined: Joined) -> list[Issue]:
+    """Return an error for each weight that ``--combine svd`` has no rank for."""
+    sentence = (
+        "--combine svd keeps the largest rank of the adapters, and none that changes this weight has one"
+    )
+    return [
+        error("no-rank", name, sentence, "combine these adapters with linear, ties or dare")
+        for name, change in joined.changes.items()
+        if change.deltas and len(joined.shape(name)) > 1 and max(delta.rank for delta in change.deltas) == 0
+    ]

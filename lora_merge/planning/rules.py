@@ -1,0 +1,256 @@
+"""Where an adapter's configuration and its tensors disagree about what is targeted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import Issue, error, warning
+from lora_merge.peft_rules.family_targets import family_targets
+from lora_merge.peft_rules.loose_ends import LooseEnd
+from lora_merge.peft_rules.targets import TargetRule, is_listed, listed_among
+from lora_merge.planning.absent import Absent
+from lora_merge.words import of_several, quoted
+
+if TYPE_CHECKING:
+    from lora_merge.core.adapter import Adapter
+    from lora_merge.planning.model import Model
+    from lora_merge.planning.spellings import Names
+
+
+_SWIFT_ADAPTS = frozenset({"Linear", "Conv1D", "Embedding", "Conv2d"})
+"""What ms-swift adapts of all that a regex matches (ms-swift 4.6.0, ``swift.tuners.lora_layers.dispatch_default``)."""
+
+
+def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
+    """Return every disagreement.
+
+    Args:
+        adapter: one adapter.
+        model: the base.
+        names: how the adapter's names and the base's answer to each other.
+
+    Raises:
+        TargetError: a field has a value that PEFT could not use.
+    """
+    if adapter.kind == "TRAINABLE_TOKENS":
+        rule = TargetRule.parse(adapter.config)
+        return _unmatched(rule, frozenset(delta.module for delta in adapter.deltas), adapter, model, names)
+    modules = _by_module(adapter)
+    rule = resolved_rule(adapter, model) if modules else TargetRule.parse(adapter.config)
+    if modules and rule.target_modules is None and not adapter.config.get("target_parameters"):
+        return [_no_default(modules, model)]
+    return [
+        *_unexpected(rule, modules, adapter, model),
+        *_unmatched(rule, modules, adapter, model, names),
+        *_missing(rule, adapter, model, names),
+        *_missing_parameters(adapter, model, names),
+        *_biases(adapter, model, names),
+    ]
+
+
+def resolved_rule(adapter: Adapter, model: Model) -> TargetRule:
+    """Return the rule of an adapter; where ``target_modules`` is null, with PEFT's own targets for the family.
+
+    Raises:
+        TargetError: a field has a value that PEFT could not use.
+    """
+    rule = TargetRule.parse(adapter.config)
+    if rule.target_modules is not None:
+        return rule
+    return replace(rule, target_modules=family_targets(adapter.kind, str(model.config.get("model_type"))))
+
+
+def _no_default(modules: frozenset[str], model: Model) -> Issue:
+    """Return the issue of null targets in a family that PEFT has no targets for."""
+    sentence = (
+        f"is null, and PEFT has no default targets for the family {model.config.get('model_type')!r}: "
+        f"PEFT would not load this adapter, which has tensors for {len(modules)} modules"
+    )
+    last = ", ".join(sorted({f'"{module.rpartition(".")[2]}"' for module in modules}))
+    hint = f"write the trained modules into adapter_config.json, perhaps [{last}]"
+    return error("bad-field", "target_modules", sentence, hint)
+
+
+def _by_module(adapter: Adapter) -> frozenset[str]:
+    """Return the modules that ``target_modules`` answers for: all but those of ``target_parameters``."""
+    owners = {str(entry).rpartition(".")[0] for entry in adapter.config.get("target_parameters") or ()}
+    stacked = {pair.module for pair in adapter.stacked}
+    return frozenset(module for module in adapter.modules - stacked if not is_listed(module, owners - {""}))
+
+
+def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model) -> list[Issue]:
+    """Return an issue for each module that has tensors and is not targeted."""
+    rule.learn(modules)
+    known = model.skeleton if rule.all_linear else None
+    allowed = known.all_linear() if known else None
+    issues = []
+    for module in sorted(modules):
+        if rule.matches(module) and (allowed is None or model.module(module) in allowed):
+            continue
+        if adapter.config.get("ensure_weight_tying"):
+            continue  # PEFT adapts the other end of a tie too, whatever the targets say
+        is_default = adapter.config.get("target_modules") is None
+        sentence = f"the adapter has tensors for it, and {_why_not(rule, module, is_default=is_default)}"
+        hint = "PEFT would drop these tensors without a word; the config is not the one of training"
+        issues.append(error("unexpected-tensor", module, sentence, hint))
+    return issues
+
+
+def _unmatched(
+    rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model, names: Names
+) -> list[Issue]:
+    """Return what there is to say of each target that no module of the adapter answers to."""
+    saved = {parameter.rpartition(".")[0] for parameter in adapter.replacements}
+    unmatched = rule.unmatched_targets(modules | saved)
+    if unmatched:
+        unmatched = rule.unmatched_targets(modules | _left_out(rule, model, names))
+    hint = "remove it from adapter_config.json if it was never trained"
+    sentence = "the entry {!r} matches none of the adapter's {} modules, and the base has it"
+    ends = [
+        LooseEnd(
+            _targets_field(adapter),
+            entry,
+            "unmatched-target",
+            sentence.format(entry, len(adapter.modules)),
+            hint,
+        )
+        for entry in unmatched
+    ]
+    entries = tuple(map(str, adapter.config.get("target_parameters") or ()))
+    answered = listed_among(frozenset(entries), names.parameters) if entries else set()
+    for entry in entries:
+        if entry not in answered and names.has_modules(adapter.stacked):
+            words = f"the entry {entry!r} matches none of the adapter's tensors, and the base has it"
+            ends.append(LooseEnd("target_parameters", entry, "unmatched-target", words, hint))
+    return Absent(model, names).issues(ends) if ends else []
+
+
+def _targets_field(adapter: Adapter) -> str:
+    """Return where an adapter's own configuration lists its targets."""
+    return "lora_parameters.keys" if adapter.format == "mlx" else "target_modules"
+
+
+def _left_out(rule: TargetRule, model: Model, names: Names) -> frozenset[str]:
+    """Return the base's modules that the rule does not match; an entry may stand for one of those.
+
+    PEFT saves ``"all-linear"`` expanded, with the modules that ``exclude_modules`` takes out again.
+    """
+    stored = (name.removesuffix(".weight") for name in model.sources if name.endswith(".weight"))
+    modules = tuple(map(names.in_adapter, stored))
+    rule.learn(modules)
+    return frozenset(module for module in modules if not rule.matches(module))
+
+
+def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> list[Issue]:
+    """Return an issue for each layer that the configuration targets and the adapter lacks."""
+    settled = adapter.modules | _rankless(adapter)
+    lacking = {
+        module: own
+        for name, ref in model.sources.items()
+        if name.endswith(".weight") and len(ref.shape) >= 2 and name not in names.taken
+        for module in [name.removesuffix(".weight")]
+        for own in [names.in_adapter(module)]
+        if own not in settled and not (model.tie and name == model.tie.head)
+    }
+    rule.learn(lacking.values())
+    candidates = {module: own for module, own in lacking.items() if rule.matches(own)}
+    experts = [module for module in names.absent_experts() if rule.matches(module)]
+    if not candidates and not experts:
+        return []
+    known = model.skeleton
+    if known is None:
+        first = next(iter(candidates))
+        sentence = of_several(
+            len(candidates),
+            "is targeted by the config, and the adapter has no tensors for it",
+            "are targeted by the config, and the adapter has no tensors for them",
+        )
+        hint = "transformers has no class for this model, so whether they are linear layers is unknown"
+        return [warning("missing-module", first, sentence, hint)] if not rule.all_linear else []
+    targeted = known.all_linear()
+    sentence = "the config targets it, and the adapter has no tensors for it"
+    hint = "the adapter file is incomplete; PEFT would leave the module as it is, with a warning"
+    by_swift = adapter.trainer == "ms-swift" and isinstance(rule.target_modules, str)
+
+    def is_meant(module: str, own: str) -> bool:
+        if names.has_siblings(own):
+            return model.knows(f"{module}.weight")
+        path = model.module(module)
+        if not path.startswith(model.part):
+            return False
+        if by_swift and known.classes.get(path) not in _SWIFT_ADAPTS:
+            return False
+        return path in targeted if rule.all_linear else known.is_adaptable(path)
+
+    absent = [own for module, own in candidates.items() if is_meant(module, own)]
+    return [error("missing-module", module, sentence, hint) for module in absent + experts]
+
+
+def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
+    """Return an issue for each parameter that ``target_parameters`` means and the adapter lacks.
+
+    What no parameter of the adapter answers to is a matter of the whole entry.
+
+    Reference:
+        ``peft.tuners.tuners_utils.BaseTuner._inject_parameters`` (PEFT 0.21.2).
+    """
+    wanted = frozenset(map(str, adapter.config.get("target_parameters") or ()))
+    entries = listed_among(wanted, names.parameters) if wanted else set()
+    known = model.skeleton if entries else None
+    if known is None:
+        return []
+    sentence = "the config targets it, and the adapter has no tensors for it"
+    hint = "the adapter file is incomplete; PEFT would leave the parameter as it is, with a warning"
+    parameters = (f"{path}.{name}" for path, own in known.parameters.items() for name in own)
+    found = {model.stored.canonical(parameter) for parameter in names.parameters} | set(names.parameters)
+    return [
+        error("missing-module", parameter, sentence, hint)
+        for parameter in parameters
+        if is_listed(parameter, entries) and parameter not in found
+    ]
+
+
+def _rankless(adapter: Adapter) -> frozenset[str]:
+    """Return the modules that AdaLoRA's ``rank_pattern`` names: one may have no rank, and no tensors, left."""
+    if adapter.kind != "ADALORA":
+        return frozenset()
+    pattern = adapter.config.get("rank_pattern") or {}
+    return frozenset(str(name).removesuffix(".default").removesuffix(".lora_E") for name in pattern)
+
+
+def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
+    """Return an issue when the configuration says that biases were trained, and some are not in the file."""
+    kind = adapter.config.get("bias", "none")
+    if kind == "none":
+        return []
+    if kind not in {"all", "lora_only"}:
+        return [error("bad-field", "bias", f"is {quoted(kind)}, expected 'none', 'all' or 'lora_only'")]
+    absent = [
+        name
+        for name in model.sources
+        if name.endswith(".bias")
+        and name not in names.taken
+        and (kind == "all" or names.in_adapter(name.removesuffix(".bias")) in adapter.modules)
+    ]
+    hint = "the adapter file is incomplete; PEFT would keep the base's bias, without a word"
+    sentence = f"the config says bias={quoted(kind)}, and the adapter has no tensor for it"
+    return [error("missing-bias", name, sentence, hint) for name in absent]
+
+
+def _why_not(rule: TargetRule, module: str, *, is_default: bool) -> str:
+    """Return which field of a rule leaves a module out."""
+    if rule.excludes(module):
+        return "exclude_modules leaves it out"
+    if rule.all_linear:
+        return 'target_modules="all-linear" does not cover it'
+    if is_default and rule.target_modules:
+        listed = (
+            rule.target_modules
+            if isinstance(rule.target_modules, str)
+            else ", ".join(rule.target_modules or ())
+        )
+        return f"target_modules is null, which means PEFT's own targets for this family: {listed}"
+    if replace(rule, layers_to_transform=None).matches(module):
+        return "layers_to_transform leaves its layer out"
+    return "target_modules does not match it"

@@ -1,0 +1,278 @@
+"""Texts → base and adapters, joined → a plan; and how one module was matched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from lora_merge.adapters.mlx_spelling import in_names_of
+from lora_merge.adapters.unread import beside_base
+from lora_merge.core.adapter import AdapterUse
+from lora_merge.core.checkpoint import CONFIG_FILE, Checkpoint, MergedBefore
+from lora_merge.core.identity import Inputs
+from lora_merge.core.plan import MergePlan
+from lora_merge.core.report import Issue, Observer, Silence, warning
+from lora_merge.errors import PlanError, RequestError
+from lora_merge.formats.model_config import read_config
+from lora_merge.planning import (
+    Joined,
+    Policy,
+    Reading,
+    join,
+    make_plan,
+    quantised_config,
+    raise_errors,
+    touches_embeddings,
+)
+from lora_merge.planning.explanation import Match, matches_of, nearest
+from lora_merge.planning.locate import (
+    Place,
+    check_ignored,
+    check_not_swapped,
+    find,
+    locate_adapter,
+    locate_base,
+    locate_named_base,
+    moved_base,
+    other_base,
+)
+from lora_merge.planning.resolve import (
+    differing_copies,
+    displaced_side_files,
+    equal_embeddings,
+    is_idle,
+    own_side_files,
+    resolve_adapter,
+    resolve_base,
+    unchanged_parameters,
+)
+from lora_merge.requests.request import Request
+from lora_merge.requests.table import default_of
+from lora_merge.requests.values import parse_adapter
+from lora_merge.storage.hub import Access
+from lora_merge.storage.input_files import watching
+from lora_merge.storage.sources import is_local
+from lora_merge.storage.user_paths import is_directory, user_path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_merge.core.adapter import Adapter
+
+Settings = TypeVar("Settings", Reading, Policy)
+
+
+@dataclass(frozen=True, slots=True)
+class InputTexts:
+    """Which base and which adapters, as texts that name them, and how a hub may be asked for them."""
+
+    adapters: tuple[tuple[str, float], ...]
+    """The text of each, and how much of it is wanted."""
+
+    base: str | None
+    """None for the one that the first adapter names."""
+
+    ignore_file: tuple[str, ...] = ()
+    """Files in the adapters' folders that are not read though they may hold weights."""
+
+    access: Access = field(default_factory=Access)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedInputs:
+    """A base and its adapters, joined, and where they came from."""
+
+    joined: Joined
+    base: Place
+    adapters: tuple[Place, ...]
+
+    located: tuple[Issue, ...]
+    """What locating them showed."""
+
+    doubts: tuple[Issue, ...]
+    """Whether it is the base that the adapters were trained on."""
+
+    inputs: Inputs = field(default_factory=Inputs)
+    """The files that were read, and what was found in them."""
+
+    @property
+    def issues(self) -> tuple[Issue, ...]:
+        """Return everything that is wrong, or worth knowing."""
+        return (*self.located, *self.doubts, *self.joined.issues)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan of a merge, and what it was made from."""
+
+    request: Request
+    plan: MergePlan
+    joined: Joined
+    base: Place
+    adapters: tuple[Place, ...]
+    inputs: Inputs
+    """The files that planning read, and what it found in them."""
+
+    @property
+    def uses(self) -> tuple[AdapterUse, ...]:
+        """Return the adapters, from their headers."""
+        return self.joined.uses
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Return the base, from its headers."""
+        return self.joined.base
+
+    @property
+    def merged_before(self) -> tuple[MergedBefore, ...]:
+        """Return what the base has merged into it already."""
+        return self.checkpoint.merged
+
+    def read_files(self) -> tuple[Path, ...]:
+        """Return the directories and the weight files of this machine that the output is made of."""
+        roots = (self.plan.base, *self.plan.adapters)
+        own = {ref.file for ref in self.checkpoint.tensors()}
+        own.update(*(use.adapter.files for use in self.uses))
+        return tuple(map(Path, (*roots, *sorted(filter(is_local, own)))))
+
+
+def plan_request(request: Request, watch: Observer) -> Planned:
+    """Locate and resolve base and adapters, and plan their merge.
+
+    Raises:
+        ChangedError: a file changed while it was read.
+        LoraMergeError: there is no plan.
+    """
+    texts = InputTexts(
+        tuple(map(chosen_adapter, request.adapter)),
+        request.base,
+        request.ignore_file,
+        Access(request.token, request.offline),
+    )
+    found = join_inputs(texts, _settings(Reading, request), watch)
+    policy = _settings(Policy, request)
+    plan = make_plan(found.joined, policy)
+    issues = (*found.located, *_unused(policy), *found.doubts, *plan.issues)
+    plan = replace(plan, issues=issues)
+    return Planned(request, plan, found.joined, found.base, found.adapters, found.inputs)
+
+
+def _settings(kind: type[Settings], request: Request) -> Settings:
+    """Return the fields of a request that are settings of one kind."""
+    return kind(**{field.name: getattr(request, field.name) for field in fields(kind)})
+
+
+def join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> JoinedInputs:
+    """Locate and resolve a base and adapters, and join them. Whatever does not fit is among the issues of the join.
+
+    What small files alone show is refused before anything large is fetched.
+
+    Raises:
+        ChangedError: a file changed while it was read.
+        LoraMergeError: one of them cannot be found or read.
+    """
+    with watching() as seen:
+        found = _join_inputs(texts, reading, watch)
+    return replace(found, inputs=seen.inputs())
+
+
+def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> JoinedInputs:
+    access = texts.access
+    named_base = None if texts.base is None else (find(texts.base, "base"), texts.base)
+    found = [(find(text, "adapter"), text) for text, _ in texts.adapters]
+    if named_base is not None:
+        for adapter_found, _ in found:
+            check_not_swapped(named_base[0], adapter_found)
+    places = tuple(locate_adapter(*one, access, watch, texts.ignore_file) for one in found)
+    check_ignored(places, texts.ignore_file)
+    if named_base is not None:
+        base_place = locate_base(*named_base, access, watch)
+    else:
+        base_place = locate_named_base(places[0], access, watch)
+    is_remote = base_place.repo is not None
+    if is_remote:
+        raise_errors(quantised_config(read_config(base_place.root / CONFIG_FILE)))
+    apart = [place for place in places if place.root != base_place.root]  # else its weights are the base's
+    raise_errors([issue for place in apart for issue in place.issues])
+    adapters = [resolve_adapter(place.whole(), place.ignored) for place in places]
+    if is_remote and len(apart) == len(places):
+        raise_errors([issue for adapter in adapters for issue in adapter.issues])
+    base = resolve_base(base_place.whole())
+    adapters = [in_names_of(beside_base(adapter, base), base.config) for adapter in adapters]
+    weights = [weight for _, weight in texts.adapters]
+    uses = tuple(_use(adapter, weight, base) for adapter, weight in zip(adapters, weights, strict=True))
+    twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
+    other = other_base(base_place, places, [adapter.config for adapter in adapters])
+    return JoinedInputs(
+        joined=join(base, uses, reading, twins),
+        base=base_place,
+        adapters=places,
+        located=tuple(issue for place in (base_place, *places) for issue in place.issues),
+        doubts=other or moved_base(base_place, places),
+    )
+
+
+def _unused(policy: Policy) -> list[Issue]:
+    """Return a warning for a density that the way of combining does not look at."""
+    if policy.density == default_of("merge", "density") or policy.combine in {
+        "ties",
+        "dare_linear",
+        "dare_ties",
+    }:
+        return []
+    sentence = f"is {policy.density:g}, and --combine {policy.combine} keeps all of each change"
+    return [warning("unused-option", "density", sentence, "--combine ties, dare_linear or dare_ties uses it")]
+
+
+def _use(adapter: Adapter, weight: float, base: Checkpoint) -> AdapterUse:
+    """Return an adapter of a merge, with what only its files and the base's together tell."""
+    unchanged = unchanged_parameters(adapter, base)
+    own = frozenset(own_side_files(adapter, base))
+    displaced, issues = displaced_side_files(adapter, base)
+    return AdapterUse(
+        adapter,
+        weight,
+        own_side_files=own,
+        unchanged=unchanged,
+        differing=differing_copies(adapter, base),
+        is_idle=is_idle(adapter, unchanged),
+        displaced=displaced,
+        issues=issues,
+    )
+
+
+def chosen_adapter(text: str) -> tuple[str, float]:
+    """Return the place and the weight of an adapter; a directory of the whole name wins."""
+    return (text, 1.0) if is_directory(user_path(text)) else parse_adapter(text)
+
+
+def check_strict(issues: Sequence[Issue], *, strict: bool) -> None:
+    """Raise the warnings among some issues, where they count as errors.
+
+    Raises:
+        PlanError: there are some, and they do.
+    """
+    warnings = [issue for issue in issues if issue.severity == "warning"]
+    if strict and warnings:
+        raise PlanError(warnings)
+
+
+def explain(request: Request, names: Sequence[str], *, observer: Observer | None = None) -> tuple[Match, ...]:
+    """Return how some modules or parameters were matched, by their names in the adapter or on disk.
+
+    Raises:
+        RequestError: nothing answers to a name.
+        LoraMergeError: as for `run`, when there is no plan.
+    """
+    plan = plan_request(request, observer or Silence()).plan
+    check_strict(plan.issues, strict=request.strict)
+    matches: list[Match] = []
+    for name in names:
+        found = matches_of(plan, name)
+        if not found:
+            near = ", ".join(nearest(plan, name))
+            sentence = f"{name} is no module or parameter of the adapter or the base"
+            raise RequestError("", 0, "explain", sentence, hint=f"nearest: {near}" if near else "")
+        matches += found
+    return tuple(matches)

@@ -1,0 +1,117 @@
+"""One parameter of the output, and what is done to it → the steps that write it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lora_merge.codecs import CODECS
+from lora_merge.core.plan import Combination, Copy, Merge, Step
+from lora_merge.core.report import Issue, error
+from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
+from lora_merge.core.view import View
+from lora_merge.core.weight import Storage, Weight
+from lora_merge.planning.change import Change, combined_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_merge.core.adapter import PlacedDelta
+    from lora_merge.core.facts import Reach
+    from lora_merge.planning.settings import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One parameter of the output."""
+
+    name: str
+    stored: Weight
+    """The base's, which may have another name."""
+
+    change: Change
+    """What is done to it."""
+
+    target: Storage
+    """How the output stores it."""
+
+    writes: Mapping[str, TensorRef]
+    """Role → place in the output."""
+
+    rng_key: str
+    """What chance is drawn for, where a policy drops values at random."""
+
+    def steps(self, policy: Policy) -> list[Step]:
+        """Return what makes it: one merge; or a copy of each part, where nothing changes.
+
+        Args:
+            policy: how changes of several adapters become one.
+        """
+        own = self.change.source
+        source = self.stored if own is None else Weight.dense(own)
+        deltas = applied(self.change.deltas, policy)
+        is_replaced = own is not None
+        if not deltas and (
+            self.target == source.storage or source.nbytes == 0
+        ):  # nothing is there to be cast
+            return [
+                Step(slot.name, {role: slot}, Copy(source.parts[role]), is_replaced)
+                for role, slot in self.writes.items()
+            ]
+        roles = CODECS[self.target.codec].parts(source.shape, self.target)
+        merge = self._merge(source, deltas, policy)
+        return [Step(self.name, {role: self.writes[role] for role in roles}, merge, is_replaced)]
+
+    def _merge(self, source: Weight, deltas: tuple[PlacedDelta, ...], policy: Policy) -> Merge:
+        combination = self._combination(deltas, policy) if len(source.shape) > 1 else None
+        reaches: set[Reach] = {delta.reach for delta in deltas}
+        reach: Reach = (
+            "tensor" if combination or "tensor" in reaches else "columns" if "columns" in reaches else "rows"
+        )
+        is_stacked = any(delta.facts.is_stacked or delta.region.box for delta in deltas)
+        view = View.of(source.shape, stacked=is_stacked)
+        return Merge(source, self.target, deltas, view, reach, combination)
+
+    def _combination(self, deltas: tuple[PlacedDelta, ...], policy: Policy) -> Combination | None:
+        """Return how the adapters' changes become one; None for a sum."""
+        if not deltas or policy.combine == "linear":
+            return None
+        rank = combined_rank(deltas)
+        return Combination(policy.combine, policy.density, policy.seed, rank, self.rng_key)
+
+
+def applied(deltas: tuple[PlacedDelta, ...], policy: Policy) -> tuple[PlacedDelta, ...]:
+    """Return the deltas of one parameter as they are applied, one after the other.
+
+    Sums take the user's weight into their scale; where there are several, nothing is rounded in between.
+    """
+    several = len({delta.adapter for delta in deltas}) > 1
+    if policy.combine != "linear":
+        return tuple(map(_unrounded, deltas))
+    if not (several or any(delta.adapter_weight != 1 for delta in deltas)):
+        return deltas
+    return tuple(
+        replace(delta, scale=delta.scale * delta.adapter_weight, adapter_weight=1.0)
+        if delta.facts.is_scaled
+        else delta
+        for delta in map(_unrounded, deltas)
+    )
+
+
+def _unrounded(delta: PlacedDelta) -> PlacedDelta:
+    return replace(delta, rounded=False, round_before_next=False)
+
+
+def beyond_float32(steps: Sequence[Step]) -> list[Issue]:
+    """Return an error for each parameter with a change whose scale, weight included, is too large to multiply by."""
+    hint = "look at lora_alpha and at the weights behind the adapters"
+    return [
+        error("bad-field", step.name, f"has the scale {scale:g}, expected one that float32 can hold", hint)
+        for step in steps
+        if isinstance(step.op, Merge)
+        for scale in [
+            max((abs(delta.effective_scale * delta.adapter_weight) for delta in step.op.deltas), default=0.0)
+        ]
+        if not scale <= LARGEST_FLOAT32
+    ]

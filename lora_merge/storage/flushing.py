@@ -1,0 +1,69 @@
+"""Sending what is staged to the disk, in a thread beside the work."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Self
+
+from lora_merge.errors import WriteError
+
+if TYPE_CHECKING:
+    from lora_merge.storage.folder import Folder
+
+_PAUSE_SECONDS = 0.1
+"""Between two flushes of what is still being written."""
+
+
+class Flushing:
+    """Sends what is staged on its way to the disk while it is being written, and makes it durable.
+
+    A context: after an error in its block nobody waits for the disk, since what is staged will be cleared.
+    """
+
+    def __init__(self, staged: Folder) -> None:
+        self._staged = staged
+        self._failure: WriteError | None = None
+        self._finished: deque[str] = deque()
+        self._resting, self._complete, self._over = (threading.Event() for _ in range(3))
+        self._thread = threading.Thread(target=self._flush, name="flush", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._complete.set()
+
+    def _flush(self) -> None:
+        """Flush again and again, and one last time what is complete."""
+        try:
+            while not self._complete.wait(_PAUSE_SECONDS):
+                if not self._resting.is_set():
+                    self._staged.flush()
+                while self._resting.is_set() and self._finished and not self._complete.is_set():
+                    self._staged.flush_file(self._finished.popleft())
+            if not self._over.is_set():
+                self._staged.flush()
+        except WriteError as exc:
+            self._failure = exc
+
+    def add(self, name: str) -> None:
+        """Have a file flushed to which nothing is written any more."""
+        self._finished.append(name)
+
+    def rest(self) -> None:
+        """Flush only files that are finished, until `wait`: to flush one holds up those who write to it past the page cache."""
+        self._resting.set()
+
+    def wait(self) -> None:
+        """Wait until all of it is durable; nothing may be written any more.
+
+        Raises:
+            WriteError: the disk does not take it.
+        """
+        self._complete.set()
+        self._thread.join()
+        if self._failure:
+            raise self._failure

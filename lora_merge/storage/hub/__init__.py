@@ -1,0 +1,40 @@
+"""Repos of the Hugging Face Hub and of ModelScope → local directories. The only place that speaks to a network.
+
+Files lie in the hub's own cache; its own package downloads, retries and resumes. Only what is asked for is fetched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
+from lora_merge.errors import ResolveError
+from lora_merge.storage.hub.huggingface import open_hub
+from lora_merge.storage.hub.modelscope import open_modelscope
+from lora_merge.storage.hub.repo import Access, Repo
+
+if TYPE_CHECKING:
+    from lora_merge.core.report import Observer
+    from lora_merge.storage.source import Source
+
+__all__ = ["Access", "Repo", "open_repo"]
+
+
+def open_repo(source: Source, access: Access, watch: Observer) -> Repo:
+    """Return what a source is; nothing but a listing is asked for.
+
+    Args:
+        source: the repo, its folder and its revision.
+        access: the token, and whether anyone may be asked at all.
+        watch: hears of downloads.
+
+    Raises:
+        ResolveError: there is no such repo, revision or folder, or it cannot be reached.
+    """
+    opener = open_modelscope if source.host == "ms" else open_hub
+    repo = opener(source, access, watch)
+    if source.folder and not repo.names:
+        holders = sorted(repo.folders_with(ADAPTER_CONFIG))
+        hint = f"adapters are in its folders {', '.join(holders[:8])}" if holders else "check the spelling"
+        raise ResolveError(f"{source}: the repo has no folder {source.folder}", hint=hint)
+    return repo

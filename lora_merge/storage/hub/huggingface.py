@@ -1,0 +1,117 @@
+"""The Hugging Face Hub, through its own package and its own cache."""
+
+from __future__ import annotations
+
+import glob
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_merge.core.report import Observer
+from lora_merge.errors import ResolveError
+from lora_merge.storage.hub.cache import anchors_of, open_cached
+from lora_merge.storage.hub.downloads import StoppedError, interruptible
+from lora_merge.storage.hub.hub_errors import hub_errors
+from lora_merge.storage.hub.repo import Access, Repo
+from lora_merge.storage.source import Origin, Source
+
+_SNAPSHOT_BAR = "huggingface_hub.snapshot_download"
+
+
+def open_hub(source: Source, access: Access, watch: Observer) -> Repo:
+    """Return what a repo of the Hub is at its revision's present commit; offline, what the cache has of it.
+
+    Raises:
+        ResolveError: there is no such repo or revision, or it cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if access.offline or constants.HF_HUB_OFFLINE:
+        return open_cached(source)
+    api = huggingface_hub.HfApi(token=access.token, library_name="lora-merge")
+    with hub_errors(source, access):
+        info = api.model_info(source.repo, revision=source.revision, files_metadata=True)
+    commit = str(info.sha)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    fetch = _HubFetch(source, commit, sizes, access, watch)
+    anchors = [anchor for anchor in anchors_of(source) if anchor in sizes]
+    if anchors:
+        fetch.remember(anchors)
+    return Repo(Origin(source, commit), sizes, fetch)
+
+
+@dataclass(frozen=True, slots=True)
+class _HubFetch:
+    """Downloads of one commit of a repo of the Hub."""
+
+    source: Source
+    commit: str
+    sizes: Mapping[str, int]
+    access: Access
+    watch: Observer
+
+    def __call__(self, names: Collection[str]) -> Path:
+        from huggingface_hub import try_to_load_from_cache
+
+        absent = [
+            name
+            for name in names
+            if not isinstance(try_to_load_from_cache(self.source.repo, name, revision=self.commit), str)
+        ]
+        if absent:
+            self.watch.phase(f"downloading {self.source}", sum(self.sizes.get(name, 0) for name in absent))
+        return self._download(names, self.commit)
+
+    def remember(self, names: Collection[str]) -> None:
+        """Download by the revision's own name, so that the cache knows later what it stood for.
+
+        Raises:
+            ResolveError: it stands for another commit by now.
+        """
+        if self._download(names, self.source.revision).name != self.commit:
+            raise ResolveError(f"{self.source}: changed while it was being read", hint="run again")
+
+    def _download(self, names: Collection[str], revision: str | None) -> Path:
+        from huggingface_hub import snapshot_download
+
+        stop = threading.Event()
+        bar = _bar(self.watch, stop)
+
+        def work() -> str:
+            return str(
+                snapshot_download(
+                    self.source.repo,
+                    revision=revision,
+                    allow_patterns=[glob.escape(name) for name in names],
+                    token=self.access.token,
+                    library_name="lora-merge",
+                    tqdm_class=bar,
+                )
+            )
+
+        with hub_errors(self.source, self.access):
+            return Path(interruptible(work, stop))
+
+
+def _bar(watch: Observer, stop: threading.Event) -> type[Any]:
+    """Return a progress bar for `snapshot_download` that shows nothing and tells an observer."""
+    from huggingface_hub.utils import tqdm
+
+    lock = threading.Lock()
+
+    class Bar(tqdm):  # type: ignore[misc]  # a class without annotations
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._counts_bytes = options.get("name") == _SNAPSHOT_BAR
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise StoppedError
+            if self._counts_bytes and n:
+                with lock:
+                    watch.advance(int(n))
+
+    return Bar

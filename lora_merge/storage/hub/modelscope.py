@@ -1,0 +1,113 @@
+"""ModelScope, through its own package, which is an extra, and its own cache."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import threading
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.errors import ResolveError
+from lora_merge.storage.hub.downloads import StoppedError, interruptible, is_named
+from lora_merge.storage.hub.repo import Access, Repo, sizes_below
+from lora_merge.storage.source import Origin, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.core.report import Observer
+
+
+def open_modelscope(source: Source, access: Access, watch: Observer) -> Repo:
+    """Return what a repo of ModelScope is; it tells no commit.
+
+    Raises:
+        ResolveError: there is no such repo or revision, it cannot be reached, or the package modelscope is not installed.
+    """
+    try:
+        from modelscope.hub.api import HubApi
+        from modelscope.hub.snapshot_download import snapshot_download
+    except ImportError as exc:
+        raise ResolveError(
+            f"{source}: is on ModelScope, and the package modelscope is not installed",
+            hint="pip install 'lora-merge[modelscope]'",
+        ) from exc
+    if access.offline:
+        with _errors(source):
+            root = Path(snapshot_download(source.repo, revision=source.revision, local_files_only=True))
+        return Repo(Origin(source), sizes_below(root), lambda _: root)
+    with _errors(source):
+        listing = HubApi().get_model_files(source.repo, revision=source.wanted, recursive=True)
+    sizes = {file["Path"]: int(file.get("Size") or 0) for file in listing if file.get("Type") != "tree"}
+    folders = {str(parent) for name in sizes for parent in PurePosixPath(name).parents}
+    sizes = {name: size for name, size in sizes.items() if name not in folders}
+
+    def get(names: Collection[str]) -> Path:
+        watch.phase(f"downloading {source}", sum(sizes.get(name, 0) for name in names))
+        stop = threading.Event()
+
+        def work() -> str:
+            patterns = [glob.escape(name) for name in names]
+            progress = [_progress(watch, stop)]
+            return str(
+                snapshot_download(
+                    source.repo,
+                    revision=source.wanted,
+                    allow_patterns=patterns,
+                    progress_callbacks=progress,
+                )
+            )
+
+        with _errors(source):
+            return Path(interruptible(work, stop))
+
+    return Repo(Origin(source), sizes, get)
+
+
+def _progress(watch: Observer, stop: threading.Event) -> type[Any]:
+    """Return a class of what ModelScope tells of each file's bytes."""
+    lock = threading.Lock()
+
+    class Progress:
+        def __init__(self, filename: str, file_size: int) -> None:
+            del filename, file_size
+
+        def update(self, size: int) -> None:
+            if stop.is_set():
+                raise StoppedError
+            with lock:
+                watch.advance(size)
+
+        def end(self) -> None:
+            pass
+
+    return Progress
+
+
+@contextlib.contextmanager
+def _errors(source: Source) -> Iterator[None]:
+    """Turn the errors of modelscope, which have no common root, into one sentence each.
+
+    Raises:
+        ResolveError: whatever went wrong.
+    """
+    try:
+        yield
+    except Exception as exc:  # noqa: BLE001 - they have no common root
+        status = getattr(getattr(exc, "response", None), "status_code", 0)
+        sentence, hint = f"cannot be fetched from ModelScope ({type(exc).__name__})", "run again"
+        if is_named(exc, "CacheNotFound") or isinstance(exc, ValueError):
+            sentence, hint = "is not in ModelScope's local cache", "run once without --offline"
+        elif is_named(exc, "NotExist") or status == 404:
+            sentence = f"ModelScope has no such repo, or it has no revision {source.wanted}, or it is private"
+            hint = "check the spelling; for a private repo set MODELSCOPE_API_TOKEN"
+        elif is_named(exc, "Authentication", "PermissionDenied", "NotLogin") or status in {401, 403}:
+            sentence, hint = "ModelScope does not grant access", "set MODELSCOPE_API_TOKEN"
+        elif is_named(exc, "Connection", "Network", "Timeout"):
+            sentence, hint = (
+                "ModelScope cannot be reached",
+                "check the network; --offline takes what is cached",
+            )
+        raise ResolveError(f"{source}: {sentence}", hint=hint) from None

@@ -1,0 +1,153 @@
+"""The journal of a run: which tensors are written, line by line as they are, for a run that goes on from there.
+
+The first line says whose it is. Nothing in a journal is believed: what it lists is looked at again before it counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any, Self
+
+from lora_merge.core.tensor import Survival, TensorRecord
+from lora_merge.errors import WriteError
+from lora_merge.storage.writing import write_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from lora_merge.storage.folder import Folder
+
+FILE, FRESH_FILE = "journal.jsonl", "journal.new"
+"""In staging: the journal, and one that is about to take its place."""
+
+_VERSION = 3
+
+
+class Journal:
+    """A journal that is being written.
+
+    A context; each line is with the kernel when `add` returns, so that a killed process has lost none.
+
+    Args:
+        home: the staging directory; a journal that is there is replaced.
+        fingerprint: of the merge.
+        records: of what is written already.
+        changed: when each input changed last (ctime, nanoseconds); those are left out that may change without a trace.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+
+    def __init__(
+        self,
+        home: Folder,
+        fingerprint: str,
+        records: Iterable[TensorRecord] = (),
+        changed: Mapping[str, int] | None = None,
+    ) -> None:
+        self._path = home.path / FILE
+        head = {
+            "journal": _VERSION,
+            "merge": fingerprint,
+            "process": os.getpid(),
+            "host": os.uname().nodename,
+            "changed": dict(changed or {}),
+        }
+        home.remove(FRESH_FILE)
+        with contextlib.ExitStack() as stack:
+            self._fd = stack.enter_context(home.writing(FRESH_FILE, create=True))
+            try:
+                self._write([head, *map(astuple, records)])
+            except OSError as exc:
+                raise write_error(self._path, exc) from exc
+            home.rename(FRESH_FILE, FILE)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def add(self, records: Iterable[TensorRecord]) -> None:
+        """Add what has been written.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        try:
+            self._write(map(astuple, records))
+        except OSError as exc:
+            raise write_error(self._path, exc) from exc
+
+    def _write(self, rows: Iterable[object]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        while text:
+            text = text[os.write(self._fd, text) :]
+
+
+def read(home: Folder, fingerprint: str) -> list[TensorRecord] | None:
+    """Return what a journal lists, or None where there is none, or one of another merge.
+
+    What a killed process did not finish writing is left out.
+    """
+    lines = _lines(home)
+    if not lines or lines[0].get("merge") != fingerprint:
+        return None
+    return [record for record in map(_record, lines[1:]) if record]
+
+
+def changed(home: Folder) -> dict[str, int]:
+    """Return when each input of the run that wrote a journal had changed last, those that it could be sure of."""
+    head: dict[str, Any] = next(iter(_lines(home)), {})
+    found = head.get("changed")
+    return found if isinstance(found, dict) else {}
+
+
+def count(home: Folder) -> int:
+    """Return how many tensors a journal lists."""
+    return max(len(_lines(home)) - 1, 0)
+
+
+def owner(home: Folder) -> str:
+    """Return which process writes a journal, in words; nothing where it does not say."""
+    head: dict[str, Any] = next(iter(_lines(home)), {})
+    return f"process {head['process']} on {head['host']}" if {"process", "host"} <= head.keys() else ""
+
+
+def _lines(home: Folder) -> list[Any]:
+    """Return the values of a journal, the first one a table; nothing where there is none that can be read."""
+    values: list[Any] = []
+    try:
+        text = home.read(FILE)
+    except WriteError:  # it is gone
+        return values
+    with contextlib.suppress(ValueError, RecursionError):
+        for line in text.split(b"\n")[:-1]:
+            values.append(json.loads(line))  # noqa: PERF401 - what comes before a broken line counts
+    return values if values and isinstance(values[0], dict) and values[0].get("journal") == _VERSION else []
+
+
+def _record(row: Any) -> TensorRecord | None:
+    match row:
+        case [
+            str(name),
+            str(file),
+            int(nbytes),
+            str(digest),
+            bool(finite),
+            norms,
+            dict(sources),
+            suspects,
+            blocks,
+        ]:
+            with contextlib.suppress(TypeError, ValueError):
+                survival = None if norms is None else Survival(*map(float, norms))
+                ranges = None if suspects is None else tuple((int(a), int(b)) for a, b in suspects)
+                pieces = tuple((int(at), int(size), str(text)) for at, size, text in blocks)
+                read = {str(role): str(text) for role, text in sources.items()}
+                return TensorRecord(name, file, nbytes, digest, finite, survival, read, ranges, pieces)
+    return None

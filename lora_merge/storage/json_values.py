@@ -1,0 +1,107 @@
+"""What parses as JSON and is of no use to anyone: halves of characters, numbers beyond any float, tables without end."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+_SUSPECT = re.compile(
+    rb"(?i)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]|\\\\ud[89a-f]|\d{308}", re.DOTALL
+)
+"""In the text of a file: an escape that may be one half of a character, or a very long number."""
+
+MOST_LEVELS = 64
+"""Of tables and lists in each other; configurations have ten, and Python's own functions end at some hundred."""
+
+_ALL_BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+_LARGEST = int(sys.float_info.max)
+
+_HALF = re.compile(r"[\ud800-\udfff]")
+_HALF_BUT_BYTES = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
+"""Python's names for files whose bytes are not UTF-8 have U+DC80 to U+DCFF in their place (PEP 383)."""
+
+_SHOWN = 100
+"""Characters of a text that a message repeats."""
+
+
+class OddValueError(ValueError):
+    """A value that no field can hold: where it is, and what it is."""
+
+    def __init__(self, subject: str, got: str, wanted: str) -> None:
+        self.subject, self.got, self.wanted = subject, got, wanted
+        super().__init__(f"{subject}: {got}, expected {wanted}" if subject else f"{got}, expected {wanted}")
+
+
+def check_values(text: bytes, value: Any, *, paths: bool = False) -> None:
+    """Check a parsed JSON text. Files that are as they should be cost one search of their bytes.
+
+    Args:
+        text: of the file.
+        value: what it holds.
+        paths: whether a text may be the name of a file that is not UTF-8.
+
+    Raises:
+        OddValueError: a text or a key holds half a character (a lone surrogate, which no UTF-8 can hold), a number
+            is larger than any float, or tables lie too deep in each other.
+    """
+    if _is_deep(text) and _is_deep(_STRING.sub(b"", text)):
+        raise OddValueError("", f"has tables and lists in each other more than {MOST_LEVELS} deep", "fewer")
+    if _SUSPECT.search(text) is None:
+        return
+    half = _HALF_BUT_BYTES if paths else _HALF
+    waiting: list[tuple[str, Any]] = [("", value)]
+    while waiting:
+        where, item = waiting.pop()
+        if isinstance(item, dict):
+            for key in item:
+                _check_text(where, key, half, "has a key with")
+            waiting += [
+                (shown(f"{where}.{key[:_SHOWN]}".lstrip(".")), each) for key, each in reversed(item.items())
+            ]
+        elif isinstance(item, list):
+            waiting += [(where, each) for each in reversed(item)]
+        elif isinstance(item, str):
+            _check_text(where, item, half, "holds")
+        elif isinstance(item, int) and abs(item) > _LARGEST:
+            digits = len(str(abs(item)))
+            raise OddValueError(where, f"is a number of {digits} digits", "at most 308")
+
+
+def _is_deep(text: bytes) -> bool:
+    """Return True where brackets are left once the innermost pairs were taken out as often as there may be levels."""
+    left = text.translate(None, _ALL_BUT_BRACKETS)
+    for _ in range(MOST_LEVELS):
+        if not left:
+            return False
+        left = left.replace(b"[]", b"").replace(b"{}", b"")
+    return bool(left)
+
+
+def is_text(text: str) -> bool:
+    """Return True for a text that UTF-8 can hold."""
+    return _HALF.search(text) is None
+
+
+def shown(text: str) -> str:
+    """Return a text as messages repeat it: not all of a long one, and halves of characters as escapes.
+
+    Example:
+        >>> shown("rank_pattern"), shown("\\ud800")
+        ('rank_pattern', '\\\\ud800')
+    """
+    cut = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return _HALF.sub(lambda match: f"\\u{ord(match[0]):04x}", cut)
+
+
+def _check_text(where: str, text: str, half: re.Pattern[str], verb: str) -> None:
+    found = half.search(text)
+    if found is None:
+        return
+    raise OddValueError(
+        where,
+        f"{verb} half of a character, {shown(found[0])} (in {shown(text)!r})".replace("\\\\u", "\\u"),
+        "text that UTF-8 can hold",
+    )

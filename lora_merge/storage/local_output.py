@@ -1,0 +1,296 @@
+"""Outputs on a disk of this machine: staged beside their name, journalled, flushed, and renamed in one go."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from lora_merge.errors import CheckpointError, WriteError
+from lora_merge.storage import journal, staging
+from lora_merge.storage.copying import CopyTarget
+from lora_merge.storage.destination import Left
+from lora_merge.storage.flushing import Flushing
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.local import LocalSource
+from lora_merge.storage.output_files import has_header, reserve
+from lora_merge.storage.sources import open_source
+from lora_merge.storage.user_paths import nearest_existing, output_path
+from lora_merge.storage.writing import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+    from lora_merge.core.shards import OutputFile
+    from lora_merge.core.tensor import TensorRecord, TensorRef
+    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.destination import Wish
+    from lora_merge.storage.dirs import Listing
+    from lora_merge.storage.sources import Source
+
+
+_UNKNOWN_BYTES = 1 << 60
+"""Free on a disk of which nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSink:
+    """Fills the reserved files of a directory, in any order and from any number of workers.
+
+    It knows the directory by path and inode, so that what a worker writes cannot land in another one.
+    """
+
+    folder: Folder
+    linked: frozenset[str] = frozenset()
+    """Files that are full already, since they share the bytes of the base's."""
+
+    @contextlib.contextmanager
+    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that writes the next bytes of a stretch, unless their file is linked and has them.
+
+        Raises:
+            WriteError: the disk is full or cannot be written.
+        """
+        start, slot = stretch.sources[0].start, stretch.slots[0]
+        if slot.file in self.linked:
+            yield lambda _: None
+            return
+        with self.folder.writing(slot.file) as fd:
+            label = str(self.folder.path / slot.file)
+            yield CopyTarget(source, start, stretch.nbytes, fd, slot.start, label).write
+
+    @contextlib.contextmanager
+    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that writes the next bytes of the slot.
+
+        Raises:
+            WriteError: the disk is full or cannot be written.
+        """
+        with self.folder.writing(slot.file) as fd:
+            stream = Stream(fd, slot.start, self.folder.path / slot.file)
+            yield stream.write
+            stream.finish()
+
+
+class LocalDestination:
+    """The place of one output beside its name; a `lora_merge.storage.destination.Destination`.
+
+    Args:
+        stage: the directory, which this run holds locked.
+        held: what is left when the place is: the stage is in it already.
+    """
+
+    def __init__(self, stage: staging.Stage, held: contextlib.ExitStack) -> None:
+        self._stage, self._held = stage, held
+        self._kept: frozenset[str] = frozenset()
+        self._linked: frozenset[str] = frozenset()
+        self._flushing = Flushing(stage.folder)
+        self._journal: journal.Journal | None = None
+
+    @classmethod
+    def open(cls, wish: Wish) -> Self:
+        """Take the place of an output.
+
+        Raises:
+            WriteError: another run or another user holds it, it cannot be made, or the output's name is taken.
+        """
+        with contextlib.ExitStack() as stack:
+            stage = stack.enter_context(
+                staging.staging(
+                    wish.out,
+                    resume=wish.resume,
+                    overwrite=wish.overwrite,
+                    marks=wish.marks,
+                    inputs=wish.inputs,
+                )
+            )
+            return cls(stage, stack.pop_all())
+
+    @staticmethod
+    def path(text: str) -> Path:
+        """Return the absolute path.
+
+        Raises:
+            ResolveError: it is no path, or has a variable in it that no shell filled in.
+        """
+        return output_path(text)
+
+    @staticmethod
+    def check_replaceable(wish: Wish) -> None:
+        """Check that nothing has the output's name that may not be replaced, and no input lies there.
+
+        Raises:
+            WriteError: something has.
+        """
+        staging.check_replaceable(wish.out, overwrite=wish.overwrite, inputs=wish.inputs, marks=wish.marks)
+
+    @staticmethod
+    def check_writable(out: Path) -> None:
+        """Check that the directory that the output is to be in can be written.
+
+        Raises:
+            WriteError: it cannot.
+        """
+        staging.check_writable(out)
+
+    @staticmethod
+    def free_bytes(out: Path) -> int:
+        """Return the free bytes of the filesystem that the output will be on, stale staging counted free.
+
+        A filesystem that does not say how large it is (some in FUSE do not) is taken for one with room: writing will tell.
+        """
+        try:
+            usage = shutil.disk_usage(nearest_existing(out))
+        except OSError:
+            return _UNKNOWN_BYTES
+        return usage.free + staging.stale_bytes(out) if usage.total else _UNKNOWN_BYTES
+
+    @property
+    def root(self) -> Path:
+        """The staged directory."""
+        return self._stage.output
+
+    @property
+    def sink(self) -> FolderSink:
+        """What travels to workers."""
+        return FolderSink(self._stage.folder, self._linked)
+
+    def left(self, merge: str) -> Left:
+        """Return what the journal of an interrupted run lists."""
+        home = self._stage.home
+        return Left(journal.read(home, merge), journal.changed(home), self._stage.journal.exists())
+
+    def keep(self, files: Iterable[OutputFile], names: Collection[str]) -> frozenset[str]:
+        """Keep some files of an interrupted run; remove everything else.
+
+        A link, a file with a second name and another user's file are not kept: nothing may be written to them.
+
+        Raises:
+            WriteError: something cannot be removed.
+        """
+        kept = {file.name for file in files if file.name in names and self._is_begun(file)}
+        self._stage.folder.clear(kept)
+        self._kept = frozenset(kept)
+        return self._kept
+
+    def _is_begun(self, file: OutputFile) -> bool:
+        """Return True where a file of this run is there, a plain one with its header."""
+        try:
+            with self._stage.folder.writing(file.name) as fd:
+                return has_header(LocalSource(str(self._stage.folder.path / file.name), fd), file)
+        except (WriteError, CheckpointError):
+            return False
+
+    def link(
+        self, files: Iterable[OutputFile], sources: Mapping[str, str], how: Literal["reflink", "hard"]
+    ) -> dict[str, str]:
+        """Make files that nothing changes as links of the base's, where their headers are the same text.
+
+        Returns:
+            The files of which the disk makes no such link, each with the reason.
+
+        Raises:
+            CheckpointError: a file of the base cannot be read.
+            WriteError: a directory cannot be made.
+        """
+        linked, refused = [], {}
+        for file in files:
+            if file.name in self._kept or file.name not in sources:
+                continue
+            with open_source(sources[file.name]) as source:
+                if source.fd is None or not has_header(source, file):
+                    continue
+            try:
+                self._stage.folder.link(Path(sources[file.name]), file.name, how)
+            except OSError as exc:
+                refused[file.name] = exc.strerror or str(exc)
+            else:
+                linked.append(file.name)
+        self._linked = frozenset(linked)
+        return refused
+
+    def begin(
+        self,
+        files: Sequence[OutputFile],
+        merge: str,
+        records: Sequence[TensorRecord],
+        changed: Mapping[str, int],
+    ) -> None:
+        """Begin the journal, and create every file that is neither linked nor kept at its full size.
+
+        From here on what is written is sent to the disk in the background.
+
+        Raises:
+            WriteError: the disk is full or cannot be written.
+        """
+        self._held.enter_context(self._flushing)
+        written = journal.Journal(self._stage.home, merge, records, changed)
+        self._journal = self._held.enter_context(written)
+        for file in files:
+            if file.name not in self._linked | self._kept:
+                reserve(self._stage.folder, file)
+
+    def note(self, records: Sequence[TensorRecord]) -> None:
+        """Add tensors to the journal.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        assert self._journal is not None
+        self._journal.add(records)
+
+    def finish_file(self, name: str) -> None:
+        """Have a file flushed, in the background."""
+        self._flushing.add(name)
+
+    def rest(self) -> None:
+        """Flush only files that are finished from here on."""
+        self._flushing.rest()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        self._stage.folder.write_text(name, text)
+
+    def copy_in(self, source: Path, name: str) -> str:
+        """Copy a file of an input; return the digest of what was read.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            WriteError: it cannot be written.
+        """
+        return self._stage.folder.copy_in(source, name)
+
+    def flush(self) -> None:
+        """Wait until the disk has what is staged.
+
+        Raises:
+            WriteError: the disk does not take it.
+        """
+        self._flushing.wait()
+
+    def listing(self) -> Listing:
+        """Return every staged file as it is now."""
+        return self._stage.folder.listing()
+
+    def commit(self) -> None:
+        """Rename what is staged to the output's name, and remove the rest of the staging directory.
+
+        Raises:
+            WriteError: a flush or the rename failed, or something has come under the output's name.
+        """
+        staging.publish(self._stage)
+        self._held.close()
+
+    def abort(self, exc: BaseException) -> None:
+        """Leave the place; after an interrupt or a fault of the disk what is whole stays there."""
+        if self._stage.is_published():
+            with contextlib.suppress(WriteError):
+                self._stage.home.remove(journal.FILE)  # nobody is to go on from there
+        with contextlib.suppress(type(exc)):
+            self._held.__exit__(type(exc), exc, exc.__traceback__)

@@ -1,0 +1,180 @@
+"""How a staged directory gets the output's name: in one step, and never over something that the run did not see.
+
+What has the name may have come there while the run worked. So a new name is given only where nothing has it, and what is
+taken out of its place is looked at before anything is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from lora_merge.errors import WriteError
+from lora_merge.storage import dirs
+from lora_merge.storage.writing import write_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_merge.storage.staging import Stage
+
+OUTPUT, REPLACED, KEPT = "output", "replaced", "kept"
+"""In staging: the output; what had its name, on its way out; and what nobody may remove but who put it there."""
+
+_NOREPLACE, _EXCHANGE = 1, 2
+"""The flags of Linux's ``renameat2(2)``."""
+
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+"""What a rename answers where something has the name."""
+
+
+def publish(stage: Stage) -> None:
+    """Flush the staged output to the disk, or what `Flushing` left of that, and give it its name.
+
+    Where the kernel can exchange two names, there is no moment without an output. Others get no permission that they
+    do not have for the inputs.
+
+    Raises:
+        WriteError: a flush or the rename failed; the staged directory is not the one that was written; or something has
+            come under the output's name. What has the name then is what had it before.
+    """
+    try:
+        if stage.allowed != 0o777:
+            stage.folder.narrow(stage.allowed)
+        stage.folder.flush()
+        with stage.home.opened() as home:
+            if not stage.folder.is_it(dirs.inode_of(OUTPUT, home)):
+                raise WriteError(
+                    f"{stage.output}: is not the directory that this run made, and is not published"
+                )
+            if stage.old is None:
+                _name(stage, home)
+            else:
+                _replace(stage, home, stage.old)
+        dirs.sync(stage.parent)
+    except OSError as exc:
+        raise write_error(stage.out, exc) from exc
+    if not stage.is_published():
+        raise WriteError(
+            f"{stage.out}: is not the directory that this run made: something else took its name",
+            hint="choose an --out where nobody else may write, and run again",
+        )
+
+
+def _name(stage: Stage, home: int) -> None:
+    """Give the output a name that nothing has; an empty directory may have it, since no rename removes another."""
+    try:
+        if not renamed((OUTPUT, home), (stage.out.name, stage.parent), _NOREPLACE):
+            os.rename(OUTPUT, stage.out.name, src_dir_fd=home, dst_dir_fd=stage.parent)
+    except OSError as exc:
+        if exc.errno in _TAKEN:
+            raise _taken(stage.out) from exc
+        raise
+
+
+def _taken(out: Path) -> WriteError:
+    return WriteError(
+        f"{out}: already exists: it was made or changed while this run worked",
+        hint="move it away and run again, or choose another --out",
+    )
+
+
+def _replace(stage: Stage, home: int, old: int) -> None:
+    """Put the output in the place of the directory that had its name when the run began, and of no other."""
+    name = stage.out.name
+    current = dirs.inode_of(name, stage.parent)
+    if current is None:
+        _name(stage, home)
+        return
+    if not _is_old(stage, name, stage.parent, old):
+        raise _taken(stage.out)
+    with dirs.writable(old):  # the kernel changes `..` in a directory that it moves
+        if not renamed((OUTPUT, home), (name, stage.parent), _EXCHANGE):
+            _replace_in_steps(stage, home, old)
+        elif not _is_old(stage, OUTPUT, home, old):
+            if not renamed((OUTPUT, home), (name, stage.parent), _EXCHANGE):
+                os.rename(OUTPUT, KEPT, src_dir_fd=home, dst_dir_fd=home)
+                raise _lost_place(stage, KEPT)
+            raise _taken(stage.out)
+
+
+def _replace_in_steps(stage: Stage, home: int, old: int) -> None:
+    """Take the old directory away, look at it, and name the output.
+
+    A run that is killed in between is put right by the next (`recover`).
+    """
+    os.rename(stage.out.name, REPLACED, src_dir_fd=stage.parent, dst_dir_fd=home)
+    try:
+        if not _is_old(stage, REPLACED, home, old):
+            raise _taken(stage.out)
+        _name(stage, home)
+    except (OSError, WriteError):
+        try:
+            os.rename(REPLACED, stage.out.name, src_dir_fd=home, dst_dir_fd=stage.parent)
+        except OSError as exc:
+            raise _lost_place(stage, REPLACED) from exc
+        raise
+
+
+def _lost_place(stage: Stage, name: str) -> WriteError:
+    return WriteError(
+        f"{stage.out}: changed while its name was given away; what had the name is in {stage.root / name}",
+        hint="move that directory to where it belongs",
+    )
+
+
+def _is_old(stage: Stage, name: str, dir_fd: int, old: int) -> bool:
+    """Return True where a name is that of the directory that may be replaced, and nothing has come into it since."""
+    status = os.fstat(old)
+    if dirs.inode_of(name, dir_fd) != (status.st_dev, status.st_ino) or not dirs.has_any(old, stage.marks):
+        return False
+    return all(stage.seen.get(file, ())[:3] == now[:3] for file, now in dirs.listing(old).items())
+
+
+def recover(home: int, parent: int, out: Path, root: Path) -> None:
+    """Put right what a run left that was killed while it gave the output its name.
+
+    Args:
+        home: a descriptor of its staging directory.
+        parent: a descriptor of the directory that the output is in.
+        out: the output.
+        root: the staging directory.
+
+    Raises:
+        OSError: it cannot be put right.
+        WriteError: nobody can tell what is to be done.
+    """
+    if dirs.inode_of(REPLACED, home) is None:
+        return
+    if dirs.inode_of(out.name, parent) is None:
+        os.rename(REPLACED, out.name, src_dir_fd=home, dst_dir_fd=parent)
+    elif dirs.inode_of(OUTPUT, home) is None:  # the output has its name, and the old one was looked at
+        dirs.remove_directory(REPLACED, home)
+    else:
+        raise WriteError(
+            f"{root / REPLACED}: had the name {out} once, and something else has it now",
+            hint="move that directory to where it belongs, or remove it",
+        )
+
+
+def renamed(one: tuple[str, int], other: tuple[str, int], flag: int) -> bool:
+    """Rename one to the other where nothing has that name, or exchange the two, in one step.
+
+    Args:
+        one: a name, and a descriptor of the directory that it is in.
+        other: the other one.
+        flag: which of the two.
+
+    Returns:
+        False where it was not done: one is gone or the other is there, or the kernel, the filesystem or a sandbox cannot do
+        it (Linux can since 3.15). Nothing has changed then, and the plain way says why.
+    """
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    arguments = (one[1], os.fsencode(one[0]), other[1], os.fsencode(other[0]), flag)
+    return bool(renameat2(*arguments) == 0)

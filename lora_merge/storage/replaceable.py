@@ -1,0 +1,128 @@
+"""May an output come under a name: what has it, what holds it, and may anything be written there?"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.errors import WriteError
+from lora_merge.storage.user_paths import nearest_existing
+from lora_merge.storage.writing import write_error
+from lora_merge.words import choice
+
+SUFFIX = ".lora-merge-staging"
+
+
+def staging_path(out: Path) -> Path:
+    """Return the directory that an output is built in: beside it, on the same filesystem."""
+    return out.with_name(out.name + SUFFIX)
+
+
+def check_replaceable(
+    out: Path,
+    *,
+    overwrite: bool,
+    inputs: tuple[Path, ...],
+    home: Path | None = None,
+    marks: tuple[str, ...] = (CONFIG_FILE,),
+) -> None:
+    """Check that an output may come into being under this name.
+
+    Args:
+        out: its path.
+        overwrite: what has this name may be replaced.
+        inputs: directories and files that are read.
+        home: one of the inputs that the output may lie in: an adapter may hold other forms of itself.
+        marks: files of which one shows that a directory is an output of this kind.
+
+    Raises:
+        WriteError: it exists and may not be replaced, is another kind of directory, one of the inputs holds it
+            or lies in it; or nobody may look.
+    """
+    for path in inputs:
+        _check_apart(out, path, may_hold_it=path == home)
+        if _holds(staging_path(out), path):
+            sentence = f"{out}: would be built in {staging_path(out)}, which holds the input {path}"
+            raise WriteError(sentence, hint="choose another --out, or move the input")
+    try:
+        if not (out.exists() or out.is_symlink()):
+            return
+        if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+            return
+        what = _foreign(out, marks)
+    except OSError as exc:  # nobody may look there, or the name is too long
+        raise write_error(out, exc) from exc
+    if what:
+        raise WriteError(
+            f"{out}: already exists and is {what}",
+            hint="choose another --out, or remove it yourself: --overwrite does not replace it",
+        )
+    if not overwrite:
+        raise WriteError(f"{out}: already exists", hint="choose another --out, or pass --overwrite")
+
+
+def _check_apart(out: Path, source: Path, *, may_hold_it: bool) -> None:
+    """Check that an output and an input are not in each other.
+
+    Args:
+        out: the output.
+        source: the input.
+        may_hold_it: the output may be in a folder of the input.
+
+    Raises:
+        WriteError: they are.
+    """
+    hint = "choose another --out, beside the inputs"
+    if _holds(out, source):
+        raise WriteError(f"{out}: holds the input {source}", hint=hint)
+    if not may_hold_it and _holds(source, out.parent):
+        raise WriteError(f"{out}: is inside the input {source}, where nothing is written", hint=hint)
+
+
+def _holds(place: Path, path: Path) -> bool:
+    """Return True where a place is a path or one of the directories above it, whatever links or mounts lead there."""
+    real, place = Path(os.path.realpath(path)), Path(os.path.realpath(place))  # which bears links in a circle
+    if place == real or place in real.parents:
+        return True
+    try:
+        status = place.stat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and any(_is_inode(above, status) for above in (real, *real.parents))
+
+
+def _is_inode(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), status)
+    except OSError:
+        return False
+
+
+def _foreign(out: Path, marks: tuple[str, ...]) -> str:
+    """Return what stands under the output's name, if it is nothing that an output may replace."""
+    if out.is_symlink():
+        return f"a link to {out.readlink()}"
+    if not out.is_dir():
+        return "a file"
+    if any((out / mark).is_file() for mark in marks):
+        return ""
+    kind = "a model checkpoint" if CONFIG_FILE in marks else "an adapter"
+    return f"not {kind} (it has no {choice(marks)})"
+
+
+def check_writable(out: Path) -> None:
+    """Check that a directory may be made under this name: a disk that takes nothing may seem full.
+
+    Raises:
+        WriteError: it may not.
+    """
+    existing = nearest_existing(out.parent)
+    if not existing.is_dir():
+        raise WriteError(f"{out}: cannot be made, since {existing} is a file", hint="choose another --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        code = errno.EROFS if is_read_only else errno.EACCES
+        raise write_error(out, OSError(code, os.strerror(code)))

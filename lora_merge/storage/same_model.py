@@ -1,0 +1,186 @@
+"""Are two names those of one model? By names alone: repos, paths of whoever trained, folders of whoever merges.
+
+Copies in another storage are the same model (``unsloth/…-bnb-4bit``), a base and its instruct version are two. A name that
+tells nothing (``./base``, ``checkpoint-500``) is never held against another.
+"""
+
+from __future__ import annotations
+
+import re
+
+_CACHED = re.compile(r"(?:^|/)models--(?P<repo>[^/]+)(?:/snapshots/(?P<commit>[^/]+))?")
+"""A directory in the cache of huggingface_hub: ``models--org--name/snapshots/COMMIT``."""
+
+_PASSED_OVER = re.compile(
+    r"(checkpoint|epoch|step|global_step)[-_]?\d+|[0-9a-f]{32,}|snapshots|main|master|hf|original|safetensors"
+)
+"""Folders that a model lies in without being called so."""
+
+_TELLS_NOTHING = frozenset(
+    {
+        "base",
+        "model",
+        "models",
+        "base_model",
+        "basemodel",
+        "checkpoint",
+        "checkpoints",
+        "ckpt",
+        "weights",
+        "merged",
+        "output",
+        "outputs",
+        "out",
+        "final",
+        "final_model",
+        "best",
+        "last",
+        "latest",
+        "pretrained",
+        "tmp",
+        "sft",
+        "data",
+        "llm",
+        "local",
+        "parent",
+    }
+)
+
+_FOLDERS = _TELLS_NOTHING | {
+    "cache",
+    "runs",
+    "results",
+    "saves",
+    "saved_models",
+    "base_models",
+    "llms",
+    "work",
+    "home",
+}
+"""First parts of ``models/llama``, which is a path and no repo of an owner."""
+
+_STORAGES = frozenset(
+    {
+        "hf",
+        "bnb",
+        "unsloth",
+        "mlx",
+        "4bit",
+        "8bit",
+        "6bit",
+        "5bit",
+        "3bit",
+        "2bit",
+        "bit",
+        "awq",
+        "gptq",
+        "gguf",
+        "exl2",
+        "int4",
+        "int8",
+        "fp4",
+        "fp8",
+        "fp16",
+        "fp32",
+        "bf16",
+        "float16",
+        "float32",
+        "bfloat16",
+        "nf4",
+        "nvfp4",
+        "mxfp4",
+        "w4a16",
+        "w8a8",
+        "w8a16",
+        "g128",
+        "dynamic",
+        "quantized",
+        "dequantized",
+        "safetensors",
+        "sharded",
+        "marlin",
+    }
+)
+"""Words that say how a copy is stored, and nothing of what the model is."""
+
+_SIZE = re.compile(r"\d+(x\d+)?[bm]")
+
+
+def same_model(one: str, other: str) -> bool | None:
+    """Return True where two names are of one model, False where they are of two, None where they do not tell.
+
+    Example:
+        >>> same_model("unsloth/Llama-3.2-1B-unsloth-bnb-4bit", "/home/me/models/Llama-3.2-1B")
+        True
+        >>> same_model("Qwen/Qwen3-8B", "Qwen/Qwen3-8B-Base"), same_model("./base", "Qwen/Qwen3-8B")
+        (False, None)
+    """
+    mine, yours = _words(one), _words(other)
+    if not mine or not yours:
+        return None
+    if mine == yours:
+        return True
+    shorter, longer = sorted((mine, yours), key=len)
+    rest = longer[len(shorter) :]
+    if longer[: len(shorter)] == shorter and rest[0] == "v" and all(word.isdecimal() for word in rest[1:]):
+        return None  # one of the two leaves the version out
+    return False if _tells(one) and _tells(other) else None
+
+
+def cached_repo(path: str) -> tuple[str, str] | None:
+    """Return the repo and the commit of a directory in the cache of the Hub; None for any other.
+
+    Example:
+        >>> cached_repo("/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/0a1b")
+        ('Qwen/Qwen3-8B', '0a1b')
+    """
+    match = _CACHED.search(path)
+    return (match["repo"].replace("--", "/"), match["commit"] or "") if match else None
+
+
+def is_repo(name: str) -> bool:
+    """Return True for what is probably ``owner/name`` on a hub, and not a path.
+
+    Example:
+        >>> [is_repo(name) for name in ("Qwen/Qwen3-8B", "models/llama", "./a", "/a/b", "gpt2")]
+        [True, False, False, False, False]
+    """
+    owner, slash, rest = name.partition("/")
+    return (
+        bool(slash and owner and rest)
+        and "/" not in rest
+        and owner[0] not in ".~"
+        and owner.lower() not in _FOLDERS
+    )
+
+
+def _last(name: str) -> str:
+    """Return the last part of a name that is not but a folder that a model lies in."""
+    cached = cached_repo(name)
+    if cached is not None:
+        name = cached[0]
+    name = re.sub(r"^\w+://", "", name.strip().replace("\\", "/")).partition("@")[0]
+    parts = [part for part in name.lower().replace("___", ".").split("/") if part not in {"", ".", ".."}]
+    while len(parts) > 1 and _PASSED_OVER.fullmatch(parts[-1]):
+        parts.pop()
+    last = parts[-1] if parts else ""
+    return "" if last in _TELLS_NOTHING or _PASSED_OVER.fullmatch(last) else last
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """Return the words of a model's name, without those that say how it is stored.
+
+    Example:
+        >>> _words("meta-llama/Meta-Llama-3-8B"), _words("llama3-8b-hf"), _words("./out/checkpoint-500")
+        (('llama', '3', '8b'), ('llama', '3', '8b'), ())
+    """
+    words = [word for word in re.split(r"[-_. ]+", _last(name)) if word and word not in _STORAGES]
+    if len(words) > 1 and words[0] == "meta" and words[1].startswith("llama"):
+        words = words[1:]
+    return tuple(part for word in words for part in re.findall(r"\d\w*|[^\W\d]+", word))
+
+
+def _tells(name: str) -> bool:
+    """Return True where a name is enough to say which model it is: a repo, or a folder with a size in its name."""
+    cached = cached_repo(name)
+    return cached is not None or is_repo(name) or "://" in name or any(map(_SIZE.fullmatch, _words(name)))

@@ -1,0 +1,133 @@
+"""Small files, read and written whole: bytes, text and JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.errors import CheckpointError
+from lora_merge.storage import input_files
+from lora_merge.storage.instead import instead_of
+from lora_merge.storage.json_values import OddValueError, check_values
+from lora_merge.storage.reading import BLOCK_BYTES, borrowed_block, read_some
+from lora_merge.storage.sources import open_source
+from lora_merge.storage.writing import write_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_JSON_BYTES = 100_000_000
+"""Of a JSON file that is read: as much as a safetensors header may have. The index of 100 000 tensors has 10 MB."""
+
+
+_MAX_JSON_VALUES = 16_000_000
+"""Of a JSON text. Each takes some 60 bytes of memory, where ``[],`` takes three of the text; a header has ten for a tensor."""
+
+
+_SHOWN_CHARACTERS = 200
+"""Of a key in a message."""
+
+
+def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """Return the bytes of a small file.
+
+    Raises:
+        CheckpointError: it cannot be read, is no regular file, or is longer than `most` bytes.
+    """
+    with open_source(path) as source, borrowed_block() as block:
+        if source.nbytes > most:
+            raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"{most} at most")
+        parts, n_read = [], 0
+        while n_more := read_some(source, block[: min(BLOCK_BYTES, most + 1 - n_read)], n_read):
+            parts.append(bytes(block[:n_more]))
+            n_read += n_more
+    if n_read > most:  # it grew, or says that it has no bytes, as files of /proc do
+        raise CheckpointError(str(path), "", f"has more than {most} bytes", f"{most} at most")
+    content = b"".join(parts)
+    input_files.tell_read(str(path), 0, content)
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the table in a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, too long to be meant, no JSON, names a key twice, holds no table, or a value that
+            no field can hold.
+    """
+    text = read_bytes(path)
+    try:
+        value = parse_json(text, paths=True)
+    except OddValueError as exc:
+        raise CheckpointError(str(path), exc.subject, exc.got, exc.wanted) from exc
+    except (ValueError, RecursionError) as exc:
+        raise _no_json(path, exc) from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(str(path), "", f"holds a JSON {type(value).__name__}", "a table")
+    return value
+
+
+def _no_json(path: Path, exc: Exception) -> CheckpointError:
+    """Return the error of a file that is no JSON: what it is instead, or where it breaks off."""
+    what = instead_of(path)
+    if what is not None:
+        return CheckpointError(str(path), "", what.sentence, hint=what.hint)
+    is_cut = isinstance(exc, json.JSONDecodeError) and exc.pos >= len(exc.doc.rstrip())
+    hint = "the file breaks off: download it again, or save it again" if is_cut else ""
+    return CheckpointError(str(path), "", f"is not valid JSON ({exc})", hint=hint)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a small file; bytes that are no UTF-8 are replaced.
+
+    Raises:
+        CheckpointError: it cannot be read, or is too long to be meant.
+    """
+    text = read_bytes(path).decode("utf-8", errors="replace")
+    return text.replace("\r\n", "\n")
+
+
+def parse_json(text: bytes, *, paths: bool = False) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: of a file.
+        paths: whether names of files that are not UTF-8 may be in it, as `write_text` writes them.
+
+    Raises:
+        ValueError: it is no JSON or no UTF-8, has too many values to be meant, a table names a key twice, or a value is one
+            that no field can hold (`OddValueError`).
+        RecursionError: it is nested too deeply.
+    """
+    n_values = sum(map(text.count, (b",", b"[", b"{")))
+    if n_values > _MAX_JSON_VALUES:
+        raise ValueError(f"some {n_values} values, expected {_MAX_JSON_VALUES} at most")
+    value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    check_values(text, value, paths=paths)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key[:_SHOWN_CHARACTERS]!r} stands twice")
+            seen.add(key)
+    return table
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new small text file, in UTF-8.
+
+    A path of the user's need not be UTF-8: the bytes of it that are not become ``\\udcff`` here, which JSON reads as
+    the same path again.
+
+    Raises:
+        WriteError: the disk is full or cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as exc:
+        raise write_error(path, exc) from exc

@@ -1,0 +1,100 @@
+"""Paths that users name: what a text means, where it leads, and what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import TYPE_CHECKING
+
+from lora_merge.errors import ResolveError
+from lora_merge.storage.json_values import shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def user_path(text: str) -> Path:
+    """Return the path that a text means: ``~`` and ``~name`` are home directories.
+
+    Raises:
+        ResolveError: nobody has that name, or it holds what no path has: a NUL character, or half of one.
+    """
+    from pathlib import Path
+
+    if "\0" in text:
+        raise ResolveError(f"{text!r}: holds a NUL character, which no path has", hint="write it anew")
+    try:
+        os.fsencode(text)
+        return Path(text).expanduser()
+    except UnicodeEncodeError as exc:
+        sentence = f"{shown(text)}: holds half of a character, which no path has"
+        raise ResolveError(sentence, hint="write it again") from exc
+    except RuntimeError as exc:
+        name = text.partition("/")[0]
+        raise ResolveError(
+            f"{text}: there is no user {name.removeprefix('~') or 'with a home directory'}",
+            hint=f"write ./{name} for a directory of that name",
+        ) from exc
+
+
+def output_path(text: str) -> Path:
+    """Return the one absolute path of a directory that is to be, however it is written; a link of its own name stays one.
+
+    Raises:
+        ResolveError: it is no path, or has a variable in it that no shell filled in.
+    """
+    if re.search(r"\$\w|\$\{", text):
+        hint = "variables are not filled in here: write the path out"
+        raise ResolveError(f"{text}: has a variable of the shell in it, expected a path", hint=hint)
+    path = user_path(text)
+    return real_path(path.parent) / path.name if path.name not in {"", ".."} else real_path(path)
+
+
+def real_path(path: Path) -> Path:
+    """Return the one absolute path of a place, links followed as far as they lead.
+
+    Raises:
+        ResolveError: they lead in a circle, or the current directory was removed.
+    """
+    try:
+        return path.resolve()
+    except FileNotFoundError as exc:
+        sentence = f"{path}: the current directory was removed, and this path begins there"
+        raise ResolveError(sentence, hint="cd to another directory, or write the whole path") from exc
+    except (OSError, RuntimeError) as exc:  # RuntimeError: a circle, up to Python 3.12
+        why = exc.strerror if isinstance(exc, OSError) else "its links lead in a circle"
+        raise ResolveError(f"{path}: cannot be followed ({why})") from exc
+
+
+def is_directory(path: Path) -> bool:
+    """Return True for a directory; False where there is none, and where nobody may look."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Return True for a file; False where there is none, nobody may look, or no file can have such a name."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_there(path: Path) -> bool:
+    """Return True where something has this name, as far as may be seen."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest of the directories it is to be in that exists, as far as may be seen."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            if place.exists():
+                return place
+    return path

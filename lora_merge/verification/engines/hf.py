@@ -1,0 +1,243 @@
+"""Models in transformers: loaded where they fit, asked with tokens, or with what they take instead."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
+from lora_merge.core.report import error
+from lora_merge.errors import UnsupportedError
+from lora_merge.modeling.cut_off import cut_off
+from lora_merge.modeling.plain_config import FetchError
+from lora_merge.modeling.skeleton import embedding, model_class, parse_config
+from lora_merge.verification.forward_comparison import Answer, Prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+
+_SEED = 0
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModel")
+_SAMPLES = 4000  # of sound, a quarter of a second
+_FRAMES = 100
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers, PEFT and their bars from talking, to people or to a hub; what matters is said by us."""
+    from transformers.utils import logging as own
+
+    level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
+    with warnings.catch_warnings(), cut_off():
+        warnings.simplefilter("ignore")
+        own.set_verbosity(logging.CRITICAL)
+        own.disable_progress_bar()
+        try:
+            yield
+        finally:
+            own.set_verbosity(level)
+            if bars:
+                own.enable_progress_bar()
+
+
+class Loader:
+    """Loads the model of a configuration: its class, its place, its dtype.
+
+    Args:
+        config: a ``config.json``.
+        root: the directory that it is from, for code that it names.
+        dtype: as torch spells it; the weights are widened or rounded to it.
+        trust_remote_code: whether that code may be run.
+
+    Raises:
+        UnsupportedError: transformers has no class for the model, and its own code may not be run or does not load; or a
+            part of the model would have to be fetched.
+    """
+
+    def __init__(self, config: Mapping[str, Any], root: Path, dtype: str, *, trust_remote_code: bool) -> None:
+        self._root, self._dtype, self._trust = root, dtype, trust_remote_code
+        with quiet():
+            self._config, self._class = self._known(config) or self._remote(config)
+
+    def _known(self, config: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        known = model_class(config)
+        try:
+            parsed = None if known is None else parse_config(config)
+        except FetchError as exc:
+            hint = "leave --forward out: the tensors are recomputed without it"
+            raise UnsupportedError(
+                [error("unsupported", str(self._root), f"config.json: {exc}", hint)]
+            ) from exc
+        return None if parsed is None else (parsed, known)
+
+    def _remote(self, config: Mapping[str, Any]) -> tuple[Any, Any]:
+        table = config.get("auto_map")
+        auto_map: Mapping[str, Any] = table if isinstance(table, dict) else {}
+        name = next((name for name in _AUTO_CLASSES if name in auto_map), None)
+        architecture = (config.get("architectures") or ["?"])[0]
+        if name is None or not self._trust:
+            sentence = f"transformers has no class {architecture}, so the model cannot be run"
+            hint = "--trust-remote-code runs the code that it carries" if name else ""
+            raise UnsupportedError([error("unsupported", str(self._root), sentence, hint)])
+        from transformers import AutoConfig
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        root, options = str(self._root), {"local_files_only": True}
+        try:
+            parsed = AutoConfig.from_pretrained(root, trust_remote_code=True, **options)
+            return parsed, get_class_from_dynamic_module(auto_map[name], root, **options)
+        except Exception as exc:  # code may raise anything; that of another repo is not fetched
+            first = next(iter(str(exc).splitlines()), "")
+            sentence = f"the code that it carries does not load ({type(exc).__name__}: {first})"[:300]
+            raise UnsupportedError([error("unsupported", root, sentence)]) from exc
+
+    @contextlib.contextmanager
+    def directory(self, root: Path) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Yield the model of a directory's weights, and the parameters that it has nothing for.
+
+        Raises:
+            UnsupportedError: there is an adapter beside them, which transformers would put on the model.
+        """
+        if (root / ADAPTER_CONFIG).exists():
+            sentence = (
+                f"holds {ADAPTER_CONFIG} beside the model, and transformers would load that adapter too"
+            )
+            raise UnsupportedError([error("unsupported", str(root), sentence, "move the adapter elsewhere")])
+        with self._loaded(root, None) as loaded:
+            yield loaded
+
+    @contextlib.contextmanager
+    def tensors(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Yield the model of tensors under the names of a checkpoint, and the parameters that have none."""
+        with self._loaded(None, tensors) as loaded:
+            yield loaded
+
+    @contextlib.contextmanager
+    def _loaded(
+        self, root: Path | None, tensors: dict[str, torch.Tensor] | None
+    ) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Yield a model, on whatever devices there are; parts that fit nowhere wait on the disk."""
+        import gc
+
+        import torch
+
+        with tempfile.TemporaryDirectory(prefix="lora-merge-offload-") as offload:
+            with quiet():
+                model, info = self._class.from_pretrained(
+                    root,
+                    config=self._config,
+                    state_dict=tensors,
+                    dtype=getattr(torch, self._dtype),
+                    device_map="auto",
+                    offload_folder=offload,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+            missing = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
+            try:
+                yield model.eval(), tuple(missing)
+            finally:
+                del model
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+
+def answer(model: Any, prompt: Prompt, n_tokens: int) -> Answer:
+    """Return what a model says to a prompt, greedily, and the scores on the way.
+
+    Every token takes a pass over all that stands before it: slower than a cache, and the same for every family.
+
+    Args:
+        model: any model of transformers.
+        prompt: the tokens; without, the model gets what it takes instead.
+        n_tokens: how many it is to say, if it can.
+    """
+    said: list[int] = []
+    head = embedding(model, "get_output_embeddings")
+    is_text = bool(prompt.ids) and head is not None
+    speaks = is_text and _speaks(model)
+    for _ in range(n_tokens if speaks else 1):
+        result = scores(model, prompt, tuple(said))
+        if speaks:
+            said.append(int(result[-1].argmax()))
+    weight = getattr(head, "weight", None)
+    is_text = is_text and (weight is None or len(weight) == result.shape[-1])
+    return Answer(prompt, tuple(said), result, is_text)
+
+
+def scores(model: Any, prompt: Prompt, said: tuple[int, ...], seed: int = _SEED) -> Any:
+    """Return the scores that a model gives to a prompt and what was said: float32 ``[positions, width]``.
+
+    A model that draws random numbers draws those of the seed, so that two models draw the same.
+    """
+    import torch
+
+    ids = torch.tensor([list(prompt.ids)]) if prompt.ids else None
+    inputs = _inputs(model, ids)
+    if _reads_the_end(model) and "input_ids" in inputs:
+        inputs["input_ids"] = _ended(inputs["input_ids"], model.config.eos_token_id)
+    elif getattr(model.config, "is_encoder_decoder", False):
+        first = getattr(model.config, "decoder_start_token_id", None)
+        start = [first if first is not None else 0]
+        begun = () if "input_ids" in inputs else prompt.ids  # who hears or sees is prompted where it answers
+        inputs["decoder_input_ids"] = torch.tensor([[*start, *begun, *said]])
+    elif said and ids is not None:
+        inputs["input_ids"] = torch.tensor([[*prompt.ids, *said]])
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    with torch.no_grad(), quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model(**{name: value.to(device) for name, value in inputs.items()})
+    found = output["logits"] if "logits" in output else next(iter(output.values()))
+    return found.detach().float().cpu().reshape(-1, found.shape[-1]).numpy()
+
+
+def _inputs(model: Any, ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return what a model is called with: tokens, or random pixels, sound or features, always the same."""
+    import torch
+
+    name = model.main_input_name
+    if name == "input_ids":
+        return {"input_ids": ids if ids is not None else torch.tensor([[0, 1, 2, 3]])}
+    generator = torch.Generator().manual_seed(_SEED)
+    config = model.config
+    if name == "pixel_values":
+        size = getattr(config, "image_size", None) or 224
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(config, "num_channels", None) or 3
+        n_frames = getattr(config, "num_frames", None)
+        frames = (n_frames,) if n_frames else ()
+        return {name: torch.randn(1, *frames, channels, height, width, generator=generator)}
+    if name == "input_features":
+        bins = getattr(config, "num_mel_bins", None) or 80
+        n_features = 2 * (getattr(config, "max_source_positions", None) or _FRAMES // 2)
+        return {name: torch.randn(1, bins, n_features, generator=generator)}
+    return {name: torch.randn(1, _SAMPLES, generator=generator)}
+
+
+def _reads_the_end(model: Any) -> bool:
+    """Return True for a classifier that reads its answer where the decoder meets the end of the text (BART, T5).
+
+    It gives the decoder the text itself, and wants it to end once.
+    """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    is_classifier = type(own).__name__.endswith("ForSequenceClassification")
+    return is_classifier and bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _ended(ids: torch.Tensor, end: int) -> torch.Tensor:
+    """Return tokens ``[1, n]`` with one end, behind all others."""
+    import torch
+
+    return torch.cat([ids[ids != end], ids.new_tensor([end])])[None]
+
+
+def _speaks(model: Any) -> bool:
+    can: Callable[[], bool] | None = getattr(model, "can_generate", None)
+    return bool(can and can())

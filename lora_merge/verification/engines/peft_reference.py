@@ -1,0 +1,210 @@
+"""An adapter on its base in PEFT, unmerged: all of it, or not at all.
+
+PEFT drops tensors that it has no module for, and warns at most. So what it took is compared with the file, name by name
+and value by value. Names of other releases of transformers are put into today's first, where they are but renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.adapter import Adapter
+from lora_merge.core.checkpoint import ADAPTER_CONFIG
+from lora_merge.modeling.conversion import Conversion
+from lora_merge.modeling.plain_config import plain_adapter_config
+from lora_merge.peft_rules.kinds import PREFIX
+from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.storage.small_files import read_json
+from lora_merge.verification.engines.hf import quiet
+from lora_merge.words import listing
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredients:
+    """What the reference is made of."""
+
+    base: Path
+    base_config: Mapping[str, Any]
+    merged_config: Mapping[str, Any]
+    """The base's, with what the merge changes in it."""
+
+    adapter: Adapter | None
+    """The only one, merged with a weight of 1; None where there are several, or it was combined."""
+
+    base_is_residual: bool
+    """The initialisation is not to be done again."""
+
+    old_experts: bool
+    """Stacked experts lie otherwise than PEFT 0.21 has them."""
+
+    n_rows: int | None
+    """Rows that the embeddings have after the merge, where that is not what they had."""
+
+    touched: frozenset[str]
+    """Stored tensors that the merge changes."""
+
+    roundoff: float
+    """Unit roundoff of the coarsest dtype that a merged value is stored in."""
+
+    longest: int
+    """Most terms of a sum: the widest merged matrix."""
+
+    unrounded: Callable[[], dict[str, Any]]
+    """Every tensor of the merged checkpoint, those that change in float32."""
+
+
+def obstacle(made_of: Ingredients) -> str:
+    """Return why PEFT cannot be asked at all; empty when it can be tried."""
+    if made_of.adapter is None:
+        return "several adapters, or one with a weight, are no single forward pass of PEFT"
+    if made_of.adapter.format != "peft":
+        return f"the adapter is of the format {made_of.adapter.format}"
+    if len(made_of.adapter.files) > 1:
+        return "PEFT reads one file of an adapter, and this one is in several"
+    if made_of.old_experts:
+        return "its stacked experts lie as older releases of PEFT had them"
+    return ""
+
+
+def with_adapter(model: Any, made_of: Ingredients) -> tuple[Any | None, str]:
+    """Return a model with the adapter on it, when PEFT took every tensor of it; else why not."""
+    adapter = made_of.adapter
+    assert adapter is not None
+    if made_of.n_rows is not None:
+        model.resize_token_embeddings(made_of.n_rows, mean_resizing=False)
+    with tempfile.TemporaryDirectory(prefix="lora-merge-adapter-") as folder, quiet():
+        try:
+            root, config = _spelled(model, made_of, adapter, Path(folder))
+            from peft import PeftModel
+
+            adapted = PeftModel.from_pretrained(model, root, config=config).eval()
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
+            not_for_want_of_memory(exc)
+            first = (str(exc).splitlines() or [""])[0]
+            return None, f"PEFT does not load it ({first or type(exc).__name__})"[:200]
+        difference = _difference(adapted, root)
+    return (None, difference) if difference else (adapted, "")
+
+
+def _spelled(model: Any, made_of: Ingredients, adapter: Adapter, folder: Path) -> tuple[Path, Any]:
+    """Return the directory of an adapter as PEFT can read it, and its configuration.
+
+    A regular expression of ms-swift matches containers too, which PEFT refuses: the modules are listed by name.
+    """
+    from peft import PeftConfig
+
+    root = Path(adapter.root)
+    config = PeftConfig.from_peft_type(
+        **PeftConfig.check_kwargs(**plain_adapter_config(read_json(root / ADAPTER_CONFIG)))
+    )
+    config.inference_mode = True
+    if made_of.base_is_residual:
+        config.init_lora_weights = True
+    named = adapter.modules - {pair.module for pair in adapter.stacked}
+    if isinstance(getattr(config, "target_modules", None), str) and named:
+        config.target_modules = set(named)
+    names = _todays_names(model, made_of, adapter)
+    if not names or not _respell(root, names, folder):
+        return root, config
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        setattr(config, pattern, _respelled_pattern(getattr(config, pattern, None) or {}, names))
+    config.target_modules = set(names.values())
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    (folder / "adapter_config.json").write_text(json.dumps(config.to_dict(), default=list))
+    return folder, config
+
+
+def _todays_names(model: Any, made_of: Ingredients, adapter: Adapter) -> dict[str, str]:
+    """Return what transformers calls the modules of an adapter; empty where it need not, or cannot, be respelled."""
+    tree = {path for path, _ in model.named_modules()}
+    other = adapter.modules - tree
+    conversion = Conversion.of(made_of.base_config) if other else None
+    is_plain = adapter.kind == "LORA" and not adapter.stacked and not adapter.config.get("layer_replication")
+    if conversion is None or not is_plain:
+        return {}
+    found: dict[str, str] = {}
+    for module in adapter.modules:
+        parameter, pattern = conversion.canonical(f"{module}.weight")
+        owner = parameter.removesuffix(".weight")
+        if pattern is not None or owner not in tree:
+            return {}
+        found[module] = owner
+    return found if len(set(found.values())) == len(found) else {}
+
+
+def _respell(root: Path, names: Mapping[str, str], folder: Path) -> bool:
+    """Write an adapter's tensors under other names of their modules; return False where one belongs to none of them."""
+    from peft import load_peft_weights
+    from safetensors.torch import save_file
+
+    spelled = {}
+    for name, tensor in load_peft_weights(str(root), device="cpu").items():
+        path = name.removeprefix(PREFIX)
+        module = next((path[:at] for at in _dots(path) if path[:at] in names), None)
+        if module is None:
+            return False
+        spelled[f"{PREFIX}{names[module]}{path[len(module) :]}"] = tensor.contiguous()
+    save_file(spelled, folder / "adapter_model.safetensors")
+    return True
+
+
+def _dots(path: str) -> list[int]:
+    """Return where the dots of a path are, the last one first."""
+    return [match.start() for match in re.finditer(r"\.", path)][::-1]
+
+
+def _respelled_pattern(pattern: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return ``rank_pattern`` or ``alpha_pattern`` for modules of other names: PEFT's own reading of it, one by one."""
+    from peft.utils.other import get_pattern_key
+
+    found = {old: get_pattern_key(pattern.keys(), old) for old in names}
+    return {f"^{re.escape(names[old])}": pattern[key] for old, key in found.items() if key in pattern}
+
+
+def _difference(adapted: Any, root: Path) -> str:
+    """Return which tensors of the file PEFT does not have, or has otherwise; empty when it took them all.
+
+    Whole matrices that it saves from the base are looked for in the model; those below a resized embedding it saves twice.
+    """
+    from peft import load_peft_weights
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    stored = load_peft_weights(str(root), device="cpu")
+    taken = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    try:
+        copies = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    except NotImplementedError:  # transformers knows no embedding of this model: it takes images, or sound
+        copies = {}
+    has = adapted.state_dict() | copies | taken
+    lost = sorted(name for name, tensor in stored.items() if not _same(has.get(name), tensor))
+    random = sorted(name for name in taken.keys() - stored.keys() if "lora_" in name)
+    if lost:
+        return f"PEFT does not load {listing(lost, 1, 'more of its tensors')}"
+    return f"PEFT leaves {random[0]} at random" if random else ""
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    return one is not None and one.shape == other.shape and bool((one.cpu().float() == other.float()).all())
+
+
+def adapted_modules(tree: Any) -> dict[str, Any]:
+    """Return the modules that PEFT has put something on, by their paths in the model; the outermost of each."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, Any] = {}
+    for path, module in tree.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inside = any(path.startswith(f"{outer}.") for outer in found)
+            if not inside:
+                found[path] = module
+    return found

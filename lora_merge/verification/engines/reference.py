@@ -1,0 +1,197 @@
+"""Base and adapter, not merged: what the merged checkpoint has to compute.
+
+PEFT's forward pass says it, where PEFT takes every tensor of the adapter as it was meant. Where it does not (it
+drops what other releases of transformers named otherwise, and says so in a warning at most), the model gets the merged
+weights before they are rounded to the dtype of the output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.tensor import DTYPE_CODES, UNIT_ROUNDOFF
+from lora_merge.modeling.conversion import Conversion
+from lora_merge.peft_rules.bypassed import is_bypassed
+from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.verification.engines.hf import Loader, answer, scores
+from lora_merge.verification.engines.isolated_modules import Alone, Listener, modules_of
+from lora_merge.verification.engines.peft_reference import (
+    Ingredients,
+    adapted_modules,
+    obstacle,
+    with_adapter,
+)
+from lora_merge.verification.forward_comparison import LEAST_TOLERANCE, NOISE_MARGIN, Answer, Prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+PEFT = "PEFT, unmerged"
+UNROUNDED = "the merged weights before rounding"
+
+_N_REHEARSALS = 2
+_OTHER_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What base and adapter compute, and how exactly that can be compared."""
+
+    how: str
+    """`PEFT` or `UNROUNDED`."""
+
+    why: str
+    """Why it is not PEFT; empty where it is."""
+
+    answers: tuple[Answer, ...]
+    tolerance: float
+    """The largest difference of two scores that rounding explains."""
+
+    alone: tuple[Alone, ...]
+    """Modules that no prompt reached."""
+
+    silent: tuple[str, ...]
+    """Modules that no prompt reached, and that cannot be asked alone."""
+
+    unsteady: float = 0.0
+    """How far its own answers to a prompt are apart, asked twice with the same seed; 0 where arithmetic explains it.
+    Nothing can be compared with a reference that is not the same twice."""
+
+    draws: bool = False
+    """True where its answers depend on the seed."""
+
+
+def refer(
+    made_of: Ingredients, prompts: tuple[Prompt, ...], n_tokens: int, dtype: str, *, trust_remote_code: bool
+) -> Reference:
+    """Return what base and adapter answer to some prompts.
+
+    Raises:
+        UnsupportedError: transformers has no class for the model.
+    """
+    base = Loader(made_of.base_config, made_of.base, dtype, trust_remote_code=trust_remote_code)
+    why = obstacle(made_of)
+    if not why:
+        with base.directory(made_of.base) as (model, _):
+            adapted, why = with_adapter(model, made_of)
+            if adapted is not None:
+                tree = adapted.get_base_model()
+                touched = {**modules_of(_parameters(made_of), tree), **adapted_modules(tree)}
+                return _measured(made_of, adapted, touched, prompts, n_tokens, dtype)
+    merged = Loader(made_of.merged_config, made_of.base, dtype, trust_remote_code=trust_remote_code)
+    with merged.tensors(made_of.unrounded()) as (model, _):
+        touched = modules_of(_parameters(made_of), model)
+        found = _measured(made_of, model, touched, prompts, n_tokens, dtype)
+        return replace(found, how=UNROUNDED, why=why)
+
+
+def _parameters(made_of: Ingredients) -> Collection[str]:
+    """Return the parameters of the model that the changed tensors become."""
+    conversion = Conversion.of(made_of.merged_config)
+    if conversion is None:
+        return made_of.touched
+    return {conversion.canonical(name)[0] for name in made_of.touched}
+
+
+def _measured(
+    made_of: Ingredients,
+    model: Any,
+    touched: dict[str, Any],
+    prompts: tuple[Prompt, ...],
+    n_tokens: int,
+    dtype: str,
+) -> Reference:
+    """Return what a model of base and adapter answers, and how much of a difference rounding makes.
+
+    Layers that the model never calls are left out, as a merge leaves them.
+    """
+    touched = {path: module for path, module in touched.items() if not is_bypassed(path, made_of.base_config)}
+    with Listener(touched) as listener:
+        answers = tuple(found for prompt in prompts for found in _answers(model, prompt, n_tokens))
+    noise = made_of.roundoff + _arithmetic(dtype, made_of.longest)
+    least = LEAST_TOLERANCE * _largest(answers)
+    unsteady = _apart(model, answers)
+    if not unsteady <= least:  # negated, so that NaN is unsteady; nothing below would mean anything
+        return Reference(PEFT, "", answers, least, (), (), unsteady)
+    tolerance = max(least, NOISE_MARGIN * _rehearsed(model, touched, answers, noise))
+    unreached = {path: module for path, module in touched.items() if path not in listener.heard}
+    asked = {path: Alone.ask(path, module, noise) for path, module in unreached.items()}
+    alone = tuple(found for found in asked.values() if found is not None)
+    silent = tuple(path for path, found in asked.items() if found is None)
+    draws = not _apart(model, answers, seed=_OTHER_SEED) <= least
+    return Reference(PEFT, "", answers, tolerance, alone, silent, draws=draws)
+
+
+def _apart(model: Any, answers: tuple[Answer, ...], **seed: int) -> float:
+    """Return how far a model's answers are from those it gave before; with another seed, if there is one."""
+    return max((_difference(model, one, **seed) for one in answers), default=0.0)
+
+
+def _difference(model: Any, before: Answer, **seed: int) -> float:
+    """Return the largest difference of two scores; infinity for scores of another shape, NaN where one is."""
+    again = scores(model, before.prompt, before.tokens[:-1], **seed)
+    if again.shape != before.scores.shape:
+        return math.inf
+    return float(abs(again - before.scores).max()) if again.size else 0.0
+
+
+def _answers(model: Any, prompt: Prompt, n_tokens: int) -> Iterator[Answer]:
+    """Yield a model's answer; nothing where random input is not what it takes: then each module is asked alone."""
+    try:
+        yield answer(model, prompt, n_tokens)
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as exc:
+        not_for_want_of_memory(exc)
+        if prompt.ids:
+            raise
+
+
+def _arithmetic(dtype: str, longest: int) -> float:
+    """Return what the arithmetic itself is off by: a sum of n float32 terms by about √n roundings; others round once."""
+    code = DTYPE_CODES[dtype]
+    return UNIT_ROUNDOFF[code] * (math.sqrt(longest) if code == "F32" else 1.0)
+
+
+def _largest(answers: tuple[Answer, ...]) -> float:
+    return max((float(abs(found.scores).max()) for found in answers), default=0.0)
+
+
+def _rehearsed(model: Any, touched: Mapping[str, Any], answers: tuple[Answer, ...], noise: float) -> float:
+    """Return the largest difference that rounding makes: of runs in which each merged module's output is off by noise.
+
+    A rounded value is off by at most u of itself, anywhere between -u and u: a standard deviation of at most u/√3. So is,
+    of what a matrix answers, the sum of such errors, in terms of its own size.
+    """
+    largest = 0.0
+    for n in range(_N_REHEARSALS):
+        with _noisy(touched.values(), noise / math.sqrt(3), seed=n):
+            for one in answers:
+                largest = max(largest, _difference(model, one))
+    return largest
+
+
+@contextlib.contextmanager
+def _noisy(modules: Collection[Any], noise: float, seed: int) -> Iterator[None]:
+    """Add noise to what some modules answer, while it lasts."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_module: Any, _inputs: Any, output: Any) -> Any:
+        return tuple(map(off, output)) if isinstance(output, tuple) else off(output)
+
+    def off(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        random = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+        size = value.float().square().mean(-1, keepdim=True).sqrt().to(value.dtype)
+        return value + noise * size * random
+
+    handles = [module.register_forward_hook(disturb) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,239 @@
+"""Forward passes: what base and adapter compute, against what the merged checkpoint computes, engine by engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import CONFIG_FILE, Output, patched_config
+from lora_merge.core.comparison import Comparison
+from lora_merge.core.plan import Copy, Merge, MergePlan
+from lora_merge.core.report import Finding, Issue, error, note
+from lora_merge.core.tensor import TORCH_TYPES, UNIT_ROUNDOFF
+from lora_merge.deltas import RowsFacts
+from lora_merge.errors import LoraMergeError, UnsupportedError
+from lora_merge.formats.model_config import read_config
+from lora_merge.formats.safetensors import load
+from lora_merge.merging.changes import merged_in_float32
+from lora_merge.modeling.cut_off import cut_off
+from lora_merge.peft_rules.kinds import peft_version
+from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.verification.engines.hf import Loader, scores
+from lora_merge.verification.engines.peft_reference import Ingredients
+from lora_merge.verification.engines.prompts import choose
+from lora_merge.verification.engines.reference import PEFT, Reference, refer
+from lora_merge.verification.engines.vllm import ask_vllm, find_python
+from lora_merge.verification.forward_comparison import compare, compare_logprobs
+from lora_merge.words import of_several
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from lora_merge.planning import Joined
+    from lora_merge.requests.request import VerifyRequest
+
+
+@cut_off()
+def compare_forward(
+    request: VerifyRequest, joined: Joined, plan: MergePlan, output: Output
+) -> tuple[list[Finding], tuple[Comparison, ...]]:
+    """Return how far what the merged checkpoint computes is from what base and adapter compute.
+
+    The models are loaded one after the other, cut off from every hub.
+
+    Raises:
+        UnsupportedError: transformers has no class for the model.
+        RequestError: there is no tokenizer for the user's texts, or no such engine.
+    """
+    python = find_python(request.engine_python) if request.engine else ""
+    base_config = read_config(Path(plan.base) / CONFIG_FILE)
+    made_of = _ingredients(joined, plan, base_config)
+    prompts = choose(
+        Path(output.root),
+        made_of.merged_config,
+        request.prompt,
+        _trained(plan),
+        request.n_tokens,
+        trust_remote_code=request.trust_remote_code,
+    )
+    reference = refer(
+        made_of, prompts, request.n_tokens, request.dtype, trust_remote_code=request.trust_remote_code
+    )
+    if reference.unsteady:
+        return [_not_comparable(reference)], ()
+    if request.tolerance is not None:
+        reference = replace(reference, tolerance=request.tolerance)
+    finding, comparisons = _in_transformers(request, reference, output)
+    findings = [finding]
+    if request.engine:
+        finding, more = _in_vllm(request, reference, output, python)
+        findings.append(finding)
+        comparisons += more
+    return findings, tuple(comparisons)
+
+
+def _not_comparable(reference: Reference) -> Finding:
+    """Return the finding on a model whose own answers are not the same twice."""
+    sentence = (
+        f"base and adapter ({reference.how}) answer the same prompt differently from run to run, with the same seed: by "
+        f"up to {reference.unsteady:.2g} per logit. So the merged checkpoint cannot be compared with them"
+    )
+    hint = "leave --forward out: the tensors are recomputed without it"
+    return Finding("forward", "nothing was compared", (error("not-comparable", "", sentence, hint),))
+
+
+def _in_transformers(
+    request: VerifyRequest, reference: Reference, output: Output
+) -> tuple[Finding, list[Comparison]]:
+    """Return what transformers makes of the merged checkpoint."""
+    root = Path(output.root)
+    comparisons: list[Comparison] = []
+    issues: list[Issue] = list(_said_of(reference))
+    try:
+        loader = Loader(output.config or {}, root, request.dtype, trust_remote_code=request.trust_remote_code)
+        with loader.directory(root) as (model, missing):
+            issues += [
+                error("forward", name, "transformers finds no tensor for this parameter") for name in missing
+            ]
+            for wanted in reference.answers:
+                got = scores(model, wanted.prompt, wanted.tokens[:-1])
+                comparisons.append(compare("transformers", wanted, got, reference.tolerance))
+            comparisons += _alone(model, reference)
+    except (
+        LoraMergeError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+    ) as exc:
+        not_for_want_of_memory(exc)
+        sentence = f"transformers does not run the merged checkpoint ({type(exc).__name__}: {exc})"[:400]
+        issues.append(error("forward", output.root, sentence))
+    issues += _failures(comparisons)
+    n = len(reference.answers)
+    largest = max((one.max_difference for one in comparisons[:n]), default=float("nan"))
+    bound = f"|Δlogit| up to {largest:.2g}, rounding explains {reference.tolerance:.2g}"
+    detail = f"transformers, {n} prompt{'s' * (n != 1)}: {bound}" if n else "transformers"
+    if reference.alone:
+        detail += f"; {len(reference.alone)} modules that no prompt reaches, each alone"
+    return Finding("forward", f"{detail}; against {reference.how}", tuple(issues)), comparisons
+
+
+def _alone(model: Any, reference: Reference) -> Iterator[Comparison]:
+    modules = dict(model.named_modules())
+    for one in reference.alone:
+        module = modules.get(one.path)
+        off, explained = (float("inf"), 0.0) if module is None else one.difference(module)
+        yield Comparison("transformers", one.path, off, explained)
+
+
+def _in_vllm(
+    request: VerifyRequest, reference: Reference, output: Output, python: str
+) -> tuple[Finding, list[Comparison]]:
+    """Return what vLLM makes of it: log-probabilities, each of which differs by at most twice what a logit does."""
+    answers = [wanted for wanted in reference.answers if wanted.is_text and wanted.tokens]
+    if not answers:
+        sentence = "the model does not continue text, so vLLM has nothing to say"
+        raise UnsupportedError([error("unsupported", output.root, sentence, "leave --engine out")])
+    heard = ask_vllm(
+        python,
+        Path(output.root),
+        tuple(wanted.prompt for wanted in answers),
+        request.n_tokens,
+        trust_remote_code=request.trust_remote_code,
+    )
+    name = f"vLLM {heard.version}".strip()
+    if heard.refusal:
+        issue = error(
+            "forward", output.root, f"{name} does not run the merged checkpoint ({heard.refusal})"[:600]
+        )
+        return Finding("vllm", name, (issue,)), []
+    comparisons = [
+        compare_logprobs(name, wanted, spoken.tokens, spoken.logprobs, 2 * reference.tolerance)
+        for wanted, spoken in zip(answers, heard.answers, strict=True)
+    ]
+    largest = max(one.max_difference for one in comparisons)
+    detail = f"{name}, {len(answers)} prompts: |Δ log p| up to {largest:.2g}, rounding explains {2 * reference.tolerance:.2g}"
+    return Finding("vllm", detail, tuple(_failures(comparisons))), comparisons
+
+
+def _failures(comparisons: list[Comparison]) -> list[Issue]:
+    return [
+        error("forward", f"{one.engine}, {one.prompt}", one.sentence()) for one in comparisons if not one.ok
+    ]
+
+
+def _said_of(reference: Reference) -> Iterator[Issue]:
+    """Yield what has to be known of the reference."""
+    if reference.how != PEFT:
+        yield note("reference", "", f"compared with {reference.how}, since {reference.why}")
+    if reference.draws:
+        yield note("random", "", "the model draws random numbers: both models ran with the same seed")
+    if reference.silent:
+        sentence = of_several(
+            len(reference.silent),
+            "no prompt reaches it, and it cannot be run alone: only its values were recomputed",
+            "no prompt reaches them, and they cannot be run alone: only their values were recomputed",
+        )
+        yield note("not-asked", reference.silent[0], sentence)
+
+
+def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -> Ingredients:
+    """Return what the reference is made of."""
+    uses = joined.uses
+    changed = [step for step in plan.steps if step.action != "copied"]
+    slots = [slot for step in changed for slot in step.slots]
+    merged = patched_config(base_config, plan.config_patch)
+    rows = {value for key, value in plan.config_patch.set.items() if key.endswith("vocab_size")}
+    combined = any(isinstance(step.op, Merge) and step.op.combination for step in plan.steps)
+    alone = len(uses) == 1 and uses[0].weight == 1 and not combined
+    return Ingredients(
+        base=Path(plan.base),
+        base_config=base_config,
+        merged_config=merged,
+        adapter=uses[0].adapter if alone else None,
+        base_is_residual=joined.reading.base_is == "residual",
+        old_experts=any(use.adapter.stacked and _lies_otherwise(joined, use.adapter.config) for use in uses),
+        n_rows=max(rows, default=None),
+        touched=frozenset(step.name for step in changed),
+        roundoff=max(
+            (UNIT_ROUNDOFF[slot.dtype] for slot in slots if slot.dtype in UNIT_ROUNDOFF), default=0.0
+        ),
+        longest=max((max(step.shape, default=1) for step in changed), default=1),
+        unrounded=lambda: dict(_unrounded(plan)),
+    )
+
+
+def _lies_otherwise(joined: Joined, config: Any) -> bool:
+    """Return True where stacked experts are laid out as PEFT before 0.19, or someone else, has them."""
+    version = peft_version(config)
+    return bool(joined.reading.expert_layout) or version is None or version <= (0, 19, 0)
+
+
+def _trained(plan: MergePlan) -> frozenset[int]:
+    """Return the tokens whose embeddings the adapter replaces."""
+    return frozenset(
+        index
+        for step in plan.steps
+        if isinstance(step.op, Merge)
+        for delta in step.op.deltas
+        if isinstance(delta.facts, RowsFacts)
+        for index in delta.facts.indices
+    )
+
+
+def _unrounded(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the merged checkpoint; those that change in float32, as they were before rounding."""
+    for step in plan.steps:
+        (slot,) = step.slots
+        if isinstance(step.op, Copy):
+            if step.op.source.dtype in TORCH_TYPES:
+                yield slot.name, load(step.op.source)
+            continue
+        yield slot.name, merged_in_float32(step)

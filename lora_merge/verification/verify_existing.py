@@ -1,0 +1,383 @@
+"""An output on disk → a proof, years later too: from its manifest, with base and adapter where they are at hand."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lora_merge.checks import CHECKS, Evidence
+from lora_merge.checks.choosing import has_formula
+from lora_merge.checks.gate import RULES
+from lora_merge.checks.placed import placed
+from lora_merge.checks.projecting import suspects_of
+from lora_merge.checks.recorded import recorded
+from lora_merge.core.checkpoint import CONFIG_FILE, Output
+from lora_merge.core.identity import Inputs
+from lora_merge.core.plan import Copy, Merge, MergePlan
+from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
+from lora_merge.core.tensor import TORCH_NAMES, TensorRecord, TensorRef
+from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
+from lora_merge.formats.manifest import Manifest, RecordedInput, parse_manifest
+from lora_merge.formats.recognise import fault_of, names_in
+from lora_merge.formats.safetensors import is_finite, tensor_digest
+from lora_merge.formats.side_files import MANIFEST_FILE
+from lora_merge.formats.trainer_files import chosen, file_names
+from lora_merge.formats.written_checkpoint import read_output
+from lora_merge.merging.unchanged_inputs import check_names
+from lora_merge.merging.worker import one_torch_thread
+from lora_merge.planning import Joined, Policy, Reading, make_plan
+from lora_merge.planning.run import InputTexts, chosen_adapter, join_inputs
+from lora_merge.requests.parsing import parse_values
+from lora_merge.requests.request import Request, VerifyRequest
+from lora_merge.requests.values import parse_adapter
+from lora_merge.runtime.clock import Clock
+from lora_merge.runtime.shortage import MORE, memory_for
+from lora_merge.storage.hub import Access
+from lora_merge.storage.local import why_no_file
+from lora_merge.storage.small_files import read_json
+from lora_merge.storage.user_paths import is_directory, real_path, user_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lora_merge.core.adapter import AdapterUse
+    from lora_merge.core.comparison import Comparison
+
+_READING = ("base_is", "expert_layout")
+_POLICY = ("combine", "density", "seed", "dtype", "max_shard_size")
+"""Options of a manifest that shape the output: how base and adapters were read, and what the merge decided."""
+
+
+def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
+    """Return what every check says about an output.
+
+    Raises:
+        RequestError: the engine that is to be asked is not there; or something is to be compared, and ``level`` is
+            ``structure``.
+        ResolveError: there is no such output; or a base or adapter that the request names cannot be read.
+        PlanError: those that the request names do not fit, or cannot be run.
+    """
+    _check_level(request)
+    if request.engine:
+        from lora_merge.verification.engines.vllm import find_python
+
+        find_python(request.engine_python)  # before anything takes time
+    proving = _Proving(request, observer or Silence(), Clock(), _output(request.out))
+    with memory_for("verifying", MORE):
+        return proving.proof()
+
+
+def _check_level(request: VerifyRequest) -> None:
+    """Raise when a comparison is asked for along with a look at the structure alone."""
+    compared = {
+        "--base": request.base,
+        "--adapter": request.adapter,
+        "--forward": request.forward,
+        "--engine": request.engine,
+    }
+    given = [option for option, value in compared.items() if value]
+    if request.level == "structure" and given:
+        sentence = (
+            f"structure compares the output with nothing, and {' and '.join(given)} asks for a comparison"
+        )
+        raise RequestError("", 0, "level", sentence, hint=f"leave out --level structure or {given[0]}")
+
+
+def _output(out: str) -> Output:
+    root = user_path(out)
+    try:
+        exists = root.exists()
+        if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as exc:  # what nobody may read is not damaged
+        raise ResolveError(f"{out}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
+    if not root.is_dir():
+        what = "is a file" if exists else "there is no such directory"
+        raise ResolveError(f"{out}: {what}", hint="verify takes the directory that a merge wrote")
+    names = names_in(root)
+    if not {MANIFEST_FILE, CONFIG_FILE} & set(names) and (fault := fault_of(names, "base")) is not None:
+        raise ResolveError(f"{out}: {fault.sentence}", hint="verify takes the directory that a merge wrote")
+    return read_output(real_path(root))
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """The merge, planned again."""
+
+    joined: Joined
+    plan: MergePlan
+    inputs: Inputs
+
+
+@dataclass(slots=True)
+class _Proving:
+    """One verification."""
+
+    request: VerifyRequest
+    watch: Observer
+    clock: Clock
+    output: Output
+    digest: Callable[[TensorRef], str] = field(default_factory=lambda: cache(tensor_digest))
+    """Reads each tensor once, however many checks ask."""
+
+    def proof(self) -> Proof:
+        """Return what every check found."""
+        findings = [self._loadable()]
+        if self.request.level == "structure":
+            return Proof(self.output.root, "", (), tuple(findings), (), dict(self.clock.seconds))
+        manifest, finding = self._manifest()
+        findings.append(finding)
+        again, finding = self._planned(manifest)
+        findings.append(finding)
+        comparisons: tuple[Comparison, ...] = ()
+        if again is not None:
+            findings += self._held_to(again.plan)
+        if self.request.forward or self.request.engine:
+            if again is None:
+                raise ResolveError(
+                    f"{self.request.out}: forward passes need base and adapter, and {finding.detail}",
+                    hint="name them with --base and --adapter",
+                )
+            self._check_readable()
+            from lora_merge.verification.forward_check import compare_forward
+
+            with self.clock("forward"):
+                self.watch.phase("running the models", 0)
+                forward, comparisons = compare_forward(self.request, again.joined, again.plan, self.output)
+            findings += forward
+        if again is not None:
+            check_names(again.inputs)
+        if manifest is None and again is None:
+            findings += _nothing_compared(findings)
+        base, adapters = ("", ()) if again is None else (again.plan.base, again.plan.adapters)
+        return Proof(self.output.root, base, adapters, tuple(findings), comparisons, dict(self.clock.seconds))
+
+    def _check_readable(self) -> None:
+        """Check that whoever loads the directory finds files in it: a library would wait for a pipe for ever.
+
+        Raises:
+            CheckpointError: there is something else.
+        """
+        for name in self.output.broken:
+            path = Path(self.output.root, name)
+            if why := why_no_file(path):
+                raise CheckpointError(str(path), "", why, hint="forward passes read the whole directory")
+
+    def _loadable(self) -> Finding:
+        """Return what the gate finds; here it asks for every parameter of the model, too."""
+        with self.clock("loadable"):
+            self.watch.phase("asking what engines ask", 0)
+            issues = tuple(issue for rule in RULES.values() for issue in rule(self.output))
+        return Finding(
+            "loadable",
+            f"{len(self.output.tensors())} tensors in {_counted(len(self.output.files), 'file')}",
+            issues,
+        )
+
+    def _manifest(self) -> tuple[Manifest | None, Finding]:
+        """Return the manifest, and whether the output is as it says."""
+        path = Path(self.output.root, MANIFEST_FILE)
+        if MANIFEST_FILE not in self.output.names:
+            issue = warning(
+                "no-manifest", MANIFEST_FILE, "is missing: nothing says what the output was when it was made"
+            )
+            return None, Finding("recorded", f"there is no {MANIFEST_FILE}", (issue,), asked=False)
+        try:
+            manifest = parse_manifest(read_json(path))
+        except (CheckpointError, ValueError) as exc:
+            text = str(exc) if isinstance(exc, CheckpointError) else f"is no manifest that is known ({exc})"
+            issue = error("broken-manifest", MANIFEST_FILE, text)
+            return None, Finding("recorded", "the manifest cannot be read", (issue,))
+        with self.clock("recorded"):
+            self.watch.phase("comparing digests", 0)
+            issues = tuple(recorded(self.output, manifest, self.digest))
+        counted = (
+            f"{len(manifest.tensors)} tensors and {len(manifest.side_files)} other files, by their digests"
+        )
+        return manifest, Finding("recorded", counted, issues)
+
+    def _planned(self, manifest: Manifest | None) -> tuple[_Again | None, Finding]:
+        """Return the merge planned anew, when base and adapter are at hand."""
+        named = bool(self.request.base or self.request.adapter)
+        if manifest is None and not self.request.adapter:
+            return None, Finding("planned", "no manifest and no --adapter says what was merged", asked=False)
+        is_offline = self.request.offline
+        try:
+            texts, reading, policy = self._asked_again(manifest)
+            is_offline = texts.access.offline
+            with self.clock("plan"):
+                found = join_inputs(texts, reading, self.watch)
+                plan = make_plan(found.joined, policy)
+        except RequestError as exc:  # the user's own options are parsed
+            issue = error("broken-manifest", MANIFEST_FILE, f"names what cannot be merged ({exc})")
+            return None, Finding("planned", "the manifest cannot be merged again", (issue,))
+        except ResolveError as exc:
+            if named:
+                if is_offline and not self.request.offline:
+                    exc.add_note(
+                        "what the manifest alone names is not fetched: name it with --base and --adapter"
+                    )
+                raise
+            hint = "name base and adapter with --base and --adapter to recompute what was merged"
+            issue = warning("not-recomputed", "", f"{exc}; the deltas were not recomputed", hint)
+            return None, Finding("planned", f"{exc}", (issue,), asked=False)
+        except PlanError as exc:
+            if named:
+                raise
+            return None, Finding("planned", "base and adapter no longer fit", tuple(exc.issues))
+        issues = tuple(_other_adapters(manifest, found.joined.uses, named=bool(self.request.adapter)))
+        n_merged = sum(isinstance(step.op, Merge) for step in plan.steps)
+        finding = Finding("planned", f"{n_merged} tensors are merged, by base and adapter", issues)
+        return _Again(found.joined, plan, found.inputs), finding
+
+    def _asked_again(self, manifest: Manifest | None) -> tuple[InputTexts, Reading, Policy]:
+        """Return what the merge was made of and how, as its manifest has it, with what this request names instead.
+
+        A stranger may have written the manifest: no hub is asked for what it names. What the merge was allowed to do is
+        not recorded: the output is there, so it was allowed what it needed.
+        """
+        recorded_options = manifest.options if manifest is not None else {}
+        options = {name: recorded_options[name] for name in (*_READING, *_POLICY) if name in recorded_options}
+        near = Path(self.output.root).parent
+        base, adapters = self.request.base, self.request.adapter
+        offline = self.request.offline
+        if manifest is not None:
+            recorded = [] if base else [manifest.base]
+            recorded += [] if adapters else manifest.adapters
+            offline = offline or not all(is_directory(user_path(_text(one, near))) for one in recorded)
+            base = base or _text(manifest.base, near)
+            adapters = adapters or tuple(_weighted(_text(one, near), one.weight) for one in manifest.adapters)
+        noted = recorded_options.get("ignore_file", ())
+        ignored = self.request.ignore_file or tuple(
+            name
+            for name in parse_values(Request, {"ignore_file": noted})["ignore_file"] or ()
+            if _is_there(name, adapters)
+        )
+        given = {
+            "adapter": adapters,
+            "base": base,
+            **options,
+            "token": self.request.token,
+            "ignore_file": ignored,
+        }
+        parsed = parse_values(Request, {name: value for name, value in given.items() if value is not None})
+        texts = InputTexts(
+            tuple(map(chosen_adapter, parsed["adapter"])),
+            parsed.get("base"),
+            parsed["ignore_file"],
+            Access(parsed.get("token"), offline),
+        )
+        read = {name: parsed[name] for name in _READING if name in parsed}
+        decided = {name: parsed[name] for name in _POLICY if name in parsed}
+        return (
+            texts,
+            Reading(**read, allow_svd=True),
+            Policy(**decided, allow_untie=True, allow_again=True),
+        )
+
+    def _held_to(self, plan: MergePlan) -> list[Finding]:
+        """Return what the checks of a merge say, with the base's own bytes as evidence."""
+        with self.clock("recomputed"), one_torch_thread():
+            self.watch.phase("recomputing", 0)
+            plan, issues = placed(plan, self.output)
+            records = tuple(self._records(plan))
+            level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
+            evidence = Evidence(plan, Path(self.output.root), records, level, digest=self.digest)
+            n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
+            n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
+            n_seen = evidence.n_projected
+            how = (
+                "all rows in float64" if level == "full" else f"{n_seen} rows by projection, some in float64"
+            )
+            n_layers = len(plan.steps) - n_copied - n_formulas
+            details = {
+                "untouched": f"{n_copied} tensors, byte by byte those of base or adapter",
+                "finite": f"{len(plan.steps) - n_copied} merged tensors",
+                "recompute": f"{n_formulas} merged tensors, {how}",
+            } | ({"layers": f"{n_layers} tensors that PEFT's own layers merge"} if n_layers else {})
+            found = [Finding("placed", f"{len(plan.steps)} tensors of the plan", tuple(issues))]
+            for name, detail in details.items():
+                # at its full level it would ask for the digests of merges
+                asked = replace(evidence, level="sample") if name == "untouched" else evidence
+                found.append(Finding(name, detail, tuple(CHECKS[name](asked))))
+        return found
+
+    def _records(self, plan: MergePlan) -> Iterable[TensorRecord]:
+        """Yield what the checks need of what writing recorded: a copy's digest, whether a merge is finite, suspect rows.
+
+        The digests of merges are compared with the manifest's. Projections are made anew, where not all is recomputed.
+        """
+        for step in plan.steps:
+            here = {
+                role: replace(slot, file=str(Path(self.output.root, slot.file)))
+                for role, slot in step.writes.items()
+            }
+            if isinstance(step.op, Copy):
+                (slot,) = step.slots
+                yield TensorRecord(
+                    slot.name, slot.file, slot.nbytes, self.digest(step.op.source), finite=True
+                )
+                continue
+            suspects = None if self.request.level == "full" else suspects_of(step, here)
+            for role, slot in step.writes.items():
+                finite = slot.dtype not in TORCH_NAMES or is_finite(here[role])
+                yield TensorRecord(
+                    slot.name, slot.file, slot.nbytes, digest="", finite=finite, suspects=suspects
+                )
+
+
+def _nothing_compared(findings: list[Finding]) -> list[Finding]:
+    """Return the finding that an output was compared with nothing, unless another one has failed for that."""
+    if any(found.state == "failed" for found in findings):
+        return []
+    sentence = (
+        "was compared with nothing: only its structure was checked, and its weights may hold any values"
+    )
+    hint = "name base and adapter with --base and --adapter; --level structure asks for the structure alone"
+    issue = error("nothing-compared", "", f"the output {sentence}", hint)
+    return [Finding("compared", "neither a manifest nor base and adapter", (issue,))]
+
+
+def _counted(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+def _text(recorded: RecordedInput, near: Path) -> str:
+    """Return where an input probably is: as it was named, seen from here or from beside the output; or its repo."""
+    source = recorded.source()
+    if source is not None:
+        return str(source)
+    beside = near / recorded.path
+    return (
+        str(beside) if not is_directory(user_path(recorded.path)) and is_directory(beside) else recorded.path
+    )
+
+
+def _is_there(name: str, adapters: Sequence[str]) -> bool:
+    """Return False for a file that was left out of a merge and is gone since; of a repo nobody looks."""
+    roots = [user_path(parse_adapter(text)[0]) for text in adapters]
+    return not all(map(is_directory, roots)) or any(chosen(file_names(root), [name]) for root in roots)
+
+
+def _weighted(text: str, weight: float) -> str:
+    return text if weight == 1 else f"{text}:{weight!r}"
+
+
+def _other_adapters(manifest: Manifest | None, uses: Sequence[AdapterUse], *, named: bool) -> Iterable[Issue]:
+    """Yield an issue for each adapter whose tensors are not those that were merged."""
+    if manifest is None:
+        return
+    then, now = manifest.adapters, uses
+    if len(then) != len(now):
+        yield error("other-adapter", "", f"{len(now)} adapters are named, {len(then)} were merged")
+        return
+    for recorded_one, use in zip(then, now, strict=True):
+        if recorded_one.digest != use.adapter.digest:
+            sentence = f"is not the adapter that was merged: its digest is {use.adapter.digest}, {recorded_one.digest} was"
+            hint = "" if named else "name the one that was with --adapter"
+            yield error("other-adapter", use.adapter.root, sentence, hint)
