@@ -30,7 +30,8 @@ STORAGES = {
 
 SHAPES = [(1, 1), (37, 24), (256, 32), (3, 20, 16), (8, 4, 3, 3)]
 each = pytest.mark.parametrize(
-    ("codec", "storage"), [(KNOWN[name], one) for name in KNOWN for one in STORAGES[name]], ids=str
+    ("codec", "storage"),
+    [pytest.param(KNOWN[name], one, id=f"{name}-{one.dtype}") for name in KNOWN for one in STORAGES[name]],
 )
 of_every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
