@@ -7,17 +7,16 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import executors
+from lora_merge.batches.remerging import Nowhere, Remerging
 from lora_merge.core.checkpoint import INDEX_FILE
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy, Merge, Step
 from lora_merge.core.report import Issue, warning
-from lora_merge.core.tensor import TensorRef
-from lora_merge.core.work import Piece, Plain, largest_first
+from lora_merge.core.work import Plain, largest_first
 from lora_merge.errors import CheckpointError
 from lora_merge.formats.manifest import Manifest, parse_manifest
 from lora_merge.formats.provenance import card_text
@@ -39,11 +38,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lora_merge.conversion.job import Conversion
-    from lora_merge.core.work import Done, WorkerSpec
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.work import WorkerSpec
     from lora_merge.planning.run import Planned
-    from lora_merge.storage.copy_runs import Stretch
     from lora_merge.storage.source import Origin
-    from lora_merge.storage.sources import Source
 
 
 WORTH_A_NOTE_BYTES = 64 << 20
@@ -269,7 +267,7 @@ class _Looked:
         except NoDeviceError as exc:
             yield f"the base may have changed, and {exc}"
             return
-        remerging = _Remerging(MergeSpec((_Nowhere(),), Inputs(), device, is_checked=False), merges)
+        remerging = Remerging(MergeSpec((Nowhere(),), Inputs(), device, is_checked=False), merges)
         for slot in self._others(
             remerging,
             list(merges),
@@ -301,42 +299,6 @@ class _Looked:
 
 def _digested(ref: TensorRef) -> tuple[TensorRef, str]:
     return ref, tensor_digest(ref)
-
-
-@dataclass(frozen=True, slots=True)
-class _Remerging:
-    """Workers that merge tensors once more, for their digests."""
-
-    spec: MergeSpec
-    steps: Mapping[TensorRef, Step]
-    """What makes each slot."""
-
-    @contextlib.contextmanager
-    def make(self, n: int) -> Iterator[list[Callable[[TensorRef], tuple[TensorRef, str]]]]:
-        """Yield workers for the threads of one process."""
-        with self.spec.make(n) as workers:
-            yield [partial(self._digest, worker) for worker in workers]
-
-    def _digest(self, worker: Callable[[Piece], Done], slot: TensorRef) -> tuple[TensorRef, str]:
-        done = worker(Piece(((0, (self.steps[slot],)),)))
-        return slot, " ".join(record.digest for _, record in done.records)
-
-
-@dataclass(frozen=True, slots=True)
-class _Nowhere:
-    """Where bytes go of which only the digest is wanted."""
-
-    @contextlib.contextmanager
-    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
-        """Open slots that take everything, and keep nothing."""
-        del stretch, source
-        yield lambda _: None
-
-    @contextlib.contextmanager
-    def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
-        """Open a slot that takes everything, and keeps nothing."""
-        del slot
-        yield lambda _: None
 
 
 def _looks_wrong(ref: TensorRef, source: TensorRef | None) -> bool:

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from lora_merge.conversion.writers import HfCheckpoint
 from lora_merge.core.checkpoint import ConfigPatch, SideFile, patched_config
 from lora_merge.core.plan import MergePlan
 from lora_merge.formats.provenance import Provenance
+from lora_merge.merging.hf_checkpoint import seal
 from lora_merge.storage.folder import Folder
 
 CONFIG = {
@@ -53,5 +53,5 @@ def test_an_output_has_a_config_without_what_is_removed(tmp_path):
     plan = MergePlan("base", (), (), (), (), (side,), patch, "", ())
     assert MergePlan.from_json(plan.to_json()) == plan
     provenance = Provenance("base", (), (), "out", {}, {"lora-merge": "0"})
-    HfCheckpoint(Folder.of(out)).seal(plan, [], provenance)
+    seal(Folder.of(out), plan, [], provenance)
     assert json.loads((out / "config.json").read_text()) == {"a": 5, "text_config": {"size": 2}, "z": None}

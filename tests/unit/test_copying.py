@@ -8,15 +8,16 @@ import os
 import pytest
 import xxhash
 
-from lora_merge.conversion.writers import HfCheckpoint
 from lora_merge.core.plan import Copy, Step
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
 from lora_merge.errors import CheckpointError, WriteError
-from lora_merge.merging.worker import Stopwatches, copying
+from lora_merge.merging.worker import copying
 from lora_merge.merging.worker.copying import copy
+from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.storage.copy_runs import Stretch
 from lora_merge.storage.folder import Folder
+from lora_merge.storage.local_output import FolderSink
 from lora_merge.storage.output_files import reserve
 from lora_merge.storage.sources import SCHEMES
 from tests.memory_storage import Memory
@@ -62,7 +63,7 @@ def test_every_byte_is_read_once_whatever_number_of_outputs_wants_it(
     monkeypatch.setitem(SCHEMES, "mem", toy)
     stretches = [stretch_of(sizes, "mem://file", f"out{n}") for n in range(n_outputs)]
     sinks = [Kept() for _ in stretches]
-    records = copy(list(zip(sinks, stretches, strict=True)), Stopwatches())
+    records = copy(list(zip(sinks, stretches, strict=True)), Stopwatch())
 
     assert (toy.n_opened, toy.n_read) == (1, sum(sizes))
     for sink, stretch, own in zip(sinks, stretches, records, strict=True):
@@ -89,7 +90,7 @@ def test_the_bytes_of_a_stretch_are_where_the_plan_has_them(tmp_path):
         Step((slot,), Copy(source))
         for slot, source in zip(file.slots, stretch_of(sizes, str(tmp_path / "source")).sources, strict=True)
     ]
-    copy([(HfCheckpoint(Folder.of(folder)), Stretch(tuple(steps)))], Stopwatches())
+    copy([(FolderSink(Folder.of(folder)), Stretch(tuple(steps)))], Stopwatch())
     start = file.slots[0].start
     written = (folder / "model.safetensors").read_bytes()
     assert written[start:] == data[START:]
@@ -99,12 +100,12 @@ def test_the_bytes_of_a_stretch_are_where_the_plan_has_them(tmp_path):
 def test_a_source_that_ends_too_soon_is_no_copy(tmp_path):
     (tmp_path / "source").write_bytes(bytes(START + 9))
     with pytest.raises(CheckpointError, match=f"ends at byte {START + 9}, expected {START + 10} or more"):
-        copy([(Kept(), stretch_of([10], str(tmp_path / "source")))], Stopwatches())
+        copy([(Kept(), stretch_of([10], str(tmp_path / "source")))], Stopwatch())
 
 
 def test_a_file_that_is_not_there_to_be_filled_is_an_error(tmp_path):
     (tmp_path / "source").write_bytes(bytes(START + 10))
     (tmp_path / "out").mkdir()
-    sink = HfCheckpoint(Folder.of(tmp_path / "out"))
+    sink = FolderSink(Folder.of(tmp_path / "out"))
     with pytest.raises(WriteError, match="cannot be written"):
-        copy([(sink, stretch_of([10], str(tmp_path / "source")))], Stopwatches())
+        copy([(sink, stretch_of([10], str(tmp_path / "source")))], Stopwatch())
