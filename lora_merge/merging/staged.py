@@ -59,7 +59,7 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
     with clock("resume"), quick_turns():
         left = place.left(merge)
         found = finished(planned.plan, planned.inputs, place, left, n_workers, watch)
-    n_tensors, subject = len(planned.plan.steps), str(prepared.out)
+    n_tensors, subject = sum(len(step.writes) for step in planned.plan.steps), str(prepared.out)
     notes: list[Issue] = []
     if found:
         sentence = f"{len(found)} of {n_tensors} tensors were there from an interrupted run, as it wrote them"
