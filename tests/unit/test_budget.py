@@ -47,6 +47,12 @@ def test_a_gpu_has_larger_tiles():
     assert allot(PLAN, 2, 2, None, on_gpu=True).tile_elements == CUDA_TILE_ELEMENTS
 
 
+def test_workers_in_processes_have_torch_each_and_fewer_of_them_fit():
+    in_threads, in_processes = allot(PLAN, 3, 3, None), allot(PLAN, 3, 3, None, in_processes=True)
+    assert in_processes.peak_bytes == in_threads.peak_bytes + 3 * RUNTIME_BYTES
+    assert allot(PLAN, 3, 3, in_threads.peak_bytes, in_processes=True).n_workers < 3
+
+
 def test_tiles_shrink_before_a_worker_is_given_up():
     full = allot(PLAN, 2, 2, None)
     less = allot(PLAN, 2, 2, full.peak_bytes - 1)
