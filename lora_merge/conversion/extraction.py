@@ -28,6 +28,7 @@ from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import memory_for
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
+from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import output_path
 
 if TYPE_CHECKING:
@@ -92,7 +93,11 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         serving=None,
         overwrite=request.overwrite,
         strict=request.strict,
-        inputs=(Path(base.root), Path(tuned.root), *map(Path, sorted({ref.file for ref in tuned.tensors()}))),
+        inputs=(
+            Path(base.root),
+            Path(tuned.root),
+            *map(Path, sorted(filter(is_local, {ref.file for ref in tuned.tensors()}))),
+        ),
         read=Inputs(),
         provenance={"base": _origin(places[0]), "tuned": _origin(places[1])},
         issues=(*issues, *found.issues),

@@ -83,7 +83,8 @@ class TensorRef:
     shape: tuple[int, ...]
 
     file: str
-    """For a source, the path of the file; for a slot, its name inside the output directory."""
+    """For a source, the text that names the file: a path, or what another storage calls it; for a slot, its name inside the
+    output directory."""
 
     start: int
     """Offset of the first byte, in bytes from the start of the *file* (not of its data section)."""

@@ -12,7 +12,10 @@ from lora_merge.cli import exits
 from lora_merge.core.plan import Copy, Step
 from lora_merge.core.shards import header_bytes, place
 from lora_merge.core.tensor import TensorRecord, TensorRef
+from lora_merge.core.weight import WEIGHT
 from lora_merge.errors import WriteError
+from lora_merge.merging.worker.copying import copy
+from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.storage.copy_runs import Stretch
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import STORAGES
@@ -87,12 +90,16 @@ def test_copies_are_the_bytes_of_their_source(opened, file, tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"--" + WHOLE)
     steps = tuple(
-        Step((slot,), Copy(TensorRef(slot.name, "U8", slot.shape, str(source), start, slot.nbytes)))
+        Step(
+            slot.name,
+            {WEIGHT: slot},
+            Copy(TensorRef(slot.name, "U8", slot.shape, str(source), start, slot.nbytes)),
+        )
         for slot, start in zip(file.slots, (2, 7), strict=True)
     )
     destination = opened(wish(tmp_path / "out"))
     destination.begin([file], MERGE, [], {})
-    destination.sink.copy(Stretch(steps))
+    copy([(destination.sink, Stretch(steps))], Stopwatch())
     assert (destination.root / file.name).read_bytes() == header_bytes(file) + WHOLE
     destination.abort(KeyError())
 
@@ -170,8 +177,10 @@ def test_files_that_share_their_bytes_with_the_base_are_full(opened, file, tmp_p
     destination = opened(wish(tmp_path / "out"))
     assert destination.link([file], {file.name: str(source)}, "hard") == {}
     destination.begin([file], MERGE, [], {})
-    empty = TensorRef("a", "U8", (5,), "/nowhere", 0, 5)
-    destination.sink.copy(Stretch((Step(file.slots[:1], Copy(empty)),)))  # nothing is left to do
+    other = tmp_path / "other"
+    other.write_bytes(b"other")
+    own = Step("a", {WEIGHT: file.slots[0]}, Copy(TensorRef("a", "U8", (5,), str(other), 0, 5)))
+    copy([(destination.sink, Stretch((own,)))], Stopwatch())  # nothing is left to do
     destination.finish_file(file.name)
     destination.write_text("config.json", "{}")
     destination.flush()

@@ -145,7 +145,7 @@ def test_pieces_are_begun_in_the_order_in_which_they_come(executor, tmp_path):
 
 
 @pytest.mark.parametrize("n_workers", [1, 2, 8])
-@pytest.mark.parametrize("name", ["auto", *(set(EXECUTORS) - {"cuda"})])
+@pytest.mark.parametrize("name", ["auto", *(name for name in EXECUTORS if name != "cuda")])
 def test_the_executor_that_is_picked_is_in_the_table_and_auto_starts_no_processes(n_workers, name):
     picked = pick(n_workers, name=name)
     if name == "auto":

@@ -26,7 +26,7 @@ class Memory:
     def __init__(self):
         self.content = b""
 
-    def copy(self, stretch):
+    def copying(self, stretch, source):
         raise AssertionError(f"{stretch.slots} were copied, not merged")
 
     @contextlib.contextmanager

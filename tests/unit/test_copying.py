@@ -11,6 +11,7 @@ import xxhash
 from lora_merge.core.plan import Copy, Step
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
+from lora_merge.core.weight import WEIGHT
 from lora_merge.errors import CheckpointError, WriteError
 from lora_merge.merging.worker import copying
 from lora_merge.merging.worker.copying import copy
@@ -31,7 +32,7 @@ def stretch_of(sizes, file, target="out"):
     for n, size in enumerate(sizes):
         source = TensorRef(f"t{n}", "U8", (size,), file, START + start, size)
         slot = TensorRef(f"t{n}", "U8", (size,), target, start, size)
-        steps.append(Step((slot,), Copy(source)))
+        steps.append(Step(slot.name, {WEIGHT: slot}, Copy(source)))
         start += size
     return Stretch(tuple(steps))
 
@@ -87,7 +88,7 @@ def test_the_bytes_of_a_stretch_are_where_the_plan_has_them(tmp_path):
     file = place("model.safetensors", refs, {})
     reserve(Folder.of(folder), file)
     steps = [
-        Step((slot,), Copy(source))
+        Step(slot.name, {WEIGHT: slot}, Copy(source))
         for slot, source in zip(file.slots, stretch_of(sizes, str(tmp_path / "source")).sources, strict=True)
     ]
     copy([(FolderSink(Folder.of(folder)), Stretch(tuple(steps)))], Stopwatch())
