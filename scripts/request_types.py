@@ -66,7 +66,7 @@ def keywords_module() -> str:
     return (
         f'"""Keywords of the public functions that have a default.\n\n{_MADE}\n"""\n\n'
         "from __future__ import annotations\n\n"
-        "from typing import TYPE_CHECKING, TypedDict\n\n"
+        "from typing import TYPE_CHECKING, Literal, TypedDict\n\n"
         "if TYPE_CHECKING:\n"
         "    from collections.abc import Sequence\n"
         "    from os import PathLike\n\n"

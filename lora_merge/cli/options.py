@@ -11,8 +11,10 @@ from lora_merge.requests.table import fields_of, options_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from click.shell_completion import CompletionItem
+
     from lora_merge.cli.console import Console
-    from lora_merge.requests.option import Option, Verb
+    from lora_merge.requests.option import Names, Option, Verb
     from lora_merge.requests.request import Request
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
@@ -37,6 +39,12 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
     def __init__(self, option: Option) -> None:
         self.name = option.name
         self._parse = option.kind.parse
+        self._names = option.kind.names
+
+    def get_metavar(self, *context: Any, **more: Any) -> str | None:
+        """Return the names that the value may be, as the help shows them; None where there are none."""
+        del context, more  # click 8.2 gives its context, too
+        return None if self._names is None else f"[{'|'.join(self._names())}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the parsed value, or fail with the parser's sentence."""
@@ -44,6 +52,29 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
             return value if self._parse is None else self._parse(value)
         except ValueError as exc:
             self.fail(str(exc), param, ctx)
+
+
+class Named(click.ParamType):  # type: ignore[type-arg]
+    """One of the names of a table, refused and completed as a ``click.Choice`` does, by the members that the table has then."""
+
+    name = "choice"
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    def get_metavar(self, *context: Any, **more: Any) -> str | None:
+        """Return the names, as the help shows them."""
+        return click.Choice(self._names()).get_metavar(*context, **more)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name, or fail with click's own sentence."""
+        return click.Choice(self._names()).convert(value, param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the names that begin so."""
+        return click.Choice(self._names()).shell_complete(ctx, param, incomplete)
 
 
 def options(verb: Verb) -> Callable[[Command], Command]:
@@ -95,6 +126,8 @@ def _type(option: Option) -> Any:
     kind = option.kind
     if kind.choices:
         return click.Choice(kind.choices)
+    if kind.names is not None and kind.is_completed:
+        return Named(kind.names)
     if kind.file:
         return _FILES[kind.file]
     is_text = kind.parse is None or kind.is_many or kind.is_path

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.checkpoint import Checkpoint
-    from lora_merge.core.choices import ServingEngine
     from lora_merge.planning import Joined
     from lora_merge.serving.engine_report import EngineReport
 
@@ -75,7 +74,7 @@ def seen_by_engines(adapter: Adapter, joined: Joined | None) -> tuple[tuple[Trai
     return traits_of(adapter, joined.modules, joined.unchanged, added), family
 
 
-def serving_issues(serving: ServingEngine, adapter: Adapter, joined: Joined | None) -> list[Issue]:
+def serving_issues(serving: str, adapter: Adapter, joined: Joined | None) -> list[Issue]:
     """Return an issue for each trait that an engine stumbles over and that no conversion takes away; and the family's."""
     traits, family = seen_by_engines(adapter, joined)
     engine = ENGINES[serving]
@@ -88,7 +87,7 @@ def serving_issues(serving: ServingEngine, adapter: Adapter, joined: Joined | No
 
 
 def left_for(
-    serving: ServingEngine, made: Adapter, base: Checkpoint | None, adapter: Adapter, source: str
+    serving: str, made: Adapter, base: Checkpoint | None, adapter: Adapter, source: str
 ) -> EngineReport:
     """Return what an engine makes of an adapter that was converted for it.
 

@@ -12,7 +12,6 @@ from lora_merge.conversion.lora import Recipe
 from lora_merge.conversion.reading_back import OnBase
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, Checkpoint
-from lora_merge.core.choices import ServingEngine
 from lora_merge.core.identity import Inputs
 from lora_merge.core.report import Issue
 from lora_merge.errors import ConvertError
@@ -45,7 +44,7 @@ class Conversion:
     """Where the output is read back on the base; None where it is not at hand."""
 
     out: Path
-    serving: ServingEngine | None
+    serving: str | None
     """The engine that the output has to please."""
 
     overwrite: bool

@@ -19,7 +19,6 @@ from lora_merge.serving.traits import traits_of
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
-    from lora_merge.core.choices import ServingEngine
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
     from lora_merge.serving.engine_report import EngineReport
@@ -96,7 +95,7 @@ def inspection(
     around: Surroundings,
     issues: Sequence[Issue],
     measured: Measured | None = None,
-    engines: Sequence[ServingEngine] = (),
+    engines: Sequence[str] = (),
 ) -> Inspection:
     """Return what an adapter is.
 
@@ -133,7 +132,7 @@ def inspection(
 
 
 def _engine_reports(
-    adapter: Adapter, around: Surroundings, engines: Sequence[ServingEngine], measured: Measured
+    adapter: Adapter, around: Surroundings, engines: Sequence[str], measured: Measured
 ) -> tuple[EngineReport, ...]:
     """Return what each engine makes of an adapter."""
     traits = traits_of(adapter, measured.modules, measured.unchanged, around.added_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_merge.core.choices import BaseIs, CombineMethod, OutputDtype
+from lora_merge.core.choices import BaseIs, OutputDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Reading:
 class Policy:
     """What only a merge decides. The fields are those of `lora_merge.requests.request.Request`."""
 
-    combine: CombineMethod = "linear"
+    combine: str = "linear"
     density: float = 0.5
     seed: int = 0
     dtype: OutputDtype | None = None

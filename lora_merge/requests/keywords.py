@@ -5,7 +5,7 @@ Made from the table of options by `scripts/docs.py --write`; do not edit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,14 +14,12 @@ if TYPE_CHECKING:
     from lora_merge.core.choices import (
         AdapterFormat,
         BaseIs,
-        CombineMethod,
         Engine,
         ExpertForm,
         Link,
         Naming,
         OutputDtype,
         ProofLevel,
-        ServingEngine,
         VerifyLevel,
     )
     from lora_merge.requests.inputs import AdapterPaths
@@ -45,7 +43,7 @@ class PlanOptions(TypedDict, total=False):
     """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
     such as 'model-*'. May be repeated."""
 
-    combine: CombineMethod
+    combine: Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
     """How several adapters become one change of each weight. Default: linear, their weighted sum."""
 
     density: float
@@ -89,7 +87,7 @@ class MergeOptions(PlanOptions, total=False):
     workers: int | None
     """Workers, at most. Default: the usable cores, up to 8."""
 
-    executor: str
+    executor: Literal["auto", "serial", "threads", "processes"]
     """What runs the workers. Each process loads torch for itself, which takes seconds and memory. The output
     is the same. Default: auto, threads."""
 
@@ -180,7 +178,7 @@ class InspectOptions(TypedDict, total=False):
     """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
     such as 'model-*'. May be repeated."""
 
-    engine: ServingEngine | None
+    engine: Literal["vllm", "lmdeploy", "lorax", "sglang", "tgi", "llamacpp"] | None
     """Report on this engine only."""
 
     plot: str | PathLike[str] | None
@@ -201,7 +199,7 @@ class InspectOptions(TypedDict, total=False):
 class ConvertOptions(TypedDict, total=False):
     """Keywords of `lora_merge.convert`."""
 
-    engine: ServingEngine | None
+    engine: Literal["vllm", "lmdeploy", "lorax", "sglang", "tgi", "llamacpp"] | None
     """Do whatever this engine needs, by the rules that inspect reports, and check that it is enough."""
 
     expand_targets: bool

@@ -7,7 +7,6 @@ from typing import Any, get_args
 from lora_merge.core.choices import (
     AdapterFormat,
     BaseIs,
-    CombineMethod,
     Engine,
     ExpertForm,
     ExpertLayout,
@@ -15,12 +14,29 @@ from lora_merge.core.choices import (
     Naming,
     OutputDtype,
     ProofLevel,
-    ServingEngine,
     VerifyLevel,
 )
 from lora_merge.requests import values
 from lora_merge.requests.inputs import path_text, switch, texts
 from lora_merge.requests.option import Kind
+
+
+def _combinations() -> tuple[str, ...]:
+    from lora_merge.deltas import COMBINATIONS
+
+    return ("linear", *COMBINATIONS)  # a weighted sum is what the algebras do by themselves
+
+
+def _executors() -> tuple[str, ...]:
+    from lora_merge import executors
+
+    return executors.choices()
+
+
+def _serving_engines() -> tuple[str, ...]:
+    from lora_merge.serving import ENGINES
+
+    return tuple(ENGINES)
 
 
 def _shown(choice: Any) -> str:
@@ -51,7 +67,7 @@ FILE_NAMES = Kind("tuple[str, ...]", values.parse_file_names, "NAME", is_many=Tr
 LAYOUTS = Kind("tuple[str, ...]", values.parse_expert_layout, choices=get_args(ExpertLayout), is_many=True)
 
 BASE_IS = Kind("BaseIs", values.parse_choice(BaseIs, "kind of base"), _shown(BaseIs))
-COMBINE = Kind("CombineMethod", values.parse_choice(CombineMethod, "way to combine"), _shown(CombineMethod))
+COMBINE = Kind("str", values.parse_name(_combinations, "way to combine"), names=_combinations)
 DTYPE = Kind("OutputDtype", values.parse_dtype, _shown(OutputDtype))
 ENGINE = Kind("Engine", values.parse_choice(Engine, "engine"), _shown(Engine))
 EXPERTS = Kind("ExpertForm", values.parse_choice(ExpertForm, "form of experts"))
@@ -61,10 +77,12 @@ FORMAT = Kind(
     choices=get_args(AdapterFormat),
 )
 LEVEL = Kind("ProofLevel", values.parse_choice(ProofLevel, "level"), choices=get_args(ProofLevel))
-EXECUTOR = Kind("str", values.parse_word, "[auto|serial|threads|processes]")
+EXECUTOR = Kind("str", values.parse_word, names=_executors)
 LINK = Kind("Link", values.parse_choice(Link, "way to link"), _shown(Link))
 NAMING = Kind("Naming", values.parse_choice(Naming, "naming"), choices=get_args(Naming))
-SERVING = Kind("ServingEngine", values.parse_choice(ServingEngine, "engine"), choices=get_args(ServingEngine))
+SERVING = Kind(
+    "str", values.parse_name(_serving_engines, "engine"), names=_serving_engines, is_completed=True
+)
 VERIFY = Kind(
     "VerifyLevel",
     values.parse_choice(VerifyLevel, "level of verification"),

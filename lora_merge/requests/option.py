@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+Names = Callable[[], tuple[str, ...]]
+"""Returns the keys of a table."""
+
 Verb = Literal["merge", "plan", "verify", "inspect", "convert", "extract", "batch"]
 
 
@@ -36,6 +39,13 @@ class Kind:
     choices: tuple[str, ...] = ()
     """Values that the command completes. It refuses all others before the parser sees them."""
 
+    names: Names | None = None
+    """Of the table that has the value as a key. They are asked for whenever they are needed, and not before: a new member is one line
+    in its table, and a table is not imported for a command that has no use for it."""
+
+    is_completed: bool = False
+    """True if the command completes `names`. It refuses all others before the parser sees them, as with `choices`."""
+
     is_many: bool = False
     """True if it may be given several times; the field is a tuple."""
 
@@ -56,6 +66,9 @@ class Kind:
             return self.accepts
         if self.is_many:
             return "str | Sequence[str]"
+        if self.names is not None:
+            keys = ", ".join(f'"{name}"' for name in self.names())
+            return f"Literal[{keys}]"
         return "str | PathLike[str]" if self.is_path else self.type
 
 

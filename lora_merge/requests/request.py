@@ -11,14 +11,12 @@ from typing import ClassVar
 from lora_merge.core.choices import (
     AdapterFormat,
     BaseIs,
-    CombineMethod,
     Engine,
     ExpertForm,
     Link,
     Naming,
     OutputDtype,
     ProofLevel,
-    ServingEngine,
     VerifyLevel,
 )
 
@@ -49,7 +47,7 @@ class Request:
     """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
     such as 'model-*'. May be repeated."""
 
-    combine: CombineMethod = "linear"
+    combine: str = "linear"
     """How several adapters become one change of each weight. Default: linear, their weighted sum."""
 
     density: float = 0.5
@@ -195,7 +193,7 @@ class InspectRequest:
     """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
     such as 'model-*'. May be repeated."""
 
-    serving: ServingEngine | None = None
+    serving: str | None = None
     """Report on this engine only."""
 
     plot: str | None = None
@@ -225,7 +223,7 @@ class ConvertRequest:
     out: str
     """Directory to create."""
 
-    serving: ServingEngine | None = None
+    serving: str | None = None
     """Do whatever this engine needs, by the rules that inspect reports, and check that it is enough."""
 
     expand_targets: bool = False

@@ -14,6 +14,8 @@ from lora_merge.words import shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from lora_merge.requests.option import Names
+
 MOST_RANK: Final = 1 << 16
 MOST_WORKERS: Final = 1024
 
@@ -111,9 +113,19 @@ def parse_seed(value: str | int) -> int:
 
 def parse_choice(kind: Any, name: str) -> Callable[[str], str]:
     """Return a parser of the values of a ``Literal``, which raises ``ValueError`` for any other."""
-    known = get_args(kind)
+    return parse_name(lambda: get_args(kind), name)
+
+
+def parse_name(names: Names, name: str) -> Callable[[str], str]:
+    """Return a parser of the keys of a table, which raises ``ValueError`` for any other text.
+
+    Args:
+        names: asked for when a value is parsed.
+        name: what a value is called in the sentence.
+    """
 
     def parse(text: str) -> str:
+        known = names()
         if text not in known:
             choice = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
             raise ValueError(f"{shown(text)} is no {name}, expected {choice}")

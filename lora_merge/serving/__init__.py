@@ -25,7 +25,6 @@ from lora_merge.words import listing
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lora_merge.core.choices import ServingEngine
     from lora_merge.serving.traits import Trait
 
 UNSTATED = BaseFamily()
@@ -33,7 +32,7 @@ UNSTATED = BaseFamily()
 
 MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
 
-ENGINES: Mapping[ServingEngine, Engine] = {
+ENGINES: Mapping[str, Engine] = {
     "vllm": VLLM,
     "lmdeploy": LMDEPLOY,
     "lorax": LORAX,
@@ -46,7 +45,7 @@ __all__ = ["ENGINES", "Engine", "Need", "Ranks", "Rule", "family_issues", "needs
 
 
 def report(
-    name: ServingEngine,
+    name: str,
     traits: Sequence[Trait],
     adapter: str,
     options: str = "",
@@ -92,7 +91,7 @@ def obstacles(engine: Engine, traits: Iterable[Trait], family: BaseFamily) -> li
     ]
 
 
-def family_issues(name: ServingEngine, traits: Sequence[Trait], family: BaseFamily) -> list[Issue]:
+def family_issues(name: str, traits: Sequence[Trait], family: BaseFamily) -> list[Issue]:
     """Return what a conversion for an engine has to say about the family of the base: a refusal, or that nothing is known."""
     engine = ENGINES[name]
     standing = engine.families.standing(family)
@@ -147,7 +146,7 @@ def _other_modules(engine: Engine, traits: Iterable[Trait], family: BaseFamily) 
     return [path for path in paths if pattern and not re.fullmatch(pattern, path)]
 
 
-def needs_of(name: ServingEngine, traits: Sequence[Trait], family: BaseFamily = UNSTATED) -> frozenset[Need]:
+def needs_of(name: str, traits: Sequence[Trait], family: BaseFamily = UNSTATED) -> frozenset[Need]:
     """Return what a conversion has to do so that an engine serves what comes of it."""
     engine = ENGINES[name]
     needs = {need for _, rule in obstacles(engine, traits, family) for need in rule.needs} | {*engine.always}
@@ -161,7 +160,7 @@ class _Commands:
     """The commands that help with one adapter and one engine."""
 
     def __init__(
-        self, name: ServingEngine, engine: Engine, adapter: str, options: str, traits: Sequence[Trait]
+        self, name: str, engine: Engine, adapter: str, options: str, traits: Sequence[Trait]
     ) -> None:
         named = adapter.rstrip("/").rpartition("/")[2].partition("@")[0]
         plain = named if named.strip(".") else "adapter"

@@ -119,13 +119,15 @@ def test_the_help_of_merge_shows_an_option_and_its_values(option, cli):
 def test_the_values_in_the_help_are_those_that_parse():
     from typing import get_args
 
-    from lora_merge.core.choices import BaseIs, CombineMethod
+    from lora_merge.core.choices import BaseIs
     from lora_merge.deltas import COMBINATIONS
+    from lora_merge.executors import choices
 
-    shown = {parameter.name: parameter.metavar for parameter in app.commands["merge"].params}
-    assert shown["combine"] == f"[{'|'.join(get_args(CombineMethod))}]"
+    merge = app.commands["merge"]
+    shown = {parameter.name: parameter.make_metavar(click.Context(merge)) for parameter in merge.params}
+    assert shown["combine"] == f"[{'|'.join(['linear', *COMBINATIONS])}]"
+    assert shown["executor"] == f"[{'|'.join(choices())}]"
     assert shown["base_is"] == f"[{'|'.join(get_args(BaseIs))}]"
-    assert set(get_args(CombineMethod)) == {"linear", *COMBINATIONS}
 
 
 def test_version_is_that_of_the_package(cli):

@@ -9,7 +9,6 @@ from typing import get_args
 import pytest
 
 from lora_merge.conversion.writers.gguf.families import AROUND, FAMILIES
-from lora_merge.core.choices import ServingEngine
 from lora_merge.serving import ENGINES, report
 from lora_merge.serving.family import BaseFamily
 from lora_merge.serving.rules import Need
@@ -41,8 +40,12 @@ ADAPTERS = {
 """An adapter for every trait of LoRA on a Llama that a conversion can do something about."""
 
 
-def test_every_engine_that_can_be_named_has_rules():
-    assert tuple(ENGINES) == get_args(ServingEngine)
+@pytest.mark.parametrize(("verb", "flag"), [("inspect", "--engine"), ("convert", "--for")])
+def test_the_engines_that_have_rules_are_those_that_can_be_named(verb, flag, tmp_path, cli):
+    assert f"{flag} [{'|'.join(ENGINES)}]" in cli(verb, "--help").output
+    refused = cli(verb, tmp_path, flag, "nobody")
+    assert refused.exit_code == 2
+    assert f"'nobody' is not one of {', '.join(map(repr, ENGINES))}." in refused.stderr
 
 
 @pytest.mark.parametrize(("engine", "rule"), RULES, ids=[f"{name}-{rule.trait}" for name, rule in RULES])
