@@ -19,7 +19,7 @@ from lora_merge.core.view import View
 from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile, Weight
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.weights import WeightReader, values_of, weight_norm
-from tests.toy_codecs import TOYS
+from tests.toys.codecs import TOYS
 
 KNOWN = {**CODECS, **{name: codec for name, (codec, _) in TOYS.items()}}
 STORAGES = {

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from lora_merge.cli import exits
 from lora_merge.core.plan import Copy, Step
 from lora_merge.core.shards import header_bytes, place
 from lora_merge.core.tensor import TensorRecord, TensorRef
@@ -19,7 +17,6 @@ from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.storage.copy_runs import Stretch
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import STORAGES
-from lora_merge.storage.local_output import LocalDestination
 
 MERGE = "fingerprint"
 MARKS = ("config.json",)
@@ -204,40 +201,3 @@ def test_several_workers_fill_a_file_at_once(opened, tmp_path):
     content = b"".join(bytes([n]) * 1000 for n in range(20))
     assert (destination.root / file.name).read_bytes() == header_bytes(file) + content
     destination.abort(KeyError())
-
-
-class Shelf(LocalDestination):
-    """A toy kind of storage: outputs are named ``shelf://NAME``, and get there file by file."""
-
-    root_of_all = Path()
-
-    @staticmethod
-    def path(text):
-        return Shelf.root_of_all / text.removeprefix("shelf://")
-
-    def finish_file(self, name):
-        super().finish_file(name)
-        (Shelf.root_of_all / "arrived").open("a").write(f"{name}\n")
-
-
-def test_another_kind_of_storage_is_a_class_and_a_line(pico, pico_adapter, cli, monkeypatch, tmp_path):
-    monkeypatch.setitem(STORAGES, "shelf", Shelf)
-    monkeypatch.setattr(Shelf, "root_of_all", tmp_path / "shelves")
-    (tmp_path / "shelves").mkdir()
-    base = pico("llama", "bfloat16", "30KB")
-    arguments = ("--base", base, "--adapter", pico_adapter(base))
-
-    made = cli(*arguments, "--out", "shelf://merged")
-
-    assert made.exit_code == exits.OK, made.stderr
-    plain = cli(*arguments, "--out", tmp_path / "merged")
-    assert plain.exit_code == exits.OK, plain.stderr
-    there, here = (
-        {path.name: path.read_bytes() for path in place.iterdir()}
-        for place in (tmp_path / "shelves" / "merged", tmp_path / "merged")
-    )
-    assert there == here
-    weights = sorted(name for name in here if name.endswith(".safetensors"))
-    arrived = (tmp_path / "shelves" / "arrived").read_text().split()
-    assert sorted(arrived) == weights
-    assert len(weights) > 1

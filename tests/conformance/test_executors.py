@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_merge.cli import exits
 from lora_merge.core.work import Plain
 from lora_merge.errors import (
     BugError,
@@ -237,29 +236,3 @@ def test_workers_of_one_process_are_made_together(tmp_path):
     numbers = set(run_threads(Counted(), tasks_of(itertools.repeat(1, 20)), 3))
     assert made == [3, "over"]
     assert numbers <= {0, 1, 2}
-
-
-def run_backwards(spec, pieces, n_workers):
-    """A toy executor: the last piece first."""
-    with spec.make(1) as (work,):
-        for piece in reversed(pieces):
-            yield work(piece)
-
-
-def test_another_executor_is_a_function_and_a_line(pico, pico_adapter, cli, monkeypatch, tmp_path):
-    base = pico("llama", "bfloat16", "60KB")
-    arguments = ("--base", base, "--adapter", pico_adapter(base))
-    refused = cli(*arguments, "--out", tmp_path / "none", "--executor", "backwards")
-    assert refused.exit_code == exits.USAGE
-    sentence = "executor: 'backwards' is no executor, expected auto, serial, threads or processes"
-    assert sentence in refused.stderr
-
-    monkeypatch.setitem(EXECUTORS, "backwards", run_backwards)
-    for name in ("auto", "backwards"):
-        made = cli(*arguments, "--out", tmp_path / name / "out", "--executor", name)
-        assert made.exit_code == exits.OK, made.stderr
-    one, other = (
-        {path.name: path.read_bytes() for path in (tmp_path / name / "out").iterdir()}
-        for name in ("auto", "backwards")
-    )
-    assert one == other

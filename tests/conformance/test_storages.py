@@ -24,7 +24,7 @@ from lora_merge.storage.input_files import watching
 from lora_merge.storage.reading import read_blocks, read_into, stream_of
 from lora_merge.storage.sources import SCHEMES, identity_at, open_source, version_at
 from tests.faults.trial import content
-from tests.memory_storage import Memory
+from tests.toys.storage import Memory
 
 DATA = bytes(range(256)) * 40
 
@@ -193,7 +193,7 @@ def test_a_text_of_a_scheme_that_nobody_has_is_a_path():
 def test_weights_of_a_base_are_merged_from_a_storage_that_is_no_disk(
     max_shard_size, verify, pico, pico_adapter, cli, tmp_path, monkeypatch
 ):
-    """One file (`tests/memory_storage.py`) and one line; the only copy of the weights is in memory."""
+    """One file (`tests/toys/storage.py`) and one line; the only copy of the weights is in memory."""
     whole = pico("llama", "bfloat16", max_shard_size)
     adapter, base = pico_adapter(whole), tmp_path / whole.name
     shutil.copytree(whole, base)

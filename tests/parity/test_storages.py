@@ -22,9 +22,9 @@ from lora_merge.merging import writing
 from lora_merge.merging.memory import InMemory
 from lora_merge.merging.worker import Merger, one_torch_thread
 from lora_merge.storage.journal import FILE as JOURNAL
-from tests import toy_codecs
 from tests.steps import step_at
-from tests.toy_codecs import TOYS, known, scale_for, stored_as, values_in
+from tests.toys import codecs as toy_codecs
+from tests.toys.codecs import TOYS, known, scale_for, stored_as, values_in
 
 each = pytest.mark.parametrize("storage", TOYS)
 SCALE = 1.5

@@ -21,7 +21,7 @@ from lora_merge.storage.folder import Folder
 from lora_merge.storage.local_output import FolderSink
 from lora_merge.storage.output_files import reserve
 from lora_merge.storage.sources import SCHEMES
-from tests.memory_storage import Memory
+from tests.toys.storage import Memory
 
 START = 37
 
