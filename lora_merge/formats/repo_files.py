@@ -37,9 +37,6 @@ CONVERSION_MANIFEST = "conversion.json"
 """What an adapter was made from, and how, where it was made here."""
 
 _ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG, CONVERSION_MANIFEST})
-_ADAPTER_WEIGHTS = (ADAPTER_WEIGHTS, ADAPTER_PICKLE, MLX_WEIGHTS)
-"""In the order in which they are preferred."""
-
 VISION_WEIGHTS = "vit.safetensors"
 """What ms-swift saves of a vision tower that was trained as a whole."""
 
@@ -106,13 +103,16 @@ def _shards(label: str, index: str, names: Collection[str], root: Path) -> froze
     return wanted
 
 
-def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]) -> frozenset[str]:
+def adapter_small(
+    label: str, names: Collection[str], elsewhere: Collection[str], formats: Collection[str]
+) -> frozenset[str]:
     """Return the configuration and the side files of an adapter.
 
     Args:
         label: what to call it.
         names: the files of its folder.
         elsewhere: the folders of the repo that hold an adapter.
+        formats: names of the files of tensors that the formats of adapters look for.
 
     Raises:
         ResolveError: the listing is none of an adapter.
@@ -125,29 +125,32 @@ def adapter_small(label: str, names: Collection[str], elsewhere: Collection[str]
         if elsewhere:
             hint = f"adapters are in its folders {listing(sorted(elsewhere), 8)}: org/name/FOLDER"
         raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
-    if not adapter_weights(names):
+    if not adapter_weights(names, formats):
         state = sharded_state(names)
         if state is not None:
             sentence = f"{label}: holds no file of an adapter, only a state of {state.trainer} in shards"
             raise ResolveError(sentence, hint=f"download it; {state.tool}; then {LOAD_AFTER}")
         what = fault_of(names, "adapter")
-        wanted = choice(_ADAPTER_WEIGHTS[:2])
+        wanted = choice((ADAPTER_WEIGHTS, ADAPTER_PICKLE))
         sentence = what.sentence if what else f"has no weights of an adapter, expected {wanted}"
         raise ResolveError(f"{label}: {sentence}", hint=what.hint if what else "")
     return frozenset(name for name in names if name in _ADAPTER_SMALL or belongs_to_adapter(name))
 
 
-def adapter_weights(names: Collection[str], ignored: Collection[str] = ()) -> frozenset[str]:
+def adapter_weights(
+    names: Collection[str], formats: Collection[str], ignored: Collection[str] = ()
+) -> frozenset[str]:
     """Return the weight files of an adapter: its own in the form that is preferred, and what was trained beside it.
 
     Args:
         names: the files of its folder.
+        formats: names of the files of tensors that the formats of adapters look for; PEFT's are preferred.
         ignored: those that the user wants left out.
     """
     kept = frozenset(names) - frozenset(ignored)
     entries = adapter_entries(kept)
     entry = next(iter(entries), None)
-    weights = {MLX_WEIGHTS} & kept if entry is None else {entry, *entries[entry]}
+    weights = kept.intersection(formats) if entry is None else {entry, *entries[entry]}
     if not weights:
         return frozenset()
     beside = {name for name in kept if name.startswith(f"{EXTRA_FOLDER}/") or name == VISION_WEIGHTS}

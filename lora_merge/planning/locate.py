@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.adapters import FORMATS
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.errors import RequestError, ResolveError, UnsupportedError
@@ -138,10 +139,11 @@ def locate_adapter(
     elsewhere = repo.folders_with(ADAPTER_CONFIG) if not found.folder else ()
     known = repo.names | repo.absent
     ignored = chosen(known, ignore)
-    small = adapter_small(str(found), known, elsewhere)
+    formats = {one.weights for one in FORMATS.values()}
+    small = adapter_small(str(found), known, elsewhere, formats)
     absent = frozenset(filter(belongs_to_adapter, repo.absent))
     root = repo.fetch(small - absent)
-    weights = adapter_weights(known, ignored) | repo.beside(EXTRA_FOLDER)
+    weights = adapter_weights(known, formats, ignored) | repo.beside(EXTRA_FOLDER)
     copies = adapter_copies(known, ignored)
     unread = [
         error("unread-file", name, *described(name))

@@ -18,6 +18,7 @@ from lora_merge.cli import exits
 from tests import twins
 from tests.hub.conftest import ROOT
 from tests.tampering import edit_json, edit_tensors
+from tests.toys import adapter_format
 
 TOKEN = "hf_" + "secretword" * 3
 
@@ -95,6 +96,33 @@ def test_a_base_and_an_adapter_by_their_ids_merge_as_from_directories(
     card = (out / "README.md").read_text()
     assert "base_model: org/base\n" in card
     assert f"| base | `org/base`, commit `{commit}` |" in card
+
+
+WITH_TOY = """\
+from lora_merge.adapters import FORMATS
+from lora_merge.cli import main
+from tests.toys.adapter_format import CRATE
+
+FORMATS["crate"] = CRATE
+main()
+"""
+
+
+def test_an_adapter_of_a_format_that_is_one_line_more_is_fetched(
+    hub, environment, cli, pico, pico_adapter, tmp_path
+):
+    """The table of formats says which file of tensors a repo has."""
+    adapter = pico_adapter(pico())
+    hub.add("org/crate", adapter_format.pack(adapter, tmp_path / "crate"))
+    out = tmp_path / "out"
+    arguments = ("--base", pico(), "--adapter", "org/crate", "--out", out)
+    command = [sys.executable, "-W", "ignore", "-c", WITH_TOY, *map(str, arguments)]
+
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert result.returncode == exits.OK, result.stderr
+    assert set(hub.fetched()) == {"adapter_config.json", adapter_format.WEIGHTS}
+    assert weights(out) == merged(cli, pico(), adapter, tmp_path / "local")
 
 
 def test_a_second_run_fetches_nothing_and_writes_the_same_manifest(hub, command, base, adapter, tmp_path):
