@@ -18,8 +18,8 @@ from lora_merge.core.view import View
 from lora_merge.core.weight import FLOAT32, Storage, Weight
 from lora_merge.deltas import DoraFacts, LowRankFacts
 from lora_merge.formats.safetensors import read_header, tensor_digest
-from lora_merge.merging import writing
 from lora_merge.merging.memory import InMemory
+from lora_merge.merging.staged import Staged
 from lora_merge.merging.worker import Merger, one_torch_thread
 from lora_merge.storage.journal import FILE as JOURNAL
 from tests.steps import step_at
@@ -177,7 +177,7 @@ def test_an_interrupted_merge_of_a_base_in_parts_goes_on(storage, lost, place, c
     with known(storage):
         assert cli(*arguments, root / "whole").exit_code == exits.OK
         with monkeypatch.context() as patch:
-            patch.setattr(writing.Output, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(Staged, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             assert cli(*arguments, root / "out").exit_code == 130
         (journal,) = root.rglob(JOURNAL)
         if lost != "nothing":
