@@ -11,11 +11,13 @@ import sys
 from dataclasses import MISSING, fields
 from itertools import groupby
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from lora_merge import api
 from lora_merge.cli import main as app
+from lora_merge.conversion.writers import ADAPTER_WRITERS
 from lora_merge.core import choices
 from lora_merge.errors import RequestError
 from lora_merge.requests import keywords
@@ -96,6 +98,10 @@ def test_every_choice_is_the_type_of_an_option_or_of_something_in_one():
     names = {name for name in vars(choices) if name[0].isupper()} - {"Literal"}
 
     assert names - types == {"ExpertLayout"}  # of a list, whose words the table completes
+
+
+def test_every_format_that_can_be_named_has_a_writer():
+    assert tuple(ADAPTER_WRITERS) == get_args(choices.AdapterFormat)
 
 
 def test_an_unknown_keyword_is_an_error_of_the_call():

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import lora_merge
 from lora_merge.adapters import FORMATS
-from lora_merge.cli import exits
+from lora_merge.cli import exits, main
 from lora_merge.codecs import CODECS
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.executors import EXECUTORS
@@ -225,6 +226,9 @@ def test_an_engine_is_reported_on_and_converted_for(add, pico, pico_adapter, cli
     assert said(tmp_path / "out", "--engine", "toy") == {"Toyserve": ("yes", [])}
     for verb, flag in (("inspect", "--engine"), ("convert", "--for")):
         assert f"{flag} [{'|'.join(ENGINES)}]" in " ".join(cli(verb, "--help").output.split())
+        (parameter,) = (one for one in main.commands[verb].params if flag in one.opts)
+        completed = parameter.type.shell_complete(click.Context(main), parameter, "to")
+        assert [item.value for item in completed] == ["toy"]
 
 
 def test_an_engine_is_named_in_python_and_in_a_batch_file(add, pico, pico_adapter, cli, tmp_path):
