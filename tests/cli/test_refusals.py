@@ -1584,8 +1584,8 @@ def test_what_the_cases_change_is_what_they_are_refused_for(inputs, cli, tmp_pat
 
 SOURCES = [
     path
-    for place in ("adapters", "plan", "core/kinds.py", "core/scaling.py")
-    for path in sorted((ROOT / "lora_merge" / place).rglob("*.py")) or [ROOT / "lora_merge" / place]
+    for place in ("adapters", "planning", "peft_rules")
+    for path in sorted((ROOT / "lora_merge" / place).rglob("*.py"))
 ]
 SEVERAL = {"two-replacements"}
 """Codes of refusals that take several adapters; they have tests of their own below."""
