@@ -1,7 +1,7 @@
 """The public verbs: merge, plan, verify, inspect, convert and extract.
 
-`planning` makes a plan, `merging` carries it out, `proving` holds an output to it, years later too; `inspecting`,
-`converting` and `extracting` are about adapters. Here are the public verbs.
+`lora_merge.planning` makes a plan, `lora_merge.merging` carries it out, and `lora_merge.verification` holds an output to it, years
+later too. `lora_merge.inspection` and `lora_merge.conversion` are about adapters; they are imported when they are needed.
 """
 
 from __future__ import annotations

@@ -44,10 +44,10 @@ _ANCHORED_NAME = re.compile(rf"\^?{_NAME.pattern}\$?", re.ASCII)
 """The same, where nothing of a name may come before or after it."""
 
 _ANY = "."
-"""In a name as `_letters` spells it: any character."""
+"""Among the letters of a name: any character."""
 
 _DOT = "\0"
-"""In a name as `_letters` spells it: a dot and nothing else."""
+"""Among the letters of a name: a dot and nothing else."""
 
 
 class TargetError(PlanError, ValueError):

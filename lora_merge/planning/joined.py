@@ -33,7 +33,7 @@ _UNCHANGED = Change()
 
 @dataclass(frozen=True)
 class Joined:
-    """A base and its adapters, and where each change of theirs belongs. Made by `lora_merge.plan.join`.
+    """A base and its adapters, and where each change of theirs belongs. Made by `lora_merge.planning.join`.
 
     A join with errors among its issues is good for saying them; nothing is built on it. What takes long to ask (the
     module tree, how transformers reads the tensors) is computed when it is asked for, kept, and no part of the value.

@@ -2,7 +2,8 @@
 
 `merger` is the loop over the tiles of a tensor; `workbench` has the buffers that a tile passes through, on the CPU
 or on a GPU; `changing` applies the deltas; `sample` sees what the stored dtype keeps of them; `copying` moves what
-no delta touches; `devices` sets torch up, and `stopwatch` knows where the time went. `worker` is what executors run.
+no delta touches; `devices` sets torch up, and `stopwatch` knows where the time went. `specs` has what workers
+are made from, and the workers that executors run.
 """
 
 from lora_merge.merging.worker.copying import copy
