@@ -12,6 +12,7 @@ from lora_merge.core.report import Issue
 from lora_merge.core.tensor import Region, TensorRef
 
 PLAIN = Region()
+"""All of a tensor, which is stored ``[out, in]``."""
 
 Packing = Literal["interleaved", "expert-major", "by-expert"]
 """How B of stacked experts has their columns: the expert running fastest (PEFT), one expert's columns after the other's (Unsloth),
@@ -29,7 +30,7 @@ class Delta:
     """Which algebra it is, and what else that algebra needs."""
 
     factors: Mapping[str, TensorRef]
-    """By role: ``{"A": [r, in], "B": [out, r]}`` for ``low_rank``."""
+    """Tensors by role: for ``low_rank`` ``{"A": [r, in], "B": [out, r]}``."""
 
     scale: float = 1.0
     """The one factor that the algebra multiplies by; the reader has folded α, r and patterns into it."""
@@ -45,30 +46,32 @@ class Delta:
 
     @property
     def algebra(self) -> str:
-        """Return the algebra's name, for example ``"low_rank"``."""
+        """Name of the algebra, a key of `lora_merge.deltas.ALGEBRAS`: for example ``"low_rank"``."""
         return self.facts.algebra
 
     @property
     def module(self) -> str:
-        """Return the module that owns the parameter."""
+        """Path of the module that owns the parameter."""
         return self.parameter.rpartition(".")[0]
 
     @property
     def effective_scale(self) -> float:
-        """Return what the product of the factors is multiplied by in all."""
+        """What the product of the factors is multiplied by in all: AdaLoRA divides `scale` once more."""
         return self.facts.effective_scale(self.scale)
 
     @property
     def rank(self) -> int:
-        """Return r, of stacked factors that of one matrix; 0 without factors."""
+        """r; of stacked factors that of one expert's matrix; 0 without factors."""
         return self.facts.rank(self.factors)
 
     def shape(self, role: str) -> tuple[int, ...]:
-        """Return the shape of a factor as the formula has it, however it is stored."""
+        """Return the shape of a factor as the formula has it (A ``[r, in]``, B ``[out, r]``), however it is stored."""
         return self.facts.shape_of(role, self.factors)
 
     def weight_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of the weight as the adapter's format has it; None where the factors do not tell."""
+        """Return the weight's shape in the adapter's format, ``[in, out]`` where `transposed`; None where factors do
+        not tell.
+        """
         shape = self.facts.weight_shape(self.factors)
         return shape[::-1] if shape is not None and self.transposed else shape
 
@@ -82,7 +85,12 @@ class Delta:
         adapter_weight: float = 1.0,
         rule: str = "",
     ) -> PlacedDelta:
-        """Return the change on one stored tensor; see `PlacedDelta` for the arguments."""
+        """Return the change on one stored tensor, with the scale and the rounding that the adapter states.
+
+        Args:
+            tensor: name of the stored tensor.
+            region, part, adapter, adapter_weight, rule: as the fields of `PlacedDelta`.
+        """
         return PlacedDelta(
             self,
             tensor,
@@ -132,37 +140,37 @@ class PlacedDelta:
 
     @property
     def algebra(self) -> str:
-        """Return the algebra's name, for example ``"low_rank"``."""
+        """Name of the algebra; as `Delta.algebra`."""
         return self.delta.facts.algebra
 
     @property
     def facts(self) -> Facts:
-        """Return the facts of its algebra."""
+        """What the algebra needs to know; as `Delta.facts`."""
         return self.delta.facts
 
     @property
     def factors(self) -> Mapping[str, TensorRef]:
-        """Return its tensors by role."""
+        """The adapter's tensors by role; as `Delta.factors`."""
         return self.delta.factors
 
     @property
     def target(self) -> str:
-        """Return what the adapter calls the parameter."""
+        """What the adapter calls the parameter."""
         return self.delta.parameter
 
     @property
     def effective_scale(self) -> float:
-        """Return what the product of the factors is multiplied by in all, but for `adapter_weight`."""
+        """What the product of the factors is multiplied by in all, without `adapter_weight`."""
         return self.facts.effective_scale(self.scale)
 
     @property
     def rank(self) -> int:
-        """Return r, of stacked factors that of one matrix; 0 without factors."""
+        """As `Delta.rank`."""
         return self.delta.rank
 
     @property
     def reach(self) -> Reach:
-        """Return how much of the weight the change of some rows depends on."""
+        """How much of the weight the change of some rows depends on, given how the weight is stored."""
         return self.facts.reach(transposed=self.region.transposed)
 
 
@@ -190,7 +198,7 @@ class StackedPair:
     module: str
 
     depth: int
-    """How many ``base_layer`` stand in the names; PEFT nests the parameters of one module, the last outermost."""
+    """How often ``base_layer`` occurs in the names; PEFT nests the parameters of one module, the last outermost."""
 
     tensors: Mapping[str, TensorRef]
 
@@ -246,12 +254,13 @@ class Adapter:
 
     @property
     def is_read(self) -> bool:
-        """Return True when something of it could be read; else its issues say why not."""
+        """True when something of it could be read; else its issues say why not."""
+        # An adapter may have nothing but whole parameters, or only tensors that PEFT's layers merge.
         return bool(self.deltas or self.replacements or self.stacked or self.layered)
 
     @property
     def kind(self) -> str:
-        """Return the PEFT type, ``"LORA"`` for example."""
+        """PEFT type in capitals, for example ``"LORA"``."""
         return str(self.config.get("peft_type"))
 
 

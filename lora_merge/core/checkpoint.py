@@ -19,10 +19,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 OUTPUT_NAMES = frozenset({"lm_head", "embed_out", "proj_out", "decoder"})
 INPUT_NAMES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings"})
-"""Last parts of the paths of output and input embeddings."""
+"""Last parts of the paths of output embeddings (`OUTPUT_NAMES`) and input embeddings, in the families known."""
 
 SCALED_WHEN_TIED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano"})
-"""Model types that scale the decoder's output where the config says that embeddings are tied."""
+"""Model types that scale the decoder's output where the config says that embeddings are tied (``scale_decoder_outputs``
+in transformers), so that clearing the flag changes the forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Checkpoint:
             yield from file.tensors
 
     def by_name(self) -> dict[str, TensorRef]:
-        """Return every tensor by its stored name."""
+        """Return every tensor by its stored name, in the order of the files' bytes."""
         return {ref.name: ref for ref in self.tensors()}
 
     def parameters(self) -> dict[str, Weight]:
@@ -111,12 +112,13 @@ class Checkpoint:
 
         A tensor that belongs to no parameter is there as a dense one of its own dtype.
         """
+        # A weight of several parts is listed once, where its first part is: the dict keeps the first place of a name.
         owners = {ref.name: weight for weight in self.weights.values() for ref in weight.parts.values()}
         found = (owners.get(ref.name) or Weight.dense(ref) for ref in self.tensors())
         return {weight.name: weight for weight in found}
 
     def matrices(self) -> frozenset[str]:
-        """Return every module whose weight has two axes or more."""
+        """Return the path of every module whose weight has two axes or more: linear layers, embeddings, convolutions."""
         return frozenset(
             name.removesuffix(".weight")
             for name, weight in self.parameters().items()
@@ -149,7 +151,7 @@ class Output:
     """Of these files, those that are links out of the directory, and where to."""
 
     def tensors(self) -> dict[str, TensorRef]:
-        """Return every tensor by its name; the references name files by their full paths."""
+        """Return every tensor by its name. The references have full paths as `TensorRef.file`."""
         return {ref.name: ref for file in self.files.values() for ref in file.tensors}
 
 
@@ -186,6 +188,7 @@ def patched_config(config: Mapping[str, Any], patch: ConfigPatch) -> dict[str, A
         >>> patched_config(config, ConfigPatch({"text_config.vocab_size": 9}, ("text_config.quantization_config",)))
         {'text_config': {'vocab_size': 9}}
     """
+    # A copy: the config that is given is the base's own, which other rooms still read.
     table: dict[str, Any] = copy.deepcopy(dict(config))
     for dotted, value in patch.set.items():
         *parents, key = dotted.split(".")
@@ -195,6 +198,7 @@ def patched_config(config: Mapping[str, Any], patch: ConfigPatch) -> dict[str, A
         level[key] = value
     for dotted in patch.delete:
         *parents, key = dotted.split(".")
+        # A level that is missing, or is no table, has no such key: nothing to delete.
         found: Any = table
         for parent in parents:
             found = found.get(parent) if isinstance(found, dict) else None

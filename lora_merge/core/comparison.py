@@ -1,4 +1,4 @@
-"""How far two answers to one prompt are apart: the merged checkpoint's, and that of base and adapter."""
+"""How far two answers to one prompt differ: that of the merged checkpoint, and that of base and adapter."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class Comparison:
     """The first token said that differs, counted from 0; None when none does."""
 
     n_tokens: int = 0
-    """Tokens that were said."""
+    """How many tokens were generated and compared; 0 where none were asked for."""
 
     @property
     def ok(self) -> bool:
-        """Return True when the difference is one that rounding explains; NaN is none."""
+        """True when rounding explains the difference; False for NaN."""
+        # Every comparison with NaN is False, so an answer of NaN fails.
         return self.max_difference <= self.tolerance
 
     def sentence(self) -> str:
-        """Return what differs, for an issue."""
+        """Return what differs, as the rest of a sentence that begins with the prompt or the module."""
         said = (
             ""
             if not self.n_tokens

@@ -1,4 +1,4 @@
-"""What an algebra has to know of a change, and what may be asked of the algebra without knowing which one it is."""
+"""What an algebra has to know of a change, and what may be asked of any algebra, whichever it is."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Facts:
 
     @property
     def division(self) -> Division:
-        """Return how the change can be divided, where the base stores its weight in parts."""
+        """Into which parts the change can be divided, where the base stores its weight in parts."""
         return "none"
 
     def reach(self, *, transposed: bool) -> Reach:
@@ -73,19 +73,20 @@ class Facts:
             transposed: whether the weight is stored ``[in, out]``.
         """
         del transposed
+        # The careful answer: without a promise, a row may depend on all of the weight.
         return "rows" if self.is_row_wise else "tensor"
 
     def effective_scale(self, scale: float) -> float:
-        """Return what the product of the factors is multiplied by in all."""
+        """Return what the product of the factors is multiplied by in all: ``scale``, unless the algebra divides it."""
         return scale
 
     def rank(self, factors: Mapping[str, TensorRef]) -> int:
-        """Return r, of stacked factors that of one matrix; 0 where there is none."""
+        """Return r; of stacked factors that of one expert's matrix; 0 for a change without factors."""
         del factors
         return 0
 
     def shape_of(self, role: str, factors: Mapping[str, TensorRef]) -> tuple[int, ...]:
-        """Return the shape of one factor as the formula has it, however it is stored."""
+        """Return the shape of one factor as the formula has it (A ``[r, in]``, B ``[out, r]``), however it is stored."""
         return factors[role].shape
 
     def weight_shape(self, factors: Mapping[str, TensorRef]) -> tuple[int, ...] | None:

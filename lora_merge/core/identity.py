@@ -1,4 +1,4 @@
-"""Which file it is: what its storage says of it, which changes when the file does or another takes its name."""
+"""Which file it is: what its storage says of it, which changes when the file does or when another takes its name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class FileIdentity:
     """
 
     device: int
-    """``st_dev``. Some filesystems choose it anew at every mount: compare it within one run only."""
+    """``st_dev``. Some filesystems choose another at every mount: compare it within one run only."""
 
     inode: int
     """``st_ino``."""
@@ -34,7 +34,7 @@ class FileIdentity:
 
 
 Range = tuple[int, int]
-"""From a byte of a file to another, which is not in it."""
+"""``(first, end)``: bytes of a file, the one at ``end`` not included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ class InputFile:
         then = self.identity
         is_inode = (then.device, then.inode) == (now.device, now.inode)
         is_same = (then.size, then.modified, then.tag) == (now.size, now.modified, now.tag)
+        # A filesystem that nothing is known of may give a file another inode at each opening.
         return is_same and (is_inode or not self.is_local)
 
 
@@ -89,13 +90,15 @@ class Inputs:
     """The digest of the bytes of each place that was read."""
 
     def renewed(self, path: str, before: FileIdentity, after: FileIdentity) -> Inputs:
-        """Return the inputs after this program has changed the identity of one, if it was the one that is known."""
+        """Return the inputs with a new identity for one file, if its old one is ``before``; else unchanged."""
+        # A hard link that the run itself makes moves the time of change of the base's file. Without this, the file
+        # would have to be read again at the end.
         known = self.files.get(path)
         if known is None or known.identity != before:
             return self
         return replace(self, files={**self.files, path: replace(known, identity=after)})
 
     def with_readings(self, others: Mapping[Place, str]) -> Inputs:
-        """Return the inputs with what else was read of their files."""
+        """Return the inputs with more digests; those of files that are not among `files` are left out."""
         own = {place: digest for place, digest in others.items() if place.file in self.files}
         return replace(self, readings={**self.readings, **own})

@@ -22,6 +22,7 @@ from lora_merge.core.weight import Storage, Weight
 RUNTIME_BYTES = 260 << 20
 """Resident memory of the interpreter with torch loaded, before the first tile."""
 
+# Added only where a delta says `Facts.by_peft`.
 PEFT_BYTES = 140 << 20
 """What transformers and PEFT add to that, where PEFT's own layers merge."""
 
@@ -100,34 +101,36 @@ class Step:
 
     @property
     def slots(self) -> tuple[TensorRef, ...]:
-        """Return the places in the output, the main part's first."""
+        """Places in the output, the main part's first."""
         return tuple(self.writes.values())
 
     @property
     def main(self) -> TensorRef:
-        """Return the place of the main part: the record of that speaks for the values."""
+        """Place of the main part, whose record speaks for the values."""
         return next(iter(self.writes.values()))
 
     @property
     def reads(self) -> Mapping[str, TensorRef]:
-        """Return role → the stored tensors that are copied, or changed; factors are not among them."""
+        """Role → the stored tensors that are copied or changed; factors are not among them."""
         if isinstance(self.op, Merge):
             return self.op.source.parts
         return dict.fromkeys(self.writes, self.op.source)
 
     @property
     def source(self) -> Weight:
-        """Return what is copied, or changed."""
+        """The weight that is copied or changed; a copied tensor counts as a dense weight."""
         return self.op.source if isinstance(self.op, Merge) else Weight.dense(self.op.source)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the parameter."""
+        """Shape of the parameter, as the model has it."""
         return self.op.source.shape
 
     @property
     def action(self) -> Action:
-        """Return what the step does to its tensor, in a word."""
+        """What the step does, in a word: ``"cast"`` changes the storage only, ``"replaced"`` copies the adapter's
+        tensor.
+        """
         if isinstance(self.op, Merge) and self.op.deltas:
             return "merged"
         if self.replaced:
@@ -136,7 +139,7 @@ class Step:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that the step writes."""
+        """Bytes that the step writes, over all parts."""
         return sum(slot.nbytes for slot in self.writes.values())
 
 
@@ -168,7 +171,7 @@ class MergePlan:
     """Warnings and notes; a plan with errors is never made."""
 
     def to_json(self) -> str:
-        """Return the plan as JSON text."""
+        """Return the plan as JSON text, which `from_json` reads back."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -184,24 +187,24 @@ class MergePlan:
         return plan
 
     def disk_bytes(self) -> int:
-        """Return the bytes that the output takes."""
+        """Return the bytes that the planned files take: weights, side files and index."""
+        # A stranger's tensor name may hold half of a surrogate pair, which strict UTF-8 refuses. Only its size is
+        # needed.
         small = sum(file.nbytes for file in self.side_files) + len(
             self.index.encode("utf-8", "backslashreplace")
         )
         return small + sum(file.nbytes for file in self.files)
 
     def peak_bytes(self, n_workers: int, tile_elements: int | None = None) -> int:
-        """Return an estimate of the resident memory of the merge, in bytes.
-
-        A worker keeps the buffers of its heaviest step; the heaviest steps meet at worst.
-        """
+        """Return an estimate of the resident memory of the merge, in bytes."""
+        # A worker keeps the buffers of its heaviest step. At worst the heaviest steps run at the same time.
         heaviest = nlargest(n_workers, (_step_bytes(step, tile_elements) for step in self.steps))
         merges = [step.op for step in self.steps if isinstance(step.op, Merge)]
         by_peft = any(delta.facts.by_peft for op in merges for delta in op.deltas)
         return RUNTIME_BYTES + by_peft * PEFT_BYTES + sum(heaviest)
 
     def summary(self, n_workers: int = 0, peak_bytes: int = 0, disk_free_bytes: int = 0) -> Summary:
-        """Return the plan in numbers, with those of the machine that is to carry it out."""
+        """Return the plan in numbers, with those of the machine that is to carry it out: they are only passed on."""
         deltas = [delta for step in self.steps if isinstance(step.op, Merge) for delta in step.op.deltas]
         sizes: dict[Action, list[int]] = {"merged": [], "replaced": [], "cast": [], "copied": []}
         for step in self.steps:
@@ -234,12 +237,14 @@ def _module_ranks(deltas: list[PlacedDelta]) -> dict[str, int]:
     for delta in deltas:
         if delta.facts.has_factors:
             own = ranks.setdefault(delta.tensor, {})
+            # A tensor of stacked experts has many deltas of one adapter. They do not add up: each is on a part of its
+            # own.
             own[delta.adapter] = max(own.get(delta.adapter, 0), delta.rank)
     return {parameter: sum(own.values()) for parameter, own in ranks.items()}
 
 
 def _step_bytes(step: Step, tile_elements: int | None) -> int:
-    """Return the memory that a worker needs for one step, in bytes."""
+    """Return the memory that a worker needs for one step, in bytes: its tile in all its forms, and its factors."""
     match step.op:
         case Copy():
             return 4 * TILE_ELEMENTS
@@ -254,6 +259,7 @@ def _step_bytes(step: Step, tile_elements: int | None) -> int:
 
 def _together(op: Merge, tiles: Sequence[tuple[int, int]]) -> Iterator[Sequence[PlacedDelta]]:
     """Yield the deltas that are at work at the same time: on each tile, those that meet it."""
+    # Without boxes every delta is on all rows, so each tile meets all of them.
     if not any(delta.region.box for delta in op.deltas):
         yield op.deltas
         return
@@ -268,4 +274,5 @@ def _factor_bytes(delta: PlacedDelta) -> int:
 
 def _count(values: list[str]) -> dict[str, int]:
     counts = Counter(values)
+    # By length first, so that numbers come in the order of their size: "8" before "16".
     return {value: counts[value] for value in sorted(counts, key=lambda text: (len(text), text))}

@@ -1,4 +1,4 @@
-"""What a run says: issues, verdicts, the report, and the voice they are spoken with."""
+"""What a run says: issues, verdicts, the report, and the observer that hears of its progress."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def warning(code: str, subject: str, sentence: str, hint: str = "") -> Issue:
 
 
 def note(code: str, subject: str, sentence: str) -> Issue:
-    """Return something worth knowing, which is nobody's fault."""
+    """Return an issue that is only worth knowing. It stops nothing, not even under ``--strict``."""
     return Issue("note", code, subject, sentence)
 
 
@@ -72,17 +72,17 @@ class Verdict:
 
     @property
     def errors(self) -> tuple[Issue, ...]:
-        """Return the issues that fail the verification."""
+        """The issues that fail the verification."""
         return tuple(issue for issue in self.issues if issue.severity == "error")
 
     @property
     def notes(self) -> tuple[Issue, ...]:
-        """Return what is worth knowing about the verification and fails nothing."""
+        """The issues that fail nothing."""
         return tuple(issue for issue in self.issues if issue.severity != "error")
 
     @property
     def ok(self) -> bool:
-        """Return True when nothing failed."""
+        """True when no issue is an error; also at level ``"none"``, where nothing was asked."""
         return not self.errors
 
 
@@ -152,7 +152,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check of an existing output came to."""
+    """The result of one check of an existing output."""
 
     check: str
     """Its name: ``"recorded"``, ``"forward"``, …"""
@@ -162,18 +162,18 @@ class Finding:
 
     issues: tuple[Issue, ...] = ()
     asked: bool = True
-    """False when the check could not be made, for want of base or adapter."""
+    """False when the check could not be made, because base or adapter is missing."""
 
     @property
     def state(self) -> Literal["passed", "failed", "not asked"]:
-        """Return what it came to, in a word."""
+        """The result in a word; a check without errors has passed, whatever it warns of."""
         if not self.asked:
             return "not asked"
         return "failed" if any(issue.severity == "error" for issue in self.issues) else "passed"
 
     @property
     def made(self) -> bool:
-        """Return True where it was asked, and what it goes by could be read."""
+        """True where the check was asked for, and the manifest that it goes by could be read."""
         return self.asked and all(issue.code != "broken-manifest" for issue in self.issues)
 
 
@@ -188,7 +188,7 @@ SUBJECTS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What verifying an existing output found."""
+    """The result of verifying an existing output."""
 
     out: str
     base: str
@@ -204,29 +204,29 @@ class Proof:
 
     @property
     def issues(self) -> tuple[Issue, ...]:
-        """Return every issue of every check."""
+        """The issues of all checks, in their order."""
         return tuple(issue for finding in self.findings for issue in finding.issues)
 
     @property
     def ok(self) -> bool:
-        """Return True when no check failed."""
+        """True when no check failed; a check that was not asked for does not fail."""
         return all(finding.state != "failed" for finding in self.findings)
 
     @property
     def checked(self) -> tuple[str, ...]:
-        """Return what was checked, in plain words."""
+        """What was checked, in the words of `SUBJECTS`."""
         made = {finding.check for finding in self.findings if finding.made}
         return tuple(words for check, words in SUBJECTS.items() if check in made)
 
     @property
     def not_checked(self) -> tuple[str, ...]:
-        """Return what was not checked, in plain words."""
+        """What was not checked, in the words of `SUBJECTS`."""
         made = {finding.check for finding in self.findings if finding.made}
         return tuple(words for check, words in SUBJECTS.items() if check not in made)
 
 
 class Observer(Protocol):
-    """Who watches a run: a progress bar, a log, nobody."""
+    """What watches a run: a progress bar, a log, or nothing (`Silence`)."""
 
     def phase(self, name: str, total_bytes: int) -> None:
         """Hear that a phase begins, with the bytes it will advance by (0: unknown)."""
@@ -252,18 +252,19 @@ class Silence:
 
 
 DROWNED_SHARE = 0.25
-"""Share of a delta's elements that may be lost to rounding without a word."""
+"""Share of a delta's elements that may be lost to rounding before a warning says so."""
 
 
 def survival_issues(survival: Mapping[str, Survival]) -> tuple[Issue, ...]:
-    """Return a warning when the stored dtype is too coarse for the deltas.
-
-    bfloat16 keeps 8 bits: of a delta of 1e-4 on weights of 0.02, a third of the elements change nothing.
+    """Return a warning when the stored dtype is too coarse for the deltas, or when all of them are zero; else
+    nothing.
     """
+    # Nothing was lost to rounding here: the deltas themselves are zero, which asks for another sentence.
     if survival and not any(kept.delta_norm for kept in survival.values()):
         sentence = f"no weight changes: the deltas of all {len(survival)} merged tensors are zero where they were looked at"
         hint = "LoRA's B is zero until it is trained; is this the adapter that was meant?"
         return (warning("no-effect", "", sentence, hint),)
+    # bfloat16 keeps 8 bits: of a delta of 1e-4 on weights of 0.02, a third of the elements change nothing.
     drowned = {name: kept for name, kept in survival.items() if kept.unchanged > DROWNED_SHARE}
     if not drowned:
         return ()

@@ -45,6 +45,7 @@ def place(name: str, refs: Sequence[TensorRef], metadata: Mapping[str, str]) -> 
         refs: name, dtype and shape are used; file and place are the sources' and are replaced.
         metadata: the header's ``__metadata__``; ``format: pt`` is added when missing.
     """
+    # Two passes: a header counts offsets from the end of the header, whose length is known only when it is written.
     table: dict[str, object] = {"__metadata__": {**_FORMAT, **metadata}}
     offset = 0
     sizes = [nbytes_of(ref.dtype, ref.shape) for ref in refs]
@@ -56,6 +57,7 @@ def place(name: str, refs: Sequence[TensorRef], metadata: Mapping[str, str]) -> 
         }
         offset += nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False)
+    # Counted in bytes: a name may take more of them than it has characters.
     text += " " * (-len(text.encode()) % _ALIGNMENT)
     start = HEADER_PREFIX_BYTES + len(text.encode())
     slots = []
@@ -66,7 +68,7 @@ def place(name: str, refs: Sequence[TensorRef], metadata: Mapping[str, str]) -> 
 
 
 def header_bytes(file: OutputFile) -> bytes:
-    """Return what stands before the first tensor: the length, then the JSON."""
+    """Return the bytes before the first tensor: the length of the JSON, eight bytes little-endian, then the JSON."""
     text = file.header.encode()
     return len(text).to_bytes(HEADER_PREFIX_BYTES, "little") + text
 
@@ -92,6 +94,7 @@ def split(refs: Iterable[TensorRef], max_shard_bytes: int) -> list[tuple[str, li
         room -= nbytes
     n_shards = len(shards)
     if n_shards <= 1:
+        # One file needs no index, and transformers looks for it under this name.
         return [(SAFETENSORS_FILE, shard) for shard in shards]
     return [(shard_name(n, n_shards), shard) for n, shard in enumerate(shards, 1)]
 
@@ -102,6 +105,9 @@ def shard_name(n: int, n_shards: int) -> str:
     Example:
         >>> shard_name(1, 2)
         'model-00001-of-00002.safetensors'
+
+    Args:
+        n: number of the shard, from 1.
     """
     return f"model-{n:05}-of-{n_shards:05}.safetensors"
 
@@ -114,4 +120,5 @@ def index_text(files: Sequence[OutputFile], metadata: Mapping[str, object]) -> s
     total = sum(slot.nbytes for file in files for slot in file.slots)
     weight_map = {slot.name: file.name for file in files for slot in file.slots}
     index = {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map}
+    # The form that ``save_pretrained`` of transformers writes.
     return json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""What a tensor is before anyone has read it: a name, a dtype, a shape and a place in a file.
+"""A tensor before its values are read: a name, a dtype, a shape and a place in a file.
 
 Axis letters used in every docstring: ``W [out, in]`` is a linear weight, ``A [r, in]`` and
 ``B [out, r]`` are low-rank factors, ``r`` is the rank.
@@ -37,7 +37,8 @@ DTYPE_BITS: Mapping[str, int] = {
 """Width in bits of every safetensors dtype code (safetensors 0.8, ``Dtype``)."""
 
 MAX_NAME_CHARACTERS = 1000
-"""Of a tensor's name; those of models have some hundred. Each part of a name is looked at, with all that is before it."""
+"""Of a tensor's name; those of models have about a hundred. The work on a name grows with the square of its length, since each
+of its parts is looked up with all that precedes it."""
 
 MAX_DIMENSIONS = 64
 """Of a tensor; as many as NumPy's may have."""
@@ -72,7 +73,7 @@ DTYPE_CODES: Mapping[str, str] = {name: code for code, name in TORCH_NAMES.items
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a stored tensor lies, as a row of a safetensors header says it; as a *slot*, the place of an output tensor."""
+    """A stored tensor, as a row of a safetensors header describes it; as a *slot*, the place of an output tensor."""
 
     name: str
     """As stored, for example ``model.layers.0.self_attn.q_proj.weight``."""
@@ -93,15 +94,16 @@ class TensorRef:
 
     @property
     def end(self) -> int:
-        """Return the offset just past the last byte."""
+        """Offset just past the last byte, in bytes from the start of the file."""
         return self.start + self.nbytes
 
     def entry(self, index: int) -> TensorRef:
-        """Return one entry of the first axis, which lies in the file in one piece."""
+        """Return one entry of the first axis: an expert of a stack, for example. It is one run of bytes."""
         return self.rows(index, index + 1, self.shape[1:])
 
     def rows(self, first: int, last: int, shape: tuple[int, ...]) -> TensorRef:
-        """Return some entries of the first axis, as a tensor of this shape."""
+        """Return entries ``first`` to ``last`` of the first axis, as a tensor of the shape given."""
+        # Tensors are stored row by row, so each entry of the first axis is one run of bytes, all of one length.
         nbytes = self.nbytes // self.shape[0]
         label = str(first) if last == first + 1 else f"{first}:{last}"
         return replace(
@@ -142,12 +144,12 @@ class Survival:
 
     @property
     def relative(self) -> float:
-        """Return ‖Δ‖ / ‖W‖."""
+        """‖Δ‖ / ‖W‖; 0 where W is zero."""
         return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
 
     @property
     def lost(self) -> float:
-        """Return ‖Δ′ - Δ‖ / ‖Δ‖: 0 when all of it arrived, 1 when nothing did."""
+        """‖Δ′ - Δ‖ / ‖Δ‖: 0 when all of the delta was kept, 1 when none was."""
         return self.error_norm / self.delta_norm if self.delta_norm else 0.0
 
 
@@ -182,12 +184,13 @@ class TensorRecord:
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the size in bytes of a dense tensor.
+    """Return the size of a dense tensor, in whole bytes.
 
     Example:
         >>> nbytes_of("BF16", (4, 3))
         24
     """
+    # Values of four and six bits are packed, so the last byte may be partly used.
     return (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
 
 

@@ -48,7 +48,7 @@ class View:
 
     @property
     def n_rows(self) -> int:
-        """Return the rows of all blocks together."""
+        """Rows of all blocks together."""
         return self.blocks * self.rows
 
     def tiles(self, elements: int | None = None, rows: int = 1) -> list[tuple[int, int]]:
@@ -64,6 +64,7 @@ class View:
         """
         wanted = max(MIN_TILE_ROWS, (elements or TILE_ELEMENTS) // max(self.columns, 1))
         if wanted >= 2 * self.rows:  # several blocks at once
+            # A multiple of the rows of one matrix, so that no tile cuts one.
             return _ranges(self.n_rows, max(self.rows, 1) * (wanted // max(self.rows, 1)))
         return [
             (block * self.rows + start, block * self.rows + end)
@@ -72,7 +73,7 @@ class View:
         ]
 
     def panels(self) -> list[tuple[int, int]]:
-        """Return the column ranges that it is surveyed in."""
+        """Return the column ranges that a survey reads, each of `PANEL_ELEMENTS` at most but one column at least."""
         return _ranges(self.columns, max(1, PANEL_ELEMENTS // max(self.n_rows, 1)))
 
 
@@ -113,11 +114,12 @@ class Block:
         size = self.view.rows
         if self.rows == (0, size):
             return [(self.blocks[0] * size, self.blocks[1] * size)]
+        # A part of every matrix: the rows of the others lie between.
         return [(block * size + self.rows[0], block * size + self.rows[1]) for block in range(*self.blocks)]
 
 
 class Spread:
-    """Blocks by their rows, so that those of a tile are found without looking at all."""
+    """Blocks sorted by their rows, so that those that meet a tile are found by bisection."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._ranges = sorted(
@@ -126,13 +128,15 @@ class Spread:
         self._longest = max((last - first for first, last, _ in self._ranges), default=0)
 
     def meeting(self, start: int, end: int) -> list[int]:
-        """Return the numbers of the blocks that have some of these rows, in their order.
+        """Return the numbers of the blocks that have some of the rows ``start`` to ``end``, in ascending order.
 
         Example:
             >>> Spread([Block.of(View(4, 8, 3), ((n, n + 1), (0, 8), (0, 3))) for n in range(4)]).meeting(7, 17)
             [0, 1, 2]
         """
         found = set()
+        # Ranges may overlap, so the last one that begins before the tile need not be the only one to reach into it.
+        # None of those further back than the longest can.
         for at in range(bisect.bisect_left(self._ranges, (start - self._longest,)), len(self._ranges)):
             first, last, n = self._ranges[at]
             if first >= end:
@@ -143,8 +147,9 @@ class Spread:
 
 
 def _spread(n: int, wanted: int, multiple: int) -> list[tuple[int, int]]:
-    """Return ranges of at least so many, of equal size, give or take one multiple; each begins at one."""
+    """Return ranges that cover n, ``wanted`` long or longer where n allows, of one size give or take a multiple."""
     n_units = -(-n // multiple)
+    # Rounded down, so that no tile is smaller than wanted: a short last one may get other bits (`MIN_TILE_ROWS`).
     n_ranges = max(1, n_units // -(-wanted // multiple))
     ends = (n_units * k // n_ranges * multiple for k in range(n_ranges + 1))
     return list(pairwise(min(end, n) for end in ends))

@@ -1,4 +1,4 @@
-"""A parameter of a model, however many tensors store it."""
+"""A parameter of a model, and the tensors that store it: one, or several in a quantised storage."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Storage:
 
     @property
     def is_dense(self) -> bool:
-        """Return True where one tensor holds the values as they are."""
+        """True where one tensor holds the values as they are."""
         return self.codec == DENSE
 
     @property
     def value_dtype(self) -> str:
-        """Return the dtype that single values are rounded to; a codec with scales rounds them from float32, in groups."""
+        """Dtype that single values are rounded to. A codec with scales rounds them from float32, in groups."""
         return self.dtype if self.is_dense else "F32"
 
 
@@ -57,32 +57,32 @@ class Weight:
 
     @classmethod
     def dense(cls, ref: TensorRef) -> Weight:
-        """Return a stored tensor as the parameter of its own name."""
+        """Return a stored tensor as the parameter of its own name, with one part."""
         return cls(ref.name, ref.shape, Storage(DENSE, ref.dtype), {WEIGHT: ref})
 
     @property
     def plain(self) -> TensorRef | None:
-        """Return the tensor that holds the values as they are; None where a codec has to decode them."""
+        """The tensor that holds the values as they are; None where a codec has to decode them."""
         return self.parts[WEIGHT] if self.storage.is_dense else None
 
     @property
     def dtype(self) -> str:
-        """Return the dtype of the main part."""
+        """Dtype of the main part, a safetensors code."""
         return self.storage.dtype
 
     @property
     def holds_floats(self) -> bool:
-        """Return True where the values are floating-point numbers: a codec's always are, integers without one never."""
+        """True where the values are floating-point numbers. A codec's always are; integers without a codec never are."""
         return not self.storage.is_dense or self.storage.dtype in TORCH_NAMES
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all parts."""
+        """Bytes of all parts together."""
         return sum(ref.nbytes for ref in self.parts.values())
 
     @property
     def files(self) -> frozenset[str]:
-        """Return the files that the parts are in."""
+        """The files that the parts are in; a weight's parts may lie in different shards."""
         return frozenset(ref.file for ref in self.parts.values())
 
 
@@ -119,9 +119,9 @@ class PartRange(NamedTuple):
     """In which the codec is given it."""
 
     ranges: tuple[tuple[int, int], ...]
-    """``(first byte, bytes)`` in the part, in the order in which they fill the shape; several where rows lie across."""
+    """``(first byte, bytes)`` in the part, in the order in which they fill the shape; several where the part is stored transposed."""
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all ranges."""
+        """Bytes of all ranges."""
         return sum(nbytes for _, nbytes in self.ranges)

@@ -24,7 +24,7 @@ class Sized(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Return its size."""
+        """Its size in bytes."""
 
 
 Work = TypeVar("Work", bound=Sized)
@@ -75,7 +75,7 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that are written, in all outputs together."""
+        """Bytes that are written, in all outputs together."""
         return sum(step.nbytes for _, steps in self.wanted for step in steps)
 
 
@@ -94,5 +94,6 @@ class Done:
 
 
 def largest_first(pieces: Iterable[Work]) -> list[Work]:
-    """Return pieces so that no worker is left alone with a large one at the end."""
+    """Return pieces in descending order of their bytes."""
+    # A large piece that starts last would keep one worker busy while all others have nothing left to do.
     return sorted(pieces, key=lambda piece: piece.nbytes, reverse=True)
