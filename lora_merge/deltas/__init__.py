@@ -28,6 +28,7 @@ ALGEBRAS: Mapping[str, type[Algebra]] = {
     "rows": Rows,
     "peft_layer": PeftLayer,
 }
+"""By the name that `Facts.algebra` has, in plans and in JSON."""
 
 __all__ = [
     "ALGEBRAS",

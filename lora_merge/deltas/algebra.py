@@ -1,4 +1,4 @@
-"""What every algebra is."""
+"""What every algebra is: a delta that surveys a weight where it has to, and changes its rows in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Changer(Protocol):
     """What changes rows of a stored weight: an algebra, or one that sees only its part."""
 
     def survey(self, panels: Panels) -> None:
-        """Look at the whole weight before the first tile; for reach ``"columns"``."""
+        """Look at the whole weight before the first tile. It is called for reach ``"columns"`` only."""
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Change rows ``start`` to ``end`` of the stored weight, in place.
@@ -49,7 +49,7 @@ class Algebra(Changer, Protocol):
 
 
 class Unsurveyed:
-    """What algebras have in common that need not look at the whole weight first."""
+    """A base for algebras that need not look at the whole weight first."""
 
     def survey(self, panels: Panels) -> None:
         """Look at nothing."""

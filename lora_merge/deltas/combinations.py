@@ -23,10 +23,16 @@ Combine = Callable[
 
 
 def combine(changes: Sequence[torch.Tensor], weights: Sequence[float], how: Combination) -> torch.Tensor:
-    """Return the combined change of one tensor; what is random in it depends on its seed and name alone.
+    """Return the combined change of one tensor. What is random in it depends on `Combination.seed` and ``rng_key``
+    alone.
 
     Shapes:
         changes: float32 ``[rows, cols]``, or ``[blocks, rows, cols]`` for stacked matrices.
+
+    Args:
+        changes: what each adapter changes, before its weight is applied.
+        weights: how much of each is wanted.
+        how: the method and its settings.
     """
     import torch
 
@@ -49,6 +55,7 @@ def ties(
     from peft.utils.merge_utils import magnitude_based_pruning
 
     del generator
+    # At density 1 nothing is trimmed.
     if how.density < 1:
         changes = [magnitude_based_pruning(change, how.density) for change in changes]
     return _elected(changes, weights)
@@ -87,6 +94,7 @@ def svd(
     import torch
 
     del generator
+    # All of this works on the last two axes, so a stack is decomposed matrix by matrix.
     u, s, v = torch.linalg.svd(_sum(changes, weights), full_matrices=False)
     kept: torch.Tensor = (u[..., : how.rank] * s[..., None, : how.rank]) @ v[..., : how.rank, :]
     return kept
@@ -101,14 +109,12 @@ COMBINATIONS: Mapping[str, Combine] = {
 
 
 def _thinned(change: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
-    """Return a change with values dropped at random and the rest scaled up, from a generator of our own.
-
-    PEFT's function draws from the one that all threads share.
-    """
+    """Return a change with a share of ``1 - density`` of its values dropped, and the rest divided by ``density``."""
     import torch
 
     if density == 1:
         return change
+    # PEFT's function draws from the generator that all threads share; this one is the tensor's own.
     kept = torch.rand(change.shape, generator=generator) < density
     return change * kept.to(change.device) / density
 
@@ -123,7 +129,7 @@ def _sum(changes: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor
 
 
 def _elected(changes: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the weighted values whose sign is that of the sum of all."""
+    """Return the mean of the weighted values whose sign is that of the sum of all; PEFT's functions, value by value."""
     import torch
     from peft.utils.merge_utils import (
         calculate_majority_sign_mask,

@@ -1,4 +1,4 @@
-"""DoRA: a low-rank sum whose outputs are then given the length that training found for them."""
+"""DoRA: a low-rank sum, after which each output of the weight gets the length that was trained for it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class DoraFacts(FactorFacts):
 
     @property
     def division(self) -> Division:
-        """Return ``"rows"``: a length is that of a whole row."""
+        """``"rows"``, since a length is that of a whole row; ``"none"`` with block-diagonal factors."""
         return "none" if self.has_blocks else "rows"
 
     def reach(self, *, transposed: bool) -> Reach:
-        """Return ``"columns"`` where the norms run down the columns of the stored weight."""
+        """Return ``"columns"`` where the norms run down the columns of the stored weight, else ``"rows"``."""
         return "columns" if transposed else "rows"
 
 
@@ -56,28 +56,29 @@ class Dora:
 
     def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
         self._sum = LowRank(delta, factors, stored)
+        # PEFT stores it ``[out]``, and ``[1, out, 1, …]`` for a convolution.
         self._magnitude = factors["magnitude"].float().flatten()
         self._transposed = delta.region.transposed
         self._factor: torch.Tensor | None = None
 
     def survey(self, panels: Panels) -> None:
-        """Take the norm of every column of V."""
+        """Take the norm of every column of V, panel by panel."""
         import torch
 
         norms = []
         for start, end, panel in panels:
+            # The panel may be changed (`Panels`), so it becomes V in place.
             self._sum.apply_columns(panel, start, end)
             norms.append(torch.linalg.norm(panel.T, dim=1))
         self._factor = self._magnitude / torch.cat(norms)
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Add the rows' part of the delta, and scale what came of it.
-
-        With deltas before it, the lengths are still those of the base plus this delta, as in PEFT's forward pass.
-        """
+        """Add the rows' part of the delta, and scale what came of it."""
         import torch
 
         lengths = None
+        # After other deltas the lengths are still those of the base plus this delta, as in PEFT's forward pass. The
+        # first delta gets the same tensor twice, and takes them from V itself.
         if self._factor is None and base is not weight:
             alone = base.clone()
             self._sum.apply(alone, alone, start, end)

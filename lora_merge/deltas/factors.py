@@ -1,4 +1,4 @@
-"""The factors of a delta as its algebra wants them: loaded, unpacked, cut to the part that is meant."""
+"""The factors of a delta as its algebra takes them: loaded, unpacked, cut to the part that is meant."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class FactorFacts(Facts):
 
     @property
     def has_blocks(self) -> bool:
-        """Return True when a factor is block-diagonal."""
+        """True when a factor is block-diagonal (BD-LoRA)."""
         return self.blocks_a is not None or self.blocks_b is not None
 
     def rank(self, factors: Mapping[str, TensorRef]) -> int:
-        """Return r, the number of rows of A (of one expert's A, where experts are stacked)."""
+        """Return r, the number of rows of A; of stacked factors, of one expert's A."""
         return self.shape_of("A", factors)[0] // (self.stack.experts if self.stack else 1)
 
     def shape_of(self, role: str, factors: Mapping[str, TensorRef]) -> tuple[int, ...]:
@@ -63,12 +63,14 @@ class FactorFacts(Facts):
         return shape[::-1] if self.stored_transposed and role in {"A", "B"} else shape
 
     def factor_shapes(self, factors: Mapping[str, TensorRef]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B once blocks are laid out on their diagonals."""
+        """Return the shapes of A and B once A's blocks are laid out on their diagonal."""
         a, b = self.shape_of("A", factors), self.shape_of("B", factors)
+        # A stores its blocks one above the other: laid out, it has as many times the columns. B already has all its
+        # rows.
         return (a[0], a[1] * (self.blocks_a or 1), *a[2:]), b
 
     def weight_shape(self, factors: Mapping[str, TensorRef]) -> tuple[int, ...] | None:
-        """Return the shape of B A; of stacked experts, that of one."""
+        """Return the shape of B A: ``[out, in]``, then a kernel's axes; of stacked factors, that of one expert."""
         a, b = self.factor_shapes(factors)
         return (b[0], *a[1:])
 
@@ -113,8 +115,10 @@ class Factors:
     def _unstacked(self, delta: Delta, stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A ``[experts, r, in]`` and B ``[experts, out, r]`` of all experts, float32."""
         a, b = delta.factors["A"], delta.factors["B"]
+        # Where the bytes are, since several deltas (one per expert) may share the two tensors.
         key = (a.file, a.start, b.start)
         with self._lock:
+            # Under the lock: threads that ask for one stack wait for the first, instead of unpacking it each.
             if key not in self._stacks:
                 self._stacks[key] = self._unpacked(delta, stack)
                 while len(self._stacks) > _KEPT_STACKS:
@@ -139,13 +143,14 @@ class Factors:
 
 
 def _cut(factors: dict[str, torch.Tensor], part: tuple[tuple[int, int], ...]) -> dict[str, torch.Tensor]:
-    """Return factors of the rows and columns that a part of ``[out, in]`` has."""
+    """Return the factors of some outputs and inputs of the weight."""
     outputs = slice(*part[0])
     cut = dict(factors)
     for role in ("B", "addend"):
         if role in factors:
             cut[role] = factors[role][outputs]
     if "magnitude" in factors:
+        # Flat, since PEFT stores that of a convolution with more axes.
         cut["magnitude"] = factors["magnitude"].flatten()[outputs]
     if "A" in factors and len(part) > 1:
         cut["A"] = factors["A"][:, slice(*part[1])]

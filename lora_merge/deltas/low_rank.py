@@ -27,7 +27,7 @@ _FUSED_SIDE = 64
 
 @dataclass(frozen=True, slots=True)
 class LowRankFacts(FactorFacts):
-    """Of a low-rank sum."""
+    """Of a low-rank sum: LoRA, AdaLoRA, BD-LoRA."""
 
     divisor: float | None = None
     """What the scaled product is divided by (AdaLoRA's ``ranknum + 1e-5``)."""
@@ -41,22 +41,22 @@ class LowRankFacts(FactorFacts):
 
     @property
     def has_flat_kernel(self) -> bool:
-        """Return True where the factors of a convolution have its kernel flat: AdaLoRA's."""
+        """True where the factors of a convolution have its kernel flat, as AdaLoRA's do."""
         return self.divisor is not None
 
     @property
     def division(self) -> Division:
-        """Return ``"boxes"``: rows of B and columns of A give any part; blocks on a diagonal do not."""
+        """``"boxes"``: rows of B and columns of A give any part. ``"none"`` where blocks lie on a diagonal."""
         return "none" if self.has_blocks else "boxes"
 
     def effective_scale(self, scale: float) -> float:
-        """Return the scale over the divisor."""
+        """Return the scale over AdaLoRA's divisor; the scale itself without one."""
         return scale / (self.divisor or 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class StackedFacts(FactorFacts):
-    """Of a low-rank sum for each expert of a stack."""
+    """Of a low-rank sum for each expert of a stack, factors ``[experts, …]``."""
 
     algebra: Literal["stacked"] = "stacked"
 
@@ -94,7 +94,9 @@ class LowRank(Unsurveyed):
         self._transposed = delta.region.transposed
         self._rounded_to = stored if delta.rounded else ""
         self._round_weight = bool(self._rounded_to and delta.round_before_next)
+        # Scaling by a power of two is exact, so B can be scaled in place of the product.
         exact = math.frexp(delta.scale)[0] in {0.5, -0.5}
+        # A rounding or a divisor has to come between product and sum, as in PEFT.
         plain = not self._rounded_to and self._divisor is None
         small = len(self._a) <= _FUSED_RANK and min(len(self._b), self._a.shape[1]) >= _FUSED_SIDE
         self._fused = exact and plain and small
@@ -103,7 +105,7 @@ class LowRank(Unsurveyed):
         self._buffer: torch.Tensor | None = None
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Add the rows' part of the delta."""
+        """Add the part of the delta that belongs to rows ``start`` to ``end`` of the stored weight."""
         del base
         if self._transposed:
             self._add(weight, self._b, self._a[:, start:end])
@@ -111,7 +113,7 @@ class LowRank(Unsurveyed):
             self._add(weight, self._b[start:end], self._a)
 
     def apply_columns(self, weight: torch.Tensor, start: int, end: int) -> None:
-        """Add the part of the delta that belongs to some columns of the stored weight."""
+        """Add the part of the delta that belongs to columns ``start`` to ``end`` of the stored weight."""
         if self._transposed:
             self._add(weight, self._b[start:end], self._a)
         else:
@@ -133,14 +135,16 @@ class LowRank(Unsurveyed):
             weight.copy_(rounded(weight, self._rounded_to))
 
     def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Return ``s · left @ right`` in a buffer that the next call reuses."""
+        """Return ``s · left @ right`` in a buffer that the next call of the same shape reuses."""
         import torch
 
         shape = (left.shape[0], right.shape[1])
         if self._buffer is None or self._buffer.shape != shape:
             self._buffer = torch.empty(shape, dtype=torch.float32, device=left.device)
+        # Multiplied first and scaled after, as PEFT does it: the other order has other bits.
         product = torch.mm(left, right, out=self._buffer).mul_(self._scale)
         if self._divisor is not None:
+            # PEFT divides by a float32 tensor (``ranknum``), not by a Python number.
             product.div_(torch.tensor(self._divisor, dtype=torch.float32, device=left.device))
         return product
 
@@ -165,14 +169,16 @@ class Stacked(Unsurveyed):
         self._rows = self._a.shape[2] if self._transposed else self._b.shape[1]
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Add the rows' part of the delta: expert by expert, or of whole experts on a GPU all at once."""
+        """Add the part of the delta that belongs to some rows, which are counted through all experts."""
         del base
         if weight.is_cuda and start % self._rows == end % self._rows == 0:
+            # On a GPU one batched product for the whole experts of a tile.
             experts = slice(start // self._rows, end // self._rows)
             weight.view(-1, self._rows, weight.shape[1]).add_(self._delta(self._a[experts], self._b[experts]))
             return
         at = start
         while at < end:
+            # A tile may begin and end within an expert. On the CPU a product per expert has PEFT's bits.
             expert, first = divmod(at, self._rows)
             n = min(self._rows - first, end - at)
             a, b = self._a[expert], self._b[expert]
@@ -184,7 +190,7 @@ class Stacked(Unsurveyed):
             at += n
 
     def _delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return ``s · B A``, as it is stored, of one expert or of several."""
+        """Return ``s · B A``, of one expert or of several, the way round that the weight is stored."""
         delta = (b @ a).mul_(self._scale)
         if self._transposed:
             delta = delta.mT
@@ -192,14 +198,19 @@ class Stacked(Unsurveyed):
 
 
 def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return float32 values as a stored dtype would hold them."""
+    """Return float32 values rounded to a stored dtype, in float32 again.
+
+    Args:
+        values: any shape.
+        dtype: a safetensors code: ``"BF16"``.
+    """
     import torch
 
     return values.to(getattr(torch, TORCH_NAMES[dtype])).float()
 
 
 def plain_pair(facts: FactorFacts, factors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A ``[r, in]`` and B ``[out, r]`` in float32, whatever they are stored as."""
+    """Return float32 A ``[r, in]`` and B ``[out, r]``: E multiplied into A, blocks on diagonals, kernels flat."""
     a, b = factors["A"].float(), factors["B"].float()
     if "E" in factors:
         a = a * factors["E"].float()
@@ -208,7 +219,7 @@ def plain_pair(facts: FactorFacts, factors: Mapping[str, torch.Tensor]) -> tuple
 
 
 def _on_diagonal(factor: torch.Tensor, n_blocks: int) -> torch.Tensor:
-    """Return a factor whose blocks are stored one above the other as the block-diagonal matrix."""
+    """Return a factor whose blocks are stored one above the other as one block-diagonal matrix."""
     import torch
 
     if n_blocks == 1:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _FLOAT32 = "F32"
 
 _STEADY_MARGIN = 16
-"""How many times the expected error of a decomposition may be met."""
+"""How many times the expected error of a decomposition is allowed."""
 
 _STEADY_SHARE = 2.0**-9
 """The part of the adapter's change by which two merges may differ: as much as factors in bfloat16 are rounded by."""
@@ -88,6 +88,7 @@ class PeftLayer(Unsurveyed):
 
     def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
         facts = self._facts = cast("PeftLayerFacts", delta.facts)
+        # PEFT's bits need PEFT's dtype, which is the base's; they are the promise only where the output has it too.
         exact = delta.rounded and stored == facts.dtype
         self._dtype = TORCH_NAMES[stored if exact else _FLOAT32]
         self._tensors = _of(factors, "adapter:")
@@ -106,7 +107,7 @@ class PeftLayer(Unsurveyed):
             raise PlanError([self._issue(exc)]) from exc
 
     def _issue(self, exc: InjectionError) -> Issue:
-        """Return what PEFT refuses, with the module and the kind of adapter."""
+        """Return what PEFT refuses as an issue that names the module and the kind of adapter."""
         module, kind = self._facts.module, self._facts.method
         sentence = f"{kind}: {exc.sentence}"
         if module not in exc.subject:
@@ -120,20 +121,23 @@ class PeftLayer(Unsurveyed):
         return error("injection", exc.subject, sentence, _ELSEWHERE)
 
     def _merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the parameter after PEFT's merge."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self._dtype)
         parameter = self._facts.parameter
         whole = weight.cpu().to(dtype).view(self._facts.shape)
         module = {parameter: whole} | {name: tensor.to(dtype) for name, tensor in self._others.items()}
+        # What belongs to the whole model (VeRA's projections) goes in once, with the injection.
         shared = {name: tensor for name, tensor in self._tensors.items() if not name.startswith(PREFIX)}
         own = {name: tensor for name, tensor in self._tensors.items() if name.startswith(PREFIX)}
+        # ``lru_cache`` holds no lock while it calls: two workers would both build the injection.
         with _BUILDING:
             facts = self._facts
             injection = _injection(_Key(facts.model_config, facts.adapter_config, facts.digest, shared))
         merged = injection.merge(self._facts.module, module, own)
         self._check_others(module, merged)
+        # A decomposition may come out otherwise on another machine. A second one, with other threads and the weight
+        # off by one rounding, shows by how much.
         if _decomposes(injection.config):
             with _all_threads():
                 again = injection.merge(self._facts.module, _nudged(module), own)
@@ -155,16 +159,14 @@ class PeftLayer(Unsurveyed):
         merged: Mapping[str, torch.Tensor],
         again: Mapping[str, torch.Tensor],
     ) -> None:
-        """Raise when a second decomposition, off by rounding alone, gives another merged weight.
-
-        A singular vector of a matrix that is off by u σ₁ is off by about u σ₁ / gap, and n singular values lie about
-        σ₁ / n apart: by n u.
-        """
+        """Raise when a second decomposition, off by rounding alone, gives another merged weight."""
         for name in self._facts.changed:
             one, other = merged[name].float(), again[name].float()
             n = max(one.shape, default=1)
             roundoff = UNIT_ROUNDOFF[DTYPE_CODES[self._dtype]]
             off, change = float((one - other).norm()), float((one - before[name].float()).norm())
+            # A singular vector of a matrix that is off by u σ₁ is off by about u σ₁ / gap. n singular values lie
+            # about σ₁ / n apart, which makes it n u.
             bound = (_STEADY_MARGIN * n * UNIT_ROUNDOFF[_FLOAT32] + roundoff) * float(before[name].norm())
             bound = max(bound, _STEADY_SHARE * change)
             if not off <= bound:  # negated, so that NaN is wrong
@@ -190,7 +192,7 @@ _BUILDING = threading.Lock()
 
 @lru_cache(maxsize=2)
 def _injection(key: _Key) -> Injection:
-    """Return an injection, built once for all modules of an adapter."""
+    """Return an injection; it is built once for all modules of an adapter."""
     return Injection(json.loads(key.model_config), json.loads(key.adapter_config), key.shared)
 
 
@@ -202,7 +204,8 @@ def _decomposes(config: Any) -> bool:
 
 
 def _n_threads() -> int:
-    """Return how many threads torch has in a script of the user's, or two on a single core."""
+    """Return how many threads torch has in a script of the user's; at least two, unlike the merge's one."""
+    # macOS and Windows have no ``sched_getaffinity``.
     return max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
 
 

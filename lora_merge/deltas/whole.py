@@ -1,4 +1,4 @@
-"""Changes without factors: a vector or matrix that is added, and rows that are put in place of others."""
+"""Changes without factors: a vector or matrix that is added, and rows that replace others."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class AdditionFacts(Facts):
 
     @property
     def division(self) -> Division:
-        """Return ``"boxes"``."""
+        """``"boxes"``: a box of the sum needs the same box of the addend and no more."""
         return "boxes"
 
     def weight_shape(self, factors: Mapping[str, TensorRef]) -> tuple[int, ...] | None:
-        """Return the shape of what is added."""
+        """Return the shape of the addend, which is the weight's."""
         return factors["addend"].shape
 
 
@@ -68,10 +68,11 @@ class Addition(Unsurveyed):
     def __init__(self, delta: PlacedDelta, factors: Mapping[str, torch.Tensor], stored: str) -> None:
         del stored
         addend = factors["addend"].float()
+        # As the view has it: a bias is ``[n, 1]``.
         self._addend = addend.reshape(len(addend), -1) * delta.scale
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Add the rows."""
+        """Add rows ``start`` to ``end`` of the scaled addend."""
         del base
         weight.add_(self._addend[start:end])
 
@@ -94,8 +95,9 @@ class Rows(Unsurveyed):
         self._indices = cast("RowsFacts", delta.facts).indices
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Put the trained rows that lie in the tile in their places."""
+        """Put the trained rows whose indices lie in the tile in their places."""
         del base
         for row, index in zip(self._rows, self._indices, strict=True):
+            # A tile has few of the indices, often none.
             if start <= index < end:
                 weight[index - start] = row
