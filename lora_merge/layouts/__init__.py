@@ -1,6 +1,7 @@
 """Layouts: where a parameter that an adapter names lies on disk. One file per rule; `LAYOUTS` is the table.
 
-An adapter speaks the names of the transformers release it was trained with, a checkpoint those it was published with.
+An adapter has the names of the transformers release that it was trained with; a checkpoint has those that it was published
+with.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = ["LAYOUTS", "Layout", "LayoutError", "Located", "Place", "Shape", "Sto
 
 
 def locate(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:
-    """Return where a parameter lies, by the first layout that knows; None when none does.
+    """Return where a parameter is stored, by the first layout that knows; None when none does.
 
     Args:
         parameter: as the adapter names it.
@@ -54,5 +55,6 @@ def locate(parameter: str, shape: Shape | None, stored: Stored) -> Located | Non
     Raises:
         LayoutError: it has several places, or is stored in a form that cannot be taken apart.
     """
+    # A generator: a later layout may need the model's conversion, which takes seconds to build.
     found = (layout.find(parameter, shape, stored) for layout in LAYOUTS.values())
     return next((located for located in found if located is not None), None)

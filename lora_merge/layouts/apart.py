@@ -1,7 +1,7 @@
 """An expert that is a module of its own in the adapter and a slice of a stack in the base, or the other way round.
 
 Quantisers take only linear layers, so copies of a model for 4-bit training have its stacked experts one by one.
-transformers knows nothing of these layouts; what they are is data here.
+transformers knows nothing of these layouts, so they are data here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _IN_STACK: Mapping[str, tuple[str, int | None]] = {
 
 
 def apart(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:
-    """Return the slice of a stack that is an expert's, or the experts that are a stack.
+    """Return the slice of a stack that is one expert's, or the experts' own tensors that make up a stack.
 
     Raises:
         LayoutError: it cannot be told how the experts lie, or the parameter is no block of the stack.
@@ -65,6 +65,7 @@ def _located(*places: Place, shape: Shape) -> Located:
 def _slice(expert: re.Match[str], shape: Shape | None, stored: Stored) -> Located | None:
     """Return the place of one expert's weight or bias in a stack."""
     name, half = _IN_STACK.get(expert["listed"] or expert["single"], ("", None))
+    # The stacks of gpt-oss are parameters of one module: ``gate_up_proj`` and ``gate_up_proj_bias``.
     ends = {"weight": "", "bias": "_bias"}
     tensor = _whole(f"{expert['owner']}.{name}{ends[expert['end']]}", stored) if name else None
     n = int(expert["n"] or expert["m"])
@@ -72,6 +73,7 @@ def _slice(expert: re.Match[str], shape: Shape | None, stored: Stored) -> Locate
         return None
     stack = stored.tensors[tensor].shape
     if expert["end"] == "bias":
+        # A bias has one axis beside the experts, so nothing can be turned.
         outputs = _outputs(expert, stack[-1], half, stored)
         return _located(Place(tensor, ((n, n + 1), outputs)), shape=(outputs[1] - outputs[0],))
     turned = _is_turned(expert["owner"], name, shape, stack, half, stored)
@@ -83,7 +85,7 @@ def _slice(expert: re.Match[str], shape: Shape | None, stored: Stored) -> Locate
 
 
 def _experts(stack: re.Match[str], stored: Stored) -> Located | None:
-    """Return the tensors of a stack's experts, which are stored as linear layers; as transformers' model has it."""
+    """Return the linear layers that the base stores for a stack's experts, as parts of transformers' parameter."""
     conversion = stored.conversion
     if conversion is None:
         return None
@@ -91,6 +93,7 @@ def _experts(stack: re.Match[str], stored: Stored) -> Located | None:
     while f"{stack['owner']}.{stack['name']}s.{len(names)}.weight" in stored.tensors:
         names.append(f"{stack['owner']}.{stack['name']}s.{len(names)}.weight")
     shape = conversion.shape(conversion.canonical(stack[0])[0])
+    # An expert that is missing in the base leaves nothing to lay the whole parameter over.
     if not names or shape is None or shape[0] != len(names):
         return None
     shapes = [
@@ -122,10 +125,12 @@ def _is_turned(
     if len(stack) != 3:
         raise LayoutError(f"{owner}.{name} has {len(stack)} axes, expected 3: experts, and two of a matrix")
     names = [_whole(f"{owner}.{one}", stored) for one in ("gate_up_proj", "down_proj")]
+    # The two stacks tell by their shapes together, even where one of them is square.
     turned = _by_both(*(stored.tensors[one].shape if one else () for one in names))
     if turned is not None:
         return turned
     if shape is not None and len(shape) == 2:
+        # Otherwise the adapter's own shape tells, if it fits one way round only.
         whole = (shape[0] * (1 if half is None else 2), shape[1])
         if (whole == stack[1:]) != (whole[::-1] == stack[1:]):
             return whole != stack[1:]
@@ -133,7 +138,8 @@ def _is_turned(
 
 
 def _by_both(gate_up: Shape, down: Shape) -> bool | None:
-    """Return True where two stacks are ``[in, out]``, by both shapes: one has twice the width of the other.
+    """Return True where two stacks are ``[in, out]``, False where they are ``[out, in]``, None where the shapes do
+    not tell.
 
     Example:
         >>> _by_both((32, 2880, 5760), (32, 2880, 2880)), _by_both((8, 80, 64), (8, 64, 40))
@@ -141,6 +147,7 @@ def _by_both(gate_up: Shape, down: Shape) -> bool | None:
     """
     if len(gate_up) != 3 or len(down) != 3:
         return None
+    # With hidden size h and inner size i, linear layers are [2 i, h] and [h, i]; turned they are [h, 2 i] and [i, h].
     (_, top, left), (_, n, m) = gate_up, down
     if (top, left) == (2 * m, n):
         return False
@@ -148,7 +155,7 @@ def _by_both(gate_up: Shape, down: Shape) -> bool | None:
 
 
 def _outputs(expert: re.Match[str], n_out: int, half: int | None, stored: Stored) -> tuple[int, int]:
-    """Return which outputs of a stack are meant.
+    """Return the range of a stack's outputs that is meant: all of them, or the half that is gate's or up's.
 
     Raises:
         LayoutError: gate and up alternate, or it is not known whether they do.
@@ -157,8 +164,10 @@ def _outputs(expert: re.Match[str], n_out: int, half: int | None, stored: Stored
         return (0, n_out)
     conversion = stored.conversion
     owner = expert["owner"]
+    # Gate and up of gpt-oss take turns row by row: half of an expert is no block there.
     if conversion is None or conversion.alternates(owner):
         why = "may alternate" if conversion is None else "alternate"
         sentence = f"gate and up {why} in {owner}.gate_up_proj, so one of them is no block of it"
         raise LayoutError(sentence, hint="merge it with the tool of the trainer that wrote the adapter")
+    # Gate is the first half, up the second.
     return (half * n_out // 2, (half + 1) * n_out // 2)

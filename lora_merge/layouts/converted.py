@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def converted(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:
-    """Return the boxes of stored tensors that transformers makes the parameter of.
+    """Return the boxes of stored tensors from which transformers makes the parameter.
 
     Adapter and checkpoint may each have their own layout: both are laid into the model's, and what meets there
     belongs together.
@@ -35,6 +35,7 @@ def converted(parameter: str, shape: Shape | None, stored: Stored) -> Located | 
     own = conversion.shape(target)
     if own is None:
         return None
+    # Without a converter the name is that of the model's own parameter, whatever the adapter's factors say.
     shape = own if shape is None or pattern is None else shape
     try:
         found = _places(conversion.parts_of(parameter, shape), stored)
@@ -43,6 +44,7 @@ def converted(parameter: str, shape: Shape | None, stored: Stored) -> Located | 
     if not found:
         return None
     n_covered = sum(_volume(place.part) for place in found)
+    # A part without a place in the base would be dropped, and nothing would show it.
     if n_covered != prod(shape):
         sentence = f"{n_covered} of its {prod(shape)} values, {shape_text(shape)}, are stored in the base"
         raise LayoutError(sentence)
@@ -51,7 +53,7 @@ def converted(parameter: str, shape: Shape | None, stored: Stored) -> Located | 
 
 
 def _places(wanted: dict[str, tuple[Piece, ...]], stored: Stored) -> list[Place]:
-    """Return where pieces of an adapter's weight meet those of the checkpoint, in the parameters of the model."""
+    """Return where pieces of an adapter's weight overlap pieces of the checkpoint, in the parameters of the model."""
     assert stored.memory is not None
     places = []
     for target, pieces in wanted.items():
@@ -60,6 +62,7 @@ def _places(wanted: dict[str, tuple[Piece, ...]], stored: Stored) -> list[Place]
             continue
         for one in pieces:
             for other in assembly.pieces:
+                # Both boxes are in the axes of the model's parameter. Their overlap is a box of either part.
                 part, at = one.part_box(other.box()), other.part_box(one.box())
                 if part is not None and at is not None:
                     places.append(Place(other.part, at, part, _across(one, other)))
@@ -67,7 +70,8 @@ def _places(wanted: dict[str, tuple[Piece, ...]], stored: Stored) -> list[Place]
 
 
 def _across(one: Piece, other: Piece) -> bool:
-    """Return True when two parts have their last two common axes in opposite order."""
+    """Return True when one of two parts has the last two axes that they share in the other order."""
+    # An axis of the whole that is one index of a part (an expert) has no counterpart there.
     shared = [
         (mine.axis, yours.axis)
         for mine, yours in zip(one.spans, other.spans, strict=True)
@@ -77,7 +81,7 @@ def _across(one: Piece, other: Piece) -> bool:
 
 
 def _trimmed(place: Place, shape: Shape, stored: Shape) -> Place:
-    """Return a place whose boxes are empty where they are everything."""
+    """Return a place whose boxes are empty where they cover everything, as `Place` has it."""
     at, part = (
         () if box == tuple((0, size) for size in whole) else box
         for box, whole in ((place.at, stored), (place.part, shape))

@@ -1,4 +1,4 @@
-"""A parameter whose stored name is another spelling of its own: of another release of transformers, for example."""
+"""A parameter whose stored name is another spelling of its own: that of another release of transformers, for example."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lora_merge.layouts.stored import LayoutError, Located, Place, Shape, Stored
 
 
 def renamed(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:
-    """Return the tensor whose name becomes the same as the parameter's by transformers' renamings.
+    """Return the tensor whose name transformers' renamings turn into the same name as the parameter's.
 
     Raises:
         LayoutError: there are several.
@@ -14,6 +14,7 @@ def renamed(parameter: str, shape: Shape | None, stored: Stored) -> Located | No
     del shape
     if stored.conversion is None:
         return None
+    # Both names are renamed: either of them, or both, may be of an older release.
     names = stored.by_spelling.get(stored.conversion.renamed(parameter), ())
     if len(names) > 1:
         raise LayoutError(f"{parameter} may be any of {len(names)} tensors of the base", names)

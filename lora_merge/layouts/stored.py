@@ -1,4 +1,4 @@
-"""What layouts look at, and what they answer."""
+"""What a layout is given and what it returns: a checkpoint's tensors, and the places of one parameter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 class LayoutError(ValueError):
-    """A parameter has no one place; says why, and which places it could have."""
+    """A parameter has no single place. Says why, and names the places that it could have."""
 
     def __init__(self, sentence: str, candidates: tuple[str, ...] = (), hint: str = "") -> None:
         listed = listing(candidates)
@@ -41,7 +41,7 @@ class Place:
     """The part of the adapter's weight, a range per axis; empty for all of it."""
 
     transposed: bool = False
-    """True where the two lie across each other."""
+    """True where one of the two is the transpose of the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,11 @@ class Located:
     """Of the weight that `Place.part` is a part of, where it is known."""
 
     by_boxes: bool = False
-    """True where the places say how the stored tensors lie, and not the adapter's own shapes."""
+    """True where the places say which way round the stored tensors are; else the adapter's shapes have to tell."""
 
     @property
     def whole(self) -> str | None:
-        """Return the stored tensor that is the parameter, no more and no less; None if there is none."""
+        """Name of the stored tensor that is exactly the parameter; None for a part of one, or for several."""
         place = self.places[0]
         return place.tensor if len(self.places) == 1 and not (place.at or place.part) else None
 
@@ -80,18 +80,18 @@ class Stored:
 
     @cached_property
     def conversion(self) -> Conversion | None:
-        """Return how transformers reads the model; None where it has no class for it."""
+        """How transformers reads the model; None where it has no class for it."""
         return self._build()
 
     @cached_property
     def memory(self) -> Memory | None:
-        """Return the tensors as the model's parameters; None where transformers has no class for it."""
+        """The tensors as the model's parameters; None where transformers has no class for it."""
         shapes = {name: ref.shape for name, ref in self.tensors.items()}
         return None if self.conversion is None else self.conversion.memory(shapes)
 
     @cached_property
     def by_spelling(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the stored names by what transformers' renamings make of them."""
+        """What transformers' renamings make of each stored name → the stored names; empty without a class."""
         found: dict[str, tuple[str, ...]] = {}
         if self.conversion is not None:
             for name in self.tensors:
@@ -101,31 +101,31 @@ class Stored:
 
     @cached_property
     def by_ending(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the stored names by their `ending`."""
+        """`ending` → the stored names that have it, so that `suffix` looks at few of them."""
         found: dict[str, list[str]] = {}
         for name in self.tensors:
             found.setdefault(ending(name), []).append(name)
         return {last: tuple(names) for last, names in found.items()}
 
     def module(self, module: str) -> str:
-        """Return a module's path in the model, whichever spelling of it is given."""
+        """Return a module's path in the model, whichever release's spelling is given."""
         if self.conversion is None:
             return module
         return self.conversion.canonical(f"{module}.weight")[0].removesuffix(".weight")
 
     def canonical(self, name: str) -> str:
-        """Return the parameter of the model that a stored tensor belongs to."""
+        """Return the parameter of the model that a stored tensor belongs to; its own name without a class."""
         return name if self.conversion is None else self.conversion.canonical(name)[0]
 
     def as_published(self, name: str) -> str:
-        """Return how a published checkpoint would spell a name; the name itself where it is no whole parameter."""
+        """Return a name as a published checkpoint would spell it; unchanged where it is only a part of a parameter."""
         if self.conversion is None:
             return name
         canonical, pattern = self.conversion.canonical(name)
         return name if pattern is not None else self.conversion.spelled(canonical)
 
     def disk_name(self, parameter: str) -> str:
-        """Return the name under which a parameter is stored whole, or would be if it were stored."""
+        """Return the name under which a parameter is stored whole, or would be if the checkpoint had it."""
         if parameter in self.tensors or self.conversion is None:
             return parameter
         names = self.by_spelling.get(self.conversion.renamed(parameter), ())
@@ -134,6 +134,7 @@ class Stored:
         canonical, pattern = self.conversion.canonical(parameter)
         if pattern is not None:
             return parameter
+        # The renamings change some stored name, so this checkpoint has published names; a new one has to match them.
         as_published = any(name not in self.by_spelling for name in self.tensors)
         return self.conversion.spelled(canonical) if as_published else canonical
 

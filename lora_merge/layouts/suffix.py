@@ -13,6 +13,8 @@ def suffix(parameter: str, shape: Shape | None, stored: Stored) -> Located | Non
     """
     if stored.conversion is not None:
         return None
+    # An ending alone may fit by chance, so the shape has to fit too; sorted, since the weight may be stored
+    # transposed.
     names = tuple(
         name
         for name in stored.by_ending.get(ending(parameter), ())
