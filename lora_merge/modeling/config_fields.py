@@ -1,4 +1,4 @@
-"""What the fields of a ``config.json`` may hold, at every level, where whoever reads them trusts that they do."""
+"""Types of the fields of a ``config.json`` that are read here, checked at every level."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "tie_word_embeddings": ((bool, int), "true or false"),
     "vocab_size": ((int,), "a whole number"),
 }
-"""Types as JSON has them, and what to call them; null is the same as nothing."""
+"""Field → its types as JSON has them, and what a message calls them. A null counts as no field."""
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:
@@ -33,8 +33,10 @@ def check_config(config: Mapping[str, Any], label: str) -> None:
     for path, level in config_levels(config):
         for field, (types, wanted) in _FIELDS.items():
             value = level.get(field)
+            # The type of a list says nothing of its items, which are looked up as names later.
             items = value if field == "architectures" and isinstance(value, list) else []
             is_sound = value is None or isinstance(value, types)
             if not is_sound or not all(isinstance(item, str) for item in items):
                 subject = f"{path}.{field}" if path else field
+                # The path is made of a stranger's keys, which may be of any length.
                 raise CheckpointError(label, subject[:200], f"is {quoted(value)}", wanted)

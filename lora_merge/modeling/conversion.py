@@ -33,7 +33,7 @@ class _Group:
     """The stored tensors that one conversion takes in."""
 
     converter: Any
-    """None for a tensor that is but renamed."""
+    """None for a tensor that is only renamed."""
 
     sources: list[tuple[str, str]] = field(default_factory=list)
     """``(stored name, pattern of the converter)``; the order of their names is that of the parts."""
@@ -87,7 +87,9 @@ class Conversion:
         return found
 
     def canonical(self, name: str) -> tuple[str, str | None]:
-        """Return the parameter that a stored name belongs to, and the converter's pattern that takes it in."""
+        """Return the parameter that a stored name belongs to, and the converter's pattern that takes it; None for no
+        converter.
+        """
         found = self._canonical(name)
         if self._part and found[0] not in self._empty:
             in_part = self._canonical(f"{self._part}.{name}")
@@ -95,17 +97,18 @@ class Conversion:
         return found
 
     def _canonical(self, name: str) -> tuple[str, str | None]:
-        """Return the same for a name in the model itself."""
+        """Return the same as `canonical` for a name in the model itself, `part` left aside."""
         from transformers.core_model_loading import apply_converters
 
         found, pattern = apply_converters(self._after_renamings(name), self.converters)
         found = self._with_prefix(found)
+        # The name is the model's own already, and a renaming for older releases leads away from it.
         if found not in self._empty and name in self._empty:
             return name, None
         return found, pattern
 
     def _after_renamings(self, name: str) -> str:
-        """Return a name after the renamings, once for all that is asked about it."""
+        """Return a name after transformers' renamings. The result is kept: each name is asked for many times."""
         from transformers.core_model_loading import apply_renamings
 
         if name not in self._renamed:
@@ -113,8 +116,9 @@ class Conversion:
         return self._renamed[name]
 
     def _with_prefix(self, name: str) -> str:
-        """Return a name with the base model's prefix put on or taken off, where the model has it that way."""
+        """Return a name with the base model's prefix (``model.``) put on or taken off, if the model has it that way."""
         prefix = f"{self._model.base_model_prefix}."
+        # Some classes have no prefix: then it is a lone dot.
         if len(prefix) == 1 or name in self._empty:
             return name
         if name.removeprefix(prefix) in self._empty:
@@ -122,7 +126,9 @@ class Conversion:
         return f"{prefix}{name}" if f"{prefix}{name}" in self._empty else name
 
     def is_turned_by_shape(self, pattern: str | None) -> bool:
-        """Return True for a converter that transposes what does not have the model's shape, which a square hides."""
+        """Return True for a converter that transposes whatever does not have the model's shape; a square tensor hides
+        that.
+        """
         operations = self._by_pattern[pattern].operations if pattern else ()
         return any(getattr(operation, "check_dims", False) for operation in operations)
 
@@ -132,19 +138,21 @@ class Conversion:
         Reference:
             ``transformers.integrations.moe.use_experts_implementation`` (transformers 5.23).
         """
+        # The experts' module has the flag, so the parameter's name is cut off.
         path = self.canonical(f"{owner}.gate_up_proj")[0].rpartition(".")[0]
         try:
             module = self._model.get_submodule(path)
         except AttributeError:
+            # Without the module nothing says that the halves lie apart, so the answer is the one that refuses.
             return True
         return not getattr(module, "is_concatenated", True)
 
     def memory(self, shapes: Mapping[str, tuple[int, ...]]) -> Memory:
-        """Return what the model's parameters consist of, for a checkpoint's tensors."""
+        """Return a checkpoint's tensors as the parameters of the model, which are put together only when asked for."""
         from transformers.core_model_loading import GroupWeightRename, dot_natural_key
 
         groups: dict[str, _Group] = {}
-        # such a renaming asks which names came before
+        # Such a renaming depends on which names came before, and transformers goes through them in sorted order.
         guarded = any(isinstance(renaming, GroupWeightRename) for renaming in self._renamings)
         for name in sorted(shapes, key=dot_natural_key) if guarded else shapes:
             parameter, pattern = self.canonical(name)
@@ -154,16 +162,18 @@ class Conversion:
         return Memory(self, groups, shapes)
 
     def missing(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """Return the parameters that a checkpoint's tensors leave without a value, and why.
+        """Return the parameters that a checkpoint leaves without a value → why, as a sentence without subject.
 
         Not those that are tied to one that has, nor those whose making is not known here.
         """
         memory = self.memory(shapes)
         found: dict[str, str] = {}
+        # With duplicates: each end of a tie has a name of its own.
         for parameter, value in self._model.named_parameters(remove_duplicate=False):
             try:
                 assembly = memory.assembly(parameter)
             except ConversionError as exc:
+                # A parameter whose operation is unknown here is not known to be missing.
                 if not isinstance(exc.__cause__, UnknownOperationError):
                     found[parameter] = str(exc)
                 continue
@@ -173,13 +183,14 @@ class Conversion:
                 got, wanted = shape_text(assembly.shape), shape_text(tuple(value.shape))
                 found[parameter] = f"what is stored for it is {got}, expected {wanted}"
         tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        # A parameter that is tied to one with a value has that value.
         ends = {**tied, **{source: target for target, source in tied.items()}}
         return {name: why for name, why in found.items() if name not in ends or ends[name] in found}
 
     def assemble(
         self, group: _Group, parameter: str, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, Assembly]:
-        """Return the parameters that a group of stored tensors becomes, the one named among them.
+        """Return all parameters that a group of stored tensors becomes, the one named among them.
 
         Raises:
             ConversionError: an operation is unknown, or the tensors do not fit together.
@@ -192,7 +203,9 @@ class Conversion:
             return {parameter: Assembly.whole(name, shapes[name])}
         from transformers.core_model_loading import dot_natural_key
 
+        # A converter collects tensors in itself, and this one is used for other layers too.
         converter = copy.deepcopy(group.converter)
+        # The order of transformers' own loader: expert 2 before expert 10.
         for name, pattern in sorted(group.sources, key=lambda source: dot_natural_key(source[0])):
             converter.add_tensor(parameter, name, pattern, Assembly.whole(name, shapes[name]))
         try:
@@ -217,6 +230,7 @@ class Conversion:
         if pattern is None:
             return {parameter: Assembly.whole(name, shape).pieces}
         made = self._virtual_group(parameter, self._by_pattern[pattern], shape)
+        # The tensor's own pieces among those of the tensors that were made up to go with it.
         label = _label(pattern, _index_in(pattern, self.renamed(name)))
         found = {
             target: tuple(piece for piece in assembly.pieces if piece.part == label)
@@ -225,10 +239,11 @@ class Conversion:
         return {target: pieces for target, pieces in found.items() if pieces}
 
     def _virtual_group(self, parameter: str, converter: Any, shape: tuple[int, ...]) -> dict[str, Assembly]:
-        """Return the parameters that a converter would make of tensors that all have one shape."""
+        """Return the parameters that a converter would make of made-up tensors that all have one shape."""
         key = (parameter, id(converter), shape)
         if key in self._virtual:
             return self._virtual[key]
+        # ``*`` in a pattern is the expert's number; the first axis of the model's parameter says how many there are.
         known = self.shape(parameter) or (0,)
         labels = {
             _label(pattern, index): pattern
@@ -247,7 +262,7 @@ class Conversion:
 
     @cached_property
     def _reversed(self) -> list[Any]:
-        """Return the renamings of a model that is saved, as ``revert_weight_conversion`` has them."""
+        """Renamings of a model that is saved, in the order in which ``revert_weight_conversion`` applies them."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange, WeightRenaming
 
@@ -259,10 +274,11 @@ class Conversion:
         ]
 
     def spelled(self, parameter: str) -> str:
-        """Return a parameter's name as a published checkpoint would have it; for one that is only renamed."""
+        """Return a parameter's name as a published checkpoint has it; unchanged where more than a renaming is needed."""
         name = parameter
         for renaming in self._reversed:
             name = renaming.rename_source_key(name)[0]
+        # Reading it must lead back to the same parameter; else the renamings are not each other's inverse.
         return name if self.canonical(name) == (parameter, None) else parameter
 
 
@@ -276,7 +292,7 @@ class Memory:
         self._made: dict[str, Assembly] = {}
 
     def assembly(self, parameter: str) -> Assembly | None:
-        """Return what a parameter consists of; None when the checkpoint has nothing for it.
+        """Return the stored boxes that a parameter consists of; None when the checkpoint has nothing for it.
 
         Raises:
             ConversionError: its tensors cannot be put together.
@@ -289,10 +305,11 @@ class Memory:
         return self._made.get(parameter)
 
     def _first(self, parameter: str) -> str | None:
-        """Return the parameter that the group of a parameter goes by: the first of those made together."""
+        """Return the parameter under which the group of another is kept: the first of those that one converter makes."""
         if parameter in self._groups:
             return parameter
         for converter in self._conversion.converters:
+            # A converter with several targets (a fused projection taken apart) makes all of them at once.
             first, *others = converter.target_patterns
             for other in others:
                 name = parameter.replace(other, first)
@@ -302,7 +319,11 @@ class Memory:
 
 
 def _index_in(pattern: str, name: str) -> int | None:
-    """Return the number that stands for the ``*`` of a pattern in a name."""
+    """Return the number in a name at the place of a pattern's ``*``; None for a pattern without one.
+
+    Raises:
+        ConversionError: the name has no number there.
+    """
     if "*" not in pattern:
         return None
     before, _, after = pattern.partition("*")

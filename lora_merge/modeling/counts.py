@@ -17,7 +17,7 @@ _LIMITS = (
 experts in a layer."""
 
 _MOST_MODULES = 1_000_000
-"""Layers times experts."""
+"""The most that layers times experts may come to; each would be a module."""
 
 
 class Excess(NamedTuple):
@@ -44,6 +44,7 @@ def excess_of(config: Mapping[str, Any]) -> Excess | None:
                 if value > most:
                     return Excess(field, value, most)
                 largest[n] = max(largest[n], value)
+    # Each may be within its limit, and the product beyond all reason.
     n_layers, n_experts, _ = largest
     if n_layers * n_experts > _MOST_MODULES:
         return Excess("layers × experts", n_layers * n_experts, _MOST_MODULES)
@@ -51,7 +52,7 @@ def excess_of(config: Mapping[str, Any]) -> Excess | None:
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield each whole number of a configuration, those of lists too, with its field."""
+    """Yield each whole number of a configuration with the dotted path of its field; a list's numbers have the list's."""
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
         field, value = waiting.pop()
@@ -59,5 +60,6 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             waiting += [(f"{field}.{key}".lstrip("."), one) for key, one in value.items()]
         elif isinstance(value, list):
             waiting += [(field, one) for one in value if isinstance(one, int | dict | list)]
+        # True is an int to Python, and counts nothing.
         elif isinstance(value, int) and not isinstance(value, bool):
             yield field, value

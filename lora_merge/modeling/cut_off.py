@@ -46,7 +46,7 @@ class _Switch:
 
 @contextlib.contextmanager
 def cut_off() -> Iterator[None]:
-    """Let this thread ask no hub and load no kernel while it lasts; may be nested, and used as a decorator.
+    """Let this thread ask no hub and load no kernel while the block runs. It may be nested, and used as a decorator.
 
     What asks all the same gets huggingface_hub's ``OfflineModeIsEnabled``, or a ``FileNotFoundError`` for a kernel.
     """
@@ -59,12 +59,14 @@ def cut_off() -> Iterator[None]:
 
 
 def is_cut_off() -> bool:
-    """Return True in a thread that is cut off."""
+    """Return True in a thread that is inside `cut_off`."""
     return getattr(_STATE, "depth", 0) > 0
 
 
 def _guard() -> None:
-    """Put the switches in place where they are not yet. They stay: off, they change nothing."""
+    """Put the switches and guards in place where they are not yet."""
+    # They stay in place: in a thread that is not cut off they change nothing, and taking them out would race with
+    # others.
     from huggingface_hub import constants
 
     for name in _SWITCHES:
@@ -82,7 +84,7 @@ def _guard() -> None:
 
 
 def _guarded(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a loader of kernels that refuses in threads that are cut off."""
+    """Return a loader of kernels that raises FileNotFoundError in threads that are cut off."""
 
     @functools.wraps(load)
     def guarded(*arguments: Any, **options: Any) -> Any:

@@ -1,6 +1,6 @@
 """Tensors taken apart and put together, as shapes: which box of the whole is which box of the part.
 
-An `Assembly` stands where a tensor would: torch's own ``stack``, ``cat``, ``chunk``, ``split`` and ``transpose``
+An `Assembly` takes the place of a tensor: torch's own ``stack``, ``cat``, ``chunk``, ``split`` and ``transpose``
 work on it and keep account of where everything went. So code that was written for tensors (transformers'
 conversions) says, run on assemblies, how a checkpoint lies in a model.
 """
@@ -29,7 +29,7 @@ class Span(NamedTuple):
     end: int
 
     axis: int | None
-    """Of the part; None where the part lies at one index of the whole."""
+    """Of the part; None where the part is at one index of the whole: an expert in a stack."""
 
     at: int = 0
     """Where the range begins on that axis."""
@@ -44,11 +44,11 @@ class Piece:
     """One per axis of the whole."""
 
     def box(self) -> Box:
-        """Return where it lies in the whole."""
+        """Return the range that the piece has on each axis of the whole."""
         return tuple((span.start, span.end) for span in self.spans)
 
     def part_axes(self) -> tuple[int, ...]:
-        """Return the axes of the part in the order in which the whole has them."""
+        """Return the axes of the part, in the order in which the whole has them."""
         return tuple(span.axis for span in self.spans if span.axis is not None)
 
     def part_box(self, box: Box) -> Box | None:
@@ -83,26 +83,26 @@ class Assembly:
 
     @property
     def ndim(self) -> int:
-        """Return the number of axes."""
+        """Number of axes; transformers' conversions ask for it as they would ask a tensor."""
         return len(self.shape)
 
     def size(self, dim: int) -> int:
-        """Return the length of one axis."""
+        """Return the length of one axis, as ``torch.Tensor.size`` does."""
         return self.shape[dim]
 
     def contiguous(self) -> Assembly:
-        """Return itself: where it lies in memory does not matter."""
+        """Return the assembly itself: it has no order in memory."""
         return self
 
     def transposed(self, one: int, other: int) -> Assembly:
-        """Return it with two axes in each other's place."""
+        """Return the assembly with two axes exchanged."""
         order = list(range(self.ndim))
         order[one], order[other] = order[other], order[one]
         pieces = (Piece(piece.part, tuple(piece.spans[axis] for axis in order)) for piece in self.pieces)
         return Assembly(tuple(self.shape[axis] for axis in order), tuple(pieces))
 
     def cut(self, dim: int, start: int, end: int) -> Assembly:
-        """Return a range of one axis."""
+        """Return the range ``start`` to ``end`` of one axis; pieces outside of it are dropped."""
         pieces = []
         for piece in self.pieces:
             span = piece.spans[dim]
@@ -114,7 +114,9 @@ class Assembly:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
+            # copy and pickle look for special methods, and expect this error where there is none.
             raise AttributeError(name)
+        # A method that is not written above may mix or reorder elements, and no account of boxes could say so.
         raise UnknownOperationError(f"{name} is not known")
 
     @classmethod
@@ -129,9 +131,10 @@ class Assembly:
 
 
 def stack(parts: Sequence[Assembly], dim: int = 0) -> Assembly:
-    """Return assemblies of one shape, one behind the other along a new axis."""
+    """Return assemblies of one shape stacked along a new axis, as ``torch.stack`` does."""
     _check_alike(parts, None)
     pieces = tuple(
+        # The new axis has no counterpart in a part.
         Piece(piece.part, (*piece.spans[:dim], Span(n, n + 1, None), *piece.spans[dim:]))
         for n, part in enumerate(parts)
         for piece in part.pieces
@@ -141,11 +144,12 @@ def stack(parts: Sequence[Assembly], dim: int = 0) -> Assembly:
 
 
 def concatenate(parts: Sequence[Assembly], dim: int = 0) -> Assembly:
-    """Return assemblies one behind the other along an axis that they have."""
+    """Return assemblies joined along an axis that they have, as ``torch.cat`` does."""
     _check_alike(parts, dim)
     offsets = list(accumulate((part.shape[dim] for part in parts), initial=0))
     pieces = tuple(
         Piece(piece.part, _moved(piece.spans, dim, offset))
+        # The last offset is the length of the whole.
         for part, offset in zip(parts, offsets, strict=False)
         for piece in part.pieces
     )
@@ -154,7 +158,9 @@ def concatenate(parts: Sequence[Assembly], dim: int = 0) -> Assembly:
 
 
 def split(whole: Assembly, sizes: int | Sequence[int], dim: int = 0) -> tuple[Assembly, ...]:
-    """Return ranges of an axis: of the sizes given, or all of one size but the last."""
+    """Return ranges of an axis, as ``torch.split`` does: of the sizes given, or of one size but for a shorter last
+    one.
+    """
     total = whole.shape[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, total - start) for start in range(0, total, max(sizes, 1))]
@@ -164,12 +170,12 @@ def split(whole: Assembly, sizes: int | Sequence[int], dim: int = 0) -> tuple[As
 
 
 def chunk(whole: Assembly, chunks: int, dim: int = 0) -> tuple[Assembly, ...]:
-    """Return so many ranges of an axis, as equal as torch makes them."""
+    """Return ``chunks`` ranges of an axis, or fewer: torch rounds their size up."""
     return split(whole, max(1, -(-whole.shape[dim] // chunks)), dim)
 
 
 def transpose(whole: Assembly, dim0: int, dim1: int) -> Assembly:
-    """Return an assembly with two axes in each other's place."""
+    """Return an assembly with two axes exchanged, as ``torch.transpose`` does."""
     return whole.transposed(dim0, dim1)
 
 
@@ -180,7 +186,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "chunk": chunk,
     "transpose": transpose,
 }
-"""torch's functions by name."""
+"""Name of torch's function → what it does to assemblies."""
 
 
 def _moved(spans: tuple[Span, ...], dim: int, by: int) -> tuple[Span, ...]:
@@ -193,7 +199,7 @@ def _without(values: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
 
 
 def _check_alike(parts: Sequence[Assembly], dim: int | None) -> None:
-    """Raise when shapes differ, but on one axis."""
+    """Raise ValueError when shapes differ, apart from the axis ``dim``."""
     shapes = {part.shape if dim is None else _without(part.shape, dim) for part in parts}
     if len(shapes) != 1:
         raise ValueError(f"parts of different shapes: {sorted(shapes)}")

@@ -80,14 +80,14 @@ class FetchError(ValueError):
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``config.json`` without the fields that are no data, at every level.
+    """Return a ``config.json`` reduced to data at every level, without instructions to fetch, import or run.
 
     Example:
         >>> plain_config({"hidden_size": 8, "text_config": {"_attn_implementation": "org/kernel"}})
         {'hidden_size': 8, 'text_config': {}}
 
     Raises:
-        FetchError: what the model is made of is not in the configuration, but where its name leads to.
+        FetchError: a part of the model is only named, and would have to be fetched.
     """
     return _level(config, "")
 
@@ -107,9 +107,10 @@ def fetched_part(config: Mapping[str, Any]) -> FetchError | None:
 
 
 def _level(level: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return one table of a configuration, and the tables in it, reduced."""
+    """Return one table of a configuration, and the tables in it, reduced; ``path`` is its own, with a dot at the end."""
     named = level.get("backbone")
     is_described = isinstance(level.get("backbone_config"), Mapping)
+    # A plain name is one of timm's own models, unless the configuration says that it is not.
     is_repo = isinstance(named, str) and (
         _OF_TIMM.fullmatch(named) is None or level.get("use_timm_backbone") is False
     )
@@ -120,7 +121,9 @@ def _level(level: Mapping[str, Any], path: str) -> dict[str, Any]:
         raise FetchError(f"{path}architecture", wrapped)
     plain = {key: _value(value, f"{path}{key}.") for key, value in level.items() if _is_data(key, value)}
     if is_described:
+        # The description is enough to build it; the name would be fetched.
         plain.pop("backbone", None)
+    # They are handed on to ``timm.create_model``.
     for key in ("backbone_kwargs", "model_args"):
         if isinstance(plain.get(key), dict):
             plain[key] = {

@@ -90,11 +90,11 @@ class Skeleton:
     """Parameter → the parameter whose storage it shares."""
 
     def ends(self) -> dict[str, str]:
-        """Return the other end of each tie, for either end."""
+        """Return parameter → the other end of its tie, for either end."""
         return {**self.tied, **{source: end for end, source in self.tied.items()}}
 
     def is_linear(self, module: str) -> bool:
-        """Return True for a linear layer, ``Conv1D`` included."""
+        """Return True for a linear layer, ``Conv1D`` included; False for a path that the model does not have."""
         return self.classes.get(module) in _LINEAR
 
     def is_adaptable(self, module: str) -> bool:
@@ -108,6 +108,7 @@ class Skeleton:
             ``peft.tuners.tuners_utils._maybe_include_all_linear_layers`` (PEFT 0.21.2).
         """
         linear = {module for module in self.classes if self.is_linear(module)}
+        # PEFT leaves the output embedding out.
         return frozenset(linear - {self.output_embedding})
 
 
@@ -135,10 +136,14 @@ def parse_config(config: Mapping[str, Any]) -> Any:
 
     Raises:
         FetchError: what the model is made of would have to be fetched.
+
+    Reference:
+        ``transformers.AutoConfig``, whose table of model types it asks (transformers 5.23).
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
+    # A configuration with absurd counts is unknown: its class might build a module for each.
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or excess_of(config):
         return None
     with cut_off():
@@ -162,13 +167,14 @@ def _with_floats(value: Any) -> Any:
 
 
 def derived_lists(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[Any]]:
-    """Return the lists of a config under some keys, those included that transformers derives from the rest."""
+    """Return the lists of a config under some keys, those included that transformers derives from other fields."""
     found = dict(config)
     try:
         parsed = parse_config(config)
     except FetchError:
         parsed = None
     if parsed is not None:
+        # What the file says itself wins.
         found = {key: getattr(parsed, key, None) for key in keys} | found
     return {key: list(found[key]) for key in keys if isinstance(found.get(key), list | tuple)}
 
@@ -176,10 +182,15 @@ def derived_lists(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, l
 def same_layers(
     config: Mapping[str, Any], other: Mapping[str, Any], stem: str, layers: Sequence[int]
 ) -> bool:
-    """Return True when layer j of another config is what layer ``layers[j]`` of a config is.
+    """Return True when layer j of another config is the same as layer ``layers[j]`` of a config.
 
-    Compared are the classes of all modules in a layer, their parameters' shapes, and every plain attribute but the
-    number of the layer.
+    Compared are the classes of all modules in a layer, their parameters' shapes, and every plain attribute.
+
+    Args:
+        config: of the base.
+        other: of the model with repeated layers.
+        stem: path of the list of layers in both.
+        layers: for each layer of ``other``, the number of one of ``config``.
     """
     models = meta_model(config), meta_model(other)
     if models[0] is None or models[1] is None:
@@ -194,7 +205,7 @@ def same_layers(
 
 
 def _signature(layer: Any) -> list[object]:
-    """Return everything about a layer that is not its number or its weights."""
+    """Return classes, shapes and plain attributes of a layer's modules, but not the layer's number (``layer_idx``)."""
     return [
         (
             path,
@@ -211,16 +222,14 @@ def _signature(layer: Any) -> list[object]:
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """Return transformers' class for a ``config.json``, or None when it has none.
-
-    A stranger may name anything that transformers has; only a class of models is called.
-    """
+    """Return transformers' class for a ``config.json``, or None when it has none."""
     import transformers
 
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     with cut_off():  # a module of transformers may load kernels when it is imported (Bark)
         found = getattr(transformers, name, None) if isinstance(name, str) else None
+    # A stranger may name anything that transformers has; only a class of models is called.
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else None
 
@@ -238,6 +247,7 @@ def language_model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     with cut_off():
         known = getattr(transformers, str(name), None)
     wanted = getattr(getattr(known, "config_class", None), "model_type", None)
+    # Nothing is to be made where the checkpoint is a language model itself.
     if known is None or name in (config.get("architectures") or ()) or wanted == config.get("model_type"):
         return None
     own = next(
@@ -247,7 +257,7 @@ def language_model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def parts_of_model(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the paths of the models inside a model: towers, and what generates text among them."""
+    """Return the paths of the models inside a model: its towers, and the language model."""
     from transformers import PreTrainedModel
 
     model = meta_model(config)
@@ -275,14 +285,14 @@ def class_for_task(model_type: str, task: str) -> str | None:
 def meta_model(config: Mapping[str, Any]) -> Any:
     """Return the model of a ``config.json`` on the meta device, or None when transformers has no class for it.
 
-    It is built once; nobody may change it.
+    It is kept and shared: callers must not change it.
     """
+    # Text can be a key of the cache, and sorted keys make equal configs equal texts.
     return None if excess_of(config) else _built(json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=2)
 def _built(text: str) -> Any:
-    """Return the model of the text of a ``config.json``."""
     import torch
 
     config = json.loads(text)
@@ -303,6 +313,7 @@ def _describe(model: Any) -> Skeleton:
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    # PEFT asks ``isinstance``, so a subclass counts as the class that it is derived from.
     known = {Conv1D: "Conv1D"} | {getattr(torch.nn, name): name for name in _ADAPTABLE - {"Conv1D"}}
 
     def class_name(module: torch.nn.Module) -> str:
@@ -327,7 +338,9 @@ def _describe(model: Any) -> Skeleton:
 
 
 def embedding(model: Any, getter: str) -> Any:
-    """Return an embedding of a model, or None where it has none to give."""
+    """Return what a model's getter (``"get_input_embeddings"``) gives; None where it has none, or does not implement
+    it.
+    """
     try:
         return getattr(model, getter)()
     except (AttributeError, NotImplementedError):
