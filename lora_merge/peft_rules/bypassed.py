@@ -22,12 +22,12 @@ BYPASSED: Mapping[str, tuple[str, ...]] = {
     "wavlm": ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"),
 }
 """Family → ends of the paths of such layers. Reference: the families' ``modeling_*.py`` (transformers 5.23), where
-``self.dt_proj.weight``, ``self.classifier.weight``, … stand in a product; convolutions are left out, since those of
+``self.dt_proj.weight``, ``self.classifier.weight``, … are used in a product; convolutions are left out, since those of
 the same kind are grouped and refused anyway."""
 
 
 def is_bypassed(module: str, config: Mapping[str, Any]) -> bool:
-    """Return True for a layer that its model reads and never calls.
+    """Return True for a layer whose weight its model reads without ever calling the layer.
 
     Args:
         module: its path, as an adapter names it.

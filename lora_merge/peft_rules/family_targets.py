@@ -1,4 +1,4 @@
-"""Which modules PEFT adapts in a family when ``target_modules`` is null: its own lists, asked of it."""
+"""Modules that PEFT adapts in a family when ``target_modules`` is null, from PEFT's own lists."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def family_targets(kind: str, model_type: str) -> Names:
     found = (getattr(tuner, "target_module_mapping", None) or {}).get(model_type)
     if found is None or isinstance(found, str):
         return found
+    # PEFT has sets; sorted, the result is the same in every process.
     return tuple(sorted(found))
 
 
 def is_rewritten(model_type: str) -> bool:
-    """Return True for a family whose experts PEFT takes for modules, and moves to ``target_parameters``.
+    """Return True for a family whose experts PEFT finds among modules and moves to ``target_parameters``.
 
     Reference:
         ``peft.utils.transformers_weight_conversion._convert_peft_config_moe`` (PEFT 0.21.2).

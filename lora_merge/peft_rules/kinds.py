@@ -84,6 +84,7 @@ READ_FIELDS = frozenset(
         "init_weights",
     }
 )
+"""Fields that are read here: they decide which weights change, by how much, or whether a merge is possible."""
 
 _SWITCH, _TEXT = (bool, int, type(None)), (str, type(None))
 _NAMES = (list, type(None))
@@ -108,7 +109,7 @@ FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "kasa_config": (dict, bool, type(None)),
     "use_bdlora": (dict, bool, type(None)),
 }
-"""What fields may hold, as JSON has it, where whoever reads them trusts that they do."""
+"""Field → the types, as JSON has them, that those who read it rely on."""
 
 _OF_TEXTS = frozenset({"modules_to_save", "target_parameters", "feedforward_modules"})
 
@@ -119,7 +120,7 @@ UNMERGEABLE_FIELDS: Mapping[str, str] = {
     "arrow_config": "Arrow routes between adapters token by token",
     "use_qalora": "a QA-LoRA delta belongs to a quantised weight",
 }
-"""Fields that mean a kind of adapter which has no merged form, and why."""
+"""Fields of kinds of adapters that have no merged form → why."""
 
 RETIRED_FIELDS: Mapping[str, str] = {
     "enable_lora": "each LoRA changes only parts of a fused projection, which no PEFT since 0.3 can read",
@@ -179,7 +180,7 @@ NOT_IN_WEIGHTS: Mapping[str, str] = {
 """PEFT types that no change of weights can express, and why."""
 
 NATIVE = frozenset({"LORA", "ADALORA", "TRAINABLE_TOKENS"})
-"""PEFT types with formulas of our own."""
+"""PEFT types whose formulas are written out in `lora_merge.deltas`."""
 
 LAYERED = frozenset(
     {
@@ -259,7 +260,7 @@ def check_types(config: Mapping[str, Any], label: str) -> None:
 
 
 def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
-    """Return an issue for each kind of adapter that is asked for and has no merged form."""
+    """Return errors for what has no merged form: the type, a field that asks for such a kind, an unknown init."""
     if not config.get("peft_type"):
         return [_foreign(config)]
     kind = str(config["peft_type"])
@@ -271,6 +272,7 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
         return [error("unsupported", "peft_type", "'BONE' was renamed, and PEFT 0.21 cannot read it", hint)]
     if kind not in NATIVE | LAYERED:
         sentence = f"is {quoted(kind)}, which is no type of PEFT 0.21"
+        # PEFT writes its types in capitals, and compares them as they are.
         near = next((one for one in sorted(NATIVE | LAYERED) if one == kind.upper()), None)
         hint = f"PEFT writes it as {near}" if near else "a newer lora-merge may know it"
         return [error("unsupported", "peft_type", sentence, hint)]
@@ -285,6 +287,7 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
         if config.get(field)
     ]
     init = config.get("init_lora_weights", True)
+    # An unknown init may have changed the base before training, as PiSSA does.
     if kind == "LORA" and init not in PLAIN_INITS and mutating_init(config) is None:
         sentence = f"is {quoted(init)}, which PEFT 0.21 does not know"
         issues.append(error("unsupported", "init_lora_weights", sentence, "a newer lora-merge may know it"))
@@ -292,9 +295,10 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
 
 
 def _foreign(config: Mapping[str, Any]) -> Issue:
-    """Return the issue of a configuration that is not PEFT's: it has no peft_type."""
+    """Return the issue of a configuration without ``peft_type``: whose it is, by its fields, and what to do."""
     fields = {*map(str, config), str(config.get("framework")).lower()}
     maker, way = next((said for marks, *said in _FOREIGN if marks <= fields), ("", _MINIMUM))
+    # Names of fields are a stranger's text, and may be of any length.
     named = listing([str(field)[:40] for field in config], 5) if config else "no fields"
     sentence = f"is missing, so adapter_config.json is not PEFT's (it has {named})"
     if maker:
@@ -333,15 +337,21 @@ _FOREIGN: tuple[tuple[frozenset[str], str, str], ...] = (
 
 
 def mutating_init(config: Mapping[str, Any]) -> str | None:
-    """Return the name of an init that changed the base before training, ``"PiSSA"`` for example, or None."""
+    """Return the name of an init that changed the base before training (``"PiSSA"``), or None for any other."""
     init = config.get("init_lora_weights")
     if config.get("peft_type") != "LORA" or not isinstance(init, str):
         return None
+    # By its beginning: ``pissa_niter_16`` is PiSSA.
     return next((name for start, name in MUTATING_INITS.items() if init.lower().startswith(start)), None)
 
 
 def field_issues(config: Mapping[str, Any], known: Collection[str] = KNOWN_FIELDS) -> list[Issue]:
-    """Return an issue for each field that is unknown: PEFT drops those, whatever they mean."""
+    """Return an issue for each unknown field: an error where it has a value, else a warning. PEFT drops all of them.
+
+    Args:
+        config: as parsed.
+        known: fields that are known.
+    """
     issues = []
     for field, value in config.items():
         if field in known:
@@ -358,7 +368,7 @@ def field_issues(config: Mapping[str, Any], known: Collection[str] = KNOWN_FIELD
 
 
 def peft_version(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Return the release of PEFT that wrote an adapter; None where its configuration does not say.
+    """Return the release of PEFT that wrote an adapter, as three numbers; None where its configuration does not say.
 
     Example:
         >>> peft_version({"peft_version": "0.18.1.dev0"}), peft_version({})

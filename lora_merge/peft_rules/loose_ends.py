@@ -1,4 +1,4 @@
-"""Entries of an adapter's configuration that none of its tensors answers to.
+"""Entries of an adapter's configuration without any tensor of the adapter.
 
 PEFT skips an entry that matches no module, without a word. Only the base tells whether that is what happened, or
 whether the adapter's file is incomplete.
@@ -27,7 +27,7 @@ _HEADS = ({"classifier", "score"}, {"classifier", "score", "qa_outputs"}, {"qa_o
 
 @dataclass(frozen=True, slots=True)
 class LooseEnd:
-    """One entry of one field."""
+    """One entry of one field, and the issue that it is if the base has something for it."""
 
     field: str
     entry: str
@@ -36,7 +36,7 @@ class LooseEnd:
     hint: str = ""
 
     def issue(self) -> Issue:
-        """Return the error of an entry that the base has something for."""
+        """Return the error: the base has what the entry names, so its tensors should be there."""
         return error(self.code, self.field, self.sentence, self.hint)
 
 
@@ -48,6 +48,7 @@ def unsaved(adapter: Adapter) -> list[LooseEnd]:
     absent = [entry for entry in entries if entry not in answered]
     alternatives = any(set(entries) >= heads and set(absent) < heads for heads in _HEADS if len(heads) > 1)
     if alternatives:
+        # PEFT lists every name that a task's head may have, and a model has one of them.
         absent = [entry for entry in absent if not any(entry in heads for heads in _HEADS)]
     hint = "the adapter file is incomplete, or the entry was never matched"
     return [
@@ -85,7 +86,7 @@ def unmatched_patterns(adapter: Adapter, paths: Iterable[str]) -> list[LooseEnd]
 
 
 def without_base(adapter: Adapter) -> list[Issue]:
-    """Return a warning for each entry that may be a fault, for whoever looks at an adapter without its base."""
+    """Return a warning for each entry without tensors: only the base could tell whether it is a fault."""
     hint = "give its base with --base to see whether the base has such a module"
     ends = unsaved(adapter)
     if adapter.kind == "LORA" and not adapter.stacked and adapter.deltas:

@@ -1,9 +1,9 @@
-"""A process of its own for regular expressions that a stranger wrote.
+"""A process that matches regular expressions that a stranger wrote.
 
-A few characters can keep Python's matcher busy for longer than the universe has been there (``(a+)+$``), or have it take all
-memory (``(?:a?){4000000000}``), or its compiler (``(?i)`` and a class over all of Unicode). In this process only an alarm
-could stop it, only in the main thread, and nothing could stop its memory. Another process has limits that the kernel keeps.
-There is one for a program. It takes some fifty milliseconds to start, and fifty microseconds for a name.
+A few characters can keep Python's matcher busy practically for ever (``(a+)+$``), or have it take all memory
+(``(?:a?){4000000000}``), or its compiler (``(?i)`` and a class over all of Unicode). In this process only an alarm could stop it,
+only in the main thread, and nothing could limit its memory. Another process has limits that the kernel keeps.
+A program has one such process. It takes some fifty milliseconds to start, and fifty microseconds for a name.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Matcher:
             MatcherError: one does not compile, time or memory ran out, or no process can be started; so it does at each
                 further call.
         """
+        # A matcher that failed once fails at once from then on: its limit of time is for all names together.
         if self._problem is None:
             answer = self._answer(list(names))
             if "found" in answer:
@@ -70,6 +71,7 @@ class Matcher:
     def _answer(self, names: list[str]) -> dict[str, Any]:
         question = {"job": self._number, "how": self._how, "left": self._left, "names": names}
         answer = _WORKER.ask(question)
+        # The process keeps compiled expressions by their number. A new one, or one that dropped them, has to be told.
         if "unknown" in answer:
             answer = _WORKER.ask({**question, "expressions": self._expressions})
         return answer
@@ -90,7 +92,7 @@ class Matcher:
 
 
 class _Worker:
-    """The process, started when it is needed, and once more where one was ended. It ends with the program, whatever ends that."""
+    """The process, which is started when it is needed and again after it was ended. It ends with the program."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -98,7 +100,9 @@ class _Worker:
         self._owner = 0
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to a question: ``memory`` where the process ended over it, ``none`` where there is none."""
+        """Return the answer to a question: ``memory`` where the process ended over it, ``none`` where none can be
+        started.
+        """
         with self._lock:
             try:
                 process = self._running()
@@ -114,13 +118,14 @@ class _Worker:
             return answer or {"memory": 0}
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """Return the process.
+        """Return the process, and start it where there is none.
 
         Raises:
             OSError: none can be started.
         """
         if self._process is None or self._owner != os.getpid():  # a fork has the pipes of who started it
             self._process = subprocess.Popen(  # noqa: S603 - this Python, and a script of this package
+                # Isolated and without site-packages: the script needs the standard library alone.
                 [sys.executable, "-I", "-S", str(_SCRIPT)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -130,7 +135,6 @@ class _Worker:
         return self._process
 
     def _stop(self) -> None:
-        """End the process, if this one started it."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
@@ -148,7 +152,7 @@ class _Worker:
 
 
 def _exchange(process: subprocess.Popen[bytes], question: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the answer of a process to a question; None where it ended over it."""
+    """Return the answer of a process to a question; None where the process ended."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -156,6 +160,7 @@ def _exchange(process: subprocess.Popen[bytes], question: dict[str, Any]) -> dic
         process.stdin.flush()
     except BrokenPipeError:
         return None
+    # A process that dies while it answers leaves no line, or one without an end.
     line = process.stdout.readline()
     answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
     return answer

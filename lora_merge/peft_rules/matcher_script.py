@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 MEMORY_BYTES = 1 << 29
-"""Of all that it may use."""
+"""Address space that the process may have: 512 MiB."""
 
 MOST_JOBS = 32
 """Lists of compiled expressions that it keeps."""
@@ -28,7 +28,7 @@ class _TimeUpError(Exception):
 
 
 class _Work:
-    """Compiles and matches, and knows at what it is.
+    """Compiles and matches, and knows which expression and which name it is at when time runs out.
 
     Args:
         left: seconds of the processor that it may take.
@@ -40,11 +40,11 @@ class _Work:
         signal.signal(signal.SIGPROF, self._time_up)
 
     def answer(self, question: dict[str, Any], jobs: dict[int, list[re.Pattern[str]]]) -> dict[str, Any]:
-        """Return the answer to a question, within the time."""
         began = time.process_time()
         try:
             try:
                 self._is_on = True
+                # 0 would switch the timer off.
                 signal.setitimer(signal.ITIMER_PROF, max(self.left, 0.001))
                 if "expressions" in question:
                     jobs[question["job"]] = self._compiled(question["expressions"])
@@ -66,6 +66,7 @@ class _Work:
         return {"found": found, "left": self.left}
 
     def _time_up(self, *_: object) -> None:
+        # A signal that was under way when the timer was stopped would otherwise strike outside of the try.
         if self._is_on:
             raise _TimeUpError
 
@@ -100,21 +101,24 @@ def main() -> None:
             _limit(question["left"])
             answer = _Work(question["left"]).answer(question, jobs)
         while len(jobs) > MOST_JOBS:
+            # The oldest; whoever asks for it again sends the expressions once more.
             jobs.pop(next(iter(jobs)))
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
         if "memory" in answer:
+            # The parent starts another, with all of its memory free.
             os._exit(0)
 
 
 def _limit(left: float) -> None:
-    """Have the kernel end this process where it takes more than it may."""
+    """Have the kernel end this process where it takes more memory or processor time than it may."""
     try:
         import resource
     except ImportError:  # no Unix
         return
     for kind, most in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
+        # Ten seconds beyond the timer, which is enough unless the matcher never lets Python handle the signal.
         (resource.RLIMIT_CPU, int(time.process_time() + left) + 10),
         (resource.RLIMIT_CORE, 0),
     ):

@@ -38,7 +38,7 @@ _EXPRESSIONS: dict[Form, str] = {
 (``check_target_module_exists`` and ``get_pattern_key``, PEFT 0.21.2)."""
 
 _NAME = re.compile(r"(?:[\w/-]|\\?\.)*+", re.ASCII)
-"""A pattern that matches names of one length, letter by letter."""
+"""A pattern that matches names of one length, letter by letter. It is possessive (``*+``), so a miss costs no second try."""
 
 _ANCHORED_NAME = re.compile(rf"\^?{_NAME.pattern}\$?", re.ASCII)
 """The same, where nothing of a name may come before or after it."""
@@ -92,11 +92,12 @@ class Patterns:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Check that each of them compiles.
+        """Check that each pattern compiles.
 
         Raises:
             TargetError: one does not, or takes longer than the limit.
         """
+        # Compiling is part of matching, and the empty name does as well as any.
         self.matching("")
 
     def matching(self, name: str) -> list[int]:
@@ -135,7 +136,7 @@ class Patterns:
             return sorted([*hits, *self._found[name]])
 
     def _ask(self, names: Sequence[str]) -> None:
-        """Have the other process match names.
+        """Have the other process match names, and keep what it finds.
 
         Raises:
             TargetError: as `matching`.
@@ -156,7 +157,7 @@ class Patterns:
 
 
 class _Names:
-    """Patterns that are names, however many.
+    """Patterns that are plain names, in tables by length, so that many cost no more than one.
 
     Args:
         entries: place → pattern.
@@ -174,10 +175,12 @@ class _Names:
 
         self._left = LIMIT_SECONDS
         for at, entry in entries.items():
+            # An escaped dot is a dot; a bare one is any character, as in every regular expression.
             letters = entry.replace("\\.", _DOT)
             if letters.startswith("^"):
                 self._anchored.add(at)
             letters = letters.removeprefix("^").removesuffix("$")
+            # Names with their free places in common are one table, so one look-up settles all of them.
             free = tuple(place for place, letter in enumerate(letters) if letter == _ANY)
             same = self._tables.setdefault(len(letters), {}).setdefault(free, {})
             same.setdefault(letters.replace(_DOT, "."), []).append(at)
@@ -190,6 +193,7 @@ class _Names:
         """
         if not self._entries:
             return []
+        # Time of this thread alone: others may be waiting for the interpreter meanwhile.
         began = time.thread_time()
         if self._form == "layer":
             hits = self._layers(name)
@@ -202,7 +206,9 @@ class _Names:
         return hits
 
     def _ends(self, name: str) -> Iterator[int]:
-        """Yield the places of those that a name is, or ends in at a dot."""
+        """Yield the places of the patterns that are the whole name or, for form ``"end"``, what follows one of its
+        dots.
+        """
         starts = [0]
         if self._form == "end":
             starts += [at + 1 for at, letter in enumerate(name) if letter == "."]
@@ -241,7 +247,7 @@ def _layer_of(entry: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=16)
 def patterns_of(field: str, entries: tuple[str, ...], form: Form) -> Patterns:
-    """Return the patterns of a field, with what is known of them already.
+    """Return the patterns of a field. They are kept, with the names that were matched against them.
 
     Raises:
         TargetError: one is longer than any that someone means.

@@ -30,7 +30,7 @@ class Scaling:
         self._rslora = bool(config.get("use_rslora"))
 
     def of(self, module: str, found: int) -> tuple[float, list[Issue]]:
-        """Return the scale of a module whose tensors have a rank, and what the configuration says against it.
+        """Return the scale of a module, and issues where the configuration contradicts its tensors.
 
         Args:
             module: its path; for a parameter of ``target_parameters``, that of the parameter.
@@ -41,6 +41,7 @@ class Scaling:
         """
         rank, issues = self._lookup("rank_pattern", self._ranks, module, self._default_rank)
         alpha, ambiguous = self._lookup("alpha_pattern", self._alphas, module, self._default_alpha)
+        # Where patterns disagree, that has been said and explains the rank.
         if found != rank and not issues:
             sentence = f"has rank {found}, the config says {rank:g} (r and rank_pattern)"
             hint = "the config does not belong to these tensors"
@@ -51,20 +52,21 @@ class Scaling:
     def _lookup(
         field: str, table: Mapping[str, float], module: str, default: float
     ) -> tuple[float, list[Issue]]:
-        """Return the value of a module, and an issue when two patterns disagree about it."""
+        """Return the value of a module (the default where patterns disagree), and an issue for a disagreement."""
         matching = matching_patterns(table, module, field)
         if len(set(matching.values())) > 1:
             listed = ", ".join(f"{key!r}: {value:g}" for key, value in matching.items())
             sentence = f"{field} gives it several values ({listed})"
             hint = "saving sorted the patterns, so which came first in training is lost: keep the right one"
             return default, [error("ambiguous-pattern", module, sentence, hint)]
+        # They agree, so the first is as good as any.
         return next(iter(matching.values()), default), []
 
     def zeros(self, modules: Iterable[str]) -> list[Issue]:
-        """Return an issue when α is 0, for modules without a pattern or by one: the adapter changes nothing there.
-
-        Some tools write 0 where they do not know α (verl-project/verl#1821).
+        """Return an error when α is 0 for modules without a pattern, and a warning for patterns with α 0: nothing
+        changes there.
         """
+        # Some tools write 0 where they do not know α (verl-project/verl#1821).
         issues = []
         if self._default_alpha == 0 and any(
             not matching_patterns(self._alphas, one, "alpha_pattern") for one in modules
@@ -79,7 +81,7 @@ class Scaling:
         return issues
 
     def unmatched(self, modules: Iterable[str]) -> list[tuple[str, str]]:
-        """Return ``(field, key)`` of each pattern that no module answers to."""
+        """Return ``(field, key)`` of each key of the two pattern tables that no module answers to."""
         known = tuple(modules)
         loose = []
         for field, table in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
@@ -91,7 +93,7 @@ class Scaling:
 
 
 def number(config: Mapping[str, Any], field: str, default: float) -> float:
-    """Return a field that holds a finite number.
+    """Return the number in a field, or the default where it is absent.
 
     Raises:
         TargetError: it holds something else, or a rank that is not positive.
@@ -106,6 +108,7 @@ def number(config: Mapping[str, Any], field: str, default: float) -> float:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return True for a number that float32 can hold, which merges compute in."""
+    # True is an int to Python, and no number in JSON.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= LARGEST_FLOAT32  # False for NaN

@@ -22,7 +22,7 @@ ALL_LINEAR = "all-linear"
 """PEFT's shorthand: every linear layer but the output embedding; any case."""
 
 _MOST_DIGITS = 18
-"""Of the number of a layer."""
+"""Of a layer's number; a longer one is that of no layer."""
 
 Value = TypeVar("Value")
 Names = str | tuple[str, ...] | None
@@ -56,6 +56,7 @@ class TargetRule:
                 "layers_to_transform", f"is {quoted(layers)}, expected a number or a list of numbers"
             )
         patterns = _names(config, "layers_pattern") or ()
+        # An empty list of layers means all of them to PEFT, so it is None here.
         rule = cls(
             target_modules=_names(config, "target_modules"),
             exclude_modules=_names(config, "exclude_modules"),
@@ -71,7 +72,7 @@ class TargetRule:
 
     @property
     def all_linear(self) -> bool:
-        """Return True for the ``"all-linear"`` shorthand."""
+        """True for the ``"all-linear"`` shorthand, in any case."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     def excludes(self, module: str) -> bool:
@@ -84,7 +85,7 @@ class TargetRule:
         return is_listed(module, _set_of(excluded))
 
     def learn(self, modules: Iterable[str]) -> None:
-        """Hold many modules against the regexes at once, which takes less time than one after the other.
+        """Match many modules against the regexes at once, which takes less time than one after the other.
 
         Raises:
             TargetError: that takes longer than the limit.
@@ -162,17 +163,15 @@ def matching_patterns(patterns: Mapping[str, Value], module: str, field: str = "
 
 
 def is_listed(module: str, names: Iterable[str]) -> bool:
-    """Return True when a module's path is one of the names, or ends in one at a dot.
-
-    A set of names is not gone through, however many they are.
-    """
+    """Return True when a module's path is one of the names, or ends in one at a dot."""
+    # A path has few endings and a set may have many names: look up the few.
     if isinstance(names, AbstractSet):
         return any(end in names for end in endings(module))
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def listed_among(names: AbstractSet[str], modules: Iterable[str]) -> set[str]:
-    """Return which of the names some module's path is, or ends in at a dot."""
+    """Return those of the names that some module's path is, or ends in at a dot."""
     return {end for module in modules for end in endings(module) if end in names}
 
 
@@ -196,6 +195,7 @@ def is_saved(module: str, entry: str) -> bool:
 
 def saved_among(entries: AbstractSet[str], modules: Iterable[str]) -> set[str]:
     """Return which entries of ``modules_to_save`` mean some module or one that holds it; as `is_saved`, for many."""
+    # One slice for each length, so that many entries cost no more than few. PEFT asks for no dot before an entry.
     lengths = sorted({len(entry) for entry in entries})
     found: set[str] = set()
     for module in modules:
@@ -216,12 +216,16 @@ def _parents(path: str) -> Iterator[str]:
 
 @lru_cache(maxsize=32)
 def _set_of(values: tuple[Value, ...]) -> frozenset[Value]:
-    """Return the same values as a set, made once for all that is asked of it."""
+    """Return a tuple's values as a set, which is kept: a rule is asked about thousands of modules."""
     return frozenset(values)
 
 
 def _names(config: Mapping[str, Any], field: str) -> Names:
-    """Return a field that holds a string, a list of strings or nothing."""
+    """Return a field that may hold a string, a list of strings or nothing; a list as a tuple.
+
+    Raises:
+        TargetError: it holds something else.
+    """
     value = config.get(field)
     if value is None or isinstance(value, str):
         return value

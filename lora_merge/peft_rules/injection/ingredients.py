@@ -24,7 +24,11 @@ _UNMERGEABLE: Mapping[str, str] = {
 
 
 def tuner_class_of(peft_type: Any) -> Any:
-    """Return PEFT's tuner of a type that can be merged."""
+    """Return PEFT's tuner class for a type.
+
+    Raises:
+        InjectionError: PEFT does not know the type, or cannot merge it.
+    """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -39,19 +43,29 @@ def tuner_class_of(peft_type: Any) -> Any:
 
 
 def peft_config(adapter_config: Mapping[str, Any]) -> Any:
-    """Return PEFT's config of an adapter, as ``PeftConfig.from_pretrained`` makes it."""
+    """Return PEFT's config object of an adapter, as ``PeftConfig.from_pretrained`` makes it.
+
+    Raises:
+        InjectionError: it repeats layers.
+    """
     from peft import PeftConfig
 
+    # PEFT writes into its config, and the caller's is read again.
     plain = copy.deepcopy(plain_adapter_config(adapter_config))
     config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**plain))
     config.inference_mode = True
+    # PEFT's own guard against this does not work: copies of a layer share one weight, which would get all deltas.
     if getattr(config, "layer_replication", None):
         raise InjectionError("layer_replication", "PEFT would merge all copies of a layer into one weight")
     return config
 
 
 def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
-    """Return the model of a ``config.json`` without weights."""
+    """Return a new model of a ``config.json`` on the meta device, in eval mode.
+
+    Raises:
+        InjectionError: transformers has no class for it, or its class refuses the config.
+    """
     import torch
 
     model_type, names = config.get("model_type"), config.get("architectures")
@@ -59,6 +73,7 @@ def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     if known is None:
         named = names[0] if isinstance(names, list) and names else "none"
         raise InjectionError("architectures", f"{named} is unknown to the installed transformers")
+    # Not the shared model of `lora_merge.modeling.skeleton`: PEFT changes this one.
     with translated("config.json", "transformers"), torch.device("meta"):
         parsed = parse_config(config)
         if parsed is None:

@@ -1,4 +1,4 @@
-"""An adapter in a model without weights, by PEFT itself: each layer is made, merged and dropped when it is asked for."""
+"""An adapter in a model without weights, by PEFT itself: each layer is made, merged and dropped when asked for."""
 
 # ruff: noqa: SLF001 - PEFT has no public door through which one module of a model fits
 
@@ -48,23 +48,24 @@ class Injection:
             model = meta_model(model_config)
             rehearsal = rehearsal_of(self._class, self._config, sites, self._shared)
             self._tuner: Any = rehearsal(model, {ADAPTER: self._config}, ADAPTER)
+            # From now on layers are really made, by PEFT's own method.
             self._tuner.__class__ = self._class
             self._root = root_of(self._tuner)
         self._sites = {site.module: site for site in sites}
 
     @property
     def config(self) -> Any:
-        """Return PEFT's configuration of the adapter."""
+        """PEFT's configuration object of the adapter."""
         return self._config
 
     @property
     def fields(self) -> frozenset[str]:
-        """Return the fields that PEFT's configuration of this type has."""
+        """Names of the fields that PEFT's configuration of this type has."""
         return frozenset(field.name for field in dataclasses.fields(self._config))
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Return every module that the adapter changes, in the model's order."""
+        """Every module that the adapter changes, in the model's order."""
         return tuple(
             Target(site.module, tuple(name for name, _ in site.base.named_parameters()))
             for site in self._sites.values()
@@ -87,7 +88,7 @@ class Injection:
             return {name: parameters[name].detach().contiguous() for name in base}
 
     def example(self, module: str) -> torch.Tensor:
-        """Return an input that a module answers to, random and always the same."""
+        """Return an input for a module: random, but always the same. See `example_for` for shapes."""
         return example_for(self._site(module).base)
 
     def forward(
@@ -126,7 +127,11 @@ class Injection:
             pass
 
     def _site(self, module: str) -> Site:
-        """Return where the layer of a target will stand."""
+        """Return where the layer of a target will be put.
+
+        Raises:
+            InjectionError: the module is no target.
+        """
         if module not in self._sites:
             raise InjectionError(module, "is no target of the adapter")
         return self._sites[module]
@@ -154,19 +159,22 @@ class Injection:
                     **site.options,
                 )
                 layer = getattr(site.parent, site.name)
+                # PEFT left the module as it was, without an error.
                 if layer is fresh:
                     raise InjectionError(module, f"PEFT puts no adapter on a {type(fresh).__name__}")
                 if "unilora_hands" in vars(self._tuner):
                     self._tuner.unilora_hands[module].give(layer)
                 self._load(site, layer, config, tensors)
                 yield layer.eval()
+                # Hooks and caches of PEFT may keep the layer alive; without its tensors that costs nothing.
                 empty(layer)
             finally:
                 setattr(site.parent, site.name, stands)
 
     def _config_for(self, module: str) -> Any:
-        """Return the adapter's config for one module: PEFT writes into it, and AdaLoRA lists every module."""
+        """Return the adapter's config for one module. It is a copy, since PEFT writes into it."""
         config = copy.copy(self._config)
+        # AdaLoRA's table lists every module, and the model that PEFT sees here has one.
         if config.peft_type == "ADALORA" and config.rank_pattern:
             ranks = config.rank_pattern.items()
             config.rank_pattern = {name: kept for name, kept in ranks if name.startswith(f"{module}.")}
@@ -176,6 +184,7 @@ class Injection:
         """Give a layer the adapter's values, in the steps of ``PeftModel.from_pretrained``."""
         given = {**tensors, **self._shared}
         with seeing_only(self._tuner, site.module, layer):
+            # PEFT casts a float16 or bfloat16 adapter to float32 twice, before its values are loaded and after.
             self._tuner._cast_adapter_dtype(adapter_name=ADAPTER, autocast_adapter_dtype=True)
             self._check_complete(config, given)
             state = self._class._remap_adapter_state_dict_for_load(
@@ -188,7 +197,7 @@ class Injection:
             self._tuner._cast_adapter_dtype(adapter_name=ADAPTER, autocast_adapter_dtype=True)
 
     def _check_home(self, key: str, value: torch.Tensor, places: Mapping[str, torch.Tensor]) -> None:
-        """Raise for a tensor of the adapter that no parameter takes."""
+        """Raise `InjectionError` for a tensor of the adapter that no parameter takes, or none of its shape."""
         name = self._class._remove_adapter_name_from_key(key, ADAPTER)
         if key not in places:
             raise InjectionError(name, f"{self._config.peft_type.value} has no place for it in this module")
@@ -197,10 +206,7 @@ class Injection:
             raise InjectionError(name, f"shape {found}, expected {expected}")
 
     def _check_complete(self, config: Any, given: Mapping[str, torch.Tensor]) -> None:
-        """Raise for what PEFT would have saved with this adapter and is not given.
-
-        Shared projections are saved under several names (RandLoRA); one of them is enough.
-        """
+        """Raise `InjectionError` for a tensor that PEFT would have saved with this adapter and that is not given."""
         saved = self._class._get_adapter_state_dict(
             model=self._root,
             config=copy.copy(config),
@@ -212,6 +218,8 @@ class Injection:
             self._class._remove_adapter_name_from_key(key, ADAPTER): value.data_ptr()
             for key, value in saved.items()
         }
+        # A projection that layers share is saved under several names (RandLoRA); one of them is enough. A tensor
+        # without storage has the address 0.
         filled = {storage for name, storage in storages.items() if name in given} - {0}
         for name, storage in storages.items():
             if name not in given and storage not in filled:

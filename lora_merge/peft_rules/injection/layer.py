@@ -20,7 +20,7 @@ _N_EXAMPLES = 8
 
 
 def example_for(module: Any) -> torch.Tensor:
-    """Return an input that a module answers to, random and always the same.
+    """Return an input for a module: random, but always the same.
 
     Shapes:
         ``[8, in]``; ``[8]`` tokens of an embedding; ``[1, 8, in]`` for attention; ``[2, channels, …]`` for a convolution.
@@ -32,17 +32,19 @@ def example_for(module: Any) -> torch.Tensor:
     if isinstance(module, torch.nn.Embedding):
         return torch.randint(module.num_embeddings, (_N_EXAMPLES,), generator=generator)
     if kernel:
+        # Twice the kernel's size, so that it fits without padding.
         sizes = [2 * size for size in kernel]
         return torch.randn(2, module.in_channels, *sizes, generator=generator)
     if isinstance(module, torch.nn.MultiheadAttention):
         return torch.randn(1, _N_EXAMPLES, module.embed_dim, generator=generator)
+    # transformers' ``Conv1D`` has no such attribute, and its weight is ``[in, out]``.
     n_in = getattr(module, "in_features", None) or module.weight.shape[0]
     return torch.randn(_N_EXAMPLES, n_in, generator=generator)
 
 
 @contextlib.contextmanager
 def seeing_only(tuner: Any, module: str, layer: Any) -> Iterator[None]:
-    """Let a tuner see a model that is nothing but one layer, so that its loops end soon."""
+    """Let a tuner see a model that consists of one layer only, so that its loops over all modules are short."""
     import torch
 
     *path, last = module.split(".")
@@ -59,7 +61,11 @@ def seeing_only(tuner: Any, module: str, layer: Any) -> Iterator[None]:
 
 
 def filled(site: Site, base: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """Return a copy of a target with its weights, cloned."""
+    """Return a copy of a target with the given weights, cloned.
+
+    Raises:
+        InjectionError: the weights are not exactly those of the module, by name and shape.
+    """
     import torch
 
     module: torch.nn.Module = copy.deepcopy(site.base)
@@ -83,9 +89,10 @@ def filled(site: Site, base: Mapping[str, torch.Tensor]) -> torch.nn.Module:
 
 
 def empty(layer: Any) -> None:
-    """Take every tensor out of a layer: PEFT's hooks (OSF) and caches (SHiRA) may keep the rest of it."""
+    """Take every tensor out of a layer."""
     import torch
 
+    # PEFT's hooks (OSF) and caches (SHiRA) may keep the layer itself.
     for value in vars(layer).values():
         held = value.values() if isinstance(value, dict) else ()
         if any(isinstance(item, torch.Tensor | torch.nn.Module) for item in held):
@@ -93,7 +100,7 @@ def empty(layer: Any) -> None:
 
 
 def merged(layer: Any) -> Any:
-    """Return the module that PEFT's layer merges into."""
+    """Return the base module after PEFT has merged its layer into it."""
     if hasattr(layer, "unload_and_optionally_merge_module"):
         return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     layer.merge(safe_merge=False)
@@ -101,7 +108,7 @@ def merged(layer: Any) -> Any:
 
 
 def answer_of(module: Any, plain: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the output of a module, adapted or not, whose plain form is ``plain``."""
+    """Return a module's output for ``x``; attention gets it as query, key and value."""
     import torch
 
     if isinstance(plain, torch.nn.MultiheadAttention):

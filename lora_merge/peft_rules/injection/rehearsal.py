@@ -1,4 +1,4 @@
-"""PEFT's injection with every layer put off: what it does once for the whole model is done, and where layers go is noted."""
+"""PEFT's injection with every layer put off: work on the whole model is done, and where layers go is noted."""
 
 # ruff: noqa: SLF001 - PEFT has no public door through which one module of a model fits
 
@@ -19,7 +19,7 @@ _PROJECTIONS = ("frod_V", "frod_s_indices", "frod_s_size")
 def rehearsal_of(
     tuner_class: Any, config: Any, sites: list[Site], shared: Mapping[str, torch.Tensor]
 ) -> Callable[..., Any]:
-    """Return a subclass of a tuner that notes each layer it should make in ``sites`` instead of making it."""
+    """Return a subclass of a tuner that appends each layer it should make to ``sites`` instead of making it."""
 
     def note(
         _tuner: Any,
@@ -32,9 +32,11 @@ def rehearsal_of(
         **options: Any,
     ) -> None:
         if options.get("parameter_name"):
+            # PEFT wraps a parameter by its module and its name; here a site is a module.
             raise InjectionError("target_parameters", f"{current_key} is a parameter, not a module")
         sites.append(Site(current_key, base, parent, name, options))
 
+    # A few types compute something from all targets at once, which must happen before the first layer.
     special = _SPECIAL.get(config.peft_type.value)
     methods = {"_create_and_replace": note}
     if special is not None:
@@ -96,7 +98,7 @@ def _tinylora(
 def _unilora(
     _tuner_class: Any, _note: Callable[..., None], sites: list[Site], _shared: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """UniLoRA deals one shuffled deck of indices to all layers: deal it now, and keep each layer's hand."""
+    """UniLoRA deals shuffled indices to all layers at once: deal them now, and keep each layer's share."""
 
     def hands(tuner: Any) -> Iterator[_Hand]:
         config = tuner.peft_config[ADAPTER]
@@ -115,7 +117,7 @@ _SPECIAL: Mapping[str, Callable[..., dict[str, Any]]] = {
 
 
 class _Hand:
-    """Stands where a layer of UniLoRA will be while PEFT deals the indices.
+    """Takes the indices that PEFT deals to a layer of UniLoRA, until that layer is made.
 
     Shapes:
         A: ``[r, in]``; B: ``[out, r]``.
@@ -134,14 +136,14 @@ class _Hand:
         self._scales = scales_a, scales_b
 
     def give(self, layer: Any) -> None:
-        """Hand everything over to the layer."""
+        """Copy indices and scales into the layer."""
         layer.unilora_indices_A[ADAPTER] = self.unilora_indices_A[ADAPTER].clone()
         layer.unilora_indices_B[ADAPTER] = self.unilora_indices_B[ADAPTER].clone()
         layer.update_scaling(ADAPTER, *(scales.clone() for scales in self._scales))
 
 
 def root_of(tuner: Any) -> Any:
-    """Return what stands for the ``PeftModel`` around a tuner: names begin with ``base_model.``."""
+    """Return a module that takes the place of the ``PeftModel`` around a tuner: its names begin with ``base_model.``."""
     import torch
 
     class Root(torch.nn.Module):
@@ -149,6 +151,7 @@ def root_of(tuner: Any) -> Any:
             try:
                 return super().__getattr__(name)
             except AttributeError:
+                # As ``PeftModel`` does: what it lacks, the tuner may have.
                 return getattr(super().__getattr__("base_model"), name)
 
     root = Root()

@@ -1,4 +1,4 @@
-"""What of a model an adapter changes, and which of its tensors belong where."""
+"""Modules of a model that an adapter changes, and which of its tensors belong to which."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Site:
-    """Where a layer will stand: what PEFT said when it asked for it."""
+    """Where a layer will be put, with the arguments that PEFT gave when it asked for the layer."""
 
     module: str
     base: Any
@@ -57,7 +57,7 @@ class Site:
 def sort_by_module(
     names: Iterable[str], targets: Iterable[Target]
 ) -> tuple[dict[str, list[str]], list[str], list[str]]:
-    """Return the names of an adapter's tensors by the module they belong to, the shared, and the orphans.
+    """Return the names of an adapter's tensors by module, those that are shared, and those without a place.
 
     A tensor belongs to the deepest target that its name leads to.
     """
@@ -69,6 +69,7 @@ def sort_by_module(
         if not name.startswith(PREFIX):
             (shared if name.startswith("base_model.") else orphans).append(name)
             continue
+        # The deepest, since a target may lie inside another (attention and its output projection).
         owner = next((path for path in parents(name.removeprefix(PREFIX)) if path in modules), None)
         if owner is None:
             orphans.append(name)

@@ -1,4 +1,4 @@
-"""PEFT runs by itself: one injection at a time, without traces in the process, its errors in one sentence."""
+"""PEFT runs one injection at a time, without traces in the process, with its errors as one sentence each."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ _LOCK = threading.RLock()
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Run one injection at a time, cut off, without warnings, gradients or traces in torch's random state (CPU).
-
-    What layers draw at random is overwritten by the adapter's values, or refused.
-    """
+    """Run one injection at a time, cut off, without warnings, gradients or traces in torch's random state (CPU)."""
     import torch
 
     with _LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), cut_off():
         warnings.simplefilter("ignore")
+        # What layers draw at random is overwritten by the adapter's values, or refused.
         torch.default_generator.manual_seed(_SEED)
         yield
 
 
 @contextlib.contextmanager
 def translated(subject: str, speaker: str = "PEFT") -> Iterator[None]:
-    """Turn whatever a library raises into an `InjectionError` with its first line."""
+    """Turn whatever a library raises into an `InjectionError` with its first line; a lack of memory stays what it is."""
     try:
         yield
     except InjectionError:
         raise
     except Exception as exc:
+        # Raises where memory ran out: that says nothing about the adapter.
         not_for_want_of_memory(exc)
         line = next(iter(str(exc).strip().splitlines()), "")
         raise InjectionError(subject, f"{speaker} raises {type(exc).__name__}: {line}") from exc
