@@ -37,7 +37,7 @@ class Format:
     """The file of tensors that it looks for, beside its configuration."""
 
     looked_for: str
-    """Its files, in words."""
+    """Its files, as an error names them."""
 
 
 FORMATS: Mapping[str, Format] = {
@@ -71,10 +71,12 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     adapter = _read_directory(root, ignored)
     if adapter is not None:
         return adapter
+    # PEFT and ms-swift save an adapter with a name of its own into a subfolder of that name.
     inside = sorted(
         (path for path in root.iterdir() if path.name != EXTRA_FOLDER and (path / ADAPTER_CONFIG).is_file()),
         key=lambda path: in_order(path.name),
     )
+    # A configuration in the folder itself means that this is the adapter, and that it is incomplete.
     if not inside or (root / ADAPTER_CONFIG).is_file():
         raise _deeper(root) or sharded_error(root, file_names(root)) or _unknown(root)
     if len(inside) > 1:
@@ -89,9 +91,10 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     found = note(
         "subfolder", str(root), f"holds no adapter itself; the one in its subfolder {only.name} was taken"
     )
-    # the modules around a transformer that has a folder of its own would not find it in the output
+    # The modules around a transformer that has a folder of its own would not find it in the output.
     apart = module_files(root) if whole_model(only) else ()
     around = [file for file in adapter_side_files(root) if file.name not in apart]
+    # The adapter's own files win over those around it.
     own = {file.name: file for file in (*around, *adapter.side_files)}
     side_files = tuple(own[name] for name in sorted(own))
     own_names = {path.name for path in root.iterdir() if path.is_file()}
@@ -100,7 +103,7 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
 
 
 def _deeper(root: Path) -> ResolveError | None:
-    """Return the error of a folder whose folders hold folders of adapters: all runs of a trainer, or a step of verl."""
+    """Return the error of a folder whose adapters are two levels down: all runs of a trainer, or a step of verl."""
     if (root / ADAPTER_CONFIG).is_file():
         return None
     found = sorted(root.glob(f"*/*/{ADAPTER_CONFIG}"), key=lambda path: in_order(str(path)))
@@ -115,7 +118,7 @@ def _deeper(root: Path) -> ResolveError | None:
 
 
 def _likely(adapters: Sequence[Path]) -> Path:
-    """Return the one of several adapters that is probably meant: of numbered ones the last."""
+    """Return the one of several adapters that a hint names: of numbered ones (``checkpoint-500``) the last."""
     return adapters[-1 if all(path.name[-1].isdecimal() for path in adapters) else 0]
 
 
@@ -133,7 +136,7 @@ def _unknown(root: Path) -> ResolveError:
 
 
 def _read_directory(root: Path, ignored: Collection[str]) -> Adapter | None:
-    """Return the adapter in a directory itself, or None."""
+    """Return the adapter in a directory itself, by the first format that recognises it, or None."""
     for one in FORMATS.values():
         adapter = one.read(root, ignored)
         if adapter is None:

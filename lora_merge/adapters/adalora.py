@@ -1,4 +1,4 @@
-"""AdaLoRA: factors with a diagonal between them, and ranks that training took away."""
+"""AdaLoRA: factors with a diagonal between them, and ranks that training pruned."""
 
 from __future__ import annotations
 
@@ -31,12 +31,16 @@ class AdaLora:
         self._issues = issues
         self._init_r = number(config, "init_r", 12)
         alpha = number(config, "lora_alpha", 8)
+        # PEFT takes α itself, not α over a rank; without an α it takes the rank.
         self._scale = float(alpha if alpha > 0 else self._init_r)
         self._ranks = _masked_ranks(config)
         self._found: list[int] = []
 
     def deltas(self, module: str, group: Group) -> list[Delta]:
-        """Return what one group of tensors changes; nothing where no rank is left."""
+        """Return the delta of one group of tensors; none where no rank is left, or where the group is faulty (an
+        issue says so).
+        """
+        # Without one of the three PEFT would merge noise, or nothing.
         for role in ("A", "B", "E"):
             if role not in group:
                 hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
@@ -54,15 +58,21 @@ class AdaLora:
             sentence = f"has rank {a[0]}, the config says {wanted:g} (rank_pattern and init_r)"
             hint = "the config does not belong to these tensors"
             self._issues.append(error("rank-mismatch", module, sentence, hint))
+        # Pruned to rank 0: the tensors are there, with no rows.
         if a[0] == 0:
             self._issues.append(note("rank-zero", module, "was left no rank by AdaLoRA, and stays as it is"))
             return []
         factors = {role: group[role] for role in ("A", "B", "E")}
+        # ``ranknum`` stays ``init_r`` in PEFT, however many ranks were masked; 1e-5 is PEFT's too.
         facts = LowRankFacts(divisor=self._init_r + 1e-5)
         return [Delta(f"{module}.weight", facts, factors, self._scale)]
 
     def finish(self, modules: Collection[str]) -> list[Issue]:
-        """Return a warning when no rank ever moved."""
+        """Return a warning when every module still has its first rank, so that AdaLoRA allocated nothing.
+
+        Args:
+            modules: unused here; the reader of LoRA needs them.
+        """
         del modules
         if not self._found or any(rank != self._init_r for rank in self._found):
             return []
@@ -72,7 +82,11 @@ class AdaLora:
 
 
 def _masked_ranks(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the rank that AdaLoRA's ``rank_pattern`` leaves each module: ``{"….lora_E": [True, …]}``."""
+    """Return module → how many ranks are left, from AdaLoRA's ``rank_pattern``: ``{"….lora_E": [True, …]}``.
+
+    Raises:
+        TargetError: the field holds something else.
+    """
     table = {} if config.get("rank_pattern") is None else config["rank_pattern"]
     if not isinstance(table, dict) or not all(isinstance(mask, list) for mask in table.values()):
         raise TargetError(

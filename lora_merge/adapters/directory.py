@@ -26,7 +26,7 @@ def assemble(
     issues: list[Issue],
     ignored: Collection[str] = (),
 ) -> Adapter:
-    """Return the adapter in a directory, with the whole parameters that were saved beside its own files.
+    """Return the adapter in a directory, with the whole parameters that were saved in files beside its own.
 
     Args:
         files: its own, one or more.
@@ -40,10 +40,12 @@ def assemble(
         ResolveError: a file beside it is broken.
     """
     root = files[0].parent
+    # ms-swift also saves plain PEFT adapters; its other file, or its fields, tell.
     by_swift = name == "ms-swift" or (root / TRAINER_CONFIG).is_file() or bool(config.keys() & TRAINER_FIELDS)
     saved = saved_beside(root, ignored)
     own = dict(content.get("replacements", {}))
     fields = {"deltas": (), "modules": frozenset()} | dict(content)
+    # Where both hold a parameter, their values are equal, or an issue refuses the adapter.
     fields["replacements"] = own | saved.replacements
     return Adapter(
         root=str(root),
@@ -59,10 +61,9 @@ def assemble(
 
 
 def _stored_twice(own: Mapping[str, Replacement], saved: Mapping[str, Replacement], name: str) -> list[Issue]:
-    """Return an issue for each parameter that an adapter's own file and one beside it hold with other values.
-
-    Trainers that save all that is trained and has no ``lora_`` in its name save ``modules_to_save`` again.
-    """
+    """Return an issue for each parameter of which an adapter's own file and one beside it hold different values."""
+    # Trainers that save all trained parameters without ``lora_`` in their names save ``modules_to_save`` a second
+    # time.
     return [
         error(
             "duplicate-tensor", own[parameter].ref.name, f"has other values in {name} and in a file beside it"

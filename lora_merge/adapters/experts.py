@@ -1,7 +1,7 @@
 """LoRA on experts as large trainers and RL stacks store it: all experts of a layer in one tensor.
 
 Tinker, SGLang and Megatron-Bridge: A ``[experts, r, in]`` and B ``[experts, out, r]`` of one projection; a factor that all
-experts share is ``[1, r, in]`` or ``[1, out, r]``, or stands once beside those of the experts. They become LoRA on each
+experts share is ``[1, r, in]`` or ``[1, out, r]``, or a matrix beside those of single experts. They become LoRA on each
 expert, under the names that Hugging Face gives experts. NeMo Automodel: gate and up in one, and both factors the other
 way round; they stay LoRA on the parameter that holds all experts.
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _HEAD = re.compile(
     rf"^({re.escape(PREFIX)})(?:model\.)?(?:language_model\.)?(?:unembed_tokens|lm_head)(?=\.)"
 )
-"""Tinker's output embedding, which stands under ``model`` there."""
+"""Tinker's output embedding, whose path is under ``model`` there."""
 
 _ATTENTION = re.compile(r"(?<=\.)attn(?=\.[qkvo]_proj\.)")
 """Tinker's attention of gpt-oss, ``self_attn`` elsewhere."""
@@ -51,7 +51,7 @@ _GROUPED = re.compile(r"(?P<module>.+)\.lora_(?P<which>gate_and_up|down)_(?P<rol
 
 @dataclass(slots=True)
 class Experts:
-    """An adapter's tensors once those of all experts are taken apart."""
+    """An adapter's tensors, once a tensor that held all experts is one tensor per expert."""
 
     refs: tuple[TensorRef, ...]
     issues: list[Issue] = field(default_factory=list)
@@ -59,32 +59,31 @@ class Experts:
     """Of NeMo's grouped experts."""
 
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """What targets are called now, by the last word that they had, where that changed."""
+    """Last word of a target → what it is called now, where that changed."""
 
     is_renamed: bool = False
-    """True where some tensors have names now that PEFT does not read as it read those that they had."""
+    """True where some tensors got new names, so that the targets may need new ones too."""
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return PEFT's configuration with the targets that these tensors have now.
-
-        What meant all experts means each of them, and not other modules of the same name (shared experts, dense layers).
-        ``"all-linear"`` means more to such a trainer than to PEFT, the output embedding and experts in one parameter
-        among it, and less where routers are linear layers: it means the modules with tensors.
-        """
+        """Return PEFT's configuration with the targets that these tensors have now."""
         listed = config.get("target_modules")
+        # To such a trainer "all-linear" means more than to PEFT (output embedding, experts in one parameter), and
+        # less where routers are linear layers. It means the modules with tensors.
         if self.is_renamed and str(listed).lower() == "all-linear":
             return {**config, "target_modules": list(dict.fromkeys(map(_target, self.refs)))}
         if not isinstance(listed, list) or not (self.targets or self.pairs):
             return config
+        # What meant all experts means each of them, and no other module of the name (shared experts, dense layers).
         entries = (word for entry in map(str, listed) for word in self._targets_of(entry))
         return {**config, "target_modules": list(dict.fromkeys(entries))}
 
     def _targets_of(self, entry: str) -> tuple[str, ...]:
-        """Return what one entry of ``target_modules`` is called now."""
+        """Return what one entry of ``target_modules`` is called now; nothing for NeMo's pairs, which are parameters."""
         if any(
             is_listed(pair.module, (entry,)) or entry.startswith(f"{pair.module}.") for pair in self.pairs
         ):
             return ()
+        # Trainers write the path or its last word.
         word = entry.rpartition(".")[2]
         if word == "experts" and self.targets:
             return tuple(name for names in self.targets.values() for name in names)
@@ -92,14 +91,14 @@ class Experts:
 
 
 def _target(ref: TensorRef) -> str:
-    """Return what to call the module of a factor among the targets: an expert by the end of its path."""
+    """Return a factor's module as an entry of the targets: an expert by the end of its path, any other whole."""
     module = ref.name.removeprefix(PREFIX).partition(".lora_")[0]
     expert = _EXPERT.search(module)
     return expert[0] if expert else module
 
 
 def taken_apart(refs: tuple[TensorRef, ...], file: str) -> Experts:
-    """Return an adapter's tensors with those of all experts of a layer as tensors of one expert each.
+    """Return an adapter's tensors, with those that hold all experts of a layer as one tensor per expert.
 
     Args:
         refs: every tensor of the file, under PEFT's names.
@@ -122,6 +121,7 @@ def taken_apart(refs: tuple[TensorRef, ...], file: str) -> Experts:
         return found
     gone: set[str] = set()
     made: list[TensorRef] = []
+    # A layer at a time: whether its tensors are stacks shows only when all of them are known.
     for block, projections in stacks.items():
         block_found = _Block(block, projections, singles)
         if not block_found.is_stacked:
@@ -134,7 +134,7 @@ def taken_apart(refs: tuple[TensorRef, ...], file: str) -> Experts:
 
 
 def _named_as_published(found: Experts, file: str) -> None:
-    """Give tensors with Tinker's names those of Hugging Face."""
+    """Rename tensors with Tinker's names as Hugging Face names them, and note it."""
     if not any(_TINKER.search(ref.name) for ref in found.refs):
         return
     renamed = []
@@ -167,18 +167,19 @@ class _Block:
         self._singles = {key[1:]: tensors for key, tensors in singles.items() if key[0] == path}
         counts = {ref.shape[0] for ref in self._refs() if len(ref.shape) == 3}
         counts |= {max(tensors) + 1 for tensors in self._singles.values()}
+        # A shared factor counts 1, so the largest count is that of the experts.
         self._n = max(counts, default=0)
 
     @property
     def is_stacked(self) -> bool:
-        """Return True when factors of several experts are in one tensor, or one factor is shared by several."""
+        """True when one tensor has the factors of several experts, or several experts share one factor."""
         return any(len(ref.shape) == 3 for ref in self._refs()) or bool(self._singles)
 
     def _refs(self) -> Iterable[TensorRef]:
         return (ref for roles in self._projections.values() for ref in roles.values())
 
     def experts(self, found: Experts) -> list[TensorRef]:
-        """Return the factors of every expert under its own names; what is wrong goes into the issues."""
+        """Return the factors of every expert under its own names; faults are added to the issues."""
         made: list[TensorRef] = []
         names = _PROJECTIONS
         if (
@@ -187,12 +188,14 @@ class _Block:
         ):
             names = _UNGATED
         for projection, roles in self._projections.items():
+            # Tinker writes empty tensors for a gate that the model does not have.
             if roles and all(0 in ref.shape for ref in roles.values()):
                 continue
             issue = self._problem(projection, roles)
             if issue is not None:
                 found.issues.append(issue)
                 continue
+            # Mixtral's own modules are called w1, w2 and w3.
             own = projection if "block_sparse_moe" in self._path else names.get(projection, projection)
             for role, ref in roles.items():
                 made += self._spread(ref, role, own)
@@ -205,7 +208,7 @@ class _Block:
         return made
 
     def _problem(self, projection: str, roles: Mapping[str, TensorRef]) -> Issue | None:
-        """Return what keeps the factors of a projection from being taken apart."""
+        """Return what keeps the factors of a projection from being taken apart; None where nothing does."""
         subject = f"{self._path}.{projection}".removeprefix(PREFIX)
         if self._n < 2:
             sentence = "has factors that all experts share, and no tensor of the file says how many experts there are"
@@ -215,6 +218,7 @@ class _Block:
             if len(ref.shape) not in {2, 3} or n_found not in {1, self._n}:
                 sentence = f"lora_{role} is {shape_text(ref.shape)}, expected one factor, or one for each of {self._n} experts"
                 return error("bad-shape", subject, sentence)
+        # One factor may be shared and the other stored expert by expert.
         for role in {"A", "B"} - roles.keys():
             if self._singles.get((projection, role), {}).keys() != set(range(self._n)):
                 sentence = f"has a lora_{'B' if role == 'A' else 'A'} for all experts, and no lora_{role} for each of them"
@@ -228,10 +232,12 @@ class _Block:
         """Return one tensor per expert; of gate and up in one, two, gate's rows first."""
         made = []
         for n in range(self._n):
+            # A shared factor is the same bytes under each expert's name.
             one = ref if len(ref.shape) == 2 else ref.entry(n if ref.shape[0] > 1 else 0)
             parts = {projection: one}
             if projection == "gate_up_proj":
                 half = one.shape[0] // 2
+                # Both halves read the same inputs, so A is common and B has gate's rows first.
                 parts = {"gate_proj": one, "up_proj": one}
                 if role == "B":
                     parts = {
@@ -249,7 +255,7 @@ def _grouped(found: Experts) -> None:
     """Take NeMo Automodel's grouped experts out of an adapter's tensors.
 
     Their factors belong to the parameters as transformers has them in memory: gate and up ``[experts, 2 · inner, hidden]``
-    (or turned round), down ``[experts, hidden, inner]``.
+    (or its transpose), down ``[experts, hidden, inner]``.
 
     Shapes:
         gate_and_up_A: ``[experts, hidden, r]``, gate_and_up_B: ``[experts, r, 2 · inner]``;
@@ -280,6 +286,8 @@ def _grouped(found: Experts) -> None:
             )
         else:
             n, n_in, rank = a.shape
+            # NeMo multiplies x A B, PEFT B A x: the two change places. The bytes stay, only the shapes are read
+            # otherwise.
             tensors = {
                 "A": replace(b, shape=(n * rank, b.shape[2])),
                 "B": replace(a, shape=(n_in, n * rank)),

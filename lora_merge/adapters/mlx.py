@@ -1,6 +1,6 @@
 """mlx-lm's adapters: ``adapter_config.json`` and ``adapters.safetensors``.
 
-The factors lie the other way round than PEFT's, and the scale is written out. What is handed on has PEFT's fields:
+The factors are the transposes of PEFT's, and the scale is a field of its own. The `Adapter` has PEFT's fields:
 the last ``num_layers`` layers become ``layers_to_transform``, the keys ``target_modules``.
 """
 
@@ -63,9 +63,11 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
         return None
     refs = read_header(root / MLX_WEIGHTS).tensors
     issues = non_finite(refs) if refs else [error("empty", MLX_WEIGHTS, "holds no tensors")]
+    # One of three kinds of training; anything else is refused below.
     kind = _kind(config)
     content: dict[str, Any] = {"config": {"peft_type": "FULL"}}
     try:
+        # mlx-vlm's own format becomes mlx-lm's first, so that there is one reader.
         if is_mlx_vlm(config, refs):
             config, refs = as_mlx_lm(config, refs)
         if kind == "full":
@@ -77,6 +79,7 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
             issues.append(error("unsupported", "fine_tune_type", sentence, "a newer lora-merge may know it"))
     except TargetError as exc:
         issues.append(error("bad-field", exc.field, exc.sentence))
+    # These of mlx-lm's own fields are kept beside PEFT's.
     kept = {
         name: config[name] for name in ("fine_tune_type", "lora_parameters", "num_layers") if name in config
     }
@@ -93,28 +96,32 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
 
 
 def is_mlx(config: Mapping[str, Any], root: Path) -> bool:
-    """Return True for a configuration of mlx-lm, whose loader looks at ``lora_parameters`` and no other type of adapter."""
+    """Return True for a configuration of mlx-lm."""
     if not config.keys() & {"peft_type", "swift_type"}:
         return True
+    # mlx-lm's loader looks at ``lora_parameters`` and at no field that names another type, so both may be there.
     has_peft_weights = any((root / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
     return isinstance(config.get("lora_parameters"), dict) and not has_peft_weights
 
 
 def _kind(config: Mapping[str, Any]) -> object:
-    """Return the kind of training; before there was a field for it, DoRA was a switch."""
+    """Return the kind of training: ``"lora"``, ``"dora"`` or ``"full"``, or whatever else the configuration says."""
+    # Before there was a field for it, DoRA was a switch.
     return config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
 
 
 def _whole(refs: Iterable[TensorRef], issues: list[Issue]) -> dict[str, Replacement]:
-    """Return the parameters of a full training of some layers."""
+    """Return the parameters of a full training of some layers; a factor among them is an issue."""
     found: dict[str, Replacement] = {}
     for ref in refs:
         module, _, parameter = ref.name.rpartition(".")
+        # ``m`` may be a model's own parameter.
         if parameter in _LEAVES and parameter != "m":
             sentence = "is a factor, and fine_tune_type is 'full'"
             hint = "the config does not belong to these tensors"
             issues.append(error("unexpected-tensor", ref.name, sentence, hint))
         elif _STACK.fullmatch(module) and len(ref.shape) > 1:
+            # mlx-lm stacks experts that Hugging Face stores one by one.
             for n, path in enumerate(_experts(module, ref.shape[0])):
                 found[f"{path}.{parameter}"] = Replacement(ref.entry(n), "saved")
         else:
@@ -123,7 +130,7 @@ def _whole(refs: Iterable[TensorRef], issues: list[Issue]) -> dict[str, Replacem
 
 
 class _Reading:
-    """One adapter of factors; what is wrong goes into a list of issues."""
+    """One adapter of factors; faults are added to a list of issues."""
 
     def __init__(
         self, config: Mapping[str, Any], refs: Iterable[TensorRef], issues: list[Issue], *, dora: bool
@@ -144,7 +151,7 @@ class _Reading:
         self._layers: set[int] = set()
 
     def content(self) -> dict[str, Any]:
-        """Return the fields of `Adapter`, PEFT's configuration among them."""
+        """Return the fields of `Adapter`, PEFT's configuration included."""
         deltas = [delta for module, group in self._groups.items() for delta in self._deltas(module, group)]
         unmatched = self._unmatched() if deltas else []
         config = {
@@ -153,7 +160,7 @@ class _Reading:
             "use_dora": self._dora,
             "target_modules": [*self._targets, *unmatched],
             "layers_to_transform": self._last_layers(),
-            # mlx-lm reads an embedding's factors at both ends of a tie
+            # mlx-lm reads an embedding's factors at both ends of a tie.
             "ensure_weight_tying": any(_is_embedding(module) for module in self._groups),
         }
         return {
@@ -163,7 +170,7 @@ class _Reading:
         }
 
     def _sorted(self, refs: Iterable[TensorRef]) -> dict[str, dict[str, TensorRef]]:
-        """Return the tensors by module and leaf."""
+        """Return module → leaf (``lora_a``, ``lora_b``, ``m``) → tensor; any other tensor is an issue."""
         groups: dict[str, dict[str, TensorRef]] = {}
         for ref in refs:
             module, _, leaf = ref.name.rpartition(".")
@@ -177,13 +184,14 @@ class _Reading:
         return groups
 
     def _deltas(self, module: str, group: Group) -> list[Delta]:
-        """Return what one group of tensors changes; nothing where they cannot be multiplied."""
+        """Return the deltas of one group of tensors; none where they cannot be multiplied (an issue says so)."""
         problem = self._stray(module, group) or self._misfit(module, group)
         if problem is not None:
             self._issues.append(problem)
             return []
         a, b = group["lora_a"], group["lora_b"]
         paths = _experts(module, a.shape[0]) if len(a.shape) == 3 else [module]
+        # Targets are collected while tensors are read: mlx-lm's configuration may name none of them.
         self._note_target(module, paths)
         if len(a.shape) == 3:
             return [
@@ -198,7 +206,7 @@ class _Reading:
         return [Delta(f"{module}.weight", facts, factors, self._scale)]
 
     def _stray(self, module: str, group: Group) -> Issue | None:
-        """Return what is there, or not there, against the configuration."""
+        """Return the first tensor that is there, or missing, against the configuration; None where all is as it says."""
         for have, lack in (("lora_a", "lora_b"), ("lora_b", "lora_a")):
             if lack not in group:
                 code = "missing-A" if lack == "lora_a" else "missing-B"
@@ -215,6 +223,7 @@ class _Reading:
         if not self._dora and "m" in group:
             return error("unexpected-tensor", module, "has DoRA's m, and fine_tune_type is not 'dora'", hint)
         layer = _LAYER.fullmatch(module)
+        # Without keys mlx-lm adapts the linear layers of the last layers, and nothing outside of layers.
         named = (
             module in self._keys or (layer is not None and layer["key"] in self._keys)
             if self._keys
@@ -226,13 +235,14 @@ class _Reading:
         return None
 
     def _misfit(self, module: str, group: Group) -> Issue | None:
-        """Return what keeps the factors of a module from being multiplied."""
+        """Return what keeps the factors of a module from being multiplied; None where nothing does."""
         a, b = group["lora_a"].shape, group["lora_b"].shape
         for ref in group.values():
             if ref.dtype not in TORCH_NAMES:
                 return error("bad-dtype", ref.name, f"is stored as {ref.dtype}, expected BF16, F16 or F32")
         rank = a[1] if len(a) > 1 else 0
         flat = len(a) == len(b) == 2 and b[0] == rank
+        # Factors of stacked experts are not transposed: A [experts, r, in], B [experts, out, r].
         stacked = len(a) == len(b) == 3 and a[0] == b[0] and b[2] == rank
         shapes = f"lora_a is {shape_text(a)}, lora_b is {shape_text(b)}"
         if not (flat or stacked) or rank == 0:
@@ -250,17 +260,18 @@ class _Reading:
         return None
 
     def _note_target(self, module: str, paths: list[str]) -> None:
-        """Remember which entry of ``target_modules``, and which layer, a module stands for."""
+        """Remember the entry of ``target_modules`` for a module, and its layer."""
         layer = _LAYER.fullmatch(module)
         if layer is None or module in self._keys:
             self._targets |= dict.fromkeys(paths)
             return
+        # A module of a layer is named by its path in the layer: mlx-lm's keys are that, too.
         self._layers.add(int(layer["index"]))
         start = layer.start("key")
         self._targets |= dict.fromkeys(path[start:] for path in paths)
 
     def _last_layers(self) -> list[int] | None:
-        """Return the numbers of the layers that were trained, or None for all: those up to the last with tensors."""
+        """Return the numbers of the layers that were trained; None for all of them."""
         if not self._layers or self._n_layers <= 0:
             return None
         if len(self._layers) > self._n_layers:
@@ -268,11 +279,13 @@ class _Reading:
             hint = "the config does not belong to these tensors"
             self._issues.append(error("unmatched-target", "num_layers", sentence, hint))
             return sorted(self._layers)
+        # The base's number of layers is not known here. mlx-lm trains the last ones, so the last one with tensors
+        # counts as the last.
         last = max(self._layers)
         return list(range(max(0, last - self._n_layers + 1), last + 1))
 
     def _unmatched(self) -> list[str]:
-        """Return the entries of the keys that no module answers to; whether that is a fault, the base tells."""
+        """Return the keys that no module answers to, as targets; only the base tells whether that is a fault."""
         return [
             path
             for key in self._keys
@@ -282,21 +295,20 @@ class _Reading:
 
 
 def _ignores_alpha(config: Mapping[str, Any], refs: Iterable[TensorRef]) -> bool:
-    """Return True when an adapter shows that it was trained by a release that does not read ``alpha``.
-
-    mlx-lm multiplied ``scale`` by alpha/rank until 2024-06-02. Its default configuration kept ``alpha`` until
-    2025-04-02 without reading it. Two things came in between: LoRA on embeddings on 2024-08-16, and ``num_layers`` (instead
-    of ``lora_layers``) together with ``fine_tune_type`` on 2024-09-29.
+    """Return True when an adapter shows that its mlx-lm did not read ``alpha``.
 
     Reference:
         commits 57b16724, e9882d4d, 13bb6dca and 191d81d1 of ml-explore/mlx-lm.
     """
+    # mlx-lm multiplied ``scale`` by alpha/rank until 2024-06-02. Its default configuration kept ``alpha`` until
+    # 2025-04-02 without reading it. In between came LoRA on embeddings (2024-08-16), and ``num_layers`` in place of
+    # ``lora_layers`` together with ``fine_tune_type`` (2024-09-29): each of them shows a later release.
     has_embedding = any(_is_embedding(ref.name.rpartition(".")[0]) for ref in refs)
     return "fine_tune_type" in config or "num_layers" in config or has_embedding
 
 
 def _scale(settings: Mapping[str, Any], *, is_recent: bool) -> float:
-    """Return the scale, which is all of it.
+    """Return the scale of all deltas, which is the whole factor: nothing is divided by a rank.
 
     Args:
         settings: the table of ``lora_parameters``.
@@ -311,6 +323,7 @@ def _scale(settings: Mapping[str, Any], *, is_recent: bool) -> float:
             "lora_parameters.scale", "is 0: the adapter changes nothing, whatever its factors hold"
         )
     alpha = settings.get("alpha")
+    # With α equal to the rank both releases compute the same.
     if is_recent or alpha is None or alpha == settings.get("rank"):
         return scale
     rank = settings.get("rank")
@@ -327,7 +340,7 @@ def _scale(settings: Mapping[str, Any], *, is_recent: bool) -> float:
 
 
 def _required(settings: Mapping[str, Any], field: str) -> float:
-    """Return a number of ``lora_parameters``.
+    """Return a number of ``lora_parameters`` that must be there.
 
     Raises:
         TargetError: it is missing, or no number.
@@ -341,7 +354,7 @@ def _required(settings: Mapping[str, Any], field: str) -> float:
 
 
 def _keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the modules that were chosen by name; empty when all linear layers were.
+    """Return the entries of ``lora_parameters.keys``; empty when all linear layers were trained.
 
     Raises:
         TargetError: they are no names.
@@ -355,11 +368,12 @@ def _keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _n_layers(config: Mapping[str, Any]) -> int:
-    """Return how many layers, counted from the last, were trained; all when it is not positive.
+    """Return how many layers, counted from the last, were trained; all of them when it is not positive.
 
     Raises:
         TargetError: it is missing, or no whole number.
     """
+    # ``lora_layers`` was its name until September 2024.
     value = config.get("num_layers", config.get("lora_layers"))
     if isinstance(value, bool) or not isinstance(value, int):
         raise TargetError("num_layers", f"is {quoted(value)}, expected a whole number")
@@ -371,9 +385,9 @@ def _is_embedding(module: str) -> bool:
 
 
 def _experts(module: str, n_experts: int) -> list[str]:
-    """Return the paths of the experts that mlx-lm stacks, with mlx-lm's names of their projections.
+    """Return a path for each expert of a stack, with mlx-lm's name of the projection.
 
-    What the base calls those is known once the base is (`lora_merge.adapters.mlx_spelling`).
+    The base's own name of the projection comes later, when the base is known (`lora_merge.adapters.mlx_spelling`).
 
     Example:
         >>> _experts("model.layers.0.mlp.switch_mlp.up_proj", 2)

@@ -1,6 +1,6 @@
 """What mlx-lm calls the modules of each model family, and what Hugging Face calls them.
 
-mlx-lm has model classes of its own; their ``sanitize`` turns a published checkpoint into their parameters. Most keep
+mlx-lm has model classes of its own; their ``sanitize`` turns a published checkpoint into their parameters. Most families keep
 the published names. Models with a vision tower, GPT-NeoX, GPT-2 and most mixtures of experts do not.
 
 Reference:
@@ -142,7 +142,7 @@ _FAMILIES: tuple[tuple[MlxFamily, str], ...] = (
 FAMILIES: Mapping[str, MlxFamily] = {
     model_type: family for family, names in _FAMILIES for model_type in names.split()
 }
-"""By ``model_type``. A family that is not here, mlx-lm may have under other names, or not at all.
+"""By ``model_type``. mlx-lm may have other families under other names, or not at all.
 
 Left out because a weight of theirs is another one in mlx-lm: Falcon-H1 (its multipliers are folded into the weights),
 Granite 4 (``shared_mlp.input_linear`` is taken apart), gpt-oss and Llama 4 (their experts are stacked and interleaved),
@@ -151,7 +151,7 @@ OLMo 1 (its class has the names of AI2's own code).
 
 
 def family_of(config: Mapping[str, Any]) -> MlxFamily | None:
-    """Return the names of a base's family; None where they are not known."""
+    """Return the names of a base's family by its ``model_type``; None where they are not known."""
     return FAMILIES.get(str(config.get("model_type")))
 
 
@@ -180,11 +180,13 @@ def mlx_name(module: str, family: MlxFamily) -> str:
         projection = match["projection"]
         return f"{match['block']}.{family.stack}.{family.projections.get(projection, projection)}"
     stem, dot, last = path.rpartition(".")
+    # LFM2-MoE has these names in dense layers too.
     return f"{stem}{dot}{family.projections.get(last, last)}" if family.everywhere else path
 
 
 def hf_name(module: str, family: MlxFamily) -> str:
-    """Return what transformers 5 calls a module of mlx-lm; an expert has a number, as the reader gives it.
+    """Return what transformers 5 calls a module of mlx-lm. An expert has a number, as the reader of mlx-lm gives it
+    one.
 
     Example:
         >>> hf_name("language_model.model.layers.0.self_attn.q_proj", FAMILIES["qwen3_vl"])
@@ -196,12 +198,13 @@ def hf_name(module: str, family: MlxFamily) -> str:
     stem, dot, last = path.rpartition(".")
     if not (family.everywhere or _EXPERT.fullmatch(path)):
         return path
+    # The table is one to one within a family, so it can be read backwards.
     back = {mlx: hf for hf, mlx in family.projections.items()}
     return f"{stem}{dot}{back.get(last, last)}"
 
 
 def is_expert(module: str) -> bool:
-    """Return True for a module of one expert."""
+    """Return True for a module of one expert: ``….experts.3.up_proj``."""
     return _EXPERT.fullmatch(module) is not None
 
 

@@ -46,11 +46,7 @@ def _parameter(name: str, family: MlxFamily) -> str:
 
 
 def _targets(adapter: Adapter, family: MlxFamily) -> dict[str, Any]:
-    """Return ``target_modules`` in the other names: a key of a layer stays one, and a whole path too.
-
-    Where whole paths differ, all are listed whole: mlx-lm has the language model only, and a key would mean the
-    modules of a vision tower too.
-    """
+    """Return ``target_modules`` in the base's names: a key of a layer stays a key, a whole path stays one."""
     targets = adapter.config.get("target_modules")
     if not isinstance(targets, list):
         return {}
@@ -59,7 +55,10 @@ def _targets(adapter: Adapter, family: MlxFamily) -> dict[str, Any]:
     for module in sorted(adapter.modules):
         path = hf_name(module, family)
         layer = _LAYER.fullmatch(path)
+        # Where paths differ, all are listed whole: mlx-lm has the language model only, and a key would mean the
+        # modules of a vision tower too.
         is_key = layer is not None and module not in named and not family.to_hf
         found[layer["key"] if is_key and layer else path] = None
+    # Entries without tensors stay, so that planning can look them up in the base.
     lost = [one for one in targets if not any(is_listed(module, (one,)) for module in adapter.modules)]
     return {"target_modules": [*found, *lost]}

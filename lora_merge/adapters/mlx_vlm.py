@@ -1,4 +1,4 @@
-"""mlx-vlm's own adapters, of before May 2026: since then it writes mlx-lm's."""
+"""mlx-vlm's own adapters, as it wrote them until May 2026; since then it writes mlx-lm's."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ def is_mlx_vlm(config: Mapping[str, Any], refs: Sequence[TensorRef]) -> bool:
 def as_mlx_lm(
     config: Mapping[str, Any], refs: Sequence[TensorRef]
 ) -> tuple[dict[str, Any], tuple[TensorRef, ...]]:
-    """Return an adapter of mlx-vlm as mlx-lm would have written it.
-
-    mlx-vlm multiplied by alpha until 2026-04-18 (release 0.4), and by alpha/rank after that (commit 6b0ad8f0). Its
-    config shows no release.
+    """Return the configuration and the tensors of an adapter of mlx-vlm as mlx-lm would have written them.
 
     Raises:
-        TargetError: which of the two it was is not known.
+        TargetError: the scale cannot be told.
     """
     rank, alpha = config["rank"], config.get("alpha")
+    # mlx-vlm multiplied by alpha until 2026-04-18 (release 0.4), by alpha/rank after that (commit 6b0ad8f0), and its
+    # config shows no release. With rank 1 both are the same; a ``scale`` that the user adds settles it.
     scale = config.get("scale", alpha if rank == 1 else None)
     if scale is None:
         sentence = (
@@ -53,7 +52,7 @@ def as_mlx_lm(
 
 
 def _choice(alpha: object, rank: object) -> str:
-    """Return the two scales that it may be, as JSON would have them."""
+    """Return the two scales that are possible, as the user would write them into the JSON."""
     is_known = all(isinstance(value, int | float) and value for value in (alpha, rank))
     later = f"{alpha / rank:g}" if is_known else "alpha/rank"  # type: ignore[operator]
     return f'"scale": {alpha} (until 0.4) or "scale": {later} (from 0.5 on)'

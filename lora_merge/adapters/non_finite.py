@@ -1,4 +1,4 @@
-"""A look at every value of an adapter's tensors."""
+"""NaN and infinite values in an adapter's tensors, and tensors that should be equal and are not."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def non_finite(refs: Iterable[TensorRef]) -> list[Issue]:
     issues = []
     for run in _runs(refs):
         first, last = run[0], run[-1]
+        # Neighbours in the file are read in one go. Which of them it is, is asked only where one is bad.
         if not _count(replace(first, nbytes=last.end - first.start)):
             continue
         for ref in run:
@@ -39,7 +40,7 @@ def non_finite(refs: Iterable[TensorRef]) -> list[Issue]:
 
 
 def unequal(repeats: Iterable[Repeat]) -> list[Issue]:
-    """Return an issue for each pair of tensors that stand for one parameter and differ. Reads both."""
+    """Return an issue for each pair of tensors that stand for one parameter and have different values. Reads both."""
     hint = "PEFT saves equal copies; keep the tensor that was trained last"
     return [
         error(
@@ -49,12 +50,13 @@ def unequal(repeats: Iterable[Repeat]) -> list[Issue]:
             hint,
         )
         for one, other, what in repeats
+        # Where dtypes differ, the second is rounded to the first's, so both orders are asked.
         if not (same_values(one, other) or same_values(other, one))
     ]
 
 
 def _count(ref: TensorRef) -> int:
-    """Return how many values are NaN or infinite."""
+    """Return how many values of a tensor are NaN or infinite, block by block."""
     import numpy as np
 
     storage, mask = _NON_FINITE_BITS[ref.dtype]
@@ -62,7 +64,7 @@ def _count(ref: TensorRef) -> int:
 
 
 def _runs(refs: Iterable[TensorRef]) -> list[list[TensorRef]]:
-    """Return the tensors in runs that lie behind each other in one file and one dtype."""
+    """Return the tensors in runs that are contiguous in one file and have one dtype; other dtypes are left out."""
     runs: list[list[TensorRef]] = []
     for ref in sorted(refs, key=lambda ref: (ref.file, ref.start)):
         if ref.dtype not in _NON_FINITE_BITS:

@@ -1,7 +1,7 @@
 """PEFT adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, or else ``adapter_model.bin``.
 
-The tensors say what is changed; the configuration gives the scale and is checked against them. What is wrong is
-collected in ``issues``, not raised.
+The tensors say what is changed; the configuration gives the scale and is checked against them. Faults are collected in
+``issues``, not raised, so that a user sees all of them at once.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ OTHER_MARKS = frozenset({"fine_tune_type", "lora_parameters"})
 """Fields of an ``adapter_config.json`` that is not PEFT's, if it has no ``peft_type``."""
 
 _OUT_PROJ = ".base_layer.out_proj"
-"""How PEFT names the second projection of an ``nn.MultiheadAttention``."""
+"""How PEFT names the output projection of an ``nn.MultiheadAttention``, whose other weight is ``in_proj_weight``."""
 
 Group = Mapping[str, TensorRef]
 
 
 class _Blocks(TypedDict, total=False):
-    """How many blocks the block-diagonal factor of a BD-LoRA has; of any other LoRA, nothing."""
+    """How many blocks the block-diagonal factor of a BD-LoRA has; empty for any other LoRA."""
 
     blocks_a: int
     blocks_b: int
@@ -77,6 +77,7 @@ def read_peft(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     if entry is None:
         return None
     config = read_json(root / ADAPTER_CONFIG)
+    # mlx-lm's and ms-swift's readers take these.
     if "peft_type" not in config and config.keys() & OTHER_MARKS:
         return None
     if "swift_type" in config:
@@ -85,6 +86,7 @@ def read_peft(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     stored, files = read_adapter(root, entry)
     refs, issues = canonical(stored, entry)
     issues += _trainer_issues(root)
+    # Before any shape is judged: a part of a tensor would be called wrong in every module.
     parts = shard_issues(refs, config, entry)
     if parts:
         return assemble(files, "peft", config, {}, [*parts, *issues], ignored)
@@ -102,14 +104,14 @@ def read_tensors(
     file: str = ADAPTER_WEIGHTS,
     pairs: tuple[StackedPair, ...] = (),
 ) -> dict[str, Any]:
-    """Return what the tensors of an adapter change, as fields of `Adapter`.
+    """Return what the tensors of an adapter change, as fields of `Adapter`. ms-swift's reader uses it too.
 
     Args:
         refs: under PEFT's names.
         config: PEFT's.
         issues: what is wrong is added here.
         file: name of the file that they are in.
-        pairs: of its tensors whose names are not PEFT's.
+        pairs: factors that were read already, since their names are not PEFT's (NeMo Automodel).
     """
     issues += kind_issues(config)
     if config.get("peft_type") in NATIVE:
@@ -126,7 +128,7 @@ def read_tensors(
 def _with_pairs(
     content: dict[str, Any], pairs: tuple[StackedPair, ...], issues: list[Issue]
 ) -> dict[str, Any]:
-    """Return the fields of `Adapter` with those pairs of factors that can be multiplied."""
+    """Return the fields of `Adapter` with pairs that were read before; a pair that cannot be multiplied is an issue."""
     if not pairs:
         return content
     problems = [_pair_problem(pair.module, pair.tensors, {}) for pair in pairs]
@@ -139,7 +141,7 @@ def _with_pairs(
 
 
 def _trainer_issues(root: Path) -> list[Issue]:
-    """Return an issue for each field that ms-swift keeps apart and that may mean something."""
+    """Return an issue for each unknown field in ms-swift's own file beside PEFT's."""
     path = root / TRAINER_CONFIG
     return field_issues(read_json(path), TRAINER_FIELDS) if path.is_file() else []
 
@@ -147,11 +149,14 @@ def _trainer_issues(root: Path) -> list[Issue]:
 def _read_layered(
     refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str
 ) -> dict[str, Any]:
-    """Return the tensors of a method that PEFT's own layers merge, and the whole parameters beside them."""
+    """Return the fields of `Adapter` for a method that PEFT's own layers merge: tensors by name, and whole
+    parameters.
+    """
     layered: dict[str, TensorRef] = {}
     wholes = Wholes()
     for ref in refs:
         module, _, parameter = ref.name.removeprefix(PREFIX).rpartition(".")
+        # Names of such methods are not known here, so a whole parameter is one that the configuration explains.
         is_whole = ref.name.startswith(PREFIX) and reason(plain(module), parameter, config)
         if not (is_whole and wholes.add(ref, config)):
             layered[ref.name] = ref
@@ -164,13 +169,15 @@ def _read_layered(
 def _read_lora(
     refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str
 ) -> dict[str, Any]:
-    """Return the deltas, whole parameters and stacked pairs of a LoRA or AdaLoRA adapter."""
+    """Return the fields of `Adapter` for LoRA, AdaLoRA and trained tokens: deltas, whole parameters, stacked pairs."""
     found = sort_out(refs, config, file)
     replacements = found.wholes.replacements()
     issues += found.issues + unequal(found.repeats)
+    # Trained rows alone are no LoRA; `token_rows` reads them.
     groups = {module: group for module, group in found.groups.items() if set(group) != {"tokens"}}
     modules = frozenset(plain(module.removesuffix(_OUT_PROJ)) for module in groups)
     content = {"modules": modules, "replacements": replacements}
+    # The base may have to be changed again before the merge, which only PEFT's own layers do.
     if config.get("kasa_config") or mutating_init(config):
         content["layered"] = {ref.name: ref for group in groups.values() for ref in group.values()}
     try:
@@ -180,9 +187,11 @@ def _read_lora(
             delta
             for module, group in groups.items()
             if module not in stacked
+            # Whether a module is attention shows only in the names of all its tensors.
             for delta in _attention(module, groups, reader.deltas(module, group))
         ]
         deltas += token_rows(found.groups, config, issues)
+        # α = 0 and ranks that never moved are facts about all modules.
         issues += reader.finish(modules)
     except TargetError as exc:
         issues.append(error("bad-field", exc.field, exc.sentence))
@@ -196,7 +205,7 @@ def _read_lora(
 
 
 class _Lora:
-    """Groups of tensors of a LoRA configuration → deltas; what is wrong goes into a list of issues."""
+    """Groups of tensors of a LoRA configuration → deltas; faults are added to a list of issues."""
 
     def __init__(self, config: Mapping[str, Any], issues: list[Issue]) -> None:
         self._config, self._issues = config, issues
@@ -204,7 +213,8 @@ class _Lora:
         self._is_mica = config.get("init_lora_weights") == "mica"
 
     def deltas(self, module: str, group: Group) -> list[Delta]:
-        """Return what one group of tensors changes; nothing where they cannot be multiplied.
+        """Return the deltas of one group of tensors: the weight's, and the bias's; none where they cannot be
+        multiplied.
 
         A group that disagrees with the configuration is still a delta, so that planning can judge the rest of it.
         """
@@ -218,12 +228,14 @@ class _Lora:
             self._issues += problems
             return []
         path = plain(module)
+        # PEFT's patterns see the attention module, not the projection inside it.
         scale, issues = self._scaling.of(plain(module.removesuffix(_OUT_PROJ)), pair["A"].shape[0])
         self._issues += issues
         if "magnitude" in group:
             pair = {**pair, "magnitude": group["magnitude"]}
             made = Delta(f"{path}.weight", DoraFacts(**blocks), pair, scale, transposed=embedding)
         else:
+            # PEFT rounds these to the weight's dtype before it adds them; of all others float32 is added.
             rounded = embedding or bool(blocks) or self._is_mica
             made = Delta(
                 f"{path}.weight", LowRankFacts(**blocks), pair, scale, transposed=embedding, rounded=rounded
@@ -247,11 +259,12 @@ class _Lora:
                 "use_bdlora", f"has nblocks {quoted(n_blocks)}, expected a positive whole number"
             )
         named = {axis: _parts_of_names(settings, f"target_modules_bd_{axis.lower()}") for axis in ("A", "B")}
+        # PEFT looks for these parts of names anywhere in the path.
         found = next((axis for axis, parts in named.items() if any(part in module for part in parts)), None)
         return {"blocks_a": n_blocks} if found == "A" else {"blocks_b": n_blocks} if found else {}
 
     def _stray_role(self, module: str, group: Group, *, embedding: bool) -> Issue | None:
-        """Return what is there, or not there, against the configuration."""
+        """Return the first tensor that is there, or missing, against the configuration; None where all is as it says."""
         dora, has = bool(self._config.get("use_dora")), "magnitude" in group
         if dora and not has:
             hint = "the adapter file is incomplete; PEFT would take the base's own lengths"
@@ -268,18 +281,19 @@ class _Lora:
             hint = "the adapter file is incomplete; PEFT would take zeros"
             return error("missing-bias", module, "has no bias of lora_B, and lora_bias is set", hint)
         known = {"embedding_A", "embedding_B"} if embedding else {"A", "B"}
+        # KaSA's diagonal is the only further tensor that a LoRA may have.
         strange = sorted(group.keys() - known - {"magnitude", "bias", "tokens"})
         if strange and not (strange == ["diagonal"] and self._config.get("kasa_config")):
             return error("unexpected-tensor", group[strange[0]].name, "is no tensor of this kind of LoRA")
         return None
 
     def finish(self, modules: Collection[str]) -> list[Issue]:
-        """Return what can only be said of all modules together."""
+        """Return issues that concern all modules together: a scale of 0."""
         return self._scaling.zeros(modules or ("",))
 
 
 def _parts_of_names(settings: Mapping[str, Any], field: str) -> list[str]:
-    """Return a list of parts of modules' names in BD-LoRA's settings.
+    """Return a list of parts of modules' names from BD-LoRA's settings; empty where it is absent.
 
     Raises:
         TargetError: it is something else.
@@ -293,7 +307,7 @@ def _parts_of_names(settings: Mapping[str, Any], field: str) -> list[str]:
 
 
 def _pair_problem(module: str, pair: Group, blocks: _Blocks) -> Issue | None:
-    """Return what keeps an A and a B from being multiplied."""
+    """Return what keeps an A and a B from being multiplied; None where nothing does."""
     for have, lack in (("A", "B"), ("B", "A")):
         if lack not in pair:
             hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
@@ -304,11 +318,13 @@ def _pair_problem(module: str, pair: Group, blocks: _Blocks) -> Issue | None:
             f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, expected matrices and no single numbers"
         )
         return error("bad-shape", module, sentence)
+    # A block-diagonal B is stored [out, r / n]: its blocks one above the other.
     rank_of_b = b[1] * blocks.get("blocks_b", 1) if len(b) > 1 else 0
     for axis, shape, n_blocks in (("A", a, blocks.get("blocks_a", 1)), ("B", b, blocks.get("blocks_b", 1))):
         if shape[0] % n_blocks:
             sentence = f"lora_{axis} is {shape_text(shape)}, expected rows for {n_blocks} blocks (use_bdlora)"
             return error("bad-shape", module, sentence)
+    # B of a convolution has a kernel of ones.
     flat = len(a) == len(b) == 2 or (len(a) == len(b) in {3, 4, 5} and set(b[2:]) == {1})
     if not flat or a[0] != rank_of_b or a[0] == 0:
         shapes = f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}"
@@ -320,19 +336,18 @@ def _pair_problem(module: str, pair: Group, blocks: _Blocks) -> Issue | None:
 
 
 def _attention(module: str, groups: Mapping[str, Group], deltas: list[Delta]) -> list[Delta]:
-    """Return the deltas of a module as an ``nn.MultiheadAttention`` takes them, if it is one.
-
-    The output projection gets its delta twice, because the forward pass merges it twice; the first time it is
-    rounded, as that of the input projections is.
+    """Return the deltas of a module, changed to those of an ``nn.MultiheadAttention`` if it is one.
 
     Reference:
         ``peft.tuners.lora.layer.MultiheadAttention.merge`` (PEFT 0.21.2).
     """
+    # The output projection gets its delta twice, since PEFT's forward pass merges it twice. The first time it is
+    # rounded, as is that of the input projections.
     if module.endswith(_OUT_PROJ):
         return [
             twice
             for delta in deltas
-            # PEFT multiplies the two factors as they are stored, so a block-diagonal one fits nowhere and is refused
+            # PEFT multiplies the factors as they are stored here, so a block-diagonal one does not fit and is refused.
             for twice in (
                 replace(delta, facts=type(delta.facts)(), rounded=True, round_before_next=True),
                 delta,
@@ -346,11 +361,10 @@ def _attention(module: str, groups: Mapping[str, Group], deltas: list[Delta]) ->
 def _is_stacked(module: str, config: Mapping[str, Any]) -> bool:
     """Return True when a group belongs to one of ``target_parameters``.
 
-    An entry that is but a parameter's name may mean any module; then it is one that ``target_modules`` does not mean.
-
     Raises:
         TargetError: a field has a value that PEFT could not use.
     """
+    # An entry that is only a parameter's name may mean any module; then it is one that target_modules does not mean.
     owners = {str(entry).rpartition(".")[0] for entry in config.get("target_parameters") or ()}
     path = plain(module)
     if is_listed(path, owners - {""}):
@@ -359,7 +373,7 @@ def _is_stacked(module: str, config: Mapping[str, Any]) -> bool:
 
 
 def _stacked_pair(module: str, group: Group, issues: list[Issue]) -> StackedPair | None:
-    """Return a pair of ``target_parameters``, unless it cannot be multiplied."""
+    """Return a pair of ``target_parameters``; None, and an issue, where it cannot be multiplied."""
     pair = {role: group[role] for role in ("A", "B") if role in group}
     problem = _pair_problem(module, pair, {})
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Names of an adapter's tensors as trainers really leave them → PEFT's own spelling, the only one known elsewhere."""
+"""Names of tensors as trainers leave them → PEFT's own spelling, which is the only one known elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WRAPPERS: Mapping[str, re.Pattern[str]] = {
 }
 """What ``torch.compile``, FSDP, activation checkpointing and ``DistributedDataParallel`` put into names (torch 2.13).
 
-``module`` is a word that a model may use itself, so it is taken out only where the parallel wrapper can stand.
+``module`` is a word that a model may use itself, so it is taken out only at the places where the parallel wrapper puts it.
 """
 
 TUNERS = (
@@ -51,9 +51,9 @@ TUNERS = (
     "vera",
     "waveft",
 )
-"""How the names of PEFT's tensors begin, ``hada_w1_a`` for example, where an adapter's name can stand behind them.
+"""How the names of PEFT's tensors begin, ``hada_w1_a`` for example, where an adapter's name may follow them.
 
-Not those of FRoD, GLoRA, LN tuning, OSF, PEANuT, PSOFT, TinyLoRA and VB-LoRA, which have other words there (PEFT 0.21.2).
+FRoD, GLoRA, LN tuning, OSF, PEANuT, PSOFT, TinyLoRA and VB-LoRA have other words there (PEFT 0.21.2).
 """
 
 _TUNER = re.compile(
@@ -63,7 +63,7 @@ _TUNER = re.compile(
 
 
 _PLAIN_ENDS = (".lora_A.weight", ".lora_B.weight")
-"""How nearly all names end that need no second look."""
+"""Ends of nearly all names; they need none of the expressions above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,10 @@ class _Spelled:
 
 
 def canonical(refs: Iterable[TensorRef], file: str) -> tuple[tuple[TensorRef, ...], list[Issue]]:
-    """Return an adapter's tensors under PEFT's own names, and what keeps some from having one.
+    """Return an adapter's tensors under PEFT's own names, and an issue for each that cannot have one.
 
-    An adapter's name in the names of its tensors (``lora_A.NAME.weight``) is taken out when there is but one, and so
-    are the names of wrappers around the model in training. Two tensors that end up with one name are an error.
+    The adapter's name in names of tensors (``lora_A.NAME.weight``) is taken out if there is only one adapter, and so
+    are the names of wrappers around the model in training. Two tensors that get one name are an error.
 
     Args:
         refs: the tensors of the file.
@@ -97,6 +97,7 @@ def canonical(refs: Iterable[TensorRef], file: str) -> tuple[tuple[TensorRef, ..
         hint = "save each adapter into a file of its own: save_pretrained(…, selected_adapters=[NAME])"
         kept = tuple(_renamed(one, adapters[0]) for one in spelled if one.adapter in {None, adapters[0]})
         return kept, [error("several-adapters", file, sentence, hint)]
+    # PEFT's own name for an adapter that was given none.
     adapter = adapters[0] if adapters else "default"
     renamed = [_renamed(one, adapter) for one in spelled]
     issues = _strays(spelled, adapter)
@@ -113,6 +114,7 @@ def canonical(refs: Iterable[TensorRef], file: str) -> tuple[tuple[TensorRef, ..
 
 def _spelled(ref: TensorRef) -> _Spelled:
     name = ref.name
+    # The quick way for nearly all tensors.
     if name.endswith(_PLAIN_ENDS) and "module." not in name and "_orig_mod." not in name:
         return _Spelled(ref, name, is_tuner=True, adapter=None)
     for pattern in _WRAPPERS.values():
@@ -122,21 +124,20 @@ def _spelled(ref: TensorRef) -> _Spelled:
 
 
 def _renamed(one: _Spelled, adapter: str) -> TensorRef:
-    """Return a tensor under PEFT's name for it."""
+    """Return a tensor under PEFT's name for it; unchanged where it has that name."""
     if one.is_tuner and one.adapter is None and one.name == one.ref.name:
         return one.ref
     name = one.name
     if one.adapter is not None:
         name = _TUNER.sub(lambda match: match[0].removesuffix(match["named"] or ""), name, count=1)
+    # PEFT saves such modules without this part of the name.
     return replace(one.ref, name=name.replace(f".modules_to_save.{adapter}.", "."))
 
 
 def _strays(spelled: list[_Spelled], adapter: str) -> list[Issue]:
-    """Return an issue when some tensors carry the name of an adapter and others carry none.
-
-    ``default`` may be left out: PEFT adds it by itself.
-    """
+    """Return an issue when some tensors carry the name of an adapter and others carry none."""
     bare = [one.ref.name for one in spelled if one.is_tuner and one.adapter is None]
+    # ``default`` may be left out: PEFT adds it by itself.
     if adapter == "default" or not bare:
         return []
     n_named = sum(one.adapter is not None for one in spelled)
@@ -145,7 +146,7 @@ def _strays(spelled: list[_Spelled], adapter: str) -> list[Issue]:
 
 
 def _change_note(spelled: list[_Spelled], adapter: str, file: str) -> list[Issue]:
-    """Return a note that says what was taken out of the names; ``default`` is PEFT's own, and needs no word."""
+    """Return a note that says what was taken out of the names; none for ``default``, which is PEFT's own."""
     changed = [one.ref.name for one in spelled if one.name != one.ref.name]
     words = [word for word, pattern in _WRAPPERS.items() if any(map(pattern.search, changed))]
     words += [f"{adapter}."] if adapter != "default" else []

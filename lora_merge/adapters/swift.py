@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
-"""What the training was called with; it names the base."""
-
 OTHER_TUNERS: Mapping[str, str] = {
     "ADAPTER": "its bottleneck layers have an activation in between, which no weight can hold",
     "PROMPT": "it learns prompt vectors, which no weight can hold",
@@ -44,7 +42,7 @@ OTHER_TUNERS: Mapping[str, str] = {
 _OWN_FIELDS = frozenset(
     {"swift_type", "model_key_mapping", "has_additional_modules", "enable_lora", "group_size"}
 )
-"""Fields that PEFT does not have, and that change nothing where the fields below are not set."""
+"""Fields that PEFT does not have. They change nothing unless one of `_UNMERGEABLE` is set."""
 
 _UNMERGEABLE = {
     "use_merged_linear": "its factors belong to parts of a fused layer, which enable_lora chooses",
@@ -84,6 +82,7 @@ def read_swift(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     issues += _pattern_issues(config)
     refs, spelling = canonical(
         (
+            # ms-swift leaves PEFT's prefix out.
             ref if ref.name.startswith(PREFIX) else replace(ref, name=f"{PREFIX}{ref.name}")
             for ref in read_header(root / ADAPTER_WEIGHTS).tensors
         ),
@@ -97,7 +96,7 @@ def read_swift(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
 
 
 def _refused(root: Path, config: Mapping[str, Any], kind: object) -> Adapter:
-    """Return what is known of an adapter that is no LoRA: why it is not merged."""
+    """Return an adapter without tensors whose one issue says why its kind is not merged."""
     sentence = f"is {quoted(kind)}, which is no tuner of ms-swift 4"
     if isinstance(kind, str) and kind in OTHER_TUNERS:
         sentence = f"a {kind} adapter of ms-swift cannot be merged: {OTHER_TUNERS[kind]}"
@@ -108,7 +107,8 @@ def _refused(root: Path, config: Mapping[str, Any], kind: object) -> Adapter:
 
 
 def _pattern_issues(config: Mapping[str, Any]) -> list[Issue]:
-    """Return an issue for each pattern table: ms-swift looks both up under the first key of either that matches."""
+    """Return an issue for each pattern table that is set."""
+    # ms-swift looks up both tables under the first key of either that matches.
     sentence = "is set, and ms-swift finds a module's entry by another rule than PEFT"
     hint = "convert the adapter with Swift.save_to_peft_format if the patterns mean what they mean to PEFT"
     fields = ("rank_pattern", "alpha_pattern")
@@ -116,16 +116,19 @@ def _pattern_issues(config: Mapping[str, Any]) -> list[Issue]:
 
 
 def _as_peft(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return PEFT's configuration of a LoRA of ms-swift; the base is the one that the training was called with."""
+    """Return PEFT's configuration of a LoRA of ms-swift."""
     plain = {name: value for name, value in config.items() if name not in _OWN_FIELDS | _UNMERGEABLE.keys()}
     plain["peft_type"] = "LORA"
     if not plain.get("base_model_name_or_path"):
+        # The base is named by the arguments that the training was called with.
         plain["base_model_name_or_path"] = _trained_on(root)
     return plain
 
 
 def _trained_on(root: Path) -> str | None:
-    """Return the base that the arguments of the training name."""
+    """Return the base that the training's arguments name, in the adapter's folder or the one above; None if none
+    does.
+    """
     for folder in (root, root.parent):
         if (folder / TRAINING_ARGUMENTS).is_file():
             arguments = read_json(folder / TRAINING_ARGUMENTS)

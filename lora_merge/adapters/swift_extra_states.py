@@ -34,7 +34,7 @@ _WRAPPER = re.compile(r"^(?:module\.)?base_model\.(?:model\.)?|^module\.")
 
 @dataclass(slots=True)
 class Saved:
-    """What stands beside an adapter."""
+    """Whole parameters in files beside an adapter, and what is wrong with them."""
 
     replacements: dict[str, Replacement] = field(default_factory=dict)
     issues: list[Issue] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Saved:
     """Where it was read from."""
 
     def add(self, path: Path, label: str, patterns: list[str] | None = None) -> None:
-        """Read the whole parameters of one file.
+        """Read the whole parameters of one file into the replacements and issues.
 
         Args:
             path: the file.
@@ -55,6 +55,7 @@ class Saved:
         stored = reader_of(path.name)(path, str(path)).tensors
         self.files.append(path)
         refs, issues = canonical(stored, label)
+        # A note on spelling would say the same as that of the adapter's own file.
         self.issues += [issue for issue in issues if issue.severity == "error"] + non_finite(refs)
         self.issues += _unasked(stored, patterns) + _empty(refs, label)
         for parameter, ref in _parameters(tuple(ref for ref in refs if 0 not in ref.shape)):
@@ -75,7 +76,7 @@ class Saved:
 
 
 def saved_beside(root: Path, ignored: Collection[str] = ()) -> Saved:
-    """Return the whole parameters that were trained along with an adapter and saved beside it.
+    """Return the whole parameters that were trained along with an adapter and saved in files beside it.
 
     Args:
         root: the adapter's folder.
@@ -95,9 +96,11 @@ def saved_beside(root: Path, ignored: Collection[str] = ()) -> Saved:
         try:
             saved.add(root / name, name)
         except CheckpointError as exc:
+            # Not raised: the folder may have more faults, and the file can be left out with --ignore-file.
             saved.issues.append(error("unread-file", name, f"cannot be read: {exc}", described(name)[1]))
     if (root / VISION_WEIGHTS).is_file() and VISION_WEIGHTS not in ignored:
         saved.add(root / VISION_WEIGHTS, VISION_WEIGHTS)
+    # ms-swift puts the folder beside the adapter's files, or beside the adapter's own folder.
     folder = next(
         (path for path in (root / EXTRA_FOLDER, root.parent / EXTRA_FOLDER) if _is_extra(path)), None
     )
@@ -118,18 +121,17 @@ def saved_beside(root: Path, ignored: Collection[str] = ()) -> Saved:
 
 
 def _parameters(refs: tuple[TensorRef, ...]) -> list[tuple[str, TensorRef]]:
-    """Return whole parameters under their names in the model, without what trainers put before them.
-
-    The trainers' own loaders take ``base_model.`` off, and then one ``model.`` off every name, where one begins with two.
-    """
+    """Return whole parameters under their names in the model, without what trainers put before them."""
     names = [_WRAPPER.sub("", ref.name).replace(".base_layer.", ".") for ref in refs]
+    # The trainers' own loaders take one ``model.`` off every name where one begins with two.
     if any(name.startswith("model.model.") for name in names):
         names = [name.removeprefix("model.") for name in names]
     return list(zip(names, refs, strict=True))
 
 
 def _empty(refs: tuple[TensorRef, ...], label: str) -> list[Issue]:
-    """Return an issue when tensors have no values: DeepSpeed ZeRO-3 keeps each process's part elsewhere."""
+    """Return an issue when tensors have no values."""
+    # DeepSpeed ZeRO-3 keeps each process's part elsewhere, and leaves empty tensors.
     empty = [ref for ref in refs if 0 in ref.shape]
     if not empty:
         return []
@@ -143,10 +145,10 @@ def _is_extra(folder: Path) -> bool:
 
 
 def _patterns(value: object) -> list[str]:
-    """Return the regexes of ``extra_state_keys``.
+    """Return the regexes of ``extra_state_keys``, which compile.
 
     Raises:
-        TargetError: they are none.
+        TargetError: the value is no list of texts, or one does not compile.
     """
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise TargetError("extra_state_keys", f"is {quoted(value)}, expected a list of regular expressions")
@@ -155,7 +157,7 @@ def _patterns(value: object) -> list[str]:
 
 
 def _unasked(refs: tuple[TensorRef, ...], patterns: list[str] | None) -> list[Issue]:
-    """Return an issue for each tensor that no regex asks for."""
+    """Return an issue for each tensor that no regex matches; none where no regexes are known."""
     if patterns is None:
         return []
     meant = patterns_of("extra_state_keys", tuple(patterns), "whole")

@@ -28,7 +28,7 @@ _ROLES: tuple[tuple[str, str], ...] = (
     (r"\.lora_diag", "diagonal"),
     (r"(\.token_adapter)?\.trainable_tokens_delta", "tokens"),
 )
-"""The end of a name, and the role that it stands for."""
+"""``(end of a name, role)``, as regular expressions."""
 
 _ROLE_PATTERNS = tuple((re.compile(rf"(?P<module>.+?){end}"), role) for end, role in _ROLES)
 
@@ -36,7 +36,7 @@ _TRAINING_ONLY = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler)(\.
 """What VeLoRA and MonteCLoRA keep for training; a merge leaves it out, as PEFT's does."""
 
 _FULL = re.compile(r"(?P<module>(?:(?!\.lora_).)+)\.(?P<parameter>[^.]+)")
-"""A whole parameter, trained or saved along (PEFT's ``save_embedding_layers`` does so by itself)."""
+"""A whole parameter: trained, or saved along by PEFT (``save_embedding_layers``)."""
 
 _TRAINED = re.compile(r"\.modules_to_save(?=\.)")
 _UNTRAINED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|original_module)(?=\.)")
@@ -45,7 +45,7 @@ _UNTRAINED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|original_mod
 
 
 class Repeat(NamedTuple):
-    """Two tensors of which the second has to repeat the first: whichever is read, it is the same."""
+    """Two tensors that must have the same values, since only one of them is read."""
 
     first: TensorRef
     second: TensorRef
@@ -71,32 +71,33 @@ class Wholes:
     reasons: dict[str, Reason] = field(default_factory=dict)
 
     def add(self, ref: TensorRef, config: Mapping[str, Any]) -> bool:
-        """File a tensor away; return False where it is no whole parameter."""
+        """Keep a tensor that is a whole parameter; return False for any other."""
         name = ref.name.removeprefix(PREFIX)
         bare = _UNTRAINED.sub("", _TRAINED.sub("", name))
         match = _FULL.fullmatch(bare)
         if match is None:
             return False
         why = reason(match["module"], match["parameter"], config)
+        # With ensure_weight_tying PEFT saves the other end of a tie as a module of its own, under its plain name.
         if why == "embedding" and name == bare and _saves_both_ends(config):
             why = "module"
+        # Nothing explains it: only a weight or a bias can be meant as a whole parameter.
         if not why and match["parameter"] not in {"weight", "bias"}:
             return False
         is_copy = _UNTRAINED.search(name) is not None and why != "bias"
         found = (self.untrained if is_copy else self.trained).setdefault(bare, [])
+        # PEFT loads the plain name and drops the copies.
         found.insert(0 if name == bare else len(found), ref)
         self.reasons[bare] = why
         return True
 
     def replacements(self) -> dict[str, Replacement]:
-        """Return what takes the place of the base's parameters.
-
-        A module of ``modules_to_save``, and what PEFT ties to one, is PEFT's own and stands beside the base's; anything
-        else is loaded into the base.
-        """
+        """Return parameter → what takes its place in the base."""
         found = {}
         for parameter, why in self.reasons.items():
             trained, untrained = self._of(parameter)
+            # A module of modules_to_save, and what PEFT ties to one, is PEFT's own and stays beside the base's
+            # parameter. Anything else is loaded into the base.
             if trained and untrained and self._is_apart(parameter):
                 found[parameter] = Replacement(trained[0], "module", untrained[0])
             elif trained or not (why == "module" and _has_original(untrained)):
@@ -104,7 +105,7 @@ class Wholes:
         return found
 
     def repeats(self) -> list[Repeat]:
-        """Return what is in the file more than once."""
+        """Return the pairs of tensors that are copies of each other."""
         pairs = []
         for parameter in self.reasons:
             trained, untrained = self._of(parameter)
@@ -116,41 +117,42 @@ class Wholes:
         return self.trained.get(parameter, []), self.untrained.get(parameter, [])
 
     def _is_apart(self, parameter: str) -> bool:
-        """Return True where a trained weight and the base's own are two."""
+        """Return True where the trained weight and the base's own are two different parameters to PEFT."""
         trained, untrained = self._of(parameter)
         return self.reasons[parameter] == "module" or (bool(trained) and _has_original(untrained))
 
 
 def _saves_both_ends(config: Mapping[str, Any]) -> bool:
-    """Return True where PEFT saves the other end of a tie as it saves the one in ``modules_to_save``."""
+    """Return True where PEFT saves both ends of a tie, of which one is in ``modules_to_save``."""
     saved = {str(entry).rpartition(".")[2] for entry in config.get("modules_to_save") or ()}
     return bool(config.get("ensure_weight_tying")) and not saved.isdisjoint(INPUT_NAMES | OUTPUT_NAMES)
 
 
 def _has_original(refs: list[TensorRef]) -> bool:
-    """Return True where the untrained half of a module of ``modules_to_save`` is among some tensors."""
+    """Return True where one of the tensors is the untrained half of a module of ``modules_to_save``."""
     return any(".original_module." in ref.name for ref in refs)
 
 
 @dataclass(slots=True)
 class Sorted:
-    """The tensors of an adapter file, sorted out."""
+    """The tensors of an adapter file by module and role, and whole parameters."""
 
     groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
     """``{module: {role: tensor}}``, the module as the names have it, ``base_layer`` included."""
 
     wholes: Wholes = field(default_factory=Wholes)
     repeats: list[Repeat] = field(default_factory=list)
-    """PEFT saves some of what is below a resized embedding twice."""
+    """PEFT saves some tensors below a resized embedding twice."""
 
     issues: list[Issue] = field(default_factory=list)
 
 
 def sort_out(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: str) -> Sorted:
-    """Return the tensors of a LoRA or AdaLoRA adapter by module and role, and an issue for each that has none."""
+    """Return the tensors of a LoRA or AdaLoRA adapter by module and role; a tensor without a role is an issue."""
     found = Sorted()
     for ref in refs:
         name = ref.name.removeprefix(PREFIX)
+        # Tensors without PEFT's prefix are one issue of `outside`, not one each.
         if name != ref.name and not _TRAINING_ONLY.fullmatch(name):
             _file_away(found, name, ref, config)
     found.repeats += found.wholes.repeats()
@@ -159,7 +161,7 @@ def sort_out(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: str) 
 
 
 def outside(refs: tuple[TensorRef, ...], file: str, shared: str = PREFIX) -> list[Issue]:
-    """Return an issue when there are no tensors, or some without the prefix that PEFT gives them.
+    """Return an issue when there are no tensors, or when some lack the prefix that PEFT gives them.
 
     Args:
         refs: every tensor of the file.
@@ -177,13 +179,14 @@ def outside(refs: tuple[TensorRef, ...], file: str, shared: str = PREFIX) -> lis
 
 
 def _file_away(found: Sorted, name: str, ref: TensorRef, config: Mapping[str, Any]) -> None:
-    """Put one tensor where it belongs."""
+    """Put one tensor into its group, or among the whole parameters; else add an issue."""
     for pattern, role in _ROLE_PATTERNS:
         match = pattern.fullmatch(name)
         if match:
             group = found.groups.setdefault(match["module"], {})
             if role in group:
                 found.repeats.append(Repeat(group[role], ref, _spoken(role)))
+            # The first is kept; a repeat is compared with it later.
             group.setdefault(role, ref)
             return
     if not found.wholes.add(ref, config):
@@ -191,7 +194,13 @@ def _file_away(found: Sorted, name: str, ref: TensorRef, config: Mapping[str, An
 
 
 def reason(module: str, parameter: str, config: Mapping[str, Any]) -> Reason:
-    """Return what in the configuration explains a whole parameter in the file."""
+    """Return the field of the configuration that explains a whole parameter in the file; empty if none does.
+
+    Args:
+        module: that owns the parameter, by its path.
+        parameter: name in the module.
+        config: PEFT's.
+    """
     entries = config.get("modules_to_save") or ()
     if saved_among(frozenset(entries), (module,)):
         return "module"
@@ -211,9 +220,9 @@ def _other_tensor(ref: TensorRef) -> Issue:
 
 
 NESTED = ".base_layer"
-"""How PEFT calls the module inside a layer of its own."""
+"""Name that PEFT gives the module inside a layer of its own."""
 
 
 def plain(module: str) -> str:
-    """Return a module's path without the wrappers that PEFT puts around it."""
+    """Return a module's path without PEFT's ``.base_layer``."""
     return module.replace(NESTED, "")

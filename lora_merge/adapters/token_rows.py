@@ -1,4 +1,4 @@
-"""Rows of embeddings that were trained by themselves: ``trainable_token_indices``, and adapters of that type."""
+"""Trained rows of embeddings: ``trainable_token_indices`` of a LoRA, and adapters of type TRAINABLE_TOKENS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ Group = Mapping[str, TensorRef]
 
 
 def token_rows(groups: Mapping[str, Group], config: Mapping[str, Any], issues: list[Issue]) -> list[Delta]:
-    """Return the trained rows of embeddings (``trainable_token_indices``)."""
+    """Return a delta for each embedding with trained rows; rows that do not fit the configuration are issues.
+
+    Args:
+        groups: tensors of the adapter, by module and role.
+        config: PEFT's.
+        issues: faults are added here.
+
+    Raises:
+        TargetError: the field holds neither a list nor a table.
+    """
     field = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
     wanted = config.get(field)
     if wanted is not None and not isinstance(wanted, list | dict):
@@ -44,14 +53,12 @@ def token_rows(groups: Mapping[str, Group], config: Mapping[str, Any], issues: l
 
 
 def _indices_of(module: str, wanted: object, modules: Collection[str]) -> list[int] | None:
-    """Return the tokens that a configuration names for an embedding.
-
-    PEFT saves the rows of both ends of a tie where the vocabulary was resized, whichever of them the configuration names.
-    """
+    """Return the tokens that a configuration names for an embedding; None where it names none, or no whole numbers."""
     if isinstance(wanted, dict):
         named = {
             name: indices for name, indices in wanted.items() if any(one.endswith(name) for one in modules)
         }
+        # PEFT saves the rows of both ends of a tie where the vocabulary was resized, whichever end is named.
         alone = next(iter(named.values())) if len(wanted) == len(named) == 1 else None
         wanted = next((indices for name, indices in wanted.items() if module.endswith(name)), alone)
     if isinstance(wanted, list) and all(isinstance(index, int) for index in wanted):

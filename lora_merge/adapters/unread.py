@@ -1,4 +1,4 @@
-"""Files in an adapter's folder that nothing reads, and adapters that their trainer left in shards."""
+"""Files in an adapter's folder that no reader reads, and adapters that their trainer left in shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def unread_issues(adapter: Adapter, names: Collection[str], ignored: Collection[str]) -> list[Issue]:
-    """Return what there is to say of the files in an adapter's folder that its reader did not read.
+    """Return an issue for each file in an adapter's folder that may hold weights and was not read.
 
     A second copy of the adapter (``adapter_model.bin`` beside ``adapter_model.safetensors``) is compared with what was
     read, and may stay where it holds the same tensors.
@@ -36,6 +36,7 @@ def unread_issues(adapter: Adapter, names: Collection[str], ignored: Collection[
     root = Path(adapter.root)
     ignored = frozenset(ignored)
     read = {os.path.relpath(file, root) for file in adapter.files}
+    # An mlx-lm adapter has one file and no second form.
     entries = adapter_entries(names) if adapter.format != "mlx" else {}
     own = next((entry for entry, files in entries.items() if read & {entry, *files}), None)
     issues = [note("ignored-file", name, "was left out, as --ignore-file says") for name in sorted(ignored)]
@@ -45,13 +46,14 @@ def unread_issues(adapter: Adapter, names: Collection[str], ignored: Collection[
             compared |= {entry, *files}
             issues.append(_copy_issue(root, own, entry))
     said = {issue.subject for issue in adapter.issues if issue.code == "unread-file"}
+    # Side files go into the output, so they are not lost.
     copied = {file.name for file in adapter.side_files}
     left = unread_files(names, read | compared | said, ignored, copied)
     return issues + [error("unread-file", name, *described(name)) for name in left]
 
 
 def beside_base(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return an adapter without the complaint that nothing reads the base's own weights, where both share a folder."""
+    """Return an adapter without issues about the base's own weights, where both are in one folder."""
     unread = {issue.subject for issue in adapter.issues if issue.code == "unread-file"}
     if not unread or not Path(adapter.root).resolve().samefile(base.root):
         return adapter
@@ -61,7 +63,7 @@ def beside_base(adapter: Adapter, base: Checkpoint) -> Adapter:
 
 
 def _copy_issue(root: Path, own: str, other: str) -> Issue:
-    """Return what there is to say of a second form of an adapter beside the one that was read."""
+    """Return the issue of a second form of an adapter (``.bin`` beside safetensors): a note where both are the same."""
     hint = f"remove the older of the two, or leave this one out with --ignore-file {other}"
     try:
         (mine, _), (theirs, _) = read_adapter(root, own), read_adapter(root, other)
@@ -86,9 +88,7 @@ def _same(mine: tuple[TensorRef, ...], theirs: tuple[TensorRef, ...]) -> bool:
 
 
 def shard_issues(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: str) -> list[Issue]:
-    """Return one issue when a file holds one process's part of the adapter's tensors, not the tensors.
-
-    DeepSpeed ZeRO-3 leaves tensors without values, FSDP flat pieces of them.
+    """Return an issue when a file holds one process's part of the adapter's tensors, not the tensors.
 
     Args:
         refs: every tensor of the file.
@@ -96,7 +96,8 @@ def shard_issues(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: s
         file: its name.
     """
     if config.get("peft_type") == "ADALORA":
-        return []  # a module may be left no rank
+        return []  # a module that was pruned to rank 0 has empty tensors
+    # DeepSpeed ZeRO-3 leaves tensors without values, FSDP flat pieces of them.
     empty = [ref for ref in refs if ref.shape == (0,)]
     flat = [
         ref
@@ -123,6 +124,7 @@ def shard_issues(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: s
 
 
 _MATRICES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+"""Ends of names of tensors that have two axes or more in every LoRA."""
 
 
 def sharded_error(root: Path, names: Collection[str]) -> ResolveError | None:
