@@ -36,7 +36,8 @@ __all__ = [
 
 
 def make_plan(joined: Joined, policy: Policy) -> MergePlan:
-    """Return the plan of a merge.
+    """Return the plan of a merge: files with a place for every tensor, the steps that fill them, and what changes
+    beside.
 
     Args:
         joined: what is merged into what.
@@ -47,6 +48,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
         UnsupportedError: they may fit, but all that stands in the way has no merged form.
     """
     base = joined.base
+    # In the order in which they are printed. All of them are collected before any is raised.
     issues = [
         *joined.issues_of_base,
         *merged_before(joined, policy),
@@ -61,7 +63,9 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
     max_shard_bytes = None if policy.max_shard_size is None else parse_size(policy.max_shard_size)
     files = place_all(joined.outline, slots, max_shard_bytes)
     steps = joined.steps_into(files, storages, policy)
+    # Scales are known only now: those of several adapters' weights are in the steps.
     raise_errors(beyond_float32(steps))
+    # A base with an index for its only shard keeps it, unless new shards were asked for.
     indexed = len(files) > 1 or (base.sharded and max_shard_bytes is None)
     return MergePlan(
         base=base.root,
@@ -77,7 +81,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
 
 
 def check_fit(joined: Joined) -> None:
-    """Check that adapters and base fit, whatever is made of them.
+    """Check that adapters and base fit, for verbs that do not merge them.
 
     Raises:
         PlanError: they do not; UnsupportedError when each reason is something that has no merged form.
@@ -87,7 +91,7 @@ def check_fit(joined: Joined) -> None:
 
 
 def raise_errors(issues: Sequence[Issue]) -> None:
-    """Raise the errors among some issues, if there are any.
+    """Raise all errors among some issues as one exception, if there are any.
 
     Raises:
         PlanError: there are; UnsupportedError when each is of something that has no merged form.

@@ -1,7 +1,7 @@
-"""What a configuration names and the adapter has no tensors for: is it the base that lacks it?
+"""Entries of a configuration that the adapter has no tensors for: does the base lack them?
 
-PEFT skips an entry that matches no module of the base, without a word. So the usual list of seven projections is a
-right one for a family that lacks some of them.
+PEFT skips an entry that matches no module of the base, without a message. So the usual list of seven projections is
+correct for a family that lacks some of them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ class Absent:
 
     Args:
         model: the base.
-        names: how the adapter's names and the base's answer to each other.
+        names: which of the adapter's names is which of the base's.
     """
 
     def __init__(self, model: Model, names: Names) -> None:
         self._model, self._names = model, names
 
     def issues(self, ends: Iterable[LooseEnd]) -> list[Issue]:
-        """Return an error for each entry that the base has something for, and one note for the others of a field."""
+        """Return an error for each entry that the base has something for, and one note for the other entries of a
+        field.
+        """
         found: list[Issue] = []
         lacking: dict[str, list[str]] = {}
         by_field: dict[str, list[LooseEnd]] = {}
@@ -76,18 +78,21 @@ class Absent:
             return "module" if matching or end.entry in INPUT_NAMES | OUTPUT_NAMES else "nothing"
         if end.entry in in_model:
             return "module"
+        # A tensor that the adapter changes is not what the entry lacks; one that transformers does not load (MTP) is
+        # nothing to train.
         taken = self._names.taken
         loaded = [name for name in matching if name not in taken and self._model.knows(name)]
         if not loaded:
             return "nothing"
         conversion = self._model.stored.conversion
         assert conversion is not None
+        # transformers makes one parameter of these, and PEFT looks for modules.
         in_parts = all(conversion.canonical(name)[1] is not None for name in loaded)
         is_skipped = in_parts and end.field == "target_modules" and not is_rewritten(self._family)
         return "experts" if is_skipped else "module"
 
     def _in_model(self, meant: _Meant) -> AbstractSet[str]:
-        """Return the entries that mean a module or parameter of transformers' model, by its own name or by the adapter's."""
+        """Return the entries that mean something in transformers' model, by its own names or by the adapter's."""
         known = self._model.skeleton
         if known is None:
             return frozenset()
@@ -103,7 +108,7 @@ class Absent:
         return found | {entry for entry in meant.entries if self._model.module(entry) in known.classes}
 
     def _stored(self, meant: _Meant) -> dict[str, list[str]]:
-        """Return the names of the stored tensors that each entry means."""
+        """Return entry → names of the stored tensors that it means, by the names that the adapter would use."""
         stored = self._modules if meant.field != "target_parameters" else {}
         stored = stored | (self._parameters if meant.field in _OF_PARAMETERS else {})
         found: dict[str, list[str]] = {}
@@ -118,10 +123,11 @@ class Absent:
 
     @cached_property
     def _modules(self) -> dict[str, str]:
-        """Return every module of the checkpoint as the adapter would call it, and a stored tensor of it."""
+        """Module of the checkpoint, as the adapter would call it → a stored tensor of it."""
         found: dict[str, str] = {}
         for name in self._model.sources:
             path = self._names.in_adapter(name.rpartition(".")[0])
+            # Containers too: an entry may mean all of ``self_attn``.
             while path and path not in found:
                 found[path] = name
                 path = path.rpartition(".")[0]
@@ -129,13 +135,13 @@ class Absent:
 
     @cached_property
     def _parameters(self) -> dict[str, str]:
-        """Return every parameter of the checkpoint as the adapter would call it, and its stored name."""
+        """Parameter of the checkpoint, as the adapter would call it → its stored name."""
         split = ((name, *name.rpartition(".")[::2]) for name in self._model.sources)
         return {f"{self._names.in_adapter(owner)}.{last}": name for name, owner, last in split}
 
 
 class _Meant:
-    """Entries of one field, and which of them mean a path.
+    """Entries of one field, looked up by path.
 
     Args:
         field: that they are from.
@@ -148,12 +154,13 @@ class _Meant:
         self._lengths = {len(entry) for entry in entries}
 
     def by(self, path: str) -> set[str]:
-        """Return the entries that mean a path; it takes no longer where they are many.
+        """Return the entries that mean a path, by the rule that PEFT has for the field.
 
         Raises:
             TargetError: they are patterns that take too long.
         """
         if self.field == "modules_to_save":
+            # One slice per length of entry, so that many entries take no longer. PEFT asks for no dot before one.
             ends = (path[len(path) - n :] for n in self._lengths if n <= len(path))
             return {end for end in ends if end in self._known}
         if self.field in {"rank_pattern", "alpha_pattern"}:
@@ -163,13 +170,14 @@ class _Meant:
 
 
 def _skipped(field: str, entries: list[str]) -> Issue:
-    """Return what there is to say of entries that the base has nothing for; PEFT itself warns of patterns."""
+    """Return the issue of entries that the base has nothing for."""
     listed = listing([repr(entry) for entry in sorted(entries)], _LISTED)
     noun = "parameter" if field == "target_parameters" else "module"
     sentence = (
         f"the base has no {noun} called {listed}, so nothing was trained there: PEFT skips such entries"
     )
     if field in {"rank_pattern", "alpha_pattern"}:
+        # A warning here, since PEFT itself warns of patterns and of nothing else.
         sentence = f"{listed} matches no module of the base, and PEFT ignores it"
         return warning("unmatched-pattern", field, sentence)
     return note("unmatched-target", field, sentence)

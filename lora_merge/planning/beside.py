@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 
 def side_files_of(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[SideFile, ...], list[Issue]]:
-    """Return the side files of the output, by their names, and a note on each that an adapter brings.
-
-    They are the base's. An adapter's take the place of those that they differ from, and the last adapter's win.
-    """
+    """Return the side files of the output, sorted by name, and a note on each that an adapter brings."""
+    # The base's, unless an adapter has one that differs; of several adapters the last one's.
     files = {file.name: file for file in base.side_files}
     issues: list[Issue] = []
     taken: set[str] = set()
     for use in uses:
+        # What an earlier adapter brought stays.
         for name in use.displaced & files.keys() - taken:
             del files[name]
         for file in use.adapter.side_files:
@@ -42,7 +41,7 @@ def side_files_of(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[S
 
 
 def left_out(base: Checkpoint) -> list[Issue]:
-    """Return a note on each file of the base that was left out, and on a part of it that only a name describes."""
+    """Return a note on each file of the base that was left out, and on a part that the config only names."""
     notes = [note("left-out", "", sentence) for sentence in base.notes]
     part = fetched_part(base.config)
     if part is not None:

@@ -1,4 +1,4 @@
-"""The join of a base and its adapters: what each output tensor is, and what is done to it."""
+"""The join of a base and its adapters, as it grows: what each output tensor is, and what is done to it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def join(
     of_base = quantised_base(base)
     of_adapters = [issue for use in uses for issue in (*use.adapter.issues, *use.issues)]
     is_refused = any(issue.severity == "error" for issue in (*of_base, *of_adapters))
-    if all(use.adapter.is_read for use in uses) or not is_refused:  # else nothing that follows would be true
+    # With an adapter that could not be read at all, further issues would follow from that alone.
+    if all(use.adapter.is_read for use in uses) or not is_refused:
         draft.join()
     side_files, of_files = side_files_of(base, uses)
     return Joined(
@@ -78,7 +79,7 @@ def join(
 
 
 class _Draft:
-    """A join as it grows: each adapter is fitted, then what they do to each other is settled."""
+    """A join as it grows: each adapter is fitted, then changes that concern shared tensors are settled."""
 
     def __init__(
         self,
@@ -102,12 +103,14 @@ class _Draft:
 
     @property
     def tie(self) -> Tie | None:
-        """Return the tie of the embeddings, once it was looked for."""
+        """The tie of the embeddings, once it was looked for."""
         return self._model.tie
 
     def join(self) -> None:
-        """Fit every adapter, then settle what they do to each other; take note of what is wrong."""
+        """Fit every adapter, then settle ties and shared weights; faults are added to the issues."""
+        # Layers and head first: they decide which parameters the base has at all.
         self.issues += self._replicate() + self._add_head()
+        # Every tensor would be called missing.
         if any(issue.code == NOTHING_LOADED for issue in self.issues):
             return
         self._find_tie()
@@ -117,18 +120,21 @@ class _Draft:
             self.issues += self._settle_tie(self.tie)
         if self._may_share():
             self.issues += self._settle_shared()
+        # Whatever was separated from a tie or a shared weight has a source by now.
         lost = [name for name in self.changes if name not in self.outline.sources]
         sentence = "the adapter changes it, the base does not have it"
         self.issues += [error("unmatched-module", name, sentence) for name in lost]
         if not lost:
             self.issues += self._resized() + self._unused_biases()
+            # Only here: what follows from missing tensors would be wrong or said twice.
             self.is_whole = True
 
     def _fit(self, use: AdapterUse, n: int) -> None:
-        """Find the places of what one adapter changes, and take it over."""
+        """Find the places of what one adapter changes, and add that to the changes."""
         self.issues += initial_issues(use.adapter, self._reading)
         self.issues += origin_issues(use.adapter, self._base.config)
         layered: tuple[PlacedDelta, ...] = ()
+        # PEFT's layers and the formulas here never share an adapter's factors.
         by_layers = is_layered(use.adapter, self._reading)
         model, issues = view_for(named_parameters(use.adapter), self._model, parts=not by_layers)
         self.issues += issues
@@ -137,11 +143,12 @@ class _Draft:
             self.issues += issues
             use = replace(use, adapter=_without_factors(use.adapter))
         fitting = Fitting(use, n, model, self._reading).fit(layered)
+        # Said before what follows from it in every module.
         self.issues += other_size(use.adapter, model, fitting.issues) + fitting.issues
         self.issues += self._take(fitting)
 
     def _replicate(self) -> list[Issue]:
-        """Repeat layers, where an adapter was trained on a model with repeated layers."""
+        """Repeat layers of the base, where an adapter was trained on a model with repeated layers."""
         if not any(use.adapter.config.get("layer_replication") for use in self._uses):
             return []
         stem = layer_stem(self.outline)
@@ -154,6 +161,7 @@ class _Draft:
             if name.startswith(f"{stem}.")
         }
         try:
+            # An adapter without repeated layers has an empty order, so it differs from those with them.
             orders = {layer_order(use.adapter.config, len(layers)) for use in self._uses}
         except TargetError as exc:
             return [error("bad-field", exc.field, exc.sentence)]
@@ -164,6 +172,7 @@ class _Draft:
         (order,) = orders
         patch = replication_patch(self._base.config, order, len(layers))
         patched = patched_config(self._base.config, ConfigPatch(patch))
+        # A layer whose attention depends on its number would compute something else in another place.
         if not same_layers(self._base.config, patched, stem, order):
             sentence = (
                 "repeats layers, and what a layer of this model is depends on its place or is not known"
@@ -177,7 +186,7 @@ class _Draft:
         return [note("replicated", "layer_replication", sentence)]
 
     def _add_head(self) -> list[Issue]:
-        """Take over the class of the head that an adapter brings, where the base has none."""
+        """Take the class of the head that an adapter brings, where the base has none."""
         headed = with_head([use.adapter for use in self._uses], self._model)
         if headed is None:
             return []
@@ -190,13 +199,14 @@ class _Draft:
 
     def _find_tie(self) -> None:
         """Look for the tie of the embeddings, if an adapter touches one of them."""
+        # Asking may take transformers (seconds), so it is asked only then.
         touched = any(touches_embeddings(use) for use in self._uses)
         tie = find_tie(self._model, self._twins) if touched else None
         if tie is not None:
             self._model = self._model.with_tie(tie)
 
     def _take(self, fitting: Fitting) -> list[Issue]:
-        """Take over what one adapter changes."""
+        """Add what one adapter changes to what those before it change."""
         issues = []
         for name in dict.fromkeys((*fitting.replacements, *fitting.copies)):  # in this order in every process
             change = self.changes.get(name, Change())
@@ -214,23 +224,27 @@ class _Draft:
         return issues
 
     def _settle_tie(self, tie: Tie) -> list[Issue]:
-        """Keep a tie whose ends change alike, take apart one whose ends do not."""
+        """Keep a tie whose ends change alike, and take apart one whose ends do not."""
         embedding, head = self.changes.pop(tie.embedding, None), self.changes.pop(tie.head, None)
+        # PEFT may train the head along with the embedding, whatever the files hold.
         if embedding is not None:
             head = self._following(tie.embedding, embedding, head or Change())
         embedding, head = with_one_base(embedding, head)
         if embedding is None and head is None:
             return []
+        # transformers ties such a copy to the embedding only while the two are equal.
         for name in self._model.copies_of(tie):
             sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
             hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
             return [error("stored-copy", tie.embedding, sentence, hint)]
         if embedding is not None and head is not None and alike(embedding, head, self._twins):
+            # Both names may be stored: they stay equal.
             self.changes |= dict.fromkeys(tie.stored, embedding)
             return []
         self.is_untied = True
         for name, change in ((tie.embedding, embedding), (tie.head, head)):
             if name not in self.outline.sources:
+                # The end that the base does not store gets a tensor of its own.
                 self.outline = self.outline.with_twin(tie.source, name)
             if change is not None:
                 self.changes[name] = change
@@ -240,7 +254,8 @@ class _Draft:
         return [untied_note(self._base.config, tie)]
 
     def _may_share(self) -> bool:
-        """Return True when a changed tensor may have several users; asking transformers takes seconds."""
+        """Return True when a changed tensor may have several users."""
+        # Cheap signs only: asking transformers takes seconds.
         head_bias = any(
             change.copy is not None and name.endswith(".bias") and owner_name(name) in _HEADS_WITH_BIAS
             for name, change in self.changes.items()
@@ -249,7 +264,7 @@ class _Draft:
         return head_bias or unstored or self._model.may_share or any(map(touches_embeddings, self._uses))
 
     def _settle_shared(self) -> list[Issue]:
-        """Write apart the users of a shared weight that do not all change alike."""
+        """Give users of a shared weight that do not change alike a tensor each."""
         separation = Separation(
             self._model,
             self.outline,
@@ -262,7 +277,7 @@ class _Draft:
         return issues
 
     def _following(self, name: str, embedding: Change, head: Change) -> Change | None:
-        """Return the head's change with those of the embedding that it shares, whatever the files say of it.
+        """Return the head's change, with what PEFT makes it share with the embedding.
 
         Args:
             name: of the input embedding.
@@ -274,6 +289,7 @@ class _Draft:
             ``peft.tuners.lora.model.LoraModel._add_targets_to_tie`` (PEFT 0.21.2).
         """
         ensured = [ensures_tie(use.adapter, name) for use in self._uses]
+        # With ensure_weight_tying PEFT trains both ends as one.
         if all(ensured) and (embedding.own or embedding.deltas):
             return embedding
         whole = embedding.own is not None or head.own is not None
@@ -281,12 +297,13 @@ class _Draft:
         for n, is_ensured in enumerate(ensured):
             theirs = [delta for delta in embedding.deltas if delta.adapter == n]
             own = [delta for delta in head.deltas if delta.adapter == n]
+            # PEFT trains one set of token rows for both ends, unless an end is adapted otherwise.
             only_tokens = not own and not whole and all(delta.facts.replaces_rows for delta in theirs)
             deltas += theirs if is_ensured or only_tokens else own
         return Change(head.own, tuple(deltas), head.copy) if deltas or head.source is not None else None
 
     def _resized(self) -> list[Issue]:
-        """Settle what a vocabulary of another size changes: every end of it, and the config."""
+        """Settle what a vocabulary of another size changes: both embeddings, and the config."""
         shapes = {name: change.source.shape for name, change in self.changes.items() if change.source}
         found = resized(self._model, self.outline, shapes)
         self.config_patch |= found.patch
@@ -295,7 +312,7 @@ class _Draft:
         return found.issues
 
     def _unused_biases(self) -> list[Issue]:
-        """Return an issue for each bias of a head whose rows were trained: PEFT leaves it out of the forward pass.
+        """Return an issue for each bias that PEFT leaves out of the forward pass, since rows of its head were trained.
 
         Reference:
             ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer.forward_adapters`` (PEFT 0.21.2).
@@ -306,6 +323,7 @@ class _Draft:
             if any(one.facts.replaces_rows for one in change.deltas)
         }
         tie = self._model.tie
+        # The head reads the trained rows through the tie.
         if tie is not None and not trained.isdisjoint(tie.stored) and tie.head not in self.changes:
             trained.add(tie.head)
         biases = [name.removesuffix("weight") + "bias" for name in sorted(trained)]
@@ -317,7 +335,7 @@ class _Draft:
 
 
 def _without_factors(adapter: Adapter) -> Adapter:
-    """Return what PEFT's layers leave of an adapter: trained rows stand beside them, whatever they merge."""
+    """Return an adapter with its trained rows only: PEFT's layers merge everything else."""
     return replace(adapter, deltas=tuple(delta for delta in adapter.deltas if delta.facts.replaces_rows))
 
 

@@ -1,4 +1,4 @@
-"""Merges and adapters that would change nothing: an output that is the base again is refused, with the reason."""
+"""Merges and adapters that would change nothing: an output equal to the base is refused, with the reason."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ _CHECK = "check that this is the adapter you want, and that its training ran"
 
 
 def effect_issues(plan: MergePlan, uses: Sequence[AdapterUse]) -> list[Issue]:
-    """Return an issue for each adapter that has no effect, or one for a plan that changes nothing at all.
-
-    What only the merge itself can tell (PEFT's own layers, a dtype that is too coarse) is looked at when the tensors
-    are written.
-    """
+    """Return an error for each adapter without effect, or one for a plan that changes nothing at all."""
+    # What only the merge can tell (PEFT's own layers, a dtype that is too coarse) is checked when tensors are
+    # written.
     issues = [error("no-effect", use.adapter.root, *_why(use)) for use in uses if use.is_idle]
     if not issues and not is_reshaped(plan) and not _changes(plan):
         sentence = "nothing in the adapter changes the base: the output would be a copy of the base"
@@ -48,5 +46,5 @@ def _why(use: AdapterUse) -> tuple[str, str]:
 
 
 def _changes(plan: MergePlan) -> bool:
-    """Return True when a plan merges or replaces a tensor."""
+    """Return True when a plan merges a delta or copies a tensor of an adapter."""
     return any(step.replaced or (isinstance(step.op, Merge) and step.op.deltas) for step in plan.steps)

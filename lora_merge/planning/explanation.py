@@ -58,7 +58,7 @@ class Match:
     """Root of the adapter."""
 
     def text(self) -> str:
-        """Return it as lines for a reader."""
+        """Return the match as lines for a reader, fit to be printed."""
         across = ", stored across" if self.transposed else ""
         rows = [
             ("rule", _in_words(self.rule)),
@@ -78,18 +78,20 @@ class Match:
 
 
 def _in_words(rule: str) -> str:
-    """Return what a rule says of a parameter, its name first."""
+    """Return a rule's name and what it says of a parameter."""
     says = _WITHOUT_LAYOUT[rule] if rule in _WITHOUT_LAYOUT else LAYOUTS[rule].says
     return f"{rule}: {says}" if rule else says
 
 
 def matches_of(plan: MergePlan, name: str) -> tuple[Match, ...]:
-    """Return what a plan does to a module or parameter, by its name in the adapter or on disk; nothing if unknown."""
+    """Return what a plan does to a module or parameter, named as in the adapter or on disk; empty for an unknown
+    name.
+    """
     return tuple(match for step in plan.steps for match in _matches(plan, step, name))
 
 
 def nearest(plan: MergePlan, name: str) -> list[str]:
-    """Return the names that are most like one that nothing answers to."""
+    """Return up to three known names that are most like an unknown one."""
     known = {step.name for step in plan.steps}
     known |= {
         delta.target
@@ -104,6 +106,7 @@ def nearest(plan: MergePlan, name: str) -> list[str]:
 
 def _matches(plan: MergePlan, step: Step, name: str) -> Iterator[Match]:
     deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+    # A weight may have parts in several files; the first one's is shown.
     source = next(iter(step.reads.values()))
     stored = name in _names(step.name)
     for delta in deltas:
@@ -135,7 +138,7 @@ def _match(plan: MergePlan, delta: PlacedDelta, shape: tuple[int, ...], file: st
 
 
 def _names(parameter: str) -> tuple[str, str]:
-    """Return a parameter's name and its module's."""
+    """Return a parameter's name and that of its module: a user may give either."""
     return parameter, parameter.rpartition(".")[0]
 
 

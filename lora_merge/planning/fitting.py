@@ -1,4 +1,4 @@
-"""How one adapter lies on one base: the join of their names, shapes and rules."""
+"""How one adapter fits one base: the join of their names, shapes and rules."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Fitting:
         self.copies: dict[str, TensorRef] = {}
         """The base's own parameters as the adapter carries them: PEFT loads them into the base, where ties share them."""
         self.deltas: list[PlacedDelta] = []
-        """What changes, by the name in the output; regions are filled in."""
+        """What changes, on tensors of the output, with the regions that it changes."""
 
     def fit(self, layered: tuple[PlacedDelta, ...] = ()) -> Fitting:
-        """Join everything, and collect what does not fit.
+        """Join everything, and collect what does not fit. Returns itself.
 
         Args:
             layered: deltas that PEFT's own layers make, already joined.
@@ -66,10 +66,12 @@ class Fitting:
         for parameter, replacement in self._adapter.replacements.items():
             self._replace(parameter, replacement)
         deltas = self._adapter.deltas
+        # Entries without tensors wait until all names are known: only then can the base be asked about them.
         ends = unsaved(self._adapter)
         lost = [delta for delta in deltas if not self._join(delta)]
         self.deltas = self._effective(self.deltas)
         ends += self._join_stacked()
+        # An adapter of another model: one issue says so, in place of one per module.
         if lost and len(lost) == len(deltas) and not self._adapter.stacked:
             self.issues.append(self._all_absent(lost[0].parameter))
             return self
@@ -77,11 +79,13 @@ class Fitting:
         self.deltas += self._effective([replace(delta, adapter=self._n) for delta in layered])
         for delta in layered:
             self._located[delta.target] = Located(delta.rule, (Place(delta.tensor),))
+        # How the two spell names is learnt from all that was found.
         names = Names(self._model, self._located)
         try:
             self.issues += Absent(self._model, names).issues(ends) if ends else []
         except TargetError as exc:
             self.issues.append(error("bad-field", exc.field, exc.sentence))
+        # PEFT holds the tensors of its own layers against the targets itself.
         if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
             self.issues += names.several_rewritings() + names.named_twice()
             try:
@@ -91,11 +95,12 @@ class Fitting:
         return self
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape that a parameter has in the output."""
+        """Return the shape that a parameter has in the output, which may be resized or the adapter's own."""
         own = self.replacements.get(name) or self.copies.get(name)
         if own is not None:
             return own.shape
         stored = self._model.source(name).shape
+        # One end of a tie may be resized by the name of the other.
         resized = {
             one: copy for one, copy in self.copies.items() if copy.shape != self._model.source(one).shape
         }
@@ -103,7 +108,7 @@ class Fitting:
         return next((resized[one].shape for one in shared), stored)
 
     def _effective(self, deltas: list[PlacedDelta]) -> list[PlacedDelta]:
-        """Return the deltas without those of layers that the model never calls, and warn of these."""
+        """Return the deltas without those of layers that the model never calls; a warning names each of these."""
         bypassed = {delta.target for delta in deltas if self._is_bypassed(delta)}
         sentence = "was left out: the model reads the weight of this layer and never calls it"
         hint = (
@@ -116,7 +121,7 @@ class Fitting:
         return is_bypassed(delta.target.rpartition(".")[0], self._model.config)
 
     def _join(self, delta: Delta) -> bool:
-        """Take a delta to its places, or say what keeps it from there; return False when it has none."""
+        """Place a delta, or say what keeps it from its place; return False when the base has no such parameter."""
         try:
             found = self._model.locate(delta.parameter, delta.weight_shape())
         except LayoutError as exc:
@@ -129,15 +134,14 @@ class Fitting:
             problem = self._misfits.of(delta, place, found)
             if problem is not None:
                 self.issues.append(problem)
+                # The other places would only say the same.
                 break
             self.deltas.append(self._placed(delta, place, found))
         return True
 
     def _join_stacked(self) -> list[LooseEnd]:
-        """Take the deltas on ``target_parameters``, which only the model can name, to their places.
-
-        Returns the patterns that match nothing, once every module and parameter is known.
-        """
+        """Place the deltas on ``target_parameters``; return the patterns that match nothing."""
+        # Patterns may mean the parameters, whose names only the model knows.
         paths = set(self._adapter.modules)
         n_found = 0
         for pair in self._adapter.stacked:
@@ -152,6 +156,7 @@ class Fitting:
                 paths.add(found.parameter)
                 n_found += bool(found.deltas)
             self.deltas += found.deltas
+        # A pair without a place has no name that a pattern could match.
         if self._adapter.kind != "LORA" or n_found < len(self._adapter.stacked):
             return []
         try:
@@ -161,10 +166,11 @@ class Fitting:
             return []
 
     def _replace(self, parameter: str, replacement: Replacement) -> None:
-        """Take a whole parameter from the adapter, if it belongs there."""
+        """Place a whole parameter of the adapter, or say what keeps it from its place."""
         if parameter in self._use.unchanged:
             sentence = "was saved along and equals the base's"
             self.issues.append(note("full-tensor", replacement.ref.name, sentence))
+            # Its name still counts as named, for the rules about targets.
             found = self._model.locate(parameter, replacement.ref.shape)  # found when it was compared
             self._located |= {parameter: found} if found is not None else {}
             return
@@ -181,7 +187,7 @@ class Fitting:
             self._copy(parameter, name, replacement.ref)
 
     def _replace_row(self, parameter: str, replacement: Replacement) -> bool:
-        """Take an expert's whole bias as the row of the stack that it is; return False where it is none."""
+        """Place an expert's whole bias as the row of the stack that it is; return False for anything else."""
         ref = replacement.ref
         try:
             found = self._model.locate(parameter, ref.shape) if len(ref.shape) == 1 else None
@@ -202,7 +208,7 @@ class Fitting:
     def _copy(
         self, parameter: str, name: str, copy: TensorRef | None, *, only_if_other: bool = False
     ) -> None:
-        """Take what the base's own parameter was in the training: trained in place, or resized."""
+        """Keep what the base's own parameter was in the training, if that differs from this base's."""
         n_rows = self._use.differing.get(parameter, 0)
         is_other = n_rows > 0 or (copy is not None and copy.shape != self._model.source(name).shape)
         if copy is None or (only_if_other and not is_other):
@@ -218,7 +224,7 @@ class Fitting:
             self.issues.append(warning("other-base", copy.name, sentence, hint))
 
     def _whole_place(self, parameter: str, replacement: Replacement) -> str | None:
-        """Return the name under which the base stores a parameter whole, or say why it has none."""
+        """Return the name under which the base stores a parameter whole; None, and an issue, where it does not."""
         try:
             found = self._model.locate(parameter, replacement.ref.shape)
         except LayoutError as exc:
@@ -235,8 +241,9 @@ class Fitting:
         return found.whole
 
     def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:
-        """Return what keeps a parameter of the adapter from taking the place of the base's."""
+        """Return what keeps a parameter of the adapter from taking the place of the base's; None where nothing does."""
         ref, source = replacement.ref, self._model.source(name)
+        # PEFT saves embeddings along without a word in its config; anything else has to be explained by it.
         if not replacement.why and not self._is_resizable(name):
             sentence = "is a whole weight that differs from the base's, and the config does not say that it was trained"
             hint = "PEFT would load it into the base without a word; add its module to modules_to_save if it is meant"
@@ -244,10 +251,12 @@ class Fitting:
         if ref.dtype != source.dtype and not (ref.dtype in TORCH_NAMES and source.holds_floats):
             sentence = f"is stored as {ref.dtype}, the base's as {source.dtype}; expected BF16, F16 or F32"
             return error("bad-dtype", ref.name, sentence)
+        # Another number of tokens is another number of rows.
         resized = ref.shape[1:] == source.shape[1:] and self._is_resizable(name)
         if ref.shape != source.shape and not resized:
             sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(source.shape)}"
             return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")
+        # A replacement is all or nothing, so another weight than 1 has no meaning.
         if self._use.weight != 1 and (replacement.why == "module" or not self._is_resizable(name)):
             hint = "give this adapter the weight 1"
             sentence = f"replaces a whole parameter, which cannot be done by {self._use.weight:g}"
@@ -255,11 +264,12 @@ class Fitting:
         return None
 
     def _is_resizable(self, name: str) -> bool:
-        """Return True for a parameter with one row per token: an embedding, or the bias of the output's."""
+        """Return True for a parameter with one row per token: an embedding, or the bias of the output embedding."""
         return self._model.is_embedding(name)
 
     def _no_place(self, parameter: str, replacement: Replacement) -> Issue:
-        """Return the issue of a whole parameter that the base does not store."""
+        """Return the issue of a whole parameter that the base does not store, with the most likely reason."""
+        # Names that transformers gives to heads of classifiers.
         if replacement.why == "module" and parameter.rpartition(".")[0].rpartition(".")[2] in {
             "score",
             "classifier",
@@ -283,14 +293,14 @@ class Fitting:
         return self._absent(parameter)
 
     def _absent(self, parameter: str) -> Issue:
-        """Return the issue of a parameter that the base does not store."""
+        """Return the issue of a parameter that the base does not store, with the nearest name that it has."""
         module = parameter.rpartition(".")[0]
         near = self._nearest(parameter)
         sentence = f"the adapter changes it, the base has no {parameter}"
         return error("unmatched-module", module, sentence, f"nearest: {near}" if near else "")
 
     def _all_absent(self, first: str) -> Issue:
-        """Return the one issue of an adapter that touches nothing at all."""
+        """Return the one issue of an adapter without a single parameter that the base has."""
         if _NESTED in f".{first}" and not any(_NESTED in f".{name}" for name in self._model.sources):
             sentence = "is of a multimodal model, and the base is a language model alone"
             return error("wrong-prefix", first, sentence, "pass the multimodal model with --base")
@@ -303,14 +313,16 @@ class Fitting:
         return error("wrong-prefix", first, sentence, hint)
 
     def _nearest(self, parameter: str) -> str:
-        """Return the stored name that shares the longest dotted ending with a parameter."""
+        """Return the stored name that shares the longest dotted ending with a parameter; empty if none shares two
+        parts.
+        """
         return next(
             (self._by_ending[end] for end in endings(parameter) if "." in end and end in self._by_ending), ""
         )
 
     @cached_property
     def _by_ending(self) -> dict[str, str]:
-        """Return the first stored name for each dotted ending that one has."""
+        """Dotted ending → the first stored name that has it."""
         found: dict[str, str] = {}
         for name in self._model.sources:
             for end in endings(name):
@@ -318,9 +330,10 @@ class Fitting:
         return found
 
     def _placed(self, delta: Delta, place: Place, found: Located) -> PlacedDelta:
-        """Return a delta on a tensor of the output, with the region that it owns."""
+        """Return a delta on a tensor of the output, with the region that it changes."""
         transposed = delta.transposed
         if found.by_boxes:
+            # Both may be turned: by the adapter's format, and by how the base stores the part.
             transposed ^= place.transposed
             if len(place.at) == 2:  # of a bias, a row of the stack that the base has
                 rows = {
@@ -341,7 +354,7 @@ class Fitting:
 
 
 def named_parameters(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
-    """Return the parameters that an adapter names, and the shapes of its weights where they are known."""
+    """Return parameter that an adapter names → the shape of its weight, or None where the adapter does not show it."""
     paths = (name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.layered if PREFIX in name)
     by_layers = {f"{path.rpartition('.')[0]}.weight": None for path in paths}
     return {**by_layers, **{delta.parameter: delta.weight_shape() for delta in adapter.deltas}} | {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lora_merge.planning.model import Model
 
 _MARK = 7919
-"""A number of labels that no size of a model is, to find the parameters whose rows are labels."""
+"""A number of labels that is no size in any model (a prime), to find the parameters whose rows are labels."""
 
 
 NOTHING_LOADED = "nothing-loaded"
@@ -47,7 +47,7 @@ class Headed:
 
 
 def with_head(adapters: Sequence[Adapter], model: Model) -> Headed | None:
-    """Return the base with the head that an adapter brings; None where none brings one that the base lacks.
+    """Return the base with the head that an adapter brings; None where no adapter brings one that the base lacks.
 
     Args:
         adapters: of the merge.
@@ -60,6 +60,7 @@ def with_head(adapters: Sequence[Adapter], model: Model) -> Headed | None:
     if not bringing:
         return None
     names = {_class_name(adapter, model.config) for adapter in bringing}
+    # Adapters of two classes cannot be in one output; each parameter then gets an issue of its own.
     name = names.pop() if len(names) == 1 else None
     if name is None:
         return None
@@ -68,7 +69,7 @@ def with_head(adapters: Sequence[Adapter], model: Model) -> Headed | None:
 
 
 def _odd_parameters(adapter: Adapter, model: Model) -> dict[str, TensorRef]:
-    """Return the trained parameters of an adapter that the base does not store in this shape, embeddings apart."""
+    """Return an adapter's trained parameters that the base does not store, or not in this shape; without embeddings."""
     return {
         parameter: replacement.ref
         for parameter, replacement in adapter.replacements.items()
@@ -78,11 +79,9 @@ def _odd_parameters(adapter: Adapter, model: Model) -> dict[str, TensorRef]:
 
 
 def _lost_head(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
-    """Return an issue when an adapter was trained with a head that neither it nor the base has.
-
-    PEFT lists the head in ``modules_to_save`` by itself, under the names that most classes give it.
-    """
+    """Return an issue when an adapter was trained with a head that neither it nor the base has."""
     task, base = str(adapter.config.get("task_type")), str((config.get("architectures") or [""])[0])
+    # PEFT lists the head in modules_to_save by itself, under the names that most classes give it.
     is_trained = any(
         replacement.why == "module" and owner_name(parameter) not in INPUT_NAMES | OUTPUT_NAMES
         for parameter, replacement in adapter.replacements.items()
@@ -97,10 +96,11 @@ def _lost_head(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
 
 
 def _class_name(adapter: Adapter, config: Mapping[str, Any]) -> str | None:
-    """Return the class that an adapter was trained on, by its own configuration.
+    """Return the class that an adapter was trained on, by its configuration; None where that does not say.
 
     PEFT writes ``auto_mapping`` where there is no ``task_type`` (``PeftModel.save_pretrained``, PEFT 0.21.2).
     """
+    # PEFT writes auto_mapping only where there is no task_type.
     task, mapping = str(adapter.config.get("task_type")), adapter.config.get("auto_mapping")
     if task in TASK_MAPPINGS:
         return class_for_task(str(config.get("model_type")), task)
@@ -108,7 +108,7 @@ def _class_name(adapter: Adapter, config: Mapping[str, Any]) -> str | None:
 
 
 def _patch(config: Mapping[str, Any], name: str, n_labels: int | None) -> dict[str, Any]:
-    """Return what a class and a number of labels change in ``config.json``; labels that fit are kept.
+    """Return what a class and a number of labels change in ``config.json``.
 
     Args:
         config: of the base.
@@ -119,6 +119,7 @@ def _patch(config: Mapping[str, Any], name: str, n_labels: int | None) -> dict[s
     patch: dict[str, Any] = {"architectures": [name]}
     if n_labels is None:
         return patch
+    # Labels that the base has names for are kept, if they are as many.
     if not (isinstance(known, dict) and len(known) == n_labels):
         patch["id2label"] = {str(n): f"LABEL_{n}" for n in range(n_labels)}
         patch["label2id"] = {f"LABEL_{n}": n for n in range(n_labels)}
@@ -136,6 +137,7 @@ class _Head:
 
     def __init__(self, name: str, adapter: Adapter, model: Model) -> None:
         self._name, self._adapter, self._model = name, adapter, model
+        # A class with a fixed number of labels refuses the mark, and has no rows that are labels.
         shapes = self._shapes(_MARK) or self._shapes(None)
         self._labels = {key for key, shape in shapes.items() if shape[:1] == (_MARK,)}
         """Parameters whose rows are labels."""
@@ -147,21 +149,21 @@ class _Head:
         """Of the adapter: what the class has and the base has not, or not with these rows."""
 
     def _is_absent(self, parameter: str, ref: TensorRef) -> bool:
-        """Return True when the base has no place for a parameter, under whatever name."""
+        """Return True when the base has no place for a parameter under any name."""
         try:
             return parameter not in self._model.sources and self._model.locate(parameter, ref.shape) is None
         except LayoutError:
             return False
 
     def _shapes(self, n_labels: int | None) -> dict[str, tuple[int, ...]]:
-        """Return the parameters of the class with so many labels; none where it cannot have so many."""
+        """Return the parameters of the class with so many labels → shapes; empty where it cannot be built."""
         built = meta_model(
             patched_config(self._model.config, ConfigPatch(_patch(self._model.config, self._name, n_labels)))
         )
         return {} if built is None else {key: tuple(value.shape) for key, value in built.state_dict().items()}
 
     def headed(self) -> Headed:
-        """Return the base with the head, or what keeps it from having one."""
+        """Return the base with the head, or with the issues that keep it from having one."""
         rows = {ref.shape[0] for parameter, ref in self.tensors.items() if parameter in self._labels}
         if len(rows) > 1:
             sentence = (
@@ -182,14 +184,13 @@ class _Head:
         return Headed(outline, patch, tuple(issues))
 
     def _joined(self, conversion: Conversion) -> tuple[Outline, list[str]]:
-        """Return the tensors of the class with the head, and which of the base's it has no use for.
-
-        Names of a base without any head get the prefix that they have in the class: transformers 4 adds it to all
-        tensors or to none.
-        """
+        """Return the outline of the class with the head, and the names of the base that it does not use."""
         model = self._model
         known = {name: self._is_known(name, conversion) for name in model.sources}
+        # The language model's own head, for example. What transformers never loads (MTP) stays as it is.
         left_out = [name for name, is_known in known.items() if not is_known and model.knows(name)]
+        # A base without any head has no prefix on its names, and the class has one. transformers 4 adds it to all
+        # tensors or to none.
         renamed = {
             name: conversion.renamed(name)
             for name, is_known in known.items()
@@ -200,11 +201,11 @@ class _Head:
 
     @staticmethod
     def _is_known(name: str, conversion: Conversion) -> bool:
-        """Return True when the class takes in a stored tensor."""
+        """Return True when the class takes in a stored tensor, under this name or after renaming."""
         return conversion.shape(conversion.canonical(name)[0]) is not None
 
     def _issues(self, conversion: Conversion, outline: Outline, left_out: Sequence[str]) -> list[Issue]:
-        """Return what is to be said of the head, and what is wrong with it."""
+        """Return a note on the head, and what is missing or left out."""
         missing = conversion.missing({name: ref.shape for name, ref in outline.sources.items()})
         hint = (
             "it had random values in the training, and they are lost: train again with its module in "

@@ -35,8 +35,8 @@ _UNCHANGED = Change()
 class Joined:
     """A base and its adapters, and where each change of theirs belongs. Made by `lora_merge.planning.join`.
 
-    A join with errors among its issues is good for saying them; nothing is built on it. What takes long to ask (the
-    module tree, how transformers reads the tensors) is computed when it is asked for, kept, and no part of the value.
+    A join with errors among its issues can only report them; nothing is built on it. What takes long to find out (the
+    module tree, how transformers reads the tensors) is computed when it is asked for and kept; it is not part of the value.
     """
 
     base: Checkpoint
@@ -47,7 +47,7 @@ class Joined:
     """How they were read."""
 
     outline: Outline
-    """Names of the output, and the stored tensor behind each: of users of one weight that are written apart, the same."""
+    """Names of the output, and the stored tensor behind each. Users of one weight that are written apart have the same one."""
 
     changes: Mapping[str, Change]
     """What is done to the tensors that change, by name. Each delta says what the adapter calls its parameter, and by
@@ -76,15 +76,16 @@ class Joined:
     """Of what goes with the weights, or is left out."""
 
     is_whole: bool
-    """False when the join was given up, since base and adapters have too little in common for any further question."""
+    """False when the join ended early, since base and adapters have too little in common for further questions."""
 
     def __getstate__(self) -> dict[str, object]:
-        """Return the fields: what was computed from them holds models, and is computed again."""
+        """Return the fields without what was computed from them."""
+        # Computed values hold models of transformers, and can be computed again.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def issues(self) -> tuple[Issue, ...]:
-        """Return everything that is wrong, or worth knowing, in the order in which it is said."""
+        """Everything that is wrong, or worth knowing, in the order in which it is printed."""
         return (
             *self.issues_of_base,
             *self.issues_of_adapters,
@@ -94,22 +95,22 @@ class Joined:
 
     @property
     def unchanged(self) -> frozenset[str]:
-        """Return the whole parameters in the adapters that are but copies of the base's."""
+        """Whole parameters in the adapters that are only copies of the base's."""
         return frozenset().union(*(use.unchanged for use in self.uses))
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes of the parameters that are the adapters' own."""
+        """Parameter → shape, of those that the adapters bring whole."""
         return {name: change.source.shape for name, change in self.changes.items() if change.source}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor of the output."""
+        """Return the shape that a tensor has in the output."""
         return self.shapes.get(name, self.outline.sources[name].shape)
 
     def steps_into(
         self, files: tuple[OutputFile, ...], storages: Mapping[str, Storage], policy: Policy
     ) -> tuple[Step, ...]:
-        """Return what makes each parameter of an output, in the order of its bytes.
+        """Return the steps that make an output, in the order of its bytes.
 
         Args:
             files: of the output; they hold a tensor for each part of the outline, in its order.
@@ -118,6 +119,7 @@ class Joined:
         """
         slots = [slot for file in files for slot in file.slots]
         writes: dict[str, dict[str, TensorRef]] = {}
+        # Slots have names of stored tensors, so they are matched with parameters by their order.
         for (name, role), slot in zip(self.outline.parts, slots, strict=True):
             writes.setdefault(name, {})[role] = slot
         order = {slot.name: n for n, slot in enumerate(slots)}
@@ -129,15 +131,16 @@ class Joined:
         return tuple(sorted(steps, key=lambda step: order[step.main.name]))
 
     def _wanted(self, name: str, target: Storage, writes: Mapping[str, TensorRef]) -> Wanted:
-        """Return a parameter of the output, with what is done to it."""
+        """Return a parameter of the output, with its source and what is done to it."""
         tie = self.tie if not self.is_untied else None
+        # Both names of a kept tie must get the same random values.
         key = tie.source if tie is not None and name in tie.stored else name
         change = self.changes.get(name, _UNCHANGED)
         return Wanted(name, self.outline.sources[name], change, target, writes, key)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
-        """Return what changes, tensor by tensor, as the base stores it; the slots have no place in a file.
+        """Steps that change something, tensor by tensor, as the base stores it; their slots have no place in a file.
 
         Changes of several adapters are added up.
         """
@@ -156,33 +159,34 @@ class Joined:
 
     @cached_property
     def deltas(self) -> tuple[PlacedDelta, ...]:
-        """Return what is done to every stored tensor."""
+        """Every change to every stored tensor."""
         return tuple(delta for step in self.steps if isinstance(step.op, Merge) for delta in step.op.deltas)
 
     @cached_property
     def stored(self) -> Stored:
-        """Return the base's tensors as layouts look at them."""
+        """The base's tensors as layouts take them."""
         return Stored(self.base.parameters(), lambda: Conversion.of(self.base.config))
 
     @cached_property
     def skeleton(self) -> Skeleton | None:
-        """Return the base's module tree; None where transformers has no class for the model."""
+        """The base's module tree; None where transformers has no class for the model."""
         return build_skeleton(self.base.config)
 
     @cached_property
     def modules(self) -> frozenset[str]:
-        """Return every module of the base with a matrix for its weight, as the checkpoint names it."""
+        """Modules of the base whose weight has two axes or more, as the checkpoint names them."""
         return self.base.matrices()
 
     def class_of(self, module: str) -> str:
-        """Return the class of a module, in whichever spelling; empty where it is not known."""
+        """Return the class of a module, in either spelling; empty where it is not known."""
         if self.skeleton is None:
             return ""
         classes = self.skeleton.classes
         return classes.get(module) or classes.get(self.stored.module(module), "")
 
     def is_grouped(self, module: str) -> bool:
-        """Return True for a convolution in groups: B has groups too in PEFT's LoRA, and B A is no change of the weight."""
+        """Return True for a convolution in groups."""
+        # PEFT's LoRA has groups in B too, so B A is not the change of the weight.
         model = meta_model(self.base.config)
         if model is None or self.skeleton is None:
             return False
@@ -197,21 +201,23 @@ class Joined:
         return self._other_end(module) is not None
 
     def before(self, name: str) -> Weight | None:
-        """Return the base's own weight behind one of the output: of a tie, the one that is stored; None for a new one."""
+        """Return the base's own weight behind one of the output; for an end of a tie the stored one; None for a new
+        weight.
+        """
         if name in self.stored.tensors or self.skeleton is None:
             return self.stored.tensors.get(name)
         other = self.skeleton.ends().get(f"{self.stored.module(name.removesuffix('.weight'))}.weight")
         return self.stored.tensors.get(self.stored.disk_name(other)) if other else None
 
     def twin(self, module: str) -> str | None:
-        """Return the other end of a tie that is kept: what is changed at one end is changed at both."""
+        """Return the module at the unstored end of a tie that is kept, which changes along; else None."""
         other = self._other_end(module)
         if other is None or self.stored.disk_name(other) in self.outline.sources:
             return None
         return self._spelled_as(module, other)
 
     def kept_twin(self, module: str) -> str | None:
-        """Return the other end of a tie that is kept, of whichever end; None where both are written, or none is tied."""
+        """Return the module at the other end of a tie that is kept, asked from either end; else None."""
         other = self._other_end(module)
         if other is None:
             return None
@@ -219,13 +225,13 @@ class Joined:
         return None if ends <= self.outline.sources.keys() else self._spelled_as(module, other)
 
     def _spelled_as(self, module: str, other: str) -> str:
-        """Return the module of a parameter in the spelling that another module has."""
+        """Return a parameter's module in the spelling (the model's, or the published one) of another module."""
         is_canonical = self.stored.module(module) == module
         name = other if is_canonical else self.stored.as_published(other)
         return name.removesuffix(".weight")
 
     def _other_end(self, module: str) -> str | None:
-        """Return the parameter that a module's weight is tied to."""
+        """Return the parameter that a module's weight is tied to, in the model's spelling; None for none."""
         known = self.skeleton
         if known is None:
             return None

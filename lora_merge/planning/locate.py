@@ -41,7 +41,7 @@ Found = Path | Source
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a base or an adapter lies."""
+    """Where a base or an adapter is."""
 
     text: str
     """As the user or the adapter named it."""
@@ -62,11 +62,11 @@ class Place:
 
     @property
     def origin(self) -> Origin | None:
-        """Return the source and its commit; None for a local directory."""
+        """The source and its commit; None for a local directory."""
         return self.repo.origin if self.repo else None
 
     def whole(self) -> Path:
-        """Return the directory once the weights are in it, too.
+        """Return the directory with the weights in it, which are fetched now.
 
         Raises:
             ResolveError: they cannot be fetched.
@@ -75,17 +75,22 @@ class Place:
 
 
 def find(text: str, role: str) -> Found:
-    """Return the directory of this name, which always wins, or the source that the text means.
+    """Return the directory of this name, or the source that the text means; a directory always wins.
 
     Raises:
         ResolveError: it is neither, or a directory that cannot be read.
         UnsupportedError: it is a base whose name says that it is stored quantised.
+
+    Args:
+        text: as the user or an adapter has it.
+        role: ``"base"`` or ``"adapter"``, for messages.
     """
     root = user_path(text)
     try:
         exists = root.exists()
     except OSError as exc:  # a folder on its way may not be searched, or the name is too long
         raise ResolveError(f"{text}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
+    # A link that leads nowhere was meant as a path, so no hub is asked for it.
     source = None if exists or root.is_symlink() else parse_source(text)
     if source is not None:
         if role == "base":
@@ -106,6 +111,7 @@ def check_not_swapped(base: Found, adapter: Found) -> None:
     Raises:
         ResolveError: they were.
     """
+    # What is in a repo is not known yet.
     if not (isinstance(base, Path) and isinstance(adapter, Path)):
         return
     kinds = [
@@ -136,15 +142,18 @@ def locate_adapter(
     if isinstance(found, Path):
         return Place(text, found, ignored=chosen(file_names(found), ignore) if ignore else frozenset())
     repo = open_repo(found, access, watch)
+    # Adapters in subfolders, for a message: a repo may hold one per checkpoint.
     elsewhere = repo.folders_with(ADAPTER_CONFIG) if not found.folder else ()
     known = repo.names | repo.absent
     ignored = chosen(known, ignore)
     formats = {one.weights for one in FORMATS.values()}
     small = adapter_small(str(found), known, elsewhere, formats)
     absent = frozenset(filter(belongs_to_adapter, repo.absent))
+    # What is in the small files is checked before any weights are fetched.
     root = repo.fetch(small - absent)
     weights = adapter_weights(known, formats, ignored) | repo.beside(EXTRA_FOLDER)
     copies = adapter_copies(known, ignored)
+    # The listing suffices: a file that no reader would read is refused before it is fetched.
     unread = [
         error("unread-file", name, *described(name))
         for name in unread_files(known, weights | copies, ignored)
@@ -168,7 +177,7 @@ def check_ignored(places: Sequence[Place], ignore: Sequence[str]) -> None:
 
 
 def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Place:
-    """Return where a base is, with its configuration, its side files and its index in reach.
+    """Return where a base is, with its configuration, side files and index on this machine.
 
     Raises:
         ResolveError: the repo cannot be reached, or holds no model.
@@ -177,6 +186,7 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
         return Place(text, found)
     repo = open_repo(found, access, watch)
     known = repo.names | repo.absent
+    # Without its config.json nothing can be done, so that one is asked for and its error is raised.
     absent = frozenset(filter(belongs_to_base, repo.absent)) - {CONFIG_FILE}
     root = repo.fetch(base_small(str(found), known) - absent - (repo.absent & {MANIFEST_FILE}))
     weights = base_weights(str(found), known, root)
@@ -184,7 +194,7 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
 
 
 def locate_named_base(adapter: Place, access: Access, watch: Observer) -> Place:
-    """Return where the base is that an adapter names.
+    """Return where the base is that an adapter names, with its small files on this machine.
 
     Raises:
         ResolveError: it names none, or none that is here or on a hub.
@@ -201,10 +211,11 @@ def locate_named_base(adapter: Place, access: Access, watch: Observer) -> Place:
 
 
 def _named_base(adapter: Place) -> tuple[Found, str]:
-    """Return the base that an adapter names, and as what."""
+    """Return the base that an adapter names, and the name."""
     named = _named_bases(adapter)
     if not named:
         raise ResolveError(f"{adapter.text}: names no base model", hint="say which with --base DIRECTORY")
+    # A local directory wins over a repo, as for a name that the user gives.
     for name, _ in named:
         if is_directory(Path(name)):
             return find(name, "base"), name
@@ -219,7 +230,7 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
 
 
 def moved_base(base: Place, adapters: Sequence[Place]) -> tuple[Issue, ...]:
-    """Return a warning for each adapter that names another revision of the base."""
+    """Return a warning for each adapter that names another revision of the base's own repo."""
     known = _revision_of(base)
     if known is None:
         return ()
@@ -241,16 +252,15 @@ def moved_base(base: Place, adapters: Sequence[Place]) -> tuple[Issue, ...]:
 
 
 def _revision_of(base: Place) -> tuple[str, str, str, frozenset[str]] | None:
-    """Return repo, folder and revision of a base, and what else the revision is called; None where that is not known.
-
-    A directory in the cache of the Hub has its commit in its path, and the branches and tags of that beside it.
-    """
+    """Return repo, folder and revision of a base, and other names of the revision; None where that is not known."""
     origin = base.origin
     if origin is not None:
         return origin.source.repo, origin.source.folder, origin.source.wanted, frozenset({origin.commit})
     cached = cached_repo(str(base.root))
     if cached is None or not cached[1]:
         return None
+    # A directory in the Hub's cache has its commit in its path, and files with the commits of branches and tags
+    # beside it.
     repo, commit = cached
     references = next(path for path in base.root.parents if path.name == "snapshots").with_name("refs")
     names = {
@@ -264,7 +274,7 @@ def _revision_of(base: Place) -> tuple[str, str, str, frozenset[str]] | None:
 def other_base(
     base: Place, adapters: Sequence[Place], configs: Sequence[Mapping[str, Any]]
 ) -> tuple[Issue, ...]:
-    """Return a warning for each adapter that names another model than the base is, by their names.
+    """Return a warning for each adapter that names another model than the base, as far as names tell.
 
     Args:
         base: what is merged into.
@@ -278,6 +288,7 @@ def other_base(
         own = config.get("base_model_name_or_path")
         named += [own] if isinstance(own, str) and own and own not in named else []
         pairs = [(name, how, ours, _is_same(name, ours, base.root)) for name in named for ours, how in known]
+        # One name that fits is enough: a base may be known by several.
         if any(same for *_, same in pairs):
             continue
         name, how, ours, _ = next((pair for pair in pairs if pair[3] is False), (None, "", "", None))
@@ -292,7 +303,8 @@ def other_base(
 
 
 def _names_of(base: Place) -> list[tuple[str, str]]:
-    """Return what a base is called, and where that is said. A repo's own name is the truth; else each is a hint."""
+    """Return ``(name, where it is said)`` for each name that a base has."""
+    # A repo's own name is the truth; all others are hints.
     if base.origin is not None:
         return [(base.origin.source.repo, "")]
     cached = cached_repo(str(base.root))
@@ -306,7 +318,7 @@ def _names_of(base: Place) -> list[tuple[str, str]]:
 
 
 def _is_same(named: str, ours: str, root: Path) -> bool | None:
-    """Return True where a name is of the base, or a path that leads to it, False where it leads to another family."""
+    """Return True where a name is the base's or leads to it, False for another model's, None where it does not tell."""
     folder = _folder(named)
     if folder == root:
         return True
@@ -314,13 +326,13 @@ def _is_same(named: str, ours: str, root: Path) -> bool | None:
 
 
 def _is_of_another_family(folder: Path | None, root: Path) -> bool:
-    """Return True where two models' folders say that they are of two families; one that says nothing is of none."""
+    """Return True where the configurations of two folders name two families; False where one names none."""
     families = {_family(folder) if folder is not None else None, _family(root)}
     return None not in families and len(families) == 2
 
 
 def _folder(name: str) -> Path | None:
-    """Return the model's folder that a name leads to on this machine; None where there is none."""
+    """Return the model's folder that a name leads to on this machine; None where it leads to none."""
     try:
         folder = real_path(user_path(name))
         return folder if (folder / CONFIG_FILE).is_file() else None
@@ -329,19 +341,18 @@ def _folder(name: str) -> Path | None:
 
 
 def _family(root: Path) -> str | None:
-    """Return the ``model_type`` of a model's folder."""
+    """Return the ``model_type`` in a folder's ``config.json``; None where it has none."""
     family = _json(root / CONFIG_FILE).get("model_type")
     return family if isinstance(family, str) else None
 
 
 def _named_bases(adapter: Place) -> list[tuple[str, Source | None]]:
-    """Return the names of the base in an adapter's files, and what each means on a hub; the best first.
-
-    ms-swift leaves a path of the machine that it ran on in PEFT's file, and the repo in its own.
-    """
+    """Return the names of the base in an adapter's files, the best first, and the repo that each means on a hub."""
     config, arguments = (_json(adapter.root / name) for name in (ADAPTER_CONFIG, TRAINING_ARGUMENTS))
+    # ms-swift leaves a path of the machine that it ran on in PEFT's file, and the repo in its own.
     model, own = arguments.get("model"), config.get("base_model_name_or_path") or config.get("model")
     host: Host = adapter.origin.source.host if adapter.origin else "hf"
+    # ms-swift's own word on the hub that it took the model from; without it, the adapter's hub.
     trained_on: Host = host if "use_hf" not in arguments else ("hf" if arguments["use_hf"] else "ms")
     model_revision = arguments.get("model_revision")
     revision = config.get("revision") or (model_revision if own == model else None)
@@ -355,6 +366,7 @@ def _named_bases(adapter: Place) -> list[tuple[str, Source | None]]:
 
 def _source(name: str, revision: object, host: Host) -> Source | None:
     """Return the repo that an adapter names; None for what can only be a path."""
+    # A repo is ``owner/name``.
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return None
     source = parse_source(f"{host}://{name}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Misfits:
-    """The shapes and dtypes of one adapter's deltas, held against those of a base.
+    """The shapes and dtypes of one adapter's deltas, checked against those of a base.
 
     Args:
         adapter: the adapter.
@@ -32,12 +32,13 @@ class Misfits:
         self._adapter, self._model, self._shape = adapter, model, shape
 
     def of(self, delta: Delta, place: Place, found: Located) -> Issue | None:
-        """Return what keeps a delta from being merged into the tensor it names."""
+        """Return what keeps a delta from being merged into the tensor at a place; None where nothing does."""
         name = place.tensor
         source, shape = self._model.source(name), self._shape(name)
         if not source.holds_floats:
             sentence = f"is stored as {source.dtype}, expected BF16, F16 or F32"
             return error("unsupported", name, sentence, "merge into the full-precision model")
+        # Places by boxes already say which way round a tensor is, so shapes are compared with the whole weight's.
         if found.by_boxes:
             return _part_misfit(delta, place, found)
         if delta.facts.has_factors:
@@ -52,11 +53,12 @@ class Misfits:
         return None
 
     def _product_misfit(self, delta: Delta, name: str, shape: tuple[int, ...]) -> Issue | None:
-        """Return what keeps a product of two factors from being added to a weight."""
+        """Return what keeps a product of two factors from being added to a weight; None where nothing does."""
         a, b = factor_shapes(delta)
         product = (b[0], *a[1:])
         if delta.transposed or (len(a) == 2 and self.is_transposed(delta, shape)):
             product = product[::-1]
+        # AdaLoRA has the kernel of a convolution in the inputs.
         if isinstance(delta.facts, LowRankFacts) and delta.facts.has_flat_kernel and len(shape) > 2:
             shape = (shape[0], prod(shape[1:]))
         magnitude = delta.factors.get("magnitude")
@@ -69,13 +71,14 @@ class Misfits:
             wanted = "a linear weight [out, in]" if len(product) == 2 else "a convolution"
             sentence = f"is {shape_text(shape)} in the base, expected {wanted}"
             return error("shape-mismatch", name, sentence)
+        # Same outputs and kernel, fewer inputs per output.
         if len(shape) > 2 and shape[0] == product[0] and shape[2:] == product[2:]:
             sentence = f"is a grouped convolution, {shape_text(shape)}; its adapter is {shape_text(product)}"
             return error("unsupported", name, sentence, "PEFT cannot merge it either")
         return self._shape_issue(delta, shape)
 
     def _shape_issue(self, delta: Delta, shape: tuple[int, ...]) -> Issue:
-        """Return the issue of factors that were made for a weight of another size."""
+        """Return the issue of factors of another size than the weight: which of the two is wrong, and by how much."""
         a, b = delta.shape("A"), delta.shape("B")
         transposed = delta.transposed or self.is_transposed(delta, shape)
         n_out, n_in = (shape[-1], shape[:-1]) if transposed else (shape[0], shape[1:])
@@ -89,11 +92,15 @@ class Misfits:
         return error("shape-mismatch", delta.module, "; ".join(parts), hint)
 
     def is_transposed(self, delta: Delta, shape: tuple[int, ...]) -> bool:
-        """Return True when a weight is stored ``[in, out]``: by class where it is known, else by shape."""
+        """Return True when a weight is stored ``[in, out]``: by the module's class where that is known, else by
+        shape.
+        """
         a, b = factor_shapes(delta)
         product = (b[0], *a[1:])
+        # PEFT sets this field module by module and saves the last value, so it counts only where nothing else tells.
         says_so = bool(self._adapter.config.get("fan_in_fan_out"))
         odd = shape != product and shape == product[::-1]
+        # Nearly always: then transformers need not be loaded.
         if not (odd or says_so or self._model.may_hold_conv1d):
             return False
         known = self._model.skeleton
@@ -104,12 +111,13 @@ class Misfits:
 
 
 def _part_misfit(delta: Delta, place: Place, found: Located) -> Issue | None:
-    """Return what keeps a delta from being merged into a part of a tensor, or part by part into several."""
+    """Return what keeps a delta from being merged into a part of a tensor, or in parts; None where nothing does."""
     wanted = delta.weight_shape()
     if wanted is not None and wanted != found.shape:
         shape = shape_text(found.shape or ())
         sentence = f"lora_B @ lora_A is {shape_text(wanted)}, the base's weight is {shape}"
         return error("shape-mismatch", delta.module, sentence, "the adapter was trained on another model")
+    # A change that goes by rows (DoRA's lengths) can be divided between rows, not within one.
     whole_rows = not place.part or (len(place.part) == 2 and place.part[1] == (0, wanted[1] if wanted else 0))
     division = delta.facts.division
     if delta.transposed or division == "none" or (division == "rows" and not whole_rows):
@@ -119,12 +127,12 @@ def _part_misfit(delta: Delta, place: Place, found: Located) -> Issue | None:
 
 
 def factor_shapes(delta: Delta) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B once blocks are laid out on their diagonals."""
+    """Return the shapes of A and B with blocks laid out on their diagonals; see `FactorFacts.factor_shapes`."""
     return cast("FactorFacts", delta.facts).factor_shapes(delta.factors)
 
 
 def _rows_misfit(delta: Delta, name: str, shape: tuple[int, ...]) -> Issue | None:
-    """Return what keeps trained rows from being put into an embedding."""
+    """Return what keeps trained rows from being put into an embedding; None where nothing does."""
     ref, indices = delta.factors["rows"], cast("RowsFacts", delta.facts).indices
     if len(shape) != 2 or ref.shape[1:] != shape[1:]:
         sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(shape)}"

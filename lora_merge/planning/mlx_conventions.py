@@ -1,4 +1,4 @@
-"""Adapters that were trained on other weights than those that the base stores."""
+"""Adapters of mlx-lm that were trained on other weights than those that the base stores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OTHER_WEIGHTS_IN_MLX = {
     "bailing_moe": "divides the columns of the output embedding by their length",
     "bailing_moe_linear": "divides the columns of the output embedding by their length",
 }
-"""Families whose matrices mlx-lm 0.32 changes when it loads them, so that its deltas are not those of this base."""
+"""Family → how mlx-lm 0.32 changes its matrices when it loads them, so that deltas do not fit the stored ones."""
 
 _OTHER_NORMS_IN_MLX = frozenset(
     {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "step3p5"}
@@ -31,13 +31,14 @@ _TURNED_IN_MLX = frozenset({"gpt2"})
 
 
 def origin_issues(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
-    """Return an issue when the weights that an adapter was trained on are not those that the base stores."""
+    """Return an issue when the weights that an adapter of mlx-lm was trained on are not those that the base stores."""
     if adapter.format != "mlx":
         return []
     families = {str(level.get("model_type")) for _, level in config_levels(config)}
     for family in sorted(families & _OTHER_WEIGHTS_IN_MLX.keys()):
         sentence = f"is {family!r}, and mlx-lm {_OTHER_WEIGHTS_IN_MLX[family]} when it loads them"
         return [error("unsupported", "model_type", sentence, "merge it with mlx_lm.fuse")]
+    # Deltas have no such trouble: layouts find out which way round a weight is stored.
     matrices = [parameter for parameter, one in adapter.replacements.items() if len(one.ref.shape) > 1]
     if matrices and families & _TURNED_IN_MLX:
         sentence = "was trained whole in mlx-lm, which stores the matrices of this family the other way round"

@@ -36,40 +36,41 @@ class Model:
     """``config.json``, as the output has it."""
 
     tie: Tie | None = None
-    """Of the embeddings, if there is one and an adapter touches it."""
+    """The tie of the embeddings, if there is one and an adapter touches it."""
 
     part: str = ""
     """Path of the module whose own names an adapter has; empty for the model itself."""
 
     def with_tie(self, tie: Tie) -> Model:
-        """Return the model with a tie. What was computed of it is kept: a tie changes none of that."""
+        """Return the model with a tie."""
         tied = replace(self, tie=tie)
+        # What was computed (seconds of transformers' time) is taken over: a tie changes none of it.
         given = {field.name for field in fields(self)}
         vars(tied).update({name: value for name, value in vars(self).items() if name not in given})
         return tied
 
     @property
     def sources(self) -> Mapping[str, Weight]:
-        """Return the stored weights by their names in the output."""
+        """Name in the output → stored weight."""
         return self.outline.sources
 
     @cached_property
     def skeleton(self) -> Skeleton | None:
-        """Return the module tree; None where transformers has no class for the model."""
+        """The module tree; None where transformers has no class for the model."""
         return build_skeleton(self.config)
 
     @cached_property
     def may_hold_conv1d(self) -> bool:
-        """Return True when some weights may be stored ``[in, out]``."""
+        """True when some weights may be stored ``[in, out]``, by the family."""
         return may_hold_conv1d(self.config)
 
     @cached_property
     def stored(self) -> Stored:
-        """Return the tensors as layouts look at them."""
+        """The tensors as layouts take them."""
         return Stored(self.sources, lambda: Conversion.of(self.config, self.part))
 
     def source(self, name: str) -> Weight:
-        """Return the stored weight behind a name of the output; a user of a shared weight has one, stored or not."""
+        """Return the stored weight behind a name of the output, which may be an unstored user of a shared weight."""
         if name in self.sources:
             return self.sources[name]
         if self.tie is not None and name in {self.tie.embedding, self.tie.head}:
@@ -77,16 +78,18 @@ class Model:
         return self.sources[self._holders[name]]
 
     def locate(self, parameter: str, shape: Shape | None) -> Located | None:
-        """Return where a parameter of an adapter lies; None when nowhere.
+        """Return where a parameter of an adapter is stored; None when the base does not have it.
 
         Raises:
             LayoutError: it has several places, or is stored in a form that cannot be taken apart.
         """
+        # The unstored end of a tie has a place of its own, since the two ends may become two tensors.
         if self.tie is not None and parameter not in self.sources:
             name = self.stored.disk_name(parameter)
             if name in {self.tie.embedding, self.tie.head}:
                 return Located("tied", (Place(name),), self.source(name).shape)
         found = locate(parameter, shape, self.stored)
+        # So has a user of a shared weight; transformers is asked only where no layout knows the name.
         if found is None and self.stored.conversion is not None:
             name = self.stored.disk_name(parameter)
             if name in self._holders:
@@ -95,12 +98,12 @@ class Model:
 
     @property
     def may_share(self) -> bool:
-        """Return True when weights other than the embeddings may have several users."""
+        """True when weights other than the embeddings may have several users, by the family."""
         return may_share(self.config)
 
     @cached_property
     def input_embedding(self) -> str:
-        """Return the input embedding's parameter as it is stored; empty where it is not known."""
+        """Parameter of the input embedding under its stored name; empty where it is not known."""
         known = self.skeleton
         if known is None or not known.input_embedding:
             return ""
@@ -108,13 +111,13 @@ class Model:
 
     @cached_property
     def shared(self) -> tuple[Shared, ...]:
-        """Return the weights that several modules use; none where transformers has no class for the model."""
+        """Weights that several modules use; empty where transformers has no class for the model."""
         known = self.skeleton
         return shared_weights(known.tied, self.stored) if known is not None and known.tied else ()
 
     @cached_property
     def _holders(self) -> Mapping[str, str]:
-        """Return the users of shared weights that are not stored, and which stored tensor has their values."""
+        """Unstored user of a shared weight → stored tensor with its values."""
         return {
             name: shared.holder
             for shared in self.shared
@@ -123,13 +126,13 @@ class Model:
         }
 
     def users_with(self, name: str) -> tuple[str, ...]:
-        """Return the parameters that have one weight with this one, itself included; none where it is its own."""
+        """Return all parameters that share one weight with this one, itself included; empty where it has its own."""
         if self.tie is not None and name in {self.tie.embedding, self.tie.head}:
             return (self.tie.embedding, self.tie.head)
         return next((shared.users for shared in self.shared if name in shared.users), ())
 
     def copies_of(self, tie: Tie) -> tuple[str, ...]:
-        """Return the stored tensors that transformers ties to the input embedding, its output embedding apart."""
+        """Return stored tensors that transformers ties to the input embedding, without the output embedding."""
         return tuple(
             name
             for shared in self.shared
@@ -139,9 +142,10 @@ class Model:
         )
 
     def is_embedding(self, name: str) -> bool:
-        """Return True for a parameter of an input or output embedding; transformers is asked where its name does not tell."""
+        """Return True for a parameter of an input or output embedding."""
         if owner_name(name) in INPUT_NAMES | OUTPUT_NAMES:
             return True
+        # transformers is asked where the name does not tell; it takes seconds.
         known = self.skeleton
         if known is None:
             return False
@@ -154,7 +158,7 @@ class Model:
         )
 
     def has(self, name: str) -> bool:
-        """Return True for a parameter that is stored, or that transformers' model has by a tie."""
+        """Return True for a parameter that is stored, or that transformers' model has without one (by a tie)."""
         known = self.skeleton if name not in self.sources else None
         path, _, parameter = name.rpartition(".")
         return name in self.sources or (
@@ -162,7 +166,7 @@ class Model:
         )
 
     def knows(self, name: str) -> bool:
-        """Return True when transformers' model takes in a tensor of this name; it leaves some out, as those for MTP."""
+        """Return True when transformers' model has a parameter for a stored tensor; layers for MTP have none."""
         conversion = self.stored.conversion
         if conversion is None:
             return False
@@ -170,7 +174,7 @@ class Model:
         return conversion.shape(parameter) is not None and parameter.startswith(self.part)
 
     def module(self, module: str) -> str:
-        """Return a module's path in transformers' model, whichever spelling of it is given."""
+        """Return a module's path in transformers' model, in whichever release's spelling it is given."""
         known = self.skeleton
         if known is None or module in known.classes:
             return module
@@ -178,6 +182,6 @@ class Model:
 
 
 def misplaced(subject: str, exc: LayoutError) -> Issue:
-    """Return the issue of a parameter whose place cannot be told."""
+    """Return the issue of a parameter with several possible places, or with none that can be taken apart."""
     hint = "rename the adapter's tensors as the base's are named" if exc.candidates else SAVE_ANEW
     return error("no-one-place", subject, exc.sentence, exc.hint or hint)

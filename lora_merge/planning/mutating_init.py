@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lora_merge.planning.settings import Reading
 
 _RECOMPUTABLE = frozenset({"pissa", "olora"})
-"""Values of ``init_lora_weights`` whose change of the base follows from the base alone, always the same."""
+"""Values of ``init_lora_weights`` whose change of the base depends on nothing but the base, so that it can be repeated."""
 
 _NOT_REPRODUCIBLE = {
     "PiSSA": "its decomposition drew random numbers (pissa_niter)",
@@ -21,21 +21,19 @@ _NOT_REPRODUCIBLE = {
     "LoftQ": "it depends on how the base was quantised",
     "LoRA-GA": "it depends on gradients of the first training steps",
 }
-"""Why an initialisation cannot be done again."""
+"""Name of an initialisation → why it cannot be repeated."""
 
 
 def is_layered(adapter: Adapter, reading: Reading) -> bool:
-    """Return True when PEFT's own layers merge an adapter.
-
-    They do so for methods without a formula here, and for LoRA where the base has to be changed again as the
-    initialisation changed it: KaSA always, the others on the original base.
-    """
+    """Return True when PEFT's own layers merge an adapter, and no formula of ours does."""
+    # On the original base the initialisation's change has to be made again, and only PEFT's own code
+    # gives PEFT's bits. KaSA changes the base whenever it is loaded.
     again = mutating_init(adapter.config) is not None and reading.base_is == "original"
     return adapter.kind in LAYERED or bool(adapter.config.get("kasa_config")) or again
 
 
 def initial_issues(adapter: Adapter, reading: Reading) -> list[Issue]:
-    """Return what an adapter presupposes about the base and the user has not stated.
+    """Return what an adapter presupposes about the base, where the user has not stated it.
 
     Reference:
         ``peft.tuners.lora.layer.LoraLayer.pissa_init`` and its siblings (PEFT 0.21.2): each puts W - s·BA of the
@@ -58,7 +56,7 @@ def initial_issues(adapter: Adapter, reading: Reading) -> list[Issue]:
 
 
 def _mutated(name: str, init: str, reading: Reading) -> Issue:
-    """Return what is to be said of an initialisation that changed the base."""
+    """Return the issue of an initialisation that changed the base: an error, unless the user's word settles it."""
     subject = "init_lora_weights"
     if reading.base_is is None:
         sentence = f"is {quoted(init)}: {name} changes the base's weights before training"

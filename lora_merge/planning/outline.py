@@ -1,4 +1,4 @@
-"""The output before anything is merged: which tensors it has, in which files, and where each comes from."""
+"""The output before anything is merged: its tensors, the files that they are in, and the source of each."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
 
 _MOST_LAYERS = 4096
-"""Of a model whose layers are repeated."""
+"""The most layers that a model may have once its layers are repeated."""
 
 _LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?:layers|layer|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)")
-"""A parameter of one of a model's layers; the lazy stem finds the outermost list."""
+"""A parameter of one of a model's layers. The stem is lazy, so that it ends at the outermost list (not at experts)."""
 
 
 _PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "block_types")
@@ -55,7 +55,7 @@ class Outline:
 
     @classmethod
     def of(cls, base: Checkpoint) -> Outline:
-        """Return the outline of a base, unchanged."""
+        """Return the outline of a base as it is stored."""
         sources = base.parameters()
         owners = {ref.name: (name, role) for name, one in sources.items() for role, ref in one.parts.items()}
         files = tuple(
@@ -66,16 +66,16 @@ class Outline:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Return every parameter, in the order of the files' bytes."""
+        """Every parameter, in the order of the files' bytes."""
         return tuple(dict.fromkeys(name for name, _ in self.parts))
 
     @cached_property
     def parts(self) -> tuple[tuple[str, str], ...]:
-        """Return ``(parameter, role)`` of every tensor, in the order of the files' bytes."""
+        """``(parameter, role)`` of every tensor, in the order of the files' bytes."""
         return tuple(part for file in self.files for part in file.parts)
 
     def with_twin(self, name: str, twin: str) -> Outline:
-        """Return the outline with another parameter of the same source, its tensors right behind those of the first."""
+        """Return the outline with a second parameter of the same source, its tensors right after those of the first."""
         copies = {name: (name, twin)}
         files = tuple(
             replace(file, parts=tuple(_copied(file.parts, lambda one: copies.get(one, (one,)))))
@@ -84,7 +84,7 @@ class Outline:
         return Outline(files, {**self.sources, twin: self.sources[name]})
 
     def without(self, names: Collection[str]) -> Outline:
-        """Return the outline without some tensors; a file that is left without any goes too."""
+        """Return the outline without some parameters; a file that becomes empty is dropped."""
         files = (
             replace(file, parts=tuple(part for part in file.parts if part[0] not in names))
             for file in self.files
@@ -93,7 +93,7 @@ class Outline:
         return Outline(tuple(file for file in files if file.parts), sources)
 
     def with_new(self, tensors: Mapping[str, TensorRef]) -> Outline:
-        """Return the outline with more tensors at its end, each from a file of its own."""
+        """Return the outline with more parameters at the end of its last file."""
         last = self.files[-1]
         new = {name: Weight.dense(ref) for name, ref in tensors.items()}
         parts = ((name, role) for name, weight in new.items() for role in weight.parts)
@@ -101,7 +101,7 @@ class Outline:
         return Outline(files, {**self.sources, **new})
 
     def renamed(self, names: Mapping[str, str]) -> Outline:
-        """Return the outline with other names for some parameters."""
+        """Return the outline with other names for some parameters: old → new."""
         files = tuple(
             replace(file, parts=tuple((names.get(name, name), role) for name, role in file.parts))
             for file in self.files
@@ -119,6 +119,7 @@ def replicated(outline: Outline, layers: tuple[int, ...]) -> Outline:
     copies: dict[str, list[str]] = {}
     stem = layer_stem(outline)
     for name in outline.names:
+        # Lists of other towers keep their layers.
         match = _LAYER.fullmatch(name)
         if match is None or match["stem"] != stem:
             copies[name] = [name]
@@ -136,7 +137,7 @@ def replicated(outline: Outline, layers: tuple[int, ...]) -> Outline:
 
 
 def layer_stem(outline: Outline) -> str:
-    """Return what the names of the model's layers begin with, ``"model.layers"`` for example; empty if unknown."""
+    """Return the path of the list of layers (``"model.layers"``); empty where there are several, or none."""
     stems: dict[str, set[str]] = {}
     for name in outline.names:
         match = _LAYER.fullmatch(name)
@@ -146,7 +147,8 @@ def layer_stem(outline: Outline) -> str:
 
 
 def layer_order(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
-    """Return the layer that each layer of a replicated model is taken from; empty without ``layer_replication``.
+    """Return for each layer of a replicated model the layer that it is a copy of; empty without
+    ``layer_replication``.
 
     Example:
         >>> layer_order({"layer_replication": [[0, 3], [1, 4]]}, 4)
@@ -160,6 +162,7 @@ def layer_order(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
         return ()
     if not isinstance(ranges, list) or not all(_is_range(pair) for pair in ranges):
         raise TargetError("layer_replication", f"is {quoted(ranges)}, expected a list of [start, end]")
+    # PEFT goes through each range, and an empty one adds nothing.
     pairs = [(start, end) for start, end in ranges if start < end]
     if not pairs or any(start < 0 or end > n_layers for start, end in pairs):
         raise TargetError("layer_replication", f"is {quoted(ranges)}, and the base has {n_layers} layers")
@@ -171,7 +174,7 @@ def layer_order(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
 
 
 def _is_range(pair: object) -> bool:
-    """Return True for two whole numbers."""
+    """Return True for a list of two whole numbers."""
     return (
         isinstance(pair, list)
         and len(pair) == 2
@@ -180,13 +183,15 @@ def _is_range(pair: object) -> bool:
 
 
 def replication_patch(config: Mapping[str, Any], layers: tuple[int, ...], n_layers: int) -> dict[str, Any]:
-    """Return what more layers change in ``config.json``: their number, and what says something of each of them."""
+    """Return what a change of layers changes in ``config.json``: their number, and lists with an entry per layer."""
     patch: dict[str, Any] = {}
     for path, level in config_levels(config):
         keys = [key for key in ("num_hidden_layers", "n_layer", "num_layers") if level.get(key) == n_layers]
+        # A level with another number of layers is of another part of the model (a vision tower).
         if not keys:
             continue
         changes: dict[str, Any] = dict.fromkeys(keys, len(layers))
+        # A list that transformers derives from other fields would no longer fit, so it is written out.
         derived = derived_lists(level, _PER_LAYER)
         changes |= {
             key: [value[layer] for layer in layers]
@@ -205,5 +210,5 @@ def replication_patch(config: Mapping[str, Any], layers: tuple[int, ...], n_laye
 def _copied(
     parts: Iterable[tuple[str, str]], copies: Callable[[str], Sequence[str]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield some parts, each under all the parameters that are made of its own."""
+    """Yield each part once for each parameter that is made from its own."""
     return ((copy, role) for name, role in parts for copy in copies(name))

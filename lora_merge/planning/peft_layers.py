@@ -1,4 +1,4 @@
-"""Adapters that PEFT's own layers merge: which modules they change, and which tensors go with each."""
+"""Adapters that PEFT's own layers merge: the modules that they change, and the tensors that go with each."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def layered_deltas(use: AdapterUse, model: Model) -> tuple[tuple[PlacedDelta, ...], list[Issue]]:
-    """Return a delta for each parameter of each module that PEFT would wrap, and what does not fit."""
+    """Return a delta for each parameter of each module that PEFT would wrap, and issues for what does not fit."""
     join = _Join(use, model)
     try:
         join.run()
@@ -58,7 +58,7 @@ def layered_deltas(use: AdapterUse, model: Model) -> tuple[tuple[PlacedDelta, ..
 
 
 class _Join:
-    """The tensors of one adapter, module by module."""
+    """The join of one such adapter and the base, module by module."""
 
     def __init__(self, use: AdapterUse, model: Model) -> None:
         self._use, self._adapter, self._model = use, use.adapter, model
@@ -69,13 +69,14 @@ class _Join:
         self._located: dict[str, Located] = {}
         """By parameter of the model."""
         self._config_texts = ("", "")
-        """Of the model that was trained and of the adapter, as JSON."""
+        """Configurations of the model that was trained and of the adapter, as JSON texts."""
         self._brought = _resized_embeddings(use.adapter, model)
         self.deltas: list[PlacedDelta] = []
         self.issues: list[Issue] = []
 
     def run(self) -> None:
-        """Let PEFT inject the adapter into the model without weights, and join what it targets.
+        """Let PEFT inject the adapter into the model without weights, and make a delta for each parameter that it
+        changes.
 
         Raises:
             InjectionError: PEFT refuses.
@@ -84,8 +85,10 @@ class _Join:
         config = self._adapter_config()
         model_config = self._model_config()
         self._config_texts = json.dumps(model_config), json.dumps(config)
+        # Zeros: the injection asks for shapes of shared tensors, and values come with the merge.
         placeholders = {name: _blank(ref) for name, ref in tensors.items() if not name.startswith(PREFIX)}
         injection = Injection(model_config, config, placeholders)
+        # Fields of LoRA are known without PEFT, and were checked when the adapter was read.
         if self._adapter.kind not in NATIVE:
             self.issues += field_issues(self._adapter.config, injection.fields | TRAINER_FIELDS)
         by_module, shared, orphans = sort_by_module(tensors, injection.targets)
@@ -96,6 +99,7 @@ class _Join:
         ]
         for target in injection.targets:
             own = {name: tensors[name] for name in by_module.get(target.module, ())}
+            # With shared tensors (VeRA) a module may have none of its own.
             if not own and not shared:
                 sentence = "the config targets it, and the adapter has no tensors for it"
                 hint = "the adapter file is incomplete; PEFT would leave the module as it is, with a warning"
@@ -107,23 +111,22 @@ class _Join:
                 self._add(target, own | {name: tensors[name] for name in shared}, base)
 
     def _model_config(self) -> Mapping[str, Any]:
-        """Return the configuration of the model that was trained: of the base, with the adapter's vocabulary."""
+        """Return the configuration of the model that was trained: the base's, with the adapter's vocabulary."""
         patch: dict[str, Any] = {}
         for name, ref in self._brought.items():
             patch |= vocabulary_patch(self._model.config, self._model.source(name).shape[0], ref.shape[0])
         return patched_config(self._model.config, ConfigPatch(patch)) if patch else self._model.config
 
     def _adapter_config(self) -> Mapping[str, Any]:
-        """Return the configuration for PEFT on the model as transformers has it now.
-
-        A regex that matches containers too, as ms-swift writes it, or one that means the names of another release,
-        is replaced by the modules that have tensors; they are held against it here.
+        """Return a configuration whose targets mean the modules of the model as transformers names them now.
 
         Raises:
             TargetError: a field has a value that PEFT could not use.
         """
         config = self._adapter.config
         rule = resolved_rule(self._adapter, self._model)
+        # A regex may match containers too (ms-swift), or mean the names of another release. It is checked here
+        # against the adapter's names, and then replaced by the modules with tensors.
         as_stored = self._tensors.keys() == self._adapter.layered.keys()
         if as_stored and (rule.all_linear or not isinstance(rule.target_modules, str)):
             return _reduced(config, rule, tuple(self._model.skeleton.classes if self._model.skeleton else ()))
@@ -144,7 +147,7 @@ class _Join:
         return {**config, **fixed, **_by_module(config, modules)}
 
     def _base_of(self, target: Target) -> dict[str, TensorRef] | None:
-        """Return the stored parameters of a module, or None when one is missing or is no float."""
+        """Return the stored parameters of a module; None, and an issue, when one is missing, in parts, or no float."""
         if any(name.startswith("parametrizations.") for name in target.parameters):
             sentence = (
                 "its weight is computed from others (weight_norm), so that none is stored to be changed"
@@ -163,6 +166,7 @@ class _Join:
                 hint = "merge into the full-precision model"
                 self.issues.append(error("unsupported", found.whole, sentence, hint))
                 return None
+            # PEFT loads a resized embedding into the base before it adapts it.
             base[parameter] = self._brought.get(found.whole) or source.plain
         odd_shape = _not_mergeable(self._adapter, target, base.get("weight"))
         if odd_shape is not None:
@@ -178,7 +182,7 @@ class _Join:
         return base
 
     def _stored(self, target: Target, parameter: str) -> Located | None:
-        """Return where a parameter is stored, or None where it is not stored whole."""
+        """Return where a parameter is stored; None, and an issue, where it is not stored whole."""
         path = f"{target.module}.{parameter}"
         try:
             found = self._model.locate(path, None)
@@ -203,12 +207,12 @@ class _Join:
         own: Mapping[str, TensorRef],
         base: Mapping[str, TensorRef],
     ) -> None:
-        """Load zeros of the adapter's shapes into a layer of zeros, once for all modules that look alike.
-
-        What PEFT would complain of during the merge, or fill with noise, comes out here.
+        """Load zeros of the adapter's shapes into a layer of zeros, to hear what PEFT would complain of during the
+        merge.
         """
         if self._adapter.kind in DECOMPOSING or mutating_init(self._adapter.config):
-            return  # nothing can be decomposed that is zero
+            return  # zeros cannot be decomposed
+        # Once for all modules whose tensors have the same names and shapes.
         prefix = f"{PREFIX}{target.module}"
         looks = (
             tuple((name.removeprefix(prefix), ref.shape) for name, ref in own.items()),
@@ -225,7 +229,7 @@ class _Join:
             self.issues.append(error("injection", exc.subject, exc.sentence))
 
     def _has_bias(self, target: Target) -> bool:
-        """Return True when a module has the bias that the adapter trains, if it trains one; else say that it lacks it."""
+        """Return True unless the adapter trains a bias that the module does not have, which is an issue."""
         by_config = bool(self._adapter.config.get("lora_bias"))
         if "bias" in target.parameters or not (by_config or self._adapter.kind == "BEFT"):
             return True
@@ -237,11 +241,12 @@ class _Join:
         return False
 
     def _add(self, target: Target, tensors: Mapping[str, TensorRef], base: Mapping[str, TensorRef]) -> None:
-        """Add a delta for each parameter of a module that changes."""
+        """Add a delta for each parameter of a module that PEFT's layer changes."""
         changed = changed_parameters(self._adapter, target)
         own_path = self._own_paths.get(target.module, target.module)
         for parameter in changed:
             found = self._located[f"{target.module}.{parameter}"]
+            # PEFT's layer needs the whole module; the algebra gets the other parameters as factors.
             others = {f"base:{name}": ref for name, ref in base.items() if name != parameter}
             tensor = found.whole or ""
             facts = PeftLayerFacts(
@@ -260,7 +265,10 @@ class _Join:
 
 
 def changed_parameters(adapter: Adapter, target: Target) -> tuple[str, ...]:
-    """Return the parameters of a module that PEFT's layer changes; all others are held against it in the merge."""
+    """Return the parameters of a module that PEFT's layer may change, by the kind of adapter.
+
+    The merge refuses to go on when PEFT changes another.
+    """
     if adapter.kind == "BEFT":
         return tuple(name for name in target.parameters if name == "bias")
     if adapter.kind in BIAS_TYPES or adapter.config.get("lora_bias"):
@@ -269,7 +277,7 @@ def changed_parameters(adapter: Adapter, target: Target) -> tuple[str, ...]:
 
 
 def _reduced(config: Mapping[str, Any], rule: TargetRule, paths: Sequence[str]) -> Mapping[str, Any]:
-    """Return a configuration without the patterns that mean no module: PEFT tries each on each, without a limit of time.
+    """Return a configuration without patterns that mean no module.
 
     The others have been matched once when this returns, so that they end in PEFT too.
 
@@ -279,8 +287,10 @@ def _reduced(config: Mapping[str, Any], rule: TargetRule, paths: Sequence[str]) 
         paths: of the model's modules.
 
     Raises:
-        TargetError: a field has a value that PEFT could not use, or would take too long over.
+        TargetError: a field has a value that PEFT could not use, or one that takes too long to match.
     """
+    # PEFT tries each pattern on each module without a limit of time. What was matched here once, within the limit,
+    # ends in PEFT too.
     rule.learn(paths)
     meant = config.get("feedforward_modules")
     if isinstance(meant, str):
@@ -300,7 +310,7 @@ def _reduced(config: Mapping[str, Any], rule: TargetRule, paths: Sequence[str]) 
 
 
 def _by_module(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
-    """Return the other fields of a configuration that mean modules by their names, with the modules that they mean.
+    """Return the other fields that name modules, rewritten for the model's paths.
 
     Args:
         config: the adapter's.
@@ -316,6 +326,7 @@ def _by_module(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[st
             found = {
                 path: list(matching_patterns(table, own, field).values()) for path, own in modules.items()
             }
+            # PEFT takes the first pattern that matches; a path has to be escaped to be a pattern.
             fields[field] = {re.escape(path): values[0] for path, values in found.items() if values}
     meant = config.get("feedforward_modules")
     if meant:
@@ -332,7 +343,7 @@ def _by_module(config: Mapping[str, Any], modules: Mapping[str, str]) -> dict[st
 
 
 def _resized_embeddings(adapter: Adapter, model: Model) -> dict[str, TensorRef]:
-    """Return the embeddings that an adapter brings in another size, under the names of the stored ones."""
+    """Return the embeddings that an adapter brings in another size, by their stored names."""
     found = {}
     for parameter, replacement in adapter.replacements.items():
         if replacement.why != "embedding":
@@ -348,13 +359,14 @@ def _resized_embeddings(adapter: Adapter, model: Model) -> dict[str, TensorRef]:
 
 
 def _spelled_as_in_memory(layered: Mapping[str, TensorRef], model: Model) -> dict[str, TensorRef]:
-    """Return an adapter's tensors under the names that they would have in transformers' model of today."""
+    """Return an adapter's tensors under the names of transformers' model of today."""
     known = model.skeleton
     if known is None:
         return dict(layered)
     spelled = {}
     for name, ref in layered.items():
         path = name.removeprefix(PREFIX)
+        # Only where no module above the tensor is one of the model's.
         if path != name and not any(known.parameters.get(parent) for parent in parents(path)):
             owners = ((parent, model.module(parent)) for parent in parents(path))
             found = next(((one, other) for one, other in owners if other in known.classes), None)
@@ -365,10 +377,8 @@ def _spelled_as_in_memory(layered: Mapping[str, TensorRef], model: Model) -> dic
 
 
 def _not_mergeable(adapter: Adapter, target: Target, ref: TensorRef | None) -> Issue | None:
-    """Return the issue of a module that PEFT merges into something else than it computes (PEFT 0.21.2).
-
-    OFT's forward pass rotates overlapping patches of a convolution's input, which no kernel does.
-    """
+    """Return the issue of a module for which PEFT's merge differs from its forward pass (PEFT 0.21.2); else None."""
+    # OFT's forward pass rotates overlapping patches of a convolution's input, which no kernel can do.
     if adapter.kind != "OFT" or ref is None or max(ref.shape[2:], default=1) == 1:
         return None
     sentence = f"OFT on a convolution of kernel {shape_text(ref.shape[2:])} has no merged form"
@@ -376,7 +386,7 @@ def _not_mergeable(adapter: Adapter, target: Target, ref: TensorRef | None) -> I
 
 
 def _blank(ref: TensorRef) -> torch.Tensor:
-    """Return zeros of a stored tensor's shape and dtype."""
+    """Return zeros of a stored tensor's shape and dtype, in memory."""
     import torch
 
     dtype = getattr(torch, TORCH_TYPES[ref.dtype])

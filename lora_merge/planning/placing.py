@@ -27,12 +27,9 @@ def storages_of(
 ) -> tuple[dict[str, Storage], list[Issue]]:
     """Return how the output stores each parameter, and a note on those that keep their own dtype.
 
-    A change of dtype is for the tensors in the checkpoint's main dtype, the one most of its bytes are in.
-    What the base keeps apart on purpose (a float32 ``A_log`` among bfloat16) stays as it is.
-
     Args:
         outline: the output's parameters and their sources.
-        main: the main dtype's code.
+        main: code of the main dtype, the one that most bytes of the checkpoint are in.
         dtype: the wanted dtype as torch spells it; None keeps the base's, tensor by tensor.
     """
     code = main if dtype is None else DTYPE_CODES[dtype]
@@ -41,6 +38,7 @@ def storages_of(
     apart: Counter[str] = Counter()
     for name in outline.names:
         source = outline.sources[name]
+        # What the base keeps apart on purpose (a float32 A_log among bfloat16) stays as it is.
         is_changed = changing and code and source.storage == Storage(DENSE, main or "")
         storages[name] = Storage(DENSE, code) if is_changed and code else source.storage
         if changing and source.dtype not in (main, code):
@@ -56,7 +54,7 @@ def storages_of(
 def slots_of(
     outline: Outline, shapes: Mapping[str, tuple[int, ...]], storages: Mapping[str, Storage]
 ) -> Slots:
-    """Return the tensors that the output stores, parameter by parameter.
+    """Return the tensors that the output stores for each parameter, without a file or an offset.
 
     Args:
         outline: the output's parameters and their sources.
@@ -74,7 +72,7 @@ def slots_of(
 
 
 def main_dtype(base: Checkpoint) -> str | None:
-    """Return the floating dtype that most bytes of a checkpoint are in."""
+    """Return the floating dtype (a code) that most bytes of a checkpoint are in; None without plain tensors."""
     sizes: Counter[str] = Counter()
     for weight in base.weights.values():
         if weight.plain is not None:
@@ -83,24 +81,26 @@ def main_dtype(base: Checkpoint) -> str | None:
 
 
 def place_all(outline: Outline, slots: Slots, max_shard_bytes: int | None) -> tuple[OutputFile, ...]:
-    """Return the output's weight files: the base's own, or shards of at most so many bytes."""
+    """Return the output's weight files: the base's own, or new shards of ``max_shard_bytes`` at most."""
     if max_shard_bytes is None:
         return tuple(
             place(file.name, [slots[part] for part in file.parts], file.metadata) for file in outline.files
         )
+    # New shards have no counterpart in the base, so all get the metadata of its first file.
     metadata = outline.files[0].metadata
     shards = split([slots[part] for part in outline.parts], max_shard_bytes)
     return tuple(place(name, shard, metadata) for name, shard in shards)
 
 
 def dtype_patch(base: Checkpoint, main: str | None, dtype: str | None) -> dict[str, str]:
-    """Return what a change of dtype changes in ``config.json``, at every level that names one."""
+    """Return what a change of dtype changes in ``config.json``: every level that names the main dtype."""
     if dtype is None or main is None or DTYPE_CODES[dtype] == main:
         return {}
     patch = {
         f"{path}.{key}".lstrip("."): dtype
         for path, level in config_levels(base.config)
         for key in ("dtype", "torch_dtype")
+        # A part with a dtype of its own (a float32 vision tower) keeps it, as its tensors do.
         if key in level and (not path or level[key] == TORCH_NAMES[main])
     }
     return patch or {"torch_dtype": dtype}

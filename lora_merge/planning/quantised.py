@@ -1,4 +1,4 @@
-"""Bases that are stored quantised: seen by their configuration, or by what their tensors are called."""
+"""Bases that are stored quantised: recognised by their configuration, or by names of their tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUANTISED_NAMES = re.compile(
 
 
 def quantised_config(config: Mapping[str, Any]) -> list[Issue]:
-    """Return an issue when a base's configuration says that it is stored quantised."""
+    """Return an error when a base's configuration, at any level, says that it is stored quantised."""
     for path, level in config_levels(config):
         settings = level.get("quantization_config")
         if settings:
@@ -33,16 +33,18 @@ def quantised_config(config: Mapping[str, Any]) -> list[Issue]:
 
 
 def quantised_base(base: Checkpoint) -> list[Issue]:
-    """Return an issue when a base's configuration, or one of its tensors, shows that it is stored quantised, in a way that no codec knows."""
+    """Return an error when a base is stored quantised in a way that no codec knows."""
     issues = quantised_config(base.config)
     if issues:
         return issues
+    # Parts of weights that a codec reads.
     known = {
         ref.name for weight in base.weights.values() if weight.plain is None for ref in weight.parts.values()
     }
     for ref in base.tensors():
         if ref.name in known:
             continue
+        # A vector of eight bits may be a scale or a buffer; a matrix is a weight.
         low = ref.dtype.startswith(("F8_", "F6_", "F4")) and len(ref.shape) >= 2
         if low or _QUANTISED_NAMES.search(ref.name):
             sentence = f"the base is stored quantised (a {ref.dtype} tensor of this name)"

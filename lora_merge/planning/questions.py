@@ -1,4 +1,4 @@
-"""What a merge asks of a join, and nobody else does: what it refuses, and what it warns of."""
+"""What only a merge asks of a join: what it refuses, and what it warns of."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def merged_before(joined: Joined, policy: Policy) -> list[Issue]:
-    """Return an error for each adapter that the base has merged into it already, by its own manifest."""
+    """Return an error for each adapter that is merged into the base already, by the base's own manifest."""
     if policy.allow_again:
         return []
+    # By digest: a path may have changed, or may hold another adapter by now.
     paths = {before.digest: before.path for before in joined.base.merged}
     hint = "merge into the base that it was made from, or pass --allow-again"
     return [
@@ -32,7 +33,7 @@ def merged_before(joined: Joined, policy: Policy) -> list[Issue]:
 
 
 def judged(joined: Joined, policy: Policy) -> list[Issue]:
-    """Return what was found when the adapters were fitted; a tie that may not be taken apart is an error there."""
+    """Return the issues of the fit; the note on a tie that is taken apart becomes an error where that is not allowed."""
     issues = list(joined.issues_of_fit)
     if joined.tie is None or not joined.is_untied or policy.allow_untie:
         return issues
@@ -41,18 +42,19 @@ def judged(joined: Joined, policy: Policy) -> list[Issue]:
 
 
 def combining_issues(joined: Joined, policy: Policy) -> list[Issue]:
-    """Return what is to be said of changes that become one: by several adapters, or in the way that ``combine`` names."""
+    """Return issues about changes that become one: of several adapters, or by the method that ``combine`` names."""
     if policy.combine == "linear":
         return _in_turn(joined)
     return [*(_rankless(joined) if policy.combine == "svd" else ()), *_in_parts(joined, policy)]
 
 
 def _in_turn(joined: Joined) -> list[Issue]:
-    """Return a note when the order of the adapters counts."""
+    """Return a note when the order of the adapters matters."""
     names = [
         name
         for name, change in joined.changes.items()
         if len({delta.adapter for delta in change.deltas}) > 1
+        # Sums add up in any order.
         and not all(delta.facts.is_sum for delta in change.deltas)
     ]
     if not names:
@@ -66,7 +68,7 @@ def _in_turn(joined: Joined) -> list[Issue]:
 
 
 def _in_parts(joined: Joined, policy: Policy) -> list[Issue]:
-    """Return a warning when a combination looks at a stored tensor that is several of the adapters' weights."""
+    """Return a warning when a combination takes a stored tensor as one weight, and it holds several of the adapters'."""
     names = [
         name
         for name, change in joined.changes.items()
@@ -84,7 +86,7 @@ def _in_parts(joined: Joined, policy: Policy) -> list[Issue]:
 
 
 def _rankless(joined: Joined) -> list[Issue]:
-    """Return an error for each weight that ``--combine svd`` has no rank for."""
+    """Return an error for each weight for which ``--combine svd`` has no rank to keep."""
     sentence = (
         "--combine svd keeps the largest rank of the adapters, and none that changes this weight has one"
     )

@@ -66,7 +66,7 @@ def resolve_adapter(root: Path, ignored: Collection[str] = ()) -> Adapter:
 
 
 def resolve_base(root: Path, weights: str = "") -> Checkpoint:
-    """Return the checkpoint in a directory: ``config.json`` and weights, one file or shards.
+    """Return the checkpoint in a directory: ``config.json`` and weights, in one file or in shards.
 
     Safetensors win over ``.bin`` files. Files that the index does not name are not part of the model.
 
@@ -82,6 +82,7 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
             str(root), "", "has no config.json", hint="--base takes the folder of a whole model"
         )
     config = read_config(root / CONFIG_FILE)
+    # Before anything is built of the configuration.
     _check_counts(root, config)
     entry = _entry(root, weights)
     index = read_json(root / entry) if entry.endswith(".json") else None
@@ -92,6 +93,7 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
     _check_merged(root, config, files)
     side_files, notes = base_side_files(root)
     names = {file.name for file in files}
+    # Codecs say which tensors make up a parameter; the rest is copied as it is.
     stored, others = recognised((ref for file in files for ref in file.tensors), config)
     return Checkpoint(
         root=str(root),
@@ -108,13 +110,14 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
 
 
 def _check_counts(root: Path, config: Mapping[str, Any]) -> None:
-    """Check that a configuration counts no more layers or experts than any model has, before something is built of it.
+    """Check that a configuration counts no more layers or experts than any model has.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: it counts more.
     """
     excess = excess_of(config)
     if excess is not None:
+        # Python refuses to print a number of thousands of digits.
         value = str(excess.value) if excess.value < 1 << 64 else "a number beyond 64 bits"
         hint = "config.json does not belong to this model"
         got = f"is {value}"
@@ -127,7 +130,7 @@ def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
 
 
 def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[str], tuple[Issue, ...]]:
-    """Return the names of the base's side files that an adapter's own modules replace, and what is missing.
+    """Return the names of the base's side files that an adapter's modules replace, and warnings for missing ones.
 
     An adapter that sentence-transformers saved says which modules follow the transformer, and has those that were
     trained. Where it has a folder, nothing of the base's is left in it; a folder that it names and lacks is the base's.
@@ -153,7 +156,7 @@ def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[
 
 
 def _one_of_several(adapter: Adapter) -> tuple[Issue, ...]:
-    """Return a warning for an adapter in the folder of one module: the other modules stay where they are."""
+    """Return a warning for an adapter in the folder of one module of a sentence-transformers model."""
     root = Path(adapter.root)
     whole = whole_model(root)
     if whole is None:
@@ -164,7 +167,7 @@ def _one_of_several(adapter: Adapter) -> tuple[Issue, ...]:
 
 
 def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
-    """Return the whole parameters in an adapter that are but copies of the base's. Reads both.
+    """Return the whole parameters in an adapter that are only copies of the base's. Reads both.
 
     PEFT saves the output embedding along when it is a target, trained or not; of a tie the base has but one end.
     """
@@ -174,6 +177,7 @@ def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
     return frozenset(
         parameter
         for parameter, replacement in adapter.replacements.items()
+        # What is in modules_to_save was trained, whatever its values are.
         if replacement.why != "module"
         for ref in [counterpart(parameter, stored, base)]
         if ref is not None and ref.plain is not None and same_values(ref.plain, replacement.ref)
@@ -181,7 +185,7 @@ def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
 
 
 def differing_copies(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
-    """Return the copies of the base's embeddings in an adapter that differ from the base's, and in how many rows. Reads both.
+    """Return copy of an embedding in an adapter → number of rows that differ from the base's. Reads both.
 
     Only rows that both have are compared: a vocabulary may have been resized.
     """
@@ -199,13 +203,14 @@ def differing_copies(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
 
 
 def stored_in(base: Checkpoint) -> Stored:
-    """Return a checkpoint's tensors as layouts look at them."""
+    """Return a checkpoint's tensors as layouts take them."""
     return Stored(base.parameters(), lambda: Conversion.of(base.config))
 
 
 def counterpart(parameter: str, stored: Stored, base: Checkpoint) -> Weight | None:
-    """Return the base's own weight of a parameter; for an end of a tie that is not stored, that of the other end."""
+    """Return the base's own weight of a parameter; of an unstored end of a tie, that of the other end; else None."""
     name = stored.disk_name(parameter)
+    # transformers is asked about ties of embeddings only: it takes seconds.
     if name in stored.tensors or owner_name(parameter) not in INPUT_NAMES | OUTPUT_NAMES:
         return stored.tensors.get(name)
     known = build_skeleton(base.config)
@@ -215,7 +220,7 @@ def counterpart(parameter: str, stored: Stored, base: Checkpoint) -> Weight | No
 
 
 def is_idle(adapter: Adapter, unchanged: frozenset[str]) -> bool:
-    """Return True when every delta of an adapter is zero: it was never trained, or is scaled by 0.
+    """Return True when every delta of an adapter is zero: it was never trained, or its scale is 0.
 
     Reads factors until one pair is found that is not zero: usually the first. What PEFT's own layers merge is not
     judged here.
@@ -231,17 +236,18 @@ def is_idle(adapter: Adapter, unchanged: frozenset[str]) -> bool:
 
 
 def _is_zero(pair: Delta | StackedPair) -> bool:
-    """Return True when a change is known to be none: one of its factors is zero, or its scale."""
+    """Return True when a change is known to be zero: one of its factors is, or its scale."""
     if isinstance(pair, Delta):
         telling = [ref for role, ref in pair.factors.items() if role in pair.facts.vanishes_with]
         is_scaled_away = bool(pair.facts.vanishes_with) and not pair.scale
     else:
+        # The scale of such a pair is known only when its parameter is.
         telling, is_scaled_away = list(pair.tensors.values()), False
     return is_scaled_away or any(ref.dtype in TORCH_NAMES and is_zero(ref) for ref in telling)
 
 
 def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset[frozenset[str]]:
-    """Return the pairs of embeddings that have equal values, by stored name. Reads them.
+    """Return pairs of names of embeddings with equal values, in the base or in one adapter. Reads them.
 
     PEFT saves both ends of a tie, if it saves them at all.
     """
@@ -254,14 +260,16 @@ def equal_embeddings(base: Checkpoint, adapters: Iterable[Adapter]) -> frozenset
     found = set()
     for refs in groups:
         ends = [ref for ref in refs if _owner(ref.name) in INPUT_NAMES | OUTPUT_NAMES]
+        # PEFT saves both ends of a tie, if it saves them at all.
         for one, other in combinations(ends, 2):
+            # Where dtypes differ, the second is rounded to the first's, so both orders are asked.
             if same_values(one, other) or (one.dtype != other.dtype and same_values(other, one)):
                 found.add(frozenset((one.name, other.name)))
     return frozenset(found)
 
 
 def _owner(name: str) -> str:
-    """Return the last part of the path of the module that owns a weight, without the wrappers of PEFT."""
+    """Return the last part of a weight's module path, without PEFT's wrappers."""
     path = re.sub(
         r"\.(weight|base_layer|original_module|modules_to_save|token_adapter|trainable_tokens_delta)(?=\.|$)",
         "",
@@ -273,7 +281,7 @@ def _owner(name: str) -> str:
 def _weight_notes(
     root: Path, entry: str, files: tuple[WeightFile, ...], index: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
-    """Return a sentence for each weight file that is left out, and each tensor that the index forgot."""
+    """Return a sentence for each weight file that is left out, and for each tensor that the index does not name."""
     known = frozenset(file.name for file in files) | {entry}
     why = "the index does not name it" if index is not None else f"{entry} is the model"
     stale = [f"{name} was left out: {why}" for name in other_weights(root, known)]
@@ -288,11 +296,12 @@ def _weight_notes(
 
 
 def _entry(root: Path, weights: str = "") -> str:
-    """Return the name of the file that says what the weights are: the index, or the only one.
+    """Return the name of the file that lists the weights: the index, or the only weight file.
 
     Raises:
         CheckpointError: there is none.
     """
+    # Safetensors win over pickles, as in transformers.
     entries = (INDEX_FILE, SAFETENSORS_FILE, PICKLED_INDEX_FILE, PICKLED_FILE)
     found = next((name for name in entries if (root / name).is_file()), None)
     if found is None and weights:
@@ -305,7 +314,7 @@ def _entry(root: Path, weights: str = "") -> str:
 
 
 def _no_base(root: Path) -> CheckpointError | None:
-    """Return the error of a directory that is no base, with what it is instead; None where that cannot be told."""
+    """Return the error of a directory that is no base, with what it is instead; None where nothing tells."""
     fault = fault_of(names_in(root), "base", f"{root}/")
     broken = broken_link(root)
     if broken is None and fault is not None:
@@ -314,16 +323,15 @@ def _no_base(root: Path) -> CheckpointError | None:
 
 
 def _check_merged(root: Path, config: Mapping[str, Any], files: tuple[WeightFile, ...]) -> None:
-    """Check that a base is no model that was saved with PEFT's layers still in it.
-
-    Code of a model's own may have such layers (Phi-4-multimodal).
+    """Raise for a base that was saved with PEFT's layers still in it.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: it has such layers.
     """
     names = [ref.name for file in files for ref in file.tensors]
     wrapped = next((name for name in names if ".base_layer." in name), None)
     factor = next((name for name in names if ".lora_A." in name), None)
+    # Code of a model's own may have such layers (Phi-4-multimodal).
     if wrapped and factor and "auto_map" not in config:
         raise CheckpointError(
             str(root),
@@ -334,7 +342,7 @@ def _check_merged(root: Path, config: Mapping[str, Any], files: tuple[WeightFile
 
 
 def _output_files(files: tuple[WeightFile, ...], *, sharded: bool) -> tuple[WeightFile, ...]:
-    """Return ``.bin`` files under the names that transformers gives such a checkpoint in safetensors."""
+    """Return ``.bin`` files under the names of such a checkpoint in safetensors."""
     return tuple(
         replace(file, name=shard_name(n, len(files)) if sharded else SAFETENSORS_FILE)
         for n, file in enumerate(files, 1)

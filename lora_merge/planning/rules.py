@@ -1,4 +1,4 @@
-"""Where an adapter's configuration and its tensors disagree about what is targeted."""
+"""Disagreements between an adapter's configuration and its tensors about what is targeted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SWIFT_ADAPTS = frozenset({"Linear", "Conv1D", "Embedding", "Conv2d"})
 
 
 def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
-    """Return every disagreement.
+    """Return an issue for every disagreement about targets.
 
     Args:
         adapter: one adapter.
         model: the base.
-        names: how the adapter's names and the base's answer to each other.
+        names: which of the adapter's names is which of the base's.
 
     Raises:
         TargetError: a field has a value that PEFT could not use.
@@ -38,6 +38,7 @@ def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
         return _unmatched(rule, frozenset(delta.module for delta in adapter.deltas), adapter, model, names)
     modules = _by_module(adapter)
     rule = resolved_rule(adapter, model) if modules else TargetRule.parse(adapter.config)
+    # Without targets PEFT would not load the adapter, so the other questions make no sense.
     if modules and rule.target_modules is None and not adapter.config.get("target_parameters"):
         return [_no_default(modules, model)]
     return [
@@ -50,7 +51,7 @@ def rule_issues(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
 
 
 def resolved_rule(adapter: Adapter, model: Model) -> TargetRule:
-    """Return the rule of an adapter; where ``target_modules`` is null, with PEFT's own targets for the family.
+    """Return the rule of an adapter, with PEFT's own targets for the family where ``target_modules`` is null.
 
     Raises:
         TargetError: a field has a value that PEFT could not use.
@@ -73,19 +74,20 @@ def _no_default(modules: frozenset[str], model: Model) -> Issue:
 
 
 def _by_module(adapter: Adapter) -> frozenset[str]:
-    """Return the modules that ``target_modules`` answers for: all but those of ``target_parameters``."""
+    """Return the modules that ``target_modules`` has to name: all but those of ``target_parameters``."""
     owners = {str(entry).rpartition(".")[0] for entry in adapter.config.get("target_parameters") or ()}
     stacked = {pair.module for pair in adapter.stacked}
     return frozenset(module for module in adapter.modules - stacked if not is_listed(module, owners - {""}))
 
 
 def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model) -> list[Issue]:
-    """Return an issue for each module that has tensors and is not targeted."""
+    """Return an error for each module that has tensors and is not targeted."""
     rule.learn(modules)
     known = model.skeleton if rule.all_linear else None
     allowed = known.all_linear() if known else None
     issues = []
     for module in sorted(modules):
+        # "all-linear" matches every name, so the module's class has to be asked.
         if rule.matches(module) and (allowed is None or model.module(module) in allowed):
             continue
         if adapter.config.get("ensure_weight_tying"):
@@ -100,9 +102,10 @@ def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, mod
 def _unmatched(
     rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model, names: Names
 ) -> list[Issue]:
-    """Return what there is to say of each target that no module of the adapter answers to."""
+    """Return an issue for each target that no module of the adapter answers to."""
     saved = {parameter.rpartition(".")[0] for parameter in adapter.replacements}
     unmatched = rule.unmatched_targets(modules | saved)
+    # An entry may mean modules that the rule itself takes out again: then nothing is missing.
     if unmatched:
         unmatched = rule.unmatched_targets(modules | _left_out(rule, model, names))
     hint = "remove it from adapter_config.json if it was never trained"
@@ -127,15 +130,13 @@ def _unmatched(
 
 
 def _targets_field(adapter: Adapter) -> str:
-    """Return where an adapter's own configuration lists its targets."""
+    """Return the field in which an adapter's own configuration lists its targets."""
     return "lora_parameters.keys" if adapter.format == "mlx" else "target_modules"
 
 
 def _left_out(rule: TargetRule, model: Model, names: Names) -> frozenset[str]:
-    """Return the base's modules that the rule does not match; an entry may stand for one of those.
-
-    PEFT saves ``"all-linear"`` expanded, with the modules that ``exclude_modules`` takes out again.
-    """
+    """Return the base's modules that the rule does not match, by the adapter's names."""
+    # PEFT saves "all-linear" expanded, with the modules that exclude_modules takes out again.
     stored = (name.removesuffix(".weight") for name in model.sources if name.endswith(".weight"))
     modules = tuple(map(names.in_adapter, stored))
     rule.learn(modules)
@@ -143,8 +144,10 @@ def _left_out(rule: TargetRule, model: Model, names: Names) -> frozenset[str]:
 
 
 def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> list[Issue]:
-    """Return an issue for each layer that the configuration targets and the adapter lacks."""
+    """Return an issue for each layer that the configuration targets and the adapter has no tensors for."""
     settled = adapter.modules | _rankless(adapter)
+    # Matrices that nothing of the adapter touches. The head of a tie is the embedding's weight, not a layer of its
+    # own.
     lacking = {
         module: own
         for name, ref in model.sources.items()
@@ -158,6 +161,7 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
     experts = [module for module in names.absent_experts() if rule.matches(module)]
     if not candidates and not experts:
         return []
+    # Only now: transformers takes seconds, and most adapters lack nothing.
     known = model.skeleton
     if known is None:
         first = next(iter(candidates))
@@ -174,11 +178,13 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
     by_swift = adapter.trainer == "ms-swift" and isinstance(rule.target_modules, str)
 
     def is_meant(module: str, own: str) -> bool:
+        # The same module of another layer was trained, so its class need not be asked.
         if names.has_siblings(own):
             return model.knows(f"{module}.weight")
         path = model.module(module)
         if not path.startswith(model.part):
             return False
+        # ms-swift's regex matches containers too, and ms-swift passes over them.
         if by_swift and known.classes.get(path) not in _SWIFT_ADAPTS:
             return False
         return path in targeted if rule.all_linear else known.is_adaptable(path)
@@ -188,7 +194,7 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
 
 
 def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
-    """Return an issue for each parameter that ``target_parameters`` means and the adapter lacks.
+    """Return an error for each parameter that ``target_parameters`` means and the adapter lacks.
 
     What no parameter of the adapter answers to is a matter of the whole entry.
 
@@ -212,7 +218,7 @@ def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Is
 
 
 def _rankless(adapter: Adapter) -> frozenset[str]:
-    """Return the modules that AdaLoRA's ``rank_pattern`` names: one may have no rank, and no tensors, left."""
+    """Return the modules in AdaLoRA's ``rank_pattern``: one that was pruned to rank 0 may have no tensors."""
     if adapter.kind != "ADALORA":
         return frozenset()
     pattern = adapter.config.get("rank_pattern") or {}
@@ -220,7 +226,7 @@ def _rankless(adapter: Adapter) -> frozenset[str]:
 
 
 def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
-    """Return an issue when the configuration says that biases were trained, and some are not in the file."""
+    """Return an error for each bias that was trained, as the configuration says, and is not in the file."""
     kind = adapter.config.get("bias", "none")
     if kind == "none":
         return []
@@ -239,7 +245,7 @@ def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
 
 
 def _why_not(rule: TargetRule, module: str, *, is_default: bool) -> str:
-    """Return which field of a rule leaves a module out."""
+    """Return, as half a sentence, which field of a rule leaves a module out."""
     if rule.excludes(module):
         return "exclude_modules leaves it out"
     if rule.all_linear:

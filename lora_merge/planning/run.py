@@ -88,17 +88,17 @@ class JoinedInputs:
     adapters: tuple[Place, ...]
 
     located: tuple[Issue, ...]
-    """What locating them showed."""
+    """Issues that finding the inputs showed: files that are missing in the cache, for example."""
 
     doubts: tuple[Issue, ...]
-    """Whether it is the base that the adapters were trained on."""
+    """Warnings that the adapters may have been trained on another base, or another revision of it."""
 
     inputs: Inputs = field(default_factory=Inputs)
     """The files that were read, and what was found in them."""
 
     @property
     def issues(self) -> tuple[Issue, ...]:
-        """Return everything that is wrong, or worth knowing."""
+        """Everything that is wrong, or worth knowing, in the order in which it is printed."""
         return (*self.located, *self.doubts, *self.joined.issues)
 
 
@@ -116,21 +116,21 @@ class Planned:
 
     @property
     def uses(self) -> tuple[AdapterUse, ...]:
-        """Return the adapters, from their headers."""
+        """The adapters, read from headers and small files."""
         return self.joined.uses
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """Return the base, from its headers."""
+        """The base, read from headers and small files."""
         return self.joined.base
 
     @property
     def merged_before(self) -> tuple[MergedBefore, ...]:
-        """Return what the base has merged into it already."""
+        """What the base's manifest says is merged into it."""
         return self.checkpoint.merged
 
     def read_files(self) -> tuple[Path, ...]:
-        """Return the directories and the weight files of this machine that the output is made of."""
+        """Return the directories and local weight files that the output is made of."""
         roots = (self.plan.base, *self.plan.adapters)
         own = {ref.file for ref in self.checkpoint.tensors()}
         own.update(*(use.adapter.files for use in self.uses))
@@ -159,12 +159,12 @@ def plan_request(request: Request, watch: Observer) -> Planned:
 
 
 def _settings(kind: type[Settings], request: Request) -> Settings:
-    """Return the fields of a request that are settings of one kind."""
+    """Return the fields of a request that a `Reading` or a `Policy` has."""
     return kind(**{field.name: getattr(request, field.name) for field in fields(kind)})
 
 
 def join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> JoinedInputs:
-    """Locate and resolve a base and adapters, and join them. Whatever does not fit is among the issues of the join.
+    """Locate and read a base and adapters, and join them. What does not fit is among the issues of the join.
 
     What small files alone show is refused before anything large is fetched.
 
@@ -182,6 +182,7 @@ def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> Joined
     named_base = None if texts.base is None else (find(texts.base, "base"), texts.base)
     found = [(find(text, "adapter"), text) for text, _ in texts.adapters]
     if named_base is not None:
+        # Swapped inputs would otherwise fail with an error about files that are missing.
         for adapter_found, _ in found:
             check_not_swapped(named_base[0], adapter_found)
     places = tuple(locate_adapter(*one, access, watch, texts.ignore_file) for one in found)
@@ -191,6 +192,7 @@ def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> Joined
     else:
         base_place = locate_named_base(places[0], access, watch)
     is_remote = base_place.repo is not None
+    # What small files show is refused before anything large is fetched.
     if is_remote:
         raise_errors(quantised_config(read_config(base_place.root / CONFIG_FILE)))
     apart = [place for place in places if place.root != base_place.root]  # else its weights are the base's
@@ -199,9 +201,11 @@ def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> Joined
     if is_remote and len(apart) == len(places):
         raise_errors([issue for adapter in adapters for issue in adapter.issues])
     base = resolve_base(base_place.whole())
+    # Both need the base: whose files are in the folder, and what its family is called in mlx-lm.
     adapters = [in_names_of(beside_base(adapter, base), base.config) for adapter in adapters]
     weights = [weight for _, weight in texts.adapters]
     uses = tuple(_use(adapter, weight, base) for adapter, weight in zip(adapters, weights, strict=True))
+    # Reads whole embeddings, so only where a tie may matter.
     twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
     other = other_base(base_place, places, [adapter.config for adapter in adapters])
     return JoinedInputs(
@@ -214,7 +218,7 @@ def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> Joined
 
 
 def _unused(policy: Policy) -> list[Issue]:
-    """Return a warning for a density that the way of combining does not look at."""
+    """Return a warning for a density that the way of combining does not use."""
     if policy.density == default_of("merge", "density") or policy.combine in {
         "ties",
         "dare_linear",
@@ -226,7 +230,7 @@ def _unused(policy: Policy) -> list[Issue]:
 
 
 def _use(adapter: Adapter, weight: float, base: Checkpoint) -> AdapterUse:
-    """Return an adapter of a merge, with what only its files and the base's together tell."""
+    """Return an adapter of a merge, with what its files show only beside the base's."""
     unchanged = unchanged_parameters(adapter, base)
     own = frozenset(own_side_files(adapter, base))
     displaced, issues = displaced_side_files(adapter, base)
@@ -243,15 +247,16 @@ def _use(adapter: Adapter, weight: float, base: Checkpoint) -> AdapterUse:
 
 
 def chosen_adapter(text: str) -> tuple[str, float]:
-    """Return the place and the weight of an adapter; a directory of the whole name wins."""
+    """Return the text and the weight of ``PATH:WEIGHT``."""
+    # A directory may have a colon and a number in its name.
     return (text, 1.0) if is_directory(user_path(text)) else parse_adapter(text)
 
 
 def check_strict(issues: Sequence[Issue], *, strict: bool) -> None:
-    """Raise the warnings among some issues, where they count as errors.
+    """Raise the warnings among some issues where ``--strict`` makes them errors.
 
     Raises:
-        PlanError: there are some, and they do.
+        PlanError: ``strict`` is set, and there are warnings.
     """
     warnings = [issue for issue in issues if issue.severity == "warning"]
     if strict and warnings:

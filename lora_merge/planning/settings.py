@@ -1,4 +1,4 @@
-"""What the user says of a merge: how base and adapters are read, and what becomes of them."""
+"""What the user decides about a merge: how base and adapters are read, and how they are merged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_merge.core.choices import BaseIs, OutputDtype
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How adapters and their base are read where their files do not say it; every verb that joins the two has one.
+    """How adapters and their base are read where their files do not tell; every verb that joins the two has one.
 
     The fields are those of `lora_merge.requests.request.Request`.
     """

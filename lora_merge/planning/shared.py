@@ -1,4 +1,4 @@
-"""Weights that are stored once and used by several modules: who uses them, and what a change of one user's means.
+"""Weights that are stored once and used by several modules: their users, and what a change of one user means.
 
 Zamba has one attention block in several layers, DiffusionGemma one stack of layers in encoder and decoder. PEFT wraps
 each user on its own, so an adapter may change one and leave the others. transformers loads a tensor for each user
@@ -24,7 +24,7 @@ _Change = TypeVar("_Change")
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """One weight of several modules, by the names that its users have on disk, or would have there."""
+    """One weight of several modules, under the names that its users have in the checkpoint, or would have."""
 
     users: tuple[str, ...]
     """The parameter that transformers takes the values from comes first."""
@@ -36,12 +36,12 @@ class Shared:
     """The stored tensors that have the values in parts."""
 
     def unstored(self, stored: Collection[str]) -> tuple[str, ...]:
-        """Return the users that have no tensor of their own."""
+        """Return the users without a tensor of their own."""
         return tuple(name for name in self.users if name not in stored)
 
 
 def shared_weights(tied: Mapping[str, str], stored: Stored) -> tuple[Shared, ...]:
-    """Return the weights of a checkpoint that have several users.
+    """Return the weights of a checkpoint that have several users, each with the stored tensors that hold it.
 
     Args:
         tied: parameter → the parameter whose storage it shares, as transformers' model has it.
@@ -55,6 +55,7 @@ def shared_weights(tied: Mapping[str, str], stored: Stored) -> tuple[Shared, ...
         members = {name for group in groups.values() for name in group}
         for name in stored.tensors:
             parameter, pattern = stored.conversion.canonical(name)
+            # A converter makes the parameter from several tensors, so none of them is the weight.
             if pattern is not None and parameter in members:
                 parts.setdefault(parameter, []).append(name)
     found = []
@@ -73,7 +74,7 @@ def to_write(
     wanted: Mapping[str, _Change],
     alike: Callable[[_Change, _Change], bool],
 ) -> tuple[str, ...]:
-    """Return the users that need a tensor of their own, because they do not become what the anchor becomes.
+    """Return the users that need a tensor of their own, since they change otherwise than the anchor.
 
     Args:
         shared: the weight.
@@ -89,7 +90,7 @@ def to_write(
 
 
 def split_issue(pairs: Mapping[str, str]) -> list[Issue]:
-    """Return what has to be said where users of one weight get a tensor each.
+    """Return a warning where users of one weight get a tensor each; nothing where none does.
 
     Args:
         pairs: user that is written out → stored tensor that it shared.
@@ -106,7 +107,7 @@ def split_issue(pairs: Mapping[str, str]) -> list[Issue]:
 
 
 def in_parts_issue(shared: Shared, changed: str) -> Issue:
-    """Return the issue of a weight that is stored in parts, so that its users cannot be written apart."""
+    """Return the error of a weight whose users cannot be written apart, since it is stored in parts."""
     users = " and ".join(shared.users[:2])
     sentence = (
         f"holds a part of one weight that {users} use, and the adapter does not change all users alike; "
@@ -116,7 +117,7 @@ def in_parts_issue(shared: Shared, changed: str) -> Issue:
 
 
 def unlike_rows_issue(name: str, other: str) -> Issue:
-    """Return the issue of trained rows of two users of one weight that differ.
+    """Return the error of different trained rows for two users of one weight.
 
     Args:
         name: one of the users.

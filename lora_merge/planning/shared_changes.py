@@ -1,4 +1,4 @@
-"""What is done to each user of a weight that is stored once, and which of them get a tensor of their own."""
+"""What is done to each user of a weight that is stored once, and which users get a tensor of their own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Separation:
         """With what is done to those."""
 
     def settle(self, *, write_all: bool) -> list[Issue]:
-        """Give each user that does not change as the others do a tensor, and say so.
+        """Give each user that changes otherwise than the rest a tensor, and return a warning that says so.
 
         Args:
             write_all: whether the output's config no longer says that anything is tied.
@@ -53,9 +53,12 @@ class Separation:
         issues = []
         written: dict[str, str] = {}
         for shared in self._model.shared:
+            # The ends of the embeddings' tie were settled before.
             free = [name for name in shared.unstored(self._model.sources) if name not in self._ends]
             if not shared.holder:
                 changed = next((name for name in (*shared.parts, *free) if name in self.changes), "")
+                # The base's layout has no names for separate weights. Where the flag is cleared, even unchanged users
+                # need them.
                 if changed or write_all:
                     issues.append(in_parts_issue(shared, changed or shared.parts[0]))
                 continue
@@ -64,10 +67,12 @@ class Separation:
         return issues + split_issue(written)
 
     def _unlike_rows(self, shared: Shared, users: list[str]) -> list[Issue]:
-        """Return an issue where trained rows of users of one weight differ: PEFT trains one set of rows for all of them.
+        """Return an error where trained rows of users of one weight differ.
 
         Reference:
-            ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer`` with a ``tied_adapter`` (PEFT 0.21.2).
+            ``peft.tuners.trainable_tokens.layer.TrainableTokensLayer`` with a ``tied_adapter`` (PEFT 0.21.2): one set
+            of rows
+            is trained for all of them.
         """
         changes = [(name, self.changes[name]) for name in (*shared.users[:1], *users) if name in self.changes]
         trained = [
@@ -84,12 +89,13 @@ class Separation:
         ]
 
     def _separate(self, shared: Shared, free: list[str], *, write_all: bool) -> dict[str, str]:
-        """Settle one weight; return the users that differ, and the stored tensor that they shared."""
+        """Settle one weight; return user that differs → stored tensor that it shared."""
         anchor = shared.users[0] if shared.users[0] in self.outline.sources else shared.holder
         self._spread(anchor, free)
         wanted = {name: self._wanted(name, anchor, shared) for name in (anchor, *free)}
         own = to_write(shared, anchor, wanted, self._alike)
         for name in free:
+            # A user without a tensor has no change of its own, unless it gets one now.
             self.changes.pop(name, None)
             if name in own or write_all:
                 self.outline = self.outline.with_twin(anchor, name)
@@ -99,7 +105,7 @@ class Separation:
         return dict.fromkeys(own, anchor)
 
     def _spread(self, anchor: str, users: list[str]) -> None:
-        """Let a tensor that is loaded in place be the anchor's, whichever of its names the adapter has."""
+        """Give the anchor a tensor that PEFT loads into the base under another user's name."""
         found = [self.changes[name] for name in (anchor, *users) if name in self.changes]
         loaded = next((change.copy for change in found if change.copy is not None), None)
         change = self.changes.get(anchor, Change())
@@ -107,7 +113,7 @@ class Separation:
             self.changes[anchor] = replace(change, copy=loaded)
 
     def _wanted(self, name: str, anchor: str, shared: Shared) -> Change:
-        """Return what is done to one user.
+        """Return what is done to one user, with what it shares by PEFT's rules.
 
         Args:
             name: the user.

@@ -1,4 +1,4 @@
-"""An adapter of a model of another size: said first and once, before what follows from it in every module."""
+"""An adapter of a model of another size: one issue, before all that follow from it in every module."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from lora_merge.planning.model import Model
 
 _FOLLOWS = frozenset({"shape-mismatch", "unmatched-module", "missing-module"})
-"""Codes of the issues that a base of another size has many of."""
+"""Codes of issues that every module has when the base is of another size."""
 
 _MANY = 4
-"""Of these; fewer speak for themselves."""
+"""How many of these it takes; fewer explain themselves."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
@@ -29,7 +29,7 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 
 
 def other_size(adapter: Adapter, model: Model, issues: Sequence[Issue]) -> list[Issue]:
-    """Return an issue when an adapter was trained on more layers, fewer or wider ones than the base has.
+    """Return an issue when an adapter was trained on a model with another number of layers or another width.
 
     Args:
         adapter: one adapter.
@@ -40,6 +40,7 @@ def other_size(adapter: Adapter, model: Model, issues: Sequence[Issue]) -> list[
         return []
     layers = _n_layers(adapter.modules), _n_layers(model.sources)
     widths = _widths(adapter.deltas, model)
+    # It was meant for some layers only, so fewer of them tell nothing.
     if adapter.config.get("layers_to_transform") is not None and layers[0] < layers[1]:
         layers = (0, 0)
     codes = {issue.code for issue in issues}
@@ -47,6 +48,7 @@ def other_size(adapter: Adapter, model: Model, issues: Sequence[Issue]) -> list[
     other_widths = widths[0] != widths[1] and all(widths) and "shape-mismatch" in codes
     if not (other_layers or other_widths):
         return []
+    # Only sizes that are known of both are worth comparing.
     trained, has = (_said(layers[n] if all(layers) else 0, widths[n] if all(widths) else 0) for n in (0, 1))
     named = adapter.config.get("base_model_name_or_path")
     hint = "is it the right base?" + (f" The adapter names {named}" if named else "")
@@ -54,25 +56,24 @@ def other_size(adapter: Adapter, model: Model, issues: Sequence[Issue]) -> list[
 
 
 def _said(n_layers: int, width: int) -> str:
-    """Return what size a model has, as far as it is known."""
+    """Return a model's size in words, as far as it is known."""
     parts = [counted(n_layers, "layer")] if n_layers else []
     return ", ".join([*parts, *([f"hidden size {width}"] if width else [])])
 
 
 def _n_layers(names: Iterable[str]) -> int:
-    """Return how many layers names speak of; 0 where they speak of none."""
+    """Return the largest number of a layer in some names, plus one; 0 where they name no layer."""
     numbers = (int(match[1]) for name in names for match in [_LAYER.search(f"{name}.")] if match)
     return max(numbers, default=-1) + 1
 
 
 def _widths(deltas: Iterable[Delta], model: Model) -> tuple[int, int]:
-    """Return the hidden size that an adapter was trained on, and the base's; 0 where they cannot be told.
-
-    Most modules read the hidden state: what an adapter's A reads where the base's weight reads that.
-    """
+    """Return the hidden size that an adapter was trained on, and the base's; zeros where they cannot be told."""
     axis = 0 if model.may_hold_conv1d else 1
     levels = [level for _, level in config_levels(model.config)]
     known = {level[field] for level in levels for field in _WIDTHS if isinstance(level.get(field), int)}
+    # Most modules read the hidden state. Where the base's weight does, the width of the adapter's A is its hidden
+    # size; the most frequent pair wins.
     found: Counter[tuple[int, int]] = Counter()
     for delta in deltas:
         shape = _shape(delta, model)
@@ -82,7 +83,7 @@ def _widths(deltas: Iterable[Delta], model: Model) -> tuple[int, int]:
 
 
 def _shape(delta: Delta, model: Model) -> tuple[int, ...]:
-    """Return the shape of the base's weight of this name; empty where there is none."""
+    """Return the shape of the base's weight of this name; empty where it is not stored whole."""
     try:
         found = model.locate(delta.parameter, None)
     except LayoutError:

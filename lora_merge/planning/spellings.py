@@ -1,4 +1,4 @@
-"""Two spellings of one model: how the names of an adapter and those on disk answer to each other."""
+"""Two spellings of one model: which of an adapter's names is which of the base's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Names:
-    """What was learnt from the parameters that were found.
+    """What the parameters that were found tell about the names of all others.
 
     Args:
         model: the base.
@@ -32,22 +32,22 @@ class Names:
 
     @property
     def parameters(self) -> Iterable[str]:
-        """Return what was found, by the adapter's names."""
+        """The parameters that were found, under the adapter's names."""
         return self._located.keys()
 
     def has_modules(self, pairs: Iterable[StackedPair]) -> bool:
-        """Return True when a parameter of the module of each of these pairs was found."""
+        """Return True when each of these pairs has a parameter that was found in its module."""
         found = {parameter.rpartition(".")[0] for parameter in self._located}
         return all(pair.module in found for pair in pairs)
 
     @cached_property
     def taken(self) -> frozenset[str]:
-        """Return every stored tensor that holds something the adapter names."""
+        """Stored tensors that hold something the adapter names."""
         return frozenset(place.tensor for found in self._located.values() for place in found.places)
 
     @cached_property
     def _rewritings(self) -> dict[str, str]:
-        """Return how paths on disk begin in the adapter: ``"model.layers"`` → ``"model.language_model.layers"``."""
+        """Beginning of a path on disk → in the adapter: ``"model.layers"`` → ``"model.language_model.layers"``."""
         learnt: dict[str, str] = {}
         for parameter, found in self._located.items():
             if found.whole is not None and found.whole != parameter:
@@ -56,7 +56,8 @@ class Names:
         return learnt
 
     def in_adapter(self, module: str) -> str:
-        """Return what the adapter would call a module on disk."""
+        """Return what the adapter would call a module of the base."""
+        # The longest beginning that is known says most.
         for beginning in _paths(module) if self._rewritings else ():
             if beginning in self._rewritings:
                 return self._rewritings[beginning] + module[len(beginning) :]
@@ -66,7 +67,7 @@ class Names:
 
     @cached_property
     def _speaks_as_published(self) -> bool:
-        """Return True when the adapter has the names of published checkpoints, and the base has others."""
+        """True when the adapter has the names of published checkpoints, and the base has others."""
         renamed = [parameter for parameter, found in self._located.items() if found.rule == "renamed"]
         return bool(renamed) and all(
             self._model.stored.as_published(parameter) == parameter for parameter in renamed
@@ -77,11 +78,11 @@ class Names:
         return frozenset(_NUMBER.sub("#", parameter) for parameter in self._located)
 
     def has_siblings(self, module: str) -> bool:
-        """Return True when the adapter names another module of this kind: of another layer or expert."""
+        """Return True when the adapter names the same module of another layer or expert."""
         return _NUMBER.sub("#", f"{module}.weight") in self._kinds
 
     def several_rewritings(self) -> list[Issue]:
-        """Return an issue when paths were completed in different ways: one adapter has one model."""
+        """Return an issue when names are endings of several parts of the base: an adapter belongs to one."""
         beginnings: dict[str, str] = {}
         for parameter, found in self._located.items():
             if found.rule == "suffix":
@@ -96,13 +97,14 @@ class Names:
         return [error("no-one-place", min(beginnings.values()), sentence, hint)]
 
     def named_twice(self) -> list[Issue]:
-        """Return an issue for each stored tensor, or part of one, that the adapter has under two names."""
+        """Return an issue for each stored tensor, or part of one, for which the adapter has two names."""
         owners: dict[str, dict[Box, str]] = {}
         issues = []
         for parameter, found in self._located.items():
             for place in found.places:
                 boxes = owners.setdefault(place.tensor, {})
                 other = (
+                    # All of a tensor meets any part of it.
                     boxes.get(place.at)
                     or boxes.get(())
                     or (next(iter(boxes.values()), None) if not place.at else None)
@@ -116,18 +118,20 @@ class Names:
         return issues
 
     def absent_experts(self) -> list[str]:
-        """Return the first expert, of each stack of which the adapter names some, that it does not name."""
+        """Return, for each stack of which the adapter names some experts, the first one that it does not name."""
         found: dict[str, set[int]] = {}
         for parameter, located in self._located.items():
             at = located.places[0].at
             if not located.by_boxes or len(located.places) != 1 or not _is_one_of_a_stack(at):
                 continue
+            # The last number in the name is the expert's.
             *_, number = _NUMBER.finditer(parameter)
             kind = f"{parameter[: number.start()]}#{parameter[number.end() :]}"
             found.setdefault(kind, set()).add(int(number[0]))
         absent = []
         stacks: dict[str, str] = {}
         for kind, numbers in found.items():
+            # The base's stack says how many experts there are.
             tensor = self._located[kind.replace("#", str(min(numbers)))].places[0].tensor
             stacks[tensor] = kind
             n_experts = self._model.sources[tensor].shape[0]
@@ -137,7 +141,7 @@ class Names:
         return absent + self._untouched_stacks(stacks)
 
     def _untouched_stacks(self, stacks: Mapping[str, str]) -> list[str]:
-        """Return the first expert of each stack that lies in another layer than those the adapter has experts of.
+        """Return the first expert of each stack in layers of which the adapter names no expert.
 
         Args:
             stacks: stored tensor → how the adapter names one of its experts, ``#`` for its number.
@@ -148,6 +152,7 @@ class Names:
             tensor, kind = kinds.get(_NUMBER.sub("#", name), ("", ""))
             if not tensor or name in self.taken or not self._is_loaded(name):
                 continue
+            # The adapter's name for this layer is that of another layer with the numbers exchanged.
             theirs, ours = _NUMBER.findall(name), iter(_NUMBER.findall(tensor))
             numbers = dict(zip(ours, theirs, strict=True))
             renumbered = _NUMBER.sub(lambda match: numbers.get(match[0], match[0]), kind)  # noqa: B023 - used at once
@@ -155,17 +160,17 @@ class Names:
         return absent
 
     def _is_loaded(self, name: str) -> bool:
-        """Return False for a stored tensor that transformers' model leaves out."""
+        """Return False for a stored tensor for which transformers' model has no parameter (MTP)."""
         return self._model.stored.conversion is None or self._model.knows(name)
 
 
 def _is_one_of_a_stack(at: Box) -> bool:
-    """Return True for a place in one matrix of several."""
+    """Return True for a box that is in a single matrix of a stack."""
     return len(at) == 3 and at[0][1] - at[0][0] == 1
 
 
 def _beginnings(one: str, other: str) -> tuple[str, str]:
-    """Return two paths up to the first part of the end that they share."""
+    """Return two paths, each cut after the first part of the ending that they share."""
     mine, yours = one.split("."), other.split(".")
     n = 0
     while n < min(len(mine), len(yours)) and mine[-1 - n] == yours[-1 - n]:
@@ -174,6 +179,6 @@ def _beginnings(one: str, other: str) -> tuple[str, str]:
 
 
 def _paths(path: str) -> list[str]:
-    """Return a path and those above it, the longest first."""
+    """Return a path and those of its parents, the longest first."""
     parts = path.split(".")
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]

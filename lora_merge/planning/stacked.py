@@ -1,4 +1,4 @@
-"""LoRA on ``target_parameters``: which parameter a pair belongs to, and how its experts lie on disk."""
+"""LoRA on ``target_parameters``: which parameter a pair of factors changes, and how its experts are stored."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class JoinedPair:
-    """What became of one pair."""
+    """What became of one pair: its deltas, or what keeps it from having any."""
 
     deltas: tuple[PlacedDelta, ...] = ()
     issues: tuple[Issue, ...] = ()
     parameter: str = ""
-    """As the adapter would name it; empty when it cannot be told."""
+    """Under the adapter's names; empty when it is not known."""
 
     located: Located | None = None
 
@@ -40,14 +40,14 @@ class JoinedPair:
 def stacked_deltas(
     pair: StackedPair, use: AdapterUse, n: int, model: Model, expert_layout: Collection[str]
 ) -> JoinedPair:
-    """Return the deltas of a pair of ``target_parameters``, one per stored tensor, or why there are none.
+    """Return the deltas of a pair of ``target_parameters``, one per stored tensor, or the issues that prevent them.
 
     Args:
         pair: the factors.
-        use: the adapter whose they are.
+        use: the adapter that they are from.
         n: which of the plan's adapters it is.
         model: the base.
-        expert_layout: what the user says of them: ``out-in``, ``in-out``, ``unsloth``.
+        expert_layout: what the user says of experts: ``out-in``, ``in-out``, ``unsloth``.
 
     Raises:
         TargetError: a field has a value that PEFT could not use.
@@ -65,6 +65,7 @@ def stacked_deltas(
     if parameter is None or located is None or located.shape is None:
         return JoinedPair(issues=(_nameless(pair, parameter, known=model.skeleton is not None),))
     shape = located.shape
+    # PEFT has one A for all experts, r rows for each.
     n_experts = shape[0] if len(shape) == 3 else 1
     rank, rest = divmod(pair.tensors["A"].shape[0], n_experts)
     if rest or rank == 0 or len(shape) not in {2, 3}:
@@ -76,11 +77,13 @@ def stacked_deltas(
         where = [(place, LowRankFacts(), place.transposed, place.part) for place in located.places if fits]
         problem = _misfit(parameter, shape, pair)
     else:
+        # B's columns look the same either way, so only the format or the user can tell.
         packing = pair.packing or ("expert-major" if "unsloth" in expert_layout else "interleaved")
         stack = Stack(n_experts, packing)
         where = _experts_places(parameter, stack, pair, located, adapter, model, expert_layout)
         problem = _undecided(parameter, shape, pair, adapter)
     deltas = tuple(
+        # Rounded: PEFT adds these in the weight's dtype.
         Delta(parameter, facts, pair.tensors, scale, rounded=True).placed(
             place.tensor,
             Region(transposed, place.at),
@@ -108,7 +111,9 @@ def _experts_places(
     model: Model,
     expert_layout: Collection[str],
 ) -> list[_Where]:
-    """Return where stacked experts belong, one entry per stored tensor; nothing where their orientation is not known."""
+    """Return where stacked experts are stored, one entry per tensor; empty where nothing tells which way round they
+    are.
+    """
     assert located.shape is not None
     where: list[_Where] = []
     for place in located.places:
@@ -117,6 +122,7 @@ def _experts_places(
             return []
         is_stack = len(model.source(place.tensor).shape) == 3  # a tensor with two axes is one expert
         box: Box = place.part or (() if is_stack else tuple((0, size) for size in located.shape))
+        # A part is in the adapter's axes, [expert, out, in].
         part = (box[0], box[2], box[1]) if box and across else box
         facts = StackedFacts(stack=stack) if is_stack else LowRankFacts(stack=stack)
         where.append((place, facts, across != place.transposed, part))
@@ -124,12 +130,10 @@ def _experts_places(
 
 
 def _parameter(pair: StackedPair, adapter: Adapter, model: Model) -> str | None:
-    """Return the parameter of a pair; PEFT wraps those of one module in their order, the last outermost.
-
-    An entry without a path means every module that has a parameter of this name.
-    """
+    """Return the parameter of a pair; None where it cannot be told."""
     if pair.parameter:
         return f"{pair.module}.{pair.parameter}"
+    # An entry without a path means every module that has a parameter of this name.
     split = [str(entry).rpartition(".") for entry in adapter.config.get("target_parameters") or ()]
     own = {name for owner, _, name in split if owner and is_listed(pair.module, (owner,))}
     names = own | {name for owner, _, name in split if not owner}
@@ -143,11 +147,12 @@ def _parameter(pair: StackedPair, adapter: Adapter, model: Model) -> str | None:
     )
     if not own <= set(ordered) or pair.depth >= len(ordered):
         return None
+    # PEFT wraps the parameters of one module in the order of their registration, so the last is outermost (depth 0).
     return f"{pair.module}.{ordered[len(ordered) - 1 - pair.depth]}"
 
 
 def _home(pair: StackedPair, names: Collection[str], model: Model) -> str:
-    """Return the module of a pair as transformers' model has it."""
+    """Return the module of a pair by the name that transformers' model has for it."""
     known = model.skeleton
     if known is None or pair.module in known.classes or not names:
         return pair.module
@@ -166,12 +171,9 @@ def _is_across(
     model: Model,
     expert_layout: Collection[str],
 ) -> bool | None:
-    """Return True where a weight has experts ``[in, out]``, False for ``[out, in]``, None where nothing tells.
-
-    Shapes tell nearly always. Where an expert is square, a module that PEFT calls transposed is; any other was
-    ``[in, out]`` to PEFT before 0.19 and ``[out, in]`` after (huggingface/peft#3165); which 0.19.0 did is in dispute.
-    """
+    """Return True where a weight has experts ``[in, out]``, False for ``[out, in]``, None where nothing tells."""
     product = (pair.tensors["B"].shape[0], pair.tensors["A"].shape[1])
+    # Shapes tell, unless an expert is square.
     straight, turned = product == shape[1:], product[::-1] == shape[1:]
     if straight != turned or not straight:
         return turned if straight != turned else None
@@ -184,14 +186,14 @@ def _is_across(
 def _is_across_by_class(
     parameter: str, pair: StackedPair, place: Place, adapter: Adapter, model: Model
 ) -> bool | None:
-    """Return True where a module's square experts are ``[in, out]``, by its class and the adapter's PEFT.
-
-    How a checkpoint stores square experts that transformers turns by their shape, nobody can tell.
+    """Return True where a module's square experts are ``[in, out]``, by its class and PEFT's release; None if
+    unknown.
     """
     known, conversion = model.skeleton, model.stored.conversion
     if known is None or conversion is None:
         return None
     target, pattern = conversion.canonical(place.tensor)
+    # transformers transposes such experts by their shape, so a square one does not show how it is stored.
     if conversion.is_turned_by_shape(pattern):
         return None
     if conversion.shape(target) is None:  # an expert of a copy that has them one by one
@@ -200,12 +202,14 @@ def _is_across_by_class(
         return target.rpartition(".")[0] not in known.transposed
     if target.rpartition(".")[0] in known.transposed:
         return True
+    # Any module that PEFT does not call transposed was [in, out] to it before 0.19 and is [out, in] since
+    # (huggingface/peft#3165). What 0.19.0 itself did is in dispute.
     number = peft_version(adapter.config) or (0, 19, 0)
     return None if number == (0, 19, 0) else number < (0, 19, 0)
 
 
 def _nameless(pair: StackedPair, parameter: str | None, *, known: bool) -> Issue:
-    """Return the issue of a pair whose parameter is not known, or not there."""
+    """Return the issue of a pair whose parameter is not known, or is not in the base."""
     if parameter is not None:
         sentence = f"the adapter changes it, the base has no {parameter}"
         return error("unmatched-module", pair.module, sentence, "the adapter belongs to another model")
@@ -226,7 +230,7 @@ def _misfit(parameter: str, shape: tuple[int, ...], pair: StackedPair) -> Issue:
 
 
 def _undecided(parameter: str, shape: tuple[int, ...], pair: StackedPair, adapter: Adapter) -> Issue:
-    """Return the issue of experts that fit neither way, or both."""
+    """Return the issue of experts that fit neither way round, or both."""
     if {pair.tensors["B"].shape[0], pair.tensors["A"].shape[1]} != set(shape[1:]):
         return _misfit(parameter, shape, pair)
     version = adapter.config.get("peft_version")

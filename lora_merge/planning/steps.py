@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One parameter of the output."""
+    """One parameter of the output: its source, its change, and its place."""
 
     name: str
     stored: Weight
@@ -43,7 +43,7 @@ class Wanted:
     """What chance is drawn for, where a policy drops values at random."""
 
     def steps(self, policy: Policy) -> list[Step]:
-        """Return what makes it: one merge; or a copy of each part, where nothing changes.
+        """Return the steps that make it: one merge, or a copy of each part where nothing changes.
 
         Args:
             policy: how changes of several adapters become one.
@@ -52,18 +52,19 @@ class Wanted:
         source = self.stored if own is None else Weight.dense(own)
         deltas = applied(self.change.deltas, policy)
         is_replaced = own is not None
-        if not deltas and (
-            self.target == source.storage or source.nbytes == 0
-        ):  # nothing is there to be cast
+        # A tensor without values has nothing to be cast.
+        if not deltas and (self.target == source.storage or source.nbytes == 0):
             return [
                 Step(slot.name, {role: slot}, Copy(source.parts[role]), is_replaced)
                 for role, slot in self.writes.items()
             ]
+        # The roles in the codec's order: the main part is the first.
         roles = CODECS[self.target.codec].parts(source.shape, self.target)
         merge = self._merge(source, deltas, policy)
         return [Step(self.name, {role: self.writes[role] for role in roles}, merge, is_replaced)]
 
     def _merge(self, source: Weight, deltas: tuple[PlacedDelta, ...], policy: Policy) -> Merge:
+        # The methods are for matrices; changes of a vector add up.
         combination = self._combination(deltas, policy) if len(source.shape) > 1 else None
         reaches: set[Reach] = {delta.reach for delta in deltas}
         reach: Reach = (
@@ -74,7 +75,7 @@ class Wanted:
         return Merge(source, self.target, deltas, view, reach, combination)
 
     def _combination(self, deltas: tuple[PlacedDelta, ...], policy: Policy) -> Combination | None:
-        """Return how the adapters' changes become one; None for a sum."""
+        """Return how the adapters' changes become one; None where they are applied in turn."""
         if not deltas or policy.combine == "linear":
             return None
         rank = combined_rank(deltas)
@@ -82,16 +83,15 @@ class Wanted:
 
 
 def applied(deltas: tuple[PlacedDelta, ...], policy: Policy) -> tuple[PlacedDelta, ...]:
-    """Return the deltas of one parameter as they are applied, one after the other.
-
-    Sums take the user's weight into their scale; where there are several, nothing is rounded in between.
-    """
+    """Return the deltas of one parameter as they are applied, one after the other."""
+    # Rounding in between is PEFT's way for one adapter. Sums of several, and weighted ones, are rounded once.
     several = len({delta.adapter for delta in deltas}) > 1
     if policy.combine != "linear":
         return tuple(map(_unrounded, deltas))
     if not (several or any(delta.adapter_weight != 1 for delta in deltas)):
         return deltas
     return tuple(
+        # Trained rows and the like have no scale: they keep the weight.
         replace(delta, scale=delta.scale * delta.adapter_weight, adapter_weight=1.0)
         if delta.facts.is_scaled
         else delta
@@ -104,7 +104,7 @@ def _unrounded(delta: PlacedDelta) -> PlacedDelta:
 
 
 def beyond_float32(steps: Sequence[Step]) -> list[Issue]:
-    """Return an error for each parameter with a change whose scale, weight included, is too large to multiply by."""
+    """Return an error for each parameter with a change whose scale, times the adapter's weight, exceeds float32."""
     hint = "look at lora_alpha and at the weights behind the adapters"
     return [
         error("bad-field", step.name, f"has the scale {scale:g}, expected one that float32 can hold", hint)
@@ -113,5 +113,6 @@ def beyond_float32(steps: Sequence[Step]) -> list[Issue]:
         for scale in [
             max((abs(delta.effective_scale * delta.adapter_weight) for delta in step.op.deltas), default=0.0)
         ]
+        # Negated, so that NaN is wrong too.
         if not scale <= LARGEST_FLOAT32
     ]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lora_merge.planning.model import Model
 
 UNTIED = "untied"
-"""Code of the note that both ends of a tie are written."""
+"""Code of the note that a tie is taken apart."""
 
 _TIED_BY_ENGINES = frozenset({"gemma", "gemma2", "cohere", "cohere2", "cohere2_moe", "mpt"})
 """Model types whose class in vLLM ties the embeddings whatever the config says."""
@@ -46,12 +46,12 @@ class Tie:
 
     @property
     def source(self) -> str:
-        """Return the name of a stored tensor that holds the values."""
+        """Name of a stored tensor that holds the values."""
         return self.stored[0]
 
 
 def find_tie(model: Model, twins: frozenset[frozenset[str]]) -> Tie | None:
-    """Return the tie of a model, if it has one in effect.
+    """Return the tie of a model's embeddings if it is in effect, else None.
 
     Two stored ends are tied only when their values are equal, as transformers has it
     (``modeling_utils.tie_weights``, transformers 5.23).
@@ -65,33 +65,33 @@ def find_tie(model: Model, twins: frozenset[frozenset[str]]) -> Tie | None:
         return None
     embedding, head = model.stored.disk_name(embedding), model.stored.disk_name(head)
     stored = tuple(name for name in (embedding, head) if name in model.sources)
+    # Two stored tensors that differ are no tie, whatever the config says.
     if not stored or (len(stored) == 2 and frozenset(stored) not in twins):
         return None
     return Tie(embedding, head, stored)
 
 
 def _ends(model: Model) -> tuple[str, str]:
-    """Return the parameters of the input and the output embedding; empty where unknown."""
+    """Return the parameters of the input and the output embedding; empty texts where they are not known."""
     known, names = model.skeleton, model.outline.names
     if known is not None and known.input_embedding and known.output_embedding:
         return f"{known.input_embedding}.weight", f"{known.output_embedding}.weight"
+    # Without a class the names have to tell. An output embedding that is not stored is usually called lm_head.
     inputs = [name for name in names if owner_name(name) in INPUT_NAMES and name.endswith(".weight")]
     heads = [name for name in names if owner_name(name) in OUTPUT_NAMES and name.endswith(".weight")]
     return inputs[0] if len(inputs) == 1 else "", heads[0] if len(heads) == 1 else "lm_head.weight"
 
 
 def ensures_tie(adapter: Adapter, embedding: str) -> bool:
-    """Return True when an adapter says that an input embedding and what is tied to it change alike.
-
-    PEFT heeds ``ensure_weight_tying`` where the embedding is called ``embed_tokens``
-    (``peft.utils.constants.EMBEDDING_LAYER_NAMES``, PEFT 0.21.2); in mlx-lm the two ends are one.
-    """
+    """Return True when an adapter says that an input embedding and what is tied to it change alike."""
+    # PEFT reads the field only where the embedding is called so (peft.utils.constants.EMBEDDING_LAYER_NAMES, PEFT
+    # 0.21.2). In mlx-lm the two ends are one parameter.
     heeded = adapter.format == "mlx" or owner_name(embedding) == "embed_tokens"
     return heeded and bool(adapter.config.get("ensure_weight_tying"))
 
 
 def _is_flagged(model: Model, embedding: str, head: str) -> bool:
-    """Return True when the config says that embeddings are tied, or the model's class does so by default."""
+    """Return True when the model's class ties the two, or without a class when the config says so."""
     known = model.skeleton
     if known is not None:
         return embedding != head and known.tied.get(head, head) == known.tied.get(embedding, embedding)
@@ -99,14 +99,14 @@ def _is_flagged(model: Model, embedding: str, head: str) -> bool:
 
 
 def untied_note(config: Mapping[str, Any], tie: Tie) -> Issue:
-    """Return the note that a tie is taken apart."""
+    """Return the note that a tie is taken apart, and what the config says of it."""
     kept = ", which still calls them tied: transformers reads both all the same" if _scaled(config) else ""
     flag = f"; config.json says so{kept}" if _scaled(config) else "; tie_word_embeddings is now false"
     return note(UNTIED, tie.head, f"{_untied(tie)}: both are written{flag}")
 
 
 def untie_refusal(config: Mapping[str, Any], tie: Tie) -> Issue | None:
-    """Return the error of a tie that cannot be taken apart without harm; None where it can."""
+    """Return the error of a tie that cannot be taken apart without harm; None where it can be."""
     engines = next((kind for kind in _types(config) if kind in _TIED_BY_ENGINES), None)
     scaled = _scaled(config)
     if not (engines or scaled):
@@ -125,18 +125,19 @@ def _untied(tie: Tie) -> str:
 
 
 def _types(config: Mapping[str, Any]) -> list[str]:
-    """Return the model type of a config and of every config in it."""
+    """Return the model types at all levels of a config."""
     return [str(level.get("model_type")) for _, level in config_levels(config)]
 
 
 def _scaled(config: Mapping[str, Any]) -> str | None:
-    """Return the model type that scales its output where embeddings are tied, if one does."""
+    """Return the model type that scales its output where embeddings are tied; None where none does."""
     return next((kind for kind in _types(config) if kind in SCALED_WHEN_TIED), None)
 
 
 def untie_patch(config: Mapping[str, Any]) -> dict[str, bool]:
     """Return what an untied model changes in ``config.json``: the flag, at every level that has or implies one."""
     levels = list(config_levels(config))
+    # Clearing the flag would take the scaling away, which changes the forward pass.
     if any(level.get("model_type") in SCALED_WHEN_TIED for _, level in levels):
         return {}
     return {

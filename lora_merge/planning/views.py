@@ -23,25 +23,28 @@ if TYPE_CHECKING:
 def view_for(
     wanted: Mapping[str, Shape | None], model: Model, *, parts: bool = True
 ) -> tuple[Model, list[Issue]]:
-    """Return the base as an adapter knows it: whole, as a language model, or as one of the models in it.
+    """Return the base as an adapter knows it: whole, as a language model, or as one of the models inside it.
 
     Args:
         wanted: the parameters that the adapter names, and the shapes of its weights where they are known.
         model: the base.
         parts: whether the models inside it count; PEFT's own layers need a model that has a config of its own.
     """
+    # The quick answer first: only what is left needs transformers.
     if not wanted or all(name in model.sources for name in wanted) or all(_places(wanted, model).values()):
         return model, []
     found = {name: view for name, view in _views(model) if (parts or not view.part) and _fits(wanted, view)}
     places = {name: frozenset(_tensors(_places(wanted, view))) for name, view in found.items()}
     if not found:
         return model, []
+    # Two towers of one size: the names fit both.
     if len(set(places.values())) > 1:
         sentence = (
             f"may be a module of {' or of '.join(sorted(found))}, and their sizes do not tell them apart"
         )
         hint = "rename the adapter's tensors as the base's are named"
         return model, [error("no-one-place", next(iter(wanted)), sentence, hint)]
+    # Several views may lead to the same tensors; the one whose own names these are is named in the note.
     own = [view.part for view in found.values() if _has_all(view.part, wanted, model)]
     name, view = next((one for one in found.items() if one[1].part in own), next(iter(found.items())))
     sentence = f"the adapter was trained on a part of the base ({name}); the rest is copied"
@@ -54,13 +57,13 @@ def _has_all(part: str, wanted: Mapping[str, Shape | None], model: Model) -> boo
 
 
 def _is_own(name: str, model: Model) -> bool:
-    """Return True for the name of a parameter as transformers' model has it."""
+    """Return True for a parameter of transformers' model, under the model's own name."""
     conversion = model.stored.conversion
     return conversion is not None and conversion.shape(name) is not None
 
 
 def _views(model: Model) -> Iterator[tuple[str, Model]]:
-    """Yield the models that a base may stand for, and what each is called."""
+    """Yield the models that a base may be taken for, each with the name that a message gives it."""
     config = language_model_config(model.config)
     if config is not None:
         yield str(config["architectures"][0]), replace(model, config=config)
@@ -69,7 +72,7 @@ def _views(model: Model) -> Iterator[tuple[str, Model]]:
 
 
 def _places(wanted: Mapping[str, Shape | None], model: Model) -> dict[str, Located | None]:
-    """Return where each parameter lies; None for one that has no place, or no single one."""
+    """Return parameter → where it is stored; None for no place, or for several."""
     found: dict[str, Located | None] = {}
     for name, shape in wanted.items():
         try:
@@ -80,7 +83,8 @@ def _places(wanted: Mapping[str, Shape | None], model: Model) -> dict[str, Locat
 
 
 def _fits(wanted: Mapping[str, Shape | None], model: Model) -> bool:
-    """Return True when a model has every parameter, in its size; one that is stored across counts."""
+    """Return True when a model has every parameter, in its size."""
+    # Sizes are compared sorted, since a weight may be stored transposed.
     for name, found in _places(wanted, model).items():
         shape = wanted[name]
         if found is None or (
@@ -91,7 +95,7 @@ def _fits(wanted: Mapping[str, Shape | None], model: Model) -> bool:
 
 
 def _tensors(places: Mapping[str, Located | None]) -> Iterator[tuple[str, str]]:
-    """Yield each parameter with each stored tensor that holds some of it."""
+    """Yield ``(parameter, stored tensor)`` for each tensor that holds some of a parameter."""
     for name, found in places.items():
         for place in found.places if found is not None else ():
             yield name, place.tensor

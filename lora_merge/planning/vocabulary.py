@@ -1,4 +1,4 @@
-"""A vocabulary of another size: every embedding gets it, and the configuration says so."""
+"""A vocabulary of another size: both embeddings get it, and the configuration says so."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Resized:
 
 
 def resized(model: Model, outline: Outline, shapes: Mapping[str, tuple[int, ...]]) -> Resized:
-    """Return what another number of rows changes.
+    """Return what another number of embedding rows changes: the config, other embeddings, and what is wrong with it.
 
     Args:
         model: the base.
@@ -64,6 +64,7 @@ def resized(model: Model, outline: Outline, shapes: Mapping[str, tuple[int, ...]
             hint = "resize the base in transformers first, and save it"
             found.issues.append(error("resized", name, sentence, hint))
     first = next(iter(sizes), "")
+    # Two embeddings of different sizes cannot share a vocabulary.
     odd = next((name for name in sizes if sizes[name] != sizes[first]), None)
     if odd is not None:
         sentence = f"gets {sizes[odd][1]} rows, and {first} gets {sizes[first][1]}"
@@ -82,7 +83,7 @@ def _resize_others(
     shapes: Mapping[str, tuple[int, ...]],
     name: str,
 ) -> None:
-    """Cut the embeddings that the adapter does not bring, or say that their new rows are missing."""
+    """Cut the embeddings that the adapter does not bring; where the vocabulary grows, their rows are missing."""
     before, rows = model.source(name).shape[0], shapes[name][0]
     for other, weight in outline.sources.items():
         if other in shapes or weight.shape[:1] != (before,) or not model.is_embedding(other):
@@ -93,6 +94,7 @@ def _resize_others(
             found.issues.append(error("resized", other, sentence, "resize the base in transformers first"))
             continue
         if rows < before and ref is not None:
+            # The first rows are the first bytes, so the cut is a shorter reference.
             shape = (rows, *ref.shape[1:])
             n_bytes = ref.nbytes // before * rows
             found.cut[other] = replace(ref, shape=shape, nbytes=n_bytes)
@@ -109,7 +111,7 @@ def _resize_others(
 
 
 def _tokens_beyond(config: Mapping[str, Any], rows: int) -> Iterator[Issue]:
-    """Yield an issue for each token that the configuration names and that has no row any more."""
+    """Yield an issue for each token id in the configuration that has no row any more."""
     for path, level in config_levels(config):
         for key, value in level.items():
             if not key.endswith(("_token_id", "_token_index")):
@@ -138,6 +140,7 @@ def vocabulary_patch(config: Mapping[str, Any], before: int, after: int) -> dict
     said = {path: level.get("vocab_size") for path, level in config_levels(config)}
     paths = [path for path, size in said.items() if size == before]
     if not paths or len(said) > 1:
+        # A level may leave out the default of its class, which only transformers knows.
         parsed = None if fetched_part(config) else parse_config(config)
         implied = dict(config_levels(parsed.to_dict())) if parsed is not None else {}
         paths += [
