@@ -123,7 +123,7 @@ def _likely(adapters: Sequence[Path]) -> Path:
 
 
 def _unknown(root: Path) -> ResolveError:
-    """Return the error of a directory that is no adapter, with what it is instead where that can be told."""
+    """Return the error of a directory that is not an adapter, and what it is instead if that is known."""
     broken = broken_link(root)
     if broken is not None:
         return broken

@@ -61,7 +61,7 @@ def assemble(
 
 
 def _stored_twice(own: Mapping[str, Replacement], saved: Mapping[str, Replacement], name: str) -> list[Issue]:
-    """Return an issue for each parameter of which an adapter's own file and one beside it hold different values."""
+    """Return an issue for each parameter with other values in a file beside the adapter's own."""
     # Trainers that save all trained parameters without ``lora_`` in their names save ``modules_to_save`` a second
     # time.
     return [

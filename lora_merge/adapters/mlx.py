@@ -1,6 +1,6 @@
 """mlx-lm's adapters: ``adapter_config.json`` and ``adapters.safetensors``.
 
-The factors are the transposes of PEFT's, and the scale is a field of its own. The `Adapter` has PEFT's fields:
+The factors are the transposes of PEFT's, and the scale is a separate field. The `Adapter` has PEFT's fields:
 the last ``num_layers`` layers become ``layers_to_transform``, the keys ``target_modules``.
 """
 
@@ -315,7 +315,7 @@ def _scale(settings: Mapping[str, Any], *, is_recent: bool) -> float:
         is_recent: True where ``alpha`` was not read in training.
 
     Raises:
-        TargetError: it is no number, or it is not known whether ``alpha`` was read.
+        TargetError: it is not a number, or it is not known whether ``alpha`` was read.
     """
     scale = _required(settings, "scale")
     if scale == 0:
@@ -357,7 +357,7 @@ def _keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the entries of ``lora_parameters.keys``; empty when all linear layers were trained.
 
     Raises:
-        TargetError: they are no names.
+        TargetError: the field does not hold a list of names.
     """
     keys = settings.get("keys")
     if keys is None:

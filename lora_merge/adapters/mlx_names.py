@@ -1,6 +1,6 @@
 """What mlx-lm calls the modules of each model family, and what Hugging Face calls them.
 
-mlx-lm has model classes of its own; their ``sanitize`` turns a published checkpoint into their parameters. Most families keep
+mlx-lm has its own model classes; their ``sanitize`` turns a published checkpoint into their parameters. Most families keep
 the published names. Models with a vision tower, GPT-NeoX, GPT-2 and most mixtures of experts do not.
 
 Reference:

@@ -40,7 +40,7 @@ def non_finite(refs: Iterable[TensorRef]) -> list[Issue]:
 
 
 def unequal(repeats: Iterable[Repeat]) -> list[Issue]:
-    """Return an issue for each pair of tensors that stand for one parameter and have different values. Reads both."""
+    """Return an issue for each pair of tensors that are one parameter and have different values. Reads both."""
     hint = "PEFT saves equal copies; keep the tensor that was trained last"
     return [
         error(

@@ -47,7 +47,7 @@ class Saved:
         Args:
             path: the file.
             label: what to call it.
-            patterns: regexes one of which each name must match, when they are known.
+            patterns: each name must match one of these regexes; None where they are not known.
 
         Raises:
             CheckpointError: the file is broken.
@@ -148,7 +148,7 @@ def _patterns(value: object) -> list[str]:
     """Return the regexes of ``extra_state_keys``, which compile.
 
     Raises:
-        TargetError: the value is no list of texts, or one does not compile.
+        TargetError: the value is not a list of texts, or one does not compile.
     """
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise TargetError("extra_state_keys", f"is {quoted(value)}, expected a list of regular expressions")

@@ -123,7 +123,7 @@ class Wholes:
 
 
 def _saves_both_ends(config: Mapping[str, Any]) -> bool:
-    """Return True where PEFT saves both ends of a tie, of which one is in ``modules_to_save``."""
+    """Return True where PEFT saves both ends of a tie because one is in ``modules_to_save``."""
     saved = {str(entry).rpartition(".")[2] for entry in config.get("modules_to_save") or ()}
     return bool(config.get("ensure_weight_tying")) and not saved.isdisjoint(INPUT_NAMES | OUTPUT_NAMES)
 

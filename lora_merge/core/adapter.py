@@ -114,7 +114,7 @@ class PlacedDelta:
     """Name of the stored tensor."""
 
     region: Region
-    """The part of the tensor that it changes, and how the weight lies there."""
+    """The part of the tensor that it changes, and which way round the weight is stored there."""
 
     part: tuple[tuple[int, int], ...]
     """The part of the adapter's own weight that is meant, a range per axis (``[out, in]``; of stacked factors
@@ -187,8 +187,8 @@ class Replacement:
     why: Reason
 
     original: TensorRef | None = None
-    """What the base's own parameter was in the training, where the file has it beside the trained one. PEFT loads it into
-    the base: it is what the other end of a tie reads."""
+    """The base's own parameter as it was in training, where the file holds it beside the trained one. PEFT loads it into the
+    base, where the other end of a tie reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,7 @@ class Adapter:
     deltas: tuple[Delta, ...]
 
     modules: frozenset[str]
-    """Every module that has tensors of its own, sound or not."""
+    """Every module that has tensors in the file, whether they are valid or not."""
 
     issues: tuple[Issue, ...]
     """Everything that is wrong with the adapter on its own; planning reports it with the rest."""
@@ -235,7 +235,7 @@ class Adapter:
     """Of the files that hold the tensors; the manifest records it."""
 
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
-    """Whole parameters that it carries, by parameter: trained ones, or copies saved along."""
+    """Parameter → the whole parameter in the adapter: a trained one, or a copy that was saved along."""
 
     stacked: tuple[StackedPair, ...] = ()
     """Pairs whose parameter only the model can tell."""

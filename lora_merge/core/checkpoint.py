@@ -1,4 +1,4 @@
-"""A checkpoint as an index: which tensors lie where. Nothing of it is loaded."""
+"""A checkpoint as an index: which tensors are in which file. Their values are not read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ in transformers), so that clearing the flag changes the forward pass."""
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One file of weights: its tensors in the order of their bytes, which they may share in a ``.bin`` file."""
+    """One file of weights: its tensors in the order of their bytes. In a ``.bin`` file tensors may share bytes."""
 
     name: str
     """What the output calls it; for safetensors its own name, relative to the checkpoint's root."""
@@ -96,7 +96,7 @@ class Checkpoint:
     """What was seen and left out on purpose, one sentence each."""
 
     merged: tuple[MergedBefore, ...] = ()
-    """The adapters that it has merged into it already."""
+    """Adapters that are merged into it already, as its manifest says."""
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor, file by file, in the order of their bytes."""
@@ -110,7 +110,7 @@ class Checkpoint:
     def parameters(self) -> dict[str, Weight]:
         """Return everything that may be asked for by name, in the order of the files' bytes.
 
-        A tensor that belongs to no parameter is there as a dense one of its own dtype.
+        A tensor that belongs to no parameter counts as a dense weight of its own dtype.
         """
         # A weight of several parts is listed once, where its first part is: the dict keeps the first place of a name.
         owners = {ref.name: weight for weight in self.weights.values() for ref in weight.parts.values()}
@@ -128,7 +128,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A directory as an engine finds it: what can be read, and what is wrong with the rest."""
+    """A model's directory as an engine finds it: what can be read, and what is wrong with the rest."""
 
     root: str
 
@@ -145,10 +145,10 @@ class Output:
     """The safetensors files at the top, and those that the index names."""
 
     broken: Mapping[str, str]
-    """What is wrong with files that cannot be read: of these, or what is no file at all (a pipe, a device)."""
+    """File → why it cannot be read: one of `files`, or something that is not a regular file (a pipe, a device)."""
 
     outside: Mapping[str, str] = field(default_factory=dict)
-    """Of these files, those that are links out of the directory, and where to."""
+    """Those of `files` that are links out of the directory → where they lead."""
 
     def tensors(self) -> dict[str, TensorRef]:
         """Return every tensor by its name. The references have full paths as `TensorRef.file`."""
@@ -173,7 +173,7 @@ class ConfigPatch:
     """Key → new value."""
 
     delete: tuple[str, ...] = ()
-    """Keys that are not in the result; one that is not there is no error."""
+    """Keys to remove; a key that is missing already is ignored."""
 
     def __bool__(self) -> bool:
         """Return True where anything changes."""

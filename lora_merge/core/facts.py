@@ -23,7 +23,7 @@ class Facts:
     """The facts of one change: each algebra has a frozen dataclass of its own, beside its arithmetic in `lora_merge.deltas`.
 
     The class variables say what kind of change the algebra makes. Every room asks them instead of comparing names. The
-    values here are the careful ones, so a new algebra overrides only what it can promise.
+    defaults here are the safe ones, so a new algebra overrides only what it can promise.
     """
 
     __slots__ = ()
@@ -56,7 +56,7 @@ class Facts:
     """True when PEFT's own layer makes the change; it is loaded for that."""
 
     vanishes_with: ClassVar[frozenset[str]] = frozenset()
-    """Roles of tensors; where one of these is zero throughout, nothing changes. Empty where that cannot be told."""
+    """Roles of tensors: if one of them is all zeros, nothing changes. Empty where that is not known."""
 
     serving_trait: ClassVar[tuple[str, str] | None] = None
     """The trait (`lora_merge.serving.traits`) that an adapter with such a change has for serving engines, and its detail."""

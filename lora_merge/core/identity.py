@@ -24,7 +24,7 @@ class FileIdentity:
     """In bytes."""
 
     modified: int
-    """``st_mtime_ns``: when its bytes were written last, in nanoseconds, or whatever a program has put there."""
+    """``st_mtime_ns``: when its bytes were written last, in nanoseconds, or any value that a program has set."""
 
     changed: int
     """``st_ctime_ns``: when its bytes, name or mode changed last, in nanoseconds."""
@@ -50,13 +50,13 @@ class InputFile:
     """False where the kernel does not say which bytes those are: then they are the ones that it has in memory."""
 
     is_local: bool = True
-    """False for a filesystem of which nothing is known, on a network or in a program: it may give a file another inode
+    """False for a filesystem that nothing is known about (on a network, or in a program): it may give a file another inode
     when it is opened again."""
 
     def may_be(self, now: FileIdentity) -> bool:
-        """Return True where a file may be this one still, by what only a change of its bytes or another file would change.
+        """Return True where a file may still be this one: same size and time of modification, and the same inode.
 
-        The time of change is not asked for: links and modes move it, and `cp -p` or a backup moves nothing else.
+        The time of change is not compared: new links and modes change it, and the bytes stay the same.
 
         Example:
             >>> file = InputFile(FileIdentity(1, 2, 3, 4, 5))
@@ -81,7 +81,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a run has read: of which files, and which bytes were found in them."""
+    """What a run has read: which files, and the digests of what was found in them."""
 
     files: Mapping[str, InputFile] = field(default_factory=dict)
     """By path."""

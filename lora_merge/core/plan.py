@@ -46,7 +46,7 @@ class Combination:
     """Singular values that ``svd`` keeps."""
 
     rng_key: str
-    """What chance is drawn for, beside the seed: the tensor's name, or the first of the two that a tie has."""
+    """What random numbers depend on beside the seed: the tensor's name; of a tie, the name of the first end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Step:
     """Of the parameter that it makes; of a copied part of one, the part's own name."""
 
     writes: Mapping[str, TensorRef]
-    """Role → place in the output."""
+    """Role → place in the output, the main part's first."""
 
     op: Copy | Merge
 

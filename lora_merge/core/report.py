@@ -57,7 +57,7 @@ class Verdict:
     """What verification found."""
 
     level: Literal["none", "sample", "full"]
-    """How much was looked at."""
+    """How much was checked."""
 
     n_tensors: int
     """Tensors checked."""
@@ -158,7 +158,7 @@ class Finding:
     """Its name: ``"recorded"``, ``"forward"``, …"""
 
     detail: str
-    """How much was looked at; or why nothing was."""
+    """How much was checked, or why nothing was."""
 
     issues: tuple[Issue, ...] = ()
     asked: bool = True
@@ -183,7 +183,7 @@ SUBJECTS: Mapping[str, str] = {
     "recompute": "weights, recomputed from base and adapter",
     "forward": "outputs of the model (--forward)",
 }
-"""Checks of an existing output, and what each of them is about. The first compares the output with nothing."""
+"""Check of an existing output → what it checks, in words. The first looks at the output alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Proof:
 
     out: str
     base: str
-    """Empty where it was not at hand."""
+    """Empty where it was not found."""
 
     adapters: tuple[str, ...]
     findings: tuple[Finding, ...]

@@ -77,7 +77,7 @@ def split(refs: Iterable[TensorRef], max_shard_bytes: int) -> list[tuple[str, li
     """Return ``(file name, tensors)`` with at most so many bytes of tensors in each file.
 
     Greedy and in order: a tensor that does not fit opens the next shard, and one larger than the limit
-    has a shard of its own. With a limit of 10, sizes 6, 6, 2, 6, 12, 2 fall into 6 | 6 2 | 6 | 12 | 2.
+    has a shard to itself. With a limit of 10, sizes 6, 6, 2, 6, 12, 2 fall into 6 | 6 2 | 6 | 12 | 2.
 
     Reference:
         ``huggingface_hub.split_state_dict_into_shards_factory``, whose rule it follows but for one thing:

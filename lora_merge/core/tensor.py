@@ -117,7 +117,7 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The part of a stored tensor that one module owns, and how it lies there."""
+    """The part of a stored tensor that one module owns, and which way round it is stored."""
 
     transposed: bool = False
     """True when the weight is stored ``[in, out]``, as transformers' ``Conv1D`` does."""

@@ -52,11 +52,11 @@ class View:
         return self.blocks * self.rows
 
     def tiles(self, elements: int | None = None, rows: int = 1) -> list[tuple[int, int]]:
-        """Return the row ranges that the tensor is worked on in: of equal size, give or take so many rows.
+        """Return the row ranges that the tensor is worked on in, of equal size give or take ``rows``.
 
         Args:
             elements: of a tile, about; default: `TILE_ELEMENTS`.
-            rows: multiples of which each range begins at, counted in its matrix.
+            rows: each range begins at a multiple of this number of rows of its matrix.
 
         Example:
             >>> View(1, 1024, 1024).tiles()
@@ -79,7 +79,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The part of a viewed tensor that one module owns."""
+    """The part of a viewed tensor that one module owns, as ranges of matrices, rows and columns."""
 
     view: View
     blocks: tuple[int, int]
@@ -114,7 +114,7 @@ class Block:
         size = self.view.rows
         if self.rows == (0, size):
             return [(self.blocks[0] * size, self.blocks[1] * size)]
-        # A part of every matrix: the rows of the others lie between.
+        # A part of each matrix, so that rows of no interest are in between.
         return [(block * size + self.rows[0], block * size + self.rows[1]) for block in range(*self.blocks)]
 
 

@@ -41,7 +41,7 @@ class Storage:
 
 
 FLOAT32 = Storage(DENSE, "F32")
-"""What all arithmetic is done in."""
+"""The storage of tiles while they are changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Weight:
 
 
 Survey = Literal["none", "tensor"]
-"""What a codec has to see before it encodes the first row: nothing, or all values."""
+"""How much of a weight a codec has to see before it encodes the first row: nothing, or all values (to set a scale)."""
 
 
 # One of the next two is made for each tile: a named tuple in a fifth of the time that a frozen dataclass takes.
@@ -119,7 +119,8 @@ class PartRange(NamedTuple):
     """In which the codec is given it."""
 
     ranges: tuple[tuple[int, int], ...]
-    """``(first byte, bytes)`` in the part, in the order in which they fill the shape; several where the part is stored transposed."""
+    """``(first byte, bytes)`` in the part, in the order in which they fill the shape; several for
+    a part that is stored transposed."""
 
     @property
     def nbytes(self) -> int:

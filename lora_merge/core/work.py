@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Sized(Protocol):
-    """Something to do, with the bytes that it writes or reads."""
+    """Work with a known size: the bytes that it writes or reads."""
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +67,7 @@ class Plain(Generic[Work, Result]):
 class Piece:
     """Steps that read the same bytes, for one output or several: what a worker gets.
 
-    That is one run of copies that lie side by side, or one stored tensor that becomes a tensor of each output.
+    Either a run of copies whose bytes are adjacent, or one stored tensor that becomes a tensor of each output.
     """
 
     wanted: tuple[tuple[int, tuple[Step, ...]], ...]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Load = Callable[["TensorRef"], "torch.Tensor"]
 
 _KEPT_STACKS = 2
-"""Stacks of experts that are kept: the next tensor is often another expert of the same."""
+"""How many unpacked stacks of experts are kept: the next tensor is often another expert of the same stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Stack:
 
     experts: int
     packing: Packing = "interleaved"
-    """How B has them."""
+    """How B holds the experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class FactorFacts(Facts):
     """True when A is stored ``[in, r]`` and B ``[r, out]`` (mlx-lm)."""
 
     blocks_a: int | None = None
-    """How many blocks of A are on the diagonal of a larger matrix (BD-LoRA); None where A is no such factor."""
+    """How many blocks of A are on the diagonal of a larger matrix (BD-LoRA); None where A is an ordinary factor."""
 
     blocks_b: int | None = None
     stack: Stack | None = None

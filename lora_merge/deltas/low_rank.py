@@ -46,7 +46,7 @@ class LowRankFacts(FactorFacts):
 
     @property
     def division(self) -> Division:
-        """``"boxes"``: rows of B and columns of A give any part. ``"none"`` where blocks lie on a diagonal."""
+        """``"boxes"``: rows of B and columns of A give any part. ``"none"`` with block-diagonal factors."""
         return "none" if self.has_blocks else "boxes"
 
     def effective_scale(self, scale: float) -> float:
@@ -74,7 +74,7 @@ class LowRank(Unsurveyed):
     weight itself, which has the same bits and saves two passes over the tile.
 
     Shapes:
-        A: ``[r, in]``; B: ``[out, r]``; of a convolution ``[r, in, *kernel]`` and ``[out, r, 1…]``, of which the
+        A: ``[r, in]``; B: ``[out, r]``; of a convolution ``[r, in, *kernel]`` and ``[out, r, 1…]``, whose
         weight is seen as ``[out, in · kernel]``.
         E (AdaLoRA): ``[r, 1]``, the singular values; A is multiplied by them.
 

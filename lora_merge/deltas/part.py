@@ -18,7 +18,7 @@ class Part:
 
     Args:
         algebra: of the part.
-        block: where the part lies in the stored tensor.
+        block: where the part is in the stored tensor.
     """
 
     def __init__(self, algebra: Algebra, block: Block) -> None:

@@ -95,7 +95,7 @@ class PeftLayer(Unsurveyed):
         self._others = _of(factors, "base:")
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Let PEFT merge the whole module, and take the one parameter.
+        """Let PEFT merge the whole module, and take the one parameter that this delta is about.
 
         Raises:
             PlanError: PEFT does not merge it.
@@ -179,7 +179,7 @@ class PeftLayer(Unsurveyed):
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """What an injection depends on; the digest stands for the shared tensors."""
+    """What an injection depends on. Shared tensors are not compared: the digest is, in their place."""
 
     model_config: str
     adapter_config: str

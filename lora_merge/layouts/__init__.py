@@ -1,4 +1,4 @@
-"""Layouts: where a parameter that an adapter names lies on disk. One file per rule; `LAYOUTS` is the table.
+"""Layouts: where a parameter that an adapter names is stored. One file per rule; `LAYOUTS` is the table.
 
 An adapter has the names of the transformers release that it was trained with; a checkpoint has those that it was published
 with.

@@ -1,4 +1,4 @@
-"""An expert that is a module of its own in the adapter and a slice of a stack in the base, or the other way round.
+"""An expert that is a module in the adapter and a slice of a stack in the base, or the other way round.
 
 Quantisers take only linear layers, so copies of a model for 4-bit training have its stacked experts one by one.
 transformers knows nothing of these layouts, so they are data here.
@@ -38,14 +38,14 @@ _IN_STACK: Mapping[str, tuple[str, int | None]] = {
     "up_proj": ("gate_up_proj", 1),
     "down_proj": ("down_proj", None),
 }
-"""An expert's matrix → the stack, and which half of its outputs it is."""
+"""An expert's matrix → the stack that holds it, and which half of the stack's outputs it is (None: all)."""
 
 
 def apart(parameter: str, shape: Shape | None, stored: Stored) -> Located | None:
     """Return the slice of a stack that is one expert's, or the experts' own tensors that make up a stack.
 
     Raises:
-        LayoutError: it cannot be told how the experts lie, or the parameter is no block of the stack.
+        LayoutError: nothing tells which way round the experts are stored, or the parameter is not a block of the stack.
     """
     router = _ROUTER.fullmatch(parameter)
     if router is not None:
@@ -164,7 +164,7 @@ def _outputs(expert: re.Match[str], n_out: int, half: int | None, stored: Stored
         return (0, n_out)
     conversion = stored.conversion
     owner = expert["owner"]
-    # Gate and up of gpt-oss take turns row by row: half of an expert is no block there.
+    # Gate and up of gpt-oss alternate row by row, so half of an expert is not a block of rows.
     if conversion is None or conversion.alternates(owner):
         why = "may alternate" if conversion is None else "alternate"
         sentence = f"gate and up {why} in {owner}.gate_up_proj, so one of them is no block of it"

@@ -1,4 +1,4 @@
-"""A parameter whose stored name is another spelling of its own: that of another release of transformers, for example."""
+"""A parameter that is stored under another spelling of its name: that of another transformers release, for example."""
 
 from __future__ import annotations
 

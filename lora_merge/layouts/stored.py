@@ -46,15 +46,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a parameter that an adapter names lies on disk."""
+    """Where a parameter that an adapter names is stored."""
 
     rule: str
-    """Names the layout that found it."""
+    """Name of the layout that found it, a key of `LAYOUTS`, or ``"tied"``."""
 
     places: tuple[Place, ...]
 
     shape: Shape | None = None
-    """Of the weight that `Place.part` is a part of, where it is known."""
+    """Shape of the weight that `Place.part` is a part of, where it is known."""
 
     by_boxes: bool = False
     """True where the places say which way round the stored tensors are; else the adapter's shapes have to tell."""

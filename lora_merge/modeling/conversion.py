@@ -143,7 +143,7 @@ class Conversion:
         try:
             module = self._model.get_submodule(path)
         except AttributeError:
-            # Without the module nothing says that the halves lie apart, so the answer is the one that refuses.
+            # Nothing says that gate and up are two halves, so the answer is the one that refuses.
             return True
         return not getattr(module, "is_concatenated", True)
 
@@ -168,7 +168,7 @@ class Conversion:
         """
         memory = self.memory(shapes)
         found: dict[str, str] = {}
-        # With duplicates: each end of a tie has a name of its own.
+        # With duplicates: the ends of a tie have two names.
         for parameter, value in self._model.named_parameters(remove_duplicate=False):
             try:
                 assembly = memory.assembly(parameter)
@@ -219,7 +219,7 @@ class Conversion:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def parts_of(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[Piece, ...]]:
-        """Return where a tensor of a stored name would lie in the model: pieces by parameter.
+        """Return which boxes of the model a tensor of a stored name would fill: pieces by parameter.
 
         The tensors that would be stored beside it (other experts, the other half) are taken to be of its shape.
 

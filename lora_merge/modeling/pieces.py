@@ -32,7 +32,7 @@ class Span(NamedTuple):
     """Of the part; None where the part is at one index of the whole: an expert in a stack."""
 
     at: int = 0
-    """Where the range begins on that axis."""
+    """Index on that axis at which the range begins."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ class Skeleton:
         return self.classes.get(module) in _ADAPTABLE
 
     def all_linear(self) -> frozenset[str]:
-        """Return the modules that PEFT's ``"all-linear"`` stands for.
+        """Return the modules that PEFT's ``"all-linear"`` means.
 
         Reference:
             ``peft.tuners.tuners_utils._maybe_include_all_linear_layers`` (PEFT 0.21.2).

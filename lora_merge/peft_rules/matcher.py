@@ -110,7 +110,7 @@ class _Worker:
                 return {"none": exc.strerror}
             try:
                 answer = _exchange(process, question)
-            except BaseException:  # an interrupt, too: an answer that nobody read would be taken for the next
+            except BaseException:  # an interrupt, too: an unread answer would be taken for the next one
                 self._stop()
                 raise
             if answer is None or "memory" in answer:

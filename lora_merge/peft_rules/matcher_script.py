@@ -91,7 +91,7 @@ class _Work:
 
 
 def main() -> None:
-    """Answer until there are no more questions."""
+    """Answer questions until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks decides when this ends
     jobs: dict[int, list[re.Pattern[str]]] = {}
     for line in iter(sys.stdin.buffer.readline, b""):

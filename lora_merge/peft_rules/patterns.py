@@ -1,6 +1,6 @@
 """Regular expressions that someone else wrote, as the fields of a configuration have them, within one limit of time.
 
-Nearly all of them are names: letters, digits and dots, where a dot may stand for any character. Those are looked up in
+Nearly all of them are names: letters, digits and dots, where a dot may be any character. Those are looked up in
 tables, however many there are. All others are matched in a process of their own (`lora_merge.peft_rules.matcher`).
 """
 
@@ -189,7 +189,7 @@ class _Names:
         """Return the places of those that match a name, in their order, with the layer's number.
 
         Raises:
-            TargetError: there are so many, each of its own kind, that they take longer than the limit.
+            TargetError: they are so many, and so different, that they take longer than the limit.
         """
         if not self._entries:
             return []

@@ -45,7 +45,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
 
     Raises:
         PlanError: adapters and base do not fit, or the policy does not allow what they need; every reason is in ``issues``.
-        UnsupportedError: they may fit, but all that stands in the way has no merged form.
+        UnsupportedError: each reason is something that has no merged form.
     """
     base = joined.base
     # In the order in which they are printed. All of them are collected before any is raised.

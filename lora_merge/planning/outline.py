@@ -155,7 +155,7 @@ def layer_order(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
         (0, 1, 2, 1, 2, 3)
 
     Raises:
-        TargetError: the ranges do not lie in the model.
+        TargetError: a range is outside of the model's layers.
     """
     ranges = config.get("layer_replication")
     if not ranges:

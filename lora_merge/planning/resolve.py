@@ -52,7 +52,7 @@ _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
 
 
 def resolve_adapter(root: Path, ignored: Collection[str] = ()) -> Adapter:
-    """Return the adapter in a directory, in whichever format it is.
+    """Return the adapter in a directory, in any of the known formats.
 
     Args:
         root: the directory.
@@ -314,7 +314,7 @@ def _entry(root: Path, weights: str = "") -> str:
 
 
 def _no_base(root: Path) -> CheckpointError | None:
-    """Return the error of a directory that is no base, with what it is instead; None where nothing tells."""
+    """Return the error of a directory that is not a base, with what it is instead; None where that is not known."""
     fault = fault_of(names_in(root), "base", f"{root}/")
     broken = broken_link(root)
     if broken is None and fault is not None:

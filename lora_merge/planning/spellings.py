@@ -118,7 +118,7 @@ class Names:
         return issues
 
     def absent_experts(self) -> list[str]:
-        """Return, for each stack of which the adapter names some experts, the first one that it does not name."""
+        """Return the first expert without a name in the adapter, for each stack with experts that it names."""
         found: dict[str, set[int]] = {}
         for parameter, located in self._located.items():
             at = located.places[0].at
@@ -141,7 +141,7 @@ class Names:
         return absent + self._untouched_stacks(stacks)
 
     def _untouched_stacks(self, stacks: Mapping[str, str]) -> list[str]:
-        """Return the first expert of each stack in layers of which the adapter names no expert.
+        """Return the first expert of each stack in layers where the adapter names none.
 
         Args:
             stacks: stored tensor → how the adapter names one of its experts, ``#`` for its number.

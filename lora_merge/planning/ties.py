@@ -65,7 +65,7 @@ def find_tie(model: Model, twins: frozenset[frozenset[str]]) -> Tie | None:
         return None
     embedding, head = model.stored.disk_name(embedding), model.stored.disk_name(head)
     stored = tuple(name for name in (embedding, head) if name in model.sources)
-    # Two stored tensors that differ are no tie, whatever the config says.
+    # Two stored tensors that differ are not tied, even if the config says so.
     if not stored or (len(stored) == 2 and frozenset(stored) not in twins):
         return None
     return Tie(embedding, head, stored)

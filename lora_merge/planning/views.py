@@ -28,7 +28,7 @@ def view_for(
     Args:
         wanted: the parameters that the adapter names, and the shapes of its weights where they are known.
         model: the base.
-        parts: whether the models inside it count; PEFT's own layers need a model that has a config of its own.
+        parts: whether the models inside it count; PEFT's own layers need a model with its own config.
     """
     # The quick answer first: only what is left needs transformers.
     if not wanted or all(name in model.sources for name in wanted) or all(_places(wanted, model).values()):

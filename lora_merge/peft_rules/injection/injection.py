@@ -130,7 +130,7 @@ class Injection:
         """Return where the layer of a target will be put.
 
         Raises:
-            InjectionError: the module is no target.
+            InjectionError: the module is not a target.
         """
         if module not in self._sites:
             raise InjectionError(module, "is no target of the adapter")
