@@ -69,8 +69,8 @@ class Delta:
         return self.facts.shape_of(role, self.factors)
 
     def weight_shape(self) -> tuple[int, ...] | None:
-        """Return the weight's shape in the adapter's format, ``[in, out]`` where `transposed`; None where factors do
-        not tell.
+        """Return the weight's shape in the adapter's format (``[in, out]`` where `transposed`); None where nothing
+        tells it.
         """
         shape = self.facts.weight_shape(self.factors)
         return shape[::-1] if shape is not None and self.transposed else shape
@@ -85,12 +85,7 @@ class Delta:
         adapter_weight: float = 1.0,
         rule: str = "",
     ) -> PlacedDelta:
-        """Return the change on one stored tensor, with the scale and the rounding that the adapter states.
-
-        Args:
-            tensor: name of the stored tensor.
-            region, part, adapter, adapter_weight, rule: as the fields of `PlacedDelta`.
-        """
+        """Return the change on one stored tensor; the arguments are fields of `PlacedDelta`."""
         return PlacedDelta(
             self,
             tensor,

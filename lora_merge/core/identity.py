@@ -91,8 +91,7 @@ class Inputs:
 
     def renewed(self, path: str, before: FileIdentity, after: FileIdentity) -> Inputs:
         """Return the inputs with a new identity for one file, if its old one is ``before``; else unchanged."""
-        # A hard link that the run itself makes moves the time of change of the base's file. Without this, the file
-        # would have to be read again at the end.
+        # The run's own hard links move the base's times of change; without this, its files would be read again.
         known = self.files.get(path)
         if known is None or known.identity != before:
             return self

@@ -128,9 +128,7 @@ class Step:
 
     @property
     def action(self) -> Action:
-        """What the step does, in a word: ``"cast"`` changes the storage only, ``"replaced"`` copies the adapter's
-        tensor.
-        """
+        """What the step does to its tensor; ``"cast"`` changes nothing but its storage."""
         if isinstance(self.op, Merge) and self.op.deltas:
             return "merged"
         if self.replaced:
@@ -188,8 +186,7 @@ class MergePlan:
 
     def disk_bytes(self) -> int:
         """Return the bytes that the planned files take: weights, side files and index."""
-        # A stranger's tensor name may hold half of a surrogate pair, which strict UTF-8 refuses. Only its size is
-        # needed.
+        # A stranger's name may hold half of a surrogate pair, which strict UTF-8 refuses.
         small = sum(file.nbytes for file in self.side_files) + len(
             self.index.encode("utf-8", "backslashreplace")
         )
@@ -237,8 +234,7 @@ def _module_ranks(deltas: list[PlacedDelta]) -> dict[str, int]:
     for delta in deltas:
         if delta.facts.has_factors:
             own = ranks.setdefault(delta.tensor, {})
-            # A tensor of stacked experts has many deltas of one adapter. They do not add up: each is on a part of its
-            # own.
+            # Several deltas of one adapter are mostly on different parts (experts): their ranks do not add up.
             own[delta.adapter] = max(own.get(delta.adapter, 0), delta.rank)
     return {parameter: sum(own.values()) for parameter, own in ranks.items()}
 

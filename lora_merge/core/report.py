@@ -256,9 +256,7 @@ DROWNED_SHARE = 0.25
 
 
 def survival_issues(survival: Mapping[str, Survival]) -> tuple[Issue, ...]:
-    """Return a warning when the stored dtype is too coarse for the deltas, or when all of them are zero; else
-    nothing.
-    """
+    """Return a warning when the stored dtype is too coarse for the deltas, or all of them are zero; else nothing."""
     # Nothing was lost to rounding here: the deltas themselves are zero, which asks for another sentence.
     if survival and not any(kept.delta_norm for kept in survival.values()):
         sentence = f"no weight changes: the deltas of all {len(survival)} merged tensors are zero where they were looked at"

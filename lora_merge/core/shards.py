@@ -100,14 +100,11 @@ def split(refs: Iterable[TensorRef], max_shard_bytes: int) -> list[tuple[str, li
 
 
 def shard_name(n: int, n_shards: int) -> str:
-    """Return what transformers calls a shard.
+    """Return what transformers calls a shard; the first is number 1.
 
     Example:
         >>> shard_name(1, 2)
         'model-00001-of-00002.safetensors'
-
-    Args:
-        n: number of the shard, from 1.
     """
     return f"model-{n:05}-of-{n_shards:05}.safetensors"
 

@@ -135,8 +135,7 @@ class Spread:
             [0, 1, 2]
         """
         found = set()
-        # Ranges may overlap, so the last one that begins before the tile need not be the only one to reach into it.
-        # None of those further back than the longest can.
+        # A range that begins further back than the longest one is long cannot reach these rows.
         for at in range(bisect.bisect_left(self._ranges, (start - self._longest,)), len(self._ranges)):
             first, last, n = self._ranges[at]
             if first >= end:

@@ -41,7 +41,7 @@ class Storage:
 
 
 FLOAT32 = Storage(DENSE, "F32")
-"""The storage of tiles while they are changed."""
+"""Plain float32, in which all arithmetic is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,7 @@ class PartRange(NamedTuple):
     """In which the codec is given it."""
 
     ranges: tuple[tuple[int, int], ...]
-    """``(first byte, bytes)`` in the part, in the order in which they fill the shape; several for
-    a part that is stored transposed."""
+    """``(first byte, bytes)`` in the part, in the order of the shape; several where the part is stored transposed."""
 
     @property
     def nbytes(self) -> int:

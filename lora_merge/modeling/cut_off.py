@@ -65,8 +65,7 @@ def is_cut_off() -> bool:
 
 def _guard() -> None:
     """Put the switches and guards in place where they are not yet."""
-    # They stay in place: in a thread that is not cut off they change nothing, and taking them out would race with
-    # others.
+    # They stay in place: in a thread that is not cut off they change nothing.
     from huggingface_hub import constants
 
     for name in _SWITCHES:

@@ -32,7 +32,7 @@ def example_for(module: Any) -> torch.Tensor:
     if isinstance(module, torch.nn.Embedding):
         return torch.randint(module.num_embeddings, (_N_EXAMPLES,), generator=generator)
     if kernel:
-        # Twice the kernel's size, so that it fits without padding.
+        # Larger than the kernel, so that it fits without padding.
         sizes = [2 * size for size in kernel]
         return torch.randn(2, module.in_channels, *sizes, generator=generator)
     if isinstance(module, torch.nn.MultiheadAttention):
