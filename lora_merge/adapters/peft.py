@@ -249,6 +249,9 @@ class _Lora:
 
         Reference:
             ``peft.tuners.lora.variants.BdLoraLinearVariant.init`` (PEFT 0.21.2).
+
+        Raises:
+            TargetError: the settings have values that PEFT could not use.
         """
         settings = self._config.get("use_bdlora")
         if not isinstance(settings, dict) or not {"A", "B"} <= pair.keys():

@@ -97,6 +97,9 @@ class Block:
         Example:
             >>> Block.of(View(8, 4, 3), ((2, 3), (0, 2), (0, 3))).row_ranges()
             [(8, 10)]
+
+        Raises:
+            ValueError: the box has more than three axes.
         """
         if not box:
             return cls(view, (0, view.blocks), (0, view.rows), (0, view.columns))

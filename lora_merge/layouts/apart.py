@@ -85,7 +85,11 @@ def _slice(expert: re.Match[str], shape: Shape | None, stored: Stored) -> Locate
 
 
 def _experts(stack: re.Match[str], stored: Stored) -> Located | None:
-    """Return the linear layers that the base stores for a stack's experts, as parts of transformers' parameter."""
+    """Return the linear layers that the base stores for a stack's experts, as parts of transformers' parameter.
+
+    Raises:
+        LayoutError: nothing tells which way round the experts are stored.
+    """
     conversion = stored.conversion
     if conversion is None:
         return None

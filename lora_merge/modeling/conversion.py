@@ -239,7 +239,11 @@ class Conversion:
         return {target: pieces for target, pieces in found.items() if pieces}
 
     def _virtual_group(self, parameter: str, converter: Any, shape: tuple[int, ...]) -> dict[str, Assembly]:
-        """Return the parameters that a converter would make of made-up tensors that all have one shape."""
+        """Return the parameters that a converter would make of made-up tensors that all have one shape.
+
+        Raises:
+            ConversionError: such tensors do not make parameters of the model's shapes.
+        """
         key = (parameter, id(converter), shape)
         if key in self._virtual:
             return self._virtual[key]

@@ -123,7 +123,11 @@ class Assembly:
     def __torch_function__(
         cls, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Let torch's own functions work on assemblies."""
+        """Let torch's own functions work on assemblies: those of `_FUNCTIONS`.
+
+        Raises:
+            UnknownOperationError: for any other function.
+        """
         work = _FUNCTIONS.get(getattr(function, "__name__", ""))
         if work is None:
             raise UnknownOperationError(f"{getattr(function, '__name__', function)} is not known")
@@ -160,6 +164,9 @@ def concatenate(parts: Sequence[Assembly], dim: int = 0) -> Assembly:
 def split(whole: Assembly, sizes: int | Sequence[int], dim: int = 0) -> tuple[Assembly, ...]:
     """Return ranges of an axis, as ``torch.split`` does: of the sizes given, or of one size but for a shorter last
     one.
+
+    Raises:
+        ValueError: the sizes do not add up to the length of the axis.
     """
     total = whole.shape[dim]
     if isinstance(sizes, int):

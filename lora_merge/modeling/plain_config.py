@@ -107,7 +107,11 @@ def fetched_part(config: Mapping[str, Any]) -> FetchError | None:
 
 
 def _level(level: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return one table of a configuration, and the tables in it, reduced; ``path`` is its own, with a dot at the end."""
+    """Return one table of a configuration, and the tables in it, reduced; ``path`` is its own, with a dot at the end.
+
+    Raises:
+        FetchError: a part of the model is only named.
+    """
     named = level.get("backbone")
     is_described = isinstance(level.get("backbone_config"), Mapping)
     # A plain name is one of timm's own models, unless the configuration says that it is not.

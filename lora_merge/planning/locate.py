@@ -211,7 +211,11 @@ def locate_named_base(adapter: Place, access: Access, watch: Observer) -> Place:
 
 
 def _named_base(adapter: Place) -> tuple[Found, str]:
-    """Return the base that an adapter names, and the name."""
+    """Return the base that an adapter names, and the name.
+
+    Raises:
+        ResolveError: it names none, or only a path that is not here.
+    """
     named = _named_bases(adapter)
     if not named:
         raise ResolveError(f"{adapter.text}: names no base model", hint="say which with --base DIRECTORY")

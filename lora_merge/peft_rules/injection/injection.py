@@ -140,7 +140,11 @@ class Injection:
     def _layer(
         self, module: str, base: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
     ) -> Iterator[Any]:
-        """Put PEFT's layer into the model, with all its values, for as long as the block runs."""
+        """Put PEFT's layer into the model, with all its values, for as long as the block runs.
+
+        Raises:
+            InjectionError: PEFT refuses, or a tensor has no place or is missing.
+        """
         site = self._site(module)
         with one_at_a_time(), translated(module):
             fresh = filled(site, base)

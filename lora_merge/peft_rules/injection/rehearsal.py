@@ -19,7 +19,18 @@ _PROJECTIONS = ("frod_V", "frod_s_indices", "frod_s_size")
 def rehearsal_of(
     tuner_class: Any, config: Any, sites: list[Site], shared: Mapping[str, torch.Tensor]
 ) -> Callable[..., Any]:
-    """Return a subclass of a tuner that appends each layer it should make to ``sites`` instead of making it."""
+    """Return a subclass of a tuner that appends each layer it should make to ``sites`` instead of making it.
+
+    Args:
+        tuner_class: PEFT's, for the type of the adapter.
+        config: PEFT's configuration of the adapter.
+        sites: where layers go is added here.
+        shared: the adapter's tensors of the whole model.
+
+    Raises:
+        InjectionError: from the tuner, for a target that is a parameter, or for projections that are not in the
+            adapter.
+    """
 
     def note(
         _tuner: Any,
