@@ -303,7 +303,7 @@ class _Draft:
         return Change(head.own, tuple(deltas), head.copy) if deltas or head.source is not None else None
 
     def _resized(self) -> list[Issue]:
-        """Settle what a vocabulary of another size changes: both embeddings, and the config."""
+        """Settle what a vocabulary of another size changes: all embeddings, and the config."""
         shapes = {name: change.source.shape for name, change in self.changes.items() if change.source}
         found = resized(self._model, self.outline, shapes)
         self.config_patch |= found.patch

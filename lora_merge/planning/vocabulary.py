@@ -1,4 +1,4 @@
-"""A vocabulary of another size: both embeddings get it, and the configuration says so."""
+"""A vocabulary of another size: all embeddings get it, and the configuration says so."""
 
 from __future__ import annotations
 
