@@ -1,4 +1,4 @@
-"""Adapter → the adapter to be written: which modules it has, what their factors are made of, what its config says."""
+"""Conversion and extraction: an adapter, or a fine-tune, becomes a LoRA that an engine can load."""
 
 from __future__ import annotations
 

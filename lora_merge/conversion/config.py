@@ -1,4 +1,4 @@
-"""The ``adapter_config.json`` of a LoRA: what its modules need said, in fields that every PEFT since 0.14 reads."""
+"""The ``adapter_config.json`` of a written LoRA, in fields that every PEFT since 0.14 reads."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _PLAIN: Mapping[str, Any] = {
     "alpha_pattern": {},
     "use_dora": False,
 }
-"""Fields that ``LoraConfig`` has had since PEFT 0.9, with what says nothing. An older PEFT refuses any other."""
+"""Fields that ``LoraConfig`` has had since PEFT 0.9, with neutral values. An older PEFT refuses any other field."""
 
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
-"""Fields that say nothing more once the targets are listed."""
+"""Fields that choose among targets. They have no effect once the targets are listed."""
 
 _KEPT = (
     "base_model_name_or_path",
@@ -62,7 +62,7 @@ _KEPT = (
     "alpha_pattern",
     *_CHOOSING,
 )
-"""Fields that mean the same before and after, unless a transform settles what they say."""
+"""Fields that are copied, unless a transform sets them."""
 
 _WHOLE = (
     "bias",
@@ -72,7 +72,7 @@ _WHOLE = (
     "trainable_token_indices",
     "ensure_weight_tying",
 )
-"""Fields about what is no LoRA."""
+"""Fields about parts that are not LoRA. ``to_lora`` leaves none of these parts, so the fields go too."""
 
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks whose head PEFT trains as a whole, whatever ``modules_to_save`` says."""
@@ -88,51 +88,67 @@ def adapter_config(
     base_modules: Iterable[str] = (),
     whole: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return the configuration of the adapter that is written.
+    """Return the fields of ``adapter_config.json``, sorted by name.
+
+    Fields that mean the same before and after are copied. Targets are listed anew where a transform renamed modules or
+    the adapter relied on PEFT's defaults; rank and α are written anew where a transform changed them.
 
     Args:
-        adapter: what it was made of.
-        made: its modules.
+        adapter: the source; its configuration is the starting point.
+        made: the modules that are written, with their ranks and scales.
         recipe: what was done.
-        base_modules: every module of the base, if that is at hand: then a name may stand for all modules that end in
+        base_modules: every module of the base, if it is at hand. Then a short name may mean all modules that end in
             it.
         whole: names of the tensors that are carried whole.
     """
     kept = {name: adapter.config[name] for name in _KEPT if _says_something(adapter.config, name)}
     if recipe.to_lora:
         kept = {
-            name: value for name, value in kept.items() if name not in _WHOLE and value not in _WITH_HEADS
+            # A task with a head goes as well: PEFT would add a trained head, which plain LoRA does not have.
+            name: value
+            for name, value in kept.items()
+            if name not in _WHOLE and value not in _WITH_HEADS
         }
     config = {**_PLAIN, **kept}
+    # Such an initialisation changed the base before training, so a reader has to repeat it. After ``to_lora``
+    # the factors are relative to the published base.
     if mutating_init(adapter.config) and not recipe.to_lora:
         config["init_lora_weights"] = adapter.config["init_lora_weights"]
     experts = [one for one in made if one.module.form == "experts"]
     is_default = adapter.config.get("target_modules") is None and len(made) > len(experts)
     if recipe.explicit or recipe.is_renamed or is_default:
+        # A complete list replaces patterns, layers and exclusions.
         config |= dict.fromkeys(_CHOOSING)
         del config["exclude_modules"]
         others = [one.module.path for one in made if one.module.form != "experts"]
         known = () if config.get("layer_replication") else base_modules  # that has other layers
         config["target_modules"] = listed(others, frozenset(known))
+        # Experts on ``target_parameters`` are listed below; a leftover entry would name parameters that are
+        # not written.
         config.pop("target_parameters", None)
         if experts:
             config["target_parameters"] = [one.module.path for one in experts]
+    # Engines refuse ``bias`` by its value alone, even if no bias is stored (the trait ``bias-said``).
     if not any(name.endswith(".bias") and "lora_" not in name for name in whole):
         config["bias"] = "none"
     if recipe.is_rescaled or recipe.is_renamed or _is_loose(config, made):
         config |= scaling({one.module.path: (one.rank, one.scale) for one in made})
     if experts:
+        # How a reader lays out stacked experts depends on the PEFT version that wrote them.
         config["peft_version"] = _WITH_EXPERTS if recipe.experts else adapter.config.get("peft_version")
     return dict(sorted(config.items()))
 
 
 def _says_something(config: Mapping[str, Any], name: str) -> bool:
-    """Return True for a field that is not what a missing one is: no targets is not the same as PEFT's own choice."""
+    """Return True for a field whose value differs in effect from a missing field.
+
+    An empty list of targets means none; a missing one means PEFT's own choice for the family.
+    """
     return bool(config.get(name)) or (name in _PLAIN and config.get(name) is not None)
 
 
 def module_paths(parameters: Iterable[str]) -> frozenset[str]:
-    """Return the path of everything that parameters belong to, containers included.
+    """Return the paths of all modules on the way to some parameters, containers included.
 
     Example:
         >>> sorted(module_paths(["l.0.q.weight"]))
@@ -148,7 +164,7 @@ def module_paths(parameters: Iterable[str]) -> frozenset[str]:
 
 
 def _is_loose(config: Mapping[str, Any], made: Sequence[Made]) -> bool:
-    """Return True when a configuration names ranks that no module has: an engine makes room for the largest."""
+    """Return True when a configuration names ranks that no module has. Engines reserve memory for the largest."""
     ranks = {one.rank for one in made}
     return (
         config["init_lora_weights"] is True and not {config["r"], *config["rank_pattern"].values()} <= ranks
@@ -156,16 +172,18 @@ def _is_loose(config: Mapping[str, Any], made: Sequence[Made]) -> bool:
 
 
 def listed(paths: Sequence[str], base_modules: Collection[str]) -> list[str] | str:
-    """Return names that mean these modules and no others, to PEFT: the last part of a path where that is enough.
+    """Return ``target_modules`` that mean these modules and no others in PEFT.
 
-    PEFT takes every module that ends in a name. Where another one of the base ends in a whole path, only a regex of
-    the paths tells the two apart.
+    The last part of a path is used where all modules of the base with that name are targets; otherwise the whole path.
+    PEFT matches every module whose path ends in a listed name. If another module of the base ends in a whole path,
+    only a regex over the paths tells them apart, so a string is returned.
 
     Example:
         >>> listed(["l.0.q", "l.1.q", "l.0.v"], ["l.0.q", "l.1.q", "l.0.v", "l.1.v"])
         ['l.0.v', 'q']
     """
     own, all_of_base = (Counter(path.rpartition(".")[2] for path in found) for found in (paths, base_modules))
+    # A number, such as the index in a list of layers, would match in every list.
     short = {name for name, count in own.items() if all_of_base[name] == count and not name.isdecimal()}
     names = {name if (name := path.rpartition(".")[2]) in short else path for path in paths}
     others = set(base_modules).difference(paths) if set(paths) <= set(base_modules) else ()
@@ -175,14 +193,14 @@ def listed(paths: Sequence[str], base_modules: Collection[str]) -> list[str] | s
 
 
 def _endings(path: str) -> Iterator[str]:
-    """Yield the ends of a path that PEFT would know it by."""
+    """Yield every suffix of a path, whole parts only: the names by which PEFT would match it."""
     while path:
         yield path
         path = path.partition(".")[2]
 
 
 def scaling(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Return ``r``, ``lora_alpha`` and the patterns that give each module its rank and its scale, as α/r.
+    """Return ``r``, ``lora_alpha`` and the patterns that give each module its rank and its scale, with scale = α/r.
 
     Example:
         >>> scaling({"l.0.q": (4, 1.0), "l.1.q": (4, 1.0), "l.0.v": (8, 2.0)})["alpha_pattern"]
@@ -190,6 +208,7 @@ def scaling(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """
     ranks = {path: rank for path, (rank, _) in modules.items()}
     alphas = {path: _number(rank * scale) for path, (rank, scale) in modules.items()}
+    # The commonest value becomes the default, so the patterns list as few modules as possible.
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
@@ -201,9 +220,9 @@ def scaling(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """Return the entries that give each path its value: by the last part of the path where all that end so agree.
+    """Return a ``rank_pattern`` or ``alpha_pattern``: an entry for each path whose value is not the default.
 
-    PEFT looks for a regex at the end of a path, so that a whole path has to be held at its start.
+    The key is the last part of the path if all modules of that name have the same value, otherwise the whole path.
     """
     by_end: dict[str, set[float]] = {}
     for path, value in values.items():
@@ -212,10 +231,11 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     for path, value in values.items():
         end = path.rpartition(".")[2]
         if value != default:
+            # PEFT matches a pattern at the end of a path, so a whole path needs an anchor at its start.
             table[re.escape(end) if len(by_end[end]) == 1 else f"^{re.escape(path)}"] = value
     return dict(sorted(table.items()))
 
 
 def _number(value: float) -> float:
-    """Return a number as JSON is best read: whole where it is whole."""
+    """Return an int where the value is whole: ``16`` reads better in JSON than ``16.0``."""
     return int(value) if float(value).is_integer() else value

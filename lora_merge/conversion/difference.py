@@ -1,4 +1,4 @@
-"""A base and what a training made of it → the modules of a LoRA that says the same, as nearly as a rank allows."""
+"""Two checkpoints of one model → the modules of a LoRA that approximates their difference."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _CONVOLUTIONS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
 
 @dataclass(slots=True)
 class Extraction:
-    """What will be written."""
+    """What an extraction writes: modules with LoRA, tensors carried whole, and the issues found on the way."""
 
     modules: list[LoraModule] = field(default_factory=list)
     whole: dict[str, TensorRef] = field(default_factory=dict)
-    """By name in a PEFT file."""
+    """Tensors that are carried whole, by their names in a PEFT file."""
 
     config: dict[str, Any] = field(default_factory=dict)
-    """What the configuration says beside ranks and targets."""
+    """Fields of ``adapter_config.json`` other than ranks and targets."""
 
     issues: list[Issue] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Two checkpoints of one model, tensor by tensor; both have the names of either."""
+    """Two checkpoints of one model, tensor by tensor, under the names of either."""
 
     base: Checkpoint
     tuned: Checkpoint
@@ -49,21 +49,21 @@ class Pairing:
     before: Mapping[str, TensorRef]
     after: Mapping[str, TensorRef]
     twins: Mapping[str, str] = field(default_factory=dict)
-    """What is tied in the tuned model: the name of an end that is not stored → the name of the tensor that it shares."""
+    """Ties of the tuned model: the name of an end that is not stored → the name of the tensor that it shares."""
 
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Stored names → those that PEFT knows the parameters by, where they differ."""
 
     def parameter(self, name: str) -> str:
-        """Return what PEFT calls a stored parameter."""
+        """Return the name that PEFT has for a stored parameter."""
         return self.spelled.get(name, name)
 
     def paths(self, name: str) -> tuple[str, str]:
-        """Return the paths of a parameter's module: as it is stored, and as PEFT knows it."""
+        """Return two paths of a parameter's module: as stored, and as PEFT names it."""
         return name.rpartition(".")[0], self.parameter(name).rpartition(".")[0]
 
     def is_resized(self, name: str) -> bool:
-        """Return True for an embedding, or a bias of one, with another number of rows."""
+        """Return True for an embedding, an output embedding or a bias of one whose number of rows differs."""
         one, other = self.before[name], self.after[name]
         if one.shape == other.shape or one.shape[1:] != other.shape[1:]:
             return False
@@ -73,7 +73,11 @@ class Pairing:
 
 
 def misfits(pairing: Pairing) -> list[Issue]:
-    """Return what shows that one model is no training of the other."""
+    """Return issues that show that one checkpoint was not trained from the other.
+
+    Other names, shapes and unreadable dtypes are errors. A tensor that only the base has is a warning: it is taken as
+    unchanged.
+    """
     before, after, tuned = pairing.before, pairing.after, pairing.tuned
     issues = []
     strange = sorted(after.keys() - before.keys())
@@ -88,12 +92,14 @@ def misfits(pairing: Pairing) -> list[Issue]:
             hint = "no adapter can resize a weight: pass the base that was trained"
             issues.append(error("shape-mismatch", name, sentence, hint))
         elif (
+            # Tensors of two dtypes are compared as numbers, so torch has to know both.
             before[name].dtype != after[name].dtype
             and not {before[name].dtype, after[name].dtype} <= TORCH_NAMES.keys()
         ):
             sentence = f"is stored as {after[name].dtype}, the base's as {before[name].dtype}; expected BF16, F16 or F32"
             issues.append(error("bad-dtype", name, sentence))
     missing = sorted(before.keys() - after.keys())
+    # With other names on both sides, the error above says it already.
     if missing and not strange:
         where = f"in the base and not in {tuned.root}: taken as unchanged"
         sentence = of_several(len(missing), f"is {where}", f"are {where}")
@@ -104,7 +110,7 @@ def misfits(pairing: Pairing) -> list[Issue]:
 def extracted(
     pairing: Pairing, changed: Collection[str], *, targets: tuple[str, ...] = (), save_modules: bool = False
 ) -> Extraction:
-    """Return the modules of a LoRA, and what is carried whole or lost.
+    """Return the modules that LoRA can hold, and what becomes of the rest: carried whole, or lost with a warning.
 
     Args:
         pairing: what was trained, and what came of it.
@@ -127,6 +133,7 @@ def extracted(
             found.modules.append(module)
         if is_resized and targets and is_wanted:
             found.issues.append(_resized_target(name, pairing))
+    # ``Conv1D`` stores weights as ``[in, out]``, which this flag tells PEFT.
     if any(known and known.classes.get(module.path) == "Conv1D" for module in found.modules):
         found.config["fan_in_fan_out"] = True
     if known is not None:
@@ -142,7 +149,6 @@ def extracted(
 
 
 def _resized_target(name: str, pairing: Pairing) -> Issue:
-    """Return the issue of a target that has other rows than the base's."""
     before, after = pairing.before[name].shape[0], pairing.after[name].shape[0]
     sentence = f"has {after} rows, the base's has {before}, and LoRA cannot resize a weight"
     hint = (
@@ -152,7 +158,7 @@ def _resized_target(name: str, pairing: Pairing) -> Issue:
 
 
 def _left_out(names: list[str], pairing: Pairing) -> list[Issue]:
-    """Return a warning for what is lost, and one for added tokens that are."""
+    """Return a warning for the changes that are lost, and one for each resized embedding."""
     hint = "--save-modules carries them whole"
     resized = [name for name in names if pairing.is_resized(name)]
     others = [name for name in names if name not in resized]
@@ -172,7 +178,7 @@ def _left_out(names: list[str], pairing: Pairing) -> list[Issue]:
 
 
 def _lora_module(name: str, before: TensorRef, after: TensorRef, known: Skeleton | None) -> LoraModule | None:
-    """Return the module of a weight that LoRA can hold, or None."""
+    """Return the module of a weight that LoRA can hold: linear, convolution or stacked experts; otherwise None."""
     path, _, parameter = name.rpartition(".")
     kind = known.classes.get(path, "") if known else ""
     shape = before.shape
@@ -187,6 +193,7 @@ def _lora_module(name: str, before: TensorRef, after: TensorRef, known: Skeleton
     elif parameter == "weight" and len(shape) > 2 and kind in _CONVOLUTIONS:
         form = "convolution"
     elif known and _is_stacked(path, parameter, known, len(shape)):
+        # A bias of all experts has two axes and no orientation.
         form, turned = "experts", path in known.transposed and len(shape) == 3
         path = name
     else:
@@ -197,7 +204,7 @@ def _lora_module(name: str, before: TensorRef, after: TensorRef, known: Skeleton
 
 
 def _is_stacked(path: str, parameter: str, known: Skeleton, n_axes: int) -> bool:
-    """Return True for a parameter of all experts: three axes, or beside one of those two, as a bias has."""
+    """Return True for a parameter that holds all experts: three axes, or two for a bias."""
     own = known.parameters.get(path, ())
     return parameter in own and (n_axes == 3 or (n_axes == 2 and parameter != "weight" and "experts" in path))
 
@@ -207,10 +214,7 @@ def _is_embedding(path: str) -> bool:
 
 
 def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
-    """Carry parameters whole: biases as ``bias="all"``, which means all of them, the rest in ``modules_to_save``.
-
-    PEFT gives each module of ``modules_to_save`` a weight of its own, so both ends of a tie have to be there. A release
-    that knows ``ensure_weight_tying`` writes both too, and any other reads them.
+    """Carry parameters whole: biases under ``bias="all"``, the rest in ``modules_to_save``.
 
     Reference:
         ``peft.utils.other.ModulesToSaveWrapper.adapter_state_dict_load_map`` (PEFT 0.21.2).
@@ -218,6 +222,8 @@ def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
     before, after = pairing.before, pairing.after
     resized = sorted(name for name in names if pairing.is_resized(name))
     sources = {pairing.parameter(name): after.get(name, ref) for name, ref in before.items()}
+    # PEFT gives each module of ``modules_to_save`` a weight of its own, so both ends of a tie are written. A
+    # PEFT that knows ``ensure_weight_tying`` writes both too, and older ones read both.
     ends = {pairing.parameter(end): source for end, source in pairing.twins.items() if source in names}
     sources |= {end: after[source] for end, source in ends.items()}
     is_bias = {pairing.parameter(name): name.endswith(".bias") and name not in resized for name in names}
@@ -233,9 +239,11 @@ def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
     saved = {name for name in sources if name.rpartition(".")[0] in modules}
     if any(is_bias.values()):
         found.config["bias"] = "all"
+        # ``bias="all"`` means every bias of the model, changed or not.
         saved |= {name for name in sources if name.endswith(".bias")}
     for name in sorted(saved):
         owner, _, parameter = name.rpartition(".")
+        # Beside LoRA, PEFT keeps the original layer, and its bias, under ``base_layer``.
         inner = ".base_layer" if owner in adapted else ""
         found.whole[f"{PREFIX}{owner}{inner}.{parameter}"] = sources[name]
     if modules:
@@ -250,7 +258,7 @@ def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
 
 
 def _config(base: Checkpoint) -> dict[str, Any]:
-    """Return what the configuration says of the model."""
+    """Return ``task_type`` where the architecture's name tells it."""
     config: dict[str, Any] = {}
     names = base.config.get("architectures") or [""]
     for end, task in (("ForCausalLM", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS")):

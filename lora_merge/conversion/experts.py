@@ -1,4 +1,4 @@
-"""LoRA on experts one by one, and on the parameters that hold them all."""
+"""LoRA on experts: single experts taken out of a stack, or gathered into one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModule], list[Issue]]:
-    """Return the modules with those on stacked experts taken apart: one for each matrix that the base stores.
+    """Return the modules, with each stack of experts replaced by one module for each matrix that the base stores.
 
-    Each keeps the rank and the scale of the stack; of two matrices that are one parameter of the model, both have A.
-    A matrix that its parameter's name means becomes the module that it is.
+    Each keeps the rank and the scale of the stack. Two matrices that are one parameter of the model (gate and up) both
+    get its A. A module whose base stores all experts in one tensor gives an error: its experts have no names.
     """
     found: list[LoraModule] = []
     issues: list[Issue] = []
@@ -43,7 +43,7 @@ def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
 
 
 def _by_module(module: LoraModule, own: Sequence[PlacedDelta], joined: Joined) -> LoraModule:
-    """Return the module of a matrix that is a parameter so far; itself where that is no linear layer's."""
+    """Return a matrix on ``target_parameters`` as its linear layer; unchanged where it belongs to none."""
     owner, _, parameter = module.path.rpartition(".")
     is_whole = len(own) == 1 and not (own[0].part or own[0].region.box or own[0].region.transposed)
     if parameter != "weight" or not is_whole or joined.class_of(owner) in {"Conv1D", "Embedding"}:
@@ -52,7 +52,7 @@ def _by_module(module: LoraModule, own: Sequence[PlacedDelta], joined: Joined) -
 
 
 def _expert(module: LoraModule, delta: PlacedDelta) -> LoraModule:
-    """Return the module of one stored matrix."""
+    """Return the LoRA of one expert's matrix: the part of the stack's factors that changes it."""
     _, (top, bottom), (left, right) = delta.part
     shape = (bottom - top, right - left)
     turned = delta.region.transposed
@@ -64,10 +64,10 @@ def _expert(module: LoraModule, delta: PlacedDelta) -> LoraModule:
 
 
 def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModule], list[Issue]]:
-    """Return the modules with those of experts gathered on the parameters that the model has for them.
+    """Return the modules, with single experts gathered on the parameters that transformers' model has for them.
 
-    What is one parameter of the model (gate and up, say) has factors side by side: their ranks add up. What PEFT would
-    take for an expert by its name, or not take at all, is meant by its parameter's.
+    Where one parameter holds several matrices (gate and up), their factors are placed side by side and the ranks add
+    up. Other modules are written by parameter where PEFT would not find them by their module's name.
     """
     conversion = joined.stored.conversion
     if conversion is None:
@@ -81,6 +81,8 @@ def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
     issues: list[Issue] = []
     for module in modules:
         try:
+            # A copy for 4-bit training has modules that no conversion of transformers knows, so the stored
+            # stack is asked first.
             parts = _slice_of(module, joined) or _parts(module, conversion)
         except ConversionError as exc:
             issues.append(error("unsupported", module.path, str(exc)))
@@ -100,7 +102,7 @@ def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
 
 
 def _by_parameter(module: LoraModule, names: Collection[str], joined: Joined) -> LoraModule:
-    """Return a linear layer as the parameter that it is, where PEFT would not find it as a module.
+    """Return a linear layer as a parameter (``target_parameters``), where PEFT would not find it as a module.
 
     Reference:
         ``peft.utils.transformers_weight_conversion._convert_peft_config_moe`` (PEFT 0.21.2): any module that ends in
@@ -118,9 +120,10 @@ def _by_parameter(module: LoraModule, names: Collection[str], joined: Joined) ->
 
 
 def renested(modules: Sequence[LoraModule], joined: Joined) -> list[LoraModule]:
-    """Return modules with the depths that PEFT gives to several parameters of one, under the names they have now."""
+    """Return modules with their depths computed for the names that they have now."""
     known = joined.skeleton.parameters if joined.skeleton else {}
     owners: dict[str, list[LoraModule]] = {}
+    # Where the model does not tell the order of its parameters, the deepest stays the first.
     for module in sorted(modules, key=lambda module: -module.depth):
         if module.form == "experts":
             owners.setdefault(module.owner, []).append(module)
@@ -133,7 +136,7 @@ def renested(modules: Sequence[LoraModule], joined: Joined) -> list[LoraModule]:
 
 
 def _parts(module: LoraModule, conversion: Conversion) -> dict[str, Placed] | None:
-    """Return where a module lies in the stacked parameters of the model; None when it is not part of one."""
+    """Return a module's place in each stacked parameter of the model; None when it is not part of one."""
     parameter, pattern = conversion.canonical(f"{module.path}.weight")
     shape = conversion.shape(parameter)
     if pattern is None or module.form != "linear" or shape is None or len(shape) != 3:
@@ -145,7 +148,7 @@ def _parts(module: LoraModule, conversion: Conversion) -> dict[str, Placed] | No
 
 
 def _slice_of(module: LoraModule, joined: Joined) -> dict[str, Placed] | None:
-    """Return where an expert lies in the stack that the base stores; None for any other module."""
+    """Return an expert's place in a stack, for a copy with experts one by one; None for other modules."""
     own = [
         delta
         for delta in joined.deltas
@@ -169,7 +172,7 @@ def _placed(delta: Delta, piece: Piece) -> Placed:
 
 
 def _stack(parameter: str, parts: Iterable[Placed], conversion: Conversion) -> LoraModule:
-    """Return the module of one parameter: its rank is the largest that an expert needs."""
+    """Return the module of one stacked parameter. Its rank is the largest sum of ranks that an expert needs."""
     parts = tuple(sorted(parts, key=lambda part: (part.expert, part.rows)))
     ranks: dict[int, int] = {}
     for part in parts:
@@ -177,5 +180,6 @@ def _stack(parameter: str, parts: Iterable[Placed], conversion: Conversion) -> L
     n_experts, *sides = conversion.shape(parameter) or ()
     n_in = parts[0].delta.shape("A")[1]
     n_out = max(end for _, end in (part.rows for part in parts))
+    # The last outputs may have no LoRA; the parameter's own shape says how many outputs there are.
     n_out = next((side for side in sides if side >= n_out and sorted(sides) == sorted((side, n_in))), n_out)
     return LoraModule(parameter, "experts", Gathered(parts), (n_experts, n_out, n_in), max(ranks.values()))

@@ -1,4 +1,4 @@
-"""base, tuned → what differs → a LoRA of it, through the same steps as a conversion."""
+"""A base and a full fine-tune → the weights that differ → a LoRA of the difference."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 
 def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None) -> ConvertReport:
-    """Take a full fine-tune apart into a base and a LoRA.
+    """Write a LoRA of what a full fine-tune changed in its base.
 
     Raises:
-        LoraMergeError: see `lora_merge.errors`. Nothing stands under the output's name then, but what stood there
-            before.
+        RequestError: neither ``rank`` nor ``energy`` is given.
+        LoraMergeError: see `lora_merge.errors`. The output's path is then as it was before.
     """
     watch, clock = observer or Silence(), Clock()
     if request.rank is None and request.energy is None:
@@ -70,6 +70,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     pairing = _paired(base, tuned)
     issues = [*(issue for place in places for issue in place.issues), *misfits(pairing)]
     raise_errors(issues)
+    # The two checks come before the comparison, which reads both models.
     found = extracted(
         pairing, _changed(pairing, watch), targets=request.target, save_modules=request.save_modules
     )
@@ -105,7 +106,10 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
-    """Return the tensors of both under the names of either: an end of a tie that one does not store has the other's values."""
+    """Return the tensors of both checkpoints under the names of either.
+
+    Where only one of them stores both ends of a tie, the other's missing end has the values of the end that it stores.
+    """
     before, after = base.by_name(), tuned.by_name()
     missing = {
         name: ref
@@ -118,6 +122,7 @@ def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
     known, stored = build_skeleton(base.config), stored_in(tuned)
     tied = (build_skeleton(tuned.config) or known).tied if known is not None else {}
     ends = [(stored.disk_name(end), stored.disk_name(source)) for end, source in tied.items()]
+    # Ends of a tie that neither checkpoint stores.
     twins = {
         end: source
         for one, another in ends
@@ -130,7 +135,7 @@ def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
 
 
 def _spelled(names: Collection[str], stored: Stored) -> dict[str, str]:
-    """Return the stored names that transformers' model has under other ones: PEFT drops what it does not find there."""
+    """Return stored names → transformers' names, where they differ. PEFT drops what it does not find under the latter."""
     conversion = stored.conversion
     found = {}
     for name in names if conversion is not None else ():
@@ -142,11 +147,12 @@ def _spelled(names: Collection[str], stored: Stored) -> dict[str, str]:
 
 
 def _changed(pairing: Pairing, watch: Observer) -> frozenset[str]:
-    """Return the names of the tensors that differ. Reads both."""
+    """Return the names of the tensors whose values differ. Reads both checkpoints."""
     before, after = pairing.before, pairing.after
     common = before.keys() & after.keys()
     watch.phase("comparing", sum(before[name].nbytes for name in common))
     changed = set()
+    # In the order of the base's files: sequential reads.
     for name in sorted(common, key=lambda name: (before[name].file, before[name].start)):
         if not same_values(before[name], after[name]):
             changed.add(name)

@@ -1,4 +1,4 @@
-"""What engines have to be told of an adapter and its base: the family, and traits that only the base's files show."""
+"""What engines need to know of an adapter and its base: the family, and traits that only the base's files show."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from lora_merge.serving.engine_report import EngineReport
 
 ADDED_TOKENS = "added_tokens.json"
-"""Tokens that an adapter's tokenizer has beside its vocabulary, with their ids."""
+"""File with the tokens that an adapter's tokenizer adds to its vocabulary, and their ids."""
 
 
 def base_config(given: str | None, adapter: Adapter) -> Mapping[str, Any]:
-    """Return the ``config.json`` of a base: of the one that is given, else of one that the adapter names, if it is here.
+    """Return a base's ``config.json``: of the base that is given, otherwise of the one that the adapter names.
 
-    Only directories are looked at: a name alone says nothing about the family.
+    Only local directories are read. Empty if there is none: a name alone does not tell the family.
     """
     named = given or adapter.config.get("base_model_name_or_path")
     if not named:
@@ -43,14 +43,14 @@ def base_config(given: str | None, adapter: Adapter) -> Mapping[str, Any]:
 
 
 def family_of(config: Mapping[str, Any], adapter: Adapter) -> BaseFamily:
-    """Return the family of a base, by its config, else by the class that PEFT wrote down."""
+    """Return the family of a base: by its config, otherwise by the class that PEFT wrote into the adapter's config."""
     return BaseFamily.of_config(config) or BaseFamily.of_adapter(adapter.config)
 
 
 def added_tokens(adapter: Adapter, config: Mapping[str, Any]) -> int:
-    """Return how many entries of an adapter's ``added_tokens.json`` have ids that the base does not have.
+    """Return how many entries of an adapter's ``added_tokens.json`` have ids beyond the base's vocabulary.
 
-    Without the base's vocabulary, all of them count.
+    All of them count where the base's ``vocab_size`` is not known. 0 if the file is missing or broken.
     """
     path = Path(adapter.root) / ADDED_TOKENS
     if not path.is_file():
@@ -65,7 +65,7 @@ def added_tokens(adapter: Adapter, config: Mapping[str, Any]) -> int:
 
 
 def seen_by_engines(adapter: Adapter, joined: Joined | None) -> tuple[tuple[Trait, ...], BaseFamily]:
-    """Return an adapter's traits, with what the base shows of them, and the family of the base."""
+    """Return an adapter's traits, with those that only the base shows, and the family of the base."""
     config = joined.base.config if joined else base_config(None, adapter)
     added = added_tokens(adapter, config)
     family = family_of(config, adapter)
@@ -75,12 +75,14 @@ def seen_by_engines(adapter: Adapter, joined: Joined | None) -> tuple[tuple[Trai
 
 
 def serving_issues(serving: str, adapter: Adapter, joined: Joined | None) -> list[Issue]:
-    """Return an issue for each trait that an engine stumbles over and that no conversion takes away; and the family's."""
+    """Return an error for each trait that no conversion cures for an engine, and the issues of the family."""
     traits, family = seen_by_engines(adapter, joined)
     engine = ENGINES[serving]
     incurable = [
         error("unsupported", trait.name, f"{trait.detail}: {engine.name} {rule.sentence}", MERGE)
         for trait, rule in obstacles(engine, traits, family)
+        # An option of the engine is the user's to set, and a rule that may not hold for this family is no
+        # reason to refuse.
         if not rule.needs and rule.effect != "option" and not rule.is_open(family)
     ]
     return [*family_issues(serving, traits, family), *incurable]
@@ -89,7 +91,7 @@ def serving_issues(serving: str, adapter: Adapter, joined: Joined | None) -> lis
 def left_for(
     serving: str, made: Adapter, base: Checkpoint | None, adapter: Adapter, source: str
 ) -> EngineReport:
-    """Return what an engine makes of an adapter that was converted for it.
+    """Return what an engine would still find in an adapter that was converted for it.
 
     Args:
         serving: the engine.

@@ -1,4 +1,4 @@
-"""A LoRA that is to be made and written, as a value: what a conversion and an extraction plan, and what is carried out."""
+"""A planned conversion or extraction, as a value: everything that carrying it out needs."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
 
 MARKS = (ADAPTER_CONFIG, CONVERSION_MANIFEST)
-"""Files that show that a directory is an adapter."""
+"""Files by which a directory is recognised as an adapter, which ``--overwrite`` may replace."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A LoRA to be made and written, wherever its modules come from."""
+    """A LoRA to be made and written, from an adapter or from two checkpoints."""
 
     source: str
-    """What it is made of, as the user named it."""
+    """The adapter or the tuned model, as the user named it."""
 
     adapter: Adapter
-    """Its configuration, side files and format; of an extraction, an empty one."""
+    """Gives the configuration, the side files and the format. An extraction has one without tensors."""
 
     found: Draft
     recipe: Recipe
     base: Checkpoint | None
-    """Where it is at hand."""
+    """None if the conversion needs no base and none was given."""
 
     on_base: OnBase | None
-    """Where the output is read back on the base; None where it is not at hand."""
+    """The base on which the output is read back; None without a base."""
 
     out: Path
     serving: str | None
-    """The engine that the output has to please."""
+    """The engine whose rules the output has to keep (``--for``)."""
 
     overwrite: bool
     strict: bool
@@ -60,16 +60,16 @@ class Conversion:
     """A folder among the inputs that the output may be in: an adapter may hold other forms of itself."""
 
     def read_files(self) -> tuple[Path, ...]:
-        """Return the directories and the weight files that it is made of."""
+        """Return the input directories, and the weight files of adapter and base."""
         names = {*self.adapter.files, *(ref.file for ref in (self.base.tensors() if self.base else ()))}
         return (*self.inputs, *map(Path, sorted(names)))
 
 
 def raise_unconvertible(issues: Sequence[Issue]) -> None:
-    """Raise the errors among some issues, if there are any.
+    """Raise all errors among some issues at once; do nothing if there are none.
 
     Raises:
-        ConvertError: there are.
+        ConvertError: there are errors.
     """
     errors = [issue for issue in issues if issue.severity == "error"]
     if errors:

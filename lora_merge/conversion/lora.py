@@ -1,4 +1,4 @@
-"""A LoRA that is to be written: its modules, what the factors of each are made of, and what became of them."""
+"""A LoRA to be written, as values: its modules, the origin of their factors, and the report."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ Form = Literal["linear", "embedding", "convolution", "experts"]
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Factors that the adapter has."""
+    """Factors that the adapter stores."""
 
     delta: Delta
 
     turned: bool = False
-    """True where they are those of the transposed change."""
+    """True if B A is the transposed change, ``[in, out]``."""
 
     part: tuple[tuple[int, int], ...] = ()
-    """The part of the delta's weight that is meant, as `lora_merge.core.adapter.PlacedDelta.part` has it."""
+    """The part of the delta's weight that is used; see `lora_merge.core.adapter.PlacedDelta.part`. Empty: all of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """What a merge changes of a stored weight: it has no factors yet."""
+    """The change that a merge would make to a stored weight. It has no factors yet."""
 
     step: Step
 
     turned: bool = False
-    """True where the weight is stored ``[in, out]``: ``Conv1D``, and an embedding as LoRA sees it."""
+    """True if the weight is stored as ``[in, out]``: ``Conv1D``, or an embedding as LoRA sees it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What a training made of a weight."""
+    """The difference of a weight after and before a training. It has no factors yet."""
 
     before: TensorRef
     after: TensorRef
@@ -50,25 +50,25 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Factors of a part, and the part of a stack of experts that they belong to."""
+    """Factors of one expert's matrix, and its place in a stack of experts."""
 
     delta: Delta
     expert: int
 
     rows: tuple[int, int]
-    """Outputs of the stacked weight."""
+    """Range of outputs in the stacked weight: start, end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Factors of many modules as those of one stack of experts; where there are none, nothing is changed."""
+    """Factors of many experts, gathered in one stack. Experts without factors get zeros."""
 
     parts: tuple[Placed, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Unchanged:
-    """A module that the adapter leaves alone, written all the same: its factors are zero."""
+    """A module that the adapter does not change, written with factors of zeros because an engine expects it."""
 
 
 Origin = Given | Changed | Difference | Gathered | Unchanged
@@ -79,43 +79,44 @@ class LoraModule:
     """One module of a LoRA, or one parameter of ``target_parameters``."""
 
     path: str
-    """As the adapter that is written names it; of ``experts``, the parameter's."""
+    """Path in the written adapter. For ``experts``, the path of the parameter."""
 
     form: Form
     origin: Origin
 
     shape: tuple[int, ...]
-    """Of the change as LoRA has it: ``[out, in]``, ``[out, in, *kernel]``, ``[experts, out, in]``."""
+    """Shape of the change: ``[out, in]``, ``[out, in, *kernel]`` or ``[experts, out, in]``."""
 
     rank: int
-    """r of the factors; 0 where there are none yet."""
+    """r of the factors; 0 if there are none yet."""
 
     scale: float = 1.0
-    """What B A is multiplied by, before any transform."""
+    """Multiplier of B A, before any transform."""
 
     kept: Mapping[str, TensorRef] = field(default_factory=dict)
-    """What goes along as it is, by its end of the name: ``{"lora_magnitude_vector": …}``; ``lora_B.bias`` is scaled."""
+    """Other tensors of the module, by the end of their name: ``{"lora_magnitude_vector": …}``. They are copied; only
+    ``lora_B.bias`` is scaled with B."""
 
     depth: int = 0
-    """Of experts: how many ``base_layer`` stand in the names of the tensors."""
+    """For experts: how many ``base_layer`` parts the names of the tensors have."""
 
     @property
     def owner(self) -> str:
-        """Return the module's path, of ``experts`` too."""
+        """The path of the module itself: for ``experts``, the path without the parameter."""
         return self.path.rpartition(".")[0] if self.form == "experts" else self.path
 
     @property
     def is_exact(self) -> bool:
-        """Return True where the factors are there; False where a change has to be taken apart into some."""
+        """True if the factors exist already; False if a change has to be decomposed."""
         return not isinstance(self.origin, Changed | Difference)
 
 
 def nested(modules: Iterable[LoraModule], parameters: Mapping[str, Sequence[str]]) -> list[LoraModule]:
-    """Return modules with the names that PEFT gives several parameters of one: the last of them is outermost.
+    """Return modules with the depth at which PEFT nests several parameters of one module: the last is outermost, at 0.
 
     Args:
-        modules: of which some are ``experts``.
-        parameters: of each module of the model, in the order of their registration.
+        modules: any; only those of the form ``experts`` change.
+        parameters: the names of each module's parameters, in the order of their registration.
 
     Reference:
         ``peft.tuners.tuners_utils.BaseTuner._inject_parameters`` (PEFT 0.21.2).
@@ -134,39 +135,39 @@ def nested(modules: Iterable[LoraModule], parameters: Mapping[str, Sequence[str]
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """How much of a change a truncation keeps."""
+    """How much of a change a truncation keeps. If both are given, the smaller rank is taken."""
 
     rank: int | None = None
-    """Singular values, at most."""
+    """Number of singular values that are kept, at most."""
 
     energy: float | None = None
-    """Share of the sum of their squares, at least."""
+    """Share of the sum of their squares that is kept at least, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """How far what is written is from what was wanted."""
+    """Distance between the change that was wanted, Δ, and the one that is written, Δ′; Frobenius norms."""
 
     norm: float
-    """‖Δ‖ of what was wanted, in the Frobenius norm."""
+    """‖Δ‖."""
 
     residual: float
-    """‖Δ - Δ′‖: no output of the module is further off than this times the length of its input."""
+    """‖Δ - Δ′‖. It bounds the error of the module's output, relative to the length of its input."""
 
     @property
     def relative(self) -> float:
-        """Return ‖Δ - Δ′‖ / ‖Δ‖."""
+        """‖Δ - Δ′‖ / ‖Δ‖; 0 for a change of zero."""
         return self.residual / self.norm if self.norm else 0.0
 
     @property
     def energy(self) -> float:
-        """Return the share of ‖Δ‖² that is kept."""
+        """The share of ‖Δ‖² that is kept, from 0 to 1."""
         return max(0.0, 1.0 - self.relative**2)
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One module whose factors are made: they wait in a file."""
+    """One module whose factors are computed. They wait in a temporary file."""
 
     module: LoraModule
     a: TensorRef
@@ -179,86 +180,89 @@ class Made:
     loss: Loss | None
 
     padded: int = 0
-    """The rank that it is padded to when it is written; 0: as it is."""
+    """The rank to which it is padded when it is written; 0: no padding."""
 
     @property
     def rank(self) -> int:
-        """Return r, as it is written."""
+        """The rank r as it is written, padding included."""
         return self.padded or self.a.shape[-2]
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A LoRA, ready to be written."""
+    """A LoRA, ready for a writer."""
 
     made: tuple[Made, ...]
     config: Mapping[str, Any]
-    """As PEFT has it."""
+    """Fields of ``adapter_config.json``."""
 
     whole: Mapping[str, TensorRef] = field(default_factory=dict)
-    """What is carried as it is, by its name in a PEFT file."""
+    """Tensors that are carried whole, by their names in a PEFT file."""
 
     base_config: Mapping[str, Any] = field(default_factory=dict)
-    """``config.json`` of the base, where that is at hand."""
+    """``config.json`` of the base; empty if there is no base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is done to an adapter: the transforms that a user asked for, and those that an engine or a format needs."""
+    """What is done to an adapter: what the user asked for, and what the engine and the output's format need."""
 
     to_lora: bool = False
     keep: Keep | None = None
     bake: bool = False
     uniform: bool = False
-    """Every module has one rank."""
+    """True if all modules get the same rank."""
 
     ranks: tuple[int, ...] = ()
-    """Of which one is taken, the smallest that holds all; empty: the largest rank that there is."""
+    """Ranks allowed for that: the smallest that holds all modules is taken. Empty: the largest rank of a module."""
 
     explicit: bool = False
-    """Targets are listed."""
+    """True if ``target_modules`` lists the modules one by one."""
 
     every_layer: bool = False
-    """What is a target in one layer is one in all: with zeros, where the adapter has nothing."""
+    """True if a target in one layer becomes one in all layers, with zeros where the adapter has no factors."""
 
     every_name: bool = False
-    """What is called as a target is one wherever it stands: with zeros, where the adapter has nothing."""
+    """True if every module with the name of a target becomes one, with zeros where the adapter has no factors."""
 
     packed: bool = False
-    """Where one of q, k and v, or of gate and up, is a target, all are: with zeros."""
+    """True if a target among q, k and v, or gate and up, makes the others targets too, with zeros."""
 
     without_copies: bool = False
-    """Embeddings that are saved along, and equal the base's, are left out."""
+    """True if saved embeddings that equal the base's are left out."""
 
     naming: Naming | None = None
     experts: ExpertForm | None = None
     dtype: str | None = None
-    """A safetensors code; None: what holds the values."""
+    """A safetensors code; None: the adapter's own dtype where it is exact, otherwise float32."""
 
     format: AdapterFormat = "peft"
 
     @property
     def is_rescaled(self) -> bool:
-        """Return True when every scale is folded into B."""
+        """True if every scale is folded into B, so that α/r is 1."""
+        # A truncation puts the scale into its factors, one rank leaves one α, and formats other than PEFT's
+        # have no α per module.
         return self.bake or self.keep is not None or self.uniform or self.to_lora or self.format != "peft"
 
     @property
     def is_renamed(self) -> bool:
-        """Return True when modules have other names, or are others, than before."""
+        """True if the modules, or their names, differ from those of the source."""
         return bool(self.naming or self.experts or self.to_lora or self.fills)
 
     @property
     def fills(self) -> bool:
-        """Return True when modules that the adapter leaves alone are written with zeros."""
+        """True if modules that the adapter does not change are written with zeros."""
         return self.every_layer or self.every_name or self.packed
 
     @property
     def drops_copies(self) -> bool:
-        """Return True when copies of the base's embeddings are left out."""
+        """True if saved copies of the base's embeddings are left out."""
+        # Other formats cannot carry whole tensors, so a copy would make them refuse the adapter.
         return self.without_copies or self.format != "peft"
 
     def names(self) -> tuple[str, ...]:
-        """Return the transforms in the order in which they are applied, as options are spelled."""
+        """Return the transforms in the order in which they are applied, by the names of their options."""
         done = {
             "split-experts": self.experts == "split",
             "fuse-experts": self.experts == "fuse",
@@ -279,24 +283,24 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of one module."""
+    """The report on one module."""
 
     path: str
     rank_before: int
-    """0 where it had no factors."""
+    """r of the source's factors; 0 if it had none."""
 
     rank: int
     scale: float
     dtype: str
-    """Of its factors, a safetensors code."""
+    """Of the written factors, a safetensors code."""
 
     loss: Loss | None = None
-    """None where nothing was lost: the change is what it was, up to the rounding of float32."""
+    """None if nothing was lost, apart from the rounding of float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What one conversion, or one extraction, did."""
+    """The report on one conversion or extraction."""
 
     source: str
     """The adapter, or the tuned model, as the user named it."""
@@ -304,26 +308,27 @@ class ConvertReport:
     out: str
     format: AdapterFormat
     files: tuple[str, ...]
-    """What was written, relative to ``out``."""
+    """Written files, relative to ``out``."""
 
     nbytes: int
     transforms: tuple[str, ...]
-    """What was done, in order."""
+    """Names of the transforms, in the order in which they were applied."""
 
     modules: tuple[Written, ...]
     n_whole: int
-    """Parameters that are carried whole: ``modules_to_save``, biases, trained tokens."""
+    """Number of tensors that were carried whole: ``modules_to_save``, biases, trained tokens."""
 
     issues: tuple[Issue, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> Loss | None:
-        """Return the loss of all modules together; None where nothing was lost."""
+        """The loss of all modules together; None if nothing was lost."""
         losses = [one.loss for one in self.modules if one.loss is not None]
         if not losses:
             return None
         norm, residual = (
+            # Frobenius norms of separate matrices add up in squares.
             sum(value**2 for value in values) ** 0.5
             for values in zip(*((one.norm, one.residual) for one in losses), strict=True)
         )

@@ -1,4 +1,4 @@
-"""One module → its factors, in memory; and what they lose on the way."""
+"""Computes the factors of one module after the other, and what they lose."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _TOO_LARGE = "bfloat16 and float32 hold larger ones; where they do not, the trai
 
 
 class Maker:
-    """Makes the factors of one module after the other.
+    """Makes the factors of one module after the other, so that memory holds one module at a time.
 
     Args:
-        change_of: what a merge would change.
-        recipe: how much is kept of a change without factors, and what the factors are stored as.
-        transforms: what factors go through, in order.
-        own_dtype: dtype code that most of the adapter is stored in.
+        change_of: computes what a merge would change.
+        recipe: says how much of a change without factors is kept, and the dtype of the output.
+        transforms: applied in this order.
+        own_dtype: dtype code in which most of the adapter is stored.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Maker:
         self._factors = Factors(load)
 
     def __call__(self, module: LoraModule) -> tuple[Pair, Loss | None]:
-        """Return the factors of a module as they are stored, and what was lost; None where nothing was.
+        """Return a module's factors in the dtype in which they are stored, and the loss; None if nothing was lost.
 
         Raises:
             CheckpointError: a source cannot be read.
-            ConvertError: a value is too large for the dtype, or none.
-            OutOfMemoryError: there is no memory left for it.
+            ConvertError: a value is NaN or infinite, or the dtype cannot hold it.
+            OutOfMemoryError: memory does not suffice.
         """
         with memory_for(f"converting {module.path}"):
             made, loss = self._factored(module) if module.is_exact else self._taken_apart(module)
@@ -61,18 +61,23 @@ class Maker:
             return made, loss
 
     def _factored(self, module: LoraModule) -> tuple[Pair, Loss | None]:
-        """Return what becomes of the factors that a module has."""
         pair = self._pair(module)
         made = self._transformed(module.path, pair)
+        # Scaling and padding lose nothing; a lower rank or a dtype that the user chose may.
         lost = made.rank < pair.rank or self._recipe.dtype not in {None, "F32"}
         return made, Loss(pair.norm(), pair.distance(made)) if lost else None
 
     def _transformed(self, path: str, pair: Pair, *, is_truncated: bool = False) -> Pair:
-        """Return factors after the transforms, as they are stored; none loses anything of what is truncated already."""
+        """Return factors after the transforms, in the dtype in which they are stored.
+
+        Raises:
+            ConvertError: a value is infinite.
+        """
         import torch
 
         try:
             for transform in self._transforms:
+                # A decomposed change has the wanted rank already; truncating again could only lose more.
                 if transform.exact or not is_truncated:
                     pair = transform(pair)
         except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]  # infinity was among the values
@@ -81,13 +86,14 @@ class Maker:
         return rounded(pair, self._recipe.dtype, self._own_dtype)
 
     def _pair(self, module: LoraModule) -> Pair:
-        """Return the factors that a module has."""
+        """Return the factors that a module starts from, in float32; zeros if the adapter does not change it."""
         import torch
 
         match module.origin:
             case Given(delta, turned, part):
                 a, b = self._given(delta, part)
                 if turned:
+                    # (B A)ᵀ = Aᵀ Bᵀ.
                     a, b = b.mT.contiguous(), a.mT.contiguous()
                 return Pair(a, b, delta.effective_scale)
             case Gathered(parts):
@@ -99,14 +105,14 @@ class Maker:
     def _given(
         self, delta: Delta, part: tuple[tuple[int, int], ...] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B in float32, a kernel flat, whatever they are stored as."""
+        """Return A and B in float32, with the kernel of a convolution flattened into A's inputs."""
         factors = self._factors.of(delta, part)
         if delta.facts.is_stacked:
             return factors["A"].float(), factors["B"].float()
         return plain_pair(cast("FactorFacts", delta.facts), factors)
 
     def _gathered(self, module: LoraModule, parts: Sequence[Placed]) -> Pair:
-        """Return the factors of a stack, those of its parts side by side, each with its scale."""
+        """Return the factors of a stack: those of each expert's parts side by side, with their scales in B."""
         import torch
 
         n_experts, n_out, n_in = module.shape
@@ -121,7 +127,7 @@ class Maker:
         return Pair(a, b)
 
     def _taken_apart(self, module: LoraModule) -> tuple[Pair, Loss]:
-        """Return the factors of a change that has none, and how far they are from it."""
+        """Decompose a change that has no factors; return its factors and their distance from it."""
         change = self._change(module)
         _check_finite(module.path, "changes by values that are NaN or infinite", change)
         keep = self._recipe.keep
@@ -131,11 +137,12 @@ class Maker:
         else:
             pair = factorised(change, keep)
         made = self._transformed(module.path, pair, is_truncated=True)
+        # Measured on the stored factors, so that the truncation and the rounding are both in it.
         residual = change.sub(made.b.float() @ made.a.float())
         return made, Loss(float(change.double().norm()), float(residual.double().norm()))
 
     def _change(self, module: LoraModule) -> torch.Tensor:
-        """Return ΔW ``[…, out, in]``, float32; the kernel of a convolution is flat."""
+        """Return ΔW in float32, ``[…, out, in]``, with the kernel of a convolution flattened."""
         match module.origin:
             case Changed(step, turned):
                 change = self._change_of(step)
@@ -149,10 +156,10 @@ class Maker:
 
 
 def _check_finite(path: str, sentence: str, *tensors: torch.Tensor) -> None:
-    """Check that there is no NaN and no infinity in some tensors.
+    """Check that no value is NaN or infinite.
 
     Raises:
-        ConvertError: there is.
+        ConvertError: one is.
     """
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ConvertError([error("non-finite", path, sentence, _TOO_LARGE)])

@@ -1,4 +1,4 @@
-"""What the modules of an adapter are in mlx-lm: under names that its class of the model has, and tied where it ties."""
+"""The modules of an adapter for mlx-lm: in its names, and tied where its models are tied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MERGE = "merge it, and convert the merged model with mlx_lm.convert"
 
 
 def for_mlx(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModule], list[Issue]]:
-    """Return the modules that mlx-lm has, as transformers 5 names them, and what it has no place for."""
+    """Return the modules that mlx-lm has, named as in transformers 5, and an error for each that it lacks."""
     family = family_of(joined.base.config)
     if family is None:
         model_type = str(joined.base.config.get("model_type"))
@@ -37,10 +37,8 @@ def for_mlx(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraMod
 
 
 def _canonical(path: str, family: MlxFamily, joined: Joined) -> str:
-    """Return a path in the one spelling that a reader of mlx-lm's names would give it.
-
-    mlx-lm starts from the names of published checkpoints, so those of the base count, whatever the adapter's are.
-    """
+    """Return a path as a reader of mlx-lm's file would spell it in transformers' names."""
+    # mlx-lm starts from the names of published checkpoints, so the base's names count, not the adapter's.
     stored = joined.stored.disk_name(f"{path}.weight").removesuffix(".weight")
     name = mlx_name(stored, family)
     if not is_expert(stored):
@@ -53,7 +51,7 @@ def _canonical(path: str, family: MlxFamily, joined: Joined) -> str:
 def _tied(
     modules: Sequence[LoraModule], family: MlxFamily, joined: Joined
 ) -> tuple[list[LoraModule], list[Issue]]:
-    """Return the modules with a tied embedding written once: mlx-lm uses its factors at both ends.
+    """Return the modules, with a tied embedding written once.
 
     Reference:
         ``mlx_lm.tuner.lora.LoRAEmbedding.as_linear`` (mlx-lm 0.32.2).
@@ -66,6 +64,8 @@ def _tied(
         if not (is_head or module.path in inputs):
             found.append(module)
             continue
+        # mlx-lm uses the factors of an embedding at both ends. So one pair is written if both ends have the
+        # same change, and a change of one end alone is refused.
         twin = joined.kept_twin(module.path)
         if twin is None and (joined.is_tied(module.path) or (family.lacking.get("lm_head") and not is_head)):
             issues.append(_one_end(module.path))
@@ -82,7 +82,7 @@ def _one_end(path: str) -> Issue:
 
 
 def _turned(module: LoraModule, path: str) -> LoraModule:
-    """Return the head of a tied model as the embedding that it is."""
+    """Return LoRA on the tied output as LoRA on the embedding: transposed, under the other path."""
     assert isinstance(module.origin, Given | Changed | Difference)
     form: Form = "embedding"
     origin = replace(module.origin, turned=not module.origin.turned)

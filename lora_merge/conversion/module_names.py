@@ -1,4 +1,4 @@
-"""What the modules of an adapter are called: as transformers 4 or 5 names them; and those that it has nothing for."""
+"""The names of an adapter's modules in transformers 4 or 5, and modules of zeros that engines expect beside them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ _WHOLE = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+?)"
     r"(?P<end>(\.base_layer)?\.(weight|bias|token_adapter\.trainable_tokens_delta|trainable_tokens_delta))"
 )
-"""The name of a tensor that is carried whole."""
+"""The name of a tensor that is carried whole: its module, and the rest."""
 
 
 def renamed(
     modules: Sequence[LoraModule], whole: Mapping[str, TensorRef], naming: Naming, joined: Joined
 ) -> tuple[list[LoraModule], dict[str, TensorRef], list[Issue]]:
-    """Return modules and whole tensors under the names that a release of transformers has for them."""
+    """Return modules and whole tensors under the names of a release of transformers, and the issues.
+
+    A module gives an error if that release has it as part of a larger parameter, or in parts. Whole tensors without a
+    name there keep theirs.
+    """
     stored = joined.stored
     if stored.conversion is None:
         sentence = "transformers has no class for this model: it has but one naming"
@@ -57,15 +61,18 @@ def renamed(
 
 
 def _named(name: str, naming: Naming, stored: Stored) -> str | None:
-    """Return a parameter under the names of a release; None where it is a part there, or many."""
+    """Return a parameter's name in a release; None where the release has no parameter for exactly this one."""
     assert stored.conversion is not None
     canonical, pattern = stored.conversion.canonical(name)
     if naming == "v5":
         is_its_own = pattern is None or stored.conversion.shape(name) is not None
         return canonical if is_its_own else None
     if pattern is not None:
-        return name  # a part has only its published name
+        # transformers 5 stores this parameter inside a larger one, so only the published name means the part.
+        return name
     published = stored.as_published(name)
+    # A parameter that transformers 5 assembles from several has a name in version 4 only if the base stores
+    # it whole.
     is_made = any(
         canonical.endswith(target)
         for converter in stored.conversion.converters
@@ -75,13 +82,11 @@ def _named(name: str, naming: Naming, stored: Stored) -> str | None:
 
 
 def _of_a_copy(module: LoraModule) -> Issue:
-    """Return the issue of an expert that is a module in a copy of the model, and in no release of transformers."""
     sentence = "is a module in a copy of the model for 4-bit training, and part of a larger parameter in transformers"
     return error("unsupported", module.path, sentence, "add --fuse-experts")
 
 
 def _no_name(module: LoraModule, naming: Naming, stored: Stored) -> Issue:
-    """Return the issue of a module that a release of transformers has as a part of another, or in parts."""
     assert stored.conversion is not None
     release = "5 has it as a part of a larger parameter" if naming == "v5" else "4 has it in parts"
     canonical, _ = stored.conversion.canonical(f"{module.path}.weight")
@@ -93,10 +98,11 @@ def _no_name(module: LoraModule, naming: Naming, stored: Stored) -> Issue:
 
 
 def filled(modules: Sequence[LoraModule], joined: Joined, recipe: Recipe) -> list[LoraModule]:
-    """Return the modules, and zeros for those of the base that an engine wants beside them.
+    """Return the modules, and modules of zeros that an engine expects beside them.
 
-    Those are modules of other layers and experts that have the same name but for the number; modules that have the
-    same last name, wherever they stand; and modules that are computed as one with these.
+    With ``every_layer``, these are the same modules in other layers and other experts; with ``every_name``, all
+    modules with the last name of a target; with ``packed``, the other members of a group that is computed as one (q, k
+    and v).
     """
     linear = [module for module in modules if module.form == "linear"]
     like = {_without_number(module.path): module for module in linear}
@@ -112,16 +118,18 @@ def filled(modules: Sequence[LoraModule], joined: Joined, recipe: Recipe) -> lis
     found = list(modules)
     for path in sorted(joined.modules - known):
         shape = joined.stored.tensors[f"{path}.weight"].shape
+        # The packed group concerns layers that have LoRA; others stay as they are.
         is_near = recipe.every_layer or recipe.every_name or _layer(path) in layers
         twin = like.get(_without_number(path)) if is_near else None
         twin = twin or named.get(path.rpartition(".")[2])
         if twin is not None and len(shape) == 2 and joined.stored.module(path) not in known:
+            # With the rank and scale of its twin: some engines take one rank and one α for all modules.
             found.append(LoraModule(path, "linear", Unchanged(), shape, max(twin.rank, 1), twin.scale))
     return found
 
 
 def _layer(path: str) -> str:
-    """Return a path up to its last number.
+    """Return a path up to its last number; empty where it has none.
 
     Example:
         >>> _layer("model.layers.11.self_attn.q_proj")
@@ -132,7 +140,7 @@ def _layer(path: str) -> str:
 
 
 def _without_number(path: str) -> str:
-    """Return a path without the numbers of layers and experts.
+    """Return a path with ``*`` for the numbers of layers and experts.
 
     Example:
         >>> _without_number("model.layers.11.self_attn.q_proj")

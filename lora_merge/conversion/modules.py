@@ -1,4 +1,4 @@
-"""Which modules the adapter to be written has, and what the factors of each are made of."""
+"""The draft of an adapter: which modules it will have, and what the factors of each are made from."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from lora_merge.planning.joined import Joined
 
 MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
-"""The way out where no adapter can say what this one does."""
+"""Hint for a change that no adapter in the wanted form can hold."""
 
 _TO_LORA = "--to-lora with --rank N or --energy SHARE makes plain LoRA of it, as near as that comes"
 
 
 _PLAIN_NAME = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.[^.]+|model\.embed_tokens|lm_head")
-"""A module that mlx-lm and transformers call the same, whatever the family."""
+"""A module whose name is the same in mlx-lm and transformers for every family."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What will be written."""
+    """What will be written, and every issue that was found on the way."""
 
     modules: tuple[LoraModule, ...]
     whole: Mapping[str, TensorRef]
@@ -53,7 +53,7 @@ class Draft:
 
 @dataclass(slots=True)
 class _Sketch:
-    """A draft that is not finished."""
+    """A draft under construction."""
 
     modules: list[LoraModule] = field(default_factory=list)
     whole: dict[str, TensorRef] = field(default_factory=dict)
@@ -61,29 +61,33 @@ class _Sketch:
 
 
 def needs_base(adapter: Adapter, recipe: Recipe) -> bool:
-    """Return True when an adapter's own files do not say enough for a conversion."""
+    """Return True if an adapter's own files do not suffice for a conversion."""
     reaches_further = bool(
         recipe.naming or recipe.experts or recipe.fills or recipe.without_copies or recipe.format != "peft"
     )
+    # mlx-lm's names of other modules depend on the family, which the base's config tells.
     is_foreign = adapter.format == "mlx" and any(
         not _PLAIN_NAME.fullmatch(module) for module in adapter.modules
     )
+    # Without factors a change has to be computed on the weights that it changes.
     unfactored = recipe.to_lora and not (_is_plain(adapter) and not adapter.config.get("ensure_weight_tying"))
     return reaches_further or unfactored or is_foreign or bool(adapter.stacked)
 
 
 def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
-    """Return the modules of the adapter that is to be written, and everything that stands in the way.
+    """Return the modules of the adapter that is to be written, and every reason why it cannot be.
 
     Args:
         adapter: what is converted.
         recipe: what is done to it.
-        joined: the adapter on its base; needed where `needs_base` says so.
+        joined: the adapter on its base; required where `needs_base` is True.
     """
     drafting = _Drafting(adapter, recipe, joined)
     drafting.run()
     found = drafting.found
     if joined is not None and not found.issues:
+        # Experts first, since renaming needs the modules that will be written; zeros after that, under the
+        # final names.
         if recipe.experts == "split":
             found.modules, issues = split(found.modules, joined)
             found.issues += issues
@@ -109,29 +113,29 @@ def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
 
 
 def _is_product(delta: Delta) -> bool:
-    """Return True when a change is the product of its factors, and nothing else."""
+    """Return True if a change is the product of its factors and nothing else: no lengths, no dependence on the base."""
     return delta.facts.has_factors and delta.facts.is_sum
 
 
 def _stack_of(facts: Facts) -> Stack | None:
-    """Return how factors hold those of all experts; None where they do not."""
+    """Return how the factors of all experts are stacked; None if they are not."""
     return facts.stack if isinstance(facts, FactorFacts) else None
 
 
 def _is_plain(adapter: Adapter) -> bool:
-    """Return True when everything an adapter does has factors in its file."""
+    """Return True if all that an adapter changes has factors in its file."""
     return not (adapter.layered or adapter.replacements or not all(map(_is_product, adapter.deltas)))
 
 
 class _Drafting:
-    """The modules of one adapter, as it names them."""
+    """Sorts the parts of one adapter, under its own names, into modules, whole tensors and issues."""
 
     def __init__(self, adapter: Adapter, recipe: Recipe, joined: Joined | None) -> None:
         self._adapter, self._recipe, self._joined = adapter, recipe, joined
         self.found = _Sketch()
 
     def run(self) -> None:
-        """Sort everything that the adapter does into modules, whole tensors and issues."""
+        """Sort all parts of the adapter. Stops after the first group of issues if the kind cannot be converted at all."""
         self.found.issues += self._kind_issues()
         if self.found.issues:
             return
@@ -148,7 +152,7 @@ class _Drafting:
         self.found.modules.sort(key=lambda module: _natural(module.path))
 
     def _kind_issues(self) -> list[Issue]:
-        """Return what keeps an adapter of this kind from being converted."""
+        """Return the reasons why an adapter of this kind cannot be converted."""
         adapter, recipe = self._adapter, self._recipe
         if any(
             delta.round_before_next or delta.parameter.endswith("in_proj_weight") for delta in adapter.deltas
@@ -163,7 +167,7 @@ class _Drafting:
         return self._beside() or self._unfactored()
 
     def _beside(self) -> list[Issue]:
-        """Return an issue when whole parameters stand in a file of their own."""
+        """Return an issue if whole parameters are in a file beside the adapter's."""
         beside = [name for name, one in self._adapter.replacements.items() if one.why == "saved"]
         if not beside:
             return []
@@ -175,7 +179,7 @@ class _Drafting:
         return [error("unsupported", min(beside), sentence, MERGE)]
 
     def _unfactored(self) -> list[Issue]:
-        """Return an issue when the factors are not all that an adapter is, or there are none."""
+        """Return an issue if the adapter has no factors, or they are not its whole change."""
         adapter, recipe = self._adapter, self._recipe
         kasa = bool(adapter.config.get("kasa_config"))  # a field that is not written
         init = "KaSA" if kasa else mutating_init(adapter.config)
@@ -195,14 +199,14 @@ class _Drafting:
         return groups
 
     def _stays(self, deltas: list[Delta]) -> bool:
-        """Return True for what is written with the factors that it has."""
+        """Return True for a module that is written with the factors that it has."""
         if self._recipe.to_lora:
             again = bool(self._adapter.config.get("kasa_config")) or mutating_init(self._adapter.config)
             return all(map(_is_product, deltas)) and not again
         return all(delta.facts.has_factors for delta in deltas)
 
     def _give(self, parameter: str, groups: Mapping[str, list[Delta]]) -> None:
-        """Take a module with its factors."""
+        """Add a module with its own factors, and the tensors that belong to it: DoRA's magnitude, a bias of B."""
         (delta,) = groups[parameter]
         magnitude = delta.factors.get("magnitude")
         if magnitude is not None and self._recipe.keep is not None:
@@ -232,7 +236,7 @@ class _Drafting:
 
     @cached_property
     def _kernels(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of convolutions by parameter: AdaLoRA has flat factors for them."""
+        """Shapes of convolutions, by parameter. AdaLoRA stores flat factors for them, so the factors do not tell."""
         return {
             delta.target: step.shape
             for step in (self._joined.steps if self._joined else ())
@@ -245,7 +249,7 @@ class _Drafting:
         return delta.transposed or (self._adapter.format == "mlx" and is_input)
 
     def _carry(self, parameters: set[str], groups: Mapping[str, list[Delta]]) -> None:
-        """Take along what has no factors, as it is; nothing of it depends on what is done to factors."""
+        """Carry whatever has no factors as it is. Transforms of factors do not affect it."""
         for parameter in sorted(parameters):
             for delta in groups[parameter]:
                 if delta.facts.replaces_rows:
@@ -268,7 +272,7 @@ class _Drafting:
                 self.found.issues.append(error("unsupported", module.path, sentence, _TO_LORA))
 
     def _stack(self) -> None:
-        """Take the factors of stacked experts, as they are stacked."""
+        """Add the modules of stacked experts with their stacked factors."""
         for pair in self._adapter.stacked:
             assert self._joined is not None
             delta = next((one for one in self._joined.deltas if one.factors == pair.tensors), None)
@@ -284,7 +288,7 @@ class _Drafting:
             )
 
     def _change(self, given: Collection[str]) -> None:
-        """Take apart what a merge would change, where the adapter has no factors for it."""
+        """Add a module to decompose for each stored weight that changes without factors."""
         assert self._joined is not None or _is_plain(self._adapter)
         stacked = {ref.name for pair in self._adapter.stacked for ref in pair.tensors.values()}
         for step in self._joined.steps if self._joined else ():
@@ -299,7 +303,7 @@ class _Drafting:
             self._add_changed(step, target, is_new=is_new)
 
     def _change_twins(self) -> None:
-        """Give both ends of a tie what only one of them is stored for: PEFT has a layer for each."""
+        """Give LoRA to both ends of a tie. Only one of them is stored, and PEFT has a layer for each."""
         known = {module.path for module in self.found.modules}
         for module in list(self.found.modules):
             twin = self._joined.twin(module.path) if self._joined else None
@@ -310,7 +314,7 @@ class _Drafting:
                 self._add(replace(module, path=twin, form=form, origin=origin, shape=module.shape[::-1]))
 
     def _is_new(self, step: Step) -> bool:
-        """Return True for another weight than the base's; PEFT saves copies of the base's embeddings along."""
+        """Return True for a replaced weight that differs from the base's. PEFT also saves unchanged embeddings."""
         assert self._joined is not None
         before = self._joined.before(step.name) if step.replaced else None
         plain = before.plain if before is not None else None
@@ -320,6 +324,7 @@ class _Drafting:
         stored = step.shape
         deltas = step.op.deltas if isinstance(step.op, Merge) else ()
         module, _, parameter = target.rpartition(".")
+        # A decomposition needs the whole matrix of a module.
         if any(delta.region.box or delta.part for delta in deltas):
             sentence = "is stored in parts, or as a part, and is no plain LoRA"
             self.found.issues.append(error("unsupported", target, sentence, MERGE))
@@ -355,7 +360,7 @@ class _Drafting:
         self._add(LoraModule(module, form, Changed(step, turned), shape, 0))
 
     def _name_of(self, step: Step) -> str:
-        """Return what the adapter calls a parameter that it replaces."""
+        """Return the adapter's name of a parameter that a step replaces."""
         ref = _replacement(step)
         return next(name for name, one in self._adapter.replacements.items() if one.ref == ref)
 
@@ -370,12 +375,12 @@ class _Drafting:
 
 
 def _replacement(step: Step) -> TensorRef:
-    """Return the adapter's own tensor, which takes the place of the base's."""
+    """Return the adapter's tensor, which replaces the base's."""
     ref = step.source.plain
     assert ref is not None
     return ref
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Return what sorts paths as people do, layer 9 before layer 10."""
+    """Return a sort key that puts layer 9 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

@@ -1,4 +1,4 @@
-"""A written adapter, read as any other would be: does it say what was meant, and does it fit its base?"""
+"""Reads a written adapter like any other, and compares it with what was meant; with a base, checks that it fits."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from lora_merge.planning import Joined
 
 _TOLERANCE = 1e-6
-"""Of ‖Δ - Δ′‖ / ‖Δ‖: a scale that is α/r again may differ in its last bit, and so may each product."""
+"""Largest ‖Δ - Δ′‖ / ‖Δ‖. The scale is recomputed as α/r, so its last bit may differ, and with it each product."""
 
 
 @dataclass(frozen=True, slots=True)
 class OnBase:
-    """The base that an adapter is joined with when it is read back, and how."""
+    """The base with which a written adapter is joined, and how both are read."""
 
     base: str
     """Root of the checkpoint."""
@@ -40,7 +40,7 @@ class OnBase:
     access: Access
 
     def join(self, adapter: Path) -> Joined:
-        """Return the adapter in a directory on the base.
+        """Return the join of the base and the adapter in a directory.
 
         Raises:
             PlanError: it does not fit.
@@ -52,12 +52,12 @@ class OnBase:
 
 
 def read_back(root: Path, lora: Lora, on_base: OnBase | None) -> Verdict:
-    """Return whether the adapter in a directory is the one that was made: read anew, planned anew, compared.
+    """Read the adapter in a directory, draft it again, and return whether it is the one that was meant.
 
     Args:
-        root: of the adapter.
+        root: directory of the adapter.
         lora: what was meant.
-        on_base: its base, where that is at hand.
+        on_base: its base, if it is at hand.
     """
     adapter = resolve_adapter(root)
     issues = [issue for issue in adapter.issues if issue.severity == "error"]
@@ -70,6 +70,7 @@ def read_back(root: Path, lora: Lora, on_base: OnBase | None) -> Verdict:
             issues += exc.issues
     if not issues:
         found = draft(adapter, Recipe(), joined)
+        # An empty recipe: the draft then has the modules of the file, as they are.
         issues += found.issues or _differences(lora, {one.path: one for one in found.modules})
         missing = lora.whole.keys() - found.whole.keys()
         issues += [
@@ -80,7 +81,7 @@ def read_back(root: Path, lora: Lora, on_base: OnBase | None) -> Verdict:
 
 
 def _differences(lora: Lora, modules: Mapping[str, LoraModule]) -> list[Issue]:
-    """Return an issue for each module whose change is not the one that was made."""
+    """Return an issue for each module that is missing, surplus, or has another change than was made."""
     maker = Maker(change_of, Recipe(), (), "F32")
     issues = []
     for made in lora.made:
@@ -90,6 +91,7 @@ def _differences(lora: Lora, modules: Mapping[str, LoraModule]) -> list[Issue]:
             continue
         wanted = Pair(load(made.a), load(made.b), made.scale)
         got, _ = maker(modules[path])
+        # Exact equality is the usual case, and needs no norms.
         if wanted.equals(got):
             continue
         off = wanted.distance(got)

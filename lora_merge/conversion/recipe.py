@@ -1,4 +1,4 @@
-"""What is done to an adapter that is rewritten: what was asked for, and what formats and engines need."""
+"""Decides what is done to an adapter: what the user asked for, and what formats and the engine need."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 
 def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None = None) -> Recipe:
-    """Return what is done to an adapter: what the user asks for, and what its format, the output's and an engine need.
+    """Return what is done to an adapter.
+
+    Called twice where a base is read: first to learn whether a base is needed, then with the traits that only the base
+    shows.
 
     Args:
         request: the user's.
         adapter: from its headers.
-        joined: the adapter on its base, once that is known.
+        joined: the adapter on its base, once it is known.
 
     Raises:
-        RequestError: the engine reads another format than the one that is asked for.
+        RequestError: the engine reads another format than the requested one.
     """
     needs: frozenset[Need] = frozenset()
     allowed: tuple[int, ...] = ()
@@ -46,18 +49,21 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None =
     is_foreign = adapter.format == "mlx"
     has_keep = request.rank is not None or request.energy is not None
     return Recipe(
+        # AdaLoRA and BD-LoRA have factors, but not those of a plain LoRA.
         to_lora=request.to_lora
         or "to-lora" in needs
         or adapter.kind == "ADALORA"
         or bool(adapter.config.get("use_bdlora")),
         keep=Keep(request.rank, request.energy) if has_keep else None,
         bake=request.bake_scale or is_foreign or "bake-scale" in needs,
+        # mlx-lm's configuration has one rank for all modules.
         uniform=request.pad_rank is not None
         or kind == "mlx"
         or "pad-rank" in needs
         or bool(allowed and has_keep),
         ranks=allowed if request.pad_rank is None else (request.pad_rank,),
         explicit=request.expand_targets or is_foreign or "expand-targets" in needs,
+        # mlx-lm wraps the same modules in all layers.
         every_layer=kind == "mlx" or "every-layer" in needs,
         every_name="every-name" in needs,
         packed="packed" in needs,
@@ -71,7 +77,7 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None =
 
 
 def unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
-    """Return an issue where a change has to be taken apart, and nobody said how much of it to keep."""
+    """Return an error if a change has to be decomposed, and neither a rank nor an energy says how much to keep."""
     unfactored = [module.path for module in modules if not module.is_exact]
     if recipe.keep is not None or not unfactored:
         return []

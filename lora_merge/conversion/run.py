@@ -1,4 +1,4 @@
-"""adapter → draft → factors → files → read back → publish."""
+"""Converts an adapter: locate and read it, draft the output, then write it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None
     """Rewrite an adapter.
 
     Raises:
-        LoraMergeError: see `lora_merge.errors`. Nothing stands under the output's name then, but what stood there
-            before.
+        LoraMergeError: see `lora_merge.errors`. The output's path is then as it was before.
     """
     watch, clock = observer or Silence(), Clock()
     with clock("plan"), memory_for("planning"):
@@ -53,7 +52,7 @@ def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None
 
 
 def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
-    """Locate and resolve, and draft what is to be written.
+    """Locate and read the inputs, and draft the output. Writes nothing.
 
     Raises:
         ChangedError: a file changed while it was read.
@@ -65,7 +64,6 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
 
 
 def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
-    """Locate and resolve, and draft what is to be written."""
     access = Access(request.token, request.offline)
     found_adapter = find(request.adapter, "adapter")
     place = locate_adapter(found_adapter, request.adapter, access, watch, request.ignore_file)
@@ -78,8 +76,11 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
         found = _on_base(request, watch)
         joined, issues = found.joined, found.issues
         adapter = in_names_of(adapter, joined.base.config)
+        # Only the base shows some traits (excluded modules, copies of embeddings), and with them what an
+        # engine needs.
         recipe = recipe_of(request, adapter, joined)
     raise_errors(issues)
+    # An unknown family or a missing package is reported before anything is computed.
     if recipe.format == "gguf" and joined is not None:
         check_ready(joined.base.config)
     if request.serving is not None:
@@ -108,7 +109,7 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
 
 
 def _on_base(request: ConvertRequest, watch: Observer) -> JoinedInputs:
-    """Return the adapter on its base.
+    """Return the adapter on its base, together with what was read.
 
     Raises:
         PlanError: it does not fit.
@@ -128,7 +129,7 @@ def _on_base(request: ConvertRequest, watch: Observer) -> JoinedInputs:
 def _provenance(
     request: ConvertRequest, place: Place, adapter: Adapter, joined: Joined | None
 ) -> dict[str, object]:
-    """Return what the manifest says of what the output is made from."""
+    """Return the manifest's record of the inputs and options."""
     return {
         "adapter": {
             "path": place.text,
@@ -142,9 +143,10 @@ def _provenance(
 
 
 def _of_base(base: Checkpoint) -> dict[str, str]:
-    """Return what the manifest says of a base: where it was, and digests of its configuration and of some of its bytes."""
+    """Return the manifest's record of a base: its path, and digests of its config and of a sample of its bytes."""
     return {
         "path": base.root,
         "config": text_digest(json.dumps(dict(base.config), sort_keys=True)),
+        # A sample, since a conversion need not read the weights of its base.
         "sample": sample_digest(list(base.tensors())),
     }

@@ -1,4 +1,4 @@
-"""A conversion, carried out: factors → files → read back → publish."""
+"""Carries out a conversion or an extraction: makes the factors, writes, reads back, publishes."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 
 def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
-    """Make the factors of every module, write them, read them back, and give them their name.
+    """Make the factors of every module, write them to staging, read them back, and give the output its name.
 
     Raises:
-        ChangedError: an input is not what it was.
+        ChangedError: an input changed since it was planned.
         LoraMergeError: the output cannot be written, or is not what was meant.
     """
     check_strict(job.issues, strict=job.strict)
@@ -86,13 +86,14 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
 
 
 def _check(job: Conversion, lora: Lora, stage: staging.Stage) -> None:
-    """Read back what is staged: again, where it changed meanwhile, since a network filesystem sets times late.
+    """Read back the staged output, and hold it to the rules of the engine that it is for.
 
     Raises:
         VerifyError: it is not what was meant.
-        ConvertError: the engine that it is for has no use for it.
-        WriteError: it changes each time.
+        ConvertError: the engine cannot serve it.
+        WriteError: it changes each time it is read.
     """
+    # Once more if a file changed meanwhile: a network filesystem may set times late.
     for _ in range(2):
         before = stage.folder.listing()
         if job.recipe.format == "gguf":
@@ -109,7 +110,7 @@ def _check(job: Conversion, lora: Lora, stage: staging.Stage) -> None:
 
 
 def _kept_ranks(recipe: Recipe, lora: Lora) -> list[Issue]:
-    """Return a note when a rank was asked for that no module has: it is a limit, and adds nothing."""
+    """Return a note if ``--rank`` was larger than the rank of every module, since nothing was padded."""
     wanted = recipe.keep.rank if recipe.keep is not None and recipe.keep.energy is None else None
     largest = max((one.rank for one in lora.made), default=0)
     if wanted is None or not 0 < largest < wanted or not all(one.module.is_exact for one in lora.made):
@@ -120,7 +121,7 @@ def _kept_ranks(recipe: Recipe, lora: Lora) -> list[Issue]:
 
 
 def _left_for(job: Conversion, root: Path) -> list[Issue]:
-    """Return what an engine still stumbles over in the output that was made for it."""
+    """Return errors for what the engine still cannot serve: there, a rule promised a cure that is none."""
     if job.serving is None or job.recipe.format != "peft":
         return []
     left = left_for(job.serving, resolve_adapter(root), job.base, job.adapter, job.source)
@@ -132,8 +133,9 @@ def _left_for(job: Conversion, root: Path) -> list[Issue]:
 
 
 def _make(job: Conversion, spool: Spool, watch: Observer) -> list[Made]:
-    """Make the factors of every module; they wait in the spool."""
+    """Compute the factors of every module, and keep them in the spool: their ranks are known only then."""
     recipe = job.recipe
+    # Padding is not among them: it needs the ranks of all modules, and is done when the file is written.
     transforms: list[Transform] = []
     if recipe.keep is not None:
         transforms.append(ReduceRank(recipe.keep))
@@ -151,7 +153,7 @@ def _make(job: Conversion, spool: Spool, watch: Observer) -> list[Made]:
 
 
 def _lora(job: Conversion, made: Sequence[Made]) -> Lora:
-    """Return what is to be written, once every rank is known.
+    """Return the LoRA for the writer, with one rank for all modules where the recipe wants that.
 
     Raises:
         RequestError: a rank is larger than the one that all are to have.
@@ -177,19 +179,19 @@ def _lora(job: Conversion, made: Sequence[Made]) -> Lora:
 
 
 def _padded(made: Made) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors of a module as they are written."""
+    """Return A and B of a module as they are written, loaded from the spool and padded."""
     pair = PadRank(made.rank)(Pair(load(made.a), load(made.b), made.scale))
     return pair.a, pair.b
 
 
 def _write_beside(job: Conversion, lora: Lora, folder: Folder, written: Sequence[str]) -> tuple[str, ...]:
-    """Write what goes with the factors: tokenizer files that the adapter carried, and where it came from.
+    """Write the other files of the output: tokenizer files that the adapter has, and the manifest. Return their names.
 
     Args:
         job: what is carried out.
         lora: what is written.
         folder: where.
-        written: the files that are there already.
+        written: names of the files that exist already.
     """
     for side_file in job.adapter.side_files:
         folder.copy_in(Path(side_file.source), side_file.name)
@@ -214,7 +216,7 @@ def _written(made: Made) -> Written:
 
 
 def _own_dtype(adapter: Adapter) -> str:
-    """Return the dtype that most of an adapter's factors are stored in; float32 where it has none."""
+    """Return the dtype code in which most bytes of an adapter's factors are stored; ``F32`` if it has none."""
     sizes: dict[str, int] = {"F32": 0}
     refs = [ref for delta in adapter.deltas for ref in delta.factors.values()]
     refs += [ref for pair in adapter.stacked for ref in pair.tensors.values()]
@@ -224,5 +226,5 @@ def _own_dtype(adapter: Adapter) -> str:
 
 
 def _nbytes(modules: Sequence[LoraModule]) -> int:
-    """Return about how many bytes of factors will be made."""
+    """Return roughly how many bytes the factors have, in float32; for progress only."""
     return sum(4 * module.rank * (module.shape[0] + module.shape[-1]) for module in modules)

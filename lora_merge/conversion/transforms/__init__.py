@@ -1,6 +1,7 @@
-"""Transforms: the factors of one module → other factors. One file per transform; `TRANSFORMS` is the table.
+"""Transforms: the factors of one module → other factors. One file for each; `TRANSFORMS` is the table.
 
-They work module by module, so that memory is bounded by the largest of them. In the order in which they are applied.
+A transform sees one module at a time, so memory is bounded by the largest module. The table has the order in which
+they are applied.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 TRANSFORMS: Mapping[str, type[Transform]] = {
+    # Truncation first: it would take padded zeros away again.
     "reduce_rank": ReduceRank,
     "bake_scale": BakeScale,
     "pad_rank": PadRank,

@@ -1,4 +1,4 @@
-"""Scales folded into B, so that every engine computes the same, whatever it makes of α, rsLoRA and patterns."""
+"""Folds the scale into B, so that engines agree, whatever they make of α, rsLoRA and patterns."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class BakeScale:
-    """B ← s · B, s ← 1: with α = r an engine that knows nothing but α/r multiplies by one."""
+    """B ← s · B, s ← 1. With α = r, an engine that computes α/r multiplies by one."""
 
     exact: ClassVar[bool] = True
 
     def __call__(self, pair: Pair) -> Pair:
-        """Return the factors with the scale in B."""
+        """Return the factors with the scale in B, in float32; unchanged where it is 1."""
         return pair if pair.scale == 1 else replace(pair, b=pair.b * pair.scale, scale=1.0)

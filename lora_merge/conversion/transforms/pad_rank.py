@@ -1,4 +1,4 @@
-"""Factors with rows and columns of zeros, for engines that have but a few ranks, or one for all modules."""
+"""Pads factors with zeros, for engines that serve a few ranks only, or one rank for all modules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class PadRank:
-    """A ← [A; 0], B ← [B, 0], of one rank; the product has the same terms, and some that are zero.
+    """A ← [A; 0], B ← [B, 0]. The product gains terms that are zero, so its values stay.
 
     Args:
-        rank: of what comes out; no pair may have a larger one.
+        rank: the resulting rank, not smaller than that of any pair.
     """
 
     exact: ClassVar[bool] = True
@@ -22,7 +22,7 @@ class PadRank:
         self._rank = rank
 
     def __call__(self, pair: Pair) -> Pair:
-        """Return the factors, padded."""
+        """Return the factors with rows of zeros added to A, and columns of zeros to B."""
         from torch.nn.functional import pad
 
         missing = self._rank - pair.rank

@@ -1,4 +1,4 @@
-"""The factors of one module, in memory."""
+"""The factors of one module, in memory, and the protocol of a transform."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        """Return r."""
+        """The rank r, the same for all experts of a stack."""
         return int(self.a.shape[-2])
 
     def equals(self, other: Pair) -> bool:
-        """Return True when the factors have the same values, and the scales are the same."""
+        """Return True if both pairs have the same values and scales; dtypes may differ."""
         import torch
 
         return (
@@ -49,21 +49,23 @@ class Pair:
         Relative to ‖ΔW‖ it is right to about 1e-8: the squares are summed in float64.
         """
         squared = self.norm() ** 2 + other.norm() ** 2 - 2 * self.scale * other.scale * _inner(self, other)
+        # The difference of nearly equal squares may come out below zero.
         return sqrt(max(squared, 0.0))
 
 
 def _inner(one: Pair, other: Pair) -> float:
-    """Return ⟨B A, B′ A′⟩, the sum over experts included."""
+    """Return ⟨B A, B′ A′⟩ in float64, summed over experts."""
+    # tr((B A)ᵀ B′ A′) = Σ (Bᵀ B′) ∘ (A A′ᵀ): two r × r′ matrices, never the product itself.
     left = one.b.double().mT @ other.b.double()
     right = one.a.double() @ other.a.double().mT
     return float((left * right).sum())
 
 
 class Transform(Protocol):
-    """One change of factors."""
+    """Replaces the factors of one module. Construction takes the settings, a call the factors."""
 
     exact: ClassVar[bool]
-    """True when ΔW stays what it was, but for the rounding of float32."""
+    """True if ΔW stays the same, up to the rounding of float32."""
 
     def __call__(self, pair: Pair) -> Pair:
-        """Return the factors that take the place of these."""
+        """Return new factors; the given pair is not changed."""

@@ -1,4 +1,4 @@
-"""Factors in the dtype that they are stored in."""
+"""Casts factors to the dtype in which they are stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def rounded(pair: Pair, wanted: str | None, own: str) -> Pair:
-    """Return factors as they are stored.
+    """Return factors in the dtype in which they are stored.
 
     Args:
         pair: in float32.
@@ -25,6 +25,7 @@ def rounded(pair: Pair, wanted: str | None, own: str) -> Pair:
 
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[wanted or own])
     a, b = pair.a.to(dtype), pair.b.to(dtype)
+    # Without a wish of the user nothing may be lost, so float32 holds what the own dtype cannot.
     if wanted is None and not (_same(a, pair.a) and _same(b, pair.b)):
         return replace(pair, a=pair.a.float(), b=pair.b.float())
     return replace(pair, a=a, b=b)

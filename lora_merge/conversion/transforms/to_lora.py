@@ -1,4 +1,4 @@
-"""A change without factors → factors: its largest singular values, found by sampling what it does."""
+"""A change without factors → factors of a lower rank: its largest singular values, from random samples."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ if TYPE_CHECKING:
     from lora_merge.conversion.lora import Keep
 
 _EXACT_SIDE = 512
-"""A matrix with a side up to this is decomposed as it is."""
+"""A matrix whose smaller side is at most this is decomposed exactly."""
 
+# Parameters of the randomised decomposition: columns beyond the wanted rank, and rounds of power iteration.
 _OVERSAMPLES = 16
 _ROUNDS = 4
+
+# An energy does not tell a rank. The first guess is doubled until it holds enough of the change.
 _FIRST_GUESS = 32
 
 
 def factorised(change: torch.Tensor, keep: Keep) -> Pair:
-    """Return the factors of a change's nearest matrix of a lower rank, or very nearly that.
+    """Return factors of a matrix of a lower rank that is the nearest to a change, or very close to the nearest.
 
-    The range of a large matrix is found from what it does to random vectors, the same ones every time. How far the
-    product is from the change is for the caller to measure.
+    The result is deterministic. The caller measures how far the product is from the change.
 
     Args:
         change: float32 ``[out, in]``.
-        keep: how much of it.
+        keep: how much of it is kept. ``rank`` or ``energy`` has to be set.
 
     Reference:
         Halko, Martinsson and Tropp, 2011, https://arxiv.org/abs/0909.4061, algorithm 4.4.
@@ -40,6 +42,7 @@ def factorised(change: torch.Tensor, keep: Keep) -> Pair:
 
     side = min(change.shape)
     total = float(change.double().norm() ** 2)
+    # Sampling pays only well below the full rank.
     if side <= _EXACT_SIDE or (keep.rank or 0) * 3 >= side:
         return _kept(torch.linalg.svd(change, full_matrices=False), keep, total)
     wanted = keep.rank if keep.energy is None else min(_FIRST_GUESS, keep.rank or side)
@@ -56,7 +59,7 @@ def factorised(change: torch.Tensor, keep: Keep) -> Pair:
 
 
 def stacked(pairs: Sequence[Pair]) -> Pair:
-    """Return the factors of several matrices as those of a stack, of the largest rank among them."""
+    """Return several pairs as one stack, padded to the largest rank among them."""
     import torch
 
     rank = max(pair.rank for pair in pairs)
@@ -65,12 +68,15 @@ def stacked(pairs: Sequence[Pair]) -> Pair:
 
 
 def _leading(change: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the n largest singular values of a matrix and their vectors, approximately."""
+    """Return about the n largest singular values of a matrix, with their vectors: U, σ, Vᵀ."""
     import torch
 
+    # The same random numbers every time, so that the same inputs give the same bytes.
     generator = torch.Generator().manual_seed(0)
     sample = change @ torch.randn(change.shape[1], n, generator=generator)
     for _ in range(_ROUNDS):
+        # Orthonormalised in each round: powers of the matrix would lose the small singular values to
+        # rounding.
         basis, _ = torch.linalg.qr(sample)
         back, _ = torch.linalg.qr(change.T @ basis)
         sample = change @ back

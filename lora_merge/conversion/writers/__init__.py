@@ -1,4 +1,4 @@
-"""Writers: what is computed → files, or what else is made of it. `ADAPTER_WRITERS` is the table of those for adapters."""
+"""Writers of adapters: a LoRA → the files of one format. `ADAPTER_WRITERS` is the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every writer of adapters is."""
+"""The types that every writer of adapters shares."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from lora_merge.storage.folder import Folder
 
 LoadFactors = Callable[["Made"], "tuple[torch.Tensor, torch.Tensor]"]
-"""A module → A ``[…, r, in]`` and B ``[…, out, r]``, in the dtype that they are stored in, padded where they are to be."""
+"""A module → A ``[…, r, in]`` and B ``[…, out, r]``, as they are stored: dtype and padding included."""
 
 LoraWriter = Callable[["Folder", "Lora", LoadFactors], "tuple[str, ...]"]
-"""Directory, LoRA, factors → the names of the files written; raises ``WriteError``, and ``PlanError`` for what the
-format cannot hold."""
+"""Directory, LoRA, factors → the names of the written files. Raises ``WriteError``, and ``ConvertError`` for a module
+that the format cannot hold."""

@@ -1,4 +1,4 @@
-"""An adapter of mlx-lm: ``adapter_config.json`` and ``adapters.safetensors``."""
+"""Writes an adapter of mlx-lm: ``adapter_config.json`` and ``adapters.safetensors``."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _LAYER = re.compile(r"(?:.+?\.)?\d+\.(?P<key>.+)")
 
 
 def write_mlx(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
-    """Write a LoRA of one rank and of scale 1 as mlx-lm saves one; return the names of the files.
+    """Write a LoRA as mlx-lm saves one; return the names of the files. All modules have one rank, and the scale 1.
 
-    Modules have mlx-lm's names (`lora_merge.adapters.mlx_names`). Experts are stacked, as mlx-lm has them; it must have
-    factors for all of a layer's.
+    Modules have mlx-lm's names (`lora_merge.adapters.mlx_names`). Experts are stacked as in mlx-lm, so the LoRA needs
+    factors for all experts of a layer.
 
     Raises:
         ConvertError: a module has no place in the format.
@@ -69,7 +69,7 @@ def _is_stack(members: list[Made]) -> bool:
 
 
 def _slots(path: str, members: list[Made]) -> list[TensorRef]:
-    """Return name, dtype and shape of the tensors of one module of mlx-lm."""
+    """Return name, dtype and shape of ``lora_a`` and ``lora_b`` of one module of mlx-lm, without places."""
     rank, (n_out, n_in) = members[0].rank, members[0].module.shape
     n = len(members)
     a, b = ((n, rank, n_in), (n, n_out, rank)) if _is_stack(members) else ((n_in, rank), (rank, n_out))
@@ -79,7 +79,7 @@ def _slots(path: str, members: list[Made]) -> list[TensorRef]:
 
 
 def _tensors(members: list[Made], factors: LoadFactors) -> dict[str, torch.Tensor]:
-    """Return the tensors of one module of mlx-lm, turned round or stacked."""
+    """Return ``lora_a`` and ``lora_b`` of one module of mlx-lm: transposed, or stacked for experts."""
     import torch
 
     loaded = [factors(made) for made in members]
@@ -88,15 +88,18 @@ def _tensors(members: list[Made], factors: LoadFactors) -> dict[str, torch.Tenso
     if _is_stack(members):
         return {"lora_a": torch.stack([a for a, _ in loaded]), "lora_b": torch.stack([b for _, b in loaded])}
     ((a, b),) = loaded
+    # mlx-lm computes x @ lora_a @ lora_b, so its factors are ``[in, r]`` and ``[r, out]``.
     return {"lora_a": a.T, "lora_b": b.T}
 
 
 def _config(lora: Lora, groups: dict[str, list[Made]]) -> dict[str, object]:
+    # mlx-lm wraps modules by their path inside a layer, in all layers.
     keys = {match["key"] if (match := _LAYER.fullmatch(path)) else path for path in groups}
     parameters = {"rank": lora.made[0].rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
     return {
         "fine_tune_type": "lora",
         "lora_parameters": parameters,
         "model": lora.config.get("base_model_name_or_path"),
+        # -1: all layers.
         "num_layers": -1,
     }

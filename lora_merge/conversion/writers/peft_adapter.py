@@ -1,4 +1,4 @@
-"""A PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Writes a PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ def write_peft(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, .
 
 
 def tensor_names(module: LoraModule) -> dict[str, str]:
-    """Return the names of a module's tensors in a PEFT file, by role; what goes along, by the end of its name.
+    """Return role → name of a module's tensors in a PEFT file: ``A``, ``B``, and others by the end of their name.
 
     Reference:
         ``peft.utils.save_and_load.get_peft_model_state_dict`` (PEFT 0.21.2).
     """
+    # PEFT nests LoRA on several parameters of a module, each in the ``base_layer`` of the next.
     stem = f"{PREFIX}{module.owner}{'.base_layer' * module.depth}"
     kept = {end: f"{stem}.{end}" for end in module.kept}
     if module.form == "embedding":
@@ -70,7 +71,7 @@ def tensor_names(module: LoraModule) -> dict[str, str]:
 
 
 def _slots(made: Made) -> dict[str, TensorRef]:
-    """Return name, dtype and shape of each tensor of a module."""
+    """Return name, dtype and shape of each tensor of a module, without places."""
     module, names = made.module, tensor_names(made.module)
     a, b = _shapes(made)
     found = {
@@ -84,20 +85,22 @@ def _slots(made: Made) -> dict[str, TensorRef]:
 
 
 def _shapes(made: Made) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B as they are saved: kernels unfolded, experts folded into the ranks."""
+    """Return the shapes of A and B in the file: kernels unfolded, experts folded into the rank."""
     rank, shape = made.rank, made.module.shape
     if made.module.form == "experts" and len(shape) == 3:
         n_experts, n_out, n_in = shape
         return (n_experts * rank, n_in), (n_out, rank * n_experts)
+    # A convolution's A has the kernel; its B is a convolution of kernel size 1.
     ones = (1,) * (len(shape) - 2)
     return (rank, *shape[1:]), (shape[0], rank, *ones)
 
 
 def _tensors(made: Made, factors: LoadFactors) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a module as they are saved, by name."""
+    """Yield name and tensor for each tensor of a module, in the shapes of the file."""
     names, (a_shape, b_shape) = tensor_names(made.module), _shapes(made)
     a, b = factors(made)
-    if b.dim() == 3:  # the expert runs fastest in B
+    if b.dim() == 3:
+        # [experts, out, r] → [out, r, experts]: in PEFT's flat B the index of the expert changes fastest.
         b = b.permute(1, 2, 0)
     yield names["A"], a.reshape(a_shape)
     yield names["B"], b.reshape(b_shape)
@@ -106,13 +109,14 @@ def _tensors(made: Made, factors: LoadFactors) -> Iterator[tuple[str, torch.Tens
 
 
 def _kept(made: Made, end: str, ref: TensorRef) -> torch.Tensor:
-    """Return what goes along with the factors: as it is, but for a bias of B, which has B's scale."""
+    """Return a tensor that goes along with the factors: unchanged, except that a bias of B gets B's scale."""
     tensor = load(ref)
     if end != "lora_B.bias" or made.scale == made.module.scale:
         return tensor
     import torch
 
     scaled = tensor.float() * (made.module.scale / made.scale)
+    # Its own dtype where that is exact, else float32: the same rule as for factors.
     back = scaled.to(tensor.dtype)
     return back if torch.equal(back.float(), scaled) else scaled
 

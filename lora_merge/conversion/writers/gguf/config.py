@@ -1,4 +1,4 @@
-"""What of a base's ``config.json`` decides where llama.cpp has its rows: numbers, checked as they are read."""
+"""Numbers of a base's ``config.json`` that decide where llama.cpp puts rows, checked as they are read."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST = 1 << 16
-"""Of heads, experts and layers: more than any model has."""
+"""Upper limit for numbers of heads, experts and layers. No model has as many."""
 
 
 def whole(config: Mapping[str, Any], *keys: str, most: int = MOST) -> int:
-    """Return a positive whole number, under the first of some keys that is there.
+    """Return a positive whole number: the first of some keys that is set.
 
     Raises:
-        ConvertError: there is none, or it is something else.
+        ConvertError: none of the keys is set, or the value is not a whole number from 1 to ``most``.
     """
     key = next((key for key in keys if config.get(key) is not None), None)
     if key is None:
         _refuse(choice(keys), "is missing", f"a whole number from 1 to {most}")
     value = config[key]
+    # In Python True is an int.
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         _refuse(key, f"is {quoted(value)}", f"a whole number from 1 to {most}")
     return value
 
 
 def multiplier(config: Mapping[str, Any], key: str) -> float:
-    """Return a number that a weight is multiplied by; 1 where there is none.
+    """Return a number by which a weight is multiplied; 1 if the key is missing.
 
     Raises:
         ConvertError: it is something else.
@@ -44,7 +45,7 @@ def multiplier(config: Mapping[str, Any], key: str) -> float:
 
 
 def multipliers(config: Mapping[str, Any], key: str, n: int) -> tuple[float, ...]:
-    """Return some numbers; as many ones where there are none.
+    """Return n numbers; ones if the key is missing.
 
     Raises:
         ConvertError: they are something else, or of another count.
@@ -56,7 +57,7 @@ def multipliers(config: Mapping[str, Any], key: str, n: int) -> tuple[float, ...
 
 
 def check_divides(config_key: str, n_parts: int, n_rows: int, path: str) -> None:
-    """Check that the rows of a weight can be cut into parts of one size.
+    """Check that the rows of a weight divide into parts of equal size.
 
     Raises:
         ConvertError: they cannot.

@@ -1,4 +1,4 @@
-"""Families of models that llama.cpp's LoRA is known for: their architecture, and modules that its graphs leave out."""
+"""Families of models whose LoRA llama.cpp can load: their architecture, and modules that its graphs leave out."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lora_merge.errors import ConvertError
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How llama.cpp has the models of one family."""
+    """What llama.cpp makes of the models of one family."""
 
     arch: str
-    """Its name of the architecture."""
+    """llama.cpp's name of the architecture."""
 
     permuted: bool = False
-    """True where the rows of q and k lie in another order: pairs of a rotation side by side."""
+    """True if rows of q and k are reordered: the two rows of each rotation next to each other."""
 
     tied: bool = False
-    """True where embeddings are tied unless ``config.json`` says otherwise."""
+    """True if embeddings are tied by default, when ``config.json`` does not say."""
 
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Modules for which its graph has no LoRA, by the last part of the path, and what it does with one."""
+    """Last part of a path → why LoRA on such a module is refused, as the end of a sentence."""
 
 
 _IGNORED = "which llama.cpp loads and does not apply"
@@ -76,18 +76,18 @@ AROUND: Mapping[tuple[str, str], str] = {
     ("qwen2_vl", "qwen2_vl_text"): "qwen2vl",
     ("qwen2_5_vl", "qwen2_5_vl_text"): "qwen2vl",
 }
-"""The architecture of a text model inside of another, by the ``model_type`` of both; of any other nothing is known."""
+"""``model_type`` of a model and of its text model → architecture. Other combinations are refused."""
 
 
 def family_of(config: Mapping[str, Any], text: Mapping[str, Any]) -> Family:
-    """Return how llama.cpp has a model.
+    """Return what llama.cpp makes of a model.
 
     Args:
         config: the base's ``config.json``.
         text: its ``text_config``; empty for a model of text alone.
 
     Raises:
-        ConvertError: that is not known.
+        ConvertError: the family, or the combination of model and text model, is not known.
 
     Reference:
         ``get_model_architecture`` (conversion/base.py) of llama.cpp.
@@ -96,6 +96,7 @@ def family_of(config: Mapping[str, Any], text: Mapping[str, Any]) -> Family:
     kind = str({**config, **text}.get("model_type"))
     family = FAMILIES.get(kind)
     own_class = str((text.get("architectures") or [""])[0])
+    # A text model inside another model may have an architecture of its own.
     if family is not None and around != kind and not own_class.endswith("ForCausalLM"):
         arch = AROUND.get((around, kind))
         family = replace(family, arch=arch) if arch else None

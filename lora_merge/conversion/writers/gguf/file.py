@@ -1,4 +1,4 @@
-"""The file: written one weight at a time, and read back by gguf's own reader."""
+"""The GGUF file: written one weight at a time, and read back with the reader of the package gguf."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GGUF_FILE = "adapter.gguf"
 
 
 def check_ready(base_config: Mapping[str, Any]) -> None:
-    """Check that adapters of a model can be written at all, before anything is made.
+    """Check that an adapter of this model can be written at all, before anything is computed.
 
     Raises:
         RequestError: the package gguf is not installed.
@@ -40,7 +40,7 @@ def check_ready(base_config: Mapping[str, Any]) -> None:
 
 
 def write_gguf(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, ...]:
-    """Write a LoRA whose scales are folded into B as llama.cpp reads one; return the name of the file.
+    """Write a LoRA as llama.cpp reads one; return the name of the file. Scales are in B already.
 
     Raises:
         RequestError: the package gguf is not installed.
@@ -53,6 +53,7 @@ def write_gguf(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, .
     gguf = gguf_package()
     layout = Layout(lora)
     tensors = layout.tensors()
+    # With the commonest rank as α, most tensors are stored as they are.
     alpha = Counter(one.rank for one in tensors).most_common(1)[0][0]
     tensors = [one.under(alpha) for one in tensors]
     base = str(lora.config.get("base_model_name_or_path") or "").rstrip("/")
@@ -73,16 +74,14 @@ def write_gguf(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, .
 def _fill(
     gguf: Any, writer: Any, tensors: Sequence[GgufTensor], alpha: int, factors: LoadFactors, fd: int
 ) -> None:
-    """Write everything to the file, one weight in memory at a time.
-
-    gguf writes tensors with ``numpy.ndarray.tofile``, which says nothing when the disk is full: not so here.
-    """
+    """Write header, metadata and tensors, with one weight in memory at a time."""
     import torch
 
     for one in tensors:
         for end, shape in (("lora_a", one.a_shape), ("lora_b", one.b_shape)):
             _announce(gguf, writer, f"{one.name}.{end}", shape, one.dtype)
-    writer.write_header_to_file(os.dup(fd))  # which `open` takes in place of a path, and `close` closes
+    # gguf opens the path that it is given, and `open` takes a descriptor too. `close` closes it, hence the copy.
+    writer.write_header_to_file(os.dup(fd))
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     (file,) = writer.fout
@@ -92,12 +91,13 @@ def _fill(
         if one.rank != alpha:
             b = b.float() * (one.rank / alpha)
         for tensor in (a, b):
+            # gguf itself would use ``numpy.ndarray.tofile``, which reports no error when the disk is full.
             nbytes = file.write(tensor_bytes(tensor.to(getattr(torch, TORCH_NAMES[one.dtype]))))
             writer.write_padding(file, nbytes)
 
 
 def check_gguf(root: Path, lora: Lora, factors: LoadFactors) -> list[Issue]:
-    """Return an issue for each tensor of a written file that is not what was meant; read with gguf's own reader."""
+    """Return an issue for each tensor of a written file that is missing, surplus, or has other values than were made."""
     import torch
 
     gguf = gguf_package()
@@ -130,7 +130,7 @@ def check_gguf(root: Path, lora: Lora, factors: LoadFactors) -> list[Issue]:
 
 
 def _announce(gguf: Any, writer: Any, name: str, shape: tuple[int, ...], dtype: str) -> None:
-    """Tell the writer of a tensor that will come."""
+    """Register a tensor with the writer. GGUF has all names and shapes before the first value."""
     import numpy as np
 
     nbytes = prod(shape) * (4 if dtype == "F32" else 2)
@@ -139,12 +139,14 @@ def _announce(gguf: Any, writer: Any, name: str, shape: tuple[int, ...], dtype: 
 
 
 def _values(tensor: Any) -> np.ndarray[Any, Any]:
-    """Return the values of a tensor that gguf read, in float32."""
+    """Return a tensor that gguf read, in float32 and in PyTorch's order of axes."""
     import numpy as np
 
     data = np.asarray(tensor.data)
     if tensor.tensor_type.name == "BF16":
+        # BF16 is the upper half of float32, and numpy has no BF16.
         wide = data.view(np.uint16).astype(np.uint32) << 16
         data = wide.view(np.float32)
+    # GGUF lists axes from the innermost to the outermost.
     shape = tuple(int(size) for size in tensor.shape[::-1])
     return data.astype(np.float32).reshape(shape)

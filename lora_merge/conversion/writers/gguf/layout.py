@@ -1,4 +1,4 @@
-"""Where the modules of a LoRA are in llama.cpp: under which name, which rows, together with which other modules."""
+"""The place of each module in llama.cpp: the weight's name, the rows, and other modules in the same weight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MERGE = "merge it, and convert the checkpoint"
 _INPUT, _OUTPUT = "token_embd.weight", "output.weight"
 
 _MOST_LAYERS = 4096
-"""gguf makes a table of the names of all."""
+"""Upper limit: the table of gguf has the names of all layers."""
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -48,11 +48,11 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "input_linear": ("gate", "up"),
     "output_linear": ("down",),
 }
-"""What llama.cpp calls the parts of an expert's weight."""
+"""Last part of an expert's path → llama.cpp's names of the matrices in it."""
 
 
 class Layout:
-    """Where the modules of a LoRA are in llama.cpp."""
+    """The places of a LoRA's modules in llama.cpp."""
 
     def __init__(self, lora: Lora) -> None:
         self._lora = lora
@@ -62,10 +62,10 @@ class Layout:
 
     @cached_property
     def family(self) -> Family:
-        """Return how llama.cpp has the model.
+        """What llama.cpp makes of the base's family.
 
         Raises:
-            ConvertError: that is not known.
+            ConvertError: the family is not known.
         """
         return family_of(self._lora.base_config, self._text)
 
@@ -78,15 +78,15 @@ class Layout:
 
     @cached_property
     def _is_tied(self) -> bool:
-        """Return True where one tensor of llama.cpp is both ends of the model."""
+        """True if llama.cpp has one tensor for both ends of the model."""
         said = [level.get("tie_word_embeddings") for level in (self._lora.base_config, self._text)]
         return any(said) or (said == [None, None] and self.family.tied)
 
     def tensors(self) -> list[GgufTensor]:
-        """Return every weight of llama.cpp that has LoRA.
+        """Return every weight of llama.cpp that gets LoRA.
 
         Raises:
-            ConvertError: a module has no place there.
+            ConvertError: modules have no place in llama.cpp; all of them are listed.
         """
         found: list[GgufTensor] = []
         stacks: dict[str, list[tuple[Made, WeightPart]]] = {}
@@ -111,7 +111,7 @@ class Layout:
         return found
 
     def _problem(self, made: Made, path: str, places: Sequence[WeightPart]) -> str:
-        """Return what keeps a module from llama.cpp; empty when nothing does."""
+        """Return why a module cannot have LoRA in llama.cpp, as a sentence; empty if it can."""
         last, form = path.rpartition(".")[2], made.module.form
         names = {place.name for place in places}
         is_turned = form == "experts" and (_INPUT in names or self.family.arch == "gpt2")
@@ -127,7 +127,7 @@ class Layout:
         return next((sentence for sentence, holds in problems.items() if holds), "")
 
     def _places(self, made: Made, path: str) -> list[WeightPart]:
-        """Return the weights that a module is in llama.cpp: gate and up are two of them."""
+        """Return the weights of llama.cpp that a module becomes. A fused gate and up become two."""
         layer = _LAYER.search(path)
         block, last = f"blk.{layer[1]}." if layer else "", path.rpartition(".")[2]
         n_out = made.module.shape[-2] if made.module.form == "experts" else made.module.shape[0]
@@ -139,6 +139,7 @@ class Layout:
             names, every = [f"{block}ffn_{part}{kind}" for part in _PARTS[last]], range(n_out)
             halves = (every[: n_out // 2], every[n_out // 2 :])
             if self.family.arch == "gpt-oss":
+                # gpt-oss stores gate and up interleaved.
                 halves = (every[::2], every[1::2])
             rows = halves if len(names) == 2 else (every,)
             return [self._place(name, own) for name, own in zip(names, rows, strict=True)]
@@ -147,13 +148,14 @@ class Layout:
         return [self._place(path, order, factors_of(arch, self._config, path, n_out))]
 
     def _place(self, path: str, rows: Sequence[int], factor: float | Sequence[float] = 1.0) -> WeightPart:
-        """Return a place; transformers 5 has the routers of Granite without a layer inside."""
+        """Return the weight for a path; its name is empty if llama.cpp has none."""
+        # transformers 5 has the routers of Granite without the inner ``layer`` that gguf's table knows.
         found = (self._names.get_name(f"{path}{end}", (".weight",)) for end in (".weight", ".layer.weight"))
         name = next(filter(None, found), None)
         return WeightPart(f"{name.removesuffix('.weight')}.weight" if name else "", rows, factor)
 
     def _kind_of_experts(self, path: str) -> str | None:
-        """Return how the names of experts end in llama.cpp; None for what is no expert.
+        """Return the end of llama.cpp's names for experts; None for a module outside of experts.
 
         Reference:
             ``GraniteMoeModel.modify_tensors`` (conversion/granite.py) of llama.cpp.
@@ -166,7 +168,7 @@ class Layout:
         return None
 
     def _stack(self, name: str, members: Sequence[tuple[Made, WeightPart]]) -> GgufTensor:
-        """Return a weight of all experts: zeros where an expert has no factors, or has fewer."""
+        """Return the weight for all experts of a layer; experts without factors, or with fewer, get zeros."""
         n = whole(self._config, "num_local_experts", "num_experts", "n_routed_experts")
         last = max(number_of_expert(made.module.path) for made, _ in members)
         if last >= n:
@@ -176,6 +178,6 @@ class Layout:
 
 
 def _text_path(made: Made) -> str:
-    """Return the path of a module in the text model alone; of a parameter without ``.weight``."""
+    """Return a module's path as in the text model alone. A parameter loses its ``.weight``."""
     path = made.module.path.replace("language_model.", "").replace("model.model.", "model.")
     return path.removesuffix(".weight") if made.module.form == "experts" else path

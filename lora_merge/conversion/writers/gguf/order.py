@@ -1,4 +1,4 @@
-"""Which rows of a weight llama.cpp has where, and what its converter multiplies them by."""
+"""The order of rows in llama.cpp's weights, and the factors by which its converter multiplies weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from lora_merge.conversion.writers.gguf.config import check_divides, multiplier,
 
 
 def rows_of(arch: str, config: Mapping[str, Any], path: str, n_out: int, *, permuted: bool) -> Sequence[int]:
-    """Return which of a weight's rows llama.cpp has at each place.
+    """Return the rows of a weight in llama.cpp's order: the index of each row in the base.
 
     Reference:
         ``LlamaModel.permute`` (conversion/llama.py) and ``GPTNeoXModel.modify_tensors`` of llama.cpp.
     """
     last = path.rpartition(".")[2]
+    # GPT-NeoX: [head, q k v, size] → [q k v, head, size].
     if arch == "gptneox" and last == "query_key_value":
         n_heads = whole(config, "num_attention_heads")
         check_divides("num_attention_heads", 3 * n_heads, n_out, path)
         return _grid(n_out, (n_heads, 3, n_out // n_heads // 3), (1, 0, 2))
     if not permuted or last not in {"q_proj", "k_proj"}:
         return range(n_out)
+    # With grouped queries, k has fewer heads than q.
     is_grouped = last == "k_proj" and config.get("num_key_value_heads") is not None
     key = "num_key_value_heads" if is_grouped else "num_attention_heads"
     n_heads = whole(config, key)
@@ -29,7 +31,7 @@ def rows_of(arch: str, config: Mapping[str, Any], path: str, n_out: int, *, perm
 
 
 def wqkv_rows(config: Mapping[str, Any], path: str, n_out: int) -> dict[str, Sequence[int]]:
-    """Return the rows of q, k and v in InternLM2's one matrix.
+    """Return the rows of q, k and v in InternLM2's fused matrix, in llama.cpp's order.
 
     Reference:
         ``InternLM2Model.modify_tensors`` (conversion/internlm.py) of llama.cpp.
@@ -38,6 +40,7 @@ def wqkv_rows(config: Mapping[str, Any], path: str, n_out: int) -> dict[str, Seq
     n_kv = whole(config, "num_key_value_heads")
     check_divides("num_key_value_heads", n_kv, n_heads, "num_attention_heads")
     check_divides("num_attention_heads", 2 * (n_heads + 2 * n_kv), n_out, path)
+    # Each group has its q heads, then one k and one v.
     per_group = n_heads // n_kv + 2
     size = n_out // (n_kv * per_group)
     rows: dict[str, list[int]] = {"q": [], "k": [], "v": []}
@@ -48,7 +51,7 @@ def wqkv_rows(config: Mapping[str, Any], path: str, n_out: int) -> dict[str, Seq
 
 
 def factors_of(arch: str, config: Mapping[str, Any], path: str, n_out: int) -> float | Sequence[float]:
-    """Return what llama.cpp's converter multiplies a weight by, all of it or row by row: Falcon-H1's multipliers.
+    """Return the factor by which llama.cpp's converter multiplies a weight, or one for each row (Falcon-H1).
 
     Reference:
         ``FalconH1Model.modify_tensors`` (conversion/falcon_h1.py) of llama.cpp.
@@ -75,7 +78,7 @@ def factors_of(arch: str, config: Mapping[str, Any], path: str, n_out: int) -> f
 
 
 def _mamba_factors(config: Mapping[str, Any], path: str, n_out: int) -> list[float]:
-    """Return the factor of each row of a Mamba layer's input projection: z, x, B, C and dt have one each."""
+    """Return the factor of each row of a Mamba input projection; z, x, B, C and dt have one factor each."""
     n_inner = whole(config, "mamba_d_ssm", most=n_out)
     n_state = whole(config, "mamba_n_groups", most=n_out) * whole(config, "mamba_d_state", most=n_out)
     sizes = (n_inner, n_inner, n_state, n_state, max(0, n_out - 2 * n_inner - 2 * n_state))
@@ -86,7 +89,7 @@ def _mamba_factors(config: Mapping[str, Any], path: str, n_out: int) -> list[flo
 
 
 def _rotated(rows: Sequence[int], n_heads: int) -> list[int]:
-    """Return rows in llama.cpp's order of a rotary embedding: the two halves of a head, interleaved."""
+    """Return rows in llama.cpp's order for rotary embeddings: the two halves of each head, interleaved."""
     size = len(rows) // n_heads
     return [
         rows[head * size + half * (size // 2) + n]
@@ -97,7 +100,7 @@ def _rotated(rows: Sequence[int], n_heads: int) -> list[int]:
 
 
 def _grid(n: int, shape: tuple[int, ...], axes: tuple[int, ...]) -> list[int]:
-    """Return the numbers from 0 on, laid out in a shape whose axes are then exchanged."""
+    """Return the indices of a grid of some shape, read after its axes were exchanged."""
     import numpy as np
 
     return [int(row) for row in np.arange(n).reshape(shape).transpose(axes).reshape(-1)]

@@ -1,4 +1,4 @@
-"""The package gguf, which is an extra."""
+"""Imports the package gguf, an optional dependency."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_merge.runtime.shortage import not_for_want_of_memory
 
 
 def gguf_package() -> Any:
-    """Import it.
+    """Return the package gguf.
 
     Raises:
         RequestError: it is not installed.

@@ -1,4 +1,4 @@
-"""The weights of llama.cpp that have LoRA, and how A and B of each are made of the factors of modules."""
+"""The weights of llama.cpp that get LoRA, and how A and B of each are made from the factors of modules."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Produce = Callable[["LoadFactors"], "tuple[torch.Tensor, torch.Tensor]"]
 
 @dataclass(frozen=True, slots=True)
 class WeightPart:
-    """A weight of llama.cpp, and what it has of a module."""
+    """A weight of llama.cpp, and the rows of a module in it."""
 
     name: str
-    """llama.cpp's, ``blk.0.attn_q.weight``; empty where it has none."""
+    """llama.cpp's name, ``blk.0.attn_q.weight``; empty if it has none."""
 
     rows: Sequence[int]
-    """Which of the module's outputs, in llama.cpp's order."""
+    """Indices of the module's outputs, in llama.cpp's order."""
 
     factor: float | Sequence[float] = 1.0
-    """What llama.cpp's converter multiplies the weight by, all of it or row by row."""
+    """Factor by which llama.cpp's converter multiplies the weight, or one for each row."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One weight of llama.cpp that has LoRA."""
+    """One weight of llama.cpp that gets LoRA."""
 
     name: str
     rank: int
@@ -44,18 +44,21 @@ class GgufTensor:
     b_shape: tuple[int, ...]
     dtype: str
     produce: Produce
-    """Returns A and B, of scale 1."""
+    """Returns A and B of scale 1, in llama.cpp's order of rows."""
 
     def under(self, alpha: int) -> GgufTensor:
-        """Return it as it is stored in a file with this α: in a dtype that holds B · r/α."""
+        """Return the tensor for a file with this α, in a dtype that holds B · r/α exactly; else float32."""
         ratio = self.rank / alpha
+        # A power of two changes the exponent alone, of which BF16 has as many bits as float32; F16 could
+        # underflow.
         is_exact = ratio == 1 or (self.dtype == "BF16" and frexp(ratio)[0] == 0.5)
         return self if is_exact else replace(self, dtype="F32")
 
 
 def tensor_of(made: Made, place: WeightPart) -> GgufTensor:
-    """Return a weight that is one module, or a part of it; an embedding lies there the other way round."""
+    """Return a weight that is one module, or a part of one."""
     *stack, _, n_in = made.module.shape
+    # llama.cpp has A of an embedding transposed.
     a_shape = (n_in, made.rank) if made.module.form == "embedding" else (*stack, made.rank, n_in)
     dtype = _dtype([made]) if place.factor == 1 else "F32"
     produce = partial(_placed, made, place)
@@ -63,7 +66,7 @@ def tensor_of(made: Made, place: WeightPart) -> GgufTensor:
 
 
 def stack_of(name: str, n_experts: int, members: Sequence[tuple[Made, WeightPart]]) -> GgufTensor:
-    """Return a weight of all experts: zeros where an expert has no factors, or has fewer."""
+    """Return a weight for all experts of a layer; experts without factors, or with fewer, get zeros."""
     first, place = members[0]
     rank = max(made.rank for made, _ in members)
     a_shape, b_shape = (n_experts, rank, first.module.shape[1]), (n_experts, len(place.rows), rank)
@@ -112,6 +115,6 @@ def number_of_expert(path: str) -> int:
 
 
 def _dtype(members: Sequence[Made]) -> str:
-    """Return the dtype of a weight's factors: float32 where they differ, or llama.cpp has none like theirs."""
+    """Return the dtype of a weight's factors: float32 if they differ, or llama.cpp has no such dtype."""
     dtypes = {dtype for made in members for dtype in (made.a.dtype, made.b.dtype)}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {"BF16", "F16"} else "F32"
