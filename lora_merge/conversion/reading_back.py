@@ -91,7 +91,7 @@ def _differences(lora: Lora, modules: Mapping[str, LoraModule]) -> list[Issue]:
             continue
         wanted = Pair(load(made.a), load(made.b), made.scale)
         got, _ = maker(modules[path])
-        # Exact equality is the usual case, and needs no norms.
+        # Equal factors need no norms.
         if wanted.equals(got):
             continue
         off = wanted.distance(got)

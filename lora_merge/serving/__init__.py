@@ -1,7 +1,7 @@
-"""Serving engines, and what each makes of an adapter as it is. One file per engine; `ENGINES` is the table.
+"""Serving engines, and which adapters each can serve. One file per engine; `ENGINES` is the table.
 
-Rules are data, each with the release and the source that it was taken from. A rule that a conversion cures names what
-the conversion has to do, so that ``--for ENGINE`` is made of the same rules.
+Rules are data. Each names the release and the source that it was taken from, and what a conversion has to do about it.
+So ``inspect`` and ``convert --for ENGINE`` follow the same rules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora_merge.serving.traits import Trait
 
 UNSTATED = BaseFamily()
-"""Nothing is known of the base."""
+"""The family of an unknown base."""
 
 MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
 
@@ -51,14 +51,14 @@ def report(
     options: str = "",
     family: BaseFamily = UNSTATED,
 ) -> EngineReport:
-    """Return what an engine makes of an adapter, with the commands that help.
+    """Return whether an engine serves an adapter, every reason against it, and commands that help.
 
     Args:
-        name: of the engine.
-        traits: of the adapter.
-        adapter: as the user named it.
-        options: that say which base it belongs to, as they were given: `` --base DIR``.
-        family: of the base, if it is known.
+        name: the engine.
+        traits: those of the adapter.
+        adapter: as the user named it; used in commands.
+        options: options about the base, as they were given: `` --base DIR``; used in commands.
+        family: that of the base, if it is known.
     """
     engine = ENGINES[name]
     commands = _Commands(name, engine, adapter, options, traits)
@@ -68,6 +68,7 @@ def report(
         cures = (rule.option, commands.merge) if rule.option else commands.of(rule.needs)
         effect = "depends" if rule.is_open(family) else rule.effect
         found.append(Obstacle(trait.name, effect, sentence, cures, rule.source))
+    # A statement about the file comes before those about its content.
     if engine.format == "gguf":
         sentence = (
             "it is no GGUF file; llama.cpp's own converter makes one, and loses rsLoRA and alpha_pattern"
@@ -82,7 +83,7 @@ def report(
 
 
 def obstacles(engine: Engine, traits: Iterable[Trait], family: BaseFamily) -> list[tuple[Trait, Rule]]:
-    """Return the traits that an engine stumbles over, with its rules."""
+    """Return each trait that an engine cannot serve as it is, with the rule. A rule that may apply counts."""
     rules = engine.by_trait
     return [
         (trait, rules[trait.name])
@@ -92,7 +93,7 @@ def obstacles(engine: Engine, traits: Iterable[Trait], family: BaseFamily) -> li
 
 
 def family_issues(name: str, traits: Sequence[Trait], family: BaseFamily) -> list[Issue]:
-    """Return what a conversion for an engine has to say about the family of the base: a refusal, or that nothing is known."""
+    """Return what a conversion says about the base's family: an error for a refusal, a note if nothing is known."""
     engine = ENGINES[name]
     standing = engine.families.standing(family)
     if standing == "refused":
@@ -111,7 +112,7 @@ def family_issues(name: str, traits: Sequence[Trait], family: BaseFamily) -> lis
 def _family_obstacles(
     engine: Engine, traits: Sequence[Trait], family: BaseFamily, commands: _Commands
 ) -> list[Obstacle]:
-    """Return what the family of the base stands in the way of."""
+    """Return what speaks against the family of the base, or against modules that the engine has no LoRA for."""
     families = engine.families
     standing = families.standing(family)
     if standing == "refused":
@@ -140,33 +141,36 @@ def _without_lora(engine: Engine, others: Sequence[str]) -> str:
 
 
 def _other_modules(engine: Engine, traits: Iterable[Trait], family: BaseFamily) -> list[str]:
-    """Return the modules of an adapter that an engine has no LoRA for, other than those that rules are about."""
+    """Return modules that an engine has no LoRA for. Heads, embeddings and experts have rules of their own."""
     pattern = engine.families.pattern(family)
     paths = next((trait.paths for trait in traits if trait.name == "modules"), ())
     return [path for path in paths if pattern and not re.fullmatch(pattern, path)]
 
 
 def needs_of(name: str, traits: Sequence[Trait], family: BaseFamily = UNSTATED) -> frozenset[Need]:
-    """Return what a conversion has to do so that an engine serves what comes of it."""
+    """Return what a conversion has to do so that an engine serves its output."""
     engine = ENGINES[name]
     needs = {need for _, rule in obstacles(engine, traits, family) for need in rule.needs} | {*engine.always}
     rank = next((trait.value for trait in traits if trait.name == "rank"), 0)
+    # These engines have no option for the rank; the adapter itself needs an allowed one.
     if engine.ranks.by_padding and rank not in engine.ranks.allowed:
         needs.add("pad-rank")
     return frozenset(needs)
 
 
 class _Commands:
-    """The commands that help with one adapter and one engine."""
+    """Builds the commands that help with one adapter and one engine."""
 
     def __init__(
         self, name: str, engine: Engine, adapter: str, options: str, traits: Sequence[Trait]
     ) -> None:
         named = adapter.rstrip("/").rpartition("/")[2].partition("@")[0]
+        # A name such as ``..`` cannot be part of a new directory's name.
         plain = named if named.strip(".") else "adapter"
         self.merge = f"lora-merge{options} --adapter {quote(adapter)} --out {quote(f'{plain}-merged')}"
         self._convert = f"lora-merge convert {quote(adapter)} --for {name}{options}"
         self._out = f" --out {quote(f'{plain}-{name}')}"
+        # A conversion to LoRA needs a rank. AdaLoRA alone has factors, so nothing is truncated.
         self._is_lossy = any(
             "to-lora" in rule.needs and (trait.name, trait.detail) != ("kind", "ADALORA")
             for trait, rule in obstacles(engine, traits, UNSTATED)
@@ -174,18 +178,18 @@ class _Commands:
         self._rank = engine.ranks.default or "N"
 
     def of(self, needs: Sequence[Need]) -> tuple[str, ...]:
-        """Return the commands that cure a trait: a conversion, if one does, and a merge."""
+        """Return the commands that cure a trait: a conversion if one does, and always a merge."""
         if not needs:
             return (self.merge,)
         return (self.convert(self._rank if self._is_lossy else None), self.merge)
 
     def convert(self, rank: object = None) -> str:
-        """Return the command of a conversion."""
+        """Return the command of a conversion, with ``--rank`` if one is given."""
         return f"{self._convert}{f' --rank {rank}' if rank else ''}{self._out}"
 
 
 def _rank_obstacles(engine: Engine, rank: Trait, commands: _Commands) -> list[Obstacle]:
-    """Return what the largest rank stumbles over."""
+    """Return what speaks against the largest rank: a limit, a rank without a kernel, or an option to raise."""
     ranks = engine.ranks
     if ranks.most and rank.value > ranks.most:
         sentence = f"{rank.detail}: {engine.name} serves up to {ranks.most}"

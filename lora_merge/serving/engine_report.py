@@ -1,11 +1,11 @@
-"""What a serving engine makes of an adapter as it is: a verdict, and every reason against it."""
+"""The report on one engine: whether it serves an adapter as it is, and every reason against it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 IF_SERVED = ", if it serves the family"
-"""How a verdict ends while the base's family is not known."""
+"""The end of a verdict if the base's family is not known."""
 
 VERDICTS = (
     "yes",
@@ -16,8 +16,8 @@ VERDICTS = (
     "not known",
     "no",
 )
-"""What an engine makes of an adapter. ``"perhaps"``: the family of the base, which is not given, decides it;
-``"not known"``: it is given, and whether the engine serves LoRA for it is not known."""
+"""Whether an engine serves an adapter. ``"perhaps"``: the base's family decides, and no base was given. ``"not known"``:
+the family is known, but not whether the engine serves LoRA for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,40 +25,41 @@ class Obstacle:
     """One reason why an engine does not serve an adapter as it is."""
 
     trait: str
-    """What about the adapter it is: a key of `lora_merge.serving.traits.TRAITS`."""
+    """A key of `lora_merge.serving.traits.TRAITS`, or ``family``, ``modules``, ``format``, ``rank``."""
 
     effect: str
-    """``"refused"``, ``"wrong"``: computed otherwise, without a word; ``"option"``: served with an option of the engine;
-    ``"depends"``: refused or not, by the family of the base, which is not given; ``"unknown"``: whether the engine
-    serves LoRA for the family is not known."""
+    """``"refused"``: the engine reports an error. ``"wrong"``: it loads the adapter and computes something else.
+    ``"option"``: it needs an option. ``"depends"``: the base's family decides, and no base was given. ``"unknown"``: it is
+    not known whether the engine serves LoRA for the family."""
 
     sentence: str
 
     cures: tuple[str, ...]
-    """Commands and options that help, each on its own, the best first."""
+    """Commands and options that help. Each suffices; the best comes first."""
 
     source: str
-    """Where it is seen: file, version, and whether it was run or read."""
+    """Evidence: file, version, and whether the code was run or read."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """What one engine makes of an adapter."""
+    """Whether one engine serves an adapter, and why not."""
 
     engine: str
     version: str
-    """The release that its rules were taken from."""
+    """The release from which its rules were taken."""
 
     obstacles: tuple[Obstacle, ...]
 
     family: str = "unstated"
-    """Whether it serves LoRA for the base's family: ``"served"``, ``"refused"``, ``"unknown"``: the engine's table does
-    not say; ``"unstated"``: the base is not given, and the adapter does not say its class."""
+    """Whether the engine serves LoRA for the base's family: ``"served"``, ``"refused"``, ``"unknown"`` (its table does not
+    tell) or ``"unstated"`` (no base was given, and the adapter does not name its class)."""
 
     @property
     def verdict(self) -> str:
-        """Return one of `VERDICTS`."""
+        """One of `VERDICTS`."""
         effects = {one.effect for one in self.obstacles}
+        # The worst effect decides.
         if effects & {"refused", "wrong"}:
             return "no"
         if "unknown" in effects:

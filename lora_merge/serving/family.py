@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BaseFamily:
-    """What is known of a base's family; nothing, where no base is at hand and the adapter does not say it."""
+    """The known names of a base's family; both fields are empty if nothing is known."""
 
     model_type: str = ""
-    """Of ``config.json``: ``"gpt_neox"``."""
+    """``model_type`` of ``config.json``: ``"gpt_neox"``."""
 
     architectures: tuple[str, ...] = ()
-    """Classes, the one with custom code included: ``("GPTNeoXForCausalLM",)``."""
+    """Classes, including one of custom code: ``("GPTNeoXForCausalLM",)``."""
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> BaseFamily:
-        """Return the family of a ``config.json``."""
+        """Return the family that a ``config.json`` names; values of other types are ignored."""
         named = config.get("architectures")
         found = [str(name) for name in named] if isinstance(named, list | tuple) else []
         auto_map = config.get("auto_map")
@@ -32,25 +32,25 @@ class BaseFamily:
 
     @classmethod
     def of_adapter(cls, config: Mapping[str, Any]) -> BaseFamily:
-        """Return what an ``adapter_config.json`` shows: PEFT writes down the class of the base in ``auto_mapping``."""
+        """Return the family that an ``adapter_config.json`` shows: the class that PEFT writes into ``auto_mapping``."""
         mapping = config.get("auto_mapping")
         named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         return cls("", (named,) if isinstance(named, str) and named else ())
 
     @property
     def names(self) -> frozenset[str]:
-        """Return every name that it goes by."""
+        """Model type and classes together, for look-ups."""
         return frozenset({self.model_type, *self.architectures} - {""})
 
     @property
     def is_sure(self) -> bool:
-        """Return True when both are known, so that a name that is not among them is not its name."""
+        """True if model type and class are known. Then a name that differs from both is not the family's."""
         return bool(self.model_type and self.architectures)
 
     def __bool__(self) -> bool:
-        """Return True when something is known."""
+        """Return True if anything is known."""
         return bool(self.names)
 
     def __str__(self) -> str:
-        """Return the name that a reader knows best."""
+        """Return the first class, or the model type; empty if nothing is known."""
         return next(iter(self.architectures), self.model_type)

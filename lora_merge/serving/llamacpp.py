@@ -18,7 +18,7 @@ _FAMILIES = Families(
     served=dict.fromkeys(_KNOWN.split(), ""),
     source=f"{_READ}: conversion/*.py, src/models/*.cpp",
 )
-"""By ``model_type``: families whose names and graphs `lora_merge.conversion.writers.gguf` knows."""
+"""By ``model_type``: the families that `lora_merge.conversion.writers.gguf` can write."""
 
 LLAMACPP = Engine(
     name="llama.cpp",

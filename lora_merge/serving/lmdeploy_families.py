@@ -22,7 +22,7 @@ _UNPACKED = (
     "internvl internvl_chat interns1"
 )
 UNPACKED = frozenset(_UNPACKED.split())
-"""Families whose classes have no ``packed_modules_mapping``, though they pack."""
+"""Families whose classes pack modules but have no ``packed_modules_mapping``, so that LoRA on parts is not found."""
 
 _TABLE: tuple[tuple[str, str], ...] = (
     (
@@ -50,6 +50,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
 )
 """Pattern of module paths → classes."""
 
+# Classes of the table whose modules were not determined.
 _UNKNOWN = (
     "GlmMoeDsaForCausalLM KimiK25ForConditionalGeneration Kimi_K25ForConditionalGeneration DeepseekV32ForCausalLM "
     "DeepseekV4ForCausalLM DeepseekVLV2ForCausalLM InternS2PreviewForConditionalGeneration InternS2PreviewForCausalLM "

@@ -1,4 +1,4 @@
-"""LoRAX: ranks that it does not pad, every layer or none, and nothing but LoRA on linear layers."""
+"""LoRAX: a few ranks without padding, every layer or none, and nothing but LoRA on linear layers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _FAMILIES = Families(
     effect="wrong",
     source=f"{_READ}: models/__init__.py:96, models/flash_*.py adapter_target_to_layer, models/model.py:236",
 )
-"""By ``model_type``; any other is not supported, or its class has ``supports_adapter_loading`` False: Falcon, GPT-NeoX,
-StarCoder, MPT, OPT, T5, BERT."""
+"""By ``model_type``. Other types are not supported, or their class has ``supports_adapter_loading`` False: Falcon,
+GPT-NeoX, StarCoder, MPT, OPT, T5, BERT."""
 
 LORAX = Engine(
     name="LoRAX",

@@ -1,4 +1,4 @@
-"""SGLang: one rank for all tensors of an adapter, α/r for all of them, and q with v, gate with up."""
+"""SGLang: one rank and one α/r for all tensors of an adapter; q needs v, and up needs gate."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Model classes of SGLang 0.5.23, and which of their modules have LoRA.
 
-SGLang's LoRA is one for all classes, for modules whose sizes it knows by their names (``get_default_hidden_dim``), in
-layers whose paths have ``layers.N.``. A class may narrow that (``should_apply_lora``) or know more
+SGLang has one LoRA for all classes. It finds modules whose sizes it knows by their names (``get_default_hidden_dim``),
+in layers whose paths have ``layers.N.``. A class may narrow that (``should_apply_lora``) or extend it
 (``get_hidden_dim``, ``supported_lora_modules``).
 
 Reference:
@@ -57,7 +57,8 @@ _REFUSED = (
     "PersimmonForCausalLM Phi3SmallForCausalLM QWenLMHeadModel MambaForCausalLM Mamba2ForCausalLM FalconMambaForCausalLM "
     "BailingMoeForCausalLM BailingMoEForCausalLM BailingMoeV2ForCausalLM LLaDA2MoeModelLM InternLM2ForCausalLM ExaoneForCausalLM"
 )
-"""Classes whose layers have other names than its LoRA knows (``c_attn``, ``query_key_value``), or no linear layers."""
+"""Classes whose layers have names that its LoRA does not know (``c_attn``, ``query_key_value``), or that have no linear
+layers."""
 
 FAMILIES = Families(
     key="class",

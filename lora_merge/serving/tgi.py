@@ -1,4 +1,4 @@
-"""Text Generation Inference: as LoRAX, from which its LoRA comes, but with rsLoRA, and without the head."""
+"""Text Generation Inference: its LoRA comes from LoRAX; it adds rsLoRA and lacks LoRA on the head."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _FAMILIES = Families(
     effect="wrong",
     source=f"{_READ}: models/__init__.py:1869, utils/adapter.py:232, and models/custom_modeling: which layers are MultiAdapter ones",
 )
-"""By ``model_type``. Of any other, the layers have no LoRA inside (Gemma, Cohere, Phi, Mixtral, GPT-2), or the table of
-layers cannot be built, so that it does not start (GPT-NeoX, Falcon, whatever runs in transformers)."""
+"""By ``model_type``. The layers of other types have no LoRA (Gemma, Cohere, Phi, Mixtral, GPT-2), or the table of layers
+cannot be built and TGI does not start (GPT-NeoX, Falcon, models that run in transformers)."""
 
 TGI = Engine(
     name="TGI",

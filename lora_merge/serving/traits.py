@@ -1,4 +1,4 @@
-"""What about an adapter an engine may stumble over, seen from its headers."""
+"""Traits of an adapter that engines may not be able to serve, read from its headers."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ TRAITS: Mapping[str, str] = {
 """Every trait, in words."""
 
 PACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Modules that engines compute as one."""
+"""Groups of modules that engines compute as one matrix."""
 
 _FILLED = ({"q_proj", "v_proj"}, {"gate_proj"})
-"""Parts to which an engine that packs adds zeros for the rest."""
+"""Parts of a group that suffice: an engine that packs adds zeros for the others."""
 
 _PACKED_NAMES = frozenset(name for group in PACKED for name in group)
 
@@ -79,13 +79,13 @@ _BY_NAME: Mapping[str, frozenset[str]] = {
     "latent": frozenset({"q_b_proj", "kv_a_proj_with_mqa"}),
     "latent-kv": frozenset({"kv_b_proj"}),
 }
-"""Traits that the last part of a module's path shows."""
+"""Trait → last parts of the paths of modules that show it."""
 
 TOWER = re.compile(
     r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower|embed_vision"
     r"|embed_audio|vision_embedder)(\.|$)"
 )
-"""Modules of a vision or audio tower, or of what connects it with the language model."""
+"""Modules of a vision or audio tower, or of its connection to the language model."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -100,13 +100,13 @@ class Trait:
     """A key of `TRAITS`."""
 
     detail: str
-    """What it is here: ``"rank 32"``."""
+    """The trait in this adapter, for sentences: ``"rank 32"``."""
 
     value: int = 0
-    """Of ``rank``, the number."""
+    """The number, for ``rank``."""
 
     paths: tuple[str, ...] = ()
-    """Of ``modules``, every module but heads, embeddings and experts, which have traits of their own."""
+    """For ``modules``: all modules except heads, embeddings and experts, which have traits of their own."""
 
 
 def traits_of(
@@ -115,12 +115,12 @@ def traits_of(
     unchanged: Collection[str] = (),
     added_tokens: int = 0,
 ) -> tuple[Trait, ...]:
-    """Return every trait that an adapter has.
+    """Return every trait that an adapter has, from its headers and what is known of its base.
 
     Args:
         adapter: from its headers.
         base_modules: every module of the base that has a matrix, if they are known.
-        unchanged: whole parameters that are but copies of the base's, if that is known.
+        unchanged: whole parameters that only copy the base's, if that is known.
         added_tokens: how many entries of its ``added_tokens.json`` have ids beyond the base's vocabulary.
     """
     added = (Trait("added-tokens", f"{added_tokens} added tokens"),) if added_tokens else ()
@@ -147,6 +147,7 @@ def _of_config(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Trai
         yield Trait("all-linear" if is_short else "regex", f"target_modules is {quoted(targets)}")
     if isinstance(targets, list):
         last = Counter(str(entry).rpartition(".")[2] for entry in targets if "." in str(entry))
+        # An engine that cuts paths to their last parts finds such a name twice.
         again = sorted(name for name, n in last.items() if n > 1 and name not in _PACKED_NAMES)
         if again:
             yield Trait("listed-paths", f"target_modules lists several paths that end in {again[0]}")
@@ -167,7 +168,7 @@ def _of_config(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Trai
 
 
 def _excludes(config: Mapping[str, Any], base_modules: Collection[str]) -> bool:
-    """Return True when an exclusion takes out a module that is a target otherwise, or may do so."""
+    """Return True if an exclusion removes a module that would be a target, or may do so."""
     if not config.get("exclude_modules"):
         return False
     try:
@@ -176,6 +177,7 @@ def _excludes(config: Mapping[str, Any], base_modules: Collection[str]) -> bool:
         return not base_modules or any(
             wider.matches(module) and not rule.matches(module) for module in base_modules
         )
+    # A pattern that does not parse may exclude anything.
     except TargetError:
         return True
 
@@ -195,6 +197,7 @@ def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
         said |= {
             value for value in (table if isinstance(table, dict) else {}).values() if isinstance(value, int)
         }
+        # The config counts too: engines reserve memory for the rank that it names.
         largest = max({*found, *said})
         detail = (
             f"rank {found[-1]}" if largest == found[-1] else f"rank {found[-1]}, and {largest} by the config"
@@ -225,6 +228,7 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
     everywhere = set().union(*by_layer.values()) if by_layer else set()
     numbers = [int(match[1]) for match in map(_LAYER.search, base_modules) if match]
     n_layers = max([*numbers, *by_layer], default=-1) + 1
+    # Without a base, layers above the last one in the adapter cannot be seen.
     n_lacking = n_layers - sum(own == everywhere for own in by_layer.values())
     if n_lacking and by_layer:
         yield Trait("some-layers", f"{n_lacking} of {n_layers} layers lack some of the modules")
@@ -251,7 +255,6 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
 
 
 def _plain(adapter: Adapter, modules: list[str]) -> tuple[str, ...]:
-    """Return the modules that are no head, no embedding and no expert."""
     embeddings = {delta.module for delta in adapter.deltas if delta.transposed}
     return tuple(
         module
@@ -263,7 +266,7 @@ def _plain(adapter: Adapter, modules: list[str]) -> tuple[str, ...]:
 
 
 def _of_packed(modules: list[str]) -> Iterator[Trait]:
-    """Yield what is to be said of modules that engines compute as one: those of one parent belong together."""
+    """Yield traits of modules that engines compute as one. Only modules of the same parent belong together."""
     siblings: dict[str, set[str]] = {}
     for module in modules:
         parent, _, name = module.rpartition(".")
@@ -282,7 +285,7 @@ def _of_packed(modules: list[str]) -> Iterator[Trait]:
 
 
 def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
-    """Yield what an adapter does to experts."""
+    """Yield traits of LoRA on experts: stacked, one by one, or on some of them only."""
     if adapter.stacked:
         yield Trait("target-parameters", "target_parameters is set")
         pairs = Counter(pair.module for pair in adapter.stacked if pair.module.endswith("experts"))
@@ -301,6 +304,7 @@ def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
         return
     yield Trait("experts", "modules of single experts")
     numbers = {int(index) for own in found.values() for index, _ in own}
+    # Three projections for each expert: gate, up and down.
     if any(len(own) != 3 * (max(numbers) + 1) for own in found.values()):
         yield Trait("some-experts", "some experts, or some of their projections, are left out")
 

@@ -1,4 +1,4 @@
-"""vLLM: scales and ranks of every module by PEFT's own rules, but nothing beside LoRA on linear layers."""
+"""vLLM: rank and scale of each module by PEFT's own rules, but only LoRA on linear layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _RUN = "vllm 0.32.0, vllm/lora, run on the CPU"
 _READ = "vllm 0.32.0, vllm/lora, read"
 
 _EMBEDDINGS = frozenset({"llama", "mixtral", "qwen3", "qwen3_moe"})
-"""Families whose classes have ``embedding_modules``, of those that were run."""
+"""Families, among those that were run, whose classes have ``embedding_modules``."""
 
 VLLM = Engine(
     name="vLLM",

@@ -111,7 +111,7 @@ _REMOVED = (
     "Tarsier2ForConditionalGeneration TarsierForConditionalGeneration TeleChatForCausalLM "
     "XverseForCausalLM "
 )
-"""Classes that an older release served."""
+"""Classes that an older release served and this one does not."""
 
 _STACKED = (
     "ClefOmniForJointSchema GptOssForCausalLM InternS1ProForConditionalGeneration "
@@ -120,7 +120,7 @@ _STACKED = (
     "Qwen3_5MoeForConditionalGeneration "
 )
 STACKED_EXPERTS = frozenset(_STACKED.split())
-"""Classes with ``is_3d_moe_weight``: LoRA on experts is one pair of factors for the stack."""
+"""Classes with ``is_3d_moe_weight``: their LoRA on experts is one pair of factors for the whole stack."""
 
 FAMILIES = Families(
     key="class",
