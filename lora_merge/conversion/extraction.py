@@ -135,7 +135,7 @@ def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
 
 
 def _spelled(names: Collection[str], stored: Stored) -> dict[str, str]:
-    """Return stored names → transformers' names, where they differ. PEFT drops what it does not find under the latter."""
+    """Return stored name → transformers' name, where they differ. PEFT drops names that it does not know."""
     conversion = stored.conversion
     found = {}
     for name in names if conversion is not None else ():

@@ -135,7 +135,7 @@ class _Drafting:
         self.found = _Sketch()
 
     def run(self) -> None:
-        """Sort all parts of the adapter. Stops after the first group of issues if the kind cannot be converted at all."""
+        """Sort all parts of the adapter. Stops early if its kind cannot be converted at all."""
         self.found.issues += self._kind_issues()
         if self.found.issues:
             return

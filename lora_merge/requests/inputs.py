@@ -1,6 +1,6 @@
-"""Values as people write them → the texts and switches that a request has: paths, adapters and their weights.
+"""Values from Python and YAML → the texts and switches of a request: paths, adapters and their weights.
 
-Python and YAML hand over anything; what has no plain meaning is refused in a sentence, and never dropped.
+Python and YAML may pass any type. A value without a clear meaning is refused with a sentence, never dropped.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from lora_merge.words import quoted, shown
 
 AdapterPath = str | os.PathLike[str]
 AdapterPaths = AdapterPath | Mapping[AdapterPath, float] | Sequence[AdapterPath | tuple[AdapterPath, float]]
-"""One adapter or several, as Python names them; a table and a pair give each its weight."""
+"""One adapter or several. A mapping of path → weight, or a pair of both, sets weights."""
 
 
 def adapter_texts(value: object) -> tuple[str, ...]:
-    """Return adapters as a command line names them, each with its weight behind it where it has one.
+    """Return adapters as the command line names them: ``path``, or ``path:weight``.
 
-    Takes a path, several, a table of path → weight, and pairs of a path and a weight among several.
+    Accepts one path, a list of paths, a mapping of path → weight, and pairs of both in a list.
 
     Example:
         >>> adapter_texts({"style": 0.5, "facts": 1}), adapter_texts([("style", 0.5), "facts"])
         (('style:0.5', 'facts:1'), ('style:0.5', 'facts'))
 
     Raises:
-        ValueError: it names none, or something in it is neither a path nor a weight.
+        ValueError: no adapter is named, or an item is neither a path nor a pair with a weight.
     """
     if isinstance(value, Mapping):
         texts = [_weighted(path, weight) for path, weight in value.items()]
@@ -42,7 +42,7 @@ def adapter_texts(value: object) -> tuple[str, ...]:
 
 
 def _item(item: object) -> Sequence[str]:
-    """Return what one of several adapters means: a path, a table, or a pair of a path and a weight."""
+    """Return the texts of one item of a list: a path, a mapping, or a pair of a path and a weight."""
     if isinstance(item, Mapping):
         return adapter_texts(item)
     if isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], int | float):
@@ -60,22 +60,21 @@ def _adapter(value: object) -> str:
 
 
 def _weighted(path: object, weight: object) -> str:
-    """Return an adapter with its weight.
+    """Return ``path:weight``, with the weight as Python's ``repr`` writes it, so that nothing is lost.
 
     Raises:
-        ValueError: the one is no path, or the other no number.
+        ValueError: the path is not a path, or the weight is not a number.
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         is_word = isinstance(weight, str) and not re.fullmatch(r"[\d.,+-]+", weight)
-        said = (
-            "a text for its weight" if is_word else f"the weight {shown(weight)}"
-        )  # {token: …} looks like one
+        # A table such as {token: …} looks like an adapter with its weight, so a text is not repeated.
+        said = "a text for its weight" if is_word else f"the weight {shown(weight)}"
         raise ValueError(f"{_adapter(path)!r} has {said}, expected a number")  # noqa: TRY004 - as parsers raise
     return f"{_adapter(path)}:{weight!r}"
 
 
 def checked_weight(text: str, weight: float) -> float:
-    """Return the weight of an adapter, if it is one that changes anything.
+    """Return a weight, once it is known to be finite in float32 and not 0.
 
     Args:
         text: what names adapter and weight.
@@ -84,7 +83,8 @@ def checked_weight(text: str, weight: float) -> float:
     Raises:
         ValueError: it is not finite, or zero.
     """
-    if not abs(weight) <= LARGEST_FLOAT32:  # as NaN is not
+    # Negated, so that NaN is refused too.
+    if not abs(weight) <= LARGEST_FLOAT32:
         raise ValueError(
             f"{quoted(text)} has the weight {quoted(weight)}, expected a number that float32 can hold"
         )
@@ -94,10 +94,10 @@ def checked_weight(text: str, weight: float) -> float:
 
 
 def path_text(value: object) -> str:
-    """Return a path, or the name of a repo, as text.
+    """Return a path, or the name of a repo, as text. ``Path`` objects are accepted.
 
     Raises:
-        ValueError: it is something else, or empty.
+        ValueError: it is something else, bytes, or empty.
     """
     if not isinstance(value, str | os.PathLike):
         raise ValueError(f"is {shown(value)}, expected a path")  # noqa: TRY004 - as parsers raise
@@ -110,10 +110,10 @@ def path_text(value: object) -> str:
 
 
 def texts(value: object) -> tuple[str, ...]:
-    """Return several texts as they are.
+    """Return one text or a list of texts as a tuple.
 
     Raises:
-        ValueError: one of them is something else.
+        ValueError: an item is not a text.
     """
     found = tuple(value) if isinstance(value, list | tuple) else (value,)
     for text in found:
@@ -123,10 +123,10 @@ def texts(value: object) -> tuple[str, ...]:
 
 
 def switch(value: Any) -> bool:
-    """Return True or False as it is; a text such as ``"no"`` would be true.
+    """Return a Boolean. Anything else is refused, since a text such as ``"no"`` would count as true.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither True nor False.
     """
     if not isinstance(value, bool):
         raise ValueError(f"is {shown(value)}, expected true or false")  # noqa: TRY004 - as parsers raise

@@ -1,4 +1,4 @@
-"""The kinds of values that options have."""
+"""The kinds of values: one `Kind` for each sort of option."""
 
 from __future__ import annotations
 

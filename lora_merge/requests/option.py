@@ -1,4 +1,4 @@
-"""One row of the table of options, and the kind of its value."""
+"""One row of the table of options, and the kind of value that it has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Verb = Literal["merge", "plan", "verify", "inspect", "convert", "extract", "batc
 
 
 class Required:
-    """The default of an option that has none."""
+    """Marks an option without a default: a request cannot be made without it."""
 
     def __repr__(self) -> str:
         return "REQUIRED"
@@ -61,7 +61,7 @@ class Kind:
 
     @property
     def python_type(self) -> str:
-        """Return the annotation of the keyword in Python. It takes more than the field: ``Path`` objects, one text for a list."""
+        """Annotation of the keyword in Python. It takes more than the field: ``Path`` objects, one text for a list."""
         if self.accepts:
             return self.accepts
         if self.is_many:
@@ -136,20 +136,20 @@ class Option:
 
     @property
     def is_required(self) -> bool:
-        """Return True if a request cannot be made without it."""
+        """True if a request cannot be made without it."""
         return isinstance(self.default, Required)
 
     @property
     def is_switch(self) -> bool:
-        """Return True where it is on or off."""
+        """True for an option that is on or off."""
         return self.kind.type == "bool"
 
     @property
     def key(self) -> str:
-        """Return its key in a YAML file."""
+        """The key in a YAML file."""
         return self.yaml_key or self.name
 
     @property
     def python_name(self) -> str:
-        """Return its keyword in Python."""
+        """The keyword in Python."""
         return self.keyword or self.name

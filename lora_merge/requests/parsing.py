@@ -1,4 +1,4 @@
-"""Values → a request. The table of options says how each value is parsed, wherever it comes from."""
+"""Values → a request. The table of options says how each value is parsed, whatever its origin."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VERBS: Final[Mapping[type, Verb]] = {kind: verb for verb, kind in REQUESTS.items
 
 
 def parse_values(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parsed values of some fields. None stays None, and no field is added.
+    """Return values with those of the table parsed. None stays None, and no field is added.
 
     An option without a parser (a merge's output) keeps its value.
 
@@ -72,7 +72,7 @@ def parse_request(
 def parse_keywords(
     kind: type[AnyRequest], verb: Verb, keywords: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> AnyRequest:
-    """Return the request of a call in Python.
+    """Return the request for a call of a Python function; unknown keywords are refused as Python does.
 
     Args:
         kind: of request.
@@ -93,14 +93,14 @@ def parse_keywords(
 
 
 def _listed(option: Option, value: Any) -> Any:
-    """Return the value of a repeatable option as a tuple. Python takes one text in place of a list, and any iterable."""
+    """Return a list or another iterable as a tuple, if the option takes several; one text stays a text."""
     if not option.kind.is_many or option.kind.accepts or isinstance(value, str):
         return value
     return tuple(value) if isinstance(value, Iterable) else value
 
 
 def _parsed(option: Option, value: Any) -> Any:
-    """Return the parsed value of a field.
+    """Return the value of a field, parsed by its kind; a path without a parser is only checked.
 
     Raises:
         RequestError: it does not parse.

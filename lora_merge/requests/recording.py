@@ -1,4 +1,4 @@
-"""The options that shape an output, as its manifest records them."""
+"""The options that shape an output, as the manifest records them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ same bytes."""
 
 
 def recorded_options(verb: Verb) -> tuple[Option, ...]:
-    """Return the options that shape the output of a verb, in the order of the manifest."""
+    """Return the options of a verb that shape its output, in the manifest's order."""
     first = _FIRST.get(verb, ())
     rows = [option for option in fields_of(verb) if option.recorded]
     return tuple(sorted(rows, key=lambda row: first.index(row.name) if row.name in first else len(first)))
 
 
 def record_of(request: Request | ConvertRequest) -> dict[str, object]:
-    """Return the options that shape a request's output, in the order of the manifest.
+    """Return name → value of the options that shape a request's output, in the manifest's order.
 
     Requests with equal records make the same output from the same inputs.
     """
@@ -36,6 +36,7 @@ def record_of(request: Request | ConvertRequest) -> dict[str, object]:
     for option in recorded_options(VERBS[type(request)]):
         value: Any = getattr(request, option.name)
         if option.recorded_with:
+            # Rows come after the option that they depend on.
             is_told = option.recorded_with in found
         else:
             is_told = option.recorded == "always" or value != option.default

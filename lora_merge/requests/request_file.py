@@ -1,4 +1,4 @@
-"""Request files: YAML → `Request`, with errors that name the line and the key."""
+"""Request files: YAML → `Request`. Errors name the line and the key."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from lora_merge.requests.option import Verb
 
 _HALF = re.compile("[\ud800-\udfff]")
-"""In the name of a file that is not UTF-8; pydantic takes none."""
+"""Lone surrogates: Python's way to keep a file name that is not UTF-8. pydantic refuses them."""
 
 
 def read_request(
     path: str, overrides: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> Request:
-    """Return the request in a YAML file.
+    """Return the request that a YAML file states.
 
     Args:
         path: the file. Paths in it are relative to the current directory, as on the command line.
@@ -38,7 +38,7 @@ def read_request(
         defaults: values over which the file's win.
 
     Raises:
-        RequestError: the file is no YAML, or a key is unknown, repeated, missing or of the wrong type.
+        RequestError: the file is not YAML, or a key is unknown, repeated, missing or of the wrong type.
     """
     values, node = parse_yaml(path)
     lines = key_lines(path, node)
@@ -56,11 +56,14 @@ def read_request(
 
 
 def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
-    """Return a request of values that are parsed, once their types are right.
+    """Return a request, once the types of its values are checked.
+
+    Args:
+        kind: of request.
+        values: parsed values, by the names of its fields.
 
     Raises:
-        RequestError: a value is missing, of the wrong type or no text; it names the key. What pydantic says of it is not
-            kept, since its errors repeat what they refuse, tokens too.
+        RequestError: a value is missing or of the wrong type; it names the key.
     """
     from pydantic import ValidationError
 
@@ -69,6 +72,7 @@ def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
         text = json.dumps(checked, default=str, skipkeys=True)
         request: AnyRequest = _validator(VERBS[kind]).validate_json(text)
     except ValidationError as exc:
+        # ``from None``: pydantic's errors repeat the values that they refuse, tokens included.
         first = exc.errors(include_url=False, include_context=False)[0]
         key = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "missing":
@@ -76,6 +80,7 @@ def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
         is_secret = any(option.is_secret for option in fields_of(VERBS[kind]) if option.name == key)
         repeated = "" if is_secret else f" {shown(values.get(key))}:"
         raise RequestError("", 0, key, f"is{repeated} {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    # Names that are not UTF-8 were checked with a substitute; the request gets the originals.
     meant = {key: values[key] for key, value in checked.items() if value is not values[key]}
     listed: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in meant.items()
@@ -84,7 +89,7 @@ def validated(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
 
 
 def _without_halves(value: Any) -> Any:
-    """Return a text, or texts, as pydantic takes them; the same object where nothing is to be changed."""
+    """Return a text, or a list of texts, without lone surrogates; the same object if there are none."""
     if isinstance(value, str):
         return _HALF.sub("?", value) if _HALF.search(value) else value
     if isinstance(value, list | tuple):
@@ -95,13 +100,13 @@ def _without_halves(value: Any) -> Any:
 
 @cache
 def _validator(verb: Verb) -> TypeAdapter[Any]:
-    """Return pydantic's validator, which takes longer to make than a request takes to check."""
+    """Return pydantic's validator of a verb's request. Making one takes longer than checking a request."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(REQUESTS[verb])
 
 
 def close_hint(key: object, known: Sequence[str]) -> str:
-    """Return what an unknown key may have been meant for."""
+    """Return a hint for an unknown key: the known key that is closest, or all of them."""
     close = difflib.get_close_matches(str(key), known, n=1)
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"

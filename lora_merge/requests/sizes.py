@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``5GB``, ``500MB``, ``2GiB``."""
+"""Sizes such as ``5GB``, ``500MB`` and ``2GiB``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ _SIZE = re.compile(
 
 
 LEAST_BARE_BYTES = 10**6
-"""A number without a unit that is smaller was hardly meant as bytes."""
+"""A smaller number without a unit is refused: it was probably meant in another unit than bytes."""
 
 
 def parse_size(text: str | float) -> int:
-    """Return a size in bytes: ``5GB`` is 5·10⁹, ``5GiB`` is 5·2³⁰, a bare number is bytes, a million or more.
+    """Return a size in bytes: ``5GB`` is 5·10⁹, ``5GiB`` is 5·2³⁰; a bare number is bytes, at least a million.
 
     Example:
         >>> parse_size("1.5GB"), parse_size("2KiB")
         (1500000000, 2048)
 
     Raises:
-        ValueError: it is no positive size, or a small number whose unit is missing.
+        ValueError: it is not a positive size, or a small number without a unit.
     """
     match = _SIZE.fullmatch(str(text).strip())
     size = 0
     if match is not None:
+        # Decimal units as disks and shards use them; the ``i`` makes them binary.
         base = 1024 if match["binary"] else 1000
         size = int(float(match["number"]) * base ** " KMGT".index(match["unit"].upper() or " "))
         bare = not (match["unit"] or match["binary"] or match["byte"])

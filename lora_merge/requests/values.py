@@ -1,4 +1,4 @@
-"""Values as texts → the values of a request, each by a parser of its own that raises ``ValueError`` with a sentence."""
+"""Parsers of options: a value as people write it → the request's value, or ``ValueError`` with a sentence."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lora_merge.requests.option import Names
 
+# More than the side of any matrix, and more threads than any machine can run.
 MOST_RANK: Final = 1 << 16
 MOST_WORKERS: Final = 1024
 
@@ -23,14 +24,14 @@ _SHORT_DTYPES: Final[Mapping[str, OutputDtype]] = {"bf16": "bfloat16", "fp16": "
 
 
 def parse_adapter(text: object) -> tuple[str, float]:
-    """Return the place and the weight of one adapter.
+    """Return the place and the weight of one adapter; 1.0 if none is given.
 
     Example:
         >>> parse_adapter("my-lora:0.5"), parse_adapter("org/my-lora@v1")
         (('my-lora', 0.5), ('org/my-lora@v1', 1.0))
 
     Raises:
-        ValueError: it is no text, or the weight is 0 or not finite.
+        ValueError: it is not a text, or the weight is 0 or not finite.
     """
     (text,) = adapter_texts((text,))
     path, colon, weight = text.rpartition(":")
@@ -38,16 +39,17 @@ def parse_adapter(text: object) -> tuple[str, float]:
         value = float(weight)
     except ValueError:
         return text, 1.0
+    # A name that is a number, and ``:0.5`` without a path, are names.
     if not colon or not path:
         return text, 1.0
     return path, checked_weight(text, value)
 
 
 def parse_adapters(value: object) -> tuple[str, ...]:
-    """Return one adapter or several, once their weights are known to parse.
+    """Return one adapter or several as texts, after each was checked.
 
     Raises:
-        ValueError: there is none, or one does not parse.
+        ValueError: there is no adapter, or one does not parse.
     """
     if value is None:
         raise ValueError("is None, expected an adapter")
@@ -58,7 +60,7 @@ def parse_adapters(value: object) -> tuple[str, ...]:
 
 
 def parse_expert_layout(value: object) -> tuple[str, ...]:
-    """Return what is said of stacked experts.
+    """Return the words of ``--expert-layout`` as a tuple.
 
     Raises:
         ValueError: a word is unknown, or two contradict each other.
@@ -75,10 +77,10 @@ def parse_expert_layout(value: object) -> tuple[str, ...]:
 
 
 def parse_file_names(value: object) -> tuple[str, ...]:
-    """Return the names of files, one or several.
+    """Return one file name or several as a tuple, without a leading ``./``.
 
     Raises:
-        ValueError: one is no name of a file inside a folder.
+        ValueError: a name is empty or leads out of the folder.
     """
     names = tuple(value) if isinstance(value, list | tuple) else (value,)
     for name in names:
@@ -88,10 +90,10 @@ def parse_file_names(value: object) -> tuple[str, ...]:
 
 
 def parse_density(value: str | float) -> float:
-    """Return a share of values.
+    """Return the share of values that are kept, above 0 and at most 1.
 
     Raises:
-        ValueError: it is no number above 0 and at most 1.
+        ValueError: it is not such a number.
     """
     try:
         density = 0.0 if isinstance(value, bool) else float(value)
@@ -103,10 +105,10 @@ def parse_density(value: str | float) -> float:
 
 
 def parse_seed(value: str | int) -> int:
-    """Return a seed.
+    """Return a seed from 0 to 2³¹ - 1.
 
     Raises:
-        ValueError: it is no whole number from 0 to 2³¹ - 1.
+        ValueError: it is not such a whole number.
     """
     return _whole(value, "seed", 2**31 - 1, least=0)
 
@@ -135,14 +137,14 @@ def parse_name(names: Names, name: str) -> Callable[[str], str]:
 
 
 def parse_dtype(text: str) -> OutputDtype:
-    """Return a dtype as torch spells it.
+    """Return a dtype as torch spells it. Short names and a leading ``torch.`` are accepted.
 
     Example:
         >>> parse_dtype("bf16")
         'bfloat16'
 
     Raises:
-        ValueError: it is no dtype that an output can have.
+        ValueError: it is not a dtype that an output can have.
     """
     for short, full in _SHORT_DTYPES.items():
         if str(text).lower().removeprefix("torch.") in {short, full}:
@@ -152,10 +154,10 @@ def parse_dtype(text: str) -> OutputDtype:
 
 
 def parse_device(text: str) -> str:
-    """Return a device name as it is.
+    """Return ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Whether the device exists is checked later.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is something else.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(text)):
         raise ValueError(f"{shown(text)} is no device, expected auto, cpu, cuda or cuda:N")
@@ -163,10 +165,10 @@ def parse_device(text: str) -> str:
 
 
 def parse_word(text: object) -> str:
-    """Return a word as it is; whether it names anything shows where the names are.
+    """Return a single word. Whether it names anything is checked where the names are known.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a word.
     """
     if not isinstance(text, str) or not re.fullmatch(r"\w+", text):
         raise ValueError(f"{shown(text)} is no word")
@@ -174,20 +176,20 @@ def parse_word(text: object) -> str:
 
 
 def parse_size_text(text: str | int) -> str | int:
-    """Return a size as it is written, once it is known to parse.
+    """Return a size as it was written, after checking that it parses.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is not a size.
     """
     parse_size(text)
     return text
 
 
 def parse_token(text: object) -> str:
-    """Return an access token as it is.
+    """Return an access token.
 
     Raises:
-        ValueError: it cannot be one. The sentence does not repeat it.
+        ValueError: it has other characters than printable ASCII. The sentence does not repeat it.
     """
     if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("is no token, expected letters and digits without spaces")
@@ -195,10 +197,10 @@ def parse_token(text: object) -> str:
 
 
 def parse_tolerance(value: str | float) -> float:
-    """Return a difference of logits.
+    """Return a difference of logits, 0 or more.
 
     Raises:
-        ValueError: it is no number of 0 or more.
+        ValueError: it is not such a number.
     """
     try:
         tolerance = -1.0 if isinstance(value, bool) else float(value)
@@ -210,32 +212,32 @@ def parse_tolerance(value: str | float) -> float:
 
 
 def parse_n_tokens(value: str | int) -> int:
-    """Return a number of tokens.
+    """Return a number of tokens from 1 to 1024.
 
     Raises:
-        ValueError: it is no whole number from 1 to 1024.
+        ValueError: it is not such a whole number.
     """
     return _whole(value, "number of tokens", 1024)
 
 
 def parse_rank(value: str | int) -> int:
-    """Return a rank.
+    """Return a rank from 1 to `MOST_RANK`.
 
     Raises:
-        ValueError: it is no whole number, less than one, or larger than any matrix has.
+        ValueError: it is not such a whole number.
     """
     return _whole(value, "rank", MOST_RANK)
 
 
 def parse_energy(value: str | float) -> float:
-    """Return a share of energy.
+    """Return a share of energy, above 0 and at most 1. Percentages are accepted.
 
     Example:
         >>> parse_energy("0.99"), parse_energy("99%")
         (0.99, 0.99)
 
     Raises:
-        ValueError: it is no number above 0 and at most 1.
+        ValueError: it is not such a number.
     """
     text = str(value)
     try:
@@ -250,20 +252,21 @@ def parse_energy(value: str | float) -> float:
 
 
 def parse_workers(text: str | int) -> int:
-    """Return a number of workers.
+    """Return a number of workers from 1 to `MOST_WORKERS`.
 
     Raises:
-        ValueError: it is no whole number, less than one, or more than a machine can run.
+        ValueError: it is not such a whole number.
     """
     return _whole(text, "number of workers", MOST_WORKERS)
 
 
 def _whole(value: object, thing: str, most: int, least: int = 1) -> int:
-    """Return a whole number between two limits.
+    """Return a whole number from ``least`` to ``most``. ``thing`` is what the error calls it.
 
     Raises:
         ValueError: it is something else.
     """
+    # In Python True is an int.
     text = "" if isinstance(value, bool) else str(value)
     if not re.fullmatch(r"\d{1,10}", text) or not least <= int(text) <= most:
         raise ValueError(f"{shown(value)} is no {thing}, expected a whole number from {least} to {most}")

@@ -1,4 +1,4 @@
-"""YAML files of users: a table of keys, with the line of each, in a file that is not too large."""
+"""YAML files of users: a table of keys with the line of each. Size, depth and aliases are limited."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
     import yaml
 
 MAX_BYTES = 1_000_000
-"""Of a file of requests: a batch of ten thousand jobs, each on a line. Python's YAML takes ten seconds for it."""
+"""Largest file. It has room for a batch of ten thousand jobs, one on each line; Python's YAML takes ten seconds for that."""
 
 _MAX_VALUES = 200_000
-"""Of all tables and lists in it, with those that aliases stand for."""
+"""Most values in all tables and lists, with aliases written out."""
 
 _MAX_CHARACTERS = 10_000
-"""Of one value. A path may have 4096."""
+"""Longest value. A path has at most 4096 characters."""
 
 _TOO_DEEP = f"has tables and lists in each other more than {MOST_LEVELS} deep, expected fewer"
 
 _BY_CONSTRUCTORS = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
-"""What PyYAML lets through where a tag such as ``!!int`` or ``!!timestamp`` stands before something else."""
+"""Errors that PyYAML does not wrap when a tag such as ``!!int`` or ``!!timestamp`` has an unsuitable value."""
 
 
 def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
-    """Return the table in a YAML file, and its nodes, which know their lines.
+    """Return the table in a YAML file, and its node, which knows the line of each key.
 
     Raises:
-        RequestError: it is no YAML, holds no table, or repeats a key.
+        RequestError: it is not YAML, holds no table, repeats a key, or exceeds a limit.
     """
     import yaml
 
@@ -41,6 +41,7 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     try:
         node = loader.get_single_node()
         if node is not None:
+            # Before anything is constructed: a few lines of aliases can stand for billions of values.
             _check(path, node, set(), {})
         values = None if node is None else loader.construct_document(node)
     except RecursionError as exc:
@@ -48,7 +49,8 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         line = mark.line + 1 if mark else 0
-        problem = str(getattr(exc, "problem", None) or exc).partition(" '")[0]  # it may quote a token
+        # The message may quote the text at fault, which may be a token.
+        problem = str(getattr(exc, "problem", None) or exc).partition(" '")[0]
         raise RequestError(path, line, "", f"is not valid YAML ({problem})") from None
     except _BY_CONSTRUCTORS:  # its text may be a token
         sentence = "is not valid YAML (a value is not what its tag says, a date that is none, or a number of"
@@ -78,15 +80,17 @@ def _text(path: str) -> str:
 
 
 def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) -> int:
-    """Return how many values a node stands for, with those that its aliases (``*``) stand for.
+    """Return how many values a node stands for, with its aliases (``*``) written out.
 
     Args:
-        within: the tables and lists that a node lies in.
-        sizes: of those that were looked at already; each is looked at once, however often it has an alias.
+        path: the file, for errors.
+        node: a scalar, list or table.
+        within: ids of the tables and lists around the node.
+        sizes: id → result of the nodes that were checked already. Each is checked once, however many aliases it has.
 
     Raises:
-        RequestError: a table, at any depth, names a key twice, an alias stands for what it stands in, or a few
-            lines stand for more values than a request can have.
+        RequestError: a table at any depth repeats a key, an alias refers to a table or list that contains it, a value
+            is too long, or the nodes stand for more values than a request can have.
     """
     import yaml
 
@@ -109,6 +113,7 @@ def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) 
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
     size = 1 + sum(_check(path, child, within, sizes) for child in children)
+    # Long texts count more, so that aliases cannot multiply one into gigabytes.
     size += len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0
     if size > _MAX_VALUES:
         sentence = f"stands for more than {_MAX_VALUES} values, with its aliases (*)"
@@ -119,10 +124,10 @@ def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) 
 
 
 def key_lines(path: str, node: yaml.MappingNode) -> dict[str, int]:
-    """Return the line of each key of a table, counted from 1.
+    """Return key → line of a table, counted from 1.
 
     Raises:
-        RequestError: a key is a table or a list, or comes twice.
+        RequestError: a key is a table or a list, or is repeated.
     """
     lines: dict[str, int] = {}
     for key_node, _ in node.value:

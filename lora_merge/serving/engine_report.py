@@ -28,7 +28,7 @@ class Obstacle:
     """A key of `lora_merge.serving.traits.TRAITS`, or ``family``, ``modules``, ``format``, ``rank``."""
 
     effect: str
-    """``"refused"``: the engine reports an error. ``"wrong"``: it loads the adapter and computes something else.
+    """``"refused"``: the engine reports an error or fails. ``"wrong"``: it loads the adapter and computes something else.
     ``"option"``: it needs an option. ``"depends"``: the base's family decides, and no base was given. ``"unknown"``: it is
     not known whether the engine serves LoRA for the family."""
 
