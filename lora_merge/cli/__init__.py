@@ -16,12 +16,10 @@ __all__ = ["entry", "main"]
 
 
 def entry() -> NoReturn:
-    """Run the command as a process of its own, and end the process at once when it is done.
-
-    Taking an interpreter down after torch was loaded costs half a second, and collecting garbage while it
-    loads a fifth; a process that is about to end needs neither.
-    """
-    guard()  # first of all: before any file is opened that could get a standard stream's number
+    """Run the command as a process of its own. Ends the process at once when the command is done."""
+    # First of all: before any file is opened that could get the number of a standard stream.
+    guard()
+    # The process is about to end, and collecting garbage while torch loads takes a fifth of a second.
     gc.disable()
     mind_limits()
     code = 0
@@ -33,4 +31,5 @@ def entry() -> NoReturn:
         code = exits.BUG
         say_bug(exc)
     finish()
+    # Without taking the interpreter down, which costs half a second after torch was loaded.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The ``lora-merge`` command: ``merge`` is what it does when no command is named."""
+"""The command ``lora-merge``. Without a command's name it merges."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 _SHOWING = {"plan", "verify", "inspect"}
 _SHOWN_BY = {"--dry-run", "--help", "-h", "--version"}
-"""Commands and options that have nothing to show for but what they print."""
+"""Commands and options whose only result is what they print."""
 
 
 class _App(click.Group):
     """A group whose default command is ``merge``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put ``merge`` before arguments that name no command."""
+        """Insert ``merge`` if the first argument names no command."""
         own = {"--help", "-h", "--version"}
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the options of ``merge``, which may follow directly, then the commands."""
+        """List the options of ``merge``, which may follow directly, then the commands and the exit codes."""
         merge.format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
         rows = [(str(code), meaning) for code, meaning in exits.MEANINGS.items()]
@@ -55,15 +55,18 @@ class _App(click.Group):
 
     @whole_interrupts()
     def invoke(self, ctx: click.Context) -> Any:
-        """Carry out the command; click makes an Abort, a RuntimeError too, of interrupts only when they have left here."""
+        """Carry out the command. Interrupts leave here as KeyboardInterrupt."""
+        # click turns an interrupt into an Abort, which is a RuntimeError, but only outside of this call.
         return super().invoke(ctx)
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
-        """Run, and turn whatever happens into one sentence and one exit code."""
+        """Run the command line; turn any error into one sentence and one exit code."""
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            # nohup ignores SIGHUP, and that has to stay.
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, _interrupt)
         arguments = list(sys.argv[1:] if args is None else args)
+        # Read by hand, since an error may come before click has parsed anything.
         as_json = "--json" in arguments
         verbose = bool({"-v", "--verbose"} & set(arguments))
         if isinstance(sys.stderr, Foreign):
@@ -89,7 +92,7 @@ class _App(click.Group):
 
 
 def _say_usage(exc: click.ClickException, *, as_json: bool) -> None:
-    """Print what is wrong with the command line: how it is used, and an error in one line."""
+    """Print an error of the command line: the usage, then the error in one line, with a hint to ``--help``."""
     context = getattr(exc, "ctx", None)
     if context is not None:
         say_lines(context.get_usage())
@@ -98,11 +101,12 @@ def _say_usage(exc: click.ClickException, *, as_json: bool) -> None:
 
 
 def _with_lost_result(code: int, *, is_all: bool) -> int:
-    """Return the exit code, after saying that stdout did not take the result; where that was all there is, it is an error.
+    """Report a result that stdout did not take; return the exit code.
 
-    A reader that has left, as ``head`` does, has what it wanted.
+    It is an error if the result is all that the command has to show for itself, otherwise a warning.
     """
     lost = failure_of(sys.stdout)
+    # A reader that has left, such as ``head``, has what it wanted and does not count.
     if lost is None:
         return code
     say(f"{'error' if is_all else 'warning'}: the result cannot be written to stdout ({lost.strerror})")
@@ -110,11 +114,13 @@ def _with_lost_result(code: int, *, is_all: bool) -> int:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """Treat SIGTERM, and a terminal that is closed, as Ctrl-C: what is whole is kept, the rest of staging is cleared.
+    """Treat SIGTERM, and SIGHUP of a closed terminal, like Ctrl-C: complete work is kept, the rest of staging is
+    removed.
 
-    End at once when asked a second time; but a terminal and its shell may both say that it is closed.
+    A second signal ends the process at once.
     """
     del frame
+    # Except for SIGHUP: a terminal and its shell may both send it when the terminal is closed.
     again = signal.SIG_IGN if signum == signal.SIGHUP else lambda *_: os._exit(exits.INTERRUPTED)
     signal.signal(signum, again)
     raise KeyboardInterrupt

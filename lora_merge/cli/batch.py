@@ -53,6 +53,7 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
     from lora_merge.cli.watching import watching_batch
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
+    # Options of the command line win over the file, so those that were not given must not count.
     given = {name: value for name, value in flags.items() if value is not None}
     listed = read_batch(file, given)
     is_interrupted = False
@@ -78,7 +79,7 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
 
 
 def _end(log: EventLog, report: BatchReport) -> None:
-    """Add the tracebacks of jobs that met a bug, and the last line."""
+    """Log the tracebacks of jobs that met a bug, then a last line with the result."""
     for job in report.jobs:
         if job.traceback:
             log.add("bug", name=job.name, traceback=job.traceback)

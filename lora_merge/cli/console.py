@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """One command's voice.
+    """Prints the progress, the results and the issues of one command.
 
     Args:
         as_json: print the result as data on stdout.
@@ -38,11 +38,11 @@ class Console:
         self._as_json, self._quiet, self._verbose, self._profile = as_json, quiet, verbose, profile
 
     def watching(self) -> AbstractContextManager[Observer]:
-        """Yield an observer: a progress bar on a terminal, plain lines elsewhere."""
+        """Yield an observer that draws a progress bar on a terminal, and prints plain lines elsewhere."""
         return watching(quiet=self._quiet, verbose=self._verbose)
 
     def report(self, report: Report) -> None:
-        """Print what a run did, or would do."""
+        """Print the result of a merge, or its plan after a dry run."""
         if not self._quiet:
             self._issues(report.issues)
         if self._as_json:
@@ -56,12 +56,12 @@ class Console:
             print_profile(report)
 
     def _time(self, seconds: Mapping[str, float]) -> None:
-        """Print how long each part took, where that is wanted."""
+        """Print the seconds of each phase, with ``--verbose``."""
         if self._verbose and not self._quiet:
             say(f"time: {', '.join(f'{part} {took:.2f} s' for part, took in seconds.items())}")
 
     def proof(self, proof: Proof, *, failed: bool) -> None:
-        """Print what verifying an output found: a line for each check, and a table of what differs."""
+        """Print a line for each check, and a table of differences. ``failed`` includes warnings under ``--strict``."""
         if self._as_json:
             show_data({"ok": not failed, **proof_data(proof)})
             return
@@ -74,7 +74,7 @@ class Console:
         self._time(proof.seconds)
 
     def inspection(self, found: Inspection, *, full: bool) -> None:
-        """Print what an adapter is, and what is wrong with it."""
+        """Print an adapter's description and its issues. ``full`` lists every module."""
         if self._as_json:
             ok = not any(issue.severity == "error" for issue in found.issues)
             show_data({"ok": ok, **inspection_data(found)})
@@ -83,7 +83,7 @@ class Console:
         self._issues(found.issues)
 
     def conversion(self, report: ConvertReport) -> None:
-        """Print what a conversion or an extraction did."""
+        """Print the result of a conversion or an extraction."""
         self._issues(report.issues)
         if self._as_json:
             show_data({"ok": True, **conversion_data(report)})
@@ -92,7 +92,7 @@ class Console:
             say(done_text(report))
 
     def batch(self, report: BatchReport) -> None:
-        """Print what became of a batch: a table of jobs, and what went wrong."""
+        """Print a table of all jobs, and what went wrong; tracebacks of bugs with ``--verbose``."""
         if self._as_json:
             jobs = [{**asdict(job), "report": job_data(job)} for job in report.jobs]
             show_data({"ok": report.ok, **asdict(report), "jobs": jobs})
@@ -105,12 +105,12 @@ class Console:
                     say(f"  {line}")
 
     def _issues(self, issues: Sequence[Issue]) -> None:
-        """Print issues, those alike as one unless it is verbose; when it is quiet the errors only."""
+        """Print issues: similar ones together unless verbose, errors only if quiet."""
         said = [issue for issue in issues if issue.severity == "error" or not self._quiet]
         say_issues(said, each=self._verbose)
 
     def matches(self, matches: tuple[Match, ...]) -> None:
-        """Print how some modules were matched."""
+        """Print how modules were matched (``plan --explain``)."""
         if self._as_json:
             show_data({"ok": True, "matches": [asdict(match) for match in matches]})
         else:

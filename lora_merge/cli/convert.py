@@ -1,4 +1,4 @@
-"""``lora-merge convert``: an adapter rewritten so that the engine which has to serve it understands it."""
+"""``lora-merge convert``: rewrites an adapter for an engine, in another format, or with another rank."""
 
 from __future__ import annotations
 

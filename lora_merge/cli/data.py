@@ -1,4 +1,4 @@
-"""Results as data, for ``--json``: what a report holds and what it comes to."""
+"""Results as data for ``--json``: the fields of reports, and their computed properties."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def _loss_data(loss: Loss | None) -> dict[str, float] | None:
-    """Return a loss as data; None where nothing was lost."""
+    """Return a loss with its computed ``relative`` and ``energy``; None if nothing was lost."""
     return None if loss is None else {**asdict(loss), "relative": loss.relative, "energy": loss.energy}
 
 
 def conversion_data(report: ConvertReport) -> dict[str, Any]:
-    """Return a conversion as data, with the loss of each module and of all."""
+    """Return a conversion's report, with the loss of each module and of all together."""
     data = asdict(report)
     losses = [_loss_data(one.loss) for one in report.modules]
     data["modules"] = [{**one, "loss": loss} for one, loss in zip(data["modules"], losses, strict=True)]
@@ -28,7 +28,7 @@ def conversion_data(report: ConvertReport) -> dict[str, Any]:
 
 
 def job_data(job: JobReport) -> dict[str, Any] | None:
-    """Return a job's own report as the data that its own command prints."""
+    """Return the report of a batch's job as its own command prints it; None if it has none."""
     match job.report:
         case None:
             return None
@@ -39,7 +39,7 @@ def job_data(job: JobReport) -> dict[str, Any] | None:
 
 
 def inspection_data(found: Inspection) -> dict[str, Any]:
-    """Return an inspection as data, with each engine's verdict and each module's ratio."""
+    """Return an inspection, with each engine's verdict and each module's ‖Δ‖/‖W‖."""
     data = asdict(found)
     data["engines"] = [{**asdict(one), "verdict": one.verdict} for one in found.engines]
     data["modules"] = [{**asdict(one), "relative": one.relative} for one in found.modules]
@@ -47,7 +47,7 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
 
 
 def proof_data(proof: Proof) -> dict[str, Any]:
-    """Return a proof as data, with what each check and comparison came to."""
+    """Return a proof, with the state of each check and comparison."""
     data = asdict(proof)
     data["findings"] = [{**asdict(finding), "state": finding.state} for finding in proof.findings]
     data["comparisons"] = [{**asdict(one), "ok": one.ok} for one in proof.comparisons]
@@ -55,7 +55,7 @@ def proof_data(proof: Proof) -> dict[str, Any]:
 
 
 def error_data(error: BaseException, sentence: str, code: int, hints: list[str]) -> dict[str, Any]:
-    """Return an error as data, with every issue that it carries."""
+    """Return an error with all its issues."""
     issues: tuple[Issue, ...] = getattr(error, "issues", ())
     verdict = getattr(error, "verdict", None)
     return {

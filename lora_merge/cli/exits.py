@@ -1,4 +1,4 @@
-"""The one table from error to exit code."""
+"""Exit codes: the one table from error to code."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ _CODES: tuple[tuple[type[LoraMergeError], int], ...] = (
 
 
 def code_of(error: LoraMergeError) -> int:
-    """Return the exit code of an error."""
+    """Return the exit code of an error. A class that the table lacks counts as a bug."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), BUG)

@@ -1,4 +1,4 @@
-"""What is wrong, or worth knowing: issues and errors, on stderr and as data."""
+"""Issues and errors: printed on stderr, and as data on stdout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def say_issues(issues: Sequence[Issue], *, each: bool) -> None:
-    """Print issues on stderr: each, or those alike as one."""
+    """Print issues on stderr, errors last. Similar ones are grouped unless ``each`` is set."""
     errors = [issue for issue in issues if issue.severity == "error"]
     groups, n_left = ([Alike([issue]) for issue in errors], 0) if each else told(errors, len(errors))
     others = [issue for issue in issues if issue.severity != "error"]
@@ -28,14 +28,14 @@ def say_issues(issues: Sequence[Issue], *, each: bool) -> None:
 def say_error(
     error: BaseException, sentence: str, code: int, *, as_json: bool, verbose: bool = False
 ) -> None:
-    """Print an error: for people on stderr, with ``verbose`` every issue of it, and with ``as_json`` as data on stdout.
+    """Print an error on stderr; with ``as_json`` also as data on stdout.
 
     Args:
-        error: what was raised.
-        sentence: what it says, in lines of ours.
+        error: the exception.
+        sentence: its text, fit to be printed.
         code: the exit code.
         as_json: print it as data too.
-        verbose: print every issue.
+        verbose: print each of its issues, not groups of them.
     """
     issues: tuple[Issue, ...] = getattr(error, "issues", ())
     if verbose and len(issues) > 1:
@@ -50,7 +50,7 @@ def say_error(
 
 
 def say_bug(exc: BaseException) -> None:
-    """Print a bug for whoever reports it: each line of its traceback as one, and the error in one line."""
+    """Print a bug: each line of its traceback, the error in one line, and where to report it."""
     import traceback
 
     for text in traceback.format_exception(exc):
@@ -61,5 +61,5 @@ def say_bug(exc: BaseException) -> None:
 
 
 def _hints(error: BaseException) -> list[str]:
-    """Return what an error says to do about it: its own hint, and what was noted on its way."""
+    """Return the hints of an error: its own, and the notes that were added on its way."""
     return [hint for hint in (getattr(error, "hint", ""), *getattr(error, "__notes__", ())) if hint]

@@ -1,4 +1,4 @@
-"""The options of the commands, made from the table of options."""
+"""The options of all commands, made from the table of options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-"""Of every command."""
+"""click's settings for every command."""
 
 _FILES = {
     "existing": click.Path(exists=True, dir_okay=False),
@@ -30,10 +30,10 @@ _FILES = {
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
-    """A value that the table's own parser checks.
+    """A click type that checks a value with the parser of the table.
 
     Args:
-        option: of the table; its parser raises ``ValueError`` with a sentence.
+        option: a row of the table. Its parser raises ``ValueError`` with a sentence.
     """
 
     def __init__(self, option: Option) -> None:
@@ -47,7 +47,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return None if self._names is None else f"[{'|'.join(self._names())}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the parsed value, or fail with the parser's sentence."""
+        """Return the parsed value, or fail with the parser's sentence as a usage error."""
         try:
             return value if self._parse is None else self._parse(value)
         except ValueError as exc:
@@ -78,9 +78,10 @@ class Named(click.ParamType):  # type: ignore[type-arg]
 
 
 def options(verb: Verb) -> Callable[[Command], Command]:
-    """Return a decorator that gives a command its options, in the table's order."""
+    """Return a decorator that gives a command the options of a verb, in the table's order."""
 
     def add(command: Command) -> Command:
+        # Decorators apply from the last to the first.
         for option in reversed(options_of(verb)):
             command = _parameter(option, verb)(command)
         return command
@@ -89,7 +90,7 @@ def options(verb: Verb) -> Callable[[Command], Command]:
 
 
 def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
-    """Return the decorator that adds one option."""
+    """Return click's decorator for one option."""
     kind = option.kind
     if option.is_positional:
         return click.argument(option.name, metavar=option.name.upper(), type=_type(option))
@@ -113,7 +114,7 @@ def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
 
 
 def _names(option: Option) -> list[str]:
-    """Return what an option is called on the command line, and in the command's function."""
+    """Return click's declarations of an option: short name, flag (with ``/--no-…``), and the function's parameter."""
     flag = option.flag or f"--{option.name.replace('_', '-')}"
     names = [name for name in (option.short, flag) if name]
     if option.can_be_off:
@@ -122,7 +123,7 @@ def _names(option: Option) -> list[str]:
 
 
 def _type(option: Option) -> Any:
-    """Return how click checks a value; what may be given several times is parsed with the others, when all are known."""
+    """Return click's type of an option, None for plain text."""
     kind = option.kind
     if kind.choices:
         return click.Choice(kind.choices)
@@ -130,20 +131,21 @@ def _type(option: Option) -> Any:
         return Named(kind.names)
     if kind.file:
         return _FILES[kind.file]
+    # An option that may be repeated is parsed later, when all its values are known.
     is_text = kind.parse is None or kind.is_many or kind.is_path
     return None if is_text else Parsed(option)
 
 
 def _has_file(verb: Verb) -> bool:
-    """Return True where a file may say what the command line leaves out."""
+    """Return True if a verb has ``--config``, so that a file may give required options."""
     return any(option.name == "config" for option in options_of(verb))
 
 
 def console_of(*, json: bool, quiet: bool, verbose: bool, profile: bool = False) -> Console:
-    """Return a command's voice.
+    """Return the console of a command.
 
     Raises:
-        click.UsageError: it is to be quiet and verbose.
+        click.UsageError: both ``--quiet`` and ``--verbose`` are given.
     """
     from lora_merge.cli.console import Console
 
@@ -153,11 +155,11 @@ def console_of(*, json: bool, quiet: bool, verbose: bool, profile: bool = False)
 
 
 def request_of(verb: Verb, config: str | None, flags: dict[str, Any]) -> Request:
-    """Return the request of a file and of the flags, which win.
+    """Return the request that a file and the flags give. Flags win.
 
     Args:
         verb: ``merge``, or ``plan``, which needs no output.
-        config: the file, if there is one.
+        config: the file of ``--config``, or None.
         flags: values of the command's options, by the names of their fields.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A merge in tables and lines: what it would do, what it did, and where its time went."""
+"""A merge as tables and lines: its plan, its result, and where the time went."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STAGES = {
 
 
 def merge_text(report: Report) -> str:
-    """Return one line about a merge that was made."""
+    """Return one line about a finished merge."""
     summary, seconds = report.summary, sum(report.seconds.values())
     total = summary.merged_bytes + summary.replaced_bytes + summary.cast_bytes + summary.copied_bytes
     verdict = report.verdict
@@ -52,7 +52,7 @@ def merge_text(report: Report) -> str:
 
 
 def print_plan(report: Report, *, verbose: bool) -> None:
-    """Print what a merge would do."""
+    """Print the plan of a merge on stdout; with ``verbose`` also the rank of each parameter."""
     console = screen()
     console.print(table("", "", title="plan", rows=_plan_rows(report), head=False))
     if verbose and report.summary.module_ranks:
@@ -82,7 +82,7 @@ def _plan_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def print_profile(report: Report) -> None:
-    """Print the wall time of each phase, and what the workers were busy with meanwhile."""
+    """Print the wall time of each phase, and the summed busy time of the workers in each stage."""
     console, n = screen(stderr=True), report.summary.n_workers
     phases = table("phase", "seconds", "", title="where each second went")
     for phase, seconds in report.seconds.items():

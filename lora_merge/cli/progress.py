@@ -1,4 +1,4 @@
-"""Watching a run: a progress bar on a terminal, lines now and then elsewhere."""
+"""Shows the progress of a run: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ _LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
 
 @contextlib.contextmanager
 def watching(*, quiet: bool, verbose: bool) -> Iterator[Observer]:
-    """Yield an observer of a run.
-
-    Results alone belong on stdout: what libraries print there meanwhile goes where their warnings go.
-    """
+    """Yield an observer of a run."""
+    # stdout is for results alone. What libraries print there goes where their warnings go.
     with contextlib.redirect_stdout(sys.stderr):
         if quiet:
             yield Silence()
@@ -39,7 +37,7 @@ def watching(*, quiet: bool, verbose: bool) -> Iterator[Observer]:
 
 
 def bar(*more: ProgressColumn) -> Progress:
-    """Return a progress bar for bytes, on stderr."""
+    """Return a progress bar for bytes, on stderr. It disappears when it ends."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     return Progress(
@@ -50,7 +48,8 @@ def bar(*more: ProgressColumn) -> Progress:
         *more,
         console=screen(stderr=True),
         transient=True,
-        redirect_stdout=False,  # else rich prints what others print, as it is
+        # Otherwise rich would print the output of libraries as it is, control characters included.
+        redirect_stdout=False,
         redirect_stderr=False,
     )
 
@@ -62,7 +61,7 @@ def _progress() -> Progress:
 
 
 class _Bar:
-    """An observer that moves a progress bar."""
+    """An observer that moves a progress bar; with ``verbose`` it prints the name of each tensor."""
 
     def __init__(self, progress: Progress, *, verbose: bool) -> None:
         self._progress, self._verbose = progress, verbose
@@ -83,7 +82,7 @@ class _Bar:
 
 
 class _Lines:
-    """An observer that prints a line now and then, for logs."""
+    """An observer for logs: prints a line when a phase begins, then one every `_LINE_SECONDS`."""
 
     def __init__(self, *, verbose: bool) -> None:
         self._verbose = verbose

@@ -1,4 +1,4 @@
-"""What verifying an output found: tables of checks, of what differs and of forward passes."""
+"""The result of a verification: tables of checks, of differences and of forward passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STYLES = {"passed": "green", "failed": "red", "not asked": "yellow"}
 
 
 def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
-    """Print a line for each check, a table of what differs, and what it comes to."""
+    """Print a line for each check, a table of what differs, and a conclusion."""
     console = screen()
     rows = [
         (finding.check, styled(finding.state, _STYLES[finding.state]), finding.detail)
@@ -38,7 +38,7 @@ def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
 
 
 def _print_differences(console: RichConsole, errors: list[tuple[str, Issue]]) -> None:
-    """Print what failed the verification, check by check."""
+    """Print the errors of a verification, check by check, similar ones together."""
     rows = [
         (check, group)
         for check in dict(errors)
@@ -54,12 +54,13 @@ def _print_differences(console: RichConsole, errors: list[tuple[str, Issue]]) ->
 
 
 def _conclusion(proof: Proof, *, failed: bool) -> str:
-    """Return what was checked and what was not, and what it comes to."""
+    """Return the last lines: what was checked, what was not, and the result."""
     lines = [f"checked: {'; '.join(proof.checked)}"]
     if proof.not_checked:
         lines.append(f"not checked: {'; '.join(proof.not_checked)}")
     if failed:
         lines.append("verification failed")
+    # The first check is of the structure alone.
     elif len(proof.checked) > 1:
         lines.append("verified: no check found a difference")
     else:
@@ -68,7 +69,7 @@ def _conclusion(proof: Proof, *, failed: bool) -> str:
 
 
 def _comparison_table(proof: Proof) -> Table:
-    """Return the table of forward passes."""
+    """Return a table with a row for each prompt and engine."""
     columns = ("engine", "prompt", "max |Δ|", "tolerance", "KL", "top-1", "first diverging")
     made = table(*columns, title="forward passes")
     for one in proof.comparisons:

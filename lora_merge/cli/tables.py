@@ -1,4 +1,4 @@
-"""Tables of adapters: their modules in groups, what engines make of them, what a conversion did."""
+"""Tables of adapters, conversions and batches."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 _STYLES = {"yes": "green", "no": "red"}
-"""Of an engine's verdict; any other is yellow."""
+"""Verdict of an engine → colour; other verdicts are yellow."""
 
 _MOST_ROWS = 40
-"""Of a table of groups; --full lists everything."""
+"""Most rows of a table of groups; ``--full`` has no limit."""
 
 
 def print_inspection(found: Inspection, *, full: bool) -> None:
-    """Print what an adapter is."""
+    """Print an adapter's facts, its modules and the engines. ``full`` lists every module in a row of its own."""
     console = screen()
     _print_head(console, found)
     _print_modules(console, found, full=full)
@@ -81,7 +81,7 @@ def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> No
 
 
 def _grouped(modules: Sequence[ModuleFacts]) -> list[list[ModuleFacts]]:
-    """Return modules in groups that differ in the numbers of their paths only."""
+    """Return modules in groups whose paths differ only in numbers."""
     groups: dict[str, list[ModuleFacts]] = {}
     for one in modules:
         groups.setdefault(_NUMBER.sub("*", one.path), []).append(one)
@@ -89,16 +89,17 @@ def _grouped(modules: Sequence[ModuleFacts]) -> list[list[ModuleFacts]]:
 
 
 def _numbers(members: Sequence[ModuleFacts]) -> list[int]:
-    """Return the first number of each path: the layer's."""
+    """Return the numbers of the layers: the first number of each path."""
     return sorted({int(match[1]) for one in members if (match := _NUMBER.search(one.path))})
 
 
 def _several(values: Iterable[str]) -> str:
+    """Return the different values, three of them at most."""
     return listing(dict.fromkeys(values), 3)
 
 
 def _span(values: Sequence[float], spec: str = "g") -> str:
-    """Return one value, or the smallest and the largest."""
+    """Return one value, or the smallest and the largest; empty if there is none."""
     if not values:
         return ""
     low, high = format(min(values), spec), format(max(values), spec)
@@ -117,16 +118,17 @@ def _print_engines(console: RichConsole, found: Inspection) -> None:
 
 
 def _cures(obstacles: Sequence[Obstacle]) -> list[str]:
-    """Return what helps: options and conversions, where they cure everything, and the merge that always does."""
+    """Return the commands that help: conversions if they cure every obstacle, and the merge, which always helps."""
     if not obstacles:
         return []
+    # An obstacle whose only cure is the merge makes conversions for the others useless.
     incurable = [one for one in obstacles if len(one.cures) == 1]
     own = [] if incurable else [cure for one in obstacles for cure in one.cures[:-1]]
     return list(dict.fromkeys([*own, obstacles[0].cures[-1]]))
 
 
 def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
-    """Print what a conversion lost, if it lost anything, or every module."""
+    """Print the modules that lost most; with ``verbose`` every module."""
     lossy = [one for one in report.modules if one.loss is not None]
     shown = report.modules if verbose else _worst(lossy)
     if not shown:
@@ -151,7 +153,7 @@ def _worst(lossy: Sequence[Written]) -> list[Written]:
 
 
 def done_text(report: ConvertReport) -> str:
-    """Return one line about a conversion."""
+    """Return one line about a finished conversion."""
     whole = f", {report.n_whole} tensors carried whole" if report.n_whole else ""
     transforms = ", ".join(report.transforms) or "rewritten"
     seconds = sum(report.seconds.values())
@@ -166,7 +168,7 @@ def _kept(report: ConvertReport) -> str:
 
 
 def _result(job: JobReport) -> str:
-    """Return in a few words what a job did, or would do."""
+    """Return in a few words what a job did, or would do; empty if it did nothing."""
     match job.report:
         case None:
             return ""
@@ -178,8 +180,9 @@ def _result(job: JobReport) -> str:
 
 
 def print_batch(report: BatchReport, *, only_failed: bool) -> None:
-    """Print what became of every job, and what went wrong with those that failed."""
+    """Print a table of all jobs, then warnings, errors and totals."""
     if not only_failed:
+        # By default a job's name is its output; one column is enough then.
         have_names = any(job.name != job.out for job in report.jobs)
         named = ("job", "output") if have_names else ("output",)
         made = table(*named, "", "seconds", "", title=report.file)

@@ -1,10 +1,10 @@
-"""Text for terminals: sizes made readable."""
+"""Sizes in bytes as readable text."""
 
 from __future__ import annotations
 
 
 def size_text(nbytes: float) -> str:
-    """Return bytes for people, in decimal units, as disks and shards count them.
+    """Return a size in decimal units, as disks and shards use them.
 
     Example:
         >>> size_text(2_700_000_000)

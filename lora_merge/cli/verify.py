@@ -1,4 +1,4 @@
-"""``lora-merge verify``: is this output still what it was, and does it compute what base and adapter compute?"""
+"""``lora-merge verify``: checks an output against its manifest, and recomputes it from base and adapter."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The way out: all that the command prints leaves through here.
+"""Prints everything that the command says, and makes it fit to be printed.
 
-Lines and tables take text as it is, names of strangers and all, and make it fit to be printed. Nothing is read as
-markup, and nothing that is wrong with a terminal, a pipe or a log comes back as an error.
+Lines and tables take any text, including names from files of strangers. Control characters are shown as text, and
+nothing is read as markup. A stream that fails (a closed pipe, a full disk) never raises an error here.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _WIDTHS = (20, 500)
-"""Columns that tables are drawn in, at least and at most, whatever the terminal says."""
+"""Smallest and largest width of tables in columns, whatever the terminal reports."""
 
 _SIZES = ("COLUMNS", "LINES")
 _SIZE = re.compile(r"[0-9]{1,5}")
-"""A size of a terminal in the environment; rich fails on others."""
+"""A valid size of a terminal in the environment. rich fails on others."""
 
 Cell = "str | tuple[str, ...] | Text"
-"""What a table takes: a text, which becomes one line; several lines; a text of ours that has a style."""
+"""A cell of a table: a text (one line), several lines, or a text with a style."""
 
 
 def say(text: str) -> None:
-    """Print one line for people, on stderr."""
+    """Print one line on stderr. Newlines and control characters in it are shown as text."""
     _write(sys.stderr, fit(text))
 
 
 def say_lines(text: str) -> None:
-    """Print lines for people, on stderr; the newlines are ours, and names in them were made fit to be printed."""
+    """Print several lines on stderr. Names in them have to be made fit before, since each newline counts."""
     for line in text.split("\n"):
         say(line)
 
 
 def show(text: str) -> None:
-    """Print lines that were asked for, on stdout; the newlines are ours, and names were made fit to be printed."""
+    """Print requested lines on stdout. Names in them have to be made fit before, since each newline counts."""
     _write(sys.stdout, "\n".join(map(fit, text.split("\n"))))
 
 
 def show_data(data: object) -> None:
-    """Print a result for programs, on stdout."""
+    """Print a result as JSON on stdout."""
     _write(sys.stdout, as_json(data))
 
 
@@ -66,25 +66,26 @@ def as_json(data: object) -> str:
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    """Write a line, as far as the stream takes it: a program that calls us may have one that does not."""
+    """Write a line to a stream; errors are ignored, and so is a missing stream."""
     if stream is None:
         return
     to = own(stream)
     encoding = to.encoding or "utf-8"
+    # A program that calls us may have a stream that fails. `runtime.streams` keeps the failure for the end.
     with contextlib.suppress(OSError, ValueError):
         to.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         to.flush()
 
 
 def is_terminal() -> bool:
-    """Return True where a progress bar can be drawn on stderr."""
+    """Return True if stderr is a terminal on which a progress bar can be drawn."""
     return (
         sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"}
     )
 
 
 def screen(*, stderr: bool = False) -> RichConsole:
-    """Return a console for tables and bars that takes text as it is: no markup, no emoji, no highlighting, no links."""
+    """Return a rich console that prints text unchanged: no markup, emoji, highlighting or links."""
     from rich.console import Console as RichConsole
 
     environ = {
@@ -104,19 +105,19 @@ def screen(*, stderr: bool = False) -> RichConsole:
 
 
 def styled(text: str, style: str = "") -> Text:
-    """Return a text as it is printed, in one line; long words are folded, not cut."""
+    """Return a text in one line, fit to be printed. Long words are folded, not cut."""
     from rich.text import Text
 
     return Text(fit(text), style, overflow="fold")
 
 
 def table(*columns: str, title: str, rows: Iterable[tuple[Any, ...]] = (), head: bool = True) -> Table:
-    """Return a table of cells that are texts of anybody's.
+    """Return a table whose cells may hold any text.
 
     Args:
-        columns: their heads.
-        title: may be a name.
-        rows: `Cell`s.
+        columns: heads of the columns.
+        title: any text.
+        rows: `Cell`s, as many in each row as there are columns.
         head: show the heads.
     """
     from rich.table import Table
@@ -145,5 +146,5 @@ def _cell(cell: Any) -> Text:
 
 
 def caption(of: Table, text: str) -> None:
-    """Write something under a table."""
+    """Set the line under a table."""
     of.caption = styled(text, "table.caption")

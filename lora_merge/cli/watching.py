@@ -1,4 +1,4 @@
-"""Watching a batch: each job's state and one bar on a terminal, lines in a log, JSON lines in a file."""
+"""Shows the progress of a batch: states and one bar on a terminal, lines in a log, JSON lines in a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lora_merge.batches.reports import BatchObserver, State
 
 _SHOWN = 20
-"""Jobs that a terminal shows at a time."""
+"""Most jobs that a terminal shows at a time."""
 
 STYLES: dict[State, str] = {
     "waiting": "dim",
@@ -34,13 +34,14 @@ STYLES: dict[State, str] = {
 }
 
 _ORDER = ("running", "failed", "planned", "waiting", "done", "kept", "not run")
-"""Which jobs are shown first, where there is no room for all."""
+"""Order in which jobs are chosen if there is no room for all."""
 
 
 @contextlib.contextmanager
 def watching_batch(names: Sequence[str], log: EventLog | None, *, quiet: bool) -> Iterator[BatchObserver]:
-    """Yield an observer for a batch of jobs."""
-    with contextlib.redirect_stdout(sys.stderr):  # results alone belong on stdout
+    """Yield an observer of a batch with these jobs; a log hears everything too."""
+    # stdout is for results alone.
+    with contextlib.redirect_stdout(sys.stderr):
         if not quiet and is_terminal():
             board = _Board(names)
             with board.live():
@@ -51,7 +52,7 @@ def watching_batch(names: Sequence[str], log: EventLog | None, *, quiet: bool) -
 
 
 class _Plain:
-    """An observer that prints a line for each job, when it begins and when it ends."""
+    """An observer that prints a line when a job begins and when it ends."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -63,7 +64,7 @@ class _Plain:
     def done(self, name: str) -> None: ...
 
     def job(self, name: str, state: State, sentence: str = "") -> None:
-        """Print the state; a job that merely waits is not worth a line."""
+        """Print a job's state, unless it only waits."""
         if self._quiet or state == "waiting" or (state == "planned" and not sentence):
             return
         first = sentence.partition("\n")[0]
@@ -71,7 +72,7 @@ class _Plain:
 
 
 class _Board:
-    """An observer that shows a table of jobs and a bar, on a terminal."""
+    """An observer that shows a table of jobs and a progress bar on a terminal."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._states: dict[str, State] = dict.fromkeys(names, "waiting")
@@ -79,7 +80,7 @@ class _Board:
         self._task = self._progress.add_task("planning", total=None)
 
     def live(self) -> contextlib.AbstractContextManager[object]:
-        """Return the display, which lasts as long as its block."""
+        """Return a context in which the display is shown."""
         from rich.live import Live
 
         return Live(
@@ -105,41 +106,36 @@ class _Board:
         return Group(made, self._progress)
 
     def phase(self, name: str, total_bytes: int) -> None:
-        """Begin the bar anew."""
+        """Start the bar again for a new phase."""
         self._progress.reset(self._task, description=fit(name), total=total_bytes or None)
 
     def advance(self, nbytes: int) -> None:
-        """Move the bar."""
         self._progress.advance(self._task, nbytes)
 
     def done(self, name: str) -> None: ...
 
     def job(self, name: str, state: State, sentence: str = "") -> None:
-        """Take note of a job's state."""
         del sentence
         self._states[name] = state
 
 
 class _Logged:
-    """An observer that tells another one, and a log."""
+    """An observer that passes everything on to another one, and writes phases and jobs to a log."""
 
     def __init__(self, other: BatchObserver, log: EventLog) -> None:
         self._other, self._log = other, log
 
     def phase(self, name: str, total_bytes: int) -> None:
-        """Log what begins."""
         self._log.add("phase", name=name, total_bytes=total_bytes)
         self._other.phase(name, total_bytes)
 
     def advance(self, nbytes: int) -> None:
-        """Pass on what was done; a line for each tile would be no log."""
+        # Not logged: a line for each tile would be too many.
         self._other.advance(nbytes)
 
     def done(self, name: str) -> None:
-        """Pass on the name of a tensor."""
         self._other.done(name)
 
     def job(self, name: str, state: State, sentence: str = "") -> None:
-        """Log a job's state."""
         self._log.add("job", name=name, state=state, **({"message": sentence} if sentence else {}))
         self._other.job(name, state, sentence)
