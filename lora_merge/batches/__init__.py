@@ -1,1 +1,1 @@
-"""Many requests at a time: the batch file, groups by base, what became of each job."""
+"""Batches: many requests from one file, grouped by base, with a report on each job."""

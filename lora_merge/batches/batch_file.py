@@ -1,4 +1,4 @@
-"""Batch files: YAML → jobs, with globs, matrices and templates, and errors that name the line and the key."""
+"""Batch files: YAML → jobs, with wildcards, matrices and templates. Errors name the line and the key."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ _OWN_KEYS = frozenset({"name", "matrix", "convert"})
 _TOP_KEYS = ("defaults", "jobs")
 
 MAX_JOBS = 10_000
-"""Of a batch."""
+"""Most jobs of a batch."""
 
 _FIELD = re.compile(r"\{(\w*)\}")
 
 _SPELT = {option.name: option.key for option in fields_of("convert")}
-"""Fields of a conversion, and what a batch calls them."""
+"""Field of a conversion → its key in a batch file."""
 
 _FIELDS = sorted((*fields_of("merge"), *fields_of("convert")), key=lambda option: not option.is_required)
 
 _GLOBBED = tuple(dict.fromkeys(option.key for option in _FIELDS if option.has_wildcards))
-"""Keys whose values may have wildcards, in the order in which ``{1}``, ``{2}`` … count what they match."""
+"""Keys whose values may have wildcards. In this order, ``{1}``, ``{2}`` … number what the wildcards match."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One entry of ``jobs``, and where its keys stand."""
+    """One entry of ``jobs``, with the line of each key."""
 
     file: str
     line: int
@@ -55,20 +55,20 @@ class _Entry:
     lines: Mapping[str, int]
 
     def error(self, key: str, sentence: str, hint: str = "") -> RequestError:
-        """Return the error of a key."""
+        """Return an error with the line of a key; of a key from ``defaults``, the line there."""
         return RequestError(self.file, self.lines.get(key, self.line), key, sentence, hint=hint)
 
 
 def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[Job, ...]:
-    """Return the jobs in a YAML file, in their order.
+    """Return the jobs that a YAML file states, in its order.
 
     Args:
         path: the file. Paths in it are relative to the current directory, as on the command line.
         overrides: values of requests that win over the file's.
 
     Raises:
-        RequestError: the file is no YAML, a key is unknown, repeated, missing or of the wrong type, a wildcard matches
-            nothing, or two jobs get in each other's way.
+        RequestError: the file is not YAML, a key is unknown, repeated, missing or of the wrong type, a wildcard
+            matches nothing, two jobs have one name or one output, or a job reads the output of another.
     """
     values, node = parse_yaml(path)
     lines = _lines(node)
@@ -83,6 +83,7 @@ def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[J
     for entry in entries:
         for job in _jobs(entry, defaults, overrides or {}):
             jobs.append(job)
+            # Checked while jobs are made, since an entry may stand for very many.
             if len(jobs) > MAX_JOBS:
                 raise entry.error("jobs", f"stands for more than {MAX_JOBS} jobs, with those before it")
     _check_apart(path, jobs)
@@ -92,7 +93,7 @@ def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[J
 def _defaults(
     path: str, values: Mapping[str, Any], node: yaml.MappingNode
 ) -> tuple[Mapping[str, Any], dict[str, int]]:
-    """Return ``defaults``, and where its keys stand."""
+    """Return the table ``defaults``, and the line of each of its keys."""
     defaults = values.get("defaults")
     if defaults is None:
         return {}, {}
@@ -110,7 +111,7 @@ def _defaults(
 def _entries(
     path: str, values: Mapping[str, Any], node: yaml.MappingNode, lines: Mapping[str, int]
 ) -> Iterator[_Entry]:
-    """Yield the entries of ``jobs``; what they leave to ``defaults`` stands on the lines given."""
+    """Yield the entries of ``jobs``. ``lines`` has the lines of ``defaults``, for keys that an entry leaves out."""
     listed = values.get("jobs")
     if not isinstance(listed, list) or not listed:
         line = _lines(node).get("jobs", 1)
@@ -121,21 +122,24 @@ def _entries(
     for entry, where in zip(listed, nodes, strict=True):
         line = where.start_mark.line + 1
         if not isinstance(entry, dict):
-            what = "a text" if isinstance(entry, str) else shown(entry)  # which may be a token
+            # A text is not repeated: it may be a token.
+            what = "a text" if isinstance(entry, str) else shown(entry)
             raise RequestError(path, line, "jobs", f"has {what}, expected a table of keys")
         yield _Entry(path, line, entry, {**lines, **_lines(where)})
 
 
 def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> Iterator[Job]:
-    """Yield the jobs that one entry stands for: one for each cell of its matrix, and each match of its wildcards."""
+    """Yield the jobs of one entry: one for each cell of its matrix and each match of its wildcards."""
     own = {key: value for key, value in entry.values.items() if key not in {"name", "matrix"}}
     matrix = entry.values.get("matrix")
     converts = "convert" in own or (isinstance(matrix, dict) and "convert" in matrix)
+    # ``defaults`` may serve merges and conversions, so keys of the other kind are left out below.
     kind_keys = _CONVERT_KEYS if converts else _MERGE_KEYS
     for cell in _cells(entry):
         words = {key: str(value) for key, value in cell.items()}
         fields = {key: value for key, value in cell.items() if key in kind_keys | {"convert"}}
         wanted = {**{key: value for key, value in defaults.items() if key in kind_keys}, **own, **fields}
+        # A word of the matrix has to be a key or to occur in a template; otherwise it is a typo.
         for word in words.keys() - fields.keys():
             if f"{{{word}}}" not in str({**own, "name": entry.values.get("name")}):
                 sentence = f"has {word!r}, which is no key of such a job, and {{{word}}} stands nowhere"
@@ -151,7 +155,7 @@ def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, An
 
 
 def _worded(value: Any, words: Mapping[str, str]) -> Any:
-    """Return a value, or each of a list, with the words of a matrix in their places."""
+    """Return a value, or each item of a list, with the words of a matrix filled in: ``{word}``."""
     if isinstance(value, list):
         return [_worded(item, words) for item in value]
     for word, text in words.items():
@@ -160,7 +164,7 @@ def _worded(value: Any, words: Mapping[str, str]) -> Any:
 
 
 def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
-    """Yield one value of each key of a matrix, in every combination."""
+    """Yield the cells of a matrix: one value of each key, in every combination; one empty cell without a matrix."""
     matrix = entry.values.get("matrix")
     if matrix is None:
         yield {}
@@ -176,14 +180,14 @@ def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
 
 
 def _check_count(entry: _Entry, key: str, counts: list[int]) -> None:
-    """Raise where an entry stands for more jobs than a batch can have, before they are made."""
+    """Raise an error if an entry stands for more jobs than a batch can have, before any of them is made."""
     if prod(counts) > MAX_JOBS:
         sentence = f"stands for {' × '.join(map(str, counts))} jobs, expected {MAX_JOBS} at most"
         raise entry.error(key, sentence)
 
 
 def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
-    """Yield the values of a job with its wildcards replaced, and what they matched: ``{"1": …}``."""
+    """Yield the values of a job with wildcards replaced, and what they matched: ``{"1": …}``."""
     patterns = {
         key: str(values[key])
         for key in _GLOBBED
@@ -212,11 +216,12 @@ def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str,
 
 
 def _is_wild(text: str) -> bool:
+    """Return True for a path with wildcards, unless a file or directory has just that name."""
     return bool(WILD.search(text)) and not is_there(Path(text))
 
 
 def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> Job:
-    """Return the job of some values, its templates filled in."""
+    """Return the job that some values state, with its templates filled in."""
     converts = "convert" in values
     adapters = values.get("convert", values.get("adapter", ()))
     listed = _listed(adapters)
@@ -245,6 +250,7 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
 
 
 def _merge_request(values: Mapping[str, Any]) -> Request:
+    """Return a merge's request. ``resume`` is on by default, so that a batch that is run again continues."""
     if "adapter" not in values:
         raise RequestError(
             "", 0, "adapter", "is missing", hint="a job has an adapter, or converts one: convert: …"
@@ -264,7 +270,7 @@ def _convert_request(values: Mapping[str, Any]) -> ConvertRequest:
 
 
 def _placed(text: str) -> str:
-    """Return an adapter's place, without its weight; what has no sound weight is left to the request's own parser."""
+    """Return an adapter's path without its weight. Errors are left to the request's own parser."""
     try:
         return parse_adapter(text)[0]
     except ValueError:
@@ -272,7 +278,7 @@ def _placed(text: str) -> str:
 
 
 def _listed(adapters: Any) -> list[Any]:
-    """Return what is merged, one by one; what has no sound form is left to the request's own parser."""
+    """Return the adapters one by one. Errors are left to the request's own parser."""
     try:
         return list(adapter_texts(adapters))
     except ValueError:
@@ -280,7 +286,7 @@ def _listed(adapters: Any) -> list[Any]:
 
 
 def _last(path: str) -> str:
-    """Return the last part of a path or a repo, without its weight and its revision.
+    """Return the last part of a path or a repo, without weight and revision.
 
     Example:
         >>> _last("runs/style/checkpoint-10:0.5"), _last("org/my-lora@v1")
@@ -290,10 +296,10 @@ def _last(path: str) -> str:
 
 
 def _filled(entry: _Entry, key: str, template: Any, known: Mapping[str, str]) -> Any:
-    """Return a template with its fields filled in.
+    """Return a template with its fields filled in; other values are returned unchanged.
 
     Raises:
-        RequestError: it has a field that nothing fills.
+        RequestError: it has an unknown field.
     """
     if not isinstance(template, str):
         return template
@@ -310,11 +316,11 @@ def _filled(entry: _Entry, key: str, template: Any, known: Mapping[str, str]) ->
 
 
 def _check_apart(file: str, jobs: list[Job]) -> None:
-    """Raise where two jobs have one name or one output, or one writes what another reads."""
+    """Raise an error if two jobs have one name or overlapping outputs, or one reads what another writes."""
     names: dict[str, Job] = {}
     outs: dict[Path, Job] = {}
     above: dict[Path, Job] = {}
-    """Directories that an output lies in."""
+    """Directory → a job whose output is inside it."""
 
     for job in jobs:
         if job.name in names:
@@ -341,7 +347,7 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
 
 
 def _inputs(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield the key and the place of everything that a job reads."""
+    """Yield key and path of everything that a job reads."""
     match job.request:
         case Request(adapter=adapters):
             yield from (("adapter", _placed(adapter)) for adapter in adapters)
@@ -352,10 +358,10 @@ def _inputs(job: Job) -> Iterator[tuple[str, str]]:
 
 
 def _path(file: str, job: Job, key: str, text: str) -> Path:
-    """Return the one path of a directory that a job names.
+    """Return the resolved path of a directory that a job names, so that two spellings compare equal.
 
     Raises:
-        RequestError: it is no path.
+        RequestError: it cannot be a path.
     """
     try:
         return output_path(text)
@@ -364,7 +370,8 @@ def _path(file: str, job: Job, key: str, text: str) -> Path:
 
 
 def _node_of(node: yaml.MappingNode, name: str) -> Any:
-    """Return the node of a key that is there: its own, where a merge key (``<<``) brings another, which stands before it."""
+    """Return the node of a key's value."""
+    # The last one counts: what a merge key (``<<``) brings comes before the own keys.
     return next(value for key, value in reversed(node.value) if key.value == name)
 
 

@@ -1,4 +1,4 @@
-"""A log for programs: one line of JSON for each thing that happens."""
+"""A log of a batch for programs: one line of JSON for each event."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class EventLog:
-    """A file that lines are added to; what was in it stays. It may be called from several threads.
+    """A file to which lines are appended; earlier content stays. Threads may share it.
 
-    A context; each line is with the kernel when `add` returns. Once a line cannot be written, no more are: what the log
-    tells of goes on, and `failure` says why the log does not.
+    It is a context manager. When `add` returns, the kernel has the line. After the first line that cannot be written,
+    no more are written; `failure` says why, and the batch goes on.
 
     Raises:
         WriteError: it cannot be opened.
@@ -33,7 +33,8 @@ class EventLog:
         self._lock = threading.Lock()
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            self._fd = os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe that nobody reads is refused
+            # Non-blocking for the opening: otherwise it would wait for the reader of a named pipe.
+            self._fd = os.open(path, flags | os.O_NONBLOCK, 0o666)
             os.set_blocking(self._fd, True)
         except OSError as exc:
             raise write_error(path, exc) from exc
@@ -45,13 +46,14 @@ class EventLog:
         os.close(self._fd)
 
     def add(self, event: str, **values: object) -> None:
-        """Add a line."""
+        """Append one line: the time (UTC), the event's name and values."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": event, **values}, ensure_ascii=False, default=str)
         text = (fit_json(line) + "\n").encode()
         with self._lock:
             try:
                 while text and self.failure is None:
+                    # A write may take a part of the line.
                     text = text[os.write(self._fd, text) :]
             except OSError as exc:
                 self.failure = write_error(self._path, exc)

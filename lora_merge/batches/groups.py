@@ -1,4 +1,4 @@
-"""Which merges of one base one pass may make: as many as memory and the disk have room for."""
+"""Decides which merges of one base are made in one pass, by memory and disk."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
     from lora_merge.merging.preparing import Prepared
 
 MOST_TOGETHER = 8
-"""Outputs of one pass over a base: each keeps its factors in memory, and its files open."""
+"""Most outputs of one pass over a base. Each keeps its factors in memory and its files open."""
 
 
 def fit_together(merges: Sequence[Prepared]) -> bool:
-    """Return True where one pass may make all of these: they are few enough, and memory is enough for them."""
+    """Return True if one pass may make all of these merges: they are few enough, and their memory suffices."""
     limits = [one.request.memory_limit for one in merges if one.request.memory_limit is not None]
+    # The strictest limit of all jobs; without any, the memory that is free.
     limit = min(map(parse_size, limits), default=machine.free_bytes())
     peak = peak_together(one.budget for one in merges)
     return len(merges) <= MOST_TOGETHER and (limit is None or peak <= limit)
 
 
 def shortage(merges: Sequence[Prepared]) -> WriteError | None:
-    """Return an error where the disk has room for each output, and not for all that are made together."""
+    """Return an error if the disk has room for each output, but not for all of them; otherwise None."""
+    # Each merge has checked its own need. Outputs on several disks are left to that.
     if len(merges) < 2 or len({_disk(one.out) for one in merges}) > 1:
         return None
     needed = sum(one.summary.disk_needed_bytes for one in merges)
@@ -40,5 +42,6 @@ def shortage(merges: Sequence[Prepared]) -> WriteError | None:
 
 
 def _disk(out: Path) -> int:
+    """Return the device number of an output's disk, from the closest directory that exists."""
     existing = next(path for path in (out, *out.parents) if path.exists())
     return existing.stat().st_dev

@@ -1,4 +1,4 @@
-"""One job of a batch: a request, and its name."""
+"""One job of a batch: a request with a name."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Job:
     """One merge or one conversion."""
 
     name: str
-    """Of its own; by default its output's path."""
+    """Its name in reports; by default the path of its output."""
 
     request: Request | ConvertRequest
     line: int = 0
-    """Where it stands in the batch file; 0 where it stands in none."""
+    """Line in the batch file, from 1; 0 if it is from no file."""
 
     @property
     def kind(self) -> Literal["merge", "convert"]:
-        """Return what it is."""
+        """The kind of its request."""
         return "merge" if isinstance(self.request, Request) else "convert"

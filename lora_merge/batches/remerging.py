@@ -1,4 +1,4 @@
-"""Tensors merged once more for their digests, where the bytes themselves go nowhere."""
+"""Merges tensors again for their digests, without writing them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Remerging:
-    """Workers that merge tensors once more, for their digests."""
+    """A spec of workers that merge tensors again and return their digests."""
 
     spec: MergeSpec
     steps: Mapping[TensorRef, Step]
-    """What makes each slot."""
+    """Main slot of a tensor → the step that makes it."""
 
     @contextlib.contextmanager
     def make(self, n: int) -> Iterator[list[Callable[[TensorRef], tuple[TensorRef, str]]]]:
-        """Yield workers for the threads of one process."""
+        """Yield n workers for the threads of one process: slot → slot, and the digests of its parts."""
         with self.spec.make(n) as workers:
             yield [partial(self._digest, worker) for worker in workers]
 
@@ -42,16 +42,16 @@ class Remerging:
 
 @dataclass(frozen=True, slots=True)
 class Nowhere:
-    """Where bytes go of which only the digest is wanted."""
+    """A sink that keeps nothing, for bytes whose digest alone is wanted."""
 
     @contextlib.contextmanager
     def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
-        """Open slots that take everything, and keep nothing."""
+        """Yield a function that takes the bytes of copied tensors."""
         del stretch, source
         yield lambda _: None
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
-        """Open a slot that takes everything, and keeps nothing."""
+        """Yield a function that takes the bytes of one tensor."""
         del slot
         yield lambda _: None

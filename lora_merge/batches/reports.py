@@ -1,4 +1,4 @@
-"""Many merges and conversions: what became of each job of a batch."""
+"""The report on a batch: the state of each job, and why."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from lora_merge.conversion.lora import ConvertReport
 from lora_merge.core.report import Issue, Observer, Report
 
 State = Literal["waiting", "planned", "running", "done", "kept", "failed", "not run"]
-"""``kept``: its output was there already, and is what it would be."""
+"""``kept``: its output existed already and is up to date."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """What became of one job."""
+    """The report on one job."""
 
     name: str
     kind: Literal["merge", "convert"]
     out: str
     state: State
     error: str = ""
-    """Name of the class of what went wrong; empty when nothing did."""
+    """Name of the error's class; empty if there was none."""
 
     message: str = ""
     hint: str = ""
     issues: tuple[Issue, ...] = ()
-    """Warnings and notes; of a job that failed, what was wrong."""
+    """Warnings and notes; of a failed job, its errors."""
 
     seconds: float = 0.0
-    """From when it was begun; of outputs that are made in one pass, the pass."""
+    """Duration. Outputs that were made in one pass all have the pass's duration."""
 
     traceback: str = ""
-    """Of an error inside lora-merge; empty otherwise."""
+    """Traceback of a bug in lora-merge; otherwise empty."""
 
     report: Report | ConvertReport | None = None
-    """Its own; of a merge that is planned, what it would do."""
+    """Its own report. For a planned merge, the report of a dry run."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """What became of a batch."""
+    """The report on a batch."""
 
     file: str
     jobs: tuple[JobReport, ...]
@@ -49,17 +49,17 @@ class BatchReport:
 
     @property
     def ok(self) -> bool:
-        """Return True when every job has its output, or could have it."""
+        """True if every job has its output or, in a dry run, could make it."""
         wanted = {"planned", "kept"} if self.dry_run else {"done", "kept"}
         return all(job.state in wanted for job in self.jobs)
 
     def count(self, state: State) -> int:
-        """Return how many jobs are in a state."""
+        """Return the number of jobs in a state."""
         return sum(job.state == state for job in self.jobs)
 
 
 class BatchObserver(Observer, Protocol):
-    """Whoever watches a batch: an observer that hears of jobs, too."""
+    """An observer that also hears of the states of jobs."""
 
     def job(self, name: str, state: State, sentence: str = "") -> None:
-        """Hear that a job has come into a state."""
+        """Hear that a job has a new state; ``sentence`` says why, for errors and notes."""

@@ -1,4 +1,4 @@
-"""Many requests → one report: planned as a whole, grouped by base, carried out group by group, gone on with when run again."""
+"""Runs a batch: plans all jobs, groups them by base, runs each group. Running it again resumes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Task:
-    """A job while the batch runs."""
+    """A job, its state and its results while the batch runs."""
 
     job: Job
     state: State = "waiting"
@@ -47,15 +47,15 @@ class _Task:
     planned: Prepared | Conversion | None = None
     report: Report | ConvertReport | None = None
     elsewhere: JobReport | None = None
-    """What another process says of it."""
+    """The report from another process, if one carried it out."""
 
     notes: tuple[Issue, ...] = ()
-    """What is worth knowing of the output that was there."""
+    """Notes and warnings about an output that existed already."""
 
     seconds: float = 0.0
 
     def result(self) -> JobReport:
-        """Return what became of it."""
+        """Return the job's report, as far as it is."""
         if self.elsewhere is not None:
             return self.elsewhere
         error, report = self.error, self.report
@@ -79,20 +79,20 @@ class _Task:
 
 
 def _merges_of(tasks: Sequence[_Task]) -> list[Prepared]:
-    """Return those of some tasks that are merges and can be carried out."""
+    """Return the planned merges among some tasks."""
     return [task.planned for task in tasks if isinstance(task.planned, Prepared)]
 
 
 class Batch:
-    """Carries out jobs; `report` says at any time how far it is.
+    """Carries out jobs. `report` can be called at any time, after an interrupt too.
 
     Args:
-        jobs: in the order in which they stand.
-        keep_going: do what can be done, whatever is wrong with some of them; else one that cannot be planned keeps
-            all of them from being begun, and one that fails keeps the rest.
-        n_parallel: groups of jobs at a time, each in a process of its own where that is more than one.
-        dry_run: plan only.
+        jobs: in the order of their report.
         watch: hears of jobs, phases and bytes.
+        keep_going: go on after failures. Otherwise no job is begun if one cannot be planned, and none after one
+            failed.
+        n_parallel: number of groups that run at the same time; if it is more than one, in processes of their own.
+        dry_run: plan only.
     """
 
     def __init__(
@@ -114,10 +114,10 @@ class Batch:
 
     @whole_interrupts()
     def run(self) -> None:
-        """Plan every job, then carry out those that can be, and whose output is not there already.
+        """Plan every job, then carry out those whose outputs are not up to date.
 
         Raises:
-            KeyboardInterrupt: as it comes; what was not done by then is said not to have been.
+            KeyboardInterrupt: passed on, after unfinished jobs got the state ``not run``.
         """
         try:
             for task in self._tasks:
@@ -128,7 +128,7 @@ class Batch:
             self._leave()
 
     def _carry_out_all(self, groups: list[list[_Task]]) -> None:
-        """Carry out groups one after the other, or several at a time."""
+        """Carry out groups one after the other, or several at the same time."""
         if self._n_parallel > 1 and len(groups) > 1:
             self._carry_out_elsewhere(groups)
             return
@@ -137,7 +137,7 @@ class Batch:
                 self._carry_out(group)
 
     def report(self, file: str) -> BatchReport:
-        """Return what became of every job so far."""
+        """Return the state of every job so far."""
         seconds = round(time.monotonic() - self._began, 3)
         return BatchReport(file, tuple(task.result() for task in self._tasks), seconds, self._dry_run)
 
@@ -149,20 +149,20 @@ class Batch:
         self._watch.job(task.job.name, state, sentence)
 
     def _fail(self, task: _Task, exc: Exception) -> None:
-        """Take note that a job has failed; what is no error of the user's is a bug, and the job's own all the same."""
+        """Mark a job as failed. An error that is not the user's is a bug, and fails this job alone."""
         error = exc if isinstance(exc, LoraMergeError) else _bug(exc)
         task.error = error
         self._set(task, "failed", str(error))
 
     def _leave(self) -> None:
-        """Say of what was not begun, or not finished, that it was not run."""
+        """Mark jobs that were not begun, or not finished, as not run."""
         unfinished = {"running"} if self._dry_run else {"waiting", "planned", "running"}
         for task in self._tasks:
             if task.state in unfinished:
                 self._set(task, "not run")
 
     def _plan(self, task: _Task) -> None:
-        """Plan one job: it is planned then, or kept, or failed."""
+        """Plan one job. Its state is then planned, kept or failed."""
         try:
             with whole_interrupts():
                 is_kept = self._is_kept(task)
@@ -172,7 +172,7 @@ class Batch:
             self._set(task, "kept" if is_kept else "planned", "; ".join(map(str, task.notes)))
 
     def _is_kept(self, task: _Task) -> bool:
-        """Plan one job; return True where its output is there already, and is what it would be.
+        """Plan one job; return True if its output exists and is up to date.
 
         Raises:
             LoraMergeError: it cannot be carried out.
@@ -198,6 +198,7 @@ class Batch:
                         home=job.home,
                         marks=conversion.MARKS,
                     )
+        # An interrupted run to the same output may have left staging, which is of no use now.
         if found.is_current and not self._dry_run:
             is_merge = isinstance(task.job.request, Request)
             staging.clear_spent(out, MARKS if is_merge else conversion.MARKS, resumes=is_merge)
@@ -207,13 +208,15 @@ class Batch:
         return found.is_current
 
     def _groups(self) -> list[list[_Task]]:
-        """Return the tasks that are to be done: merges of one base together, so that it is read once."""
+        """Return the planned tasks in groups. Merges of one base share a group, so that the base is read once."""
         groups: dict[object, list[list[_Task]]] = {}
         for task in self._tasks:
             if task.state != "planned":
                 continue
+            # A conversion is a group by itself.
             key: object = id(task)
             if isinstance(task.planned, Prepared):
+                # One pass has one device and one executor.
                 key = (task.planned.planned.plan.base, task.planned.device, task.planned.request.executor)
             of_base = groups.setdefault(key, [[]])
             if of_base[-1] and not fit_together(_merges_of([*of_base[-1], task])):
@@ -222,7 +225,7 @@ class Batch:
         return [group for of_base in groups.values() for group in of_base]
 
     def _carry_out(self, group: list[_Task]) -> None:
-        """Carry out the tasks of one group."""
+        """Carry out the tasks of one group; an error fails the task that caused it."""
         began = time.monotonic()
         for task in group:
             self._set(task, "running")
@@ -239,12 +242,13 @@ class Batch:
             if len(group) == 1:
                 self._fail(group[0], exc)
                 return
-            for task in group:  # one of them is at fault; which, shows when each is on its own
+            # One of them is at fault. Running each alone shows which.
+            for task in group:
                 if task.state == "running":
                     self._carry_out([task])
 
     def _results(self, group: list[_Task]) -> Iterator[Report | ConvertReport | Exception]:
-        """Yield the report of each task, or what it alone failed of."""
+        """Yield the report of each task, or the error that it alone failed with."""
         merges = _merges_of(group)
         lack = None if self._keep_going else shortage(merges)
         if lack:
@@ -256,25 +260,26 @@ class Batch:
                 yield writing.carry_out(task.planned, self._watch, Clock())
 
     def _carry_out_elsewhere(self, groups: list[list[_Task]]) -> None:
-        """Carry out groups in processes, several at a time."""
+        """Carry out groups in other processes, several at the same time."""
         n = min(self._n_parallel, len(groups))
         with _Crew(_elsewhere, n) as crew:
             try:
                 self._feed(crew, groups, max(1, machine.usable_cores() // n))
             except KeyboardInterrupt:
-                crew.interrupt()  # each keeps what is whole, and says how far it came, or has not even begun
+                # Each process keeps what is complete, and reports how far it came.
+                crew.interrupt()
                 while not crew.is_idle:
                     self._take_all(crew, is_interrupted=True)
                 raise
 
     @whole_interrupts()
     def _feed(self, crew: _Crew, groups: list[list[_Task]], n_workers: int) -> None:
-        """Give processes one group after the other, and take over what became of them.
+        """Give groups to processes as they become free, and take over their reports.
 
         Args:
             crew: the processes.
-            groups: what is to be done.
-            n_workers: threads that each of them may have.
+            groups: all of them.
+            n_workers: threads for each process.
         """
         waiting = deque(range(len(groups)))
         self._sent = groups
@@ -293,10 +298,12 @@ class Batch:
             self._take_all(crew)
 
     def _take_all(self, crew: _Crew, *, is_interrupted: bool = False) -> None:
-        """Wait for a process, and take over what became of its group; one that is gone fails its own group only."""
+        """Wait for a process and take over its reports. A process that ended fails its own group only."""
         for (number, *_), found in crew.results():
             group = self._sent[number]
             if isinstance(found, Broken):
+                # A process that is interrupted before it began ends without a report. Its tasks have not
+                # failed.
                 for task in () if is_interrupted and not found.kind else group:
                     self._fail(task, _loss(found))
                 continue
@@ -312,7 +319,7 @@ _Crew = Crew[_Errand, "list[JobReport]"]
 
 
 def _elsewhere(errand: _Errand) -> list[JobReport]:
-    """Carry out a group of jobs in this process, which is there for that alone."""
+    """Carry out a group of jobs in this process, which exists for that alone."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
     _, jobs, n_workers = errand
@@ -322,6 +329,7 @@ def _elsewhere(errand: _Errand) -> list[JobReport]:
         else job
         for job in jobs
     ]
+    # Whether the batch goes on after a failure is decided by the parent.
     batch = Batch(own, _Nobody(), keep_going=True)
     with contextlib.suppress(KeyboardInterrupt):
         batch.run()
@@ -330,6 +338,7 @@ def _elsewhere(errand: _Errand) -> list[JobReport]:
 
 
 def _interrupt(signum: int, frame: object) -> None:
+    """Turn SIGINT and SIGTERM into an interrupt, once: further signals must not disturb the clean-up."""
     del signum, frame
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
@@ -337,10 +346,10 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def _check_fault(found: Standing, out: Path, request: Request | ConvertRequest) -> None:
-    """Check that an output that is there, and is not what it would be, may be replaced: it may hold somebody's work.
+    """Check that an output that is not up to date may be replaced. It may hold somebody's work.
 
     Raises:
-        WriteError: it may not.
+        WriteError: ``--overwrite`` was not given.
     """
     if found.fault and not request.overwrite:
         raise WriteError(
@@ -350,12 +359,11 @@ def _check_fault(found: Standing, out: Path, request: Request | ConvertRequest) 
 
 
 def _bug(exc: Exception) -> BugError:
-    """Return the error of a job that met a bug."""
     return BugError(type(exc).__name__, str(exc), "".join(traceback.format_exception(exc)))
 
 
 def _loss(found: Broken) -> LoraMergeError:
-    """Return the error of jobs whose process has ended, or could not say what became of them."""
+    """Return the error for jobs whose process ended, or failed to report."""
     if found.kind:
         return BugError(found.kind, found.text, found.traceback)
     hint = "run again to go on; a smaller --jobs takes less memory"

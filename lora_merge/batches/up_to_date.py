@@ -1,4 +1,4 @@
-"""Is an output there already, and what it would be? Its manifest, its own bytes and its inputs say so."""
+"""Checks whether an existing output is up to date: by its manifest, its own bytes and its inputs."""
 
 from __future__ import annotations
 
@@ -45,47 +45,48 @@ if TYPE_CHECKING:
 
 
 WORTH_A_NOTE_BYTES = 64 << 20
-"""What is read, or computed again, without a note of it: the next look takes no longer."""
+"""If at least this much was read or recomputed, the manifest's time is set, so that the next check is quick."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How an output that is there compares with what it would be."""
+    """Whether an output exists, and whether it is up to date."""
 
     is_there: bool
-    """Something has its name, and says that it was made here."""
+    """True if the output's path has a manifest."""
 
     fault: str = ""
-    """What keeps it from being kept: the file, and what is wrong with it."""
+    """Why it is not up to date: the file, and what is wrong with it. Empty if it is."""
 
     notes: tuple[Issue, ...] = ()
-    """What is worth knowing about one that is kept."""
+    """Notes about an output that is up to date."""
 
     @property
     def is_current(self) -> bool:
-        """Return True when it is what it would be."""
+        """True if the output exists and is up to date."""
         return self.is_there and not self.fault
 
 
 def standing(planned: Planned, out: Path, *, remember: bool = True) -> Standing:
-    """Return whether an output is what a merge would make.
+    """Return whether an output is what a merge would make now.
 
-    Its small files and the adapters are compared by digests, its weight files by their sizes and headers, and by some of
-    their pages. What the times of a weight file, or holes in it, make doubtful is read as a whole, and all of it at the
-    level ``full``. Of base files that may have changed since, all that was made from them is computed again, and not
-    written. So times decide what is looked at, and content decides.
+    Small files and adapters are compared by digests; weight files by their sizes, headers and some of their pages. A
+    weight file is read as a whole if its time or a hole in it makes it doubtful, or at the level ``full``. If files of
+    the base may have changed, everything made from them is computed again, without writing it. So times decide what is
+    looked at, and content decides the result.
 
     Args:
         planned: the merge.
         out: the output's path.
-        remember: set the manifest's time where much was looked at, so that the same times make it doubtful no second time.
+        remember: set the manifest's time if much was read, so that the same times cause no doubt again.
     """
     try:
         table = _table(out / MANIFEST_FILE)
         if table is None:
             return Standing(is_there=False)
         manifest = parse_manifest(table)
-    except OSError:  # nobody may look there, or its name is too long: that is said where it is to be written
+    except OSError:
+        # Not readable, or a name that is too long: writing will report that.
         return Standing(is_there=False)
     except (CheckpointError, ValueError, RecursionError):
         return Standing(is_there=True, fault=f"{MANIFEST_FILE}: is damaged")
@@ -100,13 +101,13 @@ def standing(planned: Planned, out: Path, *, remember: bool = True) -> Standing:
 
 
 class _Looked:
-    """An output that is looked at.
+    """The check of one output.
 
     Args:
         planned: the merge that would make it.
         out: where it is.
-        manifest: what it says of itself.
-        table: the same, with all that no `Manifest` has.
+        manifest: the parsed manifest.
+        table: the manifest as JSON, for fields that `Manifest` does not have.
     """
 
     def __init__(self, planned: Planned, out: Path, manifest: Manifest, table: Mapping[str, Any]) -> None:
@@ -117,7 +118,7 @@ class _Looked:
         self._read_bytes = 0
 
     def faults(self) -> Iterator[str]:
-        """Yield what keeps the output from being kept, the cheapest to find first."""
+        """Yield the reasons why the output is not up to date, the cheapest to find first."""
         yield from self._of_another()
         yield from self._missing()
         yield from self._small_files()
@@ -126,7 +127,7 @@ class _Looked:
         yield from self._inputs()
 
     def _of_another(self) -> Iterator[str]:
-        """Yield how this merge and the one that was made differ."""
+        """Yield the differences between this merge and the recorded one."""
         planned, table = self._planned, self._table
         base = self._manifest.base
         if base.path not in {planned.base.text, planned.plan.base}:
@@ -160,7 +161,7 @@ class _Looked:
             yield "its tensors are others than base and adapters make now"
 
     def _missing(self) -> Iterator[str]:
-        """Yield each file that is not there."""
+        """Yield files that are missing."""
         plan = self._plan
         names = [file.name for file in plan.files] + [file.name for file in plan.side_files]
         for name in (*names, *([INDEX_FILE] if plan.index else []), CARD_FILE):
@@ -168,7 +169,7 @@ class _Looked:
                 yield f"{name}: is missing"
 
     def _small_files(self) -> Iterator[str]:
-        """Yield each file around the weights that is damaged, or would be another one now."""
+        """Yield files beside the weights that are damaged, or would differ now."""
         plan, recorded = self._plan, self._manifest.side_files
         wanted = {side.name: side_digest(plan, side) for side in plan.side_files}
         if plan.index:
@@ -185,7 +186,7 @@ class _Looked:
             yield f"{CARD_FILE}: is damaged"
 
     def notes(self) -> Iterator[Issue]:
-        """Yield what is worth knowing about an output that is kept: a card may be edited by its owner."""
+        """Yield notes about an output that is up to date. Its owner may have edited the card."""
         text = read_text(self._out / CARD_FILE)
         is_of_this_version = self._manifest.versions.get("lora-merge") == self._provenance().versions.get(
             "lora-merge"
@@ -196,7 +197,7 @@ class _Looked:
             yield warning("edited-card", CARD_FILE, "is not what was written, and is left as it is")
 
     def _provenance(self) -> Any:
-        """Return what the merge would be made from and with, as its manifest spells it."""
+        """Return what this merge would be made from and with. Paths are those that the manifest recorded."""
         return replace(
             provenance_of(self._planned, self._manifest.versions),
             base=self._manifest.base.path,
@@ -208,7 +209,7 @@ class _Looked:
         return card_text(self._provenance(), self._plan)
 
     def _headers(self) -> Iterator[str]:
-        """Yield each weight file that has another size or header than the plan's."""
+        """Yield weight files whose size or header differs from the plan."""
         for file in self._plan.files:
             nbytes = (self._out / file.name).stat().st_size
             if nbytes != file.nbytes:
@@ -219,7 +220,7 @@ class _Looked:
                 yield f"{file.name}: its header is not what was written"
 
     def _weights(self) -> Iterator[str]:
-        """Yield each tensor that is not what was written, among those that are in doubt."""
+        """Yield tensors that differ from what was written, among those in doubt."""
         is_full = self._planned.request.verify == "full"
         doubtful = {file.name for file in self._plan.files if is_full or self._is_doubtful(file.name)}
         sources = {
@@ -240,16 +241,18 @@ class _Looked:
             yield f"{Path(ref.file).relative_to(self._out)}: {ref.name} is not what was written"
 
     def _is_doubtful(self, name: str) -> bool:
+        """Return True if a weight file is newer than the output, or has a hole where data should be."""
         return self._is_newer(self._out / name) or has_hole(self._out / name)
 
     def _is_newer(self, path: str | Path) -> bool:
-        """Return True for a file that may have changed after the output was made."""
+        """Return True for a file that may have changed since the output was made."""
         changed = changed_at(path)
         self._newest = max(self._newest, changed)
+        # By the kernel's own time of change, which programs cannot set.
         return changed >= self._made
 
     def _inputs(self) -> Iterator[str]:
-        """Yield each tensor that would be another one now, among those whose base files may have changed."""
+        """Yield tensors that would differ now, among those made from base files that may have changed."""
         of_base = {ref.file for ref in self._planned.checkpoint.tensors()}
         newer = {name for name in of_base if self._is_newer(name)}
         steps = [step for step in self._plan.steps if newer & _sources(step)]
@@ -281,7 +284,7 @@ class _Looked:
         refs: Sequence[TensorRef],
         wanted: Callable[[TensorRef], str],
     ) -> Iterator[TensorRef]:
-        """Yield the tensors whose digest is not the one that is wanted."""
+        """Yield the tensors whose digest differs from the recorded one."""
         if not refs:
             return
         self._read_bytes += sum(ref.nbytes for ref in refs)
@@ -291,9 +294,10 @@ class _Looked:
                 yield ref
 
     def remember(self) -> None:
-        """Set the manifest's time after all that was looked at, where that took long."""
+        """Set the manifest's time after all times that were seen, if the check read much."""
         if self._newest > self._made and self._read_bytes >= WORTH_A_NOTE_BYTES:
-            with contextlib.suppress(OSError):  # whoever may not write there looks again
+            # Without permission to write there, the next check takes as long again.
+            with contextlib.suppress(OSError):
                 os.utime(self._out / MANIFEST_FILE, ns=(self._newest + 1, self._newest + 1))
 
 
@@ -302,21 +306,22 @@ def _digested(ref: TensorRef) -> tuple[TensorRef, str]:
 
 
 def _looks_wrong(ref: TensorRef, source: TensorRef | None) -> bool:
-    """Return True where pages of a tensor differ from those that it was copied from; of a merged one, where one is empty."""
+    """Return True if sampled pages of a tensor differ from its source's or, for a merged one, if a page is all zeros."""
     if source is None or source.nbytes != ref.nbytes:
         return any(page and not any(page) for page in pages(ref))
     return any(one != other for one, other in zip(pages(ref), pages(source), strict=True))
 
 
 def _sources(step: Step) -> set[str]:
-    """Return the files that a step reads tensors of the base from."""
+    """Return the files from which a step reads."""
     return {ref.file for ref in step.reads.values()}
 
 
 def adapter_standing(conversion: Conversion) -> Standing:
-    """Return whether an output is what a conversion would make: by digests of its files and of what it is made from.
+    """Return whether an output is what a conversion would make now, by digests of its files and its inputs.
 
-    Of the base there is a digest of some pages, and what was written to later than the output counts as another one.
+    The manifest has a digest of some pages of the base. A base file that was written later than the output counts as
+    changed.
     """
     try:
         manifest = _table(conversion.out / CONVERSION_MANIFEST)
@@ -329,7 +334,8 @@ def adapter_standing(conversion: Conversion) -> Standing:
 
 
 def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> Iterator[str]:
-    own = json.loads(json.dumps(conversion.provenance))  # lists, as the manifest has them
+    # Through JSON, so that tuples become lists as in the manifest.
+    own = json.loads(json.dumps(conversion.provenance))
     for key in own:
         if manifest.get(key) != own[key]:
             yield f"it was made from another {key}" if key != "options" else "it was made with other options"
@@ -354,7 +360,7 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
 
 
 def _table(path: Path) -> dict[str, Any] | None:
-    """Return a manifest, or None where there is none.
+    """Return the content of a manifest; None if there is no such file.
 
     Raises:
         CheckpointError: it cannot be read.

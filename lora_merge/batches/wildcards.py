@@ -1,4 +1,4 @@
-"""Wildcards in the paths of a batch: the directories that they match, and what each of them stands for."""
+"""Wildcards in the paths of a batch: matching directories, and what each wildcard matched."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lora_merge.errors import ResolveError
 from lora_merge.storage.user_paths import is_directory, user_path
 
 WILD = re.compile(r"[*?\[]")
-"""What makes a path one with wildcards."""
+"""Characters that make a path a pattern."""
 
 _MAX_WILDCARDS = 8
-"""Of a path: each may stand for any part of a name, and all ways to share a name among them are tried."""
+"""Most wildcards of a path. A regex tries every way to divide a name among them, so time grows fast with their number."""
 
 
 def matches(pattern: str, place: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the directories that a pattern matches, in the order of their numbers, and what each wildcard stands for.
+    """Return the directories that a pattern matches, numbers in numeric order, and what each wildcard matched.
 
-    A weight behind it stays there: ``runs/*:0.5``.
+    A weight after the pattern is kept with each match: ``runs/*:0.5``.
 
     Args:
         pattern: as the user wrote it.
-        place: what it begins with, without the weight.
+        place: the pattern without its weight.
 
     Raises:
-        ResolveError: it has more wildcards than can be told apart.
+        ResolveError: it has more than eight wildcards.
     """
     behind = pattern[len(place) :]
     place = str(user_path(place))
@@ -49,7 +49,7 @@ def matches(pattern: str, place: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _captured(pattern: str) -> str:
-    """Return a regular expression whose groups are a glob's wildcards.
+    """Return a regex that matches the same paths as a glob; each wildcard is a group.
 
     Example:
         >>> re.fullmatch(_captured("runs/*/checkpoint-*"), "runs/a/checkpoint-10").groups()
@@ -63,5 +63,6 @@ def _group(wildcard: str) -> str:
     if wildcard.startswith("**"):
         return "(?:(.*)/)?" if wildcard.endswith("/") else "(.*)"
     if wildcard.startswith("["):
-        return f"({fnmatch.translate(wildcard)[:-2]})"  # without its \Z
+        # Without the \Z that fnmatch adds.
+        return f"({fnmatch.translate(wildcard)[:-2]})"
     return "([^/]*)" if wildcard == "*" else "([^/])"

@@ -114,8 +114,7 @@ def _with_lost_result(code: int, *, is_all: bool) -> int:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """Treat SIGTERM, and SIGHUP of a closed terminal, like Ctrl-C: complete work is kept, the rest of staging is
-    removed.
+    """Treat SIGTERM, and SIGHUP of a closed terminal, like Ctrl-C: complete work is kept, the rest removed.
 
     A second signal ends the process at once.
     """
