@@ -1,1 +1,1 @@
-"""An adapter, described: its modules, how large its changes are, which engines serve it; in a picture, too."""
+"""Inspection of an adapter: its modules, the size of its changes, the engines that serve it, and pictures of these."""

@@ -1,4 +1,4 @@
-"""An adapter's headers → what it is, and what each engine will make of it."""
+"""An adapter's headers → its description, and a report for each engine."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 _TUNER = re.compile(
     rf"\.(?:{'|'.join(TUNERS)}|lora|vblora|tinylora|frod|glora|osf|peanut|psoft|ln_tuning)_?\w*(?:\.|$)"
 )
-"""Where the name of a module ends, and that of a method's tensor begins."""
+"""The point in a tensor's name where the module's path ends and the method's own name begins."""
 
 _SHOWN = (READ_FIELDS | UNMERGEABLE_FIELDS.keys()) - {"peft_type", "r", "lora_alpha", "target_modules"}
 
 _USUAL = (("bias", "none"), ("init_lora_weights", True))
-"""Settings that say nothing."""
+"""Values of settings that are not worth showing."""
 
 FRAMEWORKS: Mapping[str, tuple[str, ...]] = {
     "Unsloth": ("unsloth",),
@@ -39,34 +39,36 @@ FRAMEWORKS: Mapping[str, tuple[str, ...]] = {
     "LLaMA-Factory": ("llama-factory", "llamafactory"),
     "TRL": ("trl", "sft", "dpo", "grpo"),
 }
-"""Tags of a model card that trainers write, in the order in which they are looked for: Unsloth's card names TRL too."""
+"""Trainer → the tags that it writes into model cards. The order counts: Unsloth's cards name TRL too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What stands around an adapter's tensors, read by whoever may open files."""
+    """Everything about an adapter that is not in its headers. The caller has read it, so that this module opens no
+    files.
+    """
 
     named: str
     """The adapter as the user named it."""
 
     files: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    """Of its model card."""
+    """Tags of its model card."""
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """ms-swift's ``args.json``."""
+    """Content of ms-swift's ``args.json``."""
 
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    """``conversion.json`` of an adapter that was converted here."""
+    """The manifest of an adapter that lora-merge converted."""
 
     base: str = ""
-    """The base as the user named it; empty without one."""
+    """The base as the user named it; empty if none was named."""
 
     options: str = ""
-    """The options that name it, and what it is to the adapter, as a command line has them."""
+    """Options about the base, as a command line has them: `` --base DIR``."""
 
     family: BaseFamily = field(default_factory=BaseFamily)
-    """Of the base, as far as its config, or the adapter's, tells."""
+    """The base's family, as far as its config or the adapter's tells."""
 
     added_tokens: int = 0
     """How many entries of the adapter's ``added_tokens.json`` may have ids beyond the base's vocabulary."""
@@ -74,20 +76,20 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What only a base can tell."""
+    """Facts that need the base."""
 
     modules: frozenset[str] = frozenset()
     """Every module of the base that has a matrix."""
 
     unchanged: frozenset[str] = frozenset()
-    """Whole parameters in the adapter that are but copies of the base's."""
+    """Whole parameters in the adapter that only copy the base's."""
 
     norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """By path: ‖Δ‖ and ‖W‖."""
+    """Path → ‖Δ‖ and ‖W‖, Frobenius norms."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stacked: Sequence[Delta] = ()
-    """LoRA on ``target_parameters``, which only the base can name; one delta for each."""
+    """LoRA on ``target_parameters``, one delta for each. Only the base tells the names of these parameters."""
 
 
 def inspection(
@@ -97,14 +99,14 @@ def inspection(
     measured: Measured | None = None,
     engines: Sequence[str] = (),
 ) -> Inspection:
-    """Return what an adapter is.
+    """Return the description of an adapter.
 
     Args:
         adapter: from its headers.
-        around: what stands around it.
-        issues: what a merge would say of it.
-        measured: what its base tells; None without one.
-        engines: to report on.
+        around: the files and options around it.
+        issues: those that a merge would report.
+        measured: facts from its base; None without a base.
+        engines: the engines to report on.
     """
     facts = _modules(adapter, measured or Measured())
     return Inspection(
@@ -134,19 +136,20 @@ def inspection(
 def _engine_reports(
     adapter: Adapter, around: Surroundings, engines: Sequence[str], measured: Measured
 ) -> tuple[EngineReport, ...]:
-    """Return what each engine makes of an adapter."""
     traits = traits_of(adapter, measured.modules, measured.unchanged, around.added_tokens)
     return tuple(report(name, traits, around.named, around.options, around.family) for name in engines)
 
 
 def _modules(adapter: Adapter, measured: Measured) -> tuple[ModuleFacts, ...]:
-    """Return every module, in the order in which people count layers."""
+    """Return every module that the adapter changes, layer 9 before layer 10."""
     found: dict[str, ModuleFacts] = {}
     named = [(delta.module, delta) for delta in adapter.deltas]
     named += [(delta.parameter, delta) for delta in measured.stacked]
     for path, delta in named:
-        if path not in found:  # a bias of lora_B comes after the factors of its module
+        # The first delta has the factors; a bias of lora_B comes after it.
+        if path not in found:
             found[path] = _of_delta(path, delta)
+    # Without a base, the order of nesting is all that tells stacked parameters apart.
     if not measured.stacked:
         for pair in adapter.stacked:
             path = f"{pair.module}{'.base_layer' * pair.depth}"
@@ -181,7 +184,7 @@ def _of_delta(path: str, delta: Delta) -> ModuleFacts:
 
 
 def _layered(adapter: Adapter, own: set[str]) -> dict[str, list[TensorRef]]:
-    """Return the tensors of a method that PEFT's own layers merge, by module; shared ones under ``(shared)``."""
+    """Return module → tensors, for a method that PEFT's own layers merge. Tensors of no module are under ``(shared)``."""
     found: dict[str, list[TensorRef]] = {}
     for name, ref in adapter.layered.items():
         if name in own:
@@ -200,6 +203,7 @@ def _nbytes(refs: Any) -> int:
 
 
 def _targets(adapter: Adapter) -> str:
+    """Return ``target_modules`` in words."""
     targets = adapter.config.get("target_modules")
     if isinstance(targets, list):
         return ", ".join(sorted(map(str, targets)))
@@ -209,7 +213,7 @@ def _targets(adapter: Adapter) -> str:
 
 
 def _framework(adapter: Adapter, around: Surroundings) -> str:
-    """Return what trained an adapter, as far as its files tell."""
+    """Return the trainer, as far as files, tags or the name of the base tell; empty if they do not."""
     if adapter.trainer or around.arguments:
         return adapter.trainer or "ms-swift"
     if adapter.format == "mlx":
@@ -223,7 +227,7 @@ def _framework(adapter: Adapter, around: Surroundings) -> str:
 
 
 def _provenance(adapter: Adapter, around: Surroundings) -> dict[str, str]:
-    """Return who made an adapter, from what."""
+    """Return label → text: the base, versions and settings of the training, and earlier conversions."""
     config, arguments, manifest = adapter.config, around.arguments, around.manifest
     found = {
         "trained on": config.get("base_model_name_or_path"),
@@ -241,5 +245,5 @@ def _provenance(adapter: Adapter, around: Surroundings) -> dict[str, str]:
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Return what sorts paths as people do, layer 9 before layer 10."""
+    """Return a sort key that puts layer 9 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

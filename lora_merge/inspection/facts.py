@@ -1,4 +1,4 @@
-"""What is known of an adapter once its headers are read: module by module, and engine by engine."""
+"""The description of an adapter, as values: facts about each module, and a report for each engine."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ class ModuleFacts:
     """One module that an adapter changes, or one parameter of ``target_parameters``."""
 
     path: str
-    """As the adapter names it."""
+    """Path in the adapter's names."""
 
     kind: str
-    """The algebra or the method: ``"low_rank"``, ``"dora"``, ``"LOHA"``, ``"whole"`` for a parameter that is replaced."""
+    """The algebra or PEFT's method: ``"low_rank"``, ``"dora"``, ``"LOHA"``; ``"whole"`` for a replaced parameter."""
 
     rank: int
-    """r; 0 where the method has none."""
+    """The rank r; 0 if the method has none."""
 
     scale: float | None
-    """What B A is multiplied by; None where the method has no such factor."""
+    """Multiplier of B A; None if the method has none."""
 
     shape: tuple[int, ...]
-    """Of the change, ``[out, in]``; empty where only the base knows it."""
+    """Shape of the change, ``[out, in]``; empty if only the base could tell."""
 
     nbytes: int
-    """Of its tensors."""
+    """Size of its tensors in bytes."""
 
     delta_norm: float | None = None
-    """‖Δ‖, with a base at hand."""
+    """‖Δ‖, Frobenius norm; None without a base."""
 
     weight_norm: float | None = None
-    """‖W‖, with a base at hand."""
+    """‖W‖, Frobenius norm; None without a base."""
 
     @property
     def relative(self) -> float | None:
-        """Return ‖Δ‖ / ‖W‖; None without a base."""
+        """‖Δ‖ / ‖W‖; None without a base, or if ‖W‖ is 0."""
         if self.delta_norm is None or not self.weight_norm:
             return None
         return self.delta_norm / self.weight_norm
@@ -47,47 +47,47 @@ class ModuleFacts:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """An adapter, described."""
+    """The description of an adapter."""
 
     adapter: str
-    """As the user named it."""
+    """The adapter as the user named it."""
 
     format: str
-    """Names a reader in `lora_merge.adapters`."""
+    """Name of its reader in `lora_merge.adapters`: ``"peft"``, ``"mlx"`` …"""
 
     kind: str
     """The PEFT type."""
 
     framework: str
-    """What trained it, as far as its files tell: ``"ms-swift"``, ``"Unsloth"``; empty when they do not."""
+    """The trainer, as far as its files tell: ``"ms-swift"``, ``"Unsloth"``; otherwise empty."""
 
     base: str
-    """What it was inspected against; else what it names as its base; empty if neither."""
+    """The base that was given, otherwise the one that the adapter names, otherwise empty."""
 
     with_base: bool
-    """True when it was held against a base."""
+    """True if it was compared with a base."""
 
     digest: str
     nbytes: int
-    """Of its tensors."""
+    """Size of its tensors in bytes."""
 
     targets: str
-    """``target_modules`` as they are written."""
+    """``target_modules``, in words."""
 
     modules: tuple[ModuleFacts, ...]
 
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Fields of the configuration that change what it computes, in words."""
+    """Fields of the configuration that affect its computation → value as text."""
 
     files: tuple[str, ...] = ()
-    """What else the directory holds."""
+    """Files in its directory."""
 
     provenance: Mapping[str, str] = field(default_factory=dict)
-    """Who made it, from what: PEFT's version, revisions, arguments of the training."""
+    """Label → text: PEFT's version, revisions, settings of the training, earlier conversions."""
 
     rank_counts: Mapping[int, int] = field(default_factory=dict)
-    """How many modules have each rank."""
+    """Rank → number of modules with it."""
 
     engines: tuple[EngineReport, ...] = ()
     issues: tuple[Issue, ...] = ()
-    """What a merge would say of it; errors included."""
+    """Issues that a merge would report, errors included."""

@@ -1,4 +1,4 @@
-"""text → an adapter described; with a base, how large each change is beside the weight that it changes."""
+"""Inspects an adapter: reads its headers and, with a base, measures how large each change is."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from lora_merge.requests.request import InspectRequest
 
 _TAGS = re.compile(r"^(?:tags:\n|- |library_name: )(?P<tag>[\w.-]+)$", re.MULTILINE)
-"""Tags in the front matter of a model card."""
+"""Tags in the front matter of a model card, and its library."""
 
 
 def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None) -> Inspection:
-    """Describe an adapter; nothing is written but a plot.
+    """Describe an adapter. Writes nothing except a plot, if one is asked for.
 
     Raises:
         ResolveError: it cannot be found or read.
@@ -59,6 +59,7 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
     watch = observer or Silence()
     drawing = None if request.plot is None else user_path(request.plot)
     if drawing is not None:
+        # Before anything is read: a missing package should not be found after minutes of measuring.
         plots.check(drawing)
     with memory_for("inspecting", MORE):
         access = Access(request.token, request.offline)
@@ -82,7 +83,7 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
 
 
 def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
-    """Read what stands around an adapter's tensors."""
+    """Read the files around an adapter's tensors: the model card, training arguments, an earlier conversion's manifest."""
     root = Path(adapter.root)
     arguments = next(
         (
@@ -109,7 +110,7 @@ def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
 
 
 def _options(request: InspectRequest) -> str:
-    """Return the options about the base, as a command line has them."""
+    """Return the request's options about the base as a command line has them, quoted for a shell."""
     given = [("--base", request.base), ("--base-is", request.base_is)]
     given += [("--expert-layout", layout) for layout in request.expert_layout]
     given += [("--ignore-file", name) for name in request.ignore_file]
@@ -119,7 +120,7 @@ def _options(request: InspectRequest) -> str:
 def _held_against_base(
     request: InspectRequest, adapter: Adapter, watch: Observer
 ) -> tuple[Adapter, Measured | None, tuple[Issue, ...]]:
-    """Measure what an adapter would change; of one that does not fit, only the reasons are returned."""
+    """Join an adapter with its base and measure its changes. If it does not fit, return the reasons as issues."""
     texts = InputTexts(
         ((request.adapter, 1.0),),
         request.base,
@@ -139,17 +140,17 @@ def _held_against_base(
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A stored tensor of which something is to be measured."""
+    """A stored tensor to measure, with its size for the progress."""
 
     step: Step
     nbytes: int
 
 
 class _Measuring:
-    """How large the changes of an adapter are, beside the weights.
+    """Measures the norms of an adapter's changes and of the weights.
 
-    Of a sum of factors ‖Δ‖ is known from the factors; only ‖W‖ has to be read. Any other change is carried out, tile by
-    tile, and compared.
+    For a sum of factors, ‖Δ‖ follows from the factors, and only ‖W‖ has to be read. Any other change is computed tile
+    by tile and compared with the weight.
     """
 
     def __init__(self, adapter: Adapter, joined: Joined, watch: Observer) -> None:
@@ -172,7 +173,7 @@ class _Measuring:
         self._deltas: dict[str, float] = {}
 
     def run(self) -> Measured:
-        """Measure everything."""
+        """Return the norms of all modules, with other facts that need the base."""
         maker = Maker(change_of, Recipe(), (), "F32")
         for path, module in self._factored.items():
             pair, _ = maker(module)
@@ -182,6 +183,7 @@ class _Measuring:
         n_workers = min(usable_cores(), 8)
         for found in pick(n_workers)(Plain(self._measure), largest_first(pieces), n_workers):
             for path, weight, delta in found:
+                # Squares add up over the tensors in which a module is stored.
                 self._weights[path] = self._weights.get(path, 0.0) + weight
                 if path not in self._factored:
                     self._deltas[path] = self._deltas.get(path, 0.0) + delta
@@ -198,7 +200,7 @@ class _Measuring:
         )
 
     def _measure(self, piece: _Piece) -> list[tuple[str, float, float]]:
-        """Return ``(path, ‖W‖², ‖Δ‖²)`` of every module that has a part in a stored tensor."""
+        """Return ``(path, ‖W‖², ‖Δ‖²)`` for each module that is stored in a tensor, or in a part of it."""
         step = piece.step
         deltas = step.op.deltas if isinstance(step.op, Merge) else ()
         before = self._joined.before(step.name) or (None if step.replaced else step.source)
@@ -223,5 +225,5 @@ class _Measuring:
 
 
 def _path(target: str, factored: Collection[str]) -> str:
-    """Return the path under which a parameter is described: the module's, but of stacked experts the parameter's."""
+    """Return the path under which a parameter is described: the module's, or the parameter's own for stacked experts."""
     return target if target in factored else target.removesuffix(".weight")

@@ -1,6 +1,6 @@
-"""An inspection as a picture: ranks and norms by layer and module, as PNG, SVG or an HTML page.
+"""Pictures of an inspection: ranks and norms by layer and module, as PNG, SVG or HTML.
 
-The same inspection gives the same bytes.
+The same inspection always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "check", "draw"]
 
 SUFFIXES = (".png", ".svg", ".html")
-"""Of files that can be drawn."""
+"""Suffixes of the formats that can be drawn."""
 
 
 def check(path: Path) -> None:
-    """Refuse a file that cannot be drawn, before anything is worked out for it.
+    """Check that a file can be drawn, before anything is computed for it.
 
     Raises:
-        RequestError: its suffix names no format, or the format needs matplotlib and that is not there.
+        RequestError: its suffix names no known format, or the format needs matplotlib, which is not installed.
     """
     wanted = "expected .png, .svg or .html"
     suffix = path.suffix.lower()
@@ -51,14 +51,14 @@ def check(path: Path) -> None:
 
 
 def draw(inspection: Inspection, path: Path) -> None:
-    """Draw rank, and norms where they are known, as a heat map of layers and modules.
+    """Draw ranks, and norms if they are known, as a heat map of modules and layers.
 
     Args:
         inspection: what is drawn.
-        path: of the file; its suffix chooses the format.
+        path: the file; its suffix chooses the format.
 
     Raises:
-        RequestError: there is nothing to draw, or no way to draw it (`check`).
+        RequestError: the adapter changes no module, or the file cannot be drawn (`check`).
         WriteError: the file cannot be written.
     """
     check(path)

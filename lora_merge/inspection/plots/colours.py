@@ -1,4 +1,4 @@
-"""A colour scale, from dark blue to yellow, and which colour can be read on it."""
+"""The colour scale of pictures, and the colour of text on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VIRIDIS = (
 
 
 def _colour(share: float) -> tuple[int, int, int]:
-    """Return red, green and blue of a place on the colour scale, from 0 to 1.
+    """Return red, green and blue, 0 to 255, for a place on the scale from 0 to 1. Other values are clipped.
 
     Example:
         >>> _colour(0.0), _colour(0.05), _colour(1.0)
@@ -33,7 +33,7 @@ def _colour(share: float) -> tuple[int, int, int]:
 
 
 def hex_of(share: float) -> str:
-    """Return a place on the colour scale, from 0 to 1, as HTML and matplotlib write colours.
+    """Return the colour of a place on the scale, from 0 to 1, as ``#rrggbb``.
 
     Example:
         >>> hex_of(0.0)
@@ -43,6 +43,7 @@ def hex_of(share: float) -> str:
 
 
 def ink_on(share: float) -> str:
-    """Return the colour of a number that can be read on a place of the colour scale."""
+    """Return black or white, whichever is readable on a place of the scale, from 0 to 1."""
     red, green, blue = _colour(share)
+    # Luma of ITU-R BT.601.
     return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else "#fff"

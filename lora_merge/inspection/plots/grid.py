@@ -1,4 +1,4 @@
-"""Modules in a grid of rows and layers, and the quantities that are drawn in its cells."""
+"""The grid of a picture: rows of modules, columns of layers, and the quantities in its cells."""
 
 from __future__ import annotations
 
@@ -21,71 +21,71 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.([0-9]{1,6})(?:\.|$)")
 _EXPERT = re.compile(r"(?:^|(?<=\.))(\w*experts)\.[0-9]+(?=\.|$)")
 
 OTHER = "other"
-"""The column of what is in no layer."""
+"""Name of the column for modules outside of layers."""
 
 _NO_VALUE = "–"
 
 MOST_NUMBERED = 16
-"""Columns whose cells have room for numbers."""
+"""Most columns for which cells show numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is drawn in one line: a path without its layer number, experts folded."""
+    """One row: a path without the number of its layer, with all experts as one."""
 
     head: str
-    """What comes before the layer number; empty where there is none."""
+    """The part before the number of the layer; empty if there is none."""
 
     tail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The modules, each in its place."""
+    """All modules, each in its cell."""
 
     rows: tuple[Row, ...]
     labels: tuple[str, ...]
-    """Of the rows."""
+    """Labels of the rows."""
 
     columns: tuple[str, ...]
     cells: Mapping[tuple[int, int], Sequence[ModuleFacts]]
-    """By row and column; what the adapter does not have is missing."""
+    """(row, column) → modules. Cells without a module are missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One quantity, in every cell of the grid."""
+    """One quantity, with its value in every cell."""
 
     title: str
     values: Mapping[tuple[int, int], float | None]
-    """By row and column; None where a module is there and the quantity is not."""
+    """(row, column) → value; None if the module has no such quantity."""
 
     top: float
-    """What the end of the colour scale stands for; it begins at 0."""
+    """Value at the end of the colour scale, which begins at 0."""
 
     @property
     def has_neutral(self) -> bool:
-        """Return True where a cell has no colour of the scale."""
+        """True if a cell has no value on the colour scale."""
         return any(self.share(place) is None for place in self.values)
 
     def share(self, place: tuple[int, int]) -> float | None:
-        """Return where on the colour scale a cell is, from 0 to 1; None where it has no finite value."""
+        """Return the place of a cell on the colour scale, from 0 to 1; None without a finite value."""
         value = self.values[place]
         return value / self.top if value is not None and math.isfinite(value) else None
 
     def text(self, place: tuple[int, int]) -> str:
-        """Return the number of a cell."""
+        """Return a cell's value as text; a dash if there is none."""
         value = self.values[place]
         return _NO_VALUE if value is None else _number(value)
 
     @property
     def legend(self) -> tuple[tuple[float, str], ...]:
-        """Return places on the colour scale, and what they stand for."""
+        """(place on the scale, label) for the legend."""
         return tuple((share, _number(share * self.top)) for share in (0.0, 0.5, 1.0))
 
 
 def arranged(modules: Sequence[ModuleFacts]) -> Grid:
-    """Return the grid: rows in the order in which they come up, layers by number, what has none at the end."""
+    """Return the grid: rows in the order of the modules, columns by layer, then one for modules outside of layers."""
     rows: dict[Row, int] = {}
     by_place: dict[tuple[int, int | None], list[ModuleFacts]] = {}
     for module in modules:
@@ -104,7 +104,7 @@ def arranged(modules: Sequence[ModuleFacts]) -> Grid:
 
 
 def _place(path: str) -> tuple[Row, int | None]:
-    """Return the row and the layer of a module.
+    """Return the row and the layer of a module; None for a module outside of layers.
 
     Example:
         >>> _place("model.layers.3.mlp.experts.17.up_proj")
@@ -119,7 +119,7 @@ def _place(path: str) -> tuple[Row, int | None]:
 
 
 def folded(path: str) -> str:
-    """Return a path that all experts of a layer share.
+    """Return a path with ``*`` in place of the expert's number.
 
     Example:
         >>> folded("mlp.experts.17.up_proj")
@@ -129,7 +129,7 @@ def folded(path: str) -> str:
 
 
 def _labels(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return what the rows are called, without what the paths to all layers begin with.
+    """Return the labels of rows, without the beginning that all paths to layers share.
 
     Example:
         >>> _labels([Row("model.layers", "mlp.up_proj"), Row("", "model.embed_tokens"), Row("", "lm_head")])
@@ -144,13 +144,13 @@ def _labels(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _n_shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """Return how many parts of two paths are the same, from the beginning."""
+    """Return the number of leading parts that two paths share."""
     n_parts = min(len(one), len(other))
     return next((n for n in range(n_parts) if one[n] != other[n]), n_parts)
 
 
 def panels_of(grid: Grid) -> list[Panel]:
-    """Return what is drawn: the rank, and the norms as far as they are known."""
+    """Return the panels to draw: the rank, and relative or absolute norms if they are known."""
     facts = [one for found in grid.cells.values() for one in found]
     panels = [_panel("rank", grid, lambda one: one.rank or None)]
     if any(one.relative is not None for one in facts):
@@ -161,7 +161,7 @@ def panels_of(grid: Grid) -> list[Panel]:
 
 
 def _panel(name: str, grid: Grid, quantity: Callable[[ModuleFacts], float | None]) -> Panel:
-    """Return a panel; where all modules have the same value, its title says so."""
+    """Return a panel. If all modules have the same value, the title says so."""
     values = {place: mean(map(quantity, found)) for place, found in grid.cells.items()}
     finite = [value for value in values.values() if value is not None and math.isfinite(value)]
     different = {quantity(one) for found in grid.cells.values() for one in found}
@@ -170,13 +170,13 @@ def _panel(name: str, grid: Grid, quantity: Callable[[ModuleFacts], float | None
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of those that are known; one that overflows is infinite."""
+    """Return the mean of the known values; None if there is none, infinity after an overflow."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def _number(value: float) -> str:
-    """Return a number as it stands in a cell or a legend.
+    """Return a number with three or four significant digits.
 
     Example:
         >>> _number(16), _number(0.012345), _number(1234)
@@ -186,14 +186,14 @@ def _number(value: float) -> str:
 
 
 def summary(inspection: Inspection) -> str:
-    """Return the line below the title: kind, number of modules, base."""
+    """Return a line with kind, number of modules and base."""
     n_modules = len(inspection.modules)
     base = f", base {inspection.base}" if inspection.base else ""
     return printable(f"{inspection.kind}, {n_modules} module{'s' * (n_modules != 1)}{base}")
 
 
 def remarks_on(grid: Grid, panels: Sequence[Panel]) -> str:
-    """Return what has to be known to read the picture; empty where every cell speaks for itself."""
+    """Return remarks that explain blank, grey and shared cells; empty if there are none."""
     remarks = []
     if len(grid.cells) < len(grid.rows) * len(grid.columns):
         remarks.append("blank: no such module")

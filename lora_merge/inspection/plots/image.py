@@ -1,4 +1,4 @@
-"""The picture as PNG or SVG, drawn by matplotlib. Lengths are inches, from the upper left corner."""
+"""Draws the picture as PNG or SVG with matplotlib. Lengths are inches from the upper left corner."""
 
 from __future__ import annotations
 
@@ -19,61 +19,63 @@ if TYPE_CHECKING:
     from lora_merge.inspection.plots.grid import Grid, Panel
 
 _MONO_INCHES = 0.602 * 8 / 72
-"""The width of a character of a row's label, which is set in DejaVu Sans Mono, 8 points."""
+"""Width of a character in a row's label: DejaVu Sans Mono, 8 points."""
 
 _MOST_CHARACTERS = 48
-"""Of a row's label."""
+"""Most characters of a row's label."""
 
 _MOST_INCHES = (40.0, 30.0)
-"""Of the cells of a panel; where they would need more, they are smaller."""
+"""Largest width and height of a panel's cells. If more would be needed, cells are smaller."""
 
 _TITLE, _FOOT = 0.33, 0.45
-"""Heights: of a panel's title above its cells, and of the numbers of the layers below."""
+"""Heights of a panel's title, above its cells, and of the layers' numbers, below them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where the parts of an image lie."""
+    """Positions of the parts of an image."""
 
     head: float
-    """Height of the lines above the panels."""
+    """Height of the text above the panels."""
 
     left: float
-    """Where the cells begin."""
+    """Left edge of the cells."""
 
     cell: tuple[float, float]
-    """Width and height."""
+    """Width and height of one cell."""
 
     cells: tuple[float, float]
-    """Width and height of all."""
+    """Width and height of all cells of a panel."""
 
     n_panels: int
 
     @property
     def numbered(self) -> bool:
-        """Return True where cells have room for numbers."""
+        """True if cells have room for numbers."""
         return self.cell[0] > 0.5 and self.cell[1] > 0.2
 
     @property
     def slot(self) -> float:
-        """Return the height of a panel's cells or, where it is more, of its legend."""
+        """Height of a panel's cells, or of its legend if that is higher."""
         return max(self.cells[1], 0.8)
 
     @property
     def size(self) -> tuple[float, float]:
-        """Return width and height of the image; there is room for its titles at least."""
+        """Width and height of the image, with room for titles."""
         width = max(self.left + max(self.cells[0] + 1.0, 2.8), 5.0)
         return width, self.head + self.n_panels * (_TITLE + self.slot + _FOOT)
 
     def box(self, left: float, n: int, size: tuple[float, float]) -> tuple[float, float, float, float]:
-        """Return a rectangle at the height of a panel's cells, in matplotlib's way: shares, from the lower left."""
+        """Return a rectangle at the height of panel n as matplotlib wants it: fractions of the image, from the lower
+        left.
+        """
         top = self.head + n * (_TITLE + self.slot + _FOOT) + _TITLE
         width, height = self.size
         return left / width, 1 - (top + size[1]) / height, size[0] / width, size[1] / height
 
 
 def _layout(grid: Grid, n_panels: int, n_lines: int) -> _Layout:
-    """Return where everything lies, below so many lines of text."""
+    """Return the layout of an image with some panels, below some lines of text."""
     n_rows, n_columns = len(grid.rows), len(grid.columns)
     wanted = 0.55 if n_columns <= MOST_NUMBERED else 0.21
     cell = min(wanted, _MOST_INCHES[0] / n_columns), min(0.27, _MOST_INCHES[1] / n_rows)
@@ -88,12 +90,13 @@ def _layout(grid: Grid, n_panels: int, n_lines: int) -> _Layout:
 
 
 def image(inspection: Inspection, grid: Grid, panels: Sequence[Panel], form: str) -> bytes:
-    """Return a PNG or SVG file, drawn with matplotlib's own settings; the user's are put back."""
+    """Return a PNG or SVG file. The user's settings of matplotlib do not affect it, and are restored."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
     lines = [line for line in (inspection.adapter, summary(inspection), remarks_on(grid, panels)) if line]
     layout = _layout(grid, len(panels), len(lines))
+    # No date, no version of matplotlib and a fixed salt for ids: the same inspection gives the same bytes.
     origin = {"Creator": "lora-merge", "Date": None} if form == "svg" else {"Software": None}
     file = BytesIO()
     with matplotlib.style.context(["default", {"svg.hashsalt": "lora-merge"}]):
@@ -111,7 +114,7 @@ def image(inspection: Inspection, grid: Grid, panels: Sequence[Panel], form: str
 
 
 def _draw_lines(figure: Figure, lines: Sequence[str]) -> None:
-    """Write what stands above the panels, the first line larger."""
+    """Write the lines above the panels; the first one is larger."""
     width, height = figure.get_size_inches()
     for n, line in enumerate(lines):
         points, colour, top = (11, "black", 0.15) if n == 0 else (8, "#555555", 0.2 + 0.2 * n)
@@ -128,7 +131,7 @@ def _draw_lines(figure: Figure, lines: Sequence[str]) -> None:
 
 
 def _draw_cells(axes: Axes, layout: _Layout, panel: Panel) -> None:
-    """Draw the cells of a panel, and their numbers where there is room."""
+    """Draw a panel's cells, with numbers if there is room."""
     from matplotlib.collections import PolyCollection
 
     squares, colours = [], []
@@ -152,7 +155,7 @@ def _draw_cells(axes: Axes, layout: _Layout, panel: Panel) -> None:
 
 
 def _name_rows_and_columns(axes: Axes, layout: _Layout, grid: Grid) -> None:
-    """Write the modules and the numbers of the layers, or as many of them as fit."""
+    """Write names of modules and numbers of layers, or as many of them as fit."""
     n_rows, n_columns = len(grid.rows), len(grid.columns)
     axes.set_xlim(0, n_columns)
     axes.set_ylim(n_rows, 0)
@@ -175,7 +178,7 @@ def _name_rows_and_columns(axes: Axes, layout: _Layout, grid: Grid) -> None:
 
 
 def _write_below(axes: Axes, column: int, text: str, side: Literal["left", "right"]) -> None:
-    """Write a text in the line of the layers' numbers, beginning or ending where a column begins."""
+    """Write a text in the line of the layers' numbers. It ends (``right``) or begins (``left``) at a column's edge."""
     offset = 2 if side == "left" else -4
     axes.annotate(
         text,
@@ -190,7 +193,7 @@ def _write_below(axes: Axes, column: int, text: str, side: Literal["left", "righ
 
 
 def _draw_legend(figure: Figure, axes: Axes, panel: Panel) -> None:
-    """Draw what the colours stand for."""
+    """Draw the colour scale with its values."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
@@ -203,12 +206,12 @@ def _draw_legend(figure: Figure, axes: Axes, panel: Panel) -> None:
 
 
 def _drawn(text: str) -> str:
-    """Return a text in characters that every font has."""
+    """Return a text in printable ASCII, since fonts lack other characters."""
     return "".join(char if char.isascii() and char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _fitted(text: str, most: int) -> str:
-    """Return the end of a text that is too long.
+    """Return a text, or the end of one that is too long.
 
     Example:
         >>> _fitted("some/long/path", 6)

@@ -1,4 +1,4 @@
-"""The picture as an HTML page that needs nothing but itself."""
+"""Draws the picture as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ td[title]:hover { outline: 2px solid var(--text) }
 """
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""What a browser may load for the page: nothing."""
+"""Content security policy: the page loads nothing. Names in it come from files of strangers."""
 
 
 def page(inspection: Inspection, grid: Grid, panels: Sequence[Panel]) -> str:
-    """Return a page that needs nothing but itself."""
+    """Return a self-contained HTML page."""
     name = escape(printable(inspection.adapter))
     tips = {place: _tooltip(found) for place, found in grid.cells.items()}
     remarks = remarks_on(grid, panels)
@@ -75,7 +75,7 @@ def page(inspection: Inspection, grid: Grid, panels: Sequence[Panel]) -> str:
 
 
 def _section(grid: Grid, panel: Panel, tips: Mapping[tuple[int, int], str]) -> list[str]:
-    """Return the lines of one panel: its title, its legend and its table."""
+    """Return the HTML lines of one panel: title, legend and table."""
     numbered = len(grid.columns) <= MOST_NUMBERED
     stops = ", ".join(f"#{colour:06x}" for colour in VIRIDIS)
     lines = [
@@ -103,7 +103,7 @@ def _section(grid: Grid, panel: Panel, tips: Mapping[tuple[int, int], str]) -> l
 
 
 def _cell(panel: Panel, place: tuple[int, int], tip: str, *, numbered: bool) -> str:
-    """Return the cell of a module that is there."""
+    """Return the HTML of a cell with modules."""
     text = panel.text(place) if numbered else ""
     share = panel.share(place)
     if share is None:
@@ -113,7 +113,7 @@ def _cell(panel: Panel, place: tuple[int, int], tip: str, *, numbered: bool) -> 
 
 
 def _tooltip(modules: Sequence[ModuleFacts]) -> str:
-    """Return all that is known of a cell, line by line, its numbers as they are."""
+    """Return all facts about a cell, one on each line, with full precision."""
     first = modules[0]
     lines = [printable(folded(first.path) if len(modules) > 1 else first.path)]
     if len(modules) > 1:
@@ -130,7 +130,7 @@ def _tooltip(modules: Sequence[ModuleFacts]) -> str:
 
 
 def _range(name: str, values: Sequence[float | None]) -> str:
-    """Return what is to be said of a quantity of several modules; nothing where none has it.
+    """Return a quantity of several modules in words; empty if none of them has it.
 
     Example:
         >>> _range("rank", [8, 16, None])
