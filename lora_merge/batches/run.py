@@ -198,7 +198,7 @@ class Batch:
                         home=job.home,
                         marks=conversion.MARKS,
                     )
-        # An interrupted run to the same output may have left staging, which is of no use now.
+        # A run that was killed after it made this output may have left staging beside it.
         if found.is_current and not self._dry_run:
             is_merge = isinstance(task.job.request, Request)
             staging.clear_spent(out, MARKS if is_merge else conversion.MARKS, resumes=is_merge)

@@ -44,9 +44,7 @@ FRAMEWORKS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Everything about an adapter that is not in its headers. The caller has read it, so that this module opens no
-    files.
-    """
+    """Everything about an adapter that is not in its headers. The caller has read the files."""
 
     named: str
     """The adapter as the user named it."""

@@ -59,7 +59,7 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
     watch = observer or Silence()
     drawing = None if request.plot is None else user_path(request.plot)
     if drawing is not None:
-        # Before anything is read: a missing package should not be found after minutes of measuring.
+        # A missing package is reported before everything is measured, not after.
         plots.check(drawing)
     with memory_for("inspecting", MORE):
         access = Access(request.token, request.offline)
@@ -83,7 +83,7 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
 
 
 def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
-    """Read the files around an adapter's tensors: the model card, training arguments, an earlier conversion's manifest."""
+    """Read the files around an adapter's tensors: model card, training arguments, manifest of a conversion."""
     root = Path(adapter.root)
     arguments = next(
         (

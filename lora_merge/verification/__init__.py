@@ -1,1 +1,1 @@
-"""An existing output: held to its manifest, to base and adapter, and to forward passes."""
+"""Verification of an existing output: against its manifest, its base and adapter, and forward passes."""

@@ -1,4 +1,4 @@
-"""Forward passes: what base and adapter compute, against what the merged checkpoint computes, engine by engine."""
+"""Forward passes: compares what the merged checkpoint computes with base and adapter, engine by engine."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ if TYPE_CHECKING:
 def compare_forward(
     request: VerifyRequest, joined: Joined, plan: MergePlan, output: Output
 ) -> tuple[list[Finding], tuple[Comparison, ...]]:
-    """Return how far what the merged checkpoint computes is from what base and adapter compute.
+    """Return how far the merged checkpoint's outputs are from those of base and adapter.
 
-    The models are loaded one after the other, cut off from every hub.
+    Models are loaded one after the other. No hub is reachable meanwhile.
 
     Raises:
         UnsupportedError: transformers has no class for the model.
-        RequestError: there is no tokenizer for the user's texts, or no such engine.
+        RequestError: there is no tokenizer for the user's texts, or the engine is not installed.
     """
+    # A missing engine is reported before any model is loaded.
     python = find_python(request.engine_python) if request.engine else ""
     base_config = read_config(Path(plan.base) / CONFIG_FILE)
     made_of = _ingredients(joined, plan, base_config)
@@ -76,7 +77,7 @@ def compare_forward(
 
 
 def _not_comparable(reference: Reference) -> Finding:
-    """Return the finding on a model whose own answers are not the same twice."""
+    """Return the finding on a model that answers the same prompt differently each time."""
     sentence = (
         f"base and adapter ({reference.how}) answer the same prompt differently from run to run, with the same seed: by "
         f"up to {reference.unsteady:.2g} per logit. So the merged checkpoint cannot be compared with them"
@@ -88,7 +89,7 @@ def _not_comparable(reference: Reference) -> Finding:
 def _in_transformers(
     request: VerifyRequest, reference: Reference, output: Output
 ) -> tuple[Finding, list[Comparison]]:
-    """Return what transformers makes of the merged checkpoint."""
+    """Return the finding on the merged checkpoint in transformers, and its comparisons."""
     root = Path(output.root)
     comparisons: list[Comparison] = []
     issues: list[Issue] = list(_said_of(reference))
@@ -112,6 +113,7 @@ def _in_transformers(
         AttributeError,
         ImportError,
     ) as exc:
+        # A checkpoint that transformers cannot run is a finding, unless memory was the reason.
         not_for_want_of_memory(exc)
         sentence = f"transformers does not run the merged checkpoint ({type(exc).__name__}: {exc})"[:400]
         issues.append(error("forward", output.root, sentence))
@@ -126,6 +128,7 @@ def _in_transformers(
 
 
 def _alone(model: Any, reference: Reference) -> Iterator[Comparison]:
+    """Yield a comparison for each module that no prompt reaches."""
     modules = dict(model.named_modules())
     for one in reference.alone:
         module = modules.get(one.path)
@@ -136,7 +139,7 @@ def _alone(model: Any, reference: Reference) -> Iterator[Comparison]:
 def _in_vllm(
     request: VerifyRequest, reference: Reference, output: Output, python: str
 ) -> tuple[Finding, list[Comparison]]:
-    """Return what vLLM makes of it: log-probabilities, each of which differs by at most twice what a logit does."""
+    """Return the finding on the merged checkpoint in vLLM, and its comparisons of log-probabilities."""
     answers = [wanted for wanted in reference.answers if wanted.is_text and wanted.tokens]
     if not answers:
         sentence = "the model does not continue text, so vLLM has nothing to say"
@@ -155,6 +158,8 @@ def _in_vllm(
         )
         return Finding("vllm", name, (issue,)), []
     comparisons = [
+        # A log-probability is a logit minus the log of a sum, so it differs by twice as much as a logit at
+        # most.
         compare_logprobs(name, wanted, spoken.tokens, spoken.logprobs, 2 * reference.tolerance)
         for wanted, spoken in zip(answers, heard.answers, strict=True)
     ]
@@ -170,7 +175,7 @@ def _failures(comparisons: list[Comparison]) -> list[Issue]:
 
 
 def _said_of(reference: Reference) -> Iterator[Issue]:
-    """Yield what has to be known of the reference."""
+    """Yield notes about the reference: whether it is PEFT's, random numbers, modules that were not run."""
     if reference.how != PEFT:
         yield note("reference", "", f"compared with {reference.how}, since {reference.why}")
     if reference.draws:
@@ -185,13 +190,14 @@ def _said_of(reference: Reference) -> Iterator[Issue]:
 
 
 def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -> Ingredients:
-    """Return what the reference is made of."""
+    """Return everything from which the reference is made."""
     uses = joined.uses
     changed = [step for step in plan.steps if step.action != "copied"]
     slots = [slot for step in changed for slot in step.slots]
     merged = patched_config(base_config, plan.config_patch)
     rows = {value for key, value in plan.config_patch.set.items() if key.endswith("vocab_size")}
     combined = any(isinstance(step.op, Merge) and step.op.combination for step in plan.steps)
+    # Several adapters, weights and combinations have no single forward pass in PEFT.
     alone = len(uses) == 1 and uses[0].weight == 1 and not combined
     return Ingredients(
         base=Path(plan.base),
@@ -211,13 +217,13 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
 
 
 def _lies_otherwise(joined: Joined, config: Any) -> bool:
-    """Return True where stacked experts are laid out as PEFT before 0.19, or someone else, has them."""
+    """Return True if the layout of stacked experts may differ from that of PEFT 0.19.1 and later."""
     version = peft_version(config)
     return bool(joined.reading.expert_layout) or version is None or version <= (0, 19, 0)
 
 
 def _trained(plan: MergePlan) -> frozenset[int]:
-    """Return the tokens whose embeddings the adapter replaces."""
+    """Return the ids of tokens whose embeddings the adapter trained."""
     return frozenset(
         index
         for step in plan.steps
@@ -229,7 +235,7 @@ def _trained(plan: MergePlan) -> frozenset[int]:
 
 
 def _unrounded(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the merged checkpoint; those that change in float32, as they were before rounding."""
+    """Yield every tensor of the merged checkpoint; changed ones in float32, before rounding."""
     for step in plan.steps:
         (slot,) = step.slots
         if isinstance(step.op, Copy):

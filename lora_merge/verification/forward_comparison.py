@@ -1,4 +1,4 @@
-"""What models answer to prompts, and how far two of them are apart. Pure arithmetic on what was measured."""
+"""Answers of models to prompts, and the distance between two of them. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ if TYPE_CHECKING:
     import numpy as np
 
 NOISE_MARGIN = 4.0
-"""How many times the largest difference that rounding made in a rehearsal may be met again. Two draws of the same
-noise have largest values within a factor of two of each other; the rest is for what a rehearsal does not redraw."""
+"""Factor between the largest difference that rounding made in a rehearsal and the tolerance. The largest values of two
+draws of the same noise are within a factor of two; the rest is for effects that a rehearsal does not redraw."""
 
 LEAST_TOLERANCE = 2.0**-18
-"""Of the largest score: sums of float32 in another order differ by as much (64 roundings), whatever was merged."""
+"""Smallest tolerance, relative to the largest score: 64 roundings of float32, by which sums in another order differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is asked."""
+    """The input of a model."""
 
     label: str
-    """Short, for tables: ``"text 1"``."""
+    """Short name for tables: ``"text 1"``."""
 
     ids: tuple[int, ...]
-    """Tokens; empty for a model that is asked something else than text."""
+    """Ids of tokens; empty for a model that takes other input than text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model makes of a prompt."""
+    """The output of a model for a prompt."""
 
     prompt: Prompt
     tokens: tuple[int, ...]
-    """What it says, the likeliest token each time; empty for a model that says nothing."""
+    """Generated tokens, greedy; empty for a model that generates none."""
 
     scores: Any = field(repr=False)
-    """float32 ``[positions, width]``: of prompt and answer but for the last token, the logits that each position gives."""
+    """float32 ``[positions, width]``: the logits at each position of prompt and answer, without the last token."""
 
     is_text: bool = True
-    """False where the scores are no logits over a vocabulary."""
+    """False if the scores are not logits over a vocabulary."""
 
     def logprobs(self) -> np.ndarray:
-        """Return the log-probabilities, float64 ``[positions, width]``."""
+        """Return log-probabilities from the scores, float64 ``[positions, width]``."""
         return _log_softmax(self.scores)
 
 
 def compare(engine: str, wanted: Answer, scores: Any, tolerance: float) -> Comparison:
-    """Return how far the scores of the merged checkpoint are from base and adapter's.
+    """Return the distance between the scores of the merged checkpoint and those of base and adapter.
 
     Args:
-        engine: whose scores they are.
-        wanted: of base and adapter.
-        scores: of the merged checkpoint, of the same tokens; float32 ``[positions, width]``.
+        engine: name of the engine that computed the scores.
+        wanted: the answer of base and adapter.
+        scores: of the merged checkpoint for the same tokens, float32 ``[positions, width]``.
         tolerance: the largest difference of two scores that passes.
     """
     import numpy as np
@@ -74,7 +74,8 @@ def compare(engine: str, wanted: Answer, scores: Any, tolerance: float) -> Compa
         wanted.prompt.label,
         largest,
         tolerance,
-        kl=max(float((np.exp(p) * (p - q)).sum(-1).max()), 0.0),  # this way round NaN stays NaN
+        # `max` with NaN first returns NaN; the other way round it would return 0.
+        kl=max(float((np.exp(p) * (p - q)).sum(-1).max()), 0.0),
         top1=float((said == wanted.scores.argmax(-1)).mean()),
         first_diverging=first_difference(wanted.tokens, own),
         n_tokens=n,
@@ -84,16 +85,16 @@ def compare(engine: str, wanted: Answer, scores: Any, tolerance: float) -> Compa
 def compare_logprobs(
     engine: str, wanted: Answer, tokens: tuple[int, ...], logprobs: tuple[float, ...], tolerance: float
 ) -> Comparison:
-    """Return how far the log-probabilities of an engine are from base and adapter's.
+    """Return the distance between an engine's log-probabilities and those of base and adapter.
 
-    They are compared as far as both say the same, and where they part: what the engine says there has to be as likely to
-    base and adapter. After that they are about something else.
+    They are compared up to and including the first token that differs: what the engine generates there has to be as
+    likely to base and adapter. After it the texts differ, and a comparison would mean nothing.
 
     Args:
-        engine: which it is.
-        wanted: of base and adapter, of a model that continues its prompt.
-        tokens: what the engine says.
-        logprobs: of each token of the prompt after the first, and of those it says, given the ones before.
+        engine: name of the engine.
+        wanted: the answer of base and adapter, of a model that continues its prompt.
+        tokens: tokens that the engine generated.
+        logprobs: of each token of the prompt from the second on, then of each generated token.
         tolerance: the largest difference of two log-probabilities that passes.
     """
     import numpy as np
@@ -102,6 +103,7 @@ def compare_logprobs(
     heard = (*wanted.prompt.ids, *tokens)[1:]
     n = len(wanted.prompt.ids) - 1 + (len(tokens) if first is None else first + 1)
     table = wanted.logprobs()
+    # An engine that reported fewer values than were asked for fails the comparison.
     complete = 0 < n <= min(len(heard), len(logprobs), len(table))
     ours = table[np.arange(n), list(heard[:n])] if complete else np.zeros(1)
     theirs = np.array(logprobs[:n]) if complete else np.full(1, np.inf)
@@ -116,7 +118,7 @@ def compare_logprobs(
 
 
 def first_difference(wanted: tuple[int, ...], got: tuple[int, ...] | list[int]) -> int | None:
-    """Return where two sequences differ first; None when they do not.
+    """Return the first index at which two sequences differ; None if they are equal.
 
     Example:
         >>> first_difference((4, 8, 1), (4, 9, 1)), first_difference((4, 8), (4, 8))
@@ -128,6 +130,7 @@ def first_difference(wanted: tuple[int, ...], got: tuple[int, ...] | list[int]) 
 
 
 def _log_softmax(scores: Any) -> np.ndarray:
+    """Return log-probabilities, float64, computed without overflow."""
     import numpy as np
 
     values = np.asarray(scores, dtype=np.float64)

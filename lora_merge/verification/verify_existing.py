@@ -1,4 +1,4 @@
-"""An output on disk → a proof, years later too: from its manifest, with base and adapter where they are at hand."""
+"""Verifies an output on disk, years later too: from its manifest, and from base and adapter if they are at hand."""
 
 from __future__ import annotations
 
@@ -50,30 +50,30 @@ if TYPE_CHECKING:
 
 _READING = ("base_is", "expert_layout")
 _POLICY = ("combine", "density", "seed", "dtype", "max_shard_size")
-"""Options of a manifest that shape the output: how base and adapters were read, and what the merge decided."""
+"""Options of a manifest that shape the output: those of `Reading`, and those of `Policy`."""
 
 
 def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
-    """Return what every check says about an output.
+    """Return the findings of every check of an output.
 
     Raises:
-        RequestError: the engine that is to be asked is not there; or something is to be compared, and ``level`` is
-            ``structure``.
-        ResolveError: there is no such output; or a base or adapter that the request names cannot be read.
-        PlanError: those that the request names do not fit, or cannot be run.
+        RequestError: the engine is not installed, or a comparison is requested with the level ``structure``.
+        ResolveError: there is no such output, or a base or adapter that the request names cannot be read.
+        PlanError: a base and adapter that the request names do not fit, or cannot be run.
     """
     _check_level(request)
     if request.engine:
         from lora_merge.verification.engines.vllm import find_python
 
-        find_python(request.engine_python)  # before anything takes time
+        # Before anything takes time.
+        find_python(request.engine_python)
     proving = _Proving(request, observer or Silence(), Clock(), _output(request.out))
     with memory_for("verifying", MORE):
         return proving.proof()
 
 
 def _check_level(request: VerifyRequest) -> None:
-    """Raise when a comparison is asked for along with a look at the structure alone."""
+    """Raise an error if a comparison is requested together with the level ``structure``."""
     compared = {
         "--base": request.base,
         "--adapter": request.adapter,
@@ -89,12 +89,13 @@ def _check_level(request: VerifyRequest) -> None:
 
 
 def _output(out: str) -> Output:
+    """Return the output in a directory. One that may not be read is an error, not a damaged output."""
     root = user_path(out)
     try:
         exists = root.exists()
         if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as exc:  # what nobody may read is not damaged
+    except OSError as exc:
         raise ResolveError(f"{out}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
     if not root.is_dir():
         what = "is a file" if exists else "there is no such directory"
@@ -107,7 +108,7 @@ def _output(out: str) -> Output:
 
 @dataclass(frozen=True, slots=True)
 class _Again:
-    """The merge, planned again."""
+    """The merge, planned a second time from what is at hand now."""
 
     joined: Joined
     plan: MergePlan
@@ -116,17 +117,17 @@ class _Again:
 
 @dataclass(slots=True)
 class _Proving:
-    """One verification."""
+    """One verification: the request, the output and what the checks share."""
 
     request: VerifyRequest
     watch: Observer
     clock: Clock
     output: Output
     digest: Callable[[TensorRef], str] = field(default_factory=lambda: cache(tensor_digest))
-    """Reads each tensor once, however many checks ask."""
+    """Digest of a tensor, cached: each tensor is read once, however many checks need it."""
 
     def proof(self) -> Proof:
-        """Return what every check found."""
+        """Run all checks and return their findings."""
         findings = [self._loadable()]
         if self.request.level == "structure":
             return Proof(self.output.root, "", (), tuple(findings), (), dict(self.clock.seconds))
@@ -151,6 +152,7 @@ class _Proving:
                 forward, comparisons = compare_forward(self.request, again.joined, again.plan, self.output)
             findings += forward
         if again is not None:
+            # The inputs may have changed while the checks ran.
             check_names(again.inputs)
         if manifest is None and again is None:
             findings += _nothing_compared(findings)
@@ -158,10 +160,10 @@ class _Proving:
         return Proof(self.output.root, base, adapters, tuple(findings), comparisons, dict(self.clock.seconds))
 
     def _check_readable(self) -> None:
-        """Check that whoever loads the directory finds files in it: a library would wait for a pipe for ever.
+        """Check that the directory holds regular files only. A library would wait for a named pipe for ever.
 
         Raises:
-            CheckpointError: there is something else.
+            CheckpointError: it holds something else.
         """
         for name in self.output.broken:
             path = Path(self.output.root, name)
@@ -169,7 +171,7 @@ class _Proving:
                 raise CheckpointError(str(path), "", why, hint="forward passes read the whole directory")
 
     def _loadable(self) -> Finding:
-        """Return what the gate finds; here it asks for every parameter of the model, too."""
+        """Return the gate's finding: can engines load it? Here it also checks every parameter of the model."""
         with self.clock("loadable"):
             self.watch.phase("asking what engines ask", 0)
             issues = tuple(issue for rule in RULES.values() for issue in rule(self.output))
@@ -180,7 +182,7 @@ class _Proving:
         )
 
     def _manifest(self) -> tuple[Manifest | None, Finding]:
-        """Return the manifest, and whether the output is as it says."""
+        """Return the manifest and the finding on it: whether the output is as recorded. Without a manifest, a warning."""
         path = Path(self.output.root, MANIFEST_FILE)
         if MANIFEST_FILE not in self.output.names:
             issue = warning(
@@ -202,7 +204,12 @@ class _Proving:
         return manifest, Finding("recorded", counted, issues)
 
     def _planned(self, manifest: Manifest | None) -> tuple[_Again | None, Finding]:
-        """Return the merge planned anew, when base and adapter are at hand."""
+        """Plan the merge again from the base and adapter at hand; return it with the finding.
+
+        Raises:
+            ResolveError: a base or adapter that the request names cannot be read.
+            PlanError: those that the request names do not fit.
+        """
         named = bool(self.request.base or self.request.adapter)
         if manifest is None and not self.request.adapter:
             return None, Finding("planned", "no manifest and no --adapter says what was merged", asked=False)
@@ -213,7 +220,8 @@ class _Proving:
             with self.clock("plan"):
                 found = join_inputs(texts, reading, self.watch)
                 plan = make_plan(found.joined, policy)
-        except RequestError as exc:  # the user's own options are parsed
+        except RequestError as exc:
+            # The user's own options were parsed before, so the manifest is at fault.
             issue = error("broken-manifest", MANIFEST_FILE, f"names what cannot be merged ({exc})")
             return None, Finding("planned", "the manifest cannot be merged again", (issue,))
         except ResolveError as exc:
@@ -223,6 +231,7 @@ class _Proving:
                         "what the manifest alone names is not fetched: name it with --base and --adapter"
                     )
                 raise
+            # Inputs that the manifest alone names may be gone by now. That is no fault of the output.
             hint = "name base and adapter with --base and --adapter to recompute what was merged"
             issue = warning("not-recomputed", "", f"{exc}; the deltas were not recomputed", hint)
             return None, Finding("planned", f"{exc}", (issue,), asked=False)
@@ -236,10 +245,9 @@ class _Proving:
         return _Again(found.joined, plan, found.inputs), finding
 
     def _asked_again(self, manifest: Manifest | None) -> tuple[InputTexts, Reading, Policy]:
-        """Return what the merge was made of and how, as its manifest has it, with what this request names instead.
+        """Return how the merge was made, by its manifest, with the inputs of this request in place of recorded ones.
 
-        A stranger may have written the manifest: no hub is asked for what it names. What the merge was allowed to do is
-        not recorded: the output is there, so it was allowed what it needed.
+        Permissions (``allow_untie`` …) are not recorded. All are granted here: the merge was made, so it had them.
         """
         recorded_options = manifest.options if manifest is not None else {}
         options = {name: recorded_options[name] for name in (*_READING, *_POLICY) if name in recorded_options}
@@ -249,6 +257,7 @@ class _Proving:
         if manifest is not None:
             recorded = [] if base else [manifest.base]
             recorded += [] if adapters else manifest.adapters
+            # A stranger may have written the manifest, so nothing that it names is fetched from a hub.
             offline = offline or not all(is_directory(user_path(_text(one, near))) for one in recorded)
             base = base or _text(manifest.base, near)
             adapters = adapters or tuple(_weighted(_text(one, near), one.weight) for one in manifest.adapters)
@@ -281,7 +290,7 @@ class _Proving:
         )
 
     def _held_to(self, plan: MergePlan) -> list[Finding]:
-        """Return what the checks of a merge say, with the base's own bytes as evidence."""
+        """Return the findings of the checks that a merge runs on its own output, with the base's bytes as evidence."""
         with self.clock("recomputed"), one_torch_thread():
             self.watch.phase("recomputing", 0)
             plan, issues = placed(plan, self.output)
@@ -302,15 +311,16 @@ class _Proving:
             } | ({"layers": f"{n_layers} tensors that PEFT's own layers merge"} if n_layers else {})
             found = [Finding("placed", f"{len(plan.steps)} tensors of the plan", tuple(issues))]
             for name, detail in details.items():
-                # at its full level it would ask for the digests of merges
+                # At the full level this check needs digests of merged tensors, which are not recorded here.
                 asked = replace(evidence, level="sample") if name == "untouched" else evidence
                 found.append(Finding(name, detail, tuple(CHECKS[name](asked))))
         return found
 
     def _records(self, plan: MergePlan) -> Iterable[TensorRecord]:
-        """Yield what the checks need of what writing recorded: a copy's digest, whether a merge is finite, suspect rows.
+        """Yield what the checks need of each written tensor: a copy's digest, finiteness, suspect rows.
 
-        The digests of merges are compared with the manifest's. Projections are made anew, where not all is recomputed.
+        Digests of merged tensors were compared with the manifest already. Projections are computed here, unless all
+        rows are recomputed anyway.
         """
         for step in plan.steps:
             here = {
@@ -332,7 +342,7 @@ class _Proving:
 
 
 def _nothing_compared(findings: list[Finding]) -> list[Finding]:
-    """Return the finding that an output was compared with nothing, unless another one has failed for that."""
+    """Return the finding that the output was compared with nothing; none if another check failed already."""
     if any(found.state == "failed" for found in findings):
         return []
     sentence = (
@@ -348,7 +358,9 @@ def _counted(n: int, word: str) -> str:
 
 
 def _text(recorded: RecordedInput, near: Path) -> str:
-    """Return where an input probably is: as it was named, seen from here or from beside the output; or its repo."""
+    """Return where an input probably is: at the recorded path, seen from here or from the output's folder, or its
+    repo.
+    """
     source = recorded.source()
     if source is not None:
         return str(source)
@@ -359,7 +371,7 @@ def _text(recorded: RecordedInput, near: Path) -> str:
 
 
 def _is_there(name: str, adapters: Sequence[str]) -> bool:
-    """Return False for a file that was left out of a merge and is gone since; of a repo nobody looks."""
+    """Return False for a recorded file that is gone. Files in repos are not looked for, and count as present."""
     roots = [user_path(parse_adapter(text)[0]) for text in adapters]
     return not all(map(is_directory, roots)) or any(chosen(file_names(root), [name]) for root in roots)
 
@@ -369,7 +381,7 @@ def _weighted(text: str, weight: float) -> str:
 
 
 def _other_adapters(manifest: Manifest | None, uses: Sequence[AdapterUse], *, named: bool) -> Iterable[Issue]:
-    """Yield an issue for each adapter whose tensors are not those that were merged."""
+    """Yield an error for each adapter whose digest differs from the recorded one."""
     if manifest is None:
         return
     then, now = manifest.adapters, uses

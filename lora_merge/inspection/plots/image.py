@@ -66,9 +66,7 @@ class _Layout:
         return width, self.head + self.n_panels * (_TITLE + self.slot + _FOOT)
 
     def box(self, left: float, n: int, size: tuple[float, float]) -> tuple[float, float, float, float]:
-        """Return a rectangle at the height of panel n as matplotlib wants it: fractions of the image, from the lower
-        left.
-        """
+        """Return a rectangle at the height of panel n in matplotlib's terms: fractions of the image, from below."""
         top = self.head + n * (_TITLE + self.slot + _FOOT) + _TITLE
         width, height = self.size
         return left / width, 1 - (top + size[1]) / height, size[0] / width, size[1] / height

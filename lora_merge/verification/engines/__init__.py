@@ -1,6 +1,6 @@
-"""Engines that run models: transformers with PEFT for what base and adapter compute, and those that serve the merge.
+"""Engines that run models: transformers with PEFT as the reference, and engines that serve the merged checkpoint.
 
-`hf` loads and asks in transformers, `prompts` chooses what is asked, `peft_reference` puts an adapter on its base in
-PEFT, `reference` measures what they compute, `isolated_modules` asks modules that no prompt reaches, `vllm` asks vLLM
-through `vllm_script`, which runs in whichever Python has it.
+`hf` loads and runs models in transformers, `prompts` chooses the input, `peft_reference` puts an adapter on its base
+in PEFT, `reference` measures what they compute, `isolated_modules` runs modules that no prompt reaches, and `vllm`
+runs vLLM through `vllm_script`, in the Python environment that has it.
 """

@@ -1,4 +1,4 @@
-"""Models in transformers: loaded where they fit, asked with tokens, or with what they take instead."""
+"""Loads and runs models in transformers, with tokens or with the other input that they take."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModel")
-_SAMPLES = 4000  # of sound, a quarter of a second
+# Length of random input: samples of sound (a quarter of a second at 16 kHz), frames of features.
+_SAMPLES = 4000
 _FRAMES = 100
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers, PEFT and their bars from talking, to people or to a hub; what matters is said by us."""
+    """Silence transformers, PEFT and their progress bars, and keep them from any hub. lora-merge reports what matters."""
     from transformers.utils import logging as own
 
     level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
@@ -47,17 +48,17 @@ def quiet() -> Iterator[None]:
 
 
 class Loader:
-    """Loads the model of a configuration: its class, its place, its dtype.
+    """Loads the model of a configuration.
 
     Args:
         config: a ``config.json``.
-        root: the directory that it is from, for code that it names.
-        dtype: as torch spells it; the weights are widened or rounded to it.
+        root: its directory, for code that the config names.
+        dtype: as torch spells it; weights are cast to it.
         trust_remote_code: whether that code may be run.
 
     Raises:
-        UnsupportedError: transformers has no class for the model, and its own code may not be run or does not load; or a
-            part of the model would have to be fetched.
+        UnsupportedError: transformers has no class for the model, and the checkpoint's own code may not be run or does
+            not load; or a part of the model would have to be fetched.
     """
 
     def __init__(self, config: Mapping[str, Any], root: Path, dtype: str, *, trust_remote_code: bool) -> None:
@@ -66,6 +67,7 @@ class Loader:
             self._config, self._class = self._known(config) or self._remote(config)
 
     def _known(self, config: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        """Return the parsed config and transformers' class; None if transformers has no class."""
         known = model_class(config)
         try:
             parsed = None if known is None else parse_config(config)
@@ -77,6 +79,7 @@ class Loader:
         return None if parsed is None else (parsed, known)
 
     def _remote(self, config: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the parsed config and the class of the checkpoint's own code."""
         table = config.get("auto_map")
         auto_map: Mapping[str, Any] = table if isinstance(table, dict) else {}
         name = next((name for name in _AUTO_CLASSES if name in auto_map), None)
@@ -92,17 +95,18 @@ class Loader:
         try:
             parsed = AutoConfig.from_pretrained(root, trust_remote_code=True, **options)
             return parsed, get_class_from_dynamic_module(auto_map[name], root, **options)
-        except Exception as exc:  # code may raise anything; that of another repo is not fetched
+        except Exception as exc:
+            # Code may raise anything. Code of another repo is not fetched, which is an error here too.
             first = next(iter(str(exc).splitlines()), "")
             sentence = f"the code that it carries does not load ({type(exc).__name__}: {first})"[:300]
             raise UnsupportedError([error("unsupported", root, sentence)]) from exc
 
     @contextlib.contextmanager
     def directory(self, root: Path) -> Iterator[tuple[Any, tuple[str, ...]]]:
-        """Yield the model of a directory's weights, and the parameters that it has nothing for.
+        """Yield the model with a directory's weights, and the parameters for which it has no tensor.
 
         Raises:
-            UnsupportedError: there is an adapter beside them, which transformers would put on the model.
+            UnsupportedError: the directory also has an adapter, which transformers would load onto the model.
         """
         if (root / ADAPTER_CONFIG).exists():
             sentence = (
@@ -114,7 +118,7 @@ class Loader:
 
     @contextlib.contextmanager
     def tensors(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[Any, tuple[str, ...]]]:
-        """Yield the model of tensors under the names of a checkpoint, and the parameters that have none."""
+        """Yield the model with tensors under a checkpoint's names, and the parameters without a tensor."""
         with self._loaded(None, tensors) as loaded:
             yield loaded
 
@@ -122,7 +126,7 @@ class Loader:
     def _loaded(
         self, root: Path | None, tensors: dict[str, torch.Tensor] | None
     ) -> Iterator[tuple[Any, tuple[str, ...]]]:
-        """Yield a model, on whatever devices there are; parts that fit nowhere wait on the disk."""
+        """Yield a model on the devices that exist. Parts that do not fit are offloaded to disk."""
         import gc
 
         import torch
@@ -139,6 +143,7 @@ class Loader:
                     local_files_only=True,
                     output_loading_info=True,
                 )
+            # transformers fills both with random values.
             missing = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
             try:
                 yield model.eval(), tuple(missing)
@@ -150,14 +155,14 @@ class Loader:
 
 
 def answer(model: Any, prompt: Prompt, n_tokens: int) -> Answer:
-    """Return what a model says to a prompt, greedily, and the scores on the way.
+    """Return what a model generates for a prompt, greedily, with the scores.
 
-    Every token takes a pass over all that stands before it: slower than a cache, and the same for every family.
+    Each token takes a pass over the whole text. That is slower than a cache, and works the same for every family.
 
     Args:
         model: any model of transformers.
-        prompt: the tokens; without, the model gets what it takes instead.
-        n_tokens: how many it is to say, if it can.
+        prompt: the tokens; without tokens, the model gets random input of its own kind.
+        n_tokens: how many to generate, if the model can.
     """
     said: list[int] = []
     head = embedding(model, "get_output_embeddings")
@@ -168,14 +173,15 @@ def answer(model: Any, prompt: Prompt, n_tokens: int) -> Answer:
         if speaks:
             said.append(int(result[-1].argmax()))
     weight = getattr(head, "weight", None)
+    # A classifier may have an output embedding and still give labels.
     is_text = is_text and (weight is None or len(weight) == result.shape[-1])
     return Answer(prompt, tuple(said), result, is_text)
 
 
 def scores(model: Any, prompt: Prompt, said: tuple[int, ...], seed: int = _SEED) -> Any:
-    """Return the scores that a model gives to a prompt and what was said: float32 ``[positions, width]``.
+    """Return a model's scores for a prompt and generated tokens: float32 ``[positions, width]``.
 
-    A model that draws random numbers draws those of the seed, so that two models draw the same.
+    Random numbers in the forward pass come from the seed, so two models draw the same.
     """
     import torch
 
@@ -186,7 +192,8 @@ def scores(model: Any, prompt: Prompt, said: tuple[int, ...], seed: int = _SEED)
     elif getattr(model.config, "is_encoder_decoder", False):
         first = getattr(model.config, "decoder_start_token_id", None)
         start = [first if first is not None else 0]
-        begun = () if "input_ids" in inputs else prompt.ids  # who hears or sees is prompted where it answers
+        # A model for sound or images gets its prompt in the decoder.
+        begun = () if "input_ids" in inputs else prompt.ids
         inputs["decoder_input_ids"] = torch.tensor([[*start, *begun, *said]])
     elif said and ids is not None:
         inputs["input_ids"] = torch.tensor([[*prompt.ids, *said]])
@@ -199,7 +206,7 @@ def scores(model: Any, prompt: Prompt, said: tuple[int, ...], seed: int = _SEED)
 
 
 def _inputs(model: Any, ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Return what a model is called with: tokens, or random pixels, sound or features, always the same."""
+    """Return a model's input: tokens, or random pixels, sound or features, the same ones each time."""
     import torch
 
     name = model.main_input_name
@@ -222,9 +229,9 @@ def _inputs(model: Any, ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
 
 
 def _reads_the_end(model: Any) -> bool:
-    """Return True for a classifier that reads its answer where the decoder meets the end of the text (BART, T5).
+    """Return True for a classifier that reads its answer at the end token in the decoder (BART, T5).
 
-    It gives the decoder the text itself, and wants it to end once.
+    It passes the text itself to the decoder, and needs exactly one end token.
     """
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     is_classifier = type(own).__name__.endswith("ForSequenceClassification")
@@ -232,7 +239,7 @@ def _reads_the_end(model: Any) -> bool:
 
 
 def _ended(ids: torch.Tensor, end: int) -> torch.Tensor:
-    """Return tokens ``[1, n]`` with one end, behind all others."""
+    """Return tokens ``[1, n]`` with exactly one end token, at the end."""
     import torch
 
     return torch.cat([ids[ids != end], ids.new_tensor([end])])[None]

@@ -1,4 +1,4 @@
-"""Modules that no prompt reaches (a tower without an image), asked with random input, each by itself."""
+"""Runs modules that no prompt reaches (a tower without an image) with random input, each by itself."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ if TYPE_CHECKING:
 
 _N_ROWS = 4
 _ROUNDINGS = 8.0
-"""How many roundings of one product may add up: of the weight, of the input on its way, of the sum."""
+"""Factor on the noise of one rounding: weight, input and sum are all rounded."""
 
 
 class Listener:
-    """Hears which of some modules are run, while it lasts.
+    """A context that records which of some modules are run.
 
     Args:
-        modules: by their paths.
+        modules: path → module.
     """
 
     def __init__(self, modules: Mapping[str, Any]) -> None:
         self._modules = modules
         self.heard: set[str] = set()
-        """Paths of those that were run."""
+        """Paths of the modules that were run."""
 
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Register hooks on all modules."""
         for path, module in self._modules.items():
             self._handles.append(module.register_forward_hook(lambda *_, path=path: self.heard.add(path)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """What one module of base and adapter answers to random input."""
+    """The output of one module of base and adapter for random input."""
 
     path: str
     output: Any = field(repr=False)
     noise: float
-    """Unit roundoff of the merged weight and of the arithmetic."""
+    """Unit roundoff of the merged weight, plus that of the arithmetic."""
 
     @classmethod
     def ask(cls, path: str, module: Any, noise: float) -> Alone | None:
-        """Return a module's answer; None for one of which nobody knows what it takes."""
+        """Return a module's output; None if its input is not known."""
         output = _output(path, module)
         return None if output is None else cls(path, output, noise)
 
     def difference(self, module: Any) -> tuple[float, float]:
-        """Return how far the merged module's answer is off, and what rounding explains; both as norms."""
+        """Return how far the merged module's output is off, and how much rounding explains; both as norms."""
         output = _output(self.path, module)
         if output is None or output.shape != self.output.shape:
             return float("inf"), 0.0
@@ -66,14 +66,14 @@ class Alone:
 
 
 def modules_of(parameters: Collection[str], model: Any) -> dict[str, Any]:
-    """Return the modules of a model that own some parameters, by their paths."""
+    """Return path → module for the modules of a model that own some parameters."""
     modules = dict(model.named_modules())
     paths = {parameter.rpartition(".")[0] for parameter in parameters}
     return {path: modules[path] for path in sorted(paths & modules.keys())}
 
 
 def _output(path: str, module: Any) -> torch.Tensor | None:
-    """Return what a module answers to input that depends on its path alone; None where that is not known."""
+    """Return a module's output for random input that depends on its path alone; None if its input is not known."""
     import torch
 
     generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
@@ -88,6 +88,7 @@ def _output(path: str, module: Any) -> torch.Tensor | None:
     elif isinstance(plain, torch.nn.Linear):
         given = torch.randn(_N_ROWS, plain.in_features, generator=generator)
     elif isinstance(plain, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+        # Twice the kernel, so that it has positions to slide over.
         sizes = [2 * size for size in plain.kernel_size]
         given = torch.randn(1, plain.in_channels, *sizes, generator=generator)
     else:

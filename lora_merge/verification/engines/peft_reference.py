@@ -1,7 +1,8 @@
-"""An adapter on its base in PEFT, unmerged: all of it, or not at all.
+"""Puts an adapter on its base in PEFT, without merging: completely, or not at all.
 
-PEFT drops tensors that it has no module for, and warns at most. So what it took is compared with the file, name by name
-and value by value. Names of other releases of transformers are put into today's first, where they are but renamed.
+PEFT drops tensors for which it has no module, with a warning at most. So what it loaded is compared with the file,
+name by name and value by value. Names of other releases of transformers are translated first, if modules were only
+renamed.
 """
 
 from __future__ import annotations
@@ -30,40 +31,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ingredients:
-    """What the reference is made of."""
+    """Everything from which the reference is made."""
 
     base: Path
     base_config: Mapping[str, Any]
     merged_config: Mapping[str, Any]
-    """The base's, with what the merge changes in it."""
+    """The base's config with the changes of the merge."""
 
     adapter: Adapter | None
-    """The only one, merged with a weight of 1; None where there are several, or it was combined."""
+    """The adapter, if there is one and its weight is 1; None for several adapters or a combination."""
 
     base_is_residual: bool
-    """The initialisation is not to be done again."""
+    """True if the base already has the change of the initialisation, so that PEFT must not repeat it."""
 
     old_experts: bool
-    """Stacked experts lie otherwise than PEFT 0.21 has them."""
+    """True if the layout of stacked experts differs from that of PEFT 0.21."""
 
     n_rows: int | None
-    """Rows that the embeddings have after the merge, where that is not what they had."""
+    """Rows of the embeddings after the merge, if their number changes."""
 
     touched: frozenset[str]
     """Stored tensors that the merge changes."""
 
     roundoff: float
-    """Unit roundoff of the coarsest dtype that a merged value is stored in."""
+    """Unit roundoff of the coarsest dtype in which merged values are stored."""
 
     longest: int
-    """Most terms of a sum: the widest merged matrix."""
+    """Most terms of a sum: the longest side of a merged tensor."""
 
     unrounded: Callable[[], dict[str, Any]]
-    """Every tensor of the merged checkpoint, those that change in float32."""
+    """Returns every tensor of the merged checkpoint; changed ones in float32."""
 
 
 def obstacle(made_of: Ingredients) -> str:
-    """Return why PEFT cannot be asked at all; empty when it can be tried."""
+    """Return why PEFT cannot compute the reference, as a sentence; empty if it may be tried."""
     if made_of.adapter is None:
         return "several adapters, or one with a weight, are no single forward pass of PEFT"
     if made_of.adapter.format != "peft":
@@ -76,7 +77,7 @@ def obstacle(made_of: Ingredients) -> str:
 
 
 def with_adapter(model: Any, made_of: Ingredients) -> tuple[Any | None, str]:
-    """Return a model with the adapter on it, when PEFT took every tensor of it; else why not."""
+    """Return a model with the adapter on it, if PEFT loaded every tensor; otherwise None, and why not."""
     adapter = made_of.adapter
     assert adapter is not None
     if made_of.n_rows is not None:
@@ -96,10 +97,7 @@ def with_adapter(model: Any, made_of: Ingredients) -> tuple[Any | None, str]:
 
 
 def _spelled(model: Any, made_of: Ingredients, adapter: Adapter, folder: Path) -> tuple[Path, Any]:
-    """Return the directory of an adapter as PEFT can read it, and its configuration.
-
-    A regular expression of ms-swift matches containers too, which PEFT refuses: the modules are listed by name.
-    """
+    """Return an adapter's directory as PEFT can read it, and its configuration."""
     from peft import PeftConfig
 
     root = Path(adapter.root)
@@ -110,6 +108,7 @@ def _spelled(model: Any, made_of: Ingredients, adapter: Adapter, folder: Path) -
     if made_of.base_is_residual:
         config.init_lora_weights = True
     named = adapter.modules - {pair.module for pair in adapter.stacked}
+    # A regex of ms-swift matches containers too, which PEFT refuses. So modules are listed by name.
     if isinstance(getattr(config, "target_modules", None), str) and named:
         config.target_modules = set(named)
     names = _todays_names(model, made_of, adapter)
@@ -124,7 +123,7 @@ def _spelled(model: Any, made_of: Ingredients, adapter: Adapter, folder: Path) -
 
 
 def _todays_names(model: Any, made_of: Ingredients, adapter: Adapter) -> dict[str, str]:
-    """Return what transformers calls the modules of an adapter; empty where it need not, or cannot, be respelled."""
+    """Return the adapter's name → transformers' name of each module; empty if no translation is needed or possible."""
     tree = {path for path, _ in model.named_modules()}
     other = adapter.modules - tree
     conversion = Conversion.of(made_of.base_config) if other else None
@@ -142,7 +141,7 @@ def _todays_names(model: Any, made_of: Ingredients, adapter: Adapter) -> dict[st
 
 
 def _respell(root: Path, names: Mapping[str, str], folder: Path) -> bool:
-    """Write an adapter's tensors under other names of their modules; return False where one belongs to none of them."""
+    """Write an adapter's tensors under the modules' other names; return False if one belongs to no module."""
     from peft import load_peft_weights
     from safetensors.torch import save_file
 
@@ -158,23 +157,21 @@ def _respell(root: Path, names: Mapping[str, str], folder: Path) -> bool:
 
 
 def _dots(path: str) -> list[int]:
-    """Return where the dots of a path are, the last one first."""
+    """Return the positions of the dots in a path, the last one first."""
     return [match.start() for match in re.finditer(r"\.", path)][::-1]
 
 
 def _respelled_pattern(pattern: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return ``rank_pattern`` or ``alpha_pattern`` for modules of other names: PEFT's own reading of it, one by one."""
+    """Return ``rank_pattern`` or ``alpha_pattern`` for the modules' other names, one entry for each module."""
     from peft.utils.other import get_pattern_key
 
+    # PEFT's own function decides which pattern applies to a module.
     found = {old: get_pattern_key(pattern.keys(), old) for old in names}
     return {f"^{re.escape(names[old])}": pattern[key] for old, key in found.items() if key in pattern}
 
 
 def _difference(adapted: Any, root: Path) -> str:
-    """Return which tensors of the file PEFT does not have, or has otherwise; empty when it took them all.
-
-    Whole matrices that it saves from the base are looked for in the model; those below a resized embedding it saves twice.
-    """
+    """Return a sentence about the tensors that PEFT lost, changed or left at random; empty if it loaded all."""
     from peft import load_peft_weights
     from peft.utils.save_and_load import get_peft_model_state_dict
 
@@ -182,8 +179,11 @@ def _difference(adapted: Any, root: Path) -> str:
     taken = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     try:
         copies = get_peft_model_state_dict(adapted, save_embedding_layers=True)
-    except NotImplementedError:  # transformers knows no embedding of this model: it takes images, or sound
+    except NotImplementedError:
+        # transformers knows no embedding of this model: it takes images or sound.
         copies = {}
+    # Whole matrices that PEFT saved from the base are in the model itself; those below a resized embedding
+    # are saved twice.
     has = adapted.state_dict() | copies | taken
     lost = sorted(name for name, tensor in stored.items() if not _same(has.get(name), tensor))
     random = sorted(name for name in taken.keys() - stored.keys() if "lora_" in name)
@@ -197,7 +197,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
 
 
 def adapted_modules(tree: Any) -> dict[str, Any]:
-    """Return the modules that PEFT has put something on, by their paths in the model; the outermost of each."""
+    """Return path → module for the outermost modules that PEFT wrapped."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

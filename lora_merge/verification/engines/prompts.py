@@ -1,4 +1,4 @@
-"""What models are asked: texts of the user or of ours, and tokens drawn from all of the vocabulary."""
+"""Chooses prompts: the user's texts or built-in ones, and tokens drawn from the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = (
     "def merge(weight, a, b, scale):\n    return weight + scale * (b @ a)\n\n\nclass Adapter:",
     "La capitale de la France est Paris. Die Hauptstadt von Japan ist 東京. 2 + 2 = 4, 17 × 3 =",
 )
-"""Prose, code, several languages and numbers: what differs for one of them need not for another."""
+"""Prose, code, several languages and numbers. A difference may show in only one of them."""
 
 _FAST = "tokenizer.json"
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
@@ -42,14 +42,14 @@ def choose(
     *,
     trust_remote_code: bool,
 ) -> tuple[Prompt, ...]:
-    """Return the prompts for a checkpoint.
+    """Return the prompts for a checkpoint; one without tokens if the model has no vocabulary.
 
     Args:
-        root: its directory, which has the tokenizer.
+        root: its directory, with the tokenizer.
         config: its ``config.json``.
-        texts: the user's; the built-in ones if empty.
-        trained: tokens whose embeddings the adapter trained; some of them are asked for, come what may.
-        n_said: tokens that will be said; prompt and answer have to fit into the model's positions.
+        texts: the user's texts; the built-in ones if empty.
+        trained: tokens whose embeddings the adapter trained; some of them are always in a prompt.
+        n_said: tokens that will be generated; prompt and answer have to fit into the model's positions.
         trust_remote_code: whether code of the tokenizer may be run.
 
     Raises:
@@ -58,7 +58,8 @@ def choose(
     n_words = _smallest(config, "vocab_size")
     if n_words is None:
         return (Prompt("random input", ()),)
-    n_words = min(n_words, 1 << 31)  # of which Python can draw some
+    # The size comes from a config, and may be too large for Python to draw from.
+    n_words = min(n_words, 1 << 31)
     n_positions = _smallest(config, "max_position_embeddings", "n_positions", "max_target_positions")
     longest = max(1, min(_N_TOKENS, (n_positions or 1 << 20) - n_said - 1))
     tokenize = _tokenizer(root, needed=bool(texts), trust_remote_code=trust_remote_code)
@@ -81,18 +82,17 @@ def choose(
 
 
 def _tokenizer(root: Path, *, needed: bool, trust_remote_code: bool) -> Any:
-    """Return a function from text to tokens; None when the checkpoint has no tokenizer that loads.
-
-    Of some families transformers makes an empty one where there are no files.
-    """
+    """Return a function text → tokens; None if the checkpoint has no tokenizer that loads."""
     from transformers import AutoTokenizer
 
+    # Without any file, transformers makes an empty tokenizer for some families.
     is_there = any(next(root.glob(pattern), None) for pattern in _FILES)
     if not is_there and not needed:
         return None
     try:
         if (root / _FAST).is_file():
-            n_tokens(root / _FAST)  # it may end the process, which is then not this one
+            # A damaged file may end the process that loads it; this one is loaded in another process first.
+            n_tokens(root / _FAST)
         with quiet(), without_panics():
             loaded = AutoTokenizer.from_pretrained(
                 root, local_files_only=True, trust_remote_code=trust_remote_code
@@ -122,6 +122,7 @@ def _no_tokenizer(root: Path, what: str, exc: Exception) -> RequestError:
 
 
 def _smallest(config: Mapping[str, Any], *keys: str) -> int | None:
+    """Return the smallest of some fields, at any level of the config; None if no level has one."""
     found = [
         level[key] for _, level in config_levels(config) for key in keys if isinstance(level.get(key), int)
     ]
@@ -129,7 +130,7 @@ def _smallest(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def _special(config: Mapping[str, Any]) -> frozenset[int]:
-    """Return the tokens that stand for something else than text: an image, a padding."""
+    """Return ids of tokens that stand for something else than text, such as an image or padding."""
     return frozenset(
         value
         for _, level in config_levels(config)
@@ -139,5 +140,6 @@ def _special(config: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _tokens(key: str, value: object) -> Iterator[int]:
+    """Yield the ids in a field whose name says that it holds ids of tokens."""
     if key.endswith(("_token_id", "_token_index", "_token_ids")):
         yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))

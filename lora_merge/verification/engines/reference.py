@@ -1,8 +1,8 @@
-"""Base and adapter, not merged: what the merged checkpoint has to compute.
+"""The reference: what base and adapter compute without merging, and how much rounding may change it.
 
-PEFT's forward pass says it, where PEFT takes every tensor of the adapter as it was meant. Where it does not (it
-drops what other releases of transformers named otherwise, and says so in a warning at most), the model gets the merged
-weights before they are rounded to the dtype of the output.
+The reference is PEFT's forward pass, if PEFT loads every tensor of the adapter as it was meant. Otherwise (it drops
+names of other releases of transformers, with a warning at most) it is the model with the merged weights before
+rounding to the output's dtype.
 """
 
 from __future__ import annotations
@@ -38,36 +38,36 @@ _OTHER_SEED = 1
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What base and adapter compute, and how exactly that can be compared."""
+    """The answers of base and adapter, and how exactly they can be compared."""
 
     how: str
     """`PEFT` or `UNROUNDED`."""
 
     why: str
-    """Why it is not PEFT; empty where it is."""
+    """Why it is not PEFT; otherwise empty."""
 
     answers: tuple[Answer, ...]
     tolerance: float
     """The largest difference of two scores that rounding explains."""
 
     alone: tuple[Alone, ...]
-    """Modules that no prompt reached."""
+    """Modules that no prompt reached, run alone."""
 
     silent: tuple[str, ...]
-    """Modules that no prompt reached, and that cannot be asked alone."""
+    """Paths of modules that no prompt reached and that cannot be run alone."""
 
     unsteady: float = 0.0
-    """How far its own answers to a prompt are apart, asked twice with the same seed; 0 where arithmetic explains it.
-    Nothing can be compared with a reference that is not the same twice."""
+    """Largest difference between its own answers to a prompt, computed twice with the same seed; 0 if arithmetic explains
+    it. Nothing can be compared with a reference that changes each time."""
 
     draws: bool = False
-    """True where its answers depend on the seed."""
+    """True if its answers depend on the seed."""
 
 
 def refer(
     made_of: Ingredients, prompts: tuple[Prompt, ...], n_tokens: int, dtype: str, *, trust_remote_code: bool
 ) -> Reference:
-    """Return what base and adapter answer to some prompts.
+    """Return the answers of base and adapter to some prompts.
 
     Raises:
         UnsupportedError: transformers has no class for the model.
@@ -89,7 +89,7 @@ def refer(
 
 
 def _parameters(made_of: Ingredients) -> Collection[str]:
-    """Return the parameters of the model that the changed tensors become."""
+    """Return the names in transformers' model of the stored tensors that changed."""
     conversion = Conversion.of(made_of.merged_config)
     if conversion is None:
         return made_of.touched
@@ -104,17 +104,15 @@ def _measured(
     n_tokens: int,
     dtype: str,
 ) -> Reference:
-    """Return what a model of base and adapter answers, and how much of a difference rounding makes.
-
-    Layers that the model never calls are left out, as a merge leaves them.
-    """
+    """Return a model's answers, and how much of a difference rounding may make."""
     touched = {path: module for path, module in touched.items() if not is_bypassed(path, made_of.base_config)}
     with Listener(touched) as listener:
         answers = tuple(found for prompt in prompts for found in _answers(model, prompt, n_tokens))
     noise = made_of.roundoff + _arithmetic(dtype, made_of.longest)
     least = LEAST_TOLERANCE * _largest(answers)
     unsteady = _apart(model, answers)
-    if not unsteady <= least:  # negated, so that NaN is unsteady; nothing below would mean anything
+    # Negated, so that NaN counts as unsteady. The measurements below would then mean nothing.
+    if not unsteady <= least:
         return Reference(PEFT, "", answers, least, (), (), unsteady)
     tolerance = max(least, NOISE_MARGIN * _rehearsed(model, touched, answers, noise))
     unreached = {path: module for path, module in touched.items() if path not in listener.heard}
@@ -126,12 +124,12 @@ def _measured(
 
 
 def _apart(model: Any, answers: tuple[Answer, ...], **seed: int) -> float:
-    """Return how far a model's answers are from those it gave before; with another seed, if there is one."""
+    """Return the largest difference between a model's answers and its earlier ones; optionally with another seed."""
     return max((_difference(model, one, **seed) for one in answers), default=0.0)
 
 
 def _difference(model: Any, before: Answer, **seed: int) -> float:
-    """Return the largest difference of two scores; infinity for scores of another shape, NaN where one is."""
+    """Return the largest difference of two scores; infinity for other shapes, NaN if a score is NaN."""
     again = scores(model, before.prompt, before.tokens[:-1], **seed)
     if again.shape != before.scores.shape:
         return math.inf
@@ -139,18 +137,20 @@ def _difference(model: Any, before: Answer, **seed: int) -> float:
 
 
 def _answers(model: Any, prompt: Prompt, n_tokens: int) -> Iterator[Answer]:
-    """Yield a model's answer; nothing where random input is not what it takes: then each module is asked alone."""
+    """Yield a model's answer to a prompt; nothing if random input does not suit it."""
     try:
         yield answer(model, prompt, n_tokens)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as exc:
         not_for_want_of_memory(exc)
+        # Without tokens the input was a guess. Modules are then run alone.
         if prompt.ids:
             raise
 
 
 def _arithmetic(dtype: str, longest: int) -> float:
-    """Return what the arithmetic itself is off by: a sum of n float32 terms by about √n roundings; others round once."""
+    """Return the relative error of the arithmetic in a dtype, for sums of up to ``longest`` terms."""
     code = DTYPE_CODES[dtype]
+    # A sum of n float32 terms is off by about √n roundings. In a half dtype a sum is rounded once.
     return UNIT_ROUNDOFF[code] * (math.sqrt(longest) if code == "F32" else 1.0)
 
 
@@ -159,10 +159,10 @@ def _largest(answers: tuple[Answer, ...]) -> float:
 
 
 def _rehearsed(model: Any, touched: Mapping[str, Any], answers: tuple[Answer, ...], noise: float) -> float:
-    """Return the largest difference that rounding makes: of runs in which each merged module's output is off by noise.
+    """Return the largest difference that noise of the size of rounding makes in the outputs of merged modules.
 
-    A rounded value is off by at most u of itself, anywhere between -u and u: a standard deviation of at most u/√3. So is,
-    of what a matrix answers, the sum of such errors, in terms of its own size.
+    A rounded value is off by at most u of itself, anywhere between -u and u: a standard deviation of at most u/√3. So
+    is, of what a matrix answers, the sum of such errors, in terms of its own size.
     """
     largest = 0.0
     for n in range(_N_REHEARSALS):
@@ -174,7 +174,7 @@ def _rehearsed(model: Any, touched: Mapping[str, Any], answers: tuple[Answer, ..
 
 @contextlib.contextmanager
 def _noisy(modules: Collection[Any], noise: float, seed: int) -> Iterator[None]:
-    """Add noise to what some modules answer, while it lasts."""
+    """Add noise to the outputs of some modules inside the context, relative to the size of each output."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

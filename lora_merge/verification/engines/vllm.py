@@ -1,4 +1,4 @@
-"""vLLM, in whichever Python has it: a process of its own, which is asked by a script and answers in JSON."""
+"""Runs vLLM in a process of its own, with the Python that has it. A script answers in JSON."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """What vLLM says to one prompt."""
+    """vLLM's answer to one prompt."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of each token of the prompt after the first, then of those it says, given the ones before."""
+    """Log-probability of each token of the prompt from the second on, then of each generated token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What vLLM says to all of them, or why it says nothing."""
+    """vLLM's answers to all prompts, or its reason to refuse the checkpoint."""
 
     version: str
     answers: tuple[Spoken, ...]
@@ -43,10 +43,10 @@ class Heard:
 
 
 def find_python(named: str | None) -> str:
-    """Return the Python interpreter that has vLLM: the named one, or this one.
+    """Return the Python interpreter that has vLLM: the named one, otherwise this one.
 
     Raises:
-        RequestError: there is none.
+        RequestError: vLLM is not installed here, or there is no such interpreter.
     """
     if named is None:
         if importlib.util.find_spec("vllm") is None:
@@ -61,17 +61,17 @@ def find_python(named: str | None) -> str:
 def ask_vllm(
     python: str, checkpoint: Path, prompts: tuple[Prompt, ...], n_tokens: int, *, trust_remote_code: bool
 ) -> Heard:
-    """Return what vLLM makes of a checkpoint, in float32 and with no LoRA support.
+    """Return vLLM's answers for a checkpoint, in float32 and without LoRA support.
 
     Args:
-        python: the interpreter that has it.
-        checkpoint: the directory that it serves.
-        prompts: all with tokens.
-        n_tokens: how many it says to each, greedily.
+        python: the interpreter that has vLLM.
+        checkpoint: the directory to serve.
+        prompts: each with tokens.
+        n_tokens: tokens to generate for each, greedily.
         trust_remote_code: whether code in the checkpoint may be run.
 
     Raises:
-        RequestError: the process itself fails; its last words are in the sentence.
+        RequestError: the process fails. The sentence has its last lines.
     """
     job = {
         "checkpoint": str(checkpoint),
@@ -88,6 +88,7 @@ def ask_vllm(
     except OSError as exc:
         sentence = f"{python}: cannot be run ({exc.strerror})"
         raise RequestError("", 0, "engine_python", sentence, hint=_HINT) from exc
+    # Libraries may print other lines.
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         words = " / ".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
@@ -100,7 +101,7 @@ def ask_vllm(
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of the other process: it asks no hub whatever is set here, and has no token for one."""
+    """Return the environment of the other process: offline, and without access tokens."""
     kept = {name: value for name, value in os.environ.items() if name not in _TOKENS}
     return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 

@@ -1,10 +1,10 @@
 """Asks vLLM what checkpoints generate. Run by its path, with the interpreter of an environment that has vLLM.
 
 stdin is one document, ``{"dtype": "float32", "jobs": [{"checkpoint": "/a/directory", "prompts": [[1, 2, 3]],
-"n_tokens": 16, "trust_remote_code": false}]}``. stdout gets one line of JSON for each job, in order:
-``{"engine": "vllm", "version", "checkpoint", "answers", "seconds"}``, or ``{"checkpoint", "error"}``. An answer has
-``tokens``, generated greedily and past any end; ``logprobs`` of these; and ``prompt_logprobs``, those of the
-prompt's tokens from the second on. LoRA is never switched on: a checkpoint has to stand alone.
+"n_tokens": 16, "trust_remote_code": false}]}``. stdout gets one line of JSON for each job, in order: ``{"engine":
+"vllm", "version", "checkpoint", "answers", "seconds"}``, or ``{"checkpoint", "error"}``. An answer has ``tokens``,
+generated greedily and past any end; ``logprobs`` of these; and ``prompt_logprobs``, those of the prompt's tokens from
+the second on. LoRA is never switched on.
 
 Nothing of this package is imported: the other environment need not have it.
 """
@@ -28,10 +28,10 @@ ALWAYS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-"""The last: an engine in this process is gone when it is dropped, and the next job may have its memory."""
+"""The last one keeps the engine in this process. Dropping the engine then frees its memory for the next job."""
 
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""A cache of 1 GiB; and no binding to cores, of which a container may not have the ones that vLLM picks."""
+"""A cache of 1 GiB, and no binding to cores: a container may lack the cores that vLLM picks."""
 
 Job = dict[str, Any]
 Line = dict[str, Any]
@@ -39,20 +39,23 @@ Line = dict[str, Any]
 
 def main() -> None:
     """Answer the document on stdin."""
-    del sys.path[0]  # this folder: its vllm.py is not what is meant
+    # The first entry is this folder, whose vllm.py would hide the package.
+    del sys.path[0]
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # vLLM and its libraries print on stdout
+    # vLLM and its libraries print on stdout, which is for answers.
+    os.dup2(2, 1)
     document = json.load(sys.stdin)
     _set_environment()
     for job in document["jobs"]:
         line = _line(job, document.get("dtype", "auto"))
         lines.write(f"{json.dumps(line)}\n")
         lines.flush()
-    os._exit(0)  # taking its worker threads down can hang, and there is nothing left to do
+    # Ending worker threads can hang, and there is nothing left to do.
+    os._exit(0)
 
 
 def _set_environment() -> None:
-    """Set what vLLM reads of the environment, but for what the user has set."""
+    """Set the variables that vLLM reads, except those that the user has set."""
     import torch
 
     for name, value in {**ALWAYS, **({} if torch.cuda.is_available() else ON_CPU)}.items():
@@ -60,12 +63,13 @@ def _set_environment() -> None:
 
 
 def _line(job: Job, dtype: str) -> Line:
-    """Return what is said about a job."""
+    """Return the line of a job: its answers, or an error."""
     try:
         line = _answered(job, dtype)
     except Exception as error:  # noqa: BLE001 - whatever it is, the next job gets its turn
         line = {"checkpoint": job["checkpoint"], "error": f"{type(error).__name__}: {error}"}
-    _free()  # here, where no traceback holds on to the engine
+    # Only here: inside the handler, the traceback would keep the engine alive.
+    _free()
     return line
 
 
@@ -73,7 +77,8 @@ def _answered(job: Job, dtype: str) -> Line:
     import vllm
 
     started = time.monotonic()
-    gc.freeze()  # what is imported stays: vLLM collects often, and need not look at it each time
+    # vLLM collects garbage often. Imported objects stay, so it need not look at them each time.
+    gc.freeze()
     answers = _answers(job, dtype)
     return {
         "engine": "vllm",
@@ -115,7 +120,7 @@ def _answers(job: Job, dtype: str) -> list[Line]:
 
 
 def _answer(output: Any) -> Line:
-    """Return what vLLM says about one prompt."""
+    """Return vLLM's answer to one prompt as data."""
     generated = output.outputs[0]
     tokens = list(generated.token_ids)
     prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
@@ -127,16 +132,14 @@ def _answer(output: Any) -> Line:
 
 
 def _look_into_classes_here(checkpoint: Path) -> None:
-    """Let vLLM look into a model's class in this process.
-
-    It starts another one for that, which takes half a minute and only matters where importing the class would
-    touch a GPU.
-    """
+    """Let vLLM inspect a model's class in this process."""
     import torch
     from vllm import ModelRegistry
 
     if torch.cuda.is_available():
         return
+    # Otherwise vLLM starts another process for that, which takes half a minute. It only matters where
+    # importing the class would touch a GPU.
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     for architecture in config.get("architectures") or ():
         if architecture in ModelRegistry.models:
@@ -144,7 +147,7 @@ def _look_into_classes_here(checkpoint: Path) -> None:
 
 
 def _free() -> None:
-    """Give back what an engine held: its memory and its place in torch's process groups."""
+    """Free what an engine held: its memory, and its place in torch's process groups."""
     with contextlib.suppress(Exception):
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
