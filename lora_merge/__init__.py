@@ -96,14 +96,14 @@ _HOMES = (
     "lora_merge.conversion.lora",
     "lora_merge.inspection.facts",
 )
-"""Where the public types live."""
+"""Modules that define the public types. They are imported when one of their names is first used."""
 
 _VERBS = frozenset({"convert", "extract", "inspect", "merge", "plan", "verify"})
-"""Functions of `lora_merge.api`, imported when one is asked for: ``lora-merge --help`` needs none."""
+"""Functions of `lora_merge.api`, imported on first use: ``lora-merge --help`` needs none."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: ``lora-merge --help`` answers at once.
+    """Import a public name on first use, so that ``lora-merge --help`` answers at once.
 
     Raises:
         AttributeError: it is not one of `__all__`.

@@ -1,7 +1,7 @@
 """The public verbs: merge, plan, verify, inspect, convert and extract.
 
-`lora_merge.planning` makes a plan, `lora_merge.merging` carries it out, and `lora_merge.verification` holds an output to it, years
-later too. `lora_merge.inspection` and `lora_merge.conversion` are about adapters; they are imported when they are needed.
+Each checks its arguments and calls the room that does the work. `run`, `prove` and `explain` take requests instead,
+for the command.
 """
 
 from __future__ import annotations
@@ -59,26 +59,25 @@ def merge(
     observer: Observer | None = None,
     **options: Unpack[MergeOptions],
 ) -> Report:
-    """Merge an adapter into a base and write a checkpoint that loads without LoRA support.
+    """Merge adapters into a base, and write a checkpoint that loads without LoRA support.
 
     Args:
-        adapter: adapter directory or repo (``org/name``, ``org/name/folder@revision``, ``ms://org/name``), or
-            several; each may have ``:WEIGHT`` behind it. A table gives weights too: ``{"style": 0.7, "facts": 1}``.
+        adapter: adapter directory or repo (``org/name``, ``org/name/folder@revision``, ``ms://org/name``), or several.
+            Each may end in ``:WEIGHT``. A mapping gives weights too: ``{"style": 0.7, "facts": 1}``.
         out: directory to create.
         observer: hears of phases and bytes.
         **options: those of ``lora-merge merge``, with underscores: ``base``, ``dtype``, ``combine``, ``workers``,
             ``overwrite`` … `MergeOptions` has all of them.
 
     Raises:
-        LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood
-            there before.
+        LoraMergeError: with a sentence and a ``hint``. ``out`` is then as it was before.
     """
     request = parse_keywords(Request, "merge", {"adapter": adapter, "out": out, **options})
     return run(request, observer=observer)
 
 
 def plan(*, adapter: AdapterPaths, **options: Unpack[PlanOptions]) -> MergePlan:
-    """Return what `merge` would read, compute and write; writes nothing.
+    """Return what `merge` would read, compute and write. Writes nothing.
 
     Args:
         adapter: as for `merge`.
@@ -95,7 +94,7 @@ def plan(*, adapter: AdapterPaths, **options: Unpack[PlanOptions]) -> MergePlan:
 def verify(
     out: str | PathLike[str], *, observer: Observer | None = None, **options: Unpack[VerifyOptions]
 ) -> Proof:
-    """Verify a merged checkpoint, now or years later; `Proof.ok` says whether it passed.
+    """Verify a merged checkpoint, now or years later. `Proof.ok` says whether it passed.
 
     Args:
         out: its directory.
@@ -105,7 +104,7 @@ def verify(
 
     Raises:
         ResolveError: there is no such output, or a base or adapter named here cannot be read.
-        PlanError: those named here do not fit, or the model cannot be run.
+        PlanError: a base and adapter named here do not fit, or the model cannot be run.
     """
     return prove(parse_keywords(VerifyRequest, "verify", {"out": out, **options}), observer=observer)
 
@@ -113,7 +112,7 @@ def verify(
 def inspect(
     adapter: str | PathLike[str], *, observer: Observer | None = None, **options: Unpack[InspectOptions]
 ) -> Inspection:
-    """Describe an adapter, from its headers: every module, where it comes from, what engines make of it.
+    """Describe an adapter from its headers: every module, its origin, and which engines serve it.
 
     Args:
         adapter: directory or repo.
@@ -147,7 +146,7 @@ def convert(
             ``rank``, ``to_lora`` … `ConvertOptions` has all of them.
 
     Raises:
-        LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
+        LoraMergeError: with a sentence and a ``hint``. ``out`` is then as it was before.
     """
     from lora_merge.conversion.run import convert_adapter
 
@@ -163,18 +162,18 @@ def extract(
     observer: Observer | None = None,
     **options: Unpack[ExtractOptions],
 ) -> ConvertReport:
-    """Take a full fine-tune apart: a PEFT LoRA of what it changed in its base.
+    """Write a PEFT LoRA of what a full fine-tune changed in its base.
 
     Args:
-        base: what was trained: directory or repo.
-        tuned: what came of it.
+        base: the model before the training: directory or repo.
+        tuned: the model after it.
         out: directory to create.
         observer: hears of phases and bytes.
         **options: those of ``lora-merge extract``, with underscores; ``rank`` or ``energy`` has to be given.
             `ExtractOptions` has all of them.
 
     Raises:
-        LoraMergeError: with a sentence and a ``hint``; nothing stands under ``out`` then, but what stood there before.
+        LoraMergeError: with a sentence and a ``hint``. ``out`` is then as it was before.
     """
     from lora_merge.conversion.extraction import extract_adapter
 

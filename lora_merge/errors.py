@@ -8,12 +8,12 @@
     ├── RequestError              a request file does not parse (file, line, key)
     ├── PlanError                 adapter and base do not fit (issues: all of them)
     │   ├── UnsupportedError      understood, not mergeable (issues: what, and what to do instead)
-    │   ├── TargetError           a field of the adapter's configuration has a value of no use
-    │   └── ConvertError          an adapter cannot be written as it is wanted (issues: all of them)
+    │   ├── TargetError           a field of the adapter's configuration has an unusable value
+    │   └── ConvertError          an adapter cannot be converted as requested (issues: all of them)
     ├── WriteError                output exists, disk full, rename failed
     │   └── OutOfMemoryError      the machine has no memory left
     ├── VerifyError               the output is not what the plan promised (verdict)
-    └── BugError                  lora-merge itself is at fault: of one job, while a batch goes on (traceback)
+    └── BugError                  a bug in lora-merge that one job of a batch met (traceback)
 
 Classes carry data; ``__str__`` builds the sentence: subject first, got before wanted.
 """
@@ -37,12 +37,12 @@ _LISTED = 12  # kinds of issue that are printed; the rest are counted (-v and --
 class LoraMergeError(Exception):
     """Base of every error that the user can fix.
 
-    ``hint`` says what to do about it, and is empty when the sentence already does. Both are fit to be printed: tokens are
-    taken out, and what a file's name or content puts into them cannot steer a terminal, or look like a line of its own.
+    ``hint`` says what to do, and is empty if the sentence says it already. Both may be printed: access tokens are
+    removed, and text from files or names cannot control a terminal or look like a line of its own.
 
     Args:
         sentence: what went wrong.
-        lines: what follows it, a line each.
+        lines: further lines after it.
         hint: what to do about it.
     """
 
@@ -51,12 +51,13 @@ class LoraMergeError(Exception):
         self.hint = fit(hint)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes as sentence and data; a class's constructor takes other arguments than the sentence."""
+        """Pickle the finished sentence and the attributes."""
+        # A subclass's constructor takes other arguments than the sentence, so it cannot be called again.
         return _arrived, (type(self), self.args, dict(self.__dict__))
 
 
 def _arrived(kind: type[LoraMergeError], args: tuple[object, ...], data: dict[str, Any]) -> LoraMergeError:
-    """Return an error that was raised in another process."""
+    """Return an error that was raised in another process, without calling its constructor."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(data)
     return error
@@ -73,7 +74,7 @@ class CheckpointError(ResolveError):
         file: the file at fault, as the user would name it.
         subject: the tensor or field in it; empty for the file as a whole.
         got: what was found.
-        wanted: what the format demands; empty when ``got`` says it all.
+        wanted: what the format demands; empty if ``got`` says enough.
     """
 
     def __init__(self, file: str, subject: str, got: str, wanted: str = "", *, hint: str = "") -> None:
@@ -83,7 +84,7 @@ class CheckpointError(ResolveError):
 
 
 class ChangedError(CheckpointError):
-    """An input is no longer what it was when the merge was planned."""
+    """An input changed after the merge was planned."""
 
 
 class UnknownFormatError(ResolveError):
@@ -93,7 +94,7 @@ class UnknownFormatError(ResolveError):
         root: the directory.
         found: file names that are there.
         tried: what each known format looks for.
-        what: what the directory is instead, if that is known, as the end of a sentence.
+        what: what the directory is instead, if that is known; the end of a sentence.
         hint: what to do then.
     """
 
@@ -129,7 +130,7 @@ class PlanError(LoraMergeError):
     """Adapter and base do not fit; carries every issue found, not only the first."""
 
     verb = "the adapter cannot be merged"
-    """What is said before several issues."""
+    """The line before a list of several issues."""
 
     def __init__(self, issues: Sequence[Issue]) -> None:
         self.issues = tuple(issues)
@@ -137,11 +138,11 @@ class PlanError(LoraMergeError):
 
 
 class UnsupportedError(PlanError):
-    """The adapter or base is understood, and cannot be merged (yet); each issue names the way out."""
+    """The adapter or base is understood, but cannot be merged (yet). Each issue says what to do instead."""
 
 
 class ConvertError(PlanError):
-    """An adapter cannot be written as it is wanted; carries every issue found, not only the first."""
+    """An adapter cannot be converted as requested; carries every issue found, not only the first."""
 
     verb = "the adapter cannot be converted"
 
@@ -151,12 +152,12 @@ class WriteError(LoraMergeError):
 
 
 class OutOfMemoryError(WriteError):
-    """The machine, or what the process may have of it, has no memory left.
+    """The machine, or the process's limit, has no memory left.
 
     Args:
-        doing: what for: ``merging model.layers.0.mlp.up_proj.weight``.
+        doing: what needed it: ``merging model.layers.0.mlp.up_proj.weight``.
         where: whose memory: ``"the machine"``, ``"the GPU"``.
-        hint: what to do about it; empty for that of a merge.
+        hint: what to do about it; empty: the hint for a merge.
     """
 
     def __init__(self, doing: str, where: str = "the machine", hint: str = "") -> None:
@@ -165,7 +166,7 @@ class OutOfMemoryError(WriteError):
 
 
 class VerifyError(LoraMergeError):
-    """The output is not what the plan promised; it never gets the output's name."""
+    """The output is not what the plan promised. It is not published under the output's name."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
@@ -176,11 +177,11 @@ class VerifyError(LoraMergeError):
 
 
 class BugError(LoraMergeError):
-    """Lora-merge itself is at fault. A batch says so of one job, and goes on with the others.
+    """A bug in lora-merge. A batch reports it for one job and goes on with the others.
 
     Args:
-        kind: name of the class of the error.
-        text: what it says; of a long one the beginning.
+        kind: class name of the original error.
+        text: its message; a long one is shortened.
         traceback: as Python prints it.
     """
 
@@ -195,11 +196,12 @@ class BugError(LoraMergeError):
 
 
 def _issue_list(issues: Sequence[Issue], verb: str) -> list[str]:
-    """Return one sentence for one issue, and for several the lines of a numbered list, those alike as one."""
+    """Return one issue as a sentence, or several as a numbered list in which similar ones are grouped."""
     if len(issues) == 1:
         return [str(issues[0])]
     groups, n_left = told(issues, _LISTED)
     lines = [f"{verb}: {len(issues)} problems"]
+    # The cause comes first, unnumbered; the others follow from it.
     if groups[0].first.code == CAUSE:
         lines = [str(groups.pop(0)), f"  {counted(len(issues) - 1, 'problem')} follow from it:"]
     lines += (f"  {n}. {group}" for n, group in enumerate(groups, 1))

@@ -1,4 +1,4 @@
-"""What is secret, taken out of everything that is said: errors, reports, logs."""
+"""Removes secrets from everything that is printed, reported or logged."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
-"""Of the environment: where hubs' packages look for a token."""
+"""Environment variables in which the packages of hubs look for a token."""
 
 _TOKEN = re.compile(r"\bhf_(?=[a-z]*[A-Z0-9]|[a-z]{30})[A-Za-z0-9]{16,}")
-"""A token of the Hugging Face Hub. Names of folders begin with ``hf_`` too: those are shorter, or words."""
+"""A token of the Hugging Face Hub. Folder names that begin with ``hf_`` are shorter, or are words."""
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+@")
 """User and password in a URL."""
 
 _LEAST = 6
-"""Characters of a token; what is shorter is a placeholder, and may be part of any word."""
+"""Shortest token. Shorter values are placeholders, and might occur in any word."""
 
 
 def without_secrets(text: str, known: Iterable[str | None] = ()) -> str:
-    """Return a text without tokens: those that look like one, those in the environment, and those that are known.
+    """Return a text without tokens: those that look like one, those in the environment, and known ones.
 
     Args:
-        text: what is to be said.
-        known: tokens that the caller has at hand.
+        text: any text.
+        known: further tokens, if the caller has any.
 
     Example:
         >>> without_secrets("https://me:hunter2@host/org/name@hf_aBcDeFgHiJkLmNoPqRsT")
@@ -42,10 +42,10 @@ def without_secrets(text: str, known: Iterable[str | None] = ()) -> str:
 
 
 def fit(text: str) -> str:
-    """Return one line as it may leave, whoever wrote it: without tokens, and with everything visible."""
+    """Return a text as one line fit to be printed: without tokens, and with control characters shown as text."""
     return printable(without_secrets(text))
 
 
 def fit_json(text: str) -> str:
-    """Return JSON as it may leave: without tokens, and without any control character."""
+    """Return JSON fit to be printed: without tokens, and with control characters escaped."""
     return printable_json(without_secrets(text))

@@ -1,7 +1,7 @@
-"""How several things are said in one sentence: lists that end, counts, and issues that differ in a number only.
+"""Sentences about several things: lists that end, counts, groups of similar issues; and text fit to be printed.
 
-The only place where a list is cut short, so that none ever says "and 0 more"; and the only one that makes a stranger's
-text fit to be printed.
+All lists are shortened here, so that none ever says "and 0 more". All text from files and users is made fit to be
+printed here.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Issue
 
 _PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
-"""A dotted path, as modules and tensors have it; a decimal number or the size of a shape is none."""
+"""A dotted path of a module or tensor. Decimal numbers and shapes do not match."""
 
 _FEW = 3
-"""Issues that are alike, and still worth a line each."""
+"""Up to this many similar issues get a line each."""
 
 CAUSE = "other-size"
-"""Code of the issue that others follow from: the base is not the one of the training."""
+"""Code of the issue that is the cause of others: the base is not the one of the training."""
 
 _SHOWN = 100
-"""Characters of a value that a message repeats."""
+"""Most characters of a value that a message repeats."""
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
-"""A part of a path: which layer, which expert."""
+"""A number in a path: of a layer, of an expert."""
 
 _HIDDEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-"""Letters and marks that Unicode calls printable and that show nothing: fillers, joiners, variation selectors."""
+"""Characters that Unicode calls printable although they show nothing: fillers, joiners, variation selectors."""
 
 
 def printable(text: str) -> str:
-    """Return a text as one line that shows all that is in it, and steers no terminal.
+    """Return a text as one line in which everything is visible and nothing controls a terminal.
 
-    Whatever comes from a file or a user goes through here before it is printed. Control characters (newlines, tabs, DEL
-    and those of 8 bits among them), marks that turn the direction of a line, characters without a width, separators of
-    lines and paragraphs, lone surrogates and what Unicode has not assigned are written out as Python would. What it
-    returns comes back unchanged.
+    Everything from a file or a user goes through here before it is printed. Written as Python escapes are: control
+    characters (newlines, tabs, DEL and those of 8 bits included), marks of direction, characters without a width,
+    separators of lines and paragraphs, lone surrogates, and code points that Unicode has not assigned. Applying it twice
+    changes nothing.
 
     Example:
         >>> print(printable("a\\x1b]0;b\\x07\\nerror: c"), printable("[/b] α"))
@@ -54,9 +54,9 @@ def printable(text: str) -> str:
 
 
 def printable_json(text: str) -> str:
-    """Return JSON whose strings say the same, with nothing in them that steers a terminal or ends a line.
+    """Return equal JSON in which nothing controls a terminal or ends a line.
 
-    JSON allows much of that in a string (DEL, controls of 8 bits, marks of direction), and lone surrogates nowhere in UTF-8.
+    JSON allows DEL, controls of 8 bits and marks of direction in a string. Lone surrogates cannot be written as UTF-8.
 
     Example:
         >>> print(printable_json('{"α": "\\x7f\\u2028"}'))
@@ -71,13 +71,14 @@ def _utf16(char: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """Return a value of somebody's file as a message repeats it: on one line, and not all of a long one.
+    """Return the ``repr`` of a value for a message: on one line, and shortened.
 
     Example:
         >>> quoted("x"), quoted({"a": [1]}), len(quoted("x" * 5000))
         ("'x'", "{'a': [1]}", 101)
     """
-    if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:  # Python refuses to print the longest
+    # Python refuses to print numbers of thousands of digits.
+    if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, str | list | tuple):
         value = value[:_SHOWN]
@@ -88,7 +89,7 @@ def quoted(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return how an error repeats a value: what stands in a table or a list is not repeated, since a token may be there.
+    """Return a value for an error. The content of a table or list is not repeated, since it may hold a token.
 
     Example:
         >>> shown("bf17"), shown({"token": "…"}), shown([])
@@ -102,7 +103,7 @@ def shown(value: object) -> str:
 
 
 def counted(n: int, thing: str) -> str:
-    """Return a number of things.
+    """Return a number with its noun, in the plural where it is not 1.
 
     Example:
         >>> counted(1, "tensor"), counted(3, "tensor"), counted(2, "copy")
@@ -113,7 +114,7 @@ def counted(n: int, thing: str) -> str:
 
 
 def listing(names: Collection[str], most: int = 4, rest: str = "more") -> str:
-    """Return names as a list; where they are many, the first of them and how many more there are.
+    """Return names as a list; of many, the first ones and the number of the others.
 
     Example:
         >>> listing(["a", "b"]), listing("abcdef"), listing(["a", "b"], most=1, rest="more of its tensors")
@@ -124,13 +125,13 @@ def listing(names: Collection[str], most: int = 4, rest: str = "more") -> str:
 
 
 def cut(shown: int, total: int, rest: str = "more", way: str = "") -> str:
-    """Return the line under a list that was cut short; empty where it was not.
+    """Return the line under a list that was shortened; empty if it was not.
 
     Args:
-        shown: how many lines there are.
-        total: how many there would be.
-        rest: what the others are.
-        way: to see them.
+        shown: number of lines that are shown.
+        total: number of all lines.
+        rest: noun for the others, in the plural.
+        way: how to see them.
 
     Example:
         >>> cut(2, 5, way="-v lists all"), cut(5, 5), cut(1, 3, "groups"), cut(2, 3, "groups")
@@ -143,12 +144,12 @@ def cut(shown: int, total: int, rest: str = "more", way: str = "") -> str:
 
 
 def of_several(n: int, one: str, several: str) -> str:
-    """Return a sentence about a first thing, which is its subject, and the others like it.
+    """Return a sentence whose subject is the first of several things, and which also counts the others.
 
     Args:
-        n: how many things it is about.
-        one: the sentence about one of them.
-        several: what is said of the first and all others.
+        n: number of things.
+        one: the sentence for one thing.
+        several: the sentence for more than one.
 
     Example:
         >>> of_several(1, "is in no file", "are in no file"), of_several(3, "is in no file", "are in no file")
@@ -158,7 +159,7 @@ def of_several(n: int, one: str, several: str) -> str:
 
 
 def choice(names: Sequence[str]) -> str:
-    """Return alternatives.
+    """Return alternatives joined with commas and "or".
 
     Example:
         >>> choice(["a"]), choice(["a", "b", "c"])
@@ -168,7 +169,7 @@ def choice(names: Sequence[str]) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Return numbers as people list them.
+    """Return numbers as ranges.
 
     Example:
         >>> ranges([0, 1, 2, 5])
@@ -184,7 +185,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 class Alike:
-    """Issues that say the same of several modules, layers or experts.
+    """Issues that say the same about several modules, layers or experts.
 
     Args:
         issues: one or more.
@@ -195,12 +196,12 @@ class Alike:
 
     @property
     def first(self) -> Issue:
-        """Return the one that stands for all of them."""
+        """The issue that represents the group."""
         return self.issues[0]
 
     @property
     def subject(self) -> str:
-        """Return what they are about: paths that differ in a number are one."""
+        """Their subjects. Paths that differ only in numbers are written as one."""
         paths: dict[str, list[str]] = {}
         for issue in self.issues:
             paths.setdefault(_masked(issue.subject), []).append(issue.subject)
@@ -208,12 +209,12 @@ class Alike:
 
     @property
     def sentence(self) -> str:
-        """Return what they say, and how often."""
+        """Their common sentence, with their number if there are several."""
         return _folded([issue.sentence for issue in self.issues]) + self._times
 
     @property
     def hint(self) -> str:
-        """Return what to do about them."""
+        """Their common hint."""
         return _folded([issue.hint for issue in self.issues])
 
     @property
@@ -221,15 +222,15 @@ class Alike:
         return f"; {len(self.issues)} times" if len(self.issues) > 1 else ""
 
     def __str__(self) -> str:
-        """Return them as one issue, in one line that is fit to be printed."""
+        """Return the group as one line that is fit to be printed."""
         text = f"{self.subject}: {self.sentence}" if self.subject else self.sentence
         return printable(f"{text} ({self.hint})" if self.hint else text)
 
 
 def alike(issues: Iterable[Issue]) -> list[Alike]:
-    """Return issues in groups that differ in their subject, and in the numbers of paths, but in nothing else.
+    """Return issues in groups that differ only in their subjects and in numbers of paths.
 
-    A few that are alike stay by themselves: each names its own subject then.
+    Up to three similar issues stay separate, so that each names its own subject.
 
     Example:
         >>> from lora_merge.core.report import error
@@ -249,9 +250,9 @@ def alike(issues: Iterable[Issue]) -> list[Alike]:
 
 
 def told(issues: Sequence[Issue], most: int) -> tuple[list[Alike], int]:
-    """Return the groups of issues that are worth printing, and how many kinds are left out.
+    """Return the groups of issues to print, and the number of groups that are left out.
 
-    Where one issue is the cause of the others, it comes first, and a few of those show what they are like.
+    If one issue is the cause of the others, it comes first, with a few of the others as examples.
     """
     cause = [issue for issue in issues if issue.code == CAUSE]
     groups = alike([*cause, *(issue for issue in issues if issue.code != CAUSE)])
@@ -260,17 +261,17 @@ def told(issues: Sequence[Issue], most: int) -> tuple[list[Alike], int]:
 
 
 def _masked(text: str) -> str:
-    """Return a text without the numbers of its paths."""
+    """Return a text with ``#`` for the numbers of its paths: the key of a group."""
     return _PATH.sub(lambda match: "#".join(_pieces(match[0])[::2]), text)
 
 
 def _pieces(path: str) -> list[str]:
-    """Return a path cut at its numbers, which are every second piece."""
+    """Return a path split at its numbers. Every second piece is a number."""
     return _NUMBER.split(path)
 
 
 def _folded(texts: Sequence[str]) -> str:
-    """Return texts that differ in the numbers of their paths as one: ``layers.{0-18}.q_proj``."""
+    """Return texts that differ only in numbers of paths as one: ``layers.{0-18}.q_proj``."""
     first = texts[0]
     if len(set(texts)) == 1:
         return first
@@ -287,5 +288,5 @@ def _folded(texts: Sequence[str]) -> str:
 
 
 def _numbers(text: str) -> list[str]:
-    """Return the numbers of the paths in a text, in order."""
+    """Return all numbers of the paths in a text, in order."""
     return [number for path in _PATH.findall(text) for number in _pieces(path)[1::2]]

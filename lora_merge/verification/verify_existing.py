@@ -358,9 +358,7 @@ def _counted(n: int, word: str) -> str:
 
 
 def _text(recorded: RecordedInput, near: Path) -> str:
-    """Return where an input probably is: at the recorded path, seen from here or from the output's folder, or its
-    repo.
-    """
+    """Return where an input probably is: at the recorded path, from here or from beside the output; or its repo."""
     source = recorded.source()
     if source is not None:
         return str(source)
