@@ -329,6 +329,7 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
         names[job.name] = job
         out = _path(file, job, "out", job.request.out)
         other = next((outs[path] for path in (out, *out.parents) if path in outs), None)
+        # In both directions: an output inside another one, or around it.
         other = other or above.get(out)
         if other is not None:
             sentence = f"{job.request.out} is the output of {other.name} (line {other.line}), or lies in it"

@@ -181,6 +181,7 @@ class Batch:
             case Request() as request:
                 planned = plan_request(request, self._watch)
                 out = output_path(request.out)
+                # A dry run changes nothing, not even a time.
                 found = standing(planned, out, remember=not self._dry_run)
                 if not found.is_current:
                     _check_fault(found, out, request)
@@ -219,6 +220,7 @@ class Batch:
                 # One pass has one device and one executor.
                 key = (task.planned.planned.plan.base, task.planned.device, task.planned.request.executor)
             of_base = groups.setdefault(key, [[]])
+            # A new group begins when one pass has no room for another output.
             if of_base[-1] and not fit_together(_merges_of([*of_base[-1], task])):
                 of_base.append([])
             of_base[-1].append(task)
@@ -264,6 +266,7 @@ class Batch:
         n = min(self._n_parallel, len(groups))
         with _Crew(_elsewhere, n) as crew:
             try:
+                # The processes share the cores.
                 self._feed(crew, groups, max(1, machine.usable_cores() // n))
             except KeyboardInterrupt:
                 # Each process keeps what is complete, and reports how far it came.

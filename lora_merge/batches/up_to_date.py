@@ -181,6 +181,7 @@ class _Looked:
                 yield f"{name}: is not what was written"
         for name in recorded.keys() - wanted.keys() - {CARD_FILE}:
             yield f"{name}: is not part of the output any more"
+        # A card may be edited. One that is empty, has zero bytes or is cut short is damaged.
         text = read_text(self._out / CARD_FILE)
         if not text.strip() or "\0" in text or (text != self._card() and self._card().startswith(text)):
             yield f"{CARD_FILE}: is damaged"
@@ -231,6 +232,7 @@ class _Looked:
         }
         slots = [slot for file in self._plan.files for slot in file.slots]
         looked_at = set(sampled(slots))
+        # In doubtful files every tensor is read; elsewhere only those whose sampled pages look wrong.
         refs = [
             here
             for slot in slots
@@ -257,6 +259,7 @@ class _Looked:
         newer = {name for name in of_base if self._is_newer(name)}
         steps = [step for step in self._plan.steps if newer & _sources(step)]
         then = self._manifest.tensors
+        # Copies are compared by the digest of their source. Merged tensors have to be computed again.
         copies = {step.op.source: step for step in steps if isinstance(step.op, Copy)}
         for ref in self._others(
             Plain(_digested), list(copies), lambda ref: then[copies[ref].main.name].digest

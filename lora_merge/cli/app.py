@@ -70,6 +70,7 @@ class _App(click.Group):
         as_json = "--json" in arguments
         verbose = bool({"-v", "--verbose"} & set(arguments))
         if isinstance(sys.stderr, Foreign):
+            # What libraries print on stderr becomes notes, and ``--quiet`` drops those as well.
             sys.stderr.quiet = bool({"-q", "--quiet"} & set(arguments))
         try:
             with memory_for("starting", MORE):

@@ -66,6 +66,7 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
         except KeyboardInterrupt:
             is_interrupted = True
         finally:
+            # After an interrupt too: the report says what is done and what is not.
             report = run.report(file)
             console.batch(report)
             if log:

@@ -40,6 +40,7 @@ def say_error(
     issues: tuple[Issue, ...] = getattr(error, "issues", ())
     if verbose and len(issues) > 1:
         say_issues(issues, each=True)
+        # The other lines of the sentence list the issues, which are printed already.
         sentence = sentence.partition("\n")[0]
     say_lines(f"error: {sentence}")
     hints = _hints(error)

@@ -98,6 +98,7 @@ def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
     if option.sets:
         settings["flag_value"] = option.sets
     elif option.is_switch:
+        # None means not given. Then a file, or the request's own default, decides.
         settings["default"] = False if option.scope == "command" else None
         settings["is_flag"] = None if option.can_be_off else True
     else:
@@ -106,6 +107,7 @@ def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
             "metavar": kind.metavar or None,
             "multiple": kind.is_many,
             "envvar": option.environment or None,
+            # With ``--config``, `request_of` checks this, when both sources are known.
             "required": option.is_required and not _has_file(verb),
         }
         if option.scope == "command" and not kind.is_many:

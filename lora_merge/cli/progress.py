@@ -70,6 +70,7 @@ class _Bar:
     def phase(self, name: str, total_bytes: int) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
+        # Without a total, the bar only shows that something happens.
         self._task = self._progress.add_task(fit(name), total=total_bytes or None)
 
     def advance(self, nbytes: int) -> None:

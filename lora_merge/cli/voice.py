@@ -73,6 +73,7 @@ def _write(stream: TextIO | None, text: str) -> None:
     encoding = to.encoding or "utf-8"
     # A program that calls us may have a stream that fails. `runtime.streams` keeps the failure for the end.
     with contextlib.suppress(OSError, ValueError):
+        # Characters that the stream's encoding lacks are written as escapes.
         to.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         to.flush()
 

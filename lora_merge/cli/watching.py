@@ -97,6 +97,7 @@ class _Board:
 
         counts = Counter(self._states.values())
         made = table("job", "state", title=", ".join(f"{n} {state}" for state, n in counts.items()))
+        # Chosen by state, shown in the order of the batch.
         first = sorted(self._states, key=lambda name: _ORDER.index(self._states[name]))[:_SHOWN]
         for name in (name for name in self._states if name in first):
             state = self._states[name]

@@ -188,6 +188,7 @@ def listed(paths: Sequence[str], base_modules: Collection[str]) -> list[str] | s
     names = {name if (name := path.rpartition(".")[2]) in short else path for path in paths}
     others = set(base_modules).difference(paths) if set(paths) <= set(base_modules) else ()
     if any(not names.isdisjoint(_endings(other)) for other in others):
+        # PEFT matches a string against the whole path.
         return "|".join(re.escape(path) for path in sorted(paths))
     return sorted(names)
 

@@ -65,6 +65,7 @@ class Pairing:
     def is_resized(self, name: str) -> bool:
         """Return True for an embedding, an output embedding or a bias of one whose number of rows differs."""
         one, other = self.before[name], self.after[name]
+        # Tokens are rows; only their number may differ.
         if one.shape == other.shape or one.shape[1:] != other.shape[1:]:
             return False
         _, path = self.paths(name)
@@ -137,6 +138,7 @@ def extracted(
     if any(known and known.classes.get(module.path) == "Conv1D" for module in found.modules):
         found.config["fan_in_fan_out"] = True
     if known is not None:
+        # PEFT nests several parameters of one module in the order of their registration.
         found.modules = nested(found.modules, known.parameters)
     if save_modules:
         _carry(found, rest, pairing)

@@ -53,6 +53,7 @@ def _by_module(module: LoraModule, own: Sequence[PlacedDelta], joined: Joined) -
 
 def _expert(module: LoraModule, delta: PlacedDelta) -> LoraModule:
     """Return the LoRA of one expert's matrix: the part of the stack's factors that changes it."""
+    # The part of the stack: which expert, then the two sides of its matrix.
     _, (top, bottom), (left, right) = delta.part
     shape = (bottom - top, right - left)
     turned = delta.region.transposed

@@ -76,6 +76,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     )
     raise_errors(found.issues)
     config = {**found.config, "base_model_name_or_path": request.base, "peft_type": "LORA"}
+    # An adapter without tensors. Its config is the starting point of the one that is written.
     adapter = Adapter(str(tuned.root), "peft", config, (), frozenset(), (), digest="")
     if any(
         issue.code == "resized" for issue in found.issues
@@ -89,6 +90,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         found=Draft(tuple(found.modules), found.whole),
         recipe=Recipe(keep=Keep(request.rank, request.energy), explicit=True, dtype=dtype),
         base=base,
+        # The base is on the disk by now, so no hub is needed.
         on_base=OnBase(base.root, Reading(), Access(offline=True)),
         out=output_path(request.out),
         serving=None,

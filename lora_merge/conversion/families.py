@@ -56,6 +56,7 @@ def added_tokens(adapter: Adapter, config: Mapping[str, Any]) -> int:
     if not path.is_file():
         return 0
     sizes = [level.get("vocab_size") for _, level in config_levels(config)]
+    # A model with several parts has a vocabulary at several levels of its config.
     known = max((size for size in sizes if isinstance(size, int)), default=0)
     try:
         ids = read_json(path).values()

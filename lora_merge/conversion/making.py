@@ -123,6 +123,7 @@ class Maker:
             first = used[part.expert]
             last = used[part.expert] = first + len(own_a)
             a[part.expert, first:last] = own_a
+            # Parts may have different scales, and a stack has one for all.
             b[part.expert, slice(*part.rows), first:last] = own_b * part.delta.effective_scale
         return Pair(a, b)
 

@@ -38,6 +38,7 @@ def renamed(
     if stored.conversion is None:
         sentence = "transformers has no class for this model: it has but one naming"
         return list(modules), dict(whole), [error("unsupported", joined.base.root, sentence)]
+    # Modules of a copy with experts one by one have no name in any release of transformers.
     apart = {delta.target for delta in joined.deltas if delta.rule == "apart"}
     found: list[LoraModule] = []
     issues: list[Issue] = []

@@ -201,6 +201,8 @@ class _Drafting:
     def _stays(self, deltas: list[Delta]) -> bool:
         """Return True for a module that is written with the factors that it has."""
         if self._recipe.to_lora:
+            # An initialisation that changed the base: the change from the published base is more than these
+            # factors.
             again = bool(self._adapter.config.get("kasa_config")) or mutating_init(self._adapter.config)
             return all(map(_is_product, deltas)) and not again
         return all(delta.facts.has_factors for delta in deltas)

@@ -67,6 +67,7 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None =
         every_layer=kind == "mlx" or "every-layer" in needs,
         every_name="every-name" in needs,
         packed="packed" in needs,
+        # Engines refuse or drop saved embeddings, even those that equal the base's.
         without_copies=request.serving is not None
         and any(one.why == "embedding" for one in adapter.replacements.values()),
         naming=request.rename or ("v4" if "rename-v4" in needs else None),

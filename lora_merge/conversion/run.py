@@ -75,6 +75,7 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
     if request.base is not None or needs_base(adapter, recipe):
         found = _on_base(request, watch)
         joined, issues = found.joined, found.issues
+        # An adapter of mlx-lm is read under the names of its base.
         adapter = in_names_of(adapter, joined.base.config)
         # Only the base shows some traits (excluded modules, copies of embeddings), and with them what an
         # engine needs.

@@ -65,6 +65,7 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
         with clock("verify"):
             watch.phase("reading back", 0)
             _check(job, lora, stage)
+        # The inputs once more, before the output gets its name.
         check(seen.inputs(), {})
         with clock("publish"):
             staging.publish(stage)
@@ -96,6 +97,7 @@ def _check(job: Conversion, lora: Lora, stage: staging.Stage) -> None:
     # Once more if a file changed meanwhile: a network filesystem may set times late.
     for _ in range(2):
         before = stage.folder.listing()
+        # No reader of adapters knows GGUF, so the package gguf reads it back.
         if job.recipe.format == "gguf":
             verdict = Verdict("full", len(lora.made), 0, tuple(check_gguf(stage.output, lora, _padded)))
         else:
@@ -162,6 +164,7 @@ def _lora(job: Conversion, made: Sequence[Made]) -> Lora:
     if recipe.uniform:
         largest = max(made, key=lambda one: one.rank)
         rank = min(
+            # The smallest allowed rank that holds every module.
             (rank for rank in recipe.ranks if rank >= largest.rank),
             default=0 if recipe.ranks else largest.rank,
         )

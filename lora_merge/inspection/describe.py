@@ -175,6 +175,7 @@ def _of_delta(path: str, delta: Delta) -> ModuleFacts:
     if not isinstance(delta.facts, FactorFacts):
         ref = next(iter(delta.factors.values()))
         return ModuleFacts(path, delta.algebra, 0, None, ref.shape, nbytes)
+    # B is [out, r], A is [r, in, *kernel].
     shape = (delta.shape("B")[0], *delta.shape("A")[1:])
     if delta.facts.stack is not None:
         shape = (delta.facts.stack.experts, *shape)
@@ -221,6 +222,7 @@ def _framework(adapter: Adapter, around: Surroundings) -> str:
         if tags & set(words):
             return name
     base = str(adapter.config.get("base_model_name_or_path") or "")
+    # Unsloth publishes copies of models under its own name, and trains on those.
     return "Unsloth" if base.startswith("unsloth/") else ""
 
 

@@ -95,6 +95,7 @@ def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
     )
     manifest, card = root / CONVERSION_MANIFEST, root / CARD_FILE
     config = base_config(request.base, adapter)
+    # The front matter ends at the second line of dashes.
     front = read_text(card).split("\n---", 1)[0] if card.is_file() else ""
     return Surroundings(
         named=request.adapter,

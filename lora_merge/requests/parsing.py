@@ -65,6 +65,7 @@ def parse_request(
     fields = {**(defaults or {}), **given}
     for option in fields_of(VERBS[kind]):
         if option.name in given or (option.is_required and option.name not in fields):
+            # A missing required field is parsed as None, so that its own parser says what is wrong.
             fields[option.name] = _parsed(option, values.get(option.name))
     return kind(**fields)
 

@@ -164,6 +164,7 @@ class _Commands:
     def __init__(
         self, name: str, engine: Engine, adapter: str, options: str, traits: Sequence[Trait]
     ) -> None:
+        # The last part of a path or a repo, without its revision.
         named = adapter.rstrip("/").rpartition("/")[2].partition("@")[0]
         # A name such as ``..`` cannot be part of a new directory's name.
         plain = named if named.strip(".") else "adapter"

@@ -20,6 +20,8 @@ LMDEPLOY = Engine(
         source="lmdeploy 0.18.0, lmdeploy/pytorch/kernels/cuda/fused_lora.py:105, its kernel run in Triton's interpreter",
     ),
     families=FAMILIES,
+    # A module with the name of a target but without tensors gets whatever is in memory, so each one gets
+    # zeros.
     always=("expand-targets", "every-name"),
     rules=(
         Rule(

@@ -47,6 +47,7 @@ LORAX = Engine(
         otherwise="pads another rank inside and computes the scale from the padded one, after the first kind of layer",
     ),
     families=_FAMILIES,
+    # A module that one layer lacks would be left out of all layers.
     always=("every-layer",),
     rules=(
         Rule(

@@ -18,6 +18,7 @@ SGLANG = Engine(
         source="sglang 0.5.23, lora_manager.py; without the option the largest r of --lora-paths counts, read",
     ),
     families=FAMILIES,
+    # Every tensor has to have the rank r of the config.
     always=("pad-rank",),
     rules=(
         Rule("kind", "refused", "reads LoRA only", f"{_RUN}: lora_config.py", ("to-lora",)),

@@ -160,6 +160,7 @@ def _of_config(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Trai
     unknown = sorted(name for name in config if name not in PEFT_0_14_FIELDS)
     if unknown and adapter.format == "peft":
         yield Trait("new-fields", listing(unknown, 3))
+    # KaSA changes the base too, but has a field of its own in place of ``init_lora_weights``.
     init = "KaSA" if config.get("kasa_config") else mutating_init(config)
     if init:
         yield Trait("initial", init)
@@ -188,6 +189,7 @@ def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
     own = config.get("r")
     said = {own} if isinstance(own, int) and not isinstance(own, bool) else set()
     if adapter.stacked:
+        # Shapes do not tell the rank of stacked experts: experts and rank share an axis.
         ranks |= {"": max(said, default=0)}
     if not ranks:
         return
@@ -212,6 +214,7 @@ def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
     alphas = set()
     for delta in adapter.deltas:
         if delta.facts.has_factors:
+            # α from the scale, which is α/r, or α/√r with rsLoRA.
             root = delta.rank**0.5 if adapter.config.get("use_rslora") else delta.rank
             alphas.add(round(delta.effective_scale * root, 6))
     if len(alphas) > 1 and adapter.format == "peft":

@@ -18,6 +18,7 @@ VLLM = Engine(
         most=512,
         default=16,
         option="--max-lora-rank",
+        # The values that the option accepts.
         allowed=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         source=f"{_RUN}: config/lora.py:26, peft_helper.py:194",
     ),

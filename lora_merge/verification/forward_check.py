@@ -100,6 +100,7 @@ def _in_transformers(
                 error("forward", name, "transformers finds no tensor for this parameter") for name in missing
             ]
             for wanted in reference.answers:
+                # The reference was not asked what comes after its last token.
                 got = scores(model, wanted.prompt, wanted.tokens[:-1])
                 comparisons.append(compare("transformers", wanted, got, reference.tolerance))
             comparisons += _alone(model, reference)
@@ -119,6 +120,7 @@ def _in_transformers(
         issues.append(error("forward", output.root, sentence))
     issues += _failures(comparisons)
     n = len(reference.answers)
+    # The comparisons after the first n are of modules that were run alone: no logits.
     largest = max((one.max_difference for one in comparisons[:n]), default=float("nan"))
     bound = f"|Δlogit| up to {largest:.2g}, rounding explains {reference.tolerance:.2g}"
     detail = f"transformers, {n} prompt{'s' * (n != 1)}: {bound}" if n else "transformers"
@@ -195,6 +197,7 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
     changed = [step for step in plan.steps if step.action != "copied"]
     slots = [slot for step in changed for slot in step.slots]
     merged = patched_config(base_config, plan.config_patch)
+    # A merge that resizes embeddings sets the size of the vocabulary at every level of the config.
     rows = {value for key, value in plan.config_patch.set.items() if key.endswith("vocab_size")}
     combined = any(isinstance(step.op, Merge) and step.op.combination for step in plan.steps)
     # Several adapters, weights and combinations have no single forward pass in PEFT.

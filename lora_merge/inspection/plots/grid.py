@@ -140,6 +140,7 @@ def _labels(rows: Sequence[Row]) -> tuple[str, ...]:
     heads = [row.head.split(".") for row in rows if row.head] or [[]]
     shared = heads[0][: min(_n_shared(heads[0], head) for head in heads)]
     paths = [[part for part in (*row.head.split("."), *row.tail.split(".")) if part] for row in rows]
+    # A path that is shared completely keeps its last part.
     return tuple(".".join(path[_n_shared(shared, path) :] or path[-1:]) for path in paths)
 
 
@@ -166,6 +167,7 @@ def _panel(name: str, grid: Grid, quantity: Callable[[ModuleFacts], float | None
     finite = [value for value in values.values() if value is not None and math.isfinite(value)]
     different = {quantity(one) for found in grid.cells.values() for one in found}
     alike = f", {_number(finite[0])} everywhere" if finite and len(different) == 1 else ""
+    # A top of 0 would divide by zero.
     return Panel(name + alike, values, top=max(finite, default=0.0) or 1.0)
 
 

@@ -117,6 +117,7 @@ def _draw_lines(figure: Figure, lines: Sequence[str]) -> None:
     for n, line in enumerate(lines):
         points, colour, top = (11, "black", 0.15) if n == 0 else (8, "#555555", 0.2 + 0.2 * n)
         most = int((width - 0.4) / (0.62 * points / 72))
+        # A dollar sign in a name must not begin a formula.
         figure.text(
             0.2 / width,
             1 - top / height,
@@ -147,6 +148,7 @@ def _draw_cells(axes: Axes, layout: _Layout, panel: Panel) -> None:
                 horizontalalignment="center",
                 verticalalignment="center",
             )
+    # Lines between cells, thinner where cells are small.
     gap = min(0.8, 8 * min(layout.cell))
     axes.add_collection(PolyCollection(squares, facecolors=colours, edgecolors="white", linewidths=gap))
     axes.set_title(panel.title, fontsize=9, loc="left", pad=8)
@@ -156,6 +158,7 @@ def _name_rows_and_columns(axes: Axes, layout: _Layout, grid: Grid) -> None:
     """Write names of modules and numbers of layers, or as many of them as fit."""
     n_rows, n_columns = len(grid.rows), len(grid.columns)
     axes.set_xlim(0, n_columns)
+    # The first row is at the top.
     axes.set_ylim(n_rows, 0)
     every = math.ceil(0.13 / layout.cell[1])
     axes.set_yticks(

@@ -197,7 +197,9 @@ def scores(model: Any, prompt: Prompt, said: tuple[int, ...], seed: int = _SEED)
         inputs["decoder_input_ids"] = torch.tensor([[*start, *begun, *said]])
     elif said and ids is not None:
         inputs["input_ids"] = torch.tensor([[*prompt.ids, *said]])
+    # Parameters that are offloaded to disk are on the meta device.
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    # The fork leaves the caller's random numbers as they were.
     with torch.no_grad(), quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model(**{name: value.to(device) for name, value in inputs.items()})

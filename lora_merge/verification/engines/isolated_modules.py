@@ -76,11 +76,13 @@ def _output(path: str, module: Any) -> torch.Tensor | None:
     """Return a module's output for random input that depends on its path alone; None if its input is not known."""
     import torch
 
+    # A checksum, since Python's own hash of a text differs in every process.
     generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
     weight = getattr(module, "weight", None)
     if weight is None:
         return None
     plain = module
+    # PEFT wraps the original layer, which tells the sizes of the input.
     while hasattr(plain, "base_layer"):
         plain = plain.base_layer
     if isinstance(plain, torch.nn.Embedding):

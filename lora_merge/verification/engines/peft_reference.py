@@ -81,6 +81,7 @@ def with_adapter(model: Any, made_of: Ingredients) -> tuple[Any | None, str]:
     adapter = made_of.adapter
     assert adapter is not None
     if made_of.n_rows is not None:
+        # Values of new rows do not matter: the adapter brings its own.
         model.resize_token_embeddings(made_of.n_rows, mean_resizing=False)
     with tempfile.TemporaryDirectory(prefix="lora-merge-adapter-") as folder, quiet():
         try:
@@ -117,6 +118,7 @@ def _spelled(model: Any, made_of: Ingredients, adapter: Adapter, folder: Path) -
     for pattern in ("rank_pattern", "alpha_pattern"):
         setattr(config, pattern, _respelled_pattern(getattr(config, pattern, None) or {}, names))
     config.target_modules = set(names.values())
+    # The list of names replaces these.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     (folder / "adapter_config.json").write_text(json.dumps(config.to_dict(), default=list))
     return folder, config
@@ -137,6 +139,7 @@ def _todays_names(model: Any, made_of: Ingredients, adapter: Adapter) -> dict[st
         if pattern is not None or owner not in tree:
             return {}
         found[module] = owner
+    # Two modules with one name would overwrite each other's tensors.
     return found if len(set(found.values())) == len(found) else {}
 
 
@@ -186,6 +189,7 @@ def _difference(adapted: Any, root: Path) -> str:
     # are saved twice.
     has = adapted.state_dict() | copies | taken
     lost = sorted(name for name, tensor in stored.items() if not _same(has.get(name), tensor))
+    # A tensor of PEFT's model that the file lacks was initialised at random.
     random = sorted(name for name in taken.keys() - stored.keys() if "lora_" in name)
     if lost:
         return f"PEFT does not load {listing(lost, 1, 'more of its tensors')}"

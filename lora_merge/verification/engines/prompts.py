@@ -70,6 +70,7 @@ def choose(
             found.append(Prompt(f"text {n}", tuple(ids)))
     chance = random.Random(_SEED)  # noqa: S311 - no secret: always the same
     special = _special(config)
+    # Twice as many as needed, since special tokens are left out.
     words = [
         token for token in chance.sample(range(n_words), min(n_words, 2 * _N_DRAWN)) if token not in special
     ]

@@ -119,6 +119,7 @@ def _measured(
     asked = {path: Alone.ask(path, module, noise) for path, module in unreached.items()}
     alone = tuple(found for found in asked.values() if found is not None)
     silent = tuple(path for path, found in asked.items() if found is None)
+    # Another seed changes the answers only if the model draws random numbers.
     draws = not _apart(model, answers, seed=_OTHER_SEED) <= least
     return Reference(PEFT, "", answers, tolerance, alone, silent, draws=draws)
 

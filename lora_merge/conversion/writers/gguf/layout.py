@@ -131,6 +131,7 @@ class Layout:
         layer = _LAYER.search(path)
         block, last = f"blk.{layer[1]}." if layer else "", path.rpartition(".")[2]
         n_out = made.module.shape[-2] if made.module.form == "experts" else made.module.shape[0]
+        # One matrix in the base, three weights in llama.cpp.
         if self.family.arch == "internlm2" and last == "wqkv":
             ends = wqkv_rows(self._config, path, n_out)
             return [self._place(f"{block}attn_{end}", rows) for end, rows in ends.items()]
