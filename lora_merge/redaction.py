@@ -35,6 +35,7 @@ def without_secrets(text: str, known: Iterable[str | None] = ()) -> str:
         >>> without_secrets("https://me:hunter2@host/org/name@hf_aBcDeFgHiJkLmNoPqRsT")
         'https://…@host/org/name@hf_…'
     """
+    # Known tokens need not look like one, so they are removed as they are.
     for token in (*known, *(os.environ.get(name) for name in VARIABLES)):
         if token and len(token.strip()) >= _LEAST:
             text = text.replace(token.strip(), "…")

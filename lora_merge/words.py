@@ -50,6 +50,7 @@ def printable(text: str) -> str:
     """
     if not text.isprintable():
         text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    # Python's ``isprintable`` is True for these.
     return _HIDDEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -89,12 +90,13 @@ def quoted(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value for an error. The content of a table or list is not repeated, since it may hold a token.
+    """Return a value as an error repeats it.
 
     Example:
         >>> shown("bf17"), shown({"token": "…"}), shown([])
         ("'bf17'", 'a table', '[]')
     """
+    # The content of a table or list is not repeated: it may hold a token.
     if isinstance(value, Mapping):
         return "a table"
     if isinstance(value, list | tuple | set | frozenset):
@@ -230,8 +232,6 @@ class Alike:
 def alike(issues: Iterable[Issue]) -> list[Alike]:
     """Return issues in groups that differ only in their subjects and in numbers of paths.
 
-    Up to three similar issues stay separate, so that each names its own subject.
-
     Example:
         >>> from lora_merge.core.report import error
         >>> found = [error("x", f"layers.{n}.{name}", "is lost") for name in ("a", "b") for n in range(3)]
@@ -245,6 +245,7 @@ def alike(issues: Iterable[Issue]) -> list[Alike]:
     return [
         Alike(part)
         for group in groups.values()
+        # A few similar issues stay separate, so that each names its own subject.
         for part in ([group] if len(group) > _FEW else [[issue] for issue in group])
     ]
 

@@ -226,6 +226,7 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
     adapters = values.get("convert", values.get("adapter", ()))
     listed = _listed(adapters)
     own = {
+        # Words for templates, besides those of the matrix and of wildcards.
         "adapter": "+".join(_last(str(adapter)) for adapter in listed),
         "parent": PurePosixPath(str(listed[0]) if listed else "").parent.name,
         "base": _last(str(values.get("base") or "")),
@@ -250,11 +251,11 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
 
 
 def _merge_request(values: Mapping[str, Any]) -> Request:
-    """Return a merge's request. ``resume`` is on by default, so that a batch that is run again continues."""
     if "adapter" not in values:
         raise RequestError(
             "", 0, "adapter", "is missing", hint="a job has an adapter, or converts one: convert: …"
         )
+    # Resumes by default, so that a batch that is run again continues.
     return validated(Request, parse_values(Request, {"resume": True, **values}))
 
 

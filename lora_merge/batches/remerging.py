@@ -36,6 +36,7 @@ class Remerging:
             yield [partial(self._digest, worker) for worker in workers]
 
     def _digest(self, worker: Callable[[Piece], Done], slot: TensorRef) -> tuple[TensorRef, str]:
+        # One step, for the output with the number 0.
         done = worker(Piece(((0, (self.steps[slot],)),)))
         return slot, " ".join(record.digest for _, record in done.records)
 

@@ -79,7 +79,6 @@ class _Task:
 
 
 def _merges_of(tasks: Sequence[_Task]) -> list[Prepared]:
-    """Return the planned merges among some tasks."""
     return [task.planned for task in tasks if isinstance(task.planned, Prepared)]
 
 
@@ -209,7 +208,8 @@ class Batch:
         return found.is_current
 
     def _groups(self) -> list[list[_Task]]:
-        """Return the planned tasks in groups. Merges of one base share a group, so that the base is read once."""
+        """Return the planned tasks in groups: merges of one base together, every conversion by itself."""
+        # A base is read once for all merges of a group.
         groups: dict[object, list[list[_Task]]] = {}
         for task in self._tasks:
             if task.state != "planned":

@@ -321,11 +321,7 @@ def _sources(step: Step) -> set[str]:
 
 
 def adapter_standing(conversion: Conversion) -> Standing:
-    """Return whether an output is what a conversion would make now, by digests of its files and its inputs.
-
-    The manifest has a digest of some pages of the base. A base file that was written later than the output counts as
-    changed.
-    """
+    """Return whether an output is what a conversion would make now, by digests of its files and its inputs."""
     try:
         manifest = _table(conversion.out / CONVERSION_MANIFEST)
         fault = "" if manifest is None else next(_conversion_faults(conversion, manifest), "")
@@ -355,6 +351,8 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
             yield f"{name}: is missing"
         elif file_digest(path) != digest:
             yield f"{name}: is not what was written"
+    # The manifest has a digest of some pages of the base only, so a base file that was written later counts
+    # as changed.
     made = modified_at(conversion.out / CONVERSION_MANIFEST)
     of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
     for name in sorted(of_base):

@@ -42,6 +42,7 @@ def matches(pattern: str, place: str) -> list[tuple[str, tuple[str, ...]]]:
             found.append((path.rstrip("/") + behind, match.groups("")))
     return sorted(
         found,
+        # Numbers as numbers: checkpoint-9 before checkpoint-10.
         key=lambda one: [
             (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", one[0])
         ],

@@ -21,6 +21,7 @@ VERIFY = 6
 BATCH = 7
 INTERRUPTED = 130
 
+# Printed by ``--help``.
 MEANINGS: dict[int, str] = {
     OK: "done",
     BUG: "a bug in lora-merge; the traceback is printed",

@@ -139,7 +139,7 @@ def _type(option: Option) -> Any:
 
 
 def _has_file(verb: Verb) -> bool:
-    """Return True if a verb has ``--config``, so that a file may give required options."""
+    """Return True if a verb has ``--config``."""
     return any(option.name == "config" for option in options_of(verb))
 
 

@@ -65,6 +65,7 @@ def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> No
     for members in groups if full else groups[:_MOST_ROWS]:
         first = members[0]
         cells = [
+            # Every second piece is a number, which the column of layers shows.
             "*".join(_NUMBER.split(first.path)[::2]) if not full else first.path,
             *([] if full else [ranges(_numbers(members))]),
             _several(one.kind for one in members),

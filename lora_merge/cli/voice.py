@@ -40,7 +40,7 @@ def say(text: str) -> None:
 
 
 def say_lines(text: str) -> None:
-    """Print several lines on stderr. Names in them have to be made fit before, since each newline counts."""
+    """Print several lines on stderr; each newline counts, so names in them have to be fit before."""
     for line in text.split("\n"):
         say(line)
 

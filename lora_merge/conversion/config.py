@@ -172,11 +172,9 @@ def _is_loose(config: Mapping[str, Any], made: Sequence[Made]) -> bool:
 
 
 def listed(paths: Sequence[str], base_modules: Collection[str]) -> list[str] | str:
-    """Return ``target_modules`` that mean these modules and no others in PEFT.
+    """Return ``target_modules`` that mean these modules and no others in PEFT: names, or a regex.
 
-    The last part of a path is used where all modules of the base with that name are targets; otherwise the whole path.
-    PEFT matches every module whose path ends in a listed name. If another module of the base ends in a whole path,
-    only a regex over the paths tells them apart, so a string is returned.
+    A name is the last part of a path if all modules of the base with that part are targets, otherwise the whole path.
 
     Example:
         >>> listed(["l.0.q", "l.1.q", "l.0.v"], ["l.0.q", "l.1.q", "l.0.v", "l.1.v"])
@@ -188,7 +186,7 @@ def listed(paths: Sequence[str], base_modules: Collection[str]) -> list[str] | s
     names = {name if (name := path.rpartition(".")[2]) in short else path for path in paths}
     others = set(base_modules).difference(paths) if set(paths) <= set(base_modules) else ()
     if any(not names.isdisjoint(_endings(other)) for other in others):
-        # PEFT matches a string against the whole path.
+        # PEFT takes every module whose path ends in a name, but matches a string against the whole path.
         return "|".join(re.escape(path) for path in sorted(paths))
     return sorted(names)
 

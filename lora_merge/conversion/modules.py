@@ -377,7 +377,6 @@ class _Drafting:
 
 
 def _replacement(step: Step) -> TensorRef:
-    """Return the adapter's tensor, which replaces the base's."""
     ref = step.source.plain
     assert ref is not None
     return ref

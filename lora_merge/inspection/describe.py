@@ -192,6 +192,7 @@ def _layered(adapter: Adapter, own: set[str]) -> dict[str, list[TensorRef]]:
             _TUNER.split(name.removeprefix(PREFIX), maxsplit=1)[0] if name.startswith(PREFIX) else "(shared)"
         )
         if path == name.removeprefix(PREFIX):
+            # No name of a method in it: the last part is the tensor's own.
             path = path.rpartition(".")[0]
         found.setdefault(path, []).append(ref)
     return found
@@ -213,6 +214,7 @@ def _targets(adapter: Adapter) -> str:
 
 def _framework(adapter: Adapter, around: Surroundings) -> str:
     """Return the trainer, as far as files, tags or the name of the base tell; empty if they do not."""
+    # The file with arguments is ms-swift's.
     if adapter.trainer or around.arguments:
         return adapter.trainer or "ms-swift"
     if adapter.format == "mlx":

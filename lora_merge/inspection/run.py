@@ -211,6 +211,7 @@ class _Measuring:
             weight, delta = norms_of(step, before) if before and is_comparable else (0.0, 0.0)
             found = [(path, weight**2, delta**2) for path in targets or (step.name,)]
         else:
+            # ‖Δ‖ is known from the factors. Only the weight is read, each part of it once.
             boxes = {(_path(delta.target, self._factored), delta.region.box) for delta in deltas}
             found = [(path, weight_norm(before, at) ** 2, 0.0) for path, at in boxes]
         self._watch.advance(piece.nbytes)

@@ -60,7 +60,7 @@ def _adapter(value: object) -> str:
 
 
 def _weighted(path: object, weight: object) -> str:
-    """Return ``path:weight``, with the weight as Python's ``repr`` writes it, so that nothing is lost.
+    """Return ``path:weight``.
 
     Raises:
         ValueError: the path is not a path, or the weight is not a number.
@@ -70,6 +70,7 @@ def _weighted(path: object, weight: object) -> str:
         # A table such as {token: …} looks like an adapter with its weight, so a text is not repeated.
         said = "a text for its weight" if is_word else f"the weight {shown(weight)}"
         raise ValueError(f"{_adapter(path)!r} has {said}, expected a number")  # noqa: TRY004 - as parsers raise
+    # ``repr`` loses no digit of a float.
     return f"{_adapter(path)}:{weight!r}"
 
 
@@ -123,11 +124,12 @@ def texts(value: object) -> tuple[str, ...]:
 
 
 def switch(value: Any) -> bool:
-    """Return a Boolean. Anything else is refused, since a text such as ``"no"`` would count as true.
+    """Return a Boolean as it is.
 
     Raises:
         ValueError: it is neither True nor False.
     """
+    # A text such as ``"no"`` would count as true.
     if not isinstance(value, bool):
         raise ValueError(f"is {shown(value)}, expected true or false")  # noqa: TRY004 - as parsers raise
     return value

@@ -61,6 +61,7 @@ def parse_request(
     Raises:
         RequestError: a value does not parse, or a field without a default is not given; it names the key.
     """
+    # click gives an empty tuple for a repeatable option that was not given.
     given = {name: value for name, value in values.items() if value is not None and value != ()}
     fields = {**(defaults or {}), **given}
     for option in fields_of(VERBS[kind]):
@@ -88,6 +89,7 @@ def parse_keywords(
     options = {option.python_name: option for option in fields_of(verb) if option.in_python}
     for keyword in keywords:
         if keyword not in options:
+            # As Python reports it for a function of its own.
             raise TypeError(f"{verb}() got an unexpected keyword argument {keyword!r}")
     values = {options[keyword].name: _listed(options[keyword], value) for keyword, value in keywords.items()}
     return parse_request(kind, values, defaults)

@@ -41,5 +41,6 @@ def record_of(request: Request | ConvertRequest) -> dict[str, object]:
         else:
             is_told = option.recorded == "always" or value != option.default
         if is_told:
+            # JSON has no tuples.
             found[option.name] = list(value) if isinstance(value, tuple) else value
     return found

@@ -42,6 +42,7 @@ def read_request(
     """
     values, node = parse_yaml(path)
     lines = key_lines(path, node)
+    # Later ones win.
     values = {**(defaults or {}), **values, **overrides}
     keys = [option.key for option in fields_of("merge")]
     for key in values:

@@ -606,5 +606,5 @@ def fields_of(verb: Verb) -> tuple[Option, ...]:
 
 
 def default_of(verb: Verb, name: str) -> object:
-    """Return the default of a field."""
+    """Return the default of a field of a verb's request; `REQUIRED` if it has none."""
     return next(option.default for option in fields_of(verb) if option.name == name)

@@ -84,6 +84,7 @@ def parse_file_names(value: object) -> tuple[str, ...]:
     """
     names = tuple(value) if isinstance(value, list | tuple) else (value,)
     for name in names:
+        # A name must not lead out of the adapter's folder.
         if not isinstance(name, str) or not name.strip("/") or ".." in name.split("/"):
             raise ValueError(f"{shown(name)} is not the name of a file in the adapter's folder")
     return tuple(name.removeprefix("./") for name in map(str, names))

@@ -37,6 +37,7 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     text = _text(path)
     if yaml.SafeLoader.NON_PRINTABLE.search(text):
         raise RequestError(path, 0, "", "is not valid YAML (it has a control character)")
+    # Safe: the tags of YAML can construct no objects of Python.
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -94,6 +95,7 @@ def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) 
     """
     import yaml
 
+    # PyYAML counts lines from 0.
     line = node.start_mark.line + 1
     if id(node) in within:
         sentence = "has an alias (*) for a table or list that it stands in"

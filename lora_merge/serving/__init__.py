@@ -200,6 +200,7 @@ def _rank_obstacles(engine: Engine, rank: Trait, commands: _Commands) -> list[Ob
         sentence = f"{rank.detail}: {engine.name} {ranks.otherwise}"
         return [Obstacle("rank", ranks.effect, sentence, commands.of(("pad-rank",)), ranks.source)]
     if ranks.default and rank.value > ranks.default:
+        # The smallest value of the option that suffices.
         value = next(value for value in ranks.allowed if value >= rank.value)
         sentence = f"{rank.detail}: {engine.name} serves up to {ranks.default} unless it is told"
         told = (f"{engine.name}'s {ranks.option} {value}", commands.convert(ranks.default), commands.merge)

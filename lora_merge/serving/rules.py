@@ -68,6 +68,7 @@ class Rule:
         names = family.names
         if not names.isdisjoint(self.except_for):
             return False
+        # While one of the family's names is unknown, that one may be in the list.
         return not self.only_for or not names.isdisjoint(self.only_for) or not family.is_sure
 
     def is_open(self, family: BaseFamily) -> bool:

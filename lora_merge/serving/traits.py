@@ -209,6 +209,7 @@ def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
         yield Trait("rank", f"rank {found[-1]}", found[-1])
     if len(found) > 1:
         yield Trait("ranks-differ", f"ranks {', '.join(map(str, found))}")
+    # An engine that reads r from the config expects another rank than the tensors have.
     elif adapter.kind == "LORA" and isinstance(own, int) and own != found[0]:
         yield Trait("ranks-differ", f"rank {found[0]}, and r is {own}")
     alphas = set()
@@ -317,6 +318,7 @@ def _of_whole(adapter: Adapter, unchanged: Collection[str]) -> Iterator[Trait]:
     yield from (Trait(*trait) for trait in dict.fromkeys(of_algebras) if trait is not None)
     why: dict[str, list[str]] = {}
     for parameter, one in adapter.replacements.items():
+        # A copy of the base's parameter changes nothing.
         if parameter in unchanged:
             continue
         why.setdefault(one.why, []).append(parameter.rpartition(".")[0].rpartition(".")[2])

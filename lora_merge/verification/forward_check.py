@@ -77,7 +77,6 @@ def compare_forward(
 
 
 def _not_comparable(reference: Reference) -> Finding:
-    """Return the finding on a model that answers the same prompt differently each time."""
     sentence = (
         f"base and adapter ({reference.how}) answer the same prompt differently from run to run, with the same seed: by "
         f"up to {reference.unsteady:.2g} per logit. So the merged checkpoint cannot be compared with them"

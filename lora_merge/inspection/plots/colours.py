@@ -26,6 +26,7 @@ def _colour(share: float) -> tuple[int, int, int]:
         ((68, 1, 84), (70, 19, 101), (253, 231, 37))
     """
     place = min(max(share, 0.0), 1.0) * (len(VIRIDIS) - 1)
+    # The last place belongs to the last interval.
     below = min(int(place), len(VIRIDIS) - 2)
     low, high = (VIRIDIS[n].to_bytes(3) for n in (below, below + 1))
     red, green, blue = (round(a + (b - a) * (place - below)) for a, b in zip(low, high, strict=True))

@@ -90,6 +90,7 @@ def arranged(modules: Sequence[ModuleFacts]) -> Grid:
     by_place: dict[tuple[int, int | None], list[ModuleFacts]] = {}
     for module in modules:
         row, layer = _place(module.path)
+        # Rows are numbered in the order in which they come up.
         by_place.setdefault((rows.setdefault(row, len(rows)), layer), []).append(module)
     layers = sorted({layer for _, layer in by_place if layer is not None})
     with_others = any(layer is None for _, layer in by_place)

@@ -160,6 +160,7 @@ def _name_rows_and_columns(axes: Axes, layout: _Layout, grid: Grid) -> None:
     axes.set_xlim(0, n_columns)
     # The first row is at the top.
     axes.set_ylim(n_rows, 0)
+    # A label needs 0.13 inches. In lower rows, only some are named.
     every = math.ceil(0.13 / layout.cell[1])
     axes.set_yticks(
         [n + 0.5 for n in range(0, n_rows, every)],
@@ -207,7 +208,8 @@ def _draw_legend(figure: Figure, axes: Axes, panel: Panel) -> None:
 
 
 def _drawn(text: str) -> str:
-    """Return a text in printable ASCII, since fonts lack other characters."""
+    """Return a text in printable ASCII."""
+    # Fonts lack other characters.
     return "".join(char if char.isascii() and char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

@@ -103,7 +103,6 @@ def _section(grid: Grid, panel: Panel, tips: Mapping[tuple[int, int], str]) -> l
 
 
 def _cell(panel: Panel, place: tuple[int, int], tip: str, *, numbered: bool) -> str:
-    """Return the HTML of a cell with modules."""
     text = panel.text(place) if numbered else ""
     share = panel.share(place)
     if share is None:
