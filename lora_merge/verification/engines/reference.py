@@ -160,13 +160,11 @@ def _largest(answers: tuple[Answer, ...]) -> float:
 
 
 def _rehearsed(model: Any, touched: Mapping[str, Any], answers: tuple[Answer, ...], noise: float) -> float:
-    """Return the largest difference that noise of the size of rounding makes in the outputs of merged modules.
-
-    A rounded value is off by at most u of itself, anywhere between -u and u: a standard deviation of at most u/√3. So
-    is, of what a matrix answers, the sum of such errors, in terms of its own size.
-    """
+    """Return the largest difference that noise of the size of rounding makes in the outputs of merged modules."""
     largest = 0.0
     for n in range(_N_REHEARSALS):
+        # A rounding error is anywhere between -u and u of a value: a standard deviation of at most u/√3. So
+        # is the error of a matrix's output, relative to that output.
         with _noisy(touched.values(), noise / math.sqrt(3), seed=n):
             for one in answers:
                 largest = max(largest, _difference(model, one))

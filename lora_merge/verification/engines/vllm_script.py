@@ -1,10 +1,11 @@
 """Asks vLLM what checkpoints generate. Run by its path, with the interpreter of an environment that has vLLM.
 
-stdin is one document, ``{"dtype": "float32", "jobs": [{"checkpoint": "/a/directory", "prompts": [[1, 2, 3]],
-"n_tokens": 16, "trust_remote_code": false}]}``. stdout gets one line of JSON for each job, in order: ``{"engine":
-"vllm", "version", "checkpoint", "answers", "seconds"}``, or ``{"checkpoint", "error"}``. An answer has ``tokens``,
-generated greedily and past any end; ``logprobs`` of these; and ``prompt_logprobs``, those of the prompt's tokens from
-the second on. LoRA is never switched on.
+stdin is one document: ``{"dtype": "float32", "jobs": [{"checkpoint": "/a/directory", "prompts": [[1, 2, 3]],
+"n_tokens": 16, "trust_remote_code": false}]}``. stdout gets one line of JSON for each job, in order. It has
+``engine``, ``version``, ``checkpoint``, ``answers`` and ``seconds``, or ``checkpoint`` and ``error``.
+
+An answer has ``tokens``, generated greedily and past any end; ``logprobs`` of these; and ``prompt_logprobs``, those of
+the prompt's tokens from the second on. LoRA is never switched on.
 
 Nothing of this package is imported: the other environment need not have it.
 """
