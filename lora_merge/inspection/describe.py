@@ -183,7 +183,7 @@ def _of_delta(path: str, delta: Delta) -> ModuleFacts:
 
 
 def _layered(adapter: Adapter, own: set[str]) -> dict[str, list[TensorRef]]:
-    """Return module → tensors, for a method that PEFT's own layers merge. Tensors of no module are under ``(shared)``."""
+    """Return module → tensors of a method that PEFT's own layers merge; ``(shared)`` for tensors of no module."""
     found: dict[str, list[TensorRef]] = {}
     for name, ref in adapter.layered.items():
         if name in own:
