@@ -36,9 +36,10 @@ class Budget:
 
 
 def peak_together(budgets: Iterable[Budget]) -> int:
-    """Return an estimate of the resident memory of several merges in one pass over their base, in bytes.
+    """Return the estimated resident memory of several merges in one pass over their base, in bytes.
 
-    What a process holds without any is there once; what each of them has under way, its factors above all, adds up.
+    The memory that the process needs without any merge (`RUNTIME_BYTES`) counts once. What each merge has under way,
+    mostly its factors, adds up.
     """
     return RUNTIME_BYTES + sum(budget.peak_bytes - RUNTIME_BYTES for budget in budgets)
 
@@ -52,7 +53,7 @@ def allot(
     on_gpu: bool = False,
     in_processes: bool = False,
 ) -> Budget:
-    """Return the most workers that fit into memory, with the largest tiles that then fit.
+    """Return the budget with the most workers that fit into memory, and then the largest tiles that fit.
 
     Where nothing fits it is one worker with the smallest tiles, whose `Budget.peak_bytes` is above the limit.
 
@@ -66,13 +67,16 @@ def allot(
     """
     best = CUDA_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS
     n = n_workers or max(1, min(n_cores, MOST_WORKERS))
+    # (8).bit_length() is 4: the best size, a half, a quarter and an eighth of it.
     sizes = [best >> halvings for halvings in range(_SMALLEST_SHARE.bit_length())]
     while True:
         for size in sizes:
+            # Each process loads torch for itself; `plan.peak_bytes` counts that once, for the driver.
             peak = plan.peak_bytes(n, size) + in_processes * n * RUNTIME_BYTES
             budget = Budget(n, size, peak)
             if limit_bytes is None or budget.peak_bytes <= limit_bytes:
                 return budget
+        # The smallest estimate that there is. The caller compares it with the limit and says so to the user.
         if n == 1:
             return budget
         n -= 1

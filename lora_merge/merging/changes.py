@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def merged_in_float32(step: Step) -> torch.Tensor:
-    """Return W′ of a stored weight, in its shape, as it is before it is encoded.
+    """Return W′ of one stored weight, float32, in the weight's shape, before it is encoded.
 
     Raises:
         CheckpointError: a source cannot be read.
@@ -28,13 +28,15 @@ def merged_in_float32(step: Step) -> torch.Tensor:
     wide = _wide(step)
     sink = InMemory(wide.nbytes)
     (record,) = Merger(sink, "cpu", is_checked=False)(wide)
+    # The tile reader leaves what it reads unnoted, because a record has the digest of it. Here the record is
+    # dropped, so the digest is noted with the inputs, for the check at the end of the run.
     for role, digest in record.source.items():
         tell_digest(wide.reads[role], digest)
     return sink.tensor(step.shape)
 
 
 def change_of(step: Step) -> torch.Tensor:
-    """Return W′ - W of a stored weight, float32, in its shape; nothing is rounded to what it is stored as.
+    """Return W′ - W of one stored weight, float32, in the weight's shape; not rounded to the stored dtype.
 
     Raises:
         CheckpointError: a source cannot be read.
@@ -43,7 +45,7 @@ def change_of(step: Step) -> torch.Tensor:
 
 
 def norms_of(step: Step, before: Weight) -> tuple[float, float]:
-    """Return ‖W‖ and ‖W′ - W‖ of a stored weight, in the Frobenius norm, read tile by tile.
+    """Return the Frobenius norms ‖W‖ and ‖W′ - W‖ of one stored weight; memory is that of one tile.
 
     Args:
         step: of the plan.
@@ -58,7 +60,9 @@ def norms_of(step: Step, before: Weight) -> tuple[float, float]:
 
 
 def _wide(step: Step) -> Step:
-    """Return a step that makes the same weight in float32."""
+    """Return the step with float32 as the storage that is written. The place has no file: `InMemory` and `Norms`
+    ignore it.
+    """
     shape, op = step.shape, step.op
     place = TensorRef(step.name, FLOAT32.dtype, shape, "", 0, nbytes_of(FLOAT32.dtype, shape))
     if isinstance(op, Merge):

@@ -1,4 +1,4 @@
-"""Is an output that is about to get its name anything else than the base?"""
+"""Does an output differ from the base? Checked before it is published."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival]) -> None:
-    """Check that a tensor of an output differs from the base's, up to the dtype it is stored in.
+    """Check that at least one tensor of an output differs from the base's, in the dtype that it is stored in.
 
     The base is read again only where nothing was seen to change in the rows that were looked at.
 
@@ -32,6 +32,7 @@ def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival])
         PlanError: none differs.
     """
     plan = planned.plan
+    # The rows that were sampled while merging settle nearly every merge, without reading anything.
     if is_reshaped(plan) or any(one.unchanged < 1 and one.delta_norm for one in survival.values()):
         return
     base = planned.checkpoint.parameters()
@@ -39,11 +40,15 @@ def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival])
         if step.action in {"copied", "cast"}:
             continue
         before = base.get(step.name)
+        # A tensor that the base does not have, or stores in other parts, is a difference.
         if before is None or before.parts.keys() != step.writes.keys():
             return
+        # The sampled rows showed no change, but others may have one: compare every byte.
         for role, slot in step.writes.items():
             if not same_values(replace(slot, file=str(root / slot.file)), before.parts[role]):
                 return
+    # A delta that is not zero and left no trace was lost by rounding; otherwise the adapter itself does
+    # nothing.
     if any(one.delta_norm for one in survival.values()):
         sentence = (
             "every change is too small for the dtype it is stored in, so the output is a copy of the base"

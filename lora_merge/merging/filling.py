@@ -1,4 +1,4 @@
-"""Steps that are left → pieces of work, in the order of the files that they fill; and which files are full by now."""
+"""Steps that are left → pieces of work in the order of the files that they fill; and which files are full by now."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Order:
         }
 
     def of_file(self, piece: Piece) -> int:
-        """Return the place of the first file that a piece fills, among those of its output."""
+        """Return the index of the first file that a piece fills, in the order of its output's plan."""
         return min(
             self._places[number, slot.file]
             for number, steps in piece.wanted
@@ -43,12 +43,16 @@ class Order:
         )
 
     def of_merge(self, piece: Piece) -> tuple[int, int]:
-        """Return the place of the file, then the large pieces first: a late one keeps all workers waiting for one."""
+        """Return a sort key: the index of the file, then the larger pieces first. A large piece begun last would keep
+        all other workers waiting for one.
+        """
         return self.of_file(piece), -piece.nbytes
 
 
 def copies(left: Iterable[Left], order: Order) -> list[Piece]:
-    """Return the copies among some steps, in runs that lie side by side; those of the same source are one piece."""
+    """Return the copies among some steps as pieces, each one run of adjacent tensors. Outputs that copy the same
+    bytes share a piece, so the bytes are read once.
+    """
     own: dict[int, list[Step]] = {}
     for number, step in left:
         if isinstance(step.op, Copy):
@@ -65,7 +69,9 @@ def _source(stretch: Stretch) -> object:
 
 
 def merges(left: Iterable[Left], order: Order) -> list[Piece]:
-    """Return the merges among some steps; those whose source may be read once for several outputs are one piece."""
+    """Return the merges among some steps as pieces. Outputs that merge the same source alike share a piece
+    (`worker.alike`), so it is read and decoded once.
+    """
     found: dict[object, list[tuple[int, tuple[Step, ...]]]] = {}
     for number, step in left:
         if isinstance(step.op, Merge):
@@ -84,12 +90,15 @@ class Unfinished:
     def __init__(self, plan: MergePlan, records: Iterable[TensorRecord]) -> None:
         self._left: Counter[str] = Counter({file.name: len(file.slots) for file in plan.files})
         self.full = tuple(name for name, n in self._left.items() if not n)
-        """Files that hold nothing."""
+        """Names of the files that were full from the start: those without tensors, and those that ``records`` fill.
+        """
 
         self.full += tuple(self.without(records))
 
     def without(self, records: Iterable[TensorRecord]) -> list[str]:
-        """Take note of tensors that are written, each once; return the files that are full now."""
+        """Count tensors as written, each of which may come once; return the names of the files that became full by
+        it.
+        """
         full = []
         for record in records:
             self._left[record.file] -= 1
@@ -99,7 +108,7 @@ class Unfinished:
 
 
 def by_output(records: Iterable[tuple[int, TensorRecord]]) -> Mapping[int, list[TensorRecord]]:
-    """Return records by the number of their output."""
+    """Return the records of each output, by the output's number."""
     found: dict[int, list[TensorRecord]] = {}
     for number, record in records:
         found.setdefault(number, []).append(record)

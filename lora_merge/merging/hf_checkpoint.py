@@ -24,10 +24,10 @@ class Folder(Protocol):
     """Where small files go: a `lora_merge.storage.destination.Destination`, or a directory."""
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file."""
+        """Write a new file, in UTF-8."""
 
     def copy_in(self, source: Path, name: str) -> str:
-        """Copy a file; return the digest of what was read."""
+        """Copy a file under another name; return the digest of the bytes that were read."""
 
 
 def seal(
@@ -57,6 +57,8 @@ def seal(
             digests[side_file.name] = folder.copy_in(Path(side_file.source), side_file.name)
     if plan.index:
         write(INDEX_FILE, plan.index)
+    # The manifest lists the digests of all files above, but not of the card, which is written after it is
+    # made.
     manifest = manifest_text(provenance, plan, records, digests)
     write(CARD_FILE, card_text(provenance, plan))
     write(MANIFEST_FILE, manifest)

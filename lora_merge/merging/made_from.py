@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -> Provenance:
-    """Return what a merge is made from and made with.
+    """Return the inputs, options and versions of a merge, for the manifest and the model card.
 
     Args:
         planned: the merge.

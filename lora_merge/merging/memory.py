@@ -1,4 +1,4 @@
-"""Merged tensors that are no files: one that is kept, and one of which only the size of its change is."""
+"""Sinks without files: one keeps a merged tensor in memory, the other only measures how large its change is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class InMemory:
-    """One tensor in memory, filled as a slot of a file would be.
+    """A sink that keeps one tensor in memory, written from its first byte to its last.
 
     Args:
         nbytes: its size.
@@ -33,14 +33,16 @@ class InMemory:
     def copying(
         self, stretch: Stretch, source: Source
     ) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
-        """Return a context of a function that takes the next bytes of a stored tensor."""
+        """Return a context of a function that takes the next bytes of a copied tensor; the stretch must be of one
+        tensor.
+        """
         del source
         (slot,) = stretch.slots
         return self.open(slot)
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
-        """Yield a function that writes the next bytes."""
+        """Yield a function that takes the next bytes of the merged tensor."""
         del slot
         done = 0
 
@@ -52,14 +54,14 @@ class InMemory:
         yield write
 
     def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return it as float32."""
+        """Return the content as a float32 tensor of a shape. It shares the memory with this object."""
         import torch
 
         return torch.frombuffer(self._content, dtype=torch.float32).view(shape)
 
 
 class Norms:
-    """How large a weight is, and how large the change of it; filled with the merged weight in float32.
+    """A sink that measures a weight and its change, and keeps neither; it takes the merged weight in float32.
 
     Args:
         before: the weight as it is stored.
@@ -71,13 +73,13 @@ class Norms:
 
     @contextlib.contextmanager
     def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
-        """Yield a function that takes note of nothing: what is copied does not change."""
+        """Yield a function that ignores its bytes: the change of a copied tensor is zero."""
         del stretch, source
         yield lambda _: None
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
-        """Yield a function that is given the next bytes of the merged weight, whole rows of it.
+        """Yield a function that takes the next bytes of the merged weight, in whole rows.
 
         Raises:
             CheckpointError: the weight cannot be read.
@@ -88,6 +90,8 @@ class Norms:
         *outer, columns = self._before.shape if len(self._before.shape) > 1 else (*self._before.shape, 1)
         row_bytes = nbytes_of("F32", (columns,))
         done = 0
+        # The base is read again here, since the worker's own tile is changed in place. Each call brings whole
+        # rows, because tiles are rows.
         with WeightReader(self._before, prod(outer)) as reader:
 
             def compare(buffer: memoryview) -> None:
@@ -102,10 +106,10 @@ class Norms:
 
     @property
     def weight(self) -> float:
-        """Return ‖W‖ in the Frobenius norm."""
+        """‖W‖, the Frobenius norm."""
         return sqrt(self._weight)
 
     @property
     def delta(self) -> float:
-        """Return ‖W′ - W‖."""
+        """‖W′ - W‖, the Frobenius norm."""
         return sqrt(self._delta)

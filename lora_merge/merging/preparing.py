@@ -1,4 +1,4 @@
-"""request → a merge that is planned, and known to be possible on this machine."""
+"""request → a merge that is planned and checked against this machine: disk, memory, device, executor."""
 
 from __future__ import annotations
 
@@ -32,35 +32,38 @@ if TYPE_CHECKING:
     from lora_merge.requests.request import Request
 
 MARKS = (CONFIG_FILE, MANIFEST_FILE)
-"""Files that show that a directory is a model; the second also where the first is lost."""
+"""Files of which one shows that a directory is a model checkpoint. The manifest shows it also where the config was
+lost.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What became of one output."""
+    """The result of making one output: verdict, timings, notes, or an error."""
 
     notes: tuple[Issue, ...] = ()
-    """What is worth knowing about it."""
+    """Notes and warnings for the user."""
 
     verdict: Verdict = NOT_VERIFIED
     survival: Mapping[str, Survival] = field(default_factory=dict)
-    """What became of each delta."""
+    """By tensor name, for those that were sampled."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds of each phase, planning included."""
 
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
     error: Exception | None = None
-    """What it alone failed of; one that is no `LoraMergeError` is a bug."""
+    """Why this output failed, while others of the same run did not. An error that is not a `LoraMergeError` is a bug.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that is planned, and found to be possible."""
+    """A request that is planned and that this machine can carry out."""
 
     planned: Planned
     wish: Wish
-    """Of the place of its output."""
+    """Where the output goes, and under which conditions."""
 
     device: str
     budget: Budget
@@ -68,20 +71,20 @@ class Prepared:
     issues: tuple[Issue, ...]
     shortage: Issue | None
     seconds: Mapping[str, float]
-    """That planning took."""
+    """Wall seconds of each phase so far: planning."""
 
     @property
     def out(self) -> Path:
-        """Return what the output is called."""
+        """The absolute path of the output."""
         return self.wish.out
 
     @property
     def request(self) -> Request:
-        """Return the user's."""
+        """The request as the user made it."""
         return self.planned.request
 
     def report(self, made: Made | None = None) -> Report:
-        """Return what was done, or what would be."""
+        """Return the report of the finished merge; without ``made``, the report of a dry run."""
         request, plan = self.request, self.planned.plan
         shortage = [self.shortage] if self.shortage else []
         done = made or Made(seconds=self.seconds)
@@ -113,12 +116,15 @@ def prepare(
     storage = storage_of(request.out)
     out = storage.path(request.out)
     with clock("plan"), memory_for("planning"):
+        # A batch plans its jobs itself, to group them by base, and hands the plan in.
         planned = planned or plan_request(request, watch)
         plan = planned.plan
         useless = effect_issues(plan, planned.uses)
         raise_errors(useless)
         check_strict((*plan.issues, *useless), strict=request.strict)
         wish = Wish(out, request.resume, request.overwrite, MARKS, planned.read_files())
+        # `merge --dry-run` and `plan` may have no output at all. With one, a dry run says what would stop the
+        # real run.
         if request.out or not dry_run:
             storage.check_replaceable(wish)
         if not dry_run:
@@ -129,13 +135,18 @@ def prepare(
         budget = _budget(request, plan, on_gpu=device != "cpu")
         summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
         shortage = _shortage(out, summary)
+    # A dry run reports a full disk as an issue, and shows the rest of the plan too.
     if shortage and not dry_run:
         raise WriteError(str(shortage))
     return Prepared(planned, wish, device, budget, summary, (*useless, *issues), shortage, clock.seconds)
 
 
 def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
-    """Return the torch device for what is asked for, and what there is to say about it."""
+    """Return the torch device, then a warning where it is not the one that was asked for.
+
+    Raises:
+        RequestError: the machine has CUDA devices, but not this one.
+    """
     try:
         device, why = pick_device(wanted)
     except NoDeviceError as exc:
@@ -144,7 +155,7 @@ def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
 
 
 def _check_executor(request: Request, device: str) -> None:
-    """Check that an executor can run workers for a device.
+    """Check that the executor exists, and can run workers of a device.
 
     Raises:
         RequestError: it cannot.
@@ -158,11 +169,13 @@ def _check_executor(request: Request, device: str) -> None:
 
 
 def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
-    """Return how many workers a merge has, and how large their tiles are.
+    """Return the number of workers and the size of their tiles.
 
     Raises:
         RequestError: one worker alone needs more memory than the request allows.
     """
+    # Without --memory-limit, the free memory guides the choice but refuses nothing: it is an estimate of a
+    # moment.
     limit = machine.free_bytes() if request.memory_limit is None else parse_size(request.memory_limit)
     n_workers = 1 if request.executor == "serial" else request.workers
     in_processes = request.executor == "processes"
@@ -174,7 +187,7 @@ def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
 
 
 def _shortage(out: Path, summary: Summary) -> Issue | None:
-    """Return an issue when the disk is too small for the output."""
+    """Return a warning when the output needs more bytes than the disk has free; else None."""
     needed, free = summary.disk_needed_bytes, summary.disk_free_bytes
     if needed <= free:
         return None

@@ -1,4 +1,4 @@
-"""Going on where an interrupted run stopped: is it the same merge, what of it is there, and was it made of these inputs?"""
+"""Resuming an interrupted run: is it the same merge, which tensors are whole, and were they made of these inputs?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def fingerprint(
     plan: MergePlan, inputs: Inputs, digests: Sequence[str], options: Mapping[str, object]
 ) -> str:
-    """Return what two runs must have in common for one to go on where the other stopped.
+    """Return a digest that is equal for two runs exactly when one may resume the other.
 
     That is the plan, its inputs as they are, the options, and the versions that decide how it is carried out.
 
@@ -40,6 +40,7 @@ def fingerprint(
 
     digest = new_digest()
     versions = (__version__, metadata.version("torch"))
+    # surrogatepass: paths that are not UTF-8 hold lone surrogates.
     for part in (plan, lasting(inputs), digests, sorted(options.items()), versions):
         digest.update(repr(part).encode("utf-8", "surrogatepass"))
     return digest_text(digest)
@@ -71,6 +72,8 @@ def finished(
         return None
     slots = {slot.name: slot for step in plan.steps for slot in step.slots}
     before, now = left.changed, changed_times(inputs)
+    # An input whose time of change is what the interrupted run noted has not changed since. The others are
+    # read again, for each tensor that was made from them.
     same = frozenset(path for path, time in now.items() if before.get(path) == time)
     doubtful = {
         slot.name: step
@@ -78,6 +81,7 @@ def finished(
         if not same.issuperset(ref.file for ref in step.reads.values())
         for slot in step.slots
     }
+    # A journal may list a tensor twice, where a resumed run wrote it again: the last record counts.
     there = [
         _Written(
             record,
@@ -97,7 +101,7 @@ def finished(
 
 
 def _whole_steps(plan: MergePlan, records: Sequence[TensorRecord]) -> list[TensorRecord]:
-    """Return the records of steps that are done; one of which a part is missing is done again as a whole."""
+    """Return the records of complete steps. A step with a part missing is redone whole."""
     there = {record.name for record in records}
     done = {
         slot.name
@@ -110,20 +114,19 @@ def _whole_steps(plan: MergePlan, records: Sequence[TensorRecord]) -> list[Tenso
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """A tensor that a journal lists, and the place where it should be."""
+    """A tensor that a journal lists, and where it should be in the staged files."""
 
     record: TensorRecord
     ref: TensorRef
     step: Step | None
-    """What made it, where a source of it may have other bytes now."""
+    """The step that made it, if a source of it may have changed since; else None."""
 
     @property
     def nbytes(self) -> int:
-        """Return its size."""
         return self.ref.nbytes
 
     def is_whole(self) -> bool:
-        """Return True when it has the bytes that were written, and its source those that it was made of."""
+        """Read the tensor, and its sources if they are in doubt; return True when all have the digests in the record."""
         if tensor_digest(self.ref) != self.record.digest:
             return False
         if self.step is None:

@@ -1,4 +1,4 @@
-"""request → plan → the checkpoint: a run, or several of one base in one pass."""
+"""request → plan → checkpoint: one run, or several outputs of one base in one pass."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
         observer: hears of phases and bytes.
 
     Raises:
-        LoraMergeError: see `lora_merge.errors`. Nothing stands under the output's name then, but what
-            stood there before.
+        LoraMergeError: see `lora_merge.errors`. No output was created, and what had the output's name before is
+            untouched.
     """
     watch = observer or Silence()
     prepared = prepare(request, watch, dry_run=dry_run)
@@ -37,14 +37,16 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
 
 
 def carry_out(group: Sequence[Prepared], watch: Observer) -> Iterator[Report | Exception]:
-    """Make the outputs of some requests that have a base and a device in common, in one pass over the base.
+    """Make the outputs of several requests in one pass over their base. All have the same base and the same device.
 
     Yields:
-        The report of each, or what it alone failed of, as soon as that is known.
+        The report of each, or the error that it alone failed with, as soon as that is known.
 
     Raises:
-        LoraMergeError: what all of them failed of.
+        LoraMergeError: an error that all of them failed with.
     """
+    # One pass has one set of workers. The caller has formed the group so that it fits in memory
+    # (`batches.groups`); tiles must suit the output with the least room.
     smallest = min((one.budget for one in group), key=lambda budget: (budget.n_workers, budget.tile_elements))
     for one, made in zip(group, write(group, smallest, watch), strict=True):
         yield made.error or one.report(made)

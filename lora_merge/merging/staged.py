@@ -1,4 +1,4 @@
-"""One output while it is made: taken up, filled, sealed, verified, published."""
+"""One output while it is made: resumed or begun, filled, sealed, verified, published."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def take_place(prepared: Prepared) -> Destination:
-    """Take the place of an output.
+    """Lock the place of an output for this run.
 
     Raises:
         WriteError: another run holds it, or it cannot be made.
@@ -45,13 +45,14 @@ def take_place(prepared: Prepared) -> Destination:
 
 
 def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Observer) -> Staged:
-    """Begin an output, with what an interrupted run left of it where that is wanted.
+    """Begin an output; with --resume, from the tensors that an interrupted run has finished.
 
     Raises:
-        WriteError: what is left cannot be cleared.
+        WriteError: left-over files cannot be removed.
     """
     planned, clock = prepared.planned, Clock(prepared.seconds)
     digests = [use.adapter.digest for use in planned.uses]
+    # A GPU's bits may differ from the CPU's, so a run on another device is another merge.
     options = record_of(prepared.request) | {"device": prepared.device}
     merge = fingerprint(planned.plan, planned.inputs, digests, options)
     if not prepared.request.resume:
@@ -71,7 +72,7 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
 
 
 class Staged:
-    """One output while it is made. Workers know nothing of it: they have a spec, and send back records.
+    """One output while it is made; only the driver has it. Workers have a spec, and send back records.
 
     Args:
         prepared: what it is to be.
@@ -93,7 +94,7 @@ class Staged:
     ) -> None:
         self.prepared, self.place, self.clock = prepared, place, clock
         self.inputs: Inputs = prepared.planned.inputs
-        """The files that are read, and what was found in them."""
+        """The files that are read: their identities and the digests of what was found in them."""
 
         self._merge, self._notes = merge, list(notes)
         self._verdict: Verdict = NOT_VERIFIED
@@ -101,25 +102,26 @@ class Staged:
         self._unfinished = Unfinished(self.plan, records)
 
     def renew(self, path: str, before: FileIdentity, after: FileIdentity) -> None:
-        """Take note of a file of the base whose identity this run has changed."""
+        """Replace the identity of a base's file that this run itself has changed, by a hard link."""
         self.inputs = self.inputs.renewed(path, before, after)
 
     def read(self, readings: Mapping[Place, str]) -> None:
-        """Take note of what workers have read of its inputs."""
+        """Add the digests of what workers have read of the inputs."""
         self.inputs = self.inputs.with_readings(readings)
 
     @property
     def plan(self) -> MergePlan:
-        """What it is to be."""
+        """The plan of this output."""
         return self.prepared.planned.plan
 
     def left(self) -> list[Step]:
-        """Return what is still to be done."""
+        """Return the steps of which a tensor is not written yet, in the order of the plan."""
         done = {record.name for record in self._records}
         return [step for step in self.plan.steps if not done.issuperset(slot.name for slot in step.slots)]
 
     def reserve(self) -> list[tuple[str, FileIdentity, FileIdentity]]:
-        """Make its files, those that nothing changes as links where that is wanted.
+        """Create the output's files at their full size. Files that no delta touches become links, where that is
+        wanted and possible.
 
         Returns:
             The files of the base that got links: the identity of each before and after.
@@ -130,9 +132,12 @@ class Staged:
         """
         wanted, sources = self.prepared.request.link, whole_copies(self.plan)
         linked = sorted(set(sources.values()) & self.inputs.files.keys())
+        # A hard link moves the time of change of the base's file. The caller takes that time over, so that
+        # the file is not read again for it.
         before = {path: identity_at(path) for path in linked if wanted == "hard"}
         if wanted != "copy":
             refused = self.place.link(self.plan.files, sources, wanted or "reflink")
+            # Without --link, reflinks are only an attempt: falling back to copies is worth no note.
             if refused and wanted:
                 n_files, why = len(refused), next(iter(refused.values()))
                 sentence = (
@@ -145,24 +150,25 @@ class Staged:
         return [(path, identity, identity_at(path)) for path, identity in before.items()]
 
     def add(self, records: Sequence[TensorRecord]) -> None:
-        """Take note of what workers have written.
+        """Record tensors that workers have written, in the journal and here.
 
         Raises:
-            WriteError: it cannot be noted on the disk.
+            WriteError: the journal cannot be written.
         """
         self.place.note(records)
+        # The journal first: an interrupt in between loses no tensor that is written.
         self._records += records
         for name in self._unfinished.without(records):
             self.place.finish_file(name)
 
     def finish(self, watch: Heard) -> Made:
-        """Seal what is filled, verify it and give it its name.
+        """Seal, verify and publish the filled output.
 
-        What is wrong with it is the `error` of what is returned, whatever it is: the other outputs of the run are whole. Its
-        place is left as that demands.
+        Whatever is wrong with this output becomes the `error` of the result: the other outputs of the run are not
+        affected. Its staging is kept or cleared, as the error demands.
 
         Raises:
-            BaseException: the run is to end: it is interrupted, or its observer has failed.
+            BaseException: the run is to end: it was interrupted, or its observer failed.
         """
         error = None
         try:
@@ -185,17 +191,20 @@ class Staged:
         """Seal, verify and publish.
 
         Raises:
-            ChangedError: an input is not what it was.
-            VerifyError: the verification says no.
-            PlanError: there are warnings, and they count as errors.
-            WriteError: the disk does not take it.
+            ChangedError: an input has changed.
+            VerifyError: the verification failed.
+            PlanError: there are warnings, and --strict makes them errors.
+            WriteError: the disk refused something.
         """
         request = self.prepared.request
+        # Cheap (one stat per file), and a changed input explains all that follows better than a failed
+        # verification.
         check_names(self.inputs)
         with self.clock("seal"), watching(self.inputs) as seen:
             sealed = seal(self.place, self.plan, self._records, provenance_of(self.prepared.planned))
         with self.clock("seal"):
             self.inputs = seen.inputs()
+            # Side files were read in planning and are copied now: both readings must be of the same bytes.
             check_copied(self.inputs, self.plan, self.place.root)
             used = used_by(self.plan.steps, self._records)
             check(self.inputs, used, all_bytes=request.verify == "full")
@@ -203,6 +212,7 @@ class Staged:
             self._flush(watch)
         else:
             self._verify(request.verify, sealed, used, watch)
+            # Verifying takes a while: ask once more.
             check_names(self.inputs)
         survival = self._survival()
         check_effect(self.prepared.planned, self.place.root, survival)
@@ -221,7 +231,7 @@ class Staged:
         *,
         is_last: bool = False,
     ) -> None:
-        """Verify what is staged, and wait until the disk has it.
+        """Verify the staged files, and wait until the disk has them.
 
         A filesystem may set the time of a change late (network filesystems do), or something else writes there. So what
         changed meanwhile is verified once more, and then in full.
@@ -250,15 +260,16 @@ class Staged:
         after = self.place.listing()
         if after == before:
             return
+        # seen[:2] is (inode, size). Another inode or size is another file, not a time that was set late.
         if is_last or {name: seen[:2] for name, seen in after.items()} != {
             name: seen[:2] for name, seen in before.items()
         }:
             hint = "run again when nothing else writes to it"
             raise WriteError(f"{self.place.root}: changed while it was verified", hint=hint)
+        # Only times have moved. Sampled blocks would not show a write elsewhere, so everything is read.
         self._verify("full", sealed, used, watch, is_last=True)
 
     def _flush(self, watch: Observer) -> None:
-        """Wait until the disk has what is staged."""
         with self.clock("flush"):
             watch.phase("flushing", 0)
             self.place.flush()

@@ -1,4 +1,4 @@
-"""Are the inputs still what was read of them? By the files that have their names, and by their bytes where times may not tell."""
+"""Are the inputs still what was read of them? By identity, and by their bytes where times cannot tell."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 def check_names(inputs: Inputs) -> None:
-    """Check that each name may still be that of the file that was read, by inode, size and time of modification.
+    """Check that each input's name is still that of the file that was read: inode, size and time of modification are
+    equal.
 
     Raises:
-        ChangedError: one has changed, or is gone.
+        ChangedError: a file has changed, or is gone.
     """
     for path, file in inputs.files.items():
         if not file.may_be(identity_at(path)):
@@ -32,7 +33,7 @@ def check_names(inputs: Inputs) -> None:
 
 
 def check(inputs: Inputs, used: Mapping[Place, str], *, all_bytes: bool = False) -> None:
-    """Check that the inputs are what was read of them.
+    """Check that the inputs still hold the bytes that were read.
 
     Bytes are read again only where their change could have left no trace: where a file's time of change has moved and
     nothing else (a new link, `chmod`, a backup; or a write whose time was set back), and where the file was unsure from the
@@ -53,6 +54,8 @@ def check(inputs: Inputs, used: Mapping[Place, str], *, all_bytes: bool = False)
         if place.file in places:
             places[place.file].append((place, digest))
     for path, file in inputs.files.items():
+        # Where the kernel cannot say which pages are dirty, only pages in memory can hold a change that no
+        # time shows, so the disk is not read for it.
         cached_only = not (unsure[path] or file.is_known)
         ranges = ((0, file.identity.size),) if cached_only else unsure[path]
         wanted = [one for one in places[path] if _meet(one[0], ranges)]
@@ -62,10 +65,10 @@ def check(inputs: Inputs, used: Mapping[Place, str], *, all_bytes: bool = False)
 
 
 def _unsure(path: str, file: InputFile, *, all_bytes: bool) -> tuple[Range, ...]:
-    """Return which bytes of a file have to be looked at again.
+    """Return the byte ranges of a file that have to be read again.
 
     Raises:
-        ChangedError: another file has its name, or none.
+        ChangedError: another file has the name, or none.
     """
     now = identity_at(path)
     if not file.may_be(now):
@@ -91,7 +94,7 @@ def _compare(path: str, places: Sequence[tuple[Place, str]], *, cached_only: boo
 
 
 def used_by(steps: Iterable[Step], records: Iterable[TensorRecord]) -> dict[Place, str]:
-    """Return the places that some steps have read, and the digest of what was found there."""
+    """Return the places of the inputs that some steps have read, each with the digest of the bytes found there."""
     by_name = {record.name: record for record in records}
     found = {}
     for step in steps:
@@ -103,21 +106,23 @@ def used_by(steps: Iterable[Step], records: Iterable[TensorRecord]) -> dict[Plac
 
 
 def sources_of(step: Step, record: TensorRecord) -> list[tuple[TensorRef, str]]:
-    """Return the stored tensors that a step copied, or changed, and the digest of each as it was read."""
+    """Return the stored tensors that a step read, each with the digest of its bytes as they were read."""
+    # A copy's record has one digest, which is that of its source.
     digests = dict.fromkeys(step.reads, record.digest) if isinstance(step.op, Copy) else record.source
     return [(ref, digests.get(role, "")) for role, ref in step.reads.items()]
 
 
 def check_copied(inputs: Inputs, plan: MergePlan, root: Path) -> None:
-    """Check that the side files of an output that were looked into before are what was found in them then.
+    """Check that side files which planning has read are copied with the same bytes. The config is skipped where it is
+    patched.
 
     Args:
         inputs: what was read.
         plan: of the merge.
-        root: where the copies are.
+        root: the directory of the copies.
 
     Raises:
-        ChangedError: one is not.
+        ChangedError: a copy has other bytes.
     """
     for file in plan.side_files:
         known = inputs.readings.get(Place(file.source, 0, file.nbytes))
@@ -127,7 +132,7 @@ def check_copied(inputs: Inputs, plan: MergePlan, root: Path) -> None:
 
 
 def changed_times(inputs: Inputs) -> dict[str, int]:
-    """Return when each input has changed last, of those whose later changes have to show in that."""
+    """Return the ctime of each input, in nanoseconds, of those where every later change must show in it."""
     return {
         path: file.identity.changed
         for path, file in inputs.files.items()
@@ -136,7 +141,7 @@ def changed_times(inputs: Inputs) -> dict[str, int]:
 
 
 def lasting(inputs: Inputs) -> list[tuple[object, ...]]:
-    """Return what of the inputs has to be the same for a run that goes on where another stopped, another day perhaps.
+    """Return what of the inputs has to be equal for a run to resume another, perhaps on another day.
 
     Devices get other numbers with a restart, inodes with a mount of what is not local, and the time of change moves with
     each link: none of these is asked for.

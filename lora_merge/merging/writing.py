@@ -1,4 +1,4 @@
-"""The driver of a merge: places → files → work for the workers → sealed, verified and published, one output or several at once.
+"""The driver of a merge: places → files → pieces for the workers → sealed, verified and published, one output or several.
 
 It owns locks, journals, progress and clocks. Workers get a spec and pieces, and give back records (`lora_merge.core.work`).
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterator[Made]:
-    """Make every output, and read what they have in common once; yield what became of each when it is known.
+    """Make every output in one pass over their base; yield the result of each as soon as it is known.
 
     What goes wrong while they are made goes wrong for all of them. What is wrong with one alone, once it is filled, is
     its `Made.error`, and the others are finished.
@@ -75,7 +75,9 @@ def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterato
 
 
 def _abort(places: Sequence[Destination], exc: BaseException, heard: Heard) -> None:
-    """Leave some places as a fault demands; the error has the notes about them."""
+    """Leave the places as an error demands. The error gets the notes about what stays."""
+    # GeneratorExit: the caller stopped asking for results. Neither says anything against what is written, so
+    # both count as an interrupt and whole files stay.
     is_callers = isinstance(exc, GeneratorExit) or exc is heard.failure
     fault = KeyboardInterrupt() if is_callers else exc
     for place in places:
@@ -87,14 +89,14 @@ def _abort(places: Sequence[Destination], exc: BaseException, heard: Heard) -> N
 
 @dataclass(frozen=True, slots=True)
 class _Driver:
-    """Gives out work, and takes in what comes back: records to their outputs, seconds to the clocks."""
+    """Hands out pieces of work; gives the records that come back to their outputs, and the seconds to their clocks."""
 
     outputs: Sequence[Staged]
     budget: Budget
     watch: Observer
 
     def fill(self, loading: TorchLoading) -> None:
-        """Carry out every step that is not done: copies while torch loads, then the rest.
+        """Carry out every step that is not done: copies while torch loads (a second or more), then merges.
 
         Copies are flushed meanwhile; what is merged is on its way to the disk by itself.
         """
@@ -104,8 +106,12 @@ class _Driver:
         known = [output.inputs for output in outputs]
         with self._clocks("copy"), quick_turns(), watching(*known, is_noting=False) as seen:
             self._reserve()
+            # The sinks are asked for after `_reserve`: only then is it known which files are links and need
+            # no bytes.
             copying = CopySpec(tuple(output.place.sink for output in outputs), _files(outputs))
             self._work("copying", copying, filling.copies(left, order), "cpu", seen)
+            # Merged tiles are written past the page cache, and a flush of their file would hold the writers
+            # up.
             for output in outputs:
                 output.place.rest()
         with self._clocks("load"):
@@ -117,6 +123,7 @@ class _Driver:
                 copying.inputs,
                 first.device,
                 self.budget.tile_elements,
+                # One worker makes all outputs of a piece, so if one output is verified, all are projected.
                 is_checked=any(output.prepared.request.verify != "none" for output in outputs),
             )
             self._work("merging", merging, filling.merges(left, order), first.device, seen)
@@ -124,8 +131,9 @@ class _Driver:
             output.read(seen.inputs().readings)
 
     def _reserve(self) -> None:
-        """Make the files of every output. A hard link moves the time of change of a base's file, which is known to be ours then."""
+        """Create the files of every output."""
         for output in self.outputs:
+            # Other outputs of the same base must not take the new ctime of a linked file for a change.
             for path, before, after in output.reserve():
                 for other in self.outputs:
                     other.renew(path, before, after)
@@ -141,7 +149,7 @@ class _Driver:
         """Have workers carry out some pieces.
 
         Raises:
-            LoraMergeError: one of them failed.
+            LoraMergeError: a piece failed.
         """
         self.watch.phase(phase, sum(piece.nbytes for piece in pieces))
         n_workers, name = self.budget.n_workers, self.outputs[0].prepared.request.executor
@@ -156,7 +164,7 @@ class _Driver:
             raise
 
     def _take(self, done: Done, seen: Watch) -> None:
-        """Take in what a worker has done with one piece.
+        """Take in the result of one piece.
 
         Raises:
             ChangedError: it read other bytes than were there before.
@@ -174,7 +182,7 @@ class _Driver:
 
     @contextlib.contextmanager
     def _clocks(self, phase: str) -> Iterator[None]:
-        """Count the time of a block to every output."""
+        """Count the time of a block to every output: they share the work of it."""
         with contextlib.ExitStack() as stack:
             for output in self.outputs:
                 stack.enter_context(output.clock(phase))
@@ -182,5 +190,5 @@ class _Driver:
 
 
 def _files(outputs: Sequence[Staged]) -> Inputs:
-    """Return the files that all outputs are made from. What was read of them stays here: workers send what they read."""
+    """Return the input files of all outputs, without what was read of them: a worker sends only what it reads itself."""
     return Inputs({path: file for output in outputs for path, file in output.inputs.files.items()})

@@ -1,4 +1,4 @@
-"""One step → bytes: read, decode, apply, encode, fill. Knows no schedule and no destination.
+"""One step → bytes: read, decode, apply, encode, fill. It knows neither the schedule nor the destination.
 
 `merger` is the loop over the tiles of a tensor; `workbench` has the buffers that a tile passes through, on the CPU
 or on a GPU; `changing` applies the deltas; `sample` sees what the stored dtype keeps of them; `copying` moves what

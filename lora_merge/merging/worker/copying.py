@@ -1,4 +1,4 @@
-"""Copies: bytes that no delta touches. They are read once, for every output that wants them and for their digests."""
+"""Copies: tensors that no delta touches, read once for every output that wants them and for their digests."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ if TYPE_CHECKING:
     from lora_merge.storage.sources import Source
 
 COPY_BYTES = 1 << 18
-"""Of a copy, read, digested and written at once: what the processor's cache keeps from one to the next."""
+"""Block size of a copy: small enough to be still in the processor's cache when it is digested and then written."""
 
 
 class CopySink(Protocol):
-    """Where copies go; a writer is one."""
+    """Where copies go; `lora_merge.storage.destination.Sink` is one."""
 
     def copying(
         self, stretch: Stretch, source: Source
     ) -> AbstractContextManager[Callable[[memoryview], None]]:
-        """Open the slots of a stretch; the result takes the next bytes of its sources, which `source` holds."""
+        """Open the slots of a stretch; the result takes the next bytes of its sources, which are read from
+        ``source``.
+        """
 
 
 def copy(wanted: Sequence[tuple[CopySink, Stretch]], watch: Stopwatch) -> list[list[TensorRecord]]:
-    """Carry out the copies of one stretch of a source into every sink that wants it; return the records of each.
+    """Copy one stretch of a source into every sink that wants it; return the records of each sink's tensors.
 
     A tensor's digest is taken of its *source*, of the bytes that are written.
 
@@ -54,6 +56,8 @@ def copy(wanted: Sequence[tuple[CopySink, Stretch]], watch: Stopwatch) -> list[l
         digests = _Digests(stretch.sources)
         for block in read_blocks(source, first.start, stretch.nbytes, COPY_BYTES):
             watch.lap("copy")
+            # Of the source's bytes. Verification takes the digest again from the output, so equal digests
+            # mean equal bytes.
             digests.take(block)
             watch.lap("digest")
             for write in writes:
@@ -70,7 +74,7 @@ def copy(wanted: Sequence[tuple[CopySink, Stretch]], watch: Stopwatch) -> list[l
 
 
 class _Digests:
-    """The digests of tensors that lie one after the other, taken as their bytes pass."""
+    """Digests of tensors that lie one after the other, taken while their bytes pass in blocks of any size."""
 
     def __init__(self, refs: Sequence[TensorRef]) -> None:
         self._sizes = [ref.nbytes for ref in refs]

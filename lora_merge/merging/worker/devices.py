@@ -1,4 +1,4 @@
-"""Torch, set up for a merge: loaded in the background, one thread per worker, on the device that is asked for."""
+"""Torch, set up for a merge: loaded in the background, one thread per worker, on the device that was asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _COPYING = ("concurrent.futures.thread", "xxhash")
-"""What is imported on the way, when tensors are copied."""
+"""Modules that copying imports only when it begins."""
 
 _SWITCH_SECONDS = 2e-4
 """How long the thread that imports torch may keep the interpreter from those that copy; Python's own is 25 times
@@ -24,7 +24,7 @@ that, and a copy of a model asks for the interpreter a thousand times."""
 
 
 class NoDeviceError(Exception):
-    """There is no such device on this machine."""
+    """The machine has CUDA devices, but not the one that was asked for."""
 
 
 def pick_device(wanted: str) -> tuple[str, str]:
@@ -64,7 +64,10 @@ class _TorchThreads:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """Give torch one thread; afterwards this thread has its number again, and the last gives the process its own."""
+        """Give torch one thread in this thread. Afterwards this thread has its number again; the last user restores
+        the process's.
+        """
+        # Nested use: the outermost one restores.
         if getattr(self._local, "is_user", False):
             yield
             return
@@ -77,7 +80,6 @@ class _TorchThreads:
             self._local.is_user = False
 
     def _enter(self) -> int:
-        """Return the number that this thread had."""
         import torch
 
         with self._lock:
@@ -104,12 +106,14 @@ _TORCH_THREADS = _TorchThreads()
 
 
 def one_torch_thread() -> contextlib.AbstractContextManager[None]:
-    """Give torch one thread per worker while it lasts: its own pool would fight the workers."""
+    """Give torch one thread per worker while the context lasts. Workers are the parallelism; torch's own pool would
+    compete with them for the cores.
+    """
     return _TORCH_THREADS.one()
 
 
 def _in_new_thread(call: Callable[[], Result]) -> Result:
-    """Return what a call returns in a thread of its own."""
+    """Run a call in a new thread and return its result: a new thread takes torch's number for the process."""
     found: list[Result] = []
     thread = threading.Thread(target=lambda: found.append(call()))
     thread.start()
@@ -118,7 +122,7 @@ def _in_new_thread(call: Callable[[], Result]) -> Result:
 
 
 class TorchLoading:
-    """Imports torch in the background, for what can be done meanwhile without it.
+    """Imports torch in the background (a second or more), while copying goes on without it.
 
     After an error nobody waits for it: an interrupt may have struck inside another import, and left a lock
     held that this one needs. What copying imports is imported before, because Python swallows an interrupt that
@@ -139,7 +143,11 @@ class TorchLoading:
             self._failure = exc
 
     def wait(self) -> None:
-        """Wait until it is there, or raise what kept it from being there."""
+        """Wait until torch is imported.
+
+        Raises:
+            BaseException: what the import raised.
+        """
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -149,5 +157,5 @@ _TURNS = Borrowed(sys.getswitchinterval, sys.setswitchinterval, _SWITCH_SECONDS)
 
 
 def quick_turns() -> contextlib.AbstractContextManager[None]:
-    """Let threads take turns more often than Python does by itself, while one of them imports."""
+    """Let threads take turns every 0.2 ms (`_SWITCH_SECONDS`) instead of Python's 5 ms, while one of them imports."""
     return _TURNS.changed()

@@ -1,4 +1,4 @@
-"""The way of a tile through a worker's buffers: read or taken over, changed, encoded, written, once for each output."""
+"""The way of a tile through a worker's buffers: read or taken over, changed, encoded, written; once for each output."""
 
 from __future__ import annotations
 
@@ -29,41 +29,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """One output's part of the work on a weight."""
+    """One output's part of the work on one weight."""
 
     step: Step
     working: Working
     sample: Sample
     filled: Filled
     passing: Passing | None
-    """What looks at tiles as they pass."""
+    """What looks at the tiles for the verification that follows; None where nothing is verified."""
 
     survey: torch.Tensor | None
-    """What its codec has to know of all values."""
+    """What the codec found out about all values (`Codec.look`); None where it needs nothing."""
 
     op: Merge
     codec: Codec
-    """Of what is written."""
+    """Of the storage that is written."""
 
     is_same: bool
-    """True where that is stored as what is read."""
+    """True when the weight is written in the storage that it is read from."""
 
     def parts(self, tile: Tile, read: Parts) -> Parts:
-        """Return what a tile is written as."""
+        """Return the parts that a tile is written as, with the byte ranges of each."""
         return read if self.is_same else Parts(self.op.target, self.codec.ranges(tile, self.op.target))
 
     def encode(self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor]) -> None:
-        """Encode a tile; a codec that stays the same sees the parts that the values were decoded from."""
+        """Encode a tile. A codec that writes what it read also sees the stored parts, such as their scales."""
         frame.encode(self.codec, tile, self.survey, stored if self.is_same else None)
 
     def take(self, n: int, frame: Frame, written: Parts) -> None:
-        """Write a tile, once it is complete."""
+        """Write a tile whose encoding is complete (`Frame.wait`)."""
         self.filled.take(frame, written.ranges)
         if self.passing is not None:
             self.passing.after(n, frame, written.ranges)
 
     def records(self, sources: Mapping[str, str]) -> tuple[TensorRecord, ...]:
-        """Return the evidence, once all tiles are written: of each part, the first of which speaks for the values.
+        """Return the records of all parts, once all tiles are written. The record of the first part speaks for the
+        values.
 
         Args:
             sources: the digests of what was read of the base, by role.
@@ -90,7 +91,9 @@ class Filling:
 
 
 class Loop:
-    """The way of a tile through a worker's buffers, of one output after the other."""
+    """The loop's body: one tile through the buffers, for one output after the other. On a GPU several tiles are under
+    way.
+    """
 
     def __init__(self, bench: Workbench, reader: WeightReader, watch: Stopwatch) -> None:
         self._bench, self._reader, self._watch = bench, reader, watch
@@ -98,7 +101,7 @@ class Loop:
         self._under_way: deque[tuple[Filling, int, Frame, Parts]] = deque()
 
     def tile(self, output: Filling, n: int, tile: Tile, read: Parts, shared: Frame | None) -> None:
-        """Read or take over a tile, change it and encode it; what was begun before is written as room is needed.
+        """Read or take over a tile, change it and encode it. Earlier tiles are written when their buffers are needed.
 
         Args:
             output: whose tile.
@@ -111,6 +114,7 @@ class Loop:
         watch, op = self._watch, output.op
         changers = output.working.on(start, end)
         watch.lap("prepare")
+        # The next frame's buffers are still in use by the oldest tile, so that one is written first.
         if len(self._under_way) == self._bench.depth:
             self._take()
         written = output.parts(tile, read)
@@ -122,6 +126,7 @@ class Loop:
         else:
             frame.values.copy_(shared.values)
         watch.lap("decode")
+        # Before the change, which is made in place.
         if output.passing is not None:
             output.passing.before(n, shared or frame)
             watch.lap("check")
@@ -134,7 +139,7 @@ class Loop:
         self._under_way.append((output, n, frame, written))
 
     def finish(self) -> None:
-        """Write what is still under way."""
+        """Write the tiles that are still under way."""
         while self._under_way:
             self._take()
 
@@ -145,17 +150,17 @@ class Loop:
 
 
 class Filled:
-    """What of a weight's places is filled: tile after tile, in order."""
+    """Writes the tiles of one weight in order, takes the digest of each part, and sees whether every value is finite."""
 
     def __init__(self, fills: Mapping[str, Callable[[memoryview], None]], watch: Stopwatch) -> None:
         self._fills, self._watch = fills, watch
         self._digests = {role: new_digest() for role in fills}
         self._done = dict.fromkeys(fills, 0)
         self.finite = True
-        """False once a value was not."""
+        """False after a tile with NaN or infinity."""
 
     def take(self, frame: Frame, ranges: Mapping[str, PartRange]) -> None:
-        """Write a tile."""
+        """Write a tile. Waits for the device first."""
         frame.wait()
         self._watch.lap("wait")
         pieces = [
@@ -173,7 +178,9 @@ class Filled:
         self._watch.lap("encode")
 
     def _new(self, role: str, found: PartRange, content: memoryview) -> Iterator[memoryview]:
-        """Yield what of a part is not written yet: the scale of a whole tensor comes with every tile."""
+        """Yield the pieces of a part that are not written yet. The scale of a whole tensor comes with every tile, and
+        is written once.
+        """
         at, done = 0, self._done[role]
         for first, nbytes in found.ranges:
             if first == done:
@@ -185,5 +192,5 @@ class Filled:
         self._done[role] = done
 
     def digest(self, role: str) -> str:
-        """Return the digest of all that was written to a part."""
+        """Return the digest of all bytes of a part, once they are written."""
         return digest_text(self._digests[role])

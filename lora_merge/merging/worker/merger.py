@@ -39,20 +39,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One weight of one output: what it is made by, and where it goes."""
+    """One weight of one output: the step that makes it, and the sink that it goes to."""
 
     step: Step
     sink: Sink
 
     @property
     def op(self) -> Merge:
-        """Return what is done."""
+        """The step's operation, which is a merge."""
         assert isinstance(self.step.op, Merge)
         return self.step.op
 
 
 def row_multiple(op: Merge) -> int:
-    """Return the rows that tiles begin at multiples of: those of the storage that is read, and of what is written."""
+    """Return the number of rows that every tile begins at a multiple of: what the codecs of source and target need,
+    both.
+    """
     shape, n_rows = op.source.shape, op.view.n_rows
     return math.lcm(
         *(CODECS[one.codec].alignment(shape, n_rows, one)[0] for one in (op.source.storage, op.target))
@@ -60,12 +62,13 @@ def row_multiple(op: Merge) -> int:
 
 
 def alike(op: Merge) -> tuple[object, ...]:
-    """Return what merges have in common whose source may be read once for all of them."""
+    """Return a key that is equal for merges which may share one reading of their source."""
     return (op.source, op.view, op.reach == "tensor", row_multiple(op))
 
 
 class Merger:
-    """Carries out steps: ``merger(step)`` fills the step's places and returns a record for each.
+    """Carries out steps: ``merger(step)`` fills the step's places and returns a record for each. One thread may use
+    it.
 
     It keeps buffers, and belongs to one thread.
 
@@ -116,10 +119,11 @@ class Merger:
                 assert_never(step.op)
 
     def together(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]]:
-        """Make one stored weight into several, for which it is read and decoded once; return the records of each.
+        """Merge one stored weight for several outputs; it is read and decoded once. Return the records of each
+        output.
 
         Args:
-            orders: of which all have the same source, view and tiles (`alike`).
+            orders: all of the same source, view and tiles (`alike`).
 
         Raises:
             CheckpointError: a source cannot be read.
@@ -142,6 +146,7 @@ class Merger:
             for n, (start, end) in enumerate(tiles):
                 tile = reader.tile(start, end)
                 read = Parts(op.source.storage, reader.ranges(tile))
+                # A single output reads into its own buffers. Several each change a copy of one decoded tile.
                 shared = self._shared(reader, tile, op) if len(outputs) > 1 else None
                 watch.lap("read")
                 for output in outputs:
@@ -151,7 +156,7 @@ class Merger:
         return [output.records(digests) for output in outputs]
 
     def _tiles(self, order: Order) -> list[tuple[int, int]]:
-        """Return the row ranges of a weight that have anything in them."""
+        """Return the row ranges of a weight that are not empty."""
         op = order.op
         found = op.tiles(self._tile_elements, row_multiple(op))
         return [(start, end) for start, end in found if (end - start) * op.view.columns]
@@ -159,7 +164,7 @@ class Merger:
     def _output(
         self, order: Order, tiles: Sequence[tuple[int, int]], stack: contextlib.ExitStack, watch: Stopwatch
     ) -> Filling:
-        """Return an output's part of the work, its slots open."""
+        """Return what one output needs for the loop; its slots stay open until the stack ends."""
         op, writes = order.op, order.step.writes
         survey = self._survey(order, tiles) if CODECS[op.target.codec].survey == "tensor" else None
         fills = {role: stack.enter_context(order.sink.open(slot)) for role, slot in writes.items()}
@@ -171,11 +176,13 @@ class Merger:
         )
 
     def _working(self, op: Merge) -> Working:
-        """Return the deltas of a step, none of them loaded yet."""
+        """Return the deltas of a step; their factors are loaded when the first row needs them."""
         return Working(op, lambda delta: self._algebra(op, delta))
 
     def _survey(self, order: Order, tiles: Sequence[tuple[int, int]]) -> torch.Tensor | None:
-        """Return what the codec has to know of all values before it encodes the first: they are computed once for that."""
+        """Return what the codec has to know of all values before it encodes the first. All values are computed for
+        this, and a second time to be encoded: no tensor is held whole.
+        """
         op, working, found = order.op, self._working(order.op), None
         codec, target = CODECS[op.source.storage.codec], CODECS[op.target.codec]
         bench = self._workbench("looking", Workbench)
@@ -189,7 +196,7 @@ class Merger:
         return found
 
     def _read(self, bench: Workbench, reader: WeightReader, tile: Tile, columns: int) -> Frame:
-        """Return a frame with what some rows are stored as."""
+        """Return a frame whose `raw` buffers hold the stored bytes of a tile."""
         read = Parts(reader.weight.storage, reader.ranges(tile))
         frame = bench.frame(tile.end - tile.start, columns, read, read)
         frame.wait()
@@ -197,13 +204,15 @@ class Merger:
         return frame
 
     def _shared(self, reader: WeightReader, tile: Tile, op: Merge) -> Frame:
-        """Return a tile of the base, decoded, for several outputs."""
+        """Return a decoded tile of the base that several outputs copy from."""
         frame = self._read(self._workbench("shared", Workbench), reader, tile, op.view.columns)
         frame.decode(CODECS[op.source.storage.codec], tile)
         return frame
 
     def _algebra(self, op: Merge, delta: PlacedDelta) -> Changer:
-        """Return a delta with its factors loaded, on the device, and the weight surveyed if it asks for that."""
+        """Return the algebra of a delta: factors loaded and on the device, the weight surveyed where it needs whole
+        columns.
+        """
         factors = {
             role: tensor.to(self._device)
             for role, tensor in self._factors.of(delta.delta, delta.part).items()
@@ -211,13 +220,16 @@ class Merger:
         algebra = ALGEBRAS[delta.algebra](delta, factors, op.target.value_dtype)
         block = Block.of(op.view, delta.region.box)
         placed: Changer = Part(algebra, block) if delta.region.box else algebra
+        # DoRA on a weight stored [in, out]: norms of columns must be known before the first row can be
+        # changed.
         if delta.reach == "columns":
             ((first, last),) = block.row_ranges()
             placed.survey(self._panels(op, first, last))
         return placed
 
     def _panels(self, op: Merge, first: int, last: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield some rows of the stored weight in panels of whole columns; they are read once for each.
+        """Yield some rows of the stored weight in panels of whole columns: left, right, values. The rows are read
+        once for each panel.
 
         It has a workbench of its own: tiles may be under way on the other.
         """

@@ -1,4 +1,4 @@
-"""What looks at the tiles of a tensor as they pass, for the verification that follows: projections, digests of some tiles.
+"""What looks at the tiles of a tensor while they pass, for verification: random projections, and digests of some tiles.
 
 It is given bytes, as they were read and as they are written, and nothing that the merge made of them.
 """
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from lora_merge.merging.worker.workbench import Frame
 
 BLOCK_EVERY = 8
-"""One tile in so many is read back from the disk, where not all are."""
+"""One tile in eight is read back from the disk, where not all are: its digest is taken while it is in the cache."""
 
 _VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, Pattern], TileViews]] = WeakKeyDictionary()
-"""Of the buffers of each frame: they stay the same from tile to tile."""
+"""Views of each frame's buffers. They are the same for every tile of a shape, so they are made once."""
 
 
 class Passing:
-    """The eyes on one weight. Only plain tensors are projected: what a codec makes of a value depends on others.
+    """Looks at every tile of one weight. Only plain tensors are projected: what a codec makes of a value depends on
+    others.
 
     Args:
         op: what is done to it.
@@ -44,16 +45,17 @@ class Passing:
         slot = next(iter(writes.values()))
         is_plain = op.source.storage.is_dense and op.target.is_dense
         self._projection = Projection(op, slot, tiles) if is_plain else None
+        # By the tensor's name: the same tiles in every run, and not the same ones in every tensor.
         self._drawn = zlib.crc32(slot.name.encode()) % min(BLOCK_EVERY, max(len(tiles), 1))
         self._blocks: dict[str, list[tuple[int, int, str]]] = {role: [] for role in writes}
 
     def before(self, n: int, frame: Frame) -> None:
-        """Look at a tile as it was read."""
+        """Project a tile as it was read."""
         if self._projection is not None:
             self._projection.before(n, self._views(self._projection, n, frame, "raw"))
 
     def after(self, n: int, frame: Frame, ranges: Mapping[str, PartRange]) -> None:
-        """Look at a tile as it is written."""
+        """Project a tile as it is written, and take its digest if it is one of those drawn."""
         if n % BLOCK_EVERY == self._drawn:
             for role, part in ranges.items():
                 self._take_digests(role, part, frame.encoded[role])
@@ -78,7 +80,7 @@ class Passing:
         return found[key]
 
     def suspects(self) -> tuple[tuple[int, int], ...] | None:
-        """Return the rows to be looked at again; None where nothing can be said.
+        """Return the row ranges whose projections do not match the expected change; None where nothing is projected.
 
         Raises:
             CheckpointError: a factor cannot be read.
@@ -86,5 +88,5 @@ class Passing:
         return self._projection.suspects() if self._projection is not None else None
 
     def blocks(self, role: str) -> tuple[tuple[int, int, str], ...]:
-        """Return digests of some tiles of a part: offset in the part, bytes, digest."""
+        """Return the digests of the drawn tiles of a part: offset in the part, size in bytes, digest."""
         return tuple(self._blocks[role])

@@ -1,4 +1,4 @@
-"""A look at a few rows before and after, to see what the stored dtype kept of the delta."""
+"""A few rows before and after the merge: how much of the delta the stored dtype kept."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from lora_merge.merging.worker.workbench import Frame
 
 SAMPLE_ELEMENTS = 1 << 14
-"""Elements of a merged tensor that are looked at again."""
+"""At most so many elements of each merged tensor are compared."""
 
 
 class Sample:
-    """The first rows of the tile in the middle of a tensor, kept as they were before the merge.
+    """The first rows of the middle tile of a tensor, kept as they were before the merge.
 
     Nothing waits for the device until `survival` is asked for. Of a tensor in which rows are trained one by one there
     is none: it would miss them.
@@ -32,17 +32,18 @@ class Sample:
 
     def __init__(self, op: Merge, n_tiles: int) -> None:
         self._target = op.target
+        # -1 is no tile's number.
         self._tile = n_tiles // 2 if any(not delta.facts.replaces_rows for delta in op.deltas) else -1
         self._before: torch.Tensor | None = None
         self._found: torch.Tensor | None = None
 
     def before(self, tile: int, frame: Frame) -> None:
-        """Keep some rows of a tile, if it is the one."""
+        """Keep the rows of a tile, if it is the middle one."""
         if tile == self._tile:
             self._before = self._rows(frame.values).clone()
 
     def after(self, tile: int, frame: Frame, rows: Tile) -> None:
-        """Compare what was wanted of them with what will be stored."""
+        """Compare the wanted change of the rows with the change that will be stored."""
         if tile != self._tile or self._before is None:
             return
         import torch
@@ -51,19 +52,22 @@ class Sample:
         kept = self._stored(frame, rows) - self._before
         touched, norm = wanted != 0, torch.linalg.vector_norm
         lost = (kept == 0) & touched
+        # On the device: reading the numbers here would wait for the GPU in the middle of the loop.
         self._found = torch.stack(
             [norm(self._before), norm(wanted), norm(kept - wanted), touched.sum().float(), lost.sum().float()]
         )
 
     def survival(self) -> Survival | None:
-        """Return what became of the delta in these rows; None where there are none."""
+        """Return the norms of weight, delta and rounding error in these rows, and the share of values that did not
+        change; None where nothing was sampled.
+        """
         if self._found is None:
             return None
         weight, delta, error, n_touched, n_lost = self._found.tolist()
         return Survival(weight, delta, error, unchanged=n_lost / n_touched if n_touched else 0.0)
 
     def _stored(self, frame: Frame, rows: Tile) -> torch.Tensor:
-        """Return what will be read of these rows, as float32."""
+        """Return the rows as they will be read from the output, float32."""
         import torch
 
         if self._target.is_dense:

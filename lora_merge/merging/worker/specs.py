@@ -1,4 +1,4 @@
-"""Workers of a merge: a piece in, the records of its tensors out.
+"""Workers of a merge: they get a piece, and give back the records of its tensors.
 
 A worker owns buffers and a device. It opens what it reads and writes by name, for each piece, so that the spec that it is
 made from can be sent to another process.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CopySpec:
-    """Workers that copy: they need no torch."""
+    """Makes workers that copy. They need no torch."""
 
     sinks: tuple[Sink, ...]
     """Where each output's bytes go, by its number."""
@@ -40,13 +40,15 @@ class CopySpec:
 
     @contextlib.contextmanager
     def make(self, n: int) -> Iterator[list[CopyWorker]]:
-        """Yield workers for the threads of one process."""
+        """Yield n workers for the threads of one process."""
         yield [CopyWorker(self) for _ in range(n)]
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSpec:
-    """Workers that merge: torch has one thread for each while they last, and they share stacks of factors."""
+    """Makes workers that merge. Those of one process share stacks of factors, and torch has one thread for each while
+    they last.
+    """
 
     sinks: tuple[Sink, ...]
     """Where each output's bytes go, by its number."""
@@ -65,24 +67,25 @@ class MergeSpec:
 
     @contextlib.contextmanager
     def make(self, n: int) -> Iterator[list[MergeWorker]]:
-        """Yield workers for the threads of one process."""
+        """Yield n workers for the threads of one process; on leaving, torch has its threads again."""
         factors = Factors(load)
         with one_torch_thread():
             yield [MergeWorker(self, factors) for _ in range(n)]
 
 
 class CopyWorker:
-    """Copies runs of tensors; of what several outputs want, it is read once."""
+    """Copies runs of tensors. A run that several outputs want is read once."""
 
     def __init__(self, spec: CopySpec) -> None:
         self._sinks, self._time = spec.sinks, Stopwatch()
+        # Nothing is noted: the records of copies have the digests of what was read.
         self._watch = Watch(Inputs(spec.inputs.files), is_closed=True, is_noting=False)
 
     def __call__(self, piece: Piece) -> Done:
-        """Carry out the copies.
+        """Copy one run to every output that wants it.
 
         Raises:
-            CheckpointError: a source cannot be read, or is not what it was.
+            CheckpointError: a source cannot be read, or has changed.
             WriteError: the disk is full or cannot be written.
         """
         wanted = [(self._sinks[number], Stretch(steps)) for number, steps in piece.wanted]
@@ -97,7 +100,7 @@ class CopyWorker:
 
 
 class MergeWorker:
-    """Makes one stored tensor into that of every output that wants it; it is read once."""
+    """Merges one stored weight for every output that wants it; it is read once."""
 
     def __init__(self, spec: MergeSpec, factors: Factors) -> None:
         self._sinks, self._time = spec.sinks, Stopwatch()
@@ -107,10 +110,10 @@ class MergeWorker:
         self._watch = Watch(Inputs(spec.inputs.files), is_closed=True)
 
     def __call__(self, piece: Piece) -> Done:
-        """Carry out the merges.
+        """Merge one weight into every output that wants it.
 
         Raises:
-            CheckpointError: a source cannot be read, or is not what it was.
+            CheckpointError: a source cannot be read, or has changed.
             WriteError: the disk is full or cannot be written.
             OutOfMemoryError: there is no memory left for it.
         """

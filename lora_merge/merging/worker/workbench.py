@@ -20,20 +20,22 @@ if TYPE_CHECKING:
     from lora_merge.codecs import Codec
 
 CUDA_DEPTH = 3
-"""Tiles of one worker that are under way at once on a GPU: one is read and one written while one is computed."""
+"""Tiles of one worker under way at once on a GPU: one is uploaded and one downloaded while one is computed."""
 
 _MOST_FRAMES = 64
-"""Shapes of tiles whose views are kept."""
+"""Frames that are kept; where there are more shapes, all are dropped and made again."""
 
 
 class Parts(NamedTuple):
-    """What of a stored weight, or of one to be stored, belongs to a tile."""
+    """The storage of a tile, and the byte range of each part that belongs to it; of what is read, or of what is
+    written.
+    """
 
     storage: Storage
     ranges: Mapping[str, PartRange]
 
     def key(self) -> object:
-        """Return what decides on the buffers, beside the rows and columns of the tile."""
+        """Return what the sizes of the buffers depend on, apart from the tile's rows and columns."""
         if self.storage.is_dense:
             return self.storage.dtype
         return (self.storage, *(part.shape for part in self.ranges.values()))
@@ -57,19 +59,24 @@ class Frame:
         self._prepare(written.storage)
 
     def _views(self, place: Place, use: str, parts: Parts) -> dict[str, torch.Tensor]:
-        """Return role → a buffer in the shape of the part; float32 stays where it is computed."""
+        """Return role → buffer in the shape of the part. A float32 part is the buffer that is computed in: no copy,
+        no conversion.
+        """
         if parts.storage == FLOAT32 and use in {"raw", "encoded"}:
             return dict.fromkeys(parts.ranges, self.values)
         return {role: place.seen(use, role, part.shape, part.dtype) for role, part in parts.ranges.items()}
 
     def _prepare(self, target: Storage) -> None:
-        """Find out where a value shows that is not finite: in floats that are written, or in what was encoded."""
+        """Choose the buffers in which a NaN or an infinity shows: floats that are written, or values before they are
+        encoded.
+        """
         import torch
 
         floats = {getattr(torch, name) for name in TORCH_NAMES.values()}
         found = [part for part in self.rounded.values() if part.dtype in floats]
         self._floats = found if target.is_dense else [self.values, *found]
         self._axes = [tuple(range(part.dim())) for part in self._floats]
+        # Filled by `torch.sum(out=…)` for every tile, so that the loop allocates nothing.
         self._totals = [self._total(part) for part in self._floats]
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:
@@ -78,7 +85,7 @@ class Frame:
         return torch.empty((), dtype=part.dtype)
 
     def decode(self, codec: Codec, tile: Tile) -> None:
-        """Make `values` of what was read."""
+        """Decode `stored` into `values`."""
         codec.decode(tile, self.stored, self.values)
 
     def encode(
@@ -88,7 +95,7 @@ class Frame:
         survey: torch.Tensor | None = None,
         stored: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Make what is written of `values`; see `Codec.encode`."""
+        """Encode `values` into `rounded`; see `Codec.encode` for the arguments. Sums for `is_finite` are taken here."""
         import torch
 
         codec.encode(tile, self.values, self.rounded, survey, stored)
@@ -96,7 +103,7 @@ class Frame:
             torch.sum(part, dim=axes, out=total)
 
     def wait(self) -> None:
-        """Wait until `encoded` is complete, and `raw` may be overwritten."""
+        """Wait until `encoded` is complete and `raw` may be overwritten. On the CPU both are so at once."""
 
     def is_finite(self) -> bool:
         """Return True when every value that is written is finite.
@@ -136,7 +143,7 @@ class CudaFrame(Frame):
         return torch.empty((), dtype=part.dtype, pin_memory=True)
 
     def decode(self, codec: Codec, tile: Tile) -> None:
-        """Upload what was read, and make `values` of it."""
+        """Upload the stored bytes, and decode them on the GPU."""
         for role, landing in self._landing.items():
             self.stored[role].copy_(landing, non_blocking=True)
         codec.decode(tile, self.stored, self.values)
@@ -149,7 +156,7 @@ class CudaFrame(Frame):
         survey: torch.Tensor | None = None,
         stored: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Make what is written of `values`, and download it."""
+        """Encode on the GPU, and download the result. Neither is waited for."""
         codec.encode(tile, self.values, self.rounded, survey, stored)
         for role, leaving in self._leaving.items():
             leaving.copy_(self.rounded[role], non_blocking=True)
@@ -158,12 +165,12 @@ class CudaFrame(Frame):
         self._event.record()
 
     def wait(self) -> None:
-        """Wait for the GPU."""
+        """Wait until the GPU has done all that was asked for this frame."""
         self._event.synchronize()
 
 
 class Place:
-    """One set of buffers: each as large as the largest tile so far, and the frames that look at them."""
+    """One set of buffers, each as large as the largest tile so far, and the frames that are views of them."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -176,11 +183,12 @@ class Place:
             self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def frame(self, rows: int, columns: int, read: Parts, written: Parts) -> Frame:
-        """Return the frame of a shape and two storages."""
+        """Return the frame for a tile's shape and its two storages; it is made once and kept."""
         key = (rows, columns, read.key(), written.key())
         found = self._frames.get(key)
         if found is None:
             if len(self._frames) >= _MOST_FRAMES:
+                # Frames hold views of the old buffer.
                 self._frames.clear()
             made = Frame if self.event is None else CudaFrame
             found = made(self, rows, columns, read, written)
@@ -188,7 +196,8 @@ class Place:
         return found
 
     def seen(self, use: str, role: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-        """Return the beginning of a buffer in some shape; a buffer that is too small is replaced, frames and all.
+        """Return the first bytes of a buffer as a tensor. A buffer that is too small is replaced, and all frames with
+        it.
 
         Args:
             use: what the buffer is for; role: of the part that it holds, if it holds one.
@@ -212,7 +221,7 @@ class Place:
 
 
 class Workbench:
-    """The places of one worker, taken in turn.
+    """The places of one worker, used in turn.
 
     Args:
         device: a torch device.
@@ -226,11 +235,11 @@ class Workbench:
 
     @classmethod
     def of(cls, device: str) -> Workbench:
-        """Return a workbench for a device, as deep as pays there."""
+        """Return a workbench for a device: depth 1 on the CPU, `CUDA_DEPTH` on a GPU."""
         return cls(device, 1 if device == "cpu" else CUDA_DEPTH)
 
     def frame(self, rows: int, columns: int, read: Parts, written: Parts) -> Frame:
-        """Return the next place's frame for a tile; what it held `depth` tiles ago is gone.
+        """Return the frame of the next place. What that place held `depth` tiles ago is overwritten.
 
         Args:
             rows: of the tile; columns: of it.
@@ -242,7 +251,7 @@ class Workbench:
 
 
 def _bytes(tensors: Mapping[str, torch.Tensor]) -> dict[str, memoryview]:
-    """Return the memory of some tensors on the host."""
+    """Return the memory of tensors on the host as bytes, by role; nothing is copied."""
     import torch
 
     return {role: tensor.view(-1).view(torch.uint8).numpy().data for role, tensor in tensors.items()}
