@@ -1,1 +1,1 @@
-"""Where bytes are: texts that name them, what is read of them, and how they are written."""
+"""Storage: texts that name files, sources that are read, and destinations that outputs are written to."""

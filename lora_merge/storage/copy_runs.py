@@ -1,4 +1,4 @@
-"""Copies that lie together: neighbours, which are one piece of work, and files of nothing but copies."""
+"""Runs of adjacent copies, each one piece of work; and output files that consist of copies only."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
 
 STRETCH_BYTES = 64 << 20
-"""Of a stretch of several tensors, at most, so that the work is shared out evenly."""
+"""The most bytes of a stretch of several tensors, so that work is shared out evenly among workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Copies that lie one after the other, in their source as in their output."""
+    """Copies that are adjacent in the source file and in the output file, in the same order: one read and one write
+    range.
+    """
 
     steps: tuple[Step, ...]
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:
-        """Return what is copied, in order."""
+        """The stored tensors that are copied, in order."""
         return tuple(_source(step) for step in self.steps)
 
     @property
     def slots(self) -> tuple[TensorRef, ...]:
-        """Return where it is copied to, in order."""
+        """Their places in the output, in order."""
         return tuple(slot for step in self.steps for slot in step.slots)
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all its tensors."""
+        """Bytes of all its tensors."""
         return sum(step.nbytes for step in self.steps)
 
 
 def stretches(steps: Iterable[Step], most_bytes: int = STRETCH_BYTES) -> list[Stretch]:
-    """Return copies in stretches, in the order they come in.
+    """Group copies into stretches; the order stays as it is.
 
     Args:
         steps: copies, in the order of the output's bytes.
@@ -51,6 +53,7 @@ def stretches(steps: Iterable[Step], most_bytes: int = STRETCH_BYTES) -> list[St
     for step in steps:
         if not found or step.nbytes > room or not _follows(found[-1][-1], step):
             found.append([])
+            # A tensor larger than `most_bytes` is a stretch by itself.
             room = max(most_bytes, step.nbytes)
         found[-1].append(step)
         room -= step.nbytes
@@ -58,10 +61,11 @@ def stretches(steps: Iterable[Step], most_bytes: int = STRETCH_BYTES) -> list[St
 
 
 def whole_copies(plan: MergePlan) -> dict[str, str]:
-    """Return the output's files that may be the base's own: name → the file that all of its tensors come from.
+    """Return output file → base file, for output files whose tensors are all copies from that one file, at the same
+    offsets.
 
-    All tensors of such a file are copies, and lie in it as they do in the base's. Whether the headers are the same
-    text is for whoever opens them to see.
+    Such a file may be a link of the base's. Whether the two headers are equal is not asked here: whoever opens the
+    files compares them.
     """
     sources: dict[str, set[str]] = {file.name: set() for file in plan.files}
     for step in plan.steps:
@@ -72,7 +76,7 @@ def whole_copies(plan: MergePlan) -> dict[str, str]:
 
 
 def _follows(before: Step, step: Step) -> bool:
-    """Return True where one copy begins where another ends, on both sides."""
+    """Return True when a copy begins where another one ends, in the source and in the output."""
     return _touch(_source(before), _source(step)) and _touch(before.slots[-1], step.main)
 
 

@@ -1,4 +1,4 @@
-"""Bytes from a source into a file, read once: digests are taken and files filled as the blocks pass.
+"""Copies bytes from a source into a file in one reading: the digest is taken, and the file filled, block by block.
 
 What a filesystem lets two files share (XFS, btrfs) is read for its digest, and not written.
 """
@@ -28,7 +28,7 @@ _FICLONE, _FICLONERANGE = 0x40049409, 0x4020940D
 
 
 class CopyTarget:
-    """A range of a file that is filled with a range of a source, as the bytes of that pass.
+    """Fills a range of a file with a range of a source, as the caller reads it.
 
     Args:
         source: what is copied.
@@ -47,7 +47,7 @@ class CopyTarget:
         self._shared = target_start + first, target_start + last
 
     def write(self, block: memoryview) -> None:
-        """Write the next bytes of the range, but for those that both files share.
+        """Write the next bytes of the range. Blocks that the two files share are skipped.
 
         Raises:
             WriteError: the disk is full or cannot be written.
@@ -61,7 +61,7 @@ class CopyTarget:
 
 
 def copy_range(source: Source, start: int, nbytes: int, fd: int, target_start: int, label: str) -> str:
-    """Copy bytes of a source into a file; return the digest of what was copied.
+    """Copy bytes of a source into a file.
 
     Args:
         source: what is copied.
@@ -70,6 +70,9 @@ def copy_range(source: Source, start: int, nbytes: int, fd: int, target_start: i
         fd: of the file that is written.
         target_start: where the range begins there.
         label: what to call that file in messages.
+
+    Returns:
+        The digest of the bytes that were read.
 
     Raises:
         CheckpointError: the source ends too soon.
@@ -85,10 +88,10 @@ def copy_range(source: Source, start: int, nbytes: int, fd: int, target_start: i
 def _share_blocks(
     source_fd: int | None, start: int, nbytes: int, target_fd: int, target_start: int
 ) -> tuple[int, int]:
-    """Let two files share the whole blocks of a range; return which part of the range that is, from its start.
-
-    It takes a filesystem that can (XFS, btrfs), and a range that lies in both files alike.
+    """Share the whole blocks of a range between two files, where the filesystem can (XFS, btrfs) and the range has
+    the same offset within a block in both. Return which bytes of the range are shared, counted from its start.
     """
+    # Only whole blocks can be shared; the bytes before and after them are copied.
     first = -start % PAGE_BYTES
     last = (start + nbytes) // PAGE_BYTES * PAGE_BYTES - start
     is_able = source_fd is not None and sys.platform == "linux"
@@ -98,6 +101,8 @@ def _share_blocks(
 
     wanted = struct.pack("=qQQQ", source_fd, start + first, last - first, target_start + first)
     try:
+        # Any refusal (another filesystem, a sandbox) means copying. If the disk is at fault, the copy will
+        # say so.
         fcntl.ioctl(target_fd, _FICLONERANGE, wanted)
     except OSError:
         return 0, 0
@@ -105,7 +110,7 @@ def _share_blocks(
 
 
 def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: int) -> None:
-    """Make a new file of an old one's bytes without moving them.
+    """Make a new file with an old file's bytes, without copying them.
 
     Args:
         source: path of the old file.
@@ -122,6 +127,7 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         if how == "hard":
             os.link(source.resolve(), target, dst_dir_fd=dir_fd)
+            # `os.link` goes by name, and another file may have taken it since it was opened.
             if not os.path.samestat(os.fstat(old.fd), os.stat(target, dir_fd=dir_fd, follow_symlinks=False)):
                 os.unlink(target, dir_fd=dir_fd)
                 raise input_files.changed(str(source))
@@ -130,6 +136,7 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         import fcntl
 
+        # O_EXCL and O_NOFOLLOW: never through a link that somebody has put there.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | CLOEXEC
         new = os.open(target, flags, 0o666, dir_fd=dir_fd)
         try:

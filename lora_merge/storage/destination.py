@@ -1,4 +1,4 @@
-"""What a run asks of the place that its output goes to, whatever kind of storage that is."""
+"""What a run asks of the place that its output goes to, whatever the kind of storage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a run wants of the place of its output."""
+    """What a run wants of the place of its output, before it takes it."""
 
     out: Path
     resume: bool
@@ -32,21 +32,21 @@ class Wish:
     """What has the output's name now may be replaced."""
 
     marks: tuple[str, ...]
-    """Files of which one shows that a directory is an output of this kind."""
+    """File names. A directory that has one of them is an output of this kind, and may be replaced."""
 
     inputs: tuple[Path, ...]
-    """Directories and files that are read: who may not read one of them may not read the output."""
+    """What is read. The output gets no permission that one of them does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What an interrupted run has left in the place of an output."""
+    """What an interrupted run left in the place of an output."""
 
     records: list[TensorRecord] | None
     """What its journal lists; None where there is none, or it is of another merge."""
 
     changed: Mapping[str, int]
-    """When each of its inputs had changed last, of those that it could rely on."""
+    """Path → ctime in nanoseconds, of the inputs that the run could rely on."""
 
     has_journal: bool
 
@@ -57,7 +57,8 @@ class Sink(Protocol):
     def copying(
         self, stretch: Stretch, source: Source
     ) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
-        """Open the slots of a stretch; the result takes the next bytes of its sources, which `source` holds.
+        """Open the slots of a stretch; the result takes the next bytes of its sources, which are read from
+        ``source``.
 
         Raises:
             WriteError: the disk is full or cannot be written.
@@ -72,7 +73,7 @@ class Sink(Protocol):
 
 
 class Destination(Protocol):
-    """The place of one output, which the driver of a run has for itself from the beginning.
+    """The place of one output. The driver of a run has it for itself from the beginning to the end.
 
     The order is: perhaps `left` and `keep`, perhaps `link`, then `begin`. Workers fill files through `sink`; the driver calls
     `note` for their tensors, and `finish_file` for each file that is full. Then come `write_text` and `copy_in` for what
@@ -85,17 +86,17 @@ class Destination(Protocol):
 
     @property
     def sink(self) -> Sink:
-        """Where workers write; to be asked for after `begin`."""
+        """Where workers write; to be asked for after `link` and `begin`, which decide what is left to write."""
 
     def left(self, merge: str) -> Left:
-        """Return what an interrupted run has left here.
+        """Return what an interrupted run left here; nothing counts before its bytes were read again.
 
         Args:
             merge: the fingerprint of this run.
         """
 
     def keep(self, files: Iterable[OutputFile], names: Collection[str]) -> frozenset[str]:
-        """Keep those of some files that are this run's by size and header, and remove everything else.
+        """Keep files of an interrupted run that have the size and header of this run's; remove everything else.
 
         Args:
             files: of this run.
@@ -108,7 +109,7 @@ class Destination(Protocol):
     def link(
         self, files: Iterable[OutputFile], sources: Mapping[str, str], how: Literal["reflink", "hard"]
     ) -> dict[str, str]:
-        """Let files that nothing changes share their bytes with files of the base; they are full from then on.
+        """Make files whose tensors are all copies as links of the base's files. A linked file is full from then on.
 
         Args:
             files: of this run.
@@ -131,7 +132,8 @@ class Destination(Protocol):
         records: Sequence[TensorRecord],
         changed: Mapping[str, int],
     ) -> None:
-        """Make every file that is neither kept nor linked, and begin to keep evidence for a run that goes on from here.
+        """Create every file that is neither kept nor linked, at full size, and begin to keep evidence for a later
+        --resume.
 
         Args:
             files: of this run, with their sizes and headers.
@@ -144,17 +146,17 @@ class Destination(Protocol):
         """
 
     def note(self, records: Sequence[TensorRecord]) -> None:
-        """Keep the evidence of tensors that are written.
+        """Keep the records of written tensors, for a run that resumes this one.
 
         Raises:
             WriteError: it cannot be written.
         """
 
     def finish_file(self, name: str) -> None:
-        """Take note that all tensors of a file are written: it may go to where it is to last."""
+        """A file is full: it may be made durable. Called once for each file."""
 
     def rest(self) -> None:
-        """Take note that workers copy nothing any more: from here on they merge, and send what they write to the disk themselves."""
+        """No more copies: from here on workers only merge, and send what they write to the disk themselves."""
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file.
@@ -164,7 +166,7 @@ class Destination(Protocol):
         """
 
     def copy_in(self, source: Path, name: str) -> str:
-        """Copy a file of an input; return the digest of what was read.
+        """Copy a file of an input; return the digest of the bytes that were read.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -172,38 +174,40 @@ class Destination(Protocol):
         """
 
     def flush(self) -> None:
-        """Wait until all of it is where it is to last; nothing may be written any more.
+        """Wait until everything is durable. Nothing may be written afterwards.
 
         Raises:
-            WriteError: it cannot be.
+            WriteError: the storage refused something.
         """
 
     def listing(self) -> Listing:
-        """Return every file as it is now, to see whether anything else writes there."""
+        """Return every file as it is now. Two listings that differ show that something else writes there."""
 
     def commit(self) -> None:
-        """Give the output its name, and free the place.
+        """Give the output its name, and free the place. Readers see the whole output, or none.
 
         Raises:
             WriteError: it cannot be named.
         """
 
     def abort(self, exc: BaseException) -> None:
-        """Free the place as a fault demands: what is whole stays after some, and the error has a note about it."""
+        """Free the place after an error. After an interrupt or a fault of the disk whole files stay, and a note on
+        the error says so.
+        """
 
 
 class Storage(Protocol):
-    """A kind of storage that outputs may go to."""
+    """A kind of storage that outputs may go to: a row of `lora_merge.storage.destinations.STORAGES`."""
 
     def path(self, text: str) -> Path:
-        """Return what an output is called, however the user writes it.
+        """Return the output's path, from the text that the user wrote.
 
         Raises:
-            ResolveError: it is no name.
+            ResolveError: the text cannot be a path.
         """
 
     def check_replaceable(self, wish: Wish) -> None:
-        """Check that an output may have its name, before anything is read for it.
+        """Check that the output may have its name. Called before anything is read, and again when the place is taken.
 
         Raises:
             WriteError: it may not.
@@ -217,10 +221,10 @@ class Storage(Protocol):
         """
 
     def free_bytes(self, out: Path) -> int:
-        """Return how much room there is; a large number where nobody knows."""
+        """Return the bytes that are free for an output; a large number where the storage does not say."""
 
     def open(self, wish: Wish) -> Destination:
-        """Take the place of an output.
+        """Take the place of an output, until `Destination.commit` or `abort`.
 
         Raises:
             WriteError: another run or another user holds it, it cannot be made, or the output's name is taken.

@@ -1,4 +1,4 @@
-"""Where outputs go: one kind of storage for each scheme of the output's text.
+"""Where outputs go: the table of storages, by the scheme of the output's text.
 
 Another kind is one module with a class, and one line in `STORAGES`.
 """
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from lora_merge.storage.destination import Storage
 
 STORAGES: Mapping[str, Storage] = {"file": LocalDestination}
-"""By the scheme of a URL, ``file`` for a path."""
+"""Scheme of a URL → storage; ``file`` also for plain paths."""
 
 
 def storage_of(out: str) -> Storage:
-    """Return the kind of storage that an output goes to.
+    """Return the storage that an output goes to.
 
     Args:
-        out: as the user names it. A text whose scheme nobody knows is a path: files may have any name.
+        out: as the user wrote it. A text with an unknown scheme is a path: file names may hold ``://``.
     """
     scheme, colon, _ = out.partition("://")
     return STORAGES[scheme if colon and scheme in STORAGES else "file"]

@@ -34,10 +34,10 @@ def same_bytes(one: Path, other: Path) -> bool:
 
 
 def new_digest() -> xxhash.xxh3_128:
-    """Return an empty digest.
+    """Return an empty XXH3 digest of 128 bits.
 
-    XXH3 with 128 bits finds every accident at the speed of memory, a few per cent of a copy. It is no
-    defence against someone who forges files on purpose.
+    It finds every accident, at the speed of memory: a few per cent of the time of a copy. It is not a defence against
+    files that are forged on purpose.
     """
     import xxhash
 
@@ -45,12 +45,12 @@ def new_digest() -> xxhash.xxh3_128:
 
 
 def digest_text(digest: xxhash.xxh3_128) -> str:
-    """Return a digest as it stands in records and manifests."""
+    """Return a digest as records and manifests have it: ``xxh3_128:`` and 32 hexadecimal digits."""
     return f"xxh3_128:{digest.hexdigest()}"
 
 
 def files_digest(paths: Sequence[Path]) -> str:
-    """Return the digest of one whole file, or of the digests of several.
+    """Return the digest of one whole file; of several, the digest of their digests, in the order given.
 
     Raises:
         CheckpointError: one cannot be read.
@@ -67,7 +67,9 @@ def file_digest(path: Path, most: int | None = None) -> str:
     """Return the digest of a whole file.
 
     Raises:
-        CheckpointError: it cannot be read, or is longer than `most` bytes: one of holes takes no room, and hours to read.
+        CheckpointError: it cannot be read, or is longer than ``most`` bytes. A sparse file takes no room on the disk
+            and may still
+        take hours to read.
     """
     digest = new_digest()
     with open_source(path) as source:
@@ -79,7 +81,7 @@ def file_digest(path: Path, most: int | None = None) -> str:
 
 
 def range_digest(source: Source, start: int, nbytes: int, *, cached_only: bool = False) -> str | None:
-    """Return the digest of some bytes of a source.
+    """Return the digest of a range of a source.
 
     Args:
         source: what is read.
@@ -102,6 +104,7 @@ def range_digest(source: Source, start: int, nbytes: int, *, cached_only: bool =
         while done < nbytes:
             part = block[: min(BLOCK_BYTES, nbytes - done)]
             try:
+                # RWF_NOWAIT fails with EAGAIN, or reads less, where a page is not in memory.
                 n_read = os.preadv(source.fd, [part], start + done, os.RWF_NOWAIT)
             except OSError:
                 return None
@@ -113,7 +116,7 @@ def range_digest(source: Source, start: int, nbytes: int, *, cached_only: bool =
 
 
 def text_digest(text: str) -> str:
-    """Return the digest of a text as it is written (`storage.folder.Folder.write_text`)."""
+    """Return the digest of a text's bytes as `storage.folder.Folder.write_text` writes them."""
     digest = new_digest()
     digest.update(text.encode("utf-8", "backslashreplace"))
     return digest_text(digest)

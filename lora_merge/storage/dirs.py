@@ -1,4 +1,4 @@
-"""Directories and files reached by descriptors: each name is one step, and no step follows a link."""
+"""Directories and files opened by descriptor, one name at a time, never through a link."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
 
+# O_NOFOLLOW is what makes a step safe where others may write. O_NONBLOCK: opening a pipe or a device must not
+# wait.
 _DIRECTORY = (
     os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 )
@@ -26,11 +28,11 @@ _NO_SYNC = {
     errno.EACCES,
     errno.EBADF,
 }
-"""What a filesystem answers that cannot flush a file or a directory (FUSE, network and overlay filesystems)."""
+"""Error codes of filesystems that cannot flush a file or a directory (FUSE, network and overlay filesystems)."""
 
 
 def open_directory(name: str | Path, dir_fd: int | None = None) -> int:
-    """Return a descriptor of a directory; its name may not be a link.
+    """Return a descriptor of a directory. Its name may not be a link.
 
     Args:
         name: its path.
@@ -43,7 +45,8 @@ def open_directory(name: str | Path, dir_fd: int | None = None) -> int:
 
 
 def open_regular(name: str, flags: int, dir_fd: int | None = None) -> int:
-    """Return a descriptor of a regular file that is not a link; a pipe or a device does not hold up the run.
+    """Return a descriptor of a regular file that is not a link. A pipe or a device does not block the run: it is
+    refused.
 
     Raises:
         OSError: there is none, or the name is that of something else.
@@ -56,7 +59,7 @@ def open_regular(name: str, flags: int, dir_fd: int | None = None) -> int:
 
 
 def inode_of(name: str, dir_fd: int) -> tuple[int, int] | None:
-    """Return device and inode of what has a name in a directory, a link itself; None where nothing has it."""
+    """Return (device, inode) of a name in a directory, of a link itself; None where nothing has the name."""
     try:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:
@@ -65,7 +68,7 @@ def inode_of(name: str, dir_fd: int) -> tuple[int, int] | None:
 
 
 def has_any(fd: int, names: Iterable[str]) -> bool:
-    """Return True where a directory has one of some files."""
+    """Return True when a directory holds at least one of some files, as a regular file."""
     for name in names:
         with contextlib.suppress(OSError):
             if stat.S_ISREG(os.stat(name, dir_fd=fd).st_mode):
@@ -75,7 +78,9 @@ def has_any(fd: int, names: Iterable[str]) -> bool:
 
 @contextlib.contextmanager
 def writable(fd: int) -> Iterator[None]:
-    """Let the owner write to a directory, as far as that goes; after an error it is as it was."""
+    """Give the owner permission to write to a directory, where the filesystem allows. An error in the block restores
+    the mode.
+    """
     mode = stat.S_IMODE(os.fstat(fd).st_mode)
     if mode & stat.S_IRWXU == stat.S_IRWXU:
         yield
@@ -91,13 +96,13 @@ def writable(fd: int) -> Iterator[None]:
 
 
 def is_empty(fd: int) -> bool:
-    """Return True where a directory holds nothing."""
+    """Return True when a directory has no entry."""
     with os.scandir(fd) as entries:
         return next(entries, None) is None
 
 
 def clear(fd: int, keep: Collection[str] = (), within: str = "") -> None:
-    """Remove what is in a directory, but for some files and the directories that they are in.
+    """Remove everything in a directory, except some files and the directories that they are in.
 
     A directory that is to go is closed to others first, so that nobody puts a link into it meanwhile; one that its owner
     made read-only is emptied too.
@@ -128,10 +133,11 @@ def remove_directory(name: str, dir_fd: int) -> None:
 
 
 def _clear_directory(name: str, dir_fd: int, keep: Collection[str], within: str) -> None:
-    """Clear a directory in another, and remove it unless something in it is kept."""
+    """Clear a directory, then remove it unless a file in it is kept."""
     fd = _open_to_clear(name, dir_fd)
     try:
         with contextlib.suppress(OSError):  # it is another's, or the filesystem keeps no modes
+            # Closed to others first, so that nobody puts a link into it between listing and removal.
             if not keep:
                 os.fchmod(fd, stat.S_IRWXU)
         clear(fd, keep, f"{within}/")
@@ -150,15 +156,16 @@ def _open_to_clear(name: str, dir_fd: int) -> int:
     try:
         return open_directory(name, dir_fd)
     except PermissionError:
+        # Its owner made it read-only, or closed it.
         os.chmod(name, stat.S_IRWXU, dir_fd=dir_fd)
         return open_directory(name, dir_fd)
 
 
 def sync(fd: int) -> None:
-    """Make a file or a directory durable, where its filesystem can.
+    """Make a file or a directory durable. A filesystem that cannot flush is left alone.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the disk refused the data.
     """
     try:
         os.fsync(fd)
@@ -172,7 +179,8 @@ Listing = dict[str, tuple[int, int, int, int]]
 
 
 def listing(fd: int) -> Listing:
-    """Return every file in a directory as it is now; what nobody may look at, and what goes away meanwhile, is left out.
+    """Return every file below a directory as it is now. Directories that may not be entered, and files that vanish
+    meanwhile, are left out.
 
     Raises:
         OSError: the directory cannot be read.
@@ -189,9 +197,10 @@ def listing(fd: int) -> Listing:
 
 
 def walk(fd: int, within: str = "") -> Iterator[tuple[int, str, list[str]]]:
-    """Yield each directory below and at last the one itself: a descriptor, its relative name, what is no directory in it.
+    """Yield every directory below, and last the directory itself: descriptor, relative name, names of its entries
+    that are no directories.
 
-    Links are never entered. What goes away meanwhile is passed over, and so is what nobody may enter.
+    Links are never entered. Directories that vanish meanwhile, or may not be entered, are left out.
     """
     names = []
     for entry in _entries(fd):
@@ -210,7 +219,7 @@ def walk(fd: int, within: str = "") -> Iterator[tuple[int, str, list[str]]]:
 
 
 def narrow(fd: int, allowed: int) -> None:
-    """Take away permissions of a file or directory.
+    """Take permissions away from a file or a directory.
 
     A file with a second name is the base's own and stays as it is.
 
@@ -223,5 +232,6 @@ def narrow(fd: int, allowed: int) -> None:
     """
     status = os.fstat(fd)
     mode = stat.S_IMODE(status.st_mode)
+    # A second name is a hard link to a file of the base: its mode is the base's too.
     if mode & 0o777 & ~allowed and (stat.S_ISDIR(status.st_mode) or status.st_nlink == 1):
         os.fchmod(fd, mode & (allowed | 0o7000))

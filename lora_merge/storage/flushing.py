@@ -1,4 +1,4 @@
-"""Sending what is staged to the disk, in a thread beside the work."""
+"""Sends staged files to the disk in a thread, while the work goes on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from lora_merge.storage.folder import Folder
 
 _PAUSE_SECONDS = 0.1
-"""Between two flushes of what is still being written."""
+"""Pause between two flushes of files that are still being written."""
 
 
 class Flushing:
-    """Sends what is staged on its way to the disk while it is being written, and makes it durable.
+    """Flushes staged files in the background, again and again, and makes them durable at the end.
 
     A context: after an error in its block nobody waits for the disk, since what is staged will be cleared.
     """
@@ -37,8 +37,10 @@ class Flushing:
         self._complete.set()
 
     def _flush(self) -> None:
-        """Flush again and again, and one last time what is complete."""
+        """Run in the thread: flush repeatedly, and once more after the last write."""
         try:
+            # Steady flushing leaves little for the end: the last flush would otherwise wait for the whole
+            # output.
             while not self._complete.wait(_PAUSE_SECONDS):
                 if not self._resting.is_set():
                     self._staged.flush()
@@ -50,18 +52,20 @@ class Flushing:
             self._failure = exc
 
     def add(self, name: str) -> None:
-        """Have a file flushed to which nothing is written any more."""
+        """Flush a file that nothing is written to any more."""
         self._finished.append(name)
 
     def rest(self) -> None:
-        """Flush only files that are finished, until `wait`: to flush one holds up those who write to it past the page cache."""
+        """From now on flush finished files only, until `wait`. Flushing a file blocks those who write to it past the
+        page cache.
+        """
         self._resting.set()
 
     def wait(self) -> None:
-        """Wait until all of it is durable; nothing may be written any more.
+        """Wait until everything is durable. Nothing may be written afterwards.
 
         Raises:
-            WriteError: the disk does not take it.
+            WriteError: the disk refused something.
         """
         self._complete.set()
         self._thread.join()

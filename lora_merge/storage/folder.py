@@ -1,4 +1,4 @@
-"""A directory that a run writes to, known by its inode: nothing is written, removed or flushed elsewhere.
+"""A directory that a run writes to, known by its inode: nothing is written, removed or flushed anywhere else.
 
 A name may lead elsewhere a moment later, where others may write. So each use of a `Folder` opens it by its name, looks
 whether it is the same directory, and goes on from the descriptor.
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """One directory, wherever its name leads by now.
+    """One directory, identified by device and inode. Every method opens it by its path and checks that it is still
+    the same.
 
     Its inode is its own as long as somebody holds it open: a run holds those that it writes to until its end.
     """
 
     path: Path
-    """Where it is to be found, and what it is called in messages."""
+    """Where it was made; messages use this path."""
 
     device: int
     inode: int
 
     @classmethod
     def of(cls, path: Path, fd: int | None = None) -> Folder:
-        """Return the directory that has a path now, or that a descriptor is of.
+        """Return the directory that a path leads to now, or that a descriptor is open on.
 
         Raises:
             WriteError: there is none.
@@ -50,12 +51,12 @@ class Folder:
         return cls(path, status.st_dev, status.st_ino)
 
     def is_it(self, inode: tuple[int, int] | None) -> bool:
-        """Return True where device and inode are those of the directory."""
+        """Return True when a (device, inode) pair is this directory's; None is not."""
         return inode == (self.device, self.inode)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """Yield a descriptor of the directory.
+        """Yield a descriptor of the directory, checked to be the same one.
 
         Raises:
             WriteError: its name is gone, or that of something else.
@@ -82,7 +83,9 @@ class Folder:
 
     @contextlib.contextmanager
     def _parent(self, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
-        """Yield a descriptor of the directory that a file is in, and the last part of its name."""
+        """Yield a descriptor of the directory that a file is in, and the file's own name there. Every step is opened
+        without following links.
+        """
         *steps, leaf = PurePosixPath(name).parts
         with self.opened() as root, contextlib.ExitStack() as stack:
             fd = root
@@ -99,7 +102,7 @@ class Folder:
 
     @contextlib.contextmanager
     def writing(self, name: str, *, create: bool = False) -> Iterator[int]:
-        """Yield a descriptor for positioned writes to a file in the directory; with ``create`` the file must be new.
+        """Yield a descriptor for positioned writes to a file in the directory.
 
         Args:
             name: relative, with slashes; directories of a new file are made.
@@ -118,6 +121,7 @@ class Folder:
                 raise write_error(path, exc) from exc
         try:
             status = os.fstat(fd)
+            # A file with a second name may be one of the base's (a hard link): writing would change that too.
             if status.st_nlink > 1 or status.st_uid != owner:
                 raise WriteError(
                     f"{path}: is not a file that this run made", hint="run again without --resume"
@@ -127,7 +131,7 @@ class Folder:
             os.close(fd)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a new small text file.
+        """Write a new small text file, in UTF-8.
 
         Half a character (a lone surrogate, as a path that is not UTF-8 has) is written as JSON escapes it.
 
@@ -138,7 +142,7 @@ class Folder:
             write_from(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0, self.path / name)
 
     def copy_in(self, source: Path, name: str) -> str:
-        """Copy a file's bytes into a new file; return the digest of what was read.
+        """Copy a file into a new file in the directory; return the digest of the bytes that were read.
 
         Raises:
             CheckpointError: the source cannot be read.
@@ -148,7 +152,7 @@ class Folder:
             return copy_range(old, 0, old.nbytes, fd, 0, str(self.path / name))
 
     def link(self, source: Path, name: str, how: Literal["reflink", "hard"]) -> None:
-        """Make a new file of an old one's bytes without moving them (`lora_merge.storage.copying.link`).
+        """Make a new file with an old file's bytes, without copying them (`lora_merge.storage.copying.link`).
 
         Raises:
             OSError: the filesystem, or the pair of them, cannot; there is no target then.
@@ -158,7 +162,7 @@ class Folder:
             link(source, leaf, how, dir_fd=parent)
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a small file that a run wrote; nothing where there is none, or something else.
+        """Return the bytes of a small file that a run wrote; empty where there is none, or it is not a regular file.
 
         Raises:
             WriteError: the directory is gone.
@@ -173,7 +177,7 @@ class Folder:
         return b""
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there; a link itself, never what it leads to.
+        """Remove a file, if it is there. Of a link the link goes, not its target.
 
         Raises:
             WriteError: it cannot be removed.
@@ -187,7 +191,7 @@ class Folder:
                 raise write_error(self.path / name, exc) from exc
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file in the directory another name, which it takes from whatever has it.
+        """Rename a file within the directory; a file that has the new name is replaced.
 
         Raises:
             WriteError: it cannot be renamed.
@@ -199,7 +203,7 @@ class Folder:
                 raise write_error(self.path / new, exc) from exc
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove what is in the directory, but for some files.
+        """Remove everything in the directory, except some files.
 
         Raises:
             WriteError: something cannot be removed.
@@ -211,7 +215,7 @@ class Folder:
                 raise write_error(self.path, exc) from exc
 
     def listing(self) -> dirs.Listing:
-        """Return every file in the directory as it is now.
+        """Return every file below the directory as it is now (`dirs.Listing`).
 
         Raises:
             WriteError: the directory is gone.
@@ -223,10 +227,10 @@ class Folder:
                 raise write_error(self.path, exc) from exc
 
     def flush(self) -> None:
-        """Make every file and directory in it durable, and the directory itself.
+        """Make every file and directory below durable, and the directory itself.
 
         Raises:
-            WriteError: the disk does not take it, the directory is gone, or something in it is not a file.
+            WriteError: the disk refused something, the directory is gone, or an entry is not a regular file.
         """
         with self.opened() as root:
             try:
@@ -238,10 +242,10 @@ class Folder:
                 raise write_error(self.path, exc) from exc
 
     def flush_file(self, name: str) -> None:
-        """Make a file durable, if it is there.
+        """Make one file durable, if it is there.
 
         Raises:
-            WriteError: the disk does not take it, the directory is gone, or it is not a file.
+            WriteError: the disk refused it, the directory is gone, or it is not a regular file.
         """
         with self._parent(name) as (parent, leaf):
             try:
@@ -265,7 +269,7 @@ class Folder:
             os.close(fd)
 
     def narrow(self, allowed: int) -> None:
-        """Take away permissions of every file and directory in it, and of the directory itself.
+        """Take permissions away from every file and directory below, and from the directory itself.
 
         A file with a second name is the base's own and stays as it is. A filesystem that keeps no modes is left alone.
 

@@ -1,8 +1,9 @@
-"""The input files of a run: which files they were when they were opened, and what was read of them.
+"""The input files of a run: which version of each was opened, and what was read of it.
 
-`storage.sources` tells of every file that it opens, `storage.reading` of every byte that it reads. Inside `watching`, the first opening of a path
-says which file the run means; a later one that finds another file, or other bytes, raises `ChangedError` at once. What was
-seen comes back as a frozen `Inputs`, which can be compared with the disk at the end (`check`).
+`storage.sources` reports every file that it opens, `storage.reading` every byte that it reads. Inside `watching`, the
+first opening of a path decides which file the run means; a later one that finds another file, or other bytes, raises
+`ChangedError` at once. The result is a frozen `Inputs`, which is compared with the disk at the end
+(`merging.unchanged_inputs`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _HINT = "run again when nothing else writes to it"
 
 
 class Watch:
-    """Takes note of what is opened and read. It may be told by several threads.
+    """Notes what is opened and read. Several threads may report to it.
 
     Args:
         inputs: what is known already.
-        outer: hears of everything as well.
-        is_closed: files that are not among them are none of its business: a run reads its own output, too.
-        is_noting: what is read of them is noted as well.
+        outer: another watch that gets every report too.
+        is_closed: ignore files that are not among ``inputs``: a run reads its own output, too.
+        is_noting: also note what is read, not only which files.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class Watch:
         self._outer, self._is_closed, self.is_noting = outer, is_closed, is_noting
 
     def opened(self, source: Source) -> None:
-        """Take note of a file that was opened for reading.
+        """Note a file that was opened for reading.
 
         Raises:
-            ChangedError: it is not the file that it was.
+            ChangedError: another file had this name before.
         """
         known = self._files.get(source.text)
         if known is None and not self._is_closed:
@@ -56,10 +57,10 @@ class Watch:
             self._outer.opened(source)
 
     def read(self, place: Place, digest: str) -> None:
-        """Take note of some bytes that were read.
+        """Note the digest of some bytes that were read.
 
         Raises:
-            ChangedError: other bytes were found there before.
+            ChangedError: other bytes were read there before.
         """
         if place.file in self._files and self._readings.setdefault(place, digest) != digest:
             raise changed(place.file)
@@ -67,22 +68,24 @@ class Watch:
             self._outer.read(place, digest)
 
     def inputs(self) -> Inputs:
-        """Return what was seen so far."""
+        """Return the files and readings noted so far, as frozen data."""
         return Inputs(dict(self._files), dict(self._readings))
 
     def taken(self) -> dict[Place, str]:
-        """Return what was read since this was called last."""
+        """Return the readings since the last call of this, and forget them."""
         readings = dict(self._readings)
         self._readings.clear()
         return readings
 
 
+# A context variable: passing a watch through every reader of every format would leave a hole where one
+# forgets it.
 _WATCH: ContextVar[Watch | None] = ContextVar("input_files", default=None)
 
 
 @contextlib.contextmanager
 def watching(*known: Inputs, is_noting: bool = True) -> Iterator[Watch]:
-    """Watch what is read inside the block, and hold it to what is known.
+    """Note what is read inside the block, and compare it with what is known.
 
     Args:
         known: what was seen before: only its files are watched then. Without, every file that is opened.
@@ -101,7 +104,9 @@ def watching(*known: Inputs, is_noting: bool = True) -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def told(watch: Watch) -> Iterator[None]:
-    """Have a watch take note of what this thread reads in the block."""
+    """Report what this thread reads in the block to a watch. Context variables do not reach a pool's threads by
+    themselves.
+    """
     token = _WATCH.set(watch)
     try:
         yield
@@ -110,10 +115,10 @@ def told(watch: Watch) -> Iterator[None]:
 
 
 def _joined(several: tuple[Inputs, ...]) -> Inputs:
-    """Return what several runs know, as one; their readings are theirs.
+    """Return the files of several runs as one; what each has read is left out.
 
     Raises:
-        ChangedError: they do not agree on a file.
+        ChangedError: two runs have seen different files under one name.
     """
     if len(several) == 1:
         return several[0]
@@ -126,10 +131,10 @@ def _joined(several: tuple[Inputs, ...]) -> Inputs:
 
 
 def tell_opened(source: Source) -> None:
-    """Tell whoever watches that a file was opened.
+    """Report an opened file to the watch of this context, if there is one.
 
     Raises:
-        ChangedError: it is not the file that it was.
+        ChangedError: another file had this name before.
     """
     watch = _WATCH.get()
     if watch is not None:
@@ -137,10 +142,10 @@ def tell_opened(source: Source) -> None:
 
 
 def tell_read(text: str, start: int, content: memoryview | bytes) -> None:
-    """Tell whoever watches that some bytes were read.
+    """Report some bytes that were read; their digest is taken here.
 
     Raises:
-        ChangedError: other bytes were found there before.
+        ChangedError: other bytes were read there before.
     """
     watch = _WATCH.get()
     if watch is not None and watch.is_noting:
@@ -151,10 +156,10 @@ def tell_read(text: str, start: int, content: memoryview | bytes) -> None:
 
 
 def tell_digest(ref: TensorRef, digest: str) -> None:
-    """Tell whoever watches that a whole tensor was read, and had this digest.
+    """Report the digest of a whole tensor that was read.
 
     Raises:
-        ChangedError: other bytes were found there before.
+        ChangedError: other bytes were read there before.
     """
     watch = _WATCH.get()
     if watch is not None:
@@ -162,5 +167,5 @@ def tell_digest(ref: TensorRef, digest: str) -> None:
 
 
 def changed(path: str, what: str = "changed while it was read") -> ChangedError:
-    """Return the error of an input that is not what it was."""
+    """Return the error for an input that has changed; its hint is to run again."""
     return ChangedError(path, "", what, hint=_HINT)

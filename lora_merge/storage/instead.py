@@ -1,4 +1,4 @@
-"""What a file holds that is not what its name says, told by its first bytes: a Git LFS pointer, a web page, an archive."""
+"""What a file really is when it is not what its name says, told by its first bytes: a Git LFS pointer, a web page, an archive."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HEAD_BYTES = 512
-"""Read of a file that is not what it should be; a tar file has its name at byte 257."""
+"""Bytes that are read of such a file; a tar file has its mark at byte 257."""
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _AGAIN = "download it again; a private or gated repo needs a token"
 
 
 class Instead(NamedTuple):
-    """What a file is instead."""
+    """What a file really is, and what to do about it."""
 
     sentence: str
-    """Of which the file is the subject."""
+    """The rest of a sentence that begins with the file's path."""
 
     hint: str
 
@@ -65,7 +65,7 @@ _REFUSALS = (
     b"invalid credentials",
     b"access to model",
 )
-"""How texts begin that the Hub sends in a file's place."""
+"""How texts begin that the Hub sends instead of a file."""
 
 _TESTS: tuple[tuple[Callable[[bytes], bool], Instead], ...] = (
     (
@@ -80,7 +80,7 @@ _TESTS: tuple[tuple[Callable[[bytes], bool], Instead], ...] = (
 
 
 def instead_of(path: str | Path) -> Instead | None:
-    """Return what a file is instead of what it should be; None where its first bytes do not tell, or it cannot be read."""
+    """Return what a file really is; None where its first bytes do not tell, or it cannot be read."""
     found_head = _head_of(path)
     if found_head is None:
         return None
@@ -99,25 +99,26 @@ def instead_of(path: str | Path) -> Instead | None:
 
 
 def is_page(path: Path) -> bool:
-    """Return True for what a server sent in a file's place: a web page, or an error."""
+    """Return True when a server sent a web page or an error in the file's place."""
     what = instead_of(path)
     return what is not None and what.hint == _AGAIN
 
 
 def is_pointer(path: Path) -> bool:
-    """Return True for a Git LFS pointer."""
+    """Return True for a Git LFS pointer: a short text in the place of the file."""
     found = _head_of(path)
     return found is not None and found[1] < HEAD_BYTES and found[0].startswith(_LFS)
 
 
 def _head_of(path: str | Path) -> tuple[bytes, int] | None:
-    """Return the first bytes of a regular file, and its size in bytes; None where it cannot be read, or is none.
+    """Return the first `HEAD_BYTES` of a regular file, and its size in bytes; None where it cannot be read.
 
-    A pipe or a device might block, or never end; opening one waits for nobody.
+    Pipes and devices are refused, since reading one might block or never end.
     """
     head = bytearray(HEAD_BYTES)
     try:
         with open_unwatched(path) as source:
+            # Unwatched: it is opened only to say what it is.
             return bytes(head[: source.read_into(memoryview(head), 0)]), source.nbytes
     except (CheckpointError, OSError):
         return None

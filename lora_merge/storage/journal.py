@@ -1,4 +1,4 @@
-"""The journal of a run: which tensors are written, line by line as they are, for a run that goes on from there.
+"""The journal of a run: one line for each written tensor, so that another run can resume.
 
 The first line says whose it is. Nothing in a journal is believed: what it lists is looked at again before it counts.
 """
@@ -56,6 +56,7 @@ class Journal:
             "host": os.uname().nodename,
             "changed": dict(changed or {}),
         }
+        # Written beside the old journal and renamed over it: at every moment there is one whole journal.
         home.remove(FRESH_FILE)
         with contextlib.ExitStack() as stack:
             self._fd = stack.enter_context(home.writing(FRESH_FILE, create=True))
@@ -73,7 +74,7 @@ class Journal:
         self._stack.close()
 
     def add(self, records: Iterable[TensorRecord]) -> None:
-        """Add what has been written.
+        """Append the records of written tensors.
 
         Raises:
             WriteError: it cannot be written.
@@ -85,14 +86,16 @@ class Journal:
 
     def _write(self, rows: Iterable[object]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        # One write may take a part only. No fsync: a crash of the machine may lose lines, and --resume
+        # believes none unread.
         while text:
             text = text[os.write(self._fd, text) :]
 
 
 def read(home: Folder, fingerprint: str) -> list[TensorRecord] | None:
-    """Return what a journal lists, or None where there is none, or one of another merge.
+    """Return the records that a journal lists; None where there is no journal, or it is of another merge.
 
-    What a killed process did not finish writing is left out.
+    A last line that a killed process did not finish is left out.
     """
     lines = _lines(home)
     if not lines or lines[0].get("merge") != fingerprint:
@@ -101,37 +104,41 @@ def read(home: Folder, fingerprint: str) -> list[TensorRecord] | None:
 
 
 def changed(home: Folder) -> dict[str, int]:
-    """Return when each input of the run that wrote a journal had changed last, those that it could be sure of."""
+    """Return path → ctime in nanoseconds of the inputs of the run that wrote a journal, of those that it could rely
+    on.
+    """
     head: dict[str, Any] = next(iter(_lines(home)), {})
     found = head.get("changed")
     return found if isinstance(found, dict) else {}
 
 
 def count(home: Folder) -> int:
-    """Return how many tensors a journal lists."""
+    """Return the number of tensors that a journal lists, finished lines only."""
     return max(len(_lines(home)) - 1, 0)
 
 
 def owner(home: Folder) -> str:
-    """Return which process writes a journal, in words; nothing where it does not say."""
+    """Return the process and the host that write a journal, in words; empty where it does not say."""
     head: dict[str, Any] = next(iter(_lines(home)), {})
     return f"process {head['process']} on {head['host']}" if {"process", "host"} <= head.keys() else ""
 
 
 def _lines(home: Folder) -> list[Any]:
-    """Return the values of a journal, the first one a table; nothing where there is none that can be read."""
+    """Return the values of a journal's complete lines, the first one its head; empty where it cannot be read."""
     values: list[Any] = []
     try:
         text = home.read(FILE)
     except WriteError:  # it is gone
         return values
     with contextlib.suppress(ValueError, RecursionError):
+        # A line without its end was cut by a kill. A broken line ends what counts.
         for line in text.split(b"\n")[:-1]:
             values.append(json.loads(line))  # noqa: PERF401 - what comes before a broken line counts
     return values if values and isinstance(values[0], dict) and values[0].get("journal") == _VERSION else []
 
 
 def _record(row: Any) -> TensorRecord | None:
+    # Anything may be in the file: a row of another form is no record.
     match row:
         case [
             str(name),

@@ -1,4 +1,4 @@
-"""What parses as JSON and is of no use to anyone: halves of characters, numbers beyond any float, tables without end."""
+"""Values that parse as JSON and that no field can hold: halves of characters, numbers beyond any float, endless nesting."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 _SUSPECT = re.compile(
     rb"(?i)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]|\\\\ud[89a-f]|\d{308}", re.DOTALL
 )
-"""In the text of a file: an escape that may be one half of a character, or a very long number."""
+"""Finds text that needs a closer look: an escape that may be half of a character, or a very long number."""
 
 MOST_LEVELS = 64
-"""Of tables and lists in each other; configurations have ten, and Python's own functions end at some hundred."""
+"""The most levels of nested tables and lists. Configurations have ten; Python's own functions fail at some hundred."""
 
 _ALL_BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -28,7 +28,7 @@ _SHOWN = 100
 
 
 class OddValueError(ValueError):
-    """A value that no field can hold: where it is, and what it is."""
+    """A value that no field can hold: where it is, what was found, what was expected."""
 
     def __init__(self, subject: str, got: str, wanted: str) -> None:
         self.subject, self.got, self.wanted = subject, got, wanted
@@ -36,7 +36,7 @@ class OddValueError(ValueError):
 
 
 def check_values(text: bytes, value: Any, *, paths: bool = False) -> None:
-    """Check a parsed JSON text. Files that are as they should be cost one search of their bytes.
+    """Check the values of a parsed JSON text. A normal file costs one search of its bytes.
 
     Args:
         text: of the file.
@@ -47,6 +47,8 @@ def check_values(text: bytes, value: Any, *, paths: bool = False) -> None:
         OddValueError: a text or a key holds half a character (a lone surrogate, which no UTF-8 can hold), a number
             is larger than any float, or tables lie too deep in each other.
     """
+    # Brackets within strings count for nothing, but taking the strings out is slow: done only where it
+    # matters.
     if _is_deep(text) and _is_deep(_STRING.sub(b"", text)):
         raise OddValueError("", f"has tables and lists in each other more than {MOST_LEVELS} deep", "fewer")
     if _SUSPECT.search(text) is None:
@@ -71,7 +73,9 @@ def check_values(text: bytes, value: Any, *, paths: bool = False) -> None:
 
 
 def _is_deep(text: bytes) -> bool:
-    """Return True where brackets are left once the innermost pairs were taken out as often as there may be levels."""
+    """Return True when more than `MOST_LEVELS` levels of brackets are nested: each round takes the innermost pairs
+    out.
+    """
     left = text.translate(None, _ALL_BUT_BRACKETS)
     for _ in range(MOST_LEVELS):
         if not left:
@@ -81,12 +85,12 @@ def _is_deep(text: bytes) -> bool:
 
 
 def is_text(text: str) -> bool:
-    """Return True for a text that UTF-8 can hold."""
+    """Return True when UTF-8 can hold a text: it has no lone surrogate."""
     return _HALF.search(text) is None
 
 
 def shown(text: str) -> str:
-    """Return a text as messages repeat it: not all of a long one, and halves of characters as escapes.
+    """Return a text as messages show it: cut after 100 characters, halves of characters as escapes.
 
     Example:
         >>> shown("rank_pattern"), shown("\\ud800")

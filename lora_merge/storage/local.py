@@ -1,4 +1,4 @@
-"""Files of this machine: opened for reading, and known by what the kernel says of them."""
+"""Files of this machine: opened for reading, and identified by what the kernel says of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_TRANSFER_BYTES = 1 << 30
-"""Asked of one system call; below the kernel's limit of 0x7ffff000."""
+"""The most bytes of one system call; the kernel's own limit is 0x7ffff000."""
 
 UNABLE = frozenset({errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-"""What a filesystem, a kernel or a sandbox answers that does not know a call, or does not permit it."""
+"""Error codes of a filesystem, a kernel or a sandbox that does not know a call, or forbids it."""
 
 CLOEXEC, _NONBLOCK = getattr(os, "O_CLOEXEC", 0), getattr(os, "O_NONBLOCK", 0)
 
 _PLAIN_READ_BYTES = 1 << 22
-"""Asked of ``pread``, which makes a new object of what it reads."""
+"""The most bytes of one ``pread``, which allocates what it returns."""
 
 
 class LocalSource:
@@ -41,9 +41,10 @@ class LocalSource:
         self.nbytes = self.version.size
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Read into a buffer from an offset, with one call; return how many bytes, 0 at the end.
+        """Read into a buffer from an offset, with one call; return the number of bytes, 0 at the end.
 
-        Python asks for ``preadv2``, which some filesystems and sandboxes refuse; ``pread`` is the call that all know.
+        Python's `os.preadv` uses ``preadv2``, which some filesystems and sandboxes refuse. Then ``pread`` is used,
+        which all know.
 
         Raises:
             OSError: they cannot be read.
@@ -62,7 +63,7 @@ class LocalSource:
         return len(data)
 
     def ahead(self, start: int, nbytes: int) -> None:
-        """Have the disk fetch a range."""
+        """Ask the kernel to read a range ahead (``POSIX_FADV_WILLNEED``); a refusal is ignored."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
@@ -73,12 +74,13 @@ class Local:
 
     @contextlib.contextmanager
     def open(self, text: str) -> Iterator[LocalSource]:
-        """Open a file. A pipe, a device or a socket would block, or never end: they are refused, and nothing waits for them.
+        """Open a regular file. Pipes, devices and sockets are refused: reading one would block, or never end.
 
         Raises:
-            CheckpointError: the file is missing, cannot be opened, or is no regular file.
+            CheckpointError: the file is missing, cannot be opened, or is not a regular file.
         """
         try:
+            # O_NONBLOCK: opening a pipe without a writer would wait for ever.
             fd = os.open(text, os.O_RDONLY | CLOEXEC | _NONBLOCK)
         except (OSError, ValueError) as exc:  # ValueError: a NUL character, or a name that cannot be encoded
             why = exc.strerror if isinstance(exc, OSError) else str(exc)
@@ -92,7 +94,7 @@ class Local:
             os.close(fd)
 
     def version_at(self, text: str) -> FileIdentity:
-        """Return which file has a name now.
+        """Return the identity of the file that has a name now, links followed.
 
         Raises:
             OSError: none has it, or nobody may look.
@@ -104,7 +106,7 @@ LOCAL = Local()
 
 
 def identity_of(fd: int) -> FileIdentity:
-    """Return which file a descriptor is of, as it is now."""
+    """Return the identity of an open file as it is now: device, inode, size, mtime and ctime in nanoseconds."""
     return _identity(os.fstat(fd))
 
 
@@ -113,7 +115,9 @@ def _identity(status: os.stat_result) -> FileIdentity:
 
 
 def why_no_file(path: Path) -> str:
-    """Return why a path is no regular file, as the end of a sentence; empty for one that is. Nothing is opened."""
+    """Return why a path is not a regular file, as the end of a sentence; empty when it is one. The file is not
+    opened.
+    """
     try:
         mode = path.stat().st_mode
     except OSError as exc:
@@ -122,7 +126,7 @@ def why_no_file(path: Path) -> str:
 
 
 def _kind_of(mode: int) -> str:
-    """Return what an inode is, in words, by its mode."""
+    """Return the kind of an inode in words, with its article."""
     kinds = {
         stat.S_IFDIR: "a directory",
         stat.S_IFIFO: "a pipe",

@@ -1,4 +1,4 @@
-"""Outputs on a disk of this machine: staged beside their name, journalled, flushed, and renamed in one go."""
+"""Outputs on a local disk: staged beside their name, journalled, flushed, renamed in one step."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 
 
 _UNKNOWN_BYTES = 1 << 60
-"""Free on a disk of which nobody knows."""
+"""Free bytes of a filesystem that does not say: treated as unlimited."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderSink:
-    """Fills the reserved files of a directory, in any order and from any number of workers.
+    """Writes into the reserved files of a directory, in any order and from any number of workers.
 
     It knows the directory by path and inode, so that what a worker writes cannot land in another one.
     """
 
     folder: Folder
     linked: frozenset[str] = frozenset()
-    """Files that are full already, since they share the bytes of the base's."""
+    """Files that are links of the base's, and need no bytes."""
 
     @contextlib.contextmanager
     def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
-        """Yield a function that writes the next bytes of a stretch, unless their file is linked and has them.
+        """Yield a function that writes the next bytes of a stretch; of a linked file it ignores them.
 
         Raises:
             WriteError: the disk is full or cannot be written.
@@ -63,7 +63,7 @@ class FolderSink:
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:
-        """Yield a function that writes the next bytes of the slot.
+        """Yield a function that writes the next bytes of a slot.
 
         Raises:
             WriteError: the disk is full or cannot be written.
@@ -71,11 +71,12 @@ class FolderSink:
         with self.folder.writing(slot.file) as fd:
             stream = Stream(fd, slot.start, self.folder.path / slot.file)
             yield stream.write
+            # Not after an error in the block: the slot is not whole then, whatever is written.
             stream.finish()
 
 
 class LocalDestination:
-    """The place of one output beside its name; a `lora_merge.storage.destination.Destination`.
+    """The place of one output on a local disk: a staging directory beside the output's name.
 
     Args:
         stage: the directory, which this run holds locked.
@@ -91,7 +92,7 @@ class LocalDestination:
 
     @classmethod
     def open(cls, wish: Wish) -> Self:
-        """Take the place of an output.
+        """Lock the staging directory of an output.
 
         Raises:
             WriteError: another run or another user holds it, it cannot be made, or the output's name is taken.
@@ -110,7 +111,7 @@ class LocalDestination:
 
     @staticmethod
     def path(text: str) -> Path:
-        """Return the absolute path.
+        """Return the absolute path of an output.
 
         Raises:
             ResolveError: it is no path, or has a variable in it that no shell filled in.
@@ -119,7 +120,7 @@ class LocalDestination:
 
     @staticmethod
     def check_replaceable(wish: Wish) -> None:
-        """Check that nothing has the output's name that may not be replaced, and no input lies there.
+        """Check that nothing irreplaceable has the output's name, and that no input is inside it.
 
         Raises:
             WriteError: something has.
@@ -128,7 +129,7 @@ class LocalDestination:
 
     @staticmethod
     def check_writable(out: Path) -> None:
-        """Check that the directory that the output is to be in can be written.
+        """Check that the output's directory can be made and written.
 
         Raises:
             WriteError: it cannot.
@@ -137,9 +138,10 @@ class LocalDestination:
 
     @staticmethod
     def free_bytes(out: Path) -> int:
-        """Return the free bytes of the filesystem that the output will be on, stale staging counted free.
+        """Return the free bytes of the filesystem that the output goes to; staging that the next run will clear
+        counts as free.
 
-        A filesystem that does not say how large it is (some in FUSE do not) is taken for one with room: writing will tell.
+        Some filesystems (in FUSE) do not say how large they are. They count as having room: writing will tell.
         """
         try:
             usage = shutil.disk_usage(nearest_existing(out))
@@ -149,21 +151,21 @@ class LocalDestination:
 
     @property
     def root(self) -> Path:
-        """The staged directory."""
+        """The staged directory that will be the output."""
         return self._stage.output
 
     @property
     def sink(self) -> FolderSink:
-        """What travels to workers."""
+        """The sink that is sent to workers: the directory's path and inode, and which files are links."""
         return FolderSink(self._stage.folder, self._linked)
 
     def left(self, merge: str) -> Left:
-        """Return what the journal of an interrupted run lists."""
+        """Return what the journal of an interrupted run lists, for the merge with this fingerprint."""
         home = self._stage.home
         return Left(journal.read(home, merge), journal.changed(home), self._stage.journal.exists())
 
     def keep(self, files: Iterable[OutputFile], names: Collection[str]) -> frozenset[str]:
-        """Keep some files of an interrupted run; remove everything else.
+        """Keep files of an interrupted run that have this run's size and header; remove everything else.
 
         A link, a file with a second name and another user's file are not kept: nothing may be written to them.
 
@@ -176,7 +178,7 @@ class LocalDestination:
         return self._kept
 
     def _is_begun(self, file: OutputFile) -> bool:
-        """Return True where a file of this run is there, a plain one with its header."""
+        """Return True when a staged file is a regular one with this run's size and header."""
         try:
             with self._stage.folder.writing(file.name) as fd:
                 return has_header(LocalSource(str(self._stage.folder.path / file.name), fd), file)
@@ -186,7 +188,7 @@ class LocalDestination:
     def link(
         self, files: Iterable[OutputFile], sources: Mapping[str, str], how: Literal["reflink", "hard"]
     ) -> dict[str, str]:
-        """Make files that nothing changes as links of the base's, where their headers are the same text.
+        """Make files that are copies throughout as links of the base's, where the two headers are the same bytes.
 
         Returns:
             The files of which the disk makes no such link, each with the reason.
@@ -218,13 +220,14 @@ class LocalDestination:
         records: Sequence[TensorRecord],
         changed: Mapping[str, int],
     ) -> None:
-        """Begin the journal, and create every file that is neither linked nor kept at its full size.
+        """Begin the journal, and create every file that is neither linked nor kept, at its full size.
 
         From here on what is written is sent to the disk in the background.
 
         Raises:
             WriteError: the disk is full or cannot be written.
         """
+        # Flushing begins before the first byte is written, and ends before the staging directory is cleared.
         self._held.enter_context(self._flushing)
         written = journal.Journal(self._stage.home, merge, records, changed)
         self._journal = self._held.enter_context(written)
@@ -242,15 +245,15 @@ class LocalDestination:
         self._journal.add(records)
 
     def finish_file(self, name: str) -> None:
-        """Have a file flushed, in the background."""
+        """Flush a full file in the background."""
         self._flushing.add(name)
 
     def rest(self) -> None:
-        """Flush only files that are finished from here on."""
+        """Flush only full files from here on (`Flushing.rest`)."""
         self._flushing.rest()
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file.
+        """Write a new small file.
 
         Raises:
             WriteError: it cannot be written.
@@ -258,7 +261,7 @@ class LocalDestination:
         self._stage.folder.write_text(name, text)
 
     def copy_in(self, source: Path, name: str) -> str:
-        """Copy a file of an input; return the digest of what was read.
+        """Copy a file of an input; return the digest of the bytes that were read.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -267,7 +270,7 @@ class LocalDestination:
         return self._stage.folder.copy_in(source, name)
 
     def flush(self) -> None:
-        """Wait until the disk has what is staged.
+        """Wait until the disk has every staged file.
 
         Raises:
             WriteError: the disk does not take it.
@@ -275,11 +278,11 @@ class LocalDestination:
         self._flushing.wait()
 
     def listing(self) -> Listing:
-        """Return every staged file as it is now."""
+        """Return every staged file as it is now (`dirs.Listing`)."""
         return self._stage.folder.listing()
 
     def commit(self) -> None:
-        """Rename what is staged to the output's name, and remove the rest of the staging directory.
+        """Rename the staged directory to the output's name, and remove the rest of staging.
 
         Raises:
             WriteError: a flush or the rename failed, or something has come under the output's name.
@@ -288,7 +291,9 @@ class LocalDestination:
         self._held.close()
 
     def abort(self, exc: BaseException) -> None:
-        """Leave the place; after an interrupt or a fault of the disk what is whole stays there."""
+        """Leave the place after an error. Whole files stay after an interrupt or a fault of the disk
+        (`staging.staging`).
+        """
         if self._stage.is_published():
             with contextlib.suppress(WriteError):
                 self._stage.home.remove(journal.FILE)  # nobody is to go on from there

@@ -1,4 +1,4 @@
-"""Output files at their full size: reserved with their header, and known by it."""
+"""Output files at their full size: created with their header, and recognised by it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def has_header(source: Source, file: OutputFile) -> bool:
-    """Return True when a stored file has the size and the header, byte by byte, of a file to be written.
+    """Return True when a stored file has the size and, byte by byte, the header of a file that is to be written.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -29,7 +29,7 @@ def has_header(source: Source, file: OutputFile) -> bool:
 
 
 def reserve(folder: Folder, file: OutputFile) -> None:
-    """Create an output file at its full size, with its header written and its tensors empty.
+    """Create an output file at its full size: the header is written, the tensors are still zeros.
 
     Raises:
         WriteError: the disk is full or cannot be written.
@@ -37,6 +37,7 @@ def reserve(folder: Folder, file: OutputFile) -> None:
     path = folder.path / file.name
     with folder.writing(file.name, create=True) as fd:
         try:
+            # A disk that is too small is found now, before anything is computed.
             allocate(fd, file.nbytes)
         except OSError as exc:
             raise write_error(path, exc) from exc

@@ -1,4 +1,4 @@
-"""Whose a directory is: may a run build its output in one that was there already, and who may read what it writes?"""
+"""Ownership of directories: whether a run may use one that exists, and which permissions the output gets."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _CLASSES = ((stat.S_IRGRP, stat.S_IXGRP, stat.S_IRWXG), (stat.S_IROTH, stat.S_IXOTH, stat.S_IRWXO))
-"""Of the group and of everybody: the bit to read, the bit to enter, and all of them."""
+"""For the group and for everybody: the bit to read, the bit to enter, and all bits."""
 
 
 def take(fd: int, path: Path, parent: int, *, is_new: bool) -> None:
-    """Check that a directory is this user's alone, and close it to others.
+    """Check that a directory belongs to this user alone, and close it to others.
 
-    Some filesystems show one owner, or one mode, for everything (vfat, shares of other systems, a root that a server
-    makes nobody): there it is enough to have what a new file has.
+    Some filesystems show one owner, or one mode, for everything (vfat, shares of other systems, NFS that maps root to
+    nobody). There it is enough that the directory has the owner and mode that a new file gets.
 
     Args:
         fd: of the directory.
         path: its path.
         parent: a descriptor of the directory that it is in.
-        is_new: it was made just now.
+        is_new: it was just created by this run.
 
     Raises:
         WriteError: it is another user's, or others may write to it.
@@ -54,7 +54,7 @@ def take(fd: int, path: Path, parent: int, *, is_new: bool) -> None:
 
 
 def _owner_of_new(parent: int) -> int:
-    """Return the owner that a file made by this process has in a directory; -1 where none can be made."""
+    """Return the owner that a new file of this process gets in a directory; -1 where none can be made."""
     name = f".lora-merge-{secrets.token_hex(8)}"
     try:
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=parent)
@@ -69,7 +69,7 @@ def _owner_of_new(parent: int) -> int:
 
 
 def _keeps_modes(fd: int, mode: int) -> bool:
-    """Return True where a directory can be closed to others; it is left as it was."""
+    """Return True when the filesystem can close a directory to others. The mode is restored."""
     try:
         os.fchmod(fd, mode & ~_OTHERS_WRITE)
         is_closed = not os.fstat(fd).st_mode & _OTHERS_WRITE
@@ -80,7 +80,7 @@ def _keeps_modes(fd: int, mode: int) -> bool:
 
 
 def _name(uid: int) -> str:
-    """Return a user in words."""
+    """Return a user's name and number, in words."""
     import pwd
 
     try:
@@ -90,7 +90,8 @@ def _name(uid: int) -> str:
 
 
 def allowed_bits(inputs: Iterable[Path], group: int) -> int:
-    """Return the permissions that an output may have, by who may read everything that it is made of.
+    """Return the permission bits that the output may have: nobody may read it who may not read all that it is made
+    of.
 
     The owner keeps all. The group and everybody keep theirs where they may list every directory and read every file; the
     group also has to be the same one, unless everybody may read.
@@ -110,6 +111,7 @@ def allowed_bits(inputs: Iterable[Path], group: int) -> int:
             bool(status.st_mode & read) and (not needs_entry or bool(status.st_mode & enter))
             for read, enter, _ in _CLASSES
         ]
+        # The group's bits of an input are of the input's group, which need not be the output's.
         may_read[0] = may_read[0] and (may_read[1] or status.st_gid == group)
         for permitted, (*_, bits) in zip(may_read, _CLASSES, strict=True):
             if not permitted:

@@ -1,4 +1,4 @@
-"""Which bytes of a file may change without a trace in its times: what Linux says of its page cache and of the filesystem.
+"""Which bytes of a file may change without a trace in its times, by what Linux says of its page cache and the filesystem.
 
 A write through a mapping sets the time of a file when it meets a page that is clean: the kernel is told by a fault. A page
 that is dirty already is written without a fault, so its change leaves no trace until it is clean again.
@@ -25,13 +25,13 @@ _TIMED = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010})
 """``f_type`` of ext4, XFS, btrfs and F2FS, which set the time of a file when a clean page of a mapping is written."""
 
 _UNTIMED = frozenset({0x01021994, 0x858458F6})
-"""Of tmpfs and ramfs, which do not."""
+"""``f_type`` of tmpfs and ramfs, which do not."""
 
 _CACHESTAT = 451
 """The number of the system call, on x86 and ARM as nearly everywhere."""
 
 _STEP_BYTES = 16 << 20
-"""Of a file with dirty pages, one answer each."""
+"""Granularity of the answer for a file with dirty pages."""
 
 _TICK_NS, _COARSE_NS = 50_000_000, 2_000_000_000
 """Two changes closer than this may have one time: the kernel's clock for files ticks every 1 to 10 ms, and some
@@ -39,14 +39,18 @@ filesystems keep whole seconds."""
 
 
 def look_at(source: Source) -> InputFile:
-    """Return a file that was opened, and what the kernel may not tell of its later changes."""
+    """Return the identity of an opened file, with the byte ranges in which a later change may leave no trace in its
+    times.
+    """
     fd, identity = source.fd, source.version
+    # Not a local file: other bytes have another tag.
     if fd is None:  # other bytes have another tag
         return InputFile(identity)
     everything = ((0, identity.size),)
     kind = _filesystem(fd)
     if kind in _UNTIMED or _is_young(identity, time.time_ns()):
         return InputFile(identity, everything)
+    # A network filesystem, or one that is not known: nothing can be said.
     if kind not in _TIMED:
         return InputFile(identity, is_known=False, is_local=False)
     dirty = _dirty_ranges(fd, identity.size)
@@ -54,13 +58,16 @@ def look_at(source: Source) -> InputFile:
 
 
 def _is_young(identity: FileIdentity, now: int) -> bool:
-    """Return True where a file changed so recently that another change could have the same time."""
+    """Return True when a file changed so recently that another change could get the same time ("racily clean" in
+    Git).
+    """
     tick = _TICK_NS if identity.changed % 1_000_000_000 else _COARSE_NS
     return now - identity.changed < tick
 
 
 def _dirty_ranges(fd: int, size: int) -> tuple[Range, ...] | None:
-    """Return the ranges of a file with pages that are not on the disk yet; None where the kernel cannot say."""
+    """Return the byte ranges of a file with pages that are not on the disk yet; None where the kernel cannot say."""
+    # One call for the whole file first, since most files have no dirty page.
     whole = _is_dirty(fd, 0, size)
     if not whole:
         return None if whole is None else ()
@@ -76,7 +83,7 @@ def _dirty_ranges(fd: int, size: int) -> tuple[Range, ...] | None:
 
 
 def _is_dirty(fd: int, start: int, nbytes: int) -> bool | None:
-    """Return whether a range of a file has pages that are dirty or being written; None where that cannot be asked."""
+    """Return whether a range of a file has dirty pages, or pages being written; None where the kernel cannot say."""
     library = _library()
     if library is None:
         return None
@@ -90,7 +97,7 @@ def _is_dirty(fd: int, start: int, nbytes: int) -> bool | None:
 
 
 def _filesystem(fd: int) -> int | None:
-    """Return the ``f_type`` of the filesystem that a file is on; None where that cannot be asked."""
+    """Return the ``f_type`` (statfs) of the filesystem that a file is on; None where it cannot be asked."""
     library = _library()
     if library is None:
         return None
@@ -104,7 +111,7 @@ def _filesystem(fd: int) -> int | None:
 
 @cache
 def _library() -> Any:
-    """Return the C library of Linux; None elsewhere."""
+    """Return the C library on Linux; None elsewhere."""
     if sys.platform != "linux":
         return None
     import ctypes

@@ -1,4 +1,4 @@
-"""Texts that are to be paths and lead nowhere: what they may have been meant for."""
+"""Paths that lead nowhere: what the user may have meant."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"
 
 
 def file_hint(path: Path) -> str:
-    """Return what to do where a file was named in the place of a folder."""
+    """Return what to do where a file was named and a folder is expected."""
     if path.suffix in _ARCHIVES:
         return "unpack it, and name the folder that comes out"
     if path.suffix == ".gguf":
@@ -32,7 +32,12 @@ def file_hint(path: Path) -> str:
 
 
 def missing_hint(text: str, role: str) -> str:
-    """Return what a path that leads nowhere may have been meant for; without a guess, what is expected."""
+    """Return what a path that leads nowhere may have been meant for, or else what is expected.
+
+    Args:
+        text: as the user wrote it.
+        role: the option that it was given to, without ``--``.
+    """
     return (
         _spelling_hint(text, role)
         or _near_hint(text)
@@ -41,7 +46,7 @@ def missing_hint(text: str, role: str) -> str:
 
 
 def _spelling_hint(text: str, role: str) -> str:
-    """Return what is wrong with how a path is written; nothing where nothing is."""
+    """Return what is wrong with how a path is written; empty where nothing is."""
     plain = text.strip()
     if plain != text:
         return f"the path begins or ends with a space: --{role} {plain!r} has none"
@@ -63,11 +68,11 @@ _SPELLINGS = (
     (re.compile(r"[*?\[]"), "wildcards are known in batch files only: name one folder"),
     (re.compile(r"[/=]~"), "~ is the home directory only where the path begins with it"),
 )
-"""How a path looks that is written as something else reads it."""
+"""Texts that are written for another program or shell, each with what to do."""
 
 
 def _page_hint(text: str, role: str) -> str:
-    """Return which repo the address of a page is of."""
+    """Return the repo of a web page's address, as a text for the option; empty for any other text."""
     page = _URL.fullmatch(text)
     if page is None:
         return ""
@@ -78,7 +83,9 @@ def _page_hint(text: str, role: str) -> str:
 
 
 def _weight_hint(text: str) -> str:
-    """Return what is wrong with the weight behind an adapter's path, where that is a directory."""
+    """Return what is wrong with the weight behind an adapter's path (``path:0.5``); empty where the path is not a
+    directory.
+    """
     place, colon, weight = text.rpartition(":")
     if not colon or not is_directory(Path(place).expanduser()):
         return ""
@@ -90,7 +97,7 @@ def _weight_hint(text: str) -> str:
 
 
 def _near_hint(text: str) -> str:
-    """Return folders whose names are nearly the one that is not there, or how far the path leads."""
+    """Return folders with nearly the same name, or how far the path exists."""
     path = Path(text).expanduser()
     parent = path.parent
     try:

@@ -1,7 +1,7 @@
-"""How a staged directory gets the output's name: in one step, and never over something that the run did not see.
+"""How a staged directory gets the output's name: in one step, and never over anything that the run has not seen.
 
-What has the name may have come there while the run worked. So a new name is given only where nothing has it, and what is
-taken out of its place is looked at before anything is removed.
+Something may take the name while the run works. So a new name is given only where it is free, and what is moved out
+of its place is checked before anything is removed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from lora_merge.storage.staging import Stage
 
 OUTPUT, REPLACED, KEPT = "output", "replaced", "kept"
-"""In staging: the output; what had its name, on its way out; and what nobody may remove but who put it there."""
+"""Names in staging: the output; what had its name and is on its way out; and what only its owner may remove."""
 
 _NOREPLACE, _EXCHANGE = 1, 2
 """The flags of Linux's ``renameat2(2)``."""
 
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
-"""What a rename answers where something has the name."""
+"""Error codes of a rename to a name that is taken."""
 
 
 def publish(stage: Stage) -> None:
-    """Flush the staged output to the disk, or what `Flushing` left of that, and give it its name.
+    """Flush what is left to flush, and give the staged directory the output's name.
 
     Where the kernel can exchange two names, there is no moment without an output. Others get no permission that they
     do not have for the inputs.
@@ -44,6 +44,7 @@ def publish(stage: Stage) -> None:
             stage.folder.narrow(stage.allowed)
         stage.folder.flush()
         with stage.home.opened() as home:
+            # Others may have exchanged the directory for another one: compare inodes before it gets the name.
             if not stage.folder.is_it(dirs.inode_of(OUTPUT, home)):
                 raise WriteError(
                     f"{stage.output}: is not the directory that this run made, and is not published"
@@ -52,6 +53,7 @@ def publish(stage: Stage) -> None:
                 _name(stage, home)
             else:
                 _replace(stage, home, stage.old)
+        # A rename is durable only once the directory that holds the name is.
         dirs.sync(stage.parent)
     except OSError as exc:
         raise write_error(stage.out, exc) from exc
@@ -63,7 +65,7 @@ def publish(stage: Stage) -> None:
 
 
 def _name(stage: Stage, home: int) -> None:
-    """Give the output a name that nothing has; an empty directory may have it, since no rename removes another."""
+    """Give the output a name that is free. An empty directory may have it: a plain rename replaces no other kind."""
     try:
         if not renamed((OUTPUT, home), (stage.out.name, stage.parent), _NOREPLACE):
             os.rename(OUTPUT, stage.out.name, src_dir_fd=home, dst_dir_fd=stage.parent)
@@ -81,7 +83,7 @@ def _taken(out: Path) -> WriteError:
 
 
 def _replace(stage: Stage, home: int, old: int) -> None:
-    """Put the output in the place of the directory that had its name when the run began, and of no other."""
+    """Put the output in the place of the directory that had its name when the run began, and of no other one."""
     name = stage.out.name
     current = dirs.inode_of(name, stage.parent)
     if current is None:
@@ -92,6 +94,8 @@ def _replace(stage: Stage, home: int, old: int) -> None:
     with dirs.writable(old):  # the kernel changes `..` in a directory that it moves
         if not renamed((OUTPUT, home), (name, stage.parent), _EXCHANGE):
             _replace_in_steps(stage, home, old)
+        # After the exchange the old directory is in staging, out of reach of others: look at it again, and
+        # give it back if it is not the one that may go.
         elif not _is_old(stage, OUTPUT, home, old):
             if not renamed((OUTPUT, home), (name, stage.parent), _EXCHANGE):
                 os.rename(OUTPUT, KEPT, src_dir_fd=home, dst_dir_fd=home)
@@ -100,7 +104,7 @@ def _replace(stage: Stage, home: int, old: int) -> None:
 
 
 def _replace_in_steps(stage: Stage, home: int, old: int) -> None:
-    """Take the old directory away, look at it, and name the output.
+    """Without an exchange of names: move the old directory away, check it, name the output, or move it back.
 
     A run that is killed in between is put right by the next (`recover`).
     """
@@ -125,7 +129,7 @@ def _lost_place(stage: Stage, name: str) -> WriteError:
 
 
 def _is_old(stage: Stage, name: str, dir_fd: int, old: int) -> bool:
-    """Return True where a name is that of the directory that may be replaced, and nothing has come into it since."""
+    """Return True when a name is that of the directory that may be replaced, and no file in it is new or changed."""
     status = os.fstat(old)
     if dirs.inode_of(name, dir_fd) != (status.st_dev, status.st_ino) or not dirs.has_any(old, stage.marks):
         return False
@@ -133,7 +137,7 @@ def _is_old(stage: Stage, name: str, dir_fd: int, old: int) -> bool:
 
 
 def recover(home: int, parent: int, out: Path, root: Path) -> None:
-    """Put right what a run left that was killed while it gave the output its name.
+    """Repair what a run left that was killed while it named its output.
 
     Args:
         home: a descriptor of its staging directory.
@@ -159,7 +163,7 @@ def recover(home: int, parent: int, out: Path, root: Path) -> None:
 
 
 def renamed(one: tuple[str, int], other: tuple[str, int], flag: int) -> bool:
-    """Rename one to the other where nothing has that name, or exchange the two, in one step.
+    """Rename in one step: either only if the new name is free, or by exchanging the two names.
 
     Args:
         one: a name, and a descriptor of the directory that it is in.
@@ -173,6 +177,7 @@ def renamed(one: tuple[str, int], other: tuple[str, int], flag: int) -> bool:
     import ctypes
 
     try:
+        # glibc has the function since 2.28; Python has none for it.
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False

@@ -1,4 +1,4 @@
-"""Positioned reads from sources into buffers that are used again, and the storage asked in advance."""
+"""Positioned reads from sources into reused buffers, with read-ahead."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from lora_merge.storage.sources import Source
 
 BLOCK_BYTES = 1 << 22
-"""Read at once, where a whole file or tensor passes by."""
+"""Bytes of one read, where a whole file or tensor passes through."""
 
 _AHEAD_BYTES = 32 << 20
-"""Asked of the storage in advance."""
+"""Bytes that the storage is asked for in advance."""
 
 _BLOCKS: list[memoryview] = []
-"""Blocks that nobody has borrowed."""
+"""Blocks that are free to be used. `list.pop` and `append` are safe between threads."""
 
 
 @contextlib.contextmanager
 def borrowed_block() -> Iterator[memoryview]:
-    """Yield a block of memory, `BLOCK_BYTES` long, that comes back at the end: the kernel need not find a new one."""
+    """Yield a block of `BLOCK_BYTES` that is used again later: the kernel need not find and clear new pages each
+    time.
+    """
     try:
         block = _BLOCKS.pop()
     except IndexError:
@@ -40,7 +42,7 @@ def borrowed_block() -> Iterator[memoryview]:
 
 
 def read_into(source: Source, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer from an offset of a source.
+    """Fill a buffer from an offset of a source, and report what was read to `input_files`.
 
     Raises:
         CheckpointError: the file ends too soon, or cannot be read.
@@ -51,7 +53,7 @@ def read_into(source: Source, buffer: memoryview, offset: int) -> None:
 
 
 def read_unwatched(source: Source, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer from an offset of a source; for what has a digest of its own.
+    """Fill a buffer from an offset of a source, without a report: for readers that take a digest themselves.
 
     Raises:
         CheckpointError: the file ends too soon, or cannot be read.
@@ -71,7 +73,7 @@ def read_unwatched(source: Source, buffer: memoryview, offset: int) -> None:
 
 
 def read_some(source: Source, buffer: memoryview, offset: int) -> int:
-    """Read into a buffer with one call; return how many bytes, 0 at the end.
+    """Read into a buffer with one call; return the number of bytes, 0 at the end.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -83,7 +85,7 @@ def read_some(source: Source, buffer: memoryview, offset: int) -> int:
 
 
 class ReadAhead:
-    """Has the storage fetch what of a range will be read next, while what was fetched before is worked on.
+    """Asks the storage for the next bytes of a range while the earlier ones are worked on.
 
     Args:
         source: what is read.
@@ -96,12 +98,13 @@ class ReadAhead:
         self._read = read_into if is_watched else read_unwatched
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer from an offset of the source; what lies before it is not fetched.
+        """Fill a buffer from an offset of the source. Bytes before the offset are not asked for.
 
         Raises:
             CheckpointError: the file ends too soon, or cannot be read.
         """
         self._asked = max(self._asked, offset)
+        # Asked for in large steps, each when half of the last one is used up: one call for many tiles.
         if self._asked < min(offset + len(buffer) + _AHEAD_BYTES // 2, self._end):
             count = min(_AHEAD_BYTES, self._end - self._asked)
             self._source.ahead(self._asked, count)
@@ -132,27 +135,23 @@ def read_blocks(
 
 
 class _Stream(io.RawIOBase):
-    """A source as a raw stream of Python's."""
+    """A source as a raw binary stream."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._at = source, 0
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Read the next bytes; return how many."""
         n_read = self._source.read_into(memoryview(buffer).cast("B"), self._at)
         self._at += n_read
         return n_read
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place; return it."""
         begins = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.nbytes}
         at = begins[whence] + offset
         if at < 0:
@@ -162,5 +161,7 @@ class _Stream(io.RawIOBase):
 
 
 def stream_of(source: Source) -> io.BufferedReader:
-    """Return a source as a file of Python's, for readers that want one. It ends with the source."""
+    """Return a source as a buffered binary file, for libraries that want one. It is valid as long as the source is
+    open.
+    """
     return io.BufferedReader(_Stream(source))

@@ -1,4 +1,4 @@
-"""May an output come under a name: what has it, what holds it, and may anything be written there?"""
+"""May an output have a name: what has it now, is an input inside, can it be written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIX = ".lora-merge-staging"
 
 
 def staging_path(out: Path) -> Path:
-    """Return the directory that an output is built in: beside it, on the same filesystem."""
+    """Return the directory that an output is built in: beside it, so that a rename can publish it."""
     return out.with_name(out.name + SUFFIX)
 
 
@@ -29,18 +29,19 @@ def check_replaceable(
     home: Path | None = None,
     marks: tuple[str, ...] = (CONFIG_FILE,),
 ) -> None:
-    """Check that an output may come into being under this name.
+    """Check that an output may be made under this name.
 
     Args:
         out: its path.
-        overwrite: what has this name may be replaced.
+        overwrite: a directory that has this name may be replaced.
         inputs: directories and files that are read.
-        home: one of the inputs that the output may lie in: an adapter may hold other forms of itself.
-        marks: files of which one shows that a directory is an output of this kind.
+        home: an input that the output may be inside of: an adapter's folder may hold other forms of the adapter.
+        marks: file names; a directory with one of them is an output of this kind.
 
     Raises:
-        WriteError: it exists and may not be replaced, is another kind of directory, one of the inputs holds it
-            or lies in it; or nobody may look.
+        WriteError: it exists and may not be replaced, is another kind of directory, one of the inputs is inside it or
+            around it; or
+          the name cannot be looked at.
     """
     for path in inputs:
         _check_apart(out, path, may_hold_it=path == home)
@@ -65,7 +66,7 @@ def check_replaceable(
 
 
 def _check_apart(out: Path, source: Path, *, may_hold_it: bool) -> None:
-    """Check that an output and an input are not in each other.
+    """Check that neither of an output and an input is inside the other.
 
     Args:
         out: the output.
@@ -73,7 +74,7 @@ def _check_apart(out: Path, source: Path, *, may_hold_it: bool) -> None:
         may_hold_it: the output may be in a folder of the input.
 
     Raises:
-        WriteError: they are.
+        WriteError: one is.
     """
     hint = "choose another --out, beside the inputs"
     if _holds(out, source):
@@ -83,7 +84,7 @@ def _check_apart(out: Path, source: Path, *, may_hold_it: bool) -> None:
 
 
 def _holds(place: Path, path: Path) -> bool:
-    """Return True where a place is a path or one of the directories above it, whatever links or mounts lead there."""
+    """Return True when a path is a place or below it, however links and mounts lead there."""
     real, place = Path(os.path.realpath(path)), Path(os.path.realpath(place))  # which bears links in a circle
     if place == real or place in real.parents:
         return True
@@ -91,6 +92,7 @@ def _holds(place: Path, path: Path) -> bool:
         status = place.stat()
     except OSError:
         return False
+    # Paths do not tell of bind mounts, inodes do.
     return stat.S_ISDIR(status.st_mode) and any(_is_inode(above, status) for above in (real, *real.parents))
 
 
@@ -102,7 +104,7 @@ def _is_inode(path: Path, status: os.stat_result) -> bool:
 
 
 def _foreign(out: Path, marks: tuple[str, ...]) -> str:
-    """Return what stands under the output's name, if it is nothing that an output may replace."""
+    """Return what has the output's name, if an output may not replace it; empty if it may."""
     if out.is_symlink():
         return f"a link to {out.readlink()}"
     if not out.is_dir():
@@ -114,7 +116,8 @@ def _foreign(out: Path, marks: tuple[str, ...]) -> str:
 
 
 def check_writable(out: Path) -> None:
-    """Check that a directory may be made under this name: a disk that takes nothing may seem full.
+    """Check that a directory may be made under this name. Asked before the free space: a read-only disk may seem
+    full.
 
     Raises:
         WriteError: it may not.

@@ -1,4 +1,4 @@
-"""Are two names those of one model? By names alone: repos, paths of whoever trained, folders of whoever merges.
+"""Do two names mean the same model? Judged by the names alone: repos, paths from training, local folders.
 
 Copies in another storage are the same model (``unsloth/…-bnb-4bit``), a base and its instruct version are two. A name that
 tells nothing (``./base``, ``checkpoint-500``) is never held against another.
@@ -14,7 +14,7 @@ _CACHED = re.compile(r"(?:^|/)models--(?P<repo>[^/]+)(?:/snapshots/(?P<commit>[^
 _PASSED_OVER = re.compile(
     r"(checkpoint|epoch|step|global_step)[-_]?\d+|[0-9a-f]{32,}|snapshots|main|master|hf|original|safetensors"
 )
-"""Folders that a model lies in without being called so."""
+"""Folders that hold a model without being named after it."""
 
 _TELLS_NOTHING = frozenset(
     {
@@ -57,7 +57,7 @@ _FOLDERS = _TELLS_NOTHING | {
     "work",
     "home",
 }
-"""First parts of ``models/llama``, which is a path and no repo of an owner."""
+"""First parts of paths such as ``models/llama``, which is not a repo of an owner."""
 
 _STORAGES = frozenset(
     {
@@ -101,13 +101,13 @@ _STORAGES = frozenset(
         "marlin",
     }
 )
-"""Words that say how a copy is stored, and nothing of what the model is."""
+"""Words that say how a copy is stored, not which model it is."""
 
 _SIZE = re.compile(r"\d+(x\d+)?[bm]")
 
 
 def same_model(one: str, other: str) -> bool | None:
-    """Return True where two names are of one model, False where they are of two, None where they do not tell.
+    """Return True when two names mean the same model, False when they mean two models, None when they do not tell.
 
     Example:
         >>> same_model("unsloth/Llama-3.2-1B-unsloth-bnb-4bit", "/home/me/models/Llama-3.2-1B")
@@ -128,7 +128,7 @@ def same_model(one: str, other: str) -> bool | None:
 
 
 def cached_repo(path: str) -> tuple[str, str] | None:
-    """Return the repo and the commit of a directory in the cache of the Hub; None for any other.
+    """Return (repo, commit) of a directory in the Hub's cache; None for any other path.
 
     Example:
         >>> cached_repo("/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/0a1b")
@@ -139,7 +139,7 @@ def cached_repo(path: str) -> tuple[str, str] | None:
 
 
 def is_repo(name: str) -> bool:
-    """Return True for what is probably ``owner/name`` on a hub, and not a path.
+    """Return True for a text that is probably ``owner/name`` on a hub, not a path.
 
     Example:
         >>> [is_repo(name) for name in ("Qwen/Qwen3-8B", "models/llama", "./a", "/a/b", "gpt2")]
@@ -155,10 +155,11 @@ def is_repo(name: str) -> bool:
 
 
 def _last(name: str) -> str:
-    """Return the last part of a name that is not but a folder that a model lies in."""
+    """Return the last part of a name that is not just a folder around a model; empty where none is left."""
     cached = cached_repo(name)
     if cached is not None:
         name = cached[0]
+    # Schemes, revisions and Windows' backslashes are spelling. ModelScope's cache writes ``___`` for a dot.
     name = re.sub(r"^\w+://", "", name.strip().replace("\\", "/")).partition("@")[0]
     parts = [part for part in name.lower().replace("___", ".").split("/") if part not in {"", ".", ".."}]
     while len(parts) > 1 and _PASSED_OVER.fullmatch(parts[-1]):
@@ -168,7 +169,7 @@ def _last(name: str) -> str:
 
 
 def _words(name: str) -> tuple[str, ...]:
-    """Return the words of a model's name, without those that say how it is stored.
+    """Return the words of a model's name, in lower case, without those that say how it is stored.
 
     Example:
         >>> _words("meta-llama/Meta-Llama-3-8B"), _words("llama3-8b-hf"), _words("./out/checkpoint-500")
@@ -181,6 +182,6 @@ def _words(name: str) -> tuple[str, ...]:
 
 
 def _tells(name: str) -> bool:
-    """Return True where a name is enough to say which model it is: a repo, or a folder with a size in its name."""
+    """Return True when a name says which model it is: a repo, or a folder with a size in its name."""
     cached = cached_repo(name)
     return cached is not None or is_repo(name) or "://" in name or any(map(_SIZE.fullmatch, _words(name)))

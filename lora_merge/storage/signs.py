@@ -1,4 +1,4 @@
-"""Signs that a large file may not be what it was, which cost next to nothing to look for: times, holes, some of its pages."""
+"""Cheap signs that a large file has changed: times, holes, some of its pages."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4096
 
 _MOST_PAGES = 4096
-"""Of one checkpoint that are looked at: a second's work for a disk that has none of them at hand."""
+"""The most pages of one checkpoint that are read: about a second for a disk that has none of them in memory."""
 
 
 def changed_at(path: str | Path) -> int:
-    """Return when a file may have changed last, in nanoseconds.
+    """Return the time of the last possible change of a file, in nanoseconds.
 
-    That is the later of two times. Programs that copy set the time of modification back; the kernel sets the other one
-    itself, also when a file is renamed, linked or given another mode. A time to come tells nothing. Of a storage without times
-    it is now: nobody says that it was earlier.
+    It is the later of mtime and ctime. Programs that copy set mtime back; the kernel sets ctime, also when a file is
+    renamed, linked or given another mode. An mtime in the future tells nothing. For a storage without times it is
+    now.
 
     Raises:
         CheckpointError: there is no such file.
@@ -42,7 +42,7 @@ def changed_at(path: str | Path) -> int:
 
 
 def modified_at(path: str | Path) -> int:
-    """Return when a file was written to last, in nanoseconds, or what a program says of that; now where there are no times.
+    """Return the mtime of a file in nanoseconds, which programs may set; now for a storage without times.
 
     Raises:
         CheckpointError: there is no such file.
@@ -52,7 +52,7 @@ def modified_at(path: str | Path) -> int:
 
 
 def _version(path: str | Path) -> FileIdentity:
-    """Return which file has a name.
+    """Return the version of a file.
 
     Raises:
         CheckpointError: there is no such file.
@@ -64,7 +64,7 @@ def _version(path: str | Path) -> FileIdentity:
 
 
 def has_hole(path: Path) -> bool:
-    """Return True where the filesystem knows of a part of a file that was never written, as after a crash.
+    """Return True when a part of a file was never written, as after a crash; False where the filesystem cannot say.
 
     Raises:
         CheckpointError: the file cannot be opened.
@@ -79,7 +79,9 @@ def has_hole(path: Path) -> bool:
 
 
 def sampled(refs: Sequence[TensorRef]) -> list[TensorRef]:
-    """Return those of some tensors of a checkpoint whose pages are looked at: all, or of very many every second, or third."""
+    """Return the tensors of which pages are read: all, or every second or third of very many, and the last one of
+    each file.
+    """
     step = -(-2 * len(refs) // _MOST_PAGES) or 1
     last = {ref.file: ref for ref in refs}
     chosen = [*refs[::step], *(last.values() if step > 1 else ())]
@@ -87,7 +89,7 @@ def sampled(refs: Sequence[TensorRef]) -> list[TensorRef]:
 
 
 def pages(ref: TensorRef) -> Iterator[bytes]:
-    """Yield the first and the last bytes of a tensor, a page of each.
+    """Yield the first and the last 4096 bytes of a tensor; once, where that is the same.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -100,7 +102,7 @@ def pages(ref: TensorRef) -> Iterator[bytes]:
 
 
 def sample_digest(refs: Sequence[TensorRef]) -> str:
-    """Return a digest of where some tensors lie, of their shapes, and of some of their bytes.
+    """Return a digest of names, dtypes and shapes of tensors, and of some of their bytes.
 
     Raises:
         CheckpointError: a file cannot be read.

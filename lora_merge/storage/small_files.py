@@ -17,19 +17,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_JSON_BYTES = 100_000_000
-"""Of a JSON file that is read: as much as a safetensors header may have. The index of 100 000 tensors has 10 MB."""
+"""The most bytes of a JSON file: as many as a safetensors header may have. An index of 100 000 tensors has 10 MB."""
 
 
 _MAX_JSON_VALUES = 16_000_000
-"""Of a JSON text. Each takes some 60 bytes of memory, where ``[],`` takes three of the text; a header has ten for a tensor."""
+"""The most values of a JSON text. Each takes some 60 bytes of memory, where ``[],`` is three bytes of text; a header
+has ten values for each tensor.
+"""
 
 
 _SHOWN_CHARACTERS = 200
-"""Of a key in a message."""
+"""Characters of a key that a message shows."""
 
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
-    """Return the bytes of a small file.
+    """Return the bytes of a small file, and report them to `input_files`.
 
     Raises:
         CheckpointError: it cannot be read, is no regular file, or is longer than `most` bytes.
@@ -68,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_json(path: Path, exc: Exception) -> CheckpointError:
-    """Return the error of a file that is no JSON: what it is instead, or where it breaks off."""
+    """Return the error for a file that is not JSON: it says what the file is instead, or that it breaks off."""
     what = instead_of(path)
     if what is not None:
         return CheckpointError(str(path), "", what.sentence, hint=what.hint)
@@ -78,7 +80,7 @@ def _no_json(path: Path, exc: Exception) -> CheckpointError:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a small file; bytes that are no UTF-8 are replaced.
+    """Return the text of a small file; bytes that are not UTF-8 are replaced, CRLF becomes LF.
 
     Raises:
         CheckpointError: it cannot be read, or is too long to be meant.
@@ -88,7 +90,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: bytes, *, paths: bool = False) -> Any:
-    """Return the value of a JSON text.
+    """Return the value of a JSON text, checked for values that no field can hold.
 
     Args:
         text: of a file.
@@ -99,6 +101,7 @@ def parse_json(text: bytes, *, paths: bool = False) -> Any:
             that no field can hold (`OddValueError`).
         RecursionError: it is nested too deeply.
     """
+    # Counted before parsing: a small text can become gigabytes of Python objects.
     n_values = sum(map(text.count, (b",", b"[", b"{")))
     if n_values > _MAX_JSON_VALUES:
         raise ValueError(f"some {n_values} values, expected {_MAX_JSON_VALUES} at most")

@@ -1,4 +1,4 @@
-"""Where a base or an adapter comes from when it is no local directory: texts such as ``org/name@revision``."""
+"""Texts that name a repo on a hub, such as ``org/name@revision``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _QUANTISED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A directory of a repo, at a revision."""
+    """A folder of a repo at a revision, as the user asked for it."""
 
     host: Host
     repo: str
@@ -37,31 +37,31 @@ class Source:
     """Branch, tag or commit as asked for; None for the default branch."""
 
     explicit: bool = True
-    """False for a text that may as well have been meant as a local path: one without ``hf://`` or ``ms://``."""
+    """False for a text without ``hf://`` or ``ms://``, which may also be meant as a local path."""
 
     def __str__(self) -> str:
-        """Return the text that means this."""
+        """Return the text that parses to this source."""
         scheme = f"{self.host}://" if self.host != "hf" or "/" not in self.repo else ""
         place = f"{self.repo}/{self.folder}" if self.folder else self.repo
         return f"{scheme}{place}@{self.revision}" if self.revision else f"{scheme}{place}"
 
     @property
     def wanted(self) -> str:
-        """Return the revision, or the name of the branch that none means."""
+        """The revision, or the name of the host's default branch."""
         return self.revision or _DEFAULT_BRANCH[self.host]
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a source turned out to be: the commit behind its revision."""
+    """A source with the commit that its revision meant when it was fetched."""
 
     source: Source
 
     commit: str = ""
-    """Empty where the host does not tell (ModelScope)."""
+    """Empty for ModelScope, which does not tell."""
 
     def to_json(self) -> dict[str, object]:
-        """Return it as the manifest records it."""
+        """Return the table that the manifest has for it."""
         source = self.source
         table: dict[str, object] = {"hub": HOST_NAMES[source.host], "id": source.repo}
         if source.folder:
@@ -70,7 +70,7 @@ class Origin:
 
 
 def parse_source(text: str) -> Source | None:
-    """Return what a text means on a hub, or None when it can only be a local path.
+    """Return the repo that a text names; None when the text can only be a local path.
 
     Example:
         >>> parse_source("org/name/checkpoint-9@v1")
@@ -100,7 +100,7 @@ def parse_source(text: str) -> Source | None:
 
 
 def full_precision(repo: str) -> str | None:
-    """Return what the full-precision parent of a quantised repo is probably called; None for any other repo.
+    """Return the probable name of a quantised repo's full-precision parent; None for other repos.
 
     Example:
         >>> full_precision("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit")
@@ -114,5 +114,5 @@ def full_precision(repo: str) -> str | None:
 
 
 def _is_revision(text: str) -> bool:
-    """Return True for what Git could call a branch, a tag or a commit."""
+    """Return True for a text that Git allows as a branch, a tag or a commit."""
     return bool(re.fullmatch(r"[\w.+/-]+", text)) and ".." not in text and text[0] not in "/-."

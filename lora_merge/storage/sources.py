@@ -1,4 +1,4 @@
-"""A text names a file; a `Source` is what it means: one version of its bytes, wherever they are.
+"""Sources: a text names a file, and a `Source` is one version of its bytes, wherever they are.
 
 `SCHEMES` is the table of storages. Another one is a module beside this and a line there.
 """

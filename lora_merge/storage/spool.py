@@ -1,4 +1,4 @@
-"""A file that tensors wait in until all are there: only then is it known where each belongs."""
+"""A file that tensors wait in until all of them are computed: only then is each one's place in the output known."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FACTORS = "factors"
 
 
 class Spool:
-    """Tensors back to back in one file, in the order in which they come."""
+    """Tensors back to back in one file, in the order in which they are added."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self._path, self._fd, self._end = path, fd, 0
@@ -29,7 +29,7 @@ class Spool:
     @classmethod
     @contextlib.contextmanager
     def open(cls, home: Folder) -> Iterator[Spool]:
-        """Yield a new spool in a directory; its file stays until somebody removes it.
+        """Yield a new spool in a directory. Its file stays until staging is cleared.
 
         Raises:
             WriteError: the file exists, or cannot be made.
@@ -38,7 +38,7 @@ class Spool:
             yield cls(home.path / FACTORS, fd)
 
     def add(self, name: str, tensor: torch.Tensor) -> TensorRef:
-        """Write a tensor behind the others; return where it lies.
+        """Append a tensor; return where it is stored.
 
         Raises:
             WriteError: the disk is full or cannot be written.

@@ -1,4 +1,4 @@
-"""The way an output appears: built beside its name, checked, flushed, then renamed in one go.
+"""Staging: an output is built beside its name, checked, flushed, then renamed in one step.
 
 Whatever happens before the rename, nothing stands under the output's name but what stood there before. What an
 interrupted run has written stays, with the journal that says how far it came, until a run goes on from there or
@@ -41,20 +41,20 @@ __all__ = [
 ]
 
 _RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
-"""What ends a run without saying anything against what it has written."""
+"""Errors that say nothing against what the run has written: whole files stay."""
 
 _MOST_TRIES = 100
-"""To lock a directory that other runs make and remove."""
+"""Attempts to lock a directory that other runs make and remove at the same time."""
 
 _OWN = {OUTPUT, REPLACED, FACTORS, journal.FILE, journal.FRESH_FILE}
-"""What runs put into staging."""
+"""All names that runs put into staging."""
 
 _HIDDEN = (".nfs", ".fuse_hidden")
-"""How the names begin of what network filesystems keep of a removed file that is still open."""
+"""Prefixes of names that network filesystems give to removed files that are still open."""
 
 
 def stale_bytes(out: Path) -> int:
-    """Return the bytes of what an interrupted run left in staging, which the next run will free."""
+    """Return the bytes that an interrupted run left in staging, which the next run frees; 0 where there is nothing."""
     staging = staging_path(out)
     try:
         if not stat.S_ISDIR(staging.lstat().st_mode):
@@ -66,13 +66,13 @@ def stale_bytes(out: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The directory that a run builds its output in, and has for itself."""
+    """The staging directory of one run, locked, and what is known of the output's name."""
 
     out: Path
     """The output's name."""
 
     home: Folder
-    """The directory itself."""
+    """The staging directory."""
 
     folder: Folder
     """The directory in it that will be the output."""
@@ -81,41 +81,43 @@ class Stage:
     """A descriptor of the directory that holds both names."""
 
     old: int | None
-    """A descriptor of what has the output's name and may be replaced, if that is anything."""
+    """A descriptor of the directory that has the output's name and may be replaced; None where there is none."""
 
     seen: dirs.Listing
-    """The files in it."""
+    """Its files when the run began; a file that is new or changed at the end stops the replacement."""
 
     marks: tuple[str, ...]
-    """Files of which one shows that it still may be."""
+    """File names; one of them must still be there when it is replaced."""
 
     allowed: int
-    """Bits of the permissions that the output may have."""
+    """The permission bits that the output may have."""
 
     @property
     def root(self) -> Path:
-        """Return the path of the directory."""
+        """Path of the staging directory."""
         return self.home.path
 
     @property
     def output(self) -> Path:
-        """Return the path of the directory that will be the output."""
+        """Path of the directory in it that will be the output."""
         return self.folder.path
 
     @property
     def journal(self) -> Path:
-        """Return the path of the list of what is written."""
+        """Path of the journal."""
         return self.root / journal.FILE
 
     def removable(self) -> Iterator[tuple[int, int]]:
-        """Yield device and inode of the directories that a run may remove: its own, and the one that it may replace."""
+        """Yield (device, inode) of the directories that this run may remove: its own, and the one that it may
+        replace.
+        """
         yield self.folder.device, self.folder.inode
         if self.old is not None:
             status = os.fstat(self.old)
             yield status.st_dev, status.st_ino
 
     def is_published(self) -> bool:
-        """Return True when the output has its name."""
+        """Return True when the output's name leads to the directory that this run made."""
         try:
             status = self.out.lstat()
         except OSError:
@@ -154,6 +156,7 @@ def staging(
         fd = _lock(path, parent)
         held.callback(os.close, fd)
         try:
+            # First put right what a run left that was killed while it renamed: `_prepare` would clear it.
             recover(fd, parent, out, path)
             old = _opened_old(out, parent, held, overwrite=overwrite, marks=marks)
             folder = _prepare(path, fd, held, resume=resume)
@@ -169,6 +172,7 @@ def staging(
             yield stage
         except BaseException as exc:
             is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
+            # Without a finished tensor there is nothing to resume.
             n_kept = journal.count(stage.home) if is_fault else 0
             if n_kept:
                 exc.add_note(
@@ -182,7 +186,7 @@ def staging(
 
 
 def clear_spent(out: Path, marks: tuple[str, ...], *, resumes: bool) -> None:
-    """Remove what a run that was killed has left beside an output that it had made, as far as that is possible.
+    """Remove what a killed run left in staging beside its finished output, as far as possible.
 
     That is nothing, or what had the output's name before. What is begun and not sealed stays: a run may go on from there.
 
@@ -205,7 +209,7 @@ def clear_spent(out: Path, marks: tuple[str, ...], *, resumes: bool) -> None:
 
 
 def _opened_parent(path: Path) -> int:
-    """Return a descriptor of the directory that holds the output, made if it is not there.
+    """Return a descriptor of the directory that holds the output; it is made if it does not exist.
 
     Raises:
         WriteError: it cannot be made or opened.
@@ -224,7 +228,7 @@ def _opened_parent(path: Path) -> int:
 def _opened_old(
     out: Path, parent: int, held: contextlib.ExitStack, *, overwrite: bool, marks: tuple[str, ...]
 ) -> int | None:
-    """Return a descriptor of what has the output's name and may be replaced; None where nothing is in its place.
+    """Return a descriptor of the directory that has the output's name and may be replaced; None where there is none.
 
     It is open until the end, so that nothing else gets its inode.
 
@@ -245,7 +249,7 @@ def _opened_old(
 
 
 def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -> Folder:
-    """Make the directory that will be the output; what else is staged is removed, unless it is to be resumed.
+    """Make the directory that will be the output. Other staged files are removed, unless the run resumes.
 
     Raises:
         OSError: it cannot be made.
@@ -254,6 +258,7 @@ def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -
     with os.scandir(fd) as entries:
         names = sorted(entry.name for entry in entries)
     others = [name for name in names if name not in _OWN and not name.startswith(_HIDDEN)]
+    # Staging is cleared with all that is in it, so somebody's own files in there stop the run.
     if others:
         raise WriteError(
             f"{path}: holds {listing(others)}, which no run puts there; it would be cleared for this output",
@@ -277,7 +282,7 @@ def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -
 
 
 def _remove(stage: Stage, fd: int) -> None:
-    """Remove a staging directory that we hold, as far as that is possible; the next run clears the rest.
+    """Remove a staging directory that this run holds, as far as possible; the next run clears the rest.
 
     What had the output's name stays, where it could not be put back, or was never meant to be taken away.
     """
@@ -293,7 +298,7 @@ def _remove(stage: Stage, fd: int) -> None:
 
 
 def _remove_empty(path: Path, fd: int, parent: int) -> None:
-    """Remove a staging directory if nothing is in it, and its name is still its own."""
+    """Remove a staging directory that is empty, if its name still leads to it."""
     with contextlib.suppress(OSError):
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(OUTPUT, dir_fd=fd)
@@ -305,8 +310,8 @@ def _remove_empty(path: Path, fd: int, parent: int) -> None:
 def _lock(path: Path, parent: int) -> int:
     """Return a descriptor that holds the lock on the staging directory until it is closed.
 
-    The kernel frees the lock when the process ends, however it ends: there is no stale one. A filesystem that cannot lock
-    goes without.
+    The kernel frees the lock when the process ends, however it ends: no lock is ever stale. A filesystem without
+    locks goes without.
 
     Raises:
         WriteError: another run or another user holds it, or the directory cannot be made.
@@ -338,7 +343,7 @@ def _lock(path: Path, parent: int) -> int:
 
 
 def _made(name: str, parent: int) -> bool:
-    """Make a directory that is closed to others; return False where there is something of this name."""
+    """Make a directory that is closed to others; return False when the name is taken."""
     try:
         os.mkdir(name, stat.S_IRWXU, dir_fd=parent)
     except FileExistsError:
@@ -347,7 +352,7 @@ def _made(name: str, parent: int) -> bool:
 
 
 def _wait_for_nobody(fd: int, path: Path) -> None:
-    """Lock a staging directory, where its filesystem can.
+    """Lock a staging directory, without waiting.
 
     Raises:
         WriteError: another run holds it.

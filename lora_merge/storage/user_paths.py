@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def user_path(text: str) -> Path:
-    """Return the path that a text means: ``~`` and ``~name`` are home directories.
+    """Return the path of a text; ``~`` and ``~name`` are home directories.
 
     Raises:
         ResolveError: nobody has that name, or it holds what no path has: a NUL character, or half of one.
@@ -39,10 +39,11 @@ def user_path(text: str) -> Path:
 
 
 def output_path(text: str) -> Path:
-    """Return the one absolute path of a directory that is to be, however it is written; a link of its own name stays one.
+    """Return the absolute path of an output, links in its directory followed; the output's own name may be a link and
+    stays one.
 
     Raises:
-        ResolveError: it is no path, or has a variable in it that no shell filled in.
+        ResolveError: it cannot be a path, or holds a shell variable that was not filled in.
     """
     if re.search(r"\$\w|\$\{", text):
         hint = "variables are not filled in here: write the path out"
@@ -52,7 +53,7 @@ def output_path(text: str) -> Path:
 
 
 def real_path(path: Path) -> Path:
-    """Return the one absolute path of a place, links followed as far as they lead.
+    """Return the absolute path of a place, with links followed as far as they lead.
 
     Raises:
         ResolveError: they lead in a circle, or the current directory was removed.
@@ -68,7 +69,7 @@ def real_path(path: Path) -> Path:
 
 
 def is_directory(path: Path) -> bool:
-    """Return True for a directory; False where there is none, and where nobody may look."""
+    """Return True for a directory; False also where it cannot be looked at."""
     try:
         return path.is_dir()
     except OSError:
@@ -76,7 +77,7 @@ def is_directory(path: Path) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Return True for a file; False where there is none, nobody may look, or no file can have such a name."""
+    """Return True for a file; False also where it cannot be looked at, or no file can have such a name."""
     try:
         return path.is_file()
     except OSError:
@@ -84,7 +85,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Return True where something has this name, as far as may be seen."""
+    """Return True when something has this name, and may be seen."""
     try:
         return path.exists()
     except OSError:
@@ -92,7 +93,7 @@ def is_there(path: Path) -> bool:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return a path, or the nearest of the directories it is to be in that exists, as far as may be seen."""
+    """Return the path itself if it exists, or else the nearest directory above it that does."""
     for place in (path, *path.parents):
         with contextlib.suppress(OSError):
             if place.exists():

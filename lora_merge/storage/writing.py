@@ -1,4 +1,4 @@
-"""Positioned writes, past the page cache where the kernel can; space for a file; what a failed write is called."""
+"""Positioned writes, past the page cache where the kernel can; space for files; errors of failed writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_BYTES = 4096
-"""Of the page cache, and a multiple of the blocks of any filesystem that shares them."""
+"""A page of the page cache; a multiple of the blocks of every filesystem that can share them."""
 
 
 _RWF_DONTCACHE = 0x80
@@ -25,11 +25,11 @@ _RWF_DONTCACHE = 0x80
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-"""What a disk without room answers, or one of which a user has no more."""
+"""Error codes of a full disk, and of a used-up quota."""
 
 
 def write_from(fd: int, buffer: memoryview, offset: int, label: str | Path) -> None:
-    """Write a buffer to an offset of a file.
+    """Write a whole buffer at an offset of a file.
 
     Raises:
         WriteError: the disk is full or cannot be written.
@@ -40,7 +40,9 @@ def write_from(fd: int, buffer: memoryview, offset: int, label: str | Path) -> N
 def _write_all(
     fd: int, buffers: list[memoryview], offset: int, label: str | Path, *, uncached: bool = False
 ) -> None:
-    """Write buffers one after the other; past the page cache, if that is wanted and the kernel can."""
+    """Write buffers one after the other, past the page cache if that is wanted. A call that is refused is not tried
+    again.
+    """
     ways: list[Callable[[int, list[memoryview], int], int]] = [os.pwritev, _pwrite]
     if uncached and sys.platform == "linux":
         ways.insert(0, _write_uncached)
@@ -48,6 +50,7 @@ def _write_all(
         try:
             n_written = ways[0](fd, buffers, offset)
         except OSError as exc:
+            # The last way is the one that every system knows, so its error is a real one.
             if len(ways) == 1 or exc.errno not in UNABLE:
                 raise write_error(label, exc) from exc
             del ways[0]
@@ -64,16 +67,16 @@ def _write_uncached(fd: int, buffers: list[memoryview], offset: int) -> int:
 
 
 def _pwrite(fd: int, buffers: list[memoryview], offset: int) -> int:
-    """Write the first buffer. Python asks for ``pwritev2`` where it has several, and some sandboxes refuse that call."""
+    """Write the first buffer with ``pwrite``: `os.pwritev` uses ``pwritev2``, which some sandboxes refuse."""
     return os.pwrite(fd, buffers[0], offset)
 
 
 class Stream:
     """Writes a range of a file from its beginning to its end, past the page cache where the kernel can.
 
-    What is written goes to the disk at once, and its pages are free for what comes next: the page cache stays as it is,
-    and no new memory has to be found for every page (Linux 6.14 and later, on ext4, XFS and btrfs; elsewhere it is
-    written as usual). Only whole pages are sent, but at the ends, since half a page would have to be read again.
+    With ``RWF_DONTCACHE`` (Linux 6.14 and later, on ext4, XFS and btrfs) data goes to the disk at once, and its few
+    pages are used again for what comes next. Elsewhere it is written as usual. Only whole pages are sent, except at
+    the ends: of a page in part, the rest would have to be read.
 
     Args:
         fd: of the file.
@@ -87,7 +90,8 @@ class Stream:
         self._held = bytearray()
 
     def write(self, buffer: memoryview) -> None:
-        """Write the next bytes, up to the last whole page.
+        """Write the next bytes, up to the last whole page. The rest is kept for the next call, so the buffer may be
+        reused.
 
         Raises:
             WriteError: the disk is full or cannot be written.
@@ -103,7 +107,7 @@ class Stream:
         self._held = bytearray(buffer[n_whole:])
 
     def finish(self) -> None:
-        """Write what was held back.
+        """Write the bytes that were kept back: the last page of the range, in part.
 
         Raises:
             WriteError: the disk is full or cannot be written.
@@ -114,11 +118,12 @@ class Stream:
 
 
 def allocate(fd: int, nbytes: int) -> None:
-    """Give a file its size, and its blocks where the filesystem can promise them.
+    """Give a file its size, and reserve its blocks where the filesystem can.
 
     Raises:
         OSError: the disk is full.
     """
+    # Reserved blocks mean that a full disk is found now, not in the middle of the merge.
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, nbytes)
@@ -134,14 +139,14 @@ def allocate(fd: int, nbytes: int) -> None:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU, in the order of its elements."""
+    """Return the bytes of a tensor on the CPU, in row-major order; copied only if it is not contiguous."""
     import torch
 
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_error(label: str | Path, exc: OSError) -> WriteError:
-    """Return the error for a failed write, with the way out."""
+    """Return the error for a failed write, with what to do about it."""
     if exc.errno == errno.ENOMEM:
         return OutOfMemoryError(f"writing {label}")
     if exc.errno in _FULL:

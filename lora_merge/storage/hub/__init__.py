@@ -1,4 +1,4 @@
-"""Repos of the Hugging Face Hub and of ModelScope → local directories. The only place that speaks to a network.
+"""Repos of the Hugging Face Hub and of ModelScope → local directories. The only place that uses a network.
 
 Files lie in the hub's own cache; its own package downloads, retries and resumes. Only what is asked for is fetched.
 """
@@ -21,7 +21,7 @@ __all__ = ["Access", "Repo", "open_repo"]
 
 
 def open_repo(source: Source, access: Access, watch: Observer) -> Repo:
-    """Return what a source is; nothing but a listing is asked for.
+    """Return the repo that a source names. Only its listing is asked for, no weights.
 
     Args:
         source: the repo, its folder and its revision.

@@ -1,4 +1,4 @@
-"""The cache of the Hugging Face Hub: what it has of a repo, and what it knows to be missing."""
+"""The Hugging Face Hub's local cache: what it holds of a repo, and what it knows to be missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_merge.storage.source import Origin, Source
 
 
 def open_cached(source: Source) -> Repo:
-    """Return what the cache of the Hub has of a source.
+    """Return the part of a repo that the Hub's cache holds.
 
     Raises:
         ResolveError: nothing.
@@ -24,12 +24,13 @@ def open_cached(source: Source) -> Repo:
             hint="run once without --offline (and without HF_HUB_OFFLINE), or pass a directory",
         )
     sizes = sizes_below(root)
+    # Known only where the cache keeps a listing of the commit.
     absent = inside(_cached_listing(source, root.name), source.folder) - inside(sizes, source.folder)
     return Repo(Origin(source, root.name), sizes, lambda _: root, absent)
 
 
 def cached_root(source: Source) -> Path | None:
-    """Return the directory of a revision in the Hub's cache."""
+    """Return the snapshot directory of a revision in the Hub's cache; None where it holds neither kind of config."""
     from huggingface_hub import try_to_load_from_cache
 
     for anchor in anchors_of(source):
@@ -40,7 +41,7 @@ def cached_root(source: Source) -> Path | None:
 
 
 def _cached_listing(source: Source, commit: str) -> frozenset[str]:
-    """Return what the cache knows to be in a commit, here or not; nothing where it knows nothing."""
+    """Return the files of a commit that the cache knows of, fetched or not; empty where it keeps no listing."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -54,7 +55,7 @@ def _cached_listing(source: Source, commit: str) -> frozenset[str]:
 
 
 def anchors_of(source: Source) -> tuple[str, ...]:
-    """Return the files one of which a directory of this source must have."""
+    """Return the files of which a source must have one: a model's config, or an adapter's."""
     return tuple(
         f"{source.folder}/{name}" if source.folder else name for name in (CONFIG_FILE, ADAPTER_CONFIG)
     )

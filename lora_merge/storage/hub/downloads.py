@@ -1,4 +1,4 @@
-"""Downloads that end when they are interrupted."""
+"""Downloads that stop when the user interrupts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ _PATIENCE_SECONDS = 5.0  # for downloads to stop after an interrupt; they look a
 
 
 class StoppedError(Exception):
-    """A download was asked to stop."""
+    """Raised inside a download to end it, from its progress callback."""
 
 
 def interruptible(work: Callable[[], T], stop: threading.Event) -> T:
-    """Return what work returns. An interrupt does not wait for its downloads; it stops them.
+    """Run a download in a thread and return its result. An interrupt stops the download instead of waiting for it.
+
+    Args:
+        work: the download.
+        stop: set on an interrupt; ``work`` looks at it after every block.
 
     Raises:
         KeyboardInterrupt: as it came.
@@ -41,7 +45,9 @@ def interruptible(work: Callable[[], T], stop: threading.Event) -> T:
 
 
 def is_named(exc: BaseException, *words: str) -> bool:
-    """Return True when the class of an error, or of one that it came from, has such a name."""
+    """Return True when the class of an error, or of one of its causes, has one of the words in its name. It saves
+    importing packages for their error classes.
+    """
     chain: list[BaseException] = []
     current: BaseException | None = exc
     while current is not None and current not in chain:

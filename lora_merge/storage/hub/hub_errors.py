@@ -1,4 +1,4 @@
-"""Errors of the Hugging Face Hub's package, in one sentence each, without the token."""
+"""Errors of the package huggingface_hub, in one sentence each, without the token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, 
 
 @contextlib.contextmanager
 def hub_errors(source: Source, access: Access) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into one sentence each.
+    """Turn errors of huggingface_hub into one sentence each.
 
     Raises:
         ResolveError: whatever went wrong.
@@ -38,7 +38,7 @@ def hub_errors(source: Source, access: Access) -> Iterator[None]:
 
 
 def _said(source: Source, exc: BaseException, access: Access) -> ResolveError:
-    """Return the error for one of huggingface_hub, which may quote the token."""
+    """Return the error as one of ours, with the token taken out."""
     error = _hub_error(source, exc)
     return ResolveError(without_secrets(str(error), [access.token]), hint=error.hint)
 
@@ -79,7 +79,7 @@ def _unreachable(source: Source, exc: BaseException) -> ResolveError:
 
 
 def _not_stored(source: Source, exc: BaseException) -> ResolveError:
-    """Return the error of a download that failed on this side, or came short."""
+    """Return the error for a download that failed on this machine, or came short."""
     if isinstance(exc, OSError) and exc.errno in _DISK_ERRORS:
         hint = "the cache is in ~/.cache/huggingface; HF_HOME moves it to another disk"
         return ResolveError(f"{source}: cannot be stored in the cache ({exc.strerror})", hint=hint)

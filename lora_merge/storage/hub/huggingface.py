@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, through its own package and its own cache."""
+"""The Hugging Face Hub, through the package huggingface_hub and its cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SNAPSHOT_BAR = "huggingface_hub.snapshot_download"
 
 
 def open_hub(source: Source, access: Access, watch: Observer) -> Repo:
-    """Return what a repo of the Hub is at its revision's present commit; offline, what the cache has of it.
+    """Return a repo of the Hub at the commit that its revision means now; offline, what the cache holds of it.
 
     Raises:
         ResolveError: there is no such repo or revision, or it cannot be reached.
@@ -45,7 +45,7 @@ def open_hub(source: Source, access: Access, watch: Observer) -> Repo:
 
 @dataclass(frozen=True, slots=True)
 class _HubFetch:
-    """Downloads of one commit of a repo of the Hub."""
+    """Downloads files of one commit of a repo."""
 
     source: Source
     commit: str
@@ -66,7 +66,8 @@ class _HubFetch:
         return self._download(names, self.commit)
 
     def remember(self, names: Collection[str]) -> None:
-        """Download by the revision's own name, so that the cache knows later what it stood for.
+        """Download files by the revision's name, so that the cache records which commit it means, for --offline
+        later.
 
         Raises:
             ResolveError: it stands for another commit by now.
@@ -97,7 +98,9 @@ class _HubFetch:
 
 
 def _bar(watch: Observer, stop: threading.Event) -> type[Any]:
-    """Return a progress bar for `snapshot_download` that shows nothing and tells an observer."""
+    """Return a class for `snapshot_download`'s progress bar that draws nothing, reports bytes to an observer and can
+    be stopped.
+    """
     from huggingface_hub.utils import tqdm
 
     lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""ModelScope, through its own package, which is an extra, and its own cache."""
+"""ModelScope, through the package modelscope (an extra) and its cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def open_modelscope(source: Source, access: Access, watch: Observer) -> Repo:
-    """Return what a repo of ModelScope is; it tells no commit.
+    """Return a repo of ModelScope; it tells no commit.
 
     Raises:
         ResolveError: there is no such repo or revision, it cannot be reached, or the package modelscope is not installed.
@@ -41,6 +41,7 @@ def open_modelscope(source: Source, access: Access, watch: Observer) -> Repo:
     with _errors(source):
         listing = HubApi().get_model_files(source.repo, revision=source.wanted, recursive=True)
     sizes = {file["Path"]: int(file.get("Size") or 0) for file in listing if file.get("Type") != "tree"}
+    # A name that other names are below is a folder, whatever its type says.
     folders = {str(parent) for name in sizes for parent in PurePosixPath(name).parents}
     sizes = {name: size for name, size in sizes.items() if name not in folders}
 
@@ -67,7 +68,7 @@ def open_modelscope(source: Source, access: Access, watch: Observer) -> Repo:
 
 
 def _progress(watch: Observer, stop: threading.Event) -> type[Any]:
-    """Return a class of what ModelScope tells of each file's bytes."""
+    """Return a callback class for ModelScope that reports bytes to an observer and can be stopped."""
     lock = threading.Lock()
 
     class Progress:
@@ -88,7 +89,7 @@ def _progress(watch: Observer, stop: threading.Event) -> type[Any]:
 
 @contextlib.contextmanager
 def _errors(source: Source) -> Iterator[None]:
-    """Turn the errors of modelscope, which have no common root, into one sentence each.
+    """Turn errors of the package modelscope into one sentence each. They have no common base class.
 
     Raises:
         ResolveError: whatever went wrong.

@@ -1,4 +1,4 @@
-"""A repo of any hub: what is in it, and its files once they are fetched."""
+"""A repo on a hub: its listing, and its files once they are fetched."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_merge.storage.source import Origin
 from lora_merge.words import listing
 
 Fetch = Callable[[Collection[str]], Path]
-"""Names in a repo → the directory that they lie in afterwards, under their names."""
+"""Names in a repo → the local directory that has those files afterwards, under the same names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How a hub may be asked."""
+    """How a hub may be asked: with which token, and whether at all."""
 
     token: str | None = field(default=None, repr=False)
     """For the Hugging Face Hub; None leaves it to ``HF_TOKEN`` and the login."""
@@ -27,37 +27,37 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """A folder of a repo at one commit: what is in it, and its files once they are fetched."""
+    """A folder of a repo at one commit."""
 
     origin: Origin
 
     sizes: Mapping[str, int]
-    """Bytes of every file of the repo."""
+    """Name → size in bytes, of every file of the whole repo."""
 
     get: Fetch = field(repr=False)
 
     absent: frozenset[str] = frozenset()
-    """Files that the repo has and an offline cache has not, by their names in the folder."""
+    """Files of the folder that the repo has and an offline cache does not."""
 
     @property
     def names(self) -> frozenset[str]:
-        """Return the files of the folder, relative to it."""
+        """Names of the folder's files, relative to it."""
         return inside(self.sizes, self.origin.source.folder)
 
     def folders_with(self, name: str) -> frozenset[str]:
-        """Return the folders of the repo that hold a file of this name."""
+        """Return the folders of the repo that hold a file of this name; the repo's own root is not one."""
         paths = (PurePosixPath(path) for path in self.sizes)
         return frozenset(str(path.parent) for path in paths if path.name == name and len(path.parts) > 1)
 
     def beside(self, folder: str) -> frozenset[str]:
-        """Return the files of a folder next to this one, relative to this one; nothing for the repo itself."""
+        """Return the files of a sibling folder, relative to this one (``../folder/name``); none for the repo's root."""
         own = PurePosixPath(self.origin.source.folder)
         if not own.name:
             return frozenset()
         return frozenset(f"../{folder}/{name}" for name in inside(self.sizes, str(own.parent / folder)))
 
     def fetch(self, names: Collection[str]) -> Path:
-        """Return the local directory of the folder, once these files are in it.
+        """Fetch files, and return the local directory of the folder.
 
         Raises:
             ResolveError: they cannot be downloaded, or are not in the cache and the hub may not be asked.
@@ -75,14 +75,14 @@ class Repo:
 
 
 def sizes_below(root: Path) -> dict[str, int]:
-    """Return the bytes of every file below a directory, by its path in it."""
+    """Return relative path → size in bytes, of every file below a directory."""
     return {
         path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()
     }
 
 
 def inside(names: Collection[str], folder: str) -> frozenset[str]:
-    """Return those of some paths that are in a folder, relative to it.
+    """Return the paths that are in a folder, relative to it.
 
     Example:
         >>> inside(["a/x", "b/y"], "a"), inside(["a/x"], "")
