@@ -45,9 +45,7 @@ def interruptible(work: Callable[[], T], stop: threading.Event) -> T:
 
 
 def is_named(exc: BaseException, *words: str) -> bool:
-    """Return True when the class of an error, or of one of its causes, has one of the words in its name. It saves
-    importing packages for their error classes.
-    """
+    """Return True when the class of an error, or of one of its causes, has one of the words in its name."""
     chain: list[BaseException] = []
     current: BaseException | None = exc
     while current is not None and current not in chain:
