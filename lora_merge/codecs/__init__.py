@@ -1,4 +1,4 @@
-"""Codecs: stored bytes ↔ float32. One file per storage; `CODECS` is the table."""
+"""Codecs: stored bytes ↔ float32. One file for each storage; `CODECS` is the table."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ CODECS: dict[str, Codec] = {DENSE: Dense()}
 def recognised(
     tensors: Iterable[TensorRef], config: Mapping[str, Any]
 ) -> tuple[dict[str, Weight], tuple[TensorRef, ...]]:
-    """Return the weights of a checkpoint by name, and the tensors that belong to none.
+    """Group the tensors of a checkpoint into weights, by name; also return the tensors that belong to no weight.
 
     Each codec takes what it knows; plain tensors come last, since the parts of other storages look like them.
     """
     left = {ref.name: ref for ref in tensors}
     weights: dict[str, Weight] = {}
+    # Dense last: the parts of another storage (packed values, scales) look like plain tensors.
     for name in sorted(CODECS, key=lambda name: name == DENSE):
         for weight in list(CODECS[name].recognise(left, config)):
             weights[weight.name] = weight

@@ -1,4 +1,4 @@
-"""What a codec is: a way to store the values of a weight in one tensor or several."""
+"""What a codec is: a way to store the values of a weight in one tensor, or in several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Codec(Protocol):
     """What `encode` has to know of all values: ``"tensor"`` where a scale depends on the whole of them."""
 
     def recognise(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterable[Weight]:
-        """Yield the weights that are stored this way.
+        """Yield the weights of a checkpoint that are stored in this way.
 
         Args:
             tensors: of a checkpoint, by name; those that no codec before this one has taken.
@@ -32,13 +32,16 @@ class Codec(Protocol):
         """
 
     def names(self, name: str, storage: Storage) -> Mapping[str, str]:
-        """Return role → name of the tensor, for a parameter of some name."""
+        """Return role → name of the stored tensor, for a parameter's name."""
 
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return role → ``(dtype, shape)`` of each part of a weight, the main part first."""
+        """Return role → ``(dtype, shape)`` of each part of a weight of this shape, the main part first. Dtypes are
+        safetensors codes.
+        """
 
     def alignment(self, shape: tuple[int, ...], n_rows: int, storage: Storage) -> tuple[int, int]:
-        """Return the multiples of rows and of columns at which a tile may begin, counted in each matrix of a stack.
+        """Return the multiples of rows and of columns at which a tile may begin, counted within each matrix of a
+        stack.
 
         Args:
             shape: of the whole weight.
@@ -47,17 +50,19 @@ class Codec(Protocol):
         """
 
     def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
-        """Return role → the bytes of each part that a tile needs, and how they are given to `decode` and `encode`."""
+        """Return, by role, the byte ranges of each part that a tile needs, with the dtype and shape in which `decode`
+        gets them.
+        """
 
     def decode(self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Make float32 of what is stored.
+        """Decode the stored parts of a tile into float32.
 
         Shapes:
             parts: as `ranges` says; out: float32 ``[rows, columns]``.
         """
 
     def look(self, values: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
-        """Return what is known of all values after one more tile; only where `survey` is ``"tensor"``.
+        """Return what is known of all values after one more tile. Called only where `survey` is ``"tensor"``.
 
         Args:
             values: float32 ``[rows, columns]``.
@@ -72,7 +77,7 @@ class Codec(Protocol):
         survey: torch.Tensor | None,
         stored: Mapping[str, torch.Tensor] | None,
     ) -> None:
-        """Store float32, each value as the nearest that the parts can hold.
+        """Encode float32 into the parts of a tile; each value becomes the nearest that the parts can hold.
 
         Args:
             tile: which rows.
@@ -84,7 +89,7 @@ class Codec(Protocol):
         """
 
     def bound(self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return by how much `decode` may differ from the values that were encoded into some parts.
+        """Return the largest error that one encoding and decoding may have, for each value.
 
         Args:
             tile: which rows.

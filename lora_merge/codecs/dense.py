@@ -23,30 +23,33 @@ _SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
 _LARGEST = {"BF16": (2 - 2.0**-7) * 2.0**127, "F16": 65504.0, "F32": (2 - 2.0**-23) * 2.0**127}
 
 
+# Asked for every tile, with few different arguments.
 @lru_cache
 def _row(dtype: str, shape: tuple[int, ...], n_rows: int) -> tuple[int, int]:
-    """Return the columns of a weight that is divided into rows, and the bytes of each row."""
+    """Return the columns of a weight that is divided into ``n_rows``, and the bytes of one row."""
     columns = prod(shape) // max(n_rows, 1)
     return columns, nbytes_of(dtype, (columns,))
 
 
 class Dense:
-    """One part, ``weight``, of the weight's own shape. Where float32 is stored, both sides are one tensor."""
+    """One part, ``weight``, in the weight's own shape. Where float32 is stored, values and stored part may be one
+    tensor.
+    """
 
     survey: Survey = "none"
 
     def recognise(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight]:
-        """Yield every tensor of floating-point numbers that merge."""
+        """Yield every tensor of a floating-point dtype that can be merged (BF16, F16, F32)."""
         del config
         yield from (Weight.dense(ref) for ref in tensors.values() if ref.dtype in TORCH_NAMES)
 
     def names(self, name: str, storage: Storage) -> Mapping[str, str]:
-        """Return the parameter's own name."""
+        """Return the parameter's own name for the one part."""
         del storage
         return {WEIGHT: name}
 
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return the one part."""
+        """Return the one part: the storage's dtype, the weight's shape."""
         return {WEIGHT: (storage.dtype, shape)}
 
     def alignment(self, shape: tuple[int, ...], n_rows: int, storage: Storage) -> tuple[int, int]:
@@ -55,21 +58,22 @@ class Dense:
         return 1, 1
 
     def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
-        """Return the rows, which lie one after the other: ``[rows, columns]``."""
+        """Return one range: the rows of a tile are adjacent, ``[rows, columns]``."""
         columns, row_bytes = _row(storage.dtype, tile.shape, tile.n_rows)
         rows = tile.end - tile.start
         span = (tile.start * row_bytes, rows * row_bytes)
         return {WEIGHT: PartRange(storage.dtype, (rows, columns), (span,))}
 
     def decode(self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Widen stored values into float32; exact."""
+        """Widen stored values to float32, which is exact."""
         del tile
         stored = parts[WEIGHT]
+        # Float32 is computed in the buffer that it was read into (`worker.workbench.Frame`).
         if stored is not out:
             out.copy_(stored)
 
     def look(self, values: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
-        """Return the values: nothing is to be known of them."""
+        """Return the values: `survey` is ``"none"``, so this is never needed."""
         del found
         return values
 
@@ -81,18 +85,19 @@ class Dense:
         survey: torch.Tensor | None,
         stored: Mapping[str, torch.Tensor] | None,
     ) -> None:
-        """Round float32 to the stored dtype, ties to even."""
+        """Round float32 to the stored dtype, to nearest, ties to even."""
         del tile, survey, stored
         rounded = out[WEIGHT]
         if rounded is not values:
             rounded.copy_(values)
 
     def bound(self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return half a unit in the last place; infinity where rounding may go beyond the largest number."""
+        """Return half a unit in the last place for each value; infinity where rounding may overflow; zero for F32."""
         del tile
         dtype = TORCH_CODES[str(parts[WEIGHT].dtype)]
         if dtype == "F32":
             return values.new_zeros(())
         size = values.abs()
+        # Near zero the spacing is that of subnormals, whatever the value.
         off = (size * UNIT_ROUNDOFF[dtype]).clamp_(min=_SMALLEST[dtype] / 2)
         return off.masked_fill_(size > _LARGEST[dtype], float("inf"))

@@ -1,4 +1,4 @@
-"""Executors: ways to run work. They carry pieces out and results back, and know neither.
+"""Executors: ways to run pieces of work. They know neither what the work is nor what its results mean.
 
 Serial is the definition of correct; what any other CPU executor writes is byte-identical to it. Results come in any
 order, one for each piece. The first error ends the run.
@@ -29,12 +29,12 @@ __all__ = ["EXECUTORS", "Executor", "choices", "pick"]
 
 
 def choices() -> tuple[str, ...]:
-    """Return those that a user may ask for; workers of a GPU have one of their own."""
+    """Return the names that a user may ask for. ``cuda`` is not one: the device decides on it."""
     return ("auto", *(name for name in EXECUTORS if name != "cuda"))
 
 
 def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> Executor:
-    """Return the executor for so many workers on a torch device.
+    """Return the executor for a number of workers on a torch device.
 
     Args:
         name: a key of `EXECUTORS`; ``auto``: threads, or no other thread than the caller's for one worker. A GPU has an
@@ -42,6 +42,7 @@ def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> Executor:
     """
     if device != "cpu":
         return partial(run_cuda, device=device)
+    # Never processes: each loads torch for itself, which takes seconds and some 260 MB.
     if name == "auto":
         name = "serial" if n_workers == 1 else "threads"
     return EXECUTORS[name]

@@ -1,4 +1,4 @@
-"""Worker threads that share a GPU: each has a stream of its own, so that one's copies run beside another's kernels."""
+"""Worker threads that share a GPU. Each has its own stream, so that one's copies overlap with another's kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def run_cuda(
     spec: WorkerSpec[Work, Result], pieces: Sequence[Work], n_workers: int, device: str = "cuda"
 ) -> Generator[Result, None, None]:
-    """Yield the result of each piece as it is done.
+    """Yield the result of each piece, in the order in which they finish.
 
     Matrix products keep all bits of float32 (no TF32) meanwhile.
 
@@ -28,9 +28,11 @@ def run_cuda(
     index = torch.device(device).index or 0
 
     def begin() -> None:
+        # Both are settings of a thread, so each worker's thread makes them before its first piece.
         torch.cuda.set_device(index)
         torch.cuda.set_stream(torch.cuda.Stream(index))  # type: ignore[no-untyped-call]
 
+    # TF32 keeps 10 bits of the mantissa, and a merge computes in float32.
     with _EXACT_PRODUCTS.changed():
         yield from run_threads(spec, pieces, n_workers, begin)
 

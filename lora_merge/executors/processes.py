@@ -1,6 +1,4 @@
-"""Worker processes: `Crew` for large pieces of work, where one that dies fails its own piece only; `run_processes` for those of
-one merge. All end when their parent does.
-"""
+"""Worker processes: `Crew` for large pieces of work, `run_processes` for the pieces of one merge. All end when their parent does."""
 
 from __future__ import annotations
 
@@ -30,7 +28,9 @@ Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What a terminal sends to all of its processes. One that is still importing would die of it, or print a traceback."""
+"""Signals that a terminal sends to all of its processes. A process that is still importing would die of one, or print
+a traceback.
+"""
 
 _PR_SET_PDEATHSIG = 1
 """The request of Linux's ``prctl(2)``."""
@@ -38,24 +38,25 @@ _PR_SET_PDEATHSIG = 1
 _INTERRUPTED = 130
 
 _PATIENCE_SECONDS = 10.0
-"""Until a process that is to end, and has no work any more, is ended."""
+"""How long an idle process may take to end before it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A piece of work that has no result."""
+    """A piece of work without a result: what went wrong."""
 
     kind: str
-    """Of the error; empty where the process ended without one, as it does when it is interrupted before it has begun."""
+    """Class of the error; empty where the process ended without one, as when it is interrupted before it has begun."""
 
     text: str
-    """What the error says; of a process that ended, how."""
+    """The error's message, or how the process ended."""
 
     traceback: str = ""
 
 
 class Crew(Generic[Work, Result]):
-    """Some processes, each of which does one piece of work after the other.
+    """A few long-lived processes; each does one piece of work after the other. One that dies fails its own piece
+    only.
 
     A context; leaving it ends them. They are started as they are needed, by the thread that calls `begin`, which has to
     last as long as they do. Interrupts that a terminal sends to all of its processes are the parent's to pass on
@@ -71,9 +72,12 @@ class Crew(Generic[Work, Result]):
         from multiprocessing import get_context, resource_tracker
 
         resource_tracker.ensure_running()  # else the first process to start does it, and unblocks signals meanwhile
+        # A fork would copy locks that other threads hold.
         self._context = get_context("spawn")
         self._do, self._n, self._is_deaf = do, n, is_deaf
         self._hands: list[_Hand[Work, Result]] = []
+        # Nothing is ever sent. The write end is only here, so it closes when this process ends, however it
+        # ends.
         self._lifeline, self._end = self._context.Pipe(duplex=False)
         self._news: SimpleQueue[None] = SimpleQueue()
 
@@ -81,6 +85,7 @@ class Crew(Generic[Work, Result]):
         return self
 
     def __exit__(self, *error: object) -> None:
+        # A closed pipe tells an idle process to end. One that does not within `_PATIENCE_SECONDS` is killed.
         for hand in self._hands:
             hand.pipe.close()
         for hand in self._hands:
@@ -93,26 +98,26 @@ class Crew(Generic[Work, Result]):
 
     @property
     def has_room(self) -> bool:
-        """Return True when another piece could be begun at once."""
+        """True when another piece can be begun at once."""
         return self._n_busy() < self._n
 
     @property
     def is_idle(self) -> bool:
-        """Return True when nothing is under way."""
+        """True when no piece is under way."""
         return not self._n_busy()
 
     def _n_busy(self) -> int:
         return sum(hand.is_busy for hand in self._hands)
 
     def begin(self, work: Work) -> None:
-        """Have a process begin a piece of work; there must be room for it."""
+        """Have an idle process begin a piece of work, or a new one. `has_room` must be true."""
         hand = next((hand for hand in self._hands if not hand.is_busy), None) or self._start()
         hand.work = [work]
         with _held_back():  # an interrupt in the middle of a message would leave half of it in the pipe
             threading.Thread(target=hand.carry, args=(work, self._news), daemon=True).start()
 
     def results(self) -> list[tuple[Work, Result | Broken]]:
-        """Wait until a piece of work is done, or has failed; return what is known by then."""
+        """Wait until at least one piece is done or has failed. Return all that are, each with its result."""
         while not (done := [hand for hand in self._hands if hand.is_busy and hand.found]):
             self._news.get()
         found = [(hand.work.pop(), hand.found.pop()) for hand in done]
@@ -120,14 +125,14 @@ class Crew(Generic[Work, Result]):
         return found
 
     def interrupt(self) -> None:
-        """Interrupt those that are at work, as Ctrl-C would; each is to return what it has by then."""
+        """Send SIGINT to the processes that are at work, as Ctrl-C would. Each returns what it has by then."""
         for hand in self._hands:
             if hand.is_busy and hand.process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(hand.process.pid, signal.SIGINT)
 
     def _start(self) -> _Hand[Work, Result]:
-        """Start a process; it has its own end of the pipe and no other, so that each end closes with its owner."""
+        """Start a process with its own pipe. Each end of a pipe has one owner, so it closes when its owner ends."""
         ours, its = self._context.Pipe()
         arguments = (self._do, its, self._lifeline, os.getpid(), self._is_deaf)
         process = self._context.Process(target=_serve, args=arguments, name="lora-merge")
@@ -140,28 +145,28 @@ class Crew(Generic[Work, Result]):
 
 
 class _Hand(Generic[Work, Result]):
-    """A process, seen from its parent."""
+    """One process, as its parent sees it."""
 
     def __init__(self, process: BaseProcess, pipe: Connection[Any, Any]) -> None:
         self.process, self.pipe = process, pipe
         self.work: list[Work] = []
-        """What it does; empty when it is idle."""
+        """The piece that it works on; empty when it is idle."""
 
         self.found: list[Result | Broken] = []
-        """What became of that, once it is known."""
+        """The result of that piece, once it is known."""
 
         self.is_gone = False
 
     @property
     def is_busy(self) -> bool:
-        """Return True from when it is given work until its result is taken."""
         return bool(self.work)
 
     def carry(self, work: Work, news: SimpleQueue[None]) -> None:
-        """Give it the work, and wait for the result. Runs in a thread of its own."""
+        """Send the work and wait for the result. Runs in a thread of its own, one for each piece."""
         try:
             self.pipe.send(work)
             self.found.append(self.pipe.recv())
+        # The other end of the pipe closed: the process has ended, and its exit code says how.
         except (EOFError, OSError):
             self.is_gone = True
             self.process.join()
@@ -188,10 +193,11 @@ def _serve(
     parent: int,
     is_deaf: bool = False,
 ) -> None:
-    """Do one piece of work after the other, until the other end of the pipe is closed."""
+    """The main function of a process: do pieces of work until the parent closes the pipe."""
     guard()
     mind_limits()
     _end_with(parent, lifeline)
+    # An interrupt came while this process was still importing. It has no work yet, so it ends, quietly.
     if signal.SIGINT in signal.sigpending():
         os._exit(_INTERRUPTED)
     be_idle(is_deaf=is_deaf)
@@ -199,12 +205,13 @@ def _serve(
         while True:
             work = pipe.recv()
             answer = _answer(do, work)
+            # Before the answer is sent: from then on no interrupt is meant for this process.
             be_idle(is_deaf=is_deaf)
             pipe.send_bytes(answer)
 
 
 def _answer(do: Callable[[Any], Any], work: object) -> memoryview:
-    """Return what is done, or what kept it from being done, as it travels."""
+    """Return the pickled result of a piece, or the pickled error."""
     from multiprocessing.reduction import ForkingPickler
 
     try:
@@ -214,7 +221,7 @@ def _answer(do: Callable[[Any], Any], work: object) -> memoryview:
 
 
 def be_idle(*, is_deaf: bool = False) -> None:
-    """Let interrupts pass, which are meant for those that work."""
+    """Ignore interrupts from the terminal: the parent passes them on to the processes that work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if is_deaf else signal.SIG_DFL)
@@ -245,10 +252,11 @@ def _watch(lifeline: Connection[Any, Any]) -> None:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
-    """Take signals only after the block; a process that starts in it takes none until it says so itself.
+    """Delay signals until the block ends. A process that starts inside begins with them blocked, until `be_idle`.
 
-    A signal that this thread blocks goes to another that does not (those of numerical libraries, for one), and Python then
-    runs its handler here all the same. So the handlers wait, too.
+    Blocking alone is not enough. A signal that this thread blocks goes to another thread that does not (numerical
+    libraries have some), and Python then runs the handler in the main thread all the same. So the handlers are
+    replaced, too.
     """
     struck: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
@@ -271,7 +279,7 @@ def _held_back() -> Iterator[None]:
 def run_processes(
     spec: work.WorkerSpec[work.Work, work.Result], pieces: Sequence[work.Work], n_workers: int
 ) -> Generator[work.Result, None, None]:
-    """Yield the result of each piece as it is done, each worker in a process.
+    """Yield the result of each piece, in the order in which they finish; each worker is a process.
 
     Each process imports what its worker needs, torch above all, which takes seconds and some hundred MB: this pays where
     threads stand in each other's way, and proves that work travels. A program that calls this needs the usual
@@ -288,7 +296,10 @@ def run_processes(
         return
     waiting = deque(pieces)
     crew: Crew[work.Work, work.Result | _Raised] = Crew(
-        _Worker(spec), min(n_workers, len(pieces)), is_deaf=True
+        # is_deaf: signals are the parent's, also the SIGTERM that a service manager sends to each process.
+        _Worker(spec),
+        min(n_workers, len(pieces)),
+        is_deaf=True,
     )
     with crew:
         try:
@@ -312,7 +323,7 @@ def _begin(crew: Crew[Work, Result], piece: Work) -> None:
 
 
 class _Worker(Generic[Work, Result]):
-    """Does pieces in a process of its own, where the worker is made before the first one."""
+    """Does pieces in a process. The worker is made before the first one, and kept."""
 
     def __init__(self, spec: work.WorkerSpec[Work, Result]) -> None:
         self._spec = spec
@@ -330,16 +341,17 @@ class _Worker(Generic[Work, Result]):
 
 @dataclass(frozen=True, slots=True)
 class _Raised:
-    """An error that a user can fix, on its way to the parent, which raises it again."""
+    """A `LoraMergeError` on its way to the parent, which raises it again."""
 
     error: LoraMergeError
 
 
 def _result(found: Result | _Raised | Broken) -> Result:
-    """Return a result that is one.
+    """Return the result of a piece, or raise what it stands for.
 
     Raises:
-        LoraMergeError: it is an error, or what is known of a process that ended.
+        LoraMergeError: the worker raised it, or the process ended before its time.
+        BugError: the worker raised something else.
     """
     match found:
         case _Raised(error):

@@ -1,4 +1,4 @@
-"""One piece after the other, in the caller's thread: what correct means, and what debugs best."""
+"""Runs one piece after the other in the caller's thread. Other executors are compared with it, and it is easiest to debug."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def run_serial(
     spec: WorkerSpec[Work, Result], pieces: Sequence[Work], n_workers: int = 1
 ) -> Generator[Result, None, None]:
-    """Yield the result of each piece, in order; ``n_workers`` is ignored."""
+    """Yield the result of each piece, in order. ``n_workers`` is ignored: there is one."""
     del n_workers
     if not pieces:
         return

@@ -1,4 +1,4 @@
-"""Worker threads: reads, writes and tensor arithmetic all release the interpreter's lock."""
+"""Worker threads. Reads, writes and tensor arithmetic release the interpreter's lock, so threads run in parallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run_threads(
     n_workers: int,
     begin: Callable[[], None] | None = None,
 ) -> Generator[Result, None, None]:
-    """Yield the result of each piece as it is done.
+    """Yield the result of each piece, in the order in which they finish.
 
     On an error, or when the caller stops listening, work that has not begun never does.
 
@@ -46,4 +46,5 @@ def run_threads(
             for future in as_completed(futures):
                 yield future.result()
         finally:
+            # Pieces under way are waited for: they use the workers, whose context ends next.
             pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What every executor is called with."""
+"""The signature of every executor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Executor(Protocol):
-    """A way to run work.
+    """A way to run pieces of work.
 
     Args:
         spec: makes the workers. Each thread, and each process, has one of its own.
@@ -22,4 +22,4 @@ class Executor(Protocol):
     def __call__(
         self, spec: WorkerSpec[Work, Result], pieces: Sequence[Work], n_workers: int
     ) -> Generator[Result, None, None]:
-        """Yield the result of each piece, in any order."""
+        """Yield one result for each piece, in any order. The first error of a worker ends it."""

@@ -1,4 +1,4 @@
-"""A setting of the whole process, borrowed: it is as it was before once the last who changed it is done."""
+"""A setting of the whole process that several threads change for a while; the last one to leave restores it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Borrowed(Generic[Value]):
         self._read, self._write, self._value = read, write, value
         self._lock = threading.Lock()
         self._before: list[Value] = []
-        """The saved setting; empty while nobody needs another."""
+        """The saved setting; empty while no thread has it changed."""
 
         self._n_users = 0
 
     @contextlib.contextmanager
     def changed(self) -> Iterator[None]:
-        """Have the setting changed as long as the block runs, at least."""
+        """Have the setting changed, at least while the block runs."""
         with self._lock:
             if not self._n_users:
                 self._before = [self._read()]

@@ -1,4 +1,4 @@
-"""How long each phase takes."""
+"""Wall seconds of each phase of a run, and busy seconds of its workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """The time of one run. It belongs to whoever drives the run, and its readings leave it as values.
+    """The time of one run. Only the driver of the run has it; others get its readings as values.
 
     Args:
         before: wall seconds of phases that are over.
@@ -24,7 +24,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time that a block takes to a phase."""
+        """Record the wall seconds of a block under a phase's name."""
         start = time.perf_counter()
         try:
             yield
@@ -32,7 +32,7 @@ class Clock:
             self._seconds[phase] = round(time.perf_counter() - start, 4)
 
     def add_busy(self, seconds: Mapping[str, float]) -> None:
-        """Add what workers were busy with, by stage."""
+        """Add the busy seconds of a worker, by stage."""
         for stage, spent in seconds.items():
             self._busy[stage] += spent
 

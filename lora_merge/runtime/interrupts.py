@@ -1,4 +1,4 @@
-"""Interrupts that strike inside Python's own locks."""
+"""Interrupts that arrive while Python holds one of its own locks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def whole_interrupts() -> Iterator[None]:
-    """Let an interrupt come out of the block as one.
+    """Raise an interrupt of the block as KeyboardInterrupt, also where Python hides it.
 
-    One that strikes while a condition takes its lock again comes out of ``threading`` as a RuntimeError, ``release
-    unlocked lock``, for which it is the reason.
+    An interrupt that arrives while a condition takes its lock again leaves ``threading`` as a RuntimeError, ``release
+    unlocked lock``, with the KeyboardInterrupt as its context.
 
     Raises:
         KeyboardInterrupt: the block was interrupted.

@@ -1,4 +1,4 @@
-"""What of this machine the process may use: cores and memory, within the limits of its control groups."""
+"""Cores and memory that this process may use, within the limits of its control groups."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 _ROOT = Path("/")
 
 _UNLIMITED = 1 << 60
-"""Version 1 of control groups writes a number of this size where there is no limit."""
+"""Version 1 of control groups writes a number above this where there is no limit."""
 
 
 def usable_cores(root: Path = _ROOT) -> int:
-    """Return the number of cores that this process may use: by affinity, and by the quota of its control group.
+    """Return the number of cores that this process may use: its affinity, limited by the quota of its control groups.
 
     Args:
         root: where ``/proc`` and ``/sys`` are.
@@ -59,7 +59,9 @@ def free_bytes(root: Path = _ROOT) -> int | None:
 
 
 def _page_cache_bytes(group: Path) -> int:
-    """Return what a control group has in the page cache and was not used lately."""
+    """Return the bytes of a control group's page cache that were not used lately; the kernel takes them back when
+    needed.
+    """
     for line in _text(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
         if name in {"inactive_file", "total_inactive_file"} and value.isdecimal():
@@ -68,9 +70,12 @@ def _page_cache_bytes(group: Path) -> int:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the directories of the control groups that this process is in, from its own to the root's."""
+    """Yield the directories of the control groups of this process, from its own up to the root's: every one may have
+    a limit.
+    """
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, names, path = line.split(":", 2)
+        # Version 2 has one line with no names; version 1 a line for each controller.
         if names and controller not in names.split(","):
             continue
         mount = root / "sys/fs/cgroup" / (controller if names else "")
@@ -80,7 +85,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _text(path: Path) -> str:
-    """Return a small file's text; empty where it cannot be read."""
+    """Return a small file's text without white space around it; empty where it cannot be read."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return path.read_text(encoding="utf-8").strip()
     return ""

@@ -1,4 +1,4 @@
-"""Memory that runs out, in one sentence: Python, its imports and torch say it in ways of their own."""
+"""Memory that runs out, in one sentence: Python, its imports, torch and native libraries all report it differently."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ _ALLOCATORS_SAY = re.compile(
     r"|enforce fail at alloc_cpu|unable to mmap|mmap failed",
     re.IGNORECASE,
 )
-"""In the ``RuntimeError`` of torch's allocators for CPU and CUDA (torch 2.13), of the mapping of files, and of Python's for
-threads."""
+"""Phrases in a ``RuntimeError`` of torch's allocators for CPU and CUDA (torch 2.13), of file mappings, and of
+Python's threads.
+"""
 
 MORE = "free some, or allow the process more of it: what a shell sets with ulimit -v, or a control group"
-"""What to do about it where nothing makes a command take less."""
+"""The hint where no option of the command makes it take less."""
 
 _LOADER_SAYS = re.compile(
     r"failed to map segment from shared object|cannot map zero-fill pages|cannot allocate memory|cannot create cache"
     r"|cannot create shared object descriptor",
     re.IGNORECASE,
 )
-"""In the ``ImportError`` or ``OSError`` of a library that has no room to be loaded (glibc 2.42, elf/dl-load.c)."""
+"""Phrases in an ``ImportError`` or ``OSError`` of a library that could not be loaded for want of memory (glibc 2.42,
+elf/dl-load.c).
+"""
 
 
 def is_shortage(exc: BaseException) -> bool:
-    """Return True where an error says that memory ran out, or was raised for one that does.
+    """Return True when an error, or one that caused it, says that memory ran out.
 
     An import that fails for want of memory is often told by another error, which has the first for its cause.
     """
@@ -46,6 +49,7 @@ def is_shortage(exc: BaseException) -> bool:
         if _says_shortage(found):
             return True
         seen.add(id(found))
+        # An import replaces the error: the first one is its context, not its cause.
         found = found.__cause__ or (found.__context__ if isinstance(found, ImportError) else None)
     return False
 
@@ -64,7 +68,9 @@ def _says_shortage(exc: BaseException) -> bool:
 
 
 def _is_of_import(exc: BaseException) -> bool:
-    """Return True where an import failed that finds what it looks for: under a limit it does so in any way whatever."""
+    """Return True when an import failed that did find its module. Under a limit such an import can fail with any
+    error.
+    """
     frames = traceback.walk_tb(exc.__traceback__)
     return not isinstance(exc, ModuleNotFoundError) and any(
         frame.f_code.co_filename.startswith("<frozen importlib") for frame, _ in frames
@@ -72,7 +78,7 @@ def _is_of_import(exc: BaseException) -> bool:
 
 
 def _is_limited() -> bool:
-    """Return True where the memory of this process has a limit of its own.
+    """Return True when the memory of this process has a limit (``ulimit -v`` or ``-d``).
 
     Then ``error return without exception set``, of a library in C that could not be set up, is for want of it.
     """
@@ -97,10 +103,12 @@ takes 85 MB, torch 2.13 for CPUs 500 MB."""
 
 
 class _Room:
-    """A finder of modules that finds none: it looks for room before those are loaded that cannot do without."""
+    """An import finder that finds nothing: before certain modules are loaded, it checks that there is memory for
+    them.
+    """
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Leave the module to other finders.
+        """Leave the module to the other finders.
 
         Raises:
             MemoryError: there is no room for it.
@@ -108,23 +116,26 @@ class _Room:
         del path, target
         if name in _ROOM_BYTES and name not in sys.modules:
             try:
+                # Mapped and given back at once: only address space is asked for, no page is touched.
                 mmap.mmap(-1, _ROOM_BYTES[name]).close()
             except OSError as exc:
                 raise MemoryError(f"no room to load {name}") from exc
 
 
 def mind_limits() -> None:
-    """Prepare this process for the limit that its memory may have; to be called before numpy is imported.
+    """Prepare this process for a limit of its memory. Call it before numpy is imported.
 
     Libraries in C that meet the limit while they are loaded would end the process, or hang, without a word.
     """
     if _is_limited():
+        # OpenBLAS takes memory for each thread when it is loaded.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         sys.meta_path.insert(0, _Room())
 
 
 def not_for_want_of_memory(exc: BaseException) -> None:
-    """Raise again what has memory for its reason; for where any other error of a library says something of its input.
+    """Raise MemoryError if an error is one of memory. Call it before an error of a library is taken as one about its
+    input.
 
     Raises:
         MemoryError: it ran out.
@@ -135,7 +146,7 @@ def not_for_want_of_memory(exc: BaseException) -> None:
 
 @contextlib.contextmanager
 def memory_for(doing: str, hint: str = "") -> Iterator[None]:
-    """Name what the memory was for, when it runs out in the block.
+    """Raise an `OutOfMemoryError` that says what was being done, when memory runs out in the block.
 
     Args:
         doing: ``merging model.layers.0.mlp.up_proj.weight``.

@@ -1,4 +1,4 @@
-"""The standard streams of a process that is lora-merge's own: always open, never in the way of the work, fit to be read.
+"""The standard streams of lora-merge's own processes: always open, never raising, one readable line at a time.
 
 For the command and the processes that it starts. A program that uses lora-merge as a library keeps the streams it has.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 _FIRST_OTHER = 3
-"""The first descriptor that is no standard stream."""
+"""The first descriptor after those of the standard streams."""
 
 _LONGEST_LINE = 4096
 """Characters of an unfinished line that are kept before it is printed as it is."""
@@ -48,7 +48,7 @@ def guard() -> None:
 def _warning_text(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Return a warning of Python without the line of the program that gave it, which is nobody's here."""
+    """Return a warning without its source line, which tells a user nothing."""
     del filename, lineno, line
     return f"{category.__name__}: {message}\n"
 
@@ -61,7 +61,7 @@ def _open_missing(fd: int) -> None:
 
 
 def _text(fd: int, before: TextIO | None) -> TextIO:
-    """Return a text stream over a standard descriptor, in the encoding that Python chose for it."""
+    """Return a text stream on a standard descriptor, in the encoding that Python chose for it."""
     encoding = (before.encoding if before is not None else "") or "utf-8"
     return io.TextIOWrapper(
         cast("BinaryIO", _Sink(fd)),
@@ -73,7 +73,7 @@ def _text(fd: int, before: TextIO | None) -> TextIO:
 
 
 class _Sink(io.RawIOBase):
-    """A standard descriptor that bytes can be written to, as long as somebody takes them.
+    """A standard descriptor that takes bytes as long as anybody reads them.
 
     A pipe whose reader has gone, a full disk and a terminal that hung up end the writing, not the work. It holds a
     descriptor of its own, so that number 2 may lead elsewhere for a while.
@@ -95,7 +95,7 @@ class _Sink(io.RawIOBase):
         return self._name
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write all of it, or drop it."""
+        """Write all bytes; after an error they are dropped, and `failure` has the first error."""
         left = memoryview(data).cast("B")
         nbytes = len(left)
         while len(left) and self.failure is None:
@@ -109,7 +109,7 @@ class _Sink(io.RawIOBase):
 
 
 class Foreign(io.TextIOBase):
-    """What libraries print on ``sys.stderr``, log records and warnings of Python among it: notes, a line each.
+    """Turns what libraries print on ``sys.stderr`` (log records and Python's warnings too) into notes, one line each.
 
     A stranger's text may be in it, so each line is made fit to be printed and begins as one of ours: none can look like
     an error of lora-merge, or end what it says. Of a line that is drawn again and again (a progress bar) the last
@@ -127,33 +127,33 @@ class Foreign(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """The encoding of what is behind it."""
+        """The encoding of the stream behind it."""
         return self.own.encoding
 
     @property
     def errors(self) -> str | None:  # type: ignore[override]
-        """How what does not fit the encoding is written."""
+        """How the stream behind it handles characters that its encoding lacks."""
         return self.own.errors
 
     @property
     def buffer(self) -> io.RawIOBase:
-        """Bytes that are written here are foreign text too."""
+        """A binary stream: bytes that are written to it are foreign text too."""
         return _Bytes(self)
 
     def writable(self) -> bool:
-        """Return True."""
+        """True."""
         return True
 
     def isatty(self) -> bool:
-        """Return True on a terminal."""
+        """Return True when the stream behind it is a terminal."""
         return self.own.isatty()
 
     def fileno(self) -> int:
-        """Return the descriptor behind it."""
+        """Return the descriptor of the stream behind it."""
         return self.own.fileno()
 
     def write(self, text: str, /) -> int:
-        """Print the lines that are complete."""
+        """Print the lines that are complete; keep the rest for later."""
         with self._lock:
             *whole, self._line = (self._line + text).replace("\r\n", "\n").split("\n")
             if len(self._line) > _LONGEST_LINE:
@@ -164,12 +164,13 @@ class Foreign(io.TextIOBase):
         return len(text)
 
     def finish(self) -> None:
-        """Print what is left of a line without an end."""
+        """Print the kept rest of a line, at the end of the process."""
         with self._lock:
             line, self._line = self._line, ""
             self._print(line)
 
     def _print(self, line: str) -> None:
+        # A progress bar redraws its line with \r: only its last state is printed.
         line = line.rstrip("\r").rpartition("\r")[2].rstrip()
         if line and not self.quiet:
             start = "\r\x1b[K" if self.isatty() else ""  # a progress bar may be drawn there
@@ -177,7 +178,7 @@ class Foreign(io.TextIOBase):
 
 
 class _Bytes(io.RawIOBase):
-    """The bytes behind foreign text."""
+    """The binary side of `Foreign`."""
 
     def __init__(self, text: Foreign) -> None:
         super().__init__()
@@ -193,25 +194,26 @@ class _Bytes(io.RawIOBase):
 
 
 def own(stream: TextIO) -> TextIO:
-    """Return where to print what is meant for ``sys.stdout`` or ``sys.stderr``, past what keeps foreign text apart."""
+    """Return the stream to print our own lines on, behind the one that turns foreign text into notes."""
     return getattr(stream, "own", stream)
 
 
 def finish() -> None:
-    """Print what is left of a line that foreign text began."""
+    """Print the rest of a foreign line that has no end yet."""
     if isinstance(sys.stderr, Foreign):
         sys.stderr.finish()
 
 
 def failure_of(stream: TextIO) -> OSError | None:
-    """Return why a stream of this process takes nothing any more; None where it does, or where its reader has left."""
+    """Return the error after which a stream drops everything; None while it works, or when its reader left."""
     failure: OSError | None = getattr(getattr(own(stream), "buffer", None), "failure", None)
+    # EPIPE is not a fault: `| head` has seen enough.
     return None if failure is None or failure.errno == errno.EPIPE else failure
 
 
 @contextlib.contextmanager
 def native_notes() -> Iterator[None]:
-    """Make notes of what native code prints on descriptor 2 in the block: a panic of a library in Rust, for one.
+    """Turn what native code prints on descriptor 2 in the block into notes: a panic of a Rust library, for one.
 
     Only where `guard` was called: elsewhere the descriptor is not ours, and the block runs as it is.
     """
@@ -220,6 +222,7 @@ def native_notes() -> Iterator[None]:
         return
     import tempfile
 
+    # A file, not a pipe: it never fills up, and no thread has to read it.
     with tempfile.TemporaryFile() as file:
         before = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, _FIRST_OTHER)
         os.dup2(file.fileno(), 2)
