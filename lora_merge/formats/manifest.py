@@ -1,4 +1,4 @@
-"""What ``merge_manifest.json`` says of an output, read back: the promise that it can be held to years later."""
+"""Reads ``merge_manifest.json`` back: what an output can be verified against, years later."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RecordedTensor:
-    """One tensor of the output."""
+    """What the manifest says of one tensor of the output."""
 
     action: Action
     file: str
@@ -30,7 +30,7 @@ class RecordedTensor:
 
 @dataclass(frozen=True, slots=True)
 class RecordedFile:
-    """One of the files around the weights."""
+    """What the manifest says of one file around the weights."""
 
     origin: Literal["base", "adapter", "lora-merge"]
     digest: str
@@ -38,23 +38,23 @@ class RecordedFile:
 
 @dataclass(frozen=True, slots=True)
 class RecordedInput:
-    """The base, or an adapter."""
+    """What the manifest says of the base, or of an adapter."""
 
     path: str
     """As the user named it."""
 
     hub: str = ""
-    """Name of the hub that it is from; empty for a local directory."""
+    """Name of its hub; empty for a local directory."""
 
     id: str = ""
     folder: str = ""
     revision: str | None = None
     commit: str | None = None
     weight: float = 1.0
-    """Of an adapter: how much of it was wanted."""
+    """An adapter's merge weight."""
 
     digest: str = ""
-    """Of an adapter: of the file that holds its tensors."""
+    """Digest of an adapter's weight file."""
 
     def source(self) -> Source | None:
         """Return the repo at the commit that was merged; None for a local directory."""
@@ -66,7 +66,7 @@ class RecordedInput:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All of it that verification goes by."""
+    """The parts of a manifest that verification uses."""
 
     manifest_version: int
     versions: Mapping[str, str]
@@ -78,7 +78,7 @@ class Manifest:
 
 
 def merged_before(table: Mapping[str, Any]) -> tuple[MergedBefore, ...]:
-    """Return the adapters that are merged into the output of a manifest: its own, and those of its base.
+    """Return all adapters in an output, by its manifest: its own, and those that its base had before.
 
     Example:
         >>> merged_before({"base": {}, "adapters": [{"path": "my-lora", "digest": "xxh3_128:00"}]})
@@ -88,6 +88,7 @@ def merged_before(table: Mapping[str, Any]) -> tuple[MergedBefore, ...]:
     earlier = base.get("adapters") if isinstance(base, dict) else None
     return tuple(
         MergedBefore(str(entry.get("path", "")), entry["digest"])
+        # The table is not validated here: malformed entries are passed over.
         for entries in (earlier, table.get("adapters"))
         for entry in (entries if isinstance(entries, list) else ())
         if isinstance(entry, dict) and isinstance(entry.get("digest"), str) and entry["digest"]
@@ -95,7 +96,7 @@ def merged_before(table: Mapping[str, Any]) -> tuple[MergedBefore, ...]:
 
 
 def parse_manifest(table: Mapping[str, Any]) -> Manifest:
-    """Return the manifest of a parsed ``merge_manifest.json``.
+    """Return the manifest of a parsed ``merge_manifest.json``, with its types checked.
 
     Raises:
         ValueError: it is none, or of another version; the message is the end of a sentence.
@@ -108,6 +109,7 @@ def parse_manifest(table: Mapping[str, Any]) -> Manifest:
     try:
         manifest: Manifest = _validator().validate_python(table)
     except ValidationError as exc:
+        # One sentence for the user: the first of pydantic's errors.
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {first['msg']}") from exc
@@ -116,7 +118,7 @@ def parse_manifest(table: Mapping[str, Any]) -> Manifest:
 
 @cache
 def _validator() -> TypeAdapter[Manifest]:
-    """Return pydantic's validator, which takes longer to make than a manifest takes to check."""
+    """Return pydantic's validator. Making it takes longer than checking a manifest, so it is kept."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Manifest)

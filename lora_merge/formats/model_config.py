@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the table in a ``config.json``.
+    """Return the table of a model's ``config.json``.
 
     Raises:
-        CheckpointError: it cannot be read, is no JSON table, or a field that is read here holds another type.
+        CheckpointError: it cannot be read, is not a JSON table, or a field that is used here has another type.
     """
     config = read_json(path)
     check_config(config, str(path))

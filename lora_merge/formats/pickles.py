@@ -1,4 +1,4 @@
-"""Torch's zip files, ``pytorch_model.bin`` and the like: where their tensors lie, without torch.
+"""Torch's zip files (``pytorch_model.bin`` and the like): where their tensors are stored, found without torch.
 
 ``torch.save`` writes a zip without compression: ``NAME/data.pkl`` is a pickle that says how tensors are made from
 storages, ``NAME/data/KEY`` are the bytes of a storage. `lora_merge.formats.unpickling` follows the pickle: nothing that it names
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
     from lora_merge.storage.sources import Source
 
 MAX_PICKLE_BYTES = 100_000_000
-"""As safetensors limits its header: what is longer holds values, not places."""
+"""As long as a safetensors header may be. A longer pickle holds values, not places."""
 
 MAX_DIRECTORY_BYTES = 32 << 20
-"""Of the directory at the end of a zip file, as it says itself: some 300 000 storages. Python takes 600 bytes for each."""
+"""The most bytes of a zip file's directory, by its own claim: some 300 000 storages. Python takes 600 bytes for each."""
 
 SAFETENSORS_SUFFIX = ".safetensors"
 
 _PROTOCOLS = frozenset({2, 3})
-"""Of pickle; with any other, ``torch.load(weights_only=True)`` fails (torch 2.13)."""
+"""Pickle protocols; with any other, ``torch.load(weights_only=True)`` fails (torch 2.13)."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 """``torch.serialization.MAGIC_NUMBER``, with which files of torch before 1.6 begin."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a zip entry: its magic, then the lengths of the name and of the extra field that follow."""
+"""A zip entry's local header: magic, then the lengths of the name and of the extra field that follow."""
 
 _STORAGES: Mapping[str, str] = {
     "torch.FloatStorage": "F32",
@@ -70,7 +70,7 @@ _STORAGES: Mapping[str, str] = {
     "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
     "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
 }
-"""Dtype of a storage by its class, or by the dtype where torch has no class for it, as safetensors spells it."""
+"""Storage class → safetensors dtype; newer dtypes without a class are named themselves."""
 
 _UNTYPED = frozenset({"torch.storage.UntypedStorage", "torch.UntypedStorage"})
 
@@ -80,7 +80,7 @@ _UNTRUSTED = "weights need no code; load such a file only if you trust whoever m
 
 
 def read_pickle(path: str | Path, name: str | None = None) -> WeightFile:
-    """Return the tensors of a file that ``torch.save`` wrote; reads no values and runs nothing of it.
+    """Return the index of a file that ``torch.save`` wrote. No value is read, and nothing in it is run.
 
     Tensors that share a storage share their bytes.
 
@@ -109,7 +109,7 @@ def read_pickle(path: str | Path, name: str | None = None) -> WeightFile:
 
 
 class _Bounded:
-    """A file of which little is read at once: a zip says itself how long its directory is, and all of that is read."""
+    """A stream with a limit on one read: `zipfile` reads a whole directory, of whatever length the file claims."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.seek, self.tell = stream.seek, stream.tell
@@ -119,7 +119,7 @@ class _Bounded:
         """Return the next bytes.
 
         Raises:
-            zipfile.BadZipFile: they are more than the directory of any file of weights.
+            zipfile.BadZipFile: more are asked for than the directory of any weight file has.
         """
         if size > MAX_DIRECTORY_BYTES:
             raise zipfile.BadZipFile(f"a directory of {size} bytes")
@@ -127,7 +127,7 @@ class _Bounded:
 
 
 class _Archive:
-    """The records of a torch file, by their names inside its one folder.
+    """The records of a torch zip file, by their names inside its one folder.
 
     Raises:
         CheckpointError: it is no zip file, or none of ``torch.save``.
@@ -148,6 +148,7 @@ class _Archive:
             for entry in entries
             if entry.filename.startswith(folder)
         }
+        # With two records of one name, torch and this reader could each take another one.
         if len({entry.filename for entry in entries}) != len(entries):
             raise CheckpointError(label, "", "holds two records of one name", "one of each", hint=_REFETCH)
         if "constants.pkl" in self._records:
@@ -195,6 +196,8 @@ class _Archive:
         header = bytearray(_LOCAL_HEADER.size)
         if entry.header_offset + len(header) <= self._size:
             read_into(self._source, memoryview(header), entry.header_offset)
+        # The local header may have another extra field than the directory, since torch pads records to align
+        # their data.
         magic, n_name, n_extra = _LOCAL_HEADER.unpack(header)
         start = entry.header_offset + len(header) + n_name + n_extra
         if magic != _ZIP_MAGIC or start + entry.file_size > self._size:
@@ -222,10 +225,10 @@ def _is_pickle(name: str) -> bool:
 
 
 def _load(content: bytes, label: str) -> tuple[dict[str, object], list[str]]:
-    """Return what a pickle holds, as stand-ins, and paths of what it calls that makes no plain tensor.
+    """Return the table of a pickle, made of stand-ins, and the paths of calls in it that make no plain tensor.
 
     Raises:
-        CheckpointError: it names what has no stand-in, is malformed, or holds no table.
+        CheckpointError: it names something without a stand-in, is malformed, or does not hold a table.
     """
     protocol = content[1] if content[:1] == pickle.PROTO and len(content) > 1 else 0
     if protocol not in _PROTOCOLS:
@@ -250,10 +253,10 @@ def _load(content: bytes, label: str) -> tuple[dict[str, object], list[str]]:
 
 
 def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
-    """Return where a tensor lies.
+    """Return where a tensor is stored.
 
     Raises:
-        CheckpointError: it is no plain dense tensor, or not all of it is in the file.
+        CheckpointError: it is not a plain dense tensor, or not all of it is in the file.
     """
     label = archive.label
     if len(name) > MAX_NAME_CHARACTERS:
@@ -279,6 +282,7 @@ def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
     width = nbytes_of(dtype, (1,))
     begin, nbytes = value.offset * width, nbytes_of(dtype, value.shape)
     start, held = archive.place(f"data/{value.storage.key}", name)
+    # Both the pickle's claim and the size of the record must hold the tensor.
     claimed = value.storage.size * (1 if value.storage.kind in _UNTYPED else width)
     if begin + nbytes > min(held, claimed) or claimed > held:
         got = f"takes bytes {begin} to {begin + nbytes} of a storage of {min(held, claimed)}"
@@ -287,7 +291,7 @@ def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Return True when a tensor's values lie back to back in row-major order."""
+    """Return True when the values are adjacent in row-major order. Strides of axes of size 1 do not matter."""
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     rows = zip(shape, stride, steps, strict=True)
     return 0 in shape or all(size == 1 or step == wanted for size, step, wanted in rows)

@@ -52,7 +52,7 @@ needs no LoRA support to load.
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What a merge was made from and made with."""
+    """The inputs, options and versions of a merge."""
 
     base: str
     """The base as the user named it."""
@@ -73,13 +73,13 @@ class Provenance:
     """The same of each adapter; empty when all are local directories."""
 
     merged_before: tuple[MergedBefore, ...] = ()
-    """What the base has merged into it already."""
+    """Adapters that the base has merged already, by its own manifest."""
 
 
 def manifest_text(
     provenance: Provenance, plan: MergePlan, records: Sequence[TensorRecord], digests: Mapping[str, str]
 ) -> str:
-    """Return the text of ``merge_manifest.json``.
+    """Return the text of ``merge_manifest.json``. The same merge gives the same text.
 
     Args:
         provenance: what the merge was made from.
@@ -138,7 +138,7 @@ def manifest_text(
 
 
 def card_text(provenance: Provenance, plan: MergePlan) -> str:
-    """Return the text of the model card, ``README.md``."""
+    """Return the text of the model card, ``README.md``: Markdown with YAML front matter, names made harmless."""
     actions = [step.action for step in plan.steps]
     summary = plan.summary()
     kinds = " + ".join(dict.fromkeys(adapter.kind for adapter in provenance.adapters))
@@ -177,7 +177,8 @@ def card_text(provenance: Provenance, plan: MergePlan) -> str:
 
 
 def _base_name(provenance: Provenance) -> str:
-    """Return the base's repo, or the last part of its path; with its owner, where an adapter names a repo of that name.
+    """Return the base's repo, or the last part of its path; with an owner where an adapter names a repo of the same
+    name.
 
     What an adapter merely mentions is not what it was merged into.
     """
@@ -193,7 +194,7 @@ def _base_name(provenance: Provenance) -> str:
 
 
 def _short_name(path: str, origin: Origin | None) -> str:
-    """Return the repo of an adapter, or the last part of its path."""
+    """Return an adapter's repo, or the last part of its path."""
     return origin.source.repo if origin is not None else _last_part(path)
 
 
@@ -202,7 +203,7 @@ def _origins(provenance: Provenance) -> tuple[Origin | None, ...]:
 
 
 def _history(provenance: Provenance) -> dict[str, object]:
-    """Return what is to be said of a base that is itself a merge."""
+    """Return the manifest's entry for a base that is itself a merge; empty for any other base."""
     return {"adapters": list(map(asdict, provenance.merged_before))} if provenance.merged_before else {}
 
 

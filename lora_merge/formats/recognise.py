@@ -1,4 +1,4 @@
-"""What a folder is that is not the base or the adapter it was named as, told by the names of its files.
+"""What a folder really is when it is not the base or adapter that it was named as, told by its files' names.
 
 Names alone decide, so that the listing of a repo is enough. Each answer is the end of a sentence about the folder, and what
 to do; what nothing is known of has none.
@@ -29,14 +29,14 @@ _ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapter_model*.bin", "adapter
 _SHARD = re.compile(r"(?P<stem>model|pytorch_model)-\d{5}-of-(?P<count>\d{5})\.(?P<suffix>safetensors|bin)")
 
 _MOST_NAMES = 2000
-"""Of a folder's files that are looked at: a folder may be anything, a home directory for one."""
+"""The most names of a folder that are looked at: it may be any folder, such as a home directory."""
 
 
 class Fault(NamedTuple):
-    """What a folder is instead."""
+    """What a folder really is, and what to do about it."""
 
     sentence: str
-    """Of which the folder is the subject."""
+    """The rest of a sentence that begins with the folder's path."""
 
     hint: str
 
@@ -46,7 +46,7 @@ class _Kind:
     """A kind of folder that people name as a base or an adapter."""
 
     patterns: tuple[str, ...]
-    """Of files; one that matches is enough."""
+    """Patterns of file names; one match is enough."""
 
     sentence: str
     hint: str
@@ -153,7 +153,7 @@ _KINDS = (
         "download it again",
     ),
 )
-"""In the order in which they are asked, the most telling first."""
+"""Asked in this order, the most specific first."""
 
 _STATES = (
     _Kind(
@@ -169,11 +169,11 @@ _STATES = (
         "the training saved its weights elsewhere, or was told to save none",
     ),
 )
-"""What is said where nothing else speaks for a folder."""
+"""Asked last, where nothing else was recognised."""
 
 
 def names_in(root: Path) -> tuple[str, ...]:
-    """Return the files of a folder and of the folders in it, by their names below it."""
+    """Return relative names of a folder's files and of the files in its subfolders, at most `_MOST_NAMES`."""
     found = []
     for path in sorted(root.iterdir(), key=lambda path: in_order(path.name)):
         inside = sorted(path.iterdir()) if _is_open(path) else [path]
@@ -184,7 +184,7 @@ def names_in(root: Path) -> tuple[str, ...]:
 
 
 def broken_link(root: Path) -> CheckpointError | None:
-    """Return the error of a folder with a link in it that leads to nothing, in the place of a file that is needed."""
+    """Return an error for the first dangling link that looks like a needed file; None where there is none."""
     for path in sorted(root.iterdir()):
         if path.is_symlink() and not path.exists() and path.suffix in {".json", ".safetensors", ".bin"}:
             return CheckpointError(
@@ -209,7 +209,7 @@ def in_order(name: str) -> list[tuple[int, str]]:
 
 
 def fault_of(names: Collection[str], role: Role, place: str = "") -> Fault | None:
-    """Return what a folder is instead of what it was named as; None where its names do not tell.
+    """Return what a folder really is; None where its names do not tell.
 
     Args:
         names: its files, those of the folders in it as ``folder/file``.
@@ -237,7 +237,7 @@ def fault_of(names: Collection[str], role: Role, place: str = "") -> Fault | Non
 
 
 def _known(names: Collection[str], role: Role, kinds: Iterable[_Kind] = _KINDS) -> Fault | None:
-    """Return the first kind that a file of the folder speaks for."""
+    """Return the fault of the first kind that one of the names matches, for this role."""
     for kind in kinds:
         found = [name for name in names if _matches(name, kind.patterns)]
         if role in kind.roles and found:
@@ -266,7 +266,7 @@ def _adapter(names: Collection[str]) -> Fault | None:
 
 
 def _lost_index(names: Collection[str]) -> Fault | None:
-    """Return what is said of shards without their index, or of some without the others."""
+    """Return the fault of shards without their index, or of an incomplete set."""
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     if not shards or _MODEL_CONFIG not in names:
         return None
@@ -285,7 +285,7 @@ def _lost_index(names: Collection[str]) -> Fault | None:
 
 
 def _deeper(names: Collection[str], place: str) -> Fault | None:
-    """Return which folders in it hold models, where it holds none itself."""
+    """Return the fault of a folder whose subfolders hold models; it names the last of them."""
     folders = [name.removesuffix(f"/{_MODEL_CONFIG}") for name in names if name.endswith(f"/{_MODEL_CONFIG}")]
     folders = [folder for folder in folders if "/" not in folder]
     if not folders or _MODEL_CONFIG in names:
@@ -327,7 +327,7 @@ def _half_model(names: Collection[str]) -> Fault | None:
 
 
 def _first(names: Iterable[str], patterns: tuple[str, ...]) -> str:
-    """Return the first of some names that matches, or nothing."""
+    """Return the first name that matches a pattern; empty where none does."""
     return next((name for name in names if _matches(name, patterns)), "")
 
 

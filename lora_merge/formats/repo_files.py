@@ -1,4 +1,4 @@
-"""Which files of a repo a merge needs, from its listing: the small ones first, then the weights."""
+"""Which files of a repo a merge needs, by its listing: first the small ones, then the weights."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TRAINING_ARGUMENTS = "args.json"
-"""What ms-swift was called with; it names the base."""
+"""ms-swift's own arguments; they name the base."""
 
 TRAINER_CONFIG = "additional_config.json"
-"""Where ms-swift keeps its own fields of a LoRA configuration."""
+"""ms-swift's own fields of a LoRA configuration."""
 
 ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
 
 CONVERSION_MANIFEST = "conversion.json"
-"""What an adapter was made from, and how, where it was made here."""
+"""Written by our conversion: what the adapter was made from, and how."""
 
 _ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG, CONVERSION_MANIFEST})
+
 VISION_WEIGHTS = "vit.safetensors"
-"""What ms-swift saves of a vision tower that was trained as a whole."""
+"""A vision tower that ms-swift trained as a whole."""
 
 EXTRA_FOLDER = "extra_states"
-"""What ms-swift saves of other parameters that were; beside the folder of the adapter, if that has one."""
+"""Folder of other parameters that ms-swift trained as a whole; beside the adapter's folder, if it has one."""
 
 
 def base_small(label: str, names: Collection[str]) -> frozenset[str]:
-    """Return the configuration, the side files and the index of a base.
+    """Return the configuration, the side files and the index of a base: what is fetched first.
 
     Raises:
-        ResolveError: the listing is none of a model that can be merged into.
+        ResolveError: the listing is not that of a model that can be merged into.
     """
     if CONFIG_FILE not in names:
         what = fault_of(names, "base", f"{label}/")
@@ -74,7 +75,7 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
 
 
 def base_weights(label: str, names: Collection[str], root: Path) -> frozenset[str]:
-    """Return the weight files of a base whose small files are in ``root``.
+    """Return the weight files of a base, whose small files are in ``root`` by now.
 
     Raises:
         CheckpointError: the index names a file that is not in the listing.
@@ -115,7 +116,7 @@ def adapter_small(
         formats: names of the files of tensors that the formats of adapters look for.
 
     Raises:
-        ResolveError: the listing is none of an adapter.
+        ResolveError: the listing is not that of an adapter.
     """
     if ADAPTER_CONFIG not in names:
         what = None if elsewhere else fault_of(names, "adapter")
@@ -158,6 +159,6 @@ def adapter_weights(
 
 
 def adapter_copies(names: Collection[str], ignored: Collection[str] = ()) -> frozenset[str]:
-    """Return the files that hold an adapter a second time, in a form that is not preferred: no download is worth it."""
+    """Return the files that hold an adapter once more, in a form that is not preferred. They are not downloaded."""
     entries = adapter_entries(frozenset(names) - frozenset(ignored))
     return frozenset(name for entry in list(entries)[1:] for name in (entry, *entries[entry]))

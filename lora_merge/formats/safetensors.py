@@ -1,4 +1,4 @@
-"""The safetensors format on disk: headers, reserved files, one tensor's bytes."""
+"""The safetensors format on disk: headers, and tensors by their place in the file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _REFETCH = "the file is truncated, or no safetensors file; fetch it again"
 
 
 def read_header(path: str | Path, name: str | None = None) -> WeightFile:
-    """Return the tensors of a safetensors file, checked against its size.
+    """Return the index of a safetensors file, checked against the file's size.
 
     Args:
         path: the file, or what names it in another storage.
@@ -68,19 +68,21 @@ def read_header(path: str | Path, name: str | None = None) -> WeightFile:
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise CheckpointError(label, "__metadata__", f"is {quoted(metadata)}", "a table of strings")
     refs = [_parse_row(row_name, row, label, data_start) for row_name, row in table.items()]
+    # By place; empty tensors share their start with the next one, and come first.
     refs.sort(key=lambda ref: (ref.start, ref.end))
     _check_cover(refs, data_start, source.nbytes, label)
     return WeightFile(name=name or label, metadata=metadata, tensors=tuple(refs))
 
 
 def _header_table(source: Source) -> tuple[dict[str, Any], int]:
-    """Return the header's JSON table and where the data begins."""
+    """Return the header's JSON table, and the byte where the data begins."""
     label, size = source.text, source.nbytes
     if size < HEADER_PREFIX_BYTES:
         raise CheckpointError(label, "", f"has {size} bytes", "at least 8", hint=_REFETCH)
     prefix = bytearray(HEADER_PREFIX_BYTES)
     read_into(source, memoryview(prefix), 0)
     length = int.from_bytes(prefix, "little")
+    # The length is a stranger's claim: it is checked before a buffer of that size is made.
     most = min(MAX_HEADER_BYTES, size - HEADER_PREFIX_BYTES)
     if length > most:
         raise CheckpointError(label, "header", f"claims {length} bytes", f"at most {most}", hint=_REFETCH)
@@ -98,7 +100,7 @@ def _header_table(source: Source) -> tuple[dict[str, Any], int]:
 
 
 def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef:
-    """Return one row of a header as a reference.
+    """Return the tensor of one header row.
 
     Raises:
         CheckpointError: the row is malformed, or its size is not that of its shape and dtype.
@@ -110,6 +112,7 @@ def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef
         dtype, sizes, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]  # type: ignore[index]
     except (TypeError, KeyError, ValueError):
         dtype, sizes, begin, end = None, None, None, None
+    # `type(…) is int`, not isinstance: JSON's true is an int in Python.
     if not (type(dtype) is str and type(sizes) is list and type(begin) is int and type(end) is int):
         raise CheckpointError(
             label, name, f"has the header row {quoted(row)}", "dtype, shape and data_offsets"
@@ -129,7 +132,7 @@ def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef
 
 
 def _check_cover(refs: list[TensorRef], data_start: int, size: int, label: str) -> None:
-    """Check that the tensors lie back to back from the header to the end of the file.
+    """Check that the tensors follow each other without a gap, from the header to the end of the file.
 
     Raises:
         CheckpointError: they overlap, leave a hole, or the file is shorter or longer.
@@ -158,7 +161,7 @@ def blocks(ref: TensorRef) -> Iterator[memoryview]:
 
 
 def tensor_digest(ref: TensorRef) -> str:
-    """Return the digest of a tensor's bytes.
+    """Return the XXH3 digest of a tensor's stored bytes.
 
     Raises:
         CheckpointError: the file ends too soon.
@@ -170,7 +173,7 @@ def tensor_digest(ref: TensorRef) -> str:
 
 
 def is_finite(ref: TensorRef) -> bool:
-    """Return True when no value of a floating tensor is NaN or infinite.
+    """Return True when no value of a floating-point tensor is NaN or infinite.
 
     Raises:
         CheckpointError: the file ends too soon.
@@ -182,7 +185,8 @@ def is_finite(ref: TensorRef) -> bool:
 
 
 def is_zero(ref: TensorRef) -> bool:
-    """Return True when every value of a floating tensor is zero; reading stops at the first block that has another.
+    """Return True when every value of a floating-point tensor is zero. Reading stops at the first block with another
+    value.
 
     Raises:
         CheckpointError: the file ends too soon.
@@ -195,7 +199,7 @@ def is_zero(ref: TensorRef) -> bool:
 
 
 def same_values(stored: TensorRef, other: TensorRef) -> bool:
-    """Return True when a tensor, rounded to the dtype of a stored one, has its values.
+    """Return True when a tensor has the values of a stored one, after rounding to the stored one's dtype.
 
     Raises:
         CheckpointError: a file ends too soon.
@@ -219,7 +223,8 @@ def same_values(stored: TensorRef, other: TensorRef) -> bool:
 
 
 def differing_rows(stored: TensorRef, other: TensorRef) -> int:
-    """Return in how many of the rows that both have a tensor differs from a stored one, rounded as either is stored.
+    """Return the number of rows, of those that both tensors have, in which they differ. Rows that are equal after
+    rounding to either dtype count as equal.
 
     Raises:
         CheckpointError: a file ends too soon.
@@ -241,7 +246,7 @@ def differing_rows(stored: TensorRef, other: TensorRef) -> int:
 
 
 def _elements(source: Source, ref: TensorRef, start: int, end: int) -> torch.Tensor:
-    """Return some elements of a tensor, in its stored dtype."""
+    """Return a range of a tensor's elements, one-dimensional, in the stored dtype."""
     import torch
 
     size = DTYPE_BITS[ref.dtype] // 8
@@ -251,7 +256,7 @@ def _elements(source: Source, ref: TensorRef, start: int, end: int) -> torch.Ten
 
 
 def box_norm(ref: TensorRef, box: Box = ()) -> float:
-    """Return the Frobenius norm of a part of a floating tensor, read block by block.
+    """Return the Frobenius norm of a part of a floating-point tensor, read block by block and summed in float64.
 
     Args:
         ref: the tensor.
@@ -285,7 +290,7 @@ def box_norm(ref: TensorRef, box: Box = ()) -> float:
 
 
 def load(ref: TensorRef) -> torch.Tensor:
-    """Return a whole tensor in its stored dtype; for small ones, such as the factors of an adapter.
+    """Return a whole tensor in its stored dtype and shape. For small ones, such as an adapter's factors.
 
     Raises:
         CheckpointError: the file ends too soon.

@@ -1,4 +1,4 @@
-"""What sentence-transformers keeps around a model: the modules behind it (pooling, dense layers), prompts, settings.
+"""What sentence-transformers saves around a model: further modules (pooling, dense layers), prompts, settings.
 
 ``modules.json`` lists the modules of a model in order, each with the folder it is saved in; the transformer itself
 is usually saved at the top (folder ``""``). PyLate, SPLADE and CrossEncoder models are saved in the same way.
@@ -23,20 +23,21 @@ MODULES_FILE = "modules.json"
 _ROUTER_FILE = "router_config.json"
 
 _SETTINGS = (MODULES_FILE, _ROUTER_FILE, "config_sentence_transformers.json", "sentence_*_config.json")
-"""Files at the top: the modules, the routes, prompts and similarity, and what the transformer was saved with
-(``sentence_bert_config.json``, whatever the model)."""
+"""Files at the top: modules, routes, prompts and similarity, and the transformer's settings
+(``sentence_bert_config.json``, whatever the model).
+"""
 
 _FOLDER = re.compile(r"\d+_\w+|\w+_\d+_\w+")
-"""How the folder of a module is called: ``2_Dense``; behind a router ``query_0_Dense``."""
+"""Name of a module's folder: ``2_Dense``; behind a router ``query_0_Dense``."""
 
 _FILELESS = ("Normalize",)
-"""Modules that are saved without a file."""
+"""Modules that have no files."""
 
 _ADAPTER_FILE = "adapter_config.json"
 
 
 def may_be_module_file(name: str) -> bool:
-    """Return True for a name of a repo's listing that `module_files` may find, were the repo here.
+    """Return True for a name in a repo's listing that `module_files` might find in a local copy.
 
     Example:
         >>> [may_be_module_file(name) for name in ("modules.json", "2_Dense/model.safetensors", "runs/a.json")]
@@ -47,10 +48,10 @@ def may_be_module_file(name: str) -> bool:
 
 
 def module_files(root: Path) -> tuple[str, ...]:
-    """Return the files of a directory that sentence-transformers saved around the transformer, relative to it.
+    """Return the files that sentence-transformers saved around the transformer, relative to the directory.
 
     Raises:
-        CheckpointError: the list of modules is no JSON, or leads out of the directory.
+        CheckpointError: the list of modules is not JSON, or leads out of the directory.
     """
     modules = _modules(root)
     if not modules:
@@ -64,7 +65,7 @@ def module_files(root: Path) -> tuple[str, ...]:
 
 
 def module_folders(root: Path) -> frozenset[str]:
-    """Return the folders of the modules that a directory lists, but for the top.
+    """Return the folders of the modules that a directory lists, without the top itself.
 
     Raises:
         CheckpointError: as for `module_files`.
@@ -73,7 +74,7 @@ def module_folders(root: Path) -> frozenset[str]:
 
 
 def absent_modules(root: Path, found: frozenset[str]) -> tuple[str, ...]:
-    """Return the folders that a directory lists, that need files and are not among those found."""
+    """Return listed folders that need files and are not among those found."""
     return tuple(
         folder
         for folder, kind in _modules(root).items()
@@ -82,7 +83,9 @@ def absent_modules(root: Path, found: frozenset[str]) -> tuple[str, ...]:
 
 
 def whole_model(root: Path) -> Path | None:
-    """Return the directory of the sentence-transformers model that a directory is one module of; None if it is none."""
+    """Return the directory of the sentence-transformers model that a directory is a module of; None where it is not
+    one.
+    """
     here = root.resolve()
     try:
         return here.parent if here.name in _modules(here.parent) else None
@@ -91,7 +94,7 @@ def whole_model(root: Path) -> Path | None:
 
 
 def _modules(root: Path) -> dict[str, str]:
-    """Return the folder and the class of each module, in order; a router at the top has folders of its own.
+    """Return folder → class of each module, in order; a router at the top adds its own folders.
 
     A ``modules.json`` of another shape belongs to some other tool, and counts for none.
     """
@@ -121,7 +124,11 @@ def _is_module(value: Any) -> bool:
 
 
 def _checked(file: Path, folder: str) -> str:
-    """Return the folder of a module, if it is inside the directory."""
+    """Return the folder of a module, which must be inside the directory.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     path = PurePosixPath(folder)
     if path.is_absolute() or ".." in path.parts or "\\" in folder or "\0" in folder:
         raise CheckpointError(str(file), folder, "is the folder of a module", "one inside the directory")
@@ -129,7 +136,7 @@ def _checked(file: Path, folder: str) -> str:
 
 
 def _inside(root: Path, folder: str) -> Iterator[str]:
-    """Yield the files of a module; none for a folder that holds an adapter, which is merged and not copied."""
+    """Yield the files of a module. A folder with an adapter has none: that is merged, not copied."""
     home = root / folder
     if not home.is_dir() or (home / _ADAPTER_FILE).is_file():
         return

@@ -1,4 +1,4 @@
-"""The small files around the weights: which of them belong to the model, and whose win."""
+"""The small files around the weights: which belong to the model, and whose are taken."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ _FOREIGN = (
     "*.msgpack",
     "*.ot",  # TensorRT, NeMo, TensorFlow, Flax, Rust
 )
-"""The weights again, for other frameworks: they stay the base's, so those who run them would not notice the adapter."""
+"""The weights in formats of other programs. They would stay the base's, and users of those programs would miss the
+adapter.
+"""
 
 _WEIGHTS = (
     "*.safetensors",
@@ -59,7 +61,7 @@ _WEIGHTS = (
     "*.ckpt",
     *_FOREIGN,
 )
-"""The model's weights again, in this form or another. Other binaries (a speaker table, say) are kept."""
+"""The model's weights, in this form or another. Other binaries (a speaker table, say) are kept."""
 
 _TRAINING = (
     "optimizer.pt",
@@ -113,18 +115,20 @@ _TOKENIZER = (
 
 
 _MOST_READ_BYTES = 64 << 20
-"""Of a side file that is read when it is found; the largest tokenizers have half of it."""
+"""The most bytes of a side file that are read when it is found; the largest tokenizers have half of it."""
 
 _NEEDED_SUFFIXES = frozenset({".json", ".py", ".jinja", ".txt"})
-"""Of files that a model or its tokenizer is loaded from; a picture beside them may be missing."""
+"""Suffixes of files that a model or its tokenizer is loaded from. A picture beside them may be missing."""
 
 
 MAX_SIDE_BYTES = 16 << 30
-"""Of a file around the weights. One of holes takes no room in an archive, and fills the disk when it is copied."""
+"""The most bytes of a file around the weights. A sparse file takes no room in an archive, and fills the disk when
+copied.
+"""
 
 
 def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
-    """Return the files that go with a base's weights, and a sentence for each thing left out.
+    """Return the side files of a base, and a sentence about each thing left out.
 
     Raises:
         CheckpointError: one is a link that leads out of the directory.
@@ -151,8 +155,8 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
 
 
 def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
-    """Return the files of an adapter directory that go with the merged model: of the tokenizer, templates, and the
-    modules that sentence-transformers has behind the transformer.
+    """Return the files of an adapter's directory that belong to the merged model: tokenizer, templates, and the
+    modules of sentence-transformers behind the transformer.
 
     Raises:
         CheckpointError: one is a link that leads out of the directory.
@@ -170,7 +174,7 @@ def adapter_side_files(root: Path) -> tuple[SideFile, ...]:
 
 
 def _size(path: Path) -> int:
-    """Return the size of a file to be copied, in bytes.
+    """Return the size in bytes of a file that will be copied.
 
     It is opened and read for that, unless it is large, so that a run knows later whether it is still the same.
 
@@ -184,10 +188,11 @@ def _size(path: Path) -> int:
 
 
 def _check_whole(path: Path) -> None:
-    """Check that a file to be copied may be read and was downloaded, before weights are written beside it.
+    """Check that a file can be copied: it is readable and was downloaded. Asked before any weight is written.
 
     Raises:
-        CheckpointError: it may not; or loading a model needs it, and it is a Git LFS pointer or what a server sent instead.
+        CheckpointError: it is not readable; or loading needs it, and it is a Git LFS pointer or what a server sent
+            instead.
     """
     why = why_no_file(path)
     if why:
@@ -205,7 +210,7 @@ def _check_whole(path: Path) -> None:
 
 
 def _check_inside(path: Path, root: Path) -> None:
-    """Check that a file to be copied is of the directory it seems to be in, or of the cache of the hub behind it.
+    """Check that a file to be copied really is in its directory, or in the cache of the hub behind it.
 
     Weights may be links to anywhere: they are read as weights or not at all.
 
@@ -218,14 +223,15 @@ def _check_inside(path: Path, root: Path) -> None:
 
 
 def is_inside(path: Path, root: Path) -> bool:
-    """Return True for a file that is where it seems to be: below a directory, or in the cache of the hub behind it."""
+    """Return True when a file, links followed, is below a directory, or in the blobs of the hub's cache behind it."""
     real, home = path.resolve(), root.resolve()
+    # A snapshot of the Hub's cache consists of links into ``blobs`` beside it.
     snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
     return real.is_relative_to(home) or bool(snapshots and real.is_relative_to(snapshots.parent / "blobs"))
 
 
 def belongs_to_base(name: str) -> bool:
-    """Return True for a name of a repo's listing that `base_side_files` would keep, were it here.
+    """Return True for a name in a repo's listing that `base_side_files` would keep in a local copy.
 
     The weights of other frameworks are not worth a download, wherever they lie.
 
@@ -240,7 +246,7 @@ def belongs_to_base(name: str) -> bool:
 
 
 def belongs_to_adapter(name: str) -> bool:
-    """Return True for a name of a repo's listing that `adapter_side_files` would find, were it here."""
+    """Return True for a name in a repo's listing that `adapter_side_files` would find in a local copy."""
     path = PurePosixPath(name)
     return may_be_module_file(name) or any(
         path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in _TOKENIZER
@@ -248,13 +254,13 @@ def belongs_to_adapter(name: str) -> bool:
 
 
 def differs(file: SideFile, root: Path) -> bool:
-    """Return True when a checkpoint has no file of this name, or another one."""
+    """Return True when a checkpoint has no file of this name, or one with other bytes."""
     twin = root / file.name
     return not twin.is_file() or not same_bytes(Path(file.source), twin)
 
 
 def other_weights(root: Path, known: frozenset[str]) -> tuple[str, ...]:
-    """Return the weight files at the top of a directory that the model does not consist of."""
+    """Return the names of weight files at the top of a directory that are not among the known ones."""
     return tuple(
         sorted(
             entry.name
@@ -265,7 +271,9 @@ def other_weights(root: Path, known: frozenset[str]) -> tuple[str, ...]:
 
 
 def _walk(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
-    """Yield ``(relative name, path)`` of every file worth a look; foreign directories go into the notes."""
+    """Yield (relative name, path) of every file that may belong to the model. Folders of other programs go into the
+    notes.
+    """
     for directory, folders, names in os.walk(root):
         here = Path(directory)
         for folder in [name for name in folders if _matches(name, _FOREIGN_DIRECTORIES)]:
@@ -286,7 +294,7 @@ def _walk(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _is_output(folder: Path) -> bool:
-    """Return True for a folder that a merge made: a whole model, and not a part of the one that it lies in."""
+    """Return True for a folder that a merge made: a whole model of its own."""
     return is_file(folder / MANIFEST_FILE) and is_file(folder / CONFIG_FILE)
 
 

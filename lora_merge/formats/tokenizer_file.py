@@ -1,8 +1,8 @@
-"""``tokenizer.json``, loaded by the library that engines load it with, where it can do no harm.
+"""Loads ``tokenizer.json`` with the library that engines use, in a process where it can do no harm.
 
-The library is written in Rust and fails by panics: it prints them on descriptor 2 itself, raises an exception that is no
-`Exception`, and ends the process where a second one follows, all of which a stranger's file can bring about. So a file is
-loaded by a process of its own first, within limits of time and memory.
+The library is written in Rust and fails by panics. It prints them on descriptor 2, raises an exception that is not an
+`Exception`, and ends the process at a second one; a stranger's file can cause all of this. So a separate process
+loads the file first, within limits of time and memory.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 _SCRIPT = Path(__file__).with_name("tokenizer_script.py")
 
 _MOST_BYTES = 200_000_000
-"""Of the file; the largest that are published have 35 MB."""
+"""The most bytes of the file; the largest that are published have 35 MB."""
 
 _SECONDS = 120.0
-"""For one file, by the clock; the largest vocabularies there are take two."""
+"""Wall seconds for one file; the largest known vocabularies take two."""
 
 
 class TokenizerError(Exception):
-    """The library does not load the file, or fails on a text."""
+    """The library cannot load the file, or fails on a text."""
 
 
 def n_tokens(path: Path) -> int:
-    """Return how many tokens a tokenizer has, added ones included.
+    """Return the number of tokens of a tokenizer, added ones included.
 
     Raises:
         TokenizerError: the library does not load it.
@@ -51,6 +51,8 @@ def n_tokens(path: Path) -> int:
     found = importlib.util.find_spec("tokenizers")
     if found is None or found.origin is None:
         raise ImportError("the package tokenizers is not installed")
+    # -I -S: nothing of the user's environment or of site-packages is imported; the script gets the one path
+    # that it needs.
     command = [sys.executable, "-I", "-S", str(_SCRIPT), str(Path(found.origin).parents[1])]
     try:
         content = read_bytes(path, _MOST_BYTES)
@@ -62,6 +64,7 @@ def n_tokens(path: Path) -> int:
     except OSError as exc:
         if exc.errno not in {errno.ENOMEM, errno.EAGAIN}:
             raise
+        # fork and exec answer ENOMEM or EAGAIN when there is no memory for a process.
         raise MemoryError(f"no room for another process ({exc.strerror})") from exc
     except subprocess.TimeoutExpired as exc:
         raise TokenizerError(f"takes more than {_SECONDS:.0f} seconds") from exc
@@ -69,7 +72,7 @@ def n_tokens(path: Path) -> int:
 
 
 def _answer(done: subprocess.CompletedProcess[bytes]) -> int:
-    """Return what the process said: how many tokens there are.
+    """Return the number of tokens that the process reported.
 
     Raises:
         TokenizerError: the library does not load the file, or needs more than the process may use.
@@ -92,7 +95,7 @@ def _answer(done: subprocess.CompletedProcess[bytes]) -> int:
 
 
 def _has_less() -> bool:
-    """Return True when this program may itself use less memory than the process that loads a tokenizer."""
+    """Return True when this program may use less memory than the process that loads a tokenizer."""
     try:
         import resource
     except ImportError:  # no Unix
@@ -103,7 +106,7 @@ def _has_less() -> bool:
 
 @contextlib.contextmanager
 def without_panics() -> Iterator[None]:
-    """Turn a panic of the library into an error, and what it prints into notes.
+    """Turn a panic of the library into a `TokenizerError`, and what it prints into notes.
 
     Raises:
         TokenizerError: it panicked.

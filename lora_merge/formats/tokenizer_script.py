@@ -1,7 +1,7 @@
-"""What a process of its own runs to load a ``tokenizer.json``: the library is compiled, and has no limits of its own.
+"""Run by a separate process to load a ``tokenizer.json``: the library has no limits of its own.
 
-It compiles regexes that a stranger wrote, and allocates what the file says; an interrupt is not heard meanwhile. The file's
-bytes come by standard input; one line of JSON goes out: how many tokens it has, or why it does not load.
+It compiles regexes that a stranger wrote, allocates what the file says, and hears no interrupt meanwhile. The file's
+bytes come by standard input. One line of JSON goes out: the number of tokens, or why the file does not load.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import json
 import sys
 
 MEMORY_BYTES = 4 << 30
-"""Of all that it may use. The largest tokenizers that are published take less than one."""
+"""Address space of the process. The largest published tokenizers take less than 1 GB."""
 
 CPU_SECONDS = 60
-"""The largest take three."""
+"""CPU seconds of the process; the largest published tokenizers take three."""
 
 NOT_INSTALLED = 3
-"""The exit code where the library itself cannot be loaded."""
+"""Exit code when the library itself cannot be loaded."""
 
 
 def main() -> None:
-    """Load what comes in, with the library that lies in a given directory."""
+    """Load the file from standard input with the library in the directory ``sys.argv[1]``, and print the answer."""
     _limit()
     content = sys.stdin.buffer.read()
     sys.path.append(sys.argv[1])

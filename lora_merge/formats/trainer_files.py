@@ -30,7 +30,7 @@ _SUFFIXES = frozenset(
         ".nemo",
     }
 )
-"""Of files that may hold weights. GGUF and ONNX files are left out: nothing trains them, they are conversions."""
+"""Suffixes of files that may hold weights. GGUF and ONNX are left out: they are conversions, nothing trains them."""
 
 _STATE = (
     "optim*",
@@ -56,15 +56,15 @@ _STATE = (
     "args.bin",
     "config.bin",
 )
-"""Training state: the Trainer, accelerate, DeepSpeed, verl, torchtune write it to resume by."""
+"""Training state, which the Trainer, accelerate, DeepSpeed, verl and torchtune write to resume."""
 
 _CONVERTED = ("ggml-*",)
-"""What llama.cpp's first converter of adapters wrote."""
+"""Output of llama.cpp's first converter of adapters."""
 
 _TOKENIZER = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "special_tokens*", "*tiktoken*")
 
 _OLD_STEPS = re.compile(r"\d+_adapters\.safetensors")
-"""What mlx-lm saves every few steps of the training whose end ``adapters.safetensors`` is (mlx-lm 0.20 to 0.29)."""
+"""Snapshots that mlx-lm saves during training (mlx-lm 0.20 to 0.29); ``adapters.safetensors`` is the last."""
 
 _FOLDERS = (
     ".*",
@@ -85,7 +85,7 @@ _FOLDERS = (
     "gguf",
     "optimizer*",
 )
-"""Folders that are no part of this adapter: other steps of the training, its state, its logs, conversions."""
+"""Folders that do not belong to this adapter: other steps of the training, its state, logs, conversions."""
 
 TRAINED_BESIDE = (
     "*non_lora*",
@@ -130,17 +130,17 @@ _KNOWN: Mapping[str, tuple[str, str]] = {
     "pytorch_model*": ("holds the weights of a model, not of the adapter", ""),
     "consolidated*": ("holds the weights of a model, not of the adapter", ""),
 }
-"""File names of which it is known what they hold: what to say of them, and what to do."""
+"""File name → what is known to be in it, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedState:
-    """A state that a distributed trainer saved in shards, by the names of its files."""
+    """A state that a distributed trainer saved in shards, recognised by its files' names."""
 
     trainer: str
     patterns: tuple[str, ...]
     tool: str
-    """How that trainer itself puts the shards together."""
+    """How the trainer's own tool puts the shards together."""
 
 
 SHARDED_STATES = (
@@ -183,7 +183,7 @@ LOAD_AFTER = "load the result into the model in PEFT, save_pretrained() it, and 
 
 
 def sharded_state(names: Iterable[str]) -> ShardedState | None:
-    """Return the trainer that saved a state in shards, by the names in its folder; None where no name says so.
+    """Return the trainer that saved a state in shards in a folder; None where no name tells.
 
     Example:
         >>> sharded_state(["model_world_size_2_rank_0.pt"]).trainer
@@ -196,12 +196,12 @@ def sharded_state(names: Iterable[str]) -> ShardedState | None:
 
 
 def in_shards(name: str) -> bool:
-    """Return True for a file of a state in shards: the adapter's own file is what the trainer made of it."""
+    """Return True for a file of a state in shards. It is not read: the adapter's own file was made from it."""
     return any(_matches(name, state.patterns) for state in SHARDED_STATES)
 
 
 def trained_beside(names: Iterable[str], ignored: Collection[str] = ()) -> tuple[str, ...]:
-    """Return the files of an adapter's folder that hold whole parameters trained beside the LoRA.
+    """Return the files of an adapter's folder with whole parameters that were trained beside the LoRA.
 
     Example:
         >>> trained_beside(["adapter_model.safetensors", "non_lora_trainables.bin"])
@@ -221,7 +221,7 @@ def trained_beside(names: Iterable[str], ignored: Collection[str] = ()) -> tuple
 
 
 def may_hold_weights(name: str) -> bool:
-    """Return True for a file, by its name in the folder, that may hold weights of this adapter.
+    """Return True for a name of a file in an adapter's folder that may hold weights of this adapter.
 
     Example:
         >>> [may_hold_weights(name) for name in ("projector.pt", "optimizer.pt", "checkpoint-5/optimizer.pt")]
@@ -243,16 +243,17 @@ def unread_files(
     ignored: Collection[str],
     copied: Collection[str] | None = None,
 ) -> list[str]:
-    """Return the files that may hold weights of an adapter and that nothing reads, by their names in its folder.
+    """Return the files of an adapter's folder that may hold its weights, and that nothing reads.
 
-    Folders that hold an adapter of their own are others' business.
+    Folders with an adapter of their own are passed over.
 
     Args:
         names: every file of the folder and of those in it.
         read: the files that are read.
         ignored: the files that the user wants left out.
-        copied: the files that are copied into the output, such as a trained Dense layer of sentence-transformers; None
-            where only a listing is known, and every folder that looks like such a module is taken for one.
+        copied: the files that are copied into the output, such as a trained Dense layer of sentence-transformers;
+            None where only a
+        listing is known, and every folder that looks like such a module is taken for one.
     """
     others = {
         name.removesuffix("adapter_config.json") for name in names if name.endswith("/adapter_config.json")
@@ -275,7 +276,7 @@ _MODULE = re.compile(r"\d+_[A-Z]\w*/config\.json")
 
 
 def file_names(root: Path) -> frozenset[str]:
-    """Return the files of a folder and of those in it; logs and other steps of the training are passed over."""
+    """Return the relative names of all files below a folder, without logs and other steps of the training."""
     found = []
     for directory, folders, names in os.walk(root):
         here = Path(directory)
@@ -287,7 +288,7 @@ def file_names(root: Path) -> frozenset[str]:
 
 
 def chosen(names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
-    """Return the files that the user's ``--ignore-file`` means: by name, by pattern, or all of a folder.
+    """Return the files that ``--ignore-file`` means: by name, by pattern, or everything in a folder.
 
     A name that is not in the folder itself may be in one of those in it.
 
@@ -303,7 +304,7 @@ def chosen(names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
 
 
 def described(name: str) -> tuple[str, str]:
-    """Return what is said of a file that nothing reads, and what to do about it."""
+    """Return what to say about a file that nothing reads, and what to do."""
     file = PurePosixPath(name).name
     what, cure = next((said for pattern, said in _KNOWN.items() if fnmatchcase(file, pattern)), ("", ""))
     sentence = what or "may hold weights that were trained with the adapter, and nothing here reads it"

@@ -1,10 +1,10 @@
-"""The pickle inside a file of torch, followed opcode by opcode: Python's own unpickler never sees it.
+"""Follows the pickle in a torch file opcode by opcode; Python's own unpickler never sees it.
 
-Python's unpickler does what a pickle says before anyone can look: it hashes keys, and a tuple that holds itself twice, and
-so on forty times, is hashed for years in C, where no interrupt is heard; one that is nested a million times overflows the
-stack. So this one knows little more than torch's own reader (`torch._weights_only_unpickler`, torch 2.13) and makes
-stand-ins of them. It hashes nothing but text, compares and prints nothing that is nested, calls nothing but its own makers,
-never recurses, and every step counts towards a limit.
+Python's unpickler does what a pickle says before anyone can check it. It hashes keys: a tuple that holds itself
+twice, and so on forty times, takes years to hash, in C, where no interrupt is heard. A million levels of nesting
+overflow its stack. So this reader knows little more than torch's own (`torch._weights_only_unpickler`, torch 2.13),
+and makes stand-ins. It hashes only text, never compares or prints nested values, calls only its own makers, never
+recurses, and counts every step against a limit.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MAX_STEPS = 6_000_000
-"""Opcodes of a pickle, and entries that it copies. A tensor takes some forty; six million take ten seconds and half a GB."""
+"""The most opcodes and copied entries of a pickle. A tensor takes some forty; six million take ten seconds and half a
+GB.
+"""
 
 _MOST_NAME_BYTES = 1000
-"""Of a module or of a name in it."""
+"""The most bytes of a module's name, or of a name in it."""
 
 
 class UntrustedError(Exception):
-    """A pickle names something that plain tensors do not need; the argument is its path."""
+    """A pickle names something that plain tensors do not need. The argument is its dotted path."""
 
 
 class OddKeyError(Exception):
-    """A table has a key that is no text; the argument says what it is."""
+    """A table has a key that is not text. The argument says what it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """The stand-in for whatever a pickle names: nothing is imported for it."""
+    """Stand-in for a class or function that a pickle names. It is not imported."""
 
     path: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The stand-in for a storage."""
+    """Stand-in for a storage."""
 
     kind: str
-    """Path of its class."""
+    """Dotted path of its class."""
 
     key: str
     size: int
@@ -56,23 +58,23 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """The stand-in for a tensor."""
+    """Stand-in for a tensor."""
 
     storage: Storage
     kind: str
-    """Path of the storage's class, or of the dtype where that is untyped."""
+    """Dotted path of the storage's class, or of the dtype where that is untyped."""
 
     offset: int
-    """Elements; as all that follow."""
+    """In elements, as shape and stride are."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     is_plain: bool
-    """False when its values are to be negated or conjugated."""
+    """False when its values are marked as negated or conjugated."""
 
 
 class Table:
-    """The stand-in for a ``dict`` or an ``OrderedDict``, without the attributes that a state dict has (``_metadata``)."""
+    """Stand-in for a ``dict`` or an ``OrderedDict``; attributes such as a state dict's ``_metadata`` are dropped."""
 
     __slots__ = ("rows",)
 
@@ -83,8 +85,8 @@ class Table:
         """Set a row.
 
         Raises:
-            OddKeyError: the key is no text. Tuples would have to be hashed all the way down, and numbers can be chosen so
-                that they collide.
+            OddKeyError: the key is not text. A tuple would have to be hashed to the bottom, and numbers can be chosen
+                to collide.
         """
         if not isinstance(key, str):
             raise OddKeyError(kind_of(key))
@@ -92,7 +94,7 @@ class Table:
 
 
 def kind_of(value: object) -> str:
-    """Return what a stand-in is, as messages print it."""
+    """Return the kind of a stand-in, as messages print it."""
     if isinstance(value, Name):
         return f"made by {value.path}"
     return {Tensor: "a tensor", Storage: "a bare storage", Table: "a table"}.get(
@@ -104,18 +106,23 @@ _HARMLESS = re.compile(
     r"torch\.(\w+Storage|storage\.\w+Storage|Tensor|Size|device|(complex|b?float|u?int|qu?int|bool|bits|per_|sparse_)\w*)"
     r"|torch\._utils\._rebuild_\w+|torch\.serialization\._get_layout"
 )
-"""What torch names for tensors that are not plain; they are refused by the tensor's name."""
+"""Names of torch that tensors which are not plain need; such a tensor is refused later, with its name."""
 
 _ATTRIBUTES = frozenset({"torch.Size", "torch.device"})
-"""What an attribute of a parameter may be made by."""
+"""Types that attributes of a parameter may be made by."""
 
 
 def _layout(storage: object, kind: str, layout: tuple[Any, Any, Any], metadata: tuple[Any, ...]) -> Tensor:
-    """Return a tensor.
+    """Return the stand-in for a tensor.
 
     Args:
+        storage: its storage, if the pickle is sound.
+        kind: what its dtype follows from.
         layout: offset, shape, stride.
-        metadata: flags of its values; whatever there is of them makes it no plain tensor.
+        metadata: flags of its values; any of them set means that it is not plain.
+
+    Raises:
+        ValueError: the sizes are not sizes.
     """
     offset, *sizes = layout
     if not isinstance(storage, Storage) or not all(
@@ -130,13 +137,13 @@ def _layout(storage: object, kind: str, layout: tuple[Any, Any, Any], metadata: 
 
 
 def _tensor_v2(args: tuple[Any, ...]) -> Tensor:
-    """Take ``storage, offset, size, stride, requires_grad, backward_hooks, metadata=None``."""
+    """Make a tensor of ``storage, offset, size, stride, requires_grad, backward_hooks, metadata=None``."""
     storage, offset, size, stride, *rest = args[:7]
     return _layout(storage, getattr(storage, "kind", ""), (offset, size, stride), tuple(rest[2:]))
 
 
 def _tensor_v3(args: tuple[Any, ...]) -> Tensor:
-    """Take ``storage, offset, size, stride, requires_grad, backward_hooks, dtype, metadata=None``."""
+    """Make a tensor of ``storage, offset, size, stride, requires_grad, backward_hooks, dtype, metadata=None``."""
     storage, offset, size, stride, _, _, dtype, *rest = args[:8]
     if not isinstance(dtype, Name):
         raise ValueError("a tensor's dtype is none")  # noqa: TRY004 - of the pickle, like all its faults
@@ -144,14 +151,13 @@ def _tensor_v3(args: tuple[Any, ...]) -> Tensor:
 
 
 def _parameter(args: tuple[Any, ...]) -> object:
-    """Take ``data, requires_grad, backward_hooks``, with or without a state."""
+    """Make the tensor of ``data, requires_grad, backward_hooks``, with or without a state."""
     return args[0]
 
 
 def _from_type(args: tuple[Any, ...]) -> object:
-    """Take ``made_by, type, args, state``: a tensor to which someone gave attributes.
-
-    A subclass was refused when the pickle named it.
+    """Make a tensor with attributes, of ``made_by, type, args, state``. A subclass was refused when the pickle named
+    it.
     """
     made_by, kind, inner, _ = args[:4]
     maker = _TENSOR_MAKERS.get(made_by.path) if isinstance(made_by, Name) else None
@@ -171,7 +177,7 @@ MAKERS: Mapping[str, Callable[[tuple[Any, ...]], object]] = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _from_type,
 }
-"""What is called in place of what a pickle wants to call, with the arguments as one tuple."""
+"""Path → what is called instead of it, with the arguments as one tuple."""
 
 _ORDERED_DICT = "collections.OrderedDict"
 
@@ -194,14 +200,14 @@ _TEXTS = {
     pickle.BINSTRING: struct.Struct("<I"),
     pickle.SHORT_BINSTRING: struct.Struct("<B"),
 }
-"""Opcode → how the length of the text is stored that follows."""
+"""Opcode → format of the length that precedes the text."""
 
 _PUTS = {pickle.BINPUT: struct.Struct("<B"), pickle.LONG_BINPUT: struct.Struct("<I")}
 _GETS = {pickle.BINGET: struct.Struct("<B"), pickle.LONG_BINGET: struct.Struct("<I")}
 
 
 class Machine:
-    """Follows one pickle.
+    """Follows one pickle, and leaves its value on a stack of its own.
 
     Args:
         content: the whole pickle.
@@ -211,11 +217,11 @@ class Machine:
         self._content, self._at, self._left = content, 0, MAX_STEPS
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        """Lengths of the stack where something with many parts begins."""
+        """Lengths of the stack at which a tuple, list or table begins."""
 
         self._memo: dict[int, object] = {}
         self.others: list[str] = []
-        """Paths of what was to be called and has no maker, so that torch may make of it what it likes."""
+        """Paths of calls without a maker. torch would make something of them, so the file is refused."""
 
         self._steps: Mapping[bytes, Callable[[], object]] = {
             pickle.PROTO: lambda: self._bytes(1),
@@ -236,10 +242,10 @@ class Machine:
             pickle.SETITEM: self._set_one,
             pickle.SETITEMS: lambda: self._set(self._since_mark()),
         }
-        """What an opcode does that is neither a value nor the memo's."""
+        """Opcode → action, for opcodes that neither push a plain value nor use the memo."""
 
     def run(self) -> object:
-        """Return what the pickle holds, as stand-ins.
+        """Return the value of the pickle, made of stand-ins.
 
         Raises:
             ValueError: it is malformed, has an opcode that torch's reader refuses too, or more of them than are meant.
@@ -272,7 +278,7 @@ class Machine:
         return form.unpack(self._bytes(form.size))[0]
 
     def _value(self, opcode: bytes) -> bool:
-        """Push a value that has no parts; False where the opcode does something else."""
+        """Push a plain value; return False for other opcodes."""
         if opcode in _CONSTANTS:
             self._stack.append(_CONSTANTS[opcode])
         elif opcode in _NUMBERS:
@@ -286,9 +292,10 @@ class Machine:
         return True
 
     def _memory(self, opcode: bytes) -> bool:
-        """Note what is on top of the stack under a number, or push what was noted; False where the opcode does neither."""
+        """Store the top of the stack in the memo, or push an entry of it; return False for other opcodes."""
         if opcode in _PUTS:
             number = self._number(_PUTS[opcode])
+            # Each entry takes at least a byte of the pickle, so a larger number is not a real one.
             if number > len(self._content):
                 raise ValueError(f"object number {number} in {len(self._content)} bytes")
             self._memo[number] = self._stack[-1]
@@ -335,11 +342,14 @@ class Machine:
         self._stack.append(made_by if maker is None else maker(args))
 
     def _ordered(self, args: tuple[Any, ...]) -> Table:
-        """Return a table of pairs, as Python 2 wrote an ``OrderedDict``; others are filled later."""
+        """Return a table of pairs, as Python 2 wrote an ``OrderedDict``. Newer ones are filled later, and begin
+        empty.
+        """
         table = Table()
         pairs = args[0] if args else []
         if not isinstance(pairs, list | tuple):
             raise ValueError("a table of what are no pairs")  # noqa: TRY004 - of the pickle, like all its faults
+        # One opcode may copy many entries, and each counts.
         self._spend(len(pairs))
         for pair in pairs:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -348,7 +358,11 @@ class Machine:
         return table
 
     def _build(self) -> None:
-        """Forget a state: a pickle may give one to anything."""
+        """Drop a state, whatever it is.
+
+        Raises:
+            ValueError: what it is given to has none.
+        """
         self._stack.pop()
         if not isinstance(self._stack[-1], Name | Table):
             raise ValueError("a state for what has none")  # noqa: TRY004 - of the pickle, like all its faults

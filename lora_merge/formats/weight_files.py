@@ -1,4 +1,4 @@
-"""Weights in one file or in shards, with an index or without, in safetensors or of ``torch.save``."""
+"""Weights in one file or in shards, with an index or without, in safetensors or from ``torch.save``."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-"""Of weight files: one of another name would stand in the way of a file that goes around the weights."""
+"""Suffixes of weight files. Another name could collide with a file around the weights."""
 
 _PICKLED = (".bin", ".bin.index.json", ".pt", ".pth")
 
 MAX_SHARDS = 100_000
-"""That the name of one of them may count."""
+"""The most shards that a shard's name may claim."""
 
 _SHARD = re.compile(r"(?P<stem>adapter_model)-(?P<n>\d+)-of-(?P<of>\d+)(?P<suffix>\.safetensors|\.bin)")
 
 
 def reader_of(name: str) -> Callable[[str | Path, str], WeightFile]:
-    """Return what reads a weight file, or those that an index of this name lists."""
+    """Return the function that reads a weight file's index, by the file's name or that of its index file."""
     if not name.endswith(_PICKLED):
         return read_header
     from lora_merge.formats.pickles import read_pickle  # most runs need no zip files and no pickles
@@ -43,7 +43,7 @@ def reader_of(name: str) -> Callable[[str | Path, str], WeightFile]:
 
 
 def adapter_entries(names: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Return the forms in which a folder holds an adapter's tensors: the entry of each, and its files.
+    """Return the forms in which a folder holds an adapter's tensors: entry → its files, in order of preference.
 
     An entry is the only file, the index of shards, or of shards without an index the first. In the order in which
     they are preferred: PEFT takes safetensors first.
@@ -92,10 +92,10 @@ def read_adapter(root: Path, entry: str) -> tuple[tuple[TensorRef, ...], tuple[P
 
 
 def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
-    """Return all shards of the set that one of them belongs to; the file itself where it is none.
+    """Return all shards of the set that a shard's name belongs to; any other file alone.
 
     Raises:
-        CheckpointError: one is missing.
+        CheckpointError: a shard is missing.
     """
     match = _SHARD.fullmatch(entry)
     if match is None:
@@ -120,7 +120,7 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
 
 
 def place_of(root: Path, weights: str, name: str) -> str:
-    """Return what names a weight file.
+    """Return the text that names a weight file.
 
     Args:
         root: the directory of the model.
@@ -137,7 +137,7 @@ def _is_there(root: Path, weights: str, name: str) -> bool:
 def read_shards(
     root: Path, entry: str, index: Mapping[str, Any], weights: str = ""
 ) -> tuple[WeightFile, ...]:
-    """Return the files that an index names, each holding exactly what the index says.
+    """Return the index of every file that an index names. Each must hold exactly the tensors that the index says.
 
     Args:
         root: the directory of the model.
@@ -152,6 +152,7 @@ def read_shards(
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(label, "weight_map", f"is {quoted(weight_map)}", "a table of tensor → file")
+    # Each file is checked once, not once for each of its tensors.
     first = {str(file): (name, file) for name, file in weight_map.items()}  # one tensor of each file
     names = sorted(_file_name(label, name, file) for name, file in first.values())
     missing = [name for name in names if not _is_there(root, weights, name)]
@@ -175,10 +176,10 @@ def read_shards(
 
 
 def _check_unique(root: Path, files: tuple[WeightFile, ...]) -> None:
-    """Raise where two files hold a tensor of one name.
+    """Check that no two files hold a tensor of the same name.
 
     Raises:
-        CheckpointError: they do.
+        CheckpointError: two do.
     """
     names = Counter(ref.name for file in files for ref in file.tensors)
     for twice, count in names.most_common(1):
@@ -187,10 +188,10 @@ def _check_unique(root: Path, files: tuple[WeightFile, ...]) -> None:
 
 
 def _file_name(label: str, tensor: str, file: object) -> str:
-    """Return a shard's name, if it stays inside the directory.
+    """Return a shard's name, which must stay inside the directory.
 
     Raises:
-        CheckpointError: it is no name, or leads elsewhere.
+        CheckpointError: it is not a name, or leads elsewhere.
     """
     if not isinstance(file, str) or not file:
         raise CheckpointError(label, tensor, f"is mapped to {quoted(file)}", "a file name")

@@ -1,4 +1,4 @@
-"""The values of a stored weight, read some rows at a time from however many tensors it has."""
+"""Values of a stored weight, read some rows at a time, however many tensors store it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NORM_ELEMENTS = 1 << 20
 
 
 class WeightReader:
-    """Reads rows of a stored weight, part by part, and has the disk fetch those that will be read next.
+    """Reads rows of a stored weight, part by part, and has the disk fetch the next ones.
 
     A context: its files are open inside.
 
@@ -58,28 +58,29 @@ class WeightReader:
         self._stack.close()
 
     def tile(self, start: int, end: int) -> Tile:
-        """Return some rows, as codecs are told of them."""
+        """Return the `Tile` of a range of rows, as codecs take it."""
         return Tile(self.weight.shape, self._n_rows, start, end)
 
     def widened(self, start: int, end: int) -> tuple[int, int]:
-        """Return the rows that have to be read for some rows: the codec may need to begin at a multiple of its own."""
+        """Return the rows to be read for some rows: a codec may have to begin and end at multiples."""
         shape, n_rows = self.weight.shape, self._n_rows
         multiple, _ = self._codec.alignment(shape, n_rows, self.weight.storage)
         if multiple == 1 or start == end:
             return start, end
+        # Multiples are counted within each matrix of a stack, and the last tile of a matrix may be shorter.
         is_stacked = len(shape) == 3 and n_rows == shape[0] * shape[1]
         matrix = shape[1] if is_stacked else n_rows
         last = (end - 1) % matrix + 1
         return start - start % matrix % multiple, end - last + min(matrix, -(-last // multiple) * multiple)
 
     def ranges(self, tile: Tile) -> Mapping[str, PartRange]:
-        """Return which bytes of which part some rows need."""
+        """Return, by role, the byte ranges of the parts that a tile needs."""
         return self._codec.ranges(tile, self.weight.storage)
 
     def read_into(
         self, buffers: Mapping[str, memoryview], tile: Tile, ranges: Mapping[str, PartRange]
     ) -> None:
-        """Fill a buffer for each part with what some rows need of it.
+        """Fill the buffer of each part with the bytes that a tile needs.
 
         Raises:
             CheckpointError: a file ends too soon, or the disk cannot be read.
@@ -89,7 +90,7 @@ class WeightReader:
             self._parts[role].read_into(buffers[role], found, is_last=is_all)
 
     def values(self, start: int, end: int) -> torch.Tensor:
-        """Return some rows as float32, ``[rows, columns]``, in memory of their own.
+        """Return some rows as float32 ``[rows, columns]``, in newly allocated memory.
 
         Raises:
             CheckpointError: a file ends too soon, or the disk cannot be read.
@@ -110,16 +111,16 @@ class WeightReader:
         return out[start - tile.start : end - tile.start]
 
     def digests(self) -> dict[str, str]:
-        """Return the digest of each part, as it was read.
+        """Return the digest of each part. A part that was read from end to end is not read again for it.
 
         Raises:
-            CheckpointError: a part that was not read from end to end cannot be read again.
+            CheckpointError: a part has to be read again, and cannot be.
         """
         return {role: part.digest() for role, part in self._parts.items()}
 
 
 class _PartReader:
-    """Reads one part; its digest is of the bytes that were read, where they came in order."""
+    """Reads one part, and takes its digest while the bytes come in order."""
 
     def __init__(self, source: Source, ref: TensorRef, *, is_watched: bool) -> None:
         self._ref, self._done = ref, 0
@@ -128,7 +129,9 @@ class _PartReader:
         self._whole: bytes | None = None
 
     def read_into(self, buffer: memoryview, wanted: PartRange, *, is_last: bool) -> None:
-        """Fill a buffer with some ranges. What every tile needs whole is read once."""
+        """Fill a buffer with some ranges. A part that every tile needs whole (a scale) is read once, and copied from
+        then on.
+        """
         at = 0
         for first, nbytes in wanted.ranges:
             piece = buffer[at : at + nbytes] if len(wanted.ranges) > 1 else buffer
@@ -162,7 +165,7 @@ def values_of(weight: Weight) -> torch.Tensor:
 
 
 def weight_norm(weight: Weight, box: Box = ()) -> float:
-    """Return the Frobenius norm of a part of a weight, read some rows at a time.
+    """Return the Frobenius norm of a part of a weight, read some rows at a time and summed in float64.
 
     Args:
         weight: the weight.

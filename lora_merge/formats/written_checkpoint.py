@@ -1,4 +1,4 @@
-"""A written checkpoint as it is found, sound or not: nothing in it makes reading fail."""
+"""Reads a written checkpoint as it is, sound or not: no content of it makes this raise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _WEIGHTS = ".safetensors"
 
 
 def read_output(root: Path) -> Output:
-    """Return what is in a directory, from its headers and small files; what cannot be read is said, not raised."""
+    """Return what is in a directory, by its headers and small files. What cannot be read is reported in
+    `Output.broken`.
+    """
     found_names, broken, outside = _names(root)
     names = frozenset(found_names)
 
@@ -38,6 +40,7 @@ def read_output(root: Path) -> Output:
 
     config, index = attempt(CONFIG_FILE, read_config), attempt(INDEX_FILE, read_json)
     weights = {name for name in names if name.endswith(_WEIGHTS) and "/" not in name}
+    # An index may name files elsewhere, or that are not there: only those that exist are read.
     weights |= {str(file) for file in weight_map(index).values()} & names
     found = {name: attempt(name, read_header) for name in sorted(weights)}
     files: dict[str, WeightFile] = {name: file for name, file in found.items() if file is not None}
@@ -45,13 +48,15 @@ def read_output(root: Path) -> Output:
 
 
 def weight_map(index: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the table of tensor → file in an index; empty when it has none."""
+    """Return the table tensor → file of an index; empty where it has none."""
     found = (index or {}).get("weight_map")
     return found if isinstance(found, dict) else {}
 
 
 def _names(root: Path) -> tuple[list[str], dict[str, str], dict[str, str]]:
-    """Return every file below a directory, relative to it; what is none, and why; and which are links out of it."""
+    """Return three things: relative names of all files below a directory; entries that are not regular files, each
+    with the reason; links that lead out of it, each with its target.
+    """
     names: list[str] = []
     broken: dict[str, str] = {}
     outside: dict[str, str] = {}
