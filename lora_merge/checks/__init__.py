@@ -1,4 +1,4 @@
-"""Checks: questions asked of an output, each by code that shares as little as possible with the merge.
+"""Checks: questions about an output, each answered by code that shares as little as possible with the merge.
 
 A check looks at the staged files and yields what is wrong. `CHECKS` is the table, in the order asked.
 """

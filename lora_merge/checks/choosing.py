@@ -1,4 +1,4 @@
-"""Which rows of merged tensors are recomputed, by level, size and what the merge saw of them in passing."""
+"""Which rows of merged tensors are recomputed, by level, size and what the merge saw while they passed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
 
 WHOLE_ELEMENTS = 1 << 19
-"""Elements that are recomputed at every level, the smallest tensors first."""
+"""Elements that are recomputed at every level, smallest tensors first."""
 
 UNSEEN_ELEMENTS = 1 << 24
-"""Elements of tensors whose rows no projection has seen, that are recomputed at every level, the smallest first."""
+"""Elements that are recomputed at every level, of tensors without a projection, smallest first."""
 
 _MOST_PARTS = 64
-"""Parts of one tensor that are sampled."""
+"""The most parts of one tensor that are sampled."""
 
 _MOST_COMBINED = 6
-"""Adapters of a combination that is recomputed: a value may be of any subset of them."""
+"""The most adapters of a combination that is recomputed: a value may come from any subset of them, so there are 2ⁿ
+candidates.
+"""
 
 
 @dataclass(slots=True)
@@ -34,19 +36,19 @@ class Choice:
     """The rows to be recomputed."""
 
     rows: list[tuple[Step, list[int]]] = field(default_factory=list)
-    """In chunks, step by step; those of a step with an error are not gone on with."""
+    """In chunks, in the order of the steps. After an error in a step, its other chunks are skipped."""
 
     unseen: list[str] = field(default_factory=list)
-    """Tensors of which only some rows are looked at: they have no projection, and are too large."""
+    """Tensors without a projection that are too large to recompute whole: only some rows are looked at."""
 
     @property
     def n_rows(self) -> int:
-        """Return how many rows there are."""
+        """The number of rows."""
         return sum(len(rows) for _, rows in self.rows)
 
 
 def chosen_rows(evidence: Evidence) -> Choice:
-    """Return the rows of an output that are to be recomputed.
+    """Return the rows of an output that are recomputed.
 
     Level ``full`` takes all of them. ``sample`` takes the first of a tensor, the last, one in between, those that
     projections suspect, and all of tensors as long as they are small.
@@ -58,6 +60,7 @@ def chosen_rows(evidence: Evidence) -> Choice:
         whole = {step.name for step in steps}
     else:
         unseen = [step for step in steps if suspects.get(step.main.name) is None]
+        # Tensors without a projection have no other check of all their rows, so of them more is recomputed.
         whole |= set(_smallest(unseen, UNSEEN_ELEMENTS)) | set(_smallest(steps, WHOLE_ELEMENTS))
     choice = Choice()
     for step in steps:
@@ -72,7 +75,7 @@ def chosen_rows(evidence: Evidence) -> Choice:
 
 
 def _smallest(steps: Iterable[Step], elements: int) -> Iterator[str]:
-    """Yield the names of the smallest tensors that have so many elements together."""
+    """Yield the names of the smallest tensors, as many as fit into a number of elements together."""
     sized = []
     for step in steps:
         assert isinstance(step.op, Merge)
@@ -85,7 +88,9 @@ def _smallest(steps: Iterable[Step], elements: int) -> Iterator[str]:
 
 
 def has_formula(op: Merge) -> bool:
-    """Return True when a step's storages can be read, and each of its deltas is written out in `lora_merge.checks.formulas`."""
+    """Return True when both storages of a step have a decoder, and each of its deltas a formula
+    (`lora_merge.checks.formulas`).
+    """
     if not {op.source.storage.codec, op.target.codec} <= DECODERS.keys():
         return False
     n_adapters = len({delta.adapter for delta in op.deltas})
@@ -95,7 +100,7 @@ def has_formula(op: Merge) -> bool:
 
 
 def some_rows(name: str, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) -> list[int]:
-    """Return suspect rows and a few others, in order.
+    """Return the suspect rows and a few others, in order.
 
     The one in between is drawn from the name: always the same. Of stacked experts one row of each is taken, and where
     deltas have parts of their own one row of each part; of up to `_MOST_PARTS`.
@@ -103,6 +108,7 @@ def some_rows(name: str, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) 
     n_rows = op.view.n_rows
     if not n_rows:
         return []
+    # Not `hash`, which differs from run to run: the same output is checked in the same rows.
     drawn = zlib.crc32(name.encode())
     rows = {0, drawn % n_rows, n_rows - 1}
     for matrix in range(0, op.view.blocks, -(-op.view.blocks // _MOST_PARTS)) if op.view.blocks > 1 else ():

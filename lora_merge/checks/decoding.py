@@ -1,4 +1,4 @@
-"""What stored weights hold, in float64, by code that shares nothing with the codecs that the merge uses."""
+"""Decodes stored weights to float64, by code that shares nothing with the codecs of the merge."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 
 class StoredRows(Protocol):
-    """Some rows of a stored weight, part by part."""
+    """Some rows of a stored weight, part by part: what a `Decoder` reads."""
 
     @property
     def rows(self) -> Sequence[int]:
-        """Return which rows."""
+        """Their numbers."""
 
     @property
     def n_rows(self) -> int:
-        """Return how many the whole weight is divided into."""
+        """The number of rows that the whole weight is divided into."""
 
     @property
     def weight(self) -> Weight:
-        """Return the weight: its shape, its storage, its parts."""
+        """The weight: shape, storage, parts."""
 
     def share(self, role: str) -> torch.Tensor:
-        """Return what a part has for these rows, one row for each, where it is divided as the weight is: float64."""
+        """Return the rows of a part that is divided as the weight is, float64, one row each."""
 
     def whole(self, role: str) -> torch.Tensor:
-        """Return a whole part, flat: float64."""
+        """Return a whole part, float64, one-dimensional."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """How the values of a storage are read, and how far they may be from what was to be stored.
+    """How stored values are decoded, and how far they may be from the values that were encoded.
 
     Shapes:
         values: float64 ``[len(rows), columns]``; off: the same, or broadcast to it.
@@ -49,7 +49,7 @@ class Decoder:
     values: Callable[[StoredRows], torch.Tensor]
 
     off: Callable[[StoredRows], torch.Tensor] | None = None
-    """What is stored → half the gap to the next value; None where single values are rounded to the stored dtype."""
+    """Half the gap to the next storable value; None where values are rounded one by one to the stored dtype."""
 
 
 def _dense(stored: StoredRows) -> torch.Tensor:
@@ -57,4 +57,4 @@ def _dense(stored: StoredRows) -> torch.Tensor:
 
 
 DECODERS: dict[str, Decoder] = {DENSE: Decoder(_dense)}
-"""By codec. What has none here is not recomputed, and a note says so."""
+"""By codec. A weight of another codec is not recomputed, and a note says so."""

@@ -1,4 +1,4 @@
-"""What every check is given."""
+"""What every check gets: plan, directory, records."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The plan, what was written, and the records that writing left behind."""
+    """The plan, the written files, and the records that writing returned."""
 
     plan: MergePlan
     root: Path
-    """The directory to look at: staging, before the rename."""
+    """The directory to look at: staging, before it is published."""
 
     records: tuple[TensorRecord, ...]
     level: Literal["sample", "full"]
     sealed: Mapping[str, str] = field(default_factory=dict)
-    """Digests of the files around the weights, of what was meant to be written to them."""
+    """File name → digest of what was meant to be written, for the files around the weights."""
 
     digest: Callable[[TensorRef], str] = tensor_digest
-    """Reads a tensor's bytes."""
+    """Returns the digest of a tensor's bytes on the disk."""
 
     @property
     def n_projected(self) -> int:
-        """Return how many rows of merged tensors were checked by projections."""
+        """The number of rows of merged tensors that projections have checked."""
         seen = {record.name for record in self.records if record.suspects is not None}
         merges = [step for step in self.plan.steps if isinstance(step.op, Merge)]
         return sum(
@@ -44,5 +44,5 @@ class Evidence:
 
     @cached_property
     def output(self) -> Output:
-        """Return what is in the directory; it is read once."""
+        """The directory's headers and small files, read once."""
         return read_output(self.root)

@@ -1,4 +1,4 @@
-"""What a projection of a merged tensor must come to: the change of every row, times weights, from the factors alone.
+"""What the projection of a merged tensor must be: each row's change times random weights, from the factors alone.
 
 The factors are read by the code that recomputes values (`lora_merge.checks.formulas`), in float64.
 """
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from lora_merge.deltas import RowsFacts
 
 Manner = Literal["sums", "directions", "sizes", ""]
-"""How the rows of a tensor are checked: against what is added to them; against the direction and the length that DoRA gives
-them; against how far a combination can take them; or not at all."""
+"""How the rows of a tensor are checked: against what is added to them; against the direction and the length that DoRA
+gives them; against how far a combination can move them; or not at all.
+"""
 
 
 def manner_of(op: Merge) -> Manner:
-    """Return how the rows of a merged tensor can be checked by a projection."""
+    """Return how the rows of a merged tensor are checked; empty where no projection can."""
     expected = {EXPECTED.get(delta.algebra) for delta in op.deltas}
+    # Which values a combination keeps is not linear, so only the size of the change is bounded.
     if op.combination is not None:
         return "sizes" if expected <= {_add_products} else ""
     linear = {_add_products, _add_addition, _replace}
@@ -44,26 +46,27 @@ def _block(op: Merge, delta: PlacedDelta) -> Block:
 
 
 def _is_wide(op: Merge, delta: PlacedDelta) -> bool:
-    """Return True where a delta has rows of the stored tensor in all their columns."""
+    """Return True when a delta changes rows of the stored tensor in all their columns."""
     return not delta.region.transposed and _block(op, delta).columns == (0, op.view.columns)
 
 
 def _are_apart(op: Merge) -> bool:
-    """Return True where each delta has whole rows of its own."""
+    """Return True when each delta has whole rows for itself, so that each row has one length."""
     ranges = sorted(limits for delta in op.deltas for limits in _block(op, delta).row_ranges())
     apart = all(one[1] <= other[0] for one, other in pairwise(ranges))
     return apart and all(_is_wide(op, delta) and delta.adapter_weight == 1 for delta in op.deltas)
 
 
 def _stored_rows(op: Merge, delta: PlacedDelta, rows: Sequence[int]) -> list[int]:
-    """Return where rows of a delta's weight are in the stored tensor."""
+    """Return the numbers in the stored tensor of rows of a delta's weight; those beyond its part are left out."""
     ((first, last),) = _block(op, delta).row_ranges()
     return [first + int(row) for row in rows if int(row) < last - first]
 
 
 @dataclass(slots=True)
 class Expected:
-    """What becomes of a row w: ``w - taken · w + change``, in the products; of DoRA, that direction with a length.
+    """What becomes of a row w, in the products: ``w - taken · w + change``. For DoRA that is the direction; the
+    length is given.
 
     Shapes:
         taken: ``[rows]``, or None for none; change: ``[rows, groups]``; spread: ``[rows]``, how far a combination may take a
@@ -78,7 +81,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the columns of a pattern are multiplied by.
+    """The random weights that the columns of a pattern are multiplied by.
 
     Shapes:
         x: ``[taken]``.
@@ -88,7 +91,8 @@ class Weights:
     x: torch.Tensor
 
     def products(self, matrix: torch.Tensor, column: int) -> torch.Tensor:
-        """Return the products of rows that have some columns, from one on, ``[rows, groups]``."""
+        """Return the products of rows that have only some columns, from ``column`` on: ``[rows, groups]``."""
+        # The columns that it lacks are zero, so they add nothing.
         if matrix.shape[1] != self.pattern.columns:
             whole = matrix.new_zeros(len(matrix), self.pattern.columns)
             whole[:, column : column + matrix.shape[1]] = matrix
@@ -97,7 +101,7 @@ class Weights:
 
 
 def expect(op: Merge, weights: Weights) -> Expected:
-    """Return what the products of a tensor must come to.
+    """Return what the products of a tensor's rows must be.
 
     Raises:
         CheckpointError: a factor cannot be read.
@@ -119,7 +123,7 @@ def expect(op: Merge, weights: Weights) -> Expected:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What is expected of one tensor so far, and what more is to be added to it."""
+    """The expectation of one tensor, while its deltas are added one by one."""
 
     found: Expected
     op: Merge
@@ -129,7 +133,7 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """A part of a delta: ``scale · left @ right`` on some rows of the stored tensor, from some column on."""
+    """A part of a delta: ``scale · left @ right``, on some rows of the stored tensor, from some column on."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -139,7 +143,7 @@ class _Product:
 
 
 def _products(op: Merge, delta: PlacedDelta, factors: Factors) -> Iterator[_Product]:
-    """Yield the parts of a delta: one, or one for each expert of a stack."""
+    """Yield the products of a delta: one for each range of rows, or one for each expert of a stack."""
     block = _block(op, delta)
     site = Site(factors, op, range(0), op.target.value_dtype, (block.blocks, block.rows, block.columns))
     scale = delta.effective_scale * delta.adapter_weight
@@ -158,7 +162,7 @@ def _products(op: Merge, delta: PlacedDelta, factors: Factors) -> Iterator[_Prod
 
 
 def _add_products(task: _Task, delta: PlacedDelta) -> None:
-    """Add the products of two factors."""
+    """Expect the product of two factors; with a combination, also how far it may move a row."""
     for product in _products(task.op, delta, task.factors):
         _add(task.found, product, task.weights)
         if task.op.combination is not None:
@@ -166,14 +170,14 @@ def _add_products(task: _Task, delta: PlacedDelta) -> None:
 
 
 def _add(found: Expected, product: _Product, weights: Weights) -> None:
-    """Add a product to what is expected."""
+    """Add a product to the expected change: B(Ax), never BA."""
     first, last = product.rows
     weighed = product.scale * weights.products(product.right, product.column)
     found.change[first:last].addmm_(product.left, weighed)
 
 
 def _add_addition(task: _Task, delta: PlacedDelta) -> None:
-    """Add a delta that has no factors."""
+    """Expect a delta without factors: a vector or a matrix that is added."""
     found, factors, weights = task.found, task.factors, task.weights
     block = _block(task.op, delta)
     start = delta.part[0][0] if delta.part else 0
@@ -186,27 +190,29 @@ def _add_addition(task: _Task, delta: PlacedDelta) -> None:
 
 
 def _replace(task: _Task, delta: PlacedDelta) -> None:
-    """Put trained rows in the place of others."""
+    """Expect trained rows in the place of others, by the adapter's weight."""
     found, share = task.found, delta.adapter_weight
     rows = _stored_rows(task.op, delta, cast("RowsFacts", delta.facts).indices)
     own = task.factors.tensor(delta.factors["rows"]).flatten(1)[: len(rows)]
     trained = task.weights.products(own, 0)
     found.change[rows] = (1 - share) * found.change[rows] + share * trained
     assert found.taken is not None
+    # Of the base's row each replacement leaves 1 - share.
     found.taken[rows] = 1 - (1 - found.taken[rows]) * (1 - share)
 
 
 def _widen(found: Expected, op: Merge, product: _Product) -> None:
-    """Let rows be off by the whole change of an adapter, scaled up as the combination does it."""
+    """Let rows be off by an adapter's whole change, scaled up as the combination scales it."""
     assert op.combination is not None
     share = 1.0 if op.combination.method in {"ties", "svd"} else 1 / op.combination.density
+    # ‖BA‖² of each row is b (AAᵀ) bᵀ, which takes r² instead of the width of the row.
     squares = ((product.left @ (product.right @ product.right.T)) * product.left).sum(1).clamp_(min=0)
     first, last = product.rows
     found.spread[first:last] += abs(product.scale) * share * squares.sqrt()
 
 
 def _add_and_lengthen(task: _Task, delta: PlacedDelta) -> None:
-    """Add the products of two factors, and expect the lengths that DoRA gives to rows."""
+    """Expect the product of two factors, and DoRA's magnitude as each row's length."""
     _add_products(task, delta)
     magnitude = task.factors.tensor(delta.factors["magnitude"]).flatten()
     magnitude = magnitude[slice(*delta.part[0])] if delta.part else magnitude
@@ -223,5 +229,6 @@ EXPECTED: Mapping[str, Callable[[_Task, PlacedDelta], None]] = {
     "addition": _add_addition,
     "rows": _replace,
 }
-"""By algebra, apart from `lora_merge.deltas.ALGEBRAS` as `lora_merge.checks.formulas.FORMULAS` is; rows changed by an algebra that
-is missing here are not projected."""
+"""By algebra. The table is separate from `lora_merge.deltas.ALGEBRAS` on purpose, as
+`lora_merge.checks.formulas.FORMULAS` is. Rows that an algebra without an entry changes are not projected.
+"""

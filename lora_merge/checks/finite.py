@@ -1,4 +1,4 @@
-"""Is every merged value finite in the dtype it is stored in?"""
+"""Is every merged value finite in the dtype that it is stored in?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def finite(evidence: Evidence) -> Iterator[Issue]:
-    """Yield an issue for each merged tensor with NaN or infinity; its record says so."""
+    """Yield an issue for each merged tensor whose record says that it has NaN or infinity."""
     slots = {slot.name: slot for step in evidence.plan.steps for slot in step.slots}
     for record in evidence.records:
         if not record.finite:
             dtype = slots[record.name].dtype
+            # Only F16 has a smaller range than float32; BF16 has the same exponents.
             hint = "--dtype float32 or bfloat16 has the range of the base" if dtype == "F16" else ""
             yield error(
                 "non-finite", record.name, f"holds NaN or infinite values after the merge ({dtype})", hint

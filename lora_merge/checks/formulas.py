@@ -1,4 +1,4 @@
-"""What each kind of delta makes of a weight, written out in float64, and by how much the merge's float32 may be off.
+"""What each kind of delta makes of a weight, in float64, and how far off the merge's float32 may be.
 
 No arithmetic is shared with `lora_merge.deltas`, which the merge uses: only what an adapter states is read from there.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
 """Smallest subnormal of each stored dtype."""
 
+# Unit roundoff of float32.
 _FLOAT32 = 2.0**-24
 
 _UNDERFLOW = 2.0**-149
@@ -35,22 +36,24 @@ CHUNK_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Some rows of one weight, and all that a formula may need to know about the rest of it."""
+    """Some rows of one weight, and what a formula may have to know about its other rows."""
 
     reader: Tensors
     op: Merge
     rows: Sequence[int]
-    """Counted in the weight: in the stored tensor, or in the part of it that a delta owns."""
+    """Numbers within the weight: the stored tensor, or the part of it that a delta owns."""
 
     stored: str
-    """Dtype code of the output."""
+    """Dtype code of the output's values."""
 
     box: tuple[tuple[int, int], ...] = ()
-    """The part that is the weight: a range of matrices, of their rows, of their columns; empty for everything."""
+    """The part of the stored tensor that is the weight: ranges of matrices, of their rows, of their columns; empty
+    for all of it.
+    """
 
     @property
     def n_rows(self) -> int:
-        """Return the rows of the weight."""
+        """The number of rows of the weight."""
         if not self.box:
             return self.op.view.n_rows
         (first, last), (top, bottom), _ = self.box
@@ -58,11 +61,11 @@ class Site:
 
     @property
     def rows_of_one(self) -> int:
-        """Return the rows of one matrix of the weight."""
+        """The number of rows of one matrix of the weight."""
         return self.box[1][1] - self.box[1][0] if self.box else self.op.view.rows
 
     def base(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return rows of the weight before the merge."""
+        """Return rows of the weight before the merge, float64 ``[rows, columns]``."""
         source, view = self.op.source, self.op.view
         if not self.box:
             return self.reader.weight(source, rows, view.n_rows)
@@ -72,7 +75,9 @@ class Site:
         return self.reader.weight(source, stored, view.n_rows)[:, left:right]
 
     def inside(self, delta: PlacedDelta) -> tuple[Site, list[int]]:
-        """Return the same rows as a delta with a part of its own counts them, and which of them are its."""
+        """Return the site of a delta that owns a part, with the rows as it counts them; and which of this site's rows
+        they are.
+        """
         columns = (0, self.op.view.columns)
         box = delta.region.box if len(delta.region.box) > 1 else (*delta.region.box, columns)
         box = box if len(box) == 3 else ((0, 1), *box)
@@ -87,17 +92,19 @@ class Site:
 
 
 Value = tuple["torch.Tensor", "torch.Tensor"]
-"""Some values, and by how much float32 may have got them wrong."""
+"""Float64 values, and the largest error that float32 may have made in each."""
 
 
 def _low_rank(site: Site, delta: PlacedDelta, rows: Sequence[int]) -> Value:
-    """Return s · Σ bᵢaᵢ: off by at most (r + 4)·2⁻²⁴·|s|·Σ|bᵢaᵢ|, by underflow, and by a rounding where PEFT rounds it."""
+    """Return s · Σ bᵢaᵢ, with its error: (r + 4)·2⁻²⁴·|s|·Σ|bᵢaᵢ| at most, plus underflow, plus a rounding where PEFT
+    rounds it.
+    """
     left, right = sides(site, delta, 0, rows)
     return _scaled(site, delta, *_multiplied(left, right), len(right))
 
 
 def _stacked(site: Site, delta: PlacedDelta, rows: Sequence[int]) -> Value:
-    """Return each expert's own s · Σ bᵢaᵢ."""
+    """Return s · Σ bᵢaᵢ of each expert, for its own rows."""
     import torch
 
     products, magnitudes, rank = [], [], 0
@@ -115,14 +122,14 @@ def _stacked(site: Site, delta: PlacedDelta, rows: Sequence[int]) -> Value:
 
 
 def _multiplied(left: torch.Tensor, right: torch.Tensor) -> Value:
-    """Return BA and Σ|bᵢaᵢ|, of which B may be off by an underflow of its own where the scale went into it first."""
+    """Return BA and Σ|bᵢaᵢ|. The second includes an underflow of B, where the scale was multiplied into it first."""
     return left @ right, left.abs() @ right.abs() + _UNDERFLOW / _FLOAT32 * right.abs().sum(0)
 
 
 def sides(
     site: Site, delta: PlacedDelta, expert: int, rows: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of the left factor that some rows of the stored weight need, and the right factor.
+    """Return the rows of the left factor that some rows of the stored weight need, and the whole right factor.
 
     Of stacked experts A has one after the other, B has them side by side: column by column in turn, or (Unsloth) block
     by block. What is not in the delta's part is left out.
@@ -148,7 +155,8 @@ def sides(
 def _left(
     site: Site, delta: PlacedDelta, expert: int, outputs: tuple[int, int] | None, rows: Sequence[int]
 ) -> tuple[torch.Tensor, Sequence[int]]:
-    """Return B of one expert, or of a weight without experts, and where in it some rows of the weight's part are.
+    """Return B of one expert (or of a weight without experts), and the numbers of some rows of the weight's part in
+    it.
 
     Where they are rows of the stored tensor too, only they are read.
     """
@@ -176,7 +184,7 @@ def _factor_facts(delta: PlacedDelta) -> FactorFacts:
 
 
 def _rank(delta: PlacedDelta) -> int:
-    """Return r: of stacked experts, A has that many rows for each."""
+    """Return the rank r. A stack's A has r rows for each expert."""
     facts, shape = _factor_facts(delta), delta.factors["A"].shape
     return shape[-1 if facts.stored_transposed else 0] // (facts.stack.experts if facts.stack else 1)
 
@@ -190,9 +198,12 @@ def _scaled(
 ) -> Value:
     scale = delta.effective_scale
     change, error = scale * product, (rank + 5) * _FLOAT32 * abs(scale) * magnitude
+    # Each of the products and sums may underflow once.
     error += (abs(scale) * rank + 2) * _UNDERFLOW
+    # PEFT rounds this delta to the weight's dtype before it adds it.
     if delta.rounded:
         error += UNIT_ROUNDOFF[site.stored] * change.abs() + SMALLEST[site.stored]
+    # PEFT rounds the weight here, before the next delta: half a unit of the sum's size.
     if delta.round_before_next:
         error += (
             UNIT_ROUNDOFF[site.stored] * (site.base(site.rows).abs() + change.abs()) + SMALLEST[site.stored]
@@ -201,7 +212,7 @@ def _scaled(
 
 
 def _on_diagonal(factor: torch.Tensor, n_blocks: int) -> torch.Tensor:
-    """Return a factor whose blocks are stored one above the other as the matrix that they stand for."""
+    """Return the block-diagonal matrix of a factor whose blocks are stored one above the other (BD-LoRA)."""
     if n_blocks == 1:
         return factor
     height, width = len(factor) // n_blocks, factor.shape[1]
@@ -213,21 +224,22 @@ def _on_diagonal(factor: torch.Tensor, n_blocks: int) -> torch.Tensor:
 
 
 def _sum(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:
-    """Return a weight with s · BA added."""
+    """Return the weight with s · BA added."""
     formula = _stacked if delta.facts.is_stacked else _low_rank
     return plus(current, formula(site, delta, rows))
 
 
 def plus(one: Value, other: Value) -> Value:
-    """Return a sum, which float32 rounds once."""
+    """Return the sum of two values. Float32 rounds it once."""
     return one[0] + other[0], one[1] + other[1] + _FLOAT32 * (one[0].abs() + other[0].abs())
 
 
 def _dora(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:
-    """Return m/‖V‖ · (current + s·BA): the norm of N values is off by at most N·2⁻²⁴ of it, and by what V is off."""
+    """Return m/‖V‖ · (current + s·BA). The norm of N values is off by at most N·2⁻²⁴ of itself, and by what V is off."""
     magnitude = site.reader.tensor(delta.factors["magnitude"]).flatten()
     magnitude = magnitude[slice(*delta.part[0])] if delta.part else magnitude
     change = _low_rank(site, delta, rows)
+    # Stored [in, out]: an output is a column, so its norm needs all rows of the weight.
     if delta.region.transposed:
         norm, norm_off, length = *_column_norms(site, delta), site.n_rows
         factor = magnitude / norm
@@ -242,12 +254,14 @@ def _dora(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -
 
 
 def _column_norms(site: Site, delta: PlacedDelta) -> Value:
-    """Return ‖V‖ of each column, and by how much it may be off, from all rows of the weight."""
+    """Return ‖V‖ of each column, over all rows of the weight, and its error."""
     n_rows = site.n_rows
     squares = site.base([0]).zero_()[0]
     wrongs = squares.clone()
     for at in range(0, n_rows, CHUNK_ROWS):
         rows = range(at, min(at + CHUNK_ROWS, n_rows))
+        # V is the base plus this adapter's own change, whatever other adapters did before (PEFT's forward
+        # pass).
         base = site.base(rows)
         v, wrong = plus((base, base.new_zeros(base.shape)), _low_rank(site, delta, rows))
         squares += v.square().sum(dim=0)
@@ -256,14 +270,14 @@ def _column_norms(site: Site, delta: PlacedDelta) -> Value:
 
 
 def _addition(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:
-    """Return a weight with s · D added."""
+    """Return the weight with s · D added."""
     first = delta.part[0][0] if delta.part else 0
     change = delta.scale * site.reader.tensor(delta.factors["addend"])[[first + row for row in rows]]
     return plus(current, (change, _FLOAT32 * change.abs() + _UNDERFLOW))
 
 
 def _rows(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -> Value:
-    """Return a weight with some rows replaced."""
+    """Return the weight with some rows replaced by trained ones, which are exact."""
     value, off = current[0].clone(), current[1].clone()
     trained = site.reader.tensor(delta.factors["rows"])
     places = {index: n for n, index in enumerate(cast("RowsFacts", delta.facts).indices)}
@@ -285,7 +299,7 @@ recomputed, and verification says so."""
 
 
 def changed(site: Site, deltas: Sequence[PlacedDelta]) -> Value:
-    """Return the rows with every delta applied in turn, each by its weight."""
+    """Return the rows with every delta applied in turn, each by its adapter's weight."""
     base = site.base(site.rows)
     value: Value = (base, base.new_zeros(base.shape))
     for delta in deltas:
@@ -313,17 +327,17 @@ def _after(site: Site, delta: PlacedDelta, value: Value) -> Value:
 
 
 def minus(one: Value, other: Value) -> Value:
-    """Return a difference, which float32 rounds once."""
+    """Return the difference of two values. Float32 rounds it once."""
     return plus(one, (-other[0], other[1]))
 
 
 def times(factor: float, value: Value) -> Value:
-    """Return a multiple, which float32 rounds once."""
+    """Return a multiple of a value. Float32 rounds it once."""
     return factor * value[0], abs(factor) * (value[1] + _FLOAT32 * value[0].abs()) + _UNDERFLOW
 
 
 def combined(site: Site) -> list[Value]:
-    """Return every value that a combination may have chosen, element by element.
+    """Return every value that a combination may have given an element.
 
     Each is the base plus the sum of some adapters' changes (dare), or their mean (ties), scaled up where the
     others were dropped at random; which adapters, trimming, signs and chance decide.

@@ -1,4 +1,4 @@
-"""Does a module that PEFT's own layer merged compute what base and adapter compute, unmerged?
+"""Does a module that PEFT's own layer merged compute the same as base and adapter, unmerged?
 
 The adapter's forward pass is the truth, so this asks it: the layer answers to random input before and after.
 """
@@ -29,30 +29,31 @@ if TYPE_CHECKING:
     from lora_merge.deltas import PeftLayerFacts  # noqa: TC004 - a field's type, never evaluated
 
 _N_ROUNDINGS = 8
-"""How often PEFT may round on the way to a merged value: rotations and Kronecker products have several steps."""
+"""Roundings that PEFT may make on the way to a merged value: rotations and Kronecker products have several steps."""
 
 
 _SUMS = 16
-"""How many standard errors of a float32 sum over a row are explained: an unmerged layer adds up several on the way, whose terms
-may be larger than the output (VeRA's shared projections)."""
+"""Standard errors of a float32 sum over a row that are accepted: an unmerged layer adds up several sums on the way,
+whose terms may be larger than the output (VeRA's shared projections).
+"""
 
 
 @dataclass(slots=True)
 class _Module:
-    """One module that PEFT's layer merged."""
+    """One module that PEFT's layer merged, before and after."""
 
     delta: PlacedDelta
-    """Of one of its parameters: it has the adapter's tensors."""
+    """The delta of one of its parameters: it has all of the adapter's tensors."""
 
     facts: PeftLayerFacts
-    """Of the same: the module, and the configurations."""
+    """That delta's facts: the module's name, and the configurations of model and adapter."""
 
     base: dict[str, TensorRef]
     merged: dict[str, TensorRef]
 
 
 def layers(evidence: Evidence) -> Iterator[Issue]:
-    """Yield an issue for each module whose output after the merge is not that of base and adapter.
+    """Yield an issue for each module whose merged output differs from that of base and adapter.
 
     Every output of every module is compared: each depends on a row of its own. Weights that other adapters changed too are
     not asked: what the one made of them is not the truth about them.
@@ -68,7 +69,7 @@ def layers(evidence: Evidence) -> Iterator[Issue]:
 
 
 def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
-    """Return the modules that PEFT's layer merged and nothing else changed, and the names of the others."""
+    """Return the modules that only PEFT's layer changed, and the names of those that others changed too."""
     found: dict[str, _Module] = {}
     crowded: set[str] = set()
     for step in evidence.plan.steps:
@@ -90,7 +91,7 @@ def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
 
 
 def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue]:
-    """Yield an issue when the outputs differ by more than rounding explains: of weights, and of float32 sums."""
+    """Yield an issue when the two outputs differ by more than rounding explains, of weights and of float32 sums."""
     facts = module.facts
     tensors = {
         role.removeprefix("adapter:"): load(ref)
@@ -106,6 +107,7 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
             injections[key] = Injection(json.loads(key[0]), json.loads(key[1]), shared)
         injection, name = injections[key], facts.module
         x = _inputs(injection.example(name), base)
+        # The first result is with the adapter, the second without: the merged weights are asked without.
         adapted, _ = injection.forward(name, base, own, x)
         _, got = injection.forward(name, merged, own, x)
         sizes = [_size(injection, name, weights, own, x) for weights in (base, merged)]
@@ -127,7 +129,7 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
 
 
 def _inputs(example: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return an input that every row of the weight has a say in: of an embedding, every token."""
+    """Return an input that every row of the weight contributes to; for an embedding, every token."""
     import torch
 
     if example.is_floating_point():
@@ -136,12 +138,12 @@ def _inputs(example: torch.Tensor, base: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 def _spread(size: torch.Tensor) -> torch.Tensor:
-    """Return the size of each value, and no less than that of most: what is computed on the way may be as large."""
+    """Return the size of each value, but at least the median: values on the way may be as large as that."""
     return size.maximum(size.median())
 
 
 def _size(injection: Injection, name: str, weights: Any, own: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return the root of Σ W²x² for each output: what independent roundings of the weights add up to."""
+    """Return √(Σ W²x²) for each output: what independent roundings of the weights add up to."""
     if not x.is_floating_point() or all(tensor.dim() < 2 for tensor in weights.values()):
         return injection.forward(name, weights, own, x)[1].abs()  # no sums: each output is one product
     squares = {parameter: tensor.square() for parameter, tensor in weights.items()}

@@ -1,4 +1,4 @@
-"""Would an engine load all of it, and find nothing that it misreads?"""
+"""Can an engine load all of the output, and read nothing wrongly?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MILDER: dict[Severity, Severity] = {"error": "warning", "warning": "note"}
 
 
 def loadable(evidence: Evidence) -> Iterator[Issue]:
-    """Yield what the gate's rules find in the output; milder, where it is as much the base's own.
+    """Yield the gate's findings; one severity lower where the base has the same fault.
 
     A base that names no architecture, say, is merged as it is: its owner knows how it is loaded. Whether the model has a
     tensor for every parameter is asked where transformers is loaded anyway: it takes as long as many a merge.
@@ -31,6 +31,7 @@ def loadable(evidence: Evidence) -> Iterator[Issue]:
     found = [issue for issue in gate(evidence.output) if not _came_along(issue, evidence.root, base)]
     if not found:
         return
+    # The base is read only when there is something to compare.
     own = {(issue.code, issue.subject) for issue in gate(read_output(base))}
     for issue in found:
         if (issue.code, issue.subject) not in own:
@@ -41,12 +42,12 @@ def loadable(evidence: Evidence) -> Iterator[Issue]:
 
 
 def _came_along(issue: Issue, root: Path, base: Path) -> bool:
-    """Return True for a note about a file that is the base's: no reason to ask the base for all that it has."""
+    """Return True for a note about a file that is the base's own, byte for byte. The base need not be asked about it."""
     here, there = root / issue.subject, base / issue.subject
     return issue.severity == "note" and here.is_file() and there.is_file() and same_bytes(here, there)
 
 
 def gate(output: Output) -> list[Issue]:
-    """Return what the rules of the gate find in a directory."""
+    """Return the findings of the gate's rules in a directory; `complete` only where transformers is imported already."""
     rules = [rule for name, rule in RULES.items() if name != "complete" or "transformers" in sys.modules]
     return [issue for rule in rules for issue in rule(output)]

@@ -1,4 +1,4 @@
-"""Does an output hold the tensors that a plan made anew promises, wherever they lie in it?"""
+"""Does an output hold the tensors that a new plan promises, wherever they are stored in it?"""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 
 def placed(plan: MergePlan, output: Output) -> tuple[MergePlan, list[Issue]]:
-    """Return a plan whose slots are where its tensors were found, and an issue for each that was not.
+    """Return the plan with its slots at the places where the tensors were found, and an issue for each tensor that
+    was not.
 
-    So an output can be held to its plan whatever its shards are; steps without a tensor are left out.
+    An output can be checked against its plan whatever its shards are. Steps that lack a tensor are left out of the
+    plan.
     """
     found = {ref.name: replace(ref, file=name) for name, file in output.files.items() for ref in file.tensors}
     steps: list[Step] = []

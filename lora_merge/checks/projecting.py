@@ -1,4 +1,4 @@
-"""Projections of a tensor that was merged before, from the files of base and output."""
+"""Projections of a tensor that was merged earlier, from the files of base and output."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 def suspects_of(step: Step, here: Mapping[str, TensorRef]) -> tuple[tuple[int, int], ...] | None:
-    """Return the rows of a merged weight that projections suspect; None where a codec stores it, or it has none.
+    """Return the rows of a merged weight that projections suspect; None where a codec stores it, or projections
+    cannot tell.
 
     Args:
         step: what made it.
-        here: role → where it is now.
+        here: role → where it is stored now.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -38,7 +39,7 @@ def suspects_of(step: Step, here: Mapping[str, TensorRef]) -> tuple[tuple[int, i
 
 
 def _projected(op: Merge, source: TensorRef, slot: TensorRef, here: TensorRef) -> Projection:
-    """Return the projections of a merged tensor, for which base and output are read once."""
+    """Return the projection of a merged tensor. Base and output are read once each."""
     view = op.view
     tiles = [tile for tile in view.tiles() if (tile[1] - tile[0]) * view.columns]
     projection = Projection(op, slot, tiles)

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
 
 _RARE = 18.0
-"""One row in exp(18), or 6·10⁷, would be suspect without a fault."""
+"""The t above: without a fault, one row in exp(18), or 6·10⁷, is suspect."""
 
 _ROUNDING = 0.5
-"""What rounding does to a row, in u ‖w‖: 0.43, and some room for mantissas that are spread otherwise."""
+"""Rounding error of a row, in u ‖w‖: 0.43, and some room for mantissas with another distribution."""
 
 _WEIGHT = 1.01
 """Root mean square of the weights."""
@@ -45,25 +45,25 @@ _WEIGHT = 1.01
 _FLOAT32 = 2.0**-24
 
 _LENGTH_OFF = 0.01
-"""By how much a row of DoRA may be longer or shorter than its magnitude."""
+"""Relative difference that is allowed between a DoRA row's length and its magnitude."""
 
 _RANK = 256
-"""What sums in float32 are as long as, at most, in the merge itself."""
+"""The longest float32 sum in the merge itself: the rank."""
 
 _FLOOR = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126}
-"""Of each element: what is not told from zero."""
+"""Size below which an element counts as zero, by dtype."""
 
 _SMALLEST = 2.0**-40
-"""Of the products of a row: the squares of such that are much smaller are lost in float32."""
+"""Smallest size of a row's products: squares of much smaller ones underflow in float32."""
 
 _FEW = 0.01
-"""Share of the rows that are looked at again for being what they were."""
+"""The largest share of rows that are suspect because they did not change at all."""
 
 _MOST_RANGES = 256
 
 
 class Projection:
-    """The projections of one tensor, made tile by tile, in order.
+    """The projections of one tensor, taken tile by tile, in order.
 
     Args:
         op: what is done to the tensor.
@@ -90,11 +90,11 @@ class Projection:
         self._lengths_of = self._lengths.split_with_sizes(sizes)
 
     def views(self, content: memoryview, rows: int, dtype: str) -> TileViews:
-        """Return what a buffer is looked at through; it may be used again for every tile of its shape."""
+        """Return views of a buffer for `before` and `after`. They can be used for every tile of that shape."""
         return TileViews(content, rows, dtype, self.pattern)
 
     def before(self, n: int, views: TileViews) -> None:
-        """Take in a tile as it was read."""
+        """Project a tile as it was read."""
         import torch
 
         views.refresh()
@@ -102,7 +102,7 @@ class Projection:
             torch.mv(views.groups, self._x, out=self._before_of[n])
 
     def after(self, n: int, views: TileViews) -> None:
-        """Take in a tile as it is written."""
+        """Project a tile as it is written, and take the lengths of its rows."""
         import torch
 
         views.refresh()
@@ -115,7 +115,7 @@ class Projection:
                 torch.linalg.vector_norm(views.segment, dim=1, out=self._lengths_of[n])
 
     def suspects(self) -> tuple[tuple[int, int], ...] | None:
-        """Return the rows to be looked at again, as ranges, once all tiles are through; None where nothing can be said.
+        """Return the suspect rows as ranges, once all tiles have passed; None where nothing can be said.
 
         Raises:
             CheckpointError: a factor cannot be read.
@@ -125,7 +125,7 @@ class Projection:
         return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, self._x))))
 
     def _rows_off(self, expected: Expected) -> torch.Tensor:
-        """Return which rows are suspect."""
+        """Return a mask of the suspect rows."""
         changes = _norms(expected.change)
         limit = self._limit(expected, changes)
         if self.manner == "sums":
@@ -133,12 +133,15 @@ class Projection:
             same = _norms(moved) == 0
             if expected.taken is not None:
                 moved += expected.taken[:, None] * self._before
+            # Negated, so that NaN is suspect.
             off = ~(_norms(moved - expected.change) <= limit) | limit.isinf()
+            # Rows that stayed as they were: few of them may have been missed by the merge; many were lost to rounding.
             same &= changes != 0
             return off | same if int(same.sum()) <= max(1, _FEW * len(same)) else off
         wanted = self._before + expected.change
         if self.manner == "directions":
             own = ~expected.lengths.isnan()
+            # Only the direction is compared here: the factor that brings both closest is taken out.
             factor = (self._after * wanted).sum(1) / wanted.square().sum(1)
             wanted *= factor.where(own, factor.new_ones(()))[:, None]
         off = ~(_norms(self._after - wanted) <= limit) | limit.isinf()
@@ -148,7 +151,9 @@ class Projection:
         return off
 
     def _limit(self, expected: Expected, changes: torch.Tensor) -> torch.Tensor:
-        """Return by how much a row's products may be off, as the root of their squares' sum."""
+        """Return the largest difference of a row's products that rounding explains: the root of the sum of their
+        squares.
+        """
         k, taken = self.pattern.groups, self.pattern.taken
         squares, changes = self._squares(), changes.square()
         rounding = squares.clone()
@@ -159,13 +164,16 @@ class Projection:
         if any(delta.rounded for delta in self._op.deltas):
             rounding += changes
         noise = rounding.mul_((_ROUNDING * UNIT_ROUNDOFF[self._slot.dtype]) ** 2)
+        # Float32 sums over `taken` values here, and over the rank in the merge.
         noise += (squares + _norms(self._before).square_() + changes) * (_FLOAT32**2 * (taken + _RANK))
         noise += _FLOOR[self._slot.dtype] ** 2 * k * taken
         noise *= _WEIGHT**2 * (1 + 2 * sqrt(_RARE / k) + 2 * _RARE / k)
         return noise.sqrt_() + 6 * _WEIGHT * expected.spread
 
     def _squares(self) -> torch.Tensor:
-        """Return ‖w‖² of each row as it is written, in the columns that are multiplied: of one group, for all of them."""
+        """Return ‖w‖² of each row as it is written, over the columns that are multiplied; measured in one group of
+        columns.
+        """
         squares = self._lengths.square()
         if self.manner == "directions":
             return squares * (self.pattern.groups * self.pattern.taken / self.pattern.columns)
@@ -178,7 +186,7 @@ class Projection:
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:
-    """Return the norms of rows, in float32: they are infinite, or zero, where a square is."""
+    """Return the norms of rows in float32; infinite or zero where a square is."""
     found: torch.Tensor = (
         rows.square().mv(rows.new_ones(rows.shape[1])).sqrt_()
     )  # the library's own is slow for short rows
@@ -186,7 +194,7 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _ranges(rows: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """Return the rows that are marked, as ranges; all rows, where that would be too many ranges."""
+    """Return the marked rows as ranges; one range of all rows where there would be too many."""
     found: list[tuple[int, int]] = []
     for row in rows.nonzero().flatten().tolist():
         if found and found[-1][1] == row:

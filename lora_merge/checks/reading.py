@@ -1,4 +1,4 @@
-"""Rows of stored tensors, read by code that shares nothing with the merge: headers are parsed again, nothing is mapped."""
+"""Rows of stored tensors, read by code that shares nothing with the merge: it parses headers itself, and maps nothing."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 
 class Tensors(Protocol):
-    """What formulas read tensors by."""
+    """How formulas read tensors."""
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Return a tensor, one row for each entry of its first axis; all of it, or some rows."""
+        """Return a tensor as a matrix, a row for each entry of its first axis; all rows or some."""
 
     def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        """Return some rows of a weight that is seen as so many."""
+        """Return some rows of a weight that is divided into ``n_rows``."""
 
 
 class Reader:
-    """Rows of stored tensors as float64, by a reader of its own."""
+    """Reads rows of stored tensors as float64. Files stay open until the stack closes."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -47,7 +47,7 @@ class Reader:
         self._last: tuple[TensorRef, torch.Tensor] | None = None
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Return a whole tensor, one row for each entry of its first axis; or some rows of it.
+        """Return a tensor as a float64 matrix, a row for each entry of its first axis; all rows or some.
 
         The last whole one is kept: each expert of a stack asks for the same.
         """
@@ -58,14 +58,14 @@ class Reader:
         return self._last[1]
 
     def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        """Return some rows of a weight of the base, decoded: ``[len(rows), …]``."""
+        """Return some rows of a weight of the base, decoded to float64 ``[len(rows), columns]``."""
         stored = _Stored(self, weight, rows, n_rows)
         return DECODERS[weight.storage.codec].values(stored)
 
     def written(
         self, weight: Weight, rows: Sequence[int], n_rows: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return some rows of a weight of the output, decoded, and by how much a codec may be off.
+        """Return some rows of a weight of the output, decoded, and how far off its codec may be (None: not at all).
 
         Its parts are found by their names, whatever the plan says of their places.
         """
@@ -73,11 +73,13 @@ class Reader:
         return decoder.values(stored), None if decoder.off is None else decoder.off(stored)
 
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        """Return some rows of a tensor of base or adapter, whose file may spell its name otherwise than the plan."""
+        """Return some rows of a tensor of base or adapter. It is found by its place: the file may have it under
+        another name.
+        """
         return self._file(ref.file).source(ref, rows, n_rows)
 
     def rows(self, file: str, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        """Return some rows of a tensor of the output, which is seen as so many: ``[len(rows), …]``."""
+        """Return some rows of a tensor of the output, found by its name: ``[len(rows), columns]``."""
         return self._file(file).rows(name, rows, n_rows)
 
     def _file(self, file: str) -> _Safetensors | _Pickled:
@@ -91,7 +93,7 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Some rows of a weight of the base: its parts are read where the plan says that they are."""
+    """Some rows of a weight of the base, whose parts are read at the places that the plan has."""
 
     reader: Reader
     weight: Weight
@@ -106,7 +108,7 @@ class _Stored:
 
 
 class _Written(_Stored):
-    """The same of the output: its parts are read by their names."""
+    """Some rows of a weight of the output, whose parts are read by their names."""
 
     __slots__ = ()
 
@@ -120,13 +122,13 @@ class _Written(_Stored):
 
 
 class Factors:
-    """Tensors of an adapter as float32, read where the plan says that they are; each is read once and kept."""
+    """Tensors of an adapter as float32, each read once and kept."""
 
     def __init__(self) -> None:
         self._kept: dict[TensorRef, torch.Tensor] = {}
 
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Return a tensor as `Reader.tensor` does.
+        """Return a tensor as a float32 matrix; all rows or some, as `Reader.tensor` does.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -142,12 +144,12 @@ class Factors:
         return whole[rows.start : rows.stop] if isinstance(rows, range) else whole[list(rows)]
 
     def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        """Refuse: a projection has the weight's rows from elsewhere."""
+        """Never called: a projection gets the weight's rows while they pass."""
         raise NotImplementedError
 
 
 class _Safetensors:
-    """A safetensors file: plain reads, no mapping."""
+    """A safetensors file, read by its own header. Nothing is mapped."""
 
     def __init__(self, stream: BinaryIO) -> None:
         stream.seek(0)
@@ -167,13 +169,15 @@ class _Safetensors:
 
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         at = ref.start - self._data_start
+        # The last row that begins at or before this place. Empty tensors may begin there too, so the next
+        # ones are looked at.
         spans = self._spans[bisect.bisect_right(self._spans, (at, inf, "")) - 1 :]
         dtype = next(str(dtype) for begin, end, dtype in spans if begin <= at < end)
         return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, dtype)
 
 
 class _Pickled:
-    """A file of ``torch.save``, as torch itself reads it; the mapping is touched only where rows are taken."""
+    """A file of ``torch.save``, loaded by torch itself. Of the mapping only the rows that are taken get into memory."""
 
     def __init__(self, source: Source, stream: BinaryIO) -> None:
         import pickle
@@ -205,7 +209,7 @@ class _Pickled:
 def _read(
     stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int], dtype: str, *, wide: bool = True
 ) -> torch.Tensor:
-    """Return rows of so many bytes each, read at their places."""
+    """Return rows of ``n_bytes`` each, read at their places in a file."""
     parts = []
     for first, last in _runs(rows):
         stream.seek(start + first * n_bytes)
@@ -214,7 +218,7 @@ def _read(
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Return rows as ranges of adjacent ones."""
+    """Group row numbers into ranges of adjacent rows: one read each."""
     if isinstance(rows, range) and rows.step == 1:
         return [(rows.start, rows.stop)] if rows else []
     runs: list[tuple[int, int]] = []
@@ -227,7 +231,7 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _values(content: bytes, dtype: str, n_rows: int, *, wide: bool) -> torch.Tensor:
-    """Return stored values as float64, or as float32, ``[n_rows, …]``; both are exact."""
+    """Return stored values as float64 (wide) or float32, ``[n_rows, columns]``. Both are exact."""
     import torch
 
     values = torch.frombuffer(bytearray(content), dtype=getattr(torch, TORCH_TYPES[dtype]))

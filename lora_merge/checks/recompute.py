@@ -1,4 +1,4 @@
-"""Are the merged values right? Recomputed in float64 by naive code that shares nothing with the merge.
+"""Are the merged values right? They are recomputed in float64 by simple code that shares nothing with the merge.
 
 Files are parsed anew, rows are whole, and the formula is written out.
 """
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Issue
 
 _MOST_NAMED = 4
-"""Ranges of rows that a sentence names."""
+"""The most ranges of rows that a message names."""
 
 
 def recompute(evidence: Evidence) -> Iterator[Issue]:
-    """Yield an issue for each merged tensor with a row that differs from the float64 formula.
+    """Yield an issue for each merged tensor with a row that the float64 formula does not explain.
 
     `lora_merge.checks.choosing` says which rows are asked. What PEFT's own layers merged has no formula here; the check of
     their outputs covers it.
@@ -49,7 +49,7 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
 
 
 def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
-    """Yield a note about what is not recomputed, or only here and there."""
+    """Yield notes about tensors that are not recomputed, or only in some rows."""
     merges = [step for step in evidence.plan.steps if isinstance(step.op, Merge)]
     combined_ones = [
         step.name
@@ -77,7 +77,7 @@ def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
 
 
 def _compare(reader: Reader, evidence: Evidence, step: Step, rows: list[int]) -> Issue | None:
-    """Return an issue when some rows are further from the formula than rounding can carry them.
+    """Return an issue when some rows are further from the formula than rounding explains.
 
     What float32 computes for an exact x lies between x - e and x + e, and rounding keeps an order. So what is stored lies
     between those two as the stored dtype holds them; what a codec stores is off by half a gap of its own besides.
@@ -97,6 +97,7 @@ def _compare(reader: Reader, evidence: Evidence, step: Step, rows: list[int]) ->
             low, high = rounded(exact - off, op.target.dtype), rounded(exact + off, op.target.dtype)
         else:
             low, high = exact - off - gap, exact + off + gap
+        # A combination may have chosen any of the candidates: a value is wrong when it fits none.
         wrong &= ~((low <= stored) & (stored <= high))  # negated, so that NaN is wrong
     if not wrong.any():
         return None
@@ -111,7 +112,7 @@ def _compare(reader: Reader, evidence: Evidence, step: Step, rows: list[int]) ->
 
 
 def _listed(rows: list[int]) -> str:
-    """Return rows in words: the first few, adjacent ones together."""
+    """Return row numbers in words: ranges of adjacent rows, the first few."""
     runs: list[list[int]] = []
     for row in rows:
         if runs and runs[-1][1] + 1 == row:

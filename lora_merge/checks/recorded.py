@@ -1,4 +1,4 @@
-"""Is an output what its own manifest says it was when it was made? Needs neither base nor adapter."""
+"""Is an output what its own manifest says it was? Asked without base and adapter."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], str]) -> Iterator[Issue]:
-    """Yield an issue for each tensor and each file around the weights that is not as it was recorded.
+    """Yield an issue for each tensor, and each file around the weights, that is not as the manifest recorded it.
 
     Args:
-        output: the directory as it is.
-        manifest: as it was made.
-        digest: reads a tensor's bytes.
+        output: the directory as it is now.
+        manifest: of the output when it was made.
+        digest: returns the digest of a tensor's bytes on the disk.
     """
     places = {ref.name: name for name, file in output.files.items() for ref in file.tensors}
     tensors = output.tensors()

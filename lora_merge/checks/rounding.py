@@ -15,7 +15,7 @@ _SMALLEST = {"BF16": -133, "F16": -24, "F32": -149}
 
 
 def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return float64 values as the dtype holds them, still in float64; beyond its range they are what they would be.
+    """Return float64 values rounded to a dtype, still in float64. Values beyond its range are not made infinite.
 
     torch's own conversion goes through float32, and rounds twice.
     """
@@ -23,4 +23,5 @@ def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
     _, exponents = torch.frexp(values)
     exponents = (exponents - _PRECISION[dtype]).clamp_(min=_SMALLEST[dtype])
+    # torch.round rounds half to even. `ldexp` by powers of two is exact, so this is the only rounding.
     return torch.ldexp(torch.round(torch.ldexp(values, -exponents)), exponents)

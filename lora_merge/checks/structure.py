@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def structure(evidence: Evidence) -> Iterator[Issue]:
-    """Yield an issue for each file or tensor that is missing, extra, or not what was planned."""
+    """Yield an issue for each file or tensor that is missing, unplanned, or different from the plan."""
     plan, root, output = evidence.plan, evidence.root, evidence.output
     wanted = {file.name for file in plan.files} | {file.name for file in plan.side_files}
     wanted |= {CARD_FILE, MANIFEST_FILE} | ({INDEX_FILE} if plan.index else set())
@@ -46,7 +46,9 @@ def structure(evidence: Evidence) -> Iterator[Issue]:
 
 
 def _compare_file(output: Output, file: OutputFile) -> Iterator[Issue]:
-    """Yield an issue for each tensor of a file that is not where and what was planned."""
+    """Yield an issue for each tensor of a file that is not as planned: name, dtype, shape, place. The header must be
+    equal byte by byte.
+    """
     if file.name not in output.files:
         yield error("broken-file", file.name, output.broken.get(file.name, "is no file of weights"))
         return
@@ -68,7 +70,7 @@ def _compare_file(output: Output, file: OutputFile) -> Iterator[Issue]:
 
 
 def _compare_index(output: Output, files: tuple[OutputFile, ...]) -> Iterator[Issue]:
-    """Yield an issue where the index does not cover the tensors, or counts their bytes wrongly."""
+    """Yield an issue where the index does not list the tensors as planned, or counts their bytes wrongly."""
     index = output.index
     if index is None:
         yield error("wrong-index", INDEX_FILE, output.broken[INDEX_FILE])

@@ -1,4 +1,4 @@
-"""Do the bytes on disk have the digests that writing recorded?"""
+"""Do the bytes on the disk have the digests that writing recorded?"""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRecord, TensorRef
 
 WHOLE_BYTES = 256 << 20
-"""Merged tensors are read back whole at every level where there are no more of them than this together."""
+"""Up to this many bytes of merged tensors together, all of them are read back at every level."""
 
 
 def untouched(evidence: Evidence) -> Iterator[Issue]:
-    """Yield an issue for each tensor or file whose bytes are not the recorded ones.
+    """Yield an issue for each tensor or file whose bytes on the disk are not those that were recorded.
 
     A copy's record is the digest of its *source*, so equality means byte-identical to the base. Merged tensors are read
     back too: all of them at level ``full`` or where they are small together, else some blocks of each. Files around the
@@ -46,7 +46,7 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
 
 
 def _blocks(ref: TensorRef, record: TensorRecord) -> Iterator[Issue]:
-    """Yield an issue for the first block of a tensor that is not what was written."""
+    """Yield an issue for the first block of a tensor whose digest is not the recorded one."""
     for at, nbytes, wanted in record.blocks:
         found = tensor_digest(replace(ref, start=ref.start + at, nbytes=nbytes))
         if found != wanted:
@@ -56,7 +56,7 @@ def _blocks(ref: TensorRef, record: TensorRecord) -> Iterator[Issue]:
 
 
 def _sealed(evidence: Evidence) -> Iterator[Issue]:
-    """Yield an issue for each file around the weights that is not what was written."""
+    """Yield an issue for each file around the weights that does not hold what was meant to be written."""
     for name, wanted in evidence.sealed.items():
         found = file_digest(evidence.root / name)
         if found != wanted:

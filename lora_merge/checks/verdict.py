@@ -1,4 +1,4 @@
-"""A plan and an output on disk → a verdict."""
+"""A plan and an output on the disk → a verdict: all checks are run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def verify(
     level: Literal["sample", "full"],
     sealed: Mapping[str, str] | None = None,
 ) -> Verdict:
-    """Return what every check says about an output.
+    """Run every check on an output, and return the verdict.
 
     Args:
         plan: what was promised.

@@ -1,4 +1,4 @@
-"""Some columns of a row tile as a matrix that is multiplied by weights at the speed of memory.
+"""Some columns of a row tile as a float32 matrix, so that it is multiplied by weights at the speed of memory.
 
 Two neighbouring bfloat16 values, read as one float32, are the second of them: the first fills the lower half of its
 mantissa, which is less than one unit in the last place of bfloat16. So nothing need be widened, and a tile's bytes may be
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     import torch
 
 GROUP = 32
-"""Values of a group, at least; a row has a product for each group."""
+"""The fewest values of a group; a row has one product for each group."""
 
 MOST_GROUPS = 4
-"""Groups of a row: with more of them, small errors stand out more, and a tile takes longer."""
+"""The most groups of a row. With more of them small errors stand out more, and a tile takes longer."""
 
 TAKEN = 64
-"""Values of a group that are multiplied, at most: some adjacent ones."""
+"""The most values of a group that are multiplied, adjacent ones."""
 
 _POOL = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Which columns are multiplied: in each group of a row the same ones, as float32 values.
+    """The columns that are multiplied: the same ones in each group of every row, as float32 values.
 
     Args:
         columns: of a row; halved: two BF16 columns are one value.
@@ -48,7 +48,9 @@ class Pattern:
 
     @classmethod
     def of(cls, name: str, columns: int, *dtypes: str) -> Pattern:
-        """Return the pattern for a tensor, drawn from its name, so that all columns have their turn."""
+        """Return the pattern for a tensor. It is drawn from the name, so that over the tensors all columns have their
+        turn.
+        """
         halved = set(dtypes) == {"BF16"} and columns % 2 == 0 and columns >= 4
         n, step = (columns // 2, 2) if halved else (columns, 1)
         groups = next((k for k in range(min(n // GROUP, MOST_GROUPS), 1, -1) if n % k == 0), 1)
@@ -71,7 +73,7 @@ class Pattern:
 
 
 class TileViews:
-    """What a tile's bytes are multiplied through; made once for a buffer, and good for whatever is in it.
+    """Views of a tile's bytes for multiplying. They are made once for a buffer, whatever is in it later.
 
     Args:
         content: the bytes, ``[rows, columns]`` of a dtype.
@@ -104,14 +106,16 @@ class TileViews:
         self.segment = self.groups.as_strided((rows, taken), (pattern.groups * pitch, 1), offset)
 
     def refresh(self) -> None:
-        """Widen what is in the bytes now, where that is needed."""
+        """Convert the bytes that are there now to float32, where views alone do not do."""
         if self._narrow is not None:
             self.groups.copy_(self._narrow)
 
 
 @lru_cache(maxsize=4)
 def _pool(n: int) -> torch.Tensor:
-    """Return random weights, always the same: signs with magnitudes from 0.75 to 1.25 (root mean square 1.01)."""
+    """Return n pseudo-random weights, the same in every process: signs, with magnitudes from 0.75 to 1.25 (root mean
+    square 1.01).
+    """
     import torch
 
     generator = torch.Generator().manual_seed(n)
@@ -120,7 +124,8 @@ def _pool(n: int) -> torch.Tensor:
 
 
 def weights_of(name: str, n: int) -> torch.Tensor:
-    """Return n random weights for a name, none of them zero; they are not to be changed."""
+    """Return n pseudo-random weights for a tensor's name, none of them zero. They are a view: do not change them."""
+    # Each name takes its own stretch of one pool, which is made once.
     size = _POOL
     while size < 2 * n:
         size *= 2
@@ -129,14 +134,15 @@ def weights_of(name: str, n: int) -> torch.Tensor:
 
 
 def has_subnormals() -> bool:
-    """Return True unless the program takes subnormal numbers for zero in this thread already."""
+    """Return False when this thread already takes subnormal numbers for zero."""
     import torch
 
+    # 2⁻¹⁴⁰ is subnormal in float32.
     return bool(torch.tensor(2.0**-140).mul(0.5))
 
 
 class Flushing:
-    """While in this context, its thread takes subnormal numbers for zero.
+    """While in this context, its thread takes subnormal numbers for zero. It can be entered again.
 
     They are slow, and a zero beside another value looks like one. It may be entered again and again.
 

@@ -1,4 +1,4 @@
-"""Is the code there that the configuration sends an engine to?"""
+"""Is the code there that the configuration refers to?"""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _CARRIERS = (
 """Files that may have an ``auto_map``."""
 
 _MOST_BYTES = 4_000_000
-"""Of a Python file; the longest of transformers has 300 kB."""
+"""The most bytes of a Python file; the longest of transformers has 300 kB."""
 
 
 def code(output: Output) -> Iterator[Issue]:
-    """Yield each module that an ``auto_map`` names, or that such a module imports, and that is not there.
+    """Yield an issue for each module that an ``auto_map`` names, or such a module imports, and that is not there.
 
     The code is parsed, and never run.
     """
@@ -49,7 +49,7 @@ def code(output: Output) -> Iterator[Issue]:
 
 
 def _references(output: Output, carrier: str) -> list[str]:
-    """Return the classes of an ``auto_map``: ``module.Class``, or ``repo--module.Class``."""
+    """Return the class references of an ``auto_map``: ``module.Class``, or ``repo--module.Class``."""
     if carrier not in output.names:
         return []
     try:
@@ -62,7 +62,7 @@ def _references(output: Output, carrier: str) -> list[str]:
 
 
 def _imports(output: Output, name: str) -> Iterator[Issue]:
-    """Yield each module that code imports from beside itself and that is not there, however deep."""
+    """Yield an issue for each relative import that leads to no file, followed through all modules."""
     seen, waiting = {name}, [name]
     while waiting:
         current = waiting.pop()
@@ -87,14 +87,14 @@ def _imports(output: Output, name: str) -> Iterator[Issue]:
 
 
 def _parsed(content: bytes) -> ast.Module:
-    """Return the tree of Python code, without what Python would print about it."""
+    """Return the syntax tree of Python code; warnings of the parser are not printed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(content.decode("utf-8"))
 
 
 def _relative(tree: ast.Module, folder: PurePosixPath) -> Iterator[tuple[str, ...]]:
-    """Yield the files that each relative import may mean."""
+    """Yield, for each relative import, the files that it may mean."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue

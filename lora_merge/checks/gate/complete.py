@@ -1,4 +1,4 @@
-"""Has every parameter of the model a tensor? vLLM and LMDeploy do not ask, and serve what is at random."""
+"""Does every parameter of the model have a tensor? vLLM and LMDeploy do not check, and serve random values."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def complete(output: Output) -> Iterator[Issue]:
-    """Yield each parameter of transformers' model that the stored tensors leave without a value.
+    """Yield an issue for each parameter of transformers' model that the stored tensors do not fill.
 
-    Nothing is said of models that transformers has no class for, and that is said where a part of the model would have to be
-    fetched. Imports transformers (seconds).
+    Models that transformers has no class for are passed over. Where a part of the model would have to be fetched, a
+    note says so. Imports transformers, which takes seconds.
     """
     part = fetched_part(output.config or {})
     if part is not None:

@@ -1,4 +1,4 @@
-"""Does ``config.json`` say what the weights are, and nothing that they no longer are?"""
+"""Does ``config.json`` describe the weights as they are now?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def config(output: Output) -> Iterator[Issue]:
-    """Yield what an engine needs of the configuration and does not find, and what would mislead it."""
+    """Yield an issue for each field that engines need and do not find, or that would mislead them."""
     table = output.config
     if table is None:
         yield error("no-config", CONFIG_FILE, output.broken.get(CONFIG_FILE, "is missing"))
@@ -47,7 +47,7 @@ def config(output: Output) -> Iterator[Issue]:
 
 
 def _leftovers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
-    """Yield the settings of a quantisation that the weights do not have."""
+    """Yield an issue for each setting of a quantisation, where no tensor is quantised any more."""
     names = {name for file in output.files.values() for name in (ref.name for ref in file.tensors)}
     if any(_QUANTISED.search(name) for name in names):
         return
@@ -65,7 +65,7 @@ def _leftovers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
 
 
 def _layers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
-    """Yield a warning when the stored layers are fewer than those that the configuration counts.
+    """Yield a warning when fewer layers are stored than the configuration counts.
 
     Several stacks (towers, encoder and decoder) have counts of their own; the longest must reach the largest count.
     """

@@ -1,4 +1,4 @@
-"""Do the embeddings have the rows that the configuration counts, and the tie that it states?"""
+"""Do the embeddings have the configuration's number of rows, and the tie that it states?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def embeddings(output: Output) -> Iterator[Issue]:
-    """Yield each embedding of another size than the configuration's, and a tie that the tensors do not have."""
+    """Yield an issue for each embedding whose rows are not ``vocab_size``, and for a tie that the tensors contradict."""
     matrices = [
         ref for ref in output.tensors().values() if ref.name.endswith(".weight") and len(ref.shape) == 2
     ]
@@ -46,7 +46,7 @@ def _sizes(config: Mapping[str, object], refs: list[TensorRef]) -> Iterator[Issu
 
 
 def _ties(config: Mapping[str, object], inputs: list[TensorRef], heads: list[TensorRef]) -> Iterator[Issue]:
-    """Yield a tie in the configuration where the two ends are stored and differ.
+    """Yield an issue where the configuration states a tie, and both ends are stored with different values.
 
     LMDeploy goes by the flag and leaves the head out, as vLLM did for long; transformers looks at the tensors.
     """
@@ -54,6 +54,7 @@ def _ties(config: Mapping[str, object], inputs: list[TensorRef], heads: list[Ten
     if len(inputs) != 1 or len(heads) != 1 or not any(level.get("tie_word_embeddings") for level in levels):
         return
     (embedding,), (head,) = inputs, heads
+    # Compared by digests: matrices of gigabytes are read once, in blocks.
     if embedding.shape == head.shape and embedding.dtype == head.dtype:
         if tensor_digest(embedding) == tensor_digest(head):
             return

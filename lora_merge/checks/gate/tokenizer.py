@@ -1,4 +1,4 @@
-"""Can an engine load the tokenizer, and does the model have a row for every token?"""
+"""Can an engine load the tokenizer, and does the embedding have a row for every token?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _NEW_CLASS = "TokenizersBackend"
 
 
 def tokenizer(output: Output) -> Iterator[Issue]:
-    """Yield what keeps the tokenizer from loading, what older engines refuse, and tokens that have no embedding."""
+    """Yield an issue for what keeps the tokenizer from loading, for what older engines refuse, and for tokens without
+    an embedding.
+    """
     tables: dict[str, dict[str, Any]] = {}
     for name in _TABLES:
         if name in output.names:
@@ -38,7 +40,7 @@ def tokenizer(output: Output) -> Iterator[Issue]:
 
 
 def _fast(output: Output) -> Iterator[Issue]:
-    """Yield what is wrong with ``tokenizer.json``, by the library that engines read it with."""
+    """Yield an issue for what is wrong with ``tokenizer.json``, as the library that engines use sees it."""
     try:
         n = n_tokens(Path(output.root, _FAST))
     except TokenizerError as exc:
@@ -63,12 +65,12 @@ def _fast(output: Output) -> Iterator[Issue]:
 
 
 def _counts_tokens(output: Output) -> bool:
-    """Return True when the configuration has a vocabulary."""
+    """Return True when the configuration states a ``vocab_size``, at any level."""
     return any("vocab_size" in level for _, level in config_levels(output.config or {}))
 
 
 def _settings(table: dict[str, Any]) -> Iterator[Issue]:
-    """Yield what engines on transformers 4 cannot read."""
+    """Yield a note about settings that engines on transformers 4 cannot read."""
     new = table.get("tokenizer_class") == _NEW_CLASS
     if new or isinstance(table.get("extra_special_tokens"), list):
         what = f"tokenizer_class {_NEW_CLASS}" if new else "a list of extra_special_tokens"

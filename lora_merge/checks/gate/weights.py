@@ -1,4 +1,4 @@
-"""Do the weight files, and the index over them, say one thing?"""
+"""Do the weight files and their index agree?"""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Issue
 
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.bin.index.json", "consolidated*.pth", "consolidated*.pt")
-"""Weights that some engine would read in place of safetensors, or beside them."""
+"""Weights that some engines would read instead of safetensors, or in addition."""
 
 
 def weights(output: Output) -> Iterator[Issue]:
-    """Yield what is wrong with the weight files themselves, with their index, and with what lies beside them."""
+    """Yield an issue for each fault of the weight files, of their index, and for other weights beside them."""
     if not output.files and not output.broken:
         hint = "the output is incomplete; merge again"
         yield error("no-weights", output.root, "holds no safetensors file", hint)
@@ -40,7 +40,7 @@ def weights(output: Output) -> Iterator[Issue]:
 
 
 def _alone(output: Output) -> Iterator[Issue]:
-    """Yield what is wrong with weights that have no index."""
+    """Yield an issue for each fault of weights without an index."""
     for name in sorted(output.files):
         if name == SAFETENSORS_FILE or "/" in name:
             continue
@@ -52,7 +52,7 @@ def _alone(output: Output) -> Iterator[Issue]:
 
 
 def _indexed(output: Output) -> Iterator[Issue]:
-    """Yield what is wrong with weights that have one."""
+    """Yield an issue for each fault of weights with an index."""
     if output.index is None:
         return
     listed = output.index.get("weight_map")
@@ -80,7 +80,7 @@ def _indexed(output: Output) -> Iterator[Issue]:
 
 
 def _disagreements(output: Output, listed: dict[str, str], stored: dict[str, str]) -> Iterator[Issue]:
-    """Yield each tensor that index and files disagree about, and a wrong total."""
+    """Yield an issue for each tensor that the index and the files disagree about, and for a wrong total."""
     for name, file in listed.items():
         if file not in output.files:
             continue  # missing or broken, which is said of the file
