@@ -69,6 +69,7 @@ def chosen_rows(evidence: Evidence) -> Choice:
         ranges = suspects.get(step.main.name)
         rows = range(op.view.n_rows) if step.name in whole else some_rows(step.name, op, ranges or ())
         choice.rows += [(step, list(rows[at : at + CHUNK_ROWS])) for at in range(0, len(rows), CHUNK_ROWS)]
+        # A note says that these rows were neither projected nor all recomputed.
         if ranges is None and step.name not in whole:
             choice.unseen.append(step.name)
     return choice
@@ -111,6 +112,7 @@ def some_rows(name: str, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) 
     # Not `hash`, which differs from run to run: the same output is checked in the same rows.
     drawn = zlib.crc32(name.encode())
     rows = {0, drawn % n_rows, n_rows - 1}
+    # One row shows whether an expert has its own factors and its own place.
     for matrix in range(0, op.view.blocks, -(-op.view.blocks // _MOST_PARTS)) if op.view.blocks > 1 else ():
         rows.add(matrix * op.view.rows + drawn % max(op.view.rows, 1))
     parts = [delta.region.box for delta in op.deltas if delta.region.box]

@@ -52,6 +52,7 @@ def _is_wide(op: Merge, delta: PlacedDelta) -> bool:
 
 def _are_apart(op: Merge) -> bool:
     """Return True when each delta has whole rows for itself, so that each row has one length."""
+    # Sorted, so that only neighbours need to be compared.
     ranges = sorted(limits for delta in op.deltas for limits in _block(op, delta).row_ranges())
     apart = all(one[1] <= other[0] for one, other in pairwise(ranges))
     return apart and all(_is_wide(op, delta) and delta.adapter_weight == 1 for delta in op.deltas)

@@ -17,6 +17,7 @@ def finite(evidence: Evidence) -> Iterator[Issue]:
     """Yield an issue for each merged tensor whose record says that it has NaN or infinity."""
     slots = {slot.name: slot for step in evidence.plan.steps for slot in step.slots}
     for record in evidence.records:
+        # The merge has looked at every value while it was in the cache.
         if not record.finite:
             dtype = slots[record.name].dtype
             # Only F16 has a smaller range than float32; BF16 has the same exponents.

@@ -142,6 +142,7 @@ def sides(
         a = site.reader.tensor(ref_a).T
     else:
         a = site.reader.tensor(ref_a, range(expert * rank, (expert + 1) * rank))
+    # AdaLoRA's diagonal.
     if "E" in delta.factors:
         a = a * site.reader.tensor(delta.factors["E"])
     a = _on_diagonal(a, facts.blocks_a or 1)
@@ -149,6 +150,7 @@ def sides(
     a = a[:, slice(*inputs)] if inputs else a
     b, rows = _left(site, delta, expert, outputs, rows)
     index = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)
+    # The stored weight is the transpose, so Aᵀ is on the left.
     return (a[:, index].T, b.T) if delta.region.transposed else (b[index], a)
 
 
@@ -304,6 +306,7 @@ def changed(site: Site, deltas: Sequence[PlacedDelta]) -> Value:
     value: Value = (base, base.new_zeros(base.shape))
     for delta in deltas:
         after = _after(site, delta, value)
+        # The change that the delta makes is weighted, not the value that it leaves.
         if delta.adapter_weight == 1 or after is value:
             value = after
         else:
@@ -352,7 +355,9 @@ def combined(site: Site) -> list[Value]:
         alone = changed(site, [replace(delta, adapter_weight=1.0) for delta in own])
         changes.append(times(own[0].adapter_weight, minus(alone, start)))
     found = []
+    # Every subset of the adapters, the empty one too: all changes of an element may have been dropped.
     for some in (some for n in range(len(changes) + 1) for some in combinations(changes, n)):
+        # DARE scales what it keeps by 1 / density.
         share = 1.0 if how.method == "ties" else 1.0 / how.density
         share /= max(len(some), 1) if how.method != "dare_linear" else 1
         value = start

@@ -79,6 +79,7 @@ def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
         delta, slot, source = own[0], step.writes[WEIGHT], step.op.source.plain
         assert source is not None  # the plan refuses others
         facts = cast("PeftLayerFacts", delta.facts)
+        # The unmerged layer knows only its own adapter.
         if len(step.op.deltas) > 1 or delta.adapter_weight != 1 or step.op.combination is not None:
             crowded.add(facts.module)
             continue
@@ -146,6 +147,7 @@ def _size(injection: Injection, name: str, weights: Any, own: Any, x: torch.Tens
     """Return √(Σ W²x²) for each output: what independent roundings of the weights add up to."""
     if not x.is_floating_point() or all(tensor.dim() < 2 for tensor in weights.values()):
         return injection.forward(name, weights, own, x)[1].abs()  # no sums: each output is one product
+    # The layer computes this itself, with squared weights and inputs: so it holds for layers of any shape.
     squares = {parameter: tensor.square() for parameter, tensor in weights.items()}
     return injection.forward(name, squares, own, x.square())[1].abs().sqrt()
 

@@ -109,6 +109,8 @@ class Projection:
         with self._flushing:
             torch.mv(views.groups, self._x, out=self._after_of[n])
             if self.manner == "directions":
+                # DoRA fixes the length of whole rows, so they are measured whole; else one group of columns
+                # stands for the row.
                 norms = torch.linalg.vector_norm(views.stored, dim=1, dtype=torch.float32)
                 self._lengths_of[n].copy_(norms)
             else:
@@ -120,6 +122,7 @@ class Projection:
         Raises:
             CheckpointError: a factor cannot be read.
         """
+        # Products that are nearly all zero say nothing in float32.
         if not self.manner or not self._tiles or float(_norms(self._after).median()) < _SMALLEST:
             return None
         return _ranges(self._rows_off(expect(self._op, Weights(self.pattern, self._x))))
@@ -201,4 +204,5 @@ def _ranges(rows: torch.Tensor) -> tuple[tuple[int, int], ...]:
             found[-1] = (found[-1][0], row + 1)
         else:
             found.append((row, row + 1))
+    # The record of a tensor stays small.
     return tuple(found) if len(found) <= _MOST_RANGES else ((0, len(rows)),)

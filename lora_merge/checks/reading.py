@@ -86,6 +86,7 @@ class Reader:
         if file not in self._open:
             source = self._stack.enter_context(open_source(file))
             stream = stream_of(source)
+            # By its first bytes, whatever its name.
             is_pickled = stream.read(4) == _ZIP_MAGIC
             self._open[file] = _Pickled(source, stream) if is_pickled else _Safetensors(stream)
         return self._open[file]
@@ -193,6 +194,7 @@ class _Pickled:
                 file if is_local else stream, map_location="cpu", weights_only=True, mmap=is_local
             )
         except (pickle.UnpicklingError, RuntimeError) as exc:
+            # torch raises the same RuntimeError when memory runs out, which says nothing about the file.
             not_for_want_of_memory(exc)
             raise CheckpointError(file, "", f"torch cannot load it ({exc})"[:300]) from exc
 

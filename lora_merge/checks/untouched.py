@@ -40,6 +40,7 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
                 if found != wanted:
                     what = "differs from the base" if is_copy else "is not what was written"
                     yield error("wrong-digest", slot.name, f"{what}: {found}, expected {wanted}")
+            # Digests of one tile in eight were taken while each was in the cache.
             elif record is not None:
                 yield from _blocks(ref, record)
     yield from _sealed(evidence)

@@ -29,6 +29,7 @@ def recognised(
     weights: dict[str, Weight] = {}
     # Dense last: the parts of another storage (packed values, scales) look like plain tensors.
     for name in sorted(CODECS, key=lambda name: name == DENSE):
+        # A list: what is found is removed from `left` while the codec would still iterate over it.
         for weight in list(CODECS[name].recognise(left, config)):
             weights[weight.name] = weight
             for ref in weight.parts.values():

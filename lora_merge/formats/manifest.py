@@ -58,6 +58,7 @@ class RecordedInput:
 
     def source(self) -> Source | None:
         """Return the repo at the commit that was merged; None for a local directory."""
+        # The manifest has the hub's name as people write it, not the scheme.
         host = next((host for host, name in HOST_NAMES.items() if name == self.hub), None)
         if host is None:
             return None
@@ -103,6 +104,7 @@ def parse_manifest(table: Mapping[str, Any]) -> Manifest:
     """
     from pydantic import ValidationError
 
+    # Before pydantic looks: a manifest of another version would fail with errors about fields.
     version = table.get("manifest_version")
     if version != MANIFEST_VERSION:
         raise ValueError(f"manifest_version is {quoted(version)}, expected {MANIFEST_VERSION}")

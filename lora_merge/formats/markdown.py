@@ -28,8 +28,10 @@ def code(text: str, *, in_table: bool = False) -> str:
     text = printable(text) or " "
     # The fence has one backtick more than the longest run inside (CommonMark, code spans).
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    # CommonMark strips one space from both ends, so a backtick at an end does not touch the fence.
     space = " " if text.startswith("`") or text.endswith("`") else ""
     made = f"{fence}{space}{text}{space}{fence}"
+    # In a table a bar ends the cell, even within code (GitHub's Markdown).
     return made.replace("|", "\\|") if in_table else made
 
 

@@ -96,6 +96,7 @@ def read_pickle(path: str | Path, name: str | None = None) -> WeightFile:
     with open_source(path) as source:
         archive = _Archive(source)
         order = archive.read("byteorder") if "byteorder" in archive else b"little"
+        # Bytes are copied as they are, and safetensors is little-endian.
         if order != b"little":
             got = f"is {order[:20].decode(errors='replace')}-endian"
             raise CheckpointError(label, "byteorder", got, "little-endian", hint=_RESAVE)
@@ -151,6 +152,7 @@ class _Archive:
         # With two records of one name, torch and this reader could each take another one.
         if len({entry.filename for entry in entries}) != len(entries):
             raise CheckpointError(label, "", "holds two records of one name", "one of each", hint=_REFETCH)
+        # TorchScript stores its constants there; torch.save never does.
         if "constants.pkl" in self._records:
             hint = "it is a program, not weights; export the model's state_dict() instead"
             raise CheckpointError(label, "", "is a TorchScript archive", "a file of torch.save", hint=hint)
@@ -165,6 +167,7 @@ class _Archive:
             what = instead_of(self.label)
             if what is not None:
                 raise CheckpointError(self.label, "", what.sentence, hint=what.hint)
+            # A safetensors header: 8 bytes of length, of which the high ones are zero, then JSON.
             if head[7:10] == b'\0{"':
                 hint = f"give it the ending {SAFETENSORS_SUFFIX}"
                 raise CheckpointError(self.label, "", "is a safetensors file by its first bytes", hint=hint)
@@ -173,6 +176,7 @@ class _Archive:
         try:
             with zipfile.ZipFile(cast("IO[bytes]", _Bounded(stream_of(self._source)))) as archive:
                 return archive.infolist()
+        # zipfile raises any of these for directories that a stranger has damaged.
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, struct.error) as exc:
             got = "has no whole zip directory at its end"
             raise CheckpointError(self.label, "", got, hint=_REFETCH) from exc
@@ -190,6 +194,7 @@ class _Archive:
         entry = self._records.get(name)
         if entry is None:
             raise CheckpointError(self.label, subject, f"its record {name} is not in the file", hint=_REFETCH)
+        # Tensors are read by their place in the file, which only plain bytes have.
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             got = f"its record {name} is compressed or encrypted"
             raise CheckpointError(self.label, subject, got, "plain bytes", hint=_RESAVE)
@@ -212,6 +217,7 @@ class _Archive:
             CheckpointError: as `place`; or it is not small.
         """
         start, nbytes = self.place(name)
+        # Before a buffer of that size is made.
         if nbytes > MAX_PICKLE_BYTES:
             got = f"has {nbytes} bytes"
             raise CheckpointError(self.label, name, got, f"at most {MAX_PICKLE_BYTES}", hint=_RESAVE)
@@ -230,6 +236,7 @@ def _load(content: bytes, label: str) -> tuple[dict[str, object], list[str]]:
     Raises:
         CheckpointError: it names something without a stand-in, is malformed, or does not hold a table.
     """
+    # Every pickle from protocol 2 on begins with the opcode PROTO and the number.
     protocol = content[1] if content[:1] == pickle.PROTO and len(content) > 1 else 0
     if protocol not in _PROTOCOLS:
         wanted = "2 or 3, which torch.load reads without trusting the file"
@@ -265,6 +272,7 @@ def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
     if not is_text(name):
         got = f"has the name {quoted(name)}, which holds half of a character"
         raise CheckpointError(label, "", got, "text that UTF-8 can hold", hint=_RESAVE)
+    # ``{"model": {…}}`` and the like: engines look for tensors at the top only.
     if isinstance(value, Table):
         hint = f"save what {name!r} holds, and nothing else, as the file: engines look for tensors at its top"
         raise CheckpointError(label, name, "is a table", "a tensor", hint=hint)
@@ -274,6 +282,7 @@ def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
     if dtype is None:
         hint = "convert the tensor, and save it as safetensors"
         raise CheckpointError(label, name, f"is stored as {value.kind}", "a real, plain dtype", hint=hint)
+    # A transposed or sliced tensor has its values in another order than its bytes.
     if not value.is_plain or not _is_contiguous(value.shape, value.stride):
         got = f"has the strides {list(value.stride)} for the shape {list(value.shape)}"
         got = got if value.is_plain else "is marked as negated or conjugated"
@@ -294,4 +303,5 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Return True when the values are adjacent in row-major order. Strides of axes of size 1 do not matter."""
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     rows = zip(shape, stride, steps, strict=True)
+    # A tensor without values is contiguous whatever its strides say.
     return 0 in shape or all(size == 1 or step == wanted for size, step, wanted in rows)

@@ -117,6 +117,7 @@ def manifest_text(
                 "weight": weight,
                 "format": adapter.format,
                 "digest": adapter.digest,
+                # As its reader hands it on: PEFT's fields, whatever the format.
                 "config": dict(adapter.config),
             }
             for adapter, path, origin, weight in zip(
@@ -159,6 +160,7 @@ def card_text(provenance: Provenance, plan: MergePlan) -> str:
             provenance.adapter_paths, _origins(provenance), provenance.adapters, strict=True
         )
     )
+    # The Hub links the card to the base by this name.
     base = _base_name(provenance)
     n_as_in_base = actions.count("copied") + actions.count("cast")
     return _CARD.format(

@@ -60,6 +60,7 @@ _KINDS = (
             f"holds a state of {state.trainer} in shards ({{found}}), and no weights",
             f"{state.tool}; then {LOAD_AFTER}",
         )
+        # The same table as for adapters (`trainer_files`), so that both say the same about a trainer.
         for state in SHARDED_STATES
     ),
     _Kind(
@@ -186,6 +187,7 @@ def names_in(root: Path) -> tuple[str, ...]:
 def broken_link(root: Path) -> CheckpointError | None:
     """Return an error for the first dangling link that looks like a needed file; None where there is none."""
     for path in sorted(root.iterdir()):
+        # The Hub's cache consists of links: after it was cleared they lead to nothing.
         if path.is_symlink() and not path.exists() and path.suffix in {".json", ".safetensors", ".bin"}:
             return CheckpointError(
                 str(path),

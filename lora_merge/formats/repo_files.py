@@ -51,6 +51,7 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
     Raises:
         ResolveError: the listing is not that of a model that can be merged into.
     """
+    # Refused by the listing, before anything is downloaded.
     if CONFIG_FILE not in names:
         what = fault_of(names, "base", f"{label}/")
         raise ResolveError(
@@ -71,6 +72,7 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
             hint=hint,
         )
     small = frozenset(name for name in names if belongs_to_base(name) or name == MANIFEST_FILE)
+    # An index is small and names the weight files; a single weight file is fetched later.
     return small | {index} if index in {INDEX_FILE, PICKLED_INDEX_FILE} else small
 
 
@@ -91,6 +93,7 @@ def base_weights(label: str, names: Collection[str], root: Path) -> frozenset[st
 def _shards(label: str, index: str, names: Collection[str], root: Path) -> frozenset[str]:
     weight_map = read_json(root / index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    # Entries of other types are found when the index itself is read (`weight_files.read_shards`).
     wanted = frozenset(file for file in files if isinstance(file, str))
     missing = sorted(wanted - frozenset(names))
     if missing:
@@ -154,6 +157,7 @@ def adapter_weights(
     weights = kept.intersection(formats) if entry is None else {entry, *entries[entry]}
     if not weights:
         return frozenset()
+    # ms-swift's files beside the adapter hold parameters that were trained as a whole.
     beside = {name for name in kept if name.startswith(f"{EXTRA_FOLDER}/") or name == VISION_WEIGHTS}
     return frozenset(weights | beside | set(trained_beside(kept)))
 

@@ -58,6 +58,8 @@ def read_header(path: str | Path, name: str | None = None) -> WeightFile:
         try:
             table, data_start = _header_table(source)
         except CheckpointError as exc:
+            # Asked only after an error: a pointer or a web page explains it better than a header that makes
+            # no sense.
             what = instead_of(path)
             if what is None:
                 raise
@@ -77,6 +79,7 @@ def read_header(path: str | Path, name: str | None = None) -> WeightFile:
 def _header_table(source: Source) -> tuple[dict[str, Any], int]:
     """Return the header's JSON table, and the byte where the data begins."""
     label, size = source.text, source.nbytes
+    # The file begins with the header's length, 8 bytes little-endian.
     if size < HEADER_PREFIX_BYTES:
         raise CheckpointError(label, "", f"has {size} bytes", "at least 8", hint=_REFETCH)
     prefix = bytearray(HEADER_PREFIX_BYTES)
@@ -105,6 +108,7 @@ def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef
     Raises:
         CheckpointError: the row is malformed, or its size is not that of its shape and dtype.
     """
+    # A name with a million parts would keep every later step busy.
     if len(name) > MAX_NAME_CHARACTERS:
         got, wanted = f"is a name of {len(name)} characters", f"{MAX_NAME_CHARACTERS} at most"
         raise CheckpointError(label, f"{name[:100]}…", got, wanted)
@@ -123,6 +127,7 @@ def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef
         )
     if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
         raise CheckpointError(label, name, f"has the shape {quoted(sizes)}", "a list of sizes")
+    # Python's integers do not overflow: a shape whose size exceeds 64 bits differs from the claimed span.
     nbytes = nbytes_of(dtype, tuple(sizes))
     if begin < 0 or end - begin != nbytes:
         raise CheckpointError(
@@ -145,6 +150,7 @@ def _check_cover(refs: list[TensorRef], data_start: int, size: int, label: str) 
                 label, ref.name, f"{what}, starting at byte {ref.start}", f"byte {expected}"
             )
         expected = ref.end
+    # Also zeros at the end are an error: the format allows nothing there.
     if expected != size:
         hint = "the file is truncated or was extended; fetch it again"
         raise CheckpointError(label, "", f"has {size} bytes", f"{expected} by its header", hint=hint)
@@ -206,6 +212,7 @@ def same_values(stored: TensorRef, other: TensorRef) -> bool:
     """
     if stored.shape != other.shape:
         return False
+    # The same dtype rounds nothing: comparing digests compares the bytes.
     if stored.dtype == other.dtype:
         return tensor_digest(stored) == tensor_digest(other)
     if not {stored.dtype, other.dtype} <= TORCH_NAMES.keys():
@@ -269,6 +276,7 @@ def box_norm(ref: TensorRef, box: Box = ()) -> float:
 
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[ref.dtype])
     box = box or tuple((0, size) for size in ref.shape)
+    # From this axis on the box covers every axis whole, so these axes are adjacent in the file.
     whole_from = next(
         (axis for axis in range(len(box), 0, -1) if box[axis - 1] != (0, ref.shape[axis - 1])), 0
     )

@@ -57,6 +57,7 @@ def module_files(root: Path) -> tuple[str, ...]:
     if not modules:
         return ()
     found = {entry.name for entry in root.iterdir() if entry.is_file() and _is_setting(entry.name)}
+    # A module may be a class of the repo's own code, in a Python file at the top.
     code = (f"{kind.partition('.')[0]}.py" for kind in modules.values())
     found |= {name for name in code if (root / name).is_file()}
     for folder in modules.keys() - {""}:
@@ -102,6 +103,7 @@ def _modules(root: Path) -> dict[str, str]:
     listing, routes = root / MODULES_FILE, root / _ROUTER_FILE
     if listing.is_file():
         modules = _read(listing)
+        # Other tools have a ``modules.json`` too: one of another shape is theirs.
         if isinstance(modules, list) and all(_is_module(module) for module in modules):
             found |= {_checked(listing, module["path"]): module["type"] for module in modules}
     if routes.is_file():
@@ -130,6 +132,7 @@ def _checked(file: Path, folder: str) -> str:
         CheckpointError: it is not.
     """
     path = PurePosixPath(folder)
+    # A stranger's path: nothing outside the directory may be copied into the output.
     if path.is_absolute() or ".." in path.parts or "\\" in folder or "\0" in folder:
         raise CheckpointError(str(file), folder, "is the folder of a module", "one inside the directory")
     return "" if folder in {"", "."} else path.as_posix()

@@ -203,6 +203,7 @@ def _check_whole(path: Path) -> None:
     if not os.access(path, os.R_OK):
         raise CheckpointError(str(path), "", "cannot be read (Permission denied)")
     is_needed = _matches(path.name, _TOKENIZER) or path.suffix in _NEEDED_SUFFIXES
+    # Weights would be written beside a tokenizer that no engine can load.
     if is_needed and (is_pointer(path) or (path.suffix == ".json" and is_page(path))):
         what = instead_of(path)
         if what is not None:
@@ -217,6 +218,7 @@ def _check_inside(path: Path, root: Path) -> None:
     Raises:
         CheckpointError: it is a link to something else, which nobody may have meant to publish.
     """
+    # It might be a key or another private file that was never meant to be published.
     if not is_inside(path, root):
         got = f"is a link to {path.resolve()}, outside its directory"
         raise CheckpointError(str(path), "", got, "a file", hint="put the file itself there: cp -L")
@@ -240,6 +242,7 @@ def belongs_to_base(name: str) -> bool:
         [True, True, False, False]
     """
     *folders, file = PurePosixPath(name).parts
+    # .git, .cache and the like are of the folder, not of the model.
     if file.startswith(".") or any(_matches(folder, _FOREIGN_DIRECTORIES) for folder in folders):
         return False
     return not _matches(file, _FOREIGN if folders else _FOREIGN + _NOT_KEPT)
@@ -280,6 +283,7 @@ def _walk(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
             folders.remove(folder)
             if not folder.startswith(".") and here == root:
                 notes.append(f"{folder}/ is no part of the checkpoint and was not copied")
+        # An earlier output inside the base's folder is no part of the base.
         for folder in [name for name in folders if _is_output(here / name)]:
             folders.remove(folder)
             notes.append(f"{folder}/ is an output of another merge and was not copied")

@@ -55,6 +55,7 @@ def n_tokens(path: Path) -> int:
     # that it needs.
     command = [sys.executable, "-I", "-S", str(_SCRIPT), str(Path(found.origin).parents[1])]
     try:
+        # Read here, by the watched reader, and sent by a pipe: the process opens no file of a stranger.
         content = read_bytes(path, _MOST_BYTES)
         done = subprocess.run(  # noqa: S603 - our own interpreter and script
             command, env=environ, input=content, capture_output=True, timeout=_SECONDS, check=False
@@ -80,6 +81,7 @@ def _answer(done: subprocess.CompletedProcess[bytes]) -> int:
         MemoryError: this program has less memory than the process may use, and it was not enough.
     """
     errors = done.stderr.decode("utf-8", "backslashreplace").strip()
+    # A fault of the installation, not of the file.
     if done.returncode == NOT_INSTALLED:
         raise ImportError(errors)
     if "memory allocation of" in errors and _has_less():  # what Rust prints before it ends the process

@@ -255,6 +255,7 @@ def unread_files(
             None where only a
         listing is known, and every folder that looks like such a module is taken for one.
     """
+    # Their weights are theirs: checkpoints beside each other, or several adapters in one folder.
     others = {
         name.removesuffix("adapter_config.json") for name in names if name.endswith("/adapter_config.json")
     }
@@ -280,6 +281,8 @@ def file_names(root: Path) -> frozenset[str]:
     found = []
     for directory, folders, names in os.walk(root):
         here = Path(directory)
+        # In place: os.walk enters only what is left. ``global_step`` folders are kept, since shards of states
+        # are in them.
         folders[:] = [
             name for name in folders if not _matches(name, _FOLDERS) or name.startswith("global_step")
         ]
@@ -299,6 +302,7 @@ def chosen(names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
     found: set[str] = set()
     for pattern in (text.rstrip("/") for text in patterns):
         direct = {name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")}
+        # Only where nothing at the top has the name: a plain name means one file where it can.
         found |= direct or {name for name in names if fnmatchcase(name, f"*/{pattern}")}
     return frozenset(found)
 

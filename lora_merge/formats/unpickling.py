@@ -125,6 +125,7 @@ def _layout(storage: object, kind: str, layout: tuple[Any, Any, Any], metadata: 
         ValueError: the sizes are not sizes.
     """
     offset, *sizes = layout
+    # Types are checked before anything is compared or counted: the pickle may put any value here.
     if not isinstance(storage, Storage) or not all(
         isinstance(one, tuple | list) and len(one) <= MAX_DIMENSIONS for one in sizes
     ):
@@ -309,6 +310,7 @@ class Machine:
         return True
 
     def _line(self) -> str:
+        # Names end with a newline. Searching the whole rest for each would take quadratic time.
         end = self._content.find(b"\n", self._at, self._at + _MOST_NAME_BYTES)
         if end < 0:
             raise ValueError(f"a name at byte {self._at} has no end")
@@ -369,6 +371,7 @@ class Machine:
 
     def _since_mark(self) -> list[Any]:
         start = self._marks.pop()
+        # A mark beyond the end gives no items; what is missing is found by whoever takes them.
         items = self._stack[start:]
         del self._stack[start:]
         return items

@@ -107,6 +107,7 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
         f"{match['stem']}-{n:0{len(match['n'])}}-of-{match['of']}{match['suffix']}"
         for n in range(1, n_shards + 1)
     )
+    # All that are missing are named at once.
     missing = [name for name in wanted if not is_file(root / name)]
     if missing:
         raise CheckpointError(
@@ -168,6 +169,7 @@ def read_shards(
     files = tuple(read(place_of(root, weights, name), name) for name in names)
     found = {ref.name: file.name for file in files for ref in file.tensors}
     for name, file in weight_map.items():
+        # Loaders that go by the index would take the tensor from another file, or not find it.
         if found.get(name) != file:
             got = f"is in {found[name]}" if name in found else "is in no file"
             raise CheckpointError(label, name, got, f"it in {file}, as the index says")
@@ -198,6 +200,7 @@ def _file_name(label: str, tensor: str, file: object) -> str:
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
         raise CheckpointError(label, tensor, f"is mapped to {file}", "a file inside the model's directory")
+    # The output has shards of the base's names: ``README.md`` would collide with the card.
     if path.suffix not in _SUFFIXES:
         raise CheckpointError(
             label, tensor, f"is mapped to {file}", f"a name that ends in {' or '.join(_SUFFIXES)}"

@@ -46,6 +46,7 @@ class WeightReader:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
+            # Parts in one file share one open source.
             sources: dict[str, Source] = {}
             for role, ref in self.weight.parts.items():
                 if ref.file not in sources:
@@ -85,6 +86,7 @@ class WeightReader:
         Raises:
             CheckpointError: a file ends too soon, or the disk cannot be read.
         """
+        # When one tile is the whole weight, no part is needed again.
         is_all = tile.end - tile.start == tile.n_rows
         for role, found in ranges.items():
             self._parts[role].read_into(buffers[role], found, is_last=is_all)
@@ -140,6 +142,8 @@ class _PartReader:
                 piece[:] = self._whole
             else:
                 self._ahead.read_into(piece, self._ref.start + first)
+                # Bytes in order go into the digest as they pass. If any came in another order, the part is
+                # read again for it.
                 if first == self._done:
                     self._digest.update(piece)
                     self._done += nbytes
@@ -176,6 +180,7 @@ def weight_norm(weight: Weight, box: Box = ()) -> float:
     """
     import torch
 
+    # A plain tensor's box can be read without the columns beside it.
     if weight.plain is not None:
         return box_norm(weight.plain, box)
     first, *others = box or tuple((0, size) for size in weight.shape) or ((0, 1),)

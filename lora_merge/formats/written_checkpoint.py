@@ -39,6 +39,7 @@ def read_output(root: Path) -> Output:
             return None
 
     config, index = attempt(CONFIG_FILE, read_config), attempt(INDEX_FILE, read_json)
+    # At the top only: weights in folders belong to something else, unless the index names them.
     weights = {name for name in names if name.endswith(_WEIGHTS) and "/" not in name}
     # An index may name files elsewhere, or that are not there: only those that exist are read.
     weights |= {str(file) for file in weight_map(index).values()} & names
@@ -69,6 +70,8 @@ def _names(root: Path) -> tuple[list[str], dict[str, str], dict[str, str]]:
                 broken[relative] = why
                 continue
             names.append(relative)
+            # Weight files may be links to anywhere. Another file behind a link would be missing from a copy
+            # of the directory.
             if path.is_symlink() and not relative.endswith(_WEIGHTS) and not is_inside(path, root):
                 outside[relative] = str(path.resolve())
     return names, broken, outside

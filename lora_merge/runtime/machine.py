@@ -29,6 +29,7 @@ def usable_cores(root: Path = _ROOT) -> int:
         quota, _, period = _text(group / "cpu.max").partition(" ")
         if not period:
             quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+        # ``max`` (version 2) and -1 (version 1) mean no quota.
         if quota.isdecimal() and period.isdecimal() and int(period):
             n_cores = min(n_cores, ceil(int(quota) / int(period)))
     return max(1, n_cores)
@@ -55,6 +56,7 @@ def free_bytes(root: Path = _ROOT) -> int | None:
             limit, usage = _text(group / limit_file), _text(group / usage_file)
             if limit.isdecimal() and usage.isdecimal() and int(limit) < _UNLIMITED:
                 found.append(max(0, int(limit) - int(usage) + _page_cache_bytes(group)))
+    # The tightest limit counts: the machine's, or that of any group above.
     return min(found, default=None)
 
 

@@ -86,6 +86,7 @@ def _is_limited() -> bool:
         import resource
     except ImportError:  # no Unix, or nobody may read the module
         return False
+    # Control groups are not asked: their limit ends the process by a kill, not by an error.
     limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
 

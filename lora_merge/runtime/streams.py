@@ -38,6 +38,7 @@ def guard() -> None:
     What libraries and Python itself print on ``sys.stderr`` becomes notes, a line each (`Foreign`); what is printed
     deliberately goes to `own`.
     """
+    # In order, since `_open_missing` takes the lowest free number.
     for fd in range(_FIRST_OTHER):
         _open_missing(fd)
     warnings.formatwarning = _warning_text
@@ -98,6 +99,7 @@ class _Sink(io.RawIOBase):
         """Write all bytes; after an error they are dropped, and `failure` has the first error."""
         left = memoryview(data).cast("B")
         nbytes = len(left)
+        # After the first error the rest of the process's output is dropped, so later writes cost nothing.
         while len(left) and self.failure is None:
             try:
                 left = left[os.write(self._fd, left) :]

@@ -70,6 +70,7 @@ def whole_copies(plan: MergePlan) -> dict[str, str]:
     sources: dict[str, set[str]] = {file.name: set() for file in plan.files}
     for step in plan.steps:
         for slot in step.slots:
+            # At another offset it could not be one file with the base's.
             is_same = isinstance(step.op, Copy) and step.op.source.start == slot.start
             sources[slot.file].add(_source(step).file if is_same else "")
     return {name: next(iter(found)) for name, found in sources.items() if len(found) == 1 and "" not in found}

@@ -54,6 +54,7 @@ class CopyTarget:
         """
         at, end = self._at, self._at + len(block)
         first, last = (min(max(place, at), end) for place in self._shared)
+        # The bytes of this block before and after the shared range.
         for begin, stop in ((at, first), (last, end)) if first < last else ((at, end),):
             if begin < stop:
                 write_from(self._fd, block[begin - at : stop - at], begin, self._label)
@@ -123,6 +124,7 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
         CheckpointError: the old one cannot be opened, or another has taken its name.
     """
     with open_source(source) as old:
+        # Another storage: EXDEV is what a link across filesystems answers.
         if old.fd is None:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         if how == "hard":
@@ -141,6 +143,7 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
         new = os.open(target, flags, 0o666, dir_fd=dir_fd)
         try:
             fcntl.ioctl(new, _FICLONE, old.fd)
+        # Nothing is left behind: the caller then makes an ordinary file of this name.
         except OSError:
             os.unlink(target, dir_fd=dir_fd)
             raise

@@ -73,6 +73,7 @@ def file_digest(path: Path, most: int | None = None) -> str:
     """
     digest = new_digest()
     with open_source(path) as source:
+        # Before the first byte is read.
         if most is not None and source.nbytes > most:
             raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"{most} at most")
         for block in read_blocks(source, 0, source.nbytes):

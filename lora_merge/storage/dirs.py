@@ -51,7 +51,9 @@ def open_regular(name: str, flags: int, dir_fd: int | None = None) -> int:
     Raises:
         OSError: there is none, or the name is that of something else.
     """
+    # 0o666 less the umask, as any program makes files.
     fd = os.open(name, flags | _FILE, 0o666, dir_fd=dir_fd)
+    # Asked of the descriptor: what has the name may be exchanged after any look at the name.
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
     os.close(fd)
@@ -115,6 +117,7 @@ def clear(fd: int, keep: Collection[str] = (), within: str = "") -> None:
     Raises:
         OSError: something cannot be removed.
     """
+    # The entries are listed first: removing while scanning may skip some.
     for entry in _entries(fd):
         name = within + entry.name
         if entry.is_dir(follow_symlinks=False):
@@ -170,6 +173,7 @@ def sync(fd: int) -> None:
     try:
         os.fsync(fd)
     except OSError as exc:
+        # Anything else means that data may be lost: ENOSPC and EIO above all.
         if exc.errno not in _NO_SYNC:
             raise
 
@@ -209,6 +213,7 @@ def walk(fd: int, within: str = "") -> Iterator[tuple[int, str, list[str]]]:
             continue
         try:
             child = open_directory(entry.name, fd)
+        # Another program's, or gone meanwhile.
         except (FileNotFoundError, PermissionError):
             continue
         try:

@@ -26,6 +26,7 @@ class Flushing:
         self._failure: WriteError | None = None
         self._finished: deque[str] = deque()
         self._resting, self._complete, self._over = (threading.Event() for _ in range(3))
+        # A daemon: after an error nothing waits for the disk, since what is staged will be cleared.
         self._thread = threading.Thread(target=self._flush, name="flush", daemon=True)
 
     def __enter__(self) -> Self:

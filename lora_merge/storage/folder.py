@@ -64,6 +64,7 @@ class Folder:
         try:
             fd = dirs.open_directory(self.path)
         except OSError as exc:
+            # A link or a file has the name now: O_NOFOLLOW and O_DIRECTORY refuse it.
             if exc.errno in {errno.ELOOP, errno.ENOTDIR}:
                 raise self._replaced() from exc
             raise write_error(self.path, exc) from exc
@@ -92,6 +93,7 @@ class Folder:
             try:
                 for step in steps:
                     if make:
+                        # Another worker may be making the same directory.
                         with contextlib.suppress(FileExistsError):
                             os.mkdir(step, 0o777, dir_fd=fd)
                     fd = dirs.open_directory(step, fd)

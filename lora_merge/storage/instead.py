@@ -85,6 +85,7 @@ def instead_of(path: str | Path) -> Instead | None:
     if found_head is None:
         return None
     head, size = found_head
+    # An interrupted download may leave an empty file.
     if size == 0:
         return Instead("is empty (0 bytes)", "download it again, or save it again")
     if not any(head):

@@ -98,6 +98,7 @@ def read(home: Folder, fingerprint: str) -> list[TensorRecord] | None:
     A last line that a killed process did not finish is left out.
     """
     lines = _lines(home)
+    # Another fingerprint: other inputs, options or versions. None of it counts.
     if not lines or lines[0].get("merge") != fingerprint:
         return None
     return [record for record in map(_record, lines[1:]) if record]

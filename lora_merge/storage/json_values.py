@@ -51,6 +51,7 @@ def check_values(text: bytes, value: Any, *, paths: bool = False) -> None:
     # matters.
     if _is_deep(text) and _is_deep(_STRING.sub(b"", text)):
         raise OddValueError("", f"has tables and lists in each other more than {MOST_LEVELS} deep", "fewer")
+    # One search of the bytes settles nearly every file, before any value is looked at.
     if _SUSPECT.search(text) is None:
         return
     half = _HALF_BUT_BYTES if paths else _HALF

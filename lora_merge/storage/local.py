@@ -54,6 +54,7 @@ class LocalSource:
             try:
                 return os.preadv(self.fd, [buffer], offset)
             except OSError as exc:
+                # A real fault of the disk is raised at once.
                 if exc.errno not in UNABLE:
                     raise
             data = os.pread(self.fd, min(len(buffer), _PLAIN_READ_BYTES), offset)

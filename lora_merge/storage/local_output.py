@@ -162,6 +162,7 @@ class LocalDestination:
     def left(self, merge: str) -> Left:
         """Return what the journal of an interrupted run lists, for the merge with this fingerprint."""
         home = self._stage.home
+        # `has_journal` tells a journal of another merge from none: only the first is worth a note.
         return Left(journal.read(home, merge), journal.changed(home), self._stage.journal.exists())
 
     def keep(self, files: Iterable[OutputFile], names: Collection[str]) -> frozenset[str]:
@@ -199,6 +200,7 @@ class LocalDestination:
         """
         linked, refused = [], {}
         for file in files:
+            # A kept file has tensors of the interrupted run in it.
             if file.name in self._kept or file.name not in sources:
                 continue
             with open_source(sources[file.name]) as source:

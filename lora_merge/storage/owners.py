@@ -37,6 +37,7 @@ def take(fd: int, path: Path, parent: int, *, is_new: bool) -> None:
     """
     status = os.fstat(fd)
     mode = stat.S_IMODE(status.st_mode)
+    # A file is made for the comparison only where the owner differs.
     if status.st_uid not in {os.geteuid(), _owner_of_new(parent) if status.st_uid != os.geteuid() else -1}:
         raise WriteError(
             f"{path}: belongs to {_name(status.st_uid)}, and this run is {_name(os.geteuid())}: "

@@ -48,6 +48,7 @@ def look_at(source: Source) -> InputFile:
         return InputFile(identity)
     everything = ((0, identity.size),)
     kind = _filesystem(fd)
+    # All bytes are in doubt, so all are read again at the end.
     if kind in _UNTIMED or _is_young(identity, time.time_ns()):
         return InputFile(identity, everything)
     # A network filesystem, or one that is not known: nothing can be said.
@@ -61,6 +62,7 @@ def _is_young(identity: FileIdentity, now: int) -> bool:
     """Return True when a file changed so recently that another change could get the same time ("racily clean" in
     Git).
     """
+    # A time without a fraction may come from a filesystem that keeps whole seconds.
     tick = _TICK_NS if identity.changed % 1_000_000_000 else _COARSE_NS
     return now - identity.changed < tick
 

@@ -40,6 +40,7 @@ def publish(stage: Stage) -> None:
             come under the output's name. What has the name then is what had it before.
     """
     try:
+        # Before the flush, while the directory is still closed to others.
         if stage.allowed != 0o777:
             stage.folder.narrow(stage.allowed)
         stage.folder.flush()
@@ -85,6 +86,7 @@ def _taken(out: Path) -> WriteError:
 def _replace(stage: Stage, home: int, old: int) -> None:
     """Put the output in the place of the directory that had its name when the run began, and of no other one."""
     name = stage.out.name
+    # The old output may be gone by now: then the name is free.
     current = dirs.inode_of(name, stage.parent)
     if current is None:
         _name(stage, home)
@@ -133,6 +135,7 @@ def _is_old(stage: Stage, name: str, dir_fd: int, old: int) -> bool:
     status = os.fstat(old)
     if dirs.inode_of(name, dir_fd) != (status.st_dev, status.st_ino) or not dirs.has_any(old, stage.marks):
         return False
+    # Inode, size and mtime; ctime moves with every link that others make.
     return all(stage.seen.get(file, ())[:3] == now[:3] for file, now in dirs.listing(old).items())
 
 

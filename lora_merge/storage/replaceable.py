@@ -45,12 +45,14 @@ def check_replaceable(
     """
     for path in inputs:
         _check_apart(out, path, may_hold_it=path == home)
+        # Staging is cleared before a run: an input inside would be removed.
         if _holds(staging_path(out), path):
             sentence = f"{out}: would be built in {staging_path(out)}, which holds the input {path}"
             raise WriteError(sentence, hint="choose another --out, or move the input")
     try:
         if not (out.exists() or out.is_symlink()):
             return
+        # An empty directory may be replaced without --overwrite: nothing is lost.
         if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
             return
         what = _foreign(out, marks)

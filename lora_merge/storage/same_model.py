@@ -122,6 +122,7 @@ def same_model(one: str, other: str) -> bool | None:
         return True
     shorter, longer = sorted((mine, yours), key=len)
     rest = longer[len(shorter) :]
+    # ``mistral-7b`` and ``mistral-7b-v0.1`` may be the same or not.
     if longer[: len(shorter)] == shorter and rest[0] == "v" and all(word.isdecimal() for word in rest[1:]):
         return None  # one of the two leaves the version out
     return False if _tells(one) and _tells(other) else None

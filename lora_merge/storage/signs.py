@@ -37,6 +37,7 @@ def changed_at(path: str | Path) -> int:
     version = _version(path)
     if version.tag:
         return time.time_ns()
+    # A time in the future: a clock was wrong, or a program set it.
     is_to_come = version.modified > time.time_ns()
     return version.changed if is_to_come else max(version.modified, version.changed)
 

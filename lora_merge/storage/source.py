@@ -90,6 +90,7 @@ def parse_source(text: str) -> Source | None:
         return None
     place, at, revision = rest.partition("@")
     parts = place.split("/")
+    # ``hf://gpt2``: only with a scheme may a repo have no owner; a bare name is a path.
     owners = 1 if found and host == "hf" and len(parts) == 1 else 2
     repo, folder = parts[:owners], parts[owners:]
     if len(repo) < owners or (at and not _is_revision(revision)):

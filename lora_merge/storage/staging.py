@@ -170,6 +170,7 @@ def staging(
             raise
         try:
             yield stage
+        # Also interrupts: they keep what is whole.
         except BaseException as exc:
             is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
             # Without a finished tensor there is nothing to resume.
@@ -287,6 +288,7 @@ def _remove(stage: Stage, fd: int) -> None:
     What had the output's name stays, where it could not be put back, or was never meant to be taken away.
     """
     with contextlib.suppress(OSError):
+        # A directory of somebody else under this name is put aside, not removed.
         if dirs.inode_of(OUTPUT, fd) not in {None, *stage.removable()}:
             os.rename(OUTPUT, KEPT, src_dir_fd=fd, dst_dir_fd=fd)
         is_out = dirs.inode_of(REPLACED, fd) is not None and not stage.is_published()

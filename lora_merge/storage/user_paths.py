@@ -49,6 +49,7 @@ def output_path(text: str) -> Path:
         hint = "variables are not filled in here: write the path out"
         raise ResolveError(f"{text}: has a variable of the shell in it, expected a path", hint=hint)
     path = user_path(text)
+    # One path for one place. A link in the place of the output itself is refused later (`replaceable`).
     return real_path(path.parent) / path.name if path.name not in {"", ".."} else real_path(path)
 
 

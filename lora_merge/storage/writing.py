@@ -44,6 +44,7 @@ def _write_all(
     again.
     """
     ways: list[Callable[[int, list[memoryview], int], int]] = [os.pwritev, _pwrite]
+    # Elsewhere the flag has no meaning, or another one.
     if uncached and sys.platform == "linux":
         ways.insert(0, _write_uncached)
     while buffers:
@@ -97,6 +98,7 @@ class Stream:
             WriteError: the disk is full or cannot be written.
         """
         end = self._offset + len(self._held) + len(buffer)
+        # Up to the last page boundary in the file, whatever the start of the range.
         n_whole = end - end % PAGE_BYTES - self._offset - len(self._held)
         if n_whole <= 0:
             self._held += buffer

@@ -37,6 +37,7 @@ def code(output: Output) -> Iterator[Issue]:
     """
     for carrier in _CARRIERS:
         for reference in _references(output, carrier):
+            # ``repo--module.Class`` is code of another repo, which engines would fetch.
             repo, elsewhere, path = reference.rpartition("--")
             name = f"{path.rpartition('.')[0].replace('.', '/')}.py"
             if elsewhere:
@@ -63,6 +64,7 @@ def _references(output: Output, carrier: str) -> list[str]:
 
 def _imports(output: Output, name: str) -> Iterator[Issue]:
     """Yield an issue for each relative import that leads to no file, followed through all modules."""
+    # Imports may be circular.
     seen, waiting = {name}, [name]
     while waiting:
         current = waiting.pop()

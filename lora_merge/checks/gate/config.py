@@ -49,6 +49,7 @@ def config(output: Output) -> Iterator[Issue]:
 def _leftovers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
     """Yield an issue for each setting of a quantisation, where no tensor is quantised any more."""
     names = {name for file in output.files.values() for name in (ref.name for ref in file.tensors)}
+    # Really quantised: the settings are right.
     if any(_QUANTISED.search(name) for name in names):
         return
     hint = "the weights are stored in full precision: remove it"

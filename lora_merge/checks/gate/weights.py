@@ -66,6 +66,7 @@ def _indexed(output: Output) -> Iterator[Issue]:
     files = set(listed.values())
     for name in sorted(files - output.names):
         yield error("missing-file", name, "is named by the index and is not there")
+    # Engines differ in whether they read a file that the index does not name.
     for name in sorted(set(output.files) - files):
         yield _stale(name, "the index does not name it")
     stored: dict[str, str] = {}

@@ -36,6 +36,7 @@ def cached_root(source: Source) -> Path | None:
     for anchor in anchors_of(source):
         found = try_to_load_from_cache(source.repo, anchor, revision=source.revision)
         if isinstance(found, str):
+            # The snapshot's directory, however deep the folder of the source is in it.
             return Path(found).parents[anchor.count("/")]
     return None
 

@@ -34,10 +34,12 @@ def open_hub(source: Source, access: Access, watch: Observer) -> Repo:
     api = huggingface_hub.HfApi(token=access.token, library_name="lora-merge")
     with hub_errors(source, access):
         info = api.model_info(source.repo, revision=source.revision, files_metadata=True)
+    # Everything is fetched at this commit, so a push in between cannot mix two versions.
     commit = str(info.sha)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     fetch = _HubFetch(source, commit, sizes, access, watch)
     anchors = [anchor for anchor in anchors_of(source) if anchor in sizes]
+    # The small config files are fetched by the branch's name; the cache then records which commit it means.
     if anchors:
         fetch.remember(anchors)
     return Repo(Origin(source, commit), sizes, fetch)
@@ -61,6 +63,7 @@ class _HubFetch:
             for name in names
             if not isinstance(try_to_load_from_cache(self.source.repo, name, revision=self.commit), str)
         ]
+        # A phase is shown only when something is downloaded.
         if absent:
             self.watch.phase(f"downloading {self.source}", sum(self.sizes.get(name, 0) for name in absent))
         return self._download(names, self.commit)
@@ -86,6 +89,7 @@ class _HubFetch:
                 snapshot_download(
                     self.source.repo,
                     revision=revision,
+                    # The parameter takes patterns, and names may hold brackets.
                     allow_patterns=[glob.escape(name) for name in names],
                     token=self.access.token,
                     library_name="lora-merge",
@@ -111,6 +115,7 @@ def _bar(watch: Observer, stop: threading.Event) -> type[Any]:
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
+            # The package calls this after every block: an exception here ends the download.
             if stop.is_set():
                 raise StoppedError
             if self._counts_bytes and n:

@@ -51,6 +51,7 @@ def open_modelscope(source: Source, access: Access, watch: Observer) -> Repo:
 
         def work() -> str:
             patterns = [glob.escape(name) for name in names]
+            # As a class: ModelScope makes an object for each file.
             progress = [_progress(watch, stop)]
             return str(
                 snapshot_download(

@@ -65,6 +65,7 @@ class Repo:
         folder = self.origin.source.folder
         wanted = sorted(normpath(f"{folder}/{name}") if folder else name for name in names)
         root = self.get(wanted)
+        # An offline cache returns its directory without saying what it lacks.
         missing = [name for name in wanted if not (root / name).is_file()]
         if missing:
             raise ResolveError(
