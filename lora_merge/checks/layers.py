@@ -55,8 +55,8 @@ class _Module:
 def layers(evidence: Evidence) -> Iterator[Issue]:
     """Yield an issue for each module whose merged output differs from that of base and adapter.
 
-    Every output of every module is compared: each depends on a row of its own. Weights that other adapters changed too are
-    not asked: what the one made of them is not the truth about them.
+    Every output of every module is compared: each depends on one row of the weight. Weights that other adapters
+    changed too are left out, since PEFT's unmerged layer has one adapter only.
     """
     injections: dict[object, Injection] = {}
     found, crowded = _modules(evidence)

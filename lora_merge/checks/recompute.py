@@ -1,6 +1,6 @@
 """Are the merged values right? They are recomputed in float64 by simple code that shares nothing with the merge.
 
-Files are parsed anew, rows are whole, and the formula is written out.
+Files are parsed again, rows are whole, and the formula is written out.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
 def _compare(reader: Reader, evidence: Evidence, step: Step, rows: list[int]) -> Issue | None:
     """Return an issue when some rows are further from the formula than rounding explains.
 
-    What float32 computes for an exact x lies between x - e and x + e, and rounding keeps an order. So what is stored lies
-    between those two as the stored dtype holds them; what a codec stores is off by half a gap of its own besides.
+    What float32 computes for an exact x is between x - e and x + e, and rounding is monotonic. So the stored value is
+    between those two bounds as the stored dtype rounds them. A codec adds half a gap of its grid.
     """
     import torch
 

@@ -24,9 +24,9 @@ WHOLE_BYTES = 256 << 20
 def untouched(evidence: Evidence) -> Iterator[Issue]:
     """Yield an issue for each tensor or file whose bytes on the disk are not those that were recorded.
 
-    A copy's record is the digest of its *source*, so equality means byte-identical to the base. Merged tensors are read
-    back too: all of them at level ``full`` or where they are small together, else some blocks of each. Files around the
-    weights are held to what was meant to be in them.
+    A copy's record is the digest of its *source*, so equality means byte-identical to the base. Merged tensors are
+    read back too: all of them at level ``full`` or where they are small together, else some blocks of each. Files
+    around the weights are compared with what was meant to be written.
     """
     recorded = {record.name: record for record in evidence.records}
     merged_bytes = sum(step.nbytes for step in evidence.plan.steps if not isinstance(step.op, Copy))

@@ -281,9 +281,9 @@ def run_processes(
 ) -> Generator[work.Result, None, None]:
     """Yield the result of each piece, in the order in which they finish; each worker is a process.
 
-    Each process imports what its worker needs, torch above all, which takes seconds and some hundred MB: this pays where
-    threads stand in each other's way, and proves that work travels. A program that calls this needs the usual
-    ``if __name__ == "__main__":``, since each process imports its main module.
+    Each process imports what its worker needs, torch above all, which takes seconds and some hundred MB. It pays
+    where threads hinder each other, and it shows that work can be sent elsewhere. A program that calls this needs the
+    usual ``if __name__ == "__main__":``, since each process imports its main module.
 
     On an error, or when the caller stops listening, pieces that are under way are waited for, as with threads.
 
@@ -347,7 +347,7 @@ class _Raised:
 
 
 def _result(found: Result | _Raised | Broken) -> Result:
-    """Return the result of a piece, or raise what it stands for.
+    """Return the result of a piece, or raise the error that came instead.
 
     Raises:
         LoraMergeError: the worker raised it, or the process ended before its time.

@@ -19,7 +19,7 @@ def run_threads(
 ) -> Generator[Result, None, None]:
     """Yield the result of each piece, in the order in which they finish.
 
-    On an error, or when the caller stops listening, work that has not begun never does.
+    On an error, or when the caller stops listening, pieces that have not begun are dropped.
 
     Args:
         begin: called once in every thread, before its first piece.

@@ -100,7 +100,7 @@ def parse_manifest(table: Mapping[str, Any]) -> Manifest:
     """Return the manifest of a parsed ``merge_manifest.json``, with its types checked.
 
     Raises:
-        ValueError: it is none, or of another version; the message is the end of a sentence.
+        ValueError: it is not a manifest, or of another version; the message is the end of a sentence.
     """
     from pydantic import ValidationError
 

@@ -89,8 +89,9 @@ def read_pickle(path: str | Path, name: str | None = None) -> WeightFile:
         name: what to call it in the result; default: its path.
 
     Raises:
-        CheckpointError: it is no such file, holds anything but plain tensors by their names, or a tensor lies
-            outside it or not in one piece.
+        CheckpointError: it is not such a file, holds anything but a table of plain tensors, or a tensor is outside
+            the file or not
+          contiguous.
     """
     label = str(path)
     with open_source(path) as source:
@@ -131,7 +132,7 @@ class _Archive:
     """The records of a torch zip file, by their names inside its one folder.
 
     Raises:
-        CheckpointError: it is no zip file, or none of ``torch.save``.
+        CheckpointError: it is not a zip file, or not from ``torch.save``.
     """
 
     def __init__(self, source: Source) -> None:
@@ -188,7 +189,7 @@ class _Archive:
         """Return where a record's bytes begin in the file, and how many they are.
 
         Raises:
-            CheckpointError: there is no such record, it is compressed, or lies outside the file.
+            CheckpointError: there is no such record, it is compressed, or is outside the file.
         """
         subject = subject or name
         entry = self._records.get(name)
@@ -231,7 +232,8 @@ def _is_pickle(name: str) -> bool:
 
 
 def _load(content: bytes, label: str) -> tuple[dict[str, object], list[str]]:
-    """Return the table of a pickle, made of stand-ins, and the paths of calls in it that make no plain tensor.
+    """Return the table of a pickle, made of stand-ins, and the dotted paths of calls in it that do not make plain
+    tensors.
 
     Raises:
         CheckpointError: it names something without a stand-in, is malformed, or does not hold a table.

@@ -51,7 +51,7 @@ def read_header(path: str | Path, name: str | None = None) -> WeightFile:
         name: what to call it in the result; default: its path.
 
     Raises:
-        CheckpointError: it is no safetensors file, or tensors overlap, leave holes or lie outside it.
+        CheckpointError: it is not a safetensors file, or tensors overlap, leave holes or are outside it.
     """
     label = str(path)
     with open_source(path) as source:

@@ -216,7 +216,7 @@ def _check_inside(path: Path, root: Path) -> None:
     Weights may be links to anywhere: they are read as weights or not at all.
 
     Raises:
-        CheckpointError: it is a link to something else, which nobody may have meant to publish.
+        CheckpointError: it is a link to something else.
     """
     # It might be a key or another private file that was never meant to be published.
     if not is_inside(path, root):
@@ -235,7 +235,7 @@ def is_inside(path: Path, root: Path) -> bool:
 def belongs_to_base(name: str) -> bool:
     """Return True for a name in a repo's listing that `base_side_files` would keep in a local copy.
 
-    The weights of other frameworks are not worth a download, wherever they lie.
+    The weights of other frameworks are not worth a download, wherever they are.
 
     Example:
         >>> [belongs_to_base(name) for name in ("tokenizer.json", "code/model.py", "onnx/model.json", "a.gguf")]

@@ -44,7 +44,7 @@ def n_tokens(path: Path) -> int:
     Raises:
         TokenizerError: the library does not load it.
         ImportError: the library itself cannot be loaded.
-        MemoryError: there is no memory for it.
+        MemoryError: memory ran out.
         OSError: no process can be started for it.
     """
     environ = os.environ | {"RUST_BACKTRACE": "0"}

@@ -252,7 +252,7 @@ class Machine:
             ValueError: it is malformed, has an opcode that torch's reader refuses too, or more of them than are meant.
             IndexError: it takes what is not there.
             UntrustedError: it names what plain tensors do not need.
-            OddKeyError: a table in it has a key that is no text.
+            OddKeyError: a table in it has a key that is not text.
         """
         while (opcode := self._bytes(1)) != pickle.STOP:
             self._spend(1)

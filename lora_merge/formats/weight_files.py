@@ -147,7 +147,7 @@ def read_shards(
         weights: as for `place_of`.
 
     Raises:
-        CheckpointError: a shard is missing, lies outside the directory, or disagrees with the index.
+        CheckpointError: a shard is missing, is outside the directory, or disagrees with the index.
     """
     label = str(root / entry)
     weight_map = index.get("weight_map")

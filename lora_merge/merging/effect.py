@@ -25,7 +25,7 @@ def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival])
 
     Args:
         planned: the merge.
-        root: where the output lies.
+        root: the directory of the output.
         survival: what became of each delta, where that was looked at.
 
     Raises:

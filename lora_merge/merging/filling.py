@@ -96,9 +96,7 @@ class Unfinished:
         self.full += tuple(self.without(records))
 
     def without(self, records: Iterable[TensorRecord]) -> list[str]:
-        """Count tensors as written, each of which may come once; return the names of the files that became full by
-        it.
-        """
+        """Count tensors as written, once each; return the names of the files that became full."""
         full = []
         for record in records:
             self._left[record.file] -= 1

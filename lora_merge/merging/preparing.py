@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lora_merge.requests.request import Request
 
 MARKS = (CONFIG_FILE, MANIFEST_FILE)
-"""Files of which one shows that a directory is a model checkpoint. The manifest shows it also where the config was
+"""File names; a directory with one of them is a model checkpoint. The manifest shows it also where the config was
 lost.
 """
 

@@ -115,7 +115,7 @@ class Staged:
         return self.prepared.planned.plan
 
     def left(self) -> list[Step]:
-        """Return the steps of which a tensor is not written yet, in the order of the plan."""
+        """Return the steps with a tensor that is not written yet, in the order of the plan."""
         done = {record.name for record in self._records}
         return [step for step in self.plan.steps if not done.issuperset(slot.name for slot in step.slots)]
 

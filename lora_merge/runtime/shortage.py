@@ -112,7 +112,7 @@ class _Room:
         """Leave the module to the other finders.
 
         Raises:
-            MemoryError: there is no room for it.
+            MemoryError: there is not enough memory for it.
         """
         del path, target
         if name in _ROOM_BYTES and name not in sys.modules:

@@ -31,12 +31,12 @@ _LONGEST_LINE = 4096
 
 
 def guard() -> None:
-    """Make the standard streams of this process safe; to be called before any other file is opened.
+    """Make the standard streams of this process safe. Call it before any other file is opened.
 
-    A closed one is opened on the null device, so that no file of an output gets its number, and its log lines with it.
-    ``sys.stdout`` and ``sys.stderr`` never raise again: what cannot be written is dropped, and `failure_of` says why.
-    What libraries and Python itself print on ``sys.stderr`` becomes notes, a line each (`Foreign`); what is printed
-    deliberately goes to `own`.
+    A closed stream is opened on the null device: otherwise a file of the output would get its number, and log lines
+    with it. ``sys.stdout`` and ``sys.stderr`` never raise again: what cannot be written is dropped, and `failure_of`
+    says why. What libraries and Python itself print on ``sys.stderr`` becomes notes, one line each (`Foreign`); what
+    is printed on purpose goes to `own`.
     """
     # In order, since `_open_missing` takes the lowest free number.
     for fd in range(_FIRST_OTHER):
@@ -77,7 +77,7 @@ class _Sink(io.RawIOBase):
     """A standard descriptor that takes bytes as long as anybody reads them.
 
     A pipe whose reader has gone, a full disk and a terminal that hung up end the writing, not the work. It holds a
-    descriptor of its own, so that number 2 may lead elsewhere for a while.
+    duplicate of the descriptor, so that number 2 may lead elsewhere for a while.
     """
 
     def __init__(self, fd: int) -> None:

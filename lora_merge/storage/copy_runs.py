@@ -64,8 +64,7 @@ def whole_copies(plan: MergePlan) -> dict[str, str]:
     """Return output file → base file, for output files whose tensors are all copies from that one file, at the same
     offsets.
 
-    Such a file may be a link of the base's. Whether the two headers are equal is not asked here: whoever opens the
-    files compares them.
+    Such a file may be a link of the base's. The two headers are compared later, when the files are opened.
     """
     sources: dict[str, set[str]] = {file.name: set() for file in plan.files}
     for step in plan.steps:

@@ -120,7 +120,7 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
         dir_fd: of the directory that the new one is in.
 
     Raises:
-        OSError: the filesystem, or the pair of them, cannot; there is no target then.
+        OSError: the filesystem, or the pair of them, cannot; the target does not exist then.
         CheckpointError: the old one cannot be opened, or another has taken its name.
     """
     with open_source(source) as old:
@@ -138,7 +138,7 @@ def link(source: Path, target: str, how: Literal["reflink", "hard"], *, dir_fd: 
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         import fcntl
 
-        # O_EXCL and O_NOFOLLOW: never through a link that somebody has put there.
+        # O_EXCL and O_NOFOLLOW: never through a link that another user has put there.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | CLOEXEC
         new = os.open(target, flags, 0o666, dir_fd=dir_fd)
         try:

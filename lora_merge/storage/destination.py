@@ -75,9 +75,9 @@ class Sink(Protocol):
 class Destination(Protocol):
     """The place of one output. The driver of a run has it for itself from the beginning to the end.
 
-    The order is: perhaps `left` and `keep`, perhaps `link`, then `begin`. Workers fill files through `sink`; the driver calls
-    `note` for their tensors, and `finish_file` for each file that is full. Then come `write_text` and `copy_in` for what
-    lies around the weights, `flush` and `commit`. `abort` ends it at any moment.
+    The order of calls is: perhaps `left` and `keep`, perhaps `link`, then `begin`. Workers fill files through `sink`;
+    the driver calls `note` for their tensors, and `finish_file` for each file that is full. Then come `write_text`
+    and `copy_in` for the files around the weights, `flush` and `commit`. `abort` may come at any moment.
     """
 
     @property
@@ -113,12 +113,12 @@ class Destination(Protocol):
 
         Args:
             files: of this run.
-            sources: the name of a file → the file of the base that has all of its tensors, at the same places.
-            how: ``reflink``, where the filesystem can share blocks until one of the two files changes; ``hard``,
-                a second name of the same file.
+            sources: output file → the base's file that has all of its tensors, at the same places.
+            how: ``reflink``: blocks are shared until one of the two files changes; ``hard``: a second name of the
+                same file.
 
         Returns:
-            The files of which there can be no such link, each with the reason; they are filled as others are.
+            The files that cannot be linked, each with the reason. They are filled as others are.
 
         Raises:
             CheckpointError: a file of the base cannot be read.

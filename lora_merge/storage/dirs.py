@@ -39,7 +39,7 @@ def open_directory(name: str | Path, dir_fd: int | None = None) -> int:
         dir_fd: of the directory that a relative path begins in.
 
     Raises:
-        OSError: there is none, or the name is that of something else.
+        OSError: it does not exist, or is something else.
     """
     return os.open(name, _DIRECTORY, dir_fd=dir_fd)
 
@@ -49,7 +49,7 @@ def open_regular(name: str, flags: int, dir_fd: int | None = None) -> int:
     refused.
 
     Raises:
-        OSError: there is none, or the name is that of something else.
+        OSError: it does not exist, or is something else.
     """
     # 0o666 less the umask, as any program makes files.
     fd = os.open(name, flags | _FILE, 0o666, dir_fd=dir_fd)
@@ -106,8 +106,8 @@ def is_empty(fd: int) -> bool:
 def clear(fd: int, keep: Collection[str] = (), within: str = "") -> None:
     """Remove everything in a directory, except some files and the directories that they are in.
 
-    A directory that is to go is closed to others first, so that nobody puts a link into it meanwhile; one that its owner
-    made read-only is emptied too.
+    A directory that will be removed is closed to others first, so that no link can be put into it meanwhile. One that
+    its owner made read-only is emptied too.
 
     Args:
         fd: of the directory.
@@ -140,7 +140,7 @@ def _clear_directory(name: str, dir_fd: int, keep: Collection[str], within: str)
     fd = _open_to_clear(name, dir_fd)
     try:
         with contextlib.suppress(OSError):  # it is another's, or the filesystem keeps no modes
-            # Closed to others first, so that nobody puts a link into it between listing and removal.
+            # Closed to others first, so that no link is put into it between listing and removal.
             if not keep:
                 os.fchmod(fd, stat.S_IRWXU)
         clear(fd, keep, f"{within}/")

@@ -1,4 +1,4 @@
-"""Sends staged files to the disk in a thread, while the work goes on."""
+"""Sends staged files to the disk in a thread, beside the work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAUSE_SECONDS = 0.1
 class Flushing:
     """Flushes staged files in the background, again and again, and makes them durable at the end.
 
-    A context: after an error in its block nobody waits for the disk, since what is staged will be cleared.
+    A context. After an error in its block the disk is not waited for, since what is staged will be cleared.
     """
 
     def __init__(self, staged: Folder) -> None:

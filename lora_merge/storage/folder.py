@@ -1,7 +1,7 @@
 """A directory that a run writes to, known by its inode: nothing is written, removed or flushed anywhere else.
 
-A name may lead elsewhere a moment later, where others may write. So each use of a `Folder` opens it by its name, looks
-whether it is the same directory, and goes on from the descriptor.
+Where others may write, a name may lead elsewhere a moment later. So each use of a `Folder` opens it by its name,
+checks that it is the same directory, and works from the descriptor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Folder:
     """One directory, identified by device and inode. Every method opens it by its path and checks that it is still
     the same.
 
-    Its inode is its own as long as somebody holds it open: a run holds those that it writes to until its end.
+    No other directory gets its inode while a descriptor of it is open: a run keeps those that it writes to open until
+    its end.
     """
 
     path: Path
@@ -42,7 +43,7 @@ class Folder:
         """Return the directory that a path leads to now, or that a descriptor is open on.
 
         Raises:
-            WriteError: there is none.
+            WriteError: it does not exist.
         """
         try:
             status = path.lstat() if fd is None else os.fstat(fd)
@@ -157,7 +158,7 @@ class Folder:
         """Make a new file with an old file's bytes, without copying them (`lora_merge.storage.copying.link`).
 
         Raises:
-            OSError: the filesystem, or the pair of them, cannot; there is no target then.
+            OSError: the filesystem, or the pair of them, cannot; the target does not exist then.
             WriteError: a directory cannot be made.
         """
         with self._parent(name, make=True) as (parent, leaf):

@@ -139,7 +139,7 @@ def _lines(home: Folder) -> list[Any]:
 
 
 def _record(row: Any) -> TensorRecord | None:
-    # Anything may be in the file: a row of another form is no record.
+    # Anything may be in the file: a row of another form is not a record.
     match row:
         case [
             str(name),

@@ -44,8 +44,9 @@ def check_values(text: bytes, value: Any, *, paths: bool = False) -> None:
         paths: whether a text may be the name of a file that is not UTF-8.
 
     Raises:
-        OddValueError: a text or a key holds half a character (a lone surrogate, which no UTF-8 can hold), a number
-            is larger than any float, or tables lie too deep in each other.
+        OddValueError: a text or a key holds half of a character (a lone surrogate, which UTF-8 cannot hold), a number
+            is larger than
+          any float, or tables and lists are nested too deeply.
     """
     # Brackets within strings count for nothing, but taking the strings out is slow: done only where it
     # matters.

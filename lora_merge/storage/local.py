@@ -98,7 +98,7 @@ class Local:
         """Return the identity of the file that has a name now, links followed.
 
         Raises:
-            OSError: none has it, or nobody may look.
+            OSError: it does not exist, or cannot be looked at.
         """
         return _identity(os.stat(text))  # noqa: PTH116 - of a text, thousands of times
 

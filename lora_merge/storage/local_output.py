@@ -114,7 +114,7 @@ class LocalDestination:
         """Return the absolute path of an output.
 
         Raises:
-            ResolveError: it is no path, or has a variable in it that no shell filled in.
+            ResolveError: it cannot be a path, or holds a shell variable that was not filled in.
         """
         return output_path(text)
 
@@ -192,7 +192,7 @@ class LocalDestination:
         """Make files that are copies throughout as links of the base's, where the two headers are the same bytes.
 
         Returns:
-            The files of which the disk makes no such link, each with the reason.
+            The files that the filesystem cannot link, each with the reason.
 
         Raises:
             CheckpointError: a file of the base cannot be read.

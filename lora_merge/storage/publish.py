@@ -32,12 +32,13 @@ _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
 def publish(stage: Stage) -> None:
     """Flush what is left to flush, and give the staged directory the output's name.
 
-    Where the kernel can exchange two names, there is no moment without an output. Others get no permission that they
-    do not have for the inputs.
+    Where the kernel can exchange two names, the output's name is never free in between. Others get no permission that
+    they do not have for the inputs.
 
     Raises:
-        WriteError: a flush or the rename failed; the staged directory is not the one that was written; or something has
-            come under the output's name. What has the name then is what had it before.
+        WriteError: a flush or the rename failed; the staged directory was replaced; or something took the output's
+            name. The name
+          then has what it had before.
     """
     try:
         # Before the flush, while the directory is still closed to others.
@@ -149,8 +150,8 @@ def recover(home: int, parent: int, out: Path, root: Path) -> None:
         root: the staging directory.
 
     Raises:
-        OSError: it cannot be put right.
-        WriteError: nobody can tell what is to be done.
+        OSError: it cannot be repaired.
+        WriteError: it is not clear which directory should have the name.
     """
     if dirs.inode_of(REPLACED, home) is None:
         return

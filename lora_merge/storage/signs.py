@@ -32,7 +32,7 @@ def changed_at(path: str | Path) -> int:
     now.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: the file does not exist.
     """
     version = _version(path)
     if version.tag:
@@ -46,7 +46,7 @@ def modified_at(path: str | Path) -> int:
     """Return the mtime of a file in nanoseconds, which programs may set; now for a storage without times.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: the file does not exist.
     """
     version = _version(path)
     return time.time_ns() if version.tag else version.modified
@@ -56,7 +56,7 @@ def _version(path: str | Path) -> FileIdentity:
     """Return the version of a file.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: the file does not exist.
     """
     try:
         return version_at(str(path))
@@ -80,7 +80,7 @@ def has_hole(path: Path) -> bool:
 
 
 def sampled(refs: Sequence[TensorRef]) -> list[TensorRef]:
-    """Return the tensors of which pages are read: all, or every second or third of very many, and the last one of
+    """Return the tensors whose pages are read: all, or every second or third of very many, and the last one of
     each file.
     """
     step = -(-2 * len(refs) // _MOST_PAGES) or 1

@@ -34,7 +34,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """Return the bytes of a small file, and report them to `input_files`.
 
     Raises:
-        CheckpointError: it cannot be read, is no regular file, or is longer than `most` bytes.
+        CheckpointError: it cannot be read, is not a regular file, or is longer than `most` bytes.
     """
     with open_source(path) as source, borrowed_block() as block:
         if source.nbytes > most:
@@ -97,8 +97,9 @@ def parse_json(text: bytes, *, paths: bool = False) -> Any:
         paths: whether names of files that are not UTF-8 may be in it, as `write_text` writes them.
 
     Raises:
-        ValueError: it is no JSON or no UTF-8, has too many values to be meant, a table names a key twice, or a value is one
-            that no field can hold (`OddValueError`).
+        ValueError: it is not JSON or not UTF-8, has too many values, a table has a key twice, or a value is one that
+            no field can
+          hold (`OddValueError`).
         RecursionError: it is nested too deeply.
     """
     # Counted before parsing: a small text can become gigabytes of Python objects.

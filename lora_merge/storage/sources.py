@@ -56,14 +56,14 @@ class Scheme(Protocol):
         """Open a file for the length of a block.
 
         Raises:
-            CheckpointError: it is missing, cannot be opened, or is no regular file.
+            CheckpointError: it is missing, cannot be opened, or is not a regular file.
         """
 
     def version_at(self, text: str) -> FileIdentity:
         """Return which version has a name now.
 
         Raises:
-            OSError: none has it, or nobody can tell.
+            OSError: it does not exist, or cannot be looked at.
         """
 
 
@@ -98,7 +98,7 @@ def open_source(text: str | Path) -> Iterator[Source]:
     """Open a file for reading. Every file of a stranger is opened here.
 
     Raises:
-        CheckpointError: the file is missing, cannot be opened, or is no regular file.
+        CheckpointError: the file is missing, cannot be opened, or is not a regular file.
         ChangedError: the run has read another file of this name (`input_files.watching`).
     """
     with open_unwatched(text) as source:
@@ -110,7 +110,7 @@ def open_unwatched(text: str | Path) -> AbstractContextManager[Source]:
     """Open a file that is only looked at, to say what it is.
 
     Raises:
-        CheckpointError: the file is missing, cannot be opened, or is no regular file.
+        CheckpointError: the file is missing, cannot be opened, or is not a regular file.
     """
     name = str(text)
     return scheme_of(name).open(name)
@@ -120,7 +120,7 @@ def version_at(text: str) -> FileIdentity:
     """Return which version of a file has a name now.
 
     Raises:
-        OSError: none has it, or nobody can tell.
+        OSError: it does not exist, or cannot be looked at.
     """
     return scheme_of(text).version_at(text)
 

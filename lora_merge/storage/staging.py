@@ -1,8 +1,7 @@
 """Staging: an output is built beside its name, checked, flushed, then renamed in one step.
 
-Whatever happens before the rename, nothing stands under the output's name but what stood there before. What an
-interrupted run has written stays, with the journal that says how far it came, until a run goes on from there or
-begins anew.
+Until the rename, what had the output's name before is untouched. What an interrupted run has written stays, with a
+journal that says how far it came, until another run resumes it or starts over.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ def staging(
         out: the output's path.
         resume: keep what an interrupted run left.
         overwrite: what has the output's name now may be replaced, and nothing that comes there later.
-        marks: files of which one shows that a directory is an output of this kind.
+        marks: file names; a directory with one of them is an output of this kind.
         inputs: directories and files that are read: who may not read one of them may not read the output.
 
     Raises:
@@ -189,12 +188,13 @@ def staging(
 def clear_spent(out: Path, marks: tuple[str, ...], *, resumes: bool) -> None:
     """Remove what a killed run left in staging beside its finished output, as far as possible.
 
-    That is nothing, or what had the output's name before. What is begun and not sealed stays: a run may go on from there.
+    That is nothing, or what had the output's name before. What was begun and not sealed stays, since a run may resume
+    it.
 
     Args:
         out: the output, which is whole.
-        marks: files of which one shows that a directory is an output of this kind.
-        resumes: runs of this kind go on from what is staged.
+        marks: file names; a directory with one of them is an output of this kind.
+        resumes: runs of this kind resume what is staged.
     """
     root = staging_path(out)
     try:
@@ -234,7 +234,7 @@ def _opened_old(
     It is open until the end, so that nothing else gets its inode.
 
     Raises:
-        OSError: nobody may look.
+        OSError: it cannot be looked at.
         WriteError: it may not be replaced.
     """
     check_replaceable(out, overwrite=overwrite, inputs=(), marks=marks)
@@ -259,7 +259,7 @@ def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -
     with os.scandir(fd) as entries:
         names = sorted(entry.name for entry in entries)
     others = [name for name in names if name not in _OWN and not name.startswith(_HIDDEN)]
-    # Staging is cleared with all that is in it, so somebody's own files in there stop the run.
+    # Staging is cleared with all that is in it, so a user's own files in there stop the run.
     if others:
         raise WriteError(
             f"{path}: holds {listing(others)}, which no run puts there; it would be cleared for this output",
@@ -288,7 +288,7 @@ def _remove(stage: Stage, fd: int) -> None:
     What had the output's name stays, where it could not be put back, or was never meant to be taken away.
     """
     with contextlib.suppress(OSError):
-        # A directory of somebody else under this name is put aside, not removed.
+        # Another user's directory under this name is put aside, not removed.
         if dirs.inode_of(OUTPUT, fd) not in {None, *stage.removable()}:
             os.rename(OUTPUT, KEPT, src_dir_fd=fd, dst_dir_fd=fd)
         is_out = dirs.inode_of(REPLACED, fd) is not None and not stage.is_published()

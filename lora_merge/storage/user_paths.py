@@ -18,7 +18,8 @@ def user_path(text: str) -> Path:
     """Return the path of a text; ``~`` and ``~name`` are home directories.
 
     Raises:
-        ResolveError: nobody has that name, or it holds what no path has: a NUL character, or half of one.
+        ResolveError: there is no such user, or the text holds what no path can: a NUL character, or half of a
+            character.
     """
     from pathlib import Path
 

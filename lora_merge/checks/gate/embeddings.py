@@ -48,7 +48,7 @@ def _sizes(config: Mapping[str, object], refs: list[TensorRef]) -> Iterator[Issu
 def _ties(config: Mapping[str, object], inputs: list[TensorRef], heads: list[TensorRef]) -> Iterator[Issue]:
     """Yield an issue where the configuration states a tie, and both ends are stored with different values.
 
-    LMDeploy goes by the flag and leaves the head out, as vLLM did for long; transformers looks at the tensors.
+    LMDeploy follows the flag and leaves the head out, as vLLM did for long; transformers looks at the tensors.
     """
     levels = [level for _, level in config_levels(config)]
     if len(inputs) != 1 or len(heads) != 1 or not any(level.get("tie_word_embeddings") for level in levels):

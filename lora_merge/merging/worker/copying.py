@@ -74,7 +74,7 @@ def copy(wanted: Sequence[tuple[CopySink, Stretch]], watch: Stopwatch) -> list[l
 
 
 class _Digests:
-    """Digests of tensors that lie one after the other, taken while their bytes pass in blocks of any size."""
+    """Digests of adjacent tensors, taken while their bytes pass in blocks of any size."""
 
     def __init__(self, refs: Sequence[TensorRef]) -> None:
         self._sizes = [ref.nbytes for ref in refs]

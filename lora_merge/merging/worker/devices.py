@@ -28,13 +28,14 @@ class NoDeviceError(Exception):
 
 
 def pick_device(wanted: str) -> tuple[str, str]:
-    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and why it is not the one asked for.
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; and a reason where it is not the device
+    asked for.
 
     ``auto`` is the CPU: a merge is bound by reading and writing, and the CPU's bits are PEFT's. Where torch sees no
     CUDA device at all, a merge for one is done on the CPU, with the same values up to rounding.
 
     Raises:
-        NoDeviceError: there are CUDA devices, and this is not one of them.
+        NoDeviceError: there are CUDA devices, but not this one.
     """
     if wanted in {"auto", "cpu"}:
         return "cpu", ""
@@ -122,11 +123,11 @@ def _in_new_thread(call: Callable[[], Result]) -> Result:
 
 
 class TorchLoading:
-    """Imports torch in the background (a second or more), while copying goes on without it.
+    """Imports torch in the background (a second or more), while copying runs without it.
 
-    After an error nobody waits for it: an interrupt may have struck inside another import, and left a lock
-    held that this one needs. What copying imports is imported before, because Python swallows an interrupt that
-    strikes while it tidies up after an import, and keeps the lock.
+    After an error the import is not waited for: an interrupt may have hit another import and left a lock held that
+    this one needs. The modules that copying imports are imported first. Python swallows an interrupt that arrives
+    while it cleans up after an import, and keeps the lock.
     """
 
     def __init__(self) -> None:

@@ -106,7 +106,7 @@ class Merger:
         Raises:
             CheckpointError: a source cannot be read.
             WriteError: the disk is full or cannot be written.
-            OutOfMemoryError: there is no memory left for it.
+            OutOfMemoryError: memory ran out.
         """
         match step.op:
             case Copy():
@@ -128,7 +128,7 @@ class Merger:
         Raises:
             CheckpointError: a source cannot be read.
             WriteError: the disk is full or cannot be written.
-            OutOfMemoryError: there is no memory left for it.
+            OutOfMemoryError: memory ran out.
         """
         with memory_for(f"merging {orders[0].step.name}"):
             return self._merge(orders)
@@ -231,7 +231,7 @@ class Merger:
         """Yield some rows of the stored weight in panels of whole columns: left, right, values. The rows are read
         once for each panel.
 
-        It has a workbench of its own: tiles may be under way on the other.
+        A workbench is made for this, since tiles may be under way on the other one.
         """
         import torch
 

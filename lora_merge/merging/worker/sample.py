@@ -22,8 +22,8 @@ SAMPLE_ELEMENTS = 1 << 14
 class Sample:
     """The first rows of the middle tile of a tensor, kept as they were before the merge.
 
-    Nothing waits for the device until `survival` is asked for. Of a tensor in which rows are trained one by one there
-    is none: it would miss them.
+    Nothing waits for the device until `survival` is called. A tensor whose rows are trained one by one has no sample,
+    which would miss those rows.
 
     Args:
         op: what is done to the tensor.

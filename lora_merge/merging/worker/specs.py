@@ -115,7 +115,7 @@ class MergeWorker:
         Raises:
             CheckpointError: a source cannot be read, or has changed.
             WriteError: the disk is full or cannot be written.
-            OutOfMemoryError: there is no memory left for it.
+            OutOfMemoryError: memory ran out.
         """
         orders = [Order(step, self._sinks[number]) for number, (step,) in piece.wanted]
         with told(self._watch):

@@ -56,7 +56,7 @@ def _cached_listing(source: Source, commit: str) -> frozenset[str]:
 
 
 def anchors_of(source: Source) -> tuple[str, ...]:
-    """Return the files of which a source must have one: a model's config, or an adapter's."""
+    """Return file names; a source must have one of them: a model's config, or an adapter's."""
     return tuple(
         f"{source.folder}/{name}" if source.folder else name for name in (CONFIG_FILE, ADAPTER_CONFIG)
     )

@@ -73,7 +73,7 @@ class _HubFetch:
         later.
 
         Raises:
-            ResolveError: it stands for another commit by now.
+            ResolveError: the name means another commit by now.
         """
         if self._download(names, self.source.revision).name != self.commit:
             raise ResolveError(f"{self.source}: changed while it was being read", hint="run again")
