@@ -68,7 +68,7 @@ class Dense:
         """Widen stored values to float32, which is exact."""
         del tile
         stored = parts[WEIGHT]
-        # Float32 is computed in the buffer that it was read into (`worker.workbench.Frame`).
+        # Float32 is computed in the buffer that it was read into.
         if stored is not out:
             out.copy_(stored)
 
@@ -96,6 +96,7 @@ class Dense:
         del tile
         dtype = TORCH_CODES[str(parts[WEIGHT].dtype)]
         if dtype == "F32":
+            # Float32 is stored as it is computed.
             return values.new_zeros(())
         size = values.abs()
         # Near zero the spacing is that of subnormals, whatever the value.

@@ -135,6 +135,7 @@ class Crew(Generic[Work, Result]):
         """Start a process with its own pipe. Each end of a pipe has one owner, so it closes when its owner ends."""
         ours, its = self._context.Pipe()
         arguments = (self._do, its, self._lifeline, os.getpid(), self._is_deaf)
+        # Each process has only its own pipe: one that is killed fails its own piece, and no other.
         process = self._context.Process(target=_serve, args=arguments, name="lora-merge")
         with _held_back():
             process.start()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.plan import MergePlan
 
+# On 16 cores, 16 workers merged more slowly than 8, and 8 hardly faster than 4 (docs/performance.md).
 MOST_WORKERS = 8
 """Unless more are asked for: workers wait for each other to write one file, and a disk has its limits."""
 

@@ -59,6 +59,7 @@ def copies(left: Iterable[Left], order: Order) -> list[Piece]:
             own.setdefault(number, []).append(step)
     found: dict[object, list[tuple[int, tuple[Step, ...]]]] = {}
     for number, steps in own.items():
+        # Runs are formed for each output alone: which tensors are adjacent depends on its files.
         for stretch in stretches(steps):
             found.setdefault(_source(stretch), []).append((number, stretch.steps))
     return sorted((Piece(tuple(wanted)) for wanted in found.values()), key=order.of_file)

@@ -31,6 +31,7 @@ def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -
         adapter_origins=tuple(place.origin for place in planned.adapters),
         merged_before=planned.merged_before,
         out_name=Path(request.out).name,
+        # In the order that manifests always had, so that the same request writes the same bytes.
         options=record_of(request),
         versions=versions or _versions(),
     )

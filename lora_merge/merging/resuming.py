@@ -67,6 +67,7 @@ def finished(
         n_workers: threads to read with.
         watch: hears of the bytes.
     """
+    # Also when it was another merge: then nothing of it is kept.
     kept = place.keep(plan.files, [record.file for record in left.records or ()])
     if left.records is None:
         return None
@@ -127,6 +128,7 @@ class _Written:
 
     def is_whole(self) -> bool:
         """Read the tensor, and its sources if they are in doubt; return True when all have the digests in the record."""
+        # A crash of the machine may have lost what the journal lists, so every tensor is read.
         if tensor_digest(self.ref) != self.record.digest:
             return False
         if self.step is None:

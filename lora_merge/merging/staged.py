@@ -218,6 +218,7 @@ class Staged:
         check_effect(self.prepared.planned, self.place.root, survival)
         self._notes += (*self._verdict.notes, *survival_issues(survival))
         check_strict(self._notes, strict=request.strict)
+        # Last of all: an output that failed a check never has its name.
         with self.clock("publish"):
             watch.phase("publishing", 0)
             self.place.commit()

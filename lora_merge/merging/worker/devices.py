@@ -37,6 +37,7 @@ def pick_device(wanted: str) -> tuple[str, str]:
     Raises:
         NoDeviceError: there are CUDA devices, but not this one.
     """
+    # Merging a LoRA into 3 GB took 1.1 s with 4 workers on the CPU, and 2.0 s with a GPU (docs/performance.md).
     if wanted in {"auto", "cpu"}:
         return "cpu", ""
     import torch

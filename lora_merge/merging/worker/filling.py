@@ -161,6 +161,7 @@ class Filled:
 
     def take(self, frame: Frame, ranges: Mapping[str, PartRange]) -> None:
         """Write a tile. Waits for the device first."""
+        # On a GPU the download of this tile may still be under way.
         frame.wait()
         self._watch.lap("wait")
         pieces = [

@@ -63,6 +63,7 @@ class Frame:
         no conversion.
         """
         if parts.storage == FLOAT32 and use in {"raw", "encoded"}:
+            # One buffer is read into, changed and written from.
             return dict.fromkeys(parts.ranges, self.values)
         return {role: place.seen(use, role, part.shape, part.dtype) for role, part in parts.ranges.items()}
 
@@ -159,6 +160,7 @@ class CudaFrame(Frame):
         """Encode on the GPU, and download the result. Neither is waited for."""
         codec.encode(tile, self.values, self.rounded, survey, stored)
         for role, leaving in self._leaving.items():
+            # Pinned memory: only then does the copy run beside the kernels of other tiles.
             leaving.copy_(self.rounded[role], non_blocking=True)
         for part, total in zip(self._floats, self._totals, strict=True):
             total.copy_(part.sum(), non_blocking=True)
