@@ -33,7 +33,7 @@ candidates.
 
 @dataclass(slots=True)
 class Choice:
-    """The rows to be recomputed."""
+    """The rows that are recomputed, and the tensors of which only some are."""
 
     rows: list[tuple[Step, list[int]]] = field(default_factory=list)
     """In chunks, in the order of the steps. After an error in a step, its other chunks are skipped."""

@@ -46,7 +46,7 @@ def _projected(op: Merge, source: TensorRef, slot: TensorRef, here: TensorRef) -
     buffers: dict[tuple[str, int], tuple[memoryview, TileViews]] = {}
 
     def seen(file: Source, ref: TensorRef, role: str, tile: tuple[int, int]) -> TileViews:
-        """Return a tile of a file, in a buffer that is used again for the next of its size."""
+        """Return the views of a tile that is read into a buffer; the next tile of its size uses the same buffer."""
         start, end = tile
         row_bytes = ref.nbytes // view.n_rows
         if (role, end - start) not in buffers:

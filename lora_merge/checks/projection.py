@@ -1,4 +1,4 @@
-"""Every row of a merged tensor, checked in passing: random projections of what was read and of what is written.
+"""Checks every row of a merged tensor while it passes: random projections of what was read and of what is written.
 
 For random x and any matrices, ``(W + sBA)x = Wx + sB(Ax)``, and the right-hand side costs next to nothing (Freivalds, 1977).
 A row has up to four products, each of 64 adjacent values (`Pattern`). A row of the output that is not what it

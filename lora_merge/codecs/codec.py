@@ -21,7 +21,7 @@ class Codec(Protocol):
     """
 
     survey: Survey
-    """What `encode` has to know of all values: ``"tensor"`` where a scale depends on the whole of them."""
+    """What `encode` has to know of all values: ``"tensor"`` where a scale depends on all of them, else ``"none"``."""
 
     def recognise(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterable[Weight]:
         """Yield the weights of a checkpoint that are stored in this way.

@@ -230,10 +230,10 @@ def be_idle(*, is_deaf: bool = False) -> None:
 
 
 def _end_with(parent: int, lifeline: Connection[Any, Any]) -> None:
-    """End this process when its parent ends, whatever ended that.
+    """End this process when its parent ends, for whatever reason.
 
-    Linux does it by itself. Elsewhere a thread waits for the end of a pipe whose other end only the parent has. The kill
-    is as hard as the parent's end was: what is staged can be resumed after one.
+    On Linux the kernel does it. Elsewhere a thread waits for the end of a pipe whose other end only the parent has.
+    It is a kill: what is staged can be resumed afterwards.
     """
     threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
     if sys.platform == "linux":

@@ -215,7 +215,7 @@ class _Archive:
         """Return the bytes of a small record.
 
         Raises:
-            CheckpointError: as `place`; or it is not small.
+            CheckpointError: as for `place`; or it has more than `MAX_PICKLE_BYTES`.
         """
         start, nbytes = self.place(name)
         # Before a buffer of that size is made.

@@ -1,4 +1,4 @@
-"""Where an output came from: the manifest for programs, the model card for people. Pure text.
+"""Records where an output came from: the manifest for programs, the model card for people. Pure text.
 
 Neither names a time, a machine or a process, so the same merge writes the same bytes.
 """

@@ -199,7 +199,6 @@ def broken_link(root: Path) -> CheckpointError | None:
 
 
 def _is_open(path: Path) -> bool:
-    """Return True for a folder that may be read."""
     import os
 
     return path.is_dir() and os.access(path, os.R_OK | os.X_OK)

@@ -371,7 +371,6 @@ class Machine:
 
     def _since_mark(self) -> list[Any]:
         start = self._marks.pop()
-        # A mark beyond the end gives no items; what is missing is found by whoever takes them.
         items = self._stack[start:]
         del self._stack[start:]
         return items

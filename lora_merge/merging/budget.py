@@ -26,14 +26,14 @@ _SMALLEST_SHARE = 8
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a merge may use."""
+    """The number of workers, the size of their tiles, and the memory that they take."""
 
     n_workers: int
     tile_elements: int
-    """Of a row tile, about."""
+    """Elements of a row tile, about."""
 
     peak_bytes: int
-    """Estimate of the resident memory."""
+    """Estimated resident memory of the whole process."""
 
 
 def peak_together(budgets: Iterable[Budget]) -> int:

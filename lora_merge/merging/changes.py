@@ -1,4 +1,4 @@
-"""What a merge would change of a weight, without an output: the change itself, or how large it is."""
+"""The change that a merge makes to a weight, without an output: the change itself, or its size."""
 
 from __future__ import annotations
 

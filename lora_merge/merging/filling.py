@@ -22,7 +22,7 @@ Left = tuple[int, "Step"]
 
 
 class Order:
-    """The order in which pieces are begun: by file, so that files become full one after the other.
+    """The order of the work: by output file, so that files become full one after the other.
 
     Args:
         plans: of each output, by its number.

@@ -1,4 +1,4 @@
-"""What makes a directory of weights a Hugging Face checkpoint: index, config, side files, card and manifest."""
+"""The files that make a directory of weights a Hugging Face checkpoint: index, config, side files, card and manifest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Folder(Protocol):
 def seal(
     folder: Folder, plan: MergePlan, records: Sequence[TensorRecord], provenance: Provenance
 ) -> dict[str, str]:
-    """Write what goes around the weights: index, config, side files, card and manifest.
+    """Write the files around the weights: index, config, side files, card and manifest.
 
     Returns:
         The digest of each file, taken of what it is made from: a text, or the file that is copied. Whether the disk
@@ -66,7 +66,7 @@ def seal(
 
 
 def side_digest(plan: MergePlan, side_file: SideFile) -> str:
-    """Return the digest of a side file as the output has it.
+    """Return the digest that a side file has in the output: of its patched text, or of the file that is copied.
 
     Raises:
         CheckpointError: its source cannot be read.
@@ -76,7 +76,7 @@ def side_digest(plan: MergePlan, side_file: SideFile) -> str:
 
 
 def _patched(plan: MergePlan, side_file: SideFile) -> str | None:
-    """Return the text of a configuration that the output changes; None for a file that is copied as it is.
+    """Return the text of the configuration with the plan's patch; None for a file that is copied as it is.
 
     Raises:
         CheckpointError: its source cannot be read.

@@ -105,7 +105,7 @@ class Prepared:
 def prepare(
     request: Request, watch: Observer, *, dry_run: bool = False, planned: Planned | None = None
 ) -> Prepared:
-    """Plan a request, if it is not planned yet, and look at the machine that is to carry it out.
+    """Plan a request (unless it is planned), and check that this machine can carry it out.
 
     Raises:
         LoraMergeError: it cannot be carried out.

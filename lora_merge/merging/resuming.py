@@ -54,7 +54,7 @@ def finished(
     n_workers: int,
     watch: Observer,
 ) -> list[TensorRecord] | None:
-    """Return the records of what an interrupted run has written, or None where it was another merge.
+    """Return the records of the tensors that an interrupted run has finished; None where it was another merge.
 
     What the journal lists counts if it is still there, to the byte, and if it was made of the bytes that its input has
     now; those are read where the input's times cannot tell. What else is staged is removed.

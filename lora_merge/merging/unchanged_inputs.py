@@ -81,7 +81,7 @@ def _meet(place: Place, ranges: Iterable[Range]) -> bool:
 
 
 def _compare(path: str, places: Sequence[tuple[Place, str]], *, cached_only: bool) -> None:
-    """Read places of a file again, and compare.
+    """Read places of a file again, and compare their digests.
 
     Raises:
         ChangedError: one has other bytes.

@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 
 class Borrowed(Generic[Value]):
-    """A setting that several threads may want changed at the same time, all to the same value.
+    """A setting that several threads change at the same time, all to the same value.
 
     A thread that saved it and put it back by itself would save what another thread had set, or put the old value back
     while the other still needs the new one. So the first thread to come saves it, and the last to leave puts it back.

@@ -52,7 +52,7 @@ class Left:
 
 
 class Sink(Protocol):
-    """Where the bytes of one output go, as its workers see it. Frozen and picklable: it holds names, no open files."""
+    """Where the bytes of one output go, as workers see it. Frozen and picklable: it holds names, no open files."""
 
     def copying(
         self, stretch: Stretch, source: Source
@@ -82,7 +82,7 @@ class Destination(Protocol):
 
     @property
     def root(self) -> Path:
-        """Where what was written can be read, until `commit`."""
+        """The directory where written files can be read, until `commit`."""
 
     @property
     def sink(self) -> Sink:
@@ -159,7 +159,7 @@ class Destination(Protocol):
         """No more copies: from here on workers only merge, and send what they write to the disk themselves."""
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file.
+        """Write a new small file, in UTF-8.
 
         Raises:
             WriteError: it cannot be written.
@@ -214,7 +214,7 @@ class Storage(Protocol):
         """
 
     def check_writable(self, out: Path) -> None:
-        """Check that an output can be written.
+        """Check that an output can be written: permissions, and a disk that is not read-only.
 
         Raises:
             WriteError: it cannot.

@@ -1,4 +1,4 @@
-"""Digests of files, of parts of them and of texts; whether two files hold the same bytes."""
+"""Digests of files, of ranges and of texts; comparing two files byte by byte."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def same_bytes(one: Path, other: Path) -> bool:
-    """Return True when two files hold the same bytes.
+    """Return True when two files hold the same bytes. Both are read.
 
     Both are read: `filecmp` keeps its answers by size and time, which a changed file may share with the old one.
 

@@ -127,7 +127,7 @@ def clear(fd: int, keep: Collection[str] = (), within: str = "") -> None:
 
 
 def remove_directory(name: str, dir_fd: int) -> None:
-    """Remove a directory with all that is in it.
+    """Remove a directory and everything in it, never through a link.
 
     Raises:
         OSError: something cannot be removed, or it is not a directory.

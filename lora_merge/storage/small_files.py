@@ -51,7 +51,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the table in a JSON file.
+    """Return the table in a small JSON file.
 
     Raises:
         CheckpointError: it is missing, too long to be meant, no JSON, names a key twice, holds no table, or a value that

@@ -24,7 +24,7 @@ class Source(Protocol):
 
     @property
     def text(self) -> str:
-        """The name that it was opened by; messages and the notes of `input_files.watching` have it."""
+        """The name that it was opened by, for messages and for the notes of `input_files.watching`."""
 
     @property
     def nbytes(self) -> int:
@@ -32,25 +32,26 @@ class Source(Protocol):
 
     @property
     def version(self) -> FileIdentity:
-        """Which bytes these are. Others under the same name have another version."""
+        """The identity of these bytes. Other bytes under the same name have another one."""
 
     @property
     def fd(self) -> int | None:
-        """A descriptor that the kernel can move the bytes by; None where there is none."""
+        """A descriptor, for calls that let the kernel move the bytes; None where there is no file of this machine."""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Read into a buffer from an offset in bytes; return how many, fewer than it has room for perhaps, 0 at the end.
+        """Read into a buffer from an offset in bytes; return the number of bytes, which may be fewer than fit, and is
+        0 at the end.
 
         Raises:
             OSError: they cannot be read.
         """
 
     def ahead(self, start: int, nbytes: int) -> None:
-        """Say that a range will be read next, so that it can be fetched meanwhile. It is a wish: it never fails."""
+        """Announce that a range will be read next, so that it can be fetched meanwhile. It never fails."""
 
 
 class Scheme(Protocol):
-    """A storage: what its texts mean."""
+    """A storage that sources are in: it opens files and knows their versions."""
 
     def open(self, text: str) -> AbstractContextManager[Source]:
         """Open a file for the length of a block.
@@ -70,11 +71,11 @@ class Scheme(Protocol):
 SCHEMES: Mapping[str, Scheme] = {
     "": LOCAL,
 }
-"""By what comes before ``://`` in a text; every other text is the path of a file of this machine."""
+"""Scheme (the text before ``://``) → storage; every other text is the path of a file of this machine."""
 
 
 def scheme_of(text: str) -> Scheme:
-    """Return the storage that a text names a file of."""
+    """Return the storage of a text: that of its ``scheme://``, else this machine's files."""
     name, mark, _ = text.partition("://")
     return SCHEMES.get(name if mark else "", SCHEMES[""])
 
@@ -85,7 +86,7 @@ def is_local(text: str) -> bool:
 
 
 def is_stored(text: str) -> bool:
-    """Return True where something has this name, as far as may be seen."""
+    """Return True when a file has this name, and may be looked at."""
     try:
         version_at(text)
     except OSError:
@@ -126,7 +127,7 @@ def version_at(text: str) -> FileIdentity:
 
 
 def identity_at(text: str) -> FileIdentity:
-    """Return which version of an input has its name now.
+    """Return the version that an input's name means now.
 
     Raises:
         ChangedError: none has it any more.

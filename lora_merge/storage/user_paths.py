@@ -1,4 +1,4 @@
-"""Paths that users name: what a text means, where it leads, and what is there."""
+"""Paths that users name: which path a text means, and what is there."""
 
 from __future__ import annotations
 

@@ -84,7 +84,6 @@ class _Digests:
         self._digest, self._n_taken = new_digest(), 0
 
     def take(self, block: memoryview) -> None:
-        """Take the next bytes, of one tensor or of several."""
         while block:
             room = self._sizes[len(self._found)] - self._n_taken
             self._digest.update(block[:room])

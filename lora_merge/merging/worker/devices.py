@@ -52,7 +52,7 @@ def pick_device(wanted: str) -> tuple[str, str]:
 
 
 class _TorchThreads:
-    """How many threads torch has, for merges that several threads of a program may carry out at the same time.
+    """Torch's number of threads, for merges that several threads of a program may run at the same time.
 
     Torch keeps this number twice: for the process, from which a thread takes its own when it first asks, and in each
     thread. Setting it sets both, so the number of the process is read and set in a thread that is made for it.

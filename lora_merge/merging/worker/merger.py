@@ -251,7 +251,6 @@ class Merger:
                 yield left, right, panel
 
     def _workbench(self, name: str, make: Callable[[str], Workbench]) -> Workbench:
-        """Return a workbench, made when it is first needed."""
         if name not in self._benches:
             import torch
 

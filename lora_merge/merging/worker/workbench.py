@@ -120,7 +120,7 @@ class Frame:
 
 
 class CudaFrame(Frame):
-    """The buffers of one tile on a GPU, and pinned ones on the host that it is uploaded from and downloaded to.
+    """The buffers of one tile on a GPU, with pinned buffers on the host for upload and download.
 
     Nothing waits for the GPU but `wait`; all is in the order of the thread's current stream.
     """
