@@ -90,8 +90,7 @@ def read_pickle(path: str | Path, name: str | None = None) -> WeightFile:
 
     Raises:
         CheckpointError: it is not such a file, holds anything but a table of plain tensors, or a tensor is outside
-            the file or not
-          contiguous.
+            the file or not contiguous.
     """
     label = str(path)
     with open_source(path) as source:

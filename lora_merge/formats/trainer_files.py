@@ -252,8 +252,7 @@ def unread_files(
         read: the files that are read.
         ignored: the files that the user wants left out.
         copied: the files that are copied into the output, such as a trained Dense layer of sentence-transformers;
-            None where only a
-        listing is known, and every folder that looks like such a module is taken for one.
+            None where only a listing is known, and every folder that looks like such a module is taken for one.
     """
     # Their weights are theirs: checkpoints beside each other, or several adapters in one folder.
     others = {

@@ -68,8 +68,7 @@ def file_digest(path: Path, most: int | None = None) -> str:
 
     Raises:
         CheckpointError: it cannot be read, or is longer than ``most`` bytes. A sparse file takes no room on the disk
-            and may still
-        take hours to read.
+            and may still take hours to read.
     """
     digest = new_digest()
     with open_source(path) as source:

@@ -45,11 +45,9 @@ def check_values(text: bytes, value: Any, *, paths: bool = False) -> None:
 
     Raises:
         OddValueError: a text or a key holds half of a character (a lone surrogate, which UTF-8 cannot hold), a number
-            is larger than
-          any float, or tables and lists are nested too deeply.
+            is larger than any float, or tables and lists are nested too deeply.
     """
-    # Brackets within strings count for nothing, but taking the strings out is slow: done only where it
-    # matters.
+    # Strings may hold brackets. They are taken out only where the first look finds too many levels.
     if _is_deep(text) and _is_deep(_STRING.sub(b"", text)):
         raise OddValueError("", f"has tables and lists in each other more than {MOST_LEVELS} deep", "fewer")
     # One search of the bytes settles nearly every file, before any value is looked at.

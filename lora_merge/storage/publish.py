@@ -37,8 +37,7 @@ def publish(stage: Stage) -> None:
 
     Raises:
         WriteError: a flush or the rename failed; the staged directory was replaced; or something took the output's
-            name. The name
-          then has what it had before.
+            name. The name then has what it had before.
     """
     try:
         # Before the flush, while the directory is still closed to others.

@@ -40,8 +40,7 @@ def check_replaceable(
 
     Raises:
         WriteError: it exists and may not be replaced, is another kind of directory, one of the inputs is inside it or
-            around it; or
-          the name cannot be looked at.
+            around it; or the name cannot be looked at.
     """
     for path in inputs:
         _check_apart(out, path, may_hold_it=path == home)

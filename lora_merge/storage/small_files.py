@@ -98,8 +98,7 @@ def parse_json(text: bytes, *, paths: bool = False) -> Any:
 
     Raises:
         ValueError: it is not JSON or not UTF-8, has too many values, a table has a key twice, or a value is one that
-            no field can
-          hold (`OddValueError`).
+            no field can hold (`OddValueError`).
         RecursionError: it is nested too deeply.
     """
     # Counted before parsing: a small text can become gigabytes of Python objects.
