@@ -37,7 +37,6 @@ CONVERSION_MANIFEST = "conversion.json"
 """Written by our conversion: what the adapter was made from, and how."""
 
 _ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG, CONVERSION_MANIFEST})
-
 VISION_WEIGHTS = "vit.safetensors"
 """A vision tower that ms-swift trained as a whole."""
 
@@ -110,7 +109,7 @@ def _shards(label: str, index: str, names: Collection[str], root: Path) -> froze
 def adapter_small(
     label: str, names: Collection[str], elsewhere: Collection[str], formats: Collection[str]
 ) -> frozenset[str]:
-    """Return the configuration and the side files of an adapter.
+    """Return the configuration and the side files of an adapter: what is fetched first.
 
     Args:
         label: what to call it.
@@ -144,7 +143,7 @@ def adapter_small(
 def adapter_weights(
     names: Collection[str], formats: Collection[str], ignored: Collection[str] = ()
 ) -> frozenset[str]:
-    """Return the weight files of an adapter: its own in the form that is preferred, and what was trained beside it.
+    """Return the weight files of an adapter: its own in the preferred form, and those trained beside it.
 
     Args:
         names: the files of its folder.
