@@ -29,7 +29,7 @@ collect_ignore = [
 ]
 
 PROGRAMS: Mapping[Engine, list[str]] = {
-    "vllm": [str(ROOT / "lora_merge" / "engines" / "vllm_script.py")],
+    "vllm": [str(ROOT / "lora_merge" / "verification" / "engines" / "vllm_script.py")],
     "lmdeploy": ["-m", "tests.engines.lmdeploy_script"],
     "turbomind": ["-m", "tests.engines.turbomind_script"],
 }

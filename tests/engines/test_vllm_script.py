@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "lora_merge" / "engines" / "vllm_script.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "lora_merge" / "verification" / "engines" / "vllm_script.py"
 
 
 def test_without_vllm_every_job_gets_a_line_that_says_so(tmp_path):
