@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from lora_merge import executors
 from lora_merge.merging.worker import CopySpec, MergeSpec
+from tests.parity import elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-OTHER_EXECUTOR = "LORA_MERGE_TEST_EXECUTOR"
-"""Name of an executor that every merge of the suite is to use, such as ``processes``, which takes long."""
 
 PROMPT = [[1, 17, 5, 80, 33, 9, 62, 2], [1, 94, 3, 3, 41, 28, 70, 11]]
 
@@ -30,36 +26,41 @@ class Stored(NamedTuple):
     raw: bytes
 
 
-@pytest.fixture(scope="package", autouse=True)
-def everything_travels() -> Iterator[None]:
-    """Hold every merge of the suite to what a worker in another process needs.
+@pytest.fixture(scope="session")
+def second_process() -> Iterator[elsewhere.Crew[elsewhere.Work, Any]]:
+    """A process that does the pieces of merges, one merge at a time."""
+    with pytest.MonkeyPatch.context() as patch, elsewhere.Crew(elsewhere.do, 1, is_deaf=True) as crew:
+        patch.syspath_prepend(Path(__file__).parents[2])
+        yield crew
 
-    What workers are made from and what they are given is used as it comes out of a pickle, and so is what they give back.
+
+@pytest.fixture(autouse=True)
+def everything_travels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have every merge of the suite done in another process, unless the test names an executor.
+
+    A test that patches something keeps its work here, where the patch is: what its workers are made from, what they are
+    given and what they give back is used as it comes out of a pickle.
     """
+    stays = "monkeypatch" in request.fixturenames
     real = executors.pick
 
     def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> executors.Executor:
-        run = real(n_workers, device, os.environ.get(OTHER_EXECUTOR, name))
+        run = real(n_workers, device, name)
 
         def travelled(spec: Any, pieces: Any, n: int) -> Any:
-            if not isinstance(spec, CopySpec | MergeSpec):
-                yield from real(n_workers, device, name)(spec, pieces, n)
-                return
-            for done in run(_travelled(spec), [_travelled(piece) for piece in pieces], n):
-                yield _travelled(done)
+            if name != "auto" or not isinstance(spec, CopySpec | MergeSpec):
+                yield from run(spec, pieces, n)
+            elif stays:
+                for done in run(elsewhere.copied(spec), elsewhere.copied(list(pieces)), n):
+                    yield elsewhere.copied(done)
+            else:
+                yield from elsewhere.run(request.getfixturevalue("second_process"), spec, list(pieces))
 
         return travelled
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executors, "pick", pick)
         yield
-
-
-def _travelled(value: Any) -> Any:
-    """Return what another process has of a value: an equal one."""
-    there = pickle.loads(pickle.dumps(value))
-    assert there == value
-    return there
 
 
 @pytest.fixture(scope="session")
