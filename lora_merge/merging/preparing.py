@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_merge import executors
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, warning
 from lora_merge.core.tensor import Survival
@@ -23,7 +22,6 @@ from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import memory_for
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import storage_of
-from lora_merge.words import choice, quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,14 +153,11 @@ def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
 
 
 def _check_executor(request: Request, device: str) -> None:
-    """Check that the executor exists, and can run workers of a device.
+    """Check that the executor can run workers of a device.
 
     Raises:
         RequestError: it cannot.
     """
-    if request.executor not in executors.choices():
-        sentence = f"{quoted(request.executor)} is no executor, expected {choice(executors.choices())}"
-        raise RequestError("", 0, "executor", sentence)
     if request.executor not in {"auto", "serial", "threads"} and device != "cpu":
         sentence = f"is {request.executor}, and workers of {device} are threads"
         raise RequestError("", 0, "executor", sentence, hint="leave it out, or use --device cpu")

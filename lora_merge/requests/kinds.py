@@ -77,7 +77,7 @@ FORMAT = Kind(
     choices=get_args(AdapterFormat),
 )
 LEVEL = Kind("ProofLevel", values.parse_choice(ProofLevel, "level"), choices=get_args(ProofLevel))
-EXECUTOR = Kind("str", values.parse_word, names=_executors)
+EXECUTOR = Kind("str", values.parse_name(_executors, "executor"), names=_executors)
 LINK = Kind("Link", values.parse_choice(Link, "way to link"), _shown(Link))
 NAMING = Kind("Naming", values.parse_choice(Naming, "naming"), choices=get_args(Naming))
 SERVING = Kind(

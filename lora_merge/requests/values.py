@@ -165,17 +165,6 @@ def parse_device(text: str) -> str:
     return str(text)
 
 
-def parse_word(text: object) -> str:
-    """Return a single word. Whether it names anything is checked where the names are known.
-
-    Raises:
-        ValueError: it is not a word.
-    """
-    if not isinstance(text, str) or not re.fullmatch(r"\w+", text):
-        raise ValueError(f"{shown(text)} is no word")
-    return text
-
-
 def parse_size_text(text: str | int) -> str | int:
     """Return a size as it was written, after checking that it parses.
 

@@ -167,7 +167,7 @@ def test_an_executor_is_named_and_writes_the_same_bytes(add, pico, pico_adapter,
     arguments = ("--base", base, "--adapter", pico_adapter(base))
     refused = cli(*arguments, "--out", tmp_path / "none", "--executor", "backwards")
     assert refused.exit_code == exits.USAGE
-    sentence = "executor: 'backwards' is no executor, expected auto, serial, threads or processes"
+    sentence = "--executor': 'backwards' is no executor, expected auto, serial, threads or processes"
     assert sentence in refused.stderr
 
     add("executors")
