@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,11 +28,11 @@ class Stored(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def second_process() -> Iterator[elsewhere.Crew[elsewhere.Work, Any]]:
+def second_process() -> Iterator[elsewhere.SecondProcess]:
     """A process that does the pieces of merges, one merge at a time."""
-    with pytest.MonkeyPatch.context() as patch, elsewhere.Crew(elsewhere.do, 1, is_deaf=True) as crew:
+    with pytest.MonkeyPatch.context() as patch, elsewhere.second_process() as process:
         patch.syspath_prepend(Path(__file__).parents[2])
-        yield crew
+        yield process
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,8 @@ def everything_travels(request: pytest.FixtureRequest) -> Iterator[None]:
     A test that patches something keeps its work here, where the patch is: what its workers are made from, what they are
     given and what they give back is used as it comes out of a pickle.
     """
-    stays = "monkeypatch" in request.fixturenames
+    # Asked for by the test itself: what other fixtures patch is no business of the workers.
+    stays = "monkeypatch" in inspect.signature(request.function).parameters
     real = executors.pick
 
     def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> executors.Executor:
@@ -54,7 +56,7 @@ def everything_travels(request: pytest.FixtureRequest) -> Iterator[None]:
                 for done in run(elsewhere.copied(spec), elsewhere.copied(list(pieces)), n):
                     yield elsewhere.copied(done)
             else:
-                yield from elsewhere.run(request.getfixturevalue("second_process"), spec, list(pieces))
+                yield from request.getfixturevalue("second_process")(spec, pieces)
 
         return travelled
 

@@ -51,6 +51,13 @@ def test_processes_write_the_bytes_of_the_serial_executor(tmp_path_factory, monk
         assert there == here, name
 
 
+def test_the_merges_of_this_suite_are_done_in_a_second_process(second_process, pico, pico_adapter, merged):
+    before = second_process.n_pieces
+    base = pico("llama", "bfloat16", "60KB")
+    merged(base, pico_adapter(base))
+    assert second_process.n_pieces > before
+
+
 def test_a_merge_by_processes_is_the_merge_of_the_command(pico, pico_adapter, cli, tmp_path):
     base = pico("llama", "bfloat16", "60KB")
     arguments = ("--base", base, "--adapter", pico_adapter(base), "--verify", "full", "--workers", 2)
