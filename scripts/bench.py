@@ -1,7 +1,8 @@
 """Time merges against copying the base, PEFT's own merge and other tools, on synthetic Llamas.
 
-Every measured command is a fresh process. The contenders take turns, so a slow minute of the machine meets all
-of them, and ratios are taken round by round. lora-merge with another number of workers is another contender.
+Every measured command is a fresh process. The contenders take turns, every second round in reverse order, so a slow
+minute of the machine meets all of them, and ratios are taken round by round. lora-merge with another number of workers
+is another contender.
 
 Options that take a list take 1,2 or are repeated; every combination of size, dtype, targets and rank is a case.
 `install-peer` makes another tool a contender; `table` and `plot` show the results that a run saved.
