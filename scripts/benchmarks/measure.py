@@ -68,13 +68,14 @@ def timed(
         command: writes to `out`.
         out: a directory; waited for until it is on the disk.
         log: what the command prints: stdout here, stderr beside it in ``.err``.
-        environment: on top of this process's own.
+        environment: on top of this process's own. Bytecode is kept as it is where a tool is installed.
 
     Raises:
         RunError: it fails.
     """
     errors = log.with_suffix(".err")
     environ = {**os.environ, **(environment or {})}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every start compiles the whole source
     with log.open("wb") as stdout, errors.open("wb") as stderr:
         told = launched(command, stdout.fileno(), stderr.fileno(), environ)
     if told["exit_code"] != 0:
