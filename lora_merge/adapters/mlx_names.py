@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_merge.serving.traits import TOWER
+from lora_merge.modeling.towers import TOWER
 
 Renames = tuple[tuple[str, str], ...]
 """Patterns at the start of a module's path and what replaces them; the first that matches counts."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES
+from lora_merge.modeling.towers import TOWER
 from lora_merge.peft_rules.kinds import PEFT_0_14_FIELDS, mutating_init
 from lora_merge.peft_rules.patterns import TargetError
 from lora_merge.peft_rules.targets import ALL_LINEAR, TargetRule
@@ -80,12 +81,6 @@ _BY_NAME: Mapping[str, frozenset[str]] = {
     "latent-kv": frozenset({"kv_b_proj"}),
 }
 """Trait → last parts of the paths of modules that show it."""
-
-TOWER = re.compile(
-    r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower|embed_vision"
-    r"|embed_audio|vision_embedder)(\.|$)"
-)
-"""Modules of a vision or audio tower, or of its connection to the language model."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")

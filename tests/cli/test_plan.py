@@ -149,10 +149,10 @@ def test_a_density_that_nothing_looks_at_is_a_warning(combine, is_told, cli, pic
 
 
 def test_names_and_shapes_tell_all_there_is_to_a_plain_lora_so_transformers_is_not_loaded(pico, pico_adapter):
-    """Importing it takes longer than many a merge."""
+    """Importing it takes longer than many a merge. The rules of engines are for `inspect` and `convert`."""
     script = (
         "import sys, lora_merge; lora_merge.plan(base=sys.argv[1], adapter=sys.argv[2]); "
-        "print('transformers' in sys.modules, 'torch' in sys.modules)"
+        "print(*(name in sys.modules for name in ('transformers', 'torch', 'lora_merge.serving')))"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, pico(), pico_adapter(pico())],
@@ -160,4 +160,4 @@ def test_names_and_shapes_tell_all_there_is_to_a_plain_lora_so_transformers_is_n
         text=True,
         check=True,
     )
-    assert run.stdout.split() == ["False", "False"], run.stderr
+    assert run.stdout.split() == ["False", "False", "False"], run.stderr
