@@ -41,17 +41,22 @@ _PLAIN: Mapping[str, Any] = {
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Fields that choose among targets. They have no effect once the targets are listed."""
 
-_KEPT = (
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "fan_in_fan_out",
+_WHOLE = (
     "bias",
     "use_dora",
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
     "ensure_weight_tying",
+)
+"""Fields about parts that are not LoRA. ``to_lora`` leaves none of these parts, so the fields go too."""
+
+_KEPT = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "fan_in_fan_out",
+    *_WHOLE,
     "layer_replication",
     "target_modules",
     "target_parameters",
@@ -63,16 +68,6 @@ _KEPT = (
     *_CHOOSING,
 )
 """Fields that are copied, unless a transform sets them."""
-
-_WHOLE = (
-    "bias",
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-)
-"""Fields about parts that are not LoRA. ``to_lora`` leaves none of these parts, so the fields go too."""
 
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks whose head PEFT trains as a whole, whatever ``modules_to_save`` says."""
