@@ -14,7 +14,7 @@ from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.written_checkpoint import read_output
 
 if TYPE_CHECKING:
-    from lora_merge.core.checkpoint import Output
+    from lora_merge.formats.written_checkpoint import Output
 
 
 @dataclass(frozen=True)

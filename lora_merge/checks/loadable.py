@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.checks.evidence import Evidence
-    from lora_merge.core.checkpoint import Output
     from lora_merge.core.report import Issue, Severity
+    from lora_merge.formats.written_checkpoint import Output
 
 _MILDER: dict[Severity, Severity] = {"error": "warning", "warning": "note"}
 

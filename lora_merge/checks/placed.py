@@ -9,10 +9,10 @@ from lora_merge.core.report import error
 from lora_merge.core.tensor import shape_text
 
 if TYPE_CHECKING:
-    from lora_merge.core.checkpoint import Output
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.formats.written_checkpoint import Output
 
 
 def placed(plan: MergePlan, output: Output) -> tuple[MergePlan, list[Issue]]:

@@ -9,7 +9,7 @@ from math import inf
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from lora_merge.checks.decoding import DECODERS
-from lora_merge.core.tensor import TORCH_TYPES
+from lora_merge.core.tensor import STORED_TYPES
 from lora_merge.errors import CheckpointError
 from lora_merge.runtime.shortage import not_for_want_of_memory
 from lora_merge.storage.reading import stream_of
@@ -236,5 +236,5 @@ def _values(content: bytes, dtype: str, n_rows: int, *, wide: bool) -> torch.Ten
     """Return stored values as float64 (wide) or float32, ``[n_rows, columns]``. Both are exact."""
     import torch
 
-    values = torch.frombuffer(bytearray(content), dtype=getattr(torch, TORCH_TYPES[dtype]))
+    values = torch.frombuffer(bytearray(content), dtype=getattr(torch, STORED_TYPES[dtype]))
     return (values.double() if wide else values.float()).view(n_rows, -1)

@@ -14,10 +14,10 @@ from lora_merge.storage.digests import file_digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lora_merge.core.checkpoint import Output
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
     from lora_merge.formats.manifest import Manifest
+    from lora_merge.formats.written_checkpoint import Output
 
 
 def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], str]) -> Iterator[Issue]:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.checks.evidence import Evidence
-    from lora_merge.core.checkpoint import Output
     from lora_merge.core.report import Issue
     from lora_merge.core.shards import OutputFile
+    from lora_merge.formats.written_checkpoint import Output
 
 
 def structure(evidence: Evidence) -> Iterator[Issue]:

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     import torch
 
-    from lora_merge.core.tensor import TensorRef
-    from lora_merge.core.weight import PartRange, Storage, Survey, Tile, Weight
+    from lora_merge.core.weight import PartRange, Storage, Survey, Tile
 
 
 class Codec(Protocol):
-    """A way to store floating-point numbers. It has no state: one object serves all threads and all weights.
+    """A way to store floating-point numbers, as it is read. It has no state: one object serves all threads and all weights.
 
     A *part* is one of the tensors that store a weight; its *role* says which one. A part that is the same for every row
-    (a scale for the whole tensor) belongs to every tile, with the same bytes.
+    (a scale for the whole tensor) belongs to every tile, with the same bytes. So does a part whose rows lie across those of
+    the weight: it is read once, and each tile takes its share.
     """
-
-    survey: Survey
-    """What `encode` has to know of all values: ``"tensor"`` where a scale depends on all of them, else ``"none"``."""
-
-    def recognise(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterable[Weight]:
-        """Yield the weights of a checkpoint that are stored in this way.
-
-        Args:
-            tensors: of a checkpoint, by name; those that no codec before this one has taken.
-            config: its ``config.json``.
-        """
-
-    def names(self, name: str, storage: Storage) -> Mapping[str, str]:
-        """Return role → name of the stored tensor, for a parameter's name."""
-
-    def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return role → ``(dtype, shape)`` of each part of a weight of this shape, the main part first. Dtypes are
-        safetensors codes.
-        """
 
     def alignment(self, shape: tuple[int, ...], n_rows: int, storage: Storage) -> tuple[int, int]:
         """Return the multiples of rows and of columns at which a tile may begin, counted within each matrix of a
@@ -51,14 +32,31 @@ class Codec(Protocol):
 
     def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
         """Return, by role, the byte ranges of each part that a tile needs, with the dtype and shape in which `decode`
-        gets them.
+        gets them. Parts that say nothing about the values are left out.
         """
 
-    def decode(self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    def decode(
+        self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor, storage: Storage
+    ) -> None:
         """Decode the stored parts of a tile into float32.
 
         Shapes:
             parts: as `ranges` says; out: float32 ``[rows, columns]``.
+        """
+
+
+class Encoder(Codec, Protocol):
+    """A codec that also writes."""
+
+    survey: Survey
+    """What `encode` has to know of all values: ``"tensor"`` where a scale depends on all of them, else ``"none"``."""
+
+    def names(self, name: str, storage: Storage) -> Mapping[str, str]:
+        """Return role → name of the stored tensor, for a parameter's name."""
+
+    def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return role → ``(dtype, shape)`` of each part of a weight of this shape, the main part first. Dtypes are
+        safetensors codes.
         """
 
     def look(self, values: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_merge.core.tensor import TORCH_CODES, TORCH_NAMES, UNIT_ROUNDOFF, nbytes_of
-from lora_merge.core.weight import WEIGHT, PartRange, Survey, Weight
+from lora_merge.core.tensor import TORCH_CODES, UNIT_ROUNDOFF, nbytes_of
+from lora_merge.core.weight import WEIGHT, PartRange, Survey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import torch
 
-    from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Storage, Tile
 
 _SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}
@@ -38,11 +37,6 @@ class Dense:
 
     survey: Survey = "none"
 
-    def recognise(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[Weight]:
-        """Yield every tensor of a floating-point dtype that can be merged (BF16, F16, F32)."""
-        del config
-        yield from (Weight.dense(ref) for ref in tensors.values() if ref.dtype in TORCH_NAMES)
-
     def names(self, name: str, storage: Storage) -> Mapping[str, str]:
         """Return the parameter's own name for the one part."""
         del storage
@@ -64,9 +58,11 @@ class Dense:
         span = (tile.start * row_bytes, rows * row_bytes)
         return {WEIGHT: PartRange(storage.dtype, (rows, columns), (span,))}
 
-    def decode(self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    def decode(
+        self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor, storage: Storage
+    ) -> None:
         """Widen stored values to float32, which is exact."""
-        del tile
+        del tile, storage
         stored = parts[WEIGHT]
         # Float32 is computed in the buffer that it was read into.
         if stored is not out:

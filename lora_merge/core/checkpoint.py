@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_merge.core.report import Issue
 from lora_merge.core.tensor import TensorRef
 from lora_merge.core.weight import Weight
 
@@ -87,13 +88,20 @@ class Checkpoint:
     side_files: tuple[SideFile, ...]
 
     weights: Mapping[str, Weight]
-    """The parameters by name, as `lora_merge.codecs` recognises them."""
+    """The parameters by name, as `lora_merge.quantised` identifies them."""
 
     others: tuple[TensorRef, ...] = ()
-    """The tensors that belong to no parameter: integers, buffers, what is left of a storage that no codec knows."""
+    """The tensors that belong to no parameter: integers, buffers, what belongs to a quantised storage and stores no parameter."""
 
     notes: tuple[str, ...] = ()
     """What was seen and left out on purpose, one sentence each."""
+
+    quantisation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What says how weights are quantised, as it was found: the dotted key in ``config.json``, or the name of a side file,
+    → its settings."""
+
+    issues: tuple[Issue, ...] = ()
+    """What is wrong with how its weights are stored."""
 
     merged: tuple[MergedBefore, ...] = ()
     """Adapters that are merged into it already, as its manifest says."""
@@ -124,35 +132,6 @@ class Checkpoint:
             for name, weight in self.parameters().items()
             if name.endswith(".weight") and len(weight.shape) > 1
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A model's directory as an engine finds it: what can be read, and what is wrong with the rest."""
-
-    root: str
-
-    names: frozenset[str]
-    """Every file, relative to the root."""
-
-    config: Mapping[str, Any] | None
-    """``config.json``; None when it is missing or broken."""
-
-    index: Mapping[str, Any] | None
-    """``model.safetensors.index.json``; None when it is missing or broken."""
-
-    files: Mapping[str, WeightFile]
-    """The safetensors files at the top, and those that the index names."""
-
-    broken: Mapping[str, str]
-    """File → why it cannot be read: one of `files`, or something that is not a regular file (a pipe, a device)."""
-
-    outside: Mapping[str, str] = field(default_factory=dict)
-    """Those of `files` that are links out of the directory → where they lead."""
-
-    def tensors(self) -> dict[str, TensorRef]:
-        """Return every tensor by its name. The references have full paths as `TensorRef.file`."""
-        return {ref.name: ref for file in self.files.values() for ref in file.tensors}
 
 
 def owner_name(parameter: str) -> str:

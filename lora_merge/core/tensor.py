@@ -58,6 +58,16 @@ TORCH_TYPES: Mapping[str, str] = {
 }
 """What an adapter may hold beside factors: indices and masks."""
 
+STORED_TYPES: Mapping[str, str] = {
+    **TORCH_TYPES,
+    "U16": "uint16",
+    "U32": "uint32",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+"""What the parts of a quantised weight may be stored as, beside those: codes and scales."""
+
 UNIT_ROUNDOFF: Mapping[str, float] = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 """Half the gap between 1 and the next number, of the floating dtypes that merge."""
 

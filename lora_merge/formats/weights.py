@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from typing import TYPE_CHECKING, Self
 
 from lora_merge.codecs import CODECS
-from lora_merge.core.tensor import TORCH_TYPES
+from lora_merge.core.tensor import STORED_TYPES
 from lora_merge.core.weight import Tile
 from lora_merge.formats.safetensors import box_norm, tensor_digest
 from lora_merge.storage.digests import digest_text, new_digest
@@ -43,6 +44,7 @@ class WeightReader:
         self._codec = CODECS[weight.storage.codec]
         self._stack = contextlib.ExitStack()
         self._parts: dict[str, _PartReader] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -51,7 +53,12 @@ class WeightReader:
             for role, ref in self.weight.parts.items():
                 if ref.file not in sources:
                     sources[ref.file] = stack.enter_context(open_source(ref.file))
-                self._parts[role] = _PartReader(sources[ref.file], ref, is_watched=self._is_watched)
+                self._parts[role] = _PartReader(
+                    sources[ref.file],
+                    ref,
+                    is_watched=self._is_watched,
+                    is_kept=not self.weight.storage.is_dense,
+                )
             self._stack = stack.pop_all()
         return self
 
@@ -86,10 +93,9 @@ class WeightReader:
         Raises:
             CheckpointError: a file ends too soon, or the disk cannot be read.
         """
-        # When one tile is the whole weight, no part is needed again.
-        is_all = tile.end - tile.start == tile.n_rows
+        del tile
         for role, found in ranges.items():
-            self._parts[role].read_into(buffers[role], found, is_last=is_all)
+            self._parts[role].read_into(buffers[role], found)
 
     def values(self, start: int, end: int) -> torch.Tensor:
         """Return some rows as float32 ``[rows, columns]``, in newly allocated memory.
@@ -101,16 +107,25 @@ class WeightReader:
 
         tile = self.tile(*self.widened(start, end))
         ranges = self.ranges(tile)
-        raw = {role: torch.empty(one.nbytes, dtype=torch.uint8) for role, one in ranges.items()}
+        raw = {role: self._buffer(role, one.nbytes) for role, one in ranges.items()}
         self.read_into({role: buffer.numpy().data for role, buffer in raw.items()}, tile, ranges)
         parts = {
-            role: raw[role].view(getattr(torch, TORCH_TYPES[one.dtype])).view(one.shape)
+            role: raw[role].view(getattr(torch, STORED_TYPES[one.dtype])).view(one.shape)
             for role, one in ranges.items()
         }
         columns = math.prod(self.weight.shape) // max(self._n_rows, 1)
         out = torch.empty(tile.end - tile.start, columns)
-        self._codec.decode(tile, parts, out)
+        self._codec.decode(tile, parts, out, self.weight.storage)
         return out[start - tile.start : end - tile.start]
+
+    def _buffer(self, role: str, nbytes: int) -> torch.Tensor:
+        """Return memory for a part. It is kept for the next rows, which may need the same bytes of it."""
+        import torch
+
+        held = self._buffers.get(role)
+        if held is None or held.numel() != nbytes:
+            held = self._buffers[role] = torch.empty(nbytes, dtype=torch.uint8)
+        return held
 
     def digests(self) -> dict[str, str]:
         """Return the digest of each part. A part that was read from end to end is not read again for it.
@@ -122,39 +137,51 @@ class WeightReader:
 
 
 class _PartReader:
-    """Reads one part, and takes its digest while the bytes come in order."""
+    """Reads one part, and takes its digest while the bytes come in order.
 
-    def __init__(self, source: Source, ref: TensorRef, *, is_watched: bool) -> None:
-        self._ref, self._done = ref, 0
+    Args:
+        source: open.
+        ref: the part.
+        is_watched: True where no digest is asked for.
+        is_kept: True where nothing else writes into the buffers that it fills. A dense tile is changed where it is read.
+    """
+
+    def __init__(self, source: Source, ref: TensorRef, *, is_watched: bool, is_kept: bool) -> None:
+        self._ref, self._done, self._is_kept = ref, 0, is_kept
         self._ahead = ReadAhead(source, ref.start, ref.end, is_watched=is_watched)
         self._digest = new_digest()
-        self._whole: bytes | None = None
+        self._filled: dict[int, tuple[memoryview, tuple[tuple[int, int], ...]]] = {}
+        """Address of a buffer → the buffer, and the ranges that it holds. Kept, so that no other gets its address."""
 
-    def read_into(self, buffer: memoryview, wanted: PartRange, *, is_last: bool) -> None:
-        """Fill a buffer with some ranges. A part that every tile needs whole (a scale) is read once, and copied from
-        then on.
+    def read_into(self, buffer: memoryview, wanted: PartRange) -> None:
+        """Fill a buffer with some ranges. What several tiles need alike (one scale for all, codes whose rows lie across
+        those of the weight) is read once for each buffer.
         """
+        address = _address(buffer) if self._is_kept else 0
+        if self._is_kept and address in self._filled and self._filled[address][1] == wanted.ranges:
+            return
         at = 0
         for first, nbytes in wanted.ranges:
             piece = buffer[at : at + nbytes] if len(wanted.ranges) > 1 else buffer
-            is_whole = nbytes == self._ref.nbytes
-            if is_whole and self._whole is not None:
-                piece[:] = self._whole
-            else:
-                self._ahead.read_into(piece, self._ref.start + first)
-                # Bytes in order go into the digest as they pass. If any came in another order, the part is
-                # read again for it.
-                if first == self._done:
-                    self._digest.update(piece)
-                    self._done += nbytes
-                if is_whole and not is_last:
-                    self._whole = bytes(piece)
+            self._ahead.read_into(piece, self._ref.start + first)
+            # Bytes in order go into the digest as they pass. If any came in another order, the part is read again
+            # for it.
+            if first == self._done:
+                self._digest.update(piece)
+                self._done += nbytes
             at += nbytes
+        if self._is_kept:
+            self._filled[address] = buffer, wanted.ranges
 
     def digest(self) -> str:
         if self._done == self._ref.nbytes:
             return digest_text(self._digest)
         return tensor_digest(self._ref)
+
+
+def _address(buffer: memoryview) -> int:
+    """Return the place of a buffer in memory: views of one buffer are made anew, and their bytes stay."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer.nbytes else 0
 
 
 def values_of(weight: Weight) -> torch.Tensor:

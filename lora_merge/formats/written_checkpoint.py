@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, Output
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, WeightFile
 from lora_merge.errors import CheckpointError
 from lora_merge.formats.model_config import read_config
 from lora_merge.formats.safetensors import read_header
@@ -15,11 +17,40 @@ from lora_merge.storage.local import why_no_file
 from lora_merge.storage.small_files import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    from lora_merge.core.checkpoint import WeightFile
+    from lora_merge.core.tensor import TensorRef
 
 _WEIGHTS = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A model's directory as an engine finds it: what can be read, and what is wrong with the rest."""
+
+    root: str
+
+    names: frozenset[str]
+    """Every file, relative to the root."""
+
+    config: Mapping[str, Any] | None
+    """``config.json``; None when it is missing or broken."""
+
+    index: Mapping[str, Any] | None
+    """``model.safetensors.index.json``; None when it is missing or broken."""
+
+    files: Mapping[str, WeightFile]
+    """The safetensors files at the top, and those that the index names."""
+
+    broken: Mapping[str, str]
+    """File → why it cannot be read: one of `files`, or something that is not a regular file (a pipe, a device)."""
+
+    outside: Mapping[str, str] = field(default_factory=dict)
+    """Those of `files` that are links out of the directory → where they lead."""
+
+    def tensors(self) -> dict[str, TensorRef]:
+        """Return every tensor by its name. The references have full paths as `TensorRef.file`."""
+        return {ref.name: ref for file in self.files.values() for ref in file.tensors}
 
 
 def read_output(root: Path) -> Output:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import CODECS
+from lora_merge.codecs import ENCODERS
 from lora_merge.core.checkpoint import Checkpoint, config_levels
 from lora_merge.core.report import Issue, note
 from lora_merge.core.shards import OutputFile, place, split
@@ -64,7 +64,7 @@ def slots_of(
     slots = {}
     for name in outline.names:
         storage, shape = storages[name], shapes.get(name, outline.sources[name].shape)
-        codec = CODECS[storage.codec]
+        codec = ENCODERS[storage.codec]
         names = codec.names(name, storage)
         for role, (dtype, size) in codec.parts(shape, storage).items():
             slots[name, role] = TensorRef(names[role], dtype, size, "", 0, nbytes_of(dtype, size))

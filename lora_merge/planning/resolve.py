@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge import adapters
-from lora_merge.codecs import recognised
 from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import (
     CONFIG_FILE,
@@ -30,7 +29,7 @@ from lora_merge.errors import CheckpointError
 from lora_merge.formats.manifest import merged_before
 from lora_merge.formats.model_config import read_config
 from lora_merge.formats.recognise import broken_link, fault_of, names_in
-from lora_merge.formats.safetensors import differing_rows, is_zero, same_values
+from lora_merge.formats.safetensors import blocks, differing_rows, is_zero, same_values
 from lora_merge.formats.sentence_modules import MODULES_FILE, absent_modules, module_folders, whole_model
 from lora_merge.formats.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
 from lora_merge.formats.weight_files import place_of, read_shards, reader_of
@@ -38,6 +37,7 @@ from lora_merge.layouts import Stored
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.counts import excess_of
 from lora_merge.modeling.skeleton import build_skeleton
+from lora_merge.quantised import Surroundings, identify
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.sources import is_stored
 from lora_merge.words import choice
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from lora_merge.core.adapter import Adapter, StackedPair
+    from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Weight
 
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
@@ -93,8 +94,8 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
     _check_merged(root, config, files)
     side_files, notes = base_side_files(root)
     names = {file.name for file in files}
-    # Codecs say which tensors make up a parameter; the rest is copied as it is.
-    stored, others = recognised((ref for file in files for ref in file.tensors), config)
+    # Which tensors make up a parameter; the rest is copied as it is.
+    found = identify((ref for file in files for ref in file.tensors), Surroundings(config, read=_bytes_of))
     return Checkpoint(
         root=str(root),
         config=config,
@@ -102,11 +103,22 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
         sharded=index is not None,
         index_metadata=_table((index or {}).get("metadata")),
         side_files=tuple(file for file in side_files if file.name not in names),
-        weights=stored,
-        others=others,
+        weights=found.weights,
+        others=found.others,
         notes=notes + _weight_notes(root, entry, files, index),
+        quantisation=found.settings,
+        issues=found.issues,
         merged=merged_before(read_json(root / MANIFEST_FILE)) if (root / MANIFEST_FILE).is_file() else (),
     )
+
+
+def _bytes_of(ref: TensorRef) -> bytes:
+    """Return all bytes of a small tensor.
+
+    Raises:
+        CheckpointError: the file ends too soon, or cannot be read.
+    """
+    return b"".join(map(bytes, blocks(ref)))
 
 
 def _check_counts(root: Path, config: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import CODECS
+from lora_merge.codecs import ENCODERS
 from lora_merge.core.plan import Combination, Copy, Merge, Step
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
@@ -59,7 +59,7 @@ class Wanted:
                 for role, slot in self.writes.items()
             ]
         # The roles in the codec's order: the main part is the first.
-        roles = CODECS[self.target.codec].parts(source.shape, self.target)
+        roles = ENCODERS[self.target.codec].parts(source.shape, self.target)
         merge = self._merge(source, deltas, policy)
         return [Step(self.name, {role: self.writes[role] for role in roles}, merge, is_replaced)]
 

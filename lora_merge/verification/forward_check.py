@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import CONFIG_FILE, Output, patched_config
+from lora_merge.core.checkpoint import CONFIG_FILE, patched_config
 from lora_merge.core.comparison import Comparison
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, error, note
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.formats.written_checkpoint import Output
     from lora_merge.planning import Joined
     from lora_merge.requests.request import VerifyRequest
 

@@ -16,7 +16,7 @@ from lora_merge.checks.gate import RULES
 from lora_merge.checks.placed import placed
 from lora_merge.checks.projecting import suspects_of
 from lora_merge.checks.recorded import recorded
-from lora_merge.core.checkpoint import CONFIG_FILE, Output
+from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
@@ -27,7 +27,7 @@ from lora_merge.formats.recognise import fault_of, names_in
 from lora_merge.formats.safetensors import is_finite, tensor_digest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.formats.trainer_files import chosen, file_names
-from lora_merge.formats.written_checkpoint import read_output
+from lora_merge.formats.written_checkpoint import Output, read_output
 from lora_merge.merging.unchanged_inputs import check_names
 from lora_merge.merging.worker import one_torch_thread
 from lora_merge.planning import Joined, Policy, Reading, make_plan

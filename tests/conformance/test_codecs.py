@@ -1,4 +1,4 @@
-"""What every codec keeps, for each member of `CODECS` and for two that only tests know.
+"""What every codec that writes keeps, for each member of `ENCODERS` and for two that only tests know.
 
 Parts and ranges fit together, tiles make up the whole, decoding gives back what was encoded within the bound, and what was
 decoded is encoded as it was.
@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from lora_merge.codecs import CODECS, recognised
-from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES, TensorRef, nbytes_of
+from lora_merge.codecs import CODECS, ENCODERS
+from lora_merge.core.tensor import DTYPE_BITS, STORED_TYPES, TORCH_NAMES, TensorRef, nbytes_of
 from lora_merge.core.view import View
-from lora_merge.core.weight import DENSE, WEIGHT, Storage, Tile, Weight
+from lora_merge.core.weight import DENSE, FLOAT32, WEIGHT, Storage, Tile, Weight
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.weights import WeightReader, values_of, weight_norm
-from tests.toys.codecs import TOYS
+from lora_merge.quantised import Surroundings, identify
+from tests.toys.codecs import TOYS, known
 
-KNOWN = {**CODECS, **{name: codec for name, (codec, _) in TOYS.items()}}
+KNOWN = {**ENCODERS, **{name: codec for name, (codec, _) in TOYS.items()}}
 STORAGES = {
     DENSE: [Storage(DENSE, dtype) for dtype in TORCH_NAMES],
     **{name: [Storage(name, "I8")] for name in TOYS},
@@ -47,7 +48,7 @@ def drawn(shape, seed=0):
 def buffers(ranges):
     """Return memory for the parts of a tile."""
     return {
-        role: torch.zeros(one.shape, dtype=getattr(torch, TORCH_TYPES[one.dtype]))
+        role: torch.zeros(one.shape, dtype=getattr(torch, STORED_TYPES[one.dtype]))
         for role, one in ranges.items()
     }
 
@@ -94,9 +95,9 @@ def decoded(codec, storage, content, shape, view, tiles):
         parts = {}
         for role, one in codec.ranges(tile, storage).items():
             raw = b"".join(content[role][first : first + nbytes] for first, nbytes in one.ranges)
-            dtype = getattr(torch, TORCH_TYPES[one.dtype])
+            dtype = getattr(torch, STORED_TYPES[one.dtype])
             parts[role] = torch.frombuffer(bytearray(raw), dtype=dtype).view(one.shape)
-        codec.decode(tile, parts, out[tile.start : tile.end])
+        codec.decode(tile, parts, out[tile.start : tile.end], storage)
     return out.view(shape)
 
 
@@ -161,7 +162,7 @@ def test_what_is_decoded_is_what_was_encoded_within_the_bound(codec, storage, sh
     out, rows = buffers(codec.ranges(tile, storage)), values.view(view.n_rows, -1)
     codec.encode(tile, rows.clone(), out, looked_at(codec, values, view, [tile]), None)
     back = torch.empty_like(rows)
-    codec.decode(tile, out, back)
+    codec.decode(tile, out, back, storage)
     bound = codec.bound(tile, rows, out)
     assert ((back - rows).abs() <= bound).all()
     assert bound.isfinite().all()
@@ -179,10 +180,10 @@ def test_what_was_decoded_is_encoded_as_the_same_values(codec, storage, shape, i
         tile, values.view(view.n_rows, -1).clone(), first, looked_at(codec, values, view, [tile]), None
     )
     once, twice = torch.empty(2, view.n_rows, view.columns)
-    codec.decode(tile, first, once)
+    codec.decode(tile, first, once, storage)
     survey = looked_at(codec, once, view, [tile])
     codec.encode(tile, once.clone(), again, survey, first if is_stored_seen else None)
-    codec.decode(tile, again, twice)
+    codec.decode(tile, again, twice, storage)
     assert torch.equal(once, twice)
     if is_stored_seen:
         assert all(torch.equal(first[role], again[role]) for role in first)
@@ -190,18 +191,17 @@ def test_what_was_decoded_is_encoded_as_the_same_values(codec, storage, shape, i
 
 @each
 @of_every_shape
-def test_a_codec_knows_its_own_tensors_and_leaves_the_others(codec, storage, shape):
+def test_a_weight_is_identified_by_its_own_tensors_and_the_others_are_left(codec, storage, shape):
     def stored(name, one, size):
         names, parts = codec.names(name, one), codec.parts(size, one)
         return [TensorRef(names[role], *parts[role], "file", 0, nbytes_of(*parts[role])) for role in parts]
 
     own = stored("a.weight", storage, shape)
     counter = TensorRef("steps", "I64", (1,), "file", 0, 8)
-    config = {"model_type": "of_nobody"}
-    found = {
-        weight.name: weight for weight in codec.recognise({ref.name: ref for ref in (*own, counter)}, config)
-    }
-    assert list(found) == ["a.weight"]
+    around = Surroundings({"model_type": "of_nobody"}, lambda ref: bytes(ref.nbytes))
+    with known(*TOYS):
+        found, others = (made := identify([*own, counter], around)).weights, made.others
+    assert (list(found), others) == (["a.weight"], (counter,))
     assert (found["a.weight"].shape, found["a.weight"].storage) == (shape, storage)
     assert list(found["a.weight"].parts.values()) == own
 
@@ -253,8 +253,8 @@ def test_a_codec_keeps_no_state(codec, storage):
 
 def test_a_plain_integer_belongs_to_no_weight():
     counter, weight = (TensorRef(*one, "file", 0, 8) for one in (("n", "I64", (1,)), ("w", "F32", (1, 2))))
-    weights, others = recognised([counter, weight], {})
-    assert (list(weights), others) == (["w"], (counter,))
+    found = identify([counter, weight], Surroundings({}, lambda ref: bytes(ref.nbytes)))
+    assert (list(found.weights), found.others) == (["w"], (counter,))
 
 
 # plain tensors: exact widening, one rounding to the nearest, ties to even
@@ -267,7 +267,7 @@ def decode(bits, dtype):
     """Return stored bit patterns as float32."""
     stored = torch.from_numpy(bits.view(np.uint8).copy()).view(getattr(torch, TORCH_NAMES[dtype])).view(1, -1)
     values = torch.empty(1, len(bits), dtype=torch.float32)
-    CODECS[DENSE].decode(NOWHERE, {WEIGHT: stored}, values)
+    CODECS[DENSE].decode(NOWHERE, {WEIGHT: stored}, values, Storage(DENSE, dtype))
     return values.numpy()[0]
 
 
@@ -275,7 +275,7 @@ def encode(values, dtype):
     """Return float32 values as stored bit patterns."""
     width = DTYPE_BITS[dtype] // 8
     out = torch.empty(1, len(values), dtype=getattr(torch, TORCH_NAMES[dtype]))
-    CODECS[DENSE].encode(NOWHERE, torch.from_numpy(values.copy()).view(1, -1), {WEIGHT: out}, None, None)
+    ENCODERS[DENSE].encode(NOWHERE, torch.from_numpy(values.copy()).view(1, -1), {WEIGHT: out}, None, None)
     return out.view(torch.uint8).view(-1).numpy().view(np.uint16 if width == 2 else np.uint32)
 
 
@@ -348,8 +348,8 @@ def test_what_no_number_can_hold_becomes_infinite_and_nan_stays_nan(dtype):
 @plain
 def test_what_is_computed_where_it_is_stored_stays_as_it_is(dtype):
     values = torch.arange(6, dtype=torch.float32).view(2, 3)
-    CODECS[DENSE].decode(NOWHERE, {WEIGHT: values}, values)
-    CODECS[DENSE].encode(NOWHERE, values, {WEIGHT: values}, None, None)
+    CODECS[DENSE].decode(NOWHERE, {WEIGHT: values}, values, FLOAT32)
+    ENCODERS[DENSE].encode(NOWHERE, values, {WEIGHT: values}, None, None)
     assert values.flatten().tolist() == list(range(6))
 
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 import lora_merge
 from lora_merge.adapters import FORMATS
 from lora_merge.cli import exits, main
-from lora_merge.codecs import CODECS
+from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.deltas import ALGEBRAS
 from lora_merge.executors import EXECUTORS
 from lora_merge.layouts import LAYOUTS
+from lora_merge.quantised import METHODS
 from lora_merge.serving import ENGINES
 from lora_merge.storage.destinations import STORAGES
 from tests import twins
@@ -31,6 +32,8 @@ from tests.toys.executor import run_backwards
 LINES = {
     "adapters": (FORMATS, "crate", adapter_format.CRATE),
     "codecs": (CODECS, "row_scaled", codecs.TOYS["row_scaled"][0]),
+    "codecs that write": (ENCODERS, "row_scaled", codecs.TOYS["row_scaled"][0]),
+    "quantised": (METHODS, "row_scaled", codecs.Toy(codecs.TOYS["row_scaled"][0])),
     "deltas": (ALGEBRAS, "gain", Gain),
     "executors": (EXECUTORS, "backwards", run_backwards),
     "layouts": (LAYOUTS, "underscored", layout.UNDERSCORED),
@@ -121,7 +124,8 @@ def test_a_codec_is_merged_and_written_as_it_is_stored(add, pico, pico_adapter, 
     assert refused.exit_code == exits.PLAN
     assert f"{coded}: is stored as I8, expected BF16, F16 or F32" in refused.stderr
 
-    add("codecs")
+    for folder in ("codecs", "codecs that write", "quantised"):
+        add(folder)
     done = cli(*arguments)
 
     assert done.exit_code == exits.OK, done.stderr

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_merge.checks.decoding import DECODERS, Decoder
-from lora_merge.codecs import CODECS
+from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.weight import WEIGHT, PartRange, Storage, Weight
+from lora_merge.quantised import METHODS, Found
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,8 +38,7 @@ class RowScaled:
     def scale_shape(self, shape):
         return (*shape[:-1], 1)
 
-    def recognise(self, tensors, config):
-        del config
+    def recognise(self, tensors):
         for name, ref in tensors.items():
             scale = tensors.get(name + self.suffix)
             if scale is not None and ref.dtype == "I8" and scale.shape == self.scale_shape(ref.shape):
@@ -72,8 +72,8 @@ class RowScaled:
     def _spread(self, scale, codes):
         return scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
 
-    def decode(self, tile, parts, out):
-        del tile
+    def decode(self, tile, parts, out, storage):
+        del tile, storage
         torch.mul(parts[WEIGHT], self._spread(parts["scaling"], parts[WEIGHT]), out=out)
 
     def look(self, values, found):
@@ -147,6 +147,18 @@ BY_TENSOR = Decoder(
     lambda stored: stored.share(WEIGHT) * stored.whole("scaling"), lambda stored: stored.whole("scaling") / 2
 )
 
+
+class Toy:
+    """The method of a toy: its weights are known by their parts alone, whatever the configuration says."""
+
+    def __init__(self, codec):
+        self._codec = codec
+
+    def identify(self, tensors, around):
+        del around
+        return Found({weight.name: weight for weight in self._codec.recognise(tensors)})
+
+
 TOYS = {"row_scaled": (RowScaled(), BY_ROW), "tensor_scaled": (TensorScaled(), BY_TENSOR)}
 
 
@@ -154,14 +166,15 @@ TOYS = {"row_scaled": (RowScaled(), BY_ROW), "tensor_scaled": (TensorScaled(), B
 def known(*names: str, recomputed: bool = True) -> Iterator[None]:
     """Have the product know some of them: one line in the table of codecs, and one in that of the recomputation."""
     for name in names:
-        CODECS[name] = TOYS[name][0]
+        CODECS[name] = ENCODERS[name] = TOYS[name][0]
+        METHODS[name] = Toy(TOYS[name][0])
         if recomputed:
             DECODERS[name] = TOYS[name][1]
     try:
         yield
     finally:
         for name in names:
-            del CODECS[name]
+            del CODECS[name], ENCODERS[name], METHODS[name]
             DECODERS.pop(name, None)
 
 

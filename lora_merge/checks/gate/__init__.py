@@ -14,8 +14,8 @@ from lora_merge.checks.gate.config import config
 from lora_merge.checks.gate.embeddings import embeddings
 from lora_merge.checks.gate.tokenizer import tokenizer
 from lora_merge.checks.gate.weights import weights
-from lora_merge.core.checkpoint import Output
 from lora_merge.core.report import Issue
+from lora_merge.formats.written_checkpoint import Output
 
 Rule = Callable[[Output], Iterator[Issue]]
 

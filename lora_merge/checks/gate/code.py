@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import CONFIG_FILE, Output
+from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import error, note
 from lora_merge.errors import CheckpointError
 from lora_merge.storage.small_files import read_bytes, read_json
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.core.report import Issue
+    from lora_merge.formats.written_checkpoint import Output
 
 _CARRIERS = (
     CONFIG_FILE,

@@ -12,8 +12,8 @@ from lora_merge.modeling.plain_config import fetched_part
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lora_merge.core.checkpoint import Output
     from lora_merge.core.report import Issue
+    from lora_merge.formats.written_checkpoint import Output
 
 
 def complete(output: Output) -> Iterator[Issue]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import CONFIG_FILE, Output, config_levels
+from lora_merge.core.checkpoint import CONFIG_FILE, config_levels
 from lora_merge.core.report import error, warning
 from lora_merge.words import quoted
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from lora_merge.core.report import Issue
+    from lora_merge.formats.written_checkpoint import Output
 
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISATION_FIELDS = ("quantization_config", "compression_config")

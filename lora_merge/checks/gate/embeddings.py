@@ -8,7 +8,6 @@ from lora_merge.core.checkpoint import (
     INPUT_NAMES,
     OUTPUT_NAMES,
     SCALED_WHEN_TIED,
-    Output,
     config_levels,
     owner_name,
 )
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.formats.written_checkpoint import Output
 
 
 def embeddings(output: Output) -> Iterator[Issue]:

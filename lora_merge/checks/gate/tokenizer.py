@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import INPUT_NAMES, Output, config_levels, owner_name
+from lora_merge.core.checkpoint import INPUT_NAMES, config_levels, owner_name
 from lora_merge.core.report import error, note, warning
 from lora_merge.errors import CheckpointError
 from lora_merge.formats.tokenizer_file import TokenizerError, n_tokens
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.core.report import Issue
+    from lora_merge.formats.written_checkpoint import Output
 
 _FAST = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"

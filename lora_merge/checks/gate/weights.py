@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE, Output
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, SAFETENSORS_FILE
 from lora_merge.core.report import error, warning
 from lora_merge.words import quoted
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.core.report import Issue
+    from lora_merge.formats.written_checkpoint import Output
 
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.bin.index.json", "consolidated*.pth", "consolidated*.pt")
 """Weights that some engines would read instead of safetensors, or in addition."""

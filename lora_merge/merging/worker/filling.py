@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch  # noqa: TC004 - a field's type, never evaluated
 
-    from lora_merge.codecs import Codec  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.codecs import Encoder  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.plan import Merge, Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.weight import PartRange, Tile
     from lora_merge.formats.weights import WeightReader
@@ -39,10 +39,10 @@ class Filling:
     """What looks at the tiles for the verification that follows; None where nothing is verified."""
 
     survey: torch.Tensor | None
-    """What the codec found out about all values (`Codec.look`); None where it needs nothing."""
+    """What the codec found out about all values (`Encoder.look`); None where it needs nothing."""
 
     op: Merge
-    codec: Codec
+    codec: Encoder
     """Of the storage that is written."""
 
     is_same: bool

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from lora_merge.codecs import CODECS
+from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.view import Block
 from lora_merge.deltas import ALGEBRAS, Factors, Part
@@ -166,11 +166,11 @@ class Merger:
     ) -> Filling:
         """Return what one output needs for the loop; its slots stay open until the stack ends."""
         op, writes = order.op, order.step.writes
-        survey = self._survey(order, tiles) if CODECS[op.target.codec].survey == "tensor" else None
+        survey = self._survey(order, tiles) if ENCODERS[op.target.codec].survey == "tensor" else None
         fills = {role: stack.enter_context(order.sink.open(slot)) for role, slot in writes.items()}
         passing = Passing(op, writes, tiles) if self._is_checked else None
         sample, filled = Sample(op, len(tiles)), Filled(fills, watch)
-        codec, is_same = CODECS[op.target.codec], op.target == op.source.storage
+        codec, is_same = ENCODERS[op.target.codec], op.target == op.source.storage
         return Filling(
             order.step, self._working(op), sample, filled, passing, survey, op, codec, is_same=is_same
         )
@@ -184,7 +184,7 @@ class Merger:
         this, and a second time to be encoded: no tensor is held whole.
         """
         op, working, found = order.op, self._working(order.op), None
-        codec, target = CODECS[op.source.storage.codec], CODECS[op.target.codec]
+        codec, target = CODECS[op.source.storage.codec], ENCODERS[op.target.codec]
         bench = self._workbench("looking", Workbench)
         with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
             for start, end in tiles:

@@ -73,7 +73,7 @@ class Sample:
         if self._target.is_dense:
             return self._rows(frame.rounded[WEIGHT]).float()
         whole = torch.empty_like(frame.values)
-        CODECS[self._target.codec].decode(rows, frame.rounded, whole)
+        CODECS[self._target.codec].decode(rows, frame.rounded, whole, self._target)
         return self._rows(whole)
 
     @staticmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES, TORCH_TYPES
+from lora_merge.core.tensor import DTYPE_BITS, STORED_TYPES, TORCH_NAMES
 from lora_merge.core.weight import FLOAT32, PartRange, Storage, Tile
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.codecs import Codec
+    from lora_merge.codecs import Codec, Encoder
 
 CUDA_DEPTH = 3
 """Tiles of one worker under way at once on a GPU: one is uploaded and one downloaded while one is computed."""
@@ -56,6 +56,7 @@ class Frame:
         self.stored = self._views(place, "raw", read)
         self.rounded = self._views(place, "encoded", written)
         self.raw, self.encoded = _bytes(self.stored), _bytes(self.rounded)
+        self._source = read.storage
         self._prepare(written.storage)
 
     def _views(self, place: Place, use: str, parts: Parts) -> dict[str, torch.Tensor]:
@@ -87,16 +88,16 @@ class Frame:
 
     def decode(self, codec: Codec, tile: Tile) -> None:
         """Decode `stored` into `values`."""
-        codec.decode(tile, self.stored, self.values)
+        codec.decode(tile, self.stored, self.values, self._source)
 
     def encode(
         self,
-        codec: Codec,
+        codec: Encoder,
         tile: Tile,
         survey: torch.Tensor | None = None,
         stored: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Encode `values` into `rounded`; see `Codec.encode` for the arguments. Sums for `is_finite` are taken here."""
+        """Encode `values` into `rounded`; see `Encoder.encode` for the arguments. Sums for `is_finite` are taken here."""
         import torch
 
         codec.encode(tile, self.values, self.rounded, survey, stored)
@@ -132,6 +133,7 @@ class CudaFrame(Frame):
         self._landing = self._on_host(place, "raw", read)
         self._leaving = self._on_host(place, "encoded", written)
         self.raw, self.encoded = _bytes(self._landing), _bytes(self._leaving)
+        self._source = read.storage
         self._prepare(written.storage)
         self._event = place.event
 
@@ -147,12 +149,12 @@ class CudaFrame(Frame):
         """Upload the stored bytes, and decode them on the GPU."""
         for role, landing in self._landing.items():
             self.stored[role].copy_(landing, non_blocking=True)
-        codec.decode(tile, self.stored, self.values)
+        codec.decode(tile, self.stored, self.values, self._source)
         self._event.record()
 
     def encode(
         self,
-        codec: Codec,
+        codec: Encoder,
         tile: Tile,
         survey: torch.Tensor | None = None,
         stored: Mapping[str, torch.Tensor] | None = None,
@@ -219,7 +221,7 @@ class Place:
                 pin_memory=on_host and self.event is not None,
             )
             self._buffers[use, role] = held
-        return held[:nbytes].view(getattr(torch, TORCH_TYPES[dtype])).view(shape)
+        return held[:nbytes].view(getattr(torch, STORED_TYPES[dtype])).view(shape)
 
 
 class Workbench:
