@@ -115,6 +115,20 @@ def counted(n: int, thing: str) -> str:
     return f"{n} {thing if n == 1 else plural}"
 
 
+def size_text(nbytes: float) -> str:
+    """Return a size in decimal units, as disks and shards use them.
+
+    Example:
+        >>> size_text(2_700_000_000)
+        '2.70 GB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
 def listing(names: Collection[str], most: int = 4, rest: str = "more") -> str:
     """Return names as a list; of many, the first ones and the number of the others.
 

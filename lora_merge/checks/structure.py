@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
+from lora_merge.core.checkpoint import INDEX_FILE
 from lora_merge.core.report import error
 from lora_merge.core.tensor import shape_text
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
@@ -36,7 +36,7 @@ def structure(evidence: Evidence) -> Iterator[Issue]:
         if file.name in found:
             yield from _compare_file(output, file)
     for side_file in plan.side_files:
-        patched = side_file.name == CONFIG_FILE and plan.config_patch
+        patched = plan.config_patch.changes(side_file.name)
         if side_file.name in found and not patched:
             target = root / side_file.name
             if not same_bytes(Path(side_file.source), target):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.cli.text import size_text
 from lora_merge.cli.voice import add_row, screen, table
+from lora_merge.words import size_text
 
 if TYPE_CHECKING:
     from lora_merge.core.report import Report, Summary

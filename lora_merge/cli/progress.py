@@ -7,10 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from lora_merge.cli.text import size_text
 from lora_merge.cli.voice import is_terminal, say, screen
 from lora_merge.core.report import Silence
 from lora_merge.redaction import fit
+from lora_merge.words import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lora_merge.cli.text import size_text
 from lora_merge.cli.voice import add_row, say, say_lines, screen, styled, table
 from lora_merge.cli.watching import STYLES
 from lora_merge.core.report import Report
-from lora_merge.words import alike, cut, listing, printable, ranges
+from lora_merge.words import alike, cut, listing, printable, ranges, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

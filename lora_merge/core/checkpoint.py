@@ -154,9 +154,12 @@ class ConfigPatch:
     delete: tuple[str, ...] = ()
     """Keys to remove; a key that is missing already is ignored."""
 
-    def __bool__(self) -> bool:
-        """Return True where anything changes."""
-        return bool(self.set or self.delete)
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """Side file → its new content, as JSON."""
+
+    def changes(self, file: str) -> bool:
+        """Return True where anything in a file changes."""
+        return bool(self.set or self.delete) if file == CONFIG_FILE else file in self.files
 
 
 def patched_config(config: Mapping[str, Any], patch: ConfigPatch) -> dict[str, Any]:

@@ -81,7 +81,10 @@ def _patched(plan: MergePlan, side_file: SideFile) -> str | None:
     Raises:
         CheckpointError: its source cannot be read.
     """
-    if side_file.name != CONFIG_FILE or not plan.config_patch:
+    patch = plan.config_patch
+    if not patch.changes(side_file.name):
         return None
-    config = patched_config(read_json(Path(side_file.source)), plan.config_patch)
+    if side_file.name != CONFIG_FILE:
+        return json.dumps(patch.files[side_file.name], indent=2, ensure_ascii=False) + "\n"
+    config = patched_config(read_json(Path(side_file.source)), patch)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

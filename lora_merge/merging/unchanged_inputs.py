@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.identity import Place
 from lora_merge.core.plan import Copy
 from lora_merge.storage.digests import file_digest, range_digest
@@ -126,7 +125,7 @@ def check_copied(inputs: Inputs, plan: MergePlan, root: Path) -> None:
     """
     for file in plan.side_files:
         known = inputs.readings.get(Place(file.source, 0, file.nbytes))
-        is_patched = file.name == CONFIG_FILE and plan.config_patch
+        is_patched = plan.config_patch.changes(file.name)
         if known is not None and not is_patched and file_digest(root / file.name) != known:
             raise changed(file.source)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import ConfigPatch
 from lora_merge.core.plan import MergePlan
@@ -10,17 +10,19 @@ from lora_merge.core.shards import index_text
 from lora_merge.errors import PlanError, UnsupportedError
 from lora_merge.planning.draft import join, touches_embeddings
 from lora_merge.planning.joined import Joined
-from lora_merge.planning.placing import dtype_patch, main_dtype, place_all, slots_of, storages_of
+from lora_merge.planning.placing import decoded_dtype_patch, dtype_patch, main_dtype, place_all, slots_of
 from lora_merge.planning.quantised import quantised_config
 from lora_merge.planning.questions import combining_issues, judged, merged_before
 from lora_merge.planning.settings import Policy, Reading
 from lora_merge.planning.steps import beyond_float32
+from lora_merge.planning.storing import DENSE_SHARD, storing_of
 from lora_merge.requests.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_merge.core.report import Issue
+    from lora_merge.planning.storing import Storing
 
 __all__ = [
     "Joined",
@@ -58,11 +60,14 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
     ]
     raise_errors(issues)
     main = main_dtype(base)
-    storages, cast_issues = storages_of(joined.outline, main, policy.dtype)
-    slots = slots_of(joined.outline, joined.shapes, storages)
-    max_shard_bytes = None if policy.max_shard_size is None else parse_size(policy.max_shard_size)
-    files = place_all(joined.outline, slots, max_shard_bytes)
-    steps = joined.steps_into(files, storages, policy)
+    storing = storing_of(base, joined.outline, joined.changes, main, policy)
+    outline = joined.outline.without(storing.leftovers) if storing.leftovers else joined.outline
+    slots = slots_of(outline, joined.shapes, storing.storages)
+    shard_size = policy.max_shard_size or (DENSE_SHARD if storing.is_plain else None)
+    max_shard_bytes = None if shard_size is None else parse_size(shard_size)
+    files = place_all(outline, slots, max_shard_bytes)
+    parts = [part for part in outline.parts if part in slots]
+    steps = joined.steps_into(files, parts, storing.storages, policy)
     # Scales are known only now: those of several adapters' weights are in the steps.
     raise_errors(beyond_float32(steps))
     # A base with an index for its only shard keeps it, unless new shards were asked for.
@@ -73,10 +78,21 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
         weights=tuple(use.weight for use in joined.uses),
         files=files,
         steps=steps,
-        side_files=joined.side_files,
-        config_patch=ConfigPatch({**dtype_patch(base, main, policy.dtype), **joined.config_patch}),
+        side_files=tuple(file for file in joined.side_files if file.name not in storing.dropped_files),
+        config_patch=_config_patch(joined, storing, main, policy),
         index=index_text(files, base.index_metadata) if indexed else "",
-        issues=(*issues, *cast_issues, *joined.issues_of_files),
+        issues=(*issues, *storing.issues, *joined.issues_of_files),
+    )
+
+
+def _config_patch(joined: Joined, storing: Storing, main: str | None, policy: Policy) -> ConfigPatch:
+    """Return what changes in the configuration: dtypes, what the join changes, and how weights are stored."""
+    patch: dict[str, Any] = {**dtype_patch(joined.base, main, policy.dtype)}
+    if storing.is_plain:
+        patch |= decoded_dtype_patch(joined.base, storing.dtype)
+    of_storage = storing.config_patch
+    return ConfigPatch(
+        {**patch, **joined.config_patch, **of_storage.set}, of_storage.delete, of_storage.files
     )
 
 

@@ -19,7 +19,6 @@ from lora_merge.planning.model import Model
 from lora_merge.planning.mutating_init import initial_issues, is_layered
 from lora_merge.planning.outline import Outline, layer_order, layer_stem, replicated, replication_patch
 from lora_merge.planning.peft_layers import layered_deltas
-from lora_merge.planning.quantised import quantised_base
 from lora_merge.planning.shared_changes import Separation
 from lora_merge.planning.sizes import other_size
 from lora_merge.planning.ties import Tie, ensures_tie, find_tie, untie_patch, untied_note
@@ -53,7 +52,7 @@ def join(
     """
     uses = tuple(uses)
     draft = _Draft(base, uses, reading, twins)
-    of_base = quantised_base(base)
+    of_base = base.issues
     of_adapters = [issue for use in uses for issue in (*use.adapter.issues, *use.issues)]
     is_refused = any(issue.severity == "error" for issue in (*of_base, *of_adapters))
     # With an adapter that could not be read at all, further issues would follow from that alone.

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.plan import MergePlan
 
+_OF_STORAGE = ("dtype", "quantization_config", "compression_config", "quantization")
+"""Ends of keys of ``config.json`` that say how weights are stored."""
+
 _CHECK = "check that this is the adapter you want, and that its training ran"
 
 
@@ -28,8 +31,10 @@ def effect_issues(plan: MergePlan, uses: Sequence[AdapterUse]) -> list[Issue]:
 
 
 def is_reshaped(plan: MergePlan) -> bool:
-    """Return True when the output's config differs from the base's in more than a dtype: layers, rows, a tie."""
-    return any(not key.endswith("dtype") for key in plan.config_patch.set)
+    """Return True when the output's config differs from the base's in more than how weights are stored: in layers, rows, a
+    tie.
+    """
+    return any(not key.endswith(_OF_STORAGE) for key in plan.config_patch.set)
 
 
 def _why(use: AdapterUse) -> tuple[str, str]:

@@ -16,12 +16,15 @@ from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.skeleton import Skeleton, build_skeleton, meta_model
 from lora_merge.planning.change import Change
 from lora_merge.planning.outline import Outline
-from lora_merge.planning.placing import slots_of, storages_of
+from lora_merge.planning.placing import slots_of
 from lora_merge.planning.settings import Policy, Reading
 from lora_merge.planning.steps import Wanted
+from lora_merge.planning.storing import storing_of
 from lora_merge.planning.ties import Tie
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Step
     from lora_merge.core.shards import OutputFile
@@ -108,19 +111,24 @@ class Joined:
         return self.shapes.get(name, self.outline.sources[name].shape)
 
     def steps_into(
-        self, files: tuple[OutputFile, ...], storages: Mapping[str, Storage], policy: Policy
+        self,
+        files: tuple[OutputFile, ...],
+        parts: Sequence[tuple[str, str]],
+        storages: Mapping[str, Storage],
+        policy: Policy,
     ) -> tuple[Step, ...]:
         """Return the steps that make an output, in the order of its bytes.
 
         Args:
-            files: of the output; they hold a tensor for each part of the outline, in its order.
+            files: of the output.
+            parts: ``(parameter, role)`` of each of their tensors, in order.
             storages: how each parameter is stored.
             policy: how changes of several adapters become one.
         """
         slots = [slot for file in files for slot in file.slots]
         writes: dict[str, dict[str, TensorRef]] = {}
         # Slots have names of stored tensors, so they are matched with parameters by their order.
-        for (name, role), slot in zip(self.outline.parts, slots, strict=True):
+        for (name, role), slot in zip(parts, slots, strict=True):
             writes.setdefault(name, {})[role] = slot
         order = {slot.name: n for n, slot in enumerate(slots)}
         steps = (
@@ -144,7 +152,7 @@ class Joined:
 
         Changes of several adapters are added up.
         """
-        storages, _ = storages_of(self.outline, None, None)
+        storages = storing_of(self.base, self.outline, self.changes, None, Policy()).storages
         slots = slots_of(self.outline, self.shapes, storages)
         writes: dict[str, dict[str, TensorRef]] = {}
         for (name, role), slot in slots.items():

@@ -3,52 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs import ENCODERS
 from lora_merge.core.checkpoint import Checkpoint, config_levels
-from lora_merge.core.report import Issue, note
 from lora_merge.core.shards import OutputFile, place, split
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, TensorRef, nbytes_of
-from lora_merge.core.weight import DENSE, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lora_merge.core.weight import Storage, Weight
     from lora_merge.planning.outline import Outline
 
 
 Slots = dict[tuple[str, str], TensorRef]
 """``(parameter, role)`` → the tensor as the output stores it; its place is not decided yet."""
-
-
-def storages_of(
-    outline: Outline, main: str | None, dtype: str | None
-) -> tuple[dict[str, Storage], list[Issue]]:
-    """Return how the output stores each parameter, and a note on those that keep their own dtype.
-
-    Args:
-        outline: the output's parameters and their sources.
-        main: code of the main dtype, the one that most bytes of the checkpoint are in.
-        dtype: the wanted dtype as torch spells it; None keeps the base's, tensor by tensor.
-    """
-    code = main if dtype is None else DTYPE_CODES[dtype]
-    changing = main is not None and code != main
-    storages = {}
-    apart: Counter[str] = Counter()
-    for name in outline.names:
-        source = outline.sources[name]
-        # What the base keeps apart on purpose (a float32 A_log among bfloat16) stays as it is.
-        is_changed = changing and code and source.storage == Storage(DENSE, main or "")
-        storages[name] = Storage(DENSE, code) if is_changed and code else source.storage
-        if changing and source.dtype not in (main, code):
-            apart[source.dtype] += 1
-    issues = [
-        note("dtype-kept", "", f"{count} tensors stay {kept}: the base keeps them apart from its {main}")
-        for kept, count in apart.items()
-        if kept in TORCH_NAMES
-    ]
-    return storages, issues
 
 
 def slots_of(
@@ -63,12 +34,25 @@ def slots_of(
     """
     slots = {}
     for name in outline.names:
-        storage, shape = storages[name], shapes.get(name, outline.sources[name].shape)
+        source, storage = outline.sources[name], storages[name]
+        if storage == source.storage and not storage.is_dense:
+            slots.update({(name, role): slot for role, slot in _kept(name, source).items()})
+            continue
+        shape = shapes.get(name, source.shape)
         codec = ENCODERS[storage.codec]
         names = codec.names(name, storage)
         for role, (dtype, size) in codec.parts(shape, storage).items():
             slots[name, role] = TensorRef(names[role], dtype, size, "", 0, nbytes_of(dtype, size))
     return slots
+
+
+def _kept(name: str, source: Weight) -> dict[str, TensorRef]:
+    """Return the tensors of a weight that stays as it is stored, under the name of its parameter in the output."""
+    before, after = source.name.removesuffix(".weight"), name.removesuffix(".weight")
+    return {
+        role: replace(ref, name=after + ref.name.removeprefix(before), file="", start=0)
+        for role, ref in source.parts.items()
+    }
 
 
 def main_dtype(base: Checkpoint) -> str | None:
@@ -83,12 +67,15 @@ def main_dtype(base: Checkpoint) -> str | None:
 def place_all(outline: Outline, slots: Slots, max_shard_bytes: int | None) -> tuple[OutputFile, ...]:
     """Return the output's weight files: the base's own, or new shards of ``max_shard_bytes`` at most."""
     if max_shard_bytes is None:
+        parts = {file.name: [part for part in file.parts if part in slots] for file in outline.files}
         return tuple(
-            place(file.name, [slots[part] for part in file.parts], file.metadata) for file in outline.files
+            place(file.name, [slots[part] for part in parts[file.name]], file.metadata)
+            for file in outline.files
+            if parts[file.name]
         )
     # New shards have no counterpart in the base, so all get the metadata of its first file.
     metadata = outline.files[0].metadata
-    shards = split([slots[part] for part in outline.parts], max_shard_bytes)
+    shards = split([slots[part] for part in outline.parts if part in slots], max_shard_bytes)
     return tuple(place(name, shard, metadata) for name, shard in shards)
 
 
@@ -104,3 +91,10 @@ def dtype_patch(base: Checkpoint, main: str | None, dtype: str | None) -> dict[s
         if key in level and (not path or level[key] == TORCH_NAMES[main])
     }
     return patch or {"torch_dtype": dtype}
+
+
+def decoded_dtype_patch(base: Checkpoint, dtype: str) -> dict[str, str]:
+    """Return what ``config.json`` needs to name the dtype of weights that were quantised, as torch spells it."""
+    named = {key: base.config[key] for key in ("dtype", "torch_dtype") if key in base.config}
+    patch = {key: dtype for key, value in named.items() if value != dtype}
+    return patch if named else {"torch_dtype": dtype}

@@ -70,7 +70,8 @@ class Wanted:
         reach: Reach = (
             "tensor" if combination or "tensor" in reaches else "columns" if "columns" in reaches else "rows"
         )
-        is_stacked = any(delta.facts.is_stacked or delta.region.box for delta in deltas)
+        # Without a delta any view will do, and that of a stack has small rows.
+        is_stacked = not deltas or any(delta.facts.is_stacked or delta.region.box for delta in deltas)
         view = View.of(source.shape, stacked=is_stacked)
         return Merge(source, self.target, deltas, view, reach, combination)
 

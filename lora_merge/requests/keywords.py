@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Link,
         Naming,
         OutputDtype,
+        OutStorage,
         ProofLevel,
         VerifyLevel,
     )
@@ -54,6 +55,10 @@ class PlanOptions(TypedDict, total=False):
 
     dtype: OutputDtype | None
     """Store the weights in this dtype. Default: the base's, tensor by tensor."""
+
+    out_storage: OutStorage | None
+    """How a quantised base's weights are stored: all dense, or dense where they change and as they are
+    elsewhere (mixed). Default: dense, unless no quantised weight changes: then all are copied."""
 
     max_shard_size: str | int | None
     """Split the weights into files of at most this size, such as 5GB. Default: the base's own files."""

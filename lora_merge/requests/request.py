@@ -16,6 +16,7 @@ from lora_merge.core.choices import (
     Link,
     Naming,
     OutputDtype,
+    OutStorage,
     ProofLevel,
     VerifyLevel,
 )
@@ -58,6 +59,10 @@ class Request:
 
     dtype: OutputDtype | None = None
     """Store the weights in this dtype. Default: the base's, tensor by tensor."""
+
+    out_storage: OutStorage | None = None
+    """How a quantised base's weights are stored: all dense, or dense where they change and as they are
+    elsewhere (mixed). Default: dense, unless no quantised weight changes: then all are copied."""
 
     max_shard_size: str | int | None = None
     """Split the weights into files of at most this size, such as 5GB. Default: the base's own files."""

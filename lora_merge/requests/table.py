@@ -329,6 +329,14 @@ _MERGING: tuple[Option, ...] = (
         recorded="always",
     ),
     Option(
+        "out_storage",
+        _MERGES,
+        kinds.OUT_STORAGE,
+        "How a quantised base's weights are stored: all dense, or dense where they change and as they are elsewhere (mixed).",
+        "default: dense, unless no quantised weight changes: then all are copied",
+        recorded="given",
+    ),
+    Option(
         "max_shard_size",
         _MERGES,
         kinds.SIZE,

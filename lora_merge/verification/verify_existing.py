@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lora_merge.core.comparison import Comparison
 
 _READING = ("base_is", "expert_layout")
-_POLICY = ("combine", "density", "seed", "dtype", "max_shard_size")
+_POLICY = ("combine", "density", "seed", "dtype", "out_storage", "max_shard_size")
 """Options of a manifest that shape the output: those of `Reading`, and those of `Policy`."""
 
 

@@ -1,0 +1,63 @@
+"""Weights that engines load as one: all of them are stored in the same way, or none can be loaded."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+_FUSED = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"gate_proj", "up_proj"},
+    {"w1", "w3"},
+    {"wq", "wk", "wv"},
+    {"query", "key", "value"},
+    {"q_a_proj", "kv_a_proj_with_mqa"},
+    {"in_proj_qkv", "in_proj_z"},
+    {"in_proj_qkvz", "in_proj_ba"},
+    {"in_proj_b", "in_proj_a"},
+    {"wk", "weights_proj"},
+)
+"""Last parts of the paths of modules that engines fuse (``packed_modules_mapping`` and ``stacked_params_mapping`` of the models
+in vLLM 0.32)."""
+
+_EXPERTS = re.compile(r"(?P<layer>(?:.*\.)?experts)\.")
+"""One layer of experts: its matrices are one kernel, with one way to store them."""
+
+
+def with_mates(touched: Iterable[str], names: Collection[str]) -> frozenset[str]:
+    """Return parameters together with those that engines fuse them with.
+
+    Args:
+        touched: names of parameters.
+        names: those that can be mates: of the same model, stored quantised.
+
+    Example:
+        >>> sorted(with_mates(["l.0.q_proj.weight"], ["l.0.q_proj.weight", "l.0.k_proj.weight", "l.1.k_proj.weight"]))
+        ['l.0.k_proj.weight', 'l.0.q_proj.weight']
+    """
+    groups: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name in names:
+        for key in _keys(name):
+            groups[key].add(name)
+    found, left = set(touched), list(touched)
+    # A mate may have mates of its own: wk is fused with wq and wv in one family, with weights_proj in another.
+    while left:
+        for key in _keys(left.pop()):
+            new = groups[key] - found
+            found |= new
+            left += new
+    return frozenset(found)
+
+
+def _keys(name: str) -> list[tuple[str, str]]:
+    """Return the groups that a parameter is in: the path that its members share, and which group it is."""
+    layer = _EXPERTS.match(name)
+    if layer is not None:
+        return [(layer["layer"], "experts")]
+    module, _, _ = name.rpartition(".")
+    path, _, last = module.rpartition(".")
+    return [(path, str(n)) for n, names in enumerate(_FUSED) if last in names]

@@ -1,0 +1,184 @@
+"""How an output stores each parameter: as the base does, all dense, or dense where it changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from lora_merge.codecs import ENCODERS
+from lora_merge.core.checkpoint import ConfigPatch
+from lora_merge.core.report import Issue, note
+from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, nbytes_of
+from lora_merge.core.weight import DENSE, Storage
+from lora_merge.planning.mates import with_mates
+from lora_merge.quantised import SIDE_FILES, dense_dtype, describe, excepting, is_leftover, plain_keys
+from lora_merge.words import counted, listing, size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.core.choices import OutStorage
+    from lora_merge.planning.change import Change
+    from lora_merge.planning.outline import Outline
+    from lora_merge.planning.settings import Policy
+
+DENSE_SHARD = "5GB"
+"""Files of a decoded base are split at this size, as ``save_pretrained`` does: they grow two to four times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storing:
+    """How an output stores its parameters, and what follows for the rest of it."""
+
+    storages: Mapping[str, Storage]
+    """Of each parameter."""
+
+    decoded: frozenset[str]
+    """Parameters that are stored quantised in the base, and dense in the output."""
+
+    dtype: str
+    """Of decoded weights, as torch spells it; empty for a base that is stored plain."""
+
+    is_plain: bool
+    """True where the base has quantised weights and the output none: nothing of its settings stays."""
+
+    leftovers: frozenset[str] = frozenset()
+    """Tensors of the base that mean nothing without its quantisation; they are left out."""
+
+    config_patch: ConfigPatch = field(default_factory=ConfigPatch)
+    dropped_files: frozenset[str] = frozenset()
+    """Side files that say how weights are quantised."""
+
+    issues: tuple[Issue, ...] = ()
+
+
+def storing_of(
+    base: Checkpoint, outline: Outline, changes: Mapping[str, Change], main: str | None, policy: Policy
+) -> Storing:
+    """Return how an output stores its parameters.
+
+    Args:
+        base: what it is made from.
+        outline: the output's parameters and their sources.
+        changes: what is done to some of them.
+        main: code of the dtype that most bytes of the base's plain tensors are in.
+        policy: the dtype that is wanted, and how quantised weights are to be stored.
+    """
+    storages, issues = _plain_storages(outline, main, policy.dtype)
+    quantised = frozenset(name for name in outline.names if outline.sources[name].plain is None)
+    if not quantised:
+        return Storing(storages, frozenset(), "", is_plain=False, issues=tuple(issues))
+    dtype: str = policy.dtype or dense_dtype(base)
+    code = DTYPE_CODES[dtype]
+    touched = _touched(outline, quantised, changes)
+    decoded = _decoded(quantised, touched, policy.out_storage)
+    for name in quantised:
+        storages[name] = Storage(DENSE, code) if name in decoded else outline.sources[name].storage
+    issues.append(_said(outline, quantised, decoded, touched, code))
+    storing = Storing(storages, decoded, dtype, is_plain=decoded == quantised, issues=tuple(issues))
+    if storing.is_plain:
+        return replace(
+            storing,
+            leftovers=frozenset(filter(is_leftover, outline.names)),
+            config_patch=ConfigPatch(delete=plain_keys(base.config)),
+            dropped_files=SIDE_FILES,
+        )
+    return replace(storing, config_patch=_with_exceptions(base, decoded)) if decoded else storing
+
+
+def _touched(outline: Outline, quantised: frozenset[str], changes: Mapping[str, Change]) -> frozenset[str]:
+    """Return the quantised parameters that change and cannot be written as they are stored."""
+    codecs = {name: outline.sources[name].storage.codec for name in quantised & changes.keys()}
+    return frozenset(name for name, codec in codecs.items() if codec not in ENCODERS)
+
+
+def _decoded(
+    quantised: frozenset[str], touched: frozenset[str], out_storage: OutStorage | None
+) -> frozenset[str]:
+    """Return the quantised parameters that the output stores dense."""
+    if out_storage == "dense" or (touched and out_storage is None):
+        return quantised
+    return with_mates(touched, quantised)
+
+
+def _plain_storages(
+    outline: Outline, main: str | None, dtype: str | None
+) -> tuple[dict[str, Storage], list[Issue]]:
+    """Return how the output stores each parameter that the base stores plain, and a note on those that keep their own
+    dtype.
+
+    Args:
+        outline: the output's parameters and their sources.
+        main: code of the main dtype, the one that most bytes of the checkpoint are in.
+        dtype: the wanted dtype as torch spells it; None keeps the base's, tensor by tensor.
+    """
+    code = main if dtype is None else DTYPE_CODES[dtype]
+    changing = main is not None and code != main
+    storages = {}
+    apart: Counter[str] = Counter()
+    for name in outline.names:
+        source = outline.sources[name]
+        # What the base keeps apart on purpose (a float32 A_log among bfloat16) stays as it is.
+        is_changed = changing and code and source.storage == Storage(DENSE, main or "")
+        storages[name] = Storage(DENSE, code) if is_changed and code else source.storage
+        if changing and source.dtype not in (main, code):
+            apart[source.dtype] += 1
+    issues = [
+        note("dtype-kept", "", f"{count} tensors stay {kept}: the base keeps them apart from its {main}")
+        for kept, count in apart.items()
+        if kept in TORCH_NAMES
+    ]
+    return storages, issues
+
+
+def _with_exceptions(base: Checkpoint, decoded: frozenset[str]) -> ConfigPatch:
+    """Return the patch that adds decoded weights to what the configuration leaves dense, wherever it says so."""
+    edits, side = excepting(base, decoded), {file.name for file in base.side_files}
+    return ConfigPatch(
+        set={place: table for place, table in edits.items() if place not in side},
+        files={place: table for place, table in edits.items() if place in side},
+    )
+
+
+def _said(
+    outline: Outline,
+    quantised: frozenset[str],
+    decoded: frozenset[str],
+    touched: Collection[str],
+    dtype: str,
+) -> Issue:
+    """Return a note on what becomes of quantised weights, with the bytes of each ``--out-storage``."""
+    kinds = Counter(describe(outline.sources[name].storage) for name in quantised)
+    weights = f"{counted(len(quantised), 'weight')} ({listing([kind for kind, _ in kinds.most_common()])})"
+    dense = f"--out-storage dense: {size_text(_nbytes(outline, quantised, dtype))}"
+    mates = with_mates(touched, quantised)
+    mixed = f"--out-storage mixed: {size_text(_nbytes(outline, mates, dtype))}"
+    if not decoded and any(outline.sources[name].storage.codec in ENCODERS for name in quantised):
+        sentence = f"{weights} stay as the base stores them ({dense})"
+    elif not decoded:
+        now = size_text(_nbytes(outline, decoded, dtype))
+        sentence = (
+            f"nothing changes a quantised weight: {weights} are copied as they are stored: {now} ({dense})"
+        )
+    elif decoded == quantised:
+        sentence = f"{weights} are decoded to {dtype}"
+        if mates != quantised:
+            sentence += (
+                f"; {len(mates)} of them change, or are loaded together with one that does ({dense}; {mixed})"
+            )
+        else:
+            sentence += f" ({dense})"
+    else:
+        sentence = f"{len(decoded)} of {weights} are decoded to {dtype}, the others are copied as they are stored ({mixed}; {dense})"
+    return note("storage", "", sentence)
+
+
+def _nbytes(outline: Outline, decoded: Collection[str], dtype: str) -> int:
+    """Return the bytes of all weights where some are decoded."""
+    sources = ((name, outline.sources[name]) for name in outline.names)
+    return sum(
+        nbytes_of(dtype, source.shape) if name in decoded else source.nbytes for name, source in sources
+    )
