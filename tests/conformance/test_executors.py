@@ -106,7 +106,8 @@ def test_every_piece_is_done_once_and_has_one_result(executor, n_workers, sizes,
 @each
 @pytest.mark.parametrize("n_workers", [1, 3])
 def test_the_first_error_reaches_the_caller_and_later_pieces_are_not_begun(executor, n_workers, tmp_path):
-    tasks, spec = tasks_of([1] * 100), Noted(tmp_path, ("t1",), PAUSE_SECONDS)
+    # So many that they outlast a process that starts late on a busy machine.
+    tasks, spec = tasks_of([1] * 2000), Noted(tmp_path, ("t1",), PAUSE_SECONDS)
     with pytest.raises(WriteError, match="t1") as caught:
         list(executor(spec, tasks, n_workers))
     assert caught.value.hint == "of a worker"
