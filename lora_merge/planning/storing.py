@@ -13,7 +13,7 @@ from lora_merge.core.report import Issue, note
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, nbytes_of
 from lora_merge.core.weight import DENSE, Storage
 from lora_merge.planning.mates import with_mates
-from lora_merge.quantised import SIDE_FILES, dense_dtype, describe, excepting, is_leftover, plain_keys
+from lora_merge.quantised import SIDE_FILES, describe, excepting, leftover, plain_config, stored_dtype
 from lora_merge.words import counted, listing, size_text
 
 if TYPE_CHECKING:
@@ -71,22 +71,23 @@ def storing_of(
     quantised = frozenset(name for name in outline.names if outline.sources[name].plain is None)
     if not quantised:
         return Storing(storages, frozenset(), "", is_plain=False, issues=tuple(issues))
-    dtype: str = policy.dtype or dense_dtype(base)
-    code = DTYPE_CODES[dtype]
+    code = DTYPE_CODES[policy.dtype] if policy.dtype else stored_dtype(base.quantisation, base.config)
     touched = _touched(outline, quantised, changes)
     decoded = _decoded(quantised, touched, policy.out_storage)
     for name in quantised:
         storages[name] = Storage(DENSE, code) if name in decoded else outline.sources[name].storage
     issues.append(_said(outline, quantised, decoded, touched, code))
-    storing = Storing(storages, decoded, dtype, is_plain=decoded == quantised, issues=tuple(issues))
+    storing = Storing(
+        storages, decoded, TORCH_NAMES[code], is_plain=decoded == quantised, issues=tuple(issues)
+    )
     if storing.is_plain:
         return replace(
             storing,
-            leftovers=frozenset(filter(is_leftover, outline.names)),
-            config_patch=ConfigPatch(delete=plain_keys(base.config)),
+            leftovers=frozenset(filter(leftover, outline.names)),
+            config_patch=ConfigPatch(delete=plain_config(base.config)),
             dropped_files=SIDE_FILES,
         )
-    return replace(storing, config_patch=_with_exceptions(base, decoded)) if decoded else storing
+    return replace(storing, config_patch=_with_exceptions(base, outline, decoded)) if decoded else storing
 
 
 def _touched(outline: Outline, quantised: frozenset[str], changes: Mapping[str, Change]) -> frozenset[str]:
@@ -134,9 +135,10 @@ def _plain_storages(
     return storages, issues
 
 
-def _with_exceptions(base: Checkpoint, decoded: frozenset[str]) -> ConfigPatch:
+def _with_exceptions(base: Checkpoint, outline: Outline, decoded: frozenset[str]) -> ConfigPatch:
     """Return the patch that adds decoded weights to what the configuration leaves dense, wherever it says so."""
-    edits, side = excepting(base, decoded), {file.name for file in base.side_files}
+    modules = [name.removesuffix(".weight") for name in outline.names if name in decoded]
+    edits, side = excepting(base.quantisation, modules, base.weights), {file.name for file in base.side_files}
     return ConfigPatch(
         set={place: table for place, table in edits.items() if place not in side},
         files={place: table for place, table in edits.items() if place in side},

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.core.weight import Weight
@@ -17,11 +17,10 @@ from lora_merge.quantised.refused import refusals
 from lora_merge.quantised.tables import settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Iterable
 
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
-    from lora_merge.core.weight import Storage
 
 __all__ = [
     "METHODS",

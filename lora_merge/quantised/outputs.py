@@ -6,8 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.tensor import DTYPE_CODES
-from lora_merge.quantised.tables import SIDE_FILES as _READ
 from lora_merge.quantised.tables import QUANT_STATE, keys_in, tables_of
+from lora_merge.quantised.tables import SIDE_FILES as _READ
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
