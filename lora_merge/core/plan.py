@@ -77,6 +77,9 @@ class Merge:
     combination: Combination | None = None
     """None: every delta is applied in turn."""
 
+    held_bytes: int = 0
+    """Bytes of the source that are in memory for every tile: packed codes that lie across the rows."""
+
     op: Literal["merge"] = "merge"
 
     def tiles(self, elements: int | None = None, rows: int = 1) -> list[tuple[int, int]]:
@@ -250,7 +253,7 @@ def _step_bytes(step: Step, tile_elements: int | None) -> int:
             factors = max((sum(map(_factor_bytes, found)) for found in _together(op, tiles)), default=0)
             panel = 8 * PANEL_ELEMENTS if op.reach == "columns" else 0
             # the raw tile, its float32 form, the delta, and the encoded tile
-            return (8 + 4 + 4 + 8) * elements + 2 * factors + panel
+            return (8 + 4 + 4 + 8) * elements + 2 * factors + panel + op.held_bytes
 
 
 def _together(op: Merge, tiles: Sequence[tuple[int, int]]) -> Iterator[Sequence[PlacedDelta]]:

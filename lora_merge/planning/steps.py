@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import ENCODERS
+from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.plan import Combination, Copy, Merge, Step
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
 from lora_merge.core.view import View
-from lora_merge.core.weight import Storage, Weight
+from lora_merge.core.weight import Storage, Tile, Weight
 from lora_merge.planning.change import Change, combined_rank
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Wanted:
         # Without a delta any view will do, and that of a stack has small rows.
         is_stacked = not deltas or any(delta.facts.is_stacked or delta.region.box for delta in deltas)
         view = View.of(source.shape, stacked=is_stacked)
-        return Merge(source, self.target, deltas, view, reach, combination)
+        return Merge(source, self.target, deltas, view, reach, combination, _held_bytes(source, view))
 
     def _combination(self, deltas: tuple[PlacedDelta, ...], policy: Policy) -> Combination | None:
         """Return how the adapters' changes become one; None where they are applied in turn."""
@@ -81,6 +81,17 @@ class Wanted:
             return None
         rank = combined_rank(deltas)
         return Combination(policy.combine, policy.density, policy.seed, rank, self.rng_key)
+
+
+def _held_bytes(source: Weight, view: View) -> int:
+    """Return the bytes that a tile of a single row needs, where they are a matrix and not its share of one."""
+    if source.storage.is_dense or not view.n_rows:
+        return 0
+    codec = CODECS[source.storage.codec]
+    rows, _ = codec.alignment(source.shape, view.n_rows, source.storage)
+    tile = Tile(source.shape, view.n_rows, 0, min(rows, view.rows))
+    nbytes = sum(part.nbytes for part in codec.ranges(tile, source.storage).values())
+    return nbytes if 2 * nbytes * view.blocks > source.nbytes else 0
 
 
 def applied(deltas: tuple[PlacedDelta, ...], policy: Policy) -> tuple[PlacedDelta, ...]:
