@@ -6,13 +6,23 @@ from __future__ import annotations
 
 from lora_merge.codecs.codec import Codec, Encoder
 from lora_merge.codecs.dense import Dense
+from lora_merge.codecs.fp4 import Fp4
+from lora_merge.codecs.llm_int8 import LlmInt8
+from lora_merge.codecs.mxfp4_experts import Mxfp4Experts
+from lora_merge.codecs.scaled import Scaled
 from lora_merge.core.weight import DENSE
 
 __all__ = ["CODECS", "ENCODERS", "Codec", "Encoder"]
 
 _DENSE = Dense()
 
-CODECS: dict[str, Codec] = {DENSE: _DENSE}
+CODECS: dict[str, Codec] = {
+    DENSE: _DENSE,
+    "scaled": Scaled(),
+    "fp4": Fp4(),
+    "mxfp4_experts": Mxfp4Experts(),
+    "llm_int8": LlmInt8(),
+}
 
 ENCODERS: dict[str, Encoder] = {DENSE: _DENSE}
 """Those of `CODECS` that a merge can write; weights of the others become dense, or are copied as they are."""

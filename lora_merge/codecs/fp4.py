@@ -1,0 +1,82 @@
+"""E2M1 codes of four bits, with a scale for each group: MXFP4 and NVFP4."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of, whole
+from lora_merge.codecs.tables import as_floats, look_up_e2m1
+from lora_merge.core.weight import WEIGHT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from lora_merge.core.weight import PartRange, Storage, Tile
+
+_SCALE, _GLOBAL = "scale", "global"
+
+
+class _Settings(NamedTuple):
+    """The settings of a storage."""
+
+    group: int
+    scale: str
+    """A dtype code."""
+
+    of_tensor: str
+    """``global``: what is done with the scale of the whole tensor."""
+
+
+# Asked for every tile, of a few storages.
+@lru_cache
+def _settings(storage: Storage) -> _Settings:
+    found = dict(storage.settings)
+    return _Settings(int(found["group"]), f"F8_{found['scale']}", str(found["global"]))
+
+
+class Fp4:
+    """``weight`` of two codes in each byte, the low nibble first, ``scale`` for each group along ``in``, perhaps ``global``
+    for the whole tensor.
+
+    Settings:
+        group: values of a group: 32 for MXFP4, 16 for NVFP4.
+        scale: ``"E8M0"`` or ``"E4M3"``.
+        global: ``"none"``: W = e2m1 · s; ``"divide"``: e2m1 · (s / g), as compressed-tensors 0.20 stores it; ``"multiply"``:
+            e2m1 · (s · g), as ModelOpt 0.47 does. All in float32.
+
+    The codes may be stored as U8, I8 or U32: the bytes are the same.
+    """
+
+    def alignment(self, shape: tuple[int, ...], n_rows: int, storage: Storage) -> tuple[int, int]:
+        """Return ``(1, 1)``: a tile may begin anywhere."""
+        del shape, n_rows, storage
+        return 1, 1
+
+    def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
+        """Return the codes ``[lines, in/2]`` and scales ``[lines, groups]``, both as bytes; ``global`` F32 ``[1]`` if any."""
+        lines, of = lines_of(tile), _settings(storage)
+        found = {
+            WEIGHT: by_line(lines, "U8", lines.width // 2),
+            _SCALE: by_line(lines, "U8", groups_of(lines.width, of.group)),
+        }
+        if of.of_tensor != "none":
+            found[_GLOBAL] = whole("F32", (1,))
+        return found
+
+    def decode(
+        self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor, storage: Storage
+    ) -> None:
+        """Multiply each code by the scale of its group, to which the global scale is applied first."""
+        lines, of = lines_of(tile), _settings(storage)
+        values = out.view(lines.n, lines.width)
+        look_up_e2m1(parts[WEIGHT], values)
+        scale = as_floats(parts[_SCALE], of.scale)
+        if of.of_tensor == "divide":
+            scale.div_(parts[_GLOBAL])
+        elif of.of_tensor == "multiply":
+            scale.mul_(parts[_GLOBAL])
+        for group, columns in in_groups(values, of.group):
+            group.mul_(scale[:, columns, None])

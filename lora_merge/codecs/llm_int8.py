@@ -1,0 +1,45 @@
+"""LLM.int8 of bitsandbytes: int8 and the largest magnitude of each row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.codecs.geometry import by_line, lines_of
+from lora_merge.core.weight import WEIGHT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from lora_merge.core.weight import PartRange, Storage, Tile
+
+_SCALE = "scale"
+
+_STEP = 7.874015718698502e-3
+"""1/127 in float32."""
+
+
+class LlmInt8:
+    """``weight`` I8 ``[out, in]`` and ``scale`` (``SCB``) F32 ``[out]``: W = q · SCB · 1/127, in float32, from left to right, as
+    bitsandbytes 0.50 computes it (``int8_vectorwise_dequant``).
+    """
+
+    def alignment(self, shape: tuple[int, ...], n_rows: int, storage: Storage) -> tuple[int, int]:
+        """Return ``(1, 1)``: a tile may begin anywhere."""
+        del shape, n_rows, storage
+        return 1, 1
+
+    def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
+        """Return the codes ``[lines, in]`` and the scales ``[lines, 1]``."""
+        del storage
+        lines = lines_of(tile)
+        return {WEIGHT: by_line(lines, "I8", lines.width), _SCALE: by_line(lines, "F32", 1)}
+
+    def decode(
+        self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor, storage: Storage
+    ) -> None:
+        """Multiply each code by the scale of its row, then by 1/127."""
+        del storage
+        lines = lines_of(tile)
+        out.view(lines.n, lines.width).copy_(parts[WEIGHT]).mul_(parts[_SCALE]).mul_(_STEP)

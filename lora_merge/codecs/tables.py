@@ -1,0 +1,101 @@
+"""What each code of eight bits, and each pair of codes of four, stands for. Looking a value up is faster than casting it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import nan
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+_EXPONENTS = {"F8_E8M0", "U8"}
+"""Codes that are a power of two, 2^(code - 127). Scales of MX formats are stored as plain bytes, too."""
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+# Two threads may make a table at once: they make the same one.
+@lru_cache
+def values_of_codes(dtype: str, device: torch.device) -> torch.Tensor:
+    """Return what each byte means: float32 ``[256]``.
+
+    Args:
+        dtype: ``"F8_E4M3"``, ``"F8_E5M2"`` (with their NaN and infinities), or ``"F8_E8M0"``, also spelled ``"U8"``:
+            powers of two, 255 is NaN (OCP Microscaling Formats 1.0).
+        device: where the table is wanted.
+    """
+    import torch
+
+    if dtype in _EXPONENTS:
+        return torch.tensor([*(2.0 ** (code - 127) for code in range(255)), nan], device=device)
+    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, _FLOAT8[dtype]))
+    return codes.to(torch.float32).to(device)
+
+
+@lru_cache
+def pairs_of_e2m1(device: torch.device) -> torch.Tensor:
+    """Return the two E2M1 values of each byte, the low nibble's first: two float32 in one int64, ``[256]``.
+
+    A pair is copied as one number of 64 bits: twice as fast as one value at a time.
+    """
+    import torch
+
+    values, codes = torch.tensor(_E2M1), torch.arange(256)
+    pairs = torch.stack((values[codes & 15], values[codes >> 4]), 1)
+    return pairs.view(torch.int64).view(-1).to(device)
+
+
+def look_up(codes: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
+    """Write what codes mean.
+
+    Args:
+        codes: U8; any shape.
+        dtype: of `values_of_codes`.
+        out: float32, contiguous, as many.
+    """
+    import torch
+
+    # Of the index types int32 is the faster, and its conversion costs a tenth of the look-up.
+    torch.index_select(values_of_codes(dtype, out.device), 0, codes.reshape(-1).int(), out=out.view(-1))
+
+
+def look_up_e2m1(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Write what pairs of E2M1 codes mean.
+
+    Args:
+        codes: U8, two codes in each byte, the low nibble first; any shape.
+        out: float32, contiguous, twice as many; its memory begins at a multiple of eight bytes.
+    """
+    import torch
+
+    pairs = out.view(-1).view(torch.int64)
+    torch.index_select(pairs_of_e2m1(out.device), 0, codes.reshape(-1).int(), out=pairs)
+
+
+def as_floats(stored: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return scales as float32, in their shape. All dtypes are exact in it.
+
+    Args:
+        stored: F32, BF16 or F16; bytes for the dtypes of `values_of_codes`.
+        dtype: what they are.
+    """
+    import torch
+
+    if dtype in _FLOAT8 or dtype in _EXPONENTS:
+        out = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
+        look_up(stored, dtype, out)
+        return out
+    return stored.to(torch.float32)
+
+
+def bytes_of(dtype: str) -> str:
+    """Return the dtype in which `as_floats` and `look_up` want something stored.
+
+    Example:
+        >>> bytes_of("F8_E4M3"), bytes_of("BF16")
+        ('U8', 'BF16')
+    """
+    return "U8" if dtype in _FLOAT8 or dtype in _EXPONENTS else dtype
