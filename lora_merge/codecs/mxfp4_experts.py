@@ -9,15 +9,19 @@ from lora_merge.codecs.tables import as_floats, look_up_e2m1
 from lora_merge.core.weight import WEIGHT, PartRange
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import torch
 
+    from lora_merge.codecs.geometry import Lines
     from lora_merge.core.weight import Storage, Tile
 
 _SCALE = "scale"
 
 _GROUP = 32
+
+_PIECE = 1 << 17
+"""Values that are turned round at once."""
 
 
 class Mxfp4Experts:
@@ -53,14 +57,24 @@ class Mxfp4Experts:
         del storage
         lines = lines_of(tile)
         values = out.view(lines.n, lines.width)
-        first, last = lines.matrices
-        for expert in range(first, last):
-            begin = expert * lines.rows
-            start, end = max(lines.start, begin), min(lines.end, begin + lines.rows)
-            rows = slice((start - begin) // 2, (end - begin) // 2)
-            groups = slice((start - begin) // _GROUP, (end - begin) // _GROUP)
-            found = _decoded(parts[WEIGHT][expert - first, :, rows], parts[_SCALE][expert - first, :, groups])
-            values[start - lines.start : end - lines.start].copy_(found.t())
+        codes, scale = parts[WEIGHT], parts[_SCALE]
+        for expert, start, end in _pieces(lines):
+            part = expert - lines.matrices[0]
+            found = _decoded(
+                codes[part, :, start // 2 : end // 2], scale[part, :, start // _GROUP : end // _GROUP]
+            )
+            begin = expert * lines.rows - lines.start
+            values[begin + start : begin + end].copy_(found.t())
+
+
+def _pieces(lines: Lines) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(expert, first row, end row)``: the rows of each expert, few enough at once to stay in the cache."""
+    step = _GROUP * max(1, _PIECE // (_GROUP * lines.width))
+    for expert in range(*lines.matrices):
+        begin = expert * lines.rows
+        end = min(lines.end - begin, lines.rows)
+        for start in range(max(lines.start - begin, 0), end, step):
+            yield expert, start, min(start + step, end)
 
 
 def _decoded(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
