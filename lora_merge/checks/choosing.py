@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.decoding import DECODERS
 from lora_merge.checks.formulas import CHUNK_ROWS, FORMULAS
 from lora_merge.core.plan import Merge
+from lora_merge.core.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -54,7 +55,9 @@ def chosen_rows(evidence: Evidence) -> Choice:
     projections suspect, and all of tensors as long as they are small.
     """
     suspects = {record.name: record.suspects for record in evidence.records}
-    steps = [step for step in evidence.plan.steps if isinstance(step.op, Merge) and has_formula(step.op)]
+    steps = [
+        _by_line(step) for step in evidence.plan.steps if isinstance(step.op, Merge) and has_formula(step.op)
+    ]
     whole: set[str] = set()
     if evidence.level == "full":
         whole = {step.name for step in steps}
@@ -73,6 +76,18 @@ def chosen_rows(evidence: Evidence) -> Choice:
         if ranges is None and step.name not in whole:
             choice.unseen.append(step.name)
     return choice
+
+
+def _by_line(step: Step) -> Step:
+    """Return a step with the rows that are recomputed: of a stack that is only decoded, rows of its matrices.
+
+    Without deltas an entry of the stack is one row, and its values may be tens of millions.
+    """
+    op = step.op
+    assert isinstance(op, Merge)
+    if op.deltas or op.source.storage.is_dense:
+        return step
+    return replace(step, op=replace(op, view=View.of(op.source.shape, stacked=True)))
 
 
 def _smallest(steps: Iterable[Step], elements: int) -> Iterator[str]:

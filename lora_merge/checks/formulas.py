@@ -33,6 +33,9 @@ _UNDERFLOW = 2.0**-149
 
 CHUNK_ROWS = 256
 
+Value = tuple["torch.Tensor", "torch.Tensor"]
+"""Float64 values, and the largest error that float32 may have made in each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -66,13 +69,21 @@ class Site:
 
     def base(self, rows: Sequence[int]) -> torch.Tensor:
         """Return rows of the weight before the merge, float64 ``[rows, columns]``."""
+        return self.start(rows)[0]
+
+    def start(self, rows: Sequence[int]) -> Value:
+        """Return rows of the weight before the merge, and how far off float32 may have decoded them.
+
+        Plain tensors are exact. What a codec decodes is rounded once for each product.
+        """
         source, view = self.op.source, self.op.view
         if not self.box:
             return self.reader.weight(source, rows, view.n_rows)
         (first, _), (top, _), (left, right) = self.box
         places = [divmod(row, self.rows_of_one) for row in rows]
         stored = [(first + matrix) * view.rows + top + row for matrix, row in places]
-        return self.reader.weight(source, stored, view.n_rows)[:, left:right]
+        values, off = self.reader.weight(source, stored, view.n_rows)
+        return values[:, left:right], off[:, left:right]
 
     def inside(self, delta: PlacedDelta) -> tuple[Site, list[int]]:
         """Return the site of a delta that owns a part, with the rows as it counts them; and which of this site's rows
@@ -89,10 +100,6 @@ class Site:
                 rows.append((matrix - first) * (bottom - top) + inner - top)
                 own.append(n)
         return replace(self, rows=rows, box=box), own
-
-
-Value = tuple["torch.Tensor", "torch.Tensor"]
-"""Float64 values, and the largest error that float32 may have made in each."""
 
 
 def _low_rank(site: Site, delta: PlacedDelta, rows: Sequence[int]) -> Value:
@@ -246,8 +253,7 @@ def _dora(site: Site, delta: PlacedDelta, rows: Sequence[int], current: Value) -
         norm, norm_off, length = *_column_norms(site, delta), site.n_rows
         factor = magnitude / norm
     else:
-        base = site.base(rows)
-        v, v_off = plus((base, base.new_zeros(base.shape)), change)
+        v, v_off = plus(site.start(rows), change)
         norm, norm_off, length = v.norm(dim=1, keepdim=True), v_off.norm(dim=1, keepdim=True), v.shape[1]
         factor = magnitude[rows].view(-1, 1) / norm
     value, off = plus(current, change)
@@ -264,8 +270,7 @@ def _column_norms(site: Site, delta: PlacedDelta) -> Value:
         rows = range(at, min(at + CHUNK_ROWS, n_rows))
         # V is the base plus this adapter's own change, whatever other adapters did before (PEFT's forward
         # pass).
-        base = site.base(rows)
-        v, wrong = plus((base, base.new_zeros(base.shape)), _low_rank(site, delta, rows))
+        v, wrong = plus(site.start(rows), _low_rank(site, delta, rows))
         squares += v.square().sum(dim=0)
         wrongs += wrong.square().sum(dim=0)
     return squares.sqrt(), wrongs.sqrt()
@@ -302,8 +307,7 @@ recomputed, and verification says so."""
 
 def changed(site: Site, deltas: Sequence[PlacedDelta]) -> Value:
     """Return the rows with every delta applied in turn, each by its adapter's weight."""
-    base = site.base(site.rows)
-    value: Value = (base, base.new_zeros(base.shape))
+    value = site.start(site.rows)
     for delta in deltas:
         after = _after(site, delta, value)
         # The change that the delta makes is weighted, not the value that it leaves.
@@ -347,8 +351,7 @@ def combined(site: Site) -> list[Value]:
     """
     how = site.op.combination
     assert how is not None
-    base = site.base(site.rows)
-    start: Value = (base, base.new_zeros(base.shape))
+    start = site.start(site.rows)
     changes = []
     for adapter in sorted({delta.adapter for delta in site.op.deltas}):
         own = [delta for delta in site.op.deltas if delta.adapter == adapter]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from lora_merge.checks.decoding import DECODERS
+from lora_merge.checks.decoding import DECODERS, Raw
 from lora_merge.core.tensor import STORED_TYPES
 from lora_merge.errors import CheckpointError
 from lora_merge.runtime.shortage import not_for_want_of_memory
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
+_TOGETHER_BYTES = 8192
+"""Rows of up to so many bytes are read whole where only a part of each is wanted: one read is faster than a thousand."""
+
+Within = tuple[int, int] | None
+"""The first byte of each row that is wanted, and the one after the last; None for all of them."""
+
+_CODES = {f"torch.{name}": code for code, name in STORED_TYPES.items()}
+
 
 class Tensors(Protocol):
     """How formulas read tensors."""
@@ -34,8 +42,10 @@ class Tensors(Protocol):
     def tensor(self, ref: TensorRef, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Return a tensor as a matrix, a row for each entry of its first axis; all rows or some."""
 
-    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        """Return some rows of a weight that is divided into ``n_rows``."""
+    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return some rows of a weight that is divided into ``n_rows``, and how far off float32 may have decoded each
+        value.
+        """
 
 
 class Reader:
@@ -57,10 +67,14 @@ class Reader:
             self._last = ref, self.source(ref, range(ref.shape[0]), ref.shape[0])
         return self._last[1]
 
-    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        """Return some rows of a weight of the base, decoded to float64 ``[len(rows), columns]``."""
-        stored = _Stored(self, weight, rows, n_rows)
-        return DECODERS[weight.storage.codec].values(stored)
+    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return some rows of a weight of the base, decoded to float64 ``[len(rows), columns]``, and the largest error
+        that float32 may have made in each: zero for a plain tensor.
+        """
+        stored, decoder = _Stored(self, weight, rows, n_rows), DECODERS[weight.storage.codec]
+        values = decoder.values(stored)
+        off = values.new_zeros(values.shape) if decoder.slack is None else decoder.slack(stored, values)
+        return values, off
 
     def written(
         self, weight: Weight, rows: Sequence[int], n_rows: int
@@ -81,6 +95,14 @@ class Reader:
     def rows(self, file: str, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a tensor of the output, found by its name: ``[len(rows), columns]``."""
         return self._file(file).rows(name, rows, n_rows)
+
+    def raw_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
+        """Return the bytes of some rows of a tensor of base or adapter, found by its place."""
+        return self._file(ref.file).raw_source(ref, rows, n_rows, within)
+
+    def raw_rows(self, ref: TensorRef, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
+        """Return the bytes of some rows of a tensor of the output, found by its name."""
+        return self._file(ref.file).raw_rows(ref.name, rows, n_rows, within)
 
     def _file(self, file: str) -> _Safetensors | _Pickled:
         if file not in self._open:
@@ -107,6 +129,9 @@ class _Stored:
     def whole(self, role: str) -> torch.Tensor:
         return self.reader.source(self.weight.parts[role], [0], 1).flatten()
 
+    def part(self, role: str, rows: Sequence[int], n_rows: int, within: Within = None) -> Raw:
+        return self.reader.raw_source(self.weight.parts[role], rows, n_rows, within)
+
 
 class _Written(_Stored):
     """Some rows of a weight of the output, whose parts are read by their names."""
@@ -120,6 +145,9 @@ class _Written(_Stored):
     def whole(self, role: str) -> torch.Tensor:
         ref = self.weight.parts[role]
         return self.reader.rows(ref.file, ref.name, [0], 1).flatten()
+
+    def part(self, role: str, rows: Sequence[int], n_rows: int, within: Within = None) -> Raw:
+        return self.reader.raw_rows(self.weight.parts[role], rows, n_rows, within)
 
 
 class Factors:
@@ -144,7 +172,7 @@ class Factors:
             return whole
         return whole[rows.start : rows.stop] if isinstance(rows, range) else whole[list(rows)]
 
-    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+    def weight(self, weight: Weight, rows: Sequence[int], n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Never called: a projection gets the weight's rows while they pass."""
         raise NotImplementedError
 
@@ -163,18 +191,31 @@ class _Safetensors:
         )
 
     def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        row = self._header[name]
-        begin, end = row["data_offsets"]
-        start = self._data_start + begin
-        return _read(self._stream, start, (end - begin) // n_rows, rows, row["dtype"])
+        start, nbytes, dtype = self._named(name)
+        return _read(self._stream, start, nbytes // n_rows, rows, dtype)
+
+    def raw_rows(self, name: str, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
+        start, nbytes, dtype = self._named(name)
+        return _raw(self._stream, start, nbytes // n_rows, rows, dtype, within)
 
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-        at = ref.start - self._data_start
+        return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start))
+
+    def raw_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
+        return _raw(self._stream, ref.start, ref.nbytes // n_rows, rows, self._dtype_at(ref.start), within)
+
+    def _named(self, name: str) -> tuple[int, int, str]:
+        """Return the place, the bytes and the dtype of a tensor."""
+        row = self._header[name]
+        begin, end = row["data_offsets"]
+        return self._data_start + begin, end - begin, row["dtype"]
+
+    def _dtype_at(self, start: int) -> str:
+        at = start - self._data_start
         # The last row that begins at or before this place. Empty tensors may begin there too, so the next
         # ones are looked at.
         spans = self._spans[bisect.bisect_right(self._spans, (at, inf, "")) - 1 :]
-        dtype = next(str(dtype) for begin, end, dtype in spans if begin <= at < end)
-        return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, dtype)
+        return next(str(dtype) for begin, end, dtype in spans if begin <= at < end)
 
 
 class _Pickled:
@@ -207,16 +248,49 @@ class _Pickled:
             return self.rows(ref.name, rows, n_rows)
         return _read(self._stream, ref.start, ref.nbytes // n_rows, rows, ref.dtype)
 
+    def raw_rows(self, name: str, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
+        import torch
+
+        tensor = self._tensors[name].detach()
+        content = tensor.contiguous().flatten().view(torch.uint8).view(n_rows, -1)[list(rows)]
+        return Raw(content[:, slice(*within)].contiguous() if within else content, _CODES[str(tensor.dtype)])
+
+    def raw_source(self, ref: TensorRef, rows: Sequence[int], n_rows: int, within: Within) -> Raw:
+        if ref.name in self._tensors:
+            return self.raw_rows(ref.name, rows, n_rows, within)
+        return _raw(self._stream, ref.start, ref.nbytes // n_rows, rows, ref.dtype, within)
+
 
 def _read(
     stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int], dtype: str, *, wide: bool = True
 ) -> torch.Tensor:
-    """Return rows of ``n_bytes`` each, read at their places in a file."""
-    parts = []
-    for first, last in _runs(rows):
-        stream.seek(start + first * n_bytes)
-        parts.append(stream.read((last - first) * n_bytes))
-    return _values(b"".join(parts), dtype, len(rows), wide=wide)
+    """Return rows of ``n_bytes`` each, read at their places in a file, as numbers."""
+    return _values(_content(stream, start, n_bytes, rows), dtype, len(rows), wide=wide)
+
+
+def _raw(stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int], dtype: str, within: Within) -> Raw:
+    """Return rows of ``n_bytes`` each, or a part of each, read at their places in a file."""
+    import torch
+
+    first, last = within or (0, n_bytes)
+    if last - first < n_bytes and n_bytes > _TOGETHER_BYTES:
+        content = b"".join(_at(stream, start + row * n_bytes + first, last - first) for row in rows)
+        first, last, n_bytes = 0, last - first, last - first
+    else:
+        content = _content(stream, start, n_bytes, rows)
+    whole = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(len(rows), n_bytes)
+    return Raw(whole[:, first:last].contiguous(), dtype)
+
+
+def _content(stream: BinaryIO, start: int, n_bytes: int, rows: Sequence[int]) -> bytes:
+    """Return the bytes of some rows, one after the other."""
+    runs = _runs(rows)
+    return b"".join(_at(stream, start + first * n_bytes, (last - first) * n_bytes) for first, last in runs)
+
+
+def _at(stream: BinaryIO, start: int, n_bytes: int) -> bytes:
+    stream.seek(start)
+    return stream.read(n_bytes)
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,0 +1,126 @@
+"""What a decoder is, and what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch  # noqa: TC004 - a field's type, never evaluated
+
+    from lora_merge.checks.decoding.raw import Raw
+    from lora_merge.core.weight import Weight
+
+FLOAT32 = 2.0**-24
+"""Unit roundoff of float32."""
+
+_UNDERFLOW = 2.0**-149
+"""Smallest subnormal of float32: the error of a product next to zero, however small it is."""
+
+
+class StoredRows(Protocol):
+    """Some rows of a stored weight, part by part: what a `Decoder` reads."""
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Their numbers."""
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows that the whole weight is divided into."""
+
+    @property
+    def weight(self) -> Weight:
+        """The weight: shape, storage, parts."""
+
+    def share(self, role: str) -> torch.Tensor:
+        """Return the rows of a part that is divided as the weight is, float64, one row each."""
+
+    def whole(self, role: str) -> torch.Tensor:
+        """Return a whole part, float64, one-dimensional."""
+
+    def part(self, role: str, rows: Sequence[int], n_rows: int, within: tuple[int, int] | None = None) -> Raw:
+        """Return the bytes of any rows of a part.
+
+        Args:
+            role: the part.
+            rows: their numbers.
+            n_rows: that the part is divided into, whatever its shape.
+            within: the first byte of each row that is wanted, and the one after the last; default: all of them.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """How stored values are decoded, and how far they may be from the values that were encoded.
+
+    Shapes:
+        values: float64 ``[len(rows), columns]``; off, slack: the same, or broadcast to it.
+    """
+
+    values: Callable[[StoredRows], torch.Tensor]
+
+    off: Callable[[StoredRows], torch.Tensor] | None = None
+    """Half the gap to the next storable value; None where values are rounded one by one to the stored dtype, and where
+    nothing is encoded."""
+
+    slack: Callable[[StoredRows, torch.Tensor], torch.Tensor] | None = None
+    """How far float32 may be from the values, when it decodes them; None where it makes no error."""
+
+
+def products(n: int) -> Callable[[StoredRows, torch.Tensor], torch.Tensor]:
+    """Return the error of ``n`` float32 products in a row: each is off by 2⁻²⁴ of itself at most, plus underflow."""
+    return lambda _, values: n * (FLOAT32 * values.abs() + _UNDERFLOW)
+
+
+def setting(stored: StoredRows, name: str) -> int:
+    """Return a setting of the storage that is a number."""
+    return int(dict(stored.weight.storage.settings)[name])
+
+
+def text(stored: StoredRows, name: str) -> str:
+    """Return a setting of the storage that is a word."""
+    return str(dict(stored.weight.storage.settings)[name])
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Some rows of a weight as rows of its matrices, counted through all of them.
+
+    A row of a stack may be a whole matrix, so it may have many lines.
+    """
+
+    numbers: Sequence[int]
+    height: int
+    """Rows of one matrix."""
+
+    width: int
+    n_matrices: int
+
+    @property
+    def count(self) -> int:
+        """The number of lines of the whole weight."""
+        return self.n_matrices * self.height
+
+    @classmethod
+    def of(cls, stored: StoredRows) -> Lines:
+        """Return the lines of the rows that are wanted."""
+        *outer, height, width = stored.weight.shape
+        count = prod(outer) * height
+        each = count // stored.n_rows
+        if each == 1:
+            return cls(stored.rows, height, width, prod(outer))
+        return cls([row * each + n for row in stored.rows for n in range(each)], height, width, prod(outer))
+
+    def as_rows(self, values: torch.Tensor, stored: StoredRows) -> torch.Tensor:
+        """Return values of the lines as values of the rows: ``[len(rows), columns]``."""
+        return values.reshape(len(stored.rows), -1)
+
+
+def gathered(stored: StoredRows, role: str, numbers: Sequence[int], n_rows: int) -> tuple[Raw, Sequence[int]]:
+    """Return rows of a part, each read once however often it is wanted, and where each wanted row is among them."""
+    distinct = sorted(set(numbers))
+    place = {number: n for n, number in enumerate(distinct)}
+    return stored.part(role, distinct, n_rows), [place[number] for number in numbers]

@@ -1,0 +1,64 @@
+"""Codes of four bits, floats with two bits of exponent and one of fraction: MXFP4 and NVFP4."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from lora_merge.checks.decoding.decoder import Lines, StoredRows, setting, text
+from lora_merge.checks.decoding.raw import E2M1
+from lora_merge.core.weight import WEIGHT
+
+if TYPE_CHECKING:
+    import torch
+
+_MX_GROUP = 32
+_DTYPES = {"E8M0": "F8_E8M0", "E4M3": "F8_E4M3"}
+
+
+def fp4(stored: StoredRows) -> torch.Tensor:
+    """Return ``e2m1 · s``, ``e2m1 · (s / global)`` or ``e2m1 · (s · global)``, whichever the storage says."""
+    import torch
+
+    lines = Lines.of(stored)
+    codes = stored.part(WEIGHT, lines.numbers, lines.count).nibbles()
+    scale = stored.part("scale", lines.numbers, lines.count).floats(_DTYPES[text(stored, "scale")])
+    how = text(stored, "global")
+    if how != "none":
+        shared = stored.whole("global")
+        # One for the weight, or one for each matrix of a stack.
+        if len(shared) > 1:
+            shared = shared[torch.tensor([n // lines.height for n in lines.numbers])].view(-1, 1)
+        scale = scale / shared if how == "divide" else scale * shared
+    values = _e2m1(codes) * scale.repeat_interleave(setting(stored, "group"), 1)
+    return lines.as_rows(values, stored)
+
+
+def mxfp4_experts(stored: StoredRows) -> torch.Tensor:
+    """Return ``e2m1 · s`` of experts that are stored as the transpose of what the model has.
+
+    Shapes:
+        the weight: ``[E, in, out]``; its blocks: ``[E, out, in / 32, 16]``; its scales: ``[E, out, in / 32]``.
+    """
+    import torch
+
+    lines = Lines.of(stored)
+    n_out = lines.width
+    found = []
+    for expert, own in groupby(lines.numbers, lambda n: n // lines.height):
+        inputs = torch.tensor([n % lines.height for n in own])
+        first, last = int(inputs.min()) // _MX_GROUP, int(inputs.max()) // _MX_GROUP + 1
+        outputs, count = range(expert * n_out, (expert + 1) * n_out), lines.n_matrices * n_out
+        # All outputs of the expert, and of each the groups that have some of the inputs: 16 bytes a group.
+        blocks = stored.part(WEIGHT, outputs, count, (16 * first, 16 * last))
+        scales = stored.part("scale", outputs, count, (first, last)).floats("F8_E8M0")
+        inside = inputs - _MX_GROUP * first
+        codes = blocks.content[:, inside // 2].long() >> 4 * (inside % 2) & 15
+        found.append((_e2m1(codes) * scales[:, inside // _MX_GROUP]).T)
+    return lines.as_rows(torch.cat(found), stored)
+
+
+def _e2m1(codes: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(E2M1, dtype=torch.float64)[codes]
