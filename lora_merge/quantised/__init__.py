@@ -5,19 +5,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lora_merge.core.report import error
 from lora_merge.core.tensor import TORCH_NAMES
 from lora_merge.core.weight import Weight
+from lora_merge.quantised.awq import Awq
+from lora_merge.quantised.bitsandbytes import Bitsandbytes
+from lora_merge.quantised.compressed import CompressedTensors
 from lora_merge.quantised.describing import describe
 from lora_merge.quantised.excepting import excepting
+from lora_merge.quantised.fbgemm import Fbgemm
+from lora_merge.quantised.fp8 import Fp8
+from lora_merge.quantised.gptq import Gptq
 from lora_merge.quantised.method import Found, Method, PatternError, Surroundings
+from lora_merge.quantised.mlx import Mlx
+from lora_merge.quantised.modelopt import ModelOpt
+from lora_merge.quantised.mxfp4 import Mxfp4
 from lora_merge.quantised.outputs import SIDE_FILES, folds_norms, leftover, plain_config, stored_dtype
 from lora_merge.quantised.refused import refusals
-from lora_merge.quantised.tables import settings_of
+from lora_merge.quantised.stray import stray
+from lora_merge.quantised.tables import settings_of, tables_of
+from lora_merge.quantised.torchao import TorchAO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
@@ -39,28 +51,66 @@ __all__ = [
     "stored_dtype",
 ]
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {
+    "fp8": Fp8(),
+    "fbgemm_fp8": Fbgemm(),
+    "compressed-tensors": CompressedTensors(),
+    "modelopt": ModelOpt(),
+    "mxfp4": Mxfp4(),
+    "gptq": Gptq(),
+    "awq": Awq(),
+    "bitsandbytes": Bitsandbytes(),
+    "torchao": TorchAO(),
+    "mlx": Mlx(),
+}
 
 
 def identify(tensors: Iterable[TensorRef], around: Surroundings) -> Found:
-    """Group the tensors of a checkpoint into weights, by name.
+    """Group the tensors of a checkpoint into weights, by name. Where tensors and configuration disagree, there is an issue.
 
     Args:
         tensors: in the order of the files.
         around: the configuration, and what else says how they are stored.
     """
     left = {ref.name: ref for ref in tensors}
+    settings = settings_of(around.config, around.side)
     weights: dict[str, Weight] = {}
-    issues: list[Issue] = []
-    for method in METHODS.values():
-        found = method.identify(left, around)
+    broken: list[TensorRef] = []
+    issues = [*refusals(around.config, around.side), *_disagreeing(settings)]
+    is_refused = bool(issues)
+    for method in () if is_refused else METHODS.values():
+        try:
+            found = method.identify(left, around)
+        except PatternError as exc:
+            issues.append(
+                error("quantised", next(iter(settings), ""), str(exc), "correct it in the configuration")
+            )
+            continue
         issues += found.issues
-        for weight in found.weights.values():
-            weights[weight.name] = weight
-            for ref in weight.parts.values():
-                del left[ref.name]
+        settings |= found.settings
+        weights |= found.weights
+        for ref in [ref for weight in found.weights.values() for ref in weight.parts.values()]:
+            del left[ref.name]
+        broken += [left.pop(ref.name) for ref in found.others]
+    if not issues:
+        issues += stray(left.values(), around.config)
     # Dense last: the parts of another storage (packed values, scales) look like plain tensors.
     for ref in [ref for ref in left.values() if ref.dtype in TORCH_NAMES]:
-        weights[ref.name] = Weight.dense(left.pop(ref.name))
-    settings = settings_of(around.config, around.side)
-    return Found(weights, tuple(left.values()), settings, tuple(issues))
+        if not (settings and leftover(ref.name)):
+            weights[ref.name] = Weight.dense(left.pop(ref.name))
+    return Found(weights, (*left.values(), *broken), settings, tuple(issues))
+
+
+def _disagreeing(settings: Mapping[str, Mapping[str, Any]]) -> list[Issue]:
+    """Return an error where two tables name different methods."""
+    tables = [table for table in tables_of(settings) if table.method]
+    return [
+        error(
+            "quantised",
+            table.place,
+            f"names the method {table.method}, and {tables[0].place} names {tables[0].method}",
+            "remove the one that does not belong to these weights",
+        )
+        for table in tables[1:]
+        if table.method != tables[0].method
+    ]

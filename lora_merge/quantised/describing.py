@@ -19,8 +19,8 @@ def describe(storage: Storage) -> str:
 
     Example:
         >>> from lora_merge.core.weight import Storage
-        >>> describe(Storage("gptq", "I32", (("bits", 4), ("groups", 32), ("version", 1))))
-        'GPTQ, 4 bits, 32 groups'
+        >>> describe(Storage("gptq", "I32", (("bits", 4), ("group", 64))))
+        'GPTQ, 4 bits, groups of 64'
         >>> describe(Storage("dense", "BF16"))
         'BF16'
     """
@@ -65,12 +65,11 @@ def _packed(settings: Mapping[str, Any]) -> str:
 
 
 def _gptq(settings: Mapping[str, Any]) -> str:
-    groups = settings["groups"]
-    return f"GPTQ, {settings['bits']} bits, {groups} group{'' if groups == 1 else 's'}"
+    return f"GPTQ, {settings['bits']} bits, {_groups(settings['group'])}"
 
 
 def _bnb4(settings: Mapping[str, Any]) -> str:
-    name = str(settings.get("table", "")).upper() or "4 bits of bitsandbytes"
+    name = str(settings["type"]).upper()
     return f"{name}, double-quantised" if settings["nested"] else name
 
 

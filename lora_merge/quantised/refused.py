@@ -129,7 +129,7 @@ def _gptq(values: Mapping[str, Any]) -> Iterator[str]:
     packed = values.get("pack_dtype")
     if packed and str(packed).lower().removeprefix("torch.") != "int32":
         yield f"pack_dtype is {quoted(packed)}, expected int32"
-    bits = values.get("bits")
+    bits = values.get("bits", 4)
     if bits not in (2, 3, 4, 8):
         yield f"bits is {quoted(bits)}, expected 2, 3, 4 or 8"
 
@@ -138,7 +138,7 @@ def _awq(values: Mapping[str, Any]) -> Iterator[str]:
     version = str(values.get("version") or values.get("checkpoint_format") or "gemm").lower()
     if version != "gemm":
         yield f"version is {quoted(version)}: of AWQ's layouts only gemm is supported"
-    bits = values.get("bits", values.get("w_bit"))
+    bits = values.get("bits", values.get("w_bit", 4))
     if bits != 4:
         yield f"bits is {quoted(bits)}, expected 4"
 

@@ -1,0 +1,224 @@
+"""The weights of one method as they are found, each with the check of its parts."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from lora_merge.core.report import Issue, error
+from lora_merge.core.tensor import TORCH_NAMES, shape_text
+from lora_merge.core.weight import WEIGHT, Setting, Storage, Weight
+from lora_merge.quantised.method import Found
+from lora_merge.quantised.outputs import leftover
+from lora_merge.words import choice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.quantised.exceptions import Exceptions
+    from lora_merge.quantised.tables import Table
+
+CODE = "quantised"
+"""Of the issues of this room about tensors that do not fit their configuration."""
+
+AGAIN = "fetch the checkpoint again, or merge into its full-precision parent: --base PARENT"
+
+NOTHING = Found({})
+
+_EXTRAS = (
+    "input_scale",
+    "input_scale_ub",
+    "activation_scale",
+    "qscale_act",
+    "input_global_scale",
+    "input_zero_point",
+    "output_scale",
+    "weight_shape",
+    "weight_format",
+    "bias_scale",
+)
+"""What may be stored beside the codes of a module, and tells nothing about the weight's values."""
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Wanted(NamedTuple):
+    """One part that a weight must have."""
+
+    role: str
+    name: str
+    """Its whole name in the files."""
+
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """The shapes that it may have."""
+
+
+def storage(codec: str, dtype: str, **settings: Setting) -> Storage:
+    """Return a storage, with its settings in the order of their names."""
+    return Storage(codec, dtype, tuple(sorted(settings.items())))
+
+
+def grid(shape: Sequence[int], rows: int, columns: int) -> tuple[int, ...]:
+    """Return the shape of a tensor of scales: one for each block, ragged ones at the edges included.
+
+    Args:
+        shape: of the weight, ``[…, rows, columns]``.
+        rows: of a block; 0 for the whole axis.
+        columns: likewise.
+
+    Example:
+        >>> grid((576, 448), 128, 128), grid((8, 5, 64), 1, 0)
+        ((5, 4), (8, 5, 1))
+    """
+    *stack, height, width = shape
+    return (*stack, -(-height // rows) if rows else 1, -(-width // columns) if columns else 1)
+
+
+class Draft:
+    """What one method has found so far.
+
+    Args:
+        tensors: that are left, by name.
+        table: the settings of the method.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorRef], table: Table) -> None:
+        self.tensors, self.table = tensors, table
+        self.weights: dict[str, Weight] = {}
+        self.issues: list[Issue] = []
+        self._broken: dict[str, TensorRef] = {}
+
+    def add(self, name: str, shape: tuple[int, ...], how: Storage, wanted: Sequence[Wanted]) -> bool:
+        """Add a weight if all its parts are there, as they should be. Else there is an issue.
+
+        Args:
+            name: of the weight, as the model has it.
+            shape: of its values.
+            how: it is stored.
+            wanted: its parts; the first holds the codes.
+        """
+        parts: dict[str, TensorRef] = {}
+        for one in wanted:
+            ref = self.tensors.get(one.name)
+            fault = self._fault(ref, one, wanted[0])
+            if fault is not None:
+                return self.refuse(fault, [self.tensors[w.name] for w in wanted if w.name in self.tensors])
+            assert ref is not None
+            parts[one.role] = ref
+        self._add_extras(name, parts)
+        self.weights[name] = Weight(name, shape, how, parts)
+        return True
+
+    def refuse(self, issue: Issue, refs: Iterable[TensorRef]) -> bool:
+        """Note what is wrong with a weight, and return False. Its tensors are of no other method.
+
+        Args:
+            issue: what is wrong.
+            refs: the tensors that were meant to be its parts.
+        """
+        self.issues.append(issue)
+        self._broken |= {ref.name: ref for ref in refs}
+        return False
+
+    def has(self, name: str) -> bool:
+        """Return True where a tensor of this name is there."""
+        return name in self.tensors
+
+    def done(self, exceptions: Exceptions, orphans: re.Pattern[str], codes: str) -> Found:
+        """Return what was found, with the issues that only show when all of it is known.
+
+        Args:
+            exceptions: what the configuration leaves dense.
+            orphans: matches the names of tensors that are only there beside codes.
+            codes: the suffix of such codes, for messages.
+        """
+        used = {ref.name for weight in self.weights.values() for ref in weight.parts.values()}
+        for name, ref in self.tensors.items():
+            if name not in used and name not in self._broken and orphans.search(name) and not leftover(name):
+                sentence = f"belongs to a quantised weight, and there is no {codes} for it"
+                self.refuse(error(CODE, name, sentence, AGAIN), [ref])
+        if not self.weights and not self.issues:
+            sentence = f"says that weights are stored quantised ({self.table.method}), and none is"
+            hint = f"where the files really hold full precision, remove {self.table.place}"
+            self.issues.append(error(CODE, self.table.place, sentence, hint))
+        modules = [module_of(name) for name in self.weights]
+        self._check_excepted(modules, exceptions)
+        self._check_mates(modules, exceptions)
+        return Found(self.weights, tuple(self._broken.values()), {}, tuple(self.issues))
+
+    def _fault(self, ref: TensorRef | None, one: Wanted, codes: Wanted) -> Issue | None:
+        """Return what is wrong with a part; None where it is as it should be."""
+        shapes = choice([shape_text(shape) for shape in one.shapes])
+        if ref is None:
+            main = self.tensors.get(codes.name)
+            sentence = (
+                f"holds {main.dtype} codes and has no {_last(one.name)}"  # the codes were found first
+                if main is not None
+                else f"is missing, expected {choice(one.dtypes)} of shape {shapes}"
+            )
+            expected = f", expected {choice(one.dtypes)} of shape {shapes}" if main is not None else ""
+            return error(CODE, codes.name, sentence + expected, AGAIN)
+        if ref.dtype not in one.dtypes:
+            sentence = f"is stored as {ref.dtype}, expected {choice(one.dtypes)}"
+            return error(CODE, ref.name, f"{sentence}: {self._said}", AGAIN)
+        if ref.shape not in one.shapes:
+            sentence = f"has shape {shape_text(ref.shape)}, expected {shapes}"
+            return error(CODE, ref.name, f"{sentence}: {self._said}", AGAIN)
+        return None
+
+    @property
+    def _said(self) -> str:
+        return f"{self.table.place} says so ({self.table.method})"
+
+    def _add_extras(self, name: str, parts: dict[str, TensorRef]) -> None:
+        base = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
+        for extra in _EXTRAS:
+            ref = self.tensors.get(base + extra)
+            if ref is not None:
+                parts.setdefault(extra, ref)
+
+    def _check_excepted(self, modules: Sequence[str], exceptions: Exceptions) -> None:
+        for module in exceptions.surely(modules):
+            sentence = f"is stored quantised, and {self.table.place} says that it is not ({exceptions.field})"
+            hint = f"remove it from {exceptions.field}, or fetch the checkpoint again"
+            self.issues.append(error(CODE, module, sentence, hint))
+
+    def _check_mates(self, modules: Iterable[str], exceptions: Exceptions) -> None:
+        """Note each module that is dense although those of other layers are quantised, and nothing excepts it."""
+        kinds = {_NUMBER.sub("#", module) for module in modules}
+        dense = [
+            module
+            for name, ref in self.tensors.items()
+            if ref.dtype in TORCH_NAMES and len(ref.shape) > 1 and name not in self.weights
+            for module in [module_of(name)]
+            if _NUMBER.sub("#", module) in kinds
+        ]
+        for module in sorted(set(dense) - exceptions.perhaps(dense), key=dense.index):
+            sentence = (
+                f"is stored dense, the same module of other layers is quantised, and {self.table.place} "
+                f"does not except it"
+            )
+            hint = f"add it to {exceptions.field}, or fetch the checkpoint again"
+            self.issues.append(error(CODE, module, sentence, hint))
+
+
+def module_of(name: str) -> str:
+    """Return the path of the module that owns a weight; of a stack of experts, the parameter's own name."""
+    return name.removesuffix(".weight")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def number(values: Mapping[str, object], *keys: str) -> int | None:
+    """Return the first of some settings that is a whole number."""
+    found = (values.get(key) for key in keys)
+    return next((one for one in found if isinstance(one, int) and not isinstance(one, bool)), None)
+
+
+def codes_of(role_name: str, dtype: str, shape: tuple[int, ...]) -> Wanted:
+    """Return the part that holds the codes, which was found already."""
+    return Wanted(WEIGHT, role_name, (dtype,), (shape,))
