@@ -14,7 +14,7 @@ from lora_merge.quantised.awq import Awq
 from lora_merge.quantised.bitsandbytes import Bitsandbytes
 from lora_merge.quantised.compressed import CompressedTensors
 from lora_merge.quantised.describing import describe
-from lora_merge.quantised.excepting import excepting
+from lora_merge.quantised.excepting import excepting, plain_metadata
 from lora_merge.quantised.fbgemm import Fbgemm
 from lora_merge.quantised.fp8 import Fp8
 from lora_merge.quantised.gptq import Gptq
@@ -47,6 +47,7 @@ __all__ = [
     "identify",
     "leftover",
     "plain_config",
+    "plain_metadata",
     "refusals",
     "stored_dtype",
 ]

@@ -9,6 +9,7 @@ from lora_merge.core.report import error
 from lora_merge.quantised.compressed_parts import Group, add_module
 from lora_merge.quantised.draft import AGAIN, CODE, NOTHING, Draft
 from lora_merge.quantised.exceptions import Exceptions
+from lora_merge.quantised.matching import matching
 from lora_merge.quantised.method import Found, PatternError
 from lora_merge.quantised.tables import settings_of, table_of
 from lora_merge.words import quoted
@@ -80,7 +81,7 @@ def _resolved(groups: Sequence[Group], modules: Sequence[str], around: Surroundi
     hits: list[list[int]] = [[] for _ in modules]
     if patterns:
         try:
-            hits = around.match([target.removeprefix("re:") for target, _ in patterns], modules)
+            hits = matching([target.removeprefix("re:") for target, _ in patterns], modules, around.match)
         except PatternError as exc:
             sentence = f"targets has {quoted(patterns[exc.at][0])}, which {exc}"
             raise PatternError(exc.at, sentence) from exc

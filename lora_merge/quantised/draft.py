@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.core.report import Issue, error
@@ -55,6 +56,7 @@ class Wanted(NamedTuple):
     """The shapes that it may have."""
 
 
+@lru_cache(maxsize=1024)
 def storage(codec: str, dtype: str, **settings: Setting) -> Storage:
     """Return a storage, with its settings in the order of their names."""
     return Storage(codec, dtype, tuple(sorted(settings.items())))
@@ -89,6 +91,9 @@ class Draft:
         self.weights: dict[str, Weight] = {}
         self.issues: list[Issue] = []
         self._broken: dict[str, TensorRef] = {}
+        # Most checkpoints have one of them at most, and a lookup for each module and name takes time.
+        last = {name.rpartition(".")[2] for name in tensors}
+        self._extras = [extra for extra in _EXTRAS if any(one.endswith(extra) for one in last)]
 
     def add(self, name: str, shape: tuple[int, ...], how: Storage, wanted: Sequence[Wanted]) -> bool:
         """Add a weight if all its parts are there, as they should be. Else there is an issue.
@@ -150,6 +155,8 @@ class Draft:
 
     def _fault(self, ref: TensorRef | None, one: Wanted, codes: Wanted) -> Issue | None:
         """Return what is wrong with a part; None where it is as it should be."""
+        if ref is not None and ref.dtype in one.dtypes and ref.shape in one.shapes:
+            return None
         shapes = choice([shape_text(shape) for shape in one.shapes])
         if ref is None:
             main = self.tensors.get(codes.name)
@@ -163,10 +170,8 @@ class Draft:
         if ref.dtype not in one.dtypes:
             sentence = f"is stored as {ref.dtype}, expected {choice(one.dtypes)}"
             return error(CODE, ref.name, f"{sentence}: {self._said}", AGAIN)
-        if ref.shape not in one.shapes:
-            sentence = f"has shape {shape_text(ref.shape)}, expected {shapes}"
-            return error(CODE, ref.name, f"{sentence}: {self._said}", AGAIN)
-        return None
+        sentence = f"has shape {shape_text(ref.shape)}, expected {shapes}"
+        return error(CODE, ref.name, f"{sentence}: {self._said}", AGAIN)
 
     @property
     def _said(self) -> str:
@@ -174,7 +179,7 @@ class Draft:
 
     def _add_extras(self, name: str, parts: dict[str, TensorRef]) -> None:
         base = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
-        for extra in _EXTRAS:
+        for extra in self._extras:
             ref = self.tensors.get(base + extra)
             if ref is not None:
                 parts.setdefault(extra, ref)

@@ -6,11 +6,12 @@ import fnmatch
 import re
 from typing import TYPE_CHECKING, Literal
 
+from lora_merge.quantised.matching import matching
 from lora_merge.quantised.method import PatternError
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from lora_merge.quantised.method import Surroundings
 
@@ -41,6 +42,7 @@ class Exceptions:
         self._entries = [entry for entry in listed if isinstance(entry, str) and entry]
         self._language, self._match = language, around.match
         self._names = {entry for entry in self._entries if self._is_name(entry)}
+        self._below: dict[str, bool] = {}
         self._patterns = [entry for entry in self._entries if entry not in self._names]
 
     def surely(self, modules: Sequence[str]) -> list[str]:
@@ -75,7 +77,15 @@ class Exceptions:
         if module in self._names:
             return True
         # Full names alone count in compressed-tensors and ModelOpt.
-        return self._language == "names" and any(parent in self._names for parent in _parents(module))
+        return self._language == "names" and bool(self._names) and self._is_below(module.rpartition(".")[0])
+
+    def _is_below(self, path: str) -> bool:
+        """Return True for the path of a module that is named, or is below one."""
+        known = self._below.get(path)
+        if known is None:
+            parent = path.rpartition(".")[0]
+            known = self._below[path] = path in self._names or (parent != "" and self._is_below(parent))
+        return known
 
     def _expression(self, entry: str) -> str:
         if self._language == "targets":
@@ -93,16 +103,8 @@ class Exceptions:
         if not expressions or not modules:
             return ()
         try:
-            found = self._match(expressions, modules)
+            found = matching(expressions, modules, self._match)
         except PatternError as exc:
             sentence = f"{self.field} has {quoted(self._patterns[exc.at])}, which {exc}"
             raise PatternError(exc.at, sentence) from exc
         return (module for module, hits in zip(modules, found, strict=True) if hits)
-
-
-def _parents(module: str) -> Iterator[str]:
-    """Yield the paths above a module, the nearest first."""
-    path, dot, _ = module.rpartition(".")
-    while dot:
-        yield path
-        path, dot, _ = path.rpartition(".")

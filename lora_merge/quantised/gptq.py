@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lora_merge.core.report import error, note
 from lora_merge.quantised.draft import AGAIN, CODE, NOTHING, Draft, Wanted, codes_of, number, storage
 from lora_merge.quantised.exceptions import Exceptions
+from lora_merge.quantised.matching import matching
 from lora_merge.quantised.method import PatternError
 from lora_merge.quantised.tables import settings_of, table_of
 from lora_merge.words import quoted
@@ -83,7 +84,7 @@ def _schemes(values: Mapping[str, Any], modules: Sequence[str], around: Surround
         return [default] * len(modules)
     expressions = [entry.removeprefix("-:").removeprefix("+:") for entry, _ in rules]
     try:
-        hits = around.match(expressions, modules)
+        hits = matching(expressions, modules, around.match)
     except PatternError as exc:
         raise PatternError(exc.at, f"{_FIELD} has {quoted(rules[exc.at][0])}, which {exc}") from exc
     return [_ruled(rules[min(found)], default) if found else default for found in hits]

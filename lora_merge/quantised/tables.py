@@ -17,6 +17,9 @@ QUANT = "quant_config.json"
 SIDE_FILES = (HF_QUANT, QUANTIZE, QUANT)
 """Files beside ``config.json`` that say it too: of ModelOpt, of GPTQ, of old AWQ."""
 
+INNER = ("quantization", "quantization_config")
+"""Keys inside a table that have the settings themselves: of ModelOpt, of old compressed-tensors."""
+
 QUANT_STATE = "quant_state"
 """Place of what bitsandbytes says beside each weight, among the settings that are found."""
 
@@ -90,7 +93,7 @@ def _in_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _inner(table: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings themselves: ModelOpt and old compressed-tensors have them one level down."""
-    for key in ("quantization", "quantization_config"):
+    for key in INNER:
         if isinstance(table.get(key), dict):
             outer = {name: value for name, value in table.items() if name != key}
             return {**outer, **table[key]}
