@@ -4,11 +4,17 @@ be written.
 
 from __future__ import annotations
 
+from lora_merge.codecs.awq import Awq
+from lora_merge.codecs.bnb4 import Bnb4
 from lora_merge.codecs.codec import Codec, Encoder
 from lora_merge.codecs.dense import Dense
 from lora_merge.codecs.fp4 import Fp4
+from lora_merge.codecs.gptq import Gptq
 from lora_merge.codecs.llm_int8 import LlmInt8
+from lora_merge.codecs.mlx_affine import MlxAffine
+from lora_merge.codecs.modelopt_awq import ModelOptAwq
 from lora_merge.codecs.mxfp4_experts import Mxfp4Experts
+from lora_merge.codecs.packed_int import PackedInt
 from lora_merge.codecs.scaled import Scaled
 from lora_merge.core.weight import DENSE
 
@@ -22,6 +28,12 @@ CODECS: dict[str, Codec] = {
     "fp4": Fp4(),
     "mxfp4_experts": Mxfp4Experts(),
     "llm_int8": LlmInt8(),
+    "awq": Awq(),
+    "bnb4": Bnb4(),
+    "gptq": Gptq(),
+    "mlx_affine": MlxAffine(),
+    "modelopt_awq": ModelOptAwq(),
+    "packed_int": PackedInt(),
 }
 
 ENCODERS: dict[str, Encoder] = {DENSE: _DENSE}

@@ -1,0 +1,102 @@
+"""Integers of 1 to 8 bits in 32-bit words, packed along the lines, as compressed-tensors writes them (``pack-quantized``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.codecs.bits import WORD_BITS, along_lines, codes_at_word_edges, unpack, words_of
+from lora_merge.codecs.geometry import by_line, groups_of, lines_of, whole
+from lora_merge.codecs.grouped import dequantise, dequantise_by_index
+from lora_merge.core.tensor import nbytes_of
+from lora_merge.core.weight import WEIGHT, PartRange
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+
+    from lora_merge.codecs.geometry import Lines
+    from lora_merge.core.weight import Storage, Tile
+
+
+class PackedInt:
+    """``(code - zero) · scale`` (compressed-tensors 0.20, ``unpack_from_int32`` and ``dequantize``).
+
+    Codes are stored as value + 2^(bits - 1), and so are zeros. A weight without zeros has 0 everywhere.
+
+    Parts, of a weight ``[…, out, in]``:
+        weight: I32 ``[…, out, ⌈in · bits / 32⌉]``.
+        scale: floats ``[…, out, ⌈in / group⌉]``.
+        zero: I32 ``[…, ⌈out · bits / 32⌉, groups]``, packed along ``out``.
+        g_idx: I32 ``[in]``, the group of each column (compressed-tensors before August 2026, ``actorder: group``).
+    """
+
+    def alignment(self, shape: tuple[int, ...], n_rows: int, storage: Storage) -> tuple[int, int]:
+        """Return the lines at which a word of zeros begins; 1 without zeros, and where a row is a whole matrix."""
+        settings = dict(storage.settings)
+        if not settings["zero"] or (len(shape) > 2 and n_rows == shape[0]):
+            return 1, 1
+        return codes_at_word_edges(int(settings["bits"])), 1
+
+    def ranges(self, tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
+        """Return the ranges of codes, scales and zeros: each is one run of bytes. Of ``g_idx`` all is needed."""
+        settings, lines = dict(storage.settings), lines_of(tile)
+        bits, groups = int(settings["bits"]), groups_of(lines.width, int(settings["group"]))
+        found = {
+            WEIGHT: by_line(lines, "I32", words_of(lines.width, bits)),
+            "scale": by_line(lines, str(settings["scale"]), groups),
+        }
+        if settings["zero"]:
+            *_, (_, last) = spans = [words for _, words in _zero_words(lines, bits)]
+            first, row = spans[0][0], nbytes_of("I32", (groups,))
+            span = (first * row, (last - first) * row)
+            found["zero"] = PartRange("I32", (last - first, groups), (span,))
+        if settings["g_idx"]:
+            found["g_idx"] = whole("I32", (lines.width,))
+        return found
+
+    def decode(
+        self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor, storage: Storage
+    ) -> None:
+        """Unpack the codes, and apply the zero and the scale of each group. Both codes and zeros are offset, so that the
+        offsets cancel.
+        """
+        settings, lines = dict(storage.settings), lines_of(tile)
+        bits, codes = int(settings["bits"]), out.view(lines.n, lines.width)
+        codes.copy_(unpack(parts[WEIGHT], bits, lines.width))
+        scale = parts["scale"].float()
+        if settings["zero"]:
+            zero = _zeros(lines, parts["zero"], bits)
+        else:
+            zero = scale.new_full(scale.shape, 1 << (bits - 1))
+        # An index of -1 was never filled: the groups are in order (compressed-tensors 0.13, `_process_group`).
+        if settings["g_idx"] and int(parts["g_idx"].min()) >= 0:
+            dequantise_by_index(codes, zero, scale, parts["g_idx"])
+        else:
+            dequantise(codes, zero, scale, int(settings["group"]))
+
+
+def _zero_words(lines: Lines, bits: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield, for each matrix that a tile has some lines of, these lines, and the rows of words that hold their zeros; both
+    are numbered through all matrices.
+    """
+    n_words = words_of(lines.rows, bits)
+    for matrix in range(*lines.matrices):
+        before = matrix * lines.rows
+        start, end = max(lines.start, before), min(lines.end, before + lines.rows)
+        words = (start - before) * bits // WORD_BITS, words_of(end - before, bits)
+        yield (start, end), (matrix * n_words + words[0], matrix * n_words + words[1])
+
+
+def _zeros(lines: Lines, stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the zeros of some lines as they are stored: float32 ``[lines, groups]``."""
+    import torch
+
+    words = along_lines(stored, 0, stored.shape[1])
+    zeros = torch.empty(lines.n, words.shape[0], device=stored.device)
+    first_word = None
+    for (start, end), (first, last) in _zero_words(lines, bits):
+        first_word = first if first_word is None else first_word
+        found = unpack(words[:, first - first_word : last - first_word], bits, end - start)
+        zeros[start - lines.start : end - lines.start].copy_(found.T)
+    return zeros
