@@ -14,15 +14,16 @@ from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.writing import carry_out
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.identity import Inputs
-from lora_merge.core.report import Observer, Silence
+from lora_merge.core.report import Issue, Observer, Silence, error
 from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import RequestError
 from lora_merge.formats.safetensors import same_values
 from lora_merge.formats.side_files import adapter_side_files
 from lora_merge.modeling.skeleton import build_skeleton
-from lora_merge.planning import Reading, quantised_config, raise_errors
+from lora_merge.planning import Reading, raise_errors
 from lora_merge.planning.locate import find, locate_base
 from lora_merge.planning.resolve import counterpart, resolve_base, stored_in
+from lora_merge.quantised import describe
 from lora_merge.requests.request import ExtractRequest
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import memory_for
@@ -66,7 +67,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     ]
     base, tuned = (resolve_base(place.whole()) for place in places)
     for checkpoint in (base, tuned):
-        raise_errors(quantised_config(checkpoint.config))
+        raise_errors([*checkpoint.issues, *_quantised(checkpoint)])
     pairing = _paired(base, tuned)
     issues = [*(issue for place in places for issue in place.issues), *misfits(pairing)]
     raise_errors(issues)
@@ -105,6 +106,17 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         provenance={"base": _origin(places[0]), "tuned": _origin(places[1])},
         issues=(*issues, *found.issues),
     )
+
+
+def _quantised(checkpoint: Checkpoint) -> list[Issue]:
+    """Return an error for a model that is stored quantised: what differs would be the quantisation."""
+    weight = next((weight for weight in checkpoint.weights.values() if weight.plain is None), None)
+    if weight is None:
+        return []
+    sentence = (
+        f"is stored quantised ({describe(weight.storage)}), and a LoRA is extracted from full precision"
+    )
+    return [error("unsupported", weight.name, sentence, "name the full-precision models")]
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:

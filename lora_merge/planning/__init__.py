@@ -11,7 +11,6 @@ from lora_merge.errors import PlanError, UnsupportedError
 from lora_merge.planning.draft import join, touches_embeddings
 from lora_merge.planning.joined import Joined
 from lora_merge.planning.placing import decoded_dtype_patch, dtype_patch, main_dtype, place_all, slots_of
-from lora_merge.planning.quantised import quantised_config
 from lora_merge.planning.questions import combining_issues, judged, merged_before
 from lora_merge.planning.settings import Policy, Reading
 from lora_merge.planning.steps import beyond_float32
@@ -31,7 +30,6 @@ __all__ = [
     "check_fit",
     "join",
     "make_plan",
-    "quantised_config",
     "raise_errors",
     "touches_embeddings",
 ]

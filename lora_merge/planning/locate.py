@@ -26,7 +26,7 @@ from lora_merge.storage.hub import Access, Repo, open_repo
 from lora_merge.storage.paths import file_hint, missing_hint
 from lora_merge.storage.same_model import cached_repo, same_model
 from lora_merge.storage.small_files import read_json, read_text
-from lora_merge.storage.source import Source, full_precision, parse_source
+from lora_merge.storage.source import Source, parse_source, unread_kind
 from lora_merge.storage.user_paths import is_directory, real_path, user_path
 from lora_merge.words import listing
 
@@ -79,7 +79,7 @@ def find(text: str, role: str) -> Found:
 
     Raises:
         ResolveError: it is neither, or a directory that cannot be read.
-        UnsupportedError: it is a base whose name says that it is stored quantised.
+        UnsupportedError: it is a base whose name says that it is stored in a way that is not read.
 
     Args:
         text: as the user or an adapter has it.
@@ -94,7 +94,7 @@ def find(text: str, role: str) -> Found:
     source = None if exists or root.is_symlink() else parse_source(text)
     if source is not None:
         if role == "base":
-            _refuse_quantised(source)
+            _refuse_unread(source)
         return source
     if root.is_dir():
         if not os.access(root, os.R_OK | os.X_OK):
@@ -198,7 +198,7 @@ def locate_named_base(adapter: Place, access: Access, watch: Observer) -> Place:
 
     Raises:
         ResolveError: it names none, or none that is here or on a hub.
-        UnsupportedError: its name says that it is stored quantised.
+        UnsupportedError: its name says that it is stored in a way that is not read.
     """
     found, text = _named_base(adapter)
     try:
@@ -229,7 +229,7 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
             f"{adapter.text}: its base model is {named[0][0]}, and there is no such directory here",
             hint="say where it is with --base DIRECTORY",
         )
-    _refuse_quantised(source)
+    _refuse_unread(source)
     return source, str(source)
 
 
@@ -379,11 +379,11 @@ def _source(name: str, revision: object, host: Host) -> Source | None:
     return replace(source, revision=str(revision) if revision else source.revision, explicit=False)
 
 
-def _refuse_quantised(source: Source) -> None:
-    parent = full_precision(source.repo)
-    if parent is not None:
-        sentence = "the base is stored quantised, as its name says"
-        named = replace(source, repo=parent, folder="", revision=None)
+def _refuse_unread(source: Source) -> None:
+    unread = unread_kind(source.repo)
+    if unread is not None:
+        sentence = f"the base is stored quantised as {unread[0]}, as its name says, which is not supported"
+        named = replace(source, repo=unread[1], folder="", revision=None)
         hint = f"merge into its full-precision parent, probably --base {named}"
         raise UnsupportedError([error("unsupported", str(source), sentence, hint)])
 

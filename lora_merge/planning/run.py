@@ -21,7 +21,6 @@ from lora_merge.planning import (
     Reading,
     join,
     make_plan,
-    quantised_config,
     raise_errors,
     touches_embeddings,
 )
@@ -45,8 +44,10 @@ from lora_merge.planning.resolve import (
     own_side_files,
     resolve_adapter,
     resolve_base,
+    settings_files,
     unchanged_parameters,
 )
+from lora_merge.quantised import refusals
 from lora_merge.requests.request import Request
 from lora_merge.requests.table import default_of
 from lora_merge.requests.values import parse_adapter
@@ -194,7 +195,7 @@ def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> Joined
     is_remote = base_place.repo is not None
     # What small files show is refused before anything large is fetched.
     if is_remote:
-        raise_errors(quantised_config(read_config(base_place.root / CONFIG_FILE)))
+        raise_errors(refusals(read_config(base_place.root / CONFIG_FILE), settings_files(base_place.root)))
     apart = [place for place in places if place.root != base_place.root]  # else its weights are the base's
     raise_errors([issue for place in apart for issue in place.issues])
     adapters = [resolve_adapter(place.whole(), place.ignored) for place in places]

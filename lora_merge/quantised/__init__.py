@@ -25,6 +25,7 @@ from lora_merge.quantised.mxfp4 import Mxfp4
 from lora_merge.quantised.outputs import SIDE_FILES, folds_norms, leftover, plain_config, stored_dtype
 from lora_merge.quantised.refused import refusals
 from lora_merge.quantised.stray import stray
+from lora_merge.quantised.tables import SIDE_FILES as SETTINGS_FILES
 from lora_merge.quantised.tables import settings_of, tables_of
 from lora_merge.quantised.torchao import TorchAO
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "SETTINGS_FILES",
     "SIDE_FILES",
     "Found",
     "Method",

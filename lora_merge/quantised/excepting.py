@@ -127,7 +127,8 @@ def _heads(weights: Mapping[str, Weight], quantised: set[str]) -> Iterator[str]:
 def _listed(old: object, new: Iterable[str]) -> list[Any]:
     """Return a list of exceptions with more of them."""
     listed = list(old) if isinstance(old, list | tuple) else []
-    return listed + [one for one in dict.fromkeys(new) if one not in set(map(str, listed))]
+    known = {one for one in listed if isinstance(one, str)}
+    return listed + [one for one in dict.fromkeys(new) if one not in known]
 
 
 def _names(values: Mapping[str, Any], keys: tuple[str, ...], dense: _Dense, *, fused: bool) -> dict[str, Any]:
@@ -164,12 +165,18 @@ def _gptq(values: Mapping[str, Any], place: str, dense: _Dense) -> dict[str, Any
     del place
     # Escaped and with both ends: else ``layers.1`` would be found in ``layers.10``. The first rule that matches counts.
     names = (*dense.modules, *dense.stacks, *dense.fused)
-    rules = {f"-:^{re.escape(name)}$": {} for name in names}
+    rules: dict[str, Any] = {f"-:^{_escaped(name)}$": {} for name in names}
     old = values.get("dynamic")
-    found = dict(values) | {"dynamic": rules | {k: v for k, v in (old or {}).items() if k not in rules}}
+    rules |= {rule: table for rule, table in (old or {}).items() if rule not in rules}
+    found = dict(values) | {"dynamic": rules}
     if values.get("lm_head") and any(module.rpartition(".")[2] == _HEAD for module in dense.modules):
         found["lm_head"] = False
     return found
+
+
+def _escaped(name: str) -> str:
+    # A hyphen means nothing outside of brackets, and an escaped one is hard to read.
+    return re.escape(name).replace("\\-", "-")
 
 
 def _awq(values: Mapping[str, Any], place: str, dense: _Dense) -> dict[str, Any]:
@@ -183,7 +190,8 @@ def _modelopt(values: Mapping[str, Any], place: str, dense: _Dense) -> dict[str,
     found = dict(values) | {key: _listed(values.get(key), (*dense.modules, *dense.stacks))}
     layers = values.get(LAYERS)
     if isinstance(layers, dict):
-        found[LAYERS] = {name: table for name, table in layers.items() if name not in set(dense.modules)}
+        gone = set(dense.modules)
+        found[LAYERS] = {name: table for name, table in layers.items() if name not in gone}
     return found
 
 

@@ -15,11 +15,13 @@ _DEFAULT_BRANCH: dict[Host, str] = {"hf": "main", "ms": "master"}
 _NAME = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_NAME}", re.ASCII)
 
-_QUANTISED = re.compile(
-    r"(?P<parent>.+?)[-_.](?:(?:unsloth-|mlx-)?(?:bnb-)?[48]-?bit|(?:AWQ|GPTQ|FP8)(?:[-_.].+)?|(?:I?Q\d\w*-)?GGUF)",
+_UNREAD = re.compile(
+    r"(?P<parent>.+?)[-_.](?:(?:I?Q\d\w*-)?(?P<gguf>GGUF)"
+    r"|(?P<kind>HQQ|AQLM|EXL[23]|VPTQ|SpQR|HIGGS|EETQ|SINQ|Quanto|QuIP#?|FP-?Quant)(?:[-_.].+)?)",
     re.IGNORECASE,
 )
-"""How repos of quantised weights are called: ``…-bnb-4bit``, ``…-AWQ``, ``…-GPTQ-Int4``, ``…-GGUF``, ``…-FP8``."""
+"""How repos of weights are called that are quantised in a way that is not read: ``…-GGUF``, ``…-Q4_K_M-GGUF``,
+``…-HQQ-4bit``, ``…-exl2``. Other names say nothing: a repo's configuration does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +102,18 @@ def parse_source(text: str) -> Source | None:
     return Source(host, "/".join(repo), "/".join(folder), revision or None, bool(found))
 
 
-def full_precision(repo: str) -> str | None:
-    """Return the probable name of a quantised repo's full-precision parent; None for other repos.
+def unread_kind(repo: str) -> tuple[str, str] | None:
+    """Return how a repo is quantised whose weights are not read, and its probable full-precision parent, by its name.
 
     Example:
-        >>> full_precision("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit")
-        'unsloth/Llama-3.2-1B-Instruct'
-        >>> full_precision("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4"), full_precision("Qwen/Qwen2.5-7B-Instruct")
-        ('Qwen/Qwen2.5-7B-Instruct', None)
+        >>> unread_kind("ggml-org/Qwen3-8B-Q4_K_M-GGUF"), unread_kind("org/Llama-3-8B-HQQ-4bit")
+        (('GGUF', 'ggml-org/Qwen3-8B'), ('HQQ', 'org/Llama-3-8B'))
+        >>> unread_kind("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit"), unread_kind("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4")
+        (None, None)
     """
     owner, slash, name = repo.rpartition("/")
-    match = _QUANTISED.fullmatch(name)
-    return f"{owner}{slash}{match['parent']}" if match else None
+    match = _UNREAD.fullmatch(name)
+    return None if match is None else (match["gguf"] or match["kind"], f"{owner}{slash}{match['parent']}")
 
 
 def _is_revision(text: str) -> bool:
