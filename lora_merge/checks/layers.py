@@ -5,16 +5,20 @@ The adapter's forward pass is the truth, so this asks it: the layer answers to r
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from lora_merge.checks.decoding import DECODERS
+from lora_merge.checks.reading import Reader
 from lora_merge.core.adapter import PlacedDelta
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
-from lora_merge.core.tensor import UNIT_ROUNDOFF, TensorRef
-from lora_merge.core.weight import WEIGHT
+from lora_merge.core.tensor import UNIT_ROUNDOFF
+from lora_merge.core.weight import Weight
 from lora_merge.formats.safetensors import load
+from lora_merge.peft_rules.base_factors import PLAIN, parts_of
 from lora_merge.peft_rules.injection import Injection, InjectionError
 from lora_merge.peft_rules.kinds import PREFIX
 from lora_merge.words import of_several
@@ -48,8 +52,8 @@ class _Module:
     facts: PeftLayerFacts
     """That delta's facts: the module's name, and the configurations of model and adapter."""
 
-    base: dict[str, TensorRef]
-    merged: dict[str, TensorRef]
+    base: dict[str, Weight]
+    merged: dict[str, Weight]
 
 
 def layers(evidence: Evidence) -> Iterator[Issue]:
@@ -76,19 +80,33 @@ def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
         own = [d for d in step.op.deltas if d.facts.by_peft] if isinstance(step.op, Merge) else []
         if not own or not isinstance(step.op, Merge):
             continue
-        delta, slot, source = own[0], step.writes[WEIGHT], step.op.source.plain
-        assert source is not None  # the plan refuses others
+        delta = own[0]
         facts = cast("PeftLayerFacts", delta.facts)
         # The unmerged layer knows only its own adapter.
         if len(step.op.deltas) > 1 or delta.adapter_weight != 1 or step.op.combination is not None:
             crowded.add(facts.module)
             continue
-        base = {facts.parameter: source} | {
-            role.removeprefix("base:"): ref for role, ref in delta.factors.items() if role.startswith("base:")
-        }
+        base = {facts.parameter: step.op.source, **_others(delta)}
         module = found.setdefault(facts.module, _Module(delta, facts, base, dict(base)))
-        module.merged[facts.parameter] = replace(slot, file=str(evidence.root / slot.file))
+        written = {
+            role: replace(slot, file=str(evidence.root / slot.file)) for role, slot in step.writes.items()
+        }
+        module.merged[facts.parameter] = Weight(step.name, step.shape, step.op.target, written)
     return [module for name, module in found.items() if name not in crowded], crowded
+
+
+def _others(delta: PlacedDelta) -> dict[str, Weight]:
+    """Return the other parameters of a module, as the factors of a delta have them."""
+    facts = cast("PeftLayerFacts", delta.facts)
+    plain = {
+        role.removeprefix(PLAIN): Weight.dense(ref)
+        for role, ref in delta.factors.items()
+        if role.startswith(PLAIN)
+    }
+    return plain | {
+        name: Weight(name, shape, storage, parts_of(name, delta.factors))
+        for name, shape, storage in facts.coded
+    }
 
 
 def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue]:
@@ -101,6 +119,10 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
     }
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     shared = {name: tensor for name, tensor in tensors.items() if name not in own}
+    why = _why_not(module)
+    if why:
+        yield note("not-asked", facts.module, f"was not compared with its unmerged output: {why}")
+        return
     base, merged = _loaded(module.base), _loaded(module.merged)
     key = (facts.model_config, facts.adapter_config, facts.digest)
     try:
@@ -115,7 +137,7 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
     except InjectionError as exc:
         yield note("not-asked", exc.subject, f"was not compared with its unmerged output: {exc.sentence}")
         return
-    roundoff = max(UNIT_ROUNDOFF[ref.dtype] for ref in module.merged.values())
+    roundoff = max(UNIT_ROUNDOFF[weight.storage.value_dtype] for weight in module.merged.values())
     length = max(tensor[0].numel() if tensor.dim() else 1 for tensor in base.values())
     share = _N_ROUNDINGS * roundoff + _SUMS * length**0.5 * 2.0**-24
     off, size = (got - adapted).abs(), sizes[0].maximum(sizes[1])
@@ -152,5 +174,26 @@ def _size(injection: Injection, name: str, weights: Any, own: Any, x: torch.Tens
     return injection.forward(name, squares, own, x.square())[1].abs().sqrt()
 
 
-def _loaded(refs: dict[str, TensorRef]) -> dict[str, torch.Tensor]:
-    return {name: load(ref).float() for name, ref in refs.items()}
+def _why_not(module: _Module) -> str:
+    """Return why a module cannot be compared, as it is stored; empty where it can."""
+    unknown = {weight.storage.codec for weight in module.base.values()} - DECODERS.keys()
+    if unknown:
+        return f"its weight is stored in a way that is not decoded a second time ({min(unknown)})"
+    written = [weight for name, weight in module.merged.items() if weight != module.base[name]]
+    # How far a group of values is rounded together depends on its largest.
+    return "" if all(weight.storage.is_dense for weight in written) else "its weight is written quantised"
+
+
+def _loaded(weights: dict[str, Weight]) -> dict[str, torch.Tensor]:
+    """Return weights in float32, decoded by code that shares nothing with the merge."""
+    with contextlib.ExitStack() as stack:
+        reader = Reader(stack)
+
+        def read(weight: Weight) -> torch.Tensor:
+            n_rows = weight.shape[0] if weight.shape else 1
+            return reader.weight(weight, range(n_rows), n_rows).float().view(weight.shape)
+
+        return {
+            name: load(weight.plain).float() if weight.plain is not None else read(weight)
+            for name, weight in weights.items()
+        }

@@ -43,6 +43,7 @@ def _print_head(console: RichConsole, found: Inspection) -> None:
         ("kind", f"{found.kind} ({found.format})"),
         ("trained by", found.framework),
         ("base", found.base),
+        ("base's weights", "; ".join(f"{count} as {words}" for words, count in found.storages.items())),
         ("targets", found.targets),
         ("modules", str(len(found.modules))),
         ("rank", ranks),
@@ -58,7 +59,9 @@ def _print_head(console: RichConsole, found: Inspection) -> None:
 
 def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> None:
     measured = any(one.delta_norm is not None for one in found.modules)
-    columns = ["module", "layers", "kind", "rank", "scale", "shape", *(["‖Δ‖/‖W‖"] if measured else [])]
+    columns = ["module", "layers", "kind", "rank", "scale", "shape"]
+    columns += ["stored as"] if found.has_quantised else []
+    columns += ["‖Δ‖/‖W‖"] if measured else []
     made = table(*(columns if not full else [columns[0], *columns[2:]]), title="modules")
     groups = [[one] for one in found.modules] if full else _grouped(found.modules)
     for members in groups if full else groups[:_MOST_ROWS]:
@@ -72,6 +75,8 @@ def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> No
             _span([one.scale for one in members if one.scale is not None]),
             _several("×".join(map(str, one.shape)) for one in members),
         ]
+        if found.has_quantised:
+            cells.append(_several(one.storage for one in members))
         if measured:
             cells.append(_span([one.relative for one in members if one.relative is not None], ".2g"))
         add_row(made, *cells)

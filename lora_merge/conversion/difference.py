@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.conversion.lora import Difference, Form, LoraModule, nested
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, Checkpoint, owner_name
 from lora_merge.core.report import Issue, error, note, warning
-from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
+from lora_merge.core.tensor import TensorRef, shape_text
+from lora_merge.core.weight import Weight
 from lora_merge.modeling.skeleton import Skeleton
 from lora_merge.peft_rules.kinds import PREFIX
 from lora_merge.peft_rules.targets import is_listed
-from lora_merge.words import of_several
+from lora_merge.quantised import describe
+from lora_merge.words import counted, listing, of_several
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -31,6 +33,9 @@ class Extraction:
     whole: dict[str, TensorRef] = field(default_factory=dict)
     """Tensors that are carried whole, by their names in a PEFT file."""
 
+    decoded: dict[str, Weight] = field(default_factory=dict)
+    """Weights that are carried whole too, and are stored quantised: they are decoded when the adapter is written."""
+
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of ``adapter_config.json`` other than ranks and targets."""
 
@@ -39,15 +44,15 @@ class Extraction:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Two checkpoints of one model, tensor by tensor, under the names of either."""
+    """Two checkpoints of one model, weight by weight, under the names of either."""
 
     base: Checkpoint
     tuned: Checkpoint
     known: Skeleton | None
     """The module tree; None where transformers has no class for the model."""
 
-    before: Mapping[str, TensorRef]
-    after: Mapping[str, TensorRef]
+    before: Mapping[str, Weight]
+    after: Mapping[str, Weight]
     twins: Mapping[str, str] = field(default_factory=dict)
     """Ties of the tuned model: the name of an end that is not stored → the name of the tensor that it shares."""
 
@@ -92,13 +97,14 @@ def misfits(pairing: Pairing) -> list[Issue]:
             sentence = f"is {shape_text(after[name].shape)}, the base's is {shape_text(before[name].shape)}"
             hint = "no adapter can resize a weight: pass the base that was trained"
             issues.append(error("shape-mismatch", name, sentence, hint))
-        elif (
-            # Tensors of two dtypes are compared as numbers, so torch has to know both.
-            before[name].dtype != after[name].dtype
-            and not {before[name].dtype, after[name].dtype} <= TORCH_NAMES.keys()
+        elif before[name].storage != after[name].storage and not (
+            # Weights of two storages are compared as numbers.
+            before[name].holds_floats and after[name].holds_floats
         ):
-            sentence = f"is stored as {after[name].dtype}, the base's as {before[name].dtype}; expected BF16, F16 or F32"
+            one, other = describe(after[name].storage), describe(before[name].storage)
+            sentence = f"is stored as {one}, the base's as {other}; expected BF16, F16 or F32"
             issues.append(error("bad-dtype", name, sentence))
+    issues += _otherwise_stored(pairing)
     missing = sorted(before.keys() - after.keys())
     # With other names on both sides, the error above says it already.
     if missing and not strange:
@@ -106,6 +112,25 @@ def misfits(pairing: Pairing) -> list[Issue]:
         sentence = of_several(len(missing), f"is {where}", f"are {where}")
         issues.append(warning("missing-tensor", missing[0], sentence))
     return issues
+
+
+def _otherwise_stored(pairing: Pairing) -> list[Issue]:
+    """Return a note on weights that are stored quantised in one checkpoint and otherwise in the other."""
+    pairs = [
+        (pairing.before[name].storage, pairing.after[name].storage)
+        for name in sorted(pairing.before.keys() & pairing.after.keys())
+    ]
+    odd = [(one, two) for one, two in pairs if one != two and not (one.is_dense and two.is_dense)]
+    if not odd:
+        return []
+    kinds = dict.fromkeys(
+        f"{describe(one)} in the base and {describe(two)} in the tuned model" for one, two in odd
+    )
+    sentence = (
+        f"{counted(len(odd), 'weight')} stored otherwise in the two models ({listing(list(kinds))}): "
+        "the difference of the decoded values is taken, with the rounding of both"
+    )
+    return [note("storage", "", sentence)]
 
 
 def extracted(
@@ -179,8 +204,10 @@ def _left_out(names: list[str], pairing: Pairing) -> list[Issue]:
     return issues
 
 
-def _lora_module(name: str, before: TensorRef, after: TensorRef, known: Skeleton | None) -> LoraModule | None:
+def _lora_module(name: str, before: Weight, after: Weight, known: Skeleton | None) -> LoraModule | None:
     """Return the module of a weight that LoRA can hold: linear, convolution or stacked experts; otherwise None."""
+    if not (before.holds_floats and after.holds_floats):
+        return None
     path, _, parameter = name.rpartition(".")
     kind = known.classes.get(path, "") if known else ""
     shape = before.shape
@@ -247,7 +274,11 @@ def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
         owner, _, parameter = name.rpartition(".")
         # Beside LoRA, PEFT keeps the original layer, and its bias, under ``base_layer``.
         inner = ".base_layer" if owner in adapted else ""
-        found.whole[f"{PREFIX}{owner}{inner}.{parameter}"] = sources[name]
+        weight, path = sources[name], f"{PREFIX}{owner}{inner}.{parameter}"
+        if weight.plain is not None:
+            found.whole[path] = weight.plain
+        else:
+            found.decoded[path] = weight
     if modules:
         found.config["modules_to_save"] = sorted(modules)
     if resized:

@@ -14,16 +14,16 @@ from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.writing import carry_out
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.identity import Inputs
-from lora_merge.core.report import Issue, Observer, Silence, error
+from lora_merge.core.report import Observer, Silence
 from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import RequestError
-from lora_merge.formats.safetensors import same_values
 from lora_merge.formats.side_files import adapter_side_files
+from lora_merge.formats.weights import same_weights
 from lora_merge.modeling.skeleton import build_skeleton
 from lora_merge.planning import Reading, raise_errors
 from lora_merge.planning.locate import find, locate_base
 from lora_merge.planning.resolve import counterpart, resolve_base, stored_in
-from lora_merge.quantised import describe
+from lora_merge.quantised import leftover
 from lora_merge.requests.request import ExtractRequest
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import memory_for
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.core.weight import Weight
     from lora_merge.layouts import Stored
     from lora_merge.planning.locate import Place
     from lora_merge.requests.request import ExtractRequest
@@ -66,10 +67,10 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         for text, role in ((request.base, "base"), (request.tuned, "tuned"))
     ]
     base, tuned = (resolve_base(place.whole()) for place in places)
-    for checkpoint in (base, tuned):
-        raise_errors([*checkpoint.issues, *_quantised(checkpoint)])
+    of_storage = [issue for checkpoint in (base, tuned) for issue in checkpoint.issues]
+    raise_errors(of_storage)
     pairing = _paired(base, tuned)
-    issues = [*(issue for place in places for issue in place.issues), *misfits(pairing)]
+    issues = [*(issue for place in places for issue in place.issues), *of_storage, *misfits(pairing)]
     raise_errors(issues)
     # The two checks come before the comparison, which reads both models.
     found = extracted(
@@ -88,7 +89,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     return Conversion(
         source=request.tuned,
         adapter=adapter,
-        found=Draft(tuple(found.modules), found.whole),
+        found=Draft(tuple(found.modules), found.whole, decoded=found.decoded),
         recipe=Recipe(keep=Keep(request.rank, request.energy), explicit=True, dtype=dtype),
         base=base,
         # The base is on the disk by now, so no hub is needed.
@@ -108,30 +109,19 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     )
 
 
-def _quantised(checkpoint: Checkpoint) -> list[Issue]:
-    """Return an error for a model that is stored quantised: what differs would be the quantisation."""
-    weight = next((weight for weight in checkpoint.weights.values() if weight.plain is None), None)
-    if weight is None:
-        return []
-    sentence = (
-        f"is stored quantised ({describe(weight.storage)}), and a LoRA is extracted from full precision"
-    )
-    return [error("unsupported", weight.name, sentence, "name the full-precision models")]
-
-
 def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
-    """Return the tensors of both checkpoints under the names of either.
+    """Return the weights of both checkpoints under the names of either.
 
     Where only one of them stores both ends of a tie, the other's missing end has the values of the end that it stores.
     """
-    before, after = base.by_name(), tuned.by_name()
+    before, after = _weights(base, tuned)
     missing = {
-        name: ref
+        name: weight
         for names, checkpoint in ((after.keys() - before.keys(), base), (before.keys() - after.keys(), tuned))
         for stored in [stored_in(checkpoint)]
         for name in names
         for weight in [counterpart(name, stored, checkpoint)]
-        if weight is not None and (ref := weight.plain) is not None
+        if weight is not None
     }
     known, stored = build_skeleton(base.config), stored_in(tuned)
     tied = (build_skeleton(tuned.config) or known).tied if known is not None else {}
@@ -148,6 +138,14 @@ def _paired(base: Checkpoint, tuned: Checkpoint) -> Pairing:
     return Pairing(base, tuned, known, before, after, twins, spelled)
 
 
+def _weights(*checkpoints: Checkpoint) -> list[dict[str, Weight]]:
+    """Return the weights of checkpoints by name, without what means nothing where weights are not quantised."""
+    found = [checkpoint.parameters() for checkpoint in checkpoints]
+    if all(weight.plain is not None for weights in found for weight in weights.values()):
+        return found
+    return [{name: weight for name, weight in weights.items() if not leftover(name)} for weights in found]
+
+
 def _spelled(names: Collection[str], stored: Stored) -> dict[str, str]:
     """Return stored name → transformers' name, where they differ. PEFT drops names that it does not know."""
     conversion = stored.conversion
@@ -161,14 +159,14 @@ def _spelled(names: Collection[str], stored: Stored) -> dict[str, str]:
 
 
 def _changed(pairing: Pairing, watch: Observer) -> frozenset[str]:
-    """Return the names of the tensors whose values differ. Reads both checkpoints."""
+    """Return the names of the weights whose values differ. Reads both checkpoints."""
     before, after = pairing.before, pairing.after
     common = before.keys() & after.keys()
     watch.phase("comparing", sum(before[name].nbytes for name in common))
     changed = set()
     # In the order of the base's files: sequential reads.
-    for name in sorted(common, key=lambda name: (before[name].file, before[name].start)):
-        if not same_values(before[name], after[name]):
+    for name in (name for name in before if name in common):
+        if not same_weights(before[name], after[name]):
             changed.add(name)
         watch.advance(before[name].nbytes)
     return frozenset(changed)

@@ -11,6 +11,7 @@ from lora_merge.core.choices import AdapterFormat, ExpertForm, Naming
 from lora_merge.core.plan import Step
 from lora_merge.core.report import Issue
 from lora_merge.core.tensor import TensorRef
+from lora_merge.core.weight import Weight
 
 Form = Literal["linear", "embedding", "convolution", "experts"]
 """How PEFT names and shapes the factors of a module."""
@@ -41,10 +42,10 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The difference of a weight after and before a training. It has no factors yet."""
+    """The difference of a weight after and before a training, each decoded. It has no factors yet."""
 
-    before: TensorRef
-    after: TensorRef
+    before: Weight
+    after: Weight
     turned: bool = False
 
 

@@ -9,9 +9,11 @@ from lora_merge.conversion.lora import Changed, Difference, Gathered, Given, Lor
 from lora_merge.conversion.transforms import Pair, factorised, rounded, stacked
 from lora_merge.core.report import error
 from lora_merge.core.tensor import TORCH_NAMES
+from lora_merge.core.view import View
 from lora_merge.deltas import Factors, plain_pair
 from lora_merge.errors import ConvertError
 from lora_merge.formats.safetensors import load
+from lora_merge.formats.weights import values_in_blocks
 from lora_merge.runtime.shortage import memory_for
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from lora_merge.conversion.transforms import Transform
     from lora_merge.core.adapter import Delta
     from lora_merge.core.plan import Step
+    from lora_merge.core.weight import Weight
     from lora_merge.deltas import FactorFacts
 
 ChangeOf = Callable[["Step"], "torch.Tensor"]
@@ -148,12 +151,23 @@ class Maker:
             case Changed(step, turned):
                 change = self._change_of(step)
             case Difference(before, after, turned):
-                change = load(after).float().sub_(load(before).float())
+                change = _difference(before, after)
             case _:
                 raise AssertionError(module.origin)
         if module.form == "convolution":
             change = change.flatten(1)
         return change.mT if turned else change
+
+
+def _difference(before: Weight, after: Weight) -> torch.Tensor:
+    """Return W′ - W in float32, in the shape of the weight. Beside it, memory holds a block of rows at a time."""
+    import torch
+
+    change = torch.empty(after.shape)
+    rows = change.view(View.of(after.shape, stacked=True).n_rows, -1)
+    for start, (one, two) in values_in_blocks(before, after):
+        torch.sub(two, one, out=rows[start : start + len(one)])
+    return change
 
 
 def _check_finite(path: str, sentence: str, *tensors: torch.Tensor) -> None:

@@ -16,8 +16,9 @@ from lora_merge.core.checkpoint import INPUT_NAMES
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef, shape_text
+from lora_merge.core.weight import Weight
 from lora_merge.deltas import FactorFacts, StackedFacts
-from lora_merge.formats.safetensors import same_values
+from lora_merge.formats.weights import same_weights
 from lora_merge.peft_rules.kinds import mutating_init
 from lora_merge.words import of_several
 
@@ -49,6 +50,8 @@ class Draft:
     """Tensors that are carried as they are, by their names in a PEFT file."""
 
     issues: tuple[Issue, ...] = ()
+    decoded: Mapping[str, Weight] = field(default_factory=dict)
+    """Weights that are carried too, and are decoded for it, by their names in a PEFT file."""
 
 
 @dataclass(slots=True)
@@ -319,8 +322,7 @@ class _Drafting:
         """Return True for a replaced weight that differs from the base's. PEFT also saves unchanged embeddings."""
         assert self._joined is not None
         before = self._joined.before(step.name) if step.replaced else None
-        plain = before.plain if before is not None else None
-        return step.replaced and (plain is None or not same_values(plain, _replacement(step)))
+        return step.replaced and (before is None or not same_weights(before, step.source))
 
     def _add_changed(self, step: Step, target: str, *, is_new: bool) -> None:
         stored = step.shape
@@ -345,8 +347,7 @@ class _Drafting:
             return
         if is_new:
             assert self._joined is not None
-            weight, after = self._joined.before(step.name), _replacement(step)
-            before = weight.plain if weight is not None else None
+            before, after = self._joined.before(step.name), step.source
             if before is None or before.shape != after.shape:
                 found = f"the base's is {shape_text(before.shape)}" if before else "the base has none"
                 verb = "resize a weight" if before else "add a weight"
@@ -363,7 +364,7 @@ class _Drafting:
 
     def _name_of(self, step: Step) -> str:
         """Return the adapter's name of a parameter that a step replaces."""
-        ref = _replacement(step)
+        ref = step.source.plain
         return next(name for name, one in self._adapter.replacements.items() if one.ref == ref)
 
     def _is_input(self, module: str) -> bool:
@@ -374,12 +375,6 @@ class _Drafting:
     def _is_conv1d(self, module: str) -> bool:
         assert self._joined is not None
         return self._joined.class_of(module) == "Conv1D"
-
-
-def _replacement(step: Step) -> TensorRef:
-    ref = step.source.plain
-    assert ref is not None
-    return ref
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

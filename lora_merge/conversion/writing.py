@@ -19,6 +19,7 @@ from lora_merge.core.report import Issue, Observer, Verdict, error, note
 from lora_merge.errors import RequestError, VerifyError, WriteError
 from lora_merge.formats.repo_files import CONVERSION_MANIFEST
 from lora_merge.formats.safetensors import load
+from lora_merge.formats.weights import values_of
 from lora_merge.merging.changes import change_of
 from lora_merge.merging.unchanged_inputs import check
 from lora_merge.planning.resolve import resolve_adapter
@@ -30,12 +31,13 @@ from lora_merge.storage.input_files import watching
 from lora_merge.storage.spool import Spool
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from lora_merge.conversion.job import Conversion
     from lora_merge.core.adapter import Adapter
+    from lora_merge.core.tensor import TensorRef
     from lora_merge.runtime.clock import Clock
     from lora_merge.storage.folder import Folder
 
@@ -57,7 +59,8 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
         with clock("make"), Spool.open(stage.home) as spool:
             watch.phase("making factors", _nbytes(job.found.modules))
             made = _make(job, spool, watch)
-        lora = _lora(job, made)
+            whole = {name: spool.add(name, values_of(weight)) for name, weight in job.found.decoded.items()}
+        lora = _lora(job, made, whole)
         with clock("write"):
             watch.phase("writing", 0)
             names = ADAPTER_WRITERS[job.recipe.format](stage.folder, lora, _padded)
@@ -154,8 +157,13 @@ def _make(job: Conversion, spool: Spool, watch: Observer) -> list[Made]:
     return made
 
 
-def _lora(job: Conversion, made: Sequence[Made]) -> Lora:
+def _lora(job: Conversion, made: Sequence[Made], decoded: Mapping[str, TensorRef]) -> Lora:
     """Return the LoRA for the writer, with one rank for all modules where the recipe wants that.
+
+    Args:
+        job: what is carried out.
+        made: its modules.
+        decoded: what is carried whole beside the tensors of the draft, by their names in a PEFT file.
 
     Raises:
         RequestError: a rank is larger than the one that all are to have.
@@ -176,9 +184,10 @@ def _lora(job: Conversion, made: Sequence[Made]) -> Lora:
             )
         made = [replace(one, padded=rank) for one in made]
     modules = module_paths(job.base.parameters()) if job.base else ()
-    config = adapter_config(job.adapter, made, recipe, modules, job.found.whole)
+    whole = {**job.found.whole, **decoded}
+    config = adapter_config(job.adapter, made, recipe, modules, whole)
     base_config = job.base.config if job.base else {}
-    return Lora(tuple(made), config, job.found.whole, base_config)
+    return Lora(tuple(made), config, whole, base_config)
 
 
 def _padded(made: Made) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from lora_merge.codecs.in_memory import decoded
 from lora_merge.core.facts import Facts
 from lora_merge.core.report import error
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, UNIT_ROUNDOFF
 from lora_merge.deltas.algebra import Unsurveyed
 from lora_merge.errors import PlanError
+from lora_merge.peft_rules.base_factors import PLAIN, Coded, parts_of
 from lora_merge.peft_rules.injection import Injection, InjectionError
 from lora_merge.peft_rules.kinds import DECOMPOSING, PREFIX, mutating_init
 
@@ -60,10 +62,13 @@ class PeftLayerFacts(Facts):
     """Of the parameter."""
 
     dtype: str
-    """Of the parameter as the base stores it, a safetensors code."""
+    """Of the parameter's values as the base stores them, a safetensors code; of a quantised one ``"F32"``."""
 
     changed: tuple[str, ...]
     """Every parameter of the module for which a delta is planned."""
+
+    coded: tuple[Coded, ...] = ()
+    """Those of the module's other parameters that are stored quantised; their parts are among the factors."""
 
     algebra: Literal["peft_layer"] = "peft_layer"
 
@@ -78,7 +83,7 @@ class PeftLayer(Unsurveyed):
 
     Tensors:
         ``adapter:NAME``: a tensor of the adapter, of this module or of the whole model; ``base:NAME``: another
-        parameter of the module.
+        parameter of the module; ``part:NAME:ROLE``: a part of another one that is stored quantised.
 
     Reference:
         ``peft.tuners.tuners_utils.BaseTuner.merge_and_unload`` (PEFT 0.21.2), layer by layer.
@@ -92,7 +97,10 @@ class PeftLayer(Unsurveyed):
         exact = delta.rounded and stored == facts.dtype
         self._dtype = TORCH_NAMES[stored if exact else _FLOAT32]
         self._tensors = _of(factors, "adapter:")
-        self._others = _of(factors, "base:")
+        self._others = _of(factors, PLAIN) | {
+            name: decoded(shape, storage, {role: one.cpu() for role, one in parts_of(name, factors).items()})
+            for name, shape, storage in facts.coded
+        }
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Let PEFT merge the whole module, and take the one parameter that this delta is about.

@@ -12,6 +12,7 @@ from lora_merge.core.tensor import (
     DTYPE_BITS,
     MAX_DIMENSIONS,
     MAX_NAME_CHARACTERS,
+    STORED_TYPES,
     TORCH_NAMES,
     TORCH_TYPES,
     TensorRef,
@@ -308,4 +309,4 @@ def load(ref: TensorRef) -> torch.Tensor:
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
     with open_source(ref.file) as source:
         read_into(source, raw.numpy().data, ref.start)
-    return raw.view(getattr(torch, TORCH_TYPES[ref.dtype])).view(ref.shape)
+    return raw.view(getattr(torch, STORED_TYPES[ref.dtype])).view(ref.shape)

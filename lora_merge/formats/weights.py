@@ -8,15 +8,16 @@ import math
 from typing import TYPE_CHECKING, Self
 
 from lora_merge.codecs import CODECS
-from lora_merge.core.tensor import STORED_TYPES
+from lora_merge.core.tensor import STORED_TYPES, TORCH_NAMES
+from lora_merge.core.view import Block, Spread, View
 from lora_merge.core.weight import Tile
-from lora_merge.formats.safetensors import box_norm, tensor_digest
+from lora_merge.formats.safetensors import box_norm, same_values, tensor_digest
 from lora_merge.storage.digests import digest_text, new_digest
 from lora_merge.storage.reading import ReadAhead
 from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from lora_merge.modeling.pieces import Box
     from lora_merge.storage.sources import Source
 
-_NORM_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 20
+"""Values that are decoded at a time where nothing else decides it."""
 
 
 class WeightReader:
@@ -69,10 +71,14 @@ class WeightReader:
         """Return the `Tile` of a range of rows, as codecs take it."""
         return Tile(self.weight.shape, self._n_rows, start, end)
 
+    @property
+    def multiple(self) -> int:
+        """Of how many rows of its matrix a range begins at a multiple, so that none is read beside it."""
+        return self._codec.alignment(self.weight.shape, self._n_rows, self.weight.storage)[0]
+
     def widened(self, start: int, end: int) -> tuple[int, int]:
         """Return the rows to be read for some rows: a codec may have to begin and end at multiples."""
-        shape, n_rows = self.weight.shape, self._n_rows
-        multiple, _ = self._codec.alignment(shape, n_rows, self.weight.storage)
+        shape, n_rows, multiple = self.weight.shape, self._n_rows, self.multiple
         if multiple == 1 or start == end:
             return start, end
         # Multiples are counted within each matrix of a stack, and the last tile of a matrix may be shorter.
@@ -196,7 +202,7 @@ def values_of(weight: Weight) -> torch.Tensor:
 
 
 def weight_norm(weight: Weight, box: Box = ()) -> float:
-    """Return the Frobenius norm of a part of a weight, read some rows at a time and summed in float64.
+    """Return the Frobenius norm of a part of a weight; see `weight_norms`.
 
     Args:
         weight: the weight.
@@ -205,19 +211,76 @@ def weight_norm(weight: Weight, box: Box = ()) -> float:
     Raises:
         CheckpointError: a file ends too soon, or the disk cannot be read.
     """
+    return weight_norms(weight, [box])[0]
+
+
+def weight_norms(weight: Weight, boxes: Sequence[Box]) -> list[float]:
+    """Return the Frobenius norms of some parts of a weight, summed in float64. Packed values are decoded once for all.
+
+    Args:
+        weight: the weight.
+        boxes: of each part a range per axis; empty for all of the weight.
+
+    Raises:
+        CheckpointError: a file ends too soon, or the disk cannot be read.
+    """
     import torch
 
     # A plain tensor's box can be read without the columns beside it.
     if weight.plain is not None:
-        return box_norm(weight.plain, box)
-    first, *others = box or tuple((0, size) for size in weight.shape) or ((0, 1),)
-    inner = weight.shape[1:]
-    step = max(1, _NORM_ELEMENTS // max(math.prod(inner), 1))
-    total = 0.0
-    with WeightReader(weight, weight.shape[0] if weight.shape else 1, is_watched=True) as reader:
-        for start in range(first[0], first[1], step):
-            end = min(start + step, first[1])
-            rows = reader.values(start, end).view(end - start, *inner)
-            part = rows[(slice(None), *(slice(*limits) for limits in others))]
-            total += float(part.square().sum(dtype=torch.float64))
-    return math.sqrt(total)
+        return [box_norm(weight.plain, box) for box in boxes]
+    view = View.of(weight.shape, stacked=True)
+    outer = 2 if len(weight.shape) == 3 else 1
+    blocks = [Block.of(view, box if outer == 2 else box[:1]) for box in boxes]
+    inner = [tuple(slice(*limits) for limits in box[outer:]) for box in boxes]
+    spread, totals = Spread(blocks), [0.0] * len(blocks)
+    with WeightReader(weight, view.n_rows, is_watched=True) as reader:
+        for start, end in view.tiles(_BLOCK_ELEMENTS, reader.multiple):
+            wanted = spread.meeting(start, end)
+            values = reader.values(start, end) if wanted else None
+            for n in wanted:
+                assert values is not None
+                for first, last in blocks[n].row_ranges():
+                    rows = values[max(first - start, 0) : max(last - start, 0)]
+                    part = rows.view(-1, *weight.shape[outer:])[(slice(None), *inner[n])]
+                    totals[n] += float(part.square().sum(dtype=torch.float64))
+    return list(map(math.sqrt, totals))
+
+
+def values_in_blocks(*weights: Weight) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Yield the values of weights of one shape, some rows at a time: the first row, and float32 ``[rows, columns]`` of each.
+
+    Raises:
+        CheckpointError: a file ends too soon, or the disk cannot be read.
+    """
+    view = View.of(weights[0].shape, stacked=True)
+    with contextlib.ExitStack() as stack:
+        readers = [
+            stack.enter_context(WeightReader(weight, view.n_rows, is_watched=True)) for weight in weights
+        ]
+        # Ranges that suit each of them: nothing is decoded twice.
+        multiple = math.lcm(*(reader.multiple for reader in readers))
+        for start, end in view.tiles(_BLOCK_ELEMENTS, multiple):
+            yield start, [reader.values(start, end) for reader in readers]
+
+
+def same_weights(stored: Weight, other: Weight) -> bool:
+    """Return True when a weight has the values of a stored one, after rounding to the dtype of the one that is plain.
+
+    Raises:
+        CheckpointError: a file ends too soon, or the disk cannot be read.
+    """
+    import torch
+
+    if stored.plain is not None and other.plain is not None:
+        return same_values(stored.plain, other.plain)
+    if stored.shape != other.shape or not (stored.holds_floats and other.holds_floats):
+        return False
+    alike = stored.storage == other.storage and stored.parts.keys() == other.parts.keys()
+    if alike and all(
+        tensor_digest(ref) == tensor_digest(other.parts[role]) for role, ref in stored.parts.items()
+    ):
+        return True
+    plain = next((weight.dtype for weight in (stored, other) if weight.plain is not None), "F32")
+    dtype = getattr(torch, TORCH_NAMES[plain])
+    return all(torch.equal(one.to(dtype), two.to(dtype)) for _, (one, two) in values_in_blocks(stored, other))

@@ -86,6 +86,12 @@ class Measured:
     """Path → ‖Δ‖ and ‖W‖, Frobenius norms."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    storages: Mapping[str, str] = field(default_factory=dict)
+    """Path → how the base stores the weight, in words. Of a module in several stored weights, the first one's."""
+
+    storage_counts: Mapping[str, int] = field(default_factory=dict)
+    """The same words → how many weights of the base are stored so."""
+
     stacked: Sequence[Delta] = ()
     """LoRA on ``target_parameters``, one delta for each. Only the base tells the names of these parameters."""
 
@@ -118,6 +124,7 @@ def inspection(
         nbytes=sum(one.nbytes for one in facts),
         targets=_targets(adapter),
         modules=facts,
+        storages=measured.storage_counts if measured is not None else {},
         settings={
             name: str(value)
             for name, value in sorted(adapter.config.items())
@@ -162,12 +169,14 @@ def _modules(adapter: Adapter, measured: Measured) -> tuple[ModuleFacts, ...]:
     for parameter, one in adapter.replacements.items():
         found.setdefault(parameter, ModuleFacts(parameter, "whole", 0, None, one.ref.shape, one.ref.nbytes))
     ordered = sorted(found.values(), key=lambda one: _natural(one.path))
-    return tuple(
-        replace(one, delta_norm=measured.norms[one.path][0], weight_norm=measured.norms[one.path][1])
-        if one.path in measured.norms
-        else one
-        for one in ordered
-    )
+    return tuple(_with_norms(one, measured) for one in ordered)
+
+
+def _with_norms(facts: ModuleFacts, measured: Measured) -> ModuleFacts:
+    """Return a module's facts with what only its base tells."""
+    delta, weight = measured.norms.get(facts.path, (None, None))
+    storage = measured.storages.get(facts.path.removesuffix(".weight"), "")
+    return replace(facts, delta_norm=delta, weight_norm=weight, storage=storage)
 
 
 def _of_delta(path: str, delta: Delta) -> ModuleFacts:

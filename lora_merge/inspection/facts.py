@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lora_merge.core.report import Issue
+from lora_merge.core.tensor import DTYPE_BITS
 from lora_merge.serving.engine_report import EngineReport
 
 
@@ -36,6 +37,9 @@ class ModuleFacts:
 
     weight_norm: float | None = None
     """‖W‖, Frobenius norm; None without a base."""
+
+    storage: str = ""
+    """How the base stores its weight, in words: ``"BF16"``, ``"FP8, blocks of 128 x 128"``; empty without a base."""
 
     @property
     def relative(self) -> float | None:
@@ -76,6 +80,9 @@ class Inspection:
 
     modules: tuple[ModuleFacts, ...]
 
+    storages: Mapping[str, int] = field(default_factory=dict)
+    """How the base stores its weights, in words → number of weights; empty without a base."""
+
     settings: Mapping[str, str] = field(default_factory=dict)
     """Fields of the configuration that affect its computation → value as text."""
 
@@ -91,3 +98,8 @@ class Inspection:
     engines: tuple[EngineReport, ...] = ()
     issues: tuple[Issue, ...] = ()
     """Issues that a merge would report, errors included."""
+
+    @property
+    def has_quantised(self) -> bool:
+        """True if some weights of the base are stored quantised."""
+        return not self.storages.keys() <= DTYPE_BITS.keys()

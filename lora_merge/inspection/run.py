@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -18,7 +19,7 @@ from lora_merge.errors import PlanError
 from lora_merge.executors import pick
 from lora_merge.formats.repo_files import CONVERSION_MANIFEST, TRAINING_ARGUMENTS
 from lora_merge.formats.side_files import CARD_FILE
-from lora_merge.formats.weights import weight_norm
+from lora_merge.formats.weights import weight_norms
 from lora_merge.inspection import plots
 from lora_merge.inspection.describe import Measured, Surroundings, inspection
 from lora_merge.merging.changes import change_of, norms_of
@@ -27,6 +28,7 @@ from lora_merge.planning import Reading, check_fit
 from lora_merge.planning.locate import check_ignored, find, locate_adapter
 from lora_merge.planning.resolve import resolve_adapter
 from lora_merge.planning.run import InputTexts, check_strict, join_inputs
+from lora_merge.quantised import describe
 from lora_merge.requests.request import InspectRequest
 from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import MORE, memory_for
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from lora_merge.core.adapter import Adapter
+    from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.report import Issue
     from lora_merge.inspection.facts import Inspection
     from lora_merge.planning import Joined
@@ -197,6 +200,8 @@ class _Measuring:
             self._joined.unchanged,
             norms,
             self._shapes(),
+            self._storages(),
+            _counts(self._joined.base),
             self._stacked,
         )
 
@@ -212,9 +217,21 @@ class _Measuring:
             found = [(path, weight**2, delta**2) for path in targets or (step.name,)]
         else:
             # ‖Δ‖ is known from the factors. Only the weight is read, each part of it once.
-            boxes = {(_path(delta.target, self._factored), delta.region.box) for delta in deltas}
-            found = [(path, weight_norm(before, at) ** 2, 0.0) for path, at in boxes]
+            boxes = list({(_path(delta.target, self._factored), delta.region.box) for delta in deltas})
+            lengths = weight_norms(before, [at for _, at in boxes])
+            found = [(path, length**2, 0.0) for (path, _), length in zip(boxes, lengths, strict=True)]
         self._watch.advance(piece.nbytes)
+        return found
+
+    def _storages(self) -> dict[str, str]:
+        """Return path → how the base stores the weight, in words."""
+        found: dict[str, str] = {}
+        for step in self._joined.steps:
+            before = self._joined.before(step.name)
+            deltas = step.op.deltas if isinstance(step.op, Merge) else ()
+            for target in [delta.target for delta in deltas] or [step.name]:
+                if before is not None:
+                    found.setdefault(target.removesuffix(".weight"), describe(before.storage))
         return found
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -224,6 +241,17 @@ class _Measuring:
             if isinstance(step.op, Merge)
             for delta in step.op.deltas
         }
+
+
+def _counts(base: Checkpoint) -> dict[str, int]:
+    """Return how a base stores its weights, in words → how many weights are stored so, quantised ones first."""
+    weights = base.weights.values()
+    counts = Counter(weight.storage for weight in sorted(weights, key=lambda weight: weight.storage.is_dense))
+    found: dict[str, int] = {}
+    for storage, count in counts.items():
+        words = describe(storage)
+        found[words] = found.get(words, 0) + count
+    return found
 
 
 def _path(target: str, factored: Collection[str]) -> str:

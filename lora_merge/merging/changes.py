@@ -8,7 +8,7 @@ from lora_merge.core.plan import Merge, Step
 from lora_merge.core.tensor import TensorRef, nbytes_of
 from lora_merge.core.view import View
 from lora_merge.core.weight import FLOAT32, WEIGHT
-from lora_merge.formats.weights import values_of
+from lora_merge.formats.weights import values_in_blocks
 from lora_merge.merging.memory import InMemory, Norms
 from lora_merge.merging.worker import Merger
 from lora_merge.storage.input_files import tell_digest
@@ -41,7 +41,12 @@ def change_of(step: Step) -> torch.Tensor:
     Raises:
         CheckpointError: a source cannot be read.
     """
-    return merged_in_float32(step).sub_(values_of(step.source))
+    change = merged_in_float32(step)
+    rows = change.view(View.of(step.shape, stacked=True).n_rows, -1)
+    # Beside the change, memory holds a block of rows of W at a time.
+    for start, (before,) in values_in_blocks(step.source):
+        rows[start : start + len(before)].sub_(before)
+    return change
 
 
 def norms_of(step: Step, before: Weight) -> tuple[float, float]:

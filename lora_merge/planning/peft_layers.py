@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import ConfigPatch, patched_config
 from lora_merge.core.report import Issue, error
-from lora_merge.core.tensor import TORCH_NAMES, TORCH_TYPES, shape_text
+from lora_merge.core.tensor import TORCH_TYPES, shape_text
+from lora_merge.core.weight import Weight
 from lora_merge.deltas import PeftLayerFacts
 from lora_merge.layouts import LayoutError, Located
+from lora_merge.peft_rules.base_factors import factors_of
 from lora_merge.peft_rules.injection import (
     BIAS_TYPES,
     Injection,
@@ -33,6 +35,7 @@ from lora_merge.peft_rules.targets import matching_patterns
 from lora_merge.planning.model import SAVE_ANEW, misplaced
 from lora_merge.planning.rules import resolved_rule
 from lora_merge.planning.vocabulary import vocabulary_patch
+from lora_merge.quantised import plain_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -115,7 +118,10 @@ class _Join:
         patch: dict[str, Any] = {}
         for name, ref in self._brought.items():
             patch |= vocabulary_patch(self._model.config, self._model.source(name).shape[0], ref.shape[0])
-        return patched_config(self._model.config, ConfigPatch(patch)) if patch else self._model.config
+        # Weights are decoded, so PEFT's layers for quantised ones have nothing to do.
+        dropped = plain_config(self._model.config)
+        changes = ConfigPatch(patch, dropped)
+        return patched_config(self._model.config, changes) if patch or dropped else self._model.config
 
     def _adapter_config(self) -> Mapping[str, Any]:
         """Return a configuration whose targets mean the modules of the model as transformers names them now.
@@ -146,7 +152,7 @@ class _Join:
         fixed = {"target_modules": sorted(modules), "exclude_modules": None, "layers_to_transform": None}
         return {**config, **fixed, **_by_module(config, modules)}
 
-    def _base_of(self, target: Target) -> dict[str, TensorRef] | None:
+    def _base_of(self, target: Target) -> dict[str, Weight] | None:
         """Return the stored parameters of a module; None, and an issue, when one is missing, in parts, or no float."""
         if any(name.startswith("parametrizations.") for name in target.parameters):
             sentence = (
@@ -154,25 +160,20 @@ class _Join:
             )
             self.issues.append(error("unsupported", target.module, sentence, "serve it with PEFT"))
             return None
-        base: dict[str, TensorRef] = {}
+        base: dict[str, Weight] = {}
         for parameter in target.parameters:
             found = self._stored(target, parameter)
             if found is None or found.whole is None:
                 return None
             self._located[f"{target.module}.{parameter}"] = found
-            source = self._model.source(found.whole)
-            if source.plain is None:
-                sentence = f"is stored by {source.storage.codec}, and this PEFT method needs plain tensors"
-                hint = "merge into the full-precision model"
-                self.issues.append(error("unsupported", found.whole, sentence, hint))
-                return None
             # PEFT loads a resized embedding into the base before it adapts it.
-            base[parameter] = self._brought.get(found.whole) or source.plain
+            brought = self._brought.get(found.whole)
+            base[parameter] = self._model.source(found.whole) if brought is None else Weight.dense(brought)
         odd_shape = _not_mergeable(self._adapter, target, base.get("weight"))
         if odd_shape is not None:
             self.issues.append(odd_shape)
             return None
-        odd = next((ref for ref in base.values() if ref.dtype not in TORCH_NAMES), None)
+        odd = next((weight for weight in base.values() if not weight.holds_floats), None)
         if odd is not None:
             sentence = f"is stored as {odd.dtype}, expected BF16, F16 or F32"
             self.issues.append(
@@ -205,7 +206,7 @@ class _Join:
         injection: Injection,
         target: Target,
         own: Mapping[str, TensorRef],
-        base: Mapping[str, TensorRef],
+        base: Mapping[str, Weight],
     ) -> None:
         """Load zeros of the adapter's shapes into a layer of zeros, to hear what PEFT would complain of during the
         merge.
@@ -216,12 +217,12 @@ class _Join:
         prefix = f"{PREFIX}{target.module}"
         looks = (
             tuple((name.removeprefix(prefix), ref.shape) for name, ref in own.items()),
-            tuple((name, ref.shape) for name, ref in base.items()),
+            tuple((name, weight.shape) for name, weight in base.items()),
         )
         if looks in self._probed:
             return
         self._probed.add(looks)
-        blank_base = {name: _blank(ref) for name, ref in base.items()}
+        blank_base = {name: _zeros(weight.shape, weight.storage.value_dtype) for name, weight in base.items()}
         blank_own = {name: _blank(ref) for name, ref in own.items()}
         try:
             injection.rehearse(target.module, blank_base, blank_own)
@@ -240,14 +241,14 @@ class _Join:
         self.issues.append(error("no-effect", target.module, sentence, hint))
         return False
 
-    def _add(self, target: Target, tensors: Mapping[str, TensorRef], base: Mapping[str, TensorRef]) -> None:
+    def _add(self, target: Target, tensors: Mapping[str, TensorRef], base: Mapping[str, Weight]) -> None:
         """Add a delta for each parameter of a module that PEFT's layer changes."""
         changed = changed_parameters(self._adapter, target)
         own_path = self._own_paths.get(target.module, target.module)
         for parameter in changed:
             found = self._located[f"{target.module}.{parameter}"]
             # PEFT's layer needs the whole module; the algebra gets the other parameters as factors.
-            others = {f"base:{name}": ref for name, ref in base.items() if name != parameter}
+            others, coded = factors_of({name: one for name, one in base.items() if name != parameter})
             tensor = found.whole or ""
             facts = PeftLayerFacts(
                 *self._config_texts,
@@ -256,8 +257,9 @@ class _Join:
                 module=target.module,
                 parameter=parameter,
                 shape=base[parameter].shape,
-                dtype=self._model.source(tensor).dtype,
+                dtype=self._model.source(tensor).storage.value_dtype,
                 changed=tuple(changed),
+                coded=coded,
             )
             factors = {f"adapter:{name}": ref for name, ref in tensors.items()} | others
             delta = Delta(f"{own_path}.{parameter}", facts, factors, rounded=True)
@@ -376,7 +378,7 @@ def _spelled_as_in_memory(layered: Mapping[str, TensorRef], model: Model) -> dic
     return spelled
 
 
-def _not_mergeable(adapter: Adapter, target: Target, ref: TensorRef | None) -> Issue | None:
+def _not_mergeable(adapter: Adapter, target: Target, ref: Weight | None) -> Issue | None:
     """Return the issue of a module for which PEFT's merge differs from its forward pass (PEFT 0.21.2); else None."""
     # OFT's forward pass rotates overlapping patches of a convolution's input, which no kernel can do.
     if adapter.kind != "OFT" or ref is None or max(ref.shape[2:], default=1) == 1:
@@ -387,7 +389,10 @@ def _not_mergeable(adapter: Adapter, target: Target, ref: TensorRef | None) -> I
 
 def _blank(ref: TensorRef) -> torch.Tensor:
     """Return zeros of a stored tensor's shape and dtype, in memory."""
+    return _zeros(ref.shape, ref.dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     import torch
 
-    dtype = getattr(torch, TORCH_TYPES[ref.dtype])
-    return torch.zeros(ref.shape, dtype=dtype)
+    return torch.zeros(shape, dtype=getattr(torch, TORCH_TYPES[dtype]))

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.core.checkpoint import CONFIG_FILE, patched_config
+from lora_merge.core.checkpoint import CONFIG_FILE, ConfigPatch, patched_config
 from lora_merge.core.comparison import Comparison
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, error, note
 from lora_merge.core.tensor import TORCH_TYPES, UNIT_ROUNDOFF
+from lora_merge.core.weight import WEIGHT
 from lora_merge.deltas import RowsFacts
 from lora_merge.errors import LoraMergeError, UnsupportedError
 from lora_merge.formats.model_config import read_config
 from lora_merge.formats.safetensors import load
+from lora_merge.formats.weights import values_of
 from lora_merge.merging.changes import merged_in_float32
 from lora_merge.modeling.cut_off import cut_off
 from lora_merge.peft_rules.kinds import peft_version
+from lora_merge.planning.resolve import resolve_base
+from lora_merge.quantised import plain_config
 from lora_merge.runtime.shortage import not_for_want_of_memory
-from lora_merge.verification.engines.hf import Loader, scores
+from lora_merge.verification.engines.hf import Deferred, Loader, scores
 from lora_merge.verification.engines.peft_reference import Ingredients
 from lora_merge.verification.engines.prompts import choose
 from lora_merge.verification.engines.reference import PEFT, Reference, refer
@@ -28,10 +34,9 @@ from lora_merge.verification.forward_comparison import compare, compare_logprobs
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    import torch
-
+    from lora_merge.core.weight import Weight
     from lora_merge.formats.written_checkpoint import Output
     from lora_merge.planning import Joined
     from lora_merge.requests.request import VerifyRequest
@@ -68,7 +73,8 @@ def compare_forward(
         return [_not_comparable(reference)], ()
     if request.tolerance is not None:
         reference = replace(reference, tolerance=request.tolerance)
-    finding, comparisons = _in_transformers(request, reference, output)
+    is_quantised = made_of.decoded is not None
+    finding, comparisons = _in_transformers(request, reference, output, is_quantised=is_quantised)
     findings = [finding]
     if request.engine:
         finding, more = _in_vllm(request, reference, output, python)
@@ -87,15 +93,21 @@ def _not_comparable(reference: Reference) -> Finding:
 
 
 def _in_transformers(
-    request: VerifyRequest, reference: Reference, output: Output
+    request: VerifyRequest, reference: Reference, output: Output, *, is_quantised: bool
 ) -> tuple[Finding, list[Comparison]]:
-    """Return the finding on the merged checkpoint in transformers, and its comparisons."""
+    """Return the finding on the merged checkpoint in transformers, and its comparisons.
+
+    Args:
+        request: how it is run.
+        reference: what it is compared with.
+        output: the checkpoint.
+        is_quantised: True where some of its weights may be stored quantised, as the base's are.
+    """
     root = Path(output.root)
     comparisons: list[Comparison] = []
     issues: list[Issue] = list(_said_of(reference))
     try:
-        loader = Loader(output.config or {}, root, request.dtype, trust_remote_code=request.trust_remote_code)
-        with loader.directory(root) as (model, missing):
+        with _loaded(request, root, output, is_quantised=is_quantised) as (model, missing):
             issues += [
                 error("forward", name, "transformers finds no tensor for this parameter") for name in missing
             ]
@@ -127,6 +139,40 @@ def _in_transformers(
     if reference.alone:
         detail += f"; {len(reference.alone)} modules that no prompt reaches, each alone"
     return Finding("forward", f"{detail}; against {reference.how}", tuple(issues)), comparisons
+
+
+@contextlib.contextmanager
+def _loaded(
+    request: VerifyRequest, root: Path, output: Output, *, is_quantised: bool
+) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Yield the merged model, and the parameters for which it has no tensor. What is stored quantised is decoded here.
+
+    Raises:
+        LoraMergeError: transformers has no class for the model, or it cannot be read.
+    """
+    config: Mapping[str, Any] = output.config or {}
+    weights = resolve_base(root).parameters() if is_quantised else {}
+    has_codes = any(weight.plain is None for weight in weights.values())
+    config = _without_quantisation(config) if has_codes else config
+    loader = Loader(config, root, request.dtype, trust_remote_code=request.trust_remote_code)
+    with loader.tensors(_decoded(weights)) if has_codes else loader.directory(root) as loaded:
+        yield loaded
+
+
+def _without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that says nothing of quantised weights, at any level."""
+    return patched_config(config, ConfigPatch(delete=plain_config(config)))
+
+
+def _decoded(weights: Mapping[str, Weight]) -> dict[str, Deferred]:
+    """Return everything that a checkpoint stores, to be read when it is needed: floating-point weights in float32."""
+    return {
+        name: Deferred(
+            partial(values_of, weight) if weight.holds_floats else partial(load, weight.parts[WEIGHT])
+        )
+        for name, weight in weights.items()
+        if weight.holds_floats or weight.dtype in TORCH_TYPES
+    }
 
 
 def _alone(model: Any, reference: Reference) -> Iterator[Comparison]:
@@ -196,7 +242,9 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
     uses = joined.uses
     changed = [step for step in plan.steps if step.action != "copied"]
     slots = [slot for step in changed for slot in step.slots]
-    merged = patched_config(base_config, plan.config_patch)
+    weights = joined.base.parameters()
+    has_codes = any(weight.plain is None for weight in weights.values())
+    merged = _without_quantisation(patched_config(base_config, plan.config_patch))
     # A merge that resizes embeddings sets the size of the vocabulary at every level of the config.
     rows = {value for key, value in plan.config_patch.set.items() if key.endswith("vocab_size")}
     combined = any(isinstance(step.op, Merge) and step.op.combination for step in plan.steps)
@@ -204,7 +252,7 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
     alone = len(uses) == 1 and uses[0].weight == 1 and not combined
     return Ingredients(
         base=Path(plan.base),
-        base_config=base_config,
+        base_config=_without_quantisation(base_config),
         merged_config=merged,
         adapter=uses[0].adapter if alone else None,
         base_is_residual=joined.reading.base_is == "residual",
@@ -215,7 +263,8 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
             (UNIT_ROUNDOFF[slot.dtype] for slot in slots if slot.dtype in UNIT_ROUNDOFF), default=0.0
         ),
         longest=max((max(step.shape, default=1) for step in changed), default=1),
-        unrounded=lambda: dict(_unrounded(plan)),
+        unrounded=lambda: dict(_unrounded(joined, plan)),
+        decoded=partial(_decoded, weights) if has_codes else None,
     )
 
 
@@ -237,12 +286,17 @@ def _trained(plan: MergePlan) -> frozenset[int]:
     )
 
 
-def _unrounded(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the merged checkpoint; changed ones in float32, before rounding."""
+def _unrounded(joined: Joined, plan: MergePlan) -> Iterator[tuple[str, Deferred]]:
+    """Yield every weight of the merged checkpoint; changed ones in float32, before rounding."""
+    coded = {name: weight for name, weight in joined.outline.sources.items() if weight.plain is None}
+    parts = {ref for weight in coded.values() for ref in weight.parts.values()}
     for step in plan.steps:
-        (slot,) = step.slots
-        if isinstance(step.op, Copy):
-            if step.op.source.dtype in TORCH_TYPES:
-                yield slot.name, load(step.op.source)
+        # What is carried as it is stored is copied part by part.
+        if isinstance(step.op, Copy) and step.op.source in parts:
             continue
-        yield slot.name, merged_in_float32(step)
+        coded.pop(step.name, None)
+        if isinstance(step.op, Merge):
+            yield step.name, Deferred(partial(merged_in_float32, step))
+        elif step.op.source.dtype in TORCH_TYPES:
+            yield step.name, Deferred(partial(load, step.op.source))
+    yield from _decoded(coded).items()

@@ -47,6 +47,24 @@ def quiet() -> Iterator[None]:
                 own.enable_progress_bar()
 
 
+class Deferred:
+    """A tensor that is computed when transformers takes it, so that not all of them are in memory beside the model.
+
+    Args:
+        make: returns it.
+
+    Reference:
+        ``transformers.core_model_loading._materialize_copy`` (transformers 5.23): a slice of all is taken of each value.
+    """
+
+    def __init__(self, make: Callable[[], torch.Tensor]) -> None:
+        self._make = make
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Return a part of the tensor, or all of it."""
+        return self._make()[index]
+
+
 class Loader:
     """Loads the model of a configuration.
 
@@ -117,14 +135,14 @@ class Loader:
             yield loaded
 
     @contextlib.contextmanager
-    def tensors(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    def tensors(self, tensors: Mapping[str, Deferred]) -> Iterator[tuple[Any, tuple[str, ...]]]:
         """Yield the model with tensors under a checkpoint's names, and the parameters without a tensor."""
-        with self._loaded(None, tensors) as loaded:
+        with self._loaded(None, dict(tensors)) as loaded:
             yield loaded
 
     @contextlib.contextmanager
     def _loaded(
-        self, root: Path | None, tensors: dict[str, torch.Tensor] | None
+        self, root: Path | None, tensors: dict[str, Deferred] | None
     ) -> Iterator[tuple[Any, tuple[str, ...]]]:
         """Yield a model on the devices that exist. Parts that do not fit are offloaded to disk."""
         import gc

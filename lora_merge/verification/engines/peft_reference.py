@@ -22,7 +22,7 @@ from lora_merge.modeling.plain_config import plain_adapter_config
 from lora_merge.peft_rules.kinds import PREFIX
 from lora_merge.runtime.shortage import not_for_want_of_memory
 from lora_merge.storage.small_files import read_json
-from lora_merge.verification.engines.hf import quiet
+from lora_merge.verification.engines.hf import Deferred, quiet
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
@@ -59,8 +59,11 @@ class Ingredients:
     longest: int
     """Most terms of a sum: the longest side of a merged tensor."""
 
-    unrounded: Callable[[], dict[str, Any]]
+    unrounded: Callable[[], Mapping[str, Deferred]]
     """Returns every tensor of the merged checkpoint; changed ones in float32."""
+
+    decoded: Callable[[], Mapping[str, Deferred]] | None = None
+    """Returns every weight of a base that is stored quantised, in float32; None where transformers loads the base."""
 
 
 def obstacle(made_of: Ingredients) -> str:

@@ -75,7 +75,11 @@ def refer(
     base = Loader(made_of.base_config, made_of.base, dtype, trust_remote_code=trust_remote_code)
     why = obstacle(made_of)
     if not why:
-        with base.directory(made_of.base) as (model, _):
+        # Never a library's quantised layers: the adapter was trained on the values that they stand for.
+        loaded = (
+            base.tensors(made_of.decoded()) if made_of.decoded is not None else base.directory(made_of.base)
+        )
+        with loaded as (model, _):
             adapted, why = with_adapter(model, made_of)
             if adapted is not None:
                 tree = adapted.get_base_model()
