@@ -28,13 +28,14 @@ from lora_merge.planning.run import plan_request
 from lora_merge.requests.request import ConvertRequest, Request
 from lora_merge.runtime import machine
 from lora_merge.runtime.clock import Clock
-from lora_merge.runtime.interrupts import whole_interrupts
+from lora_merge.runtime.interrupts import strike, whole_interrupts
 from lora_merge.storage import staging
 from lora_merge.storage.user_paths import output_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+    from types import FrameType
 
 
 @dataclass
@@ -340,12 +341,11 @@ def _elsewhere(errand: _Errand) -> list[JobReport]:
     return list(batch.report("").jobs)
 
 
-def _interrupt(signum: int, frame: object) -> None:
+def _interrupt(signum: int, frame: FrameType | None) -> None:
     """Turn SIGINT and SIGTERM into an interrupt, once: further signals must not disturb the clean-up."""
-    del signum, frame
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    strike(signum, frame)
 
 
 def _check_fault(found: Standing, out: Path, request: Request | ConvertRequest) -> None:

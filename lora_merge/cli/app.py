@@ -21,7 +21,7 @@ from lora_merge.cli.plan import plan
 from lora_merge.cli.verify import verify
 from lora_merge.cli.voice import say, say_lines
 from lora_merge.errors import LoraMergeError
-from lora_merge.runtime.interrupts import whole_interrupts
+from lora_merge.runtime.interrupts import strike, whole_interrupts
 from lora_merge.runtime.shortage import MORE, memory_for
 from lora_merge.runtime.streams import Foreign, failure_of
 from lora_merge.words import printable
@@ -114,16 +114,15 @@ def _with_lost_result(code: int, *, is_all: bool) -> int:
     return exits.WRITE if is_all and code == exits.OK else code
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+def _interrupt(signum: int, frame: FrameType | None) -> None:
     """Treat SIGTERM, and SIGHUP of a closed terminal, like Ctrl-C: complete work is kept, the rest removed.
 
     A second signal ends the process at once.
     """
-    del frame
     # Except for SIGHUP: a terminal and its shell may both send it when the terminal is closed.
     again = signal.SIG_IGN if signum == signal.SIGHUP else lambda *_: os._exit(exits.INTERRUPTED)
     signal.signal(signum, again)
-    raise KeyboardInterrupt
+    strike(signum, frame)
 
 
 @click.group(

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
-_HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that a terminal sends to all of its processes. A process that is still importing would die of one, or print
-a traceback.
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+"""Signals that a terminal sends to all of its processes, and the alarm that may follow them (`interrupts.strike`). A
+process that is still importing would die of one, or print a traceback.
 """
 
 _PR_SET_PDEATHSIG = 1
@@ -225,6 +225,7 @@ def be_idle(*, is_deaf: bool = False) -> None:
     """Ignore interrupts from the terminal: the parent passes them on to the processes that work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # of an interrupt that came just before
     signal.signal(signal.SIGTERM, signal.SIG_IGN if is_deaf else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
 
