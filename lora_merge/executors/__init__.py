@@ -25,7 +25,16 @@ EXECUTORS: Mapping[str, Executor] = {
     "cuda": run_cuda,
 }
 
-__all__ = ["EXECUTORS", "Executor", "choices", "pick"]
+IMPORTS: Mapping[str, tuple[str, ...]] = {
+    "processes": (
+        "multiprocessing.connection",
+        "multiprocessing.popen_spawn_posix",
+        "multiprocessing.resource_tracker",
+    )
+}
+"""Executor → modules that it alone uses, and imports when it begins."""
+
+__all__ = ["EXECUTORS", "IMPORTS", "Executor", "choices", "pick"]
 
 
 def choices() -> tuple[str, ...]:

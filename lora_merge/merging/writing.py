@@ -55,7 +55,8 @@ def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterato
         with whole_interrupts(), memory_for("writing the output"):
             for prepared in group:
                 places.append(take_place(prepared))  # noqa: PERF401 - those that are taken have to be left
-            loading = TorchLoading()  # from here on this thread imports nothing
+            # From here on, until torch is there, this thread imports nothing.
+            loading = TorchLoading(executors.IMPORTS.get(group[0].request.executor, ()))
             outputs = [
                 take_up(prepared, place, budget.n_workers, heard)
                 for prepared, place in zip(group, places, strict=True)

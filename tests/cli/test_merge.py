@@ -666,6 +666,51 @@ def test_an_interrupt_says_so_and_what_is_written_can_be_resumed(signum, delay, 
     assert leftovers(tmp_path) == ["out"]
 
 
+IMPORTS = """
+import os, signal, sys, threading
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        thread = threading.current_thread().name
+        if thread == "MainThread" and any(each.name == "torch" for each in threading.enumerate()):
+            os.write(2, f"imported beside torch: {name}\\n".encode())
+        if thread == "torch" and name == when:
+            os.kill(os.getpid(), signal.SIGINT)
+
+if __name__ == "__main__":
+    when = sys.argv.pop(1)
+    sys.meta_path.insert(0, Finder())
+    from lora_merge.cli import entry
+    entry()
+"""
+"""Runs the command, writes down what its main thread imports while torch is imported, and may interrupt it then."""
+
+
+@pytest.mark.parametrize(
+    ("when", "options"),
+    [
+        ("never", ()),
+        ("torch", ()),
+        ("torch._C", ()),
+        ("torch.functional", ("--executor", "serial")),
+        ("torch.functional", ("--executor", "processes", "--workers", "2")),
+    ],
+)
+def test_while_torch_is_imported_the_main_thread_imports_nothing(when, options, pico, pico_adapter, tmp_path):
+    """An interrupt that hits an import of its own may be swallowed, and leave the lock held that torch's import needs."""
+    arguments = ["--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out", *options]
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTS, when, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+    assert run.returncode == (exits.OK if when == "never" else exits.INTERRUPTED), run.stderr
+    assert "imported beside torch" not in run.stderr
+
+
 def test_a_killed_run_leaves_no_output_and_the_next_run_succeeds(pico, pico_adapter, tmp_path):
     """SIGKILL at moments spread over the whole run: before staging, while merging, around the rename."""
     arguments = ["--base", str(pico()), "--adapter", str(pico_adapter(pico())), "--out"]

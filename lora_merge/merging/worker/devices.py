@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, TypeVar
 from lora_merge.runtime.borrowed import Borrowed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 Result = TypeVar("Result")
 
-_COPYING = ("concurrent.futures.thread", "xxhash")
-"""Modules that copying imports only when it begins."""
+_USED_MEANWHILE = ("concurrent.futures.thread", "email.parser", "importlib.metadata", "xxhash")
+"""Modules that are used while torch is imported: by threads that copy, and for torch's version in the fingerprint of a
+merge, which is read with the parser of mails.
+"""
 
 _SWITCH_SECONDS = 2e-4
 """How long the thread that imports torch may keep the interpreter from those that copy; Python's own is 25 times
@@ -127,12 +129,16 @@ class TorchLoading:
     """Imports torch in the background (a second or more), while copying runs without it.
 
     After an error the import is not waited for: an interrupt may have hit another import and left a lock held that
-    this one needs. The modules that copying imports are imported first. Python swallows an interrupt that arrives
-    while it cleans up after an import, and keeps the lock.
+    this one needs. What the caller's thread uses meanwhile is imported first: beside this import each of its own takes
+    long, and is easily hit. Python swallows an interrupt that arrives while it cleans up after an import, and keeps the
+    lock (`interrupts.strike`, which a program that calls us need not have).
+
+    Args:
+        also: modules that this run uses meanwhile, beside those of every run.
     """
 
-    def __init__(self) -> None:
-        for name in _COPYING:
+    def __init__(self, also: Iterable[str] = ()) -> None:
+        for name in (*_USED_MEANWHILE, *also):
             importlib.import_module(name)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._load, name="torch", daemon=True)
