@@ -20,7 +20,7 @@ _SCALE = "scale"
 
 _GROUP = 32
 
-_PIECE = 1 << 17
+_PIECE = 1 << 19
 """Values that are turned round at once."""
 
 
