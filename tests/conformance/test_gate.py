@@ -138,6 +138,8 @@ FAULTS = {
     "a quantisation is left in the config": Fault("config", config(quantization_config={"quant_method": "fp8"}), "leftover-quantisation"),
     "a quantisation is left in a part of the config": Fault("config", config(text_config={"quantization_config": {"bits": 4}}), "leftover-quantisation"),
     "a file of a quantisation is left": Fault("config", write("quantize_config.json", "{}"), "leftover-quantisation"),
+    "the settings of MLX are left in the config": Fault("config", config(quantization={"group_size": 64, "bits": 4}), "leftover-quantisation"),
+    "scales are left beside a dense weight": Fault("quantised", lambda r: edit_tensors(holder(r, LAST), lambda t: t.update({LAST + "_scale_inv": t[LAST][:1, :1].clone()})), "dense-and-quantised"),
     "the vocabulary is of another size": Fault("embeddings", config(vocab_size=97), "vocabulary"),
     "the embedding has a row less": Fault("embeddings", lambda r: edit_tensors(holder(r, "model.embed_tokens.weight"), lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:-1].clone()})), "vocabulary"),
     "the config ties what differs": Fault("embeddings", tied_apart, "tied-apart"),

@@ -373,7 +373,7 @@ def stored_zeros(zeros, bits, version):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("n_out", [32, 2112])
 def test_gptq(bits, version, n_out, weight_of):
-    n_in, n_groups = 64, 4
+    n_in, n_groups = 32, 3
     codes, zeros = numbers(1, bits, n_in, n_out), awkward_zeros(bits, n_groups, n_out)
     scales, raw = floats(2, "F16", n_groups * n_out)
     order = random.Random(3).choices(range(n_groups), k=n_in)

@@ -12,6 +12,7 @@ from lora_merge.checks.gate.code import code
 from lora_merge.checks.gate.complete import complete
 from lora_merge.checks.gate.config import config
 from lora_merge.checks.gate.embeddings import embeddings
+from lora_merge.checks.gate.quantised import quantised
 from lora_merge.checks.gate.tokenizer import tokenizer
 from lora_merge.checks.gate.weights import weights
 from lora_merge.core.report import Issue
@@ -22,6 +23,7 @@ Rule = Callable[[Output], Iterator[Issue]]
 RULES: dict[str, Rule] = {
     "weights": weights,
     "config": config,
+    "quantised": quantised,
     "embeddings": embeddings,
     "code": code,
     "tokenizer": tokenizer,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from lora_merge.checks.gate.parts import grouped
+from lora_merge.checks.gate.scheme import FIELDS, FILES
 from lora_merge.core.checkpoint import CONFIG_FILE, config_levels
 from lora_merge.core.report import error, warning
 from lora_merge.words import quoted
@@ -15,11 +17,6 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Issue
     from lora_merge.formats.written_checkpoint import Output
 
-_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_QUANTISATION_FIELDS = ("quantization_config", "compression_config")
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|SCB|absmax)$"
-)
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -49,21 +46,20 @@ def config(output: Output) -> Iterator[Issue]:
 
 def _leftovers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
     """Yield an issue for each setting of a quantisation, where no tensor is quantised any more."""
-    names = {name for file in output.files.values() for name in (ref.name for ref in file.tensors)}
-    # Really quantised: the settings are right.
-    if any(_QUANTISED.search(name) for name in names):
-        return
-    hint = "the weights are stored in full precision: remove it"
+    found: list[tuple[str, str]] = []
     for path, level in config_levels(table):
-        for field in _QUANTISATION_FIELDS:
-            if level.get(field):
-                subject = f"{path}.{field}".lstrip(".")
+        for field in FIELDS:
+            # Only a table is MLX's: the word may be a parameter of any model.
+            if level.get(field) and (field != "quantization" or isinstance(level[field], dict)):
                 sentence = f"{CONFIG_FILE} has it, and no tensor is quantised: engines would look for scales"
-                yield error("leftover-quantisation", subject, sentence, hint)
-    for name in _QUANTISATION_FILES:
-        if name in output.names:
-            sentence = "says how the weights are quantised, and no tensor is"
-            yield error("leftover-quantisation", name, sentence, hint)
+                found.append((f"{path}.{field}".lstrip("."), sentence))
+    sentence = "says how the weights are quantised, and no tensor is"
+    found += [(name, sentence) for name in FILES if name in output.names]
+    # Really quantised: the settings are right.
+    if found and not any(module.is_quantised for module in grouped(output.tensors()).values()):
+        hint = "the weights are stored in full precision: remove it"
+        for subject, sentence in found:
+            yield error("leftover-quantisation", subject, sentence, hint)
 
 
 def _layers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:

@@ -1,0 +1,165 @@
+"""What the settings around a directory say of its quantisation: sizes of blocks and groups, and modules that are left dense."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import config_levels
+from lora_merge.errors import CheckpointError
+from lora_merge.storage.small_files import read_json
+
+if TYPE_CHECKING:
+    from lora_merge.formats.written_checkpoint import Output
+
+FIELDS = ("quantization_config", "compression_config", "quantization")
+"""Keys of ``config.json`` that say how weights are quantised; the last one is MLX's."""
+
+FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files that say it too: those of GPTQ, AWQ and ModelOpt."""
+
+_LISTS = (
+    "ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "llm_int8_skip_modules",
+)  # fmt: skip
+"""Keys of lists of modules that are left dense."""
+
+_JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Engines' names for modules that they load as one."""
+
+_MOST_CHARACTERS = 1000
+"""Of a pattern that is compiled."""
+
+
+@dataclass(slots=True)
+class Scheme:
+    """The settings of all sources together. Where they differ from module to module, every size that occurs is known."""
+
+    tables: list[Mapping[str, Any]] = field(default_factory=list)
+    groups: set[int] = field(default_factory=set)
+    """Values that share a scale, along a row; 0 for a whole row."""
+
+    bits: set[int] = field(default_factory=set)
+    blocks: set[tuple[int, int]] = field(default_factory=set)
+    """Rows and columns that share a scale."""
+
+    methods: set[str] = field(default_factory=set)
+    left: list[str] = field(default_factory=list)
+    """Names and patterns of modules that are left dense."""
+
+    targets: list[list[str]] = field(default_factory=list)
+    """Names, patterns and classes of modules that are quantised; a list for each group of compressed-tensors."""
+
+    @classmethod
+    def of(cls, output: Output) -> Scheme:
+        """Return what a directory says."""
+        found = cls()
+        levels = config_levels(output.config or {})
+        for table in [
+            *(level.get(key) for _, level in levels for key in FIELDS),
+            *side_files(output).values(),
+        ]:
+            if isinstance(table, dict) and table:
+                found.tables.append(table)
+                for key, value in _pairs(table):
+                    found._take(key, value)
+        return found
+
+    def _take(self, key: str, value: Any) -> None:
+        if key == "group_size" and (value is None or isinstance(value, int)):
+            self.groups.add(max(value or 0, 0))
+        elif key in {"bits", "num_bits", "w_bit"} and isinstance(value, int) and value > 0:
+            self.bits.add(value)
+        elif key in {"weight_block_size", "block_structure"}:
+            if isinstance(value, list) and len(value) == 2 and all(_is_size(size) for size in value):
+                self.blocks.add((value[0], value[1]))
+        elif key == "quant_method" and isinstance(value, str):
+            self.methods.add(value.lower())
+        elif key == "quant_algo" and value == "fp8_pb_wo":
+            self.blocks.add((128, 128))
+        elif key == "targets" and isinstance(value, list):
+            self.targets.append([one for one in value if isinstance(one, str)])
+        elif key in _LISTS and isinstance(value, list):
+            self.left += [one for one in value if isinstance(one, str)]
+        elif key == "quantized_layers" and isinstance(value, dict):
+            self.targets.append(list(value))
+        elif _leaves_dense(key, value):
+            self.left.append(key)
+
+    def excepts(self, module: str) -> bool:
+        """Return True where a module may be left dense: engines read these lists in different ways, and any will do."""
+        if any(_may_mean(pattern, module) for pattern in self.left):
+            return True
+        named = [target for group in self.targets for target in group]
+        # A class ("Linear") may be anything; without one, what no group names is dense.
+        is_by_name = bool(named) and not any(target[:1].isupper() for target in named)
+        return is_by_name and not any(_may_mean(target, module) for target in named)
+
+
+def _leaves_dense(key: str, value: Any) -> bool:
+    """Return True where a key is a module in full precision, or a pattern of such modules.
+
+    MLX has module → false, GPTQ ``"-:pattern"`` → a table, AutoRound module → a table with 16 bits.
+    """
+    if value is False:
+        return "." in key or key == "lm_head"
+    return key.startswith("-:") or (isinstance(value, dict) and value.get("bits") == 16)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def side_files(output: Output) -> dict[str, Mapping[str, Any]]:
+    """Return those of `FILES` that a directory has and that can be read, parsed."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in FILES:
+        if name in output.names:
+            with contextlib.suppress(CheckpointError):
+                found[name] = read_json(Path(output.root, name))
+    return found
+
+
+def _pairs(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every key and value of a table and of the tables in it."""
+    waiting = [table]
+    while waiting:
+        current = waiting.pop()
+        for key, value in current.items():
+            yield str(key), value
+            if isinstance(value, dict):
+                waiting.append(value)
+
+
+def _may_mean(pattern: str, module: str) -> bool:
+    """Return True where a name, a part of one, a wildcard or a regular expression may mean a module."""
+    pattern = pattern.removesuffix(".weight")
+    expression = pattern[3:] if pattern.startswith("re:") else pattern[2:] if pattern.startswith("-:") else ""
+    path, _, last = module.rpartition(".")
+    spellings = [module, *(f"{path}.{name}" for name, parts in _JOINED.items() if last in parts)]
+    if expression:
+        return any(_matches(expression, name) for name in spellings)
+    # "language_model.model.layers.3.mlp" or "model.language_model.layers.3.mlp": what follows is the same.
+    tail = pattern[at:] if (at := pattern.find("layers.")) > 0 else pattern
+    if not tail:
+        return False
+    return any(
+        f".{tail.rstrip('.*')}." in f".{name}." or fnmatch.fnmatchcase(name, f"*{tail}*")
+        for name in spellings
+    ) or any(_matches(pattern, name) for name in spellings)
+
+
+def _matches(expression: str, name: str) -> bool:
+    if len(expression) > _MOST_CHARACTERS:
+        return False
+    try:
+        return re.match(expression, name) is not None
+    except re.error:
+        return False
