@@ -36,7 +36,7 @@ class Awq:
                 _add(draft, ref, 128 if group is None else max(group, 0))
         field = "modules_to_not_convert"
         exceptions = Exceptions(field, table.values.get(field), "names", around)
-        return draft.done(exceptions, _ORPHANS, "tensor of codes (qweight)")
+        return draft.done(exceptions, _ORPHANS, "qweight")
 
 
 def _add(draft: Draft, codes: TensorRef, group: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import error
 from lora_merge.core.tensor import MAX_DIMENSIONS, nbytes_of
+from lora_merge.core.weight import WEIGHT
 from lora_merge.quantised.draft import AGAIN, CODE, NOTHING, Draft, Wanted, codes_of, storage
 from lora_merge.quantised.exceptions import Exceptions
 from lora_merge.quantised.refused import parent_hint
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
 _ORPHANS = re.compile(r"\.SCB$|\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$")
+_PACKED_AS = ("U8", "I8", "BF16", "F16", "F32")
+"""Dtypes that the bytes of four-bit codes may be stored under (``bnb_4bit_quant_storage``)."""
+
 _MOST_JSON = 1 << 16
 _FIELD = "llm_int8_skip_modules"
 
@@ -46,8 +50,8 @@ class Bitsandbytes:
             elif not four and ref.dtype == "I8" and ref.name.endswith(".weight"):
                 _add_eight(draft, ref, around)
         exceptions = Exceptions(_FIELD, table.values.get(_FIELD), "names", around)
-        codes = "weight of four bits" if four else "weight of eight bits"
-        found = draft.done(exceptions, _ORPHANS, f"{codes}, as {table.place} says")
+        codes = "a weight with its quant_state" if four else "a weight in I8"
+        found = draft.done(exceptions, _ORPHANS, f"{codes} (load_in_{4 if four else 8}bit)")
         if len(dtypes) == 1:
             return replace(found, settings={QUANT_STATE: {"dtype": dtypes.pop()}})
         return found
@@ -60,12 +64,12 @@ def _add_four(draft: Draft, ref: TensorRef, around: Surroundings, dtypes: set[st
     fault = _fault(kind, state)
     if fault or codes is None:
         subject, sentence = (ref.name, fault) if fault else (name, "is missing: its quant_state is there")
-        draft.refuse(error(CODE, subject, sentence, AGAIN), [ref, *([codes] if codes else [])])
+        draft.refuse(error(CODE, subject, sentence, AGAIN), draft.beside(name))
         return
     shape, block = tuple(state["shape"]), state["blocksize"]
     n = math.prod(shape)
     n_blocks = -(-n // block)
-    is_nested = draft.has(f"{name}.nested_absmax")
+    is_nested = "nested_offset" in state or draft.has(f"{name}.nested_absmax")
     how = storage(
         "bnb4",
         codes.dtype,
@@ -75,7 +79,7 @@ def _add_four(draft: Draft, ref: TensorRef, around: Surroundings, dtypes: set[st
         type=kind,
     )
     wanted = [
-        codes_of(name, codes.dtype, codes.shape),
+        Wanted(WEIGHT, name, _PACKED_AS, (codes.shape,)),
         Wanted("absmax", f"{name}.absmax", ("U8",) if is_nested else ("F32",), ((n_blocks,),)),
         Wanted("table", f"{name}.quant_map", ("F32",), ((16,),)),
     ]
@@ -89,9 +93,7 @@ def _add_four(draft: Draft, ref: TensorRef, around: Surroundings, dtypes: set[st
     least, most = (n + 1) // 2, (n + 1) // 2 + nbytes_of(codes.dtype, (1,)) - 1
     if not least <= codes.nbytes <= most:
         sentence = f"has {codes.nbytes} bytes, expected {least} for the shape {quoted(list(shape))} of its quant_state"
-        draft.refuse(
-            error(CODE, name, sentence, AGAIN), [draft.tensors[w.name] for w in wanted if draft.has(w.name)]
-        )
+        draft.refuse(error(CODE, name, sentence, AGAIN), draft.beside(name))
     elif draft.add(name, shape, how, wanted) and isinstance(state.get("dtype"), str):
         dtypes.add(state["dtype"])
 

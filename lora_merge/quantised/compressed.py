@@ -53,7 +53,7 @@ class CompressedTensors:
                 draft.refuse(error(CODE, codes[module].name, sentence, AGAIN), [codes[module]])
             else:
                 add_module(draft, module, codes[module], group, around, shapes)
-        return draft.done(exceptions, _ORPHANS, "weight of codes")
+        return draft.done(exceptions, _ORPHANS, "weight_packed, or a weight in FP8 or I8")
 
 
 def _groups(values: Mapping[str, Any]) -> list[Group]:

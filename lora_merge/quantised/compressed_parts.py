@@ -185,6 +185,7 @@ def _integers(module: Module) -> None:
     wanted = [
         codes_of(codes.name, "I32", codes.shape),
         Wanted("scale", f"{path}.weight_scale", _FLOATS, (groups,)),
+        Wanted("weight_shape", f"{path}.weight_shape", ("I64", "I32"), ((len(shape),),)),
     ]
     is_asymmetric = weights.get("symmetric") is False
     if is_asymmetric:
@@ -217,13 +218,11 @@ def _logical(module: Module, bits: int) -> tuple[int, ...]:
     draft, path, codes, _, around, shapes = module
     full = (*codes.shape[:-1], codes.shape[-1] * 32 // bits)
     ref, scale = draft.tensors.get(f"{path}.weight_shape"), draft.tensors.get(f"{path}.weight_scale")
-    if ref is None or ref.dtype not in ("I64", "I32") or ref.nbytes > 64:
-        return full
+    if ref is None or ref.dtype not in ("I64", "I32") or ref.shape != (len(full),):
+        return full  # `Draft.add` notes it
     key = (path.rpartition(".")[2], bits, codes.shape, scale.shape if scale is not None else None)
     if key not in shapes:
-        width = ref.nbytes // max(ref.shape[0] if ref.shape else 1, 1)
-        data = around.read(ref)
-        shapes[key] = struct.unpack(f"<{len(data) // width}{'q' if width == 8 else 'i'}", data)
+        shapes[key] = struct.unpack(f"<{len(full)}{'q' if ref.dtype == 'I64' else 'i'}", around.read(ref))
     return shapes[key]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TORCH_NAMES, shape_text
 from lora_merge.core.weight import WEIGHT, Setting, Storage, Weight
+from lora_merge.quantised.describing import describe
 from lora_merge.quantised.method import Found
 from lora_merge.quantised.outputs import leftover
 from lora_merge.words import choice
@@ -107,7 +108,7 @@ class Draft:
         parts: dict[str, TensorRef] = {}
         for one in wanted:
             ref = self.tensors.get(one.name)
-            fault = self._fault(ref, one, wanted[0])
+            fault = self._fault(ref, one, wanted[0], how)
             if fault is not None:
                 return self.refuse(fault, [self.tensors[w.name] for w in wanted if w.name in self.tensors])
             assert ref is not None
@@ -127,6 +128,10 @@ class Draft:
         self._broken |= {ref.name: ref for ref in refs}
         return False
 
+    def beside(self, name: str) -> list[TensorRef]:
+        """Return the tensor of this name and those whose names go on from it: for what is wrong, since all are looked at."""
+        return [ref for key, ref in self.tensors.items() if key == name or key.startswith(f"{name}.")]
+
     def has(self, name: str) -> bool:
         """Return True where a tensor of this name is there."""
         return name in self.tensors
@@ -137,13 +142,10 @@ class Draft:
         Args:
             exceptions: what the configuration leaves dense.
             orphans: matches the names of tensors that are only there beside codes.
-            codes: the suffix of such codes, for messages.
+            codes: what such codes are, for messages.
         """
         used = {ref.name for weight in self.weights.values() for ref in weight.parts.values()}
-        for name, ref in self.tensors.items():
-            if name not in used and name not in self._broken and orphans.search(name) and not leftover(name):
-                sentence = f"belongs to a quantised weight, and there is no {codes} for it"
-                self.refuse(error(CODE, name, sentence, AGAIN), [ref])
+        self._check_orphans(used, orphans, codes)
         if not self.weights and not self.issues:
             sentence = f"says that weights are stored quantised ({self.table.method}), and none is"
             hint = f"where the files really hold full precision, remove {self.table.place}"
@@ -153,29 +155,45 @@ class Draft:
         self._check_mates(modules, exceptions)
         return Found(self.weights, tuple(self._broken.values()), {}, tuple(self.issues))
 
-    def _fault(self, ref: TensorRef | None, one: Wanted, codes: Wanted) -> Issue | None:
+    def _check_orphans(self, used: set[str], orphans: re.Pattern[str], codes: str) -> None:
+        """Note scales without codes: once for each module."""
+        # What is left of a module with another fault is no second one.
+        known = {_owner(name, orphans) for name in self._broken}
+        for name, ref in self.tensors.items():
+            hit = None if name in used or name in self._broken else orphans.search(name)
+            if hit is None or leftover(name):
+                continue
+            self._broken[name] = ref
+            module = name[: hit.start()]
+            if module not in known:
+                sentence = f"belongs to a quantised weight whose codes are missing, expected {codes}"
+                self.issues.append(error(CODE, name, sentence, AGAIN))
+            known.add(module)
+
+    def _fault(self, ref: TensorRef | None, one: Wanted, codes: Wanted, how: Storage) -> Issue | None:
         """Return what is wrong with a part; None where it is as it should be."""
         if ref is not None and ref.dtype in one.dtypes and ref.shape in one.shapes:
             return None
-        shapes = choice([shape_text(shape) for shape in one.shapes])
+        shapes = (
+            "one value"
+            if () in one.shapes
+            else f"shape {choice([shape_text(shape) for shape in one.shapes])}"
+        )
         if ref is None:
             main = self.tensors.get(codes.name)
             sentence = (
                 f"holds {main.dtype} codes and has no {_last(one.name)}"  # the codes were found first
                 if main is not None
-                else f"is missing, expected {choice(one.dtypes)} of shape {shapes}"
+                else f"is missing, expected {choice(one.dtypes)} of {shapes}"
             )
-            expected = f", expected {choice(one.dtypes)} of shape {shapes}" if main is not None else ""
+            expected = f", expected {choice(one.dtypes)} of {shapes}" if main is not None else ""
             return error(CODE, codes.name, sentence + expected, AGAIN)
+        said = f"as {self.table.place} says ({describe(how)})"
         if ref.dtype not in one.dtypes:
             sentence = f"is stored as {ref.dtype}, expected {choice(one.dtypes)}"
-            return error(CODE, ref.name, f"{sentence}: {self._said}", AGAIN)
-        sentence = f"has shape {shape_text(ref.shape)}, expected {shapes}"
-        return error(CODE, ref.name, f"{sentence}: {self._said}", AGAIN)
-
-    @property
-    def _said(self) -> str:
-        return f"{self.table.place} says so ({self.table.method})"
+            return error(CODE, ref.name, f"{sentence}, {said}", AGAIN)
+        sentence = f"has shape {shape_text(ref.shape)}, expected {shapes.removeprefix('shape ')}"
+        return error(CODE, ref.name, f"{sentence}, {said}", AGAIN)
 
     def _add_extras(self, name: str, parts: dict[str, TensorRef]) -> None:
         base = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
@@ -207,6 +225,11 @@ class Draft:
             )
             hint = f"add it to {exceptions.field}, or fetch the checkpoint again"
             self.issues.append(error(CODE, module, sentence, hint))
+
+
+def _owner(name: str, orphans: re.Pattern[str]) -> str:
+    hit = orphans.search(name)
+    return name.rpartition(".")[0] if hit is None else name[: hit.start()]
 
 
 def module_of(name: str) -> str:

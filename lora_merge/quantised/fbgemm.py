@@ -33,7 +33,7 @@ class Fbgemm:
                 _add(draft, ref)
         field = "modules_to_not_convert"
         exceptions = Exceptions(field, table.values.get(field), "names", around)
-        return draft.done(exceptions, _ORPHANS, "weight in FP8")
+        return draft.done(exceptions, _ORPHANS, "a weight in FP8")
 
 
 def _add(draft: Draft, ref: TensorRef) -> None:

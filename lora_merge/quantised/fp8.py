@@ -56,7 +56,7 @@ class Fp8:
                 _add_packed(draft, ref)
         field = "ignored_layers" if table.values.get("ignored_layers") else "modules_to_not_convert"
         exceptions = Exceptions(field, table.values.get(field), "names", around)
-        return draft.done(exceptions, _ORPHANS, "weight in FP8")
+        return draft.done(exceptions, _ORPHANS, "a weight in FP8")
 
 
 def block_size(value: object) -> tuple[int, int] | None:

@@ -60,7 +60,7 @@ class Gptq:
         if not table.values.get("lm_head"):
             left_dense += [module for module in modules if module.rpartition(".")[2] == "lm_head"]
         dense = [entry.removeprefix("-:") for entry in _rules(table.values) if entry.startswith("-:")]
-        found = draft.done(_Dynamic(dense, left_dense, around), _ORPHANS, "tensor of codes (qweight)")
+        found = draft.done(_Dynamic(dense, left_dense, around), _ORPHANS, "qweight")
         notes = _ones(found.weights.values(), around) if version == 1 else None
         return found if notes is None else replace(found, issues=(*found.issues, notes))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import Storage
     from lora_merge.quantised.method import Found, Surroundings
 
-_ORPHANS = re.compile(r"\.biases$")
+_ORPHANS = re.compile(r"\.(scales|biases)$")
 _BITS = (2, 3, 4, 5, 6, 8)
 _MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 """Mode → its bits and its group, which are fixed."""
@@ -47,8 +47,8 @@ class Mlx:
                 own = modules.get(ref.name.removesuffix(".weight"))
                 _add(draft, ref, _scheme(own, default) if isinstance(own, dict) else default)
         dense = [module for module, value in modules.items() if value is False]
-        exceptions = Exceptions(table.place, dense, "targets", around)
-        return draft.done(exceptions, _ORPHANS, "weight in words (U32)")
+        exceptions = Exceptions("its modules that are false", dense, "targets", around)
+        return draft.done(exceptions, _ORPHANS, "a weight in words (U32)")
 
 
 def _scheme(values: Mapping[str, Any], default: _Scheme | None) -> _Scheme:

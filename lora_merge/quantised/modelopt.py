@@ -58,7 +58,7 @@ class ModelOpt:
         lists = [table.values.get(key) or [] for key in LISTS]
         entries = [entry for found in lists if isinstance(found, list) for entry in found]
         exceptions = Exceptions(" and ".join(LISTS), entries, "wildcards", around)
-        return draft.done(exceptions, _ORPHANS, "weight of codes")
+        return draft.done(exceptions, _ORPHANS, "a weight in FP8 or U8")
 
 
 def _algorithm(values: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ class Mxfp4:
                 _add(draft, ref)
         field = "modules_to_not_convert"
         exceptions = Exceptions(field, table.values.get(field), "names", around)
-        return draft.done(exceptions, _ORPHANS, "tensor of blocks")
+        return draft.done(exceptions, _ORPHANS, "a tensor of blocks")
 
 
 def _add(draft: Draft, ref: TensorRef) -> None:

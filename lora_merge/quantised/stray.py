@@ -25,8 +25,10 @@ def stray(tensors: Iterable[TensorRef], config: Mapping[str, Any]) -> list[Issue
     """Return an error for the first tensor that is stored quantised although nothing says how."""
     for ref in tensors:
         # A vector of eight bits may be a scale or a buffer; a matrix is a weight.
-        is_matrix = ref.dtype.startswith(("F8_", "F6_", "F4")) and len(ref.shape) >= 2
+        is_code = ref.dtype.startswith(("F8_", "F6_", "F4"))
+        is_code |= ref.dtype == "U32" and ref.name.endswith(".weight")
+        is_matrix = is_code and len(ref.shape) >= 2
         if is_matrix or (_NAMES.search(ref.name) and not leftover(ref.name)):
-            sentence = f"the base is stored quantised (a {ref.dtype} tensor of this name), and its configuration does not say how"
+            sentence = f"the base is stored quantised (this is a tensor of {ref.dtype}), and its configuration does not say how"
             return [error("unsupported", ref.name, sentence, parent_hint(config))]
     return []

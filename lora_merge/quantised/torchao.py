@@ -42,13 +42,13 @@ class TorchAO:
                 _add(draft, ref, around)
         field = "modules_to_not_convert"
         exceptions = Exceptions(field, table.values.get(field), "names", around)
-        return draft.done(exceptions, _ORPHANS, f"tensor of codes ({_CODES})")
+        return draft.done(exceptions, _ORPHANS, _CODES)
 
 
 def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
     prefix = ref.name.removesuffix(_CODES)
     name = f"{prefix}weight"
-    kind, block = _stated(around.metadata.get(name, ""))
+    kind, block, stored = _stated(around.metadata.get(name, ""))
     if kind not in _CLASSES:
         got = (
             f"the header calls it {quoted(kind)}" if kind else "the header does not say of which class it is"
@@ -70,13 +70,13 @@ def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
         Wanted("scale", f"{prefix}_weight_scale", ("F32", "BF16", "F16"), (shape,)),
     ]
     zero = draft.tensors.get(f"{prefix}_weight_zero_point")
-    if zero is not None:
-        wanted.append(Wanted("zero_point", zero.name, ("I8",), (shape,)))
-        # Codes are signed: torchao's symmetric scheme keeps a tensor of zeros.
-        if any(around.read(zero)):
-            sentence = "is not zero everywhere: asymmetric codes of torchao are not supported"
-            draft.refuse(error(CODE, zero.name, sentence, parent_hint(around.config)), [ref, zero])
-            return
+    if "zero_point" in stored:
+        wanted.append(Wanted("zero_point", f"{prefix}_weight_zero_point", ("I8",), (shape,)))
+    # Codes are signed: torchao's symmetric scheme keeps a tensor of zeros.
+    if zero is not None and any(around.read(zero)):
+        sentence = "is not zero everywhere: asymmetric codes of torchao are not supported"
+        draft.refuse(error(CODE, zero.name, sentence, parent_hint(around.config)), [ref, zero])
+        return
     how = storage(
         "scaled",
         ref.dtype,
@@ -88,15 +88,17 @@ def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
     draft.add(name, ref.shape, how, wanted)
 
 
-def _stated(text: str) -> tuple[str, tuple[int, ...]]:
-    """Return the class and the block of a weight, as the header states them."""
+def _stated(text: str) -> tuple[str, tuple[int, ...], frozenset[str]]:
+    """Return the class and the block of a weight, and the names of its parts, as the header states them."""
     try:
         table: Any = json.loads(text or "{}")
     except ValueError:
-        return "", ()
+        return "", (), frozenset()
     if not isinstance(table, dict):
-        return "", ()
+        return "", (), frozenset()
     data = table.get("_data")
     block = data.get("block_size") if isinstance(data, dict) else None
     sizes = block if isinstance(block, list) and all(isinstance(size, int) for size in block) else []
-    return str(table.get("_type", "")), tuple(sizes)
+    names = table.get("_tensor_data_names")
+    listed = frozenset(map(str, names)) if isinstance(names, list) else frozenset()
+    return str(table.get("_type", "")), tuple(sizes), listed
