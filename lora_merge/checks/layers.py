@@ -191,7 +191,8 @@ def _loaded(weights: dict[str, Weight]) -> dict[str, torch.Tensor]:
 
         def read(weight: Weight) -> torch.Tensor:
             n_rows = weight.shape[0] if weight.shape else 1
-            return reader.weight(weight, range(n_rows), n_rows).float().view(weight.shape)
+            values, _ = reader.weight(weight, range(n_rows), n_rows)
+            return values.float().view(weight.shape)
 
         return {
             name: load(weight.plain).float() if weight.plain is not None else read(weight)
