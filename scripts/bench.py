@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from benchmarks import results, running, tables, together
+from benchmarks import results, running, stored, tables, together
 from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, Case, cases, listed
 from benchmarks.contenders import GROUPS, contenders
 from benchmarks.machine import ROOT, machine, machine_line
@@ -252,6 +252,26 @@ def batch(size: float, targets: str, adapters: int, rounds: int, cache: str, cac
     of_one_base = [Case(size, "bfloat16", targets, 16 + n) for n in range(adapters)]
     try:
         for line in together.rounds_of(cache_dir.absolute(), of_one_base, rounds, cache):
+            say(line)
+    except RunError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+@main.command()
+@click.option(
+    "--size", type=click.FloatRange(min=0, min_open=True), default=3.0, help="GB of each base.  [default: 3]"
+)
+@click.option("--rounds", type=AT_LEAST_ONE, default=5, help="Turns of each merge.  [default: 5]")
+@click.option(
+    "--cache", type=click.Choice(list(CACHES)), default="warm",
+    help="Inputs in the page cache before each merge, or put out of it.  [default: warm]",
+)  # fmt: skip
+@click.option("--settle", "settle_s", default=5.0, help="Seconds of rest before every merge.  [default: 5]")
+@CACHE_DIR_OPTION
+def storages(size: float, rounds: int, cache: str, settle_s: float, cache_dir: Path) -> None:
+    """Time merges into a base in FP8, decoded and carried, against merges into one in BF16."""
+    try:
+        for line in stored.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
             say(line)
     except RunError as exc:
         raise click.ClickException(str(exc)) from exc

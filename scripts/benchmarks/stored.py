@@ -1,0 +1,222 @@
+"""A base in FP8 against one in BF16: decoded and merged, and carried; all take turns in one run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.cases import TARGETS, Case
+from benchmarks.inputs import (
+    CHUNK_BYTES,
+    MAX_SHARD_BYTES,
+    VERSION,
+    Place,
+    Shape,
+    base_place,
+    build_base,
+    ensure,
+    factors,
+    n_elements,
+    shape_for,
+)
+from benchmarks.machine import lora_merge
+from benchmarks.measure import CACHES, files_in, settle, timed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from benchmarks.measure import Sample
+
+BLOCK = 128
+RANK = 16
+HEAD = ("lm_head",)
+"""The one linear layer that quantised checkpoints keep dense: an adapter of it touches nothing that is quantised."""
+
+_SETTINGS = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [BLOCK, BLOCK],
+    "modules_to_not_convert": ["lm_head"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One merge of those that take turns."""
+
+    name: str
+    base: Place
+    adapter: Place
+
+
+def sides(cache: Path, size_gb: float) -> list[Side]:
+    """Return the four merges: a BF16 base and an FP8 one, each of about this size on the disk; all linear layers, and the
+    head alone.
+    """
+    plain = base_place(cache, Case(size_gb, "bfloat16", "all", RANK))
+    shape = shape_for(2 * size_gb, "bfloat16")
+    coded = Place(
+        cache / f"base-{size_gb:g}GB-fp8",
+        {"shape": asdict(shape), "dtype": "fp8", "version": VERSION},
+        build_fp8,
+        (shape,),
+    )
+    shapes = {"bf16": (plain, shape_for(size_gb, "bfloat16")), "fp8": (coded, shape)}
+    return [
+        Side(f"{name}, {targets}", base, _adapter(cache, f"{size_gb:g}GB-{name}", base, shape, modules))
+        for targets, modules in (("all", TARGETS["all"]), ("head", HEAD))
+        for name, (base, shape) in shapes.items()
+    ]
+
+
+def _adapter(cache: Path, name: str, base: Place, shape: Shape, modules: tuple[str, ...]) -> Place:
+    about = {"modules": modules, "base": str(base.directory), "rank": RANK}
+    kind = "head" if modules == HEAD else "all"
+    place = cache / f"adapter-stored-{name}-{kind}"
+    return Place(place, base.parameters | about, build_adapter, (shape, modules, str(base.directory)))
+
+
+def build_adapter(directory: Path, shape: Shape, modules: tuple[str, ...], base: str) -> None:
+    """Write a LoRA on some modules, the head among them or not."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(modules)}
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    torch.manual_seed(0)
+    tensors: dict[str, Any] = {}
+    for name, dims in shape.tensor_shapes():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in modules:
+            made = factors("lora", RANK, dims[0], dims[1])
+            tensors |= {f"base_model.model.{module}.{role}": tensor for role, tensor in made.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def build_fp8(directory: Path, shape: Shape) -> None:
+    """Write a checkpoint whose layers are FP8 in blocks, with random codes and scales."""
+    tiny = Shape(128, 352, 8, 8, 1, 1024)
+    build_base(directory, tiny, "bfloat16")  # for its small files
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    config = json.loads((directory / "config.json").read_text())
+    sizes = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.n_layers,
+        "num_attention_heads": shape.n_heads,
+        "num_key_value_heads": shape.n_kv_heads,
+        "head_dim": shape.hidden // shape.n_heads,
+        "vocab_size": shape.vocab,
+        "quantization_config": _SETTINGS,
+    }
+    (directory / "config.json").write_text(json.dumps(config | sizes))
+    files: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for one in _stored(shape):
+        nbytes = n_elements(one[2]) * _BYTES[one[1]]
+        if files[-1] and filled + nbytes > MAX_SHARD_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(one)
+        filled += nbytes
+    names = [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
+    for name, tensors in zip(names, files, strict=True):
+        _write(directory / name, tensors)
+    weight_map = {one[0]: name for name, tensors in zip(names, files, strict=True) for one in tensors}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+
+
+def _stored(shape: Shape) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield name, dtype and shape of every stored tensor."""
+    for name, dims in shape.tensor_shapes():
+        if ".layers." in name and len(dims) == 2:
+            yield name, "F8_E4M3", dims
+            yield f"{name}_scale_inv", "F32", tuple(-(-size // BLOCK) for size in dims)
+        else:
+            yield name, "BF16", dims
+
+
+def _write(file: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Write a file of random values, a chunk at a time."""
+    import torch
+
+    torch.manual_seed(sum(file.name.encode()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, dims in tensors:
+        start, end = end, end + n_elements(dims) * _BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": dims, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, dtype, dims in tensors:
+            left = n_elements(dims)
+            while left:
+                part = min(left, CHUNK_BYTES // _BYTES[dtype])
+                stream.write(_random(dtype, part, len(dims)).view(torch.uint8).numpy().data)
+                left -= part
+
+
+def _random(dtype: str, n: int, n_axes: int) -> Any:
+    """Return random values of a tensor: codes that are numbers, small positive scales, weights, or ones."""
+    import torch
+
+    if dtype == "F8_E4M3":
+        codes = torch.randint(0, 254, (n,), dtype=torch.uint8)
+        return codes + (codes >= 0x7F)  # 0x7f and 0xff are no numbers
+    if dtype == "F32":
+        return torch.rand(n).add_(0.5).mul_(1e-4)
+    return torch.ones(n, dtype=torch.bfloat16) if n_axes < 2 else (torch.randn(n) * 0.02).bfloat16()
+
+
+def rounds_of(cache: Path, size_gb: float, n_rounds: int, kept: str, settle_s: float) -> Iterator[str]:
+    """Yield a line about each round, and the ratios over all; every command is a fresh process.
+
+    Raises:
+        RunError: a command fails.
+    """
+    todo = sides(cache, size_gb)
+    # Two sides share a base.
+    ensure({place.directory: place for side in todo for place in (side.base, side.adapter)}.values())
+    root = cache / "stored"
+    found: list[dict[str, tuple[Sample, int]]] = []
+    for n in range(1, n_rounds + 1):
+        found.append({})
+        for side in todo if n % 2 else todo[::-1]:
+            out = root / "out"
+            settle(settle_s, root)
+            root.mkdir(parents=True)
+            CACHES[kept]([side.base.directory, side.adapter.directory])
+            places = ["--base", str(side.base.directory), "--adapter", str(side.adapter.directory)]
+            command = [*lora_merge(), *places, "--out", str(out), "--json", "--quiet"]
+            sample = timed(command, out=out, log=root / "log")
+            found[-1][side.name] = sample, sum(path.stat().st_size for path in files_in([out]))
+        told = (
+            f"{name} {sample.wall_s:.2f} s for {nbytes / 1e9:.2f} GB ({sample.peak_rss_bytes / 1e6:.0f} MB)"
+            for name, (sample, nbytes) in found[-1].items()
+        )
+        yield f"round {n}: {'; '.join(told)}"
+    shutil.rmtree(root, ignore_errors=True)
+    for words, over, under in (
+        ("FP8 decoded and merged, per written byte, against BF16 merged", "fp8, all", "bf16, all"),
+        ("FP8 carried, per written byte, against BF16 that touches as little", "fp8, head", "bf16, head"),
+    ):
+        ratios = [_rate(one[over]) / _rate(one[under]) for one in found]
+        yield f"{words}: {statistics.median(ratios):.2f} × (from {min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _rate(taken: tuple[Sample, int]) -> float:
+    """Return seconds per written byte."""
+    sample, nbytes = taken
+    return sample.wall_s / nbytes
