@@ -194,7 +194,8 @@ def _integers(module: Module) -> None:
     elif draft.has(f"{path}.weight_zero_point"):
         module.refuse(f"has a weight_zero_point, and {group.name} says that it is symmetric")
         return
-    is_ordered = draft.has(f"{path}.weight_g_idx")
+    # Without it the groups of reordered inputs would be taken for runs of neighbours.
+    is_ordered = weights.get("actorder") == "group" or draft.has(f"{path}.weight_g_idx")
     if is_ordered:
         wanted.append(Wanted("g_idx", f"{path}.weight_g_idx", ("I32",), ((shape[-1],),)))
     how = storage(

@@ -106,6 +106,9 @@ class Draft:
             wanted: its parts; the first holds the codes.
         """
         parts: dict[str, TensorRef] = {}
+        if wanted[0].name != name and name in self.tensors:
+            sentence = f"is stored twice: as it is, and quantised ({wanted[0].name})"
+            return self.refuse(error(CODE, name, sentence, AGAIN), self.beside(module_of(name)))
         for one in wanted:
             ref = self.tensors.get(one.name)
             fault = self._fault(ref, one, wanted[0], how)
@@ -214,7 +217,10 @@ class Draft:
         dense = [
             module
             for name, ref in self.tensors.items()
-            if ref.dtype in TORCH_NAMES and len(ref.shape) > 1 and name not in self.weights
+            if ref.dtype in TORCH_NAMES
+            and len(ref.shape) > 1
+            and name not in self.weights
+            and name not in self._broken
             for module in [module_of(name)]
             if _NUMBER.sub("#", module) in kinds
         ]

@@ -27,6 +27,7 @@ _SUFFIXES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """Of the scale beside a ``weight``: of DeepSeek-V3, of vLLM, of DeepSeek-V4, of Mistral."""
 
 _STACKED = ("_scale_inv", "_scale")
+_ORPHANS_V4 = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$|_scale_inv$")
 _ORPHANS = re.compile(r"\.(weight_scale_inv|weight_scale|qscale_weight)$|_scale_inv$")
 
 
@@ -56,7 +57,9 @@ class Fp8:
                 _add_packed(draft, ref)
         field = "ignored_layers" if table.values.get("ignored_layers") else "modules_to_not_convert"
         exceptions = Exceptions(field, table.values.get(field), "names", around)
-        return draft.done(exceptions, _ORPHANS, "a weight in FP8")
+        # Other families have a parameter of this name, so the dtype tells.
+        is_scale = any(ref.name.endswith(".scale") and ref.dtype == "F8_E8M0" for ref in tensors.values())
+        return draft.done(exceptions, _ORPHANS_V4 if is_scale else _ORPHANS, "a weight in FP8")
 
 
 def block_size(value: object) -> tuple[int, int] | None:
