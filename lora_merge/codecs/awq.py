@@ -23,7 +23,7 @@ _SHIFTS = tuple(4 * field for field in (0, 4, 1, 5, 2, 6, 3, 7))
 
 
 class Awq:
-    """``(code - zero) · scale``, transposed (AutoAWQ 0.2, ``dequantize_gemm``). Zeros are stored as they are.
+    """``(code - zero) · scale``, transposed (AutoAWQ, ``dequantize_gemm``). Zeros are stored as they are.
 
     Parts, of a weight ``[out, in]``:
         weight: I32 ``[in, out / 8]``.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Gptq:
-    """``(code - zero) · scale``, transposed (GPTQModel 7.7, ``TorchLinear.dequantize_weight``).
+    """``(code - zero) · scale``, transposed (GPTQModel 7.7, ``dequantize_weight`` of its torch kernel).
 
     Parts, of a weight ``[out, in]``:
         weight: I32 ``[in · bits / 32, out]``, packed along the first axis.

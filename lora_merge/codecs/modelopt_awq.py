@@ -21,9 +21,9 @@ class ModelOptAwq:
     Engines multiply the activations by ``pre_quant_scale`` (AWQ could not fold it into the layer before). Here the weight is
     multiplied by it instead, so that it fits plain activations.
 
-    Parts, of a weight ``[out, in]``:
-        weight: U8 ``[out / 2, in]``; the low half of a byte is the even row.
-        scale: floats ``[out, in / group]``.
+    Parts, of a weight ``[…, out, in]``, out even:
+        weight: U8 ``[…, out / 2, in]``; the low half of a byte is the even row.
+        scale: floats ``[…, out, in / group]``.
         pre_quant_scale: floats ``[in]``; absent where the setting ``pre`` is empty.
     """
 

@@ -69,7 +69,7 @@ class PackedInt:
             zero = _zeros(lines, parts["zero"], bits)
         else:
             zero = scale.new_full(scale.shape, 1 << (bits - 1))
-        # An index of -1 was never filled: the groups are in order (compressed-tensors 0.13, `_process_group`).
+        # An index with -1 in it was never filled: the groups are in order, as compressed-tensors took them.
         if settings["g_idx"] and int(parts["g_idx"].min()) >= 0:
             dequantise_by_index(codes, zero, scale, parts["g_idx"])
         else:

@@ -83,6 +83,91 @@ def rows_of_int8(shape):
     return {WEIGHT: integers(shape, -128, 128, torch.int8), "scale": floats(shape[:1])}
 
 
+def words(shape):
+    """Return random words."""
+    return integers(shape, -(1 << 31), 1 << 31, torch.int32)
+
+
+def packed_int(bits, group, *, zero=False, g_idx=False):
+    def stored(shape):
+        *stack, rows, columns = shape
+        groups = -(-columns // (group or columns))
+        parts = {
+            WEIGHT: words((*stack, rows, -(-columns * bits // 32))),
+            "scale": floats((*stack, rows, groups), "BF16"),
+        }
+        if zero:
+            parts["zero"] = words((*stack, -(-rows * bits // 32), groups))
+        return parts | ({"g_idx": integers((columns,), 0, groups, torch.int32)} if g_idx else {})
+
+    of = storage_of("packed_int", "I32", bits=bits, group=group, scale="BF16", zero=zero, g_idx=g_idx)
+    return Sample(of, ((300, 100),) if g_idx else ((300, 100), (3, 150, 36)), stored)
+
+
+def mlx_affine(bits, group):
+    def stored(shape):
+        *lines, columns = shape
+        by_group = floats((*lines, columns // group), "F16")
+        return {WEIGHT: words((*lines, columns * bits // 32)), "scale": by_group, "bias": by_group / 2}
+
+    of = storage_of("mlx_affine", "U32", bits=bits, group=group, scale="F16")
+    return Sample(of, ((300, 96), (3, 150, 64)), stored)
+
+
+def gptq(bits, version, groups):
+    def stored(shape):
+        n_out, n_in = shape
+        return {
+            WEIGHT: words((-(-n_in * bits // 32), n_out)),
+            "zero": words((groups, -(-n_out * bits // 32))),
+            "scale": floats((groups, n_out), "F16"),
+            "g_idx": integers((n_in,), 0, groups, torch.int32),
+        }
+
+    of = storage_of("gptq", "I32", bits=bits, version=version, scale="F16", groups=groups)
+    return Sample(of, ((320, 96), (9, 32)), stored)
+
+
+def awq(group):
+    def stored(shape):
+        n_out, n_in = shape
+        groups = n_in // (group or n_in)
+        return {
+            WEIGHT: words((n_in, n_out // 8)),
+            "zero": words((groups, n_out // 8)),
+            "scale": floats((groups, n_out), "F16"),
+        }
+
+    return Sample(storage_of("awq", "I32", group=group, scale="F16"), ((320, 96), (8, 32)), stored)
+
+
+def bnb4(block, nested, shapes):
+    def stored(shape):
+        n = math.prod(shape)
+        blocks = -(-n // block)
+        parts = {WEIGHT: integers((-(-n // 2), 1)), "table": floats((16,))}
+        if not nested:
+            return parts | {"absmax": floats((blocks,))}
+        tables = {"nested_absmax": floats((-(-blocks // nested),)), "nested_table": floats((256,))}
+        return parts | {"absmax": integers((blocks,))} | tables
+
+    of = storage_of("bnb4", "U8", block=block, nested=nested, offset=0.5 if nested else 0.0)
+    return Sample(of, shapes, stored)
+
+
+def modelopt_awq(pre):
+    def stored(shape):
+        *stack, n_out, n_in = shape
+        parts = {
+            WEIGHT: integers((*stack, n_out // 2, n_in)),
+            "scale": floats((*stack, n_out, -(-n_in // 128))),
+        }
+        return parts | ({"pre_quant_scale": floats((n_in,), pre)} if pre else {})
+
+    of = storage_of("modelopt_awq", "U8", group=128, scale="F32", pre=pre)
+    return Sample(of, ((300, 200), (2, 128), (3, 150, 128)), stored)
+
+
 SAMPLES = {
     DENSE: [dense(dtype) for dtype in TORCH_NAMES],
     "scaled": [
@@ -97,6 +182,21 @@ SAMPLES = {
     "fp4": [fp4(32, "E8M0", "none"), fp4(16, "E4M3", "divide"), fp4(16, "E4M3", "multiply")],
     "mxfp4_experts": [Sample(storage_of("mxfp4_experts", "U8"), ((1, 32, 5), (3, 160, 48)), experts)],
     "llm_int8": [Sample(storage_of("llm_int8", "I8"), ((130, 24), (1, 3)), rows_of_int8)],
+    "packed_int": [
+        packed_int(4, 32),
+        packed_int(8, 0),
+        packed_int(3, 32, zero=True),
+        packed_int(4, 32, zero=True),
+        packed_int(4, 32, zero=True, g_idx=True),
+    ],
+    "mlx_affine": [mlx_affine(4, 32), mlx_affine(3, 32), mlx_affine(6, 32), mlx_affine(8, 32)],
+    "gptq": [gptq(4, 1, 3), gptq(4, 2, 1), gptq(3, 1, 2), gptq(2, 1, 2), gptq(8, 1, 2)],
+    "awq": [awq(32), awq(0)],
+    "bnb4": [
+        bnb4(64, 0, ((300, 96), (7, 9), (3, 150, 20))),
+        bnb4(64, 256, ((700, 96), (300, 128))),
+    ],
+    "modelopt_awq": [modelopt_awq(""), modelopt_awq("BF16")],
 }
 """What each codec is tried with. One that is new in the table needs a line here."""
 

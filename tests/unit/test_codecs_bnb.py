@@ -9,7 +9,8 @@ import torch
 
 from lora_merge.codecs import CODECS
 from lora_merge.core.weight import Tile
-from tests.packing import agree, decoded, drawn, storage
+from tests.decoding import decoded, storage_of
+from tests.packing import agree, drawn
 
 OFFSET = 0.04217529296875
 
@@ -32,7 +33,7 @@ def bnb4(shape, block, nested=0):
     else:
         parts["absmax"] = absmax
     values = [table[code] * absmax[k // block] for k, code in enumerate(codes)]
-    one = storage("bnb4", "U8", block=block, nested=nested, offset=OFFSET if nested else 0.0)
+    one = storage_of("bnb4", "U8", block=block, nested=nested, offset=OFFSET if nested else 0.0)
     return one, parts, torch.stack(values).view(shape)
 
 
@@ -41,16 +42,16 @@ def bnb4(shape, block, nested=0):
 @pytest.mark.parametrize("nested", [0, 4])
 def test_blocks_of_the_flattened_weight(shape, block, nested):
     one, parts, wanted = bnb4(shape, block, nested)
-    agree(one, parts, shape, wanted)
+    assert agree(one, parts, shape, wanted)
 
 
 def test_quantised_scales_with_blocks_of_256():
     shape = (520, 40)  # 325 blocks, so that the second nested block is cut off
     one, parts, wanted = bnb4(shape, 64, 256)
     assert parts["nested_absmax"].shape == (2,)
-    agree(one, parts, shape, wanted)
+    assert agree(one, parts, shape, wanted)
     for limits in ((0, 8), (408, 416), (416, 520), (512, 520)):
-        assert torch.equal(decoded(one, parts, [Tile(shape, 520, *limits)]), wanted[slice(*limits)])
+        assert torch.equal(decoded(shape, one, parts, Tile(shape, 520, *limits)), wanted[slice(*limits)])
 
 
 def test_a_tile_reads_only_its_blocks():
@@ -70,7 +71,7 @@ def test_a_tile_reads_only_its_blocks():
     [(64, 64, 1), (96, 64, 2), (100, 64, 16), (31, 64, 64), (4096, 64, 1), (96, 128, 4)],
 )
 def test_tiles_begin_where_a_block_does(columns, block, rows):
-    one = storage("bnb4", "U8", block=block, nested=0, offset=0.0)
+    one = storage_of("bnb4", "U8", block=block, nested=0, offset=0.0)
     assert CODECS["bnb4"].alignment((128, columns), 128, one) == (rows, 1)
 
 
@@ -80,10 +81,10 @@ def test_the_high_half_of_a_byte_comes_first():
         "table": torch.arange(16, dtype=torch.float32),
         "absmax": torch.tensor([2.0]),
     }
-    one = storage("bnb4", "U8", block=64, nested=0, offset=0.0)
-    assert decoded(one, parts, [Tile((1, 4), 1, 0, 1)]).tolist() == [[2.0, 30.0, 4.0, 0.0]]
+    one = storage_of("bnb4", "U8", block=64, nested=0, offset=0.0)
+    assert decoded((1, 4), one, parts, Tile((1, 4), 1, 0, 1)).tolist() == [[2.0, 30.0, 4.0, 0.0]]
 
 
 def test_codes_may_be_stored_under_another_dtype():
     one, parts, wanted = bnb4((16, 64), 64)
-    agree(one, {**parts, "weight": parts["weight"].view(-1).view(torch.bfloat16)}, (16, 64), wanted)
+    assert agree(one, {**parts, "weight": parts["weight"].view(-1).view(torch.bfloat16)}, (16, 64), wanted)

@@ -7,7 +7,8 @@ import torch
 
 from lora_merge.codecs import CODECS
 from lora_merge.core.weight import Tile
-from tests.packing import agree, decoded, drawn, scales, spread, storage
+from tests.decoding import decoded, storage_of
+from tests.packing import agree, drawn, scales, spread
 
 
 def modelopt_awq(shape, group, pre=""):
@@ -22,7 +23,7 @@ def modelopt_awq(shape, group, pre=""):
     if pre:
         parts["pre_quant_scale"] = scales(n_in, seed=4)
         wanted = wanted * parts["pre_quant_scale"].float()
-    return storage("modelopt_awq", "U8", group=group, scale="F32", pre=pre), parts, wanted
+    return storage_of("modelopt_awq", "U8", group=group, scale="F32", pre=pre), parts, wanted
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (10, 7), (72, 100), (96, 128), (9, 64)])
@@ -31,10 +32,10 @@ def modelopt_awq(shape, group, pre=""):
 def test_rows_that_share_a_byte(shape, group, pre):
     one, parts, wanted = modelopt_awq(shape, group, pre)
     assert CODECS["modelopt_awq"].alignment(shape, shape[0], one) == (2, 1)
-    agree(one, parts, shape, wanted)
+    assert agree(one, parts, shape, wanted)
 
 
 def test_the_low_half_is_the_even_row_and_codes_have_a_sign():
     parts = {"weight": torch.tensor([[0x87, 0xF0]], dtype=torch.uint8), "scale": torch.ones(2, 1)}
-    one = storage("modelopt_awq", "U8", group=0, scale="F32", pre="")
-    assert decoded(one, parts, [Tile((2, 2), 2, 0, 2)]).tolist() == [[7.0, 0.0], [-8.0, -1.0]]
+    one = storage_of("modelopt_awq", "U8", group=0, scale="F32", pre="")
+    assert decoded((2, 2), one, parts, Tile((2, 2), 2, 0, 2)).tolist() == [[7.0, 0.0], [-8.0, -1.0]]

@@ -8,7 +8,8 @@ import torch
 from lora_merge.codecs import CODECS
 from lora_merge.codecs.bits import along_lines, codes_at_word_edges, unpack, words_of
 from lora_merge.core.weight import Tile
-from tests.packing import agree, decoded, drawn, packed, scales, spread, storage, tiles_of
+from tests.decoding import decoded, storage_of
+from tests.packing import agree, drawn, packed, scales, spread
 
 each_width = pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
 shapes = pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_codes_that_lie_across_are_turned_into_lines(bits, columns):
 
 
 def packed_int(bits, group, *, zero=False, g_idx=False, scale="BF16"):
-    return storage("packed_int", "I32", bits=bits, group=group, scale=scale, zero=zero, g_idx=g_idx)
+    return storage_of("packed_int", "I32", bits=bits, group=group, scale=scale, zero=zero, g_idx=g_idx)
 
 
 @shapes
@@ -58,7 +59,7 @@ def test_symmetric_integers(bits, group, shape):
     codes = drawn(*shape, below=1 << bits)
     scale = scales(*shape[:-1], -(-shape[-1] // (group or shape[-1])))
     wanted = (codes - (1 << (bits - 1))).float() * spread(scale.float(), group, shape[-1])
-    agree(packed_int(bits, group), {"weight": packed(codes, bits), "scale": scale}, shape, wanted)
+    assert agree(packed_int(bits, group), {"weight": packed(codes, bits), "scale": scale}, shape, wanted)
 
 
 def asymmetric(bits, group, shape):
@@ -76,7 +77,7 @@ def asymmetric(bits, group, shape):
 @pytest.mark.parametrize("group", [0, 32])
 def test_asymmetric_integers(bits, group, shape):
     parts, wanted = asymmetric(bits, group, shape)
-    agree(packed_int(bits, group, zero=True), parts, shape, wanted)
+    assert agree(packed_int(bits, group, zero=True), parts, shape, wanted)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -85,9 +86,9 @@ def test_a_tile_may_begin_in_one_matrix_and_end_in_another(bits):
     parts, wanted = asymmetric(bits, 16, shape)
     edge, _ = CODECS[one.codec].alignment(shape, 280, one)
     for limits in ((edge, 140), (70 + edge, 210 + edge), (0, 280), (edge, 2 * edge), (210 + edge, 280)):
-        values = decoded(one, parts, [Tile(shape, 280, *limits)])
+        values = decoded(shape, one, parts, Tile(shape, 280, *limits))
         assert torch.equal(values, wanted.view(280, 16)[slice(*limits)]), limits
-    assert torch.equal(decoded(one, parts, [Tile(shape, 4, 1, 3)]).view(2, 70, 16), wanted[1:3])
+    assert torch.equal(decoded(shape, one, parts, Tile(shape, 4, 1, 3)).view(2, 70, 16), wanted[1:3])
 
 
 def test_tiles_keep_to_words_of_zeros_and_to_nothing_else():
@@ -115,7 +116,7 @@ def test_columns_may_belong_to_groups_in_any_order(order, is_asymmetric):
         zero = torch.full_like(zero, 8)
     wanted = (codes - zero[:, columns]).float() * parts["scale"].float()[:, columns]
     one = packed_int(bits, group, zero=is_asymmetric, g_idx=True)
-    agree(one, {**parts, "g_idx": g_idx}, shape, wanted)
+    assert agree(one, {**parts, "g_idx": g_idx}, shape, wanted)
 
 
 def test_scales_may_be_of_any_floating_dtype():
@@ -123,20 +124,33 @@ def test_scales_may_be_of_any_floating_dtype():
     for code, dtype in {"F32": torch.float32, "F16": torch.float16}.items():
         scale = scales(9, 2, dtype=dtype)
         wanted = (codes - 8).float() * spread(scale.float(), 32, 64)
-        agree(packed_int(4, 32, scale=code), {"weight": packed(codes, 4), "scale": scale}, shape, wanted)
+        assert agree(
+            packed_int(4, 32, scale=code), {"weight": packed(codes, 4), "scale": scale}, shape, wanted
+        )
 
 
 # mlx_affine: code · scale + bias
 
 
-@shapes
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize(("code", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
-def test_affine_codes(bits, code, dtype, shape):
+def affine(bits, shape, code, dtype):
+    """Return the storage, the parts and the values of a weight of MLX: the product is rounded before the sum."""
     codes, groups = drawn(*shape, below=1 << bits), -(-shape[-1] // 32)
-    scale, bias = scales(*shape[:-1], groups, dtype=dtype), scales(*shape[:-1], groups, dtype=dtype, seed=5)
+    scale, bias = (scales(*shape[:-1], groups, dtype=dtype, seed=seed) for seed in (1, 5))
     product = codes.float() * spread(scale.float(), 32, shape[-1])
     parts = {"weight": packed(codes, bits).view(torch.uint32), "scale": scale, "bias": bias}
-    one = storage("mlx_affine", "U32", bits=bits, group=32, scale=code)
-    agree(one, parts, shape, product + spread(bias.float(), 32, shape[-1]))
-    assert all(tile.end - tile.start == 1 for tile in tiles_of(one, shape, shape[0], 1))
+    one = storage_of("mlx_affine", "U32", bits=bits, group=32, scale=code)
+    return one, parts, product + spread(bias.float(), 32, shape[-1])
+
+
+@shapes
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_affine_codes(bits, shape):
+    one, parts, wanted = affine(bits, shape, "BF16", torch.bfloat16)
+    assert CODECS["mlx_affine"].alignment(shape, shape[0], one) == (1, 1)
+    assert agree(one, parts, shape, wanted)
+
+
+@pytest.mark.parametrize(("code", "dtype"), [("F16", torch.float16), ("F32", torch.float32)])
+def test_affine_codes_with_scales_of_other_dtypes(code, dtype):
+    one, parts, wanted = affine(4, (9, 64), code, dtype)
+    assert agree(one, parts, (9, 64), wanted)
