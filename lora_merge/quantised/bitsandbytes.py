@@ -104,7 +104,7 @@ def _state(ref: TensorRef, around: Surroundings) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(around.read(ref))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -124,10 +124,11 @@ def _fault(kind: str, state: Mapping[str, Any]) -> str:
         return f"gives the blocksize {quoted(block)}, expected a number"
     if state.get("quant_type") != kind:
         return f"gives the quant_type {quoted(state.get('quant_type'))}, and its name says {kind}"
-    if state.get("nested_blocksize", 256) != 256 or not isinstance(
-        state.get("nested_offset", 0.0), int | float
-    ):
-        return f"gives the nested_blocksize {quoted(state.get('nested_blocksize'))}, expected 256, or no nested_offset"
+    if state.get("nested_blocksize", 256) != 256:
+        return f"gives the nested_blocksize {quoted(state['nested_blocksize'])}, expected 256"
+    offset = state.get("nested_offset", 0.0)
+    if not isinstance(offset, int | float) or not math.isfinite(offset):
+        return f"gives the nested_offset {quoted(offset)}, expected a number"
     return ""
 
 

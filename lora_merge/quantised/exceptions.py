@@ -22,6 +22,9 @@ Language = Literal["names", "targets", "wildcards"]
 _PLAIN = re.compile(r"[\w./-]*", re.ASCII)
 """An entry that can only be a name, although its dots could be any character."""
 
+_BEGINNING = re.compile(r"[\w./-]+\*", re.ASCII)
+"""A wildcard for all names that begin alike."""
+
 
 class Exceptions:
     """What a configuration leaves dense.
@@ -88,6 +91,8 @@ class Exceptions:
         return known
 
     def _expression(self, entry: str) -> str:
+        if self._language == "wildcards" and _BEGINNING.fullmatch(entry):
+            return entry.removesuffix("*")  # looked up, however many there are
         if self._language == "targets":
             return entry.removeprefix("re:")
         return (

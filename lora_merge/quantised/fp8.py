@@ -26,6 +26,7 @@ POWERS = ("F8_E8M0", "U8")
 _SUFFIXES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """Of the scale beside a ``weight``: of DeepSeek-V3, of vLLM, of DeepSeek-V4, of Mistral."""
 
+_PAIR = re.compile(r"([1-9]\d{0,8})x([1-9]\d{0,8})", re.ASCII)
 _STACKED = ("_scale_inv", "_scale")
 _ORPHANS_V4 = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$|_scale_inv$")
 _ORPHANS = re.compile(r"\.(weight_scale_inv|weight_scale|qscale_weight)$|_scale_inv$")
@@ -63,7 +64,16 @@ class Fp8:
 
 
 def block_size(value: object) -> tuple[int, int] | None:
-    """Return the rows and columns of a block; None where a setting is no such pair."""
+    """Return the rows and columns of a block; None where a setting is no such pair.
+
+    Example:
+        >>> block_size([128, 64]), block_size("128x64"), block_size(128)
+        ((128, 64), (128, 64), None)
+    """
+    # As compressed-tensors spelled it before it had lists.
+    text = _PAIR.fullmatch(value) if isinstance(value, str) else None
+    if text is not None:
+        return int(text[1]), int(text[2])
     if (
         isinstance(value, list | tuple)
         and len(value) == 2

@@ -92,7 +92,7 @@ def _stated(text: str) -> tuple[str, tuple[int, ...], frozenset[str]]:
     """Return the class and the block of a weight, and the names of its parts, as the header states them."""
     try:
         table: Any = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", (), frozenset()
     if not isinstance(table, dict):
         return "", (), frozenset()

@@ -369,11 +369,11 @@ def test_how_much_to_keep_has_to_be_said(base, cli, tmp_path):
 
 def test_a_quantised_model_is_refused(base, cli, tmp_path):
     shutil.copytree(base, tmp_path / "tuned")
-    edit_json(tmp_path / "tuned" / "config.json", quantization_config={"quant_method": "gptq"})
+    edit_json(tmp_path / "tuned" / "config.json", quantization_config={"quant_method": "hqq"})
 
     result = cli(
         "extract", "--base", base, "--tuned", tmp_path / "tuned", "--rank", 4, "--out", tmp_path / "out"
     )
 
     assert result.exit_code == exits.PLAN
-    assert "stored quantised (gptq)" in result.stderr
+    assert "stored quantised with HQQ" in result.stderr

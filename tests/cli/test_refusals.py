@@ -1493,8 +1493,14 @@ CASES = [
     # bases
     Case(
         "a base that says it is quantised",
-        ("the base is stored quantised (fp8)", "full-precision parent"),
+        ("quantization_config: the base is stored quantised with HQQ", "full-precision parent"),
         "unsupported",
+        base_config={"quantization_config": {"quant_method": "hqq"}},
+    ),
+    Case(
+        "a base that says it is quantised, and is not",
+        ("says that weights are stored quantised (fp8), and none is", "remove quantization_config"),
+        "quantised",
         base_config={"quantization_config": {"quant_method": "fp8"}},
     ),
     Case(
