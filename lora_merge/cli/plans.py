@@ -8,6 +8,8 @@ from lora_merge.cli.voice import add_row, screen, table
 from lora_merge.words import size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.core.report import Report, Summary
 
 _PHASES = {
@@ -69,6 +71,7 @@ def _plan_rows(report: Report) -> list[tuple[str, str]]:
         ("tensors replaced", f"{summary.n_replaced} ({size_text(summary.replaced_bytes)})"),
         ("tensors copied", f"{summary.n_copied} ({size_text(summary.copied_bytes)})"),
         ("tensors cast", f"{summary.n_cast} ({size_text(summary.cast_bytes)})"),
+        *_quantised_rows(summary.quantised),
         ("kind", _counts(summary.kinds)),
         ("rank", _counts(summary.ranks)),
         ("scale", _counts(summary.scales)),
@@ -78,6 +81,17 @@ def _plan_rows(report: Report) -> list[tuple[str, str]]:
         ("peak memory", f"about {size_text(summary.peak_bytes)}"),
         ("disk needed", size_text(summary.disk_needed_bytes)),
         ("disk free", size_text(summary.disk_free_bytes)),
+    ]
+
+
+def _quantised_rows(numbers: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return rows on weights that are quantised in the base; none where there are none."""
+    if not numbers:
+        return []
+    return [
+        ("quantised weights", f"{numbers['decoded']} decoded, {numbers['kept']} copied as they are stored"),
+        ("--out-storage dense", f"weights of {size_text(numbers['dense_bytes'])}"),
+        ("--out-storage mixed", f"weights of {size_text(numbers['mixed_bytes'])}"),
     ]
 
 

@@ -69,9 +69,7 @@ class Delta:
         return self.facts.shape_of(role, self.factors)
 
     def weight_shape(self) -> tuple[int, ...] | None:
-        """Return the weight's shape in the adapter's format (``[in, out]`` where `transposed`); None where nothing
-        tells it.
-        """
+        """Return the weight's shape in the adapter's format (``[in, out]`` where `transposed`); None if nothing tells it."""
         shape = self.facts.weight_shape(self.factors)
         return shape[::-1] if shape is not None and self.transposed else shape
 
@@ -112,8 +110,7 @@ class PlacedDelta:
     """The part of the tensor that it changes, and which way round the weight is stored there."""
 
     part: tuple[tuple[int, int], ...]
-    """The part of the adapter's own weight that is meant, a range per axis (``[out, in]``; of stacked factors
-    ``[expert, out, in]``); empty for all of it."""
+    """The part of the adapter's own weight that is meant, a range per axis (``[out, in]``, ``[expert, out, in]``); empty: all."""
 
     scale: float
     """As it is applied: `Delta.scale`, times the adapter's weight where the algebra is scaled and all is added in turn."""

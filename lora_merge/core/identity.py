@@ -50,8 +50,7 @@ class InputFile:
     """False where the kernel does not say which bytes those are: then they are the ones that it has in memory."""
 
     is_local: bool = True
-    """False for a filesystem that nothing is known about (on a network, or in a program): it may give a file another inode
-    when it is opened again."""
+    """False for a filesystem that nothing is known about: it may give a file another inode when it is opened again."""
 
     def may_be(self, now: FileIdentity) -> bool:
         """Return True where a file may still be this one: same size and time of modification, and the same inode.

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from heapq import nlargest
 from typing import Literal
 
@@ -171,6 +171,9 @@ class MergePlan:
     issues: tuple[Issue, ...]
     """Warnings and notes; a plan with errors is never made."""
 
+    quantised: Mapping[str, int] = field(default_factory=dict)
+    """As `Summary.quantised`."""
+
     def to_json(self) -> str:
         """Return the plan as JSON text, which `from_json` reads back."""
         return json.dumps(asdict(self))
@@ -228,6 +231,7 @@ class MergePlan:
             peak_bytes=peak_bytes,
             disk_needed_bytes=self.disk_bytes(),
             disk_free_bytes=disk_free_bytes,
+            quantised=self.quantised,
         )
 
 

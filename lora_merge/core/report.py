@@ -123,6 +123,8 @@ class Summary:
 
     disk_needed_bytes: int
     disk_free_bytes: int
+    quantised: Mapping[str, int] = field(default_factory=dict)
+    """Of weights that are quantised in the base: how many are decoded and kept; bytes of the weights for each out-storage."""
 
 
 @dataclass(frozen=True, slots=True)

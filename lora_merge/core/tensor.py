@@ -37,8 +37,7 @@ DTYPE_BITS: Mapping[str, int] = {
 """Width in bits of every safetensors dtype code (safetensors 0.8, ``Dtype``)."""
 
 MAX_NAME_CHARACTERS = 1000
-"""Of a tensor's name; those of models have about a hundred. The work on a name grows with the square of its length, since each
-of its parts is looked up with all that precedes it."""
+"""Of a tensor's name; those of models have about a hundred. The work on a name grows with the square of its length."""
 
 MAX_DIMENSIONS = 64
 """Of a tensor; as many as NumPy's may have."""
@@ -94,8 +93,7 @@ class TensorRef:
     shape: tuple[int, ...]
 
     file: str
-    """For a source, the text that names the file: a path, or what another storage calls it; for a slot, its name inside the
-    output directory."""
+    """For a source, the text that names the file: a path, or another storage's name; for a slot, its name in the output."""
 
     start: int
     """Offset of the first byte, in bytes from the start of the *file* (not of its data section)."""

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, WeightFile
+from lora_merge.core.report import Issue
+from lora_merge.core.weight import Weight
 from lora_merge.errors import CheckpointError
 from lora_merge.formats.model_config import read_config
 from lora_merge.formats.safetensors import read_header
 from lora_merge.formats.side_files import is_inside
+from lora_merge.formats.stored_weights import settings_files, weights_in
+from lora_merge.quantised import Found
+from lora_merge.quantised.tables import settings_of
 from lora_merge.storage.local import why_no_file
 from lora_merge.storage.small_files import read_json
 
@@ -48,9 +53,21 @@ class Output:
     outside: Mapping[str, str] = field(default_factory=dict)
     """Those of `files` that are links out of the directory → where they lead."""
 
+    quantised: Mapping[str, Weight] = field(default_factory=dict)
+    """Parameters that are stored quantised, by name."""
+
+    faults: tuple[Issue, ...] = ()
+    """What is wrong with how they are stored."""
+
     def tensors(self) -> dict[str, TensorRef]:
         """Return every tensor by its name. The references have full paths as `TensorRef.file`."""
         return {ref.name: ref for file in self.files.values() for ref in file.tensors}
+
+    def weights(self) -> dict[str, Weight]:
+        """Return every parameter by its name; a tensor that is no part of a quantised one counts as one."""
+        parts = {ref.name for weight in self.quantised.values() for ref in weight.parts.values()}
+        plain = {name: Weight.dense(ref) for name, ref in self.tensors().items() if name not in parts}
+        return {**plain, **self.quantised}
 
 
 def read_output(root: Path) -> Output:
@@ -74,9 +91,27 @@ def read_output(root: Path) -> Output:
     weights = {name for name in names if name.endswith(_WEIGHTS) and "/" not in name}
     # An index may name files elsewhere, or that are not there: only those that exist are read.
     weights |= {str(file) for file in weight_map(index).values()} & names
-    found = {name: attempt(name, read_header) for name in sorted(weights)}
-    files: dict[str, WeightFile] = {name: file for name, file in found.items() if file is not None}
-    return Output(str(root), names, config, index, files, broken, outside)
+    headers = {name: attempt(name, read_header) for name in sorted(weights)}
+    files: dict[str, WeightFile] = {name: file for name, file in headers.items() if file is not None}
+    try:
+        found = _quantised(root, config or {}, files)
+    except CheckpointError as exc:
+        broken[Path(exc.file).name] = str(exc)
+        found = Found({})
+    quantised = {name: weight for name, weight in found.weights.items() if weight.plain is None}
+    return Output(str(root), names, config, index, files, broken, outside, quantised, found.issues)
+
+
+def _quantised(root: Path, config: Mapping[str, Any], files: Mapping[str, WeightFile]) -> Found:
+    """Return the weights of a checkpoint that says of some that they are quantised; nothing of another.
+
+    Raises:
+        CheckpointError: a file of settings, or a small tensor, cannot be read.
+    """
+    if not settings_of(config, settings_files(root)):
+        return Found({})
+    # The names of the files are below the root, and the references have full paths already.
+    return weights_in(root, config, files.values())
 
 
 def weight_map(index: Mapping[str, Any] | None) -> dict[str, Any]:

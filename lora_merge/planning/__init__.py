@@ -80,6 +80,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
         config_patch=_config_patch(joined, storing, main, policy),
         index=index_text(files, base.index_metadata) if indexed else "",
         issues=(*issues, *storing.issues, *joined.issues_of_files),
+        quantised=storing.numbers,
     )
 
 

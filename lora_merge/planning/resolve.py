@@ -29,26 +29,23 @@ from lora_merge.errors import CheckpointError
 from lora_merge.formats.manifest import merged_before
 from lora_merge.formats.model_config import read_config
 from lora_merge.formats.recognise import broken_link, fault_of, names_in
-from lora_merge.formats.safetensors import blocks, differing_rows, is_zero, same_values
+from lora_merge.formats.safetensors import differing_rows, is_zero, same_values
 from lora_merge.formats.sentence_modules import MODULES_FILE, absent_modules, module_folders, whole_model
 from lora_merge.formats.side_files import MANIFEST_FILE, base_side_files, differs, other_weights
+from lora_merge.formats.stored_weights import weights_in
 from lora_merge.formats.weight_files import place_of, read_shards, reader_of
 from lora_merge.layouts import Stored
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.counts import excess_of
 from lora_merge.modeling.skeleton import build_skeleton
-from lora_merge.peft_rules.matcher import Matcher, MatcherError
-from lora_merge.peft_rules.patterns import LIMIT_SECONDS
-from lora_merge.quantised import SETTINGS_FILES, PatternError, Surroundings, identify
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.sources import is_stored
 from lora_merge.words import choice
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping
 
     from lora_merge.core.adapter import Adapter, StackedPair
-    from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Weight
 
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX_FILE)
@@ -97,7 +94,7 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
     side_files, notes = base_side_files(root)
     names = {file.name for file in files}
     # Which tensors make up a parameter; the rest is copied as it is.
-    found = identify((ref for file in files for ref in file.tensors), _surroundings(root, config, files))
+    found = weights_in(root, config, files)
     return Checkpoint(
         root=str(root),
         config=config,
@@ -112,47 +109,6 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
         issues=found.issues,
         merged=merged_before(read_json(root / MANIFEST_FILE)) if (root / MANIFEST_FILE).is_file() else (),
     )
-
-
-def settings_files(root: Path) -> dict[str, dict[str, Any]]:
-    """Return the small files beside ``config.json`` that say how weights are quantised: name → table.
-
-    Raises:
-        CheckpointError: one is there and cannot be read.
-    """
-    return {name: read_json(root / name) for name in SETTINGS_FILES if (root / name).is_file()}
-
-
-def _surroundings(root: Path, config: Mapping[str, Any], files: tuple[WeightFile, ...]) -> Surroundings:
-    """Return what says how the weights of a base are stored.
-
-    Raises:
-        CheckpointError: a file of settings cannot be read.
-    """
-    metadata = {key: value for file in files for key, value in file.metadata.items()}
-    return Surroundings(config, _bytes_of, settings_files(root), metadata, _matches)
-
-
-def _matches(expressions: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """Return for each name the places of the expressions that match it, within limits: they may be a stranger's.
-
-    Raises:
-        PatternError: an expression cannot be used, or not within the limits.
-    """
-    try:
-        found = Matcher(expressions, "match", LIMIT_SECONDS).find(names)
-    except MatcherError as exc:
-        raise PatternError(exc.at, str(exc)) from exc
-    return [[at for at, _ in hits] for hits in found]
-
-
-def _bytes_of(ref: TensorRef) -> bytes:
-    """Return all bytes of a small tensor.
-
-    Raises:
-        CheckpointError: the file ends too soon, or cannot be read.
-    """
-    return b"".join(map(bytes, blocks(ref)))
 
 
 def _check_counts(root: Path, config: Mapping[str, Any]) -> None:

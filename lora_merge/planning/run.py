@@ -15,6 +15,7 @@ from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Issue, Observer, Silence, warning
 from lora_merge.errors import PlanError, RequestError
 from lora_merge.formats.model_config import read_config
+from lora_merge.formats.stored_weights import settings_files
 from lora_merge.planning import (
     Joined,
     Policy,
@@ -44,7 +45,6 @@ from lora_merge.planning.resolve import (
     own_side_files,
     resolve_adapter,
     resolve_base,
-    settings_files,
     unchanged_parameters,
 )
 from lora_merge.quantised import refusals

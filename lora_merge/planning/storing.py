@@ -54,6 +54,9 @@ class Storing:
 
     issues: tuple[Issue, ...] = ()
 
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """Of weights that are quantised in the base, see `lora_merge.core.report.Summary.quantised`."""
+
 
 def storing_of(
     base: Checkpoint, outline: Outline, changes: Mapping[str, Change], main: str | None, policy: Policy
@@ -76,9 +79,15 @@ def storing_of(
     decoded = _decoded(quantised, touched, policy.out_storage)
     for name in quantised:
         storages[name] = Storage(DENSE, code) if name in decoded else outline.sources[name].storage
+    numbers = _numbers(outline, quantised, decoded, touched, code)
     issues.append(_said(outline, quantised, decoded, touched, code))
     storing = Storing(
-        storages, decoded, TORCH_NAMES[code], is_plain=decoded == quantised, issues=tuple(issues)
+        storages,
+        decoded,
+        TORCH_NAMES[code],
+        is_plain=decoded == quantised,
+        issues=tuple(issues),
+        numbers=numbers,
     )
     if storing.is_plain:
         return replace(
@@ -176,6 +185,22 @@ def _said(
     else:
         sentence = f"{len(decoded)} of {weights} are decoded to {dtype}, the others are copied as they are stored ({mixed}; {dense})"
     return note("storage", "", sentence)
+
+
+def _numbers(
+    outline: Outline,
+    quantised: frozenset[str],
+    decoded: frozenset[str],
+    touched: Collection[str],
+    dtype: str,
+) -> dict[str, int]:
+    """Return how many quantised weights are decoded and kept, and the bytes of all weights for each ``--out-storage``."""
+    return {
+        "decoded": len(decoded),
+        "kept": len(quantised) - len(decoded),
+        "dense_bytes": _nbytes(outline, quantised, dtype),
+        "mixed_bytes": _nbytes(outline, with_mates(touched, quantised), dtype),
+    }
 
 
 def _nbytes(outline: Outline, decoded: Collection[str], dtype: str) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from lora_merge.core.report import Issue
-    from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Weight
     from lora_merge.formats.written_checkpoint import Output
 
 
@@ -26,29 +26,27 @@ def embeddings(output: Output) -> Iterator[Issue]:
     """Yield an issue for each embedding whose rows are not ``vocab_size``, and for a tie that the tensors contradict."""
     # Bytes of packed codes have other numbers of rows than the embedding.
     matrices = [
-        ref
-        for ref in output.tensors().values()
-        if ref.name.endswith(".weight") and len(ref.shape) == 2 and ref.dtype != "U8"
+        one for one in output.weights().values() if one.name.endswith(".weight") and len(one.shape) == 2
     ]
-    inputs = [ref for ref in matrices if owner_name(ref.name) in INPUT_NAMES]
-    heads = [ref for ref in matrices if owner_name(ref.name) in OUTPUT_NAMES - {"decoder", "proj_out"}]
+    inputs = [one for one in matrices if owner_name(one.name) in INPUT_NAMES]
+    heads = [one for one in matrices if owner_name(one.name) in OUTPUT_NAMES - {"decoder", "proj_out"}]
     yield from _sizes(output.config or {}, [*inputs, *heads])
     yield from _ties(output.config or {}, inputs, heads)
 
 
-def _sizes(config: Mapping[str, object], refs: list[TensorRef]) -> Iterator[Issue]:
+def _sizes(config: Mapping[str, object], weights: list[Weight]) -> Iterator[Issue]:
     sizes = {
         level["vocab_size"] for _, level in config_levels(config) if isinstance(level.get("vocab_size"), int)
     }
-    for ref in refs:
-        if sizes and ref.shape[0] not in sizes:
+    for weight in weights:
+        if sizes and weight.shape[0] not in sizes:
             counted = " or ".join(map(str, sorted(map(int, sizes))))
-            sentence = f"has {ref.shape[0]} rows, expected {counted}, the vocab_size in config.json"
+            sentence = f"has {weight.shape[0]} rows, expected {counted}, the vocab_size in config.json"
             hint = "engines size the embedding by vocab_size: it has to be the number of rows"
-            yield error("vocabulary", ref.name, sentence, hint)
+            yield error("vocabulary", weight.name, sentence, hint)
 
 
-def _ties(config: Mapping[str, object], inputs: list[TensorRef], heads: list[TensorRef]) -> Iterator[Issue]:
+def _ties(config: Mapping[str, object], inputs: list[Weight], heads: list[Weight]) -> Iterator[Issue]:
     """Yield an issue where the configuration states a tie, and both ends are stored with different values.
 
     LMDeploy follows the flag and leaves the head out, as vLLM did for long; transformers looks at the tensors.
@@ -58,8 +56,8 @@ def _ties(config: Mapping[str, object], inputs: list[TensorRef], heads: list[Ten
         return
     (embedding,), (head,) = inputs, heads
     # Compared by digests: matrices of gigabytes are read once, in blocks.
-    if embedding.shape == head.shape and embedding.dtype == head.dtype:
-        if tensor_digest(embedding) == tensor_digest(head):
+    if embedding.shape == head.shape and embedding.storage == head.storage:
+        if _digests(embedding) == _digests(head):
             return
     elif embedding.shape != head.shape:
         return
@@ -68,3 +66,7 @@ def _ties(config: Mapping[str, object], inputs: list[TensorRef], heads: list[Ten
         yield warning("tied-apart", head.name, sentence, "transformers reads both; other engines may not")
     else:
         yield error("tied-apart", head.name, sentence, "set tie_word_embeddings to false, at every level")
+
+
+def _digests(weight: Weight) -> dict[str, str]:
+    return {role: tensor_digest(ref) for role, ref in weight.parts.items()}
