@@ -124,6 +124,11 @@ def _fault(kind: str, state: Mapping[str, Any]) -> str:
         return f"gives the blocksize {quoted(block)}, expected a number"
     if state.get("quant_type") != kind:
         return f"gives the quant_type {quoted(state.get('quant_type'))}, and its name says {kind}"
+    return _nested_fault(state)
+
+
+def _nested_fault(state: Mapping[str, Any]) -> str:
+    """Return what is wrong with what it says of double quantisation, where it says anything."""
     if state.get("nested_blocksize", 256) != 256:
         return f"gives the nested_blocksize {quoted(state['nested_blocksize'])}, expected 256"
     offset = state.get("nested_offset", 0.0)
