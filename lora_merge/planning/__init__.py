@@ -63,7 +63,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
     slots = slots_of(outline, joined.shapes, storing.storages)
     shard_size = policy.max_shard_size or (DENSE_SHARD if storing.is_plain else None)
     max_shard_bytes = None if shard_size is None else parse_size(shard_size)
-    files = place_all(outline, slots, max_shard_bytes)
+    files = place_all(outline, slots, storing.decoded, max_shard_bytes)
     parts = [part for part in outline.parts if part in slots]
     steps = joined.steps_into(files, parts, storing.storages, policy)
     # Scales are known only now: those of several adapters' weights are in the steps.

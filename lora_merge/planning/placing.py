@@ -10,9 +10,10 @@ from lora_merge.codecs import ENCODERS
 from lora_merge.core.checkpoint import Checkpoint, config_levels
 from lora_merge.core.shards import OutputFile, place, split
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, TensorRef, nbytes_of
+from lora_merge.quantised import plain_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from lora_merge.core.weight import Storage, Weight
     from lora_merge.planning.outline import Outline
@@ -64,18 +65,29 @@ def main_dtype(base: Checkpoint) -> str | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def place_all(outline: Outline, slots: Slots, max_shard_bytes: int | None) -> tuple[OutputFile, ...]:
-    """Return the output's weight files: the base's own, or new shards of ``max_shard_bytes`` at most."""
+def place_all(
+    outline: Outline, slots: Slots, decoded: Collection[str], max_shard_bytes: int | None
+) -> tuple[OutputFile, ...]:
+    """Return the output's weight files: the base's own, or new shards of ``max_shard_bytes`` at most.
+
+    Args:
+        outline: the output's parameters and their sources.
+        slots: its tensors.
+        decoded: parameters that are stored quantised in the base, and dense in the output.
+        max_shard_bytes: of tensors in a file; None for the base's own files.
+    """
+    parts = {file.name: [part for part in file.parts if part in slots] for file in outline.files}
     if max_shard_bytes is None:
-        parts = {file.name: [part for part in file.parts if part in slots] for file in outline.files}
         return tuple(
-            place(file.name, [slots[part] for part in parts[file.name]], file.metadata)
+            place(
+                file.name, [slots[part] for part in parts[file.name]], plain_metadata(file.metadata, decoded)
+            )
             for file in outline.files
             if parts[file.name]
         )
     # New shards have no counterpart in the base, so all get the metadata of its first file.
-    metadata = outline.files[0].metadata
-    shards = split([slots[part] for part in outline.parts if part in slots], max_shard_bytes)
+    metadata = plain_metadata(outline.files[0].metadata, decoded)
+    shards = split([slots[part] for found in parts.values() for part in found], max_shard_bytes)
     return tuple(place(name, shard, metadata) for name, shard in shards)
 
 

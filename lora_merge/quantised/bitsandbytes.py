@@ -122,9 +122,9 @@ def _fault(kind: str, state: Mapping[str, Any]) -> str:
         return f"gives the shape {quoted(shape)}, expected a list of sizes"
     if not _is_size(block):
         return f"gives the blocksize {quoted(block)}, expected a number"
-    if state.get("quant_type") != kind:
-        return f"gives the quant_type {quoted(state.get('quant_type'))}, and its name says {kind}"
-    return _nested_fault(state)
+    named = state.get("quant_type")
+    differs = f"gives the quant_type {quoted(named)}, and its name says {kind}" if named != kind else ""
+    return differs or _nested_fault(state)
 
 
 def _nested_fault(state: Mapping[str, Any]) -> str:
