@@ -13,7 +13,9 @@ import pytest
 
 import lora_merge
 from lora_merge.checks.gate import RULES
+from lora_merge.core.weight import WEIGHT, Storage, Weight
 from lora_merge.formats.written_checkpoint import read_output
+from lora_merge.quantised import METHODS, Found
 from tests.parity import family_building
 from tests.parity.families import FAMILIES
 from tests.tampering import edit_json, edit_tensors
@@ -236,3 +238,38 @@ def test_the_gate_asks_for_every_parameter_only_where_transformers_is_loaded(out
     assert "missing-parameter" in {issue.code for issue in gate(read_output(out))}
     monkeypatch.delitem(sys.modules, "transformers")
     assert gate(read_output(out)) == [issue for issue in gate(read_output(out)) if issue.severity == "note"]
+
+
+# Quantised weights.
+
+
+def as_bytes(root: Path) -> None:
+    """Store a weight as floats of eight bits and a scale."""
+    import torch
+
+    def change(table):
+        scale = {f"{LAST}_scale": torch.ones(1)}
+        table.update({LAST: table[LAST].to(torch.float8_e4m3fn), **scale})
+
+    edit_tensors(holder(root, LAST), change)
+
+
+class Bytes:
+    """A method that knows such weights."""
+
+    def identify(self, tensors, around):
+        parts = {WEIGHT: tensors[LAST], "scale": tensors[f"{LAST}_scale"]}
+        return Found({LAST: Weight(LAST, tensors[LAST].shape, Storage("scaled", "F8_E4M3"), parts)})
+
+
+def test_a_quantised_weight_fills_its_parameter(out, monkeypatch):
+    as_bytes(out)
+    monkeypatch.setitem(METHODS, "bytes", Bytes())
+    assert list(RULES["complete"](read_output(out))) == []
+
+
+def test_parameters_are_not_counted_where_a_storage_is_not_known(out, monkeypatch):
+    as_bytes(out)
+    monkeypatch.setattr("lora_merge.quantised.METHODS", {})
+    issues = list(RULES["complete"](read_output(out)))
+    assert [(issue.severity, issue.code) for issue in issues] == [("note", "not-identified")]

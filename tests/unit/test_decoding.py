@@ -15,12 +15,16 @@ import torch
 from lora_merge.checks import CHECKS, Evidence, reading
 from lora_merge.checks.choosing import chosen_rows
 from lora_merge.checks.decoding import DECODERS
+from lora_merge.checks.formulas import Site, changed
 from lora_merge.checks.reading import Reader
+from lora_merge.checks.rounding import rounded
+from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import ConfigPatch
 from lora_merge.core.plan import Merge, MergePlan, Step
 from lora_merge.core.tensor import TensorRef
 from lora_merge.core.view import View
 from lora_merge.core.weight import WEIGHT, Storage, Weight
+from lora_merge.deltas import LowRankFacts
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 FLOAT32 = 2.0**-24
@@ -556,6 +560,24 @@ def test_float32_is_within_the_slack_where_a_sum_cancels(weight_of):
     assert (error.abs() > 2 * FLOAT32 * values.abs()).any()
 
 
+def test_the_slack_is_part_of_what_a_merged_value_may_be_off(weight_of):
+    rows = 64
+    content = drawn(1, rows * 32)
+    scales = torch.rand(rows, generator=torch.Generator().manual_seed(2))
+    parts = {WEIGHT: ("I8", (rows, 32), content), "scale": ("F32", (rows,), scales.numpy().tobytes())}
+    weight = weight_of("llm_int8", (rows, 32), parts)
+    codes = torch.tensor([BYTES["I8"][code] for code in content], dtype=torch.float32).view(rows, 32)
+    # As the library has it: two products, each rounded.
+    single = (codes * scales[:, None] * torch.tensor(1 / 127, dtype=torch.float32)).double()
+    op = Merge(weight, Storage("dense", "F32"), (), View.of((rows, 32)))
+    with contextlib.ExitStack() as stack:
+        exact, off = changed(Site(Reader(stack), op, range(rows), "F32"), ())
+    assert ((exact - single).abs() <= off).all()
+    # Without it the check would find fault with some.
+    assert not torch.equal(rounded(exact, "F32"), single)
+    assert torch.equal(off, 2 * (FLOAT32 * exact.abs() + 2.0**-146))
+
+
 def test_a_plain_tensor_has_no_slack(weight_of):
     values, off = decoded(weight_of("dense", (2, 3), {WEIGHT: ("F32", (2, 3), bytes(24))}), [0, 1], 2)
     assert off.shape == values.shape
@@ -573,7 +595,7 @@ def plan_of(step):
 def written(weight_of, tmp_path):
     """Return a function (shape, dtype, change of the values) → the evidence of a weight that was decoded, and not merged."""
 
-    def make(shape, dtype="BF16", change=None):
+    def make(shape, dtype="BF16", change=None, added=None, deltas=()):
         rows, wide = math.prod(shape[:-1]), shape[-1]
         codes = bytes(random.Random(1).randrange(0, 0x7E) for _ in range(rows * wide))
         scales, raw = floats(2, "F32", rows)
@@ -582,7 +604,8 @@ def written(weight_of, tmp_path):
             "scaled", shape, parts, codes="F8_E4M3", block_rows=1, block_columns=0, scale="F32"
         )
         values = torch.tensor([E4M3[code] for code in codes]).view(rows, wide)
-        values = (values * torch.tensor(scales, dtype=torch.float32)[:, None]).to(TYPES[dtype])
+        values *= torch.tensor(scales, dtype=torch.float32)[:, None]
+        values = (values if added is None else values + added).to(TYPES[dtype])
         if change:
             change(values)
         out = tmp_path / "out"
@@ -590,7 +613,7 @@ def written(weight_of, tmp_path):
         content = values.contiguous().view(torch.uint8).numpy().tobytes()
         (slot,) = safetensors(out / "model.safetensors", {"w": (dtype, shape, content)}).values()
         slot = replace(slot, file="model.safetensors")
-        op = Merge(weight, Storage("dense", dtype), (), View.of(shape))
+        op = Merge(weight, Storage("dense", dtype), deltas, View.of(shape))
         return Evidence(plan_of(Step("w", {WEIGHT: slot}, op)), out, (), "sample")
 
     return make
@@ -612,6 +635,25 @@ def test_a_value_that_is_off_by_two_steps_is_found(shape, dtype, written):
     assert issue.code == "wrong-value"
     row = math.prod(shape[:-1]) - 3
     assert issue.sentence.startswith(f"row {row}, column 5 is ")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("is_wrong", [False, True], ids=["right", "wrong"])
+def test_a_change_of_a_decoded_weight_is_recomputed(dtype, is_wrong, written, tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    a, b = torch.randn(4, 24, generator=generator), torch.randn(40, 4, generator=generator)
+    factors = safetensors(
+        tmp_path / "adapter.safetensors",
+        {name: ("F32", list(one.shape), one.numpy().tobytes()) for name, one in (("A", a), ("B", b))},
+    )
+    delta = Delta("w", LowRankFacts(), factors, 0.5).placed("w")
+
+    def change(values):
+        values.view(torch.int32 if dtype == "F32" else torch.int16)[7, 3] += 1 << 5
+
+    evidence = written((40, 24), dtype, change if is_wrong else None, 0.5 * (b @ a), (delta,))
+    found = [(issue.code, issue.sentence[:17]) for issue in CHECKS["recompute"](evidence)]
+    assert found == ([("wrong-value", "row 7, column 3 i")] if is_wrong else [])
 
 
 def test_a_stack_that_is_only_decoded_is_looked_at_row_by_row(written):

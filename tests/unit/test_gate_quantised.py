@@ -249,6 +249,14 @@ def test_a_dense_weight_beside_parts_is_found(storage, found):
     assert ("dense-and-quantised", plain) in found(clean, config_of(storage))
 
 
+@pytest.mark.parametrize(
+    "part", ["qzeros", "g_idx", "weight_shape", "SCB", "weight.quant_map", "scales", "input_scale"]
+)
+def test_a_part_that_was_left_in_a_dense_model_is_found(part, found):
+    tensors = {**HEAD, **dense(FIRST), f"{FIRST}.{part}": ("F32", (4,))}
+    assert found(tensors, {}) == [("dense-and-quantised", f"{FIRST}.weight")]
+
+
 def scales_of(storage):
     return next(
         name

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 FLOAT32 = 2.0**-24
 """Unit roundoff of float32."""
 
-_UNDERFLOW = 2.0**-149
-"""Smallest subnormal of float32: the error of a product next to zero, however small it is."""
+UNDERFLOW = 2.0**-146
+"""Eight times the smallest subnormal of float32, which a product next to zero may be off by; a factor of six may follow."""
 
 
 class StoredRows(Protocol):
@@ -72,7 +72,7 @@ class Decoder:
 
 def products(n: int) -> Callable[[StoredRows, torch.Tensor], torch.Tensor]:
     """Return the error of ``n`` float32 products in a row: each is off by 2⁻²⁴ of itself at most, plus underflow."""
-    return lambda _, values: n * (FLOAT32 * values.abs() + _UNDERFLOW)
+    return lambda _, values: n * (FLOAT32 * values.abs() + UNDERFLOW)
 
 
 def setting(stored: StoredRows, name: str) -> int:

@@ -62,10 +62,15 @@ class Module:
         return self.codes is not None or self.scales is not None
 
     @property
+    def parts(self) -> list[TensorRef]:
+        """Everything that belongs to a quantised weight."""
+        return [ref for ref in (self.codes, self.scales, self.shared, *self.others) if ref is not None]
+
+    @property
     def is_whole(self) -> bool:
         """True where it is stored in one way, with all that this takes."""
         if self.dense is not None:
-            return not self.is_quantised
+            return not self.parts
         return self.codes is not None and self.scales is not None
 
 

@@ -41,7 +41,7 @@ _MOST_NAMED = 3
 def quantised(output: Output) -> Iterator[Issue]:
     """Yield an issue for each weight whose parts do not fit together, and for modules that disagree with their mates."""
     modules = grouped(output.tensors())
-    if not any(module.is_quantised for module in modules.values()):
+    if not any(module.parts for module in modules.values()):
         return
     scheme = Scheme.of(output)
     for module in modules.values():
@@ -64,9 +64,8 @@ def quantised(output: Output) -> Iterator[Issue]:
 def _fit(module: Module, scheme: Scheme) -> Iterator[Issue]:
     """Yield an issue for parts that are missing, that are too many, or whose shapes do not fit."""
     codes, scales, dense = module.codes, module.scales, module.dense
-    leftover = [ref for ref in (codes, scales, module.shared, *module.others) if ref is not None]
-    if dense is not None and leftover:
-        named = listing([ref.name for ref in leftover], _MOST_NAMED)
+    if dense is not None and module.parts:
+        named = listing([ref.name for ref in module.parts], _MOST_NAMED)
         sentence = f"is stored in full precision, and beside it are parts of a quantised weight: {named}"
         hint = "engines differ in which they read: remove those of one storage"
         yield error("dense-and-quantised", dense.name, sentence, hint)
@@ -102,7 +101,7 @@ def _left_dense(modules: Mapping[str, Module], scheme: Scheme) -> Iterator[Issue
     for found in alike.values():
         example = next((one for one in found if one.codes is not None and one.scales is not None), None)
         for module in found if example is not None else ():
-            if module.dense is not None and not module.is_quantised and not scheme.excepts(module.name):
+            if module.dense is not None and module.is_whole and not scheme.excepts(module.name):
                 assert example is not None
                 sentence = f"is in full precision, and {example.name} is quantised; no setting excepts it"
                 hint = (
