@@ -20,7 +20,7 @@ from tree import tree
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
-from lora_merge.peft_rules.kinds import NOT_IN_WEIGHTS, RETIRED_FIELDS, UNMERGEABLE_FIELDS
+from lora_merge.peft_rules.kinds import NOT_IN_WEIGHTS, REQUANTISED_FIELDS, RETIRED_FIELDS, UNMERGEABLE_FIELDS
 from lora_merge.serving import ENGINES
 from lora_merge.serving.traits import TRAITS
 
@@ -287,7 +287,8 @@ def _refused() -> Iterator[tuple[str, str]]:
     """Yield what has no merged form and why; types with one reason together."""
     for why in dict.fromkeys(NOT_IN_WEIGHTS.values()):
         yield _quoted(NOT_IN_WEIGHTS, why), f"{why}, which no weight can hold"
-    fields = {**UNMERGEABLE_FIELDS, **RETIRED_FIELDS}
+    requantised = {name: why for name, (why, _) in REQUANTISED_FIELDS.items()}
+    fields = {**UNMERGEABLE_FIELDS, **RETIRED_FIELDS, **requantised}
     for why in dict.fromkeys(fields.values()):
         yield _quoted(fields, why), why
 

@@ -26,6 +26,7 @@ from lora_merge.merging.changes import change_of, norms_of
 from lora_merge.peft_rules.loose_ends import without_base
 from lora_merge.planning import Reading, check_fit
 from lora_merge.planning.locate import check_ignored, find, locate_adapter
+from lora_merge.planning.other_storage import storage_doubts
 from lora_merge.planning.resolve import resolve_adapter
 from lora_merge.planning.run import InputTexts, check_strict, join_inputs
 from lora_merge.quantised import describe
@@ -138,8 +139,9 @@ def _held_against_base(
     except PlanError as exc:
         return adapter, None, exc.issues
     joined = found.joined
+    issues = (*found.issues, *storage_doubts(found.base, found.adapters, joined))
     adapter = joined.uses[0].adapter
-    return adapter, _Measuring(adapter, joined, watch).run(), found.issues
+    return adapter, _Measuring(adapter, joined, watch).run(), issues
 
 
 @dataclass(frozen=True, slots=True)

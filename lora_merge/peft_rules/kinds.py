@@ -127,7 +127,19 @@ RETIRED_FIELDS: Mapping[str, str] = {
 }
 """Fields of a kind of adapter that PEFT dropped, and why (``peft.tuners.lora.MergedLinear``, PEFT 0.2.0)."""
 
-KNOWN_FIELDS = IGNORED_FIELDS | READ_FIELDS | UNMERGEABLE_FIELDS.keys() | RETIRED_FIELDS.keys()
+REQUANTISED_FIELDS: Mapping[str, tuple[str, str]] = {
+    "nvfp4_merge_aware": (
+        "Axolotl trained it for weights that are rounded to NVFP4 after the merge: without that, it may be worse than no adapter",
+        "merge it with axolotl merge-lora, which writes a plain NVFP4 checkpoint",
+    ),
+}
+"""Fields of adapters whose trainer quantises again after its own merge → why, and what to do. Axolotl 0.18 trains
+Q(decode(W) + s · B A) with new scales, and refuses a BF16 merge itself (``docs/nvfp4_lora.qmd``, axolotl#3822).
+"""
+
+_REFUSED_FIELDS = UNMERGEABLE_FIELDS.keys() | RETIRED_FIELDS.keys() | REQUANTISED_FIELDS.keys()
+
+KNOWN_FIELDS = IGNORED_FIELDS | READ_FIELDS | _REFUSED_FIELDS
 """Every field that a LoRA, AdaLoRA or TRAINABLE_TOKENS configuration may have."""
 
 PEFT_0_14_FIELDS = frozenset(
@@ -286,6 +298,8 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
         for field, why in RETIRED_FIELDS.items()
         if config.get(field)
     ]
+    requantised = [(field, *said) for field, said in REQUANTISED_FIELDS.items() if config.get(field)]
+    issues += [error("unsupported", *one) for one in requantised]
     init = config.get("init_lora_weights", True)
     # An unknown init may have changed the base before training, as PiSSA does.
     if kind == "LORA" and init not in PLAIN_INITS and mutating_init(config) is None:

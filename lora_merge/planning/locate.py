@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_merge.adapters import FORMATS
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
@@ -13,7 +13,6 @@ from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.errors import RequestError, ResolveError, UnsupportedError
 from lora_merge.formats.repo_files import (
     EXTRA_FOLDER,
-    TRAINING_ARGUMENTS,
     adapter_copies,
     adapter_small,
     adapter_weights,
@@ -22,19 +21,18 @@ from lora_merge.formats.repo_files import (
 )
 from lora_merge.formats.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.formats.trainer_files import chosen, described, file_names, unread_files
+from lora_merge.planning.base_names import named_bases
 from lora_merge.storage.hub import Access, Repo, open_repo
 from lora_merge.storage.paths import file_hint, missing_hint
-from lora_merge.storage.same_model import cached_repo, same_model
-from lora_merge.storage.small_files import read_json, read_text
 from lora_merge.storage.source import Source, parse_source, unread_kind
 from lora_merge.storage.user_paths import is_directory, real_path, user_path
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lora_merge.core.report import Observer
-    from lora_merge.storage.source import Host, Origin
+    from lora_merge.storage.source import Origin
 
 Found = Path | Source
 
@@ -216,7 +214,7 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
     Raises:
         ResolveError: it names none, or only a path that is not here.
     """
-    named = _named_bases(adapter)
+    named = named_bases(adapter)
     if not named:
         raise ResolveError(f"{adapter.text}: names no base model", hint="say which with --base DIRECTORY")
     # A local directory wins over a repo, as for a name that the user gives.
@@ -233,152 +231,6 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
     return source, str(source)
 
 
-def moved_base(base: Place, adapters: Sequence[Place]) -> tuple[Issue, ...]:
-    """Return a warning for each adapter that names another revision of the base's own repo."""
-    known = _revision_of(base)
-    if known is None:
-        return ()
-    repo, folder, wanted, others = known
-    issues = []
-    for adapter in adapters:
-        for _, named in _named_bases(adapter):
-            if named is None or named.revision is None or named.repo != repo:
-                continue
-            if named.revision not in {wanted, *others}:
-                sentence = (
-                    f"revision {wanted} is what the adapter is merged into, and "
-                    f"{adapter.text} names revision {named.revision}: the base may have moved since"
-                )
-                hint = f"--base {replace(named, folder=folder)} is what it names"
-                issues.append(warning("base-moved", base.text, sentence, hint))
-            break
-    return tuple(issues)
-
-
-def _revision_of(base: Place) -> tuple[str, str, str, frozenset[str]] | None:
-    """Return repo, folder and revision of a base, and other names of the revision; None where that is not known."""
-    origin = base.origin
-    if origin is not None:
-        return origin.source.repo, origin.source.folder, origin.source.wanted, frozenset({origin.commit})
-    cached = cached_repo(str(base.root))
-    if cached is None or not cached[1]:
-        return None
-    # A directory in the Hub's cache has its commit in its path, and files with the commits of branches and tags
-    # beside it.
-    repo, commit = cached
-    references = next(path for path in base.root.parents if path.name == "snapshots").with_name("refs")
-    names = {
-        path.relative_to(references).as_posix()
-        for path in (references.rglob("*") if references.is_dir() else ())
-        if path.is_file() and read_text(path).strip() == commit
-    }
-    return repo, "", commit, frozenset(names)
-
-
-def other_base(
-    base: Place, adapters: Sequence[Place], configs: Sequence[Mapping[str, Any]]
-) -> tuple[Issue, ...]:
-    """Return a warning for each adapter that names another model than the base, as far as names tell.
-
-    Args:
-        base: what is merged into.
-        adapters: what is merged.
-        configs: of the adapters, as they were read.
-    """
-    known = _names_of(base)
-    issues = []
-    for adapter, config in zip(adapters, configs, strict=True):
-        named = [name for name, _ in _named_bases(adapter)]
-        own = config.get("base_model_name_or_path")
-        named += [own] if isinstance(own, str) and own and own not in named else []
-        pairs = [(name, how, ours, _is_same(name, ours, base.root)) for name in named for ours, how in known]
-        # One name that fits is enough: a base may be known by several.
-        if any(same for *_, same in pairs):
-            continue
-        name, how, ours, _ = next((pair for pair in pairs if pair[3] is False), (None, "", "", None))
-        if name is not None:
-            shown = "configurations" if _is_of_another_family(_folder(name), base.root) else "names"
-            why = f"by their {shown} these are two models"
-            called = f"called {base.root.name}" if ours == str(base.root) else f"{ours}{how}"
-            sentence = f"is {called}, and the adapter {adapter.text} was trained on {name}: {why}"
-            hint = f"merge into what it was trained on: --base {name}; if the two are one model, all is well"
-            issues.append(warning("other-base", base.text, sentence, hint))
-    return tuple(issues)
-
-
-def _names_of(base: Place) -> list[tuple[str, str]]:
-    """Return ``(name, where it is said)`` for each name that a base has."""
-    # A repo's own name is the truth; all others are hints.
-    if base.origin is not None:
-        return [(base.origin.source.repo, "")]
-    cached = cached_repo(str(base.root))
-    if cached is not None:
-        return [(cached[0], ", by its place in the cache")]
-    said = _json(base.root / CONFIG_FILE).get("_name_or_path")
-    made_of = _json(base.root / MANIFEST_FILE).get("base")
-    merged = made_of.get("id") or made_of.get("path") if isinstance(made_of, dict) else None
-    names = [(said, ", by its config.json"), (merged, ", by its merge_manifest.json"), (str(base.root), "")]
-    return [(name, how) for name, how in names if isinstance(name, str) and name]
-
-
-def _is_same(named: str, ours: str, root: Path) -> bool | None:
-    """Return True where a name is the base's or leads to it, False for another model's, None where it does not tell."""
-    folder = _folder(named)
-    if folder == root:
-        return True
-    return False if _is_of_another_family(folder, root) else same_model(named, ours)
-
-
-def _is_of_another_family(folder: Path | None, root: Path) -> bool:
-    """Return True where the configurations of two folders name two families; False where one names none."""
-    families = {_family(folder) if folder is not None else None, _family(root)}
-    return None not in families and len(families) == 2
-
-
-def _folder(name: str) -> Path | None:
-    """Return the model's folder that a name leads to on this machine; None where it leads to none."""
-    try:
-        folder = real_path(user_path(name))
-        return folder if (folder / CONFIG_FILE).is_file() else None
-    except (ResolveError, OSError):
-        return None
-
-
-def _family(root: Path) -> str | None:
-    """Return the ``model_type`` in a folder's ``config.json``; None where it has none."""
-    family = _json(root / CONFIG_FILE).get("model_type")
-    return family if isinstance(family, str) else None
-
-
-def _named_bases(adapter: Place) -> list[tuple[str, Source | None]]:
-    """Return the names of the base in an adapter's files, the best first, and the repo that each means on a hub."""
-    config, arguments = (_json(adapter.root / name) for name in (ADAPTER_CONFIG, TRAINING_ARGUMENTS))
-    # ms-swift leaves a path of the machine that it ran on in PEFT's file, and the repo in its own.
-    model, own = arguments.get("model"), config.get("base_model_name_or_path") or config.get("model")
-    host: Host = adapter.origin.source.host if adapter.origin else "hf"
-    # ms-swift's own word on the hub that it took the model from; without it, the adapter's hub.
-    trained_on: Host = host if "use_hf" not in arguments else ("hf" if arguments["use_hf"] else "ms")
-    model_revision = arguments.get("model_revision")
-    revision = config.get("revision") or (model_revision if own == model else None)
-    candidates = [(own, revision, trained_on if own == model else host), (model, model_revision, trained_on)]
-    return [
-        (name, _source(name, revision, host))
-        for name, revision, host in candidates
-        if isinstance(name, str) and name
-    ]
-
-
-def _source(name: str, revision: object, host: Host) -> Source | None:
-    """Return the repo that an adapter names; None for what can only be a path."""
-    # A repo is ``owner/name``.
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return None
-    source = parse_source(f"{host}://{name}")
-    if source is None:
-        return None
-    return replace(source, revision=str(revision) if revision else source.revision, explicit=False)
-
-
 def _refuse_unread(source: Source) -> None:
     unread = unread_kind(source.repo)
     if unread is not None:
@@ -393,7 +245,3 @@ def _absent_issues(label: str, absent: frozenset[str]) -> tuple[Issue, ...]:
         return ()
     sentence = f"lacks {listing(sorted(absent))} in the local cache, and so will the output"
     return (warning("cache-incomplete", label, sentence, "run once without --offline"),)
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    return read_json(path) if path.is_file() else {}

@@ -25,6 +25,7 @@ from lora_merge.planning import (
     raise_errors,
     touches_embeddings,
 )
+from lora_merge.planning.base_names import moved_base, other_base
 from lora_merge.planning.explanation import Match, matches_of, nearest
 from lora_merge.planning.locate import (
     Place,
@@ -34,9 +35,8 @@ from lora_merge.planning.locate import (
     locate_adapter,
     locate_base,
     locate_named_base,
-    moved_base,
-    other_base,
 )
+from lora_merge.planning.other_storage import storage_doubts
 from lora_merge.planning.resolve import (
     differing_copies,
     displaced_side_files,
@@ -154,7 +154,8 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     found = join_inputs(texts, _settings(Reading, request), watch)
     policy = _settings(Policy, request)
     plan = make_plan(found.joined, policy)
-    issues = (*found.located, *_unused(policy), *found.doubts, *plan.issues)
+    doubts = (*found.doubts, *storage_doubts(found.base, found.adapters, found.joined))
+    issues = (*found.located, *_unused(policy), *doubts, *plan.issues)
     plan = replace(plan, issues=issues)
     return Planned(request, plan, found.joined, found.base, found.adapters, found.inputs)
 

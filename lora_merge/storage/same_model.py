@@ -59,19 +59,15 @@ _FOLDERS = _TELLS_NOTHING | {
 }
 """First parts of paths such as ``models/llama``, which is not a repo of an owner."""
 
-_STORAGES = frozenset(
+_QUANTISED = frozenset(
     {
-        "hf",
         "bnb",
-        "unsloth",
-        "mlx",
         "4bit",
         "8bit",
         "6bit",
         "5bit",
         "3bit",
         "2bit",
-        "bit",
         "awq",
         "gptq",
         "gguf",
@@ -80,27 +76,36 @@ _STORAGES = frozenset(
         "int8",
         "fp4",
         "fp8",
-        "fp16",
-        "fp32",
-        "bf16",
-        "float16",
-        "float32",
-        "bfloat16",
         "nf4",
         "nvfp4",
         "mxfp4",
+        "mxfp8",
         "w4a16",
         "w8a8",
         "w8a16",
-        "g128",
-        "dynamic",
         "quantized",
-        "dequantized",
-        "safetensors",
-        "sharded",
         "marlin",
     }
 )
+"""Words that say that a copy is stored quantised."""
+
+_STORAGES = _QUANTISED | {
+    "hf",
+    "unsloth",
+    "mlx",
+    "bit",
+    "fp16",
+    "fp32",
+    "bf16",
+    "float16",
+    "float32",
+    "bfloat16",
+    "g128",
+    "dynamic",
+    "dequantized",
+    "safetensors",
+    "sharded",
+}
 """Words that say how a copy is stored, not which model it is."""
 
 _SIZE = re.compile(r"\d+(x\d+)?[bm]")
@@ -126,6 +131,33 @@ def same_model(one: str, other: str) -> bool | None:
     if longer[: len(shorter)] == shorter and rest[0] == "v" and all(word.isdecimal() for word in rest[1:]):
         return None  # one of the two leaves the version out
     return False if _tells(one) and _tells(other) else None
+
+
+def same_copy(one: str, other: str) -> bool:
+    """Return True when two names mean the same copy of a model, stored in the same way.
+
+    Example:
+        >>> same_copy("Qwen/Qwen3-8B-AWQ", "/models/Qwen3-8B-AWQ"), same_copy("Qwen/Qwen3-8B-AWQ", "acme/Qwen3-8B-AWQ")
+        (True, False)
+        >>> same_copy("Qwen/Qwen3-8B-AWQ", "/models/Qwen3-8B"), same_copy("./base", "/models/base")
+        (False, False)
+    """
+    # Each owner of a repo may have quantised the model anew.
+    repos = [found[0] if (found := cached_repo(name)) else name for name in (one, other)]
+    if all(map(is_repo, repos)) and repos[0].lower() != repos[1].lower():
+        return False
+    mine, yours = _last(one), _last(other)
+    return bool(mine) and mine == yours
+
+
+def quantised_words(name: str) -> tuple[str, ...]:
+    """Return the words of a model's name that say how it is quantised.
+
+    Example:
+        >>> quantised_words("unsloth/Qwen3-8B-unsloth-bnb-4bit"), quantised_words("Qwen/Qwen3-8B")
+        (('bnb', '4bit'), ())
+    """
+    return tuple(word for word in re.split(r"[-_. ]+", _last(name)) if word in _QUANTISED)
 
 
 def cached_repo(path: str) -> tuple[str, str] | None:
