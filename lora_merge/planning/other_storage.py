@@ -215,8 +215,11 @@ class _Trained:
     def _folders(self) -> Iterable[Path]:
         """Yield the folders on this machine that the adapter's names lead to, in the cache of a hub too."""
         yield from (folder for name in self.names if (folder := folder_of(name)) is not None)
+        is_quantised = bool(self.joined.base.quantisation)
         for name, source in named_bases(self.adapter):
-            if source is not None and folder_of(name) is None:
+            # The hub's package takes long to import, so its cache is asked only where that can matter.
+            can_differ = is_quantised or quantised_words(name) or is_this_model(name, self.base)
+            if source is not None and can_differ and folder_of(name) is None:
                 try:
                     yield locate_base(source, name, Access(offline=True), Silence()).whole()
                 except (LoraMergeError, OSError):
