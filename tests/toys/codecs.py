@@ -1,4 +1,5 @@
-"""Two storages of nobody, each of two parts: int8 with one scale for each row, and int8 with one for the whole tensor.
+"""Three storages of nobody, each of two parts: int8 with one scale for each row, int8 with one for the whole tensor, and packed
+nibbles, which are only read.
 
 Scales are powers of two, so that what a scale was made from can be told from what is stored.
 """
@@ -124,6 +125,40 @@ class TensorScaled(RowScaled):
         out[WEIGHT].copy_((values / scale).round_().clamp_(-MOST, MOST))
 
 
+class Nibbles:
+    """``weight`` U8 ``[out, in / 2]``, low nibble first, and ``scaling`` F32 ``[out, 1]``: value = (nibble - 8) · scale. It is
+    only read: a merge makes such weights dense, or copies both parts.
+    """
+
+    key = "nibbles"
+    suffix = "_nibble_scaling"
+
+    def recognise(self, tensors):
+        for name, ref in tensors.items():
+            scale = tensors.get(name + self.suffix)
+            if scale is not None and ref.dtype == "U8":
+                shape = (ref.shape[0], 2 * ref.shape[1])
+                yield Weight(name, shape, Storage(self.key, "U8"), {WEIGHT: ref, "scaling": scale})
+
+    def alignment(self, shape, n_rows, storage):
+        del shape, n_rows, storage
+        return 4, 1  # none is needed
+
+    def ranges(self, tile, storage):
+        del storage
+        rows, n_bytes = tile.end - tile.start, tile.shape[1] // 2
+        assert tile.start % 4 == 0
+        codes = PartRange("U8", (rows, n_bytes), ((tile.start * n_bytes, rows * n_bytes),))
+        return {WEIGHT: codes, "scaling": PartRange("F32", (rows, 1), ((tile.start * 4, rows * 4),))}
+
+    def decode(self, tile, parts, out, storage):
+        del tile, storage
+        codes = parts[WEIGHT]
+        out[:, 0::2].copy_(codes & 15)
+        out[:, 1::2].copy_(codes >> 4)
+        out.sub_(8).mul_(parts["scaling"])
+
+
 def _prod(shape):
     n = 1
     for size in shape:
@@ -148,6 +183,12 @@ BY_TENSOR = Decoder(
 )
 
 
+def _nibbles(stored):
+    codes = stored.share(WEIGHT).int()
+    values = torch.stack((codes & 15, codes >> 4), 2).flatten(1) - 8
+    return values.double() * stored.share("scaling")
+
+
 class Toy:
     """The method of a toy: its weights are known by their parts alone, whatever the configuration says."""
 
@@ -160,26 +201,36 @@ class Toy:
 
 
 TOYS = {"row_scaled": (RowScaled(), BY_ROW), "tensor_scaled": (TensorScaled(), BY_TENSOR)}
+"""Those that are written too."""
+
+ALL = {**TOYS, "nibbles": (Nibbles(), Decoder(_nibbles))}
 
 
 @contextlib.contextmanager
 def known(*names: str, recomputed: bool = True) -> Iterator[None]:
     """Have the product know some of them: one line in the table of codecs, and one in that of the recomputation."""
     for name in names:
-        CODECS[name] = ENCODERS[name] = TOYS[name][0]
-        METHODS[name] = Toy(TOYS[name][0])
+        CODECS[name], decoder = ALL[name]
+        METHODS[name] = Toy(CODECS[name])
+        if name in TOYS:
+            ENCODERS[name] = CODECS[name]
         if recomputed:
-            DECODERS[name] = TOYS[name][1]
+            DECODERS[name] = decoder
     try:
         yield
     finally:
         for name in names:
-            del CODECS[name], ENCODERS[name], METHODS[name]
+            del CODECS[name], METHODS[name]
+            ENCODERS.pop(name, None)
             DECODERS.pop(name, None)
 
 
 def stored_as(name: str, parameter: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the tensors that store some values, by their names in a file."""
+    if name == "nibbles":
+        scale = scale_for(values.float().abs().amax(1, keepdim=True) * MOST / 7)
+        codes = (values / scale).round_().clamp_(-7, 7).add_(8).to(torch.uint8)
+        return {parameter: codes[:, 0::2] | codes[:, 1::2] << 4, parameter + Nibbles.suffix: scale}
     codec, storage = TOYS[name][0], Storage(name, "I8")
     rows = values.shape[0]
     from lora_merge.core.weight import Tile
@@ -198,5 +249,9 @@ def stored_as(name: str, parameter: str, values: torch.Tensor) -> dict[str, torc
 
 def values_in(name: str, parameter: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return what some tensors of a file hold."""
+    if name == "nibbles":
+        codes = tensors[parameter]
+        values = torch.stack((codes & 15, codes >> 4), 2).flatten(1).float() - 8
+        return values * tensors[parameter + Nibbles.suffix]
     names = TOYS[name][0].names(parameter, Storage(name, "I8"))
     return tensors[names[WEIGHT]].float() * tensors[names["scaling"]]
