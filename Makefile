@@ -5,10 +5,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= auto
 ENGINES := .venv-engines
+ORACLES := .venv-oracles
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers measures docs test fuzz values kills detection engines engines-table bench clean
+.PHONY: help setup demo check lint format type layers measures docs test fuzz values kills detection engines engines-table oracles bench clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -76,9 +77,21 @@ $(ENGINES)/.installed: tests/engines/requirements.txt tests/engines/torchvision_
 	$(ENGINES)/bin/python tests/engines/torchvision_on_cpu.py
 	@touch $@
 
+oracles: setup $(ORACLES)/.installed ## Compare decoded weights with the libraries that quantise, in an environment of their own
+	$(BIN)/python -m pytest tests/storages -n $(JOBS) --dist loadfile --oracles-python $(ORACLES)/bin/python
+
+$(ORACLES)/.installed: tests/storages/requirements.txt constraints.txt
+	@echo "oracles: creating $(ORACLES) and installing (a few minutes, 3 GB)"
+	$(PYTHON) -m venv --clear $(ORACLES)
+	$(ORACLES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
+		torch setuptools wheel
+	$(ORACLES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		--no-build-isolation -r tests/storages/requirements.txt
+	@touch $@
+
 bench: setup ## Time a merge against cp, PEFT and other tools, on synthetic Llamas (SIZE=1,3 is gigabytes)
 	$(BIN)/python scripts/bench.py --size $(or $(SIZE),3)
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) $(ENGINES) .demo .bench .fuzz .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(ORACLES) .demo .bench .fuzz .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-
 import pytest
 
 from lora_merge.formats.weights import WeightReader, values_of
+from tests.storages.asking import ask
 from tests.storages.digesting import digest
 from tests.storages.reference import FIXTURES, NAMES, quantised_of, said
 
-ROOT = FIXTURES.parents[2]
 each = pytest.mark.parametrize("name", NAMES)
 
 
@@ -40,24 +36,16 @@ def test_tiles_together_are_the_weight(name):
     for path, weight in quantised_of(FIXTURES / name).items():
         n_rows = weight.shape[0]
         whole = values_of(weight).reshape(n_rows, -1)
-        for step in (1, 7, 32):
+        for step in (5, 32):
             with WeightReader(weight, n_rows, is_watched=True) as reader:
-                parts = [
-                    reader.values(start, min(start + step, n_rows)).clone()
-                    for start in range(0, n_rows, step)
-                ]
+                parts = [reader.values(start, min(start + step, n_rows)).clone() for start in range(0, n_rows, step)]
             assert torch.equal(torch.cat(parts), whole), (path, step)
 
 
 @pytest.fixture(scope="session")
 def asked(oracles_python):
     """Return what the libraries say now, by fixture: one process for all."""
-    environment = {key: value for key, value in os.environ.items() if key != "SOCKET_LOG"}
-    environment |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    command = [oracles_python, "-m", "tests.storages.making.oracles", *(FIXTURES / name for name in NAMES)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return ask(oracles_python, "tests.storages.making.oracles", (FIXTURES / name for name in NAMES))
 
 
 @each
@@ -80,7 +68,5 @@ def test_the_fixtures_cover_the_shapes_that_are_often_decoded_wrongly():
     shapes = {tuple(about["shape"]) for about in said("fp8-ragged")["weights"].values()}
     assert (576, 448) in shapes
     assert (192, 256) in {tuple(about["shape"]) for about in said("fp8-ragged-evenly")["weights"].values()}
-    nested = {
-        weight.parts["absmax"].shape[0] % 256 for weight in quantised_of(FIXTURES / "bnb-nf4-double").values()
-    }
+    nested = {weight.parts["absmax"].shape[0] % 256 for weight in quantised_of(FIXTURES / "bnb-nf4-double").values()}
     assert nested == {0, 128}

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_merge.cli import exits
 from tests.storages.reference import FIXTURES
-from tests.tampering import edit_json, edit_tensors, to_pickles
+from tests.tampering import edit_json, to_pickles
 
 Q = "model.layers.0.self_attn.q_proj"
 METHODS = {
@@ -51,7 +53,16 @@ def group(root, **changes):
 
 
 def tensors(root, change):
-    edit_tensors(root / "model.safetensors", change)
+    """Change the table of tensors. The header's metadata stays: torchao keeps its classes there."""
+    path, index = root / "model.safetensors", root / "model.safetensors.index.json"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    found = load_file(path)
+    change(found)
+    path.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, path, metadata)
+    if index.exists():
+        edit_json(index, weight_map=dict.fromkeys(found, path.name))
 
 
 def without(*suffixes):
@@ -75,6 +86,10 @@ def set_to(**changes):
 
 def no_settings(root):
     edit_json(root / "config.json", quantization_config=...)
+
+
+def no_method(root):
+    edit_json(root / "config.json", quantization_config={"bits_and_pieces": 4})
 
 
 def dense_codes(root):
@@ -125,22 +140,15 @@ class Case(NamedTuple):
 REFUSED = (
     *(Case(method, "ct-int4", set_to(quant_method=method), name) for method, name in METHODS.items()),
     Case("a method of nobody", "ct-int4", set_to(quant_method="of_nobody"), "of_nobody"),
-    Case("no method", "ct-int4", set_to(quant_method=...), "quant_method"),
+    Case("no method", "ct-int4", no_method, "quant_method"),
     Case("AWQ gemv", "awq-gemm", set_to(version="gemv", checkpoint_format="gemv", format="gemv"), "gemv"),
-    Case(
-        "AWQ gemv fast", "awq-gemm", set_to(version="gemv_fast", checkpoint_format="gemv_fast"), "gemv_fast"
-    ),
+    Case("AWQ gemv fast", "awq-gemm", set_to(version="gemv_fast", checkpoint_format="gemv_fast"), "gemv_fast"),
     Case("AWQ marlin", "awq-gemm", set_to(version="marlin", checkpoint_format="marlin"), "marlin"),
     Case("GPTQ marlin", "gptq-4bit", set_to(checkpoint_format="marlin", format="marlin"), "marlin"),
     Case("GPTQ marlin, as AutoGPTQ had it", "gptq-4bit", set_to(is_marlin_format=True), "marlin"),
     Case("GPTQ of 5 bits", "gptq-4bit", set_to(bits=5), "5"),
     Case("GPTQ in shorts", "gptq-4bit", set_to(pack_dtype="int16"), "int16"),
-    Case(
-        "rotated",
-        "ct-int4",
-        set_to(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
-        "transform",
-    ),
+    Case("rotated", "ct-int4", set_to(transform_config={"config_groups": {"u": {"type": "hadamard"}}}), "transform"),
     Case("sparse", "ct-int4", set_to(format="sparse-24-bitmask"), "sparse"),
     Case("sparsity", "ct-int4", set_to(sparsity_config={"format": "sparse-bitmask"}), "sparse"),
     Case("marlin-24", "ct-int4", set_to(format="marlin-24"), "marlin"),
@@ -157,26 +165,14 @@ BROKEN = (
     Case("codes without scales, MLX", "mlx-4bit", without("scales"), "scales"),
     Case("codes without biases, MLX", "mlx-4bit", without("biases"), "biases"),
     Case("codes without a global scale", "ct-nvfp4", without("weight_global_scale"), "weight_global_scale"),
-    Case(
-        "codes without a global scale, ModelOpt",
-        "modelopt-nvfp4",
-        without("weight_scale_2"),
-        "weight_scale_2",
-    ),
+    Case("codes without a global scale, ModelOpt", "modelopt-nvfp4", without("weight_scale_2"), "weight_scale_2"),
     Case("codes without scales, torchao", "torchao-fp8", without("_weight_scale"), "_weight_scale"),
     Case("scales without codes, INT4", "ct-int4", without("weight_packed"), "weight_packed"),
     Case("scales without codes, GPTQ", "gptq-4bit", without("qweight"), "qweight"),
     Case("a scheme without tensors", "ct-fp8-channel", dense_codes, "none is"),
     Case("tensors without a scheme", "ct-int4", no_settings, "does not say how"),
-    Case(
-        "scales of another grid, FP8",
-        "fp8-block",
-        replaced("weight_scale_inv", lambda s: s.repeat(2, 1)),
-        "shape",
-    ),
-    Case(
-        "scales of another grid, INT4", "ct-int4", replaced("weight_scale", lambda s: s.repeat(1, 2)), "shape"
-    ),
+    Case("scales of another grid, FP8", "fp8-block", replaced("weight_scale_inv", lambda s: s.repeat(2, 1)), "shape"),
+    Case("scales of another grid, INT4", "ct-int4", replaced("weight_scale", lambda s: s.repeat(1, 2)), "shape"),
     Case("scales of another grid, MXFP4", "ct-mxfp4", replaced("weight_scale", lambda s: s[:, :2]), "shape"),
     Case("scales of another grid, AWQ", "awq-gemm", replaced("scales", lambda s: s[:1]), "shape"),
     Case("scales of another grid, NF4", "bnb-nf4", replaced("weight.absmax", lambda s: s[:100]), "shape"),
@@ -187,18 +183,11 @@ BROKEN = (
     Case("other bits, MLX", "mlx-4bit", lambda root: mlx_bits(root, 8), ""),
     Case("another shape, NF4", "bnb-nf4", another_state, "shape"),
     Case("another dtype of scales", "fp8-block", replaced("weight_scale_inv", lambda s: s.long()), "I64"),
-    Case(
-        "integers of another layout", "bnb-int8", replaced("weight_format", torch.ones_like), "weight_format"
-    ),
+    Case("integers of another layout", "bnb-int8", replaced("weight_format", torch.ones_like), "weight_format"),
     Case("zeros that are none", "torchao-int8", replaced("_weight_zero_point", torch.ones_like), "zero"),
     Case("a weight that is stored twice", "ct-int4", a_dense_weight_beside, Q),
     Case("quantised, and excepted", "ct-int4", excepted, "ignore"),
-    Case(
-        "two methods",
-        "gptq-4bit",
-        lambda root: edit_json(root / "quantize_config.json", quant_method="awq"),
-        "awq",
-    ),
+    Case("two methods", "gptq-4bit", lambda root: edit_json(root / "quantize_config.json", quant_method="awq"), "awq"),
 )
 
 

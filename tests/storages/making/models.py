@@ -91,9 +91,10 @@ def _gpt_oss(t: Any) -> Any:
         "beta_slow": 1.0,
         "truncate": False,
     }
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}
-    shape = {"intermediate_size": 96, "rope_parameters": yarn}
-    return t.GptOssConfig(**{**SMALL, **shape, **experts})
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 32}
+    # Two layers: the experts of one can be dense beside those of the other.
+    shape = {"num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return t.GptOssConfig(**{**SMALL, **shape, **experts, "rope_parameters": yarn})
 
 
 def write_tokenizer(root: Path) -> None:

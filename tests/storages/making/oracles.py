@@ -53,9 +53,7 @@ def modules(tensors: dict[str, torch.Tensor], marker: str) -> dict[str, dict[str
     """Return the parts of each module that has a part of some name: module → part → tensor."""
     names = [name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")]
     return {
-        name: {
-            key[len(name) + 1 :]: value for key, value in tensors.items() if key.rpartition(".")[0] == name
-        }
+        name: {key[len(name) + 1 :]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
         for name in sorted(names)
     }
 
@@ -71,9 +69,7 @@ def compressed_tensors(root: Path) -> dict[str, Values]:
     found = {}
     for name, parts in modules(read(root), "weight_scale").items():
         group = next(
-            group
-            for group in groups
-            if any(target == "Linear" or match_name(name, target) for target in group["targets"])
+            group for group in groups if any(target == "Linear" or match_name(name, target) for target in group["targets"])
         )
         weights = {key: value for key, value in group["weights"].items() if key != "actorder"}
         scheme = QuantizationScheme(targets=group["targets"], weights=weights)
@@ -82,14 +78,31 @@ def compressed_tensors(root: Path) -> dict[str, Values]:
         if index is not None:
             parts["weight_packed"] = _by_groups(parts, index)
         own = compressor.decompress(dict(parts), scheme)["weight"]
-        if parts["weight_scale"].dtype in (BF16, torch.float16):
-            parts["weight_scale"] = parts["weight_scale"].float()
-        wide = compressor.decompress(dict(parts), scheme)["weight"].float()
+        wide = _in_float32(parts, scheme) if own.dtype == BF16 and scheme.weights.num_bits == 4 else None
+        if wide is None:
+            if parts["weight_scale"].dtype == BF16:
+                parts["weight_scale"] = parts["weight_scale"].float()
+            wide = compressor.decompress(dict(parts), scheme)["weight"].float()
         if index is not None:
             back = index.long().argsort(stable=True).argsort()
             own, wide = own[:, back], wide[:, back]
         found[f"{name}.weight"] = Values(wide, own)
     return found
+
+
+def _in_float32(parts: dict[str, torch.Tensor], scheme: Any) -> torch.Tensor | None:
+    """Call what `decompress` calls for FP4, which has bfloat16 written in it; None for integers."""
+    from compressed_tensors.compressors.mx_utils import decompress_mx_scale
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    packed, scale = parts["weight_packed"], parts["weight_scale"]
+    if packed.dtype != torch.uint8:
+        return None
+    codes = unpack_fp4_from_uint8(packed, packed.shape[0], packed.shape[1] * 2, dtype=F32)
+    wide = decompress_mx_scale(scale).float() if scale.dtype == torch.uint8 else scale.float()
+    shared = parts.get("weight_global_scale")
+    return dequantize(x_q=codes, scale=wide, args=scheme.weights, global_scale=shared, dtype=F32)
 
 
 def _by_groups(parts: dict[str, torch.Tensor], index: torch.Tensor) -> torch.Tensor:
@@ -176,9 +189,7 @@ def torchao(root: Path) -> dict[str, Values]:
 
     model = AutoModelForCausalLM.from_pretrained(root, dtype=BF16)
     quantised = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if hasattr(getattr(module, "weight", None), "qdata")
+        name: module.weight for name, module in model.named_modules() if hasattr(getattr(module, "weight", None), "qdata")
     }
     return {f"{name}.weight": Values(w.dequantize(F32), w.dequantize()) for name, w in quantised.items()}
 
@@ -268,14 +279,10 @@ def mlx(root: Path) -> dict[str, Values]:
         about = {key: settings[key] for key in ("group_size", "bits", "mode")}
         about |= settings.get(name, {})
         parts = [tensors.get(f"{name}.{part}") for part in ("weight", "scales", "biases")]
-        wide = [
-            parts[0],
-            *(None if p is None or p.dtype == mx.uint8 else p.astype(mx.float32) for p in parts[1:]),
-        ]
+        wide = [parts[0], *(None if p is None or p.dtype == mx.uint8 else p.astype(mx.float32) for p in parts[1:])]
         wide[1] = parts[1] if wide[1] is None else wide[1]
         decoded = [
-            mx.dequantize(*given, dtype=dtype, **about)
-            for given, dtype in ((wide, mx.float32), (parts, mx.bfloat16))
+            mx.dequantize(*given, dtype=dtype, **about) for given, dtype in ((wide, mx.float32), (parts, mx.bfloat16))
         ]
         arrays = [torch.from_numpy(np.array(one.astype(mx.float32))) for one in decoded]
         found[f"{name}.weight"] = Values(arrays[0], arrays[1].to(BF16))
