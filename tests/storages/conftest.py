@@ -72,7 +72,8 @@ def norms_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case
 
         root = tmp_path_factory.mktemp(name)
         model = get_peft_model(
-            model_of(by_library(name), FIXTURES / name, root / "dense"), LNTuningConfig(target_modules=["model.norm"])
+            model_of(by_library(name), FIXTURES / name, root / "dense"),
+            LNTuningConfig(target_modules=["model.norm"]),
         )
         with torch.no_grad():
             for parameter in model.parameters():

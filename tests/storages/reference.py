@@ -152,7 +152,11 @@ def tensors_of(root: Path) -> dict[str, torch.Tensor]:
     """Return the stored tensors of a checkpoint."""
     from safetensors.torch import load_file
 
-    return {name: tensor for file in sorted(root.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(root.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -161,4 +165,6 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+    return torch.equal(
+        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+    )

@@ -38,7 +38,10 @@ def test_tiles_together_are_the_weight(name):
         whole = values_of(weight).reshape(n_rows, -1)
         for step in (5, 32):
             with WeightReader(weight, n_rows, is_watched=True) as reader:
-                parts = [reader.values(start, min(start + step, n_rows)).clone() for start in range(0, n_rows, step)]
+                parts = [
+                    reader.values(start, min(start + step, n_rows)).clone()
+                    for start in range(0, n_rows, step)
+                ]
             assert torch.equal(torch.cat(parts), whole), (path, step)
 
 
@@ -68,5 +71,7 @@ def test_the_fixtures_cover_the_shapes_that_are_often_decoded_wrongly():
     shapes = {tuple(about["shape"]) for about in said("fp8-ragged")["weights"].values()}
     assert (576, 448) in shapes
     assert (192, 256) in {tuple(about["shape"]) for about in said("fp8-ragged-evenly")["weights"].values()}
-    nested = {weight.parts["absmax"].shape[0] % 256 for weight in quantised_of(FIXTURES / "bnb-nf4-double").values()}
+    nested = {
+        weight.parts["absmax"].shape[0] % 256 for weight in quantised_of(FIXTURES / "bnb-nf4-double").values()
+    }
     assert nested == {0, 128}

@@ -10,7 +10,16 @@ from tests.storages.asking import ask
 from tests.storages.digesting import digest
 from tests.storages.reference import quantised_of, tensors_of
 
-LOADED = ("ct-int4", "ct-int4-asymmetric", "ct-fp8-channel", "ct-nvfp4", "fp8-block", "bnb-nf4", "bnb-int8", "torchao-int8")
+LOADED = (
+    "ct-int4",
+    "ct-int4-asymmetric",
+    "ct-fp8-channel",
+    "ct-nvfp4",
+    "fp8-block",
+    "bnb-nf4",
+    "bnb-int8",
+    "torchao-int8",
+)
 """Methods that transformers loads on a CPU."""
 
 ROUNDED = 5e-2
@@ -23,7 +32,16 @@ def outputs(oracles_python, case, cli, tmp_path_factory):
     root, found = tmp_path_factory.mktemp("mixed"), {}
     for name in LOADED:
         about = case(name, target_modules=["q_proj"])
-        arguments = ("--base", about.base, "--adapter", about.adapter, "--out", root / name, "--out-storage", "mixed")
+        arguments = (
+            "--base",
+            about.base,
+            "--adapter",
+            about.adapter,
+            "--out",
+            root / name,
+            "--out-storage",
+            "mixed",
+        )
         result = cli(*arguments)
         assert result.exit_code == exits.OK, result.stderr
         found[name] = root / name, about
@@ -41,7 +59,9 @@ def loaded(oracles_python, outputs):
 def test_a_mixed_output_is_loaded_by_its_library(name, outputs, loaded):
     out, about = outputs[name]
     said, stored = loaded[str(out)], tensors_of(out)
-    dense = {path.removesuffix(".weight") for path in quantised_of(about.base).keys() - quantised_of(out).keys()}
+    dense = {
+        path.removesuffix(".weight") for path in quantised_of(about.base).keys() - quantised_of(out).keys()
+    }
     assert {path.rpartition(".")[2] for path in dense} == {"q_proj", "k_proj", "v_proj"}
     for module in dense:
         assert said["dense"][module] == digest(stored[f"{module}.weight"]), module

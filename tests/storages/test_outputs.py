@@ -49,7 +49,9 @@ def far(logits, reference):
 def has_settings(root):
     """Return what says that a checkpoint is quantised."""
     config = json.loads((root / "config.json").read_text())
-    return [key for key in SETTINGS if key in config] + [file for file in SIDE_FILES if (root / file).exists()]
+    return [key for key in SETTINGS if key in config] + [
+        file for file in SIDE_FILES if (root / file).exists()
+    ]
 
 
 @each
@@ -99,7 +101,9 @@ def test_what_no_adapter_touches_is_carried(name, dense_case, cli, tmp_path):
     assert changed
     assert not changed & parts
     configs = [json.loads((root / "config.json").read_text()) for root in (about.base, out)]
-    assert [config.get(key) for config in configs for key in SETTINGS[:1]] == [configs[0].get(SETTINGS[0])] * 2
+    assert [config.get(key) for config in configs for key in SETTINGS[:1]] == [
+        configs[0].get(SETTINGS[0])
+    ] * 2
     assert has_settings(about.base) == has_settings(out)
     for file in SIDE_FILES:
         if (about.base / file).exists():
@@ -170,7 +174,9 @@ def assert_excepted(name, base, out, modules):
     else:
         key = next(key for start, key in EXCEPTED.items() if name.startswith(start))
         listed = set(config["quantization_config"][key])
-        assert {module.partition(".gate_up_proj")[0].partition(".down_proj")[0] for module in modules} <= listed
+        assert {
+            module.partition(".gate_up_proj")[0].partition(".down_proj")[0] for module in modules
+        } <= listed
         assert set(before["quantization_config"].get(key) or ()) <= listed
     if name.startswith("modelopt-"):
         side = json.loads((out / "hf_quant_config.json").read_text())
@@ -189,7 +195,14 @@ def test_what_engines_fuse_is_dense_together(name, target, dense, case, cli, tmp
     assert {path.split(".")[-2] for path in left} == set(dense)
 
 
-SAMPLE = ("ct-int4-asymmetric", "fp8-ragged", "gptoss-mxfp4", "bnb-nf4-double", "gptq-4bit-act-order", "mlx-3bit")
+SAMPLE = (
+    "ct-int4-asymmetric",
+    "fp8-ragged",
+    "gptoss-mxfp4",
+    "bnb-nf4-double",
+    "gptq-4bit-act-order",
+    "mlx-3bit",
+)
 some = pytest.mark.parametrize("name", SAMPLE)
 
 
@@ -212,7 +225,11 @@ def test_an_interrupted_merge_goes_on(name, storage, case, cli, tmp_path, monkey
 def test_a_batch_writes_what_single_merges_write(name, case, cli, tmp_path):
     about = case(name, **touching(name))
     jobs = [
-        {"base": str(about.base), "adapter": f"{about.adapter}:{weight}", "out": str(tmp_path / f"{storage}-{weight}")}
+        {
+            "base": str(about.base),
+            "adapter": f"{about.adapter}:{weight}",
+            "out": str(tmp_path / f"{storage}-{weight}"),
+        }
         | {"out_storage": storage}
         for weight, storage in ((1, "dense"), (0.5, "mixed"))
     ]

@@ -142,13 +142,20 @@ REFUSED = (
     Case("a method of nobody", "ct-int4", set_to(quant_method="of_nobody"), "of_nobody"),
     Case("no method", "ct-int4", no_method, "quant_method"),
     Case("AWQ gemv", "awq-gemm", set_to(version="gemv", checkpoint_format="gemv", format="gemv"), "gemv"),
-    Case("AWQ gemv fast", "awq-gemm", set_to(version="gemv_fast", checkpoint_format="gemv_fast"), "gemv_fast"),
+    Case(
+        "AWQ gemv fast", "awq-gemm", set_to(version="gemv_fast", checkpoint_format="gemv_fast"), "gemv_fast"
+    ),
     Case("AWQ marlin", "awq-gemm", set_to(version="marlin", checkpoint_format="marlin"), "marlin"),
     Case("GPTQ marlin", "gptq-4bit", set_to(checkpoint_format="marlin", format="marlin"), "marlin"),
     Case("GPTQ marlin, as AutoGPTQ had it", "gptq-4bit", set_to(is_marlin_format=True), "marlin"),
     Case("GPTQ of 5 bits", "gptq-4bit", set_to(bits=5), "5"),
     Case("GPTQ in shorts", "gptq-4bit", set_to(pack_dtype="int16"), "int16"),
-    Case("rotated", "ct-int4", set_to(transform_config={"config_groups": {"u": {"type": "hadamard"}}}), "transform"),
+    Case(
+        "rotated",
+        "ct-int4",
+        set_to(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
+        "transform",
+    ),
     Case("sparse", "ct-int4", set_to(format="sparse-24-bitmask"), "sparse"),
     Case("sparsity", "ct-int4", set_to(sparsity_config={"format": "sparse-bitmask"}), "sparse"),
     Case("marlin-24", "ct-int4", set_to(format="marlin-24"), "marlin"),
@@ -165,14 +172,26 @@ BROKEN = (
     Case("codes without scales, MLX", "mlx-4bit", without("scales"), "scales"),
     Case("codes without biases, MLX", "mlx-4bit", without("biases"), "biases"),
     Case("codes without a global scale", "ct-nvfp4", without("weight_global_scale"), "weight_global_scale"),
-    Case("codes without a global scale, ModelOpt", "modelopt-nvfp4", without("weight_scale_2"), "weight_scale_2"),
+    Case(
+        "codes without a global scale, ModelOpt",
+        "modelopt-nvfp4",
+        without("weight_scale_2"),
+        "weight_scale_2",
+    ),
     Case("codes without scales, torchao", "torchao-fp8", without("_weight_scale"), "_weight_scale"),
     Case("scales without codes, INT4", "ct-int4", without("weight_packed"), "weight_packed"),
     Case("scales without codes, GPTQ", "gptq-4bit", without("qweight"), "qweight"),
     Case("a scheme without tensors", "ct-fp8-channel", dense_codes, "none is"),
     Case("tensors without a scheme", "ct-int4", no_settings, "does not say how"),
-    Case("scales of another grid, FP8", "fp8-block", replaced("weight_scale_inv", lambda s: s.repeat(2, 1)), "shape"),
-    Case("scales of another grid, INT4", "ct-int4", replaced("weight_scale", lambda s: s.repeat(1, 2)), "shape"),
+    Case(
+        "scales of another grid, FP8",
+        "fp8-block",
+        replaced("weight_scale_inv", lambda s: s.repeat(2, 1)),
+        "shape",
+    ),
+    Case(
+        "scales of another grid, INT4", "ct-int4", replaced("weight_scale", lambda s: s.repeat(1, 2)), "shape"
+    ),
     Case("scales of another grid, MXFP4", "ct-mxfp4", replaced("weight_scale", lambda s: s[:, :2]), "shape"),
     Case("scales of another grid, AWQ", "awq-gemm", replaced("scales", lambda s: s[:1]), "shape"),
     Case("scales of another grid, NF4", "bnb-nf4", replaced("weight.absmax", lambda s: s[:100]), "shape"),
@@ -183,11 +202,18 @@ BROKEN = (
     Case("other bits, MLX", "mlx-4bit", lambda root: mlx_bits(root, 8), ""),
     Case("another shape, NF4", "bnb-nf4", another_state, "shape"),
     Case("another dtype of scales", "fp8-block", replaced("weight_scale_inv", lambda s: s.long()), "I64"),
-    Case("integers of another layout", "bnb-int8", replaced("weight_format", torch.ones_like), "weight_format"),
+    Case(
+        "integers of another layout", "bnb-int8", replaced("weight_format", torch.ones_like), "weight_format"
+    ),
     Case("zeros that are none", "torchao-int8", replaced("_weight_zero_point", torch.ones_like), "zero"),
     Case("a weight that is stored twice", "ct-int4", a_dense_weight_beside, Q),
     Case("quantised, and excepted", "ct-int4", excepted, "ignore"),
-    Case("two methods", "gptq-4bit", lambda root: edit_json(root / "quantize_config.json", quant_method="awq"), "awq"),
+    Case(
+        "two methods",
+        "gptq-4bit",
+        lambda root: edit_json(root / "quantize_config.json", quant_method="awq"),
+        "awq",
+    ),
 )
 
 
@@ -209,7 +235,7 @@ def refusal(cli, fixture, breaks, tmp_path, case):
     return re.sub(r"\s+", " ", result.stderr)
 
 
-@pytest.mark.parametrize("wrong", (*REFUSED, *BROKEN), ids=lambda wrong: wrong.name)
+@pytest.mark.parametrize("wrong", [*REFUSED, *BROKEN], ids=lambda wrong: wrong.name)
 def test_a_base_that_is_not_understood_is_refused(wrong, cli, tmp_path, case):
     assert wrong.says in refusal(cli, wrong.fixture, wrong.breaks, tmp_path, case)
 

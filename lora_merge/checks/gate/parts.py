@@ -25,10 +25,20 @@ _SHARED = (".weight_global_scale", ".weight_scale_2")
 """Ends of names of a scale for a whole weight, beside those of its groups: NVFP4."""
 
 _OTHERS = (
-    ".qzeros", ".weight_zero_point", "._weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_format",
-    ".pre_quant_scale", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map", ".input_scale",
-    ".input_scale_ub", ".input_global_scale",
-)  # fmt: skip
+    ".qzeros",
+    ".weight_zero_point",
+    "._weight_zero_point",
+    ".weight_shape",
+    ".weight_g_idx",
+    ".weight_format",
+    ".pre_quant_scale",
+    ".weight.quant_map",
+    ".weight.nested_absmax",
+    ".weight.nested_quant_map",
+    ".input_scale",
+    ".input_scale_ub",
+    ".input_global_scale",
+)
 """Ends of names of what belongs to codes, and says nothing alone."""
 
 _PLAIN_OTHERS = (".g_idx", ".biases")

@@ -24,8 +24,12 @@ FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files that say it too: those of GPTQ, AWQ and ModelOpt."""
 
 _LISTS = (
-    "ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "llm_int8_skip_modules",
-)  # fmt: skip
+    "ignore",
+    "modules_to_not_convert",
+    "ignored_layers",
+    "exclude_modules",
+    "llm_int8_skip_modules",
+)
 """Keys of lists of modules that are left dense."""
 
 _JOINED = {

@@ -47,7 +47,11 @@ def read(root: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of a checkpoint, by name."""
     from safetensors.torch import load_file
 
-    return {name: tensor for file in sorted(root.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(root.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def write(base: Path, out: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
@@ -57,7 +61,11 @@ def write(base: Path, out: Path, tensors: Mapping[str, torch.Tensor], settings: 
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((base / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "quantization_config": settings}, indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def compressed_tensors(base: Path, out: Path, **recipe: Any) -> None:
@@ -186,7 +194,10 @@ def mlx(base: Path, out: Path, **settings: Any) -> None:
     source = out.with_name(f"{out.name}-source")
     shutil.copytree(base, source)
     config = json.loads((base / "config.json").read_text())
-    config |= {"rope_theta": config["rope_parameters"]["rope_theta"], "num_experts": config.get("num_local_experts", 0)}
+    config |= {
+        "rope_theta": config["rope_parameters"]["rope_theta"],
+        "num_experts": config.get("num_local_experts", 0),
+    }
     (source / "config.json").write_text(json.dumps(config))
     convert(str(source), str(out), quantize=True, **settings)
     shutil.rmtree(source)
@@ -207,7 +218,9 @@ def gptqmodel(base: Path, out: Path, **settings: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(4, VOCABULARY, (48,), generator=generator).tolist() for _ in range(32)]
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-    model = GPTQModel.load(str(base), QuantizeConfig(device="cpu", **{"group_size": 64, "desc_act": False, **settings}))
+    model = GPTQModel.load(
+        str(base), QuantizeConfig(device="cpu", **{"group_size": 64, "desc_act": False, **settings})
+    )
     model.quantize(data, batch_size=1)
     model.save(str(out))
 

@@ -93,7 +93,12 @@ def _gpt_oss(t: Any) -> Any:
     }
     experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 32}
     # Two layers: the experts of one can be dense beside those of the other.
-    shape = {"num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape = {
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     return t.GptOssConfig(**{**SMALL, **shape, **experts, "rope_parameters": yarn})
 
 

@@ -53,7 +53,9 @@ def modules(tensors: dict[str, torch.Tensor], marker: str) -> dict[str, dict[str
     """Return the parts of each module that has a part of some name: module → part → tensor."""
     names = [name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")]
     return {
-        name: {key[len(name) + 1 :]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        name: {
+            key[len(name) + 1 :]: value for key, value in tensors.items() if key.rpartition(".")[0] == name
+        }
         for name in sorted(names)
     }
 
@@ -69,7 +71,9 @@ def compressed_tensors(root: Path) -> dict[str, Values]:
     found = {}
     for name, parts in modules(read(root), "weight_scale").items():
         group = next(
-            group for group in groups if any(target == "Linear" or match_name(name, target) for target in group["targets"])
+            group
+            for group in groups
+            if any(target == "Linear" or match_name(name, target) for target in group["targets"])
         )
         weights = {key: value for key, value in group["weights"].items() if key != "actorder"}
         scheme = QuantizationScheme(targets=group["targets"], weights=weights)
@@ -189,7 +193,9 @@ def torchao(root: Path) -> dict[str, Values]:
 
     model = AutoModelForCausalLM.from_pretrained(root, dtype=BF16)
     quantised = {
-        name: module.weight for name, module in model.named_modules() if hasattr(getattr(module, "weight", None), "qdata")
+        name: module.weight
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "weight", None), "qdata")
     }
     return {f"{name}.weight": Values(w.dequantize(F32), w.dequantize()) for name, w in quantised.items()}
 
@@ -279,10 +285,14 @@ def mlx(root: Path) -> dict[str, Values]:
         about = {key: settings[key] for key in ("group_size", "bits", "mode")}
         about |= settings.get(name, {})
         parts = [tensors.get(f"{name}.{part}") for part in ("weight", "scales", "biases")]
-        wide = [parts[0], *(None if p is None or p.dtype == mx.uint8 else p.astype(mx.float32) for p in parts[1:])]
+        wide = [
+            parts[0],
+            *(None if p is None or p.dtype == mx.uint8 else p.astype(mx.float32) for p in parts[1:]),
+        ]
         wide[1] = parts[1] if wide[1] is None else wide[1]
         decoded = [
-            mx.dequantize(*given, dtype=dtype, **about) for given, dtype in ((wide, mx.float32), (parts, mx.bfloat16))
+            mx.dequantize(*given, dtype=dtype, **about)
+            for given, dtype in ((wide, mx.float32), (parts, mx.bfloat16))
         ]
         arrays = [torch.from_numpy(np.array(one.astype(mx.float32))) for one in decoded]
         found[f"{name}.weight"] = Values(arrays[0], arrays[1].to(BF16))
