@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         ExpertForm,
         Link,
         Naming,
-        OutStorage,
         OutputDtype,
+        OutStorage,
         ProofLevel,
         VerifyLevel,
     )

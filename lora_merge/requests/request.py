@@ -15,8 +15,8 @@ from lora_merge.core.choices import (
     ExpertForm,
     Link,
     Naming,
-    OutStorage,
     OutputDtype,
+    OutStorage,
     ProofLevel,
     VerifyLevel,
 )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import config_levels
 from lora_merge.errors import CheckpointError
+from lora_merge.peft_rules.matcher import Matcher, MatcherError
+from lora_merge.peft_rules.patterns import LIMIT_SECONDS
 from lora_merge.storage.small_files import read_json
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ _JOINED = {
 }
 """Engines' names for modules that they load as one."""
 
-_MOST_CHARACTERS = 1000
-"""Of a pattern that is compiled."""
+_PREFIXES = ("re:", "-:")
+"""Of regular expressions: those of compressed-tensors, and of GPTQ's modules that are left dense."""
 
 
 @dataclass(slots=True)
@@ -99,12 +101,12 @@ class Scheme:
 
     def excepts(self, module: str) -> bool:
         """Return True where a module may be left dense: engines read these lists in different ways, and any will do."""
-        if any(_may_mean(pattern, module) for pattern in self.left):
+        if _mean(self.left, module):
             return True
         named = [target for group in self.targets for target in group]
         # A class ("Linear") may be anything; without one, what no group names is dense.
         is_by_name = bool(named) and not any(target[:1].isupper() for target in named)
-        return is_by_name and not any(_may_mean(target, module) for target in named)
+        return is_by_name and not _mean(named, module)
 
 
 def _leaves_dense(key: str, value: Any) -> bool:
@@ -142,28 +144,28 @@ def _pairs(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 waiting.append(value)
 
 
-def _may_mean(pattern: str, module: str) -> bool:
-    """Return True where a name, a part of one, a wildcard or a regular expression may mean a module."""
-    pattern = pattern.removesuffix(".weight")
-    expression = pattern[3:] if pattern.startswith("re:") else pattern[2:] if pattern.startswith("-:") else ""
+def _mean(patterns: Sequence[str], module: str) -> bool:
+    """Return True where one of some names, parts of names, wildcards and regular expressions may mean a module."""
     path, _, last = module.rpartition(".")
     spellings = [module, *(f"{path}.{name}" for name, parts in _JOINED.items() if last in parts)]
-    if expression:
-        return any(_matches(expression, name) for name in spellings)
+    patterns = [pattern.removesuffix(".weight") for pattern in patterns]
+    expressions = []
+    for pattern in patterns:
+        prefix = next((one for one in _PREFIXES if pattern.startswith(one)), "")
+        if not prefix and any(_is_named(pattern, name) for name in spellings):
+            return True
+        expression = pattern.removeprefix(prefix)
+        if prefix or re.escape(expression) != expression:
+            expressions.append(expression)
+    # All of them together, and only where no name does: they are a stranger's, and run in a process with limits.
+    try:
+        return any(Matcher(expressions, "match", LIMIT_SECONDS).find(spellings)) if expressions else False
+    except MatcherError:
+        return False
+
+
+def _is_named(pattern: str, name: str) -> bool:
+    """Return True where a part of a module's path has this name, or matches this wildcard."""
     # "language_model.model.layers.3.mlp" or "model.language_model.layers.3.mlp": what follows is the same.
     tail = pattern[at:] if (at := pattern.find("layers.")) > 0 else pattern
-    if not tail:
-        return False
-    return any(
-        f".{tail.rstrip('.*')}." in f".{name}." or fnmatch.fnmatchcase(name, f"*{tail}*")
-        for name in spellings
-    ) or any(_matches(pattern, name) for name in spellings)
-
-
-def _matches(expression: str, name: str) -> bool:
-    if len(expression) > _MOST_CHARACTERS:
-        return False
-    try:
-        return re.match(expression, name) is not None
-    except re.error:
-        return False
+    return bool(tail) and (f".{tail.rstrip('.*')}." in f".{name}." or fnmatch.fnmatchcase(name, f"*{tail}*"))
