@@ -363,7 +363,7 @@ def test_jobs_of_one_quantised_base_decode_it_once(case, cli, tmp_path, monkeypa
     monkeypatch.setattr(
         codec, "decode", lambda self, tile, *rest: (rows.append(tile), decode(self, tile, *rest))
     )
-    job = {"base": str(about.base), "verify": "none"}
+    job = {"base": str(about.base)}
     jobs = [
         {
             **job,
@@ -377,7 +377,7 @@ def test_jobs_of_one_quantised_base_decode_it_once(case, cli, tmp_path, monkeypa
     ok(cli("batch", tmp_path / "jobs.json"))
     assert len(rows) == len(LINEAR)
     rows.clear()
-    ok(cli("--base", about.base, "--adapter", about.adapter, "--out", tmp_path / "alone", "--verify", "none"))
+    ok(cli("--base", about.base, "--adapter", about.adapter, "--out", tmp_path / "alone"))
     assert len(rows) == len(LINEAR)
     for path in (tmp_path / "alone").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out-1" / path.name).read_bytes()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tests.storages.digesting import digest
+from tests.storages.making.oracles import gptqmodel_of
 from tests.storages.reference import PROMPT
 
 
@@ -21,6 +22,8 @@ def load(root: Path, kind: str) -> Any:
     """Return a model as its library loads it on a CPU."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+    if kind in ("gptq", "awq"):
+        return gptqmodel_of(root, torch.bfloat16)
     more = {"quantization_config": CompressedTensorsConfig(run_compressed=False)} if kind == "ct" else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         root, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True, **more
@@ -40,9 +43,11 @@ def ask(root: Path, kind: str) -> dict[str, Any]:
     }
     if kind == "bnb":
         model = model.dequantize()
+    if kind not in ("torchao", "gptq", "awq"):  # whose layers compute in the dtype that they decode to
+        model = model.float()
     with torch.no_grad():
-        logits = model.float()(input_ids=torch.tensor(PROMPT)).logits if kind != "torchao" else None
-    return {"dense": dense, "logits": None if logits is None else logits.tolist()}
+        logits = model(input_ids=torch.tensor(PROMPT)).logits
+    return {"dense": dense, "logits": logits.float().tolist()}
 
 
 if __name__ == "__main__":
