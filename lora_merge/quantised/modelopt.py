@@ -106,7 +106,9 @@ def _blocks(draft: Draft, ref: TensorRef, prefix: str, group: int | None) -> Non
     side = group or 128
     rows, columns = (-(-n // side) for n in ref.shape[-2:])
     stack = ref.shape[:-2]
-    shapes = ((*stack, rows, 1, columns, 1), (*stack, rows, columns))
+    shapes: tuple[tuple[int, ...], ...] = ((*stack, rows, 1, columns, 1), (*stack, rows, columns))
+    if rows == columns == 1 and not stack:
+        shapes = (*shapes, ())  # ModelOpt drops the axes of a single scale
     add_scaled(draft, ref, f"{prefix}weight_scale", (side, side), ("F32", "BF16"), shapes)
 
 
