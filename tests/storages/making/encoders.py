@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -223,6 +224,10 @@ def gptqmodel(base: Path, out: Path, **settings: Any) -> None:
     )
     model.quantize(data, batch_size=1)
     model.save(str(out))
+    for name in ("config.json", "quantize_config.json"):
+        # It notes where it kept layers meanwhile.
+        text = re.sub(r'("offload_to_disk_path": )"[^"]*"', r'\1"scratch"', (out / name).read_text())
+        (out / name).write_text(text)
 
 
 def awq(base: Path, out: Path) -> None:
