@@ -243,33 +243,45 @@ def modelopt_awq(root: Path) -> dict[str, Values]:
     return found
 
 
-def gptqmodel(root: Path) -> dict[str, Values]:
-    """The kernels in plain torch; for AWQ the packing's own decoding, which is AutoAWQ's."""
+def gptqmodel_of(root: Path, dtype: torch.dtype) -> Any:
+    """Return a model as GPTQModel loads it, on its kernels in plain torch. It asks for a tokenizer as well."""
     os.cpu_count = lambda: 8  # it asks for three cores, and starts its threads with fewer as well
     from gptqmodel import BACKEND, GPTQModel
-    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
-    found = {}
-    parts = modules(read(root), "qweight")
-    if config_of(root)["quantization_config"]["quant_method"] == "awq":
-        for name, part in parts.items():
-            group = part["qweight"].shape[0] // part["scales"].shape[0]
-            own, wide = (
-                dequantize_gemm(part["qweight"], part["qzeros"], scales, 4, group).T
-                for scales in (part["scales"], part["scales"].float())
-            )
-            found[f"{name}.weight"] = Values(wide, own)
-        return found
-    dtype = next(iter(parts.values()))["scales"].dtype
-    with tempfile.TemporaryDirectory() as folder:  # it asks for a tokenizer as well
+    with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(root, folder, dirs_exist_ok=True)
         write_tokenizer(Path(folder))
-        model = GPTQModel.load(folder, device="cpu", dtype=dtype, backend=BACKEND.TORCH).model
+        is_awq = config_of(root)["quantization_config"]["quant_method"] == "awq"
+        backend = BACKEND.AUTO if is_awq else BACKEND.TORCH
+        return GPTQModel.load(folder, device="cpu", dtype=dtype, backend=backend).model.eval()
+
+
+def gptqmodel(root: Path) -> dict[str, Values]:
+    """The kernels in plain torch."""
+    found = {}
+    parts = modules(read(root), "qweight")
+    model = gptqmodel_of(root, next(iter(parts.values()))["scales"].dtype)
     for name, module in model.named_modules():
         if name in parts:
             own = module.dequantize_weight().T
             module.scales = module.scales.float()
             found[f"{name}.weight"] = Values(module.dequantize_weight().T, own)
+    return found
+
+
+def gptqmodel_awq(root: Path) -> dict[str, Values]:
+    """Its packing's own decoding, which is AutoAWQ's."""
+    os.cpu_count = lambda: 8
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    found = {}
+    for name, part in modules(read(root), "qweight").items():
+        group = part["qweight"].shape[0] // part["scales"].shape[0]
+        own, wide = (
+            dequantize_gemm(part["qweight"], part["qzeros"], scales, 4, group).T
+            for scales in (part["scales"], part["scales"].float())
+        )
+        found[f"{name}.weight"] = Values(wide, own)
     return found
 
 
@@ -310,7 +322,7 @@ ORACLES: dict[str, Oracle] = {
     "modelopt-int4-awq": Oracle("nvidia-modelopt", "pack_int4_in_uint8", modelopt_awq),
     "modelopt-": Oracle("nvidia-modelopt", "QTensor.dequantize", modelopt),
     "gptq-": Oracle("gptqmodel", "TorchLinear.dequantize_weight", gptqmodel),
-    "awq-": Oracle("gptqmodel", "dequantize_gemm", gptqmodel),
+    "awq-": Oracle("gptqmodel", "dequantize_gemm", gptqmodel_awq),
     "mlx-": Oracle("mlx", "dequantize", mlx),
 }
 """By the beginning of a fixture's name; the first that fits."""
