@@ -21,7 +21,11 @@ def test_every_field_of_pefts_configs_that_are_read_here_is_known(config_class):
 
 
 def test_no_field_is_known_in_two_ways():
-    refused = (frozenset(kinds.UNMERGEABLE_FIELDS), frozenset(kinds.RETIRED_FIELDS))
+    refused = (
+        frozenset(kinds.UNMERGEABLE_FIELDS),
+        frozenset(kinds.RETIRED_FIELDS),
+        frozenset(kinds.REQUANTISED_FIELDS),
+    )
     tables = (kinds.IGNORED_FIELDS, kinds.READ_FIELDS, *refused)
     assert len(frozenset().union(*tables)) == sum(map(len, tables))
 
