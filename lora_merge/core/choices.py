@@ -7,7 +7,7 @@ from typing import Literal
 VerifyLevel = Literal["none", "sample", "full"]
 ProofLevel = Literal["structure", "sample", "full"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
-OutStorage = Literal["dense", "mixed"]
+OutputStorage = Literal["dense", "mixed"]
 BaseIs = Literal["original", "residual"]
 ExpertLayout = Literal["out-in", "in-out", "unsloth"]
 Engine = Literal["vllm"]

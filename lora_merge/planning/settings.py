@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_merge.core.choices import BaseIs, OutputDtype, OutStorage
+from lora_merge.core.choices import BaseIs, OutputDtype, OutputStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,6 @@ class Policy:
     seed: int = 0
     dtype: OutputDtype | None = None
     max_shard_size: str | int | None = None
-    out_storage: OutStorage | None = None
+    out_storage: OutputStorage | None = None
     allow_untie: bool = False
     allow_again: bool = False

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from lora_merge.core.checkpoint import Checkpoint
-    from lora_merge.core.choices import OutStorage
+    from lora_merge.core.choices import OutputStorage
     from lora_merge.planning.change import Change
     from lora_merge.planning.outline import Outline
     from lora_merge.planning.settings import Policy
@@ -106,7 +106,7 @@ def _touched(outline: Outline, quantised: frozenset[str], changes: Mapping[str, 
 
 
 def _decoded(
-    quantised: frozenset[str], touched: frozenset[str], out_storage: OutStorage | None
+    quantised: frozenset[str], touched: frozenset[str], out_storage: OutputStorage | None
 ) -> frozenset[str]:
     """Return the quantised parameters that the output stores dense."""
     if out_storage == "dense" or (touched and out_storage is None):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         Link,
         Naming,
         OutputDtype,
-        OutStorage,
+        OutputStorage,
         ProofLevel,
         VerifyLevel,
     )
@@ -56,7 +56,7 @@ class PlanOptions(TypedDict, total=False):
     dtype: OutputDtype | None
     """Store the weights in this dtype. Default: the base's, tensor by tensor."""
 
-    out_storage: OutStorage | None
+    out_storage: OutputStorage | None
     """How a quantised base's weights are stored: all dense, or dense where they change and as they are
     elsewhere (mixed). Default: dense, unless no quantised weight changes: then all are copied."""
 

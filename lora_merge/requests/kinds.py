@@ -13,7 +13,7 @@ from lora_merge.core.choices import (
     Link,
     Naming,
     OutputDtype,
-    OutStorage,
+    OutputStorage,
     ProofLevel,
     VerifyLevel,
 )
@@ -69,7 +69,7 @@ LAYOUTS = Kind("tuple[str, ...]", values.parse_expert_layout, choices=get_args(E
 
 BASE_IS = Kind("BaseIs", values.parse_choice(BaseIs, "kind of base"), _shown(BaseIs))
 COMBINE = Kind("str", values.parse_name(_combinations, "way to combine"), names=_combinations)
-OUT_STORAGE = Kind("OutStorage", values.parse_choice(OutStorage, "way to store"), _shown(OutStorage))
+OUT_STORAGE = Kind("OutputStorage", values.parse_choice(OutputStorage, "way to store"), _shown(OutputStorage))
 DTYPE = Kind("OutputDtype", values.parse_dtype, _shown(OutputDtype))
 ENGINE = Kind("Engine", values.parse_choice(Engine, "engine"), _shown(Engine))
 EXPERTS = Kind("ExpertForm", values.parse_choice(ExpertForm, "form of experts"))

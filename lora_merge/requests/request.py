@@ -16,7 +16,7 @@ from lora_merge.core.choices import (
     Link,
     Naming,
     OutputDtype,
-    OutStorage,
+    OutputStorage,
     ProofLevel,
     VerifyLevel,
 )
@@ -60,7 +60,7 @@ class Request:
     dtype: OutputDtype | None = None
     """Store the weights in this dtype. Default: the base's, tensor by tensor."""
 
-    out_storage: OutStorage | None = None
+    out_storage: OutputStorage | None = None
     """How a quantised base's weights are stored: all dense, or dense where they change and as they are
     elsewhere (mixed). Default: dense, unless no quantised weight changes: then all are copied."""
 
