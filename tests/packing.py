@@ -1,4 +1,4 @@
-"""Stored parts for tests of codecs: a slow packer of codes into words, and a reader that gives a codec its tiles."""
+"""Stored parts for tests of codecs of integers: a slow packer of codes into words, and tiles as small as a codec allows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import math
 import torch
 
 from lora_merge.codecs import CODECS
-from lora_merge.core.tensor import STORED_TYPES
-from lora_merge.core.weight import Storage, Tile
-
-
-def storage(codec, dtype, **settings):
-    return Storage(codec, dtype, tuple(sorted(settings.items())))
+from lora_merge.core.weight import Tile
+from tests.decoding import decoded, same, views_of
 
 
 def drawn(*shape, below, seed=0):
@@ -41,39 +37,24 @@ def spread(grid, group, width):
     return grid[..., torch.arange(width) // (group or width)]
 
 
-def decoded(one, parts, tiles):
-    """Return the values of some tiles, one below the other. The codec gets copies of the bytes that it asks for."""
-    codec, found = CODECS[one.codec], []
-    for tile in tiles:
-        given = {}
-        for role, wanted in codec.ranges(tile, one).items():
-            raw = parts[role].contiguous().view(-1).view(torch.uint8)
-            assert all(first >= 0 and first + n <= len(raw) for first, n in wanted.ranges), role
-            share = torch.cat([raw[first : first + n] for first, n in wanted.ranges])
-            given[role] = share.view(getattr(torch, STORED_TYPES[wanted.dtype])).view(wanted.shape)
-        columns = math.prod(tile.shape) // tile.n_rows
-        found.append(torch.full((tile.end - tile.start, columns), float("nan")))
-        codec.decode(tile, given, found[-1], one)
-    return torch.cat(found)
-
-
-def tiles_of(one, shape, n_rows, units=None):
-    """Return tiles of some units of the alignment each, never across two matrices; of everything where ``units`` is None."""
-    multiple, _ = CODECS[one.codec].alignment(shape, n_rows, one)
-    if units is None:
-        return [Tile(shape, n_rows, 0, n_rows)]
-    matrix = shape[1] if len(shape) == 3 and n_rows == shape[0] * shape[1] else n_rows
+def small_tiles(one, shape, view, units):
+    """Return tiles of some units of the alignment each, never across two matrices."""
+    multiple, _ = CODECS[one.codec].alignment(shape, view.n_rows, one)
     return [
-        Tile(shape, n_rows, before + start, before + min(start + units * multiple, matrix))
-        for before in range(0, n_rows, matrix)
-        for start in range(0, matrix, units * multiple)
+        Tile(shape, view.n_rows, before + start, before + min(start + units * multiple, view.rows))
+        for before in range(0, view.n_rows, view.rows)
+        for start in range(0, view.rows, units * multiple)
     ]
 
 
 def agree(one, parts, shape, wanted):
-    """Assert that a weight is decoded to some values, bit for bit, in tiles of any size and either division into rows."""
-    assert wanted.dtype == torch.float32
-    for n_rows in {shape[0], math.prod(shape[:-1])}:
-        for units in (None, 1, 2, 3):
-            values = decoded(one, parts, tiles_of(one, shape, n_rows, units)).view(shape)
-            assert torch.equal(values, wanted), (n_rows, units)
+    """Return True where a weight has some values, bit for bit, as a whole and in tiles as small as its codec allows."""
+    return same(decoded(shape, one, parts), wanted) and all(
+        same(
+            torch.cat([decoded(shape, one, parts, tile) for tile in small_tiles(one, shape, view, units)]),
+            rows,
+        )
+        for view in views_of(shape)
+        for rows in [wanted.reshape(view.n_rows, -1)]
+        for units in (1, 3)
+    )
