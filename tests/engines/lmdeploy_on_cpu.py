@@ -1,10 +1,11 @@
-"""The four kernels that LMDeploy has for GPUs only, in plain torch; everything else is its own.
+"""The six kernels that LMDeploy has for GPUs only, in plain torch; everything else is its own.
 
 One sequence at a time, always from its first token: there is no cache to be wrong about.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ import lmdeploy.pytorch.configurations.deepseek_v2
 import torch
 from lmdeploy.pytorch.backends import selector
 from lmdeploy.pytorch.backends.attention import AttentionImpl, PagedAttentionBuildSpec
+from lmdeploy.pytorch.backends.awq_modules import LinearW4A16BuildSpec, LinearW4A16Impl
+from lmdeploy.pytorch.backends.blockedf8_modules import LinearBlockedF8BuildSpec, LinearBlockedF8Impl
 from lmdeploy.pytorch.backends.default.op_backend import DefaultOpsBackend
 from lmdeploy.pytorch.backends.flash_attention import FlashAttentionBuildSpec
 from lmdeploy.pytorch.backends.lora import AdapterInfo, LoRABuildSpec, LoRAImpl
@@ -97,6 +100,39 @@ class Adapters(LoRAImpl):
         return output
 
 
+class Blocks(LinearBlockedF8Impl):
+    """FP8 with a scale for each block: weight [out, in], scale [out/128, in/128], rounded up."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Any, weight: Any, scale: Any, bias: Any = None, *_: Any, **__: Any) -> Any:
+        scales = scale.float().repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
+        values = weight.float() * scales[: weight.shape[0], : weight.shape[1]]
+        return linear(x, values.to(x.dtype), bias)
+
+
+class Fours(LinearW4A16Impl):
+    """AWQ: weight [in, out/8], scales [in/group, out], zeros [in/group, out/8], outputs of eight in an order of their own."""
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+
+    def forward(
+        self, x: Any, qweight: Any, scales: Any, qzeros: Any, bias: Any = None, *_: Any, **__: Any
+    ) -> Any:
+        zeros, factors = (of.repeat_interleave(self.group, 0) for of in (_nibbles(qzeros), scales.float()))
+        values = (_nibbles(qweight) - zeros) * factors
+        return linear(x, values.T.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    """Return the eight numbers of each word, in AWQ's order."""
+    shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
+    return ((words[..., None] >> shifts) & 15).flatten(-2).float()
+
+
 class Backend(DefaultOpsBackend):
     """LMDeploy's own operators of no device, and the above."""
 
@@ -106,26 +142,34 @@ class Backend(DefaultOpsBackend):
 
     @classmethod
     def build_op(cls, spec: Any, *, enable_deterministic: bool = False) -> Any:
-        if isinstance(spec, PagedAttentionBuildSpec):
-            return Attention(
-                spec.num_heads,
-                spec.head_dim,
-                scale=spec.scale,
-                num_kv_heads=spec.num_kv_heads,
-                v_head_size=spec.v_head_dim,
-                alibi=spec.alibi,
-                sliding_window=spec.sliding_window,
-                logit_softcapping=spec.logit_softcapping,
-                causal=spec.causal,
-                use_flash_mla=spec.use_flash_mla,
-            )
-        if isinstance(spec, FlashAttentionBuildSpec):
-            return SimpleNamespace(forward=None)  # a tower's: its weights are loaded, and no image is shown
-        if isinstance(spec, FusedMoEBuildSpec):
-            return Experts(spec)
-        if isinstance(spec, LoRABuildSpec):
-            return Adapters()
-        return super().build_op(spec, enable_deterministic=enable_deterministic)
+        make = MAKERS.get(type(spec))
+        return make(spec) if make else super().build_op(spec, enable_deterministic=enable_deterministic)
+
+
+def _attention(spec: PagedAttentionBuildSpec) -> Attention:
+    return Attention(
+        spec.num_heads,
+        spec.head_dim,
+        scale=spec.scale,
+        num_kv_heads=spec.num_kv_heads,
+        v_head_size=spec.v_head_dim,
+        alibi=spec.alibi,
+        sliding_window=spec.sliding_window,
+        logit_softcapping=spec.logit_softcapping,
+        causal=spec.causal,
+        use_flash_mla=spec.use_flash_mla,
+    )
+
+
+MAKERS: Mapping[type, Callable[[Any], Any]] = {
+    PagedAttentionBuildSpec: _attention,
+    FlashAttentionBuildSpec: lambda _: SimpleNamespace(forward=None),  # a tower's: loaded, and shown no image
+    FusedMoEBuildSpec: Experts,
+    LoRABuildSpec: lambda _: Adapters(),
+    LinearBlockedF8BuildSpec: lambda spec: Blocks(spec.block_size),
+    LinearW4A16BuildSpec: lambda spec: Fours(spec.group_size),
+}
+"""What an operator is asked for with → what makes it."""
 
 
 def install() -> None:

@@ -1,8 +1,9 @@
 """Asks LMDeploy's PyTorch engine what checkpoints generate, and which of its parameters they leave empty.
 
 Its own reading of the config, model classes, weight loader, name mapping and packing; attention and experts are
-`tests.engines.lmdeploy_on_cpu`'s. Not asked: its cache and its scheduler. Every parameter is NaN before weights are
-loaded, since LMDeploy says nothing of tensors that a checkpoint lacks: what is NaN afterwards is ``unloaded``.
+`tests.engines.lmdeploy_on_cpu`'s. Not asked: its cache and its scheduler. Every bit is set before weights are loaded,
+since LMDeploy says nothing of tensors that a checkpoint lacks: what is NaN afterwards, or a row or column of packed
+numbers that are all -1, is ``unloaded``.
 
 A job may name ``adapters``. LMDeploy's own loader puts all of them beside the model, and the line has ``of_adapters``: the
 ``answers`` with each, where something is ``unloaded`` too.
@@ -43,7 +44,7 @@ def answer(job: Job, dtype: str) -> Line:
         # It sorts their names. Its numbers are from 1: 0 is no adapter.
         named = {f"{n:04}": path for n, path in enumerate(adapters, start=1)}
         add_adapters(model, named, dtype=getattr(torch, dtype), device=CPU)
-    unloaded = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    unloaded = [name for name, parameter in model.named_parameters() if _is_empty(parameter)]
     line = {"engine": "lmdeploy", "version": lmdeploy.__version__, "unloaded": unloaded}
     if adapters:
         of_adapters = [{"answers": _answers(model, n_layers, job, n)} for n in range(1, len(adapters) + 1)]
@@ -52,7 +53,7 @@ def answer(job: Job, dtype: str) -> Line:
 
 
 def _empty_model(checkpoint: str, dtype: str) -> tuple[Any, int]:
-    """Return LMDeploy's model, every parameter NaN, and its number of layers."""
+    """Return LMDeploy's model, every bit of every parameter set, and its number of layers."""
     config = ModelConfig.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype)
     context = BuildModelContext(
         fp32_lm_head=config.fp32_lm_head,
@@ -61,9 +62,16 @@ def _empty_model(checkpoint: str, dtype: str) -> tuple[Any, int]:
     )
     model = build_patched_model(config, device=CPU, build_model_ctx=context)
     for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data.fill_(float("nan"))
+        parameter.data.view(torch.uint8).fill_(0xFF)  # NaN in every type that has it
     return model, config.num_layers
+
+
+def _is_empty(parameter: torch.Tensor) -> bool:
+    """Return whether nothing was loaded into a part of a parameter."""
+    if parameter.is_floating_point():
+        return bool(parameter.float().isnan().any())
+    ones = parameter == -1
+    return bool(ones.all(0).any() or ones.all(-1).any())
 
 
 @contextmanager

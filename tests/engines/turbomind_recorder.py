@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
     import torch
 
-N_BYTES = {"FP32": 4, "FP16": 2, "BF16": 2, "INT64": 8, "INT32": 4, "INT8": 1, "UINT8": 1}
-"""Of what a full-precision checkpoint has; TurboMind's Python side names other types, and hands none of them over."""
+N_BITS = {
+    "FP32": 32, "FP16": 16, "BF16": 16, "INT64": 64, "INT32": 32, "INT8": 8, "UINT8": 8,
+    "FP8_E4M3": 8, "UINT4": 4, "FP4_E2M1": 4,
+}  # fmt: skip
+"""Of a number. TurboMind's Python side names other types, and hands none of them over."""
 
-NAMED = ("INVALID", "UINT32", "FP8_E4M3", "UINT4", "FP4_E2M1", "GENERIC_FLOAT")
+NAMED = ("INVALID", "UINT32", "GENERIC_FLOAT")
 
-DataType = enum.IntEnum("DataType", {f"TYPE_{name}": n for n, name in enumerate((*N_BYTES, *NAMED))})
+DataType = enum.IntEnum("DataType", {f"TYPE_{name}": n for n, name in enumerate((*N_BITS, *NAMED))})
 NormType = enum.IntEnum("NormType", {"RMS_NORM": 0, "LAYER_NORM": 1})
 ActivationType = enum.IntEnum("ActivationType", {"kSilu": 0, "kSiluGptOss": 1})
 
@@ -48,7 +51,7 @@ class Slot:
 
     def alloc(self, shape: list[int], dtype: Any) -> Slot:
         self.type = dtype
-        self.byte_size = math.prod(shape) * N_BYTES[dtype.name.removeprefix("TYPE_")]
+        self.byte_size = math.prod(shape) * N_BITS[dtype.name.removeprefix("TYPE_")] // 8
         return self
 
     def copy_from(self, tensor: torch.Tensor, *_: Any) -> None:

@@ -1,9 +1,9 @@
 """Lets TurboMind, LMDeploy's other engine, take checkpoints in: names, layouts and packing, and no computing.
 
-Its own table of architectures, source models, checkpoint reader and builders: what joins projections, reorders
-rotary rows and packs gates. Its compiled half is `tests.engines.turbomind_recorder`'s. A line has the tensors of the
-checkpoint that were never asked for (``unread``), and of the parameters that came out their number, those that are not
-finite, and a digest of them all.
+Its own table of architectures, reading of configurations, formats of weights, source models, checkpoint reader and
+builders: what joins projections, reorders rotary rows and packs gates. Its compiled half is
+`tests.engines.turbomind_recorder`'s. A line has the tensors of the checkpoint that were never asked for (``unread``), and
+of the parameters that came out their number, those that are not finite, and a digest of them all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def answer(job: Job, dtype: str) -> Line:
     from lmdeploy.turbomind.checkpoint import Prefix, create_checkpoint
 
     root = recorder.Module()
-    model = _source_model(job["checkpoint"], getattr(torch, dtype), root)
+    model = _source_model(job["checkpoint"], dtype, root)
     checkpoint = create_checkpoint(job["checkpoint"], mappings=getattr(model, "_loader_mappings", []))
     unread = _watched(checkpoint)
     model.model(Prefix(checkpoint))
@@ -53,28 +53,25 @@ def _digest(built: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _source_model(checkpoint: str, dtype: torch.dtype, root: recorder.Module) -> Any:
+def _source_model(checkpoint: str, dtype: str, root: recorder.Module) -> Any:
     """Return the reader of an architecture, ready to build under a root."""
     import lmdeploy.turbomind.models  # noqa: F401 - fills the table of readers
     from lmdeploy.archs import get_model_arch
+    from lmdeploy.messages import TurbomindEngineConfig
     from lmdeploy.turbomind import converter
     from lmdeploy.turbomind.builders._base import ParallelGroup, _torch_dtype_to_cpp
-    from lmdeploy.turbomind.models.base import INPUT_MODELS
-    from lmdeploy.turbomind.models.utils import source_model_config
 
-    architecture, config = get_model_arch(checkpoint, trust_remote_code=True)
+    architecture, _ = get_model_arch(checkpoint, trust_remote_code=True)
     if architecture not in converter.SUPPORTED_ARCHS:
         raise ValueError(f"TurboMind does not know {architecture}")
-    source = INPUT_MODELS.get(converter.SUPPORTED_ARCHS[architecture])
-    kind = _torch_dtype_to_cpp(dtype)
-    weights = converter.WeightFormatResolver(formats=[converter.TrivialFormat(weight_dtype=kind)])
-    vision = {"language_model_only": False, "vision_resolver": weights, "vision_data_type": kind}
-    model = source(
-        source_model_config(config), resolver=weights, **(vision if getattr(source, "_vision", False) else {})
-    )
+    converter._get_executable_dtypes = lambda *_: {dtype}  # it asks a GPU
+    told = TurbomindEngineConfig(dtype=dtype, devices=[0])
+    model, *_ = converter.get_tm_config(checkpoint, told, trust_remote_code=True)
     groups = ("attn_tp", "mlp_tp", "ep", "model_tp", "dense_tp")
     model.bind_runtime(
-        ctx=_context(kind), root_handles=[root], **{name: ParallelGroup(1, [0]) for name in groups}
+        ctx=_context(_torch_dtype_to_cpp(getattr(torch, dtype))),
+        root_handles=[root],
+        **{name: ParallelGroup(1, [0]) for name in groups},
     )
     return model
 
