@@ -15,6 +15,8 @@ from tests.engines.asking import ROOT, Asker, Key, Line, job
 from tests.engines.building import LOST, Prepared, prepare
 from tests.engines.families import CASES, PLAIN, UNTIED_BY_MERGE, Engine
 from tests.engines.serving import Served, prepare_served
+from tests.engines.stored import FP8_LLAMA, ROWS, STORED
+from tests.engines.storing import Merged, prepare_stored
 from tests.tampering import edit_json, edit_tensors
 
 if TYPE_CHECKING:
@@ -26,12 +28,18 @@ collect_ignore = [
     "lmdeploy_script.py",
     "turbomind_script.py",
     "vllm_adapters_script.py",
+    "vllm_on_cpu.py",
+    "vllm_quantised_script.py",
 ]
 
 PROGRAMS: Mapping[Engine, list[str]] = {
     "vllm": [str(ROOT / "lora_merge" / "verification" / "engines" / "vllm_script.py")],
     "lmdeploy": ["-m", "tests.engines.lmdeploy_script"],
     "turbomind": ["-m", "tests.engines.turbomind_script"],
+}
+ABOUT_QUANTISED: Mapping[Engine, list[str]] = {
+    **PROGRAMS,
+    "vllm": ["-m", "tests.engines.vllm_quantised_script"],
 }
 DTYPES: Mapping[Engine, str] = {"vllm": "float32", "lmdeploy": "float32", "turbomind": "bfloat16"}
 """TurboMind computes in nothing wider."""
@@ -165,3 +173,39 @@ def said_with(
         }
 
     return {"vllm": asker.vllm(to("vllm")), "lmdeploy": asker.lmdeploy(to("lmdeploy"))}
+
+
+@pytest.fixture(scope="session")
+def merged(
+    engines_python: Path, tmp_path_factory: pytest.TempPathFactory, cli: Callable[..., Any]
+) -> Mapping[str, Merged]:
+    """Return what was merged into every quantised base, by title."""
+    root = tmp_path_factory.mktemp("quantised")
+    return {about.title: prepare_stored(root, about, cli) for about in STORED}
+
+
+@pytest.fixture(scope="session")
+def said_of_stored(
+    merged: Mapping[str, Merged], engines_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[Engine, Mapping[str, Line]]:
+    """Return what every engine says about every output of a quantised base, and about one ``"without exceptions"``."""
+    jobs = {
+        f"{about.title}, {output}": job(
+            merged[about.title].outputs[output],
+            prompts=merged[about.title].prompts,
+            dtype="float32"
+            if output == "dense"
+            else "bfloat16",  # of vLLM's products there are none in float32
+        )
+        for about, output in ROWS
+    }
+    wrong, right = tmp_path_factory.mktemp("wrong") / "mixed", merged[FP8_LLAMA.title]
+    shutil.copytree(right.outputs["mixed"], wrong)
+    settings = json.loads((right.base / "config.json").read_text())["quantization_config"]
+    edit_json(wrong / "config.json", quantization_config=settings)
+    jobs["without exceptions"] = job(wrong, prompts=right.prompts, dtype="bfloat16")
+    asker = Asker(engines_python, tmp_path_factory.mktemp("said-of-stored"))
+    return {
+        engine: dict(zip(jobs, asker.ask(program, DTYPES[engine], list(jobs.values())), strict=True))
+        for engine, program in ABOUT_QUANTISED.items()
+    }
