@@ -13,17 +13,20 @@ from lora_merge.conversion.lora import ConvertReport, Keep, Recipe
 from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.writing import carry_out
 from lora_merge.core.adapter import Adapter
+from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.identity import Inputs
 from lora_merge.core.report import Observer, Silence
 from lora_merge.core.tensor import DTYPE_CODES
 from lora_merge.errors import RequestError
+from lora_merge.formats.model_config import read_config
 from lora_merge.formats.side_files import adapter_side_files
+from lora_merge.formats.stored_weights import settings_files
 from lora_merge.formats.weights import same_weights
 from lora_merge.modeling.skeleton import build_skeleton
 from lora_merge.planning import Reading, raise_errors
 from lora_merge.planning.locate import find, locate_base
 from lora_merge.planning.resolve import counterpart, resolve_base, stored_in
-from lora_merge.quantised import leftover
+from lora_merge.quantised import leftover, refusals
 from lora_merge.requests.request import ExtractRequest
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import memory_for
@@ -66,6 +69,10 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         locate_base(find(text, role), text, access, watch)
         for text, role in ((request.base, "base"), (request.tuned, "tuned"))
     ]
+    for place in places:
+        # What small files show is refused before anything large is fetched.
+        if place.repo is not None:
+            raise_errors(refusals(read_config(place.root / CONFIG_FILE), settings_files(place.root)))
     base, tuned = (resolve_base(place.whole()) for place in places)
     of_storage = [issue for checkpoint in (base, tuned) for issue in checkpoint.issues]
     raise_errors(of_storage)
