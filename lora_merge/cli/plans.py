@@ -49,7 +49,7 @@ def merge_text(report: Report) -> str:
     )
     merged = f"merged {summary.n_merged} tensors, copied {summary.n_copied}"
     merged += f", replaced {summary.n_replaced}" if summary.n_replaced else ""
-    merged += f", cast {summary.n_cast}" if summary.n_cast else ""
+    merged += f", {_unchanged_word(summary)} {summary.n_cast}" if summary.n_cast else ""
     return f"{report.out}: {merged}, {size_text(total)} in {seconds:.1f} s; {checked}"
 
 
@@ -70,7 +70,7 @@ def _plan_rows(report: Report) -> list[tuple[str, str]]:
         ("tensors merged", f"{summary.n_merged} ({size_text(summary.merged_bytes)})"),
         ("tensors replaced", f"{summary.n_replaced} ({size_text(summary.replaced_bytes)})"),
         ("tensors copied", f"{summary.n_copied} ({size_text(summary.copied_bytes)})"),
-        ("tensors cast", f"{summary.n_cast} ({size_text(summary.cast_bytes)})"),
+        (f"tensors {_unchanged_word(summary)}", f"{summary.n_cast} ({size_text(summary.cast_bytes)})"),
         *_quantised_rows(summary.quantised),
         ("kind", _counts(summary.kinds)),
         ("rank", _counts(summary.ranks)),
@@ -82,6 +82,11 @@ def _plan_rows(report: Report) -> list[tuple[str, str]]:
         ("disk needed", size_text(summary.disk_needed_bytes)),
         ("disk free", size_text(summary.disk_free_bytes)),
     ]
+
+
+def _unchanged_word(summary: Summary) -> str:
+    """Return what happens to tensors that no delta changes and that are stored in another way."""
+    return "decoded" if summary.quantised else "cast"
 
 
 def _quantised_rows(numbers: Mapping[str, int]) -> list[tuple[str, str]]:
