@@ -38,10 +38,13 @@ def test_keys_are_set_and_removed_at_every_level_and_the_rest_keeps_its_order(pa
     assert json.dumps(CONFIG) == before
 
 
-def test_a_patch_that_only_removes_is_one():
-    assert ConfigPatch(delete=("a",))
-    assert ConfigPatch({"a": None})
-    assert not ConfigPatch()
+def test_a_patch_says_which_files_it_changes():
+    assert ConfigPatch(delete=("a",)).changes("config.json")
+    assert ConfigPatch({"a": None}).changes("config.json")
+    assert not ConfigPatch().changes("config.json")
+    of_side_file = ConfigPatch(files={"hf_quant_config.json": {}})
+    assert of_side_file.changes("hf_quant_config.json")
+    assert not of_side_file.changes("config.json")
 
 
 def test_an_output_has_a_config_without_what_is_removed(tmp_path):
