@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.choosing import chosen_rows, has_formula
@@ -104,6 +105,9 @@ def _compare(reader: Reader, evidence: Evidence, step: Step, rows: list[int]) ->
     at_row, at_column = (int(index) for index in wrong.nonzero()[0])
     got, wanted = float(stored[at_row, at_column]), float(candidates[-1][0][at_row, at_column])
     where = f"row {rows[at_row]}, column {at_column}"
+    if not isfinite(wanted):
+        sentence = f"{where} is {got:.9g}: so it is in the base, or follows from the adapter"
+        return error("non-finite", step.name, sentence, "the inputs hold NaN or infinity: fetch them again")
     sentence = f"{where} is {got:.9g}, expected {wanted:.9g}"
     others = [rows[n] for n in wrong.any(1).nonzero().flatten().tolist()]
     if len(others) > 1:

@@ -14,6 +14,7 @@ from lora_merge.planning.placing import decoded_dtype_patch, dtype_patch, main_d
 from lora_merge.planning.questions import combining_issues, judged, merged_before
 from lora_merge.planning.settings import Policy, Reading
 from lora_merge.planning.steps import beyond_float32
+from lora_merge.planning.stored_otherwise import in_mlx_layout
 from lora_merge.planning.storing import DENSE_SHARD, storing_of
 from lora_merge.requests.sizes import parse_size
 
@@ -67,7 +68,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
     parts = [part for part in outline.parts if part in slots]
     steps = joined.steps_into(files, parts, storing.storages, policy)
     # Scales are known only now: those of several adapters' weights are in the steps.
-    raise_errors(beyond_float32(steps))
+    raise_errors([*beyond_float32(steps), *(in_mlx_layout(base) if storing.is_plain else ())])
     # A base with an index for its only shard keeps it, unless new shards were asked for.
     indexed = len(files) > 1 or (base.sharded and max_shard_bytes is None)
     return MergePlan(

@@ -21,6 +21,7 @@ from lora_merge.planning.outline import Outline, layer_order, layer_stem, replic
 from lora_merge.planning.peft_layers import layered_deltas
 from lora_merge.planning.shared_changes import Separation
 from lora_merge.planning.sizes import other_size
+from lora_merge.planning.stored_otherwise import turned_matrices
 from lora_merge.planning.ties import Tie, ensures_tie, find_tie, untie_patch, untied_note
 from lora_merge.planning.views import view_for
 from lora_merge.planning.vocabulary import resized
@@ -52,11 +53,12 @@ def join(
     """
     uses = tuple(uses)
     draft = _Draft(base, uses, reading, twins)
-    of_base = base.issues
+    of_base = (*base.issues, *turned_matrices(base))
     of_adapters = [issue for use in uses for issue in (*use.adapter.issues, *use.issues)]
-    is_refused = any(issue.severity == "error" for issue in (*of_base, *of_adapters))
-    # With an adapter that could not be read at all, further issues would follow from that alone.
-    if all(use.adapter.is_read for use in uses) or not is_refused:
+    # With a base or an adapter that could not be read, further issues would follow from that alone.
+    is_base_read = all(issue.severity != "error" for issue in of_base)
+    are_read = all(use.adapter.is_read for use in uses)
+    if is_base_read and (are_read or all(issue.severity != "error" for issue in of_adapters)):
         draft.join()
     side_files, of_files = side_files_of(base, uses)
     return Joined(
@@ -69,7 +71,7 @@ def join(
         tie=draft.tie,
         is_untied=draft.is_untied,
         side_files=side_files,
-        issues_of_base=tuple(of_base),
+        issues_of_base=of_base,
         issues_of_adapters=tuple(of_adapters),
         issues_of_fit=tuple(draft.issues),
         issues_of_files=(*of_files, *left_out(base)),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.adapter import Adapter
 
-_OTHER_WEIGHTS_IN_MLX = {
+OTHER_WEIGHTS_IN_MLX = {
     "falcon_h1": "multiplies the weights by the config's multipliers",
     "baichuan_m1": "divides the rows of the output embedding by their length",
     "bailing_moe": "divides the columns of the output embedding by their length",
@@ -20,7 +20,7 @@ _OTHER_WEIGHTS_IN_MLX = {
 }
 """Family → how mlx-lm 0.32 changes its matrices when it loads them, so that deltas do not fit the stored ones."""
 
-_OTHER_NORMS_IN_MLX = frozenset(
+OTHER_NORMS_IN_MLX = frozenset(
     {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "step3p5"}
 )
 """Families to whose norms mlx-lm 0.32 adds 1 when it loads them."""
@@ -35,8 +35,8 @@ def origin_issues(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
     if adapter.format != "mlx":
         return []
     families = {str(level.get("model_type")) for _, level in config_levels(config)}
-    for family in sorted(families & _OTHER_WEIGHTS_IN_MLX.keys()):
-        sentence = f"is {family!r}, and mlx-lm {_OTHER_WEIGHTS_IN_MLX[family]} when it loads them"
+    for family in sorted(families & OTHER_WEIGHTS_IN_MLX.keys()):
+        sentence = f"is {family!r}, and mlx-lm {OTHER_WEIGHTS_IN_MLX[family]} when it loads them"
         return [error("unsupported", "model_type", sentence, "merge it with mlx_lm.fuse")]
     # Deltas have no such trouble: layouts find out which way round a weight is stored.
     matrices = [parameter for parameter, one in adapter.replacements.items() if len(one.ref.shape) > 1]
@@ -44,7 +44,7 @@ def origin_issues(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
         sentence = "was trained whole in mlx-lm, which stores the matrices of this family the other way round"
         return [error("unsupported", min(matrices), sentence, "merge it with mlx_lm.fuse")]
     norms = [parameter for parameter in adapter.replacements if "norm" in parameter]
-    if norms and families & _OTHER_NORMS_IN_MLX:
+    if norms and families & OTHER_NORMS_IN_MLX:
         sentence = "was trained in mlx-lm, which adds 1 to the norms of this family when it loads them"
         return [error("unsupported", norms[0], sentence, "merge it with mlx_lm.fuse")]
     return []

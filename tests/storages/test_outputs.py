@@ -54,7 +54,7 @@ def has_settings(root):
     ]
 
 
-@each
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mlx-experts"])
 def test_a_dense_output_computes_what_base_and_adapter_compute(name, case, cli, tmp_path):
     about, out = case(name), tmp_path / "out"
     run(cli, about, out, "--dtype", "float32")
@@ -66,13 +66,22 @@ def test_a_dense_output_computes_what_base_and_adapter_compute(name, case, cli, 
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     bare = logits_of(model_of(by_library(name), about.base, tmp_path / "bare"))
     assert far(bare, about.logits) > 1e-2  # the adapter is seen
-    merged = model_of(stored, out, tmp_path / "loaded") if name == "mlx-experts" else by_transformers(out)
-    assert far(logits_of(merged), about.logits) < CLOSE
+    assert far(logits_of(by_transformers(out)), about.logits) < CLOSE
     verified(cli, out)
 
 
+def test_experts_that_mlx_stacks_are_not_written_dense(case, cli, tmp_path):
+    about, out = case("mlx-experts"), tmp_path / "out"
+    for more in ((), ("--out-storage", "dense")):
+        result = cli("--base", about.base, "--adapter", about.adapter, "--out", out, *more)
+        assert result.exit_code == exits.PLAN
+        assert "switch_mlp" in result.stderr
+        assert "a dense output could not be loaded elsewhere" in result.stderr
+        assert not out.exists()
+
+
 def by_transformers(out):
-    """Return an output as transformers loads it. MLX alone stacks experts under names that it does not know."""
+    """Return an output as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(

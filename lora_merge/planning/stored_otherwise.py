@@ -1,0 +1,77 @@
+"""Quantised bases whose weights lie otherwise than transformers has them: what a decoded output would get wrong."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.checkpoint import config_levels
+from lora_merge.core.report import Issue, error
+from lora_merge.modeling.skeleton import CONV1D_MODEL_TYPES
+from lora_merge.planning.mlx_conventions import OTHER_NORMS_IN_MLX, OTHER_WEIGHTS_IN_MLX
+from lora_merge.quantised.tables import tables_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_merge.core.checkpoint import Checkpoint
+    from lora_merge.core.weight import Weight
+
+_ORIGINAL = "merge into the original model: --base ORIGINAL"
+_IN_MLX = f"{_ORIGINAL}; or with mlx_lm.fuse, for mlx-lm"
+_KEPT = f"{_IN_MLX}; --out-storage mixed stays in the layout of mlx-lm"
+
+_STACKED_IN_MLX = re.compile(r"\.switch_(?:mlp|glu)\.")
+"""Experts as mlx-lm stacks them (mlx-lm 0.32, ``SwitchGLU``); transformers has other names, or has them one by one."""
+
+_VISION_IN_MLX = re.compile(r"^(?:language_model|vision_tower|audio_tower|multi_modal_projector)\.")
+"""Beginnings of names in mlx-vlm."""
+
+
+def turned_matrices(base: Checkpoint) -> list[Issue]:
+    """Return an error for a quantised base of a family with ``Conv1D``: libraries turn its matrices round before they
+    quantise them, ``[in, out]`` to ``[out, in]`` (transformers 5.23, ``integrations/bitsandbytes.py``; GPTQModel 7.7).
+    """
+    families = {str(level.get("model_type")) for _, level in config_levels(base.config)}
+    name = _first_quantised(base.weights)
+    found = sorted(families & CONV1D_MODEL_TYPES)
+    if not name or not found:
+        return []
+    sentence = f"is stored quantised, and {found[0]!r} has its matrices as [in, out]: quantised ones lie the other way round"
+    return [error("unsupported", name, sentence, _ORIGINAL)]
+
+
+def in_mlx_layout(base: Checkpoint) -> list[Issue]:
+    """Return an error for a base of mlx-lm that it stores in a layout of its own: decoded, no other engine could load it.
+
+    Most families have the names and values of transformers there (mlx-lm 0.32, ``sanitize`` of each model).
+    """
+    if all(table.method != "mlx" for table in tables_of(base.quantisation)):
+        return []
+    families = {str(level.get("model_type")) for _, level in config_levels(base.config)}
+    if found := sorted(families & OTHER_NORMS_IN_MLX):
+        sentence = (
+            f"is {found[0]!r}, whose norms mlx-lm stores with 1 added: a dense output would have other norms"
+        )
+        return [error("unsupported", "model_type", sentence, _KEPT)]
+    if found := sorted(families & OTHER_WEIGHTS_IN_MLX.keys()):
+        sentence = f"is {found[0]!r}, and mlx-lm {OTHER_WEIGHTS_IN_MLX[found[0]]} when it converts them"
+        return [error("unsupported", "model_type", sentence, _KEPT)]
+    odd = next((name for name, weight in base.parameters().items() if _is_odd(name, weight, base.config)), "")
+    if not odd:
+        return []
+    sentence = "is called or laid out as only mlx-lm has it: a dense output could not be loaded elsewhere"
+    return [error("unsupported", odd, sentence, _KEPT)]
+
+
+def _is_odd(name: str, weight: Weight, config: Mapping[str, Any]) -> bool:
+    """Return True for stacked experts, for convolutions with channels last, and for names of mlx-vlm."""
+    if _STACKED_IN_MLX.search(name):
+        return True
+    if "conv" in name and len(weight.shape) >= 3 and weight.shape[-1] == 1 != weight.shape[1]:
+        return True
+    return "vision_config" in config and _VISION_IN_MLX.match(name) is not None
+
+
+def _first_quantised(weights: Mapping[str, Weight]) -> str:
+    return next((name for name, weight in weights.items() if weight.plain is None), "")
