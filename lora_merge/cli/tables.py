@@ -59,8 +59,10 @@ def _print_head(console: RichConsole, found: Inspection) -> None:
 
 def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> None:
     measured = any(one.delta_norm is not None for one in found.modules)
+    # Where all are stored alike, the row on the base says how.
+    is_mixed = len({one.storage for one in found.modules}) > 1
     columns = ["module", "layers", "kind", "rank", "scale", "shape"]
-    columns += ["stored as"] if found.has_quantised else []
+    columns += ["stored as"] if is_mixed else []
     columns += ["‖Δ‖/‖W‖"] if measured else []
     made = table(*(columns if not full else [columns[0], *columns[2:]]), title="modules")
     groups = [[one] for one in found.modules] if full else _grouped(found.modules)
@@ -75,7 +77,7 @@ def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> No
             _span([one.scale for one in members if one.scale is not None]),
             _several("×".join(map(str, one.shape)) for one in members),
         ]
-        if found.has_quantised:
+        if is_mixed:
             cells.append(_several(one.storage for one in members))
         if measured:
             cells.append(_span([one.relative for one in members if one.relative is not None], ".2g"))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lora_merge.core.report import Issue
-from lora_merge.core.tensor import DTYPE_BITS
 from lora_merge.serving.engine_report import EngineReport
 
 
@@ -98,8 +97,3 @@ class Inspection:
     engines: tuple[EngineReport, ...] = ()
     issues: tuple[Issue, ...] = ()
     """Issues that a merge would report, errors included."""
-
-    @property
-    def has_quantised(self) -> bool:
-        """True if some weights of the base are stored quantised."""
-        return not self.storages.keys() <= DTYPE_BITS.keys()
