@@ -9,6 +9,7 @@ from lora_merge.core.report import error
 from lora_merge.core.tensor import shape_text
 from lora_merge.quantised.draft import AGAIN, CODE, Draft, Wanted, codes_of, grid, number, storage
 from lora_merge.quantised.fp8 import block_size, row_shapes
+from lora_merge.quantised.indices import add_indexed
 from lora_merge.quantised.packed import ONE, add_fp4, add_scaled
 from lora_merge.quantised.refused import parent_hint
 from lora_merge.words import quoted
@@ -160,7 +161,7 @@ def _is_packed(module: Module, dtype: str, bits: int) -> bool:
 
 def _integers(module: Module) -> None:
     """Integers of one to eight bits in words along the inputs: pack-quantized."""
-    draft, path, codes, group, *_ = module
+    draft, path, codes, group, around, _ = module
     weights, strategy = group.weights, _strategy(group.weights)
     bits, size = number(weights, "num_bits"), number(weights, "group_size")
     if weights.get("type", "int") != "int" or bits is None or not 1 <= bits <= 8:
@@ -207,7 +208,7 @@ def _integers(module: Module) -> None:
         zero=is_asymmetric,
         g_idx=is_ordered,
     )
-    draft.add(f"{path}.weight", shape, how, wanted)
+    add_indexed(draft, f"{path}.weight", shape, how, wanted, groups[-1], around)
 
 
 def _logical(module: Module, bits: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lora_merge.core.report import error, note
 from lora_merge.quantised.draft import AGAIN, CODE, NOTHING, Draft, Wanted, codes_of, number, storage
 from lora_merge.quantised.exceptions import Exceptions
+from lora_merge.quantised.indices import add_indexed
 from lora_merge.quantised.matching import matching
 from lora_merge.quantised.method import PatternError
 from lora_merge.quantised.tables import settings_of, table_of
@@ -56,7 +57,7 @@ class Gptq:
             if scheme is None:
                 left_dense.append(module)
                 scheme = _default(table.values)  # noqa: PLW2901 - so that the tensors are still understood
-            _add(draft, module, scheme, version)
+            _add(draft, module, scheme, version, around)
         if not table.values.get("lm_head"):
             left_dense += [module for module in modules if module.rpartition(".")[2] == "lm_head"]
         dense = [entry.removeprefix("-:") for entry in _rules(table.values) if entry.startswith("-:")]
@@ -113,7 +114,7 @@ def _layout(values: Mapping[str, Any]) -> str:
     return str(values.get("checkpoint_format") or values.get("format") or "gptq").lower()
 
 
-def _add(draft: Draft, module: str, scheme: _Scheme, version: int) -> None:
+def _add(draft: Draft, module: str, scheme: _Scheme, version: int, around: Surroundings) -> None:
     codes = draft.tensors[module + _CODES]
     bits, group = scheme
     if bits not in _BITS or len(codes.shape) != 2 or codes.shape[0] * 32 % bits:
@@ -138,7 +139,7 @@ def _add(draft: Draft, module: str, scheme: _Scheme, version: int) -> None:
         Wanted("zero", f"{module}.qzeros", ("I32",), ((groups, -(-n_out * bits // 32)),)),
         Wanted("g_idx", f"{module}.g_idx", ("I32",), ((n_in,),)),
     ]
-    draft.add(f"{module}.weight", (n_out, n_in), how, wanted)
+    add_indexed(draft, f"{module}.weight", (n_out, n_in), how, wanted, groups, around)
 
 
 def _ones(weights: Iterable[Weight], around: Surroundings) -> Issue | None:

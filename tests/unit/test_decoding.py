@@ -330,6 +330,17 @@ def test_packed_int(bits, shape, group, has_zero, has_order, weight_of):
     check(weight, wanted)
 
 
+def test_packed_int_whose_index_was_never_filled_has_groups_in_order(weight_of):
+    codes, (scales, raw) = numbers(1, 4, 3, 64), floats(2, "BF16", 6)
+    parts = {
+        WEIGHT: ("I32", (3, 8), packed(codes, 4)),
+        "scale": ("BF16", (3, 2), raw),
+        "g_idx": ("I32", (64,), struct.pack("<64i", *[-1] * 64)),
+    }
+    weight = weight_of("packed_int", (3, 64), parts, bits=4, group=32, scale="BF16", zero=False, g_idx=True)
+    check(weight, [(codes[i][j] - 8) * scales[2 * i + j // 32] for i in range(3) for j in range(64)])
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
 def test_mlx_affine(bits, shape, weight_of):

@@ -23,14 +23,19 @@ def packed_int(stored: StoredRows) -> torch.Tensor:
 
 
 def _groups(stored: StoredRows, lines: Lines) -> torch.Tensor:
-    """Return the group of each value, int64 ``[lines, width]``: as the part ``g_idx`` says, or by its place."""
+    """Return the group of each value, int64 ``[lines, width]``: as the part ``g_idx`` says, or by its place.
+
+    An index of -1 was never filled, so that the groups are in order.
+    """
     import torch
 
+    size = setting(stored, "group") or lines.width
+    in_order = (torch.arange(lines.width) // size).expand(len(lines.numbers), -1)
     if setting(stored, "g_idx"):
         raw, places = gathered(stored, "g_idx", [n // lines.height for n in lines.numbers], lines.n_matrices)
-        return raw.integers()[places]
-    size = setting(stored, "group") or lines.width
-    return (torch.arange(lines.width) // size).expand(len(lines.numbers), -1)
+        index = raw.integers()[places]
+        return torch.where(index.amin(1, keepdim=True) < 0, in_order, index)
+    return in_order
 
 
 def _zeros(stored: StoredRows, lines: Lines, bits: int) -> torch.Tensor:
