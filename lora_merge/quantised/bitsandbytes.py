@@ -61,7 +61,8 @@ def _add_four(draft: Draft, ref: TensorRef, around: Surroundings, dtypes: set[st
     name, _, kind = ref.name.partition(_STATE)
     codes = draft.tensors.get(name)
     state = _state(ref, around)
-    fault = _fault(kind, state)
+    is_nested = "nested_offset" in state or draft.has(f"{name}.nested_absmax")
+    fault = _fault(kind, state) or (_nested_fault(state) if is_nested else "")
     if fault or codes is None:
         subject, sentence = (ref.name, fault) if fault else (name, "is missing: its quant_state is there")
         draft.refuse(error(CODE, subject, sentence, AGAIN), draft.beside(name))
@@ -69,13 +70,12 @@ def _add_four(draft: Draft, ref: TensorRef, around: Surroundings, dtypes: set[st
     shape, block = tuple(state["shape"]), state["blocksize"]
     n = math.prod(shape)
     n_blocks = -(-n // block)
-    is_nested = "nested_offset" in state or draft.has(f"{name}.nested_absmax")
     how = storage(
         "bnb4",
         codes.dtype,
         block=block,
         nested=256 if is_nested else 0,
-        offset=float(state.get("nested_offset", 0.0)) if is_nested else 0.0,
+        offset=float(state["nested_offset"]) if is_nested else 0.0,
         type=kind,
     )
     wanted = [
@@ -123,15 +123,16 @@ def _fault(kind: str, state: Mapping[str, Any]) -> str:
     if not _is_size(block):
         return f"gives the blocksize {quoted(block)}, expected a number"
     named = state.get("quant_type")
-    differs = f"gives the quant_type {quoted(named)}, and its name says {kind}" if named != kind else ""
-    return differs or _nested_fault(state)
+    return f"gives the quant_type {quoted(named)}, and its name says {kind}" if named != kind else ""
 
 
 def _nested_fault(state: Mapping[str, Any]) -> str:
-    """Return what is wrong with what it says of double quantisation, where it says anything."""
+    """Return what is wrong with what it says of double quantisation."""
     if state.get("nested_blocksize", 256) != 256:
         return f"gives the nested_blocksize {quoted(state['nested_blocksize'])}, expected 256"
-    offset = state.get("nested_offset", 0.0)
+    if "nested_offset" not in state:
+        return "gives no nested_offset, and the weight is double-quantised"
+    offset = state["nested_offset"]
     if not isinstance(offset, int | float) or not math.isfinite(offset):
         return f"gives the nested_offset {quoted(offset)}, expected a number"
     return ""
