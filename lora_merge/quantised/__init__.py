@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_merge.core.report import error
 from lora_merge.core.tensor import TORCH_NAMES
@@ -14,6 +14,7 @@ from lora_merge.quantised.awq import Awq
 from lora_merge.quantised.bitsandbytes import Bitsandbytes
 from lora_merge.quantised.compressed import CompressedTensors
 from lora_merge.quantised.describing import describe
+from lora_merge.quantised.disagreeing import disagreeing
 from lora_merge.quantised.excepting import excepting, plain_metadata
 from lora_merge.quantised.fbgemm import Fbgemm
 from lora_merge.quantised.fp8 import Fp8
@@ -26,13 +27,12 @@ from lora_merge.quantised.outputs import SIDE_FILES, folds_norms, leftover, plai
 from lora_merge.quantised.refused import refusals
 from lora_merge.quantised.stray import stray
 from lora_merge.quantised.tables import SIDE_FILES as SETTINGS_FILES
-from lora_merge.quantised.tables import settings_of, tables_of
+from lora_merge.quantised.tables import settings_of
 from lora_merge.quantised.torchao import TorchAO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
-    from lora_merge.core.report import Issue
     from lora_merge.core.tensor import TensorRef
 
 __all__ = [
@@ -79,7 +79,7 @@ def identify(tensors: Iterable[TensorRef], around: Surroundings) -> Found:
     settings = settings_of(around.config, around.side)
     weights: dict[str, Weight] = {}
     broken: list[TensorRef] = []
-    issues = [*refusals(around.config, around.side), *_disagreeing(settings)]
+    issues = [*refusals(around.config, around.side), *disagreeing(settings)]
     is_refused = bool(issues)
     for method in () if is_refused else METHODS.values():
         try:
@@ -102,18 +102,3 @@ def identify(tensors: Iterable[TensorRef], around: Surroundings) -> Found:
         if not (settings and leftover(ref.name)):
             weights[ref.name] = Weight.dense(left.pop(ref.name))
     return Found(weights, (*left.values(), *broken), settings, tuple(issues))
-
-
-def _disagreeing(settings: Mapping[str, Mapping[str, Any]]) -> list[Issue]:
-    """Return an error where two tables name different methods."""
-    tables = [table for table in tables_of(settings) if table.method]
-    return [
-        error(
-            "quantised",
-            table.place,
-            f"names the method {table.method}, and {tables[0].place} names {tables[0].method}",
-            "remove the one that does not belong to these weights",
-        )
-        for table in tables[1:]
-        if table.method != tables[0].method
-    ]
