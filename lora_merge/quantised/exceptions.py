@@ -80,7 +80,13 @@ class Exceptions:
         if module in self._names:
             return True
         # Full names alone count in compressed-tensors and ModelOpt.
-        return self._language == "names" and bool(self._names) and self._is_below(module.rpartition(".")[0])
+        if self._language != "names" or not self._names:
+            return False
+        return self._is_below(module.rpartition(".")[0]) or self._ends_in_name(module)
+
+    def _ends_in_name(self, module: str) -> bool:
+        """Return True where the last components of a path are named: transformers takes a name as an end too."""
+        return any(module[at + 1 :] in self._names for at, char in enumerate(module) if char == ".")
 
     def _is_below(self, path: str) -> bool:
         """Return True for the path of a module that is named, or is below one."""
