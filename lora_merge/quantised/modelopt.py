@@ -36,6 +36,7 @@ LISTS = ("ignore", "exclude_modules")
 
 LAYERS = "quantized_layers"
 
+_CACHE = ("kv_cache_quant_algo", "kv_cache_scheme")
 _CODES = ("F8_E4M3", "U8")
 _ORPHANS = re.compile(r"\.weight_scale(_2)?$")
 
@@ -48,13 +49,19 @@ class ModelOpt:
         table = table_of(settings_of(around.config, around.side), "modelopt")
         if table is None:
             return NOTHING
+        codes = [
+            ref
+            for ref in tensors.values()
+            if ref.dtype in _CODES and ref.name.endswith(".weight") and len(ref.shape) >= 2
+        ]
+        if not codes and _is_cache_alone(table.values):
+            return NOTHING
         draft = Draft(tensors, table)
         layers = table.values.get(LAYERS)
         each = layers if isinstance(layers, dict) else {}
         default = None if _algorithm(table.values) == MIXED else table.values
-        for ref in list(tensors.values()):
-            if ref.dtype in _CODES and ref.name.endswith(".weight") and len(ref.shape) >= 2:
-                _add(draft, ref, each.get(module_of(ref.name), default), around)
+        for ref in codes:
+            _add(draft, ref, each.get(module_of(ref.name), default), around)
         lists = [table.values.get(key) or [] for key in LISTS]
         entries = [entry for found in lists if isinstance(found, list) for entry in found]
         exceptions = Exceptions(" and ".join(LISTS), entries, "wildcards", around)
@@ -63,6 +70,12 @@ class ModelOpt:
 
 def _algorithm(values: Mapping[str, Any]) -> str:
     return str(values.get("quant_algo") or "").upper()
+
+
+def _is_cache_alone(values: Mapping[str, Any]) -> bool:
+    """Return True where the cache of keys and values is quantised, and no weight is."""
+    says_weights = values.get("quant_algo") or values.get(LAYERS)
+    return not says_weights and any(values.get(key) for key in _CACHE)
 
 
 def _add(draft: Draft, ref: TensorRef, values: object, around: Surroundings) -> None:
