@@ -50,10 +50,7 @@ def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
     name = f"{prefix}weight"
     kind, block, stored = _stated(around.metadata.get(name, ""))
     if kind not in _CLASSES:
-        got = (
-            f"the header calls it {quoted(kind)}" if kind else "the header does not say of which class it is"
-        )
-        sentence = f"is stored by torchao, and {got}: only {' and '.join(_CLASSES)} are supported"
+        sentence = f"is stored by torchao, and {_unknown(ref, kind)}"
         draft.refuse(error(CODE, ref.name, sentence, parent_hint(around.config)), [ref])
         return
     if len(block) != len(ref.shape) or any(size < 1 for size in block) or len(block) < 2:
@@ -86,6 +83,13 @@ def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
         scale=scale.dtype if scale is not None else "F32",
     )
     draft.add(name, ref.shape, how, wanted)
+
+
+def _unknown(ref: TensorRef, kind: str) -> str:
+    if not kind and not ref.file.endswith(".safetensors"):
+        return "its file has no header that says of which class it is: torchao is read from safetensors only"
+    got = f"the header calls it {quoted(kind)}" if kind else "the header does not say of which class it is"
+    return f"{got}: only {' and '.join(_CLASSES)} are supported"
 
 
 def _stated(text: str) -> tuple[str, tuple[int, ...], frozenset[str]]:
