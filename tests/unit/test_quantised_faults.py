@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
+import struct
+from dataclasses import replace
 
 import pytest
 
+from lora_merge.quantised import identify
 from lora_merge.quantised.method import PatternError, Surroundings
 from lora_merge.words import alike
-from tests.quantised_headers import EVERY, FP8, GPTQ, GPTQ_PARTS, INT4, MODULES, PACKED, compressed, of
+from tests.quantised_headers import (
+    EVERY,
+    FP8,
+    GPTQ,
+    GPTQ_PARTS,
+    INT4,
+    MODULES,
+    NESTED,
+    PACKED,
+    compressed,
+    of,
+)
 
 FREE = {
     "input_scale",
@@ -198,8 +213,6 @@ def test_a_pattern_that_takes_too_long_is_refused():
     )
     headers.contents = EVERY["ct INT4"].contents
     around = Surroundings(headers.config, headers.read, match=slow)
-    from lora_merge.quantised import identify
-
     (issue,) = identify(headers.refs(), around).issues
     assert issue.sentence == "ignore has 're:(a+)+$', which takes more than 3 s to match"
 
@@ -243,3 +256,109 @@ def test_the_same_fault_of_many_modules_is_one_line():
         "model.layers.{0-3}.mlp.experts.{0-49}.up_proj.weight: holds F8_E4M3 codes and has no weight_scale_inv, "
     )
     assert "; 200 times" in str(group)
+
+
+@pytest.mark.parametrize(
+    ("key", "part", "values", "found"),
+    [
+        ("gptq", "g_idx", [99, *[0] * 383], 99),
+        ("gptq", "g_idx", [6, *[5] * 383], 6),
+        ("gptq", "g_idx", [0, -1, *[5] * 382], -1),
+        ("gptq", "g_idx", [-1] * 384, -1),
+        ("gptq", "g_idx", [5] * 384, None),
+        ("ct INT4, ordered", "weight_g_idx", [0] * 383 + [3], 3),
+        ("ct INT4, ordered", "weight_g_idx", [0] * 383 + [-1], -1),
+        ("ct INT4, ordered", "weight_g_idx", [-2] * 384, -2),
+        ("ct INT4, ordered", "weight_g_idx", [-1] * 384, None),
+        ("ct INT4, ordered", "weight_g_idx", [2, 1, 0] * 128, None),
+    ],
+)
+def test_an_index_of_a_group_that_is_not_there_is_refused(key, part, values, found):
+    headers = copy.deepcopy(EVERY[key])
+    groups, also = (6, "") if key == "gptq" else (3, ", or -1 everywhere")
+    headers.contents[f"{MODULES[0]}.{part}"] = struct.pack("<384i", *values)
+    sentence = f"has the index {found}, expected 0 to {groups - 1}{also}"
+    wanted = [] if found is None else [(f"{MODULES[0]}.{part}", sentence)]
+    assert [(issue.subject, issue.sentence) for issue in errors(headers)] == wanted
+
+
+def test_double_quantisation_without_its_offset_is_refused():
+    headers = copy.deepcopy(EVERY["bnb NF4, nested"])
+    state = {key: value for key, value in NESTED.items() if key != "nested_offset"}
+    headers.contents = dict.fromkeys(headers.contents, json.dumps(state).encode())
+    first = errors(headers)[0]
+    assert first.subject == f"{MODULES[0]}.weight.quant_state.bitsandbytes__nf4"
+    assert first.sentence == "gives no nested_offset, and the weight is double-quantised"
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("fp8 blocks", "modules_to_not_convert"),
+        ("awq", "modules_to_not_convert"),
+        ("bnb NF4", "llm_int8_skip_modules"),
+        ("bnb INT8", "llm_int8_skip_modules"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("entry", "modules"),
+    [
+        ("down_proj", MODULES),
+        ("0.mlp.down_proj", MODULES[:1]),
+        (MODULES[1], MODULES[1:]),
+        ("proj", ()),
+        ("mlp", ()),
+    ],
+)
+def test_codes_of_a_module_that_is_excepted_by_its_end_are_refused(key, field, entry, modules):
+    headers = copy.deepcopy(EVERY[key])
+    table = headers.config["quantization_config"]
+    headers.config["quantization_config"] = {**table, field: ["lm_head", entry]}
+    issues = errors(headers)
+    assert [issue.subject for issue in issues] == list(modules)
+    assert {issue.sentence for issue in issues} <= {
+        f"is stored quantised, and quantization_config says that it is not ({field})"
+    }
+
+
+def test_torchao_beside_safetensors_is_refused_for_its_file():
+    headers = copy.deepcopy(EVERY["torchao INT8"])
+    refs = [replace(ref, file="pytorch_model.bin") for ref in headers.refs()]
+    issues = identify(refs, Surroundings(headers.config, headers.read)).issues
+    assert issues[0].sentence == (
+        "is stored by torchao, and its file has no header that says of which class it is: "
+        "torchao is read from safetensors only"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "table", "name", "side", "sentence"),
+    [
+        ("gptq", {}, "quantize_config.json", {"bits": 8}, "bits is 8, and bits in quantization_config is 4"),
+        ("gptq", {}, "quantize_config.json", {"group_size": 128}, "group_size is 128, and group_size in quantization_config is 64"),
+        (
+            "gptq", {}, "quantize_config.json", {"checkpoint_format": "gptq_v2", "format": "gptq_v2"},
+            "checkpoint_format is 'gptq_v2', and checkpoint_format in quantization_config is 'gptq'",
+        ),
+        ("awq", {}, "quant_config.json", {"w_bit": 4, "q_group_size": 32}, "q_group_size is 32, and group_size in quantization_config is 64"),
+        (
+            "awq", {"zero_point": True}, "quant_config.json", {"w_bit": 4, "zero_point": False},
+            "zero_point is False, and zero_point in quantization_config is True",
+        ),
+        (
+            "modelopt NVFP4", {}, "hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}},
+            "quant_algo is 'FP8', and quant_algo in quantization_config is 'NVFP4'",
+        ),
+        ("gptq", {"format": "gptq_v2"}, "quantization_config", None, "checkpoint_format is 'gptq', and format is 'gptq_v2'"),
+        ("gptq", {"format": "gptq", "desc_act": False}, "quantize_config.json", {"bits": 4, "desc_act": True, "group_size": None}, ""),
+        ("gptq, one group", {"group_size": -1}, "quantize_config.json", {"bits": 4, "group_size": 0, "format": "GPTQ"}, ""),
+        ("awq", {}, "quant_config.json", {"w_bit": 4, "q_group_size": 64, "version": "GEMM"}, ""),
+        ("modelopt FP8 blocks", {}, "hf_quant_config.json", {"quantization": {"quant_algo": "FP8_PB_WO", "group_size": 128}}, ""),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(key, table, name, side, sentence):
+    headers = copy.deepcopy(EVERY[key])
+    headers.config["quantization_config"] = {**headers.config["quantization_config"], **table}
+    headers.side = {name: side} if side else {}
+    wanted = [(name, sentence)] if sentence else []
+    assert [(issue.subject, issue.sentence) for issue in errors(headers)] == wanted

@@ -192,3 +192,15 @@ def test_json_of_torchao_that_is_none_is_refused():
     assert "does not say of which class it is" in headers.found().issues[0].sentence
     headers.metadata = {name: json.dumps({"_type": "AffineQuantizedTensor"}) for name in headers.metadata}
     assert "calls it 'AffineQuantizedTensor'" in headers.found().issues[0].sentence
+
+
+@pytest.mark.parametrize("algorithm", [{"quant_algo": None}, {}])
+def test_a_quantised_cache_alone_leaves_weights_dense(algorithm):
+    table = {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8", **algorithm}
+    headers = of(table, {".weight": ("BF16", (8, 8)), ".k_scale": ("F32", ())}, "dense", {})
+    found = headers.found()
+    assert found.issues == ()
+    assert all(weight.storage.is_dense for weight in found.weights.values())
+    assert {ref.name for ref in found.others} == {f"{module}.k_scale" for module in MODULES}
+    headers.tensors[f"{MODULES[0]}.weight"] = ("F8_E4M3", (8, 8))
+    assert "quant_algo is None, expected one of" in headers.found().issues[0].sentence
