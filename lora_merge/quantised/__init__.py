@@ -14,7 +14,7 @@ from lora_merge.quantised.awq import Awq
 from lora_merge.quantised.bitsandbytes import Bitsandbytes
 from lora_merge.quantised.compressed import CompressedTensors
 from lora_merge.quantised.describing import describe
-from lora_merge.quantised.disagreeing import disagreeing
+from lora_merge.quantised.disagreeing import contradictions, other_methods
 from lora_merge.quantised.excepting import excepting, plain_metadata
 from lora_merge.quantised.fbgemm import Fbgemm
 from lora_merge.quantised.fp8 import Fp8
@@ -79,8 +79,10 @@ def identify(tensors: Iterable[TensorRef], around: Surroundings) -> Found:
     settings = settings_of(around.config, around.side)
     weights: dict[str, Weight] = {}
     broken: list[TensorRef] = []
-    issues = [*refusals(around.config, around.side), *disagreeing(settings)]
+    issues = [*refusals(around.config, around.side), *other_methods(settings)]
     is_refused = bool(issues)
+    if not is_refused:
+        issues += contradictions(settings)
     for method in () if is_refused else METHODS.values():
         try:
             found = method.identify(left, around)

@@ -20,27 +20,40 @@ _SAME = (("bits", "w_bit"), ("group_size", "q_group_size"), ("zero_point",), ("q
 """Settings that decide what values are, each with its names."""
 
 
-def disagreeing(settings: Mapping[str, Mapping[str, Any]]) -> list[Issue]:
-    """Return an error for each contradiction.
+def other_methods(settings: Mapping[str, Mapping[str, Any]]) -> list[Issue]:
+    """Return an error for each table that names another method than the first one.
 
     Args:
         settings: what says how weights are quantised: place → table.
     """
     tables = [table for table in tables_of(settings) if table.method]
-    issues: list[Issue] = []
-    for table in tables:
-        if table.method != tables[0].method:
-            sentence = f"names the method {table.method}, and {tables[0].place} names {tables[0].method}"
-            issues.append(
-                error(_CODE, table.place, sentence, "remove the one that does not belong to these weights")
-            )
-            continue
-        sentences = list(_layouts(table))
-        if table.place in SIDE_FILES and table is not tables[0]:
-            sentences += _differences(table, tables[0])
-        hint = "correct the one that is wrong, or fetch the checkpoint again"
-        issues += [error(_CODE, table.place, sentence, hint) for sentence in sentences]
-    return issues
+    hint = "remove the one that does not belong to these weights"
+    return [
+        error(
+            _CODE,
+            table.place,
+            f"names the method {table.method}, and {tables[0].place} names {tables[0].method}",
+            hint,
+        )
+        for table in tables[1:]
+        if table.method != tables[0].method
+    ]
+
+
+def contradictions(settings: Mapping[str, Mapping[str, Any]]) -> list[Issue]:
+    """Return an error for each setting that has two values, in tables of one method.
+
+    Args:
+        settings: what says how weights are quantised: place → table.
+    """
+    tables = [table for table in tables_of(settings) if table.method]
+    found = [(table, sentence) for table in tables for sentence in _layouts(table)]
+    is_clear = not found
+    for table in tables[1:]:
+        if table.place in SIDE_FILES:
+            found += [(table, sentence) for sentence in _differences(table, tables[0], is_clear=is_clear)]
+    hint = "correct the one that is wrong, or fetch the checkpoint again"
+    return [error(_CODE, table.place, sentence, hint) for table, sentence in found]
 
 
 def _layouts(table: Table) -> Iterator[str]:
@@ -51,9 +64,9 @@ def _layouts(table: Table) -> Iterator[str]:
         yield f"{one} is {quoted(first)}, and {other} is {quoted(second)}"
 
 
-def _differences(table: Table, first: Table) -> Iterator[str]:
-    """Yield each setting of a file that differs from what the first table says."""
-    for keys in (*_SAME, *((_LAYOUT,) if table.method == "gptq" else ())):
+def _differences(table: Table, first: Table, *, is_clear: bool) -> Iterator[str]:
+    """Yield each setting of a file that differs from what the first table says; the layout only where that is clear."""
+    for keys in (*_SAME, *((_LAYOUT,) if table.method == "gptq" and is_clear else ())):
         mine, other = _stated(table, keys), _stated(first, keys)
         if mine is not None and other is not None and _alike(mine[1]) != _alike(other[1]):
             yield f"{mine[0]} is {quoted(mine[1])}, and {other[0]} in {first.place} is {quoted(other[1])}"

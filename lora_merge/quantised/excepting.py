@@ -114,7 +114,8 @@ def _heads(weights: Mapping[str, Weight], quantised: set[str]) -> Iterator[str]:
     """Yield the modules that transformers leaves dense where it is given no list: output embeddings, tied or not, and the last
     module. Whatever dense matrix is in no layer is named, for it is dense as it is.
     """
-    if _HEAD not in quantised:
+    # A head that is quantised further down would be excepted by this name too.
+    if not any(module.rpartition(".")[2] == _HEAD for module in quantised):
         yield _HEAD
     for name, weight in weights.items():
         module = name.removesuffix(".weight")

@@ -362,3 +362,12 @@ def test_settings_that_contradict_each_other_are_refused(key, table, name, side,
     headers.side = {name: side} if side else {}
     wanted = [(name, sentence)] if sentence else []
     assert [(issue.subject, issue.sentence) for issue in errors(headers)] == wanted
+    assert set(headers.names) <= headers.found().weights.keys()  # so that nothing more is said of them
+
+
+def test_a_layout_that_contradicts_itself_is_one_fault():
+    headers = copy.deepcopy(EVERY["gptq"])
+    headers.config["quantization_config"] = {**GPTQ, "checkpoint_format": "gptq_v2", "format": "gptq"}
+    headers.side = {"quantize_config.json": {"bits": 4, "format": "gptq"}}
+    (issue,) = errors(headers)
+    assert issue.sentence == "checkpoint_format is 'gptq_v2', and format is 'gptq'"
