@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 from typing import TYPE_CHECKING, Self
 
@@ -187,6 +186,8 @@ class _PartReader:
 
 def _address(buffer: memoryview) -> int:
     """Return the place of a buffer in memory: views of one buffer are made anew, and their bytes stay."""
+    import ctypes  # of no use for plain tensors
+
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer.nbytes else 0
 
 

@@ -5,7 +5,6 @@ QLoRA trains against decoded weights, decode(q(W)), and not against W. Nothing i
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -154,6 +153,8 @@ class _Trained:
             found = {}
         if not found:
             return self._in_words(theirs)
+        import statistics  # takes long to import, and few merges need it
+
         worst, largest = max(found.items(), key=lambda one: one[1])
         if not largest:
             return None
