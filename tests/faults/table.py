@@ -15,6 +15,8 @@ import resource
 import shutil
 import struct
 import subprocess
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -211,26 +213,70 @@ def _staging_removed(place: Place) -> None:
     place.during = lambda: shutil.rmtree(f"{place.out}.lora-merge-staging")
 
 
+class _Takers:
+    """Threads that take all memory when they are told, and hold it until it is over.
+
+    What threads of earlier tests have freed stays with the arenas of the C library, which new threads take over. So there
+    are as many as it makes, or the merge would find memory there.
+    """
+
+    def __init__(self) -> None:
+        self._is_starved, self._is_over = threading.Event(), threading.Event()
+        self._taken: list[bytearray] = []
+        self._full = [0] * (8 * (os.cpu_count() or 1) + 1)
+        self._threads = [
+            threading.Thread(target=self._wait_and_take, args=(n,), daemon=True)
+            for n in range(len(self._full))
+        ]
+        for one in self._threads:
+            one.start()
+
+    def take(self) -> None:
+        """Take what is left, here and in all threads."""
+        self._is_starved.set()
+        self._take()
+        while not all(self._full):
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        """Give everything back."""
+        self._is_over.set()
+        self._is_starved.set()
+        for one in self._threads:
+            one.join(timeout=10)
+        self._taken.clear()
+
+    def _take(self) -> None:
+        with contextlib.suppress(MemoryError):
+            while True:
+                self._taken.append(bytearray(1 << 18))
+
+    def _wait_and_take(self, n: int) -> None:
+        self._is_starved.wait()
+        if not self._is_over.is_set():
+            self._take()
+        self._full[n] = 1
+        self._is_over.wait()  # its stack would be memory for the merge
+
+
 @contextlib.contextmanager
 def _no_memory(place: Place) -> Iterator[None]:
     """Take away the memory that the process has not used yet, and what it has for large blocks."""
     _widen(place)
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    taken: list[bytearray] = []
+    takers = _Takers()
 
     def starve() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 16), before[1]))
-        with contextlib.suppress(MemoryError):
-            while True:
-                taken.append(bytearray(1 << 18))
+        takers.take()
 
     place.during = starve
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-        taken.clear()
+        takers.end()
 
 
 def _widen(place: Place) -> None:
