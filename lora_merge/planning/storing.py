@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from lora_merge.core.checkpoint import Checkpoint
-    from lora_merge.core.choices import OutputStorage
     from lora_merge.planning.change import Change
     from lora_merge.planning.outline import Outline
     from lora_merge.planning.settings import Policy
@@ -76,11 +75,18 @@ def storing_of(
         return Storing(storages, frozenset(), "", is_plain=False, issues=tuple(issues))
     code = DTYPE_CODES[policy.dtype] if policy.dtype else stored_dtype(base.quantisation, base.config)
     touched = _touched(outline, quantised, changes)
-    decoded = _decoded(quantised, touched, policy.out_storage)
+    mates = with_mates(touched, quantised)
+    is_dense = policy.out_storage == "dense" or (touched and policy.out_storage is None)
+    decoded = quantised if is_dense else mates
     for name in quantised:
         storages[name] = Storage(DENSE, code) if name in decoded else outline.sources[name].storage
-    numbers = _numbers(outline, quantised, decoded, touched, code)
-    issues.append(_said(outline, quantised, decoded, touched, code))
+    numbers = {
+        "decoded": len(decoded),
+        "kept": len(quantised) - len(decoded),
+        "dense_bytes": _nbytes(outline, quantised, code),
+        "mixed_bytes": _nbytes(outline, mates, code),
+    }
+    issues.append(_said(outline, quantised, decoded, mates, code, numbers))
     storing = Storing(
         storages,
         decoded,
@@ -103,15 +109,6 @@ def _touched(outline: Outline, quantised: frozenset[str], changes: Mapping[str, 
     """Return the quantised parameters that change and cannot be written as they are stored."""
     codecs = {name: outline.sources[name].storage.codec for name in quantised & changes.keys()}
     return frozenset(name for name, codec in codecs.items() if codec not in ENCODERS)
-
-
-def _decoded(
-    quantised: frozenset[str], touched: frozenset[str], out_storage: OutputStorage | None
-) -> frozenset[str]:
-    """Return the quantised parameters that the output stores dense."""
-    if out_storage == "dense" or (touched and out_storage is None):
-        return quantised
-    return with_mates(touched, quantised)
 
 
 def _plain_storages(
@@ -158,19 +155,21 @@ def _said(
     outline: Outline,
     quantised: frozenset[str],
     decoded: frozenset[str],
-    touched: Collection[str],
+    mates: frozenset[str],
     dtype: str,
+    numbers: Mapping[str, int],
 ) -> Issue:
     """Return a note on what becomes of quantised weights, with the bytes of each ``--out-storage``."""
     kinds = Counter(describe(outline.sources[name].storage) for name in quantised)
     weights = f"{counted(len(quantised), 'weight')} ({listing([kind for kind, _ in kinds.most_common()])})"
-    dense = f"--out-storage dense: {size_text(_nbytes(outline, quantised, dtype))}"
-    mates = with_mates(touched, quantised)
-    mixed = f"--out-storage mixed: {size_text(_nbytes(outline, mates, dtype))}"
+    dense, mixed = (
+        f"--out-storage {one}: {size_text(numbers[f'{one}_bytes'])}" for one in ("dense", "mixed")
+    )
     if not decoded and any(outline.sources[name].storage.codec in ENCODERS for name in quantised):
         sentence = f"{weights} stay as the base stores them ({dense})"
     elif not decoded:
-        now = size_text(_nbytes(outline, decoded, dtype))
+        # Nothing is decoded, so that a mixed output is the base as it is.
+        now = size_text(numbers["mixed_bytes"])
         sentence = (
             f"nothing changes a quantised weight: {weights} are copied as they are stored: {now} ({dense})"
         )
@@ -185,22 +184,6 @@ def _said(
     else:
         sentence = f"{len(decoded)} of {weights} are decoded to {dtype}, the others are copied as they are stored ({mixed}; {dense})"
     return note("storage", "", sentence)
-
-
-def _numbers(
-    outline: Outline,
-    quantised: frozenset[str],
-    decoded: frozenset[str],
-    touched: Collection[str],
-    dtype: str,
-) -> dict[str, int]:
-    """Return how many quantised weights are decoded and kept, and the bytes of all weights for each ``--out-storage``."""
-    return {
-        "decoded": len(decoded),
-        "kept": len(quantised) - len(decoded),
-        "dense_bytes": _nbytes(outline, quantised, dtype),
-        "mixed_bytes": _nbytes(outline, with_mates(touched, quantised), dtype),
-    }
 
 
 def _nbytes(outline: Outline, decoded: Collection[str], dtype: str) -> int:
