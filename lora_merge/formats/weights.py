@@ -90,15 +90,12 @@ class WeightReader:
         """Return, by role, the byte ranges of the parts that a tile needs."""
         return self._codec.ranges(tile, self.weight.storage)
 
-    def read_into(
-        self, buffers: Mapping[str, memoryview], tile: Tile, ranges: Mapping[str, PartRange]
-    ) -> None:
-        """Fill the buffer of each part with the bytes that a tile needs.
+    def read_into(self, buffers: Mapping[str, memoryview], ranges: Mapping[str, PartRange]) -> None:
+        """Fill the buffer of each part with some ranges of it.
 
         Raises:
             CheckpointError: a file ends too soon, or the disk cannot be read.
         """
-        del tile
         for role, found in ranges.items():
             self._parts[role].read_into(buffers[role], found)
 
@@ -113,7 +110,7 @@ class WeightReader:
         tile = self.tile(*self.widened(start, end))
         ranges = self.ranges(tile)
         raw = {role: self._buffer(role, one.nbytes) for role, one in ranges.items()}
-        self.read_into({role: buffer.numpy().data for role, buffer in raw.items()}, tile, ranges)
+        self.read_into({role: buffer.numpy().data for role, buffer in raw.items()}, ranges)
         parts = {
             role: raw[role].view(getattr(torch, STORED_TYPES[one.dtype])).view(one.shape)
             for role, one in ranges.items()

@@ -120,7 +120,7 @@ class Loop:
         written = output.parts(tile, read)
         frame = self._bench.frame(end - start, op.view.columns, read, written)
         if shared is None:
-            self._reader.read_into(frame.raw, tile, read.ranges)
+            self._reader.read_into(frame.raw, read.ranges)
             watch.lap("read")
             frame.decode(self._codec, tile)
         else:

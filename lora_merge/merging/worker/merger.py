@@ -200,7 +200,7 @@ class Merger:
         read = Parts(reader.weight.storage, reader.ranges(tile))
         frame = bench.frame(tile.end - tile.start, columns, read, read)
         frame.wait()
-        reader.read_into(frame.raw, tile, read.ranges)
+        reader.read_into(frame.raw, read.ranges)
         return frame
 
     def _shared(self, reader: WeightReader, tile: Tile, op: Merge) -> Frame:
