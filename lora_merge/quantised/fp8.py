@@ -9,6 +9,7 @@ from lora_merge.core.report import error
 from lora_merge.quantised.draft import AGAIN, CODE, NOTHING, Draft, Wanted, codes_of, grid, storage
 from lora_merge.quantised.exceptions import Exceptions
 from lora_merge.quantised.method import Found
+from lora_merge.quantised.packed import add_scaled
 from lora_merge.quantised.tables import settings_of, table_of
 from lora_merge.words import quoted
 
@@ -101,27 +102,14 @@ def _add(draft: Draft, ref: TensorRef, block: tuple[int, int] | None) -> None:
     name = scale_of(draft.tensors, ref.name)
     scale = draft.tensors.get(name)
     rows, columns = block or (0, 0)
-    shapes: tuple[tuple[int, ...], ...] = (grid(ref.shape, rows, columns),)
+    shapes: tuple[tuple[int, ...], ...] = ()
     if block is None:
         # One scale for the tensor, or one for each row: no setting tells them apart, and both decode in one way.
         by_row = scale is not None and scale.shape in row_shapes(ref.shape) and ref.shape[-2] > 1
         rows = 1 if by_row else 0
         shapes = row_shapes(ref.shape) if by_row else ((), (1,), (1, 1))
     dtypes = (*FLOATS, *POWERS) if draft.table.method == "fp8" else POWERS
-    how = storage(
-        "scaled",
-        ref.dtype,
-        codes=ref.dtype,
-        block_rows=rows,
-        block_columns=columns,
-        scale=scale.dtype if scale is not None else "F32",
-    )
-    draft.add(
-        ref.name,
-        ref.shape,
-        how,
-        [codes_of(ref.name, ref.dtype, ref.shape), Wanted("scale", name, dtypes, shapes)],
-    )
+    add_scaled(draft, ref, name, (rows, columns), dtypes, shapes)
 
 
 def _add_packed(draft: Draft, ref: TensorRef) -> None:

@@ -8,10 +8,23 @@ from lora_merge.quantised.draft import Wanted, codes_of, grid, storage
 
 if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
+    from lora_merge.core.weight import Storage
     from lora_merge.quantised.draft import Draft
 
 ONE = ((), (1,), (1, 1))
 """The shapes of a single number."""
+
+
+def scaled_storage(ref: TensorRef, block: tuple[int, int], scale: str) -> Storage:
+    """Return the storage of codes of eight bits with a scale for each block.
+
+    Args:
+        ref: the codes.
+        block: rows and columns that share a scale; 0 for the whole axis.
+        scale: dtype of the scales.
+    """
+    rows, columns = block
+    return storage("scaled", ref.dtype, codes=ref.dtype, block_rows=rows, block_columns=columns, scale=scale)
 
 
 def add_scaled(
@@ -33,14 +46,7 @@ def add_scaled(
         shapes: that they may have; none for that of the grid.
     """
     found = draft.tensors.get(scale)
-    how = storage(
-        "scaled",
-        ref.dtype,
-        codes=ref.dtype,
-        block_rows=block[0],
-        block_columns=block[1],
-        scale=found.dtype if found is not None else dtypes[0],
-    )
+    how = scaled_storage(ref, block, found.dtype if found is not None else dtypes[0])
     wanted = Wanted("scale", scale, dtypes, shapes or (grid(ref.shape, *block),))
     return draft.add(ref.name, ref.shape, how, [codes_of(ref.name, ref.dtype, ref.shape), wanted])
 

@@ -7,8 +7,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import error
-from lora_merge.quantised.draft import AGAIN, CODE, NOTHING, Draft, Wanted, codes_of, grid, storage
+from lora_merge.quantised.draft import AGAIN, CODE, NOTHING, Draft, Wanted, codes_of, grid
 from lora_merge.quantised.exceptions import Exceptions
+from lora_merge.quantised.packed import scaled_storage
 from lora_merge.quantised.refused import parent_hint
 from lora_merge.quantised.tables import settings_of, table_of
 from lora_merge.words import quoted
@@ -74,14 +75,7 @@ def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
         sentence = "is not zero everywhere: asymmetric codes of torchao are not supported"
         draft.refuse(error(CODE, zero.name, sentence, parent_hint(around.config)), [ref, zero])
         return
-    how = storage(
-        "scaled",
-        ref.dtype,
-        codes=ref.dtype,
-        block_rows=rows,
-        block_columns=columns,
-        scale=scale.dtype if scale is not None else "F32",
-    )
+    how = scaled_storage(ref, (rows, columns), scale.dtype if scale is not None else "F32")
     draft.add(name, ref.shape, how, wanted)
 
 

@@ -6,9 +6,10 @@ import re
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.gate.parts import grouped
-from lora_merge.checks.gate.scheme import FIELDS, FILES
+from lora_merge.checks.gate.scheme import FILES
 from lora_merge.core.checkpoint import CONFIG_FILE, config_levels
 from lora_merge.core.report import error, warning
+from lora_merge.quantised.tables import KEYS
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _leftovers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
     """Yield an issue for each setting of a quantisation, where no tensor is quantised any more."""
     found: list[tuple[str, str]] = []
     for path, level in config_levels(table):
-        for field in FIELDS:
+        for field in KEYS:
             # Only a table is MLX's: the word may be a parameter of any model.
             if level.get(field) and (field != "quantization" or isinstance(level[field], dict)):
                 sentence = f"{CONFIG_FILE} has it, and no tensor is quantised: engines would look for scales"

@@ -6,6 +6,8 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING
 
+from lora_merge.quantised.refused import KNOWN
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -15,20 +17,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-_KNOWN = frozenset(
-    {
-        "fp8",
-        "mxfp8",
-        "fbgemm_fp8",
-        "compressed-tensors",
-        "modelopt",
-        "mxfp4",
-        "gptq",
-        "awq",
-        "bitsandbytes",
-        "torchao",
-    }
-)
+_KNOWN = frozenset(KNOWN) - {"mlx"}
 """Values of ``quant_method`` whose scales are counted here."""
 
 _FLOAT8 = "F8_E4M3"

@@ -14,13 +14,11 @@ from lora_merge.core.checkpoint import config_levels
 from lora_merge.errors import CheckpointError
 from lora_merge.peft_rules.matcher import Matcher, MatcherError
 from lora_merge.peft_rules.patterns import LIMIT_SECONDS
+from lora_merge.quantised.tables import KEYS
 from lora_merge.storage.small_files import read_json
 
 if TYPE_CHECKING:
     from lora_merge.formats.written_checkpoint import Output
-
-FIELDS = ("quantization_config", "compression_config", "quantization")
-"""Keys of ``config.json`` that say how weights are quantised; the last one is MLX's."""
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files that say it too: those of GPTQ, AWQ and ModelOpt."""
@@ -69,7 +67,7 @@ class Scheme:
         found = cls()
         levels = config_levels(output.config or {})
         for table in [
-            *(level.get(key) for _, level in levels for key in FIELDS),
+            *(level.get(key) for _, level in levels for key in KEYS),
             *side_files(output).values(),
         ]:
             if isinstance(table, dict) and table:
