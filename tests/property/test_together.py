@@ -210,9 +210,9 @@ def bytes_read(monkeypatch):
     counts = []
     plain = WeightReader.read_into
 
-    def counted(self, buffers, tile, ranges):
+    def counted(self, buffers, ranges):
         counts.append(sum(map(len, buffers.values())))
-        plain(self, buffers, tile, ranges)
+        plain(self, buffers, ranges)
 
     monkeypatch.setattr(WeightReader, "read_into", counted)
 
