@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import PartRange, Storage, Survey, Tile
 
 
@@ -48,8 +49,10 @@ class Codec(Protocol):
 class Encoder(Codec, Protocol):
     """A codec that also writes."""
 
-    survey: Survey
-    """What `encode` has to know of all values: ``"tensor"`` where a scale depends on all of them, else ``"none"``."""
+    def survey(self, storage: Storage) -> Survey:
+        """Return what `grid` has to know of all values where it makes scales: ``"tensor"`` where one depends on all of
+        them, else ``"none"``.
+        """
 
     def names(self, name: str, storage: Storage) -> Mapping[str, str]:
         """Return role → name of the stored tensor, for a parameter's name."""
@@ -59,40 +62,46 @@ class Encoder(Codec, Protocol):
         safetensors codes.
         """
 
-    def look(self, values: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
+    def look(self, values: torch.Tensor, found: torch.Tensor | None, storage: Storage) -> torch.Tensor:
         """Return what is known of all values after one more tile. Called only where `survey` is ``"tensor"``.
 
         Args:
             values: float32 ``[rows, columns]``.
             found: what this returned for the tiles before; None at the first.
+            storage: with the settings of the codec.
         """
 
-    def encode(
+    def grid(
         self,
         tile: Tile,
         values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
+        storage: Storage,
         survey: torch.Tensor | None,
         stored: Mapping[str, torch.Tensor] | None,
-    ) -> None:
-        """Encode float32 into the parts of a tile; each value becomes the nearest that the parts can hold.
+    ) -> Grid:
+        """Return the grid of a tile, whose `Grid.keep` fills ``out``.
 
         Args:
             tile: which rows.
             values: float32 ``[rows, columns]``.
             out: the parts to fill, shaped as `ranges` says.
-            survey: what `look` has returned at last; None where `survey` is ``"none"``.
-            stored: the parts that the values were decoded from, so that a scale can be kept; None where they were stored in
-                another way.
+            storage: with the settings of the codec.
+            survey: what `look` has returned at last; None where `survey` is ``"none"``, or nothing has to be known.
+            stored: the parts that the values were decoded from, whose scales are kept: then only the main part is in ``out``.
+                None where scales are made from the values; they are written into ``out`` at once.
         """
 
-    def bound(self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the largest error that one encoding and decoding may have, for each value.
+    def bound(
+        self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor], storage: Storage
+    ) -> torch.Tensor:
+        """Return the largest error that one encoding to the nearest and decoding may have, for each value.
 
         Args:
             tile: which rows.
-            values: as they were given to `encode`.
-            parts: as `encode` filled them.
+            values: as they were given to `grid`.
+            parts: as `Grid.keep` filled them.
+            storage: with the settings of the codec.
 
         Returns:
             Float32, broadcast to ``[rows, columns]``; infinite where a value is beyond what the storage can hold.

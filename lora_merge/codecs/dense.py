@@ -6,6 +6,9 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs.geometry import lines_of
+from lora_merge.codecs.grid import Grid
+from lora_merge.codecs.lattice import PLAIN
 from lora_merge.core.tensor import TORCH_CODES, UNIT_ROUNDOFF, nbytes_of
 from lora_merge.core.weight import WEIGHT, PartRange, Survey
 
@@ -35,7 +38,10 @@ class Dense:
     tensor.
     """
 
-    survey: Survey = "none"
+    def survey(self, storage: Storage) -> Survey:
+        """Return ``"none"``: there is no scale."""
+        del storage
+        return "none"
 
     def names(self, name: str, storage: Storage) -> Mapping[str, str]:
         """Return the parameter's own name for the one part."""
@@ -68,28 +74,37 @@ class Dense:
         if stored is not out:
             out.copy_(stored)
 
-    def look(self, values: torch.Tensor, found: torch.Tensor | None) -> torch.Tensor:
+    def look(self, values: torch.Tensor, found: torch.Tensor | None, storage: Storage) -> torch.Tensor:
         """Return the values: `survey` is ``"none"``, so this is never needed."""
-        del found
+        del found, storage
         return values
 
-    def encode(
+    def grid(
         self,
         tile: Tile,
         values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
+        storage: Storage,
         survey: torch.Tensor | None,
         stored: Mapping[str, torch.Tensor] | None,
-    ) -> None:
-        """Round float32 to the stored dtype, to nearest, ties to even."""
-        del tile, survey, stored
-        rounded = out[WEIGHT]
-        if rounded is not values:
-            rounded.copy_(values)
+    ) -> Grid:
+        """Return the numbers of the stored dtype."""
+        del values, survey, stored
+        lines = lines_of(tile)
+        kept = out[WEIGHT].view(lines.n, lines.width)
 
-    def bound(self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        def keep(levels: torch.Tensor) -> None:
+            # Float32 may be stored in the buffer that it was computed in.
+            if levels.data_ptr() != kept.data_ptr():
+                kept.copy_(levels)
+
+        return Grid(PLAIN[storage.dtype], keep)
+
+    def bound(
+        self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor], storage: Storage
+    ) -> torch.Tensor:
         """Return half a unit in the last place for each value; infinity where rounding may overflow; zero for F32."""
-        del tile
+        del tile, storage
         dtype = TORCH_CODES[str(parts[WEIGHT].dtype)]
         if dtype == "F32":
             # Float32 is stored as it is computed.

@@ -1,0 +1,92 @@
+"""The numbers that a tile's values can become, once its scales are fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.codecs.geometry import in_groups
+
+if TYPE_CHECKING:
+    import torch  # noqa: TC004 - a field's type, never evaluated
+
+    from lora_merge.codecs.lattice import Lattice  # noqa: TC004 - a field's type, never evaluated
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """The grid of a tile: a level (`Lattice`) stands for ``(level - zero) · scale + bias``, in float32.
+
+    A tile is seen as lines of ``in`` values (`lora_merge.codecs.geometry.Lines`). Which of the levels a value becomes is
+    for the rounding to choose; `keep` stores its choice.
+
+    Shapes:
+        scale, zero, bias: float32 ``[lines, groups]``; None for 1, 0 and 0. A scale is never 0: where the stored one is, it
+        is 2^-126 here, and `keep` leaves the stored codes of that group as they are.
+    """
+
+    lattice: Lattice
+
+    keep: Callable[[torch.Tensor], None]
+    """Stores levels, float32 ``[lines, in]``, each one of the lattice: packs their codes into the parts of the tile. It may
+    change the levels that it is given.
+    """
+
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    group: int | torch.Tensor = 0
+    """Adjacent values of a group, the last of a line may be cut off; 0 for the whole line; or int32 ``[in]``: the group of
+    each column.
+    """
+
+    quotient: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """What a library that quantises rounds to the nearest level in place of ``(value - bias) / scale + zero`` in float32: its
+    own arithmetic, in bfloat16 for example. Float32 ``[lines, in]`` → the same, newly allocated.
+    """
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the level that is nearest to each value, in new memory.
+
+        Shapes:
+            values: float32 ``[lines, in]``.
+        """
+        numbers = self.numbers(values) if self.quotient is None else self.quotient(values)
+        return self.lattice.nearest_(numbers)
+
+    def numbers(self, values: torch.Tensor) -> torch.Tensor:
+        """Return ``(value - bias) / scale + zero``: where each value lies between the levels. New memory."""
+        found = values.clone()
+        for part, columns in self._grouped(found):
+            if self.bias is not None:
+                part.sub_(self._of(self.bias, columns))
+            if self.scale is not None:
+                part.div_(self._of(self.scale, columns))
+            if self.zero is not None:
+                part.add_(self._of(self.zero, columns))
+        return found
+
+    def values(self, levels: torch.Tensor) -> torch.Tensor:
+        """Return what levels stand for, float32 ``[lines, in]``, in new memory."""
+        found = levels.clone()
+        for part, columns in self._grouped(found):
+            if self.zero is not None:
+                part.sub_(self._of(self.zero, columns))
+            if self.scale is not None:
+                part.mul_(self._of(self.scale, columns))
+            if self.bias is not None:
+                part.add_(self._of(self.bias, columns))
+        return found
+
+    def _grouped(self, values: torch.Tensor):  # type: ignore[no-untyped-def]
+        if isinstance(self.group, int):
+            yield from in_groups(values, self.group)
+        else:
+            yield values.unsqueeze(1), self.group
+
+    def _of(self, found: torch.Tensor, columns):  # type: ignore[no-untyped-def]
+        if isinstance(columns, slice):
+            return found[:, columns, None]
+        return found.index_select(1, columns).unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Rounding: which of a grid's numbers each value of a merged weight becomes."""
