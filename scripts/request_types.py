@@ -54,7 +54,7 @@ def request_module() -> str:
         "from __future__ import annotations\n\n"
         "from dataclasses import dataclass, field\n"
         "from typing import ClassVar\n\n"
-        f"from lora_merge.core.choices import (\n{choices})"
+        f"from lora_merge.requests.choices import (\n{choices})"
     )
     return "\n\n\n".join([head, *classes]) + "\n"
 
@@ -70,7 +70,7 @@ def keywords_module() -> str:
         "if TYPE_CHECKING:\n"
         "    from collections.abc import Sequence\n"
         "    from os import PathLike\n\n"
-        f"    from lora_merge.core.choices import (\n{textwrap.indent(choices, '    ')}    )\n"
+        f"    from lora_merge.requests.choices import (\n{textwrap.indent(choices, '    ')}    )\n"
         "    from lora_merge.requests.inputs import AdapterPaths\n\n\n" + "\n\n\n".join(classes) + "\n"
     )
 

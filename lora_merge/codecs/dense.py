@@ -6,7 +6,6 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import PLAIN
 from lora_merge.core.tensor import TORCH_CODES, UNIT_ROUNDOFF, nbytes_of
@@ -89,16 +88,9 @@ class Dense:
         stored: Mapping[str, torch.Tensor] | None,
     ) -> Grid:
         """Return the numbers of the stored dtype."""
-        del values, survey, stored
-        lines = lines_of(tile)
-        kept = out[WEIGHT].view(lines.n, lines.width)
-
-        def keep(levels: torch.Tensor) -> None:
-            # Float32 may be stored in the buffer that it was computed in.
-            if levels.data_ptr() != kept.data_ptr():
-                kept.copy_(levels)
-
-        return Grid(PLAIN[storage.dtype], keep)
+        del tile, values, survey, stored
+        kept = out[WEIGHT]
+        return Grid(PLAIN[storage.dtype], lambda levels: kept.copy_(levels.view(kept.shape)))
 
     def bound(
         self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor], storage: Storage

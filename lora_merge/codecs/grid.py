@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import in_groups
@@ -28,7 +28,7 @@ class Grid:
 
     lattice: Lattice
 
-    keep: Callable[[torch.Tensor], None]
+    keep: Callable[[torch.Tensor], object]
     """Stores levels, float32 ``[lines, in]``, each one of the lattice: packs their codes into the parts of the tile. It may
     change the levels that it is given.
     """
@@ -46,6 +46,17 @@ class Grid:
     """What a library that quantises rounds to the nearest level in place of ``(value - bias) / scale + zero`` in float32: its
     own arithmetic, in bfloat16 for example. Float32 ``[lines, in]`` → the same, newly allocated.
     """
+
+    def of_lines(self, first: int, last: int) -> Grid:
+        """Return the grid of some of the lines, without a `keep`."""
+
+        def cut(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else part[first:last]
+
+        # The library's arithmetic is for whole tiles.
+        return replace(
+            self, keep=_not_kept, scale=cut(self.scale), zero=cut(self.zero), bias=cut(self.bias), quotient=None
+        )
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """Return the level that is nearest to each value, in new memory.
@@ -90,3 +101,8 @@ class Grid:
         if isinstance(columns, slice):
             return found[:, columns, None]
         return found.index_select(1, columns).unsqueeze(1)
+
+
+def _not_kept(levels: torch.Tensor) -> None:
+    """Refuse levels: only those of a whole tile are stored."""
+    raise AssertionError(f"{len(levels)} lines of a larger tile are not stored alone")

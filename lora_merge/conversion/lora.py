@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lora_merge.core.adapter import Delta
-from lora_merge.core.choices import AdapterFormat, ExpertForm, Naming
+from lora_merge.requests.choices import AdapterFormat, ExpertForm, Naming
 from lora_merge.core.plan import Step
 from lora_merge.core.report import Issue
 from lora_merge.core.tensor import TensorRef

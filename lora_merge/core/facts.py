@@ -46,6 +46,9 @@ class Facts:
     has_factors: ClassVar[bool] = False
     """True when it has an A and a B, and so a rank."""
 
+    sees_by_factor: ClassVar[bool] = False
+    """True when it depends on a layer's input x through A x alone (`lora_merge.deltas.algebra.Changer.looks`)."""
+
     is_stacked: ClassVar[bool] = False
     """True when the weight is a stack of matrices, each with factors of its own: ``[experts, out, in]``."""
 

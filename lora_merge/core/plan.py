@@ -50,6 +50,18 @@ class Combination:
 
 
 @dataclass(frozen=True, slots=True)
+class Rounding:
+    """How the values of a merged weight become numbers that its storage has, where that is not simply the nearest."""
+
+    method: Literal["adapter", "stochastic"]
+    """``adapter`` keeps what the deltas do to their own inputs (`lora_merge.rounding.adapter`)."""
+
+    seed: int = 0
+    rng_key: str = ""
+    """As `Combination.rng_key`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """The bytes of a stored tensor, as they are."""
 
@@ -78,13 +90,27 @@ class Merge:
     """None: every delta is applied in turn."""
 
     held_bytes: int = 0
-    """Bytes of the source that are in memory for every tile: packed codes that lie across the rows."""
+    """Bytes that are in memory for every tile: packed codes that lie across the rows."""
+
+    rounding: Rounding | None = None
+    """None: every value becomes the nearest number."""
+
+    on_stored_grid: bool = False
+    """True where the source's own scales are kept, and only its codes are written."""
+
+    surveyed: tuple[Merge, ...] = ()
+    """Weights that are loaded as one with this one, where a scale depends on the values of all of them."""
+
+    multiple: int = 1
+    """Each tile begins at a multiple of this number of rows of its matrix; 0 for tiles of whole matrices."""
 
     op: Literal["merge"] = "merge"
 
-    def tiles(self, elements: int | None = None, rows: int = 1) -> list[tuple[int, int]]:
+    def tiles(self, elements: int | None = None) -> list[tuple[int, int]]:
         """Return the row ranges to work on, in order; see `View.tiles`."""
-        return [(0, self.view.n_rows)] if self.reach == "tensor" else self.view.tiles(elements, rows)
+        if self.reach == "tensor":
+            return [(0, self.view.n_rows)]
+        return self.view.tiles(elements, self.multiple or self.view.rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """How much of a delta the stored dtype kept, measured on a sample of rows."""
+    """How much of a delta the storage kept, measured on a sample of rows."""
 
     weight_norm: float
     """‖W‖ before the merge."""
@@ -149,6 +149,20 @@ class Survival:
 
     unchanged: float
     """Share of the elements with a delta that the merge left as they were, because it was too small."""
+
+    kept: float = 1.0
+    """⟨Δ′, Δ⟩ / ‖Δ‖²: the share of the delta that arrived; 1 where there is none."""
+
+    saturated: float = 0.0
+    """Share of the elements that lie beyond the grid of the storage."""
+
+    effect_norm: float = -1.0
+    """‖ΔQᵀ‖ with Q an orthonormal basis of what the adapters see of their inputs (their A), over all rows; -1 where it was not
+    asked for.
+    """
+
+    effect_error: float = -1.0
+    """‖(Δ′ - Δ)Qᵀ‖, likewise."""
 
     @property
     def relative(self) -> float:

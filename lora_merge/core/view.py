@@ -120,6 +120,11 @@ class Block:
         # A part of each matrix, so that rows of no interest are in between.
         return [(block * size + self.rows[0], block * size + self.rows[1]) for block in range(*self.blocks)]
 
+    def column_ranges(self) -> list[tuple[int, int]]:
+        """Return its columns, counted through all matrices of the view."""
+        size = self.view.columns
+        return [(n * size + self.columns[0], n * size + self.columns[1]) for n in range(*self.blocks)]
+
 
 class Spread:
     """Blocks sorted by their rows, so that those that meet a tile are found by bisection."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    import torch
+    import torch  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.facts import Facts
@@ -32,6 +33,28 @@ class Changer(Protocol):
             base: the same rows before any delta; the same tensor as ``weight`` for the first.
         """
 
+    def looks(self) -> Sequence[Look]:
+        """Return through what the change sees a layer's input; nothing where `Facts.sees_by_factor` is False."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What some outputs of a layer see of its input: A x."""
+
+    outputs: tuple[int, int]
+    """Outputs of the layer, counted through all matrices of a stack: rows of a weight stored ``[out, in]``."""
+
+    first_input: int
+    """Of those that A is for."""
+
+    factor: torch.Tensor
+    """A, float32 ``[r, inputs]``."""
+
+    other: torch.Tensor | None
+    """B, float32 ``[outputs, r]``, where the change is ``scale · B A``; else None."""
+
+    scale: float = 1.0
+
 
 class Algebra(Changer, Protocol):
     """One delta, ready to change the tiles of one weight.
@@ -53,3 +76,7 @@ class Unsurveyed:
 
     def survey(self, panels: Panels) -> None:
         """Look at nothing."""
+
+    def looks(self) -> Sequence[Look]:
+        """Return nothing: the change does not depend on A x alone."""
+        return ()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_merge.deltas.factors import FactorFacts
 from lora_merge.deltas.low_rank import LowRank
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.facts import Division, Facts, Reach
-    from lora_merge.deltas.algebra import Panels
+    from lora_merge.deltas.algebra import Look, Panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class DoraFacts(FactorFacts):
 
     is_scaled: ClassVar[bool] = True
     looks_back: ClassVar[bool] = True
+    sees_by_factor: ClassVar[bool] = True
     serving_trait: ClassVar[tuple[str, str] | None] = ("dora", "use_dora is set")
 
     @property
@@ -71,6 +72,10 @@ class Dora:
             self._sum.apply_columns(panel, start, end)
             norms.append(torch.linalg.norm(panel.T, dim=1))
         self._factor = self._magnitude / torch.cat(norms)
+
+    def looks(self) -> Sequence[Look]:
+        """Return A for all outputs. The lengths change what they see of other inputs, too."""
+        return tuple(replace(look, other=None) for look in self._sum.looks())
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Add the rows' part of the delta, and scale what came of it."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from lora_merge.core.tensor import TORCH_NAMES
-from lora_merge.deltas.algebra import Unsurveyed
+from lora_merge.deltas.algebra import Look, Unsurveyed
 from lora_merge.deltas.factors import FactorFacts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -37,6 +37,7 @@ class LowRankFacts(FactorFacts):
     is_sum: ClassVar[bool] = True
     is_scaled: ClassVar[bool] = True
     is_row_wise: ClassVar[bool] = True
+    sees_by_factor: ClassVar[bool] = True
     vanishes_with: ClassVar[frozenset[str]] = frozenset({"A", "B", "E"})
 
     @property
@@ -63,6 +64,7 @@ class StackedFacts(FactorFacts):
     is_sum: ClassVar[bool] = True
     is_scaled: ClassVar[bool] = True
     is_row_wise: ClassVar[bool] = True
+    sees_by_factor: ClassVar[bool] = True
     is_stacked: ClassVar[bool] = True
 
 
@@ -118,6 +120,12 @@ class LowRank(Unsurveyed):
             self._add(weight, self._b[start:end], self._a)
         else:
             self._add(weight, self._b, self._a[:, start:end])
+
+    def looks(self) -> Sequence[Look]:
+        """Return A for all outputs."""
+        # B may be scaled already.
+        scale = 1.0 if self._fused else self._scale / (self._divisor or 1.0)
+        return (Look((0, len(self._b)), 0, self._a, self._b, scale),)
 
     def _add(self, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add ``s · left @ right``, transposed if the weight is."""
@@ -188,6 +196,14 @@ class Stacked(Unsurveyed):
                 delta = self._delta(a, b[first : first + n])
             weight[at - start : at - start + n].add_(delta)
             at += n
+
+    def looks(self) -> Sequence[Look]:
+        """Return each expert's A for its own outputs."""
+        n = self._b.shape[1]
+        return tuple(
+            Look((expert * n, (expert + 1) * n), 0, a, b, self._scale)
+            for expert, (a, b) in enumerate(zip(self._a, self._b, strict=True))
+        )
 
     def _delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``s · B A``, of one expert or of several, the way round that the weight is stored."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.deltas.algebra import Look
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -19,10 +21,11 @@ class Part:
     Args:
         algebra: of the part.
         block: where the part is in the stored tensor.
+        transposed: whether the tensor is stored ``[in, out]``.
     """
 
-    def __init__(self, algebra: Algebra, block: Block) -> None:
-        self._algebra, self._block = algebra, block
+    def __init__(self, algebra: Algebra, block: Block, *, transposed: bool = False) -> None:
+        self._algebra, self._block, self._transposed = algebra, block, transposed
 
     def survey(self, panels: Panels) -> None:
         """Show the algebra its part of each panel of columns."""
@@ -35,6 +38,27 @@ class Part:
             left, right = max(start, first), min(end, last)
             if left < right:
                 yield left - first, right - first, panel[:, left - start : right - start]
+
+    def looks(self) -> Sequence[Look]:
+        """Return what the algebra sees, with outputs and inputs as the whole tensor counts them."""
+        block = self._block
+        ranges, inputs = block.row_ranges(), block.columns
+        if self._transposed:
+            ranges, inputs = block.column_ranges(), block.rows
+        found = []
+        for look in self._algebra.looks():
+            done = 0
+            for first, last in ranges:
+                low, high = max(look.outputs[0], done), min(look.outputs[1], done + last - first)
+                if low < high:
+                    own = slice(low - look.outputs[0], high - look.outputs[0])
+                    outputs = (first + low - done, first + high - done)
+                    other = None if look.other is None else look.other[own]
+                    found.append(
+                        Look(outputs, inputs[0] + look.first_input, look.factor, other, look.scale)
+                    )
+                done += last - first
+        return found
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
         """Let the algebra change those of the rows ``start`` to ``end`` of the stored tensor that are its own."""

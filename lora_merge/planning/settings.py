@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_merge.core.choices import BaseIs, OutputDtype, OutputStorage
+from lora_merge.requests.choices import BaseIs, OutputDtype, OutputStorage, RoundingMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,5 +29,8 @@ class Policy:
     dtype: OutputDtype | None = None
     max_shard_size: str | int | None = None
     out_storage: OutputStorage | None = None
+    quantize: str | None = None
+    ignore: tuple[str, ...] = ()
+    rounding: RoundingMethod | None = None
     allow_untie: bool = False
     allow_again: bool = False

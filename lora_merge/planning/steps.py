@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs import CODECS, ENCODERS
-from lora_merge.core.plan import Combination, Copy, Merge, Step
+from lora_merge.core.plan import Combination, Copy, Merge, Rounding, Step
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
 from lora_merge.core.view import View
-from lora_merge.core.weight import Storage, Tile, Weight
+from lora_merge.core.weight import FLOAT32, WEIGHT, Storage, Tile, Weight
 from lora_merge.planning.change import Change, combined_rank
+from lora_merge.rounding.adapter import band_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,15 +55,22 @@ class Wanted:
         deltas = applied(self.change.deltas, policy)
         is_replaced = own is not None
         # A tensor without values has nothing to be cast.
-        if not deltas and (self.target == source.storage or source.nbytes == 0):
-            return [
-                Step(slot.name, {role: slot}, Copy(source.parts[role]), is_replaced)
-                for role, slot in self.writes.items()
-            ]
+        if not deltas and (self.is_as_stored or source.nbytes == 0):
+            return [copy for role in self.writes for copy in self._copies(source, role)]
+        merge = self._merge(source, deltas, policy)
+        if merge.on_stored_grid:
+            # The scales stay, so only the codes are written; the rest is copied.
+            others = [role for role in self.writes if role != WEIGHT]
+            changed = Step(self.name, {WEIGHT: self.writes[WEIGHT]}, merge)
+            return [changed, *(copy for role in others for copy in self._copies(source, role))]
         # The roles in the codec's order: the main part is the first.
         roles = ENCODERS[self.target.codec].parts(source.shape, self.target)
-        merge = self._merge(source, deltas, policy)
         return [Step(self.name, {role: self.writes[role] for role in roles}, merge, is_replaced)]
+
+    def _copies(self, source: Weight, role: str) -> list[Step]:
+        """Return the step that copies a part as it is."""
+        slot = self.writes[role]
+        return [Step(slot.name, {role: slot}, Copy(source.parts[role]), self.change.source is not None)]
 
     def _merge(self, source: Weight, deltas: tuple[PlacedDelta, ...], policy: Policy) -> Merge:
         # The methods are for matrices; changes of a vector add up.
@@ -73,7 +82,39 @@ class Wanted:
         # Without a delta any view will do, and that of a stack has small rows.
         is_stacked = not deltas or any(delta.facts.is_stacked or delta.region.box for delta in deltas)
         view = View.of(source.shape, stacked=is_stacked)
-        return Merge(source, self.target, deltas, view, reach, combination, _held_bytes(source, view))
+        on_stored_grid = self.is_as_stored and not self.target.is_dense
+        rounding = self._rounding(deltas, policy, on_stored_grid=on_stored_grid)
+        if rounding is not None:
+            deltas = tuple(map(_unrounded, deltas))
+        return Merge(
+            source,
+            self.target,
+            deltas,
+            view,
+            reach,
+            combination,
+            _held_bytes(source, view) * (2 if on_stored_grid else 1),
+            rounding,
+            on_stored_grid,
+            multiple=_multiple(source, self.target, view, deltas, rounding),
+        )
+
+    @property
+    def is_as_stored(self) -> bool:
+        """True where the output stores the parameter in the base's own way."""
+        return self.change.source is None and self.target == self.stored.storage
+
+    def _rounding(
+        self, deltas: tuple[PlacedDelta, ...], policy: Policy, *, on_stored_grid: bool
+    ) -> Rounding | None:
+        """Return how values become numbers of the storage; None for the nearest."""
+        method = policy.rounding or ("adapter" if on_stored_grid else "nearest")
+        # What only changes its storage has no adapter's effect to lose, and rounding it at random would only add noise.
+        if method == "nearest" or not deltas or self.target == FLOAT32:
+            return None
+        if method == "adapter" and not any(map(keeps_effect, deltas)):
+            return None
+        return Rounding(method, policy.seed, self.rng_key)
 
     def _combination(self, deltas: tuple[PlacedDelta, ...], policy: Policy) -> Combination | None:
         """Return how the adapters' changes become one; None where they are applied in turn."""
@@ -81,6 +122,30 @@ class Wanted:
             return None
         rank = combined_rank(deltas)
         return Combination(policy.combine, policy.density, policy.seed, rank, self.rng_key)
+
+
+def keeps_effect(delta: PlacedDelta) -> bool:
+    """Return True for a change whose effect rounding can keep: on what a layer sees of its input. The input of an
+    embedding is a number, and picks a row.
+    """
+    return delta.facts.sees_by_factor and not delta.delta.transposed
+
+
+def _multiple(
+    source: Weight, target: Storage, view: View, deltas: Sequence[PlacedDelta], rounding: Rounding | None
+) -> int:
+    """Return the rows at a multiple of which each tile begins, see `Merge.multiple`: what the codecs of both storages need,
+    and the rounding.
+    """
+    multiples = [
+        CODECS[one.codec].alignment(source.shape, view.n_rows, one)[0] for one in (source.storage, target)
+    ]
+    if rounding is not None and rounding.method == "adapter":
+        # Of a weight stored [in, out] the rule needs all inputs of an output.
+        if any(delta.region.transposed for delta in deltas if keeps_effect(delta)):
+            return 0
+        multiples.append(band_rows(view.columns))
+    return math.lcm(*multiples)
 
 
 def _held_bytes(source: Weight, view: View) -> int:

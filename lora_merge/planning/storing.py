@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import ENCODERS
 from lora_merge.core.checkpoint import ConfigPatch
 from lora_merge.core.report import Issue, note
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, nbytes_of
@@ -74,10 +73,15 @@ def storing_of(
     if not quantised:
         return Storing(storages, frozenset(), "", is_plain=False, issues=tuple(issues))
     code = DTYPE_CODES[policy.dtype] if policy.dtype else stored_dtype(base.quantisation, base.config)
-    touched = _touched(outline, quantised, changes)
+    touched = quantised & changes.keys()
     mates = with_mates(touched, quantised)
     is_dense = policy.out_storage == "dense" or (touched and policy.out_storage is None)
-    decoded = quantised if is_dense else mates
+    if policy.out_storage == "base":
+        # A weight that the adapter brings whole was never on the base's grid.
+        replaced = frozenset(name for name in touched if changes[name].source is not None)
+        decoded = with_mates(replaced, quantised)
+    else:
+        decoded = quantised if is_dense else mates
     for name in quantised:
         storages[name] = Storage(DENSE, code) if name in decoded else outline.sources[name].storage
     numbers = {
@@ -85,6 +89,8 @@ def storing_of(
         "kept": len(quantised) - len(decoded),
         "dense_bytes": _nbytes(outline, quantised, code),
         "mixed_bytes": _nbytes(outline, mates, code),
+        "base_bytes": _nbytes(outline, (), code),
+        "requantised": len(touched - decoded) if policy.out_storage == "base" else 0,
     }
     issues.append(_said(outline, quantised, decoded, mates, code, numbers))
     storing = Storing(
@@ -103,12 +109,6 @@ def storing_of(
             dropped_files=SIDE_FILES,
         )
     return replace(storing, config_patch=_with_exceptions(base, outline, decoded)) if decoded else storing
-
-
-def _touched(outline: Outline, quantised: frozenset[str], changes: Mapping[str, Change]) -> frozenset[str]:
-    """Return the quantised parameters that change and cannot be written as they are stored."""
-    codecs = {name: outline.sources[name].storage.codec for name in quantised & changes.keys()}
-    return frozenset(name for name, codec in codecs.items() if codec not in ENCODERS)
 
 
 def _plain_storages(
@@ -162,11 +162,14 @@ def _said(
     """Return a note on what becomes of quantised weights, with the bytes of each ``--out-storage``."""
     kinds = Counter(describe(outline.sources[name].storage) for name in quantised)
     weights = f"{counted(len(quantised), 'weight')} ({listing([kind for kind, _ in kinds.most_common()])})"
-    dense, mixed = (
-        f"--out-storage {one}: {size_text(numbers[f'{one}_bytes'])}" for one in ("dense", "mixed")
+    dense, mixed, base = (
+        f"--out-storage {one}: {size_text(numbers[f'{one}_bytes'])}" for one in ("dense", "mixed", "base")
     )
-    if not decoded and any(outline.sources[name].storage.codec in ENCODERS for name in quantised):
-        sentence = f"{weights} stay as the base stores them ({dense})"
+    if numbers["requantised"]:
+        sentence = f"{numbers['requantised']} of {weights} get new codes on the base's own scales"
+        if decoded:
+            sentence += f", {len(decoded)} are decoded to {dtype}, since an adapter brings them whole"
+        sentence += f" ({base}; {mixed}; {dense})"
     elif not decoded:
         # Nothing is decoded, so that a mixed output is the base as it is.
         now = size_text(numbers["mixed_bytes"])
@@ -177,12 +180,12 @@ def _said(
         sentence = f"{weights} are decoded to {dtype}"
         if mates != quantised:
             sentence += (
-                f"; {len(mates)} of them change, or are loaded together with one that does ({dense}; {mixed})"
+                f"; {len(mates)} of them change, or are loaded together with one that does ({dense}; {mixed}; {base})"
             )
         else:
-            sentence += f" ({dense})"
+            sentence += f" ({dense}; {base})"
     else:
-        sentence = f"{len(decoded)} of {weights} are decoded to {dtype}, the others are copied as they are stored ({mixed}; {dense})"
+        sentence = f"{len(decoded)} of {weights} are decoded to {dtype}, the others are copied as they are stored ({mixed}; {dense}; {base})"
     return note("storage", "", sentence)
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
-    from lora_merge.core.choices import (
+    from lora_merge.requests.choices import (
         AdapterFormat,
         BaseIs,
         Engine,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         OutputDtype,
         OutputStorage,
         ProofLevel,
+        RoundingMethod,
         VerifyLevel,
     )
     from lora_merge.requests.inputs import AdapterPaths
@@ -51,14 +52,28 @@ class PlanOptions(TypedDict, total=False):
     """Share of each change that ties and dare keep. Default: 0.5."""
 
     seed: int
-    """Of what dare drops. Default: 0."""
+    """Of what dare drops, and of stochastic rounding. Default: 0."""
 
     dtype: OutputDtype | None
     """Store the weights in this dtype. Default: the base's, tensor by tensor."""
 
     out_storage: OutputStorage | None
-    """How a quantised base's weights are stored: all dense, or dense where they change and as they are
-    elsewhere (mixed). Default: dense, unless no quantised weight changes: then all are copied."""
+    """How a quantised base's weights are stored: all dense; dense where they change and as they are elsewhere
+    (mixed); or as the base stores them, with new codes on its own scales (base). Default: dense, unless no
+    quantised weight changes: then all are copied."""
+
+    quantize: Literal["fp8", "fp8-block", "fp8-channel", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"] | None
+    """Quantise the linear layers of the output. Default: they stay as they are."""
+
+    ignore: str | Sequence[str]
+    """With --quantize, leave these modules dense: a name, or a pattern such as '*.o_proj'."""
+
+    rounding: RoundingMethod | None
+    """Which number a merged value becomes: the nearest; one that keeps the adapter's effect (adapter); or a
+    neighbour at random (stochastic). Default: nearest; with --out-storage base, adapter."""
+
+    allow_loss: bool
+    """Write the output even if rounding loses more than half of the adapter's change."""
 
     max_shard_size: str | int | None
     """Split the weights into files of at most this size, such as 5GB. Default: the base's own files."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from lora_merge.core.choices import (
+from lora_merge.requests import values
+from lora_merge.requests.choices import (
     AdapterFormat,
     BaseIs,
     Engine,
@@ -15,9 +16,9 @@ from lora_merge.core.choices import (
     OutputDtype,
     OutputStorage,
     ProofLevel,
+    RoundingMethod,
     VerifyLevel,
 )
-from lora_merge.requests import values
 from lora_merge.requests.inputs import path_text, switch, texts
 from lora_merge.requests.option import Kind
 
@@ -32,6 +33,12 @@ def _executors() -> tuple[str, ...]:
     from lora_merge import executors
 
     return executors.choices()
+
+
+def _schemes() -> tuple[str, ...]:
+    from lora_merge.quantised.schemes import SCHEMES
+
+    return tuple(SCHEMES)
 
 
 def _serving_engines() -> tuple[str, ...]:
@@ -70,6 +77,8 @@ LAYOUTS = Kind("tuple[str, ...]", values.parse_expert_layout, choices=get_args(E
 BASE_IS = Kind("BaseIs", values.parse_choice(BaseIs, "kind of base"), _shown(BaseIs))
 COMBINE = Kind("str", values.parse_name(_combinations, "way to combine"), names=_combinations)
 OUT_STORAGE = Kind("OutputStorage", values.parse_choice(OutputStorage, "way to store"), _shown(OutputStorage))
+ROUNDING = Kind("RoundingMethod", values.parse_choice(RoundingMethod, "way to round"), _shown(RoundingMethod))
+SCHEME = Kind("str", values.parse_name(_schemes, "scheme"), names=_schemes, metavar="SCHEME")
 DTYPE = Kind("OutputDtype", values.parse_dtype, _shown(OutputDtype))
 ENGINE = Kind("Engine", values.parse_choice(Engine, "engine"), _shown(Engine))
 EXPERTS = Kind("ExpertForm", values.parse_choice(ExpertForm, "form of experts"))

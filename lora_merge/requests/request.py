@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lora_merge.core.choices import (
+from lora_merge.requests.choices import (
     AdapterFormat,
     BaseIs,
     Engine,
@@ -18,6 +18,7 @@ from lora_merge.core.choices import (
     OutputDtype,
     OutputStorage,
     ProofLevel,
+    RoundingMethod,
     VerifyLevel,
 )
 
@@ -55,14 +56,28 @@ class Request:
     """Share of each change that ties and dare keep. Default: 0.5."""
 
     seed: int = 0
-    """Of what dare drops. Default: 0."""
+    """Of what dare drops, and of stochastic rounding. Default: 0."""
 
     dtype: OutputDtype | None = None
     """Store the weights in this dtype. Default: the base's, tensor by tensor."""
 
     out_storage: OutputStorage | None = None
-    """How a quantised base's weights are stored: all dense, or dense where they change and as they are
-    elsewhere (mixed). Default: dense, unless no quantised weight changes: then all are copied."""
+    """How a quantised base's weights are stored: all dense; dense where they change and as they are elsewhere
+    (mixed); or as the base stores them, with new codes on its own scales (base). Default: dense, unless no
+    quantised weight changes: then all are copied."""
+
+    quantize: str | None = None
+    """Quantise the linear layers of the output. Default: they stay as they are."""
+
+    ignore: tuple[str, ...] = ()
+    """With --quantize, leave these modules dense: a name, or a pattern such as '*.o_proj'."""
+
+    rounding: RoundingMethod | None = None
+    """Which number a merged value becomes: the nearest; one that keeps the adapter's effect (adapter); or a
+    neighbour at random (stochastic). Default: nearest; with --out-storage base, adapter."""
+
+    allow_loss: bool = False
+    """Write the output even if rounding loses more than half of the adapter's change."""
 
     max_shard_size: str | int | None = None
     """Split the weights into files of at most this size, such as 5GB. Default: the base's own files."""

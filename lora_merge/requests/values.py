@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from lora_merge.core.choices import ExpertLayout, OutputDtype
+from lora_merge.requests.choices import ExpertLayout, OutputDtype
 from lora_merge.requests.inputs import adapter_texts, checked_weight
 from lora_merge.requests.sizes import parse_size
 from lora_merge.words import shown

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILE, FRESH_FILE = "journal.jsonl", "journal.new"
 """In staging: the journal, and one that is about to take its place."""
 
-_VERSION = 3
+_VERSION = 4
 
 
 class Journal:

@@ -12,7 +12,7 @@ from lora_merge.conversion.writers.peft_adapter import write_peft
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lora_merge.core.choices import AdapterFormat
+    from lora_merge.requests.choices import AdapterFormat
 
 ADAPTER_WRITERS: Mapping[AdapterFormat, LoraWriter] = {
     "peft": write_peft,

@@ -8,23 +8,26 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs import CODECS
 from lora_merge.core.tensor import TensorRecord
+from lora_merge.core.weight import PartRange
 from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.workbench import Parts
 from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence  # noqa: TC004 - a field's type, never evaluated
 
     import torch  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.codecs import Encoder  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.plan import Merge, Step  # noqa: TC004 - a field's type, never evaluated
-    from lora_merge.core.weight import PartRange, Tile
+    from lora_merge.core.weight import Tile  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.formats.weights import WeightReader
+    from lora_merge.merging.worker.choosing import Choosing  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.merging.worker.passing import Passing  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.merging.worker.sample import Sample  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.merging.worker.stopwatch import Stopwatch
-    from lora_merge.merging.worker.workbench import Frame, Workbench
+    from lora_merge.merging.worker.workbench import Frame, Workbench  # noqa: TC004 - a field's type, never evaluated
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +48,57 @@ class Filling:
     codec: Encoder
     """Of the storage that is written."""
 
-    is_same: bool
-    """True when the weight is written in the storage that it is read from."""
+    choosing: Choosing
+    tiles: Sequence[Tile]
+
+    bench: Workbench | None
+    """Of its own, where its buffers are filled by several tiles; else the loop's."""
 
     def parts(self, tile: Tile, read: Parts) -> Parts:
         """Return the parts that a tile is written as, with the byte ranges of each."""
-        return read if self.is_same else Parts(self.op.target, self.codec.ranges(tile, self.op.target))
+        if self.op.on_stored_grid:
+            return Parts(self.op.target, {role: read.ranges[role] for role in self.step.writes})
+        if self.op.target == self.op.source.storage:
+            return read
+        found = dict(self.codec.ranges(tile, self.op.target))
+        for role, slot in self.step.writes.items():
+            if role not in found:
+                # What says nothing about the values, such as a shape, is the same for every tile.
+                found[role] = PartRange(slot.dtype, slot.shape, ((0, slot.nbytes),))
+        return Parts(self.op.target, found)
 
     def encode(self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor]) -> None:
-        """Encode a tile. A codec that writes what it read also sees the stored parts, such as their scales."""
-        frame.encode(self.codec, tile, self.survey, stored if self.is_same else None)
+        """Encode a tile. Where the stored scales are kept, the codec sees the stored parts."""
+        changers = [changer for _, changer in self.working.on(tile.start, tile.end)]
+
+        def choose(values: torch.Tensor, grid: Grid) -> torch.Tensor:
+            self.sample.look(frame, tile, grid)
+            return self.choosing.levels(values, grid, tile.start, tile.end, changers)
+
+        is_plain = self.choosing.is_plain and self.op.target.is_dense
+        frame.encode(
+            self.codec,
+            tile,
+            None if is_plain else choose,
+            self.survey,
+            stored if self.op.on_stored_grid else None,
+        )
 
     def take(self, n: int, frame: Frame, written: Parts) -> None:
         """Write a tile whose encoding is complete (`Frame.wait`)."""
-        self.filled.take(frame, written.ranges)
+        # Parts that the next tile goes on filling are written after the last tile that they belong to.
+        following = self.parts_of(n + 1) if n + 1 < len(self.tiles) else {}
+        full = {role: found for role, found in written.ranges.items() if following.get(role) != found}
+        self.filled.take(frame, full)
         if self.passing is not None:
-            self.passing.after(n, frame, written.ranges)
+            self.passing.after(n, frame, full)
+
+    def parts_of(self, n: int) -> Mapping[str, PartRange]:
+        """Return the byte ranges that a tile is written to."""
+        if self.op.target.is_dense:
+            return {}  # each tile has rows of its own
+        tile, storage = self.tiles[n], self.op.source.storage
+        return self.parts(tile, Parts(storage, CODECS[storage.codec].ranges(tile, storage))).ranges
 
     def records(self, sources: Mapping[str, str]) -> tuple[TensorRecord, ...]:
         """Return the records of all parts, once all tiles are written. The record of the first part speaks for the
@@ -81,7 +119,7 @@ class Filling:
                 slot.nbytes,
                 filled.digest(role),
                 finite=n > 0 or filled.finite,
-                survival=None if n else self.sample.survival(),
+                survival=None if n else self.sample.survival(self.choosing.effect()),
                 source=sources,
                 suspects=None if n else suspects,
                 blocks=passing.blocks(role) if passing else (),
@@ -118,7 +156,8 @@ class Loop:
         if len(self._under_way) == self._bench.depth:
             self._take()
         written = output.parts(tile, read)
-        frame = self._bench.frame(end - start, op.view.columns, read, written)
+        bench = output.bench or self._bench
+        frame = bench.frame(end - start, op.view.columns, read, written)
         if shared is None:
             self._reader.read_into(frame.raw, read.ranges)
             watch.lap("read")
@@ -131,12 +170,15 @@ class Loop:
             output.passing.before(n, shared or frame)
             watch.lap("check")
         output.sample.before(n, frame)
+        output.choosing.before(frame.values)
         change(frame.values, start, end, op, changers)
         watch.lap("change")
         output.encode(frame, tile, (shared or frame).stored)
-        output.sample.after(n, frame, tile)
+        output.sample.after(n, frame, tile, (shared or frame).stored)
         watch.lap("encode")
         self._under_way.append((output, n, frame, written))
+        if output.bench is not None:
+            self.finish()
 
     def finish(self) -> None:
         """Write the tiles that are still under way."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.view import Block
+from lora_merge.core.weight import Tile
 from lora_merge.deltas import ALGEBRAS, Factors, Part
 from lora_merge.formats.safetensors import load
 from lora_merge.formats.weights import WeightReader
 from lora_merge.merging.worker.changing import Working, change
+from lora_merge.merging.worker.choosing import Choosing
 from lora_merge.merging.worker.copying import copy
 from lora_merge.merging.worker.filling import Filled, Filling, Loop
 from lora_merge.merging.worker.passing import Passing
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.tensor import TensorRecord
-    from lora_merge.core.weight import Tile
     from lora_merge.deltas.algebra import Changer
     from lora_merge.merging.worker.workbench import Frame
 
@@ -51,19 +51,9 @@ class Order:
         return self.step.op
 
 
-def row_multiple(op: Merge) -> int:
-    """Return the number of rows that every tile begins at a multiple of: what the codecs of source and target need,
-    both.
-    """
-    shape, n_rows = op.source.shape, op.view.n_rows
-    return math.lcm(
-        *(CODECS[one.codec].alignment(shape, n_rows, one)[0] for one in (op.source.storage, op.target))
-    )
-
-
 def alike(op: Merge) -> tuple[object, ...]:
     """Return a key that is equal for merges which may share one reading of their source."""
-    return (op.source, op.view, op.reach == "tensor", row_multiple(op))
+    return (op.source, op.view, op.reach == "tensor", op.multiple)
 
 
 class Merger:
@@ -138,10 +128,10 @@ class Merger:
         watch, bench = self._watch, self._workbench("bench", Workbench.of)
         watch.start()
         op = orders[0].op
-        tiles = self._tiles(orders[0])
+        tiles = self._tiles(op)
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(WeightReader(op.source, op.view.n_rows))
-            outputs = [self._output(order, tiles, stack, watch) for order in orders]
+            outputs = [self._output(n, order, tiles, stack) for n, order in enumerate(orders)]
             loop = Loop(bench, reader, watch)
             for n, (start, end) in enumerate(tiles):
                 tile = reader.tile(start, end)
@@ -155,44 +145,59 @@ class Merger:
             digests = reader.digests()
         return [output.records(digests) for output in outputs]
 
-    def _tiles(self, order: Order) -> list[tuple[int, int]]:
+    def _tiles(self, op: Merge) -> list[tuple[int, int]]:
         """Return the row ranges of a weight that are not empty."""
-        op = order.op
-        found = op.tiles(self._tile_elements, row_multiple(op))
+        found = op.tiles(self._tile_elements)
         return [(start, end) for start, end in found if (end - start) * op.view.columns]
 
     def _output(
-        self, order: Order, tiles: Sequence[tuple[int, int]], stack: contextlib.ExitStack, watch: Stopwatch
+        self, number: int, order: Order, tiles: Sequence[tuple[int, int]], stack: contextlib.ExitStack
     ) -> Filling:
         """Return what one output needs for the loop; its slots stay open until the stack ends."""
         op, writes = order.op, order.step.writes
-        survey = self._survey(order, tiles) if ENCODERS[op.target.codec].survey == "tensor" else None
+        codec = ENCODERS[op.target.codec]
+        is_surveyed = not op.on_stored_grid and codec.survey(op.target) == "tensor"
+        survey = self._survey(order) if is_surveyed else None
         fills = {role: stack.enter_context(order.sink.open(slot)) for role, slot in writes.items()}
         passing = Passing(op, writes, tiles) if self._is_checked else None
-        sample, filled = Sample(op, len(tiles)), Filled(fills, watch)
-        codec, is_same = ENCODERS[op.target.codec], op.target == op.source.storage
+        # Codes that lie across the rows are filled by all tiles, so no other output may have the buffer.
+        is_held = bool(op.held_bytes) and op.on_stored_grid
+        bench = self._workbench(f"held {number}", Workbench) if is_held else None
+        sample, filled = Sample(op, len(tiles)), Filled(fills, self._watch)
+        places = [Tile(op.source.shape, op.view.n_rows, *rows) for rows in tiles]
         return Filling(
-            order.step, self._working(op), sample, filled, passing, survey, op, codec, is_same=is_same
+            order.step,
+            self._working(op),
+            sample,
+            filled,
+            passing,
+            survey,
+            op,
+            codec,
+            Choosing(op),
+            places,
+            bench,
         )
 
     def _working(self, op: Merge) -> Working:
         """Return the deltas of a step; their factors are loaded when the first row needs them."""
         return Working(op, lambda delta: self._algebra(op, delta))
 
-    def _survey(self, order: Order, tiles: Sequence[tuple[int, int]]) -> torch.Tensor | None:
-        """Return what the codec has to know of all values before it encodes the first. All values are computed for
-        this, and a second time to be encoded: no tensor is held whole.
+    def _survey(self, order: Order) -> torch.Tensor | None:
+        """Return what the codec has to know of all values before it encodes the first: of this weight, and of those that are
+        loaded as one with it. All values are computed for this, and a second time to be encoded: no tensor is held whole.
         """
-        op, working, found = order.op, self._working(order.op), None
-        codec, target = CODECS[op.source.storage.codec], ENCODERS[op.target.codec]
+        found, target = None, ENCODERS[order.op.target.codec]
         bench = self._workbench("looking", Workbench)
-        with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
-            for start, end in tiles:
-                changers, tile = working.on(start, end), reader.tile(start, end)
-                frame = self._read(bench, reader, tile, op.view.columns)
-                frame.decode(codec, tile)
-                change(frame.values, start, end, op, changers)
-                found = target.look(frame.values, found)
+        for op in (order.op, *order.op.surveyed):
+            working, codec = self._working(op), CODECS[op.source.storage.codec]
+            with WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
+                for start, end in self._tiles(op):
+                    changers, tile = working.on(start, end), reader.tile(start, end)
+                    frame = self._read(bench, reader, tile, op.view.columns)
+                    frame.decode(codec, tile)
+                    change(frame.values, start, end, op, changers)
+                    found = target.look(frame.values, found, order.op.target)
         return found
 
     def _read(self, bench: Workbench, reader: WeightReader, tile: Tile, columns: int) -> Frame:
@@ -219,7 +224,9 @@ class Merger:
         }
         algebra = ALGEBRAS[delta.algebra](delta, factors, op.target.value_dtype)
         block = Block.of(op.view, delta.region.box)
-        placed: Changer = Part(algebra, block) if delta.region.box else algebra
+        placed: Changer = algebra
+        if delta.region.box:
+            placed = Part(algebra, block, transposed=delta.region.transposed)
         # DoRA on a weight stored [in, out]: norms of columns must be known before the first row can be
         # changed.
         if delta.reach == "columns":

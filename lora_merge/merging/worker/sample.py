@@ -9,8 +9,11 @@ from lora_merge.core.tensor import Survival
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.plan import Merge
     from lora_merge.core.weight import Tile
     from lora_merge.merging.worker.workbench import Frame
@@ -34,6 +37,7 @@ class Sample:
         self._target = op.target
         # -1 is no tile's number.
         self._tile = n_tiles // 2 if any(not delta.facts.replaces_rows for delta in op.deltas) else -1
+        self._saturated: torch.Tensor | None = None
         self._before: torch.Tensor | None = None
         self._found: torch.Tensor | None = None
 
@@ -42,38 +46,76 @@ class Sample:
         if tile == self._tile:
             self._before = self._rows(frame.values).clone()
 
-    def after(self, tile: int, frame: Frame, rows: Tile) -> None:
-        """Compare the wanted change of the rows with the change that will be stored."""
+    def look(self, frame: Frame, rows: Tile, grid: Grid) -> None:
+        """Count the values of the rows that lie beyond the ends of a grid, before they are rounded."""
+        if self._before is None or self._saturated is not None or self._target.is_dense:
+            return
+        values = self._rows(frame.values)
+        lines = values.reshape(-1, rows.shape[-1])
+        numbers, (first, last) = grid.of_lines(0, len(lines)).numbers(lines), grid.lattice.ends
+        self._saturated = ((numbers < first - 0.5) | (numbers > last + 0.5)).float().mean()
+
+    def after(self, tile: int, frame: Frame, rows: Tile, stored: Mapping[str, torch.Tensor]) -> None:
+        """Compare the wanted change of the rows with the change that will be stored.
+
+        Args:
+            tile: its number.
+            frame: with the encoded tile.
+            rows: which they are.
+            stored: the parts that it was read from.
+        """
         if tile != self._tile or self._before is None:
             return
         import torch
 
         wanted = self._rows(frame.values) - self._before
-        kept = self._stored(frame, rows) - self._before
+        kept = self._stored(frame, rows, stored) - self._before
         touched, norm = wanted != 0, torch.linalg.vector_norm
         lost = (kept == 0) & touched
+        saturated = self._saturated if self._saturated is not None else wanted.new_zeros(())
         # On the device: reading the numbers here would wait for the GPU in the middle of the loop.
         self._found = torch.stack(
-            [norm(self._before), norm(wanted), norm(kept - wanted), touched.sum().float(), lost.sum().float()]
+            [
+                norm(self._before),
+                norm(wanted),
+                norm(kept - wanted),
+                touched.sum().float(),
+                lost.sum().float(),
+                (kept * wanted).sum(),
+                saturated,
+            ]
         )
 
-    def survival(self) -> Survival | None:
+    def survival(self, effect: tuple[float, float]) -> Survival | None:
         """Return the norms of weight, delta and rounding error in these rows, and the share of values that did not
         change; None where nothing was sampled.
+
+        Args:
+            effect: as `Choosing.effect` has it.
         """
         if self._found is None:
             return None
-        weight, delta, error, n_touched, n_lost = self._found.tolist()
-        return Survival(weight, delta, error, unchanged=n_lost / n_touched if n_touched else 0.0)
+        weight, delta, error, n_touched, n_lost, product, saturated = self._found.tolist()
+        return Survival(
+            weight,
+            delta,
+            error,
+            unchanged=n_lost / n_touched if n_touched else 0.0,
+            kept=product / delta**2 if delta else 1.0,
+            saturated=saturated,
+            effect_norm=effect[0],
+            effect_error=effect[1],
+        )
 
-    def _stored(self, frame: Frame, rows: Tile) -> torch.Tensor:
+    def _stored(self, frame: Frame, rows: Tile, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the rows as they will be read from the output, float32."""
         import torch
 
         if self._target.is_dense:
             return self._rows(frame.rounded[WEIGHT]).float()
         whole = torch.empty_like(frame.values)
-        CODECS[self._target.codec].decode(rows, frame.rounded, whole, self._target)
+        # Where only codes are written, the scales are those that were read.
+        CODECS[self._target.codec].decode(rows, {**stored, **frame.rounded}, whole, self._target)
         return self._rows(whole)
 
     @staticmethod

@@ -10,14 +10,18 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_merge.core.tensor import DTYPE_BITS, STORED_TYPES, TORCH_NAMES
-from lora_merge.core.weight import FLOAT32, PartRange, Storage, Tile
+from lora_merge.core.weight import FLOAT32, WEIGHT, PartRange, Storage, Tile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
     from lora_merge.codecs import Codec, Encoder
+    from lora_merge.codecs.grid import Grid
+
+    Choose = Callable[[torch.Tensor, Grid], torch.Tensor]
+    """Values float32 ``[lines, in]`` and their grid → levels."""
 
 CUDA_DEPTH = 3
 """Tiles of one worker under way at once on a GPU: one is uploaded and one downloaded while one is computed."""
@@ -74,6 +78,7 @@ class Frame:
         """
         import torch
 
+        self._target = target
         floats = {getattr(torch, name) for name in TORCH_NAMES.values()}
         found = [part for part in self.rounded.values() if part.dtype in floats]
         self._floats = found if target.is_dense else [self.values, *found]
@@ -94,15 +99,45 @@ class Frame:
         self,
         codec: Encoder,
         tile: Tile,
+        choose: Choose | None = None,
         survey: torch.Tensor | None = None,
         stored: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Encode `values` into `rounded`; see `Encoder.encode` for the arguments. Sums for `is_finite` are taken here."""
+        """Encode `values` into `rounded`. Sums for `is_finite` are taken here.
+
+        Args:
+            codec: of what is written.
+            tile: which rows.
+            choose: returns the levels of a tile; None for the nearest.
+            survey: see `Encoder.grid`.
+            stored: see `Encoder.grid`.
+        """
         import torch
 
-        codec.encode(tile, self.values, self.rounded, survey, stored)
+        self._encode(codec, tile, choose, survey, stored)
         for part, axes, total in zip(self._floats, self._axes, self._totals, strict=True):
             torch.sum(part, dim=axes, out=total)
+
+    def _encode(
+        self,
+        codec: Encoder,
+        tile: Tile,
+        choose: Choose | None,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> None:
+        if choose is None and self._target.is_dense:
+            # One call of torch, which rounds to nearest, ties to even.
+            rounded = self.rounded[WEIGHT]
+            if rounded is not self.values:
+                rounded.copy_(self.values)
+            return
+        grid = codec.grid(tile, self.values, self.rounded, self._target, survey, stored)
+        lines = self.values
+        if not self._target.is_dense:
+            width = tile.shape[-1]
+            lines = lines.view(-1, width)
+        grid.keep(grid.nearest(lines) if choose is None else choose(lines, grid))
 
     def wait(self) -> None:
         """Wait until `encoded` is complete and `raw` may be overwritten. On the CPU both are so at once."""
@@ -156,11 +191,12 @@ class CudaFrame(Frame):
         self,
         codec: Encoder,
         tile: Tile,
+        choose: Choose | None = None,
         survey: torch.Tensor | None = None,
         stored: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Encode on the GPU, and download the result. Neither is waited for."""
-        codec.encode(tile, self.values, self.rounded, survey, stored)
+        self._encode(codec, tile, choose, survey, stored)
         for role, leaving in self._leaving.items():
             # Pinned memory: only then does the copy run beside the kernels of other tiles.
             leaving.copy_(self.rounded[role], non_blocking=True)

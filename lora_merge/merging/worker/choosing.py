@@ -1,0 +1,180 @@
+"""Which number of its storage each value of one weight becomes, tile by tile; and what that does to the adapters' effect."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lora_merge.merging.worker.spans import Spans
+from lora_merge.rounding.adapter import round_adapter
+from lora_merge.rounding.damping import dampings
+from lora_merge.rounding.stochastic import round_stochastic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from lora_merge.codecs.grid import Grid
+    from lora_merge.core.plan import Merge
+    from lora_merge.deltas.algebra import Changer
+    from lora_merge.merging.worker.spans import Span
+
+
+class Choosing:
+    """Chooses the levels of one weight's tiles, in order.
+
+    Args:
+        op: what is done to the weight.
+    """
+
+    def __init__(self, op: Merge) -> None:
+        self._op, self._rounding = op, op.rounding
+        seeing = [delta for delta in op.deltas if delta.facts.sees_by_factor and not delta.delta.transposed]
+        self._along = any(delta.region.transposed for delta in seeing)
+        self._spans = Spans(op.view, transposed=self._along) if seeing else None
+        is_adapter = self._rounding is not None and self._rounding.method == "adapter"
+        self._is_accounted = bool(seeing) and (is_adapter or not op.target.is_dense)
+        self._is_sum = op.combination is None and all(
+            delta.facts.is_sum and delta.facts.sees_by_factor for delta in op.deltas
+        )
+        self._before: torch.Tensor | None = None
+        self._effect = self._error = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """True where each value becomes the nearest number of a plain dtype, and nothing has to be known of it."""
+        return self._rounding is None and not self._is_accounted
+
+    def before(self, values: torch.Tensor) -> None:
+        """Keep what a tile's change is to be told from, if only its values tell it."""
+        if self._is_accounted and not self._is_sum:
+            self._before = values.clone()
+
+    def levels(
+        self, values: torch.Tensor, grid: Grid, start: int, end: int, changers: Sequence[Changer]
+    ) -> torch.Tensor:
+        """Return the levels of a tile.
+
+        Args:
+            values: float32 ``[lines, in]``, after the change.
+            grid: of the tile.
+            start: its first row; end: the one after its last.
+            changers: of its deltas.
+        """
+        method = None if self._rounding is None else self._rounding.method
+        if method == "adapter":
+            return self._by_adapter(values, grid, start, end, changers)
+        if self._rounding is not None and method == "stochastic":
+            first = start * self._op.view.columns
+            levels = round_stochastic(values, grid, self._rounding.seed, self._rounding.rng_key, first)
+        else:
+            levels = grid.nearest(values)
+        if self._is_accounted:
+            self._account(values, grid, levels, self._spans_of(start, end, changers), start)
+        return levels
+
+    def _by_adapter(
+        self, values: torch.Tensor, grid: Grid, start: int, end: int, changers: Sequence[Changer]
+    ) -> torch.Tensor:
+        spans = self._spans_of(start, end, changers)
+        levels = None
+        for span in spans:
+            rows, columns = self._place(span, start)
+            own = values[rows, columns]
+            found_grid = grid.of_lines(rows.start, rows.stop)
+            if own.shape == values.shape:
+                found_grid = grid
+            elif columns != slice(0, values.shape[1]) and grid.scale is not None:
+                continue
+            energies = self._energies(span, own, rows, columns)
+            each = dampings(own, found_grid, energies, len(span.basis), along=self._along)
+            chosen, error = round_adapter(own, found_grid, span.basis, each, along=self._along)
+            self._add(span, own, rows, columns, energies, error)
+            if own.shape == values.shape:
+                levels = chosen
+            else:
+                levels = grid.nearest(values) if levels is None else levels
+                levels[rows, columns] = chosen
+        self._before = None
+        return grid.nearest(values) if levels is None else levels
+
+    def _account(
+        self, values: torch.Tensor, grid: Grid, levels: torch.Tensor, spans: Sequence[Span], start: int
+    ) -> None:
+        """Add what the rounding of a tile does to the adapters' effect."""
+        error = grid.values(levels).sub_(values)
+        for span in spans:
+            rows, columns = self._place(span, start)
+            own = error[rows, columns]
+            seen = (own.t() if self._along else own) @ span.basis.t()
+            energies = self._energies(span, values[rows, columns], rows, columns)
+            self._add(span, values[rows, columns], rows, columns, energies, seen)
+        self._before = None
+
+    def _spans_of(self, start: int, end: int, changers: Sequence[Changer]) -> list[Span]:
+        if self._spans is None:
+            return []
+        if self._along:
+            rows, columns = self._op.view.rows, self._op.view.columns
+            start, end = start // rows * columns, -(-end // rows) * columns
+        return self._spans.of(start, end, changers)
+
+    def _place(self, span: Span, start: int) -> tuple[slice, slice]:
+        """Return the rows and columns of a tile that a span has."""
+        view = self._op.view
+        if not self._along:
+            return slice(span.first - start, span.last - start), slice(0, view.columns)
+        matrix, first = divmod(span.first, view.columns)
+        row = matrix * view.rows - start
+        return slice(row, row + view.rows), slice(first, first + span.last - span.first)
+
+    def _energies(self, span: Span, values: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """Return the squared length of each output's change, float32 ``[outputs]``."""
+        if self._before is not None:
+            change = values - self._before[rows, columns]
+            return change.square().sum(0 if self._along else 1)
+        return _squared_lengths(span)
+
+    def _add(
+        self,
+        span: Span,
+        values: torch.Tensor,
+        rows: slice,
+        columns: slice,
+        energies: torch.Tensor,
+        error: torch.Tensor,
+    ) -> None:
+        import torch
+
+        self._error += float(error.square().sum(dtype=torch.float64))
+        if self._before is None:
+            # A change of the form B A lies in the row space of A as a whole.
+            self._effect += float(energies.sum(dtype=torch.float64))
+            return
+        change = values - self._before[rows, columns]
+        seen = (change.t() if self._along else change) @ span.basis.t()
+        self._effect += float(seen.square().sum(dtype=torch.float64))
+
+    def effect(self) -> tuple[float, float]:
+        """Return ‖ΔQᵀ‖ and ‖(Δ′ - Δ)Qᵀ‖ over all tiles; -1 for both where nothing was kept account of."""
+        if not self._is_accounted:
+            return -1.0, -1.0
+        return math.sqrt(self._effect), math.sqrt(self._error)
+
+
+def _squared_lengths(span: Span) -> torch.Tensor:
+    """Return the squared length of each row of the change of a span, from its factors: float32 ``[outputs]``."""
+    import torch
+
+    a = torch.cat([look.factor for look in span.looks])
+    b = torch.cat(list(_outputs(span)), 1)
+    # ‖bA‖² = b (AAᵀ) bᵀ takes r² instead of the width of the row.
+    return ((b @ (a @ a.t())) * b).sum(1).clamp_(min=0)
+
+
+def _outputs(span: Span) -> Iterator[torch.Tensor]:
+    for look in span.looks:
+        assert look.other is not None
+        first = look.outputs[0]
+        yield look.other[span.first - first : span.last - first] * look.scale

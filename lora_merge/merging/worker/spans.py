@@ -1,0 +1,103 @@
+"""Rows of a weight whose deltas see their input alike, and a basis of what they see."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from lora_merge.rounding.basis import row_space
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import torch  # noqa: TC004 - a field's type, never evaluated
+
+    from lora_merge.core.view import View
+    from lora_merge.deltas.algebra import Changer, Look
+
+_KEPT = 64
+"""Bases that are kept: the next tile mostly needs the same ones."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Some outputs of a weight, and what its deltas see of their input."""
+
+    first: int
+    """Outputs, counted through all matrices."""
+
+    last: int
+
+    basis: torch.Tensor
+    """Float32 ``[r, in]``, orthonormal rows."""
+
+    looks: tuple[Look, ...]
+    """What it is the basis of."""
+
+
+class Spans:
+    """Finds the spans of a tile. A basis is made once for all tiles that need it.
+
+    Args:
+        view: of the weight.
+        transposed: whether it is stored ``[in, out]``.
+    """
+
+    def __init__(self, view: View, *, transposed: bool) -> None:
+        self._n_inputs, self._n_outputs = (
+            (view.rows, view.columns) if transposed else (view.columns, view.rows)
+        )
+        self._bases: OrderedDict[tuple[int, ...], tuple[tuple[Look, ...], torch.Tensor | None]] = (
+            OrderedDict()
+        )
+
+    def of(self, start: int, end: int, changers: Iterable[Changer]) -> list[Span]:
+        """Return the spans among the outputs ``start`` to ``end``, in order, none across two matrices. Outputs that no delta
+        changes are in none.
+        """
+        looks = [
+            look
+            for changer in changers
+            for look in changer.looks()
+            if look.outputs[0] < end and look.outputs[1] > start
+        ]
+        return [
+            Span(first, last, basis, own)
+            for first, last, own in _cut(looks, start, end, self._n_outputs)
+            if (basis := self._basis(own)) is not None
+        ]
+
+    def _basis(self, looks: tuple[Look, ...]) -> torch.Tensor | None:
+        """Return the basis of what some deltas see; None where their factors are zero."""
+        key = tuple(look.factor.data_ptr() for look in looks)
+        found = self._bases.get(key)
+        if found is None:
+            factors = [self._whole(look) for look in looks]
+            # The looks are kept with it, so that no other factor gets the address of one of theirs.
+            found = self._bases[key] = looks, row_space(factors)
+            while len(self._bases) > _KEPT:
+                self._bases.popitem(last=False)
+        return found[1]
+
+    def _whole(self, look: Look) -> torch.Tensor:
+        """Return A for all inputs: zeros where it has none."""
+        n, first = look.factor.shape[1], look.first_input
+        if n == self._n_inputs:
+            return look.factor
+        whole = look.factor.new_zeros(len(look.factor), self._n_inputs)
+        whole[:, first : first + n] = look.factor
+        return whole
+
+
+def _cut(
+    looks: Sequence[Look], start: int, end: int, n_outputs: int
+) -> Iterator[tuple[int, int, tuple[Look, ...]]]:
+    """Yield the ranges between ``start`` and ``end`` with one set of looks each, cut where a matrix ends."""
+    borders = {start, end, *range(-(-start // n_outputs) * n_outputs, end, n_outputs)}
+    borders.update(min(max(edge, start), end) for look in looks for edge in look.outputs)
+    for first, last in pairwise(sorted(borders)):
+        own = tuple(look for look in looks if look.outputs[0] <= first and look.outputs[1] >= last)
+        if own:
+            yield first, last, own
