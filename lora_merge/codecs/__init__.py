@@ -4,9 +4,11 @@ be written.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lora_merge.codecs.awq import Awq
 from lora_merge.codecs.bnb4 import Bnb4
-from lora_merge.codecs.codec import Codec, Encoder
+from lora_merge.codecs.codec import Codec, Encoder, Naming
 from lora_merge.codecs.dense import Dense
 from lora_merge.codecs.fp4 import Fp4
 from lora_merge.codecs.gptq import Gptq
@@ -16,14 +18,17 @@ from lora_merge.codecs.modelopt_awq import ModelOptAwq
 from lora_merge.codecs.mxfp4_experts import Mxfp4Experts
 from lora_merge.codecs.packed_int import PackedInt
 from lora_merge.codecs.scaled import Scaled
-from lora_merge.core.weight import DENSE
+from lora_merge.core.weight import DENSE, WEIGHT
 
-__all__ = ["CODECS", "ENCODERS", "Codec", "Encoder"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-_DENSE = Dense()
+    from lora_merge.core.weight import Storage
 
-CODECS: dict[str, Codec] = {
-    DENSE: _DENSE,
+__all__ = ["CODECS", "ENCODERS", "WRITTEN_BY_DEFAULT", "Codec", "Encoder", "names_of"]
+
+ENCODERS: dict[str, Encoder] = {
+    DENSE: Dense(),
     "scaled": Scaled(),
     "fp4": Fp4(),
     "mxfp4_experts": Mxfp4Experts(),
@@ -35,6 +40,16 @@ CODECS: dict[str, Codec] = {
     "modelopt_awq": ModelOptAwq(),
     "packed_int": PackedInt(),
 }
+"""What a merge can write."""
 
-ENCODERS: dict[str, Encoder] = {DENSE: _DENSE}
-"""Those of `CODECS` that a merge can write; weights of the others become dense, or are copied as they are."""
+CODECS: dict[str, Codec] = {**ENCODERS}
+"""What can be read."""
+
+WRITTEN_BY_DEFAULT = {DENSE}
+"""Those of `ENCODERS` whose weights stay as they are stored when they change, if nothing is asked for."""
+
+
+def names_of(name: str, storage: Storage) -> Mapping[str, str]:
+    """Return role → name of the stored tensor, for a parameter's name that says nothing about its storage."""
+    codec = ENCODERS[storage.codec]
+    return codec.names(name, storage) if isinstance(codec, Naming) else {WEIGHT: name}

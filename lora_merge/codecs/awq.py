@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.bits import along_lines
-from lora_merge.codecs.geometry import groups_of, whole
+from lora_merge.codecs.bits import along_lines, whole_codes
+from lora_merge.codecs.geometry import groups_of, lines_of, whole
 from lora_merge.codecs.grouped import dequantise
+from lora_merge.codecs.lattice import Integers
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import PartRange, Storage, Tile
 
 _PER_WORD = 8
@@ -22,7 +25,7 @@ _SHIFTS = tuple(4 * field for field in (0, 4, 1, 5, 2, 6, 3, 7))
 """Where each of the eight codes of a word begins, in bits."""
 
 
-class Awq:
+class Awq(OnStoredGrid):
     """``(code - zero) · scale``, transposed (AutoAWQ, ``dequantize_gemm``). Zeros are stored as they are.
 
     Parts, of a weight ``[out, in]``:
@@ -52,11 +55,46 @@ class Awq:
     ) -> None:
         """Unpack the columns of a tile, and apply the zero and the scale of each group."""
         settings, first, last = dict(storage.settings), tile.start, tile.end
-        scale = along_lines(parts["scale"], first, last).float()
-        zero = scale.new_empty(scale.shape)
-        _unpack(parts["zero"], first, zero)
+        scale, zero = _grid(parts, first, last)
         _unpack(parts[WEIGHT], first, out)
         dequantise(out, zero, scale, int(settings["group"]))
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the stored scales and zeros. The tile's columns of words are written into all of the part."""
+        del values, survey
+        assert stored is not None, "no scales are made for this storage"
+        lines, first = lines_of(tile), tile.start
+        scale, zero = _grid(stored, first, tile.end)
+
+        def unpack() -> torch.Tensor:
+            levels = scale.new_empty(lines.n, lines.width)
+            _unpack(stored[WEIGHT], first, levels)
+            return levels
+
+        return stored_grid(
+            Integers(0, 15),
+            lambda levels: _pack(levels, first, out[WEIGHT]),
+            unpack,
+            scale,
+            zero=zero,
+            group=int(dict(storage.settings)["group"]),
+        )
+
+
+def _grid(parts: Mapping[str, torch.Tensor], first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales and zeros of some columns, float32 ``[lines, groups]``."""
+    scale = along_lines(parts["scale"], first, last).float()
+    zero = scale.new_empty(scale.shape)
+    _unpack(parts["zero"], first, zero)
+    return scale, zero
 
 
 def _unpack(words: torch.Tensor, first: int, out: torch.Tensor) -> None:
@@ -66,3 +104,18 @@ def _unpack(words: torch.Tensor, first: int, out: torch.Tensor) -> None:
     for k, shift in enumerate(_SHIFTS):
         rows = out[k::_PER_WORD]
         rows.copy_((lines[: rows.shape[0]] >> shift).bitwise_and_(15))
+
+
+def _pack(levels: torch.Tensor, first: int, words: torch.Tensor) -> None:
+    """Pack rows into some columns of words, the inverse of `_unpack`. Fields beyond the last row are 0."""
+    import torch
+
+    codes = whole_codes(levels)
+    codes = (
+        torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % _PER_WORD)).view(torch.int8).to(torch.int32)
+    )
+    lines = torch.zeros_like(codes[::_PER_WORD])
+    for k, shift in enumerate(_SHIFTS):
+        lines |= codes[k::_PER_WORD] << shift
+    at = first // _PER_WORD
+    words[:, at : at + len(lines)].copy_(lines.T)

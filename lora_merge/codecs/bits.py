@@ -54,6 +54,50 @@ def unpack(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     return codes[:, :n]
 
 
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return codes as words, the inverse of `unpack`. What is left of the last word is 0.
+
+    Args:
+        codes: uint8 ``[lines, n]``, each smaller than 2^bits.
+        bits: of one code, 1 to 8.
+
+    Returns:
+        Int32 ``[lines, words]``; it may be a view.
+    """
+    import torch
+
+    n_words = words_of(codes.shape[1], bits)
+    # Eight codes become as many bytes as a code has bits.
+    multiple = max(codes_at_word_edges(bits), 8)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % multiple)).contiguous()
+    if bits == 4:
+        pairs = codes.view(torch.int16)
+        codes = (pairs | pairs >> 4).to(torch.uint8)
+    elif bits != 8:
+        codes = _narrowed(codes, bits)
+    return codes.view(torch.int32)[:, :n_words]
+
+
+def _narrowed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the bytes of codes ``[lines, n]`` as a stream, eight of them at a time; n is a multiple of 8."""
+    import torch
+
+    wide = codes.view(torch.int64)
+    for size in (8, 16, 32):
+        # Of each two fields the upper one moves down to the used bits of the lower.
+        used = size * bits // 8
+        low = sum(((1 << used) - 1) << at for at in range(0, 64, 2 * size))
+        wide = (wide & low) | (wide >> size - used & low << used)
+    return wide.view(torch.uint8).view(len(codes), -1, 8)[:, :, :bits].flatten(1)
+
+
+def whole_codes(levels: torch.Tensor) -> torch.Tensor:
+    """Return whole numbers from 0 to 255 as uint8. Float32 is converted by way of int16, in a quarter of the time."""
+    import torch
+
+    return levels.to(torch.int16).to(torch.uint8)
+
+
 def along_lines(words: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Return the columns ``first`` to ``last`` of a matrix as lines: ``[rows, columns]`` becomes ``[last - first, rows]``.
 

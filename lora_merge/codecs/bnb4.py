@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.geometry import in_groups, whole
+from lora_merge.codecs.geometry import in_groups, lines_of, whole
+from lora_merge.codecs.lattice import Table
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
 from lora_merge.core.tensor import nbytes_of
 from lora_merge.core.weight import WEIGHT, PartRange
 
@@ -14,10 +16,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import Storage, Tile
 
 
-class Bnb4:
+class Bnb4(OnStoredGrid):
     """``table[code] · absmax`` (bitsandbytes 0.50, ``functional.dequantize_4bit``).
 
     The first of two codes is in the HIGH half of a byte. Blocks go on from one row to the next.
@@ -57,17 +60,89 @@ class Bnb4:
     ) -> None:
         """Look up the codes two at a time, and multiply each block by its scale."""
         settings = dict(storage.settings)
-        block, nested = int(settings["block"]), int(settings["nested"])
+        block = int(settings["block"])
         start, end = _values(tile)
         first = start // block
-        absmax = parts["absmax"]
-        if nested:
-            absmax = _absmax(parts, first % nested, nested, float(settings["offset"]))
+        absmax = _scales(parts, storage, first)
         values = _looked_up(parts["table"], parts[WEIGHT])[None, : end - first * block]
         for blocks, columns in in_groups(values, block):
             blocks.mul_(absmax[None, columns, None])
         # The matrices of a stack may begin within a block.
         out.view(-1).copy_(values[0, start - first * block :])
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the stored table and scales. Of several codes that mean the same the stored one stays, if it is
+        one of them: FP4 has two zeros.
+        """
+        del values, survey
+        assert stored is not None, "no scales are made for this storage"
+        lines, block = lines_of(tile), int(dict(storage.settings)["block"])
+        start, end = _values(tile)
+        # Values of the first block that belong to the tile before.
+        before = start % block
+        scale, group = _scales(stored, storage, start // block), block
+        if before or lines.width % block:
+            scale, group = scale.repeat_interleave(block)[before : before + end - start], 1
+        table = Table.of(stored["table"])
+
+        def unpack() -> torch.Tensor:
+            values = _looked_up(stored["table"], stored[WEIGHT])
+            return values[before : before + end - start].view(lines.n, lines.width)
+
+        def pack(levels: torch.Tensor) -> None:
+            import torch
+
+            meanings = stored["table"].tolist()
+            codes = _codes(table, meanings, levels.view(-1))
+            n_codes = 2 * len(out[WEIGHT])
+            if before or len(codes) < n_codes or len(table.levels) < len(meanings):
+                kept = _nibbles(stored[WEIGHT])
+                own = kept[before : before + len(codes)]
+                own.copy_(_kept(meanings, codes, own))
+                codes = kept
+            pairs = codes.view(torch.int16)
+            # The first code is in the high half.
+            out[WEIGHT].copy_((pairs << 4 | pairs >> 8).to(torch.uint8))
+
+        return stored_grid(table, pack, unpack, scale.view(lines.n, -1), group=group)
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Return the codes of bytes, the high half first: uint8, two for each."""
+    import torch
+
+    return torch.stack((packed >> 4, packed & 15), 1).view(-1)
+
+
+def _codes(table: Table, meanings: list[float], levels: torch.Tensor) -> torch.Tensor:
+    """Return the codes of levels, uint8 ``[n]``; of codes that mean the same the first.
+
+    Args:
+        table: the lattice.
+        meanings: of each code.
+        levels: float32 ``[n]``.
+    """
+    import torch
+
+    in_order = [meanings.index(level) for level in table.levels]
+    order = torch.tensor(in_order, dtype=torch.uint8, device=levels.device)
+    return order.index_select(0, table.positions(levels))
+
+
+def _kept(meanings: list[float], codes: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """Return the stored codes where they mean the same as the others, else these."""
+    import torch
+
+    first = torch.tensor([*map(meanings.index, meanings)], dtype=torch.uint8, device=codes.device)
+    return stored.where(first.index_select(0, stored.int()) == codes, codes)
 
 
 def _values(tile: Tile) -> tuple[int, int]:
@@ -80,6 +155,15 @@ def _run(dtype: str, first: int, last: int) -> PartRange:
     """Return the range of some adjacent entries."""
     size = nbytes_of(dtype, (1,))
     return PartRange(dtype, (last - first,), ((first * size, (last - first) * size),))
+
+
+def _scales(parts: Mapping[str, torch.Tensor], storage: Storage, first: int) -> torch.Tensor:
+    """Return the scales of the blocks of a tile, float32, of which the first has this number."""
+    settings = dict(storage.settings)
+    nested = int(settings["nested"])
+    if not nested:
+        return parts["absmax"]
+    return _absmax(parts, first % nested, nested, float(settings["offset"]))
 
 
 def _absmax(parts: Mapping[str, torch.Tensor], skipped: int, nested: int, offset: float) -> torch.Tensor:

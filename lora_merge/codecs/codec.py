@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,9 +54,6 @@ class Encoder(Codec, Protocol):
         them, else ``"none"``.
         """
 
-    def names(self, name: str, storage: Storage) -> Mapping[str, str]:
-        """Return role → name of the stored tensor, for a parameter's name."""
-
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return role → ``(dtype, shape)`` of each part of a weight of this shape, the main part first. Dtypes are
         safetensors codes.
@@ -106,3 +103,13 @@ class Encoder(Codec, Protocol):
         Returns:
             Float32, broadcast to ``[rows, columns]``; infinite where a value is beyond what the storage can hold.
         """
+
+
+@runtime_checkable
+class Naming(Protocol):
+    """What an encoder also has that names its parts itself, after the parameter alone. How the others are named depends on
+    the method that a checkpoint is quantised with.
+    """
+
+    def names(self, name: str, storage: Storage) -> Mapping[str, str]:
+        """Return role → name of the stored tensor, for a parameter's name."""

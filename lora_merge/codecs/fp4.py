@@ -6,7 +6,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of, whole
-from lora_merge.codecs.tables import as_floats, look_up_e2m1
+from lora_merge.codecs.lattice import E2M1
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.tables import as_floats, look_up_e2m1, pack_e2m1_
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lora_merge.core.weight import PartRange, Storage, Tile
+    from lora_merge.codecs.grid import Grid
+    from lora_merge.core.weight import PartRange, Storage, Survey, Tile
 
 _SCALE, _GLOBAL = "scale", "global"
 
@@ -37,7 +40,7 @@ def _settings(storage: Storage) -> _Settings:
     return _Settings(int(found["group"]), f"F8_{found['scale']}", str(found["global"]))
 
 
-class Fp4:
+class Fp4(OnStoredGrid):
     """``weight`` of two codes in each byte, the low nibble first, ``scale`` for each group along ``in``, perhaps ``global``
     for the whole tensor.
 
@@ -73,10 +76,62 @@ class Fp4:
         lines, of = lines_of(tile), _settings(storage)
         values = out.view(lines.n, lines.width)
         look_up_e2m1(parts[WEIGHT], values)
-        scale = as_floats(parts[_SCALE], of.scale)
-        if of.of_tensor == "divide":
-            scale.div_(parts[_GLOBAL])
-        elif of.of_tensor == "multiply":
-            scale.mul_(parts[_GLOBAL])
+        scale = _scale(parts, of)
         for group, columns in in_groups(values, of.group):
             group.mul_(scale[:, columns, None])
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the scales, stored or made from the values."""
+        if stored is None:
+            from lora_merge.codecs import fresh_fp4
+
+            return fresh_fp4.grid(tile, values, out, storage, survey)
+        lines, of = lines_of(tile), _settings(storage)
+
+        def unpack() -> torch.Tensor:
+            levels = values.new_empty(lines.n, lines.width)
+            look_up_e2m1(stored[WEIGHT], levels)
+            return levels
+
+        scale = _scale(stored, of)
+        return stored_grid(
+            E2M1, lambda levels: pack_e2m1_(levels, out[WEIGHT]), unpack, scale, group=of.group
+        )
+
+    def survey(self, storage: Storage) -> Survey:
+        """Return ``"tensor"`` where there is a scale for all values."""
+        return "none" if _settings(storage).of_tensor == "none" else "tensor"
+
+    def look(self, values: torch.Tensor, found: torch.Tensor | None, storage: Storage) -> torch.Tensor:
+        """Return the largest magnitude of all values so far, float32 ``[]``."""
+        del storage
+        largest = values.abs().max()
+        return largest if found is None else largest.maximum(found)
+
+    def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return the codes, the scales (E8M0 as plain bytes), perhaps the scale of the whole tensor."""
+        of, (*lines, width) = _settings(storage), shape
+        scale = "U8" if of.scale == "F8_E8M0" else of.scale
+        found = {
+            WEIGHT: ("U8", (*lines, width // 2)),
+            _SCALE: (scale, (*lines, groups_of(width, of.group))),
+        }
+        return found if of.of_tensor == "none" else found | {_GLOBAL: ("F32", (1,))}
+
+
+def _scale(parts: Mapping[str, torch.Tensor], of: _Settings) -> torch.Tensor:
+    """Return the scales with that of the whole tensor applied, float32 ``[lines, groups]``."""
+    scale = as_floats(parts[_SCALE], of.scale)
+    if of.of_tensor == "divide":
+        scale.div_(parts[_GLOBAL])
+    elif of.of_tensor == "multiply":
+        scale.mul_(parts[_GLOBAL])
+    return scale

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.bits import WORD_BITS, along_lines, codes_at_word_edges, unpack, words_of
-from lora_merge.codecs.geometry import whole
-from lora_merge.codecs.grouped import dequantise_by_index
+from lora_merge.codecs.bits import (
+    WORD_BITS,
+    along_lines,
+    codes_at_word_edges,
+    pack,
+    unpack,
+    whole_codes,
+    words_of,
+)
+from lora_merge.codecs.geometry import lines_of, whole
+from lora_merge.codecs.grouped import dequantise_by_index, grouping
+from lora_merge.codecs.lattice import Integers
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -14,10 +24,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import PartRange, Storage, Tile
 
 
-class Gptq:
+class Gptq(OnStoredGrid):
     """``(code - zero) · scale``, transposed (GPTQModel 7.7, ``dequantize_weight`` of its torch kernel).
 
     Parts, of a weight ``[out, in]``:
@@ -51,10 +62,47 @@ class Gptq:
         settings = dict(storage.settings)
         bits, first, last = int(settings["bits"]), tile.start, tile.end
         out.copy_(unpack(along_lines(parts[WEIGHT], first, last), bits, out.shape[1]))
-        words = parts["zero"][:, first * bits // WORD_BITS : words_of(last, bits)]
-        zero = _zeros(words, bits, last - first, is_less_one=settings["version"] == 1)
-        scale = along_lines(parts["scale"], first, last).float()
+        scale, zero = _grid(parts, storage, first, last)
         dequantise_by_index(out, zero, scale, parts["g_idx"])
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the stored scales and zeros. The tile's columns of words are written into all of the part."""
+        del values, survey
+        assert stored is not None, "no scales are made for this storage"
+        lines, bits = lines_of(tile), int(dict(storage.settings)["bits"])
+        columns = slice(tile.start, tile.end)
+        scale, zero = _grid(stored, storage, tile.start, tile.end)
+
+        def unpack_stored() -> torch.Tensor:
+            return unpack(along_lines(stored[WEIGHT], tile.start, tile.end), bits, lines.width).float()
+
+        return stored_grid(
+            Integers(0, (1 << bits) - 1),
+            lambda levels: out[WEIGHT][:, columns].copy_(pack(whole_codes(levels), bits).T),
+            unpack_stored,
+            scale,
+            zero=zero,
+            group=grouping(stored["g_idx"]),
+        )
+
+
+def _grid(
+    parts: Mapping[str, torch.Tensor], storage: Storage, first: int, last: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales and zeros of some columns, float32 ``[lines, groups]``."""
+    settings = dict(storage.settings)
+    bits = int(settings["bits"])
+    words = parts["zero"][:, first * bits // WORD_BITS : words_of(last, bits)]
+    zero = _zeros(words, bits, last - first, is_less_one=settings["version"] == 1)
+    return along_lines(parts["scale"], first, last).float(), zero
 
 
 def _zeros(words: torch.Tensor, bits: int, n: int, *, is_less_one: bool) -> torch.Tensor:

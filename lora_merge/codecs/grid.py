@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from lora_merge.codecs.geometry import in_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.codecs.lattice import Lattice  # noqa: TC004 - a field's type, never evaluated
@@ -91,13 +93,13 @@ class Grid:
                 part.add_(self._of(self.bias, columns))
         return found
 
-    def _grouped(self, values: torch.Tensor):  # type: ignore[no-untyped-def]
+    def _grouped(self, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice | torch.Tensor]]:
         if isinstance(self.group, int):
             yield from in_groups(values, self.group)
         else:
             yield values.unsqueeze(1), self.group
 
-    def _of(self, found: torch.Tensor, columns):  # type: ignore[no-untyped-def]
+    def _of(self, found: torch.Tensor, columns: slice | torch.Tensor) -> torch.Tensor:
         if isinstance(columns, slice):
             return found[:, columns, None]
         return found.index_select(1, columns).unsqueeze(1)

@@ -34,11 +34,16 @@ def dequantise_by_index(
         scale: float32 ``[lines, groups]``.
         g_idx: int32 ``[in]``: the group of each column.
     """
-    group = _size_in_order(g_idx)
-    if group:
+    group = grouping(g_idx)
+    if isinstance(group, int):
         dequantise(codes, zero, scale, group)
     else:
         codes.sub_(zero.index_select(1, g_idx)).mul_(scale.index_select(1, g_idx))
+
+
+def grouping(g_idx: torch.Tensor) -> int | torch.Tensor:
+    """Return the size of the groups where they follow each other, else the index itself: `lora_merge.codecs.grid.Grid.group`."""
+    return _size_in_order(g_idx) or g_idx
 
 
 def _size_in_order(g_idx: torch.Tensor) -> int:

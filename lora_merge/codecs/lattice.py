@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import lru_cache
+from math import inf, isfinite
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +88,9 @@ class Floats:
         inside = numbers.clamp(-self.largest, self.largest)
         spacing = self._power(inside).mul_(2.0**-self.mantissa_bits)
         below = inside.div(spacing).floor_().mul_(spacing)
-        return below.clamp(-self.largest, self.largest), below.add(spacing).clamp_(-self.largest, self.largest)
+        return below.clamp(-self.largest, self.largest), below.add(spacing).clamp_(
+            -self.largest, self.largest
+        )
 
     def _power(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the power of two below each number's size, the smallest normal one at least."""
@@ -108,6 +112,121 @@ class Plain(Floats):
         import torch
 
         return numbers.copy_(numbers.to(getattr(torch, self.dtype)))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Any numbers, in order and each of them once; ties go down."""
+
+    levels: tuple[float, ...]
+    """Exact in float32, finite."""
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Table:
+        """Return the lattice of a stored table. Numbers that are not finite belong to none."""
+        return cls(tuple(sorted({value for value in values.tolist() if isfinite(value)})) or (0.0,))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last."""
+        return self.levels[0], self.levels[-1]
+
+    def nearest_(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Look up the levels of the intervals that numbers are in; 0 has no sign."""
+        import torch
+
+        found = self.positions(numbers)
+        torch.index_select(_tensor(self.levels, numbers.device), 0, found.view(-1), out=numbers.view(-1))
+        return numbers
+
+    def neighbours(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the levels below and above."""
+        levels, last = _tensor(self.levels, numbers.device), len(self.levels) - 1
+        above = _intervals(self.levels, numbers.device, is_between=False).of(numbers)
+        below = (above - 1).clamp_(min=0)
+        found = (levels.index_select(0, at.clamp_(max=last).view(-1)) for at in (below, above))
+        low, high = (one.view(numbers.shape) for one in found)
+        return low, high
+
+    def positions(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return which level is the nearest, by its place in the order: int32, of the same shape."""
+        return _intervals(self.levels, numbers.device, is_between=True).of(numbers)
+
+
+class _Intervals(NamedTuple):
+    """Borders between intervals, found by bins of the same width that have one border at most."""
+
+    borders: torch.Tensor
+    """The largest float32 of each interval but the last."""
+
+    start: float
+    end: float
+
+    first: torch.Tensor
+    """Int32: the interval that each bin begins in."""
+
+    border: torch.Tensor
+    """Float32: the border in each bin, infinite in those without one."""
+
+    n_bins: int
+    """0 where borders are too near to each other."""
+
+    def of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the interval of each number, int32 of the same shape."""
+        import torch
+
+        if not self.n_bins:
+            return torch.bucketize(numbers, self.borders, out_int32=True)
+        bins = _bins(numbers.view(-1), (self.start, self.end), self.n_bins)
+        found = self.first.index_select(0, bins)
+        return (found + (numbers.view(-1) > self.border.index_select(0, bins))).view(numbers.shape)
+
+
+def _bins(numbers: torch.Tensor, ends: tuple[float, float], n_bins: int) -> torch.Tensor:
+    """Return the bin of each number, int32. A larger number is in no lower bin, so that borders are never misplaced."""
+    import torch
+
+    start, end = ends
+    bins = numbers.clamp(start, end).sub_(start).mul_((n_bins - 1) / (end - start)).to(torch.int32)
+    # NaN may be any integer.
+    return bins.clamp_(0, n_bins - 1)
+
+
+_MOST_BINS = 1 << 14
+
+
+@lru_cache(64)
+def _tensor(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@lru_cache(64)
+def _intervals(levels: tuple[float, ...], device: torch.device, *, is_between: bool) -> _Intervals:
+    """Return the intervals that end in the middle between levels, or just below each level."""
+    import torch
+
+    exact = torch.tensor(levels, dtype=torch.float64)
+    if is_between:
+        exact = (exact[:-1] + exact[1:]) / 2
+        borders = exact.float()
+        down = borders.double() > exact
+    else:
+        borders = exact.float()
+        down = borders.isfinite()
+    below = borders.nextafter(torch.tensor(-inf))
+    borders = borders.where(~down, below)
+    ends, n_bins = (levels[0], levels[-1]), 16
+    while n_bins <= _MOST_BINS and len(levels) > 1:
+        bins = _bins(borders, ends, n_bins)
+        if len(set(bins.tolist())) == len(borders):
+            first = (torch.arange(n_bins)[:, None] > bins).sum(1, dtype=torch.int32)
+            border = torch.full((n_bins,), inf).index_copy_(0, bins.long(), borders)
+            return _Intervals(borders.to(device), *ends, first.to(device), border.to(device), n_bins)
+        n_bins *= 2
+    nothing = torch.empty(0, device=device)
+    return _Intervals(borders.to(device), *ends, nothing, nothing, 0)
 
 
 E4M3 = Floats(3, -6, 448.0)

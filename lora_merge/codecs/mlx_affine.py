@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.bits import unpack, words_of
+from lora_merge.codecs.bits import pack, unpack, whole_codes, words_of
 from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of
+from lora_merge.codecs.lattice import Integers
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -13,10 +15,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import PartRange, Storage, Tile
 
 
-class MlxAffine:
+class MlxAffine(OnStoredGrid):
     """``code · scale + bias`` (MLX 0.32, ``dequantize``), where the product is rounded before the sum.
 
     Parts, of a weight ``[…, out, in]``:
@@ -46,3 +49,26 @@ class MlxAffine:
         scale, bias = parts["scale"].float(), parts["bias"].float()
         for values, columns in in_groups(codes, int(settings["group"])):
             values.mul_(scale[:, columns, None]).add_(bias[:, columns, None])
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the stored scales and biases."""
+        del values, survey
+        assert stored is not None, "no scales are made for this storage"
+        settings, lines = dict(storage.settings), lines_of(tile)
+        bits = int(settings["bits"])
+        return stored_grid(
+            Integers(0, (1 << bits) - 1),
+            lambda levels: out[WEIGHT].copy_(pack(whole_codes(levels), bits)),
+            lambda: unpack(stored[WEIGHT], bits, lines.width).float(),
+            stored["scale"].float(),
+            bias=stored["bias"].float(),
+            group=int(settings["group"]),
+        )

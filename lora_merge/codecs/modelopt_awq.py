@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of, whole
+from lora_merge.codecs.lattice import Integers
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
 from lora_merge.core.weight import WEIGHT, PartRange
 
 if TYPE_CHECKING:
@@ -12,10 +14,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import Storage, Tile
 
 
-class ModelOptAwq:
+class ModelOptAwq(OnStoredGrid):
     """``code · scale · pre_quant_scale`` (ModelOpt 0.47, ``pack_int4_in_uint8``). Codes are signed, in two's complement.
 
     Engines multiply the activations by ``pre_quant_scale`` (AWQ could not fold it into the layer before). Here the weight is
@@ -50,15 +53,57 @@ class ModelOptAwq:
         self, tile: Tile, parts: Mapping[str, torch.Tensor], out: torch.Tensor, storage: Storage
     ) -> None:
         """Unpack two rows from each row of bytes, and multiply them by the scales."""
-        import torch
-
         settings, lines = dict(storage.settings), lines_of(tile)
-        codes, packed = out.view(lines.n, lines.width), parts[WEIGHT].view(torch.int8)
-        # A shift to the right fills with the sign.
-        codes[0::2].copy_((packed << 4) >> 4)
-        codes[1::2].copy_((packed >> 4)[: lines.n // 2])
+        codes = out.view(lines.n, lines.width)
+        _unpack(parts[WEIGHT], codes)
         scale = parts["scale"].float()
         for values, columns in in_groups(codes, int(settings["group"])):
             values.mul_(scale[:, columns, None])
         if settings["pre"]:
             codes.mul_(parts["pre_quant_scale"].float())
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the stored scales, each times the ``pre_quant_scale`` of its column."""
+        del survey
+        assert stored is not None, "no scales are made for this storage"
+        settings, lines = dict(storage.settings), lines_of(tile)
+        scale, group = stored["scale"].float(), int(settings["group"])
+        if settings["pre"]:
+            scale = scale.repeat_interleave(group or lines.width, 1)[:, : lines.width]
+            scale, group = scale * stored["pre_quant_scale"].float(), 1
+
+        def unpack() -> torch.Tensor:
+            levels = values.new_empty(lines.n, lines.width)
+            _unpack(stored[WEIGHT], levels)
+            return levels
+
+        return stored_grid(
+            Integers(-8, 7), lambda levels: _pack(levels, out[WEIGHT]), unpack, scale, group=group
+        )
+
+
+def _unpack(packed: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the codes of two rows for each row of bytes: float32 ``[lines, in]``."""
+    import torch
+
+    packed = packed.view(torch.int8)
+    # A shift to the right fills with the sign.
+    out[0::2].copy_((packed << 4) >> 4)
+    out[1::2].copy_((packed >> 4)[: out.shape[0] // 2])
+
+
+def _pack(levels: torch.Tensor, out: torch.Tensor) -> None:
+    """Write bytes of two rows each, the inverse of `_unpack`."""
+    import torch
+
+    codes = levels.to(torch.int8)
+    out.copy_((codes[0::2] & 15).view(torch.uint8))
+    out[: len(codes) // 2].bitwise_or_((codes[1::2] << 4).view(torch.uint8))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import lines_of
-from lora_merge.codecs.tables import as_floats, look_up_e2m1
+from lora_merge.codecs.lattice import E2M1
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.tables import as_floats, look_up_e2m1, pack_e2m1_
 from lora_merge.core.weight import WEIGHT, PartRange
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.codecs.geometry import Lines
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import Storage, Tile
 
 _SCALE = "scale"
@@ -24,7 +27,7 @@ _PIECE = 1 << 19
 """Values that are turned round at once."""
 
 
-class Mxfp4Experts:
+class Mxfp4Experts(OnStoredGrid):
     """``weight`` (``…_blocks``) U8 ``[E, out, in/32, 16]`` and ``scale`` (``…_scales``) U8 ``[E, out, in/32]``, for a parameter
     ``[E, in, out]``: W[e, j, i] = e2m1 · 2^(s - 127), as transformers 5.23 has it (``convert_moe_packed_tensors``).
     """
@@ -57,31 +60,68 @@ class Mxfp4Experts:
         del storage
         lines = lines_of(tile)
         values = out.view(lines.n, lines.width)
-        codes, scale = parts[WEIGHT], parts[_SCALE]
-        for expert, start, end in _pieces(lines):
-            part = expert - lines.matrices[0]
-            found = _decoded(
-                codes[part, :, start // 2 : end // 2], scale[part, :, start // _GROUP : end // _GROUP]
-            )
-            begin = expert * lines.rows - lines.start
-            values[begin + start : begin + end].copy_(found.t())
+        for piece, codes, scale in _pieces(lines, parts):
+            values[piece].copy_(_decoded(codes, as_floats(scale, "F8_E8M0")).t())
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the stored scales. A line has values of as many groups as it is long, since groups lie across
+        lines. The tile's share of each stored row is written into all of it.
+        """
+        del storage, survey
+        assert stored is not None, "no scales are made for this storage"
+        import torch
+
+        lines = lines_of(tile)
+        scale = values.new_empty(lines.n, lines.width)
+        for piece, _, found in _pieces(lines, stored):
+            scale[piece].view(-1, _GROUP, lines.width).copy_(as_floats(found, "F8_E8M0").t()[:, None])
+
+        def unpack() -> torch.Tensor:
+            levels = torch.empty_like(scale)
+            for piece, codes, found in _pieces(lines, stored):
+                levels[piece].copy_(_decoded(codes, torch.ones_like(found, dtype=torch.float32)).t())
+            return levels
+
+        def pack(levels: torch.Tensor) -> None:
+            for piece, codes, _ in _pieces(lines, {WEIGHT: out[WEIGHT], _SCALE: stored[_SCALE]}):
+                turned = levels[piece].t().contiguous()
+                pack_e2m1_(turned, codes)
+
+        return stored_grid(E2M1, pack, unpack, scale, group=1)
 
 
-def _pieces(lines: Lines) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(expert, first row, end row)``: the rows of each expert, few enough at once to stay in the cache."""
+def _pieces(
+    lines: Lines, parts: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield some lines of the tile, views of their codes ``[out, n/2]``, and of their scales ``[out, n/32]``: lines of one
+    expert, few enough at once to stay in the cache.
+    """
     step = _GROUP * max(1, _PIECE // (_GROUP * lines.width))
     for expert in range(*lines.matrices):
         begin = expert * lines.rows
         end = min(lines.end - begin, lines.rows)
         for start in range(max(lines.start - begin, 0), end, step):
-            yield expert, start, min(start + step, end)
+            stop = min(start + step, end)
+            yield (
+                slice(begin - lines.start + start, begin - lines.start + stop),
+                parts[WEIGHT][expert - lines.matrices[0], :, start // 2 : stop // 2],
+                parts[_SCALE][expert - lines.matrices[0], :, start // _GROUP : stop // _GROUP],
+            )
 
 
 def _decoded(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return float32 ``[out, n]`` of codes ``[out, n/2]`` and scales ``[out, n/32]``."""
+    """Return float32 ``[out, n]`` of codes ``[out, n/2]`` and float32 scales ``[out, n/32]``."""
     import torch
 
     n_out, n_groups = scale.shape
     out = torch.empty(n_out, n_groups, _GROUP, dtype=torch.float32, device=codes.device)
     look_up_e2m1(codes, out)
-    return out.mul_(as_floats(scale, "F8_E8M0")[:, :, None]).view(n_out, -1)
+    return out.mul_(scale[:, :, None]).view(n_out, -1)

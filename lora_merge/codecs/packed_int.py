@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.bits import WORD_BITS, along_lines, codes_at_word_edges, unpack, words_of
+from lora_merge.codecs.bits import (
+    WORD_BITS,
+    along_lines,
+    codes_at_word_edges,
+    pack,
+    unpack,
+    whole_codes,
+    words_of,
+)
 from lora_merge.codecs.geometry import by_line, groups_of, lines_of, whole
-from lora_merge.codecs.grouped import dequantise, dequantise_by_index
+from lora_merge.codecs.grouped import dequantise, dequantise_by_index, grouping
+from lora_merge.codecs.lattice import Integers
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
 from lora_merge.core.tensor import nbytes_of
 from lora_merge.core.weight import WEIGHT, PartRange
 
@@ -16,10 +26,11 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.codecs.geometry import Lines
+    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import Storage, Tile
 
 
-class PackedInt:
+class PackedInt(OnStoredGrid):
     """``(code - zero) · scale`` (compressed-tensors 0.20, ``unpack_from_int32`` and ``dequantize``).
 
     Codes are stored as value + 2^(bits - 1), and so are zeros. A weight without zeros has 0 everywhere.
@@ -69,11 +80,55 @@ class PackedInt:
             zero = _zeros(lines, parts["zero"], bits)
         else:
             zero = scale.new_full(scale.shape, 1 << (bits - 1))
-        # An index with -1 in it was never filled: the groups are in order, as compressed-tensors took them.
-        if settings["g_idx"] and int(parts["g_idx"].min()) >= 0:
+        if _has_index(parts):
             dequantise_by_index(codes, zero, scale, parts["g_idx"])
         else:
             dequantise(codes, zero, scale, int(settings["group"]))
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the scales and zeros, stored or made from the values."""
+        if stored is None:
+            from lora_merge.codecs import fresh_packed
+
+            return fresh_packed.grid(tile, values, out, storage)
+        del values, survey
+        settings, lines = dict(storage.settings), lines_of(tile)
+        bits = int(settings["bits"])
+        # Codes and zeros are both offset. Without zeros the levels are what codes stand for.
+        offset = 0 if settings["zero"] else 1 << (bits - 1)
+        return stored_grid(
+            Integers(-offset, (1 << bits) - 1 - offset),
+            lambda levels: out[WEIGHT].copy_(pack(whole_codes(levels.add_(offset)), bits)),
+            lambda: unpack(stored[WEIGHT], bits, lines.width).float().sub_(offset),
+            stored["scale"].float(),
+            zero=_zeros(lines, stored["zero"], bits) if settings["zero"] else None,
+            group=grouping(stored["g_idx"]) if _has_index(stored) else int(settings["group"]),
+        )
+
+    def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return codes, scales, perhaps zeros, and ``shape``, which says how many codes of a line are meant."""
+        settings, (*stack, rows, width) = dict(storage.settings), shape
+        bits, groups = int(settings["bits"]), groups_of(width, int(settings["group"]))
+        found = {
+            WEIGHT: ("I32", (*stack, rows, words_of(width, bits))),
+            "scale": (str(settings["scale"]), (*stack, rows, groups)),
+        }
+        if settings["zero"]:
+            found["zero"] = ("I32", (*stack, words_of(rows, bits), groups))
+        return found | {"shape": ("I64", (2,))}
+
+
+def _has_index(parts: Mapping[str, torch.Tensor]) -> bool:
+    # An index with -1 in it was never filled: the groups are in order, as compressed-tensors took them.
+    return "g_idx" in parts and int(parts["g_idx"].min()) >= 0
 
 
 def _zero_words(lines: Lines, bits: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

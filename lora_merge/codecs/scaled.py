@@ -6,7 +6,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.codecs.geometry import by_block, by_line, groups_of, in_groups, lines_of
-from lora_merge.codecs.tables import as_floats, bytes_of, look_up
+from lora_merge.codecs.lattice import E4M3, E5M2, Integers
+from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.tables import as_floats, bytes_of, look_up, pack_bytes
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -14,9 +16,15 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.codecs.geometry import Lines
+    from lora_merge.codecs.grid import Grid
+    from lora_merge.codecs.lattice import Lattice
     from lora_merge.core.weight import PartRange, Storage, Tile
 
 _SCALE = "scale"
+
+LATTICES: dict[str, Lattice] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "I8": Integers(-128, 127)}
+"""What a byte can be, by its dtype."""
 
 
 class _Settings(NamedTuple):
@@ -37,7 +45,7 @@ def _settings(storage: Storage) -> _Settings:
     )
 
 
-class Scaled:
+class Scaled(OnStoredGrid):
     """``weight`` ``[…, out, in]`` and ``scale``: W = q · s, each in float32, with one scale for each block of a matrix.
 
     Settings:
@@ -71,13 +79,62 @@ class Scaled:
         """Multiply each code by the scale of its block. NaN codes and scales stay NaN."""
         lines, of = lines_of(tile), _settings(storage)
         values = out.view(lines.n, lines.width)
-        if of.codes == "I8":
-            values.copy_(parts[WEIGHT])
-        else:
-            look_up(parts[WEIGHT], of.codes, values)
-        scale = as_floats(parts[_SCALE], of.scale)
-        # One row of scales is the same for all lines, one for each line fits as it is.
-        if scale.shape[0] > 1 and of.block_rows != 1:
-            scale = scale.index_select(0, lines.block_rows_of(of.block_rows, out.device))
+        _levels(parts, of, values)
+        scale = _scale(lines, parts, of)
         for group, columns in in_groups(values, of.block_columns):
             group.mul_(scale[:, columns, None])
+
+    def grid(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+        stored: Mapping[str, torch.Tensor] | None,
+    ) -> Grid:
+        """Return the grid of the scales, stored or made from the values."""
+        if stored is None:
+            from lora_merge.codecs import fresh_scaled
+
+            return fresh_scaled.grid(tile, values, out, storage)
+        del survey
+        lines, of = lines_of(tile), _settings(storage)
+        kept = out[WEIGHT].view(lines.n, lines.width)
+        scale = _scale(lines, stored, of)
+
+        def unpack() -> torch.Tensor:
+            levels = values.new_empty(lines.n, lines.width)
+            _levels(stored, of, levels)
+            return levels
+
+        return stored_grid(
+            LATTICES[of.codes],
+            lambda levels: pack_bytes(levels, of.codes, kept),
+            unpack,
+            scale.expand(lines.n, -1),
+            group=of.block_columns,
+        )
+
+    def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return the codes and the scales, one for each block of each matrix."""
+        of, (*stack, rows, width) = _settings(storage), shape
+        grid = groups_of(rows, of.block_rows), groups_of(width, of.block_columns)
+        return {WEIGHT: (of.codes, shape), _SCALE: (of.scale, (*stack, *grid))}
+
+
+def _levels(parts: Mapping[str, torch.Tensor], of: _Settings, out: torch.Tensor) -> None:
+    """Write what the codes are before any scale, float32 ``[lines, in]``."""
+    if of.codes == "I8":
+        out.copy_(parts[WEIGHT])
+    else:
+        look_up(parts[WEIGHT], of.codes, out)
+
+
+def _scale(lines: Lines, parts: Mapping[str, torch.Tensor], of: _Settings) -> torch.Tensor:
+    """Return the scales, float32 ``[lines, groups]``, or ``[1, groups]`` where they are the same for all lines."""
+    scale = as_floats(parts[_SCALE], of.scale)
+    # One row of scales is the same for all lines, one for each line fits as it is.
+    if scale.shape[0] > 1 and of.block_rows != 1:
+        scale = scale.index_select(0, lines.block_rows_of(of.block_rows, scale.device))
+    return scale

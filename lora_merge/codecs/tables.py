@@ -75,6 +75,37 @@ def look_up_e2m1(codes: torch.Tensor, out: torch.Tensor) -> None:
     torch.index_select(pairs_of_e2m1(out.device), 0, codes.reshape(-1).int(), out=pairs)
 
 
+def pack_bytes(levels: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
+    """Write the codes of levels, the inverse of `look_up`.
+
+    Args:
+        levels: float32, each exact in the dtype; any shape.
+        dtype: ``"F8_E4M3"``, ``"F8_E5M2"`` or ``"I8"``.
+        out: U8, or I8 of integers, in the same shape.
+    """
+    import torch
+
+    out.copy_(levels if dtype == "I8" else levels.to(getattr(torch, _FLOAT8[dtype])).view(torch.uint8))
+
+
+def pack_e2m1_(levels: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the codes of E2M1 levels, the inverse of `look_up_e2m1`. The sign of a zero is kept.
+
+    Args:
+        levels: float32, contiguous; they are changed.
+        out: U8, half as many.
+    """
+    import torch
+
+    # Float16 has 14 exponents below E2M1's smallest. So much smaller, levels have the exponents of their codes, and 0.5 is
+    # subnormal in both.
+    halves = levels.mul_(2.0**-14).to(torch.float16).view(-1).view(torch.int32)
+    codes = (halves >> 9) & 0x00070007
+    codes |= (halves >> 12) & 0x00080008
+    codes |= codes >> 12
+    out.copy_(codes.to(torch.uint8).view(out.shape))
+
+
 def as_floats(stored: torch.Tensor, dtype: str) -> torch.Tensor:
     """Return scales as float32, in their shape. All dtypes are exact in it.
 

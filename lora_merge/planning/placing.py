@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import ENCODERS
+from lora_merge.codecs import ENCODERS, names_of
 from lora_merge.core.checkpoint import Checkpoint, config_levels
 from lora_merge.core.shards import OutputFile, place, split
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, TensorRef, nbytes_of
@@ -40,9 +40,8 @@ def slots_of(
             slots.update({(name, role): slot for role, slot in _kept(name, source).items()})
             continue
         shape = shapes.get(name, source.shape)
-        codec = ENCODERS[storage.codec]
-        names = codec.names(name, storage)
-        for role, (dtype, size) in codec.parts(shape, storage).items():
+        names = names_of(name, storage)
+        for role, (dtype, size) in ENCODERS[storage.codec].parts(shape, storage).items():
             slots[name, role] = TensorRef(names[role], dtype, size, "", 0, nbytes_of(dtype, size))
     return slots
 

@@ -82,7 +82,7 @@ class Wanted:
         # Without a delta any view will do, and that of a stack has small rows.
         is_stacked = not deltas or any(delta.facts.is_stacked or delta.region.box for delta in deltas)
         view = View.of(source.shape, stacked=is_stacked)
-        on_stored_grid = self.is_as_stored and not self.target.is_dense
+        on_stored_grid = policy.out_storage == "base" and self.is_as_stored and not self.target.is_dense
         rounding = self._rounding(deltas, policy, on_stored_grid=on_stored_grid)
         if rounding is not None:
             deltas = tuple(map(_unrounded, deltas))

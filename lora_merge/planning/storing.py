@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs import WRITTEN_BY_DEFAULT
 from lora_merge.core.checkpoint import ConfigPatch
 from lora_merge.core.report import Issue, note
 from lora_merge.core.tensor import DTYPE_CODES, TORCH_NAMES, nbytes_of
@@ -73,7 +74,12 @@ def storing_of(
     if not quantised:
         return Storing(storages, frozenset(), "", is_plain=False, issues=tuple(issues))
     code = DTYPE_CODES[policy.dtype] if policy.dtype else stored_dtype(base.quantisation, base.config)
-    touched = quantised & changes.keys()
+    # Those of a toy codec in the tests are written as they are stored.
+    touched = frozenset(
+        name
+        for name in quantised & changes.keys()
+        if policy.out_storage or outline.sources[name].storage.codec not in WRITTEN_BY_DEFAULT
+    )
     mates = with_mates(touched, quantised)
     is_dense = policy.out_storage == "dense" or (touched and policy.out_storage is None)
     if policy.out_storage == "base":
@@ -165,7 +171,9 @@ def _said(
     dense, mixed, base = (
         f"--out-storage {one}: {size_text(numbers[f'{one}_bytes'])}" for one in ("dense", "mixed", "base")
     )
-    if numbers["requantised"]:
+    if not decoded and any(outline.sources[name].storage.codec in WRITTEN_BY_DEFAULT for name in quantised):
+        sentence = f"{weights} stay as the base stores them ({dense})"
+    elif numbers["requantised"]:
         sentence = f"{numbers['requantised']} of {weights} get new codes on the base's own scales"
         if decoded:
             sentence += f", {len(decoded)} are decoded to {dtype}, since an adapter brings them whole"

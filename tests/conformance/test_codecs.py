@@ -1,4 +1,5 @@
-"""What every codec that writes keeps, for each member of `ENCODERS` and for two that only tests know.
+"""What every codec that writes keeps, for plain tensors and for two codecs that only tests know. Those on stored grids are in
+`test_writing_codecs.py`.
 
 Parts and ranges fit together, tiles make up the whole, decoding gives back what was encoded within the bound, and what was
 decoded is encoded as it was.
@@ -20,9 +21,9 @@ from lora_merge.core.weight import DENSE, FLOAT32, WEIGHT, Storage, Tile, Weight
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.weights import WeightReader, values_of, weight_norm
 from lora_merge.quantised import Surroundings, identify
-from tests.toys.codecs import TOYS, known
+from tests.toys.codecs import TOYS, encode, known
 
-KNOWN = {**ENCODERS, **{name: codec for name, (codec, _) in TOYS.items()}}
+KNOWN = {DENSE: ENCODERS[DENSE], **{name: codec for name, (codec, _) in TOYS.items()}}
 STORAGES = {
     DENSE: [Storage(DENSE, dtype) for dtype in TORCH_NAMES],
     **{name: [Storage(name, "I8")] for name in TOYS},
@@ -63,11 +64,11 @@ def tiles_of(codec, storage, shape, view, elements=1):
     return [Tile(shape, view.n_rows, *limits) for limits in view.tiles(elements, multiple)]
 
 
-def looked_at(codec, values, view, tiles):
+def looked_at(codec, storage, values, view, tiles):
     """Return what a codec finds out of all values, tile by tile."""
     found, rows = None, values.view(view.n_rows, -1)
-    for tile in tiles if codec.survey == "tensor" else ():
-        found = codec.look(rows[tile.start : tile.end], found)
+    for tile in tiles if codec.survey(storage) == "tensor" else ():
+        found = codec.look(rows[tile.start : tile.end], found, storage)
     return found
 
 
@@ -75,11 +76,11 @@ def encoded(codec, storage, values, view, tiles):
     """Return the bytes of each part, put together from tiles by the ranges that they name."""
     parts = codec.parts(tuple(values.shape), storage)
     content = {role: bytearray(nbytes_of(*one)) for role, one in parts.items()}
-    survey, rows = looked_at(codec, values, view, tiles), values.view(view.n_rows, -1)
+    survey, rows = looked_at(codec, storage, values, view, tiles), values.view(view.n_rows, -1)
     for tile in tiles:
         ranges = codec.ranges(tile, storage)
         out = buffers(ranges)
-        codec.encode(tile, rows[tile.start : tile.end].clone(), out, survey, None)
+        encode(codec, storage, tile, rows[tile.start : tile.end].clone(), out, survey)
         for role, one in ranges.items():
             raw, at = out[role].view(-1).view(torch.uint8).numpy().tobytes(), 0
             for first, nbytes in one.ranges:
@@ -160,10 +161,10 @@ def test_what_is_decoded_is_what_was_encoded_within_the_bound(codec, storage, sh
     values, view = drawn(shape) * size, View.of(shape)
     (tile,) = [Tile(shape, view.n_rows, 0, view.n_rows)]
     out, rows = buffers(codec.ranges(tile, storage)), values.view(view.n_rows, -1)
-    codec.encode(tile, rows.clone(), out, looked_at(codec, values, view, [tile]), None)
+    encode(codec, storage, tile, rows.clone(), out, looked_at(codec, storage, values, view, [tile]))
     back = torch.empty_like(rows)
     codec.decode(tile, out, back, storage)
-    bound = codec.bound(tile, rows, out)
+    bound = codec.bound(tile, rows, out, storage)
     assert ((back - rows).abs() <= bound).all()
     assert bound.isfinite().all()
     assert math.isclose(float(back.norm()), float(rows.norm()), rel_tol=0.02, abs_tol=1e-6)
@@ -176,13 +177,12 @@ def test_what_was_decoded_is_encoded_as_the_same_values(codec, storage, shape, i
     values, view = drawn(shape), View.of(shape)
     tile = Tile(shape, view.n_rows, 0, view.n_rows)
     first, again = (buffers(codec.ranges(tile, storage)) for _ in range(2))
-    codec.encode(
-        tile, values.view(view.n_rows, -1).clone(), first, looked_at(codec, values, view, [tile]), None
-    )
+    survey = looked_at(codec, storage, values, view, [tile])
+    encode(codec, storage, tile, values.view(view.n_rows, -1).clone(), first, survey)
     once, twice = torch.empty(2, view.n_rows, view.columns)
     codec.decode(tile, first, once, storage)
-    survey = looked_at(codec, once, view, [tile])
-    codec.encode(tile, once.clone(), again, survey, first if is_stored_seen else None)
+    survey = looked_at(codec, storage, once, view, [tile])
+    encode(codec, storage, tile, once.clone(), again, survey, first if is_stored_seen else None)
     codec.decode(tile, again, twice, storage)
     assert torch.equal(once, twice)
     if is_stored_seen:
@@ -271,11 +271,18 @@ def decode(bits, dtype):
     return values.numpy()[0]
 
 
-def encode(values, dtype):
+def bits_of(values, dtype):
     """Return float32 values as stored bit patterns."""
     width = DTYPE_BITS[dtype] // 8
     out = torch.empty(1, len(values), dtype=getattr(torch, TORCH_NAMES[dtype]))
-    ENCODERS[DENSE].encode(NOWHERE, torch.from_numpy(values.copy()).view(1, -1), {WEIGHT: out}, None, None)
+    tile = Tile((1, len(values)), 1, 0, 1)
+    encode(
+        ENCODERS[DENSE],
+        Storage(DENSE, dtype),
+        tile,
+        torch.from_numpy(values.copy()).view(1, -1),
+        {WEIGHT: out},
+    )
     return out.view(torch.uint8).view(-1).numpy().view(np.uint16 if width == 2 else np.uint32)
 
 
@@ -303,8 +310,8 @@ def test_every_stored_value_comes_back_as_it_was(dtype):
     bits = every_pattern(dtype)
     values = decode(bits, dtype)
     numbers = ~np.isnan(values)
-    assert np.array_equal(encode(values, dtype)[numbers], bits[numbers])
-    again = decode(encode(values, dtype), dtype)
+    assert np.array_equal(bits_of(values, dtype)[numbers], bits[numbers])
+    again = decode(bits_of(values, dtype), dtype)
     assert np.isnan(again[~numbers]).all()
     assert (~numbers).sum() > 1
 
@@ -332,28 +339,29 @@ def test_values_are_rounded_to_the_nearest_and_ties_to_even(dtype):
         )
         drawn = np.random.default_rng(1).standard_normal(100_000).astype(np.float32)
         for values in (ties, just_above, just_below, drawn, drawn * np.float32(1e-6)):
-            assert np.array_equal(encode(values, dtype), rounded(values, dtype))
+            assert np.array_equal(bits_of(values, dtype), rounded(values, dtype))
 
 
 @plain
 def test_what_no_number_can_hold_becomes_infinite_and_nan_stays_nan(dtype):
     beyond = np.array([np.inf, -np.inf, np.nan], dtype=np.float32)
-    back = decode(encode(beyond, dtype), dtype)
+    back = decode(bits_of(beyond, dtype), dtype)
     assert np.array_equal(back, beyond, equal_nan=True)
     if dtype != "F32":
         largest = np.array([3.4028235e38, -3.4028235e38], dtype=np.float32)
-        assert np.isinf(decode(encode(largest, dtype), dtype)).all()
+        assert np.isinf(decode(bits_of(largest, dtype), dtype)).all()
 
 
 @plain
 def test_what_is_computed_where_it_is_stored_stays_as_it_is(dtype):
     values = torch.arange(6, dtype=torch.float32).view(2, 3)
     CODECS[DENSE].decode(NOWHERE, {WEIGHT: values}, values, FLOAT32)
-    ENCODERS[DENSE].encode(NOWHERE, values, {WEIGHT: values}, None, None)
+    grid = ENCODERS[DENSE].grid(Tile((2, 3), 2, 0, 2), values, {WEIGHT: values}, FLOAT32, None, None)
+    grid.keep(values)
     assert values.flatten().tolist() == list(range(6))
 
 
 @plain
 def test_minus_zero_keeps_its_sign(dtype):
     zeros = np.array([0.0, -0.0], dtype=np.float32)
-    assert np.signbit(decode(encode(zeros, dtype), dtype)).tolist() == [False, True]
+    assert np.signbit(decode(bits_of(zeros, dtype), dtype)).tolist() == [False, True]

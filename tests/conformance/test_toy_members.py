@@ -114,7 +114,9 @@ def test_an_adapter_format_is_named_where_no_format_is_found(add, pico, cli, tmp
     assert adapter_format.CRATE.looked_for in refused.stderr
 
 
-def test_a_codec_is_merged_and_written_as_it_is_stored(add, pico, pico_adapter, cli, plain, tmp_path):
+def test_a_codec_is_merged_and_written_as_it_is_stored(
+    add, pico, pico_adapter, cli, plain, monkeypatch, tmp_path
+):
     adapter, tensors = pico_adapter(pico()), merged(pico())
     coded = "model.layers.0.mlp.down_proj.weight"
     tensors |= codecs.stored_as("row_scaled", coded, tensors.pop(coded))
@@ -126,6 +128,7 @@ def test_a_codec_is_merged_and_written_as_it_is_stored(add, pico, pico_adapter, 
 
     for folder in ("codecs", "codecs that write", "quantised"):
         add(folder)
+    monkeypatch.setattr("lora_merge.planning.storing.WRITTEN_BY_DEFAULT", {"row_scaled"})
     done = cli(*arguments)
 
     assert done.exit_code == exits.OK, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,16 +144,21 @@ def test_a_wrong_code_and_a_wrong_scale_are_found(storage, role, place, cli, mon
     """The merge itself is made to store other values, so that no digest can tell."""
     root = place(storage)
     codec = TOYS[storage][0]
-    honest = codec.encode
+    honest = codec.grid
 
-    def wrong(tile, values, out, survey, stored):
-        honest(tile, values, out, survey, stored)
-        if role == "weight":
-            out["weight"][3, 5] += 2 if out["weight"][3, 5] < 0 else -2
-        else:
-            out["scaling"].mul_(2)
+    def wrong(tile, values, out, storage, survey, stored):
+        grid = honest(tile, values, out, storage, survey, stored)
 
-    monkeypatch.setattr(type(codec), "encode", lambda self, *rest: wrong(*rest))
+        def keep(levels):
+            grid.keep(levels)
+            if role == "weight":
+                out["weight"][3, 5] += 2 if out["weight"][3, 5] < 0 else -2
+            else:
+                out["scaling"].mul_(2)
+
+        return replace(grid, keep=keep)
+
+    monkeypatch.setattr(type(codec), "grid", lambda self, *rest: wrong(*rest))
     with known(storage):
         result = cli("--base", root / "base", "--adapter", root / "adapter", "--out", root / "out")
     assert result.exit_code == exits.VERIFY

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_merge.checks.decoding import DECODERS, Decoder
-from lora_merge.codecs import CODECS, ENCODERS
+from lora_merge.codecs import CODECS, ENCODERS, WRITTEN_BY_DEFAULT
+from lora_merge.codecs.geometry import lines_of
+from lora_merge.codecs.grid import Grid
+from lora_merge.codecs.lattice import Integers
 from lora_merge.core.weight import WEIGHT, PartRange, Storage, Weight
 from lora_merge.quantised import METHODS, Found
 
@@ -32,7 +35,7 @@ def scale_for(largest: torch.Tensor) -> torch.Tensor:
 class RowScaled:
     """``weight`` I8 ``[…, n]`` and ``scaling`` F32 ``[…, 1]``: value = code · scale. A scale that is large enough is kept."""
 
-    survey: Any = "none"
+    surveyed: Any = "none"
     key = "row_scaled"
     suffix = "_row_scaling"
 
@@ -77,21 +80,30 @@ class RowScaled:
         del tile, storage
         torch.mul(parts[WEIGHT], self._spread(parts["scaling"], parts[WEIGHT]), out=out)
 
-    def look(self, values, found):
+    def survey(self, storage):
+        del storage
+        return self.surveyed
+
+    def look(self, values, found, storage):
         raise AssertionError("nothing is asked of all values")
 
-    def encode(self, tile, values, out, survey, stored):
+    def grid(self, tile, values, out, storage, survey, stored):
         assert survey is None
+        del storage
         rows, columns = values.shape
         inner = tile.shape[-1]
         scale = scale_for(values.view(rows, columns // inner, inner).abs().amax(2))
         if stored is not None:
             scale = torch.maximum(scale, stored["scaling"])
         out["scaling"].copy_(scale)
-        out[WEIGHT].copy_((values / self._spread(scale, values)).round_().clamp_(-MOST, MOST))
+        return self._grid(scale.view(-1, 1), out[WEIGHT])
 
-    def bound(self, tile, values, parts):
-        del tile
+    def _grid(self, scale, codes):
+        levels = Integers(-int(MOST), int(MOST))
+        return Grid(levels, lambda found: codes.copy_(found.view(codes.shape)), scale)
+
+    def bound(self, tile, values, parts, storage):
+        del tile, storage
         scale = self._spread(parts["scaling"], values)
         return (scale / 2).masked_fill(values.abs() > scale * MOST, float("inf"))
 
@@ -99,7 +111,7 @@ class RowScaled:
 class TensorScaled(RowScaled):
     """``weight`` I8 and ``scaling`` F32 ``[1]``: it depends on all values, and so they are looked at before."""
 
-    survey = "tensor"
+    surveyed = "tensor"
     key = "tensor_scaled"
     suffix = "_tensor_scaling"
 
@@ -114,15 +126,16 @@ class TensorScaled(RowScaled):
         del codes
         return scale
 
-    def look(self, values, found):
+    def look(self, values, found, storage):
+        del storage
         largest = values.abs().max()
         return largest if found is None else torch.maximum(found, largest)
 
-    def encode(self, tile, values, out, survey, stored):
-        del tile, stored
+    def grid(self, tile, values, out, storage, survey, stored):
+        del storage, stored
         scale = scale_for(survey)
         out["scaling"].fill_(scale)
-        out[WEIGHT].copy_((values / scale).round_().clamp_(-MOST, MOST))
+        return self._grid(scale.expand(values.numel() // tile.shape[-1], 1), out[WEIGHT])
 
 
 class Nibbles:
@@ -214,6 +227,7 @@ def known(*names: str, recomputed: bool = True) -> Iterator[None]:
         METHODS[name] = Toy(CODECS[name])
         if name in TOYS:
             ENCODERS[name] = CODECS[name]
+            WRITTEN_BY_DEFAULT.add(name)
         if recomputed:
             DECODERS[name] = decoder
     try:
@@ -222,7 +236,15 @@ def known(*names: str, recomputed: bool = True) -> Iterator[None]:
         for name in names:
             del CODECS[name], METHODS[name]
             ENCODERS.pop(name, None)
+            WRITTEN_BY_DEFAULT.discard(name)
             DECODERS.pop(name, None)
+
+
+def encode(codec, storage, tile, values, out, survey=None, stored=None) -> None:
+    """Encode a tile to the nearest codes."""
+    lines = lines_of(tile)
+    grid = codec.grid(tile, values, out, storage, survey, stored)
+    grid.keep(grid.nearest(values.view(lines.n, lines.width)))
 
 
 def stored_as(name: str, parameter: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -242,7 +264,7 @@ def stored_as(name: str, parameter: str, values: torch.Tensor) -> dict[str, torc
         role: torch.empty(one.shape, dtype=types[one.dtype])
         for role, one in codec.ranges(tile, storage).items()
     }
-    codec.encode(tile, flat, out, flat.abs().max() if codec.survey == "tensor" else None, None)
+    encode(codec, storage, tile, flat, out, flat.abs().max() if codec.surveyed == "tensor" else None)
     names, parts = codec.names(parameter, storage), codec.parts(tuple(values.shape), storage)
     return {names[role]: tensor.reshape(parts[role][1]) for role, tensor in out.items()}
 

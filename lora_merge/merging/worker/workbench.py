@@ -9,6 +9,7 @@ from __future__ import annotations
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lora_merge.codecs.geometry import lines_of
 from lora_merge.core.tensor import DTYPE_BITS, STORED_TYPES, TORCH_NAMES
 from lora_merge.core.weight import FLOAT32, WEIGHT, PartRange, Storage, Tile
 
@@ -133,11 +134,11 @@ class Frame:
                 rounded.copy_(self.values)
             return
         grid = codec.grid(tile, self.values, self.rounded, self._target, survey, stored)
-        lines = self.values
+        values = self.values
         if not self._target.is_dense:
-            width = tile.shape[-1]
-            lines = lines.view(-1, width)
-        grid.keep(grid.nearest(lines) if choose is None else choose(lines, grid))
+            lines = lines_of(tile)
+            values = values.view(lines.n, lines.width)
+        grid.keep(grid.nearest(values) if choose is None else choose(values, grid))
 
     def wait(self) -> None:
         """Wait until `encoded` is complete and `raw` may be overwritten. On the CPU both are so at once."""
