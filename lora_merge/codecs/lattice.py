@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     import torch
 
+_SIGN = -(2**31)
+"""The sign of a float32, as an int32."""
+
 
 class Lattice(Protocol):
     """Some numbers, in order. Beyond the last there are none: what lies there becomes the last (it *saturates*)."""
@@ -80,8 +83,9 @@ class Floats:
         # 1.5 · 2^23 · spacing: its last bit is one spacing, and a sum with the number stays in its binade.
         big = self._power(numbers).mul_(1.5 * 2.0 ** (23 - self.mantissa_bits))
         rounded = numbers.add(big).sub_(big)
-        # A sum has no negative zero.
-        return torch.copysign(rounded, numbers, out=numbers)
+        # A sum has no negative zero. On integers it takes a tenth of the time of `copysign`, which guesses signs.
+        numbers.view(torch.int32).bitwise_and_(_SIGN).bitwise_or_(rounded.view(torch.int32))
+        return numbers
 
     def neighbours(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the numbers below and above."""

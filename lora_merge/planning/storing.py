@@ -78,7 +78,7 @@ def storing_of(
     touched = frozenset(
         name
         for name in quantised & changes.keys()
-        if policy.out_storage or outline.sources[name].storage.codec not in WRITTEN_BY_DEFAULT
+        if policy.out_storage == "base" or outline.sources[name].storage.codec not in WRITTEN_BY_DEFAULT
     )
     mates = with_mates(touched, quantised)
     is_dense = policy.out_storage == "dense" or (touched and policy.out_storage is None)
