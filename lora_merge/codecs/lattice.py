@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 _SIGN = -(2**31)
 """The sign of a float32, as an int32."""
 
+_CACHED = 1 << 18
+"""Numbers that are rounded at a time."""
+
 
 class Lattice(Protocol):
     """Some numbers, in order. Beyond the last there are none: what lies there becomes the last (it *saturates*)."""
@@ -77,6 +80,12 @@ class Floats:
 
     def nearest_(self, numbers: torch.Tensor) -> torch.Tensor:
         """Round half to even at the spacing that a number's exponent has."""
+        # Parts whose copies fit into the cache take half of the time, or a tenth where the system maps fresh memory.
+        for part in numbers.view(-1).split(_CACHED) if numbers.is_contiguous() else (numbers,):
+            self._round_(part)
+        return numbers
+
+    def _round_(self, numbers: torch.Tensor) -> None:
         import torch
 
         numbers.clamp_(-self.largest, self.largest)
@@ -85,7 +94,6 @@ class Floats:
         rounded = numbers.add(big).sub_(big)
         # A sum has no negative zero. On integers it takes a tenth of the time of `copysign`, which guesses signs.
         numbers.view(torch.int32).bitwise_and_(_SIGN).bitwise_or_(rounded.view(torch.int32))
-        return numbers
 
     def neighbours(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the numbers below and above."""
