@@ -251,27 +251,3 @@ class Silence:
 
     def done(self, name: str) -> None:
         """Ignore it."""
-
-
-DROWNED_SHARE = 0.25
-"""Share of a delta's elements that may be lost to rounding before a warning says so."""
-
-
-def survival_issues(survival: Mapping[str, Survival]) -> tuple[Issue, ...]:
-    """Return a warning when the stored dtype is too coarse for the deltas, or all of them are zero; else nothing."""
-    # Nothing was lost to rounding here: the deltas themselves are zero, which asks for another sentence.
-    if survival and not any(kept.delta_norm for kept in survival.values()):
-        sentence = f"no weight changes: the deltas of all {len(survival)} merged tensors are zero where they were looked at"
-        hint = "LoRA's B is zero until it is trained; is this the adapter that was meant?"
-        return (warning("no-effect", "", sentence, hint),)
-    # bfloat16 keeps 8 bits: of a delta of 1e-4 on weights of 0.02, a third of the elements change nothing.
-    drowned = {name: kept for name, kept in survival.items() if kept.unchanged > DROWNED_SHARE}
-    if not drowned:
-        return ()
-    name, worst = max(drowned.items(), key=lambda item: item[1].unchanged)
-    sentence = (
-        f"{worst.unchanged:.0%} of the delta's elements are too small for the stored dtype and change nothing "
-        f"(‖Δ‖/‖W‖ is {worst.relative:.1e}, {worst.lost:.0%} of Δ is lost); "
-        f"so it is, above {DROWNED_SHARE:.0%}, in {len(drowned)} of {len(survival)} merged tensors"
-    )
-    return (warning("delta-drowns", name, sentence, "--dtype float32 or float16 keeps more of it"),)

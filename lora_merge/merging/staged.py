@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks.verdict import verify as check_output
-from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note, survival_issues
+from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note
 from lora_merge.errors import VerifyError, WriteError
 from lora_merge.merging.effect import check_effect
 from lora_merge.merging.filling import Unfinished
@@ -13,6 +13,7 @@ from lora_merge.merging.hf_checkpoint import seal
 from lora_merge.merging.made_from import provenance_of
 from lora_merge.merging.preparing import Made
 from lora_merge.merging.resuming import fingerprint, finished
+from lora_merge.merging.survival import check_loss, survival_issues
 from lora_merge.merging.unchanged_inputs import changed_times, check, check_copied, check_names, used_by
 from lora_merge.merging.worker import one_torch_thread, quick_turns
 from lora_merge.planning.run import check_strict
@@ -216,7 +217,8 @@ class Staged:
             check_names(self.inputs)
         survival = self._survival()
         check_effect(self.prepared.planned, self.place.root, survival)
-        self._notes += (*self._verdict.notes, *survival_issues(survival))
+        self._notes += (*self._verdict.notes, *survival_issues(survival, self.plan))
+        check_loss(survival, self.plan, is_allowed=request.allow_loss)
         check_strict(self._notes, strict=request.strict)
         # Last of all: an output that failed a check never has its name.
         with self.clock("publish"):

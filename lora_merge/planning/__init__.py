@@ -12,10 +12,12 @@ from lora_merge.planning.draft import join, touches_embeddings
 from lora_merge.planning.joined import Joined
 from lora_merge.planning.placing import decoded_dtype_patch, dtype_patch, main_dtype, place_all, slots_of
 from lora_merge.planning.questions import combining_issues, judged, merged_before
+from lora_merge.planning.quantising import targets_of
 from lora_merge.planning.settings import Policy, Reading
-from lora_merge.planning.steps import beyond_float32
+from lora_merge.planning.steps import beyond_float32, with_survey
 from lora_merge.planning.stored_otherwise import in_mlx_layout
 from lora_merge.planning.storing import DENSE_SHARD, storing_of
+from lora_merge.quantised.schemes import SCHEMES
 from lora_merge.requests.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -59,14 +61,22 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
     ]
     raise_errors(issues)
     main = main_dtype(base)
-    storing = storing_of(base, joined.outline, joined.changes, main, policy)
+    targets = None
+    if policy.quantize is not None:
+        targets = targets_of(joined, SCHEMES[policy.quantize], policy.ignore)
+        raise_errors(targets.issues)
+    storing = storing_of(base, joined.outline, joined.changes, main, policy, targets)
     outline = joined.outline.without(storing.leftovers) if storing.leftovers else joined.outline
-    slots = slots_of(outline, joined.shapes, storing.storages)
+    if targets is not None:
+        outline = outline.stored_as({name: tuple(one.parts) for name, one in targets.weights.items()})
+    slots = slots_of(outline, joined.shapes, storing.storages, targets)
     shard_size = policy.max_shard_size or (DENSE_SHARD if storing.is_plain else None)
     max_shard_bytes = None if shard_size is None else parse_size(shard_size)
     files = place_all(outline, slots, storing.decoded, max_shard_bytes)
     parts = [part for part in outline.parts if part in slots]
     steps = joined.steps_into(files, parts, storing.storages, policy)
+    if targets is not None and targets.scheme.is_surveyed:
+        steps = with_survey(steps, targets)
     # Scales are known only now: those of several adapters' weights are in the steps.
     raise_errors([*beyond_float32(steps), *(in_mlx_layout(base) if storing.is_plain else ())])
     # A base with an index for its only shard keeps it, unless new shards were asked for.

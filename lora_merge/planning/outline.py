@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.checkpoint import config_levels
-from lora_merge.core.weight import Weight
+from lora_merge.core.weight import WEIGHT, Weight
 from lora_merge.modeling.skeleton import derived_lists
 from lora_merge.peft_rules.patterns import TargetError
 from lora_merge.words import quoted
@@ -99,6 +99,19 @@ class Outline:
         parts = ((name, role) for name, weight in new.items() for role in weight.parts)
         files = (*self.files[:-1], replace(last, parts=(*last.parts, *parts)))
         return Outline(files, {**self.sources, **new})
+
+    def stored_as(self, roles: Mapping[str, Sequence[str]]) -> Outline:
+        """Return the outline with other parts of some parameters, where the first of theirs is: parameter → roles."""
+        files = []
+        for file in self.files:
+            parts: list[tuple[str, str]] = []
+            for name, role in file.parts:
+                if name not in roles:
+                    parts.append((name, role))
+                elif role == WEIGHT:
+                    parts += [(name, new) for new in roles[name]]
+            files.append(replace(file, parts=tuple(parts)))
+        return Outline(tuple(files), self.sources)
 
     def renamed(self, names: Mapping[str, str]) -> Outline:
         """Return the outline with other names for some parameters: old → new."""

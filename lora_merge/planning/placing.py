@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.weight import Storage, Weight
     from lora_merge.planning.outline import Outline
+    from lora_merge.planning.quantising import Targets
 
 
 Slots = dict[tuple[str, str], TensorRef]
@@ -24,7 +25,10 @@ Slots = dict[tuple[str, str], TensorRef]
 
 
 def slots_of(
-    outline: Outline, shapes: Mapping[str, tuple[int, ...]], storages: Mapping[str, Storage]
+    outline: Outline,
+    shapes: Mapping[str, tuple[int, ...]],
+    storages: Mapping[str, Storage],
+    targets: Targets | None = None,
 ) -> Slots:
     """Return the tensors that the output stores for each parameter, without a file or an offset.
 
@@ -32,10 +36,16 @@ def slots_of(
         outline: the output's parameters and their sources.
         shapes: of those that the merge gives another shape.
         storages: how each is stored.
+        targets: those that are quantised; None for none.
     """
     slots = {}
+    quantised = {} if targets is None else targets.weights
     for name in outline.names:
         source, storage = outline.sources[name], storages[name]
+        if name in quantised:
+            for role, (part, dtype, size) in quantised[name].parts.items():
+                slots[name, role] = TensorRef(part, dtype, size, "", 0, nbytes_of(dtype, size))
+            continue
         if storage == source.storage and not storage.is_dense:
             slots.update({(name, role): slot for role, slot in _kept(name, source).items()})
             continue

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import CODECS, ENCODERS
+from lora_merge.codecs import CODECS
+from lora_merge.codecs.fresh import fresh_alignment
 from lora_merge.core.plan import Combination, Copy, Merge, Rounding, Step
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.adapter import PlacedDelta
     from lora_merge.core.facts import Reach
+    from lora_merge.planning.quantising import Targets
     from lora_merge.planning.settings import Policy
 
 
@@ -63,9 +65,7 @@ class Wanted:
             others = [role for role in self.writes if role != WEIGHT]
             changed = Step(self.name, {WEIGHT: self.writes[WEIGHT]}, merge)
             return [changed, *(copy for role in others for copy in self._copies(source, role))]
-        # The roles in the codec's order: the main part is the first.
-        roles = ENCODERS[self.target.codec].parts(source.shape, self.target)
-        return [Step(self.name, {role: self.writes[role] for role in roles}, merge, is_replaced)]
+        return [Step(self.name, self.writes, merge, is_replaced)]
 
     def _copies(self, source: Weight, role: str) -> list[Step]:
         """Return the step that copies a part as it is."""
@@ -96,7 +96,9 @@ class Wanted:
             _held_bytes(source, view) * (2 if on_stored_grid else 1),
             rounding,
             on_stored_grid,
-            multiple=_multiple(source, self.target, view, deltas, rounding),
+            multiple=_multiple(
+                source, self.target, view, deltas, rounding, on_stored_grid=on_stored_grid
+            ),
         )
 
     @property
@@ -132,7 +134,13 @@ def keeps_effect(delta: PlacedDelta) -> bool:
 
 
 def _multiple(
-    source: Weight, target: Storage, view: View, deltas: Sequence[PlacedDelta], rounding: Rounding | None
+    source: Weight,
+    target: Storage,
+    view: View,
+    deltas: Sequence[PlacedDelta],
+    rounding: Rounding | None,
+    *,
+    on_stored_grid: bool,
 ) -> int:
     """Return the rows at a multiple of which each tile begins, see `Merge.multiple`: what the codecs of both storages need,
     and the rounding.
@@ -140,6 +148,8 @@ def _multiple(
     multiples = [
         CODECS[one.codec].alignment(source.shape, view.n_rows, one)[0] for one in (source.storage, target)
     ]
+    if not on_stored_grid and not target.is_dense:
+        multiples.append(fresh_alignment(target, source.shape))
     if rounding is not None and rounding.method == "adapter":
         # Of a weight stored [in, out] the rule needs all inputs of an output.
         if any(delta.region.transposed for delta in deltas if keeps_effect(delta)):
@@ -178,6 +188,19 @@ def applied(deltas: tuple[PlacedDelta, ...], policy: Policy) -> tuple[PlacedDelt
 
 def _unrounded(delta: PlacedDelta) -> PlacedDelta:
     return replace(delta, rounded=False, round_before_next=False)
+
+
+def with_survey(steps: Sequence[Step], targets: Targets) -> tuple[Step, ...]:
+    """Return steps that know the weights whose values their own scales depend on: those that an engine fuses them with."""
+    merges = {step.name: step.op for step in steps if isinstance(step.op, Merge)}
+    return tuple(
+        replace(
+            step, op=replace(step.op, surveyed=tuple(merges[mate] for mate in targets.weights[step.name].mates))
+        )
+        if isinstance(step.op, Merge) and step.name in targets.weights
+        else step
+        for step in steps
+    )
 
 
 def beyond_float32(steps: Sequence[Step]) -> list[Issue]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.planning.change import Change
     from lora_merge.planning.outline import Outline
+    from lora_merge.planning.quantising import Targets
     from lora_merge.planning.settings import Policy
 
 DENSE_SHARD = "5GB"
@@ -58,7 +59,12 @@ class Storing:
 
 
 def storing_of(
-    base: Checkpoint, outline: Outline, changes: Mapping[str, Change], main: str | None, policy: Policy
+    base: Checkpoint,
+    outline: Outline,
+    changes: Mapping[str, Change],
+    main: str | None,
+    policy: Policy,
+    targets: Targets | None = None,
 ) -> Storing:
     """Return how an output stores its parameters.
 
@@ -68,7 +74,27 @@ def storing_of(
         changes: what is done to some of them.
         main: code of the dtype that most bytes of the base's plain tensors are in.
         policy: the dtype that is wanted, and how quantised weights are to be stored.
+        targets: what is quantised; None for nothing.
     """
+    if targets is None:
+        return _unquantised(base, outline, changes, main, policy)
+    # What is quantised is decoded first, if it is stored in another way.
+    plain = _unquantised(base, outline, changes, main, replace(policy, out_storage="dense"))
+    settings = {"quantization_config": targets.config}
+    deleted = tuple(key for key in plain.config_patch.delete if key not in settings)
+    return replace(
+        plain,
+        storages={**plain.storages, **dict.fromkeys(targets.weights, targets.scheme.storage)},
+        config_patch=replace(plain.config_patch, set={**plain.config_patch.set, **settings}, delete=deleted),
+        issues=(*plain.issues, *targets.issues, _said_quantised(outline, targets)),
+        numbers={**plain.numbers, "quantised": len(targets.weights)},
+    )
+
+
+def _unquantised(
+    base: Checkpoint, outline: Outline, changes: Mapping[str, Change], main: str | None, policy: Policy
+) -> Storing:
+    """Return how an output stores its parameters where none is quantised anew."""
     storages, issues = _plain_storages(outline, main, policy.dtype)
     quantised = frozenset(name for name in outline.names if outline.sources[name].plain is None)
     if not quantised:
@@ -155,6 +181,17 @@ def _with_exceptions(base: Checkpoint, outline: Outline, decoded: frozenset[str]
         set={place: table for place, table in edits.items() if place not in side},
         files={place: table for place, table in edits.items() if place in side},
     )
+
+
+def _said_quantised(outline: Outline, targets: Targets) -> Issue:
+    """Return a note on what is quantised, and how small it becomes."""
+    n = sum(outline.sources[name].nbytes for name in targets.weights)
+    size = sum(nbytes_of(dtype, shape) for one in targets.weights.values() for _, dtype, shape in one.parts.values())
+    sentence = (
+        f"{counted(len(targets.weights), 'weight')} are quantised to {targets.scheme.words}: "
+        f"{size_text(size)}, {size_text(n)} in the base; {targets.scheme.engines} load it"
+    )
+    return note("storage", "", sentence)
 
 
 def _said(

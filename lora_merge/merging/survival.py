@@ -1,0 +1,150 @@
+"""How much of the adapters' change an output has: what is said of it, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from lora_merge.core.plan import Merge
+from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.errors import PlanError
+from lora_merge.quantised import describe
+from lora_merge.words import listing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_merge.core.plan import MergePlan
+    from lora_merge.core.tensor import Survival
+
+DROWNED_SHARE = 0.25
+"""Share of a delta's elements that may be lost to rounding before a warning says so."""
+
+KEPT_SHARE = 0.9
+"""Share of the change that should arrive where a few values of a coarse grid carry what the others cannot."""
+
+LEAST_SHARE = 0.5
+"""Less of the change than this is no merge of the adapter, unless the user wants it."""
+
+
+def kept_of(survival: Mapping[str, Survival]) -> float:
+    """Return the share of all changes that arrived, each tensor weighed by the squared length of its change; 1 without a
+    change.
+    """
+    total = sum(one.delta_norm**2 for one in survival.values())
+    return sum(one.kept * one.delta_norm**2 for one in survival.values()) / total if total else 1.0
+
+
+def effect_error_of(survival: Mapping[str, Survival]) -> float | None:
+    """Return the error of the adapters' effect on what they see of their inputs, relative to that effect, over all tensors
+    for which it is known; None where it is for none.
+    """
+    known = [one for one in survival.values() if one.effect_norm > 0]
+    if not known:
+        return None
+    return math.sqrt(sum(one.effect_error**2 for one in known) / sum(one.effect_norm**2 for one in known))
+
+
+def survival_issues(survival: Mapping[str, Survival], plan: MergePlan) -> tuple[Issue, ...]:
+    """Return what is worth knowing of the change that arrived: a warning where too little did, or where there was none.
+
+    Args:
+        survival: of the merged tensors.
+        plan: how each was to be stored.
+    """
+    # Nothing was lost to rounding here: the deltas themselves are zero, which asks for another sentence.
+    if survival and not any(kept.delta_norm for kept in survival.values()):
+        sentence = f"no weight changes: the deltas of all {len(survival)} merged tensors are zero where they were looked at"
+        hint = "LoRA's B is zero until it is trained; is this the adapter that was meant?"
+        return (warning("no-effect", "", sentence, hint),)
+    ops = {step.main.name: step.op for step in plan.steps if isinstance(step.op, Merge)}
+    plain = {
+        name: kept
+        for name, kept in survival.items()
+        if ops[name].rounding is None and ops[name].target.is_dense
+    }
+    others = {name: kept for name, kept in survival.items() if name not in plain}
+    return (*_drowned(plain, len(survival)), *_of_grids(others, ops))
+
+
+def _drowned(plain: Mapping[str, Survival], n_all: int) -> tuple[Issue, ...]:
+    """Return a warning where a plain dtype is too coarse for deltas that are rounded to the nearest."""
+    # bfloat16 keeps 8 bits: of a delta of 1e-4 on weights of 0.02, a third of the elements change nothing.
+    drowned = {name: kept for name, kept in plain.items() if kept.unchanged > DROWNED_SHARE}
+    if not drowned:
+        return ()
+    name, worst = max(drowned.items(), key=lambda item: item[1].unchanged)
+    sentence = (
+        f"{worst.unchanged:.0%} of the delta's elements are too small for the stored dtype and change nothing "
+        f"(‖Δ‖/‖W‖ is {worst.relative:.1e}, {worst.kept:.0%} of Δ arrives); "
+        f"so it is, above {DROWNED_SHARE:.0%}, in {len(drowned)} of {n_all} merged tensors"
+    )
+    hint = "--rounding adapter keeps the adapter's effect; --dtype float32 or float16 keeps more of each value"
+    return (warning("delta-drowns", name, sentence, hint),)
+
+
+def _of_grids(survival: Mapping[str, Survival], ops: Mapping[str, Merge]) -> tuple[Issue, ...]:
+    """Return a note on what other roundings and coarser grids kept; a warning if it is too little."""
+    if not any(kept.delta_norm for kept in survival.values()):
+        return ()
+    kept, off = kept_of(survival), effect_error_of(survival)
+    words = f"{_how(survival, ops)} keeps {kept:.1%} of the adapter's change"
+    if off is not None:
+        words += f"; the effect on what the adapter sees of its inputs is off by {off:.1%}"
+    saturated = max(one.saturated for one in survival.values())
+    if saturated >= 5e-4:
+        words += f"; up to {saturated:.1%} of the values of a tensor lie beyond its grid"
+    if kept >= KEPT_SHARE:
+        return (note("rounding", "", words),)
+    name, worst = min(survival.items(), key=lambda item: item[1].kept)
+    words += f"; the least, {max(worst.kept, 0.0):.0%}, arrives in this one"
+    return (warning("delta-drowns", name, words, _cure(ops[name])),)
+
+
+def check_loss(survival: Mapping[str, Survival], plan: MergePlan, *, is_allowed: bool) -> None:
+    """Refuse an output that has lost more than half of the adapters' change to rounding.
+
+    Args:
+        survival: of the merged tensors.
+        plan: how each was to be stored.
+        is_allowed: the user wants it all the same.
+
+    Raises:
+        PlanError: it has.
+    """
+    kept = kept_of(survival)
+    if is_allowed or kept >= LEAST_SHARE:
+        return
+    ops = {step.main.name: step.op for step in plan.steps if isinstance(step.op, Merge)}
+    name = min(survival, key=lambda one: survival[one].kept)
+    sentence = (
+        f"{_how(survival, ops)} keeps {max(kept, 0.0):.0%} of the adapter's change, expected {LEAST_SHARE:.0%} at least: "
+        f"the change is too small for how the weights are stored"
+    )
+    hint = f"{_cure(ops[name])}; --allow-loss writes the output all the same"
+    raise PlanError([error("delta-lost", "", sentence, hint)])
+
+
+def _how(survival: Mapping[str, Survival], ops: Mapping[str, Merge]) -> str:
+    """Return how most tensors were rounded, and to what, in words."""
+    methods = Counter(_method(ops[name]) for name in survival)
+    storages = Counter(describe(ops[name].target) for name in survival)
+    method = {"nearest": "to the nearest", "adapter": "for the adapter", "stochastic": "at random"}
+    return f"rounding {method[methods.most_common(1)[0][0]]} ({listing([one for one, _ in storages.most_common()], 2)})"
+
+
+def _method(op: Merge) -> str:
+    return "nearest" if op.rounding is None else op.rounding.method
+
+
+def _cure(op: Merge) -> str:
+    """Return what keeps more of the change."""
+    cures = []
+    if _method(op) != "adapter" and any(delta.facts.sees_by_factor for delta in op.deltas):
+        cures.append("--rounding adapter keeps the adapter's effect")
+    if op.on_stored_grid:
+        cures.append("--out-storage mixed stores what changes in full precision")
+    elif op.target.is_dense:
+        cures.append("--dtype float32 or float16 keeps more of each value")
+    return "; ".join(cures) or "leave --quantize out, or choose a finer scheme"
