@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
 _FUSED = (
     {"q_proj", "k_proj", "v_proj"},
@@ -39,25 +39,59 @@ def with_mates(touched: Iterable[str], names: Collection[str]) -> frozenset[str]
         >>> sorted(with_mates(["l.0.q_proj.weight"], ["l.0.q_proj.weight", "l.0.k_proj.weight", "l.1.k_proj.weight"]))
         ['l.0.k_proj.weight', 'l.0.q_proj.weight']
     """
-    groups: dict[tuple[str, str], set[str]] = defaultdict(set)
+    return _closed(touched, _grouped(names, _keys), _keys)
+
+
+def fused_with(names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return for each parameter the others that are one matrix with it in an engine, so that they have one scale where a
+    scale is for the whole matrix. An expert has its own matrix.
+
+    Args:
+        names: of parameters.
+
+    Example:
+        >>> fused_with(["l.0.q_proj.weight", "l.0.k_proj.weight", "l.0.o_proj.weight"])["l.0.q_proj.weight"]
+        ('l.0.k_proj.weight',)
+    """
+    groups = _grouped(names, _fused_keys)
+    return {name: tuple(sorted(_closed([name], groups, _fused_keys) - {name})) for name in names}
+
+
+_Key = tuple[str, str]
+
+
+def _grouped(names: Iterable[str], keys: Callable[[str], list[_Key]]) -> Mapping[_Key, set[str]]:
+    groups: dict[_Key, set[str]] = defaultdict(set)
     for name in names:
-        for key in _keys(name):
+        for key in keys(name):
             groups[key].add(name)
-    found, left = set(touched), list(touched)
+    return groups
+
+
+def _closed(
+    names: Iterable[str], groups: Mapping[_Key, set[str]], keys: Callable[[str], list[_Key]]
+) -> frozenset[str]:
+    """Return parameters with all that share a group with them."""
+    found = set(names)
+    left = list(found)
     # A mate may have mates of its own: wk is fused with wq and wv in one family, with weights_proj in another.
     while left:
-        for key in _keys(left.pop()):
-            new = groups[key] - found
+        for key in keys(left.pop()):
+            new = groups.get(key, set()) - found
             found |= new
             left += new
     return frozenset(found)
 
 
-def _keys(name: str) -> list[tuple[str, str]]:
+def _keys(name: str) -> list[_Key]:
     """Return the groups that a parameter is in: the path that its members share, and which group it is."""
     layer = _EXPERTS.match(name)
     if layer is not None:
         return [(layer["layer"], "experts")]
+    return _fused_keys(name)
+
+
+def _fused_keys(name: str) -> list[_Key]:
     module, _, _ = name.rpartition(".")
     path, _, last = module.rpartition(".")
     return [(path, str(n)) for n, names in enumerate(_FUSED) if last in names]

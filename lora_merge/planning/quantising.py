@@ -1,0 +1,164 @@
+"""``--quantize``: which weights of an output are quantised, which linear layers stay dense, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.report import Issue, error, note
+from lora_merge.planning.ignoring import ignored_modules
+from lora_merge.planning.linear_layers import Kind, Matrix, head_of, matrices_of, spellings_of
+from lora_merge.planning.mates import fused_with, with_mates
+from lora_merge.quantised.schemes import PartOf, Scheme
+from lora_merge.words import counted, listing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_merge.planning.joined import Joined
+
+_CODE = "quantize"
+
+_DENSE_BY_KIND: Mapping[Kind, str] = {
+    "tower": "belongs to a vision or audio tower",
+    "router": "chooses experts",
+    "outside": "is in no layer of the model",
+    "unknown": "is no module that transformers has, and nothing tells whether it is a linear layer",
+    "stack": "is a stack of experts in one tensor, which engines load dense",
+}
+"""What is said of weights that stay dense and that one might expect to be quantised. A head and embeddings never are."""
+
+_LISTED: tuple[Kind, ...] = ("linear", "head", "router", "tower", "outside", "unknown", "stack")
+"""The kinds that the configuration has to name where they are dense: an engine might take them for linear layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One weight that is quantised."""
+
+    module: str
+    """As the checkpoint spells it."""
+
+    shape: tuple[int, ...]
+    """``[out, in]``."""
+
+    parts: Mapping[str, PartOf]
+    """Role → name, dtype and shape of each tensor that stores it, the codes first."""
+
+    mates: tuple[str, ...]
+    """The parameters that are one matrix with it in an engine. A scale for the whole matrix depends on their values too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a scheme does to the weights of an output."""
+
+    scheme: Scheme
+    weights: Mapping[str, Target]
+    """By parameter, in the order of the output's files."""
+
+    dense: tuple[str, ...]
+    """Names of the modules that the configuration leaves dense: as the checkpoint spells them, and where transformers has
+    another name for it, that one too. vLLM reads the first, transformers the second.
+    """
+
+    issues: tuple[Issue, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The ``quantization_config`` of the output."""
+        return self.scheme.config(self.dense)
+
+
+def targets_of(joined: Joined, scheme: Scheme, ignore: Sequence[str] = ()) -> Targets:
+    """Return which weights of an output are quantised.
+
+    Args:
+        joined: what the output is made of.
+        scheme: how.
+        ignore: patterns of modules that stay dense, see `lora_merge.planning.ignoring`.
+    """
+    matrices = matrices_of(joined)
+    spellings = {one.module: spellings_of(joined, one.module) for one in matrices}
+    head = head_of(joined)
+    ignored, issues = ignored_modules(ignore, {**spellings, head: (head,)} if head else spellings)
+    linear = {one.name: one for one in matrices if one.kind == "linear"}
+    reasons = _misfits(linear, scheme, ignored)
+    chosen = [one for one in linear.values() if one.name not in reasons]
+    if not chosen and not issues:
+        issues.append(_nothing(joined, matrices, reasons, scheme))
+    mates = fused_with([one.name for one in chosen])
+    weights = {
+        one.name: Target(one.module, one.shape, scheme.parts(one.module, one.shape), mates[one.name])
+        for one in chosen
+    }
+    others = [one for one in matrices if one.name not in weights]
+    issues += _said(others, reasons, ignored)
+    return Targets(scheme, weights, _named(head, others, spellings), tuple(issues))
+
+
+def _misfits(linear: Mapping[str, Matrix], scheme: Scheme, ignored: frozenset[str]) -> dict[str, str]:
+    """Return why some linear layers stay dense, by parameter."""
+    fused = fused_with(linear)
+    reasons: dict[str, str] = {}
+    for name, one in linear.items():
+        if one.module in ignored:
+            reasons[name] = "is ignored"
+        elif misfit := scheme.misfit((one.shape[0], one.shape[1]), is_fused=bool(fused[name])):
+            reasons[name] = f"{misfit} ({scheme.name})"
+    # Engines load such weights as one: none of them is quantised where one cannot be.
+    for name in with_mates(reasons, linear) - reasons.keys():
+        reasons[name] = "is loaded together with a weight that stays dense"
+    return reasons
+
+
+def _said(others: Sequence[Matrix], reasons: Mapping[str, str], ignored: frozenset[str]) -> list[Issue]:
+    """Return a note for each reason why linear layers stay dense; none for what the user ignores."""
+    by_reason: dict[str, list[str]] = {}
+    for one in others:
+        reason = reasons.get(one.name) or _DENSE_BY_KIND.get(one.kind, "")
+        if reason and one.module not in ignored:
+            by_reason.setdefault(reason, []).append(one.module)
+    return [
+        note(_CODE, "", f"{counted(len(modules), 'weight')} stay dense: each {reason}: {_listing(modules)}")
+        for reason, modules in by_reason.items()
+    ]
+
+
+def _listing(modules: Sequence[str]) -> str:
+    # The stacks of a layer's experts belong to one module.
+    return listing(list(dict.fromkeys(modules)))
+
+
+def _nothing(joined: Joined, matrices: Sequence[Matrix], reasons: Mapping[str, str], scheme: Scheme) -> Issue:
+    """Return the refusal of an output of which nothing would be quantised."""
+    if any(one.kind == "conv1d" for one in matrices):
+        sentence = (
+            "its layers are Conv1D, whose weights are stored [in, out]; --quantize takes linear layers alone"
+        )
+        return error("unsupported", joined.base.root, sentence, "leave --quantize out")
+    sentence = f"has no linear layer that --quantize {scheme.name} could store"
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        sentence += f": {name.removesuffix('.weight')}, for example, {reason}"
+    return error(_CODE, joined.base.root, sentence, "choose another scheme, or leave --quantize out")
+
+
+def _named(head: str, others: Sequence[Matrix], spellings: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return the modules that the configuration has to name as dense: the head first, then in the order of the files."""
+    heads = [one.module for one in others if one.kind == "head"]
+    # A head that is tied to the embeddings is no tensor, and still a module.
+    found = dict.fromkeys(name for one in heads for name in spellings[one])
+    if head:
+        found |= {head: None}
+    for one in others:
+        if one.kind in _LISTED:
+            found |= dict.fromkeys((*spellings[one.module], *_stack(one.module)))
+    return tuple(found)
+
+
+def _stack(module: str) -> tuple[str, ...]:
+    """Return the path of the experts that an expert's module is one of: engines ask about all of them at once."""
+    before, is_expert, rest = module.partition(".experts.")
+    return (f"{before}.experts",) if is_expert and rest[:1].isdigit() else ()
