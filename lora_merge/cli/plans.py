@@ -86,18 +86,26 @@ def _plan_rows(report: Report) -> list[tuple[str, str]]:
 
 def _unchanged_word(summary: Summary) -> str:
     """Return what happens to tensors that no delta changes and that are stored in another way."""
-    return "decoded" if summary.quantised else "cast"
+    return "decoded" if "decoded" in summary.quantised else "cast"
 
 
 def _quantised_rows(numbers: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return rows on weights that are quantised in the base; none where there are none."""
-    if not numbers:
-        return []
-    return [
-        ("quantised weights", f"{numbers['decoded']} decoded, {numbers['kept']} copied as they are stored"),
-        ("--out-storage dense", f"weights of {size_text(numbers['dense_bytes'])}"),
-        ("--out-storage mixed", f"weights of {size_text(numbers['mixed_bytes'])}"),
-    ]
+    """Return rows on weights that are quantised, in the base or in the output; none where there are none."""
+    rows = []
+    if "decoded" in numbers:
+        words = [f"{numbers['decoded']} decoded", f"{numbers['kept']} copied as they are stored"]
+        if numbers["requantised"]:
+            words.insert(1, f"{numbers['requantised']} with new codes")
+        rows = [
+            ("quantised weights", ", ".join(words)),
+            *(
+                (f"--out-storage {one}", f"weights of {size_text(numbers[f'{one}_bytes'])}")
+                for one in ("dense", "mixed", "base")
+            ),
+        ]
+    if "quantised" in numbers:
+        rows.append(("weights quantised", str(numbers["quantised"])))
+    return rows
 
 
 def print_profile(report: Report) -> None:

@@ -11,7 +11,7 @@ from lora_merge.errors import PlanError, UnsupportedError
 from lora_merge.planning.draft import join, touches_embeddings
 from lora_merge.planning.joined import Joined
 from lora_merge.planning.placing import decoded_dtype_patch, dtype_patch, main_dtype, place_all, slots_of
-from lora_merge.planning.questions import combining_issues, judged, merged_before
+from lora_merge.planning.questions import combining_issues, judged, merged_before, storing_issues
 from lora_merge.planning.quantising import targets_of
 from lora_merge.planning.settings import Policy, Reading
 from lora_merge.planning.steps import beyond_float32, with_survey
@@ -57,7 +57,7 @@ def make_plan(joined: Joined, policy: Policy) -> MergePlan:
         *merged_before(joined, policy),
         *joined.issues_of_adapters,
         *judged(joined, policy),
-        *(combining_issues(joined, policy) if joined.is_whole else ()),
+        *([*combining_issues(joined, policy), *storing_issues(joined, policy)] if joined.is_whole else ()),
     ]
     raise_errors(issues)
     main = main_dtype(base)

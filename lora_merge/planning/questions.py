@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.planning.steps import keeps_effect
 from lora_merge.planning.ties import UNTIED, untie_refusal
 from lora_merge.words import of_several
 
@@ -39,6 +40,19 @@ def judged(joined: Joined, policy: Policy) -> list[Issue]:
         return issues
     refusal = untie_refusal(joined.base.config, joined.tie)
     return [refusal if refusal and issue.code == UNTIED else issue for issue in issues]
+
+
+def storing_issues(joined: Joined, policy: Policy) -> list[Issue]:
+    """Return issues about how the output is to be stored and rounded."""
+    issues = []
+    if policy.quantize is not None and policy.out_storage is not None:
+        sentence = f"--quantize {policy.quantize} says how the weights are stored, and so does --out-storage {policy.out_storage}"
+        issues.append(error("contradiction", "", sentence, "give one of the two"))
+    deltas = [delta for change in joined.changes.values() for delta in change.deltas]
+    if policy.rounding == "adapter" and not any(map(keeps_effect, deltas)):
+        sentence = "is adapter, which keeps the effect of a LoRA's A and B, and nothing here has them: values become the nearest"
+        issues.append(warning("unused-option", "rounding", sentence, "leave it out, or use stochastic"))
+    return issues
 
 
 def combining_issues(joined: Joined, policy: Policy) -> list[Issue]:

@@ -220,15 +220,17 @@ def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> Joined
 
 
 def _unused(policy: Policy) -> list[Issue]:
-    """Return a warning for a density that the way of combining does not use."""
-    if policy.density == default_of("merge", "density") or policy.combine in {
-        "ties",
-        "dare_linear",
-        "dare_ties",
-    }:
-        return []
-    sentence = f"is {policy.density:g}, and --combine {policy.combine} keeps all of each change"
-    return [warning("unused-option", "density", sentence, "--combine ties, dare_linear or dare_ties uses it")]
+    """Return a warning for each option that another one leaves without use."""
+    found = []
+    keeps_all = policy.combine not in {"ties", "dare_linear", "dare_ties"}
+    if policy.density != default_of("merge", "density") and keeps_all:
+        sentence = f"is {policy.density:g}, and --combine {policy.combine} keeps all of each change"
+        hint = "--combine ties, dare_linear or dare_ties uses it"
+        found.append(warning("unused-option", "density", sentence, hint))
+    if policy.ignore and policy.quantize is None:
+        sentence = "names modules that are to stay dense, and nothing is quantised"
+        found.append(warning("unused-option", "ignore", sentence, "--quantize SCHEME uses it"))
+    return found
 
 
 def _use(adapter: Adapter, weight: float, base: Checkpoint) -> AdapterUse:

@@ -116,13 +116,14 @@ def _unquantised(
         decoded = quantised if is_dense else mates
     for name in quantised:
         storages[name] = Storage(DENSE, code) if name in decoded else outline.sources[name].storage
+    requantised = len(touched - decoded) if policy.out_storage == "base" else 0
     numbers = {
         "decoded": len(decoded),
-        "kept": len(quantised) - len(decoded),
+        "kept": len(quantised) - len(decoded) - requantised,
         "dense_bytes": _nbytes(outline, quantised, code),
         "mixed_bytes": _nbytes(outline, mates, code),
         "base_bytes": _nbytes(outline, (), code),
-        "requantised": len(touched - decoded) if policy.out_storage == "base" else 0,
+        "requantised": requantised,
     }
     issues.append(_said(outline, quantised, decoded, mates, code, numbers))
     storing = Storing(
