@@ -1,6 +1,6 @@
 """Rounding that keeps the adapter: the errors of a row cancel out in the directions in which the adapter acts.
 
-For values v and an orthonormal basis Q of the row space of the adapter's A, the levels are chosen column after column to keep
+For values v and an orthonormal basis Q of the row space of the adapter's A, levels are chosen column after column to keep
 λ‖e‖² + ‖e Qᵀ‖² small, where e = stored - v. This is the error feedback of GPTQ (Frantar et al., 2022) with QᵀQ + λI in place of
 the Hessian of calibration data, kept in its low-rank form::
 
@@ -10,8 +10,8 @@ the Hessian of calibration data, kept in its low-rank form::
         stored[:, j] = nearest level to v[:, j] - (c @ q) / (λ + q·q)
         c += outer(stored[:, j] - v[:, j], q)
 
-Rows do not depend on each other. A few columns (a block) are decided at the same time, see `_block_of`. All is done on
-transposed values, in which a column lies together.
+Towards the last columns λ becomes smaller (`lora_merge.rounding.schedule`), and then the last columns are decided again, each
+given all others. Rows do not depend on each other. All is done on transposed values, in which a column lies together.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.rounding.bands import Band, band_rows
+from lora_merge.rounding.bands import Band, Panel, band_rows
+from lora_merge.rounding.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.codecs.grid import Grid
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """The directions of the adapter for some lines of a weight: one expert of a stack has a basis of its own."""
+    """The directions of the adapter for some lines of a weight: each expert of a stack has its own."""
 
     rows: tuple[int, int]
     """The first line, and the one after the last."""
@@ -41,28 +40,22 @@ class Span:
 
 
 def round_adapter(
-    values: torch.Tensor,
-    grid: Grid,
-    basis: torch.Tensor,
-    damping: float | Sequence[float],
-    *,
-    along: bool = False,
+    values: torch.Tensor, grid: Grid, basis: torch.Tensor, damping: float, *, along: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose a level for each value, such that the error vanishes on the row space of the adapter.
+    """Choose a level for each value, so that the error vanishes on the row space of the adapter.
 
-    Done in bands of `band_rows` lines, so the same whether the lines of a matrix come in one call or in several that begin
-    at multiples of it.
+    The result is the same whether the lines of a matrix come in one call or in several, if each begins at a multiple of
+    `band_rows`.
 
     Args:
         values: what is to be stored.
         grid: of these lines.
         basis: of the adapter's row space, orthonormal.
-        damping: λ, the weight of ordinary rounding noise; one for all lines, or one for each band (see `damping_for`).
+        damping: λ, see `damping_for`.
         along: the weight is stored ``[in, out]``: the sequence runs over the lines, which must be all lines of a matrix.
-            Its bands are bands of columns.
 
     Shapes:
-        values: float32 ``[lines, in]``; basis: float32 ``[r, in]``; along: ``[in, out]`` and ``[r, in]``.
+        values: float32 ``[lines, in]``, along: ``[in, out]``; basis: float32 ``[r, in]``.
 
     Returns:
         The levels, in the shape of the values, and the error ``(stored - values) Qᵀ``, float32 ``[lines, r]`` (along: ``[out,
@@ -73,44 +66,78 @@ def round_adapter(
     n_rows, n_columns = values.shape[::-1] if along else values.shape
     levels = torch.empty_like(values, memory_format=torch.contiguous_format)
     error = values.new_zeros((n_rows, len(basis)))
+    schedule = Schedule.of(basis, damping)
     size = band_rows(n_columns)
-    for number, start in enumerate(range(0, n_rows, size)):
-        each = damping if isinstance(damping, float | int) else damping[number]
-        band = Band(values, grid, (start, min(start + size, n_rows)), along=along)
-        _round_band(band, levels, error, basis, each)
+    for start in range(0, n_rows, size):
+        end = min(start + size, n_rows)
+        total = _round_band(Band(values, grid, (start, end), along=along), schedule, levels)
+        error[start:end] = total[:, : end - start].t()
     return levels, error
 
 
-def _round_band(
-    band: Band, levels: torch.Tensor, error: torch.Tensor, basis: torch.Tensor, damping: float
-) -> None:
+def _round_band(band: Band, schedule: Schedule, levels: torch.Tensor) -> torch.Tensor:
+    """Round a band into its place among the levels; return its error, float32 ``[r, width]``."""
+    total = schedule.basis.new_zeros((len(schedule.basis), band.width))
+    first = 0
+    for panel in band.panels(levels, schedule.panels):
+        n = len(panel.numbers)
+        _decide(panel, schedule, first, total)
+        if first + n == schedule.n_columns:
+            for sweep in schedule.sweeps:
+                _decide_again(panel, schedule.basis[:, first:], sweep, total)
+        first += n
+    return total
+
+
+def _decide(panel: Panel, schedule: Schedule, first: int, total: torch.Tensor) -> None:
+    """Choose the levels of a panel, a block of columns at a time, and add their errors to the total."""
     import torch
 
-    rank, n_columns = basis.shape
-    size = _block_of(rank, n_columns, damping)
-    weights = (basis / (basis.square().sum(0) + damping)).t().contiguous()
-    pulls, pushes = weights.split(size), basis.split(size, dim=1)
-    total = basis.new_zeros((rank, band.width))
-    shift, miss = basis.new_empty((2, size, band.width))
-    block = 0
-    for panel in band.panels(levels, size):
-        for k in range(panel.n_blocks):
-            numbers, chosen, scale = panel.numbers[k], panel.levels[k], panel.scales[k]
-            if len(numbers) < size:
-                shift, miss = shift[: len(numbers)], miss[: len(numbers)]
-            torch.mm(pulls[block], total, out=shift)
-            if scale is not None:
-                shift.div_(scale)
-            panel.cap_(shift, k)
-            band.lattice.nearest_(torch.sub(numbers, shift, out=chosen))
-            torch.sub(chosen, numbers, out=miss)
-            if scale is not None:
-                miss.mul_(scale)
-            total.addmm_(pushes[block], miss)
-            block += 1
-    first, last = band.rows
-    error[first:last] = total[:, : last - first].t()
+    at = 0
+    for size in schedule.blocks(first, len(panel.numbers)):
+        pull, push = (
+            schedule.pulls[first + at : first + at + size],
+            schedule.basis[:, first + at : first + at + size],
+        )
+        numbers, chosen, scale = (
+            panel.numbers[at : at + size],
+            panel.levels[at : at + size],
+            panel.scale_of(at, size),
+        )
+        shift = torch.mm(pull, total, out=panel.shift[:size])
+        if scale is not None:
+            shift.div_(scale)
+        panel.cap_(shift, at)
+        panel.lattice.nearest_(torch.sub(numbers, shift, out=chosen))
+        miss = torch.sub(chosen, numbers, out=shift)
+        if scale is not None:
+            miss.mul_(scale)
+        total.addmm_(push, miss)
+        at += size
 
 
-def _block_of(rank: int, n_columns: int, damping: float) -> int:
-    return 16
+def _decide_again(panel: Panel, basis: torch.Tensor, damping: float, total: torch.Tensor) -> None:
+    """Choose the levels of a panel again, one column after the other: the best of each, given all others.
+
+    Shapes:
+        basis: float32 ``[r, columns]``, of the panel's columns.
+    """
+    import torch
+
+    squares = basis.square().sum(0)
+    pulls = (basis / (squares + damping)).t().contiguous()
+    shares = (squares / (squares + damping)).tolist()
+    for at in range(len(panel.numbers)):
+        numbers, chosen, scale = panel.numbers[at : at + 1], panel.levels[at : at + 1], panel.scale_of(at, 1)
+        shift = torch.mm(pulls[at : at + 1], total, out=panel.shift[:1])
+        if scale is not None:
+            shift.div_(scale)
+        # The total has this column's own error in it, which the new level replaces.
+        shift.sub_(torch.sub(chosen, numbers, out=panel.other), alpha=shares[at])
+        panel.cap_(shift, at)
+        new = panel.lattice.nearest_(torch.sub(numbers, shift, out=panel.other))
+        change = torch.sub(new, chosen, out=shift)
+        chosen.copy_(new)
+        if scale is not None:
+            change.mul_(scale)
+        total.addmm_(basis[:, at : at + 1], change)

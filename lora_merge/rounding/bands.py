@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs.lattice import Floats, Integers
+from lora_merge.rounding.schedule import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,15 +19,12 @@ if TYPE_CHECKING:
     from lora_merge.codecs.grid import Grid
     from lora_merge.codecs.lattice import Lattice
 
-REACH = 2
+REACH = 4
 """Steps by which a value may be moved before it becomes the nearest level. A step is the gap between the two levels next to
 the value (for a level: the gap above it or the one below, whichever is larger), times its scale.
 """
 
 _ELEMENTS = 1 << 22
-_PANEL = 128
-"""Columns that are transposed at a time: with 1024 lines, its buffers are in a processor's second cache."""
-
 _ALIGNED = 16
 """Float32 numbers in 64 bytes: each transposed column begins at a multiple."""
 
@@ -43,33 +41,39 @@ def band_rows(columns: int) -> int:
 
 
 class Panel:
-    """Some adjacent columns of a band, transposed and cut into blocks of columns. Levels are put into `levels`.
+    """Some adjacent columns of a band, transposed. The levels that are chosen are put into `levels`.
 
     Shapes:
-        numbers, levels: of each block, float32 ``[columns, width]``; scales: the same, or ``[1, width]``, or None for 1.
+        numbers, levels: float32 ``[columns, width]``; shift: float32 ``[columns of a block, width]``, and other: ``[1,
+        width]``, for the rounding to work in.
     """
 
     def __init__(
-        self, lattice: Lattice, numbers: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor | None, size: int
+        self, lattice: Lattice, numbers: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor | None
     ) -> None:
-        self.numbers, self.levels = numbers.split(size), levels.split(size)
-        self.n_blocks = len(self.numbers)
-        self.scales: Sequence[torch.Tensor | None] = [scale] * self.n_blocks
-        if scale is not None and len(scale) == len(numbers):
-            self.scales = scale.split(size)
-        self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if not isinstance(lattice, Integers):
-            bound = _largest_shift(lattice, numbers)
-            self._bounds = list(zip(bound.neg().split(size), bound.split(size), strict=True))
+        self.lattice, self.numbers, self.levels, self._scale = lattice, numbers, levels, scale
+        self.shift, self.other = (
+            numbers.new_empty((BLOCK, numbers.shape[1])),
+            numbers.new_empty((1, numbers.shape[1])),
+        )
+        self._bound = None if isinstance(lattice, Integers) else _largest_shift(lattice, numbers)
+        self._negative = None if self._bound is None else self._bound.neg()
 
-    def cap_(self, shift: torch.Tensor, block: int) -> None:
-        """Limit by how much the numbers of a block are moved."""
+    def scale_of(self, first: int, n: int) -> torch.Tensor | None:
+        """Return the scale of ``n`` columns, ``[n, width]`` or ``[1, width]``; None for 1."""
+        if self._scale is None or len(self._scale) != len(self.numbers):
+            return self._scale
+        return self._scale[first : first + n]
+
+    def cap_(self, shift: torch.Tensor, first: int) -> None:
+        """Limit by how much the numbers of some columns, from ``first``, are moved."""
         import torch
 
-        if self._bounds:
-            torch.clamp(shift, *self._bounds[block], out=shift)
-        else:
+        if self._bound is None or self._negative is None:
             shift.clamp_(-REACH, REACH)
+        else:
+            end = first + len(shift)
+            torch.clamp(shift, self._negative[first:end], self._bound[first:end], out=shift)
 
 
 def _largest_shift(lattice: Lattice, numbers: torch.Tensor) -> torch.Tensor:
@@ -100,24 +104,23 @@ class Band:
         self.n_rows = rows[1] - rows[0]
         self.width = -(-self.n_rows // _ALIGNED) * _ALIGNED
         self._values = values
-        self._n_columns = len(values) if along else values.shape[1]
+        self.n_columns = len(values) if along else values.shape[1]
         self._scale, self._zero, self._bias = (
             _Spread(self, part, grid.group) for part in (grid.scale, grid.zero, grid.bias)
         )
-        self._groups = grid.group
 
-    def panels(self, levels: torch.Tensor, size: int) -> Iterator[Panel]:
+    def panels(self, levels: torch.Tensor, sizes: Sequence[int]) -> Iterator[Panel]:
         """Yield the columns in their order. After each the levels that it was given are put into their places.
 
         Args:
             levels: float32, in the shape of the values of the tile.
-            size: columns of a block.
+            sizes: columns of each panel.
         """
-        step = -(-_PANEL // size) * size
-        numbers_, levels_, turned = self._values.new_zeros((3, min(step, self._n_columns), self.width))
-        for first in range(0, self._n_columns, step):
-            n = min(step, self._n_columns - first)
-            numbers, chosen, turn = numbers_[:n], levels_[:n], turned.view(-1)[: n * self.width].view(self.width, n)
+        buffers = self._values.new_zeros((3, max(sizes), self.width))
+        first = 0
+        for n in sizes:
+            numbers, chosen = buffers[0, :n], buffers[1, :n]
+            turn = buffers[2].view(-1)[: n * self.width].view(self.width, n)
             self._take(numbers, turn, first)
             scale = self._scale.at(first, n)
             if (bias := self._bias.at(first, n)) is not None:
@@ -126,8 +129,9 @@ class Band:
                 numbers.div_(scale)
             if (zero := self._zero.at(first, n)) is not None:
                 numbers.add_(zero)
-            yield Panel(self.lattice, numbers, chosen, scale, size)
+            yield Panel(self.lattice, numbers, chosen, scale)
             self._put(levels, chosen, turn, first)
+            first += n
 
     def _take(self, numbers: torch.Tensor, turn: torch.Tensor, first: int) -> None:
         start, end = self.rows
@@ -154,31 +158,26 @@ class _Spread:
     """A scale, zero or bias of each group, as each value of a transposed panel needs it."""
 
     def __init__(self, band: Band, part: torch.Tensor | None, group: int | torch.Tensor) -> None:
-        self._part = self._of_line = None
+        self._part, self._along = part, band.along
         if part is None:
             return
         import torch
 
-        self._along = band.along
         start, end = band.rows
         self._padding = (0, band.width - band.n_rows)
         if isinstance(group, int):
-            n = end if band.along else band._n_columns
-            columns = torch.arange(n, device=part.device)
-            self._group = columns.div_(group or max(n, part.shape[1]), rounding_mode="floor")
-            if not group:
-                self._group.zero_()
+            n = end if band.along else band.n_columns
+            self._group = torch.arange(n, device=part.device) // (group or n)
         else:
             self._group = group.long()
         if band.along:
-            self._part = part
             self._group = self._group[start:end]
         else:
             self._part = torch.nn.functional.pad(part[start:end].t(), self._padding, value=1.0).contiguous()
-            self._of_line = self._group.tolist()
+            self._groups = self._group.tolist()
 
     def at(self, first: int, n: int) -> torch.Tensor | None:
-        """Return it for ``n`` columns from ``first``: float32 ``[n, width]``, or ``[1, width]``."""
+        """Return it for ``n`` columns from ``first``: float32 ``[n, width]``, or ``[1, width]`` where they share it."""
         import torch
 
         if self._part is None:
@@ -186,7 +185,7 @@ class _Spread:
         if self._along:
             found = self._part[first : first + n].index_select(1, self._group)
             return torch.nn.functional.pad(found, self._padding, value=1.0)
-        groups = self._of_line[first : first + n]
+        groups = self._groups[first : first + n]
         if min(groups) == max(groups):
             return self._part[groups[0] : groups[0] + 1]
         return self._part.index_select(0, self._group[first : first + n])

@@ -32,4 +32,5 @@ def row_space(factors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     if not len(rows):
         return None
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
-    return basis[sizes > _KEPT * sizes[0]].float().contiguous()
+    kept: torch.Tensor = basis[sizes > _KEPT * sizes[0]]
+    return kept.float().contiguous()
