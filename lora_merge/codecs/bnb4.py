@@ -134,7 +134,7 @@ def _codes(table: Table, meanings: list[float], levels: torch.Tensor) -> torch.T
 
     in_order = [meanings.index(level) for level in table.levels]
     order = torch.tensor(in_order, dtype=torch.uint8, device=levels.device)
-    return order.index_select(0, table.positions(levels))
+    return order.index_select(0, table.positions_of_levels(levels))
 
 
 def _kept(meanings: list[float], codes: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from lora_merge.core.weight import WEIGHT, Tile
+from lora_merge.core.weight import WEIGHT
 from lora_merge.formats.safetensors import load
 from tests.decoding import decoded, raw, tiles_of, views_of
 from tests.encoding import encoded
