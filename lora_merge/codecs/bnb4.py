@@ -101,7 +101,7 @@ class Bnb4(OnStoredGrid):
             import torch
 
             meanings = stored["table"].tolist()
-            codes = _codes(table, meanings, levels.view(-1))
+            codes = _codes(table, meanings, levels.reshape(-1))
             n_codes = 2 * len(out[WEIGHT])
             if before or len(codes) < n_codes or len(table.levels) < len(meanings):
                 kept = _nibbles(stored[WEIGHT])
@@ -134,7 +134,7 @@ def _codes(table: Table, meanings: list[float], levels: torch.Tensor) -> torch.T
 
     in_order = [meanings.index(level) for level in table.levels]
     order = torch.tensor(in_order, dtype=torch.uint8, device=levels.device)
-    return order.index_select(0, table.positions_of_levels(levels))
+    return order.index_select(0, table.positions(levels))
 
 
 def _kept(meanings: list[float], codes: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:

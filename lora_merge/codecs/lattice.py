@@ -154,33 +154,43 @@ class Table:
         return self.levels[0], self.levels[-1]
 
     def nearest_(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Look up the levels of the intervals that numbers are in; 0 has no sign."""
+        """Look up the levels of the intervals that numbers are in. Of two zeros there is one."""
         import torch
 
-        found = self.positions(numbers)
-        torch.index_select(_tensor(self.levels, numbers.device), 0, found.view(-1), out=numbers.view(-1))
+        if not numbers.is_contiguous():
+            return numbers.copy_(self.nearest_(numbers.contiguous()))
+        levels, intervals = _tensor(self.levels, numbers.device), _between(self.levels, numbers.device)
+        for piece in torch.split(numbers.view(-1), _PIECE):
+            torch.index_select(levels, 0, intervals.of(piece), out=piece)
         return numbers
 
     def neighbours(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the levels below and above."""
         levels, last = _tensor(self.levels, numbers.device), len(self.levels) - 1
-        above = _intervals(self.levels, numbers.device, is_between=False).of(numbers)
+        above = _below(self.levels, numbers.device).of(numbers.reshape(-1))
         below = (above - 1).clamp_(min=0)
-        found = (levels.index_select(0, at.clamp_(max=last).view(-1)) for at in (below, above))
-        low, high = (one.view(numbers.shape) for one in found)
-        return low, high
+        low, high = (levels.index_select(0, at.clamp_(max=last)) for at in (below, above))
+        return low.view(numbers.shape), high.view(numbers.shape)
 
-    def positions(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return which level is the nearest, by its place in the order: int32, of the same shape."""
-        return _intervals(self.levels, numbers.device, is_between=True).of(numbers)
+    def positions(self, levels: torch.Tensor) -> torch.Tensor:
+        """Return where levels are in the order of all: int32 ``[n]``.
 
-    def positions_of_levels(self, levels: torch.Tensor) -> torch.Tensor:
-        """Return the same of numbers that are levels, in less than half of the time."""
+        Args:
+            levels: float32 ``[n]``, each one of the table.
+        """
+        import torch
+
         n_bins, position = _places(self.levels, levels.device)
         if not n_bins:
-            return self.positions(levels)
-        at = _bins(levels.view(-1), self.ends, n_bins)
-        return position.index_select(0, at).view(levels.shape)
+            return _between(self.levels, levels.device).of(levels)
+        found = torch.empty(levels.shape, dtype=torch.int32, device=levels.device)
+        for piece, out in zip(torch.split(levels, _PIECE), torch.split(found, _PIECE), strict=True):
+            torch.index_select(position, 0, _bins(piece, self.ends, n_bins), out=out)
+        return found
+
+
+_PIECE = 1 << 17
+"""Numbers that are looked up at once. Memory for several times as many is taken from the system and given back each time."""
 
 
 class _Intervals(NamedTuple):
@@ -202,14 +212,14 @@ class _Intervals(NamedTuple):
     """0 where borders are too near to each other."""
 
     def of(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the interval of each number, int32 of the same shape."""
+        """Return the interval of each number, int32 ``[n]``."""
         import torch
 
         if not self.n_bins:
             return torch.bucketize(numbers, self.borders, out_int32=True)
-        bins = _bins(numbers.view(-1), (self.start, self.end), self.n_bins)
+        bins = _bins(numbers, (self.start, self.end), self.n_bins)
         found = self.first.index_select(0, bins)
-        return found.add_(numbers.view(-1) > self.border.index_select(0, bins)).view(numbers.shape)
+        return found.add_(numbers > self.border.index_select(0, bins))
 
 
 def _bins(numbers: torch.Tensor, ends: tuple[float, float], n_bins: int) -> torch.Tensor:
@@ -234,20 +244,34 @@ def _tensor(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(64)
-def _intervals(levels: tuple[float, ...], device: torch.device, *, is_between: bool) -> _Intervals:
-    """Return the intervals that end in the middle between levels, or just below each level."""
+def _between(levels: tuple[float, ...], device: torch.device) -> _Intervals:
+    """Return the intervals that end in the middle between two levels."""
     import torch
 
     exact = torch.tensor(levels, dtype=torch.float64)
-    if is_between:
-        exact = (exact[:-1] + exact[1:]) / 2
-        borders = exact.float()
-        down = borders.double() > exact
-    else:
-        borders = exact.float()
-        down = borders.isfinite()
-    below = borders.nextafter(torch.tensor(-inf))
-    borders = borders.where(~down, below)
+    exact = (exact[:-1] + exact[1:]) / 2
+    borders = exact.float()
+    return _intervals(borders.where(borders <= exact, _just_below(borders)), levels, device)
+
+
+@lru_cache(64)
+def _below(levels: tuple[float, ...], device: torch.device) -> _Intervals:
+    """Return the intervals that end just below each level."""
+    import torch
+
+    return _intervals(_just_below(torch.tensor(levels)), levels, device)
+
+
+def _just_below(numbers: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return numbers.nextafter(torch.tensor(-inf))
+
+
+def _intervals(borders: torch.Tensor, levels: tuple[float, ...], device: torch.device) -> _Intervals:
+    """Return the intervals that have some borders, which lie about between the first level and the last."""
+    import torch
+
     ends = levels[0], levels[-1]
     n_bins = _enough(borders, ends)
     if not n_bins:

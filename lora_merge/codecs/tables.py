@@ -92,14 +92,14 @@ def pack_e2m1_(levels: torch.Tensor, out: torch.Tensor) -> None:
     """Write the codes of E2M1 levels, the inverse of `look_up_e2m1`. The sign of a zero is kept.
 
     Args:
-        levels: float32, contiguous; they are changed.
+        levels: float32, in the order of the codes; they are changed.
         out: U8, half as many.
     """
     import torch
 
     # Float16 has 14 exponents below E2M1's smallest. So much smaller, levels have the exponents of their codes, and 0.5 is
     # subnormal in both.
-    halves = levels.mul_(2.0**-14).to(torch.float16).view(-1).view(torch.int32)
+    halves = levels.mul_(2.0**-14).to(torch.float16).reshape(-1).view(torch.int32)
     codes = (halves >> 9) & 0x00070007
     codes |= (halves >> 12) & 0x00080008
     codes |= codes >> 12
