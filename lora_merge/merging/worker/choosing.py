@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.merging.worker.spans import Spans
 from lora_merge.rounding.adapter import round_adapter
-from lora_merge.rounding.damping import dampings
+from lora_merge.rounding.schedule import damping_for
 from lora_merge.rounding.stochastic import round_stochastic
 
 if TYPE_CHECKING:
@@ -87,10 +87,9 @@ class Choosing:
                 found_grid = grid
             elif columns != slice(0, values.shape[1]) and grid.scale is not None:
                 continue
-            energies = self._energies(span, own, rows, columns)
-            each = dampings(own, found_grid, energies, len(span.basis), along=self._along)
-            chosen, error = round_adapter(own, found_grid, span.basis, each, along=self._along)
-            self._add(span, own, rows, columns, energies, error)
+            damping = damping_for(*span.basis.shape)
+            chosen, error = round_adapter(own, found_grid, span.basis, damping, along=self._along)
+            self._add(span, own, rows, columns, error)
             if own.shape == values.shape:
                 levels = chosen
             else:
@@ -108,8 +107,7 @@ class Choosing:
             rows, columns = self._place(span, start)
             own = error[rows, columns]
             seen = (own.t() if self._along else own) @ span.basis.t()
-            energies = self._energies(span, values[rows, columns], rows, columns)
-            self._add(span, values[rows, columns], rows, columns, energies, seen)
+            self._add(span, values[rows, columns], rows, columns, seen)
         self._before = None
 
     def _spans_of(self, start: int, end: int, changers: Sequence[Changer]) -> list[Span]:
@@ -129,28 +127,23 @@ class Choosing:
         row = matrix * view.rows - start
         return slice(row, row + view.rows), slice(first, first + span.last - span.first)
 
-    def _energies(self, span: Span, values: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-        """Return the squared length of each output's change, float32 ``[outputs]``."""
-        if self._before is not None:
-            change = values - self._before[rows, columns]
-            return change.square().sum(0 if self._along else 1)
-        return _squared_lengths(span)
-
     def _add(
-        self,
-        span: Span,
-        values: torch.Tensor,
-        rows: slice,
-        columns: slice,
-        energies: torch.Tensor,
-        error: torch.Tensor,
+        self, span: Span, values: torch.Tensor, rows: slice, columns: slice, error: torch.Tensor
     ) -> None:
+        """Add a span to the account.
+
+        Args:
+            span: which outputs.
+            values: of it, after the change.
+            rows: of the tile; columns: of it.
+            error: ``(stored - values) Qᵀ``, float32 ``[outputs, r]``.
+        """
         import torch
 
         self._error += float(error.square().sum(dtype=torch.float64))
         if self._before is None:
             # A change of the form B A lies in the row space of A as a whole.
-            self._effect += float(energies.sum(dtype=torch.float64))
+            self._effect += _squared_length(span)
             return
         change = values - self._before[rows, columns]
         seen = (change.t() if self._along else change) @ span.basis.t()
@@ -163,17 +156,18 @@ class Choosing:
         return math.sqrt(self._effect), math.sqrt(self._error)
 
 
-def _squared_lengths(span: Span) -> torch.Tensor:
-    """Return the squared length of each row of the change of a span, from its factors: float32 ``[outputs]``."""
+def _squared_length(span: Span) -> float:
+    """Return the squared Frobenius norm of the change of a span, from its factors."""
     import torch
 
     a = torch.cat([look.factor for look in span.looks])
     b = torch.cat(list(_outputs(span)), 1)
-    # ‖bA‖² = b (AAᵀ) bᵀ takes r² instead of the width of the row.
-    return ((b @ (a @ a.t())) * b).sum(1).clamp_(min=0)
+    # ‖BA‖² = ⟨BᵀB, AAᵀ⟩ takes r² for each row in place of its width.
+    return max(float(((b.t() @ b) * (a @ a.t())).sum(dtype=torch.float64)), 0.0)
 
 
 def _outputs(span: Span) -> Iterator[torch.Tensor]:
+    """Yield B of each change, times its scale, for the outputs of a span: float32 ``[outputs, r]``."""
     for look in span.looks:
         assert look.other is not None
         first = look.outputs[0]
