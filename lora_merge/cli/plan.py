@@ -12,7 +12,14 @@ from lora_merge.cli.options import SETTINGS, console_of, options, request_of
 @click.command(context_settings=SETTINGS)
 @options("plan")
 def plan(
-    *, config: str | None, explain: tuple[str, ...], json: bool, quiet: bool, verbose: bool, **flags: Any
+    *,
+    config: str | None,
+    explain: tuple[str, ...],
+    survival: bool,
+    json: bool,
+    quiet: bool,
+    verbose: bool,
+    **flags: Any,
 ) -> None:
     """Plan a merge, write nothing, and print the plan; or how one module was matched: by which rule, to which
     stored tensor, to which part of it.
@@ -20,6 +27,7 @@ def plan(
     \b
     Examples:
       lora-merge plan --base Llama-3-8B --adapter my-lora
+      lora-merge plan --base Llama-3-8B --adapter my-lora --survival
       lora-merge plan --base Qwen3-30B-A3B --adapter my-lora --explain model.layers.0.mlp.experts.3.up_proj
     """
     from lora_merge import api
@@ -30,7 +38,7 @@ def plan(
         if explain:
             matches = api.explain(request, explain, observer=observer)
         else:
-            report = api.run(request, dry_run=True, observer=observer)
+            report = api.run(request, dry_run=True, survival=survival, observer=observer)
     if explain:
         console.matches(matches)
     else:

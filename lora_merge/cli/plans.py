@@ -10,7 +10,7 @@ from lora_merge.words import size_text
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lora_merge.core.report import Report, Summary
+    from lora_merge.core.report import Foreseen, Report, Summary
 
 _PHASES = {
     "plan": "read headers, match the adapter, lay out the output",
@@ -57,8 +57,21 @@ def print_plan(report: Report, *, verbose: bool) -> None:
     """Print the plan of a merge on stdout; with ``verbose`` also the rank of each parameter."""
     console = screen()
     console.print(table("", "", title="plan", rows=_plan_rows(report), head=False))
+    if report.foreseen:
+        print_foreseen(report.foreseen)
     if verbose and report.summary.module_ranks:
         console.print(table("parameter", "rank", title="ranks", rows=report.summary.module_ranks.items()))
+
+
+def print_foreseen(foreseen: Mapping[str, Foreseen]) -> None:
+    """Print what each rounding would keep of the adapters' change."""
+    console = screen()
+    n = len(next(iter(foreseen.values())).tensors)
+    shown = table("rounding", "change kept", "effect off by", "values unchanged", title=f"by a sample of {n} weights")
+    for method, one in foreseen.items():
+        off = "-" if one.effect_error is None else f"{one.effect_error:.1%}"
+        add_row(shown, method, f"{one.kept:.1%}", off, f"{one.unchanged:.1%}")
+    console.print(shown)
 
 
 def _plan_rows(report: Report) -> list[tuple[str, str]]:

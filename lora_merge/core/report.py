@@ -128,6 +128,22 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What a rounding would keep of the adapters' change, by a sample."""
+
+    kept: float
+    """⟨Δ′, Δ⟩ / ‖Δ‖² over all that was looked at."""
+
+    effect_error: float | None
+    """‖(Δ′ - Δ)Qᵀ‖ / ‖ΔQᵀ‖, see `Survival.effect_norm`; None where no change has an A."""
+
+    unchanged: float
+    """Share of the elements with a delta that would stay as they are."""
+
+    tensors: Mapping[str, Survival]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What one merge did."""
 
@@ -150,6 +166,9 @@ class Report:
 
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds that the workers spent on each stage of copying and merging, all workers together."""
+
+    foreseen: Mapping[str, Foreseen] = field(default_factory=dict)
+    """Of a dry run that was asked for it: rounding → what it would keep."""
 
 
 @dataclass(frozen=True, slots=True)

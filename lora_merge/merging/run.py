@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Observer, Report, Silence
+from lora_merge.merging.foreseeing import foresee
 from lora_merge.merging.preparing import Prepared, prepare
 from lora_merge.merging.writing import write
 
@@ -14,12 +16,15 @@ if TYPE_CHECKING:
     from lora_merge.requests.request import Request
 
 
-def run(request: Request, *, dry_run: bool = False, observer: Observer | None = None) -> Report:
+def run(
+    request: Request, *, dry_run: bool = False, survival: bool = False, observer: Observer | None = None
+) -> Report:
     """Carry out one request.
 
     Args:
         request: what to merge.
         dry_run: stop after planning; nothing is written, and no output needs to be named.
+        survival: of a dry run, also look at a sample of what each rounding would keep (`Report.foreseen`).
         observer: hears of phases and bytes.
 
     Raises:
@@ -29,7 +34,8 @@ def run(request: Request, *, dry_run: bool = False, observer: Observer | None = 
     watch = observer or Silence()
     prepared = prepare(request, watch, dry_run=dry_run)
     if dry_run:
-        return prepared.report()
+        report = prepared.report()
+        return replace(report, foreseen=foresee(prepared.planned.plan, watch)) if survival else report
     (done,) = carry_out([prepared], watch)
     if isinstance(done, Exception):
         raise done

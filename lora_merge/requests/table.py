@@ -602,6 +602,14 @@ _WRITING: tuple[Option, ...] = (
         scope="command",
         default=(),
     ),
+    Option(
+        "survival",
+        ("plan",),
+        kinds.SWITCH,
+        "Look at a sample of the weights, and say how much of the adapter's change each rounding would keep.",
+        scope="command",
+        default=False,
+    ),
 )
 
 _SPEAKING: tuple[Option, ...] = (

@@ -26,15 +26,16 @@ class Choosing:
 
     Args:
         op: what is done to the weight.
+        is_accounted: keep account of the effect of a plain dtype's nearest numbers, too.
     """
 
-    def __init__(self, op: Merge) -> None:
+    def __init__(self, op: Merge, *, is_accounted: bool = False) -> None:
         self._op, self._rounding = op, op.rounding
         seeing = [delta for delta in op.deltas if delta.facts.sees_by_factor and not delta.delta.transposed]
         self._along = any(delta.region.transposed for delta in seeing)
         self._spans = Spans(op.view, transposed=self._along) if seeing else None
         is_adapter = self._rounding is not None and self._rounding.method == "adapter"
-        self._is_accounted = bool(seeing) and (is_adapter or not op.target.is_dense)
+        self._is_accounted = bool(seeing) and (is_accounted or is_adapter or not op.target.is_dense)
         self._is_sum = op.combination is None and all(
             delta.facts.is_sum and delta.facts.sees_by_factor for delta in op.deltas
         )

@@ -6,9 +6,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import CODECS
+from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.tensor import TensorRecord
-from lora_merge.core.weight import PartRange
+from lora_merge.core.weight import WEIGHT, PartRange
 from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.workbench import Parts
 from lora_merge.storage.digests import digest_text, new_digest
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_merge.codecs.grid import Grid
     from lora_merge.core.plan import Merge, Step  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.core.weight import Tile  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.deltas.algebra import Changer  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.formats.weights import WeightReader
     from lora_merge.merging.worker.choosing import Choosing  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.merging.worker.passing import Passing  # noqa: TC004 - a field's type, never evaluated
@@ -56,33 +57,22 @@ class Filling:
 
     def parts(self, tile: Tile, read: Parts) -> Parts:
         """Return the parts that a tile is written as, with the byte ranges of each."""
-        if self.op.on_stored_grid:
-            return Parts(self.op.target, {role: read.ranges[role] for role in self.step.writes})
-        if self.op.target == self.op.source.storage:
-            return read
-        found = dict(self.codec.ranges(tile, self.op.target))
-        for role, slot in self.step.writes.items():
-            if role not in found:
-                # What says nothing about the values, such as a shape, is the same for every tile.
-                found[role] = PartRange(slot.dtype, slot.shape, ((0, slot.nbytes),))
-        return Parts(self.op.target, found)
+        found = written_parts(self.op, tile, read)
+        missing = self.step.writes.keys() - found.ranges.keys()
+        if not missing:
+            return found
+        # What says nothing about the values, such as a shape, is the same for every tile.
+        slots = ((role, self.step.writes[role]) for role in sorted(missing))
+        more = {role: PartRange(slot.dtype, slot.shape, ((0, slot.nbytes),)) for role, slot in slots}
+        return Parts(found.storage, {**found.ranges, **more})
 
     def encode(self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor]) -> None:
         """Encode a tile. Where the stored scales are kept, the codec sees the stored parts."""
-        changers = [changer for _, changer in self.working.on(tile.start, tile.end)]
-
-        def choose(values: torch.Tensor, grid: Grid) -> torch.Tensor:
-            self.sample.look(frame, tile, grid)
-            return self.choosing.levels(values, grid, tile.start, tile.end, changers)
-
-        is_plain = self.choosing.is_plain and self.op.target.is_dense
-        frame.encode(
-            self.codec,
-            tile,
-            None if is_plain else choose,
-            self.survey,
-            stored if self.op.on_stored_grid else None,
-        )
+        choose = None
+        if not self.choosing.is_plain or not self.op.target.is_dense:
+            changers = [changer for _, changer in self.working.on(tile.start, tile.end)]
+            choose = Chosen(self.sample, self.choosing, frame, tile, changers)
+        frame.encode(self.codec, tile, choose, self.survey, stored if self.op.on_stored_grid else None)
 
     def take(self, n: int, frame: Frame, written: Parts) -> None:
         """Write a tile whose encoding is complete (`Frame.wait`)."""
@@ -126,6 +116,31 @@ class Filling:
             )
             for n, (role, slot) in enumerate(self.step.writes.items())
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Chooses the levels of one tile, once its grid is known."""
+
+    sample: Sample
+    choosing: Choosing
+    frame: Frame
+    tile: Tile
+    changers: Sequence[Changer]
+
+    def __call__(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Return the levels of the tile's values, float32 ``[lines, in]``."""
+        self.sample.look(self.frame, self.tile, grid)
+        return self.choosing.levels(values, grid, self.tile.start, self.tile.end, self.changers)
+
+
+def written_parts(op: Merge, tile: Tile, read: Parts) -> Parts:
+    """Return the parts of a tile that its storage has, and that are written; the scales of a stored grid are not."""
+    if op.on_stored_grid:
+        return Parts(op.target, {WEIGHT: read.ranges[WEIGHT]})
+    if op.target == op.source.storage:
+        return read
+    return Parts(op.target, ENCODERS[op.target.codec].ranges(tile, op.target))
 
 
 class Loop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, assert_never
 
 from lora_merge.codecs import CODECS, ENCODERS
@@ -16,7 +16,7 @@ from lora_merge.formats.weights import WeightReader
 from lora_merge.merging.worker.changing import Working, change
 from lora_merge.merging.worker.choosing import Choosing
 from lora_merge.merging.worker.copying import copy
-from lora_merge.merging.worker.filling import Filled, Filling, Loop
+from lora_merge.merging.worker.filling import Chosen, Filled, Filling, Loop, written_parts
 from lora_merge.merging.worker.passing import Passing
 from lora_merge.merging.worker.sample import Sample
 from lora_merge.merging.worker.stopwatch import Stopwatch
@@ -26,13 +26,13 @@ from lora_merge.storage.copy_runs import Stretch
 from lora_merge.storage.destination import Sink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
     from lora_merge.core.adapter import PlacedDelta
-    from lora_merge.core.plan import Step  # noqa: TC004 - a field's type, never evaluated
-    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.core.plan import Rounding, Step  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.core.tensor import Survival, TensorRecord
     from lora_merge.deltas.algebra import Changer
     from lora_merge.merging.worker.workbench import Frame
 
@@ -54,6 +54,10 @@ class Order:
 def alike(op: Merge) -> tuple[object, ...]:
     """Return a key that is equal for merges which may share one reading of their source."""
     return (op.source, op.view, op.reach == "tensor", op.multiple)
+
+
+_FORESEEN_ELEMENTS = 1 << 18
+"""Elements of a tensor that are compared to foresee what a rounding would keep."""
 
 
 class Merger:
@@ -122,6 +126,48 @@ class Merger:
         """
         with memory_for(f"merging {orders[0].step.name}"):
             return self._merge(orders)
+
+    def foresee(
+        self, op: Merge, rows: tuple[int, int], roundings: Mapping[str, Rounding | None]
+    ) -> dict[str, Survival]:
+        """Return what some roundings would keep of some rows. Nothing is written.
+
+        Args:
+            op: what is done to the weight.
+            rows: a tile of it.
+            roundings: by name.
+
+        Raises:
+            CheckpointError: a source cannot be read.
+            OutOfMemoryError: memory ran out.
+        """
+        found, (start, end) = {}, rows
+        codec, target = CODECS[op.source.storage.codec], ENCODERS[op.target.codec]
+        bench = self._workbench("foreseeing", Workbench)
+        with memory_for("looking at a sample"), WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
+            tile = reader.tile(start, end)
+            read = Parts(op.source.storage, reader.ranges(tile))
+            changers = self._working(op).on(start, end)
+            for name, rounding in roundings.items():
+                one = replace(op, rounding=rounding)
+                sample, choosing = Sample(one, 1, _FORESEEN_ELEMENTS), Choosing(one, is_accounted=True)
+                frame = bench.frame(end - start, op.view.columns, read, written_parts(one, tile, read))
+                reader.read_into(frame.raw, read.ranges)
+                frame.decode(codec, tile)
+                sample.before(0, frame)
+                choosing.before(frame.values)
+                change(frame.values, start, end, one, changers)
+                survey = None
+                if not op.on_stored_grid and target.survey(op.target) == "tensor":
+                    survey = target.look(frame.values, None, op.target)
+                chosen = Chosen(sample, choosing, frame, tile, [changer for _, changer in changers])
+                frame.encode(target, tile, chosen, survey, frame.stored if op.on_stored_grid else None)
+                sample.after(0, frame, tile, frame.stored)
+                frame.wait()
+                survival = sample.survival(choosing.effect())
+                if survival is not None:
+                    found[name] = survival
+        return found
 
     def _merge(self, orders: Sequence[Order]) -> list[tuple[TensorRecord, ...]]:
         """Stream one weight through float32, row tile by row tile, into every output that wants it."""

@@ -31,9 +31,11 @@ class Sample:
     Args:
         op: what is done to the tensor.
         n_tiles: in how many tiles.
+        elements: that are compared at most.
     """
 
-    def __init__(self, op: Merge, n_tiles: int) -> None:
+    def __init__(self, op: Merge, n_tiles: int, elements: int = SAMPLE_ELEMENTS) -> None:
+        self._elements = elements
         self._target = op.target
         # -1 is no tile's number.
         self._tile = n_tiles // 2 if any(not delta.facts.replaces_rows for delta in op.deltas) else -1
@@ -118,7 +120,6 @@ class Sample:
         CODECS[self._target.codec].decode(rows, {**stored, **frame.rounded}, whole, self._target)
         return self._rows(whole)
 
-    @staticmethod
-    def _rows(values: torch.Tensor) -> torch.Tensor:
+    def _rows(self, values: torch.Tensor) -> torch.Tensor:
         n_rows, n_columns = values.shape
-        return values[: max(1, min(n_rows, SAMPLE_ELEMENTS // max(n_columns, 1)))]
+        return values[: max(1, min(n_rows, self._elements // max(n_columns, 1)))]
