@@ -88,7 +88,7 @@ def _narrowed(codes: torch.Tensor, bits: int) -> torch.Tensor:
         used = size * bits // 8
         low = sum(((1 << used) - 1) << at for at in range(0, 64, 2 * size))
         wide = (wide & low) | (wide >> size - used & low << used)
-    return wide.view(torch.uint8).view(len(codes), -1, 8)[:, :, :bits].flatten(1)
+    return wide.view(torch.uint8).view(len(codes), -1, 8)[:, :, :bits].flatten(1).contiguous()
 
 
 def whole_codes(levels: torch.Tensor) -> torch.Tensor:

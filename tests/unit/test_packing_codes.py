@@ -1,0 +1,67 @@
+"""Codes are packed into words as a large integer has them, and unpacked again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_merge.codecs.bits import codes_at_word_edges, pack, unpack, whole_codes, words_of
+from lora_merge.codecs.tables import look_up, look_up_e2m1, pack_bytes, pack_e2m1_
+from tests.packing import drawn, packed
+
+widths = pytest.mark.parametrize("bits", range(1, 9))
+
+
+@widths
+@pytest.mark.parametrize("n", [1, 7, 8, 31, 32, 33, 64, 100])
+def test_codes_are_packed_as_one_large_integer(bits, n):
+    codes = drawn(3, n, below=1 << bits)
+    words = pack(codes.to(torch.uint8), bits)
+    assert words.shape == (3, words_of(n, bits))
+    assert torch.equal(words, packed(codes, bits))
+    assert torch.equal(unpack(words, bits, n), codes.to(torch.uint8))
+
+
+@widths
+def test_words_that_were_unpacked_are_packed_as_they_were(bits):
+    words = torch.randint(-(1 << 31), 1 << 31, (5, 24), generator=torch.Generator().manual_seed(0)).int()
+    n = words.shape[1] // (codes_at_word_edges(bits) * bits // 32) * codes_at_word_edges(bits)
+    kept = words[:, : words_of(n, bits)]
+    codes = unpack(kept, bits, n)
+    before = codes.clone()
+    assert torch.equal(pack(codes, bits), kept)
+    assert torch.equal(codes, before)
+
+
+def test_whole_numbers_of_a_byte_are_converted():
+    assert whole_codes(torch.arange(256).float()).tolist() == list(range(256))
+
+
+def test_every_pair_of_e2m1_codes_is_packed_as_it_was():
+    codes = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    levels, out = torch.empty(4, 128), torch.zeros_like(codes)
+    look_up_e2m1(codes, levels)
+    turned = levels.T.contiguous().T
+    pack_e2m1_(levels, out)
+    assert torch.equal(out, codes)
+    pack_e2m1_(turned, out.zero_())
+    assert torch.equal(out, codes)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_every_float8_is_packed_as_it_was_and_nan_stays_nan(dtype):
+    codes = torch.arange(256, dtype=torch.uint8)
+    levels, out, again = torch.empty(256), torch.zeros_like(codes), torch.empty(256)
+    look_up(codes, dtype, levels)
+    pack_bytes(levels, dtype, out)
+    numbers = ~levels.isnan()
+    assert (~numbers).any()
+    assert torch.equal(out[numbers], codes[numbers])
+    look_up(out, dtype, again)
+    assert torch.equal(again.isnan(), ~numbers)
+
+
+def test_every_int8_is_packed_as_it_was():
+    out = torch.zeros(256, dtype=torch.int8)
+    pack_bytes(torch.arange(-128, 128).float(), "I8", out)
+    assert out.tolist() == list(range(-128, 128))
