@@ -46,6 +46,14 @@ def largest_of_all(values: torch.Tensor) -> torch.Tensor:
     return sizes_of(values).amax().view(torch.bfloat16).float().reshape(1)
 
 
+def divided(size: torch.Tensor, by: float) -> torch.Tensor:
+    """Return sizes divided by a number, rounded once to their dtype."""
+    import torch
+
+    # A device multiplies by the inverse of a plain number, which rounds otherwise.
+    return size / torch.tensor(by, dtype=size.dtype, device=size.device)
+
+
 def _of_runs(sizes: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     """Return the largest of each run of ``size`` along an axis; the last run may be shorter."""
     import torch
@@ -54,7 +62,7 @@ def _of_runs(sizes: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     full = n // size
     found = []
     if full:
-        found.append(sizes.narrow(axis, 0, full * size).unflatten(axis, (full, size)).amax(axis + 1))
+        found.append(torch.unflatten(sizes.narrow(axis, 0, full * size), axis, (full, size)).amax(axis + 1))
     if full * size < n:
         found.append(sizes.narrow(axis, full * size, n - full * size).amax(axis, keepdim=True))
     return found[0] if len(found) == 1 else torch.cat(found, axis)

@@ -64,6 +64,7 @@ def fresh_grid(
         storage: of a scheme (`lora_merge.quantised.schemes`).
         survey: what `fresh_look` has returned at last, the largest of all fused weights; None where nothing is needed.
     """
+    assert tile.start % fresh_alignment(storage, tile.shape) == 0, "a tile begins within a block"
     if storage.codec == "scaled":
         return fresh_scaled.grid(tile, values, out, storage)
     if storage.codec == "fp4":

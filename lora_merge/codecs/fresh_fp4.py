@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.bfloat16 import largest, largest_of_all, quotient
+from lora_merge.codecs.bfloat16 import divided, largest, largest_of_all, quotient
 from lora_merge.codecs.geometry import in_groups, lines_of
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E2M1
@@ -100,16 +100,14 @@ def grid(
     overall = global_scale(survey)
     out[_GLOBAL].copy_(overall.view(out[_GLOBAL].shape))
     scale = _scales(size, overall, out[_SCALE])
-    return Grid(
-        E2M1, keep, scale=scale, group=group, quotient=lambda found: _by_float32(found, scale, group)
-    )
+    return Grid(E2M1, keep, scale=scale, group=group, quotient=lambda found: _by_float32(found, scale, group))
 
 
 def _scales(size: torch.Tensor, overall: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Write the E4M3 scales of groups, and return what the decoder makes of them: float32 ``[lines, groups]``."""
     import torch
 
-    wanted = (size / 6.0).float().mul_(overall).clamp_(max=448.0)
+    wanted = divided(size, 6.0).float().mul_(overall).clamp_(max=448.0)
     stored = wanted.to(torch.float8_e4m3fn)
     scale = stored.float()
     scale = scale.masked_fill_(scale == 0, _EMPTY)

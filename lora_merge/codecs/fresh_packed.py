@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.bfloat16 import largest, quotient
+from lora_merge.codecs.bfloat16 import divided, largest, quotient
 from lora_merge.codecs.bits import codes_at_word_edges
 from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Grid
@@ -54,7 +54,7 @@ def grid(tile: Tile, values: torch.Tensor, out: Mapping[str, torch.Tensor], stor
         # A clone, since `contiguous` leaves the strides of a matrix with one column as they are.
         out[_ZERO].copy_(_packed(zero.float().T.clone(memory_format=torch.contiguous_format)).T)
     else:
-        scale = largest(numbers, 1, group) / 7.5
+        scale = divided(largest(numbers, 1, group), 7.5)
         scale = scale.masked_fill_(scale == 0, _EMPTY)
     out[_SCALE].copy_(scale)
     if _SHAPE in out:
@@ -78,10 +78,10 @@ def _asymmetric(values: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.T
     import torch
 
     # Float32 has faster reductions, and bfloat16 is exact in it.
-    groups = values.to(torch.bfloat16).float().unflatten(1, (-1, group))
+    groups = values.to(torch.bfloat16).float().view(len(values), -1, group)
     lowest = groups.amin(-1).clamp_(max=0.0).to(torch.bfloat16)
     highest = groups.amax(-1).clamp_(min=0.0).to(torch.bfloat16)
-    scale = (highest - lowest) / 15.0
+    scale = divided(highest - lowest, 15.0)
     # A group of zeros has no quotient; the library's cast of NaN to an integer is 0.
     zero = (-8.0 - lowest / scale).clamp_(-8.0, 7.0).nan_to_num_(nan=0.0).round_()
     return scale.masked_fill_(scale == 0, _EMPTY), zero

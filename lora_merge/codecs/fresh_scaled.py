@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs.bfloat16 import largest, quotient
+from lora_merge.codecs.bfloat16 import divided, largest, quotient
 from lora_merge.codecs.geometry import in_groups, lines_of
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E4M3, Integers
@@ -63,7 +63,7 @@ def grid(tile: Tile, values: torch.Tensor, out: Mapping[str, torch.Tensor], stor
         scale = powers_of(exponent)
     else:
         # In bfloat16, as the library divides; a scale that underflows is one that is zero.
-        scale = size / (448.0 if settings["codes"] == "F8_E4M3" else 127.5)
+        scale = divided(size, 448.0 if settings["codes"] == "F8_E4M3" else 127.5)
         scale = scale.masked_fill_(scale == 0, _EMPTY)
         out[_SCALE].copy_(scale)
     by_line = _by_line(scale, lines, rows)
@@ -87,10 +87,11 @@ def _of_transformers(
     """Return the grid of ``fp8``: values are multiplied by 448 / a, and the inverse of that is stored."""
     import torch
 
-    factor = 448.0 / size.float()
+    # As torch divides a number by a tensor: an inverse, rounded, and a product, rounded again.
+    factor = size.float().reciprocal_().mul_(448.0)
     # A block of zeros has the factor 1. So has one whose factor overflows: transformers would make NaN of it.
     factor = factor.masked_fill_(factor == torch.inf, 1.0)
-    inverse = 1.0 / factor
+    inverse = factor.reciprocal()
     out.copy_(inverse)
     factor, inverse = (_by_line(found, lines, block[0]) for found in (factor, inverse))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class Scheme:
         Args:
             dense: full names of the linear layers that are not quantised.
         """
-        return {**self.template, self.left_dense: list(dense)}
+        return {**copy.deepcopy(dict(self.template)), self.left_dense: list(dense)}
 
     def parts(self, module: str, shape: tuple[int, ...]) -> dict[str, PartOf]:
         """Return role → name, dtype and shape of each tensor that stores a weight, the codes first.
@@ -199,7 +200,9 @@ def _integers(name: str, group: int, *, symmetric: bool) -> Scheme:
         "group_size": group,
         "symmetric": symmetric,
     }
-    words = f"INT4 in groups of {group}{'' if symmetric else ', with zero points'}; activations are not quantised"
+    words = (
+        f"INT4 in groups of {group}{'' if symmetric else ', with zero points'}; activations are not quantised"
+    )
     suffixes = {WEIGHT: "weight_packed", _SCALE: "weight_scale", _SHAPE: "weight_shape"}
     if not symmetric:
         suffixes[_ZERO] = "weight_zero_point"
@@ -207,7 +210,9 @@ def _integers(name: str, group: int, *, symmetric: bool) -> Scheme:
     return Scheme(name, words, _MOST_ENGINES, how, suffixes, group, 1, False, template, "ignore")
 
 
-def _fours(name: str, words: str, group: int, scale: str, overall: str, template: Mapping[str, Any]) -> Scheme:
+def _fours(
+    name: str, words: str, group: int, scale: str, overall: str, template: Mapping[str, Any]
+) -> Scheme:
     """Return a scheme of floats of four bits."""
     how = storage("fp4", "U8", group=group, scale=scale, **{"global": overall})
     suffixes = {WEIGHT: "weight_packed", _SCALE: "weight_scale"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -74,8 +75,9 @@ def shapes_of(model: Model) -> dict[str, tuple[int, int]]:
     return {f"model.layers.0.{name}": shape for name, shape in found.items()}
 
 
+@functools.cache
 def weights_of(kind: str) -> dict[str, torch.Tensor]:
-    """Return the weights of a model in bfloat16, by module."""
+    """Return the weights of a model in bfloat16, by module. They are kept, and not to be changed."""
     import torch
 
     found = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_merge.planning.mates import with_mates
+from lora_merge.planning.mates import fused_with, with_mates
 
 LAYER = "model.layers.0."
 NAMES = [
@@ -52,3 +52,16 @@ def test_a_mate_that_is_not_quantised_is_left_alone():
     q, k = (f"{LAYER}self_attn.{name}_proj.weight" for name in "qk")
     assert with_mates([q], [q, k]) == {q, k}
     assert with_mates([], NAMES) == frozenset()
+
+
+def test_what_is_one_matrix_shares_a_scale():
+    found = fused_with(NAMES)
+    assert found[f"{LAYER}self_attn.q_proj.weight"] == (
+        f"{LAYER}self_attn.k_proj.weight",
+        f"{LAYER}self_attn.v_proj.weight",
+    )
+    assert found[f"{LAYER}self_attn.o_proj.weight"] == ()
+    assert found[f"{LAYER}mlp.experts.0.gate_proj.weight"] == ()  # its up is not there
+    expert = "l.experts.1"
+    pair = fused_with([f"{expert}.w1.weight", f"{expert}.w3.weight", "l.experts.0.w1.weight"])
+    assert pair[f"{expert}.w1.weight"] == (f"{expert}.w3.weight",)

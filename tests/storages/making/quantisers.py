@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from tests.storages.making.encoders import compressed_tensors, read
-from tests.storages.making.oracles import version
+from tests.storages.digesting import digest
+from tests.storages.making import oracles
+from tests.storages.making.encoders import compressed_tensors, read, write
 from tests.storages.quantising import FITTING, MODELS, RECORDED, digest_of, weights_of
 
 
@@ -80,24 +81,31 @@ def of_transformers(kind: str) -> dict[str, torch.Tensor]:
 
 
 def made(scheme: str, kind: str, work: Path) -> dict[str, Any]:
-    """Return digests of the tensors of the linear layers, and the configuration."""
-    if scheme == "fp8":
-        return {"tensors": {name: digest_of(one) for name, one in of_transformers(kind).items()}}
+    """Return digests of the tensors of the linear layers, of their values as a library decodes them, and the configuration."""
     base, out = work / kind, work / f"{kind}-{scheme}"
     if not base.exists():
         build(kind, base)
-    compressed_tensors(base, out, **RECIPES[scheme])
+    if scheme == "fp8":
+        write(base, out, of_transformers(kind), {})
+        values = oracles.fp8_blocks(out)
+    else:
+        compressed_tensors(base, out, **RECIPES[scheme])
+        values = oracles.compressed_tensors(out)
     modules = tuple(f"{module}." for module in weights_of(kind))
-    tensors = {name: digest_of(one) for name, one in sorted(read(out).items()) if name.startswith(modules)}
-    config = json.loads((out / "config.json").read_text())["quantization_config"]
-    return {"tensors": tensors, "config": config}
+    tensors = {name: one for name, one in sorted(read(out).items()) if name.startswith(modules)}
+    found = {
+        "tensors": {name: digest_of(one) for name, one in tensors.items()},
+        "values": {name: digest(one.float32)[:20] for name, one in values.items()},
+    }
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    return {**found, "config": settings} if settings else found
 
 
 def main(arguments: list[str]) -> None:
     packages = ("llmcompressor", "compressed-tensors", "transformers")
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Any] = {
-            "made_by": ", ".join(f"{package} {version(package)}" for package in packages),
+            "made_by": ", ".join(f"{package} {oracles.version(package)}" for package in packages),
             "outputs": {f"{scheme} {kind}": made(scheme, kind, Path(folder)) for scheme, kind in FITTING},
         }
     if "--write" in arguments:
