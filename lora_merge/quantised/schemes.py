@@ -207,7 +207,9 @@ def _integers(name: str, group: int, *, symmetric: bool) -> Scheme:
     if not symmetric:
         suffixes[_ZERO] = "weight_zero_point"
     template = _compressed("pack-quantized", weights)
-    return Scheme(name, words, _MOST_ENGINES, how, suffixes, group, 1, False, template, "ignore")
+    # transformers 5.23 takes packed zeros for a tensor of the wrong shape.
+    engines = _MOST_ENGINES if symmetric else "vLLM and SGLang"
+    return Scheme(name, words, engines, how, suffixes, group, 1, False, template, "ignore")
 
 
 def _fours(
