@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast
 
 from lora_merge.checks.formulas import Site, sides
-from lora_merge.checks.reading import Factors
+from lora_merge.checks.reading import Factors, Tensors
 from lora_merge.checks.weighing import Pattern
 from lora_merge.core.plan import Merge
 from lora_merge.core.view import Block
@@ -133,7 +133,7 @@ class _Task:
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
+class Product:
     """A part of a delta: ``scale · left @ right``, on some rows of the stored tensor, from some column on."""
 
     left: torch.Tensor
@@ -143,7 +143,7 @@ class _Product:
     column: int
 
 
-def _products(op: Merge, delta: PlacedDelta, factors: Factors) -> Iterator[_Product]:
+def products_of(op: Merge, delta: PlacedDelta, factors: Tensors) -> Iterator[Product]:
     """Yield the products of a delta: one for each range of rows, or one for each expert of a stack."""
     block = _block(op, delta)
     site = Site(factors, op, range(0), op.target.value_dtype, (block.blocks, block.rows, block.columns))
@@ -152,25 +152,25 @@ def _products(op: Merge, delta: PlacedDelta, factors: Factors) -> Iterator[_Prod
         for expert in range(block.blocks[1] - block.blocks[0]):
             first = (block.blocks[0] + expert) * op.view.rows + block.rows[0]
             left, right = sides(site, delta, expert, range(site.rows_of_one))
-            yield _Product(left, right, scale, (first, first + len(left)), block.columns[0])
+            yield Product(left, right, scale, (first, first + len(left)), block.columns[0])
         return
     left, right = sides(site, delta, 0, range(site.n_rows))
     left, right = left.flatten(1), right.flatten(1)
     done = 0
     for first, last in block.row_ranges():
-        yield _Product(left[done : done + last - first], right, scale, (first, last), block.columns[0])
+        yield Product(left[done : done + last - first], right, scale, (first, last), block.columns[0])
         done += last - first
 
 
 def _add_products(task: _Task, delta: PlacedDelta) -> None:
     """Expect the product of two factors; with a combination, also how far it may move a row."""
-    for product in _products(task.op, delta, task.factors):
+    for product in products_of(task.op, delta, task.factors):
         _add(task.found, product, task.weights)
         if task.op.combination is not None:
             _widen(task.found, task.op, product)
 
 
-def _add(found: Expected, product: _Product, weights: Weights) -> None:
+def _add(found: Expected, product: Product, weights: Weights) -> None:
     """Add a product to the expected change: B(Ax), never BA."""
     first, last = product.rows
     weighed = product.scale * weights.products(product.right, product.column)
@@ -202,7 +202,7 @@ def _replace(task: _Task, delta: PlacedDelta) -> None:
     found.taken[rows] = 1 - (1 - found.taken[rows]) * (1 - share)
 
 
-def _widen(found: Expected, op: Merge, product: _Product) -> None:
+def _widen(found: Expected, op: Merge, product: Product) -> None:
     """Let rows be off by an adapter's whole change, scaled up as the combination scales it."""
     assert op.combination is not None
     share = 1.0 if op.combination.method in {"ties", "svd"} else 1 / op.combination.density

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.checks.decoding import Levels
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Weight  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.storage.sources import Source
@@ -72,19 +73,15 @@ class Reader:
         that float32 may have made in each: zero for a plain tensor.
         """
         stored, decoder = _Stored(self, weight, rows, n_rows), DECODERS[weight.storage.codec]
-        values = decoder.values(stored)
+        values = decoder.levels(stored).values
         off = values.new_zeros(values.shape) if decoder.slack is None else decoder.slack(stored, values)
         return values, off
 
-    def written(
-        self, weight: Weight, rows: Sequence[int], n_rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return some rows of a weight of the output, decoded, and how far off its codec may be (None: not at all).
-
-        Its parts are found by their names, whatever the plan says of their places.
+    def written(self, weight: Weight, rows: Sequence[int], n_rows: int) -> Levels:
+        """Return some rows of a weight of the output. Its parts are found by their names, whatever the plan says of their
+        places.
         """
-        stored, decoder = _Written(self, weight, rows, n_rows), DECODERS[weight.storage.codec]
-        return decoder.values(stored), None if decoder.off is None else decoder.off(stored)
+        return DECODERS[weight.storage.codec].levels(_Written(self, weight, rows, n_rows))
 
     def source(self, ref: TensorRef, rows: Sequence[int], n_rows: int) -> torch.Tensor:
         """Return some rows of a tensor of base or adapter. It is found by its place: the file may have it under

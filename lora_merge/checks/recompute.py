@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from itertools import groupby
 from math import isfinite
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
+from lora_merge.checks.bounds import is_explained, nearest_values
 from lora_merge.checks.choosing import chosen_rows, has_formula
 from lora_merge.checks.decoding import DECODERS
+from lora_merge.checks.effect import Effect, Rows
 from lora_merge.checks.formulas import Site, changed, combined
 from lora_merge.checks.reading import Reader
-from lora_merge.checks.rounding import rounded
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import error, note
 from lora_merge.core.weight import Weight
 from lora_merge.words import listing, of_several
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    import torch
 
     from lora_merge.checks.evidence import Evidence
     from lora_merge.core.plan import Step
     from lora_merge.core.report import Issue
+    from lora_merge.core.tensor import Survival
 
 _MOST_NAMED = 4
 """The most ranges of rows that a message names."""
@@ -39,14 +45,14 @@ def recompute(evidence: Evidence) -> Iterator[Issue]:
     """
     choice = chosen_rows(evidence)
     yield from _unproved(evidence, choice.unseen)
-    wrong: set[str] = set()
+    survival = {record.name: record.survival for record in evidence.records}
     with contextlib.ExitStack() as stack:
         reader = Reader(stack)
-        for step, rows in choice.rows:
-            name = step.name
-            if name not in wrong and (problem := _compare(reader, evidence, step, rows)) is not None:
-                wrong.add(name)
-                yield problem
+        # In chunks, those of one step together.
+        for step, chunks in groupby(choice.rows, itemgetter(0)):
+            yield from _Compared(reader, evidence, step).problems(
+                [rows for _, rows in chunks], survival.get(step.main.name)
+            )
 
 
 def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
@@ -77,42 +83,92 @@ def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
         yield note("not-projected", unseen[0], sentence)
 
 
-def _compare(reader: Reader, evidence: Evidence, step: Step, rows: list[int]) -> Issue | None:
-    """Return an issue when some rows are further from the formula than rounding explains.
+class _Compared:
+    """The rows of one merged weight that are compared with the formula.
 
-    What float32 computes for an exact x is between x - e and x + e, and rounding is monotonic. So the stored value is
-    between those two bounds as the stored dtype rounds them. A codec adds half a gap of its grid.
+    Args:
+        reader: of all files.
+        evidence: the output.
+        step: what made the weight.
     """
-    import torch
 
-    op = step.op
-    assert isinstance(op, Merge)
-    site = Site(reader, op, rows, op.target.value_dtype)
-    parts = {role: replace(slot, file=str(evidence.root / slot.file)) for role, slot in step.writes.items()}
-    written = Weight(step.name, step.shape, op.target, parts)
-    stored, gap = reader.written(written, rows, op.view.n_rows)
-    candidates = combined(site) if op.combination is not None else [changed(site, op.deltas)]
-    wrong = stored.new_ones(stored.shape, dtype=torch.bool)
-    for exact, off in candidates:
-        if gap is None:
-            low, high = rounded(exact - off, op.target.dtype), rounded(exact + off, op.target.dtype)
-        else:
-            low, high = exact - off - gap, exact + off + gap
-        # A combination may have chosen any of the candidates: a value is wrong when it fits none.
-        wrong &= ~((low <= stored) & (stored <= high))  # negated, so that NaN is wrong
-    if not wrong.any():
+    def __init__(self, reader: Reader, evidence: Evidence, step: Step) -> None:
+        assert isinstance(step.op, Merge)
+        self._reader, self._step, self._op = reader, step, step.op
+        self._written = _written(evidence, step)
+
+    def problems(self, chunks: Sequence[list[int]], record: Survival | None) -> Iterator[Issue]:
+        """Yield an issue when some rows are further from the formula than rounding explains, or when rounding did another
+        thing to the adapter's effect than is recorded. After an error, the other chunks are skipped.
+        """
+        effect = None
+        if self._op.deltas and self._op.combination is None and not _is_nearest(self._op):
+            is_whole = sum(map(len, chunks)) == self._op.view.n_rows
+            effect = Effect(self._reader, self._op, is_whole=is_whole)
+        for rows in chunks:
+            if (problem := self._compare(rows, effect)) is not None:
+                yield problem
+                return
+        if effect is not None and effect.is_asked and (problem := effect.problem(self._step.name, record)):
+            yield problem
+
+    def _compare(self, rows: list[int], effect: Effect | None) -> Issue | None:
+        import torch
+
+        op = self._op
+        site = Site(self._reader, op, rows, op.target.value_dtype)
+        stored = self._reader.written(self._written, rows, op.view.n_rows)
+        candidates = combined(site) if op.combination is not None else [changed(site, op.deltas)]
+        is_moved = torch.ones(1, 1, dtype=torch.bool) if effect is None else effect.moved(rows)
+        wrong = stored.level.new_ones(stored.level.shape, dtype=torch.bool)
+        for exact, off in candidates:
+            # A combination may have chosen any of the candidates: a value is wrong when it fits none.
+            wrong &= ~is_explained(op, stored, exact, off, is_moved=is_moved)
+        if op.on_stored_grid and wrong.any():
+            # A group whose scale is 0 keeps its codes, and what they stand for.
+            wrong &= (stored.parts[1] != 0) | (stored.values != site.base(rows))
+        if wrong.any():
+            return _told(self._step.name, rows, stored.values, candidates[-1][0], wrong)
+        if effect is not None and effect.is_asked:
+            exact = candidates[0]
+            nearest = nearest_values(op, stored, exact[0])
+            effect.add(Rows(rows, stored.values, nearest, site.base(rows), exact))
         return None
+
+
+def _is_nearest(op: Merge) -> bool:
+    """Return True for a plain tensor whose values become the nearest numbers: nothing is recorded of its effect."""
+    return op.target.is_dense and (op.rounding is None or op.rounding.method != "adapter")
+
+
+def _written(evidence: Evidence, step: Step) -> Weight:
+    """Return a weight as it is in the output."""
+    assert isinstance(step.op, Merge)
+    slots = dict(step.writes)
+    if step.op.on_stored_grid:
+        # Only the codes are the step's own. The other parts are copies, under the names that they have in the base.
+        by_name = {slot.name: slot for other in evidence.plan.steps for slot in other.slots}
+        for role, part in step.op.source.parts.items():
+            slots.setdefault(role, by_name[part.name])
+    parts = {role: replace(slot, file=str(evidence.root / slot.file)) for role, slot in slots.items()}
+    return Weight(step.name, step.shape, step.op.target, parts)
+
+
+def _told(
+    name: str, rows: list[int], stored: torch.Tensor, wanted: torch.Tensor, wrong: torch.Tensor
+) -> Issue:
+    """Return the issue for values that are wrong."""
     at_row, at_column = (int(index) for index in wrong.nonzero()[0])
-    got, wanted = float(stored[at_row, at_column]), float(candidates[-1][0][at_row, at_column])
+    got, expected = float(stored[at_row, at_column]), float(wanted[at_row, at_column])
     where = f"row {rows[at_row]}, column {at_column}"
-    if not isfinite(wanted):
+    if not isfinite(expected):
         sentence = f"{where} is {got:.9g}: so it is in the base, or follows from the adapter"
-        return error("non-finite", step.name, sentence, "the inputs hold NaN or infinity: fetch them again")
-    sentence = f"{where} is {got:.9g}, expected {wanted:.9g}"
+        return error("non-finite", name, sentence, "the inputs hold NaN or infinity: fetch them again")
+    sentence = f"{where} is {got:.9g}, expected {expected:.9g}"
     others = [rows[n] for n in wrong.any(1).nonzero().flatten().tolist()]
     if len(others) > 1:
         sentence += f"; {len(others)} of the {len(rows)} rows looked at with it are wrong: {_listed(others)}"
-    return error("wrong-value", step.name, sentence)
+    return error("wrong-value", name, sentence)
 
 
 def _listed(rows: list[int]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_merge.checks.decoding import DECODERS, Decoder
+from lora_merge.checks.decoding import DECODERS, Decoder, Levels, integers
 from lora_merge.codecs import CODECS, ENCODERS, WRITTEN_BY_DEFAULT
 from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Grid
@@ -179,27 +179,23 @@ def _prod(shape):
     return n
 
 
-def _codes_by_row(stored):
+def _by_row(stored):
     codes, scale = stored.share(WEIGHT), stored.share("scaling")
-    return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+    return Levels(codes, _CODES, scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1))
 
 
-def _half_by_row(stored):
-    scale = stored.share("scaling")
-    columns = _prod(stored.weight.shape) // stored.n_rows
-    return (scale / 2).repeat_interleave(columns // scale.shape[1], 1)
+def _by_tensor(stored):
+    return Levels(stored.share(WEIGHT), _CODES, stored.whole("scaling"))
 
 
-BY_ROW = Decoder(_codes_by_row, _half_by_row)
-BY_TENSOR = Decoder(
-    lambda stored: stored.share(WEIGHT) * stored.whole("scaling"), lambda stored: stored.whole("scaling") / 2
-)
+_CODES = integers(-int(MOST), int(MOST))
+BY_ROW, BY_TENSOR = Decoder(_by_row), Decoder(_by_tensor)
 
 
 def _nibbles(stored):
     codes = stored.share(WEIGHT).int()
-    values = torch.stack((codes & 15, codes >> 4), 2).flatten(1) - 8
-    return values.double() * stored.share("scaling")
+    values = torch.stack((codes & 15, codes >> 4), 2).flatten(1)
+    return Levels(values.double(), integers(0, 15), stored.share("scaling"), 8.0)
 
 
 class Toy:

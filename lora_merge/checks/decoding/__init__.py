@@ -6,25 +6,20 @@ clarity: whole rows, float64, no tricks. `DECODERS` is the table.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lora_merge.checks.decoding.across import awq, gptq
 from lora_merge.checks.decoding.blockwise import bnb4
-from lora_merge.checks.decoding.decoder import Decoder, StoredRows, products
+from lora_merge.checks.decoding.decoder import Decoder, Levels, StoredRows, integers, products
 from lora_merge.checks.decoding.fp4 import fp4, mxfp4_experts
 from lora_merge.checks.decoding.integers import affine_slack, mlx_affine, modelopt_awq, packed_int
 from lora_merge.checks.decoding.raw import Raw
 from lora_merge.checks.decoding.scaled import llm_int8, scaled
 from lora_merge.core.weight import DENSE, WEIGHT
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["DECODERS", "Decoder", "Raw", "StoredRows"]
+__all__ = ["DECODERS", "Decoder", "Levels", "Raw", "StoredRows", "integers"]
 
 
-def _dense(stored: StoredRows) -> torch.Tensor:
-    return stored.share(WEIGHT)
+def _dense(stored: StoredRows) -> Levels:
+    return Levels(stored.share(WEIGHT))
 
 
 DECODERS: dict[str, Decoder] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.decoding.decoder import StoredRows, setting
+from lora_merge.checks.decoding.decoder import Levels, StoredRows, integers, setting
 from lora_merge.checks.decoding.raw import Raw
 from lora_merge.core.tensor import DTYPE_BITS
 from lora_merge.core.weight import WEIGHT
@@ -21,33 +21,30 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Output k of eight is at four times this bit of the word."""
 
 
-def gptq(stored: StoredRows) -> torch.Tensor:
+def gptq(stored: StoredRows) -> Levels:
     """Return ``(q[j, i] - z[g(j), i]) · s[g(j), i]``, transposed: ``[out, in]``. GPTQ, versions 1 and 2."""
     return _by_neighbours(stored, _gptq)
 
 
-def awq(stored: StoredRows) -> torch.Tensor:
+def awq(stored: StoredRows) -> Levels:
     """Return ``(q[j, i] - z[j // group, i]) · s[j // group, i]``, transposed: ``[out, in]``. AutoAWQ's ``gemm``."""
     return _by_neighbours(stored, _awq)
 
 
 def _by_neighbours(
-    stored: StoredRows, decode: Callable[[StoredRows, Sequence[int]], torch.Tensor]
-) -> torch.Tensor:
+    stored: StoredRows, decode: Callable[[StoredRows, Sequence[int]], Levels]
+) -> Levels:
     """Return the rows, decoded in groups of neighbours."""
-    import torch
-
     found: list[list[int]] = []
     for row in stored.rows:
         if found and 0 <= row - found[-1][-1] <= _NEAR:
             found[-1].append(row)
         else:
             found.append([row])
-    return torch.cat([decode(stored, rows) for rows in found])
+    return Levels.joined([decode(stored, rows) for rows in found])
 
 
-def _gptq(stored: StoredRows, rows: Sequence[int]) -> torch.Tensor:
-
+def _gptq(stored: StoredRows, rows: Sequence[int]) -> Levels:
     n_in, bits, n_groups = stored.weight.shape[1], setting(stored, "bits"), setting(stored, "groups")
     # Numbers are packed along the inputs: down the columns of words.
     words = _columns(stored, WEIGHT, rows, -(-n_in * bits // 32), 4)
@@ -55,7 +52,7 @@ def _gptq(stored: StoredRows, rows: Sequence[int]) -> torch.Tensor:
     scale = _floats(stored, rows, n_groups)
     zero = _gptq_zeros(stored, rows, bits, n_groups)
     groups = stored.part("g_idx", [0], 1).integers()[0]
-    return (codes - zero[:, groups]).double() * scale[:, groups]
+    return Levels(codes.double(), integers(0, (1 << bits) - 1), scale[:, groups], zero[:, groups].double())
 
 
 def _gptq_zeros(stored: StoredRows, rows: Sequence[int], bits: int, n_groups: int) -> torch.Tensor:
@@ -81,7 +78,7 @@ def _gptq_zeros(stored: StoredRows, rows: Sequence[int], bits: int, n_groups: in
     return fields[:, torch.tensor(rows) - first * 32 // bits].T
 
 
-def _awq(stored: StoredRows, rows: Sequence[int]) -> torch.Tensor:
+def _awq(stored: StoredRows, rows: Sequence[int]) -> Levels:
     import torch
 
     n_in = stored.weight.shape[1]
@@ -90,7 +87,8 @@ def _awq(stored: StoredRows, rows: Sequence[int]) -> torch.Tensor:
     groups = torch.arange(n_in) // size
     codes = _awq_numbers(stored, WEIGHT, rows, n_in)
     zero = _awq_numbers(stored, "zero", rows, n_groups)
-    return (codes - zero[:, groups]).double() * _floats(stored, rows, n_groups)[:, groups]
+    scale = _floats(stored, rows, n_groups)
+    return Levels(codes.double(), integers(0, 15), scale[:, groups], zero[:, groups].double())
 
 
 def _awq_numbers(stored: StoredRows, role: str, rows: Sequence[int], height: int) -> torch.Tensor:

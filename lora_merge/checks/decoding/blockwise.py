@@ -5,21 +5,19 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.decoding.decoder import StoredRows, setting
+from lora_merge.checks.decoding.decoder import Levels, StoredRows, setting
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
     import torch
 
 
-def bnb4(stored: StoredRows) -> torch.Tensor:
+def bnb4(stored: StoredRows) -> Levels:
     """Return ``table[c] · absmax[k // block]`` for number k of the flattened weight; bitsandbytes 0.50 ``dequantize_4bit``."""
-    import torch
-
-    return torch.stack([_row(stored, row) for row in stored.rows])
+    return Levels.joined([_row(stored, row) for row in stored.rows])
 
 
-def _row(stored: StoredRows, row: int) -> torch.Tensor:
+def _row(stored: StoredRows, row: int) -> Levels:
     import torch
 
     columns, block = prod(stored.weight.shape) // stored.n_rows, setting(stored, "block")
@@ -30,7 +28,8 @@ def _row(stored: StoredRows, row: int) -> torch.Tensor:
     codes = torch.stack((content >> 4, content & 15), 1).flatten()[first % 2 :][:columns]
     blocks = torch.arange(first, last) // block
     absmax = _absmax(stored, int(blocks[0]), int(blocks[-1]) + 1)
-    return stored.whole("table")[codes.long()] * absmax[blocks - blocks[0]]
+    meanings = stored.whole("table")
+    return Levels(meanings[codes.long()][None], meanings[meanings.isfinite()].unique(), absmax[blocks - blocks[0]][None])
 
 
 def _absmax(stored: StoredRows, first: int, last: int) -> torch.Tensor:

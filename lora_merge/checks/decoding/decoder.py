@@ -52,19 +52,64 @@ class StoredRows(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Decoder:
-    """How stored values are decoded, and how far they may be from the values that were encoded.
+@dataclass(frozen=True, slots=True, eq=False)
+class Levels:
+    """Stored values, taken apart: each is ``(level - zero) · scale + bias``, with a level out of a table.
 
     Shapes:
-        values: float64 ``[len(rows), columns]``; off, slack: the same, or broadcast to it.
+        level: float64 ``[len(rows), columns]``; scale, zero, bias: the same, or broadcast to it; table: float64 ``[n]``.
     """
 
-    values: Callable[[StoredRows], torch.Tensor]
+    level: torch.Tensor
 
-    off: Callable[[StoredRows], torch.Tensor] | None = None
-    """Half the gap to the next storable value; None where values are rounded one by one to the stored dtype, and where
-    nothing is encoded."""
+    table: torch.Tensor | None = None
+    """Every level that a code can stand for, in order; None for plain numbers, which are what their dtype has."""
+
+    scale: torch.Tensor | float = 1.0
+    zero: torch.Tensor | float = 0.0
+    bias: torch.Tensor | float = 0.0
+
+    @property
+    def values(self) -> torch.Tensor:
+        """What is stored, float64 ``[len(rows), columns]``."""
+        return (self.level - self.zero) * self.scale + self.bias
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Level, scale, zero and bias, all as large as the first."""
+        import torch
+
+        others = (torch.as_tensor(part).double() for part in (self.scale, self.zero, self.bias))
+        return self.level, *(part.expand_as(self.level) for part in others)
+
+    def split(self, lines: Lines, stored: StoredRows) -> Levels:
+        """Return levels of lines as levels of the rows that the weight is divided into."""
+        level, scale, zero, bias = (lines.as_rows(part, stored) for part in self.parts)
+        return Levels(level, self.table, scale, zero, bias)
+
+    @classmethod
+    def joined(cls, several: Sequence[Levels]) -> Levels:
+        """Return rows one after the other."""
+        import torch
+
+        level, scale, zero, bias = (
+            torch.cat(list(part)) for part in zip(*(one.parts for one in several), strict=True)
+        )
+        return cls(level, several[0].table, scale, zero, bias)
+
+
+def integers(first: int, last: int) -> torch.Tensor:
+    """Return the table of whole numbers from ``first`` to ``last``."""
+    import torch
+
+    return torch.arange(first, last + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """How stored values are decoded."""
+
+    levels: Callable[[StoredRows], Levels]
 
     slack: Callable[[StoredRows, torch.Tensor], torch.Tensor] | None = None
     """How far float32 may be from the values, when it decodes them; None where it makes no error."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.decoding.decoder import Lines, StoredRows, setting, text
-from lora_merge.checks.decoding.raw import E2M1
+from lora_merge.checks.decoding.decoder import Levels, Lines, StoredRows, setting, text
+from lora_merge.checks.decoding.raw import E2M1, e2m1
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _MX_GROUP = 32
 _DTYPES = {"E8M0": "F8_E8M0", "E4M3": "F8_E4M3"}
 
 
-def fp4(stored: StoredRows) -> torch.Tensor:
+def fp4(stored: StoredRows) -> Levels:
     """Return ``e2m1 · s``, ``e2m1 · (s / global)`` or ``e2m1 · (s · global)``, whichever the storage says."""
     import torch
 
@@ -30,11 +30,11 @@ def fp4(stored: StoredRows) -> torch.Tensor:
         if len(shared) > 1:
             shared = shared[torch.tensor([n // lines.height for n in lines.numbers])].view(-1, 1)
         scale = scale / shared if how == "divide" else scale * shared
-    values = _e2m1(codes) * scale.repeat_interleave(setting(stored, "group"), 1)
-    return lines.as_rows(values, stored)
+    scale = scale.repeat_interleave(setting(stored, "group"), 1)
+    return Levels(_e2m1(codes), e2m1(), scale).split(lines, stored)
 
 
-def mxfp4_experts(stored: StoredRows) -> torch.Tensor:
+def mxfp4_experts(stored: StoredRows) -> Levels:
     """Return ``e2m1 · s`` of experts that are stored as the transpose of what the model has.
 
     Shapes:
@@ -54,8 +54,8 @@ def mxfp4_experts(stored: StoredRows) -> torch.Tensor:
         scales = stored.part("scale", outputs, count, (first, last)).floats("F8_E8M0")
         inside = inputs - _MX_GROUP * first
         codes = blocks.content[:, inside // 2].long() >> 4 * (inside % 2) & 15
-        found.append((_e2m1(codes) * scales[:, inside // _MX_GROUP]).T)
-    return lines.as_rows(torch.cat(found), stored)
+        found.append(Levels(_e2m1(codes).T, e2m1(), scales[:, inside // _MX_GROUP].T))
+    return Levels.joined(found).split(lines, stored)
 
 
 def _e2m1(codes: torch.Tensor) -> torch.Tensor:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.decoding.decoder import FLOAT32, Lines, StoredRows, gathered, products, setting, text
+from lora_merge.checks.decoding.decoder import (
+    FLOAT32,
+    Levels,
+    Lines,
+    StoredRows,
+    gathered,
+    integers,
+    products,
+    setting,
+    text,
+)
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
     import torch
 
 
-def packed_int(stored: StoredRows) -> torch.Tensor:
+def packed_int(stored: StoredRows) -> Levels:
     """Return ``(q - z) · s`` of compressed-tensors' ``pack-quantized``. Codes and zeros are stored with 2ᵇ⁻¹ added to them."""
     lines, bits = Lines.of(stored), setting(stored, "bits")
     codes = stored.part(WEIGHT, lines.numbers, lines.count).fields(bits)[:, : lines.width] - (1 << bits - 1)
     scale = stored.part("scale", lines.numbers, lines.count).floats()
     groups = _groups(stored, lines)
-    if setting(stored, "zero"):
-        codes -= _zeros(stored, lines, bits).gather(1, groups)
-    return lines.as_rows(codes.double() * scale.gather(1, groups), stored)
+    zero = _zeros(stored, lines, bits).gather(1, groups).double() if setting(stored, "zero") else 0.0
+    table = integers(-(1 << bits - 1), (1 << bits - 1) - 1)
+    return Levels(codes.double(), table, scale.gather(1, groups), zero).split(lines, stored)
 
 
 def _groups(stored: StoredRows, lines: Lines) -> torch.Tensor:
@@ -57,12 +67,12 @@ def _zeros(stored: StoredRows, lines: Lines, bits: int) -> torch.Tensor:
     return (own & (1 << bits) - 1) - (1 << bits - 1)
 
 
-def mlx_affine(stored: StoredRows) -> torch.Tensor:
+def mlx_affine(stored: StoredRows) -> Levels:
     """Return ``q · scale + bias``; MLX 0.32 ``dequantize``, mode ``affine``."""
-    lines = Lines.of(stored)
-    codes = stored.part(WEIGHT, lines.numbers, lines.count).fields(setting(stored, "bits"))[:, : lines.width]
+    lines, bits = Lines.of(stored), setting(stored, "bits")
+    codes = stored.part(WEIGHT, lines.numbers, lines.count).fields(bits)[:, : lines.width]
     scale, bias = (_spread(stored, lines, role) for role in ("scale", "bias"))
-    return lines.as_rows(codes.double() * scale + bias, stored)
+    return Levels(codes.double(), integers(0, (1 << bits) - 1), scale, bias=bias).split(lines, stored)
 
 
 def _spread(stored: StoredRows, lines: Lines, role: str) -> torch.Tensor:
@@ -81,7 +91,7 @@ def affine_slack(stored: StoredRows, values: torch.Tensor) -> torch.Tensor:
     return products(2)(stored, values) + FLOAT32 * bias.abs()
 
 
-def modelopt_awq(stored: StoredRows) -> torch.Tensor:
+def modelopt_awq(stored: StoredRows) -> Levels:
     """Return ``q · s · pre_quant_scale``; ModelOpt 0.47 ``W4A16_AWQ``.
 
     A byte has two outputs, the low half the even one, each in two's complement.
@@ -93,7 +103,7 @@ def modelopt_awq(stored: StoredRows) -> torch.Tensor:
     shifts = torch.tensor([4 * (n % 2) for n in lines.numbers]).view(-1, 1)
     halves = raw.content[places].long() >> shifts & 15
     codes = torch.where(halves >= 8, halves - 16, halves)
-    values = codes.double() * _spread(stored, lines, "scale")
+    scale = _spread(stored, lines, "scale")
     if text(stored, "pre"):
-        values *= stored.whole("pre_quant_scale")
-    return lines.as_rows(values, stored)
+        scale = scale * stored.whole("pre_quant_scale")
+    return Levels(codes.double(), integers(-8, 7), scale).split(lines, stored)

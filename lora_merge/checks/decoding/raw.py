@@ -89,6 +89,21 @@ def _table(dtype: str) -> torch.Tensor:
     return torch.tensor([_BYTES[dtype](code) for code in range(256)], dtype=torch.float64)
 
 
+@cache
+def table_of(dtype: str) -> torch.Tensor:
+    """Return every number that a byte can be, in order: float64 ``[n]``, without infinity and NaN."""
+    values = _table(dtype)
+    return values[values.isfinite()].unique()
+
+
+@cache
+def e2m1() -> torch.Tensor:
+    """Return every number of E2M1, in order: float64 ``[15]``."""
+    import torch
+
+    return torch.tensor(sorted(set(E2M1)), dtype=torch.float64)
+
+
 def _e4m3(code: int) -> float:
     """One sign, four bits of exponent with bias 7, three of fraction; no infinity (OCP 8-bit Floating Point 1.0)."""
     sign, exponent, fraction = -1.0 if code & 0x80 else 1.0, code >> 3 & 0xF, code & 7

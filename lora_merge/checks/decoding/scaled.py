@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.checks.decoding.decoder import Lines, StoredRows, gathered, setting, text
+from lora_merge.checks.decoding.decoder import Levels, Lines, StoredRows, gathered, integers, setting, text
+from lora_merge.checks.decoding.raw import table_of
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ _ONE_127TH = 7.874015718698502e-3
 """1/127 as float32 has it: bitsandbytes multiplies by that (``MM_DEQUANT_CONSTANT``)."""
 
 
-def scaled(stored: StoredRows) -> torch.Tensor:
+def scaled(stored: StoredRows) -> Levels:
     """Return ``q[i, j] · s[i // block_rows, j // block_columns]``. A block of zero rows or columns is a whole axis."""
     lines = Lines.of(stored)
     height, width = (
@@ -24,12 +25,13 @@ def scaled(stored: StoredRows) -> torch.Tensor:
         setting(stored, "block_columns") or lines.width,
     )
     high = -(-lines.height // height)
-    codes = _codes(stored, lines, text(stored, "codes"))
+    codes = text(stored, "codes")
     # Each matrix of a stack has a grid, and the last block of an axis may be cut off.
     wanted = [n // lines.height * high + n % lines.height // height for n in lines.numbers]
     raw, places = gathered(stored, "scale", wanted, lines.n_matrices * high)
     scale = raw.floats(_POWERS)[places].repeat_interleave(width, 1)[:, : lines.width]
-    return lines.as_rows(codes * scale, stored)
+    table = integers(-128, 127) if codes == "I8" else table_of(codes)
+    return Levels(_codes(stored, lines, codes), table, scale).split(lines, stored)
 
 
 def _codes(stored: StoredRows, lines: Lines, dtype: str) -> torch.Tensor:
@@ -39,8 +41,11 @@ def _codes(stored: StoredRows, lines: Lines, dtype: str) -> torch.Tensor:
     return raw.content.view(torch.int8).double() if dtype == "I8" else raw.floats(dtype)
 
 
-def llm_int8(stored: StoredRows) -> torch.Tensor:
-    """Return ``q[i, j] · SCB[i] / 127``; bitsandbytes 0.50 ``int8_vectorwise_dequant``."""
+def llm_int8(stored: StoredRows) -> Levels:
+    """Return ``q[i, j] · SCB[i] / 127``; bitsandbytes 0.50 ``int8_vectorwise_dequant``. It makes no code of
+    -128.
+    """
     lines = Lines.of(stored)
     scale = stored.part("scale", lines.numbers, lines.count).floats()
-    return lines.as_rows(_codes(stored, lines, "I8") * scale * _ONE_127TH, stored)
+    codes = _codes(stored, lines, "I8")
+    return Levels(codes, integers(-127, 127), scale * _ONE_127TH).split(lines, stored)

@@ -1,0 +1,289 @@
+"""Does a rounding that should keep the adapter's effect keep it? What rounding did to it is computed again, and compared with
+what the merge recorded.
+
+A LoRA acts on an input x through A x alone. With Q an orthonormal basis of A's rows, e the rounding errors and Δ the change of a
+weight, ``‖e Qᵀ‖`` is what rounding did to the effect, and ``‖Δ Qᵀ‖`` is the effect. Both are sums over outputs, so some outputs
+have no more of it than all.
+
+How far two computations may differ: float32 misses each value by what the formulas say, d, and ``‖d Qᵀ‖ ≤ ‖d‖``; its sums of n products
+are off by about √n · 2⁻²⁴ ‖e‖ for each row of Q; and Q itself is rounded (`lora_merge.checks.spans.Basis.off`). The effect of a sum of
+products s·BA is recorded as √(b (AAᵀ) bᵀ), whose square is off by about r · 2⁻²⁴ (Σ|bᵢ| ‖aᵢ‖)².
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from lora_merge.checks.spans import Basis, Spans
+from lora_merge.core.report import error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from lora_merge.checks.formulas import Value
+    from lora_merge.checks.reading import Tensors
+    from lora_merge.core.plan import Merge
+    from lora_merge.core.report import Issue
+    from lora_merge.core.tensor import Survival
+
+_FLOAT32 = 2.0**-24
+
+_SUMS = 16
+"""Standard errors of a float32 sum that are accepted."""
+
+_NUMBERS = 4
+"""Roundings of a value that is divided by its scale, and multiplied again."""
+
+_DIGITS = 1e-6
+"""Relative difference: a manifest has nine digits."""
+
+_FEW_ROWS = 8
+_UNLIKE = 32
+"""Of at least `_FEW_ROWS` rows, how many times the recorded norm of as many rows theirs may be: scales differ from row to row."""
+
+_FEW_VALUES = 1024
+_LOST = 0.1
+"""Share of the effect that the nearest numbers must lose before it is a fault that the stored ones lose as much."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Squares, over all outputs that were seen; and how far off what was recorded of them may be."""
+
+    error: float = 0.0
+    nearest: float = 0.0
+    effect: float = 0.0
+    error_off: float = 0.0
+    effect_off: float = 0.0
+    square_off: float = 0.0
+    n_rows: int = 0
+    n_values: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Some rows of a merged weight, all float64 ``[rows, columns]``."""
+
+    numbers: Sequence[int]
+    stored: torch.Tensor
+    nearest: torch.Tensor
+    """What would be stored if each value became the nearest number."""
+
+    before: torch.Tensor
+    """The base's."""
+
+    wanted: Value
+
+
+@dataclass(slots=True, eq=False)
+class _Seen:
+    """What the outputs of a span see: each float64 ``[outputs, r]``, and squares ``[outputs]`` of what may be off."""
+
+    error: torch.Tensor
+    nearest: torch.Tensor
+    effect: torch.Tensor
+    off: torch.Tensor
+    size: torch.Tensor
+    change: torch.Tensor
+
+    def add(self, other: _Seen) -> None:
+        self.error += other.error
+        self.nearest += other.nearest
+        self.effect += other.effect
+        self.off += other.off
+        self.size += other.size
+        self.change += other.change
+
+
+class Effect:
+    """What rounding did to the adapters' effect on one weight.
+
+    Args:
+        reader: reads factors.
+        op: what was done to it.
+        is_whole: whether all rows will be seen.
+
+    Raises:
+        CheckpointError: a factor cannot be read.
+    """
+
+    def __init__(self, reader: Tensors, op: Merge, *, is_whole: bool) -> None:
+        self._op, self._is_whole = op, is_whole
+        self._is_adapter = op.rounding is not None and op.rounding.method == "adapter"
+        self._spans = Spans(reader, op) if self._is_adapter or not op.target.is_dense else None
+        self._sums = _Sums()
+        self._turned: dict[tuple[int, int], tuple[Basis, slice, _Seen]] = {}
+
+    @property
+    def is_asked(self) -> bool:
+        """True where there is an effect to look at. Of a weight stored ``[in, out]`` a few rows are a few inputs, which do not
+        tell.
+        """
+        return self._spans is not None and bool(self._spans.ranges) and (self._is_whole or not self._spans.along)
+
+    def moved(self, rows: Sequence[int]) -> torch.Tensor:
+        """Return which values of some rows rounding for the adapter may have moved: bool, broadcast to the rows."""
+        import torch
+
+        if not self._is_adapter or self._spans is None:
+            return torch.zeros(1, 1, dtype=torch.bool)
+        return self._spans.mask(rows)
+
+    def add(self, rows: Rows) -> None:
+        """Look at some rows."""
+        assert self._spans is not None
+        self._sums.n_rows += len(rows.numbers)
+        for own, columns, basis, outputs, inputs in self._pieces(rows.numbers):
+            seen = self._seen(rows, own, columns, basis.rows[:, inputs])
+            self._sums.n_values += len(own) * (columns.stop - columns.start)
+            if not self._spans.along:
+                self._count(seen, basis, outputs)
+                continue
+            # Its sums over inputs are whole after the last row.
+            key = int(outputs[0]), int(outputs[-1])
+            if key in self._turned:
+                self._turned[key][2].add(seen)
+            else:
+                self._turned[key] = basis, slice(0, len(outputs)), seen
+
+    def _pieces(
+        self, rows: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, slice, Basis, torch.Tensor, slice | torch.Tensor]]:
+        """Yield, for each span that has some of the rows: which of them; their columns; the basis; the outputs, as the span counts
+        them from its first (of the basis' ``left``); and the inputs.
+        """
+        import torch
+
+        assert self._spans is not None
+        view, numbers = self._op.view, torch.tensor(rows)
+        for first, last, looks in self._spans.ranges:
+            if self._spans.along:
+                matrix, left = divmod(first, view.columns)
+                own = (numbers // view.rows == matrix).nonzero().flatten()
+            else:
+                own = ((numbers >= first) & (numbers < last)).nonzero().flatten()
+            if not len(own):
+                continue
+            basis = self._spans.basis(first, last, looks)
+            if basis is None:
+                continue
+            if self._spans.along:
+                columns, outputs = slice(left, left + last - first), torch.arange(first, last)
+                yield own, columns, basis, outputs, numbers[own] % view.rows
+            else:
+                yield own, slice(0, view.columns), basis, numbers[own] - first, slice(None)
+
+    def _seen(self, rows: Rows, own: torch.Tensor, columns: slice, basis: torch.Tensor) -> _Seen:
+        def cut(values: torch.Tensor) -> torch.Tensor:
+            found = values[own][:, columns]
+            return found.T if self._spans is not None and self._spans.along else found
+
+        wanted, off, stored, before = map(cut, (*rows.wanted, rows.stored, rows.before))
+        error, change = stored - wanted, wanted - before
+        # A plain number is a float32 already, and its error is exact.
+        numbers = 0.0 if self._op.target.is_dense else _NUMBERS * _FLOAT32 * (wanted.abs() + stored.abs())
+        return _Seen(
+            error @ basis.T,
+            (cut(rows.nearest) - wanted) @ basis.T,
+            change @ basis.T,
+            (off + numbers).square().sum(1),
+            error.square().sum(1),
+            change.square().sum(1) + (off + _FLOAT32 * (wanted.abs() + before.abs())).square().sum(1),
+        )
+
+    def _count(self, seen: _Seen, basis: Basis, outputs: torch.Tensor) -> None:
+        """Add what some outputs see to the sums."""
+        assert self._spans is not None
+        sums, rank, n = self._sums, len(basis.rows), self._spans.n_inputs
+        share = _SUMS * _FLOAT32 * sqrt(n * rank) + basis.off
+        sums.error += float(seen.error.square().sum())
+        sums.nearest += float(seen.nearest.square().sum())
+        sums.effect += float(seen.effect.square().sum())
+        sums.error_off += float((seen.off.sqrt() + share * seen.size.sqrt()).square().sum())
+        sums.effect_off += float((seen.off.sqrt() + share * seen.change.sqrt()).square().sum())
+        reach = basis.left[outputs].abs() @ basis.sizes
+        sums.square_off += float((2 * len(basis.sizes) + 8) * _FLOAT32 * reach.square().sum())
+
+    def _finish(self) -> None:
+        for basis, outputs, seen in self._turned.values():
+            import torch
+
+            self._count(seen, basis, torch.arange(outputs.start, outputs.stop))
+        self._turned.clear()
+
+    def problem(self, name: str, record: Survival | None) -> Issue | None:
+        """Return what is wrong with what was seen, after the last row; None where nothing is.
+
+        Args:
+            name: of the tensor.
+            record: what the merge recorded of it, if that is known.
+        """
+        self._finish()
+        found = _Norms.of(self._sums)
+        if self._is_adapter and self._sums.n_values >= _FEW_VALUES and found.is_lost():
+            sentence = (
+                f"was to be rounded so that the adapter's effect is kept, and {found.lost} of it is lost: no less than if each "
+                "value had become the nearest number"
+            )
+            return error("effect-lost", name, sentence, "merge again; if it stays, report it with the adapter")
+        if record is None or record.effect_norm < 0:
+            return None
+        wrong = found.against(record, self._sums, self._op.view.n_rows, is_whole=self._is_whole)
+        if not wrong:
+            return None
+        hint = "the record of this tensor and its values do not belong together: merge again"
+        return error("wrong-effect", name, wrong, hint)
+
+
+@dataclass(frozen=True, slots=True)
+class _Norms:
+    """The roots of the sums."""
+
+    error: float
+    nearest: float
+    effect: float
+    error_off: float
+    effect_off: float
+
+    @classmethod
+    def of(cls, sums: _Sums) -> _Norms:
+        effect = sqrt(sums.effect)
+        # |√(E² + δ) - E| is at most √δ, and at most δ / E.
+        root = min(sqrt(sums.square_off), sums.square_off / effect if effect else sums.square_off)
+        return cls(
+            sqrt(sums.error), sqrt(sums.nearest), effect, sqrt(sums.error_off), sqrt(sums.effect_off) + root
+        )
+
+    @property
+    def lost(self) -> str:
+        """The share of the effect that is lost, in words."""
+        return f"{self.error / self.effect:.0%}" if self.effect else "all"
+
+    def is_lost(self) -> bool:
+        """Return True where the stored numbers lose as much of the effect as the nearest would, and that is much."""
+        is_much = self.nearest > max(_LOST * self.effect, 4 * self.error_off)
+        return is_much and self.error + self.error_off >= self.nearest
+
+    def against(self, record: Survival, sums: _Sums, n_rows: int, *, is_whole: bool) -> str:
+        """Return what differs from a record, as a sentence; empty where nothing does."""
+        for what, found, recorded, off in (
+            ("rounding changes the adapter's effect by", self.error, record.effect_error, self.error_off),
+            ("the adapter's effect is", self.effect, record.effect_norm, self.effect_off),
+        ):
+            room = off + _DIGITS * recorded
+            most = recorded + room
+            where = f"in {sums.n_rows} of {n_rows} rows"
+            if is_whole:
+                if not abs(found - recorded) <= room:
+                    return f"{what} {found:.6g}, and {recorded:.6g} is recorded; they may differ by {room:.2g}"
+            elif not found <= most:
+                return f"{what} {found:.6g} {where}, and {recorded:.6g} is recorded of all"
+            elif sums.n_rows >= _FEW_ROWS and what.startswith("rounding"):
+                share = recorded * sqrt(sums.n_rows / n_rows)
+                if not found <= _UNLIKE * share + off:
+                    return f"{what} {found:.6g} {where}, and what is recorded of all is {share:.2g} for as many"
+        return ""
