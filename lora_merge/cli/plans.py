@@ -67,7 +67,9 @@ def print_foreseen(foreseen: Mapping[str, Foreseen]) -> None:
     """Print what each rounding would keep of the adapters' change."""
     console = screen()
     n = len(next(iter(foreseen.values())).tensors)
-    shown = table("rounding", "change kept", "effect off by", "values unchanged", title=f"by a sample of {n} weights")
+    shown = table(
+        "rounding", "change kept", "effect off by", "values unchanged", title=f"by a sample of {n} weights"
+    )
     for method, one in foreseen.items():
         off = "-" if one.effect_error is None else f"{one.effect_error:.1%}"
         add_row(shown, method, f"{one.kept:.1%}", off, f"{one.unchanged:.1%}")

@@ -57,7 +57,12 @@ class Grid:
 
         # The library's arithmetic is for whole tiles.
         return replace(
-            self, keep=_not_kept, scale=cut(self.scale), zero=cut(self.zero), bias=cut(self.bias), quotient=None
+            self,
+            keep=_not_kept,
+            scale=cut(self.scale),
+            zero=cut(self.zero),
+            bias=cut(self.bias),
+            quotient=None,
         )
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lora_merge.core.adapter import Delta
-from lora_merge.requests.choices import AdapterFormat, ExpertForm, Naming
 from lora_merge.core.plan import Step
 from lora_merge.core.report import Issue
 from lora_merge.core.tensor import TensorRef
 from lora_merge.core.weight import Weight
+from lora_merge.requests.choices import AdapterFormat, ExpertForm, Naming
 
 Form = Literal["linear", "embedding", "convolution", "experts"]
 """How PEFT names and shapes the factors of a module."""

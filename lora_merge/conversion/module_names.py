@@ -14,10 +14,10 @@ from lora_merge.serving.traits import PACKED
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lora_merge.requests.choices import Naming
     from lora_merge.core.tensor import TensorRef
     from lora_merge.layouts import Stored
     from lora_merge.planning.joined import Joined
+    from lora_merge.requests.choices import Naming
 
 _WHOLE = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+?)"

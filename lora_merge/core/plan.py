@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from heapq import nlargest
 from typing import Literal
 
 from lora_merge.core.adapter import PlacedDelta
@@ -16,16 +14,8 @@ from lora_merge.core.facts import Reach
 from lora_merge.core.report import Issue, Summary
 from lora_merge.core.shards import OutputFile
 from lora_merge.core.tensor import TensorRef
-from lora_merge.core.view import PANEL_ELEMENTS, TILE_ELEMENTS, Block, Spread, View
+from lora_merge.core.view import View
 from lora_merge.core.weight import Storage, Weight
-
-RUNTIME_BYTES = 260 << 20
-"""Resident memory of the interpreter with torch loaded, before the first tile."""
-
-# Added only where a delta says `Facts.by_peft`.
-PEFT_BYTES = 140 << 20
-"""What transformers and PEFT add to that, where PEFT's own layers merge."""
-
 
 Action = Literal["merged", "replaced", "cast", "copied"]
 
@@ -224,14 +214,6 @@ class MergePlan:
         )
         return small + sum(file.nbytes for file in self.files)
 
-    def peak_bytes(self, n_workers: int, tile_elements: int | None = None) -> int:
-        """Return an estimate of the resident memory of the merge, in bytes."""
-        # A worker keeps the buffers of its heaviest step. At worst the heaviest steps run at the same time.
-        heaviest = nlargest(n_workers, (_step_bytes(step, tile_elements) for step in self.steps))
-        merges = [step.op for step in self.steps if isinstance(step.op, Merge)]
-        by_peft = any(delta.facts.by_peft for op in merges for delta in op.deltas)
-        return RUNTIME_BYTES + by_peft * PEFT_BYTES + sum(heaviest)
-
     def summary(self, n_workers: int = 0, peak_bytes: int = 0, disk_free_bytes: int = 0) -> Summary:
         """Return the plan in numbers, with those of the machine that is to carry it out: they are only passed on."""
         deltas = [delta for step in self.steps if isinstance(step.op, Merge) for delta in step.op.deltas]
@@ -270,35 +252,6 @@ def _module_ranks(deltas: list[PlacedDelta]) -> dict[str, int]:
             # Several deltas of one adapter are mostly on different parts (experts): their ranks do not add up.
             own[delta.adapter] = max(own.get(delta.adapter, 0), delta.rank)
     return {parameter: sum(own.values()) for parameter, own in ranks.items()}
-
-
-def _step_bytes(step: Step, tile_elements: int | None) -> int:
-    """Return the memory that a worker needs for one step, in bytes: its tile in all its forms, and its factors."""
-    match step.op:
-        case Copy():
-            return 4 * TILE_ELEMENTS
-        case Merge() as op:
-            tiles = op.tiles(tile_elements)
-            elements = max((end - start for start, end in tiles), default=0) * op.view.columns
-            factors = max((sum(map(_factor_bytes, found)) for found in _together(op, tiles)), default=0)
-            panel = 8 * PANEL_ELEMENTS if op.reach == "columns" else 0
-            # the raw tile, its float32 form, the delta, and the encoded tile
-            return (8 + 4 + 4 + 8) * elements + 2 * factors + panel + op.held_bytes
-
-
-def _together(op: Merge, tiles: Sequence[tuple[int, int]]) -> Iterator[Sequence[PlacedDelta]]:
-    """Yield the deltas that are at work at the same time: on each tile, those that meet it."""
-    # Without boxes every delta is on all rows, so each tile meets all of them.
-    if not any(delta.region.box for delta in op.deltas):
-        yield op.deltas
-        return
-    spread = Spread(Block.of(op.view, delta.region.box) for delta in op.deltas)
-    for start, end in tiles:
-        yield [op.deltas[n] for n in spread.meeting(start, end)]
-
-
-def _factor_bytes(delta: PlacedDelta) -> int:
-    return sum(4 * math.prod(ref.shape) for ref in delta.factors.values())
 
 
 def _count(values: list[str]) -> dict[str, int]:

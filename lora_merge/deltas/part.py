@@ -54,9 +54,7 @@ class Part:
                     own = slice(low - look.outputs[0], high - look.outputs[0])
                     outputs = (first + low - done, first + high - done)
                     other = None if look.other is None else look.other[own]
-                    found.append(
-                        Look(outputs, inputs[0] + look.first_input, look.factor, other, look.scale)
-                    )
+                    found.append(Look(outputs, inputs[0] + look.first_input, look.factor, other, look.scale))
                 done += last - first
         return found
 

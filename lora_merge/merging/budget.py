@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.core.plan import RUNTIME_BYTES
 from lora_merge.core.view import TILE_ELEMENTS
+from lora_merge.merging.peak import RUNTIME_BYTES, peak_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,7 +73,7 @@ def allot(
     while True:
         for size in sizes:
             # Each process loads torch for itself; `plan.peak_bytes` counts that once, for the driver.
-            peak = plan.peak_bytes(n, size) + in_processes * n * RUNTIME_BYTES
+            peak = peak_bytes(plan, n, size) + in_processes * n * RUNTIME_BYTES
             budget = Budget(n, size, peak)
             if limit_bytes is None or budget.peak_bytes <= limit_bytes:
                 return budget

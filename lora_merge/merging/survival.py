@@ -80,7 +80,9 @@ def _drowned(plain: Mapping[str, Survival], n_all: int) -> tuple[Issue, ...]:
         f"(‖Δ‖/‖W‖ is {worst.relative:.1e}, {worst.kept:.0%} of Δ arrives); "
         f"so it is, above {DROWNED_SHARE:.0%}, in {len(drowned)} of {n_all} merged tensors"
     )
-    hint = "--rounding adapter keeps the adapter's effect; --dtype float32 or float16 keeps more of each value"
+    hint = (
+        "--rounding adapter keeps the adapter's effect; --dtype float32 or float16 keeps more of each value"
+    )
     return (warning("delta-drowns", name, sentence, hint),)
 
 

@@ -11,8 +11,8 @@ from lora_merge.errors import PlanError, UnsupportedError
 from lora_merge.planning.draft import join, touches_embeddings
 from lora_merge.planning.joined import Joined
 from lora_merge.planning.placing import decoded_dtype_patch, dtype_patch, main_dtype, place_all, slots_of
-from lora_merge.planning.questions import combining_issues, judged, merged_before, storing_issues
 from lora_merge.planning.quantising import targets_of
+from lora_merge.planning.questions import combining_issues, judged, merged_before, storing_issues
 from lora_merge.planning.settings import Policy, Reading
 from lora_merge.planning.steps import beyond_float32, with_survey
 from lora_merge.planning.stored_otherwise import in_mlx_layout

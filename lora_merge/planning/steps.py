@@ -15,7 +15,7 @@ from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
 from lora_merge.core.view import View
 from lora_merge.core.weight import FLOAT32, WEIGHT, Storage, Tile, Weight
 from lora_merge.planning.change import Change, combined_rank
-from lora_merge.rounding.adapter import band_rows
+from lora_merge.rounding.bands import band_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,9 +96,7 @@ class Wanted:
             _held_bytes(source, view) * (2 if on_stored_grid else 1),
             rounding,
             on_stored_grid,
-            multiple=_multiple(
-                source, self.target, view, deltas, rounding, on_stored_grid=on_stored_grid
-            ),
+            multiple=_multiple(source, self.target, view, deltas, rounding, on_stored_grid=on_stored_grid),
         )
 
     @property
@@ -195,7 +193,8 @@ def with_survey(steps: Sequence[Step], targets: Targets) -> tuple[Step, ...]:
     merges = {step.name: step.op for step in steps if isinstance(step.op, Merge)}
     return tuple(
         replace(
-            step, op=replace(step.op, surveyed=tuple(merges[mate] for mate in targets.weights[step.name].mates))
+            step,
+            op=replace(step.op, surveyed=tuple(merges[mate] for mate in targets.weights[step.name].mates)),
         )
         if isinstance(step.op, Merge) and step.name in targets.weights
         else step

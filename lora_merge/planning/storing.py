@@ -187,7 +187,9 @@ def _with_exceptions(base: Checkpoint, outline: Outline, decoded: frozenset[str]
 def _said_quantised(outline: Outline, targets: Targets) -> Issue:
     """Return a note on what is quantised, and how small it becomes."""
     n = sum(outline.sources[name].nbytes for name in targets.weights)
-    size = sum(nbytes_of(dtype, shape) for one in targets.weights.values() for _, dtype, shape in one.parts.values())
+    size = sum(
+        nbytes_of(dtype, shape) for one in targets.weights.values() for _, dtype, shape in one.parts.values()
+    )
     sentence = (
         f"{counted(len(targets.weights), 'weight')} are quantised to {targets.scheme.words}: "
         f"{size_text(size)}, {size_text(n)} in the base; {targets.scheme.engines} load it"
@@ -225,9 +227,7 @@ def _said(
     elif decoded == quantised:
         sentence = f"{weights} are decoded to {dtype}"
         if mates != quantised:
-            sentence += (
-                f"; {len(mates)} of them change, or are loaded together with one that does ({dense}; {mixed}; {base})"
-            )
+            sentence += f"; {len(mates)} of them change, or are loaded together with one that does ({dense}; {mixed}; {base})"
         else:
             sentence += f" ({dense}; {base})"
     else:

@@ -62,7 +62,7 @@ class PlanOptions(TypedDict, total=False):
     (mixed); or as the base stores them, with new codes on its own scales (base). Default: dense, unless no
     quantised weight changes: then all are copied."""
 
-    quantize: Literal["fp8", "fp8-block", "fp8-channel", "int8", "int4", "int4-g32", "int4-asym", "int4-asym-g32", "mxfp4", "mxfp8", "nvfp4"] | None
+    quantize: str | None
     """Quantise the linear layers of the output. Default: they stay as they are."""
 
     ignore: str | Sequence[str]

@@ -78,7 +78,7 @@ BASE_IS = Kind("BaseIs", values.parse_choice(BaseIs, "kind of base"), _shown(Bas
 COMBINE = Kind("str", values.parse_name(_combinations, "way to combine"), names=_combinations)
 OUT_STORAGE = Kind("OutputStorage", values.parse_choice(OutputStorage, "way to store"), _shown(OutputStorage))
 ROUNDING = Kind("RoundingMethod", values.parse_choice(RoundingMethod, "way to round"), _shown(RoundingMethod))
-SCHEME = Kind("str", values.parse_name(_schemes, "scheme"), names=_schemes, metavar="SCHEME")
+SCHEME = Kind("str", values.parse_name(_schemes, "scheme"), metavar="SCHEME", names=_schemes, accepts="str")
 DTYPE = Kind("OutputDtype", values.parse_dtype, _shown(OutputDtype))
 ENGINE = Kind("Engine", values.parse_choice(Engine, "engine"), _shown(Engine))
 EXPERTS = Kind("ExpertForm", values.parse_choice(ExpertForm, "form of experts"))

@@ -20,7 +20,7 @@ import yaml
 from lora_merge.batches import run as batches
 from lora_merge.cli import exits
 from lora_merge.cli.watching import _Board, _Plain
-from lora_merge.core.plan import RUNTIME_BYTES
+from lora_merge.merging.peak import RUNTIME_BYTES
 from lora_merge.storage import journal
 from lora_merge.storage import publish as publishing
 from lora_merge.storage.folder import Folder

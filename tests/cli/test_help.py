@@ -119,9 +119,9 @@ def test_the_help_of_merge_shows_an_option_and_its_values(option, cli):
 def test_the_values_in_the_help_are_those_that_parse(cli):
     from typing import get_args
 
-    from lora_merge.requests.choices import BaseIs
     from lora_merge.deltas import COMBINATIONS
     from lora_merge.executors import choices
+    from lora_merge.requests.choices import BaseIs
 
     shown = cli("merge", "--help").output
     assert f"--combine [{'|'.join(['linear', *COMBINATIONS])}]" in shown

@@ -6,11 +6,12 @@ import pytest
 
 from lora_merge.core.adapter import Delta
 from lora_merge.core.checkpoint import ConfigPatch
-from lora_merge.core.plan import RUNTIME_BYTES, Copy, MergePlan
+from lora_merge.core.plan import Copy, MergePlan
 from lora_merge.core.tensor import TensorRef
 from lora_merge.core.view import TILE_ELEMENTS, View
 from lora_merge.deltas import LowRankFacts
 from lora_merge.merging.budget import CUDA_TILE_ELEMENTS, MOST_WORKERS, Budget, allot, peak_together
+from lora_merge.merging.peak import RUNTIME_BYTES, peak_bytes
 from tests.steps import dense_merge, step_at
 
 MB = 1 << 20
@@ -34,7 +35,7 @@ PLAN = plan_of(*[step_of(4096, 4096)] * 3)
 def test_with_memory_for_all_there_is_a_worker_for_every_core_and_tiles_of_the_best_size():
     budget = allot(PLAN, None, 4, None)
     assert (budget.n_workers, budget.tile_elements) == (4, TILE_ELEMENTS)
-    assert budget.peak_bytes == PLAN.peak_bytes(4)
+    assert budget.peak_bytes == peak_bytes(PLAN, 4)
     assert allot(PLAN, None, 4, 1 << 40) == budget
 
 
@@ -68,14 +69,14 @@ def test_what_is_allotted_fits_and_one_more_of_anything_would_not(limit_mb):
         assert (budget.n_workers, budget.tile_elements) == (1, TILE_ELEMENTS // 8)
         return
     if budget.tile_elements < TILE_ELEMENTS:
-        assert PLAN.peak_bytes(budget.n_workers, 2 * budget.tile_elements) > limit
+        assert peak_bytes(PLAN, budget.n_workers, 2 * budget.tile_elements) > limit
     if budget.n_workers < 3:
-        assert PLAN.peak_bytes(budget.n_workers + 1, TILE_ELEMENTS // 8) > limit
+        assert peak_bytes(PLAN, budget.n_workers + 1, TILE_ELEMENTS // 8) > limit
 
 
 def test_whole_tensors_in_memory_cost_workers_since_tiles_do_not_help():
     plan = plan_of(*[step_of(4096, 4096, "tensor")] * 3)
-    one = plan.peak_bytes(1)
+    one = peak_bytes(plan, 1)
     assert allot(plan, 3, 3, one).n_workers == 1
     assert allot(plan, 3, 3, one - 1).peak_bytes > one - 1
     assert one - RUNTIME_BYTES > 4096 * 4096 * 12
@@ -83,7 +84,7 @@ def test_whole_tensors_in_memory_cost_workers_since_tiles_do_not_help():
 
 def test_the_peak_is_that_of_the_heaviest_steps_together_not_of_the_heaviest_as_often_as_there_are_workers():
     small, large = step_of(64, 64), step_of(4096, 4096, "tensor")
-    both, alone = plan_of(small, large).peak_bytes(2), plan_of(large).peak_bytes(1)
+    both, alone = peak_bytes(plan_of(small, large), 2), peak_bytes(plan_of(large), 1)
     assert alone < both < alone + 4 * MB
 
 

@@ -144,7 +144,10 @@ class Merger:
         found, (start, end) = {}, rows
         codec, target = CODECS[op.source.storage.codec], ENCODERS[op.target.codec]
         bench = self._workbench("foreseeing", Workbench)
-        with memory_for("looking at a sample"), WeightReader(op.source, op.view.n_rows, is_watched=True) as reader:
+        with (
+            memory_for("looking at a sample"),
+            WeightReader(op.source, op.view.n_rows, is_watched=True) as reader,
+        ):
             tile = reader.tile(start, end)
             read = Parts(op.source.storage, reader.ranges(tile))
             changers = self._working(op).on(start, end)

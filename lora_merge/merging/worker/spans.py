@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.core.view import View
-    from lora_merge.deltas.algebra import Changer, Look
+    from lora_merge.deltas.algebra import Changer, Look  # noqa: TC004 - a field's type, never evaluated
 
 _KEPT = 64
 """Bases that are kept: the next tile mostly needs the same ones."""
