@@ -47,52 +47,16 @@ class Matrix(NamedTuple):
     module: str
     """Its module as the checkpoint spells it; of a stack of experts the module that owns it."""
 
+    path: str
+    """Its module as transformers has it; the same where that has no other name for it."""
+
     shape: tuple[int, ...]
     kind: Kind
 
-
-def matrices_of(joined: Joined) -> list[Matrix]:
-    """Return the floating-point weights of an output that have two axes or more, in the order of its files."""
-    found = []
-    classes = _classes_by_place(joined)
-    for name in joined.outline.names:
-        shape, source = joined.shape(name), joined.outline.sources[name]
-        if len(shape) < 2 or (source.storage.is_dense and source.dtype not in TORCH_NAMES):
-            continue
-        module, dot, last = name.rpartition(".")
-        if last == "weight" and dot:
-            found.append(Matrix(name, module, shape, _kind(joined, module, shape, classes)))
-        elif len(shape) == 3 and _STACK.search(name):
-            found.append(Matrix(name, module, shape, "stack"))
-    return found
-
-
-def _kind(joined: Joined, module: str, shape: tuple[int, ...], classes: dict[str, str]) -> Kind:
-    last = module.rpartition(".")[2]
-    skeleton = joined.skeleton
-    path = joined.stored.module(module)
-    if len(shape) != 2:
-        return "stack" if len(shape) == 3 and _STACK.search(module) else "other"
-    if last in OUTPUT_NAMES or (skeleton is not None and path == skeleton.output_embedding):
-        return "head"
-    if last in INPUT_NAMES or (skeleton is not None and path == skeleton.input_embedding):
-        return "embedding"
-    kind = _by_class(joined, module, classes)
-    if kind in ("linear", "outside", "unknown"):
-        if TOWER.search(module) or TOWER.search(path):
-            return "tower"
-        if last in _ROUTERS or "router" in module.split("."):
-            return "router"
-    return kind
-
-
-def spellings_of(joined: Joined, module: str) -> tuple[str, ...]:
-    """Return a module's names: as the checkpoint spells it, then as transformers does where it has another name for it."""
-    path = joined.stored.module(module)
-    skeleton = joined.skeleton
-    # An expert's module may be a part of a stack there, which is no module.
-    is_module = path != module and skeleton is not None and path in skeleton.classes
-    return (module, path) if is_module else (module,)
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Its module's names, the checkpoint's first."""
+        return (self.module,) if self.path == self.module else (self.module, self.path)
 
 
 def head_of(joined: Joined) -> str:
@@ -103,32 +67,67 @@ def head_of(joined: Joined) -> str:
     return "lm_head" if skeleton is None else skeleton.output_embedding or ""
 
 
-def _by_class(joined: Joined, module: str, classes: dict[str, str]) -> Kind:
-    """Return what kind of module it is by its class, or that of the same module in another layer."""
-    last = module.rpartition(".")[2]
-    known = joined.class_of(module) or classes.get(_NUMBER.sub("#", module), "")
-    is_inside = _NUMBER.search(f"{module}.") is not None
+def matrices_of(joined: Joined) -> list[Matrix]:
+    """Return the floating-point weights of an output that have two axes or more, in the order of its files."""
+    skeleton = joined.skeleton
+    classes = {} if skeleton is None else skeleton.classes
+    owners = dict(_owners(joined))
+    # An expert's module may be a part of a stack in the model, which is no module.
+    paths = {module: joined.stored.module(module) for module in dict.fromkeys(owners.values())}
+    paths = {module: path if path in classes else module for module, path in paths.items()}
+    # Repeated layers have more numbers than the base.
+    by_place = {_NUMBER.sub("#", module): classes[path] for module, path in paths.items() if path in classes}
+    found = []
+    for name, module in owners.items():
+        known = classes.get(paths[module]) or by_place.get(_NUMBER.sub("#", module), "")
+        kind = _kind(joined, name, (module, paths[module]), known)
+        found.append(Matrix(name, module, paths[module], joined.shape(name), kind))
+    return found
+
+
+def _owners(joined: Joined) -> Iterator[tuple[str, str]]:
+    """Yield ``(parameter, module)`` of the weights and of the stacks of experts."""
+    for name in joined.outline.names:
+        source = joined.outline.sources[name]
+        if len(joined.shape(name)) > 1 and (not source.storage.is_dense or source.dtype in TORCH_NAMES):
+            module, dot, last = name.rpartition(".")
+            is_stack = len(joined.shape(name)) == 3 and _STACK.search(name) is not None
+            if dot and (last == "weight" or is_stack):
+                yield name, module
+
+
+def _kind(joined: Joined, name: str, names: tuple[str, str], known: str) -> Kind:
+    """Return what a weight belongs to.
+
+    Args:
+        joined: what the output is made of.
+        name: of the parameter.
+        names: of its module, as the checkpoint spells it and as transformers does.
+        known: its class, or that of the same module in another layer; empty where there is none.
+    """
+    module, path = names
+    last, shape, skeleton = module.rpartition(".")[2], joined.shape(name), joined.skeleton
+    if len(shape) != 2:
+        return "stack" if len(shape) == 3 and _STACK.search(name) else "other"
+    if last in OUTPUT_NAMES or (skeleton is not None and path == skeleton.output_embedding):
+        return "head"
+    if last in INPUT_NAMES or known == "Embedding":
+        return "embedding"
     if known == "Conv1D" or (not known and last in _CONV1D_NAMES and may_hold_conv1d(joined.base.config)):
         return "conv1d"
-    if known == "Embedding":
-        return "embedding"
+    return _of_matrix(names, known, is_model_known=skeleton is not None)
+
+
+def _of_matrix(names: tuple[str, str], known: str, *, is_model_known: bool) -> Kind:
+    """Return what a weight is that may be one of a linear layer."""
+    module, path = names
+    last = module.rpartition(".")[2]
+    if known in ("Linear", "") and (TOWER.search(module) or TOWER.search(path)):
+        return "tower"
+    if last in _ROUTERS or "router" in module.split("."):
+        return "router"
     # In transformers the experts of a layer are one stack, and in most files each is a module.
     is_named = _LINEAR_NAMES.fullmatch(last) is not None and last not in _CONV1D_NAMES
-    if not known and is_named and (joined.skeleton is None or _EXPERT.search(module)):
-        known = "Linear"
-    if known == "Linear":
-        return "linear" if is_inside else "outside"
-    # A router may be a module of a class of its own.
-    return "other" if known and last not in _ROUTERS else "unknown"
-
-
-def _classes_by_place(joined: Joined) -> dict[str, str]:
-    """Return the class of each module by its path without numbers: repeated layers have more numbers than the base."""
-    return dict(_numberless(joined)) if joined.skeleton is not None else {}
-
-
-def _numberless(joined: Joined) -> Iterator[tuple[str, str]]:
-    for module in joined.modules:
-        known = joined.class_of(module)
-        if known:
-            yield _NUMBER.sub("#", module), known
+    if known == "Linear" or (not known and is_named and (not is_model_known or _EXPERT.search(module))):
+        return "linear" if _NUMBER.search(f"{module}.") else "outside"
+    return "other" if known else "unknown"

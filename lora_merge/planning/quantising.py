@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Issue, error, note
 from lora_merge.planning.ignoring import ignored_modules
-from lora_merge.planning.linear_layers import Kind, Matrix, head_of, matrices_of, spellings_of
+from lora_merge.planning.linear_layers import Kind, Matrix, head_of, matrices_of
 from lora_merge.planning.mates import fused_with, with_mates
 from lora_merge.quantised.schemes import PartOf, Scheme
 from lora_merge.words import counted, listing
@@ -80,9 +80,9 @@ def targets_of(joined: Joined, scheme: Scheme, ignore: Sequence[str] = ()) -> Ta
         ignore: patterns of modules that stay dense, see `lora_merge.planning.ignoring`.
     """
     matrices = matrices_of(joined)
-    spellings = {one.module: spellings_of(joined, one.module) for one in matrices}
     head = head_of(joined)
-    ignored, issues = ignored_modules(ignore, {**spellings, head: (head,)} if head else spellings)
+    names = {one.module: one.spellings for one in matrices}
+    ignored, issues = ignored_modules(ignore, names | ({head: (head,)} if head else {}))
     linear = {one.name: one for one in matrices if one.kind == "linear"}
     reasons = _misfits(linear, scheme, ignored)
     chosen = [one for one in linear.values() if one.name not in reasons]
@@ -95,7 +95,7 @@ def targets_of(joined: Joined, scheme: Scheme, ignore: Sequence[str] = ()) -> Ta
     }
     others = [one for one in matrices if one.name not in weights]
     issues += _said(others, reasons, ignored)
-    return Targets(scheme, weights, _named(head, others, spellings), tuple(issues))
+    return Targets(scheme, weights, _named(head, others), tuple(issues))
 
 
 def _misfits(linear: Mapping[str, Matrix], scheme: Scheme, ignored: frozenset[str]) -> dict[str, str]:
@@ -145,16 +145,15 @@ def _nothing(joined: Joined, matrices: Sequence[Matrix], reasons: Mapping[str, s
     return error(_CODE, joined.base.root, sentence, "choose another scheme, or leave --quantize out")
 
 
-def _named(head: str, others: Sequence[Matrix], spellings: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def _named(head: str, others: Sequence[Matrix]) -> tuple[str, ...]:
     """Return the modules that the configuration has to name as dense: the head first, then in the order of the files."""
-    heads = [one.module for one in others if one.kind == "head"]
     # A head that is tied to the embeddings is no tensor, and still a module.
-    found = dict.fromkeys(name for one in heads for name in spellings[one])
+    found = dict.fromkeys(name for one in others if one.kind == "head" for name in one.spellings)
     if head:
         found |= {head: None}
     for one in others:
         if one.kind in _LISTED:
-            found |= dict.fromkeys((*spellings[one.module], *_stack(one.module)))
+            found |= dict.fromkeys((*one.spellings, *_stack(one.module)))
     return tuple(found)
 
 
