@@ -10,7 +10,7 @@ from lora_merge.checks.decoding.across import awq, gptq
 from lora_merge.checks.decoding.blockwise import bnb4
 from lora_merge.checks.decoding.decoder import Decoder, Levels, StoredRows, integers, products
 from lora_merge.checks.decoding.fp4 import fp4, mxfp4_experts
-from lora_merge.checks.decoding.integers import affine_slack, mlx_affine, modelopt_awq, packed_int
+from lora_merge.checks.decoding.packed import affine_slack, mlx_affine, modelopt_awq, packed_int
 from lora_merge.checks.decoding.raw import Raw
 from lora_merge.checks.decoding.scaled import llm_int8, scaled
 from lora_merge.core.weight import DENSE, WEIGHT
