@@ -19,13 +19,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.rounding.bands import Band, Panel, band_rows
-from lora_merge.rounding.schedule import Schedule
+from lora_merge.rounding.bands import Band, Workspace
+from lora_merge.rounding.schedule import band_rows, last_panel, schedule_of
 
 if TYPE_CHECKING:
     import torch  # noqa: TC004 - a field's type, never evaluated
 
     from lora_merge.codecs.grid import Grid
+    from lora_merge.codecs.lattice import Lattice
+    from lora_merge.rounding.bands import Panel
+    from lora_merge.rounding.schedule import Schedule, Steps
+
+
+_OTHER = 256
+"""Float32 numbers of a line that are in use at a time beside the panel: blocks, and what a lattice needs to round."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +47,13 @@ class Span:
 
 
 def round_adapter(
-    values: torch.Tensor, grid: Grid, basis: torch.Tensor, damping: float, *, along: bool = False
+    values: torch.Tensor,
+    grid: Grid,
+    basis: torch.Tensor,
+    damping: float,
+    *,
+    along: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a level for each value, so that the error vanishes on the row space of the adapter.
 
@@ -53,91 +66,90 @@ def round_adapter(
         basis: of the adapter's row space, orthonormal.
         damping: λ, see `damping_for`.
         along: the weight is stored ``[in, out]``: the sequence runs over the lines, which must be all lines of a matrix.
+        out: for the levels, in the shape of the values; it may be the values themselves. None for new memory.
 
     Shapes:
         values: float32 ``[lines, in]``, along: ``[in, out]``; basis: float32 ``[r, in]``.
 
     Returns:
         The levels, in the shape of the values, and the error ``(stored - values) Qᵀ``, float32 ``[lines, r]`` (along: ``[out,
-        r]``), both newly allocated.
+        r]``).
     """
     import torch
 
     n_rows, n_columns = values.shape[::-1] if along else values.shape
-    levels = torch.empty_like(values, memory_format=torch.contiguous_format)
+    levels = torch.empty_like(values, memory_format=torch.contiguous_format) if out is None else out
     error = values.new_zeros((n_rows, len(basis)))
-    schedule = Schedule.of(basis, damping)
+    schedule = schedule_of(basis, damping)
     size = band_rows(n_columns)
+    space = Workspace(values, max(sum(steps.sizes) for steps in schedule.panels), min(size, n_rows))
     for start in range(0, n_rows, size):
         end = min(start + size, n_rows)
-        total = _round_band(Band(values, grid, (start, end), along=along), schedule, levels)
+        total = _round_band(Band(values, grid, (start, end), space, along=along), schedule, levels)
         error[start:end] = total[:, : end - start].t()
     return levels, error
 
 
+def workspace_bytes(rank: int, columns: int, rows: int) -> int:
+    """Return the memory that `round_adapter` takes beside values, levels and error.
+
+    Args:
+        rank: directions of the basis.
+        columns: of a line, ``in``.
+        rows: lines of a call.
+    """
+    width = min(rows, band_rows(columns))
+    return 4 * width * (5 * last_panel(rank, columns) + 4 * rank + _OTHER)
+
+
 def _round_band(band: Band, schedule: Schedule, levels: torch.Tensor) -> torch.Tensor:
     """Round a band into its place among the levels; return its error, float32 ``[r, width]``."""
-    total = schedule.basis.new_zeros((len(schedule.basis), band.width))
-    first = 0
-    for panel in band.panels(levels, schedule.panels):
-        n = len(panel.numbers)
-        _decide(panel, schedule, first, total)
-        if first + n == schedule.n_columns:
-            for sweep in schedule.sweeps:
-                _decide_again(panel, schedule.basis[:, first:], sweep, total)
-        first += n
+    basis = schedule.panels[0].pushes[0]
+    total = basis.new_zeros((len(basis), band.width))
+    last = schedule.panels[-1]
+    sizes = [sum(steps.sizes) for steps in schedule.panels]
+    for steps, panel in zip(schedule.panels, band.panels(levels, sizes), strict=True):
+        _decide(panel, band.lattice, steps, total)
+        for sweep in schedule.sweeps if steps is last else ():
+            _decide_again(panel, band.lattice, sweep, total)
     return total
 
 
-def _decide(panel: Panel, schedule: Schedule, first: int, total: torch.Tensor) -> None:
+def _decide(panel: Panel, lattice: Lattice, steps: Steps, total: torch.Tensor) -> None:
     """Choose the levels of a panel, a block of columns at a time, and add their errors to the total."""
     import torch
 
-    at = 0
-    for size in schedule.blocks(first, len(panel.numbers)):
-        pull, push = (
-            schedule.pulls[first + at : first + at + size],
-            schedule.basis[:, first + at : first + at + size],
-        )
-        numbers, chosen, scale = (
-            panel.numbers[at : at + size],
-            panel.levels[at : at + size],
-            panel.scale_of(at, size),
-        )
-        shift = torch.mm(pull, total, out=panel.shift[:size])
-        if scale is not None:
-            shift.div_(scale)
-        panel.cap_(shift, at)
-        panel.lattice.nearest_(torch.sub(numbers, shift, out=chosen))
-        miss = torch.sub(chosen, numbers, out=shift)
-        if scale is not None:
-            miss.mul_(scale)
-        total.addmm_(push, miss)
-        at += size
+    space = torch.empty_like(panel.numbers[: max(steps.sizes)])
+    for size, pull, push, block in zip(
+        steps.sizes, steps.pulls, steps.pushes, panel.blocks(steps.sizes), strict=True
+    ):
+        numbers, chosen, lowest, highest, scale = block
+        shift = space[:size]
+        if scale is None:
+            torch.addmm(numbers, pull, total, alpha=-1, out=chosen)
+        else:
+            torch.mm(pull, total, out=shift)
+            torch.sub(numbers, shift.div_(scale), out=chosen)
+        torch.clamp(chosen, lowest, highest, out=chosen)
+        miss = torch.sub(lattice.nearest_(chosen), numbers, out=shift)
+        total.addmm_(push, miss if scale is None else miss.mul_(scale))
 
 
-def _decide_again(panel: Panel, basis: torch.Tensor, damping: float, total: torch.Tensor) -> None:
-    """Choose the levels of a panel again, one column after the other: the best of each, given all others.
-
-    Shapes:
-        basis: float32 ``[r, columns]``, of the panel's columns.
-    """
+def _decide_again(panel: Panel, lattice: Lattice, steps: Steps, total: torch.Tensor) -> None:
+    """Choose the levels of a panel again, a block after the other: the best of each, given all others."""
     import torch
 
-    squares = basis.square().sum(0)
-    pulls = (basis / (squares + damping)).t().contiguous()
-    shares = (squares / (squares + damping)).tolist()
-    for at in range(len(panel.numbers)):
-        numbers, chosen, scale = panel.numbers[at : at + 1], panel.levels[at : at + 1], panel.scale_of(at, 1)
-        shift = torch.mm(pulls[at : at + 1], total, out=panel.shift[:1])
-        if scale is not None:
-            shift.div_(scale)
-        # The total has this column's own error in it, which the new level replaces.
-        shift.sub_(torch.sub(chosen, numbers, out=panel.other), alpha=shares[at])
-        panel.cap_(shift, at)
-        new = panel.lattice.nearest_(torch.sub(numbers, shift, out=panel.other))
-        change = torch.sub(new, chosen, out=shift)
-        chosen.copy_(new)
-        if scale is not None:
-            change.mul_(scale)
-        total.addmm_(basis[:, at : at + 1], change)
+    # The total has each column's own error in it, which its new level replaces: so its target is nearer to the old level.
+    new = torch.lerp(panel.numbers, panel.levels, steps.shares)
+    space = torch.empty_like(panel.numbers[: max(steps.sizes)])
+    for target, pull, push, block in zip(
+        new.split_with_sizes(steps.sizes), steps.pulls, steps.pushes, panel.blocks(steps.sizes), strict=True
+    ):
+        shift = torch.mm(pull, total, out=space[: len(target)])
+        if block.scale is not None:
+            shift.div_(block.scale)
+        target.sub_(shift)
+        torch.clamp(target, block.lowest, block.highest, out=target)
+        change = torch.sub(lattice.nearest_(target), block.levels, out=shift)
+        total.addmm_(push, change if block.scale is None else change.mul_(block.scale))
+    panel.levels.copy_(new)

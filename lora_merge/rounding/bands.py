@@ -6,13 +6,13 @@ number of columns alone, counted from the first line of the matrix.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import repeat
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.codecs.lattice import Floats, Integers
-from lora_merge.rounding.schedule import BLOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import torch
 
@@ -24,69 +24,89 @@ REACH = 4
 the value (for a level: the gap above it or the one below, whichever is larger), times its scale.
 """
 
-_ELEMENTS = 1 << 22
 _ALIGNED = 16
 """Float32 numbers in 64 bytes: each transposed column begins at a multiple."""
 
 
-def band_rows(columns: int) -> int:
-    """Return the lines of a band: a power of two between 64 and 1024, about 2^22 values.
+class Block(NamedTuple):
+    """Some columns of a panel, float32 ``[columns, width]``."""
 
-    Example:
-        >>> band_rows(128), band_rows(4096), band_rows(14336), band_rows(1 << 20)
-        (1024, 1024, 256, 64)
-    """
-    lines = max(_ELEMENTS // max(columns, 1), 1)
-    return min(max(1 << (lines.bit_length() - 1), 64), 1024)
+    numbers: torch.Tensor
+    """Where the values are between the levels."""
+
+    levels: torch.Tensor
+    """The levels that are chosen."""
+
+    lowest: torch.Tensor
+    """No number may be moved to below it."""
+
+    highest: torch.Tensor
+    """Nor to above it."""
+
+    scale: torch.Tensor | None
+    """The same shape, or ``[1, width]``; None for 1."""
 
 
-class Panel:
-    """Some adjacent columns of a band, transposed. The levels that are chosen are put into `levels`.
+class Panel(NamedTuple):
+    """Some adjacent columns of a band, transposed; the fields are those of `Block`."""
 
-    Shapes:
-        numbers, levels: float32 ``[columns, width]``; shift: float32 ``[columns of a block, width]``, and other: ``[1,
-        width]``, for the rounding to work in.
-    """
+    numbers: torch.Tensor
+    levels: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
+    scale: torch.Tensor | None
 
-    def __init__(
-        self, lattice: Lattice, numbers: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor | None
-    ) -> None:
-        self.lattice, self.numbers, self.levels, self._scale = lattice, numbers, levels, scale
-        self.shift, self.other = (
-            numbers.new_empty((BLOCK, numbers.shape[1])),
-            numbers.new_empty((1, numbers.shape[1])),
-        )
-        self._bound = None if isinstance(lattice, Integers) else _largest_shift(lattice, numbers)
-        self._negative = None if self._bound is None else self._bound.neg()
+    def blocks(self, sizes: Sequence[int]) -> Iterator[Block]:
+        """Yield the columns in blocks of these sizes."""
+        # All views of a kind at once: cut one by one, they take as long as the arithmetic.
+        parts = [
+            part.split_with_sizes(sizes) for part in (self.numbers, self.levels, self.lowest, self.highest)
+        ]
+        scales: Iterable[torch.Tensor | None] = repeat(self.scale, len(sizes))
+        if self.scale is not None and len(self.scale) == len(self.numbers):
+            scales = self.scale.split_with_sizes(sizes)
+        return map(Block, *parts, scales)
 
-    def scale_of(self, first: int, n: int) -> torch.Tensor | None:
-        """Return the scale of ``n`` columns, ``[n, width]`` or ``[1, width]``; None for 1."""
-        if self._scale is None or len(self._scale) != len(self.numbers):
-            return self._scale
-        return self._scale[first : first + n]
-
-    def cap_(self, shift: torch.Tensor, first: int) -> None:
-        """Limit by how much the numbers of some columns, from ``first``, are moved."""
+    def limit(self, lattice: Lattice) -> None:
+        """Set by how much each number may be moved."""
         import torch
 
-        if self._bound is None or self._negative is None:
-            shift.clamp_(-REACH, REACH)
-        else:
-            end = first + len(shift)
-            torch.clamp(shift, self._negative[first:end], self._bound[first:end], out=shift)
+        step: torch.Tensor | float = 1.0
+        reach = float(REACH)
+        if isinstance(lattice, Floats):
+            # A number's size is between 1 and 2 times the power of two below it, which the step goes with.
+            step = torch.abs(self.numbers, out=self.lowest).clamp_(2.0**lattice.smallest, lattice.largest)
+            reach *= 2.0 ** -(1 + lattice.mantissa_bits)
+        elif not isinstance(lattice, Integers):
+            first, last = (torch.tensor(end, dtype=torch.float32) for end in lattice.ends)
+            inside = self.numbers.clamp(
+                torch.nextafter(first, last).item(), torch.nextafter(last, first).item()
+            )
+            below, above = lattice.neighbours(inside)
+            step = above.sub(below)
+        torch.add(self.numbers, step, alpha=reach, out=self.highest)
+        torch.sub(self.numbers, step, alpha=reach, out=self.lowest)
 
 
-def _largest_shift(lattice: Lattice, numbers: torch.Tensor) -> torch.Tensor:
-    """Return by how much each number may be moved, at most `REACH` steps."""
-    import torch
+class Workspace:
+    """Memory for the panels of all bands of a tile: memory that is new is slow to write.
 
-    if isinstance(lattice, Floats):
-        # A number's size is between 1 and 2 times the power of two below it, which the step goes with.
-        return numbers.abs().clamp_(min=2.0**lattice.smallest).mul_(REACH / 2 * 2.0**-lattice.mantissa_bits)
-    first, last = (torch.tensor(end, dtype=numbers.dtype) for end in lattice.ends)
-    inside = numbers.clamp(torch.nextafter(first, last).item(), torch.nextafter(last, first).item())
-    below, above = lattice.neighbours(inside)
-    return above.sub_(below).mul_(REACH)
+    Args:
+        values: of the tile.
+        columns: of a panel, at most.
+        width: lines of a band, at most.
+    """
+
+    def __init__(self, values: torch.Tensor, columns: int, width: int) -> None:
+        self._memory = values.new_empty((5, columns * _aligned(width)))
+
+    def parts(self, columns: int, width: int) -> tuple[torch.Tensor, ...]:
+        """Return five float32 ``[columns, width]``."""
+        return tuple(part[: columns * width].view(columns, width) for part in self._memory)
+
+
+def _aligned(width: int) -> int:
+    return -(-width // _ALIGNED) * _ALIGNED
 
 
 class Band:
@@ -96,15 +116,18 @@ class Band:
         values: of the lines of a tile, float32.
         grid: of the same lines.
         rows: the first line of the band, and the one after the last.
+        space: for its panels.
         along: bands are bands of columns, and the sequence runs over the lines.
     """
 
-    def __init__(self, values: torch.Tensor, grid: Grid, rows: tuple[int, int], *, along: bool) -> None:
+    def __init__(
+        self, values: torch.Tensor, grid: Grid, rows: tuple[int, int], space: Workspace, *, along: bool
+    ) -> None:
         self.lattice, self.rows, self.along = grid.lattice, rows, along
         self.n_rows = rows[1] - rows[0]
-        self.width = -(-self.n_rows // _ALIGNED) * _ALIGNED
-        self._values = values
+        self.width = _aligned(self.n_rows)
         self.n_columns = len(values) if along else values.shape[1]
+        self._values, self._space = values, space
         self._scale, self._zero, self._bias = (
             _Spread(self, part, grid.group) for part in (grid.scale, grid.zero, grid.bias)
         )
@@ -113,15 +136,14 @@ class Band:
         """Yield the columns in their order. After each the levels that it was given are put into their places.
 
         Args:
-            levels: float32, in the shape of the values of the tile.
+            levels: float32, in the shape of the values of the tile; they may be one tensor.
             sizes: columns of each panel.
         """
-        buffers = self._values.new_zeros((3, max(sizes), self.width))
         first = 0
         for n in sizes:
-            numbers, chosen = buffers[0, :n], buffers[1, :n]
-            turn = buffers[2].view(-1)[: n * self.width].view(self.width, n)
-            self._take(numbers, turn, first)
+            numbers, chosen, lowest, highest, other = self._space.parts(n, self.width)
+            turned = other.view(self.width, n)
+            self._take(numbers, turned, first)
             scale = self._scale.at(first, n)
             if (bias := self._bias.at(first, n)) is not None:
                 numbers.sub_(bias)
@@ -129,29 +151,32 @@ class Band:
                 numbers.div_(scale)
             if (zero := self._zero.at(first, n)) is not None:
                 numbers.add_(zero)
-            yield Panel(self.lattice, numbers, chosen, scale)
-            self._put(levels, chosen, turn, first)
+            panel = Panel(numbers, chosen, lowest, highest, scale)
+            panel.limit(self.lattice)
+            yield panel
+            self._put(levels, chosen, turned, first)
             first += n
 
-    def _take(self, numbers: torch.Tensor, turn: torch.Tensor, first: int) -> None:
+    def _take(self, numbers: torch.Tensor, turned: torch.Tensor, first: int) -> None:
         start, end = self.rows
-        n = len(numbers)
+        last = first + len(numbers)
         if self.along:
-            numbers[:, : self.n_rows] = self._values[first : first + n, start:end]
+            numbers[:, : self.n_rows] = self._values[first:last, start:end]
+            numbers[:, self.n_rows :] = 0
             return
         # Two copies: one of lines, and one that is transposed in blocks. At once it takes four times as long.
-        turn[: self.n_rows] = self._values[start:end, first : first + n]
-        turn[self.n_rows :] = 0
-        numbers.copy_(turn.t())
+        turned[: self.n_rows] = self._values[start:end, first:last]
+        turned[self.n_rows :] = 0
+        numbers.copy_(turned.t())
 
-    def _put(self, levels: torch.Tensor, chosen: torch.Tensor, turn: torch.Tensor, first: int) -> None:
+    def _put(self, levels: torch.Tensor, chosen: torch.Tensor, turned: torch.Tensor, first: int) -> None:
         start, end = self.rows
-        n = len(chosen)
+        last = first + len(chosen)
         if self.along:
-            levels[first : first + n, start:end] = chosen[:, : self.n_rows]
+            levels[first:last, start:end] = chosen[:, : self.n_rows]
             return
-        turn.copy_(chosen.t())
-        levels[start:end, first : first + n] = turn[: self.n_rows]
+        turned.copy_(chosen.t())
+        levels[start:end, first:last] = turned[: self.n_rows]
 
 
 class _Spread:

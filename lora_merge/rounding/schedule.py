@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    import torch  # noqa: TC004 - a field's type, never evaluated
+    import torch
+
+_BAND = 1 << 22
+"""Values of a band, about."""
 
 _PANEL = 128
 """Columns that are transposed at a time: with 1024 lines, their buffers are in a processor's second cache."""
+
+_AGAIN = 16
+"""Columns that are decided again, for each direction: with fewer, some directions have no column that could help."""
+
+_MOST = 1 << 21
+"""Values of a band that are decided again at most: they are in memory together."""
 
 _TAPER = 0.25
 """λ of a column is at most this share of what the columns after it have of the basis."""
@@ -20,74 +28,128 @@ _TAPER = 0.25
 _SWEEPS = (0.2, 0.05)
 """λ of each sweep over the last columns, in units of the mean of ‖q‖²."""
 
-_GAIN = 8
-"""A block may correct one part in this many of the error without its columns knowing of each other."""
-
-BLOCK = 16
-"""Columns of a block at most: with more, a correction is spread so thin that none of them crosses a threshold."""
+_MUTUAL = 1.0
+"""By how much the corrections of a block's columns may add up at most, see `_sizes`."""
 
 
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """What one pass over the columns of a matrix needs.
+def band_rows(columns: int) -> int:
+    """Return the lines of a band: a power of two between 64 and 2048, about 2^22 values.
 
-    Shapes:
-        basis: float32 ``[r, in]``; pulls: float32 ``[in, r]``, the column's q over (λ + q·q).
+    Example:
+        >>> band_rows(128), band_rows(4096), band_rows(14336), band_rows(1 << 20)
+        (2048, 1024, 256, 64)
     """
+    lines = max(_BAND // max(columns, 1), 1)
+    return min(max(1 << (lines.bit_length() - 1), 64), 2048)
 
-    basis: torch.Tensor
-    pulls: torch.Tensor
 
-    damping: float
+def last_panel(rank: int, columns: int) -> int:
+    """Return how many of the columns are the last panel, whose columns are decided again."""
+    again = min(columns, max(_PANEL, min(_AGAIN * rank, _MOST // band_rows(columns))))
+    return columns - (columns - again) // _PANEL * _PANEL
 
-    panels: tuple[int, ...]
-    """Columns of each panel. Those of the last are decided again."""
 
-    sweeps: tuple[float, ...]
-    """λ of each time that the last panel is decided again."""
+class Steps(NamedTuple):
+    """How some adjacent columns are decided, in blocks: the columns of a block at the same time."""
 
-    @classmethod
-    def of(cls, basis: torch.Tensor, damping: float) -> Schedule:
-        """Return the schedule for a basis.
+    sizes: tuple[int, ...]
+    """Columns of each block."""
 
-        λ is ``damping``, but where few columns are left the error has to be gone soon: λ falls with the share of the basis
-        that is still to come. So most columns have the little noise of a large λ, and what is left at the end is that of a
-        small one.
-        """
-        rank, n_columns = basis.shape
-        exact = basis.double()
-        squares = exact.square().sum(0)
-        mean = rank / n_columns
-        to_come = (squares.sum() - squares.cumsum(0)).div_(rank)
-        each = to_come.mul_(_TAPER).clamp_(max=damping).clamp_(min=_SWEEPS[-1] * mean)
-        pulls = (exact / (squares + each)).t().float().contiguous()
-        again = min(n_columns, max(_PANEL, (1 << 18) // n_columns))
-        before = n_columns - again
-        panels = (*(min(_PANEL, before - first) for first in range(0, before, _PANEL)), again)
-        return cls(basis, pulls, damping, panels, tuple(share * mean for share in _SWEEPS))
+    pulls: tuple[torch.Tensor, ...]
+    """By how much an error shifts the values: q / (λ + q·q) of each column, float32 ``[columns, r]``."""
 
-    @property
-    def n_columns(self) -> int:
-        """All columns, ``in``."""
-        return self.basis.shape[1]
+    pushes: tuple[torch.Tensor, ...]
+    """What an error of a value adds to the error of its row: q of each column, float32 ``[r, columns]``."""
 
-    def blocks(self, first: int, n: int) -> Iterator[int]:
-        """Yield the sizes of the blocks of ``n`` columns from ``first``: columns that are decided at the same time.
+    shares: torch.Tensor
+    """q·q / (λ + q·q) of all columns, float32 ``[columns, 1]``."""
 
-        Each column corrects what it sees of the error, as if the others did not. Together they correct about
-        ``size / (in · λ + r)`` of it, which has to stay small.
-        """
-        rank = len(self.basis)
-        end = first + n
-        while first < end:
-            left = self.n_columns - first
-            most = (min(self.damping * self.n_columns, _TAPER * left) + rank) / _GAIN
-            size = BLOCK
-            while size > max(most, 1):
-                size //= 2
-            size = min(size, end - first)
-            yield size
-            first += size
+
+class Schedule(NamedTuple):
+    """How all columns of a matrix are decided."""
+
+    panels: tuple[Steps, ...]
+    """The columns in their order."""
+
+    sweeps: tuple[Steps, ...]
+    """How the columns of the last panel are decided again, each time given all others."""
+
+
+def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
+    """Return the schedule for a basis, float32 ``[r, in]``.
+
+    λ is ``damping``, but where few columns are left the error has to be gone soon: λ falls with the share of the basis that
+    is still to come. So most columns have the little noise of a large λ, and what is left at the end is that of a small one.
+    """
+    rank, n_columns = basis.shape
+    squares = basis.double().square().sum(0)
+    mean = rank / n_columns
+    to_come = (squares.sum() - squares.cumsum(0)).div_(rank)
+    each = to_come.mul_(_TAPER).clamp_(max=damping).clamp_(min=_SWEEPS[-1] * mean)
+    before = n_columns - last_panel(rank, n_columns)
+    steps = _steps(basis, squares, each)
+    last = basis[:, before:]
+    sweeps = (_steps(last, squares[before:], squares.new_tensor(share * mean)) for share in _SWEEPS)
+    return Schedule(tuple(_panels(steps, before)), tuple(sweeps))
+
+
+def _steps(basis: torch.Tensor, squares: torch.Tensor, damping: torch.Tensor) -> Steps:
+    """Return the steps for some adjacent columns, given q, q·q and λ of each."""
+    shares = squares / (squares + damping)
+    pulls = (basis.double() / (squares + damping)).t().float().contiguous()
+    sizes = _sizes(basis, pulls)
+    return Steps(
+        sizes, pulls.split_with_sizes(sizes), basis.split_with_sizes(sizes, 1), shares.float().unsqueeze(1)
+    )
+
+
+def _panels(steps: Steps, before: int) -> Iterator[Steps]:
+    """Cut the steps of all columns into panels, the last of which begins at column ``before``."""
+    n_columns = sum(steps.sizes)
+    block = first = 0
+    for end in (*range(_PANEL, before + 1, _PANEL), n_columns):
+        start, at = block, first
+        while at < end:
+            at += steps.sizes[block]
+            block += 1
+        part = slice(start, block)
+        yield Steps(steps.sizes[part], steps.pulls[part], steps.pushes[part], steps.shares[first:end])
+        first = end
+
+
+def _sizes(basis: torch.Tensor, pulls: torch.Tensor) -> tuple[int, ...]:
+    """Return the sizes of blocks of adjacent columns: powers of two, none of which goes from one panel into the next.
+
+    Each column corrects what it sees of the error, as if the others of its block did not. What column j does of the work of
+    column i is q_i·q_j / (λ_j + q_j·q_j). A block is so small that all these together, i ≠ j, have a Frobenius norm of at most
+    `_MUTUAL`: then the error cannot grow by being corrected too often.
+    """
+    import torch
+
+    rank, n = len(basis), len(pulls)
+    most = _PANEL // 2
+    padded = -n % most
+    left = torch.nn.functional.pad(pulls, (0, 0, 0, padded)).view(-1, most, rank)
+    right = torch.nn.functional.pad(basis, (0, padded)).view(rank, -1, most).permute(1, 0, 2)
+    mutual = torch.bmm(left, right).square_()
+    mutual.diagonal(dim1=1, dim2=2).zero_()
+    n_chunks = len(mutual)
+    sizes = torch.ones(n_chunks, dtype=torch.int64, device=basis.device)
+    size = 2
+    while size <= most:
+        blocks = mutual.view(n_chunks, most // size, size, most // size, size).diagonal(dim1=1, dim2=3)
+        sizes[blocks.sum((1, 2)).amax(1) <= _MUTUAL**2] = size
+        size *= 2
+    return tuple(_cut((size for size in sizes.tolist() for _ in range(most // size)), n))
+
+
+def _cut(sizes: Iterable[int], total: int) -> Iterator[int]:
+    """Yield sizes until they come to a total."""
+    for size in sizes:
+        if total <= 0:
+            return
+        yield min(size, total)
+        total -= size
 
 
 def damping_for(rank: int, columns: int) -> float:
@@ -95,6 +157,6 @@ def damping_for(rank: int, columns: int) -> float:
 
     Example:
         >>> damping_for(16, 4096)
-        0.05
+        0.0375
     """
-    return min(max(0.8 * sqrt(rank / columns), 0.01), 0.2)
+    return min(max(0.6 * sqrt(rank / columns), 0.01), 0.2)

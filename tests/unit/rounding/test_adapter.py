@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E2M1, E4M3, PLAIN, Integers
 from lora_merge.rounding.adapter import round_adapter
-from lora_merge.rounding.bands import REACH, band_rows
+from lora_merge.rounding.bands import REACH
 from lora_merge.rounding.basis import row_space
 from lora_merge.rounding.effect import in_span
-from lora_merge.rounding.schedule import Schedule, damping_for
+from lora_merge.rounding.schedule import band_rows, damping_for, schedule_of
 
 GRIDS = ("bf16", "f16", "fp8", "int4", "int4-asymmetric", "int4-act-order", "int8", "nvfp4")
 
@@ -76,8 +76,8 @@ def reach_of(lattice, numbers):
 
 
 def slowly(values, grid, basis, damping):
-    """The rule in float64, column after column, of `Schedule`'s λ."""
-    schedule = Schedule.of(basis, damping)
+    """The rule in float64, column after column, of `schedule_of`'s λ."""
+    schedule = schedule_of(basis, damping)
     values, basis = values.double(), basis.double()
     n = values.shape[1]
     groups = grid.group if isinstance(grid.group, torch.Tensor) else torch.arange(n) // (grid.group or n)
@@ -95,18 +95,23 @@ def slowly(values, grid, basis, damping):
         return grid.lattice.nearest_((numbers[:, j] - limited).float()).double()
 
     first = 0
-    for size in schedule.blocks(0, n):
+    for size, pull in (
+        (size, pull) for steps in schedule.panels for size, pull in zip(steps.sizes, steps.pulls, strict=True)
+    ):
         before = total.clone()
         for j in range(first, first + size):
-            levels[:, j] = choose(j, before @ schedule.pulls[j].double())
+            levels[:, j] = choose(j, before @ pull[j - first].double())
             total += torch.outer((levels[:, j] - numbers[:, j]) * scale[:, j], basis[:, j])
         first += size
     for sweep in schedule.sweeps:
-        for j in range(n - schedule.panels[-1], n):
-            q = basis[:, j]
-            total -= torch.outer((levels[:, j] - numbers[:, j]) * scale[:, j], q)
-            levels[:, j] = choose(j, (total @ q) / (q @ q + sweep))
-            total += torch.outer((levels[:, j] - numbers[:, j]) * scale[:, j], q)
+        first = n - sum(sweep.sizes)
+        for size, pull in zip(sweep.sizes, sweep.pulls, strict=True):
+            before = total.clone()
+            for j in range(first, first + size):
+                own = torch.outer((levels[:, j] - numbers[:, j]) * scale[:, j], basis[:, j])
+                levels[:, j] = choose(j, (before - own) @ pull[j - first].double())
+                total += torch.outer((levels[:, j] - numbers[:, j]) * scale[:, j], basis[:, j]) - own
+            first += size
     return levels.float(), total
 
 
@@ -132,8 +137,9 @@ def test_levels_are_those_of_the_slow_rule(kind, shape):
     _, values, grid, basis = case(kind, *shape)
     levels, error = round_adapter(values, grid, basis, 0.05)
     slow, total = slowly(values, grid, basis, 0.05)
-    # Where a value lies on a threshold within float32's rounding, its row goes on differently.
-    assert (levels != slow).double().mean() < 1e-3
+    # Where a value lies on a threshold within float32's rounding, its row goes on differently from there.
+    assert (levels != slow).any(1).double().mean() < 0.05
+    assert (levels != slow).double().mean() < (1e-3 if kind not in {"bf16", "f16"} else 5e-3)
     same = (levels == slow).all(1)
     assert (error.double() - total)[same].norm() < 1e-4 * (values.double() @ basis.double().T).norm()
 
@@ -187,8 +193,9 @@ def cut(grid, rows):
     return Grid(grid.lattice, grid.keep, part(grid.scale), part(grid.zero), part(grid.bias), grid.group)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int4", "int4-act-order"])
-@pytest.mark.parametrize("columns", [160, 2720])
+@pytest.mark.parametrize(
+    ("kind", "columns"), [("bf16", 160), ("int4", 160), ("int4-act-order", 160), ("bf16", 2720)]
+)
 def test_bands_in_one_call_are_bands_one_by_one(kind, columns):
     size = band_rows(columns)
     rows = 2 * size + 136
@@ -242,7 +249,7 @@ def steps_of(grid, values):
     return torch.maximum(above - below, at_level).double()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(["bf16", "f16", "int4", "nvfp4", "int8"]),
     st.floats(1e-4, 3.0),
@@ -257,6 +264,36 @@ def test_no_value_is_moved_further_than_the_reach(kind, size, damping, seed):
     lowest = grid.lattice.nearest_((numbers.double() - far).float())
     highest = grid.lattice.nearest_((numbers.double() + far).float())
     assert bool(((levels >= lowest) & (levels <= highest)).all())
+
+
+class Uneven:
+    """A lattice that is neither of integers nor of floats: the one of NF4, rounded."""
+
+    levels = torch.tensor(
+        [-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]
+    )
+    ends = (-1.0, 1.0)
+
+    def nearest_(self, numbers):
+        return numbers.copy_(self.levels[torch.bucketize(numbers, (self.levels[1:] + self.levels[:-1]) / 2)])
+
+    def neighbours(self, numbers):
+        above = torch.bucketize(numbers, self.levels, right=True)
+        return self.levels[(above - 1).clamp(min=0)], self.levels[above.clamp(max=15)]
+
+
+def test_any_lattice_will_do():
+    base, values, _, basis = case("int4", 128, 256, size=0.02)
+    grid = Grid(Uneven(), lambda levels: None, scale=base.view(128, 4, 64).abs().amax(-1) * 0.9, group=64)
+    base = grid.values(grid.nearest(base))
+    values = base + values - case("int4", 128, 256, size=0.02)[0]
+    levels, _ = round_adapter(values, grid, basis, damping_for(8, 256))
+    assert torch.equal(grid.nearest(grid.values(levels)), levels)
+    found = in_span(grid.values(levels), values, base, basis)
+    assert (
+        found.relative_error
+        < 0.15 * in_span(grid.values(grid.nearest(values)), values, base, basis).relative_error
+    )
 
 
 def test_values_beyond_the_last_level_saturate_and_others_make_up_for_it():
@@ -280,6 +317,16 @@ def test_columns_that_the_adapter_does_not_see_are_rounded_to_nearest():
     unseen = (a == 0).all(0)
     assert torch.equal(levels[:, unseen], nearest[:, unseen])
     assert bool(error.isfinite().all())
+
+
+@pytest.mark.parametrize("along", [False, True])
+def test_levels_may_be_put_where_the_values_are(along):
+    _, values, grid, basis = case("bf16", 192, 192)
+    levels, error = round_adapter(values, grid, basis, 0.05, along=along)
+    found, own = round_adapter(values, grid, basis, 0.05, along=along, out=values)
+    assert found is values
+    assert torch.equal(values, levels)
+    assert torch.equal(own, error)
 
 
 def test_rows_that_are_on_the_grid_already_stay():
