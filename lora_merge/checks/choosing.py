@@ -26,6 +26,9 @@ UNSEEN_ELEMENTS = 1 << 24
 _MOST_PARTS = 64
 """The most parts of one tensor that are sampled."""
 
+_SPREAD = 16
+"""Rows of a tensor that are compared with what is recorded of the adapter's effect on all of them."""
+
 _MOST_COMBINED = 6
 """The most adapters of a combination that is recomputed: a value may come from any subset of them, so there are 2ⁿ
 candidates.
@@ -127,6 +130,9 @@ def some_rows(name: str, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) 
     # Not `hash`, which differs from run to run: the same output is checked in the same rows.
     drawn = zlib.crc32(name.encode())
     rows = {0, drawn % n_rows, n_rows - 1}
+    if op.deltas and (op.rounding is not None or not op.target.is_dense):
+        apart = -(-n_rows // _SPREAD)
+        rows.update(range(drawn % apart, n_rows, apart))
     # One row shows whether an expert has its own factors and its own place.
     for matrix in range(0, op.view.blocks, -(-op.view.blocks // _MOST_PARTS)) if op.view.blocks > 1 else ():
         rows.add(matrix * op.view.rows + drawn % max(op.view.rows, 1))

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 _RARE = 18.0
 """The t above: without a fault, one row in exp(18), or 6·10⁷, is suspect."""
 
-_ROUNDING = 0.5
-"""Rounding error of a row, in u ‖w‖: 0.43, and some room for mantissas with another distribution."""
+_ROUNDING = {"nearest": 0.5, "stochastic": 0.75, "adapter": 1.5}
+"""Rounding error of a row, in u ‖w‖: 0.43, and some room for mantissas with another distribution. At random it is √2 times that, and
+for the adapter up to three times, in narrow matrices."""
 
 _WEIGHT = 1.01
 """Root mean square of the weights."""
@@ -166,7 +167,8 @@ class Projection:
             rounding += 2 * changes.minimum(squares)
         if any(delta.rounded for delta in self._op.deltas):
             rounding += changes
-        noise = rounding.mul_((_ROUNDING * UNIT_ROUNDOFF[self._slot.dtype]) ** 2)
+        method = "nearest" if self._op.rounding is None else self._op.rounding.method
+        noise = rounding.mul_((_ROUNDING[method] * UNIT_ROUNDOFF[self._slot.dtype]) ** 2)
         # Float32 sums over `taken` values here, and over the rank in the merge.
         noise += (squares + _norms(self._before).square_() + changes) * (_FLOAT32**2 * (taken + _RANK))
         noise += _FLOOR[self._slot.dtype] ** 2 * k * taken

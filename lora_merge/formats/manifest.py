@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedDelta:
+    """What the manifest says of a delta that was not rounded to the nearest number of a plain dtype."""
+
+    effect_norm: float | None = None
+    """As `lora_merge.core.tensor.Survival.effect_norm`, and so the next; None where nothing is said."""
+
+    effect_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedTensor:
     """What the manifest says of one tensor of the output."""
 
@@ -26,6 +36,7 @@ class RecordedTensor:
     dtype: str
     shape: tuple[int, ...]
     digest: str
+    delta: RecordedDelta = RecordedDelta()
 
 
 @dataclass(frozen=True, slots=True)

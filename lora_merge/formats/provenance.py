@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import MergedBefore
+from lora_merge.core.plan import Merge
 from lora_merge.formats.markdown import code, name, scalar, strong
 from lora_merge.storage.same_model import cached_repo, is_repo
 from lora_merge.storage.source import Origin, parse_source
@@ -19,8 +20,8 @@ from lora_merge.storage.source import Origin, parse_source
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lora_merge.core.plan import MergePlan
-    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.core.plan import MergePlan, Step
+    from lora_merge.core.tensor import Survival, TensorRecord
 
 MANIFEST_VERSION = 1
 
@@ -105,6 +106,7 @@ def manifest_text(
                     "relative_norm": round(survival.relative, 9),
                     "unchanged_share": round(survival.unchanged, 6),
                     "lost_share": round(survival.lost, 6),
+                    **_kept(step, survival),
                 }
     manifest = {
         "manifest_version": MANIFEST_VERSION,
@@ -136,6 +138,19 @@ def manifest_text(
         "tensors": tensors,
     }
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+
+
+def _kept(step: Step, survival: Survival) -> dict[str, float]:
+    """Return what rounding kept of a delta; nothing of values that became the nearest number of a plain dtype."""
+    op = step.op
+    if not isinstance(op, Merge) or (op.rounding is None and op.target.is_dense):
+        return {}
+    found = {"kept_share": round(survival.kept, 6), "saturated_share": round(survival.saturated, 6)}
+    if survival.effect_norm >= 0:
+        # Nine digits: verification computes both again.
+        found["effect_norm"] = float(f"{survival.effect_norm:.9g}")
+        found["effect_error"] = float(f"{survival.effect_error:.9g}")
+    return found
 
 
 def card_text(provenance: Provenance, plan: MergePlan) -> str:

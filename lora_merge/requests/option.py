@@ -98,8 +98,8 @@ class Option:
     """When the manifest records it: only if it differs from its default, or always. Empty for an option that does not shape
     the output. An output with other recorded values is not up to date, and ``--resume`` starts over."""
 
-    recorded_with: str = ""
-    """Another option's name. This one has an effect, and is recorded, only if that one is."""
+    recorded_with: tuple[str, ...] = ()
+    """Names of other options. This one has an effect, and is recorded, only if one of them is."""
 
     flag: str = ""
     """Name on the command line, if it differs: ``--for``."""

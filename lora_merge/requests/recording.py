@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_merge.requests.parsing import VERBS
@@ -32,15 +32,16 @@ def record_of(request: Request | ConvertRequest) -> dict[str, object]:
 
     Requests with equal records make the same output from the same inputs.
     """
-    found: dict[str, object] = {}
-    for option in recorded_options(VERBS[type(request)]):
-        value: Any = getattr(request, option.name)
-        if option.recorded_with:
-            # Rows come after the option that they depend on.
-            is_told = option.recorded_with in found
-        else:
-            is_told = option.recorded == "always" or value != option.default
-        if is_told:
-            # JSON has no tuples.
-            found[option.name] = list(value) if isinstance(value, tuple) else value
-    return found
+    options = recorded_options(VERBS[type(request)])
+    values: dict[str, Any] = {option.name: getattr(request, option.name) for option in options}
+    given = {option.name for option in options if values[option.name] != option.default}
+    return {
+        # JSON has no tuples.
+        option.name: list(value) if isinstance(value := values[option.name], tuple) else value
+        for option in options
+        if (given.intersection(option.recorded_with) if option.recorded_with else _is_told(option, given))
+    }
+
+
+def _is_told(option: Option, given: Collection[str]) -> bool:
+    return option.recorded == "always" or option.name in given

@@ -308,7 +308,7 @@ _MERGING: tuple[Option, ...] = (
         "default: 0.5",
         default=0.5,
         recorded="given",
-        recorded_with="combine",
+        recorded_with=("combine",),
     ),
     Option(
         "seed",
@@ -318,7 +318,7 @@ _MERGING: tuple[Option, ...] = (
         "default: 0",
         default=0,
         recorded="given",
-        recorded_with="combine",
+        recorded_with=("combine", "rounding"),
     ),
     Option(
         "dtype",
@@ -351,7 +351,7 @@ _MERGING: tuple[Option, ...] = (
         "With --quantize, leave these modules dense: a name, or a pattern such as '*.o_proj'.",
         default=(),
         recorded="given",
-        recorded_with="quantize",
+        recorded_with=("quantize",),
     ),
     Option(
         "rounding",

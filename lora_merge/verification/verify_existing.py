@@ -20,7 +20,7 @@ from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
-from lora_merge.core.tensor import TORCH_NAMES, TensorRecord, TensorRef
+from lora_merge.core.tensor import TORCH_NAMES, Survival, TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
 from lora_merge.formats.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.formats.recognise import fault_of, names_in
@@ -49,7 +49,17 @@ if TYPE_CHECKING:
     from lora_merge.core.comparison import Comparison
 
 _READING = ("base_is", "expert_layout")
-_POLICY = ("combine", "density", "seed", "dtype", "out_storage", "max_shard_size")
+_POLICY = (
+    "combine",
+    "density",
+    "seed",
+    "dtype",
+    "out_storage",
+    "quantize",
+    "ignore",
+    "rounding",
+    "max_shard_size",
+)
 """Options of a manifest that shape the output: those of `Reading`, and those of `Policy`."""
 
 
@@ -137,7 +147,7 @@ class _Proving:
         findings.append(finding)
         comparisons: tuple[Comparison, ...] = ()
         if again is not None:
-            findings += self._held_to(again.plan)
+            findings += self._held_to(again.plan, manifest)
         if self.request.forward or self.request.engine:
             if again is None:
                 raise ResolveError(
@@ -289,12 +299,12 @@ class _Proving:
             Policy(**decided, allow_untie=True, allow_again=True),
         )
 
-    def _held_to(self, plan: MergePlan) -> list[Finding]:
+    def _held_to(self, plan: MergePlan, manifest: Manifest | None) -> list[Finding]:
         """Return the findings of the checks that a merge runs on its own output, with the base's bytes as evidence."""
         with self.clock("recomputed"), one_torch_thread():
             self.watch.phase("recomputing", 0)
             plan, issues = placed(plan, self.output)
-            records = tuple(self._records(plan))
+            records = tuple(self._records(plan, manifest))
             level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
             evidence = Evidence(plan, Path(self.output.root), records, level, digest=self.digest)
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
@@ -316,8 +326,9 @@ class _Proving:
                 found.append(Finding(name, detail, tuple(CHECKS[name](asked))))
         return found
 
-    def _records(self, plan: MergePlan) -> Iterable[TensorRecord]:
-        """Yield what the checks need of each written tensor: a copy's digest, finiteness, suspect rows.
+    def _records(self, plan: MergePlan, manifest: Manifest | None) -> Iterable[TensorRecord]:
+        """Yield what the checks need of each written tensor: a copy's digest, finiteness, suspect rows, and what the manifest
+        says of the adapters' effect.
 
         Digests of merged tensors were compared with the manifest already. Projections are computed here, unless all
         rows are recomputed anyway.
@@ -337,8 +348,23 @@ class _Proving:
             for role, slot in step.writes.items():
                 finite = slot.dtype not in TORCH_NAMES or is_finite(here[role])
                 yield TensorRecord(
-                    slot.name, slot.file, slot.nbytes, digest="", finite=finite, suspects=suspects
+                    slot.name,
+                    slot.file,
+                    slot.nbytes,
+                    digest="",
+                    finite=finite,
+                    survival=_survival(manifest, slot.name),
+                    suspects=suspects,
                 )
+
+
+def _survival(manifest: Manifest | None, name: str) -> Survival | None:
+    """Return what a manifest says of a tensor's delta, as far as it is computed again."""
+    recorded = manifest.tensors.get(name) if manifest is not None else None
+    if recorded is None or recorded.delta.effect_norm is None or recorded.delta.effect_error is None:
+        return None
+    norms = {"effect_norm": recorded.delta.effect_norm, "effect_error": recorded.delta.effect_error}
+    return Survival(0.0, 0.0, 0.0, 0.0, **norms)
 
 
 def _nothing_compared(findings: list[Finding]) -> list[Finding]:

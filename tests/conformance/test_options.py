@@ -121,17 +121,21 @@ def test_a_place_that_is_needed_is_asked_for_by_its_name():
 
 
 @pytest.mark.parametrize("verb", ["merge", "convert"])
-def test_what_another_option_has_to_bring_is_recorded_after_it(verb):
+def test_what_another_option_has_to_bring_is_recorded_with_one_that_is_recorded(verb):
     names = [row.name for row in recorded_options(verb)]
     for row in recorded_options(verb):
-        if row.recorded_with:
-            assert row.recorded_with in names[: names.index(row.name)]
+        assert set(row.recorded_with) <= set(names), row.name
 
 
 def test_a_manifest_names_the_options_that_shape_the_output_in_one_order():
     plain = record_of(Request(("a",), "o", density=0.25, seed=7, workers=3, strict=True, allow_svd=True))
     combined = record_of(Request(("a", "b"), "o", combine="ties", expert_layout=("unsloth",)))
 
+    at_random = record_of(Request(("a",), "o", rounding="stochastic", seed=7))
+    quantised = record_of(Request(("a",), "o", quantize="fp8", ignore=("*.o_proj",)))
+
+    assert list(at_random.items())[4:] == [("seed", 7), ("rounding", "stochastic")]
+    assert list(quantised.items())[4:] == [("quantize", "fp8"), ("ignore", ["*.o_proj"])]
     assert list(plain) == ["dtype", "max_shard_size", "device", "base_is"]
     assert list(combined) == [*plain, "expert_layout", "combine", "density", "seed"]
     assert combined["expert_layout"] == ["unsloth"]

@@ -30,8 +30,7 @@ _VIEWS: WeakKeyDictionary[Frame, dict[tuple[str, Pattern], TileViews]] = WeakKey
 
 
 class Passing:
-    """Looks at every tile of one weight. Only plain tensors whose values are rounded to the nearest are projected: what a codec,
-    or another rounding, makes of a value depends on others.
+    """Looks at every tile of one weight. Only plain tensors are projected: what a codec makes of a value depends on others.
 
     Args:
         op: what is done to it.
@@ -43,7 +42,7 @@ class Passing:
         self._tiles = tiles
         self._read, self._written = op.source.dtype, op.target.dtype
         slot = next(iter(writes.values()))
-        is_plain = op.source.storage.is_dense and op.target.is_dense and op.rounding is None
+        is_plain = op.source.storage.is_dense and op.target.is_dense
         self._projection = Projection(op, slot, tiles) if is_plain else None
         # By the tensor's name: the same tiles in every run, and not the same ones in every tensor.
         self._drawn = zlib.crc32(slot.name.encode()) % min(BLOCK_EVERY, max(len(tiles), 1))
