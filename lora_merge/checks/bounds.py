@@ -147,4 +147,3 @@ def _not_below(table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.searchsorted(table, numbers.contiguous()).clamp_(max=len(table) - 1)
-

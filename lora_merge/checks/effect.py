@@ -20,11 +20,11 @@ from lora_merge.checks.spans import Basis, Spans
 from lora_merge.core.report import error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Sequence  # noqa: TC004 - a field's type, never evaluated
 
-    import torch
+    import torch  # noqa: TC004 - a field's type, never evaluated
 
-    from lora_merge.checks.formulas import Value
+    from lora_merge.checks.formulas import Value  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.checks.reading import Tensors
     from lora_merge.core.plan import Merge
     from lora_merge.core.report import Issue
@@ -123,7 +123,9 @@ class Effect:
         """True where there is an effect to look at. Of a weight stored ``[in, out]`` a few rows are a few inputs, which do not
         tell.
         """
-        return self._spans is not None and bool(self._spans.ranges) and (self._is_whole or not self._spans.along)
+        return (
+            self._spans is not None and bool(self._spans.ranges) and (self._is_whole or not self._spans.along)
+        )
 
     def moved(self, rows: Sequence[int]) -> torch.Tensor:
         """Return which values of some rows rounding for the adapter may have moved: bool, broadcast to the rows."""
@@ -229,7 +231,9 @@ class Effect:
                 f"was to be rounded so that the adapter's effect is kept, and {found.lost} of it is lost: no less than if each "
                 "value had become the nearest number"
             )
-            return error("effect-lost", name, sentence, "merge again; if it stays, report it with the adapter")
+            return error(
+                "effect-lost", name, sentence, "merge again; if it stays, report it with the adapter"
+            )
         if record is None or record.effect_norm < 0:
             return None
         wrong = found.against(record, self._sums, self._op.view.n_rows, is_whole=self._is_whole)
@@ -279,11 +283,15 @@ class _Norms:
             where = f"in {sums.n_rows} of {n_rows} rows"
             if is_whole:
                 if not abs(found - recorded) <= room:
-                    return f"{what} {found:.6g}, and {recorded:.6g} is recorded; they may differ by {room:.2g}"
+                    return (
+                        f"{what} {found:.6g}, and {recorded:.6g} is recorded; they may differ by {room:.2g}"
+                    )
             elif not found <= most:
                 return f"{what} {found:.6g} {where}, and {recorded:.6g} is recorded of all"
             elif sums.n_rows >= _FEW_ROWS and what.startswith("rounding"):
                 share = recorded * sqrt(sums.n_rows / n_rows)
                 if not found <= _UNLIKE * share + off:
-                    return f"{what} {found:.6g} {where}, and what is recorded of all is {share:.2g} for as many"
+                    return (
+                        f"{what} {found:.6g} {where}, and what is recorded of all is {share:.2g} for as many"
+                    )
         return ""

@@ -130,9 +130,9 @@ class _Compared:
         if wrong.any():
             return _told(self._step.name, rows, stored.values, candidates[-1][0], wrong)
         if effect is not None and effect.is_asked:
-            exact = candidates[0]
-            nearest = nearest_values(op, stored, exact[0])
-            effect.add(Rows(rows, stored.values, nearest, site.base(rows), exact))
+            wanted = candidates[0]
+            nearest = nearest_values(op, stored, wanted[0])
+            effect.add(Rows(rows, stored.values, nearest, site.base(rows), wanted))
         return None
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch  # noqa: TC004 - a field's type, never evaluated
 
-    from lora_merge.checks.expecting import Product
+    from lora_merge.checks.expecting import Product  # noqa: TC004 - a field's type, never evaluated
     from lora_merge.checks.reading import Tensors
     from lora_merge.core.plan import Merge
 
@@ -69,9 +69,7 @@ class Spans:
         self.along = any(delta.region.transposed for delta in seeing)
         """True where the weight is stored ``[in, out]``, so that outputs are columns."""
 
-        self._looks = [
-            self._look(product) for delta in seeing for product in products_of(op, delta, reader)
-        ]
+        self._looks = [self._look(product) for delta in seeing for product in products_of(op, delta, reader)]
         self.ranges = list(self._cut())
         """First output, the one after the last, and which products are for them."""
 
@@ -144,9 +142,7 @@ class Spans:
         rows, left = [], []
         for look in (self._looks[n] for n in own):
             product = look.product
-            inner, outer = (
-                (product.left.T, product.right.T) if self.along else (product.right, product.left)
-            )
+            inner, outer = (product.left.T, product.right.T) if self.along else (product.right, product.left)
             whole = inner.new_zeros(len(inner), self.n_inputs)
             whole[:, look.first_input : look.first_input + inner.shape[1]] = inner
             rows.append(whole)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.core.checkpoint import MergedBefore
 from lora_merge.core.plan import Action
+from lora_merge.core.tensor import Survival
 from lora_merge.formats.provenance import MANIFEST_VERSION
 from lora_merge.storage.source import HOST_NAMES, Source
 from lora_merge.words import quoted
@@ -87,6 +88,13 @@ class Manifest:
     options: Mapping[str, Any]
     side_files: Mapping[str, RecordedFile]
     tensors: Mapping[str, RecordedTensor] = field(repr=False)
+
+    def survival(self, name: str) -> Survival | None:
+        """Return what was recorded of a tensor's delta, as far as verification computes it again; None for nothing."""
+        delta = self.tensors[name].delta if name in self.tensors else RecordedDelta()
+        if delta.effect_norm is None or delta.effect_error is None:
+            return None
+        return Survival(0.0, 0.0, 0.0, 0.0, effect_norm=delta.effect_norm, effect_error=delta.effect_error)
 
 
 def merged_before(table: Mapping[str, Any]) -> tuple[MergedBefore, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -48,17 +48,9 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.comparison import Comparison
 
-_READING = ("base_is", "expert_layout")
-_POLICY = (
-    "combine",
-    "density",
-    "seed",
-    "dtype",
-    "out_storage",
-    "quantize",
-    "ignore",
-    "rounding",
-    "max_shard_size",
+_READING, _POLICY = (
+    tuple(field.name for field in fields(group) if not field.name.startswith("allow_"))
+    for group in (Reading, Policy)
 )
 """Options of a manifest that shape the output: those of `Reading`, and those of `Policy`."""
 
@@ -333,6 +325,7 @@ class _Proving:
         Digests of merged tensors were compared with the manifest already. Projections are computed here, unless all
         rows are recomputed anyway.
         """
+        kept = manifest.survival if manifest is not None else dict[str, Survival]().get
         for step in plan.steps:
             here = {
                 role: replace(slot, file=str(Path(self.output.root, slot.file)))
@@ -348,23 +341,8 @@ class _Proving:
             for role, slot in step.writes.items():
                 finite = slot.dtype not in TORCH_NAMES or is_finite(here[role])
                 yield TensorRecord(
-                    slot.name,
-                    slot.file,
-                    slot.nbytes,
-                    digest="",
-                    finite=finite,
-                    survival=_survival(manifest, slot.name),
-                    suspects=suspects,
+                    slot.name, slot.file, slot.nbytes, "", finite, kept(slot.name), suspects=suspects
                 )
-
-
-def _survival(manifest: Manifest | None, name: str) -> Survival | None:
-    """Return what a manifest says of a tensor's delta, as far as it is computed again."""
-    recorded = manifest.tensors.get(name) if manifest is not None else None
-    if recorded is None or recorded.delta.effect_norm is None or recorded.delta.effect_error is None:
-        return None
-    norms = {"effect_norm": recorded.delta.effect_norm, "effect_error": recorded.delta.effect_error}
-    return Survival(0.0, 0.0, 0.0, 0.0, **norms)
 
 
 def _nothing_compared(findings: list[Finding]) -> list[Finding]:

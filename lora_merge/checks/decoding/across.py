@@ -31,9 +31,7 @@ def awq(stored: StoredRows) -> Levels:
     return _by_neighbours(stored, _awq)
 
 
-def _by_neighbours(
-    stored: StoredRows, decode: Callable[[StoredRows, Sequence[int]], Levels]
-) -> Levels:
+def _by_neighbours(stored: StoredRows, decode: Callable[[StoredRows, Sequence[int]], Levels]) -> Levels:
     """Return the rows, decoded in groups of neighbours."""
     found: list[list[int]] = []
     for row in stored.rows:

@@ -6,6 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.decoding.decoder import Levels, StoredRows, setting
+from lora_merge.checks.decoding.raw import distinct
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def _row(stored: StoredRows, row: int) -> Levels:
     blocks = torch.arange(first, last) // block
     absmax = _absmax(stored, int(blocks[0]), int(blocks[-1]) + 1)
     meanings = stored.whole("table")
-    return Levels(meanings[codes.long()][None], meanings[meanings.isfinite()].unique(), absmax[blocks - blocks[0]][None])
+    return Levels(meanings[codes.long()][None], distinct(meanings), absmax[blocks - blocks[0]][None])
 
 
 def _absmax(stored: StoredRows, first: int, last: int) -> torch.Tensor:

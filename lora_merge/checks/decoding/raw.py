@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import inf, nan
+from math import inf, isfinite, nan
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,8 +92,14 @@ def _table(dtype: str) -> torch.Tensor:
 @cache
 def table_of(dtype: str) -> torch.Tensor:
     """Return every number that a byte can be, in order: float64 ``[n]``, without infinity and NaN."""
-    values = _table(dtype)
-    return values[values.isfinite()].unique()
+    return distinct(_table(dtype))
+
+
+def distinct(values: torch.Tensor) -> torch.Tensor:
+    """Return every finite number among some, in order: float64 ``[n]``."""
+    import torch
+
+    return torch.tensor(sorted({value for value in values.tolist() if isfinite(value)}), dtype=torch.float64)
 
 
 @cache
