@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from benchmarks import results, running, stored, tables, together
+from benchmarks import results, rounded, running, stored, tables, together
 from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, Case, cases, listed
 from benchmarks.contenders import GROUPS, contenders
 from benchmarks.machine import ROOT, machine, machine_line
@@ -272,6 +272,31 @@ def storages(size: float, rounds: int, cache: str, settle_s: float, cache_dir: P
     """Time merges into a base in FP8, decoded and carried, against merges into one in BF16."""
     try:
         for line in stored.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
+            say(line)
+    except RunError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+@main.command()
+@click.option(
+    "--size",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    help="GB of the base in BF16.  [default: 1]",
+)
+@click.option("--rounds", type=AT_LEAST_ONE, default=5, help="Turns of each merge.  [default: 5]")
+@click.option(
+    "--cache",
+    type=click.Choice(list(CACHES)),
+    default="warm",
+    help="Inputs in the page cache before each merge, or put out of it.  [default: warm]",
+)
+@click.option("--settle", "settle_s", default=2.0, help="Seconds of rest before every merge.  [default: 2]")
+@CACHE_DIR_OPTION
+def roundings(size: float, rounds: int, cache: str, settle_s: float, cache_dir: Path) -> None:
+    """Time merges that round and quantise in several ways, and PEFT's."""
+    try:
+        for line in rounded.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
             say(line)
     except RunError as exc:
         raise click.ClickException(str(exc)) from exc

@@ -15,7 +15,7 @@ from lora_merge.merging.memory import InMemory
 from lora_merge.merging.survival import effect_error_of, kept_of
 from lora_merge.merging.worker import Merger, one_torch_thread
 from lora_merge.planning.steps import keeps_effect
-from lora_merge.rounding.bands import band_rows
+from lora_merge.rounding.schedule import band_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.view import PANEL_ELEMENTS, TILE_ELEMENTS, Block, Spread
+from lora_merge.rounding.adapter import workspace_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,7 +47,18 @@ def _step_bytes(step: Step, tile_elements: int | None) -> int:
             each = 8 + 4 + 4 + 8
             if op.rounding is not None or not op.target.is_dense:
                 each += 4 + 4  # levels, and the numbers that they are chosen for
-            return each * elements + 2 * factors + panel + op.held_bytes
+            space = 0
+            if op.rounding is not None and op.rounding.method == "adapter":
+                space = workspace_bytes(
+                    sum(delta.rank for delta in op.deltas if not delta.region.box) or 64, *_sides(op)
+                )
+            return each * elements + 2 * factors + panel + op.held_bytes + space
+
+
+def _sides(op: Merge) -> tuple[int, int]:
+    """Return the inputs and the outputs of one matrix."""
+    sides = op.view.columns, op.view.rows
+    return sides[::-1] if any(delta.region.transposed for delta in op.deltas) else sides
 
 
 def _together(op: Merge, tiles: Sequence[tuple[int, int]]) -> Iterator[Sequence[PlacedDelta]]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Observer, Report, Silence
-from lora_merge.merging.foreseeing import foresee
 from lora_merge.merging.preparing import Prepared, prepare
 from lora_merge.merging.writing import write
 
@@ -35,7 +34,11 @@ def run(
     prepared = prepare(request, watch, dry_run=dry_run)
     if dry_run:
         report = prepared.report()
-        return replace(report, foreseen=foresee(prepared.planned.plan, watch)) if survival else report
+        if not survival:
+            return report
+        from lora_merge.merging.foreseeing import foresee
+
+        return replace(report, foreseen=foresee(prepared.planned.plan, watch))
     (done,) = carry_out([prepared], watch)
     if isinstance(done, Exception):
         raise done

@@ -15,7 +15,7 @@ from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
 from lora_merge.core.view import View
 from lora_merge.core.weight import FLOAT32, WEIGHT, Storage, Tile, Weight
 from lora_merge.planning.change import Change, combined_rank
-from lora_merge.rounding.bands import band_rows
+from lora_merge.rounding.schedule import band_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -59,22 +59,26 @@ def sides(cache: Path, size_gb: float) -> list[Side]:
     head alone.
     """
     plain = base_place(cache, Case(size_gb, "bfloat16", "all", RANK))
-    shape = shape_for(2 * size_gb, "bfloat16")
-    coded = Place(
-        cache / f"base-{size_gb:g}GB-fp8",
-        {"shape": asdict(shape), "dtype": "fp8", "version": VERSION},
-        build_fp8,
-        (shape,),
-    )
+    coded, shape = fp8_place(cache, size_gb), shape_for(2 * size_gb, "bfloat16")
     shapes = {"bf16": (plain, shape_for(size_gb, "bfloat16")), "fp8": (coded, shape)}
     return [
-        Side(f"{name}, {targets}", base, _adapter(cache, f"{size_gb:g}GB-{name}", base, shape, modules))
+        Side(f"{name}, {targets}", base, adapter_place(cache, f"{size_gb:g}GB-{name}", base, shape, modules))
         for targets, modules in (("all", TARGETS["all"]), ("head", HEAD))
         for name, (base, shape) in shapes.items()
     ]
 
 
-def _adapter(cache: Path, name: str, base: Place, shape: Shape, modules: tuple[str, ...]) -> Place:
+def fp8_place(cache: Path, size_gb: float) -> Place:
+    """Return the place of a base in FP8, of about this size on the disk."""
+    shape = shape_for(2 * size_gb, "bfloat16")
+    about = {"shape": asdict(shape), "dtype": "fp8", "version": VERSION}
+    return Place(cache / f"base-{size_gb:g}GB-fp8", about, build_fp8, (shape,))
+
+
+def adapter_place(
+    cache: Path, name: str, base: Place, shape: Shape, modules: tuple[str, ...] = TARGETS["all"]
+) -> Place:
+    """Return the place of an adapter of some modules of a base."""
     about = {"modules": modules, "base": str(base.directory), "rank": RANK}
     kind = "head" if modules == HEAD else "all"
     place = cache / f"adapter-stored-{name}-{kind}"

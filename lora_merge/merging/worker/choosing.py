@@ -40,6 +40,7 @@ class Choosing:
             delta.facts.is_sum and delta.facts.sees_by_factor for delta in op.deltas
         )
         self._before: torch.Tensor | None = None
+        self._levels: torch.Tensor | None = None
         self._effect = self._error = 0.0
 
     @property
@@ -89,7 +90,9 @@ class Choosing:
             elif columns != slice(0, values.shape[1]) and grid.scale is not None:
                 continue
             damping = damping_for(*span.basis.shape)
-            chosen, error = round_adapter(own, found_grid, span.basis, damping, along=self._along)
+            chosen, error = round_adapter(
+                own, found_grid, span.basis, damping, along=self._along, out=self._buffer(own)
+            )
             self._add(span, own, rows, columns, error)
             if own.shape == values.shape:
                 levels = chosen
@@ -98,6 +101,14 @@ class Choosing:
                 levels[rows, columns] = chosen
         self._before = None
         return grid.nearest(values) if levels is None else levels
+
+    def _buffer(self, values: torch.Tensor) -> torch.Tensor:
+        """Return memory for levels. What the tile before had in it is stored by now."""
+        import torch
+
+        if self._levels is None or self._levels.shape != values.shape:
+            self._levels = torch.empty_like(values, memory_format=torch.contiguous_format)
+        return self._levels
 
     def _account(
         self, values: torch.Tensor, grid: Grid, levels: torch.Tensor, spans: Sequence[Span], start: int
