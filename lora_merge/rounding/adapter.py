@@ -10,8 +10,13 @@ the Hessian of calibration data, kept in its low-rank form::
         stored[:, j] = nearest level to v[:, j] - (c @ q) / (λ + q·q)
         c += outer(stored[:, j] - v[:, j], q)
 
-Towards the last columns λ becomes smaller (`lora_merge.rounding.schedule`), and then the last columns are decided again, each
-given all others. Rows do not depend on each other. All is done on transposed values, in which a column lies together.
+With a constant λ the loop stops short: c has to be large enough that what it shifts crosses the next threshold, and so a part
+of the adapter stays lost. That part goes with λ, and the noise against it. So λ becomes smaller towards the last columns
+(`lora_merge.rounding.schedule`): most columns are rounded with the little noise of a large λ, and what is left at the end is
+that of a small one. Then the last columns are decided again, each given all others. Measured for Δ of 3e-4 on INT4 in groups
+of 32, in = 4096, r = 16: 1.4 % of the effect is lost, where a constant λ of 0.01 loses 5.5 % at the same noise.
+
+Rows do not depend on each other. All is done on transposed values, in which a column lies together.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
     before = n_columns - last_panel(rank, n_columns)
     steps = _steps(basis, squares, each)
     last = basis[:, before:]
-    sweeps = (_steps(last, squares[before:], squares.new_tensor(share * mean)) for share in _SWEEPS)
+    # The first sweep makes less noise of it, which only shows where the last columns are many of all.
+    shares = _SWEEPS if 8 * (n_columns - before) > n_columns else _SWEEPS[-1:]
+    sweeps = (_steps(last, squares[before:], squares.new_tensor(share * mean)) for share in shares)
     return Schedule(tuple(_panels(steps, before)), tuple(sweeps))
 
 
@@ -153,10 +155,15 @@ def _cut(sizes: Iterable[int], total: int) -> Iterator[int]:
 
 
 def damping_for(rank: int, columns: int) -> float:
-    """Return λ for a matrix, by the number of directions and of columns.
+    """Return λ for a matrix: 0.6 √(r / in), between 0.01 and 0.2. It makes the least noise.
+
+    How much of the adapter is lost hardly depends on it, as λ falls towards the last columns anyway: with λ from 1 to 64 times
+    r / in the lost share was the same within a tenth, on bf16, INT4 and NVFP4, whether a step is 1, 5 or 20 times as large as
+    the change. The noise is least near this λ, for all of these: a smaller one moves values too often, a larger one too
+    late. Tried for ``in`` from 128 to 14336 and r from 4 to 128.
 
     Example:
-        >>> damping_for(16, 4096)
-        0.0375
+        >>> damping_for(16, 4096), damping_for(8, 128)
+        (0.0375, 0.15)
     """
     return min(max(0.6 * sqrt(rank / columns), 0.01), 0.2)

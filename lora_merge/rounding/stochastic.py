@@ -6,6 +6,7 @@ tiles, workers, their order or the device.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
 
     from lora_merge.codecs.grid import Grid
 
-_AT_ONCE = 1 << 18
-"""Values that are rounded at a time, so that what is computed in between stays small."""
+_AT_ONCE = 1 << 16
+"""Values that are rounded at a time, so that what is computed in between stays in a processor's cache."""
 
-_LOW = 0xFFFFFFFF
+_WORDS = 1 << 32
+
+# Multipliers of "lowbias32", a mixing function of 32-bit words from Wellons' hash prospector.
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 
 
 def round_stochastic(
@@ -40,39 +44,56 @@ def round_stochastic(
     import torch
 
     levels = grid.numbers(values).contiguous()
-    keys = _keys(seed, key)
     flat = levels.view(-1)
-    for start in range(0, len(flat), _AT_ONCE):
-        part = flat[start : start + _AT_ONCE]
+    start = 0
+    while start < len(flat):
+        number = first_element + start
+        part = flat[start : start + min(_AT_ONCE, _WORDS - number % _WORDS)]
         below, above = grid.lattice.neighbours(part)
         share = (part - below).div_(above - below)
-        draws = _uniform(first_element + start, len(part), keys, part.device)
+        draws = _uniform(number % _WORDS, len(part), _keys(seed, key, number // _WORDS), part.device)
         # Where there is no level above, the share is no number, and the comparison is false.
         torch.where(draws < share, above, below, out=part)
+        start += len(part)
     return levels
 
 
-def _keys(seed: int, key: str) -> tuple[int, int]:
-    digest = blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+# Asked for every part of a tile.
+@lru_cache
+def _keys(seed: int, key: str, high: int) -> tuple[int, int]:
+    """Return two 32-bit keys for the elements that have these upper bits in their number."""
+    digest = blake2b(f"{seed}:{high}:{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _uniform(first: int, n: int, keys: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Return a number from 0 to 1 (exclusive) for each of ``n`` elements, float32: a multiple of 2^-24."""
+    """Return a number from 0 to 1 (exclusive) for each of ``n`` elements, float32: a multiple of 2^-24.
+
+    Args:
+        first: the lower 32 bits of the first element's number; none of the others has other upper bits.
+        n: of elements.
+        keys: see `_keys`.
+        device: of the result.
+    """
     import torch
 
-    number = torch.arange(first, first + n, dtype=torch.int64, device=device)
-    mixed = _mix((number & _LOW) ^ keys[0])
-    mixed = _mix(mixed ^ (number >> 32) ^ keys[1])
-    return (mixed >> 8).float().mul_(2.0**-24)
+    # Integers of 32 bits are calculated modulo 2^32, whatever their sign.
+    words = torch.arange(n, dtype=torch.int32, device=device).add_(_signed(first))
+    for key in keys:
+        words.bitwise_xor_(_signed(key))
+        _stir_(words, 16).mul_(_FIRST)
+        _stir_(words, 15).mul_(_signed(_SECOND))
+    return _down(words, 8).float().mul_(2.0**-24)
 
 
-def _mix(word: torch.Tensor) -> torch.Tensor:
-    """Mix 32-bit words, kept in int64: the finaliser "lowbias32" of Wellons' hash prospector. A product has at most 63 bits
-    that matter, and what overflows is cut off.
-    """
-    word = word ^ (word >> 16)
-    word = (word * 0x7FEB352D) & _LOW
-    word = word ^ (word >> 15)
-    word = (word * 0x846CA68B) & _LOW
-    return word ^ (word >> 16)
+def _stir_(words: torch.Tensor, bits: int) -> torch.Tensor:
+    return words.bitwise_xor_(_down(words, bits))
+
+
+def _down(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift down and fill with zeros; torch fills with the sign."""
+    return words.bitwise_right_shift(bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - _WORDS if word >= _WORDS // 2 else word
