@@ -96,7 +96,7 @@ def round_adapter(
 
 
 def workspace_bytes(rank: int, columns: int, rows: int) -> int:
-    """Return the memory that `round_adapter` takes beside values, levels and error.
+    """Return the memory that `round_adapter` takes at most beside values, levels and error, about.
 
     Args:
         rank: directions of the basis.
@@ -104,7 +104,8 @@ def workspace_bytes(rank: int, columns: int, rows: int) -> int:
         rows: lines of a call.
     """
     width = min(rows, band_rows(columns))
-    return 4 * width * (5 * last_panel(rank, columns) + 4 * rank + _OTHER)
+    # Five panels, a new choice of levels, and scale, zero and bias of each value; then these of each group of 16.
+    return 4 * width * (9 * last_panel(rank, columns) + 3 * columns // 16 + 4 * rank + _OTHER)
 
 
 def _round_band(band: Band, schedule: Schedule, levels: torch.Tensor) -> torch.Tensor:
