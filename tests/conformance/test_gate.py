@@ -104,6 +104,20 @@ def code(text: str, **modules: str) -> Callable[[Path], None]:
     return plant
 
 
+def quantise(root: Path, scale: float) -> None:
+    """Store one weight as integers with a scale for each row, and say in the configuration that all linear layers are."""
+    import torch
+
+    def change(table):
+        codes = torch.ones(table[LAST].shape, dtype=torch.int8)
+        table.update({LAST: codes, f"{LAST}_scale": torch.full((len(codes), 1), scale)})
+
+    edit_tensors(holder(root, LAST), change)
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    table = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    edit_json(root / "config.json", quantization_config=table)
+
+
 @dataclass(frozen=True)
 class Fault:
     rule: str
@@ -140,6 +154,8 @@ FAULTS = {
     "a file of a quantisation is left": Fault("config", write("quantize_config.json", "{}"), "leftover-quantisation"),
     "the settings of MLX are left in the config": Fault("config", config(quantization={"group_size": 64, "bits": 4}), "leftover-quantisation"),
     "scales are left beside a dense weight": Fault("quantised", lambda r: edit_tensors(holder(r, LAST), lambda t: t.update({LAST + "_scale_inv": t[LAST][:1, :1].clone()})), "dense-and-quantised"),
+    "a scale is no number": Fault("scales", lambda r: quantise(r, float("nan")), "bad-scale"),
+    "a linear layer is left dense": Fault("linear", lambda r: quantise(r, 1.0), "not-excepted"),
     "the vocabulary is of another size": Fault("embeddings", config(vocab_size=97), "vocabulary"),
     "the embedding has a row less": Fault("embeddings", lambda r: edit_tensors(holder(r, "model.embed_tokens.weight"), lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:-1].clone()})), "vocabulary"),
     "the config ties what differs": Fault("embeddings", tied_apart, "tied-apart"),

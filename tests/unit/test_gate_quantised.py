@@ -432,3 +432,50 @@ def test_parameters_with_common_names_are_no_parts(found):
     assert found(tensors, {}) == []
     assert found(tensors, {}, rule="config") == []
     assert found(tensors, {"quantization": "none"}, rule="config") == []
+
+
+def test_a_linear_layer_that_no_setting_excepts_is_found(found):
+    tensors = {
+        **HEAD,
+        **{part: row for one in PROJECTIONS[:3] for part, row in int8(name_of(0, one)).items()},
+    }
+    tensors |= dense(name_of(0, "o_proj"))
+    settings = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = {**config_of("int8"), **settings, "num_attention_heads": 4}
+    left = name_of(0, "o_proj")
+    assert found(tensors, config) == []  # no other layer has one like it
+    assert found(tensors, config, rule="linear") == [("not-excepted", left)]
+    config["quantization_config"]["ignore"] = ["lm_head", left]
+    assert found(tensors, config, rule="linear") == []
+    config["quantization_config"]["ignore"] = ["lm_head", FIRST]
+    assert found(tensors, config, rule="linear") == [("not-excepted", left)]
+
+
+NAN, MINUS, ONE = struct.pack("<f", float("nan")), struct.pack("<f", -1.0), struct.pack("<f", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("storage", "part", "content", "is_wrong"),
+    [
+        ("fp8_blocks", "weight_scale_inv", ONE * 6, False),
+        ("fp8_blocks", "weight_scale_inv", ONE * 5 + NAN, True),
+        ("fp8_blocks", "weight_scale_inv", MINUS + ONE * 5, True),
+        ("fp8_tensor", "weight_scale", struct.pack("<f", float("inf")), True),
+        ("nvfp4", "weight_global_scale", ONE, False),
+        ("nvfp4", "weight_global_scale", bytes(4), True),
+        ("nvfp4", "weight_global_scale", MINUS, True),
+        ("modelopt_nvfp4", "weight_scale_2", NAN, True),
+        ("mxfp4", "weight_scale", b"\x7f" * (HIGH * WIDE // 32), False),
+        ("mxfp4", "weight_scale", b"\xff" * (HIGH * WIDE // 32), True),
+        ("gptq", "scales", struct.pack("<e", -1.0) * (3 * HIGH), False),
+        ("gptq", "scales", struct.pack("<e", float("inf")) * (3 * HIGH), True),
+    ],
+)
+def test_a_scale_that_is_no_scale_is_found(storage, part, content, is_wrong, found):
+    tensors = tensors_of(storage)
+    # Sound ones everywhere else.
+    contents = {name: ONE for name in tensors if name.endswith(("global_scale", "weight_scale_2"))}
+    assert found(tensors, config_of(storage), contents, rule="scales") == []
+    name = f"{FIRST}.{part}"
+    wrong = [("bad-scale", name)] if is_wrong else []
+    assert found(tensors, config_of(storage), {**contents, name: content}, rule="scales") == wrong

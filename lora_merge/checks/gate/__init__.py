@@ -12,7 +12,9 @@ from lora_merge.checks.gate.code import code
 from lora_merge.checks.gate.complete import complete
 from lora_merge.checks.gate.config import config
 from lora_merge.checks.gate.embeddings import embeddings
+from lora_merge.checks.gate.linear import linear
 from lora_merge.checks.gate.quantised import quantised
+from lora_merge.checks.gate.scales import scales
 from lora_merge.checks.gate.tokenizer import tokenizer
 from lora_merge.checks.gate.weights import weights
 from lora_merge.core.report import Issue
@@ -24,10 +26,15 @@ RULES: dict[str, Rule] = {
     "weights": weights,
     "config": config,
     "quantised": quantised,
+    "scales": scales,
     "embeddings": embeddings,
     "code": code,
     "tokenizer": tokenizer,
     "complete": complete,
+    "linear": linear,
 }
 
-__all__ = ["RULES", "Rule"]
+SLOW = frozenset({"complete", "linear"})
+"""Rules that import transformers, which takes seconds."""
+
+__all__ = ["RULES", "SLOW", "Rule"]

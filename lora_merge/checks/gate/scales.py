@@ -1,0 +1,74 @@
+"""Are the scales of quantised weights numbers that an engine can multiply by? Only some of a large tensor are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_merge.checks.decoding.raw import Raw
+from lora_merge.checks.gate.parts import grouped
+from lora_merge.core.report import error
+from lora_merge.core.tensor import DTYPE_BITS, TORCH_NAMES
+from lora_merge.errors import CheckpointError
+from lora_merge.storage.reading import stream_of
+from lora_merge.storage.sources import open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_merge.core.report import Issue
+    from lora_merge.core.tensor import TensorRef
+    from lora_merge.formats.written_checkpoint import Output
+
+_READ = 1 << 16
+"""Bytes of each tensor that are looked at, from its first."""
+
+_BYTES = {"F8_E4M3": "F8_E4M3", "F8_E8M0": "F8_E8M0", "U8": "F8_E8M0"}
+"""Dtype → what its bytes mean as scales: MX formats store powers of two as plain bytes."""
+
+_POSITIVE = (".weight_scale", ".weight_scale_inv", "._weight_scale", "_scales", ".SCB", ".absmax")
+"""Ends of names of scales that are made from sizes. Those of GPTQ, AWQ and MLX may be negative."""
+
+
+def scales(output: Output) -> Iterator[Issue]:
+    """Yield an issue for each scale that is not finite, that is negative where none can be, or that is zero for a whole weight."""
+    for module in grouped(output.tensors()).values():
+        found = [(module.shared, True), (module.scales, False)]
+        for ref, is_shared in found if module.codes is not None else ():
+            if ref is not None and (why := _wrong(ref, is_shared=is_shared)):
+                hint = "the weight cannot be decoded: quantise it again, or fetch the file again"
+                yield error("bad-scale", ref.name, why, hint)
+
+
+def _wrong(ref: TensorRef, *, is_shared: bool) -> str:
+    """Return what is wrong with a tensor of scales; empty for nothing that is seen."""
+    # Scales of bitsandbytes may be codes of a table.
+    if ref.dtype not in TORCH_NAMES and (ref.dtype not in _BYTES or ref.name.endswith(".absmax")):
+        return ""
+    values = _values(ref)
+    if values is None:
+        return ""
+    if not all(value - value == 0 for value in values):
+        return "holds NaN or infinity, expected scales"
+    if is_shared and not min(values, default=1.0) > 0:
+        return f"is {min(values):g}, expected a positive scale for the whole weight"
+    if ref.name.endswith(_POSITIVE) and min(values, default=0.0) < 0:
+        return f"holds {min(values):g}, expected scales of sizes, which are not negative"
+    return ""
+
+
+def _values(ref: TensorRef) -> list[float] | None:
+    """Return the first values of a tensor; None where its file cannot be read, which another rule says."""
+    import torch
+
+    size = DTYPE_BITS[ref.dtype] // 8
+    try:
+        with open_source(ref.file) as source, stream_of(source) as stream:
+            stream.seek(ref.start)
+            content = stream.read(min(ref.nbytes, _READ) // size * size)
+    except CheckpointError:
+        return None
+    if not content:
+        return []
+    raw = Raw(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, -1), ref.dtype)
+    values: list[float] = raw.floats(_BYTES.get(ref.dtype, "")).flatten().unique().tolist()  # type: ignore[no-untyped-call]
+    return values
