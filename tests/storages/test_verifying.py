@@ -13,6 +13,7 @@ from lora_merge.checks import CHECKS, choosing
 from lora_merge.checks.bounds import REACH
 from lora_merge.cli import exits
 from lora_merge.core.plan import Merge
+from lora_merge.merging.staged import Staged
 from lora_merge.quantised.schemes import SCHEMES
 from lora_merge.rounding import bands
 from tests.rounding import adapter_for, evidence_of
@@ -243,3 +244,18 @@ def test_a_quantised_output_is_verified_later_from_its_manifest(plain, adapters,
     for level in ("sample", "full"):
         result = cli("verify", out, "--level", level)
         assert result.exit_code == exits.OK, result.stdout + result.stderr
+
+
+def test_a_resumed_run_records_what_an_uninterrupted_one_does(adapters, cli, tmp_path, monkeypatch):
+    base = FIXTURES / "ct-int4"
+    options = ("--base", base, "--adapter", adapters(base), "--out-storage", "base", "--resume")
+    assert cli(*options, "--out", tmp_path / "whole").exit_code == exits.OK
+    with monkeypatch.context() as patch:
+        patch.setattr(Staged, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*options, "--out", tmp_path / "out").exit_code == exits.INTERRUPTED
+    result = cli(*options, "--out", tmp_path / "out")
+    assert result.exit_code == exits.OK, result.stderr
+    assert "were there from an interrupted run" in result.stderr
+    whole, resumed = (json.loads((tmp_path / name / MANIFEST).read_text()) for name in ("whole", "out"))
+    assert any("effect_error" in row.get("delta", ()) for row in whole["tensors"].values())
+    assert whole == resumed

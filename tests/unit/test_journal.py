@@ -21,7 +21,7 @@ MERGED = TensorRecord(
     1 << 40,
     "xxh3_128:02",
     finite=False,
-    survival=Survival(1.5, 0.1, 1e-9, 1 / 3),
+    survival=Survival(1.5, 0.1, 1e-9, 1 / 3, 0.5, 0.01, 2.0, 1e-3),
     source={"weight": "xxh3_128:04", "scale": "xxh3_128:05"},
     suspects=((0, 3), (7, 8)),
     blocks=((0, 1 << 20, "xxh3_128:03"),),
