@@ -90,7 +90,12 @@ class Dense:
         """Return the numbers of the stored dtype."""
         del tile, values, survey, stored
         kept = out[WEIGHT]
-        return Grid(PLAIN[storage.dtype], lambda levels: kept.copy_(levels.view(kept.shape)))
+
+        def keep(levels: torch.Tensor) -> None:
+            if levels is not kept:
+                kept.copy_(levels.view(kept.shape))
+
+        return Grid(PLAIN[storage.dtype], keep, place=kept)
 
     def bound(
         self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor], storage: Storage

@@ -44,6 +44,9 @@ class Grid:
     each column.
     """
 
+    place: torch.Tensor | None = None
+    """Where levels may be written at once: what is stored of a plain tensor are the levels themselves."""
+
     quotient: Callable[[torch.Tensor], torch.Tensor] | None = None
     """What a library that quantises rounds to the nearest level in place of ``(value - bias) / scale + zero`` in float32: its
     own arithmetic, in bfloat16 for example. Float32 ``[lines, in]`` → the same, newly allocated.
@@ -62,6 +65,7 @@ class Grid:
             scale=cut(self.scale),
             zero=cut(self.zero),
             bias=cut(self.bias),
+            place=cut(self.place),
             quotient=None,
         )
 

@@ -59,6 +59,7 @@ def round_adapter(
     *,
     along: bool = False,
     out: torch.Tensor | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a level for each value, so that the error vanishes on the row space of the adapter.
 
@@ -71,7 +72,9 @@ def round_adapter(
         basis: of the adapter's row space, orthonormal.
         damping: λ, see `damping_for`.
         along: the weight is stored ``[in, out]``: the sequence runs over the lines, which must be all lines of a matrix.
-        out: for the levels, in the shape of the values; it may be the values themselves. None for new memory.
+        out: for the levels, in the shape of the values; it may be the values themselves, or of a dtype in which levels are
+            exact. None for new memory.
+        schedule: that of the basis and the damping, where it is known already.
 
     Shapes:
         values: float32 ``[lines, in]``, along: ``[in, out]``; basis: float32 ``[r, in]``.
@@ -85,7 +88,7 @@ def round_adapter(
     n_rows, n_columns = values.shape[::-1] if along else values.shape
     levels = torch.empty_like(values, memory_format=torch.contiguous_format) if out is None else out
     error = values.new_zeros((n_rows, len(basis)))
-    schedule = schedule_of(basis, damping)
+    schedule = schedule or schedule_of(basis, damping)
     size = band_rows(n_columns)
     space = Workspace(values, max(sum(steps.sizes) for steps in schedule.panels), min(size, n_rows))
     for start in range(0, n_rows, size):

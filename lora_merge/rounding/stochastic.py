@@ -10,6 +10,8 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs.lattice import PLAIN
+
 if TYPE_CHECKING:
     import torch
 
@@ -49,13 +51,27 @@ def round_stochastic(
     while start < len(flat):
         number = first_element + start
         part = flat[start : start + min(_AT_ONCE, _WORDS - number % _WORDS)]
-        below, above = grid.lattice.neighbours(part)
-        share = (part - below).div_(above - below)
-        draws = _uniform(number % _WORDS, len(part), _keys(seed, key, number // _WORDS), part.device)
-        # Where there is no level above, the share is no number, and the comparison is false.
-        torch.where(draws < share, above, below, out=part)
+        words = _drawn(number % _WORDS, len(part), _keys(seed, key, number // _WORDS), part.device)
+        if grid.lattice == PLAIN["BF16"]:
+            _round_to_bfloat16_(part, words)
+        else:
+            below, above = grid.lattice.neighbours(part)
+            share = (part - below).div_(above - below)
+            draws = _down(words, 8).float().mul_(2.0**-24)
+            # Where there is no level above, the share is no number, and the comparison is false.
+            torch.where(draws < share, above, below, out=part)
         start += len(part)
     return levels
+
+
+def _round_to_bfloat16_(numbers: torch.Tensor, words: torch.Tensor) -> None:
+    """Round as above, in place and in a tenth of the time: bfloat16 is the upper half of a float32. Something is carried into
+    it with a probability of the lower half over 2^16.
+    """
+    is_nan = numbers.isnan()
+    numbers.view(words.dtype).add_(words.bitwise_and_(0xFFFF)).bitwise_and_(-0x10000)
+    # The carry of a NaN might make a number of it.
+    numbers.masked_fill_(is_nan, float("nan"))
 
 
 # Asked for every part of a tile.
@@ -66,8 +82,8 @@ def _keys(seed: int, key: str, high: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _uniform(first: int, n: int, keys: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Return a number from 0 to 1 (exclusive) for each of ``n`` elements, float32: a multiple of 2^-24.
+def _drawn(first: int, n: int, keys: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Return 32 random bits for each of ``n`` elements, int32.
 
     Args:
         first: the lower 32 bits of the first element's number; none of the others has other upper bits.
@@ -83,7 +99,7 @@ def _uniform(first: int, n: int, keys: tuple[int, int], device: torch.device) ->
         words.bitwise_xor_(_signed(key))
         _stir_(words, 16).mul_(_FIRST)
         _stir_(words, 15).mul_(_signed(_SECOND))
-    return _down(words, 8).float().mul_(2.0**-24)
+    return words
 
 
 def _stir_(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -89,13 +89,18 @@ class Choosing:
                 found_grid = grid
             elif columns != slice(0, values.shape[1]) and grid.scale is not None:
                 continue
-            damping = damping_for(*span.basis.shape)
             chosen, error = round_adapter(
-                own, found_grid, span.basis, damping, along=self._along, out=self._buffer(own)
+                own,
+                found_grid,
+                span.basis,
+                damping_for(*span.basis.shape),
+                along=self._along,
+                out=self._buffer(own) if grid.place is None else grid.place[rows, columns],
+                schedule=span.schedule,
             )
             self._add(span, own, rows, columns, error)
             if own.shape == values.shape:
-                levels = chosen
+                levels = chosen if grid.place is None else grid.place
             else:
                 levels = grid.nearest(values) if levels is None else levels
                 levels[rows, columns] = chosen

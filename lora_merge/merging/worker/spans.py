@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_merge.rounding.basis import row_space
+from lora_merge.rounding.schedule import damping_for, schedule_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.view import View
     from lora_merge.deltas.algebra import Changer, Look  # noqa: TC004 - a field's type, never evaluated
+    from lora_merge.rounding.schedule import Schedule  # noqa: TC004 - a field's type, never evaluated
 
 _KEPT = 64
 """Bases that are kept: the next tile mostly needs the same ones."""
@@ -33,8 +35,21 @@ class Span:
     basis: torch.Tensor
     """Float32 ``[r, in]``, orthonormal rows."""
 
+    schedule: Schedule
+    """How errors are fed back."""
+
     looks: tuple[Look, ...]
     """What it is the basis of."""
+
+
+class _Known(NamedTuple):
+    """What is kept of some looks; None twice where their factors are zero."""
+
+    looks: tuple[Look, ...]
+    """Kept too, so that no other factor gets the address of one of theirs."""
+
+    basis: torch.Tensor | None
+    schedule: Schedule | None
 
 
 class Spans:
@@ -49,9 +64,7 @@ class Spans:
         self._n_inputs, self._n_outputs = (
             (view.rows, view.columns) if transposed else (view.columns, view.rows)
         )
-        self._bases: OrderedDict[tuple[int, ...], tuple[tuple[Look, ...], torch.Tensor | None]] = (
-            OrderedDict()
-        )
+        self._bases: OrderedDict[tuple[int, ...], _Known] = OrderedDict()
 
     def of(self, start: int, end: int, changers: Iterable[Changer]) -> list[Span]:
         """Return the spans among the outputs ``start`` to ``end``, in order, none across two matrices. Outputs that no delta
@@ -64,22 +77,22 @@ class Spans:
             if look.outputs[0] < end and look.outputs[1] > start
         ]
         return [
-            Span(first, last, basis, own)
+            Span(first, last, known.basis, known.schedule, own)
             for first, last, own in _cut(looks, start, end, self._n_outputs)
-            if (basis := self._basis(own)) is not None
+            if (known := self._basis(own)).basis is not None and known.schedule is not None
         ]
 
-    def _basis(self, looks: tuple[Look, ...]) -> torch.Tensor | None:
-        """Return the basis of what some deltas see; None where their factors are zero."""
+    def _basis(self, looks: tuple[Look, ...]) -> _Known:
+        """Return the basis of what some deltas see."""
         key = tuple(look.factor.data_ptr() for look in looks)
         found = self._bases.get(key)
         if found is None:
-            factors = [self._whole(look) for look in looks]
-            # The looks are kept with it, so that no other factor gets the address of one of theirs.
-            found = self._bases[key] = looks, row_space(factors)
+            basis = row_space([self._whole(look) for look in looks])
+            schedule = None if basis is None else schedule_of(basis, damping_for(*basis.shape))
+            found = self._bases[key] = _Known(looks, basis, schedule)
             while len(self._bases) > _KEPT:
                 self._bases.popitem(last=False)
-        return found[1]
+        return found
 
     def _whole(self, look: Look) -> torch.Tensor:
         """Return A for all inputs: zeros where it has none."""
