@@ -18,7 +18,7 @@ import pytest
 from lora_merge import api
 from lora_merge.cli import main as app
 from lora_merge.conversion.writers import ADAPTER_WRITERS
-from lora_merge.core import choices
+from lora_merge.requests import choices
 from lora_merge.errors import RequestError
 from lora_merge.requests import keywords
 from lora_merge.requests.option import Option
