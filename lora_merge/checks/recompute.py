@@ -131,7 +131,8 @@ class _Compared:
             return _told(self._step.name, rows, stored.values, candidates[-1][0], wrong)
         if effect is not None and effect.is_asked:
             wanted = candidates[0]
-            nearest = nearest_values(op, stored, wanted[0])
+            is_nearest = op.rounding is None
+            nearest = stored.values if is_nearest else nearest_values(op, stored, wanted[0])
             effect.add(Rows(rows, stored.values, nearest, site.base(rows), wanted))
         return None
 
