@@ -18,9 +18,8 @@ import pytest
 from lora_merge import api
 from lora_merge.cli import main as app
 from lora_merge.conversion.writers import ADAPTER_WRITERS
-from lora_merge.requests import choices
 from lora_merge.errors import RequestError
-from lora_merge.requests import keywords
+from lora_merge.requests import choices, keywords
 from lora_merge.requests.option import Option
 from lora_merge.requests.parsing import REQUESTS, parse_keywords, parse_request
 from lora_merge.requests.recording import record_of, recorded_options
