@@ -88,7 +88,7 @@ def test_what_pefts_layers_merge_does_not_depend_on_how_the_base_is_stored(
     kind, storage, bases, peft_adapter, cli, tmp_path, monkeypatch
 ):
     """The layers of q_proj have a bias, which some of them change with the weight at hand."""
-    monkeypatch.setattr("lora_merge.core.plan.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("lora_merge.merging.peak.TILE_ELEMENTS", 1 << 10)
     coded, plain = bases(storage)
     adapter = peft_adapter(plain, config_of(kind))
     arguments = ("--adapter", adapter, "--dtype", "float32", "--verify", "full")

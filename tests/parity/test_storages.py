@@ -102,7 +102,7 @@ def tensors_of(root):
 @each
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_base_in_parts_is_merged_and_written_as_it_is_stored(storage, workers, place, cli, monkeypatch):
-    monkeypatch.setattr("lora_merge.core.plan.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("lora_merge.merging.peak.TILE_ELEMENTS", 1 << 10)
     root = place(storage)
     arguments = ("--base", root / "base", "--adapter", root / "adapter", "--out", root / "out")
     with known(storage):
@@ -268,8 +268,8 @@ def test_without_its_codec_a_base_in_parts_is_refused(storage, place, cli):
 def test_the_values_of_a_merge_do_not_depend_on_how_the_base_is_stored(
     storage, kind, shape, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lora_merge.core.plan.TILE_ELEMENTS", 1 << 12)
-    monkeypatch.setattr("lora_merge.core.plan.PANEL_ELEMENTS", 1 << 12)
+    monkeypatch.setattr("lora_merge.merging.peak.TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr("lora_merge.merging.peak.PANEL_ELEMENTS", 1 << 12)
     n_in, n_out = shape
     generator = torch.Generator().manual_seed(2)
     coded = stored_as(storage, "W", torch.randn(shape, generator=generator))

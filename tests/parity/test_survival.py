@@ -7,6 +7,7 @@ nothing at all. The command looks at a sample of each merged tensor, and says ho
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -18,7 +19,7 @@ from tests.tampering import edit_tensors
 
 W_STD, DELTA_STD = 0.02, 1e-4
 SHARE = 0.32
-"""What `lora_merge.core.report` says of these two in bfloat16."""
+"""What `lora_merge.merging.survival` says of these two in bfloat16."""
 
 RANK = 8
 SHAPES = {
@@ -369,9 +370,32 @@ def test_deltas_that_are_all_too_small_for_the_stored_dtype_are_no_merge(adapter
 
 
 def test_a_delta_of_which_nothing_arrives_is_lost_as_a_whole(adapter, run):
-    out, report = run(adapter(1e-9))
+    out, report = run(adapter(1e-9), "--allow-loss")
     for name in SHAPES:
         delta = manifest_of(out)[name]["delta"]
         assert delta["unchanged_share"] > 0.99
         assert delta["lost_share"] == pytest.approx(1, abs=0.2)
     assert "delta-drowns" in {issue["code"] for issue in report["issues"]}
+
+
+def test_losing_more_than_half_of_the_change_is_refused_with_the_cure(base, adapter, cli, tmp_path):
+    made, out = adapter(2e-5), tmp_path / "out"
+    result = cli("--base", base, "--adapter", made, "--out", out)
+    assert result.exit_code == 4
+    kept = int(re.search(r"rounding to the nearest \(BF16\) keeps (\d+)% of the adapter's change", result.stderr)[1])
+    assert 5 < kept < 50
+    assert "--rounding adapter keeps the adapter's effect" in result.stderr
+    assert not out.exists()
+
+    allowed = cli("--base", base, "--adapter", made, "--out", out, "--allow-loss", "--json")
+    assert allowed.exit_code == 0
+    survival = json.loads(allowed.stdout)["survival"]
+    squares = [one["delta_norm"] ** 2 for one in survival.values()]
+    whole = sum(one["kept"] * square for one, square in zip(survival.values(), squares, strict=True)) / sum(squares)
+    assert kept == pytest.approx(100 * whole, abs=0.6)
+
+    cured = cli("--base", base, "--adapter", made, "--out", tmp_path / "cured", "--rounding", "adapter", "--json")
+    assert cured.exit_code == 0
+    for one in json.loads(cured.stdout)["survival"].values():
+        assert one["kept"] > 0.95
+        assert one["effect_error"] < 0.05 * one["effect_norm"]
