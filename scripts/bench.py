@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from benchmarks import results, rounded, running, stored, tables, together
+from benchmarks import results, running, stored, tables, together
+from benchmarks import roundings as roundings_bench
 from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, Case, cases, listed
 from benchmarks.contenders import GROUPS, contenders
 from benchmarks.machine import ROOT, machine, machine_line
@@ -296,7 +297,7 @@ def storages(size: float, rounds: int, cache: str, settle_s: float, cache_dir: P
 def roundings(size: float, rounds: int, cache: str, settle_s: float, cache_dir: Path) -> None:
     """Time merges that round and quantise in several ways, and PEFT's."""
     try:
-        for line in rounded.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
+        for line in roundings_bench.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
             say(line)
     except RunError as exc:
         raise click.ClickException(str(exc)) from exc

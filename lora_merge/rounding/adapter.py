@@ -21,7 +21,6 @@ Rows do not depend on each other. All is done on transposed values, in which a c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.rounding.bands import Band, Workspace
@@ -38,17 +37,6 @@ if TYPE_CHECKING:
 
 _OTHER = 256
 """Float32 numbers of a line that are in use at a time beside the panel: blocks, and what a lattice needs to round."""
-
-
-@dataclass(frozen=True, eq=False)
-class Span:
-    """The directions of the adapter for some lines of a weight: each expert of a stack has its own."""
-
-    rows: tuple[int, int]
-    """The first line, and the one after the last."""
-
-    basis: torch.Tensor
-    """Float32 ``[r, in]``, orthonormal."""
 
 
 def round_adapter(
