@@ -63,7 +63,8 @@ class PlanOptions(TypedDict, total=False):
     quantised weight changes: then all are copied."""
 
     quantize: str | None
-    """Quantise the linear layers of the output. Default: they stay as they are."""
+    """Quantise the linear layers: fp8 (all engines load it), fp8-block, fp8-channel, int8, int4, int4-g32,
+    int4-asym, int4-asym-g32, mxfp4, mxfp8 or nvfp4. Default: they stay as they are."""
 
     ignore: str | Sequence[str]
     """With --quantize, leave these modules dense: a name, or a pattern such as '*.o_proj'."""

@@ -340,7 +340,7 @@ _MERGING: tuple[Option, ...] = (
         "quantize",
         _MERGES,
         kinds.SCHEME,
-        "Quantise the linear layers of the output.",
+        "Quantise the linear layers: fp8 (all engines load it), fp8-block, fp8-channel, int8, int4, int4-g32, int4-asym, int4-asym-g32, mxfp4, mxfp8 or nvfp4.",
         "default: they stay as they are",
         recorded="given",
     ),
