@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_merge.deltas.algebra import Algebra
+from lora_merge.deltas.algebra import Algebra, keeps_effect
 from lora_merge.deltas.combinations import COMBINATIONS, combine
 from lora_merge.deltas.dora import Dora, DoraFacts
 from lora_merge.deltas.factors import FactorFacts, Factors, Stack
@@ -45,5 +45,6 @@ __all__ = [
     "Stack",
     "StackedFacts",
     "combine",
+    "keeps_effect",
     "plain_pair",
 ]

@@ -80,3 +80,10 @@ class Unsurveyed:
     def looks(self) -> Sequence[Look]:
         """Return nothing: the change does not depend on A x alone."""
         return ()
+
+
+def keeps_effect(delta: PlacedDelta) -> bool:
+    """Return True for a change whose effect rounding can keep: on what a layer sees of its input. The input of an
+    embedding is a number, and picks a row.
+    """
+    return delta.facts.sees_by_factor and not delta.delta.transposed

@@ -11,10 +11,10 @@ from lora_merge.codecs.fresh import fresh_alignment
 from lora_merge.core.plan import Merge, Rounding
 from lora_merge.core.report import Foreseen
 from lora_merge.core.weight import FLOAT32
+from lora_merge.deltas import keeps_effect
 from lora_merge.merging.memory import InMemory
 from lora_merge.merging.survival import effect_error_of, kept_of
 from lora_merge.merging.worker import Merger, one_torch_thread
-from lora_merge.planning.steps import keeps_effect
 from lora_merge.rounding.schedule import band_rows
 
 if TYPE_CHECKING:

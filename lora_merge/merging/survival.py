@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.plan import Merge
 from lora_merge.core.report import Issue, error, note, warning
+from lora_merge.deltas import keeps_effect
 from lora_merge.errors import PlanError
 from lora_merge.quantised import describe
 from lora_merge.words import listing
@@ -143,7 +144,7 @@ def _method(op: Merge) -> str:
 def _cure(op: Merge) -> str:
     """Return what keeps more of the change."""
     cures = []
-    if _method(op) != "adapter" and any(delta.facts.sees_by_factor for delta in op.deltas):
+    if _method(op) != "adapter" and any(map(keeps_effect, op.deltas)):
         cures.append("--rounding adapter keeps the adapter's effect")
     if op.on_stored_grid:
         cures.append("--out-storage mixed stores what changes in full precision")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, note, warning
-from lora_merge.planning.steps import keeps_effect
+from lora_merge.deltas import keeps_effect
 from lora_merge.planning.ties import UNTIED, untie_refusal
 from lora_merge.words import of_several
 

@@ -14,6 +14,7 @@ from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
 from lora_merge.core.view import View
 from lora_merge.core.weight import FLOAT32, WEIGHT, Storage, Tile, Weight
+from lora_merge.deltas import keeps_effect
 from lora_merge.planning.change import Change, combined_rank
 from lora_merge.rounding.schedule import band_rows
 
@@ -122,13 +123,6 @@ class Wanted:
             return None
         rank = combined_rank(deltas)
         return Combination(policy.combine, policy.density, policy.seed, rank, self.rng_key)
-
-
-def keeps_effect(delta: PlacedDelta) -> bool:
-    """Return True for a change whose effect rounding can keep: on what a layer sees of its input. The input of an
-    embedding is a number, and picks a row.
-    """
-    return delta.facts.sees_by_factor and not delta.delta.transposed
 
 
 def _multiple(

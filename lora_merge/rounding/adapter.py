@@ -27,7 +27,7 @@ from lora_merge.rounding.bands import Band, Workspace
 from lora_merge.rounding.schedule import band_rows, last_panel, schedule_of
 
 if TYPE_CHECKING:
-    import torch  # noqa: TC004 - a field's type, never evaluated
+    import torch
 
     from lora_merge.codecs.grid import Grid
     from lora_merge.codecs.lattice import Lattice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -121,12 +122,16 @@ def test_the_values_in_the_help_are_those_that_parse(cli):
 
     from lora_merge.deltas import COMBINATIONS
     from lora_merge.executors import choices
-    from lora_merge.requests.choices import BaseIs
+    from lora_merge.quantised.schemes import SCHEMES
+    from lora_merge.requests.choices import BaseIs, RoundingMethod
 
     shown = cli("merge", "--help").output
     assert f"--combine [{'|'.join(['linear', *COMBINATIONS])}]" in shown
     assert f"--executor [{'|'.join(choices())}]" in shown
     assert f"--base-is [{'|'.join(get_args(BaseIs))}]" in shown
+    assert f"--rounding [{'|'.join(get_args(RoundingMethod))}]" in shown
+    told = shown[shown.index("--quantize") : shown.index("--ignore ")]
+    assert set(re.findall(r"[a-z]+\d[-a-z0-9]*", told)) == set(SCHEMES)
 
 
 def test_version_is_that_of_the_package(cli):

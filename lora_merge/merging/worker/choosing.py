@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from lora_merge.deltas import keeps_effect
 from lora_merge.merging.worker.spans import Spans
 from lora_merge.rounding.adapter import round_adapter
 from lora_merge.rounding.schedule import damping_for
@@ -31,7 +32,7 @@ class Choosing:
 
     def __init__(self, op: Merge, *, is_accounted: bool = False) -> None:
         self._op, self._rounding = op, op.rounding
-        seeing = [delta for delta in op.deltas if delta.facts.sees_by_factor and not delta.delta.transposed]
+        seeing = list(filter(keeps_effect, op.deltas))
         self._along = any(delta.region.transposed for delta in seeing)
         self._spans = Spans(op.view, transposed=self._along) if seeing else None
         is_adapter = self._rounding is not None and self._rounding.method == "adapter"
@@ -41,7 +42,9 @@ class Choosing:
         )
         self._before: torch.Tensor | None = None
         self._levels: torch.Tensor | None = None
-        self._effect = self._error = 0.0
+        # On the device: a number would wait for a GPU in the middle of the loop.
+        self._effects: list[torch.Tensor] = []
+        self._errors: list[torch.Tensor] = []
 
     @property
     def is_plain(self) -> bool:
@@ -157,30 +160,32 @@ class Choosing:
         """
         import torch
 
-        self._error += float(error.square().sum(dtype=torch.float64))
+        self._errors.append(error.square().sum(dtype=torch.float64))
         if self._before is None:
             # A change of the form B A lies in the row space of A as a whole.
-            self._effect += _squared_length(span)
+            self._effects.append(_squared_length(span))
             return
         change = values - self._before[rows, columns]
         seen = (change.t() if self._along else change) @ span.basis.t()
-        self._effect += float(seen.square().sum(dtype=torch.float64))
+        self._effects.append(seen.square().sum(dtype=torch.float64))
 
     def effect(self) -> tuple[float, float]:
         """Return ‖ΔQᵀ‖ and ‖(Δ′ - Δ)Qᵀ‖ over all tiles; -1 for both where nothing was kept account of."""
         if not self._is_accounted:
             return -1.0, -1.0
-        return math.sqrt(self._effect), math.sqrt(self._error)
+        effect, error = (math.sqrt(max(sum(map(float, one)), 0.0)) for one in (self._effects, self._errors))
+        return effect, error
 
 
-def _squared_length(span: Span) -> float:
+def _squared_length(span: Span) -> torch.Tensor:
     """Return the squared Frobenius norm of the change of a span, from its factors."""
     import torch
 
     a = torch.cat([look.factor for look in span.looks])
     b = torch.cat(list(_outputs(span)), 1)
     # ‖BA‖² = ⟨BᵀB, AAᵀ⟩ takes r² for each row in place of its width.
-    return max(float(((b.t() @ b) * (a @ a.t())).sum(dtype=torch.float64)), 0.0)
+    squares: torch.Tensor = ((b.t() @ b) * (a @ a.t())).sum(dtype=torch.float64)
+    return squares
 
 
 def _outputs(span: Span) -> Iterator[torch.Tensor]:
