@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES
@@ -35,7 +36,17 @@ _LINEAR_NAMES = re.compile(
 )
 """How linear layers are called in layers, where transformers has no class that could tell."""
 
+_COMMON = re.compile(
+    r"model\.(layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)|embed_tokens)\.weight|lm_head\.weight"
+)
+"""The matrices of a common decoder, such as Llama or Qwen3: transformers has these very names, and all but the ends are linear
+layers.
+"""
+
 _CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+_END: Mapping[str, Kind] = {"embed_tokens": "embedding", "lm_head": "head"}
 
 
 class Matrix(NamedTuple):
@@ -63,15 +74,27 @@ def head_of(joined: Joined) -> str:
     """Return the path of the output embedding in the model; empty for a model without one. It may have no tensor, where it is
     tied.
     """
+    if _is_common(dict(_owners(joined))):
+        return "lm_head"
     skeleton = joined.skeleton
     return "lm_head" if skeleton is None else skeleton.output_embedding or ""
 
 
+def _is_common(owners: Mapping[str, str]) -> bool:
+    """Return True where the names of all matrices say what they are, so that transformers (seconds to import) need not."""
+    return all(map(_COMMON.fullmatch, owners))
+
+
 def matrices_of(joined: Joined) -> list[Matrix]:
     """Return the floating-point weights of an output that have two axes or more, in the order of its files."""
+    owners = dict(_owners(joined))
+    if _is_common(owners):
+        return [
+            Matrix(name, module, module, joined.shape(name), _END.get(module.rpartition(".")[2], "linear"))
+            for name, module in owners.items()
+        ]
     skeleton = joined.skeleton
     classes = {} if skeleton is None else skeleton.classes
-    owners = dict(_owners(joined))
     # An expert's module may be a part of a stack in the model, which is no module.
     paths = {module: joined.stored.module(module) for module in dict.fromkeys(owners.values())}
     paths = {module: path if path in classes else module for module, path in paths.items()}
