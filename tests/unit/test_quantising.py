@@ -214,14 +214,15 @@ def test_an_output_of_which_nothing_would_be_quantised_is_refused(joined):
     assert targets.weights == {}
 
 
-def test_a_base_that_is_quantised_is_refused():
+def test_a_base_that_is_quantised_already_is_decoded_first():
     from tests.storages.reference import FIXTURES
 
-    base = join(resolve_base(FIXTURES / "ct-int4"), (), Reading())
-    (issue,) = targets_of(base, SCHEMES["fp8"]).issues
-    assert issue.severity == "error"
-    assert "stored quantised (INT4, groups of 128)" in issue.sentence
-    assert "--base" in issue.hint
+    base = resolve_base(FIXTURES / "ct-int4")
+    targets = targets_of(join(base, (), Reading()), SCHEMES["fp8"])
+    coded = {name for name, weight in base.weights.items() if weight.plain is None}
+    assert len(coded) == 7 * base.config["num_hidden_layers"]
+    assert targets.weights.keys() == coded
+    assert [issue for issue in targets.issues if issue.severity == "error"] == []
 
 
 @pytest.mark.parametrize(
