@@ -379,7 +379,7 @@ def test_a_delta_of_which_nothing_arrives_is_lost_as_a_whole(adapter, run):
 
 
 def test_losing_more_than_half_of_the_change_is_refused_with_the_cure(base, adapter, cli, tmp_path):
-    made, out = adapter(2e-5), tmp_path / "out"
+    made, out = adapter(1e-5), tmp_path / "out"
     result = cli("--base", base, "--adapter", made, "--out", out)
     assert result.exit_code == 4
     kept = int(re.search(r"rounding to the nearest \(BF16\) keeps (\d+)% of the adapter's change", result.stderr)[1])

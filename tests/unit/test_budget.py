@@ -90,7 +90,7 @@ def test_the_peak_is_that_of_the_heaviest_steps_together_not_of_the_heaviest_as_
 
 def test_a_plan_of_copies_needs_little():
     ref = TensorRef("w", "BF16", (4096, 4096), "file", 0, 2 << 24)
-    assert plan_of(step_at(ref, Copy(ref))).peak_bytes(2) < RUNTIME_BYTES + 8 * MB
+    assert peak_bytes(plan_of(step_at(ref, Copy(ref))), 2) < RUNTIME_BYTES + 8 * MB
 
 
 def test_merges_in_one_pass_take_what_each_takes_and_what_the_process_takes_once():

@@ -218,7 +218,7 @@ def test_a_base_that_is_quantised_already_is_decoded_first():
     from tests.storages.reference import FIXTURES
 
     base = resolve_base(FIXTURES / "ct-int4")
-    targets = targets_of(join(base, (), Reading()), SCHEMES["fp8"])
+    targets = targets_of(join(base, (), Reading()), SCHEMES["int8"])
     coded = {name for name, weight in base.weights.items() if weight.plain is None}
     assert len(coded) == 7 * base.config["num_hidden_layers"]
     assert targets.weights.keys() == coded
