@@ -63,7 +63,8 @@ def test_verification_lets_values_move_as_far_as_the_rounding_says():
     assert REACH == bands.REACH
 
 
-@pytest.mark.parametrize("name", NAMES)
+# `adapter_for` changes the attention of gpt-oss alone, which is stored plain.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gptoss-mxfp4"])
 def test_every_storage_is_verified_on_its_own_scales(name, adapters, tmp_path):
     base = FIXTURES / name
     evidence = evidence_of(base, adapters(base), tmp_path / "out", out_storage="base")
