@@ -9,10 +9,11 @@ from lora_merge.codecs.geometry import in_groups, lines_of
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E2M1
 from lora_merge.codecs.powers import exponents, powers_of
+from lora_merge.codecs.tables import pack_e2m1_
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import torch
 
@@ -84,7 +85,10 @@ def grid(
     lines, settings = lines_of(tile), dict(storage.settings)
     group = int(settings["group"])
     size = largest(values.view(lines.n, lines.width), 1, group)
-    keep = _keep(out[WEIGHT])
+
+    def keep(levels: torch.Tensor) -> None:
+        pack_e2m1_(levels, out[WEIGHT])
+
     if settings["global"] == "none":
         exponent = exponents(size, _OFFSET)
         out[_SCALE].copy_(exponent)
@@ -123,17 +127,3 @@ def _by_float32(values: torch.Tensor, scale: torch.Tensor, group: int) -> torch.
     for part, columns in in_groups(found, group):
         part.div_(scale[:, columns, None])
     return found.add_(0.0)
-
-
-def _keep(out: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """Return what packs levels, two in a byte, the first in the low nibble: ``[lines, in]`` into ``[lines, in/2]``."""
-    import torch
-
-    def keep(levels: torch.Tensor) -> None:
-        # As a float16 the number 2^-14 · level has the code in its upper bits: sign, three bits of five for the exponent
-        # that are 0, two bits of exponent, one of the mantissa. Subnormal ones are 0.5 there too.
-        half = levels.mul_(2.0**-14).to(torch.float16).view(torch.int32)
-        pairs = (half >> 9).bitwise_and_(0x0007_0007).bitwise_or_((half >> 12).bitwise_and_(0x0008_0008))
-        out.copy_(pairs.bitwise_or_(pairs >> 12).view(torch.uint8)[:, ::4])
-
-    return keep

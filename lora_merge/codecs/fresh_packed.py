@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs.bfloat16 import divided, largest, quotient
-from lora_merge.codecs.bits import codes_at_word_edges
+from lora_merge.codecs.bits import codes_at_word_edges, pack
 from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import Integers
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import Storage, Tile
 
 _SCALE, _ZERO, _SHAPE = "scale", "zero", "weight_shape"
+_BITS = 4
 _INT4 = Integers(-8, 7)
 _EMPTY = 2.0**-7
 """What compressed-tensors puts in the place of a scale that is zero: the epsilon of bfloat16."""
@@ -52,7 +53,8 @@ def grid(tile: Tile, values: torch.Tensor, out: Mapping[str, torch.Tensor], stor
     if settings[_ZERO]:
         scale, zero = _asymmetric(numbers, group)
         # A clone, since `contiguous` leaves the strides of a matrix with one column as they are.
-        out[_ZERO].copy_(_packed(zero.float().T.clone(memory_format=torch.contiguous_format)).T)
+        codes = (zero.float() + 8.0).to(torch.uint8).T.clone(memory_format=torch.contiguous_format)
+        out[_ZERO].copy_(pack(codes, _BITS).T)
     else:
         scale = divided(largest(numbers, 1, group), 7.5)
         scale = scale.masked_fill_(scale == 0, _EMPTY)
@@ -61,7 +63,7 @@ def grid(tile: Tile, values: torch.Tensor, out: Mapping[str, torch.Tensor], stor
         out[_SHAPE].copy_(torch.tensor(tile.shape))
 
     def keep(levels: torch.Tensor) -> None:
-        out[WEIGHT].copy_(_packed(levels))
+        out[WEIGHT].copy_(pack(levels.add_(8.0).to(torch.uint8), _BITS))
 
     return Grid(
         lattice,
@@ -85,17 +87,3 @@ def _asymmetric(values: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.T
     # A group of zeros has no quotient; the library's cast of NaN to an integer is 0.
     zero = (-8.0 - lowest / scale).clamp_(-8.0, 7.0).nan_to_num_(nan=0.0).round_()
     return scale.masked_fill_(scale == 0, _EMPTY), zero
-
-
-def _packed(levels: torch.Tensor) -> torch.Tensor:
-    """Return levels from -8 to 7 as words, the first in the lowest bits: ``[lines, n]`` into int32 ``[lines, ⌈n / 8⌉]``.
-
-    They may be changed. What fills the last word is zero bits.
-    """
-    import torch
-
-    codes = levels.add_(8.0).to(torch.int8)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).contiguous()
-    pairs = codes.view(torch.int16)
-    nibbles = pairs.bitwise_or_(pairs >> 4).to(torch.uint8)
-    return nibbles.view(torch.int32)
