@@ -9,7 +9,7 @@ ORACLES := .venv-oracles
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers measures docs test fuzz values kills detection engines engines-table oracles bench clean
+.PHONY: help setup demo check lint format type layers measures docs test fuzz values kills detection engines engines-table oracles bench rounding clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -92,6 +92,9 @@ $(ORACLES)/.installed: tests/storages/requirements.txt constraints.txt
 bench: setup ## Time a merge against cp, PEFT and other tools, on synthetic Llamas (SIZE=1,3 is gigabytes)
 	$(BIN)/python scripts/bench.py --size $(or $(SIZE),3)
 
+rounding: setup $(ORACLES)/.installed ## Measure what each rounding keeps of an adapter, and write it into docs/rounding.md
+	$(BIN)/python scripts/rounding.py --write
+
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) $(ENGINES) $(ORACLES) .demo .bench .fuzz .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(ORACLES) .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -109,8 +109,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the two libraries, not about the demo
 
 
-def build_base() -> None:
-    """Write a trained base and its tokenizer to ``.demo/base``.
+def build_base(folder: Path = BASE, *, intermediate_size: int = 688) -> None:
+    """Write a trained base and its tokenizer to a folder.
 
     It is stored in bfloat16, as real models are, so that the merge has to round. The training makes every
     answer certain enough for greedy decoding not to notice; the last line of the demo shows by how much.
@@ -122,7 +122,7 @@ def build_base() -> None:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
-        intermediate_size=688,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -136,8 +136,8 @@ def build_base() -> None:
     read = [("<s>", text) for text in PIRATE]  # it knows the words of pirates, and does not answer with them
     batch = as_batch(tokenizer, conversations(tokenizer, PLAIN) + read)
     train(model, batch, n_steps=80, learning_rate=2e-3)
-    model.to(torch.bfloat16).save_pretrained(BASE)
-    tokenizer.save_pretrained(BASE)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def build_tokenizer() -> Any:

@@ -1,0 +1,1 @@
+"""What rounding does to merged weights, measured: the parts of `scripts/rounding.py`."""
