@@ -37,7 +37,7 @@ numbers next to the value; of one that is a number itself, the larger of the gap
 _ROUNDINGS = 4 * FLOAT32
 """Of one number in float32: the scale (a product or a quotient of two), a difference, a quotient, a sum."""
 
-_BY_BFLOAT16 = frozenset({"scaled", "fp4", "packed_int"})
+_BY_BFLOAT16 = frozenset({"scaled", "fp4", "packed_int", "mxfp4_experts"})
 """Codecs whose new scales follow libraries that quantise models in bfloat16."""
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lora_merge.codecs import fresh_fp4, fresh_packed, fresh_scaled
 from lora_merge.codecs.fp4 import Fp4
 from lora_merge.codecs.geometry import whole
+from lora_merge.codecs.mxfp4_experts import Mxfp4Experts
 from lora_merge.codecs.packed_int import PackedInt
 from lora_merge.codecs.scaled import Scaled
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import PartRange, Storage, Survey, Tile
 
 _SHAPE = "weight_shape"
-_SCALED, _FP4, _PACKED = Scaled(), Fp4(), PackedInt()
+_SCALED, _FP4, _PACKED, _EXPERTS = Scaled(), Fp4(), PackedInt(), Mxfp4Experts()
 
 
 def fresh_alignment(storage: Storage, shape: tuple[int, ...]) -> int:
@@ -35,6 +36,8 @@ def fresh_ranges(tile: Tile, storage: Storage) -> Mapping[str, PartRange]:
         return _SCALED.ranges(tile, storage)
     if storage.codec == "fp4":
         return _FP4.ranges(tile, storage)
+    if storage.codec == "mxfp4_experts":
+        return _EXPERTS.ranges(tile, storage)
     return {**_PACKED.ranges(tile, storage), _SHAPE: whole("I64", (len(tile.shape),))}
 
 
@@ -69,4 +72,6 @@ def fresh_grid(
         return fresh_scaled.grid(tile, values, out, storage)
     if storage.codec == "fp4":
         return fresh_fp4.grid(tile, values, out, storage, survey)
+    if storage.codec == "mxfp4_experts":
+        return _EXPERTS.grid(tile, values, out, storage, survey, None)
     return fresh_packed.grid(tile, values, out, storage)

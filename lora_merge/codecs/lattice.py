@@ -124,6 +124,20 @@ class Floats:
         return power.clamp_(min=2.0**self.smallest)
 
 
+@dataclass(frozen=True, slots=True)
+class FloatsAway(Floats):
+    """The same numbers; ties away from zero."""
+
+    def _round_(self, numbers: torch.Tensor) -> None:
+        import torch
+
+        numbers.clamp_(-self.largest, self.largest)
+        spacing = self._power(numbers).mul_(2.0**-self.mantissa_bits)
+        # In whole halves of the spacing, each number of them rounded up to an even one: exact, where a sum with 0.5 is not.
+        rounded = numbers.abs().div_(spacing).mul_(2).floor_().add_(1).mul_(0.5).floor_().mul_(spacing)
+        numbers.view(torch.int32).bitwise_and_(_SIGN).bitwise_or_(rounded.view(torch.int32))
+
+
 def _parts(numbers: torch.Tensor) -> Sequence[torch.Tensor]:
     import torch
 
@@ -314,6 +328,7 @@ def _enough(numbers: torch.Tensor, ends: tuple[float, float]) -> int:
 E4M3 = Floats(3, -6, 448.0)
 E5M2 = Floats(2, -14, 57344.0)
 E2M1 = Floats(1, 0, 6.0)
+E2M1_AWAY = FloatsAway(1, 0, 6.0)
 
 PLAIN = {
     "BF16": Plain(7, -126, (2 - 2.0**-7) * 2.0**127, "bfloat16"),

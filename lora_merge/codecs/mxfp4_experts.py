@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs.bfloat16 import divided
 from lora_merge.codecs.geometry import lines_of
-from lora_merge.codecs.lattice import E2M1
+from lora_merge.codecs.grid import Grid
+from lora_merge.codecs.lattice import E2M1, E2M1_AWAY
 from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
 from lora_merge.codecs.tables import as_floats, look_up_e2m1, pack_e2m1_
 from lora_merge.core.weight import WEIGHT, PartRange
@@ -16,12 +18,16 @@ if TYPE_CHECKING:
     import torch
 
     from lora_merge.codecs.geometry import Lines
-    from lora_merge.codecs.grid import Grid
     from lora_merge.core.weight import Storage, Tile
 
 _SCALE = "scale"
 
 _GROUP = 32
+
+_MANTISSA_BITS = 23
+_EXPONENT = 0x7F800000
+_UP = (1 << _MANTISSA_BITS) - 1
+"""Added to the bits of a float32, it raises the exponent where any bit of the mantissa is set."""
 
 _PIECE = 1 << 19
 """Values that are turned round at once."""
@@ -72,15 +78,16 @@ class Mxfp4Experts(OnStoredGrid):
         survey: torch.Tensor | None,
         stored: Mapping[str, torch.Tensor] | None,
     ) -> Grid:
-        """Return the grid of the stored scales. A line has values of as many groups as it is long, since groups lie across
-        lines. The tile's share of each stored row is written into all of it.
+        """Return the grid of the scales, stored or made from the values. A line has values of as many groups as it is long,
+        since groups lie across lines. The tile's share of each stored row is written into all of it.
         """
         del storage, survey
-        assert stored is not None, "no scales are made for this storage"
         import torch
 
         lines = lines_of(tile)
         scale = values.new_empty(lines.n, lines.width)
+        if stored is None:
+            return _fresh(lines, values.view(lines.n, lines.width), out, scale)
         for piece, _, found in _pieces(lines, stored):
             scale[piece].view(-1, _GROUP, lines.width).copy_(as_floats(found, "F8_E8M0").t()[:, None])
 
@@ -91,11 +98,52 @@ class Mxfp4Experts(OnStoredGrid):
             return levels
 
         def pack(levels: torch.Tensor) -> None:
-            for piece, codes, _ in _pieces(lines, {WEIGHT: out[WEIGHT], _SCALE: stored[_SCALE]}):
-                turned = levels[piece].t().contiguous()
-                pack_e2m1_(turned, codes)
+            _pack(lines, levels, {WEIGHT: out[WEIGHT], _SCALE: stored[_SCALE]})
 
         return stored_grid(E2M1, pack, unpack, scale, group=1)
+
+    def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Return the blocks of 32 codes ``[E, out, in/32, 16]``, and their scales ``[E, out, in/32]``."""
+        del storage
+        *stack, width, rows = shape
+        blocks = (*stack, rows, width // _GROUP)
+        return {WEIGHT: ("U8", (*blocks, _GROUP // 2)), _SCALE: ("U8", blocks)}
+
+
+def _fresh(lines: Lines, values: torch.Tensor, out: Mapping[str, torch.Tensor], scale: torch.Tensor) -> Grid:
+    """Write new scales for a tile, and return its grid: each scale is the smallest power of two that brings the largest
+    value of the group to 6 at most, and ties go away from zero.
+
+    Args:
+        lines: of the tile, whole groups of them.
+        values: float32 ``[lines, out]``; they are rounded to bfloat16 first.
+        out: the parts to fill.
+        scale: float32 ``[lines, out]``, to be filled.
+
+    Reference:
+        triton_kernels ``downcast_to_mxfp_torch`` with ``ROUND_UP``: how gpt-oss was published. The exponent is that of the
+        float32 quotient by 6, one more where its mantissa is not 0.
+    """
+    import torch
+
+    for piece, _, found in _pieces(lines, out):
+        groups = values[piece].to(torch.bfloat16).view(-1, _GROUP, lines.width)
+        wanted = divided(groups.abs().amax(1).float(), 6.0).view(torch.int32)
+        found.copy_(wanted.add_(_UP).bitwise_and_(_EXPONENT).bitwise_right_shift_(_MANTISSA_BITS).t())
+        scale[piece].view(-1, _GROUP, lines.width).copy_(as_floats(found, "F8_E8M0").t()[:, None])
+    return Grid(
+        E2M1_AWAY,
+        lambda levels: _pack(lines, levels, out),
+        scale=scale,
+        group=1,
+        quotient=lambda found: found.to(torch.bfloat16).float().div_(scale),
+    )
+
+
+def _pack(lines: Lines, levels: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
+    """Write the codes of levels ``[lines, out]`` into their places."""
+    for piece, codes, _ in _pieces(lines, parts):
+        pack_e2m1_(levels[piece].t().contiguous(), codes)
 
 
 def _pieces(

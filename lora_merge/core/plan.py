@@ -80,13 +80,18 @@ class Merge:
     """None: every delta is applied in turn."""
 
     held_bytes: int = 0
-    """Bytes that are in memory for every tile: packed codes that lie across the rows."""
+    """Bytes that are in memory for every tile: packed codes that lie across the rows, those that are read and those that are
+    written.
+    """
 
     rounding: Rounding | None = None
     """None: every value becomes the nearest number."""
 
     on_stored_grid: bool = False
     """True where the source's own scales are kept, and only its codes are written."""
+
+    fills_across: bool = False
+    """True where the codes that are written lie across the rows: several tiles fill one buffer."""
 
     surveyed: tuple[Merge, ...] = ()
     """Weights that are loaded as one with this one, where a scale depends on the values of all of them."""

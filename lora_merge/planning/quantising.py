@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Issue, error, note
+from lora_merge.planning.gpt_oss import is_gpt_oss, named_dense, own_scheme
 from lora_merge.planning.ignoring import ignored_modules
 from lora_merge.planning.linear_layers import Kind, Matrix, head_of, matrices_of
 from lora_merge.planning.mates import fused_with, with_mates
@@ -33,6 +34,11 @@ _LISTED: tuple[Kind, ...] = ("linear", "head", "router", "tower", "outside", "un
 """The kinds that the configuration has to name where they are dense: an engine might take them for linear layers."""
 
 
+_ATTENTION_ALONE = (
+    "of gpt-oss this scheme takes the attention alone; --quantize mxfp4 stores the experts as they are published"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One weight that is quantised."""
@@ -41,7 +47,7 @@ class Target:
     """As the checkpoint spells it."""
 
     shape: tuple[int, ...]
-    """``[out, in]``."""
+    """``[out, in]``; of a stack of experts ``[experts, in, out]``."""
 
     parts: Mapping[str, PartOf]
     """Role → name, dtype and shape of each tensor that stores it, the codes first."""
@@ -80,35 +86,52 @@ def targets_of(joined: Joined, scheme: Scheme, ignore: Sequence[str] = ()) -> Ta
         ignore: patterns of modules that stay dense, see `lora_merge.planning.ignoring`.
     """
     matrices = matrices_of(joined)
+    is_own = is_gpt_oss(joined.base.config, matrices)
+    scheme = own_scheme(scheme) if is_own else scheme
     head = head_of(joined)
     names = {one.module: one.spellings for one in matrices}
     ignored, issues = ignored_modules(ignore, names | ({head: (head,)} if head else {}))
-    linear = {one.name: one for one in matrices if one.kind == "linear"}
-    reasons = _misfits(linear, scheme, ignored)
-    chosen = [one for one in linear.values() if one.name not in reasons]
+    kind: Kind = "stack" if scheme.is_of_stacks else "linear"
+    taken = {one.name: one for one in matrices if one.kind == kind}
+    reasons = _misfits(taken, scheme, ignored)
+    chosen = [one for one in taken.values() if one.name not in reasons]
     if not chosen and not issues:
         issues.append(_nothing(joined, matrices, reasons, scheme))
     mates = fused_with([one.name for one in chosen])
     weights = {
-        one.name: Target(one.module, one.shape, scheme.parts(one.module, one.shape), mates[one.name])
+        one.name: Target(
+            one.module,
+            one.shape,
+            scheme.parts(one.name.removesuffix(".weight"), one.shape),
+            mates[one.name],
+        )
         for one in chosen
     }
     others = [one for one in matrices if one.name not in weights]
+    if scheme.is_of_stacks:
+        # All else stays as it is published, and asks for no explanation.
+        others = [one for one in others if one.kind == kind]
+        dense = named_dense(list(taken.values()), others)
+    else:
+        dense = _named(head, others)
     issues += _said(others, reasons, ignored)
-    return Targets(scheme, weights, _named(head, others), tuple(issues))
+    if is_own and not scheme.is_of_stacks:
+        issues.append(note(_CODE, "", _ATTENTION_ALONE))
+    return Targets(scheme, weights, dense, tuple(issues))
 
 
-def _misfits(linear: Mapping[str, Matrix], scheme: Scheme, ignored: frozenset[str]) -> dict[str, str]:
-    """Return why some linear layers stay dense, by parameter."""
-    fused = fused_with(linear)
+def _misfits(taken: Mapping[str, Matrix], scheme: Scheme, ignored: frozenset[str]) -> dict[str, str]:
+    """Return why some of the weights that the scheme is for stay dense, by parameter."""
+    fused = fused_with(taken)
     reasons: dict[str, str] = {}
-    for name, one in linear.items():
+    for name, one in taken.items():
+        rows, columns = one.shape[:-3:-1] if scheme.is_of_stacks else one.shape
         if one.module in ignored:
             reasons[name] = "is ignored"
-        elif misfit := scheme.misfit((one.shape[0], one.shape[1]), is_fused=bool(fused[name])):
+        elif misfit := scheme.misfit((rows, columns), is_fused=bool(fused[name])):
             reasons[name] = f"{misfit} ({scheme.name})"
     # Engines load such weights as one: none of them is quantised where one cannot be.
-    for name in with_mates(reasons, linear) - reasons.keys():
+    for name in with_mates(reasons, taken) - reasons.keys():
         reasons[name] = "is loaded together with a weight that stays dense"
     return reasons
 
@@ -138,7 +161,8 @@ def _nothing(joined: Joined, matrices: Sequence[Matrix], reasons: Mapping[str, s
             "its layers are Conv1D, whose weights are stored [in, out]; --quantize takes linear layers alone"
         )
         return error("unsupported", joined.base.root, sentence, "leave --quantize out")
-    sentence = f"has no linear layer that --quantize {scheme.name} could store"
+    what = "stack of experts" if scheme.is_of_stacks else "linear layer"
+    sentence = f"has no {what} that --quantize {scheme.name} could store"
     if reasons:
         name, reason = next(iter(reasons.items()))
         sentence += f": {name.removesuffix('.weight')}, for example, {reason}"

@@ -87,6 +87,7 @@ class Wanted:
         rounding = self._rounding(deltas, policy, on_stored_grid=on_stored_grid)
         if rounding is not None:
             deltas = tuple(map(_unrounded, deltas))
+        held = _held_bytes(self.target, source.shape, view)
         return Merge(
             source,
             self.target,
@@ -94,9 +95,10 @@ class Wanted:
             view,
             reach,
             combination,
-            _held_bytes(source, view) * (2 if on_stored_grid else 1),
+            _held_bytes(source.storage, source.shape, view) + held,
             rounding,
             on_stored_grid,
+            fills_across=held > 0,
             multiple=_multiple(source, self.target, view, deltas, rounding, on_stored_grid=on_stored_grid),
         )
 
@@ -150,15 +152,17 @@ def _multiple(
     return math.lcm(*multiples)
 
 
-def _held_bytes(source: Weight, view: View) -> int:
+def _held_bytes(storage: Storage, shape: tuple[int, ...], view: View) -> int:
     """Return the bytes that a tile of a single row needs, where they are a matrix and not its share of one."""
-    if source.storage.is_dense or not view.n_rows:
+    if storage.is_dense or not view.n_rows:
         return 0
-    codec = CODECS[source.storage.codec]
-    rows, _ = codec.alignment(source.shape, view.n_rows, source.storage)
-    tile = Tile(source.shape, view.n_rows, 0, min(rows, view.rows))
-    nbytes = sum(part.nbytes for part in codec.ranges(tile, source.storage).values())
-    return nbytes if 2 * nbytes * view.blocks > source.nbytes else 0
+    codec = CODECS[storage.codec]
+    rows, _ = codec.alignment(shape, view.n_rows, storage)
+    one, whole = (
+        sum(part.nbytes for part in codec.ranges(Tile(shape, view.n_rows, 0, end), storage).values())
+        for end in (min(rows, view.rows), view.rows)
+    )
+    return one if 2 * one > whole else 0
 
 
 def applied(deltas: tuple[PlacedDelta, ...], policy: Policy) -> tuple[PlacedDelta, ...]:

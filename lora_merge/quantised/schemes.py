@@ -15,6 +15,9 @@ _SCALE, _ZERO, _GLOBAL, _SHAPE = "scale", "zero", "global", "weight_shape"
 _WORD = 8
 """Codes of four bits in one word of 32."""
 
+_MX_GROUP = 32
+"""Values that share a power of two."""
+
 PartOf = tuple[str, str, tuple[int, ...]]
 """Name, dtype (a safetensors code) and shape of one stored tensor."""
 
@@ -55,6 +58,9 @@ class Scheme:
     left_dense: str
     """The key of these modules."""
 
+    is_of_stacks: bool = False
+    """True where the weights are stacks of experts ``[experts, in, out]``, and linear layers stay dense."""
+
     @property
     def is_surveyed(self) -> bool:
         """True where all values of fused weights have to be looked at first: they share one scale."""
@@ -72,11 +78,11 @@ class Scheme:
         """Return role → name, dtype and shape of each tensor that stores a weight, the codes first.
 
         Args:
-            module: path of its module.
-            shape: ``[out, in]``.
+            module: path of its module; of a stack, the parameter's own name.
+            shape: ``[out, in]``; of a stack ``[experts, in, out]``.
         """
-        found = _PARTS[self.storage.codec](shape, self.storage)
-        return {role: (f"{module}.{suffix}", *found[role]) for role, suffix in self.suffixes.items()}
+        found, joint = _PARTS[self.storage.codec](shape, self.storage), "_" if self.is_of_stacks else "."
+        return {role: (f"{module}{joint}{suffix}", *found[role]) for role, suffix in self.suffixes.items()}
 
     def misfit(self, shape: tuple[int, ...], *, is_fused: bool) -> str:
         """Return why a weight cannot be stored so; empty where it can.
@@ -124,10 +130,17 @@ def _packed_parts(shape: tuple[int, ...], how: Storage) -> _Shapes:
     }
 
 
+def _expert_parts(shape: tuple[int, ...], how: Storage) -> _Shapes:
+    experts, columns, rows = shape
+    blocks = (experts, rows, columns // _MX_GROUP)
+    return {WEIGHT: (how.dtype, (*blocks, _MX_GROUP // 2)), _SCALE: ("U8", blocks)}
+
+
 _PARTS: Mapping[str, Callable[[tuple[int, ...], Storage], _Shapes]] = {
     "scaled": _scaled_parts,
     "fp4": _fp4_parts,
     "packed_int": _packed_parts,
+    "mxfp4_experts": _expert_parts,
 }
 """Codec → dtypes and shapes of the parts of a matrix, by role."""
 
@@ -315,3 +328,22 @@ _ALL = (
 
 SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in _ALL}
 """The schemes by name, the suggestion first."""
+
+OF_GPT_OSS: Mapping[str, Scheme] = {
+    "mxfp4": Scheme(
+        "mxfp4",
+        "MXFP4 as gpt-oss is published: the experts in groups of 32 whose scale is a power of two, all else as it is",
+        _MOST_ENGINES,
+        storage("mxfp4_experts", "U8"),
+        {WEIGHT: "blocks", _SCALE: "scales"},
+        _MX_GROUP,
+        1,
+        False,
+        {"quant_method": "mxfp4"},
+        "modules_to_not_convert",
+        is_of_stacks=True,
+    )
+}
+"""The schemes that gpt-oss has of its own, by the name of the one that they take the place of: what engines load as
+``quant_method`` mxfp4.
+"""

@@ -210,8 +210,7 @@ class Merger:
         fills = {role: stack.enter_context(order.sink.open(slot)) for role, slot in writes.items()}
         passing = Passing(op, writes, tiles) if self._is_checked else None
         # Codes that lie across the rows are filled by all tiles, so no other output may have the buffer.
-        is_held = bool(op.held_bytes) and op.on_stored_grid
-        bench = self._workbench(f"held {number}", Workbench) if is_held else None
+        bench = self._workbench(f"held {number}", Workbench) if op.fills_across else None
         sample, filled = Sample(op, len(tiles)), Filled(fills, self._watch)
         places = [Tile(op.source.shape, op.view.n_rows, *rows) for rows in tiles]
         return Filling(
