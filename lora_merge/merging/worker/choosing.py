@@ -45,6 +45,8 @@ class Choosing:
         # On the device: a number would wait for a GPU in the middle of the loop.
         self._effects: list[torch.Tensor] = []
         self._errors: list[torch.Tensor] = []
+        # First output of a span whose inputs come in several tiles → what is seen of the error and of the change so far.
+        self._sums: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
     @property
     def is_plain(self) -> bool:
@@ -125,10 +127,37 @@ class Choosing:
         error = grid.values(levels).sub_(values)
         for span in spans:
             rows, columns = self._place(span, start)
+            if self._along and not 0 <= rows.start <= rows.stop <= len(values):
+                self._add_some(span, values, error, rows, columns)
+                continue
             own = error[rows, columns]
             seen = (own.t() if self._along else own) @ span.basis.t()
             self._add(span, values[rows, columns], rows, columns, seen)
         self._before = None
+
+    def _add_some(
+        self, span: Span, values: torch.Tensor, error: torch.Tensor, rows: slice, columns: slice
+    ) -> None:
+        """Add some inputs of a span to its sums, which are complete with the last one.
+
+        Args:
+            span: which outputs.
+            values: of the tile, after the change; error: of the same.
+            rows: all inputs of the span, counted from the first row of the tile; columns: its outputs.
+        """
+        own = slice(max(rows.start, 0), min(rows.stop, len(values)))
+        basis = span.basis[:, own.start - rows.start : own.stop - rows.start].t()
+        error_seen, change_seen = self._sums.pop(span.first, (None, None))
+        seen = error[own, columns].t() @ basis
+        error_seen = seen if error_seen is None else error_seen.add_(seen)
+        if self._before is not None:
+            seen = (values[own, columns] - self._before[own, columns]).t() @ basis
+            change_seen = seen if change_seen is None else change_seen.add_(seen)
+        if own.stop < rows.stop:
+            self._sums[span.first] = error_seen, change_seen
+            return
+        self._errors.append(_squares(error_seen))
+        self._effects.append(_squared_length(span) if change_seen is None else _squares(change_seen))
 
     def _spans_of(self, start: int, end: int, changers: Sequence[Changer]) -> list[Span]:
         if self._spans is None:
@@ -158,16 +187,14 @@ class Choosing:
             rows: of the tile; columns: of it.
             error: ``(stored - values) Qᵀ``, float32 ``[outputs, r]``.
         """
-        import torch
-
-        self._errors.append(error.square().sum(dtype=torch.float64))
+        self._errors.append(_squares(error))
         if self._before is None:
             # A change of the form B A lies in the row space of A as a whole.
             self._effects.append(_squared_length(span))
             return
         change = values - self._before[rows, columns]
         seen = (change.t() if self._along else change) @ span.basis.t()
-        self._effects.append(seen.square().sum(dtype=torch.float64))
+        self._effects.append(_squares(seen))
 
     def effect(self) -> tuple[float, float]:
         """Return ‖ΔQᵀ‖ and ‖(Δ′ - Δ)Qᵀ‖ over all tiles; -1 for both where nothing was kept account of."""
@@ -175,6 +202,13 @@ class Choosing:
             return -1.0, -1.0
         effect, error = (math.sqrt(max(sum(map(float, one)), 0.0)) for one in (self._effects, self._errors))
         return effect, error
+
+
+def _squares(seen: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    found: torch.Tensor = seen.square().sum(dtype=torch.float64)
+    return found
 
 
 def _squared_length(span: Span) -> torch.Tensor:
