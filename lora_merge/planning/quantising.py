@@ -34,9 +34,7 @@ _LISTED: tuple[Kind, ...] = ("linear", "head", "router", "tower", "outside", "un
 """The kinds that the configuration has to name where they are dense: an engine might take them for linear layers."""
 
 
-_ATTENTION_ALONE = (
-    "of gpt-oss this scheme takes the attention alone; --quantize mxfp4 stores the experts as they are published"
-)
+_ATTENTION_ALONE = "of gpt-oss this scheme takes the attention alone; --quantize mxfp4 stores the experts as they are published"
 
 
 @dataclass(frozen=True, slots=True)

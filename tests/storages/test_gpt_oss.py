@@ -327,7 +327,9 @@ def test_a_quantised_base_gets_new_scales_where_it_changes(cli, tmp_path, made):
     fields = {"target_modules": [], "target_parameters": ["model.layers.0.mlp.experts.down_proj"]}
     logits = adapted(model_of(values, FIXTURE, tmp_path / "wide"), adapter, **fields)
     for option, out in ((("--quantize", "mxfp4"), "mxfp4"), (("--dtype", "bfloat16"), "dense")):
-        result = cli("--base", FIXTURE, "--adapter", adapter, "--out", tmp_path / out, *option, "--allow-loss")
+        result = cli(
+            "--base", FIXTURE, "--adapter", adapter, "--out", tmp_path / out, *option, "--allow-loss"
+        )
         assert result.exit_code == exits.OK, result.stderr
     before, dense, found = (tensors_of(root) for root in (FIXTURE, tmp_path / "dense", tmp_path / "mxfp4"))
     assert found.keys() == before.keys()
@@ -335,9 +337,7 @@ def test_a_quantised_base_gets_new_scales_where_it_changes(cli, tmp_path, made):
     name = "model.layers.0.mlp.experts.down_proj"
     assert f"{name}_blocks" in changed
     assert changed <= {f"{name}_blocks", f"{name}_scales"}
-    assert all(
-        map(same_bytes, published(dense[name]), (found[f"{name}_blocks"], found[f"{name}_scales"]))
-    )
+    assert all(map(same_bytes, published(dense[name]), (found[f"{name}_blocks"], found[f"{name}_scales"])))
     assert json.loads((tmp_path / "mxfp4/config.json").read_text())["quantization_config"] == PUBLISHED
     near = logits_of(model_of(decoded(tmp_path / "mxfp4"), tmp_path / "mxfp4", tmp_path / "loaded"))
     assert 0 < float((near - logits).abs().max() / logits.abs().max()) < 0.1
