@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.core.report import error, note
 from lora_merge.quantised.schemes import OF_GPT_OSS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
+    from collections.abc import Sequence
 
+    from lora_merge.core.report import Issue
+    from lora_merge.planning.joined import Joined
     from lora_merge.planning.linear_layers import Matrix
     from lora_merge.quantised.schemes import Scheme
 
@@ -21,25 +23,33 @@ _DENSE = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
 
 _HEAD = "lm_head"
 
+_ATTENTION_ALONE = (
+    "of gpt-oss this takes the attention alone; --quantize mxfp4 stores the experts as published"
+)
+_APART = "has no experts in stacks, which MXFP4 of gpt-oss is for"
 
-def is_gpt_oss(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> bool:
-    """Return True for a model of the family whose experts are stacks, as transformers 5.23 replaces them (``GptOssMLP``).
+
+def scheme_for(joined: Joined, matrices: Sequence[Matrix], scheme: Scheme) -> tuple[Scheme, list[Issue]]:
+    """Return what a scheme is for a model, and what is to be said of it: gpt-oss has an MXFP4 of its own.
+
+    It is known by its configuration and by its stacks, which transformers 5.23 replaces (``GptOssMLP``).
 
     Args:
-        config: ``config.json``.
+        joined: what the output is made of.
         matrices: of the model.
+        scheme: that is wanted.
     """
+    if joined.base.config.get("model_type") != _MODEL_TYPE:
+        return scheme, []
+    own = OF_GPT_OSS.get(scheme.name)
     stacks = [one.name for one in matrices if one.kind == "stack"]
-    return (
-        config.get("model_type") == _MODEL_TYPE
-        and bool(stacks)
-        and all(name.endswith(_STACKS) for name in stacks)
-    )
-
-
-def own_scheme(scheme: Scheme) -> Scheme:
-    """Return what a scheme is for gpt-oss: the same, or the one that its engines know by this name."""
-    return OF_GPT_OSS.get(scheme.name, scheme)
+    is_stacked = bool(stacks) and all(name.endswith(_STACKS) for name in stacks)
+    if own is None:
+        return scheme, [note("quantize", "", _ATTENTION_ALONE)] if is_stacked else []
+    if not is_stacked:
+        hint = "merge into a copy of the model whose experts are stacks, such as the published one"
+        return scheme, [error("quantize", joined.base.root, _APART, hint)]
+    return own, []
 
 
 def named_dense(stacks: Sequence[Matrix], dense: Sequence[Matrix]) -> tuple[str, ...]:

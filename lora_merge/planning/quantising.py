@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Issue, error, note
-from lora_merge.planning.gpt_oss import is_gpt_oss, named_dense, own_scheme
+from lora_merge.planning.gpt_oss import named_dense, scheme_for
 from lora_merge.planning.ignoring import ignored_modules
 from lora_merge.planning.linear_layers import Kind, Matrix, head_of, matrices_of
 from lora_merge.planning.mates import fused_with, with_mates
@@ -32,9 +32,6 @@ _DENSE_BY_KIND: Mapping[Kind, str] = {
 
 _LISTED: tuple[Kind, ...] = ("linear", "head", "router", "tower", "outside", "unknown", "stack")
 """The kinds that the configuration has to name where they are dense: an engine might take them for linear layers."""
-
-
-_ATTENTION_ALONE = "of gpt-oss this scheme takes the attention alone; --quantize mxfp4 stores the experts as they are published"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +81,7 @@ def targets_of(joined: Joined, scheme: Scheme, ignore: Sequence[str] = ()) -> Ta
         ignore: patterns of modules that stay dense, see `lora_merge.planning.ignoring`.
     """
     matrices = matrices_of(joined)
-    is_own = is_gpt_oss(joined.base.config, matrices)
-    scheme = own_scheme(scheme) if is_own else scheme
+    scheme, said = scheme_for(joined, matrices, scheme)
     head = head_of(joined)
     names = {one.module: one.spellings for one in matrices}
     ignored, issues = ignored_modules(ignore, names | ({head: (head,)} if head else {}))
@@ -112,9 +108,7 @@ def targets_of(joined: Joined, scheme: Scheme, ignore: Sequence[str] = ()) -> Ta
         dense = named_dense(list(taken.values()), others)
     else:
         dense = _named(head, others)
-    issues += _said(others, reasons, ignored)
-    if is_own and not scheme.is_of_stacks:
-        issues.append(note(_CODE, "", _ATTENTION_ALONE))
+    issues += [*_said(others, reasons, ignored), *said]
     return Targets(scheme, weights, dense, tuple(issues))
 
 

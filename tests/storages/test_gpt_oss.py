@@ -344,7 +344,7 @@ def test_a_quantised_base_gets_new_scales_where_it_changes(cli, tmp_path, made):
 
 
 def sizes_of(root, **fields):
-    """Write a gpt-oss of one layer of other sizes, and an adapter that changes its last norm."""
+    """Write a gpt-oss of one layer of other sizes, and an adapter of its queries."""
     config = {**plain_config(FIXTURE), "num_hidden_layers": 1, "layer_types": ["full_attention"], **fields}
     t.GptOssForCausalLM(t.GptOssConfig(**config)).bfloat16().save_pretrained(root / "base")
     adapter = root / "adapter"
@@ -369,6 +369,20 @@ def test_experts_that_no_group_of_32_fits_are_refused(tmp_path):
     assert "48 input features, which is not a multiple of 32" in str(caught.value)
 
 
+def test_experts_one_by_one_are_refused(tmp_path):
+    base, adapter = sizes_of(tmp_path)
+    stack = "model.layers.0.mlp.experts"
+
+    def apart(tensors):
+        for name in ("gate_up_proj", "down_proj"):
+            for number, one in enumerate(tensors.pop(f"{stack}.{name}")):
+                tensors[f"{stack}.{name}s.{number}.weight"] = one.t().contiguous()
+
+    edit_tensors(base / "model.safetensors", apart)
+    with pytest.raises(lora_merge.PlanError, match="has no experts in stacks"):
+        lora_merge.plan(base=base, adapter=adapter, quantize="mxfp4")
+
+
 def test_ignored_experts_stay_dense_and_are_named(made):
     base, adapter, _ = made
     plan = lora_merge.plan(base=base, adapter=adapter, quantize="mxfp4", ignore=["*.0.mlp.experts"])
@@ -386,5 +400,5 @@ def test_other_schemes_take_the_attention_alone_and_say_so(made):
     plan = lora_merge.plan(base=base, adapter=adapter, quantize="int8")
     said = " ".join(issue.sentence for issue in plan.issues)
     assert "stack of experts" in said
-    assert "--quantize mxfp4 stores the experts as they are published" in said
+    assert "--quantize mxfp4 stores the experts as published" in said
     assert plan.config_patch.set["quantization_config"]["quant_method"] == "compressed-tensors"

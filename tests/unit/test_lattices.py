@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_merge.codecs.lattice import E2M1, E4M3, E5M2, PLAIN, Floats, Integers, Table
+from lora_merge.codecs.lattice import E2M1, E2M1_AWAY, E4M3, E5M2, PLAIN, Floats, Integers, Table
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -41,7 +41,7 @@ def levels_of(name):
         return np.arange(lattice.first, lattice.last + 1, dtype=np.float64)
     if isinstance(lattice, Table):
         return np.array(lattice.levels)
-    if lattice is E2M1:
+    if lattice in (E2M1, E2M1_AWAY):
         return np.unique([*E2M1_LEVELS, *(-level for level in E2M1_LEVELS)])
     return np.unique(patterns(name).double().numpy())
 
@@ -51,6 +51,7 @@ LATTICES = {
     "bfloat16": PLAIN["BF16"],
     "float16": PLAIN["F16"],
     "e2m1": E2M1,
+    "e2m1 away": E2M1_AWAY,
     "int4": Integers(-8, 7),
     "uint3": Integers(0, 7),
     "int8": Integers(-127, 127),
@@ -128,6 +129,18 @@ def test_ties_of_e2m1_go_to_the_even_code():
     assert E2M1.nearest_(ties.clone()).tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
     assert E2M1.nearest_(-ties).tolist() == [-0.0, -1.0, -1.0, -2.0, -2.0, -4.0, -4.0]
     assert E2M1.nearest_(torch.tensor([-0.1])).signbit().all()
+
+
+def test_ties_of_the_experts_of_gpt_oss_go_away_from_zero():
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    away = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    assert E2M1_AWAY.nearest_(ties.clone()).tolist() == away
+    assert E2M1_AWAY.nearest_(-ties).tolist() == [-level for level in away]
+    # A sum with one half would carry what is just below a tie over it.
+    below = ties.nextafter(torch.zeros(()))
+    assert E2M1_AWAY.nearest_(below).tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
+    assert E2M1_AWAY.nearest_(torch.tensor([-0.1, -0.0])).signbit().all()
+    assert E2M1_AWAY.nearest_(torch.tensor([torch.nan])).isnan().all()
 
 
 def test_ties_of_integers_go_to_the_even_one_and_of_tables_down():

@@ -9,7 +9,7 @@ import pytest
 
 from lora_merge.core.tensor import TensorRef, nbytes_of
 from lora_merge.quantised import Surroundings, identify
-from lora_merge.quantised.schemes import SCHEMES
+from lora_merge.quantised.schemes import OF_GPT_OSS, SCHEMES
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "quantising.json"
 FP8 = Path(__file__).parents[1] / "fixtures" / "quantised" / "fp8-block" / "config.json"
@@ -74,6 +74,20 @@ def test_what_is_written_is_identified_again(name, shape):
     assert (weight.name, weight.shape) == (f"{MODULE}.weight", shape)
     assert weight.storage == scheme.storage
     assert weight.parts.keys() == scheme.suffixes.keys()
+
+
+def test_experts_of_gpt_oss_are_identified_again():
+    scheme, name = OF_GPT_OSS["mxfp4"], "model.layers.0.mlp.experts.down_proj"
+    parts = scheme.parts(name, (4, 64, 96))
+    assert parts == {
+        "weight": (f"{name}_blocks", "U8", (4, 96, 2, 16)),
+        "scale": (f"{name}_scales", "U8", (4, 96, 2)),
+    }
+    around = Surroundings({"quantization_config": scheme.config(["lm_head"])}, lambda _: b"")
+    found = identify(refs(parts), around)
+    assert not found.issues
+    (weight,) = found.weights.values()
+    assert (weight.name, weight.shape, weight.storage) == (name, (4, 64, 96), scheme.storage)
 
 
 @each
