@@ -350,12 +350,8 @@ def sizes_of(root, **fields):
     adapter = root / "adapter"
     adapter.mkdir()
     shape = (4, config["hidden_size"])
-    tensors = {
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(shape),
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(
-            config["num_attention_heads"] * config["head_dim"], 4
-        ),
-    }
+    path, n_out = "base_model.model.model.layers.0.self_attn.q_proj", 64
+    tensors = {f"{path}.lora_A.weight": torch.ones(shape), f"{path}.lora_B.weight": torch.ones(n_out, 4)}
     save_file(tensors, adapter / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(about))
@@ -386,11 +382,8 @@ def test_experts_one_by_one_are_refused(tmp_path):
 def test_ignored_experts_stay_dense_and_are_named(made):
     base, adapter, _ = made
     plan = lora_merge.plan(base=base, adapter=adapter, quantize="mxfp4", ignore=["*.0.mlp.experts"])
-    config = plan.config_patch.set["quantization_config"]
-    assert config["modules_to_not_convert"] == [
-        *PUBLISHED["modules_to_not_convert"],
-        "model.layers.0.mlp.experts",
-    ]
+    named = plan.config_patch.set["quantization_config"]["modules_to_not_convert"]
+    assert named == [*PUBLISHED["modules_to_not_convert"], "model.layers.0.mlp.experts"]
     stored = {step.name for step in plan.steps if isinstance(step.op, Merge) and step.op.target == STORAGE}
     assert stored == {f"model.layers.1.{name}" for name in STACKS}
 
