@@ -146,7 +146,7 @@ class Product:
 def products_of(op: Merge, delta: PlacedDelta, factors: Tensors) -> Iterator[Product]:
     """Yield the products of a delta: one for each range of rows, or one for each expert of a stack."""
     block = _block(op, delta)
-    site = Site(factors, op, range(0), op.target.value_dtype, (block.blocks, block.rows, block.columns))
+    site = Site(factors, op, range(0), op.between_dtype, (block.blocks, block.rows, block.columns))
     scale = delta.effective_scale * delta.adapter_weight
     if delta.facts.is_stacked:
         for expert in range(block.blocks[1] - block.blocks[0]):

@@ -116,7 +116,7 @@ class _Compared:
         import torch
 
         op = self._op
-        site = Site(self._reader, op, rows, op.target.value_dtype)
+        site = Site(self._reader, op, rows, op.between_dtype)
         stored = self._reader.written(self._written, rows, op.view.n_rows)
         candidates = combined(site) if op.combination is not None else [changed(site, op.deltas)]
         is_moved = torch.ones(1, 1, dtype=torch.bool) if effect is None else effect.moved(rows)

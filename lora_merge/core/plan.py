@@ -101,6 +101,15 @@ class Merge:
 
     op: Literal["merge"] = "merge"
 
+    @property
+    def between_dtype(self) -> str:
+        """The dtype that a change is rounded to before it is added, where PEFT rounds it: that of the output, or what it would
+        have if it were dense. On stored scales there is no such dtype, and float32 it is.
+        """
+        if self.target.is_dense:
+            return self.target.dtype
+        return "F32" if self.on_stored_grid else "BF16"
+
     def tiles(self, elements: int | None = None) -> list[tuple[int, int]]:
         """Return the row ranges to work on, in order; see `View.tiles`."""
         if self.reach == "tensor":

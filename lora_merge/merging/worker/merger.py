@@ -270,7 +270,7 @@ class Merger:
             role: tensor.to(self._device)
             for role, tensor in self._factors.of(delta.delta, delta.part).items()
         }
-        algebra = ALGEBRAS[delta.algebra](delta, factors, op.target.value_dtype)
+        algebra = ALGEBRAS[delta.algebra](delta, factors, op.between_dtype)
         block = Block.of(op.view, delta.region.box)
         placed: Changer = algebra
         if delta.region.box:
