@@ -382,7 +382,9 @@ def test_losing_more_than_half_of_the_change_is_refused_with_the_cure(base, adap
     made, out = adapter(1e-5), tmp_path / "out"
     result = cli("--base", base, "--adapter", made, "--out", out)
     assert result.exit_code == 4
-    kept = int(re.search(r"rounding to the nearest \(BF16\) keeps (\d+)% of the adapter's change", result.stderr)[1])
+    kept = int(
+        re.search(r"rounding to the nearest \(BF16\) keeps (\d+)% of the adapter's change", result.stderr)[1]
+    )
     assert 5 < kept < 50
     assert "--rounding adapter keeps the adapter's effect" in result.stderr
     assert not out.exists()
@@ -391,10 +393,14 @@ def test_losing_more_than_half_of_the_change_is_refused_with_the_cure(base, adap
     assert allowed.exit_code == 0
     survival = json.loads(allowed.stdout)["survival"]
     squares = [one["delta_norm"] ** 2 for one in survival.values()]
-    whole = sum(one["kept"] * square for one, square in zip(survival.values(), squares, strict=True)) / sum(squares)
+    whole = sum(one["kept"] * square for one, square in zip(survival.values(), squares, strict=True)) / sum(
+        squares
+    )
     assert kept == pytest.approx(100 * whole, abs=0.6)
 
-    cured = cli("--base", base, "--adapter", made, "--out", tmp_path / "cured", "--rounding", "adapter", "--json")
+    cured = cli(
+        "--base", base, "--adapter", made, "--out", tmp_path / "cured", "--rounding", "adapter", "--json"
+    )
     assert cured.exit_code == 0
     for one in json.loads(cured.stdout)["survival"].values():
         assert one["kept"] > 0.95

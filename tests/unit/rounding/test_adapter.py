@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_merge.rounding.effect import in_span
 
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E2M1, E4M3, PLAIN, Integers
 from lora_merge.rounding.adapter import round_adapter
 from lora_merge.rounding.bands import REACH
 from lora_merge.rounding.basis import row_space
-from lora_merge.rounding.effect import in_span
 from lora_merge.rounding.schedule import band_rows, damping_for, schedule_of
 
 GRIDS = ("bf16", "f16", "fp8", "int4", "int4-asymmetric", "int4-act-order", "int8", "nvfp4")
