@@ -58,7 +58,7 @@ def prepare_stored(root: Path, about: Stored, command: Command) -> Merged:
     from peft import LoraConfig
 
     here = root / about.title.replace(" ", "-").replace(",", "")
-    base, adapter = _base(here / "base", about), here / "adapter"
+    base, adapter = base_of(here / "base", about), here / "adapter"
     plain = here / "plain"
     architecture = model_of(decoded(base), base, plain).config.architectures[0]
     model = Model(about.name, architecture, "", {})
@@ -69,7 +69,7 @@ def prepare_stored(root: Path, about: Stored, command: Command) -> Merged:
         result = command("--base", base, "--adapter", adapter, "--out", out, "--out-storage", output)
         assert result.exit_code == 0, result.output
     with one_thread(), torch.no_grad():
-        prompts = _prompts(trained, 2 * max(WEIGHTS_ROUNDED, about.mixed_tolerance))
+        prompts = prompts_of(trained, 2 * max(WEIGHTS_ROUNDED, about.mixed_tolerance))
         wanted = [answer(trained, prompt) for prompt in prompts]
         with trained.disable_adapter():
             pairs = zip(prompts, wanted, strict=True)
@@ -77,7 +77,7 @@ def prepare_stored(root: Path, about: Stored, command: Command) -> Merged:
     return Merged(base, outputs, prompts, wanted, without)
 
 
-def _base(out: Path, about: Stored) -> Path:
+def base_of(out: Path, about: Stored) -> Path:
     """Write a base: what the library wrote, with what engines want beside it."""
     shutil.copytree(FIXTURES / about.fixture, out)
     write_tokenizer(out)
@@ -118,10 +118,10 @@ def _norm_heads(tensors: dict[str, torch.Tensor], head_dim: int) -> None:
             tensors[f"{layer}self_attn.{norm}.weight"] = values.to(like.dtype)
 
 
-def _prompts(model: Any, gap: float) -> list[list[int]]:
+def prompts_of(model: Any, gap: float, n_candidates: int = N_CANDIDATES) -> list[list[int]]:
     """Return prompts after which every token that is generated leads the next best by a gap: no rounding flips it."""
     generator = torch.Generator().manual_seed(11)
-    size = (N_CANDIDATES, PROMPT_LENGTH)
+    size = (n_candidates, PROMPT_LENGTH)
     tokens = torch.randint(FIRST_WORD, model.config.vocab_size, size, generator=generator)
     tokens[:, 0] = model.config.bos_token_id
     for _ in range(N_TOKENS):

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.engines.coded import CODED_ROWS
 from tests.engines.families import CASES, ENGINES
 from tests.engines.stored import ROWS
 
@@ -53,6 +54,12 @@ TABLES = (
         "quantised",
         ("base, adapter", "output"),
         tuple((about.title, output) for about, output in ROWS),
+    ),
+    Table(
+        "measured coded",
+        "coded",
+        ("weights", "rounding"),
+        tuple((about.title, rounding) for about, rounding in CODED_ROWS),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Two products of quantised weights for which vLLM has kernels on GPUs, or on CPUs with AMX, in plain torch.
+"""Products of quantised weights for which vLLM has kernels on GPUs, or on CPUs with AMX, in plain torch.
 
 Everything before the product is vLLM's own: its reading of the configuration, its choice of a method for each layer,
 its loader, and what it fuses. A kernel of its own comes first where it can run.
@@ -43,6 +43,44 @@ class PlainBlocks(Fp8BlockScaledMMLinearKernel):
         return linear(A, (B.float() * scales[: B.shape[0], : B.shape[1]]).to(A.dtype))
 
 
+class PlainMxfp4(kernels.MxFp4LinearKernel):
+    """MXFP4: weight [out, in/2], exponents [out, in/32]."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return True, None
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        # As its own kernels for weights alone do, this takes inputs as they are.
+        return True, None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.decoded = _mxfp4(layer.weight.data, layer.weight_scale.data)
+
+    def apply_weights(self, layer: torch.nn.Module, x: Any, bias: Any = None) -> Any:
+        return linear(x, layer.decoded.to(x.dtype), bias)
+
+
+class PlainNvfp4(kernels.NvFp4LinearKernel):
+    """NVFP4: weight [out, in/2], scales [out, in/16] in FP8, and one factor for all."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return True, None
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        return True, None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        scales = layer.weight_scale.data.float() * layer.weight_global_scale.data
+        layer.decoded = _e2m1(layer.weight.data) * scales.repeat_interleave(16, -1)
+
+    def apply_weights(self, layer: torch.nn.Module, x: Any, bias: Any = None) -> Any:
+        return linear(x, layer.decoded.to(x.dtype), bias)
+
+
 class PlainExperts(cpu_moe.CPUExpertsMxfp4):
     """MXFP4 experts of gpt-oss: gate_up [experts, 2·width, hidden] with rows in turn gate and up, down [experts, hidden, width]."""
 
@@ -76,20 +114,41 @@ class PlainExperts(cpu_moe.CPUExpertsMxfp4):
 
 def _mxfp4(packed: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     """Return the values [out, in] of nibbles [out, in/2], low ones first, and exponents [out, in/32]."""
-    values = E2M1[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).long()]
-    return values * torch.exp2(exponents.float() - 127).repeat_interleave(32, -1)
+    return _e2m1(packed) * torch.exp2(exponents.float() - 127).repeat_interleave(32, -1)
 
 
-PLAIN = {PlainBlocks.__name__, PlainExperts.__name__}
+def _e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Return the numbers [out, in] of nibbles [out, in/2], low ones first."""
+    return E2M1[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).long()]
+
+
+PLAIN = {
+    one.__name__
+    for one in (PlainBlocks, PlainExperts, PlainMxfp4, PlainNvfp4, kernels.EmulationMxfp8LinearKernel)
+}
 
 
 def install() -> None:
     """Let vLLM use these where it has nothing that can run, and note every kernel for quantised weights."""
     kernels._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(PlainBlocks)
+    kernels._POSSIBLE_MXFP4_KERNELS.setdefault(PlatformEnum.CPU, []).append(PlainMxfp4)
+    # Plain torch of its own, which it does not take on CPUs.
+    kernels._POSSIBLE_MXFP8_KERNELS.setdefault(PlatformEnum.CPU, []).append(
+        kernels.EmulationMxfp8LinearKernel
+    )
+    # It names one kernel for weights alone, whatever the platform.
+    kernels.MarlinNvFp4LinearKernel = PlainNvfp4
     if not cpu_moe.CPUExpertsMxfp4._supports_current_device():
         cpu_moe.CPUExpertsMxfp4 = PlainExperts
         cpu_moe.prepare_mxfp4_moe_layer_for_cpu = lambda *tensors: tensors
-    quantised = (kernels.MPLinearKernel, kernels.MMLinearKernel, kernels.ScaledMMLinearKernel)
+    quantised = (
+        kernels.MPLinearKernel,
+        kernels.MMLinearKernel,
+        kernels.ScaledMMLinearKernel,
+        kernels.MxFp4LinearKernel,
+        kernels.Mxfp8LinearKernel,
+        kernels.NvFp4LinearKernel,
+    )
     for kind in (*quantised, modular_kernel.FusedMoEExperts):
         _note(kind)
 

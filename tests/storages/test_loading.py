@@ -62,6 +62,7 @@ def loaded(oracles_python, outputs):
 def test_a_mixed_output_is_loaded_by_its_library(name, outputs, loaded):
     out, about = outputs[name]
     said, stored = loaded[str(out)], tensors_of(out)
+    assert "error" not in said, said["error"]
     dense = {
         path.removesuffix(".weight") for path in quantised_of(about.base).keys() - quantised_of(out).keys()
     }

@@ -1,7 +1,9 @@
-"""Loads mixed outputs by the libraries that quantise. Runs in the oracles' environment.
+"""Loads outputs by the libraries that quantise. Runs in the oracles' environment.
 
-``python -m tests.storages.making.loading FOLDER…`` prints a JSON line: by folder, what the model computes of the prompt,
-and the digest of each linear layer's weight that it holds dense.
+``python -m tests.storages.making.loading KIND=FOLDER…`` prints a JSON line: by folder, what the model computes of the prompt,
+and the digest of each linear layer's weight that it holds dense; or the ``error`` with which it is not loaded.
+
+The kind is a method, or ``plain``: as ``from_pretrained`` loads it and computes with it, if nothing more is said.
 """
 
 from __future__ import annotations
@@ -36,20 +38,41 @@ def load(root: Path, kind: str) -> Any:
 def ask(root: Path, kind: str) -> dict[str, Any]:
     """Return what a model computes, and what it holds."""
     model = load(root, kind)
-    dense = {
-        name: digest(module.weight.detach())
+    weights = {
+        name: getattr(module, "weight", None)
         for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and type(module.weight.data) is torch.Tensor
+        if type(module) is torch.nn.Linear
+    }
+    dense = {
+        name: digest(weight.detach())
+        for name, weight in weights.items()
+        # Of what stays packed there is none, or one of codes.
+        if weight is not None and type(weight.data) is torch.Tensor and weight.dtype == torch.bfloat16
     }
     if kind == "bnb":
         model = model.dequantize()
-    if kind not in ("torchao", "gptq", "awq"):  # whose layers compute in the dtype that they decode to
+    if kind not in (
+        "torchao",
+        "gptq",
+        "awq",
+        "plain",
+    ):  # whose layers compute in the dtype that they decode to
         model = model.float()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(PROMPT)).logits
     return {"dense": dense, "logits": logits.float().tolist()}
 
 
+def tried(root: Path, kind: str) -> dict[str, Any]:
+    """Return the same, or an error."""
+    try:
+        return ask(root, kind)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the test says whether it is expected
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 if __name__ == "__main__":
-    said = {folder: ask(Path(folder), kind) for kind, folder in (text.split("=", 1) for text in sys.argv[1:])}
+    said = {
+        folder: tried(Path(folder), kind) for kind, folder in (text.split("=", 1) for text in sys.argv[1:])
+    }
     print("\n" + json.dumps(said))  # noqa: T201 - libraries print as well; this is the last line
