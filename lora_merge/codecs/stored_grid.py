@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Grid
+from lora_merge.codecs.lattice import Floats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -69,7 +70,8 @@ def stored_grid(
     bias: torch.Tensor | None = None,
     group: int | torch.Tensor = 0,
 ) -> Grid:
-    """Return a grid of stored scales. Where one is 0, codes mean nothing: those that are stored stay.
+    """Return a grid of stored scales. Where one is 0, codes mean nothing: those that are stored stay. So does the sign of a
+    zero that stays zero: a sum with a change of 0 has no negative zero.
 
     Args:
         lattice: of the codes.
@@ -83,10 +85,16 @@ def stored_grid(
     if has_zeros:
         scale = scale.masked_fill(is_zero, _IN_PLACE_OF_ZERO)
 
+    has_signs = isinstance(lattice, Floats)
+
     def keep(levels: torch.Tensor) -> None:
-        if has_zeros:
-            of_columns = _of_columns(is_zero, group, levels.shape[1])
-            levels.copy_(unpack().where(of_columns, levels))
+        if has_zeros or has_signs:
+            before = unpack()
+            # Both zeros are equal; of two equal levels the stored one is taken.
+            is_kept = before == levels if has_signs else is_zero.new_zeros(())
+            if has_zeros:
+                is_kept = is_kept | _of_columns(is_zero, group, levels.shape[1])
+            levels.copy_(before.where(is_kept, levels))
         pack(levels)
 
     return Grid(lattice, keep, scale, zero, bias, group)

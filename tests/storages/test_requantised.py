@@ -144,8 +144,8 @@ def test_what_no_adapter_is_on_keeps_its_bytes(name, rounding, case, tmp_path):
 
 @each
 @each_rounding
-def test_a_change_of_zero_keeps_the_values(name, rounding, case, tmp_path):
-    """In one kind of modules, B is zero. Their codes stay, but for the sign of a zero: -0 + 0 is 0."""
+def test_a_change_of_zero_keeps_the_codes(name, rounding, case, tmp_path):
+    """In one kind of modules, B is zero."""
     idle = "experts.base_layer" if name == "gptoss-mxfp4" else "v_proj"
     about, adapter, out = case(name), tmp_path / "adapter", tmp_path / "out"
     shutil.copytree(about.adapter, adapter)
@@ -162,8 +162,7 @@ def test_a_change_of_zero_keeps_the_values(name, rounding, case, tmp_path):
     kept = [path for path in quantised_of(out) if path.removesuffix(".weight").endswith(modules)]
     assert kept
     assert all(torch.equal(values[path], by_library(name)[path]) for path in kept)
-    if "fp4" not in name and "fp8" not in name:
-        assert changed(about.base, out).isdisjoint(codes_of(out, modules))
+    assert changed(about.base, out).isdisjoint(codes_of(out, modules))
 
 
 @each
