@@ -58,7 +58,7 @@ class Wanted:
         deltas = applied(self.change.deltas, policy)
         is_replaced = own is not None
         # A tensor without values has nothing to be cast.
-        if not deltas and (self.is_as_stored or source.nbytes == 0):
+        if not deltas and (self.target == source.storage or source.nbytes == 0):
             return [copy for role in self.writes for copy in self._copies(source, role)]
         merge = self._merge(source, deltas, policy)
         if merge.on_stored_grid:

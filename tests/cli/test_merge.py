@@ -439,8 +439,9 @@ def test_json_tells_what_became_of_every_delta(two, cli, tmp_path):
 
     assert report.keys() == {
         "ok", "base", "adapters", "out", "dry_run", "summary", "issues", "verdict", "survival", "seconds",
-        "busy_seconds",
+        "busy_seconds", "foreseen",
     }  # fmt: skip
+    assert report["foreseen"] == {}
     assert report["adapters"] == [f"{one}:0.5", f"{other}:-2"]
     summary = report["summary"]
     assert (summary["n_merged"], summary["n_replaced"], summary["replaced_bytes"]) == (6, 0, 0)

@@ -85,7 +85,10 @@ def test_an_empty_tensor_is_in_the_output_in_any_dtype(shape, dtype, tmp_path):
     base = make_base(tmp_path / "base", {**BASE_TENSORS, "extra.empty": ("BF16", shape)})
     out = tmp_path / "out"
 
-    lora_merge.merge(base=base, adapter=make_adapter(tmp_path / "a"), out=out, dtype=dtype, offline=True)
+    # The change of this adapter is too small for float16.
+    lora_merge.merge(
+        base=base, adapter=make_adapter(tmp_path / "a"), out=out, dtype=dtype, offline=True, allow_loss=True
+    )
 
     with safe_open(out / "model.safetensors", "pt") as file:
         found = file.get_tensor("extra.empty")

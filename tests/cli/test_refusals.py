@@ -258,6 +258,15 @@ CASES = [
         "zero-scale",
         config={"lora_alpha": 0, "alpha_pattern": {"q_proj": 8}},
     ),
+    Case(
+        "two ways to store the output",
+        (
+            "--quantize fp8 says how the weights are stored, and so does --out-storage mixed",
+            "give one of the two",
+        ),
+        "contradiction",
+        options=("--quantize", "fp8", "--out-storage", "mixed"),
+    ),
     # 1. half a pair
     Case("A without B", ("has lora_A and no lora_B",), "missing-B", tensors=drop(f"{Q}.lora_B.weight")),
     Case("B without A", ("has lora_B and no lora_A",), "missing-A", tensors=drop(f"{Q}.lora_A.weight")),
