@@ -456,8 +456,13 @@ def test_json_tells_what_became_of_every_delta(two, cli, tmp_path):
     assert summary["module_ranks"].keys() == report["survival"].keys() == merged
     assert {summary["module_ranks"][f"model.layers.0.{name}.weight"] for name in ("mlp.down_proj",)} == {4}
     for survival in report["survival"].values():
-        assert survival.keys() == {"weight_norm", "delta_norm", "error_norm", "unchanged"}
+        assert survival.keys() == {
+            "weight_norm", "delta_norm", "error_norm", "unchanged", "kept", "saturated", "effect_norm", "effect_error",
+        }  # fmt: skip
         assert survival["weight_norm"] > 0 < survival["delta_norm"]
+        assert survival["kept"] == pytest.approx(1, abs=0.05)
+        # To the nearest of a plain dtype: the effect is not looked at.
+        assert survival["effect_norm"] == survival["effect_error"] == -1
 
 
 def stored_tensors(root):

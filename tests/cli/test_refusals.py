@@ -267,6 +267,12 @@ CASES = [
         "contradiction",
         options=("--quantize", "fp8", "--out-storage", "mixed"),
     ),
+    Case(
+        "a scheme that fits no layer",
+        ("has no linear layer that --quantize fp8 could store", "is not a multiple of 128", "choose another"),
+        "quantize",
+        options=("--quantize", "fp8"),
+    ),
     # 1. half a pair
     Case("A without B", ("has lora_A and no lora_B",), "missing-B", tensors=drop(f"{Q}.lora_B.weight")),
     Case("B without A", ("has lora_B and no lora_A",), "missing-A", tensors=drop(f"{Q}.lora_A.weight")),
