@@ -59,6 +59,9 @@ class Coded:
     unserved: Mapping[Engine, Unserved] = field(default_factory=dict, hash=False)
     """Engines that do not take it."""
 
+    is_always_asked: bool = False
+    """False for what is only asked when the table is written: each takes some ten seconds."""
+
     @property
     def roundings(self) -> tuple[Rounding, ...]:
         return ("nearest", "adapter") if self.base else ("nearest",)
@@ -83,6 +86,7 @@ CODED: tuple[Coded, ...] = (
                 "shape '[-1, 0, 2, 2]' is invalid", "as its base: heads smaller than a block"
             )
         },
+        is_always_asked=True,
     ),
     Coded(
         "compressed-tensors FP8 by channel, Llama",
@@ -90,7 +94,12 @@ CODED: tuple[Coded, ...] = (
         tolerance=INPUTS_IN_FP8,
         unserved=COMPRESSED,
     ),
-    Coded("compressed-tensors INT4, Llama", Stored("", "ct-int4"), unserved={"lmdeploy": WIDE}),
+    Coded(
+        "compressed-tensors INT4, Llama",
+        Stored("", "ct-int4"),
+        unserved={"lmdeploy": WIDE},
+        is_always_asked=True,
+    ),
     Coded("compressed-tensors NVFP4, Llama", Stored("", "ct-nvfp4"), unserved=COMPRESSED),
     Coded(
         "GPTQ, Qwen2",
@@ -108,15 +117,15 @@ CODED: tuple[Coded, ...] = (
         tolerance=CLOSE_CALLS,
         unserved=_unknown(lmdeploy="Unsupported quant method: mxfp4"),
     ),
-    Coded("Llama, --quantize fp8", scheme="fp8"),
+    Coded("Llama, --quantize fp8", scheme="fp8", is_always_asked=True),
     Coded(
         "Llama, --quantize fp8-channel", scheme="fp8-channel", tolerance=INPUTS_IN_FP8, unserved=COMPRESSED
     ),
     Coded("Llama, --quantize int8", scheme="int8", tolerance=INPUTS_IN_INT8, unserved=COMPRESSED),
-    Coded("Llama, --quantize int4", scheme="int4", unserved={"lmdeploy": WIDE}),
+    Coded("Llama, --quantize int4", scheme="int4", unserved={"lmdeploy": WIDE}, is_always_asked=True),
     Coded("Llama, --quantize int4-asym", scheme="int4-asym", unserved={"lmdeploy": WIDE}),
     Coded("Llama, --quantize mxfp4", scheme="mxfp4", unserved=COMPRESSED),
-    Coded("Llama, --quantize nvfp4", scheme="nvfp4", unserved=COMPRESSED),
+    Coded("Llama, --quantize nvfp4", scheme="nvfp4", unserved=COMPRESSED, is_always_asked=True),
 )
 
 CODED_ROWS: tuple[tuple[Coded, Rounding], ...] = tuple(
