@@ -12,7 +12,7 @@ from lora_merge.core.checkpoint import CONFIG_FILE, ConfigPatch, patched_config
 from lora_merge.core.comparison import Comparison
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, error, note
-from lora_merge.core.tensor import TORCH_TYPES, UNIT_ROUNDOFF
+from lora_merge.core.tensor import TORCH_TYPES
 from lora_merge.core.weight import WEIGHT
 from lora_merge.deltas import RowsFacts
 from lora_merge.errors import LoraMergeError, UnsupportedError
@@ -31,6 +31,7 @@ from lora_merge.verification.engines.prompts import choose
 from lora_merge.verification.engines.reference import PEFT, Reference, refer
 from lora_merge.verification.engines.vllm import ask_vllm, find_python
 from lora_merge.verification.forward_comparison import compare, compare_logprobs
+from lora_merge.verification.grid_noise import noise_of
 from lora_merge.words import of_several
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def compare_forward(
         return [_not_comparable(reference)], ()
     if request.tolerance is not None:
         reference = replace(reference, tolerance=request.tolerance)
-    is_quantised = made_of.decoded is not None
+    is_quantised = made_of.decoded is not None or any(
+        isinstance(step.op, Merge) and not step.op.target.is_dense for step in plan.steps
+    )
     finding, comparisons = _in_transformers(request, reference, output, is_quantised=is_quantised)
     findings = [finding]
     if request.engine:
@@ -101,7 +104,7 @@ def _in_transformers(
         request: how it is run.
         reference: what it is compared with.
         output: the checkpoint.
-        is_quantised: True where some of its weights may be stored quantised, as the base's are.
+        is_quantised: True where some of its weights may be stored quantised.
     """
     root = Path(output.root)
     comparisons: list[Comparison] = []
@@ -241,7 +244,7 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
     """Return everything from which the reference is made."""
     uses = joined.uses
     changed = [step for step in plan.steps if step.action != "copied"]
-    slots = [slot for step in changed for slot in step.slots]
+    noises = [noise_of(step.op) for step in changed if isinstance(step.op, Merge)]
     weights = joined.base.parameters()
     has_codes = any(weight.plain is None for weight in weights.values())
     merged = _without_quantisation(patched_config(base_config, plan.config_patch))
@@ -259,9 +262,7 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
         old_experts=any(use.adapter.stacked and _lies_otherwise(joined, use.adapter.config) for use in uses),
         n_rows=max(rows, default=None),
         touched=frozenset(step.name for step in changed),
-        roundoff=max(
-            (UNIT_ROUNDOFF[slot.dtype] for slot in slots if slot.dtype in UNIT_ROUNDOFF), default=0.0
-        ),
+        roundoff=max(noises, default=0.0),
         longest=max((max(step.shape, default=1) for step in changed), default=1),
         unrounded=lambda: dict(_unrounded(joined, plan)),
         decoded=partial(_decoded, weights) if has_codes else None,
