@@ -45,6 +45,9 @@ _FEW_ROWS = 8
 _UNLIKE = 32
 """Of at least `_FEW_ROWS` rows, how many times the recorded norm of as many rows theirs may be: scales differ from row to row."""
 
+_MOST_RANKS = 1 / 16
+"""Directions that an adapter sees, by inputs: with more of them a coarse grid may lose as much as the nearest numbers."""
+
 _FEW_VALUES = 1024
 _LOST = 0.1
 """Share of the effect that the nearest numbers must lose before it is a fault that the stored ones lose as much."""
@@ -60,6 +63,9 @@ class _Sums:
     error_off: float = 0.0
     effect_off: float = 0.0
     square_off: float = 0.0
+    is_narrow: bool = False
+    """True if the adapter sees more than `_MOST_RANKS` of the directions of some inputs."""
+
     n_rows: int = 0
     n_values: int = 0
 
@@ -201,6 +207,7 @@ class Effect:
         """Add what some outputs see to the sums."""
         assert self._spans is not None
         sums, rank, n = self._sums, len(basis.rows), self._spans.n_inputs
+        sums.is_narrow |= rank > _MOST_RANKS * n
         share = _SUMS * _FLOAT32 * sqrt(n * rank) + basis.off
         sums.error += float(seen.error.square().sum())
         sums.nearest += float(seen.nearest.square().sum())
@@ -226,7 +233,9 @@ class Effect:
         """
         self._finish()
         found = _Norms.of(self._sums)
-        if self._is_adapter and self._sums.n_values >= _FEW_VALUES and found.is_lost():
+        # Where the adapter sees a good part of all directions, rounding cannot keep its effect.
+        is_told = self._sums.n_values >= _FEW_VALUES and not self._sums.is_narrow
+        if self._is_adapter and is_told and found.is_lost():
             sentence = (
                 f"was to be rounded so that the adapter's effect is kept, and {found.lost} of it is lost: no less than if each "
                 "value had become the nearest number"

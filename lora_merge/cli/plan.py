@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_merge.cli.options import SETTINGS, console_of, options, request_of
+from lora_merge.cli.voice import say
 
 
 @click.command(context_settings=SETTINGS)
@@ -43,3 +44,5 @@ def plan(
         console.matches(matches)
     else:
         console.report(report)
+        if survival and not report.foreseen and not (json or quiet):
+            say("no weight that changes is rounded: the output holds it in float32")

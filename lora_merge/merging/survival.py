@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 DROWNED_SHARE = 0.25
 """Share of a delta's elements that may be lost to rounding before a warning says so."""
 
+SATURATED_SHARE = 0.05
+"""With more of its values beyond the grid, a tensor loses its change to that."""
+
 KEPT_SHARE = 0.9
 """Share of the change that should arrive where a few values of a coarse grid carry what the others cannot."""
 
@@ -31,10 +34,13 @@ LEAST_SHARE = 0.5
 
 def kept_of(survival: Mapping[str, Survival]) -> float:
     """Return the share of all changes that arrived, each tensor weighed by the squared length of its change; 1 without a
-    change.
+    change. What arrived is known of a sample of each, the length of the whole where the effect was kept account of.
     """
-    total = sum(one.delta_norm**2 for one in survival.values())
-    return sum(one.kept * one.delta_norm**2 for one in survival.values()) / total if total else 1.0
+    is_whole = all(one.effect_norm > 0 for one in survival.values() if one.delta_norm)
+    weights = [(one.effect_norm if is_whole else one.delta_norm) ** 2 for one in survival.values()]
+    total = sum(weights)
+    pairs = zip(survival.values(), weights, strict=True)
+    return sum(one.kept * weight for one, weight in pairs if one.delta_norm) / total if total else 1.0
 
 
 def effect_error_of(survival: Mapping[str, Survival]) -> float | None:
@@ -92,16 +98,17 @@ def _of_grids(survival: Mapping[str, Survival], ops: Mapping[str, Merge]) -> tup
     if not any(kept.delta_norm for kept in survival.values()):
         return ()
     kept, off = kept_of(survival), effect_error_of(survival)
-    words = f"{_how(survival, ops)} keeps {kept:.1%} of the adapter's change"
+    words = f"{_how(survival, ops)} keeps about {kept:.1%} of the adapter's change"
     if off is not None:
         words += f"; the effect on what the adapter sees of its inputs is off by {off:.1%}"
     saturated = max(one.saturated for one in survival.values())
     if saturated >= 5e-4:
         words += f"; up to {saturated:.1%} of the values of a tensor lie beyond its grid"
-    if kept >= KEPT_SHARE:
+    if kept >= KEPT_SHARE and (off is None or off <= LEAST_SHARE):
         return (note("rounding", "", words),)
     name, worst = min(survival.items(), key=lambda item: item[1].kept)
-    words += f"; the least, {max(worst.kept, 0.0):.0%}, arrives in this one"
+    if kept < KEPT_SHARE:
+        words += f"; the least, {max(worst.kept, 0.0):.0%}, arrives in this one"
     return (warning("delta-drowns", name, words, _cure(ops[name])),)
 
 
@@ -121,12 +128,15 @@ def check_loss(survival: Mapping[str, Survival], plan: MergePlan, *, is_allowed:
         return
     ops = {step.main.name: step.op for step in plan.steps if isinstance(step.op, Merge)}
     name = min(survival, key=lambda one: survival[one].kept)
+    why = "the change is too small for how the weights are stored"
+    if survival[name].saturated > SATURATED_SHARE:
+        why = f"{survival[name].saturated:.0%} of the values lie beyond what its scales can hold, so the change is too large"
     sentence = (
-        f"{_how(survival, ops)} keeps {max(kept, 0.0):.0%} of the adapter's change, expected {LEAST_SHARE:.0%} at least: "
-        f"the change is too small for how the weights are stored"
+        f"{_how(survival, ops)} keeps about {max(kept, 0.0):.0%} of the adapter's change, expected {LEAST_SHARE:.0%} at least; "
+        f"of this tensor {max(survival[name].kept, 0.0):.0%}: {why}"
     )
     hint = f"{_cure(ops[name])}; --allow-loss writes the output all the same"
-    raise PlanError([error("delta-lost", "", sentence, hint)])
+    raise PlanError([error("delta-lost", name, sentence, hint)])
 
 
 def _how(survival: Mapping[str, Survival], ops: Mapping[str, Merge]) -> str:

@@ -72,5 +72,9 @@ def _unmatched(pattern: str, names: Sequence[str]) -> Issue:
             _CODE, pattern, "matches no module", f"patterns are for whole names: {quoted(f'*.{pattern}')}"
         )
     near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
-    hint = f"did you mean {choice(near)}?" if near else "see lora-merge inspect BASE for the names of modules"
+    hint = (
+        f"did you mean {choice(near)}?"
+        if near
+        else "only linear layers can be named; '*.o_proj', for example, is each layer's"
+    )
     return error(_CODE, pattern, "matches no module of the output", hint)

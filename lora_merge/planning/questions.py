@@ -48,6 +48,14 @@ def storing_issues(joined: Joined, policy: Policy) -> list[Issue]:
     if policy.quantize is not None and policy.out_storage is not None:
         sentence = f"--quantize {policy.quantize} says how the weights are stored, and so does --out-storage {policy.out_storage}"
         issues.append(error("contradiction", "", sentence, "give one of the two"))
+    is_plain = all(weight.storage.is_dense for weight in joined.outline.sources.values())
+    if policy.out_storage == "base" and is_plain:
+        sentence = (
+            "is base, and no weight of the base is quantised: the output is stored as the base is anyway"
+        )
+        issues.append(
+            warning("unused-option", "out_storage", sentence, "--rounding adapter is for such a base")
+        )
     deltas = [delta for change in joined.changes.values() for delta in change.deltas]
     if policy.rounding == "adapter" and not any(map(keeps_effect, deltas)):
         sentence = "is adapter, which keeps the effect of a LoRA's A and B, and nothing here has them: values become the nearest"
