@@ -257,7 +257,7 @@ def test_ignored_modules_stay_dense(joined, kind, patterns, gone):
     [
         ("o_proj", "matches no module", "patterns are for whole names: '*.o_proj'"),
         ("model.layers.1.mlp.dwn_proj", "matches no module", "did you mean model.layers.1.mlp.down_proj"),
-        ("xyz", "matches no module", "inspect"),
+        ("xyz", "matches no module", "only linear layers can be named"),
         ("re:.*(", "is not a regular expression", "correct --ignore"),
     ],
 )
