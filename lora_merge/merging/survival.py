@@ -36,11 +36,12 @@ def kept_of(survival: Mapping[str, Survival]) -> float:
     """Return the share of all changes that arrived, each tensor weighed by the squared length of its change; 1 without a
     change. What arrived is known of a sample of each, the length of the whole where the effect was kept account of.
     """
-    is_whole = all(one.effect_norm > 0 for one in survival.values() if one.delta_norm)
-    weights = [(one.effect_norm if is_whole else one.delta_norm) ** 2 for one in survival.values()]
+    changed = [one for one in survival.values() if one.delta_norm]
+    is_whole = all(one.effect_norm > 0 for one in changed)
+    weights = [(one.effect_norm if is_whole else one.delta_norm) ** 2 for one in changed]
     total = sum(weights)
-    pairs = zip(survival.values(), weights, strict=True)
-    return sum(one.kept * weight for one, weight in pairs if one.delta_norm) / total if total else 1.0
+    arrived = sum(one.kept * weight for one, weight in zip(changed, weights, strict=True))
+    return arrived / total if total else 1.0
 
 
 def effect_error_of(survival: Mapping[str, Survival]) -> float | None:

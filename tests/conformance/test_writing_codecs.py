@@ -279,7 +279,9 @@ def test_a_zero_keeps_its_sign(name):
     values = torch.zeros(shape)
     values[..., 1::2] = -0.0
     back = decoded(shape, sample.storage, stored | {WEIGHT: again(values, stored, sample.storage)})
-    assert torch.equal(back.signbit(), values.signbit())
+    # A code that is a zero already stays as it is.
+    before = decoded(shape, sample.storage, stored)
+    assert torch.equal(back.signbit(), before.where(before == 0, values).signbit())
     assert not back.any()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_merge.rounding.effect import in_span
 
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E2M1, E4M3, PLAIN, Integers
@@ -18,6 +18,22 @@ from lora_merge.rounding.basis import row_space
 from lora_merge.rounding.schedule import band_rows, damping_for, schedule_of
 
 GRIDS = ("bf16", "f16", "fp8", "int4", "int4-asymmetric", "int4-act-order", "int8", "nvfp4")
+
+
+class InSpan(NamedTuple):
+    """What is left of an adapter's effect, in float64."""
+
+    relative_error: float
+    share_kept: float
+
+
+def in_span(stored, values, base, basis, *, along=False):
+    if along:
+        stored, values, base = stored.t(), values.t(), base.t()
+    turned = basis.double().t()
+    error, wanted = (values.double() - stored.double()) @ turned, (values.double() - base.double()) @ turned
+    kept = ((wanted - error) * wanted).sum() / wanted.square().sum()
+    return InSpan(float(error.norm() / wanted.norm()), float(kept))
 
 
 def make_grid(kind, weight):  # noqa: PLR0911 - a table
