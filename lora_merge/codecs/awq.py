@@ -8,7 +8,7 @@ from lora_merge.codecs.bits import along_lines, whole_codes
 from lora_merge.codecs.geometry import groups_of, lines_of, whole
 from lora_merge.codecs.grouped import dequantise
 from lora_merge.codecs.lattice import Integers
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _SHIFTS = tuple(4 * field for field in (0, 4, 1, 5, 2, 6, 3, 7))
 """Where each of the eight codes of a word begins, in bits."""
 
 
-class Awq(OnStoredGrid):
+class Awq(Coded):
     """``(code - zero) · scale``, transposed (AutoAWQ, ``dequantize_gemm``). Zeros are stored as they are.
 
     Parts, of a weight ``[out, in]``:
@@ -59,18 +59,14 @@ class Awq(OnStoredGrid):
         _unpack(parts[WEIGHT], first, out)
         dequantise(out, zero, scale, int(settings["group"]))
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
         """Return the grid of the stored scales and zeros. The tile's columns of words are written into all of the part."""
-        del values, survey
-        assert stored is not None, "no scales are made for this storage"
         lines, first = lines_of(tile), tile.start
         scale, zero = _grid(stored, first, tile.end)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import in_groups, lines_of, whole
 from lora_merge.codecs.lattice import Table
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.core.tensor import nbytes_of
 from lora_merge.core.weight import WEIGHT, PartRange
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import Storage, Tile
 
 
-class Bnb4(OnStoredGrid):
+class Bnb4(Coded):
     """``table[code] · absmax`` (bitsandbytes 0.50, ``functional.dequantize_4bit``).
 
     The first of two codes is in the HIGH half of a byte. Blocks go on from one row to the next.
@@ -70,20 +70,16 @@ class Bnb4(OnStoredGrid):
         # The matrices of a stack may begin within a block.
         out.view(-1).copy_(values[0, start - first * block :])
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
         """Return the grid of the stored table and scales. Of several codes that mean the same the stored one stays, if it is
         one of them: FP4 has two zeros.
         """
-        del values, survey
-        assert stored is not None, "no scales are made for this storage"
         lines, block = lines_of(tile), int(dict(storage.settings)["block"])
         start, end = _values(tile)
         # Values of the first block that belong to the tile before.

@@ -59,6 +59,9 @@ class Encoder(Codec, Protocol):
         safetensors codes.
         """
 
+    def fresh_alignment(self, shape: tuple[int, ...], storage: Storage) -> int:
+        """Return the multiple of rows of a matrix at which a tile has to begin where `grid` makes scales."""
+
     def look(self, values: torch.Tensor, found: torch.Tensor | None, storage: Storage) -> torch.Tensor:
         """Return what is known of all values after one more tile. Called only where `survey` is ``"tensor"``.
 

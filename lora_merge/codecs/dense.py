@@ -73,6 +73,11 @@ class Dense:
         if stored is not out:
             out.copy_(stored)
 
+    def fresh_alignment(self, shape: tuple[int, ...], storage: Storage) -> int:
+        """Return 1: there is no scale."""
+        del shape, storage
+        return 1
+
     def look(self, values: torch.Tensor, found: torch.Tensor | None, storage: Storage) -> torch.Tensor:
         """Return the values: `survey` is ``"none"``, so this is never needed."""
         del found, storage

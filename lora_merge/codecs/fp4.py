@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from lora_merge.codecs import fresh_fp4
 from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of, whole
 from lora_merge.codecs.lattice import E2M1
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.codecs.tables import as_floats, look_up_e2m1, pack_e2m1_
 from lora_merge.core.weight import WEIGHT
 
@@ -40,7 +41,7 @@ def _settings(storage: Storage) -> _Settings:
     return _Settings(int(found["group"]), f"F8_{found['scale']}", str(found["global"]))
 
 
-class Fp4(OnStoredGrid):
+class Fp4(Coded):
     """``weight`` of two codes in each byte, the low nibble first, ``scale`` for each group along ``in``, perhaps ``global``
     for the whole tensor.
 
@@ -80,41 +81,45 @@ class Fp4(OnStoredGrid):
         for group, columns in in_groups(values, of.group):
             group.mul_(scale[:, columns, None])
 
-    def grid(
+    def on_stored(
+        self,
+        tile: Tile,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        stored: Mapping[str, torch.Tensor],
+    ) -> Grid:
+        """Return the grid of the stored scales."""
+        lines, of = lines_of(tile), _settings(storage)
+        scale = _scale(stored, of)
+
+        def unpack() -> torch.Tensor:
+            levels = scale.new_empty(lines.n, lines.width)
+            look_up_e2m1(stored[WEIGHT], levels)
+            return levels
+
+        return stored_grid(
+            E2M1, lambda levels: pack_e2m1_(levels, out[WEIGHT]), unpack, scale, group=of.group
+        )
+
+    def fresh(
         self,
         tile: Tile,
         values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
         survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
     ) -> Grid:
-        """Return the grid of the scales, stored or made from the values."""
-        if stored is None:
-            from lora_merge.codecs import fresh_fp4
-
-            return fresh_fp4.grid(tile, values, out, storage, survey)
-        lines, of = lines_of(tile), _settings(storage)
-
-        def unpack() -> torch.Tensor:
-            levels = values.new_empty(lines.n, lines.width)
-            look_up_e2m1(stored[WEIGHT], levels)
-            return levels
-
-        scale = _scale(stored, of)
-        return stored_grid(
-            E2M1, lambda levels: pack_e2m1_(levels, out[WEIGHT]), unpack, scale, group=of.group
-        )
+        """Make scales of the values, see `lora_merge.codecs.fresh_fp4.grid`."""
+        return fresh_fp4.grid(tile, values, out, storage, survey)
 
     def survey(self, storage: Storage) -> Survey:
         """Return ``"tensor"`` where there is a scale for all values."""
-        return "none" if _settings(storage).of_tensor == "none" else "tensor"
+        return fresh_fp4.survey(storage)
 
     def look(self, values: torch.Tensor, found: torch.Tensor | None, storage: Storage) -> torch.Tensor:
-        """Return the largest magnitude of all values so far, float32 ``[]``."""
+        """Return the largest size of all values so far, see `lora_merge.codecs.fresh_fp4.look`."""
         del storage
-        largest = values.abs().max()
-        return largest if found is None else largest.maximum(found)
+        return fresh_fp4.look(values, found)
 
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return the codes, the scales (E8M0 as plain bytes), perhaps the scale of the whole tensor."""

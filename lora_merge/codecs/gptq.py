@@ -16,7 +16,7 @@ from lora_merge.codecs.bits import (
 from lora_merge.codecs.geometry import lines_of, whole
 from lora_merge.codecs.grouped import dequantise_by_index, grouping
 from lora_merge.codecs.lattice import Integers
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import PartRange, Storage, Tile
 
 
-class Gptq(OnStoredGrid):
+class Gptq(Coded):
     """``(code - zero) · scale``, transposed (GPTQModel 7.7, ``dequantize_weight`` of its torch kernel).
 
     Parts, of a weight ``[out, in]``:
@@ -65,18 +65,14 @@ class Gptq(OnStoredGrid):
         scale, zero = _grid(parts, storage, first, last)
         dequantise_by_index(out, zero, scale, parts["g_idx"])
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
         """Return the grid of the stored scales and zeros. The tile's columns of words are written into all of the part."""
-        del values, survey
-        assert stored is not None, "no scales are made for this storage"
         lines, bits = lines_of(tile), int(dict(storage.settings)["bits"])
         columns = slice(tile.start, tile.end)
         scale, zero = _grid(stored, storage, tile.start, tile.end)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import by_line, lines_of
 from lora_merge.codecs.lattice import Integers
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _STEP = 7.874015718698502e-3
 """1/127 in float32."""
 
 
-class LlmInt8(OnStoredGrid):
+class LlmInt8(Coded):
     """``weight`` I8 ``[out, in]`` and ``scale`` (``SCB``) F32 ``[out]``: W = q · SCB · 1/127, in float32, from left to right, as
     bitsandbytes 0.50 computes it (``int8_vectorwise_dequant``).
     """
@@ -47,19 +47,15 @@ class LlmInt8(OnStoredGrid):
         lines = lines_of(tile)
         out.view(lines.n, lines.width).copy_(parts[WEIGHT]).mul_(parts[_SCALE]).mul_(_STEP)
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
         """Return the grid of the stored scales. A code of -128 is never made, as bitsandbytes makes none."""
         del storage
-        del values, survey
-        assert stored is not None, "no scales are made for this storage"
         lines = lines_of(tile)
         return stored_grid(
             Integers(-127, 127),

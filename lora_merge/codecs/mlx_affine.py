@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lora_merge.codecs.bits import pack, unpack, whole_codes, words_of
 from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of
 from lora_merge.codecs.lattice import Integers
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.core.weight import WEIGHT
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import PartRange, Storage, Tile
 
 
-class MlxAffine(OnStoredGrid):
+class MlxAffine(Coded):
     """``code · scale + bias`` (MLX 0.32, ``dequantize``), where the product is rounded before the sum.
 
     Parts, of a weight ``[…, out, in]``:
@@ -50,18 +50,14 @@ class MlxAffine(OnStoredGrid):
         for values, columns in in_groups(codes, int(settings["group"])):
             values.mul_(scale[:, columns, None]).add_(bias[:, columns, None])
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
         """Return the grid of the stored scales and biases."""
-        del values, survey
-        assert stored is not None, "no scales are made for this storage"
         settings, lines = dict(storage.settings), lines_of(tile)
         bits = int(settings["bits"])
         return stored_grid(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.codecs.geometry import by_line, groups_of, in_groups, lines_of, whole
 from lora_merge.codecs.lattice import Integers
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.core.weight import WEIGHT, PartRange
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import Storage, Tile
 
 
-class ModelOptAwq(OnStoredGrid):
+class ModelOptAwq(Coded):
     """``code · scale · pre_quant_scale`` (ModelOpt 0.47, ``pack_int4_in_uint8``). Codes are signed, in two's complement.
 
     Engines multiply the activations by ``pre_quant_scale`` (AWQ could not fold it into the layer before). Here the weight is
@@ -62,18 +62,14 @@ class ModelOptAwq(OnStoredGrid):
         if settings["pre"]:
             codes.mul_(parts["pre_quant_scale"].float())
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
         """Return the grid of the stored scales, each times the ``pre_quant_scale`` of its column."""
-        del survey
-        assert stored is not None, "no scales are made for this storage"
         settings, lines = dict(storage.settings), lines_of(tile)
         scale, group = stored["scale"].float(), int(settings["group"])
         if settings["pre"]:
@@ -81,7 +77,7 @@ class ModelOptAwq(OnStoredGrid):
             scale, group = scale * stored["pre_quant_scale"].float(), 1
 
         def unpack() -> torch.Tensor:
-            levels = values.new_empty(lines.n, lines.width)
+            levels = scale.new_empty(lines.n, lines.width)
             _unpack(stored[WEIGHT], levels)
             return levels
 

@@ -8,7 +8,7 @@ from lora_merge.codecs.bfloat16 import divided
 from lora_merge.codecs.geometry import lines_of
 from lora_merge.codecs.grid import Grid
 from lora_merge.codecs.lattice import E2M1, E2M1_AWAY
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.codecs.tables import as_floats, look_up_e2m1, pack_e2m1_
 from lora_merge.core.weight import WEIGHT, PartRange
 
@@ -33,7 +33,7 @@ _PIECE = 1 << 19
 """Values that are turned round at once."""
 
 
-class Mxfp4Experts(OnStoredGrid):
+class Mxfp4Experts(Coded):
     """``weight`` (``…_blocks``) U8 ``[E, out, in/32, 16]`` and ``scale`` (``…_scales``) U8 ``[E, out, in/32]``, for a parameter
     ``[E, in, out]``: W[e, j, i] = e2m1 · 2^(s - 127), as transformers 5.23 has it (``convert_moe_packed_tensors``).
     """
@@ -69,25 +69,21 @@ class Mxfp4Experts(OnStoredGrid):
         for piece, codes, scale in _pieces(lines, parts):
             values[piece].copy_(_decoded(codes, as_floats(scale, "F8_E8M0")).t())
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
-        """Return the grid of the scales, stored or made from the values. A line has values of as many groups as it is long,
-        since groups lie across lines. The tile's share of each stored row is written into all of it.
+        """Return the grid of the stored scales. A line has values of as many groups as it is long, since groups lie across
+        lines. The tile's share of each stored row is written into all of it.
         """
-        del storage, survey
+        del storage
         import torch
 
         lines = lines_of(tile)
-        scale = values.new_empty(lines.n, lines.width)
-        if stored is None:
-            return _fresh(lines, values.view(lines.n, lines.width), out, scale)
+        scale = torch.empty(lines.n, lines.width, device=stored[_SCALE].device)
         for piece, _, found in _pieces(lines, stored):
             scale[piece].view(-1, _GROUP, lines.width).copy_(as_floats(found, "F8_E8M0").t()[:, None])
 
@@ -101,6 +97,19 @@ class Mxfp4Experts(OnStoredGrid):
             _pack(lines, levels, {WEIGHT: out[WEIGHT], _SCALE: stored[_SCALE]})
 
         return stored_grid(E2M1, pack, unpack, scale, group=1)
+
+    def fresh(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+    ) -> Grid:
+        """Make scales of the values, by the rule of triton_kernels."""
+        del storage, survey
+        lines = lines_of(tile)
+        return _fresh(lines, values.view(lines.n, lines.width), out, values.new_empty(lines.n, lines.width))
 
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return the blocks of 32 codes ``[E, out, in/32, 16]``, and their scales ``[E, out, in/32]``."""

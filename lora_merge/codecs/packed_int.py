@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.codecs import fresh_packed
 from lora_merge.codecs.bits import (
     WORD_BITS,
     along_lines,
@@ -16,7 +17,7 @@ from lora_merge.codecs.bits import (
 from lora_merge.codecs.geometry import by_line, groups_of, lines_of, whole
 from lora_merge.codecs.grouped import dequantise, dequantise_by_index, grouping
 from lora_merge.codecs.lattice import Integers
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.core.tensor import nbytes_of
 from lora_merge.core.weight import WEIGHT, PartRange
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import Storage, Tile
 
 
-class PackedInt(OnStoredGrid):
+class PackedInt(Coded):
     """``(code - zero) · scale`` (compressed-tensors 0.20, ``unpack_from_int32`` and ``dequantize``).
 
     Codes are stored as value + 2^(bits - 1), and so are zeros. A weight without zeros has 0 everywhere.
@@ -85,21 +86,14 @@ class PackedInt(OnStoredGrid):
         else:
             dequantise(codes, zero, scale, int(settings["group"]))
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
-        """Return the grid of the scales and zeros, stored or made from the values."""
-        if stored is None:
-            from lora_merge.codecs import fresh_packed
-
-            return fresh_packed.grid(tile, values, out, storage)
-        del values, survey
+        """Return the grid of the stored scales and zeros."""
         settings, lines = dict(storage.settings), lines_of(tile)
         bits = int(settings["bits"])
         # Codes and zeros are both offset. Without zeros the levels are what codes stand for.
@@ -113,8 +107,24 @@ class PackedInt(OnStoredGrid):
             group=grouping(stored["g_idx"]) if _has_index(stored) else int(settings["group"]),
         )
 
+    def fresh(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+    ) -> Grid:
+        """Make scales of the values, see `lora_merge.codecs.fresh_packed.grid`."""
+        del survey
+        return fresh_packed.grid(tile, values, out, storage)
+
+    def fresh_alignment(self, shape: tuple[int, ...], storage: Storage) -> int:
+        """Return the rows of a matrix that share a word of zeros."""
+        return fresh_packed.fresh_alignment(storage, shape)
+
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Return codes, scales, perhaps zeros, and ``shape``, which says how many codes of a line are meant."""
+        """Return codes, scales, perhaps zeros, and ``weight_shape``, which says how many codes of a line are meant."""
         settings, (*stack, rows, width) = dict(storage.settings), shape
         bits, groups = int(settings["bits"]), groups_of(width, int(settings["group"]))
         found = {
@@ -123,7 +133,7 @@ class PackedInt(OnStoredGrid):
         }
         if settings["zero"]:
             found["zero"] = ("I32", (*stack, words_of(rows, bits), groups))
-        return found | {"shape": ("I64", (2,))}
+        return found | {"weight_shape": ("I64", (2,))}
 
 
 def _has_index(parts: Mapping[str, torch.Tensor]) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from lora_merge.codecs import fresh_scaled
 from lora_merge.codecs.geometry import by_block, by_line, groups_of, in_groups, lines_of
 from lora_merge.codecs.lattice import E4M3, E5M2, Integers
-from lora_merge.codecs.stored_grid import OnStoredGrid, stored_grid
+from lora_merge.codecs.stored_grid import Coded, stored_grid
 from lora_merge.codecs.tables import as_floats, bytes_of, look_up, pack_bytes
 from lora_merge.core.weight import WEIGHT
 
@@ -45,7 +46,7 @@ def _settings(storage: Storage) -> _Settings:
     )
 
 
-class Scaled(OnStoredGrid):
+class Scaled(Coded):
     """``weight`` ``[…, out, in]`` and ``scale``: W = q · s, each in float32, with one scale for each block of a matrix.
 
     Settings:
@@ -84,27 +85,20 @@ class Scaled(OnStoredGrid):
         for group, columns in in_groups(values, of.block_columns):
             group.mul_(scale[:, columns, None])
 
-    def grid(
+    def on_stored(
         self,
         tile: Tile,
-        values: torch.Tensor,
         out: Mapping[str, torch.Tensor],
         storage: Storage,
-        survey: torch.Tensor | None,
-        stored: Mapping[str, torch.Tensor] | None,
+        stored: Mapping[str, torch.Tensor],
     ) -> Grid:
-        """Return the grid of the scales, stored or made from the values."""
-        if stored is None:
-            from lora_merge.codecs import fresh_scaled
-
-            return fresh_scaled.grid(tile, values, out, storage)
-        del survey
+        """Return the grid of the stored scales."""
         lines, of = lines_of(tile), _settings(storage)
         kept = out[WEIGHT].view(lines.n, lines.width)
         scale = _scale(lines, stored, of)
 
         def unpack() -> torch.Tensor:
-            levels = values.new_empty(lines.n, lines.width)
+            levels = scale.new_empty(lines.n, lines.width)
             _levels(stored, of, levels)
             return levels
 
@@ -115,6 +109,22 @@ class Scaled(OnStoredGrid):
             scale.expand(lines.n, -1),
             group=of.block_columns,
         )
+
+    def fresh(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+    ) -> Grid:
+        """Make scales of the values, see `lora_merge.codecs.fresh_scaled.grid`."""
+        del survey
+        return fresh_scaled.grid(tile, values, out, storage)
+
+    def fresh_alignment(self, shape: tuple[int, ...], storage: Storage) -> int:
+        """Return the rows of a matrix that share a block."""
+        return fresh_scaled.fresh_alignment(storage, shape)
 
     def parts(self, shape: tuple[int, ...], storage: Storage) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Return the codes and the scales, one for each block of each matrix."""

@@ -23,11 +23,11 @@ _ROUNDINGS = 4 * 2.0**-23
 """What the arithmetic of encoding and decoding may add, relative to the largest number in it."""
 
 
-class OnStoredGrid:
-    """What codecs have in common that only write on the scales that they read."""
+class Coded:
+    """What the codecs of codes and scales have in common. Each writes on the scales that it reads; some make new ones too."""
 
     def survey(self, storage: Storage) -> Survey:
-        """Return ``"none"``: scales are those that are stored."""
+        """Return ``"none"``: no scale depends on all values."""
         del storage
         return "none"
 
@@ -40,6 +40,11 @@ class OnStoredGrid:
         del found, storage
         return values
 
+    def fresh_alignment(self, shape: tuple[int, ...], storage: Storage) -> int:
+        """Return 1: with new scales a tile may begin where it may with stored ones."""
+        del shape, storage
+        return 1
+
     def grid(
         self,
         tile: Tile,
@@ -50,7 +55,32 @@ class OnStoredGrid:
         stored: Mapping[str, torch.Tensor] | None,
     ) -> Grid:
         """Return the grid of a tile, see `lora_merge.codecs.codec.Encoder`."""
+        if stored is None:
+            assert not tile.start % self.fresh_alignment(tile.shape, storage), "a tile begins within a block"
+            return self.fresh(tile, values, out, storage, survey)
+        return self.on_stored(tile, out, storage, stored)
+
+    def on_stored(
+        self,
+        tile: Tile,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        stored: Mapping[str, torch.Tensor],
+    ) -> Grid:
+        """Return the grid of the scales that a tile is stored with; it fills the main part."""
         raise NotImplementedError
+
+    def fresh(
+        self,
+        tile: Tile,
+        values: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        storage: Storage,
+        survey: torch.Tensor | None,
+    ) -> Grid:
+        """Return the grid of scales that are made from the values, and written into ``out`` at once."""
+        del tile, values, out, survey
+        raise AssertionError(f"no scales are made for {storage.codec}")
 
     def bound(
         self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor], storage: Storage

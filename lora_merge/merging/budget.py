@@ -72,7 +72,7 @@ def allot(
     sizes = [best >> halvings for halvings in range(_SMALLEST_SHARE.bit_length())]
     while True:
         for size in sizes:
-            # Each process loads torch for itself; `plan.peak_bytes` counts that once, for the driver.
+            # Each process loads torch for itself; `peak_bytes` counts that once, for the driver.
             peak = peak_bytes(plan, n, size) + in_processes * n * RUNTIME_BYTES
             budget = Budget(n, size, peak)
             if limit_bytes is None or budget.peak_bytes <= limit_bytes:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import CODECS
-from lora_merge.codecs.fresh import fresh_alignment
 from lora_merge.core.plan import Merge, Rounding
 from lora_merge.core.report import Foreseen
 from lora_merge.core.weight import FLOAT32
@@ -15,7 +12,7 @@ from lora_merge.deltas import keeps_effect
 from lora_merge.merging.memory import InMemory
 from lora_merge.merging.survival import effect_error_of, kept_of
 from lora_merge.merging.worker import Merger, one_torch_thread
-from lora_merge.rounding.schedule import band_rows
+from lora_merge.planning.steps import tile_multiple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,17 +64,7 @@ def _of(merger: Merger, step: Step) -> Mapping[str, Survival]:
     roundings: dict[str, Rounding | None] = {"nearest": None, "stochastic": Rounding("stochastic", seed, key)}
     if any(map(keeps_effect, op.deltas)):
         roundings["adapter"] = Rounding("adapter", seed, key)
-    # What PEFT's formula rounds in between, none of the roundings but the nearest would.
-    op = replace(op, multiple=_multiple(op))
+    # The smallest tile that every rounding can take.
+    op = replace(op, multiple=tile_multiple(op, is_adapter=True))
     tiles = [rows for rows in op.tiles(1) if rows[1] > rows[0]]
     return merger.foresee(op, tiles[len(tiles) // 2], roundings) if tiles else {}
-
-
-def _multiple(op: Merge) -> int:
-    """Return the rows of the smallest tile that every rounding can take; 0 for a whole matrix."""
-    if any(delta.region.transposed for delta in op.deltas if keeps_effect(delta)):
-        return 0
-    shape, n_rows = op.source.shape, op.view.n_rows
-    aligned = [CODECS[one.codec].alignment(shape, n_rows, one)[0] for one in (op.source.storage, op.target)]
-    fresh = 1 if op.target.is_dense or op.on_stored_grid else fresh_alignment(op.target, shape)
-    return math.lcm(band_rows(op.view.columns), fresh, *aligned)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.codecs import CODECS
-from lora_merge.codecs.fresh import fresh_alignment
+from lora_merge.codecs import CODECS, ENCODERS
 from lora_merge.core.plan import Combination, Copy, Merge, Rounding, Step
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import LARGEST_FLOAT32, TensorRef
@@ -59,19 +58,18 @@ class Wanted:
         is_replaced = own is not None
         # A tensor without values has nothing to be cast.
         if not deltas and (self.target == source.storage or source.nbytes == 0):
-            return [copy for role in self.writes for copy in self._copies(source, role)]
+            return [self._copy(source, role) for role in self.writes]
         merge = self._merge(source, deltas, policy)
         if merge.on_stored_grid:
             # The scales stay, so only the codes are written; the rest is copied.
-            others = [role for role in self.writes if role != WEIGHT]
             changed = Step(self.name, {WEIGHT: self.writes[WEIGHT]}, merge)
-            return [changed, *(copy for role in others for copy in self._copies(source, role))]
+            return [changed, *(self._copy(source, role) for role in self.writes if role != WEIGHT)]
         return [Step(self.name, self.writes, merge, is_replaced)]
 
-    def _copies(self, source: Weight, role: str) -> list[Step]:
+    def _copy(self, source: Weight, role: str) -> Step:
         """Return the step that copies a part as it is."""
         slot = self.writes[role]
-        return [Step(slot.name, {role: slot}, Copy(source.parts[role]), self.change.source is not None)]
+        return Step(slot.name, {role: slot}, Copy(source.parts[role]), self.change.source is not None)
 
     def _merge(self, source: Weight, deltas: tuple[PlacedDelta, ...], policy: Policy) -> Merge:
         # The methods are for matrices; changes of a vector add up.
@@ -88,7 +86,7 @@ class Wanted:
         if rounding is not None:
             deltas = tuple(map(_unrounded, deltas))
         held = _held_bytes(self.target, source.shape, view)
-        return Merge(
+        merge = Merge(
             source,
             self.target,
             deltas,
@@ -99,8 +97,9 @@ class Wanted:
             rounding,
             on_stored_grid,
             fills_across=held > 0,
-            multiple=_multiple(source, self.target, view, deltas, rounding, on_stored_grid=on_stored_grid),
         )
+        is_adapter = rounding is not None and rounding.method == "adapter"
+        return replace(merge, multiple=tile_multiple(merge, is_adapter=is_adapter))
 
     @property
     def is_as_stored(self) -> bool:
@@ -127,28 +126,24 @@ class Wanted:
         return Combination(policy.combine, policy.density, policy.seed, rank, self.rng_key)
 
 
-def _multiple(
-    source: Weight,
-    target: Storage,
-    view: View,
-    deltas: Sequence[PlacedDelta],
-    rounding: Rounding | None,
-    *,
-    on_stored_grid: bool,
-) -> int:
+def tile_multiple(op: Merge, *, is_adapter: bool) -> int:
     """Return the rows at a multiple of which each tile begins, see `Merge.multiple`: what the codecs of both storages need,
     and the rounding.
+
+    Args:
+        op: what is done to a weight.
+        is_adapter: whether it may be rounded for the adapter.
     """
-    multiples = [
-        CODECS[one.codec].alignment(source.shape, view.n_rows, one)[0] for one in (source.storage, target)
-    ]
-    if not on_stored_grid and not target.is_dense:
-        multiples.append(fresh_alignment(target, source.shape))
-    if rounding is not None and rounding.method == "adapter":
+    shape, n_rows = op.source.shape, op.view.n_rows
+    storages = (op.source.storage, op.target)
+    multiples = [CODECS[one.codec].alignment(shape, n_rows, one)[0] for one in storages]
+    if not op.on_stored_grid:
+        multiples.append(ENCODERS[op.target.codec].fresh_alignment(shape, op.target))
+    if is_adapter:
         # Of a weight stored [in, out] the rule needs all inputs of an output.
-        if any(delta.region.transposed for delta in deltas if keeps_effect(delta)):
+        if any(delta.region.transposed for delta in op.deltas if keeps_effect(delta)):
             return 0
-        multiples.append(band_rows(view.columns))
+        multiples.append(band_rows(op.view.columns))
     return math.lcm(*multiples)
 
 

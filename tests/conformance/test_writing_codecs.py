@@ -231,7 +231,7 @@ def test_new_parts_have_the_shapes_of_those_that_libraries_write(name):
     for path, weight in quantised_of(FIXTURES / name).items():
         parts = ENCODERS[weight.storage.codec].parts(weight.shape, weight.storage)
         assert next(iter(parts)) == WEIGHT
-        assert parts.pop("shape", ("I64", (2,))) == ("I64", (2,))
+        assert parts.pop("weight_shape", ("I64", (2,))) == ("I64", (2,))
         needed = {role: weight.parts[role] for role in parts}
         assert {role: (ref.dtype, ref.shape) for role, ref in needed.items()} == parts, path
         ranges = CODECS[weight.storage.codec].ranges(whole(weight.shape), weight.storage)

@@ -84,6 +84,10 @@ class RowScaled:
         del storage
         return self.surveyed
 
+    def fresh_alignment(self, shape, storage):
+        del shape, storage
+        return 1
+
     def look(self, values, found, storage):
         raise AssertionError("nothing is asked of all values")
 
