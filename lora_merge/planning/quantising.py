@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.codecs import ENCODERS
 from lora_merge.core.report import Issue, error, note
 from lora_merge.planning.gpt_oss import named_dense, scheme_for
 from lora_merge.planning.ignoring import ignored_modules
 from lora_merge.planning.linear_layers import Kind, Matrix, head_of, matrices_of
 from lora_merge.planning.mates import fused_with, with_mates
-from lora_merge.quantised.schemes import PartOf, Scheme
+from lora_merge.quantised.schemes import Scheme
 from lora_merge.words import counted, listing
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ _DENSE_BY_KIND: Mapping[Kind, str] = {
 
 _LISTED: tuple[Kind, ...] = ("linear", "head", "router", "tower", "outside", "unknown", "stack")
 """The kinds that the configuration has to name where they are dense: an engine might take them for linear layers."""
+
+
+PartOf = tuple[str, str, tuple[int, ...]]
+"""Name, dtype (a safetensors code) and shape of one stored tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,18 @@ class Targets:
         return self.scheme.config(self.dense)
 
 
+def parts_of(scheme: Scheme, module: str, shape: tuple[int, ...]) -> dict[str, PartOf]:
+    """Return role → name, dtype and shape of each tensor that stores a weight, the codes first.
+
+    Args:
+        scheme: how.
+        module: as `Scheme.names` takes it.
+        shape: ``[out, in]``; of a stack ``[experts, in, out]``.
+    """
+    parts = ENCODERS[scheme.storage.codec].parts(shape, scheme.storage)
+    return {role: (name, *parts[role]) for role, name in scheme.names(module).items()}
+
+
 def targets_of(joined: Joined, scheme: Scheme, ignore: Sequence[str] = ()) -> Targets:
     """Return which weights of an output are quantised.
 
@@ -96,7 +113,7 @@ def targets_of(joined: Joined, scheme: Scheme, ignore: Sequence[str] = ()) -> Ta
         one.name: Target(
             one.module,
             one.shape,
-            scheme.parts(one.name.removesuffix(".weight"), one.shape),
+            parts_of(scheme, one.name.removesuffix(".weight"), one.shape),
             mates[one.name],
         )
         for one in chosen

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.core.weight import WEIGHT, Storage
-from lora_merge.quantised.draft import grid, storage
+from lora_merge.quantised.draft import storage
 
 _SCALE, _ZERO, _GLOBAL, _SHAPE = "scale", "zero", "global", "weight_shape"
 
-_WORD = 8
-"""Codes of four bits in one word of 32."""
-
 _MX_GROUP = 32
 """Values that share a power of two."""
-
-PartOf = tuple[str, str, tuple[int, ...]]
-"""Name, dtype (a safetensors code) and shape of one stored tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A way to quantise linear layers, without data: each value to the nearest code, with a scale for each group of them.
 
-    The arithmetic is in `lora_merge.codecs.fresh`, which asks the storage alone.
+    The arithmetic is in `lora_merge.codecs`, which asks the storage alone.
     """
 
     name: str
@@ -74,15 +68,14 @@ class Scheme:
         """
         return {**copy.deepcopy(dict(self.template)), self.left_dense: list(dense)}
 
-    def parts(self, module: str, shape: tuple[int, ...]) -> dict[str, PartOf]:
-        """Return role → name, dtype and shape of each tensor that stores a weight, the codes first.
+    def names(self, module: str) -> dict[str, str]:
+        """Return role → name of each tensor that stores a weight, the codes first.
 
         Args:
             module: path of its module; of a stack, the parameter's own name.
-            shape: ``[out, in]``; of a stack ``[experts, in, out]``.
         """
-        found, joint = _PARTS[self.storage.codec](shape, self.storage), "_" if self.is_of_stacks else "."
-        return {role: (f"{module}{joint}{suffix}", *found[role]) for role, suffix in self.suffixes.items()}
+        joint = "_" if self.is_of_stacks else "."
+        return {role: f"{module}{joint}{suffix}" for role, suffix in self.suffixes.items()}
 
     def misfit(self, shape: tuple[int, ...], *, is_fused: bool) -> str:
         """Return why a weight cannot be stored so; empty where it can.
@@ -98,51 +91,6 @@ class Scheme:
         if rows % self.block and (self.is_even or is_fused):
             return f"has {rows} output features, which is not a multiple of {self.block}"
         return ""
-
-
-_Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
-
-
-def _scaled_parts(shape: tuple[int, ...], how: Storage) -> _Shapes:
-    of = dict(how.settings)
-    scales = grid(shape, int(of["block_rows"]), int(of["block_columns"]))
-    return {WEIGHT: (how.dtype, shape), _SCALE: (str(of["scale"]), scales)}
-
-
-def _fp4_parts(shape: tuple[int, ...], how: Storage) -> _Shapes:
-    of = dict(how.settings)
-    scale = "U8" if of["scale"] == "E8M0" else f"F8_{of['scale']}"
-    return {
-        WEIGHT: (how.dtype, (shape[0], shape[1] // 2)),
-        _SCALE: (scale, grid(shape, 1, int(of["group"]))),
-        _GLOBAL: ("F32", (1,)),
-    }
-
-
-def _packed_parts(shape: tuple[int, ...], how: Storage) -> _Shapes:
-    of = dict(how.settings)
-    groups = grid(shape, 1, int(of["group"]))
-    return {
-        WEIGHT: (how.dtype, (shape[0], -(-shape[1] // _WORD))),
-        _SCALE: (str(of["scale"]), groups),
-        _SHAPE: ("I64", (2,)),
-        _ZERO: ("I32", (-(-shape[0] // _WORD), groups[1])),
-    }
-
-
-def _expert_parts(shape: tuple[int, ...], how: Storage) -> _Shapes:
-    experts, columns, rows = shape
-    blocks = (experts, rows, columns // _MX_GROUP)
-    return {WEIGHT: (how.dtype, (*blocks, _MX_GROUP // 2)), _SCALE: ("U8", blocks)}
-
-
-_PARTS: Mapping[str, Callable[[tuple[int, ...], Storage], _Shapes]] = {
-    "scaled": _scaled_parts,
-    "fp4": _fp4_parts,
-    "packed_int": _packed_parts,
-    "mxfp4_experts": _expert_parts,
-}
-"""Codec → dtypes and shapes of the parts of a matrix, by role."""
 
 
 def _scaled(codes: str, scale: str, rows: int, columns: int) -> Storage:

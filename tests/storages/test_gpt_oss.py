@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import lora_merge
 from lora_merge.checks import CHECKS
 from lora_merge.cli import exits
-from lora_merge.codecs.fresh import fresh_grid, fresh_ranges
+from lora_merge.codecs import ENCODERS
 from lora_merge.codecs.in_memory import decoded as decode
 from lora_merge.core.plan import Merge
 from lora_merge.core.weight import Tile
@@ -77,10 +77,10 @@ def ours(weight, rows=None):
         tile = Tile(shape, n_in * experts, start, start + size)
         first, last = start // n_in, (start + size - 1) // n_in + 1
         parts = {"weight": blocks[first:last], "scale": scales[first:last]}
-        ranges = fresh_ranges(tile, STORAGE)
+        ranges = ENCODERS[STORAGE.codec].ranges(tile, STORAGE)
         out = {role: parts[role].view(one.shape) for role, one in ranges.items()}
         values = wide[start : start + size].clone()
-        grid = fresh_grid(tile, values, out, STORAGE)
+        grid = ENCODERS[STORAGE.codec].grid(tile, values, out, STORAGE, None, None)
         levels = grid.nearest(values)
         assert torch.equal(values.view(torch.int32), wide[start : start + size].view(torch.int32))
         grid.keep(levels)

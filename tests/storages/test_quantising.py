@@ -8,12 +8,15 @@ from functools import cache
 import pytest
 import torch
 
-from lora_merge.codecs.fresh import fresh_alignment, fresh_grid, fresh_look, fresh_ranges, fresh_survey
+from lora_merge.codecs import ENCODERS
+from lora_merge.codecs.fresh_fp4 import look
+from lora_merge.codecs.geometry import whole
 from lora_merge.codecs.in_memory import decoded
 from lora_merge.core.tensor import STORED_TYPES
 from lora_merge.core.view import View
 from lora_merge.core.weight import Tile
 from lora_merge.planning.mates import fused_with
+from lora_merge.planning.quantising import parts_of
 from lora_merge.quantised.schemes import SCHEMES
 from tests.storages.asking import ask
 from tests.storages.digesting import digest
@@ -35,17 +38,25 @@ def cut(part, one):
     return whole[first : first + nbytes].view(getattr(torch, STORED_TYPES[one.dtype])).view(one.shape)
 
 
+def ranges_of(tile, scheme):
+    """Return the share of every part of a tile: those that a decoder reads, and the shape that it does not."""
+    found = dict(ENCODERS[scheme.storage.codec].ranges(tile, scheme.storage))
+    if "weight_shape" in scheme.suffixes:
+        found["weight_shape"] = whole("I64", (len(tile.shape),))
+    return found
+
+
 def made(scheme, weights, elements):
     """Return the tensors of some weights, by name, each made in tiles of about so many elements."""
     mates = fused_with([f"{module}.weight" for module in weights])
     found = {}
     for module, weight in weights.items():
         survey = None
-        if fresh_survey(scheme.storage) == "tensor":
+        if ENCODERS[scheme.storage.codec].survey(scheme.storage) == "tensor":
             for name in (f"{module}.weight", *mates[f"{module}.weight"]):
-                survey = fresh_look(weights[name.removesuffix(".weight")].float(), survey)
+                survey = look(weights[name.removesuffix(".weight")].float(), survey)
         parts = quantised(scheme, weight.float(), elements, survey)
-        names = {role: name for role, (name, _, _) in scheme.parts(module, tuple(weight.shape)).items()}
+        names = {role: name for role, (name, _, _) in parts_of(scheme, module, tuple(weight.shape)).items()}
         found |= {names[role]: tensor for role, tensor in parts.items()}
     return found
 
@@ -56,15 +67,17 @@ def quantised(scheme, weight, elements=1 << 30, survey=None):
     # What is not written would be seen.
     parts = {
         role: torch.full(size, 77, dtype=torch.int64).to(getattr(torch, STORED_TYPES[dtype]))
-        for role, (_, dtype, size) in scheme.parts("m", shape).items()
+        for role, (_, dtype, size) in parts_of(scheme, "m", shape).items()
     }
-    for start, end in View.of(shape).tiles(elements, fresh_alignment(scheme.storage, shape)):
+    for start, end in View.of(shape).tiles(
+        elements, ENCODERS[scheme.storage.codec].fresh_alignment(shape, scheme.storage)
+    ):
         tile = Tile(shape, shape[0], start, end)
-        ranges = fresh_ranges(tile, scheme.storage)
+        ranges = ranges_of(tile, scheme)
         assert ranges.keys() == parts.keys()
         out = {role: cut(parts[role], one) for role, one in ranges.items()}
         values = weight[start:end].clone()
-        grid = fresh_grid(tile, values, out, scheme.storage, survey)
+        grid = ENCODERS[scheme.storage.codec].grid(tile, values, out, scheme.storage, survey, None)
         levels = grid.nearest(values)
         assert torch.equal(values.view(torch.int32), weight[start:end].view(torch.int32))
         grid.keep(levels)
@@ -87,7 +100,7 @@ def test_what_is_decoded_again_is_what_the_library_decodes(name, kind):
     assert expected.keys() == {f"{module}.weight" for module in weights}
     for module, weight in weights.items():
         shape = tuple(weight.shape)
-        parts = {role: tensors[key] for role, (key, _, _) in scheme.parts(module, shape).items()}
+        parts = {role: tensors[key] for role, (key, _, _) in parts_of(scheme, module, shape).items()}
         assert digest(decoded(shape, scheme.storage, parts))[:20] == expected[f"{module}.weight"], module
 
 
@@ -98,13 +111,13 @@ def test_the_grid_says_what_is_decoded(name, kind):
     for weight in weights_of(kind).values():
         shape, values = tuple(weight.shape), weight.float()
         tile = Tile(shape, shape[0], 0, shape[0])
-        survey = fresh_look(values, None)
+        survey = look(values, None)
         parts = {
             role: torch.empty(size, dtype=getattr(torch, STORED_TYPES[dtype]))
-            for role, (_, dtype, size) in scheme.parts("m", shape).items()
+            for role, (_, dtype, size) in parts_of(scheme, "m", shape).items()
         }
-        out = {role: cut(parts[role], one) for role, one in fresh_ranges(tile, scheme.storage).items()}
-        grid = fresh_grid(tile, values, out, scheme.storage, survey)
+        out = {role: cut(parts[role], one) for role, one in ranges_of(tile, scheme).items()}
+        grid = ENCODERS[scheme.storage.codec].grid(tile, values, out, scheme.storage, survey, None)
         levels = grid.nearest(values)
         expected = grid.values(levels)
         grid.keep(levels.clone())
@@ -120,8 +133,8 @@ def test_values_between_those_of_bfloat16_are_rounded_first(name):
     finer = weight * (1 + 2.0**-11)
     assert torch.equal(finer.to(torch.bfloat16).float(), weight)
     assert not torch.equal(finer, weight)
-    survey = fresh_look(weight, None)
-    assert torch.equal(fresh_look(finer, None), survey)
+    survey = look(weight, None)
+    assert torch.equal(look(finer, None), survey)
     one, other = (quantised(scheme, values, survey=survey) for values in (weight, finer))
     assert {role: digest_of(part) for role, part in one.items()} == {
         role: digest_of(part) for role, part in other.items()
@@ -148,7 +161,7 @@ def test_the_largest_values_have_no_exponent_that_is_nan(name):
 def test_a_global_scale_fills_the_range_of_the_scales():
     weight = weights_of("even")["model.layers.0.mlp.up_proj"].float()
     scheme = SCHEMES["nvfp4"]
-    parts = quantised(scheme, weight, survey=fresh_look(weight, None))
+    parts = quantised(scheme, weight, survey=look(weight, None))
     # 448 but for the roundings to bfloat16.
     assert 400.0 <= float(parts["scale"].float().max()) <= 448.0
     apart = decoded(tuple(weight.shape), scheme.storage, parts) - weight

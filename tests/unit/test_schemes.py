@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_merge.core.tensor import TensorRef, nbytes_of
+from lora_merge.planning.quantising import parts_of
 from lora_merge.quantised import Surroundings, identify
 from lora_merge.quantised.schemes import OF_GPT_OSS, SCHEMES
 
@@ -67,7 +68,7 @@ def test_what_is_written_is_identified_again(name, shape):
     scheme = SCHEMES[name]
     numbers = b"".join(size.to_bytes(8, "little") for size in shape)
     around = Surroundings({"quantization_config": scheme.config(["lm_head"])}, lambda _: numbers)
-    found = identify(refs(scheme.parts(MODULE, shape)), around)
+    found = identify(refs(parts_of(scheme, MODULE, shape)), around)
     assert not found.issues
     assert not found.others
     (weight,) = found.weights.values()
@@ -78,7 +79,7 @@ def test_what_is_written_is_identified_again(name, shape):
 
 def test_experts_of_gpt_oss_are_identified_again():
     scheme, name = OF_GPT_OSS["mxfp4"], "model.layers.0.mlp.experts.down_proj"
-    parts = scheme.parts(name, (4, 64, 96))
+    parts = parts_of(scheme, name, (4, 64, 96))
     assert parts == {
         "weight": (f"{name}_blocks", "U8", (4, 96, 2, 16)),
         "scale": (f"{name}_scales", "U8", (4, 96, 2)),
@@ -95,7 +96,7 @@ def test_tensors_are_called_as_the_libraries_call_them(name):
     scheme = SCHEMES[name]
     outputs = json.loads(RECORDED.read_text())["outputs"][f"{name} even"]["tensors"]
     expected = {key for key in outputs if key.startswith(MODULE)}
-    assert {key for key, _, _ in scheme.parts(MODULE, (384, 256)).values()} == expected
+    assert {key for key, _, _ in parts_of(scheme, MODULE, (384, 256)).values()} == expected
 
 
 @pytest.mark.parametrize(
