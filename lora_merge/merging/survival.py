@@ -66,7 +66,7 @@ def survival_issues(survival: Mapping[str, Survival], plan: MergePlan) -> tuple[
         sentence = f"no weight changes: the deltas of all {len(survival)} merged tensors are zero where they were looked at"
         hint = "LoRA's B is zero until it is trained; is this the adapter that was meant?"
         return (warning("no-effect", "", sentence, hint),)
-    ops = {step.main.name: step.op for step in plan.steps if isinstance(step.op, Merge)}
+    ops = _merges(plan)
     plain = {
         name: kept
         for name, kept in survival.items()
@@ -127,7 +127,7 @@ def check_loss(survival: Mapping[str, Survival], plan: MergePlan, *, is_allowed:
     kept = kept_of(survival)
     if is_allowed or kept >= LEAST_SHARE:
         return
-    ops = {step.main.name: step.op for step in plan.steps if isinstance(step.op, Merge)}
+    ops = _merges(plan)
     name = min(survival, key=lambda one: survival[one].kept)
     why = "the change is too small for how the weights are stored"
     if survival[name].saturated > SATURATED_SHARE:
@@ -138,6 +138,11 @@ def check_loss(survival: Mapping[str, Survival], plan: MergePlan, *, is_allowed:
     )
     hint = f"{_cure(ops[name])}; --allow-loss writes the output all the same"
     raise PlanError([error("delta-lost", name, sentence, hint)])
+
+
+def _merges(plan: MergePlan) -> dict[str, Merge]:
+    """Return what is done to each merged tensor, by its name in the output."""
+    return {step.main.name: step.op for step in plan.steps if isinstance(step.op, Merge)}
 
 
 def _how(survival: Mapping[str, Survival], ops: Mapping[str, Merge]) -> str:

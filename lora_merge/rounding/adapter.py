@@ -24,7 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.rounding.bands import Band, Workspace
-from lora_merge.rounding.schedule import band_rows, last_panel, schedule_of
+from lora_merge.rounding.schedule import band_rows, last_panel
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +42,10 @@ _OTHER = 256
 def round_adapter(
     values: torch.Tensor,
     grid: Grid,
-    basis: torch.Tensor,
-    damping: float,
+    schedule: Schedule,
     *,
     along: bool = False,
     out: torch.Tensor | None = None,
-    schedule: Schedule | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a level for each value, so that the error vanishes on the row space of the adapter.
 
@@ -57,15 +55,13 @@ def round_adapter(
     Args:
         values: what is to be stored.
         grid: of these lines.
-        basis: of the adapter's row space, orthonormal.
-        damping: λ, see `damping_for`.
+        schedule: of the adapter's row space, see `schedule_of`.
         along: the weight is stored ``[in, out]``: the sequence runs over the lines, which must be all lines of a matrix.
         out: for the levels, in the shape of the values; it may be the values themselves, or of a dtype in which levels are
             exact. None for new memory.
-        schedule: that of the basis and the damping, where it is known already.
 
     Shapes:
-        values: float32 ``[lines, in]``, along: ``[in, out]``; basis: float32 ``[r, in]``.
+        values: float32 ``[lines, in]``, along: ``[in, out]``.
 
     Returns:
         The levels, in the shape of the values, and the error ``(stored - values) Qᵀ``, float32 ``[lines, r]`` (along: ``[out,
@@ -75,8 +71,7 @@ def round_adapter(
 
     n_rows, n_columns = values.shape[::-1] if along else values.shape
     levels = torch.empty_like(values, memory_format=torch.contiguous_format) if out is None else out
-    error = values.new_zeros((n_rows, len(basis)))
-    schedule = schedule or schedule_of(basis, damping)
+    error = values.new_zeros((n_rows, len(schedule.basis)))
     size = band_rows(n_columns)
     space = Workspace(values, max(sum(steps.sizes) for steps in schedule.panels), min(size, n_rows))
     for start in range(0, n_rows, size):
@@ -101,8 +96,7 @@ def workspace_bytes(rank: int, columns: int, rows: int) -> int:
 
 def _round_band(band: Band, schedule: Schedule, levels: torch.Tensor) -> torch.Tensor:
     """Round a band into its place among the levels; return its error, float32 ``[r, width]``."""
-    basis = schedule.panels[0].pushes[0]
-    total = basis.new_zeros((len(basis), band.width))
+    total = schedule.basis.new_zeros((len(schedule.basis), band.width))
     last = schedule.panels[-1]
     sizes = [sum(steps.sizes) for steps in schedule.panels]
     for steps, panel in zip(schedule.panels, band.panels(levels, sizes), strict=True):

@@ -68,6 +68,9 @@ class Steps(NamedTuple):
 class Schedule(NamedTuple):
     """How all columns of a matrix are decided."""
 
+    basis: torch.Tensor
+    """Of the adapter's row space, orthonormal, float32 ``[r, in]``."""
+
     panels: tuple[Steps, ...]
     """The columns in their order."""
 
@@ -76,10 +79,14 @@ class Schedule(NamedTuple):
 
 
 def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
-    """Return the schedule for a basis, float32 ``[r, in]``.
+    """Return the schedule for a basis.
 
     λ is ``damping``, but where few columns are left the error has to be gone soon: λ falls with the share of the basis that
     is still to come. So most columns have the little noise of a large λ, and what is left at the end is that of a small one.
+
+    Args:
+        basis: as `Schedule` has it.
+        damping: λ, see `damping_for`.
     """
     rank, n_columns = basis.shape
     squares = basis.double().square().sum(0)
@@ -92,7 +99,7 @@ def schedule_of(basis: torch.Tensor, damping: float) -> Schedule:
     # The first sweep makes less noise of it, which only shows where the last columns are many of all.
     shares = _SWEEPS if 8 * (n_columns - before) > n_columns else _SWEEPS[-1:]
     sweeps = (_steps(last, squares[before:], squares.new_tensor(share * mean)) for share in shares)
-    return Schedule(tuple(_panels(steps, before)), tuple(sweeps))
+    return Schedule(basis, tuple(_panels(steps, before)), tuple(sweeps))
 
 
 def _steps(basis: torch.Tensor, squares: torch.Tensor, damping: torch.Tensor) -> Steps:

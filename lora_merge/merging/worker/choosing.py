@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lora_merge.deltas import keeps_effect
 from lora_merge.merging.worker.spans import Spans
 from lora_merge.rounding.adapter import round_adapter
-from lora_merge.rounding.schedule import damping_for
 from lora_merge.rounding.stochastic import round_stochastic
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Choosing:
     @property
     def is_plain(self) -> bool:
         """True where each value becomes the nearest number of a plain dtype, and nothing has to be known of it."""
-        return self._rounding is None and not self._is_accounted
+        return self._op.target.is_dense and self._rounding is None and not self._is_accounted
 
     def before(self, values: torch.Tensor) -> None:
         """Keep what a tile's change is to be told from, if only its values tell it."""
@@ -97,11 +96,9 @@ class Choosing:
             chosen, error = round_adapter(
                 own,
                 found_grid,
-                span.basis,
-                damping_for(*span.basis.shape),
+                span.schedule,
                 along=self._along,
                 out=self._buffer(own) if grid.place is None else grid.place[rows, columns],
-                schedule=span.schedule,
             )
             self._add(span, own, rows, columns, error)
             if own.shape == values.shape:
@@ -127,12 +124,11 @@ class Choosing:
         error = grid.values(levels).sub_(values)
         for span in spans:
             rows, columns = self._place(span, start)
-            if self._along and not 0 <= rows.start <= rows.stop <= len(values):
+            if self._along:
                 self._add_some(span, values, error, rows, columns)
-                continue
-            own = error[rows, columns]
-            seen = (own.t() if self._along else own) @ span.basis.t()
-            self._add(span, values[rows, columns], rows, columns, seen)
+            else:
+                seen = error[rows, columns] @ span.basis.t()
+                self._add(span, values[rows, columns], rows, columns, seen)
         self._before = None
 
     def _add_some(

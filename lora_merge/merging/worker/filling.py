@@ -66,27 +66,28 @@ class Filling:
         more = {role: PartRange(slot.dtype, slot.shape, ((0, slot.nbytes),)) for role, slot in slots}
         return Parts(found.storage, {**found.ranges, **more})
 
-    def encode(self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor]) -> None:
+    def encode(
+        self, frame: Frame, tile: Tile, stored: Mapping[str, torch.Tensor], changers: Sequence[Changer]
+    ) -> None:
         """Encode a tile. Where the stored scales are kept, the codec sees the stored parts."""
         choose = None
-        if not self.choosing.is_plain or not self.op.target.is_dense:
-            changers = [changer for _, changer in self.working.on(tile.start, tile.end)]
+        if not self.choosing.is_plain:
             choose = Chosen(self.sample, self.choosing, frame, tile, changers)
         frame.encode(self.codec, tile, choose, self.survey, stored if self.op.on_stored_grid else None)
 
     def take(self, n: int, frame: Frame, written: Parts) -> None:
         """Write a tile whose encoding is complete (`Frame.wait`)."""
-        # Parts that the next tile goes on filling are written after the last tile that they belong to.
-        following = self.parts_of(n + 1) if n + 1 < len(self.tiles) else {}
-        full = {role: found for role, found in written.ranges.items() if following.get(role) != found}
+        full = written.ranges
+        if self.op.fills_across and n + 1 < len(self.tiles):
+            # What the next tile goes on filling is written after the last tile that it belongs to.
+            following = self._ranges_of(n + 1)
+            full = {role: found for role, found in full.items() if following.get(role) != found}
         self.filled.take(frame, full)
         if self.passing is not None:
             self.passing.after(n, frame, full)
 
-    def parts_of(self, n: int) -> Mapping[str, PartRange]:
+    def _ranges_of(self, n: int) -> Mapping[str, PartRange]:
         """Return the byte ranges that a tile is written to."""
-        if self.op.target.is_dense:
-            return {}  # each tile has rows of its own
         tile, storage = self.tiles[n], self.op.source.storage
         return self.parts(tile, Parts(storage, CODECS[storage.codec].ranges(tile, storage))).ranges
 
@@ -188,7 +189,7 @@ class Loop:
         output.choosing.before(frame.values)
         change(frame.values, start, end, op, changers)
         watch.lap("change")
-        output.encode(frame, tile, (shared or frame).stored)
+        output.encode(frame, tile, (shared or frame).stored, [changer for _, changer in changers])
         output.sample.after(n, frame, tile, (shared or frame).stored)
         watch.lap("encode")
         self._under_way.append((output, n, frame, written))

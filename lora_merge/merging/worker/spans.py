@@ -13,7 +13,7 @@ from lora_merge.rounding.schedule import damping_for, schedule_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    import torch  # noqa: TC004 - a field's type, never evaluated
+    import torch
 
     from lora_merge.core.view import View
     from lora_merge.deltas.algebra import Changer, Look  # noqa: TC004 - a field's type, never evaluated
@@ -32,24 +32,26 @@ class Span:
 
     last: int
 
-    basis: torch.Tensor
-    """Float32 ``[r, in]``, orthonormal rows."""
-
     schedule: Schedule
-    """How errors are fed back."""
+    """How errors are fed back, with a basis of what is seen."""
 
     looks: tuple[Look, ...]
     """What it is the basis of."""
 
+    @property
+    def basis(self) -> torch.Tensor:
+        """Float32 ``[r, in]``, orthonormal rows."""
+        return self.schedule.basis
+
 
 class _Known(NamedTuple):
-    """What is kept of some looks; None twice where their factors are zero."""
+    """What is kept of some looks."""
 
     looks: tuple[Look, ...]
     """Kept too, so that no other factor gets the address of one of theirs."""
 
-    basis: torch.Tensor | None
     schedule: Schedule | None
+    """None where their factors are zero."""
 
 
 class Spans:
@@ -64,7 +66,7 @@ class Spans:
         self._n_inputs, self._n_outputs = (
             (view.rows, view.columns) if transposed else (view.columns, view.rows)
         )
-        self._bases: OrderedDict[tuple[int, ...], _Known] = OrderedDict()
+        self._known: OrderedDict[tuple[int, ...], _Known] = OrderedDict()
 
     def of(self, start: int, end: int, changers: Iterable[Changer]) -> list[Span]:
         """Return the spans among the outputs ``start`` to ``end``, in order, none across two matrices. Outputs that no delta
@@ -77,22 +79,22 @@ class Spans:
             if look.outputs[0] < end and look.outputs[1] > start
         ]
         return [
-            Span(first, last, known.basis, known.schedule, own)
+            Span(first, last, schedule, own)
             for first, last, own in _cut(looks, start, end, self._n_outputs)
-            if (known := self._basis(own)).basis is not None and known.schedule is not None
+            if (schedule := self._schedule(own)) is not None
         ]
 
-    def _basis(self, looks: tuple[Look, ...]) -> _Known:
-        """Return the basis of what some deltas see."""
+    def _schedule(self, looks: tuple[Look, ...]) -> Schedule | None:
+        """Return the schedule of what some deltas see; None where their factors are zero."""
         key = tuple(look.factor.data_ptr() for look in looks)
-        found = self._bases.get(key)
+        found = self._known.get(key)
         if found is None:
             basis = row_space([self._whole(look) for look in looks])
             schedule = None if basis is None else schedule_of(basis, damping_for(*basis.shape))
-            found = self._bases[key] = _Known(looks, basis, schedule)
-            while len(self._bases) > _KEPT:
-                self._bases.popitem(last=False)
-        return found
+            found = self._known[key] = _Known(looks, schedule)
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return found.schedule
 
     def _whole(self, look: Look) -> torch.Tensor:
         """Return A for all inputs: zeros where it has none."""

@@ -151,7 +151,7 @@ def plainly(values, grid, basis, damping):
 @pytest.mark.parametrize("shape", [(192, 128), (64, 512)])
 def test_levels_are_those_of_the_slow_rule(kind, shape):
     _, values, grid, basis = case(kind, *shape)
-    levels, error = round_adapter(values, grid, basis, 0.05)
+    levels, error = round_adapter(values, grid, schedule_of(basis, 0.05))
     slow, total = slowly(values, grid, basis, 0.05)
     # Where a value lies on a threshold within float32's rounding, its row goes on differently from there.
     assert (levels != slow).any(1).double().mean() < 0.05
@@ -166,7 +166,7 @@ def test_less_is_lost_at_about_the_noise_of_a_small_constant_damping(kind):
     (error, noise), (plain_error, plain_noise) = (
         (difference @ basis.double().T, difference)
         for levels in (
-            round_adapter(values, grid, basis, damping_for(8, 256))[0],
+            round_adapter(values, grid, schedule_of(basis, damping_for(8, 256)))[0],
             plainly(values, grid, basis, 0.01),
         )
         for difference in [grid.values(levels).double() - values.double()]
@@ -178,7 +178,7 @@ def test_less_is_lost_at_about_the_noise_of_a_small_constant_damping(kind):
 @pytest.mark.parametrize("kind", GRIDS)
 def test_the_adapter_is_kept_where_nearest_loses_it(kind):
     base, values, grid, basis = case(kind, 256, 512, size=0.003 if kind[-1] in "68" else 0.02)
-    levels, _ = round_adapter(values, grid, basis, damping_for(8, 512))
+    levels, _ = round_adapter(values, grid, schedule_of(basis, damping_for(8, 512)))
     found = in_span(grid.values(levels), values, base, basis)
     nearest = in_span(grid.values(grid.nearest(values)), values, base, basis)
     assert found.relative_error < 0.15 * nearest.relative_error
@@ -188,7 +188,7 @@ def test_the_adapter_is_kept_where_nearest_loses_it(kind):
 @pytest.mark.parametrize("kind", GRIDS)
 def test_the_error_is_that_of_the_levels(kind):
     _, values, grid, basis = case(kind, 100 if kind != "fp8" else 128)
-    levels, error = round_adapter(values, grid, basis, 0.05)
+    levels, error = round_adapter(values, grid, schedule_of(basis, 0.05))
     exact = (grid.values(levels).double() - values.double()) @ basis.double().T
     assert error.dtype == torch.float32
     # Some hundred roundings of values whose size is that of the weights.
@@ -198,7 +198,7 @@ def test_the_error_is_that_of_the_levels(kind):
 @pytest.mark.parametrize("kind", GRIDS)
 def test_every_level_is_one_of_the_lattice(kind):
     _, values, grid, basis = case(kind)
-    levels, _ = round_adapter(values, grid, basis, 0.05)
+    levels, _ = round_adapter(values, grid, schedule_of(basis, 0.05))
     assert torch.equal(grid.lattice.nearest_(levels.clone()), levels)
 
 
@@ -216,11 +216,11 @@ def test_bands_in_one_call_are_bands_one_by_one(kind, columns):
     size = band_rows(columns)
     rows = 2 * size + 136
     _, values, grid, basis = case(kind, rows, columns)
-    levels, error = round_adapter(values, grid, basis, 0.05)
+    levels, error = round_adapter(values, grid, schedule_of(basis, 0.05))
     for cuts in ((0, size, 2 * size, rows), (0, 2 * size, rows), (0, size, rows)):
         for start, end in pairwise(cuts):
             part = values[start:end].clone()
-            found, own = round_adapter(part, cut(grid, slice(start, end)), basis, 0.05)
+            found, own = round_adapter(part, cut(grid, slice(start, end)), schedule_of(basis, 0.05))
             assert torch.equal(found, levels[start:end])
             assert torch.equal(own, error[start:end])
 
@@ -234,8 +234,8 @@ def test_along_the_lines_is_the_transposed_problem(kind):
     else:
         grid = Grid(grid.lattice, grid.keep, scale=torch.full((192, 1), 0.007))
         turned = Grid(grid.lattice, grid.keep, scale=torch.full((128, 3), 0.007), group=64)
-    levels, error = round_adapter(values, grid, basis, 0.05)
-    along, own = round_adapter(values.t().contiguous(), turned, basis, 0.05, along=True)
+    levels, error = round_adapter(values, grid, schedule_of(basis, 0.05))
+    along, own = round_adapter(values.t().contiguous(), turned, schedule_of(basis, 0.05), along=True)
     assert torch.equal(along.t(), levels)
     assert torch.equal(own, error)
 
@@ -248,7 +248,7 @@ def test_along_the_lines_each_value_has_the_scale_of_its_own_group():
     )
     base, delta = grid.values(grid.nearest(weight)), (b @ a).t() * 0.01
     basis = row_space([a])
-    levels, error = round_adapter(base + delta, grid, basis, 0.1, along=True)
+    levels, error = round_adapter(base + delta, grid, schedule_of(basis, 0.1), along=True)
     exact = (grid.values(levels).double() - (base + delta).double()).t() @ basis.double().T
     assert (error.double() - exact).abs().max() < 256 * 2.0**-24 * weight.abs().max()
     assert in_span(grid.values(levels), base + delta, base, basis, along=True).relative_error < 0.1
@@ -274,7 +274,7 @@ def steps_of(grid, values):
 )
 def test_no_value_is_moved_further_than_the_reach(kind, size, damping, seed):
     _, values, grid, basis = case(kind, 32, 64, size=size, seed=seed)
-    levels, _ = round_adapter(values, grid, basis, damping)
+    levels, _ = round_adapter(values, grid, schedule_of(basis, damping))
     numbers = grid.numbers(values)
     far = steps_of(grid, values) * REACH * (1 + 1e-6)
     lowest = grid.lattice.nearest_((numbers.double() - far).float())
@@ -303,7 +303,7 @@ def test_any_lattice_will_do():
     grid = Grid(Uneven(), lambda levels: None, scale=base.view(128, 4, 64).abs().amax(-1) * 0.9, group=64)
     base = grid.values(grid.nearest(base))
     values = base + values - case("int4", 128, 256, size=0.02)[0]
-    levels, _ = round_adapter(values, grid, basis, damping_for(8, 256))
+    levels, _ = round_adapter(values, grid, schedule_of(basis, damping_for(8, 256)))
     assert torch.equal(grid.nearest(grid.values(levels)), levels)
     found = in_span(grid.values(levels), values, base, basis)
     assert (
@@ -315,7 +315,7 @@ def test_any_lattice_will_do():
 def test_values_beyond_the_last_level_saturate_and_others_make_up_for_it():
     _, values, grid, basis = case("int4", size=0.01)
     values[:, 5] += 0.15
-    levels, error = round_adapter(values, grid, basis, 0.05)
+    levels, error = round_adapter(values, grid, schedule_of(basis, 0.05))
     assert bool((levels[:, 5] == 7).all())
     alone = torch.outer(grid.values(levels)[:, 5] - values[:, 5], basis[:, 5])
     assert error.norm() < 0.3 * alone.norm()
@@ -328,7 +328,7 @@ def test_columns_that_the_adapter_does_not_see_are_rounded_to_nearest():
     a[:, -20:] = 0
     values = torch.randn(64, 192, generator=generator)
     bf16 = Grid(PLAIN["BF16"], lambda levels: None)
-    levels, error = round_adapter(values, bf16, row_space([a]), 0.05)
+    levels, error = round_adapter(values, bf16, schedule_of(row_space([a]), 0.05))
     nearest = bf16.nearest(values)
     unseen = (a == 0).all(0)
     assert torch.equal(levels[:, unseen], nearest[:, unseen])
@@ -338,8 +338,8 @@ def test_columns_that_the_adapter_does_not_see_are_rounded_to_nearest():
 @pytest.mark.parametrize("along", [False, True])
 def test_levels_may_be_put_where_the_values_are(along):
     _, values, grid, basis = case("bf16", 192, 192)
-    levels, error = round_adapter(values, grid, basis, 0.05, along=along)
-    found, own = round_adapter(values, grid, basis, 0.05, along=along, out=values)
+    levels, error = round_adapter(values, grid, schedule_of(basis, 0.05), along=along)
+    found, own = round_adapter(values, grid, schedule_of(basis, 0.05), along=along, out=values)
     assert found is values
     assert torch.equal(values, levels)
     assert torch.equal(own, error)
@@ -348,7 +348,7 @@ def test_levels_may_be_put_where_the_values_are(along):
 def test_rows_that_are_on_the_grid_already_stay():
     base, values, grid, basis = case("bf16")
     values[7] = base[7]
-    levels, _ = round_adapter(values, grid, basis, 0.05)
+    levels, _ = round_adapter(values, grid, schedule_of(basis, 0.05))
     assert torch.equal(levels[7], base[7])
 
 
@@ -356,9 +356,9 @@ def test_rows_that_are_on_the_grid_already_stay():
 @pytest.mark.parametrize("kind", ["bf16", "int4", "nvfp4"])
 def test_what_is_not_finite_stays_in_its_row(kind, bad):
     _, values, grid, basis = case(kind)
-    clean, _ = round_adapter(values, grid, basis, 0.05)
+    clean, _ = round_adapter(values, grid, schedule_of(basis, 0.05))
     values[3, 17] = bad
-    levels, _ = round_adapter(values, grid, basis, 0.05)
+    levels, _ = round_adapter(values, grid, schedule_of(basis, 0.05))
     others = torch.arange(len(values)) != 3
     assert torch.equal(levels[others], clean[others])
 
@@ -371,6 +371,6 @@ def test_small_shapes_work(rows, columns, rank):
     values = torch.randn(rows, columns, generator=generator)
     basis = row_space([torch.randn(rank, columns, generator=generator)])
     grid = Grid(Integers(-8, 7), lambda levels: None, scale=torch.full((rows, 1), 0.25))
-    levels, error = round_adapter(values, grid, basis, 0.05)
+    levels, error = round_adapter(values, grid, schedule_of(basis, 0.05))
     exact = (grid.values(levels).double() - values.double()) @ basis.double().T
     assert (error - exact).abs().max() < 1e-5
