@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import sys
 from dataclasses import dataclass
@@ -12,16 +11,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import turns
 from benchmarks.cases import Case
-from benchmarks.inputs import Place, base_place, ensure, shape_for
-from benchmarks.machine import lora_merge
-from benchmarks.measure import CACHES, files_in, settle, timed
-from benchmarks.stored import RANK, adapter_place, fp8_place
+from benchmarks.inputs import Place, base_place, shape_for
+from benchmarks.stored import RANK, adapter_place, fp8_place, merging
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from benchmarks.measure import Sample
 
 FIRST = "bf16, nearest"
 """What the others are compared with."""
@@ -41,12 +37,11 @@ class Side:
 
     def command(self, out: Path) -> list[str]:
         """Return the command that makes an output."""
-        base, adapter = str(self.base.directory), str(self.adapter.directory)
         if self.is_peft:
             script = str(Path(__file__).with_name("peft_merge.py"))
-            return [sys.executable, "-P", script, base, adapter, str(out), "bfloat16"]
-        places = ["--base", base, "--adapter", adapter, "--out", str(out)]
-        return [*lora_merge(), *places, "--json", "--quiet", *self.flags]
+            places = map(str, (self.base.directory, self.adapter.directory, out))
+            return [sys.executable, "-P", script, *places, "bfloat16"]
+        return [*merging(self.base, self.adapter, out), *self.flags]
 
 
 def sides(cache: Path, size_gb: float) -> list[Side]:
@@ -84,24 +79,14 @@ def rounds_of(cache: Path, size_gb: float, n_rounds: int, kept: str, settle_s: f
         RunError: a command fails.
     """
     todo = sides(cache, size_gb)
-    ensure({place.directory: place for side in todo for place in (side.base, side.adapter)}.values())
-    root = cache / "rounded"
-    found: list[dict[str, tuple[Sample, int]]] = []
-    for n in range(1, n_rounds + 1):
-        found.append({})
-        for side in todo if n % 2 else todo[::-1]:
-            out = root / "out"
-            settle(settle_s, root)
-            root.mkdir(parents=True)
-            CACHES[kept]([side.base.directory, side.adapter.directory])
-            sample = timed(side.command(out), out=out, log=root / "log")
-            found[-1][side.name] = sample, sum(path.stat().st_size for path in files_in([out]))
-        yield f"round {n}: {FIRST} {found[-1][FIRST][0].wall_s:.2f} s"
-    shutil.rmtree(root, ignore_errors=True)
+    found = []
+    for n, one in enumerate(turns.rounds_of(todo, cache / "rounded", n_rounds, kept, settle_s), 1):
+        found.append(one)
+        yield f"round {n}: {FIRST} {one[FIRST][0].wall_s:.2f} s"
     show([side.name for side in todo], found)
 
 
-def show(names: list[str], found: list[dict[str, tuple[Sample, int]]]) -> None:
+def show(names: list[str], found: list[turns.Round]) -> None:
     """Print seconds as medians, and ratios as medians of the rounds' own."""
     table = Table("merge", "merge part, s", "× nearest", "whole, s", "× nearest", "written, GB", "MB")
     for name in names:

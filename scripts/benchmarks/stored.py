@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import turns
 from benchmarks.cases import TARGETS, Case
 from benchmarks.inputs import (
     CHUNK_BYTES,
@@ -17,13 +17,11 @@ from benchmarks.inputs import (
     Shape,
     base_place,
     build_base,
-    ensure,
     factors,
     n_elements,
     shape_for,
 )
 from benchmarks.machine import lora_merge
-from benchmarks.measure import CACHES, files_in, settle, timed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +50,16 @@ class Side:
     name: str
     base: Place
     adapter: Place
+
+    def command(self, out: Path) -> list[str]:
+        """Return the command that makes an output."""
+        return merging(self.base, self.adapter, out)
+
+
+def merging(base: Place, adapter: Place, out: Path) -> list[str]:
+    """Return the command that merges an adapter, and reports in JSON."""
+    places = ["--base", str(base.directory), "--adapter", str(adapter.directory), "--out", str(out)]
+    return [*lora_merge(), *places, "--json", "--quiet"]
 
 
 def sides(cache: Path, size_gb: float) -> list[Side]:
@@ -190,28 +198,16 @@ def rounds_of(cache: Path, size_gb: float, n_rounds: int, kept: str, settle_s: f
     Raises:
         RunError: a command fails.
     """
-    todo = sides(cache, size_gb)
-    # Two sides share a base.
-    ensure({place.directory: place for side in todo for place in (side.base, side.adapter)}.values())
-    root = cache / "stored"
-    found: list[dict[str, tuple[Sample, int]]] = []
-    for n in range(1, n_rounds + 1):
-        found.append({})
-        for side in todo if n % 2 else todo[::-1]:
-            out = root / "out"
-            settle(settle_s, root)
-            root.mkdir(parents=True)
-            CACHES[kept]([side.base.directory, side.adapter.directory])
-            places = ["--base", str(side.base.directory), "--adapter", str(side.adapter.directory)]
-            command = [*lora_merge(), *places, "--out", str(out), "--json", "--quiet"]
-            sample = timed(command, out=out, log=root / "log")
-            found[-1][side.name] = sample, sum(path.stat().st_size for path in files_in([out]))
+    found = []
+    for n, one in enumerate(
+        turns.rounds_of(sides(cache, size_gb), cache / "stored", n_rounds, kept, settle_s), 1
+    ):
+        found.append(one)
         told = (
             f"{name} {sample.wall_s:.2f} s for {nbytes / 1e9:.2f} GB ({sample.peak_rss_bytes / 1e6:.0f} MB)"
-            for name, (sample, nbytes) in found[-1].items()
+            for name, (sample, nbytes) in one.items()
         )
         yield f"round {n}: {'; '.join(told)}"
-    shutil.rmtree(root, ignore_errors=True)
     for words, over, under in (
         ("FP8 decoded and merged, per written byte, against BF16 merged", "fp8, all", "bf16, all"),
         ("FP8 carried, per written byte, against BF16 that touches as little", "fp8, head", "bf16, head"),
