@@ -21,30 +21,8 @@ USED: set[str] = set()
 """Names of the kernels that were made for quantised weights."""
 
 
-class PlainBlocks(Fp8BlockScaledMMLinearKernel):
-    """FP8 with a scale for each block; what it multiplies is not rounded."""
-
-    apply_input_quant = False
-
-    @classmethod
-    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        return True, None
-
-    @classmethod
-    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        return True, None
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        pass
-
-    def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:  # noqa: N803 - its names
-        block = self.weight_group_shape
-        scales = Bs.float().repeat_interleave(block.row, 0).repeat_interleave(block.col, 1)
-        return linear(A, (B.float() * scales[: B.shape[0], : B.shape[1]]).to(A.dtype))
-
-
-class PlainMxfp4(kernels.MxFp4LinearKernel):
-    """MXFP4: weight [out, in/2], exponents [out, in/32]."""
+class _Anywhere:
+    """What is in plain torch runs wherever torch does."""
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -55,30 +33,41 @@ class PlainMxfp4(kernels.MxFp4LinearKernel):
         # As its own kernels for weights alone do, this takes inputs as they are.
         return True, None
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        layer.decoded = _mxfp4(layer.weight.data, layer.weight_scale.data)
+
+class _Decoded(_Anywhere):
+    """A product with weights [out, in] that were decoded once, when the layer was loaded."""
 
     def apply_weights(self, layer: torch.nn.Module, x: Any, bias: Any = None) -> Any:
         return linear(x, layer.decoded.to(x.dtype), bias)
 
 
-class PlainNvfp4(kernels.NvFp4LinearKernel):
+class PlainBlocks(_Anywhere, Fp8BlockScaledMMLinearKernel):
+    """FP8 with a scale for each block; what it multiplies is not rounded."""
+
+    apply_input_quant = False
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        pass
+
+    def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:  # noqa: N803 - its names
+        block = self.weight_group_shape
+        scales = Bs.float().repeat_interleave(block.row, 0).repeat_interleave(block.col, 1)
+        return linear(A, (B.float() * scales[: B.shape[0], : B.shape[1]]).to(A.dtype))
+
+
+class PlainMxfp4(_Decoded, kernels.MxFp4LinearKernel):
+    """MXFP4: weight [out, in/2], exponents [out, in/32]."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.decoded = _mxfp4(layer.weight.data, layer.weight_scale.data)
+
+
+class PlainNvfp4(_Decoded, kernels.NvFp4LinearKernel):
     """NVFP4: weight [out, in/2], scales [out, in/16] in FP8, and one factor for all."""
-
-    @classmethod
-    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        return True, None
-
-    @classmethod
-    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         scales = layer.weight_scale.data.float() * layer.weight_global_scale.data
         layer.decoded = _e2m1(layer.weight.data) * scales.repeat_interleave(16, -1)
-
-    def apply_weights(self, layer: torch.nn.Module, x: Any, bias: Any = None) -> Any:
-        return linear(x, layer.decoded.to(x.dtype), bias)
 
 
 class PlainExperts(cpu_moe.CPUExpertsMxfp4):
