@@ -6,14 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from tests.engines.adapters import ADAPTERS, Server
+from tests.engines.adapters import ADAPTERS, Adapted, Server
 from tests.engines.asking import ROOT, Asker, Key, Line, job
 from tests.engines.building import LOST, Prepared, prepare
-from tests.engines.families import CASES, PLAIN, UNTIED_BY_MERGE, Engine
+from tests.engines.families import CASES, PLAIN, UNTIED_BY_MERGE, Case, Engine
 from tests.engines.serving import Served, prepare_served
 from tests.engines.stored import FP8_LLAMA, ROWS, STORED
 from tests.engines.storing import Merged, prepare_stored
@@ -21,6 +21,8 @@ from tests.tampering import edit_json, edit_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+Given = TypeVar("Given")
 
 # These import engines, and run under another interpreter.
 collect_ignore = [
@@ -70,13 +72,18 @@ def prepared(
 ) -> Mapping[str, Prepared]:
     """Return the merged checkpoint of every case that is asked for, and of two that are tampered with."""
     root = tmp_path_factory.mktemp("engines")
-    callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
-    asked = {spec.params["case"].name for spec in callspecs if "case" in spec.params}
+    asked = {case.name for case in _asked(request, Case)}
     return {
         case.name: prepare(root, case, cli)
         for case in CASES
         if case.name in {*asked, PLAIN.name, UNTIED_BY_MERGE.name}
     }
+
+
+def _asked(request: pytest.FixtureRequest, kind: type[Given]) -> list[Given]:
+    """Return what the session's tests are given of a kind, whatever their parameters are called."""
+    callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    return [given for spec in callspecs for given in spec.params.values() if isinstance(given, kind)]
 
 
 @pytest.fixture(scope="session")
@@ -149,8 +156,7 @@ def shown(
 ) -> Mapping[str, Served]:
     """Return every adapter that is asked for, converted for every engine that it is shown to."""
     root = tmp_path_factory.mktemp("adapters")
-    callspecs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
-    asked = {spec.params["about"].name for spec in callspecs if "about" in spec.params}
+    asked = {about.name for about in _asked(request, Adapted)}
     return {about.name: prepare_served(root, about, cli) for about in ADAPTERS if about.name in asked}
 
 
