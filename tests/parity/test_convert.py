@@ -288,6 +288,15 @@ TRANSFORMS = {
 WAYS = [(transform, False) for transform in TRANSFORMS] + [("expand", True), ("all", True)]
 """Transforms, and whether a base is given: names are shortened where it says that they may be."""
 
+EACH_WAY = named(
+    "LoRA",
+    "LoRA with rank_pattern and alpha_pattern",
+    "LoRA on stacked experts beside linear layers",
+    "AdaLoRA",
+    "modules_to_save",
+)
+"""Kinds that every transform is tried on; all others are tried on all transforms at once."""
+
 
 def assert_written_as_wanted(transform: str, config: Mapping[str, Any], model: Any) -> None:
     """Every layer has the scale and the rank that were asked for, and the targets are a list."""
@@ -305,8 +314,17 @@ def assert_written_as_wanted(transform: str, config: Mapping[str, Any], model: A
         assert {config.get(name) for name in ("layers_to_transform", "exclude_modules")} == {None}
 
 
-@pytest.mark.parametrize(("transform", "with_base"), WAYS)
-@pytest.mark.parametrize(("kind", "model"), cases(EXACT))
+def ways():
+    """Return kind × model × transform × with a base: one transform each, and all transforms for a few kinds."""
+    return [
+        pytest.param(*case.values, *way, id=f"{case.id}-{way[0]}{'-base' * way[1]}")
+        for case in cases(EXACT)
+        for way in WAYS
+        if way == ("all", True) or (case.values[0] in EACH_WAY and case.values[1] == case.values[0].models[0])
+    ]
+
+
+@pytest.mark.parametrize(("kind", "model", "transform", "with_base"), ways())
 def test_an_exact_transform_answers_as_the_adapter_does(kind, model, transform, with_base, workshop, convert):
     case = building.case(workshop, kind, model, "float32")
     base = ("--base", case.base) if with_base or (kind.name, model) == FLAT else ()
