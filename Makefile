@@ -9,7 +9,7 @@ ORACLES := .venv-oracles
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers measures docs test fuzz values kills detection engines engines-table oracles bench rounding clean
+.PHONY: help setup demo check lint format type layers measures docs test crossed fuzz values kills detection engines engines-table oracles bench rounding clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -48,8 +48,11 @@ measures: setup ## What the house is held to: sizes of files and functions, circ
 docs: setup ## Check that the generated pages are current (scripts/docs.py --write renews them)
 	$(BIN)/python scripts/docs.py --check
 
-test: setup ## The test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+test: setup ## The test suite, but for the other rows of crossed tables
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed"
+
+crossed: setup ## The other rows of crossed tables: kinds of adapters by models, dtypes and layouts
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m crossed
 
 fuzz: setup ## A million executions of everything that reads files of strangers (RUNS=n; half an hour)
 	$(BIN)/python scripts/fuzz.py --runs $(or $(RUNS),1000000)

@@ -28,6 +28,7 @@ from lora_merge.peft_rules.kinds import LAYERED, NATIVE
 from lora_merge.requests.values import parse_adapter
 from lora_merge.storage.folder import Folder
 from tests import planting
+from tests.crossing import one_for_each
 from tests.filling import fill
 from tests.parity import building
 from tests.parity.kinds import KINDS
@@ -137,7 +138,7 @@ def test_every_type_that_is_merged_is_among_the_kinds():
     assert {kind.peft_type for kind in KINDS} == NATIVE | LAYERED
 
 
-@pytest.mark.parametrize(("kind", "model", "dtype"), kinds_of(NATIVE))
+@pytest.mark.parametrize(("kind", "model", "dtype"), one_for_each(lambda kind, *_: kind, kinds_of(NATIVE)))
 def test_every_check_passes_a_good_output_of_every_kind_with_a_formula(kind, model, dtype, outcome_of):
     evidence = outcome_of({kind: 1}, model, dtype)
     assert {name: list(check(evidence)) for name, check in CHECKS.items()} == {name: [] for name in CHECKS}
@@ -153,7 +154,10 @@ def test_every_check_passes_a_good_output_of_every_kind_with_a_formula(kind, mod
 
 @pytest.mark.parametrize(
     ("kind", "model", "dtype"),
-    [case for case in kinds_of(LAYERED) if case.values[2] == "bfloat16" or "LoHa" in case.values[0]],
+    one_for_each(
+        lambda kind, *_: kind,
+        [case for case in kinds_of(LAYERED) if case.values[2] == "bfloat16" or "LoHa" in case.values[0]],
+    ),
 )
 def test_every_check_passes_a_good_output_of_pefts_own_layers(kind, model, dtype, outcome_of):
     evidence = outcome_of({kind: 1}, model, dtype)

@@ -18,7 +18,7 @@ from tests.faults.trial import Job
 from tests.tampering import edit_tensors, to_pickles
 
 ROOT = Path(__file__).parents[2]
-N_KILLS = int(os.environ.get("LORA_MERGE_KILLS", "200"))
+N_KILLS = int(os.environ.get("LORA_MERGE_KILLS", "60"))
 """Of all jobs together."""
 
 N_DISKS = int(os.environ.get("LORA_MERGE_DISKS", "15"))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import lora_merge
 from tests.conformance.test_checks import OPTIONS
+from tests.crossing import one_for_each
 from tests.parity import building as kinds_building
 from tests.parity import family_building as building
 from tests.parity.families import cells
@@ -50,7 +51,10 @@ def finding(proof, check):
 
 @pytest.mark.parametrize(
     ("family", "naming", "layout"),
-    [pytest.param(*cell, id="-".join((slug(cell[0].name), *map(slug, cell[1:])))) for cell in cells()],
+    one_for_each(
+        lambda family, *_: family.name,
+        [pytest.param(*cell, id="-".join((slug(cell[0].name), *map(slug, cell[1:])))) for cell in cells()],
+    ),
 )
 def test_what_is_merged_right_passes_of_every_family(family, naming, layout, workshop, merged):
     base, trained = (
@@ -68,12 +72,15 @@ def test_what_is_merged_right_passes_of_every_family(family, naming, layout, wor
 
 @pytest.mark.parametrize(
     ("kind", "model", "dtype"),
-    [
-        pytest.param(kind, model, dtype, id=f"{slug(kind.name)}-{model}-{dtype}")
-        for kind in KINDS
-        for model in kind.models
-        for dtype in ["bfloat16" if "bfloat16" in kind.dtypes and model == kind.models[0] else "float32"]
-    ],
+    one_for_each(
+        lambda kind, model, _: (kind.peft_type, model),
+        [
+            pytest.param(kind, model, dtype, id=f"{slug(kind.name)}-{model}-{dtype}")
+            for kind in KINDS
+            for model in kind.models
+            for dtype in ["bfloat16" if "bfloat16" in kind.dtypes and model == kind.models[0] else "float32"]
+        ],
+    ),
 )
 def test_what_is_merged_right_passes_of_every_kind(kind, model, dtype, workshop, tmp_path):
     if kind.needs:
