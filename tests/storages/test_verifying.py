@@ -16,6 +16,7 @@ from lora_merge.core.plan import Merge
 from lora_merge.merging.staged import Staged
 from lora_merge.quantised.schemes import SCHEMES
 from lora_merge.rounding import bands
+from tests.crossing import one_for_each
 from tests.rounding import adapter_for, evidence_of
 from tests.storages.reference import FIXTURES, NAMES
 from tests.tampering import edit_json, edit_tensors
@@ -92,8 +93,17 @@ def test_other_roundings_are_verified_too(name, rounding, adapters, tmp_path):
         }.get(rounding + other, found - {"wrong-value", "wrong-effect", "effect-lost"})
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    ("scheme", "rounding"),
+    one_for_each(
+        lambda scheme, _: scheme,
+        [
+            pytest.param(scheme, ROUNDINGS[(n + i) % 3], id=f"{scheme}-{ROUNDINGS[(n + i) % 3]}")
+            for n, scheme in enumerate(SCHEMES)
+            for i in range(3)
+        ],
+    ),
+)
 def test_every_scheme_is_verified(scheme, rounding, plain, adapters, tmp_path):
     evidence = evidence_of(plain, adapters(plain), tmp_path / "out", quantize=scheme, rounding=rounding)
     assert sum(not step.op.target.is_dense for step in merges(evidence)) == 7
