@@ -316,7 +316,7 @@ def assert_written_as_wanted(transform: str, config: Mapping[str, Any], model: A
 
 
 def ways():
-    """Return kind × model × transform × with a base: one transform each, and all transforms for a few kinds."""
+    """Return kind × model × transform × with a base: all transforms at once for each kind, and each of them for a few."""
     return [
         pytest.param(*case.values, *way, id=f"{case.id}-{way[0]}{'-base' * way[1]}")
         for case in cases(EXACT)

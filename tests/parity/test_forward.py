@@ -15,9 +15,8 @@ from tests.conformance.test_checks import OPTIONS
 from tests.crossing import one_for_each
 from tests.parity import building as kinds_building
 from tests.parity import family_building as building
-from tests.parity.families import cells
 from tests.parity.kinds import KINDS
-from tests.parity.test_families import slug
+from tests.parity.test_families import matrix, slug
 from tests.tampering import edit_json, edit_tensors
 
 if TYPE_CHECKING:
@@ -51,10 +50,7 @@ def finding(proof, check):
 
 @pytest.mark.parametrize(
     ("family", "naming", "layout"),
-    one_for_each(
-        lambda family, *_: family.name,
-        [pytest.param(*cell, id="-".join((slug(cell[0].name), *map(slug, cell[1:])))) for cell in cells()],
-    ),
+    one_for_each(lambda family, *_: family.name, matrix()),
 )
 def test_what_is_merged_right_passes_of_every_family(family, naming, layout, workshop, merged):
     base, trained = (
