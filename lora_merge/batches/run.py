@@ -28,7 +28,7 @@ from lora_merge.planning.run import plan_request
 from lora_merge.requests.request import ConvertRequest, Request
 from lora_merge.runtime import machine
 from lora_merge.runtime.clock import Clock
-from lora_merge.runtime.interrupts import strike, whole_interrupts
+from lora_merge.runtime.interrupts import as_keyboard_interrupt, strike
 from lora_merge.storage import staging
 from lora_merge.storage.user_paths import output_path
 
@@ -112,7 +112,7 @@ class Batch:
 
         self._began = time.monotonic()
 
-    @whole_interrupts()
+    @as_keyboard_interrupt()
     def run(self) -> None:
         """Plan every job, then carry out those whose outputs are not up to date.
 
@@ -164,7 +164,7 @@ class Batch:
     def _plan(self, task: _Task) -> None:
         """Plan one job. Its state is then planned, kept or failed."""
         try:
-            with whole_interrupts():
+            with as_keyboard_interrupt():
                 is_kept = self._is_kept(task)
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is this job's, and there are others
             self._fail(task, exc)
@@ -233,7 +233,7 @@ class Batch:
         for task in group:
             self._set(task, "running")
         try:
-            with whole_interrupts():
+            with as_keyboard_interrupt():
                 for task, result in zip(group, self._results(group), strict=True):
                     task.seconds = time.monotonic() - began
                     if isinstance(result, Exception):
@@ -276,7 +276,7 @@ class Batch:
                     self._take_all(crew, is_interrupted=True)
                 raise
 
-    @whole_interrupts()
+    @as_keyboard_interrupt()
     def _feed(self, crew: _Crew, groups: list[list[_Task]], n_workers: int) -> None:
         """Give groups to processes as they become free, and take over their reports.
 

@@ -21,7 +21,7 @@ from lora_merge.cli.plan import plan
 from lora_merge.cli.verify import verify
 from lora_merge.cli.voice import say, say_lines
 from lora_merge.errors import LoraMergeError
-from lora_merge.runtime.interrupts import strike, whole_interrupts
+from lora_merge.runtime.interrupts import as_keyboard_interrupt, strike
 from lora_merge.runtime.shortage import MORE, memory_for
 from lora_merge.runtime.streams import Foreign, failure_of
 from lora_merge.words import printable
@@ -53,7 +53,7 @@ class _App(click.Group):
         with formatter.section("Exit codes"):
             formatter.write_dl(rows)
 
-    @whole_interrupts()
+    @as_keyboard_interrupt()
     def invoke(self, ctx: click.Context) -> Any:
         """Carry out the command. Interrupts leave here as KeyboardInterrupt."""
         # click turns an interrupt into an Abort, which is a RuntimeError, but only outside of this call.

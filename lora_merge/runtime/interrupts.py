@@ -34,7 +34,7 @@ def strike(signum: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def whole_interrupts() -> Iterator[None]:
+def as_keyboard_interrupt() -> Iterator[None]:
     """Raise an interrupt of the block as KeyboardInterrupt, also where Python hides it.
 
     An interrupt that arrives while a condition takes its lock again leaves ``threading`` as a RuntimeError, ``release

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from lora_merge.runtime import interrupts
-from lora_merge.runtime.interrupts import strike, whole_interrupts
+from lora_merge.runtime.interrupts import as_keyboard_interrupt, strike
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def handlers():
         signal.signal(signum, handler)
 
 
-@whole_interrupts()
+@as_keyboard_interrupt()
 def interrupted_in_a_condition():
     """As ``threading.Condition.wait`` is left by an interrupt that strikes while it takes its lock again."""
     lock = threading.Lock()
@@ -35,7 +35,7 @@ def interrupted_in_a_condition():
         raise KeyboardInterrupt
 
 
-@whole_interrupts()
+@as_keyboard_interrupt()
 def interrupted_and_tidied_up_in_vain():
     try:
         interrupted_in_a_condition()
@@ -57,7 +57,7 @@ def test_an_interrupt_is_found_behind_another_error():
 
 @pytest.mark.parametrize("error", [RuntimeError("its own"), ValueError("another"), KeyboardInterrupt()])
 def test_what_is_no_such_thing_comes_out_as_it_is(error):
-    with pytest.raises(type(error)) as caught, whole_interrupts():
+    with pytest.raises(type(error)) as caught, as_keyboard_interrupt():
         raise error
 
     assert caught.value is error
