@@ -15,7 +15,7 @@ from lora_merge.merging.preparing import Made
 from lora_merge.merging.resuming import fingerprint, finished
 from lora_merge.merging.survival import check_loss, survival_issues
 from lora_merge.merging.unchanged_inputs import changed_times, check, check_copied, check_names, used_by
-from lora_merge.merging.worker import one_torch_thread, quick_turns
+from lora_merge.merging.worker import one_torch_thread, short_switch_interval
 from lora_merge.planning.run import check_strict
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
@@ -58,7 +58,7 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
     merge = fingerprint(planned.plan, planned.inputs, digests, options)
     if not prepared.request.resume:
         return Staged(prepared, place, merge, clock)
-    with clock("resume"), quick_turns():
+    with clock("resume"), short_switch_interval():
         left = place.left(merge)
         found = finished(planned.plan, planned.inputs, place, left, n_workers, watch)
     n_tensors, subject = sum(len(step.writes) for step in planned.plan.steps), str(prepared.out)

@@ -19,7 +19,7 @@ from lora_merge.merging.budget import Budget
 from lora_merge.merging.observer import Heard
 from lora_merge.merging.staged import Staged, take_place, take_up
 from lora_merge.merging.unchanged_inputs import check_names
-from lora_merge.merging.worker import CopySpec, MergeSpec, TorchLoading, quick_turns
+from lora_merge.merging.worker import CopySpec, MergeSpec, TorchLoading, short_switch_interval
 from lora_merge.runtime.interrupts import as_keyboard_interrupt
 from lora_merge.runtime.shortage import memory_for
 from lora_merge.storage.input_files import watching
@@ -105,7 +105,7 @@ class _Driver:
         left = [(number, step) for number, output in enumerate(outputs) for step in output.left()]
         order = filling.Order([output.plan for output in outputs])
         known = [output.inputs for output in outputs]
-        with self._clocks("copy"), quick_turns(), watching(*known, is_noting=False) as seen:
+        with self._clocks("copy"), short_switch_interval(), watching(*known, is_noting=False) as seen:
             self._reserve()
             # The sinks are asked for after `_reserve`: only then is it known which files are links and need
             # no bytes.

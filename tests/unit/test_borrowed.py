@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from lora_merge.executors.cuda import _EXACT_PRODUCTS
-from lora_merge.merging.worker import one_torch_thread, quick_turns
+from lora_merge.merging.worker import one_torch_thread, short_switch_interval
 from lora_merge.runtime.borrowed import Borrowed
 
 
@@ -59,7 +59,7 @@ def overlap(context, order, looks=lambda: None):
 def test_the_switch_interval_is_as_it_was_in_every_order_of_three_threads(order):
     before = sys.getswitchinterval()
 
-    overlap(quick_turns, order)
+    overlap(short_switch_interval, order)
 
     assert sys.getswitchinterval() == before
 

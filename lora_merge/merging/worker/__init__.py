@@ -12,7 +12,7 @@ from lora_merge.merging.worker.devices import (
     TorchLoading,
     one_torch_thread,
     pick_device,
-    quick_turns,
+    short_switch_interval,
 )
 from lora_merge.merging.worker.merger import Merger, Order, alike
 from lora_merge.merging.worker.sample import SAMPLE_ELEMENTS
@@ -30,5 +30,5 @@ __all__ = [
     "copy",
     "one_torch_thread",
     "pick_device",
-    "quick_turns",
+    "short_switch_interval",
 ]

@@ -161,9 +161,9 @@ class TorchLoading:
             raise self._failure
 
 
-_TURNS = Borrowed(sys.getswitchinterval, sys.setswitchinterval, _SWITCH_SECONDS)
+_SWITCH_INTERVAL = Borrowed(sys.getswitchinterval, sys.setswitchinterval, _SWITCH_SECONDS)
 
 
-def quick_turns() -> contextlib.AbstractContextManager[None]:
+def short_switch_interval() -> contextlib.AbstractContextManager[None]:
     """Let threads take turns every 0.2 ms (`_SWITCH_SECONDS`) instead of Python's 5 ms, while one of them imports."""
-    return _TURNS.changed()
+    return _SWITCH_INTERVAL.changed()
