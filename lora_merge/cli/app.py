@@ -22,7 +22,7 @@ from lora_merge.cli.verify import verify
 from lora_merge.cli.voice import say, say_lines
 from lora_merge.errors import LoraMergeError
 from lora_merge.runtime.interrupts import as_keyboard_interrupt, strike
-from lora_merge.runtime.shortage import MORE, memory_for
+from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.runtime.streams import Foreign, failure_of
 from lora_merge.words import printable
 
@@ -73,7 +73,7 @@ class _App(click.Group):
             # What libraries print on stderr becomes notes, and ``--quiet`` drops those as well.
             sys.stderr.quiet = bool({"-q", "--quiet"} & set(arguments))
         try:
-            with memory_for("starting", MORE):
+            with translate_out_of_memory("starting", MORE):
                 code = super().main(arguments, prog_name, **{**extra, "standalone_mode": False})
         except (click.exceptions.Exit, SystemExit) as exc:
             code = exc.code if isinstance(exc, SystemExit) else exc.exit_code

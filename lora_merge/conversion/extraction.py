@@ -29,7 +29,7 @@ from lora_merge.planning.resolve import counterpart, resolve_base, stored_in
 from lora_merge.quantised import leftover, refusals
 from lora_merge.requests.request import ExtractRequest
 from lora_merge.runtime.clock import Clock
-from lora_merge.runtime.shortage import memory_for
+from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.sources import is_local
@@ -58,7 +58,7 @@ def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None
         raise RequestError(
             "", 0, "rank", "is missing, and so is energy: how much of each change is kept?", hint=hint
         )
-    with clock("plan"), memory_for("planning"), watching() as seen:
+    with clock("plan"), translate_out_of_memory("planning"), watching() as seen:
         job = _plan(request, watch)
     return carry_out(replace(job, read=seen.inputs()), watch, clock)
 

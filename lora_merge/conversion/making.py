@@ -14,7 +14,7 @@ from lora_merge.deltas import Factors, plain_pair
 from lora_merge.errors import ConvertError
 from lora_merge.formats.safetensors import load
 from lora_merge.formats.weights import values_in_blocks
-from lora_merge.runtime.shortage import memory_for
+from lora_merge.runtime.shortage import translate_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Maker:
             ConvertError: a value is NaN or infinite, or the dtype cannot hold it.
             OutOfMemoryError: memory does not suffice.
         """
-        with memory_for(f"converting {module.path}"):
+        with translate_out_of_memory(f"converting {module.path}"):
             made, loss = self._factored(module) if module.is_exact else self._taken_apart(module)
             dtype = TORCH_NAMES[self._recipe.dtype or "F32"]
             _check_finite(module.path, f"has factors that {dtype} cannot hold", made.a, made.b)

@@ -24,7 +24,7 @@ from lora_merge.planning.resolve import resolve_adapter
 from lora_merge.planning.run import InputTexts, JoinedInputs, join_inputs
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
-from lora_merge.runtime.shortage import memory_for
+from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.digests import text_digest
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
@@ -46,7 +46,7 @@ def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None
         LoraMergeError: see `lora_merge.errors`. The output's path is then as it was before.
     """
     watch, clock = observer or Silence(), Clock()
-    with clock("plan"), memory_for("planning"):
+    with clock("plan"), translate_out_of_memory("planning"):
         job = plan_conversion(request, watch)
     return carry_out(job, watch, clock)
 

@@ -24,7 +24,7 @@ from lora_merge.merging.changes import change_of
 from lora_merge.merging.unchanged_inputs import check
 from lora_merge.planning.resolve import resolve_adapter
 from lora_merge.planning.run import check_strict
-from lora_merge.runtime.shortage import memory_for
+from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage import staging
 from lora_merge.storage.digests import file_digest
 from lora_merge.storage.input_files import watching
@@ -55,7 +55,7 @@ def carry_out(job: Conversion, watch: Observer, clock: Clock) -> ConvertReport:
     )
     staging.check_writable(job.out)
     place = staging.staging(job.out, overwrite=job.overwrite, marks=MARKS, inputs=job.read_files())
-    with place as stage, memory_for("writing the adapter"), watching(job.read) as seen:
+    with place as stage, translate_out_of_memory("writing the adapter"), watching(job.read) as seen:
         with clock("make"), Spool.open(stage.home) as spool:
             watch.phase("making factors", _nbytes(job.found.modules))
             made = _make(job, spool, watch)

@@ -32,7 +32,7 @@ from lora_merge.planning.run import InputTexts, check_strict, join_inputs
 from lora_merge.quantised import describe
 from lora_merge.requests.request import InspectRequest
 from lora_merge.runtime.machine import usable_cores
-from lora_merge.runtime.shortage import MORE, memory_for
+from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.serving import ENGINES
 from lora_merge.storage.hub import Access
 from lora_merge.storage.small_files import read_json, read_text
@@ -65,7 +65,7 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
     if drawing is not None:
         # A missing package is reported before everything is measured, not after.
         plots.check(drawing)
-    with memory_for("inspecting", MORE):
+    with translate_out_of_memory("inspecting", MORE):
         access = Access(request.token, request.offline)
         found = find(request.adapter, "adapter")
         place = locate_adapter(found, request.adapter, access, watch, request.ignore_file)

@@ -19,7 +19,7 @@ from lora_merge.planning.run import Planned, check_strict, plan_request
 from lora_merge.requests.sizes import parse_size
 from lora_merge.runtime import machine
 from lora_merge.runtime.clock import Clock
-from lora_merge.runtime.shortage import memory_for
+from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import storage_of
 
@@ -113,7 +113,7 @@ def prepare(
         raise RequestError("", 0, "out", "is empty, expected a path (is a variable of the shell not set?)")
     storage = storage_of(request.out)
     out = storage.path(request.out)
-    with clock("plan"), memory_for("planning"):
+    with clock("plan"), translate_out_of_memory("planning"):
         # A batch plans its jobs itself, to group them by base, and hands the plan in.
         planned = planned or plan_request(request, watch)
         plan = planned.plan

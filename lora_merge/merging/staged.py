@@ -19,7 +19,7 @@ from lora_merge.merging.worker import one_torch_thread, short_switch_interval
 from lora_merge.planning.run import check_strict
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
-from lora_merge.runtime.shortage import memory_for
+from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.copy_runs import whole_copies
 from lora_merge.storage.destinations import storage_of
 from lora_merge.storage.input_files import watching
@@ -173,7 +173,7 @@ class Staged:
         """
         error = None
         try:
-            with memory_for("writing the output"):
+            with translate_out_of_memory("writing the output"):
                 self._finish(watch)
         except Exception as exc:
             if exc is watch.failure:  # the caller's own

@@ -21,7 +21,7 @@ from lora_merge.merging.staged import Staged, take_place, take_up
 from lora_merge.merging.unchanged_inputs import check_names
 from lora_merge.merging.worker import CopySpec, MergeSpec, TorchLoading, short_switch_interval
 from lora_merge.runtime.interrupts import as_keyboard_interrupt
-from lora_merge.runtime.shortage import memory_for
+from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.input_files import watching
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def write(group: Sequence[Prepared], budget: Budget, watch: Observer) -> Iterato
     heard = Heard(watch)
     places: list[Destination] = []
     try:
-        with as_keyboard_interrupt(), memory_for("writing the output"):
+        with as_keyboard_interrupt(), translate_out_of_memory("writing the output"):
             for prepared in group:
                 places.append(take_place(prepared))  # noqa: PERF401 - those that are taken have to be left
             # From here on, until torch is there, this thread imports nothing.

@@ -146,7 +146,7 @@ def not_for_want_of_memory(exc: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def memory_for(doing: str, hint: str = "") -> Iterator[None]:
+def translate_out_of_memory(doing: str, hint: str = "") -> Iterator[None]:
     """Raise an `OutOfMemoryError` that says what was being done, when memory runs out in the block.
 
     Args:

@@ -36,7 +36,7 @@ from lora_merge.requests.parsing import parse_values
 from lora_merge.requests.request import Request, VerifyRequest
 from lora_merge.requests.values import parse_adapter
 from lora_merge.runtime.clock import Clock
-from lora_merge.runtime.shortage import MORE, memory_for
+from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.storage.hub import Access
 from lora_merge.storage.local import why_no_file
 from lora_merge.storage.small_files import read_json
@@ -70,7 +70,7 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
         # Before anything takes time.
         find_python(request.engine_python)
     proving = _Proving(request, observer or Silence(), Clock(), _output(request.out))
-    with memory_for("verifying", MORE):
+    with translate_out_of_memory("verifying", MORE):
         return proving.proof()
 
 

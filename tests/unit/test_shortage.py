@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from lora_merge.errors import OutOfMemoryError
-from lora_merge.runtime.shortage import memory_for, not_for_want_of_memory
+from lora_merge.runtime.shortage import not_for_want_of_memory, translate_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from lora_merge.runtime.shortage import memory_for, not_for_want_of_memory
 def test_running_out_of_memory_names_what_it_was_for(exc, where):
     with (
         pytest.raises(OutOfMemoryError, match=f"merging x: {where} has no memory left") as caught,
-        memory_for("merging x"),
+        translate_out_of_memory("merging x"),
     ):
         raise exc
 
@@ -36,17 +36,21 @@ def test_running_out_of_memory_names_what_it_was_for(exc, where):
 def test_torch_really_says_it_so():
     import torch
 
-    with pytest.raises(OutOfMemoryError), memory_for("merging x"):
+    with pytest.raises(OutOfMemoryError), translate_out_of_memory("merging x"):
         torch.empty(1 << 50, dtype=torch.uint8)
 
 
 def test_what_was_named_closer_by_stays():
-    with pytest.raises(OutOfMemoryError, match="merging x"), memory_for("writing"), memory_for("merging x"):
+    with (
+        pytest.raises(OutOfMemoryError, match="merging x"),
+        translate_out_of_memory("writing"),
+        translate_out_of_memory("merging x"),
+    ):
         raise MemoryError
 
 
 def test_another_error_is_left_alone():
-    with pytest.raises(RuntimeError, match="shape"), memory_for("merging x"):
+    with pytest.raises(RuntimeError, match="shape"), translate_out_of_memory("merging x"):
         raise RuntimeError("shape mismatch")
 
 
@@ -55,7 +59,7 @@ def test_an_import_that_tells_it_by_another_error_is_understood():
     told = RuntimeError("Failed to import transformers.modeling_utils")
     told.__cause__ = ImportError("libscipy_openblas64_.so: failed to map segment from shared object")
 
-    with pytest.raises(OutOfMemoryError), memory_for("merging x"):
+    with pytest.raises(OutOfMemoryError), translate_out_of_memory("merging x"):
         raise told
 
 
@@ -63,7 +67,7 @@ def test_an_error_that_only_follows_one_is_left_alone():
     later = KeyError("name")
     later.__context__ = MemoryError()
 
-    with pytest.raises(KeyError), memory_for("merging x"):
+    with pytest.raises(KeyError), translate_out_of_memory("merging x"):
         raise later
 
 

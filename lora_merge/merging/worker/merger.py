@@ -21,7 +21,7 @@ from lora_merge.merging.worker.passing import Passing
 from lora_merge.merging.worker.sample import Sample
 from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.merging.worker.workbench import Parts, Workbench
-from lora_merge.runtime.shortage import memory_for
+from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.copy_runs import Stretch
 from lora_merge.storage.destination import Sink
 
@@ -124,7 +124,7 @@ class Merger:
             WriteError: the disk is full or cannot be written.
             OutOfMemoryError: memory ran out.
         """
-        with memory_for(f"merging {orders[0].step.name}"):
+        with translate_out_of_memory(f"merging {orders[0].step.name}"):
             return self._merge(orders)
 
     def foresee(
@@ -145,7 +145,7 @@ class Merger:
         codec, target = CODECS[op.source.storage.codec], ENCODERS[op.target.codec]
         bench = self._workbench("foreseeing", Workbench)
         with (
-            memory_for("looking at a sample"),
+            translate_out_of_memory("looking at a sample"),
             WeightReader(op.source, op.view.n_rows, is_watched=True) as reader,
         ):
             tile = reader.tile(start, end)
