@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from lora_merge.core.work import Done
-    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.copy_runs import CopyRun
     from lora_merge.storage.sources import Source
 
 
@@ -46,9 +46,9 @@ class Nowhere:
     """A sink that keeps nothing, for bytes whose digest alone is wanted."""
 
     @contextlib.contextmanager
-    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
+    def copying(self, run: CopyRun, source: Source) -> Iterator[Callable[[memoryview], None]]:
         """Yield a function that takes the bytes of copied tensors."""
-        del stretch, source
+        del run, source
         yield lambda _: None
 
     @contextlib.contextmanager

@@ -125,7 +125,7 @@ def _pool(n: int) -> torch.Tensor:
 
 def weights_of(name: str, n: int) -> torch.Tensor:
     """Return n pseudo-random weights for a tensor's name, none of them zero. They are a view: do not change them."""
-    # Each name takes its own stretch of one pool, which is made once.
+    # Each name takes its own range of one pool, which is made once.
     size = _POOL
     while size < 2 * n:
         size *= 2

@@ -285,7 +285,7 @@ def box_norm(ref: TensorRef, box: Box = ()) -> float:
     strides = [math.prod(ref.shape[axis + 1 :]) for axis in range(len(ref.shape))]
     total = 0.0
     with open_source(ref.file) as source:
-        last = max(whole_from - 1, 0)  # from this axis on a range is one stretch of bytes
+        last = max(whole_from - 1, 0)  # from this axis on a range is one run of bytes
         for outer in product(*(range(*limits) for limits in box[:last])):
             first = sum(index * stride for index, stride in zip(outer, strides, strict=False))
             start, end = box[last] if box else (0, 1)

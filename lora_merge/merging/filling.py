@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from lora_merge.core.plan import Copy, Merge
 from lora_merge.core.work import Piece
 from lora_merge.merging.worker import alike
-from lora_merge.storage.copy_runs import stretches
+from lora_merge.storage.copy_runs import copy_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.tensor import TensorRecord
-    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.copy_runs import CopyRun
 
 Left = tuple[int, "Step"]
 """The number of an output, and a step that is still to be done for it."""
@@ -60,13 +60,13 @@ def copies(left: Iterable[Left], order: Order) -> list[Piece]:
     found: dict[object, list[tuple[int, tuple[Step, ...]]]] = {}
     for number, steps in own.items():
         # Runs are formed for each output alone: which tensors are adjacent depends on its files.
-        for stretch in stretches(steps):
-            found.setdefault(_source(stretch), []).append((number, stretch.steps))
+        for run in copy_runs(steps):
+            found.setdefault(_source(run), []).append((number, run.steps))
     return sorted((Piece(tuple(wanted)) for wanted in found.values()), key=order.of_file)
 
 
-def _source(stretch: Stretch) -> object:
-    return tuple((ref.file, ref.start, ref.nbytes) for ref in stretch.sources)
+def _source(run: CopyRun) -> object:
+    return tuple((ref.file, ref.start, ref.nbytes) for ref in run.sources)
 
 
 def merges(left: Iterable[Left], order: Order) -> list[Piece]:

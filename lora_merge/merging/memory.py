@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.weight import Weight
-    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.copy_runs import CopyRun
     from lora_merge.storage.sources import Source
 
 
@@ -31,13 +31,13 @@ class InMemory:
         self._content = bytearray(nbytes)
 
     def copying(
-        self, stretch: Stretch, source: Source
+        self, run: CopyRun, source: Source
     ) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
-        """Return a context of a function that takes the next bytes of a copied tensor; the stretch must be of one
+        """Return a context of a function that takes the next bytes of a copied tensor; the run must be of one
         tensor.
         """
         del source
-        (slot,) = stretch.slots
+        (slot,) = run.slots
         return self.open(slot)
 
     @contextlib.contextmanager
@@ -72,9 +72,9 @@ class Norms:
         self._weight = self._delta = 0.0
 
     @contextlib.contextmanager
-    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
+    def copying(self, run: CopyRun, source: Source) -> Iterator[Callable[[memoryview], None]]:
         """Yield a function that ignores its bytes: the change of a copied tensor is zero."""
-        del stretch, source
+        del run, source
         yield lambda _: None
 
     @contextlib.contextmanager

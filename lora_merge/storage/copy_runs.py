@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRef
 
-STRETCH_BYTES = 64 << 20
-"""The most bytes of a stretch of several tensors, so that work is shared out evenly among workers."""
+RUN_BYTES = 64 << 20
+"""The most bytes of a run of several tensors, so that work is shared out evenly among workers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class CopyRun:
     """Copies that are adjacent in the source file and in the output file, in the same order: one read and one write
     range.
     """
@@ -41,23 +41,23 @@ class Stretch:
         return sum(step.nbytes for step in self.steps)
 
 
-def stretches(steps: Iterable[Step], most_bytes: int = STRETCH_BYTES) -> list[Stretch]:
-    """Group copies into stretches; the order stays as it is.
+def copy_runs(steps: Iterable[Step], most_bytes: int = RUN_BYTES) -> list[CopyRun]:
+    """Group copies into runs; the order stays as it is.
 
     Args:
         steps: copies, in the order of the output's bytes.
-        most_bytes: a tensor that would make a stretch longer begins the next one.
+        most_bytes: a tensor that would make a run longer begins the next one.
     """
     found: list[list[Step]] = []
     room = 0
     for step in steps:
         if not found or step.nbytes > room or not _follows(found[-1][-1], step):
             found.append([])
-            # A tensor larger than `most_bytes` is a stretch by itself.
+            # A tensor larger than `most_bytes` is a run by itself.
             room = max(most_bytes, step.nbytes)
         found[-1].append(step)
         room -= step.nbytes
-    return [Stretch(tuple(group)) for group in found]
+    return [CopyRun(tuple(group)) for group in found]
 
 
 def whole_copies(plan: MergePlan) -> dict[str, str]:

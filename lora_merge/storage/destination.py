@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRef
-    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.copy_runs import CopyRun
     from lora_merge.storage.dirs import Listing
     from lora_merge.storage.sources import Source
 
@@ -55,9 +55,9 @@ class Sink(Protocol):
     """Where the bytes of one output go, as workers see it. Frozen and picklable: it holds names, no open files."""
 
     def copying(
-        self, stretch: Stretch, source: Source
+        self, run: CopyRun, source: Source
     ) -> contextlib.AbstractContextManager[Callable[[memoryview], None]]:
-        """Open the slots of a stretch; the result takes the next bytes of its sources, which are read from
+        """Open the slots of a run; the result takes the next bytes of its sources, which are read from
         ``source``.
 
         Raises:

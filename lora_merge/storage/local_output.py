@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRecord, TensorRef
-    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.copy_runs import CopyRun
     from lora_merge.storage.destination import Wish
     from lora_merge.storage.dirs import Listing
     from lora_merge.storage.sources import Source
@@ -47,19 +47,19 @@ class FolderSink:
     """Files that are links of the base's, and need no bytes."""
 
     @contextlib.contextmanager
-    def copying(self, stretch: Stretch, source: Source) -> Iterator[Callable[[memoryview], None]]:
-        """Yield a function that writes the next bytes of a stretch; of a linked file it ignores them.
+    def copying(self, run: CopyRun, source: Source) -> Iterator[Callable[[memoryview], None]]:
+        """Yield a function that writes the next bytes of a run; of a linked file it ignores them.
 
         Raises:
             WriteError: the disk is full or cannot be written.
         """
-        start, slot = stretch.sources[0].start, stretch.slots[0]
+        start, slot = run.sources[0].start, run.slots[0]
         if slot.file in self.linked:
             yield lambda _: None
             return
         with self.folder.writing(slot.file) as fd:
             label = str(self.folder.path / slot.file)
-            yield CopyTarget(source, start, stretch.nbytes, fd, slot.start, label).write
+            yield CopyTarget(source, start, run.nbytes, fd, slot.start, label).write
 
     @contextlib.contextmanager
     def open(self, slot: TensorRef) -> Iterator[Callable[[memoryview], None]]:

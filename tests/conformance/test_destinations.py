@@ -14,7 +14,7 @@ from lora_merge.core.weight import WEIGHT
 from lora_merge.errors import WriteError
 from lora_merge.merging.worker.copying import copy
 from lora_merge.merging.worker.stopwatch import Stopwatch
-from lora_merge.storage.copy_runs import Stretch
+from lora_merge.storage.copy_runs import CopyRun
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import STORAGES
 
@@ -96,7 +96,7 @@ def test_copies_are_the_bytes_of_their_source(opened, file, tmp_path):
     )
     destination = opened(wish(tmp_path / "out"))
     destination.begin([file], MERGE, [], {})
-    copy([(destination.sink, Stretch(steps))], Stopwatch())
+    copy([(destination.sink, CopyRun(steps))], Stopwatch())
     assert (destination.root / file.name).read_bytes() == header_bytes(file) + WHOLE
     destination.abort(KeyError())
 
@@ -177,7 +177,7 @@ def test_files_that_share_their_bytes_with_the_base_are_full(opened, file, tmp_p
     other = tmp_path / "other"
     other.write_bytes(b"other")
     own = Step("a", {WEIGHT: file.slots[0]}, Copy(TensorRef("a", "U8", (5,), str(other), 0, 5)))
-    copy([(destination.sink, Stretch((own,)))], Stopwatch())  # nothing is left to do
+    copy([(destination.sink, CopyRun((own,)))], Stopwatch())  # nothing is left to do
     destination.finish_file(file.name)
     destination.write_text("config.json", "{}")
     destination.flush()

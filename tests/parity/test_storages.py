@@ -331,8 +331,8 @@ class ByName:
     def __init__(self):
         self.content = {}
 
-    def copy(self, stretch):
-        raise AssertionError(stretch)
+    def copy(self, run):
+        raise AssertionError(run)
 
     @contextlib.contextmanager
     def open(self, slot):

@@ -26,8 +26,8 @@ class Memory:
     def __init__(self):
         self.content = b""
 
-    def copying(self, stretch, source):
-        raise AssertionError(f"{stretch.slots} were copied, not merged")
+    def copying(self, run, source):
+        raise AssertionError(f"{run.slots} were copied, not merged")
 
     @contextlib.contextmanager
     def open(self, slot):

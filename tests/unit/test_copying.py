@@ -16,7 +16,7 @@ from lora_merge.errors import CheckpointError, WriteError
 from lora_merge.merging.worker import copying
 from lora_merge.merging.worker.copying import copy
 from lora_merge.merging.worker.stopwatch import Stopwatch
-from lora_merge.storage.copy_runs import Stretch
+from lora_merge.storage.copy_runs import CopyRun
 from lora_merge.storage.folder import Folder
 from lora_merge.storage.local_output import FolderSink
 from lora_merge.storage.output_files import reserve
@@ -26,7 +26,7 @@ from tests.toys.storage import Memory
 START = 37
 
 
-def stretch_of(sizes, file, target="out"):
+def run_of(sizes, file, target="out"):
     """Return copies of neighbours of so many bytes, from a file into another."""
     steps, start = [], 0
     for n, size in enumerate(sizes):
@@ -34,7 +34,7 @@ def stretch_of(sizes, file, target="out"):
         slot = TensorRef(f"t{n}", "U8", (size,), target, start, size)
         steps.append(Step(slot.name, {WEIGHT: slot}, Copy(source)))
         start += size
-    return Stretch(tuple(steps))
+    return CopyRun(tuple(steps))
 
 
 class Kept:
@@ -44,7 +44,7 @@ class Kept:
         self.blocks, self.is_open = [], False
 
     @contextlib.contextmanager
-    def copying(self, stretch, source):
+    def copying(self, run, source):
         self.is_open = True
         yield lambda block: self.blocks.append(bytes(block))
         self.is_open = False
@@ -62,23 +62,23 @@ def test_every_byte_is_read_once_whatever_number_of_outputs_wants_it(
     data = os.urandom(START + sum(sizes) + 5)
     toy = Memory({"mem://file": data})
     monkeypatch.setitem(SCHEMES, "mem", toy)
-    stretches = [stretch_of(sizes, "mem://file", f"out{n}") for n in range(n_outputs)]
-    sinks = [Kept() for _ in stretches]
-    records = copy(list(zip(sinks, stretches, strict=True)), Stopwatch())
+    runs = [run_of(sizes, "mem://file", f"out{n}") for n in range(n_outputs)]
+    sinks = [Kept() for _ in runs]
+    records = copy(list(zip(sinks, runs, strict=True)), Stopwatch())
 
     assert (toy.n_opened, toy.n_read) == (1, sum(sizes))
-    for sink, stretch, own in zip(sinks, stretches, records, strict=True):
+    for sink, run, own in zip(sinks, runs, records, strict=True):
         assert b"".join(sink.blocks) == data[START : START + sum(sizes)]
         assert not sink.is_open
         assert [(one.name, one.file, one.nbytes) for one in own] == [
-            (slot.name, slot.file, slot.nbytes) for slot in stretch.slots
+            (slot.name, slot.file, slot.nbytes) for slot in run.slots
         ]
-        for one, source in zip(own, stretch.sources, strict=True):
+        for one, source in zip(own, run.sources, strict=True):
             assert one.digest == f"xxh3_128:{xxhash.xxh3_128_hexdigest(data[source.start : source.end])}"
             assert one.finite
 
 
-def test_the_bytes_of_a_stretch_are_where_the_plan_has_them(tmp_path):
+def test_the_bytes_of_a_run_are_where_the_plan_has_them(tmp_path):
     sizes = [5, 300_000, 0, 11, 70_000]
     data = os.urandom(START + sum(sizes))
     (tmp_path / "source").write_bytes(data)
@@ -89,9 +89,9 @@ def test_the_bytes_of_a_stretch_are_where_the_plan_has_them(tmp_path):
     reserve(Folder.of(folder), file)
     steps = [
         Step(slot.name, {WEIGHT: slot}, Copy(source))
-        for slot, source in zip(file.slots, stretch_of(sizes, str(tmp_path / "source")).sources, strict=True)
+        for slot, source in zip(file.slots, run_of(sizes, str(tmp_path / "source")).sources, strict=True)
     ]
-    copy([(FolderSink(Folder.of(folder)), Stretch(tuple(steps)))], Stopwatch())
+    copy([(FolderSink(Folder.of(folder)), CopyRun(tuple(steps)))], Stopwatch())
     start = file.slots[0].start
     written = (folder / "model.safetensors").read_bytes()
     assert written[start:] == data[START:]
@@ -101,7 +101,7 @@ def test_the_bytes_of_a_stretch_are_where_the_plan_has_them(tmp_path):
 def test_a_source_that_ends_too_soon_is_no_copy(tmp_path):
     (tmp_path / "source").write_bytes(bytes(START + 9))
     with pytest.raises(CheckpointError, match=f"ends at byte {START + 9}, expected {START + 10} or more"):
-        copy([(Kept(), stretch_of([10], str(tmp_path / "source")))], Stopwatch())
+        copy([(Kept(), run_of([10], str(tmp_path / "source")))], Stopwatch())
 
 
 def test_a_file_that_is_not_there_to_be_filled_is_an_error(tmp_path):
@@ -109,4 +109,4 @@ def test_a_file_that_is_not_there_to_be_filled_is_an_error(tmp_path):
     (tmp_path / "out").mkdir()
     sink = FolderSink(Folder.of(tmp_path / "out"))
     with pytest.raises(WriteError, match="cannot be written"):
-        copy([(sink, stretch_of([10], str(tmp_path / "source")))], Stopwatch())
+        copy([(sink, run_of([10], str(tmp_path / "source")))], Stopwatch())

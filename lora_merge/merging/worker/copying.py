@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.tensor import TensorRef
     from lora_merge.merging.worker.stopwatch import Stopwatch
-    from lora_merge.storage.copy_runs import Stretch
+    from lora_merge.storage.copy_runs import CopyRun
     from lora_merge.storage.sources import Source
 
 COPY_BYTES = 1 << 18
@@ -26,21 +26,19 @@ COPY_BYTES = 1 << 18
 class CopySink(Protocol):
     """Where copies go; `lora_merge.storage.destination.Sink` is one."""
 
-    def copying(
-        self, stretch: Stretch, source: Source
-    ) -> AbstractContextManager[Callable[[memoryview], None]]:
-        """Open the slots of a stretch; the result takes the next bytes of its sources, which are read from
+    def copying(self, run: CopyRun, source: Source) -> AbstractContextManager[Callable[[memoryview], None]]:
+        """Open the slots of a run; the result takes the next bytes of its sources, which are read from
         ``source``.
         """
 
 
-def copy(wanted: Sequence[tuple[CopySink, Stretch]], watch: Stopwatch) -> list[list[TensorRecord]]:
-    """Copy one stretch of a source into every sink that wants it; return the records of each sink's tensors.
+def copy(wanted: Sequence[tuple[CopySink, CopyRun]], watch: Stopwatch) -> list[list[TensorRecord]]:
+    """Copy one run of a source into every sink that wants it; return the records of each sink's tensors.
 
     A tensor's digest is taken of its *source*, of the bytes that are written.
 
     Args:
-        wanted: the sinks, and the stretch as each has it: all of the same bytes.
+        wanted: the sinks, and the run as each has it: all of the same bytes.
         watch: counts the time.
 
     Raises:
@@ -48,15 +46,15 @@ def copy(wanted: Sequence[tuple[CopySink, Stretch]], watch: Stopwatch) -> list[l
         WriteError: the disk is full or cannot be written.
     """
     watch.start()
-    stretch = wanted[0][1]
-    first = stretch.sources[0]
+    run = wanted[0][1]
+    first = run.sources[0]
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(first.file))
         writes = [stack.enter_context(sink.copying(own, source)) for sink, own in wanted]
-        digests = _Digests(stretch.sources)
+        digests = _Digests(run.sources)
         # Copying in the kernel (`copy_file_range`) and reading again for the digests takes a fifth to a half
         # more CPU time.
-        for block in read_blocks(source, first.start, stretch.nbytes, COPY_BYTES):
+        for block in read_blocks(source, first.start, run.nbytes, COPY_BYTES):
             watch.lap("copy")
             # Of the source's bytes. Verification takes the digest again from the output, so equal digests
             # mean equal bytes.

@@ -22,7 +22,7 @@ from lora_merge.merging.worker.sample import Sample
 from lora_merge.merging.worker.stopwatch import Stopwatch
 from lora_merge.merging.worker.workbench import Parts, Workbench
 from lora_merge.runtime.shortage import translate_out_of_memory
-from lora_merge.storage.copy_runs import Stretch
+from lora_merge.storage.copy_runs import CopyRun
 from lora_merge.storage.destination import Sink
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Merger:
         """
         match step.op:
             case Copy():
-                (copied,) = copy([(self._sink, Stretch((step,)))], self._watch)
+                (copied,) = copy([(self._sink, CopyRun((step,)))], self._watch)
                 return tuple(copied)
             case Merge():
                 (merged,) = self.together([Order(step, self._sink)])

@@ -18,7 +18,7 @@ from lora_merge.merging.worker.copying import copy
 from lora_merge.merging.worker.devices import one_torch_thread
 from lora_merge.merging.worker.merger import Merger, Order
 from lora_merge.merging.worker.stopwatch import Stopwatch
-from lora_merge.storage.copy_runs import Stretch
+from lora_merge.storage.copy_runs import CopyRun
 from lora_merge.storage.destination import Sink
 from lora_merge.storage.input_files import Watch, told
 
@@ -88,7 +88,7 @@ class CopyWorker:
             CheckpointError: a source cannot be read, or has changed.
             WriteError: the disk is full or cannot be written.
         """
-        wanted = [(self._sinks[number], Stretch(steps)) for number, steps in piece.wanted]
+        wanted = [(self._sinks[number], CopyRun(steps)) for number, steps in piece.wanted]
         with told(self._watch):
             copied = copy(wanted, self._time)
         found = (

@@ -1,4 +1,4 @@
-"""Neighbouring copies are joined: nothing is lost, nothing moves, and a stretch is one range on either side."""
+"""Neighbouring copies are joined: nothing is lost, nothing moves, and a run is one range on either side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_merge.core.checkpoint import ConfigPatch
 from lora_merge.core.plan import Copy, MergePlan
 from lora_merge.core.shards import place
 from lora_merge.core.tensor import TensorRef
-from lora_merge.storage.copy_runs import stretches, whole_copies
+from lora_merge.storage.copy_runs import copy_runs, whole_copies
 from tests.steps import step_at
 
 copies = st.lists(
@@ -36,25 +36,21 @@ def steps_of(drawn):
 
 
 @given(copies, st.integers(1, 60))
-def test_stretches_have_every_copy_once_in_order_and_are_one_range_on_either_side(drawn, most_bytes):
+def test_copy_runs_have_every_copy_once_in_order_and_are_one_range_on_either_side(drawn, most_bytes):
     steps = steps_of(drawn)
-    found = stretches(steps, most_bytes)
-    assert [step for stretch in found for step in stretch.steps] == steps
-    for stretch in found:
-        for refs in (stretch.sources, stretch.slots):
+    found = copy_runs(steps, most_bytes)
+    assert [step for run in found for step in run.steps] == steps
+    for run in found:
+        for refs in (run.sources, run.slots):
             assert len({ref.file for ref in refs}) == 1
             assert all(before.end == after.start for before, after in pairwise(refs))
-            assert refs[-1].end - refs[0].start == stretch.nbytes
-        assert (
-            stretch.nbytes <= most_bytes
-            or len(stretch.steps) == 1
-            or stretch.nbytes == stretch.steps[0].nbytes
-        )
+            assert refs[-1].end - refs[0].start == run.nbytes
+        assert run.nbytes <= most_bytes or len(run.steps) == 1 or run.nbytes == run.steps[0].nbytes
 
 
 @given(copies)
 def test_neighbours_are_joined_wherever_they_fit(drawn):
-    found = stretches(steps_of(drawn), most_bytes=10**6)
+    found = copy_runs(steps_of(drawn), most_bytes=10**6)
     for before, after in pairwise(found):
         source, slot = before.sources[-1], before.slots[-1]
         assert (source.file, source.end, slot.file, slot.end) != (
@@ -62,9 +58,9 @@ def test_neighbours_are_joined_wherever_they_fit(drawn):
         )  # fmt: skip
 
 
-def test_a_large_copy_is_a_stretch_of_its_own():
+def test_a_large_copy_is_a_run_by_itself():
     steps = steps_of([("a", 0, "x", 0, 5), ("a", 0, "x", 0, 100), ("a", 0, "x", 0, 5), ("a", 0, "x", 0, 5)])
-    assert [stretch.nbytes for stretch in stretches(steps, 12)] == [5, 100, 10]
+    assert [run.nbytes for run in copy_runs(steps, 12)] == [5, 100, 10]
 
 
 def plan_of(refs, changed=(), moved=0):
