@@ -26,8 +26,8 @@ from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
 from lora_merge.formats.repo_files import ADAPTER_WEIGHTS, TRAINER_CONFIG
 from lora_merge.formats.weight_files import adapter_entries, read_adapter
 from lora_merge.peft_rules.kinds import (
-    LAYERED,
     NATIVE,
+    PEFT_LAYERS,
     PREFIX,
     TRAINER_FIELDS,
     check_types,
@@ -119,9 +119,9 @@ def read_tensors(
         issues += field_issues(config) + non_finite((*refs, *paired))
         content = _read_lora(refs, config, issues, file) if refs or not pairs else {}
         return _with_pairs(content, pairs, issues)
-    if config.get("peft_type") in LAYERED:
+    if config.get("peft_type") in PEFT_LAYERS:
         issues += non_finite(refs)
-        return _read_layered(refs, config, issues, file)
+        return _read_peft_layers(refs, config, issues, file)
     return {}
 
 
@@ -146,24 +146,24 @@ def _trainer_issues(root: Path) -> list[Issue]:
     return field_issues(read_json(path), TRAINER_FIELDS) if path.is_file() else []
 
 
-def _read_layered(
+def _read_peft_layers(
     refs: tuple[TensorRef, ...], config: Mapping[str, Any], issues: list[Issue], file: str
 ) -> dict[str, Any]:
     """Return the fields of `Adapter` for a method that PEFT's own layers merge: tensors by name, and whole
     parameters.
     """
-    layered: dict[str, TensorRef] = {}
+    peft_layers: dict[str, TensorRef] = {}
     wholes = Wholes()
     for ref in refs:
         module, _, parameter = ref.name.removeprefix(PREFIX).rpartition(".")
         # Names of such methods are not known here, so a whole parameter is one that the configuration explains.
         is_whole = ref.name.startswith(PREFIX) and reason(plain(module), parameter, config)
         if not (is_whole and wholes.add(ref, config)):
-            layered[ref.name] = ref
+            peft_layers[ref.name] = ref
     issues += outside(refs, file, shared="base_model.")
     replacements = wholes.replacements()
     issues += unequal(wholes.repeats())
-    return {"layered": layered, "replacements": replacements}
+    return {"peft_layers": peft_layers, "replacements": replacements}
 
 
 def _read_lora(
@@ -179,7 +179,7 @@ def _read_lora(
     content = {"modules": modules, "replacements": replacements}
     # The base may have to be changed again before the merge, which only PEFT's own layers do.
     if config.get("kasa_config") or mutating_init(config):
-        content["layered"] = {ref.name: ref for group in groups.values() for ref in group.values()}
+        content["peft_layers"] = {ref.name: ref for group in groups.values() for ref in group.values()}
     try:
         reader = AdaLora(config, issues) if config.get("peft_type") == "ADALORA" else _Lora(config, issues)
         stacked = [module for module in groups if _is_stacked(module, config)]

@@ -127,7 +127,7 @@ def _stack_of(facts: Facts) -> Stack | None:
 
 def _is_plain(adapter: Adapter) -> bool:
     """Return True if all that an adapter changes has factors in its file."""
-    return not (adapter.layered or adapter.replacements or not all(map(_is_product, adapter.deltas)))
+    return not (adapter.peft_layers or adapter.replacements or not all(map(_is_product, adapter.deltas)))
 
 
 class _Drafting:
@@ -190,7 +190,7 @@ class _Drafting:
             sentence = f"{init} changed the base before training, by factors of this rank and scale"
             hint = f"{_TO_LORA}; --base-is says what the base is"
             return [error("unsupported", "init_lora_weights", sentence, hint)]
-        if adapter.layered and init is None:
+        if adapter.peft_layers and init is None:
             sentence = f"a {adapter.kind} adapter has no factors of LoRA"
             return [error("unsupported", "peft_type", sentence, _TO_LORA)]
         return []

@@ -232,7 +232,7 @@ class Adapter:
     stacked: tuple[StackedPair, ...] = ()
     """Pairs whose parameter only the model can tell."""
 
-    layered: Mapping[str, TensorRef] = field(default_factory=dict)
+    peft_layers: Mapping[str, TensorRef] = field(default_factory=dict)
     """Tensors of a method that PEFT's own layers merge, by their full names."""
 
     side_files: tuple[SideFile, ...] = ()
@@ -248,7 +248,7 @@ class Adapter:
     def is_read(self) -> bool:
         """True when something of it could be read; else its issues say why not."""
         # An adapter may have nothing but whole parameters, or only tensors that PEFT's layers merge.
-        return bool(self.deltas or self.replacements or self.stacked or self.layered)
+        return bool(self.deltas or self.replacements or self.stacked or self.peft_layers)
 
     @property
     def kind(self) -> str:

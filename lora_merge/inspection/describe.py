@@ -162,7 +162,7 @@ def _modules(adapter: Adapter, measured: Measured) -> tuple[ModuleFacts, ...]:
                 path, StackedFacts().algebra, 0, None, (), _nbytes(pair.tensors.values())
             )
     own = {ref.name for delta in adapter.deltas for ref in delta.factors.values()}
-    for path, refs in _layered(adapter, own).items():
+    for path, refs in _by_peft_layers(adapter, own).items():
         found.setdefault(
             path, ModuleFacts(path, adapter.kind, 0, None, measured.shapes.get(path, ()), _nbytes(refs))
         )
@@ -191,10 +191,10 @@ def _of_delta(path: str, delta: Delta) -> ModuleFacts:
     return ModuleFacts(path, delta.algebra, delta.rank, delta.effective_scale, shape, nbytes)
 
 
-def _layered(adapter: Adapter, own: set[str]) -> dict[str, list[TensorRef]]:
+def _by_peft_layers(adapter: Adapter, own: set[str]) -> dict[str, list[TensorRef]]:
     """Return module → tensors of a method that PEFT's own layers merge; ``(shared)`` for tensors of no module."""
     found: dict[str, list[TensorRef]] = {}
-    for name, ref in adapter.layered.items():
+    for name, ref in adapter.peft_layers.items():
         if name in own:
             continue
         path = (

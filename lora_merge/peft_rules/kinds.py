@@ -194,7 +194,7 @@ NOT_IN_WEIGHTS: Mapping[str, str] = {
 NATIVE = frozenset({"LORA", "ADALORA", "TRAINABLE_TOKENS"})
 """PEFT types whose formulas are written out in `lora_merge.deltas`."""
 
-LAYERED = frozenset(
+PEFT_LAYERS = frozenset(
     {
         "ADAMSS",
         "BEFT",
@@ -282,10 +282,10 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
     if kind == "BONE":
         hint = "load it in PEFT 0.17 and save it again as MISS"
         return [error("unsupported", "peft_type", "'BONE' was renamed, and PEFT 0.21 cannot read it", hint)]
-    if kind not in NATIVE | LAYERED:
+    if kind not in NATIVE | PEFT_LAYERS:
         sentence = f"is {quoted(kind)}, which is no type of PEFT 0.21"
         # PEFT writes its types in capitals, and compares them as they are.
-        near = next((one for one in sorted(NATIVE | LAYERED) if one == kind.upper()), None)
+        near = next((one for one in sorted(NATIVE | PEFT_LAYERS) if one == kind.upper()), None)
         hint = f"PEFT writes it as {near}" if near else "a newer lora-merge may know it"
         return [error("unsupported", "peft_type", sentence, hint)]
     issues = [

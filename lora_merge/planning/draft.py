@@ -16,9 +16,9 @@ from lora_merge.planning.heads import NOTHING_LOADED, with_head
 from lora_merge.planning.joined import Joined
 from lora_merge.planning.mlx_conventions import origin_issues
 from lora_merge.planning.model import Model
-from lora_merge.planning.mutating_init import initial_issues, is_layered
+from lora_merge.planning.mutating_init import mutating_init_issues, uses_peft_layers
 from lora_merge.planning.outline import Outline, layer_order, layer_stem, replicated, replication_patch
-from lora_merge.planning.peft_layers import layered_deltas
+from lora_merge.planning.peft_layers import peft_layer_deltas
 from lora_merge.planning.shared_changes import Separation
 from lora_merge.planning.sizes import other_size
 from lora_merge.planning.stored_otherwise import turned_matrices
@@ -132,18 +132,18 @@ class _Draft:
 
     def _fit(self, use: AdapterUse, n: int) -> None:
         """Find the places of what one adapter changes, and add that to the changes."""
-        self.issues += initial_issues(use.adapter, self._reading)
+        self.issues += mutating_init_issues(use.adapter, self._reading)
         self.issues += origin_issues(use.adapter, self._base.config)
-        layered: tuple[PlacedDelta, ...] = ()
+        peft_layers: tuple[PlacedDelta, ...] = ()
         # PEFT's layers and the formulas here never share an adapter's factors.
-        by_layers = is_layered(use.adapter, self._reading)
+        by_layers = uses_peft_layers(use.adapter, self._reading)
         model, issues = view_for(named_parameters(use.adapter), self._model, parts=not by_layers)
         self.issues += issues
         if by_layers:
-            layered, issues = layered_deltas(use, model)
+            peft_layers, issues = peft_layer_deltas(use, model)
             self.issues += issues
             use = replace(use, adapter=_without_factors(use.adapter))
-        fitting = Fitting(use, n, model, self._reading).fit(layered)
+        fitting = Fitting(use, n, model, self._reading).fit(peft_layers)
         # Said before what follows from it in every module.
         self.issues += other_size(use.adapter, model, fitting.issues) + fitting.issues
         self.issues += self._take(fitting)
@@ -352,5 +352,5 @@ def touches_embeddings(use: AdapterUse) -> bool:
             owner_name(parameter) in names and parameter not in use.unchanged
             for parameter in use.adapter.replacements
         )
-        or any(part in names for name in use.adapter.layered for part in name.split("."))
+        or any(part in names for name in use.adapter.peft_layers for part in name.split("."))
     )

@@ -57,11 +57,11 @@ class Fitting:
         self.deltas: list[PlacedDelta] = []
         """What changes, on tensors of the output, with the regions that it changes."""
 
-    def fit(self, layered: tuple[PlacedDelta, ...] = ()) -> Fitting:
+    def fit(self, peft_layers: tuple[PlacedDelta, ...] = ()) -> Fitting:
         """Join everything, and collect what does not fit. Returns itself.
 
         Args:
-            layered: deltas that PEFT's own layers make, already joined.
+            peft_layers: deltas that PEFT's own layers make, already joined.
         """
         for parameter, replacement in self._adapter.replacements.items():
             self._replace(parameter, replacement)
@@ -76,8 +76,8 @@ class Fitting:
             self.issues.append(self._all_absent(lost[0].parameter))
             return self
         self.issues += [self._absent(delta.parameter) for delta in lost]
-        self.deltas += self._effective([replace(delta, adapter=self._n) for delta in layered])
-        for delta in layered:
+        self.deltas += self._effective([replace(delta, adapter=self._n) for delta in peft_layers])
+        for delta in peft_layers:
             self._located[delta.target] = Located(delta.rule, (Place(delta.tensor),))
         # How the two spell names is learnt from all that was found.
         names = Names(self._model, self._located)
@@ -86,7 +86,7 @@ class Fitting:
         except TargetError as exc:
             self.issues.append(error("bad-field", exc.field, exc.sentence))
         # PEFT holds the tensors of its own layers against the targets itself.
-        if deltas or self._adapter.stacked or not (self._adapter.layered or self._adapter.replacements):
+        if deltas or self._adapter.stacked or not (self._adapter.peft_layers or self._adapter.replacements):
             self.issues += names.several_rewritings() + names.named_twice()
             try:
                 self.issues += rule_issues(self._adapter, self._model, names)
@@ -355,7 +355,9 @@ class Fitting:
 
 def named_parameters(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
     """Return parameter that an adapter names → the shape of its weight, or None where the adapter does not show it."""
-    paths = (name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.layered if PREFIX in name)
+    paths = (
+        name.removeprefix(PREFIX).removesuffix(".weight") for name in adapter.peft_layers if PREFIX in name
+    )
     by_layers = {f"{path.rpartition('.')[0]}.weight": None for path in paths}
     return {**by_layers, **{delta.parameter: delta.weight_shape() for delta in adapter.deltas}} | {
         parameter: replacement.ref.shape for parameter, replacement in adapter.replacements.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, note
-from lora_merge.peft_rules.kinds import DECOMPOSING, LAYERED, mutating_init
+from lora_merge.peft_rules.kinds import DECOMPOSING, PEFT_LAYERS, mutating_init
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
@@ -24,15 +24,15 @@ _NOT_REPRODUCIBLE = {
 """Name of an initialisation → why it cannot be repeated."""
 
 
-def is_layered(adapter: Adapter, reading: Reading) -> bool:
+def uses_peft_layers(adapter: Adapter, reading: Reading) -> bool:
     """Return True when PEFT's own layers merge an adapter, and no formula of ours does."""
     # On the original base the initialisation's change has to be made again, and only PEFT's own code
     # gives PEFT's bits. KaSA changes the base whenever it is loaded.
     again = mutating_init(adapter.config) is not None and reading.base_is == "original"
-    return adapter.kind in LAYERED or bool(adapter.config.get("kasa_config")) or again
+    return adapter.kind in PEFT_LAYERS or bool(adapter.config.get("kasa_config")) or again
 
 
-def initial_issues(adapter: Adapter, reading: Reading) -> list[Issue]:
+def mutating_init_issues(adapter: Adapter, reading: Reading) -> list[Issue]:
     """Return what an adapter presupposes about the base, where the user has not stated it.
 
     Reference:

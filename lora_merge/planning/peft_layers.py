@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from lora_merge.planning.model import Model
 
 
-def layered_deltas(use: AdapterUse, model: Model) -> tuple[tuple[PlacedDelta, ...], list[Issue]]:
+def peft_layer_deltas(use: AdapterUse, model: Model) -> tuple[tuple[PlacedDelta, ...], list[Issue]]:
     """Return a delta for each parameter of each module that PEFT would wrap, and issues for what does not fit."""
     join = _Join(use, model)
     try:
@@ -65,7 +65,7 @@ class _Join:
 
     def __init__(self, use: AdapterUse, model: Model) -> None:
         self._use, self._adapter, self._model = use, use.adapter, model
-        self._tensors = _spelled_as_in_memory(use.adapter.layered, model)
+        self._tensors = _spelled_as_in_memory(use.adapter.peft_layers, model)
         self._probed: set[tuple[object, ...]] = set()
         self._own_paths: dict[str, str] = {}
         """Module in the model → in the adapter, where that has other names."""
@@ -133,12 +133,12 @@ class _Join:
         rule = resolved_rule(self._adapter, self._model)
         # A regex may match containers too (ms-swift), or mean the names of another release. It is checked here
         # against the adapter's names, and then replaced by the modules with tensors.
-        as_stored = self._tensors.keys() == self._adapter.layered.keys()
+        as_stored = self._tensors.keys() == self._adapter.peft_layers.keys()
         if as_stored and (rule.all_linear or not isinstance(rule.target_modules, str)):
             return _reduced(config, rule, tuple(self._model.skeleton.classes if self._model.skeleton else ()))
         classes = self._model.skeleton.classes if self._model.skeleton else {}
         modules = self._own_paths
-        for ours, theirs in zip(self._tensors, self._adapter.layered, strict=True):
+        for ours, theirs in zip(self._tensors, self._adapter.peft_layers, strict=True):
             owner = next((path for path in parents(ours.removeprefix(PREFIX)) if path in classes), None)
             if owner is not None and ours.startswith(PREFIX):
                 depth = ours.removeprefix(f"{PREFIX}{owner}").count(".")
@@ -360,13 +360,13 @@ def _resized_embeddings(adapter: Adapter, model: Model) -> dict[str, TensorRef]:
     return found
 
 
-def _spelled_as_in_memory(layered: Mapping[str, TensorRef], model: Model) -> dict[str, TensorRef]:
+def _spelled_as_in_memory(peft_layers: Mapping[str, TensorRef], model: Model) -> dict[str, TensorRef]:
     """Return an adapter's tensors under the names of transformers' model of today."""
     known = model.skeleton
     if known is None:
-        return dict(layered)
+        return dict(peft_layers)
     spelled = {}
-    for name, ref in layered.items():
+    for name, ref in peft_layers.items():
         path = name.removeprefix(PREFIX)
         # Only where no module above the tensor is one of the model's.
         if path != name and not any(known.parameters.get(parent) for parent in parents(path)):

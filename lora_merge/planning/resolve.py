@@ -232,7 +232,7 @@ def is_idle(adapter: Adapter, unchanged: frozenset[str]) -> bool:
         unchanged: the whole parameters in it that equal the base's.
     """
     pairs: list[Delta | StackedPair] = [*adapter.deltas, *adapter.stacked]
-    if adapter.layered or adapter.replacements.keys() - unchanged or not pairs:
+    if adapter.peft_layers or adapter.replacements.keys() - unchanged or not pairs:
         return False
     return all(_is_zero(pair) for pair in pairs)
 

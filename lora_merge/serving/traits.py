@@ -336,4 +336,4 @@ def _refs(adapter: Adapter) -> Iterator[TensorRef]:
         yield from delta.factors.values()
     for pair in adapter.stacked:
         yield from pair.tensors.values()
-    yield from adapter.layered.values()
+    yield from adapter.peft_layers.values()

@@ -69,9 +69,9 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
 
         # Before anything takes time.
         find_python(request.engine_python)
-    proving = _Proving(request, observer or Silence(), Clock(), _output(request.out))
+    verification = _Verification(request, observer or Silence(), Clock(), _output(request.out))
     with translate_out_of_memory("verifying", MORE):
-        return proving.proof()
+        return verification.proof()
 
 
 def _check_level(request: VerifyRequest) -> None:
@@ -118,7 +118,7 @@ class _Again:
 
 
 @dataclass(slots=True)
-class _Proving:
+class _Verification:
     """One verification: the request, the output and what the checks share."""
 
     request: VerifyRequest

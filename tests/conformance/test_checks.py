@@ -24,7 +24,7 @@ from lora_merge.core.view import View
 from lora_merge.deltas import LowRankFacts
 from lora_merge.formats.provenance import Provenance
 from lora_merge.merging.hf_checkpoint import seal
-from lora_merge.peft_rules.kinds import LAYERED, NATIVE
+from lora_merge.peft_rules.kinds import NATIVE, PEFT_LAYERS
 from lora_merge.requests.values import parse_adapter
 from lora_merge.storage.folder import Folder
 from tests import planting
@@ -135,7 +135,7 @@ def kinds_of(types):
 
 
 def test_every_type_that_is_merged_is_among_the_kinds():
-    assert {kind.peft_type for kind in KINDS} == NATIVE | LAYERED
+    assert {kind.peft_type for kind in KINDS} == NATIVE | PEFT_LAYERS
 
 
 @pytest.mark.parametrize(("kind", "model", "dtype"), one_for_each(lambda kind, *_: kind, kinds_of(NATIVE)))
@@ -156,7 +156,7 @@ def test_every_check_passes_a_good_output_of_every_kind_with_a_formula(kind, mod
     ("kind", "model", "dtype"),
     one_for_each(
         lambda kind, *_: kind,
-        [case for case in kinds_of(LAYERED) if case.values[2] == "bfloat16" or "LoHa" in case.values[0]],
+        [case for case in kinds_of(PEFT_LAYERS) if case.values[2] == "bfloat16" or "LoHa" in case.values[0]],
     ),
 )
 def test_every_check_passes_a_good_output_of_pefts_own_layers(kind, model, dtype, outcome_of):

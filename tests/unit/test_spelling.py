@@ -7,7 +7,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from lora_merge.adapters.spelling import TUNERS, canonical
 from lora_merge.core.tensor import TensorRef
-from lora_merge.peft_rules.kinds import LAYERED, NATIVE
+from lora_merge.peft_rules.kinds import NATIVE, PEFT_LAYERS
 
 Q = "model.layers.0.self_attn.q_proj"
 P = f"base_model.model.{Q}"
@@ -85,7 +85,7 @@ def test_every_type_of_peft_whose_tensors_may_carry_a_name_is_known():
     prefixes = {
         PEFT_TYPE_TO_PREFIX_MAPPING[kind].removesuffix("_").removesuffix("_lambda")
         for kind in PEFT_TYPE_TO_TUNER_MAPPING
-        if kind.value in NATIVE | LAYERED
+        if kind.value in NATIVE | PEFT_LAYERS
     }
     assert prefixes - set(TUNERS) == {
         "lora", "frod", "glora", "ln_tuning", "osf", "peanut", "psoft", "tinylora", "vblora",

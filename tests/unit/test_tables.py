@@ -33,21 +33,21 @@ def test_no_field_is_known_in_two_ways():
 def test_every_type_of_peft_is_merged_or_is_called_unmergeable_and_no_other_is_named():
     from peft import PeftType
 
-    tables = (kinds.NATIVE, kinds.LAYERED, frozenset(kinds.NOT_IN_WEIGHTS))
+    tables = (kinds.NATIVE, kinds.PEFT_LAYERS, frozenset(kinds.NOT_IN_WEIGHTS))
     assert frozenset().union(*tables) == {kind.value for kind in PeftType} - {"BONE"}
     assert len(frozenset().union(*tables)) == sum(map(len, tables))
 
 
-def test_every_layered_type_has_a_tuner_in_peft():
+def test_every_type_of_peft_layers_has_a_tuner_in_peft():
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
-    for name in kinds.LAYERED:
+    for name in kinds.PEFT_LAYERS:
         assert issubclass(PEFT_TYPE_TO_TUNER_MAPPING[name], BaseTuner), name
 
 
-def test_the_types_that_decompose_are_layered():
-    assert kinds.DECOMPOSING.keys() <= kinds.LAYERED
+def test_the_types_that_decompose_are_of_peft_layers():
+    assert kinds.DECOMPOSING.keys() <= kinds.PEFT_LAYERS
 
 
 def inits_of_peft():
