@@ -33,6 +33,9 @@ constants.HF_HUB_OFFLINE = (
 )
 os.environ.pop("HF_HUB_OFFLINE", None)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch starts: products are tiny, and workers have one core each
 
 pytest_plugins = ["tests.parity.table_plugin", "tests.engines.table_plugin"]
 
@@ -156,6 +159,17 @@ def _assert_silence(who: str) -> None:
     attempts = log.read_text()
     log.unlink(missing_ok=True)
     assert not attempts, f"{who} spoke to a network:\n{attempts}"
+
+
+@pytest.fixture
+def three_threads() -> Iterator[int]:
+    """Give torch three threads: tests run with one, and what forgets the number would pass unseen."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -386,14 +386,15 @@ def test_the_python_api_returns_a_typed_report_as_often_as_it_is_called(pico, pi
         assert len(plan.steps) == 21
 
 
-def test_the_python_api_leaves_the_number_of_torch_threads_as_it_was(pico, pico_adapter, tmp_path):
+def test_the_python_api_leaves_the_number_of_torch_threads_as_it_was(
+    pico, pico_adapter, three_threads, tmp_path
+):
     import torch
 
     import lora_merge
 
-    before = torch.get_num_threads()
     lora_merge.merge(base=pico(), adapter=pico_adapter(pico()), out=tmp_path / "out")
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == three_threads
 
 
 def test_the_output_loads_in_safetensors_with_the_metadata_that_transformers_wants(

@@ -71,13 +71,12 @@ def test_singular_vectors_that_rounding_turns_are_refused(kind, base, cli, tmp_p
 
 
 @pytest.mark.parametrize("kind", ALLOWED)
-def test_singular_vectors_that_stay_as_they_are_are_merged(kind, base, cli, tmp_path):
+def test_singular_vectors_that_stay_as_they_are_are_merged(kind, base, cli, three_threads, tmp_path):
     root = base(degenerate=False)
     adapter = adapter_of(root, kind, tmp_path / "adapter")
-    before = torch.get_num_threads()
     result = cli("--base", root, "--adapter", adapter, "--out", tmp_path / "out", *ALLOWED[kind][2])
     assert result.exit_code == 0, result.output
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == three_threads
 
 
 def test_subspaces_of_other_sizes_than_in_training_are_one_sentence(pico, cli, tmp_path):

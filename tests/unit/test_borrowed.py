@@ -78,7 +78,7 @@ def test_torch_has_its_threads_again_in_every_order_of_three_threads(order, n_th
         torch.set_num_threads(before)
 
 
-def test_torch_has_one_thread_as_long_as_one_merge_of_several_goes_on():
+def test_torch_has_one_thread_as_long_as_one_merge_of_several_goes_on(three_threads):
     import torch
 
     first, second = Actor(), Actor()
@@ -92,18 +92,17 @@ def test_torch_has_one_thread_as_long_as_one_merge_of_several_goes_on():
     second(lambda: other.__exit__(None, None, None))
 
 
-def test_a_merge_inside_another_leaves_torch_one_thread():
+def test_a_merge_inside_another_leaves_torch_one_thread(three_threads):
     import torch
 
-    before = torch.get_num_threads()
     with one_torch_thread():
         with one_torch_thread():
             pass
         assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == three_threads
 
 
-def test_a_thread_keeps_the_number_of_its_own():
+def test_a_thread_keeps_the_number_of_its_own(three_threads):
     import torch
 
     before, actor = torch.get_num_threads(), Actor()
