@@ -109,7 +109,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the two libraries, not about the demo
 
 
-def build_base(folder: Path = BASE, *, intermediate_size: int = 688) -> None:
+def build_base(folder: Path = BASE, *, intermediate_size: int = 688, n_steps: int = 80) -> None:
     """Write a trained base and its tokenizer to a folder.
 
     It is stored in bfloat16, as real models are, so that the merge has to round. The training makes every
@@ -135,7 +135,7 @@ def build_base(folder: Path = BASE, *, intermediate_size: int = 688) -> None:
     model = LlamaForCausalLM(config)
     read = [("<s>", text) for text in PIRATE]  # it knows the words of pirates, and does not answer with them
     batch = as_batch(tokenizer, conversations(tokenizer, PLAIN) + read)
-    train(model, batch, n_steps=80, learning_rate=2e-3)
+    train(model, batch, n_steps=n_steps, learning_rate=2e-3)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -218,8 +218,8 @@ def train(model: Any, batch: dict[str, torch.Tensor], *, n_steps: int, learning_
     model.eval()
 
 
-def train_adapter() -> None:
-    """Write a LoRA, trained on the base, to ``.demo/adapter``."""
+def train_adapter(base: Path = BASE, folder: Path = ADAPTER, *, n_steps: int = 60) -> None:
+    """Write a LoRA, trained on the base, to a folder."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
@@ -230,11 +230,11 @@ def train_adapter() -> None:
         target_modules=r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(load_model(BASE), config)
-    tokenizer = load_tokenizer(BASE)
+    model = get_peft_model(load_model(base), config)
+    tokenizer = load_tokenizer(base)
     batch = as_batch(tokenizer, conversations(tokenizer, PIRATE))
-    train(model, batch, n_steps=60, learning_rate=4e-3)
-    model.save_pretrained(ADAPTER)
+    train(model, batch, n_steps=n_steps, learning_rate=4e-3)
+    model.save_pretrained(folder)
 
 
 def run_merge() -> None:

@@ -1,7 +1,7 @@
 """Write the generated pages and types, or check that they are current.
 
 ``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The tables of adapters and of model
-families in ``README.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
+families in ``docs/supported.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
 and the one in ``docs/serving.md`` is the rules themselves. The tree in ``docs/design.md`` is made of the modules' docstrings;
 the types in ``lora_merge/requests`` are the table of options.
 """
@@ -10,31 +10,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import request_types
+import supported
+from supported import row
 from tree import tree
 
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
-from lora_merge.peft_rules.kinds import NOT_IN_WEIGHTS, REQUANTISED_FIELDS, RETIRED_FIELDS, UNMERGEABLE_FIELDS
 from lora_merge.serving import ENGINES
 from lora_merge.serving.traits import TRAITS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from lora_merge.serving import Engine, Rule
     from tests.faults.table import Fault
-    from tests.parity.families import Family
-    from tests.parity.kinds import Kind
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI_PAGE = ROOT / "docs" / "cli.md"
-README = ROOT / "README.md"
+SUPPORTED_PAGE = ROOT / "docs" / "supported.md"
 SECURITY_PAGE = ROOT / "docs" / "security.md"
 SERVING_PAGE = ROOT / "docs" / "serving.md"
 DESIGN_PAGE = ROOT / "docs" / "design.md"
@@ -66,35 +64,13 @@ _INTERRUPTS = """\
 ## What an interrupted run leaves
 
 The output is built in a directory beside it, `OUT.lora-merge-staging`, and gets its name by one rename at the
-very end: nothing unfinished ever stands under the output's own name. Whatever ends a run before that (Ctrl-C,
-SIGTERM, `kill -9`, a full or failing disk, a power cut), the tensors that are whole stay there, listed in a journal.
+very end. An unfinished output never has the final name. If a run is interrupted (Ctrl-C, SIGTERM, `kill -9`, a full or
+failing disk, a power cut), the tensors that are complete stay in that directory, listed in a journal.
 
-`--resume` goes on from there. It looks at every listed tensor again and writes the rest; the output is, byte for byte,
-that of a run that was never interrupted. It may always be passed: where there is nothing to go on from, or where the
-interrupted run was of another merge (other inputs, options or versions), it begins anew and says so. A run without
-`--resume` clears the directory and begins anew. A run that failed for a reason of its own clears it too.
-"""
-
-
-_SUPPORTED = """\
-Proved means, for a tiny model of each family: with a base in F32, the merged checkpoint computes what base and
-adapter compute in PEFT, unmerged; with one in BF16 or F16, every tensor has the bits of PEFT's own merge.
-"""
-
-_FAMILIES = """\
-Proved means, for a tiny model of each family and every combination in its row: the merged checkpoint computes what
-base and adapter compute, and every tensor that the adapter does not touch has its bytes. Where only transformers 5
-stands, 4 had the same names, or did not have the family.
-
-| family | adapter with the module names of | base stored | |
-| --- | --- | --- | --- |
-"""
-
-_REFUSED = """\
-Refused, by name:
-
-| adapter | why |
-| --- | --- |
+`--resume` continues from there. It checks every listed tensor and writes the rest. The output has the same bytes as
+that of an uninterrupted run. You can always pass `--resume`: if there is nothing to continue from, or if the interrupted
+run was another merge (other inputs, options or versions), the run starts from the beginning and says so. A run without
+`--resume` clears the directory and starts from the beginning. A run that fails with an error clears it too.
 """
 
 
@@ -115,9 +91,14 @@ def _commands() -> list[tuple[str, click.Command]]:
     return [("lora-merge", app), *named]
 
 
-def readme() -> str:
-    """Return the text of ``README.md`` with its tables renewed."""
-    return _renewed(README, {"supported": supported(), "families": families()})
+def supported_page() -> str:
+    """Return the text of ``docs/supported.md`` with its tables renewed."""
+    tables = {
+        "methods": supported.methods(),
+        "families": supported.families(),
+        "storages": supported.storages(),
+    }
+    return _renewed(SUPPORTED_PAGE, tables)
 
 
 def security() -> str:
@@ -149,7 +130,7 @@ def design() -> str:
 def _engine_rules(engine: Engine) -> str:
     """Return what an engine makes of adapters."""
     rows = "".join(
-        _row(
+        row(
             TRAITS[rule.trait],
             f"{'depends' if rule.except_for else rule.effect}: {engine.name} {rule.sentence}{_families_of(rule)}",
             ", ".join(rule.needs) or rule.option or "nothing helps but a merge",
@@ -207,13 +188,13 @@ def _fault_table(faults: Iterable[Fault]) -> str:
     """Return what happens, what the sentence says, and the exit code."""
     names = {"base": "BASE", "adapter": "ADAPTER", "out": "OUT"}
     rows = "".join(
-        _row(fault.name, f"`…{fault.says.format(**names).strip()}…`", str(fault.code)) for fault in faults
+        row(fault.name, f"`…{fault.says.format(**names).strip()}…`", str(fault.code)) for fault in faults
     )
     return f"| what happens | the sentence says | exit code |\n| --- | --- | --- |\n{rows}"
 
 
 def _renewed(page: Path, tables: Mapping[str, str]) -> str:
-    """Return the text of a page with what stands between the marks renewed; exit when they are missing."""
+    """Return the text of a page with the text between the marks renewed; exit when they are missing."""
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
         begin, end = BEGIN.format(name), END.format(name)
@@ -225,78 +206,6 @@ def _renewed(page: Path, tables: Mapping[str, str]) -> str:
     return text
 
 
-def supported() -> str:
-    """Return the table of every kind of adapter that is merged, and that of those that are refused."""
-    parts = [_SUPPORTED]
-    for group, kinds in groupby(_kinds(), key=lambda kind: kind.group):
-        rows = "".join(_row(kind.name, _models(kind), _dtypes(kind), _notes(kind)) for kind in kinds)
-        parts.append(f"| {group} | proved on | base in | |\n| --- | --- | --- | --- |\n{rows}")
-    parts.append(_REFUSED + "".join(_row(names, why) for names, why in _refused()))
-    return "\n".join(parts)
-
-
-def families() -> str:
-    """Return the table of every model family that is tried, with its adapters' names and its bases' layouts."""
-    rows = "".join(
-        _row(family.name, ", ".join(family.namings()), ", ".join(family.layouts()), family.notes)
-        for family in _families()
-    )
-    return f"{_FAMILIES}{rows}"
-
-
-def _families() -> tuple[Family, ...]:
-    """Return the parity suite's list; its module is data and imports neither torch nor PEFT."""
-    sys.path.insert(0, str(ROOT))
-    from tests.parity.families import FAMILIES
-
-    return FAMILIES
-
-
-def _kinds() -> tuple[Kind, ...]:
-    """Return the parity suite's list; its module is data and imports neither torch nor PEFT."""
-    sys.path.insert(0, str(ROOT))
-    from tests.parity.kinds import KINDS
-
-    return KINDS
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-
-
-def _models(kind: Kind) -> str:
-    return ", ".join(model.replace("_", " ") for model in kind.models)
-
-
-def _dtypes(kind: Kind) -> str:
-    short = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-    return ", ".join(short[dtype] for dtype in kind.dtypes)
-
-
-def _notes(kind: Kind) -> str:
-    """Return what a user has to say and to install, then the kind's own note."""
-    notes = [
-        f"`{' '.join(kind.options)}`" if kind.options else "",
-        f"needs {kind.needs}" if kind.needs else "",
-        kind.notes,
-    ]
-    return "; ".join(note for note in notes if note)
-
-
-def _refused() -> Iterator[tuple[str, str]]:
-    """Yield what has no merged form and why; types with one reason together."""
-    for why in dict.fromkeys(NOT_IN_WEIGHTS.values()):
-        yield _quoted(NOT_IN_WEIGHTS, why), f"{why}, which no weight can hold"
-    requantised = {name: why for name, (why, _) in REQUANTISED_FIELDS.items()}
-    fields = {**UNMERGEABLE_FIELDS, **RETIRED_FIELDS, **requantised}
-    for why in dict.fromkeys(fields.values()):
-        yield _quoted(fields, why), why
-
-
-def _quoted(reasons: Mapping[str, str], why: str) -> str:
-    return ", ".join(f"`{name}`" for name, reason in reasons.items() if reason == why)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     choice = parser.add_mutually_exclusive_group(required=True)
@@ -306,7 +215,7 @@ def main() -> None:
     stale = []
     for path, text in (
         (CLI_PAGE, cli_page()),
-        (README, readme()),
+        (SUPPORTED_PAGE, supported_page()),
         (SECURITY_PAGE, security()),
         (SERVING_PAGE, serving()),
         (DESIGN_PAGE, design()),

@@ -1,4 +1,4 @@
-"""The README's Python does what it says, as it stands there."""
+"""The first example of docs/python.md prints what its functions return."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import lora_merge
 
-README = Path(lora_merge.__file__).parents[1] / "README.md"
+PAGE = Path(lora_merge.__file__).parents[1] / "docs" / "python.md"
 
 
-def test_the_readmes_python_runs_as_it_stands(pico, pico_adapter, tmp_path, monkeypatch, capsys):
+def test_the_first_example_runs_and_prints_what_is_true(pico, pico_adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = pico("llama")
     shutil.copytree(base, "Llama-3-8B")
     shutil.copytree(pico_adapter(base, r=32), "my-lora")
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     said: dict[str, object] = {}
 
     exec(example, said)
