@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
 import request_types
 import supported
 from supported import row
@@ -26,6 +25,8 @@ from lora_merge.serving.traits import TRAITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    import click
 
     from lora_merge.serving import Engine, Rule
     from tests.faults.table import Fault
@@ -79,7 +80,7 @@ def cli_page() -> str:
     parts = [_INTRO]
     for title, command in _commands():
         settings = {**command.context_settings, "max_content_width": 100, "terminal_width": 100}
-        context = click.Context(command, info_name=title, **settings)
+        context = command.context_class(command, info_name=title, **settings)
         parts.append(f"## `{title}`\n\n```text\n{command.get_help(context)}\n```\n")
     rows = "\n".join(f"| {code} | {meaning} |" for code, meaning in MEANINGS.items())
     parts.append(f"## Exit codes\n\n| code | meaning |\n| --- | --- |\n{rows}\n")

@@ -14,9 +14,11 @@ from lora_merge.cli import exits
 from lora_merge.cli.batch import batch
 from lora_merge.cli.convert import convert
 from lora_merge.cli.extract import extract
+from lora_merge.cli.help_pages import PageContext
 from lora_merge.cli.inspect import inspect
 from lora_merge.cli.issues import say_error
 from lora_merge.cli.merge import merge
+from lora_merge.cli.options import SETTINGS
 from lora_merge.cli.plan import plan
 from lora_merge.cli.verify import verify
 from lora_merge.cli.voice import say, say_lines
@@ -30,28 +32,48 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
-_SHOWING = {"plan", "verify", "inspect"}
-_SHOWN_BY = {"--dry-run", "--help", "-h", "--version"}
+_SHOWING = {"plan", "verify", "inspect", "doctor", "completion"}
+_OF_THE_GROUP = {"--help", "-h", "--help-all", "--version"}
+_SHOWN_BY = {"--dry-run", *_OF_THE_GROUP}
 """Commands and options whose only result is what they print."""
+
+_MORE = "COMMAND --help explains a command; --help-all explains every option."
 
 
 class _App(click.Group):
     """A group whose default command is ``merge``."""
 
+    context_class = PageContext
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Insert ``merge`` if the first argument names no command."""
-        own = {"--help", "-h", "--version"}
-        if args and args[0] not in self.commands and args[0] not in own:
+        if args and args[0] not in self.commands and args[0] not in _OF_THE_GROUP:
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of the help."""
+        del ctx
+        return list(self.commands)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the options of ``merge``, which may follow directly, then the commands and the exit codes."""
-        merge.format_options(ctx, formatter)
+        """List the commands, then the options of ``merge``, which may follow directly."""
         self.format_commands(ctx, formatter)
+        merge.format_common(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write_text(_MORE)
+
+    def help_all(self, ctx: click.Context) -> str:
+        """Return the long page: every option of ``merge`` with its explanation, and the exit codes."""
+        formatter = ctx.make_formatter()
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        self.format_commands(ctx, formatter)
+        merge.format_options(ctx, formatter)
         rows = [(str(code), meaning) for code, meaning in exits.MEANINGS.items()]
         with formatter.section("Exit codes"):
             formatter.write_dl(rows)
+        return formatter.getvalue().rstrip("\n")
 
     @as_keyboard_interrupt()
     def invoke(self, ctx: click.Context) -> Any:
@@ -125,34 +147,40 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     strike(signum, frame)
 
 
+def _show_help_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Print the long page, and end."""
+    del param
+    if value and not ctx.resilient_parsing:
+        click.echo(main.help_all(ctx))
+        ctx.exit()
+
+
 @click.group(
     cls=_App,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    subcommand_metavar="--adapter DIR|ID --out DIR [OPTIONS] | COMMAND …",
+    context_settings=SETTINGS,
+    subcommand_metavar="--adapter DIR|ID -o DIR [OPTIONS] | COMMAND …",
     options_metavar="",
 )
 @click.version_option(__version__, prog_name="lora-merge")
+@click.option(
+    "--help-all",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_help_all,
+    help="Explain every option and exit code.",
+)
 def main() -> None:
-    """Merge an adapter into its base model: a plain Hugging Face checkpoint comes out, which any
-    engine loads with no LoRA support.
+    """Merge LoRA adapters into their base model. The output is a plain Hugging Face checkpoint, which any engine loads
+    without LoRA support.
 
     \b
     Examples:
-      lora-merge --base Llama-3-8B --adapter my-lora --out merged
-      lora-merge --base Qwen/Qwen3-8B --adapter org/my-lora@v1 --out merged
-      lora-merge --adapter my-lora --out merged --dry-run
-      lora-merge --config merge.yaml
+      lora-merge --base Llama-3-8B --adapter my-lora -o merged
       lora-merge verify merged --forward
-      lora-merge batch merges.yaml
-      lora-merge inspect my-lora
-      lora-merge convert my-lora --for vllm --rank 16 --out my-lora-16
+      lora-merge convert my-lora --for vllm --rank 16 -o my-lora-16
     """
 
 
-main.add_command(merge)
-main.add_command(plan)
-main.add_command(verify)
-main.add_command(batch)
-main.add_command(inspect)
-main.add_command(convert)
-main.add_command(extract)
+for _command in (merge, plan, verify, inspect, convert, extract, batch):
+    main.add_command(_command)

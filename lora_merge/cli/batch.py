@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_merge.cli import exits
+from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lora_merge.batches.reports import BatchReport
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Verb, context_settings=SETTINGS)
 @options("batch")
 def batch(  # noqa: PLR0913 - options of the command alone, each by its name
     *,
@@ -31,8 +32,10 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
     verbose: bool,
     **flags: Any,
 ) -> None:
-    """Carry out the merges and conversions in a YAML file: planned as a whole first, those of one base in
-    one pass over it. What is there already, and is what it would be, is kept: run it again to go on.
+    """Run many merges and conversions from one file.
+
+    Plans all jobs, groups them by base, and runs each group in one pass over its base. Outputs that are up to date
+    are skipped, so you can re-run the command to continue.
 
     \b
     A file:

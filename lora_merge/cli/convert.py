@@ -6,21 +6,24 @@ from typing import Any
 
 import click
 
+from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Verb, context_settings=SETTINGS)
 @options("convert")
 def convert(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
-    """Rewrite an adapter, from its files alone: for an engine, in another format, with another rank.
+    """Rewrite an adapter for an engine, format or rank.
+
+    Reads the adapter's files. The base is needed only where an option or an engine asks for it.
 
     \b
     Examples:
-      lora-merge convert my-lora --for vllm --rank 16 --out my-lora-vllm
-      lora-merge convert my-lora --for lmdeploy --base Qwen2.5-7B --out my-lora-lmdeploy
-      lora-merge convert my-lora --for llamacpp --base Llama-3-8B --out my-lora-gguf
-      lora-merge convert my-dora --to-lora --energy 0.99 --base Llama-3-8B --out my-lora
-      lora-merge convert my-lora --bake-scale --expand-targets --out plain
+      lora-merge convert my-lora --for vllm --rank 16 -o my-lora-vllm
+      lora-merge convert my-lora --for lmdeploy --base Qwen2.5-7B -o for-lmdeploy
+      lora-merge convert my-lora --for llamacpp --base Llama-3-8B -o my-lora-gguf
+      lora-merge convert my-dora --to-lora --rank 16 --base Llama-3-8B -o lora
+      lora-merge convert my-lora --bake-scale --expand-targets -o plain
     """
     from lora_merge.conversion.run import convert_adapter
     from lora_merge.requests.parsing import parse_request

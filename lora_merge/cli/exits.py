@@ -27,11 +27,11 @@ MEANINGS: dict[int, str] = {
     BUG: "a bug in lora-merge; the traceback is printed",
     USAGE: "the command line or a request file is wrong",
     RESOLVE: "a base or adapter cannot be found or read",
-    PLAN: "adapter and base do not fit, or are of a kind that is not merged",
+    PLAN: "adapter and base do not fit, or cannot be merged",
     WRITE: "the output cannot be written: it exists, the disk is full, …",
-    VERIFY: "an output failed verification, or there was nothing to compare it with; one that is being merged is not given its name",
-    BATCH: "some jobs of a batch have no output; the report says which, and why",
-    INTERRUPTED: "interrupted (Ctrl-C, SIGTERM, or SIGHUP of a terminal that is closed)",
+    VERIFY: "verification failed; a merge that fails it creates no output",
+    BATCH: "some jobs of a batch failed; the report lists them",
+    INTERRUPTED: "interrupted (Ctrl-C, SIGTERM, or a closed terminal)",
 }
 
 _CODES: tuple[tuple[type[LoraMergeError], int], ...] = (

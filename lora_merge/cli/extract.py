@@ -6,18 +6,22 @@ from typing import Any
 
 import click
 
+from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Verb, context_settings=SETTINGS)
 @options("extract")
 def extract(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
-    """Take a full fine-tune apart: a PEFT LoRA of what it changed in its base, and what that loses.
+    """Turn a full fine-tune into a LoRA.
+
+    Computes the difference between the fine-tuned model and its base, approximates it by a LoRA in PEFT's format,
+    and reports how much is lost.
 
     \b
     Examples:
-      lora-merge extract --base Llama-3-8B --tuned my-model --rank 64 --out my-lora
-      lora-merge extract --base Llama-3-8B --tuned my-model --energy 0.9 --save-modules --out my-lora
+      lora-merge extract --base Llama-3-8B --tuned mine --rank 64 -o my-lora
+      lora-merge extract --base Llama-3-8B --tuned mine --energy 0.9 -o my-lora
     """
     from lora_merge.conversion.extraction import extract_adapter
     from lora_merge.requests.parsing import parse_request

@@ -8,16 +8,17 @@ from typing import Any
 import click
 
 from lora_merge.cli import exits
+from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Verb, context_settings=SETTINGS)
 @options("inspect")
 def inspect(*, full: bool, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
-    """Describe an adapter: kind, rank and scale of every module, where it comes from, what engines make of it.
+    """Describe an adapter and which engines can serve it.
 
-    Without a base only the adapter's own files are read. With --base it is held against the base, and ‖Δ‖/‖W‖ of every
-    module is measured.
+    Shows the kind, rank and scale of every module, and the origin of the adapter. With --base, the adapter is also
+    compared with the base, and the relative size of its change, ‖Δ‖/‖W‖, is measured for every module.
 
     \b
     Examples:

@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
+from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options, request_of
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Verb, context_settings=SETTINGS)
 @options("merge")
 def merge(
     *,
@@ -22,14 +23,17 @@ def merge(
     verbose: bool,
     **flags: Any,
 ) -> None:
-    """Merge one adapter or several into their base model and write a plain Hugging Face checkpoint.
+    """Merge LoRA adapters into their base model.
+
+    The output is a plain Hugging Face checkpoint, which any engine loads without LoRA support. The word "merge"
+    can be left out: `lora-merge --adapter …`.
 
     \b
     Examples:
-      lora-merge merge --base Llama-3-8B --adapter my-lora --out merged
-      lora-merge merge --base Qwen/Qwen3-8B --adapter org/my-lora@v1 --out merged
-      lora-merge merge --config merge.yaml --out merged
-      lora-merge merge --base Llama-3-8B --adapter style:0.7 --adapter facts --out merged
+      lora-merge merge --base Llama-3-8B --adapter my-lora -o merged
+      lora-merge merge --base Qwen/Qwen3-8B --adapter org/my-lora@v1 -o merged
+      lora-merge merge --config merge.yaml -o merged
+      lora-merge merge --adapter style:0.7 --adapter facts -o merged
     """
     from lora_merge import api
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options, request_of
 from lora_merge.cli.voice import say
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Verb, context_settings=SETTINGS)
 @options("plan")
 def plan(
     *,
@@ -22,14 +23,16 @@ def plan(
     verbose: bool,
     **flags: Any,
 ) -> None:
-    """Plan a merge, write nothing, and print the plan; or how one module was matched: by which rule, to which
-    stored tensor, to which part of it.
+    """Show what a merge would do, and write nothing.
+
+    With --explain it shows how one module was matched: by which rule, to which stored tensor, and to which part
+    of that tensor.
 
     \b
     Examples:
       lora-merge plan --base Llama-3-8B --adapter my-lora
       lora-merge plan --base Llama-3-8B --adapter my-lora --survival
-      lora-merge plan --base Qwen3-30B-A3B --adapter my-lora --explain model.layers.0.mlp.experts.3.up_proj
+      lora-merge plan --adapter my-lora --explain model.layers.0.mlp.up_proj
     """
     from lora_merge import api
 

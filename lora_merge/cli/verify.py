@@ -7,23 +7,26 @@ from typing import Any
 import click
 
 from lora_merge.cli import exits
+from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Verb, context_settings=SETTINGS)
 @options("verify")
 def verify(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
-    """Verify a merged checkpoint, now or years later: whether engines can load all of it; whether it is, byte by byte,
-    what its manifest recorded; and where base and adapter are at hand, whether its tensors are theirs, recomputed.
+    """Check a merged checkpoint against base and adapter.
 
-    The last lines say what was checked and what was not. Where there is nothing to compare the output with (no manifest, no
-    base and adapter), verification fails: --level structure asks for its structure alone.
+    Checks that engines can load the checkpoint, that its bytes are those that its manifest recorded, and that its tensors
+    equal a new merge of base and adapter, if both are available.
+
+    The last lines list what was checked and what was not. Without a manifest and without base and adapter there
+    is nothing to compare with, and verification fails. To check the structure only, use --level structure.
 
     \b
     Examples:
       lora-merge verify merged
       lora-merge verify merged --forward
-      lora-merge verify merged --forward --engine vllm --engine-python ~/vllm/bin/python
+      lora-merge verify merged --forward --engine vllm
       lora-merge verify elsewhere --base Llama-3-8B --adapter my-lora --level full
     """
     from lora_merge import api

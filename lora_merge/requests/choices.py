@@ -14,6 +14,9 @@ ExpertLayout = Literal["out-in", "in-out", "unsloth"]
 Engine = Literal["vllm"]
 """Engines that `verify` can run."""
 
+Shell = Literal["bash", "zsh", "fish"]
+"""Shells in which the command completes."""
+
 Link = Literal["copy", "reflink", "hard"]
 Naming = Literal["v4", "v5"]
 """Major versions of transformers whose names modules can have."""

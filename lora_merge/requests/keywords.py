@@ -31,69 +31,71 @@ class PlanOptions(TypedDict, total=False):
     """Keywords of `lora_merge.plan`."""
 
     base: str | PathLike[str] | None
-    """Base model: a directory, or org/name[@revision] on the Hub. Default: the one that the adapter names."""
+    """Base model: a directory or Hub repo. A repo is written as org/name or org/name@revision. Default: the
+    adapter's."""
 
     base_is: BaseIs | None
-    """What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter: the model as published, or what
-    the initialisation left of it."""
+    """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:
+    the model that the initialisation saved."""
 
     expert_layout: str | Sequence[str]
-    """What cannot be seen of stacked experts: how the base stores a square one in the adapter's terms;
-    Unsloth's packing of B. May be repeated."""
+    """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
+    in-out), or adapters trained with Unsloth. May be repeated."""
 
     ignore_file: str | Sequence[str]
-    """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
-    such as 'model-*'. May be repeated."""
+    """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be
+    repeated."""
 
     combine: Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
-    """How several adapters become one change of each weight. Default: linear, their weighted sum."""
+    """Method to combine several adapters. Default: linear, the weighted sum."""
 
     density: float
-    """Share of each change that ties and dare keep. Default: 0.5."""
+    """Share of each delta that TIES and DARE keep. Default: 0.5."""
 
     seed: int
-    """Of what dare drops, and of stochastic rounding. Default: 0."""
+    """Random seed for DARE and stochastic rounding. Default: 0."""
 
     dtype: OutputDtype | None
-    """Store the weights in this dtype. Default: the base's, tensor by tensor."""
+    """Dtype of the merged weights. Default: the base's."""
 
     out_storage: OutputStorage | None
-    """How a quantised base's weights are stored: all dense; dense where they change and as they are elsewhere
-    (mixed); or as the base stores them, with new codes on its own scales (base). Default: dense, unless no
-    quantised weight changes: then all are copied."""
+    """Storage of a quantised base's weights. dense: all dequantised. mixed: only the merged ones dequantised.
+    base: all stay quantised, on the base's scales. Default: dense if a quantised weight changes, else
+    base."""
 
     quantize: str | None
-    """Quantise the linear layers: fp8 (all engines load it), fp8-block, fp8-channel, int8, int4, int4-g32,
-    int4-asym, int4-asym-g32, mxfp4, mxfp8 or nvfp4. Default: they stay as they are."""
+    """Quantise the merged linear layers. Schemes: fp8 (every engine loads it), fp8-block, fp8-channel, int8,
+    int4, int4-g32, int4-asym, int4-asym-g32, mxfp4, mxfp8, nvfp4. Default: no quantisation."""
 
     ignore: str | Sequence[str]
-    """With --quantize, leave these modules dense: a name, or a pattern such as '*.o_proj'."""
+    """With --quantize, keep these modules dense. A name, or a pattern such as '*.o_proj'. May be repeated."""
 
     rounding: RoundingMethod | None
-    """Which number a merged value becomes: the nearest; one that keeps the adapter's effect (adapter); or a
-    neighbour at random (stochastic). Default: nearest; with --out-storage base, adapter."""
+    """How merged values are rounded. nearest: to the nearest number. adapter: so that the adapter's effect is
+    kept. stochastic: to a random neighbour. Default: nearest; adapter with --out-storage base."""
 
     allow_loss: bool
-    """Write the output even if rounding loses more than half of the adapter's change."""
+    """Allow an output that keeps less than half of the adapter's effect after rounding."""
 
     max_shard_size: str | int | None
-    """Split the weights into files of at most this size, such as 5GB. Default: the base's own files."""
+    """Largest size of a weight file, such as 5GB. Default: the base's files."""
 
     allow_untie: bool
-    """Untie the embeddings even of a family that engines tie whatever its config says."""
+    """Untie the embeddings of a model family that engines always tie."""
 
     allow_svd: bool
-    """Merge OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it otherwise."""
+    """Merge OSF, PSOFT and AdaMSS adapters. They decompose the base by SVD, and the result may differ between
+    machines."""
 
     allow_again: bool
-    """Merge an adapter into a base that has it merged into it already."""
+    """Merge an adapter a second time into a base that already contains it."""
 
     token: str | None
-    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
-    HF_TOKEN, or the login."""
+    """Hub token for private and gated repos. The environment variable HF_TOKEN is safer: process lists do not
+    show it. Default: HF_TOKEN, or the login."""
 
     offline: bool
-    """Take models and adapters from the local cache, and ask no hub."""
+    """Use the local cache only. No network access."""
 
 
 class MergeOptions(PlanOptions, total=False):
@@ -103,218 +105,225 @@ class MergeOptions(PlanOptions, total=False):
     """Treat warnings as errors."""
 
     device: str
-    """Do the arithmetic here. Default: auto, the CPU."""
+    """Device for the arithmetic. Default: auto, the CPU."""
 
     workers: int | None
-    """Workers, at most. Default: the usable cores, up to 8."""
+    """Largest number of workers. Default: cores, at most 8."""
 
     executor: Literal["auto", "serial", "threads", "processes"]
-    """What runs the workers. Each process loads torch for itself, which takes seconds and memory. The output
-    is the same. Default: auto, threads."""
+    """How workers run. Processes each load torch, which takes seconds and memory. The output is the same.
+    Default: auto, threads."""
 
     memory_limit: str | int | None
-    """Hold no more than this in memory, such as 2GB: fewer workers and smaller tiles, or a refusal. Default:
-    what is free."""
+    """Memory to use at most, such as 2GB. It leads to fewer workers and smaller tiles, or an error if it is
+    too little. Default: free memory."""
 
     link: Link | None
-    """How weight files that nothing changes come into the output; a hard link is the base's own file under a
-    second name. Default: reflink where the filesystem has it, else copy."""
+    """How unchanged weight files get into the output. A hard link shares the file with the base. Default:
+    reflink if the filesystem supports it, else copy."""
 
     verify: VerifyLevel
-    """Check the output before it gets its name: three rows of each merged tensor, or everything. Default:
-    sample."""
+    """How much to verify before publishing. sample: three rows of each merged tensor. full: everything.
+    Default: sample."""
 
     overwrite: bool
-    """Replace an existing output, once the new one is whole."""
+    """Replace an existing output. The old one is removed when the new one is complete."""
 
     resume: bool
-    """Go on where an interrupted run to this output stopped, if it was the same merge; what it has written is
-    checked first."""
+    """Continue an interrupted run. If it was the same merge, its finished tensors are checked and kept."""
 
 
 class VerifyOptions(TypedDict, total=False):
     """Keywords of `lora_merge.verify`."""
 
     base: str | PathLike[str] | None
-    """What it was merged into. Default: what its manifest names."""
+    """Base model that it was made from. Default: the one in its manifest."""
 
     adapter: AdapterPaths
-    """What was merged into it; repeat it for several. Default: what its manifest names."""
+    """Adapter that was merged. May be repeated. Default: the one in its manifest."""
 
     level: ProofLevel
-    """sample: check every merged row by random projections, and recompute some; full: recompute all;
-    structure: compare nothing. Default: sample."""
+    """How much to check. sample: all merged rows by random projections, and some recomputed. full: all
+    recomputed. structure: names, shapes and files only. Default: sample."""
 
     forward: bool
-    """Run base and adapter, unmerged, and the merged checkpoint, and compare what they compute."""
+    """Compare the logits of base + adapter (unmerged) with those of the merged checkpoint."""
 
     engine: Engine | None
-    """Ask this engine too, with no LoRA support."""
+    """Also run the checkpoint in this engine, without LoRA."""
 
     engine_python: str | PathLike[str] | None
-    """Python interpreter that has the engine. Default: this one, or LORA_MERGE_ENGINE_PYTHON."""
+    """Python interpreter of the engine's environment. Default: the current one."""
 
     prompt: str | Sequence[str]
-    """Ask this; may be repeated. Default: three texts, and tokens drawn from the vocabulary."""
+    """Prompt for --forward. May be repeated. Default: three texts and random tokens."""
 
     n_tokens: int
-    """Tokens that each prompt is answered with. Default: 8."""
+    """Tokens to generate for each prompt. Default: 8."""
 
     tolerance: float | None
-    """Largest difference of two logits that passes. Default: what rounding to the stored dtype explains,
-    measured."""
+    """Largest difference between logits that passes. Default: measured from the rounding of the stored
+    dtype."""
 
     dtype: OutputDtype
-    """What the models compute in; a half dtype takes half the memory and hides more. Default: float32."""
+    """Dtype for --forward. bfloat16 and float16 need half the memory and find fewer differences. Default:
+    float32."""
 
     trust_remote_code: bool
-    """Run the code that the checkpoint carries, where transformers has no class for the model."""
+    """Run the checkpoint's own Python code. For models that transformers does not support."""
 
     ignore_file: str | Sequence[str]
-    """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
-    such as 'model-*'. May be repeated."""
+    """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be
+    repeated."""
 
     token: str | None
-    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
-    HF_TOKEN, or the login."""
+    """Hub token for private and gated repos. The environment variable HF_TOKEN is safer: process lists do not
+    show it. Default: HF_TOKEN, or the login."""
 
     offline: bool
-    """Take models and adapters from the local cache, and ask no hub."""
+    """Use the local cache only. No network access."""
 
 
 class InspectOptions(TypedDict, total=False):
     """Keywords of `lora_merge.inspect`."""
 
     base: str | PathLike[str] | None
-    """Base model: a directory, or org/name[@revision] on the Hub. Default: none, or where one is needed the
-    one that the adapter names."""
+    """Base model: a directory or Hub repo. A repo is written as org/name or org/name@revision. Default: the
+    adapter's, if one is needed."""
 
     base_is: BaseIs | None
-    """What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter."""
+    """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:
+    the model that the initialisation saved."""
 
     expert_layout: str | Sequence[str]
-    """What cannot be seen of stacked experts."""
+    """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
+    in-out), or adapters trained with Unsloth. May be repeated."""
 
     ignore_file: str | Sequence[str]
-    """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
-    such as 'model-*'. May be repeated."""
+    """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be
+    repeated."""
 
     engine: Literal["vllm", "lmdeploy", "lorax", "sglang", "tgi", "llamacpp"] | None
     """Report on this engine only."""
 
     plot: str | PathLike[str] | None
-    """Draw a heat map of layers and modules into a .png, .svg or .html file: rank, and with a base how large
-    the change is."""
+    """Draw a heat map of layers and modules to a .png, .svg or .html file. It shows ranks, and with --base
+    the size of each delta."""
 
     strict: bool
     """Treat warnings as errors."""
 
     token: str | None
-    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
-    HF_TOKEN, or the login."""
+    """Hub token for private and gated repos. The environment variable HF_TOKEN is safer: process lists do not
+    show it. Default: HF_TOKEN, or the login."""
 
     offline: bool
-    """Take models and adapters from the local cache, and ask no hub."""
+    """Use the local cache only. No network access."""
 
 
 class ConvertOptions(TypedDict, total=False):
     """Keywords of `lora_merge.convert`."""
 
     engine: Literal["vllm", "lmdeploy", "lorax", "sglang", "tgi", "llamacpp"] | None
-    """Do whatever this engine needs, by the rules that inspect reports, and check that it is enough."""
+    """Make all changes that this engine needs. The rules are those that inspect reports; the result is
+    checked against them."""
 
     expand_targets: bool
-    """List the modules in place of a regex, layers and exclusions."""
+    """Write target_modules as a plain list. It replaces a regex, layers_to_transform and exclude_modules."""
 
     bake_scale: bool
-    """Fold rsLoRA, α and its patterns into B: α/r is 1 then."""
+    """Fold the scale into B, so that α/r is 1. Covers rsLoRA, lora_alpha and alpha_pattern."""
 
     rank: int | None
-    """Keep the N largest singular values of each module's change, at most; says what is lost. A smaller rank
-    stays: see --pad-rank."""
+    """Reduce every module to at most rank N, by SVD. The loss is reported. Smaller ranks stay: see
+    --pad-rank."""
 
     energy: float | None
-    """Keep as many as make up this share of the sum of their squares, such as 0.99."""
+    """Choose each rank to keep this share of the squared singular values. Example: 0.99."""
 
     pad_rank: int | None
-    """Give every module the rank N, with zeros."""
+    """Pad every module to rank N with zeros."""
 
     to_lora: bool
-    """Make plain LoRA of any other kind: AdaLoRA exactly; DoRA, LoHa, IA3, OFT, whole modules and so on by
-    --rank or --energy of what they change in the base."""
+    """Turn another kind of adapter into a plain LoRA. AdaLoRA is exact. DoRA, LoHa, IA3, OFT and full modules
+    are approximated: give --rank or --energy, and --base."""
 
     rename: Naming | None
-    """Name modules as transformers 4 or 5 does."""
+    """Use the module names of transformers 4 or 5."""
 
     experts: ExpertForm | None
-    """``split``: LoRA on every expert by itself. ``fuse``: LoRA on the parameters that hold all experts."""
+    """``split``: Write one LoRA per MoE expert. ``fuse``: Write one LoRA for the fused weights of all MoE
+    experts."""
 
     dtype: OutputDtype | None
-    """Store the factors in this dtype. Default: the adapter's, where it holds them exactly, else float32."""
+    """Dtype of the LoRA weights. Default: the adapter's if exact, else float32."""
 
     format: AdapterFormat
-    """Write PEFT's files, a GGUF file for llama.cpp, or mlx-lm's files. Default: peft."""
+    """Format of the output: PEFT, GGUF for llama.cpp, or mlx-lm. Default: peft."""
 
     base: str | PathLike[str] | None
-    """Base model: a directory, or org/name[@revision] on the Hub. Default: none, or where one is needed the
-    one that the adapter names."""
+    """Base model: a directory or Hub repo. A repo is written as org/name or org/name@revision. Default: the
+    adapter's, if one is needed."""
 
     base_is: BaseIs | None
-    """What the base is to a PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA adapter."""
+    """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:
+    the model that the initialisation saved."""
 
     expert_layout: str | Sequence[str]
-    """What cannot be seen of stacked experts."""
+    """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
+    in-out), or adapters trained with Unsloth. May be repeated."""
 
     ignore_file: str | Sequence[str]
-    """Leave this file of the adapter's folder out, though it may hold weights: a name, a folder, or a pattern
-    such as 'model-*'. May be repeated."""
+    """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be
+    repeated."""
 
     allow_svd: bool
-    """Take apart OSF, PSOFT and AdaMSS, which decompose the base anew; another machine may do it
-    otherwise."""
+    """Convert OSF, PSOFT and AdaMSS adapters. They decompose the base by SVD, and the result may differ
+    between machines."""
 
     overwrite: bool
-    """Replace an existing output, once the new one is whole."""
+    """Replace an existing output. The old one is removed when the new one is complete."""
 
     strict: bool
     """Treat warnings as errors."""
 
     token: str | None
-    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
-    HF_TOKEN, or the login."""
+    """Hub token for private and gated repos. The environment variable HF_TOKEN is safer: process lists do not
+    show it. Default: HF_TOKEN, or the login."""
 
     offline: bool
-    """Take models and adapters from the local cache, and ask no hub."""
+    """Use the local cache only. No network access."""
 
 
 class ExtractOptions(TypedDict, total=False):
     """Keywords of `lora_merge.extract`."""
 
     rank: int | None
-    """Keep the N largest singular values of each change."""
+    """Rank of the LoRA: singular values kept per module."""
 
     energy: float | None
-    """Keep as many as make up this share of the sum of their squares, such as 0.9; with --rank, at most N."""
+    """Choose each rank to keep this share of the squared singular values. Example: 0.9; with --rank N, at
+    most N."""
 
     target: str | Sequence[str]
-    """Take modules whose paths end in this, such as q_proj; may be repeated. Default: all that LoRA can
-    hold."""
+    """Extract only modules with this name, such as q_proj. May be repeated. Default: every layer that LoRA
+    supports."""
 
     save_modules: bool
-    """Carry whole what no LoRA holds: embeddings, norms, biases."""
+    """Store changed embeddings, norms and biases in full."""
 
     dtype: OutputDtype | None
-    """Store the factors in this dtype. Default: float32."""
+    """Dtype of the LoRA weights. Default: float32."""
 
     overwrite: bool
-    """Replace an existing output, once the new one is whole."""
+    """Replace an existing output. The old one is removed when the new one is complete."""
 
     strict: bool
     """Treat warnings as errors."""
 
     token: str | None
-    """For private and gated repos of the Hub; safer in HF_TOKEN, which no list of processes shows. Default:
-    HF_TOKEN, or the login."""
+    """Hub token for private and gated repos. The environment variable HF_TOKEN is safer: process lists do not
+    show it. Default: HF_TOKEN, or the login."""
 
     offline: bool
-    """Take models and adapters from the local cache, and ask no hub."""
+    """Use the local cache only. No network access."""

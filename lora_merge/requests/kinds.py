@@ -17,6 +17,7 @@ from lora_merge.requests.choices import (
     OutputStorage,
     ProofLevel,
     RoundingMethod,
+    Shell,
     VerifyLevel,
 )
 from lora_merge.requests.inputs import path_text, switch, texts
@@ -90,6 +91,7 @@ FORMAT = Kind(
 LEVEL = Kind("ProofLevel", values.parse_choice(ProofLevel, "level"), choices=get_args(ProofLevel))
 EXECUTOR = Kind("str", values.parse_name(_executors, "executor"), names=_executors)
 LINK = Kind("Link", values.parse_choice(Link, "way to link"), _shown(Link))
+SHELL = Kind("Shell", values.parse_choice(Shell, "shell"), choices=get_args(Shell))
 NAMING = Kind("Naming", values.parse_choice(Naming, "naming"), choices=get_args(Naming))
 SERVING = Kind(
     "str", values.parse_name(_serving_engines, "engine"), names=_serving_engines, is_completed=True

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 Names = Callable[[], tuple[str, ...]]
 """Returns the keys of a table."""
 
-Verb = Literal["merge", "plan", "verify", "inspect", "convert", "extract", "batch"]
+Verb = Literal["merge", "plan", "verify", "inspect", "convert", "extract", "batch", "doctor", "completion"]
 
 
 class Required:
@@ -58,6 +58,15 @@ class Kind:
     file: Literal["", "existing", "new", "any"] = ""
     """What the command checks about a path: ``existing``, a file that is there; ``new``, not a directory; ``any``, readable if it
     is there. Empty checks nothing."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Values that a shell can offer; empty where there is no fixed set."""
+        if self.choices or self.names is not None:
+            return self.choices or (self.names() if self.names is not None else ())
+        shown = self.metavar.strip("[]") if self.metavar.startswith("[") else ""
+        # ``cuda:N`` is a pattern, not a value.
+        return tuple(word for word in shown.split("|") if word and not word.endswith(":N"))
 
     @property
     def python_type(self) -> str:

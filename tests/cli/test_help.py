@@ -98,12 +98,74 @@ def test_the_generated_page_is_current():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_help_of_the_group_lists_the_options_and_the_exit_codes(cli):
+def test_the_long_help_explains_every_option_of_a_merge_and_every_exit_code(cli):
+    text = cli("--help-all").output
+
+    assert all(meaning in " ".join(text.split()) for meaning in exits.MEANINGS.values())
+    for option in app.commands["merge"].params:
+        assert option.opts[-1] in text
+        assert " ".join(option.help.split()) in " ".join(text.split())
+
+
+def test_the_short_help_lists_commands_first_and_fits_two_screens(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     text = cli("--help").output
 
-    assert "--adapter DIR" in text
-    for meaning in exits.MEANINGS.values():
-        assert " ".join(meaning.split()[:4]) in text
+    assert len(text.splitlines()) < 60
+    assert text.index("Commands:") < text.index("Base and adapters:") < text.index("Output:")
+    for name, command in app.commands.items():
+        assert re.search(rf"^  {name} +{re.escape(command.help.partition(chr(10))[0])}$", text, re.MULTILINE)
+
+
+def test_the_short_help_names_every_option(cli):
+    named = set(re.findall(r"--[a-z][a-z-]*", cli("--help").output))
+
+    assert {option.opts[-1] for option in app.commands["merge"].params} <= named
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=[name for name, _ in COMMANDS])
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_no_line_of_help_breaks_a_word(name, command, columns, cli, monkeypatch):
+    """The words of the page are the same, however wide it is."""
+
+    def page(columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return cli(*([] if command is app else [name]), "--help").output
+
+    wide = page(100)
+    text = page(columns)
+
+    assert text.split() == wide.split()
+    for line in text.splitlines():
+        # Only what cannot be broken at all may stick out: an example, a list of values.
+        assert len(line) <= columns or columns < 80 or len(line.split()) == 1, line
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS[1:], ids=[name for name, _ in COMMANDS[1:]])
+def test_every_option_is_in_a_group(name, command):
+    from lora_merge.cli.groups import OTHER
+
+    groups = command.groups(click.Context(command))
+
+    assert OTHER not in [group.title for group in groups]
+    listed = [option.name for group in groups for option in group.all]
+    assert {one.name for one in command.params if isinstance(one, click.Option)} <= set(listed)
+
+
+def test_a_group_names_no_option_that_is_gone():
+    from lora_merge.cli.groups import GROUPS
+    from lora_merge.requests.table import OPTIONS
+
+    known = {option.name for option in OPTIONS} | {"help", "_click_default_help", "report"}
+    names = [name.rpartition(":")[2] for group in GROUPS for name in (*group.names, *group.rare)]
+    assert set(names) <= known
+
+
+@pytest.mark.parametrize("verb", ["merge", "convert", "extract"])
+def test_out_has_a_short_name(verb):
+    (out,) = [option for option in app.commands[verb].params if option.name == "out"]
+
+    assert out.opts == ["-o", "--out"]
 
 
 @pytest.mark.parametrize(
