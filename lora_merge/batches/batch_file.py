@@ -75,7 +75,7 @@ def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[J
     for key in values:
         if key not in _TOP_KEYS:
             raise RequestError(
-                path, lines.get(key, 0), str(key), "is no key of a batch", hint=close_hint(key, _TOP_KEYS)
+                path, lines.get(key, 0), str(key), "unknown key for a batch", hint=close_hint(key, _TOP_KEYS)
             )
     defaults, own_lines = _defaults(path, values, node)
     entries = _entries(path, values, node, own_lines)
@@ -83,9 +83,9 @@ def read_batch(path: str, overrides: Mapping[str, Any] | None = None) -> tuple[J
     for entry in entries:
         for job in _jobs(entry, defaults, overrides or {}):
             jobs.append(job)
-            # Checked while jobs are made, since an entry may stand for very many.
+            # Checked while jobs are made, since an entry may expand to very many.
             if len(jobs) > MAX_JOBS:
-                raise entry.error("jobs", f"stands for more than {MAX_JOBS} jobs, with those before it")
+                raise entry.error("jobs", f"the batch has more than {MAX_JOBS} jobs, counting this entry")
     _check_apart(path, jobs)
     return tuple(jobs)
 
@@ -104,7 +104,7 @@ def _defaults(
     for key in defaults:
         if key not in _MERGE_KEYS | _CONVERT_KEYS:
             hint = close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
-            raise RequestError(path, lines.get(key, 0), str(key), "is no key of a request", hint=hint)
+            raise RequestError(path, lines.get(key, 0), str(key), "unknown key for defaults", hint=hint)
     return defaults, lines
 
 
@@ -116,7 +116,11 @@ def _entries(
     if not isinstance(listed, list) or not listed:
         line = _lines(node).get("jobs", 1)
         raise RequestError(
-            path, line, "jobs", f"is {shown(listed)}", hint="a batch is a list of jobs: - adapter: …"
+            path,
+            line,
+            "jobs",
+            f"is {shown(listed)}, expected a list of jobs",
+            hint="write a list, one entry for each job: - adapter: …",
         )
     nodes = _node_of(node, "jobs").value
     for entry, where in zip(listed, nodes, strict=True):
@@ -124,7 +128,7 @@ def _entries(
         if not isinstance(entry, dict):
             # A text is not repeated: it may be a token.
             what = "a text" if isinstance(entry, str) else shown(entry)
-            raise RequestError(path, line, "jobs", f"has {what}, expected a table of keys")
+            raise RequestError(path, line, "jobs", f"a job is {what}, expected a table of keys")
         yield _Entry(path, line, entry, {**lines, **_lines(where)})
 
 
@@ -134,7 +138,7 @@ def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, An
     matrix = entry.values.get("matrix")
     converts = "convert" in own or (isinstance(matrix, dict) and "convert" in matrix)
     # ``defaults`` may serve merges and conversions, so keys of the other kind are left out below.
-    kind_keys = _CONVERT_KEYS if converts else _MERGE_KEYS
+    kind, kind_keys = ("conversion", _CONVERT_KEYS) if converts else ("merge", _MERGE_KEYS)
     for cell in _cells(entry):
         words = {key: str(value) for key, value in cell.items()}
         fields = {key: value for key, value in cell.items() if key in kind_keys | {"convert"}}
@@ -142,13 +146,13 @@ def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, An
         # A word of the matrix has to be a key or to occur in a template; otherwise it is a typo.
         for word in words.keys() - fields.keys():
             if f"{{{word}}}" not in str({**own, "name": entry.values.get("name")}):
-                sentence = f"has {word!r}, which is no key of such a job, and {{{word}}} stands nowhere"
+                sentence = f"{quoted(word)} is not a key of a {kind}, and no template uses {{{word}}}"
                 raise entry.error("matrix", sentence, close_hint(word, sorted(kind_keys)))
         wanted |= {key: _worded(wanted[key], words) for key in _GLOBBED if key in wanted}
         for key in wanted:
             if key not in kind_keys | {"convert"}:
                 raise entry.error(
-                    str(key), "is no key of such a job", close_hint(key, sorted(kind_keys | _OWN_KEYS))
+                    str(key), f"unknown key for a {kind}", close_hint(key, sorted(kind_keys | _OWN_KEYS))
                 )
         for values, matched in _expanded(entry, wanted):
             yield _job(entry, {**values, **overrides}, {**matched, **words})
@@ -180,9 +184,9 @@ def _cells(entry: _Entry) -> Iterator[dict[str, Any]]:
 
 
 def _check_count(entry: _Entry, key: str, counts: list[int]) -> None:
-    """Raise an error if an entry stands for more jobs than a batch can have, before any of them is made."""
+    """Raise an error if an entry expands to more jobs than a batch can have, before any of them is made."""
     if prod(counts) > MAX_JOBS:
-        sentence = f"stands for {' × '.join(map(str, counts))} jobs, expected {MAX_JOBS} at most"
+        sentence = f"expands to {' × '.join(map(str, counts))} jobs, expected at most {MAX_JOBS}"
         raise entry.error(key, sentence)
 
 
@@ -197,8 +201,8 @@ def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str,
         if isinstance(values.get(key), list) and any(_is_wild(str(item)) for item in values[key]):
             raise entry.error(
                 key,
-                "has a wildcard in a list, and all of a list are merged into one",
-                "list them, or name one with a wildcard",
+                "a list cannot contain wildcards: all its adapters are merged into one output",
+                "list each adapter, or give a single text with a wildcard",
             )
     found = {}
     for key, pattern in patterns.items():
@@ -207,7 +211,7 @@ def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str,
         except ResolveError as exc:
             raise entry.error(key, str(exc), exc.hint) from exc
         if not found[key]:
-            raise entry.error(key, f"{pattern} matches no directory")
+            raise entry.error(key, f"{pattern} matches no directory", "check the path and its wildcards")
     _check_count(entry, next(iter(found), ""), [len(places) for places in found.values()])
     for chosen in product(*found.values()):
         words = [word for _, captured in chosen for word in captured]
@@ -240,7 +244,7 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
         raise entry.error(
             "out",
             "is missing",
-            "say where the output goes; {adapter}, {parent}, {base} and {1} are filled in",
+            "add out: PATH; {adapter}, {parent}, {base} and {1} are filled in",
         )
     try:
         request = _convert_request(filled) if converts else _merge_request(filled)
@@ -253,7 +257,11 @@ def _job(entry: _Entry, values: Mapping[str, Any], words: Mapping[str, str]) -> 
 def _merge_request(values: Mapping[str, Any]) -> Request:
     if "adapter" not in values:
         raise RequestError(
-            "", 0, "adapter", "is missing", hint="a job has an adapter, or converts one: convert: …"
+            "",
+            0,
+            "adapter",
+            "is missing",
+            hint="add adapter: PATH to merge one, or convert: PATH to convert one",
         )
     # Resumes by default, so that a batch that is run again continues.
     return validated(Request, parse_values(Request, {"resume": True, **values}))
@@ -308,9 +316,7 @@ def _filled(entry: _Entry, key: str, template: Any, known: Mapping[str, str]) ->
     def fill(match: re.Match[str]) -> str:
         if match[1] not in known:
             listed = ", ".join(f"{{{word}}}" for word in known)
-            raise entry.error(
-                key, f"{quoted(template)} has {match[0]}, which nothing fills", f"known here: {listed}"
-            )
+            raise entry.error(key, f"unknown field {match[0]} in {quoted(template)}", f"use one of {listed}")
         return known[match[1]]
 
     return _FIELD.sub(fill, template)
@@ -325,16 +331,18 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
 
     for job in jobs:
         if job.name in names:
-            sentence = f"is {job.name} a second time (first on line {names[job.name].line})"
-            raise RequestError(file, job.line, "name", sentence, hint="tell them apart: {adapter}, {1} …")
+            sentence = f"two jobs are named {job.name} (the other is on line {names[job.name].line})"
+            raise RequestError(
+                file, job.line, "name", sentence, hint="make names differ, for example with {adapter} or {1}"
+            )
         names[job.name] = job
         out = _path(file, job, "out", job.request.out)
         other = next((outs[path] for path in (out, *out.parents) if path in outs), None)
         # In both directions: an output inside another one, or around it.
         other = other or above.get(out)
         if other is not None:
-            sentence = f"{job.request.out} is the output of {other.name} (line {other.line}), or lies in it"
-            raise RequestError(file, job.line, "out", sentence, hint="give every job an output of its own")
+            sentence = f"{job.request.out} overlaps the output of {other.name} (line {other.line})"
+            raise RequestError(file, job.line, "out", sentence, hint="give each job a separate output")
         outs[out] = job
         above |= dict.fromkeys(out.parents, job)
     for job in jobs:
@@ -342,9 +350,13 @@ def _check_apart(file: str, jobs: list[Job]) -> None:
             path = _path(file, job, key, text)
             writer = next((outs[place] for place in (path, *path.parents) if place in outs), None)
             if writer is not None:
-                sentence = f"{text} is what {writer.name} (line {writer.line}) writes"
+                sentence = f"{text} is the output of {writer.name} (line {writer.line})"
                 raise RequestError(
-                    file, job.line, key, sentence, hint="jobs have no order: use a batch for each step"
+                    file,
+                    job.line,
+                    key,
+                    sentence,
+                    hint="use one batch for each step: the jobs of a batch have no order",
                 )
 
 

@@ -8,6 +8,7 @@ from lora_merge.errors import WriteError
 from lora_merge.merging.budget import peak_together
 from lora_merge.requests.sizes import parse_size
 from lora_merge.runtime import machine
+from lora_merge.words import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,8 +38,8 @@ def shortage(merges: Sequence[Prepared]) -> WriteError | None:
     free = min(one.summary.disk_free_bytes for one in merges)
     if needed <= free:
         return None
-    sentence = f"{merges[0].out.parent}: {len(merges)} outputs need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
-    return WriteError(sentence, hint="free some, or choose another place")
+    sentence = f"{merges[0].out.parent}: {len(merges)} outputs need {size_text(needed)}, but their disk has only {size_text(free)} free"
+    return WriteError(sentence, hint="free disk space, or write them to another disk")
 
 
 def _disk(out: Path) -> int:

@@ -205,7 +205,7 @@ class Batch:
             staging.clear_spent(out, MARKS if is_merge else conversion.MARKS, resumes=is_merge)
         task.notes = found.notes
         if found.fault:
-            task.notes = (warning("made-anew", str(out), f"{found.fault}, so it is made anew"),)
+            task.notes = (warning("made-anew", str(out), f"out of date, so it is made again: {found.fault}"),)
         return found.is_current
 
     def _groups(self) -> list[list[_Task]]:
@@ -296,7 +296,7 @@ class Batch:
                     crew.begin((number, [task.job for task in groups[number]], n_workers))
                 except OSError as exc:
                     for task in groups[number]:
-                        self._fail(task, WriteError(f"no process can be started for it ({exc.strerror})"))
+                        self._fail(task, WriteError(f"cannot start a process for this job ({exc.strerror})"))
             if crew.is_idle:
                 return
             self._take_all(crew)
@@ -334,7 +334,7 @@ def _elsewhere(errand: _Errand) -> list[JobReport]:
         for job in jobs
     ]
     # Whether the batch goes on after a failure is decided by the parent.
-    batch = Batch(own, _Nobody(), keep_going=True)
+    batch = Batch(own, _Silent(), keep_going=True)
     with contextlib.suppress(KeyboardInterrupt):
         batch.run()
     be_idle()
@@ -356,8 +356,8 @@ def _check_fault(found: Standing, out: Path, request: Request | ConvertRequest) 
     """
     if found.fault and not request.overwrite:
         raise WriteError(
-            f"{out}: already exists, and is not what this job makes: {found.fault}",
-            hint="--overwrite makes it anew, and what is in it now is gone then; or choose another --out",
+            f"{out}: already exists and is not up to date: {found.fault}",
+            hint="pass --overwrite to replace it (its present content is deleted), or choose another --out",
         )
 
 
@@ -369,14 +369,14 @@ def _loss(found: Broken) -> LoraMergeError:
     """Return the error for jobs whose process ended, or failed to report."""
     if found.kind:
         return BugError(found.kind, found.text, found.traceback)
-    hint = "run again to go on; a smaller --jobs takes less memory"
+    hint = "run the command again to continue; a smaller --jobs needs less memory"
     return WriteError(
-        f"its process ended before its time ({found.text}), perhaps for want of memory", hint=hint
+        f"its process ended unexpectedly ({found.text}), perhaps because memory ran out", hint=hint
     )
 
 
-class _Nobody:
-    """An observer that hears nothing."""
+class _Silent:
+    """An observer that ignores everything."""
 
     def phase(self, name: str, total_bytes: int) -> None: ...
 

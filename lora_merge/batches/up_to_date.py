@@ -143,7 +143,7 @@ class _Looked:
             for one in table["adapters"]
         ]
         if found != wanted:
-            yield "it was made from other adapters, or these have changed"
+            yield "it was made from other adapters, or the adapters have changed"
         options = record_of(planned.request)
         then = self._manifest.options
         if then != options:
@@ -158,7 +158,7 @@ class _Looked:
             name: (one.action, one.file, one.dtype, one.shape) for name, one in self._manifest.tensors.items()
         }
         if recorded != slots:
-            yield "its tensors are others than base and adapters make now"
+            yield "base and adapters would now give other tensors (names, dtypes or shapes)"
 
     def _missing(self) -> Iterator[str]:
         """Yield files that are missing."""
@@ -176,11 +176,11 @@ class _Looked:
             wanted[INDEX_FILE] = text_digest(plan.index)
         for name, digest in wanted.items():
             if name not in recorded or recorded[name].digest != digest:
-                yield f"{name}: would be another one now"
+                yield f"{name}: would have another content now"
             if file_digest(self._out / name) != digest:
-                yield f"{name}: is not what was written"
+                yield f"{name}: has changed since it was written"
         for name in recorded.keys() - wanted.keys() - {CARD_FILE}:
-            yield f"{name}: is not part of the output any more"
+            yield f"{name}: is no longer part of the output"
         # A card may be edited. One that is empty, has zero bytes or is cut short is damaged.
         text = read_text(self._out / CARD_FILE)
         if not text.strip() or "\0" in text or (text != self._card() and self._card().startswith(text)):
@@ -195,7 +195,7 @@ class _Looked:
         recorded = self._manifest.side_files.get(CARD_FILE)
         same = text == self._card() if recorded is None else text_digest(text) == recorded.digest
         if not same and (recorded is not None or is_of_this_version):
-            yield warning("edited-card", CARD_FILE, "is not what was written, and is left as it is")
+            yield warning("edited-card", CARD_FILE, "was edited; the edited file is kept")
 
     def _provenance(self) -> Any:
         """Return what this merge would be made from and with. Paths are those that the manifest recorded."""
@@ -218,7 +218,7 @@ class _Looked:
             with open_source(self._out / file.name) as source:
                 has_its_header = has_header(source, file)
             if not has_its_header:
-                yield f"{file.name}: its header is not what was written"
+                yield f"{file.name}: its header has changed since it was written"
 
     def _weights(self) -> Iterator[str]:
         """Yield tensors that differ from what was written, among those in doubt."""
@@ -240,7 +240,7 @@ class _Looked:
             if slot.file in doubtful or (slot in looked_at and _looks_wrong(here, sources.get(slot.name)))
         ]
         for ref in self._others(Plain(_digested), refs, lambda ref: self._manifest.tensors[ref.name].digest):
-            yield f"{Path(ref.file).relative_to(self._out)}: {ref.name} is not what was written"
+            yield f"{Path(ref.file).relative_to(self._out)}: {ref.name} has changed since it was written"
 
     def _is_doubtful(self, name: str) -> bool:
         """Return True if a weight file is newer than the output, or has a hole where data should be."""
@@ -264,14 +264,14 @@ class _Looked:
         for ref in self._others(
             Plain(_digested), list(copies), lambda ref: then[copies[ref].main.name].digest
         ):
-            yield f"the base has changed: {ref.file}: {ref.name} is not what was merged"
+            yield f"the base has changed: {ref.file}: {ref.name} differs from what was merged"
         merges = {step.main: step for step in steps if isinstance(step.op, Merge)}
         if not merges:
             return
         try:
             device, _ = pick_device(self._planned.request.device)
         except NoDeviceError as exc:
-            yield f"the base may have changed, and {exc}"
+            yield f"the base may have changed, which cannot be checked: {exc}"
             return
         remerging = Remerging(MergeSpec((Nowhere(),), Inputs(), device, is_checked=False), merges)
         for slot in self._others(
@@ -279,7 +279,7 @@ class _Looked:
             list(merges),
             lambda slot: " ".join(then[one.name].digest for one in merges[slot].slots),
         ):
-            yield f"the base has changed: {slot.name} would be another one now"
+            yield f"the base has changed: {slot.name} would have other values now"
 
     def _others(
         self,
@@ -340,24 +340,24 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
             yield f"it was made from another {key}" if key != "options" else "it was made with other options"
     recorded = manifest.get("files")
     if not isinstance(recorded, dict):
-        yield f"{CONVERSION_MANIFEST}: has no digests of the files beside it"
+        yield f"{CONVERSION_MANIFEST}: has no digests of the other files"
         return
     for side in conversion.adapter.side_files:
         if recorded.get(side.name) != file_digest(Path(side.source)):
-            yield f"{side.name}: would be another one now"
+            yield f"{side.name}: would have another content now"
     for name, digest in recorded.items():
         path = conversion.out / name
         if not path.is_file():
             yield f"{name}: is missing"
         elif file_digest(path) != digest:
-            yield f"{name}: is not what was written"
+            yield f"{name}: has changed since it was written"
     # The manifest has a digest of some pages of the base only, so a base file that was written later counts
     # as changed.
     made = modified_at(conversion.out / CONVERSION_MANIFEST)
     of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
     for name in sorted(of_base):
         if modified_at(name) > made:
-            yield f"the base has changed: {name} was written to later"
+            yield f"the base has changed: {name} is newer than the output"
 
 
 def _table(path: Path) -> dict[str, Any] | None:

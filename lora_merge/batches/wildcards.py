@@ -33,7 +33,7 @@ def matches(pattern: str, place: str) -> list[tuple[str, tuple[str, ...]]]:
     place = str(user_path(place))
     n_wild = len(WILD.findall(place.replace("**", "*")))
     if n_wild > _MAX_WILDCARDS:
-        raise ResolveError(f"{pattern}: has {n_wild} wildcards, expected {_MAX_WILDCARDS} at most")
+        raise ResolveError(f"{pattern}: has {n_wild} wildcards, expected at most {_MAX_WILDCARDS}")
     rule = re.compile(_captured(place))
     found = []
     for path in glob.glob(place, recursive=True):  # noqa: PTH207 - of any root, and ** follows no rule of Path

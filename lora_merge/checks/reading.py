@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 from lora_merge.checks.decoding import DECODERS, Raw
 from lora_merge.core.tensor import STORED_TYPES
 from lora_merge.errors import CheckpointError
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 from lora_merge.storage.reading import stream_of
 from lora_merge.storage.sources import open_source
 
@@ -233,7 +233,7 @@ class _Pickled:
             )
         except (pickle.UnpicklingError, RuntimeError) as exc:
             # torch raises the same RuntimeError when memory runs out, which says nothing about the file.
-            not_for_want_of_memory(exc)
+            raise_if_out_of_memory(exc)
             raise CheckpointError(file, "", f"torch cannot load it ({exc})"[:300]) from exc
 
     def rows(self, name: str, rows: Sequence[int], n_rows: int) -> torch.Tensor:

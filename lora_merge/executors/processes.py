@@ -320,7 +320,8 @@ def _begin(crew: Crew[Work, Result], piece: Work) -> None:
         crew.begin(piece)
     except OSError as exc:
         raise WriteError(
-            f"no process can be started for a worker ({exc.strerror})", hint="--executor threads needs none"
+            f"cannot start a process for a worker ({exc.strerror})",
+            hint="use --executor threads, which needs none",
         ) from exc
 
 
@@ -360,8 +361,8 @@ def _result(found: Result | _Raised | Broken) -> Result:
             raise error
         case Broken("", text):
             raise WriteError(
-                f"the process of a worker ended before its time ({text}), perhaps for want of memory",
-                hint="fewer --workers take less of it",
+                f"a worker process ended unexpectedly ({text}), perhaps because memory ran out",
+                hint="use fewer --workers, which need less memory",
             )
         case Broken(kind, text, traceback):
             raise BugError(kind, text, traceback)

@@ -29,7 +29,7 @@ def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival])
         survival: what became of each delta, where that was looked at.
 
     Raises:
-        PlanError: none differs.
+        PlanError: no tensor differs.
     """
     plan = planned.plan
     # The rows that were sampled while merging settle nearly every merge, without reading anything.
@@ -50,11 +50,9 @@ def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival])
     # A delta that is not zero and left no trace was lost by rounding; otherwise the adapter itself does
     # nothing.
     if any(one.delta_norm for one in survival.values()):
-        sentence = (
-            "every change is too small for the dtype it is stored in, so the output is a copy of the base"
-        )
-        hint = "--dtype float32 keeps changes of any size"
+        sentence = "every change is too small for the stored dtype and was rounded away, so the output equals the base"
+        hint = "pass --dtype float32, which keeps changes of any size"
     else:
-        sentence = "merging changes no value of the base, so the output would be a copy of the base"
+        sentence = "the merge changes no value, so the output would equal the base"
         hint = "check that this is the adapter you want, and that its training ran"
     raise PlanError([error("no-effect", ", ".join(plan.adapters), sentence, hint)])

@@ -22,6 +22,7 @@ from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import storage_of
+from lora_merge.words import size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,7 +111,7 @@ def prepare(
     """
     clock = Clock()
     if not (request.out or dry_run):
-        raise RequestError("", 0, "out", "is empty, expected a path (is a variable of the shell not set?)")
+        raise RequestError("", 0, "out", "is empty, expected a path (an unset shell variable?)")
     storage = storage_of(request.out)
     out = storage.path(request.out)
     with clock("plan"), translate_out_of_memory("planning"):
@@ -159,8 +160,8 @@ def _check_executor(request: Request, device: str) -> None:
         RequestError: it cannot.
     """
     if request.executor not in {"auto", "serial", "threads"} and device != "cpu":
-        sentence = f"is {request.executor}, and workers of {device} are threads"
-        raise RequestError("", 0, "executor", sentence, hint="leave it out, or use --device cpu")
+        sentence = f"is {request.executor}, but {device} works with threads only"
+        raise RequestError("", 0, "executor", sentence, hint="leave out --executor, or use --device cpu")
 
 
 def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
@@ -176,8 +177,8 @@ def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
     in_processes = request.executor == "processes"
     budget = allot(plan, n_workers, machine.usable_cores(), limit, on_gpu=on_gpu, in_processes=in_processes)
     if request.memory_limit is not None and limit is not None and budget.peak_bytes > limit:
-        sentence = f"is {limit / 1e6:.0f} MB, and one worker needs about {budget.peak_bytes / 1e6:.0f} MB"
-        raise RequestError("", 0, "memory_limit", sentence, hint="raise it, or leave it out")
+        sentence = f"is {limit / 1e6:.0f} MB, but one worker needs about {budget.peak_bytes / 1e6:.0f} MB"
+        raise RequestError("", 0, "memory_limit", sentence, hint="raise --memory-limit, or leave it out")
     return budget
 
 
@@ -186,5 +187,5 @@ def _shortage(out: Path, summary: Summary) -> Issue | None:
     needed, free = summary.disk_needed_bytes, summary.disk_free_bytes
     if needed <= free:
         return None
-    sentence = f"needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk"
-    return warning("disk", str(out), sentence, "free some, or choose another --out")
+    sentence = f"needs {size_text(needed)}, but its disk has only {size_text(free)} free"
+    return warning("disk", str(out), sentence, "free disk space, or choose another --out")

@@ -24,6 +24,7 @@ from lora_merge.storage.copy_runs import whole_copies
 from lora_merge.storage.destinations import storage_of
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.sources import identity_at
+from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from lora_merge.merging.observer import Heard
     from lora_merge.merging.preparing import Prepared
     from lora_merge.storage.destination import Destination
+
+
+_LINKS = {"reflink": "reflinks", "hard": "hard links"}
 
 
 def take_place(prepared: Prepared) -> Destination:
@@ -64,10 +68,12 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
     n_tensors, subject = sum(len(step.writes) for step in planned.plan.steps), str(prepared.out)
     notes: list[Issue] = []
     if found:
-        sentence = f"{len(found)} of {n_tensors} tensors were there from an interrupted run, as it wrote them"
+        sentence = (
+            f"resumed: an interrupted run had already written {len(found)} of {counted(n_tensors, 'tensor')}"
+        )
         notes = [note("resumed", subject, sentence)]
     elif found is None and left.has_journal:
-        sentence = "an interrupted run was of another merge (other inputs, options or versions): begun anew"
+        sentence = "started from the beginning: the interrupted run had other inputs, options or versions"
         notes = [note("not-resumed", subject, sentence)]
     return Staged(prepared, place, merge, clock, found or (), notes)
 
@@ -141,9 +147,7 @@ class Staged:
             # Without --link, reflinks are only an attempt: falling back to copies is worth no note.
             if refused and wanted:
                 n_files, why = len(refused), next(iter(refused.values()))
-                sentence = (
-                    f"the disk makes no {wanted} links here ({why}), so {n_files} of its files were copied"
-                )
+                sentence = f"{_LINKS[wanted]} are not supported here ({why}); copied {counted(n_files, 'file')} instead"
                 self._notes.append(note("link", str(self.prepared.out), sentence))
         self.place.begin(self.plan.files, self._merge, self._records, changed_times(self.inputs))
         for name in self._unfinished.full:
@@ -267,8 +271,8 @@ class Staged:
         if is_last or {name: seen[:2] for name, seen in after.items()} != {
             name: seen[:2] for name, seen in before.items()
         }:
-            hint = "run again when nothing else writes to it"
-            raise WriteError(f"{self.place.root}: changed while it was verified", hint=hint)
+            hint = "run again while no other program writes to it"
+            raise WriteError(f"{self.place.root}: changed while it was being verified", hint=hint)
         # Only times have moved. Sampled blocks would not show a write elsewhere, so everything is read.
         self._verify("full", sealed, used, watch, is_last=True)
 

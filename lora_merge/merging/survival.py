@@ -11,7 +11,7 @@ from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.deltas import keeps_effect
 from lora_merge.errors import PlanError
 from lora_merge.quantised import describe
-from lora_merge.words import listing
+from lora_merge.words import counted, listing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,8 +63,8 @@ def survival_issues(survival: Mapping[str, Survival], plan: MergePlan) -> tuple[
     """
     # Nothing was lost to rounding here: the deltas themselves are zero, which asks for another sentence.
     if survival and not any(kept.delta_norm for kept in survival.values()):
-        sentence = f"no weight changes: the deltas of all {len(survival)} merged tensors are zero where they were looked at"
-        hint = "LoRA's B is zero until it is trained; is this the adapter that was meant?"
+        sentence = f"no weight changes: in a sample of {counted(len(survival), 'merged tensor')}, every delta is zero"
+        hint = "check that this is the right adapter: LoRA's B is zero until it is trained"
         return (warning("no-effect", "", sentence, hint),)
     ops = _merges(plan)
     plain = {
@@ -85,12 +85,10 @@ def _drowned(plain: Mapping[str, Survival], n_all: int) -> tuple[Issue, ...]:
     name, worst = max(drowned.items(), key=lambda item: item[1].unchanged)
     sentence = (
         f"{worst.unchanged:.0%} of the delta's elements are too small for the stored dtype and change nothing "
-        f"(‖Δ‖/‖W‖ is {worst.relative:.1e}, {worst.kept:.0%} of Δ arrives); "
-        f"so it is, above {DROWNED_SHARE:.0%}, in {len(drowned)} of {n_all} merged tensors"
+        f"(‖Δ‖/‖W‖ is {worst.relative:.1e}, {worst.kept:.0%} of Δ is kept); "
+        f"{len(drowned)} of {counted(n_all, 'merged tensor')} lose more than {DROWNED_SHARE:.0%}"
     )
-    hint = (
-        "--rounding adapter keeps the adapter's effect; --dtype float32 or float16 keeps more of each value"
-    )
+    hint = "pass --rounding adapter to keep the adapter's effect, or --dtype float32 or float16 to keep more digits"
     return (warning("delta-drowns", name, sentence, hint),)
 
 
@@ -101,15 +99,15 @@ def _of_grids(survival: Mapping[str, Survival], ops: Mapping[str, Merge]) -> tup
     kept, off = kept_of(survival), effect_error_of(survival)
     words = f"{_how(survival, ops)} keeps about {kept:.1%} of the adapter's change"
     if off is not None:
-        words += f"; the effect on what the adapter sees of its inputs is off by {off:.1%}"
+        words += f"; the error of the adapter's effect is {off:.1%}"
     saturated = max(one.saturated for one in survival.values())
     if saturated >= 5e-4:
-        words += f"; up to {saturated:.1%} of the values of a tensor lie beyond its grid"
+        words += f"; up to {saturated:.1%} of the values of a tensor are outside its grid"
     if kept >= KEPT_SHARE and (off is None or off <= LEAST_SHARE):
         return (note("rounding", "", words),)
     name, worst = min(survival.items(), key=lambda item: item[1].kept)
     if kept < KEPT_SHARE:
-        words += f"; the least, {max(worst.kept, 0.0):.0%}, arrives in this one"
+        words += f"; this tensor keeps the least, {max(worst.kept, 0.0):.0%}"
     return (warning("delta-drowns", name, words, _cure(ops[name])),)
 
 
@@ -131,12 +129,12 @@ def check_loss(survival: Mapping[str, Survival], plan: MergePlan, *, is_allowed:
     name = min(survival, key=lambda one: survival[one].kept)
     why = "the change is too small for how the weights are stored"
     if survival[name].saturated > SATURATED_SHARE:
-        why = f"{survival[name].saturated:.0%} of the values lie beyond what its scales can hold, so the change is too large"
+        why = f"the change is too large: {survival[name].saturated:.0%} of the values are beyond the range of its scales"
     sentence = (
-        f"{_how(survival, ops)} keeps about {max(kept, 0.0):.0%} of the adapter's change, expected {LEAST_SHARE:.0%} at least; "
-        f"of this tensor {max(survival[name].kept, 0.0):.0%}: {why}"
+        f"{_how(survival, ops)} keeps about {max(kept, 0.0):.0%} of the adapter's change, expected at least {LEAST_SHARE:.0%}; "
+        f"this tensor keeps {max(survival[name].kept, 0.0):.0%}: {why}"
     )
-    hint = f"{_cure(ops[name])}; --allow-loss writes the output all the same"
+    hint = f"{_cure(ops[name])}, or --allow-loss to write the output anyway"
     raise PlanError([error("delta-lost", name, sentence, hint)])
 
 
@@ -161,9 +159,9 @@ def _cure(op: Merge) -> str:
     """Return what keeps more of the change."""
     cures = []
     if _method(op) != "adapter" and any(map(keeps_effect, op.deltas)):
-        cures.append("--rounding adapter keeps the adapter's effect")
+        cures.append("--rounding adapter to keep the adapter's effect")
     if op.on_stored_grid:
-        cures.append("--out-storage mixed stores what changes in full precision")
+        cures.append("--out-storage mixed to store the changed weights in full precision")
     elif op.target.is_dense:
-        cures.append("--dtype float32 or float16 keeps more of each value")
-    return "; ".join(cures) or "leave --quantize out, or choose a finer scheme"
+        cures.append("--dtype float32 or float16 to keep more digits")
+    return f"pass {', or '.join(cures)}" if cures else "leave out --quantize, or choose a finer scheme"

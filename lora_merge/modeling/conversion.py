@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.tensor import shape_text
 from lora_merge.modeling.pieces import Assembly, Piece, UnknownOperationError
 from lora_merge.modeling.skeleton import meta_model
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -214,7 +214,7 @@ class Conversion:
             steps = " and ".join(type(operation).__name__ for operation in converter.operations)
             raise ConversionError(f"transformers makes it by {steps}, and {exc}") from exc
         except Exception as exc:
-            not_for_want_of_memory(exc)
+            raise_if_out_of_memory(exc)
             raise ConversionError(f"its tensors do not fit together ({exc})") from exc
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

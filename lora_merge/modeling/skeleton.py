@@ -18,7 +18,7 @@ from lora_merge.core.checkpoint import config_levels
 from lora_merge.modeling.counts import excess_of
 from lora_merge.modeling.cut_off import cut_off
 from lora_merge.modeling.plain_config import FetchError, plain_config
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 
 CONV1D_MODEL_TYPES = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "clvp_encoder"}
@@ -305,7 +305,7 @@ def _built(text: str) -> Any:
             parsed = parse_config(config)
             return None if parsed is None else known(parsed)
     except Exception as exc:  # noqa: BLE001 - a config that its own class rejects is as good as unknown
-        not_for_want_of_memory(exc)
+        raise_if_out_of_memory(exc)
         return None
 
 

@@ -25,15 +25,15 @@ _ALLOCATORS_SAY = re.compile(
 Python's threads.
 """
 
-MORE = "free some, or allow the process more of it: what a shell sets with ulimit -v, or a control group"
-"""The hint where no option of the command makes it take less."""
+MORE = "free memory, or raise the limit of the process (ulimit -v, or its control group)"
+"""The hint where no option of the command reduces the memory that it needs."""
 
 _LOADER_SAYS = re.compile(
     r"failed to map segment from shared object|cannot map zero-fill pages|cannot allocate memory|cannot create cache"
     r"|cannot create shared object descriptor",
     re.IGNORECASE,
 )
-"""Phrases in an ``ImportError`` or ``OSError`` of a library that could not be loaded for want of memory (glibc 2.42,
+"""Phrases in an ``ImportError`` or ``OSError`` of a library that could not be loaded because memory ran out (glibc 2.42,
 elf/dl-load.c).
 """
 
@@ -41,7 +41,7 @@ elf/dl-load.c).
 def is_shortage(exc: BaseException) -> bool:
     """Return True when an error, or one that caused it, says that memory ran out.
 
-    An import that fails for want of memory is often told by another error, which has the first for its cause.
+    An import that fails because memory ran out often raises another error, whose cause is the first one.
     """
     seen: set[int] = set()
     found: BaseException | None = exc
@@ -80,11 +80,11 @@ def _is_of_import(exc: BaseException) -> bool:
 def _is_limited() -> bool:
     """Return True when the memory of this process has a limit (``ulimit -v`` or ``-d``).
 
-    Then ``error return without exception set``, of a library in C that could not be set up, is for want of it.
+    Then ``error return without exception set``, from a library in C that could not be set up, means that memory ran out.
     """
     try:
         import resource
-    except ImportError:  # no Unix, or nobody may read the module
+    except ImportError:  # not Unix
         return False
     # Control groups are not asked: their limit ends the process by a kill, not by an error.
     limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
@@ -120,13 +120,13 @@ class _Room:
                 # Mapped and given back at once: only address space is asked for, no page is touched.
                 mmap.mmap(-1, _ROOM_BYTES[name]).close()
             except OSError as exc:
-                raise MemoryError(f"no room to load {name}") from exc
+                raise MemoryError(f"not enough memory to load {name}") from exc
 
 
 def mind_limits() -> None:
     """Prepare this process for a limit of its memory. Call it before numpy is imported.
 
-    Libraries in C that meet the limit while they are loaded would end the process, or hang, without a word.
+    Libraries in C that meet the limit while they are loaded would end the process, or hang, without a message.
     """
     if _is_limited():
         # OpenBLAS takes memory for each thread when it is loaded.
@@ -134,7 +134,7 @@ def mind_limits() -> None:
         sys.meta_path.insert(0, _Room())
 
 
-def not_for_want_of_memory(exc: BaseException) -> None:
+def raise_if_out_of_memory(exc: BaseException) -> None:
     """Raise MemoryError if an error is one of memory. Call it before an error of a library is taken as one about its
     input.
 

@@ -24,7 +24,7 @@ from lora_merge.modeling.cut_off import cut_off
 from lora_merge.peft_rules.kinds import peft_version
 from lora_merge.planning.resolve import resolve_base
 from lora_merge.quantised import plain_config
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 from lora_merge.verification.engines.hf import Deferred, Loader, scores
 from lora_merge.verification.engines.peft_reference import Ingredients
 from lora_merge.verification.engines.prompts import choose
@@ -130,7 +130,7 @@ def _in_transformers(
         ImportError,
     ) as exc:
         # A checkpoint that transformers cannot run is a finding, unless memory was the reason.
-        not_for_want_of_memory(exc)
+        raise_if_out_of_memory(exc)
         sentence = f"transformers does not run the merged checkpoint ({type(exc).__name__}: {exc})"[:400]
         issues.append(error("forward", output.root, sentence))
     issues += _failures(comparisons)

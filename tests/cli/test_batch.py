@@ -611,7 +611,7 @@ def test_a_dry_run_warns_of_what_a_run_would_stumble_over(three, base, batch, mo
     assert code == exits.OK
     assert [[issue["code"] for issue in job["issues"]] for job in report["jobs"]] == [["disk"], [], ["disk"]]
     assert said.count("warning: out/") == 2
-    assert "0.00 GB are free on its disk" in said
+    assert "but its disk has only 1 B free" in said
 
 
 def test_json_is_one_document_about_every_job(three, base, batch):
@@ -649,7 +649,7 @@ def test_a_file_that_makes_no_sense_is_json_too(cli, tmp_path, monkeypatch):
 
     document = json.loads(result.stdout)
     assert result.exit_code == document["exit_code"] == exits.USAGE
-    assert document["message"] == "batch.yaml:2: adaptor: is no key of such a job"
+    assert document["message"] == "batch.yaml:2: adaptor: unknown key for a merge"
     assert document["hint"] == "did you mean adapter?"
     assert leftovers(tmp_path) == ["batch.yaml"]
 
@@ -947,7 +947,7 @@ def test_a_process_that_is_killed_fails_its_jobs_and_the_rest_is_done(
     assert code == exits.BATCH
     found = states(report)
     assert found == {"out/0": "failed", "out/1": "done", "out/2": "done", "out/3": "done"}
-    assert "its process ended before its time (SIGKILL)" in said
+    assert "its process ended unexpectedly (SIGKILL)" in said
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     code, report, _ = batch(jobs)
@@ -991,7 +991,7 @@ def test_a_process_that_cannot_be_started_fails_its_own_jobs_only(bases, three, 
 
     assert code == exits.BATCH
     assert states(report) == {"out/0": "done", "out/1": "failed"}
-    assert "no process can be started for it (Resource temp" in job_of(report, "out/1")["message"]
+    assert "cannot start a process for this job (Resource temp" in job_of(report, "out/1")["message"]
 
 
 @pytest.mark.parametrize("key", ["adapter", "convert"])

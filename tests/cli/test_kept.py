@@ -124,17 +124,17 @@ DAMAGE = {
     ),
     "config.json was edited": (
         lambda out: edit_json(out / "config.json", rope_theta=5.0),
-        "config.json: is not what was written",
+        "config.json: has changed since it was written",
     ),
     "the index is gone": (lambda out: (out / INDEX).unlink(), f"{INDEX}: is missing"),
     "the index is another one": (
         lambda out: (out / INDEX).write_text("{}"),
-        f"{INDEX}: is not what was written",
+        f"{INDEX}: has changed since it was written",
     ),
     "the tokenizer is gone": (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
     "the tokenizer is cut off": (
         lambda out: os.truncate(out / "tokenizer.json", 100),
-        "tokenizer.json: is not what was written",
+        "tokenizer.json: has changed since it was written",
     ),
     "a template is gone": (
         lambda out: (out / "chat_template.jinja").unlink(),
@@ -147,7 +147,7 @@ DAMAGE = {
     "the manifest is broken": (lambda out: (out / MANIFEST).write_text("{"), f"{MANIFEST}: is damaged"),
     "the manifest is another's": (
         lambda out: edit_json(out / MANIFEST, tensors={}),
-        "its tensors are others",
+        "would now give other tensors",
     ),
     "a shard is gone": (lambda out: first_shard(out).unlink(), "safetensors: is missing"),
     "a shard is a pipe": (
@@ -161,22 +161,25 @@ DAMAGE = {
     ),
     "a header is damaged": (
         lambda out: with_times_of_before(first_shard(out), lambda path: flip(path, 20)),
-        "its header is not what was written",
+        "its header has changed since it was written",
     ),
     "two shards are swapped": (swapped, "bytes, expected"),
-    "a shard ends in zeros": (lambda out: zero(first_shard(out)), "is not what was written"),
+    "a shard ends in zeros": (lambda out: zero(first_shard(out)), "has changed since it was written"),
     "a shard ends in zeros, at the old time": (
         lambda out: with_times_of_before(first_shard(out), zero),
-        "is not what was written",
+        "has changed since it was written",
     ),
     "a shard has a hole": (
         lambda out: with_times_of_before(first_shard(out), hole),
-        "is not what was written",
+        "has changed since it was written",
     ),
-    "a byte of a merged tensor": (lambda out: flip_in(out, Q_PROJ), f"{Q_PROJ} is not what was written"),
+    "a byte of a merged tensor": (
+        lambda out: flip_in(out, Q_PROJ),
+        f"{Q_PROJ} has changed since it was written",
+    ),
     "a byte of a copied tensor": (
         lambda out: flip_in(out, GATE_PROJ),
-        f"{GATE_PROJ} is not what was written",
+        f"{GATE_PROJ} has changed since it was written",
     ),
 }
 
@@ -193,12 +196,12 @@ def test_an_output_that_is_damaged_is_not_kept_and_is_replaced_only_when_that_is
     assert (code, job["state"]) == (exits.BATCH, "failed"), said
     assert words in job["message"]
     assert "already exists" in job["message"]
-    assert "--overwrite makes it anew" in job["hint"]
+    assert "pass --overwrite to replace it" in job["hint"]
     assert contents(out) == damaged
     code, job, said = again("--overwrite")
     assert (code, job["state"]) == (exits.OK, "done"), said
     assert words in said
-    assert "so it is made anew" in said
+    assert "out of date, so it is made again" in said
     assert contents(out) == whole
     assert again()[1]["state"] == "kept"
 
@@ -217,29 +220,29 @@ CHANGES = {
         lambda place: with_times_of_before(
             place / "base" / "config.json", lambda path: edit_json(path, rms_norm_eps=1e-3)
         ),
-        "config.json: would be another one now",
+        "config.json: would have another content now",
     ),
     "the base's tokenizer": (
         lambda place: with_times_of_before(
             place / "base" / "tokenizer_config.json", lambda path: edit_json(path, padding_side="left")
         ),
-        "tokenizer_config.json: would be another one now",
+        "tokenizer_config.json: would have another content now",
     ),
     "a tokenizer file of the base that is gone": (
         lambda place: (place / "base" / "chat_template.jinja").unlink(),
-        "chat_template.jinja: is not part of the output any more",
+        "chat_template.jinja: is no longer part of the output",
     ),
     "the adapter's weights": (
         lambda place: with_times_of_before(
             place / "adapter" / "adapter_model.safetensors", lambda path: flip(path, path.stat().st_size - 9)
         ),
-        "other adapters, or these have changed",
+        "other adapters, or the adapters have changed",
     ),
     "the adapter's configuration": (
         lambda place: with_times_of_before(
             place / "adapter" / "adapter_config.json", lambda path: edit_json(path, lora_alpha=12)
         ),
-        "other adapters, or these have changed",
+        "other adapters, or the adapters have changed",
     ),
 }
 
@@ -315,14 +318,14 @@ def test_what_no_time_tells_is_found_by_pages_or_by_reading_all_of_it(name, agai
     assert again()[1]["state"] == "kept"  # as an error of the disk would be
     code, job, _ = again(verify="full")
     assert (code, job["state"]) == (exits.BATCH, "failed")
-    assert f"{name} is not what was written" in job["message"]
+    assert f"{name} has changed since it was written" in job["message"]
 
     data = bytearray(path.read_bytes())
     data[last - 5000 : last] = bytes(5000)
     path.write_bytes(data)
     code, job, _ = again()
     assert (code, job["state"]) == (exits.BATCH, "failed")
-    assert f"{name} is not what was written" in job["message"]
+    assert f"{name} has changed since it was written" in job["message"]
 
 
 def test_a_card_that_was_edited_and_files_of_the_user_are_left_as_they_are(again, place):
@@ -334,7 +337,7 @@ def test_a_card_that_was_edited_and_files_of_the_user_are_left_as_they_are(again
     code, job, said = again("--overwrite")
 
     assert (code, job["state"]) == (exits.OK, "kept")
-    assert f"warning: out: {CARD}: is not what was written, and is left as it is" in said
+    assert f"warning: out: {CARD}: was edited; the edited file is kept" in said
     assert contents(out) == before
 
 

@@ -287,7 +287,7 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     result = cli("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
 
     assert result.exit_code == exits.WRITE
-    assert "GB are free on its disk" in result.stderr
+    assert "but its disk has only 1.0 kB free" in result.stderr
     assert leftovers(tmp_path) == []
 
 
@@ -348,7 +348,7 @@ def test_without_a_gpu_the_cpu_merges_and_says_so(pico, pico_adapter, cli, tmp_p
     result = cli(*arguments, "--out", tmp_path / "out")
     assert result.exit_code == 0
     assert "warning: device: torch" in result.stderr
-    assert "sees no CUDA device, so the merge is done on the CPU" in result.stderr
+    assert "finds no CUDA device, so the merge runs on the CPU" in result.stderr
     assert cli(*arguments[:4], "--out", tmp_path / "cpu").exit_code == 0
     one, other = (tmp_path / name / "model.safetensors" for name in ("out", "cpu"))
     assert one.read_bytes() == other.read_bytes()
@@ -851,7 +851,7 @@ def test_a_run_goes_on_where_the_interrupted_one_stopped(pico, pico_adapter, cli
     result = cli(*arguments, tmp_path / "out", "--resume", "--json")
 
     assert result.exit_code == 0, result.stderr
-    assert "were there from an interrupted run, as it wrote them" in result.stderr
+    assert "had already written" in result.stderr
     assert {"resume"} <= json.loads(result.stdout)["seconds"].keys()
     for path in (tmp_path / "whole").iterdir():
         if path.name != "README.md":  # it has the output's name
@@ -880,7 +880,7 @@ def test_another_merge_is_begun_anew_and_says_so(
     result = cli(*arguments, "--resume")
 
     assert result.exit_code == 0, result.stderr
-    assert ("an interrupted run was of another merge" in result.stderr) == (what != "no journal")
+    assert ("the interrupted run had other inputs" in result.stderr) == (what != "no journal")
     assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "plain")
     assert not staging.exists()
 

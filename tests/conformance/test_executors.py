@@ -184,7 +184,7 @@ def divide(task):
 
 
 def test_a_process_that_is_killed_ends_the_run_with_a_fault_that_can_be_resumed():
-    with pytest.raises(WriteError, match=r"ended before its time \(SIGKILL\)") as caught:
+    with pytest.raises(WriteError, match=r"ended unexpectedly \(SIGKILL\)") as caught:
         list(EXECUTORS["processes"](Plain(die), tasks_of([1] * 8), 2))
     assert "--workers" in caught.value.hint
 

@@ -187,7 +187,7 @@ def a_byte(home):
     [
         ("verifying", theirs, "is not the directory that this run made", exits.WRITE),
         ("publishing", theirs, "is not the directory that this run made", exits.WRITE),
-        ("flushing", another_file, "changed while it was verified", exits.WRITE),
+        ("flushing", another_file, "changed while it was being verified", exits.WRITE),
         ("flushing", a_byte, "", exits.VERIFY),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_file_that_changes_again_and_again_gets_no_name(merge, tmp_path, monke
     monkeypatch.setattr(_Lines, "phase", phase)
     result = merge()
     assert result.exit_code == exits.WRITE
-    assert "changed while it was verified" in result.stderr
+    assert "changed while it was being verified" in result.stderr
 
 
 # ----------------------------------------------------------------------------------------- two users

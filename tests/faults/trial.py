@@ -213,5 +213,5 @@ class Trial:
             yield f"broken: {done.text}"
         else:
             yield "resumed"
-        if "were there from an interrupted run" in done.text:
+        if "had already written" in done.text:
             yield "from where it stopped"

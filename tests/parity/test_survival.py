@@ -364,7 +364,7 @@ def test_deltas_that_are_all_too_small_for_the_stored_dtype_are_no_merge(adapter
     out = tmp_path / "out"
     result = cli("--base", base, "--adapter", adapter(1e-12), "--out", out)
     assert result.exit_code == 4, result.output
-    assert "every change is too small for the dtype it is stored in" in result.output
+    assert "every change is too small for the stored dtype" in result.output
     assert "--dtype float32" in result.output
     assert not out.exists()
 
@@ -388,7 +388,7 @@ def test_losing_more_than_half_of_the_change_is_refused_with_the_cure(base, adap
         )[1]
     )
     assert 5 < kept < 50
-    assert "--rounding adapter keeps the adapter's effect" in result.stderr
+    assert "--rounding adapter to keep the adapter's effect" in result.stderr
     assert not out.exists()
 
     allowed = cli("--base", base, "--adapter", made, "--out", out, "--allow-loss", "--json")

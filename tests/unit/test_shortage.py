@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from lora_merge.errors import OutOfMemoryError
-from lora_merge.runtime.shortage import not_for_want_of_memory, translate_out_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory, translate_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_an_error_that_only_follows_one_is_left_alone():
 @pytest.mark.parametrize("exc", [MemoryError(), RuntimeError("can't allocate memory")])
 def test_a_library_that_fails_for_want_of_memory_says_nothing_of_its_input(exc):
     with pytest.raises(MemoryError):
-        not_for_want_of_memory(exc)
+        raise_if_out_of_memory(exc)
 
-    not_for_want_of_memory(ValueError("a rank that is negative"))
+    raise_if_out_of_memory(ValueError("a rank that is negative"))
 
 
 def test_a_configuration_is_not_called_unknown_because_memory_ran_out(monkeypatch):

@@ -11,7 +11,7 @@ from lora_merge.errors import RequestError
 from lora_merge.inspection.plots.grid import arranged, panels_of
 from lora_merge.inspection.plots.image import image
 from lora_merge.inspection.plots.page import page
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 from lora_merge.storage.small_files import write_text
 from lora_merge.storage.writing import write_error
 
@@ -44,7 +44,7 @@ def check(path: Path) -> None:
         import matplotlib.figure
         import matplotlib.style  # noqa: F401
     except ImportError as exc:
-        not_for_want_of_memory(exc)
+        raise_if_out_of_memory(exc)
         sentence = f"a {suffix} file is drawn by matplotlib, which cannot be imported ({exc})"
         hint = 'pip install "lora-merge[plot]", or name an .html file'
         raise RequestError("", 0, "plot", sentence, hint=hint) from exc

@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_merge.runtime.borrowed import Borrowed
+from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -46,10 +47,12 @@ def pick_device(wanted: str) -> tuple[str, str]:
 
     n_devices = torch.cuda.device_count()
     if not n_devices:
-        return "cpu", f"torch {torch.__version__} sees no CUDA device, so the merge is done on the CPU"
+        return "cpu", f"torch {torch.__version__} finds no CUDA device, so the merge runs on the CPU"
     index = int(wanted.partition(":")[2] or 0)
     if index >= n_devices:
-        raise NoDeviceError(f"there is no {wanted}: torch {torch.__version__} sees {n_devices} CUDA devices")
+        raise NoDeviceError(
+            f"there is no {wanted}: torch {torch.__version__} finds {counted(n_devices, 'CUDA device')}"
+        )
     return f"cuda:{index}", ""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from lora_merge.modeling.cut_off import cut_off
 from lora_merge.peft_rules.injection.targets import InjectionError
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 
 _SEED = 0
 
@@ -38,6 +38,6 @@ def translated(subject: str, speaker: str = "PEFT") -> Iterator[None]:
         raise
     except Exception as exc:
         # Raises where memory ran out: that says nothing about the adapter.
-        not_for_want_of_memory(exc)
+        raise_if_out_of_memory(exc)
         line = next(iter(str(exc).strip().splitlines()), "")
         raise InjectionError(subject, f"{speaker} raises {type(exc).__name__}: {line}") from exc

@@ -20,7 +20,7 @@ from lora_merge.core.checkpoint import ADAPTER_CONFIG
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.plain_config import plain_adapter_config
 from lora_merge.peft_rules.kinds import PREFIX
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 from lora_merge.storage.small_files import read_json
 from lora_merge.verification.engines.hf import Deferred, quiet
 from lora_merge.words import listing
@@ -93,7 +93,7 @@ def with_adapter(model: Any, made_of: Ingredients) -> tuple[Any | None, str]:
 
             adapted = PeftModel.from_pretrained(model, root, config=config).eval()
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
-            not_for_want_of_memory(exc)
+            raise_if_out_of_memory(exc)
             first = (str(exc).splitlines() or [""])[0]
             return None, f"PEFT does not load it ({first or type(exc).__name__})"[:200]
         difference = _difference(adapted, root)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.checkpoint import config_levels
 from lora_merge.errors import RequestError
 from lora_merge.formats.tokenizer_file import TokenizerError, n_tokens, without_panics
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 from lora_merge.verification.engines.hf import quiet
 from lora_merge.verification.forward_comparison import Prompt
 
@@ -99,7 +99,7 @@ def _tokenizer(root: Path, *, needed: bool, trust_remote_code: bool) -> Any:
                 root, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except Exception as exc:  # tokenizers raise Exception itself, and code that they carry anything
-        not_for_want_of_memory(exc)
+        raise_if_out_of_memory(exc)
         if needed:
             raise _no_tokenizer(root, "has no tokenizer that loads", exc) from exc
         return None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.tensor import DTYPE_CODES, UNIT_ROUNDOFF
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.peft_rules.bypassed import is_bypassed
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 from lora_merge.verification.engines.hf import Loader, answer, scores
 from lora_merge.verification.engines.isolated_modules import Alone, Listener, modules_of
 from lora_merge.verification.engines.peft_reference import (
@@ -146,7 +146,7 @@ def _answers(model: Any, prompt: Prompt, n_tokens: int) -> Iterator[Answer]:
     try:
         yield answer(model, prompt, n_tokens)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as exc:
-        not_for_want_of_memory(exc)
+        raise_if_out_of_memory(exc)
         # Without tokens the input was a guess. Modules are then run alone.
         if prompt.ids:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_merge.errors import RequestError
-from lora_merge.runtime.shortage import not_for_want_of_memory
+from lora_merge.runtime.shortage import raise_if_out_of_memory
 
 
 def gguf_package() -> Any:
@@ -17,7 +17,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError as exc:
-        not_for_want_of_memory(exc)
+        raise_if_out_of_memory(exc)
         hint = 'pip install "lora-merge[gguf]"'
         raise RequestError(
             "", 0, "format", "gguf needs the package gguf, which is not installed", hint=hint
