@@ -9,7 +9,7 @@ ORACLES := .venv-oracles
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers measures docs test crossed fuzz values kills detection engines engines-table oracles bench rounding clean
+.PHONY: help setup demo check lint format type layers measures docs site test crossed fuzz values kills detection engines engines-table oracles bench rounding clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## Build a small Llama, train a LoRA on it, merge it, and compare what the three generate
 	$(BIN)/python scripts/demo.py
 
-check: lint type layers measures docs test ## Everything that CI runs, but for the engines
+check: lint type layers measures docs site test ## Everything that CI runs, but for the engines
 
 lint: setup ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -47,6 +47,9 @@ measures: setup ## What the house is held to: sizes of files and functions, circ
 
 docs: setup ## Check that the generated pages are current (scripts/docs.py --write renews them)
 	$(BIN)/python scripts/docs.py --check
+
+site: setup ## Build the documentation as a website, into .site (no network, no warning allowed)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test: setup ## The test suite, but for the other rows of crossed tables
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed"
@@ -99,5 +102,5 @@ rounding: setup $(ORACLES)/.installed ## Measure what each rounding keeps of an 
 	$(BIN)/python scripts/rounding.py --write
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) $(ENGINES) $(ORACLES) .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(ORACLES) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
