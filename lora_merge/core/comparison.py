@@ -40,8 +40,10 @@ class Comparison:
         said = (
             ""
             if not self.n_tokens
-            else f"; the {self.n_tokens} tokens said agree"
+            else f"; all {self.n_tokens} generated tokens agree"
             if self.first_diverging is None
-            else f"; of {self.n_tokens} tokens said, number {self.first_diverging + 1} is the first that differs"
+            else f"; of {self.n_tokens} generated tokens, number {self.first_diverging + 1} is the first that differs"
         )
-        return f"is off by {self.max_difference:.3g}, rounding explains {self.tolerance:.3g}{said}"
+        return (
+            f"differs by {self.max_difference:.3g}, expected at most {self.tolerance:.3g} from rounding{said}"
+        )

@@ -32,7 +32,7 @@ from lora_merge.verification.engines.reference import PEFT, Reference, refer
 from lora_merge.verification.engines.vllm import ask_vllm, find_python
 from lora_merge.verification.forward_comparison import compare, compare_logprobs
 from lora_merge.verification.grid_noise import noise_of
-from lora_merge.words import of_several
+from lora_merge.words import counted, of_several
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -88,10 +88,10 @@ def compare_forward(
 
 def _not_comparable(reference: Reference) -> Finding:
     sentence = (
-        f"base and adapter ({reference.how}) answer the same prompt differently from run to run, with the same seed: by "
-        f"up to {reference.unsteady:.2g} per logit. So the merged checkpoint cannot be compared with them"
+        f"the forward check is not possible: two runs of base and adapter ({reference.how}) with the same seed differ by "
+        f"up to {reference.unsteady:.2g} per logit"
     )
-    hint = "leave --forward out: the tensors are recomputed without it"
+    hint = "leave out --forward: the tensors are recomputed without it"
     return Finding("forward", "nothing was compared", (error("not-comparable", "", sentence, hint),))
 
 
@@ -112,7 +112,8 @@ def _in_transformers(
     try:
         with _loaded(request, root, output, is_quantised=is_quantised) as (model, missing):
             issues += [
-                error("forward", name, "transformers finds no tensor for this parameter") for name in missing
+                error("forward", name, "transformers finds no tensor for this parameter in the output")
+                for name in missing
             ]
             for wanted in reference.answers:
                 # The reference was not asked what comes after its last token.
@@ -131,17 +132,17 @@ def _in_transformers(
     ) as exc:
         # A checkpoint that transformers cannot run is a finding, unless memory was the reason.
         raise_if_out_of_memory(exc)
-        sentence = f"transformers does not run the merged checkpoint ({type(exc).__name__}: {exc})"[:400]
+        sentence = f"transformers cannot run the merged checkpoint ({type(exc).__name__}: {exc})"[:400]
         issues.append(error("forward", output.root, sentence))
     issues += _failures(comparisons)
     n = len(reference.answers)
     # The comparisons after the first n are of modules that were run alone: no logits.
     largest = max((one.max_difference for one in comparisons[:n]), default=float("nan"))
-    bound = f"|Δlogit| up to {largest:.2g}, rounding explains {reference.tolerance:.2g}"
-    detail = f"transformers, {n} prompt{'s' * (n != 1)}: {bound}" if n else "transformers"
+    bound = f"|Δlogit| up to {largest:.2g}, at most {reference.tolerance:.2g} expected from rounding"
+    detail = f"transformers, {counted(n, 'prompt')}: {bound}" if n else "transformers"
     if reference.alone:
-        detail += f"; {len(reference.alone)} modules that no prompt reaches, each alone"
-    return Finding("forward", f"{detail}; against {reference.how}", tuple(issues)), comparisons
+        detail += f"; {counted(len(reference.alone), 'module')} that no prompt uses, run separately"
+    return Finding("forward", f"{detail}; compared with {reference.how}", tuple(issues)), comparisons
 
 
 @contextlib.contextmanager
@@ -193,8 +194,8 @@ def _in_vllm(
     """Return the finding on the merged checkpoint in vLLM, and its comparisons of log-probabilities."""
     answers = [wanted for wanted in reference.answers if wanted.is_text and wanted.tokens]
     if not answers:
-        sentence = "the model does not continue text, so vLLM has nothing to say"
-        raise UnsupportedError([error("unsupported", output.root, sentence, "leave --engine out")])
+        sentence = "the model does not generate text, so vLLM cannot be compared"
+        raise UnsupportedError([error("unsupported", output.root, sentence, "leave out --engine")])
     heard = ask_vllm(
         python,
         Path(output.root),
@@ -205,7 +206,7 @@ def _in_vllm(
     name = f"vLLM {heard.version}".strip()
     if heard.refusal:
         issue = error(
-            "forward", output.root, f"{name} does not run the merged checkpoint ({heard.refusal})"[:600]
+            "forward", output.root, f"{name} cannot run the merged checkpoint ({heard.refusal})"[:600]
         )
         return Finding("vllm", name, (issue,)), []
     comparisons = [
@@ -215,7 +216,8 @@ def _in_vllm(
         for wanted, spoken in zip(answers, heard.answers, strict=True)
     ]
     largest = max(one.max_difference for one in comparisons)
-    detail = f"{name}, {len(answers)} prompts: |Δ log p| up to {largest:.2g}, rounding explains {2 * reference.tolerance:.2g}"
+    bound = f"|Δ log p| up to {largest:.2g}, at most {2 * reference.tolerance:.2g} expected from rounding"
+    detail = f"{name}, {counted(len(answers), 'prompt')}: {bound}"
     return Finding("vllm", detail, tuple(_failures(comparisons))), comparisons
 
 
@@ -228,14 +230,14 @@ def _failures(comparisons: list[Comparison]) -> list[Issue]:
 def _said_of(reference: Reference) -> Iterator[Issue]:
     """Yield notes about the reference: whether it is PEFT's, random numbers, modules that were not run."""
     if reference.how != PEFT:
-        yield note("reference", "", f"compared with {reference.how}, since {reference.why}")
+        yield note("reference", "", f"compared with {reference.how}, because {reference.why}")
     if reference.draws:
-        yield note("random", "", "the model draws random numbers: both models ran with the same seed")
+        yield note("random", "", "the model uses random numbers; both runs had the same seed")
     if reference.silent:
         sentence = of_several(
             len(reference.silent),
-            "no prompt reaches it, and it cannot be run alone: only its values were recomputed",
-            "no prompt reaches them, and they cannot be run alone: only their values were recomputed",
+            "no prompt uses it and it cannot be run separately; only its values were recomputed",
+            "no prompt uses them and they cannot be run separately; only their values were recomputed",
         )
         yield note("not-asked", reference.silent[0], sentence)
 
@@ -259,7 +261,9 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
         merged_config=merged,
         adapter=uses[0].adapter if alone else None,
         base_is_residual=joined.reading.base_is == "residual",
-        old_experts=any(use.adapter.stacked and _lies_otherwise(joined, use.adapter.config) for use in uses),
+        old_experts=any(
+            use.adapter.stacked and _has_other_layout(joined, use.adapter.config) for use in uses
+        ),
         n_rows=max(rows, default=None),
         touched=frozenset(step.name for step in changed),
         roundoff=max(noises, default=0.0),
@@ -269,7 +273,7 @@ def _ingredients(joined: Joined, plan: MergePlan, base_config: dict[str, Any]) -
     )
 
 
-def _lies_otherwise(joined: Joined, config: Any) -> bool:
+def _has_other_layout(joined: Joined, config: Any) -> bool:
     """Return True if the layout of stacked experts may differ from that of PEFT 0.19.1 and later."""
     version = peft_version(config)
     return bool(joined.reading.expert_layout) or version is None or version <= (0, 19, 0)

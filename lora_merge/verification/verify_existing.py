@@ -41,6 +41,7 @@ from lora_merge.storage.hub import Access
 from lora_merge.storage.local import why_no_file
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.user_paths import is_directory, real_path, user_path
+from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -84,10 +85,8 @@ def _check_level(request: VerifyRequest) -> None:
     }
     given = [option for option, value in compared.items() if value]
     if request.level == "structure" and given:
-        sentence = (
-            f"structure compares the output with nothing, and {' and '.join(given)} asks for a comparison"
-        )
-        raise RequestError("", 0, "level", sentence, hint=f"leave out --level structure or {given[0]}")
+        sentence = f"is structure, which compares nothing, but {' and '.join(given)} asks for a comparison"
+        raise RequestError("", 0, "level", sentence, hint=f"leave out --level structure, or {given[0]}")
 
 
 def _output(out: str) -> Output:
@@ -100,11 +99,11 @@ def _output(out: str) -> Output:
     except OSError as exc:
         raise ResolveError(f"{out}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
     if not root.is_dir():
-        what = "is a file" if exists else "there is no such directory"
-        raise ResolveError(f"{out}: {what}", hint="verify takes the directory that a merge wrote")
+        what = "is a file, expected a directory" if exists else "there is no such directory"
+        raise ResolveError(f"{out}: {what}", hint="pass the output directory of a merge")
     names = names_in(root)
     if not {MANIFEST_FILE, CONFIG_FILE} & set(names) and (fault := fault_of(names, "base")) is not None:
-        raise ResolveError(f"{out}: {fault.sentence}", hint="verify takes the directory that a merge wrote")
+        raise ResolveError(f"{out}: {fault.sentence}", hint="pass the output directory of a merge")
     return read_output(real_path(root))
 
 
@@ -143,8 +142,8 @@ class _Verification:
         if self.request.forward or self.request.engine:
             if again is None:
                 raise ResolveError(
-                    f"{self.request.out}: forward passes need base and adapter, and {finding.detail}",
-                    hint="name them with --base and --adapter",
+                    f"{self.request.out}: forward passes need base and adapter, but {finding.detail}",
+                    hint="pass --base and --adapter",
                 )
             self._check_readable()
             from lora_merge.verification.forward_check import compare_forward
@@ -170,16 +169,16 @@ class _Verification:
         for name in self.output.broken:
             path = Path(self.output.root, name)
             if why := why_no_file(path):
-                raise CheckpointError(str(path), "", why, hint="forward passes read the whole directory")
+                raise CheckpointError(str(path), "", why, hint="remove it: forward passes read all files")
 
     def _loadable(self) -> Finding:
         """Return the gate's finding: can engines load it? Here it also checks every parameter of the model."""
         with self.clock("loadable"):
-            self.watch.phase("asking what engines ask", 0)
+            self.watch.phase("checking that engines can load it", 0)
             issues = tuple(issue for rule in RULES.values() for issue in rule(self.output))
         return Finding(
             "loadable",
-            f"{len(self.output.tensors())} tensors in {_counted(len(self.output.files), 'file')}",
+            f"{counted(len(self.output.tensors()), 'tensor')} in {counted(len(self.output.files), 'file')}",
             issues,
         )
 
@@ -187,23 +186,20 @@ class _Verification:
         """Return the manifest and the finding on it: whether the output is as recorded. Without a manifest, a warning."""
         path = Path(self.output.root, MANIFEST_FILE)
         if MANIFEST_FILE not in self.output.names:
-            issue = warning(
-                "no-manifest", MANIFEST_FILE, "is missing: nothing says what the output was when it was made"
-            )
+            issue = warning("no-manifest", MANIFEST_FILE, "is missing, so it is unknown what the merge wrote")
             return None, Finding("recorded", f"there is no {MANIFEST_FILE}", (issue,), asked=False)
         try:
             manifest = parse_manifest(read_json(path))
         except (CheckpointError, ValueError) as exc:
-            text = str(exc) if isinstance(exc, CheckpointError) else f"is no manifest that is known ({exc})"
+            text = str(exc) if isinstance(exc, CheckpointError) else f"is not a known manifest ({exc})"
             issue = error("broken-manifest", MANIFEST_FILE, text)
             return None, Finding("recorded", "the manifest cannot be read", (issue,))
         with self.clock("recorded"):
             self.watch.phase("comparing digests", 0)
             issues = tuple(recorded(self.output, manifest, self.digest))
-        counted = (
-            f"{len(manifest.tensors)} tensors and {len(manifest.side_files)} other files, by their digests"
-        )
-        return manifest, Finding("recorded", counted, issues)
+        n_tensors, n_files = len(manifest.tensors), len(manifest.side_files)
+        detail = f"{counted(n_tensors, 'tensor')} and {counted(n_files, 'other file')}, by their digests"
+        return manifest, Finding("recorded", detail, issues)
 
     def _planned(self, manifest: Manifest | None) -> tuple[_Again | None, Finding]:
         """Plan the merge again from the base and adapter at hand; return it with the finding.
@@ -214,7 +210,7 @@ class _Verification:
         """
         named = bool(self.request.base or self.request.adapter)
         if manifest is None and not self.request.adapter:
-            return None, Finding("planned", "no manifest and no --adapter says what was merged", asked=False)
+            return None, Finding("planned", "there is neither a manifest nor an --adapter", asked=False)
         is_offline = self.request.offline
         try:
             texts, reading, policy = self._asked_again(manifest)
@@ -224,18 +220,18 @@ class _Verification:
                 plan = make_plan(found.joined, policy)
         except RequestError as exc:
             # The user's own options were parsed before, so the manifest is at fault.
-            issue = error("broken-manifest", MANIFEST_FILE, f"names what cannot be merged ({exc})")
-            return None, Finding("planned", "the manifest cannot be merged again", (issue,))
+            issue = error("broken-manifest", MANIFEST_FILE, f"describes a merge that is not possible ({exc})")
+            return None, Finding("planned", "the merge cannot be planned again from the manifest", (issue,))
         except ResolveError as exc:
             if named:
                 if is_offline and not self.request.offline:
                     exc.add_note(
-                        "what the manifest alone names is not fetched: name it with --base and --adapter"
+                        "pass --base and --adapter: repos that only the manifest names are not downloaded"
                     )
                 raise
-            # Inputs that the manifest alone names may be gone by now. That is no fault of the output.
-            hint = "name base and adapter with --base and --adapter to recompute what was merged"
-            issue = warning("not-recomputed", "", f"{exc}; the deltas were not recomputed", hint)
+            # Inputs that the manifest alone names may be gone by now. That is not a fault of the output.
+            hint = "pass --base and --adapter to recompute what was merged"
+            issue = warning("not-recomputed", "", f"the deltas were not recomputed: {exc}", hint)
             return None, Finding("planned", f"{exc}", (issue,), asked=False)
         except PlanError as exc:
             if named:
@@ -243,7 +239,9 @@ class _Verification:
             return None, Finding("planned", "base and adapter no longer fit", tuple(exc.issues))
         issues = tuple(_other_adapters(manifest, found.joined.uses, named=bool(self.request.adapter)))
         n_merged = sum(isinstance(step.op, Merge) for step in plan.steps)
-        finding = Finding("planned", f"{n_merged} tensors are merged, by base and adapter", issues)
+        finding = Finding(
+            "planned", f"{counted(n_merged, 'merged tensor')}, planned again from base and adapter", issues
+        )
         return _Again(found.joined, plan, found.inputs), finding
 
     def _asked_again(self, manifest: Manifest | None) -> tuple[InputTexts, Reading, Policy]:
@@ -307,11 +305,11 @@ class _Verification:
             )
             n_layers = len(plan.steps) - n_copied - n_formulas
             details = {
-                "untouched": f"{n_copied} tensors, byte by byte those of base or adapter",
-                "finite": f"{len(plan.steps) - n_copied} merged tensors",
-                "recompute": f"{n_formulas} merged tensors, {how}",
-            } | ({"layers": f"{n_layers} tensors that PEFT's own layers merge"} if n_layers else {})
-            found = [Finding("placed", f"{len(plan.steps)} tensors of the plan", tuple(issues))]
+                "untouched": f"{counted(n_copied, 'tensor')}, byte for byte equal to base or adapter",
+                "finite": counted(len(plan.steps) - n_copied, "merged tensor"),
+                "recompute": f"{counted(n_formulas, 'merged tensor')}, {how}",
+            } | ({"layers": f"{counted(n_layers, 'tensor')} of PEFT's own layers"} if n_layers else {})
+            found = [Finding("placed", f"{counted(len(plan.steps), 'tensor')} of the plan", tuple(issues))]
             for name, detail in details.items():
                 # At the full level this check needs digests of merged tensors, which are not recorded here.
                 asked = replace(evidence, level="sample") if name == "untouched" else evidence
@@ -349,16 +347,10 @@ def _nothing_compared(findings: list[Finding]) -> list[Finding]:
     """Return the finding that the output was compared with nothing; none if another check failed already."""
     if any(found.state == "failed" for found in findings):
         return []
-    sentence = (
-        "was compared with nothing: only its structure was checked, and its weights may hold any values"
-    )
-    hint = "name base and adapter with --base and --adapter; --level structure asks for the structure alone"
-    issue = error("nothing-compared", "", f"the output {sentence}", hint)
-    return [Finding("compared", "neither a manifest nor base and adapter", (issue,))]
-
-
-def _counted(n: int, word: str) -> str:
-    return f"{n} {word}{'' if n == 1 else 's'}"
+    sentence = "only the structure of the output was checked: nothing says which values its weights must have"
+    hint = "pass --base and --adapter, or --level structure if the structure is enough"
+    issue = error("nothing-compared", "", sentence, hint)
+    return [Finding("compared", "there is neither a manifest nor a base and an adapter", (issue,))]
 
 
 def _text(recorded: RecordedInput, near: Path) -> str:
@@ -388,10 +380,11 @@ def _other_adapters(manifest: Manifest | None, uses: Sequence[AdapterUse], *, na
         return
     then, now = manifest.adapters, uses
     if len(then) != len(now):
-        yield error("other-adapter", "", f"{len(now)} adapters are named, {len(then)} were merged")
+        sentence = f"{counted(len(now), 'adapter')} given, expected {len(then)} as in the manifest"
+        yield error("other-adapter", "", sentence)
         return
     for recorded_one, use in zip(then, now, strict=True):
         if recorded_one.digest != use.adapter.digest:
-            sentence = f"is not the adapter that was merged: its digest is {use.adapter.digest}, {recorded_one.digest} was"
-            hint = "" if named else "name the one that was with --adapter"
+            sentence = f"is not the adapter that was merged: its digest is {use.adapter.digest}, expected {recorded_one.digest}"
+            hint = "" if named else "pass the adapter that was merged with --adapter"
             yield error("other-adapter", use.adapter.root, sentence, hint)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1114,7 +1115,7 @@ def test_what_a_pass_had_written_when_it_was_interrupted_is_taken_up(
 
     assert code == exits.OK
     resumed = {
-        Path(job["out"]).name: int(issue["sentence"].split()[0])
+        Path(job["out"]).name: int(re.search(r"written (\d+) of", issue["sentence"])[1])
         for job in report["jobs"]
         for issue in job["issues"]
         if issue["code"] == "resumed"

@@ -225,7 +225,7 @@ def test_a_manifest_that_asks_for_what_no_merge_has_is_a_broken_one(tmp_path, cl
     result = cli("verify", out)
 
     assert result.exit_code == exits.VERIFY, result.stderr
-    assert "names what cannot be merged" in result.stderr + result.stdout
+    assert "describes a merge that is not possible" in result.stderr + result.stdout
 
 
 def test_an_index_with_tables_for_names_is_a_wrong_one(tmp_path, cli):
@@ -245,7 +245,7 @@ def test_an_interpreter_that_cannot_be_run_has_its_sentence(tmp_path):
 
     with pytest.raises(lora_merge.RequestError, match="cannot be run"):
         ask_vllm(find_python(str(tmp_path / "python")), tmp_path, (), 1, trust_remote_code=False)
-    with pytest.raises(lora_merge.RequestError, match="there is no such interpreter"):
+    with pytest.raises(lora_merge.RequestError, match="expected a Python interpreter"):
         find_python("x" * 300)
 
 

@@ -318,9 +318,9 @@ def test_a_broken_manifest_is_a_failure_and_says_where(change, sentence, merge, 
         (["{out}", "--tolerance", "-1"], 2, "'-1' is no tolerance"),
         (["{out}", "--n-tokens", "0"], 2, "'0' is no number of tokens"),
         (["{out}", "--engine", "gguf"], 2, "'gguf' is no engine, expected vllm"),
-        (["{out}", "--engine", "vllm"], 2, "vLLM is not installed beside lora-merge"),
-        (["{out}", "--engine", "vllm", "--engine-python", "/no/python"], 2, "/no/python: there is no such interpreter"),
-        (["{out}", "--engine", "vllm", "--engine-python", sys.executable], 2, "has no vLLM"),
+        (["{out}", "--engine", "vllm"], 2, "vLLM is not installed in the environment"),
+        (["{out}", "--engine", "vllm", "--engine-python", "/no/python"], 2, "/no/python: not found, expected a Python interpreter"),
+        (["{out}", "--engine", "vllm", "--engine-python", sys.executable], 2, "vLLM is not installed for"),
         (["{out}", "--quiet", "--verbose"], 2, "exclude each other"),
         ([], 2, "Missing argument 'OUT'"),
     ],
@@ -402,7 +402,7 @@ def test_nothing_is_fetched_that_only_the_manifest_names(named, merge, cli):
 
     assert "evil/repo" in result.stderr
     assert "hub may not be asked" in result.stderr
-    assert ("what the manifest alone names is not fetched" in result.stderr) == (named is not None)
+    assert ("repos that only the manifest names are not downloaded" in result.stderr) == (named is not None)
 
 
 def test_a_model_is_not_run_with_an_adapter_beside_it(merge, cli):

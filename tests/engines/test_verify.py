@@ -54,4 +54,4 @@ def test_a_checkpoint_that_vllm_refuses_is_a_failure_with_its_reason(prepared, e
     code, findings, _ = verified(cli, out, engines_python)
     assert code == 6
     assert findings["vllm"]["state"] == "failed"
-    assert "does not run the merged checkpoint" in findings["vllm"]["issues"][0]["sentence"]
+    assert "cannot run the merged checkpoint" in findings["vllm"]["issues"][0]["sentence"]

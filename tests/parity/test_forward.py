@@ -249,7 +249,7 @@ def test_the_users_texts_are_asked(pico, pico_adapter, merged):
     proof = lora_merge.verify(
         merged(base, pico_adapter(base)), forward=True, prompt=["w1 w2 w3", "w9"], n_tokens=3
     )
-    assert [one.prompt for one in proof.comparisons] == ["text 1", "text 2", "drawn tokens"]
+    assert [one.prompt for one in proof.comparisons] == ["text 1", "text 2", "random tokens"]
     assert {one.n_tokens for one in proof.comparisons} == {3}
 
 
@@ -340,7 +340,7 @@ def test_a_model_that_answers_otherwise_each_time_does_not_pass(
     assert result.exit_code == 6, result.output
     found = next(one for one in json.loads(result.stdout)["findings"] if one["check"] == "forward")
     assert [issue["code"] for issue in found["issues"]] == ["not-comparable"]
-    assert "differently from run to run" in found["issues"][0]["sentence"]
+    assert "with the same seed differ by" in found["issues"][0]["sentence"]
 
 
 def test_a_model_without_chance_is_not_said_to_have_it(pico, pico_adapter, merged):

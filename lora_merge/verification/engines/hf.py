@@ -90,7 +90,7 @@ class Loader:
         try:
             parsed = None if known is None else parse_config(config)
         except FetchError as exc:
-            hint = "leave --forward out: the tensors are recomputed without it"
+            hint = "leave out --forward: the tensors are recomputed without it"
             raise UnsupportedError(
                 [error("unsupported", str(self._root), f"config.json: {exc}", hint)]
             ) from exc
@@ -104,7 +104,7 @@ class Loader:
         architecture = (config.get("architectures") or ["?"])[0]
         if name is None or not self._trust:
             sentence = f"transformers has no class {architecture}, so the model cannot be run"
-            hint = "--trust-remote-code runs the code that it carries" if name else ""
+            hint = "pass --trust-remote-code to run the code in its directory" if name else ""
             raise UnsupportedError([error("unsupported", str(self._root), sentence, hint)])
         from transformers import AutoConfig
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -116,7 +116,7 @@ class Loader:
         except Exception as exc:
             # Code may raise anything. Code of another repo is not fetched, which is an error here too.
             first = next(iter(str(exc).splitlines()), "")
-            sentence = f"the code that it carries does not load ({type(exc).__name__}: {first})"[:300]
+            sentence = f"the code in its directory does not load ({type(exc).__name__}: {first})"[:300]
             raise UnsupportedError([error("unsupported", root, sentence)]) from exc
 
     @contextlib.contextmanager
@@ -127,9 +127,7 @@ class Loader:
             UnsupportedError: the directory also has an adapter, which transformers would load onto the model.
         """
         if (root / ADAPTER_CONFIG).exists():
-            sentence = (
-                f"holds {ADAPTER_CONFIG} beside the model, and transformers would load that adapter too"
-            )
+            sentence = f"holds {ADAPTER_CONFIG} beside the model, so transformers would load that adapter too"
             raise UnsupportedError([error("unsupported", str(root), sentence, "move the adapter elsewhere")])
         with self._loaded(root, None) as loaded:
             yield loaded

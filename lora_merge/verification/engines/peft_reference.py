@@ -69,13 +69,13 @@ class Ingredients:
 def obstacle(made_of: Ingredients) -> str:
     """Return why PEFT cannot compute the reference, as a sentence; empty if it may be tried."""
     if made_of.adapter is None:
-        return "several adapters, or one with a weight, are no single forward pass of PEFT"
+        return "PEFT cannot run several adapters, or one with a weight, in a single forward pass"
     if made_of.adapter.format != "peft":
-        return f"the adapter is of the format {made_of.adapter.format}"
+        return f"PEFT does not read the adapter's format, {made_of.adapter.format}"
     if len(made_of.adapter.files) > 1:
-        return "PEFT reads one file of an adapter, and this one is in several"
+        return "PEFT reads one weight file, and this adapter has several"
     if made_of.old_experts:
-        return "its stacked experts lie as older releases of PEFT had them"
+        return "its stacked experts have the layout of an older PEFT release"
     return ""
 
 
@@ -95,7 +95,7 @@ def with_adapter(model: Any, made_of: Ingredients) -> tuple[Any | None, str]:
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
             raise_if_out_of_memory(exc)
             first = (str(exc).splitlines() or [""])[0]
-            return None, f"PEFT does not load it ({first or type(exc).__name__})"[:200]
+            return None, f"PEFT does not load the adapter ({first or type(exc).__name__})"[:200]
         difference = _difference(adapted, root)
     return (None, difference) if difference else (adapted, "")
 
@@ -177,7 +177,7 @@ def _respelled_pattern(pattern: Mapping[str, Any], names: Mapping[str, str]) -> 
 
 
 def _difference(adapted: Any, root: Path) -> str:
-    """Return a sentence about the tensors that PEFT lost, changed or left at random; empty if it loaded all."""
+    """Return a sentence about the tensors that PEFT lost, changed or initialised at random; empty if it loaded all."""
     from peft import load_peft_weights
     from peft.utils.save_and_load import get_peft_model_state_dict
 
@@ -196,7 +196,9 @@ def _difference(adapted: Any, root: Path) -> str:
     random = sorted(name for name in taken.keys() - stored.keys() if "lora_" in name)
     if lost:
         return f"PEFT does not load {listing(lost, 1, 'more of its tensors')}"
-    return f"PEFT leaves {random[0]} at random" if random else ""
+    return (
+        f"the adapter has no tensor for {random[0]}, so PEFT fills it with random numbers" if random else ""
+    )
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:

@@ -74,7 +74,7 @@ def choose(
     words = [
         token for token in chance.sample(range(n_words), min(n_words, 2 * _N_DRAWN)) if token not in special
     ]
-    found.append(Prompt("drawn tokens", tuple(words[: min(longest, _N_DRAWN)])))
+    found.append(Prompt("random tokens", tuple(words[: min(longest, _N_DRAWN)])))
     rows = sorted(token for token in trained if token < n_words and token not in special)
     if rows:
         some = chance.sample(rows, min(len(rows), longest))
@@ -101,7 +101,7 @@ def _tokenizer(root: Path, *, needed: bool, trust_remote_code: bool) -> Any:
     except Exception as exc:  # tokenizers raise Exception itself, and code that they carry anything
         raise_if_out_of_memory(exc)
         if needed:
-            raise _no_tokenizer(root, "has no tokenizer that loads", exc) from exc
+            raise _no_tokenizer(root, "its tokenizer does not load", exc) from exc
         return None
 
     def tokens(text: str) -> list[int]:
@@ -110,7 +110,7 @@ def _tokenizer(root: Path, *, needed: bool, trust_remote_code: bool) -> Any:
                 return list(loaded(text)["input_ids"])
         except TokenizerError as exc:
             if needed:
-                raise _no_tokenizer(root, "has a tokenizer that fails", exc) from exc
+                raise _no_tokenizer(root, "its tokenizer fails", exc) from exc
             return []
 
     return tokens
@@ -119,7 +119,7 @@ def _tokenizer(root: Path, *, needed: bool, trust_remote_code: bool) -> Any:
 def _no_tokenizer(root: Path, what: str, exc: Exception) -> RequestError:
     first = str(exc).partition("\n")[0] or repr(exc)
     sentence = f"{root}: {what} ({first})"[:300]
-    return RequestError("", 0, "prompt", sentence, hint="leave --prompt out, and tokens are drawn")
+    return RequestError("", 0, "prompt", sentence, hint="leave out --prompt to use random tokens")
 
 
 def _smallest(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -50,11 +50,15 @@ def find_python(named: str | None) -> str:
     """
     if named is None:
         if importlib.util.find_spec("vllm") is None:
-            raise RequestError("", 0, "engine", "vLLM is not installed beside lora-merge", hint=_HINT)
+            raise RequestError(
+                "", 0, "engine", "vLLM is not installed in the environment of lora-merge", hint=_HINT
+            )
         return sys.executable
     path = user_path(named)
     if not is_file(path):
-        raise RequestError("", 0, "engine_python", f"{named}: there is no such interpreter", hint=_HINT)
+        raise RequestError(
+            "", 0, "engine_python", f"{named}: not found, expected a Python interpreter", hint=_HINT
+        )
     return str(path)
 
 
@@ -86,7 +90,7 @@ def ask_vllm(
             command, input=request, env=_environment(), capture_output=True, text=True, check=False
         )
     except OSError as exc:
-        sentence = f"{python}: cannot be run ({exc.strerror})"
+        sentence = f"{python}: cannot run it ({exc.strerror})"
         raise RequestError("", 0, "engine_python", sentence, hint=_HINT) from exc
     # Libraries may print other lines.
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -96,7 +100,7 @@ def ask_vllm(
         raise RequestError("", 0, "engine", sentence, hint=_HINT)
     table = json.loads(lines[-1])
     if "No module named 'vllm'" in str(table.get("error")):
-        raise RequestError("", 0, "engine", f"{python} has no vLLM", hint=_HINT)
+        raise RequestError("", 0, "engine", f"vLLM is not installed for {python}", hint=_HINT)
     return _parse(table)
 
 
