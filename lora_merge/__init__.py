@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         WriteError,
     )
     from lora_merge.inspection.facts import Inspection
+    from lora_merge.reporting import report_html, write_report
     from lora_merge.requests.keywords import (
         ConvertOptions,
         ExtractOptions,
@@ -84,7 +85,9 @@ __all__ = [
     "inspect",
     "merge",
     "plan",
+    "report_html",
     "verify",
+    "write_report",
 ]
 
 _HOMES = (
@@ -95,8 +98,9 @@ _HOMES = (
     "lora_merge.core.plan",
     "lora_merge.conversion.lora",
     "lora_merge.inspection.facts",
+    "lora_merge.reporting",
 )
-"""Modules that define the public types. They are imported when one of their names is first used."""
+"""Modules that define the other public names. They are imported when one of their names is first used."""
 
 _VERBS = frozenset({"convert", "extract", "inspect", "merge", "plan", "verify"})
 """Functions of `lora_merge.api`, imported on first use: ``lora-merge --help`` needs none."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Proof, Report
     from lora_merge.inspection.facts import Inspection
+    from lora_merge.reporting.page_file import PageFile
     from lora_merge.requests.inputs import AdapterPaths
     from lora_merge.requests.keywords import (
         ConvertOptions,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         PlanOptions,
         VerifyOptions,
     )
+    from lora_merge.requests.option import Verb
 
 __all__ = [
     "convert",
@@ -73,7 +75,8 @@ def merge(
         LoraMergeError: with a sentence and a ``hint``. ``out`` is then as it was before.
     """
     request = parse_keywords(Request, "merge", {"adapter": adapter, "out": out, **options})
-    return run(request, observer=observer)
+    with _page_file("merge", request, request.adapter, request.out) as page:
+        return page.show(run(request, observer=observer))
 
 
 def plan(*, adapter: AdapterPaths, **options: Unpack[PlanOptions]) -> MergePlan:
@@ -106,7 +109,9 @@ def verify(
         ResolveError: there is no such output, or a base or adapter named here cannot be read.
         PlanError: a base and adapter named here do not fit, or the model cannot be run.
     """
-    return prove(parse_keywords(VerifyRequest, "verify", {"out": out, **options}), observer=observer)
+    request = parse_keywords(VerifyRequest, "verify", {"out": out, **options})
+    with _page_file("verify", request, request.adapter, request.out) as page:
+        return page.show(prove(request, observer=observer))
 
 
 def inspect(
@@ -126,7 +131,23 @@ def inspect(
     from lora_merge.inspection.run import inspect_adapter
 
     request = parse_keywords(InspectRequest, "inspect", {"adapter": adapter, **options})
-    return inspect_adapter(request, observer=observer)
+    with _page_file("inspect", request, (request.adapter,)) as page:
+        return page.show(inspect_adapter(request, observer=observer))
+
+
+def _page_file(
+    verb: Verb, request: Request | VerifyRequest | InspectRequest, adapters: tuple[str, ...], *outs: str
+) -> PageFile:
+    """Return the file of ``report``, which writes a page if the request has one."""
+    from dataclasses import fields
+
+    from lora_merge.reporting.command import command_text
+    from lora_merge.reporting.failures import Subject
+    from lora_merge.reporting.page_file import PageFile
+
+    values = {field.name: getattr(request, field.name) for field in fields(request)}
+    command = command_text(verb, values) if request.report else ""
+    return PageFile(request.report, Subject(verb, command, request.base or "", adapters, outs))
 
 
 def convert(

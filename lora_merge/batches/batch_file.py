@@ -26,7 +26,7 @@ from lora_merge.words import quoted, shown
 if TYPE_CHECKING:
     import yaml
 
-_MERGE_KEYS = frozenset(option.key for option in fields_of("merge"))
+_MERGE_KEYS = frozenset(option.key for option in fields_of("merge")) - {"report"}  # a batch has one page
 _CONVERT_KEYS = frozenset(option.key for option in fields_of("convert")) - {"convert"}
 _OWN_KEYS = frozenset({"name", "matrix", "convert"})
 _TOP_KEYS = ("defaults", "jobs")

@@ -12,6 +12,8 @@ import click
 from lora_merge.cli import exits
 from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
+from lora_merge.cli.reports import page_file
+from lora_merge.cli.voice import say
 
 if TYPE_CHECKING:
     from lora_merge.batches.event_log import EventLog
@@ -27,6 +29,7 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
     jobs: int,
     dry_run: bool,
     log_file: str | None,
+    report: str | None,
     json: bool,
     quiet: bool,
     verbose: bool,
@@ -52,39 +55,45 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
     from lora_merge.batches.batch_file import read_batch
     from lora_merge.batches.event_log import EventLog
     from lora_merge.batches.run import Batch
-    from lora_merge.cli.voice import say
     from lora_merge.cli.watching import watching_batch
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     # Options of the command line win over the file, so those that were not given must not count.
     given = {name: value for name, value in flags.items() if value is not None}
     listed = read_batch(file, given)
-    is_interrupted = False
     log = EventLog(Path(log_file)) if log_file else None
-    with log or contextlib.nullcontext():
-        try:
-            with watching_batch([job.name for job in listed], log, quiet=quiet) as watch:
-                run = Batch(listed, watch, keep_going=keep_going, n_parallel=jobs, dry_run=dry_run)
-                run.run()
-        except KeyboardInterrupt:
-            is_interrupted = True
-        finally:
-            # After an interrupt too: the report says what is done and what is not.
-            report = run.report(file)
-            console.batch(report)
-            if log:
-                _end(log, report)
+    outs = tuple(job.request.out for job in listed)
+    with page_file("batch", report, outs=outs, quiet=quiet) as page:
+        is_interrupted = False
+        with log or contextlib.nullcontext():
+            try:
+                with watching_batch([job.name for job in listed], log, quiet=quiet) as watch:
+                    run = Batch(listed, watch, keep_going=keep_going, n_parallel=jobs, dry_run=dry_run)
+                    run.run()
+            except KeyboardInterrupt:
+                is_interrupted = True
+            finally:
+                # After an interrupt too: the report says what is done and what is not.
+                done = page.show(run.report(file))
+                console.batch(done)
+                if log:
+                    _end(log, done)
+        sys.exit(_exit_code(done, log, is_interrupted=is_interrupted))
+
+
+def _exit_code(done: BatchReport, log: EventLog | None, *, is_interrupted: bool) -> int:
+    """Say what went wrong beside the jobs themselves; return the exit code."""
     if log and log.failure:
         say(f"error: the log is not complete: {log.failure}")
     if is_interrupted:
         say("error: interrupted; what is done stays, and the same command goes on from there")
-        sys.exit(exits.INTERRUPTED)
-    sys.exit(exits.BATCH if not report.ok else exits.WRITE if log and log.failure else exits.OK)
+        return exits.INTERRUPTED
+    return exits.BATCH if not done.ok else exits.WRITE if log and log.failure else exits.OK
 
 
-def _end(log: EventLog, report: BatchReport) -> None:
+def _end(log: EventLog, done: BatchReport) -> None:
     """Log the tracebacks of jobs that met a bug, then a last line with the result."""
-    for job in report.jobs:
+    for job in done.jobs:
         if job.traceback:
             log.add("bug", name=job.name, traceback=job.traceback)
-    log.add("end", ok=report.ok, seconds=report.seconds)
+    log.add("end", ok=done.ok, seconds=done.seconds)

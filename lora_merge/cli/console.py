@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lora_merge.cli.data import conversion_data, inspection_data, job_data, proof_data
+from lora_merge.cli.data import batch_data, conversion_data, inspection_data, proof_data, result_data
 from lora_merge.cli.issues import say_issues
 from lora_merge.cli.plans import merge_text, print_plan, print_profile
 from lora_merge.cli.progress import watching
@@ -46,7 +46,7 @@ class Console:
         if not self._quiet:
             self._issues(report.issues)
         if self._as_json:
-            show_data({"ok": True, **asdict(report)})
+            show_data(result_data(report))
         elif report.dry_run:
             print_plan(report, verbose=self._verbose)
         elif not self._quiet:
@@ -94,8 +94,7 @@ class Console:
     def batch(self, report: BatchReport) -> None:
         """Print a table of all jobs, and what went wrong; tracebacks of bugs with ``--verbose``."""
         if self._as_json:
-            jobs = [{**asdict(job), "report": job_data(job)} for job in report.jobs]
-            show_data({"ok": report.ok, **asdict(report), "jobs": jobs})
+            show_data(batch_data(report))
         if not self._quiet or not report.ok:
             print_batch(report, only_failed=self._quiet or self._as_json)
         for job in report.jobs if self._verbose else ():

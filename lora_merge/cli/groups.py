@@ -61,8 +61,8 @@ GROUPS: Final[tuple[Group, ...]] = (
     Group("Machine and Hub", ("device", "jobs", "token", "offline"), ("memory_limit", "workers", "executor")),
     Group(
         "Messages",
-        ("full", "plot", "json", "log_file", "quiet", "verbose"),
-        ("report", "profile", "strict", *_HELP),
+        ("full", "plot", "report", "json", "log_file", "quiet", "verbose"),
+        ("profile", "strict", *_HELP),
     ),
 )
 """Every option is in one group. One that no group names is listed last, as "Other"."""

@@ -10,6 +10,7 @@ import click
 from lora_merge.cli import exits
 from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
+from lora_merge.cli.reports import page_file
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -32,8 +33,11 @@ def inspect(*, full: bool, json: bool, quiet: bool, verbose: bool, **flags: Any)
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = parse_request(InspectRequest, flags)
-    with console.watching() as observer:
-        found = inspect_adapter(request, observer=observer)
-    console.inspection(found, full=full)
-    if any(issue.severity == "error" for issue in found.issues):
-        sys.exit(exits.PLAN)
+    with page_file(
+        "inspect", request.report, base=request.base, adapters=(request.adapter,), quiet=quiet
+    ) as page:
+        with console.watching() as observer:
+            found = page.show(inspect_adapter(request, observer=observer))
+        console.inspection(found, full=full)
+        if any(issue.severity == "error" for issue in found.issues):
+            sys.exit(exits.PLAN)

@@ -8,6 +8,7 @@ import click
 
 from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options, request_of
+from lora_merge.cli.reports import page_file
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -43,6 +44,14 @@ def merge(
         flags["verify"] = "none"
     console = console_of(json=json, quiet=quiet, verbose=verbose, profile=profile)
     request = request_of("merge", config, flags)
-    with console.watching() as observer:
-        report = api.run(request, dry_run=dry_run, observer=observer)
-    console.report(report)
+    with page_file(
+        "merge",
+        request.report,
+        base=request.base,
+        adapters=request.adapter,
+        outs=(request.out,),
+        quiet=quiet,
+    ) as page:
+        with console.watching() as observer:
+            report = page.show(api.run(request, dry_run=dry_run, observer=observer))
+        console.report(report)

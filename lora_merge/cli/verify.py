@@ -9,6 +9,7 @@ import click
 from lora_merge.cli import exits
 from lora_merge.cli.help_pages import Verb
 from lora_merge.cli.options import SETTINGS, console_of, options
+from lora_merge.cli.reports import page_file
 
 
 @click.command(cls=Verb, context_settings=SETTINGS)
@@ -35,10 +36,19 @@ def verify(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = parse_request(VerifyRequest, flags)
-    with console.watching() as observer:
-        proof = api.prove(request, observer=observer)
-    is_strict_about = request.strict and any(issue.severity == "warning" for issue in proof.issues)
-    failed = not proof.ok or is_strict_about
-    console.proof(proof, failed=failed)
-    if failed:
-        click.get_current_context().exit(exits.VERIFY)
+    with page_file(
+        "verify",
+        request.report,
+        base=request.base,
+        adapters=request.adapter,
+        outs=(request.out,),
+        quiet=quiet,
+    ) as page:
+        with console.watching() as observer:
+            proof = api.prove(request, observer=observer)
+        is_strict_about = request.strict and any(issue.severity == "warning" for issue in proof.issues)
+        failed = not proof.ok or is_strict_about
+        page.show(proof, failed=failed)
+        console.proof(proof, failed=failed)
+        if failed:
+            click.get_current_context().exit(exits.VERIFY)

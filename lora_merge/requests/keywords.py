@@ -132,6 +132,9 @@ class MergeOptions(PlanOptions, total=False):
     resume: bool
     """Continue an interrupted run. If it was the same merge, its finished tensors are checked and kept."""
 
+    report: str | PathLike[str] | None
+    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+
 
 class VerifyOptions(TypedDict, total=False):
     """Keywords of `lora_merge.verify`."""
@@ -183,6 +186,9 @@ class VerifyOptions(TypedDict, total=False):
     offline: bool
     """Use the local cache only. No network access."""
 
+    report: str | PathLike[str] | None
+    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+
 
 class InspectOptions(TypedDict, total=False):
     """Keywords of `lora_merge.inspect`."""
@@ -219,6 +225,9 @@ class InspectOptions(TypedDict, total=False):
 
     offline: bool
     """Use the local cache only. No network access."""
+
+    report: str | PathLike[str] | None
+    """Write the result as an HTML page to this file, errors included. The page needs no network."""
 
 
 class ConvertOptions(TypedDict, total=False):

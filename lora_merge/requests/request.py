@@ -132,6 +132,9 @@ class Request:
     resume: bool = False
     """Continue an interrupted run. If it was the same merge, its finished tensors are checked and kept."""
 
+    report: str | None = None
+    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
 
 
@@ -192,6 +195,9 @@ class VerifyRequest:
     strict: bool = False
     """Treat warnings as errors."""
 
+    report: str | None = None
+    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
 
 
@@ -234,6 +240,9 @@ class InspectRequest:
 
     offline: bool = False
     """Use the local cache only. No network access."""
+
+    report: str | None = None
+    """Write the result as an HTML page to this file, errors included. The page needs no network."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
 

@@ -655,6 +655,22 @@ _HELPING: tuple[Option, ...] = (
     ),
 )
 
+_REPORTING: tuple[Option, ...] = (
+    Option(
+        "report",
+        ("merge", "verify", "inspect"),
+        kinds.NEW_FILE,
+        "Write the result as an HTML page to this file, errors included. The page needs no network.",
+    ),
+    Option(
+        "report",
+        ("batch",),
+        kinds.NEW_FILE,
+        "Write the results of all jobs as one HTML page to this file. The page needs no network.",
+        scope="command",
+    ),
+)
+
 _SPEAKING: tuple[Option, ...] = (
     Option("json", _ALL, kinds.SWITCH, "Print the result as JSON on stdout.", scope="command", default=False),
     Option("quiet", _ALL, kinds.SWITCH, "Print errors only.", scope="command", short="-q", default=False),
@@ -679,6 +695,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     *_EVERYWHERE,
     *_WRITING,
     *_HELPING,
+    *_REPORTING,
     *_SPEAKING,
 )
 

@@ -6,15 +6,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from lora_merge.inspection.facts import ModuleFacts
 from lora_merge.words import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from lora_merge.inspection.facts import Inspection
+    from lora_merge.inspection.facts import Inspection, ModuleFacts
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.([0-9]{1,6})(?:\.|$)")
 
@@ -29,6 +28,17 @@ MOST_NUMBERED = 16
 """Most columns for which cells show numbers."""
 
 
+class Located(Protocol):
+    """Anything that has the path of a module."""
+
+    @property
+    def path(self) -> str:
+        """The path, with the number of its layer."""
+
+
+Item = TypeVar("Item", bound=Located)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row: a path without the number of its layer, with all experts as one."""
@@ -39,8 +49,8 @@ class Row:
     tail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
+@dataclass(frozen=True)
+class Grid(Generic[Item]):
     """All modules, each in its cell."""
 
     rows: tuple[Row, ...]
@@ -48,7 +58,7 @@ class Grid:
     """Labels of the rows."""
 
     columns: tuple[str, ...]
-    cells: Mapping[tuple[int, int], Sequence[ModuleFacts]]
+    cells: Mapping[tuple[int, int], Sequence[Item]]
     """(row, column) → modules. Cells without a module are missing."""
 
 
@@ -84,10 +94,10 @@ class Panel:
         return tuple((share, _number(share * self.top)) for share in (0.0, 0.5, 1.0))
 
 
-def arranged(modules: Sequence[ModuleFacts]) -> Grid:
+def arranged(modules: Sequence[Item]) -> Grid[Item]:
     """Return the grid: rows in the order of the modules, columns by layer, then one for modules outside of layers."""
     rows: dict[Row, int] = {}
-    by_place: dict[tuple[int, int | None], list[ModuleFacts]] = {}
+    by_place: dict[tuple[int, int | None], list[Item]] = {}
     for module in modules:
         row, layer = _place(module.path)
         # Rows are numbered in the order in which they come up.
@@ -151,7 +161,7 @@ def _n_shared(one: Sequence[str], other: Sequence[str]) -> int:
     return next((n for n in range(n_parts) if one[n] != other[n]), n_parts)
 
 
-def panels_of(grid: Grid) -> list[Panel]:
+def panels_of(grid: Grid[ModuleFacts]) -> list[Panel]:
     """Return the panels to draw: the rank, and relative or absolute norms if they are known."""
     facts = [one for found in grid.cells.values() for one in found]
     panels = [_panel("rank", grid, lambda one: one.rank or None)]
@@ -162,7 +172,7 @@ def panels_of(grid: Grid) -> list[Panel]:
     return panels
 
 
-def _panel(name: str, grid: Grid, quantity: Callable[[ModuleFacts], float | None]) -> Panel:
+def _panel(name: str, grid: Grid[ModuleFacts], quantity: Callable[[ModuleFacts], float | None]) -> Panel:
     """Return a panel. If all modules have the same value, the title says so."""
     values = {place: mean(map(quantity, found)) for place, found in grid.cells.items()}
     finite = [value for value in values.values() if value is not None and math.isfinite(value)]
@@ -195,7 +205,7 @@ def summary(inspection: Inspection) -> str:
     return printable(f"{inspection.kind}, {n_modules} module{'s' * (n_modules != 1)}{base}")
 
 
-def remarks_on(grid: Grid, panels: Sequence[Panel]) -> str:
+def remarks_on(grid: Grid[ModuleFacts], panels: Sequence[Panel]) -> str:
     """Return remarks that explain blank, grey and shared cells; empty if there are none."""
     remarks = []
     if len(grid.cells) < len(grid.rows) * len(grid.columns):

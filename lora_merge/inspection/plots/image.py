@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lora_merge.inspection.facts import Inspection
+    from lora_merge.inspection.facts import Inspection, ModuleFacts
     from lora_merge.inspection.plots.grid import Grid, Panel
 
 _MONO_INCHES = 0.602 * 8 / 72
@@ -72,7 +72,7 @@ class _Layout:
         return left / width, 1 - (top + size[1]) / height, size[0] / width, size[1] / height
 
 
-def _layout(grid: Grid, n_panels: int, n_lines: int) -> _Layout:
+def _layout(grid: Grid[ModuleFacts], n_panels: int, n_lines: int) -> _Layout:
     """Return the layout of an image with some panels, below some lines of text."""
     n_rows, n_columns = len(grid.rows), len(grid.columns)
     wanted = 0.55 if n_columns <= MOST_NUMBERED else 0.21
@@ -87,7 +87,7 @@ def _layout(grid: Grid, n_panels: int, n_lines: int) -> _Layout:
     )
 
 
-def image(inspection: Inspection, grid: Grid, panels: Sequence[Panel], form: str) -> bytes:
+def image(inspection: Inspection, grid: Grid[ModuleFacts], panels: Sequence[Panel], form: str) -> bytes:
     """Return a PNG or SVG file. The user's settings of matplotlib do not affect it, and are restored."""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -154,7 +154,7 @@ def _draw_cells(axes: Axes, layout: _Layout, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=9, loc="left", pad=8)
 
 
-def _name_rows_and_columns(axes: Axes, layout: _Layout, grid: Grid) -> None:
+def _name_rows_and_columns(axes: Axes, layout: _Layout, grid: Grid[ModuleFacts]) -> None:
     """Write names of modules and numbers of layers, or as many of them as fit."""
     n_rows, n_columns = len(grid.rows), len(grid.columns)
     axes.set_xlim(0, n_columns)

@@ -48,7 +48,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Content security policy: the page loads nothing. Names in it come from files of strangers."""
 
 
-def page(inspection: Inspection, grid: Grid, panels: Sequence[Panel]) -> str:
+def page(inspection: Inspection, grid: Grid[ModuleFacts], panels: Sequence[Panel]) -> str:
     """Return a self-contained HTML page."""
     name = escape(printable(inspection.adapter))
     tips = {place: _tooltip(found) for place, found in grid.cells.items()}
@@ -74,7 +74,7 @@ def page(inspection: Inspection, grid: Grid, panels: Sequence[Panel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _section(grid: Grid, panel: Panel, tips: Mapping[tuple[int, int], str]) -> list[str]:
+def _section(grid: Grid[ModuleFacts], panel: Panel, tips: Mapping[tuple[int, int], str]) -> list[str]:
     """Return the HTML lines of one panel: title, legend and table."""
     numbered = len(grid.columns) <= MOST_NUMBERED
     stops = ", ".join(f"#{colour:06x}" for colour in VIRIDIS)

@@ -1,0 +1,169 @@
+"""The page of a batch, with all its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lora_merge.core.report import Report, error
+from lora_merge.reporting.blocks import notices
+from lora_merge.reporting.data import batch_data
+from lora_merge.reporting.merges import charts_of, headline_of, inputs_of
+from lora_merge.reporting.origin import origin_of
+from lora_merge.reporting.page import (
+    Command,
+    Fact,
+    Facts,
+    Job,
+    Mark,
+    Page,
+    Remark,
+    State,
+    Table,
+    section,
+    sections,
+)
+from lora_merge.words import counted, size_text
+
+if TYPE_CHECKING:
+    from lora_merge.batches.reports import BatchReport, JobReport
+    from lora_merge.conversion.lora import ConvertReport
+    from lora_merge.core.report import Issue
+    from lora_merge.reporting.page import Block
+
+_STATES: Mapping[str, tuple[State, str]] = {
+    "done": ("good", "done"),
+    "kept": ("good", "up to date"),
+    "planned": ("plain", "planned"),
+    "failed": ("bad", "failed"),
+    "not run": ("warn", "not run"),
+    "waiting": ("plain", "waiting"),
+    "running": ("plain", "running"),
+}
+"""State of a job → how it is meant, and how it is called on a page."""
+
+_MOST_CELLS = 3000
+"""Most modules whose maps a page shows; further jobs get their facts alone."""
+
+_MOST_JOBS = 300
+"""Most jobs with details of their own; the table has all of them."""
+
+
+def batch_page(report: BatchReport, command: str) -> Page:
+    """Return the page of a batch."""
+    states = [(word, sum(job.state == state for job in report.jobs)) for state, (_, word) in _STATES.items()]
+    return Page(
+        kind="Plan of a batch" if report.dry_run else "Batch",
+        headline=f"{counted(len(report.jobs), 'job')} of {report.file}",
+        state="good" if report.ok else "bad",
+        verdict=_verdict(report),
+        figures=(*(Fact(word, str(n)) for word, n in states if n), Fact("time", f"{report.seconds:.1f} s")),
+        sections=sections(
+            section("jobs", "Jobs", _table(report)),
+            section("details", "Each job", *_jobs(report)),
+            section("command", "Command", Command(command) if command else None),
+        ),
+        data=batch_data(report),
+    )
+
+
+def _verdict(report: BatchReport) -> str:
+    if report.dry_run:
+        n_failed = sum(job.state == "failed" for job in report.jobs)
+        return (
+            f"{counted(n_failed, 'job')} cannot be planned."
+            if n_failed
+            else "All jobs can be done. Nothing was written."
+        )
+    n_missing = sum(job.state not in {"done", "kept"} for job in report.jobs)
+    if not n_missing:
+        return "Every job has its output."
+    return (
+        f"{counted(n_missing, 'job')} of {len(report.jobs)} {'has' if n_missing == 1 else 'have'} no output."
+    )
+
+
+def _table(report: BatchReport) -> Table:
+    has_names = any(job.name != job.out for job in report.jobs)
+    rows = []
+    for job in report.jobs:
+        state, word = _STATES[job.state]
+        result = job.message.partition("\n")[0] if job.message else summary_of(job)
+        names = (job.name, job.out) if has_names else (job.out,)
+        rows.append((Mark(word, state), *names, result, f"{job.seconds:.1f} s" if job.seconds else "–"))
+    names = ("Job", "Output") if has_names else ("Output",)
+    n = len(names)
+    columns = ("State", *names, "Result", "Time")
+    return Table(
+        "All jobs", columns, tuple(rows), frozenset({n + 2}), frozenset(range(1, n + 1)), is_titled=True
+    )
+
+
+def summary_of(job: JobReport) -> str:
+    """Return in a few words what a job did, or would do; of one that did nothing, its state."""
+    match job.report:
+        case None:
+            return {"kept": "up to date, nothing to do", "not run": "not begun"}.get(job.state, "")
+        case Report(summary=found):
+            n_tensors = found.n_merged + found.n_replaced + found.n_cast + found.n_copied
+            return f"{found.n_merged} of {n_tensors} tensors merged"
+        case report:
+            return f"{counted(len(report.modules), 'module')} written, {_loss(report)}"
+
+
+def _loss(report: ConvertReport) -> str:
+    return "nothing lost" if report.loss is None else f"{report.loss.energy:.2%} of the energy kept"
+
+
+def _jobs(report: BatchReport) -> list[Block]:
+    """Return the details of each job; with maps as long as there is room."""
+    found: list[Block] = []
+    room = _MOST_CELLS
+    for n, job in enumerate(report.jobs[:_MOST_JOBS]):
+        state, word = _STATES[job.state]
+        n_cells = len(job.report.survival) if isinstance(job.report, Report) else 0
+        blocks = [notices((*_errors(job), *job.issues)), *_details(job, n, has_room=n_cells <= room)]
+        room -= n_cells if n_cells <= room else 0
+        shown = tuple(one for one in blocks if getattr(one, "rows", True))
+        found.append(Job(job.name, Mark(word, state), summary_of(job), shown))
+    if left := len(report.jobs) - len(found):
+        found.append(
+            Remark(
+                f"{counted(left, 'more job')} in the table above; their details are in the data of this page."
+            )
+        )
+    return found
+
+
+def _errors(job: JobReport) -> list[Issue]:
+    """Return the error of a job, if its issues do not say it."""
+    is_said = any(issue.severity == "error" for issue in job.issues)
+    return [] if is_said or not job.message else [error(job.error, "", job.message, job.hint)]
+
+
+def _details(job: JobReport, n: int, *, has_room: bool) -> list[Block]:
+    if job.report is None:
+        return [Facts((Fact("output", job.out, is_code=True),))]
+    if not isinstance(job.report, Report):
+        return [Facts(tuple(_conversion(job.report)))]
+    merge = job.report
+    headline = headline_of(merge, origin_of("" if merge.dry_run else merge.out, merge.base))
+    blocks: list[Block] = [Facts((Fact("merge", headline), *inputs_of(merge)))]
+    if has_room:
+        return [*blocks, *charts_of(merge, f"job-{n}-")]
+    return [
+        *blocks,
+        Remark("This page has no room for the maps of this job: lora-merge verify with --report shows them."),
+    ]
+
+
+def _conversion(report: ConvertReport) -> list[Fact]:
+    return [
+        Fact("adapter", report.source, is_code=True),
+        Fact("output", report.out, is_code=True),
+        Fact("format", report.format),
+        Fact("modules", str(len(report.modules))),
+        Fact("done", ", ".join(report.transforms) or "rewritten"),
+        Fact("kept", _loss(report)),
+        Fact("size", size_text(report.nbytes)),
+    ]

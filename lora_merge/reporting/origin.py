@@ -1,0 +1,145 @@
+"""Where an output came from, as its own files tell: manifest and configuration of the output, configuration of the base."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.errors import LoraMergeError
+from lora_merge.formats.manifest import Manifest, parse_manifest
+from lora_merge.formats.side_files import MANIFEST_FILE
+from lora_merge.reporting.names import architecture, dtype, parameters
+from lora_merge.storage.small_files import read_json
+from lora_merge.storage.user_paths import user_path
+from lora_merge.words import size_text
+
+_DENSE = frozenset({"F64", "F32", "F16", "BF16"})
+_MOST_FILES = 50
+"""Most files of an adapter that a page lists."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the files around a merge say of it. Files that cannot be read say nothing: a page is no place to fail."""
+
+    output: Mapping[str, Any] = field(default_factory=dict)
+    """The output's ``config.json``."""
+
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """The base's ``config.json``."""
+
+    manifest: Manifest | None = None
+    table: Mapping[str, Any] = field(default_factory=dict)
+    """The manifest as JSON, with what `Manifest` leaves out."""
+
+    @property
+    def model(self) -> str:
+        """Family and size of the model: ``"Llama 8B"``."""
+        classes = (self.base or self.output).get("architectures") or self.output.get("architectures")
+        name = architecture(str(classes[0])) if isinstance(classes, list) and classes else ""
+        return f"{name or 'model'} {parameters(self.n_parameters)}".strip()
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the output; 0 where it is not known, or stored in codes."""
+        tensors = self.manifest.tensors.values() if self.manifest else ()
+        if any(one.dtype not in _DENSE for one in tensors):
+            return 0
+        return sum(prod(one.shape) for one in tensors)
+
+    @property
+    def base_storage(self) -> str:
+        """How the base stores its weights: ``"bf16"``, ``"awq"``; empty where it is not known."""
+        return _scheme(self.base) or _dtype(self.base)
+
+    @property
+    def output_storage(self) -> str:
+        """How the output stores its weights: ``"dense bf16"``, ``"fp8"``; empty where it is not known."""
+        if scheme := _scheme(self.output):
+            return scheme
+        if self.manifest is None:
+            return ""
+        sizes: Counter[str] = Counter()
+        for one in self.manifest.tensors.values():
+            sizes[one.dtype] += prod(one.shape)
+        return f"dense {dtype(sizes.most_common(1)[0][0])}" if sizes else ""
+
+    def headline(self, change: str) -> str:
+        """Return what was merged into what, in one line.
+
+        Args:
+            change: the methods of the adapters: ``"LoRA r16"``.
+        """
+        before = ", ".join(filter(None, (self.model, self.base_storage)))
+        after = f" → {self.output_storage}" if self.output_storage else ""
+        return f"{before} + {change or 'adapter'}{after}"
+
+
+def near(path: str) -> str:
+    """Return a path as seen from the current directory, where it is below it; any other text as it is."""
+    try:
+        return str(Path(path).relative_to(Path.cwd())) if path.startswith("/") else path
+    except (OSError, ValueError):
+        return path
+
+
+def origin_of(out: str, base: str) -> Origin:
+    """Return what the files of an output and its base say.
+
+    Args:
+        out: directory of the output; empty for none.
+        base: directory of the base; empty for none.
+    """
+    table = _read(out, MANIFEST_FILE)
+    return Origin(_read(out, CONFIG_FILE), _read(base, CONFIG_FILE), _manifest(table), table)
+
+
+def adapter_files(path: str) -> list[str]:
+    """Return the files of an adapter's local directory with their sizes; none for a repo."""
+    try:
+        root = user_path(path)
+        found = sorted((one.name, one.stat().st_size) for one in os.scandir(root) if one.is_file())
+    except (LoraMergeError, OSError):
+        return []
+    listed = [f"{name} ({size_text(size)})" for name, size in found[:_MOST_FILES]]
+    return [*listed, f"and {len(found) - _MOST_FILES} more"] if len(found) > _MOST_FILES else listed
+
+
+def _manifest(table: Mapping[str, Any]) -> Manifest | None:
+    try:
+        return parse_manifest(table) if table else None
+    except ValueError:
+        return None
+
+
+def _read(folder: str, name: str) -> Mapping[str, Any]:
+    """Return a JSON file of a directory; empty where it is not there, or is not such a file."""
+    if not folder:
+        return {}
+    try:
+        path = Path(user_path(folder), name)
+        found = read_json(path) if path.is_file() else {}
+    except (LoraMergeError, OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _scheme(config: Mapping[str, Any]) -> str:
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return ""
+    return str(settings.get("quant_method") or settings.get("quant_algo") or "quantised")
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    inner = config.get("text_config")
+    for one in (config, inner if isinstance(inner, dict) else {}):
+        if name := one.get("dtype") or one.get("torch_dtype"):
+            return dtype(str(name))
+    return ""
