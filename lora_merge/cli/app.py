@@ -20,8 +20,9 @@ from lora_merge.cli.issues import say_error
 from lora_merge.cli.merge import merge
 from lora_merge.cli.options import SETTINGS
 from lora_merge.cli.plan import plan
+from lora_merge.cli.usage import UnknownCommandError, advice_about
 from lora_merge.cli.verify import verify
-from lora_merge.cli.voice import say, say_lines
+from lora_merge.cli.voice import say
 from lora_merge.errors import LoraMergeError
 from lora_merge.runtime.interrupts import as_keyboard_interrupt, strike
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
@@ -48,6 +49,8 @@ class _App(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Insert ``merge`` if the first argument names no command."""
         if args and args[0] not in self.commands and args[0] not in _OF_THE_GROUP:
+            if not ctx.resilient_parsing and _is_command(args):
+                raise UnknownCommandError(f"no command {args[0]}", ctx)
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
@@ -101,7 +104,7 @@ class _App(click.Group):
             code = exc.code if isinstance(exc, SystemExit) else exc.exit_code
         except click.ClickException as exc:
             code = exits.USAGE
-            _say_usage(exc, as_json=as_json)
+            _say_usage(exc, arguments, as_json=as_json)
         except (click.Abort, KeyboardInterrupt) as exc:
             code = exits.INTERRUPTED
             sentence = "interrupted; nothing unfinished stands under the output's name"
@@ -114,13 +117,28 @@ class _App(click.Group):
         sys.exit(_with_lost_result(code, is_all=is_all))
 
 
-def _say_usage(exc: click.ClickException, *, as_json: bool) -> None:
-    """Print an error of the command line: the usage, then the error in one line, with a hint to ``--help``."""
+def _is_command(arguments: Sequence[str]) -> bool:
+    """Return True if the first text was meant as a command: it is no option, and no path."""
+    if arguments[0].startswith("-"):
+        return False
+    from lora_merge.cli.bare_paths import looks_like_path
+
+    return not looks_like_path(arguments[0])
+
+
+def _say_usage(exc: click.ClickException, arguments: Sequence[str], *, as_json: bool) -> None:
+    """Print an error of the command line in one line, with the command that was probably meant, or how to get help."""
+    advice = None
+    if isinstance(exc, click.UsageError):
+        advice = advice_about(exc, arguments, main.commands)
     context = getattr(exc, "ctx", None)
-    if context is not None:
-        say_lines(context.get_usage())
+    if advice is not None:
+        for hint in advice.hints:
+            exc.add_note(hint)
+    elif context is not None:
         exc.add_note(f"{context.command_path} --help lists its options")
-    say_error(exc, printable(exc.format_message()), exits.USAGE, as_json=as_json)
+    sentence = exc.format_message() if advice is None else advice.sentence
+    say_error(exc, printable(sentence), exits.USAGE, as_json=as_json)
 
 
 def _with_lost_result(code: int, *, is_all: bool) -> int:

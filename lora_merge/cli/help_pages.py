@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_merge.cli.groups import grouped
+from lora_merge.cli.usage import StrayTextError
 from lora_merge.requests.table import options_of
 
 if TYPE_CHECKING:
@@ -78,6 +79,18 @@ class Verb(click.Command):
     """A command of the table of options: its help lists them in groups."""
 
     context_class = PageContext
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options; texts without an option are refused by name.
+
+        Raises:
+            StrayTextError: there are texts that the command has no arguments for.
+        """
+        ctx.allow_extra_args = True
+        left = super().parse_args(ctx, args)
+        if left and not ctx.resilient_parsing:
+            raise StrayTextError(left, ctx)
+        return left
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments, then every option in its group."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lora_merge.cli.usage import MissingOptionError
 from lora_merge.requests.table import fields_of, options_of
 
 if TYPE_CHECKING:
@@ -180,5 +181,5 @@ def request_of(verb: Verb, config: str | None, flags: dict[str, Any]) -> Request
         return read_request(config, given, defaults)
     for name in needed:
         if name not in given:
-            raise click.UsageError(f"Missing option '--{name}'. It can also stand in a --config file.")
+            raise MissingOptionError(name, click.get_current_context(silent=True))
     return parse_request(Request, given, defaults)

@@ -327,7 +327,10 @@ def test_values_that_overflow_the_output_dtype_fail_verification(pico, pico_adap
         (["--adapter", "x", "--out", "y", "--seed", "2147483648"], "'2147483648' is no seed"),
         (["--adapter", "x", "--out", "y", "--base-is", "new"], "'new' is no kind of base, expected original"),
         (["--adapter", "x", "--out", "y", "--verify", "full", "--no-verify"], "exclude each other"),
-        (["--adapter", "x", "--out", "y", "--adaptor", "z"], "No such option"),
+        (
+            ["--adapter", "x", "--out", "y", "--adaptor", "z"],
+            "no option `--adaptor`; did you mean `--adapter`?",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_usage(arguments, words, cli):
