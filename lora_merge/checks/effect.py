@@ -237,18 +237,18 @@ class Effect:
         is_told = self._sums.n_values >= _FEW_VALUES and not self._sums.is_narrow
         if self._is_adapter and is_told and found.is_lost():
             sentence = (
-                f"was to be rounded so that the adapter's effect is kept, and {found.lost} of it is lost: no less than if each "
-                "value had become the nearest number"
+                f"the rounding lost {found.lost} of the adapter's effect, as much as rounding to the nearest number "
+                "would; --rounding adapter must keep it"
             )
             return error(
-                "effect-lost", name, sentence, "merge again; if it stays, report it with the adapter"
+                "effect-lost", name, sentence, "merge again; if it fails again, report it with the adapter"
             )
         if record is None or record.effect_norm < 0:
             return None
         wrong = found.against(record, self._sums, self._op.view.n_rows, is_whole=self._is_whole)
         if not wrong:
             return None
-        hint = "the record of this tensor and its values do not belong together: merge again"
+        hint = "merge again: the tensor and its record in the manifest are not from the same merge"
         return error("wrong-effect", name, wrong, hint)
 
 
@@ -284,7 +284,7 @@ class _Norms:
     def against(self, record: Survival, sums: _Sums, n_rows: int, *, is_whole: bool) -> str:
         """Return what differs from a record, as a sentence; empty where nothing does."""
         for what, found, recorded, off in (
-            ("rounding changes the adapter's effect by", self.error, record.effect_error, self.error_off),
+            ("the error of the adapter's effect is", self.error, record.effect_error, self.error_off),
             ("the adapter's effect is", self.effect, record.effect_norm, self.effect_off),
         ):
             room = off + _DIGITS * recorded
@@ -292,15 +292,11 @@ class _Norms:
             where = f"in {sums.n_rows} of {n_rows} rows"
             if is_whole:
                 if not abs(found - recorded) <= room:
-                    return (
-                        f"{what} {found:.6g}, and {recorded:.6g} is recorded; they may differ by {room:.2g}"
-                    )
+                    return f"{what} {found:.6g}, expected {recorded:.6g} ± {room:.2g} as recorded"
             elif not found <= most:
-                return f"{what} {found:.6g} {where}, and {recorded:.6g} is recorded of all"
-            elif sums.n_rows >= _FEW_ROWS and what.startswith("rounding"):
+                return f"{what} {found:.6g} {where}, expected at most {recorded:.6g}, which is recorded for all rows"
+            elif sums.n_rows >= _FEW_ROWS and what.startswith("the error"):
                 share = recorded * sqrt(sums.n_rows / n_rows)
                 if not found <= _UNLIKE * share + off:
-                    return (
-                        f"{what} {found:.6g} {where}, and what is recorded of all is {share:.2g} for as many"
-                    )
+                    return f"{what} {found:.6g} {where}, expected about {share:.2g} by the record of all rows"
         return ""

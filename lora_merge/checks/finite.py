@@ -21,7 +21,7 @@ def finite(evidence: Evidence) -> Iterator[Issue]:
         if not record.finite:
             dtype = slots[record.name].dtype
             # Only F16 has a smaller range than float32; BF16 has the same exponents.
-            hint = "--dtype float32 or bfloat16 has the range of the base" if dtype == "F16" else ""
+            hint = "pass --dtype float32 or bfloat16, which have a larger range" if dtype == "F16" else ""
             yield error(
                 "non-finite", record.name, f"holds NaN or infinite values after the merge ({dtype})", hint
             )

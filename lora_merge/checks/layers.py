@@ -65,8 +65,8 @@ def layers(evidence: Evidence) -> Iterator[Issue]:
     injections: dict[object, Injection] = {}
     found, crowded = _modules(evidence)
     if crowded:
-        changed = "changed by PEFT's layer and by others: no formula proves"
-        sentence = of_several(len(crowded), f"was {changed} it", f"were {changed} them")
+        why = "not recomputed: several adapters change the same tensor, and one of them uses PEFT's own layer"
+        sentence = of_several(len(crowded), f"was {why}", f"were {why}")
         yield note("not-asked", min(crowded), sentence)
     for module in found:
         yield from _ask(module, injections)
@@ -130,7 +130,7 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
             injections[key] = Injection(json.loads(key[0]), json.loads(key[1]), shared)
         injection, name = injections[key], facts.module
         x = _inputs(injection.example(name), base)
-        # The first result is with the adapter, the second without: the merged weights are asked without.
+        # The first result is with the adapter, the second without: the merged weights run without.
         adapted, _ = injection.forward(name, base, own, x)
         _, got = injection.forward(name, merged, own, x)
         sizes = [_size(injection, name, weights, own, x) for weights in (base, merged)]
@@ -145,8 +145,8 @@ def _ask(module: _Module, injections: dict[object, Injection]) -> Iterator[Issue
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         sentence = (
-            f"its output is off by {float(off[at]):.3g} from base and adapter, unmerged, in {int(wrong.sum())} of "
-            f"{wrong.numel()} values; rounding explains {share * float(_spread(size)[at]):.3g}"
+            f"its output differs from base and unmerged adapter by {float(off[at]):.3g}, expected at most "
+            f"{share * float(_spread(size)[at]):.3g} from rounding; {int(wrong.sum())} of {wrong.numel()} values are wrong"
         )
         yield error("wrong-output", facts.module, sentence)
 
@@ -178,10 +178,10 @@ def _why_not(module: _Module) -> str:
     """Return why a module cannot be compared, as it is stored; empty where it can."""
     unknown = {weight.storage.codec for weight in module.base.values()} - DECODERS.keys()
     if unknown:
-        return f"its weight is stored in a way that is not decoded a second time ({min(unknown)})"
+        return f"there is no second decoder for its weight's storage ({min(unknown)})"
     written = [weight for name, weight in module.merged.items() if weight != module.base[name]]
     # How far a group of values is rounded together depends on its largest.
-    return "" if all(weight.storage.is_dense for weight in written) else "its weight is written quantised"
+    return "" if all(weight.storage.is_dense for weight in written) else "its merged weight is quantised"
 
 
 def _loaded(weights: dict[str, Weight]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ def loadable(evidence: Evidence) -> Iterator[Issue]:
     """Yield the gate's findings; one severity lower where the base has the same fault.
 
     A base that names no architecture, say, is merged as it is: its owner knows how it is loaded. Whether the model has a
-    tensor for every parameter is asked where transformers is loaded anyway: it takes as long as many a merge.
+    tensor for every parameter is checked where transformers is loaded anyway: loading it can take as long as a merge.
     """
     base = Path(evidence.plan.base)
     found = [issue for issue in gate(evidence.output) if not _came_along(issue, evidence.root, base)]
@@ -37,12 +37,12 @@ def loadable(evidence: Evidence) -> Iterator[Issue]:
         if (issue.code, issue.subject) not in own:
             yield issue
         elif issue.severity in _MILDER:
-            sentence = f"{issue.sentence}; so it is in the base"
+            sentence = f"{issue.sentence}; the base has the same fault"
             yield replace(issue, severity=_MILDER[issue.severity], sentence=sentence)
 
 
 def _came_along(issue: Issue, root: Path, base: Path) -> bool:
-    """Return True for a note about a file that is the base's own, byte for byte. The base need not be asked about it."""
+    """Return True for a note about a file that is the base's own, byte for byte. The base need not be checked for it."""
     here, there = root / issue.subject, base / issue.subject
     return issue.severity == "note" and here.is_file() and there.is_file() and same_bytes(here, there)
 

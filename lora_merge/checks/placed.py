@@ -30,15 +30,19 @@ def placed(plan: MergePlan, output: Output) -> tuple[MergePlan, list[Issue]]:
         for role, slot in step.writes.items():
             ref = found.pop(slot.name, None)
             if ref is None:
-                sentence = "base and adapter make this tensor, and it is in no file"
+                sentence = "is in no file, expected from base and adapter"
                 issues.append(error("missing-tensor", slot.name, sentence))
             elif (ref.dtype, ref.shape) != (slot.dtype, slot.shape):
                 got, wanted = f"{ref.dtype} {shape_text(ref.shape)}", f"{slot.dtype} {shape_text(slot.shape)}"
-                issues.append(error("wrong-tensor", slot.name, f"is {got}; base and adapter make {wanted}"))
+                issues.append(
+                    error("wrong-tensor", slot.name, f"is {got}, expected {wanted} from base and adapter")
+                )
             else:
                 writes[role] = ref
         if writes.keys() == step.writes.keys():
             steps.append(replace(step, writes=writes))
     for name, ref in found.items():
-        issues.append(error("extra-tensor", name, f"is in {ref.file}, and neither base nor adapter make it"))
+        issues.append(
+            error("extra-tensor", name, f"is in {ref.file}, but is not expected from base and adapter")
+        )
     return replace(plan, steps=tuple(steps)), issues

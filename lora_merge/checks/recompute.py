@@ -64,7 +64,7 @@ def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
         if isinstance(step.op, Merge) and step.op.combination is not None and not has_formula(step.op)
     ]
     if combined_ones:
-        why = "combined in a way that cannot be recomputed row by row"
+        why = "not recomputed: this way of combining adapters cannot be computed row by row"
         sentence = of_several(len(combined_ones), f"was {why}", f"were {why}")
         yield note("not-recomputed", combined_ones[0], sentence)
     unknown = [
@@ -74,12 +74,12 @@ def _unproved(evidence: Evidence, unseen: list[str]) -> Iterator[Issue]:
         and not {step.op.source.storage.codec, step.op.target.codec} <= DECODERS.keys()
     ]
     if unknown:
-        why = "stored in a way that is not decoded a second time"
-        sentence = of_several(len(unknown), f"is {why}", f"are {why}")
+        why = "not recomputed: there is no second decoder for this storage"
+        sentence = of_several(len(unknown), f"was {why}", f"were {why}")
         yield note("not-recomputed", unknown[0], sentence)
     if unseen:
-        why = "of a kind whose rows are not checked one by one; some of them were recomputed"
-        sentence = of_several(len(unseen), f"is {why}", f"are {why}")
+        why = "checked in some rows only: this kind of change has no check of every row"
+        sentence = of_several(len(unseen), f"was {why}", f"were {why}")
         yield note("not-projected", unseen[0], sentence)
 
 
@@ -163,12 +163,12 @@ def _told(
     got, expected = float(stored[at_row, at_column]), float(wanted[at_row, at_column])
     where = f"row {rows[at_row]}, column {at_column}"
     if not isfinite(expected):
-        sentence = f"{where} is {got:.9g}: so it is in the base, or follows from the adapter"
-        return error("non-finite", name, sentence, "the inputs hold NaN or infinity: fetch them again")
+        sentence = f"{where} is {got:.9g}: the base or the adapter has NaN or infinity there"
+        return error("non-finite", name, sentence, "download the base and the adapter again")
     sentence = f"{where} is {got:.9g}, expected {expected:.9g}"
     others = [rows[n] for n in wrong.any(1).nonzero().flatten().tolist()]
     if len(others) > 1:
-        sentence += f"; {len(others)} of the {len(rows)} rows looked at with it are wrong: {_listed(others)}"
+        sentence += f"; {len(others)} of {len(rows)} checked rows are wrong: {_listed(others)}"
     return error("wrong-value", name, sentence)
 
 

@@ -33,23 +33,27 @@ def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], s
     for name, then in manifest.tensors.items():
         ref = tensors.get(name)
         if ref is None:
-            yield error("missing-tensor", name, f"was in {then.file} and is in no file")
+            yield error("missing-tensor", name, f"is missing, expected in {then.file}")
         elif (ref.dtype, ref.shape) != (then.dtype, then.shape):
             got, wanted = f"{ref.dtype} {shape_text(ref.shape)}", f"{then.dtype} {shape_text(then.shape)}"
-            yield error("wrong-tensor", name, f"is {got}, was {wanted}")
+            yield error("wrong-tensor", name, f"is {got}, expected {wanted}")
         elif places[name] != then.file:
-            yield warning("moved-tensor", name, f"is in {places[name]}, was in {then.file}")
+            yield warning("moved-tensor", name, f"is in {places[name]}, expected in {then.file}")
         elif (found := digest(ref)) != then.digest:
-            yield error("wrong-digest", name, f"is not what was written: {found}, expected {then.digest}")
+            yield error(
+                "wrong-digest",
+                name,
+                f"has changed since it was written: digest {found}, expected {then.digest}",
+            )
     for name in tensors.keys() - manifest.tensors.keys():
-        yield error("extra-tensor", name, f"is in {places[name]}, and the manifest does not name it")
+        yield error("extra-tensor", name, f"is in {places[name]}, but the manifest does not list it")
     yield from _files(output, manifest)
 
 
 def _files(output: Output, manifest: Manifest) -> Iterator[Issue]:
     for name, file in manifest.side_files.items():
         if name not in output.names:
-            yield error("missing-file", name, "was part of the output and is not there")
+            yield error("missing-file", name, "is missing, but the manifest lists it")
             continue
         path = Path(output.root, name)
         try:
@@ -58,7 +62,5 @@ def _files(output: Output, manifest: Manifest) -> Iterator[Issue]:
             yield error("broken-file", name, str(exc))
             continue
         if found != file.digest:
-            sentence = f"is not what was written: {found}, expected {file.digest}"
-            yield error(
-                "wrong-digest", name, sentence, "if you changed it on purpose, that is what is found here"
-            )
+            sentence = f"has changed since it was written: digest {found}, expected {file.digest}"
+            yield error("wrong-digest", name, sentence, "ignore this if you changed the file on purpose")

@@ -29,9 +29,9 @@ def structure(evidence: Evidence) -> Iterator[Issue]:
     wanted |= {CARD_FILE, MANIFEST_FILE} | ({INDEX_FILE} if plan.index else set())
     found = output.names
     for name in sorted(wanted - found):
-        yield error("missing-file", name, "was planned and is not there")
+        yield error("missing-file", name, "is missing, but the plan has it")
     for name in sorted(found - wanted):
-        yield error("extra-file", name, "is there and was not planned")
+        yield error("extra-file", name, "exists, but the plan does not have it")
     for file in plan.files:
         if file.name in found:
             yield from _compare_file(output, file)
@@ -50,24 +50,24 @@ def _compare_file(output: Output, file: OutputFile) -> Iterator[Issue]:
     equal byte by byte.
     """
     if file.name not in output.files:
-        yield error("broken-file", file.name, output.broken.get(file.name, "is no file of weights"))
+        yield error("broken-file", file.name, output.broken.get(file.name, "is not a weight file"))
         return
     found = {ref.name: ref for ref in output.files[file.name].tensors}
     for slot in file.slots:
         ref = found.pop(slot.name, None)
         if ref is None:
-            yield error("missing-tensor", slot.name, f"was planned and is not in {file.name}")
+            yield error("missing-tensor", slot.name, f"is missing, expected in {file.name}")
         elif (ref.dtype, ref.shape, ref.start) != (slot.dtype, slot.shape, slot.start):
             got = f"{ref.dtype} {shape_text(ref.shape)} at byte {ref.start}"
             wanted = f"{slot.dtype} {shape_text(slot.shape)} at byte {slot.start}"
             yield error("wrong-tensor", slot.name, f"is {got}, expected {wanted}")
     for name in found:
-        yield error("extra-tensor", name, f"is in {file.name} and was not planned")
+        yield error("extra-tensor", name, f"is in {file.name}, but the plan does not have it")
     # Equal tensors do not suffice: metadata and padding of the header are promised, too.
     with open_source(Path(output.root, file.name)) as source:
         has_its_header = has_header(source, file)
     if not has_its_header:
-        yield error("wrong-header", file.name, "its header is not the one that was planned, byte by byte")
+        yield error("wrong-header", file.name, "its header is not byte for byte as planned")
 
 
 def _compare_index(output: Output, files: tuple[OutputFile, ...]) -> Iterator[Issue]:
@@ -79,7 +79,7 @@ def _compare_index(output: Output, files: tuple[OutputFile, ...]) -> Iterator[Is
     wanted = {slot.name: file.name for file in files for slot in file.slots}
     total = sum(slot.nbytes for file in files for slot in file.slots)
     if index.get("weight_map") != wanted:
-        yield error("wrong-index", INDEX_FILE, "does not map every tensor to the file it is in")
+        yield error("wrong-index", INDEX_FILE, "does not map every tensor to its file")
     metadata = index.get("metadata")
     size = metadata.get("total_size") if isinstance(metadata, dict) else None
     if size != total:

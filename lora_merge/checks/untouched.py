@@ -38,8 +38,8 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
             if is_copy or (is_whole and record is not None and record.digest):
                 found, wanted = evidence.digest(ref), record.digest if record else None
                 if found != wanted:
-                    what = "differs from the base" if is_copy else "is not what was written"
-                    yield error("wrong-digest", slot.name, f"{what}: {found}, expected {wanted}")
+                    what = "differs from the base" if is_copy else "has changed since it was written"
+                    yield error("wrong-digest", slot.name, f"{what}: digest {found}, expected {wanted}")
             # Digests of one tile in eight were taken while each was in the cache.
             elif record is not None:
                 yield from _blocks(ref, record)
@@ -51,8 +51,12 @@ def _blocks(ref: TensorRef, record: TensorRecord) -> Iterator[Issue]:
     for at, nbytes, wanted in record.blocks:
         found = tensor_digest(replace(ref, start=ref.start + at, nbytes=nbytes))
         if found != wanted:
-            where = f"bytes {at} to {at + nbytes} are"
-            yield error("wrong-digest", ref.name, f"{where} not what was written: {found}, expected {wanted}")
+            where = f"bytes {at} to {at + nbytes}"
+            yield error(
+                "wrong-digest",
+                ref.name,
+                f"{where} have changed since they were written: digest {found}, expected {wanted}",
+            )
             return
 
 
@@ -61,4 +65,6 @@ def _sealed(evidence: Evidence) -> Iterator[Issue]:
     for name, wanted in evidence.sealed.items():
         found = file_digest(evidence.root / name)
         if found != wanted:
-            yield error("wrong-digest", name, f"is not what was written: {found}, expected {wanted}")
+            yield error(
+                "wrong-digest", name, f"has changed since it was written: digest {found}, expected {wanted}"
+            )

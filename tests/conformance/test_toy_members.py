@@ -132,7 +132,7 @@ def test_a_codec_is_merged_and_written_as_it_is_stored(
     done = cli(*arguments)
 
     assert done.exit_code == exits.OK, done.stderr
-    assert "stored in a way that is not decoded a second time" in done.stderr
+    assert "there is no second decoder for this storage" in done.stderr
     made = merged(tmp_path / "out")
     assert {name: tensor.dtype for name, tensor in made.items()} == {
         name: tensor.dtype for name, tensor in tensors.items()

@@ -172,7 +172,7 @@ def test_what_is_not_decoded_a_second_time_is_said(storage, place, cli):
     with known(storage, recomputed=False):
         result = cli("--base", root / "base", "--adapter", root / "adapter", "--out", root / "out")
     assert result.exit_code == exits.OK, result.stderr
-    assert "stored in a way that is not decoded a second time" in result.stderr
+    assert "there is no second decoder for this storage" in result.stderr
 
 
 @each

@@ -42,10 +42,10 @@ def code(output: Output) -> Iterator[Issue]:
             repo, elsewhere, path = reference.rpartition("--")
             name = f"{path.rpartition('.')[0].replace('.', '/')}.py"
             if elsewhere:
-                yield note("remote-code", carrier, f"auto_map sends engines to the repo {repo} for {path}")
+                yield note("remote-code", carrier, f"auto_map makes engines load {path} from the repo {repo}")
             elif name not in output.names:
-                sentence = f"auto_map names {reference}, and there is no {name}"
-                yield error("missing-code", carrier, sentence, "copy it from the original model")
+                sentence = f"auto_map names {reference}, but {name} is missing"
+                yield error("missing-code", carrier, sentence, f"copy {name} from the original model")
             else:
                 yield from _imports(output, name)
 
@@ -75,15 +75,13 @@ def _imports(output: Output, name: str) -> Iterator[Issue]:
             yield error("broken-code", current, str(exc))
             continue
         except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
-            why = (
-                str(exc) or "it is nested too deeply"
-            )  # of which Python 3.11 makes a MemoryError without a word
-            yield error("broken-code", current, f"is no Python that can be parsed ({why})"[:200])
+            why = str(exc) or "it is nested too deeply"  # Python 3.11 raises a MemoryError without a message
+            yield error("broken-code", current, f"is not valid Python ({why})"[:200])
             continue
         for candidates in _relative(tree, PurePosixPath(current).parent):
             found = next((module for module in candidates if module in output.names), None)
             if found is None:
-                yield error("missing-code", current, f"imports {candidates[0]}, which is not there")
+                yield error("missing-code", current, f"imports {candidates[0]}, which is missing")
             elif found not in seen:
                 seen.add(found)
                 waiting.append(found)

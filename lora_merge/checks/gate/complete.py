@@ -25,9 +25,7 @@ def complete(output: Output) -> Iterator[Issue]:
     """
     part = fetched_part(output.config or {})
     if part is not None:
-        sentence = (
-            f"{part}; nothing is fetched for it, so whether every parameter has a tensor was not looked at"
-        )
+        sentence = f"not checked whether every parameter has a tensor: {part}, and nothing is downloaded for this check"
         yield note("not-fetched", CONFIG_FILE, sentence)
         return
     conversion = Conversion.of(output.config or {})
@@ -35,11 +33,13 @@ def complete(output: Output) -> Iterator[Issue]:
         return
     coded = any(module.codes is not None for module in grouped(output.tensors()).values())
     if output.faults or (coded and not output.quantised):
-        sentence = "weights are quantised in a way that is not known, so whether every parameter has a tensor was not looked at"
+        sentence = (
+            "not checked whether every parameter has a tensor: the quantisation of the weights is not known"
+        )
         yield note("not-identified", CONFIG_FILE, sentence)
         return
     shapes = {name: weight.shape for name, weight in output.weights().items()}
     for parameter, why in conversion.missing(shapes).items():
-        sentence = f"the model has this parameter, and {why}"
-        hint = "engines leave such a one at random without a word; fetch the base again, and merge again"
+        sentence = f"the model has this parameter, but {why}"
+        hint = "download the base again, and merge again: engines fill a missing parameter with random numbers, without an error"
         yield error("missing-parameter", parameter, sentence, hint)

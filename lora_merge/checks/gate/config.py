@@ -30,11 +30,11 @@ def config(output: Output) -> Iterator[Issue]:
         return
     named = table.get("architectures")
     if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
-        hint = "engines choose the model's class by it; take it from the config.json of the original model"
+        hint = "copy it from the config.json of the original model: engines choose the model's class by it"
         yield error(
             "no-architectures",
             CONFIG_FILE,
-            f"architectures is {quoted(named)}, expected a class's name",
+            f"architectures is {quoted(named)}, expected the names of classes",
             hint,
         )
     if not isinstance(table.get("model_type"), str):
@@ -52,13 +52,13 @@ def _leftovers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
         for field in KEYS:
             # Only a table is MLX's: the word may be a parameter of any model.
             if level.get(field) and (field != "quantization" or isinstance(level[field], dict)):
-                sentence = f"{CONFIG_FILE} has it, and no tensor is quantised: engines would look for scales"
+                sentence = f"{CONFIG_FILE} has this setting, but no tensor is quantised: engines would look for scales"
                 found.append((f"{path}.{field}".lstrip("."), sentence))
-    sentence = "says how the weights are quantised, and no tensor is"
+    sentence = "describes how the weights are quantised, but no tensor is quantised"
     found += [(name, sentence) for name in FILES if name in output.names]
     # Really quantised: the settings are right.
     if found and not any(module.is_quantised for module in grouped(output.tensors()).values()):
-        hint = "the weights are stored in full precision: remove it"
+        hint = "remove it: the weights are stored in full precision"
         for subject, sentence in found:
             yield error("leftover-quantisation", subject, sentence, hint)
 
@@ -66,7 +66,7 @@ def _leftovers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
 def _layers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
     """Yield a warning when fewer layers are stored than the configuration counts.
 
-    Several stacks (towers, encoder and decoder) have counts of their own; the longest must reach the largest count.
+    Several stacks (towers, encoder and decoder) have separate counts; the longest must reach the largest count.
     """
     counts = [
         count
@@ -82,6 +82,6 @@ def _layers(output: Output, table: Mapping[str, object]) -> Iterator[Issue]:
         if match
     ]
     if counts and found and max(found) + 1 < max(counts):
-        sentence = f"counts {max(counts)} layers, and the last one that is stored is {max(found)}"
-        hint = "the rest would be left at random by some engines, and refused by others"
+        sentence = f"gives {max(counts)} layers, but the last stored layer has the number {max(found)}"
+        hint = "check the base: some engines fill missing layers with random numbers, others refuse the model"
         yield warning("missing-layers", CONFIG_FILE, sentence, hint)

@@ -41,8 +41,8 @@ def _sizes(config: Mapping[str, object], weights: list[Weight]) -> Iterator[Issu
     for weight in weights:
         if sizes and weight.shape[0] not in sizes:
             counted = " or ".join(map(str, sorted(map(int, sizes))))
-            sentence = f"has {weight.shape[0]} rows, expected {counted}, the vocab_size in config.json"
-            hint = "engines size the embedding by vocab_size: it has to be the number of rows"
+            sentence = f"has {weight.shape[0]} rows, expected {counted} (vocab_size in config.json)"
+            hint = "set vocab_size to the number of rows: engines size the embedding by it"
             yield error("vocabulary", weight.name, sentence, hint)
 
 
@@ -61,11 +61,18 @@ def _ties(config: Mapping[str, object], inputs: list[Weight], heads: list[Weight
             return
     elif embedding.shape != head.shape:
         return
-    sentence = f"differs from {embedding.name}, and config.json says that they are tied: engines that go by it leave this one out"
+    sentence = (
+        f"differs from {embedding.name}, but config.json ties them: some engines would ignore this tensor"
+    )
     if any(level.get("model_type") in SCALED_WHEN_TIED for level in levels):
-        yield warning("tied-apart", head.name, sentence, "transformers reads both; other engines may not")
+        yield warning("tied-apart", head.name, sentence, "load it with transformers, which reads both")
     else:
-        yield error("tied-apart", head.name, sentence, "set tie_word_embeddings to false, at every level")
+        yield error(
+            "tied-apart",
+            head.name,
+            sentence,
+            "set tie_word_embeddings to false at every level of config.json",
+        )
 
 
 def _digests(weight: Weight) -> dict[str, str]:

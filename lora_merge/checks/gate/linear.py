@@ -33,10 +33,8 @@ def linear(output: Output) -> Iterator[Issue]:
     for module in modules.values():
         is_linear = skeleton.classes.get(module.name) == "Linear" and module.name != skeleton.output_embedding
         if is_linear and module.dense is not None and not module.parts and not scheme.excepts(module.name):
-            sentence = (
-                "is a linear layer in full precision, and the settings say that all of them are quantised"
-            )
-            hint = "engines would look for its scales: add it to the list of modules that are not converted"
+            sentence = "is a linear layer in full precision, but the settings say that all linear layers are quantised"
+            hint = "add it to the list of modules that are not quantised: engines would look for its scales"
             yield error("not-excepted", module.name, sentence, hint)
 
 

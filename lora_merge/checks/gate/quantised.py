@@ -50,9 +50,9 @@ def quantised(output: Output) -> Iterator[Issue]:
     if not known:
         return
     if not scheme.tables:
-        sentence = f"says nothing of a quantisation, and {known[0].name} is quantised: engines would read codes as weights"
+        sentence = f"has no settings of a quantisation, but {known[0].name} is quantised: engines would read codes as weights"
         yield error(
-            "missing-quantisation", CONFIG_FILE, sentence, "take the settings from the original model"
+            "missing-quantisation", CONFIG_FILE, sentence, "copy the settings from the original model"
         )
         return
     yield from _excepted(known, scheme)
@@ -66,21 +66,21 @@ def _fit(module: Module, scheme: Scheme) -> Iterator[Issue]:
     codes, scales, dense = module.codes, module.scales, module.dense
     if dense is not None and module.parts:
         named = listing([ref.name for ref in module.parts], _MOST_NAMED)
-        sentence = f"is stored in full precision, and beside it are parts of a quantised weight: {named}"
-        hint = "engines differ in which they read: remove those of one storage"
+        sentence = f"is stored in full precision, but also has parts of a quantised weight: {named}"
+        hint = "remove one of the two: engines differ in which they read"
         yield error("dense-and-quantised", dense.name, sentence, hint)
     elif codes is not None and scales is None:
         # Integers in a matrix may be something else; floats of eight bits are weights.
         if scheme.tables or codes.dtype.startswith("F8_") or not codes.name.endswith(".weight"):
-            yield error("codes-without-scales", codes.name, "holds codes, and there are no scales for them")
+            yield error("codes-without-scales", codes.name, "holds codes, but their scales are missing")
     elif scales is not None and codes is None:
-        yield error("scales-without-codes", scales.name, "holds scales, and there are no codes for them")
+        yield error("scales-without-codes", scales.name, "holds scales, but their codes are missing")
     elif codes is not None and scales is not None and scheme.tables:
         wanted = wanted_grids(module, scheme)
         if wanted and grid_of(scales) not in wanted:
             expected = listing([shape_text(shape) for shape in sorted(wanted)], _MOST_NAMED)
-            sentence = f"has the shape {shape_text(scales.shape)}; {codes.name} {shape_text(codes.shape)} needs {expected}"
-            hint = "one scale for each block or group: ⌈size / block⌉ along each axis"
+            sentence = f"has the shape {shape_text(scales.shape)}, expected {expected} for {codes.name} {shape_text(codes.shape)}"
+            hint = "quantise it again: each block or group needs one scale, ⌈size / block⌉ along each axis"
             yield error("wrong-scales", scales.name, sentence, hint)
 
 
@@ -89,8 +89,8 @@ def _excepted(known: Sequence[Module], scheme: Scheme) -> Iterator[Issue]:
     left = set(scheme.left)
     for module in known:
         if module.name in left:
-            sentence = "is quantised, and the settings list it as a module in full precision"
-            yield error("wrong-exception", module.name, sentence, "take it out of that list")
+            sentence = "is quantised, but the settings list it as a module in full precision"
+            yield error("wrong-exception", module.name, sentence, "remove it from that list")
 
 
 def _left_dense(modules: Mapping[str, Module], scheme: Scheme) -> Iterator[Issue]:
@@ -103,9 +103,9 @@ def _left_dense(modules: Mapping[str, Module], scheme: Scheme) -> Iterator[Issue
         for module in found if example is not None else ():
             if module.dense is not None and module.is_whole and not scheme.excepts(module.name):
                 assert example is not None
-                sentence = f"is in full precision, and {example.name} is quantised; no setting excepts it"
+                sentence = f"is in full precision, but {example.name} is quantised and no setting excepts this module"
                 hint = (
-                    "engines would look for its scales: add it to the list of modules that are not converted"
+                    "add it to the list of modules that are not quantised: engines would look for its scales"
                 )
                 yield error("not-excepted", module.name, sentence, hint)
 
@@ -130,7 +130,7 @@ def _fused(modules: Mapping[str, Module]) -> Iterator[list[Module]]:
         for names in _FUSED:
             if last == names[0]:
                 found = [modules[f"{path}.{name}"] for name in names if f"{path}.{name}" in modules]
-                # What is wrong with a module alone is said of it.
+                # A module that is wrong by itself is reported separately.
                 found = [one for one in found if one.is_whole]
                 if len(found) > 1 and not any(map(_is_loaded_alone, found)):
                     yield found
@@ -146,9 +146,12 @@ def _is_loaded_alone(module: Module) -> bool:
 def _unlike(mates: Sequence[Module], manners: Sequence[tuple[object, ...]]) -> Iterator[Issue]:
     for mate, manner in zip(mates, manners, strict=True):
         if manner != manners[0]:
-            sentence = f"is stored in another way than {mates[0].name}, and engines load both as one"
+            sentence = f"is stored differently from {mates[0].name}, but engines load both as one matrix"
             yield error(
-                "mates-differ", mate.name, sentence, "store all of them alike, or all in full precision"
+                "mates-differ",
+                mate.name,
+                sentence,
+                "store all of them in the same way, or all in full precision",
             )
             return
 
@@ -174,8 +177,8 @@ def _shared_scales(modules: Mapping[str, Module]) -> Iterator[Issue]:
     for found in sets:
         for ref in found[1:]:
             if contents and contents[ref.name] != contents[found[0].name]:
-                sentence = f"differs from {found[0].name}, and engines take one scale for both weights"
-                hint = "scales of groups are relative to it: quantise both weights together"
+                sentence = f"differs from {found[0].name}, but engines use one scale for both weights"
+                hint = "quantise both weights together: the scales of their groups are relative to it"
                 yield error("shared-scale", ref.name, sentence, hint)
 
 

@@ -35,7 +35,7 @@ def scales(output: Output) -> Iterator[Issue]:
         found = [(module.shared, True), (module.scales, False)]
         for ref, is_shared in found if module.codes is not None else ():
             if ref is not None and (why := _wrong(ref, is_shared=is_shared)):
-                hint = "the weight cannot be decoded: quantise it again, or fetch the file again"
+                hint = "quantise the weight again, or download the file again: it cannot be decoded"
                 yield error("bad-scale", ref.name, why, hint)
 
 
@@ -48,11 +48,11 @@ def _wrong(ref: TensorRef, *, is_shared: bool) -> str:
     if values is None:
         return ""
     if not all(value - value == 0 for value in values):
-        return "holds NaN or infinity, expected scales"
+        return "holds NaN or infinity, expected finite scales"
     if is_shared and not min(values, default=1.0) > 0:
         return f"is {min(values):g}, expected a positive scale for the whole weight"
     if ref.name.endswith(_POSITIVE) and min(values, default=0.0) < 0:
-        return f"holds {min(values):g}, expected scales of sizes, which are not negative"
+        return f"holds {min(values):g}, expected no negative scale"
     return ""
 
 

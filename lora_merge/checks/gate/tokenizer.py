@@ -48,9 +48,7 @@ def _fast(output: Output) -> Iterator[Issue]:
         yield error("tokenizer", _FAST, f"does not load ({exc})"[:300], "copy it from the original model")
         return
     except OSError as exc:
-        yield note(
-            "not-loaded", _FAST, f"was not loaded: no process can be started for that ({exc.strerror})"
-        )
+        yield note("not-loaded", _FAST, f"was not checked: cannot start a process for it ({exc.strerror})")
         return
     rows = max(
         (
@@ -61,7 +59,7 @@ def _fast(output: Output) -> Iterator[Issue]:
         default=None,
     )
     if rows is not None and n > rows and _counts_tokens(output):
-        sentence = f"has {n} tokens, and the embedding has {rows} rows: an engine fails at one beyond"
+        sentence = f"has {n} tokens, but the embedding has {rows} rows: token ids above {rows - 1} will crash the engine"
         yield warning("token-beyond", _FAST, sentence)
 
 
@@ -75,5 +73,5 @@ def _settings(table: dict[str, Any]) -> Iterator[Issue]:
     new = table.get("tokenizer_class") == _NEW_CLASS
     if new or isinstance(table.get("extra_special_tokens"), list):
         what = f"tokenizer_class {_NEW_CLASS}" if new else "a list of extra_special_tokens"
-        sentence = f"has {what}, which transformers 5 writes: engines on transformers 4 refuse it"
+        sentence = f"has {what}, written by transformers 5: engines that use transformers 4 refuse it"
         yield note("new-tokenizer", _SETTINGS, sentence)

@@ -26,11 +26,11 @@ def weights(output: Output) -> Iterator[Issue]:
         yield error("no-weights", output.root, "holds no safetensors file", hint)
         return
     for name, sentence in output.broken.items():
-        if name != CONFIG_FILE:  # the rule for that file says so
+        if name != CONFIG_FILE:  # reported by the rule for that file
             yield error("broken-file", name, sentence)
     for name, place in output.outside.items():
-        sentence = f"is a link to {place}, outside the directory: a copy of it lacks the file"
-        yield warning("outside", name, sentence, "put the file itself there: cp -L")
+        sentence = f"is a link to {place}, outside the directory: a copy of the directory would lack the file"
+        yield warning("outside", name, sentence, "replace the link by the file: cp -L")
     if INDEX_FILE in output.names:
         yield from _indexed(output)
     else:
@@ -46,9 +46,9 @@ def _alone(output: Output) -> Iterator[Issue]:
         if name == SAFETENSORS_FILE or "/" in name:
             continue
         if SAFETENSORS_FILE in output.names:
-            yield _stale(name, f"the model is in {SAFETENSORS_FILE}, and there is no index")
+            yield _stale(name, f"without an index, the model is in {SAFETENSORS_FILE} alone")
         else:
-            sentence = f"stands without an index, expected {SAFETENSORS_FILE}, or {INDEX_FILE} to name it"
+            sentence = f"is not named by an index, expected {INDEX_FILE}, or a single {SAFETENSORS_FILE}"
             yield error("no-index", name, sentence, "the output is incomplete; merge again")
 
 
@@ -66,7 +66,7 @@ def _indexed(output: Output) -> Iterator[Issue]:
     listed = {name: file for name, file in listed.items() if isinstance(file, str)}
     files = set(listed.values())
     for name in sorted(files - output.names):
-        yield error("missing-file", name, "is named by the index and is not there")
+        yield error("missing-file", name, "is named by the index, but is missing")
     # Engines differ in whether they read a file that the index does not name.
     for name in sorted(set(output.files) - files):
         yield _stale(name, "the index does not name it")
@@ -85,13 +85,13 @@ def _disagreements(output: Output, listed: dict[str, str], stored: dict[str, str
     """Yield an issue for each tensor that the index and the files disagree about, and for a wrong total."""
     for name, file in listed.items():
         if file not in output.files:
-            continue  # missing or broken, which is said of the file
+            continue  # missing or broken, which is reported for the file
         if name not in stored:
-            yield error("missing-tensor", name, f"is not in {file}, as the index says, nor in any other file")
+            yield error("missing-tensor", name, f"is in no file; the index names {file}")
         elif stored[name] != file:
-            yield error("wrong-index", name, f"is in {stored[name]}; the index says {file}")
+            yield error("wrong-index", name, f"is in {stored[name]}, but the index names {file}")
     for name in stored.keys() - listed.keys():
-        yield error("unlisted-tensor", name, f"is in {stored[name]} and the index does not name it")
+        yield error("unlisted-tensor", name, f"is in {stored[name]}, but the index does not name it")
     metadata = (output.index or {}).get("metadata")
     size = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(
@@ -99,11 +99,11 @@ def _disagreements(output: Output, listed: dict[str, str], stored: dict[str, str
     )
     if size is not None and size != total and set(listed.values()) <= output.files.keys():
         yield error(
-            "wrong-index", INDEX_FILE, f"total_size is {size}, expected {total}, what the tensors take"
+            "wrong-index", INDEX_FILE, f"total_size is {size}, expected {total}, the sum of the tensors"
         )
 
 
 def _stale(name: str, why: str) -> Issue:
-    what = "is not part of the model" if name != SAFETENSORS_FILE else "stands beside an index"
-    sentence = f"{what}: {why}; engines differ in what they read then"
-    return error("stale-shard", name, sentence, "remove it, if it belongs to an older model")
+    what = "is not part of the model" if name != SAFETENSORS_FILE else "is not the file that the index names"
+    sentence = f"{what}: {why}; engines differ in which files they read"
+    return error("stale-shard", name, sentence, "remove it if it belongs to an older model")
