@@ -6,6 +6,7 @@
     │   │   └── ChangedError      an input changed while it was read
     │   └── UnknownFormatError    no adapter format matches (tried)
     ├── RequestError              a request file does not parse (file, line, key)
+    │   └── PackageError          an optional package is missing, too old or broken
     ├── PlanError                 adapter and base do not fit (issues: all of them)
     │   ├── UnsupportedError      understood, not mergeable (issues: what, and what to do instead)
     │   ├── TargetError           a field of the adapter's configuration has an unusable value
@@ -124,6 +125,18 @@ class RequestError(LoraMergeError):
         self.file, self.line, self.key, self.sentence = file, line, key, without_secrets(sentence)
         where = f"{file}:{line}" if line else file
         super().__init__(": ".join(part for part in (where, key, sentence) if part), hint=hint)
+
+
+class PackageError(RequestError):
+    """An optional package is needed, and cannot be used here.
+
+    Args:
+        sentence: what needs it, and why it cannot be used.
+        hint: how to install it.
+    """
+
+    def __init__(self, sentence: str, hint: str) -> None:
+        super().__init__("", 0, "", sentence, hint=hint)
 
 
 class PlanError(LoraMergeError):

@@ -52,12 +52,10 @@ def ties(
     Reference:
         Yadav et al., 2023, https://arxiv.org/abs/2306.01708; ``peft.utils.merge_utils.ties`` (PEFT 0.21.2).
     """
-    from peft.utils.merge_utils import magnitude_based_pruning
-
     del generator
     # At density 1 nothing is trimmed.
     if how.density < 1:
-        changes = [magnitude_based_pruning(change, how.density) for change in changes]
+        changes = [_trimmed(change, how.density) for change in changes]
     return _elected(changes, weights)
 
 
@@ -129,15 +127,31 @@ def _sum(changes: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor
 
 
 def _elected(changes: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the weighted values whose sign is that of the sum of all; PEFT's functions, value by value."""
-    import torch
-    from peft.utils.merge_utils import (
-        calculate_majority_sign_mask,
-        disjoint_merge,
-        reshape_weight_task_tensors,
-    )
+    """Return the mean of the weighted values whose sign is that of their sum, value by value; 0 where there are none.
 
-    stacked = torch.stack(list(changes))
-    agree = calculate_majority_sign_mask(stacked, method="total")
-    merged: torch.Tensor = disjoint_merge(stacked * reshape_weight_task_tensors(stacked, weights), agree)
-    return merged
+    The signs are elected by the changes before their weights, as in ``peft.utils.merge_utils.ties`` (PEFT 0.21.2).
+    """
+    import torch
+
+    total = torch.zeros_like(changes[0])
+    for change in changes:
+        total += change
+    # Where the sum is 0, PEFT elects plus.
+    elected = torch.where(total >= 0, 1.0, -1.0)
+    kept, n_kept = torch.zeros_like(total), torch.zeros_like(total)
+    for weight, change in zip(weights, changes, strict=True):
+        agrees = change.sign() == elected
+        kept += weight * change * agrees
+        n_kept += agrees
+    return kept / n_kept.clamp(min=1)
+
+
+def _trimmed(change: torch.Tensor, density: float) -> torch.Tensor:
+    """Return a change with all but a share ``density`` of its values set to 0: those with the largest magnitudes."""
+    import torch
+
+    values = change.reshape(-1)
+    largest = values.abs().topk(int(density * values.numel())).indices
+    trimmed = torch.zeros_like(values)
+    trimmed[largest] = values[largest]
+    return trimmed.reshape(change.shape)

@@ -18,6 +18,7 @@ from lora_merge.core.checkpoint import config_levels
 from lora_merge.modeling.counts import excess_of
 from lora_merge.modeling.cut_off import cut_off
 from lora_merge.modeling.plain_config import FetchError, plain_config
+from lora_merge.runtime.packages import require
 from lora_merge.runtime.shortage import raise_if_out_of_memory
 
 CONV1D_MODEL_TYPES = frozenset(
@@ -131,15 +132,28 @@ def build_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
     return None if model is None else _describe(model)
 
 
+def need_transformers(config: Mapping[str, Any]) -> Any:
+    """Return the module transformers, which is to tell how the model of a ``config.json`` is built.
+
+    Raises:
+        PackageError: it cannot be used here.
+    """
+    family = config.get("model_type")
+    named = f"a {family}" if isinstance(family, str) and family else "this"
+    return require("transformers", f"looking up the modules of {named} model")
+
+
 def parse_config(config: Mapping[str, Any]) -> Any:
     """Return transformers' own form of what is data in a ``config.json``, or None when it knows no such model type.
 
     Raises:
         FetchError: what the model is made of would have to be fetched.
+        PackageError: transformers cannot be used here.
 
     Reference:
         ``transformers.AutoConfig``, whose table of model types it asks (transformers 5.23).
     """
+    need_transformers(config)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -222,8 +236,12 @@ def _signature(layer: Any) -> list[object]:
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """Return transformers' class for a ``config.json``, or None when it has none."""
-    import transformers
+    """Return transformers' class for a ``config.json``, or None when it has none.
+
+    Raises:
+        PackageError: transformers cannot be used here.
+    """
+    transformers = need_transformers(config)
 
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
@@ -240,7 +258,7 @@ def language_model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     Reference:
         ``transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained`` (transformers 5.23).
     """
-    import transformers
+    transformers = need_transformers(config)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
@@ -258,11 +276,11 @@ def language_model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def parts_of_model(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the paths of the models inside a model: its towers, and the language model."""
-    from transformers import PreTrainedModel
-
     model = meta_model(config)
     if model is None:
         return ()
+    from transformers import PreTrainedModel
+
     return tuple(
         path for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)
     )
@@ -275,6 +293,7 @@ def class_for_task(model_type: str, task: str) -> str | None:
         model_type: of the base.
         task: PEFT's ``task_type``.
     """
+    require("transformers", f"finding the {model_type} model that has a head for {task}")
     from transformers.models.auto import modeling_auto
 
     table = getattr(modeling_auto, TASK_MAPPINGS[task]) if task in TASK_MAPPINGS else {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.runtime.packages import require
+
 if TYPE_CHECKING:
     from lora_merge.peft_rules.targets import Names
 
@@ -17,9 +19,13 @@ def family_targets(kind: str, model_type: str) -> Names:
         kind: the PEFT type, ``"LORA"`` for example.
         model_type: of the base's ``config.json``, at its top level.
 
+    Raises:
+        PackageError: PEFT cannot be used here.
+
     Reference:
         ``peft.tuners.tuners_utils.BaseTuner._prepare_adapter_config`` (PEFT 0.21.2).
     """
+    require("peft", f"looking up the default target_modules of a {model_type} model")
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType
 
@@ -34,9 +40,13 @@ def family_targets(kind: str, model_type: str) -> Names:
 def is_rewritten(model_type: str) -> bool:
     """Return True for a family whose experts PEFT finds among modules and moves to ``target_parameters``.
 
+    Raises:
+        PackageError: PEFT cannot be used here.
+
     Reference:
         ``peft.utils.transformers_weight_conversion._convert_peft_config_moe`` (PEFT 0.21.2).
     """
+    require("peft", f"looking up which experts of a {model_type} model PEFT adapts")
     try:
         from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
         from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING as REWRITTEN

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.checkpoint import INPUT_NAMES, OUTPUT_NAMES, ConfigPatch, owner_name, patched_config
 from lora_merge.core.report import Issue, error, note
 from lora_merge.modeling.skeleton import same_layers
+from lora_merge.peft_rules.injection import need_peft
 from lora_merge.peft_rules.patterns import TargetError
 from lora_merge.planning.beside import left_out, side_files_of
 from lora_merge.planning.change import Change, alike, with_one_base
@@ -108,7 +109,14 @@ class _Draft:
         return self._model.tie
 
     def join(self) -> None:
-        """Fit every adapter, then settle ties and shared weights; faults are added to the issues."""
+        """Fit every adapter, then settle ties and shared weights; faults are added to the issues.
+
+        Raises:
+            PackageError: a package that one of the adapters needs cannot be used here.
+        """
+        for use in self._uses:
+            if uses_peft_layers(use.adapter, self._reading):
+                need_peft(use.adapter.kind)
         # Layers and head first: they decide which parameters the base has at all.
         self.issues += self._replicate() + self._add_head()
         # Every tensor would be called missing.

@@ -24,6 +24,7 @@ from lora_merge.modeling.cut_off import cut_off
 from lora_merge.peft_rules.kinds import peft_version
 from lora_merge.planning.resolve import resolve_base
 from lora_merge.quantised import plain_config
+from lora_merge.runtime.packages import require
 from lora_merge.runtime.shortage import raise_if_out_of_memory
 from lora_merge.verification.engines.hf import Deferred, Loader, scores
 from lora_merge.verification.engines.peft_reference import Ingredients
@@ -54,7 +55,10 @@ def compare_forward(
     Raises:
         UnsupportedError: transformers has no class for the model.
         RequestError: there is no tokenizer for the user's texts, or the engine is not installed.
+        PackageError: transformers or PEFT cannot be used here.
     """
+    for package in ("transformers", "peft"):
+        require(package, "a comparison of forward passes")
     # A missing engine is reported before any model is loaded.
     python = find_python(request.engine_python) if request.engine else ""
     base_config = read_config(Path(plan.base) / CONFIG_FILE)

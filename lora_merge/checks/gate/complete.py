@@ -9,6 +9,7 @@ from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import error, note
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.plain_config import fetched_part
+from lora_merge.runtime.packages import problem_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +28,13 @@ def complete(output: Output) -> Iterator[Issue]:
     if part is not None:
         sentence = f"not checked whether every parameter has a tensor: {part}, and nothing is downloaded for this check"
         yield note("not-fetched", CONFIG_FILE, sentence)
+        return
+    problem = problem_of("transformers")
+    if problem:
+        sentence = (
+            f"checking that every parameter has a tensor needs transformers{problem}; it was not checked"
+        )
+        yield note("not-checked", CONFIG_FILE, sentence)
         return
     conversion = Conversion.of(output.config or {})
     if conversion is None:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from lora_merge.checks.gate.parts import grouped
 from lora_merge.checks.gate.scheme import Scheme
-from lora_merge.core.report import error
+from lora_merge.core.checkpoint import CONFIG_FILE
+from lora_merge.core.report import error, note
 from lora_merge.modeling.skeleton import build_skeleton
+from lora_merge.runtime.packages import problem_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +28,13 @@ def linear(output: Output) -> Iterator[Issue]:
         return
     modules = grouped(output.tensors())
     if not any(module.codes is not None for module in modules.values()):
+        return
+    problem = problem_of("transformers")
+    if problem:
+        sentence = (
+            f"checking that every linear layer is quantised needs transformers{problem}; it was not checked"
+        )
+        yield note("not-checked", CONFIG_FILE, sentence)
         return
     skeleton = build_skeleton(output.config or {})
     if skeleton is None:

@@ -5,6 +5,7 @@ whole model is done: matching the targets, sizing and drawing what layers share.
 are put off. Each is made, filled, merged and dropped again when its weights are at hand.
 """
 
+from lora_merge.peft_rules.injection.ingredients import need_peft
 from lora_merge.peft_rules.injection.injection import Injection
 from lora_merge.peft_rules.injection.targets import (
     BIAS_TYPES,
@@ -14,4 +15,4 @@ from lora_merge.peft_rules.injection.targets import (
     sort_by_module,
 )
 
-__all__ = ["BIAS_TYPES", "Injection", "InjectionError", "Target", "parents", "sort_by_module"]
+__all__ = ["BIAS_TYPES", "Injection", "InjectionError", "Target", "need_peft", "parents", "sort_by_module"]

@@ -10,6 +10,8 @@ from lora_merge.modeling.plain_config import plain_adapter_config
 from lora_merge.modeling.skeleton import model_class, parse_config
 from lora_merge.peft_rules.injection.targets import InjectionError
 from lora_merge.peft_rules.injection.turns import translated
+from lora_merge.peft_rules.kinds import NATIVE
+from lora_merge.runtime.packages import require
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +25,28 @@ _UNMERGEABLE: Mapping[str, str] = {
 """PEFT types with a tuner, but no merge; PEFT merges ``XLORA`` all the same, without its router."""
 
 
+def need_peft(kind: str) -> None:
+    """Check that PEFT's own layers can be used here. Imports PEFT and transformers, which takes seconds.
+
+    Args:
+        kind: the PEFT type of the adapter that they are to merge.
+
+    Raises:
+        PackageError: PEFT or transformers cannot be used here.
+    """
+    feature = f"merging this variant of {kind}" if kind in NATIVE else f"merging an adapter of type {kind}"
+    for package in ("peft", "transformers"):
+        require(package, feature)
+
+
 def tuner_class_of(peft_type: Any) -> Any:
     """Return PEFT's tuner class for a type.
 
     Raises:
         InjectionError: PEFT does not know the type, or cannot merge it.
+        PackageError: PEFT or transformers cannot be used here.
     """
+    need_peft(str(peft_type))
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 

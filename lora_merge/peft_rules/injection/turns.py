@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+from lora_merge.errors import PackageError
 from lora_merge.modeling.cut_off import cut_off
 from lora_merge.peft_rules.injection.targets import InjectionError
 from lora_merge.runtime.shortage import raise_if_out_of_memory
@@ -34,7 +35,7 @@ def translated(subject: str, speaker: str = "PEFT") -> Iterator[None]:
     """Turn whatever a library raises into an `InjectionError` with its first line, except a lack of memory."""
     try:
         yield
-    except InjectionError:
+    except (InjectionError, PackageError):
         raise
     except Exception as exc:
         # Raises where memory ran out: that says nothing about the adapter.
