@@ -54,6 +54,7 @@ _COMPLETION = """\
 
 The command completes its options once the shell is told how, in its start-up file:
 
+<!-- needs: shell -->
 ```sh
 eval "$(_LORA_MERGE_COMPLETE=bash_source lora-merge)"     # ~/.bashrc
 eval "$(_LORA_MERGE_COMPLETE=zsh_source lora-merge)"      # ~/.zshrc
