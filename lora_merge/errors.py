@@ -51,6 +51,11 @@ class LoraMergeError(Exception):
         super().__init__("\n".join(map(fit, (sentence, *lines))))
         self.hint = fit(hint)
 
+    @property
+    def without_hint(self) -> str:
+        """The sentence and its further lines, without the line of the hint."""
+        return str(self).removesuffix(f"\nhint: {self.hint}")
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the finished sentence and the attributes."""
         # A subclass's constructor takes other arguments than the sentence, so it cannot be called again.
@@ -147,7 +152,8 @@ class PlanError(LoraMergeError):
 
     def __init__(self, issues: Sequence[Issue]) -> None:
         self.issues = tuple(issues)
-        super().__init__(*_issue_list(self.issues, self.verb))
+        hint = self.issues[0].hint if len(self.issues) == 1 else ""
+        super().__init__(*_issue_list(self.issues, self.verb), hint=hint)
 
 
 class UnsupportedError(PlanError):
@@ -211,12 +217,14 @@ class BugError(LoraMergeError):
 def _issue_list(issues: Sequence[Issue], verb: str) -> list[str]:
     """Return one issue as a sentence, or several as a numbered list in which similar ones are grouped."""
     if len(issues) == 1:
-        return [str(issues[0])]
+        return str(issues[0]).split("\n")
     groups, n_left = told(issues, _LISTED)
     lines = [f"{verb}: {len(issues)} problems"]
     # The cause comes first, unnumbered; the others follow from it.
     if groups[0].first.code == CAUSE:
-        lines = [str(groups.pop(0)), f"  {counted(len(issues) - 1, 'problem')} follow from it:"]
-    lines += (f"  {n}. {group}" for n, group in enumerate(groups, 1))
+        lines = [*str(groups.pop(0)).split("\n"), f"  {counted(len(issues) - 1, 'problem')} follow from it:"]
+    for n, group in enumerate(groups, 1):
+        first, *hints = str(group).split("\n")
+        lines += [f"  {n}. {first}", *(f"     {hint}" for hint in hints)]
     left = cut(len(groups), len(groups) + n_left, "other kinds", "-v and --json list them all")
     return lines + ([f"  {left}"] if left else [])

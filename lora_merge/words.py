@@ -123,10 +123,40 @@ def size_text(nbytes: float) -> str:
         '2.70 GB'
     """
     for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
+        # What would be rounded to 1000 is written in the next unit.
+        if nbytes < 999.95:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
-    return f"{nbytes:.2f} GB"
+    return f"{nbytes:.2f} GB" if nbytes < 9999.5 else f"{nbytes / 1000:.2f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in one unit.
+
+    Example:
+        >>> duration_text(0.2), duration_text(45), duration_text(600), duration_text(9000), duration_text(300_000)
+        ('1 s', '45 s', '10 min', '2.5 h', '3.5 days')
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    number, unit = (hours, "h") if hours < 48 else (hours / 24, "days")
+    return f"{number:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def between(low: str, high: str) -> str:
+    """Return a range of two quantities, with the unit once where both have it.
+
+    Example:
+        >>> between("2 s", "6 s"), between("50 s", "3 min"), between("3 s", "3 s")
+        ('2 to 6 s', '50 s to 3 min', 'about 3 s')
+    """
+    if low == high:
+        return f"about {low}"
+    number, _, unit = low.partition(" ")
+    return f"{number} to {high}" if high.endswith(f" {unit}") else f"{low} to {high}"
 
 
 def listing(names: Collection[str], most: int = 4, rest: str = "more") -> str:
@@ -238,9 +268,13 @@ class Alike:
         return f"; {len(self.issues)} times" if len(self.issues) > 1 else ""
 
     def __str__(self) -> str:
-        """Return the group as one line that is fit to be printed."""
-        text = f"{self.subject}: {self.sentence}" if self.subject else self.sentence
-        return printable(f"{text} ({self.hint})" if self.hint else text)
+        """Return the group as `Issue` does: a sentence, and the hint on a line of its own."""
+        return f"{self.line}\nhint: {printable(self.hint)}" if self.hint else self.line
+
+    @property
+    def line(self) -> str:
+        """Subject and sentence as one line that is fit to be printed."""
+        return printable(f"{self.subject}: {self.sentence}" if self.subject else self.sentence)
 
 
 def alike(issues: Iterable[Issue]) -> list[Alike]:

@@ -14,6 +14,7 @@ from lora_merge.batches.groups import fit_together, shortage
 from lora_merge.batches.job import Job
 from lora_merge.batches.reports import BatchObserver, BatchReport, JobReport, State
 from lora_merge.batches.up_to_date import Standing, adapter_standing, standing
+from lora_merge.batches.work import work_of
 from lora_merge.conversion import job as conversion
 from lora_merge.conversion import writing
 from lora_merge.conversion.job import Conversion
@@ -22,6 +23,7 @@ from lora_merge.conversion.run import plan_conversion
 from lora_merge.core.report import Issue, Report, warning
 from lora_merge.errors import BugError, LoraMergeError, WriteError
 from lora_merge.executors.processes import Broken, Crew, be_idle
+from lora_merge.merging.headline import announce
 from lora_merge.merging.preparing import MARKS, Prepared, prepare
 from lora_merge.merging.run import carry_out
 from lora_merge.planning.run import plan_request
@@ -70,7 +72,7 @@ class _Task:
             out=self.job.request.out,
             state=self.state,
             error=type(error).__name__ if error else "",
-            message=str(error) if error else "",
+            message=error.without_hint if error else "",
             hint="; ".join(hint for hint in hints if hint),
             issues=(*self.notes, *getattr(told, "issues", ())),
             seconds=round(self.seconds, 3),
@@ -123,9 +125,17 @@ class Batch:
             for task in self._tasks:
                 self._plan(task)
             if not self._dry_run and self._goes_on():
+                self._announce()
                 self._carry_out_all(self._groups())
         finally:
             self._leave()
+
+    def _announce(self) -> None:
+        planned = {
+            task.job.name: task.planned for task in self._tasks if task.state == "planned" and task.planned
+        }
+        n_kept = sum(task.state == "kept" for task in self._tasks)
+        announce(self._watch, work_of(planned, len(self._tasks), n_kept))
 
     def _carry_out_all(self, groups: list[list[_Task]]) -> None:
         """Carry out groups one after the other, or several at the same time."""
@@ -152,7 +162,7 @@ class Batch:
         """Mark a job as failed. An error that is not the user's is a bug, and fails this job alone."""
         error = exc if isinstance(exc, LoraMergeError) else _bug(exc)
         task.error = error
-        self._set(task, "failed", str(error))
+        self._set(task, "failed", error.without_hint)
 
     def _leave(self) -> None:
         """Mark jobs that were not begun, or not finished, as not run."""
@@ -169,7 +179,7 @@ class Batch:
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is this job's, and there are others
             self._fail(task, exc)
         else:
-            self._set(task, "kept" if is_kept else "planned", "; ".join(map(str, task.notes)))
+            self._set(task, "kept" if is_kept else "planned", "; ".join(note.line for note in task.notes))
 
     def _is_kept(self, task: _Task) -> bool:
         """Plan one job; return True if its output exists and is up to date.

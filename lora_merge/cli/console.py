@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from lora_merge.cli.data import batch_data, conversion_data, inspection_data, proof_data, result_data
 from lora_merge.cli.issues import say_issues
-from lora_merge.cli.plans import merge_text, print_plan, print_profile
+from lora_merge.cli.next_steps import after_conversion, after_merge, command, say_next, serving
+from lora_merge.cli.plans import merge_lines, print_plan, print_profile
 from lora_merge.cli.progress import watching
 from lora_merge.cli.proofs import print_proof
 from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
-from lora_merge.cli.voice import say, show, show_data
+from lora_merge.cli.voice import say, say_raw, show, show_data
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,55 +42,88 @@ class Console:
         """Yield an observer that draws a progress bar on a terminal, and prints plain lines elsewhere."""
         return watching(quiet=self._quiet, verbose=self._verbose)
 
-    def report(self, report: Report) -> None:
-        """Print the result of a merge, or its plan after a dry run."""
+    def report(self, report: Report, named: Mapping[str, str], again: str = "") -> None:
+        """Print the result of a merge, or its plan after a dry run; then what to do next.
+
+        Args:
+            report: on the merge.
+            named: ``base`` and ``out`` as the user named them, where they did.
+            again: after a dry run: the command that merges; empty where it is not known.
+        """
         if not self._quiet:
             self._issues(report.issues)
+        out = named.get("out") or report.out
         if self._as_json:
             show_data(result_data(report))
         elif report.dry_run:
-            print_plan(report, verbose=self._verbose)
+            print_plan(report, named, verbose=self._verbose)
         elif not self._quiet:
-            say(merge_text(report))
+            for line in merge_lines(report, out):
+                say(line)
         self._time(report.seconds)
         if self._profile:
             print_profile(report)
+        if self._as_json or self._quiet:
+            return
+        if not report.dry_run:
+            after_merge(out, is_verified=report.verdict.level != "none")
+        elif again:
+            say_next("merge it", again)
 
     def _time(self, seconds: Mapping[str, float]) -> None:
         """Print the seconds of each phase, with ``--verbose``."""
         if self._verbose and not self._quiet:
             say(f"time: {', '.join(f'{part} {took:.2f} s' for part, took in seconds.items())}")
 
-    def proof(self, proof: Proof, *, failed: bool) -> None:
-        """Print a line for each check, and a table of differences. ``failed`` includes warnings under ``--strict``."""
+    def proof(self, proof: Proof, out: str, *, failed: bool) -> None:
+        """Print a line for each check, and what differs.
+
+        Args:
+            proof: what was found.
+            out: the output, as the user named it.
+            failed: True also for warnings under ``--strict``.
+        """
         if self._as_json:
             show_data({"ok": not failed, **proof_data(proof)})
             return
         if self._quiet:
             for issue in proof.issues:
                 if issue.severity == "error":
-                    say(f"error: {issue}")
+                    say(f"error: {issue.line}")
             return
         print_proof(proof, failed=failed, verbose=self._verbose)
         self._time(proof.seconds)
+        if not failed and (found := serving(out)):
+            say_next(*found)
 
     def inspection(self, found: Inspection, *, full: bool) -> None:
-        """Print an adapter's description and its issues. ``full`` lists every module."""
+        """Print an adapter's description and its issues, then how to merge it. ``full`` lists every module."""
         if self._as_json:
             ok = not any(issue.severity == "error" for issue in found.issues)
             show_data({"ok": ok, **inspection_data(found)})
         elif not self._quiet:
             print_inspection(found, full=full)
         self._issues(found.issues)
+        if not (self._as_json or self._quiet) and all(issue.severity != "error" for issue in found.issues):
+            base = ("--base", found.base) if found.base else ()
+            say_next("merge it", command("lora-merge", *base, "--adapter", found.adapter, "--out", "merged"))
 
-    def conversion(self, report: ConvertReport) -> None:
-        """Print the result of a conversion or an extraction."""
+    def conversion(self, report: ConvertReport, out: str, base: str, engine: str | None = None) -> None:
+        """Print the result of a conversion or an extraction, then how to use it.
+
+        Args:
+            report: on the conversion.
+            out: the output, as the user named it.
+            base: of the adapter, as the user or the adapter names it; empty where neither does.
+            engine: that it was made for.
+        """
         self._issues(report.issues)
         if self._as_json:
             show_data({"ok": True, **conversion_data(report)})
         elif not self._quiet:
             print_conversion(report, verbose=self._verbose)
-            say(done_text(report))
+            say(done_text(report, out))
+            after_conversion(report, out, base, engine)
 
     def batch(self, report: BatchReport) -> None:
         """Print a table of all jobs, and what went wrong; tracebacks of bugs with ``--verbose``."""
@@ -101,7 +135,7 @@ class Console:
             if job.traceback:
                 say(f"{job.name}: the traceback of its bug")
                 for line in job.traceback.rstrip("\n").split("\n"):
-                    say(f"  {line}")
+                    say_raw(f"  {line}")
 
     def _issues(self, issues: Sequence[Issue]) -> None:
         """Print issues: similar ones together unless verbose, errors only if quiet."""

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_merge.cli.help_pages import Verb
+from lora_merge.cli.next_steps import named_base
 from lora_merge.cli.options import SETTINGS, console_of, options
 
 
@@ -33,4 +34,4 @@ def convert(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     request = parse_request(ConvertRequest, flags)
     with console.watching() as observer:
         report = convert_adapter(request, observer=observer)
-    console.conversion(report)
+    console.conversion(report, request.out, request.base or named_base(request.out), request.serving)

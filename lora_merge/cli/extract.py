@@ -31,4 +31,4 @@ def extract(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     request = parse_request(ExtractRequest, flags)
     with console.watching() as observer:
         report = extract_adapter(request, observer=observer)
-    console.conversion(report)
+    console.conversion(report, request.out, request.base)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_merge.cli.help_pages import Verb
+from lora_merge.cli.next_steps import again
 from lora_merge.cli.options import SETTINGS, console_of, options, request_of
 from lora_merge.cli.reports import page_file
 
@@ -54,4 +55,4 @@ def merge(
     ) as page:
         with console.watching() as observer:
             report = page.show(api.run(request, dry_run=dry_run, observer=observer))
-        console.report(report)
+        console.report(report, {"base": request.base or "", "out": request.out}, again() if dry_run else "")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_merge.cli.help_pages import Verb
+from lora_merge.cli.next_steps import again
 from lora_merge.cli.options import SETTINGS, console_of, options, request_of
 from lora_merge.cli.voice import say
 
@@ -46,6 +47,7 @@ def plan(
     if explain:
         console.matches(matches)
     else:
-        console.report(report)
+        more = {} if request.out else {"out": "merged"}
+        console.report(report, {"base": request.base or "", "out": request.out}, again(**more))
         if survival and not report.foreseen and not (json or quiet):
             say("no weight that changes is rounded: the output holds it in float32")

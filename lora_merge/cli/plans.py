@@ -1,11 +1,14 @@
-"""A merge as tables and lines: its plan, its result, and where the time went."""
+"""A merge as lines: its plan, its result, and where the time went."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
 
-from lora_merge.cli.voice import add_row, screen, table
-from lora_merge.words import size_text
+from lora_merge.cli.layout import BOLD, YELLOW, Cell, Column, Mark, facts, grid, shortened
+from lora_merge.cli.voice import say_layout, show, show_layout, width_of
+from lora_merge.peft_rules.method_names import method_name
+from lora_merge.words import between, counted, duration_text, listing, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,88 +18,139 @@ if TYPE_CHECKING:
 _PHASES = {
     "plan": "read headers, match the adapter, lay out the output",
     "resume": "check what an interrupted run has written",
-    "copy": "move what no delta touches; torch loads meanwhile",
-    "load": "wait until torch is there",
-    "merge": "stream every other tensor through float32",
-    "seal": "write what goes around the weights",
-    "verify": "look at the output; the disk takes it in meanwhile",
-    "flush": "wait until the disk has all of it",
-    "publish": "give it its name",
+    "copy": "copy tensors that do not change; torch loads meanwhile",
+    "load": "wait until torch is loaded",
+    "merge": "merge the other tensors in float32",
+    "seal": "write config, tokenizer and manifest",
+    "verify": "verify the output",
+    "flush": "wait until everything is on the disk",
+    "publish": "give the output its name",
 }
 _STAGES = {
-    "copy": "move what no delta touches",
-    "digest": "take digests of what is written",
+    "copy": "copy tensors that do not change",
+    "digest": "compute digests of what is written",
     "prepare": "load factors",
     "read": "read tiles of the base",
-    "decode": "widen them to float32",
-    "check": "multiply rows for verification, take digests of some tiles",
-    "change": "apply deltas",
+    "decode": "convert them to float32",
+    "check": "multiply rows for verification, compute digests of some tiles",
+    "change": "apply the adapters",
     "encode": "round to the stored dtype, look for NaN",
     "wait": "wait for the GPU",
     "write": "write tiles",
 }
 
+_LABEL = 16
+"""Columns that labels and margins of the plan take."""
 
-def merge_text(report: Report) -> str:
-    """Return one line about a finished merge."""
+
+def merge_lines(report: Report, out: str) -> list[str]:
+    """Return two lines about a finished merge: what was written, and how it was verified.
+
+    Args:
+        report: on the merge.
+        out: the output, as the user named it.
+    """
     summary, seconds = report.summary, sum(report.seconds.values())
     total = summary.merged_bytes + summary.replaced_bytes + summary.cast_bytes + summary.copied_bytes
+    merged = f"merged {counted(summary.n_merged, 'tensor')}, copied {summary.n_copied}"
+    merged += f", replaced {summary.n_replaced}" if summary.n_replaced else ""
+    merged += f", {_unchanged_word(summary)} {summary.n_cast}" if summary.n_cast else ""
     verdict = report.verdict
     checked = (
-        f"verified {verdict.n_tensors} tensors, {verdict.n_projected} rows by projection, {verdict.n_rows} recomputed"
+        f"verified {counted(verdict.n_tensors, 'tensor')}: {verdict.n_projected} rows by projection, "
+        f"{verdict.n_rows} recomputed"
         if verdict.level != "none"
         else "not verified"
     )
-    merged = f"merged {summary.n_merged} tensors, copied {summary.n_copied}"
-    merged += f", replaced {summary.n_replaced}" if summary.n_replaced else ""
-    merged += f", {_unchanged_word(summary)} {summary.n_cast}" if summary.n_cast else ""
-    return f"{report.out}: {merged}, {size_text(total)} in {seconds:.1f} s; {checked}"
+    return [f"wrote {out}: {merged}; {size_text(total)} in {seconds:.1f} s", checked]
 
 
-def print_plan(report: Report, *, verbose: bool) -> None:
-    """Print the plan of a merge on stdout; with ``verbose`` also the rank of each parameter."""
-    console = screen()
-    console.print(table("", "", title="plan", rows=_plan_rows(report), head=False))
+def print_plan(report: Report, named: Mapping[str, str], *, verbose: bool) -> None:
+    """Print the plan of a merge on stdout; with ``verbose`` also the rank of each parameter.
+
+    Args:
+        report: of a dry run.
+        named: ``base`` and ``out`` as the user named them, where they did.
+        verbose: name each parameter.
+    """
+    width = width_of(sys.stdout)
+    show(report.headline)
+    show_layout(["", *facts(_plan_rows(report, named, width), width)])
     if report.foreseen:
-        print_foreseen(report.foreseen)
+        show_layout(["", *_foreseen_lines(report.foreseen, width)])
     if verbose and report.summary.module_ranks:
-        console.print(table("parameter", "rank", title="ranks", rows=report.summary.module_ranks.items()))
+        columns = [Column("parameter"), Column("rank", "number")]
+        rows = [(name, str(rank)) for name, rank in report.summary.module_ranks.items()]
+        show_layout(["", *grid(columns, rows, width)])
 
 
-def print_foreseen(foreseen: Mapping[str, Foreseen]) -> None:
-    """Print what each rounding would keep of the adapters' change."""
-    console = screen()
+def _foreseen_lines(foreseen: Mapping[str, Foreseen], width: int | None) -> list[str]:
+    """Return a table of what each rounding would keep of the adapters' change."""
     n = len(next(iter(foreseen.values())).tensors)
-    shown = table(
-        "rounding", "change kept", "effect off by", "values unchanged", title=f"by a sample of {n} weights"
-    )
-    for method, one in foreseen.items():
-        off = "-" if one.effect_error is None else f"{one.effect_error:.1%}"
-        add_row(shown, method, f"{one.kept:.1%}", off, f"{one.unchanged:.1%}")
-    console.print(shown)
-
-
-def _plan_rows(report: Report) -> list[tuple[str, str]]:
-    summary: Summary = report.summary
-    return [
-        ("base", report.base),
-        ("adapter", ", ".join(report.adapters)),
-        *([("output", report.out)] if report.out else []),
-        ("tensors merged", f"{summary.n_merged} ({size_text(summary.merged_bytes)})"),
-        ("tensors replaced", f"{summary.n_replaced} ({size_text(summary.replaced_bytes)})"),
-        ("tensors copied", f"{summary.n_copied} ({size_text(summary.copied_bytes)})"),
-        (f"tensors {_unchanged_word(summary)}", f"{summary.n_cast} ({size_text(summary.cast_bytes)})"),
-        *_quantised_rows(summary.quantised),
-        ("kind", _counts(summary.kinds)),
-        ("rank", _counts(summary.ranks)),
-        ("scale", _counts(summary.scales)),
-        ("weight files", str(summary.n_shards)),
-        ("side files", str(summary.n_side_files)),
-        ("workers", str(summary.n_workers)),
-        ("peak memory", f"about {size_text(summary.peak_bytes)}"),
-        ("disk needed", size_text(summary.disk_needed_bytes)),
-        ("disk free", size_text(summary.disk_free_bytes)),
+    heads = ("rounding", "change kept", "effect off by", "values unchanged")
+    columns = [Column(heads[0]), *(Column(head, "number") for head in heads[1:])]
+    rows = [
+        (
+            method,
+            f"{one.kept:.1%}",
+            "-" if one.effect_error is None else f"{one.effect_error:.1%}",
+            f"{one.unchanged:.1%}",
+        )
+        for method, one in foreseen.items()
     ]
+    return [f"What each rounding keeps, by a sample of {counted(n, 'weight')}:", *grid(columns, rows, width)]
+
+
+def _plan_rows(report: Report, named: Mapping[str, str], width: int | None) -> list[tuple[str, Cell]]:
+    summary: Summary = report.summary
+    room = None if width is None else max(20, width - _LABEL)
+    base, out = named.get("base") or report.base, named.get("out") or report.out
+    files = f"{counted(summary.n_shards, 'weight file')}, {counted(summary.n_side_files, 'side file')}"
+    # A full disk is what stops a run, so it is the one number that is coloured.
+    is_short = summary.disk_needed_bytes > summary.disk_free_bytes
+    free = f"{size_text(summary.disk_needed_bytes)} needed, {size_text(summary.disk_free_bytes)} free"
+    return [
+        ("base", shortened(base, room)),
+        ("adapter", ", ".join(report.adapters)),
+        ("kind", _kinds(summary)),
+        ("output", shortened(out, room)),
+        *_tensor_rows(summary),
+        *_quantised_rows(summary.quantised),
+        ("files", files),
+        ("", " "),
+        ("time", _time(summary)),
+        ("read", size_text(summary.read_bytes)),
+        ("written", size_text(summary.disk_needed_bytes)),
+        ("peak memory", f"about {size_text(summary.peak_bytes)}"),
+        ("disk", Mark(free, YELLOW) if is_short else free),
+    ]
+
+
+def _kinds(summary: Summary) -> str:
+    """Return the methods with their ranks and scales: ``LoRA, rank 16, scale 2``."""
+    words = [_counts({method_name(kind): n for kind, n in summary.kinds.items()})]
+    words += [f"rank {_counts(summary.ranks)}"] if summary.ranks else []
+    words += [f"scale {_counts(summary.scales)}"] if summary.scales else []
+    return "; ".join(words) if any("," in word for word in words) else ", ".join(words)
+
+
+def _tensor_rows(summary: Summary) -> list[tuple[str, Cell]]:
+    """Return what happens to how many tensors; a row for each action that happens."""
+    found = (
+        ("merged", summary.n_merged, summary.merged_bytes),
+        ("replaced", summary.n_replaced, summary.replaced_bytes),
+        (_unchanged_word(summary), summary.n_cast, summary.cast_bytes),
+        ("copied", summary.n_copied, summary.copied_bytes),
+    )
+    shown = [(action, counted(n, "tensor"), size_text(nbytes)) for action, n, nbytes in found if n]
+    first = max((len(text) for _, text, _ in shown), default=0)
+    second = max((len(text) for *_, text in shown), default=0)
+    return [(action, f"{text:>{first}}  {size:>{second}}") for action, text, size in shown]
+
+
+def _time(summary: Summary) -> str:
+    low, high = (duration_text(seconds) for seconds in summary.seconds)
+    return f"{between(low, high)} with {counted(summary.n_workers, 'worker')}"
 
 
 def _unchanged_word(summary: Summary) -> str:
@@ -104,43 +158,40 @@ def _unchanged_word(summary: Summary) -> str:
     return "decoded" if "decoded" in summary.quantised else "cast"
 
 
-def _quantised_rows(numbers: Mapping[str, int]) -> list[tuple[str, str]]:
+def _quantised_rows(numbers: Mapping[str, int]) -> list[tuple[str, Cell]]:
     """Return rows on weights that are quantised, in the base or in the output; none where there are none."""
-    rows = []
+    rows: list[tuple[str, Cell]] = []
     if "decoded" in numbers:
         words = [f"{numbers['decoded']} decoded", f"{numbers['kept']} copied as they are stored"]
         if numbers["requantised"]:
             words.insert(1, f"{numbers['requantised']} with new codes")
-        rows = [
-            ("quantised weights", ", ".join(words)),
-            *(
-                (f"--out-storage {one}", f"weights of {size_text(numbers[f'{one}_bytes'])}")
-                for one in ("dense", "mixed", "base")
-            ),
-        ]
+        sizes = [f"{one} {size_text(numbers[f'{one}_bytes'])}" for one in ("dense", "mixed", "base")]
+        rows = [("quantised", ", ".join(words)), ("--out-storage", ", ".join(sizes))]
     if "quantised" in numbers:
-        rows.append(("weights quantised", str(numbers["quantised"])))
+        rows.append(("quantised now", counted(numbers["quantised"], "weight")))
     return rows
 
 
 def print_profile(report: Report) -> None:
     """Print the wall time of each phase, and the summed busy time of the workers in each stage."""
-    console, n = screen(stderr=True), report.summary.n_workers
-    phases = table("phase", "seconds", "", title="where each second went")
-    for phase, seconds in report.seconds.items():
-        add_row(phases, phase, f"{seconds:.2f}", _PHASES.get(phase, ""))
-    add_row(phases, "all", f"{sum(report.seconds.values()):.2f}", "", style="bold")
-    console.print(phases)
+    width, n = width_of(sys.stderr), report.summary.n_workers
+    say_layout(["", "Where the time went:", *_times("phase", report.seconds, _PHASES, width)])
     if report.busy_seconds:
-        stages = table("stage", "seconds", "", title=f"copy and merge: {n} worker{'s' * (n != 1)} together")
-        for stage, what in _STAGES.items():
-            if stage in report.busy_seconds:
-                add_row(stages, stage, f"{report.busy_seconds[stage]:.2f}", what)
-        add_row(stages, "all", f"{sum(report.busy_seconds.values()):.2f}", "", style="bold")
-        console.print(stages)
+        title = f"Copying and merging, {counted(n, 'worker')} together:"
+        busy = {stage: report.busy_seconds[stage] for stage in _STAGES if stage in report.busy_seconds}
+        say_layout(["", title, *_times("stage", busy, _STAGES, width)])
 
 
-def _counts(counts: Any) -> str:
+def _times(head: str, seconds: Mapping[str, float], about: Mapping[str, str], width: int | None) -> list[str]:
+    columns = [Column(head), Column("seconds", "number"), Column("", "text", can_go=True)]
+    rows: list[tuple[Cell, ...]] = [
+        (name, f"{took:.2f}", about.get(name, "")) for name, took in seconds.items()
+    ]
+    rows.append((Mark("all", BOLD), f"{sum(seconds.values()):.2f}", ""))
+    return grid(columns, rows, width)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
-    return ", ".join(f"{value} × {count}" for value, count in counts.items())
+    return listing([f"{value} ({count} ×)" for value, count in counts.items()], 6)

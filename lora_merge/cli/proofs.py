@@ -1,56 +1,64 @@
-"""The result of a verification: tables of checks, of differences and of forward passes."""
+"""The result of a verification: a line for each check, what differs, and forward passes."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from lora_merge.cli.voice import add_row, say, screen, show, styled, table
+from lora_merge.cli.issues import say_group
+from lora_merge.cli.layout import RED, YELLOW, Cell, Column, Mark, grid, shortened, wrapped
+from lora_merge.cli.voice import show, show_layout, width_of
+from lora_merge.redaction import fit
 from lora_merge.words import alike, cut
 
 if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-    from rich.table import Table
-
     from lora_merge.core.report import Issue, Proof
 
-_LISTED = 30  # rows of a table of what differs; --json has them all
-_STYLES = {"passed": "green", "failed": "red", "not asked": "yellow"}
+_LISTED = 30  # differences that are printed; --json has them all
+
+_STATES = {
+    "passed": "ok",
+    "failed": Mark("FAILED", RED),
+    "not asked": Mark("skipped", YELLOW),
+}
+"""State of a check → its word on a screen."""
 
 
 def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
-    """Print a line for each check, a table of what differs, and a conclusion."""
-    console = screen()
-    rows = [
-        (finding.check, styled(finding.state, _STYLES[finding.state]), finding.detail)
-        for finding in proof.findings
+    """Print a line for each check, what differs, and a conclusion."""
+    width = width_of(sys.stdout)
+    rows: list[tuple[Cell, ...]] = [
+        (finding.check, _STATES[finding.state], finding.detail) for finding in proof.findings
     ]
-    console.print(table("check", "", "of what", title=proof.out, rows=rows))
+    columns = [Column("check"), Column("result"), Column("what was checked", "text")]
+    show_layout([shortened(fit(proof.headline or proof.out), width), "", *grid(columns, rows, width), ""])
     wrong = [(finding.check, issue) for finding in proof.findings for issue in finding.issues]
-    for _, issue in wrong:
-        if issue.severity != "error":
-            say(f"{issue.severity}: {issue}")
     errors = [(check, issue) for check, issue in wrong if issue.severity == "error"]
     if errors:
-        _print_differences(console, errors)
+        _print_differences(errors, width)
+    for group in alike(issue for _, issue in wrong if issue.severity != "error"):
+        say_group(group)
     if proof.comparisons and (verbose or not proof.ok):
-        console.print(_comparison_table(proof))
+        show_layout([*_comparison_lines(proof, width), ""])
     show(_conclusion(proof, failed=failed))
 
 
-def _print_differences(console: RichConsole, errors: list[tuple[str, Issue]]) -> None:
+def _print_differences(errors: list[tuple[str, Issue]], width: int | None) -> None:
     """Print the errors of a verification, check by check, similar ones together."""
-    rows = [
+    groups = [
         (check, group)
         for check in dict(errors)
         for group in alike(issue for where, issue in errors if where == check)
     ]
-    differs = table("check", "what", "found", title="what differs")
-    for check, group in rows[:_LISTED]:
-        sentence = f"{group.sentence} ({group.hint})" if group.hint else group.sentence
-        add_row(differs, check, group.subject, sentence)
-    console.print(differs)
-    if left := cut(_LISTED, len(rows), way="--json lists them all"):
-        show(left)
+    lines = ["What differs:"]
+    for check, group in groups[:_LISTED]:
+        lines += wrapped(f"  {fit(check)}: {group.line}", width, hang=4)
+        if group.hint:
+            lines += wrapped(f"    hint: {fit(group.hint)}", width, hang=6)
+    show_layout(lines)
+    if left := cut(_LISTED, len(groups), way="--json lists them all"):
+        show(f"  {left}")
+    show("")
 
 
 def _conclusion(proof: Proof, *, failed: bool) -> str:
@@ -68,20 +76,30 @@ def _conclusion(proof: Proof, *, failed: bool) -> str:
     return "\n".join(lines)
 
 
-def _comparison_table(proof: Proof) -> Table:
+def _comparison_lines(proof: Proof, width: int | None) -> list[str]:
     """Return a table with a row for each prompt and engine."""
-    columns = ("engine", "prompt", "max |Δ|", "tolerance", "KL", "top-1", "first diverging")
-    made = table(*columns, title="forward passes")
+    columns = [
+        Column("engine"),
+        Column("prompt"),
+        Column("max |Δ|", "number"),
+        Column("tolerance", "number"),
+        Column("KL", "number", can_go=True),
+        Column("top-1", "number", can_go=True),
+        Column("first diverging", "number", can_go=True),
+    ]
+    rows: list[tuple[Cell, ...]] = []
     for one in proof.comparisons:
         diverging = "none" if one.first_diverging is None else f"{one.first_diverging + 1} of {one.n_tokens}"
-        add_row(
-            made,
-            one.engine,
-            one.prompt,
-            styled(f"{one.max_difference:.3g}", "" if one.ok else "red"),
-            f"{one.tolerance:.3g}",
-            "" if one.kl is None else f"{one.kl:.2g}",
-            "" if one.top1 is None else f"{one.top1:.1%}",
-            diverging if one.n_tokens else "",
+        difference = f"{one.max_difference:.3g}"
+        rows.append(
+            (
+                one.engine,
+                one.prompt,
+                difference if one.ok else Mark(difference, RED),
+                f"{one.tolerance:.3g}",
+                "" if one.kl is None else f"{one.kl:.2g}",
+                "" if one.top1 is None else f"{one.top1:.1%}",
+                diverging if one.n_tokens else "",
+            )
         )
-    return made
+    return ["Forward passes:", *grid(columns, rows, width)]

@@ -1,90 +1,124 @@
-"""Tables of adapters, conversions and batches."""
+"""Adapters, conversions and batches as lines and tables."""
 
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING
 
-from lora_merge.cli.voice import add_row, say, say_lines, screen, styled, table
-from lora_merge.cli.watching import STYLES
+from lora_merge.cli.issues import say_group
+from lora_merge.cli.layout import RED, YELLOW, Cell, Column, Mark, facts, grid, shortened, styled, wrapped
+from lora_merge.cli.voice import say, say_layout, say_lines, show_layout, width_of
 from lora_merge.core.report import Report
-from lora_merge.words import alike, cut, listing, printable, ranges, size_text
+from lora_merge.peft_rules.method_names import method_name
+from lora_merge.redaction import fit
+from lora_merge.words import alike, counted, cut, listing, printable, ranges, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from rich.console import Console as RichConsole
-
-    from lora_merge.batches.reports import BatchReport, JobReport
+    from lora_merge.batches.reports import BatchReport, JobReport, State
     from lora_merge.conversion.lora import ConvertReport, Written
     from lora_merge.inspection.facts import Inspection, ModuleFacts
-    from lora_merge.serving.engine_report import Obstacle
+    from lora_merge.serving.engine_report import EngineReport, Obstacle
 
-_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
 
-_STYLES = {"yes": "green", "no": "red"}
-"""Verdict of an engine → colour; other verdicts are yellow."""
+_VERDICTS: Mapping[str, str] = {"no": RED}
+"""Verdict of an engine → colour. ``yes`` has none, and whatever lies between is yellow."""
+
+STATES: Mapping[State, str] = {"failed": RED, "not run": YELLOW}
+"""State of a job → colour; others have none."""
+
+_ORDER: tuple[State, ...] = ("waiting", "planned", "running", "done", "kept", "failed", "not run")
 
 _MOST_ROWS = 40
 """Most rows of a table of groups; ``--full`` has no limit."""
 
+_LABEL = 16
+"""Columns that labels and margins of facts take."""
+
 
 def print_inspection(found: Inspection, *, full: bool) -> None:
     """Print an adapter's facts, its modules and the engines. ``full`` lists every module in a row of its own."""
-    console = screen()
-    _print_head(console, found)
-    _print_modules(console, found, full=full)
-    _print_engines(console, found)
+    width = width_of(sys.stdout)
+    show_layout([shortened(fit(found.adapter), width), *_head_lines(found, width)])
+    show_layout(["", *_module_lines(found, width, full=full)])
+    if found.engines:
+        room = max(len(_engine_name(one)) for one in found.engines)
+        show_layout(
+            ["", "Engines:", *(line for one in found.engines for line in _engine_lines(one, width, room))]
+        )
 
 
-def _print_head(console: RichConsole, found: Inspection) -> None:
-    ranks = ", ".join(f"{rank} × {count}" for rank, count in found.rank_counts.items())
-    rows = [
-        ("kind", f"{found.kind} ({found.format})"),
-        ("trained by", found.framework),
-        ("base", found.base),
-        ("base's weights", "; ".join(f"{count} as {words}" for words, count in found.storages.items())),
-        ("targets", found.targets),
-        ("modules", str(len(found.modules))),
+def _head_lines(found: Inspection, width: int | None) -> list[str]:
+    ranks = ", ".join(f"{rank} ({count} ×)" for rank, count in found.rank_counts.items())
+    if len(found.rank_counts) == 1:
+        ranks = str(next(iter(found.rank_counts)))
+    room = None if width is None else max(20, width - _LABEL)
+    rows: list[tuple[str, Cell]] = [
+        ("kind", f"{method_name(found.kind)} ({found.format})"),
         ("rank", ranks),
+        ("modules", str(len(found.modules))),
+        ("targets", found.targets),
+        ("base", shortened(found.base, room)),
+        ("base's weights", "; ".join(f"{count} as {words}" for words, count in found.storages.items())),
+        ("trained by", found.framework),
         *((name, value) for name, value in found.settings.items()),
         *((name, value) for name, value in found.provenance.items() if value != found.base),
         ("tensors", size_text(found.nbytes)),
         ("digest", found.digest),
         ("files", ", ".join(found.files)),
     ]
-    shown = [(name, value) for name, value in rows if value]
-    console.print(table("", "", title=found.adapter, rows=shown, head=False))
+    return facts(rows, width)
 
 
-def _print_modules(console: RichConsole, found: Inspection, *, full: bool) -> None:
+def _module_lines(found: Inspection, width: int | None, *, full: bool) -> list[str]:
+    """Return the table of modules, those of all layers in one row unless ``full``."""
     measured = any(one.delta_norm is not None for one in found.modules)
     # Where all are stored alike, the row on the base says how.
     is_mixed = len({one.storage for one in found.modules}) > 1
-    columns = ["module", "layers", "kind", "rank", "scale", "shape"]
-    columns += ["stored as"] if is_mixed else []
-    columns += ["‖Δ‖/‖W‖"] if measured else []
-    made = table(*(columns if not full else [columns[0], *columns[2:]]), title="modules")
+    columns = [Column("module")]
+    columns += [] if full else [Column("", "number")]
+    columns += [Column("kind", can_go=True), Column("rank", "number"), Column("scale", "number")]
+    columns += [Column("shape", "number", can_go=True)]
+    columns += [Column("stored as", can_go=True)] if is_mixed else []
+    columns += [Column("‖Δ‖/‖W‖", "number")] if measured else []
     groups = [[one] for one in found.modules] if full else _grouped(found.modules)
-    for members in groups if full else groups[:_MOST_ROWS]:
-        first = members[0]
-        cells = [
-            # Every second piece is a number, which the column of layers shows.
-            "*".join(_NUMBER.split(first.path)[::2]) if not full else first.path,
-            *([] if full else [ranges(_numbers(members))]),
-            _several(one.kind for one in members),
-            _span([one.rank for one in members if one.rank]),
-            _span([one.scale for one in members if one.scale is not None]),
-            _several("×".join(map(str, one.shape)) for one in members),
-        ]
-        if is_mixed:
-            cells.append(_several(one.storage for one in members))
-        if measured:
-            cells.append(_span([one.relative for one in members if one.relative is not None], ".2g"))
-        add_row(made, *cells)
-    console.print(made)
-    if len(groups) > _MOST_ROWS and not full:
-        console.print(cut(_MOST_ROWS, len(groups), "groups", "--full lists every module"))
+    rows = [
+        _module_row(members, full=full, is_mixed=is_mixed, measured=measured)
+        for members in (groups if full else groups[:_MOST_ROWS])
+    ]
+    lines = grid(columns, rows, width)
+    if not full and (left := cut(_MOST_ROWS, len(groups), "groups", "--full lists every module")):
+        lines.append(f"  {left}")
+    return lines
+
+
+def _module_row(members: Sequence[ModuleFacts], *, full: bool, is_mixed: bool, measured: bool) -> list[Cell]:
+    """Return the cells of a group of modules whose paths differ only in numbers."""
+    cells: list[Cell] = [_path(members)]
+    cells += [] if full else [f"{len(members)} ×"]
+    cells += [
+        _several(method_name(one.kind) for one in members),
+        _span([one.rank for one in members if one.rank]),
+        _span([one.scale for one in members if one.scale is not None]),
+        _several("×".join(map(str, one.shape)) for one in members),
+    ]
+    cells += [_several(one.storage for one in members)] if is_mixed else []
+    if measured:
+        cells.append(_span([one.relative for one in members if one.relative is not None], ".2g"))
+    return cells
+
+
+def _path(members: Sequence[ModuleFacts]) -> str:
+    """Return the path of a group, with ranges for its numbers: ``model.layers.0-31.self_attn.q_proj``."""
+    pieces = [_NUMBER.split(one.path) for one in members]
+    # Every second piece is a number.
+    return "".join(
+        ranges(map(int, column)).replace(", ", ",") if n % 2 else column[0]
+        for n, column in enumerate(zip(*pieces, strict=True))
+    )
 
 
 def _grouped(modules: Sequence[ModuleFacts]) -> list[list[ModuleFacts]]:
@@ -93,11 +127,6 @@ def _grouped(modules: Sequence[ModuleFacts]) -> list[list[ModuleFacts]]:
     for one in modules:
         groups.setdefault(_NUMBER.sub("*", one.path), []).append(one)
     return list(groups.values())
-
-
-def _numbers(members: Sequence[ModuleFacts]) -> list[int]:
-    """Return the numbers of the layers: the first number of each path."""
-    return sorted({int(match[1]) for one in members if (match := _NUMBER.search(one.path))})
 
 
 def _several(values: Iterable[str]) -> str:
@@ -113,15 +142,19 @@ def _span(values: Sequence[float], spec: str = "g") -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _print_engines(console: RichConsole, found: Inspection) -> None:
-    made = table("engine", "serves it", "why not, and what helps", title="engines")
-    for engine in found.engines:
-        lines = [f"- {one.sentence}" for one in engine.obstacles]
-        lines += (f"  → {cure}" for cure in _cures(engine.obstacles))
-        name = f"{engine.engine} {engine.version}"
-        add_row(made, name, styled(engine.verdict, _STYLES.get(engine.verdict, "yellow")), tuple(lines))
-    if found.engines:
-        console.print(made)
+def _engine_name(engine: EngineReport) -> str:
+    return fit(f"{engine.engine} {engine.version}")
+
+
+def _engine_lines(engine: EngineReport, width: int | None, room: int) -> list[str]:
+    """Return an engine's verdict, the reasons against it, and the commands that help, which are never broken."""
+    verdict = engine.verdict
+    style = _VERDICTS.get(verdict, "" if verdict.startswith("yes") else YELLOW)
+    lines = [f"  {_engine_name(engine):<{room}}  {styled(verdict, Mark('', style)) if style else verdict}"]
+    for one in engine.obstacles:
+        lines += wrapped(f"    - {fit(one.sentence)}", width, hang=6)
+    lines += (f"    hint: {fit(cure)}" for cure in _cures(engine.obstacles))
+    return lines
 
 
 def _cures(obstacles: Sequence[Obstacle]) -> list[str]:
@@ -140,32 +173,45 @@ def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
     shown = report.modules if verbose else _worst(lossy)
     if not shown:
         return
-    title = "modules" if verbose else "what was lost, the most first"
-    made = table("module", "rank before", "rank", "energy kept", "‖Δ-Δ′‖", "‖Δ-Δ′‖/‖Δ‖", title=title)
+    columns = [
+        Column("module"),
+        Column("rank before", "number"),
+        Column("rank", "number"),
+        Column("energy kept", "number"),
+        Column("‖Δ-Δ′‖", "number", can_go=True),
+        Column("‖Δ-Δ′‖/‖Δ‖", "number"),
+    ]
+    rows: list[list[Cell]] = []
     for one in shown:
-        cells = [one.path, str(one.rank_before or ""), str(one.rank)]
+        cells: list[Cell] = [one.path, str(one.rank_before or ""), str(one.rank)]
         cells += (
             [f"{one.loss.energy:.6f}", f"{one.loss.residual:.3g}", f"{one.loss.relative:.3g}"]
             if one.loss is not None
             else ["all", "", ""]
         )
-        add_row(made, *cells)
-    screen(stderr=True).print(made)
-    if not verbose and len(lossy) > len(shown):
-        say(cut(len(shown), len(lossy), way="-v lists all"))
+        rows.append(cells)
+    title = "Modules:" if verbose else "What was lost, the most first:"
+    say_layout([title, *grid(columns, rows, width_of(sys.stderr))])
+    if not verbose and (left := cut(len(shown), len(lossy), way="-v lists all")):
+        say(f"  {left}")
 
 
 def _worst(lossy: Sequence[Written]) -> list[Written]:
     return sorted(lossy, key=lambda one: -(one.loss.relative if one.loss else 0.0))[:10]
 
 
-def done_text(report: ConvertReport) -> str:
-    """Return one line about a finished conversion."""
-    whole = f", {report.n_whole} tensors carried whole" if report.n_whole else ""
+def done_text(report: ConvertReport, out: str) -> str:
+    """Return one line about a finished conversion.
+
+    Args:
+        report: on the conversion.
+        out: the output, as the user named it.
+    """
+    whole = f", {counted(report.n_whole, 'tensor')} carried whole" if report.n_whole else ""
     transforms = ", ".join(report.transforms) or "rewritten"
     seconds = sum(report.seconds.values())
     return (
-        f"{report.out}: {len(report.modules)} modules{whole}, {size_text(report.nbytes)} in {seconds:.1f} s "
+        f"wrote {out}: {counted(len(report.modules), 'module')}{whole}, {size_text(report.nbytes)} in {seconds:.1f} s "
         f"({transforms}); {_kept(report)}; read back"
     )
 
@@ -187,28 +233,40 @@ def _result(job: JobReport) -> str:
 
 
 def print_batch(report: BatchReport, *, only_failed: bool) -> None:
-    """Print a table of all jobs, then warnings, errors and totals."""
-    if not only_failed:
-        # By default a job's name is its output; one column is enough then.
-        have_names = any(job.name != job.out for job in report.jobs)
-        named = ("job", "output") if have_names else ("output",)
-        made = table(*named, "", "seconds", "", title=report.file)
-        for job in report.jobs:
-            add_row(
-                made,
-                *((job.name, job.out) if have_names else (job.out,)),
-                styled(job.state, STYLES[job.state]),
-                f"{job.seconds:.1f}" if job.seconds else "",
-                _result(job),
-            )
-        screen(stderr=True).print(made)
+    """Print errors and warnings, then a table of all jobs, then totals."""
     for job in report.jobs:
         for group in alike(issue for issue in job.issues if issue.severity == "warning"):
-            say(f"warning: {job.name}: {group}")
+            say_group(group, job.name)
         if job.message:
             say_lines(f"error: {printable(job.name)}: {job.message}")
             if job.hint:
                 say(f"hint: {job.hint}")
-    states = [(state, report.count(state)) for state in STYLES]
-    counted = ", ".join(f"{n} {state}" for state, n in states if n)
-    say(f"{len(report.jobs)} job{'s' * (len(report.jobs) != 1)}: {counted}, in {report.seconds:.1f} s")
+    if not only_failed:
+        say_layout(_job_lines(report, width_of(sys.stderr)))
+    states = [(state, report.count(state)) for state in _ORDER]
+    numbers = ", ".join(f"{n} {state}" for state, n in states if n)
+    say(f"{counted(len(report.jobs), 'job')}: {numbers}, in {report.seconds:.1f} s")
+
+
+def _job_lines(report: BatchReport, width: int | None) -> list[str]:
+    """Return a table with a row for each job."""
+    # By default a job's name is its output; one column is enough then.
+    have_names = any(job.name != job.out for job in report.jobs)
+    columns = [Column("job")] if have_names else []
+    columns += [
+        Column("output"),
+        Column("state"),
+        Column("seconds", "number"),
+        Column("", "text", can_go=True),
+    ]
+    rows: list[list[Cell]] = [
+        [
+            *([job.name] if have_names else []),
+            job.out,
+            Mark(job.state, STATES[job.state]) if job.state in STATES else job.state,
+            f"{job.seconds:.1f}" if job.seconds else "",
+            _result(job),
+        ]
+        for job in report.jobs
+    ]
+    return [shortened(fit(report.file), width), *grid(columns, rows, width)]

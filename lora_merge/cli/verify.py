@@ -49,6 +49,6 @@ def verify(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
         is_strict_about = request.strict and any(issue.severity == "warning" for issue in proof.issues)
         failed = not proof.ok or is_strict_about
         page.show(proof, failed=failed)
-        console.proof(proof, failed=failed)
+        console.proof(proof, request.out, failed=failed)
         if failed:
             click.get_current_context().exit(exits.VERIFY)

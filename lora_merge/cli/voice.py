@@ -2,6 +2,8 @@
 
 Lines and tables take any text, including names from files of strangers. Control characters are shown as text, and
 nothing is read as markup. A stream that fails (a closed pipe, a full disk) never raises an error here.
+
+On a terminal, lines are wrapped between words. Commands to copy are never wrapped by us, so they stay one line.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import json
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from lora_merge.cli.layout import RED, YELLOW, Mark, styled, wrapped
 from lora_merge.redaction import fit, fit_json
 from lora_merge.runtime.streams import own
 
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import Console as RichConsole
-    from rich.table import Table
-    from rich.text import Text
 
 _WIDTHS = (20, 500)
 """Smallest and largest width of tables in columns, whatever the terminal reports."""
@@ -30,13 +31,24 @@ _SIZES = ("COLUMNS", "LINES")
 _SIZE = re.compile(r"[0-9]{1,5}")
 """A valid size of a terminal in the environment. rich fails on others."""
 
-Cell = "str | tuple[str, ...] | Text"
-"""A cell of a table: a text (one line), several lines, or a text with a style."""
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
+_SEVERITIES = {"error": RED, "warning": YELLOW, "failed": RED}
+"""First word of a line → its colour. Other lines have none."""
 
 
 def say(text: str) -> None:
-    """Print one line on stderr. Newlines and control characters in it are shown as text."""
-    _write(sys.stderr, fit(text))
+    """Print one line on stderr, wrapped between words. Newlines and control characters in it are shown as text.
+
+    The word before the first colon is coloured where it is ``error`` or ``warning``.
+    """
+    # Only a terminal needs lines that are wrapped. In a log, a message is one line.
+    is_shown = sys.stderr is not None and sys.stderr.isatty()
+    lines = wrapped(fit(text), width_of(sys.stderr) if is_shown else None)
+    first, colon, rest = lines[0].partition(":")
+    if colon and first in _SEVERITIES:
+        lines[0] = f"{styled(f'{first}:', Mark('', _SEVERITIES[first]))}{rest}"
+    _print(sys.stderr, lines)
 
 
 def say_lines(text: str) -> None:
@@ -45,9 +57,61 @@ def say_lines(text: str) -> None:
         say(line)
 
 
+def say_raw(text: str) -> None:
+    """Print one line on stderr that is not wrapped: a command to copy, a line of a traceback."""
+    _print(sys.stderr, [fit(text)])
+
+
+def say_layout(lines: Iterable[str]) -> None:
+    """Print lines of `lora_merge.cli.layout` on stderr. Their texts are fit already, and have styles."""
+    _print(sys.stderr, lines)
+
+
 def show(text: str) -> None:
     """Print requested lines on stdout. Names in them have to be made fit before, since each newline counts."""
-    _write(sys.stdout, "\n".join(map(fit, text.split("\n"))))
+    _print(
+        sys.stdout, [part for line in text.split("\n") for part in wrapped(fit(line), width_of(sys.stdout))]
+    )
+
+
+def show_raw(text: str) -> None:
+    """Print one requested line on stdout that is not wrapped: a command to copy."""
+    _print(sys.stdout, [fit(text)])
+
+
+def show_layout(lines: Iterable[str]) -> None:
+    """Print lines of `lora_merge.cli.layout` on stdout."""
+    _print(sys.stdout, lines)
+
+
+def width_of(stream: TextIO | None) -> int | None:
+    """Return the columns of the terminal behind a stream; None where it is no terminal and COLUMNS is not set."""
+    low, high = _WIDTHS
+    given = os.environ.get("COLUMNS", "")
+    if _SIZE.fullmatch(given) and int(given):
+        return min(max(int(given), low), high)
+    if stream is None or not stream.isatty():
+        return None
+    columns = 0
+    with contextlib.suppress(OSError, ValueError):
+        columns = os.get_terminal_size(stream.fileno()).columns
+    # A terminal of serial lines may report 0.
+    return min(max(columns or 80, low), high)
+
+
+def has_colours(stream: TextIO | None) -> bool:
+    """Return True where styles may be printed: on a terminal, unless NO_COLOR is set (no-color.org)."""
+    if os.environ.get("NO_COLOR") or stream is None:
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"}
+
+
+def _print(stream: TextIO | None, lines: Iterable[str]) -> None:
+    """Print lines that are fit, without their styles where the stream does not take them."""
+    text = "\n".join(lines)
+    _write(stream, text if has_colours(stream) else _STYLE.sub("", text))
 
 
 def show_data(data: object) -> None:
@@ -103,49 +167,3 @@ def screen(*, stderr: bool = False) -> RichConsole:
     if not low <= made.width <= high:
         made.width = min(max(made.width, low), high)
     return made
-
-
-def styled(text: str, style: str = "") -> Text:
-    """Return a text in one line, fit to be printed. Long words are folded, not cut."""
-    from rich.text import Text
-
-    return Text(fit(text), style, overflow="fold")
-
-
-def table(*columns: str, title: str, rows: Iterable[tuple[Any, ...]] = (), head: bool = True) -> Table:
-    """Return a table whose cells may hold any text.
-
-    Args:
-        columns: heads of the columns.
-        title: any text.
-        rows: `Cell`s, as many in each row as there are columns.
-        head: show the heads.
-    """
-    from rich.table import Table
-
-    made = Table(*columns, title=styled(title, "table.title"), show_header=head)
-    for row in rows:
-        add_row(made, *row)
-    return made
-
-
-def add_row(to: Table, *cells: Any, style: str = "") -> None:
-    """Add a row of `Cell`s to a table."""
-    to.add_row(*map(_cell, cells), style=style)
-
-
-def _cell(cell: Any) -> Text:
-    from rich.text import Text
-
-    match cell:
-        case Text():
-            return cell
-        case tuple():
-            return Text("\n".join(map(fit, cell)), overflow="fold")
-        case text:
-            return styled(str(text))
-
-
-def caption(of: Table, text: str) -> None:
-    """Set the line under a table."""
-    of.caption = styled(text, "table.caption")

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lora_merge.cli.progress import bar
-from lora_merge.cli.voice import add_row, caption, is_terminal, say, screen, styled, table
+from lora_merge.cli.layout import Cell, Column, Mark, grid
+from lora_merge.cli.meter import Meter
+from lora_merge.cli.progress import bar_text, glyphs, live, say_on
+from lora_merge.cli.tables import STATES
+from lora_merge.cli.voice import is_terminal, say
+from lora_merge.merging.headline import announce
 from lora_merge.redaction import fit
-from lora_merge.words import cut
+from lora_merge.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rich.console import Group
+    from rich.live import Live
 
     from lora_merge.batches.event_log import EventLog
     from lora_merge.batches.reports import BatchObserver, State
+    from lora_merge.merging.headline import Work
 
-_SHOWN = 20
-"""Most jobs that a terminal shows at a time."""
+_MOST_SHOWN = 20
+"""Most jobs that a terminal shows at a time; a small one shows fewer."""
 
-STYLES: dict[State, str] = {
-    "waiting": "dim",
-    "planned": "dim",
-    "running": "cyan",
-    "done": "green",
-    "kept": "green",
-    "failed": "red",
-    "not run": "yellow",
-}
+_OTHER_LINES = 6
+"""Lines of a terminal that are not for jobs: totals, heads, the line of the others, the bar, and room for messages."""
 
-_ORDER = ("running", "failed", "planned", "waiting", "done", "kept", "not run")
+_CHOSEN: tuple[State, ...] = ("running", "failed", "not run", "planned", "waiting", "done", "kept")
 """Order in which jobs are chosen if there is no room for all."""
 
 
@@ -57,6 +57,11 @@ class _Plain:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
 
+    def begin(self, work: Work) -> None:
+        """Print what is about to be made."""
+        if not self._quiet:
+            say(work.headline)
+
     def phase(self, name: str, total_bytes: int) -> None: ...
 
     def advance(self, nbytes: int) -> None: ...
@@ -72,52 +77,88 @@ class _Plain:
 
 
 class _Board:
-    """An observer that shows a table of jobs and a progress bar on a terminal."""
+    """An observer that shows a table of jobs and one progress bar on a terminal."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._states: dict[str, State] = dict.fromkeys(names, "waiting")
-        self._progress = bar()
-        self._task = self._progress.add_task("planning", total=None)
+        self._meter = Meter(time.monotonic())
+        self._meter.enter("planning", 0, time.monotonic())
+        self._nbytes: Mapping[str, int] = {}
+        self._counted = 0
+        self._live: Live | None = None
 
-    def live(self) -> contextlib.AbstractContextManager[object]:
-        """Return a context in which the display is shown."""
-        from rich.live import Live
-
-        return Live(
-            get_renderable=self._board,
-            console=screen(stderr=True),
-            refresh_per_second=4,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Show the display while the context lasts."""
+        with live(self._board) as self._live:
+            yield
 
     def _board(self) -> Group:
         from rich.console import Group
+        from rich.text import Text
 
-        counts = Counter(self._states.values())
-        made = table("job", "state", title=", ".join(f"{n} {state}" for state, n in counts.items()))
-        # Chosen by state, shown in the order of the batch.
-        first = sorted(self._states, key=lambda name: _ORDER.index(self._states[name]))[:_SHOWN]
-        for name in (name for name in self._states if name in first):
-            state = self._states[name]
-            add_row(made, name, styled(state, STYLES[state]))
-        if len(self._states) > _SHOWN:
-            caption(made, cut(_SHOWN, len(self._states)))
-        return Group(made, self._progress)
+        shown = self._live
+        # rich asks once before it shows anything.
+        if shown is None:
+            return Group()
+        width, height = shown.console.size
+        lines = board_lines(self._states, width, height)
+        bar = bar_text(self._meter, time.monotonic(), width, glyphs(shown))
+        return Group(*(Text.from_ansi(line, no_wrap=True, overflow="crop") for line in lines), bar)
+
+    def begin(self, work: Work) -> None:
+        """Take over how many bytes each job has."""
+        if self._live is not None:
+            say_on(self._live, work.headline)
+        self._nbytes, self._counted = work.n_bytes_of or {}, 0
+        self._meter.begin(work.total_bytes, time.monotonic())
 
     def phase(self, name: str, total_bytes: int) -> None:
-        """Start the bar again for a new phase."""
-        self._progress.reset(self._task, description=fit(name), total=total_bytes or None)
+        """Show the phase of the group that is being made; the bar stays that of all."""
+        self._meter.enter(fit(name), total_bytes, time.monotonic())
 
     def advance(self, nbytes: int) -> None:
-        self._progress.advance(self._task, nbytes)
+        self._counted += nbytes
+        self._meter.add(nbytes, time.monotonic())
 
     def done(self, name: str) -> None: ...
 
     def job(self, name: str, state: State, sentence: str = "") -> None:
+        """Take over a state. Jobs that other processes make are heard of here only, so their bytes are added here."""
         del sentence
         self._states[name] = state
+        finished = sum(self._nbytes.get(job, 0) for job, one in self._states.items() if one == "done")
+        if finished > self._counted:
+            self._meter.is_sized = True
+            self.advance(finished - self._counted)
+
+
+def board_lines(states: Mapping[str, State], width: int, height: int) -> list[str]:
+    """Return the table of jobs that fits a terminal: those that run are shown, and the rest is counted.
+
+    Args:
+        states: job → state, in the order of the batch.
+        width: of the terminal.
+        height: of the terminal.
+    """
+    counts = Counter(states.values())
+    totals = ", ".join(f"{counts[state]} {state}" for state in _CHOSEN if counts[state])
+    room = max(1, min(_MOST_SHOWN, height - _OTHER_LINES))
+    # Chosen by state, shown in the order of the batch.
+    ranked = sorted(states, key=lambda name: _CHOSEN.index(states[name]))
+    chosen = set(ranked[:room])
+    rows: list[tuple[Cell, ...]] = [
+        (name, Mark(state, STATES[state]) if state in STATES else state)
+        for name, state in states.items()
+        if name in chosen
+    ]
+    rest = Counter(states[name] for name in ranked[room:])
+    others = ", ".join(f"{n} {state}" for state, n in rest.items())
+    lines = [
+        f"{counted(len(states), 'job')}: {totals}",
+        *grid([Column("job"), Column("state")], rows, width - 1),
+    ]
+    return [*lines, f"  … and {others}"] if others else lines
 
 
 class _Logged:
@@ -125,6 +166,10 @@ class _Logged:
 
     def __init__(self, other: BatchObserver, log: EventLog) -> None:
         self._other, self._log = other, log
+
+    def begin(self, work: Work) -> None:
+        self._log.add("begin", headline=work.headline, total_bytes=work.total_bytes)
+        announce(self._other, work)
 
     def phase(self, name: str, total_bytes: int) -> None:
         self._log.add("phase", name=name, total_bytes=total_bytes)

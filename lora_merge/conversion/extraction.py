@@ -22,6 +22,7 @@ from lora_merge.formats.model_config import read_config
 from lora_merge.formats.side_files import adapter_side_files
 from lora_merge.formats.stored_weights import settings_files
 from lora_merge.formats.weights import same_weights
+from lora_merge.merging.headline import Work, announce, model_words
 from lora_merge.modeling.skeleton import build_skeleton
 from lora_merge.planning import Reading, raise_errors
 from lora_merge.planning.locate import find, locate_base
@@ -79,6 +80,9 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     pairing = _paired(base, tuned)
     issues = [*(issue for place in places for issue in place.issues), *of_storage, *misfits(pairing)]
     raise_errors(issues)
+    rank = f" r{request.rank}" if request.rank else ""
+    model = model_words(base.config, base.parameters())
+    announce(watch, Work(f"{model}: difference to {request.tuned} → PEFT LoRA{rank}"))
     # The two checks come before the comparison, which reads both models.
     found = extracted(
         pairing, _changed(pairing, watch), targets=request.target, save_modules=request.save_modules

@@ -17,6 +17,7 @@ from lora_merge.conversion.writers import check_ready
 from lora_merge.conversion.writing import carry_out
 from lora_merge.core.identity import Inputs
 from lora_merge.core.report import Observer, Silence
+from lora_merge.merging.headline import Work, adapter_headline, announce
 from lora_merge.peft_rules.loose_ends import without_base
 from lora_merge.planning import Joined, Reading, check_fit, raise_errors
 from lora_merge.planning.locate import check_ignored, find, locate_adapter
@@ -25,6 +26,7 @@ from lora_merge.planning.run import InputTexts, JoinedInputs, join_inputs
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
+from lora_merge.serving import ENGINES
 from lora_merge.storage.digests import text_digest
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
@@ -32,11 +34,18 @@ from lora_merge.storage.signs import sample_digest
 from lora_merge.storage.user_paths import output_path
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.conversion.lora import ConvertReport
     from lora_merge.core.adapter import Adapter
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.planning.locate import Place
+    from lora_merge.requests.choices import AdapterFormat
     from lora_merge.requests.request import ConvertRequest
+
+
+_FORMATS: Mapping[AdapterFormat, str] = {"peft": "PEFT", "gguf": "GGUF", "mlx": "MLX"}
+"""Format of the output → its name."""
 
 
 def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None) -> ConvertReport:
@@ -48,7 +57,16 @@ def convert_adapter(request: ConvertRequest, *, observer: Observer | None = None
     watch, clock = observer or Silence(), Clock()
     with clock("plan"), translate_out_of_memory("planning"):
         job = plan_conversion(request, watch)
+    announce(watch, Work(f"{adapter_headline(job.adapter)} → {_wanted(job)}"))
     return carry_out(job, watch, clock)
+
+
+def _wanted(job: Conversion) -> str:
+    """Return what is made of the adapter: its format, its rank where that changes, and the engine."""
+    keep = job.recipe.keep
+    rank = f" r{keep.rank}" if keep is not None and keep.rank else ""
+    engine = f" for {ENGINES[job.serving].name}" if job.serving else ""
+    return f"{_FORMATS[job.recipe.format]} LoRA{rank}{engine}"
 
 
 def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:

@@ -32,9 +32,13 @@ class Issue:
     """What to do about it."""
 
     def __str__(self) -> str:
-        """Return ``subject: sentence (hint)``, as one line that is fit to be printed."""
-        text = f"{self.subject}: {self.sentence}" if self.subject else self.sentence
-        return printable(f"{text} ({self.hint})" if self.hint else text)
+        """Return ``subject: sentence``, then the hint on a line of its own; both are fit to be printed."""
+        return f"{self.line}\nhint: {printable(self.hint)}" if self.hint else self.line
+
+    @property
+    def line(self) -> str:
+        """``subject: sentence``, as one line that is fit to be printed."""
+        return printable(f"{self.subject}: {self.sentence}" if self.subject else self.sentence)
 
 
 def error(code: str, subject: str, sentence: str, hint: str = "") -> Issue:
@@ -123,6 +127,12 @@ class Summary:
 
     disk_needed_bytes: int
     disk_free_bytes: int
+    read_bytes: int = 0
+    """Estimate of what is read of base and adapters."""
+
+    seconds: tuple[float, float] = (0.0, 0.0)
+    """Estimate of the time of the merge on a CPU: the least and the most that is likely."""
+
     quantised: Mapping[str, int] = field(default_factory=dict)
     """Of weights that are quantised in the base: how many are decoded and kept; bytes of the weights for each out-storage."""
 
@@ -166,6 +176,9 @@ class Report:
 
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds that the workers spent on each stage of copying and merging, all workers together."""
+
+    headline: str = ""
+    """``Llama 8B, bf16 + LoRA r16 on 224 modules → dense bf16``."""
 
     foreseen: Mapping[str, Foreseen] = field(default_factory=dict)
     """Of a dry run that was asked for it: rounding → what it would keep."""
@@ -222,6 +235,9 @@ class Proof:
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds of each check."""
+
+    headline: str = ""
+    """As `Report.headline`, where base and adapter were found; otherwise the output alone."""
 
     @property
     def issues(self) -> tuple[Issue, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import CONFIG_FILE
@@ -12,6 +12,8 @@ from lora_merge.core.tensor import Survival
 from lora_merge.errors import RequestError, WriteError
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.budget import Budget, allot
+from lora_merge.merging.estimate import estimate
+from lora_merge.merging.headline import merge_headline
 from lora_merge.merging.worker import NoDeviceError, pick_device
 from lora_merge.planning import raise_errors
 from lora_merge.planning.effect import effect_issues
@@ -78,6 +80,11 @@ class Prepared:
         return self.wish.out
 
     @property
+    def headline(self) -> str:
+        """What is merged into what, in one line."""
+        return merge_headline(self.planned.checkpoint, self.planned.uses, self.planned.plan)
+
+    @property
     def request(self) -> Request:
         """The request as the user made it."""
         return self.planned.request
@@ -98,6 +105,7 @@ class Prepared:
             done.survival,
             done.seconds,
             done.busy_seconds,
+            self.headline,
         )
 
 
@@ -133,10 +141,12 @@ def prepare(
         _check_executor(request, device)
         budget = _budget(request, plan, on_gpu=device != "cpu")
         summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
+        expected = estimate(plan, budget.n_workers, is_full=request.verify == "full")
+        summary = replace(summary, read_bytes=expected.read_bytes, seconds=expected.seconds)
         shortage = _shortage(out, summary)
     # A dry run reports a full disk as an issue, and shows the rest of the plan too.
     if shortage and not dry_run:
-        raise WriteError(str(shortage))
+        raise WriteError(shortage.line, hint=shortage.hint)
     return Prepared(planned, wish, device, budget, summary, (*useless, *issues), shortage, clock.seconds)
 
 
@@ -177,7 +187,7 @@ def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
     in_processes = request.executor == "processes"
     budget = allot(plan, n_workers, machine.usable_cores(), limit, on_gpu=on_gpu, in_processes=in_processes)
     if request.memory_limit is not None and limit is not None and budget.peak_bytes > limit:
-        sentence = f"is {limit / 1e6:.0f} MB, but one worker needs about {budget.peak_bytes / 1e6:.0f} MB"
+        sentence = f"is {size_text(limit)}, but one worker needs about {size_text(budget.peak_bytes)}"
         raise RequestError("", 0, "memory_limit", sentence, hint="raise --memory-limit, or leave it out")
     return budget
 

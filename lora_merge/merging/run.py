@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Observer, Report, Silence
+from lora_merge.merging.headline import Work, announce
 from lora_merge.merging.preparing import Prepared, prepare
 from lora_merge.merging.writing import write
 
@@ -39,6 +40,7 @@ def run(
         from lora_merge.merging.foreseeing import foresee
 
         return replace(report, foreseen=foresee(prepared.planned.plan, watch))
+    announce(watch, Work(prepared.headline, sum(step.nbytes for step in prepared.planned.plan.steps)))
     (done,) = carry_out([prepared], watch)
     if isinstance(done, Exception):
         raise done

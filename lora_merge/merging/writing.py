@@ -116,6 +116,7 @@ class _Driver:
             for output in outputs:
                 output.place.rest()
         with self._clocks("load"):
+            self.watch.phase("loading torch", 0)
             loading.wait()
         first = outputs[0].prepared
         with self._clocks("merge"), watching(*known) as seen:

@@ -28,6 +28,7 @@ from lora_merge.formats.safetensors import is_finite, tensor_digest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.formats.trainer_files import chosen, file_names
 from lora_merge.formats.written_checkpoint import Output, read_output
+from lora_merge.merging.headline import Work, announce, merge_headline, model_words
 from lora_merge.merging.unchanged_inputs import check_names
 from lora_merge.merging.worker import one_torch_thread
 from lora_merge.planning import Joined, Policy, Reading, make_plan
@@ -129,9 +130,11 @@ class _Verification:
 
     def proof(self) -> Proof:
         """Run all checks and return their findings."""
+        headline = f"{self.request.out}: {model_words(self.output.config or {}, self.output.weights())}"
+        announce(self.watch, Work(headline))
         findings = [self._loadable()]
         if self.request.level == "structure":
-            return Proof(self.output.root, "", (), tuple(findings), (), dict(self.clock.seconds))
+            return Proof(self.output.root, "", (), tuple(findings), (), dict(self.clock.seconds), headline)
         manifest, finding = self._manifest()
         findings.append(finding)
         again, finding = self._planned(manifest)
@@ -158,7 +161,10 @@ class _Verification:
         if manifest is None and again is None:
             findings += _nothing_compared(findings)
         base, adapters = ("", ()) if again is None else (again.plan.base, again.plan.adapters)
-        return Proof(self.output.root, base, adapters, tuple(findings), comparisons, dict(self.clock.seconds))
+        if again is not None:
+            headline = merge_headline(again.joined.base, again.joined.uses, again.plan)
+        seconds = dict(self.clock.seconds)
+        return Proof(self.output.root, base, adapters, tuple(findings), comparisons, seconds, headline)
 
     def _check_readable(self) -> None:
         """Check that the directory holds regular files only. A library would wait for a named pipe for ever.

@@ -20,7 +20,7 @@ def test_a_limit_that_one_worker_does_not_fit_into_is_refused_before_anything_is
 ):
     result = cli(*arguments, "--out", tmp_path / "out", "--memory-limit", "100MB")
     assert result.exit_code == exits.USAGE
-    assert "memory_limit: is 100 MB, but one worker needs about" in result.stderr
+    assert "memory_limit: is 100.0 MB, but one worker needs about" in result.stderr
     assert "hint: raise --memory-limit, or leave it out" in result.stderr
     assert list(tmp_path.iterdir()) == []
 

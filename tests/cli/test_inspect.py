@@ -163,10 +163,11 @@ def test_the_table_groups_layers_and_full_lists_them(base, pico_adapter, cli, mo
 
     grouped, full = (cli("inspect", adapter, *options).stdout for options in ([], ["--full"]))
 
-    assert "model.layers.*.self_attn.q_proj" in grouped
+    assert "model.layers.0-1.self_attn.q_proj" in grouped
+    assert "2 ×" in grouped
     assert "2 to 4" in grouped
     assert "model.layers.1.self_attn.q_proj" in full
-    assert "*" not in full.split("engines")[0]
+    assert "0-1" not in full.split("Engines")[0]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "html"])

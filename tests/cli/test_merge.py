@@ -177,8 +177,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(pico, pico_adapter, cli, t
     result = cli("--base", pico(), "--adapter", pico_adapter(pico()), "--out", tmp_path / "out", "--dry-run")
 
     assert result.exit_code == exits.OK
-    for words in ("tensors merged", "peak memory", "disk needed", "disk free", "weight files"):
+    for words in ("4 tensors", "peak memory", " needed, ", " free", "1 weight file", "written", " worker"):
         assert words in result.stdout
+    assert "merge it:\n  lora-merge --base " in result.stderr
+    assert "--dry-run" not in result.stderr
     assert leftovers(tmp_path) == []
 
 

@@ -285,7 +285,7 @@ def test_a_base_of_another_revision_than_the_adapter_names_is_a_warning(
     assert result.returncode == exits.OK, result.stderr
     assert "warning: org/base: revision main is what the adapter is merged into" in result.stderr
     assert (
-        "names revision v2: the base may have moved since (--base org/base@v2 is what it names)"
+        "names revision v2: the base may have moved since\nhint: --base org/base@v2 is what it names"
         in result.stderr
     )
     assert strict.returncode == exits.PLAN

@@ -31,12 +31,14 @@ def test_every_error_is_drawn_in_the_tree(kind):
 
 def test_one_issue_is_one_sentence_and_several_are_a_list():
     one = errors.PlanError([error("a", "q_proj", "is odd", "mend it")])
-    two = errors.PlanError([error("a", "q_proj", "is odd"), error("b", "k_proj", "is even")])
+    two = errors.PlanError([error("a", "q_proj", "is odd", "mend it"), error("b", "k_proj", "is even")])
 
-    assert str(one) == "q_proj: is odd (mend it)"
+    assert str(one) == "q_proj: is odd\nhint: mend it"
+    assert (one.without_hint, one.hint) == ("q_proj: is odd", "mend it")
     assert str(two).splitlines() == [
         "the adapter cannot be merged: 2 problems",
         "  1. q_proj: is odd",
+        "     hint: mend it",
         "  2. k_proj: is even",
     ]
 

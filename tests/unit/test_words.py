@@ -76,7 +76,7 @@ def test_issues_that_differ_in_a_layer_are_one():
 
     assert str(group) == (
         "model.layers.{0-18}.self_attn.q_proj, model.layers.{0-18}.self_attn.o_proj: "
-        "lora_B is (64, 8), the base needs (32, 8); 38 times (hint)"
+        "lora_B is (64, 8), the base needs (32, 8); 38 times\nhint: hint"
     )
 
 
@@ -92,7 +92,7 @@ def test_numbers_of_paths_are_folded_in_sentences_and_hints_and_no_others_are():
 
     assert str(first) == (
         "layers.{4-5, 7}.mlp.experts.{0-1}.up: the base has no layers.{4-5, 7}.mlp.experts.{0-1}.up.weight; "
-        "6 times (nearest: layers.{4-5, 7}.mlp.up)"
+        "6 times\nhint: nearest: layers.{4-5, 7}.mlp.up"
     )
     assert [str(group) for group in others] == [
         "layers.0.q: has rank 4 and the scale 0.4",
@@ -149,7 +149,7 @@ def test_an_error_is_in_lines_of_its_own_and_no_others():
 
     issues = [error("x", f"a{n}\nerror: b", "c\x1b", "d\ne") for n in range(2)]
 
-    assert str(issues[0]) == r"a0\nerror: b: c\x1b (d\ne)"
-    assert len(str(PlanError(issues)).split("\n")) == 3
+    assert str(issues[0]) == r"a0\nerror: b: c\x1b" + "\n" + r"hint: d\ne"
+    assert len(str(PlanError(issues)).split("\n")) == 5
     assert str(LoraMergeError("a\nb", "c\rd", hint="e\nf")) == "a\\nb\nc\\rd"
     assert LoraMergeError("a", hint="e\nf").hint == r"e\nf"

@@ -1,0 +1,152 @@
+"""What to do after a command: the next command, ready to be copied."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_merge.cli.voice import say, say_raw
+from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
+from lora_merge.errors import LoraMergeError
+from lora_merge.reporting.command import command_text
+from lora_merge.storage.small_files import read_json
+from lora_merge.storage.user_paths import user_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_merge.conversion.lora import ConvertReport
+
+_GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+"""Ends of the names of classes that generate text."""
+
+_SERVES_ADAPTER: Mapping[str, str] = {
+    "vllm": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={out}",
+    "sglang": "python -m sglang.launch_server --model-path {base} --lora-paths {name}={out}",
+    "lmdeploy": "lmdeploy serve api_server {base} --backend pytorch --adapters {name}={out}",
+    "lorax": "lorax-launcher --model-id {base} --adapter-id {out}",
+    "tgi": "text-generation-launcher --model-id {base} --lora-adapters {name}={out}",
+}
+"""Engine → the command that serves a base with an adapter."""
+
+_OF_DRY_RUNS = frozenset({"dry_run", "survival", "explain", "verbose", "profile", "quiet", "json"})
+"""Options that a real merge after a dry run does not need."""
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM's ``--max-lora-rank`` may have."""
+
+
+def command(*words: str) -> str:
+    """Return words as a command line that a shell reads back as they are.
+
+    Example:
+        >>> command("vllm", "serve", "my model")
+        "vllm serve 'my model'"
+    """
+    return shlex.join(words)
+
+
+def say_next(what: str, line: str) -> None:
+    """Print what to do next, and the command for it on a line of its own, which is never broken."""
+    say(f"{what}:")
+    say_raw(f"  {line}")
+
+
+def serving(out: str) -> tuple[str, str] | None:
+    """Return what to do with a checkpoint, and the command; None where its configuration cannot be read.
+
+    Args:
+        out: its directory, as the user named it.
+    """
+    try:
+        config = read_json(user_path(out) / CONFIG_FILE)
+    except (LoraMergeError, OSError, ValueError):
+        return None
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
+    if not name.endswith(_GENERATES):
+        return ("load it in Python", _loading(name, out)) if name.isidentifier() else None
+    # mlx-lm writes its settings under this key, and its weights are in no form that other engines read.
+    if _is_mlx(config):
+        return "run it with mlx-lm", command("mlx_lm.generate", "--model", out, "--prompt", "Hello")
+    return "serve it with vLLM", command("vllm", "serve", out)
+
+
+def _is_mlx(config: Mapping[str, Any]) -> bool:
+    table = config.get("quantization")
+    return isinstance(table, dict) and "bits" in table and "quant_method" not in table
+
+
+def _loading(name: str, out: str) -> str:
+    code = f"from transformers import {name}; model = {name}.from_pretrained({json.dumps(out)})"
+    return command("python", "-ic", code)
+
+
+def again(**more: str) -> str:
+    """Return the present command as a merge: the options that the user gave, without those of a dry run.
+
+    Args:
+        more: values to add, by the names of their options.
+    """
+    context = click.get_current_context()
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name not in _OF_DRY_RUNS
+        and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    # The default command needs no name.
+    return command_text("merge", {**given, **more}).replace("lora-merge merge ", "lora-merge ", 1)
+
+
+def named_base(adapter: str) -> str:
+    """Return the base that an adapter's configuration names; empty where it names none."""
+    try:
+        config = read_json(user_path(adapter) / ADAPTER_CONFIG)
+    except (LoraMergeError, OSError, ValueError):
+        return ""
+    found = config.get("base_model_name_or_path")
+    return found if isinstance(found, str) else ""
+
+
+def after_merge(out: str, *, is_verified: bool) -> None:
+    """Print what to do with a merged checkpoint."""
+    if not is_verified:
+        say_next("verify it", command("lora-merge", "verify", out))
+    if found := serving(out):
+        say_next(*found)
+
+
+def after_conversion(report: ConvertReport, out: str, base: str, engine: str | None) -> None:
+    """Print how to use an adapter that was written.
+
+    Args:
+        report: on the conversion.
+        out: the adapter's directory, as the user named it.
+        base: its base, as the user or the adapter's configuration names it; empty if none does.
+        engine: that it was converted for.
+    """
+    named = base or "BASE"
+    if report.format == "gguf":
+        file = next((name for name in report.files if name.endswith(".gguf")), "")
+        model = "BASE.gguf"
+        say_next(
+            "serve it with llama.cpp", command("llama-server", "-m", model, "--lora", str(Path(out, file)))
+        )
+    elif report.format == "mlx":
+        words = ("mlx_lm.generate", "--model", named, "--adapter-path", out, "--prompt", "Hello")
+        say_next("run it with mlx-lm", command(*words))
+    elif engine in _SERVES_ADAPTER:
+        rank = max((one.rank for one in report.modules), default=0)
+        allowed = next((one for one in _VLLM_RANKS if one >= rank), rank)
+        line = _SERVES_ADAPTER[engine].format(
+            base=shlex.quote(named), rank=allowed, name=shlex.quote(Path(out).name), out=shlex.quote(out)
+        )
+        say_next("serve it", line)
+    else:
+        words = ("lora-merge", "--base", named, "--adapter", out, "--out", "merged")
+        say_next("merge it", command(*words))
