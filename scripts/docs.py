@@ -52,13 +52,14 @@ carries what was asked for: the plan of `--dry-run`, the document of `--json`.
 _COMPLETION = """\
 ## Shell completion
 
-The command completes its options once the shell is told how, in its start-up file:
+bash, zsh and fish complete commands, options, their values, paths, and repos in the Hub's cache. Add one line to the shell's
+start-up file, and open a new shell:
 
 <!-- needs: shell -->
 ```sh
-eval "$(_LORA_MERGE_COMPLETE=bash_source lora-merge)"     # ~/.bashrc
-eval "$(_LORA_MERGE_COMPLETE=zsh_source lora-merge)"      # ~/.zshrc
-_LORA_MERGE_COMPLETE=fish_source lora-merge | source      # ~/.config/fish/completions/lora-merge.fish
+eval "$(lora-merge completion bash)"     # ~/.bashrc
+eval "$(lora-merge completion zsh)"      # ~/.zshrc
+lora-merge completion fish | source      # ~/.config/fish/config.fish
 ```
 """
 

@@ -12,6 +12,7 @@ import click
 from lora_merge import __version__
 from lora_merge.cli import exits
 from lora_merge.cli.batch import batch
+from lora_merge.cli.completion import VARIABLE, completion
 from lora_merge.cli.convert import convert
 from lora_merge.cli.extract import extract
 from lora_merge.cli.help_pages import PageContext
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
+    from click.shell_completion import CompletionItem
+
 _SHOWING = {"plan", "verify", "inspect", "doctor", "completion"}
 _OF_THE_GROUP = {"--help", "-h", "--help-all", "--version"}
 _SHOWN_BY = {"--dry-run", *_OF_THE_GROUP}
@@ -53,6 +56,29 @@ class _App(click.Group):
                 raise UnknownCommandError(f"no command {args[0]}", ctx)
             args = ["merge", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer the commands, or options: those of ``merge`` may follow directly."""
+        from click.shell_completion import CompletionItem
+
+        offers = [
+            CompletionItem(name, help=command.help)
+            for name, command in self.commands.items()
+            if name.startswith(incomplete)
+        ]
+        if incomplete.startswith("-"):
+            offers = click.Command.shell_complete(self, ctx, incomplete)
+            with merge.make_context("merge", [], parent=ctx, resilient_parsing=True) as inner:
+                offers = [*merge.shell_complete(inner, incomplete), *offers]
+        return list({offer.value: offer for offer in offers}.values())
+
+    def _main_shell_completion(self, *args: Any, **more: Any) -> None:
+        """Answer a shell, if one asks."""
+        if VARIABLE in os.environ:
+            # The shells' classes replace those of click.
+            from lora_merge.cli import completing  # noqa: F401
+
+            super()._main_shell_completion(*args, **more)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order of the help."""
@@ -131,14 +157,16 @@ def _say_usage(exc: click.ClickException, arguments: Sequence[str], *, as_json: 
     advice = None
     if isinstance(exc, click.UsageError):
         advice = advice_about(exc, arguments, main.commands)
+    sentence = exc.format_message() if advice is None else advice.sentence
+    # Data has click's own names of errors.
+    said = exc if type(exc).__module__.startswith("click.") else click.UsageError(sentence)
     context = getattr(exc, "ctx", None)
     if advice is not None:
         for hint in advice.hints:
-            exc.add_note(hint)
+            said.add_note(hint)
     elif context is not None:
-        exc.add_note(f"{context.command_path} --help lists its options")
-    sentence = exc.format_message() if advice is None else advice.sentence
-    say_error(exc, printable(sentence), exits.USAGE, as_json=as_json)
+        said.add_note(f"{context.command_path} --help lists its options")
+    say_error(said, printable(sentence), exits.USAGE, as_json=as_json)
 
 
 def _with_lost_result(code: int, *, is_all: bool) -> int:
@@ -200,5 +228,5 @@ def main() -> None:
     """
 
 
-for _command in (merge, plan, verify, inspect, convert, extract, batch):
+for _command in (merge, plan, verify, inspect, convert, extract, batch, completion):
     main.add_command(_command)

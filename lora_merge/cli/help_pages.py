@@ -14,6 +14,8 @@ from lora_merge.requests.table import options_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from click.shell_completion import CompletionItem
+
     from lora_merge.cli.groups import Listed
 
 _WIDEST = 30
@@ -91,6 +93,11 @@ class Verb(click.Command):
         if left and not ctx.resilient_parsing:
             raise StrayTextError(left, ctx)
         return left
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer the options by their long names, also where nothing was written yet."""
+        offers = super().shell_complete(ctx, incomplete or "-")
+        return [offer for offer in offers if len(offer.value) > 2 or offer.value == incomplete]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments, then every option in its group."""

@@ -12,8 +12,6 @@ from lora_merge.requests.table import fields_of, options_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from click.shell_completion import CompletionItem
-
     from lora_merge.cli.console import Console
     from lora_merge.requests.option import Names, Option, Verb
     from lora_merge.requests.request import Request
@@ -56,7 +54,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 
 
 class Named(click.ParamType):  # type: ignore[type-arg]
-    """One of the names of a table, refused and completed as a ``click.Choice`` does, by the members that the table has then."""
+    """One of the names of a table, refused as a ``click.Choice`` does, by the members that the table has then."""
 
     name = "choice"
 
@@ -70,12 +68,6 @@ class Named(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the name, or fail with click's own sentence."""
         return click.Choice(self._names()).convert(value, param, ctx)
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Return the names that begin so."""
-        return click.Choice(self._names()).shell_complete(ctx, param, incomplete)
 
 
 def options(verb: Verb) -> Callable[[Command], Command]:
@@ -94,7 +86,9 @@ def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
     """Return click's decorator for one option."""
     kind = option.kind
     if option.is_positional:
-        return click.argument(option.name, metavar=option.name.upper(), type=_type(option))
+        return click.argument(
+            option.name, metavar=option.name.upper(), type=_type(option), shell_complete=_completer(option)
+        )
     settings: dict[str, Any] = {"help": option.help + (f"  [{option.note}]" if option.note else "")}
     if option.sets:
         settings["flag_value"] = option.sets
@@ -105,6 +99,7 @@ def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
     else:
         settings |= {
             "type": _type(option),
+            "shell_complete": _completer(option),
             "metavar": kind.metavar or None,
             "multiple": kind.is_many,
             "envvar": option.environment or None,
@@ -114,6 +109,18 @@ def _parameter(option: Option, verb: Verb) -> Callable[[Command], Command]:
         if option.scope == "command" and not kind.is_many:
             settings["default"] = option.default
     return click.option(*_names(option), **settings)
+
+
+def _completer(option: Option) -> Any:
+    """Return what offers values of an option to a shell. The module is loaded only when a shell asks."""
+
+    def offer(ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        from lora_merge.cli.completing import completer
+
+        found = completer(option)
+        return found(ctx, param, incomplete) if found else []
+
+    return offer
 
 
 def _names(option: Option) -> list[str]:

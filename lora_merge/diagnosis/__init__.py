@@ -1,0 +1,1 @@
+"""Diagnosis: what this machine has of everything that a merge needs."""
