@@ -1,4 +1,4 @@
-"""The one list of model families: what the matrix runs, what the README says.
+"""The one list of model families: what the matrix runs, and the tables of docs/supported.md.
 
 A family has names of three eras: those it was published with, those transformers 4 had in memory, and those
 transformers 5 has. An adapter speaks one of the latter two. Everything here is data and imports nothing heavy.

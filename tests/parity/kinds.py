@@ -1,4 +1,4 @@
-"""The one list of every kind of adapter that is merged: what the parity suite runs, what the README says.
+"""The one list of every kind of adapter that is merged: what the parity suite runs, and the tables of docs/supported.md.
 
 Everything here is data. `Kind.config` builds the PEFT config, and only that imports PEFT.
 """
@@ -53,7 +53,7 @@ class Kind:
     """What a user would call it."""
 
     group: Group
-    """Where it stands in the table of the README."""
+    """The table of docs/supported.md that it is in."""
 
     peft_type: str
     """``peft_type`` of its ``adapter_config.json``."""
