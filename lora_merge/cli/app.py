@@ -14,6 +14,7 @@ from lora_merge.cli import exits
 from lora_merge.cli.batch import batch
 from lora_merge.cli.completion import VARIABLE, completion
 from lora_merge.cli.convert import convert
+from lora_merge.cli.doctor import doctor
 from lora_merge.cli.extract import extract
 from lora_merge.cli.help_pages import PageContext
 from lora_merge.cli.inspect import inspect
@@ -228,5 +229,5 @@ def main() -> None:
     """
 
 
-for _command in (merge, plan, verify, inspect, convert, extract, batch, completion):
+for _command in (merge, plan, verify, inspect, convert, extract, batch, doctor, completion):
     main.add_command(_command)

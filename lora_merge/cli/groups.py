@@ -30,8 +30,8 @@ _HELP: Final = ("help", "_click_default_help")
 GROUPS: Final[tuple[Group, ...]] = (
     Group(
         "Base and adapters",
-        ("base", "adapter", "tuned", "combine", "config"),
-        ("density", "seed", "base_is", "expert_layout", "ignore_file"),
+        ("base", "adapter", "tuned", "combine"),
+        ("config", "density", "seed", "base_is", "expert_layout", "ignore_file"),
     ),
     Group(
         "LoRA",
@@ -58,7 +58,7 @@ GROUPS: Final[tuple[Group, ...]] = (
         ("dry_run", "explain", "survival", "keep_going", "level", "verify"),
         ("no_verify", "allow_loss", "allow_untie", "allow_svd", "allow_again"),
     ),
-    Group("Machine and Hub", ("device", "jobs", "token", "offline"), ("memory_limit", "workers", "executor")),
+    Group("Machine and Hub", ("device", "jobs", "offline"), ("token", "memory_limit", "workers", "executor")),
     Group(
         "Messages",
         ("full", "plot", "report", "json", "log_file", "quiet", "verbose"),

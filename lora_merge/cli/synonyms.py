@@ -332,6 +332,7 @@ VERB_SYNONYMS: Final[tuple[VerbSynonym, ...]] = (
     VerbSynonym("resize shrink svd reduce transform to-gguf rewrite prune", "convert"),
     VerbSynonym("subtract extract-lora mergekit-extract-lora distill", "extract"),
     VerbSynonym("run jobs many queue", "batch"),
+    VerbSynonym("env collect-env sysinfo system report-bug debug", "doctor"),
     VerbSynonym("install-completion completions", "completion"),
     VerbSynonym(
         "quantize quantise quant",

@@ -678,7 +678,7 @@ _SPEAKING: tuple[Option, ...] = (
         "verbose",
         _ALL,
         kinds.SWITCH,
-        "Print every tensor and the time of each phase.",
+        "Print every tensor and the time per phase.",
         scope="command",
         short="-v",
         default=False,

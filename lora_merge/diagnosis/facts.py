@@ -1,0 +1,155 @@
+"""What a diagnosis knows of a machine, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package of Python that lora-merge can use."""
+
+    name: str
+    version: str
+    """Empty if it is not installed."""
+
+    oldest: str
+    """The oldest version that works; empty if any does."""
+
+    extra: str
+    """The extra of lora-merge that brings it; empty for one that every merge needs."""
+
+    purpose: str
+    """What needs it."""
+
+    @property
+    def is_missing(self) -> bool:
+        """True if it is not installed."""
+        return not self.version
+
+    @property
+    def is_too_old(self) -> bool:
+        """True if a newer version is needed."""
+        return bool(self.version and self.oldest) and _numbers(self.version) < _numbers(self.oldest)
+
+
+def _numbers(version: str) -> list[int]:
+    """Return the numbers of a release.
+
+    Example:
+        >>> _numbers("2.13.0+cpu") > _numbers("2.4")
+        True
+    """
+    release = version.partition("+")[0].split(".")
+    return [int(part) for part in release if part.isdecimal()]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A device that torch can use."""
+
+    name: str
+    memory_bytes: int
+    capability: str
+    """Compute capability, as in ``9.0``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Torch:
+    """The installed torch."""
+
+    version: str
+    build: str
+    """What it was built for: ``CPU``, ``CUDA 12.8``, ``ROCm 6.3``."""
+
+    gpus: tuple[Gpu, ...]
+    problem: str = ""
+    """Why it cannot be imported; empty if it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A directory where files are written."""
+
+    name: str
+    path: str
+    filesystem: str
+    free_bytes: int
+    total_bytes: int
+    is_writable: bool
+    has_reflinks: bool | None = None
+    """None if it was not tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A directory of downloaded repos."""
+
+    name: str
+    path: str
+    n_repos: int
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A program or package that runs merged checkpoints."""
+
+    name: str
+    version: str
+    """Of the package in this environment; empty if only the program was found."""
+
+    place: str
+    """Path of the program; empty for a package alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """An environment variable that changes what lora-merge does."""
+
+    name: str
+    value: str
+    """``(set)`` for a secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Everything that was found."""
+
+    version: str
+    python: str
+    executable: str
+    platform: str
+    n_cores: int
+    memory_free_bytes: int | None
+    memory_total_bytes: int | None
+    torch: Torch
+    packages: tuple[Package, ...]
+    disks: tuple[Disk, ...]
+    caches: tuple[Cache, ...]
+    engines: tuple[Engine, ...]
+    variables: tuple[Variable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to know, and what to do about it."""
+
+    severity: Severity
+    sentence: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """A machine, and what was found out about it."""
+
+    machine: Machine
+    findings: tuple[Finding, ...]
+
+    @property
+    def can_merge(self) -> bool:
+        """False if something makes every merge impossible."""
+        return all(finding.severity != "error" for finding in self.findings)
