@@ -63,6 +63,14 @@ lora-merge completion fish | source      # ~/.config/fish/config.fish
 ```
 """
 
+_EXTENSION = """\
+## As a command of `hf`
+
+The package also has the console script `hf-lora-merge`. `hf extensions install OWNER/hf-lora-merge` looks for it, makes an
+environment for it, and from then on `hf lora-merge` is `lora-merge`. `hf` takes the names of command and script from the name of
+the repository on GitHub, so the repository has to be called `hf-lora-merge`.
+"""
+
 _INTERRUPTS = """\
 ## What an interrupted run leaves
 
@@ -86,7 +94,7 @@ def cli_page() -> str:
         parts.append(f"## `{title}`\n\n```text\n{command.get_help(context)}\n```\n")
     rows = "\n".join(f"| {code} | {meaning} |" for code, meaning in MEANINGS.items())
     parts.append(f"## Exit codes\n\n| code | meaning |\n| --- | --- |\n{rows}\n")
-    return "\n".join([*parts, _INTERRUPTS, _COMPLETION])
+    return "\n".join([*parts, _INTERRUPTS, _COMPLETION, _EXTENSION])
 
 
 def _commands() -> list[tuple[str, click.Command]]:

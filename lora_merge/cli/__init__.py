@@ -9,10 +9,17 @@ from typing import NoReturn
 from lora_merge.cli import exits
 from lora_merge.cli.app import main
 from lora_merge.cli.issues import say_bug
+from lora_merge.cli.program import AS_EXTENSION, call_it, called
 from lora_merge.runtime.shortage import mind_limits
 from lora_merge.runtime.streams import finish, guard
 
-__all__ = ["entry", "main"]
+__all__ = ["entry", "hf_entry", "main"]
+
+
+def hf_entry() -> NoReturn:
+    """Run the command as ``hf lora-merge``: ``hf`` calls the console script ``hf-lora-merge``."""
+    call_it(AS_EXTENSION)
+    entry()
 
 
 def entry() -> NoReturn:
@@ -24,7 +31,7 @@ def entry() -> NoReturn:
     mind_limits()
     code = 0
     try:
-        main(prog_name="lora-merge")
+        main(prog_name=called())
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else 1
     except BaseException as exc:  # noqa: BLE001 - the process ends here, whatever it is

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_merge.cli.program import called
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -128,4 +130,4 @@ def command_line(verb: str, tokens: Sequence[str]) -> str:
             del left[: text == "--token"]
         else:
             shown.append(text)
-    return prefix + shlex.join(["lora-merge", *filter(None, [verb]), *shown])
+    return f"{prefix}{called()} {shlex.join([*filter(None, [verb]), *shown])}".rstrip()

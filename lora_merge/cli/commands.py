@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.cli.advice import NEAR, Advice, about_unknown_options, reading_of
 from lora_merge.cli.arguments import command_line
 from lora_merge.cli.bare_paths import about_bare_paths
+from lora_merge.cli.program import called
 from lora_merge.cli.synonyms import VERBS
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
     import click
 
-_LISTS = "lora-merge --help lists the commands"
+
+def _lists() -> str:
+    return f"{command_line('', ['--help'])} lists the commands"
 
 
 def about_unknown_command(arguments: Sequence[str], known: Mapping[str, click.Command]) -> Advice:
@@ -34,7 +37,7 @@ def about_unknown_command(arguments: Sequence[str], known: Mapping[str, click.Co
     if found is None:
         return _misspelt(word, rest, known)
     if found.verb not in known:
-        return Advice(f"no command `{word}`: {found.why}", (_LISTS,))
+        return Advice(f"no command `{word}`: {found.why}", (_lists(),))
     sentence = f"no command `{word}`: {found.why}" if found.why else f"`{word}` is called `{found.verb}` here"
     return _corrected(sentence, known[found.verb], [*rest, *found.arguments])
 
@@ -50,7 +53,7 @@ def _misspelt(word: str, rest: list[str], known: Mapping[str, click.Command]) ->
     if len(bare) > 1:
         return about_bare_paths(bare, read)
     sentence = f"no command `{word}`, expected {', '.join(known)}"
-    return Advice(sentence, (f"{_LISTS}; a merge begins with its options: lora-merge --adapter …",))
+    return Advice(sentence, (f"{_lists()}; a merge begins with its options: {called()} --adapter …",))
 
 
 def _corrected(sentence: str, command: click.Command, rest: list[str]) -> Advice:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_merge.cli.groups import grouped
+from lora_merge.cli.program import with_name
 from lora_merge.cli.usage import StrayTextError
 from lora_merge.requests.table import options_of
 
@@ -40,7 +41,7 @@ class Page(click.HelpFormatter):
         for part in text.split("\n\n"):
             lines = part.strip("\n").split("\n")
             if lines[0].strip() == "\b":
-                parts.append("\n".join(margin + line for line in lines[1:]))
+                parts.append("\n".join(margin + with_name(line) for line in lines[1:]))
             else:
                 parts.append(_filled(" ".join(part.split()), self.width, margin, margin))
         self.write("\n\n".join(parts) + "\n")

@@ -80,6 +80,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     assert any(name.endswith("LICENSE") for name in names)
     assert f"Version: {lora_merge.__version__}\n" in metadata
     assert "lora-merge = lora_merge.cli:entry" in entries
+    assert "hf-lora-merge = lora_merge.cli:hf_entry" in entries
     for extra in ("gguf", "modelscope", "plot"):
         assert f"Provides-Extra: {extra}\n" in metadata
 

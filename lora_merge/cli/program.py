@@ -1,0 +1,29 @@
+"""The name by which the command was called: ``lora-merge``, or ``hf lora-merge`` as an extension of the Hub's command."""
+
+from __future__ import annotations
+
+from typing import Final
+
+OWN: Final = "lora-merge"
+
+AS_EXTENSION: Final = "hf lora-merge"
+"""``hf`` runs the console script ``hf-lora-merge`` for it."""
+
+_called = [OWN]
+
+
+def call_it(name: str) -> None:
+    """Use another name in usage lines, examples and hints from now on."""
+    _called[0] = name
+
+
+def called() -> str:
+    """Return the name to show."""
+    return _called[0]
+
+
+def with_name(example: str) -> str:
+    """Return an example of the help with the name by which the command was called."""
+    indent = len(example) - len(example.lstrip())
+    is_own = example[indent:].startswith(f"{OWN} ")
+    return f"{example[:indent]}{called()}{example[indent + len(OWN) :]}" if is_own else example
