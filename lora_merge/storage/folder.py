@@ -79,8 +79,8 @@ class Folder:
 
     def _replaced(self) -> WriteError:
         return WriteError(
-            f"{self.path}: is not the directory that this run made: it was replaced by something else",
-            hint="choose an --out where nobody else may write, and run again",
+            f"{self.path}: another program replaced the directory of this run",
+            hint="choose an --out where other users cannot write, and run again",
         )
 
     @contextlib.contextmanager
@@ -126,9 +126,7 @@ class Folder:
             status = os.fstat(fd)
             # A file with a second name may be one of the base's (a hard link): writing would change that too.
             if status.st_nlink > 1 or status.st_uid != owner:
-                raise WriteError(
-                    f"{path}: is not a file that this run made", hint="run again without --resume"
-                )
+                raise WriteError(f"{path}: was not written by this run", hint="run again without --resume")
             yield fd
         finally:
             os.close(fd)
@@ -264,8 +262,8 @@ class Folder:
         except OSError as exc:
             if exc.errno not in {errno.ELOOP, errno.EINVAL, errno.ENXIO}:
                 raise
-            sentence = f"{self.path / within / name}: is not a file that this run made"
-            raise WriteError(sentence, hint="choose an --out where nobody else may write") from exc
+            sentence = f"{self.path / within / name}: was not written by this run"
+            raise WriteError(sentence, hint="choose an --out where other users cannot write") from exc
         try:
             dirs.sync(fd)
         finally:

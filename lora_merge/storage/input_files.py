@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
     from lora_merge.storage.sources import Source
 
-_HINT = "run again when nothing else writes to it"
+_HINT = "run again while no other program writes to it"
 
 
 class Watch:

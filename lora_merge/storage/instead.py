@@ -37,10 +37,10 @@ _STARTS: tuple[tuple[bytes, Instead], ...] = (
     ),
     (
         b"/annex/objects",
-        Instead("is a pointer of git-annex: the file itself was not fetched", "run git annex get on it"),
+        Instead("is a pointer of git-annex: the file itself was not downloaded", "run git annex get on it"),
     ),
-    (b"GGUF", Instead("is a GGUF file, for llama.cpp", "name what it was converted from")),
-    (b"PK\x03\x04", Instead("is a zip file", "unpack it; a file of torch.save ends in .bin")),
+    (b"GGUF", Instead("is a GGUF file, for llama.cpp", "pass the checkpoint that it was converted from")),
+    (b"PK\x03\x04", Instead("is a zip file", "unpack it, or rename it to .bin if torch.save wrote it")),
     (b"\x1f\x8b", Instead("is a gzip archive", "unpack it: tar xzf, or gunzip")),
     (b"\x28\xb5\x2f\xfd", Instead("is a zstd archive", "unpack it: unzstd")),
     (b"\xfd7zXZ", Instead("is an xz archive", "unpack it: tar xJf, or unxz")),
@@ -74,7 +74,7 @@ _TESTS: tuple[tuple[Callable[[bytes], bool], Instead], ...] = (
     ),
     (
         lambda text: text.startswith(_REFUSALS) or (text.startswith(b'{"error"') and len(text) < HEAD_BYTES),
-        Instead("is the error of a server: the file itself was not downloaded", _AGAIN),
+        Instead("is an error message of a server: the file itself was not downloaded", _AGAIN),
     ),
 )
 
@@ -89,7 +89,9 @@ def instead_of(path: str | Path) -> Instead | None:
     if size == 0:
         return Instead("is empty (0 bytes)", "download it again, or save it again")
     if not any(head):
-        return Instead("begins with zeros only: the download or the disk failed", "download it again")
+        return Instead(
+            "begins with zeros only, after a failure of the download or the disk", "download it again"
+        )
     found = next((what for start, what in _STARTS if head.startswith(start)), None)
     if found is None and head[257:262] == b"ustar":
         found = Instead("is a tar archive", "unpack it: tar xf")

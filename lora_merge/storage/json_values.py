@@ -49,8 +49,8 @@ def check_values(text: bytes, value: Any, *, paths: bool = False) -> None:
     """
     # Strings may hold brackets. They are taken out only where the first look finds too many levels.
     if _is_deep(text) and _is_deep(_STRING.sub(b"", text)):
-        raise OddValueError("", f"has tables and lists in each other more than {MOST_LEVELS} deep", "fewer")
-    # One search of the bytes settles nearly every file, before any value is looked at.
+        raise OddValueError("", f"has tables and lists nested more than {MOST_LEVELS} deep", "fewer levels")
+    # For nearly every file one search of its bytes is enough; no value is looked at.
     if _SUSPECT.search(text) is None:
         return
     half = _HALF_BUT_BYTES if paths else _HALF

@@ -40,13 +40,13 @@ def take(fd: int, path: Path, parent: int, *, is_new: bool) -> None:
     # A file is made for the comparison only where the owner differs.
     if status.st_uid not in {os.geteuid(), _owner_of_new(parent) if status.st_uid != os.geteuid() else -1}:
         raise WriteError(
-            f"{path}: belongs to {_name(status.st_uid)}, and this run is {_name(os.geteuid())}: "
-            "another user's directory is not used",
-            hint="choose another --out, or have that directory removed",
+            f"{path}: belongs to {_name(status.st_uid)}, but this run is {_name(os.geteuid())}; "
+            "directories of other users are not used",
+            hint="choose another --out, or ask the owner to remove the directory",
         )
     if mode & _OTHERS_WRITE and not is_new and _keeps_modes(fd, mode):
         raise WriteError(
-            f"{path}: may be written by others (mode {mode:04o}), so what is in it is not used",
+            f"{path}: other users can write to it (mode {mode:04o}), so its content is not used",
             hint="remove it, or choose another --out",
         )
     if mode & _OTHERS:

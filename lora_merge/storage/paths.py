@@ -23,16 +23,16 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"
 def file_hint(path: Path) -> str:
     """Return what to do where a file was named and a folder is expected."""
     if path.suffix in _ARCHIVES:
-        return "unpack it, and name the folder that comes out"
+        return "unpack it, and pass the unpacked folder"
     if path.suffix == ".gguf":
         return (
-            "GGUF is the format of llama.cpp; name the Hugging Face folder or repo that it was converted from"
+            "pass the Hugging Face folder or repo that it was converted from: GGUF is the format of llama.cpp"
         )
-    return f"name the folder that it is in: {path.parent}"
+    return f"pass its folder: {path.parent}"
 
 
 def missing_hint(text: str, role: str) -> str:
-    """Return what a path that leads nowhere may have been meant for, or else what is expected.
+    """Return what the user may have meant by a path that does not exist, or else what is expected.
 
     Args:
         text: as the user wrote it.
@@ -41,7 +41,7 @@ def missing_hint(text: str, role: str) -> str:
     return (
         _spelling_hint(text, role)
         or _near_hint(text)
-        or ("name a directory, or a repo: org/name, org/name@revision, hf://name, ms://org/name")
+        or ("pass a directory, or a repo: org/name, org/name@revision, hf://name, ms://org/name")
     )
 
 
@@ -49,24 +49,24 @@ def _spelling_hint(text: str, role: str) -> str:
     """Return what is wrong with how a path is written; empty where nothing is."""
     plain = text.strip()
     if plain != text:
-        return f"the path begins or ends with a space: --{role} {plain!r} has none"
+        return f"remove the space at the start or end of the path: --{role} {plain!r}"
     spelt = next((hint for pattern, hint in _SPELLINGS if pattern.search(text)), "")
     return _page_hint(text, role) or spelt or _weight_hint(text)
 
 
 _SPELLINGS = (
-    (re.compile(r"^['\"\u201c\u2018]"), "the quotes are part of the path: leave them out"),
+    (re.compile(r"^['\"\u201c\u2018]"), "remove the quotes: they are part of the path here"),
     (
         re.compile(r"^(https?|s3|gs|file|oss)://"),
-        "download it, and name its folder; of addresses only hf:// and ms:// are known",
+        "download it, and pass its folder; the only URLs that work here begin with hf:// or ms://",
     ),
-    (re.compile(r"\$\w|\$\{|%\w+%"), "variables are not filled in here: write the path out"),
+    (re.compile(r"\$\w|\$\{|%\w+%"), "write the whole path: shell variables are not expanded here"),
     (
         re.compile(r"^[A-Za-z]:[\\/]|\\"),
-        "this is a path of Windows; here a path has / (in WSL, C:\\x is /mnt/c/x)",
+        "use / in paths; this is a Windows path (in WSL, C:\\x is /mnt/c/x)",
     ),
-    (re.compile(r"[*?\[]"), "wildcards are known in batch files only: name one folder"),
-    (re.compile(r"[/=]~"), "~ is the home directory only where the path begins with it"),
+    (re.compile(r"[*?\[]"), "pass one folder: wildcards work in batch files only"),
+    (re.compile(r"[/=]~"), "write ~ only at the start of a path, where it means the home directory"),
 )
 """Texts that are written for another program or shell, each with what to do."""
 
@@ -79,7 +79,7 @@ def _page_hint(text: str, role: str) -> str:
     scheme = "ms://" if "modelscope" in page["host"] else ""
     folder = f"/{page['folder']}" if page["folder"] else ""
     at = f"@{page['revision']}" if page["revision"] else ""
-    return f"this is the address of a page; write the repo: --{role} {scheme}{page['repo']}{folder}{at}"
+    return f"pass the repo instead of the web page: --{role} {scheme}{page['repo']}{folder}{at}"
 
 
 def _weight_hint(text: str) -> str:
@@ -90,10 +90,10 @@ def _weight_hint(text: str) -> str:
     if not colon or not is_directory(Path(place).expanduser()):
         return ""
     if _NUMBER.fullmatch(weight):
-        return f"only a merge weighs adapters: leave :{weight} out"
+        return f"leave out :{weight}; only a merge takes weights of adapters"
     if re.fullmatch(r"[-+]?\d+,\d+", weight):
-        return f"a weight has a point: {place}:{weight.replace(',', '.')}"
-    return f"{weight!r} is not a weight; write a number, such as {place}:0.5"
+        return f"write the weight with a point: {place}:{weight.replace(',', '.')}"
+    return f"write a number as the weight, such as {place}:0.5; {weight!r} is not a number"
 
 
 def _near_hint(text: str) -> str:
@@ -102,10 +102,10 @@ def _near_hint(text: str) -> str:
     parent = path.parent
     try:
         if path.is_symlink():
-            return f"it is a link to {path.readlink()}, which is not there"
+            return f"repair the link: its target {path.readlink()} does not exist"
         names = [one.name for one in parent.iterdir() if is_directory(one)]
     except OSError:
         there = next((one for one in parent.parents if is_directory(one)), None)
-        return f"the path leads as far as {there}" if there is not None and path.is_absolute() else ""
+        return f"check the path: only {there} exists" if there is not None and path.is_absolute() else ""
     near = difflib.get_close_matches(path.name, names, 3)
     return f"did you mean {choice([str(parent / name) for name in near])}?" if near else ""

@@ -48,7 +48,7 @@ def publish(stage: Stage) -> None:
             # Others may have exchanged the directory for another one: compare inodes before it gets the name.
             if not stage.folder.is_it(dirs.inode_of(OUTPUT, home)):
                 raise WriteError(
-                    f"{stage.output}: is not the directory that this run made, and is not published"
+                    f"{stage.output}: another program replaced the directory of this run; no output was created"
                 )
             if stage.old is None:
                 _name(stage, home)
@@ -60,8 +60,8 @@ def publish(stage: Stage) -> None:
         raise write_error(stage.out, exc) from exc
     if not stage.is_published():
         raise WriteError(
-            f"{stage.out}: is not the directory that this run made: something else took its name",
-            hint="choose an --out where nobody else may write, and run again",
+            f"{stage.out}: another program replaced the output",
+            hint="choose an --out where other users cannot write, and run again",
         )
 
 
@@ -78,7 +78,7 @@ def _name(stage: Stage, home: int) -> None:
 
 def _taken(out: Path) -> WriteError:
     return WriteError(
-        f"{out}: already exists: it was made or changed while this run worked",
+        f"{out}: already exists: another program created or changed it during this run",
         hint="move it away and run again, or choose another --out",
     )
 
@@ -125,8 +125,8 @@ def _replace_in_steps(stage: Stage, home: int, old: int) -> None:
 
 def _lost_place(stage: Stage, name: str) -> WriteError:
     return WriteError(
-        f"{stage.out}: changed while its name was given away; what had the name is in {stage.root / name}",
-        hint="move that directory to where it belongs",
+        f"{stage.out}: another program changed it during the replacement; the previous directory is {stage.root / name}",
+        hint="move that directory back to its place",
     )
 
 
@@ -160,8 +160,8 @@ def recover(home: int, parent: int, out: Path, root: Path) -> None:
         dirs.remove_directory(REPLACED, home)
     else:
         raise WriteError(
-            f"{root / REPLACED}: had the name {out} once, and something else has it now",
-            hint="move that directory to where it belongs, or remove it",
+            f"{root / REPLACED}: is an earlier {out}, which an interrupted run had moved; another program has created {out} since",
+            hint="move that directory back to its place, or remove it",
         )
 
 

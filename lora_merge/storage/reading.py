@@ -67,7 +67,7 @@ def read_unwatched(source: Source, buffer: memoryview, offset: int) -> None:
                 "",
                 f"ends at byte {offset + done}",
                 f"{offset + len(buffer)} or more",
-                hint="it changed while it was read; run again when nothing else writes to it",
+                hint="run again while no other program writes to it: it changed while it was read",
             )
         done += n_read
 

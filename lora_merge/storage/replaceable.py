@@ -46,7 +46,9 @@ def check_replaceable(
         _check_apart(out, path, may_hold_it=path == home)
         # Staging is cleared before a run: an input inside would be removed.
         if _holds(staging_path(out), path):
-            sentence = f"{out}: would be built in {staging_path(out)}, which holds the input {path}"
+            sentence = (
+                f"{out}: needs {staging_path(out)} as a temporary directory, but the input {path} is in it"
+            )
             raise WriteError(sentence, hint="choose another --out, or move the input")
     try:
         if not (out.exists() or out.is_symlink()):
@@ -55,12 +57,12 @@ def check_replaceable(
         if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
             return
         what = _foreign(out, marks)
-    except OSError as exc:  # nobody may look there, or the name is too long
+    except OSError as exc:  # no permission, or the name is too long
         raise write_error(out, exc) from exc
     if what:
         raise WriteError(
             f"{out}: already exists and is {what}",
-            hint="choose another --out, or remove it yourself: --overwrite does not replace it",
+            hint="choose another --out, or delete it yourself: --overwrite does not replace it",
         )
     if not overwrite:
         raise WriteError(f"{out}: already exists", hint="choose another --out, or pass --overwrite")
@@ -77,11 +79,11 @@ def _check_apart(out: Path, source: Path, *, may_hold_it: bool) -> None:
     Raises:
         WriteError: one is.
     """
-    hint = "choose another --out, beside the inputs"
+    hint = "choose another --out, outside of the inputs"
     if _holds(out, source):
-        raise WriteError(f"{out}: holds the input {source}", hint=hint)
+        raise WriteError(f"{out}: contains the input {source}", hint=hint)
     if not may_hold_it and _holds(source, out.parent):
-        raise WriteError(f"{out}: is inside the input {source}, where nothing is written", hint=hint)
+        raise WriteError(f"{out}: is inside the input {source}", hint=hint)
 
 
 def _holds(place: Path, path: Path) -> bool:
@@ -125,7 +127,9 @@ def check_writable(out: Path) -> None:
     """
     existing = nearest_existing(out.parent)
     if not existing.is_dir():
-        raise WriteError(f"{out}: cannot be made, since {existing} is a file", hint="choose another --out")
+        raise WriteError(
+            f"{out}: cannot be created, because {existing} is a file", hint="choose another --out"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
         is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
         code = errno.EROFS if is_read_only else errno.EACCES

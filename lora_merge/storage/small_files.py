@@ -70,12 +70,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_json(path: Path, exc: Exception) -> CheckpointError:
-    """Return the error for a file that is not JSON: it says what the file is instead, or that it breaks off."""
+    """Return the error for a file that is not JSON: it says what the file is instead, or that it is incomplete."""
     what = instead_of(path)
     if what is not None:
         return CheckpointError(str(path), "", what.sentence, hint=what.hint)
     is_cut = isinstance(exc, json.JSONDecodeError) and exc.pos >= len(exc.doc.rstrip())
-    hint = "the file breaks off: download it again, or save it again" if is_cut else ""
+    hint = "download it again, or save it again: the file is incomplete" if is_cut else ""
     return CheckpointError(str(path), "", f"is not valid JSON ({exc})", hint=hint)
 
 
@@ -83,7 +83,7 @@ def read_text(path: Path) -> str:
     """Return the text of a small file; bytes that are not UTF-8 are replaced, CRLF becomes LF.
 
     Raises:
-        CheckpointError: it cannot be read, or is too long to be meant.
+        CheckpointError: it cannot be read, or is too long.
     """
     text = read_bytes(path).decode("utf-8", errors="replace")
     return text.replace("\r\n", "\n")
@@ -104,7 +104,7 @@ def parse_json(text: bytes, *, paths: bool = False) -> Any:
     # Counted before parsing: a small text can become gigabytes of Python objects.
     n_values = sum(map(text.count, (b",", b"[", b"{")))
     if n_values > _MAX_JSON_VALUES:
-        raise ValueError(f"some {n_values} values, expected {_MAX_JSON_VALUES} at most")
+        raise ValueError(f"about {n_values} values, expected at most {_MAX_JSON_VALUES}")
     value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     check_values(text, value, paths=paths)
     return value
@@ -116,7 +116,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key[:_SHOWN_CHARACTERS]!r} stands twice")
+                raise ValueError(f"the key {key[:_SHOWN_CHARACTERS]!r} occurs twice")
             seen.add(key)
     return table
 

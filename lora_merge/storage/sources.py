@@ -135,4 +135,4 @@ def identity_at(text: str) -> FileIdentity:
     try:
         return version_at(text)
     except OSError as exc:
-        raise input_files.changed(text, "went away while it was read") from exc
+        raise input_files.changed(text, "disappeared while it was read") from exc

@@ -22,7 +22,7 @@ from lora_merge.storage.publish import KEPT, OUTPUT, REPLACED, publish, recover
 from lora_merge.storage.replaceable import SUFFIX, check_replaceable, check_writable, staging_path
 from lora_merge.storage.spool import FACTORS
 from lora_merge.storage.writing import write_error
-from lora_merge.words import listing
+from lora_merge.words import counted, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -169,15 +169,15 @@ def staging(
             raise
         try:
             yield stage
-        # Also interrupts: they keep what is whole.
+        # Also interrupts: they keep finished tensors.
         except BaseException as exc:
             is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
             # Without a finished tensor there is nothing to resume.
             n_kept = journal.count(stage.home) if is_fault else 0
             if n_kept:
                 exc.add_note(
-                    f"what is whole stays in {path} ({n_kept} tensor{'s' * (n_kept != 1)}): --resume goes on from "
-                    "there, and a run without it begins anew"
+                    f"run again with --resume to continue: {counted(n_kept, 'finished tensor')} kept in {path}; "
+                    "without --resume the run starts over"
                 )
             else:
                 _remove(stage, fd)
@@ -262,8 +262,8 @@ def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -
     # Staging is cleared with all that is in it, so a user's own files in there stop the run.
     if others:
         raise WriteError(
-            f"{path}: holds {listing(others)}, which no run puts there; it would be cleared for this output",
-            hint="move it away, or choose another --out",
+            f"{path}: would be cleared for this output, but contains other files: {listing(others)}",
+            hint="move these files, or choose another --out",
         )
     if not resume:
         dirs.clear(fd)
@@ -279,7 +279,7 @@ def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -
         else:
             held.callback(os.close, output)
             return Folder.of(path / OUTPUT, output)
-    raise WriteError(f"{path / OUTPUT}: cannot be made", hint="choose another --out")
+    raise WriteError(f"{path / OUTPUT}: cannot be created", hint="choose another --out")
 
 
 def _remove(stage: Stage, fd: int) -> None:
@@ -331,7 +331,7 @@ def _lock(path: Path, parent: int) -> int:
             raise write_error(path, exc) from exc
         try:
             owners.take(fd, path, parent, is_new=is_new)
-            _wait_for_nobody(fd, path)
+            _take_lock(fd, path)
         except BaseException as exc:
             if is_new and isinstance(exc, KeyboardInterrupt):
                 _remove_empty(path, fd, parent)
@@ -341,7 +341,7 @@ def _lock(path: Path, parent: int) -> int:
         if dirs.inode_of(path.name, parent) == (status.st_dev, status.st_ino):
             return fd
         os.close(fd)  # removed between open and lock: its run is done, take a new one
-    raise WriteError(f"{path}: cannot be made", hint="choose another --out")
+    raise WriteError(f"{path}: cannot be created", hint="choose another --out")
 
 
 def _made(name: str, parent: int) -> bool:
@@ -353,7 +353,7 @@ def _made(name: str, parent: int) -> bool:
     return True
 
 
-def _wait_for_nobody(fd: int, path: Path) -> None:
+def _take_lock(fd: int, path: Path) -> None:
     """Lock a staging directory, without waiting.
 
     Raises:

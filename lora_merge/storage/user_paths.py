@@ -18,24 +18,24 @@ def user_path(text: str) -> Path:
     """Return the path of a text; ``~`` and ``~name`` are home directories.
 
     Raises:
-        ResolveError: there is no such user, or the text holds what no path can: a NUL character, or half of a
+        ResolveError: there is no such user, or the text holds something that a path cannot have: a NUL character, or half of a
             character.
     """
     from pathlib import Path
 
     if "\0" in text:
-        raise ResolveError(f"{text!r}: holds a NUL character, which no path has", hint="write it anew")
+        raise ResolveError(f"{text!r}: holds a NUL character, which a path cannot have", hint="remove it")
     try:
         os.fsencode(text)
         return Path(text).expanduser()
     except UnicodeEncodeError as exc:
-        sentence = f"{shown(text)}: holds half of a character, which no path has"
-        raise ResolveError(sentence, hint="write it again") from exc
+        sentence = f"{shown(text)}: holds half of a character, which a path cannot have"
+        raise ResolveError(sentence, hint="remove it") from exc
     except RuntimeError as exc:
         name = text.partition("/")[0]
         raise ResolveError(
             f"{text}: there is no user {name.removeprefix('~') or 'with a home directory'}",
-            hint=f"write ./{name} for a directory of that name",
+            hint=f"write ./{name} if you mean a directory with this name",
         ) from exc
 
 
@@ -47,8 +47,8 @@ def output_path(text: str) -> Path:
         ResolveError: it cannot be a path, or holds a shell variable that was not filled in.
     """
     if re.search(r"\$\w|\$\{", text):
-        hint = "variables are not filled in here: write the path out"
-        raise ResolveError(f"{text}: has a variable of the shell in it, expected a path", hint=hint)
+        hint = "write the whole path: shell variables are not expanded here"
+        raise ResolveError(f"{text}: contains a shell variable, expected a path", hint=hint)
     path = user_path(text)
     # One path for one place. A link in the place of the output itself is refused later (`replaceable`).
     return real_path(path.parent) / path.name if path.name not in {"", ".."} else real_path(path)
@@ -63,8 +63,8 @@ def real_path(path: Path) -> Path:
     try:
         return path.resolve()
     except FileNotFoundError as exc:
-        sentence = f"{path}: the current directory was removed, and this path begins there"
-        raise ResolveError(sentence, hint="cd to another directory, or write the whole path") from exc
+        sentence = f"{path}: is relative, but the current directory was removed"
+        raise ResolveError(sentence, hint="cd to another directory, or pass an absolute path") from exc
     except (OSError, RuntimeError) as exc:  # RuntimeError: a circle, up to Python 3.12
         why = exc.strerror if isinstance(exc, OSError) else "its links lead in a circle"
         raise ResolveError(f"{path}: cannot be followed ({why})") from exc

@@ -152,12 +152,14 @@ def write_error(label: str | Path, exc: OSError) -> WriteError:
     if exc.errno == errno.ENOMEM:
         return OutOfMemoryError(f"writing {label}")
     if exc.errno in _FULL:
-        return WriteError(f"{label}: no space left on the disk", hint="free some, or choose another --out")
+        return WriteError(
+            f"{label}: no space left on the disk", hint="free disk space, or choose another --out"
+        )
     hint = ""
     if exc.errno == errno.EROFS:
-        hint = "choose an --out on a disk that can be written"
+        hint = "choose an --out on another disk: this one is read-only"
     elif exc.errno in {errno.EACCES, errno.EPERM}:
-        hint = "choose an --out where you may write"
+        hint = "choose an --out where you have permission to write"
     elif exc.errno == errno.ENAMETOOLONG:
         hint = "choose a shorter --out"
     return WriteError(f"{label}: cannot be written ({exc.strerror or exc})", hint=hint)

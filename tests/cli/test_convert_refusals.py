@@ -149,7 +149,7 @@ def test_the_adapter_itself_is_no_place_for_the_output(pico, pico_adapter, tampe
     result = cli("convert", adapter, "--out", adapter, "--overwrite")
 
     assert result.exit_code == exits.WRITE
-    assert "holds the input" in result.stderr
+    assert "contains the input" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_an_output_never_takes_the_place_of_an_input(which, pico, pico_adapter, 
     result = cli("--base", base, "--adapter", adapter, "--out", out, "--overwrite")
 
     assert result.exit_code == exits.WRITE
-    assert "holds the input" in result.stderr
+    assert "contains the input" in result.stderr
     assert (base / "model.safetensors").exists()
     assert (adapter / "adapter_model.safetensors").exists()
 
@@ -671,9 +671,7 @@ def test_an_interrupt_says_so_and_what_is_written_can_be_resumed(signum, delay, 
 
     assert process.returncode == exits.INTERRUPTED, errors
     assert "interrupted; nothing unfinished stands under the output's name" in errors
-    assert leftovers(tmp_path) == (
-        ["out.lora-merge-staging"] if "--resume goes on from there" in errors else []
-    )
+    assert leftovers(tmp_path) == (["out.lora-merge-staging"] if "run again with --resume" in errors else [])
     subprocess.run([*COMMAND, *arguments, "--resume"], check=True, capture_output=True)
     assert leftovers(tmp_path) == ["out"]
 

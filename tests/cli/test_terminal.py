@@ -251,7 +251,7 @@ def test_an_observer_that_fails_ends_the_run_and_keeps_what_is_whole(inputs, who
     with pytest.raises(BrokenPipeError) as caught:
         lora_merge.merge(base=base, adapter=adapter, out=out, observer=Failing())
 
-    assert ["--resume goes on from there" in note for note in caught.value.__notes__] == [True]
+    assert ["run again with --resume" in note for note in caught.value.__notes__] == [True]
     assert not out.exists()
     report = lora_merge.merge(base=base, adapter=adapter, out=out, resume=True)
     assert [issue.code for issue in report.issues if issue.code == "resumed"]

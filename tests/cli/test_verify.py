@@ -401,7 +401,7 @@ def test_nothing_is_fetched_that_only_the_manifest_names(named, merge, cli):
     result = cli("verify", out, *options)
 
     assert "evil/repo" in result.stderr
-    assert "hub may not be asked" in result.stderr
+    assert "offline mode is on" in result.stderr
     assert ("repos that only the manifest names are not downloaded" in result.stderr) == (named is not None)
 
 

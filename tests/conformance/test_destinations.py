@@ -118,7 +118,7 @@ def test_an_interrupt_keeps_what_is_whole_and_another_run_goes_on_from_there(ope
     destination.begin([file], MERGE, [], {"base": 3})
     filled(destination, file)
     destination.abort(fault)
-    assert "--resume goes on from there" in fault.__notes__[0]
+    assert "run again with --resume" in fault.__notes__[0]
     assert not out.exists()
 
     again = opened(wish(out, resume=True))

@@ -239,7 +239,7 @@ def test_what_is_wrong_with_the_base_is_a_warning(pico, pico_adapter, tampered, 
     assert result.exit_code == 0, result.output
     issues = {issue["code"]: issue for issue in json.loads(result.stdout)["issues"]}
     assert issues["no-architectures"]["severity"] == "warning"
-    assert issues["no-architectures"]["sentence"].endswith("so it is in the base")
+    assert issues["no-architectures"]["sentence"].endswith("the base has the same fault")
     strict = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "two", "--strict")
     assert strict.exit_code == 4
     assert not (tmp_path / "two").exists()

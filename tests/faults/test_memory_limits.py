@@ -70,7 +70,7 @@ def test_what_was_copied_before_torch_did_not_fit_is_kept(inputs, tmp_path):
     done = limited(300, "--base", base, "--adapter", adapter, "--out", tmp_path / "merged")
 
     assert done.returncode == exits.WRITE
-    assert "--resume goes on from there" in done.stderr
+    assert "run again with --resume" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_a_merge_whose_terminal_is_closed_keeps_what_is_whole(pico, pico_adapter
 
     assert process.returncode == exits.INTERRUPTED, said
     assert "error: interrupted" in said
-    assert "what is whole stays" in said
+    assert "run again with --resume" in said
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == exits.OK, done.stderr
     assert "had already written" in done.stderr
@@ -143,7 +143,7 @@ def test_a_merge_by_processes_that_is_ended_keeps_what_is_whole_and_leaves_no_pr
     if signum != signal.SIGKILL:
         assert process.returncode == exits.INTERRUPTED, said
         assert "error: interrupted" in said
-        assert "what is whole stays" in said
+        assert "run again with --resume" in said
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == exits.OK, done.stderr
     assert "had already written" in done.stderr

@@ -185,8 +185,8 @@ def a_byte(home):
 @pytest.mark.parametrize(
     ("phase", "do", "words", "code"),
     [
-        ("verifying", theirs, "is not the directory that this run made", exits.WRITE),
-        ("publishing", theirs, "is not the directory that this run made", exits.WRITE),
+        ("verifying", theirs, "another program replaced the directory of this run", exits.WRITE),
+        ("publishing", theirs, "another program replaced the directory of this run", exits.WRITE),
         ("flushing", another_file, "changed while it was being verified", exits.WRITE),
         ("flushing", a_byte, "", exits.VERIFY),
     ],
@@ -264,7 +264,7 @@ def test_the_staging_directory_of_another_user_is_refused_and_a_private_base_sta
     arguments = ["--base", base, "--adapter", adapter, "--resume", "--out", shared / "out"]
     done = as_user(NOBODY, arguments, tmp_path / "warm")
     assert done.returncode == exits.WRITE, done.stderr
-    assert f"{home}: belongs to user {ANOTHER}, and this run is " in done.stderr
+    assert f"{home}: belongs to user {ANOTHER}, but this run is " in done.stderr
     assert [path.name for path in home.rglob("*")] == ["output"]
     assert home.stat().st_uid == ANOTHER
 
@@ -322,7 +322,7 @@ def test_an_output_does_not_replace_the_folder_that_the_bases_links_lead_to(
     result = cli("--base", base, "--adapter", pico_adapter(pico()), "--out", store, "--overwrite")
 
     assert result.exit_code == exits.WRITE
-    assert f"{store}: holds the input {base}/model.safetensors" in result.stderr
+    assert f"{store}: contains the input {base}/model.safetensors" in result.stderr
     assert content(store) == before
 
 

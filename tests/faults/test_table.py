@@ -90,7 +90,9 @@ def test_a_fault_has_its_sentence_and_nothing_is_lost(fault: Fault, place, cli, 
             place.appeared or before.get(str(place.out))
         )
     if fault.is_resumed:
-        assert re.search(r"hint: what is whole stays in .* \(\d+ tensors?\): --resume goes on", result.stderr)
+        assert re.search(
+            r"hint: run again with --resume to continue: \d+ finished tensors? kept in ", result.stderr
+        )
         if not resumed:
             resume()
         assert resumed[0].exit_code == 0, resumed[0].stderr

@@ -415,8 +415,8 @@ def test_a_gated_repo_says_where_its_licence_is_accepted(hub, command, base, ada
     result = command("--base", "org/base", "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.returncode == exits.RESOLVE
-    assert "org/base: is gated or private, and access was not granted" in result.stderr
-    assert "accept its licence at https://huggingface.co/org/base" in result.stderr
+    assert "org/base: is gated or private, and you have no access" in result.stderr
+    assert "accept the licence at https://huggingface.co/org/base" in result.stderr
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ def repos(hub, base, adapter, pico, copied):
     ("arguments", "words"),
     [
         (("--base", "org/base@v9"), "org/base@v9: the repo has no revision v9"),
-        (("--base", "org/base@main/sub"), "a folder stands before the @"),
+        (("--base", "org/base@main/sub"), "write a folder before the @"),
         (("--base", "hf://org/nothing"), "error: org/nothing: the Hub has no such repo"),
         (("--base", "org/nothing"), "org/nothing: there is no such directory, and the Hub has no such repo"),
         (
@@ -496,14 +496,14 @@ def test_offline_says_what_the_cache_lacks(hub, command, base, adapter, tmp_path
     other = command("--base", "org/base@v2", *arguments[2:], "--offline")
 
     assert nothing.returncode == weight_file.returncode == other.returncode == exits.RESOLVE
-    assert "and it is not in the local cache at revision main" in nothing.stderr
+    assert "and the repo is not found in the local cache (revision main)" in nothing.stderr
     assert side_file.returncode == exits.OK, side_file.stderr
     assert (
         "warning: org/base: lacks tokenizer.json in the local cache, and so will the output"
         in side_file.stderr
     )
     assert "org/base: lacks model.safetensors in the local cache" in weight_file.stderr
-    assert "not in the local cache at revision v2" in other.stderr
+    assert "not found in the local cache (revision v2)" in other.stderr
     for result in (nothing, weight_file, other):
         assert "hint: run once without --offline" in result.stderr
 

@@ -35,7 +35,7 @@ def test_without_modelscope_the_package_to_install_is_named(hub, command, adapte
     result = command("--base", "ms://org/base", "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.returncode == exits.RESOLVE
-    assert "ms://org/base: is on ModelScope, and the package modelscope is not installed" in result.stderr
+    assert "ms://org/base: is on ModelScope, but the package modelscope is not installed" in result.stderr
     assert "pip install 'lora-merge[modelscope]'" in result.stderr
     assert hub.requests == []
 
@@ -85,7 +85,7 @@ def test_offline_takes_the_cache_of_modelscope(hub, command, base, adapter, tmp_
     after = command(*arguments, "--offline")
 
     assert before.returncode == exits.RESOLVE
-    assert "ms://org/base: is not in ModelScope's local cache" in before.stderr
+    assert "ms://org/base: not found in ModelScope's local cache" in before.stderr
     assert after.returncode == exits.OK, after.stderr
     assert hub.requests == []
 

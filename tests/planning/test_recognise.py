@@ -92,8 +92,8 @@ def test_names_are_those_of_a_folder_and_of_the_folders_in_it(tmp_path):
         (b"<!DOCTYPE html>\n<html>", "is a web page"),
         (b"\n <html lang=en>", "is a web page"),
         (b'<?xml version="1.0"?><Error>', "is a web page"),
-        (b"Repository not found", "is the error of a server"),
-        (b"Invalid username or password.", "is the error of a server"),
+        (b"Repository not found", "is an error message of a server"),
+        (b"Invalid username or password.", "is an error message of a server"),
         (b"", "is empty (0 bytes)"),
         (bytes(600), "begins with zeros only"),
         (b"GGUF\3\0\0\0", "is a GGUF file"),
@@ -122,7 +122,7 @@ def test_json_that_breaks_off_says_so_and_other_faults_do_not(tmp_path):
         path.write_text(text)
         with pytest.raises(CheckpointError, match="is not valid JSON") as caught:
             read_json(path)
-        hints.append("breaks off" in caught.value.hint)
+        hints.append("is incomplete" in caught.value.hint)
 
     assert hints == [True, True, False]
 
@@ -136,27 +136,27 @@ def test_weights_that_are_what_they_should_be_are_called_nothing_else(pico, tmp_
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("'DIR'", "the quotes are part of the path"),
-        ('"DIR"', "the quotes are part of the path"),
-        ("DIR ", "begins or ends with a space"),
-        ("https://huggingface.co/org/name", "write the repo: --base org/name"),
-        ("huggingface.co/org/name/tree/v1/sub", "write the repo: --base org/name/sub@v1"),
-        ("https://modelscope.cn/models/org/name", "write the repo: --base ms://org/name"),
+        ("'DIR'", "remove the quotes"),
+        ('"DIR"', "remove the quotes"),
+        ("DIR ", "remove the space at the start or end"),
+        ("https://huggingface.co/org/name", "pass the repo instead of the web page: --base org/name"),
+        ("huggingface.co/org/name/tree/v1/sub", "pass the repo instead of the web page: --base org/name/sub@v1"),
+        ("https://modelscope.cn/models/org/name", "pass the repo instead of the web page: --base ms://org/name"),
         ("https://example.org/x.zip", "download it"),
         ("s3://bucket/x", "download it"),
-        ("$HOME/model", "variables are not filled in"),
-        ("%USERPROFILE%/model", "variables are not filled in"),
-        ("C:\\models\\x", "this is a path of Windows"),
-        ("models/*", "wildcards are known in batch files only"),
-        ("./~/model", "~ is the home directory only"),
-        ("DIR:0,5", "a weight has a point: DIR:0.5"),
-        ("DIR:0.5", "only a merge weighs adapters: leave :0.5 out"),
-        ("DIR:half", "'half' is not a weight"),
-        ("DIR:50%", "'50%' is not a weight"),
+        ("$HOME/model", "shell variables are not expanded"),
+        ("%USERPROFILE%/model", "shell variables are not expanded"),
+        ("C:\\models\\x", "this is a Windows path"),
+        ("models/*", "wildcards work in batch files only"),
+        ("./~/model", "write ~ only at the start"),
+        ("DIR:0,5", "write the weight with a point: DIR:0.5"),
+        ("DIR:0.5", "leave out :0.5; only a merge takes weights"),
+        ("DIR:half", "'half' is not a number"),
+        ("DIR:50%", "'50%' is not a number"),
         ("DIR/llama", "did you mean DIR/llama-3?"),
-        ("DIR/none/of/it", "the path leads as far as DIR"),
-        ("DIR/link", "it is a link to"),
-        ("nothing", "name a directory, or a repo"),
+        ("DIR/none/of/it", "check the path: only DIR exists"),
+        ("DIR/link", "repair the link: its target"),
+        ("nothing", "pass a directory, or a repo"),
     ],
 )  # fmt: skip
 def test_a_path_that_leads_nowhere_is_answered_with_what_it_may_mean(text, says, tmp_path):
@@ -189,8 +189,8 @@ def test_inputs_are_called_what_they_are_by_the_command(pico, pico_adapter, tamp
         (pointed, adapter): "tokenizer.json: is a Git LFS pointer",
         (base, beside): "tokenizer.json: is a Git LFS pointer",
         (base, pages): "tokenizer.json: is a web page",
-        (base / "model.safetensors", adapter): f"name the folder that it is in: {base}",
-        (base, adapter / "adapter_model.safetensors"): f"name the folder that it is in: {adapter}",
+        (base / "model.safetensors", adapter): f"pass its folder: {base}",
+        (base, adapter / "adapter_model.safetensors"): f"pass its folder: {adapter}",
         (archive, adapter): "unpack it",
     }
 

@@ -50,7 +50,7 @@ HEADER_FAULTS = [
     (lie_about_dtype, "model.norm.weight: spans bytes"),
     (unknown_dtype, "has the dtype 'F128'"),
     (negative_shape, "has the shape [-64]"),
-    (twice, "the key 'model.norm.weight' stands twice"),
+    (twice, "the key 'model.norm.weight' occurs twice"),
     (lambda table: "{", "is not valid JSON"),
     (lambda table: "[]", "is a JSON list"),
     (lambda table: table.update(odd=3), "odd: has the header row 3"),
@@ -206,7 +206,7 @@ def test_a_path_that_is_not_there_is_named(pico, pico_adapter, cli, tmp_path):
 
     assert [r.exit_code for r in (no_base, no_adapter, a_file)] == [exits.RESOLVE] * 3
     assert "nope: there is no such directory" in no_base.stderr
-    assert "name a directory, or a repo" in no_adapter.stderr
+    assert "pass a directory, or a repo" in no_adapter.stderr
     assert "is a file, expected the base's directory" in a_file.stderr
 
 

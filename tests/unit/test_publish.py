@@ -51,7 +51,7 @@ def refused(out, happens, *, overwrite, words):
         fill(stage.output, "new")
         happens()
         staging.publish(stage)
-    assert [note.partition("(")[2][:8] for note in caught.value.__notes__] == ["1 tensor"]
+    assert ["1 finished tensor kept" in note for note in caught.value.__notes__] == [True]
     assert (staging.staging_path(out) / "output" / "config.json").read_text() == "new"
 
 
@@ -74,7 +74,7 @@ def test_what_appears_under_the_name_of_an_output_stays(what, overwrite, renames
         out,
         lambda: APPEARING[what](out),
         overwrite=overwrite,
-        words="already exists: it was made or changed while",
+        words="already exists: another program created or changed it",
     )
 
     if what.startswith("a link"):
@@ -97,7 +97,7 @@ def test_what_takes_the_place_of_the_output_that_was_to_be_replaced_stays(what, 
         out.rename(tmp_path / "moved")
         APPEARING[what](out)
 
-    refused(out, happens, overwrite=True, words="already exists: it was made or changed while")
+    refused(out, happens, overwrite=True, words="already exists: another program created or changed it")
 
     assert (tmp_path / "moved" / "config.json").read_text() == "old"
     assert os.path.lexists(out)
@@ -134,7 +134,9 @@ def test_what_comes_into_the_output_that_was_to_be_replaced_stays(name, renames,
     out = fill(tmp_path / "out", "old")
     (out / "deep").mkdir()
 
-    refused(out, lambda: (out / name).write_text("the only copy"), overwrite=True, words="or changed while")
+    refused(
+        out, lambda: (out / name).write_text("the only copy"), overwrite=True, words="created or changed it"
+    )
     assert (out / name).read_text() == "the only copy"
     with staging.staging(out, overwrite=True, resume=True) as stage:  # now it is what the check has seen
         staging.publish(stage)
@@ -183,7 +185,7 @@ def test_what_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(publish, "renamed", once)
     with (
-        refusing(r"what had the name is in .*kept"),
+        refusing(r"the previous directory is .*kept"),
         staging.staging(out, overwrite=True) as stage,
     ):
         fill(stage.output, "new")
@@ -191,7 +193,7 @@ def test_what_cannot_be_put_back_is_kept_and_named(tmp_path, monkeypatch):
     kept = staging.staging_path(out) / "kept" / "thesis.txt"
     assert kept.read_text() == "the only copy"
     with (
-        refusing("holds kept, which no run puts there"),
+        refusing("contains other files: kept"),
         staging.staging(out, overwrite=True),
     ):
         pass
@@ -228,7 +230,7 @@ def test_a_run_that_was_killed_between_two_renames_is_put_right(state, tmp_path)
         fill(out, "new")
     if state == "in doubt":
         with (
-            refusing(r"replaced: had the name .*out once"),
+            refusing(r"replaced: is an earlier .*out"),
             staging.staging(out, overwrite=True),
         ):
             pass
@@ -249,7 +251,7 @@ def test_a_directory_that_takes_the_place_of_the_staged_one_is_not_published(tmp
         fill(home / "output", "theirs")
 
     with (
-        refusing("is not the directory that this run made"),
+        refusing("another program replaced the directory of this run"),
         staging.staging(out) as stage,
     ):
         fill(stage.output, "new")
@@ -267,7 +269,7 @@ def test_a_directory_that_takes_its_place_after_the_flush_is_not_published_eithe
         fill(folder.path, "theirs")
 
     monkeypatch.setattr(Folder, "flush", late)
-    with refusing("is not published"), staging.staging(out) as stage:
+    with refusing("no output was created"), staging.staging(out) as stage:
         fill(stage.output, "new")
         staging.publish(stage)
     assert not out.exists()
@@ -276,7 +278,7 @@ def test_a_directory_that_takes_its_place_after_the_flush_is_not_published_eithe
 def test_a_staging_directory_that_is_replaced_takes_nothing_with_it(tmp_path):
     out, home = tmp_path / "out", staging.staging_path(tmp_path / "out")
     with (
-        refusing("is not the directory that this run made"),
+        refusing("another program replaced the directory of this run"),
         staging.staging(out) as stage,
     ):
         home.rename(tmp_path / "ours")
@@ -289,7 +291,7 @@ def test_a_staging_directory_that_is_replaced_takes_nothing_with_it(tmp_path):
             lambda: stage.home.remove("thesis.txt"),
             lambda: Journal(stage.home, "this merge"),
         ):
-            with refusing("is not the directory"):
+            with refusing("another program replaced"):
                 write()
         staging.publish(stage)
     assert sorted(path.name for path in (tmp_path / "elsewhere").rglob("*")) == [
@@ -308,7 +310,7 @@ def test_a_staging_directory_that_others_may_write_is_refused(resume, tmp_path):
     thesis(home).chmod(0o777)
 
     with (
-        refusing(r"may be written by others \(mode 0777\)"),
+        refusing(r"other users can write to it \(mode 0777\)"),
         staging.staging(tmp_path / "out", resume=resume),
     ):
         pass
@@ -321,7 +323,7 @@ def test_a_directory_of_this_name_that_no_run_made_is_not_cleared(resume, tmp_pa
     home = thesis(staging.staging_path(tmp_path / "out"))
 
     with (
-        refusing(r"holds thesis\.txt, which no run puts there"),
+        refusing(r"contains other files: thesis\.txt"),
         staging.staging(tmp_path / "out", resume=resume),
     ):
         pass
@@ -488,7 +490,7 @@ def test_a_link_on_the_way_to_a_file_is_not_followed(tmp_path):
 
 def test_a_link_in_the_output_is_not_published(tmp_path):
     with (
-        refusing("is not a file that this run made"),
+        refusing("was not written by this run"),
         staging.staging(tmp_path / "out") as stage,
     ):
         (stage.output / "config.json").symlink_to("/etc/passwd")

@@ -106,7 +106,7 @@ def test_what_is_written_stays_after_a_fault_from_without(exc, is_kept, n_record
         assert (staging.staging_path(out) / "output" / "config.json").read_text() == "half"
         assert len(notes) == 1
         assert notes[0].startswith(
-            f"what is whole stays in {staging.staging_path(out)} (1 tensor): --resume goes on"
+            f"run again with --resume to continue: 1 finished tensor kept in {staging.staging_path(out)};"
         )
     else:
         assert list(tmp_path.iterdir()) == []
@@ -202,7 +202,7 @@ def test_a_disk_that_takes_nothing_is_not_called_full(flag, words, tmp_path, mon
 def test_an_output_below_a_file_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(WriteError, match=r"cannot be made, since .*file is a file"):
+    with pytest.raises(WriteError, match=r"cannot be created, because .*file is a file"):
         staging.check_writable(tmp_path / "file" / "out")
 
 

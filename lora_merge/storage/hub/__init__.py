@@ -12,6 +12,7 @@ from lora_merge.errors import ResolveError
 from lora_merge.storage.hub.huggingface import open_hub
 from lora_merge.storage.hub.modelscope import open_modelscope
 from lora_merge.storage.hub.repo import Access, Repo
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from lora_merge.core.report import Observer
@@ -35,6 +36,8 @@ def open_repo(source: Source, access: Access, watch: Observer) -> Repo:
     repo = opener(source, access, watch)
     if source.folder and not repo.names:
         holders = sorted(repo.folders_with(ADAPTER_CONFIG))
-        hint = f"adapters are in its folders {', '.join(holders[:8])}" if holders else "check the spelling"
+        hint = (
+            f"name a folder that has an adapter: {listing(holders, 8)}" if holders else "check the spelling"
+        )
         raise ResolveError(f"{source}: the repo has no folder {source.folder}", hint=hint)
     return repo

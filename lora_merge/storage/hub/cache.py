@@ -14,13 +14,13 @@ def open_cached(source: Source) -> Repo:
     """Return the part of a repo that the Hub's cache holds.
 
     Raises:
-        ResolveError: nothing.
+        ResolveError: the cache has nothing of it.
     """
     root = cached_root(source)
     if root is None:
-        local = "" if source.explicit else "there is no such directory, and it "
+        local = "" if source.explicit else "there is no such directory, and the repo is "
         raise ResolveError(
-            f"{source}: {local}is not in the local cache at revision {source.wanted}, and the hub may not be asked",
+            f"{source}: {local}not found in the local cache (revision {source.wanted}), and offline mode is on",
             hint="run once without --offline (and without HF_HUB_OFFLINE), or pass a directory",
         )
     sizes = sizes_below(root)

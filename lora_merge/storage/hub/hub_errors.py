@@ -25,13 +25,13 @@ def hub_errors(source: Source, access: Access) -> Iterator[None]:
     """Turn errors of huggingface_hub into one sentence each.
 
     Raises:
-        ResolveError: whatever went wrong.
+        ResolveError: for each of them.
     """
     from huggingface_hub import errors
 
     try:
         yield
-    except errors.LocalEntryNotFoundError as exc:  # it hides why a file could not be had
+    except errors.LocalEntryNotFoundError as exc:  # it hides why the download failed
         raise _said(source, exc.__cause__ or exc, access) from None
     except (errors.HTTPError, OSError, ValueError, RuntimeError) as exc:
         raise _said(source, exc, access) from None  # it holds the request, and that the token
@@ -49,19 +49,22 @@ def _hub_error(source: Source, exc: BaseException) -> ResolveError:
     status = getattr(getattr(exc, "response", None), "status_code", 0)
     pass_token = "pass --token, set HF_TOKEN or run `hf auth login`"  # noqa: S105 - advice
     if isinstance(exc, errors.GatedRepoError) or (status == 403 and not is_named(exc, "Disabled")):
-        sentence = "is gated or private, and access was not granted"
-        hint = f"accept its licence at https://huggingface.co/{source.repo}, then {pass_token}"
+        sentence = "is gated or private, and you have no access"
+        hint = f"accept the licence at https://huggingface.co/{source.repo}, then {pass_token}"
     elif isinstance(exc, errors.RevisionNotFoundError):
         sentence = f"the repo has no revision {source.wanted}"
-        hint = "a folder stands before the @: org/name/FOLDER@REVISION" if "/" in source.wanted else ""
+        hint = "write a folder before the @: org/name/FOLDER@REVISION" if "/" in source.wanted else ""
     elif isinstance(exc, errors.RepositoryNotFoundError):
         local = "" if source.explicit else "there is no such directory, and "
         sentence = f"{local}the Hub has no such repo, or it is private"
         hint = f"check the spelling; for a private repo {pass_token}"
     elif status == 401:
-        sentence, hint = "the Hub does not accept the token", f"{pass_token} anew"
+        sentence, hint = "the Hub does not accept the token", f"{pass_token} again"
     elif status:
-        sentence, hint = f"the Hub answered with status {status}", "try again later; what was fetched is kept"
+        sentence, hint = (
+            f"the Hub answered with status {status}",
+            "try again later; downloaded files are kept",
+        )
     elif isinstance(exc, errors.HTTPError | errors.OfflineModeIsEnabled):
         return _unreachable(source, exc)
     else:
@@ -71,9 +74,9 @@ def _hub_error(source: Source, exc: BaseException) -> ResolveError:
 
 def _unreachable(source: Source, exc: BaseException) -> ResolveError:
     root = cached_root(source)
-    hint = "check the network, proxies and HF_ENDPOINT; files that were fetched whole are kept"
+    hint = "check the network, proxies and HF_ENDPOINT; complete files are kept"
     if root is not None:
-        hint = f"commit {root.name} of it is in the local cache: --offline takes what is there"
+        hint = f"pass --offline to use commit {root.name} from the local cache"
     local = "" if source.explicit else "there is no such directory, and "
     return ResolveError(f"{source}: {local}the Hub cannot be reached ({type(exc).__name__})", hint=hint)
 
@@ -81,7 +84,9 @@ def _unreachable(source: Source, exc: BaseException) -> ResolveError:
 def _not_stored(source: Source, exc: BaseException) -> ResolveError:
     """Return the error for a download that failed on this machine, or came short."""
     if isinstance(exc, OSError) and exc.errno in _DISK_ERRORS:
-        hint = "the cache is in ~/.cache/huggingface; HF_HOME moves it to another disk"
+        hint = "free disk space, or set HF_HOME to a folder on another disk (default: ~/.cache/huggingface)"
         return ResolveError(f"{source}: cannot be stored in the cache ({exc.strerror})", hint=hint)
     reason = str(exc).strip().partition("\n")[0]
-    return ResolveError(f"{source}: the download failed ({reason})", hint="run again; whole files are kept")
+    return ResolveError(
+        f"{source}: the download failed ({reason})", hint="run again; complete files are kept"
+    )

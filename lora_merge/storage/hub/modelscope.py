@@ -31,8 +31,8 @@ def open_modelscope(source: Source, access: Access, watch: Observer) -> Repo:
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError as exc:
         raise ResolveError(
-            f"{source}: is on ModelScope, and the package modelscope is not installed",
-            hint="pip install 'lora-merge[modelscope]'",
+            f"{source}: is on ModelScope, but the package modelscope is not installed",
+            hint="run pip install 'lora-merge[modelscope]'",
         ) from exc
     if access.offline:
         with _errors(source):
@@ -93,23 +93,26 @@ def _errors(source: Source) -> Iterator[None]:
     """Turn errors of the package modelscope into one sentence each. They have no common base class.
 
     Raises:
-        ResolveError: whatever went wrong.
+        ResolveError: for each of them.
     """
     try:
         yield
     except Exception as exc:  # noqa: BLE001 - they have no common root
         status = getattr(getattr(exc, "response", None), "status_code", 0)
-        sentence, hint = f"cannot be fetched from ModelScope ({type(exc).__name__})", "run again"
+        sentence, hint = f"the download from ModelScope failed ({type(exc).__name__})", "run again"
         if is_named(exc, "CacheNotFound") or isinstance(exc, ValueError):
-            sentence, hint = "is not in ModelScope's local cache", "run once without --offline"
+            sentence, hint = (
+                "not found in ModelScope's local cache, and offline mode is on",
+                "run once without --offline",
+            )
         elif is_named(exc, "NotExist") or status == 404:
             sentence = f"ModelScope has no such repo, or it has no revision {source.wanted}, or it is private"
             hint = "check the spelling; for a private repo set MODELSCOPE_API_TOKEN"
         elif is_named(exc, "Authentication", "PermissionDenied", "NotLogin") or status in {401, 403}:
-            sentence, hint = "ModelScope does not grant access", "set MODELSCOPE_API_TOKEN"
+            sentence, hint = "ModelScope refused access", "set MODELSCOPE_API_TOKEN"
         elif is_named(exc, "Connection", "Network", "Timeout"):
             sentence, hint = (
                 "ModelScope cannot be reached",
-                "check the network; --offline takes what is cached",
+                "check the network, or pass --offline to use the local cache",
             )
         raise ResolveError(f"{source}: {sentence}", hint=hint) from None

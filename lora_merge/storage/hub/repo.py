@@ -60,7 +60,7 @@ class Repo:
         """Fetch files, and return the local directory of the folder.
 
         Raises:
-            ResolveError: they cannot be downloaded, or are not in the cache and the hub may not be asked.
+            ResolveError: they cannot be downloaded, or are not in the cache and offline mode is on.
         """
         folder = self.origin.source.folder
         wanted = sorted(normpath(f"{folder}/{name}") if folder else name for name in names)
@@ -69,7 +69,7 @@ class Repo:
         missing = [name for name in wanted if not (root / name).is_file()]
         if missing:
             raise ResolveError(
-                f"{self.origin.source}: lacks {listing(missing)} in the local cache",
+                f"{self.origin.source}: {listing(missing)} not found in the local cache, and offline mode is on",
                 hint="run once without --offline (and without HF_HUB_OFFLINE)",
             )
         return root / folder if folder else root
