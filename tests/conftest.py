@@ -142,6 +142,12 @@ def pico_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return build
 
 
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory in which all tests of a process build bases and adapters, each of them once."""
+    return tmp_path_factory.mktemp("workshop")
+
+
 @pytest.fixture(autouse=True)
 def no_sockets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Fail each test that speaks to a network, itself or by a process that it starts; the mark ``loopback`` allows this machine."""

@@ -411,12 +411,6 @@ def test_the_output_loads_in_safetensors_with_the_metadata_that_transformers_wan
         assert file.metadata()["format"] == "pt"
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("merges")
-
-
 @pytest.fixture
 def two(pico, pico_adapter):
     """A base, and two adapters for it that share the q_proj."""

@@ -16,11 +16,6 @@ Q = "model.layers.0.self_attn.q_proj"
 EXPERTS = "model.layers.1.mlp.experts"
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    return tmp_path_factory.mktemp("plan")
-
-
 @pytest.fixture
 def experts(workshop):
     """A MoE base as published, its experts one by one, and an adapter of them all as stacks."""

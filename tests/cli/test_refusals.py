@@ -1539,12 +1539,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("refusals")
-
-
 @pytest.fixture
 def inputs(workshop, pico, pico_adapter, tampered):
     """Return a function: case → copies of a base and an adapter, with its changes made."""

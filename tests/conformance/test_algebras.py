@@ -331,12 +331,6 @@ MAKERS: dict[str, Callable[[Any], Sample]] = {
 each = pytest.mark.parametrize("name", MAKERS)
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("algebras")
-
-
 @pytest.fixture
 def sample(workshop):
     """Return a function: name → the sample."""

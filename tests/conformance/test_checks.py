@@ -49,12 +49,6 @@ OPTIONS = {
 """What the options of a kind are in Python."""
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("checks")
-
-
 @pytest.fixture
 def outcome(tmp_path) -> Callable[..., Evidence]:
     """Return a function (base, adapter or adapters, options) → the evidence of a real merge."""
@@ -138,7 +132,7 @@ def test_every_type_that_is_merged_is_among_the_kinds():
     assert {kind.peft_type for kind in KINDS} == NATIVE | PEFT_LAYERS
 
 
-@pytest.mark.parametrize(("kind", "model", "dtype"), one_for_each(lambda kind, *_: kind, kinds_of(NATIVE)))
+@pytest.mark.parametrize(("kind", "model", "dtype"), one_for_each(kinds_of(NATIVE), lambda kind, *_: kind))
 def test_every_check_passes_a_good_output_of_every_kind_with_a_formula(kind, model, dtype, outcome_of):
     evidence = outcome_of({kind: 1}, model, dtype)
     assert {name: list(check(evidence)) for name, check in CHECKS.items()} == {name: [] for name in CHECKS}
@@ -155,8 +149,8 @@ def test_every_check_passes_a_good_output_of_every_kind_with_a_formula(kind, mod
 @pytest.mark.parametrize(
     ("kind", "model", "dtype"),
     one_for_each(
-        lambda kind, *_: kind,
         [case for case in kinds_of(PEFT_LAYERS) if case.values[2] == "bfloat16" or "LoHa" in case.values[0]],
+        lambda kind, *_: kind,
     ),
 )
 def test_every_check_passes_a_good_output_of_pefts_own_layers(kind, model, dtype, outcome_of):

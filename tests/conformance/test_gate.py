@@ -29,12 +29,6 @@ def out(pico, pico_adapter, tmp_path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases are built."""
-    return tmp_path_factory.mktemp("gate")
-
-
 def found_by_rule(root: Path) -> dict[str, set[str]]:
     """Return the codes of the errors that each rule finds."""
     output = read_output(root)

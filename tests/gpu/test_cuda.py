@@ -92,12 +92,6 @@ KINDS_ON_CUDA = {
 }
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("cuda")
-
-
 def built(workshop, name, model, dtype="bfloat16"):
     kind = next(kind for kind in KINDS if kind.name == name)
     return building.case(workshop, kind, model, dtype)

@@ -315,6 +315,7 @@ def case(root: Path, kind: Kind, model: str, dtype: str) -> Case:
     key = (root, kind.name, model, dtype)
     if key not in _CASES:
         _CASES[key] = _build(root, kind, model, dtype)
+    assert _CASES[key].kind == kind, f"two kinds are called {kind.name!r}"
     return _CASES[key]
 
 

@@ -108,6 +108,11 @@ class Family:
         has = {"transformers 5": True, "transformers 4": old, "ms-swift": bool(self.swift)}
         return tuple(naming for naming in NAMINGS if has[naming])
 
+    def structure(self) -> tuple[bool, ...]:
+        """Return what tells the work on families apart: what is stacked, joined, renamed or transposed."""
+        parts = (self.experts, self.fused, self.parameters, self.in_memory, self.hub, self.hub_transposed)
+        return tuple(map(bool, parts))
+
     def layouts(self) -> tuple[Layout, ...]:
         """Return the ways in which its checkpoints are stored."""
         has = {

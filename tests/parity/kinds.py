@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Group = Literal["LoRA family", "AdaLoRA", "other PEFT methods", "whole parameters"]
 Setting = Literal["plain", "resized", "residual", "masked"]
@@ -515,3 +515,33 @@ _WHOLE: tuple[Kind, ...] = (
 )
 
 KINDS: tuple[Kind, ...] = (*_LORA, *_ADALORA, *_OTHERS, *_WHOLE)
+
+
+class Algebra(NamedTuple):
+    """What tells the arithmetic of adapters apart."""
+
+    peft_type: str
+    model: str
+    """Whose layers are of another kind than a llama's; empty for linear layers."""
+
+    n_stacks: int
+    """Stacks of experts that it changes."""
+
+    dora: bool
+
+
+OTHER_LAYERS = frozenset(
+    {"gpt2", "llama_tied", "resnet", "wav2vec2", "videomae", "siglip", "qwen3_moe", "gpt_oss"}
+)
+
+
+def algebra(kind: Kind, model: str, *_: object) -> Algebra:
+    """Return what is to be computed for a kind of adapters on a model."""
+    linear = model not in OTHER_LAYERS
+    n_stacks = len(kind.fields.get("target_parameters", ()))
+    return Algebra(kind.peft_type, "" if linear else model, n_stacks, bool(kind.fields.get("use_dora")))
+
+
+def peft_type(kind: Kind, *_: object) -> str:
+    """Return the type of a kind of adapters."""
+    return kind.peft_type

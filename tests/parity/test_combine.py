@@ -14,6 +14,7 @@ from itertools import product
 import pytest
 import torch
 
+from tests.crossing import diagonal
 from tests.parity import building
 from tests.parity.kinds import KINDS, Kind
 from tests.parity.test_several import CONV1D, DORA, OTHER_CONV1D, OTHER_DORA, PATTERNS, PLAIN, RANK_STABLE
@@ -75,17 +76,12 @@ OTHERS = {
     "experts": Mix("qwen3_moe", ((EXPERTS, 0.5), (EXPERTS, 0.75))),
 }
 MIXES = LOW_RANK | FULL_RANK | OTHERS
+DTYPES = ("float32", "bfloat16")
 
 
 def every(mixes):
     """Return the parametrization over some mixes, by their names."""
     return pytest.mark.parametrize("mix", mixes.values(), ids=mixes.keys())
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("combine")
 
 
 @pytest.fixture(autouse=True)
@@ -209,8 +205,7 @@ def undecided(found, density):
     return close | ((total != 0) & (total.abs() <= 2 * len(found.changes) * found.off))
 
 
-@every(MIXES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("mix", "dtype"), diagonal(MIXES, DTYPES))
 def test_ties_of_the_true_changes_are_what_peft_makes_of_them(dtype, mix, workshop, combine):
     from peft.utils import merge_utils
 
@@ -267,9 +262,7 @@ def possible(found, method, density):
             yield chance, elected(scaled, found.weights)
 
 
-@every(MIXES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", RANDOM)
+@pytest.mark.parametrize(("mix", "dtype", "method"), diagonal(MIXES, DTYPES, RANDOM))
 def test_dare_keeps_and_drops_whole_values_and_scales_up_what_it_keeps(method, dtype, mix, workshop, combine):
     cases = cases_of(mix, workshop, dtype)
     changes = true_changes(mix, workshop, dtype)
@@ -289,9 +282,14 @@ def test_dare_keeps_and_drops_whole_values_and_scales_up_what_it_keeps(method, d
         assert bool(fits.all()), name
 
 
-@every({name: MIXES[name] for name in ("one", "two_with_weights", "three", "three_kinds", "conv1d")})
-@pytest.mark.parametrize("density", [0.2, 0.7])
-@pytest.mark.parametrize("method", RANDOM)
+@pytest.mark.parametrize(
+    ("mix", "density", "method"),
+    diagonal(
+        {name: MIXES[name] for name in ("one", "two_with_weights", "three", "three_kinds", "conv1d")},
+        [0.2, 0.7],
+        RANDOM,
+    ),
+)
 def test_dare_is_right_on_average(method, density, mix, workshop, combine):
     # Seen along an adapter's own changes, Σ Δ·(got - mean) has the mean 0; six standard deviations are passed once in
     # a thousand million, whatever the seed.
@@ -366,8 +364,9 @@ def ranks_of(mix, workshop, dtype):
     return ranks
 
 
-@every(LOW_RANK | FULL_RANK | {"experts": MIXES["experts"]})
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mix", "dtype"), diagonal(LOW_RANK | FULL_RANK | {"experts": MIXES["experts"]}, DTYPES)
+)
 def test_svd_keeps_the_largest_rank_of_the_adapters_and_the_best_of_their_sum(dtype, mix, workshop, combine):
     # Eckart and Young: of all matrices of rank r, the truncated SVD is nearest to the sum, at √(Σ s²) of the singular
     # values left out; with rank and distance it is told. Both are blurred by the rounding of the stored weight:

@@ -32,12 +32,6 @@ def cases(*, refused: bool):
     ]
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases are built."""
-    return tmp_path_factory.mktemp("shapes")
-
-
 def off_by(got, wanted):
     """Return the largest difference as a part of the largest value."""
     assert got.shape == wanted.shape

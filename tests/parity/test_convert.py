@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from lora_merge.cli import exits
 from tests import twins
-from tests.crossing import one_for_each
+from tests.crossing import diagonal, one_for_each, table
 from tests.parity import building, family_building
-from tests.parity.kinds import KINDS, Kind
+from tests.parity.kinds import KINDS, Kind, algebra, peft_type
 from tests.tampering import edit_json, edit_tensors
 
 EXACT_TOLERANCE = 1e-5
@@ -56,12 +56,6 @@ class Converted:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return load_file(self.root / "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("convert")
 
 
 @pytest.fixture
@@ -298,6 +292,9 @@ EACH_WAY = named(
 )
 """Kinds that every transform is tried on; all others are tried on all transforms at once."""
 
+OF_THEIR_OWN = {"LoRA with rank_pattern and alpha_pattern", "VeLoRA", "MiCA"}
+"""Kinds whose fields of the config are changed in another way."""
+
 
 def assert_written_as_wanted(transform: str, config: Mapping[str, Any], model: Any) -> None:
     """Every layer has the scale and the rank that were asked for, and the targets are a list."""
@@ -325,7 +322,15 @@ def ways():
     ]
 
 
-@pytest.mark.parametrize(("kind", "model", "transform", "with_base"), ways())
+@pytest.mark.parametrize(
+    ("kind", "model", "transform", "with_base"),
+    one_for_each(
+        ways(),
+        lambda kind, model, *way: (algebra(kind, model), *way),
+        lambda kind, model, *_: (kind.setting, model),
+        lambda kind, _, *way: kind.name in OF_THEIR_OWN and (kind.name, *way),
+    ),
+)
 def test_an_exact_transform_answers_as_the_adapter_does(kind, model, transform, with_base, workshop, convert):
     case = building.case(workshop, kind, model, "float32")
     base = ("--base", case.base) if with_base or (kind.name, model) == FLAT else ()
@@ -337,7 +342,9 @@ def test_an_exact_transform_answers_as_the_adapter_does(kind, model, transform, 
     assert off_by(building.compute(ours, model), wanted) <= EXACT_TOLERANCE
 
 
-@pytest.mark.parametrize(("kind", "model"), cases(EXACT))
+@pytest.mark.parametrize(
+    ("kind", "model"), one_for_each(cases(EXACT), algebra, lambda kind, model: (kind.setting, model))
+)
 def test_a_converted_adapter_merges_to_what_the_adapter_merges_to(kind, model, workshop, convert, weights):
     case = building.case(workshop, kind, model, "float32")
     made = convert(case.adapter, *TRANSFORMS["all"], "--base", case.base)
@@ -349,7 +356,10 @@ def test_a_converted_adapter_merges_to_what_the_adapter_merges_to(kind, model, w
 
 
 @pytest.mark.parametrize(
-    ("kind", "model"), cases(kind for kind in EXACT if kind.peft_type == "LORA" and kind.name != "BD-LoRA")
+    ("kind", "model"),
+    one_for_each(
+        cases(kind for kind in EXACT if kind.peft_type == "LORA" and kind.name != "BD-LoRA"), algebra
+    ),
 )
 def test_targets_are_listed_without_changing_a_bit(kind, model, workshop, convert, weights):
     case = building.case(workshop, kind, model, "float32")
@@ -391,8 +401,14 @@ def test_the_truncated_base_of_kasa_is_not_forgotten(kind, workshop, refusal):
 
 @pytest.mark.parametrize(
     "kind",
-    [kind for kind in WITHOUT_FACTORS if kind.name != "trainable tokens alone"],
-    ids=lambda k: slug(k.name),
+    one_for_each(
+        [
+            pytest.param(kind, id=slug(kind.name))
+            for kind in WITHOUT_FACTORS
+            if kind.name != "trainable tokens alone"
+        ],
+        peft_type,
+    ),
 )
 def test_what_has_no_factors_says_that_it_may_be_made_a_lora(kind, workshop, refusal):
     if kind.needs:
@@ -437,9 +453,14 @@ SPELLINGS: Mapping[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("with_base", [False, True])
-@pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("transform", ["bake", "expand", "all"])
+@pytest.mark.parametrize(
+    ("spelling", "transform", "with_base"),
+    one_for_each(
+        table(SPELLINGS.keys(), ["bake", "expand", "all"], [False, True]),
+        lambda spelling, _, with_base: (spelling, with_base),
+        lambda _, transform, with_base: (transform, with_base),
+    ),
+)
 def test_a_listing_means_the_modules_that_were_meant(
     transform, spelling, with_base, trained, convert, answer
 ):
@@ -465,9 +486,10 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("fields", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("make", [twins.mlx, twins.swift])
+@pytest.mark.parametrize(
+    ("make", "fields", "transform"),
+    diagonal({"mlx": twins.mlx, "swift": twins.swift}, FORMATS, TRANSFORMS.keys()),
+)
 def test_other_formats_become_pefts_and_answer_alike(
     make, fields, transform, trained, convert, answer, tmp_path
 ):
@@ -569,9 +591,10 @@ ABOVE = {**REPLICATION, "layers_to_transform": [2, 3]}
 """The base has as many layers as these, under other numbers."""
 
 
-@pytest.mark.parametrize("with_base", [False, True])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("fields", [REPLICATION, ABOVE], ids=["all", "above"])
+@pytest.mark.parametrize(
+    ("transform", "fields", "with_base"),
+    diagonal(TRANSFORMS.keys(), {"all": REPLICATION, "above": ABOVE}, [False, True]),
+)
 def test_repeated_layers_have_adapters_of_their_own(fields, transform, with_base, trained, convert, answer):
     base, adapter = trained(**fields)
     made = convert(adapter, *TRANSFORMS[transform], *(("--base", base) if with_base else ()))
@@ -600,8 +623,7 @@ HALVED = named(
 )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("kind", "model"), cases(HALVED))
+@pytest.mark.parametrize(("kind", "model", "dtype"), diagonal(cases(HALVED), ["bfloat16", "float16"]))
 def test_what_a_smaller_dtype_loses_is_what_is_reported(kind, model, dtype, workshop, convert, weights):
     case = building.case(workshop, kind, model, "float32")
     made = convert(case.adapter, "--dtype", dtype)
@@ -695,8 +717,10 @@ LOWERED = named(
 )
 
 
-@pytest.mark.parametrize("options", [("--rank", "2"), ("--energy", "0.8")], ids=["rank", "energy"])
-@pytest.mark.parametrize(("kind", "model"), cases(LOWERED))
+@pytest.mark.parametrize(
+    ("kind", "model", "options"),
+    diagonal(cases(LOWERED), {"rank": ("--rank", "2"), "energy": ("--energy", "0.8")}),
+)
 def test_what_a_lower_rank_loses_is_what_is_reported(kind, model, options, workshop, convert, weights):
     case = building.case(workshop, kind, model, "float32")
     made = convert(case.adapter, *options, "--base", case.base)
@@ -776,6 +800,17 @@ def test_a_rank_to_pad_to_that_is_too_low_names_the_module(trained, cli, tmp_pat
 # Plain LoRA of any other kind.
 
 
+def full_rank(kind, model):
+    """Return what tells kinds apart; all that matters of other methods is the change that they make of a weight."""
+    return kind.peft_type if kind.group == "other PEFT methods" else algebra(kind, model)
+
+
+def place(kind, model):
+    """Return where a kind's changes are, and what a user has to say of its base."""
+    on_embedding = "embed_tokens" in kind.fields.get("target_modules", ())
+    return kind.group, model, kind.options, on_embedding
+
+
 @pytest.fixture
 def to_lora(workshop, convert):
     """Return a function (kind, model, keep) → base and adapter, and the plain LoRA that is made of them."""
@@ -790,7 +825,7 @@ def to_lora(workshop, convert):
     return make
 
 
-@pytest.mark.parametrize(("kind", "model"), cases(TO_LORA))
+@pytest.mark.parametrize(("kind", "model"), one_for_each(cases(TO_LORA), full_rank, place))
 def test_a_lora_of_full_rank_answers_as_any_other_kind_does(kind, model, to_lora):
     case, made = to_lora(kind, model, rank=1000)
     config = made.config
@@ -805,7 +840,7 @@ def test_a_lora_of_full_rank_answers_as_any_other_kind_does(kind, model, to_lora
     assert off_by(building.compute(loaded(case, made.root), model), wanted) <= FACTORISED_TOLERANCE
 
 
-@pytest.mark.parametrize(("kind", "model"), one_for_each(lambda kind, _: kind.peft_type, cases(TO_LORA)))
+@pytest.mark.parametrize(("kind", "model"), one_for_each(cases(TO_LORA), peft_type))
 def test_what_a_lora_of_lower_rank_loses_is_what_is_reported(kind, model, to_lora, weights):
     case, made = to_lora(kind, model, rank=3)
     loaded(case, made.root)

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from tests.crossing import diagonal, one_for_each
 from tests.parity import family_building as building
 from tests.parity.families import FAMILIES, Layout, cells
 
@@ -34,12 +35,6 @@ def families(*, old: bool = False):
         for family in FAMILIES
         if not old or "transformers 4" in family.namings()
     ]
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("families")
 
 
 def off_by(got, wanted):
@@ -70,7 +65,14 @@ def raw(tensor) -> bytes:
     )
 
 
-@pytest.mark.parametrize(("family", "naming", "layout"), matrix())
+@pytest.mark.parametrize(
+    ("family", "naming", "layout"),
+    one_for_each(
+        matrix(),
+        lambda family, *_: family.name,
+        lambda family, naming, layout: (family.structure(), naming, layout),
+    ),
+)
 def test_the_merged_checkpoint_computes_what_base_and_adapter_compute(
     family, naming, layout, workshop, merged, stored, record_property
 ):
@@ -96,7 +98,7 @@ def test_the_merged_checkpoint_computes_what_base_and_adapter_compute(
         assert after[name] != before[name], name
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", one_for_each(families(), lambda family: family.structure()))
 def test_the_parameters_of_the_oracle_compute_its_answer(family, workshop):
     # PEFT's forward pass does not merge, and the parameters come from PEFT's merge: two ways to one answer.
     trained = building.trained(workshop, family.name, "transformers 5")
@@ -104,7 +106,7 @@ def test_the_parameters_of_the_oracle_compute_its_answer(family, workshop):
     assert off_by(building.compute(model, family), trained.wanted) <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("family", families(old=True))
+@pytest.mark.parametrize("family", one_for_each(families(old=True), lambda family: family.structure()))
 def test_names_of_transformers_4_are_published_names_and_the_oracle_puts_their_changes_there(
     family, workshop, tmp_path
 ):
@@ -161,9 +163,10 @@ RECIPES = {
 """What PEFT's own conversion of such adapters gets wrong: the scale and the rank are those of each expert."""
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("layout", ["published", "in memory"])
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+@pytest.mark.parametrize(
+    ("recipe", "name", "layout"),
+    diagonal(RECIPES.keys(), ["Mixtral", "Qwen3-MoE"], ["published", "in memory"]),
+)
 def test_every_expert_has_its_own_rank_and_scale(name, layout, recipe, workshop, merged):
     family = building.by_name(name)
     trained = building.written(workshop, family, "transformers 4", RECIPES[recipe])
@@ -194,9 +197,10 @@ OLD_TARGETS = {
 """What people have always written; for stacked experts PEFT turns it into ``target_parameters`` without a path."""
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("layout", ["published", "in memory"])
-@pytest.mark.parametrize("name", OLD_TARGETS)
+@pytest.mark.parametrize(
+    ("name", "layout", "rslora"),
+    diagonal(OLD_TARGETS.keys(), ["published", "in memory"], [False, True]),
+)
 def test_targets_that_peft_turns_into_parameters(name, layout, rslora, workshop, merged):
     family = dataclasses.replace(building.by_name(name), modules=tuple(OLD_TARGETS[name]), parameters=())
     trained = building.trained_by_peft(workshop, family, building.Recipe(rslora=rslora))

@@ -15,7 +15,7 @@ from tests.conformance.test_checks import OPTIONS
 from tests.crossing import one_for_each
 from tests.parity import building as kinds_building
 from tests.parity import family_building as building
-from tests.parity.kinds import KINDS
+from tests.parity.kinds import KINDS, algebra, peft_type
 from tests.parity.test_families import matrix, slug
 from tests.tampering import edit_json, edit_tensors
 
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 UNROUNDED = {"Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V3", "GLM-4-MoE", "Granite-MoE", "OLMoE"} | {
     "Phi-3.5-MoE", "Jamba", "ERNIE 4.5 MoE", "DINOv2",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("forward")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +44,11 @@ def finding(proof, check):
 
 @pytest.mark.parametrize(
     ("family", "naming", "layout"),
-    one_for_each(lambda family, *_: family.name, matrix()),
+    one_for_each(
+        matrix(),
+        lambda family, naming, _: (family.structure(), naming),
+        lambda family, *_: family.inputs,
+    ),
 )
 def test_what_is_merged_right_passes_of_every_family(family, naming, layout, workshop, merged):
     base, trained = (
@@ -69,13 +67,14 @@ def test_what_is_merged_right_passes_of_every_family(family, naming, layout, wor
 @pytest.mark.parametrize(
     ("kind", "model", "dtype"),
     one_for_each(
-        lambda kind, model, _: (kind.peft_type, model),
         [
             pytest.param(kind, model, dtype, id=f"{slug(kind.name)}-{model}-{dtype}")
             for kind in KINDS
             for model in kind.models
             for dtype in ["bfloat16" if "bfloat16" in kind.dtypes and model == kind.models[0] else "float32"]
         ],
+        peft_type,
+        lambda kind, model, _: (kind.peft_type == "LORA") and algebra(kind, model),
     ),
 )
 def test_what_is_merged_right_passes_of_every_kind(kind, model, dtype, workshop, tmp_path):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.crossing import one_for_each
 from tests.parity import building
-from tests.parity.kinds import KINDS, Kind
+from tests.parity.kinds import KINDS, Kind, algebra
 
 # The same derivation as in test_lora.py: no inner dimension is larger than 256, at most some ten products lie
 # one after the other, and every one adds √n·2⁻²⁴ of its size. Where the merge forms a product of factors first
@@ -31,12 +32,6 @@ def cases(*dtypes, kinds=KINDS):
         for dtype in kind.dtypes
         if dtype in dtypes
     ]
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("kinds")
 
 
 @pytest.fixture
@@ -93,7 +88,15 @@ WRONG = tuple(kind for kind in KINDS if not kind.peft_merge_is_right)
 WHOLE = tuple(kind for kind in KINDS if kind.group == "whole parameters" and "LoRA" not in kind.name)
 
 
-@pytest.mark.parametrize(("kind", "model", "dtype"), cases("bfloat16", "float16", kinds=RIGHT))
+@pytest.mark.parametrize(
+    ("kind", "model", "dtype"),
+    one_for_each(
+        cases("bfloat16", "float16", kinds=RIGHT),
+        lambda kind, *_: kind.name,
+        lambda kind, model, _: algebra(kind, model),
+        lambda kind, _, dtype: (kind.peft_type, dtype),
+    ),
+)
 def test_every_tensor_has_the_bits_of_pefts_merge(kind, model, dtype, build, merged, merge_by_peft, stored):
     case = build(kind, model, dtype)
     wanted = merge_by_peft(case)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from tests.crossing import diagonal
 from tests.tampering import edit_json, edit_tensors
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -100,8 +101,7 @@ def test_the_merged_model_computes_what_base_and_adapter_compute(
     assert (got - wanted).abs().max() <= FLOAT32_TOLERANCE * largest
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("family", "fields"), CASES)
+@pytest.mark.parametrize(("family", "fields", "dtype"), diagonal(CASES, DTYPES))
 def test_every_tensor_has_the_bits_of_pefts_merge_or_of_the_base(
     family, fields, dtype, pico, pico_adapter, results, stored
 ):

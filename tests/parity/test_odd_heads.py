@@ -44,11 +44,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    return tmp_path_factory.mktemp("odd-heads")
-
-
 def trained(family, base, out, fields):
     """Train an adapter, and return what base and adapter compute unmerged."""
     from peft import LoraConfig, PeftModel, get_peft_model

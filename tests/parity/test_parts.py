@@ -36,11 +36,6 @@ def experts(layer):
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    return tmp_path_factory.mktemp("parts")
-
-
-@pytest.fixture(scope="session")
 def stacked(workshop):
     """A Qwen3-MoE whose experts are stacked, gate over up, as transformers 5 has them in memory."""
     return building.base(workshop, "qwen3_moe", "float32")

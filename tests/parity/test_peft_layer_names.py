@@ -22,11 +22,6 @@ CONTAINERS_TOO = r"^(language_model|vision_tower)(?!.*(lm_head|emb)).*(layers\.0
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    return tmp_path_factory.mktemp("peft-layer-names")
-
-
-@pytest.fixture(scope="session")
 def published(workshop):
     """A LLaVA under the names that it was published with."""
     root = workshop / "published"

@@ -56,12 +56,6 @@ CASES: dict[str, list[tuple[Kind, float]]] = {
 every_case = pytest.mark.parametrize("weighted", CASES.values(), ids=CASES.keys())
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("several")
-
-
 @pytest.fixture
 def merge(cli, tmp_path):
     """Return a function (base, arguments of ``--adapter``) → the directory that the command wrote."""

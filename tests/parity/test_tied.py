@@ -171,12 +171,6 @@ every_parting_case = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("tied")
-
-
 def tensors_of(adapter) -> Tensors:
     """Return the adapter's tensors."""
     from safetensors.torch import load_file

@@ -144,12 +144,6 @@ def off_by(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases are built."""
-    return tmp_path_factory.mktemp("vocabulary")
-
-
 @pytest.mark.parametrize("model", ["llama", "llama_tied", "gpt2"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_merged_model_has_the_tokens_that_were_added(way, model, workshop, merged, tmp_path):

@@ -22,12 +22,6 @@ from tests.parity.kinds import KINDS
 from tests.tampering import edit_json
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("joins")
-
-
 def joined(base, *adapters, **read) -> Joined:
     """Return adapters, each with the weight 1, on a base."""
     texts = InputTexts(tuple((str(adapter), 1.0) for adapter in adapters), str(base))

@@ -39,12 +39,6 @@ def test_a_plan_survives_json_and_pickling(family, max_shard_size, options, pico
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The directory in which bases and adapters are built."""
-    return tmp_path_factory.mktemp("plans")
-
-
 PLANNED = {
     "a LoRA on an embedding": ("llama", ["LoRA on an embedding"], {}, {"low_rank"}),
     "a DoRA": ("gpt2", ["DoRA on Conv1D"], {}, {"dora"}),

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quantised"
 NAMES = tuple(sorted(path.name for path in FIXTURES.iterdir() if path.is_dir()))
+ONE_OF_EACH = (
+    "awq-gemm", "bnb-fp4", "bnb-int8", "bnb-nf4-double", "ct-fp8-block", "ct-fp8-tensor", "ct-int3-asymmetric",
+    "ct-int4-act-order", "ct-mxfp4", "ct-mxfp8", "ct-nvfp4", "ct-two-schemes", "fp8-experts", "fp8-ragged", "fp8-ue8m0",
+    "gptoss-mxfp4", "gptq-2bit", "gptq-3bit", "gptq-4bit-act-order", "gptq-dynamic", "mlx-experts", "mlx-mxfp8", "mlx-nvfp4",
+    "modelopt-fp8", "modelopt-fp8-block", "modelopt-int4-awq", "modelopt-mxfp8", "modelopt-nvfp4", "torchao-fp8",
+    "torchao-int8",
+)  # fmt: skip
+"""Fixtures that together run every line and branch that all of them run: each codec of each method is among them."""
+
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = LINEAR[:4]
 EXPERTS = ("fp8-experts", "mlx-experts")

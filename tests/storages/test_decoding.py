@@ -7,7 +7,7 @@ import pytest
 from lora_merge.formats.weights import WeightReader, values_of
 from tests.storages.asking import ask
 from tests.storages.digesting import digest
-from tests.storages.reference import FIXTURES, NAMES, quantised_of, said
+from tests.storages.reference import FIXTURES, NAMES, ONE_OF_EACH, quantised_of, said
 
 each = pytest.mark.parametrize("name", NAMES)
 
@@ -75,3 +75,14 @@ def test_the_fixtures_cover_the_shapes_that_are_often_decoded_wrongly():
         weight.parts["absmax"].shape[0] % 256 for weight in quantised_of(FIXTURES / "bnb-nf4-double").values()
     }
     assert nested == {0, 128}
+
+
+def test_the_sample_has_every_codec_of_every_method():
+    def codecs(names):
+        return {
+            (name.partition("-")[0], weight.storage.codec)
+            for name in names
+            for weight in quantised_of(FIXTURES / name).values()
+        }
+
+    assert codecs(ONE_OF_EACH) == codecs(NAMES)

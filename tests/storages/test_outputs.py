@@ -11,9 +11,11 @@ import torch
 
 from lora_merge.cli import exits
 from lora_merge.merging.staged import Staged
+from tests.crossing import diagonal, only
 from tests.storages.reference import (
     FIXTURES,
     NAMES,
+    ONE_OF_EACH,
     SETTINGS,
     by_library,
     decoded,
@@ -26,7 +28,7 @@ from tests.storages.reference import (
 )
 from tests.tampering import to_pickles
 
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", only(ONE_OF_EACH, NAMES))
 CLOSE = 5e-6
 """Of float32 logits, of the largest: the order of sums differs."""
 
@@ -54,7 +56,7 @@ def has_settings(root):
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "mlx-experts"])
+@pytest.mark.parametrize("name", only(ONE_OF_EACH, [name for name in NAMES if name != "mlx-experts"]))
 def test_a_dense_output_computes_what_base_and_adapter_compute(name, case, cli, tmp_path):
     about, out = case(name), tmp_path / "out"
     run(cli, about, out, "--dtype", "float32")
@@ -192,16 +194,15 @@ def assert_excepted(name, base, out, modules):
         assert modules <= set(side["quantization"]["exclude_modules"])
 
 
-@pytest.mark.parametrize(
-    ("target", "dense"),
-    [("down_proj", ("down_proj",)), ("up_proj", ("gate_proj", "up_proj")), ("o_proj", ("o_proj",))],
-)
-@pytest.mark.parametrize("name", ["ct-nvfp4", "gptq-4bit", "bnb-nf4"])
-def test_what_engines_fuse_is_dense_together(name, target, dense, case, cli, tmp_path):
+FUSED = {"down_proj": ("down_proj",), "up_proj": ("gate_proj", "up_proj"), "o_proj": ("o_proj",)}
+
+
+@pytest.mark.parametrize(("name", "target"), diagonal(["ct-nvfp4", "gptq-4bit", "bnb-nf4"], FUSED.keys()))
+def test_what_engines_fuse_is_dense_together(name, target, case, cli, tmp_path):
     about, out = case(name, target_modules=[target]), tmp_path / "out"
     run(cli, about, out, "--out-storage", "mixed")
     left = quantised_of(about.base).keys() - quantised_of(out).keys()
-    assert {path.split(".")[-2] for path in left} == set(dense)
+    assert {path.split(".")[-2] for path in left} == set(FUSED[target])
 
 
 SAMPLE = (
@@ -212,11 +213,9 @@ SAMPLE = (
     "gptq-4bit-act-order",
     "mlx-3bit",
 )
-some = pytest.mark.parametrize("name", SAMPLE)
 
 
-@some
-@pytest.mark.parametrize("storage", ["dense", "mixed"])
+@pytest.mark.parametrize(("name", "storage"), diagonal(SAMPLE, ["dense", "mixed"]))
 def test_an_interrupted_merge_goes_on(name, storage, case, cli, tmp_path, monkeypatch):
     about = case(name, **touching(name))
     more = ("--out-storage", storage, "--resume")
@@ -230,7 +229,7 @@ def test_an_interrupted_merge_goes_on(name, storage, case, cli, tmp_path, monkey
     assert_same_weights(tmp_path / "whole", tmp_path / "out")
 
 
-@some
+@pytest.mark.parametrize("name", SAMPLE)
 def test_a_batch_writes_what_single_merges_write(name, case, cli, tmp_path):
     about = case(name, **touching(name))
     jobs = [
@@ -259,8 +258,7 @@ def assert_same_weights(one, other):
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("storage", ["dense", "mixed"])
-@pytest.mark.parametrize("name", ["gptq-4bit", "bnb-nf4-double"])
+@pytest.mark.parametrize(("name", "storage"), diagonal(["gptq-4bit", "bnb-nf4-double"], ["dense", "mixed"]))
 def test_a_pickled_base_gives_the_same_weights(name, storage, case, cli, tmp_path):
     about = case(name, **touching(name))
     pickled = tmp_path / "pickled"

@@ -12,11 +12,13 @@ import torch
 
 import lora_merge
 from lora_merge.core.weight import WEIGHT
+from tests.crossing import diagonal, only
 from tests.storages.asking import ask
 from tests.storages.making.models import VOCABULARY
 from tests.storages.reference import (
     FIXTURES,
     NAMES,
+    ONE_OF_EACH,
     by_library,
     decoded,
     everywhere,
@@ -33,8 +35,9 @@ from tests.tampering import edit_tensors
 if TYPE_CHECKING:
     from pathlib import Path
 
-each = pytest.mark.parametrize("name", NAMES)
-each_rounding = pytest.mark.parametrize("rounding", ["nearest", "adapter"])
+SAMPLE = only(ONE_OF_EACH, NAMES)
+each = pytest.mark.parametrize("name", SAMPLE)
+each_and_rounding = pytest.mark.parametrize(("name", "rounding"), diagonal(SAMPLE, ["nearest", "adapter"]))
 
 
 class Made(NamedTuple):
@@ -104,8 +107,7 @@ def changed(one, other):
     return {name for name in before if not same_bytes(before[name], after[name])}
 
 
-@each
-@each_rounding
+@each_and_rounding
 def test_only_codes_change_and_no_file_beside(name, rounding, made):
     about = made(name)
     out = about.outputs[rounding]
@@ -128,8 +130,7 @@ def test_only_codes_change_and_no_file_beside(name, rounding, made):
             assert (out / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@each
-@each_rounding
+@each_and_rounding
 def test_what_no_adapter_is_on_keeps_its_bytes(name, rounding, case, tmp_path):
     touched = "o_proj" if name == "gptoss-mxfp4" else "v_proj"
     if name == "gptoss-mxfp4":
@@ -142,8 +143,7 @@ def test_what_no_adapter_is_on_keeps_its_bytes(name, rounding, case, tmp_path):
     assert changed(about.base, out) <= codes_of(about.base, [touched])
 
 
-@each
-@each_rounding
+@each_and_rounding
 def test_a_change_of_zero_keeps_the_codes(name, rounding, case, tmp_path):
     """In one kind of modules, B is zero."""
     idle = "experts.base_layer" if name == "gptoss-mxfp4" else "v_proj"

@@ -16,6 +16,7 @@ import lora_merge
 from lora_merge.cli import exits
 from lora_merge.merging.staged import Staged
 from lora_merge.storage.journal import FILE as JOURNAL
+from tests.crossing import one_for_each
 from tests.storages import dense
 from tests.storages.quantising import SCHEMES
 from tests.storages.reference import decoded, same_bytes, tensors_of
@@ -65,9 +66,24 @@ OUTPUTS = (
     Output("gptoss-mxfp4", {"rounding": "adapter", "out_storage": "dense"}),
     Output("fp8-block", {"quantize": "int4-g32"}),
 )
-each = pytest.mark.parametrize("output", OUTPUTS, ids=str)
-every_second = pytest.mark.parametrize("output", OUTPUTS[::2], ids=str)
-every_third = pytest.mark.parametrize("output", OUTPUTS[::3], ids=str)
+
+
+def rows(outputs, *keys):
+    """Return outputs as rows; those with nothing new are marked."""
+    return one_for_each([pytest.param(output, id=str(output)) for output in outputs], *keys)
+
+
+def _base_and_scheme(output):
+    return output.base, output.options.get("quantize")
+
+
+def _way(output):
+    return tuple(sorted(output.options)), output.options.get("rounding")
+
+
+each = pytest.mark.parametrize("output", rows(OUTPUTS, _base_and_scheme, _way))
+every_second = pytest.mark.parametrize("output", rows(OUTPUTS[::2], lambda output: output.base, _way))
+every_third = pytest.mark.parametrize("output", rows(OUTPUTS[::3], _way))
 
 
 @pytest.fixture(scope="session")

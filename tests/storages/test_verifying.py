@@ -16,9 +16,9 @@ from lora_merge.core.plan import Merge
 from lora_merge.merging.staged import Staged
 from lora_merge.quantised.schemes import SCHEMES
 from lora_merge.rounding import bands
-from tests.crossing import one_for_each
+from tests.crossing import diagonal, only
 from tests.rounding import adapter_for, evidence_of
-from tests.storages.reference import FIXTURES, NAMES
+from tests.storages.reference import FIXTURES, NAMES, ONE_OF_EACH
 from tests.tampering import edit_json, edit_tensors
 
 ROUNDINGS = ("nearest", "adapter", "stochastic")
@@ -65,7 +65,7 @@ def test_verification_lets_values_move_as_far_as_the_rounding_says():
 
 
 # `adapter_for` changes the attention of gpt-oss alone, which is stored plain.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gptoss-mxfp4"])
+@pytest.mark.parametrize("name", only(ONE_OF_EACH, [name for name in NAMES if name != "gptoss-mxfp4"]))
 def test_every_storage_is_verified_on_its_own_scales(name, adapters, tmp_path):
     base = FIXTURES / name
     evidence = evidence_of(base, adapters(base), tmp_path / "out", out_storage="base")
@@ -77,8 +77,7 @@ def test_every_storage_is_verified_on_its_own_scales(name, adapters, tmp_path):
     assert list(CHECKS["recompute"](replace(evidence, level="sample"))) == []
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize(("name", "rounding"), diagonal(STORAGES, ["nearest", "stochastic"]))
 def test_other_roundings_are_verified_too(name, rounding, adapters, tmp_path):
     base = FIXTURES / name
     evidence = evidence_of(base, adapters(base), tmp_path / "out", out_storage="base", rounding=rounding)
@@ -93,18 +92,7 @@ def test_other_roundings_are_verified_too(name, rounding, adapters, tmp_path):
         }.get(rounding + other, found - {"wrong-value", "wrong-effect", "effect-lost"})
 
 
-@pytest.mark.parametrize(
-    ("scheme", "rounding"),
-    one_for_each(
-        lambda scheme, _: scheme,
-        [
-            pytest.param(scheme, rounding, id=f"{scheme}-{rounding}")
-            for n, scheme in enumerate(SCHEMES)
-            # Each scheme begins with another one.
-            for rounding in (*ROUNDINGS[n % 3 :], *ROUNDINGS[: n % 3])
-        ],
-    ),
-)
+@pytest.mark.parametrize(("scheme", "rounding"), diagonal(SCHEMES, ROUNDINGS))
 def test_every_scheme_is_verified(scheme, rounding, plain, adapters, tmp_path):
     evidence = evidence_of(plain, adapters(plain), tmp_path / "out", quantize=scheme, rounding=rounding)
     assert sum(not step.op.target.is_dense for step in merges(evidence)) == 7
@@ -161,8 +149,7 @@ def test_a_code_far_from_its_value_is_found_whatever_the_rounding(adapters, tmp_
     assert errors(evidence) == {"wrong-value"}
 
 
-@pytest.mark.parametrize("name", STORAGES)
-@pytest.mark.parametrize("rounding", ["nearest", "adapter"])
+@pytest.mark.parametrize(("name", "rounding"), diagonal(STORAGES, ["nearest", "adapter"]))
 def test_a_scale_that_changed_is_found(name, rounding, adapters, tmp_path):
     base = FIXTURES / name
     evidence = evidence_of(base, adapters(base), tmp_path / "out", out_storage="base", rounding=rounding)
