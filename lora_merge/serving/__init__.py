@@ -71,7 +71,7 @@ def report(
     # A statement about the file comes before those about its content.
     if engine.format == "gguf":
         sentence = (
-            "it is no GGUF file; llama.cpp's own converter makes one, and loses rsLoRA and alpha_pattern"
+            "it is not a GGUF file; llama.cpp's own converter writes one, but loses rsLoRA and alpha_pattern"
         )
         found.insert(
             0, Obstacle("format", "refused", sentence, commands.of(("rewrite",)), engine.ranks.source)
@@ -104,7 +104,7 @@ def family_issues(name: str, traits: Sequence[Trait], family: BaseFamily) -> lis
     if standing == "unknown":
         return [note("unknown-family", str(family), _not_known(engine, family))]
     if standing == "unstated":
-        sentence = f"was not checked: whether {engine.name} serves LoRA for its family; --base shows it"
+        sentence = f"not checked whether {engine.name} serves LoRA for its family: pass --base"
         return [note("unknown-family", "base", sentence)]
     return []
 
@@ -202,7 +202,7 @@ def _rank_obstacles(engine: Engine, rank: Trait, commands: _Commands) -> list[Ob
     if ranks.default and rank.value > ranks.default:
         # The smallest value of the option that suffices.
         value = next(value for value in ranks.allowed if value >= rank.value)
-        sentence = f"{rank.detail}: {engine.name} serves up to {ranks.default} unless it is told"
+        sentence = f"{rank.detail}: {engine.name} serves up to {ranks.default} by default"
         told = (f"{engine.name}'s {ranks.option} {value}", commands.convert(ranks.default), commands.merge)
         return [Obstacle("rank", "option", sentence, told, ranks.source)]
     return []

@@ -82,7 +82,7 @@ class Rule:
 NO_SUCH_MODULES = Rule(
     "experts-apart",
     "refused",
-    "has no modules of these names: only a copy of the model for 4-bit training has them",
+    "has no modules with these names, which exist only in a copy of the model for 4-bit training",
     "unsloth_zoo cc050d19 (2026), temporary_patches/gpt_oss.py, read",
 )
 """Applies to every engine, since each has the experts of the published model."""

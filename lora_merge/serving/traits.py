@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 TRAITS: Mapping[str, str] = {
     "rank": "the largest rank of a module",
     "ranks-differ": "modules of different ranks",
-    "kind": "a method that is no LoRA",
-    "format": "files that are not PEFT's",
+    "kind": "a method other than LoRA",
+    "format": "files in another format than PEFT's",
     "pickle": "weights in a pickle",
     "regex": "target_modules is a regular expression",
     "all-linear": "target_modules is all-linear",
@@ -32,20 +32,20 @@ TRAITS: Mapping[str, str] = {
     "excluded": "exclude_modules is set",
     "rslora": "rsLoRA: the scale is α/√r",
     "alphas-differ": "modules with different α (alpha_pattern)",
-    "some-layers": "modules that are adapted in some layers only",
-    "packed-parts": "some of q, k and v other than q with v, or up without gate",
+    "some-layers": "modules with LoRA in some layers only",
+    "packed-parts": "q, k and v without their partners (other than q with v), or up without gate",
     "packed": "q, k, v, gate or up",
     "language-model": "modules under language_model",
     "dora": "DoRA",
     "lora-bias": "a bias of lora_B",
     "bias": "trained biases",
-    "bias-said": "a configuration with biases, and no biases",
+    "bias-said": "a configuration with biases, but no stored biases",
     "modules-to-save": "whole modules (modules_to_save)",
-    "saved-embeddings": "embeddings saved along: copies of the base's, or trained ones",
+    "saved-embeddings": "saved embeddings: copies of the base's, or trained ones",
     "tokens": "trained tokens",
     "target-parameters": "LoRA on stacked experts",
-    "experts": "LoRA on experts one by one",
-    "experts-apart": "LoRA on modules of a copy that has stacked experts one by one",
+    "experts": "LoRA on separate experts",
+    "experts-apart": "LoRA on modules of a copy with separate experts",
     "some-experts": "LoRA on some experts, or some of their projections",
     "router": "LoRA on a router",
     "latent-query": "LoRA on q_a_proj of latent attention",
@@ -58,11 +58,11 @@ TRAITS: Mapping[str, str] = {
     "new-fields": "fields that PEFT 0.14 does not know",
     "initial": "an initialisation that changed the base",
     "replicated": "repeated layers",
-    "beside": "whole parameters in a file beside the adapter's",
+    "beside": "whole parameters in a second file",
     "added-tokens": "an added_tokens.json with ids that the base does not have",
     "tower": "LoRA on a vision or audio tower",
     "stacked-parts": "LoRA on one of the two stacked parameters of experts",
-    "modules": "the modules that are adapted",
+    "modules": "the modules with LoRA",
 }
 """Every trait, in words."""
 
@@ -101,7 +101,7 @@ class Trait:
     """The number, for ``rank``."""
 
     paths: tuple[str, ...] = ()
-    """For ``modules``: all modules except heads, embeddings and experts, which have traits of their own."""
+    """For ``modules``: all modules except heads, embeddings and experts, which have separate traits."""
 
 
 def traits_of(
@@ -197,7 +197,7 @@ def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
         # The config counts too: engines reserve memory for the rank that it names.
         largest = max({*found, *said})
         detail = (
-            f"rank {found[-1]}" if largest == found[-1] else f"rank {found[-1]}, and {largest} by the config"
+            f"rank {found[-1]}" if largest == found[-1] else f"rank {found[-1]}, but {largest} in the config"
         )
         yield Trait("rank", detail, largest)
     else:
@@ -206,7 +206,7 @@ def _of_ranks(adapter: Adapter) -> Iterator[Trait]:
         yield Trait("ranks-differ", f"ranks {', '.join(map(str, found))}")
     # An engine that reads r from the config expects another rank than the tensors have.
     elif adapter.kind == "LORA" and isinstance(own, int) and own != found[0]:
-        yield Trait("ranks-differ", f"rank {found[0]}, and r is {own}")
+        yield Trait("ranks-differ", f"rank {found[0]}, but r is {own}")
     alphas = set()
     for delta in adapter.deltas:
         if delta.facts.has_factors:
@@ -230,7 +230,7 @@ def _of_modules(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Tra
     # Without a base, layers above the last one in the adapter cannot be seen.
     n_lacking = n_layers - sum(own == everywhere for own in by_layer.values())
     if n_lacking and by_layer:
-        yield Trait("some-layers", f"{n_lacking} of {n_layers} layers lack some of the modules")
+        yield Trait("some-layers", f"{n_lacking} of {n_layers} layers have only some of the modules")
     elif not base_modules and adapter.config.get("layers_to_transform"):
         yield Trait("some-layers", "layers_to_transform is set")
     names = {module.rpartition(".")[2] for module in everywhere}
@@ -279,7 +279,7 @@ def _of_packed(modules: list[str]) -> Iterator[Trait]:
             part = own & set(group)
             if part and part not in (set(group), *_FILLED):
                 found = ", ".join(name for name in group if name in own)
-                yield Trait("packed-parts", f"{found} without the rest, in {parent}")
+                yield Trait("packed-parts", f"{found} without its partners, in {parent}")
                 return
 
 
@@ -305,7 +305,7 @@ def _of_experts(adapter: Adapter, modules: list[str]) -> Iterator[Trait]:
     numbers = {int(index) for own in found.values() for index, _ in own}
     # Three projections for each expert: gate, up and down.
     if any(len(own) != 3 * (max(numbers) + 1) for own in found.values()):
-        yield Trait("some-experts", "some experts, or some of their projections, are left out")
+        yield Trait("some-experts", "some experts, or some of their projections, are missing")
 
 
 def _of_whole(adapter: Adapter, unchanged: Collection[str]) -> Iterator[Trait]:
@@ -321,12 +321,12 @@ def _of_whole(adapter: Adapter, unchanged: Collection[str]) -> Iterator[Trait]:
     if "bias" in why:
         yield Trait("bias", f"bias is {quoted(kind)}")
     elif kind not in {None, "none"}:
-        yield Trait("bias-said", f"bias is {quoted(kind)}, and no bias is there")
+        yield Trait("bias-said", f"bias is {quoted(kind)}, but no bias is stored")
     whole = sorted({*why.get("module", ()), *why.get("", ())})
     if whole:
         yield Trait("modules-to-save", ", ".join(whole))
     if "embedding" in why:
-        yield Trait("saved-embeddings", f"{', '.join(sorted(set(why['embedding'])))} saved along")
+        yield Trait("saved-embeddings", f"{', '.join(sorted(set(why['embedding'])))} saved")
     if "saved" in why:
         yield Trait("beside", f"{len(why['saved'])} whole parameters")
 

@@ -43,7 +43,7 @@ VLLM = Engine(
         Rule(
             "saved-embeddings",
             "wrong",
-            "skips embeddings that are saved along, which is right for copies only",
+            "ignores saved embeddings, which is correct only if they equal the base's",
             f"{_RUN}: lora_model.py:246",
             ("without-copies",),
             by_base=True,
@@ -60,7 +60,7 @@ VLLM = Engine(
         Rule(
             "tokens",
             "refused",
-            "calls trained tokens an unsupported LoRA weight",
+            "refuses trained tokens as an unsupported LoRA weight",
             f"{_RUN}: utils.py:220",
             ("to-lora",),
         ),
@@ -89,7 +89,7 @@ VLLM = Engine(
         Rule(
             "target-parameters",
             "refused",
-            "takes experts one by one, and drops those of Mixtral without a word",
+            "expects separate experts, and drops those of Mixtral without an error",
             f"{_RUN}: model_manager.py:1264, mixtral.py:246",
             ("split-experts", "every-layer"),
             except_for=STACKED_EXPERTS,
@@ -104,7 +104,7 @@ VLLM = Engine(
         Rule(
             "experts",
             "option",
-            "takes stacked experts of this family unless it is told",
+            "expects stacked experts for this family by default",
             f"{_READ}: model_manager.py:145, utils.py:411",
             only_for=STACKED_EXPERTS,
             option="vLLM's --enable-mixed-moe-lora-format",
@@ -112,7 +112,7 @@ VLLM = Engine(
         Rule(
             "tower",
             "wrong",
-            "leaves a tower's LoRA out, or refuses it, unless --enable-tower-connector-lora is given and the class has that",
+            "ignores or refuses LoRA on a tower, unless --enable-tower-connector-lora is given and the class supports it",
             f"{_READ}: model_manager.py:240",
         ),
         Rule(
@@ -125,14 +125,14 @@ VLLM = Engine(
         Rule(
             "latent-kv",
             "wrong",
-            "ignores LoRA on kv_b_proj, which it absorbs into others",
+            "ignores LoRA on kv_b_proj, which it merges into other weights",
             f"{_RUN}: mla_attention.py:1248",
         ),
         Rule("convolution", "refused", "has LoRA for linear layers only", f"{_READ}: lora_model.py:246"),
         Rule(
             "beside",
             "wrong",
-            "reads the adapter's own file only",
+            "reads only the adapter's own weight file",
             f"{_READ}: lora_model.py:281",
             ("to-lora",),
         ),

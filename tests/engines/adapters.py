@@ -111,7 +111,7 @@ class Adapted:
 
 
 # What LMDeploy says.
-ONE_LETTER = _refused("KeyError")  # it takes a regex for a list of letters, and then lacks the modules
+ONE_LETTER = _refused("KeyError")  # it iterates over the characters of the regex, and then lacks the modules
 OTHER_SHAPE = _refused("must match the size of tensor b")
 NO_TEXT = _refused("AssertionError")
 NO_SUCH = _refused("KeyError")

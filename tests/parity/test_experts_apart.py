@@ -379,6 +379,6 @@ def test_experts_of_their_own_are_fused_and_no_engine_is_told_to_have_them(name,
     assert off_by(tmp_path / "out", family, wanted) < TOLERANCE
     for refused in (served, renamed, mlx):
         assert refused.exit_code == exits.PLAN, refused.output
-    assert "vLLM has no modules of these names" in served.stderr
+    assert "vLLM has no modules with these names" in served.stderr
     assert "--fuse-experts" in renamed.stderr
     assert "what mlx-lm calls the modules of this family is not known" in mlx.stderr
