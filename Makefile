@@ -48,6 +48,7 @@ measures: setup ## What the house is held to: sizes of files and functions, circ
 
 docs: setup ## Check that the generated pages are current (scripts/docs.py --write renews them)
 	$(BIN)/python scripts/docs.py --check
+	$(BIN)/python scripts/manpages.py --check
 
 site: setup ## Build the documentation as a website, into .site (no network, no warning allowed)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import manpages
 import request_types
 import supported
 from supported import row
@@ -232,6 +233,7 @@ def main() -> None:
         (DESIGN_PAGE, design()),
         (request_types.FOLDER / "request.py", request_types.request_module()),
         (request_types.FOLDER / "keywords.py", request_types.keywords_module()),
+        *manpages.pages().items(),
     ):
         if write:
             path.write_text(text, encoding="utf-8")

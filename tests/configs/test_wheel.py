@@ -36,7 +36,7 @@ def own_setuptools():
 def wheel(tmp_path_factory):
     """Return a wheel of the project, built from a copy of what belongs to it."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("lora_merge", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("lora_merge", "man", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     out = tmp_path_factory.mktemp("wheel")
@@ -73,9 +73,11 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
         (entries,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
 
     assert "lora_merge/py.typed" in names
-    assert {name.split("/")[0] for name in names} == {
-        "lora_merge",
-        wheel.name.rsplit("-", 3)[0] + ".dist-info",
+    own = wheel.name.rsplit("-", 3)[0]
+    assert {name.split("/")[0] for name in names} == {"lora_merge", f"{own}.dist-info", f"{own}.data"}
+    manuals = {path.name for path in (ROOT / "man").iterdir()}
+    assert {name for name in names if name.startswith(f"{own}.data/")} == {
+        f"{own}.data/data/share/man/man1/{name}" for name in manuals
     }
     assert any(name.endswith("LICENSE") for name in names)
     assert f"Version: {lora_merge.__version__}\n" in metadata
