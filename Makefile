@@ -10,7 +10,7 @@ LEAN    := .venv-lean
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers measures docs site test crossed fuzz values kills detection engines engines-table oracles bench rounding lean clean
+.PHONY: help setup demo check lint format type layers measures docs site test browser report-pictures crossed fuzz values kills detection engines engines-table oracles bench rounding lean clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -55,6 +55,12 @@ site: setup ## Build the documentation as a website, into .site (no network, no 
 
 test: setup ## The test suite, but for the other rows of crossed tables
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed"
+
+browser: setup ## Pages of --report in a real Chromium; says what is missing, and installs nothing
+	LORA_MERGE_BROWSER=needed $(BIN)/python -m pytest tests/browser
+
+report-pictures: setup ## Take the pictures of docs/report.md from real runs, in a real Chromium
+	$(BIN)/python scripts/report_pictures.py --write
 
 crossed: setup ## The other rows of crossed tables: kinds of adapters by models, dtypes and layouts
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m crossed

@@ -23,8 +23,11 @@ _WIDTH = 880
 _NARROWEST, _WIDEST = 10, 52
 """Pixels of a column."""
 
-_NUMBERED = 40
-"""Narrowest column in which cells show their values."""
+_DIGIT = 6.7
+"""Pixels of a character in a cell."""
+
+_CLOSE = 0.9
+"""Where a scale of shares that need a digit after the point begins."""
 
 _GAP = 2
 _LABEL = 30
@@ -83,7 +86,10 @@ class HeatMap:
 
     def short(self, value: float | None) -> str:
         """Return a value as a cell shows it."""
-        return f"{100 * value:.0f}" if self.is_share and value is not None else self.text(value)
+        if value is None or not self.is_share:
+            return self.text(value)
+        # Where all are close to 100 %, their differences are behind the point.
+        return f"{100 * value:.{int(self.low >= _CLOSE)}f}".removesuffix(".0")
 
     def step(self, cell: Cell) -> int | None:
         """Return the step of the colour scale that a cell is on, 0 to 9; None without a finite value."""
@@ -94,10 +100,11 @@ class HeatMap:
         """Pixels from one column to the next."""
         return int(min(max(_WIDTH / max(len(self.columns), 1), _NARROWEST), _WIDEST))
 
-    @property
+    @cached_property
     def has_numbers(self) -> bool:
         """True where cells are wide enough to show their values."""
-        return self.column_width >= _NUMBERED
+        longest = max((len(self.short(one.value)) for one in self.cells), default=0)
+        return self.column_width >= longest * _DIGIT + _GAP + 4
 
 
 def number_text(value: float) -> str:

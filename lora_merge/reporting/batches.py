@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Report, error
 from lora_merge.reporting.blocks import notices
 from lora_merge.reporting.data import batch_data
-from lora_merge.reporting.merges import charts_of, headline_of, inputs_of
-from lora_merge.reporting.origin import origin_of
+from lora_merge.reporting.maps import (
+    kept_chart,
+    kinds_table,
+    points_of_manifest,
+    points_of_survival,
+    size_chart,
+)
+from lora_merge.reporting.merges import inputs_of
+from lora_merge.reporting.origin import near, origin_of
 from lora_merge.reporting.page import (
     Command,
     Fact,
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from lora_merge.batches.reports import BatchReport, JobReport
     from lora_merge.conversion.lora import ConvertReport
     from lora_merge.core.report import Issue
+    from lora_merge.reporting.maps import Point
     from lora_merge.reporting.page import Block
 
 _STATES: Mapping[str, tuple[State, str]] = {
@@ -44,6 +52,8 @@ _STATES: Mapping[str, tuple[State, str]] = {
 
 _MOST_CELLS = 3000
 """Most modules whose maps a page shows; further jobs get their facts alone."""
+
+_NO_ROOM = "This page has no room for the maps of this job. lora-merge verify with --report shows them."
 
 _MOST_JOBS = 300
 """Most jobs with details of their own; the table has all of them."""
@@ -121,17 +131,17 @@ def _jobs(report: BatchReport) -> list[Block]:
     room = _MOST_CELLS
     for n, job in enumerate(report.jobs[:_MOST_JOBS]):
         state, word = _STATES[job.state]
-        n_cells = len(job.report.survival) if isinstance(job.report, Report) else 0
-        blocks = [notices((*_errors(job), *job.issues)), *_details(job, n, has_room=n_cells <= room)]
-        room -= n_cells if n_cells <= room else 0
+        facts, points = _content(job)
+        charts = _charts(points, f"job-{n}-") if len(points) <= room else [Remark(_NO_ROOM)]
+        room -= len(points) if len(points) <= room else 0
+        blocks = [notices((*_errors(job), *job.issues)), Facts(tuple(facts)), *charts]
         shown = tuple(one for one in blocks if getattr(one, "rows", True))
         found.append(Job(job.name, Mark(word, state), summary_of(job), shown))
     if left := len(report.jobs) - len(found):
-        found.append(
-            Remark(
-                f"{counted(left, 'more job')} in the table above; their details are in the data of this page."
-            )
+        sentence = (
+            f"The table above has {counted(left, 'more job')}; the details are in the data of this page."
         )
+        found.append(Remark(sentence))
     return found
 
 
@@ -141,26 +151,35 @@ def _errors(job: JobReport) -> list[Issue]:
     return [] if is_said or not job.message else [error(job.error, "", job.message, job.hint)]
 
 
-def _details(job: JobReport, n: int, *, has_room: bool) -> list[Block]:
-    if job.report is None:
-        return [Facts((Fact("output", job.out, is_code=True),))]
-    if not isinstance(job.report, Report):
-        return [Facts(tuple(_conversion(job.report)))]
-    merge = job.report
-    headline = headline_of(merge, origin_of("" if merge.dry_run else merge.out, merge.base))
-    blocks: list[Block] = [Facts((Fact("merge", headline), *inputs_of(merge)))]
-    if has_room:
-        return [*blocks, *charts_of(merge, f"job-{n}-")]
-    return [
-        *blocks,
-        Remark("This page has no room for the maps of this job: lora-merge verify with --report shows them."),
-    ]
+def _content(job: JobReport) -> tuple[list[Fact], list[Point]]:
+    """Return what a job did, and the changes of the modules in its output."""
+    if isinstance(job.report, Report):
+        merge = job.report
+        points = points_of_survival(merge.survival, merge.summary.module_ranks)
+        return [Fact("merge", merge.headline), *inputs_of(merge)], points
+    if job.report is not None:
+        return _conversion(job.report), []
+    out = [Fact("output", near(job.out), is_code=True)]
+    if job.state != "kept" or job.kind != "merge":
+        return out, []
+    # An earlier run made it, and its manifest says how.
+    origin = origin_of(job.out, "")
+    adapters = [Fact("adapter", one.path, is_code=True) for one in origin.adapters]
+    base = [Fact("base", origin.manifest.base.path, is_code=True)] if origin.manifest else []
+    return [Fact("merge", origin.headline(origin.change)), *base, *adapters, *out], points_of_manifest(
+        origin.table
+    )
+
+
+def _charts(points: Sequence[Point], prefix: str) -> list[Block]:
+    found = (kept_chart(points, f"{prefix}kept"), size_chart(points, f"{prefix}size"), kinds_table(points))
+    return [one for one in found if one is not None]
 
 
 def _conversion(report: ConvertReport) -> list[Fact]:
     return [
         Fact("adapter", report.source, is_code=True),
-        Fact("output", report.out, is_code=True),
+        Fact("output", near(report.out), is_code=True),
         Fact("format", report.format),
         Fact("modules", str(len(report.modules))),
         Fact("done", ", ".join(report.transforms) or "rewritten"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.reporting.names import method
+from lora_merge.peft_rules.method_names import method_name
 from lora_merge.reporting.origin import adapter_files
 from lora_merge.reporting.page import Bar, Fact, Facts, Notice, Notices, State, Table
 from lora_merge.words import alike, counted
@@ -96,7 +96,7 @@ def _settings(entry: Any) -> str:
     shown = [
         (name, config.get(key)) for name, key in (("r", "r"), ("α", "lora_alpha"), ("PEFT", "peft_version"))
     ]
-    parts = [method(kind), *(f"{name} {value}" for name, value in shown if value is not None)]
+    parts = [method_name(kind), *(f"{name} {value}" for name, value in shown if value is not None)]
     parts += ["rsLoRA"] if config.get("use_rslora") else []
     return ", ".join(filter(None, parts))
 

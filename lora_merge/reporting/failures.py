@@ -85,4 +85,5 @@ def _asked(subject: Subject) -> list[Fact]:
 def _each(issues: tuple[Issue, ...]) -> Table | None:
     """Return a table of single errors, where the messages show groups; None for a few."""
     rows = tuple((one.subject, one.sentence) for one in issues[:500])
-    return Table("Errors", ("Where", "What"), rows, code=frozenset({0})) if len(rows) > 3 else None
+    shown = Table("Errors", ("Where", "What"), rows, code=frozenset({0}), is_titled=True)
+    return shown if len(rows) > 3 else None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.peft_rules.method_names import method_name
 from lora_merge.reporting.blocks import notices, with_warnings, worst
 from lora_merge.reporting.data import inspection_data
 from lora_merge.reporting.maps import kinds_table, points_of_modules, rank_chart, size_chart
-from lora_merge.reporting.names import dtype, method, methods_text
+from lora_merge.reporting.names import dtype, methods_text
 from lora_merge.reporting.page import Command, Fact, Facts, Mark, Page, State, Table, section, sections
 from lora_merge.words import counted, size_text
 
@@ -75,7 +76,7 @@ def _facts(found: Inspection) -> list[Fact]:
     storages = "; ".join(f"{count} as {dtype(words)}" for words, count in found.storages.items())
     rows = [
         Fact("adapter", found.adapter, is_code=True),
-        Fact("method", f"{method(found.kind)} ({found.format} format)"),
+        Fact("method", f"{method_name(found.kind)} ({found.format} format)"),
         Fact("base", found.base, is_code=True),
         Fact("base's weights", storages),
         Fact("targets", found.targets),

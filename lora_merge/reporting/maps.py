@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.drawing.heat_map import Cell, HeatMap, number_text
 from lora_merge.inspection.plots.grid import arranged, folded, mean
-from lora_merge.reporting.names import method
+from lora_merge.peft_rules.method_names import method_name
 from lora_merge.reporting.page import Bar, Chart, Table
 from lora_merge.words import counted, listing
 
@@ -56,14 +57,22 @@ def _said(name: str, value: float | None, spec: str) -> str:
     return "" if value is None else f"{name} {value:{spec}}"
 
 
+_LAYER = re.compile(r"\.[0-9]+\.")
+
+
+def _ordered(points: Iterable[Point]) -> list[Point]:
+    """Return points by their paths, those outside of layers last."""
+    return sorted(points, key=lambda one: (_LAYER.search(one.path) is None, one.path))
+
+
 def points_of_survival(survival: Mapping[str, Survival], ranks: Mapping[str, int]) -> list[Point]:
-    """Return the points of a merge, in the order of their layers' numbers.
+    """Return the points of a merge.
 
     Args:
         survival: of the merged tensors, by name.
         ranks: by parameter.
     """
-    return [
+    return _ordered(
         Point(
             path=name.removesuffix(".weight"),
             rank=ranks.get(name),
@@ -72,15 +81,15 @@ def points_of_survival(survival: Mapping[str, Survival], ranks: Mapping[str, int
             effect=1 - one.effect_error / one.effect_norm if one.effect_norm > 0 else None,
             off=one.lost if one.delta_norm else None,
         )
-        for name, one in sorted(survival.items())
-    ]
+        for name, one in survival.items()
+    )
 
 
 def points_of_manifest(table: Mapping[str, Any]) -> list[Point]:
     """Return the points that a manifest recorded, by its JSON."""
     tensors = table.get("tensors")
     found = []
-    for name, entry in sorted(tensors.items()) if isinstance(tensors, dict) else ():
+    for name, entry in tensors.items() if isinstance(tensors, dict) else ():
         delta = entry.get("delta") if isinstance(entry, dict) else None
         if isinstance(delta, dict):
             norm, wrong = _number(delta, "effect_norm"), _number(delta, "effect_error")
@@ -93,17 +102,21 @@ def points_of_manifest(table: Mapping[str, Any]) -> list[Point]:
                     off=_number(delta, "lost_share"),
                 )
             )
-    return found
+    return _ordered(found)
 
 
 def points_of_modules(modules: Sequence[ModuleFacts]) -> list[Point]:
     """Return the points of an inspection."""
-    return [Point(one.path, method(one.kind), one.rank or None, one.relative) for one in modules]
+    return _ordered(Point(one.path, method_name(one.kind), one.rank or None, one.relative) for one in modules)
 
 
 def _number(table: Mapping[str, Any], key: str) -> float | None:
     value = table.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+_LOW_ENDS = (0.0, 0.5, 0.9, 0.99)
+"""Where a scale of shares may begin; it ends at 1."""
 
 
 def kept_chart(points: Sequence[Point], name: str) -> Chart | None:
@@ -120,8 +133,7 @@ def kept_chart(points: Sequence[Point], name: str) -> Chart | None:
         return None
     grid = arranged(points)
     values = [value for value in map(of, points) if value is not None and math.isfinite(value)]
-    low = min(values, default=0.0)
-    low = math.floor(min(low, 0.9) * 10) / 10 if low >= 0.5 else 0.0
+    low = max(end for end in _LOW_ENDS if end <= max(min(values, default=0.0), 0.0))
     return Chart(_map(name, quantity, grid, of, (low, 1.0), is_share=True), _explained(caption, grid))
 
 

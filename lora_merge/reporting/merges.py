@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.merging.survival import effect_error_of, kept_of
+from lora_merge.peft_rules.method_names import method_name
 from lora_merge.reporting.blocks import notices, provenance, times, with_warnings, worst
 from lora_merge.reporting.data import result_data
 from lora_merge.reporting.maps import kept_chart, kinds_table, noise_chart, points_of_survival, size_chart
-from lora_merge.reporting.names import method, methods_text
-from lora_merge.reporting.origin import Origin, near, origin_of
+from lora_merge.reporting.origin import near, origin_of
 from lora_merge.reporting.page import Command, Fact, Facts, Page, State, Table, section, sections
 from lora_merge.words import counted, size_text
 
 if TYPE_CHECKING:
     from lora_merge.core.report import Foreseen, Report, Summary
-    from lora_merge.reporting.page import Block, Section
+    from lora_merge.reporting.page import Section
 
 
 def merge_page(report: Report, command: str) -> Page:
@@ -25,7 +25,7 @@ def merge_page(report: Report, command: str) -> Page:
     facts, adapters, files = provenance(origin)
     return Page(
         kind="Plan of a merge" if report.dry_run else "Merge",
-        headline=headline_of(report, origin),
+        headline=report.headline or near(report.out),
         state=state,
         verdict=verdict,
         figures=figures_of(report),
@@ -39,13 +39,6 @@ def merge_page(report: Report, command: str) -> Page:
         ),
         data=result_data(report),
     )
-
-
-def headline_of(report: Report, origin: Origin) -> str:
-    """Return what was merged into what, in one line."""
-    change = methods_text(report.summary.kinds, report.summary.ranks)
-    n = len(report.adapters)
-    return origin.headline(f"{n} adapters ({change})" if n > 1 else change)
 
 
 def verdict_of(report: Report) -> tuple[State, str]:
@@ -104,7 +97,9 @@ def inputs_of(report: Report) -> list[Fact]:
         Fact("base", near(report.base), is_code=True),
         *(Fact("adapter", one, is_code=True) for one in report.adapters),
         *([Fact("output", near(report.out), is_code=True)] if report.out else []),
-        Fact("method", ", ".join(f"{method(kind)} × {n}" for kind, n in summary.kinds.items()) or "none"),
+        Fact(
+            "method", ", ".join(f"{method_name(kind)} × {n}" for kind, n in summary.kinds.items()) or "none"
+        ),
         *([Fact("rank", _counts(summary.ranks))] if summary.ranks else []),
         *([Fact("scale α/r", _counts(summary.scales))] if summary.scales else []),
         Fact("tensors", "; ".join(f"{n} {what} ({size_text(size)})" for what, n, size in counts if n)),
@@ -121,18 +116,6 @@ def _counts(counts: object) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} × {n}" for value, n in counts.items())
-
-
-def charts_of(report: Report, prefix: str = "") -> list[Block]:
-    """Return the maps and the table of a merge's modules.
-
-    Args:
-        report: of the merge.
-        prefix: of the maps' identifiers.
-    """
-    points = points_of_survival(report.survival, report.summary.module_ranks)
-    found = (kept_chart(points, f"{prefix}kept"), size_chart(points, f"{prefix}size"), kinds_table(points))
-    return [one for one in found if one is not None]
 
 
 def _changes(report: Report) -> list[Section | None]:

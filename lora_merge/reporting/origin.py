@@ -12,9 +12,10 @@ from typing import Any
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.errors import LoraMergeError
-from lora_merge.formats.manifest import Manifest, parse_manifest
+from lora_merge.formats.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.formats.side_files import MANIFEST_FILE
-from lora_merge.reporting.names import architecture, dtype, parameters
+from lora_merge.merging.headline import architecture, parameters_text
+from lora_merge.reporting.names import dtype, methods_text
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.user_paths import user_path
 from lora_merge.words import size_text
@@ -41,9 +42,8 @@ class Origin:
     @property
     def model(self) -> str:
         """Family and size of the model: ``"Llama 8B"``."""
-        classes = (self.base or self.output).get("architectures") or self.output.get("architectures")
-        name = architecture(str(classes[0])) if isinstance(classes, list) and classes else ""
-        return f"{name or 'model'} {parameters(self.n_parameters)}".strip()
+        size = parameters_text(self.n_parameters) if self.n_parameters else ""
+        return f"{architecture(self.base or self.output)} {size}".strip()
 
     @property
     def n_parameters(self) -> int:
@@ -70,6 +70,21 @@ class Origin:
             sizes[one.dtype] += prod(one.shape)
         return f"dense {dtype(sizes.most_common(1)[0][0])}" if sizes else ""
 
+    @property
+    def adapters(self) -> tuple[RecordedInput, ...]:
+        """The merged adapters, as the manifest recorded them."""
+        return self.manifest.adapters if self.manifest else ()
+
+    @property
+    def change(self) -> str:
+        """Methods and ranks of the merged adapters, by their configurations: ``"LoRA r16"``."""
+        entries = self.table.get("adapters", []) if self.manifest else []
+        configs = [entry.get("config") or {} for entry in entries]
+        kinds = ["DORA" if one.get("use_dora") else str(one.get("peft_type", "")) for one in configs]
+        ranks = [str(one["r"]) for one in configs if isinstance(one.get("r"), int)]
+        change = methods_text(filter(None, kinds), ranks)
+        return f"{len(configs)} adapters ({change})" if len(configs) > 1 else change
+
     def headline(self, change: str) -> str:
         """Return what was merged into what, in one line.
 
@@ -94,10 +109,12 @@ def origin_of(out: str, base: str) -> Origin:
 
     Args:
         out: directory of the output; empty for none.
-        base: directory of the base; empty for none.
+        base: directory of the base; empty for the one that the manifest names, if it is still there.
     """
     table = _read(out, MANIFEST_FILE)
-    return Origin(_read(out, CONFIG_FILE), _read(base, CONFIG_FILE), _manifest(table), table)
+    manifest = _manifest(table)
+    named = manifest.base.path if manifest and not manifest.base.hub else ""
+    return Origin(_read(out, CONFIG_FILE), _read(base or named, CONFIG_FILE), manifest, table)
 
 
 def adapter_files(path: str) -> list[str]:

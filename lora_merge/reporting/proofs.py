@@ -15,8 +15,7 @@ from lora_merge.reporting.maps import (
     points_of_manifest,
     size_chart,
 )
-from lora_merge.reporting.names import methods_text
-from lora_merge.reporting.origin import Origin, near, origin_of
+from lora_merge.reporting.origin import near, origin_of
 from lora_merge.reporting.page import Command, Fact, Facts, Mark, Page, State, Table, section, sections
 from lora_merge.words import counted
 
@@ -55,7 +54,7 @@ def proof_page(proof: Proof, command: str, *, failed: bool) -> Page:
     wrong = _wrong_modules(proof, points)
     return Page(
         kind="Verification",
-        headline=origin.headline(_methods(origin)) if origin.manifest else near(proof.out),
+        headline=proof.headline or near(proof.out),
         state=state,
         verdict=verdict,
         figures=_figures(proof),
@@ -78,15 +77,6 @@ def proof_page(proof: Proof, command: str, *, failed: bool) -> Page:
         ),
         data={"ok": not failed, **proof_data(proof)},
     )
-
-
-def _methods(origin: Origin) -> str:
-    """Return the methods of the merged adapters, by their configurations."""
-    configs = [entry.get("config") or {} for entry in origin.table.get("adapters", [])]
-    kinds = ["DORA" if one.get("use_dora") else str(one.get("peft_type", "")) for one in configs]
-    ranks = [str(one["r"]) for one in configs if isinstance(one.get("r"), int)]
-    change = methods_text(filter(None, kinds), ranks)
-    return f"{len(configs)} adapters ({change})" if len(configs) > 1 else change
 
 
 def _verdict(proof: Proof, *, failed: bool) -> tuple[State, str]:

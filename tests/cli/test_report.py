@@ -49,7 +49,7 @@ def test_the_page_of_a_merge_has_the_data_of_its_json(merged):
     assert data_of(page) == document
     text = text_of(page)
     assert "Llama" in text
-    assert "LoRA r4 → dense bf16" in text
+    assert f"<h1>{document['headline']}</h1>" in page.read_text()
     assert "Merged and verified: all checks passed." in text
     assert "low_rank" not in text
     assert f"--out {merged[0]}" in text
