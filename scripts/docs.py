@@ -1,6 +1,6 @@
 """Write the generated pages and types, or check that they are current.
 
-``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. The tables of adapters and of model
+``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. ``docs/api.md`` is made of the public functions. The tables of adapters and of model
 families in ``docs/supported.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
 and the one in ``docs/serving.md`` is the rules themselves. The tree in ``docs/design.md`` is made of the modules' docstrings;
 the types in ``lora_merge/requests`` are the table of options.
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import api_reference
 import manpages
 import request_types
 import supported
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI_PAGE = ROOT / "docs" / "cli.md"
+API_PAGE = ROOT / "docs" / "api.md"
 SUPPORTED_PAGE = ROOT / "docs" / "supported.md"
 SECURITY_PAGE = ROOT / "docs" / "security.md"
 SERVING_PAGE = ROOT / "docs" / "serving.md"
@@ -228,6 +230,7 @@ def main() -> None:
     for path, text in (
         (CLI_PAGE, cli_page()),
         (SUPPORTED_PAGE, supported_page()),
+        (API_PAGE, api_reference.api_page()),
         (SECURITY_PAGE, security()),
         (SERVING_PAGE, serving()),
         (DESIGN_PAGE, design()),

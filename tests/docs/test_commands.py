@@ -196,7 +196,14 @@ OTHER_TOOLS = {
 }  # fmt: skip
 """Options of engines and trainers that pages mention."""
 
-OF_SCRIPTS = {"docs/cli.md", "docs/performance.md", "docs/design.md", "docs/engines.md", "docs/extending.md"}
+OF_SCRIPTS = {
+    "docs/api.md",
+    "docs/cli.md",
+    "docs/performance.md",
+    "docs/design.md",
+    "docs/engines.md",
+    "docs/extending.md",
+}
 """Pages that mention options of this project's scripts."""
 
 
