@@ -19,7 +19,7 @@ from lora_merge.core.report import Issue, warning
 from lora_merge.core.work import Plain, largest_first
 from lora_merge.errors import CheckpointError
 from lora_merge.formats.manifest import Manifest, parse_manifest
-from lora_merge.formats.provenance import card_text
+from lora_merge.formats.model_card import card_text
 from lora_merge.formats.repo_files import CONVERSION_MANIFEST
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
@@ -207,7 +207,7 @@ class _Looked:
         )
 
     def _card(self) -> str:
-        return card_text(self._provenance(), self._plan)
+        return card_text(self._provenance(), self._plan, self._manifest.deltas())
 
     def _headers(self) -> Iterator[str]:
         """Yield weight files whose size or header differs from the plan."""

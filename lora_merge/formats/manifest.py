@@ -26,6 +26,14 @@ class RecordedDelta:
     """As `lora_merge.core.tensor.Survival.effect_norm`, and so the next; None where nothing is said."""
 
     effect_error: float | None = None
+    relative_norm: float | None = None
+    """‖Δ‖ / ‖W‖."""
+
+    lost_share: float | None = None
+    """‖Δ′ - Δ‖ / ‖Δ‖, with Δ′ the difference that is stored."""
+
+    kept_share: float | None = None
+    """⟨Δ′, Δ⟩ / ‖Δ‖²; None where values became the nearest number of a plain dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +96,18 @@ class Manifest:
     options: Mapping[str, Any]
     side_files: Mapping[str, RecordedFile]
     tensors: Mapping[str, RecordedTensor] = field(repr=False)
+
+    def deltas(self) -> dict[str, dict[str, float]]:
+        """Return what was recorded of each tensor's delta, as far as the model card repeats it."""
+        return {
+            name: {
+                key: value
+                for key in ("relative_norm", "lost_share", "kept_share")
+                if (value := getattr(tensor.delta, key)) is not None
+            }
+            for name, tensor in self.tensors.items()
+            if tensor.delta.relative_norm is not None and tensor.delta.lost_share is not None
+        }
 
     def survival(self, name: str) -> Survival | None:
         """Return what was recorded of a tensor's delta, as far as verification computes it again; None for nothing."""

@@ -14,7 +14,7 @@ from lora_merge.core.checkpoint import (
 )
 from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.formats.recognise import fault_of
-from lora_merge.formats.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
+from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.formats.trainer_files import LOAD_AFTER, sharded_state, trained_beside
 from lora_merge.formats.weight_files import adapter_entries
 from lora_merge.storage.small_files import read_json
@@ -36,7 +36,9 @@ MLX_WEIGHTS = "adapters.safetensors"
 CONVERSION_MANIFEST = "conversion.json"
 """Written by our conversion: what the adapter was made from, and how."""
 
-_ADAPTER_SMALL = frozenset({ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG, CONVERSION_MANIFEST})
+_ADAPTER_SMALL = frozenset(
+    {ADAPTER_CONFIG, TRAINING_ARGUMENTS, TRAINER_CONFIG, CONVERSION_MANIFEST, CARD_FILE}
+)
 VISION_WEIGHTS = "vit.safetensors"
 """A vision tower that ms-swift trained as a whole."""
 
@@ -70,7 +72,7 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
             f"{label}: has no weights that can be merged into{there}, expected {SAFETENSORS_FILE} or {INDEX_FILE}",
             hint=hint,
         )
-    small = frozenset(name for name in names if belongs_to_base(name) or name == MANIFEST_FILE)
+    small = frozenset(name for name in names if belongs_to_base(name) or name in {MANIFEST_FILE, CARD_FILE})
     # An index is small and names the weight files; a single weight file is fetched later.
     return small | {index} if index in {INDEX_FILE, PICKLED_INDEX_FILE} else small
 

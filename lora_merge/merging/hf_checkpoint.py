@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, patched_config
-from lora_merge.formats.provenance import Provenance, card_text, manifest_text
+from lora_merge.formats.model_card import card_text
+from lora_merge.formats.provenance import Provenance, delta_table, manifest_text
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.storage.digests import file_digest, text_digest
 from lora_merge.storage.small_files import read_json
@@ -60,9 +61,20 @@ def seal(
     # The manifest lists the digests of all files above, but not of the card, which is written after it is
     # made.
     manifest = manifest_text(provenance, plan, records, digests)
-    write(CARD_FILE, card_text(provenance, plan))
+    write(CARD_FILE, card_text(provenance, plan, _deltas(plan, records)))
     write(MANIFEST_FILE, manifest)
     return digests
+
+
+def _deltas(plan: MergePlan, records: Sequence[TensorRecord]) -> dict[str, dict[str, float]]:
+    """Return what the manifest says of deltas, by the tensor that each is in."""
+    survivals = {record.name: record.survival for record in records}
+    return {
+        slot.name: delta_table(step, survival)
+        for step in plan.steps
+        for slot in step.slots
+        if (survival := survivals[slot.name]) is not None
+    }
 
 
 def side_digest(plan: MergePlan, side_file: SideFile) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_merge._version import __version__
 from lora_merge.formats.provenance import Provenance
@@ -33,8 +33,17 @@ def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -
         out_name=Path(request.out).name,
         # In the order that manifests always had, so that the same request writes the same bytes.
         options=record_of(request),
+        base_card=planned.cards[0],
+        adapter_cards=planned.cards[1:],
+        architecture=_architecture(planned.checkpoint.config),
         versions=versions or _versions(),
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return first if isinstance(first, str) else ""
 
 
 def _versions() -> dict[str, str]:

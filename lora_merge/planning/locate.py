@@ -19,7 +19,7 @@ from lora_merge.formats.repo_files import (
     base_small,
     base_weights,
 )
-from lora_merge.formats.side_files import MANIFEST_FILE, belongs_to_adapter, belongs_to_base
+from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_adapter, belongs_to_base
 from lora_merge.formats.trainer_files import chosen, described, file_names, unread_files
 from lora_merge.planning.base_names import named_bases
 from lora_merge.storage.hub import Access, Repo, open_repo
@@ -148,7 +148,7 @@ def locate_adapter(
     small = adapter_small(str(found), known, elsewhere, formats)
     absent = frozenset(filter(belongs_to_adapter, repo.absent))
     # What is in the small files is checked before any weights are fetched.
-    root = repo.fetch(small - absent)
+    root = repo.fetch(small - absent - (repo.absent & {CARD_FILE}))
     weights = adapter_weights(known, formats, ignored) | repo.beside(EXTRA_FOLDER)
     copies = adapter_copies(known, ignored)
     # The listing suffices: a file that no reader would read is refused before it is fetched.
@@ -186,7 +186,7 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
     known = repo.names | repo.absent
     # Without its config.json nothing can be done, so that one is asked for and its error is raised.
     absent = frozenset(filter(belongs_to_base, repo.absent)) - {CONFIG_FILE}
-    root = repo.fetch(base_small(str(found), known) - absent - (repo.absent & {MANIFEST_FILE}))
+    root = repo.fetch(base_small(str(found), known) - absent - (repo.absent & {MANIFEST_FILE, CARD_FILE}))
     weights = base_weights(str(found), known, root)
     return Place(text, root, repo, weights, _absent_issues(str(found), absent))
 

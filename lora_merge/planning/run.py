@@ -14,6 +14,7 @@ from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import MergePlan
 from lora_merge.core.report import Issue, Observer, Silence, warning
 from lora_merge.errors import PlanError, RequestError
+from lora_merge.formats.front_matter import CardFacts, card_facts, card_issues
 from lora_merge.formats.model_config import read_config
 from lora_merge.formats.stored_weights import settings_files
 from lora_merge.planning import (
@@ -115,6 +116,9 @@ class Planned:
     inputs: Inputs
     """The files that planning read, and what it found in them."""
 
+    cards: tuple[CardFacts, ...]
+    """What the model cards say: the base's, then each adapter's."""
+
     @property
     def uses(self) -> tuple[AdapterUse, ...]:
         """The adapters, read from headers and small files."""
@@ -155,9 +159,11 @@ def plan_request(request: Request, watch: Observer) -> Planned:
     policy = _settings(Policy, request)
     plan = make_plan(found.joined, policy)
     doubts = (*found.doubts, *storage_doubts(found.base, found.adapters, found.joined))
-    issues = (*found.located, *_unused(policy), *doubts, *plan.issues)
+    # Prose that may be edited meanwhile, so it is not among the watched inputs.
+    cards = tuple(card_facts(place.root) for place in (found.base, *found.adapters))
+    issues = (*found.located, *_unused(policy), *doubts, *plan.issues, *card_issues(cards[0], cards[1:]))
     plan = replace(plan, issues=issues)
-    return Planned(request, plan, found.joined, found.base, found.adapters, found.inputs)
+    return Planned(request, plan, found.joined, found.base, found.adapters, found.inputs, cards)
 
 
 def _settings(kind: type[Settings], request: Request) -> Settings:

@@ -18,7 +18,8 @@ from lora_merge.core.checkpoint import Checkpoint, MergedBefore
 from lora_merge.core.shards import header_bytes
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.formats.manifest import merged_before, parse_manifest
-from lora_merge.formats.provenance import Provenance, card_text, manifest_text
+from lora_merge.formats.model_card import card_text
+from lora_merge.formats.provenance import Provenance, manifest_text
 from lora_merge.modeling.skeleton import build_skeleton
 from lora_merge.peft_rules.kinds import NATIVE
 from lora_merge.peft_rules.loose_ends import without_base
@@ -259,7 +260,7 @@ def manifest_written(data: bytes) -> None:
         for slot in step.slots
     ]
     root = place("written")
-    write_text(root / "README.md", card_text(provenance, plan))
+    write_text(root / "README.md", card_text(provenance, plan, {}))
     write_text(root / "merge_manifest.json", manifest_text(provenance, plan, records, {}))
     card = (root / "README.md").read_bytes().decode("utf-8")
     assert card.count("\n---\n") == 1

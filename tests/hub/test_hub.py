@@ -27,7 +27,7 @@ TOKEN = "hf_" + "secretword" * 3
 def base(pico, copied):
     """A base beside what people put into such repos."""
     root = copied(pico(), "base")
-    (root / "README.md").write_text("# a card\n")
+    (root / "README.md").write_text("---\nlicense: mit\n---\n# a card\n")
     (root / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     (root / "modeling_pico.py").write_text("# custom code\n")
     for name in (
@@ -53,9 +53,9 @@ def adapter(pico, pico_adapter, copied):
 
 BASE_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "modeling_pico.py", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja",
+    "tokenizer_config.json", "chat_template.jinja", "README.md",
 }  # fmt: skip
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
 def merged(cli, base, adapter, out):
@@ -95,6 +95,7 @@ def test_a_base_and_an_adapter_by_their_ids_merge_as_from_directories(
     assert recorded["adapters"][0]["commit"] == repos["org/adapter"].commits["main"]
     card = (out / "README.md").read_text()
     assert "base_model: org/base\n" in card
+    assert "adapters:\n- org/adapter\nlicense: mit\n" in card
     assert f"| base | `org/base`, commit `{commit}` |" in card
 
 

@@ -95,7 +95,13 @@ def test_a_card_has_no_more_keys_tags_links_or_cells_for_the_names_in_it(pico, p
 
     card = (out / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
-    assert yaml.safe_load(front).keys() == {"base_model", "base_model_relation", "library_name", "tags"}
+    assert yaml.safe_load(front).keys() == {
+        "base_model",
+        "base_model_relation",
+        "adapters",
+        "library_name",
+        "tags",
+    }
     outside = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "CODE", text)
     assert Tags(outside).found == []
     assert "](" not in outside
