@@ -88,27 +88,27 @@ def misfits(pairing: Pairing) -> list[Issue]:
     issues = []
     strange = sorted(after.keys() - before.keys())
     if strange:
-        where = f"in {tuned.root} and not in the base"
+        where = f"in {tuned.root}, but not in the base"
         sentence = of_several(len(strange), f"is {where}", f"are {where}")
         hint = "save both with the same release of transformers, or pass the base that was trained"
         issues.append(error("unexpected-tensor", strange[0], sentence, hint))
     for name in sorted(before.keys() & after.keys()):
         if before[name].shape != after[name].shape and not pairing.is_resized(name):
-            sentence = f"is {shape_text(after[name].shape)}, the base's is {shape_text(before[name].shape)}"
-            hint = "no adapter can resize a weight: pass the base that was trained"
+            sentence = f"has the shape {shape_text(after[name].shape)}, expected {shape_text(before[name].shape)} as in the base"
+            hint = "pass the base that was trained: an adapter cannot resize a weight"
             issues.append(error("shape-mismatch", name, sentence, hint))
         elif before[name].storage != after[name].storage and not (
             # Weights of two storages are compared as numbers.
             before[name].holds_floats and after[name].holds_floats
         ):
             one, other = describe(after[name].storage), describe(before[name].storage)
-            sentence = f"is stored as {one}, the base's as {other}; expected BF16, F16 or F32"
+            sentence = f"is stored as {one}, but the base has {other}; expected BF16, F16 or F32"
             issues.append(error("bad-dtype", name, sentence))
     issues += _otherwise_stored(pairing)
     missing = sorted(before.keys() - after.keys())
     # With other names on both sides, the error above says it already.
     if missing and not strange:
-        where = f"in the base and not in {tuned.root}: taken as unchanged"
+        where = f"in the base, but not in {tuned.root}: treated as unchanged"
         sentence = of_several(len(missing), f"is {where}", f"are {where}")
         issues.append(warning("missing-tensor", missing[0], sentence))
     return issues
@@ -127,8 +127,8 @@ def _otherwise_stored(pairing: Pairing) -> list[Issue]:
         f"{describe(one)} in the base and {describe(two)} in the tuned model" for one, two in odd
     )
     sentence = (
-        f"{counted(len(odd), 'weight')} stored otherwise in the two models ({listing(list(kinds))}): "
-        "the difference of the decoded values is taken, with the rounding of both"
+        f"the two models store {counted(len(odd), 'weight')} differently ({listing(list(kinds))}); "
+        "the LoRA is made from the decoded values, which include the rounding of both"
     )
     return [note("storage", "", sentence)]
 
@@ -170,35 +170,35 @@ def extracted(
     elif rest:
         found.issues += _left_out(rest, pairing)
     if not found.modules:
-        sentence = "differs from the base in no module that LoRA could hold"
+        sentence = "no module that LoRA can change differs from the base"
         found.issues.append(error("empty", pairing.tuned.root, sentence))
     return found
 
 
 def _resized_target(name: str, pairing: Pairing) -> Issue:
     before, after = pairing.before[name].shape[0], pairing.after[name].shape[0]
-    sentence = f"has {after} rows, the base's has {before}, and LoRA cannot resize a weight"
-    hint = (
-        "leave it out of --target, and pass --save-modules to carry it whole; or pass a base that was resized"
-    )
+    sentence = f"has {after} rows, expected {before} as in the base: LoRA cannot resize a weight"
+    hint = "leave it out of --target and pass --save-modules to save it whole, or pass a resized base"
     return error("unsupported", name, sentence, hint)
 
 
 def _left_out(names: list[str], pairing: Pairing) -> list[Issue]:
     """Return a warning for the changes that are lost, and one for each resized embedding."""
-    hint = "--save-modules carries them whole"
+    hint = "pass --save-modules to save them whole"
     resized = [name for name in names if pairing.is_resized(name)]
     others = [name for name in names if name not in resized]
     issues = []
     if resized:
         before, after = (refs[resized[0]].shape[0] for refs in (pairing.before, pairing.after))
         sentence = (
-            f"has {after} rows in the tuned model and {before} in the base: it is left out, and what was learnt of "
+            f"has {after} rows in the tuned model, but {before} in the base; it is left out, so the training of "
             "added tokens is lost"
         )
         issues += [warning("left-out", name, sentence, hint) for name in resized]
     if others:
-        lost = "changed, and LoRA on the chosen modules does not hold this: it is lost"
+        lost = (
+            "changed by the training, but LoRA on the chosen modules cannot express it: this change is lost"
+        )
         sentence = of_several(len(others), lost, lost)
         issues.append(warning("left-out", others[0], sentence, hint))
     return issues
@@ -259,7 +259,7 @@ def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
     is_bias |= dict.fromkeys(ends, False)
     adapted = {module.owner for module in found.modules}
     modules = {name.rpartition(".")[0] for name in is_bias if not is_bias[name]} - adapted
-    sentence = "changed, and its module has LoRA on another parameter: it cannot be carried whole too"
+    sentence = "changed, but cannot be saved whole: its module has LoRA on another parameter"
     found.issues += [
         error("unsupported", name, sentence)
         for name in is_bias
@@ -284,8 +284,8 @@ def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
     if resized:
         rows = after[resized[0]].shape[0]
         sentence = (
-            f"is carried whole with its {rows} rows, and the base has {before[resized[0]].shape[0]}; "
-            f"PEFT loads the adapter after model.resize_token_embeddings({rows}), lora-merge as it is"
+            f"is saved whole with {rows} rows, but the base has {before[resized[0]].shape[0]}; call "
+            f"model.resize_token_embeddings({rows}) before PEFT loads the adapter (lora-merge needs nothing)"
         )
         found.issues.append(note("resized", resized[0], sentence))
 

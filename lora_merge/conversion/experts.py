@@ -34,8 +34,8 @@ def split(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
         if len(module.shape) == 2:
             found.append(_by_module(module, own, joined))
         elif any(delta.facts.is_stacked or delta.region.box or not delta.part for delta in own):
-            sentence = "is stored in the base as one tensor, so that its experts have no names of their own"
-            hint = "pass a --base that stores them one by one, as it was published"
+            sentence = "is one tensor in the base, so its experts do not have separate names"
+            hint = "pass a --base that stores each expert separately, as published"
             issues.append(error("unsupported", module.path, sentence, hint))
         else:
             found += (_expert(module, delta) for delta in own)
@@ -72,9 +72,7 @@ def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
     """
     conversion = joined.stored.conversion
     if conversion is None:
-        sentence = (
-            "transformers has no class for this model, so what its experts would be stacked to is unknown"
-        )
+        sentence = "transformers has no class for this model, so the layout of stacked experts is unknown"
         return list(modules), [error("unsupported", joined.base.root, sentence)]
     found: list[LoraModule] = []
     gathered: dict[str, list[Placed]] = {}
@@ -91,8 +89,10 @@ def fused(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraModul
         if parts is None:
             found.append(module)
         elif module.kept:
-            sentence = "has DoRA or a bias, which LoRA on stacked experts cannot have"
-            issues.append(error("unsupported", module.path, sentence, "--to-lora makes plain LoRA of it"))
+            sentence = "has DoRA or a bias, which LoRA on stacked experts cannot express"
+            issues.append(
+                error("unsupported", module.path, sentence, "pass --to-lora to convert it to plain LoRA")
+            )
         else:
             names.add(module.path.rpartition(".")[2])
             for parameter, placed in parts.items():
@@ -143,7 +143,7 @@ def _parts(module: LoraModule, conversion: Conversion) -> dict[str, Placed] | No
     if pattern is None or module.form != "linear" or shape is None or len(shape) != 3:
         return None
     if not isinstance(module.origin, Given):
-        raise ConversionError("has no factors of its own yet: make plain LoRA of it first, and stack that")
+        raise ConversionError("has no factors yet: convert it to plain LoRA first, then stack that")
     pieces = conversion.parts_of(f"{module.path}.weight", module.shape)
     return {target: _placed(module.origin.delta, one) for target, (one,) in pieces.items()}
 

@@ -55,9 +55,13 @@ def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None
     """
     watch, clock = observer or Silence(), Clock()
     if request.rank is None and request.energy is None:
-        hint = "for example --rank 32, or --energy 0.9"
+        hint = "pass for example --rank 32, or --energy 0.9"
         raise RequestError(
-            "", 0, "rank", "is missing, and so is energy: how much of each change is kept?", hint=hint
+            "",
+            0,
+            "rank",
+            "neither rank nor energy is given, expected how much of each change to keep",
+            hint=hint,
         )
     with clock("plan"), translate_out_of_memory("planning"), watching() as seen:
         job = _plan(request, watch)

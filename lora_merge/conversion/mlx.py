@@ -24,7 +24,7 @@ def for_mlx(modules: Sequence[LoraModule], joined: Joined) -> tuple[list[LoraMod
     family = family_of(joined.base.config)
     if family is None:
         model_type = str(joined.base.config.get("model_type"))
-        sentence = f"is {quoted(model_type)}, and what mlx-lm calls the modules of this family is not known"
+        sentence = f"is {quoted(model_type)}, a family whose module names in mlx-lm are not known"
         return list(modules), [error("unsupported", "model_type", sentence, _MERGE)]
     found, issues = _tied(modules, family, joined)
     named: list[LoraModule] = []
@@ -77,7 +77,7 @@ def _tied(
 
 
 def _one_end(path: str) -> Issue:
-    sentence = "is one end of tied embeddings, and mlx-lm uses the factors of an embedding at both ends"
+    sentence = "is one end of tied embeddings, but mlx-lm would use its factors at both ends"
     return error("unsupported", path, sentence, _MERGE)
 
 

@@ -83,19 +83,19 @@ def _named(name: str, naming: Naming, stored: Stored) -> str | None:
 
 
 def _of_a_copy(module: LoraModule) -> Issue:
-    sentence = "is a module in a copy of the model for 4-bit training, and part of a larger parameter in transformers"
+    sentence = "is a module of a copy for 4-bit training, but part of a larger parameter in transformers"
     return error("unsupported", module.path, sentence, "add --fuse-experts")
 
 
 def _no_name(module: LoraModule, naming: Naming, stored: Stored) -> Issue:
     assert stored.conversion is not None
-    release = "5 has it as a part of a larger parameter" if naming == "v5" else "4 has it in parts"
+    release = "5 stores it inside a larger parameter" if naming == "v5" else "4 stores it in parts"
     canonical, _ = stored.conversion.canonical(f"{module.path}.weight")
     if module.form == "experts" or len(stored.conversion.shape(canonical) or ()) == 3:
         hint = f"add {'--fuse-experts' if naming == 'v5' else '--split-experts'}"
     else:
-        release, hint = f"{naming[1:]} has it joined with others, or in parts", "leave its names as they are"
-    return error("unsupported", module.path, f"has no name of its own: transformers {release}", hint)
+        release, hint = f"{naming[1:]} stores it joined with others, or in parts", "leave out --rename"
+    return error("unsupported", module.path, f"does not have a separate name: transformers {release}", hint)
 
 
 def filled(modules: Sequence[LoraModule], joined: Joined, recipe: Recipe) -> list[LoraModule]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MERGE = "merge it: lora-merge --base BASE --adapter ADAPTER --out OUT"
 """Hint for a change that no adapter in the wanted form can hold."""
 
-_TO_LORA = "--to-lora with --rank N or --energy SHARE makes plain LoRA of it, as near as that comes"
+_TO_LORA = "pass --to-lora with --rank N or --energy SHARE for the closest plain LoRA"
 
 
 _PLAIN_NAME = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.[^.]+|model\.embed_tokens|lm_head")
@@ -110,7 +110,7 @@ def draft(adapter: Adapter, recipe: Recipe, joined: Joined | None) -> Draft:
         found.modules.sort(key=lambda module: _natural(module.path))
     if not found.modules and not found.issues:
         found.issues.append(
-            error("empty", adapter.root, "has no module that LoRA could be written for", MERGE)
+            error("empty", adapter.root, "has no module that a LoRA can be written for", MERGE)
         )
     return Draft(tuple(found.modules), found.whole, tuple(found.issues))
 
@@ -163,7 +163,7 @@ class _Drafting:
             sentence = "is LoRA on nn.MultiheadAttention, whose output projection PEFT changes twice"
             return [error("unsupported", adapter.root, sentence, MERGE)]
         if adapter.config.get("layer_replication") and (recipe.is_renamed or recipe.format != "peft"):
-            sentence = "repeats layers of the base, under whose names nothing else can be written"
+            sentence = "repeats layers of the base, which other names or formats cannot express"
             return [error("unsupported", "layer_replication", sentence, MERGE)]
         if recipe.to_lora:
             return []
@@ -176,8 +176,8 @@ class _Drafting:
             return []
         sentence = of_several(
             len(beside),
-            "is a whole parameter in a file beside the adapter's",
-            "are whole parameters in a file beside the adapter's",
+            "is a whole parameter in a second file of the adapter",
+            "are whole parameters in a second file of the adapter",
         )
         return [error("unsupported", min(beside), sentence, MERGE)]
 
@@ -188,10 +188,10 @@ class _Drafting:
         init = "KaSA" if kasa else mutating_init(adapter.config)
         if init is not None and (kasa or recipe.is_rescaled or recipe.is_renamed):
             sentence = f"{init} changed the base before training, by factors of this rank and scale"
-            hint = f"{_TO_LORA}; --base-is says what the base is"
+            hint = f"{_TO_LORA}, and --base-is to say which base it is"
             return [error("unsupported", "init_lora_weights", sentence, hint)]
         if adapter.peft_layers and init is None:
-            sentence = f"a {adapter.kind} adapter has no factors of LoRA"
+            sentence = f"a {adapter.kind} adapter has no LoRA factors"
             return [error("unsupported", "peft_type", sentence, _TO_LORA)]
         return []
 
@@ -266,14 +266,12 @@ class _Drafting:
                     self.found.whole[ref.name] = ref
         if self._recipe.format != "peft" and self.found.whole:
             name = min(self.found.whole)
-            sentence = f"is carried whole, which an adapter in the format {self._recipe.format} cannot do"
+            sentence = f"is saved whole, which the format {self._recipe.format} cannot hold"
             self.found.issues.append(error("unsupported", name, sentence, _TO_LORA))
         for module in self.found.modules:
             if self._recipe.format != "peft" and module.kept:
                 what = "DoRA" if "lora_magnitude_vector" in module.kept else "a bias of lora_B"
-                sentence = (
-                    f"has {what}, which an adapter in the format {self._recipe.format} cannot hold here"
-                )
+                sentence = f"has {what}, which the format {self._recipe.format} cannot hold here"
                 self.found.issues.append(error("unsupported", module.path, sentence, _TO_LORA))
 
     def _stack(self) -> None:
@@ -330,11 +328,11 @@ class _Drafting:
         module, _, parameter = target.rpartition(".")
         # A decomposition needs the whole matrix of a module.
         if any(delta.region.box or delta.part for delta in deltas):
-            sentence = "is stored in parts, or as a part, and is no plain LoRA"
+            sentence = "is stored in parts, or as a part, and is not plain LoRA"
             self.found.issues.append(error("unsupported", target, sentence, MERGE))
             return
         if parameter != "weight" or len(stored) < 2:
-            sentence = f"is changed, {shape_text(stored)}, and LoRA changes matrices only"
+            sentence = f"has the shape {shape_text(stored)} and is changed, but LoRA can change matrices only"
             self.found.issues.append(error("unsupported", target, sentence, MERGE))
             return
         is_embedding = self._is_input(module)
@@ -342,20 +340,20 @@ class _Drafting:
         shape = stored[::-1] if turned else stored
         form: Form = "embedding" if is_embedding else "convolution" if len(shape) > 2 else "linear"
         if form == "convolution" and self._joined is not None and self._joined.is_grouped(module):
-            sentence = "is a convolution in groups, of which no LoRA is a change of a low rank"
+            sentence = "is a grouped convolution, and grouped convolutions cannot be expressed as a LoRA"
             self.found.issues.append(error("unsupported", target, sentence, MERGE))
             return
         if is_new:
             assert self._joined is not None
             before, after = self._joined.before(step.name), step.source
             if before is None or before.shape != after.shape:
-                found = f"the base's is {shape_text(before.shape)}" if before else "the base has none"
+                found = f"the base has {shape_text(before.shape)}" if before else "the base does not have it"
                 verb = "resize a weight" if before else "add a weight"
-                sentence = f"is {shape_text(after.shape)}, and {found}: LoRA cannot {verb}"
+                sentence = f"has the shape {shape_text(after.shape)}, but {found}: LoRA cannot {verb}"
                 self.found.issues.append(error("unsupported", target, sentence, MERGE))
                 return
             if deltas:
-                sentence = "is replaced as a whole and changed besides"
+                sentence = "is replaced as a whole, and also changed by a delta"
                 self.found.issues.append(error("unsupported", target, sentence, MERGE))
                 return
             self._add(LoraModule(module, form, Difference(before, after, turned), shape, 0))

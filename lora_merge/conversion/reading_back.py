@@ -74,7 +74,7 @@ def read_back(root: Path, lora: Lora, on_base: OnBase | None) -> Verdict:
         issues += found.issues or _differences(lora, {one.path: one for one in found.modules})
         missing = lora.whole.keys() - found.whole.keys()
         issues += [
-            error("missing", name, "was to be carried along, and is not in the output")
+            error("missing", name, "is missing in the output, which must contain it whole")
             for name in sorted(missing)
         ]
     return Verdict("full", len(lora.made), 0, tuple(issues))
@@ -87,7 +87,7 @@ def _differences(lora: Lora, modules: Mapping[str, LoraModule]) -> list[Issue]:
     for made in lora.made:
         path = made.module.path
         if path not in modules:
-            issues.append(error("missing", path, "was made, and is not in the output"))
+            issues.append(error("missing", path, "is missing in the output"))
             continue
         wanted = Pair(load(made.a), load(made.b), made.scale)
         got, _ = maker(modules[path])
@@ -96,8 +96,8 @@ def _differences(lora: Lora, modules: Mapping[str, LoraModule]) -> list[Issue]:
             continue
         off = wanted.distance(got)
         if off > _TOLERANCE * wanted.norm():
-            sentence = f"differs from what was made by {off / (wanted.norm() or 1):.2g} of its size"
+            sentence = f"has changed on the disk, by {off / (wanted.norm() or 1):.2g} of its size"
             issues.append(error("differs", path, sentence))
     surplus = sorted(modules.keys() - {made.module.path for made in lora.made})
-    issues += [error("surplus", path, "is in the output, and was not made") for path in surplus]
+    issues += [error("surplus", path, "is in the output, but was not converted") for path in surplus]
     return issues

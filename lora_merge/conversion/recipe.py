@@ -42,8 +42,8 @@ def recipe_of(request: ConvertRequest, adapter: Adapter, joined: Joined | None =
         needs = needs_of(request.serving, *seen_by_engines(adapter, joined))
         engine = ENGINES[request.serving]
         if kind not in {"peft", engine.format}:
-            sentence = f"is {kind}, and {engine.name} reads {engine.format}"
-            raise RequestError("", 0, "format", sentence, hint="leave one of the two out")
+            sentence = f"is {kind}, but {engine.name} reads {engine.format}"
+            raise RequestError("", 0, "format", sentence, hint="leave out --format or --for")
         kind = engine.format
         allowed = engine.ranks.allowed if engine.ranks.by_padding else ()
     is_foreign = adapter.format == "mlx"
@@ -84,7 +84,9 @@ def unsaid(modules: Sequence[LoraModule], recipe: Recipe) -> list[Issue]:
         return []
     sentence = of_several(
         len(unfactored),
-        "has no factors, and LoRA of a lower rank is not all of its change",
-        "have no factors, and LoRA of a lower rank is not all of their change",
+        "has no factors, so LoRA of a lower rank can only approximate its change",
+        "have no factors, so LoRA of a lower rank can only approximate their change",
     )
-    return [error("no-rank", unfactored[0], sentence, "say how much to keep: --rank N or --energy SHARE")]
+    return [
+        error("no-rank", unfactored[0], sentence, "pass --rank N or --energy SHARE to say how much to keep")
+    ]

@@ -110,8 +110,8 @@ def _check(job: Conversion, lora: Lora, stage: staging.Stage) -> None:
         raise_unconvertible(_left_for(job, stage.output))
         if stage.folder.listing() == before:
             return
-    hint = "run again when nothing else writes to it"
-    raise WriteError(f"{stage.output}: changed while it was read back", hint=hint)
+    hint = "run again while no other program writes to it"
+    raise WriteError(f"{stage.output}: changed while it was being read back", hint=hint)
 
 
 def _kept_ranks(recipe: Recipe, lora: Lora) -> list[Issue]:
@@ -120,8 +120,8 @@ def _kept_ranks(recipe: Recipe, lora: Lora) -> list[Issue]:
     largest = max((one.rank for one in lora.made), default=0)
     if wanted is None or not 0 < largest < wanted or not all(one.module.is_exact for one in lora.made):
         return []  # of a change without factors, no more than its matrix has
-    sentence = f"is {wanted}, which is a limit, and no module has more than rank {largest}: no rank was changed by it"
-    sentence += f"; --pad-rank {wanted} gives every module the rank {wanted}, with zeros"
+    sentence = f"is {wanted}, a limit that changed nothing: the largest rank of a module is {largest}"
+    sentence += f"; --pad-rank {wanted} pads every module to rank {wanted} with zeros"
     return [note("rank-kept", "rank", sentence)]
 
 
@@ -131,7 +131,7 @@ def _left_for(job: Conversion, root: Path) -> list[Issue]:
         return []
     left = left_for(job.serving, resolve_adapter(root), job.base, job.adapter, job.source)
     return [
-        error("unsupported", one.trait, f"{one.sentence}, whatever is done to the adapter", one.cures[-1])
+        error("unsupported", one.trait, f"{one.sentence}, and no conversion changes that", one.cures[-1])
         for one in left.obstacles
         if one.effect in {"refused", "wrong"}
     ]
@@ -178,9 +178,9 @@ def _lora(job: Conversion, made: Sequence[Made], decoded: Mapping[str, TensorRef
         )
         if not rank:
             wanted = ", ".join(map(str, recipe.ranks))
-            sentence = f"is {wanted}, and {largest.module.path} has rank {largest.rank}"
+            sentence = f"is {wanted}, but {largest.module.path} has rank {largest.rank}"
             raise RequestError(
-                "", 0, "pad_rank", sentence, hint=f"add --rank {max(recipe.ranks)} to keep less of it"
+                "", 0, "pad_rank", sentence, hint=f"add --rank {max(recipe.ranks)} to reduce the rank"
             )
         made = [replace(one, padded=rank) for one in made]
     modules = module_paths(job.base.parameters()) if job.base else ()

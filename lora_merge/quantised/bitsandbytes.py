@@ -64,7 +64,7 @@ def _add_four(draft: Draft, ref: TensorRef, around: Surroundings, dtypes: set[st
     is_nested = "nested_offset" in state or draft.has(f"{name}.nested_absmax")
     fault = _fault(kind, state) or (_nested_fault(state) if is_nested else "")
     if fault or codes is None:
-        subject, sentence = (ref.name, fault) if fault else (name, "is missing: its quant_state is there")
+        subject, sentence = (ref.name, fault) if fault else (name, "is missing, but its quant_state exists")
         draft.refuse(error(CODE, subject, sentence, AGAIN), draft.beside(name))
         return
     shape, block = tuple(state["shape"]), state["blocksize"]
@@ -123,7 +123,7 @@ def _fault(kind: str, state: Mapping[str, Any]) -> str:
     if not _is_size(block):
         return f"gives the blocksize {quoted(block)}, expected a number"
     named = state.get("quant_type")
-    return f"gives the quant_type {quoted(named)}, and its name says {kind}" if named != kind else ""
+    return f"gives the quant_type {quoted(named)}, but its name says {kind}" if named != kind else ""
 
 
 def _nested_fault(state: Mapping[str, Any]) -> str:
@@ -131,7 +131,7 @@ def _nested_fault(state: Mapping[str, Any]) -> str:
     if state.get("nested_blocksize", 256) != 256:
         return f"gives the nested_blocksize {quoted(state['nested_blocksize'])}, expected 256"
     if "nested_offset" not in state:
-        return "gives no nested_offset, and the weight is double-quantised"
+        return "gives no nested_offset, but the weight is double-quantised"
     offset = state["nested_offset"]
     if not isinstance(offset, int | float) or not math.isfinite(offset):
         return f"gives the nested_offset {quoted(offset)}, expected a number"
@@ -146,7 +146,7 @@ def _add_eight(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
     prefix = ref.name.removesuffix("weight")
     layout = draft.tensors.get(f"{prefix}weight_format")
     if layout is not None and any(around.read(layout)):
-        sentence = "is not 0: the codes are laid out for one kernel, which is not supported"
+        sentence = "is not 0: a layout of the codes for a special kernel, which is not supported"
         draft.refuse(error(CODE, layout.name, sentence, parent_hint(around.config)), [ref, layout])
         return
     wanted = [

@@ -49,7 +49,7 @@ class CompressedTensors:
         shapes: dict[object, tuple[int, ...]] = {}
         for module, group in zip(codes, _resolved(groups, list(codes), around), strict=True):
             if group is None:
-                sentence = f"is stored as {codes[module].dtype}, and no group of config_groups targets it"
+                sentence = f"is stored as {codes[module].dtype}, but no group of config_groups targets it"
                 draft.refuse(error(CODE, codes[module].name, sentence, AGAIN), [codes[module]])
             else:
                 add_module(draft, module, codes[module], group, around, shapes)

@@ -69,7 +69,7 @@ def add_module(
         return
     suffix, add = known
     if not codes.name.endswith(f".{suffix}"):
-        module.refuse(f"is not called {suffix}, and the format of {group.name} is {group.format}")
+        module.refuse(f"is not called {suffix}, but the format of {group.name} is {group.format}")
         return
     add(module)
 
@@ -193,7 +193,7 @@ def _integers(module: Module) -> None:
         zeros = (*shape[:-2], -(-shape[-2] * bits // 32), groups[-1])
         wanted.append(Wanted("zero", f"{path}.weight_zero_point", ("I32",), (zeros,)))
     elif draft.has(f"{path}.weight_zero_point"):
-        module.refuse(f"has a weight_zero_point, and {group.name} says that it is symmetric")
+        module.refuse(f"has a weight_zero_point, but {group.name} says that it is symmetric")
         return
     # Without it the groups of reordered inputs would be taken for runs of neighbours.
     is_ordered = weights.get("actorder") == "group" or draft.has(f"{path}.weight_g_idx")

@@ -27,12 +27,12 @@ def other_methods(settings: Mapping[str, Mapping[str, Any]]) -> list[Issue]:
         settings: what says how weights are quantised: place → table.
     """
     tables = [table for table in tables_of(settings) if table.method]
-    hint = "remove the one that does not belong to these weights"
+    hint = "remove the settings that do not belong to these weights"
     return [
         error(
             _CODE,
             table.place,
-            f"names the method {table.method}, and {tables[0].place} names {tables[0].method}",
+            f"names the method {table.method}, but {tables[0].place} names {tables[0].method}",
             hint,
         )
         for table in tables[1:]
@@ -52,7 +52,7 @@ def contradictions(settings: Mapping[str, Mapping[str, Any]]) -> list[Issue]:
     for table in tables[1:]:
         if table.place in SIDE_FILES:
             found += [(table, sentence) for sentence in _differences(table, tables[0], is_clear=is_clear)]
-    hint = "correct the one that is wrong, or fetch the checkpoint again"
+    hint = "correct the wrong one, or download the checkpoint again"
     return [error(_CODE, table.place, sentence, hint) for table, sentence in found]
 
 
@@ -61,7 +61,7 @@ def _layouts(table: Table) -> Iterator[str]:
     named = [(key, table.values[key]) for key in _LAYOUT if table.values.get(key)]
     if table.method == "gptq" and len({_alike(value) for _, value in named}) > 1:
         (one, first), (other, second) = named
-        yield f"{one} is {quoted(first)}, and {other} is {quoted(second)}"
+        yield f"{one} is {quoted(first)}, but {other} is {quoted(second)}"
 
 
 def _differences(table: Table, first: Table, *, is_clear: bool) -> Iterator[str]:
@@ -69,7 +69,7 @@ def _differences(table: Table, first: Table, *, is_clear: bool) -> Iterator[str]
     for keys in (*_SAME, *((_LAYOUT,) if table.method == "gptq" and is_clear else ())):
         mine, other = _stated(table, keys), _stated(first, keys)
         if mine is not None and other is not None and _alike(mine[1]) != _alike(other[1]):
-            yield f"{mine[0]} is {quoted(mine[1])}, and {other[0]} in {first.place} is {quoted(other[1])}"
+            yield f"{mine[0]} is {quoted(mine[1])}, but {other[0]} in {first.place} is {quoted(other[1])}"
 
 
 def _stated(table: Table, keys: tuple[str, ...]) -> tuple[str, Any] | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CODE = "quantised"
 """Of the issues of this room about tensors that do not fit their configuration."""
 
-AGAIN = "fetch the checkpoint again, or merge into its full-precision parent: --base PARENT"
+AGAIN = "download the checkpoint again, or merge into its full-precision parent: --base PARENT"
 
 NOTHING = Found({})
 
@@ -107,7 +107,7 @@ class Draft:
         """
         parts: dict[str, TensorRef] = {}
         if wanted[0].name != name and name in self.tensors:
-            sentence = f"is stored twice: as it is, and quantised ({wanted[0].name})"
+            sentence = f"is stored twice: in full precision, and quantised ({wanted[0].name})"
             return self.refuse(error(CODE, name, sentence, AGAIN), self.beside(module_of(name)))
         for one in wanted:
             ref = self.tensors.get(one.name)
@@ -150,8 +150,8 @@ class Draft:
         used = {ref.name for weight in self.weights.values() for ref in weight.parts.values()}
         self._check_orphans(used, orphans, codes)
         if not self.weights and not self.issues:
-            sentence = f"says that weights are stored quantised ({self.table.method}), and none is"
-            hint = f"where the files really hold full precision, remove {self.table.place}"
+            sentence = f"says that weights are quantised ({self.table.method}), but no weight is"
+            hint = f"remove {self.table.place} if the weights are meant to be in full precision"
             self.issues.append(error(CODE, self.table.place, sentence, hint))
         modules = [module_of(name) for name in self.weights]
         self._check_excepted(modules, exceptions)
@@ -160,7 +160,7 @@ class Draft:
 
     def _check_orphans(self, used: set[str], orphans: re.Pattern[str], codes: str) -> None:
         """Note scales without codes: once for each module."""
-        # What is left of a module with another fault is no second one.
+        # The rest of a module that has another fault is not reported again.
         known = {_owner(name, orphans) for name in self._broken}
         for name, ref in self.tensors.items():
             hit = None if name in used or name in self._broken else orphans.search(name)
@@ -185,7 +185,7 @@ class Draft:
         if ref is None:
             main = self.tensors.get(codes.name)
             sentence = (
-                f"holds {main.dtype} codes and has no {_last(one.name)}"  # the codes were found first
+                f"holds {main.dtype} codes, but has no {_last(one.name)}"  # the codes were found first
                 if main is not None
                 else f"is missing, expected {choice(one.dtypes)} of {shapes}"
             )
@@ -207,8 +207,8 @@ class Draft:
 
     def _check_excepted(self, modules: Sequence[str], exceptions: Exceptions) -> None:
         for module in exceptions.surely(modules):
-            sentence = f"is stored quantised, and {self.table.place} says that it is not ({exceptions.field})"
-            hint = f"remove it from {exceptions.field}, or fetch the checkpoint again"
+            sentence = f"is stored quantised, but {self.table.place} says that it is not ({exceptions.field})"
+            hint = f"remove it from {exceptions.field}, or download the checkpoint again"
             self.issues.append(error(CODE, module, sentence, hint))
 
     def _check_mates(self, modules: Iterable[str], exceptions: Exceptions) -> None:
@@ -226,10 +226,10 @@ class Draft:
         ]
         for module in sorted(set(dense) - exceptions.perhaps(dense), key=dense.index):
             sentence = (
-                f"is stored dense, the same module of other layers is quantised, and {self.table.place} "
+                f"is stored dense, but the same module of other layers is quantised and {self.table.place} "
                 f"does not except it"
             )
-            hint = f"add it to {exceptions.field}, or fetch the checkpoint again"
+            hint = f"add it to {exceptions.field}, or download the checkpoint again"
             self.issues.append(error(CODE, module, sentence, hint))
 
 

@@ -152,8 +152,8 @@ def _ones(weights: Iterable[Weight], around: Surroundings) -> Issue | None:
             return None
         if has_ones(around.read(zeros), int(settings["bits"])):
             sentence = (
-                "has a zero point that this layout cannot tell from another (all bits of its field are set); "
-                "it is read as GPTQModel reads it, and some kernels read it differently"
+                "has an ambiguous zero point (all bits of its field are set); it is read as GPTQModel reads it, but "
+                "some kernels read it differently"
             )
             return note("ambiguous-zeros", zeros.name, sentence)
     return None

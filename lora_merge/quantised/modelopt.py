@@ -80,7 +80,7 @@ def _is_cache_alone(values: Mapping[str, Any]) -> bool:
 
 def _add(draft: Draft, ref: TensorRef, values: object, around: Surroundings) -> None:
     if not isinstance(values, dict):
-        sentence = f"is stored as {ref.dtype}, and {LAYERS} in {draft.table.place} does not name it"
+        sentence = f"is stored as {ref.dtype}, but {LAYERS} in {draft.table.place} does not name it"
         draft.refuse(error(CODE, ref.name, sentence, AGAIN), [ref])
         return
     algorithm = _algorithm(values)

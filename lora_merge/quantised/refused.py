@@ -91,9 +91,9 @@ def _reasons(table: Table, known: tuple[str, ...]) -> Iterator[str]:
     if name in _REFUSED:
         yield f"the base is stored quantised with {_REFUSED[name]}: this is not supported"
     elif not name:
-        yield "the base is stored quantised, and this table names no method (quant_method)"
+        yield "the base is stored quantised, but this table does not name a method (quant_method)"
     elif name not in known:
-        yield f"the base is stored quantised ({quoted(table.method)[1:-1]}), a method that is not known"
+        yield f"the base is stored quantised ({quoted(table.method)[1:-1]}), an unknown method"
     elif name in _DETAILS:
         yield from _DETAILS[name](table.values)
 
@@ -137,7 +137,7 @@ def _gptq(values: Mapping[str, Any]) -> Iterator[str]:
 def _awq(values: Mapping[str, Any]) -> Iterator[str]:
     version = str(values.get("version") or values.get("checkpoint_format") or "gemm").lower()
     if version != "gemm":
-        yield f"version is {quoted(version)}: of AWQ's layouts only gemm is supported"
+        yield f"version is {quoted(version)}: the only supported layout of AWQ is gemm"
     bits = values.get("bits", values.get("w_bit", 4))
     if bits != 4:
         yield f"bits is {quoted(bits)}, expected 4"

@@ -29,6 +29,6 @@ def stray(tensors: Iterable[TensorRef], config: Mapping[str, Any]) -> list[Issue
         is_code |= ref.dtype == "U32" and ref.name.endswith(".weight")
         is_matrix = is_code and len(ref.shape) >= 2
         if is_matrix or (_NAMES.search(ref.name) and not leftover(ref.name)):
-            sentence = f"the base is stored quantised (this is a tensor of {ref.dtype}), and its configuration does not say how"
+            sentence = f"the base is stored quantised (this is a tensor of {ref.dtype}), but its configuration does not say how"
             return [error("unsupported", ref.name, sentence, parent_hint(config))]
     return []

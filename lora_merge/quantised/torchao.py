@@ -51,7 +51,7 @@ def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
     name = f"{prefix}weight"
     kind, block, stored = _stated(around.metadata.get(name, ""))
     if kind not in _CLASSES:
-        sentence = f"is stored by torchao, and {_unknown(ref, kind)}"
+        sentence = f"is stored by torchao, but {_unknown(ref, kind)}"
         draft.refuse(error(CODE, ref.name, sentence, parent_hint(around.config)), [ref])
         return
     if len(block) != len(ref.shape) or any(size < 1 for size in block) or len(block) < 2:
@@ -81,8 +81,8 @@ def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
 
 def _unknown(ref: TensorRef, kind: str) -> str:
     if not kind and not ref.file.endswith(".safetensors"):
-        return "its file has no header that says of which class it is: torchao is read from safetensors only"
-    got = f"the header calls it {quoted(kind)}" if kind else "the header does not say of which class it is"
+        return "its file has no header that names its class: torchao is read from safetensors only"
+    got = f"the header calls it {quoted(kind)}" if kind else "the header does not name its class"
     return f"{got}: only {' and '.join(_CLASSES)} are supported"
 
 

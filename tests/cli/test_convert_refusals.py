@@ -50,23 +50,23 @@ def vision_beside(adapter: Path) -> None:
 
 
 CASES = (
-    Case("a method without factors", ("--bake-scale",), ("a LOHA adapter has no factors of LoRA", "--to-lora"), kind="LoHa"),
+    Case("a method without factors", ("--bake-scale",), ("a LOHA adapter has no LoRA factors", "--to-lora"), kind="LoHa"),
     Case("a change taken apart, and nobody said how far", ("--to-lora",), ("have no factors", "--rank N or --energy SHARE"), kind="LoHa"),
     Case("a lower rank for DoRA", ("--rank", 2), ("is DoRA", "--to-lora makes plain LoRA"), kind="DoRA on a linear layer"),
     Case("an initialisation that changed the base", ("--bake-scale",), ("PiSSA changed the base before training", "--base-is"), kind="PiSSA on the residual base", with_base=False, change=lambda adapter: edit_json(adapter / "adapter_config.json", init_lora_weights="pissa")),
     Case("a rank that does not hold all", ("--pad-rank", 2), ("pad_rank: is 2", "has rank 4", "add --rank 2"), code=exits.USAGE),
-    Case("a format that the engine does not read", ("--for", "vllm", "--format", "mlx"), ("format: is mlx, and vLLM reads peft", "leave one of the two out"), code=exits.USAGE),
-    Case("a format for MLX, and llama.cpp", ("--for", "llamacpp", "--format", "mlx"), ("format: is mlx, and llama.cpp reads gguf",), code=exits.USAGE),
-    Case("whole modules in MLX", ("--format", "mlx"), ("is carried whole", "format mlx"), kind="modules_to_save"),
+    Case("a format that the engine does not read", ("--for", "vllm", "--format", "mlx"), ("format: is mlx, but vLLM reads peft", "leave out --format or --for"), code=exits.USAGE),
+    Case("a format for MLX, and llama.cpp", ("--for", "llamacpp", "--format", "mlx"), ("format: is mlx, but llama.cpp reads gguf",), code=exits.USAGE),
+    Case("whole modules in MLX", ("--format", "mlx"), ("is saved whole", "format mlx"), kind="modules_to_save"),
     Case("DoRA in MLX", ("--format", "mlx"), ("has DoRA", "format mlx"), kind="DoRA on a linear layer"),
     Case("repeated layers under other names", ("--rename", "v4"), ("repeats layers of the base",), change=replicate),
-    Case("whole parameters in a file beside", ("--bake-scale",), ("in a file beside the adapter's", "merge it"), change=vision_beside),
-    Case("biases as LoRA", ("--to-lora", "--rank", 4), ("LoRA changes matrices only",), kind='bias="lora_only"', model="llama_biased"),
-    Case("norms as LoRA", ("--to-lora", "--rank", 4), ("LoRA changes matrices only",), kind="LayerNorm tuning"),
+    Case("whole parameters in a file beside", ("--bake-scale",), ("is a whole parameter in a second file", "merge it"), change=vision_beside),
+    Case("biases as LoRA", ("--to-lora", "--rank", 4), ("LoRA can change matrices only",), kind='bias="lora_only"', model="llama_biased"),
+    Case("norms as LoRA", ("--to-lora", "--rank", 4), ("LoRA can change matrices only",), kind="LayerNorm tuning"),
     Case("a larger vocabulary as LoRA", ("--to-lora", "--rank", 4), ("LoRA cannot resize",), kind="a larger vocabulary"),
-    Case("experts that are stored stacked, one by one", ("--split-experts",), ("is stored in the base as one tensor", "one by one"), kind="LoRA on stacked experts (target_parameters), two parameters", model="granitemoe"),
+    Case("experts that are stored stacked, one by one", ("--split-experts",), ("is one tensor in the base", "stores each expert separately"), kind="LoRA on stacked experts (target_parameters), two parameters", model="granitemoe"),
     Case("a module with a part of a parameter, named as transformers 5 does", ("--rename", "v5"), ("has no name of its own", "--fuse-experts"), kind="EXPERTS", model="qwen3_moe"),
-    Case("only trained tokens", ("--bake-scale",), ("has no module that LoRA could be written for",), kind="trainable tokens alone"),
+    Case("only trained tokens", ("--bake-scale",), ("has no module that a LoRA can be written for",), kind="trainable tokens alone"),
     Case("attention that PEFT changes twice", ("--bake-scale",), ("nn.MultiheadAttention",), kind="LoRA on nn.MultiheadAttention", model="siglip"),
     Case("biases for vLLM", ("--for", "vllm"), ("vLLM says that adapter bias is not supported", "merge it"), kind='bias="lora_only"', model="llama_biased"),
 )  # fmt: skip
@@ -169,7 +169,7 @@ def test_a_rank_is_a_limit_and_one_that_no_module_reaches_is_said_so(
 
     assert result.exit_code == exits.OK, result.stderr
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
-    told = f"note: rank: is 64, which is a limit, and no module has more than rank {rank}"
+    told = f"note: rank: is 64, a limit that changed nothing: the largest rank of a module is {rank}"
     assert (told in result.stderr) == is_told
     assert ("--pad-rank 64" in result.stderr) == is_told
     codes = [issue["code"] for issue in json.loads(result.stdout)["issues"]]

@@ -230,7 +230,7 @@ def test_the_energy_decides_the_rank_of_every_module(base, tuned, cli, tmp_path)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(96, 32)}), "is (96, 32), the base's is (96, 64)"),
+        (lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(96, 32)}), "has the shape (96, 32), expected (96, 64) as in the base"),
         (lambda tensors: tensors.update({"model.layers.7.extra.weight": torch.zeros(4, 4)}), "model.layers.7.extra.weight: is in"),
         (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}), "is stored as I8"),
     ],
@@ -342,7 +342,7 @@ def test_added_tokens_are_left_out_with_a_warning_that_says_so(base, cli, tmp_pa
     assert {module["path"].rpartition(".")[2] for module in report["modules"]} == {"q_proj"}
     said = {issue["subject"]: issue["sentence"] for issue in report["issues"] if issue["code"] == "left-out"}
     assert said.keys() >= {"model.embed_tokens.weight", "lm_head.weight"}
-    assert "has 100 rows in the tuned model and 96 in the base: it is left out" in said["lm_head.weight"]
+    assert "has 100 rows in the tuned model, but 96 in the base; it is left out" in said["lm_head.weight"]
 
 
 def test_a_target_that_was_resized_is_refused(base, cli, tmp_path):
@@ -350,14 +350,17 @@ def test_a_target_that_was_resized_is_refused(base, cli, tmp_path):
     options = ("--rank", 2, "--target", "lm_head", "--target", "q_proj", "--out", tmp_path / "out")
     result = cli("extract", "--base", base, "--tuned", tmp_path / "tuned", *options)
     assert result.exit_code == exits.PLAN
-    assert "lm_head.weight: has 100 rows, the base's has 96, and LoRA cannot resize a weight" in result.stderr
+    assert (
+        "lm_head.weight: has 100 rows, expected 96 as in the base: LoRA cannot resize a weight"
+        in result.stderr
+    )
 
 
 def test_nothing_changed_is_no_adapter(base, cli, tmp_path):
     result = cli("extract", "--base", base, "--tuned", base, "--rank", 4, "--out", tmp_path / "out")
 
     assert result.exit_code == exits.PLAN
-    assert "differs from the base in no module that LoRA could hold" in result.stderr
+    assert "no module that LoRA can change differs from the base" in result.stderr
 
 
 def test_how_much_to_keep_has_to_be_said(base, cli, tmp_path):

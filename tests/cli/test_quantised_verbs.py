@@ -201,7 +201,10 @@ def test_a_shape_that_differs_is_told_by_that_of_the_weight(storage, bases, cli,
         result = cli("extract", "--base", coded, "--tuned", plain, "--rank", 5, "--out", tmp_path / "out")
     assert result.exit_code == exits.PLAN
     shape = values_in(storage, name, load_file(coded / "model.safetensors")).shape
-    assert f"{name}: is {shape_text((96, 32))}, the base's is {shape_text(tuple(shape))}" in result.stderr
+    assert (
+        f"{name}: has the shape {shape_text((96, 32))}, expected {shape_text(tuple(shape))} as in the base"
+        in result.stderr
+    )
 
 
 @each

@@ -1514,7 +1514,7 @@ CASES = [
     ),
     Case(
         "a base that says it is quantised, and is not",
-        ("says that weights are stored quantised (fp8), and none is", "remove quantization_config"),
+        ("says that weights are quantised (fp8), but no weight is", "remove quantization_config"),
         "quantised",
         base_config={"quantization_config": {"quant_method": "fp8"}},
     ),

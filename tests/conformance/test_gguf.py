@@ -499,17 +499,17 @@ class Refusal:
 
 REFUSALS = (
     Refusal("DoRA", "llama", "self_attn.q_proj: has DoRA, which an adapter in the format gguf", {"target_modules": ["q_proj"], "use_dora": True}),
-    Refusal("whole modules", "llama", "is carried whole, which an adapter in the format gguf cannot do", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    Refusal("the input of tied embeddings", "llama_tied", "model.embed_tokens: is an end of tied embeddings", {"target_modules": ["embed_tokens", "q_proj"]}),
-    Refusal("the output of tied embeddings", "llama_tied", "lm_head: is an end of tied embeddings", {"target_modules": ["lm_head", "q_proj"]}),
-    Refusal("embeddings that are tied unless config.json says otherwise", "gpt2", "transformer.wte: is an end of tied embeddings", {"target_modules": ["wte"]}, {"tie_word_embeddings": ...}),
+    Refusal("whole modules", "llama", "is saved whole, which the format gguf cannot hold", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    Refusal("the input of tied embeddings", "llama_tied", "model.embed_tokens: is one end of tied embeddings", {"target_modules": ["embed_tokens", "q_proj"]}),
+    Refusal("the output of tied embeddings", "llama_tied", "lm_head: is one end of tied embeddings", {"target_modules": ["lm_head", "q_proj"]}),
+    Refusal("embeddings that are tied unless config.json says otherwise", "gpt2", "transformer.wte: is one end of tied embeddings", {"target_modules": ["wte"]}, {"tie_word_embeddings": ...}),
     Refusal("learned positions", "gpt2", "transformer.wpe: is a wpe, which llama.cpp loads and does not apply", {"target_modules": ["wpe", "c_attn"]}),
     Refusal("the output of a Gemma", "gemma", "lm_head: is a lm_head, which llama.cpp's graph of this family does not have", {"target_modules": ["lm_head"]}),
     Refusal("latent attention", "deepseek_v3", "model.layers.0.self_attn.q_b_proj: is a q_b_proj, which llama.cpp loads and does not apply", {"target_modules": ["q_b_proj", "o_proj"]}),
-    Refusal("a vision tower", "qwen2_5_vl", "model.visual.blocks.0.attn.proj: is no part of the text model", {"target_modules": ["visual.blocks.0.attn.proj", "q_proj"]}),
-    Refusal("a parameter that lies the other way round", "gpt2", "transformer.h.0.attn.c_attn.weight: is LoRA on a parameter that llama.cpp has the other way round", {"target_modules": [], "target_parameters": ["attn.c_attn.weight"]}),
-    Refusal("a family that is not known", "olmo", "model_type: is 'olmo', a family whose LoRA for llama.cpp is not known here", {"target_modules": ["q_proj"]}),
-    Refusal("a family inside of one that is not known", "mistral3", "model_type: is 'mistral' inside of 'llava', a family whose LoRA", {"target_modules": ["self_attn.q_proj"]}, {"model_type": "llava"}),
+    Refusal("a vision tower", "qwen2_5_vl", "model.visual.blocks.0.attn.proj: is not part of the text model", {"target_modules": ["visual.blocks.0.attn.proj", "q_proj"]}),
+    Refusal("a parameter that lies the other way round", "gpt2", "transformer.h.0.attn.c_attn.weight: is LoRA on a parameter that llama.cpp stores transposed", {"target_modules": [], "target_parameters": ["attn.c_attn.weight"]}),
+    Refusal("a family that is not known", "olmo", "model_type: is 'olmo', a family for which LoRA in llama.cpp is not supported here", {"target_modules": ["q_proj"]}),
+    Refusal("a family inside of one that is not known", "mistral3", "model_type: is 'mistral' inside of 'llava', a family for which LoRA", {"target_modules": ["self_attn.q_proj"]}, {"model_type": "llava"}),
 )  # fmt: skip
 
 

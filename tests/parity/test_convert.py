@@ -415,7 +415,7 @@ def test_what_has_no_factors_says_that_it_may_be_made_a_lora(kind, workshop, ref
         pytest.importorskip(kind.needs)
     case = building.case(workshop, kind, kind.models[0], "float32")
     sentence = refusal(case.adapter, "--bake-scale")
-    assert "has no factors of LoRA" in sentence
+    assert "has no LoRA factors" in sentence
     assert "--to-lora" in sentence
 
 
@@ -578,10 +578,13 @@ def test_layers_that_mlx_trained_whole_are_no_lora(pico, refusal, tmp_path):
     settings = {"rank": 3, "scale": 1.5, "dropout": 0.0}
     config = {"fine_tune_type": "full", "num_layers": 1, "lora_parameters": settings, "model": "none"}
     adapter = twins.save(tmp_path / "mlx", config, whole, "adapters.safetensors")
-    assert "are whole parameters in a file beside the adapter's" in refusal(adapter, "--bake-scale")
+    assert "are whole parameters in a second file of the adapter" in refusal(adapter, "--bake-scale")
     base = pico("llama", "float32")
     sentence = refusal(adapter, "--to-lora", "--rank", "4", "--base", base)
-    assert "input_layernorm.weight: is changed, (64), and LoRA changes matrices only" in sentence
+    assert (
+        "input_layernorm.weight: has the shape (64) and is changed, but LoRA can change matrices only"
+        in sentence
+    )
 
 
 # Layers that an adapter repeats.
@@ -965,7 +968,7 @@ def test_what_no_matrix_changes_is_refused(kind, model, workshop, refusal):
         if kind.name == ATTENTION_TWICE
         else "LoRA cannot resize"
         if "vocabulary" in kind.name
-        else "LoRA changes matrices only"
+        else "LoRA can change matrices only"
     )
     assert wanted in sentence
     assert "merge it" in sentence
@@ -1187,7 +1190,7 @@ def test_dora_on_every_expert_is_made_a_lora_before_it_is_stacked(
     adapter = dora_of(trained.adapter, tmp_path / "dora", base)
     assert "has DoRA or a bias" in refusal(adapter, "--fuse-experts", "--base", base)
     at_once = refusal(adapter, "--fuse-experts", "--to-lora", "--rank", "64", "--base", base)
-    assert "make plain LoRA of it first" in at_once
+    assert "convert it to plain LoRA first" in at_once
     plain = convert(adapter, "--to-lora", "--rank", "64", "--base", base)
     made = convert(plain.root, "--fuse-experts", "--base", base)
     assert_merge_alike(weights, base, plain.root, made, MERGED_TOLERANCE)
@@ -1201,18 +1204,18 @@ def test_dora_on_every_expert_is_made_a_lora_before_it_is_stacked(
             "transformers 5",
             "in memory",
             ("--split-experts",),
-            "pass a --base that stores them one by one",
+            "pass a --base that stores each expert separately",
         ),
         (
             "gpt-oss",
             "transformers 5",
             "published",
             ("--split-experts",),
-            "pass a --base that stores them one by one",
+            "pass a --base that stores each expert separately",
         ),
         ("Mixtral", "transformers 5", "published", ("--rename", "v4"), "add --split-experts"),
         ("Qwen3-MoE", "transformers 4", "published", ("--rename", "v5"), "add --fuse-experts"),
-        ("DINOv2", "transformers 5", "published", ("--rename", "v4"), "leave its names as they are"),
+        ("DINOv2", "transformers 5", "published", ("--rename", "v4"), "leave out --rename"),
     ],
 )
 def test_what_has_no_name_of_its_own_says_what_to_do(

@@ -381,4 +381,4 @@ def test_experts_of_their_own_are_fused_and_no_engine_is_told_to_have_them(name,
         assert refused.exit_code == exits.PLAN, refused.output
     assert "vLLM has no modules with these names" in served.stderr
     assert "--fuse-experts" in renamed.stderr
-    assert "what mlx-lm calls the modules of this family is not known" in mlx.stderr
+    assert "a family whose module names in mlx-lm are not known" in mlx.stderr

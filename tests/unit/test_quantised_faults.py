@@ -110,7 +110,7 @@ def test_a_module_that_is_dense_without_an_exception_is_refused(key):
     headers.tensors[name] = ("BF16", headers.shape)
     (issue,) = errors(headers)
     assert issue.subject == name.removesuffix(".weight")
-    assert "is stored dense, the same module of other layers is quantised" in issue.sentence
+    assert "is stored dense, but the same module of other layers is quantised" in issue.sentence
 
 
 @pytest.mark.parametrize("key", EVERY)
@@ -120,7 +120,7 @@ def test_settings_without_quantised_tensors_are_refused(key):
         del headers.tensors[part]
     headers.tensors |= dict.fromkeys(headers.names, ("BF16", headers.shape))
     (issue,) = errors(headers)
-    assert "says that weights are stored quantised" in issue.sentence
+    assert "says that weights are quantised" in issue.sentence
     assert "remove" in issue.hint
 
 
@@ -176,7 +176,7 @@ def test_a_weight_that_is_there_twice_is_refused():
     headers = copy.deepcopy(EVERY["gptq"])
     headers.tensors[f"{MODULES[0]}.weight"] = ("F16", (256, 384))
     (issue,) = errors(headers)
-    assert issue.sentence == f"is stored twice: as it is, and quantised ({MODULES[0]}.qweight)"
+    assert issue.sentence == f"is stored twice: in full precision, and quantised ({MODULES[0]}.qweight)"
 
 
 def test_tables_of_two_methods_are_refused():
@@ -184,7 +184,7 @@ def test_tables_of_two_methods_are_refused():
     headers.side = {"hf_quant_config.json": {"quantization": {"quant_algo": "FP8"}}}
     (issue,) = errors(headers)
     assert issue.subject == "hf_quant_config.json"
-    assert issue.sentence == "names the method modelopt, and quantization_config names gptq"
+    assert issue.sentence == "names the method modelopt, but quantization_config names gptq"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_tables_of_two_methods_are_refused():
         ),
         (
             {**GPTQ, "dynamic": {"-:.*": {}}},
-            "is stored quantised, and quantization_config says that it is not (dynamic)",
+            "is stored quantised, but quantization_config says that it is not (dynamic)",
         ),
     ],
 )
@@ -224,14 +224,14 @@ def test_a_module_without_a_group_is_refused():
     (issue,) = errors(headers)
     assert (issue.subject, issue.sentence) == (
         f"{MODULES[1]}.weight_packed",
-        "is stored as I32, and no group of config_groups targets it",
+        "is stored as I32, but no group of config_groups targets it",
     )
 
 
 def test_codes_for_one_kernel_are_refused():
     headers = copy.deepcopy(EVERY["bnb INT8"])
     headers.contents = {"weight_format": b"\x02"}
-    assert "laid out for one kernel" in errors(headers)[0].sentence
+    assert "layout of the codes for a special kernel" in errors(headers)[0].sentence
     headers = copy.deepcopy(EVERY["torchao INT8"])
     headers.contents = {"zero_point": bytes(255) + b"\x01"}
     assert "is not zero everywhere" in errors(headers)[0].sentence
@@ -253,7 +253,7 @@ def test_the_same_fault_of_many_modules_is_one_line():
     headers = of(FP8, {".weight": ("F8_E4M3", (256, 384))}, "scaled", {}, modules=modules)
     (group,) = alike(errors(headers))
     assert str(group).startswith(
-        "model.layers.{0-3}.mlp.experts.{0-49}.up_proj.weight: holds F8_E4M3 codes and has no weight_scale_inv, "
+        "model.layers.{0-3}.mlp.experts.{0-49}.up_proj.weight: holds F8_E4M3 codes, but has no weight_scale_inv, "
     )
     assert "; 200 times" in str(group)
 
@@ -288,7 +288,7 @@ def test_double_quantisation_without_its_offset_is_refused():
     headers.contents = dict.fromkeys(headers.contents, json.dumps(state).encode())
     first = errors(headers)[0]
     assert first.subject == f"{MODULES[0]}.weight.quant_state.bitsandbytes__nf4"
-    assert first.sentence == "gives no nested_offset, and the weight is double-quantised"
+    assert first.sentence == "gives no nested_offset, but the weight is double-quantised"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_codes_of_a_module_that_is_excepted_by_its_end_are_refused(key, field, e
     issues = errors(headers)
     assert [issue.subject for issue in issues] == list(modules)
     assert {issue.sentence for issue in issues} <= {
-        f"is stored quantised, and quantization_config says that it is not ({field})"
+        f"is stored quantised, but quantization_config says that it is not ({field})"
     }
 
 
@@ -326,7 +326,7 @@ def test_torchao_beside_safetensors_is_refused_for_its_file():
     refs = [replace(ref, file="pytorch_model.bin") for ref in headers.refs()]
     issues = identify(refs, Surroundings(headers.config, headers.read)).issues
     assert issues[0].sentence == (
-        "is stored by torchao, and its file has no header that says of which class it is: "
+        "is stored by torchao, but its file has no header that names its class: "
         "torchao is read from safetensors only"
     )
 
@@ -334,22 +334,22 @@ def test_torchao_beside_safetensors_is_refused_for_its_file():
 @pytest.mark.parametrize(
     ("key", "table", "name", "side", "sentence"),
     [
-        ("gptq", {}, "quantize_config.json", {"bits": 8}, "bits is 8, and bits in quantization_config is 4"),
-        ("gptq", {}, "quantize_config.json", {"group_size": 128}, "group_size is 128, and group_size in quantization_config is 64"),
+        ("gptq", {}, "quantize_config.json", {"bits": 8}, "bits is 8, but bits in quantization_config is 4"),
+        ("gptq", {}, "quantize_config.json", {"group_size": 128}, "group_size is 128, but group_size in quantization_config is 64"),
         (
             "gptq", {}, "quantize_config.json", {"checkpoint_format": "gptq_v2", "format": "gptq_v2"},
-            "checkpoint_format is 'gptq_v2', and checkpoint_format in quantization_config is 'gptq'",
+            "checkpoint_format is 'gptq_v2', but checkpoint_format in quantization_config is 'gptq'",
         ),
-        ("awq", {}, "quant_config.json", {"w_bit": 4, "q_group_size": 32}, "q_group_size is 32, and group_size in quantization_config is 64"),
+        ("awq", {}, "quant_config.json", {"w_bit": 4, "q_group_size": 32}, "q_group_size is 32, but group_size in quantization_config is 64"),
         (
             "awq", {"zero_point": True}, "quant_config.json", {"w_bit": 4, "zero_point": False},
-            "zero_point is False, and zero_point in quantization_config is True",
+            "zero_point is False, but zero_point in quantization_config is True",
         ),
         (
             "modelopt NVFP4", {}, "hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}},
-            "quant_algo is 'FP8', and quant_algo in quantization_config is 'NVFP4'",
+            "quant_algo is 'FP8', but quant_algo in quantization_config is 'NVFP4'",
         ),
-        ("gptq", {"format": "gptq_v2"}, "quantization_config", None, "checkpoint_format is 'gptq', and format is 'gptq_v2'"),
+        ("gptq", {"format": "gptq_v2"}, "quantization_config", None, "checkpoint_format is 'gptq', but format is 'gptq_v2'"),
         ("gptq", {"format": "gptq", "desc_act": False}, "quantize_config.json", {"bits": 4, "desc_act": True, "group_size": None}, ""),
         ("gptq, one group", {"group_size": -1}, "quantize_config.json", {"bits": 4, "group_size": 0, "format": "GPTQ"}, ""),
         ("awq", {}, "quant_config.json", {"w_bit": 4, "q_group_size": 64, "version": "GEMM"}, ""),
@@ -370,4 +370,4 @@ def test_a_layout_that_contradicts_itself_is_one_fault():
     headers.config["quantization_config"] = {**GPTQ, "checkpoint_format": "gptq_v2", "format": "gptq"}
     headers.side = {"quantize_config.json": {"bits": 4, "format": "gptq"}}
     (issue,) = errors(headers)
-    assert issue.sentence == "checkpoint_format is 'gptq_v2', and format is 'gptq'"
+    assert issue.sentence == "checkpoint_format is 'gptq_v2', but format is 'gptq'"

@@ -189,7 +189,7 @@ def test_a_stack_of_several_files_is_one_weight():
 def test_json_of_torchao_that_is_none_is_refused():
     headers = copy.deepcopy(EVERY["torchao FP8"])
     headers.metadata = {name: text[:-1] for name, text in headers.metadata.items()}
-    assert "does not say of which class it is" in headers.found().issues[0].sentence
+    assert "does not name its class" in headers.found().issues[0].sentence
     headers.metadata = {name: json.dumps({"_type": "AffineQuantizedTensor"}) for name in headers.metadata}
     assert "calls it 'AffineQuantizedTensor'" in headers.found().issues[0].sentence
 

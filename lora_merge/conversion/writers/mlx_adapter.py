@@ -45,10 +45,12 @@ def write_mlx(folder: Folder, lora: Lora, factors: LoadFactors) -> tuple[str, ..
     assert family is not None  # else the draft was refused
     for made in lora.made:
         if made.module.form not in {"linear", "embedding"}:
-            sentence = f"is LoRA on {made.module.form}, which mlx-lm does not have"
+            sentence = f"is LoRA on {made.module.form}, which mlx-lm does not support"
             raise ConvertError([error("unsupported", made.module.path, sentence, "add --split-experts")])
         if _LISTED.search(made.module.path):
-            sentence = "is an expert of a copy for 4-bit training; mlx-lm has no module of this name"
+            sentence = (
+                "is an expert of a copy for 4-bit training; mlx-lm does not have a module with this name"
+            )
             raise ConvertError([error("unsupported", made.module.path, sentence, "merge it")])
         groups.setdefault(mlx_name(made.module.path, family), []).append(made)
     refs = [ref for path, members in groups.items() for ref in _slots(path, members)]

@@ -102,7 +102,16 @@ def family_of(config: Mapping[str, Any], text: Mapping[str, Any]) -> Family:
         family = replace(family, arch=arch) if arch else None
     if family is None:
         found = repr(kind) if around == kind else f"{kind!r} inside of {around!r}"
-        sentence = f"is {found}, a family whose LoRA for llama.cpp is not known here"
+        sentence = f"is {found}, a family for which LoRA in llama.cpp is not supported here"
         known = ", ".join(sorted(FAMILIES))
-        raise ConvertError([error("unsupported", "model_type", sentence, f"known: {known}")])
+        raise ConvertError(
+            [
+                error(
+                    "unsupported",
+                    "model_type",
+                    sentence,
+                    f"merge it, and convert the checkpoint; supported families: {known}",
+                )
+            ]
+        )
     return family

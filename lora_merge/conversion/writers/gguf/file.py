@@ -112,7 +112,7 @@ def check_gguf(root: Path, lora: Lora, factors: LoadFactors) -> list[Issue]:
         names = (f"{one.name}.lora_a", f"{one.name}.lora_b")
         missing = [name for name in names if name not in found]
         if missing:
-            issues.append(error("missing", missing[0], "was made, and is not in the output"))
+            issues.append(error("missing", missing[0], "is missing in the output"))
             continue
         a, b = (torch.from_numpy(_values(found.pop(name))) for name in names)
         wanted_a, wanted_b = one.produce(factors)
@@ -124,8 +124,8 @@ def check_gguf(root: Path, lora: Lora, factors: LoadFactors) -> list[Issue]:
             and torch.allclose(b * (alpha / b.shape[-1]), wanted_b.float(), rtol=1e-6, atol=atol)
         )
         if not is_same:
-            issues.append(error("differs", one.name, "is in the output with other values than were made"))
-    issues += [error("surplus", name, "is in the output, and was not made") for name in sorted(found)]
+            issues.append(error("differs", one.name, "has other values in the output than were written"))
+    issues += [error("surplus", name, "is in the output, but was not converted") for name in sorted(found)]
     return issues
 
 

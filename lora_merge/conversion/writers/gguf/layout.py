@@ -103,7 +103,7 @@ class Layout:
             else:
                 found += (tensor_of(made, place) for place in places)
         found += (self._stack(name, members) for name, members in stacks.items())
-        sentence = "has LoRA of several modules, and llama.cpp has one pair of factors for it"
+        sentence = "has LoRA of several modules, but llama.cpp has one pair of factors for it"
         counts = Counter(one.name for one in found)
         issues += [error("unsupported", name, sentence, _MERGE) for name, n in counts.items() if n > 1]
         if issues:
@@ -118,11 +118,13 @@ class Layout:
         is_tied_end = self._is_tied and names & {_INPUT, _OUTPUT}
         problems = {
             f"is a {last}, {self.family.refused.get(last)}": last in self.family.refused,
-            "is no part of the text model, which is all that llama.cpp's LoRA reaches": _TOWER.search(path),
-            "is a convolution, for which llama.cpp has no LoRA": form == "convolution",
+            "is not part of the text model, and LoRA in llama.cpp changes the text model only": _TOWER.search(
+                path
+            ),
+            "is a convolution, and llama.cpp does not support LoRA on convolutions": form == "convolution",
             "has no name in llama.cpp": "" in names,
-            "is an end of tied embeddings, which are one tensor in llama.cpp": is_tied_end,
-            "is LoRA on a parameter that llama.cpp has the other way round": is_turned,
+            "is one end of tied embeddings, which are one tensor in llama.cpp": is_tied_end,
+            "is LoRA on a parameter that llama.cpp stores transposed": is_turned,
         }
         return next((sentence for sentence, holds in problems.items() if holds), "")
 
@@ -173,7 +175,7 @@ class Layout:
         n = whole(self._config, "num_local_experts", "num_experts", "n_routed_experts")
         last = max(number_of_expert(made.module.path) for made, _ in members)
         if last >= n:
-            sentence = f"has LoRA of expert {last}, and by config.json the base has {n} experts"
+            sentence = f"has LoRA of expert {last}, but the base has {n} experts (config.json)"
             raise ConvertError([error("unsupported", name, sentence, _MERGE)])
         return stack_of(name, n, members)
 
