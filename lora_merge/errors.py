@@ -39,7 +39,7 @@ class LoraMergeError(Exception):
     """Base of every error that the user can fix.
 
     ``hint`` says what to do, and is empty if the sentence says it already. Both may be printed: access tokens are
-    removed, and text from files or names cannot control a terminal or look like a line of its own.
+    removed, and text from files or names cannot control a terminal or look like a separate line.
 
     Args:
         sentence: what went wrong.
@@ -196,7 +196,7 @@ class VerifyError(LoraMergeError):
 
 
 class BugError(LoraMergeError):
-    """A bug in lora-merge. A batch reports it for one job and goes on with the others.
+    """A bug in lora-merge. A batch reports it for one job and continues with the others.
 
     Args:
         kind: class name of the original error.

@@ -268,7 +268,7 @@ class Alike:
         return f"; {len(self.issues)} times" if len(self.issues) > 1 else ""
 
     def __str__(self) -> str:
-        """Return the group as `Issue` does: a sentence, and the hint on a line of its own."""
+        """Return the group as `Issue` does: a sentence, and the hint on a separate line."""
         return f"{self.line}\nhint: {printable(self.hint)}" if self.hint else self.line
 
     @property

@@ -93,7 +93,7 @@ class Batch:
         watch: hears of jobs, phases and bytes.
         keep_going: go on after failures. Otherwise no job is begun if one cannot be planned, and none after one
             failed.
-        n_parallel: number of groups that run at the same time; if it is more than one, in processes of their own.
+        n_parallel: number of groups that run at the same time; if it is more than one, in separate processes.
         dry_run: plan only.
     """
 

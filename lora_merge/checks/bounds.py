@@ -10,7 +10,7 @@ one of those between what becomes of x - e and what becomes of x + e:
 Beyond the last number of a grid there is only that one: a value that is too large becomes the largest, and no other.
 
 Of codes with scales all this is done with *numbers*, ``(x - bias) / scale + zero``, among the levels of the codes' table. The merge
-has them in float32, whose roundings are added to e. Where scales were made anew, a library's arithmetic is followed that
+has them in float32, whose roundings are added to e. Where new scales were made, a library's arithmetic is followed that
 quantises models in bfloat16: x is rounded to it first (half a unit of its last place: 2⁻⁸ of x at most), and where scales are stored
 in it the quotient is rounded to it as well (2⁻⁸ of the number: for INT8 up to half a step). Both roundings are made here, on both limits.
 """

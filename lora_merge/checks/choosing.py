@@ -126,7 +126,7 @@ def some_rows(name: str, op: Merge, suspects: tuple[tuple[int, int], ...] = ()) 
     """Return the suspect rows and a few others, in order.
 
     The one in between is drawn from the name: always the same. Of stacked experts one row of each is taken, and where
-    deltas have parts of their own one row of each part; of up to `_MOST_PARTS`.
+    deltas have separate parts one row of each part; of up to `_MOST_PARTS`.
     """
     n_rows = op.view.n_rows
     if not n_rows:

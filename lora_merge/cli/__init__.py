@@ -23,7 +23,7 @@ def hf_entry() -> NoReturn:
 
 
 def entry() -> NoReturn:
-    """Run the command as a process of its own. Ends the process at once when the command is done."""
+    """Run the command as a separate process. Ends the process at once when the command is done."""
     # First of all: before any file is opened that could get the number of a standard stream.
     guard()
     # The process is about to end, and collecting garbage while torch loads takes a fifth of a second.

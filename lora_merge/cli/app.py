@@ -134,7 +134,7 @@ class _App(click.Group):
             _say_usage(exc, arguments, as_json=as_json)
         except (click.Abort, KeyboardInterrupt) as exc:
             code = exits.INTERRUPTED
-            sentence = "interrupted; nothing unfinished stands under the output's name"
+            sentence = "interrupted; no output was created"
             say_error(exc.__cause__ or exc, sentence, code, as_json=as_json)  # click makes an Abort of it
         except LoraMergeError as exc:
             code = exits.code_of(exc)
@@ -145,7 +145,7 @@ class _App(click.Group):
 
 
 def _is_command(arguments: Sequence[str]) -> bool:
-    """Return True if the first text was meant as a command: it is no option, and no path."""
+    """Return True if the first text was meant as a command: it is neither an option nor a path."""
     if arguments[0].startswith("-"):
         return False
     from lora_merge.cli.bare_paths import looks_like_path

@@ -86,7 +86,7 @@ def _exit_code(done: BatchReport, log: EventLog | None, *, is_interrupted: bool)
     if log and log.failure:
         say(f"error: the log is not complete: {log.failure}")
     if is_interrupted:
-        say("error: interrupted; what is done stays, and the same command goes on from there")
+        say("error: interrupted; finished jobs are kept, run the same command again to continue")
         return exits.INTERRUPTED
     return exits.BATCH if not done.ok else exits.WRITE if log and log.failure else exits.OK
 

@@ -1,4 +1,4 @@
-"""Words that are no command: misspelt ones, and those of other tools."""
+"""Words that are not a command: misspelt ones, and those of other tools."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _lists() -> str:
 
 
 def about_unknown_command(arguments: Sequence[str], known: Mapping[str, click.Command]) -> Advice:
-    """Return the answer to a first word that is no command.
+    """Return the answer to a first word that is not a command.
 
     Args:
         arguments: the command line; its first text is the word.

@@ -89,7 +89,7 @@ class _Shell(ShellComplete):
 
 
 def _add_shells() -> None:
-    """Make the shells known to click, in place of its own scripts."""
+    """Make the shells known to click, in place of click's scripts."""
     for name, script in SCRIPTS.items():
         add_completion_class(type(f"_{name.title()}", (_Shell,), {"source_template": script}), name)
 

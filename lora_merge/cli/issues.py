@@ -17,7 +17,7 @@ _ORDER = ("error", "warning", "note")
 
 
 def say_issues(issues: Sequence[Issue], *, each: bool) -> None:
-    """Print issues on stderr: errors, then warnings, then notes, each with its hint on a line of its own.
+    """Print issues on stderr: errors, then warnings, then notes, each with its hint on a separate line.
 
     Similar ones are grouped unless ``each`` is set.
     """

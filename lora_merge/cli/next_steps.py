@@ -51,7 +51,7 @@ def command(*words: str) -> str:
 
 
 def say_next(what: str, line: str) -> None:
-    """Print what to do next, and the command for it on a line of its own, which is never broken."""
+    """Print what to do next, and the command for it on a separate line, which is never broken."""
     say(f"{what}:")
     say_raw(f"  {line}")
 

@@ -40,7 +40,7 @@ _LABEL = 16
 
 
 def print_inspection(found: Inspection, *, full: bool) -> None:
-    """Print an adapter's facts, its modules and the engines. ``full`` lists every module in a row of its own."""
+    """Print an adapter's facts, its modules and the engines. ``full`` lists every module in a separate row."""
     width = width_of(sys.stdout)
     show_layout([shortened(fit(found.adapter), width), *_head_lines(found, width)])
     show_layout(["", *_module_lines(found, width, full=full)])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class UnknownCommandError(click.UsageError):
-    """The first word is no command."""
+    """The first word is not a command."""
 
 
 class StrayTextError(click.UsageError):

@@ -85,7 +85,7 @@ def show_layout(lines: Iterable[str]) -> None:
 
 
 def width_of(stream: TextIO | None) -> int | None:
-    """Return the columns of the terminal behind a stream; None where it is no terminal and COLUMNS is not set."""
+    """Return the columns of the terminal behind a stream; None where it is not a terminal and COLUMNS is not set."""
     low, high = _WIDTHS
     given = os.environ.get("COLUMNS", "")
     if _SIZE.fullmatch(given) and int(given):

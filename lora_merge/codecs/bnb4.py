@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Bnb4(Coded):
     """``table[code] · absmax`` (bitsandbytes 0.50, ``functional.dequantize_4bit``).
 
-    The first of two codes is in the HIGH half of a byte. Blocks go on from one row to the next.
+    The first of two codes is in the HIGH half of a byte. Blocks continue from one row to the next.
 
     Parts, of a weight of n values:
         weight: ⌈n / 2⌉ bytes, whatever dtype they are stored as.

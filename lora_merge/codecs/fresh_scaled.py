@@ -34,7 +34,7 @@ _OFFSET = 8
 
 
 def fresh_alignment(storage: Storage, shape: tuple[int, ...]) -> int:
-    """Return the multiple of rows of the matrix at which a tile has to begin, so that no block lies in two tiles."""
+    """Return the multiple of rows of the matrix at which a tile has to begin, so that no block is in two tiles."""
     del shape
     return max(int(dict(storage.settings)["block_rows"]), 1)
 

@@ -43,8 +43,8 @@ class Lines(NamedTuple):
         return self.start // self.rows, (self.end - 1) // self.rows + 1
 
     def block_row(self, line: int, block_rows: int) -> int:
-        """Return the row of a grid that a line belongs to, numbered through all matrices: each matrix has a grid of its
-        own.
+        """Return the row of a grid that a line belongs to, numbered through all matrices: each matrix has a separate
+        grid.
 
         Args:
             line: its number.

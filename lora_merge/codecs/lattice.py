@@ -103,7 +103,7 @@ class Floats:
 
         size = numbers.abs().clamp_(max=self.largest)
         smaller, larger = self._around(size)
-        # A negative level has its neighbour on the side of zero, where the spacing may be half of its own.
+        # A negative level has its neighbour on the side of zero, where the spacing may be half as wide.
         nearer, _ = self._around(size.nextafter(torch.zeros_like(size)))
         is_level = (smaller == size) & (size > 0) & (numbers >= -self.largest)
         above = torch.where(numbers < 0, nearer.where(is_level, smaller).neg_(), larger)

@@ -85,8 +85,8 @@ def adapter_config(
 ) -> dict[str, Any]:
     """Return the fields of ``adapter_config.json``, sorted by name.
 
-    Fields that mean the same before and after are copied. Targets are listed anew where a transform renamed modules or
-    the adapter relied on PEFT's defaults; rank and α are written anew where a transform changed them.
+    Fields that mean the same before and after are copied. Targets are listed again where a transform renamed modules or
+    the adapter relied on PEFT's defaults; rank and α are written again where a transform changed them.
 
     Args:
         adapter: the source; its configuration is the starting point.

@@ -251,7 +251,7 @@ def _carry(found: Extraction, names: list[str], pairing: Pairing) -> None:
     before, after = pairing.before, pairing.after
     resized = sorted(name for name in names if pairing.is_resized(name))
     sources = {pairing.parameter(name): after.get(name, ref) for name, ref in before.items()}
-    # PEFT gives each module of ``modules_to_save`` a weight of its own, so both ends of a tie are written. A
+    # PEFT gives each module of ``modules_to_save`` a separate weight, so both ends of a tie are written. A
     # PEFT that knows ``ensure_weight_tying`` writes both too, and older ones read both.
     ends = {pairing.parameter(end): source for end, source in pairing.twins.items() if source in names}
     sources |= {end: after[source] for end, source in ends.items()}

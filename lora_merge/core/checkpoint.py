@@ -118,7 +118,7 @@ class Checkpoint:
     def parameters(self) -> dict[str, Weight]:
         """Return everything that may be asked for by name, in the order of the files' bytes.
 
-        A tensor that belongs to no parameter counts as a dense weight of its own dtype.
+        A tensor that belongs to no parameter counts as a dense weight with its dtype.
         """
         # A weight of several parts is listed once, where its first part is: the dict keeps the first place of a name.
         owners = {ref.name: weight for weight in self.weights.values() for ref in weight.parts.values()}

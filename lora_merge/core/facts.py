@@ -20,7 +20,7 @@ Division = Literal["boxes", "rows", "none"]
 
 
 class Facts:
-    """The facts of one change: each algebra has a frozen dataclass of its own, beside its arithmetic in `lora_merge.deltas`.
+    """The facts of one change: each algebra has a separate frozen dataclass, beside its arithmetic in `lora_merge.deltas`.
 
     The class variables say what kind of change the algebra makes. Every room asks them instead of comparing names. The
     defaults here are the safe ones, so a new algebra overrides only what it can promise.
@@ -50,7 +50,7 @@ class Facts:
     """True when it depends on a layer's input x through A x alone (`lora_merge.deltas.algebra.Changer.looks`)."""
 
     is_stacked: ClassVar[bool] = False
-    """True when the weight is a stack of matrices, each with factors of its own: ``[experts, out, in]``."""
+    """True when the weight is a stack of matrices, each with separate factors: ``[experts, out, in]``."""
 
     replaces_rows: ClassVar[bool] = False
     """True when rows of an embedding are replaced by the adapter's: trained tokens. Its facts then have `indices`."""

@@ -32,7 +32,7 @@ class Issue:
     """What to do about it."""
 
     def __str__(self) -> str:
-        """Return ``subject: sentence``, then the hint on a line of its own; both are fit to be printed."""
+        """Return ``subject: sentence``, then the hint on a separate line; both are fit to be printed."""
         return f"{self.line}\nhint: {printable(self.hint)}" if self.hint else self.line
 
     @property
@@ -200,7 +200,7 @@ class Finding:
 
     @property
     def state(self) -> Literal["passed", "failed", "not asked"]:
-        """The result in a word; a check without errors has passed, whatever it warns of."""
+        """The result in a word; a check without errors has passed, also if it has warnings."""
         if not self.asked:
             return "not asked"
         return "failed" if any(issue.severity == "error" for issue in self.issues) else "passed"

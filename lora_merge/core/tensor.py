@@ -154,7 +154,7 @@ class Survival:
     """⟨Δ′, Δ⟩ / ‖Δ‖²: the share of the delta that arrived; 1 where there is none."""
 
     saturated: float = 0.0
-    """Share of the elements that lie beyond the grid of the storage."""
+    """Share of the elements outside the grid of the storage."""
 
     effect_norm: float = -1.0
     """‖ΔQᵀ‖ with Q an orthonormal basis of what the adapters see of their inputs (their A), over all rows; -1 where it was not

@@ -110,7 +110,7 @@ class Block:
                 return cls(view, (0, 1), rows, columns)
             case (blocks, rows, columns):
                 return cls(view, blocks, rows, columns)
-        raise ValueError(f"a region of {len(box)} axes is no block of matrices")
+        raise ValueError(f"a region of {len(box)} axes is not a block of matrices")
 
     def row_ranges(self) -> list[tuple[int, int]]:
         """Return its rows, counted through all matrices of the view; adjacent ones are one range."""

@@ -57,7 +57,7 @@ class Weight:
 
     @classmethod
     def dense(cls, ref: TensorRef) -> Weight:
-        """Return a stored tensor as the parameter of its own name, with one part."""
+        """Return a stored tensor as the parameter with the same name, with one part."""
         return cls(ref.name, ref.shape, Storage(DENSE, ref.dtype), {WEIGHT: ref})
 
     @property
@@ -82,7 +82,7 @@ class Weight:
 
     @property
     def files(self) -> frozenset[str]:
-        """The files that the parts are in; a weight's parts may lie in different shards."""
+        """The files that the parts are in; a weight's parts may be in different shards."""
         return frozenset(ref.file for ref in self.parts.values())
 
 

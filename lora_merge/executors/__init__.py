@@ -46,8 +46,8 @@ def pick(n_workers: int, device: str = "cpu", name: str = "auto") -> Executor:
     """Return the executor for a number of workers on a torch device.
 
     Args:
-        name: a key of `EXECUTORS`; ``auto``: threads, or no other thread than the caller's for one worker. A GPU has an
-            executor of its own, whatever the name.
+        name: a key of `EXECUTORS`; ``auto``: threads, or no other thread than the caller's for one worker. A GPU has a
+            separate executor, whatever the name.
     """
     if device != "cpu":
         return partial(run_cuda, device=device)

@@ -163,7 +163,7 @@ class _Hand(Generic[Work, Result]):
         return bool(self.work)
 
     def carry(self, work: Work, news: SimpleQueue[None]) -> None:
-        """Send the work and wait for the result. Runs in a thread of its own, one for each piece."""
+        """Send the work and wait for the result. Runs in a separate thread, one for each piece."""
         try:
             self.pipe.send(work)
             self.found.append(self.pipe.recv())
@@ -257,7 +257,7 @@ def _held_back() -> Iterator[None]:
     """Delay signals until the block ends. A process that starts inside begins with them blocked, until `be_idle`.
 
     Blocking alone is not enough. A signal that this thread blocks goes to another thread that does not (numerical
-    libraries have some), and Python then runs the handler in the main thread all the same. So the handlers are
+    libraries have some), and Python then runs the handler in the main thread anyway. So the handlers are
     replaced, too.
     """
     struck: list[int] = []
@@ -292,7 +292,7 @@ def run_processes(
     Raises:
         LoraMergeError: what a worker raised.
         BugError: a worker raised something else.
-        WriteError: a process ended before its time, or cannot be started.
+        WriteError: a process ended unexpectedly, or cannot be started.
     """
     if not pieces:
         return
@@ -353,7 +353,7 @@ def _result(found: Result | _Raised | Broken) -> Result:
     """Return the result of a piece, or raise the error that came instead.
 
     Raises:
-        LoraMergeError: the worker raised it, or the process ended before its time.
+        LoraMergeError: the worker raised it, or the process ended unexpectedly.
         BugError: the worker raised something else.
     """
     match found:

@@ -29,7 +29,7 @@ KEPT_SHARE = 0.9
 """Share of the change that should arrive where a few values of a coarse grid carry what the others cannot."""
 
 LEAST_SHARE = 0.5
-"""Less of the change than this is no merge of the adapter, unless the user wants it."""
+"""Less of the change than this does not count as a merge of the adapter, unless the user wants it."""
 
 
 def kept_of(survival: Mapping[str, Survival]) -> float:
@@ -117,7 +117,7 @@ def check_loss(survival: Mapping[str, Survival], plan: MergePlan, *, is_allowed:
     Args:
         survival: of the merged tensors.
         plan: how each was to be stored.
-        is_allowed: the user wants it all the same.
+        is_allowed: the user wants it anyway.
 
     Raises:
         PlanError: it has.

@@ -132,7 +132,7 @@ class Draft:
         return False
 
     def beside(self, name: str) -> list[TensorRef]:
-        """Return the tensor of this name and those whose names go on from it: for what is wrong, since all are looked at."""
+        """Return the tensor of this name and those whose names begin with it: for what is wrong, since all are looked at."""
         return [ref for key, ref in self.tensors.items() if key == name or key.startswith(f"{name}.")]
 
     def has(self, name: str) -> bool:

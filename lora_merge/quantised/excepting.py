@@ -83,7 +83,7 @@ def plain_metadata(metadata: Mapping[str, str], names: Iterable[str]) -> dict[st
 
 
 def _dense(modules: Collection[str], weights: Mapping[str, Weight]) -> _Dense:
-    # A parameter without a module of its own is named by the module that has it.
+    # A parameter without a separate module is named by the module that has it.
     named = dict.fromkeys(
         module if f"{module}.weight" in weights else module.rpartition(".")[0] or module for module in modules
     )

@@ -65,7 +65,7 @@ class Fp8:
 
 
 def block_size(value: object) -> tuple[int, int] | None:
-    """Return the rows and columns of a block; None where a setting is no such pair.
+    """Return the rows and columns of a block; None where a setting is not such a pair.
 
     Example:
         >>> block_size([128, 64]), block_size("128x64"), block_size(128)

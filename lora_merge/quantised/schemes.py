@@ -292,6 +292,6 @@ OF_GPT_OSS: Mapping[str, Scheme] = {
         is_of_stacks=True,
     )
 }
-"""The schemes that gpt-oss has of its own, by the name of the one that they take the place of: what engines load as
+"""The separate schemes of gpt-oss, by the name of the one that they take the place of: what engines load as
 ``quant_method`` mxfp4.
 """

@@ -56,7 +56,7 @@ _MOST_CELLS = 3000
 _NO_ROOM = "This page has no room for the maps of this job. lora-merge verify with --report shows them."
 
 _MOST_JOBS = 300
-"""Most jobs with details of their own; the table has all of them."""
+"""Most jobs with separate details; the table has all of them."""
 
 
 def batch_page(report: BatchReport, command: str) -> Page:

@@ -27,7 +27,7 @@ _MOST_FILES = 50
 
 @dataclass(frozen=True)
 class Origin:
-    """What the files around a merge say of it. Files that cannot be read say nothing: a page is no place to fail."""
+    """What the files around a merge say of it. Files that cannot be read say nothing: a page must not fail."""
 
     output: Mapping[str, Any] = field(default_factory=dict)
     """The output's ``config.json``."""

@@ -141,7 +141,7 @@ def _without_lora(engine: Engine, others: Sequence[str]) -> str:
 
 
 def _other_modules(engine: Engine, traits: Iterable[Trait], family: BaseFamily) -> list[str]:
-    """Return modules that an engine has no LoRA for. Heads, embeddings and experts have rules of their own."""
+    """Return modules that an engine has no LoRA for. Heads, embeddings and experts have separate rules."""
     pattern = engine.families.pattern(family)
     paths = next((trait.paths for trait in traits if trait.name == "modules"), ())
     return [path for path in paths if pattern and not re.fullmatch(pattern, path)]

@@ -24,7 +24,7 @@ class BaseFamily:
         """Return the family that a ``config.json`` names; values of other types are ignored."""
         named = config.get("architectures")
         found = [str(name) for name in named] if isinstance(named, list | tuple) else []
-        # A model with code of its own names its class here.
+        # A model with its own code names its class here.
         auto_map = config.get("auto_map")
         custom = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
         if isinstance(custom, str):

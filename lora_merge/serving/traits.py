@@ -155,7 +155,7 @@ def _of_config(adapter: Adapter, base_modules: Collection[str]) -> Iterator[Trai
     unknown = sorted(name for name in config if name not in PEFT_0_14_FIELDS)
     if unknown and adapter.format == "peft":
         yield Trait("new-fields", listing(unknown, 3))
-    # KaSA changes the base too, but has a field of its own in place of ``init_lora_weights``.
+    # KaSA changes the base too, but has a separate field in place of ``init_lora_weights``.
     init = "KaSA" if config.get("kasa_config") else mutating_init(config)
     if init:
         yield Trait("initial", init)

@@ -202,7 +202,7 @@ def listing(fd: int) -> Listing:
 
 def walk(fd: int, within: str = "") -> Iterator[tuple[int, str, list[str]]]:
     """Yield every directory below, and last the directory itself: descriptor, relative name, names of its entries
-    that are no directories.
+    that are not directories.
 
     Links are never entered. Directories that vanish meanwhile, or may not be entered, are left out.
     """

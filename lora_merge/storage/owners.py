@@ -24,7 +24,7 @@ def take(fd: int, path: Path, parent: int, *, is_new: bool) -> None:
     """Check that a directory belongs to this user alone, and close it to others.
 
     Some filesystems show one owner, or one mode, for everything (vfat, shares of other systems, NFS that maps root to
-    nobody). There it is enough that the directory has the owner and mode that a new file gets.
+    another user). There it is enough that the directory has the owner and mode that a new file gets.
 
     Args:
         fd: of the directory.
@@ -91,7 +91,7 @@ def _name(uid: int) -> str:
 
 
 def allowed_bits(inputs: Iterable[Path], group: int) -> int:
-    """Return the permission bits that the output may have: nobody may read it who may not read all that it is made
+    """Return the permission bits that the output may have: only those may read it who may read all that it is made
     of.
 
     The owner keeps all. The group and everybody keep theirs where they may list every directory and read every file; the

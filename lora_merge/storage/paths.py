@@ -1,4 +1,4 @@
-"""Paths that lead nowhere: what the user may have meant."""
+"""Paths that do not exist: what the user may have meant."""
 
 from __future__ import annotations
 

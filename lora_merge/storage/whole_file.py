@@ -1,4 +1,4 @@
-"""A file that is written whole or not at all: under a name of its own first, then under the one that is wanted."""
+"""A file that is written whole or not at all: under a separate name first, then under the one that is wanted."""
 
 from __future__ import annotations
 

@@ -1054,7 +1054,7 @@ def test_after_sigterm_the_report_says_what_was_done_and_a_second_run_does_the_r
     code, stdout, stderr = ended_by_sigterm(tmp_path, 3, "--json", "--log-file", "log", "--jobs", str(n_jobs))
 
     assert code == exits.INTERRUPTED, stderr
-    assert "error: interrupted; what is done stays, and the same command goes on from there" in stderr
+    assert "error: interrupted; finished jobs are kept, run the same command again to continue" in stderr
     assert "Traceback" not in stderr
     report = json.loads(stdout)
     assert not report["ok"]

@@ -65,7 +65,7 @@ CASES = (
     Case("norms as LoRA", ("--to-lora", "--rank", 4), ("LoRA can change matrices only",), kind="LayerNorm tuning"),
     Case("a larger vocabulary as LoRA", ("--to-lora", "--rank", 4), ("LoRA cannot resize",), kind="a larger vocabulary"),
     Case("experts that are stored stacked, one by one", ("--split-experts",), ("is one tensor in the base", "stores each expert separately"), kind="LoRA on stacked experts (target_parameters), two parameters", model="granitemoe"),
-    Case("a module with a part of a parameter, named as transformers 5 does", ("--rename", "v5"), ("has no name of its own", "--fuse-experts"), kind="EXPERTS", model="qwen3_moe"),
+    Case("a module with a part of a parameter, named as transformers 5 does", ("--rename", "v5"), ("does not have a separate name", "--fuse-experts"), kind="EXPERTS", model="qwen3_moe"),
     Case("only trained tokens", ("--bake-scale",), ("has no module that a LoRA can be written for",), kind="trainable tokens alone"),
     Case("attention that PEFT changes twice", ("--bake-scale",), ("nn.MultiheadAttention",), kind="LoRA on nn.MultiheadAttention", model="siglip"),
     Case("biases for vLLM", ("--for", "vllm"), ("vLLM says that adapter bias is not supported", "merge it"), kind='bias="lora_only"', model="llama_biased"),

@@ -61,7 +61,7 @@ def _gptq_zeros(stored: StoredRows, rows: Sequence[int], bits: int, n_groups: in
     """
     import torch
 
-    # Three words hold 32 numbers of three bits: the first word that is read begins with a number of its own.
+    # Three words hold 32 numbers of three bits: the first word that is read starts at the first bit of a number.
     unit = 3 if bits == 3 else 1
     first, last = rows[0] * bits // 32 // unit * unit, (rows[-1] * bits + bits - 1) // 32 + 1
     raw = stored.part("zero", range(n_groups), n_groups, (4 * first, 4 * last))

@@ -1,7 +1,7 @@
 """The gate: what an engine must find in a directory to load all of it, as vLLM, LMDeploy and transformers read it.
 
 Engines forgive too much: vLLM and LMDeploy load a checkpoint with tensors missing, and say nothing. A rule looks at
-a directory as it is, knows no plan, and yields what an engine would refuse, misread or pass over. `RULES` is the table.
+a directory as it is, does not know the plan, and yields what an engine would refuse, misread or pass over. `RULES` is the table.
 """
 
 from __future__ import annotations

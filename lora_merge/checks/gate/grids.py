@@ -112,7 +112,7 @@ def _packed(codes: TensorRef, scales: TensorRef, module: Module, scheme: Scheme)
 
 
 def _mlx(codes: TensorRef, scales: TensorRef, module: Module, scheme: Scheme) -> Iterable[Shape]:
-    """Yield ``[…, out, groups]`` of MLX, whose modules have numbers of bits and groups of their own."""
+    """Yield ``[…, out, groups]`` of MLX, whose modules have separate numbers of bits and groups."""
     del scales, module
     *outer, words = codes.shape
     for bits, group in product({*scheme.bits, 4, 8}, {*scheme.groups, _NV, _MX} - {0}):

@@ -53,7 +53,7 @@ class Module:
     """One weight as it is stored: by codes and scales, or dense."""
 
     name: str
-    """Path of its module; of a parameter that is no module's ``weight`` (stacked experts), its own name."""
+    """Path of its module; of a parameter that is not a module's ``weight`` (stacked experts), its own name."""
 
     codes: TensorRef | None = None
     scales: TensorRef | None = None

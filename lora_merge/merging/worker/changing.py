@@ -78,7 +78,7 @@ def _combined(
         own = [(delta, changer) for delta, changer in changers if delta.adapter == adapter]
         changes.append(_difference(values, start, end, [changer for _, changer in own]))
         weights.append(own[0][0].adapter_weight)
-    # A stack of matrices gets a dimension of its own: `svd` works on each matrix.
+    # A stack of matrices gets a separate dimension: `svd` works on each matrix.
     if op.view.blocks > 1:
         changes = [change.view(op.view.blocks, op.view.rows, op.view.columns) for change in changes]
     return combine(changes, weights, op.combination).view(values.shape)

@@ -132,7 +132,7 @@ class TorchLoading:
     """Imports torch in the background (a second or more), while copying runs without it.
 
     After an error the import is not waited for: an interrupt may have hit another import and left a lock held that
-    this one needs. What the caller's thread uses meanwhile is imported first: beside this import each of its own takes
+    this one needs. What the caller's thread uses meanwhile is imported first: beside this import each of them takes
     long, and is easily hit. Python swallows an interrupt that arrives while it cleans up after an import, and keeps the
     lock (`interrupts.strike`, which a program that calls us need not have).
 

@@ -53,7 +53,7 @@ class Filling:
     tiles: Sequence[Tile]
 
     bench: Workbench | None
-    """Of its own, where its buffers are filled by several tiles; else the loop's."""
+    """A separate one, where its buffers are filled by several tiles; else the loop's."""
 
     def parts(self, tile: Tile, read: Parts) -> Parts:
         """Return the parts that a tile is written as, with the byte ranges of each."""

@@ -49,7 +49,7 @@ class Sample:
             self._before = self._rows(frame.values).clone()
 
     def look(self, frame: Frame, rows: Tile, grid: Grid) -> None:
-        """Count the values of the rows that lie beyond the ends of a grid, before they are rounded."""
+        """Count the values of the rows beyond the ends of a grid, before they are rounded."""
         if self._before is None or self._saturated is not None or self._target.is_dense:
             return
         values = self._rows(frame.values)

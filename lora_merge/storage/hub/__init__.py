@@ -1,6 +1,6 @@
 """Repos of the Hugging Face Hub and of ModelScope → local directories. The only place that uses a network.
 
-Files lie in the hub's own cache; its own package downloads, retries and resumes. Only what is asked for is fetched.
+Files are in the hub's own cache; its own package downloads, retries and resumes. Only what is asked for is fetched.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def answer(model: Any, prompt: Prompt, n_tokens: int) -> Answer:
 
     Args:
         model: any model of transformers.
-        prompt: the tokens; without tokens, the model gets random input of its own kind.
+        prompt: the tokens; without tokens, the model gets random input of the right kind.
         n_tokens: how many to generate, if the model can.
     """
     said: list[int] = []

@@ -1,4 +1,4 @@
-"""Runs vLLM in a process of its own, with the Python that has it. A script answers in JSON."""
+"""Runs vLLM in a separate process, with the Python that has it. A script answers in JSON."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def family_of(config: Mapping[str, Any], text: Mapping[str, Any]) -> Family:
     kind = str({**config, **text}.get("model_type"))
     family = FAMILIES.get(kind)
     own_class = str((text.get("architectures") or [""])[0])
-    # A text model inside another model may have an architecture of its own.
+    # A text model inside another model may have a separate architecture.
     if family is not None and around != kind and not own_class.endswith("ForCausalLM"):
         arch = AROUND.get((around, kind))
         family = replace(family, arch=arch) if arch else None
