@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -80,11 +81,8 @@ def test_a_page_has_every_option_with_its_sentence(page):
 @pytest.mark.parametrize("name", app.commands)
 def test_a_page_has_the_examples_of_the_help(name):
     text, _ = shown(f"lora-merge-{name}")
-    examples = [
-        line.strip()
-        for line in app.commands[name].help.splitlines()
-        if line.startswith("  ") and line.strip() != "\b"
-    ]
+    lines = inspect.cleandoc(app.commands[name].help).splitlines()
+    examples = [line.strip() for line in lines if line.startswith("  ")]
 
     assert examples
     for example in examples:
