@@ -5,15 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from lora_merge.cli.arguments import Word, command_line, names_of, split_words
+from lora_merge.cli.program import called
 from lora_merge.cli.synonyms import OPTIONS, Synonym
 from lora_merge.requests.table import OPTIONS as TABLE
 from lora_merge.requests.table import options_of
 from lora_merge.words import choice
+
+if TYPE_CHECKING:
+    from lora_merge.requests.option import Option
 
 NEAR: Final = 0.7
 """How similar a misspelt name has to be, from 0 to 1."""
@@ -67,8 +71,17 @@ def reading_of(command: click.Command, arguments: Sequence[str]) -> Reading:
 
 
 def _arity(name: str) -> int | None:
+    """Return how many values an option has that the command lacks; None if it is not known."""
     found = OPTIONS.get(plain(name))
-    return None if found is None else found.n_values
+    if found is not None:
+        return found.n_values
+    rows = _rows_of(plain(name))
+    return None if not rows else 0 if rows[0].is_switch or rows[0].sets else 1
+
+
+def _rows_of(name: str) -> list[Option]:
+    """Return the rows of the table that have this name on the command line, in any command."""
+    return [row for row in TABLE if not row.is_positional and name in {_flag(row.name, row.flag), row.short}]
 
 
 def plain(name: str) -> str:
@@ -113,6 +126,14 @@ def about_missing(name: str, sentence: str, read: Reading) -> Advice:
     if name != "out":
         example = [f"--{name.replace('_', '-')}", _EXAMPLES.get(name, name.upper())]
     return Advice(sentence, (read.line([*tokens, *example]),))
+
+
+def about_late_command(command: click.Command, arguments: Sequence[str]) -> Advice:
+    """Return the answer to a command's name behind options: ``lora-merge --quiet verify merged``."""
+    name = command.name or ""
+    rest = list(arguments)
+    rest.remove(name)
+    return Advice(f"the command comes first: {called()} {name} …", (command_line(name, rest),))
 
 
 def help_hint(read: Reading) -> str:
@@ -163,22 +184,16 @@ def _argument(word: Word, read: Reading) -> tuple[str, list[str]] | None:
     return f"`{word.name}` is the argument {argument} of `{read.verb}`, without a name", list(word.values)
 
 
-def _of_others(word: Word, read: Reading) -> tuple[str, None] | None:
+def _of_others(word: Word, read: Reading) -> tuple[str, list[str] | None] | None:
     """An option of other commands."""
-    verbs = sorted(
-        {
-            verb
-            for option in TABLE
-            for verb in option.verbs
-            if _flag(option.name, option.flag) == plain(word.name)
-        }
-    )
+    verbs = sorted({verb for row in _rows_of(plain(word.name)) for verb in row.verbs})
     if not verbs:
         return None
-    return (
-        f"`{word.name}` is an option of {choice([f'`{verb}`' for verb in verbs])}, not of `{read.verb}`",
-        None,
-    )
+    # The command of a merge, with another name: the plan does without.
+    if read.verb == "plan" and "merge" in verbs:
+        return f"`plan` writes nothing and has no `{word.name}`", []
+    named = choice([f"`{verb}`" for verb in verbs])
+    return f"`{word.name}` is an option of {named}, not of `{read.verb}`", None
 
 
 def _near(word: Word, read: Reading) -> tuple[str, list[str] | None] | None:

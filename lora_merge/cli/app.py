@@ -24,7 +24,7 @@ from lora_merge.cli.options import SETTINGS
 from lora_merge.cli.plan import plan
 from lora_merge.cli.usage import UnknownCommandError, advice_about
 from lora_merge.cli.verify import verify
-from lora_merge.cli.voice import say
+from lora_merge.cli.voice import say, show
 from lora_merge.errors import LoraMergeError
 from lora_merge.runtime.interrupts import as_keyboard_interrupt, strike
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
@@ -198,7 +198,7 @@ def _show_help_all(ctx: click.Context, param: click.Parameter, value: bool) -> N
     """Print the long page, and end."""
     del param
     if value and not ctx.resilient_parsing:
-        click.echo(main.help_all(ctx))
+        show(main.help_all(ctx))
         ctx.exit()
 
 

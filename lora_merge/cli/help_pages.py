@@ -13,7 +13,7 @@ from lora_merge.cli.usage import StrayTextError
 from lora_merge.requests.table import options_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from click.shell_completion import CompletionItem
 
@@ -46,8 +46,9 @@ class Page(click.HelpFormatter):
                 parts.append(_filled(" ".join(part.split()), self.width, margin, margin))
         self.write("\n\n".join(parts) + "\n")
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = _WIDEST, col_spacing: int = 2) -> None:
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = _WIDEST, col_spacing: int = 2) -> None:
         """Write names and their explanations in two columns."""
+        rows = list(rows)
         first = min(max(len(name) for name, _ in rows), col_max) + col_spacing
         margin = " " * self.current_indent
         for name, text in rows:
@@ -104,7 +105,9 @@ class Verb(click.Command):
         """Write the arguments, then every option in its group."""
         verb = self.name or ""
         arguments = [
-            (option.name.upper(), option.help) for option in options_of(verb) if option.is_positional
+            (option.name.upper(), option.help)
+            for option in options_of(verb)  # type: ignore[arg-type]  # the name of a command is a verb
+            if option.is_positional
         ]
         if arguments:
             with formatter.section("Arguments"):

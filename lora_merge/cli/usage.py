@@ -57,6 +57,10 @@ def advice_about(
         return about_unknown_command(arguments, known)
     if error.ctx is None or error.ctx.command.name not in known:
         return None
+    if isinstance(error, StrayTextError) and error.texts[0] in known and arguments[0] not in known:
+        from lora_merge.cli.advice import about_late_command
+
+        return about_late_command(known[error.texts[0]], arguments)
     return _about_options(error, error.ctx.command, arguments)
 
 
