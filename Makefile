@@ -10,7 +10,7 @@ LEAN    := .venv-lean
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers measures docs site test browser report-pictures crossed fuzz values kills detection engines engines-table oracles bench rounding lean clean
+.PHONY: help setup demo check lint format type layers measures docs site test quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles bench rounding lean clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -53,7 +53,7 @@ docs: setup ## Check that the generated pages are current (scripts/docs.py --wri
 site: setup ## Build the documentation as a website, into .site (no network, no warning allowed)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-test: setup ## The test suite, but for the other rows of crossed tables
+test: setup ## The test suite: every row of a table that runs code of its own
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed"
 
 browser: setup ## Pages of --report in a real Chromium; says what is missing, and installs nothing
@@ -62,7 +62,10 @@ browser: setup ## Pages of --report in a real Chromium; says what is missing, an
 report-pictures: setup ## Take the pictures of docs/report.md from real runs, in a real Chromium
 	$(BIN)/python scripts/report_pictures.py --write
 
-crossed: setup ## The other rows of crossed tables: kinds of adapters by models, dtypes and layouts
+quick: setup ## A minute of tests to run after each change: units, a kind for each algebra, a family for each layout
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed and not slow" @tests/quick.txt
+
+crossed: setup ## The other rows of the tables: kinds of adapters by models, dtypes and layouts
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m crossed
 
 fuzz: setup ## A million executions of everything that reads files of strangers (RUNS=n; half an hour)

@@ -18,7 +18,7 @@ from tests.faults.trial import Job
 from tests.tampering import edit_tensors, to_pickles
 
 ROOT = Path(__file__).parents[2]
-N_KILLS = int(os.environ.get("LORA_MERGE_KILLS", "60"))
+N_KILLS = int(os.environ.get("LORA_MERGE_KILLS", "40"))
 """Of all jobs together."""
 
 N_DISKS = int(os.environ.get("LORA_MERGE_DISKS", "15"))
@@ -135,7 +135,7 @@ def test_what_is_killed_loses_nothing_and_run_again_it_ends_in_the_same_bytes(na
 def test_a_run_that_is_killed_while_it_names_its_output_loses_neither_the_old_nor_the_new(
     in_two_steps, job, work
 ):
-    n = max(10, N_KILLS // 10)
+    n = max(6, N_KILLS // 10)
     told = replace(job("Conv1D, over an old output"), n_last=45, in_two_steps=in_two_steps)
 
     words = found("killing", told, work, n=n, seed=6, signal=signal.SIGKILL)

@@ -28,6 +28,7 @@ from lora_merge.peft_rules.injection import (
 )
 from lora_merge.peft_rules.injection import injection as room
 from lora_merge.peft_rules.kinds import PREFIX
+from tests.crossing import diagonal
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 SQUARE = ["q_proj", "o_proj"]
@@ -321,8 +322,7 @@ def first_target(case, **changes):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), diagonal(CASES.keys(), DTYPES))
 def test_one_module_at_a_time_has_the_bits_of_the_whole_model(case, dtype):
     import torch
 
@@ -346,8 +346,7 @@ def test_values_stored_in_half_precision_are_used_in_single_precision(case):
         assert torch.equal(after, adapter.merged[name]), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), diagonal(CASES.keys(), DTYPES))
 def test_the_layer_answers_as_in_the_unmerged_model(case, dtype):
     import torch
 

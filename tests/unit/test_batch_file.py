@@ -465,6 +465,7 @@ def test_an_entry_that_stands_for_too_many_jobs_is_refused_before_they_are_made(
         read_batch(str(path))
 
 
+@pytest.mark.slow
 def test_thousands_of_jobs_are_told_apart_at_once(tmp_path):
     path = tmp_path / "batch.yaml"
     path.write_text("jobs:\n" + "".join(f"- {{adapter: a, out: o/{n}}}\n" for n in range(5000)))

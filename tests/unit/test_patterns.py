@@ -72,6 +72,7 @@ def calibrated(seconds: float) -> int:
         n += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", HUGE)
 def test_a_pattern_that_takes_all_memory_is_refused_elsewhere(pattern):
     import resource
@@ -94,6 +95,7 @@ def test_thousands_of_patterns_are_stopped_together(hasty):
         ask_for_a_thousand(Patterns("rank_pattern", many, "end"))
 
 
+@pytest.mark.slow
 def test_thousands_of_names_take_no_time():
     rule = Patterns("rank_pattern", [f"model.layers.{n}.self_attn.q_proj" for n in range(20_000)], "end")
     start = time.process_time()

@@ -476,6 +476,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_pickle_that_would_keep_python_s_unpickler_busy_or_end_it_is_refused(bomb, tmp_path):
     content, words = BOMBS[bomb]

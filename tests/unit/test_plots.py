@@ -89,6 +89,7 @@ def drawing(tmp_path, *modules, **facts):
     return Drawing(tmp_path / "x.svg")
 
 
+@pytest.mark.slow
 def test_a_png_is_a_picture_with_colours(tmp_path):
     matplotlib_image = pytest.importorskip("matplotlib.image")
     path = tmp_path / "x.PNG"
@@ -172,6 +173,7 @@ def test_a_page_needs_no_matplotlib(tmp_path):
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
 def test_the_same_inspection_gives_the_same_bytes_whatever_the_users_settings(tmp_path, suffix):
     mpl = pytest.importorskip("matplotlib")
@@ -222,6 +224,7 @@ def test_a_name_is_no_formula(tmp_path):
     assert {formula, f"my {formula}"} <= {*texts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "n_layers", "n_others"), [("a", 600, 1), ("x" * 5000, 3, 300)])
 def test_an_image_stays_small_enough_to_be_opened(tmp_path, name, n_layers, n_others):
     image = pytest.importorskip("matplotlib.image")

@@ -209,6 +209,7 @@ def cut(grid, rows):
     return Grid(grid.lattice, grid.keep, part(grid.scale), part(grid.zero), part(grid.bias), grid.group)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "columns"), [("bf16", 160), ("int4", 160), ("int4-act-order", 160), ("bf16", 2720)]
 )
