@@ -56,7 +56,10 @@ _MOST_CELLS = 3000
 _NO_ROOM = "This page has no room for the maps of this job. lora-merge verify with --report shows them."
 
 _MOST_JOBS = 300
-"""Most jobs with separate details; the table has all of them."""
+"""Most jobs with separate details."""
+
+_MOST_ROWS = 2000
+"""Most jobs in the table."""
 
 
 def batch_page(report: BatchReport, command: str) -> Page:
@@ -69,7 +72,7 @@ def batch_page(report: BatchReport, command: str) -> Page:
         verdict=_verdict(report),
         figures=(*(Fact(word, str(n)) for word, n in states if n), Fact("time", f"{report.seconds:.1f} s")),
         sections=sections(
-            section("jobs", "Jobs", _table(report)),
+            section("jobs", "Jobs", _table(report), _left(report)),
             section("details", "Each job", *_jobs(report)),
             section("command", "Command", Command(command) if command else None),
         ),
@@ -96,7 +99,7 @@ def _verdict(report: BatchReport) -> str:
 def _table(report: BatchReport) -> Table:
     has_names = any(job.name != job.out for job in report.jobs)
     rows = []
-    for job in report.jobs:
+    for job in _listed(report):
         state, word = _STATES[job.state]
         result = job.message.partition("\n")[0] if job.message else summary_of(job)
         names = (job.name, job.out) if has_names else (job.out,)
@@ -107,6 +110,27 @@ def _table(report: BatchReport) -> Table:
     return Table(
         "All jobs", columns, tuple(rows), frozenset({n + 2}), frozenset(range(1, n + 1)), is_titled=True
     )
+
+
+def _left(report: BatchReport) -> Remark | None:
+    left = len(report.jobs) - len(_listed(report))
+    return (
+        Remark(f"This table has no room for {counted(left, 'other job')}; --json prints them.")
+        if left
+        else None
+    )
+
+
+def _listed(report: BatchReport) -> tuple[JobReport, ...]:
+    """Return the jobs of the table, in their order: of very many, those that failed and the first others."""
+    room = _MOST_ROWS - min(sum(job.state == "failed" for job in report.jobs), _MOST_ROWS)
+    found: list[JobReport] = []
+    for job in report.jobs:
+        is_failed = job.state == "failed"
+        if len(found) < _MOST_ROWS and (is_failed or room > 0):
+            found.append(job)
+            room -= not is_failed
+    return tuple(found)
 
 
 def summary_of(job: JobReport) -> str:
@@ -129,7 +153,11 @@ def _jobs(report: BatchReport) -> list[Block]:
     """Return the details of each job; with maps as long as there is room."""
     found: list[Block] = []
     room = _MOST_CELLS
-    for n, job in enumerate(report.jobs[:_MOST_JOBS]):
+    listed = sorted(_listed(report), key=lambda job: job.state != "failed")[:_MOST_JOBS]
+    chosen = {id(job) for job in listed}
+    for n, job in enumerate(report.jobs):
+        if id(job) not in chosen:
+            continue
         state, word = _STATES[job.state]
         facts, points = _content(job)
         charts = _charts(points, f"job-{n}-") if len(points) <= room else [Remark(_NO_ROOM)]
@@ -138,10 +166,11 @@ def _jobs(report: BatchReport) -> list[Block]:
         shown = tuple(one for one in blocks if getattr(one, "rows", True))
         found.append(Job(job.name, Mark(word, state), summary_of(job), shown))
     if left := len(report.jobs) - len(found):
-        sentence = (
-            f"The table above has {counted(left, 'more job')}; the details are in the data of this page."
+        found.append(
+            Remark(
+                f"This page has no room for the details of {counted(left, 'other job')}; --json prints them."
+            )
         )
-        found.append(Remark(sentence))
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Report
-from lora_merge.redaction import fit_json
+from lora_merge.redaction import without_secrets
 
 if TYPE_CHECKING:
     from lora_merge.batches.reports import BatchReport, JobReport
@@ -74,17 +74,22 @@ def result_data(report: Report) -> dict[str, Any]:
 def embedded(data: Any) -> str:
     """Return data as JSON that can be in the middle of a page: nothing in it ends a script, and no number is beyond JSON.
 
-    Where it is too large for a page, ``survival``, ``modules`` and ``module_ranks`` are emptied, and ``left_out`` names them.
+    Where it is too large for a page, what it says of each tensor is emptied; if that is not enough, the reports of jobs and
+    the lists of issues too. ``left_out`` then has the number of entries under each emptied key.
     """
     text = _json(data)
-    if len(text) > MOST_BYTES:
+    for keys in _CUTS:
+        if len(text) <= MOST_BYTES:
+            break
         left_out: dict[str, int] = {}
-        text = _json({**_without_tensors(data, left_out), "left_out": left_out})
+        text = _json({**_without(keys, data, left_out), "left_out": left_out})
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _json(data: Any) -> str:
-    return fit_json(json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=False, default=str))
+    # In ASCII everything that could control a terminal or end a line is an escape already, but for DEL.
+    text = json.dumps(_finite(data), separators=(",", ":"), default=str)
+    return without_secrets(text).replace("\x7f", "\\u007f")
 
 
 def _finite(value: Any) -> Any:
@@ -100,18 +105,24 @@ def _finite(value: Any) -> Any:
 
 
 _OF_TENSORS = frozenset({"survival", "modules", "module_ranks", "tensors"})
+_CUTS = (
+    _OF_TENSORS,
+    _OF_TENSORS | {"report", "issues", "comparisons", "engines"},
+    _OF_TENSORS | {"report", "issues", "comparisons", "engines", "jobs", "findings"},
+)
+"""What is left out of a page that would be too large: one after the other, until it fits."""
 
 
-def _without_tensors(value: Any, left_out: dict[str, int]) -> Any:
-    """Return data without what it says of each tensor, and count that in `left_out`."""
+def _without(keys: frozenset[str], value: Any, left_out: dict[str, int]) -> Any:
+    """Return data with empty values under some keys, and count their entries in `left_out`."""
     if isinstance(value, list | tuple):
-        return [_without_tensors(one, left_out) for one in value]
+        return [_without(keys, one, left_out) for one in value]
     if not isinstance(value, dict):
         return value
     found: dict[str, Any] = {}
     for key, one in value.items():
-        is_cut = key in _OF_TENSORS and isinstance(one, dict | list | tuple)
+        is_cut = key in keys and isinstance(one, dict | list | tuple)
         if is_cut:
             left_out[key] = left_out.get(key, 0) + len(one)
-        found[key] = type(one)() if is_cut else _without_tensors(one, left_out)
+        found[key] = type(one)() if is_cut else _without(keys, one, left_out)
     return found

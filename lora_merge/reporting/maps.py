@@ -206,12 +206,22 @@ def _map(
     is_share: bool = False,
     marked: Collection[str] = (),
 ) -> HeatMap:
-    cells = []
+    cells, n_rows = [], _n_rows(grid)
     for (row, column), members in sorted(grid.cells.items()):
-        value = mean(map(of, members))
-        is_marked = any(one.path in marked for one in members)
-        cells.append(Cell(row, column, value, _label(members, value, is_marked=is_marked), is_marked))
-    return HeatMap(name, quantity, grid.labels, grid.columns, tuple(cells), *bounds, is_share)
+        if row < n_rows:
+            value = mean(map(of, members))
+            is_marked = any(one.path in marked for one in members)
+            cells.append(Cell(row, column, value, _label(members, value, is_marked=is_marked), is_marked))
+    return HeatMap(name, quantity, grid.labels[:n_rows], grid.columns, tuple(cells), *bounds, is_share)
+
+
+_MOST_PLACES = 4000
+"""Most places of a map, those without a module included: twice as many as 94 layers of 20 kinds of modules have."""
+
+
+def _n_rows(grid: Grid[Point]) -> int:
+    """Return how many rows a page has room for."""
+    return min(len(grid.rows), max(1, _MOST_PLACES // max(len(grid.columns), 1)))
 
 
 def _label(members: Sequence[Point], value: float | None, *, is_marked: bool) -> str:
@@ -230,6 +240,8 @@ def _explained(caption: str, grid: Grid[Point]) -> str:
     remarks = [caption]
     if any(len(found) > 1 for found in grid.cells.values()):
         remarks.append("Experts of a layer share a cell, which shows their mean.")
+    if (n_rows := _n_rows(grid)) < len(grid.rows):
+        remarks.append(f"The first {n_rows} of {len(grid.rows)} rows are shown.")
     return " ".join(remarks)
 
 
@@ -238,10 +250,10 @@ def kinds_table(points: Sequence[Point]) -> Table | None:
     if not points:
         return None
     grid = arranged(points)
-    rows = [
-        (label, [one for (at, _), found in grid.cells.items() if at == row for one in found])
-        for row, label in enumerate(grid.labels)
-    ]
+    members_of: dict[int, list[Point]] = {}
+    for (at, _), found in grid.cells.items():
+        members_of.setdefault(at, []).extend(found)
+    rows = [(label, members_of[row]) for row, label in enumerate(grid.labels[: _n_rows(grid)])]
     sizes = [mean(one.relative for one in members) for _, members in rows]
     finite = [size for size in sizes if size is not None and math.isfinite(size)]
     most = max(finite, default=0.0) or 1.0

@@ -141,10 +141,9 @@ def _read(folder: str, name: str) -> Mapping[str, Any]:
         return {}
     try:
         path = Path(user_path(folder), name)
-        found = read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
     except (LoraMergeError, OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _scheme(config: Mapping[str, Any]) -> str:

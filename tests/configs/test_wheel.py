@@ -73,6 +73,8 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
         (entries,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
 
     assert "lora_merge/py.typed" in names
+    templates = {f"lora_merge/reporting/templates/page.{suffix}" for suffix in ("html.j2", "css", "js")}
+    assert templates <= set(names)
     own = wheel.name.rsplit("-", 3)[0]
     assert {name.split("/")[0] for name in names} == {"lora_merge", f"{own}.dist-info", f"{own}.data"}
     manuals = {path.name for path in (ROOT / "man").iterdir()}
