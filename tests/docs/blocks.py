@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,8 @@ PROGRAMS = {
 }
 """What a mark may name → the programs of which a block has at least one: else the mark hides what can be run."""
 
+_INNER = re.compile(r'"?\$\(([^)]*)\)"?')
+_OPERATORS = {"|", ">", ">>", "2>", "<", "&&", "||", ";"}
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w+-]*)[^`\n]*$")
 _MARK = re.compile(r"^\s*<!-- (?P<key>needs|fails|sketch)(?:: (?P<value>[^>]*?))? -->\s*$")
 
@@ -68,12 +71,18 @@ class Block:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The commands of a shell block, each as its words, without comments; of a console only what is typed."""
+        """The commands of a shell block, each as its words, without comments; of a console only what is typed.
+
+        Of a pipeline it is the first command; a command in ``$(…)`` is one by itself.
+        """
         lines = self.text.replace("\\\n", " ").splitlines()
         if self.language == "console":
             lines = [line[2:] for line in lines if line.startswith("$ ")]
-        found = [shlex.split(line, comments=True) for line in lines]
-        return [words for words in found if words]
+        inner = [command for line in lines for command in _INNER.findall(line)]
+        found = [
+            shlex.split(line, comments=True) for line in (*(_INNER.sub("", line) for line in lines), *inner)
+        ]
+        return [list(takewhile(lambda word: word not in _OPERATORS, words)) for words in found if words]
 
 
 def pages() -> list[Path]:

@@ -161,6 +161,18 @@ def test_the_parser_refuses_what_does_not_exist(arguments):
         assert_parses(arguments, block)
 
 
+def test_commands_are_found_in_pipelines_and_substitutions():
+    text = (
+        'eval "$(lora-merge completion bash)"  # ~/.bashrc\nlora-merge completion fish | source\nA=1 \\\n  b'
+    )
+
+    commands = Block(ROOT / "README.md", 1, "sh", text).commands
+
+    assert commands == [
+        ["eval"], ["lora-merge", "completion", "fish"], ["A=1", "b"], ["lora-merge", "completion", "bash"],
+    ]  # fmt: skip
+
+
 def test_marks_name_only_what_a_test_cannot_have():
     for block in all_blocks():
         assert set(block.needs) <= set(NEEDS), f"{block.place}: {block.needs} is not all in {sorted(NEEDS)}"
