@@ -10,7 +10,7 @@ LEAN    := .venv-lean
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint format type layers measures docs site test quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles bench rounding lean clean
+.PHONY: help setup demo pictures check lint format type layers measures docs site test quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles bench rounding lean clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -45,6 +45,9 @@ layers: setup ## import-linter: who may import whom
 
 measures: setup ## What the house is held to: sizes of files and functions, circles of imports (scripts/measures.py)
 	$(BIN)/python scripts/measures.py --check
+
+pictures: setup ## Draw the screens of docs/screens.md again, from real runs (minutes)
+	$(BIN)/python scripts/pictures.py --write
 
 docs: setup ## Check that the generated pages are current (scripts/docs.py --write renews them)
 	$(BIN)/python scripts/docs.py --check

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli.voice import say, say_raw
+from lora_merge.cli.layout import cells
+from lora_merge.cli.voice import say, say_raw, width_of
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.errors import LoraMergeError
 from lora_merge.reporting.command import command_text
@@ -53,7 +56,27 @@ def command(*words: str) -> str:
 def say_next(what: str, line: str) -> None:
     """Print what to do next, and the command for it on a separate line, which is never broken."""
     say(f"{what}:")
-    say_raw(f"  {line}")
+    for part in continued(line, width_of(sys.stderr) if sys.stderr.isatty() else None):
+        say_raw(part)
+
+
+def continued(line: str, width: int | None) -> list[str]:
+    """Return a command in lines that fit into a width, as a shell reads them: broken before options, with a backslash.
+
+    Example:
+        >>> print(*continued("lora-merge --base a --out b", 26), sep="\\n")
+          lora-merge --base a \\
+            --out b
+    """
+    lines = ["  "]
+    # An option and its value stay together. Text in quotes may have spaces, and is left alone.
+    for part in re.split(r" (?=--?[a-z])", line) if "'" not in line else [line]:
+        joined = f"{lines[-1]}{' ' * (lines[-1].strip() != '')}{part}"
+        if width is None or not lines[-1].strip() or cells(joined) + len(" \\") <= width:
+            lines[-1] = joined
+        else:
+            lines.append(f"    {part}")
+    return [f"{one} \\" for one in lines[:-1]] + lines[-1:]
 
 
 def serving(out: str) -> tuple[str, str] | None:

@@ -75,13 +75,13 @@ def print_plan(report: Report, named: Mapping[str, str], *, verbose: bool) -> No
     """
     width = width_of(sys.stdout)
     show(report.headline)
-    show_layout(["", *facts(_plan_rows(report, named, width), width)])
+    show_layout(["", *facts(_plan_rows(report, named, width), width), ""])
     if report.foreseen:
-        show_layout(["", *_foreseen_lines(report.foreseen, width)])
+        show_layout([*_foreseen_lines(report.foreseen, width), ""])
     if verbose and report.summary.module_ranks:
         columns = [Column("parameter"), Column("rank", "number")]
         rows = [(name, str(rank)) for name, rank in report.summary.module_ranks.items()]
-        show_layout(["", *grid(columns, rows, width)])
+        show_layout([*grid(columns, rows, width), ""])
 
 
 def _foreseen_lines(foreseen: Mapping[str, Foreseen], width: int | None) -> list[str]:

@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from lora_merge.cli.issues import say_group
-from lora_merge.cli.layout import RED, YELLOW, Cell, Column, Mark, grid, shortened, wrapped
-from lora_merge.cli.voice import show, show_layout, width_of
+from lora_merge.cli.layout import RED, YELLOW, Cell, Column, Mark, grid, shortened, styled, wrapped
+from lora_merge.cli.voice import say, show, show_layout, width_of
 from lora_merge.redaction import fit
 from lora_merge.words import alike, cut
 
@@ -40,7 +40,13 @@ def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
         say_group(group)
     if proof.comparisons and (verbose or not proof.ok):
         show_layout([*_comparison_lines(proof, width), ""])
-    show(_conclusion(proof, failed=failed))
+    show(_conclusion(proof))
+    verdict = _verdict(proof, failed=failed)
+    show_layout([styled(verdict, Mark(verdict, RED)) if failed else verdict])
+    if failed:
+        say(
+            "hint: merge again, or restore the output from a copy; verify --json lists everything that differs"
+        )
 
 
 def _print_differences(errors: list[tuple[str, Issue]], width: int | None) -> None:
@@ -61,19 +67,22 @@ def _print_differences(errors: list[tuple[str, Issue]], width: int | None) -> No
     show("")
 
 
-def _conclusion(proof: Proof, *, failed: bool) -> str:
-    """Return the last lines: what was checked, what was not, and the result."""
+def _conclusion(proof: Proof) -> str:
+    """Return what was checked, and what was not."""
     lines = [f"checked: {'; '.join(proof.checked)}"]
     if proof.not_checked:
         lines.append(f"not checked: {'; '.join(proof.not_checked)}")
-    if failed:
-        lines.append("verification failed")
-    # The first check is of the structure alone.
-    elif len(proof.checked) > 1:
-        lines.append("verified: no check found a difference")
-    else:
-        lines.append("the structure is sound; the values of the weights were not checked")
     return "\n".join(lines)
+
+
+def _verdict(proof: Proof, *, failed: bool) -> str:
+    """Return the last line: the result."""
+    if failed:
+        return "verification failed"
+    # The first check is of the structure alone.
+    if len(proof.checked) > 1:
+        return "verified: no check found a difference"
+    return "the structure is sound; the values of the weights were not checked"
 
 
 def _comparison_lines(proof: Proof, width: int | None) -> list[str]:

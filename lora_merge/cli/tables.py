@@ -42,7 +42,7 @@ _LABEL = 16
 def print_inspection(found: Inspection, *, full: bool) -> None:
     """Print an adapter's facts, its modules and the engines. ``full`` lists every module in a separate row."""
     width = width_of(sys.stdout)
-    show_layout([shortened(fit(found.adapter), width), *_head_lines(found, width)])
+    show_layout([shortened(fit(found.adapter), width), *_head_lines(found, width, full=full)])
     show_layout(["", *_module_lines(found, width, full=full)])
     if found.engines:
         room = max(len(_engine_name(one)) for one in found.engines)
@@ -51,7 +51,8 @@ def print_inspection(found: Inspection, *, full: bool) -> None:
         )
 
 
-def _head_lines(found: Inspection, width: int | None) -> list[str]:
+def _head_lines(found: Inspection, width: int | None, *, full: bool) -> list[str]:
+    """Return the facts on an adapter; with ``full`` also its files and their digest."""
     ranks = ", ".join(f"{rank} ({count} ×)" for rank, count in found.rank_counts.items())
     if len(found.rank_counts) == 1:
         ranks = str(next(iter(found.rank_counts)))
@@ -67,9 +68,8 @@ def _head_lines(found: Inspection, width: int | None) -> list[str]:
         *((name, value) for name, value in found.settings.items()),
         *((name, value) for name, value in found.provenance.items() if value != found.base),
         ("tensors", size_text(found.nbytes)),
-        ("digest", found.digest),
-        ("files", ", ".join(found.files)),
     ]
+    rows += [("digest", found.digest), ("files", ", ".join(found.files))] if full else []
     return facts(rows, width)
 
 

@@ -33,6 +33,9 @@ _SIZE = re.compile(r"[0-9]{1,5}")
 
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
+_START = re.compile(r" *(?:\d+\. |- |hint: (?<= hint: ))?")
+"""What a line begins with: its other lines are indented as far."""
+
 _SEVERITIES = {"error": RED, "warning": YELLOW, "failed": RED}
 """First word of a line → its colour. Other lines have none."""
 
@@ -40,15 +43,27 @@ _SEVERITIES = {"error": RED, "warning": YELLOW, "failed": RED}
 def say(text: str) -> None:
     """Print one line on stderr, wrapped between words. Newlines and control characters in it are shown as text.
 
-    The word before the first colon is coloured where it is ``error`` or ``warning``.
+    The word before the first colon is coloured where it is ``error`` or ``warning``. Paths below the current directory are
+    shown as seen from it.
     """
     # Only a terminal needs lines that are wrapped. In a log, a message is one line.
     is_shown = sys.stderr is not None and sys.stderr.isatty()
-    lines = wrapped(fit(text), width_of(sys.stderr) if is_shown else None)
+    start = _START.match(text)
+    hang = len(start[0]) if start is not None and start[0] else 2
+    lines = wrapped(fit(_near(text)), width_of(sys.stderr) if is_shown else None, hang)
     first, colon, rest = lines[0].partition(":")
     if colon and first in _SEVERITIES:
         lines[0] = f"{styled(f'{first}:', Mark('', _SEVERITIES[first]))}{rest}"
     _print(sys.stderr, lines)
+
+
+def _near(text: str) -> str:
+    """Return a text with its paths below the current directory relative to it."""
+    try:
+        here = os.getcwd()  # noqa: PTH109 - compared as text
+    except OSError:
+        return text
+    return re.sub(rf"(?<![^\s'\"(=:,]){re.escape(here)}/(?=[^\s/])", "", text) if len(here) > 1 else text
 
 
 def say_lines(text: str) -> None:

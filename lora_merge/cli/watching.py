@@ -15,7 +15,6 @@ from lora_merge.cli.tables import STATES
 from lora_merge.cli.voice import is_terminal, say
 from lora_merge.merging.headline import announce
 from lora_merge.redaction import fit
-from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -154,10 +153,7 @@ def board_lines(states: Mapping[str, State], width: int, height: int) -> list[st
     ]
     rest = Counter(states[name] for name in ranked[room:])
     others = ", ".join(f"{n} {state}" for state, n in rest.items())
-    lines = [
-        f"{counted(len(states), 'job')}: {totals}",
-        *grid([Column("job"), Column("state")], rows, width - 1),
-    ]
+    lines = [totals, *grid([Column("job"), Column("state")], rows, width - 1)]
     return [*lines, f"  … and {others}"] if others else lines
 
 
@@ -168,7 +164,6 @@ class _Logged:
         self._other, self._log = other, log
 
     def begin(self, work: Work) -> None:
-        self._log.add("begin", headline=work.headline, total_bytes=work.total_bytes)
         announce(self._other, work)
 
     def phase(self, name: str, total_bytes: int) -> None:
