@@ -1,6 +1,6 @@
 """Draw what the program shows on a terminal: real runs on small real models, as PNG in docs/pictures/.
 
-Each scene runs in a pseudo-terminal of 80 x 24 or 140 x 40 characters. Times, rates and free disk space are those of the
+Each scene runs in a pseudo-terminal of 80 x 24 or 140 x 40 characters; the help has a taller one, to be seen as a whole. Times, rates and free disk space are those of the
 machine that drew the pictures.
 """
 
@@ -25,7 +25,7 @@ PICTURES = ROOT / "docs" / "pictures"
 OUTPUTS = ("dora", "merged", "both", "out", "extracted", "style-16")
 """What the scenes write. They begin without it."""
 
-SMALL, LARGE = (80, 24), (140, 40)
+SMALL, LARGE, TALL = (80, 24), (140, 40), (80, 64)
 
 
 def last(session: Session) -> Screen:
@@ -92,7 +92,8 @@ SCENES = (
     Scene("quantised-base", "lora-merge plan --base base-fp8 --adapter style"),
     Scene("synonym", "lora-merge --model base --lora-path my-lora --output_dir merged-3", status=2),
     Scene("not-found", "lora-merge --base base --adapter my-lroa --out merged-3", status=3),
-    Scene("help", "lora-merge --help", size=LARGE),
+    Scene("survival", "lora-merge plan --base base --adapter my-lora --survival", size=LARGE),
+    Scene("help", "lora-merge --help", size=TALL),
     Scene("inspect-wide", "lora-merge inspect my-lora --base base", size=LARGE),
 )
 

@@ -50,13 +50,15 @@ class Console:
             named: ``base`` and ``out`` as the user named them, where they did.
             again: after a dry run: the command that merges; empty where it is not known.
         """
-        if not self._quiet:
+        # A plan comes before what is said of it, a finished merge after.
+        if not self._quiet and (self._as_json or not report.dry_run):
             self._issues(report.issues)
         out = named.get("out") or report.out
         if self._as_json:
             show_data(result_data(report))
         elif report.dry_run:
             print_plan(report, named, verbose=self._verbose)
+            self._issues(report.issues)
         elif not self._quiet:
             for line in merge_lines(report, out):
                 say(line)

@@ -162,9 +162,8 @@ def _quantised_rows(numbers: Mapping[str, int]) -> list[tuple[str, Cell]]:
     """Return rows on weights that are quantised, in the base or in the output; none where there are none."""
     rows: list[tuple[str, Cell]] = []
     if "decoded" in numbers:
-        words = [f"{numbers['decoded']} decoded", f"{numbers['kept']} copied as they are stored"]
-        if numbers["requantised"]:
-            words.insert(1, f"{numbers['requantised']} with new codes")
+        about = {"decoded": "decoded", "requantised": "with new codes", "kept": "copied as they are stored"}
+        words = [f"{numbers[key]} {text}" for key, text in about.items() if numbers[key]]
         sizes = [f"{one} {size_text(numbers[f'{one}_bytes'])}" for one in ("dense", "mixed", "base")]
         rows = [("quantised", ", ".join(words)), ("--out-storage", ", ".join(sizes))]
     if "quantised" in numbers:

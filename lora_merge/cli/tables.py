@@ -173,9 +173,11 @@ def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
     shown = report.modules if verbose else _worst(lossy)
     if not shown:
         return
+    has_ranks = any(one.rank_before for one in shown)
     columns = [
         Column("module"),
-        Column("rank before", "number"),
+        # An extraction has no rank before.
+        *([Column("rank before", "number")] if has_ranks else []),
         Column("rank", "number"),
         Column("energy kept", "number"),
         Column("‖Δ-Δ′‖", "number", can_go=True),
@@ -183,7 +185,7 @@ def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
     ]
     rows: list[list[Cell]] = []
     for one in shown:
-        cells: list[Cell] = [one.path, str(one.rank_before or ""), str(one.rank)]
+        cells: list[Cell] = [one.path, *([str(one.rank_before or "")] if has_ranks else []), str(one.rank)]
         cells += (
             [f"{one.loss.energy:.6f}", f"{one.loss.residual:.3g}", f"{one.loss.relative:.3g}"]
             if one.loss is not None
