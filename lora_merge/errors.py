@@ -112,7 +112,7 @@ class UnknownFormatError(ResolveError):
         sentence = what or f"not an adapter: found {there}, expected {' or '.join(tried)}"
         super().__init__(
             f"{root}: {sentence}",
-            hint=hint or "name the folder that holds adapter_config.json and the adapter's weights",
+            hint=hint or "pass the folder with adapter_config.json and the adapter's weights",
         )
 
 
@@ -180,7 +180,7 @@ class OutOfMemoryError(WriteError):
     """
 
     def __init__(self, doing: str, where: str = "the machine", hint: str = "") -> None:
-        hint = hint or "--memory-limit 2GB, or fewer --workers, take less of it"
+        hint = hint or "pass --memory-limit 2GB, or fewer --workers"
         super().__init__(f"{doing}: {where} has no memory left", hint=hint)
 
 
@@ -191,7 +191,7 @@ class VerifyError(LoraMergeError):
         self.verdict = verdict
         super().__init__(
             *_issue_list(verdict.errors, "the output failed verification"),
-            hint="nothing was written under the output's name; run again, and report this if it repeats",
+            hint="run again, and report this if it happens again; no output was created",
         )
 
 
@@ -209,8 +209,8 @@ class BugError(LoraMergeError):
         shown = " ".join(text.split())
         shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"
         super().__init__(
-            f"an error inside lora-merge: {kind}{f': {shown}' if shown else ''}",
-            hint="this is a bug: please report it with its traceback, which -v prints and --log-file keeps",
+            f"internal error in lora-merge: {kind}{f': {shown}' if shown else ''}",
+            hint="report this bug, with the traceback that -v prints and --log-file writes",
         )
 
 
@@ -222,7 +222,10 @@ def _issue_list(issues: Sequence[Issue], verb: str) -> list[str]:
     lines = [f"{verb}: {len(issues)} problems"]
     # The cause comes first, unnumbered; the others follow from it.
     if groups[0].first.code == CAUSE:
-        lines = [*str(groups.pop(0)).split("\n"), f"  {counted(len(issues) - 1, 'problem')} follow from it:"]
+        lines = [
+            *str(groups.pop(0)).split("\n"),
+            f"  {counted(len(issues) - 1, 'problem')} {'follows' if len(issues) == 2 else 'follow'} from it:",
+        ]
     for n, group in enumerate(groups, 1):
         first, *hints = str(group).split("\n")
         lines += [f"  {n}. {first}", *(f"     {hint}" for hint in hints)]

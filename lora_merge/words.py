@@ -199,9 +199,9 @@ def of_several(n: int, one: str, several: str) -> str:
 
     Example:
         >>> of_several(1, "is in no file", "are in no file"), of_several(3, "is in no file", "are in no file")
-        ('is in no file', 'and 2 more are in no file')
+        ('is in no file', 'this and 2 more are in no file')
     """
-    return one if n == 1 else f"and {n - 1} more {several}"
+    return one if n == 1 else f"this and {n - 1} more {several}"
 
 
 def choice(names: Sequence[str]) -> str:

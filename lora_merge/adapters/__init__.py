@@ -57,7 +57,7 @@ __all__ = ["FORMATS", "Format", "read"]
 def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     """Return the adapter in a directory, or in the only subfolder of it that holds one.
 
-    PEFT and ms-swift save an adapter with a name of its own into a subfolder of that name. Files beside it that may hold
+    PEFT and ms-swift save a named adapter into a subfolder of that name. Files beside it that may hold
     weights and that nothing reads are errors in the adapter's issues.
 
     Args:
@@ -71,7 +71,7 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
     adapter = _read_directory(root, ignored)
     if adapter is not None:
         return adapter
-    # PEFT and ms-swift save an adapter with a name of its own into a subfolder of that name.
+    # PEFT and ms-swift save a named adapter into a subfolder of that name.
     inside = sorted(
         (path for path in root.iterdir() if path.name != EXTRA_FOLDER and (path / ADAPTER_CONFIG).is_file()),
         key=lambda path: in_order(path.name),
@@ -81,17 +81,19 @@ def read(root: Path, ignored: Collection[str] = ()) -> Adapter:
         raise _deeper(root) or sharded_error(root, file_names(root)) or _unknown(root)
     if len(inside) > 1:
         names = listing([path.name for path in inside], 8)
-        sentence = f"{root}: holds {len(inside)} adapters, {names}; expected one"
-        raise ResolveError(sentence, hint=f"name one of them: {_likely(inside)}")
+        sentence = f"{root}: contains {len(inside)} adapters ({names}), expected one"
+        raise ResolveError(sentence, hint=f"pass the folder of one of them: {_likely(inside)}")
     (only,) = inside
     own_ignored = {name.removeprefix(f"{only.name}/") for name in ignored if name.startswith(f"{only.name}/")}
     adapter = _read_directory(only, own_ignored)
     if adapter is None:
         raise sharded_error(only, file_names(only)) or _unknown(only)
     found = note(
-        "subfolder", str(root), f"holds no adapter itself; the one in its subfolder {only.name} was taken"
+        "subfolder",
+        str(root),
+        f"has no adapter at its top level; the one in its subfolder {only.name} was used",
     )
-    # The modules around a transformer that has a folder of its own would not find it in the output.
+    # The modules around a transformer that has its own folder would not find it in the output.
     apart = module_files(root) if whole_model(only) else ()
     around = [file for file in adapter_side_files(root) if file.name not in apart]
     # The adapter's own files win over those around it.
@@ -112,8 +114,8 @@ def _deeper(root: Path) -> ResolveError | None:
         return None
     names = listing([path.relative_to(root).as_posix() for path in inside], 8)
     return ResolveError(
-        f"{root}: holds no adapter itself; deeper in it are {names}",
-        hint=f"name one of them: {_likely(inside)}",
+        f"{root}: has no adapter at its top level; deeper folders have {names}",
+        hint=f"pass the folder of one of them: {_likely(inside)}",
     )
 
 

@@ -9,6 +9,7 @@ from lora_merge.core.adapter import Delta
 from lora_merge.core.report import Issue, error, note, warning
 from lora_merge.core.tensor import TensorRef, shape_text
 from lora_merge.deltas import LowRankFacts
+from lora_merge.peft_rules.hints import OTHER_CONFIG, incomplete
 from lora_merge.peft_rules.kinds import PREFIX
 from lora_merge.peft_rules.patterns import TargetError
 from lora_merge.peft_rules.scaling import number
@@ -43,24 +44,26 @@ class AdaLora:
         # Without one of the three PEFT would merge noise, or nothing.
         for role in ("A", "B", "E"):
             if role not in group:
-                hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
+                hint = incomplete("would merge noise or nothing here")
                 self._issues.append(error(f"missing-{role}", module, f"has no lora_{role}", hint))
                 return []
         a, b, e = (group[role].shape for role in ("A", "B", "E"))
         if len(a) != 2 or len(b) != 2 or e != (a[0], 1) or b[1] != a[0]:
             shapes = f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, lora_E is {shape_text(e)}"
-            sentence = f"{shapes}, expected (r, in), (out, r) and (r, 1) of one rank r"
+            sentence = f"{shapes}, expected (r, in), (out, r) and (r, 1) with the same rank r"
             self._issues.append(error("bad-shape", module, sentence))
             return []
         self._found.append(a[0])
         wanted = self._ranks.get(module, self._init_r)
         if a[0] != wanted:
             sentence = f"has rank {a[0]}, the config says {wanted:g} (rank_pattern and init_r)"
-            hint = "the config does not belong to these tensors"
+            hint = OTHER_CONFIG
             self._issues.append(error("rank-mismatch", module, sentence, hint))
         # Pruned to rank 0: the tensors are there, with no rows.
         if a[0] == 0:
-            self._issues.append(note("rank-zero", module, "was left no rank by AdaLoRA, and stays as it is"))
+            self._issues.append(
+                note("rank-zero", module, "AdaLoRA pruned this module to rank 0, so it does not change")
+            )
             return []
         factors = {role: group[role] for role in ("A", "B", "E")}
         # ``ranknum`` stays ``init_r`` in PEFT, however many ranks were masked; 1e-5 is PEFT's too.
@@ -76,8 +79,10 @@ class AdaLora:
         del modules
         if not self._found or any(rank != self._init_r for rank in self._found):
             return []
-        sentence = f"every module still has its first rank, init_r = {self._init_r:g}"
-        hint = "training never called update_and_allocate(), so AdaLoRA allocated nothing; the merge is exact all the same"
+        sentence = f"every module still has its initial rank, init_r = {self._init_r:g}"
+        hint = (
+            "training never called update_and_allocate(), so AdaLoRA pruned nothing; the merge is still exact"
+        )
         return [warning("adalora-ranks", "rank_pattern", sentence, hint)]
 
 

@@ -66,7 +66,9 @@ def _stored_twice(own: Mapping[str, Replacement], saved: Mapping[str, Replacemen
     # time.
     return [
         error(
-            "duplicate-tensor", own[parameter].ref.name, f"has other values in {name} and in a file beside it"
+            "duplicate-tensor",
+            own[parameter].ref.name,
+            f"has different values in {name} and in a second file",
         )
         for parameter in saved.keys() & own.keys()
         if not same_values(own[parameter].ref, saved[parameter].ref)

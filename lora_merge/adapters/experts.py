@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.adapter import StackedPair
 from lora_merge.core.report import Issue, error, note
 from lora_merge.core.tensor import TensorRef, shape_text
+from lora_merge.peft_rules.hints import INCOMPLETE
 from lora_merge.peft_rules.kinds import PREFIX
 from lora_merge.peft_rules.targets import is_listed
 
@@ -144,7 +145,7 @@ def _named_as_published(found: Experts, file: str) -> None:
     found.refs, found.is_renamed = tuple(renamed), True
     found.targets["unembed_tokens"] = ("lm_head",)
     found.issues.append(
-        note("spelling", file, "its tensors have Tinker's names, and were read under Hugging Face's")
+        note("spelling", file, "its tensors have Tinker's names; they were read as Hugging Face's")
     )
 
 
@@ -208,23 +209,33 @@ class _Block:
         return made
 
     def _problem(self, projection: str, roles: Mapping[str, TensorRef]) -> Issue | None:
-        """Return what keeps the factors of a projection from being taken apart; None where nothing does."""
+        """Return what keeps the factors of a projection from being split; None where nothing does."""
         subject = f"{self._path}.{projection}".removeprefix(PREFIX)
         if self._n < 2:
-            sentence = "has factors that all experts share, and no tensor of the file says how many experts there are"
-            return error("unsupported", subject, sentence, "save the adapter with a factor for each expert")
+            sentence = (
+                "all experts share these factors, and no tensor in the file shows how many experts there are"
+            )
+            return error(
+                "unsupported", subject, sentence, "save the adapter again with a factor for each expert"
+            )
         for role, ref in roles.items():
             n_found = ref.shape[0] if len(ref.shape) == 3 else 1
             if len(ref.shape) not in {2, 3} or n_found not in {1, self._n}:
-                sentence = f"lora_{role} is {shape_text(ref.shape)}, expected one factor, or one for each of {self._n} experts"
+                sentence = (
+                    f"lora_{role} is {shape_text(ref.shape)}, expected one factor, or one for each of "
+                    f"{self._n} experts"
+                )
                 return error("bad-shape", subject, sentence)
         # One factor may be shared and the other stored expert by expert.
         for role in {"A", "B"} - roles.keys():
             if self._singles.get((projection, role), {}).keys() != set(range(self._n)):
-                sentence = f"has a lora_{'B' if role == 'A' else 'A'} for all experts, and no lora_{role} for each of them"
-                return error(f"missing-{role}", subject, sentence, "the adapter file is incomplete")
+                sentence = (
+                    f"has a lora_{'B' if role == 'A' else 'A'} shared by all experts, and no lora_{role} for "
+                    "each expert"
+                )
+                return error(f"missing-{role}", subject, sentence, INCOMPLETE)
         if projection == "gate_up_proj" and (len(roles) < 2 or roles["B"].shape[-2] % 2):
-            sentence = "holds gate and up in one, and lora_B has no two halves of one size"
+            sentence = "combines gate and up, and lora_B cannot be split into two equal halves"
             return error("bad-shape", subject, sentence)
         return None
 
@@ -272,11 +283,7 @@ def _grouped(found: Experts) -> None:
         a, b = roles.get("A"), roles.get("B")
         if a is None or b is None:
             lack = "A" if a is None else "B"
-            found.issues.append(
-                error(
-                    f"missing-{lack}", path, f"has no lora_{which}_{lack}", "the adapter file is incomplete"
-                )
-            )
+            found.issues.append(error(f"missing-{lack}", path, f"has no lora_{which}_{lack}", INCOMPLETE))
         elif not (
             len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1]
         ):

@@ -20,6 +20,7 @@ from lora_merge.deltas import DoraFacts, LowRankFacts
 from lora_merge.formats.repo_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
 from lora_merge.formats.safetensors import read_header
 from lora_merge.formats.side_files import adapter_side_files
+from lora_merge.peft_rules.hints import INCOMPLETE, NEWER, OTHER_CONFIG
 from lora_merge.peft_rules.patterns import TargetError
 from lora_merge.peft_rules.scaling import number
 from lora_merge.storage.digests import file_digest
@@ -62,7 +63,7 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
     if not is_mlx(config, root):
         return None
     refs = read_header(root / MLX_WEIGHTS).tensors
-    issues = non_finite(refs) if refs else [error("empty", MLX_WEIGHTS, "holds no tensors")]
+    issues = non_finite(refs) if refs else [error("empty", MLX_WEIGHTS, "contains no tensors")]
     # One of three kinds of training; anything else is refused below.
     kind = _kind(config)
     content: dict[str, Any] = {"config": {"peft_type": "FULL"}}
@@ -76,7 +77,7 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
             content = _Reading(config, refs, issues, dora=kind == "dora").content()
         else:
             sentence = f"is {quoted(kind)}, expected 'lora', 'dora' or 'full'"
-            issues.append(error("unsupported", "fine_tune_type", sentence, "a newer lora-merge may know it"))
+            issues.append(error("unsupported", "fine_tune_type", sentence, NEWER))
     except TargetError as exc:
         issues.append(error("bad-field", exc.field, exc.sentence))
     # These of mlx-lm's own fields are kept beside PEFT's.
@@ -105,7 +106,7 @@ def is_mlx(config: Mapping[str, Any], root: Path) -> bool:
 
 
 def _kind(config: Mapping[str, Any]) -> object:
-    """Return the kind of training: ``"lora"``, ``"dora"`` or ``"full"``, or whatever else the configuration says."""
+    """Return the kind of training: ``"lora"``, ``"dora"`` or ``"full"``; or another text from the configuration."""
     # Before there was a field for it, DoRA was a switch.
     return config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
 
@@ -117,8 +118,8 @@ def _whole(refs: Iterable[TensorRef], issues: list[Issue]) -> dict[str, Replacem
         module, _, parameter = ref.name.rpartition(".")
         # ``m`` may be a model's own parameter.
         if parameter in _LEAVES and parameter != "m":
-            sentence = "is a factor, and fine_tune_type is 'full'"
-            hint = "the config does not belong to these tensors"
+            sentence = "is a LoRA factor, and fine_tune_type is 'full'"
+            hint = OTHER_CONFIG
             issues.append(error("unexpected-tensor", ref.name, sentence, hint))
         elif _STACK.fullmatch(module) and len(ref.shape) > 1:
             # mlx-lm stacks experts that Hugging Face stores one by one.
@@ -175,9 +176,9 @@ class _Reading:
         for ref in refs:
             module, _, leaf = ref.name.rpartition(".")
             if leaf not in _LEAVES or not module:
-                hint = "mlx-lm would refuse it too; fine_tune_type 'full' is for whole parameters"
+                hint = "check the file: mlx-lm would refuse it too; fine_tune_type 'full' is for whole parameters"
                 self._issues.append(
-                    error("unexpected-tensor", ref.name, "is no tensor of an mlx-lm LoRA", hint)
+                    error("unexpected-tensor", ref.name, "is not a tensor of an mlx-lm LoRA", hint)
                 )
             else:
                 groups.setdefault(module, {})[leaf] = ref
@@ -211,15 +212,10 @@ class _Reading:
             if lack not in group:
                 code = "missing-A" if lack == "lora_a" else "missing-B"
                 what = f"has {have} and no {lack}" if have in group else f"has no {lack}"
-                return error(code, module, what, "the adapter file is incomplete")
+                return error(code, module, what, INCOMPLETE)
         if self._dora and "m" not in group:
-            return error(
-                "missing-magnitude",
-                module,
-                "has no m, and fine_tune_type is 'dora'",
-                "the adapter file is incomplete",
-            )
-        hint = "the config is not the one of training"
+            return error("missing-magnitude", module, "has no m, and fine_tune_type is 'dora'", INCOMPLETE)
+        hint = "use the adapter_config.json of the training"
         if not self._dora and "m" in group:
             return error("unexpected-tensor", module, "has DoRA's m, and fine_tune_type is not 'dora'", hint)
         layer = _LAYER.fullmatch(module)
@@ -230,7 +226,7 @@ class _Reading:
             else layer is not None
         )
         if not named:
-            sentence = "the adapter has tensors for it, and lora_parameters.keys does not name it"
+            sentence = "the adapter has tensors for it, and lora_parameters.keys does not list it"
             return error("unexpected-tensor", module, sentence, hint)
         return None
 
@@ -250,12 +246,12 @@ class _Reading:
             return error("bad-shape", module, f"{shapes}, expected {wanted}")
         if rank != self._rank:
             sentence = f"has rank {rank}, the config says {self._rank:g} (lora_parameters.rank)"
-            return error("rank-mismatch", module, sentence, "the config does not belong to these tensors")
+            return error("rank-mismatch", module, sentence, OTHER_CONFIG)
         if stacked and self._dora:
-            return error("unsupported", module, "is DoRA on stacked experts, which mlx-lm does not have")
+            return error("unsupported", module, "is DoRA on stacked experts, which mlx-lm does not support")
         if stacked and not _STACK.fullmatch(module):
-            sentence = f"{shapes}: how this model stores its experts is not known"
-            hint = "fuse it with mlx_lm.fuse; experts are known where mlx-lm calls them switch_mlp"
+            sentence = f"{shapes}: the way this model stores its experts is not supported"
+            hint = "use mlx_lm.fuse; experts are supported where mlx-lm calls them switch_mlp"
             return error("unsupported", module, sentence, hint)
         return None
 
@@ -276,7 +272,7 @@ class _Reading:
             return None
         if len(self._layers) > self._n_layers:
             sentence = f"is {self._n_layers}, and the adapter has tensors in {len(self._layers)} layers"
-            hint = "the config does not belong to these tensors"
+            hint = OTHER_CONFIG
             self._issues.append(error("unmatched-target", "num_layers", sentence, hint))
             return sorted(self._layers)
         # The base's number of layers is not known here. mlx-lm trains the last ones, so the last one with tensors
@@ -285,7 +281,7 @@ class _Reading:
         return list(range(max(0, last - self._n_layers + 1), last + 1))
 
     def _unmatched(self) -> list[str]:
-        """Return the keys that no module answers to, as targets; only the base tells whether that is a fault."""
+        """Return the keys that match no module, as targets; only the base tells whether that is a fault."""
         return [
             path
             for key in self._keys
@@ -319,9 +315,7 @@ def _scale(settings: Mapping[str, Any], *, is_recent: bool) -> float:
     """
     scale = _required(settings, "scale")
     if scale == 0:
-        raise TargetError(
-            "lora_parameters.scale", "is 0: the adapter changes nothing, whatever its factors hold"
-        )
+        raise TargetError("lora_parameters.scale", "is 0, so the adapter changes nothing")
     alpha = settings.get("alpha")
     # With α equal to the rank both releases compute the same.
     if is_recent or alpha is None or alpha == settings.get("rank"):
@@ -329,12 +323,12 @@ def _scale(settings: Mapping[str, Any], *, is_recent: bool) -> float:
     rank = settings.get("rank")
     both = f"{scale:g} x {alpha}/{rank}" if isinstance(alpha, int | float) else f"{scale:g} times alpha/rank"
     sentence = (
-        f"is {quoted(alpha)}: mlx-lm multiplied scale by alpha/rank until June 2024 and ignores alpha since then, and this "
-        "config does not show which release trained it"
+        f"is {quoted(alpha)}: mlx-lm multiplied scale by alpha/rank until June 2024 and ignores alpha since "
+        "then; the config does not show which release trained the adapter"
     )
     advice = (
-        f"remove alpha from adapter_config.json, and set scale to {both} for a training before June 2024, or leave it "
-        f"at {scale:g}"
+        f"remove alpha from adapter_config.json, and set scale to {both} for a training before June 2024, or "
+        f"keep it at {scale:g}"
     )
     raise TargetError("lora_parameters.alpha", f"{sentence}; {advice}")
 

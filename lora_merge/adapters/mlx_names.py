@@ -63,8 +63,8 @@ _FROM_LANGUAGE_MODEL: Renames = (
     (r"language_model\.model\.", "model.language_model."),
 )
 _HEAD_IS_TIED = "mlx-lm always ties the head of this family to its embedding"
-_NO_ROUTER = "mlx-lm's router of this family is no linear layer"
-_ABSORBED = "mlx-lm takes kv_b_proj apart, one matrix per head"
+_NO_ROUTER = "mlx-lm's router of this family is not a linear layer"
+_ABSORBED = "mlx-lm splits kv_b_proj into one matrix per head"
 _TIED = {"lm_head": _HEAD_IS_TIED}
 _LATENT = {"kv_b_proj": _ABSORBED, "mlp.gate": _NO_ROUTER}
 
@@ -103,8 +103,8 @@ _FAMILIES: tuple[tuple[MlxFamily, str], ...] = (
     (
         MlxFamily(
             lacking={
-                "input_linear": "mlx-lm takes input_linear apart into gate_proj and up_proj",
-                "output_linear": "mlx-lm has output_linear as the experts' down_proj",
+                "input_linear": "mlx-lm splits input_linear into gate_proj and up_proj",
+                "output_linear": "mlx-lm stores output_linear as the experts' down_proj",
             }
         ),
         "granitemoe",
@@ -145,7 +145,7 @@ FAMILIES: Mapping[str, MlxFamily] = {
 """By ``model_type``. mlx-lm may have other families under other names, or not at all.
 
 Left out because a weight of theirs is another one in mlx-lm: Falcon-H1 (its multipliers are folded into the weights),
-Granite 4 (``shared_mlp.input_linear`` is taken apart), gpt-oss and Llama 4 (their experts are stacked and interleaved),
+Granite 4 (``shared_mlp.input_linear`` is split), gpt-oss and Llama 4 (their experts are stacked and interleaved),
 OLMo 1 (its class has the names of AI2's own code).
 """
 
@@ -169,11 +169,11 @@ def mlx_name(module: str, family: MlxFamily) -> str:
     """
     if TOWER.search(module):
         raise MlxNameError(
-            "belongs to a part of the model that mlx-lm leaves out: it loads the language model only"
+            "belongs to a part of the model that mlx-lm does not load: it loads only the language model"
         )
     for end, why in family.lacking.items():
         if module == end or module.endswith(f".{end}"):
-            raise MlxNameError(f"has no LoRA in mlx-lm: {why}")
+            raise MlxNameError(f"cannot have a LoRA in mlx-lm: {why}")
     path = _renamed(module, family.to_mlx)
     match = _EXPERT.fullmatch(path)
     if match is not None:

@@ -32,7 +32,7 @@ def as_mlx_lm(
     """Return the configuration and the tensors of an adapter of mlx-vlm as mlx-lm would have written them.
 
     Raises:
-        TargetError: the scale cannot be told.
+        TargetError: the scale is unknown.
     """
     rank, alpha = config["rank"], config.get("alpha")
     # mlx-vlm multiplied by alpha until 2026-04-18 (release 0.4), by alpha/rank after that (commit 6b0ad8f0), and its
@@ -40,8 +40,8 @@ def as_mlx_lm(
     scale = config.get("scale", alpha if rank == 1 else None)
     if scale is None:
         sentence = (
-            f"is {quoted(alpha)}: mlx-vlm multiplied by alpha until release 0.4, and by alpha/rank from release 0.5 on, and "
-            "this config does not show which release trained it"
+            f"is {quoted(alpha)}: mlx-vlm multiplied by alpha up to release 0.4, and by alpha/rank from "
+            "release 0.5; the config does not show which release trained the adapter"
         )
         advice = f"add the scale to adapter_config.json: {_choice(alpha, rank)}"
         raise TargetError("alpha", f"{sentence}; {advice}")

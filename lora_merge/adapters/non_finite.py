@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error
 from lora_merge.formats.safetensors import blocks, same_values
+from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -33,15 +34,15 @@ def non_finite(refs: Iterable[TensorRef]) -> list[Issue]:
         for ref in run:
             count = _count(ref)
             if count:
-                sentence = f"holds {count} values that are NaN or infinite"
-                hint = "the training diverged; use an earlier checkpoint"
+                sentence = f"has {counted(count, 'NaN or infinite value')}"
+                hint = "use an earlier checkpoint: the training diverged"
                 issues.append(error("non-finite", ref.name, sentence, hint))
     return issues
 
 
 def unequal(repeats: Iterable[Repeat]) -> list[Issue]:
     """Return an issue for each pair of tensors that are one parameter and have different values. Reads both."""
-    hint = "PEFT saves equal copies; keep the tensor that was trained last"
+    hint = "keep the tensor that was trained last (PEFT saves equal copies)"
     return [
         error(
             "duplicate-tensor",

@@ -25,6 +25,7 @@ from lora_merge.core.tensor import TORCH_NAMES, TensorRef, shape_text
 from lora_merge.deltas import AdditionFacts, DoraFacts, LowRankFacts
 from lora_merge.formats.repo_files import ADAPTER_WEIGHTS, TRAINER_CONFIG
 from lora_merge.formats.weight_files import adapter_entries, read_adapter
+from lora_merge.peft_rules.hints import incomplete
 from lora_merge.peft_rules.kinds import (
     NATIVE,
     PEFT_LAYERS,
@@ -173,7 +174,7 @@ def _read_lora(
     found = sort_out(refs, config, file)
     replacements = found.wholes.replacements()
     issues += found.issues + unequal(found.repeats)
-    # Trained rows alone are no LoRA; `token_rows` reads them.
+    # Trained rows alone are not a LoRA; `token_rows` reads them.
     groups = {module: group for module, group in found.groups.items() if set(group) != {"tokens"}}
     modules = frozenset(plain(module.removesuffix(_OUT_PROJ)) for module in groups)
     content = {"modules": modules, "replacements": replacements}
@@ -270,24 +271,30 @@ class _Lora:
         """Return the first tensor that is there, or missing, against the configuration; None where all is as it says."""
         dora, has = bool(self._config.get("use_dora")), "magnitude" in group
         if dora and not has:
-            hint = "the adapter file is incomplete; PEFT would take the base's own lengths"
+            hint = incomplete("would use the norms of the base's weights")
             return error(
                 "missing-magnitude", module, "has no lora_magnitude_vector, and use_dora is set", hint
             )
         if has and not dora:
-            hint = "PEFT would drop it without a word; the config is not the one of training"
+            hint = (
+                "use the adapter_config.json of the training: this one does not match, and PEFT would drop "
+                "the tensor without a message"
+            )
             return error("unexpected-tensor", module, "has a DoRA magnitude, and use_dora is not set", hint)
         if "bias" in group and not self._config.get("lora_bias"):
-            hint = "PEFT would drop it without a word; the config is not the one of training"
+            hint = (
+                "use the adapter_config.json of the training: this one does not match, and PEFT would drop "
+                "the tensor without a message"
+            )
             return error("unexpected-tensor", module, "has a bias of lora_B, and lora_bias is not set", hint)
         if self._config.get("lora_bias") and "B" in group and "bias" not in group:
-            hint = "the adapter file is incomplete; PEFT would take zeros"
+            hint = incomplete("would use zeros")
             return error("missing-bias", module, "has no bias of lora_B, and lora_bias is set", hint)
         known = {"embedding_A", "embedding_B"} if embedding else {"A", "B"}
         # KaSA's diagonal is the only further tensor that a LoRA may have.
         strange = sorted(group.keys() - known - {"magnitude", "bias", "tokens"})
         if strange and not (strange == ["diagonal"] and self._config.get("kasa_config")):
-            return error("unexpected-tensor", group[strange[0]].name, "is no tensor of this kind of LoRA")
+            return error("unexpected-tensor", group[strange[0]].name, "is not a tensor of this kind of LoRA")
         return None
 
     def finish(self, modules: Collection[str]) -> list[Issue]:
@@ -305,7 +312,7 @@ def _parts_of_names(settings: Mapping[str, Any], field: str) -> list[str]:
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise TargetError("use_bdlora", f"has {field} {quoted(value)}, expected a list of texts")
+        raise TargetError("use_bdlora", f"has {field} {quoted(value)}, expected a list of strings")
     return value
 
 
@@ -313,13 +320,11 @@ def _pair_problem(module: str, pair: Group, blocks: _Blocks) -> Issue | None:
     """Return what keeps an A and a B from being multiplied; None where nothing does."""
     for have, lack in (("A", "B"), ("B", "A")):
         if lack not in pair:
-            hint = "the adapter file is incomplete; PEFT would merge noise or nothing here"
+            hint = incomplete("would merge noise or nothing here")
             return error(f"missing-{lack}", module, f"has lora_{have} and no lora_{lack}", hint)
     a, b = pair["A"].shape, pair["B"].shape
     if not (a and b):
-        sentence = (
-            f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, expected matrices and no single numbers"
-        )
+        sentence = f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}, expected matrices"
         return error("bad-shape", module, sentence)
     # A block-diagonal B is stored [out, r / n]: its blocks one above the other.
     rank_of_b = b[1] * blocks.get("blocks_b", 1) if len(b) > 1 else 0
@@ -331,7 +336,7 @@ def _pair_problem(module: str, pair: Group, blocks: _Blocks) -> Issue | None:
     flat = len(a) == len(b) == 2 or (len(a) == len(b) in {3, 4, 5} and set(b[2:]) == {1})
     if not flat or a[0] != rank_of_b or a[0] == 0:
         shapes = f"lora_A is {shape_text(a)}, lora_B is {shape_text(b)}"
-        return error("bad-shape", module, f"{shapes}, expected (r, in) and (out, r) of one rank r > 0")
+        return error("bad-shape", module, f"{shapes}, expected (r, in) and (out, r) with the same rank r > 0")
     for ref in pair.values():
         if ref.dtype not in TORCH_NAMES:
             return error("bad-dtype", ref.name, f"is stored as {ref.dtype}, expected BF16, F16 or F32")

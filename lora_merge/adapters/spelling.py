@@ -22,7 +22,7 @@ _WRAPPERS: Mapping[str, re.Pattern[str]] = {
 }
 """What ``torch.compile``, FSDP, activation checkpointing and ``DistributedDataParallel`` put into names (torch 2.13).
 
-``module`` is a word that a model may use itself, so it is taken out only at the places where the parallel wrapper puts it.
+A model may use the name ``module`` itself, so it is taken out only at the places where the parallel wrapper puts it.
 """
 
 TUNERS = (
@@ -92,9 +92,10 @@ def canonical(refs: Iterable[TensorRef], file: str) -> tuple[tuple[TensorRef, ..
     adapters = list(dict.fromkeys(one.adapter for one in spelled if one.adapter is not None))
     if len(adapters) > 1:
         sentence = (
-            f"holds tensors of {len(adapters)} adapters, {', '.join(sorted(adapters))}; expected those of one"
+            f"contains the tensors of {len(adapters)} adapters ({', '.join(sorted(adapters))}), expected one "
+            "adapter"
         )
-        hint = "save each adapter into a file of its own: save_pretrained(…, selected_adapters=[NAME])"
+        hint = "save each adapter into its own file: save_pretrained(…, selected_adapters=[NAME])"
         kept = tuple(_renamed(one, adapters[0]) for one in spelled if one.adapter in {None, adapters[0]})
         return kept, [error("several-adapters", file, sentence, hint)]
     # PEFT's own name for an adapter that was given none.
@@ -104,9 +105,11 @@ def canonical(refs: Iterable[TensorRef], file: str) -> tuple[tuple[TensorRef, ..
     unique: dict[str, TensorRef] = {}
     for one, ref in zip(spelled, renamed, strict=True):
         if ref.name in unique:
-            sentence = f"is in the file a second time, under another spelling of {ref.name}"
+            sentence = f"is in the file twice; the other spelling of its name is {ref.name}"
             issues.append(
-                error("duplicate-tensor", one.ref.name, sentence, "keep the one that was trained last")
+                error(
+                    "duplicate-tensor", one.ref.name, sentence, "keep only the tensor that was trained last"
+                )
             )
         unique.setdefault(ref.name, ref)
     return tuple(unique.values()), issues + _change_note(spelled, adapter, file)
@@ -141,8 +144,8 @@ def _strays(spelled: list[_Spelled], adapter: str) -> list[Issue]:
     if adapter == "default" or not bare:
         return []
     n_named = sum(one.adapter is not None for one in spelled)
-    sentence = f"carries no adapter's name, and {n_named} other tensors carry {adapter!r}"
-    return [error("unexpected-tensor", bare[0], sentence, "save the adapter again, on its own")]
+    sentence = f"has no adapter name, and {n_named} other tensors have the adapter name {adapter!r}"
+    return [error("unexpected-tensor", bare[0], sentence, "save the adapter again, without other adapters")]
 
 
 def _change_note(spelled: list[_Spelled], adapter: str, file: str) -> list[Issue]:
@@ -153,5 +156,9 @@ def _change_note(spelled: list[_Spelled], adapter: str, file: str) -> list[Issue
     if not words:
         return []
     return [
-        note("spelling", file, f"its tensors were read under PEFT's own names, without {', '.join(words)}")
+        note(
+            "spelling",
+            file,
+            f"its tensor names were read without the parts {', '.join(words)}, as PEFT writes them",
+        )
     ]

@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OTHER_TUNERS: Mapping[str, str] = {
-    "ADAPTER": "its bottleneck layers have an activation in between, which no weight can hold",
-    "PROMPT": "it learns prompt vectors, which no weight can hold",
-    "SIDE": "it runs a second network beside the model, which no weight can hold",
-    "RESTUNING": "it runs a second network beside the model, which no weight can hold",
-    "longlora": "it was trained with attention over groups of tokens, and keeps embeddings and norms of its own",
-    "NEFTUNE": "it is noise in training, and leaves nothing to merge",
+    "ADAPTER": "its bottleneck layers have an activation in between, which weights cannot express",
+    "PROMPT": "it learns prompt vectors, which weights cannot express",
+    "SIDE": "it runs a second network next to the model, which weights cannot express",
+    "RESTUNING": "it runs a second network next to the model, which weights cannot express",
+    "longlora": "it was trained with attention over groups of tokens, and has its own embeddings and norms",
+    "NEFTUNE": "it only adds noise in training, so there is nothing to merge",
     "LLAMAPRO": "it adds layers to the model",
-    "SCETuning": "it edits what flows between layers with an activation in between, which no weight can hold",
-    "part": "it runs a second copy of some modules in their place",
-    "REFT": "it edits hidden states at chosen tokens, which no weight can hold",
+    "SCETuning": "it changes the layers' outputs with an activation in between, which weights cannot express",
+    "part": "it runs second copies of some modules instead of the originals",
+    "REFT": "it changes hidden states at chosen tokens, which weights cannot express",
 }
-"""Values of ``swift_type`` that are no LoRA, and why they are not merged (ms-swift 4.6.0, ``swift.tuners.mapping``)."""
+"""Values of ``swift_type`` that are not LoRA, and why they are not merged (ms-swift 4.6.0, ``swift.tuners.mapping``)."""
 
 _OWN_FIELDS = frozenset(
     {"swift_type", "model_key_mapping", "has_additional_modules", "enable_lora", "group_size"}
@@ -45,7 +45,7 @@ _OWN_FIELDS = frozenset(
 """Fields that PEFT does not have. They change nothing unless one of `_UNMERGEABLE` is set."""
 
 _UNMERGEABLE = {
-    "use_merged_linear": "its factors belong to parts of a fused layer, which enable_lora chooses",
+    "use_merged_linear": "its factors belong to parts of a fused layer, selected by enable_lora",
     "use_qa_lora": "a QA-LoRA delta belongs to a quantised weight",
 }
 
@@ -75,7 +75,7 @@ def read_swift(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
         hint = "ms-swift reads safetensors only; save the adapter with safe_serialization=True"
         raise CheckpointError(str(root), "", f"has no {ADAPTER_WEIGHTS}", hint=hint)
     issues = [
-        error("unsupported", name, f"{why}: it has no merged form here", "merge it with ms-swift")
+        error("unsupported", name, f"{why}: it cannot be merged here", "merge it with ms-swift")
         for name, why in _UNMERGEABLE.items()
         if config.get(name)
     ]
@@ -97,7 +97,7 @@ def read_swift(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
 
 def _refused(root: Path, config: Mapping[str, Any], kind: object) -> Adapter:
     """Return an adapter without tensors whose one issue says why its kind is not merged."""
-    sentence = f"is {quoted(kind)}, which is no tuner of ms-swift 4"
+    sentence = f"is {quoted(kind)}, which is not a tuner of ms-swift 4"
     if isinstance(kind, str) and kind in OTHER_TUNERS:
         sentence = f"a {kind} adapter of ms-swift cannot be merged: {OTHER_TUNERS[kind]}"
     issue = error("unsupported", "swift_type", sentence, "serve it with ms-swift")
@@ -109,8 +109,8 @@ def _refused(root: Path, config: Mapping[str, Any], kind: object) -> Adapter:
 def _pattern_issues(config: Mapping[str, Any]) -> list[Issue]:
     """Return an issue for each pattern table that is set."""
     # ms-swift looks up both tables under the first key of either that matches.
-    sentence = "is set, and ms-swift finds a module's entry by another rule than PEFT"
-    hint = "convert the adapter with Swift.save_to_peft_format if the patterns mean what they mean to PEFT"
+    sentence = "is set, and ms-swift uses a different rule from PEFT to find a module's entry"
+    hint = "convert the adapter with Swift.save_to_peft_format, if the patterns mean what they mean in PEFT"
     fields = ("rank_pattern", "alpha_pattern")
     return [error("unsupported", name, sentence, hint) for name in fields if config.get(name)]
 

@@ -19,9 +19,10 @@ from lora_merge.errors import CheckpointError
 from lora_merge.formats.repo_files import ADAPTER_WEIGHTS, EXTRA_FOLDER, VISION_WEIGHTS
 from lora_merge.formats.trainer_files import LOAD_AFTER, described, trained_beside
 from lora_merge.formats.weight_files import reader_of
+from lora_merge.peft_rules.hints import OTHER_CONFIG
 from lora_merge.peft_rules.patterns import TargetError, patterns_of
 from lora_merge.storage.small_files import read_json
-from lora_merge.words import quoted
+from lora_merge.words import counted, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -61,17 +62,17 @@ class Saved:
         for parameter, ref in _parameters(tuple(ref for ref in refs if 0 not in ref.shape)):
             if ".lora_" in parameter:
                 self.issues.append(
-                    error("unexpected-tensor", ref.name, f"is no whole parameter, and stands in {label}")
+                    error("unexpected-tensor", ref.name, f"is not a whole parameter, and it is in {label}")
                 )
             elif parameter in self.replacements:
                 self.issues.append(
-                    error("duplicate-tensor", ref.name, f"stands in {self.files[0].name} and in {label}")
+                    error("duplicate-tensor", ref.name, f"is both in {self.files[0].name} and in {label}")
                 )
             else:
                 self.replacements[parameter] = Replacement(ref, "saved")
-        sentence = f"holds {len(refs)} whole parameters; they take the place of the base's"
+        sentence = f"replaces {counted(len(refs), 'parameter')} of the base"
         if not refs:
-            sentence = "holds no tensors: nothing but the LoRA was trained"
+            sentence = "contains no tensors: only the LoRA was trained"
         self.issues.append(note("saved-beside", label, sentence))
 
 
@@ -109,8 +110,8 @@ def saved_beside(root: Path, ignored: Collection[str] = ()) -> Saved:
         return saved
     config = read_json(folder / ADAPTER_CONFIG)
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        sentence = f"names extra states, and {label} is not there"
-        hint = "the adapter is incomplete; ms-swift reads safetensors only"
+        sentence = f"names extra states, and {label} does not exist"
+        hint = "save or download the adapter again: it is incomplete (ms-swift reads only safetensors)"
         saved.issues.append(error("missing-module", f"{EXTRA_FOLDER}/{ADAPTER_CONFIG}", sentence, hint))
         return saved
     try:
@@ -135,7 +136,10 @@ def _empty(refs: tuple[TensorRef, ...], label: str) -> list[Issue]:
     empty = [ref for ref in refs if 0 in ref.shape]
     if not empty:
         return []
-    sentence = f"{len(empty)} of its {len(refs)} tensors hold no values ({empty[0].name} is the first): DeepSpeed ZeRO-3"
+    sentence = (
+        f"{len(empty)} of its {len(refs)} tensors have no values (the first is {empty[0].name}): DeepSpeed "
+        "ZeRO-3"
+    )
     hint = f"gather them with python zero_to_fp32.py FOLDER OUTPUT; {LOAD_AFTER}"
     return [error("sharded-state", label, sentence, hint)]
 
@@ -162,8 +166,8 @@ def _unasked(refs: tuple[TensorRef, ...], patterns: list[str] | None) -> list[Is
         return []
     meant = patterns_of("extra_state_keys", tuple(patterns), "whole")
     strays = [ref.name for ref in refs if not meant.matching(ref.name)]
-    hint = "the config does not belong to these tensors"
+    hint = OTHER_CONFIG
     return [
-        error("unexpected-tensor", name, "is an extra state that extra_state_keys does not match", hint)
+        error("unexpected-tensor", name, "is an extra state, and extra_state_keys does not match it", hint)
         for name in strays
     ]

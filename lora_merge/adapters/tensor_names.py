@@ -78,7 +78,7 @@ class Wholes:
         if match is None:
             return False
         why = reason(match["module"], match["parameter"], config)
-        # With ensure_weight_tying PEFT saves the other end of a tie as a module of its own, under its plain name.
+        # With ensure_weight_tying PEFT saves the other end of a tie as a separate module, under its plain name.
         if why == "embedding" and name == bare and _saves_both_ends(config):
             why = "module"
         # Nothing explains it: only a weight or a bias can be meant as a whole parameter.
@@ -170,11 +170,11 @@ def outside(refs: tuple[TensorRef, ...], file: str, shared: str = PREFIX) -> lis
     """
     stray = [ref.name for ref in refs if not ref.name.startswith(shared)]
     if not refs:
-        return [error("empty", file, "holds no tensors")]
+        return [error("empty", file, "contains no tensors")]
     if not stray:
         return []
-    many = f"{len(stray)} of {len(refs)} tensors lack the prefix {PREFIX}"
-    hint = "PEFT would load none of these; rename them, or save the adapter with PEFT"
+    many = f"{len(stray)} of {len(refs)} tensors do not have the prefix {PREFIX}"
+    hint = "rename these tensors, or save the adapter again with PEFT, which would load none of them"
     return [error("wrong-prefix", stray[0], many, hint)]
 
 
@@ -216,11 +216,11 @@ def _spoken(role: str) -> str:
 
 
 def _other_tensor(ref: TensorRef) -> Issue:
-    return error("unexpected-tensor", ref.name, "is no tensor of a LoRA adapter")
+    return error("unexpected-tensor", ref.name, "is not a tensor of a LoRA adapter")
 
 
 NESTED = ".base_layer"
-"""Name that PEFT gives the module inside a layer of its own."""
+"""Name that PEFT gives the module inside its own layer."""
 
 
 def plain(module: str) -> str:

@@ -10,6 +10,7 @@ from lora_merge.core.adapter import Delta
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import TensorRef
 from lora_merge.deltas import RowsFacts
+from lora_merge.peft_rules.hints import INCOMPLETE, OTHER_CONFIG
 from lora_merge.peft_rules.patterns import TargetError
 from lora_merge.words import quoted
 
@@ -37,16 +38,14 @@ def token_rows(groups: Mapping[str, Group], config: Mapping[str, Any], issues: l
     deltas = []
     rows = {module: group["tokens"] for module, group in groups.items() if "tokens" in group}
     if wanted and not rows:
-        hint = "the adapter file is incomplete"
-        issues.append(error("missing-tokens", field, "no trained rows are in the file", hint))
+        hint = INCOMPLETE
+        issues.append(error("missing-tokens", field, "the file has no trained rows for it", hint))
     for module, ref in rows.items():
         indices = _indices_of(module, wanted, rows)
         if indices is None or len(indices) != ref.shape[0] or len(set(indices)) != len(indices):
             count = "no" if indices is None else str(len(set(indices)))
-            sentence = f"has {ref.shape[0]} rows, {field} names {count} tokens for it"
-            issues.append(
-                error("token-mismatch", ref.name, sentence, "the config does not belong to these tensors")
-            )
+            sentence = f"has {ref.shape[0]} rows, and {field} names {count} tokens for it"
+            issues.append(error("token-mismatch", ref.name, sentence, OTHER_CONFIG))
             continue
         deltas.append(Delta(f"{plain(module)}.weight", RowsFacts(tuple(indices)), {"rows": ref}))
     return deltas

@@ -39,7 +39,9 @@ def unread_issues(adapter: Adapter, names: Collection[str], ignored: Collection[
     # An mlx-lm adapter has one file and no second form.
     entries = adapter_entries(names) if adapter.format != "mlx" else {}
     own = next((entry for entry, files in entries.items() if read & {entry, *files}), None)
-    issues = [note("ignored-file", name, "was left out, as --ignore-file says") for name in sorted(ignored)]
+    issues = [
+        note("ignored-file", name, "was left out, because of --ignore-file") for name in sorted(ignored)
+    ]
     compared: set[str] = set()
     for entry, files in entries.items():
         if own is not None and entry != own and not (ignored & {entry, *files}):
@@ -64,19 +66,19 @@ def beside_base(adapter: Adapter, base: Checkpoint) -> Adapter:
 
 def _copy_issue(root: Path, own: str, other: str) -> Issue:
     """Return the issue of a second form of an adapter (``.bin`` beside safetensors): a note where both are the same."""
-    hint = f"remove the older of the two, or leave this one out with --ignore-file {other}"
+    hint = f"remove the older of the two files, or leave this one out with --ignore-file {other}"
     try:
         (mine, _), (theirs, _) = read_adapter(root, own), read_adapter(root, other)
     except CheckpointError as exc:
         return warning(
             "adapter-copy",
             other,
-            f"was left out: {own} is read, and the two cannot be compared ({exc})",
+            f"was left out: {own} is used, and the two cannot be compared ({exc})",
             hint,
         )
     if _same(mine, theirs):
-        return note("adapter-copy", other, f"holds the same tensors as {own}, which was read")
-    return error("unread-file", other, f"holds other tensors than {own}, which was read", hint)
+        return note("adapter-copy", other, f"has the same tensors as {own}, which was used")
+    return error("unread-file", other, f"has different tensors from {own}, which was used", hint)
 
 
 def _same(mine: tuple[TensorRef, ...], theirs: tuple[TensorRef, ...]) -> bool:
@@ -111,14 +113,15 @@ def shard_issues(refs: tuple[TensorRef, ...], config: Mapping[str, Any], file: s
     first = f"the first is {found[0].name}, {shape_text(found[0].shape)}"
     if empty:
         sentence = (
-            f"{many} hold no values ({first}): DeepSpeed ZeRO-3 or FSDP saved one process's part of them"
+            f"{many} have no values ({first}): DeepSpeed ZeRO-3 or FSDP saved only one process's part of them"
         )
     else:
-        sentence = f"{many} are flat pieces of matrices ({first}): FSDP saved one process's part of them"
+        sentence = f"{many} are flat pieces of matrices ({first}): FSDP saved only one process's part of them"
     hint = (
-        "gather them with the trainer's own tool: python zero_to_fp32.py FOLDER OUTPUT (DeepSpeed), accelerate "
-        "merge-weights FOLDER OUTPUT (FSDP), python -m verl.model_merger merge (verl); "
-        f"{LOAD_AFTER}. To avoid it: stage3_gather_16bit_weights_on_model_save, or a full state dict for FSDP"
+        "gather them with the trainer's own tool: python zero_to_fp32.py FOLDER OUTPUT (DeepSpeed), "
+        "accelerate merge-weights FOLDER OUTPUT (FSDP), python -m verl.model_merger merge (verl); "
+        f"{LOAD_AFTER}. To avoid it, train with stage3_gather_16bit_weights_on_model_save, or with a full "
+        "state dict for FSDP"
     )
     return [error("sharded-state", file, sentence, hint)]
 
@@ -137,5 +140,5 @@ def sharded_error(root: Path, names: Collection[str]) -> ResolveError | None:
     state = sharded_state(names)
     if state is None:
         return None
-    sentence = f"{root}: holds no file of an adapter, only a state of {state.trainer} in shards"
+    sentence = f"{root}: has no adapter file, only a sharded training state of {state.trainer}"
     return ResolveError(sentence, hint=f"{state.tool}; then {LOAD_AFTER}")

@@ -107,10 +107,10 @@ class PlacedDelta:
     """Name of the stored tensor."""
 
     region: Region
-    """The part of the tensor that it changes, and which way round the weight is stored there."""
+    """The part of the tensor that it changes, and the orientation of the stored weight."""
 
     part: tuple[tuple[int, int], ...]
-    """The part of the adapter's own weight that is meant, a range per axis (``[out, in]``, ``[expert, out, in]``); empty: all."""
+    """The part of the adapter's own weight, a range per axis (``[out, in]``, ``[expert, out, in]``); empty: all."""
 
     scale: float
     """As it is applied: `Delta.scale`, times the adapter's weight where the algebra is scaled and all is added in turn."""

@@ -180,7 +180,7 @@ def patched_config(config: Mapping[str, Any], patch: ConfigPatch) -> dict[str, A
         level[key] = value
     for dotted in patch.delete:
         *parents, key = dotted.split(".")
-        # A level that is missing, or is no table, has no such key: nothing to delete.
+        # A level that is missing, or is not a table, does not have the key: nothing to delete.
         found: Any = table
         for parent in parents:
             found = found.get(parent) if isinstance(found, dict) else None

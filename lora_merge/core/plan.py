@@ -80,7 +80,7 @@ class Merge:
     """None: every delta is applied in turn."""
 
     held_bytes: int = 0
-    """Bytes that are in memory for every tile: packed codes that lie across the rows, those that are read and those that are
+    """Bytes that are in memory for every tile: packed codes that run across the rows, those that are read and those that are
     written.
     """
 
@@ -91,7 +91,7 @@ class Merge:
     """True where the source's own scales are kept, and only its codes are written."""
 
     fills_across: bool = False
-    """True where the codes that are written lie across the rows: several tiles fill one buffer."""
+    """True where the codes that are written run across the rows: several tiles fill one buffer."""
 
     surveyed: tuple[Merge, ...] = ()
     """Weights that are loaded as one with this one, where a scale depends on the values of all of them."""
@@ -222,7 +222,7 @@ class MergePlan:
 
     def disk_bytes(self) -> int:
         """Return the bytes that the planned files take: weights, side files and index."""
-        # A stranger's name may hold half of a surrogate pair, which strict UTF-8 refuses.
+        # An untrusted name may have half of a surrogate pair, which strict UTF-8 refuses.
         small = sum(file.nbytes for file in self.side_files) + len(
             self.index.encode("utf-8", "backslashreplace")
         )

@@ -125,7 +125,7 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The part of a stored tensor that one module owns, and which way round it is stored."""
+    """The part of a stored tensor that one module owns, and its orientation."""
 
     transposed: bool = False
     """True when the weight is stored ``[in, out]``, as transformers' ``Conv1D`` does."""

@@ -1,4 +1,4 @@
-"""The factors of a delta as its algebra takes them: loaded, unpacked, cut to the part that is meant."""
+"""The factors of a delta as its algebra takes them: loaded, unpacked, cut to the right part."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Factors:
 
         Args:
             delta: whose they are.
-            part: what is meant of its weight, as `PlacedDelta.part` has it; empty for all of it.
+            part: which part of its weight, as `PlacedDelta.part` has it; empty for all of it.
 
         Shapes:
             A: ``[r, in]``, B: ``[out, r]``, magnitude: ``[out]``, cut to the part; of several experts
@@ -127,7 +127,7 @@ class Factors:
             return self._stacks[key]
 
     def _unpacked(self, delta: Delta, stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors of stacked experts, taken apart.
+        """Return the factors of stacked experts, split.
 
         PEFT packs A expert by expert, and B with the expert running fastest (`ParamWrapper.get_delta_weight`, PEFT
         0.21.2); Unsloth packs both expert by expert (unslothai/unsloth#6930). NeMo Automodel keeps B ``[experts, out, r]``.

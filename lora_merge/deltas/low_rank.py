@@ -206,7 +206,7 @@ class Stacked(Unsurveyed):
         )
 
     def _delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return ``s · B A``, of one expert or of several, the way round that the weight is stored."""
+        """Return ``s · B A``, of one expert or of several, in the orientation of the stored weight."""
         delta = (b @ a).mul_(self._scale)
         if self._transposed:
             delta = delta.mT

@@ -123,8 +123,8 @@ class PeftLayer(Unsurveyed):
         if kind not in DECOMPOSING:
             return error("injection", exc.subject, sentence)
         sentence += (
-            f"; {DECOMPOSING[kind]} decomposes the base's weights when it is loaded, and the result may depend on "
-            "the machine"
+            f"; {DECOMPOSING[kind]} decomposes the base's weights when it is loaded, and the result can "
+            "differ between machines"
         )
         return error("injection", exc.subject, sentence, _ELSEWHERE)
 
@@ -158,7 +158,7 @@ class PeftLayer(Unsurveyed):
 
         for name in before.keys() - set(self._facts.changed):
             if not torch.equal(after[name], before[name]):
-                sentence = "is changed by PEFT's layer, and nothing was planned for it"
+                sentence = "PEFT's layer changes it, and the plan does not"
                 raise InjectionError(f"{self._facts.module}.{name}", sentence)
 
     def _check_steady(
@@ -173,14 +173,15 @@ class PeftLayer(Unsurveyed):
             n = max(one.shape, default=1)
             roundoff = UNIT_ROUNDOFF[DTYPE_CODES[self._dtype]]
             off, change = float((one - other).norm()), float((one - before[name].float()).norm())
-            # A singular vector of a matrix that is off by u σ₁ is off by about u σ₁ / gap. n singular values lie
+            # A singular vector of a matrix that is off by u σ₁ is off by about u σ₁ / gap. n singular values are
             # about σ₁ / n apart, which makes it n u.
             bound = (_STEADY_MARGIN * n * UNIT_ROUNDOFF[_FLOAT32] + roundoff) * float(before[name].norm())
             bound = max(bound, _STEADY_SHARE * change)
             if not off <= bound:  # negated, so that NaN is wrong
                 sentence = (
-                    f"the decomposition of this weight is not reproducible: with {_n_threads()} threads instead of 1 the "
-                    f"merged weight differs by {off:.2g}, and rounding explains {bound:.2g} (the adapter changes it by {change:.2g})"
+                    f"the decomposition of this weight is not reproducible: with {_n_threads()} threads "
+                    f"instead of 1 the merged weight differs by {off:.2g}, and rounding explains only "
+                    f"{bound:.2g} (the adapter changes it by {change:.2g})"
                 )
                 raise InjectionError(f"{self._facts.module}.{name}", sentence)
 

@@ -95,7 +95,7 @@ class Rows(Unsurveyed):
         self._indices = cast("RowsFacts", delta.facts).indices
 
     def apply(self, weight: torch.Tensor, base: torch.Tensor, start: int, end: int) -> None:
-        """Put the trained rows whose indices lie in the tile in their places."""
+        """Put the trained rows whose indices are in the tile in their places."""
         del base
         for row, index in zip(self._rows, self._indices, strict=True):
             # A tile has few of the indices, often none.

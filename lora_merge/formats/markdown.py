@@ -1,4 +1,4 @@
-"""Names from strangers in Markdown and YAML: they cannot become links, images, HTML, table cells or keys."""
+"""Untrusted names in Markdown and YAML: they cannot become links, images, HTML, table cells or keys."""
 
 from __future__ import annotations
 

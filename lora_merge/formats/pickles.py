@@ -74,9 +74,11 @@ _STORAGES: Mapping[str, str] = {
 
 _UNTYPED = frozenset({"torch.storage.UntypedStorage", "torch.UntypedStorage"})
 
-_REFETCH = "the file is truncated, or no file of torch.save; fetch it again"
+_REFETCH = "download the file again: it is truncated, or was not written by torch.save"
 _RESAVE = "load it in transformers or PEFT and save_pretrained() it once, which writes safetensors"
-_UNTRUSTED = "weights need no code; load such a file only if you trust whoever made it, and save its tensors as safetensors"
+_UNTRUSTED = (
+    "save the tensors as safetensors: weights need no code; load such a file only if you trust its author"
+)
 
 
 def read_pickle(path: str | Path, name: str | None = None) -> WeightFile:
@@ -103,14 +105,14 @@ def read_pickle(path: str | Path, name: str | None = None) -> WeightFile:
         table, others = _load(archive.read("data.pkl"), label)
         refs = [_ref(key, value, archive) for key, value in table.items()]
     if others:  # beside the tensors, in what is forgotten here; torch would make it
-        got = f"wants to call {others[0]}"
-        raise CheckpointError(label, "", got, "nothing but plain tensors", hint=_RESAVE)
+        got = f"would call {others[0]}"
+        raise CheckpointError(label, "", got, "only plain tensors", hint=_RESAVE)
     refs.sort(key=lambda ref: (ref.start, ref.end))
     return WeightFile(name=name or label, metadata={}, tensors=tuple(refs))
 
 
 class _Bounded:
-    """A stream with a limit on one read: `zipfile` reads a whole directory, of whatever length the file claims."""
+    """A stream with a limit on one read: `zipfile` reads a whole directory, of any length that the file claims."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.seek, self.tell = stream.seek, stream.tell
@@ -141,7 +143,7 @@ class _Archive:
         entries = self._entries()
         folders = [entry.filename[: -len("data.pkl")] for entry in entries if _is_pickle(entry.filename)]
         if len(folders) != 1:
-            got = f"holds {len(folders)} records data.pkl"
+            got = f"has {len(folders)} records named data.pkl"
             raise CheckpointError(label, "", got, "one, as torch.save writes it", hint=_REFETCH)
         folder = folders[0]
         self._records = {
@@ -151,10 +153,12 @@ class _Archive:
         }
         # With two records of one name, torch and this reader could each take another one.
         if len({entry.filename for entry in entries}) != len(entries):
-            raise CheckpointError(label, "", "holds two records of one name", "one of each", hint=_REFETCH)
+            raise CheckpointError(
+                label, "", "has two records with the same name", "one of each", hint=_REFETCH
+            )
         # TorchScript stores its constants there; torch.save never does.
         if "constants.pkl" in self._records:
-            hint = "it is a program, not weights; export the model's state_dict() instead"
+            hint = "export the model's state_dict() instead: this file is a program, not weights"
             raise CheckpointError(label, "", "is a TorchScript archive", "a file of torch.save", hint=hint)
 
     def _entries(self) -> list[zipfile.ZipInfo]:
@@ -169,16 +173,18 @@ class _Archive:
                 raise CheckpointError(self.label, "", what.sentence, hint=what.hint)
             # A safetensors header: 8 bytes of length, of which the high ones are zero, then JSON.
             if head[7:10] == b'\0{"':
-                hint = f"give it the ending {SAFETENSORS_SUFFIX}"
-                raise CheckpointError(self.label, "", "is a safetensors file by its first bytes", hint=hint)
-            got = f"has {self._size} bytes that are no zip file"
+                hint = f"rename it to end in {SAFETENSORS_SUFFIX}"
+                raise CheckpointError(
+                    self.label, "", "is a safetensors file, according to its first bytes", hint=hint
+                )
+            got = f"has {self._size} bytes, and they are not a zip file"
             raise CheckpointError(self.label, "", got, "one of torch.save", hint=_REFETCH)
         try:
             with zipfile.ZipFile(cast("IO[bytes]", _Bounded(stream_of(self._source)))) as archive:
                 return archive.infolist()
-        # zipfile raises any of these for directories that a stranger has damaged.
+        # zipfile raises any of these for damaged directories.
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, struct.error) as exc:
-            got = "has no whole zip directory at its end"
+            got = "has no complete zip directory at its end"
             raise CheckpointError(self.label, "", got, hint=_REFETCH) from exc
 
     def __contains__(self, name: str) -> bool:
@@ -206,7 +212,7 @@ class _Archive:
         magic, n_name, n_extra = _LOCAL_HEADER.unpack(header)
         start = entry.header_offset + len(header) + n_name + n_extra
         if magic != _ZIP_MAGIC or start + entry.file_size > self._size:
-            got = f"its record {name} lies outside the file"
+            got = f"its record {name} is outside the file"
             raise CheckpointError(self.label, subject, got, hint=_REFETCH)
         return start, entry.file_size
 
@@ -246,16 +252,16 @@ def _load(content: bytes, label: str) -> tuple[dict[str, object], list[str]]:
     try:
         value = machine.run()
     except UntrustedError as exc:
-        got = f"wants to import {str(exc)[:80]}"
-        raise CheckpointError(label, "", got, "nothing but plain tensors", hint=_UNTRUSTED) from exc
+        got = f"would import {str(exc)[:80]}"
+        raise CheckpointError(label, "", got, "only plain tensors", hint=_UNTRUSTED) from exc
     except OddKeyError as exc:
-        got = f"holds {exc} as a name"
+        got = f"has {exc} as a name"
         raise CheckpointError(label, "", got, "names of tensors", hint=_RESAVE) from exc
     except (ValueError, IndexError) as exc:
         got = f"is a malformed pickle ({exc})"[:200]
         raise CheckpointError(label, "data.pkl", got, hint=_REFETCH) from exc
     if not isinstance(value, Table):
-        got = f"holds {kind_of(value)}"
+        got = f"contains {kind_of(value)}"
         raise CheckpointError(label, "", got, "a table of tensors by their names", hint=_RESAVE)
     return value.rows, machine.others
 
@@ -268,14 +274,14 @@ def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
     """
     label = archive.label
     if len(name) > MAX_NAME_CHARACTERS:
-        got, wanted = f"is a name of {len(name)} characters", f"{MAX_NAME_CHARACTERS} at most"
+        got, wanted = f"has a name of {len(name)} characters", f"at most {MAX_NAME_CHARACTERS}"
         raise CheckpointError(label, f"{name[:100]}…", got, wanted, hint=_RESAVE)
     if not is_text(name):
-        got = f"has the name {quoted(name)}, which holds half of a character"
-        raise CheckpointError(label, "", got, "text that UTF-8 can hold", hint=_RESAVE)
+        got = f"has the name {quoted(name)}, which contains half of a UTF-16 pair"
+        raise CheckpointError(label, "", got, "text that UTF-8 can encode", hint=_RESAVE)
     # ``{"model": {…}}`` and the like: engines look for tensors at the top only.
     if isinstance(value, Table):
-        hint = f"save what {name!r} holds, and nothing else, as the file: engines look for tensors at its top"
+        hint = f"save only the content of {name!r} as the file: engines look for tensors at the top level"
         raise CheckpointError(label, name, "is a table", "a tensor", hint=hint)
     if not isinstance(value, Tensor):
         raise CheckpointError(label, name, f"is {kind_of(value)}", "a plain tensor", hint=_RESAVE)
@@ -288,15 +294,15 @@ def _ref(name: str, value: object, archive: _Archive) -> TensorRef:
         got = f"has the strides {list(value.stride)} for the shape {list(value.shape)}"
         got = got if value.is_plain else "is marked as negated or conjugated"
         hint = "load it, make it contiguous and save it again as safetensors"
-        raise CheckpointError(label, name, got, "values in one piece, in their order", hint=hint)
+        raise CheckpointError(label, name, got, "contiguous values in row-major order", hint=hint)
     width = nbytes_of(dtype, (1,))
     begin, nbytes = value.offset * width, nbytes_of(dtype, value.shape)
     start, held = archive.place(f"data/{value.storage.key}", name)
     # Both the pickle's claim and the size of the record must hold the tensor.
     claimed = value.storage.size * (1 if value.storage.kind in _UNTYPED else width)
     if begin + nbytes > min(held, claimed) or claimed > held:
-        got = f"takes bytes {begin} to {begin + nbytes} of a storage of {min(held, claimed)}"
-        raise CheckpointError(label, name, got, "them inside it", hint=_REFETCH)
+        got = f"needs bytes {begin} to {begin + nbytes} of a storage of {min(held, claimed)} bytes"
+        raise CheckpointError(label, name, got, "a range inside the storage", hint=_REFETCH)
     return TensorRef(name, dtype, value.shape, label, start + begin, nbytes)
 
 
@@ -304,5 +310,5 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Return True when the values are adjacent in row-major order. Strides of axes of size 1 do not matter."""
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     rows = zip(shape, stride, steps, strict=True)
-    # A tensor without values is contiguous whatever its strides say.
+    # A tensor without values is always contiguous.
     return 0 in shape or all(size == 1 or step == wanted for size, step, wanted in rows)

@@ -100,7 +100,7 @@ def manifest_text(
                 "weight": weight,
                 "format": adapter.format,
                 "digest": adapter.digest,
-                # As its reader hands it on: PEFT's fields, whatever the format.
+                # As its reader hands it on: PEFT's fields, for every format.
                 "config": dict(adapter.config),
             }
             for adapter, path, origin, weight in zip(

@@ -57,7 +57,7 @@ _KINDS = (
     *(
         _Kind(
             state.patterns,
-            f"holds a state of {state.trainer} in shards ({{found}}), and no weights",
+            f"has a sharded training state of {state.trainer} ({{found}}), and no weights",
             f"{state.tool}; then {LOAD_AFTER}",
         )
         # The same table as for adapters (`trainer_files`), so that both say the same about a trainer.
@@ -75,13 +75,13 @@ _KINDS = (
     ),
     _Kind(
         ("pytorch_lora_weights.*",),
-        "is a LoRA for diffusers ({found}): models that make images are not merged here",
+        "is a LoRA for diffusers ({found}); image models are not supported",
         "use diffusers: pipe.load_lora_weights(FOLDER), pipe.fuse_lora(), pipe.save_pretrained(OUTPUT)",
     ),
     _Kind(
         ("model_index.json",),
-        "is a pipeline of diffusers ({found}): models that make images are not merged here",
-        "name the folder of one transformers model in it, text_encoder for example",
+        "is a diffusers pipeline ({found}); image models are not supported",
+        "pass the folder of one transformers model in it, for example text_encoder",
     ),
     _Kind(
         (
@@ -91,14 +91,14 @@ _KINDS = (
             "pytorch_model_head.bin",
             "model_head.safetensors",
         ),
-        "is an adapter of AdapterHub's library adapters ({found}), which is not PEFT's format",
+        "is an adapter of AdapterHub's library adapters ({found}), not of PEFT",
         "if it is a LoRA, merge it there: model.load_adapter(FOLDER), model.merge_adapter(NAME), model.save_pretrained(OUTPUT)",
         ("adapter",),
     ),
     _Kind(
         ("adapters.npz", "[0-9]*_adapters.safetensors"),
-        "holds an adapter of mlx-lm under another name ({found})",
-        "save it as adapters.safetensors, beside its adapter_config.json",
+        "has an adapter of mlx-lm under another name ({found})",
+        "save it as adapters.safetensors, next to its adapter_config.json",
         ("adapter",),
     ),
     _Kind(
@@ -110,23 +110,29 @@ _KINDS = (
     _Kind(
         ("lit_model*", "lit_config.json"),
         "is a checkpoint of LitGPT ({found})",
-        "use its own commands: litgpt merge_lora, then litgpt convert_from_litgpt",
+        "use LitGPT's own commands: litgpt merge_lora, then litgpt convert_from_litgpt",
     ),
     _Kind(
         ("adapter_[0-9]*.pt", "recipe_state.pt", "recipe_state/*"),
         "is a checkpoint of torchtune ({found})",
-        "torchtune writes PEFT's adapter_config.json and adapter_model.safetensors with the checkpointer for Hugging Face",
+        (
+            "save it with torchtune's checkpointer for Hugging Face, which writes PEFT's adapter_config.json and "
+            "adapter_model.safetensors"
+        ),
     ),
     _Kind(
         ("consolidated*.safetensors", "consolidated*.pth", "consolidated*.pt"),
-        "holds the model in Mistral's or Meta's own format ({found})",
-        "name a folder or repo with config.json and model*.safetensors, as transformers has them: download those files too",
+        "has the model in Mistral's or Meta's own format ({found})",
+        (
+            "download config.json and model*.safetensors (the transformers format) too, or pass a folder or repo "
+            "that has them"
+        ),
         ("base",),
     ),
     _Kind(
         ("*.gguf",),
-        "holds GGUF ({found}), the format of llama.cpp",
-        "name the Hugging Face folder or repo that it was converted from",
+        "has the model as GGUF ({found}), the format of llama.cpp",
+        "pass the Hugging Face folder or repo that it was converted from",
     ),
     _Kind(
         (
@@ -139,18 +145,18 @@ _KINDS = (
             "openvino_model.*",
             "rust_model.ot",
         ),
-        "holds weights for another framework than PyTorch ({found})",
-        "load it once in transformers with PyTorch and save_pretrained() it",
+        "has weights for another framework than PyTorch ({found})",
+        "load it in transformers with PyTorch once, and save it with save_pretrained()",
         ("base",),
     ),
     _Kind(
         ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.rar"),
-        "holds an archive ({found})",
-        "unpack it, and name the folder that comes out",
+        "contains an archive ({found})",
+        "unpack it, and pass the folder that was unpacked",
     ),
     _Kind(
         ("*.incomplete", "*.part", "*.crdownload", "*.aria2", "*.download"),
-        "holds a download that did not end ({found})",
+        "contains an incomplete download ({found})",
         "download it again",
     ),
 )
@@ -166,8 +172,8 @@ _STATES = (
             "rng_state*.pth",
             "scheduler.pt",
         ),
-        "holds the state of a training ({found}) and no weights",
-        "the training saved its weights elsewhere, or was told to save none",
+        "has a training state ({found}) and no weights",
+        "look for the weights in another folder, or train with saving switched on",
     ),
 )
 """Asked last, where nothing else was recognised."""
@@ -192,8 +198,8 @@ def broken_link(root: Path) -> CheckpointError | None:
             return CheckpointError(
                 str(path),
                 "",
-                f"is a link to {path.readlink()}, which is not there",
-                hint="download it again: the cache was cleared, or a disk is not mounted",
+                f"is a link to {path.readlink()}, which does not exist",
+                hint="download it again (the cache was cleared), or mount the missing disk",
             )
     return None
 
@@ -222,7 +228,7 @@ def fault_of(names: Collection[str], role: Role, place: str = "") -> Fault | Non
         'is a whole model and no adapter (it has config.json and model.safetensors)'
     """
     if not names:
-        return Fault("is an empty folder", "check the path, or download again what was to be in it")
+        return Fault("is an empty folder", "check the path, or download the files again")
     if role == "adapter":
         return (
             _whole_model(names) or _known(names, role) or _half_adapter(names) or _known(names, role, _STATES)
@@ -251,8 +257,8 @@ def _whole_model(names: Collection[str]) -> Fault | None:
     if _MODEL_CONFIG not in names or _ADAPTER_CONFIG in names or not weights:
         return None
     return Fault(
-        f"is a whole model and no adapter (it has {_MODEL_CONFIG} and {weights})",
-        "pass it as --base; --adapter takes a folder with adapter_config.json",
+        f"is a whole model, not an adapter (it has {_MODEL_CONFIG} and {weights})",
+        "pass it as --base; --adapter needs a folder with adapter_config.json",
     )
 
 
@@ -260,9 +266,8 @@ def _adapter(names: Collection[str]) -> Fault | None:
     if _ADAPTER_CONFIG not in names or (_MODEL_CONFIG in names and _first(names, _MODEL_WEIGHTS)):
         return None
     return Fault(
-        f"is an adapter itself (it has {_ADAPTER_CONFIG}), and no model",
-        "pass the model that it was trained on as --base; to merge two adapters, merge one and take the result as --base of "
-        "the other, or name both with --adapter",
+        f"is an adapter, not a model (it has {_ADAPTER_CONFIG})",
+        "pass the model that it was trained on as --base; to merge two adapters, pass both with --adapter",
     )
 
 
@@ -279,8 +284,8 @@ def _lost_index(names: Collection[str]) -> Fault | None:
         f"{len(shards)} of {int(first['count'])} weight files ({listing([shard[0] for shard in shards], 1)})"
     )
     return Fault(
-        f"holds {there}, and their index is missing: {index}",
-        f"download {index} from where the weights are from"
+        f"has {there}, and their index {index} is missing",
+        f"download {index} from the same place as the weights"
         + ("" if len(shards) == int(first["count"]) else ", and the other files"),
     )
 
@@ -293,8 +298,9 @@ def _deeper(names: Collection[str], place: str) -> Fault | None:
         return None
     last = max(folders, key=in_order)
     return Fault(
-        f"holds no model itself; {counted(len(folders), 'folder')} in it may: {listing(sorted(folders, key=in_order))}",
-        f"name one of them: {place}{last}",
+        f"has no model at its top level; {counted(len(folders), 'folder')} in it may have one: "
+        f"{listing(sorted(folders, key=in_order))}",
+        f"pass one of them: {place}{last}",
     )
 
 
@@ -302,13 +308,13 @@ def _half_adapter(names: Collection[str]) -> Fault | None:
     weights = _first(names, _ADAPTER_WEIGHTS)
     if _ADAPTER_CONFIG in names and not weights:
         return Fault(
-            f"has {_ADAPTER_CONFIG} and no weights beside it: adapter_model.safetensors or adapter_model.bin is missing",
-            "the download or the training did not end; fetch or save the weights too",
+            f"has {_ADAPTER_CONFIG} and no weights: adapter_model.safetensors or adapter_model.bin is missing",
+            "download or save the weights too: the download or the training did not finish",
         )
     if weights and _ADAPTER_CONFIG not in names:
         return Fault(
-            f"has {weights} and no {_ADAPTER_CONFIG}, which says what α and the targets are",
-            f"fetch {_ADAPTER_CONFIG} from where the weights are from",
+            f"has {weights} and no {_ADAPTER_CONFIG}, which contains lora_alpha and the target modules",
+            f"download {_ADAPTER_CONFIG} from the same place as the weights",
         )
     return None
 
@@ -317,12 +323,13 @@ def _half_model(names: Collection[str]) -> Fault | None:
     weights = _first(names, _MODEL_WEIGHTS)
     if weights and _MODEL_CONFIG not in names:
         return Fault(
-            f"has {weights} and no {_MODEL_CONFIG}", f"fetch {_MODEL_CONFIG} from where the weights are from"
+            f"has {weights} and no {_MODEL_CONFIG}",
+            f"download {_MODEL_CONFIG} from the same place as the weights",
         )
     if _MODEL_CONFIG in names and not weights:
         return Fault(
             f"has {_MODEL_CONFIG} and no weights: model.safetensors, or shards with their index, is missing",
-            "the download did not end, or only the small files were fetched; fetch the weights too",
+            "download the weights too: the download did not finish, or skipped large files",
         )
     return None
 

@@ -57,7 +57,7 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
         what = fault_of(names, "base", f"{label}/")
         raise ResolveError(
             f"{label}: {what.sentence}" if what else f"{label}: has no config.json",
-            hint=what.hint if what else "a base is a whole model",
+            hint=what.hint if what else "pass a whole model with --base",
         )
     index = next(
         (name for name in (INDEX_FILE, SAFETENSORS_FILE, PICKLED_INDEX_FILE, PICKLED_FILE) if name in names),
@@ -65,7 +65,7 @@ def base_small(label: str, names: Collection[str]) -> frozenset[str]:
     )
     if index is None:
         what = fault_of(names, "base", f"{label}/")
-        hint = what.hint if what else "pass the repo that holds the model's safetensors"
+        hint = what.hint if what else "pass the repo with the model's safetensors"
         found = sorted(name for name in names if not belongs_to_base(name))
         there = f" (it has {listing(found)})" if found else ""
         raise ResolveError(
@@ -101,9 +101,9 @@ def _shards(label: str, index: str, names: Collection[str], root: Path) -> froze
         raise CheckpointError(
             label,
             "",
-            f"lacks {listing(missing)}",
+            f"does not have {listing(missing)}",
             f"the {len(wanted)} files that {index} names",
-            hint="the repo is incomplete; ask its owner",
+            hint="choose another repo, or ask its owner: it is incomplete",
         )
     return wanted
 
@@ -128,16 +128,16 @@ def adapter_small(
             raise ResolveError(f"{label}: {what.sentence}", hint=what.hint)
         hint = ""
         if elsewhere:
-            hint = f"adapters are in its folders {listing(sorted(elsewhere), 8)}: org/name/FOLDER"
+            hint = f"pass one of its folders with an adapter, as org/name/FOLDER: {listing(sorted(elsewhere), 8)}"
         raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
     if not adapter_weights(names, formats):
         state = sharded_state(names)
         if state is not None:
-            sentence = f"{label}: holds no file of an adapter, only a state of {state.trainer} in shards"
+            sentence = f"{label}: has no adapter file, only a sharded training state of {state.trainer}"
             raise ResolveError(sentence, hint=f"download it; {state.tool}; then {LOAD_AFTER}")
         what = fault_of(names, "adapter")
         wanted = choice((ADAPTER_WEIGHTS, ADAPTER_PICKLE))
-        sentence = what.sentence if what else f"has no weights of an adapter, expected {wanted}"
+        sentence = what.sentence if what else f"has no adapter weights, expected {wanted}"
         raise ResolveError(f"{label}: {sentence}", hint=what.hint if what else "")
     return frozenset(name for name in names if name in _ADAPTER_SMALL or belongs_to_adapter(name))
 

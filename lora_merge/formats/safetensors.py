@@ -41,7 +41,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _COMPARED_ELEMENTS = 1 << 20
 
-_REFETCH = "the file is truncated, or no safetensors file; fetch it again"
+_REFETCH = "download the file again: it is truncated, or is not a safetensors file"
 
 
 def read_header(path: str | Path, name: str | None = None) -> WeightFile:
@@ -86,7 +86,7 @@ def _header_table(source: Source) -> tuple[dict[str, Any], int]:
     prefix = bytearray(HEADER_PREFIX_BYTES)
     read_into(source, memoryview(prefix), 0)
     length = int.from_bytes(prefix, "little")
-    # The length is a stranger's claim: it is checked before a buffer of that size is made.
+    # The length is untrusted: it is checked before a buffer of that size is made.
     most = min(MAX_HEADER_BYTES, size - HEADER_PREFIX_BYTES)
     if length > most:
         raise CheckpointError(label, "header", f"claims {length} bytes", f"at most {most}", hint=_REFETCH)
@@ -111,7 +111,7 @@ def _parse_row(name: str, row: object, label: str, data_start: int) -> TensorRef
     """
     # A name with a million parts would keep every later step busy.
     if len(name) > MAX_NAME_CHARACTERS:
-        got, wanted = f"is a name of {len(name)} characters", f"{MAX_NAME_CHARACTERS} at most"
+        got, wanted = f"has a name of {len(name)} characters", f"at most {MAX_NAME_CHARACTERS}"
         raise CheckpointError(label, f"{name[:100]}…", got, wanted)
     try:
         dtype, sizes, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]  # type: ignore[index]
@@ -146,15 +146,17 @@ def _check_cover(refs: list[TensorRef], data_start: int, size: int, label: str) 
     expected = data_start
     for ref in refs:
         if ref.start != expected:
-            what = "overlaps the tensor before it" if ref.start < expected else "leaves a hole before it"
+            what = "overlaps the tensor before it" if ref.start < expected else "leaves a gap before it"
             raise CheckpointError(
                 label, ref.name, f"{what}, starting at byte {ref.start}", f"byte {expected}"
             )
         expected = ref.end
     # Also zeros at the end are an error: the format allows nothing there.
     if expected != size:
-        hint = "the file is truncated or was extended; fetch it again"
-        raise CheckpointError(label, "", f"has {size} bytes", f"{expected} by its header", hint=hint)
+        hint = "download the file again: it is truncated, or was extended"
+        raise CheckpointError(
+            label, "", f"has {size} bytes", f"{expected} according to its header", hint=hint
+        )
 
 
 def blocks(ref: TensorRef) -> Iterator[memoryview]:

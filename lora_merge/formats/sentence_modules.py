@@ -24,7 +24,7 @@ _ROUTER_FILE = "router_config.json"
 
 _SETTINGS = (MODULES_FILE, _ROUTER_FILE, "config_sentence_transformers.json", "sentence_*_config.json")
 """Files at the top: modules, routes, prompts and similarity, and the transformer's settings
-(``sentence_bert_config.json``, whatever the model).
+(``sentence_bert_config.json``, for every model).
 """
 
 _FOLDER = re.compile(r"\d+_\w+|\w+_\d+_\w+")
@@ -132,9 +132,9 @@ def _checked(file: Path, folder: str) -> str:
         CheckpointError: it is not.
     """
     path = PurePosixPath(folder)
-    # A stranger's path: nothing outside the directory may be copied into the output.
+    # An untrusted path: nothing outside the directory may be copied into the output.
     if path.is_absolute() or ".." in path.parts or "\\" in folder or "\0" in folder:
-        raise CheckpointError(str(file), folder, "is the folder of a module", "one inside the directory")
+        raise CheckpointError(str(file), folder, "is the folder of a module", "a folder inside the directory")
     return "" if folder in {"", "."} else path.as_posix()
 
 

@@ -138,18 +138,20 @@ def base_side_files(root: Path) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     for name, entry in _walk(root, notes):
         if not belongs_to_base(name):
             if entry.parent != root:
-                notes.append(f"{name} was left out: it holds the base's weights for another program")
+                notes.append(f"{name} was left out: it has the base's weights for another program")
             continue
         _check_inside(entry, root)
         _check_whole(entry)
         if is_pointer(entry):
-            notes.append(f"{name} is a Git LFS pointer, and was copied as one: git lfs pull fetches the file")
+            notes.append(
+                f"{name} is a Git LFS pointer, and was copied as it is; git lfs pull downloads the file"
+            )
         kept.append(SideFile(name, str(entry), _size(entry), "base"))
     whole = whole_model(root)
     if whole is not None:
         notes.append(
-            f"{root.name}/ is one module of the sentence-transformers model in {whole}; its other modules were not "
-            f"copied: put the output in the place of {root.name}/ there"
+            f"{root.name}/ is one module of the sentence-transformers model in {whole}; the other modules "
+            f"were not copied: replace {root.name}/ in a copy of that model with the output"
         )
     return tuple(sorted(kept, key=lambda file: file.name)), tuple(notes)
 
@@ -196,10 +198,10 @@ def _check_whole(path: Path) -> None:
     """
     why = why_no_file(path)
     if why:
-        raise CheckpointError(str(path), "", why, hint="remove it, or put the file itself there")
+        raise CheckpointError(str(path), "", why, hint="remove it, or replace it with a copy of the file")
     nbytes = path.stat().st_size
     if nbytes > MAX_SIDE_BYTES:
-        raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"{MAX_SIDE_BYTES} at most")
+        raise CheckpointError(str(path), "", f"has {nbytes} bytes", f"at most {MAX_SIDE_BYTES}")
     if not os.access(path, os.R_OK):
         raise CheckpointError(str(path), "", "cannot be read (Permission denied)")
     is_needed = _matches(path.name, _TOKENIZER) or path.suffix in _NEEDED_SUFFIXES
@@ -221,7 +223,9 @@ def _check_inside(path: Path, root: Path) -> None:
     # It might be a key or another private file that was never meant to be published.
     if not is_inside(path, root):
         got = f"is a link to {path.resolve()}, outside its directory"
-        raise CheckpointError(str(path), "", got, "a file", hint="put the file itself there: cp -L")
+        raise CheckpointError(
+            str(path), "", got, "a file", hint="replace the link with a copy of the file: cp -L"
+        )
 
 
 def is_inside(path: Path, root: Path) -> bool:
@@ -282,23 +286,25 @@ def _walk(root: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
         for folder in [name for name in folders if _matches(name, _FOREIGN_DIRECTORIES)]:
             folders.remove(folder)
             if not folder.startswith(".") and here == root:
-                notes.append(f"{folder}/ is no part of the checkpoint and was not copied")
-        # An earlier output inside the base's folder is no part of the base.
+                notes.append(f"{folder}/ is not a part of the checkpoint and was not copied")
+        # An earlier output inside the base's folder is not part of the base.
         for folder in [name for name in folders if _is_output(here / name)]:
             folders.remove(folder)
-            notes.append(f"{folder}/ is an output of another merge and was not copied")
+            notes.append(f"{folder}/ is the output of another merge and was not copied")
         for name in names:
             path = here / name
             if name.startswith(".") or not path.exists():
                 continue
             why = why_no_file(path)
             if why:
-                raise CheckpointError(str(path), "", why, hint="remove it, or put the file itself there")
+                raise CheckpointError(
+                    str(path), "", why, hint="remove it, or replace it with a copy of the file"
+                )
             yield path.relative_to(root).as_posix(), path
 
 
 def _is_output(folder: Path) -> bool:
-    """Return True for a folder that a merge made: a whole model of its own."""
+    """Return True for a folder that a merge made: a separate model."""
     return is_file(folder / MANIFEST_FILE) and is_file(folder / CONFIG_FILE)
 
 

@@ -54,7 +54,7 @@ def _surroundings(root: Path, config: Mapping[str, Any], files: Collection[Weigh
 
 
 def _matches(expressions: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """Return for each name the places of the expressions that match it, within limits: they may be a stranger's.
+    """Return for each name the places of the expressions that match it, within limits: they may be untrusted.
 
     Raises:
         PatternError: an expression cannot be used, or not within the limits.

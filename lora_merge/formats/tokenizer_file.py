@@ -1,7 +1,7 @@
 """Loads ``tokenizer.json`` with the library that engines use, in a process where it can do no harm.
 
 The library is written in Rust and fails by panics. It prints them on descriptor 2, raises an exception that is not an
-`Exception`, and ends the process at a second one; a stranger's file can cause all of this. So a separate process
+`Exception`, and ends the process at a second one; a untrusted file can cause all of this. So a separate process
 loads the file first, within limits of time and memory.
 """
 
@@ -55,7 +55,7 @@ def n_tokens(path: Path) -> int:
     # that it needs.
     command = [sys.executable, "-I", "-S", str(_SCRIPT), str(Path(found.origin).parents[1])]
     try:
-        # Read here, by the watched reader, and sent by a pipe: the process opens no file of a stranger.
+        # Read here, by the watched reader, and sent by a pipe: the process opens no untrusted file.
         content = read_bytes(path, _MOST_BYTES)
         done = subprocess.run(  # noqa: S603 - our own interpreter and script
             command, env=environ, input=content, capture_output=True, timeout=_SECONDS, check=False
@@ -66,7 +66,7 @@ def n_tokens(path: Path) -> int:
         if exc.errno not in {errno.ENOMEM, errno.EAGAIN}:
             raise
         # fork and exec answer ENOMEM or EAGAIN when there is no memory for a process.
-        raise MemoryError(f"no room for another process ({exc.strerror})") from exc
+        raise MemoryError(f"no other process could be started ({exc.strerror})") from exc
     except subprocess.TimeoutExpired as exc:
         raise TokenizerError(f"takes more than {_SECONDS:.0f} seconds") from exc
     return _answer(done)
@@ -89,7 +89,7 @@ def _answer(done: subprocess.CompletedProcess[bytes]) -> int:
     try:
         said = json.loads(done.stdout)
     except ValueError:
-        sentence = "it takes more than a minute or 4 GB to load, or ends the process that loads it"
+        sentence = "loading it takes more than a minute or 4 GB, or crashes the process"
         raise TokenizerError(sentence) from None
     if "why" in said:
         raise TokenizerError(said["why"])

@@ -1,6 +1,6 @@
 """Run by a separate process to load a ``tokenizer.json``: the library itself has no limits.
 
-It compiles regexes that a stranger wrote, allocates what the file says, and hears no interrupt meanwhile. The file's
+It compiles untrusted regexes, allocates what the file says, and hears no interrupt meanwhile. The file's
 bytes come by standard input. One line of JSON goes out: the number of tokens, or why the file does not load.
 """
 

@@ -111,24 +111,24 @@ _READABLE = (".safetensors", ".bin", ".pt", ".pth")
 
 _KNOWN: Mapping[str, tuple[str, str]] = {
     "new_embeddings*": (
-        "holds rows for new tokens (as vLLM reads them), and no tensor of the base has their names",
-        "resize the base's embeddings in transformers, put these rows at their end, and merge into that; ",
+        "has rows for new tokens (in vLLM's format), and the base has no tensors with their names",
+        "resize the base's embeddings in transformers, append these rows to them, and merge into that; ",
     ),
     "value_head*": (
-        "holds the value head of a reward model or of PPO (TRL, LLaMA-Factory), which the base does not have",
+        "has the value head of a reward model or of PPO (TRL, LLaMA-Factory), and the base has no such head",
         "",
     ),
     "v_head*": (
-        "holds the value head of a reward model or of PPO (TRL, LLaMA-Factory), which the base does not have",
+        "has the value head of a reward model or of PPO (TRL, LLaMA-Factory), and the base has no such head",
         "",
     ),
-    "adapters.safetensors": ("holds an adapter of mlx-lm, and adapter_config.json is not mlx-lm's", ""),
-    "adapters.npz": ("holds an adapter of an old mlx-lm, and adapter_config.json is not mlx-lm's", ""),
-    "adapter_model*": ("holds an adapter, and another file was read as the adapter", ""),
-    "adapter_*": ("holds an adapter, and another file was read as the adapter", ""),
-    "model*": ("holds the weights of a model, not of the adapter", ""),
-    "pytorch_model*": ("holds the weights of a model, not of the adapter", ""),
-    "consolidated*": ("holds the weights of a model, not of the adapter", ""),
+    "adapters.safetensors": ("has an adapter of mlx-lm, and adapter_config.json is not mlx-lm's", ""),
+    "adapters.npz": ("has an adapter of an old mlx-lm, and adapter_config.json is not mlx-lm's", ""),
+    "adapter_model*": ("has an adapter, and another file was used as the adapter", ""),
+    "adapter_*": ("has an adapter, and another file was used as the adapter", ""),
+    "model*": ("has the weights of a model, not of the adapter", ""),
+    "pytorch_model*": ("has the weights of a model, not of the adapter", ""),
+    "consolidated*": ("has the weights of a model, not of the adapter", ""),
 }
 """File name → what is known to be in it, and what to do."""
 
@@ -179,7 +179,7 @@ References:
     (accelerate 1.10), ``megatron.core.dist_checkpointing`` (Megatron-Core 0.13).
 """
 
-LOAD_AFTER = "load the result into the model in PEFT, save_pretrained() it, and merge that"
+LOAD_AFTER = "load the result into the model in PEFT, save it with save_pretrained(), and merge that"
 
 
 def sharded_state(names: Iterable[str]) -> ShardedState | None:
@@ -245,7 +245,7 @@ def unread_files(
 ) -> list[str]:
     """Return the files of an adapter's folder that may hold its weights, and that nothing reads.
 
-    Folders with an adapter of their own are passed over.
+    Folders with their own adapter are skipped.
 
     Args:
         names: every file of the folder and of those in it.
@@ -310,7 +310,7 @@ def described(name: str) -> tuple[str, str]:
     """Return what to say about a file that nothing reads, and what to do."""
     file = PurePosixPath(name).name
     what, cure = next((said for pattern, said in _KNOWN.items() if fnmatchcase(file, pattern)), ("", ""))
-    sentence = what or "may hold weights that were trained with the adapter, and nothing here reads it"
+    sentence = what or "may have weights that were trained with the adapter, and lora-merge cannot read it"
     return sentence, f"{cure}leave it out with --ignore-file {name} if the merge does not need it"
 
 

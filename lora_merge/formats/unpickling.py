@@ -129,11 +129,11 @@ def _layout(storage: object, kind: str, layout: tuple[Any, Any, Any], metadata: 
     if not isinstance(storage, Storage) or not all(
         isinstance(one, tuple | list) and len(one) <= MAX_DIMENSIONS for one in sizes
     ):
-        raise ValueError("a tensor's sizes are no sizes")
+        raise ValueError("a tensor has invalid sizes")
     shape, stride = map(tuple, sizes)
     numbers = (storage.size, offset, *shape, *stride)
     if len(shape) != len(stride) or not all(isinstance(one, int) and 0 <= one < 1 << 63 for one in numbers):
-        raise ValueError("a tensor's sizes are no sizes")
+        raise ValueError("a tensor has invalid sizes")
     return Tensor(storage, kind, offset, shape, stride, is_plain=not any(metadata))
 
 
@@ -147,7 +147,7 @@ def _tensor_v3(args: tuple[Any, ...]) -> Tensor:
     """Make a tensor of ``storage, offset, size, stride, requires_grad, backward_hooks, dtype, metadata=None``."""
     storage, offset, size, stride, _, _, dtype, *rest = args[:8]
     if not isinstance(dtype, Name):
-        raise ValueError("a tensor's dtype is none")  # noqa: TRY004 - of the pickle, like all its faults
+        raise ValueError("a tensor has no valid dtype")  # noqa: TRY004 - of the pickle, like all its faults
     return _layout(storage, dtype.path, (offset, size, stride), tuple(rest))
 
 
@@ -163,7 +163,7 @@ def _from_type(args: tuple[Any, ...]) -> object:
     made_by, kind, inner, _ = args[:4]
     maker = _TENSOR_MAKERS.get(made_by.path) if isinstance(made_by, Name) else None
     if maker is None or not isinstance(inner, tuple):
-        raise ValueError("a tensor is made by what makes none")
+        raise ValueError("a tensor is made by an unknown function")
     return maker(inner) if kind == Name("torch.Tensor") else kind
 
 
@@ -208,7 +208,7 @@ _GETS = {pickle.BINGET: struct.Struct("<B"), pickle.LONG_BINGET: struct.Struct("
 
 
 class Machine:
-    """Follows one pickle, and leaves its value on a stack of its own.
+    """Follows one pickle, and leaves its value on its own stack.
 
     Args:
         content: the whole pickle.
@@ -259,7 +259,7 @@ class Machine:
             if not (self._value(opcode) or self._memory(opcode)):
                 step = self._steps.get(opcode)
                 if step is None:
-                    raise ValueError(f"the opcode {opcode!r} at byte {self._at - 1}")
+                    raise ValueError(f"the unknown opcode {opcode!r} at byte {self._at - 1}")
                 step()
         return self._stack.pop()
 
@@ -298,12 +298,12 @@ class Machine:
             number = self._number(_PUTS[opcode])
             # Each entry takes at least a byte of the pickle, so a larger number is not a real one.
             if number > len(self._content):
-                raise ValueError(f"object number {number} in {len(self._content)} bytes")
+                raise ValueError(f"object number {number} in only {len(self._content)} bytes")
             self._memo[number] = self._stack[-1]
         elif opcode in _GETS:
             number = self._number(_GETS[opcode])
             if number not in self._memo:
-                raise ValueError(f"object number {number} was never made")
+                raise ValueError(f"object number {number} does not exist")
             self._stack.append(self._memo[number])
         else:
             return False
@@ -329,12 +329,12 @@ class Machine:
             case ("storage", Name(kind), str(key), _, int(size)):
                 self._stack.append(Storage(kind, key, size))
             case _:
-                raise ValueError("a reference that is no storage")
+                raise ValueError("an invalid reference to a storage")
 
     def _reduce(self) -> None:
         args, made_by = self._stack.pop(), self._stack.pop()
         if not isinstance(made_by, Name) or type(args) is not tuple:
-            raise ValueError("a call of what cannot be called")
+            raise ValueError("a call of something that cannot be called")
         if made_by.path == _ORDERED_DICT:
             self._stack.append(self._ordered(args))
             return
@@ -350,24 +350,24 @@ class Machine:
         table = Table()
         pairs = args[0] if args else []
         if not isinstance(pairs, list | tuple):
-            raise ValueError("a table of what are no pairs")  # noqa: TRY004 - of the pickle, like all its faults
+            raise ValueError("a table from something other than pairs")  # noqa: TRY004 - of the pickle, like all its faults
         # One opcode may copy many entries, and each counts.
         self._spend(len(pairs))
         for pair in pairs:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise ValueError("a table of what are no pairs")
+                raise ValueError("a table from something other than pairs")
             table.put(*pair)
         return table
 
     def _build(self) -> None:
-        """Drop a state, whatever it is.
+        """Drop a state of any kind.
 
         Raises:
             ValueError: what it is given to has none.
         """
         self._stack.pop()
         if not isinstance(self._stack[-1], Name | Table):
-            raise ValueError("a state for what has none")  # noqa: TRY004 - of the pickle, like all its faults
+            raise ValueError("a state for an object without one")  # noqa: TRY004 - of the pickle, like all its faults
 
     def _since_mark(self) -> list[Any]:
         start = self._marks.pop()
@@ -377,20 +377,20 @@ class Machine:
 
     def _short_tuple(self, count: int) -> None:
         if len(self._stack) < count:
-            raise ValueError("a tuple of what is not there")
+            raise ValueError("a tuple of missing values")
         items = tuple(self._stack[-count:])
         del self._stack[-count:]
         self._stack.append(items)
 
     def _extend(self, items: list[Any]) -> None:
         if type(self._stack[-1]) is not list:
-            raise ValueError("an entry for what is no list")
+            raise ValueError("an entry for something other than a list")
         self._stack[-1].extend(items)
 
     def _set(self, items: list[Any]) -> None:
         table = self._stack[-1]
         if not isinstance(table, Table) or len(items) % 2:
-            raise ValueError("a row for what is no table")
+            raise ValueError("a row for something other than a table")
         for at in range(0, len(items), 2):
             table.put(items[at], items[at + 1])
 

@@ -102,7 +102,9 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
         return (entry,)
     n_shards = int(match["of"])
     if n_shards > MAX_SHARDS:
-        raise CheckpointError(str(root), entry, f"counts {n_shards} shards", f"{MAX_SHARDS} at most")
+        raise CheckpointError(
+            str(root), entry, f"has file names that count {n_shards} shards", f"at most {MAX_SHARDS}"
+        )
     wanted = tuple(
         f"{match['stem']}-{n:0{len(match['n'])}}-of-{match['of']}{match['suffix']}"
         for n in range(1, n_shards + 1)
@@ -113,9 +115,9 @@ def _unindexed(root: Path, entry: str) -> tuple[str, ...]:
         raise CheckpointError(
             str(root),
             "",
-            f"lacks {listing(missing)}",
-            f"the {n_shards} shards that their names count",
-            hint="the download is incomplete; fetch it again",
+            f"does not have {listing(missing)}",
+            f"all {n_shards} shards that the file names count",
+            hint="download the missing files: the download is incomplete",
         )
     return wanted
 
@@ -161,9 +163,9 @@ def read_shards(
         raise broken_link(root) or CheckpointError(
             str(root),
             "",
-            f"lacks {listing(missing)}",
+            f"does not have {listing(missing)}",
             f"the {len(names)} files that its index names",
-            hint="the download is incomplete; fetch it again",
+            hint="download the missing files: the download is incomplete",
         )
     read = reader_of(entry)
     files = tuple(read(place_of(root, weights, name), name) for name in names)

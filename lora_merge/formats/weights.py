@@ -156,7 +156,7 @@ class _PartReader:
         """Address of a buffer → the buffer, and the ranges that it holds. Kept, so that no other gets its address."""
 
     def read_into(self, buffer: memoryview, wanted: PartRange) -> None:
-        """Fill a buffer with some ranges. What several tiles need alike (one scale for all, codes whose rows lie across
+        """Fill a buffer with some ranges. What several tiles need alike (one scale for all, codes whose rows run across
         those of the weight) is read once for each buffer.
         """
         address = _address(buffer) if self._is_kept else 0
@@ -182,7 +182,7 @@ class _PartReader:
 
 
 def _address(buffer: memoryview) -> int:
-    """Return the place of a buffer in memory: views of one buffer are made anew, and their bytes stay."""
+    """Return the place of a buffer in memory: views of one buffer are created again, and their bytes stay."""
     import ctypes  # of no use for plain tensors
 
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer.nbytes else 0

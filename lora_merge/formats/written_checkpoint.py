@@ -64,7 +64,7 @@ class Output:
         return {ref.name: ref for file in self.files.values() for ref in file.tensors}
 
     def weights(self) -> dict[str, Weight]:
-        """Return every parameter by its name; a tensor that is no part of a quantised one counts as one."""
+        """Return every parameter by its name; a tensor that is not part of a quantised one counts as one."""
         parts = {ref.name for weight in self.quantised.values() for ref in weight.parts.values()}
         plain = {name: Weight.dense(ref) for name, ref in self.tensors().items() if name not in parts}
         return {**plain, **self.quantised}

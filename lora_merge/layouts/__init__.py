@@ -30,13 +30,13 @@ class Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "identity": Layout(identity, "it is stored under its own name"),
-    "renamed": Layout(renamed, "it is stored under another spelling of its name, by transformers' renamings"),
+    "renamed": Layout(renamed, "it is stored under another name; transformers' renaming rules match the two"),
     "converted": Layout(
-        converted, "transformers stores it in another form, and its parts were laid over each other"
+        converted, "transformers stores it in another form; its parts were mapped to the stored ones"
     ),
-    "apart": Layout(apart, "experts are one by one in one of the two and stacked in the other"),
+    "apart": Layout(apart, "its experts are stored separately in one of the two, and stacked in the other"),
     "suffix": Layout(
-        suffix, "transformers has no class for the model; one tensor's path ends as its name does"
+        suffix, "transformers has no class for the model; only one tensor's path ends with this name"
     ),
 }
 """In the order in which they are asked."""
@@ -53,7 +53,7 @@ def locate(parameter: str, shape: Shape | None, stored: Stored) -> Located | Non
         stored: the checkpoint.
 
     Raises:
-        LayoutError: it has several places, or is stored in a form that cannot be taken apart.
+        LayoutError: it has several places, or is stored in a form that cannot be split.
     """
     # A generator: a later layout may need the model's conversion, which takes seconds to build.
     found = (layout.find(parameter, shape, stored) for layout in LAYOUTS.values())

@@ -1,4 +1,4 @@
-"""An expert that is a module in the adapter and a slice of a stack in the base, or the other way round.
+"""An expert that is a module in the adapter and a slice of a stack in the base, or vice versa.
 
 Quantisers take only linear layers, so copies of a model for 4-bit training have its stacked experts one by one.
 transformers knows nothing of these layouts, so they are data here.
@@ -45,7 +45,7 @@ def apart(parameter: str, shape: Shape | None, stored: Stored) -> Located | None
     """Return the slice of a stack that is one expert's, or the experts' own tensors that make up a stack.
 
     Raises:
-        LayoutError: nothing tells which way round the experts are stored, or the parameter is not a block of the stack.
+        LayoutError: the orientation of the experts is unknown, or the parameter is not a block of the stack.
     """
     router = _ROUTER.fullmatch(parameter)
     if router is not None:
@@ -88,7 +88,7 @@ def _experts(stack: re.Match[str], stored: Stored) -> Located | None:
     """Return the linear layers that the base stores for a stack's experts, as parts of transformers' parameter.
 
     Raises:
-        LayoutError: nothing tells which way round the experts are stored.
+        LayoutError: the orientation of the experts is unknown.
     """
     conversion = stored.conversion
     if conversion is None:
@@ -106,7 +106,9 @@ def _experts(stack: re.Match[str], stored: Stored) -> Located | None:
     ]
     turned = _by_both(*shapes)
     if turned is None:
-        raise LayoutError(f"how the experts of {stack['owner']} lie cannot be told from their shapes")
+        raise LayoutError(
+            f"the layout of the experts of {stack['owner']} cannot be detected from their shapes"
+        )
     sides: Box = tuple((0, size) for size in shape[1:])
     places = (Place(name, (), ((n, n + 1), *sides), turned) for n, name in enumerate(names))
     return _located(*places, shape=shape)
@@ -134,11 +136,11 @@ def _is_turned(
     if turned is not None:
         return turned
     if shape is not None and len(shape) == 2:
-        # Otherwise the adapter's own shape tells, if it fits one way round only.
+        # Otherwise the adapter's shape decides, if it fits only one orientation.
         whole = (shape[0] * (1 if half is None else 2), shape[1])
         if (whole == stack[1:]) != (whole[::-1] == stack[1:]):
             return whole != stack[1:]
-    raise LayoutError(f"how the experts of {owner} lie cannot be told from their shapes")
+    raise LayoutError(f"the layout of the experts of {owner} cannot be detected from their shapes")
 
 
 def _by_both(gate_up: Shape, down: Shape) -> bool | None:
@@ -159,7 +161,7 @@ def _by_both(gate_up: Shape, down: Shape) -> bool | None:
 
 
 def _outputs(expert: re.Match[str], n_out: int, half: int | None, stored: Stored) -> tuple[int, int]:
-    """Return the range of a stack's outputs that is meant: all of them, or the half that is gate's or up's.
+    """Return the range of a stack's outputs: all of them, or the half that is gate's or up's.
 
     Raises:
         LayoutError: gate and up alternate, or it is not known whether they do.
@@ -171,7 +173,7 @@ def _outputs(expert: re.Match[str], n_out: int, half: int | None, stored: Stored
     # Gate and up of gpt-oss alternate row by row, so half of an expert is not a block of rows.
     if conversion is None or conversion.alternates(owner):
         why = "may alternate" if conversion is None else "alternate"
-        sentence = f"gate and up {why} in {owner}.gate_up_proj, so one of them is no block of it"
+        sentence = f"gate and up {why} in {owner}.gate_up_proj, so neither of them is one block of it"
         raise LayoutError(sentence, hint="merge it with the tool of the trainer that wrote the adapter")
     # Gate is the first half, up the second.
     return (half * n_out // 2, (half + 1) * n_out // 2)

@@ -35,7 +35,7 @@ def converted(parameter: str, shape: Shape | None, stored: Stored) -> Located | 
     own = conversion.shape(target)
     if own is None:
         return None
-    # Without a converter the name is that of the model's own parameter, whatever the adapter's factors say.
+    # Without a converter the name is that of the model's own parameter.
     shape = own if shape is None or pattern is None else shape
     try:
         found = _places(conversion.parts_of(parameter, shape), stored)
@@ -46,7 +46,9 @@ def converted(parameter: str, shape: Shape | None, stored: Stored) -> Located | 
     n_covered = sum(_volume(place.part) for place in found)
     # A part without a place in the base would be dropped, and nothing would show it.
     if n_covered != prod(shape):
-        sentence = f"{n_covered} of its {prod(shape)} values, {shape_text(shape)}, are stored in the base"
+        sentence = (
+            f"only {n_covered} of its {prod(shape)} values, {shape_text(shape)}, are stored in the base"
+        )
         raise LayoutError(sentence)
     places = (_trimmed(place, shape, stored.tensors[place.tensor].shape) for place in found)
     return Located("converted", tuple(places), shape, by_boxes=True)

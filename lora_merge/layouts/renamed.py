@@ -17,7 +17,7 @@ def renamed(parameter: str, shape: Shape | None, stored: Stored) -> Located | No
     # Both names are renamed: either of them, or both, may be of an older release.
     names = stored.by_spelling.get(stored.conversion.renamed(parameter), ())
     if len(names) > 1:
-        raise LayoutError(f"{parameter} may be any of {len(names)} tensors of the base", names)
+        raise LayoutError(f"{parameter} matches {len(names)} tensors of the base", names)
     if not names:
         return None
     return Located("renamed", (Place(names[0]),), stored.tensors[names[0]].shape)

@@ -57,7 +57,7 @@ class Located:
     """Shape of the weight that `Place.part` is a part of, where it is known."""
 
     by_boxes: bool = False
-    """True where the places say which way round the stored tensors are; else the adapter's shapes have to tell."""
+    """True where the places give the orientation of the stored tensors; otherwise the adapter's shapes decide."""
 
     @property
     def whole(self) -> str | None:

@@ -24,7 +24,7 @@ def suffix(parameter: str, shape: Shape | None, stored: Stored) -> Located | Non
     )
     if len(names) > 1:
         raise LayoutError(
-            f"{parameter} may be any of {len(names)} tensors of the base, and transformers has no class for it",
+            f"{parameter} matches {len(names)} tensors of the base, and transformers has no class for the model",
             names,
         )
     if not names:

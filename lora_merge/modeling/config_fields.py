@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "model_type": ((str,), "a text"),
-    "architectures": ((list,), "a list of classes' names"),
+    "model_type": ((str,), "a string"),
+    "architectures": ((list,), "a list of class names"),
     "tie_word_embeddings": ((bool, int), "true or false"),
     "vocab_size": ((int,), "a whole number"),
 }
@@ -38,5 +38,5 @@ def check_config(config: Mapping[str, Any], label: str) -> None:
             is_sound = value is None or isinstance(value, types)
             if not is_sound or not all(isinstance(item, str) for item in items):
                 subject = f"{path}.{field}" if path else field
-                # The path is made of a stranger's keys, which may be of any length.
+                # The path is made of untrusted keys, which may be of any length.
                 raise CheckpointError(label, subject[:200], f"is {quoted(value)}", wanted)

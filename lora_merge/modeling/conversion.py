@@ -126,7 +126,7 @@ class Conversion:
         return f"{prefix}{name}" if f"{prefix}{name}" in self._empty else name
 
     def is_turned_by_shape(self, pattern: str | None) -> bool:
-        """Return True for a converter that transposes whatever does not have the model's shape; a square tensor hides
+        """Return True for a converter that transposes every tensor without the model's shape; a square tensor hides
         that.
         """
         operations = self._by_pattern[pattern].operations if pattern else ()
@@ -181,7 +181,7 @@ class Conversion:
                 found[parameter] = NOT_STORED
             elif assembly.shape != tuple(value.shape):
                 got, wanted = shape_text(assembly.shape), shape_text(tuple(value.shape))
-                found[parameter] = f"what is stored for it is {got}, expected {wanted}"
+                found[parameter] = f"the tensors stored for it give {got}, expected {wanted}"
         tied = getattr(self._model, "all_tied_weights_keys", None) or {}
         # A parameter that is tied to one with a value has that value.
         ends = {**tied, **{source: target for target, source in tied.items()}}
@@ -212,7 +212,7 @@ class Conversion:
             made = converter.convert(parameter, model=self._model, config=self._model.config)
         except UnknownOperationError as exc:
             steps = " and ".join(type(operation).__name__ for operation in converter.operations)
-            raise ConversionError(f"transformers makes it by {steps}, and {exc}") from exc
+            raise ConversionError(f"transformers builds it by {steps}, and {exc}") from exc
         except Exception as exc:
             raise_if_out_of_memory(exc)
             raise ConversionError(f"its tensors do not fit together ({exc})") from exc
@@ -259,7 +259,7 @@ class Conversion:
             if self.shape(target) != assembly.shape:
                 wanted = self.shape(target) or ()
                 raise ConversionError(
-                    f"{shape_text(shape)} is no part of {target}, which is {shape_text(wanted)}"
+                    f"{shape_text(shape)} is not a part of {target}, which has the shape {shape_text(wanted)}"
                 )
         self._virtual[key] = made
         return made
@@ -313,7 +313,7 @@ class Memory:
         if parameter in self._groups:
             return parameter
         for converter in self._conversion.converters:
-            # A converter with several targets (a fused projection taken apart) makes all of them at once.
+            # A converter with several targets (a split fused projection) makes all of them at once.
             first, *others = converter.target_patterns
             for other in others:
                 name = parameter.replace(other, first)

@@ -1,4 +1,4 @@
-"""The second wall around strangers' configurations: a thread that builds a model of one is cut off from every hub.
+"""The second barrier around untrusted configurations: a thread that builds a model of one is cut off from every hub.
 
 The first is `modeling.plain_config`, which leaves nothing to fetch. This one holds for what a next release of transformers, PEFT
 or timm may come to fetch: no request leaves, no token is read, no kernel is loaded as code.
@@ -48,7 +48,7 @@ class _Switch:
 def cut_off() -> Iterator[None]:
     """Let this thread ask no hub and load no kernel while the block runs. It may be nested, and used as a decorator.
 
-    What asks all the same gets huggingface_hub's ``OfflineModeIsEnabled``, or a ``FileNotFoundError`` for a kernel.
+    Code that still asks gets huggingface_hub's ``OfflineModeIsEnabled``, or a ``FileNotFoundError`` for a kernel.
     """
     _guard()
     _STATE.depth = getattr(_STATE, "depth", 0) + 1
@@ -88,7 +88,7 @@ def _guarded(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def guarded(*arguments: Any, **options: Any) -> Any:
         if is_cut_off():  # the one error that all of transformers' callers take for "there is no such kernel"
-            raise FileNotFoundError("no kernel is loaded for a model that is only looked at")
+            raise FileNotFoundError("no kernel is loaded for a model that is only inspected")
         return load(*arguments, **options)
 
     guarded.lora_merge_guard = True  # type: ignore[attr-defined]

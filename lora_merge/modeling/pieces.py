@@ -1,8 +1,8 @@
-"""Tensors taken apart and put together, as shapes: which box of the whole is which box of the part.
+"""Splitting and joining tensors, as shapes: which box of the whole is which box of the part.
 
 An `Assembly` takes the place of a tensor: torch's own ``stack``, ``cat``, ``chunk``, ``split`` and ``transpose``
 work on it and keep account of where everything went. So code that was written for tensors (transformers'
-conversions) says, run on assemblies, how a checkpoint lies in a model.
+conversions) says, run on assemblies, how a checkpoint maps to a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A stranger's configuration, reduced to data: nothing in it names what a library would fetch, import or run.
+"""An untrusted configuration, reduced to data: nothing in it names what a library would fetch, import or run.
 
 transformers and PEFT take a configuration for a recipe: a backbone is downloaded, an attention implementation is loaded as
 code, a module is imported by its name. A model without weights needs none of that.
@@ -76,7 +76,7 @@ class FetchError(ValueError):
 
     def __init__(self, field: str, name: str) -> None:
         self.field, self.name = field, name
-        super().__init__(f"{field}: names {name}, which would have to be fetched")
+        super().__init__(f"{field}: names {name}, which would have to be downloaded")
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _value(value: Any, path: str) -> Any:
 
 
 def _is_data(key: object, value: Any) -> bool:
-    if not isinstance(key, str):  # of a configuration that is no JSON: {0: "label"}
+    if not isinstance(key, str):  # of a configuration that is not JSON: {0: "label"}
         return True
     if key in {"dtype", "torch_dtype"} and isinstance(value, str):
         return _DTYPES.fullmatch(value) is not None

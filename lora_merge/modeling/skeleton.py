@@ -62,7 +62,7 @@ TASK_MAPPINGS = {
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
-"""PEFT's task types with a head of their own, and transformers' tables of the classes that have it (5.23)."""
+"""PEFT's task types with their own head, and transformers' tables of the classes that have it (5.23)."""
 
 _LINEAR = frozenset({"Linear", "Conv1D"})
 _ADAPTABLE = _LINEAR | {"Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"}
@@ -247,7 +247,7 @@ def model_class(config: Mapping[str, Any]) -> Any:
     name = names[0] if isinstance(names, list) and names else None
     with cut_off():  # a module of transformers may load kernels when it is imported (Bark)
         found = getattr(transformers, name, None) if isinstance(name, str) else None
-    # A stranger may name anything that transformers has; only a class of models is called.
+    # An untrusted config may name anything in transformers; only a class of models is called.
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else None
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.errors import CheckpointError
+from lora_merge.peft_rules.hints import NEWER, SERVE_UNMERGED
 from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:
@@ -113,23 +114,23 @@ FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
 
 _OF_TEXTS = frozenset({"modules_to_save", "target_parameters", "feedforward_modules"})
 
-_CALLED = {bool: "true or false", str: "a text", list: "a list", dict: "a table", type(None): "null"}
+_CALLED = {bool: "true or false", str: "a string", list: "a list", dict: "a table", type(None): "null"}
 
 UNMERGEABLE_FIELDS: Mapping[str, str] = {
-    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
-    "arrow_config": "Arrow routes between adapters token by token",
+    "alora_invocation_tokens": "aLoRA is active only after its invocation tokens",
+    "arrow_config": "Arrow routes each token to one of several adapters",
     "use_qalora": "a QA-LoRA delta belongs to a quantised weight",
 }
 """Fields of kinds of adapters that have no merged form → why."""
 
 RETIRED_FIELDS: Mapping[str, str] = {
-    "enable_lora": "each LoRA changes only parts of a fused projection, which no PEFT since 0.3 can read",
+    "enable_lora": "each LoRA changes only parts of a fused projection, and no PEFT since 0.3 can read that",
 }
 """Fields of a kind of adapter that PEFT dropped, and why (``peft.tuners.lora.MergedLinear``, PEFT 0.2.0)."""
 
 REQUANTISED_FIELDS: Mapping[str, tuple[str, str]] = {
     "nvfp4_merge_aware": (
-        "Axolotl trained it for weights that are rounded to NVFP4 after the merge: without that, it may be worse than no adapter",
+        "Axolotl trained it for weights that are rounded to NVFP4 after the merge; unrounded, it may be worse than none",
         "merge it with axolotl merge-lora, which writes a plain NVFP4 checkpoint",
     ),
 }
@@ -184,10 +185,10 @@ NOT_IN_WEIGHTS: Mapping[str, str] = {
     "CPT": "it learns prompt vectors",
     "CARTRIDGE": "it learns keys and values",
     "ADAPTION_PROMPT": "it learns prompts inside the attention",
-    "XLORA": "a router mixes its experts token by token",
-    "POLY": "a router mixes its experts by task",
-    "LILY": "a router mixes its experts token by token",
-    "SHADOW": "it runs a second network beside the model",
+    "XLORA": "a router mixes its experts for each token",
+    "POLY": "a router mixes its experts for each task",
+    "LILY": "a router mixes its experts for each token",
+    "SHADOW": "it runs a second network next to the model",
 }
 """PEFT types that no change of weights can express, and why."""
 
@@ -268,7 +269,7 @@ def check_types(config: Mapping[str, Any], label: str) -> None:
             raise CheckpointError(label, field, f"is {quoted(value)}", wanted)
         items = value if field in _OF_TEXTS and isinstance(value, list) else ()
         if not all(isinstance(item, str) for item in items):
-            raise CheckpointError(label, field, f"is {quoted(value)}", "a list of texts")
+            raise CheckpointError(label, field, f"is {quoted(value)}", "a list of strings")
 
 
 def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
@@ -277,19 +278,19 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
         return [_foreign(config)]
     kind = str(config["peft_type"])
     if kind in NOT_IN_WEIGHTS:
-        sentence = f"a {kind} adapter cannot be merged: {NOT_IN_WEIGHTS[kind]}, which no weight can hold"
-        return [error("unsupported", "peft_type", sentence, "serve it with PEFT")]
+        sentence = f"a {kind} adapter cannot be merged: {NOT_IN_WEIGHTS[kind]}, which weights cannot express"
+        return [error("unsupported", "peft_type", sentence, SERVE_UNMERGED)]
     if kind == "BONE":
         hint = "load it in PEFT 0.17 and save it again as MISS"
         return [error("unsupported", "peft_type", "'BONE' was renamed, and PEFT 0.21 cannot read it", hint)]
     if kind not in NATIVE | PEFT_LAYERS:
-        sentence = f"is {quoted(kind)}, which is no type of PEFT 0.21"
+        sentence = f"is {quoted(kind)}, which is not a type of PEFT 0.21"
         # PEFT writes its types in capitals, and compares them as they are.
         near = next((one for one in sorted(NATIVE | PEFT_LAYERS) if one == kind.upper()), None)
-        hint = f"PEFT writes it as {near}" if near else "a newer lora-merge may know it"
+        hint = f"write {near}, as PEFT does" if near else NEWER
         return [error("unsupported", "peft_type", sentence, hint)]
     issues = [
-        error("unsupported", field, f"{why}: it has no merged form", "serve it with PEFT")
+        error("unsupported", field, f"{why}, so it cannot be merged", SERVE_UNMERGED)
         for field, why in UNMERGEABLE_FIELDS.items()
         if config.get(field)
     ]
@@ -304,7 +305,7 @@ def kind_issues(config: Mapping[str, Any]) -> list[Issue]:
     # An unknown init may have changed the base before training, as PiSSA does.
     if kind == "LORA" and init not in PLAIN_INITS and mutating_init(config) is None:
         sentence = f"is {quoted(init)}, which PEFT 0.21 does not know"
-        issues.append(error("unsupported", "init_lora_weights", sentence, "a newer lora-merge may know it"))
+        issues.append(error("unsupported", "init_lora_weights", sentence, NEWER))
     return issues
 
 
@@ -312,15 +313,18 @@ def _foreign(config: Mapping[str, Any]) -> Issue:
     """Return the issue of a configuration without ``peft_type``: whose it is, by its fields, and what to do."""
     fields = {*map(str, config), str(config.get("framework")).lower()}
     maker, way = next((said for marks, *said in _FOREIGN if marks <= fields), ("", _MINIMUM))
-    # Names of fields are a stranger's text, and may be of any length.
-    named = listing([str(field)[:40] for field in config], 5) if config else "no fields"
+    # Names of fields are untrusted, and may be of any length.
+    named = f"the fields {listing([str(field)[:40] for field in config], 5)}" if config else "no fields"
     sentence = f"is missing, so adapter_config.json is not PEFT's (it has {named})"
     if maker:
-        sentence += f"; by its fields it is {maker}"
+        sentence += f"; it looks like {maker}"
     return error("unsupported", "peft_type", sentence, way)
 
 
-_MINIMUM = "if the weights are PEFT's, fetch its adapter_config.json: peft_type, r, lora_alpha, target_modules and so on"
+_MINIMUM = (
+    "download PEFT's adapter_config.json too, if these weights are PEFT's: it has peft_type, r, lora_alpha, "
+    "target_modules and so on"
+)
 _IN_ADAPTERS = (
     "merge it there: model.load_adapter(FOLDER), model.merge_adapter(NAME), model.save_pretrained(OUTPUT)"
 )
@@ -329,25 +333,25 @@ _AS_MLX = "name the weights adapters.safetensors, as mlx-lm does"
 _FOREIGN: tuple[tuple[frozenset[str], str, str], ...] = (
     (
         frozenset({"jax-tunix-qwix"}),
-        "tunix's, whose factors have other names and shapes",
-        "export it from tunix as PEFT's, or merge it there and save the model",
+        "one of tunix, whose factors have other names and shapes",
+        "export the adapter from tunix in PEFT's format, or merge it there and save the model",
     ),
-    (frozenset({"config", "model_name"}), "of AdapterHub's library adapters", _IN_ADAPTERS),
-    (frozenset({"config", "hidden_size", "name"}), "of AdapterHub's library adapters", _IN_ADAPTERS),
-    (frozenset({"lora_parameters"}), "mlx-lm's", _AS_MLX),
-    (frozenset({"fine_tune_type"}), "mlx-lm's", _AS_MLX),
+    (frozenset({"config", "model_name"}), "one of AdapterHub's library adapters", _IN_ADAPTERS),
+    (frozenset({"config", "hidden_size", "name"}), "one of AdapterHub's library adapters", _IN_ADAPTERS),
+    (frozenset({"lora_parameters"}), "one of mlx-lm", _AS_MLX),
+    (frozenset({"fine_tune_type"}), "one of mlx-lm", _AS_MLX),
     (
         frozenset({"adapter_layers", "adapter_len"}),
-        "of LLaMA-Adapter, which learns prompts that no weight can hold",
+        "one of LLaMA-Adapter, which learns prompts that weights cannot express",
         "run it with its own code",
     ),
     (
         frozenset({"model_type", "hidden_size"}),
         "the config.json of a whole model",
-        "put the adapter's own adapter_config.json in its place",
+        "replace it with the adapter's own adapter_config.json",
     ),
 )
-"""Configurations that others call adapter_config.json: fields that tell, whose they are, and the way out."""
+"""Configurations that others call adapter_config.json: fields that identify them, their origin, and what to do."""
 
 
 def mutating_init(config: Mapping[str, Any]) -> str | None:
@@ -370,11 +374,9 @@ def field_issues(config: Mapping[str, Any], known: Collection[str] = KNOWN_FIELD
     for field, value in config.items():
         if field in known:
             continue
-        sentence = f"is {quoted(value)}, and PEFT 0.21 knows no such field"
+        sentence = f"is {quoted(value)}, and PEFT 0.21 does not know this field"
         if value:
-            hint = (
-                "it may change what the adapter computes; remove it from adapter_config.json if it does not"
-            )
+            hint = "remove it from adapter_config.json if it does not change what the adapter computes"
             issues.append(error("unknown-field", field, sentence, hint))
         else:
             issues.append(warning("unknown-field", field, sentence))

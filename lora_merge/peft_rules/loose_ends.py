@@ -1,6 +1,6 @@
 """Entries of an adapter's configuration without any tensor of the adapter.
 
-PEFT skips an entry that matches no module, without a word. Only the base tells whether that is what happened, or
+PEFT skips an entry that matches no module without a message. Only the base tells whether that is what happened, or
 whether the adapter's file is incomplete.
 """
 
@@ -50,13 +50,13 @@ def unsaved(adapter: Adapter) -> list[LooseEnd]:
     if alternatives:
         # PEFT lists every name that a task's head may have, and a model has one of them.
         absent = [entry for entry in absent if not any(entry in heads for heads in _HEADS)]
-    hint = "the adapter file is incomplete, or the entry was never matched"
+    hint = "save or download the adapter again if its file is incomplete; otherwise this entry never matched"
     return [
         LooseEnd(
             "modules_to_save",
             entry,
             "missing-module",
-            f"names {quoted(entry)}, and no tensor of the file belongs to it",
+            f"has the entry {quoted(entry)}, and no tensor in the file belongs to it",
             hint,
         )
         for entry in absent
@@ -64,7 +64,7 @@ def unsaved(adapter: Adapter) -> list[LooseEnd]:
 
 
 def unmatched_patterns(adapter: Adapter, paths: Iterable[str]) -> list[LooseEnd]:
-    """Return each key of ``rank_pattern`` and ``alpha_pattern`` that no module or parameter answers to.
+    """Return each key of ``rank_pattern`` and ``alpha_pattern`` that matches no module or parameter.
 
     Args:
         adapter: a LoRA.
@@ -87,7 +87,7 @@ def unmatched_patterns(adapter: Adapter, paths: Iterable[str]) -> list[LooseEnd]
 
 def without_base(adapter: Adapter) -> list[Issue]:
     """Return a warning for each entry without tensors: only the base could tell whether it is a fault."""
-    hint = "give its base with --base to see whether the base has such a module"
+    hint = "pass the base with --base to check whether it has such a module"
     ends = unsaved(adapter)
     if adapter.kind == "LORA" and not adapter.stacked and adapter.deltas:
         try:

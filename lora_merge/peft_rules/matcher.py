@@ -1,4 +1,4 @@
-"""A process that matches regular expressions that a stranger wrote.
+"""A process that matches untrusted regular expressions.
 
 A few characters can keep Python's matcher busy practically for ever (``(a+)+$``), or have it take all memory
 (``(?:a?){4000000000}``), or its compiler (``(?i)`` and a class over all of Unicode). In this process only an alarm could stop it,
@@ -84,11 +84,9 @@ class Matcher:
             what = f"match against {name[:200]!r}" if name else "compile"
             return MatcherError(answer["late"], f"takes more than {self._seconds:g} s to {what}")
         if "none" in answer:
-            sentence = (
-                f"needs a process of its own to be matched in, and none can be started ({answer['none']})"
-            )
+            sentence = f"must be matched in a separate process, and none can be started ({answer['none']})"
             return MatcherError(0, sentence)
-        return MatcherError(answer["memory"], "takes too much memory to compile or to match")
+        return MatcherError(answer["memory"], "needs too much memory to compile or to match")
 
 
 class _Worker:

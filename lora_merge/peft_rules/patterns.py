@@ -1,7 +1,7 @@
 """Regular expressions that someone else wrote, as the fields of a configuration have them, within one limit of time.
 
 Nearly all of them are names: letters, digits and dots, where a dot may be any character. Those are looked up in
-tables, however many there are. All others are matched in a process of their own (`lora_merge.peft_rules.matcher`).
+tables, however many there are. All others are matched in a separate process (`lora_merge.peft_rules.matcher`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Patterns:
         self._field, self._entries = field, entries
         for entry in entries:
             if len(entry) > _MOST_CHARACTERS:
-                sentence = f"has {len(entry)} characters, expected {_MOST_CHARACTERS} at most"
+                sentence = f"has {len(entry)} characters, expected at most {_MOST_CHARACTERS}"
                 raise TargetError(field, sentence)
         is_name = _NAME if form == "layer" else _ANCHORED_NAME
         simple = [at for at, entry in enumerate(entries) if is_name.fullmatch(entry)]
@@ -153,7 +153,7 @@ class Patterns:
         n_more = len(self._others) - 1
         many = f", with {counted(n_more, 'other')}" if n_more else ""
         among = many if "takes more than" in str(exc) else ""
-        return f"{_shown(pattern)}{among} {exc}: write plain names of modules instead"
+        return f"{_shown(pattern)}{among} {exc}; use plain module names instead"
 
 
 class _Names:
@@ -202,7 +202,7 @@ class _Names:
         self._left -= time.thread_time() - began
         if self._left < 0:
             sentence = f"its {len(self._entries)} patterns take more than {LIMIT_SECONDS:g} s to match"
-            raise TargetError(self._field, f"{sentence}: fewer of them would do")
+            raise TargetError(self._field, f"{sentence}; use fewer of them")
         return hits
 
     def _ends(self, name: str) -> Iterator[int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.core.tensor import LARGEST_FLOAT32
+from lora_merge.peft_rules.hints import OTHER_CONFIG
 from lora_merge.peft_rules.patterns import TargetError, patterns_of
 from lora_merge.peft_rules.targets import matching_patterns
 from lora_merge.words import listing, quoted
@@ -44,7 +45,7 @@ class Scaling:
         # Where patterns disagree, that has been said and explains the rank.
         if found != rank and not issues:
             sentence = f"has rank {found}, the config says {rank:g} (r and rank_pattern)"
-            hint = "the config does not belong to these tensors"
+            hint = OTHER_CONFIG
             issues = [error("rank-mismatch", module, sentence, hint)]
         return alpha / (math.sqrt(rank) if self._rslora else rank), issues + ambiguous
 
@@ -57,7 +58,10 @@ class Scaling:
         if len(set(matching.values())) > 1:
             listed = ", ".join(f"{key!r}: {value:g}" for key, value in matching.items())
             sentence = f"{field} gives it several values ({listed})"
-            hint = "saving sorted the patterns, so which came first in training is lost: keep the right one"
+            hint = (
+                "keep only the right pattern: saving sorted the patterns, so their order in the training is "
+                "lost"
+            )
             return default, [error("ambiguous-pattern", module, sentence, hint)]
         # They agree, so the first is as good as any.
         return next(iter(matching.values()), default), []
@@ -71,17 +75,17 @@ class Scaling:
         if self._default_alpha == 0 and any(
             not matching_patterns(self._alphas, one, "alpha_pattern") for one in modules
         ):
-            sentence = "is 0, so the scale is 0 and the adapter changes nothing, whatever its factors hold"
-            hint = "write the lora_alpha of the training into adapter_config.json"
+            sentence = "is 0, so the scale is 0 and the adapter changes nothing"
+            hint = "set lora_alpha in adapter_config.json to the value of the training"
             issues.append(error("zero-scale", "lora_alpha", sentence, hint))
         zero = [key for key, alpha in self._alphas.items() if alpha == 0]
         if zero:
-            sentence = f"gives {listing(zero)} the α 0: nothing is merged there"
+            sentence = f"gives {listing(zero)} the alpha 0, so nothing is merged there"
             issues.append(warning("zero-scale", "alpha_pattern", sentence))
         return issues
 
     def unmatched(self, modules: Iterable[str]) -> list[tuple[str, str]]:
-        """Return ``(field, key)`` of each key of the two pattern tables that no module answers to."""
+        """Return ``(field, key)`` of each key of the two pattern tables that matches no module."""
         known = tuple(modules)
         loose = []
         for field, table in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):

@@ -35,7 +35,7 @@ class TargetRule:
     target_modules: Names
     exclude_modules: Names = None
     layers_to_transform: tuple[int, ...] | None = None
-    """None when every layer is meant; an empty list means the same to PEFT."""
+    """None means every layer; an empty list means the same to PEFT."""
 
     layers_pattern: tuple[str, ...] = ()
 
@@ -138,7 +138,7 @@ class TargetRule:
         return int(number) in _set_of(self.layers_to_transform)
 
     def unmatched_targets(self, modules: frozenset[str]) -> tuple[str, ...]:
-        """Return the entries of a ``target_modules`` list that none of the modules answers to."""
+        """Return the entries of a ``target_modules`` list that match none of the modules."""
         if not isinstance(self.target_modules, tuple):
             return ()
         answered = listed_among(_set_of(self.target_modules), modules)

@@ -174,7 +174,7 @@ def _skipped(field: str, entries: list[str]) -> Issue:
     listed = listing([repr(entry) for entry in sorted(entries)], _LISTED)
     noun = "parameter" if field == "target_parameters" else "module"
     sentence = (
-        f"the base has no {noun} called {listed}, so nothing was trained there: PEFT skips such entries"
+        f"the base has no {noun} called {listed}, so nothing was trained there; PEFT skips such entries too"
     )
     if field in {"rank_pattern", "alpha_pattern"}:
         # A warning here, since PEFT itself warns of patterns and of nothing else.
@@ -186,8 +186,8 @@ def _skipped(field: str, entries: list[str]) -> Issue:
 def _untouched_experts(end: LooseEnd) -> Issue:
     """Return the warning of experts that PEFT adapts with transformers 4 and skips with transformers 5."""
     sentence = (
-        f"{end.entry!r} names experts, and the adapter has no tensors for them: with transformers 5 they are one "
-        "parameter, which PEFT skips; with transformers 4 PEFT would have trained them"
+        f"{end.entry!r} names experts, and the adapter has no tensors for them. transformers 5 stores them "
+        "as one parameter, which PEFT skips; with transformers 4 PEFT would have trained them"
     )
-    hint = "if the adapter was trained with transformers 4, its file is incomplete"
+    hint = "check which transformers release trained the adapter: with release 4, its file is incomplete"
     return warning("unmatched-target", end.field, sentence, hint)

@@ -1,4 +1,4 @@
-"""The names that an adapter's files have for its base, and whether the base at hand answers to one of them."""
+"""The names that an adapter's files have for its base, and whether the given base has one of them."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def moved_base(base: Place, adapters: Sequence[Place]) -> tuple[Issue, ...]:
                 continue
             if named.revision not in {wanted, *others}:
                 sentence = (
-                    f"revision {wanted} is what the adapter is merged into, and "
-                    f"{adapter.text} names revision {named.revision}: the base may have moved since"
+                    f"the base is at revision {wanted}, and the adapter {adapter.text} names revision "
+                    f"{named.revision}: the base may have changed since the training"
                 )
-                hint = f"--base {replace(named, folder=folder)} is what it names"
+                hint = f"use the revision that the adapter names: --base {replace(named, folder=folder)}"
                 issues.append(warning("base-moved", base.text, sentence, hint))
             break
     return tuple(issues)
@@ -88,10 +88,13 @@ def other_base(
         name, how, ours, _ = next((pair for pair in pairs if pair[3] is False), (None, "", "", None))
         if name is not None:
             shown = "configurations" if _is_of_another_family(folder_of(name), base.root) else "names"
-            why = f"by their {shown} these are two models"
+            why = f"their {shown} differ, so they look like different models"
             called = f"called {base.root.name}" if ours == str(base.root) else f"{ours}{how}"
-            sentence = f"is {called}, and the adapter {adapter.text} was trained on {name}: {why}"
-            hint = f"merge into what it was trained on: --base {name}; if the two are one model, all is well"
+            sentence = f"the base is {called}, and the adapter {adapter.text} was trained on {name}; {why}"
+            hint = (
+                f"merge into the model that the adapter was trained on: --base {name}; ignore this if both "
+                "names mean one model"
+            )
             issues.append(warning("other-base", base.text, sentence, hint))
     return tuple(issues)
 
@@ -144,11 +147,15 @@ def _names_of(base: Place) -> list[tuple[str, str]]:
         return [(base.origin.source.repo, "")]
     cached = cached_repo(str(base.root))
     if cached is not None:
-        return [(cached[0], ", by its place in the cache")]
+        return [(cached[0], ", from its path in the cache")]
     said = _json(base.root / CONFIG_FILE).get("_name_or_path")
     made_of = _json(base.root / MANIFEST_FILE).get("base")
     merged = made_of.get("id") or made_of.get("path") if isinstance(made_of, dict) else None
-    names = [(said, ", by its config.json"), (merged, ", by its merge_manifest.json"), (str(base.root), "")]
+    names = [
+        (said, ", from its config.json"),
+        (merged, ", from its merge_manifest.json"),
+        (str(base.root), ""),
+    ]
     return [(name, how) for name, how in names if isinstance(name, str) and name]
 
 

@@ -29,11 +29,11 @@ def side_files_of(base: Checkpoint, uses: Sequence[AdapterUse]) -> tuple[tuple[S
             if file.name not in use.own_side_files:
                 continue
             if file.name in taken:
-                sentence = "comes from several adapters; the last one's is taken"
+                sentence = "several adapters have this file; the output gets the last adapter's copy"
                 issues.append(warning("side-file", file.name, sentence))
             else:
-                copy = ", whose copy differs from the base's" if file.name in files else ""
-                sentence = f"comes from the adapter{copy}"
+                copy = " instead of the base's, which differs" if file.name in files else ""
+                sentence = f"the output gets the adapter's copy{copy}"
                 issues.append(note("side-file", file.name, sentence))
             taken.add(file.name)
             files[file.name] = file
@@ -45,6 +45,9 @@ def left_out(base: Checkpoint) -> list[Issue]:
     notes = [note("left-out", "", sentence) for sentence in base.notes]
     part = fetched_part(base.config)
     if part is not None:
-        sentence = f"{part}; nothing is fetched for it, so modules that the adapter targets and has no tensors for are not found"
+        sentence = (
+            f"{part}; it is not downloaded, so modules of it that the adapter targets without having tensors "
+            "for them are not detected"
+        )
         notes.append(note("not-fetched", CONFIG_FILE, sentence))
     return notes

@@ -131,7 +131,7 @@ class _Draft:
             self.issues += self._settle_shared()
         # Whatever was separated from a tie or a shared weight has a source by now.
         lost = [name for name in self.changes if name not in self.outline.sources]
-        sentence = "the adapter changes it, the base does not have it"
+        sentence = "the adapter changes this parameter, and the base does not have it"
         self.issues += [error("unmatched-module", name, sentence) for name in lost]
         if not lost:
             self.issues += self._resized() + self._unused_biases()
@@ -162,7 +162,10 @@ class _Draft:
             return []
         stem = layer_stem(self.outline)
         if not stem:
-            sentence = "repeats layers, and the base's layers cannot be told by their names"
+            sentence = (
+                "the adapter repeats layers, and the names of the base's tensors do not "
+                "show which layer they belong to"
+            )
             return [error("unsupported", "layer_replication", sentence)]
         layers = {
             name[len(stem) + 1 :].partition(".")[0]
@@ -176,7 +179,11 @@ class _Draft:
             return [error("bad-field", exc.field, exc.sentence)]
         if len(orders) > 1:
             return [
-                error("unsupported", "layer_replication", "repeats layers, and the adapters differ in it")
+                error(
+                    "unsupported",
+                    "layer_replication",
+                    "the adapters need different layers",
+                )
             ]
         (order,) = orders
         patch = replication_patch(self._base.config, order, len(layers))
@@ -184,14 +191,18 @@ class _Draft:
         # A layer whose attention depends on its number would compute something else in another place.
         if not same_layers(self._base.config, patched, stem, order):
             sentence = (
-                "repeats layers, and what a layer of this model is depends on its place or is not known"
+                "the adapter repeats layers, and in this model the type of a layer "
+                "depends on its position, or is unknown"
             )
-            hint = "repeat the layers of the base in transformers, save it, and remove layer_replication"
+            hint = (
+                "repeat the layers of the base in transformers, save it, and remove layer_replication from "
+                "adapter_config.json"
+            )
             return [error("unsupported", "layer_replication", sentence, hint)]
         self.outline = replicated(self.outline, order)
         self.config_patch |= patch
         self._model = Model(self.outline, patched)
-        sentence = f"repeats layers: the output has {len(order)}, the base {len(layers)}"
+        sentence = f"the adapter repeats layers: the output has {len(order)} layers, the base {len(layers)}"
         return [note("replicated", "layer_replication", sentence)]
 
     def _add_head(self) -> list[Issue]:
@@ -220,8 +231,8 @@ class _Draft:
         for name in dict.fromkeys((*fitting.replacements, *fitting.copies)):  # in this order in every process
             change = self.changes.get(name, Change())
             if change.source is not None:
-                sentence = "is replaced as a whole by two adapters"
-                issues.append(error("two-replacements", name, sentence, "merge one of them only"))
+                sentence = "two adapters replace this parameter as a whole"
+                issues.append(error("two-replacements", name, sentence, "merge only one of them"))
             own, copy = fitting.replacements.get(name), fitting.copies.get(name)
             self.changes[name] = replace(change, own=own, copy=copy)
         deltas: dict[str, list[PlacedDelta]] = {}
@@ -235,7 +246,7 @@ class _Draft:
     def _settle_tie(self, tie: Tie) -> list[Issue]:
         """Keep a tie whose ends change alike, and take apart one whose ends do not."""
         embedding, head = self.changes.pop(tie.embedding, None), self.changes.pop(tie.head, None)
-        # PEFT may train the head along with the embedding, whatever the files hold.
+        # PEFT may train the head along with the embedding, even if the files do not show it.
         if embedding is not None:
             head = self._following(tie.embedding, embedding, head or Change())
         embedding, head = with_one_base(embedding, head)
@@ -243,7 +254,7 @@ class _Draft:
             return []
         # transformers ties such a copy to the embedding only while the two are equal.
         for name in self._model.copies_of(tie):
-            sentence = f"is stored a second time, as {name}, and a change of one would untie the two"
+            sentence = f"is stored a second time as {name}; changing only one copy would untie the two"
             hint = f"remove {name} from the base: transformers ties it to {tie.embedding}"
             return [error("stored-copy", tie.embedding, sentence, hint)]
         if embedding is not None and head is not None and alike(embedding, head, self._twins):
@@ -253,7 +264,7 @@ class _Draft:
         self.is_untied = True
         for name, change in ((tie.embedding, embedding), (tie.head, head)):
             if name not in self.outline.sources:
-                # The end that the base does not store gets a tensor of its own.
+                # The end that the base does not store gets its own tensor.
                 self.outline = self.outline.with_twin(tie.source, name)
             if change is not None:
                 self.changes[name] = change
@@ -337,9 +348,10 @@ class _Draft:
             trained.add(tie.head)
         biases = [name.removesuffix("weight") + "bias" for name in sorted(trained)]
         sentence = (
-            "is left out by PEFT where rows of its weight are trained, so that the merged model would differ"
+            "PEFT ignores this bias in its forward pass, because rows of the weight were trained; the merged "
+            "model would apply it"
         )
-        hint = "train the output embedding whole (modules_to_save), or rows of an untied input embedding only"
+        hint = "train the whole output embedding (modules_to_save), or only rows of an untied input embedding"
         return [error("unsupported", name, sentence, hint) for name in biases if self._model.has(name)]
 
 

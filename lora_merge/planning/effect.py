@@ -25,7 +25,7 @@ def effect_issues(plan: MergePlan, uses: Sequence[AdapterUse]) -> list[Issue]:
     # written.
     issues = [error("no-effect", use.adapter.root, *_why(use)) for use in uses if use.is_idle]
     if not issues and not is_reshaped(plan) and not _changes(plan):
-        sentence = "nothing in the adapter changes the base: the output would be a copy of the base"
+        sentence = "the adapter changes nothing in the base, so the output would be a copy of the base"
         issues.append(error("no-effect", ", ".join(plan.adapters), sentence, _CHECK))
     return issues
 
@@ -46,8 +46,10 @@ def _why(use: AdapterUse) -> tuple[str, str]:
             sentence,
             "set lora_alpha and alpha_pattern in adapter_config.json to the values of the training",
         )
-    sentence = f"has no effect: in each of its {len(use.adapter.modules)} modules lora_A or lora_B is zero throughout"
-    return sentence, f"lora_B is zero until training changes it; {_CHECK}"
+    sentence = (
+        f"has no effect: lora_A or lora_B is all zeros in each of its {len(use.adapter.modules)} modules"
+    )
+    return sentence, f"lora_B is zero until training changes it, so {_CHECK}"
 
 
 def _changes(plan: MergePlan) -> bool:

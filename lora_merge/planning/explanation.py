@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan, Step
 
 _WITHOUT_LAYOUT = {
-    "tied": "it is an end of the tied embeddings",
-    "replaced": "the adapter carries it whole",
+    "tied": "it is one of the tied embeddings",
+    "replaced": "the adapter replaces it as a whole",
     "": "the adapter does not name it",
 }
 """What is said of a parameter that no layout had to find."""
@@ -59,7 +59,7 @@ class Match:
 
     def text(self) -> str:
         """Return the match as lines for a reader, fit to be printed."""
-        across = ", stored across" if self.transposed else ""
+        across = ", stored transposed" if self.transposed else ""
         rows = [
             ("rule", _in_words(self.rule)),
             (

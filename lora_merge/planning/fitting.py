@@ -13,6 +13,7 @@ from lora_merge.core.tensor import TORCH_NAMES, Region, TensorRef, shape_text
 from lora_merge.deltas import RowsFacts
 from lora_merge.layouts import LayoutError, Located, Place
 from lora_merge.peft_rules.bypassed import is_bypassed
+from lora_merge.peft_rules.hints import OTHER_MODEL
 from lora_merge.peft_rules.kinds import PREFIX
 from lora_merge.peft_rules.loose_ends import LooseEnd, unmatched_patterns, unsaved
 from lora_merge.peft_rules.patterns import TargetError
@@ -85,7 +86,7 @@ class Fitting:
             self.issues += Absent(self._model, names).issues(ends) if ends else []
         except TargetError as exc:
             self.issues.append(error("bad-field", exc.field, exc.sentence))
-        # PEFT holds the tensors of its own layers against the targets itself.
+        # PEFT itself checks the tensors of its own layers against the targets.
         if deltas or self._adapter.stacked or not (self._adapter.peft_layers or self._adapter.replacements):
             self.issues += names.several_rewritings() + names.named_twice()
             try:
@@ -110,9 +111,10 @@ class Fitting:
     def _effective(self, deltas: list[PlacedDelta]) -> list[PlacedDelta]:
         """Return the deltas without those of layers that the model never calls; a warning names each of these."""
         bypassed = {delta.target for delta in deltas if self._is_bypassed(delta)}
-        sentence = "was left out: the model reads the weight of this layer and never calls it"
+        sentence = "was left out: the model reads this layer's weight directly and never calls the layer"
         hint = (
-            "so the adapter has no effect there in PEFT, and merging it would change what the model computes"
+            "PEFT's forward pass does not use the adapter here, and merging it would change what the model "
+            "computes"
         )
         self.issues += [warning("no-effect", target, sentence, hint) for target in sorted(bypassed)]
         return [delta for delta in deltas if delta.target not in bypassed]
@@ -168,7 +170,7 @@ class Fitting:
     def _replace(self, parameter: str, replacement: Replacement) -> None:
         """Place a whole parameter of the adapter, or say what keeps it from its place."""
         if parameter in self._use.unchanged:
-            sentence = "was saved along and equals the base's"
+            sentence = "the adapter has a copy of it, equal to the base's"
             self.issues.append(note("full-tensor", replacement.ref.name, sentence))
             # Its name still counts as named, for the rules about targets.
             found = self._model.locate(parameter, replacement.ref.shape)  # found when it was compared
@@ -217,8 +219,8 @@ class Fitting:
         if n_rows:
             n_all = min(copy.shape[0], self._model.source(name).shape[0])
             sentence = (
-                f"is the base's {name} as it was in training, and {n_rows} of {n_all} rows differ from this base's; "
-                "the adapter's are taken, as PEFT takes them"
+                f"is a copy of the base's {name} from the training, and {n_rows} of {n_all} rows differ from "
+                "this base; the output gets the adapter's rows, as in PEFT"
             )
             hint = "check that --base is the model that was trained"
             self.issues.append(warning("other-base", copy.name, sentence, hint))
@@ -236,17 +238,24 @@ class Fitting:
         self._located[parameter] = found
         if found.whole is None:
             tensor = found.places[0].tensor
-            sentence = f"is a whole parameter, and the base stores it otherwise: {tensor} holds a part of it, or more"
+            sentence = (
+                f"replaces a whole parameter, and the base stores that parameter in another form, in {tensor}"
+            )
             self.issues.append(error("unsupported", replacement.ref.name, sentence, SAVE_ANEW))
         return found.whole
 
     def _replacement_problem(self, name: str, replacement: Replacement) -> Issue | None:
         """Return what keeps a parameter of the adapter from taking the place of the base's; None where nothing does."""
         ref, source = replacement.ref, self._model.source(name)
-        # PEFT saves embeddings along without a word in its config; anything else has to be explained by it.
+        # PEFT also saves embeddings that its config does not mention; the config must explain anything else.
         if not replacement.why and not self._is_resizable(name):
-            sentence = "is a whole weight that differs from the base's, and the config does not say that it was trained"
-            hint = "PEFT would load it into the base without a word; add its module to modules_to_save if it is meant"
+            sentence = (
+                "is a whole weight that differs from the base's, and the config does not list it as trained"
+            )
+            hint = (
+                "add its module to modules_to_save if it was trained; otherwise remove it (PEFT would load "
+                "it without a message)"
+            )
             return error("unexpected-tensor", ref.name, sentence, hint)
         if ref.dtype != source.dtype and not (ref.dtype in TORCH_NAMES and source.holds_floats):
             sentence = f"is stored as {ref.dtype}, the base's as {source.dtype}; expected BF16, F16 or F32"
@@ -254,12 +263,16 @@ class Fitting:
         # Another number of tokens is another number of rows.
         resized = ref.shape[1:] == source.shape[1:] and self._is_resizable(name)
         if ref.shape != source.shape and not resized:
-            sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(source.shape)}"
-            return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")
+            sentence = (
+                f"has the shape {shape_text(ref.shape)}, the base's {name} has {shape_text(source.shape)}"
+            )
+            return error("shape-mismatch", ref.name, sentence, OTHER_MODEL)
         # A replacement is all or nothing, so another weight than 1 has no meaning.
         if self._use.weight != 1 and (replacement.why == "module" or not self._is_resizable(name)):
             hint = "give this adapter the weight 1"
-            sentence = f"replaces a whole parameter, which cannot be done by {self._use.weight:g}"
+            sentence = (
+                f"replaces a whole parameter, so it cannot be scaled by the weight {self._use.weight:g}"
+            )
             return error("weighted-replacement", ref.name, sentence, hint)
         return None
 
@@ -276,16 +289,16 @@ class Fitting:
             "qa_outputs",
             "summary",
         }:
-            sentence = "is a trained head, and the base has none"
+            sentence = "is a trained head, and the base has no head"
             hint = (
-                "write what it was trained for into adapter_config.json, as task_type: SEQ_CLS, TOKEN_CLS or "
-                "QUESTION_ANS; then the output gets the head's class"
+                "set task_type in adapter_config.json to what it was trained for: SEQ_CLS, TOKEN_CLS or "
+                "QUESTION_ANS; the output then gets the class with that head"
             )
             return error("unmatched-module", parameter, sentence, hint)
         if replacement.why == "saved":
             file = PurePosixPath(replacement.ref.file).name
             near = self._nearest(parameter)
-            sentence = f"is in {file}, and the base has no {parameter}" + (
+            sentence = f"was read from {file}, and the base has no parameter {parameter}" + (
                 f"; nearest: {near}" if near else ""
             )
             hint = f"merge into the base that it was trained on, or leave it out with --ignore-file {file}"
@@ -296,18 +309,18 @@ class Fitting:
         """Return the issue of a parameter that the base does not store, with the nearest name that it has."""
         module = parameter.rpartition(".")[0]
         near = self._nearest(parameter)
-        sentence = f"the adapter changes it, the base has no {parameter}"
+        sentence = f"the adapter changes this parameter, and the base has no {parameter}"
         return error("unmatched-module", module, sentence, f"nearest: {near}" if near else "")
 
     def _all_absent(self, first: str) -> Issue:
         """Return the one issue of an adapter without a single parameter that the base has."""
         if _NESTED in f".{first}" and not any(_NESTED in f".{name}" for name in self._model.sources):
-            sentence = "is of a multimodal model, and the base is a language model alone"
+            sentence = "the adapter is for a multimodal model, and the base is only a language model"
             return error("wrong-prefix", first, sentence, "pass the multimodal model with --base")
         near = self._nearest(first)
-        sentence = f"none of the adapter's {len(self._adapter.modules)} modules is in the base"
+        sentence = f"the base has none of the adapter's {len(self._adapter.modules)} modules"
         if near:
-            return error("wrong-prefix", first, f"{sentence}, which has {near}", "the prefixes differ")
+            return error("wrong-prefix", first, f"{sentence}; the base has {near}", "the prefixes differ")
         named = self._adapter.config.get("base_model_name_or_path")
         hint = f"the adapter belongs to another model{f': it names {named}' if named else ''}"
         return error("wrong-prefix", first, sentence, hint)

@@ -1,4 +1,4 @@
-"""gpt-oss: its experts are stacks, and engines load them in an MXFP4 of their own."""
+"""gpt-oss: its experts are stacks, and engines load them in a special MXFP4."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _DENSE = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
 _HEAD = "lm_head"
 
 _ATTENTION_ALONE = (
-    "of gpt-oss this takes the attention alone; --quantize mxfp4 stores the experts as published"
+    "this scheme quantises only the attention of gpt-oss; --quantize mxfp4 stores the experts as in the "
+    "published model"
 )
-_APART = "has no experts in stacks, which MXFP4 of gpt-oss is for"
+_APART = "its experts are not in stacks, and MXFP4 of gpt-oss needs stacks"
 
 
 def scheme_for(joined: Joined, matrices: Sequence[Matrix], scheme: Scheme) -> tuple[Scheme, list[Issue]]:
-    """Return what a scheme is for a model, and what is to be said of it: gpt-oss has an MXFP4 of its own.
+    """Return the scheme to use for a model, with issues about it: gpt-oss has its own MXFP4.
 
     It is known by its configuration and by its stacks, which transformers 5.23 replaces (``GptOssMLP``).
 

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from lora_merge.planning.model import Model
 
 _MARK = 7919
-"""A number of labels that is no size in any model (a prime), to find the parameters whose rows are labels."""
+"""A number of labels that no model has as a size (a prime), to find the parameters whose rows are labels."""
 
 
 NOTHING_LOADED = "nothing-loaded"
 """Code of the issue of a head's class that takes nothing from the base; nothing else can be judged then."""
 
 _TASK_ENDINGS = ("Classification", "QuestionAnswering", "RewardModel")
-"""What the names of classes with a head of their own end in."""
+"""Endings of the names of classes with their own head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def with_head(adapters: Sequence[Adapter], model: Model) -> Headed | None:
     if not bringing:
         return None
     names = {_class_name(adapter, model.config) for adapter in bringing}
-    # Adapters of two classes cannot be in one output; each parameter then gets an issue of its own.
+    # Adapters of two classes cannot be in one output; each parameter then gets its own issue.
     name = names.pop() if len(names) == 1 else None
     if name is None:
         return None
@@ -90,8 +90,14 @@ def _lost_head(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
         return []
     if base.endswith(_TASK_ENDINGS):
         return []
-    sentence = f"is {task}, the adapter file has no head, and the base is a {base or 'model without a class'}"
-    hint = "the head had random values when training began, and they are lost; save the base with its head and train again"
+    sentence = (
+        f"is {task}, the adapter file has no head, and the base has no head for it (its class: "
+        f"{base or 'not named'})"
+    )
+    hint = (
+        "save the base with its head and train again: the head had random values in the training, and they "
+        "are lost"
+    )
     return [error("no-head", "task_type", sentence, hint)]
 
 
@@ -167,7 +173,8 @@ class _Head:
         rows = {ref.shape[0] for parameter, ref in self.tensors.items() if parameter in self._labels}
         if len(rows) > 1:
             sentence = (
-                f"{self._name} has one row per label, and the parts of the adapter's head have {sorted(rows)}"
+                f"{self._name} has one row per label, and the tensors of the adapter's head have different "
+                f"numbers of rows: {sorted(rows)}"
             )
             return Headed(self._model.outline, issues=(error("bad-shape", min(self.tensors), sentence),))
         n_labels = rows.pop() if rows else None
@@ -176,7 +183,8 @@ class _Head:
         assert conversion is not None
         if not any(self._is_known(name, conversion) for name in self._model.sources):
             sentence = (
-                "loads none of the base's tensors in transformers, so the adapter was trained on random ones"
+                "transformers would load none of the base's tensors into this class, so the adapter was "
+                "trained on random weights"
             )
             return Headed(self._model.outline, issues=(error(NOTHING_LOADED, self._name, sentence),))
         outline, left_out = self._joined(conversion)
@@ -208,27 +216,27 @@ class _Head:
         """Return a note on the head, and what is missing or left out."""
         missing = conversion.missing({name: ref.shape for name, ref in outline.sources.items()})
         hint = (
-            "it had random values in the training, and they are lost: train again with its module in "
-            "modules_to_save, or on a base saved with the head's class"
+            "train again with this module in modules_to_save, or on a base saved with the head's class: it "
+            "had random values in the training, and they are lost"
         )
         issues = [
             error(
                 "no-head",
                 parameter,
-                f"{self._name} needs it, and neither base nor adapter has it"
+                f"{self._name} needs this parameter, and neither the base nor the adapter has it"
                 + (f" ({why})" if why != NOT_STORED else ""),
                 hint,
             )
             for parameter, why in missing.items()
         ]
         shapes = ", ".join(f"{name} {shape_text(ref.shape)}" for name, ref in self.tensors.items())
-        said = f"the adapter brings its head ({shapes}): the output is a {self._name}"
+        said = f"the adapter has its own head ({shapes}): the output is a {self._name}"
         issues.append(note("head", min(self.tensors), said))
         if self._name.endswith("SequenceClassification") and self._model.config.get("pad_token_id") is None:
-            sentence = "is not set, and transformers needs it to classify several texts at once; set it in config.json"
+            sentence = "is not set in config.json; transformers needs it to classify several texts at once"
             issues.append(note("no-padding", "pad_token_id", sentence))
         if left_out:
-            why = f"left out: {self._name} has no such"
-            sentence = of_several(len(left_out), f"was {why} parameter", f"were {why} parameters")
+            why = f"left out: {self._name} does not have"
+            sentence = of_several(len(left_out), f"was {why} this parameter", f"were {why} these parameters")
             issues.append(note("left-out", left_out[0], sentence))
         return issues

@@ -69,7 +69,7 @@ def _unmatched(pattern: str, names: Sequence[str]) -> Issue:
     ends = [name for name in names if name.endswith(f".{pattern}")]
     if ends:
         return error(
-            _CODE, pattern, "matches no module", f"patterns are for whole names: {quoted(f'*.{pattern}')}"
+            _CODE, pattern, "matches no module", f"patterns must match whole names: {quoted(f'*.{pattern}')}"
         )
     near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
     hint = (

@@ -57,7 +57,7 @@ class Joined:
     which rule it was matched."""
 
     config_patch: Mapping[str, Any]
-    """Dotted path in ``config.json`` → new value: of repeated layers, a head, a vocabulary, a tie taken apart."""
+    """Dotted path in ``config.json`` → new value: of repeated layers, a head, a vocabulary, an untied pair."""
 
     tie: Tie | None
     """The tie of the embeddings, where the base has one and an adapter touches it."""

@@ -95,7 +95,7 @@ def matrices_of(joined: Joined) -> list[Matrix]:
         ]
     skeleton = joined.skeleton
     classes = {} if skeleton is None else skeleton.classes
-    # An expert's module may be a part of a stack in the model, which is no module.
+    # An expert's module may be a part of a stack in the model, which is not a module.
     paths = {module: joined.stored.module(module) for module in dict.fromkeys(owners.values())}
     paths = {module: path if path in classes else module for module, path in paths.items()}
     # Repeated layers have more numbers than the base.

@@ -99,8 +99,8 @@ def find(text: str, role: str) -> Found:
             raise ResolveError(f"{text}: cannot be read (permission denied)")
         return real_path(root)
     if exists:
-        raise ResolveError(f"{text}: is a file, expected the {role}'s directory", hint=file_hint(root))
-    raise ResolveError(f"{text}: there is no such directory", hint=missing_hint(text, role))
+        raise ResolveError(f"{text}: is a file, expected a directory with the {role}", hint=file_hint(root))
+    raise ResolveError(f"{text}: this directory does not exist", hint=missing_hint(text, role))
 
 
 def check_not_swapped(base: Found, adapter: Found) -> None:
@@ -117,7 +117,7 @@ def check_not_swapped(base: Found, adapter: Found) -> None:
     ]
     if kinds == [(False, True), (True, False)]:
         raise ResolveError(
-            f"{base} is an adapter, and {adapter} is a model: --base and --adapter are swapped",
+            f"--base and --adapter are swapped: {base} is an adapter, and {adapter} is a model",
             hint=f"write --base {adapter} --adapter {base}",
         )
 
@@ -156,7 +156,7 @@ def locate_adapter(
         error("unread-file", name, *described(name))
         for name in unread_files(known, weights | copies, ignored)
     ]
-    sentence = "holds the adapter again, and was not fetched: PEFT does not read it either"
+    sentence = "is a second copy of the adapter and was not downloaded; PEFT does not read it either"
     notes = [note("adapter-copy", name, sentence) for name in sorted(copies)]
     return Place(text, root, repo, weights, (*_absent_issues(str(found), absent), *unread, *notes), ignored)
 
@@ -170,8 +170,10 @@ def check_ignored(places: Sequence[Place], ignore: Sequence[str]) -> None:
     found = frozenset().union(*(place.ignored for place in places))
     for name in ignore:
         if not chosen(found, [name]):
-            sentence = f"{name} is no file of {' or of '.join(place.text for place in places)}"
-            raise RequestError("", 0, "ignore_file", sentence, hint="leave the option out, or check the name")
+            sentence = f"no adapter has a file {name}; looked in {', '.join(place.text for place in places)}"
+            raise RequestError(
+                "", 0, "ignore_file", sentence, hint="leave the option out, or correct the name"
+            )
 
 
 def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Place:
@@ -202,7 +204,7 @@ def locate_named_base(adapter: Place, access: Access, watch: Observer) -> Place:
     try:
         return locate_base(found, text, access, watch)
     except ResolveError as exc:
-        hint = f"{exc.hint}; or say where it is with --base DIRECTORY"
+        hint = f"{exc.hint}; or pass the base's directory with --base DIRECTORY"
         raise ResolveError(
             f"{adapter.text}: its base model is {exc}", hint=hint.removeprefix("; or ")
         ) from exc
@@ -216,7 +218,10 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
     """
     named = named_bases(adapter)
     if not named:
-        raise ResolveError(f"{adapter.text}: names no base model", hint="say which with --base DIRECTORY")
+        raise ResolveError(
+            f"{adapter.text}: the adapter does not name its base model",
+            hint="pass the base with --base DIRECTORY",
+        )
     # A local directory wins over a repo, as for a name that the user gives.
     for name, _ in named:
         if is_directory(Path(name)):
@@ -224,8 +229,8 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
     source = next((source for _, source in named if source is not None), None)
     if source is None:
         raise ResolveError(
-            f"{adapter.text}: its base model is {named[0][0]}, and there is no such directory here",
-            hint="say where it is with --base DIRECTORY",
+            f"{adapter.text}: its base model is {named[0][0]}, and this directory does not exist here",
+            hint="pass the base's directory with --base DIRECTORY",
         )
     _refuse_unread(source)
     return source, str(source)
@@ -234,14 +239,16 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
 def _refuse_unread(source: Source) -> None:
     unread = unread_kind(source.repo)
     if unread is not None:
-        sentence = f"the base is stored quantised as {unread[0]}, as its name says, which is not supported"
+        sentence = f"the base is stored as {unread[0]} (according to its name), which is not supported"
         named = replace(source, repo=unread[1], folder="", revision=None)
-        hint = f"merge into its full-precision parent, probably --base {named}"
+        hint = f"merge into its full-precision original, probably --base {named}"
         raise UnsupportedError([error("unsupported", str(source), sentence, hint)])
 
 
 def _absent_issues(label: str, absent: frozenset[str]) -> tuple[Issue, ...]:
     if not absent:
         return ()
-    sentence = f"lacks {listing(sorted(absent))} in the local cache, and so will the output"
-    return (warning("cache-incomplete", label, sentence, "run once without --offline"),)
+    sentence = (
+        f"the local cache does not have {listing(sorted(absent))}, so the output will not have them either"
+    )
+    return (warning("cache-incomplete", label, sentence, "run once without --offline to download them"),)

@@ -74,7 +74,7 @@ def _closed(
     """Return parameters with all that share a group with them."""
     found = set(names)
     left = list(found)
-    # A mate may have mates of its own: wk is fused with wq and wv in one family, with weights_proj in another.
+    # A mate may have other mates: wk is fused with wq and wv in one family, with weights_proj in another.
     while left:
         for key in keys(left.pop()):
             new = groups.get(key, set()) - found

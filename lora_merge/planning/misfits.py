@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import shape_text
 from lora_merge.deltas import LowRankFacts
+from lora_merge.peft_rules.hints import OTHER_MODEL
 from lora_merge.planning.model import SAVE_ANEW
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Misfits:
         if not source.holds_floats:
             sentence = f"is stored as {source.dtype}, expected BF16, F16 or F32"
             return error("unsupported", name, sentence, "merge into the full-precision model")
-        # Places by boxes already say which way round a tensor is, so shapes are compared with the whole weight's.
+        # Places by boxes already give a tensor's orientation, so shapes are compared with the whole weight's.
         if found.by_boxes:
             return _part_misfit(delta, place, found)
         if delta.facts.has_factors:
@@ -48,7 +49,7 @@ class Misfits:
         wanted = delta.weight_shape()
         if wanted is not None and wanted != shape:
             ref = next(iter(delta.factors.values()))
-            sentence = f"is {shape_text(wanted)}, the base's {name} is {shape_text(shape)}"
+            sentence = f"has the shape {shape_text(wanted)}, the base's {name} has {shape_text(shape)}"
             return error("shape-mismatch", ref.name, sentence)
         return None
 
@@ -69,12 +70,20 @@ class Misfits:
             return None
         if len(shape) != len(product):
             wanted = "a linear weight [out, in]" if len(product) == 2 else "a convolution"
-            sentence = f"is {shape_text(shape)} in the base, expected {wanted}"
+            sentence = f"has the shape {shape_text(shape)} in the base, expected {wanted}"
             return error("shape-mismatch", name, sentence)
         # Same outputs and kernel, fewer inputs per output.
         if len(shape) > 2 and shape[0] == product[0] and shape[2:] == product[2:]:
-            sentence = f"is a grouped convolution, {shape_text(shape)}; its adapter is {shape_text(product)}"
-            return error("unsupported", name, sentence, "PEFT cannot merge it either")
+            sentence = (
+                f"is a grouped convolution, {shape_text(shape)}, which a LoRA cannot express; its adapter is "
+                f"{shape_text(product)}"
+            )
+            return error(
+                "unsupported",
+                name,
+                sentence,
+                "serve the adapter in the library that trained it; PEFT cannot merge it either",
+            )
         return self._shape_issue(delta, shape)
 
     def _shape_issue(self, delta: Delta, shape: tuple[int, ...]) -> Issue:
@@ -88,7 +97,7 @@ class Misfits:
             parts.append(f"lora_B is {shape_text(b)}, the base needs {shape_text((n_out, *b[1:]))}")
         if full_a[1:] != n_in:
             parts.append(f"lora_A is {shape_text(a)}, the base needs {shape_text((a[0], *n_in))}")
-        hint = "the adapter was trained on another, perhaps pruned, model"
+        hint = "check --base: the adapter was trained on another model, perhaps a pruned one"
         return error("shape-mismatch", delta.module, "; ".join(parts), hint)
 
     def is_transposed(self, delta: Delta, shape: tuple[int, ...]) -> bool:
@@ -116,12 +125,15 @@ def _part_misfit(delta: Delta, place: Place, found: Located) -> Issue | None:
     if wanted is not None and wanted != found.shape:
         shape = shape_text(found.shape or ())
         sentence = f"lora_B @ lora_A is {shape_text(wanted)}, the base's weight is {shape}"
-        return error("shape-mismatch", delta.module, sentence, "the adapter was trained on another model")
+        return error("shape-mismatch", delta.module, sentence, OTHER_MODEL)
     # A change that goes by rows (DoRA's lengths) can be divided between rows, not within one.
     whole_rows = not place.part or (len(place.part) == 2 and place.part[1] == (0, wanted[1] if wanted else 0))
     division = delta.facts.division
     if delta.transposed or division == "none" or (division == "rows" and not whole_rows):
-        sentence = f"is stored in parts, {place.tensor} among them, and this kind of change needs it whole"
+        sentence = (
+            f"the base stores it in several parts ({place.tensor} is one), and this kind of change needs the "
+            "whole weight"
+        )
         return error("unsupported", delta.module, sentence, SAVE_ANEW)
     return None
 
@@ -135,14 +147,14 @@ def _rows_misfit(delta: Delta, name: str, shape: tuple[int, ...]) -> Issue | Non
     """Return what keeps trained rows from being put into an embedding; None where nothing does."""
     ref, indices = delta.factors["rows"], cast("RowsFacts", delta.facts).indices
     if len(shape) != 2 or ref.shape[1:] != shape[1:]:
-        sentence = f"is {shape_text(ref.shape)}, the base's {name} is {shape_text(shape)}"
-        return error("shape-mismatch", ref.name, sentence, "the adapter was trained on another model")
+        sentence = f"has the shape {shape_text(ref.shape)}, the base's {name} has {shape_text(shape)}"
+        return error("shape-mismatch", ref.name, sentence, OTHER_MODEL)
     outside = [index for index in indices if not 0 <= index < shape[0]]
     if outside:
-        sentence = f"means token {outside[0]}, and the base's {name} has {shape[0]} rows"
+        sentence = f"has a row for token {outside[0]}, and the base's {name} has only {shape[0]} rows"
         hint = (
-            "the vocabulary was resized before the training, and the adapter does not hold the resized embedding: "
-            "merge into the base as it was resized (--base)"
+            "merge into the base that was resized before the training (--base): the adapter does not contain "
+            "the resized embedding"
         )
         return error("token-mismatch", ref.name, sentence, hint)
     return None

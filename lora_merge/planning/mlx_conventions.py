@@ -38,10 +38,10 @@ def origin_issues(adapter: Adapter, config: Mapping[str, Any]) -> list[Issue]:
     for family in sorted(families & OTHER_WEIGHTS_IN_MLX.keys()):
         sentence = f"is {family!r}, and mlx-lm {OTHER_WEIGHTS_IN_MLX[family]} when it loads them"
         return [error("unsupported", "model_type", sentence, "merge it with mlx_lm.fuse")]
-    # Deltas have no such trouble: layouts find out which way round a weight is stored.
+    # Deltas do not have this problem: layouts find the orientation of a stored weight.
     matrices = [parameter for parameter, one in adapter.replacements.items() if len(one.ref.shape) > 1]
     if matrices and families & _TURNED_IN_MLX:
-        sentence = "was trained whole in mlx-lm, which stores the matrices of this family the other way round"
+        sentence = "was trained as a whole in mlx-lm, which stores the matrices of this family transposed"
         return [error("unsupported", min(matrices), sentence, "merge it with mlx_lm.fuse")]
     norms = [parameter for parameter in adapter.replacements if "norm" in parameter]
     if norms and families & OTHER_NORMS_IN_MLX:

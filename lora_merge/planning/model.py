@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SAVE_ANEW = (
     "load the base in transformers, save_pretrained(…, save_original_format=False), and merge into that"
 )
-"""The way out of a layout that cannot be taken apart."""
+"""What to do about a layout that cannot be split."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Model:
         """Return where a parameter of an adapter is stored; None when the base does not have it.
 
         Raises:
-            LayoutError: it has several places, or is stored in a form that cannot be taken apart.
+            LayoutError: it has several places, or is stored in a form that cannot be split.
         """
-        # The unstored end of a tie has a place of its own, since the two ends may become two tensors.
+        # The unstored end of a tie has its own place, since the two ends may become two tensors.
         if self.tie is not None and parameter not in self.sources:
             name = self.stored.disk_name(parameter)
             if name in {self.tie.embedding, self.tie.head}:
@@ -182,6 +182,6 @@ class Model:
 
 
 def misplaced(subject: str, exc: LayoutError) -> Issue:
-    """Return the issue of a parameter with several possible places, or with none that can be taken apart."""
-    hint = "rename the adapter's tensors as the base's are named" if exc.candidates else SAVE_ANEW
+    """Return the issue of a parameter with several possible places, or with none that can be split."""
+    hint = "rename the adapter's tensors to match the base's names" if exc.candidates else SAVE_ANEW
     return error("no-one-place", subject, exc.sentence, exc.hint or hint)

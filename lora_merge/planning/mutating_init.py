@@ -16,8 +16,8 @@ _RECOMPUTABLE = frozenset({"pissa", "olora"})
 """Values of ``init_lora_weights`` whose change of the base depends on nothing but the base, so that it can be repeated."""
 
 _NOT_REPRODUCIBLE = {
-    "PiSSA": "its decomposition drew random numbers (pissa_niter)",
-    "CorDA": "it depends on the data that it was calibrated with",
+    "PiSSA": "its decomposition used random numbers (pissa_niter)",
+    "CorDA": "it depends on the calibration data",
     "LoftQ": "it depends on how the base was quantised",
     "LoRA-GA": "it depends on gradients of the first training steps",
 }
@@ -26,7 +26,7 @@ _NOT_REPRODUCIBLE = {
 
 def uses_peft_layers(adapter: Adapter, reading: Reading) -> bool:
     """Return True when PEFT's own layers merge an adapter, and no formula of ours does."""
-    # On the original base the initialisation's change has to be made again, and only PEFT's own code
+    # On the original base the initialisation's change is computed again, and only PEFT's own code
     # gives PEFT's bits. KaSA changes the base whenever it is loaded.
     again = mutating_init(adapter.config) is not None and reading.base_is == "original"
     return adapter.kind in PEFT_LAYERS or bool(adapter.config.get("kasa_config")) or again
@@ -41,16 +41,16 @@ def mutating_init_issues(adapter: Adapter, reading: Reading) -> list[Issue]:
     """
     if adapter.kind in DECOMPOSING and not reading.allow_svd:
         sentence = (
-            f"{DECOMPOSING[adapter.kind]} decomposes the base's weights when it is loaded, "
-            "and another machine may decompose them otherwise"
+            f"{DECOMPOSING[adapter.kind]} decomposes the base's weights when it is loaded, and the result "
+            "can differ between machines"
         )
-        hint = "pass --allow-svd to merge it here all the same, and compare the outputs"
+        hint = "pass --allow-svd to merge it on this machine, and compare the outputs"
         return [error("decomposes", "peft_type", sentence, hint)]
     name = mutating_init(adapter.config)
     if name is not None:
         return [_mutated(name, str(adapter.config["init_lora_weights"]), reading)]
     if reading.base_is is not None:
-        sentence = "was initialised without changing the base; --base-is means nothing to it"
+        sentence = "its initialisation did not change the base, so --base-is has no effect"
         return [note("base-is", adapter.root, sentence)]
     return []
 
@@ -59,20 +59,22 @@ def _mutated(name: str, init: str, reading: Reading) -> Issue:
     """Return the issue of an initialisation that changed the base: an error, unless the user's word settles it."""
     subject = "init_lora_weights"
     if reading.base_is is None:
-        sentence = f"is {quoted(init)}: {name} changes the base's weights before training"
+        sentence = f"is {quoted(init)}: {name} changed the base's weights before training"
         hint = (
-            "say which base this is: --base-is residual when it was saved after that change, "
-            "--base-is original when it is the model as published"
+            "pass --base-is residual if this base was saved after that change, or --base-is original if it "
+            "is the published model"
         )
         return error("base-is", subject, sentence, hint)
     if reading.base_is == "residual":
-        return note("base-is", subject, f"is {quoted(init)}; the base is taken for what {name} left of it")
+        return note(
+            "base-is", subject, f"is {quoted(init)}; the base is used as {name} left it (--base-is residual)"
+        )
     if init.lower() in _RECOMPUTABLE:
-        return note("base-is", subject, f"is {quoted(init)}; {name}'s change of the base is made again")
+        return note("base-is", subject, f"is {quoted(init)}; {name}'s change of the base is computed again")
     why = _NOT_REPRODUCIBLE[name]
-    sentence = f"is {quoted(init)}, and {name}'s change of the original base cannot be made again: {why}"
+    sentence = f"is {quoted(init)}, and {name}'s change of the original base cannot be computed again: {why}"
     hint = (
-        "save the base as it was after the initialisation and pass --base-is residual, or convert the adapter "
-        "with save_pretrained(path_initial_model_for_weight_conversion=…)"
+        "save the base after the initialisation and pass --base-is residual, or convert the adapter with "
+        "save_pretrained(path_initial_model_for_weight_conversion=…)"
     )
     return error("base-is", subject, sentence, hint)

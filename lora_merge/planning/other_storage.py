@@ -105,17 +105,16 @@ class _Trained:
         kinds = _kinds(self.changed.values())
         if kinds:
             sentence = (
-                f"is stored quantised ({kinds}), and the adapter {self.adapter.text} was trained on it: "
-                "decoded, it gives what training computed"
+                f"is stored quantised ({kinds}), and the adapter {self.adapter.text} was trained on it; it "
+                "is decoded, so the output computes what training computed"
             )
             return note(CODE, self.base.text, sentence)
         sign = sign_of(self.adapter.root)
         if sign is None or self.joined.base.quantisation:
             return None
         sentence = (
-            f"{_was_quantised(self.adapter, sign.words, sign.file)}; it is merged into the weights before "
-            "that rounding, which it has never seen: merge into a copy quantised in the same way to get what "
-            "training computed"
+            f"{_was_quantised(self.adapter, sign.words, sign.file)}. This base is not rounded that way; to "
+            "get what training computed, merge into a copy that is quantised with the same settings"
         )
         return note(CODE, self.base.text, sentence)
 
@@ -123,20 +122,23 @@ class _Trained:
         """Return a warning where one of the two copies had scales folded into norms: then the others do not fit it."""
         name = self.names[0] if self.names else ""
         if folds_norms(self.joined.base.quantisation):
-            trained = f"names {name}" if name else "does not say what it was trained on"
+            trained = f"names {name}" if name else "does not say which base it was trained on"
             sentence = (
-                f"was quantised by AWQ, which also scaled norms and weights beside the quantised ones: an adapter that "
-                f"was trained on the original model does not fit them, and {self.adapter.text} {trained}"
+                "was quantised by AWQ, which also rescales norms and other weights, so an adapter that was "
+                f"trained on the original model does not fit; {self.adapter.text} {trained}"
             )
             where = f"--base {name}" if name else "--base ORIGINAL"
-            hint = f"merge into what it was trained on: {where}; if that is this checkpoint, all is well"
+            hint = (
+                f"merge into the base that the adapter was trained on: {where}; ignore this if it was "
+                "trained on this checkpoint"
+            )
             return warning("folded-norms", self.base.text, sentence, hint)
         is_folded = folds_norms(named.quantisation) if named else "awq" in quantised_words(name)
         if not is_folded:
             return None
         sentence = (
-            f"the adapter {self.adapter.text} was trained on {name}, which AWQ quantised: its norms and other weights "
-            "are scaled differently from these, and the adapter does not fit them"
+            f"the adapter {self.adapter.text} was trained on {name}, which AWQ quantised. Its norms and "
+            "other weights are scaled differently from this base's, so the adapter does not fit"
         )
         return warning("folded-norms", self.base.text, sentence, f"merge into --base {name}")
 
@@ -160,14 +162,17 @@ class _Trained:
             return None
         name = self.names[0]
         sentence = (
-            f"the adapter {self.adapter.text} was trained on {name} ({theirs or 'full precision'}), and these weights "
-            f"are {ours or 'full precision'}: the difference is {_times(statistics.median(found.values()))} as large as "
-            f"the adapter's change (median of {counted(len(found), 'tensor')}), {_times(largest)} in {worst}"
+            f"the adapter {self.adapter.text} was trained on {name} ({theirs or 'full precision'}), and this "
+            f"base is {ours or 'full precision'}. The difference between the two is "
+            f"{_times(statistics.median(found.values()))} as large as the adapter's change (median of "
+            f"{counted(len(found), 'tensor')}), and {_times(largest)} in {worst}"
         )
         if largest > MOST:
-            hint = f"--base {name} gives what training computed"
+            hint = f"merge into --base {name} to get what training computed"
             return warning(CODE, self.base.text, sentence, hint)
-        return note(CODE, self.base.text, f"{sentence}; --base {name} gives what training computed")
+        return note(
+            CODE, self.base.text, f"{sentence}. Merge into --base {name} to get what training computed"
+        )
 
     def _in_words(self, theirs: str = "") -> Issue | None:
         """Return what names and files tell of the other copy, without its weights.
@@ -182,18 +187,18 @@ class _Trained:
         methods = {table.method for table in tables_of(self.joined.base.quantisation)}
         if ours and sign is not None and sign.method in methods:
             sentence = (
-                f"{_was_quantised(self.adapter, sign.words, sign.file)}: this copy ({ours}), decoded, gives what "
-                "training computed if it was quantised with the same settings"
+                f"{_was_quantised(self.adapter, sign.words, sign.file)}. This copy ({ours}) is decoded, and "
+                "gives what training computed if it was quantised with the same settings"
             )
         elif ours and is_this_model(name, self.base):
             sentence = (
-                f"is a quantised copy ({ours}), and the adapter {self.adapter.text} was trained on {name}: it is "
-                f"merged into rounded weights, which it has never seen; --base {name} gives what training computed"
+                f"is a quantised copy ({ours}), and the adapter {self.adapter.text} was trained on {name}, "
+                f"without this rounding. Merge into --base {name} to get what training computed"
             )
         elif not ours and (theirs or quantised_words(name)):
             sentence = (
-                f"the adapter {self.adapter.text} was trained on {name}, which is stored quantised: it is merged into "
-                f"the weights before that rounding, which it has never seen; --base {name} gives what training computed"
+                f"the adapter {self.adapter.text} was trained on {name}, which is stored quantised, and this "
+                f"base does not have that rounding. Merge into --base {name} to get what training computed"
             )
         else:
             return None
@@ -234,7 +239,10 @@ def _kinds(weights: Iterable[Weight]) -> str:
 
 
 def _was_quantised(adapter: Place, words: str, file: str) -> str:
-    return f"the adapter {adapter.text} was trained on weights that its trainer had quantised ({words}), as its {file} says"
+    return (
+        f"the adapter {adapter.text} was trained on a base that its trainer had quantised ({words}), "
+        f"according to its {file}"
+    )
 
 
 def _times(ratio: float) -> str:

@@ -181,7 +181,7 @@ def layer_order(config: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
         raise TargetError("layer_replication", f"is {quoted(ranges)}, and the base has {n_layers} layers")
     n_made = sum(end - start for start, end in pairs)
     if n_made > _MOST_LAYERS:
-        sentence = f"makes {n_made} layers, expected {_MOST_LAYERS} at most"
+        sentence = f"would make {n_made} layers, expected at most {_MOST_LAYERS}"
         raise TargetError("layer_replication", sentence)
     return tuple(layer for start, end in pairs for layer in range(start, end))
 

@@ -14,6 +14,7 @@ from lora_merge.core.weight import Weight
 from lora_merge.deltas import PeftLayerFacts
 from lora_merge.layouts import LayoutError, Located
 from lora_merge.peft_rules.base_factors import factors_of
+from lora_merge.peft_rules.hints import DROPPED, SERVE_UNMERGED, incomplete
 from lora_merge.peft_rules.injection import (
     BIAS_TYPES,
     Injection,
@@ -95,17 +96,17 @@ class _Join:
         if self._adapter.kind not in NATIVE:
             self.issues += field_issues(self._adapter.config, injection.fields | TRAINER_FIELDS)
         by_module, shared, orphans = sort_by_module(tensors, injection.targets)
-        hint = "PEFT would drop these tensors without a word; the config is not the one of training"
+        hint = DROPPED
         self.issues += [
-            error("unexpected-tensor", name, "belongs to no module that the config targets", hint)
+            error("unexpected-tensor", name, "has tensors, and the config targets no such module", hint)
             for name in orphans
         ]
         for target in injection.targets:
             own = {name: tensors[name] for name in by_module.get(target.module, ())}
-            # With shared tensors (VeRA) a module may have none of its own.
+            # With shared tensors (VeRA) a module may have no tensors.
             if not own and not shared:
                 sentence = "the config targets it, and the adapter has no tensors for it"
-                hint = "the adapter file is incomplete; PEFT would leave the module as it is, with a warning"
+                hint = incomplete("would only warn and leave the module unchanged")
                 self.issues.append(error("missing-module", target.module, sentence, hint))
                 continue
             base = self._base_of(target)
@@ -143,7 +144,7 @@ class _Join:
             if owner is not None and ours.startswith(PREFIX):
                 depth = ours.removeprefix(f"{PREFIX}{owner}").count(".")
                 modules[owner] = theirs.removeprefix(PREFIX).rsplit(".", depth)[0]
-        hint = "PEFT would drop these tensors without a word; the config is not the one of training"
+        hint = DROPPED
         self.issues += [
             error("unexpected-tensor", path, "has tensors, and target_modules does not match it", hint)
             for path in modules.values()
@@ -156,9 +157,10 @@ class _Join:
         """Return the stored parameters of a module; None, and an issue, when one is missing, in parts, or no float."""
         if any(name.startswith("parametrizations.") for name in target.parameters):
             sentence = (
-                "its weight is computed from others (weight_norm), so that none is stored to be changed"
+                "its weight is computed from other tensors (weight_norm), so the checkpoint has no weight to "
+                "change"
             )
-            self.issues.append(error("unsupported", target.module, sentence, "serve it with PEFT"))
+            self.issues.append(error("unsupported", target.module, sentence, SERVE_UNMERGED))
             return None
         base: dict[str, Weight] = {}
         for parameter in target.parameters:
@@ -191,12 +193,12 @@ class _Join:
             self.issues.append(misplaced(path, exc))
             return None
         if found is None:
-            sentence = f"the adapter changes it, the base has no {path}"
-            hint = "the adapter belongs to another model"
+            sentence = f"the adapter changes this parameter, and the base has no {path}"
+            hint = "check --base: the adapter belongs to another model"
             self.issues.append(error("unmatched-module", target.module, sentence, hint))
         elif found.whole is None or found.places[0].transposed:
             tensor = found.places[0].tensor
-            sentence = f"is stored in another form, in {tensor}, and this PEFT method needs it whole"
+            sentence = f"is stored in another form, in {tensor}, and this PEFT method needs the whole weight"
             self.issues.append(error("unsupported", path, sentence, SAVE_ANEW))
             return None
         return found
@@ -237,7 +239,7 @@ class _Join:
         trains = "lora_bias" if by_config else self._adapter.kind
         listed = ", ".join(target.parameters) or "no parameters"
         sentence = f"{trains} trains a bias, and this module of the base has none (it has {listed})"
-        hint = "its effect has no place in this model's checkpoint; serve it with PEFT, unmerged"
+        hint = "serve the adapter with PEFT, unmerged: this model's checkpoint has no place for that bias"
         self.issues.append(error("no-effect", target.module, sentence, hint))
         return False
 
@@ -269,7 +271,7 @@ class _Join:
 def changed_parameters(adapter: Adapter, target: Target) -> tuple[str, ...]:
     """Return the parameters of a module that PEFT's layer may change, by the kind of adapter.
 
-    The merge refuses to go on when PEFT changes another.
+    The merge stops when PEFT changes another one.
     """
     if adapter.kind == "BEFT":
         return tuple(name for name in target.parameters if name == "bias")
@@ -383,8 +385,8 @@ def _not_mergeable(adapter: Adapter, target: Target, ref: Weight | None) -> Issu
     # OFT's forward pass rotates overlapping patches of a convolution's input, which no kernel can do.
     if adapter.kind != "OFT" or ref is None or max(ref.shape[2:], default=1) == 1:
         return None
-    sentence = f"OFT on a convolution of kernel {shape_text(ref.shape[2:])} has no merged form"
-    return error("unsupported", target.module, sentence, "serve it with PEFT")
+    sentence = f"OFT on a convolution with kernel {shape_text(ref.shape[2:])} cannot be merged"
+    return error("unsupported", target.module, sentence, SERVE_UNMERGED)
 
 
 def _blank(ref: TensorRef) -> torch.Tensor:

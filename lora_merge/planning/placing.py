@@ -108,7 +108,7 @@ def dtype_patch(base: Checkpoint, main: str | None, dtype: str | None) -> dict[s
         f"{path}.{key}".lstrip("."): dtype
         for path, level in config_levels(base.config)
         for key in ("dtype", "torch_dtype")
-        # A part with a dtype of its own (a float32 vision tower) keeps it, as its tensors do.
+        # A part with its own dtype (a float32 vision tower) keeps it, as its tensors do.
         if key in level and (not path or level[key] == TORCH_NAMES[main])
     }
     return patch or {"torch_dtype": dtype}

@@ -24,9 +24,9 @@ _CODE = "quantize"
 
 _DENSE_BY_KIND: Mapping[Kind, str] = {
     "tower": "belongs to a vision or audio tower",
-    "router": "chooses experts",
-    "outside": "is in no layer of the model",
-    "unknown": "is no module that transformers has, and nothing tells whether it is a linear layer",
+    "router": "is a router",
+    "outside": "is outside the model's layers",
+    "unknown": "is not a module that transformers knows, so it may not be a linear layer",
     "stack": "is a stack of experts in one tensor, which engines load dense",
 }
 """What is said of weights that stay dense and that one might expect to be quantised. A head and embeddings never are."""
@@ -136,7 +136,7 @@ def _misfits(taken: Mapping[str, Matrix], scheme: Scheme, ignored: frozenset[str
     for name, one in taken.items():
         rows, columns = one.shape[:-3:-1] if scheme.is_of_stacks else one.shape
         if one.module in ignored:
-            reasons[name] = "is ignored"
+            reasons[name] = "is excluded by --ignore"
         elif misfit := scheme.misfit((rows, columns), is_fused=bool(fused[name])):
             reasons[name] = f"{misfit} ({scheme.name})"
     # Engines load such weights as one: none of them is quantised where one cannot be.
@@ -153,7 +153,11 @@ def _said(others: Sequence[Matrix], reasons: Mapping[str, str], ignored: frozens
         if reason and one.module not in ignored:
             by_reason.setdefault(reason, []).append(one.module)
     return [
-        note(_CODE, "", f"{counted(len(modules), 'weight')} stay dense: each {reason}: {_listing(modules)}")
+        note(
+            _CODE,
+            "",
+            f"{counted(len(modules), 'weight')} not quantised, because each {reason}: {_listing(modules)}",
+        )
         for reason, modules in by_reason.items()
     ]
 
@@ -166,21 +170,19 @@ def _listing(modules: Sequence[str]) -> str:
 def _nothing(joined: Joined, matrices: Sequence[Matrix], reasons: Mapping[str, str], scheme: Scheme) -> Issue:
     """Return the refusal of an output of which nothing would be quantised."""
     if any(one.kind == "conv1d" for one in matrices):
-        sentence = (
-            "its layers are Conv1D, whose weights are stored [in, out]; --quantize takes linear layers alone"
-        )
+        sentence = "its layers are Conv1D, whose weights are stored [in, out]; --quantize supports only linear layers"
         return error("unsupported", joined.base.root, sentence, "leave --quantize out")
     what = "stack of experts" if scheme.is_of_stacks else "linear layer"
-    sentence = f"has no {what} that --quantize {scheme.name} could store"
+    sentence = f"has no {what} that --quantize {scheme.name} can store"
     if reasons:
         name, reason = next(iter(reasons.items()))
-        sentence += f": {name.removesuffix('.weight')}, for example, {reason}"
+        sentence += f". For example, {name.removesuffix('.weight')} {reason}"
     return error(_CODE, joined.base.root, sentence, "choose another scheme, or leave --quantize out")
 
 
 def _named(head: str, others: Sequence[Matrix]) -> tuple[str, ...]:
     """Return the modules that the configuration has to name as dense: the head first, then in the order of the files."""
-    # A head that is tied to the embeddings is no tensor, and still a module.
+    # A head that is tied to the embeddings has no tensor, but it is a module.
     found = dict.fromkeys(name for one in others if one.kind == "head" for name in one.spellings)
     if head:
         found |= {head: None}

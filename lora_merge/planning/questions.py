@@ -20,12 +20,15 @@ def merged_before(joined: Joined, policy: Policy) -> list[Issue]:
         return []
     # By digest: a path may have changed, or may hold another adapter by now.
     paths = {before.digest: before.path for before in joined.base.merged}
-    hint = "merge into the base that it was made from, or pass --allow-again"
+    hint = "merge into the base that this one was made from, or pass --allow-again"
     return [
         error(
             "merged-before",
             use.adapter.root,
-            f"is merged into {joined.base.root} already (as {paths[use.adapter.digest]}, by its merge_manifest.json)",
+            (
+                f"the base already contains this adapter (merged as {paths[use.adapter.digest]}, according to "
+                "its merge_manifest.json)"
+            ),
             hint,
         )
         for use in joined.uses
@@ -34,7 +37,7 @@ def merged_before(joined: Joined, policy: Policy) -> list[Issue]:
 
 
 def judged(joined: Joined, policy: Policy) -> list[Issue]:
-    """Return the issues of the fit; the note on a tie that is taken apart becomes an error where that is not allowed."""
+    """Return the issues of the fit; the note on an untied pair becomes an error where that is not allowed."""
     issues = list(joined.issues_of_fit)
     if joined.tie is None or not joined.is_untied or policy.allow_untie:
         return issues
@@ -46,19 +49,30 @@ def storing_issues(joined: Joined, policy: Policy) -> list[Issue]:
     """Return issues about how the output is to be stored and rounded."""
     issues = []
     if policy.quantize is not None and policy.out_storage is not None:
-        sentence = f"--quantize {policy.quantize} says how the weights are stored, and so does --out-storage {policy.out_storage}"
-        issues.append(error("contradiction", "", sentence, "give one of the two"))
+        sentence = (
+            f"--quantize {policy.quantize} and --out-storage {policy.out_storage} both say how the weights "
+            "are stored"
+        )
+        issues.append(error("contradiction", "", sentence, "pass only one of the two"))
     is_plain = all(weight.storage.is_dense for weight in joined.outline.sources.values())
     if policy.out_storage == "base" and is_plain:
         sentence = (
-            "is base, and no weight of the base is quantised: the output is stored as the base is anyway"
+            "is base, and the base has no quantised weights: the output is stored as the base is in any case"
         )
         issues.append(
-            warning("unused-option", "out_storage", sentence, "--rounding adapter is for such a base")
+            warning(
+                "unused-option",
+                "out_storage",
+                sentence,
+                "leave it out; --rounding adapter is for quantised bases",
+            )
         )
     deltas = [delta for change in joined.changes.values() for delta in change.deltas]
     if policy.rounding == "adapter" and not any(map(keeps_effect, deltas)):
-        sentence = "is adapter, which keeps the effect of a LoRA's A and B, and nothing here has them: values become the nearest"
+        sentence = (
+            "is adapter, which keeps the effect of LoRA's A and B, and there is no LoRA here: values are "
+            "rounded to the nearest"
+        )
         issues.append(warning("unused-option", "rounding", sentence, "leave it out, or use stochastic"))
     return issues
 
@@ -82,8 +96,8 @@ def _in_turn(joined: Joined) -> list[Issue]:
     if not names:
         return []
     why = (
-        "changed by several adapters, and not all of them only add to it (DoRA, trained rows, PEFT's own "
-        "layers): each works on what the one before it left, in the order given"
+        "changed by several adapters, and not all of them are additive (DoRA, trained rows, PEFT's own "
+        "layers), so their order matters; they were applied in the order given"
     )
     sentence = of_several(len(names), f"is {why}", f"are {why}")
     return [note("in-turn", min(names), sentence)]
@@ -99,21 +113,19 @@ def _in_parts(joined: Joined, policy: Policy) -> list[Issue]:
     if not names:
         return []
     why = (
-        f"several weights (experts, fused projections), which --combine {policy.combine} takes as one: "
-        "on a base that stores them apart it gives another result"
+        f"several weights (experts, fused projections) that --combine {policy.combine} treats as one; a base "
+        "that stores them separately would give another result"
     )
     sentence = of_several(len(names), f"holds {why}", f"hold {why}")
-    hint = "combine with linear, which does not depend on it"
+    hint = "use --combine linear, which gives the same result for both"
     return [warning("combined-whole", min(names), sentence, hint)]
 
 
 def _rankless(joined: Joined) -> list[Issue]:
     """Return an error for each weight for which ``--combine svd`` has no rank to keep."""
-    sentence = (
-        "--combine svd keeps the largest rank of the adapters, and none that changes this weight has one"
-    )
+    sentence = "--combine svd keeps the largest rank of the adapters, and no adapter that changes this weight has a rank"
     return [
-        error("no-rank", name, sentence, "combine these adapters with linear, ties or dare")
+        error("no-rank", name, sentence, "use --combine linear, ties or dare")
         for name, change in joined.changes.items()
         if change.deltas and len(joined.shape(name)) > 1 and max(delta.rank for delta in change.deltas) == 0
     ]

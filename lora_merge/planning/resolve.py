@@ -79,7 +79,7 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
     """
     if not (root / CONFIG_FILE).is_file():
         raise _no_base(root) or CheckpointError(
-            str(root), "", "has no config.json", hint="--base takes the folder of a whole model"
+            str(root), "", "has no config.json", hint="pass the folder of a whole model with --base"
         )
     config = read_config(root / CONFIG_FILE)
     # Before anything is built of the configuration.
@@ -121,9 +121,9 @@ def _check_counts(root: Path, config: Mapping[str, Any]) -> None:
     if excess is not None:
         # Python refuses to print a number of thousands of digits.
         value = str(excess.value) if excess.value < 1 << 64 else "a number beyond 64 bits"
-        hint = "config.json does not belong to this model"
+        hint = "download or copy config.json again: this one does not belong to a model"
         got = f"is {value}"
-        raise CheckpointError(str(root / CONFIG_FILE), excess.field, got, f"{excess.most} at most", hint=hint)
+        raise CheckpointError(str(root / CONFIG_FILE), excess.field, got, f"at most {excess.most}", hint=hint)
 
 
 def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
@@ -150,7 +150,9 @@ def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[
     left = {file.name for file in base.side_files} - displaced
     found = own | {folder for folder in named if any(name.startswith(f"{folder}/") for name in left)}
     sentence = "names this module, and neither the adapter nor the base has its folder"
-    hint = "sentence-transformers cannot load the output without it: save the adapter again, as a whole"
+    hint = (
+        "save the adapter again, as a whole; sentence-transformers cannot load the output without this folder"
+    )
     return frozenset(displaced - names), tuple(
         warning("missing-module", f"{MODULES_FILE}: {folder}", sentence, hint)
         for folder in absent_modules(root, frozenset(found))
@@ -163,8 +165,11 @@ def _one_of_several(adapter: Adapter) -> tuple[Issue, ...]:
     whole = whole_model(root)
     if whole is None:
         return ()
-    sentence = f"is one module of the sentence-transformers model in {whole}; its other modules are not in the output"
-    hint = f"copy {whole}, and put the output in the place of {root.name}/ there"
+    sentence = (
+        f"is one module of the sentence-transformers model in {whole}; the output does not contain the other "
+        "modules"
+    )
+    hint = f"copy {whole}, and replace {root.name}/ in the copy with the output"
     return (warning("one-module", adapter.root, sentence, hint),)
 
 
@@ -179,7 +184,7 @@ def unchanged_parameters(adapter: Adapter, base: Checkpoint) -> frozenset[str]:
     return frozenset(
         parameter
         for parameter, replacement in adapter.replacements.items()
-        # What is in modules_to_save was trained, whatever its values are.
+        # What is in modules_to_save was trained, even if its values did not change.
         if replacement.why != "module"
         for ref in [counterpart(parameter, stored, base)]
         if ref is not None and ref.plain is not None and same_values(ref.plain, replacement.ref)
@@ -285,11 +290,11 @@ def _weight_notes(
 ) -> tuple[str, ...]:
     """Return a sentence for each weight file that is left out, and for each tensor that the index does not name."""
     known = frozenset(file.name for file in files) | {entry}
-    why = "the index does not name it" if index is not None else f"{entry} is the model"
+    why = "the index does not name it" if index is not None else f"the model is in {entry}"
     stale = [f"{name} was left out: {why}" for name in other_weights(root, known)]
     listed = index["weight_map"] if index is not None else {ref.name for ref in files[0].tensors}
     forgotten = [
-        f"{ref.name} is in {file.name} though the index does not name it; it was kept"
+        f"{ref.name} is in {file.name} and not in the index; it was kept"
         for file in files
         for ref in file.tensors
         if ref.name not in listed
@@ -310,7 +315,7 @@ def _entry(root: Path, weights: str = "") -> str:
         found = next((name for name in entries if is_stored(place_of(root, weights, name))), None)
     if found is None:
         raise _no_base(root) or CheckpointError(
-            str(root), "", "holds no weights", choice(entries), hint="fetch the weights too"
+            str(root), "", "contains no weights", choice(entries), hint="download the weights too"
         )
     return found
 
@@ -338,8 +343,11 @@ def _check_merged(root: Path, config: Mapping[str, Any], files: tuple[WeightFile
         raise CheckpointError(
             str(root),
             wrapped,
-            f"is a layer of PEFT, and {factor} is the LoRA on it: the model was saved unmerged",
-            hint="save it again from PEFT: model.merge_and_unload() for a merged model, model.unload() for the base alone",
+            f"is a layer of PEFT with the LoRA {factor} on it: the model was saved without merging",
+            hint=(
+                "save it again from PEFT: use model.merge_and_unload() for a merged model, model.unload() "
+                "for the base without LoRA"
+            ),
         )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Issue, error, warning
 from lora_merge.peft_rules.family_targets import family_targets
+from lora_merge.peft_rules.hints import DROPPED, incomplete
 from lora_merge.peft_rules.loose_ends import LooseEnd
 from lora_merge.peft_rules.targets import TargetRule, is_listed, listed_among
 from lora_merge.planning.absent import Absent
@@ -65,11 +66,11 @@ def resolved_rule(adapter: Adapter, model: Model) -> TargetRule:
 def _no_default(modules: frozenset[str], model: Model) -> Issue:
     """Return the issue of null targets in a family that PEFT has no targets for."""
     sentence = (
-        f"is null, and PEFT has no default targets for the family {model.config.get('model_type')!r}: "
+        f"is null, and PEFT has no default targets for the family {model.config.get('model_type')!r}, so "
         f"PEFT would not load this adapter, which has tensors for {len(modules)} modules"
     )
     last = ", ".join(sorted({f'"{module.rpartition(".")[2]}"' for module in modules}))
-    hint = f"write the trained modules into adapter_config.json, perhaps [{last}]"
+    hint = f"add the trained modules to target_modules in adapter_config.json, perhaps [{last}]"
     return error("bad-field", "target_modules", sentence, hint)
 
 
@@ -91,10 +92,10 @@ def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, mod
         if rule.matches(module) and (allowed is None or model.module(module) in allowed):
             continue
         if adapter.config.get("ensure_weight_tying"):
-            continue  # PEFT adapts the other end of a tie too, whatever the targets say
+            continue  # PEFT adapts the other end of a tie too, even if the targets do not name it
         is_default = adapter.config.get("target_modules") is None
         sentence = f"the adapter has tensors for it, and {_why_not(rule, module, is_default=is_default)}"
-        hint = "PEFT would drop these tensors without a word; the config is not the one of training"
+        hint = DROPPED
         issues.append(error("unexpected-tensor", module, sentence, hint))
     return issues
 
@@ -102,7 +103,7 @@ def _unexpected(rule: TargetRule, modules: frozenset[str], adapter: Adapter, mod
 def _unmatched(
     rule: TargetRule, modules: frozenset[str], adapter: Adapter, model: Model, names: Names
 ) -> list[Issue]:
-    """Return an issue for each target that no module of the adapter answers to."""
+    """Return an issue for each target that matches no module of the adapter."""
     saved = {parameter.rpartition(".")[0] for parameter in adapter.replacements}
     unmatched = rule.unmatched_targets(modules | saved)
     # An entry may mean modules that the rule itself takes out again: then nothing is missing.
@@ -174,7 +175,7 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
         return [warning("missing-module", first, sentence, hint)] if not rule.all_linear else []
     targeted = known.all_linear()
     sentence = "the config targets it, and the adapter has no tensors for it"
-    hint = "the adapter file is incomplete; PEFT would leave the module as it is, with a warning"
+    hint = incomplete("would only warn and leave the module unchanged")
     by_swift = adapter.trainer == "ms-swift" and isinstance(rule.target_modules, str)
 
     def is_meant(module: str, own: str) -> bool:
@@ -196,7 +197,7 @@ def _missing(rule: TargetRule, adapter: Adapter, model: Model, names: Names) -> 
 def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
     """Return an error for each parameter that ``target_parameters`` means and the adapter lacks.
 
-    What no parameter of the adapter answers to is a matter of the whole entry.
+    An entry that matches no parameter of the adapter is judged as a whole.
 
     Reference:
         ``peft.tuners.tuners_utils.BaseTuner._inject_parameters`` (PEFT 0.21.2).
@@ -207,7 +208,7 @@ def _missing_parameters(adapter: Adapter, model: Model, names: Names) -> list[Is
     if known is None:
         return []
     sentence = "the config targets it, and the adapter has no tensors for it"
-    hint = "the adapter file is incomplete; PEFT would leave the parameter as it is, with a warning"
+    hint = incomplete("would only warn and leave the parameter unchanged")
     parameters = (f"{path}.{name}" for path, own in known.parameters.items() for name in own)
     found = {model.stored.canonical(parameter) for parameter in names.parameters} | set(names.parameters)
     return [
@@ -239,7 +240,7 @@ def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
         and name not in names.taken
         and (kind == "all" or names.in_adapter(name.removesuffix(".bias")) in adapter.modules)
     ]
-    hint = "the adapter file is incomplete; PEFT would keep the base's bias, without a word"
+    hint = incomplete("would keep the base's bias without a message")
     sentence = f"the config says bias={quoted(kind)}, and the adapter has no tensor for it"
     return [error("missing-bias", name, sentence, hint) for name in absent]
 
@@ -247,7 +248,7 @@ def _biases(adapter: Adapter, model: Model, names: Names) -> list[Issue]:
 def _why_not(rule: TargetRule, module: str, *, is_default: bool) -> str:
     """Return, as half a sentence, which field of a rule leaves a module out."""
     if rule.excludes(module):
-        return "exclude_modules leaves it out"
+        return "exclude_modules excludes it"
     if rule.all_linear:
         return 'target_modules="all-linear" does not cover it'
     if is_default and rule.target_modules:
@@ -256,7 +257,7 @@ def _why_not(rule: TargetRule, module: str, *, is_default: bool) -> str:
             if isinstance(rule.target_modules, str)
             else ", ".join(rule.target_modules or ())
         )
-        return f"target_modules is null, which means PEFT's own targets for this family: {listed}"
+        return f"target_modules is null, so PEFT uses its default targets for this family: {listed}"
     if replace(rule, layers_to_transform=None).matches(module):
-        return "layers_to_transform leaves its layer out"
+        return "layers_to_transform does not include its layer"
     return "target_modules does not match it"

@@ -230,12 +230,17 @@ def _unused(policy: Policy) -> list[Issue]:
     found = []
     keeps_all = policy.combine not in {"ties", "dare_linear", "dare_ties"}
     if policy.density != default_of("merge", "density") and keeps_all:
-        sentence = f"is {policy.density:g}, and --combine {policy.combine} keeps all of each change"
-        hint = "--combine ties, dare_linear or dare_ties uses it"
+        sentence = (
+            f"is {policy.density:g}, and --combine {policy.combine} does not use it: it keeps all of each "
+            "change"
+        )
+        hint = "use --combine ties, dare_linear or dare_ties, or leave --density out"
         found.append(warning("unused-option", "density", sentence, hint))
     if policy.ignore and policy.quantize is None:
-        sentence = "names modules that are to stay dense, and nothing is quantised"
-        found.append(warning("unused-option", "ignore", sentence, "--quantize SCHEME uses it"))
+        sentence = "lists modules to keep dense, and nothing is quantised"
+        found.append(
+            warning("unused-option", "ignore", sentence, "add --quantize SCHEME, or leave --ignore out")
+        )
     return found
 
 
@@ -277,7 +282,7 @@ def explain(request: Request, names: Sequence[str], *, observer: Observer | None
     """Return how some modules or parameters were matched, by their names in the adapter or on disk.
 
     Raises:
-        RequestError: nothing answers to a name.
+        RequestError: a name is unknown.
         LoraMergeError: as for `run`, when there is no plan.
     """
     plan = plan_request(request, observer or Silence()).plan
@@ -287,7 +292,7 @@ def explain(request: Request, names: Sequence[str], *, observer: Observer | None
         found = matches_of(plan, name)
         if not found:
             near = ", ".join(nearest(plan, name))
-            sentence = f"{name} is no module or parameter of the adapter or the base"
-            raise RequestError("", 0, "explain", sentence, hint=f"nearest: {near}" if near else "")
+            sentence = f"the adapter and the base have no module or parameter {name}"
+            raise RequestError("", 0, "explain", sentence, hint=f"did you mean {near}?" if near else "")
         matches += found
     return tuple(matches)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_merge.core.report import Issue, error, warning
+from lora_merge.peft_rules.hints import SERVE_UNMERGED
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Shared:
     """The stored tensors that have the values in parts."""
 
     def unstored(self, stored: Collection[str]) -> tuple[str, ...]:
-        """Return the users without a tensor of their own."""
+        """Return the users without their own tensor."""
         return tuple(name for name in self.users if name not in stored)
 
 
@@ -74,7 +75,7 @@ def to_write(
     wanted: Mapping[str, _Change],
     alike: Callable[[_Change, _Change], bool],
 ) -> tuple[str, ...]:
-    """Return the users that need a tensor of their own, since they change otherwise than the anchor.
+    """Return the users that need their own tensor, since they change differently from the anchor.
 
     Args:
         shared: the weight.
@@ -98,11 +99,12 @@ def split_issue(pairs: Mapping[str, str]) -> list[Issue]:
     if not pairs:
         return []
     name, *others = pairs
-    sentence = f"shares its values with {pairs[name]} in the base, and the adapter changes the two differently; both are written"
-    sentence += f"; the same holds for {listing(others)}" if others else ""
-    hint = (
-        "transformers loads both; check that your engine does too, if it has code of its own for this model"
+    sentence = (
+        f"has the same values as {pairs[name]} in the base, and the adapter changes the two differently; the "
+        "output stores both"
     )
+    sentence += f"; the same is true of {listing(others)}" if others else ""
+    hint = "check that your engine loads both, as transformers does, if it has its own code for this model"
     return [warning("split", name, sentence, hint)]
 
 
@@ -110,10 +112,10 @@ def in_parts_issue(shared: Shared, changed: str) -> Issue:
     """Return the error of a weight whose users cannot be written apart, since it is stored in parts."""
     users = " and ".join(shared.users[:2])
     sentence = (
-        f"holds a part of one weight that {users} use, and the adapter does not change all users alike; "
-        "the base's layout has no names for separate weights"
+        f"is one stored weight that {users} share, and the adapter changes only some of them; the base's "
+        "layout cannot store separate weights"
     )
-    return error("unsupported", changed, sentence, "serve the adapter with PEFT")
+    return error("unsupported", changed, sentence, SERVE_UNMERGED)
 
 
 def unlike_rows_issue(name: str, other: str) -> Issue:
@@ -123,6 +125,9 @@ def unlike_rows_issue(name: str, other: str) -> Issue:
         name: one of the users.
         other: the other.
     """
-    sentence = f"uses the same weight as {other}, and the adapter has other trained rows for each of the two"
-    hint = "PEFT trains one set of rows for both: the file is damaged or was edited"
+    sentence = f"uses the same weight as {other}, and the adapter has different trained rows for the two"
+    hint = (
+        "save or download the adapter again: PEFT trains one set of rows for both, so this file is damaged "
+        "or was edited"
+    )
     return error("token-mismatch", name, sentence, hint)

@@ -1,4 +1,4 @@
-"""What is done to each user of a weight that is stored once, and which users get a tensor of their own."""
+"""What is done to each user of a weight that is stored once, and which users get their own tensor."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Separation:
         """With what is done to those."""
 
     def settle(self, *, write_all: bool) -> list[Issue]:
-        """Give each user that changes otherwise than the rest a tensor, and return a warning that says so.
+        """Give each user that changes differently from the rest a tensor, and return a warning.
 
         Args:
             write_all: whether the output's config no longer says that anything is tied.
@@ -95,7 +95,7 @@ class Separation:
         wanted = {name: self._wanted(name, anchor, shared) for name in (anchor, *free)}
         own = to_write(shared, anchor, wanted, self._alike)
         for name in free:
-            # A user without a tensor has no change of its own, unless it gets one now.
+            # A user without a tensor has no separate change, unless it gets a tensor now.
             self.changes.pop(name, None)
             if name in own or write_all:
                 self.outline = self.outline.with_twin(anchor, name)

@@ -51,7 +51,7 @@ def other_size(adapter: Adapter, model: Model, issues: Sequence[Issue]) -> list[
     # Only sizes that are known of both are worth comparing.
     trained, has = (_said(layers[n] if all(layers) else 0, widths[n] if all(widths) else 0) for n in (0, 1))
     named = adapter.config.get("base_model_name_or_path")
-    hint = "is it the right base?" + (f" The adapter names {named}" if named else "")
+    hint = "Is it the right base?" + (f" The adapter names {named}" if named else "")
     return [error("other-size", adapter.root, f"was trained on {trained}; this base has {has}", hint)]
 
 
@@ -68,7 +68,7 @@ def _n_layers(names: Iterable[str]) -> int:
 
 
 def _widths(deltas: Iterable[Delta], model: Model) -> tuple[int, int]:
-    """Return the hidden size that an adapter was trained on, and the base's; zeros where they cannot be told."""
+    """Return the hidden size that an adapter was trained on, and the base's; zeros where they are unknown."""
     axis = 0 if model.may_hold_conv1d else 1
     levels = [level for _, level in config_levels(model.config)]
     known = {level[field] for level in levels for field in _WIDTHS if isinstance(level.get(field), int)}

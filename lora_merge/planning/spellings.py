@@ -90,10 +90,8 @@ class Names:
                 beginnings.setdefault(longer.removesuffix(shorter), parameter)
         if len(beginnings) < 2:
             return []
-        sentence = (
-            f"the adapter's names are endings of several parts of the base: {', '.join(sorted(beginnings))}"
-        )
-        hint = "rename its tensors as the base's are named"
+        sentence = f"the adapter's names match the endings of several parts of the base: {', '.join(sorted(beginnings))}"
+        hint = "rename the adapter's tensors to match the base's names"
         return [error("no-one-place", min(beginnings.values()), sentence, hint)]
 
     def named_twice(self) -> list[Issue]:
@@ -110,8 +108,11 @@ class Names:
                     or (next(iter(boxes.values()), None) if not place.at else None)
                 )
                 if other is not None:
-                    sentence = f"is {place.tensor} in the base, and so is the adapter's {other}"
-                    hint = "the file mixes the names of two releases; keep the tensors that were trained last"
+                    sentence = f"means the base's {place.tensor}, and so does the adapter's {other}"
+                    hint = (
+                        "keep only the tensors that were trained last: the file mixes the names of two "
+                        "releases"
+                    )
                     issues.append(error("named-twice", parameter, sentence, hint))
                     break
                 boxes[place.at] = parameter

@@ -11,6 +11,7 @@ from lora_merge.core.report import Issue, error
 from lora_merge.core.tensor import Region, shape_text
 from lora_merge.deltas import LowRankFacts, Stack, StackedFacts
 from lora_merge.layouts import LayoutError, Located, Place, Shape
+from lora_merge.peft_rules.hints import OTHER_CONFIG, OTHER_MODEL
 from lora_merge.peft_rules.kinds import peft_version
 from lora_merge.peft_rules.scaling import Scaling
 from lora_merge.peft_rules.targets import is_listed
@@ -99,7 +100,7 @@ def stacked_deltas(
 
 
 _Where = tuple[Place, Facts, bool, tuple[tuple[int, int], ...]]
-"""Where a pair belongs, its facts there, whether the weight is stored ``[in, out]``, and the part that is meant."""
+"""Where a pair belongs, its facts there, whether the weight is stored ``[in, out]``, and which part it is."""
 
 
 def _experts_places(
@@ -111,9 +112,7 @@ def _experts_places(
     model: Model,
     expert_layout: Collection[str],
 ) -> list[_Where]:
-    """Return where stacked experts are stored, one entry per tensor; empty where nothing tells which way round they
-    are.
-    """
+    """Return where stacked experts are stored, one entry per tensor; empty where their orientation is unknown."""
     assert located.shape is not None
     where: list[_Where] = []
     for place in located.places:
@@ -130,7 +129,7 @@ def _experts_places(
 
 
 def _parameter(pair: StackedPair, adapter: Adapter, model: Model) -> str | None:
-    """Return the parameter of a pair; None where it cannot be told."""
+    """Return the parameter of a pair; None where it is unknown."""
     if pair.parameter:
         return f"{pair.module}.{pair.parameter}"
     # An entry without a path means every module that has a parameter of this name.
@@ -211,35 +210,38 @@ def _is_across_by_class(
 def _nameless(pair: StackedPair, parameter: str | None, *, known: bool) -> Issue:
     """Return the issue of a pair whose parameter is not known, or is not in the base."""
     if parameter is not None:
-        sentence = f"the adapter changes it, the base has no {parameter}"
-        return error("unmatched-module", pair.module, sentence, "the adapter belongs to another model")
-    if known:
-        sentence = (
-            "has LoRA on several parameters, and some of those that target_parameters names are not there"
+        sentence = f"the adapter changes this parameter, and the base has no {parameter}"
+        return error(
+            "unmatched-module", pair.module, sentence, "check --base: the adapter belongs to another model"
         )
-        return error("unmatched-target", pair.module, sentence, "the config does not belong to these tensors")
-    sentence = "has LoRA on several parameters, and which pair is whose depends on the model's code"
-    hint = "transformers has no class for this model; merge it with PEFT"
+    if known:
+        sentence = "has LoRA on several parameters, and target_parameters names some that do not exist"
+        return error("unmatched-target", pair.module, sentence, OTHER_CONFIG)
+    sentence = (
+        "has LoRA on several parameters, and only the model's code shows which pair belongs to which "
+        "parameter"
+    )
+    hint = "merge it with PEFT: transformers has no class for this model"
     return error("unsupported", pair.module, sentence, hint)
 
 
 def _misfit(parameter: str, shape: tuple[int, ...], pair: StackedPair) -> Issue:
     a, b = shape_text(pair.tensors["A"].shape), shape_text(pair.tensors["B"].shape)
     sentence = f"lora_A is {a}, lora_B is {b}, the parameter is {shape_text(shape)}"
-    return error("shape-mismatch", parameter, sentence, "the adapter was trained on another model")
+    return error("shape-mismatch", parameter, sentence, OTHER_MODEL)
 
 
 def _undecided(parameter: str, shape: tuple[int, ...], pair: StackedPair, adapter: Adapter) -> Issue:
-    """Return the issue of experts that fit neither way round, or both."""
+    """Return the issue of experts that fit neither orientation, or both."""
     if {pair.tensors["B"].shape[0], pair.tensors["A"].shape[1]} != set(shape[1:]):
         return _misfit(parameter, shape, pair)
     version = adapter.config.get("peft_version")
     sentence = (
-        f"its experts are square, {shape_text(shape)}, and which axis is the input cannot be told "
-        f"(PEFT changed that in 0.19; the adapter's peft_version is {quoted(version)})"
+        f"its experts are square, {shape_text(shape)}, so their layout cannot be detected (PEFT changed it "
+        f"in 0.19; the adapter's peft_version is {quoted(version)})"
     )
     hint = (
-        "say how the base stores an expert: --expert-layout out-in or --expert-layout in-out; "
-        "or write the peft_version of training into adapter_config.json"
+        "pass --expert-layout out-in or --expert-layout in-out, as the base stores an expert; or add the "
+        "peft_version of the training to adapter_config.json"
     )
     return error("ambiguous-orientation", parameter, sentence, hint)

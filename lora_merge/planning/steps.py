@@ -197,9 +197,9 @@ def with_survey(steps: Sequence[Step], targets: Targets) -> tuple[Step, ...]:
 
 def beyond_float32(steps: Sequence[Step]) -> list[Issue]:
     """Return an error for each parameter with a change whose scale, times the adapter's weight, exceeds float32."""
-    hint = "look at lora_alpha and at the weights behind the adapters"
+    hint = "check lora_alpha, and the weights given with --adapter PATH:WEIGHT"
     return [
-        error("bad-field", step.name, f"has the scale {scale:g}, expected one that float32 can hold", hint)
+        error("bad-field", step.name, f"has the scale {scale:g}, which float32 cannot hold", hint)
         for step in steps
         if isinstance(step.op, Merge)
         for scale in [

@@ -1,4 +1,4 @@
-"""Quantised bases whose weights lie otherwise than transformers has them: what a decoded output would get wrong."""
+"""Quantised bases whose layout differs from that of transformers, so that a decoded output would be wrong."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lora_merge.core.weight import Weight
 
 _ORIGINAL = "merge into the original model: --base ORIGINAL"
-_IN_MLX = f"{_ORIGINAL}; or with mlx_lm.fuse, for mlx-lm"
-_KEPT = f"{_IN_MLX}; --out-storage mixed stays in the layout of mlx-lm"
+_IN_MLX = f"{_ORIGINAL}; or use mlx_lm.fuse, for mlx-lm"
+_KEPT = f"{_IN_MLX}; or pass --out-storage mixed, which keeps the layout of mlx-lm"
 
 _STACKED_IN_MLX = re.compile(r"\.switch_(?:mlp|glu)\.")
 """Experts as mlx-lm stacks them (mlx-lm 0.32, ``SwitchGLU``); transformers has other names, or has them one by one."""
@@ -37,12 +37,14 @@ def turned_matrices(base: Checkpoint) -> list[Issue]:
     found = sorted(families & CONV1D_MODEL_TYPES)
     if not name or not found:
         return []
-    sentence = f"is stored quantised, and {found[0]!r} has its matrices as [in, out]: quantised ones lie the other way round"
+    sentence = (
+        f"is stored quantised, and {found[0]!r} stores its matrices as [in, out]; quantising transposed them"
+    )
     return [error("unsupported", name, sentence, _ORIGINAL)]
 
 
 def in_mlx_layout(base: Checkpoint) -> list[Issue]:
-    """Return an error for a base of mlx-lm that it stores in a layout of its own: decoded, no other engine could load it.
+    """Return an error for a base of mlx-lm that is stored in mlx-lm's own layout: no other engine could load it decoded.
 
     Most families have the names and values of transformers there (mlx-lm 0.32, ``sanitize`` of each model).
     """
@@ -50,9 +52,7 @@ def in_mlx_layout(base: Checkpoint) -> list[Issue]:
         return []
     families = {str(level.get("model_type")) for _, level in config_levels(base.config)}
     if found := sorted(families & OTHER_NORMS_IN_MLX):
-        sentence = (
-            f"is {found[0]!r}, whose norms mlx-lm stores with 1 added: a dense output would have other norms"
-        )
+        sentence = f"is {found[0]!r}, whose norms mlx-lm stores with 1 added, so a dense output would have wrong norms"
         return [error("unsupported", "model_type", sentence, _KEPT)]
     if found := sorted(families & OTHER_WEIGHTS_IN_MLX.keys()):
         sentence = f"is {found[0]!r}, and mlx-lm {OTHER_WEIGHTS_IN_MLX[found[0]]} when it converts them"
@@ -60,7 +60,7 @@ def in_mlx_layout(base: Checkpoint) -> list[Issue]:
     odd = next((name for name, weight in base.parameters().items() if _is_odd(name, weight, base.config)), "")
     if not odd:
         return []
-    sentence = "is called or laid out as only mlx-lm has it: a dense output could not be loaded elsewhere"
+    sentence = "has a name or layout that only mlx-lm uses, so no other engine could load a dense output"
     return [error("unsupported", odd, sentence, _KEPT)]
 
 

@@ -94,7 +94,7 @@ def storing_of(
 def _unquantised(
     base: Checkpoint, outline: Outline, changes: Mapping[str, Change], main: str | None, policy: Policy
 ) -> Storing:
-    """Return how an output stores its parameters where none is quantised anew."""
+    """Return how an output stores its parameters where --quantize is not given."""
     storages, issues = _plain_storages(outline, main, policy.dtype)
     quantised = frozenset(name for name in outline.names if outline.sources[name].plain is None)
     if not quantised:
@@ -167,7 +167,11 @@ def _plain_storages(
         if changing and source.dtype not in (main, code):
             apart[source.dtype] += 1
     issues = [
-        note("dtype-kept", "", f"{count} tensors stay {kept}: the base keeps them apart from its {main}")
+        note(
+            "dtype-kept",
+            "",
+            f"{counted(count, 'tensor')} not converted: the base stores them in {kept}, apart from its {main}",
+        )
         for kept, count in apart.items()
         if kept in TORCH_NAMES
     ]
@@ -191,8 +195,8 @@ def _said_quantised(outline: Outline, targets: Targets) -> Issue:
         nbytes_of(dtype, shape) for one in targets.weights.values() for _, dtype, shape in one.parts.values()
     )
     sentence = (
-        f"{counted(len(targets.weights), 'weight')} are quantised to {targets.scheme.words}: "
-        f"{size_text(size)}, {size_text(n)} in the base; {targets.scheme.engines} load it"
+        f"quantised to {targets.scheme.words}: {counted(len(targets.weights), 'weight')}, {size_text(size)} "
+        f"({size_text(n)} in the base); load it in {targets.scheme.engines}"
     )
     return note("storage", "", sentence)
 
@@ -212,26 +216,30 @@ def _said(
         f"--out-storage {one}: {size_text(numbers[f'{one}_bytes'])}" for one in ("dense", "mixed", "base")
     )
     if not decoded and any(outline.sources[name].storage.codec in WRITTEN_BY_DEFAULT for name in quantised):
-        sentence = f"{weights} stay as the base stores them ({dense})"
+        sentence = f"{weights}: kept as the base stores them ({dense})"
     elif numbers["requantised"]:
-        sentence = f"{numbers['requantised']} of {weights} get new codes on the base's own scales"
+        sentence = f"{numbers['requantised']} of {weights}: re-encoded on the base's own scales"
         if decoded:
-            sentence += f", {len(decoded)} are decoded to {dtype}, since an adapter brings them whole"
+            sentence += f"; {len(decoded)} decoded to {dtype}, because an adapter replaces them"
         sentence += f" ({base}; {mixed}; {dense})"
     elif not decoded:
         # Nothing is decoded, so that a mixed output is the base as it is.
         now = size_text(numbers["mixed_bytes"])
-        sentence = (
-            f"nothing changes a quantised weight: {weights} are copied as they are stored: {now} ({dense})"
-        )
+        sentence = f"{weights}: copied as they are stored, because nothing changes them; {now} ({dense})"
     elif decoded == quantised:
-        sentence = f"{weights} are decoded to {dtype}"
+        sentence = f"{weights}: decoded to {dtype}"
         if mates != quantised:
-            sentence += f"; {len(mates)} of them change, or are loaded together with one that does ({dense}; {mixed}; {base})"
+            sentence += (
+                f"; {len(mates)} of them change, or are loaded together with one that changes ({dense}; "
+                f"{mixed}; {base})"
+            )
         else:
             sentence += f" ({dense}; {base})"
     else:
-        sentence = f"{len(decoded)} of {weights} are decoded to {dtype}, the others are copied as they are stored ({mixed}; {dense}; {base})"
+        sentence = (
+            f"{len(decoded)} of {weights}: decoded to {dtype}; the others are copied as they are stored "
+            f"({mixed}; {dense}; {base})"
+        )
     return note("storage", "", sentence)
 
 

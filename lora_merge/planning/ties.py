@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from lora_merge.planning.model import Model
 
 UNTIED = "untied"
-"""Code of the note that a tie is taken apart."""
+"""Code of the note that embeddings are untied."""
 
 _TIED_BY_ENGINES = frozenset({"gemma", "gemma2", "cohere", "cohere2", "cohere2_moe", "mpt"})
-"""Model types whose class in vLLM ties the embeddings whatever the config says."""
+"""Model types whose class in vLLM always ties the embeddings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,29 +99,37 @@ def _is_flagged(model: Model, embedding: str, head: str) -> bool:
 
 
 def untied_note(config: Mapping[str, Any], tie: Tie) -> Issue:
-    """Return the note that a tie is taken apart, and what the config says of it."""
-    kept = ", which still calls them tied: transformers reads both all the same" if _scaled(config) else ""
+    """Return the note that embeddings are untied, and what the config says about it."""
+    kept = (
+        ". The config still says that they are tied; transformers still reads both" if _scaled(config) else ""
+    )
     flag = f"; config.json says so{kept}" if _scaled(config) else "; tie_word_embeddings is now false"
-    return note(UNTIED, tie.head, f"{_untied(tie)}: both are written{flag}")
+    return note(UNTIED, tie.head, f"{_untied(tie)}, so the output stores both{flag}")
 
 
 def untie_refusal(config: Mapping[str, Any], tie: Tie) -> Issue | None:
-    """Return the error of a tie that cannot be taken apart without harm; None where it can be."""
+    """Return the error of embeddings that cannot be untied safely; None where they can be."""
     engines = next((kind for kind in _types(config) if kind in _TIED_BY_ENGINES), None)
     scaled = _scaled(config)
     if not (engines or scaled):
         return None
     why = (
-        f"engines tie the embeddings of {engines} whatever the config says, and would read one for the other"
+        f"engines tie the embeddings of {engines} regardless of the config, and would use one for both"
         if engines
-        else f"{scaled} scales its output where the config says that embeddings are tied, so that must stay"
+        else (
+            f"{scaled} scales its output when the config says that embeddings are tied, so the config must "
+            "keep saying so"
+        )
     )
-    hint = "retrain without the one end; or pass --allow-untie to write both, for transformers"
+    hint = (
+        "train again with both of them as targets or neither, or pass --allow-untie to store both (only "
+        "transformers loads that correctly)"
+    )
     return error("untie", tie.head, f"{_untied(tie)}; {why}", hint)
 
 
 def _untied(tie: Tie) -> str:
-    return f"differs from {tie.embedding} after the merge, and both were one tensor"
+    return f"differs from {tie.embedding} after the merge, and the base stores one tensor for both"
 
 
 def _types(config: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Adapters that were trained on a part of the base: the language model of a multimodal checkpoint, or one of its towers.
 
 ``AutoModelForCausalLM`` makes a language model of some multimodal checkpoints, with other names than these have. An adapter
-of it changes the checkpoint all the same; the rest is copied.
+of it still fits the checkpoint; the rest is copied.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def view_for(
     # Two towers of one size: the names fit both.
     if len(set(places.values())) > 1:
         sentence = (
-            f"may be a module of {' or of '.join(sorted(found))}, and their sizes do not tell them apart"
+            f"matches several modules ({' or '.join(sorted(found))}), and their sizes do not tell them apart"
         )
-        hint = "rename the adapter's tensors as the base's are named"
+        hint = "rename the adapter's tensors to match the base's names"
         return model, [error("no-one-place", next(iter(wanted)), sentence, hint)]
     # Several views may lead to the same tensors; the one whose own names these are is named in the note.
     own = [view.part for view in found.values() if _has_all(view.part, wanted, model)]

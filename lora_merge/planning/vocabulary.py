@@ -41,7 +41,7 @@ def resized(model: Model, outline: Outline, shapes: Mapping[str, tuple[int, ...]
 
     Args:
         model: the base.
-        outline: of the output, where a tie may have been taken apart.
+        outline: of the output, where embeddings may have been untied.
         shapes: of the parameters that are the adapters' own tensors.
 
     Reference:
@@ -67,8 +67,10 @@ def resized(model: Model, outline: Outline, shapes: Mapping[str, tuple[int, ...]
     # Two embeddings of different sizes cannot share a vocabulary.
     odd = next((name for name in sizes if sizes[name] != sizes[first]), None)
     if odd is not None:
-        sentence = f"gets {sizes[odd][1]} rows, and {first} gets {sizes[first][1]}"
-        found.issues.append(error("resized", odd, sentence, "the adapter file mixes two vocabularies"))
+        sentence = f"would get {sizes[odd][1]} rows, and {first} {sizes[first][1]} rows"
+        found.issues.append(
+            error("resized", odd, sentence, "save the adapter again: its file mixes two vocabularies")
+        )
     elif sizes:
         _resize_others(found, model, outline, shapes, first)
         before, rows = sizes[first]
@@ -90,7 +92,10 @@ def _resize_others(
             continue
         ref = weight.plain
         if rows < before and ref is None:
-            sentence = f"is stored by {weight.storage.codec}, and cannot be cut to the {rows} rows of {name}"
+            sentence = (
+                f"is stored quantised ({weight.storage.codec}), so it cannot be cut to the {rows} rows of "
+                f"{name}"
+            )
             found.issues.append(error("resized", other, sentence, "resize the base in transformers first"))
             continue
         if rows < before and ref is not None:
@@ -102,10 +107,13 @@ def _resize_others(
                 note("resized", other, f"shrinks from {before} to {rows} rows, as {name} does")
             )
             continue
-        sentence = f"has {before} rows, {name} grows to {rows}, and its {rows - before} new rows are not in the adapter"
+        sentence = (
+            f"has {before} rows, {name} grows to {rows}, and the adapter does not have the {rows - before} "
+            "new rows"
+        )
         hint = (
-            "merge into the base as it was resized before the training (--base), or save the adapter again with "
-            "save_pretrained(…, save_embedding_layers=True)"
+            "merge into the base that was resized before the training (--base), or save the adapter again "
+            "with save_pretrained(…, save_embedding_layers=True)"
         )
         found.issues.append(error("resized", other, sentence, hint))
 
@@ -121,7 +129,7 @@ def _tokens_beyond(config: Mapping[str, Any], rows: int) -> Iterator[Issue]:
                 continue
             subject = f"{path}.{key}".lstrip(".")
             sentence = f"is {value} in config.json, and the vocabulary shrinks to {rows} rows"
-            hint = "set it to a token that is left, in the base's config.json"
+            hint = "set it to a token id below the new size in the base's config.json"
             make = (
                 error if key == "pad_token_id" else warning
             )  # transformers does not build an embedding with that

@@ -37,7 +37,7 @@ def adapter_texts(value: object) -> tuple[str, ...]:
     else:
         texts = [_adapter(value)]
     if not texts:
-        raise ValueError("names no adapter, expected one or more")
+        raise ValueError("names no adapter, expected at least one")
     return tuple(texts)
 
 
@@ -55,7 +55,7 @@ def _adapter(value: object) -> str:
         return os.fspath(value) if isinstance(os.fspath(value), str) else str(value)
     sentence = f"{shown(value)} is not an adapter"
     if isinstance(value, int | float):
-        sentence += ": a weight belongs to a path, {'PATH': " + repr(value) + "}"
+        sentence += "; write a weight together with its path: {'PATH': " + repr(value) + "}"
     raise ValueError(f"{sentence}; expected a directory, or a directory and a weight: DIR:0.5")
 
 
@@ -68,7 +68,7 @@ def _weighted(path: object, weight: object) -> str:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         is_word = isinstance(weight, str) and not re.fullmatch(r"[\d.,+-]+", weight)
         # A table such as {token: …} looks like an adapter with its weight, so a text is not repeated.
-        said = "a text for its weight" if is_word else f"the weight {shown(weight)}"
+        said = "a string as its weight" if is_word else f"the weight {shown(weight)}"
         raise ValueError(f"{_adapter(path)!r} has {said}, expected a number")  # noqa: TRY004 - as parsers raise
     # ``repr`` loses no digit of a float.
     return f"{_adapter(path)}:{weight!r}"
@@ -90,7 +90,7 @@ def checked_weight(text: str, weight: float) -> float:
             f"{quoted(text)} has the weight {quoted(weight)}, expected a number that float32 can hold"
         )
     if weight == 0:
-        raise ValueError(f"{text!r} has the weight 0, which merges nothing: leave this adapter out")
+        raise ValueError(f"{text!r} has the weight 0, so it would change nothing; leave this adapter out")
     return weight
 
 
@@ -104,9 +104,9 @@ def path_text(value: object) -> str:
         raise ValueError(f"is {shown(value)}, expected a path")  # noqa: TRY004 - as parsers raise
     text = os.fspath(value)
     if not isinstance(text, str):
-        raise ValueError(f"is {shown(value)}, expected a path as text, not as bytes")  # noqa: TRY004 - as parsers raise
+        raise ValueError(f"is {shown(value)}, expected a path as a string, not as bytes")  # noqa: TRY004 - as parsers raise
     if not text.strip():
-        raise ValueError("is empty, expected a path (is a variable of the shell not set?)")
+        raise ValueError("is empty, expected a path (check that the shell variable is set)")
     return text
 
 
@@ -119,7 +119,7 @@ def texts(value: object) -> tuple[str, ...]:
     found = tuple(value) if isinstance(value, list | tuple) else (value,)
     for text in found:
         if not isinstance(text, str):
-            raise ValueError(f"has {shown(text)}, expected a text")  # noqa: TRY004 - as parsers raise
+            raise ValueError(f"has {shown(text)}, expected a string")  # noqa: TRY004 - as parsers raise
     return tuple(map(str, found))
 
 

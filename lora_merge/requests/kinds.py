@@ -99,7 +99,7 @@ SERVING = Kind(
 VERIFY = Kind(
     "VerifyLevel",
     values.parse_choice(VerifyLevel, "level of verification"),
-    choices=("sample", "full"),  # none has a flag of its own: --no-verify
+    choices=("sample", "full"),  # none has its own flag: --no-verify
 )
 
 DENSITY = Kind("float", values.parse_density, "SHARE")

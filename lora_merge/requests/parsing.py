@@ -1,4 +1,4 @@
-"""Values → a request. The table of options says how each value is parsed, whatever its origin."""
+"""Values → a request. The table of options says how each value is parsed; its origin does not matter."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def parse_keywords(
     options = {option.python_name: option for option in fields_of(verb) if option.in_python}
     for keyword in keywords:
         if keyword not in options:
-            # As Python reports it for a function of its own.
+            # As Python reports it for its own functions.
             raise TypeError(f"{verb}() got an unexpected keyword argument {keyword!r}")
     values = {options[keyword].name: _listed(options[keyword], value) for keyword, value in keywords.items()}
     return parse_request(kind, values, defaults)

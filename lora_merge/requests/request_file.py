@@ -48,7 +48,7 @@ def read_request(
     for key in values:
         if key not in keys:
             raise RequestError(
-                path, lines.get(key, 0), str(key), "is no key of a request", hint=close_hint(key, keys)
+                path, lines.get(key, 0), str(key), "unknown key for a merge", hint=close_hint(key, keys)
             )
     try:
         return validated(Request, parse_values(Request, values))

@@ -34,8 +34,9 @@ def parse_size(text: str | float) -> int:
         bare = not (match["unit"] or match["binary"] or match["byte"])
         if bare and float(match["number"]) and size < LEAST_BARE_BYTES:
             raise ValueError(
-                f"{shown(text)} has no unit, and would be {size} bytes: write {match['number']}MB or {match['number']}GB"
+                f"{shown(text)} has no unit, and would mean {size} bytes: write {match['number']}MB or "
+                f"{match['number']}GB"
             )
     if size <= 0:
-        raise ValueError(f"{shown(text)} is no size, expected one such as 5GB, 500MB or 2GiB")
+        raise ValueError(f"{shown(text)} is not a size, expected for example 5GB, 500MB or 2GiB")
     return size

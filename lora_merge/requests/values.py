@@ -70,9 +70,9 @@ def parse_expert_layout(value: object) -> tuple[str, ...]:
     for word in words:
         if word not in layouts:
             known = f"{', '.join(layouts[:-1])} or {layouts[-1]}"
-            raise ValueError(f"{shown(word)} is no layout of experts, expected {known}")
+            raise ValueError(f"{shown(word)} is not a known layout of experts, expected {known}")
     if {"out-in", "in-out"} <= set(words):
-        raise ValueError("says both out-in and in-out, expected one of them")
+        raise ValueError("has both out-in and in-out, expected one of them")
     return words
 
 
@@ -86,7 +86,7 @@ def parse_file_names(value: object) -> tuple[str, ...]:
     for name in names:
         # A name must not lead out of the adapter's folder.
         if not isinstance(name, str) or not name.strip("/") or ".." in name.split("/"):
-            raise ValueError(f"{shown(name)} is not the name of a file in the adapter's folder")
+            raise ValueError(f"{shown(name)} is not a file name in the adapter's folder")
     return tuple(name.removeprefix("./") for name in map(str, names))
 
 
@@ -101,7 +101,7 @@ def parse_density(value: str | float) -> float:
     except (TypeError, ValueError, OverflowError):
         density = 0.0
     if not 0 < density <= 1:
-        raise ValueError(f"{shown(value)} is no density, expected a number above 0 and at most 1")
+        raise ValueError(f"{shown(value)} is not a density, expected a number above 0 and at most 1")
     return density
 
 
@@ -131,7 +131,7 @@ def parse_name(names: Names, name: str) -> Callable[[str], str]:
         known = names()
         if text not in known:
             choice = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
-            raise ValueError(f"{shown(text)} is no {name}, expected {choice}")
+            raise ValueError(f"{shown(text)} is not a known {name}, expected {choice}")
         return text
 
     return parse
@@ -151,7 +151,7 @@ def parse_dtype(text: str) -> OutputDtype:
         if str(text).lower().removeprefix("torch.") in {short, full}:
             return full
     known = ", ".join(f"{full} ({short})" for short, full in _SHORT_DTYPES.items())
-    raise ValueError(f"{shown(text)} is no dtype, expected one of {known}")
+    raise ValueError(f"{shown(text)} is not a known dtype, expected one of {known}")
 
 
 def parse_device(text: str) -> str:
@@ -161,7 +161,7 @@ def parse_device(text: str) -> str:
         ValueError: it is something else.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(text)):
-        raise ValueError(f"{shown(text)} is no device, expected auto, cpu, cuda or cuda:N")
+        raise ValueError(f"{shown(text)} is not a known device, expected auto, cpu, cuda or cuda:N")
     return str(text)
 
 
@@ -182,7 +182,7 @@ def parse_token(text: object) -> str:
         ValueError: it has other characters than printable ASCII. The sentence does not repeat it.
     """
     if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text):
-        raise ValueError("is no token, expected letters and digits without spaces")
+        raise ValueError("is not a token, expected letters and digits without spaces")
     return text
 
 
@@ -197,7 +197,7 @@ def parse_tolerance(value: str | float) -> float:
     except (TypeError, ValueError, OverflowError):
         tolerance = -1.0
     if not 0 <= tolerance < math.inf:
-        raise ValueError(f"{shown(value)} is no tolerance, expected a difference of logits, 0 or more")
+        raise ValueError(f"{shown(value)} is not a tolerance, expected a difference of logits, 0 or more")
     return tolerance
 
 
@@ -236,7 +236,7 @@ def parse_energy(value: str | float) -> float:
         energy = 0.0
     if isinstance(value, bool) or not 0 < energy <= 1:
         raise ValueError(
-            f"{shown(value)} is no share of energy, expected a number above 0 and at most 1, such as 0.99"
+            f"{shown(value)} is not a share of energy, expected a number above 0 and at most 1, such as 0.99"
         )
     return energy
 
@@ -259,5 +259,5 @@ def _whole(value: object, thing: str, most: int, least: int = 1) -> int:
     # In Python True is an int.
     text = "" if isinstance(value, bool) else str(value)
     if not re.fullmatch(r"\d{1,10}", text) or not least <= int(text) <= most:
-        raise ValueError(f"{shown(value)} is no {thing}, expected a whole number from {least} to {most}")
+        raise ValueError(f"{shown(value)} is not a {thing}, expected a whole number from {least} to {most}")
     return int(text)

@@ -20,7 +20,7 @@ _MAX_VALUES = 200_000
 _MAX_CHARACTERS = 10_000
 """Longest value. A path has at most 4096 characters."""
 
-_TOO_DEEP = f"has tables and lists in each other more than {MOST_LEVELS} deep, expected fewer"
+_TOO_DEEP = f"nests tables and lists more than {MOST_LEVELS} levels deep, expected fewer levels"
 
 _BY_CONSTRUCTORS = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 """Errors that PyYAML does not wrap when a tag such as ``!!int`` or ``!!timestamp`` has an unsuitable value."""
@@ -42,7 +42,7 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
     try:
         node = loader.get_single_node()
         if node is not None:
-            # Before anything is constructed: a few lines of aliases can stand for billions of values.
+            # Before anything is constructed: a few lines of aliases can expand to billions of values.
             _check(path, node, set(), {})
         values = None if node is None else loader.construct_document(node)
     except RecursionError as exc:
@@ -54,13 +54,13 @@ def parse_yaml(path: str) -> tuple[dict[str, Any], yaml.MappingNode]:
         problem = str(getattr(exc, "problem", None) or exc).partition(" '")[0]
         raise RequestError(path, line, "", f"is not valid YAML ({problem})") from None
     except _BY_CONSTRUCTORS:  # its text may be a token
-        sentence = "is not valid YAML (a value is not what its tag says, a date that is none, or a number of"
+        sentence = "is not valid YAML (a value does not fit its tag, is not a valid date, or is a number of"
         raise RequestError(path, 0, "", f"{sentence} thousands of digits)") from None
     finally:
         loader.dispose()
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        held = {type(None): "nothing", list: "a list"}.get(type(values), "no table")
-        raise RequestError(path, 1, "", f"holds {held}, expected a table of keys")
+        held = {type(None): "nothing", list: "a list"}.get(type(values), "one value")
+        raise RequestError(path, 1, "", f"contains {held}, expected a table of keys")
     return values, node
 
 
@@ -68,7 +68,7 @@ def _text(path: str) -> str:
     """Return the text of a file that the user names.
 
     Raises:
-        RequestError: it cannot be read, is no regular file and no pipe, is too long, or no UTF-8.
+        RequestError: it cannot be read, is neither a regular file nor a pipe, is too long, or is not UTF-8.
     """
     try:
         text = read_named(path, MAX_BYTES).decode("utf-8")
@@ -81,7 +81,7 @@ def _text(path: str) -> str:
 
 
 def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) -> int:
-    """Return how many values a node stands for, with its aliases (``*``) written out.
+    """Return how many values a node expands to, with its aliases (``*``) written out.
 
     Args:
         path: the file, for errors.
@@ -91,21 +91,21 @@ def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) 
 
     Raises:
         RequestError: a table at any depth repeats a key, an alias refers to a table or list that contains it, a value
-            is too long, or the nodes stand for more values than a request can have.
+            is too long, or the nodes expand to more values than a request can have.
     """
     import yaml
 
     # PyYAML counts lines from 0.
     line = node.start_mark.line + 1
     if id(node) in within:
-        sentence = "has an alias (*) for a table or list that it stands in"
-        raise RequestError(path, line, "", sentence, hint="write out what is meant")
+        sentence = "has an alias (*) for a table or list that contains the alias"
+        raise RequestError(path, line, "", sentence, hint="write the values out in full")
     if len(within) > MOST_LEVELS:
         raise RequestError(path, line, "", _TOO_DEEP)
     if id(node) in sizes:
         return sizes[id(node)]
     if isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_CHARACTERS:
-        sentence = f"has a value of {len(node.value)} characters, expected {_MAX_CHARACTERS} at most"
+        sentence = f"has a value of {len(node.value)} characters, expected at most {_MAX_CHARACTERS}"
         raise RequestError(path, line, "", sentence)
     within.add(id(node))
     children: list[yaml.Node] = []
@@ -118,8 +118,8 @@ def _check(path: str, node: yaml.Node, within: set[int], sizes: dict[int, int]) 
     # Long texts count more, so that aliases cannot multiply one into gigabytes.
     size += len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0
     if size > _MAX_VALUES:
-        sentence = f"stands for more than {_MAX_VALUES} values, with its aliases (*)"
-        raise RequestError(path, line, "", sentence, hint="write out what is meant")
+        sentence = f"expands to more than {_MAX_VALUES} values, because of its aliases (*)"
+        raise RequestError(path, line, "", sentence, hint="write the values out in full")
     within.remove(id(node))
     sizes[id(node)] = size
     return size
@@ -138,6 +138,6 @@ def key_lines(path: str, node: yaml.MappingNode) -> dict[str, int]:
             raise RequestError(path, key_node.start_mark.line + 1, "", sentence)
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in lines:
-            raise RequestError(path, line, key, f"stands twice, first on line {lines[key]}")
+            raise RequestError(path, line, key, f"is given twice; the first is on line {lines[key]}")
         lines[key] = line
     return lines

@@ -100,7 +100,7 @@ def _output(out: str) -> Output:
     except OSError as exc:
         raise ResolveError(f"{out}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
     if not root.is_dir():
-        what = "is a file, expected a directory" if exists else "there is no such directory"
+        what = "is a file, expected a directory" if exists else "this directory does not exist"
         raise ResolveError(f"{out}: {what}", hint="pass the output directory of a merge")
     names = names_in(root)
     if not {MANIFEST_FILE, CONFIG_FILE} & set(names) and (fault := fault_of(names, "base")) is not None:

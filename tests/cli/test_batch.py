@@ -155,7 +155,7 @@ def test_of_twenty_jobs_with_two_broken_ones_eighteen_are_made_and_made_once(twe
     for words in (
         "error: merged/7: model.layers.0.self_attn.q_proj: has lora_A and no lora_B",
         f"error: merged/13: {tmp_path / 'runs' / 'a13' / WEIGHTS}: has 3000 bytes, expected",
-        "hint: the file is truncated or was extended; fetch it again",
+        "hint: download the file again: it is truncated, or was extended",
         "20 jobs: 18 done, 2 failed",
     ):
         assert words in said
@@ -511,10 +511,10 @@ def test_a_bug_that_one_job_meets_takes_no_other_down(place, bad, three, base, b
     assert states(report) == {"out/one": "done", "out/bad": "failed", "out/two": "done"}
     job = job_of(report, "out/bad")
     assert job["error"] == "BugError"
-    assert job["message"] == "an error inside lora-merge: ZeroDivisionError: of a job's own\\x1b[2J"
+    assert job["message"] == "internal error in lora-merge: ZeroDivisionError: of a job's own\\x1b[2J"
     assert "please report it" in job["hint"]
     assert job["traceback"].startswith("Traceback (most recent call last)")
-    assert "error: out/bad: an error inside lora-merge: ZeroDivisionError: of a job's own\\x1b[2J" in said
+    assert "error: out/bad: internal error in lora-merge: ZeroDivisionError: of a job's own\\x1b[2J" in said
     assert "Traceback (most recent call last)" in said
     lines = logged(tmp_path / "log")
     assert [line["name"] for line in lines if line["event"] == "bug"] == ["out/bad"]
@@ -634,7 +634,7 @@ def test_json_is_one_document_about_every_job(three, base, batch):
     assert one["report"]["verdict"]["level"] == "sample"
     assert 0 < one["seconds"] <= report["seconds"]
     assert bad["error"] == "ResolveError"
-    assert bad["message"].startswith("runs/none: there is no such directory")
+    assert bad["message"].startswith("runs/none: this directory does not exist")
     assert bad["report"] is None
     assert (smaller["name"], smaller["kind"], smaller["out"]) == ("smaller", "convert", "converted")
     assert smaller["report"]["transforms"]
@@ -671,7 +671,7 @@ def test_a_table_is_for_people_and_quiet_leaves_the_errors(three, base, cli, tmp
     quiet = cli("batch", "batch.yaml", "-q", "--keep-going")
     assert quiet.exit_code == exits.BATCH
     lines = quiet.stderr.splitlines()
-    assert lines[0] == "error: out/bad: none: there is no such directory"
+    assert lines[0] == "error: out/bad: none: this directory does not exist"
     assert lines[1].startswith("hint: ")
     assert lines[2].startswith("3 jobs: 2 kept, 1 failed, in ")
     assert len(lines) == 3
@@ -962,7 +962,7 @@ def test_a_bug_in_a_process_fails_its_own_jobs_only(three, bases, batch, monkeyp
 
     assert code == exits.BATCH
     assert states(report) == {"out/0": "failed", "out/1": "done", "out/2": "done"}
-    assert "error: out/0: an error inside lora-merge: OwnError: what nobody expected" in said
+    assert "error: out/0: internal error in lora-merge: OwnError: what nobody expected" in said
 
 
 def test_a_process_that_cannot_be_started_fails_its_own_jobs_only(bases, three, batch, monkeypatch):

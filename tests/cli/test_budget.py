@@ -41,7 +41,7 @@ def test_a_limit_costs_workers_and_changes_no_byte(arguments, cli, tmp_path):
 def test_a_limit_that_is_no_size_is_usage(cli):
     result = cli("--adapter", "x", "--out", "y", "--memory-limit", "lots")
     assert result.exit_code == exits.USAGE
-    assert "'lots' is no size" in result.stderr
+    assert "'lots' is not a size" in result.stderr
 
 
 def test_a_profile_says_where_each_second_went(arguments, cli, tmp_path):

@@ -237,6 +237,6 @@ def test_the_head_that_was_saved_along_is_no_trained_module(base, pico_adapter, 
     document = found(adapter, "--base", base)
 
     assert any(
-        issue["code"] == "full-tensor" and "equals the base's" in issue["sentence"]
+        issue["code"] == "full-tensor" and "equal to the base's" in issue["sentence"]
         for issue in document["issues"]
     )

@@ -125,4 +125,4 @@ def test_a_file_whose_header_is_other_text_is_no_link(cli, inputs, tmp_path):
 def test_another_word_is_usage(cli):
     result = cli("--adapter", "x", "--out", "y", "--link", "soft")
     assert result.exit_code == exits.USAGE
-    assert "'soft' is no way to link, expected copy, reflink or hard" in result.stderr
+    assert "'soft' is not a known way to link, expected copy, reflink or hard" in result.stderr

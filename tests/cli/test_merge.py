@@ -309,25 +309,31 @@ def test_values_that_overflow_the_output_dtype_fail_verification(pico, pico_adap
     [
         (["--out", "x"], "Missing option '--adapter'"),
         (["--adapter", "x"], "Missing option '--out'"),
-        (["--adapter", "x", "--out", "y", "--dtype", "int3"], "'int3' is no dtype, expected one of"),
-        (["--adapter", "x", "--out", "y", "--device", "tpu"], "'tpu' is no device"),
-        (["--adapter", "x", "--out", "y", "--max-shard-size", "big"], "'big' is no size"),
-        (["--adapter", "x", "--out", "y", "--workers", "0"], "'0' is no number of workers"),
+        (["--adapter", "x", "--out", "y", "--dtype", "int3"], "'int3' is not a known dtype, expected one of"),
+        (["--adapter", "x", "--out", "y", "--device", "tpu"], "'tpu' is not a known device"),
+        (["--adapter", "x", "--out", "y", "--max-shard-size", "big"], "'big' is not a size"),
+        (["--adapter", "x", "--out", "y", "--workers", "0"], "'0' is not a number of workers"),
         (["--adapter", "x:nan", "--out", "y"], "'x:nan' has the weight nan, expected a number"),
         (["--adapter", "x:-inf", "--out", "y"], "'x:-inf' has the weight -inf, expected a number"),
         (["--adapter", "", "--out", "y"], "'' is not an adapter; expected a directory"),
         (
             ["--adapter", "x", "--out", "y", "--combine", "slerp"],
-            "'slerp' is no way to combine, expected linear",
+            "'slerp' is not a known way to combine, expected linear",
         ),
-        (["--adapter", "x", "--out", "y", "--density", "0"], "'0' is no density, expected a number above 0"),
-        (["--adapter", "x", "--out", "y", "--density", "1.01"], "'1.01' is no density"),
-        (["--adapter", "x", "--out", "y", "--density", "half"], "'half' is no density"),
-        (["--adapter", "x", "--out", "y", "--density", "nan"], "'nan' is no density"),
-        (["--adapter", "x", "--out", "y", "--seed", "-1"], "'-1' is no seed, expected a whole number"),
-        (["--adapter", "x", "--out", "y", "--seed", "0.5"], "'0.5' is no seed"),
-        (["--adapter", "x", "--out", "y", "--seed", "2147483648"], "'2147483648' is no seed"),
-        (["--adapter", "x", "--out", "y", "--base-is", "new"], "'new' is no kind of base, expected original"),
+        (
+            ["--adapter", "x", "--out", "y", "--density", "0"],
+            "'0' is not a density, expected a number above 0",
+        ),
+        (["--adapter", "x", "--out", "y", "--density", "1.01"], "'1.01' is not a density"),
+        (["--adapter", "x", "--out", "y", "--density", "half"], "'half' is not a density"),
+        (["--adapter", "x", "--out", "y", "--density", "nan"], "'nan' is not a density"),
+        (["--adapter", "x", "--out", "y", "--seed", "-1"], "'-1' is not a seed, expected a whole number"),
+        (["--adapter", "x", "--out", "y", "--seed", "0.5"], "'0.5' is not a seed"),
+        (["--adapter", "x", "--out", "y", "--seed", "2147483648"], "'2147483648' is not a seed"),
+        (
+            ["--adapter", "x", "--out", "y", "--base-is", "new"],
+            "'new' is not a known kind of base, expected original",
+        ),
         (["--adapter", "x", "--out", "y", "--verify", "full", "--no-verify"], "exclude each other"),
         (
             ["--adapter", "x", "--out", "y", "--adaptor", "z"],
@@ -630,7 +636,10 @@ def test_the_order_of_adapters_is_the_order_of_their_side_files(two, tampered, c
     )
 
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "one"
-    assert "chat_template.jinja: comes from several adapters; the last one's is taken" in result.stderr
+    assert (
+        "chat_template.jinja: several adapters have this file; the output gets the last adapter's copy"
+        in result.stderr
+    )
 
 
 def test_the_python_api_takes_one_adapter_or_several(two, tmp_path):
@@ -757,18 +766,18 @@ def test_two_runs_to_one_output_do_not_mix(pico, pico_adapter, cli, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("dtype", "int4", "dtype: 'int4' is no dtype"),
-        ("verify", "twice", "verify: 'twice' is no level"),
-        ("workers", 0, "workers: 0 is no number of workers"),
-        ("combine", "slerp", "combine: 'slerp' is no way to combine"),
-        ("density", 0.0, "density: 0.0 is no density"),
-        ("density", float("nan"), "density: nan is no density"),
-        ("density", "much", "density: 'much' is no density"),
-        ("seed", -1, "seed: -1 is no seed"),
-        ("seed", 2**31, "seed: 2147483648 is no seed"),
-        ("base_is", "new", "base_is: 'new' is no kind of base"),
-        ("device", "tpu", "device: 'tpu' is no device"),
-        ("max_shard_size", "huge", "max_shard_size: 'huge' is no size"),
+        ("dtype", "int4", "dtype: 'int4' is not a known dtype"),
+        ("verify", "twice", "verify: 'twice' is not a known level"),
+        ("workers", 0, "workers: 0 is not a number of workers"),
+        ("combine", "slerp", "combine: 'slerp' is not a known way to combine"),
+        ("density", 0.0, "density: 0.0 is not a density"),
+        ("density", float("nan"), "density: nan is not a density"),
+        ("density", "much", "density: 'much' is not a density"),
+        ("seed", -1, "seed: -1 is not a seed"),
+        ("seed", 2**31, "seed: 2147483648 is not a seed"),
+        ("base_is", "new", "base_is: 'new' is not a known kind of base"),
+        ("device", "tpu", "device: 'tpu' is not a known device"),
+        ("max_shard_size", "huge", "max_shard_size: 'huge' is not a size"),
     ],
 )
 def test_the_python_api_names_a_wrong_value(field, value, words, pico, pico_adapter, tmp_path):
@@ -797,7 +806,10 @@ def test_an_adapter_is_not_merged_a_second_time_unless_that_is_meant(pico, pico_
     assert cli("--base", base, "--adapter", one, "--out", first).exit_code == 0
     again = cli("--base", first, "--adapter", one, "--out", second)
     assert again.exit_code == exits.PLAN
-    assert f"{one}: is merged into {first} already (as {one}, by its merge_manifest.json)" in again.stderr
+    assert (
+        f"{one}: the base already contains this adapter (merged as {one}, according to its merge_manifest.json)"
+        in again.stderr
+    )
     assert "--allow-again" in again.stderr
     assert not second.exists()
 

@@ -179,13 +179,13 @@ def test_a_working_directory_that_was_removed_has_its_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("jobs: " + "[" * 20_000 + "]" * 20_000, "more than 64 deep"),
-        ("jobs: " + "[" * 70 + "]" * 70, "more than 64 deep"),
+        ("jobs: " + "[" * 20_000 + "]" * 20_000, "more than 64 levels deep"),
+        ("jobs: " + "[" * 70 + "]" * 70, "more than 64 levels deep"),
         ("jobs: \x01", "it has a control character"),
-        ("jobs: !!int x", "a value is not what its tag says"),
-        ("jobs: !!timestamp x", "a value is not what its tag says"),
+        ("jobs: !!int x", "a value does not fit its tag"),
+        ("jobs: !!timestamp x", "a value does not fit its tag"),
         ("jobs: [{adapter: a, out: b, matrix: 7}]", "is 7, expected a table"),
-        ("jobs: [{adapter: a, out: b, density: " + "9" * 400 + "}]", "is no density"),
+        ("jobs: [{adapter: a, out: b, density: " + "9" * 400 + "}]", "is not a density"),
         ("a: &a [x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}]\n" for p, n in zip("abcdefghijk", "bcdefghijkl", strict=True)), "stands for more than 200000 values"),
     ],
 )  # fmt: skip
@@ -326,7 +326,7 @@ def test_a_base_with_names_too_long_to_look_for_is_told_so_or_merged(
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     result = cli("--base", base, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out")
     assert result.exit_code == exits.RESOLVE, result.output
-    assert "lacks aaa" in result.stderr
+    assert "does not have aaa" in result.stderr
 
     deep = tampered(pico(), "deep")
     monkeypatch.chdir(deep)

@@ -45,7 +45,10 @@ def test_a_folder_of_another_family_is_another_model_whatever_it_is_called(
     result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.exit_code == exits.OK, result.stderr
-    assert f"was trained on {named}: by their configurations these are two models" in result.stderr
+    assert (
+        f"was trained on {named}: their configurations differ, so they look like different models"
+        in result.stderr
+    )
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tampered(base, "again")))
     again = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "again-out")
     assert "two models" not in again.stderr
@@ -54,9 +57,9 @@ def test_a_folder_of_another_family_is_another_model_whatever_it_is_called(
 @pytest.mark.parametrize(
     ("folder", "called", "is_called"),
     [
-        ("base", MERGED, f"{MERGED}, by its config.json"),
-        (SNAPSHOT, None, f"{MERGED}, by its place in the cache"),
-        (SNAPSHOT, NAMED, f"{MERGED}, by its place in the cache"),
+        ("base", MERGED, f"{MERGED}, from its config.json"),
+        (SNAPSHOT, None, f"{MERGED}, from its path in the cache"),
+        (SNAPSHOT, NAMED, f"{MERGED}, from its path in the cache"),
         ("Solid-7B-Instruct", None, "Solid-7B-Instruct"),
     ],
 )
@@ -70,7 +73,9 @@ def test_another_model_is_a_warning_that_says_both_names(folder, called, is_call
     (issue,) = (one for one in json.loads(result.stdout)["issues"] if one["code"] == "other-base")
     assert issue["severity"] == "warning"
     assert is_called in issue["sentence"]
-    assert f"was trained on {NAMED}: by their names these are two models" in issue["sentence"]
+    assert (
+        f"was trained on {NAMED}: their names differ, so they look like different models" in issue["sentence"]
+    )
     assert strict.exit_code == exits.PLAN
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"base_model: {NAMED}\n" not in card
@@ -105,7 +110,7 @@ def test_each_of_several_adapters_is_asked(pair, pico, pico_adapter, tampered, c
 
     result = cli("plan", "--base", base, "--adapter", adapter, "--adapter", second)
 
-    assert result.stderr.count("by their names these are two models") == 1
+    assert result.stderr.count("their names differ, so they look like different models") == 1
     assert f"the adapter {second} was trained on {NAMED}" in result.stderr
 
 
@@ -121,7 +126,7 @@ def test_what_a_merge_was_made_of_is_known_from_its_manifest(
         edit_json(second / "adapter_config.json", base_model_name_or_path=named)
         told[named] = cli("plan", "--base", tmp_path / "out", "--adapter", second).stderr
 
-    assert f"is {base}, by its merge_manifest.json" in told[NAMED]
+    assert f"is {base}, from its merge_manifest.json" in told[NAMED]
     assert "two models" not in told[MERGED]
 
 
@@ -137,7 +142,7 @@ def test_another_revision_of_a_cached_repo_is_a_warning(revision, is_told, pair,
 
     result = cli("plan", "--base", base, "--adapter", adapter)
 
-    assert ("the base may have moved since" in result.stderr) == is_told
+    assert ("the base may have changed since the training" in result.stderr) == is_told
     assert (f"names revision {revision}" in result.stderr) == is_told
 
 

@@ -272,7 +272,7 @@ def test_a_hostile_file_is_refused_and_does_nothing(role, pico, pico_adapter, pi
     result = cli("--base", roots["base"], "--adapter", roots["adapter"], "--out", tmp_path / "out")
 
     assert result.exit_code == exits.RESOLVE
-    assert f"{file.name}: wants to import posix.system, expected nothing but plain tensors" in result.stderr
+    assert f"{file.name}: would import posix.system, expected only plain tensors" in result.stderr
     assert "weights need no code" in result.stderr
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path / "out").exists()
@@ -281,7 +281,7 @@ def test_a_hostile_file_is_refused_and_does_nothing(role, pico, pico_adapter, pi
 def missing_shard(base, index):
     name = sorted(set(index["weight_map"].values()))[1]
     (base / name).unlink()
-    return f"lacks {name}"
+    return f"does not have {name}"
 
 
 def tensor_in_no_file(base, index):
@@ -328,4 +328,4 @@ def test_an_empty_pickled_adapter_is_named(pico, pico_adapter, pickled, cli, tmp
     result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.exit_code == exits.PLAN
-    assert "adapter_model.bin: holds no tensors" in result.stderr
+    assert "adapter_model.bin: contains no tensors" in result.stderr

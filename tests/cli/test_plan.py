@@ -99,7 +99,7 @@ def test_a_name_that_is_nowhere_is_refused_with_the_nearest(cli, pico, pico_adap
         "plan", "--base", base, "--adapter", pico_adapter(base), "--explain", "model.layers.0.attn.q_proj"
     )
     assert result.exit_code == exits.USAGE
-    assert "model.layers.0.attn.q_proj is no module or parameter of the adapter or the base" in result.stderr
+    assert "the adapter and the base have no module or parameter model.layers.0.attn.q_proj" in result.stderr
     assert f"nearest: {Q}" in result.stderr
 
 
@@ -139,7 +139,7 @@ def test_a_density_that_nothing_looks_at_is_a_warning(combine, is_told, cli, pic
 
     result = cli(*arguments, "--density", 0.3)
 
-    told = f"warning: density: is 0.3, and --combine {combine} keeps all of each change"
+    told = f"warning: density: is 0.3, and --combine {combine} does not use it: it keeps all of each change"
     assert (told in result.stderr) == is_told
     assert "density" not in cli(*arguments).stderr
 

@@ -181,7 +181,7 @@ def test_the_quantised_base_that_an_adapter_names_is_the_default_and_is_decoded(
     result = cli("--adapter", lora, "--out", tmp_path / "out")
 
     assert result.exit_code == exits.OK, result.stderr
-    sentence = f"is stored quantised (NF4), and the adapter {lora} was trained on it: decoded, it gives what training computed"
+    sentence = f"is stored quantised (NF4), and the adapter {lora} was trained on it; it is decoded, so the output computes what training computed"
     assert sentence in result.stderr.replace("\n", " ")
     merged, before, deltas = loaded(tmp_path / "out"), values_of("bnb-nf4"), deltas_of(lora)
     for module, delta in deltas.items():
@@ -198,7 +198,7 @@ def test_calibrated_and_other_storages_need_nothing_where_they_are_what_is_named
     (issue,) = said("--base", base, "--adapter", adapter(base))
 
     assert issue["severity"] == "note"
-    assert "was trained on it: decoded" in issue["sentence"]
+    assert "was trained on it; it is decoded" in issue["sentence"]
 
 
 def test_nothing_is_said_where_only_dense_weights_change(quantised, original, adapter, said):
@@ -238,7 +238,7 @@ def test_the_difference_of_two_copies_is_measured_by_the_adapters_change(
     assert f"is {statistics.median(ratios.values()):.2g} times as large" in issue["sentence"]
     assert f"(median of 2 tensors), {ratios[worst]:.2g} times in {worst}.weight" in issue["sentence"]
     kinds = ("NF4", "full precision") if way == "original" else ("full precision", "NF4")
-    assert f"was trained on {named} ({kinds[0]}), and these weights are {kinds[1]}" in issue["sentence"]
+    assert f"was trained on {named} ({kinds[0]}), and this base is {kinds[1]}" in issue["sentence"]
 
 
 def test_a_difference_above_ten_times_the_change_is_a_warning_with_the_worst_tensor(
@@ -254,7 +254,7 @@ def test_a_difference_above_ten_times_the_change_is_a_warning_with_the_worst_ten
 
     assert issue["severity"] == "warning"
     assert f"{ratios[worst]:.0f} times in {worst}.weight" in issue["sentence"]
-    assert issue["hint"] == f"--base {named} gives what training computed"
+    assert issue["hint"] == f"merge into --base {named} to get what training computed"
     assert cli("plan", "--base", base, "--adapter", lora, "--strict", "--json").exit_code == exits.PLAN
 
 
@@ -291,7 +291,7 @@ def test_without_a_norm_from_factors_the_copies_are_only_named(quantised, origin
     (issue,) = said("--base", base, "--adapter", lora)
 
     assert issue["severity"] == "note"
-    assert "it is merged into the weights before that rounding" in issue["sentence"]
+    assert "and this base does not have that rounding" in issue["sentence"]
 
 
 def test_a_copy_that_cannot_be_read_stops_nothing(quantised, original, adapter, said):
@@ -300,9 +300,7 @@ def test_a_copy_that_cannot_be_read_stops_nothing(quantised, original, adapter, 
 
     (issue,) = said("--base", base, "--adapter", adapter(named))
 
-    assert (
-        "which is stored quantised: it is merged into the weights before that rounding" in issue["sentence"]
-    )
+    assert "which is stored quantised, and this base does not have that rounding" in issue["sentence"]
 
 
 def test_a_copy_in_the_hubs_cache_is_measured_and_nothing_is_fetched(
@@ -329,7 +327,7 @@ def test_a_copy_in_the_hubs_cache_is_measured_and_nothing_is_fetched(
 @pytest.mark.parametrize(
     ("folder", "named", "words"),
     [
-        ("Solid-7B-FP8", "acme/Solid-7B", "merged into rounded weights, which it has never seen; --base acme/Solid-7B"),
+        ("Solid-7B-FP8", "acme/Solid-7B", "without this rounding. Merge into --base acme/Solid-7B"),
         ("Solid-7B-bnb-4bit", "acme/Solid-7B-GPTQ", "is a quantised copy (NF4)"),
         ("Solid-7B", "acme/Solid-7B", "was trained on it"),
         ("base", "./somewhere", None),
@@ -386,7 +384,7 @@ def test_folded_norms_are_a_warning_unless_the_adapter_names_this_checkpoint(
         assert issue["severity"] == "note"
         return
     assert (issue["severity"], issue["code"]) == ("warning", "folded-norms")
-    assert "an adapter that was trained on the original model does not fit them" in issue["sentence"]
+    assert "so an adapter that was trained on the original model does not fit" in issue["sentence"]
     assert f"--base {named or 'ORIGINAL'}" in issue["hint"]
 
 
@@ -398,7 +396,7 @@ def test_an_adapter_of_folded_norms_does_not_fit_the_original(quantised, origina
 
     for (issue,) in (by_files, by_name):
         assert (issue["severity"], issue["code"]) == ("warning", "folded-norms")
-        assert "which AWQ quantised: its norms and other weights are scaled differently" in issue["sentence"]
+        assert "which AWQ quantised. Its norms and other weights are scaled differently" in issue["sentence"]
 
 
 def test_gptq_folds_nothing(quantised, adapter, said):
@@ -421,10 +419,9 @@ def test_files_of_trainers_say_that_the_base_was_quantised_in_memory(sign, origi
 
     assert issue["severity"] == "note"
     assert (
-        f"trained on weights that its trainer had quantised ({words}), as its {file} says"
-        in issue["sentence"]
+        f"trained on a base that its trainer had quantised ({words}), as its {file} says" in issue["sentence"]
     )
-    assert "merge into a copy quantised in the same way" in issue["sentence"]
+    assert "merge into a copy that is quantised with the same settings" in issue["sentence"]
 
 
 @pytest.mark.parametrize("sign", NO_SIGNS)
@@ -444,7 +441,7 @@ def test_a_copy_that_is_quantised_like_the_training_is_what_was_trained_on(quant
     (issue,) = said("--base", quantised(), "--adapter", lora)
 
     assert (
-        "decoded, gives what training computed if it was quantised with the same settings"
+        "is decoded, and gives what training computed if it was quantised with the same settings"
         in issue["sentence"]
     )
 

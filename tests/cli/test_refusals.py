@@ -224,7 +224,7 @@ UNKNOWN = {"model_type": "of_remote_code", "architectures": ["OfRemoteCode"]}
 CASES = [
     Case(
         "names that end as those of two towers",
-        ("layers.0.self_attn.q_proj", "any of 2 tensors of the base", "text.model.layers.0", "vision.model"),
+        ("layers.0.self_attn.q_proj", "any 2 tensors of the base", "text.model.layers.0", "vision.model"),
         "no-one-place",
         base_config=UNKNOWN,
         base_tensors=in_two_towers,
@@ -239,7 +239,7 @@ CASES = [
     Case(
         "one weight under two names",
         (
-            "h.0.attn.c_attn.weight: is transformer.h.0.attn.c_attn.weight in the base, and so is the adapter's",
+            "h.0.attn.c_attn.weight: means the base's transformer.h.0.attn.c_attn.weight, and so does the adapter's",
         ),
         "named-twice",
         tensors=again_without_prefix,
@@ -261,15 +261,15 @@ CASES = [
     Case(
         "two ways to store the output",
         (
-            "--quantize fp8 says how the weights are stored, and so does --out-storage mixed",
-            "give one of the two",
+            "--quantize fp8 and --out-storage mixed both say how the weights are stored",
+            "pass only one of the two",
         ),
         "contradiction",
         options=("--quantize", "fp8", "--out-storage", "mixed"),
     ),
     Case(
         "a scheme that fits no layer",
-        ("has no linear layer that --quantize fp8 could store", "is not a multiple of 128", "choose another"),
+        ("has no linear layer that --quantize fp8 can store", "is not a multiple of 128", "choose another"),
         "quantize",
         options=("--quantize", "fp8"),
     ),
@@ -297,13 +297,13 @@ CASES = [
     ),
     Case(
         "a module that is excluded",
-        ("exclude_modules leaves it out",),
+        ("exclude_modules excludes it",),
         "unexpected-tensor",
         config={"exclude_modules": ["q_proj"]},
     ),
     Case(
         "a layer that is left out",
-        ("layers.1", "layers_to_transform leaves its layer out"),
+        ("layers.1", "layers_to_transform does not include its layer"),
         "unexpected-tensor",
         config={"layers_to_transform": [0]},
     ),
@@ -325,38 +325,40 @@ CASES = [
     ),
     Case(
         "a tensor of no kind",
-        ("something.else", "is no tensor of a LoRA adapter"),
+        ("something.else", "is not a tensor of a LoRA adapter"),
         "unexpected-tensor",
         tensors=add("base_model.model.something.else", 2, 2),
     ),
     # 3. wrong prefixes
     Case(
         "no prefix",
-        ("tensors lack the prefix base_model.model.",),
+        ("tensors do not have the prefix base_model.model.",),
         "wrong-prefix",
         tensors=rename("base_model.model.", ""),
     ),
     Case(
         "a prefix of another class",
-        ("is of a multimodal model, and the base is a language model alone",),
+        ("the adapter is for a multimodal model, and the base is only a language model",),
         "wrong-prefix",
         tensors=rename("base_model.model.model.", "base_model.model.language_model.model."),
     ),
     Case(
         "an adapter that was never trained",
-        ("has no effect: in each of its 4 modules lora_A or lora_B is zero throughout",),
+        ("has no effect: lora_A or lora_B is all zeros in each of its 4 modules",),
         "no-effect",
         tensors=zeros("lora_B"),
     ),
     Case(
         "an adapter's name in half of the names",
-        ("lora_B.weight: carries no adapter's name, and 4 other tensors carry 'mine'",),
+        ("lora_B.weight: has no adapter name, and 4 other tensors have the adapter name 'mine'",),
         "unexpected-tensor",
         tensors=rename("lora_A.weight", "lora_A.mine.weight"),
     ),
     Case(
         "two adapters in one file",
-        ("adapter_model.safetensors: holds tensors of 2 adapters, mine, yours; expected those of one",),
+        (
+            "adapter_model.safetensors: contains the tensors of 2 adapters (mine, yours), expected one adapter",
+        ),
         "several-adapters",
         tensors=several(
             rename("lora_A.weight", "lora_A.yours.weight"), rename("lora_B.weight", "lora_B.mine.weight")
@@ -364,13 +366,13 @@ CASES = [
     ),
     Case(
         "a module spelled twice",
-        (f"is in the file a second time, under another spelling of {Q}.lora_A.weight",),
+        (f"is in the file twice; the other spelling of its name is {Q}.lora_A.weight",),
         "duplicate-tensor",
         tensors=add(f"{Q}.lora_A.default.weight", 4, 64),
     ),
     Case(
         "a module spelled twice, once as torch.compile has it",
-        ("is in the file a second time",),
+        ("is in the file twice",),
         "duplicate-tensor",
         tensors=add(f"base_model.model._orig_mod.{Q.removeprefix('base_model.model.')}.lora_A.weight", 4, 64),
     ),
@@ -393,7 +395,7 @@ CASES = [
     ),
     Case(
         "a tuner of a later ms-swift",
-        ("swift_type: is 'WARP', which is no tuner of ms-swift 4",),
+        ("swift_type: is 'WARP', which is not a tuner of ms-swift 4",),
         "unsupported",
         config={"swift_type": "WARP"},
         format="ms-swift",
@@ -414,14 +416,14 @@ CASES = [
     ),
     Case(
         "patterns of ms-swift",
-        ("alpha_pattern: is set, and ms-swift finds a module's entry by another rule than PEFT",),
+        ("alpha_pattern: is set, and ms-swift uses a different rule from PEFT to find a module's entry",),
         "unsupported",
         config={"alpha_pattern": {"q_proj": 6}},
         format="ms-swift",
     ),
     Case(
         "a field of a later ms-swift",
-        ("warp_drive: is 2, and PEFT 0.21 knows no such field",),
+        ("warp_drive: is 2, and PEFT 0.21 does not know this field",),
         "unknown-field",
         beside=lambda root: (root / "additional_config.json").write_text(
             '{"lora_dtype": null, "warp_drive": 2}'
@@ -430,7 +432,7 @@ CASES = [
     Case(
         "vision weights of another model",
         (
-            "vision.weight: is in vit.safetensors, and the base has no vision.weight",
+            "vision.weight: was read from vit.safetensors, and the base has no parameter vision.weight",
             "--ignore-file vit.safetensors",
         ),
         "unmatched-module",
@@ -438,7 +440,7 @@ CASES = [
     ),
     Case(
         "vision weights by a half",
-        ("norm.weight: replaces a whole parameter, which cannot be done by 0.5",),
+        ("norm.weight: replaces a whole parameter, so it cannot be scaled by the weight 0.5",),
         "weighted-replacement",
         beside=lambda root: write_tensors(
             root / "vit.safetensors", "base_model.model.model.norm.weight", 64, value=2.0
@@ -447,13 +449,13 @@ CASES = [
     ),
     Case(
         "vision weights that are none",
-        ("lora_A.weight: is no whole parameter, and stands in vit.safetensors",),
+        ("lora_A.weight: is not a whole parameter, and it is in vit.safetensors",),
         "unexpected-tensor",
         beside=lambda root: write_tensors(root / "vit.safetensors", f"{Q}.lora_A.weight", 4, 64),
     ),
     Case(
         "a parameter in the adapter and beside it",
-        ("lm_head.weight: has other values in adapter_model.safetensors and in a file beside it",),
+        ("lm_head.weight: has different values in adapter_model.safetensors and in a second file",),
         "duplicate-tensor",
         config={"modules_to_save": ["lm_head"]},
         tensors=add(f"{HEAD}.weight", 96, 64),
@@ -461,19 +463,19 @@ CASES = [
     ),
     Case(
         "a file beside the adapter that nothing reads",
-        ("value_head.bin: holds the value head of a reward model", "--ignore-file value_head.bin"),
+        ("value_head.bin: has the value head of a reward model", "--ignore-file value_head.bin"),
         "unread-file",
         beside=lambda root: (root / "value_head.bin").write_bytes(b"weights"),
     ),
     Case(
         "factors that DeepSpeed ZeRO-3 left empty",
-        ("adapter_model.safetensors: 1 of its 9 tensors hold no values", "zero_to_fp32.py"),
+        ("adapter_model.safetensors: 1 of its 9 tensors have no values", "zero_to_fp32.py"),
         "sharded-state",
         tensors=add(f"{LAYER}.self_attn.k_proj.lora_A.weight", 0),
     ),
     Case(
         "vision weights that diverged",
-        ("norm.weight: holds 64 values that are NaN or infinite",),
+        ("norm.weight: has 64 NaN or infinite values",),
         "non-finite",
         beside=lambda root: write_tensors(
             root / "vit.safetensors", "base_model.model.model.norm.weight", 64, value=float("nan")
@@ -481,7 +483,7 @@ CASES = [
     ),
     Case(
         "extra states that nobody asked for",
-        ("lm_head.weight: is an extra state that extra_state_keys does not match",),
+        ("lm_head.weight: is an extra state, and extra_state_keys does not match it",),
         "unexpected-tensor",
         beside=lambda root: write_extra_states(root, [r"model\.norm\..*"], "lm_head.weight", 96, 64),
     ),
@@ -493,7 +495,7 @@ CASES = [
     ),
     Case(
         "extra states that are not there",
-        ("names extra states, and extra_states/adapter_model.safetensors is not there",),
+        ("names extra states, and extra_states/adapter_model.safetensors does not exist",),
         "missing-module",
         beside=lambda root: write_extra_states(root, ["lm_head.*"]),
     ),
@@ -514,7 +516,7 @@ CASES = [
     ),
     Case(
         "MLX with a scale of 0",
-        ("lora_parameters.scale: is 0: the adapter changes nothing",),
+        ("lora_parameters.scale: is 0, so the adapter changes nothing",),
         "bad-field",
         config={"lora_parameters": {"rank": 4, "scale": 0.0}},
         format="mlx",
@@ -586,7 +588,7 @@ CASES = [
     ),
     Case(
         "MLX with a module that no key names",
-        ("down_proj: the adapter has tensors for it, and lora_parameters.keys does not name it",),
+        ("down_proj: the adapter has tensors for it, and lora_parameters.keys does not list it",),
         "unexpected-tensor",
         config={"lora_parameters": {"rank": 4, "scale": 1.5, "keys": ["self_attn.q_proj"]}},
         format="mlx",
@@ -620,7 +622,7 @@ CASES = [
     ),
     Case(
         "MLX factors of a pruned model",
-        ("q_proj: lora_B is (48, 4), the base needs (64, 4)", "perhaps pruned"),
+        ("q_proj: lora_B is (48, 4), the base needs (64, 4)", "perhaps a pruned one"),
         "shape-mismatch",
         format="mlx",
         tensors=reshape(f"{MLX_Q}.lora_b", 4, 48),
@@ -648,7 +650,7 @@ CASES = [
     ),
     Case(
         "MLX with NaN",
-        ("lora_b: holds 1 values that are NaN",),
+        ("lora_b: has 1 NaN or infinite value",),
         "non-finite",
         format="mlx",
         tensors=fill(f"{MLX_Q}.lora_b", float("nan")),
@@ -669,14 +671,14 @@ CASES = [
     ),
     Case(
         "MLX with a tensor of no kind",
-        ("something.else: is no tensor of an mlx-lm LoRA",),
+        ("something.else: is not a tensor of an mlx-lm LoRA",),
         "unexpected-tensor",
         format="mlx",
         tensors=add("something.else", 2, 2),
     ),
     Case(
         "MLX factors as whole parameters",
-        ("lora_a: is a factor, and fine_tune_type is 'full'",),
+        ("lora_a: is a LoRA factor, and fine_tune_type is 'full'",),
         "unexpected-tensor",
         config={"fine_tune_type": "full"},
         format="mlx",
@@ -690,7 +692,9 @@ CASES = [
     ),
     Case(
         "MLX experts whose storage is not known",
-        ("mlp.bank.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): how this model stores its experts",),
+        (
+            "mlp.bank.up_proj: lora_a is (2, 4, 64), lora_b is (2, 80, 4): the way this model stores its experts",
+        ),
         "unsupported",
         config={"lora_parameters": {"rank": 4, "scale": 1.5}},
         format="mlx",
@@ -701,7 +705,7 @@ CASES = [
     ),
     Case(
         "MLX DoRA on experts",
-        ("mlp.switch_mlp.up_proj: is DoRA on stacked experts, which mlx-lm does not have",),
+        ("mlp.switch_mlp.up_proj: is DoRA on stacked experts, which mlx-lm does not support",),
         "unsupported",
         config={"lora_parameters": {"rank": 4, "scale": 1.5}, "fine_tune_type": "dora"},
         format="mlx",
@@ -732,7 +736,7 @@ CASES = [
         "factors of a pruned model",
         (
             "layers.0.self_attn.q_proj: lora_B is (48, 4), the base needs (64, 4)",
-            "the adapter was trained on another, perhaps pruned, model",
+            "check --base: the adapter was trained on another model, perhaps a pruned one",
         ),
         "shape-mismatch",
         tensors=reshape(f"{Q}.lora_B.weight", 48, 4),
@@ -745,7 +749,7 @@ CASES = [
     ),
     Case(
         "factors of two ranks",
-        ("lora_A is (4, 64), lora_B is (64, 3)", "of one rank"),
+        ("lora_A is (4, 64), lora_B is (64, 3)", "with the same rank"),
         "bad-shape",
         tensors=reshape(f"{Q}.lora_B.weight", 64, 3),
     ),
@@ -771,14 +775,14 @@ CASES = [
     ),
     Case(
         "two patterns that disagree",
-        ("alpha_pattern gives it several values", "which came first in training is lost"),
+        ("alpha_pattern gives it several values", "keep only the right pattern"),
         "ambiguous-pattern",
         config={"alpha_pattern": {"q_proj": 8, r"layers.\d.self_attn.q_proj": 16}},
     ),
     # 7. fields
     Case(
         "a field of a later PEFT",
-        ("warp_drive: is {'on': 1}, and PEFT 0.21 knows no such field",),
+        ("warp_drive: is {'on': 1}, and PEFT 0.21 does not know this field",),
         "unknown-field",
         config={"warp_drive": {"on": 1}},
     ),
@@ -823,7 +827,7 @@ CASES = [
     # 8. whole parameters
     Case(
         "modules_to_save without a tensor",
-        ("modules_to_save: names 'lm_head', and no tensor of the file belongs to it",),
+        ("modules_to_save: has the entry 'lm_head', and no tensor in the file belongs to it",),
         "missing-module",
         config={"modules_to_save": ["lm_head"]},
     ),
@@ -831,7 +835,7 @@ CASES = [
         "a trained weight that the config does not name",
         (
             "model.norm.weight: is a whole weight that differs from the base's",
-            "the config does not say that it was trained",
+            "the config does not list it as trained",
             "add its module to modules_to_save",
         ),
         "unexpected-tensor",
@@ -841,7 +845,7 @@ CASES = [
     ),
     Case(
         "a trained bias that the config does not name",
-        ("q_proj.bias: is a whole weight that differs", "the config does not say that it was trained"),
+        ("q_proj.bias: is a whole weight that differs", "the config does not list it as trained"),
         "unexpected-tensor",
         kind="LoRA with a bias (lora_bias)",
         family="llama_biased",
@@ -860,21 +864,27 @@ CASES = [
     ),
     Case(
         "a trained module of another size",
-        ("lm_head.weight: is (80, 32), the base's lm_head.weight is (96, 64)", "trained on another model"),
+        (
+            "lm_head.weight: has the shape (80, 32), the base's lm_head.weight has (96, 64)",
+            "trained on another model",
+        ),
         "shape-mismatch",
         config={"modules_to_save": ["lm_head"]},
         tensors=add(f"{HEAD}.weight", 80, 32),
     ),
     Case(
         "a trained norm with more rows",
-        ("model.norm.weight: is (65), the base's model.norm.weight is (64)",),
+        ("model.norm.weight: has the shape (65), the base's model.norm.weight has (64)",),
         "shape-mismatch",
         config={"modules_to_save": ["model.norm"]},
         tensors=add("base_model.model.model.norm.weight", 65),
     ),
     Case(
         "an embedding saved along from another width",
-        ("embed_tokens.base_layer.weight: is (96, 32)", "the base's model.embed_tokens.weight is (96, 64)"),
+        (
+            "embed_tokens.base_layer.weight: has the shape (96, 32)",
+            "the base's model.embed_tokens.weight has (96, 64)",
+        ),
         "shape-mismatch",
         tensors=add(f"{EMBEDDING}.base_layer.weight", 96, 32),
     ),
@@ -887,7 +897,10 @@ CASES = [
     ),
     Case(
         "a trained module by a half",
-        ("lm_head.weight: replaces a whole parameter, which cannot be done by 0.5", "the weight 1"),
+        (
+            "lm_head.weight: replaces a whole parameter, so it cannot be scaled by the weight 0.5",
+            "the weight 1",
+        ),
         "weighted-replacement",
         config={"modules_to_save": ["lm_head"]},
         tensors=add(f"{HEAD}.weight", 96, 64),
@@ -895,7 +908,10 @@ CASES = [
     ),
     Case(
         "a trained head that the base does not have",
-        ("score.weight: is a trained head, and the base has none", "as task_type: SEQ_CLS"),
+        (
+            "score.weight: is a trained head, and the base has no head",
+            "set task_type in adapter_config.json to what it was trained for: SEQ_CLS",
+        ),
         "unmatched-module",
         config={"modules_to_save": ["score"]},
         tensors=add("base_model.model.score.weight", 2, 64),
@@ -908,7 +924,7 @@ CASES = [
     ),
     Case(
         "a head of a class that loads nothing of the base",
-        ("LlamaForQuestionAnswering: loads none of the base's tensors in transformers",),
+        ("LlamaForQuestionAnswering: transformers would load none of the base's tensors",),
         "nothing-loaded",
         config={"modules_to_save": ["qa_outputs"], "task_type": "QUESTION_ANS"},
         tensors=several(
@@ -917,7 +933,7 @@ CASES = [
     ),
     Case(
         "a trained module that the base does not have",
-        ("vision_tower: the adapter changes it, the base has no vision_tower.weight",),
+        ("vision_tower: the adapter changes this parameter, and the base has no vision_tower.weight",),
         "unmatched-module",
         config={"modules_to_save": ["vision_tower"]},
         tensors=add("base_model.model.vision_tower.weight", 2, 64),
@@ -925,8 +941,8 @@ CASES = [
     Case(
         "a vocabulary that grew at one end",
         (
-            "lm_head.weight: has 96 rows, model.embed_tokens.weight grows to 100, and its 4 new rows are not in the adapter",
-            "merge into the base as it was resized before the training",
+            "lm_head.weight: has 96 rows, model.embed_tokens.weight grows to 100, and the adapter does not have the 4 new rows",
+            "merge into the base that was resized before the training",
         ),
         "resized",
         kind="a larger vocabulary",
@@ -962,13 +978,16 @@ CASES = [
     ),
     Case(
         "a lora_bias that is not there",
-        ("_proj: has no bias of lora_B, and lora_bias is set", "PEFT would take zeros"),
+        ("_proj: has no bias of lora_B, and lora_bias is set", "PEFT would use zeros"),
         "missing-bias",
         config={"lora_bias": True},
     ),
     Case(
         "a bias of lora_B without lora_bias",
-        ("q_proj: has a bias of lora_B, and lora_bias is not set", "PEFT would drop it without a word"),
+        (
+            "q_proj: has a bias of lora_B, and lora_bias is not set",
+            "PEFT would drop the tensor without a message",
+        ),
         "unexpected-tensor",
         tensors=add(f"{Q}.lora_B.bias", 64),
     ),
@@ -982,7 +1001,7 @@ CASES = [
     ),
     Case(
         "a bias of lora_B of another size",
-        ("lora_B.bias: is (48), the base's model.layers.0.self_attn.q_proj.bias is (64)",),
+        ("lora_B.bias: has the shape (48), the base's model.layers.0.self_attn.q_proj.bias has (64)",),
         "shape-mismatch",
         kind="LoRA with a bias (lora_bias)",
         family="llama_biased",
@@ -991,13 +1010,19 @@ CASES = [
     # 10. variants of LoRA
     Case(
         "use_dora without magnitudes",
-        ("_proj: has no lora_magnitude_vector, and use_dora is set", "the adapter file is incomplete"),
+        (
+            "_proj: has no lora_magnitude_vector, and use_dora is set",
+            "save or download the adapter again: its file is incomplete",
+        ),
         "missing-magnitude",
         config={"use_dora": True},
     ),
     Case(
         "magnitudes without use_dora",
-        ("q_proj: has a DoRA magnitude, and use_dora is not set", "PEFT would drop it without a word"),
+        (
+            "q_proj: has a DoRA magnitude, and use_dora is not set",
+            "PEFT would drop the tensor without a message",
+        ),
         "unexpected-tensor",
         tensors=add(f"{Q}.lora_magnitude_vector", 64),
     ),
@@ -1010,13 +1035,13 @@ CASES = [
     ),
     Case(
         "KaSA's diagonal without KaSA",
-        ("q_proj.lora_diag: is no tensor of this kind of LoRA",),
+        ("q_proj.lora_diag: is not a tensor of this kind of LoRA",),
         "unexpected-tensor",
         tensors=add(f"{Q}.lora_diag", 4),
     ),
     Case(
         "AdaLoRA's singular values in a LoRA",
-        ("q_proj.lora_E: is no tensor of this kind of LoRA",),
+        ("q_proj.lora_E: is not a tensor of this kind of LoRA",),
         "unexpected-tensor",
         tensors=add(f"{Q}.lora_E", 4, 1),
     ),
@@ -1044,7 +1069,7 @@ CASES = [
     *(
         Case(
             f"AdaLoRA without its {role}",
-            (f"q_proj: has no lora_{role}", "the adapter file is incomplete"),
+            (f"q_proj: has no lora_{role}", "save or download the adapter again: its file is incomplete"),
             f"missing-{role}",
             kind="AdaLoRA",
             tensors=drop(f"{Q}.lora_{role}"),
@@ -1053,7 +1078,7 @@ CASES = [
     ),
     Case(
         "AdaLoRA with too few singular values",
-        ("lora_A is (6, 64), lora_B is (64, 6), lora_E is (5, 1)", "of one rank r"),
+        ("lora_A is (6, 64), lora_B is (64, 6), lora_E is (5, 1)", "with the same rank r"),
         "bad-shape",
         kind="AdaLoRA",
         tensors=add(f"{Q}.lora_E", 5, 1),
@@ -1091,42 +1116,45 @@ CASES = [
     # trained tokens
     Case(
         "fewer tokens than rows",
-        ("has 3 rows, trainable_token_indices names 2 tokens for it",),
+        ("has 3 rows, and trainable_token_indices names 2 tokens for it",),
         "token-mismatch",
         kind="trainable_token_indices",
         config={"trainable_token_indices": [1, 17]},
     ),
     Case(
         "a token that stands twice",
-        ("has 3 rows, trainable_token_indices names 2 tokens for it",),
+        ("has 3 rows, and trainable_token_indices names 2 tokens for it",),
         "token-mismatch",
         kind="trainable_token_indices",
         config={"trainable_token_indices": [1, 17, 17]},
     ),
     Case(
         "tokens of another embedding",
-        ("has 3 rows, trainable_token_indices names no tokens for it",),
+        ("has 3 rows, and trainable_token_indices names no tokens for it",),
         "token-mismatch",
         kind="trainable_token_indices",
         config={"trainable_token_indices": {"wte": [1, 17, 80]}},
     ),
     Case(
         "tokens beyond the vocabulary",
-        ("means token 96, and the base's model.embed_tokens.weight has 96 rows", "vocabulary was resized"),
+        (
+            "has a row for token 96, and the base's model.embed_tokens.weight has only 96 rows",
+            "merge into the base that was resized before the training",
+        ),
         "token-mismatch",
         kind="trainable_token_indices",
         config={"trainable_token_indices": [1, 17, 96]},
     ),
     Case(
         "tokens before the vocabulary",
-        ("means token -1, and the base's model.embed_tokens.weight has 96 rows",),
+        ("has a row for token -1, and the base's model.embed_tokens.weight has only 96 rows",),
         "token-mismatch",
         kind="trainable tokens alone",
         config={"token_indices": [1, 17, -1]},
     ),
     Case(
         "tokens without rows",
-        ("trainable_token_indices: no trained rows are in the file",),
+        ("trainable_token_indices: the file has no trained rows for it",),
         "missing-tokens",
         config={"trainable_token_indices": [1, 17, 80]},
     ),
@@ -1138,7 +1166,7 @@ CASES = [
     ),
     Case(
         "rows of another width",
-        ("trainable_tokens_delta: is (3, 48), the base's model.embed_tokens.weight is (96, 64)",),
+        ("trainable_tokens_delta: has the shape (3, 48), the base's model.embed_tokens.weight has (96, 64)",),
         "shape-mismatch",
         kind="trainable_token_indices",
         tensors=add(f"{EMBEDDING}.token_adapter.trainable_tokens_delta", 3, 48),
@@ -1160,7 +1188,7 @@ CASES = [
     ),
     Case(
         "a parameter that the module does not have",
-        ("the adapter changes it, the base has no model.layers.0.mlp.experts.up_down_proj",),
+        ("the adapter changes this parameter, and the base has no model.layers.0.mlp.experts.up_down_proj",),
         "unmatched-module",
         kind=ONE_PARAMETER,
         family="qwen3_moe",
@@ -1168,7 +1196,9 @@ CASES = [
     ),
     Case(
         "two parameters of a model without a class",
-        ("mlp.experts: has LoRA on several parameters, and which pair is whose depends on the model's code",),
+        (
+            "mlp.experts: has LoRA on several parameters, and only the model's code shows which pair belongs to which parameter",
+        ),
         "unsupported",
         kind=TWO_PARAMETERS,
         family="qwen3_moe",
@@ -1201,13 +1231,13 @@ CASES = [
     # convolutions
     Case(
         "factors of a convolution for a linear layer",
-        ("q_proj.weight: is (64, 64) in the base, expected a convolution",),
+        ("q_proj.weight: has the shape (64, 64) in the base, expected a convolution",),
         "shape-mismatch",
         tensors=several(reshape(f"{Q}.lora_A.weight", 4, 64, 1), reshape(f"{Q}.lora_B.weight", 64, 4, 1)),
     ),
     Case(
         "factors of a linear layer for a convolution",
-        ("convolution.weight: is (8, 8, 3, 3) in the base, expected a linear weight [out, in]",),
+        ("convolution.weight: has the shape (8, 8, 3, 3) in the base, expected a linear weight [out, in]",),
         "shape-mismatch",
         kind="LoRA on Conv2d",
         family="resnet",
@@ -1218,8 +1248,8 @@ CASES = [
     Case(
         "a grouped convolution",
         (
-            "is a grouped convolution, (8, 8, 3, 3); its adapter is (8, 16, 3, 3)",
-            "PEFT cannot merge it either",
+            "is a grouped convolution, (8, 8, 3, 3), which a LoRA cannot express; its adapter is (8, 16, 3, 3)",
+            "serve the adapter in the library that trained it; PEFT cannot merge it either",
         ),
         "unsupported",
         kind="LoRA on Conv2d",
@@ -1237,19 +1267,19 @@ CASES = [
     # 12. values
     Case(
         "NaN",
-        ("q_proj.lora_B.weight: holds 1 values that are NaN",),
+        ("q_proj.lora_B.weight: has 1 NaN or infinite value",),
         "non-finite",
         tensors=fill(f"{Q}.lora_B.weight", float("nan")),
     ),
     Case(
         "infinity",
-        ("holds 1 values that are NaN or infinite",),
+        ("has 1 NaN or infinite value",),
         "non-finite",
         tensors=fill(f"{Q}.lora_A.weight", float("-inf")),
     ),
     Case(
         "NaN in a method that PEFT's layers merge",
-        ("hada_w1_a: holds 1 values that are NaN",),
+        ("hada_w1_a: has 1 NaN or infinite value",),
         "non-finite",
         kind="LoHa",
         tensors=fill(f"{Q}.hada_w1_a", float("nan")),
@@ -1258,7 +1288,7 @@ CASES = [
     *(
         Case(
             f"{name} on an unknown base",
-            (f"init_lora_weights: is '{init}': {name} changes the base's weights", "--base-is residual"),
+            (f"init_lora_weights: is '{init}': {name} changed the base's weights", "--base-is residual"),
             "base-is",
             config={"init_lora_weights": init},
         )
@@ -1267,14 +1297,14 @@ CASES = [
     *(
         Case(
             f"{init} on the original base",
-            (f"is '{init}', and {name}'s change of the original base cannot be made again: {why}",),
+            (f"is '{init}', and {name}'s change of the original base cannot be computed again: {why}",),
             "base-is",
             config={"init_lora_weights": init},
             options=("--base-is", "original"),
         )
         for init, name, why in [
-            ("pissa_niter_4", "PiSSA", "its decomposition drew random numbers"),
-            ("corda", "CorDA", "it depends on the data that it was calibrated with"),
+            ("pissa_niter_4", "PiSSA", "its decomposition used random numbers"),
+            ("corda", "CorDA", "it depends on the calibration data"),
             ("loftq", "LoftQ", "it depends on how the base was quantised"),
             ("lora_ga", "LoRA-GA", "it depends on gradients of the first training steps"),
         ]
@@ -1308,7 +1338,9 @@ CASES = [
     ),
     Case(
         "layers repeated in a model without any",
-        ("layer_replication: repeats layers, and the base's layers cannot be told by their names",),
+        (
+            "layer_replication: the adapter repeats layers, and the names of the base's tensors do not show which layer they belong to",
+        ),
         "unsupported",
         config={"layer_replication": [[0, 2]]},
         base_tensors=rename("layers.", "floors-"),
@@ -1318,7 +1350,7 @@ CASES = [
     *(
         Case(
             f"the field {name}",
-            (f"{name}: {why}: it has no merged form", "serve it with PEFT"),
+            (f"{name}: {why}, so it cannot be merged", "serve the adapter with PEFT, unmerged"),
             "unsupported",
             config={name: [1]},
         )
@@ -1327,7 +1359,10 @@ CASES = [
     *(
         Case(
             f"the type {kind}",
-            (f"a {kind} adapter cannot be merged: {why}, which no weight can hold", "serve it with PEFT"),
+            (
+                f"a {kind} adapter cannot be merged: {why}, which weights cannot express",
+                "serve the adapter with PEFT, unmerged",
+            ),
             "unsupported",
             config={"peft_type": kind},
         )
@@ -1347,7 +1382,7 @@ CASES = [
     ),
     Case(
         "a type of a later PEFT",
-        ("peft_type: is 'WARP', which is no type of PEFT 0.21",),
+        ("peft_type: is 'WARP', which is not a type of PEFT 0.21",),
         "unsupported",
         config={"peft_type": "WARP"},
     ),
@@ -1360,14 +1395,14 @@ CASES = [
     # what PEFT's own layers merge
     Case(
         "a tensor of LoHa that is not there",
-        ("q_proj.hada_w2_b: is not in the adapter; PEFT would go on with a random value",),
+        ("q_proj.hada_w2_b: is not in the adapter; PEFT would use a random value",),
         "injection",
         kind="LoHa",
         tensors=drop(f"{Q}.hada_w2_b"),
     ),
     Case(
         "a tensor that LoHa does not have",
-        ("q_proj.hada_w3_a: LOHA has no place for it in this module",),
+        ("q_proj.hada_w3_a: LOHA does not use it in this module",),
         "injection",
         kind="LoHa",
         tensors=add(f"{Q}.hada_w3_a", 4, 4),
@@ -1388,21 +1423,23 @@ CASES = [
     ),
     Case(
         "a module of LoHa that the config does not target",
-        ("layers.0.self_attn.q_proj.hada_w1_a: belongs to no module that the config targets",),
+        ("layers.0.self_attn.q_proj.hada_w1_a: has tensors, and the config targets no such module",),
         "unexpected-tensor",
         kind="LoHa",
         config={"target_modules": ["v_proj", "down_proj"]},
     ),
     Case(
         "LoHa without PEFT's prefix",
-        ("tensors lack the prefix base_model.model.",),
+        ("tensors do not have the prefix base_model.model.",),
         "wrong-prefix",
         kind="LoHa",
         tensors=rename("base_model.model.", ""),
     ),
     Case(
         "LoHa on a weight that the base lacks",
-        ("layers.0.self_attn.q_proj: the adapter changes it, the base has no model.layers.0",),
+        (
+            "layers.0.self_attn.q_proj: the adapter changes this parameter, and the base has no model.layers.0",
+        ),
         "unmatched-module",
         kind="LoHa",
         base_tensors=drop("model.layers.0.self_attn.q_proj.weight"),
@@ -1423,14 +1460,14 @@ CASES = [
     ),
     Case(
         "LoHa on a model without a class",
-        ("model_type: strange is unknown to the installed transformers",),
+        ("model_type: the installed transformers does not know strange",),
         "injection",
         kind="LoHa",
         base_config={"model_type": "strange"},
     ),
     Case(
         "LoHa on a model whose class is somebody's own",
-        ("architectures: SomebodysModel is unknown to the installed transformers",),
+        ("architectures: the installed transformers does not know SomebodysModel",),
         "injection",
         kind="LoHa",
         base_config={"architectures": ["SomebodysModel"]},
@@ -1444,21 +1481,23 @@ CASES = [
     ),
     Case(
         "LoHa with modules_to_save and no tensor",
-        ("modules_to_save: names 'lm_head', and no tensor of the file belongs to it",),
+        ("modules_to_save: has the entry 'lm_head', and no tensor in the file belongs to it",),
         "missing-module",
         kind="LoHa",
         config={"modules_to_save": ["lm_head"]},
     ),
     Case(
         "LoHa by a rank that it does not have",
-        ("--combine svd keeps the largest rank of the adapters, and none that changes this weight has one",),
+        (
+            "--combine svd keeps the largest rank of the adapters, and no adapter that changes this weight has a rank",
+        ),
         "no-rank",
         kind="LoHa",
         options=("--combine", "svd"),
     ),
     Case(
         "FRoD without its projections",
-        ("save_projection: is false, and deriving FRoD's projections anew takes all weights at once",),
+        ("save_projection: is false, and computing FRoD's projections again needs all weights at once",),
         "injection",
         kind="FRoD",
         config={"save_projection": False},
@@ -1472,14 +1511,17 @@ CASES = [
     ),
     Case(
         "OFT on a larger kernel",
-        ("layer.1.convolution: OFT on a convolution of kernel (3, 3) has no merged form",),
+        ("layer.1.convolution: OFT on a convolution with kernel (3, 3) cannot be merged",),
         "unsupported",
         kind="OFT on a 3×3 convolution",
         family="resnet",
     ),
     Case(
         "a weight that is computed",
-        ("pos_conv_embed.conv: its weight is computed from others (weight_norm)", "serve it with PEFT"),
+        (
+            "pos_conv_embed.conv: its weight is computed from other tensors (weight_norm)",
+            "serve the adapter with PEFT, unmerged",
+        ),
         "unsupported",
         kind="LoHa under weight_norm",
         family="wav2vec2",
@@ -1488,15 +1530,15 @@ CASES = [
     *(
         Case(
             f"one end of a tied {family}",
-            ("lm_head.weight: differs from", "both were one tensor", why, "--allow-untie"),
+            ("lm_head.weight: differs from", "the base stores one tensor for both", why, "--allow-untie"),
             "untie",
             kind=f"LoRA on one end of {family}",
             family=family.lower(),
         )
         for family, why in [
-            ("Gemma", "engines tie the embeddings of gemma whatever the config says"),
-            ("Cohere", "engines tie the embeddings of cohere whatever the config says"),
-            ("T5", "t5 scales its output where the config says that embeddings are tied"),
+            ("Gemma", "engines tie the embeddings of gemma regardless of the config"),
+            ("Cohere", "engines tie the embeddings of cohere regardless of the config"),
+            ("T5", "t5 scales its output when the config says that embeddings are tied"),
         ]
     ),
     Case(
@@ -1633,7 +1675,10 @@ def test_two_adapters_cannot_replace_one_parameter(pico, pico_adapter, tampered,
     )  # fmt: skip
 
     assert result.exit_code == exits.PLAN
-    assert "lm_head.weight: is replaced as a whole by two adapters (merge one of them only)" in result.stderr
+    assert (
+        "lm_head.weight: two adapters replace this parameter as a whole\nhint: merge only one of them"
+        in result.stderr
+    )
     assert "two-replacements" in {issue["code"] for issue in json.loads(result.stdout)["issues"]}
     assert not (tmp_path / "out").exists()
 
@@ -1647,7 +1692,7 @@ def test_adapters_of_differently_repeated_layers_are_refused(pico, pico_adapter,
     )
 
     assert result.exit_code == exits.PLAN
-    assert "layer_replication: repeats layers, and the adapters differ in it" in result.stderr
+    assert "layer_replication: the adapters need different layers" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -1665,7 +1710,7 @@ def test_a_problem_of_any_adapter_stops_the_merge_of_all(pico, pico_adapter, tam
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [("new", "'new' is no kind of base, expected original or residual")]
+    ("value", "words"), [("new", "'new' is not a known kind of base, expected original or residual")]
 )
 def test_a_wrong_word_about_the_base_is_usage(value, words, pico, pico_adapter, cli, tmp_path):
     result = cli(
@@ -1749,7 +1794,7 @@ def test_adalora_whose_ranks_never_moved_is_a_warning_and_strict_refuses_it(work
     merged = cli(*arguments)
     assert merged.exit_code == exits.OK, merged.stderr
     for result in (strict, merged):
-        assert "rank_pattern: every module still has its first rank, init_r = 6" in result.stderr
+        assert "rank_pattern: every module still has its initial rank, init_r = 6" in result.stderr
         assert "update_and_allocate()" in result.stderr
 
 
@@ -1760,7 +1805,7 @@ def test_adalora_whose_ranks_were_reduced_is_none(workshop, cli, tmp_path):
     result = cli("--base", case.base, "--adapter", case.adapter, "--out", tmp_path / "out", "--strict")
 
     assert result.exit_code == exits.OK, result.stderr
-    assert "was left no rank by AdaLoRA, and stays as it is" in result.stderr
+    assert "AdaLoRA pruned this module to rank 0, so it does not change" in result.stderr
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_a_batch_has_one_page_with_all_its_jobs(base, adapter, cli, tmp_path):
     text = text_of(page)
     assert "1 job of 2 has no output." in text
     assert "up to date" in text
-    assert "there is no such directory" in text
+    assert "this directory does not exist" in text
     inside = cli("batch", file, "--report", tmp_path / "two" / "page.html")
     assert inside.exit_code == exits.USAGE
     assert "inside the output" in inside.output

@@ -154,7 +154,9 @@ def test_a_plain_base_gets_the_adapters_modules(place, merged, cli):
     adapter = full(place(1, "adapter"), 1.0, "cls_token")
     out, issues = merged(place(0, "base"), adapter)
     assert same(out, adapter, *AROUND)
-    assert "comes from the adapter" in {i["sentence"] for i in issues if i["subject"] == "modules.json"}
+    assert "the output gets the adapter's copy" in {
+        i["sentence"] for i in issues if i["subject"] == "modules.json"
+    }
     assert not (out / "adapter_config.json").exists()
     assert cli("verify", out).exit_code == 0
 
@@ -268,7 +270,7 @@ def test_a_list_that_leads_out_of_the_directory_is_refused(path, place, cli, tmp
     result = cli("--base", place(0, "base"), "--adapter", adapter, "--out", tmp_path / "out")
     assert result.exit_code == 3
     assert "modules.json" in result.output
-    assert "one inside the directory" in result.output
+    assert "a folder inside the directory" in result.output
 
 
 def test_a_modules_json_of_another_tool_is_none_of_the_models(place, merged):

@@ -253,7 +253,7 @@ def test_null_targets_that_do_not_cover_the_tensors_are_named(pico, pico_adapter
 
     assert result.exit_code == exits.PLAN
     assert (
-        "target_modules is null, which means PEFT's own targets for this family: q_proj, v_proj"
+        "target_modules is null, so PEFT uses its default targets for this family: q_proj, v_proj"
         in result.stderr
     )
 

@@ -82,7 +82,7 @@ def test_an_adapter_is_found_in_the_only_subfolder_that_holds_one(name, sample, 
     assert adapter.root == str(root / "mine")
     assert [file.name for file in adapter.side_files] == ["tokenizer.json"]
     assert [str(issue) for issue in adapter.issues] == [
-        f"{root}: holds no adapter itself; the one in its subfolder mine was taken"
+        f"{root}: has no adapter at its top level; the one in its subfolder mine was used"
     ]
 
 
@@ -90,15 +90,17 @@ def test_an_adapter_is_found_in_the_only_subfolder_that_holds_one(name, sample, 
 def test_several_subfolders_with_an_adapter_are_listed(name, sample, tmp_path):
     for folder in ("two", "one"):
         shutil.copytree(sample(name), tmp_path / folder)
-    with pytest.raises(ResolveError, match="holds 2 adapters, one, two; expected one") as caught:
+    with pytest.raises(ResolveError, match=r"contains 2 adapters \(one, two\), expected one") as caught:
         read(tmp_path)
-    assert caught.value.hint == f"name one of them: {tmp_path / 'one'}"
+    assert caught.value.hint == f"pass the folder of one of them: {tmp_path / 'one'}"
 
 
 def test_a_subfolder_whose_files_are_no_adapter_is_named(tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UnknownFormatError, match=r"half: has adapter_config\.json and no weights beside it"):
+    with pytest.raises(
+        UnknownFormatError, match=r"half: has adapter_config\.json and no weights: adapter_model.safetensors"
+    ):
         read(tmp_path)
 
 

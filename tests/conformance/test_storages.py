@@ -244,7 +244,7 @@ def test_a_shard_that_the_storage_lacks_is_named(pico, tmp_path, monkeypatch):
     gone = min(files)
     del files[gone]
     monkeypatch.setitem(SCHEMES, "mem", Memory(files))
-    with pytest.raises(CheckpointError, match=f"lacks {Path(gone).name}"):
+    with pytest.raises(CheckpointError, match=f"does not have {Path(gone).name}"):
         resolve_base(whole, "mem://base")
 
 

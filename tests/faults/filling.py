@@ -101,7 +101,7 @@ class Filling:
             yield f"broken: it ended with {done.code}: {done.text}"
         else:
             yield "fitted"
-        if "Traceback" in done.text or "inside lora-merge" in done.text:
+        if "Traceback" in done.text or "internal error in lora-merge" in done.text:
             yield f"broken: {done.text}"
         yield from self._trial.left()
 

@@ -336,7 +336,7 @@ def test_an_output_that_lies_in_a_base_is_no_part_of_it(pico, pico_adapter, tamp
     result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.exit_code == 0, result.stderr
-    assert "merged/ is an output of another merge and was not copied" in result.stderr
+    assert "merged/ is the output of another merge and was not copied" in result.stderr
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
 
 

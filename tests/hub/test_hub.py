@@ -189,7 +189,7 @@ def test_whole_parameters_beside_an_adapter_are_fetched_and_merged(hub, command,
 
     assert result.returncode == exits.OK, result.stderr
     assert "non_lora_trainables.bin" in hub.fetched()
-    assert "adapter_model.bin: holds the adapter again, and was not fetched" in result.stderr
+    assert "adapter_model.bin: is a second copy of the adapter and was not downloaded" in result.stderr
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"], norm)
 
 
@@ -204,14 +204,14 @@ def test_a_weight_file_that_nothing_reads_is_refused_before_any_weight_is_fetche
     result = command(*arguments)
 
     assert result.returncode == exits.PLAN
-    assert "value_head.safetensors: holds the value head of a reward model" in result.stderr
+    assert "value_head.safetensors: has the value head of a reward model" in result.stderr
     assert not [name for name in hub.fetched() if name.endswith((".safetensors", ".bin"))]
     again = command(*arguments, "--ignore-file", "value_head.safetensors")
     assert again.returncode == exits.OK, again.stderr
     assert manifest(tmp_path / "out")["options"]["ignore_file"] == ["value_head.safetensors"]
     absent = command(*arguments[:-1], tmp_path / "other", "--ignore-file", "absent.bin")
     assert absent.returncode != exits.OK
-    assert "ignore_file: absent.bin is no file of org/adapter" in absent.stderr
+    assert "ignore_file: no adapter has a file absent.bin; looked in org/adapter" in absent.stderr
 
 
 @pytest.fixture
@@ -284,9 +284,9 @@ def test_a_base_of_another_revision_than_the_adapter_names_is_a_warning(
     same = command("--base", "org/base@v2", "--adapter", adapter, "--out", tmp_path / "same", "--strict")
 
     assert result.returncode == exits.OK, result.stderr
-    assert "warning: org/base: revision main is what the adapter is merged into" in result.stderr
+    assert "warning: org/base: the base is at revision main" in result.stderr
     assert (
-        "names revision v2: the base may have moved since\nhint: --base org/base@v2 is what it names"
+        "names revision v2: the base may have changed since the training\nhint: use the revision that the adapter names: --base org/base@v2"
         in result.stderr
     )
     assert strict.returncode == exits.PLAN
@@ -361,7 +361,8 @@ def test_a_private_repo_takes_a_token_which_is_written_nowhere(hub, command, bas
 
     assert none.returncode == wrong.returncode == exits.RESOLVE
     assert (
-        "org/base: there is no such directory, and the Hub has no such repo, or it is private" in none.stderr
+        "org/base: this directory does not exist, and the Hub has no such repo, or it is private"
+        in none.stderr
     )
     assert "--token" in none.stderr
     assert "the Hub does not accept the token" in wrong.stderr
@@ -384,8 +385,8 @@ def test_a_token_that_cannot_be_one_is_not_repeated(hub, command, adapter, tmp_p
     file = command("--config", request)
 
     assert flag.returncode == file.returncode == exits.USAGE
-    assert "is no token" in flag.stderr
-    assert "request.yaml:4: token: is no token" in file.stderr
+    assert "is not a token" in flag.stderr
+    assert "request.yaml:4: token: is not a token" in file.stderr
     assert "secretword" not in flag.stderr + file.stderr
     assert hub.requests == []
 
@@ -436,16 +437,19 @@ def repos(hub, base, adapter, pico, copied):
         (("--base", "org/base@v9"), "org/base@v9: the repo has no revision v9"),
         (("--base", "org/base@main/sub"), "write a folder before the @"),
         (("--base", "hf://org/nothing"), "error: org/nothing: the Hub has no such repo"),
-        (("--base", "org/nothing"), "org/nothing: there is no such directory, and the Hub has no such repo"),
+        (
+            ("--base", "org/nothing"),
+            "org/nothing: this directory does not exist, and the Hub has no such repo",
+        ),
         (
             ("--base", "org/adapter"),
-            "org/adapter: is an adapter itself (it has adapter_config.json), and no model",
+            "org/adapter: is an adapter, not a model (it has adapter_config.json)",
         ),
         (("--base", "org/adapter"), "hint: pass the model that it was trained on as --base"),
         (("--base", "org/empty"), "org/empty: has no weights that can be merged into (it has pico.gguf)"),
-        (("--base", "org/holed"), "org/holed: lacks model-00002-of"),
-        (("--base", "./nothing"), "./nothing: there is no such directory"),
-        (("--base", "s3://org/nothing"), "s3://org/nothing: there is no such directory"),
+        (("--base", "org/holed"), "org/holed: does not have model-00002-of"),
+        (("--base", "./nothing"), "./nothing: this directory does not exist"),
+        (("--base", "s3://org/nothing"), "s3://org/nothing: this directory does not exist"),
     ],
 )
 def test_what_is_not_there_is_one_sentence(arguments, words, repos, hub, command, adapter, tmp_path):
@@ -500,13 +504,13 @@ def test_offline_says_what_the_cache_lacks(hub, command, base, adapter, tmp_path
     assert "and the repo is not found in the local cache (revision main)" in nothing.stderr
     assert side_file.returncode == exits.OK, side_file.stderr
     assert (
-        "warning: org/base: lacks tokenizer.json in the local cache, and so will the output"
+        "warning: org/base: the local cache does not have tokenizer.json, so the output will not have them either"
         in side_file.stderr
     )
-    assert "org/base: lacks model.safetensors in the local cache" in weight_file.stderr
+    assert "org/base: the local cache does not have model.safetensors" in weight_file.stderr
     assert "not found in the local cache (revision v2)" in other.stderr
     for result in (nothing, weight_file, other):
-        assert "hint: run once without --offline" in result.stderr
+        assert "hint: run once without --offline to download them" in result.stderr
 
 
 def test_a_hub_that_cannot_be_reached_is_named_and_so_is_the_cache(hub, command, base, adapter, tmp_path):
@@ -609,7 +613,7 @@ def test_a_name_of_weights_that_are_not_read_is_refused_without_a_request(
         result = cli(*arguments, "--out", "nowhere")
 
         assert result.exit_code == exits.PLAN, result.stderr
-        assert f"{name}: the base is stored quantised as" in result.stderr
+        assert f"{name}: the base is stored as" in result.stderr
         assert f"probably --base {parent})" in result.stderr
 
 

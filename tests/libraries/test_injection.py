@@ -441,7 +441,7 @@ def test_no_tensor_may_be_left_over(case, name):
     else:
         injection = inject(adapted(case), tensors={**adapted(case).tensors, name: torch.zeros(1)})
 
-    with pytest.raises(InjectionError, match="has no place for it") as caught:
+    with pytest.raises(InjectionError, match="does not use it") as caught:
         injection.merge(module, base, tensors)
     assert caught.value.subject == name
 
@@ -466,11 +466,11 @@ def test_the_base_must_be_whole_and_of_the_models_shapes():
 
     with pytest.raises(InjectionError, match=r"q_proj\.bias: is missing"):
         injection.merge(module, {"weight": base["weight"]}, tensors)
-    with pytest.raises(InjectionError, match=r"q_proj\.scale: is no parameter of Linear"):
+    with pytest.raises(InjectionError, match=r"q_proj\.scale: is not a parameter of Linear"):
         injection.merge(module, {**base, "scale": base["bias"]}, tensors)
     with pytest.raises(InjectionError, match=r"q_proj\.bias: shape \[7\], expected \[64\]"):
         injection.merge(module, {**base, "bias": torch.zeros(7)}, tensors)
-    with pytest.raises(InjectionError, match="lm_head: is no target"):
+    with pytest.raises(InjectionError, match="lm_head: is not a target"):
         injection.merge("lm_head", base, tensors)
 
 
@@ -566,7 +566,7 @@ def test_an_error_leaves_the_injection_as_it_was():
     "kind", ["LILY", "POLY", "SHADOW", "XLORA", "PROMPT_TUNING", "ADAPTION_PROMPT", "NEW", None]
 )
 def test_types_without_a_merge_are_refused_by_name(kind):
-    with pytest.raises(InjectionError, match=f"^peft_type: {kind} ") as caught:
+    with pytest.raises(InjectionError, match=rf"^peft_type: .*\b{kind}\b") as caught:
         inject(adapted("loha"), adapter_config={"peft_type": kind})
     assert caught.value.subject == "peft_type"
 

@@ -146,7 +146,7 @@ def test_only_a_class_of_models_is_called(name):
 def test_what_has_to_be_fetched_is_named():
     assert fetched_part(TINY) is None
     part = fetched_part({"vision_config": {"backbone": "org/backbone"}})
-    assert str(part) == "vision_config.backbone: names org/backbone, which would have to be fetched"
+    assert str(part) == "vision_config.backbone: names org/backbone, which would have to be downloaded"
     with pytest.raises(FetchError):
         parse_config({"model_type": "detr", "backbone": "local-dir:/home/someone", "use_timm_backbone": True})
     assert fetched_part({"backbone": "resnet50"}) is None
@@ -188,7 +188,7 @@ def test_an_injection_names_what_would_have_to_be_fetched(online):
         "architectures": ["UperNetForSemanticSegmentation"],
         "backbone": "evil/backbone",
     }
-    with pytest.raises(InjectionError, match="names evil/backbone, which would have to be fetched"):
+    with pytest.raises(InjectionError, match="names evil/backbone, which would have to be downloaded"):
         Injection(config, {"peft_type": "LORA", "target_modules": ["x"]}, {})
 
 

@@ -164,7 +164,7 @@ def test_a_layer_that_the_model_never_calls_is_left_out(name, target, cli, tmp_p
     result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.exit_code == exits.OK, result.output
-    assert f"{target}.weight: was left out: the model reads the weight of this layer" in result.stderr
+    assert f"{target}.weight: was left out: the model reads this layer's weight" in result.stderr
     assert off_by(logits(load(name, tmp_path / "out")), wanted) < TOLERANCE
     before, after = (load_file(root / "model.safetensors") for root in (base, tmp_path / "out"))
     same = [tensor for tensor in before if target in tensor]

@@ -133,7 +133,7 @@ def test_names_go_to_mlx_and_back(model_type):
     theirs = mlx_name(path, family)
     assert mlx_name(hf_name(theirs, family), family) == theirs
     assert (hf_name(theirs, family) == path) == (not theirs.startswith("language_model."))
-    with pytest.raises(MlxNameError, match="loads the language model only"):
+    with pytest.raises(MlxNameError, match="loads only the language model"):
         mlx_name("model.vision_tower.layers.0.q_proj", family)
 
 

@@ -246,4 +246,4 @@ def test_an_adapter_of_a_multimodal_model_is_refused_on_a_language_model(base, c
     train(model, tmp_path / "adapter", {"target_modules": r".*language_model.*q_proj"})
     result = cli("--base", pico("llama"), "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     assert result.exit_code == 4
-    assert "is of a multimodal model, and the base is a language model alone" in result.output
+    assert "the adapter is for a multimodal model, and the base is only a language model" in result.output

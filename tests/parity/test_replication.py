@@ -365,7 +365,9 @@ def test_a_list_with_an_entry_per_layer_is_repeated_with_the_layers(family, pair
 def test_the_report_says_that_layers_were_repeated(pair, cli, tmp_path):
     made = pair()
     result = cli("--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out")
-    assert "layer_replication: repeats layers: the output has 4, the base 3" in result.output
+    assert (
+        "layer_replication: the adapter repeats layers: the output has 4 layers, the base 3" in result.output
+    )
 
 
 def test_two_adapters_that_repeat_the_same_layers_are_merged_together(pair, cli, tmp_path):
@@ -439,7 +441,7 @@ def test_adapters_that_repeat_different_layers_are_refused_together(pair, cli, t
         "--base", one.base, "--adapter", one.adapter, "--adapter", other.adapter, "--out", tmp_path / "out"
     )
     assert result.exit_code == 4, result.output
-    assert "the adapters differ in it" in result.output
+    assert "the adapters need different layers" in result.output
 
 
 def test_an_adapter_that_decomposes_the_base_is_refused_with_repeated_layers(pair, cli, tmp_path):

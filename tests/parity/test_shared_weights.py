@@ -211,10 +211,10 @@ def test_a_split_is_said_once_with_both_names(case, cli, tmp_path):
     result = cli("--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     said = re.findall(
-        r"model\.layers\.2\.shared_transf\S+: shares its values with model\.layers\.1\.\S+", result.output
+        r"model\.layers\.2\.shared_transf\S+: has the same values as model\.layers\.1\.\S+", result.output
     )
     assert len(said) == 1
-    assert "; the same holds for model.layers.3.shared_transf" in result.output
+    assert "; the same is true of model.layers.3.shared_transf" in result.output
 
 
 def test_users_that_are_stored_apart_need_no_split(case, merged, stored, tmp_path):
@@ -233,7 +233,7 @@ def test_trained_tokens_under_a_tied_head_with_a_bias_are_refused(case, cli, tmp
     made = case("BERT", lora(["query"], trainable_token_indices={"word_embeddings": [1, 17]}))
     result = cli("--base", made.base, "--adapter", made.adapter, "--out", tmp_path / "out")
     assert result.exit_code == 4
-    assert "cls.predictions.decoder.bias: is left out by PEFT where rows of its weight" in result.output
+    assert "cls.predictions.decoder.bias: PEFT ignores this bias in its forward pass" in result.output
 
 
 _BEYOND_EMBEDDINGS = re.compile(r"_tied_weights_keys(?:: [^=]+)? = \{(?P<table>[^}]*)\}", re.DOTALL)

@@ -217,7 +217,7 @@ def test_factors_that_say_nowhere_how_many_experts_there_are_are_refused(bases, 
     path = "model.layers.0.mlp.experts.gate_proj"
     tensors = {f"{path}.lora_A.weight": drawn(1, RANK, HIDDEN, seed=1), f"{path}.lora_B.weight": drawn(1, INNER, RANK, seed=2)}  # fmt: skip
     adapter = write(tmp_path / "shared", tensors, target_modules=["gate_proj"])
-    assert "no tensor of the file says how many experts there are" in refused(cli, bases["single"], adapter)
+    assert "no tensor in the file shows how many experts there are" in refused(cli, bases["single"], adapter)
 
 
 def test_a_stack_of_another_number_of_experts_is_refused(bases, cli, tmp_path):

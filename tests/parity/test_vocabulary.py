@@ -279,7 +279,7 @@ def test_an_embedding_whose_new_rows_are_nowhere_is_refused(workshop, cli, tmp_p
         "model.embed_tokens.weight: has 96 rows, lm_head.weight grows to 100, and its 4 new rows"
         in result.stderr
     )
-    assert "merge into the base as it was resized before the training (--base)" in result.stderr
+    assert "merge into the base that was resized before the training (--base)" in result.stderr
 
 
 def test_an_embedding_that_the_adapter_leaves_out_shrinks_with_the_other(workshop, merged, tmp_path):
@@ -336,7 +336,9 @@ def test_only_the_untrained_half_of_a_saved_module_is_no_module(workshop, cli, t
     save_file(kept, path, {"format": "pt"})
     result = cli("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     assert result.exit_code == 4
-    assert "modules_to_save: names 'lm_head', and no tensor of the file belongs to it" in result.stderr
+    assert (
+        "modules_to_save: has the entry 'lm_head', and no tensor in the file belongs to it" in result.stderr
+    )
 
 
 def test_the_bias_of_a_head_grows_with_it_wherever_it_is_stored(merged, tmp_path):
@@ -377,7 +379,7 @@ def test_trained_rows_of_a_head_with_a_bias_are_refused(cli, tmp_path):
     write_tokenizer(tmp_path / "base")
     result = cli("--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     assert result.exit_code == 4
-    assert "lm_head.bias: is left out by PEFT where rows of its weight are trained" in result.stderr
+    assert "lm_head.bias: PEFT ignores this bias in its forward pass" in result.stderr
 
 
 def test_a_head_that_equals_the_trained_embedding_after_the_cast_keeps_the_tie(workshop, merged, tmp_path):

@@ -112,7 +112,7 @@ def test_a_module_saved_along_may_be_saved_again_beside_the_adapter(
     torch.save({again: head * 2}, root / "non_lora_trainables.bin")
     result = cli("plan", "--base", pico(), "--adapter", root)
     assert result.exit_code == exits.PLAN
-    assert "has other values in adapter_model.safetensors and in a file beside it" in result.output
+    assert "has different values in adapter_model.safetensors and in a second file" in result.output
 
 
 def test_a_file_of_parameters_that_the_base_lacks_is_named_and_may_be_left_out(llava, merged, tampered, cli):
@@ -121,7 +121,10 @@ def test_a_file_of_parameters_that_the_base_lacks_is_named_and_may_be_left_out(l
     torch.save({"model.mm_projector.0.weight": torch.ones(4, 4)}, root / "mm_projector.bin")
     result = cli("plan", "--base", base, "--adapter", root)
     assert result.exit_code == exits.PLAN
-    assert "is in mm_projector.bin, and the base has no model.mm_projector.0.weight" in result.output
+    assert (
+        "was read from mm_projector.bin, and the base has no parameter model.mm_projector.0.weight"
+        in result.output
+    )
     assert "--ignore-file mm_projector.bin" in result.output
     out = merged(base, root, "--ignore-file", "mm_projector.bin")
     assert (out / "model.safetensors").read_bytes() == _merged_beside(
@@ -151,4 +154,4 @@ def test_an_empty_file_says_that_nothing_else_was_trained(pico, pico_adapter, ta
     torch.save({}, root / "non_lora_trainables.bin")
     result = cli("plan", "--base", pico(), "--adapter", root)
     assert result.exit_code == exits.OK, result.output
-    assert "non_lora_trainables.bin: holds no tensors: nothing but the LoRA was trained" in result.output
+    assert "non_lora_trainables.bin: contains no tensors: only the LoRA was trained" in result.output

@@ -25,42 +25,42 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
     ("names", "role", "says", "hint"),
     [
         ([], "base", "is an empty folder", "check the path"),
-        (BASE, "adapter", "is a whole model and no adapter", "pass it as --base"),
-        (ADAPTER, "base", "is an adapter itself (it has adapter_config.json)", "name both with --adapter"),
-        ([*ADAPTER, "config.json"], "base", "is an adapter itself", "as --base"),
-        (["adapter_config.json", "README.md"], "adapter", "has adapter_config.json and no weights beside it", "fetch"),
-        (["adapter_config.json", "training_args.bin"], "adapter", "has adapter_config.json and no weights", "fetch"),
-        (["adapter_model.bin"], "adapter", "has adapter_model.bin and no adapter_config.json", "fetch adapter_config"),
-        (["model.safetensors"], "base", "has model.safetensors and no config.json", "fetch config.json"),
-        (["config.json", "tokenizer.json"], "base", "has config.json and no weights", "fetch the weights too"),
-        (["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "base", "their index is missing: model.safetensors.index.json", "download model.safetensors.index.json"),
-        (["config.json", "pytorch_model-00001-of-00003.bin"], "base", "holds 1 of 3 weight files", "and the other files"),
-        (["zero_to_fp32.py", "latest", "global_step9/mp_rank_00_model_states.pt"], "base", "holds a state of DeepSpeed ZeRO in shards", "zero_to_fp32.py FOLDER"),
-        (["adapter_config.json", "global_step9/zero_pp_rank_0_mp_rank_00_optim_states.pt"], "adapter", "holds a state of DeepSpeed ZeRO in shards", "zero_to_fp32.py"),
-        (["config.json", "pytorch_model_fsdp_0/__0_0.distcp"], "base", "holds a state of FSDP in shards", "accelerate merge-weights"),
-        (["model_world_size_2_rank_0.pt"], "adapter", "holds a state of verl (FSDP) in shards", "verl.model_merger"),
-        (["latest_checkpointed_iteration.txt", "global_step_10/actor"], "adapter", "holds a state of verl (FSDP) in shards", "verl.model_merger"),
-        (["actor/model_world_size_2_rank_0.pt", "data.pt"], "base", "holds a state of verl (FSDP) in shards", "verl.model_merger"),
-        (["global_step_9/model_world_size_2_rank_0.pt"], "base", "holds a state of verl (FSDP) in shards", "verl.model_merger"),
-        (["latest_checkpointed_iteration.txt", "iter_0000010/common.pt"], "base", "holds a state of Megatron in shards", "export"),
+        (BASE, "adapter", "is a whole model, not an adapter", "pass it as --base"),
+        (ADAPTER, "base", "is an adapter, not a model (it has adapter_config.json)", "pass both with --adapter"),
+        ([*ADAPTER, "config.json"], "base", "is an adapter, not a model", "as --base"),
+        (["adapter_config.json", "README.md"], "adapter", "has adapter_config.json and no weights: adapter_model.safetensors", "download"),
+        (["adapter_config.json", "training_args.bin"], "adapter", "has adapter_config.json and no weights", "download"),
+        (["adapter_model.bin"], "adapter", "has adapter_model.bin and no adapter_config.json", "download adapter_config"),
+        (["model.safetensors"], "base", "has model.safetensors and no config.json", "download config.json"),
+        (["config.json", "tokenizer.json"], "base", "has config.json and no weights", "download the weights too"),
+        (["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "base", "their index model.safetensors.index.json is missing", "download model.safetensors.index.json"),
+        (["config.json", "pytorch_model-00001-of-00003.bin"], "base", "has 1 of 3 weight files", "and the other files"),
+        (["zero_to_fp32.py", "latest", "global_step9/mp_rank_00_model_states.pt"], "base", "has a sharded training state of DeepSpeed ZeRO", "zero_to_fp32.py FOLDER"),
+        (["adapter_config.json", "global_step9/zero_pp_rank_0_mp_rank_00_optim_states.pt"], "adapter", "has a sharded training state of DeepSpeed ZeRO", "zero_to_fp32.py"),
+        (["config.json", "pytorch_model_fsdp_0/__0_0.distcp"], "base", "has a sharded training state of FSDP", "accelerate merge-weights"),
+        (["model_world_size_2_rank_0.pt"], "adapter", "has a sharded training state of verl (FSDP)", "verl.model_merger"),
+        (["latest_checkpointed_iteration.txt", "global_step_10/actor"], "adapter", "has a sharded training state of verl (FSDP)", "verl.model_merger"),
+        (["actor/model_world_size_2_rank_0.pt", "data.pt"], "base", "has a sharded training state of verl (FSDP)", "verl.model_merger"),
+        (["global_step_9/model_world_size_2_rank_0.pt"], "base", "has a sharded training state of verl (FSDP)", "verl.model_merger"),
+        (["latest_checkpointed_iteration.txt", "iter_0000010/common.pt"], "base", "has a sharded training state of Megatron", "export"),
         (["config.json", "consolidated.safetensors", "params.json"], "base", "in Mistral's or Meta's own format", "model*.safetensors"),
         (["consolidated.00.pth", "params.json"], "base", "in Mistral's or Meta's own format", "config.json"),
-        (["llama.Q4_K_M.gguf"], "base", "holds GGUF (llama.Q4_K_M.gguf)", "converted from"),
-        (["lora.gguf"], "adapter", "holds GGUF", "converted from"),
-        (["my-lora.zip"], "adapter", "holds an archive (my-lora.zip)", "unpack it"),
-        (["model.tar.gz", "README.md"], "base", "holds an archive", "unpack it"),
+        (["llama.Q4_K_M.gguf"], "base", "has the model as GGUF (llama.Q4_K_M.gguf)", "converted from"),
+        (["lora.gguf"], "adapter", "has the model as GGUF", "converted from"),
+        (["my-lora.zip"], "adapter", "contains an archive (my-lora.zip)", "unpack it"),
+        (["model.tar.gz", "README.md"], "base", "contains an archive", "unpack it"),
         (["config.json", "tf_model.h5"], "base", "another framework than PyTorch (tf_model.h5)", "save_pretrained()"),
         (["config.json", "flax_model.msgpack"], "base", "another framework", "save_pretrained()"),
-        (["model.safetensors.incomplete", "config.json"], "base", "a download that did not end", "download it again"),
+        (["model.safetensors.incomplete", "config.json"], "base", "contains an incomplete download", "download it again"),
         (["pytorch_lora_weights.safetensors"], "adapter", "is a LoRA for diffusers", "fuse_lora"),
-        (["model_index.json", "unet/config.json"], "base", "is a pipeline of diffusers", "text_encoder"),
+        (["model_index.json", "unet/config.json"], "base", "is a diffusers pipeline", "text_encoder"),
         (["adapter_config.json", "pytorch_adapter.bin", "head_config.json"], "adapter", "AdapterHub", "merge_adapter"),
         (["adapters.npz", "adapter_config.json"], "adapter", "mlx-lm under another name (adapters.npz)", "adapters.safetensors"),
         (["0000100_adapters.safetensors", "adapter_config.json"], "adapter", "mlx-lm under another name", "adapters.safetensors"),
         (["lit_model.pth.lora"], "adapter", "LitGPT", "litgpt merge_lora"),
         (["adapter_0.pt", "recipe_state.pt"], "adapter", "torchtune", "adapter_model.safetensors"),
-        (["optimizer.pt", "trainer_state.json"], "adapter", "holds the state of a training", "elsewhere"),
-        (["checkpoint-10/config.json", "checkpoint-9/config.json"], "base", "2 folders in it may: checkpoint-9, checkpoint-10", "name one of them: runs/checkpoint-10"),
+        (["optimizer.pt", "trainer_state.json"], "adapter", "has a training state", "another folder"),
+        (["checkpoint-10/config.json", "checkpoint-9/config.json"], "base", "2 folders in it may have one: checkpoint-9, checkpoint-10", "pass one of them: runs/checkpoint-10"),
     ],
 )  # fmt: skip
 def test_a_folder_is_called_what_it_is(names, role, says, hint):
@@ -183,9 +183,9 @@ def test_inputs_are_called_what_they_are_by_the_command(pico, pico_adapter, tamp
     archive.write_bytes(b"PK\3\4")
     cases = {
         (adapter, base): "--base and --adapter are swapped",
-        (adapter, adapter): "is an adapter itself",
-        (base, base): "is a whole model and no adapter",
-        (broken, adapter): "is a link to ../blobs/gone, which is not there",
+        (adapter, adapter): "is an adapter, not a model",
+        (base, base): "is a whole model, not an adapter",
+        (broken, adapter): "is a link to ../blobs/gone, which does not exist",
         (pointed, adapter): "tokenizer.json: is a Git LFS pointer",
         (base, beside): "tokenizer.json: is a Git LFS pointer",
         (base, pages): "tokenizer.json: is a web page",
@@ -208,7 +208,7 @@ def test_a_pointer_that_no_model_is_loaded_from_is_a_note(pico, pico_adapter, ta
     result = cli("plan", "--base", base, "--adapter", pico_adapter(pico()))
 
     assert result.exit_code == 0, result.stderr
-    assert "logo.png is a Git LFS pointer, and was copied as one" in result.stderr
+    assert "logo.png is a Git LFS pointer, and was copied as it is" in result.stderr
 
 
 def test_a_base_that_was_saved_unmerged_is_refused(pico, pico_adapter, tampered, cli, tmp_path):
@@ -227,21 +227,21 @@ def test_a_base_that_was_saved_unmerged_is_refused(pico, pico_adapter, tampered,
 
     assert result.exit_code == 3
     assert f"{name}.base_layer.weight: is a layer of PEFT" in result.stderr
-    assert "the model was saved unmerged" in result.stderr
+    assert "the model was saved without merging" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"r": 4, "target_modules": ["q_proj"]}, "is missing, so adapter_config.json is not PEFT's (it has r, target_modules)"),
+        ({"r": 4, "target_modules": ["q_proj"]}, "is missing, so adapter_config.json is not PEFT's (it has the fields r, target_modules)"),
         ({}, "it has no fields"),
-        ({"framework": "jax-tunix-qwix", "lora_rank": 4}, "by its fields it is tunix's"),
+        ({"framework": "jax-tunix-qwix", "lora_rank": 4}, "it looks like one of tunix"),
         ({"config": {}, "model_name": "bert", "hidden_size": 8, "name": "x"}, "AdapterHub's library adapters"),
         ({"model_type": "llama", "hidden_size": 8}, "the config.json of a whole model"),
-        ({"error": "Repository not found"}, "it has error"),
+        ({"error": "Repository not found"}, "it has the fields error"),
         ({"peft_type": None, "r": 4}, "is missing"),
-        ({"peft_type": "lora"}, "is 'lora', which is no type of PEFT 0.21 (PEFT writes it as LORA)"),
-        ({"peft_type": "SORA"}, "a newer lora-merge may know it"),
+        ({"peft_type": "lora"}, "is 'lora', which is not a type of PEFT 0.21\nhint: write LORA, as PEFT does"),
+        ({"peft_type": "SORA"}, "update lora-merge: a newer release may support it"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_is_not_pefts_is_called_so(config, says, pico, pico_adapter, tampered, cli):
@@ -287,7 +287,7 @@ def test_a_name_that_is_too_long_is_a_sentence_and_no_traceback(pico, pico_adapt
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=f"./{long}")
     cases = {
         ("--base", base, "--adapter", long, "--out", tmp_path / "out"): (3, "cannot be read (file name too long)"),
-        ("--adapter", adapter, "--out", tmp_path / "out"): (3, "there is no such directory here"),
+        ("--adapter", adapter, "--out", tmp_path / "out"): (3, "this directory does not exist here"),
         ("--base", base, "--adapter", adapter, "--out", tmp_path / long): (5, "choose a shorter --out"),
         ("verify", tmp_path / long): (3, "cannot be read (file name too long)"),
     }  # fmt: skip
@@ -305,13 +305,20 @@ def test_adapters_two_folders_down_are_listed_and_one_of_them_is_proposed(pico_a
     result = cli("inspect", tmp_path / "runs")
 
     assert result.exit_code == 3
-    assert "holds no adapter itself; deeper in it are a/checkpoint-9, a/checkpoint-10" in result.stderr
-    assert f"hint: name one of them: {tmp_path}/runs/a/checkpoint-10" in result.stderr
+    assert (
+        "has no adapter at its top level; deeper folders have a/checkpoint-9, a/checkpoint-10"
+        in result.stderr
+    )
+    assert f"hint: pass the folder of one of them: {tmp_path}/runs/a/checkpoint-10" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("files", "says"),
-    [([], "is an empty folder"), (ADAPTER, "is an adapter itself"), (["a.gguf"], "holds GGUF")],
+    [
+        ([], "is an empty folder"),
+        (ADAPTER, "is an adapter, not a model"),
+        (["a.gguf"], "has the model as GGUF"),
+    ],
 )
 def test_what_never_was_an_output_is_not_verified_as_a_damaged_one(files, says, cli, tmp_path):
     for name in files:

@@ -72,7 +72,7 @@ def test_a_broken_header_is_named(change, words, pico, pico_adapter, tampered, c
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [(4, "has 4 bytes, expected at least 8"), (40, "header: claims"), (-100, "by its header")],
+    [(4, "has 4 bytes, expected at least 8"), (40, "header: claims"), (-100, "according to its header")],
 )
 def test_a_truncated_file_is_named(size, words, pico, pico_adapter, tampered, cli, tmp_path):
     base = tampered(pico(), "base")
@@ -83,13 +83,13 @@ def test_a_truncated_file_is_named(size, words, pico, pico_adapter, tampered, cl
 
     assert result.exit_code == exits.RESOLVE
     assert words in result.stderr
-    assert "fetch it again" in result.stderr
+    assert "download the file again" in result.stderr
 
 
 def missing_shard(base, index):
     name = sorted(set(index["weight_map"].values()))[1]
     (base / name).unlink()
-    return f"lacks {name}"
+    return f"does not have {name}"
 
 
 def tensor_in_no_file(base, index):
@@ -183,7 +183,7 @@ def no_weights(base):
 
 def renamed_weights(base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    return "is a safetensors file by its first bytes"
+    return "is a safetensors file, according to its first bytes"
 
 
 @pytest.mark.parametrize("fault", [no_config, broken_config, config_list, no_weights, renamed_weights])
@@ -205,16 +205,16 @@ def test_a_path_that_is_not_there_is_named(pico, pico_adapter, cli, tmp_path):
     )
 
     assert [r.exit_code for r in (no_base, no_adapter, a_file)] == [exits.RESOLVE] * 3
-    assert "nope: there is no such directory" in no_base.stderr
+    assert "nope: this directory does not exist" in no_base.stderr
     assert "pass a directory, or a repo" in no_adapter.stderr
-    assert "is a file, expected the base's directory" in a_file.stderr
+    assert "is a file, expected a directory with the base" in a_file.stderr
 
 
 def test_a_directory_that_is_no_adapter_says_what_it_holds(pico, cli, tmp_path):
     result = cli("--base", pico(), "--adapter", pico(), "--out", tmp_path / "out")
 
     assert result.exit_code == exits.RESOLVE
-    assert "is a whole model and no adapter (it has config.json and model.safetensors)" in result.stderr
+    assert "is a whole model, not an adapter (it has config.json and model.safetensors)" in result.stderr
     assert "pass it as --base" in result.stderr
 
 
@@ -242,7 +242,7 @@ def test_an_adapter_without_tensors_is_refused(pico, pico_adapter, tampered, cli
     result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
 
     assert result.exit_code == exits.PLAN
-    assert "holds no tensors" in result.stderr
+    assert "contains no tensors" in result.stderr
 
 
 def test_integer_and_other_tensors_are_copied_untouched(pico, pico_adapter, tampered, cli, tmp_path):

@@ -126,7 +126,7 @@ def test_a_missing_shard_is_named(pico, pico_adapter, tampered):
     root = tampered(pico_adapter(pico()))
     sharded(root, ".safetensors", index=False)
     (root / "adapter_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks adapter_model-00002-of-00002\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"does not have adapter_model-00002-of-00002\.safetensors"):
         read(root)
 
 
@@ -158,7 +158,7 @@ def test_an_adapter_left_in_a_trainers_shards_names_the_trainers_own_tool(
     for name in names:
         (root / name).parent.mkdir(exist_ok=True, parents=True)
         (root / name).write_bytes(b"")
-    with pytest.raises(ResolveError, match="only a state of") as caught:
+    with pytest.raises(ResolveError, match="only a sharded training state of") as caught:
         read(root)
     assert trainer in str(caught.value)
     assert tool in caught.value.hint
@@ -171,7 +171,7 @@ def test_the_flat_parameters_of_fsdp_are_refused(pico, pico_adapter, tampered):
 
 
 @pytest.mark.parametrize(
-    ("shape", "says"), [((0,), "hold no values"), ((16,), "are flat pieces of matrices")]
+    ("shape", "says"), [((0,), "have no values"), ((16,), "are flat pieces of matrices")]
 )
 def test_factors_that_are_one_processs_part_are_refused_once(shape, says, pico, pico_adapter, tampered):
     root = tampered(pico_adapter(pico()))

@@ -256,8 +256,8 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
 @pytest.mark.parametrize(
     ("text", "line", "key", "words"),
     [
-        ("", 1, "", "holds nothing, expected a table of keys"),
-        ("- adapter: a\n", 1, "", "holds a list, expected a table of keys"),
+        ("", 1, "", "contains nothing, expected a table of keys"),
+        ("- adapter: a\n", 1, "", "contains a list, expected a table of keys"),
         ("jobs: [\n", 2, "", "is not valid YAML"),
         ("jobs:\n\t- a\n", 2, "", "is not valid YAML"),
         ("defaults: {}\n", 1, "jobs", "is None"),
@@ -271,7 +271,7 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         (f"defaults: []\n{JOB}", 1, "defaults", "is [], expected a table of keys"),
         (f"defaults:\n  base: b\n  dtyp: bf16\n{JOB}", 3, "dtyp", "unknown key for defaults"),
         (f"defaults:\n  base: b\n  name: n\n{JOB}", 3, "name", "unknown key for defaults"),
-        (f"defaults:\n  base: b\n  dtype: int4\n{JOB}", 3, "dtype", "'int4' is no dtype"),
+        (f"defaults:\n  base: b\n  dtype: int4\n{JOB}", 3, "dtype", "'int4' is not a known dtype"),
         ("jobs:\n- adapter: a\n  outt: o\n", 3, "outt", "unknown key for a merge"),
         ("jobs:\n- adapter: a\n  1: o\n", 3, "1", "unknown key for a merge"),
         ("jobs:\n- adapter: a\n  rank: 4\n  out: o\n", 3, "rank", "unknown key for a merge"),
@@ -284,8 +284,8 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         ("jobs:\n- adapter: a\n  out: 8\n", 3, "out", "is 8: input should be a valid string"),
         ("jobs:\n- adapter: a\n  out: {adapter}\n", 3, "out", "is a table: input should be a valid"),
         ("jobs:\n- out: o\n  adapter:\n", 3, "adapter", "is None"),
-        ("jobs:\n- out: o\n  adapter: []\n", 3, "adapter", "names no adapter, expected one or more"),
-        ("jobs:\n- out: o\n  adapter: {a: much}\n", 3, "adapter", "'a' has a text for its weight, expected a number"),
+        ("jobs:\n- out: o\n  adapter: []\n", 3, "adapter", "names no adapter, expected at least one"),
+        ("jobs:\n- out: o\n  adapter: {a: much}\n", 3, "adapter", "'a' has a string as its weight, expected a number"),
         ("jobs:\n- out: o\n  adapter: 'a:nan'\n", 3, "adapter", "'a:nan' has the weight nan, expected a number"),
         ("jobs:\n- out: o\n  adapter: [b, 'a:inf']\n", 3, "adapter", "'a:inf' has the weight inf"),
         ("jobs:\n- out: o\n  adapter: [b, 'runs/*']\n", 3, "adapter", "a list cannot contain wildcards"),
@@ -297,9 +297,9 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         ("jobs:\n- out: o\n  convert:\n", 3, "convert", "is None, expected one adapter"),
         ("jobs:\n- out: o\n  convert: [a, b]\n", 3, "convert", "is a list, expected one adapter"),
         ("jobs:\n- out: o\n  convert: runs/*\n", 3, "convert", "runs/* matches no directory"),
-        ("jobs:\n- convert: a\n  for: vlm\n  out: o\n", 3, "for", "'vlm' is no engine, expected vllm"),
-        ("jobs:\n- convert: a\n  rank: 0\n  out: o\n", 3, "rank", "0 is no rank"),
-        ("jobs:\n- adapter: a\n  workers: many\n  out: o\n", 3, "workers", "'many' is no number of workers"),
+        ("jobs:\n- convert: a\n  for: vlm\n  out: o\n", 3, "for", "'vlm' is not a known engine, expected vllm"),
+        ("jobs:\n- convert: a\n  rank: 0\n  out: o\n", 3, "rank", "0 is not a rank"),
+        ("jobs:\n- adapter: a\n  workers: many\n  out: o\n", 3, "workers", "'many' is not a number of workers"),
         ("jobs:\n- adapter: a\n  strict: maybe\n  out: o\n", 3, "strict", "is 'maybe', expected true or false"),
         ("jobs:\n- adapter: a\n  out: 'm/{nam}'\n", 3, "out", "unknown field {nam} in 'm/{nam}'"),
         ("jobs:\n- adapter: a\n  out: 'm/{}'\n", 3, "out", "unknown field {} in"),
@@ -310,12 +310,12 @@ JOB = "jobs:\n- {adapter: a, out: o}\n"
         ("jobs:\n- adapter: a\n  matrix: {dtype: bf16}\n  out: m\n", 3, "matrix", "has no list for dtype, expected a table of key → list"),
         ("jobs:\n- adapter: a\n  matrix: {dtype: []}\n  out: m\n", 3, "matrix", "has no list for dtype, expected a table of key → list"),
         ("jobs:\n- adapter: a\n  matrix: [bf16]\n  out: m\n", 3, "matrix", "is a list, expected a table of key → list"),
-        (f"{JOB}jobs: []\n", 3, "jobs", "stands twice, first on line 1"),
-        (f"defaults:\n  base: a\n  base: b\n{JOB}", 3, "base", "stands twice, first on line 2"),
-        ("jobs:\n- adapter: a\n  out: o\n  adapter: b\n", 4, "adapter", "stands twice, first on line 2"),
+        (f"{JOB}jobs: []\n", 3, "jobs", "is given twice; the first is on line 1"),
+        (f"defaults:\n  base: a\n  base: b\n{JOB}", 3, "base", "is given twice; the first is on line 2"),
+        ("jobs:\n- adapter: a\n  out: o\n  adapter: b\n", 4, "adapter", "is given twice; the first is on line 2"),
         (
             "jobs:\n- adapter: a\n  out: '{seed}'\n  matrix:\n    seed: [1]\n    seed: [2]\n",
-            6, "seed", "stands twice, first on line 5",
+            6, "seed", "is given twice; the first is on line 5",
         ),
         ("jobs:\n- {adapter: a, out: ~nobody-of-that-name/o}\n", 2, "out", "there is no user nobody-of-that-name"),
         ("jobs:\n- {adapter: ~nobody-of-that-name/*, out: o}\n", 2, "adapter", "there is no user nobody-of"),
@@ -440,7 +440,7 @@ def test_an_alias_for_what_it_stands_in_is_an_error_and_another_is_none(refused,
     error = refused("jobs: &all\n- {adapter: a, out: o}\n- *all\n")
 
     assert error.line == 1
-    assert "has an alias (*) for a table or list that it stands in" in str(error)
+    assert "has an alias (*) for a table or list that contains the alias" in str(error)
     jobs = read(
         "defaults: &same {base: b}\njobs:\n- {adapter: a, out: o, <<: *same}\n- {<<: *same, adapter: a, out: p}\n"
     )

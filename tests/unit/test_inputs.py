@@ -38,10 +38,10 @@ def test_adapters_are_paths_and_weights_in_any_form_that_has_one_meaning(value, 
         ({"a": "0.5"}, "'a' has the weight '0.5', expected a number"),
         ({"a": True}, "'a' has the weight True"),
         ({"a": None}, "'a' has the weight None"),
-        ({"a": 0}, "'a:0' has the weight 0, which merges nothing"),
+        ({"a": 0}, "'a:0' has the weight 0, so it would change nothing"),
         ({"a": float("nan")}, "has the weight nan"),
         ({3: 0.5}, "3 is not an adapter"),
-        (("a", 0.5), "0.5 is not an adapter: a weight belongs to a path, {'PATH': 0.5}"),
+        (("a", 0.5), "0.5 is not an adapter; write a weight together with its path: {'PATH': 0.5}"),
         (0.5, "0.5 is not an adapter"),
         (b"a", "b'a' is not an adapter"),
         ([["a"]], "a list is not an adapter"),
@@ -84,7 +84,7 @@ def test_a_weight_in_a_table_is_the_weight_of_the_merge(pico, pico_adapter):
         (lambda: lora_merge.plan(adapter="a", workers=0.5), "workers"),
         (lambda: lora_merge.convert("a", None), "out: is None"),
         (lambda: lora_merge.convert({"a": 1}, "o"), "adapter: is a table, expected a path"),
-        (lambda: lora_merge.convert("a", "o", rank=2.0), "2.0 is no rank"),
+        (lambda: lora_merge.convert("a", "o", rank=2.0), "2.0 is not a rank"),
         (lambda: lora_merge.convert("a", "o", rank=10**9), "expected a whole number from 1 to 65536"),
         (lambda: lora_merge.extract(None, "t", "o", rank=4), "base: is None"),
         (lambda: lora_merge.extract("b", "", "o", rank=4), "tuned: is empty"),
@@ -107,7 +107,7 @@ def test_a_small_number_without_a_unit_is_no_size(text):
 
 @pytest.mark.parametrize("text", ["9" * 400 + "GB", "-5GB", "0GB", "nan", "1e9", "5 5GB", True, "5,5GB"])
 def test_what_is_no_size_is_a_sentence(text):
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 

@@ -180,7 +180,7 @@ def test_a_hostile_pickle_runs_nothing_and_is_told_what_it_wanted(named, wrap, s
 
     error = refused(saved(wrap(evil)))
 
-    assert f"wants to import {named}, expected nothing but plain tensors" in str(error)
+    assert f"would import {named}, expected only plain tensors" in str(error)
     assert "only if you trust" in error.hint
     assert not mark.exists()
 
@@ -208,7 +208,7 @@ class Subclass(torch.Tensor):
 
 
 VALUES = {
-    "w: has the strides [1, 4] for the shape [4, 3], expected values in one piece": A.t,
+    "w: has the strides [1, 4] for the shape [4, 3], expected contiguous values in row-major order": A.t,
     "w: has the strides [8, 2]": lambda: torch.zeros(3, 8)[:, ::2],
     "w: has the strides [0, 1]": lambda: torch.zeros(1, 4).expand(3, 4),
     "w: is marked as negated or conjugated": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
@@ -218,7 +218,7 @@ VALUES = {
     "w: is made by torch._utils._rebuild_sparse_tensor": A.to_sparse,
     "w: is made by torch._utils._rebuild_meta_tensor_no_storage": lambda: torch.empty(3, device="meta"),
     "w: is made by torch._utils._rebuild_nested_tensor": lambda: torch.nested.nested_tensor([A, A]),
-    f"wants to import {Subclass.__module__}.Subclass": lambda: A.as_subclass(Subclass),
+    f"would import {Subclass.__module__}.Subclass": lambda: A.as_subclass(Subclass),
     "w: is made by torch.float32, expected a plain tensor": lambda: torch.float32,
     "w: is a bare storage, expected a plain tensor": lambda: torch.ones(3).untyped_storage(),
     "w: is a value of type int": lambda: 3,
@@ -236,12 +236,12 @@ def test_what_is_no_plain_tensor_is_named(words, saved):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ([A], "holds a value of type list, expected a table of tensors by their names"),
-        (A, "holds a tensor, expected a table"),
-        ({3: A}, "holds a value of type int as a name"),
+        ([A], "contains a value of type list, expected a table of tensors by their names"),
+        (A, "contains a tensor, expected a table"),
+        ({3: A}, "has a value of type int as a name"),
         ({"state_dict": {"a": A}}, "state_dict: is a table, expected a tensor"),
         ({"model": {"a": A}, "epoch": 3}, "model: is a table, expected a tensor"),
-        (torch.nn.Linear(2, 2), "wants to import torch.nn.modules.linear.Linear"),
+        (torch.nn.Linear(2, 2), "would import torch.nn.modules.linear.Linear"),
     ],
 )
 def test_a_file_that_is_no_table_of_tensors_is_named(value, words, saved):
@@ -249,7 +249,7 @@ def test_a_file_that_is_no_table_of_tensors_is_named(value, words, saved):
 
 
 def test_the_hint_for_a_wrapped_state_dict_names_the_wrapper(saved):
-    assert "save what 'state_dict' holds" in refused(saved({"state_dict": {"a": A}})).hint
+    assert "save only the content of 'state_dict'" in refused(saved({"state_dict": {"a": A}})).hint
 
 
 def compressed(path):
@@ -269,18 +269,18 @@ def storage_lost(path):
 
 def storage_too_small(path):
     edit_records(path, lambda records: records.update({"data/0": b"short"}))
-    return "a: takes bytes 0 to 48 of a storage of 5, expected them inside it"
+    return "a: needs bytes 0 to 48 of a storage of 5 bytes, expected a range inside the storage"
 
 
 def no_pickle(path):
     edit_records(path, lambda records: records.pop("data.pkl"))
-    return "holds 0 records data.pkl, expected one"
+    return "has 0 records named data.pkl, expected one"
 
 
 def two_pickles(path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/data.pkl", b"")
-    return "holds 2 records data.pkl, expected one"
+    return "has 2 records named data.pkl, expected one"
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -288,7 +288,7 @@ def a_record_twice(path):
     edit_records(path, lambda records: None)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data/0", b"another")
-    return "holds two records of one name"
+    return "has two records with the same name"
 
 
 def torchscript(path):
@@ -304,7 +304,7 @@ def legacy(path):
 
 def cut_off(path):
     path.write_bytes(path.read_bytes()[:-100])
-    return "has no whole zip directory at its end"
+    return "has no complete zip directory at its end"
 
 
 def a_pointer(path):
@@ -324,7 +324,7 @@ def moved(path):
     at = raw.rindex(b"PK\x01\x02", 0, at + 46)
     raw[at + 42 : at + 46] = (7).to_bytes(4, "little")
     path.write_bytes(raw)
-    return "a: its record data/0 lies outside the file"
+    return "a: its record data/0 is outside the file"
 
 
 def pickle_cut_off(path):
@@ -339,7 +339,7 @@ def negative_offset(path):
             {"data.pkl": records["data.pkl"].replace(b"QK\x00K", b"QJ\xfc\xff\xff\xffK")}
         ),
     )
-    return "a tensor's sizes are no sizes"
+    return "a tensor has invalid sizes"
 
 
 def another_protocol(path):
@@ -350,7 +350,7 @@ def another_protocol(path):
 def a_memo_of_gigabytes(path):
     text = b"\x80\x02}r\xff\xff\xff\x7f."
     edit_records(path, lambda records: records.update({"data.pkl": text}))
-    return "is a malformed pickle (object number 2147483647 in 9 bytes)"
+    return "is a malformed pickle (object number 2147483647 in only 9 bytes)"
 
 
 FAULTS = [
@@ -433,16 +433,16 @@ def shared(depth: int) -> bytes:
 NESTED = b")" + b"\x85" * 1_000_000
 PAIR = b"X\x01\x00\x00\x00aK\x01"
 BOMBS = {
-    "a shared tuple as a key": (b"}(" + shared(60) + b"K\x01u.", "holds a value of type tuple as a name"),
-    "one key": (b"}" + shared(60) + b"K\x01s.", "holds a value of type tuple as a name"),
-    "a nested tuple as a key": (b"}(" + NESTED + b"K\x01u.", "holds a value of type tuple as a name"),
+    "a shared tuple as a key": (b"}(" + shared(60) + b"K\x01u.", "has a value of type tuple as a name"),
+    "one key": (b"}" + shared(60) + b"K\x01s.", "has a value of type tuple as a name"),
+    "a nested tuple as a key": (b"}(" + NESTED + b"K\x01u.", "has a value of type tuple as a name"),
     "a nested tuple as a value": (b"}X\x01\x00\x00\x00a" + NESTED + b"s.", "a: is a value of type tuple"),
     "a nested list": (
         b"}X\x01\x00\x00\x00a" + b"]" * 500_000 + b"a" * 499_999 + b"s.",
         "a: is a value of type list",
     ),
-    "a shared tuple as all there is": (shared(60) + b".", "holds a value of type tuple"),
-    "a shared tuple as a storage": (shared(60) + b"Q.", "a reference that is no storage"),
+    "a shared tuple as all there is": (shared(60) + b".", "contains a value of type tuple"),
+    "a shared tuple as a storage": (shared(60) + b"Q.", "an invalid reference to a storage"),
     "a key of the attributes": (
         b"ccollections\nOrderedDict\n)R}(" + shared(60) + b"K\x01ub.",
         "tuple as a name",
@@ -458,11 +458,11 @@ BOMBS = {
     ),
     "makers in makers": (
         b"ctorch._tensor\n_rebuild_from_type_v2\nq\x00(h\x00ctorch\nTensor\n(h\x00ctorch\nTensor\n)Nt}tR.",
-        "a tensor is made by what makes none",
+        "a tensor is made by an unknown function",
     ),
     "what torch would make beside the tensors": (
         b"ccollections\nOrderedDict\n)R}X\x01\x00\x00\x00actorch._utils\n_rebuild_qtensor\n)Rsb.",
-        "wants to call torch._utils._rebuild_qtensor",
+        "would call torch._utils._rebuild_qtensor",
     ),
     "marks without end": (b"(" * 3_000_000 + b".", "malformed"),
     "nothing on the stack": (b"\x86.", "malformed"),
@@ -471,7 +471,7 @@ BOMBS = {
         b"}("
         + b"".join(b"\x8a\x10" + ((2**61 - 1) * n).to_bytes(16, "little") + b"N" for n in range(1, 9))
         + b"u.",
-        "holds a value of type int as a name",
+        "has a value of type int as a name",
     ),
 }
 
@@ -506,7 +506,7 @@ def test_a_zip_that_claims_a_directory_of_gigabytes_is_refused_before_it_is_read
         stream.write(end)
     tracemalloc.start()
 
-    assert "has no whole zip directory" in str(refused(path))
+    assert "has no complete zip directory" in str(refused(path))
 
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()

@@ -96,10 +96,8 @@ def test_a_name_of_a_format_that_is_not_read_is_refused(name, kind, parent):
     with pytest.raises(UnsupportedError) as refused:
         find(name, "base")
     (issue,) = refused.value.issues
-    assert (
-        issue.sentence == f"the base is stored quantised as {kind}, as its name says, which is not supported"
-    )
-    assert issue.hint == f"merge into its full-precision parent, probably --base {parent}"
+    assert issue.sentence == f"the base is stored as {kind} (according to its name), which is not supported"
+    assert issue.hint == f"merge into its full-precision original, probably --base {parent}"
 
 
 @pytest.mark.parametrize(

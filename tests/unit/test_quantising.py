@@ -131,8 +131,10 @@ def test_where_a_block_does_not_fit_the_mates_stay_dense_too(joined):
     assert set(targets.dense) == {"lm_head"} | layers([f"self_attn.{name}" for name in ATTENTION[:3]])
     assert targets.config["modules_to_not_convert"] == list(targets.dense)
     said = notes(targets)
-    assert any("4 weights stay dense: each has 64 output features" in sentence for sentence in said)
-    assert any("2 weights stay dense: each is loaded together" in sentence for sentence in said)
+    assert any(
+        "4 weights not quantised, because each has 64 output features" in sentence for sentence in said
+    )
+    assert any("2 weights not quantised, because each is loaded together" in sentence for sentence in said)
 
 
 def test_where_a_group_does_not_fit_that_module_stays_dense(joined):
@@ -151,7 +153,7 @@ def test_experts_are_quantised_and_routers_are_not(joined):
     # Each expert has its own matrix of gate and up, and so its own scale.
     expert = "model.layers.0.mlp.experts.3"
     assert targets.weights[f"{expert}.up_proj.weight"].mates == (f"{expert}.gate_proj.weight",)
-    assert any("chooses experts" in sentence for sentence in notes(targets))
+    assert any("is a router" in sentence for sentence in notes(targets))
 
 
 def test_the_experts_of_a_layer_are_quantised_together(joined):
@@ -255,7 +257,7 @@ def test_ignored_modules_stay_dense(joined, kind, patterns, gone):
 @pytest.mark.parametrize(
     ("pattern", "sentence", "hint"),
     [
-        ("o_proj", "matches no module", "patterns are for whole names: '*.o_proj'"),
+        ("o_proj", "matches no module", "patterns must match whole names: '*.o_proj'"),
         ("model.layers.1.mlp.dwn_proj", "matches no module", "did you mean model.layers.1.mlp.down_proj"),
         ("xyz", "matches no module", "only linear layers can be named"),
         ("re:.*(", "is not a regular expression", "correct --ignore"),

@@ -52,8 +52,8 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
 @pytest.mark.parametrize(
     ("text", "line", "key", "words"),
     [
-        ("adapter: a\nout: o\nmax_shard_siez: 5GB\n", 3, "max_shard_siez", "is no key of a request"),
-        ("adapter: a\nout: o\ndtype: int4\n", 3, "dtype", "'int4' is no dtype"),
+        ("adapter: a\nout: o\nmax_shard_siez: 5GB\n", 3, "max_shard_siez", "unknown key for a merge"),
+        ("adapter: a\nout: o\ndtype: int4\n", 3, "dtype", "'int4' is not a known dtype"),
         ("adapter: a\nout: 5\n", 2, "out", "is 5: input should be a valid string"),
         (
             "adapter: a\nout: o\noverwrite: maybe\n",
@@ -61,18 +61,23 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
             "overwrite",
             "is 'maybe', expected true or false",
         ),
-        ("adapter: a\nout: o\nverify: twice\n", 3, "verify", "'twice' is no level of verification"),
-        ("adapter: a\nout: o\nworkers: 0\n", 3, "workers", "0 is no number of workers"),
-        ("adapter: a\nout: o\nworkers: [1]\n", 3, "workers", "is no number of workers"),
-        ("adapter: a\nout: o\ndevice: tpu\n", 3, "device", "'tpu' is no device"),
-        ("adapter: a\nout: o\nmax_shard_size: huge\n", 3, "max_shard_size", "'huge' is no size"),
-        ("adapter: a\nout: o\nadapter: b\n", 3, "adapter", "stands twice, first on line 1"),
+        ("adapter: a\nout: o\nverify: twice\n", 3, "verify", "'twice' is not a known level of verification"),
+        ("adapter: a\nout: o\nworkers: 0\n", 3, "workers", "0 is not a number of workers"),
+        ("adapter: a\nout: o\nworkers: [1]\n", 3, "workers", "is not a number of workers"),
+        ("adapter: a\nout: o\ndevice: tpu\n", 3, "device", "'tpu' is not a known device"),
+        ("adapter: a\nout: o\nmax_shard_size: huge\n", 3, "max_shard_size", "'huge' is not a size"),
+        ("adapter: a\nout: o\nadapter: b\n", 3, "adapter", "is given twice; the first is on line 1"),
         ("out: o\n", 0, "adapter", "is missing"),
-        ("out: o\nadapter: []\n", 2, "adapter", "names no adapter, expected one or more"),
-        ("out: o\nadapter: 5\n", 2, "adapter", "5 is not an adapter: a weight belongs to a path"),
-        ("out: o\nadapter: [a, 7]\n", 2, "adapter", "7 is not an adapter: a weight belongs to a path"),
+        ("out: o\nadapter: []\n", 2, "adapter", "names no adapter, expected at least one"),
+        ("out: o\nadapter: 5\n", 2, "adapter", "5 is not an adapter; write a weight together with its path"),
+        (
+            "out: o\nadapter: [a, 7]\n",
+            2,
+            "adapter",
+            "7 is not an adapter; write a weight together with its path",
+        ),
         ("out: o\nadapter: ['']\n", 2, "adapter", "'' is not an adapter; expected a directory"),
-        ("out: o\nadapter: [a, 'b:0']\n", 2, "adapter", "'b:0' has the weight 0, which merges nothing"),
+        ("out: o\nadapter: [a, 'b:0']\n", 2, "adapter", "'b:0' has the weight 0, so it would change nothing"),
         ("out: o\nadapter: a\nbase: ''\n", 3, "base", "is empty, expected a path"),
         (
             "adapter: a\nout: o\nworkers: 99999999999\n",
@@ -84,23 +89,38 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
             "adapter: a\nout: o\nmax_shard_size: 5\n",
             3,
             "max_shard_size",
-            "5 has no unit, and would be 5 bytes",
+            "5 has no unit, and would mean 5 bytes",
         ),
-        ("adapter: a\nout: o\nmemory_limit: 2\n", 3, "memory_limit", "2 has no unit, and would be 2 bytes"),
+        ("adapter: a\nout: o\nmemory_limit: 2\n", 3, "memory_limit", "2 has no unit, and would mean 2 bytes"),
         ("adapter: a\nout: o\nmax_shard_size: 2.5\n", 3, "max_shard_size", "write 2.5MB or 2.5GB"),
         ("out: o\nadapter: [a, 'b:inf']\n", 2, "adapter", "'b:inf' has the weight inf, expected a number"),
-        ("out: o\nadapter: {a: much}\n", 2, "adapter", "'a' has a text for its weight, expected a number"),
-        ("adapter: a\nout: o\nbase_is: new\n", 3, "base_is", "'new' is no kind of base, expected original"),
-        ("adapter: a\nout: o\ncombine: slerp\n", 3, "combine", "'slerp' is no way to combine, expected"),
-        ("adapter: a\nout: o\ncombine: [ties]\n", 3, "combine", "a list is no way to combine, expected"),
-        ("adapter: a\nout: o\ndensity: 0\n", 3, "density", "0 is no density, expected a number above 0"),
-        ("adapter: a\nout: o\ndensity: 1.5\n", 3, "density", "1.5 is no density"),
-        ("adapter: a\nout: o\ndensity: much\n", 3, "density", "'much' is no density"),
-        ("adapter: a\nout: o\ndensity: true\n", 3, "density", "True is no density"),
-        ("adapter: a\nout: o\ndensity: .nan\n", 3, "density", "nan is no density"),
-        ("adapter: a\nout: o\nseed: -1\n", 3, "seed", "-1 is no seed, expected a whole number"),
-        ("adapter: a\nout: o\nseed: 1.5\n", 3, "seed", "1.5 is no seed"),
-        ("adapter: a\nout: o\nseed: 2147483648\n", 3, "seed", "2147483648 is no seed"),
+        ("out: o\nadapter: {a: much}\n", 2, "adapter", "'a' has a string as its weight, expected a number"),
+        (
+            "adapter: a\nout: o\nbase_is: new\n",
+            3,
+            "base_is",
+            "'new' is not a known kind of base, expected original",
+        ),
+        (
+            "adapter: a\nout: o\ncombine: slerp\n",
+            3,
+            "combine",
+            "'slerp' is not a known way to combine, expected",
+        ),
+        (
+            "adapter: a\nout: o\ncombine: [ties]\n",
+            3,
+            "combine",
+            "a list is not a known way to combine, expected",
+        ),
+        ("adapter: a\nout: o\ndensity: 0\n", 3, "density", "0 is not a density, expected a number above 0"),
+        ("adapter: a\nout: o\ndensity: 1.5\n", 3, "density", "1.5 is not a density"),
+        ("adapter: a\nout: o\ndensity: much\n", 3, "density", "'much' is not a density"),
+        ("adapter: a\nout: o\ndensity: true\n", 3, "density", "True is not a density"),
+        ("adapter: a\nout: o\ndensity: .nan\n", 3, "density", "nan is not a density"),
+        ("adapter: a\nout: o\nseed: -1\n", 3, "seed", "-1 is not a seed, expected a whole number"),
+        ("adapter: a\nout: o\nseed: 1.5\n", 3, "seed", "1.5 is not a seed"),
+        ("adapter: a\nout: o\nseed: 2147483648\n", 3, "seed", "2147483648 is not a seed"),
         (
             "adapter: a\nout: o\nallow_svd: maybe\n",
             3,
@@ -108,9 +128,9 @@ def test_adapters_on_the_command_line_take_the_place_of_those_in_the_file(tmp_pa
             "is 'maybe', expected true or false",
         ),
         ("adapter: a\nout: o\nallow_untie: 2\n", 3, "allow_untie", "is 2, expected true or false"),
-        ("- adapter\n", 1, "", "holds a list, expected a table"),
+        ("- adapter\n", 1, "", "contains a list, expected a table"),
         ("adapter: [\n", 2, "", "is not valid YAML"),
-        ("", 1, "", "holds nothing"),
+        ("", 1, "", "contains nothing"),
     ],
 )
 def test_a_fault_names_its_line_and_key(text, line, key, words, tmp_path):
@@ -152,7 +172,7 @@ def test_the_command_names_the_line_of_a_wrong_key(cli, tmp_path):
     result = cli("--config", write(tmp_path, "adapter: a\nout: o\ndtyp: x\n"))
 
     assert result.exit_code == exits.USAGE
-    assert "merge.yaml:3: dtyp: is no key of a request" in result.stderr
+    assert "merge.yaml:3: dtyp: unknown key for a merge" in result.stderr
     assert "did you mean dtype?" in result.stderr
 
 
@@ -174,24 +194,33 @@ def test_every_example_runs(path, pico, pico_adapter, cli, tmp_path):
 
 LAUGHS = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 12))
 BOMBS = {
-    "aliases of aliases": ("l0: &l0 [a]\n" + LAUGHS, "stands for more than 200000 values, with its aliases"),
-    "aliases in keys": ("l0: &l0 [a]\n" + LAUGHS + "? *l11\n: a\n", "values, with its aliases|as a key"),
+    "aliases of aliases": (
+        "l0: &l0 [a]\n" + LAUGHS,
+        "expands to more than 200000 values, because of its aliases",
+    ),
+    "aliases in keys": (
+        "l0: &l0 [a]\n" + LAUGHS + "? *l11\n: a\n",
+        "values, because of its aliases|as a key",
+    ),
     "merged aliases": (
         "l0: &l0 {a: b}\n"
         + "".join(f"l{n}: &l{n}\n  <<: [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 12)),
-        "stands for more than 200000 values, with its aliases",
+        "expands to more than 200000 values, because of its aliases",
     ),
     "a long text with many aliases": (
         f"a: &a {'x' * 9000}\nb: [{', '.join(['*a'] * 3000)}]\n",
-        "with its aliases",
+        "because of its aliases",
     ),
-    "a long text": (f"a: {'x' * 20_000}\n", "has a value of 20000 characters, expected 10000 at most"),
-    "deep lists": ("a: " + "[" * 100_000 + "]" * 100_000, "more than 64 deep"),
-    "deep tables": ("{a: " * 50_000, "more than 64 deep"),
-    "a date that is none": ("out: 2020-99-99\n", "a date that is none, or a number of thousands of digits"),
+    "a long text": (f"a: {'x' * 20_000}\n", "has a value of 20000 characters, expected at most 10000"),
+    "deep lists": ("a: " + "[" * 100_000 + "]" * 100_000, "more than 64 levels deep"),
+    "deep tables": ("{a: " * 50_000, "more than 64 levels deep"),
+    "is not a valid date": (
+        "out: 2020-99-99\n",
+        "is not a valid date, or is a number of thousands of digits",
+    ),
     "a number of many digits": (
         "seed: " + "9" * 9000 + "\n",
-        "a date that is none, or a number of thousands of digits",
+        "is not a valid date, or is a number of thousands of digits",
     ),
     "too many bytes": ("a: b # " + "x" * 1_000_000 + "\n", "has 1000008 bytes, expected 1000000 at most"),
 }

@@ -2,7 +2,7 @@
 
 PEFT injects the adapter into a model without weights (torch's meta device), so that all it does once for the
 whole model is done: matching the targets, sizing and drawing what layers share. Only the layers themselves
-are put off. Each is made, filled, merged and dropped again when its weights are at hand.
+are put off. Each is made, filled, merged and dropped again when its weights are loaded.
 """
 
 from lora_merge.peft_rules.injection.ingredients import need_peft

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 _UNMERGEABLE: Mapping[str, str] = {
-    "LILY": "a router mixes its factors, token by token",
-    "POLY": "a router mixes its factors, task by task",
-    "SHADOW": "it is a network beside the model",
-    "XLORA": "a router mixes its adapters, token by token",
+    "LILY": "a router mixes its factors for each token",
+    "POLY": "a router mixes its factors for each task",
+    "SHADOW": "it is a network next to the model",
+    "XLORA": "a router mixes its adapters for each token",
 }
-"""PEFT types with a tuner, but no merge; PEFT merges ``XLORA`` all the same, without its router."""
+"""PEFT types with a tuner, but no merge; PEFT merges ``XLORA`` anyway, without its router."""
 
 
 def need_peft(kind: str) -> None:
@@ -51,7 +51,7 @@ def tuner_class_of(peft_type: Any) -> Any:
     from peft.tuners.tuners_utils import BaseTuner
 
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
-        raise InjectionError("peft_type", f"{peft_type} is unknown to the installed PEFT")
+        raise InjectionError("peft_type", f"the installed PEFT does not know {peft_type}")
     if peft_type in _UNMERGEABLE:
         raise InjectionError("peft_type", f"{peft_type} cannot be merged: {_UNMERGEABLE[peft_type]}")
     tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
@@ -90,11 +90,11 @@ def meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     known = model_class(config)
     if known is None:
         named = names[0] if isinstance(names, list) and names else "none"
-        raise InjectionError("architectures", f"{named} is unknown to the installed transformers")
+        raise InjectionError("architectures", f"the installed transformers does not know {named}")
     # Not the shared model of `lora_merge.modeling.skeleton`: PEFT changes this one.
     with translated("config.json", "transformers"), torch.device("meta"):
         parsed = parse_config(config)
         if parsed is None:
-            raise InjectionError("model_type", f"{model_type} is unknown to the installed transformers")
+            raise InjectionError("model_type", f"the installed transformers does not know {model_type}")
         model: torch.nn.Module = known(parsed)
     return model.eval()

@@ -31,7 +31,7 @@ class Injection:
         shared: the adapter's tensors of the whole model: ``base_model.`` without ``model.`` after it.
 
     Raises:
-        InjectionError: here and in every method, when PEFT refuses, or would go on with a random value.
+        InjectionError: here and in every method, when PEFT refuses, or would use a random value.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Injection:
             plain = filled(self._sites[module], base)
             for name, buffer in plain.named_buffers():
                 if buffer.is_meta:
-                    raise InjectionError(f"{module}.{name}", "is no weight: its value is not at hand")
+                    raise InjectionError(f"{module}.{name}", "its value is not in the base's files")
             return answer_of(layer, plain, x), answer_of(plain, plain, x)
 
     def rehearse(
@@ -133,7 +133,7 @@ class Injection:
             InjectionError: the module is not a target.
         """
         if module not in self._sites:
-            raise InjectionError(module, "is no target of the adapter")
+            raise InjectionError(module, "is not a target of the adapter")
         return self._sites[module]
 
     @contextlib.contextmanager
@@ -165,7 +165,7 @@ class Injection:
                 layer = getattr(site.parent, site.name)
                 # PEFT left the module as it was, without an error.
                 if layer is fresh:
-                    raise InjectionError(module, f"PEFT puts no adapter on a {type(fresh).__name__}")
+                    raise InjectionError(module, f"PEFT cannot put this adapter on a {type(fresh).__name__}")
                 if "unilora_hands" in vars(self._tuner):
                     self._tuner.unilora_hands[module].give(layer)
                 self._load(site, layer, config, tensors)
@@ -204,7 +204,7 @@ class Injection:
         """Raise `InjectionError` for a tensor of the adapter that no parameter takes, or none of its shape."""
         name = self._class._remove_adapter_name_from_key(key, ADAPTER)
         if key not in places:
-            raise InjectionError(name, f"{self._config.peft_type.value} has no place for it in this module")
+            raise InjectionError(name, f"{self._config.peft_type.value} does not use it in this module")
         if places[key].shape != value.shape:
             found, expected = list(value.shape), list(places[key].shape)
             raise InjectionError(name, f"shape {found}, expected {expected}")
@@ -227,4 +227,4 @@ class Injection:
         filled = {storage for name, storage in storages.items() if name in given} - {0}
         for name, storage in storages.items():
             if name not in given and storage not in filled:
-                raise InjectionError(name, "is not in the adapter; PEFT would go on with a random value")
+                raise InjectionError(name, "is not in the adapter; PEFT would use a random value")

@@ -73,7 +73,7 @@ def filled(site: Site, base: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     for name in base.keys() ^ parameters.keys():
         kind = type(module).__name__
         raise InjectionError(
-            f"{site.module}.{name}", f"is no parameter of {kind}" if name in base else "is missing"
+            f"{site.module}.{name}", f"is not a parameter of {kind}" if name in base else "is missing"
         )
     for name, tensor in base.items():
         if tensor.shape != parameters[name].shape:

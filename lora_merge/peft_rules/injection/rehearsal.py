@@ -67,7 +67,8 @@ def _frod(
     def take(tuner: Any, config: Any, _name: str) -> None:
         if not config.save_projection:
             raise InjectionError(
-                "save_projection", "is false, and deriving FRoD's projections anew takes all weights at once"
+                "save_projection",
+                "is false, and computing FRoD's projections again needs all weights at once",
             )
         for part in _PROJECTIONS:
             prefix = f"base_model.{part}."

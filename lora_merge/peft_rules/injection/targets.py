@@ -69,7 +69,7 @@ def sort_by_module(
         if not name.startswith(PREFIX):
             (shared if name.startswith("base_model.") else orphans).append(name)
             continue
-        # The deepest, since a target may lie inside another (attention and its output projection).
+        # The deepest, since a target may be inside another (attention and its output projection).
         owner = next((path for path in parents(name.removeprefix(PREFIX)) if path in modules), None)
         if owner is None:
             orphans.append(name)

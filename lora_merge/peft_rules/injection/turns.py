@@ -32,7 +32,7 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def translated(subject: str, speaker: str = "PEFT") -> Iterator[None]:
-    """Turn whatever a library raises into an `InjectionError` with its first line, except a lack of memory."""
+    """Turn any error of a library into an `InjectionError` with its first line, except a lack of memory."""
     try:
         yield
     except (InjectionError, PackageError):

@@ -18,7 +18,7 @@ def open_cached(source: Source) -> Repo:
     """
     root = cached_root(source)
     if root is None:
-        local = "" if source.explicit else "there is no such directory, and the repo is "
+        local = "" if source.explicit else "this directory does not exist, and the repo is "
         raise ResolveError(
             f"{source}: {local}not found in the local cache (revision {source.wanted}), and offline mode is on",
             hint="run once without --offline (and without HF_HUB_OFFLINE), or pass a directory",

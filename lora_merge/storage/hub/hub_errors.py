@@ -55,7 +55,7 @@ def _hub_error(source: Source, exc: BaseException) -> ResolveError:
         sentence = f"the repo has no revision {source.wanted}"
         hint = "write a folder before the @: org/name/FOLDER@REVISION" if "/" in source.wanted else ""
     elif isinstance(exc, errors.RepositoryNotFoundError):
-        local = "" if source.explicit else "there is no such directory, and "
+        local = "" if source.explicit else "this directory does not exist, and "
         sentence = f"{local}the Hub has no such repo, or it is private"
         hint = f"check the spelling; for a private repo {pass_token}"
     elif status == 401:
@@ -77,7 +77,7 @@ def _unreachable(source: Source, exc: BaseException) -> ResolveError:
     hint = "check the network, proxies and HF_ENDPOINT; complete files are kept"
     if root is not None:
         hint = f"pass --offline to use commit {root.name} from the local cache"
-    local = "" if source.explicit else "there is no such directory, and "
+    local = "" if source.explicit else "this directory does not exist, and "
     return ResolveError(f"{source}: {local}the Hub cannot be reached ({type(exc).__name__})", hint=hint)
 
 
