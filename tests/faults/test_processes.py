@@ -90,7 +90,7 @@ def test_a_batch_whose_terminal_is_closed_ends_with_its_processes_and_a_report(
 
     assert process.returncode == exits.INTERRUPTED, said
     assert "Traceback" not in said
-    assert "error: interrupted; what is done stays" in said
+    assert "error: interrupted; finished jobs are kept" in said
     wait_until(lambda: not session(process.pid))
 
 
