@@ -7,10 +7,12 @@ JOBS   ?= auto
 ENGINES := .venv-engines
 ORACLES := .venv-oracles
 LEAN    := .venv-lean
+LOWEST  := .venv-lowest
+IMAGE   ?= lora-merge
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pictures check lint format type layers measures docs site test quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles bench rounding lean clean
+.PHONY: help setup demo pictures check lint format type layers measures docs site test quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles bench rounding lean lowest image clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -29,9 +31,11 @@ demo: setup ## Build a small Llama, train a LoRA on it, merge it, and compare wh
 
 check: lint type layers measures docs site test ## Everything that CI runs, but for the engines
 
-lint: setup ## ruff: rules and formatting
+lint: setup ## ruff: rules and formatting; hadolint on the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@PATH="$(BIN):$$PATH"; if command -v hadolint > /dev/null; then hadolint Dockerfile; \
+		else echo "lint: the Dockerfile was not checked, since hadolint is not installed"; fi
 
 format: setup ## Let ruff rewrite the formatting
 	$(BIN)/ruff check --fix .
@@ -125,6 +129,20 @@ $(LEAN)/.installed: pyproject.toml constraints.txt
 	$(LEAN)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
+lowest: setup $(LOWEST)/.installed ## The same with the oldest packages that are allowed (constraints-lowest.txt)
+	LORA_MERGE_LEAN_PYTHON=$(LOWEST)/bin/python $(BIN)/python -m pytest tests/lean
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt constraints-lowest.txt
+	@echo "lowest: creating $(LOWEST) and installing (a minute or two, 0.9 GB)"
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e .
+	@touch $@
+
+image: ## Build the container image IMAGE=lora-merge; TORCH_INDEX=URL takes another torch, for a GPU
+	@docker info > /dev/null 2>&1 || { echo "image: no docker daemon answers, so there is nothing to build with"; exit 1; }
+	docker build $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) -t $(IMAGE) .
+
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) $(ENGINES) $(ORACLES) $(LEAN) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(ORACLES) $(LEAN) $(LOWEST) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

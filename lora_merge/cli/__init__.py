@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from typing import NoReturn
+
+# Before the other imports, which an older Python cannot even parse. pip refuses it too, but a clone needs no pip.
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(
+        "error: lora-merge needs Python 3.11 or newer, and this is Python {}.{} ({})\n"
+        "hint: python3.11 -m lora_merge, or: uv tool install --python 3.11 .".format(
+            *sys.version_info[:2], sys.executable
+        )
+    )
 
 from lora_merge.cli import exits
 from lora_merge.cli.app import main

@@ -185,7 +185,11 @@ def merged(makers):
 
 
 def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    """Return the files of an output; the manifest without the versions of packages, which may differ."""
+    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    manifest = json.loads(found["merge_manifest.json"])
+    del manifest["versions"]
+    return found | {"merge_manifest.json": json.dumps(manifest)}
 
 
 def said_by(done):
