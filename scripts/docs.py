@@ -204,7 +204,7 @@ def _fault_table(faults: Iterable[Fault]) -> str:
     rows = "".join(
         row(fault.name, f"`…{fault.says.format(**names).strip()}…`", str(fault.code)) for fault in faults
     )
-    return f"| what happens | the sentence says | exit code |\n| --- | --- | --- |\n{rows}"
+    return f"| fault | message | exit code |\n| --- | --- | --- |\n{rows}"
 
 
 def _renewed(page: Path, tables: Mapping[str, str]) -> str:
