@@ -71,6 +71,7 @@ def raw(tensor) -> bytes:
         matrix(),
         lambda family, *_: family.name,
         lambda family, naming, layout: (family.structure(), naming, layout),
+        lambda family, _, layout: (family.inputs, layout),
     ),
 )
 def test_the_merged_checkpoint_computes_what_base_and_adapter_compute(
@@ -165,7 +166,7 @@ RECIPES = {
 
 @pytest.mark.parametrize(
     ("recipe", "name", "layout"),
-    diagonal(RECIPES.keys(), ["Mixtral", "Qwen3-MoE"], ["published", "in memory"]),
+    diagonal(RECIPES.keys(), ["Qwen3-MoE", "Mixtral"], ["in memory", "published"]),
 )
 def test_every_expert_has_its_own_rank_and_scale(name, layout, recipe, workshop, merged):
     family = building.by_name(name)
