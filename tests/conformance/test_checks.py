@@ -525,7 +525,10 @@ def test_a_sample_of_a_large_tensor_takes_three_rows_and_those_that_are_suspect(
     assert some_rows(slot.name, op, ((7, 9), (990, 1000))) == sorted({*sample, 7, 8, *range(990, 1000)})
 
 
-@pytest.mark.parametrize(("kind", "model", "dtype"), kinds_of(NATIVE))
+@pytest.mark.parametrize(
+    ("kind", "model", "dtype"),
+    one_for_each(kinds_of(NATIVE), lambda kind, *_: kind, lambda _, model, dtype: (model, dtype)),
+)
 def test_projections_of_every_kind_suspect_a_row_of_zeros(kind, model, dtype, workshop, outcome_of):
     case = building.case(workshop, next(one for one in KINDS if one.name == kind), model, dtype)
     options = OPTIONS[next(one for one in KINDS if one.name == kind).options]
