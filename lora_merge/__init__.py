@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from lora_merge._version import __version__
 
 if TYPE_CHECKING:
-    from lora_merge.api import convert, extract, inspect, merge, plan, verify
+    from lora_merge.api import convert, diagnose, extract, inspect, merge, plan, verify
     from lora_merge.conversion.lora import ConvertReport
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Issue, Observer, Proof, Report, Summary, Verdict
+    from lora_merge.diagnosis.facts import Diagnosis
     from lora_merge.errors import (
         CheckpointError,
         ConvertError,
@@ -54,6 +55,7 @@ __all__ = [
     "ConvertOptions",
     "ConvertReport",
     "ConvertRequest",
+    "Diagnosis",
     "ExtractOptions",
     "ExtractRequest",
     "InspectOptions",
@@ -81,6 +83,7 @@ __all__ = [
     "WriteError",
     "__version__",
     "convert",
+    "diagnose",
     "extract",
     "inspect",
     "merge",
@@ -98,11 +101,12 @@ _HOMES = (
     "lora_merge.core.plan",
     "lora_merge.conversion.lora",
     "lora_merge.inspection.facts",
+    "lora_merge.diagnosis.facts",
     "lora_merge.reporting",
 )
 """Modules that define the other public names. They are imported when one of their names is first used."""
 
-_VERBS = frozenset({"convert", "extract", "inspect", "merge", "plan", "verify"})
+_VERBS = frozenset({"convert", "diagnose", "extract", "inspect", "merge", "plan", "verify"})
 """Functions of `lora_merge.api`, imported on first use: ``lora-merge --help`` needs none."""
 
 

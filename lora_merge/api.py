@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_merge.conversion.lora import ConvertReport
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.report import Proof, Report
+    from lora_merge.diagnosis.facts import Diagnosis
     from lora_merge.inspection.facts import Inspection
     from lora_merge.reporting.page_file import PageFile
     from lora_merge.requests.inputs import AdapterPaths
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "convert",
+    "diagnose",
     "explain",
     "extract",
     "inspect",
@@ -200,3 +202,13 @@ def extract(
 
     keywords = {"base": base, "tuned": tuned, "out": out, **options}
     return extract_adapter(parse_keywords(ExtractRequest, "extract", keywords), observer=observer)
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine, as ``lora-merge doctor`` does: versions, devices, memory, disks, caches and engines.
+
+    Imports torch, and uses no network. What cannot be found out is left out; nothing is raised for it.
+    """
+    from lora_merge.diagnosis.run import diagnose as look
+
+    return look()

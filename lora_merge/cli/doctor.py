@@ -34,6 +34,7 @@ def doctor(*, json: bool) -> None:
       lora-merge doctor
       lora-merge doctor --json > doctor.json
     """
+    # Not through the public functions: their modules may need what is missing.
     from lora_merge.diagnosis.run import diagnose
 
     diagnosis = diagnose()

@@ -133,7 +133,7 @@ class MergeOptions(PlanOptions, total=False):
     """Continue an interrupted run. If it was the same merge, its finished tensors are checked and kept."""
 
     report: str | PathLike[str] | None
-    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+    """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
 
 
 class VerifyOptions(TypedDict, total=False):
@@ -187,7 +187,7 @@ class VerifyOptions(TypedDict, total=False):
     """Use the local cache only. No network access."""
 
     report: str | PathLike[str] | None
-    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+    """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
 
 
 class InspectOptions(TypedDict, total=False):
@@ -227,7 +227,7 @@ class InspectOptions(TypedDict, total=False):
     """Use the local cache only. No network access."""
 
     report: str | PathLike[str] | None
-    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+    """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
 
 
 class ConvertOptions(TypedDict, total=False):

@@ -28,8 +28,8 @@ class Request:
     """What to merge, into what, and how: the command's options, and the keys of a request file."""
 
     adapter: tuple[str, ...]
-    """Adapter to merge: a directory or Hub repo. A repo is written as org/name, org/name/folder or
-    org/name@revision. A weight may follow: my-lora:0.5. May be repeated, see --combine."""
+    """Adapter: a directory or Hub repo. A repo is written as org/name, org/name/folder or org/name@revision.
+    A weight may follow: my-lora:0.5. May be repeated, see --combine."""
 
     out: str
     """Directory to create."""
@@ -133,7 +133,7 @@ class Request:
     """Continue an interrupted run. If it was the same merge, its finished tensors are checked and kept."""
 
     report: str | None = None
-    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+    """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
 
@@ -196,7 +196,7 @@ class VerifyRequest:
     """Treat warnings as errors."""
 
     report: str | None = None
-    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+    """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
 
@@ -242,7 +242,7 @@ class InspectRequest:
     """Use the local cache only. No network access."""
 
     report: str | None = None
-    """Write the result as an HTML page to this file, errors included. The page needs no network."""
+    """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True}
 

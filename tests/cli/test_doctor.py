@@ -89,6 +89,16 @@ def test_no_secret_is_shown(form, cli, monkeypatch):
     assert text.count("(set)") == 2
 
 
+def test_python_gets_the_same_as_a_value():
+    import lora_merge
+
+    found = lora_merge.diagnose()
+
+    assert isinstance(found, lora_merge.Diagnosis)
+    assert found.can_merge
+    assert found.machine.version == lora_merge.__version__
+
+
 def test_a_machine_that_has_everything_gets_no_warning(machine):
     assert {one.severity for one in findings(machine)} == {"ok"}
     assert Diagnosis(machine, findings(machine)).can_merge
@@ -125,6 +135,35 @@ def test_the_command_fails_where_merging_is_impossible(tmp_path):
     assert result.returncode == exits.PLAN, result.stderr
     assert "error: torch cannot be imported (ImportError: libcudart.so.12" in result.stdout
     assert "a plain LoRA can be merged" not in result.stdout
+
+
+def test_it_runs_without_any_package_but_click():
+    """Each module is None in a process of its own, so that importing it fails."""
+    hidden = (
+        "torch",
+        "numpy",
+        "pydantic",
+        "yaml",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "xxhash",
+        "huggingface_hub",
+        "jinja2",
+    )
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
+        "from lora_merge.cli import main\n"
+        "main(['doctor'], prog_name='lora-merge')"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+    assert result.returncode == exits.PLAN, result.stderr
+    assert result.stderr == ""
+    assert "error: torch cannot be imported (ModuleNotFoundError" in result.stdout
 
 
 def test_a_gpu_that_torch_does_not_find_is_a_warning(machine):

@@ -117,6 +117,13 @@ def test_the_short_help_lists_commands_first_and_fits_two_screens(cli, monkeypat
         assert re.search(rf"^  {name} +{re.escape(command.help.partition(chr(10))[0])}$", text, re.MULTILINE)
 
 
+def test_every_option_of_the_short_help_has_one_line(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = cli("--help").output.partition("Base and adapters:")[2].splitlines()
+
+    assert all(re.match(r"  (-|also: )", line) for line in lines if line.startswith(" ")), lines
+
+
 def test_the_short_help_names_every_option(cli):
     named = set(re.findall(r"--[a-z][a-z-]*", cli("--help").output))
 
