@@ -32,6 +32,9 @@ class Advice:
     hints: tuple[str, ...]
     """Commands to copy, or what to do."""
 
+    lines: tuple[str, ...] = ()
+    """Lines below the sentence, where it is about several things."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -98,15 +101,17 @@ def plain(name: str) -> str:
 def about_unknown_options(read: Reading) -> Advice:
     """Return the answer to options that the command does not have: one sentence for each, and the corrected command."""
     answers = {word: _about(word, read) for word in read.words if not word.is_known}
-    sentences = dict.fromkeys(sentence for sentence, _ in answers.values())
+    sentences = tuple(dict.fromkeys(sentence for sentence, _ in answers.values()))
+    head = sentences[0] if len(sentences) == 1 else f"{len(sentences)} options are not known here"
+    lines = sentences if len(sentences) > 1 else ()
     if any(arguments is None for _, arguments in answers.values()):
-        return Advice("; ".join(sentences), (help_hint(read),))
+        return Advice(head, (help_hint(read),), lines)
     tokens: list[str] = []
     for word in read.words:
         tokens += word.tokens if word not in answers else answers[word][1] or []
     for word in answers:
         tokens = _with_suffixes(tokens, OPTIONS.get(plain(word.name)), word)
-    return Advice("; ".join(sentences), (read.line(tokens),))
+    return Advice(head, (read.line(tokens),), lines)
 
 
 _EXAMPLES: Final = {"adapter": "ADAPTER", "base": "BASE", "tuned": "FINE_TUNED"}

@@ -158,7 +158,12 @@ def _say_usage(exc: click.ClickException, arguments: Sequence[str], *, as_json: 
     advice = None
     if isinstance(exc, click.UsageError):
         advice = advice_about(exc, arguments, main.commands)
-    sentence = exc.format_message() if advice is None else advice.sentence
+    lines = (
+        [exc.format_message()]
+        if advice is None
+        else [advice.sentence, *(f"  {line}" for line in advice.lines)]
+    )
+    sentence = "\n".join(map(printable, lines))
     # Data has click's own names of errors.
     said = exc if type(exc).__module__.startswith("click.") else click.UsageError(sentence)
     context = getattr(exc, "ctx", None)
@@ -167,7 +172,7 @@ def _say_usage(exc: click.ClickException, arguments: Sequence[str], *, as_json: 
             said.add_note(hint)
     elif context is not None:
         said.add_note(f"{context.command_path} --help lists its options")
-    say_error(said, printable(sentence), exits.USAGE, as_json=as_json)
+    say_error(said, sentence, exits.USAGE, as_json=as_json)
 
 
 def _with_lost_result(code: int, *, is_all: bool) -> int:

@@ -61,7 +61,7 @@ def _corrected(sentence: str, command: click.Command, rest: list[str]) -> Advice
     read = reading_of(command, [command.name or "", *rest])
     if any(not word.is_known for word in read.words):
         about = about_unknown_options(read)
-        return Advice(f"{sentence}; {about.sentence}", about.hints)
+        return Advice(sentence, about.hints, about.lines or (about.sentence,))
     bare = [word.values[0] for word in read.words if not word.name]
     if bare and command.name in {"merge", "plan"}:
         return Advice(sentence, about_bare_paths(bare, read).hints)

@@ -234,13 +234,6 @@ def test_the_hint_is_the_whole_command_that_was_meant(line, meant, cli):
         ("xyzzy", f"no command `xyzzy`, expected {', '.join(app.commands)}"),
         ("--adapter A", "Missing option '--out'. A --config file can give it, too."),
         ("convert A", "Missing option '--out'"),
-        (
-            "--model B --adapter A -o O --trust_remote_code",
-            (
-                "`--model` is called `--base` here; there is no `--trust_remote_code`: lora-merge never runs code from a "
-                "checkpoint, so leave it out"
-            ),
-        ),
     ],
 )
 def test_the_error_is_one_sentence(line, sentence, cli):
@@ -249,6 +242,39 @@ def test_the_error_is_one_sentence(line, sentence, cli):
     assert result.exit_code == exits.USAGE
     assert result.stderr.splitlines()[0] == f"error: {sentence}"
     assert hints(result)
+
+
+def test_several_options_have_a_line_each(cli):
+    result = cli("export", "--model", "B", "--lora_path", "A", "--out", "O", "--trust_remote_code")
+    without_verb = cli("--model", "B", "--lora_path", "A", "--out", "O", "--trust_remote_code")
+
+    lines = [
+        "  `--model` is called `--base` here",
+        "  `--lora_path` is called `--adapter` here",
+        "  there is no `--trust_remote_code`: lora-merge never runs code from a checkpoint, so leave it out",
+    ]
+    meant = "--base B --adapter A --out O"
+    assert result.stderr.splitlines() == [
+        "error: `export` is called `merge` here",
+        *lines,
+        f"hint: lora-merge merge {meant}",
+    ]
+    assert without_verb.stderr.splitlines() == [
+        "error: 3 options are not known here",
+        *lines,
+        f"hint: lora-merge {meant}",
+    ]
+
+
+def test_one_option_that_cannot_be_guessed_is_named_beside_the_others(cli):
+    result = cli("--model", "B", "--zzz", "--adapter", "A")
+
+    assert result.stderr.splitlines() == [
+        "error: 2 options are not known here",
+        "  `--model` is called `--base` here",
+        "  no option `--zzz`",
+        "hint: lora-merge --help lists the options",
+    ]
 
 
 @pytest.mark.parametrize("word", sorted(VERBS))
