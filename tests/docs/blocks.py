@@ -28,6 +28,7 @@ NEEDS = {
     "install": "installs packages",
     "docker": "a docker daemon",
     "shell": "changes the start-up of a shell",
+    "github": "a workflow of GitHub Actions",
     "cron": "a line of cron's table, not of a shell",
     "browser": "opens a browser",
 }
@@ -75,6 +76,8 @@ class Block:
 
         Of a pipeline it is the first command; a command in ``$(…)`` is one by itself.
         """
+        if self.language not in {"sh", "console"}:
+            return []
         lines = self.text.replace("\\\n", " ").splitlines()
         if self.language == "console":
             lines = [line[2:] for line in lines if line.startswith("$ ")]
