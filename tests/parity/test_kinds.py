@@ -10,7 +10,7 @@ import pytest
 
 from tests.crossing import one_for_each
 from tests.parity import building
-from tests.parity.kinds import KINDS, Kind, algebra
+from tests.parity.kinds import KINDS, Kind
 
 # The same derivation as in test_lora.py: no inner dimension is larger than 256, at most some ten products lie
 # one after the other, and every one adds √n·2⁻²⁴ of its size. Where the merge forms a product of factors first
@@ -92,8 +92,7 @@ WHOLE = tuple(kind for kind in KINDS if kind.group == "whole parameters" and "Lo
     ("kind", "model", "dtype"),
     one_for_each(
         cases("bfloat16", "float16", kinds=RIGHT),
-        lambda kind, *_: kind.name,
-        lambda kind, model, _: algebra(kind, model),
+        lambda kind, model, _: (kind.name, model),
         lambda kind, _, dtype: (kind.peft_type, dtype),
     ),
 )
