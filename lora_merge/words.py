@@ -165,7 +165,12 @@ def listing(names: Collection[str], most: int = 4, rest: str = "more") -> str:
     Example:
         >>> listing(["a", "b"]), listing("abcdef"), listing(["a", "b"], most=1, rest="more of its tensors")
         ('a, b', 'a, b, c, d and 2 more', 'a and 1 more of its tensors')
+        >>> listing("abcde", rest="other names"), listing("abcdef", rest="other names")
+        ('a, b, c, d and 1 other name', 'a, b, c, d and 2 other names')
     """
+    # "1 other name", but "1 more of its tensors".
+    if len(names) == most + 1 and " of " not in rest:
+        rest = rest.removesuffix("s")
     shown = ", ".join(list(names)[:most])
     return f"{shown} and {len(names) - most} {rest}" if len(names) > most else shown
 

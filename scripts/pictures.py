@@ -1,6 +1,6 @@
 """Draw what the program shows on a terminal: real runs on small real models, as PNG in docs/pictures/.
 
-Each scene runs in a pseudo-terminal of 80 x 24 or 140 x 40 characters; the help has a taller one, to be seen as a whole. Times, rates and free disk space are those of the
+Each scene runs in a pseudo-terminal of 80 x 24 or 140 x 40 characters; what is longer has a taller one, to be seen as a whole. Times, rates and free disk space are those of the
 machine that drew the pictures.
 """
 
@@ -89,7 +89,7 @@ SCENES = (
     Scene("batch-end", "lora-merge batch mixed.yaml --keep-going", status=7),
     Scene("extract", "lora-merge extract --base base --tuned finetuned --rank 16 --out extracted"),
     Scene("convert", "lora-merge convert style --for vllm --rank 16 --out style-16"),
-    Scene("quantised-base", "lora-merge plan --base base-fp8 --adapter style"),
+    Scene("quantised-base", "lora-merge plan --base base-fp8 --adapter style", size=TALL),
     Scene("synonym", "lora-merge --model base --lora-path my-lora --output_dir merged-3", status=2),
     Scene("not-found", "lora-merge --base base --adapter my-lroa --out merged-3", status=3),
     Scene("survival", "lora-merge plan --base base --adapter my-lora --survival", size=LARGE),

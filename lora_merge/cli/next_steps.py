@@ -163,7 +163,7 @@ def after_conversion(report: ConvertReport, out: str, base: str, engine: str | N
     elif report.format == "mlx":
         words = ("mlx_lm.generate", "--model", named, "--adapter-path", out, "--prompt", "Hello")
         say_next("run it with mlx-lm", command(*words))
-    elif engine in _SERVES_ADAPTER:
+    elif engine is not None and engine in _SERVES_ADAPTER:
         rank = max((one.rank for one in report.modules), default=0)
         allowed = next((one for one in _VLLM_RANKS if one >= rank), rank)
         line = _SERVES_ADAPTER[engine].format(

@@ -119,8 +119,7 @@ def _plan_rows(report: Report, named: Mapping[str, str], width: int | None) -> l
         ("files", files),
         ("", " "),
         ("time", _time(summary)),
-        ("read", size_text(summary.read_bytes)),
-        ("written", size_text(summary.disk_needed_bytes)),
+        ("bytes", f"{size_text(summary.read_bytes)} read, {size_text(summary.disk_needed_bytes)} written"),
         ("peak memory", f"about {size_text(summary.peak_bytes)}"),
         ("disk", Mark(free, YELLOW) if is_short else free),
     ]

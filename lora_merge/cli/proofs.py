@@ -12,11 +12,13 @@ from lora_merge.redaction import fit
 from lora_merge.words import alike, cut
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_merge.core.report import Issue, Proof
 
 _LISTED = 30  # differences that are printed; --json has them all
 
-_STATES = {
+_STATES: Mapping[str, Cell] = {
     "passed": "ok",
     "failed": Mark("FAILED", RED),
     "not asked": Mark("skipped", YELLOW),

@@ -11,7 +11,7 @@ from lora_merge.peft_rules.hints import DROPPED, incomplete
 from lora_merge.peft_rules.loose_ends import LooseEnd
 from lora_merge.peft_rules.targets import TargetRule, is_listed, listed_among
 from lora_merge.planning.absent import Absent
-from lora_merge.words import of_several, quoted
+from lora_merge.words import counted, of_several, quoted
 
 if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter
@@ -67,7 +67,7 @@ def _no_default(modules: frozenset[str], model: Model) -> Issue:
     """Return the issue of null targets in a family that PEFT has no targets for."""
     sentence = (
         f"is null, and PEFT has no default targets for the family {model.config.get('model_type')!r}, so "
-        f"PEFT would not load this adapter, which has tensors for {len(modules)} modules"
+        f"PEFT would not load this adapter, which has tensors for {counted(len(modules), 'module')}"
     )
     last = ", ".join(sorted({f'"{module.rpartition(".")[2]}"' for module in modules}))
     hint = f"add the trained modules to target_modules in adapter_config.json, perhaps [{last}]"
