@@ -140,9 +140,9 @@ def test_names_go_to_mlx_and_back(model_type):
 @pytest.mark.parametrize(
     ("family_name", "target", "said"),
     [
-        ("DeepSeek-V3", "kv_b_proj", "mlx-lm takes kv_b_proj apart"),
+        ("DeepSeek-V3", "kv_b_proj", "mlx-lm splits kv_b_proj"),
         ("Falcon-H1", "q_proj", "a family whose module names in mlx-lm are not known"),
-        ("Qwen3-VL", r".*visual.*\.qkv", "mlx-lm leaves out"),
+        ("Qwen3-VL", r".*visual.*\.qkv", "mlx-lm does not load"),
         ("Gemma 2", "embed_tokens", "one end of tied embeddings"),
     ],
 )
