@@ -134,8 +134,10 @@ class _App(click.Group):
             _say_usage(exc, arguments, as_json=as_json)
         except (click.Abort, KeyboardInterrupt) as exc:
             code = exits.INTERRUPTED
-            sentence = "interrupted; no output was created"
-            say_error(exc.__cause__ or exc, sentence, code, as_json=as_json)  # click makes an Abort of it
+            sentence, said = "interrupted; no output was created", exc.__cause__ or exc
+            if not getattr(said, "__notes__", ()):
+                said.add_note("run the same command again to start over")
+            say_error(said, sentence, code, as_json=as_json)  # click makes an Abort of it
         except LoraMergeError as exc:
             code = exits.code_of(exc)
             say_error(exc, str(exc), code, as_json=as_json, verbose=verbose)

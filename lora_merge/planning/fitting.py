@@ -310,7 +310,8 @@ class Fitting:
         module = parameter.rpartition(".")[0]
         near = self._nearest(parameter)
         sentence = f"the adapter changes this parameter, and the base has no {parameter}"
-        return error("unmatched-module", module, sentence, f"nearest: {near}" if near else "")
+        hint = f"check --base; the base's nearest name is {near}" if near else OTHER_MODEL
+        return error("unmatched-module", module, sentence, hint)
 
     def _all_absent(self, first: str) -> Issue:
         """Return the one issue of an adapter without a single parameter that the base has."""

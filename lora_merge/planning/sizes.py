@@ -51,7 +51,7 @@ def other_size(adapter: Adapter, model: Model, issues: Sequence[Issue]) -> list[
     # Only sizes that are known of both are worth comparing.
     trained, has = (_said(layers[n] if all(layers) else 0, widths[n] if all(widths) else 0) for n in (0, 1))
     named = adapter.config.get("base_model_name_or_path")
-    hint = "Is it the right base?" + (f" The adapter names {named}" if named else "")
+    hint = "merge into the base that the adapter was trained on" + (f": it names {named}" if named else "")
     return [error("other-size", adapter.root, f"was trained on {trained}; this base has {has}", hint)]
 
 

@@ -186,7 +186,7 @@ def test_a_working_directory_that_was_removed_has_its_sentence(tmp_path):
         ("jobs: !!timestamp x", "a value does not fit its tag"),
         ("jobs: [{adapter: a, out: b, matrix: 7}]", "is 7, expected a table"),
         ("jobs: [{adapter: a, out: b, density: " + "9" * 400 + "}]", "is not a density"),
-        ("a: &a [x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}]\n" for p, n in zip("abcdefghijk", "bcdefghijkl", strict=True)), "stands for more than 200000 values"),
+        ("a: &a [x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}]\n" for p, n in zip("abcdefghijk", "bcdefghijkl", strict=True)), "expands to more than 200000 values"),
     ],
 )  # fmt: skip
 def test_a_batch_file_that_cannot_be_read_has_its_sentence(text, words, tmp_path, cli):

@@ -46,7 +46,7 @@ def test_a_folder_of_another_family_is_another_model_whatever_it_is_called(
 
     assert result.exit_code == exits.OK, result.stderr
     assert (
-        f"was trained on {named}: their configurations differ, so they look like different models"
+        f"was trained on {named}; their configurations differ, so they look like different models"
         in result.stderr
     )
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tampered(base, "again")))
@@ -74,7 +74,7 @@ def test_another_model_is_a_warning_that_says_both_names(folder, called, is_call
     assert issue["severity"] == "warning"
     assert is_called in issue["sentence"]
     assert (
-        f"was trained on {NAMED}: their names differ, so they look like different models" in issue["sentence"]
+        f"was trained on {NAMED}; their names differ, so they look like different models" in issue["sentence"]
     )
     assert strict.exit_code == exits.PLAN
     card = (tmp_path / "out" / "README.md").read_text()

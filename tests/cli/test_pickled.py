@@ -304,7 +304,7 @@ def outside(base, index):
 def no_index(base, index):
     (base / INDEX).unlink()
     index.clear()
-    return "and their index is missing: pytorch_model.bin.index.json"
+    return "and their index pytorch_model.bin.index.json is missing"
 
 
 @pytest.mark.parametrize("fault", [missing_shard, tensor_in_no_file, tensor_in_two_files, outside, no_index])

@@ -100,7 +100,7 @@ def test_a_name_that_is_nowhere_is_refused_with_the_nearest(cli, pico, pico_adap
     )
     assert result.exit_code == exits.USAGE
     assert "the adapter and the base have no module or parameter model.layers.0.attn.q_proj" in result.stderr
-    assert f"nearest: {Q}" in result.stderr
+    assert f"did you mean {Q}" in result.stderr
 
 
 def test_a_plan_without_an_adapter_says_so(cli, pico):

@@ -236,7 +236,7 @@ def test_the_difference_of_two_copies_is_measured_by_the_adapters_change(
     assert issue["severity"] == "note"
     assert issue["subject"] == str(base)
     assert f"is {statistics.median(ratios.values()):.2g} times as large" in issue["sentence"]
-    assert f"(median of 2 tensors), {ratios[worst]:.2g} times in {worst}.weight" in issue["sentence"]
+    assert f"(median of 2 tensors), and {ratios[worst]:.2g} times in {worst}.weight" in issue["sentence"]
     kinds = ("NF4", "full precision") if way == "original" else ("full precision", "NF4")
     assert f"was trained on {named} ({kinds[0]}), and this base is {kinds[1]}" in issue["sentence"]
 
@@ -419,7 +419,7 @@ def test_files_of_trainers_say_that_the_base_was_quantised_in_memory(sign, origi
 
     assert issue["severity"] == "note"
     assert (
-        f"trained on a base that its trainer had quantised ({words}), as its {file} says" in issue["sentence"]
+        f"trained on a base that its trainer had quantised ({words}), according to its {file}" in issue["sentence"]
     )
     assert "merge into a copy that is quantised with the same settings" in issue["sentence"]
 

@@ -188,7 +188,7 @@ def test_without_a_base_a_loose_entry_is_a_warning(pico, pico_adapter, tampered,
     result = cli("inspect", adapter)
 
     assert result.exit_code == exits.OK
-    for words in ("modules_to_save: names 'score'", "rank_pattern: 'wqkv' matches none", "--base"):
+    for words in ("modules_to_save: has the entry 'score'", "rank_pattern: 'wqkv' matches none", "--base"):
         assert words in result.output
 
 
