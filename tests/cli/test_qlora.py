@@ -419,7 +419,8 @@ def test_files_of_trainers_say_that_the_base_was_quantised_in_memory(sign, origi
 
     assert issue["severity"] == "note"
     assert (
-        f"trained on a base that its trainer had quantised ({words}), according to its {file}" in issue["sentence"]
+        f"trained on a base that its trainer had quantised ({words}), according to its {file}"
+        in issue["sentence"]
     )
     assert "merge into a copy that is quantised with the same settings" in issue["sentence"]
 
