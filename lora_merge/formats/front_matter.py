@@ -114,7 +114,7 @@ def _table(text: str) -> dict[str, Any]:
     import yaml
 
     if len(text) > _MOST_CHARACTERS:
-        raise ValueError(f"it has {len(text)} characters, expected {_MOST_CHARACTERS} at most")
+        raise ValueError(f"it has {len(text)} characters, expected at most {_MOST_CHARACTERS}")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("it has YAML aliases")
@@ -122,7 +122,7 @@ def _table(text: str) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as exc:
         raise ValueError(" ".join(str(exc).split())) from exc
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
-        raise ValueError("it is no table of names")
+        raise ValueError("it is not a table of names")
     return table
 
 

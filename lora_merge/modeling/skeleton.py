@@ -144,7 +144,7 @@ def need_transformers(config: Mapping[str, Any]) -> Any:
 
 
 def parse_config(config: Mapping[str, Any]) -> Any:
-    """Return transformers' own form of what is data in a ``config.json``, or None when it knows no such model type.
+    """Return transformers' own form of what is data in a ``config.json``, or None when it does not know the model type.
 
     Raises:
         FetchError: what the model is made of would have to be fetched.

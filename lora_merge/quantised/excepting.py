@@ -35,7 +35,7 @@ class _Dense(NamedTuple):
     """Paths of modules; the stack's path for its parameters."""
 
     stacks: tuple[str, ...]
-    """Paths of stacks of experts of which no expert stays quantised."""
+    """Paths of stacks of experts where no expert stays quantised."""
 
     fused: tuple[str, ...]
     """Names under which engines ask about several of the modules at once."""

@@ -74,7 +74,7 @@ def file_digest(path: Path, most: int | None = None) -> str:
     with open_source(path) as source:
         # Before the first byte is read.
         if most is not None and source.nbytes > most:
-            raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"{most} at most")
+            raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"at most {most}")
         for block in read_blocks(source, 0, source.nbytes):
             digest.update(block)
     return digest_text(digest)

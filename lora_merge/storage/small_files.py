@@ -38,13 +38,13 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """
     with open_source(path) as source, borrowed_block() as block:
         if source.nbytes > most:
-            raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"{most} at most")
+            raise CheckpointError(str(path), "", f"has {source.nbytes} bytes", f"at most {most}")
         parts, n_read = [], 0
         while n_more := read_some(source, block[: min(BLOCK_BYTES, most + 1 - n_read)], n_read):
             parts.append(bytes(block[:n_more]))
             n_read += n_more
     if n_read > most:  # it grew, or says that it has no bytes, as files of /proc do
-        raise CheckpointError(str(path), "", f"has more than {most} bytes", f"{most} at most")
+        raise CheckpointError(str(path), "", f"has more than {most} bytes", f"at most {most}")
     content = b"".join(parts)
     input_files.tell_read(str(path), 0, content)
     return content

@@ -1,4 +1,4 @@
-"""Verifies an output on disk, years later too: from its manifest, and from base and adapter if they are at hand."""
+"""Verifies an output on disk, years later too: from its manifest, and from base and adapter if they are available."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _output(out: str) -> Output:
 
 @dataclass(frozen=True, slots=True)
 class _Again:
-    """The merge, planned a second time from what is at hand now."""
+    """The merge, planned a second time from the inputs that are available now."""
 
     joined: Joined
     plan: MergePlan
@@ -208,7 +208,7 @@ class _Verification:
         return manifest, Finding("recorded", detail, issues)
 
     def _planned(self, manifest: Manifest | None) -> tuple[_Again | None, Finding]:
-        """Plan the merge again from the base and adapter at hand; return it with the finding.
+        """Plan the merge again from the available base and adapter; return it with the finding.
 
         Raises:
             ResolveError: a base or adapter that the request names cannot be read.

@@ -182,7 +182,9 @@ def test_a_merge_says_that_a_card_could_not_be_read(merge):
     result, out = merge(HOSTILE["no table"], ADAPTER)
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
-    assert "README.md: that of the base has front matter that cannot be read: it is no table of names" in said
+    assert (
+        "README.md: that of the base has front matter that cannot be read: it is not a table of names" in said
+    )
     assert metadata_load(out / "README.md")["datasets"] == ["org/conversations"]
 
 

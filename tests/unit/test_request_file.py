@@ -222,7 +222,7 @@ BOMBS = {
         "seed: " + "9" * 9000 + "\n",
         "is not a valid date, or is a number of thousands of digits",
     ),
-    "too many bytes": ("a: b # " + "x" * 1_000_000 + "\n", "has 1000008 bytes, expected 1000000 at most"),
+    "too many bytes": ("a: b # " + "x" * 1_000_000 + "\n", "has 1000008 bytes, expected at most 1000000"),
 }
 
 
@@ -248,7 +248,7 @@ def test_aliases_that_stand_for_little_are_filled_in(tmp_path):
         (lambda path: path.symlink_to("/dev/zero"), "is a device, expected a regular file"),
         (
             lambda path: path.touch() or os.truncate(path, 1 << 40),
-            "has 1099511627776 bytes, expected 1000000 at most",
+            "has 1099511627776 bytes, expected at most 1000000",
         ),
     ],
 )
