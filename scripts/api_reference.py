@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_merge.requests.option import Option, Verb
 
 _VERBS: tuple[Verb, ...] = ("merge", "plan", "verify", "inspect", "convert", "extract")
+_PAGES = ("write_report", "report_html")
 
 _INTRO = """\
 # Python and YAML reference
@@ -38,22 +39,35 @@ on its last line.
 
 def api_page() -> str:
     """Return the text of ``docs/api.md``."""
-    return "\n".join([_INTRO, *map(_function, _VERBS), _errors()])
+    return "\n".join([_INTRO, *map(_function, _VERBS), *map(_of_pages, _PAGES), _errors()])
+
+
+def _of_pages(name: str) -> str:
+    """Return the part on a function that has no options: one that makes pages of results."""
+    function = getattr(lora_merge, name)
+    summary, _, rest = inspect.getdoc(function).partition("\n\n")  # type: ignore[union-attr]
+    call = f"{name}({', '.join(inspect.signature(function).parameters)})"
+    text = f"## `lora_merge.{name}`\n\n```text\n{call}\n```\n\n{_plain(summary)}\n"
+    return text + _raised(rest)
 
 
 def _function(verb: Verb) -> str:
     function = getattr(api, verb)
     summary, _, rest = inspect.getdoc(function).partition("\n\n")  # type: ignore[union-attr]
-    raises = rest.partition("Raises:\n")[2].strip()
     rows = "".join(map(_keyword, _keywords(verb)))
     parts = [
         f"## `lora_merge.{verb}`\n\n```text\n{_signature(verb)}\n```\n\n{_plain(summary)}\n",
         f"| keyword | command line | value | meaning |\n| --- | --- | --- | --- |\n{rows}",
     ]
-    if raises:
-        lines = [line.strip().partition(": ") for line in raises.splitlines()]
-        parts.append("Raises:\n\n" + "".join(f"- `{name}`: {_plain(why)}\n" for name, _, why in lines))
-    return "\n".join(parts)
+    return "\n".join(parts) + _raised(rest)
+
+
+def _raised(docstring: str) -> str:
+    """Return the list of the errors that a docstring names; empty if it names none."""
+    raises = docstring.partition("Raises:\n")[2].strip()
+    lines = [line.strip().partition(": ") for line in raises.splitlines()]
+    listed = "".join(f"- `{name}`: {_plain(why)}\n" for name, _, why in lines)
+    return f"\nRaises:\n\n{listed}" if listed else ""
 
 
 def _signature(verb: Verb) -> str:

@@ -31,6 +31,9 @@ _CONVERT_KEYS = frozenset(option.key for option in fields_of("convert")) - {"con
 _OWN_KEYS = frozenset({"name", "matrix", "convert"})
 _TOP_KEYS = ("defaults", "jobs")
 
+_OF_THE_BATCH: Mapping[str, str] = {"report": "lora-merge batch --report FILE writes one page for all jobs"}
+"""Keys of a request file that a job cannot have → what to do instead."""
+
 MAX_JOBS = 10_000
 """Most jobs of a batch."""
 
@@ -103,7 +106,7 @@ def _defaults(
     lines = _lines(_node_of(node, "defaults"))
     for key in defaults:
         if key not in _MERGE_KEYS | _CONVERT_KEYS:
-            hint = close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
+            hint = _OF_THE_BATCH.get(key) or close_hint(key, sorted(_MERGE_KEYS | _CONVERT_KEYS))
             raise RequestError(path, lines.get(key, 0), str(key), "unknown key for defaults", hint=hint)
     return defaults, lines
 
@@ -151,9 +154,8 @@ def _jobs(entry: _Entry, defaults: Mapping[str, Any], overrides: Mapping[str, An
         wanted |= {key: _worded(wanted[key], words) for key in _GLOBBED if key in wanted}
         for key in wanted:
             if key not in kind_keys | {"convert"}:
-                raise entry.error(
-                    str(key), f"unknown key for a {kind}", close_hint(key, sorted(kind_keys | _OWN_KEYS))
-                )
+                hint = _OF_THE_BATCH.get(key) or close_hint(key, sorted(kind_keys | _OWN_KEYS))
+                raise entry.error(str(key), f"unknown key for a {kind}", hint)
         for values, matched in _expanded(entry, wanted):
             yield _job(entry, {**values, **overrides}, {**matched, **words})
 

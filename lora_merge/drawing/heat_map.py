@@ -20,7 +20,7 @@ _HEIGHT = 24
 _WIDTH = 880
 """Pixels that the columns share, before the map gets a scroll bar."""
 
-_NARROWEST, _WIDEST = 10, 52
+_NARROWEST, _WIDEST = 8, 52
 """Pixels of a column."""
 
 _DIGIT = 6.7
@@ -86,8 +86,10 @@ class HeatMap:
 
     def short(self, value: float | None) -> str:
         """Return a value as a cell shows it."""
-        if value is None or not self.is_share:
+        if value is None or not math.isfinite(value):
             return self.text(value)
+        if not self.is_share:
+            return f"{value:.2g}" if abs(value) < 1 else f"{value:.3g}"
         # Where all are close to 100 %, their differences are behind the point.
         return f"{100 * value:.{int(self.low >= _CLOSE)}f}".removesuffix(".0")
 

@@ -227,7 +227,7 @@ def _n_rows(grid: Grid[Point]) -> int:
 def _label(members: Sequence[Point], value: float | None, *, is_marked: bool) -> str:
     """Return everything that is known of a cell, in one line."""
     first = members[0]
-    parts = [f"{folded(first.path)}: {counted(len(members), 'module')}, mean shown"]
+    parts = [f"{folded(first.path)}: {counted(len(members), 'module')}"]
     if len(members) == 1:
         parts = [f"{first.path}: {first.facts or 'no value'}"]
     elif value is not None:

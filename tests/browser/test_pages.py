@@ -290,6 +290,37 @@ def test_paper_is_white_and_has_no_buttons(pages, opened):
     assert page.pdf().startswith(b"%PDF")
 
 
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_labels_of_rows_are_beside_their_cells(media, pages, opened):
+    page = opened(pages["merge"][0], width=700)
+    page.emulate_media(media=media)
+
+    middles = page.evaluate(
+        """() => {
+          const middle = (one) => { const r = one.getBoundingClientRect(); return r.top + r.height / 2; };
+          const labels = [...document.querySelectorAll("#map-size .labels text")].map(middle);
+          return labels.map((y, n) => [y, middle(document.querySelector(`#map-size g[data-r="${n}"] rect`))]);
+        }"""
+    )
+
+    assert len(middles) == 3
+    for label, cell in middles:
+        assert abs(label - cell) < 4
+
+
+def test_tables_become_lists_on_a_narrow_screen(pages, opened):
+    page = opened(pages["failed-verification"][0], width=320)
+
+    first = page.locator("#checks tbody tr").first
+    boxes = [cell.bounding_box() for cell in first.locator("td").all()]
+    assert [box["x"] for box in boxes] == [boxes[0]["x"]] * 4
+    assert max(box["x"] + box["width"] for box in boxes) <= 320
+    told = page.eval_on_selector_all(
+        "#checks tbody tr:first-child td", "all => all.map(one => getComputedStyle(one, '::before').content)"
+    )
+    assert told == ['"Result"', '"Question"', '"Check"', '"How much"']
+
+
 def test_a_page_is_whole_without_scripts(pages, opened):
     page = opened(pages["merge"][0], java_script_enabled=False)
 

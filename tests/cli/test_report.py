@@ -151,6 +151,10 @@ def test_a_batch_has_one_page_with_all_its_jobs(base, adapter, cli, tmp_path):
     inside = cli("batch", file, "--report", tmp_path / "two" / "page.html")
     assert inside.exit_code == exits.USAGE
     assert "inside the output" in inside.output
+    file.write_text(json.dumps({"jobs": [{**jobs[0], "report": "one.html"}]}))
+    single = cli("batch", file)
+    assert single.exit_code == exits.USAGE
+    assert "hint: lora-merge batch --report FILE writes one page for all jobs" in single.output
 
 
 def test_a_request_file_may_name_the_page(base, adapter, cli, tmp_path):
