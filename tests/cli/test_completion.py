@@ -189,21 +189,18 @@ def test_fish_completes(place):
 
 
 @pytest.fixture
-def offers(place):
+def offers(place, cli, monkeypatch):
     """Return a function: a line up to the cursor → (sort, value, explanation) of every offer."""
     here, environment = place
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HF_HUB_CACHE", environment["HF_HUB_CACHE"])
 
     def ask(line):
-        environment_of_shell = {**environment, "COMP_LINE": line, "_LORA_MERGE_COMPLETE": "bash_complete"}
-        result = subprocess.run(
-            [sys.executable, "-m", "lora_merge"],
-            capture_output=True,
-            text=True,
-            cwd=here,
-            env=environment_of_shell,
-            check=True,
-        )
-        assert result.stderr == ""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COMP_LINE", line)
+            patch.setenv("_LORA_MERGE_COMPLETE", "bash_complete")
+            result = cli()
+        assert (result.exit_code, result.stderr) == (0, "")
         return [tuple(one.split("\t")) for one in result.stdout.splitlines() if one]
 
     return ask
@@ -272,6 +269,27 @@ def test_every_value_that_an_option_lists_is_offered(verb, offers):
 )
 def test_paths_are_left_to_the_shell(line, sorts, offers):
     assert {sort for sort, _, _ in offers(line)} == sorts
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_a_shell_is_printed(shell, cli):
+    result = cli("completion", shell)
+
+    assert result.exit_code == 0
+    assert f"_LORA_MERGE_COMPLETE={shell}_complete" in result.stdout
+    assert "%(" not in result.stdout
+    if shutil.which(shell):
+        checked = subprocess.run(
+            [shell, "-n"], input=result.stdout, capture_output=True, text=True, check=False
+        )
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_a_shell_that_is_not_known_is_refused(cli):
+    result = cli("completion", "tcsh")
+
+    assert result.exit_code == 2
+    assert "bash" in result.stderr
 
 
 @pytest.mark.parametrize(
