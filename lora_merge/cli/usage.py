@@ -55,6 +55,9 @@ def advice_about(
         from lora_merge.cli.commands import about_unknown_command
 
         return about_unknown_command(arguments, known)
+    if isinstance(error, click.BadOptionUsage) and error.ctx is None:
+        # click's parser does not say which command it parsed.
+        return _about_options(error, known.get(arguments[0], known["merge"]), arguments)
     if error.ctx is None or error.ctx.command.name not in known:
         return None
     if isinstance(error, StrayTextError) and error.texts[0] in known and arguments[0] not in known:
@@ -70,6 +73,7 @@ def _about_options(
     """Return what to say about the options of a command."""
     from lora_merge.cli.advice import Advice, about_missing, about_unknown_options, help_hint, reading_of
     from lora_merge.cli.bare_paths import about_bare_paths
+    from lora_merge.cli.wrong_values import about_missing_argument, about_missing_value, about_wrong_value
 
     read = reading_of(command, arguments)
     found: Advice | None = None
@@ -85,4 +89,10 @@ def _about_options(
             found = about_missing(error.name, error.format_message(), read)
         case click.MissingParameter(param=click.Option() as param):
             found = about_missing(param.name or "", f"Missing option '{param.opts[-1]}'", read)
+        case click.MissingParameter():
+            found = about_missing_argument(error, read)
+        case click.BadParameter():
+            found = about_wrong_value(error, read)
+        case click.BadOptionUsage():
+            found = about_missing_value(error, read)
     return found
