@@ -66,6 +66,13 @@ lora-merge completion fish | source      # ~/.config/fish/config.fish
 ```
 """
 
+_MANUAL = """\
+## Man pages
+
+`man lora-merge` shows the whole of this page, and `man lora-merge-convert`, for example, one command. A wheel installs the pages
+beside the command (`share/man/man1`). In a clone: `man -l man/lora-merge.1`.
+"""
+
 _EXTENSION = """\
 ## As a command of `hf`
 
@@ -97,7 +104,7 @@ def cli_page() -> str:
         parts.append(f"## `{title}`\n\n```text\n{command.get_help(context)}\n```\n")
     rows = "\n".join(f"| {code} | {meaning} |" for code, meaning in MEANINGS.items())
     parts.append(f"## Exit codes\n\n| code | meaning |\n| --- | --- |\n{rows}\n")
-    return "\n".join([*parts, _INTERRUPTS, _COMPLETION, _EXTENSION])
+    return "\n".join([*parts, _INTERRUPTS, _COMPLETION, _MANUAL, _EXTENSION])
 
 
 def _commands() -> list[tuple[str, click.Command]]:
