@@ -226,7 +226,11 @@ def base_name(provenance: Provenance) -> str:
 
 def _short_name(path: str, origin: Origin | None) -> str:
     """Return an adapter's repo, or the last part of its path."""
-    return origin.source.repo if origin is not None else _last_part(path)
+    if origin is not None:
+        return origin.source.repo
+    # The last part of a path into the Hub's cache is a commit.
+    cached = cached_repo(path)
+    return cached[0] if cached is not None else _last_part(path)
 
 
 def _commit(origin: Origin | None) -> str:

@@ -205,3 +205,11 @@ def test_a_merge_says_that_a_card_could_not_be_read(merge):
 )
 def test_only_texts_of_a_front_matter_count(text, wanted):
     assert parse_card(text) == wanted
+
+
+def test_an_adapter_in_the_cache_of_the_hub_has_the_name_of_its_repo(pico, pico_adapter, cli, tmp_path):
+    snapshot = tmp_path / "hub" / "models--org--my-lora" / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(pico_adapter(pico()), snapshot)
+    result = cli("--base", pico(), "--adapter", snapshot, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert metadata_load(tmp_path / "out" / "README.md")["adapters"] == ["org/my-lora"]
