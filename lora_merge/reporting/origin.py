@@ -18,7 +18,7 @@ from lora_merge.merging.headline import architecture, parameters_text
 from lora_merge.reporting.names import dtype, methods_text
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.user_paths import user_path
-from lora_merge.words import size_text
+from lora_merge.words import cut, size_text
 
 _DENSE = frozenset({"F64", "F32", "F16", "BF16"})
 _MOST_FILES = 50
@@ -125,7 +125,7 @@ def adapter_files(path: str) -> list[str]:
     except (LoraMergeError, OSError):
         return []
     listed = [f"{name} ({size_text(size)})" for name, size in found[:_MOST_FILES]]
-    return [*listed, f"and {len(found) - _MOST_FILES} more"] if len(found) > _MOST_FILES else listed
+    return [*listed, *filter(None, [cut(_MOST_FILES, len(found))])]
 
 
 def _manifest(table: Mapping[str, Any]) -> Manifest | None:

@@ -59,7 +59,10 @@ def _fast(output: Output) -> Iterator[Issue]:
         default=None,
     )
     if rows is not None and n > rows and _counts_tokens(output):
-        sentence = f"has {n} tokens, but the embedding has {rows} rows: token ids above {rows - 1} will crash the engine"
+        last = rows - 1
+        sentence = (
+            f"has {n} tokens, but the embedding has {rows} rows: token ids above {last} will crash the engine"
+        )
         yield warning("token-beyond", _FAST, sentence)
 
 
