@@ -221,13 +221,15 @@ def _issue_list(issues: Sequence[Issue], verb: str) -> list[str]:
     groups, n_left = told(issues, _LISTED)
     lines = [f"{verb}: {len(issues)} problems"]
     # The cause comes first, unnumbered; the others follow from it.
-    if groups[0].first.code == CAUSE:
+    has_cause = groups[0].first.code == CAUSE
+    if has_cause:
         lines = [
             *str(groups.pop(0)).split("\n"),
             f"  {counted(len(issues) - 1, 'problem')} {'follows' if len(issues) == 2 else 'follow'} from it:",
         ]
     for n, group in enumerate(groups, 1):
         first, *hints = str(group).split("\n")
-        lines += [f"  {n}. {first}", *(f"     {hint}" for hint in hints)]
+        # What follows from the cause needs no cure.
+        lines += [f"  {n}. {first}", *(f"     {hint}" for hint in hints if not has_cause)]
     left = cut(len(groups), len(groups) + n_left, "other kinds", "-v and --json list them all")
     return lines + ([f"  {left}"] if left else [])

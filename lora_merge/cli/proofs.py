@@ -83,7 +83,7 @@ def _verdict(proof: Proof, *, failed: bool) -> str:
         return "verification failed"
     # The first check is of the structure alone.
     if len(proof.checked) > 1:
-        return "verified: no check found a difference"
+        return "verified: all checks passed"
     return "the structure is sound; the values of the weights were not checked"
 
 

@@ -75,7 +75,7 @@ def test_merge_verify_and_inspect_fit_the_terminal(folder, size):
     assert "/?" not in "".join(frame.text for frame in merged.frames)
 
     proof = shown(folder, "verify", out, size=size)
-    assert_whole(proof, "verified: no check found a difference", f"  vllm serve {out}")
+    assert_whole(proof, "verified: all checks passed", f"  vllm serve {out}")
 
     found = shown(folder, "inspect", "my-lora", "--base", "base", "--engine", "tgi", size=size)
     assert_whole(

@@ -159,7 +159,7 @@ def test_five_lines_train_merge_and_verify_two_names_at_a_time(trained):
     pipeline, process = trained
 
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("verified: no check found a difference") == 2
+    assert process.stdout.count("verified: all checks passed") == 2
     for name in ("style", "facts"):
         assert set(pipeline.times(name)) >= {"model.safetensors", "merge_manifest.json"}
         assert (pipeline.root / "adapters" / name / "adapter_model.safetensors").is_file()  # not intermediate
