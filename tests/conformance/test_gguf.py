@@ -498,7 +498,7 @@ class Refusal:
 
 
 REFUSALS = (
-    Refusal("DoRA", "llama", "self_attn.q_proj: has DoRA, which an adapter in the format gguf", {"target_modules": ["q_proj"], "use_dora": True}),
+    Refusal("DoRA", "llama", "self_attn.q_proj: has DoRA, which the format gguf", {"target_modules": ["q_proj"], "use_dora": True}),
     Refusal("whole modules", "llama", "is saved whole, which the format gguf cannot hold", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     Refusal("the input of tied embeddings", "llama_tied", "model.embed_tokens: is one end of tied embeddings", {"target_modules": ["embed_tokens", "q_proj"]}),
     Refusal("the output of tied embeddings", "llama_tied", "lm_head: is one end of tied embeddings", {"target_modules": ["lm_head", "q_proj"]}),
