@@ -34,7 +34,7 @@ class Point:
     """Share of the change that arrived: ⟨Δ′, Δ⟩ / ‖Δ‖²."""
 
     effect: float | None = None
-    """1 - ‖(Δ′ - Δ)Qᵀ‖ / ‖ΔQᵀ‖: what is left of the adapters' effect on what they see of their inputs."""
+    """1 - ‖(Δ′ - Δ)Qᵀ‖ / ‖ΔQᵀ‖, 0 at least: what is left of the adapters' effect on what they see of their inputs."""
 
     off: float | None = None
     """‖Δ′ - Δ‖ / ‖Δ‖: how far the stored change is from the wanted one."""
@@ -60,6 +60,19 @@ def _said(name: str, value: float | None, spec: str) -> str:
 _LAYER = re.compile(r"\.[0-9]+\.")
 
 
+_WEIGHT = re.compile(r"\.(?:q?weight|weight_\w+)$")
+
+
+def module_of(name: str) -> str:
+    """Return the path of the module that a weight belongs to, however the weight is stored.
+
+    Example:
+        >>> module_of("layers.0.q_proj.weight"), module_of("layers.0.q_proj.weight_packed"), module_of("experts.up_proj")
+        ('layers.0.q_proj', 'layers.0.q_proj', 'experts.up_proj')
+    """
+    return _WEIGHT.sub("", name)
+
+
 def _ordered(points: Iterable[Point]) -> list[Point]:
     """Return points by their paths, those outside of layers last."""
     return sorted(points, key=lambda one: (_LAYER.search(one.path) is None, one.path))
@@ -74,11 +87,11 @@ def points_of_survival(survival: Mapping[str, Survival], ranks: Mapping[str, int
     """
     return _ordered(
         Point(
-            path=name.removesuffix(".weight"),
+            path=module_of(name),
             rank=ranks.get(name),
             relative=one.relative if one.weight_norm else None,
             kept=one.kept if one.delta_norm else None,
-            effect=1 - one.effect_error / one.effect_norm if one.effect_norm > 0 else None,
+            effect=max(0.0, 1 - one.effect_error / one.effect_norm) if one.effect_norm > 0 else None,
             off=one.lost if one.delta_norm else None,
         )
         for name, one in survival.items()
@@ -95,10 +108,10 @@ def points_of_manifest(table: Mapping[str, Any]) -> list[Point]:
             norm, wrong = _number(delta, "effect_norm"), _number(delta, "effect_error")
             found.append(
                 Point(
-                    path=name.removesuffix(".weight"),
+                    path=module_of(name),
                     relative=_number(delta, "relative_norm"),
                     kept=_number(delta, "kept_share"),
-                    effect=1 - wrong / norm if norm and wrong is not None else None,
+                    effect=max(0.0, 1 - wrong / norm) if norm and wrong is not None else None,
                     off=_number(delta, "lost_share"),
                 )
             )
@@ -144,8 +157,8 @@ def noise_chart(points: Sequence[Point], name: str) -> Chart | None:
         return None
     grid = arranged(points)
     caption = (
-        "Rounding noise relative to the change, ‖ΔW′−ΔW‖ / ‖ΔW‖. The noise is spread over all inputs, so most of it "
-        "does not reach what the adapter does."
+        "Rounding noise relative to the change, ‖ΔW′−ΔW‖ / ‖ΔW‖. It is counted over all inputs; what the adapter "
+        "sees of them has only part of it."
     )
     bounds = (0.0, max(values) or 1.0)
     return Chart(

@@ -75,7 +75,7 @@ def _kept(report: Report) -> list[Fact]:
     off = effect_error_of(report.survival)
     if off is None:
         return [Fact("change kept", f"{kept_of(report.survival):.1%}")]
-    return [Fact("effect kept", f"{1 - off:.1%}")]
+    return [Fact("effect kept", f"{max(0.0, 1 - off):.1%}")]
 
 
 def _written_bytes(summary: Summary) -> int:

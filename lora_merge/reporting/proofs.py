@@ -11,6 +11,7 @@ from lora_merge.reporting.maps import (
     Point,
     kept_chart,
     kinds_table,
+    module_of,
     noise_chart,
     points_of_manifest,
     size_chart,
@@ -150,5 +151,5 @@ def _comparisons(proof: Proof) -> Table:
 
 def _wrong_modules(proof: Proof, points: Collection[Point]) -> frozenset[str]:
     """Return the paths of the modules that errors are about."""
-    subjects = {issue.subject.removesuffix(".weight") for issue in proof.issues if issue.severity == "error"}
+    subjects = {module_of(issue.subject) for issue in proof.issues if issue.severity == "error"}
     return frozenset(subjects & {one.path for one in points})

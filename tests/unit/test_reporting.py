@@ -75,6 +75,15 @@ def test_the_effect_is_shown_where_it_is_known_and_else_the_change():
     assert effect.text(0.75) == "75.0 %"
 
 
+def test_an_effect_that_noise_drowns_is_not_below_zero():
+    survival = survival_of("model.layers.0.q_proj.weight_packed", effect_norm=1.0, effect_error=9.0)
+
+    (cell,) = kept_chart(points_of_survival(survival, {}), "map").map.cells
+
+    assert cell.value == 0.0
+    assert cell.label.startswith("model.layers.0.q_proj:")
+
+
 def test_a_map_of_very_many_kinds_of_modules_is_cut_and_says_so():
     names = [f"model.layers.{n % 7}.kind_{n}.weight" for n in range(5000)]
 
