@@ -243,7 +243,7 @@ def test_an_interpreter_that_cannot_be_run_has_its_sentence(tmp_path):
 
     (tmp_path / "python").write_text("no program")
 
-    with pytest.raises(lora_merge.RequestError, match="cannot be run"):
+    with pytest.raises(lora_merge.RequestError, match="cannot run it"):
         ask_vllm(find_python(str(tmp_path / "python")), tmp_path, (), 1, trust_remote_code=False)
     with pytest.raises(lora_merge.RequestError, match="expected a Python interpreter"):
         find_python("x" * 300)

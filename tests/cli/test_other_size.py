@@ -51,7 +51,7 @@ def test_one_line_says_what_was_trained_on_and_what_this_is(
     )
     assert f"  {len(issues) - 1} problems follow from it:" in result.stderr
     assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1
-    assert len(result.stderr.splitlines()) <= 7
+    assert len(result.stderr.splitlines()) <= 11
     assert issues[0]["code"] == "other-size"
     assert sum(line.startswith("error: ") for line in verbose.stderr.splitlines()) == len(issues) + 1
 

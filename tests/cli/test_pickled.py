@@ -175,12 +175,12 @@ def test_safetensors_win_over_bin_files_beside_them(pico, pico_adapter, tampered
     arguments = ("--adapter", pico_adapter(pico()), "--out", tmp_path / "plain")
     assert cli("--base", pico(), *arguments).exit_code == exits.OK
 
-    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+    result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out", "-v")
 
     assert result.exit_code == exits.OK, result.stderr
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
     for name in ("pytorch_model.bin", INDEX):
-        assert f"{name} was left out: model.safetensors is the model" in result.stderr
+        assert f"{name} was left out: the model is in model.safetensors" in result.stderr
         assert not (tmp_path / "out" / name).exists()
 
 
