@@ -71,10 +71,10 @@ def shortened(text: str, width: int | None) -> str:
     """Return a text that fits into a width: the middle is replaced by "…", of a path at its slashes.
 
     Example:
-        >>> shortened("/home/user/models/llama/checkpoint-1200", 28)
+        >>> shortened("/home/user/models/llama/checkpoint-1200", 29)
         '/home/…/llama/checkpoint-1200'
         >>> shortened("model.layers.0.self_attn.q_proj", 20)
-        'model.…lf_attn.q_proj'
+        'model.…f_attn.q_proj'
     """
     if width is None or cells(text) <= width:
         return text

@@ -7,9 +7,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from lora_merge.cli.layout import cells, shortened, wrapped
+from lora_merge.cli.layout import cells, shortened
 from lora_merge.cli.meter import Meter, clock_text
-from lora_merge.cli.voice import is_terminal, say, say_raw, screen
+from lora_merge.cli.voice import drawn, is_terminal, say, say_on, say_raw, screen
 from lora_merge.core.report import Silence
 from lora_merge.redaction import fit
 from lora_merge.words import size_text
@@ -90,24 +90,14 @@ class _Bar:
 
     def drawn(self) -> Text:
         """Return the bar as it is now; empty before it is shown."""
-        from rich.text import Text
-
         shown = self.live
         if shown is None:
-            return Text()
+            return drawn()
         return bar_text(self._meter, time.monotonic(), shown.console.width, glyphs(shown))
 
     def _print(self, text: str) -> None:
         if self.live is not None:
             say_on(self.live, text)
-
-
-def say_on(shown: Live, text: str) -> None:
-    """Print a line above what is drawn again and again, wrapped between words."""
-    from rich.text import Text
-
-    for line in wrapped(fit(text), shown.console.width):
-        shown.console.print(Text(line))
 
 
 def glyphs(shown: Live) -> str:
@@ -124,14 +114,12 @@ def bar_text(meter: Meter, now: float, width: int, glyphs: str = "━─") -> Te
         width: of the terminal.
         glyphs: two characters, for what is done and for what is left.
     """
-    from rich.text import Text
-
     share, room = meter.share(), width - 1
     phase = f"{shortened(meter.phase, max(_PHASE, room // 3)):<{_PHASE}}"
     parts = _numbers(meter, now)
     while parts and cells(phase) + _length(parts) + (2 + _LEAST_BAR) * (share is not None) > room:
         parts.remove(max(parts))
-    found = Text(shortened(phase, room), no_wrap=True, overflow="crop")
+    found = drawn(shortened(phase, room))
     # A phase without numbers gets a bar of the same width, where the terminal is wide enough.
     beside = max(_length(parts), _NUMBERS if room > _PHASE + _NUMBERS + _LEAST_BAR else 0)
     free = room - cells(phase) - beside - 2

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import Console as RichConsole
+    from rich.live import Live
+    from rich.text import Text
 
 _WIDTHS = (20, 500)
 """Smallest and largest width of tables in columns, whatever the terminal reports."""
@@ -75,6 +77,19 @@ def say_lines(text: str) -> None:
 def say_raw(text: str) -> None:
     """Print one line on stderr that is not wrapped: a command to copy, a line of a traceback."""
     _print(sys.stderr, [fit(text)])
+
+
+def say_on(shown: Live, text: str) -> None:
+    """Print a line above what is drawn again and again, wrapped between words."""
+    for line in wrapped(fit(text), shown.console.width):
+        shown.console.print(drawn(line))
+
+
+def drawn(text: str = "") -> Text:
+    """Return one line for rich to draw; what does not fit its terminal is cut off."""
+    from rich.text import Text
+
+    return Text(fit(text), no_wrap=True, overflow="crop")
 
 
 def say_layout(lines: Iterable[str]) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from lora_merge.cli.layout import Cell, Column, Mark, grid
 from lora_merge.cli.meter import Meter
-from lora_merge.cli.progress import bar_text, glyphs, live, say_on
+from lora_merge.cli.progress import bar_text, glyphs, live
 from lora_merge.cli.tables import STATES
-from lora_merge.cli.voice import is_terminal, say
+from lora_merge.cli.voice import is_terminal, say, say_on
 from lora_merge.merging.headline import announce
 from lora_merge.redaction import fit
 

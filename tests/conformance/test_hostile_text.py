@@ -25,8 +25,9 @@ IN_A_PATH = HOSTILE.replace("/", "_").replace("\ud800", "\udcff")
 OURS = re.compile(
     r"(error|warning|note|hint|time|checked|not checked|done|failed|running|kept|planned|not run): "
     r"|Usage: |  |[┏┃┡│└…/]|verified|verification|the structure|\d+ jobs?: |[a-z ]+( [\d.]+ k?B)? …$|[\w.]+$"
+    r"|[A-Za-z ,]+:$|wrote .+: (merged )?\d+ |\[v1\] x\[/b\]\.yaml$|(.*: )?(Llama|Model) 68k, bf16|LoRA r\d+ on \d+ modules "
 )
-"""How our lines begin: words of ours, tables, names of parameters that are explained, paths of outputs."""
+"""How our lines begin: words of ours, tables, names of parameters that are explained, paths of outputs, headlines."""
 
 
 @pytest.fixture(scope="module")
