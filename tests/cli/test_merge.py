@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -353,7 +354,7 @@ def test_without_a_gpu_the_cpu_merges_and_says_so(pico, pico_adapter, cli, tmp_p
 
     strict = cli(*arguments, "--out", tmp_path / "strict", "--strict")
     assert strict.exit_code == exits.PLAN
-    assert "sees no CUDA device" in strict.stderr
+    assert "finds no CUDA device" in strict.stderr
     assert leftovers(tmp_path) == []
 
     result = cli(*arguments, "--out", tmp_path / "out")
@@ -445,8 +446,9 @@ def test_json_tells_what_became_of_every_delta(two, cli, tmp_path):
 
     assert report.keys() == {
         "ok", "base", "adapters", "out", "dry_run", "summary", "issues", "verdict", "survival", "seconds",
-        "busy_seconds", "foreseen",
+        "busy_seconds", "foreseen", "headline",
     }  # fmt: skip
+    assert report["headline"] == "Llama 68k, fp16 + 0.5 × LoRA r4 + -2 × LoRA r2 on 6 modules → dense fp16"
     assert report["foreseen"] == {}
     assert report["adapters"] == [f"{one}:0.5", f"{other}:-2"]
     summary = report["summary"]
@@ -557,7 +559,7 @@ def test_the_report_counts_what_was_replaced(with_a_head, cli, tmp_path):
 
     planned, merged = cli(*arguments, "--dry-run"), cli(*arguments)
 
-    assert "tensors replaced" in planned.stdout
+    assert re.search(r"^  replaced +1 tensor +12\.3 kB$", planned.stdout, re.MULTILINE), planned.stdout
     assert "merged 6 tensors, copied 14, replaced 1" in merged.stderr
 
 

@@ -160,6 +160,8 @@ def test_no_verb_fetches_what_a_configuration_names(inputs, site, tmp_path):
         f"{verb}: {code}: {words}" for verb, code, words in found
     )
     noted = [
-        n for n, (*_, words) in enumerate(found) if "evil/backbone, which would have to be fetched" in words
+        n
+        for n, (*_, words) in enumerate(found)
+        if "evil/backbone, which would have to be downloaded" in words
     ]
     assert noted[:2] == [4, 5]  # merge and verify of the base whose backbone is a repo

@@ -224,7 +224,7 @@ UNKNOWN = {"model_type": "of_remote_code", "architectures": ["OfRemoteCode"]}
 CASES = [
     Case(
         "names that end as those of two towers",
-        ("layers.0.self_attn.q_proj", "any 2 tensors of the base", "text.model.layers.0", "vision.model"),
+        ("layers.0.self_attn.q_proj", "matches 2 tensors of the base", "text.model.layers.0", "vision.model"),
         "no-one-place",
         base_config=UNKNOWN,
         base_tensors=in_two_towers,
@@ -1848,7 +1848,7 @@ def test_a_delta_that_drowns_in_the_stored_dtype_is_a_warning_that_says_how_much
         drowned_share(base, adapter), abs=4
     )  # the worst tensor, and by a sample of it
     assert 25 < share < 40
-    assert "in 4 of 4 merged tensors" in issue["sentence"]
+    assert "4 of 4 merged tensors lose more than 25%" in issue["sentence"]
     assert "--dtype float32" in issue["hint"]
     assert f"warning: {issue['subject']}" in result.stderr
 

@@ -171,7 +171,9 @@ def test_a_tokenizer_that_ends_whoever_loads_it_is_named(sound, cli, tmp_path, m
 
     (tmp_path / "script.py").write_text("import os; os.abort()")
     monkeypatch.setattr(sys.modules["lora_merge.formats.tokenizer_file"], "_SCRIPT", tmp_path / "script.py")
-    assert "tokenizer.json: does not load (it takes more than a minute" in said(cli("verify", bad, "--json"))
+    assert "tokenizer.json: does not load (loading it takes more than a minute" in said(
+        cli("verify", bad, "--json")
+    )
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,11 @@ def test_any_terminal_shows_a_name_that_it_has_no_letters_for(environ, inputs, t
     done = command("inspect", adapter, environ=environ, text=False)
 
     assert done.returncode == 0, done.stderr
-    assert not done.stderr
+    # What to do next is a command to copy: one line, whatever the terminal says its width is.
+    title, line = done.stderr.splitlines()
+    assert title == b"merge it:"
+    assert line.startswith(b"  lora-merge --base ")
+    assert b"[/b]' --out merged" in line
     assert max(map(len, done.stdout.splitlines())) < 3000
     shown = done.stdout.replace(b"\n", b"").decode("latin-1")
     assert "[/b]" in shown or environ.get("COLUMNS") == "1"
