@@ -144,8 +144,8 @@ def _page_file(
     from dataclasses import fields
 
     from lora_merge.reporting.command import command_text
-    from lora_merge.reporting.failures import Subject
     from lora_merge.reporting.page_file import PageFile
+    from lora_merge.reporting.subject import Subject
 
     values = {field.name: getattr(request, field.name) for field in fields(request)}
     command = command_text(verb, values) if request.report else ""

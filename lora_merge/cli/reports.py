@@ -43,10 +43,10 @@ def page_file(
         RequestError: a page cannot be there.
         SystemExit: the page cannot be written, and the run itself met no error.
     """
-    from lora_merge.reporting.failures import Subject
     from lora_merge.reporting.page_file import PageFile
+    from lora_merge.reporting.subject import Subject
 
-    command = _command(verb, click.get_current_context())
+    command = "" if path is None else _command(verb, click.get_current_context())
     file = PageFile(path, Subject(verb, command, base or "", adapters, outs))
     try:
         with file:

@@ -6,7 +6,6 @@ It names no time, machine or process, so the same merge writes the same bytes.
 from __future__ import annotations
 
 import re
-import statistics
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +172,8 @@ def _kind(provenance: Provenance, plan: MergePlan) -> str:
 
 def _kept(plan: MergePlan, deltas: Mapping[str, Mapping[str, float]]) -> str:
     """Return what rounding to the stored numbers leaves of the adapter's changes, as it was measured."""
+    import statistics  # takes long to import
+
     ops = {step.main.name: step.op for step in plan.steps if isinstance(step.op, Merge)}
     known = {tensor: deltas[tensor] for tensor in ops if tensor in deltas}
     changed = {tensor: delta for tensor, delta in known.items() if delta["relative_norm"]}

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def report_html(result: Result | LoraMergeError) -> str:
     """Return a result as an HTML page: of `merge`, `verify` or `inspect`, of a batch, or of an error that one of them raised."""
-    from lora_merge.reporting.failures import Subject
     from lora_merge.reporting.page_file import page_of
     from lora_merge.reporting.rendering import rendered
+    from lora_merge.reporting.subject import Subject
 
     return rendered(page_of(result, Subject("merge")))
 
@@ -33,7 +33,7 @@ def write_report(result: Result | LoraMergeError, path: str | PathLike[str]) -> 
     """
     from os import fspath
 
-    from lora_merge.reporting.failures import Subject
     from lora_merge.reporting.page_file import checked_place, page_of, write_page
+    from lora_merge.reporting.subject import Subject
 
     write_page(checked_place(fspath(path)), page_of(result, Subject("merge")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lora_merge._version import __version__
@@ -14,22 +14,7 @@ from lora_merge.words import counted
 if TYPE_CHECKING:
     from lora_merge.core.report import Issue
     from lora_merge.errors import LoraMergeError
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What a run was asked to do."""
-
-    verb: str
-    """``"merge"``, ``"verify"``, …"""
-
-    command: str = ""
-    """The command line, without secrets; empty where it is not known."""
-
-    base: str = ""
-    adapters: tuple[str, ...] = ()
-    outs: tuple[str, ...] = ()
-    """Directories of outputs: those of all jobs, for a batch."""
+    from lora_merge.reporting.subject import Subject
 
 
 _TITLES = {"merge": "Merge", "verify": "Verification", "inspect": "Adapter", "batch": "Batch"}

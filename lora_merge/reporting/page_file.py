@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
-from lora_merge.batches.reports import BatchReport
-from lora_merge.core.report import Proof, Report
 from lora_merge.errors import LoraMergeError, RequestError, WriteError
-from lora_merge.inspection.facts import Inspection
-from lora_merge.reporting.failures import Subject, failure_page
 from lora_merge.storage.user_paths import output_path, real_path, user_path
 from lora_merge.storage.whole_file import write_whole
 
@@ -17,10 +13,14 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from lora_merge.batches.reports import BatchReport
+    from lora_merge.core.report import Proof, Report
+    from lora_merge.inspection.facts import Inspection
     from lora_merge.reporting.page import Page
+    from lora_merge.reporting.subject import Subject
 
-Result = Report | Proof | Inspection | BatchReport
-Shown = TypeVar("Shown", bound=Result)
+Result: TypeAlias = "Report | Proof | Inspection | BatchReport"
+Shown = TypeVar("Shown", bound="Result")
 
 SUFFIXES = (".html", ".htm")
 
@@ -33,6 +33,11 @@ def page_of(result: Result | LoraMergeError, subject: Subject, *, failed: bool |
         subject: what was asked for.
         failed: whether a verification counts as failed; default: whether a check failed.
     """
+    # A run without a page pays for none of this.
+    from lora_merge.batches.reports import BatchReport
+    from lora_merge.core.report import Proof, Report
+    from lora_merge.inspection.facts import Inspection
+
     command = subject.command
     match result:
         case Report():
@@ -52,6 +57,8 @@ def page_of(result: Result | LoraMergeError, subject: Subject, *, failed: bool |
 
             return batch_page(result, command)
         case LoraMergeError():
+            from lora_merge.reporting.failures import failure_page
+
             return failure_page(result, subject)
 
 
@@ -90,8 +97,9 @@ class PageFile:
         Raises:
             WriteError: it cannot be written, and the run itself met no error.
         """
-        shown = self._result if self._result is not None else error
-        if self.place is None or not isinstance(shown, Result | LoraMergeError):
+        failed = error if isinstance(error, LoraMergeError) else None
+        shown = self._result if self._result is not None else failed
+        if self.place is None or shown is None:
             return
         try:
             write_page(self.place, page_of(shown, self._subject, failed=self._failed))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -235,3 +237,25 @@ def test_a_page_that_cannot_be_written_in_the_end_says_so_and_keeps_the_result(
     assert result.exit_code == exits.WRITE, result.output
     assert json.loads(result.stdout)["ok"] is True
     assert "cannot be written" in result.stderr
+
+
+def test_a_merge_without_a_report_loads_nothing_of_pages(pico, pico_adapter, tmp_path):
+    base = pico()
+    program = (
+        "import sys; from lora_merge.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "print([name for name in sys.modules if name.startswith(('jinja2', 'lora_merge.drawing'))])"
+    )
+    words = ["--base", base, "--adapter", pico_adapter(base), "--out", tmp_path / "merged"]
+    loaded = {}
+    for asked in ([], ["--report", tmp_path / "page.html", "--overwrite"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, [*words, *asked])],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        loaded[bool(asked)] = done.stdout
+
+    assert loaded[False] == "[]\n"
+    assert "jinja2" in loaded[True]

@@ -401,7 +401,7 @@ FAULTS = (
     Fault("the output is inside the base", "{base}/merged: is inside the input {base}", exits.WRITE, _output_is_inside_the_base),
     Fault("the output is inside an input", "{out}: is inside the input {adapter}", exits.WRITE, _output_is_inside_an_input),
     Fault("the output is an input", "{out}: contains the input {base}", exits.WRITE, _output_is_an_input),
-    Fault("the base has the adapter merged into it already", "is merged into {base} already", exits.PLAN, _merged_before),
+    Fault("the base has the adapter merged into it already", "the base already contains this adapter (merged as {adapter}, according to its merge_manifest.json)", exits.PLAN, _merged_before),
 )  # fmt: skip
 
 
@@ -473,12 +473,12 @@ def _weight_with_a_comma(place: Place) -> None:
 MISTAKES = (
     Fault("base and adapter are swapped", "--base and --adapter are swapped: {base} is an adapter, and {adapter} is a model", exits.RESOLVE, _swapped),
     Fault("the base is an adapter", "{base}: is an adapter, not a model (it has adapter_config.json)", exits.RESOLVE, _base_is_an_adapter),
-    Fault("the adapter is a model", "{adapter}: is a whole model and no adapter", exits.RESOLVE, _adapter_is_a_model),
+    Fault("the adapter is a model", "{adapter}: is a whole model, not an adapter (it has config.json and ", exits.RESOLVE, _adapter_is_a_model),
     Fault("a file is named, not its folder", "adapter_model.safetensors: is a file, expected a directory with the adapter", exits.RESOLVE, _a_file),
     Fault("a weight has a comma", ":0,5: this directory does not exist", exits.RESOLVE, _weight_with_a_comma),
     Fault("the folder is empty", "{base}: is an empty folder", exits.RESOLVE, _holding("base")),
     Fault("the weights were not fetched", "{adapter}: has adapter_config.json and no weights: adapter_model.safetensors", exits.RESOLVE, _without("adapter", ADAPTER)),
-    Fault("the index was not fetched", "and their index is missing: model.safetensors.index.json", exits.RESOLVE, _without("base", INDEX)),
+    Fault("the index was not fetched", "and their index model.safetensors.index.json is missing", exits.RESOLVE, _without("base", INDEX)),
     Fault("a file is a Git LFS pointer", "{adapter}/adapter_model.safetensors: is a Git LFS pointer", exits.RESOLVE, _instead("adapter", ADAPTER, POINTER)),
     Fault("a file is a web page", "{base}/config.json: is a web page", exits.RESOLVE, _instead("base", "config.json", "<!DOCTYPE html>")),
     Fault("the base is DeepSpeed's", "{base}: has a sharded training state of DeepSpeed ZeRO (zero_to_fp32.py), and no weights", exits.RESOLVE, _holding("base", "config.json", "zero_to_fp32.py")),
@@ -678,8 +678,8 @@ HOSTILE = (
     Fault("target_modules is not a regular expression", "is not a regular expression", exits.PLAN, _config(target_modules="(q_proj")),
     Fault("target_modules is extremely long", "target_modules: has 300000 characters", exits.PLAN, _config(target_modules="a" * 300_000)),
     Fault("a factor has a wrong shape", " is (", exits.PLAN, _replaced_by((4, 1 << 20))),
-    Fault("a configuration counts a billion layers", "{base}/config.json: num_hidden_layers: is 1000000000, expected 4096 at most", exits.RESOLVE, _base_config(num_hidden_layers=10**9)),
-    Fault("layers times experts are too many", "layers × experts: is 8192000, expected 1000000 at most", exits.RESOLVE, _base_config(num_hidden_layers=4000, num_local_experts=2048)),
+    Fault("a configuration counts a billion layers", "{base}/config.json: num_hidden_layers: is 1000000000, expected at most 4096", exits.RESOLVE, _base_config(num_hidden_layers=10**9)),
+    Fault("layers times experts are too many", "layers × experts: is 8192000, expected at most 1000000", exits.RESOLVE, _base_config(num_hidden_layers=4000, num_local_experts=2048)),
     Fault("layer_replication goes to a billion", "layer_replication: is [[0, 1000000000]], and the base has 2 layers", exits.PLAN, _config(layer_replication=[[0, 10**9]])),
     Fault("layer_replication repeats too often", "layer_replication: would make 20000 layers, expected at most 4096", exits.PLAN, _config(layer_replication=[[0, 2]] * 10_000)),
     Fault("a tensor's name has a million parts", "has a name of 2000000 characters, expected at most 1000", exits.RESOLVE, _shard_of({"a." * 1_000_000: _row("F32", [1], 0, 4)}, bytes(4))),
@@ -689,7 +689,7 @@ HOSTILE = (
     Fault("a key contains half of a character", "runtime_config: has a key with half of a character, \\udfff", exits.RESOLVE, _config(runtime_config={"\udfff": 1})),
     Fault("a tensor's name contains half of a character", "has a key with half of a character, \\ud800", exits.RESOLVE, _shard_of({"x\ud800": _row("U8", [1], 0, 1)}, b"1")),
     Fault("a number has 400 digits", "adapter_config.json: rank_pattern.q_proj: is a number of 401 digits, expected at most 308", exits.RESOLVE, _config(rank_pattern={"q_proj": 10**400})),
-    Fault("tables are nested a hundred deep", "nests tables and lists more than 64 levels deep", exits.RESOLVE, _hundred_deep),
+    Fault("tables are nested a hundred deep", "has tables and lists nested more than 64 deep", exits.RESOLVE, _hundred_deep),
     Fault("model_type is a list", "config.json: model_type: is ['llama'], expected a string", exits.RESOLVE, _base_config(model_type=["llama"])),
     Fault("architectures is a table", "config.json: architectures: is {{'a': 1}}, expected a list of class names", exits.RESOLVE, _base_config(architectures={"a": 1})),
     Fault("a pattern table is not a table", "rank_pattern: is False, expected a table of pattern → number", exits.PLAN, _config(rank_pattern=False)),

@@ -312,7 +312,10 @@ def test_an_adapter_may_lie_in_a_folder_of_its_repo(hub, command, cli, base, ada
     assert manifest(out)["adapters"][0]["folder"] == "steps/checkpoint-9"
     assert above.returncode == beside.returncode == exits.RESOLVE
     assert "org/run: has no adapter_config.json" in above.stderr
-    assert "adapters are in its folders steps/checkpoint-18, steps/checkpoint-9" in above.stderr
+    assert (
+        "pass one of its folders with an adapter, as org/name/FOLDER: steps/checkpoint-18, steps/checkpoint-9"
+        in above.stderr
+    )
     assert "the repo has no folder steps/checkpoint-10" in beside.stderr
     assert "steps/checkpoint-9" in beside.stderr
 
@@ -507,7 +510,10 @@ def test_offline_says_what_the_cache_lacks(hub, command, base, adapter, tmp_path
         "warning: org/base: the local cache does not have tokenizer.json, so the output will not have them either"
         in side_file.stderr
     )
-    assert "org/base: the local cache does not have model.safetensors" in weight_file.stderr
+    assert (
+        "org/base: model.safetensors not found in the local cache, and offline mode is on"
+        in weight_file.stderr
+    )
     assert "not found in the local cache (revision v2)" in other.stderr
     for result in (nothing, weight_file, other):
         assert "hint: run once without --offline to download them" in result.stderr
@@ -525,7 +531,10 @@ def test_a_hub_that_cannot_be_reached_is_named_and_so_is_the_cache(hub, command,
     assert fresh.returncode == cached.returncode == exits.RESOLVE
     assert "the Hub cannot be reached (ConnectError)" in fresh.stderr
     assert "check the network" in fresh.stderr
-    assert f"commit {hub.repos['org/base'].commits['main']} of it is in the local cache" in cached.stderr
+    assert (
+        f"pass --offline to use commit {hub.repos['org/base'].commits['main']} from the local cache"
+        in cached.stderr
+    )
     assert "--offline" in cached.stderr
 
 
@@ -614,7 +623,7 @@ def test_a_name_of_weights_that_are_not_read_is_refused_without_a_request(
 
         assert result.exit_code == exits.PLAN, result.stderr
         assert f"{name}: the base is stored as" in result.stderr
-        assert f"probably --base {parent})" in result.stderr
+        assert f"probably --base {parent}\n" in result.stderr
 
 
 def test_a_name_of_weights_that_are_not_read_is_refused_before_any_request(hub, command, tmp_path):
