@@ -322,7 +322,7 @@ def test_a_broken_manifest_is_a_failure_and_says_where(change, sentence, merge, 
         (["{out}", "--engine", "vllm", "--engine-python", "/no/python"], 2, "/no/python: not found, expected a Python interpreter"),
         (["{out}", "--engine", "vllm", "--engine-python", sys.executable], 2, "vLLM is not installed for"),
         (["{out}", "--quiet", "--verbose"], 2, "exclude each other"),
-        ([], 2, "Missing argument 'OUT'"),
+        ([], 2, "Missing argument OUT: Merged checkpoint to verify"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_sentence_and_its_code(arguments, code, sentence, merge, cli, monkeypatch):
@@ -349,7 +349,7 @@ def test_texts_need_a_tokenizer_and_say_so(pico, pico_adapter, tampered, cli, tm
     assert cli("--base", base, "--adapter", pico_adapter(pico()), "--out", tmp_path / "out").exit_code == 0
     result = cli("verify", tmp_path / "out", "--forward", "--prompt", "hello")
     assert result.exit_code == 2
-    assert "has no tokenizer that loads" in result.output
+    assert "its tokenizer does not load" in result.output
     assert cli("verify", tmp_path / "out", "--forward").exit_code == 0
 
 
