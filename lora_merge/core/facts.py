@@ -61,6 +61,8 @@ class Facts:
     vanishes_with: ClassVar[frozenset[str]] = frozenset()
     """Roles of tensors: if one of them is all zeros, nothing changes. Empty where that is not known."""
 
+    method_key: ClassVar[str] = ""
+    """Key of the method's name in `METHOD_NAMES`, where the adapter's ``peft_type`` does not tell it."""
     serving_trait: ClassVar[tuple[str, str] | None] = None
     """The trait (`lora_merge.serving.traits`) that an adapter with such a change has for serving engines, and its detail."""
 

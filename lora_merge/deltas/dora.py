@@ -27,6 +27,7 @@ class DoraFacts(FactorFacts):
     is_scaled: ClassVar[bool] = True
     looks_back: ClassVar[bool] = True
     sees_by_factor: ClassVar[bool] = True
+    method_key: ClassVar[str] = "DORA"
     serving_trait: ClassVar[tuple[str, str] | None] = ("dora", "use_dora is set")
 
     @property

@@ -209,8 +209,9 @@ def _weighted(words: str, weight: float) -> str:
 def _method_words(adapter: Adapter, deltas: Sequence[Delta | PlacedDelta]) -> str:
     """Return the method and the rank: ``LoRA r16``, ``DoRA r8-64``, ``LoKr``."""
     kind = adapter.kind if adapter.config.get("peft_type") else "LORA"
-    if any(delta.algebra == "dora" for delta in deltas) or adapter.config.get("use_dora") is True:
-        kind = "DORA"
+    told = next((delta.facts.method_key for delta in deltas if delta.facts.method_key), "")
+    if told or adapter.config.get("use_dora") is True:
+        kind = told or "DORA"
     elif kind == "LORA" and adapter.config.get("use_rslora") is True:
         kind = "RSLORA"
     ranks = sorted({delta.rank for delta in deltas if delta.rank})

@@ -174,7 +174,7 @@ def test_an_executor_is_named_and_writes_the_same_bytes(add, pico, pico_adapter,
     arguments = ("--base", base, "--adapter", pico_adapter(base))
     refused = cli(*arguments, "--out", tmp_path / "none", "--executor", "backwards")
     assert refused.exit_code == exits.USAGE
-    sentence = "--executor': 'backwards' is no executor, expected auto, serial, threads or processes"
+    sentence = "--executor': 'backwards' is not a known executor, expected auto, serial, threads or processes"
     assert sentence in refused.stderr
 
     add("executors")
@@ -234,7 +234,7 @@ def test_an_engine_is_reported_on_and_converted_for(add, pico, pico_adapter, cli
     for verb, flag in (("inspect", "--engine"), ("convert", "--for")):
         assert f"{flag} [{'|'.join(ENGINES)}]" in " ".join(cli(verb, "--help").output.split())
         (parameter,) = (one for one in main.commands[verb].params if flag in one.opts)
-        completed = parameter.type.shell_complete(click.Context(main), parameter, "to")
+        completed = parameter.shell_complete(click.Context(main), "to")
         assert [item.value for item in completed] == ["toy"]
 
 

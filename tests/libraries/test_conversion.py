@@ -57,7 +57,7 @@ def test_a_tensor_of_an_expert_has_its_place_in_the_stack(mixtral):
 
 
 def test_a_tensor_of_another_size_has_none(mixtral):
-    with pytest.raises(ConversionError, match=r"is no part of .*gate_up_proj"):
+    with pytest.raises(ConversionError, match=r"is not a part of .*gate_up_proj"):
         mixtral.parts_of("model.layers.1.block_sparse_moe.experts.2.w3.weight", (7, 9))
 
 

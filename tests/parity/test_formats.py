@@ -331,7 +331,7 @@ def test_a_swift_model_names_its_base_in_the_arguments_of_the_training(pico, pic
     (tmp_path / "swift" / "args.json").write_text(json.dumps({"model": str(pico()), "template": "llama3"}))
     result = cli("--adapter", tmp_path / "swift", "--out", tmp_path / "out")
     assert result.exit_code == exits.OK, result.output
-    assert "the one in its subfolder default was taken" in result.stderr
+    assert "the one in its subfolder default was used" in result.stderr
 
 
 def test_what_ms_swift_does_not_adapt_is_not_missed_though_its_regex_matches(tmp_path, cli):
