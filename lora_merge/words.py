@@ -104,6 +104,16 @@ def shown(value: object) -> str:
     return quoted(value)
 
 
+def uncapitalised(text: str) -> str:
+    """Return a text that begins in lower case, unless its first word is an abbreviation.
+
+    Example:
+        >>> uncapitalised("Invalid value"), uncapitalised("YAML file"), uncapitalised("`--dtype` has no value")
+        ('invalid value', 'YAML file', '`--dtype` has no value')
+    """
+    return text if text[1:2].isupper() else f"{text[:1].lower()}{text[1:]}"
+
+
 def counted(n: int, thing: str) -> str:
     """Return a number with its noun, in the plural where it is not 1.
 

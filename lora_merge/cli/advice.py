@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -14,13 +14,16 @@ from lora_merge.cli.program import called
 from lora_merge.cli.synonyms import OPTIONS, Synonym
 from lora_merge.requests.table import OPTIONS as TABLE
 from lora_merge.requests.table import options_of
-from lora_merge.words import choice
+from lora_merge.words import choice, uncapitalised
 
 if TYPE_CHECKING:
     from lora_merge.requests.option import Option
 
 NEAR: Final = 0.7
 """How similar a misspelt name has to be, from 0 to 1."""
+
+_NEAR_OTHERS: Final = 0.8
+"""The same for names of other tools. There are so many that some name is a bit like any word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +121,21 @@ _EXAMPLES: Final = {"adapter": "ADAPTER", "base": "BASE", "tuned": "FINE_TUNED"}
 """Values to show for the options that commands require."""
 
 
-def about_missing(name: str, sentence: str, read: Reading) -> Advice:
+def about_missing(name: str, also: str, read: Reading) -> Advice:
     """Return the answer to a command without a required option: the command with it.
 
     Args:
         name: the option's field.
-        sentence: that it is missing.
+        also: where else it could be given; the end of the sentence.
         read: the command line.
     """
     tokens = [text for word in read.words for text in word.tokens]
     example = ["-o", "merged" if read.verb == "merge" else "new-adapter"]
     if name != "out":
         example = [f"--{name.replace('_', '-')}", _EXAMPLES.get(name, name.upper())]
+    row = next(row for row in options_of(read.verb) if row.name == name)  # type: ignore[arg-type]
+    first = uncapitalised(row.help.partition(". ")[0].rstrip(".")).replace(": ", ", ", 1)
+    sentence = f"missing option `--{name.replace('_', '-')}`: {first}{also}"
     return Advice(sentence, (read.line([*tokens, *example]),))
 
 
@@ -204,17 +210,23 @@ def _of_others(word: Word, read: Reading) -> tuple[str, list[str] | None] | None
 def _near(word: Word, read: Reading) -> tuple[str, list[str] | None] | None:
     """A misspelt option."""
     name = plain(word.name)
-    near = difflib.get_close_matches(name, [one for one in read.known if len(one) > 2], 3, NEAR)
+    near = _similar(name, read.known, 3, NEAR)
     if near:
         tokens = _tokens(near[0], word, read) if len(near) == 1 or _is_sure(name, near) else None
         listed = near[:1] if tokens is not None else near
         return f"no option `{word.name}`; did you mean {choice([f'`{one}`' for one in listed])}?", tokens
-    for other in difflib.get_close_matches(name, OPTIONS, 1, NEAR):
+    for other in _similar(name, OPTIONS, 1, _NEAR_OTHERS):
         answer = _synonym(Word(other, word.values), read)
         if answer is not None and OPTIONS[other].option:
             option = OPTIONS[other].option
             return f"no option `{word.name}`; did you mean `{option}`?", answer[1]
     return None
+
+
+def _similar(name: str, names: Iterable[str], most: int, least: float) -> list[str]:
+    """Return the long options that are most similar to one. Their dashes do not count, since all have them."""
+    known = {one.lstrip("-"): one for one in names if len(one) > 2}
+    return [known[one] for one in difflib.get_close_matches(name.lstrip("-"), known, most, least)]
 
 
 def _is_sure(name: str, near: Sequence[str]) -> bool:

@@ -24,12 +24,12 @@ from lora_merge.cli.options import SETTINGS
 from lora_merge.cli.plan import plan
 from lora_merge.cli.usage import UnknownCommandError, advice_about
 from lora_merge.cli.verify import verify
-from lora_merge.cli.voice import say, show
+from lora_merge.cli.voice import say, say_raw, show
 from lora_merge.errors import LoraMergeError
 from lora_merge.runtime.interrupts import as_keyboard_interrupt, strike
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.runtime.streams import Foreign, failure_of
-from lora_merge.words import printable
+from lora_merge.words import printable, uncapitalised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,13 +157,18 @@ def _is_command(arguments: Sequence[str]) -> bool:
 
 def _say_usage(exc: click.ClickException, arguments: Sequence[str], *, as_json: bool) -> None:
     """Print an error of the command line in one line, with the command that was probably meant, or how to get help."""
+    if isinstance(exc, click.exceptions.NoArgsIsHelpError):
+        # Its message is the help page.
+        for line in exc.format_message().split("\n"):
+            say_raw(line)
+        return
     advice = None
     if isinstance(exc, click.UsageError):
         advice = advice_about(exc, arguments, main.commands)
     lines = (
-        [exc.format_message()]
+        [uncapitalised(exc.format_message().rstrip("."))]
         if advice is None
-        else [advice.sentence, *(f"  {line}" for line in advice.lines)]
+        else [uncapitalised(advice.sentence), *(f"  {line}" for line in advice.lines)]
     )
     sentence = "\n".join(map(printable, lines))
     # Data has click's own names of errors.

@@ -38,7 +38,7 @@ class MissingOptionError(click.UsageError):
 
     def __init__(self, name: str, ctx: click.Context | None = None) -> None:
         self.name = name
-        super().__init__(f"Missing option '--{name}'. A --config file can give it, too.", ctx)
+        super().__init__(f"missing option `--{name}`; a --config file can give it, too", ctx)
 
 
 def advice_about(
@@ -86,9 +86,9 @@ def _about_options(
             listed = " ".join(f"`{text}`" for text in error.texts)
             found = Advice(f"unexpected argument {listed}", (help_hint(read),))
         case MissingOptionError():
-            found = about_missing(error.name, error.format_message(), read)
+            found = about_missing(error.name, "; a --config file can give it, too", read)
         case click.MissingParameter(param=click.Option() as param):
-            found = about_missing(param.name or "", f"Missing option '{param.opts[-1]}'", read)
+            found = about_missing(param.name or "", "", read)
         case click.MissingParameter():
             found = about_missing_argument(error, read)
         case click.BadParameter():

@@ -9,6 +9,7 @@ import click
 
 from lora_merge.cli.advice import NEAR, Advice, Reading, help_hint
 from lora_merge.requests.table import options_of
+from lora_merge.words import uncapitalised
 
 if TYPE_CHECKING:
     from lora_merge.cli.arguments import Word
@@ -72,7 +73,9 @@ def about_missing_argument(error: click.MissingParameter, read: Reading) -> Advi
         return Advice(error.format_message(), (help_hint(read),))
     example = row.kind.choices[0] if row.kind.choices else row.name.upper()
     values = f" ({', '.join(row.kind.choices)})" if row.kind.choices else ""
-    sentence = f"Missing argument {row.name.upper()}: {row.help.rstrip('.')}{values}"
+    # The help has a colon of its own, and a sentence has one.
+    given = uncapitalised(row.help.rstrip(".")).replace(": ", ", ", 1)
+    sentence = f"missing argument {row.name.upper()}: {given}{values}"
     return Advice(sentence, (read.line([*_tokens(read.words), example]),))
 
 

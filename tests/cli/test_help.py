@@ -209,5 +209,11 @@ def test_version_is_that_of_the_package(cli):
     assert cli("--version").output == f"lora-merge, version {__version__}\n"
 
 
-def test_no_arguments_show_the_help(cli):
-    assert "Usage: lora-merge" in cli().output
+@pytest.mark.parametrize("columns", [40, 80])
+def test_no_arguments_show_the_help(columns, cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = cli()
+
+    assert result.exit_code == exits.USAGE
+    assert result.stdout == ""
+    assert result.stderr == cli("--help").stdout

@@ -207,7 +207,7 @@ def test_a_wrong_command_line_is_json_too(cli):
     document = json.loads(cli("--adapter", "x", "--json").stdout)
 
     assert (document["error"], document["exit_code"]) == ("UsageError", exits.USAGE)
-    assert "Missing option '--out'" in document["message"]
+    assert "missing option `--out`" in document["message"]
 
 
 def test_quiet_says_nothing_and_verbose_names_tensors(pico, pico_adapter, cli, tmp_path):
@@ -308,8 +308,8 @@ def test_values_that_overflow_the_output_dtype_fail_verification(pico, pico_adap
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--out", "x"], "Missing option '--adapter'"),
-        (["--adapter", "x"], "Missing option '--out'"),
+        (["--out", "x"], "missing option `--adapter`"),
+        (["--adapter", "x"], "missing option `--out`"),
         (["--adapter", "x", "--out", "y", "--dtype", "int3"], "'int3' is not a known dtype, expected one of"),
         (["--adapter", "x", "--out", "y", "--device", "tpu"], "'tpu' is not a known device"),
         (["--adapter", "x", "--out", "y", "--max-shard-size", "big"], "'big' is not a size"),

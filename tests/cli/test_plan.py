@@ -106,7 +106,7 @@ def test_a_name_that_is_nowhere_is_refused_with_the_nearest(cli, pico, pico_adap
 def test_a_plan_without_an_adapter_says_so(cli, pico):
     result = cli("plan", "--base", pico())
     assert result.exit_code == exits.USAGE
-    assert "Missing option '--adapter'" in result.stderr
+    assert "missing option `--adapter`" in result.stderr
 
 
 def test_explain_takes_the_adapters_own_name_of_a_method_of_pefts(workshop, cli, tmp_path):

@@ -224,6 +224,9 @@ def test_the_hint_is_the_whole_command_that_was_meant(line, meant, cli):
         ("--adapter A -o O --rank 8", "`--rank` is an option of `convert` or `extract`, not of `merge`"),
         ("--adaptor A -o O", "no option `--adaptor`; did you mean `--adapter`?"),
         ("--dry_run", "`--dry_run` is written `--dry-run`"),
+        ("--bogus", "no option `--bogus`"),
+        ("--test", "no option `--test`"),
+        ("--cudaa", "no option `--cudaa`; did you mean `--device cuda`?"),
         ("inspect A B", "unexpected argument `B`"),
         ("plan --adapter A --out O", "`plan` writes nothing and has no `--out`"),
         ("-q verify O", "the command comes first: lora-merge verify …"),
@@ -232,8 +235,8 @@ def test_the_hint_is_the_whole_command_that_was_meant(line, meant, cli):
         ("export", "`export` is called `merge` here"),
         ("serve", "no command `serve`: an engine runs the merged checkpoint: vllm serve OUT"),
         ("xyzzy", f"no command `xyzzy`, expected {', '.join(app.commands)}"),
-        ("--adapter A", "Missing option '--out'. A --config file can give it, too."),
-        ("convert A", "Missing option '--out'"),
+        ("--adapter A", "missing option `--out`: directory to create; a --config file can give it, too"),
+        ("convert A", "missing option `--out`: directory to create"),
     ],
 )
 def test_the_error_is_one_sentence(line, sentence, cli):

@@ -76,7 +76,7 @@ def test_an_option_without_its_value_says_what_it_takes(line, hint, cli):
 def test_a_missing_argument_says_what_it_is(cli):
     assert (
         cli("completion").stderr.splitlines()[0]
-        == "error: Missing argument SHELL: Shell to complete in (bash, zsh, fish)"
+        == "error: missing argument SHELL: shell to complete in (bash, zsh, fish)"
     )
 
 

@@ -227,7 +227,7 @@ def test_an_option_is_one_row_of_the_table(pico, pico_adapter, tmp_path):
     assert "--toy N  " in found["help"]
     assert "Plays with this.  [default: 0]" in found["help"]
     assert found["wrong on the command line"].startswith("2 ")
-    assert "Invalid value for '--toy': 'x' is not a seed" in found["wrong on the command line"]
+    assert "invalid value for '--toy': 'x' is not a seed" in found["wrong on the command line"]
     assert "a.yaml:3: toy: 'x' is not a seed" in found["wrong in a file"]
     assert found["wrong in Python"].startswith("toy: 'x' is not a seed")
     assert found["right in Python"] == f"{tmp_path}/out"
