@@ -1,8 +1,8 @@
-"""Checks every row of a merged tensor while it passes: random projections of what was read and of what is written.
+"""Checks part of every row of a merged tensor while it passes: random projections of what was read and of what is written.
 
 For random x and any matrices, ``(W + sBA)x = Wx + sB(Ax)``, and the right-hand side costs next to nothing (Freivalds, 1977).
-A row has up to four products, each of 64 adjacent values (`Pattern`). A row of the output that is not what it
-should be differs in them, by weights that were not chosen for it. What may differ is what rounding makes of it. With u the
+A row has up to four products, each of 64 adjacent values (`Pattern`). The other columns of the row are not looked at. A row
+of the output that is wrong in those columns differs in the products, by weights that were not chosen for it. What may differ is what rounding makes of it. With u the
 unit roundoff of the stored dtype, a row w is off by about ``0.43 u ‖w‖``: up to half a unit in the last place of each
 element, for mantissas that are spread logarithmically; float32 sums add to that. Of k products the squares add up to
 chi-squared, which is beyond ``k + 2√(kt) + 2t`` once in exp(t) rows (Laurent and Massart, 2000). Rows beyond that, for

@@ -72,7 +72,7 @@ class Verdict:
     issues: tuple[Issue, ...] = ()
 
     n_projected: int = 0
-    """Rows checked by random projections while they were merged; those that they suspect are recomputed."""
+    """Rows that were checked in part, by random projections, while they were merged; those that they suspect are recomputed."""
 
     @property
     def errors(self) -> tuple[Issue, ...]:

@@ -152,8 +152,8 @@ class VerifyRequest:
     """Adapter that was merged. May be repeated. Default: the one in its manifest."""
 
     level: ProofLevel = "sample"
-    """How much to check. sample: all merged rows by random projections, and some recomputed. full: all
-    recomputed. structure: names, shapes and files only. Default: sample."""
+    """How much to check. sample: part of every merged row by random projections, and some rows recomputed.
+    full: all rows recomputed. structure: names, shapes and files only. Default: sample."""
 
     forward: bool = False
     """Compare the logits of base + adapter (unmerged) with those of the merged checkpoint."""

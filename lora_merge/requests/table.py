@@ -42,7 +42,7 @@ _VERIFY: tuple[Option, ...] = (
         "level",
         ("verify",),
         kinds.LEVEL,
-        "How much to check. sample: all merged rows by random projections, and some recomputed. full: all recomputed. structure: names, shapes and files only.",
+        "How much to check. sample: part of every merged row by random projections, and some rows recomputed. full: all rows recomputed. structure: names, shapes and files only.",
         "default: sample",
         default="sample",
     ),

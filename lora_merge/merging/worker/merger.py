@@ -72,7 +72,7 @@ class Merger:
         tile_elements: of a row tile; default: what suits the CPU's cache.
         watch: counts the time.
         factors: those that mergers of the same run have in common; default: its own.
-        is_checked: project every row as it passes (`lora_merge.checks.projection`), and take digests of some tiles, for
+        is_checked: project part of every row as it passes (`lora_merge.checks.projection`), and take digests of some tiles, for
             the verification that follows.
     """
 

@@ -63,7 +63,7 @@ class MergeSpec:
     """Of a row tile; None: what suits the CPU's cache."""
 
     is_checked: bool = True
-    """Look at every row as it passes, for the verification that follows."""
+    """Look at part of every row as it passes, for the verification that follows."""
 
     @contextlib.contextmanager
     def make(self, n: int) -> Iterator[list[MergeWorker]]:
