@@ -200,7 +200,7 @@ def test_labels_of_the_base_that_fit_are_kept(classifier, merged):
 def test_a_part_of_the_head_that_was_drawn_at_random_and_is_lost_is_named(classifier, cli, tmp_path):
     result = merge_classifier(*classifier("BERT, masked"), cli, tmp_path)
     assert result.exit_code == 4
-    assert "bert.pooler.dense.weight: BertForSequenceClassification needs it" in result.output
+    assert "bert.pooler.dense.weight: BertForSequenceClassification needs this parameter" in result.output
 
 
 def test_a_head_of_a_task_that_is_not_known_gets_a_way_out(classifier, cli, tmp_path):
@@ -238,7 +238,7 @@ def test_the_head_of_the_language_model_is_left_out_with_a_note(classifier, cli,
     base, adapter = classifier("Llama")
     result = merge_classifier(base, adapter, cli, tmp_path)
     assert (
-        "lm_head.weight: was left out: LlamaForSequenceClassification does not have parameter"
+        "lm_head.weight: was left out: LlamaForSequenceClassification does not have this parameter"
         in result.output
     )
     assert stored(tmp_path / "out").keys() == stored(base).keys() - {"lm_head.weight"} | {"score.weight"}
