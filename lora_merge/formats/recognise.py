@@ -225,7 +225,7 @@ def fault_of(names: Collection[str], role: Role, place: str = "") -> Fault | Non
 
     Example:
         >>> fault_of(["config.json", "model.safetensors"], "adapter").sentence
-        'is a whole model and no adapter (it has config.json and model.safetensors)'
+        'is a whole model, not an adapter (it has config.json and model.safetensors)'
     """
     if not names:
         return Fault("is an empty folder", "check the path, or download the files again")

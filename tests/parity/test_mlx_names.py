@@ -282,4 +282,4 @@ def test_a_whole_training_of_a_family_that_mlx_stores_the_other_way_round_is_ref
     adapter = twins.save(tmp_path / "mlx", config, tensors, "adapters.safetensors")
     result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
     assert result.exit_code == 4, result.output
-    assert "the other way round" in result.stderr
+    assert "stores the matrices of this family transposed" in result.stderr

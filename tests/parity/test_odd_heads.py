@@ -91,7 +91,7 @@ def test_a_copy_of_the_embedding_that_would_stay_behind_is_refused(cli, tmp_path
     save_file({**load_file(path), copy: model.shared.weight.detach().clone()}, path, {"format": "pt"})
     result = cli("--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     assert result.exit_code == 4
-    assert f"shared.weight: is stored a second time, as {copy}" in result.output
+    assert f"shared.weight: is stored a second time as {copy}" in result.output
     assert not (tmp_path / "out").exists()
 
 

@@ -236,7 +236,7 @@ def test_names_that_fit_two_parts_are_not_guessed(base, cli, tmp_path):
     get_peft_model(model.text_model, LoraConfig(r=4, target_modules=["k_proj"])).save_pretrained(adapter)
     result = cli("--base", root, "--adapter", adapter, "--out", tmp_path / "out")
     assert result.exit_code == 4
-    assert "may be a module of text_model or of vision_model" in result.output
+    assert "matches several modules (text_model or vision_model)" in result.output
 
 
 def test_an_adapter_of_a_multimodal_model_is_refused_on_a_language_model(base, cli, tmp_path, pico):

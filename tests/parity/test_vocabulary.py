@@ -276,7 +276,7 @@ def test_an_embedding_whose_new_rows_are_nowhere_is_refused(workshop, cli, tmp_p
     result = cli("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     assert result.exit_code == 4
     assert (
-        "model.embed_tokens.weight: has 96 rows, lm_head.weight grows to 100, and its 4 new rows"
+        "model.embed_tokens.weight: has 96 rows, lm_head.weight grows to 100, and the adapter does not have the 4 new rows"
         in result.stderr
     )
     assert "merge into the base that was resized before the training (--base)" in result.stderr
@@ -307,7 +307,7 @@ def test_another_base_shows_in_the_copy_that_the_adapter_has_of_it(workshop, cli
     edit_tensors(base / "model.safetensors", lambda tensors: tensors["model.embed_tokens.weight"][7].mul_(2))
     result = cli("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     assert result.exit_code == 0
-    assert "and 1 of 96 rows differ from this base's" in result.stderr
+    assert "from the training, and 1 of 96 rows differ from" in result.stderr
     assert "check that --base is the model that was trained" in result.stderr
 
 
@@ -424,7 +424,7 @@ def test_verify_compares_with_peft_where_the_file_has_second_copies(way, worksho
     out = merged(base, tmp_path / "adapter")
     result = cli("verify", out, "--forward", "--json")
     assert result.exit_code == 0, result.output
-    assert "against PEFT, unmerged" in result.stdout
+    assert "compared with PEFT, unmerged" in result.stdout
 
 
 @pytest.mark.parametrize("way", ["both saved", "the input saved", "rows"])

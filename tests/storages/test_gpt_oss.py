@@ -230,7 +230,8 @@ def test_transformers_loads_what_a_merge_writes(rounding, made, cli, tmp_path):
     arguments = ("--base", base, "--adapter", adapter, "--out", out, "--quantize", "mxfp4")
     result = cli(*arguments, "--rounding", rounding, "--no-verify")
     assert result.exit_code == exits.OK, result.stderr
-    assert "quantised to MXFP4 as gpt-oss is published: 4 weights" in result.stderr
+    assert "quantised to MXFP4 as gpt-oss is published" in result.stderr
+    assert ": 4 weights, " in result.stderr
     assert json.loads((out / "config.json").read_text())["quantization_config"] == PUBLISHED
     model, info = t.AutoModelForCausalLM.from_pretrained(
         out,

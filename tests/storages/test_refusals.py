@@ -181,7 +181,7 @@ BROKEN = (
     Case("codes without scales, torchao", "torchao-fp8", without("_weight_scale"), "_weight_scale"),
     Case("scales without codes, INT4", "ct-int4", without("weight_packed"), "weight_packed"),
     Case("scales without codes, GPTQ", "gptq-4bit", without("qweight"), "qweight"),
-    Case("a scheme without tensors", "ct-fp8-channel", dense_codes, "none is"),
+    Case("a scheme without tensors", "ct-fp8-channel", dense_codes, "but no weight is"),
     Case("tensors without a scheme", "ct-int4", no_settings, "does not say how"),
     Case(
         "scales of another grid, FP8",

@@ -92,7 +92,7 @@ def test_other_roundings_are_verified_too(name, rounding, adapters, tmp_path):
         }.get(rounding + other, found - {"wrong-value", "wrong-effect", "effect-lost"})
 
 
-@pytest.mark.parametrize(("scheme", "rounding"), diagonal(SCHEMES, ROUNDINGS))
+@pytest.mark.parametrize(("scheme", "rounding"), diagonal(list(SCHEMES), ROUNDINGS))
 def test_every_scheme_is_verified(scheme, rounding, plain, adapters, tmp_path):
     evidence = evidence_of(plain, adapters(plain), tmp_path / "out", quantize=scheme, rounding=rounding)
     assert sum(not step.op.target.is_dense for step in merges(evidence)) == 7
