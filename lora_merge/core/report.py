@@ -214,7 +214,7 @@ class Finding:
 SUBJECTS: Mapping[str, str] = {
     "loadable": "structure (what engines need to load it)",
     "recorded": "digests of all files (merge_manifest.json)",
-    "recompute": "weights, recomputed from base and adapter",
+    "recompute": "weights, compared with base and adapter",
     "forward": "outputs of the model (--forward)",
 }
 """Check of an existing output → what it checks, in words. The first looks at the output alone."""

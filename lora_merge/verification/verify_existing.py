@@ -307,7 +307,9 @@ class _Verification:
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
             n_seen = evidence.n_projected
             how = (
-                "all rows in float64" if level == "full" else f"{n_seen} rows by projection, some in float64"
+                "all rows in float64"
+                if level == "full"
+                else f"part of {counted(n_seen, 'row')} by projection, some rows in float64"
             )
             n_layers = len(plan.steps) - n_copied - n_formulas
             details = {

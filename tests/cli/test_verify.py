@@ -81,7 +81,7 @@ def test_the_table_names_every_check_and_the_last_line_says_what_it_comes_to(mer
         assert check in result.stdout
     *_, checked, not_checked, conclusion = result.stdout.rstrip().splitlines()
     assert checked.startswith("checked: structure (what engines need to load it); digests of all files")
-    assert checked.endswith("weights, recomputed from base and adapter")
+    assert checked.endswith("weights, compared with base and adapter")
     assert not_checked == "not checked: outputs of the model (--forward)"
     assert conclusion == "verified: all checks passed"
 
