@@ -79,7 +79,7 @@ def read_mlx(root: Path, ignored: Collection[str] = ()) -> Adapter | None:
             sentence = f"is {quoted(kind)}, expected 'lora', 'dora' or 'full'"
             issues.append(error("unsupported", "fine_tune_type", sentence, NEWER))
     except TargetError as exc:
-        issues.append(error("bad-field", exc.field, exc.sentence))
+        issues.append(exc.issue)
     # These of mlx-lm's own fields are kept beside PEFT's.
     kept = {
         name: config[name] for name in ("fine_tune_type", "lora_parameters", "num_layers") if name in config

@@ -195,7 +195,7 @@ def _read_lora(
         # α = 0 and ranks that never moved are facts about all modules.
         issues += reader.finish(modules)
     except TargetError as exc:
-        issues.append(error("bad-field", exc.field, exc.sentence))
+        issues.append(exc.issue)
         return {**content, "deltas": ()}
     pairs = [_stacked_pair(module, groups[module], issues) for module in stacked]
     return {

@@ -117,7 +117,7 @@ def saved_beside(root: Path, ignored: Collection[str] = ()) -> Saved:
     try:
         saved.add(folder / ADAPTER_WEIGHTS, label, _patterns(config.get("extra_state_keys")))
     except TargetError as exc:
-        saved.issues.append(error("bad-field", exc.field, exc.sentence))
+        saved.issues.append(exc.issue)
     return saved
 
 

@@ -9,6 +9,7 @@ from lora_merge.cli.issues import say_group
 from lora_merge.cli.layout import RED, YELLOW, Cell, Column, Mark, grid, shortened, styled, wrapped
 from lora_merge.cli.voice import say, show, show_layout, width_of
 from lora_merge.redaction import fit
+from lora_merge.reporting.data import not_run_words
 from lora_merge.words import alike, cut
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ _STATES: Mapping[str, Cell] = {
     "not asked": Mark("skipped", YELLOW),
 }
 """State of a check → its word on a screen."""
+
+_OF_VALUES = {"recorded", "untouched", "recompute", "layers"}
+"""Checks that compare with recorded digests, or with values that are computed again."""
 
 
 def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
@@ -44,11 +48,9 @@ def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
         show_layout([*_comparison_lines(proof, width), ""])
     show(_conclusion(proof))
     verdict = _verdict(proof, failed=failed)
-    show_layout([styled(verdict, Mark(verdict, RED)) if failed else verdict])
-    if failed:
-        say(
-            "hint: merge again, or restore the output from a copy; verify --json lists everything that differs"
-        )
+    show_layout([styled(line, Mark(line, RED)) if failed else line for line in wrapped(verdict, width)])
+    if failed and (hint := _hint(proof)):
+        say(f"hint: {hint}")
 
 
 def _print_differences(errors: list[tuple[str, Issue]], width: int | None) -> None:
@@ -81,10 +83,29 @@ def _verdict(proof: Proof, *, failed: bool) -> str:
     """Return the last line: the result."""
     if failed:
         return "verification failed"
+    if left := not_run_words(proof):
+        return f"verified in part: {left}"
     # The first check is of the structure alone.
     if len(proof.checked) > 1:
         return "verified: all checks passed"
     return "the structure is sound; the values of the weights were not checked"
+
+
+def _hint(proof: Proof) -> str:
+    """Return what to do about a failed verification; empty where nothing is known to help."""
+    wrong = [
+        (finding.check, issue)
+        for finding in proof.findings
+        for issue in finding.issues
+        if issue.severity == "error"
+    ]
+    if not wrong:
+        return "--strict counts warnings as errors"
+    checks = {check for check, _ in wrong}
+    # With another adapter or base, a recomputation differs for that reason.
+    if checks & _OF_VALUES and "planned" not in checks:
+        return "merge again, or restore the output from a copy; verify --json lists everything that differs"
+    return next((issue.hint for _, issue in wrong if issue.hint), "")
 
 
 def _comparison_lines(proof: Proof, width: int | None) -> list[str]:

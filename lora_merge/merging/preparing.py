@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -133,6 +135,7 @@ def prepare(
         # `merge --dry-run` and `plan` may have no output at all. With one, a dry run says what would stop the
         # real run.
         if request.out or not dry_run:
+            _check_unfinished(wish)
             storage.check_replaceable(wish)
         if not dry_run:
             storage.check_writable(out)
@@ -161,6 +164,20 @@ def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
     except NoDeviceError as exc:
         raise RequestError("", 0, "device", str(exc), hint="use --device cpu") from exc
     return (device, warning("no-gpu", "device", why)) if why else (device,)
+
+
+def _check_unfinished(wish: Wish) -> None:
+    """Check that a run to resume has not finished: an output gets its name only when it is complete.
+
+    Raises:
+        WriteError: it has.
+    """
+    # Unlike a method of Path, this raises no error for a name that is too long or may not be looked at.
+    is_there = os.path.isfile(wish.out / MANIFEST_FILE)  # noqa: PTH113
+    if wish.resume and not wish.overwrite and is_there:
+        sentence = f"{wish.out}: already exists and is complete, so there is nothing to resume"
+        hint = f"`lora-merge verify {shlex.quote(str(wish.out))}` checks it; to merge again, pass --overwrite"
+        raise WriteError(sentence, hint=hint)
 
 
 def _check_executor(request: Request, device: str) -> None:

@@ -93,5 +93,5 @@ def without_base(adapter: Adapter) -> list[Issue]:
         try:
             ends += unmatched_patterns(adapter, adapter.modules)
         except TargetError as exc:
-            return [error("bad-field", exc.field, exc.sentence)]
+            return [exc.issue]
     return [warning(end.code, end.field, end.sentence, hint) for end in ends]

@@ -56,9 +56,10 @@ class TargetError(PlanError, ValueError):
     Planning collects these with its other issues; where one is found later, it is the only issue.
     """
 
-    def __init__(self, field: str, sentence: str) -> None:
+    def __init__(self, field: str, sentence: str, hint: str = "") -> None:
         self.field, self.sentence = field, sentence
-        super().__init__([error("bad-field", field, sentence)])
+        self.issue = error("bad-field", field, sentence, hint)
+        super().__init__([self.issue])
 
 
 class Patterns:

@@ -104,7 +104,10 @@ def number(config: Mapping[str, Any], field: str, default: float) -> float:
     """
     value = config.get(field, default)
     if not is_number(value):
-        raise TargetError(field, f"is {quoted(value)}, expected a number that float32 can hold")
+        # JSON's null, which Python calls None.
+        found = "null" if value is None else quoted(value)
+        hint = f"set {field} in adapter_config.json to the value of the training"
+        raise TargetError(field, f"is {found}, expected a number that float32 can hold", hint)
     if field in {"r", "init_r"} and value <= 0:
         raise TargetError(field, f"is {value!r}, expected a positive number")
     return value

@@ -176,7 +176,7 @@ class _Draft:
             # An adapter without repeated layers has an empty order, so it differs from those with them.
             orders = {layer_order(use.adapter.config, len(layers)) for use in self._uses}
         except TargetError as exc:
-            return [error("bad-field", exc.field, exc.sentence)]
+            return [exc.issue]
         if len(orders) > 1:
             return [
                 error(

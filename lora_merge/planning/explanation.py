@@ -91,7 +91,7 @@ def matches_of(plan: MergePlan, name: str) -> tuple[Match, ...]:
 
 
 def nearest(plan: MergePlan, name: str) -> list[str]:
-    """Return up to three known names that are most like an unknown one."""
+    """Return up to three known names that are most like an unknown one. It may be the end of a name: ``q_prj``."""
     known = {step.name for step in plan.steps}
     known |= {
         delta.target
@@ -100,8 +100,15 @@ def nearest(plan: MergePlan, name: str) -> list[str]:
         for delta in step.op.deltas
         if delta.target
     }
-    modules = {parameter.removesuffix(".weight") for parameter in known}
-    return difflib.get_close_matches(name, sorted(modules), n=3)
+    modules = sorted({parameter.removesuffix(".weight") for parameter in known})
+    if near := difflib.get_close_matches(name, modules, n=3):
+        return near
+    # Of the modules whose names have the same end, the first one.
+    n_parts = name.count(".") + 1
+    ends: dict[str, str] = {}
+    for module in modules:
+        ends.setdefault(".".join(module.split(".")[-n_parts:]), module)
+    return [ends[end] for end in difflib.get_close_matches(name, ends, n=3)]
 
 
 def _matches(plan: MergePlan, step: Step, name: str) -> Iterator[Match]:

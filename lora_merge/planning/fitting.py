@@ -85,14 +85,14 @@ class Fitting:
         try:
             self.issues += Absent(self._model, names).issues(ends) if ends else []
         except TargetError as exc:
-            self.issues.append(error("bad-field", exc.field, exc.sentence))
+            self.issues.append(exc.issue)
         # PEFT itself checks the tensors of its own layers against the targets.
         if deltas or self._adapter.stacked or not (self._adapter.peft_layers or self._adapter.replacements):
             self.issues += names.several_rewritings() + names.named_twice()
             try:
                 self.issues += rule_issues(self._adapter, self._model, names)
             except TargetError as exc:
-                self.issues.append(error("bad-field", exc.field, exc.sentence))
+                self.issues.append(exc.issue)
         return self
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -150,7 +150,7 @@ class Fitting:
             try:
                 found = stacked_deltas(pair, self._use, self._n, self._model, self._reading.expert_layout)
             except TargetError as exc:
-                self.issues.append(error("bad-field", exc.field, exc.sentence))
+                self.issues.append(exc.issue)
                 continue
             self.issues += found.issues
             if found.located is not None:
@@ -164,7 +164,7 @@ class Fitting:
         try:
             return unmatched_patterns(self._adapter, paths)
         except TargetError as exc:
-            self.issues.append(error("bad-field", exc.field, exc.sentence))
+            self.issues.append(exc.issue)
             return []
 
     def _replace(self, parameter: str, replacement: Replacement) -> None:

@@ -248,7 +248,8 @@ def _refuse_unread(source: Source) -> None:
 def _absent_issues(label: str, absent: frozenset[str]) -> tuple[Issue, ...]:
     if not absent:
         return ()
+    them = "it" if len(absent) == 1 else "them"
     sentence = (
-        f"the local cache does not have {listing(sorted(absent))}, so the output will not have them either"
+        f"the local cache does not have {listing(sorted(absent))}, so the output will not have {them} either"
     )
-    return (warning("cache-incomplete", label, sentence, "run once without --offline to download them"),)
+    return (warning("cache-incomplete", label, sentence, f"run once without --offline to download {them}"),)

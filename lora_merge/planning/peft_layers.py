@@ -57,7 +57,7 @@ def peft_layer_deltas(use: AdapterUse, model: Model) -> tuple[tuple[PlacedDelta,
     except InjectionError as exc:
         join.issues.append(error("injection", exc.subject, exc.sentence))
     except TargetError as exc:
-        join.issues.append(error("bad-field", exc.field, exc.sentence))
+        join.issues.append(exc.issue)
     return tuple(join.deltas), join.issues
 
 

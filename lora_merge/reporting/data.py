@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.report import Report
 from lora_merge.redaction import without_secrets
+from lora_merge.words import counted
 
 if TYPE_CHECKING:
     from lora_merge.batches.reports import BatchReport, JobReport
@@ -52,12 +53,28 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
     return data
 
 
+_OF_THE_PLAN = ("placed", "untouched", "finite", "recompute")
+"""Checks of an existing output that need the merge planned again, from base and adapter."""
+
+
+def not_run(proof: Proof) -> tuple[str, ...]:
+    """Return the names of the checks that could not run, because base, adapter or manifest is missing."""
+    skipped = [finding.check for finding in proof.findings if not finding.asked]
+    return (*skipped, *(_OF_THE_PLAN if "planned" in skipped else ()))
+
+
+def not_run_words(proof: Proof) -> str:
+    """Return which checks could not run, in words; empty if all could."""
+    names = not_run(proof)
+    return f"{counted(len(names), 'check')} could not run: {', '.join(names)}" if names else ""
+
+
 def proof_data(proof: Proof) -> dict[str, Any]:
     """Return a proof, with the state of each check and comparison."""
     data = asdict(proof)
     data["findings"] = [{**asdict(finding), "state": finding.state} for finding in proof.findings]
     data["comparisons"] = [{**asdict(one), "ok": one.ok} for one in proof.comparisons]
-    return {**data, "checked": proof.checked, "not_checked": proof.not_checked}
+    return {**data, "checked": proof.checked, "not_checked": proof.not_checked, "not_run": not_run(proof)}
 
 
 def batch_data(report: BatchReport) -> dict[str, Any]:

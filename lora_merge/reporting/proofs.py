@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from lora_merge.reporting.blocks import notices, provenance, times, with_warnings, worst
-from lora_merge.reporting.data import proof_data
+from lora_merge.reporting.data import not_run_words, proof_data
 from lora_merge.reporting.maps import (
     Point,
     kept_chart,
@@ -86,6 +86,8 @@ def _verdict(proof: Proof, *, failed: bool) -> tuple[State, str]:
         why = counted(n, "error") if n else "warnings count as errors (--strict)"
         return "bad", f"Verification failed: {why}."
     state = worst(proof.issues)
+    if left := not_run_words(proof):
+        return state, f"Verified in part{with_warnings(proof.issues)}: {left}."
     if len(proof.checked) > 1:
         return state, f"Verified{with_warnings(proof.issues)}: all checks passed."
     return (

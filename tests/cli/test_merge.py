@@ -232,9 +232,27 @@ def test_an_existing_output_is_an_error_unless_overwritten(pico, pico_adapter, c
     assert "already exists" in refused.stderr
     assert (out / "mark").exists()
 
+    resumed = cli(*arguments, "--resume")
+    assert resumed.exit_code == exits.WRITE
+    assert "already exists and is complete, so there is nothing to resume" in resumed.stderr
+    assert f"hint: `lora-merge verify {out}` checks it; to merge again, pass --overwrite" in resumed.stderr
+
     assert cli(*arguments, "--overwrite").exit_code == exits.OK
     assert not (out / "mark").exists()
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_an_alpha_that_is_null_says_which_file_to_mend(pico, pico_adapter, cli, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(pico_adapter(pico()), adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": None}))
+
+    result = cli("--base", pico(), "--adapter", adapter, "--out", tmp_path / "out")
+
+    assert result.exit_code == exits.PLAN
+    assert "lora_alpha: is null, expected a number" in result.stderr
+    assert "hint: set lora_alpha in adapter_config.json to the value of the training" in result.stderr
 
 
 def test_a_failed_overwrite_leaves_the_old_output(pico, pico_adapter, tampered, cli, tmp_path):

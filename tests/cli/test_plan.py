@@ -103,6 +103,14 @@ def test_a_name_that_is_nowhere_is_refused_with_the_nearest(cli, pico, pico_adap
     assert f"did you mean {Q}" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["q_prj", "self_atn.q_proj"])
+def test_the_end_of_a_name_is_answered_with_the_nearest(name, cli, pico, pico_adapter):
+    base = pico()
+    result = cli("plan", "--base", base, "--adapter", pico_adapter(base), "--explain", name)
+    assert result.exit_code == exits.USAGE
+    assert Q in result.stderr.splitlines()[1]
+
+
 def test_a_plan_without_an_adapter_says_so(cli, pico):
     result = cli("plan", "--base", pico())
     assert result.exit_code == exits.USAGE

@@ -114,11 +114,39 @@ def test_without_base_and_adapter_the_recorded_digests_still_tell(merge, cli):
     assert good.exit_code == 0, good.output
     assert states(good) == {"loadable": "passed", "recorded": "passed", "planned": "not asked"}
     assert "the deltas were not recomputed" in good.output
-    assert cli("verify", out, "--strict").exit_code == 6
+    assert json.loads(good.stdout)["not_run"] == ["planned", "placed", "untouched", "finite", "recompute"]
+    strict = cli("verify", out, "--strict")
+    assert strict.exit_code == 6
+    assert strict.stderr.splitlines()[-1] == "hint: --strict counts warnings as errors"
     nudge(out, COPIED)
     bad = cli("verify", out, "--json")
     assert bad.exit_code == 6
     assert subjects(bad, "recorded") == {COPIED}
+
+
+def test_without_base_or_adapter_the_last_line_says_which_checks_could_not_run(merge, cli, tmp_path):
+    _, adapter, out = merge
+    shutil.rmtree(adapter)
+    page = tmp_path / "page.html"
+    result = cli("verify", out, "--report", page)
+    assert result.exit_code == 0, result.output
+    left = "5 checks could not run: planned, placed, untouched, finite, recompute"
+    assert f"verified in part: {left}" in result.stdout.splitlines()
+    assert "all checks passed" not in result.output
+    assert f"Verified in part, with 1 warning: {left}." in page.read_text()
+    quiet = cli("verify", out, "-q")
+    assert (quiet.exit_code, quiet.output) == (0, "")
+
+
+def test_the_last_hint_is_about_what_failed(merge, pico, cli):
+    def last(*arguments):
+        return cli("verify", *arguments).stderr.splitlines()[-1]
+
+    again = "hint: merge again, or restore the output from a copy"
+    nothing = last(pico("llama", "bfloat16", "40KB"))
+    assert nothing.startswith("hint: pass --base and --adapter, or --level structure")
+    nudge(merge[2], COPIED)
+    assert last(merge[2]).startswith(again)
 
 
 def test_base_and_adapter_that_were_moved_can_be_named(merge, cli, tmp_path):

@@ -507,7 +507,7 @@ def test_offline_says_what_the_cache_lacks(hub, command, base, adapter, tmp_path
     assert "and the repo is not found in the local cache (revision main)" in nothing.stderr
     assert side_file.returncode == exits.OK, side_file.stderr
     assert (
-        "warning: org/base: the local cache does not have tokenizer.json, so the output will not have them either"
+        "warning: org/base: the local cache does not have tokenizer.json, so the output will not have it either"
         in side_file.stderr
     )
     assert (
