@@ -111,6 +111,12 @@ def nearest(plan: MergePlan, name: str) -> list[str]:
     return [ends[end] for end in difflib.get_close_matches(name, ends, n=3)]
 
 
+def example_name(plan: MergePlan) -> str:
+    """Return the name of a module that the adapter changes, or of any weight."""
+    merged = (step.name for step in plan.steps if isinstance(step.op, Merge))
+    return next(merged, plan.steps[0].name).removesuffix(".weight")
+
+
 def _matches(plan: MergePlan, step: Step, name: str) -> Iterator[Match]:
     deltas = step.op.deltas if isinstance(step.op, Merge) else ()
     # A weight may have parts in several files; the first one's is shown.

@@ -27,7 +27,7 @@ from lora_merge.planning import (
     touches_embeddings,
 )
 from lora_merge.planning.base_names import moved_base, other_base
-from lora_merge.planning.explanation import Match, matches_of, nearest
+from lora_merge.planning.explanation import Match, example_name, matches_of, nearest
 from lora_merge.planning.locate import (
     Place,
     check_ignored,
@@ -291,8 +291,9 @@ def explain(request: Request, names: Sequence[str], *, observer: Observer | None
     for name in names:
         found = matches_of(plan, name)
         if not found:
-            near = ", ".join(nearest(plan, name))
+            near = nearest(plan, name)
+            hint = f"did you mean {', '.join(near)}?" if near else f"names are like {example_name(plan)}"
             sentence = f"the adapter and the base have no module or parameter {name}"
-            raise RequestError("", 0, "explain", sentence, hint=f"did you mean {near}?" if near else "")
+            raise RequestError("", 0, "explain", sentence, hint=hint)
         matches += found
     return tuple(matches)

@@ -111,6 +111,12 @@ def test_the_end_of_a_name_is_answered_with_the_nearest(name, cli, pico, pico_ad
     assert Q in result.stderr.splitlines()[1]
 
 
+def test_a_name_that_is_like_no_other_is_answered_with_an_example(cli, pico, pico_adapter):
+    base = pico()
+    result = cli("plan", "--base", base, "--adapter", pico_adapter(base), "--explain", "zzz")
+    assert result.stderr.splitlines()[1].startswith("hint: names are like model.")
+
+
 def test_a_plan_without_an_adapter_says_so(cli, pico):
     result = cli("plan", "--base", pico())
     assert result.exit_code == exits.USAGE
