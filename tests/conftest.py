@@ -32,6 +32,8 @@ constants.HF_HUB_OFFLINE = (
     True  # PEFT asks when it saves; commands are to ask nobody without being told, and are not told
 )
 os.environ.pop("HF_HUB_OFFLINE", None)
+for size in ("COLUMNS", "LINES"):
+    os.environ.pop(size, None)  # xdist sets them for its workers, and every line would be wrapped
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
