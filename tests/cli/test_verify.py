@@ -231,7 +231,10 @@ def test_an_output_that_is_compared_with_nothing_is_not_called_verified(pico, cl
     assert len(found["not_checked"]) == 3
     said = cli("verify", pico("llama", "bfloat16", "40KB")).stdout
     assert "verified" not in said
-    assert "not checked: digests of all files (merge_manifest.json); weights, recomputed" in said
+    assert (
+        "not checked: digests of all files (merge_manifest.json); weights, compared with base and adapter"
+        in said
+    )
 
 
 def test_the_structure_alone_can_be_asked_for(pico, cli, tmp_path):
