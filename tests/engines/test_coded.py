@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -13,6 +12,7 @@ from tests.engines.building import distance
 from tests.engines.coded import CODED, CODED_ROWS, Coded, Rounding
 from tests.engines.coding import Made, prepare_coded
 from tests.engines.conftest import ABOUT_QUANTISED, DTYPES
+from tests.engines.processor import skip_without_kernel
 from tests.engines.stored import WEIGHTS_ROUNDED
 from tests.engines.test_quantised import MEANINGLESS
 
@@ -52,13 +52,6 @@ def said(coded, engines_python, tmp_path_factory) -> Mapping[Engine, Mapping[tup
         engine: dict(zip(coded, asker.ask(program, DTYPES[engine], jobs), strict=True))
         for engine, program in ABOUT_QUANTISED.items()
     }
-
-
-def skip_without_kernel(line: Line) -> None:
-    """Skip a test where vLLM's build for this processor has no kernel for INT4 weights."""
-    has_kernel = "avx512f" in Path("/proc/cpuinfo").read_text()
-    if not has_kernel and "no attribute 'cpu_gemm_wna16'" in line.get("error", ""):
-        pytest.skip("vLLM multiplies INT4 weights only on processors with AVX-512")
 
 
 @pytest.fixture
