@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_merge.runtime.packages import release_numbers
+
 Severity = Literal["ok", "warning", "error"]
 
 
@@ -33,18 +35,8 @@ class Package:
     @property
     def is_too_old(self) -> bool:
         """True if a newer version is needed."""
-        return bool(self.version and self.oldest) and _numbers(self.version) < _numbers(self.oldest)
-
-
-def _numbers(version: str) -> list[int]:
-    """Return the numbers of a release.
-
-    Example:
-        >>> _numbers("2.13.0+cpu") > _numbers("2.4")
-        True
-    """
-    release = version.partition("+")[0].split(".")
-    return [int(part) for part in release if part.isdecimal()]
+        has_both = bool(self.version and self.oldest)
+        return has_both and release_numbers(self.version) < release_numbers(self.oldest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_merge.diagnosis.facts import Engine, Package
+from lora_merge.runtime.packages import version_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,7 +40,7 @@ def packages(requirements: Iterable[str] | None = None) -> tuple[Package, ...]:
     found = [_package(text) for text in (_own_requirements() if requirements is None else requirements)]
     wanted = {one.name: one for one in reversed(found) if one is not None}
     listed = sorted(wanted.values(), key=lambda one: (_EXTRAS.index(one.extra), one.name.lower()))
-    beside = [Package(name, _version(name), "", "beside", "") for name in _BESIDE if name not in wanted]
+    beside = [Package(name, version_of(name), "", "beside", "") for name in _BESIDE if name not in wanted]
     return (*listed, *(one for one in beside if one.version))
 
 
@@ -72,16 +73,9 @@ def _package(requirement: str) -> Package | None:
     if match is None or (match["extra"] or "") not in _EXTRAS:
         return None
     name, extra = match["name"], match["extra"] or ""
-    return Package(name, _version(name), match["oldest"] or "", extra, _PURPOSES.get(name, _EVERY))
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return Package(name, version_of(name), match["oldest"] or "", extra, _PURPOSES.get(name, _EVERY))
 
 
 def engine_packages() -> tuple[Engine, ...]:
     """Return the engines that are installed in this environment."""
-    return tuple(Engine(name, version, "") for name in _ENGINES if (version := _version(name)))
+    return tuple(Engine(name, version, "") for name in _ENGINES if (version := version_of(name)))

@@ -90,13 +90,13 @@ def _load(name: str) -> str:
         # A module that the package itself imports may be the missing one: then the package is broken, not missing.
         if isinstance(exc, ModuleNotFoundError) and exc.name == name:
             return ", which is not installed"
-        found = _version_of(name)
-        if found and _numbers(found) < _numbers(package.oldest):
+        found = version_of(name)
+        if found and release_numbers(found) < release_numbers(package.oldest):
             return _too_old(package, found)
         first = next(iter(str(exc).strip().splitlines()), "")[:_SHOWN_CHARACTERS]
         return f", which is installed, but its import fails ({type(exc).__name__}: {first})"
-    found = _version_of(name)
-    if found and _numbers(found) < _numbers(package.oldest):
+    found = version_of(name)
+    if found and release_numbers(found) < release_numbers(package.oldest):
         return _too_old(package, found)
     _USABLE[name] = module
     return ""
@@ -106,7 +106,7 @@ def _too_old(package: Package, found: str) -> str:
     return f" {package.oldest} or newer, and version {found} is installed"
 
 
-def _version_of(name: str) -> str:
+def version_of(name: str) -> str:
     """Return the version of an installed distribution; empty where its metadata is not there."""
     try:
         return importlib.metadata.version(name)
@@ -114,11 +114,11 @@ def _version_of(name: str) -> str:
         return ""
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def release_numbers(version: str) -> tuple[int, ...]:
     """Return the numbers of a release.
 
     Example:
-        >>> _numbers("5.23.0.dev0"), _numbers("0.21rc1") < _numbers("0.21.1")
+        >>> release_numbers("5.23.0.dev0"), release_numbers("0.21rc1") < release_numbers("0.21.1")
         ((5, 23, 0), True)
     """
     release = re.match(r"\d+(?:\.\d+)*", version)
