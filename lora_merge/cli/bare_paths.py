@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final, Literal
 from lora_merge.cli.advice import Advice, Reading
 from lora_merge.cli.arguments import command_line
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
+from lora_merge.formats.repo_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
+from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.storage.user_paths import is_directory, is_file
 
 if TYPE_CHECKING:
@@ -18,13 +20,7 @@ if TYPE_CHECKING:
 Sort = Literal["base", "adapter", "merged", "batch", "config", "folder", "repo", "nothing"]
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_ADAPTER_FILES: Final = (
-    ADAPTER_CONFIG,
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapters.safetensors",
-)
-_MANIFEST: Final = "merge_manifest.json"
+_ADAPTER_FILES: Final = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE, MLX_WEIGHTS)
 
 _SAID: Final[dict[Sort, str]] = {
     "base": "a base model",
@@ -141,7 +137,7 @@ def _sort_of_folder(path: Path) -> Sort:
     """Return what is in a folder."""
     if any(is_file(path / name) for name in _ADAPTER_FILES):
         return "adapter"
-    if is_file(path / _MANIFEST):
+    if is_file(path / MANIFEST_FILE):
         return "merged"
     if is_file(path / CONFIG_FILE):
         return "base"
