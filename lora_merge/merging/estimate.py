@@ -16,6 +16,7 @@ from lora_merge.core.plan import Merge
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lora_merge.core.facts import Facts
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRef
 
@@ -40,8 +41,8 @@ _ENCODING_NS: Mapping[str, float] = {"scaled": 4.5, "packed_int": 4.5, "fp4": 8.
 _OTHER_ENCODING_NS = 8.0
 """Nanoseconds of one core per value, beside `_NEAREST_NS`: to round for an adapter, to decode, and to encode by codec."""
 
-_ALGEBRA_NS: Mapping[str, float] = {"dora": 2.0, "peft_layer": 5.0}
-"""The same for an algebra that passes over the weight more than once."""
+_LOOKING_BACK_NS, _PEFT_LAYER_NS = 2.0, 5.0
+"""The same for a change that looks at the whole weight first, and for one that PEFT's own layer makes."""
 
 _COMBINING_NS: Mapping[str, float] = {"ties": 100.0, "dare_linear": 10.0, "dare_ties": 25.0}
 """The same for a combination, per adapter. TIES looks for the largest values of each change."""
@@ -109,7 +110,7 @@ def _merge_ns(op: Merge) -> float:
         each += _ENCODING_NS.get(op.target.codec, _OTHER_ENCODING_NS)
     if op.rounding is not None:
         each += _ROUNDING_NS[op.rounding.method]
-    each += sum(_ALGEBRA_NS.get(delta.algebra, 0.0) for delta in op.deltas)
+    each += sum(_passing_ns(delta.facts) for delta in op.deltas)
     combining = 0.0
     if op.combination is not None:
         each += len(op.deltas) * _COMBINING_NS.get(op.combination.method, 0.0)
@@ -119,6 +120,11 @@ def _merge_ns(op: Merge) -> float:
             )
             combining = _SVD_NS * math.prod(blocks) * rows * columns * min(rows, columns)
     return n_values * each + _product_ns(op) + combining
+
+
+def _passing_ns(facts: Facts) -> float:
+    """Return the nanoseconds of one core per value for more passes over the weight than one."""
+    return facts.by_peft * _PEFT_LAYER_NS + facts.looks_back * _LOOKING_BACK_NS
 
 
 def _product_ns(op: Merge) -> float:
