@@ -49,7 +49,7 @@ def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
     show(_conclusion(proof))
     verdict = _verdict(proof, failed=failed)
     show_layout([styled(line, Mark(line, RED)) if failed else line for line in wrapped(verdict, width)])
-    if failed and (hint := _hint(proof)):
+    if failed and (hint := _hint(errors)):
         say(f"hint: {hint}")
 
 
@@ -91,21 +91,15 @@ def _verdict(proof: Proof, *, failed: bool) -> str:
     return "the structure is sound; the values of the weights were not checked"
 
 
-def _hint(proof: Proof) -> str:
+def _hint(errors: list[tuple[str, Issue]]) -> str:
     """Return what to do about a failed verification; empty where nothing is known to help."""
-    wrong = [
-        (finding.check, issue)
-        for finding in proof.findings
-        for issue in finding.issues
-        if issue.severity == "error"
-    ]
-    if not wrong:
+    if not errors:
         return "--strict counts warnings as errors"
-    checks = {check for check, _ in wrong}
+    checks = {check for check, _ in errors}
     # With another adapter or base, a recomputation differs for that reason.
     if checks & _OF_VALUES and "planned" not in checks:
         return "merge again, or restore the output from a copy; verify --json lists everything that differs"
-    return next((issue.hint for _, issue in wrong if issue.hint), "")
+    return next((issue.hint for _, issue in errors if issue.hint), "")
 
 
 def _comparison_lines(proof: Proof, width: int | None) -> list[str]:
