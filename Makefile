@@ -55,7 +55,6 @@ pictures: setup ## Draw the screens of docs/screens.md again, from real runs (mi
 
 docs: setup ## Check that the generated pages are current (scripts/docs.py --write renews them)
 	$(BIN)/python scripts/docs.py --check
-	$(BIN)/python scripts/manpages.py --check
 
 site: setup ## Build the documentation as a website, into .site (no network, no warning allowed)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
