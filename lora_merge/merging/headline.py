@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lora_merge.core.adapter import PlacedDelta
 from lora_merge.core.plan import Merge
-from lora_merge.peft_rules.method_names import COMBINATION_NAMES, method_name
+from lora_merge.peft_rules.method_names import COMBINATION_NAMES, method_name, ranks_text
 from lora_merge.quantised import describe
 from lora_merge.words import counted, listing, printable
 
@@ -40,7 +40,8 @@ _SPELLINGS = (
 )
 """Classes of transformers → the names that their makers use. In this order."""
 
-_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
+DTYPE_WORDS: Mapping[str, str] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
+"""Dtype as safetensors spells it → as users do."""
 
 _LISTED = 3
 """Up to this many adapters are named one by one."""
@@ -147,7 +148,7 @@ def storage_word(storage: Storage) -> str:
         ('bf16', 'GPTQ 4-bit')
     """
     if storage.is_dense:
-        return _DTYPES.get(storage.dtype, storage.dtype.lower())
+        return DTYPE_WORDS.get(storage.dtype, storage.dtype.lower())
     name, *more = describe(storage).split(", ")
     bits = [word.split()[0] for word in more if word.endswith(" bits")]
     return f"{name} {bits[0]}-bit" if bits else name
@@ -214,11 +215,8 @@ def _method_words(adapter: Adapter, deltas: Sequence[Delta | PlacedDelta]) -> st
         kind = told or "DORA"
     elif kind == "LORA" and adapter.config.get("use_rslora") is True:
         kind = "RSLORA"
-    ranks = sorted({delta.rank for delta in deltas if delta.rank})
-    words = printable(method_name(kind))
-    if not ranks:
-        return words
-    return f"{words} r{ranks[0]}" if len(ranks) == 1 else f"{words} r{ranks[0]}-{ranks[-1]}"
+    ranks = [delta.rank for delta in deltas if delta.rank]
+    return f"{printable(method_name(kind))}{ranks_text(ranks)}"
 
 
 def _module_of(delta: Delta | PlacedDelta) -> str:

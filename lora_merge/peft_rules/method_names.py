@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 METHOD_NAMES: Mapping[str, str] = {
     "ADALORA": "AdaLoRA",
@@ -76,3 +76,16 @@ def method_name(kind: str) -> str:
         ('LoHa', 'LoRA', 'NEW')
     """
     return METHOD_NAMES.get(kind) or ALGEBRA_NAMES.get(kind, kind)
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Return ranks as they follow a method's name; empty if there are none.
+
+    Example:
+        >>> f"LoRA{ranks_text([16, 16])}", f"DoRA{ranks_text([64, 8])}", f"LoKr{ranks_text([])}"
+        ('LoRA r16', 'DoRA r8-64', 'LoKr')
+    """
+    found = sorted(set(ranks))
+    if not found:
+        return ""
+    return f" r{found[0]}" if len(found) == 1 else f" r{found[0]}-{found[-1]}"

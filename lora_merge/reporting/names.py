@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from lora_merge.peft_rules.method_names import method_name
+from lora_merge.core.tensor import TORCH_TYPES
+from lora_merge.merging.headline import DTYPE_WORDS
+from lora_merge.peft_rules.method_names import method_name, ranks_text
 
-_DTYPES: Mapping[str, str] = {
-    "BF16": "bf16",
-    "F16": "fp16",
-    "F32": "fp32",
-    "F64": "fp64",
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "float32": "fp32",
-    "float64": "fp64",
-}
+_WORDS = {**DTYPE_WORDS, **{TORCH_TYPES[code]: word for code, word in DTYPE_WORDS.items()}}
+"""The same by the names of torch too, which configurations have."""
 
 
 def dtype(name: str) -> str:
@@ -25,7 +19,7 @@ def dtype(name: str) -> str:
         >>> dtype("BF16"), dtype("float32"), dtype("FP8, blocks of 128 x 128")
         ('bf16', 'fp32', 'FP8, blocks of 128 x 128')
     """
-    return _DTYPES.get(name, name)
+    return _WORDS.get(name, name)
 
 
 def methods_text(kinds: Iterable[str], ranks: Iterable[str]) -> str:
@@ -36,7 +30,6 @@ def methods_text(kinds: Iterable[str], ranks: Iterable[str]) -> str:
         ('LoRA r16', 'DoRA r8-32 + whole tensor')
     """
     names = list(dict.fromkeys(map(method_name, kinds)))
-    numbers = sorted({int(rank) for rank in ranks if int(rank)})
-    if names and numbers:
-        names[0] += f" r{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
+    if names:
+        names[0] += ranks_text(int(rank) for rank in ranks if int(rank))
     return " + ".join(names)
