@@ -516,7 +516,7 @@ def test_offline_says_what_the_cache_lacks(hub, command, base, adapter, tmp_path
     )
     assert "not found in the local cache (revision v2)" in other.stderr
     for result in (nothing, weight_file, other):
-        assert "hint: run once without --offline" in result.stderr
+        assert "hint: run once without --offline (and without HF_HUB_OFFLINE)" in result.stderr
 
 
 def test_a_hub_that_cannot_be_reached_is_named_and_so_is_the_cache(hub, command, base, adapter, tmp_path):
