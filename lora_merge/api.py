@@ -77,7 +77,7 @@ def merge(
         LoraMergeError: with a sentence and a ``hint``. ``out`` is then as it was before.
     """
     request = parse_keywords(Request, "merge", {"adapter": adapter, "out": out, **options})
-    with _page_file("merge", request, request.adapter, request.out) as page:
+    with _page_file("merge", request) as page:
         return page.show(run(request, observer=observer))
 
 
@@ -112,7 +112,7 @@ def verify(
         PlanError: a base and adapter named here do not fit, or the model cannot be run.
     """
     request = parse_keywords(VerifyRequest, "verify", {"out": out, **options})
-    with _page_file("verify", request, request.adapter, request.out) as page:
+    with _page_file("verify", request) as page:
         return page.show(prove(request, observer=observer))
 
 
@@ -133,23 +133,21 @@ def inspect(
     from lora_merge.inspection.run import inspect_adapter
 
     request = parse_keywords(InspectRequest, "inspect", {"adapter": adapter, **options})
-    with _page_file("inspect", request, (request.adapter,)) as page:
+    with _page_file("inspect", request) as page:
         return page.show(inspect_adapter(request, observer=observer))
 
 
-def _page_file(
-    verb: Verb, request: Request | VerifyRequest | InspectRequest, adapters: tuple[str, ...], *outs: str
-) -> PageFile:
+def _page_file(verb: Verb, request: Request | VerifyRequest | InspectRequest) -> PageFile:
     """Return the file of ``report``, which writes a page if the request has one."""
     from dataclasses import fields
 
     from lora_merge.reporting.command import command_text
     from lora_merge.reporting.page_file import PageFile
-    from lora_merge.reporting.subject import Subject
+    from lora_merge.reporting.subject import subject_of
 
     values = {field.name: getattr(request, field.name) for field in fields(request)}
     command = command_text(verb, values) if request.report else ""
-    return PageFile(request.report, Subject(verb, command, request.base or "", adapters, outs))
+    return PageFile(request.report, subject_of(verb, request, command))
 
 
 def convert(

@@ -56,6 +56,7 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
     from lora_merge.batches.event_log import EventLog
     from lora_merge.batches.run import Batch
     from lora_merge.cli.watching import watching_batch
+    from lora_merge.reporting.subject import Subject
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     # Options of the command line win over the file, so those that were not given must not count.
@@ -63,7 +64,7 @@ def batch(  # noqa: PLR0913 - options of the command alone, each by its name
     listed = read_batch(file, given)
     log = EventLog(Path(log_file)) if log_file else None
     outs = tuple(job.request.out for job in listed)
-    with page_file("batch", report, outs=outs, quiet=quiet) as page:
+    with page_file(report, Subject("batch", outs=outs), quiet=quiet) as page:
         is_interrupted = False
         with log or contextlib.nullcontext():
             try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lora_merge.cli.data import batch_data, conversion_data, inspection_data, proof_data, result_data
 from lora_merge.cli.issues import say_issues
 from lora_merge.cli.next_steps import after_conversion, after_merge, command, say_next, serving
 from lora_merge.cli.plans import merge_lines, print_plan, print_profile
@@ -13,6 +12,7 @@ from lora_merge.cli.progress import watching
 from lora_merge.cli.proofs import print_proof
 from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
 from lora_merge.cli.voice import say, say_raw, show, show_data
+from lora_merge.reporting.data import batch_data, conversion_data, inspection_data, proof_data, result_data
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

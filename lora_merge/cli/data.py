@@ -5,18 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.reporting.data import (
-    batch_data,
-    conversion_data,
-    inspection_data,
-    proof_data,
-    result_data,
-)
-
 if TYPE_CHECKING:
     from lora_merge.core.report import Issue
-
-__all__ = ["batch_data", "conversion_data", "error_data", "inspection_data", "proof_data", "result_data"]
 
 
 def error_data(error: BaseException, sentence: str, code: int, hints: list[str]) -> dict[str, Any]:

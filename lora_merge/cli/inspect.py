@@ -28,14 +28,13 @@ def inspect(*, full: bool, json: bool, quiet: bool, verbose: bool, **flags: Any)
       lora-merge inspect org/my-lora@v1 --engine vllm --json
     """
     from lora_merge.inspection.run import inspect_adapter
+    from lora_merge.reporting.subject import subject_of
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import InspectRequest
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = parse_request(InspectRequest, flags)
-    with page_file(
-        "inspect", request.report, base=request.base, adapters=(request.adapter,), quiet=quiet
-    ) as page:
+    with page_file(request.report, subject_of("inspect", request), quiet=quiet) as page:
         with console.watching() as observer:
             found = page.show(inspect_adapter(request, observer=observer))
         console.inspection(found, full=full)

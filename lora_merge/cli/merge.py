@@ -38,6 +38,7 @@ def merge(
       lora-merge merge --adapter style:0.7 --adapter facts -o merged
     """
     from lora_merge import api
+    from lora_merge.reporting.subject import subject_of
 
     if no_verify and flags["verify"]:
         raise click.UsageError("--verify and --no-verify exclude each other")
@@ -45,14 +46,7 @@ def merge(
         flags["verify"] = "none"
     console = console_of(json=json, quiet=quiet, verbose=verbose, profile=profile)
     request = request_of("merge", config, flags)
-    with page_file(
-        "merge",
-        request.report,
-        base=request.base,
-        adapters=request.adapter,
-        outs=(request.out,),
-        quiet=quiet,
-    ) as page:
+    with page_file(request.report, subject_of("merge", request), quiet=quiet) as page:
         with console.watching() as observer:
             report = page.show(api.run(request, dry_run=dry_run, observer=observer))
         console.report(report, {"base": request.base or "", "out": request.out}, again() if dry_run else "")

@@ -9,15 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from lora_merge.cli.layout import cells
+from lora_merge.cli.options import given_values
 from lora_merge.cli.voice import say, say_raw, width_of
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.errors import LoraMergeError
-from lora_merge.reporting.command import command_text
-from lora_merge.storage.small_files import read_json
-from lora_merge.storage.user_paths import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,10 +81,7 @@ def serving(out: str) -> tuple[str, str] | None:
     Args:
         out: its directory, as the user named it.
     """
-    try:
-        config = read_json(user_path(out) / CONFIG_FILE)
-    except (LoraMergeError, OSError, ValueError):
-        return None
+    config = _config(out, CONFIG_FILE)
     listed = config.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
     if not name.endswith(_GENERATES):
@@ -115,25 +108,29 @@ def again(**more: str) -> str:
     Args:
         more: values to add, by the names of their options.
     """
-    context = click.get_current_context()
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if name not in _OF_DRY_RUNS
-        and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    }
+    from lora_merge.reporting.command import command_text
+
+    given = {name: value for name, value in given_values().items() if name not in _OF_DRY_RUNS}
     # The default command needs no name.
     return command_text("merge", {**given, **more}).replace("lora-merge merge ", "lora-merge ", 1)
 
 
 def named_base(adapter: str) -> str:
     """Return the base that an adapter's configuration names; empty where it names none."""
-    try:
-        config = read_json(user_path(adapter) / ADAPTER_CONFIG)
-    except (LoraMergeError, OSError, ValueError):
-        return ""
-    found = config.get("base_model_name_or_path")
+    found = _config(adapter, ADAPTER_CONFIG).get("base_model_name_or_path")
     return found if isinstance(found, str) else ""
+
+
+def _config(folder: str, name: str) -> Mapping[str, Any]:
+    """Return a JSON file of a directory; empty where it cannot be read."""
+    # Loaded for a finished run alone: the help needs none of it.
+    from lora_merge.storage.small_files import read_json
+    from lora_merge.storage.user_paths import user_path
+
+    try:
+        return read_json(user_path(folder) / name)
+    except (LoraMergeError, OSError, ValueError):
+        return {}
 
 
 def after_merge(out: str, *, is_verified: bool) -> None:

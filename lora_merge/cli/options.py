@@ -164,6 +164,15 @@ def console_of(*, json: bool, quiet: bool, verbose: bool, profile: bool = False)
     return Console(as_json=json, quiet=quiet, verbose=verbose, profile=profile)
 
 
+def given_values() -> dict[str, Any]:
+    """Return the options that the user gave the present command, here or in the environment, with their values."""
+    context = click.get_current_context()
+    sources = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
+    return {
+        name: value for name, value in context.params.items() if context.get_parameter_source(name) in sources
+    }
+
+
 def request_of(verb: Verb, config: str | None, flags: dict[str, Any]) -> Request:
     """Return the request that a file and the flags give. Flags win.
 

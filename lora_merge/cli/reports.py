@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_merge.cli import exits
+from lora_merge.cli.options import given_values
 from lora_merge.cli.voice import say
 from lora_merge.errors import WriteError
 
@@ -16,27 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_merge.reporting.page_file import PageFile
-    from lora_merge.requests.option import Verb
+    from lora_merge.reporting.subject import Subject
 
 
 @contextlib.contextmanager
-def page_file(
-    verb: Verb,
-    path: str | None,
-    *,
-    base: str | None = None,
-    adapters: tuple[str, ...] = (),
-    outs: tuple[str, ...] = (),
-    quiet: bool = False,
-) -> Iterator[PageFile]:
+def page_file(path: str | None, subject: Subject, *, quiet: bool) -> Iterator[PageFile]:
     """Yield the file that takes the result of a command. It is written at the end, also where the run failed.
 
     Args:
-        verb: the command.
         path: of the page; None for none.
-        base: as the user named it.
-        adapters: likewise.
-        outs: directories of outputs; the page may not be in one.
+        subject: what the command was asked to do; its command line is added. The page may not be in one of its outputs.
         quiet: do not say where the page is.
 
     Raises:
@@ -44,10 +35,12 @@ def page_file(
         SystemExit: the page cannot be written, and the run itself met no error.
     """
     from lora_merge.reporting.page_file import PageFile
-    from lora_merge.reporting.subject import Subject
 
-    command = "" if path is None else _command(verb, click.get_current_context())
-    file = PageFile(path, Subject(verb, command, base or "", adapters, outs))
+    if path is not None:
+        from lora_merge.reporting.command import command_text
+
+        subject = replace(subject, command=command_text(subject.verb, given_values()))
+    file = PageFile(path, subject)
     try:
         with file:
             yield file
@@ -71,14 +64,3 @@ def page_file(
 def _say_failure(failure: WriteError) -> None:
     say(f"error: {failure}")
     say(f"hint: {failure.hint}")
-
-
-def _command(verb: Verb, context: click.Context) -> str:
-    """Return the command line, of the options that were given."""
-    from lora_merge.reporting.command import command_text
-
-    given = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
-    values: dict[str, Any] = {
-        name: value for name, value in context.params.items() if context.get_parameter_source(name) in given
-    }
-    return command_text(verb, values)

@@ -31,19 +31,13 @@ def verify(*, json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
       lora-merge verify elsewhere --base Llama-3-8B --adapter my-lora --level full
     """
     from lora_merge import api
+    from lora_merge.reporting.subject import subject_of
     from lora_merge.requests.parsing import parse_request
     from lora_merge.requests.request import VerifyRequest
 
     console = console_of(json=json, quiet=quiet, verbose=verbose)
     request = parse_request(VerifyRequest, flags)
-    with page_file(
-        "verify",
-        request.report,
-        base=request.base,
-        adapters=request.adapter,
-        outs=(request.out,),
-        quiet=quiet,
-    ) as page:
+    with page_file(request.report, subject_of("verify", request), quiet=quiet) as page:
         with console.watching() as observer:
             proof = api.prove(request, observer=observer)
         is_strict_about = request.strict and any(issue.severity == "warning" for issue in proof.issues)
