@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.core.report import Issue, note, warning
 from lora_merge.errors import LoraMergeError
 from lora_merge.formats.side_files import CARD_FILE
+from lora_merge.storage.json_values import MOST_LEVELS
 from lora_merge.storage.small_files import read_text
 from lora_merge.words import printable
 
@@ -109,15 +110,26 @@ def _table(text: str) -> dict[str, Any]:
     """Return the table in front matter.
 
     Raises:
-        ValueError: it is too long, is not YAML, holds no table, or has aliases, which can stand for any amount of data.
+        ValueError: it is too long or nested too deeply, is not YAML, holds no table, or has aliases, which can stand for
+            any amount of data.
     """
     import yaml
 
     if len(text) > _MOST_CHARACTERS:
         raise ValueError(f"it has {len(text)} characters, expected at most {_MOST_CHARACTERS}")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has YAML aliases")
+        level = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            match event:
+                case yaml.AliasEvent():
+                    raise ValueError("it has YAML aliases")
+                case yaml.CollectionStartEvent():
+                    level += 1
+                case yaml.CollectionEndEvent():
+                    level -= 1
+            # The time that the parser takes grows with the square of the levels.
+            if level > MOST_LEVELS:
+                raise ValueError(f"it has tables and lists nested more than {MOST_LEVELS} deep")
         table = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as exc:
         raise ValueError(" ".join(str(exc).split())) from exc

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import time
 
 import pytest
 from huggingface_hub import ModelCard, metadata_load
@@ -176,6 +177,15 @@ def test_front_matter_that_cannot_be_read_costs_a_note_and_never_the_merge(name)
     (issue,) = card_issues(found, [CardFacts()])
     assert issue.severity == "note"
     assert str(issue).isprintable()
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
+def test_front_matter_that_is_nested_deeply_is_refused_at_the_limit(opening):
+    began = time.process_time()
+    found = parse_card(f"---\n{opening * (90_000 // len(opening))}\n---\n")
+
+    assert "nested more than 64 deep" in found.problem
+    assert time.process_time() - began < 5  # minutes, where the parser sees all of it
 
 
 def test_a_merge_says_that_a_card_could_not_be_read(merge):
