@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lora_merge.diagnosis.facts import Engine, Package
@@ -47,19 +48,22 @@ def packages(requirements: Iterable[str] | None = None) -> tuple[Package, ...]:
 def _own_requirements() -> list[str]:
     try:
         return importlib.metadata.requires("lora-merge") or []
-    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
-        return [
-            "click",
-            "huggingface_hub",
-            "numpy",
-            "pydantic",
-            "PyYAML",
-            "rich",
-            "safetensors",
-            "tokenizers",
-            "torch",
-            "xxhash",
-        ]
+    except importlib.metadata.PackageNotFoundError:
+        return _requirements_of_source()
+
+
+def _requirements_of_source() -> list[str]:
+    """Return the requirements of a source tree that is not installed, as metadata would have them; none elsewhere."""
+    import tomllib
+
+    try:
+        text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8")
+        project = tomllib.loads(text)["project"]
+    except (OSError, ValueError, KeyError):
+        return []
+    extras = project.get("optional-dependencies", {}).items()
+    more = [f"{text}; extra == '{extra}'" for extra, texts in extras for text in texts]
+    return [*project.get("dependencies", []), *more]
 
 
 def _package(requirement: str) -> Package | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -313,3 +315,16 @@ def test_cached_adapters_and_models_are_told_apart(tmp_path):
     assert cached_repos(adapters=False, environ=environment) == ["org/model"]
     assert cached_repos(adapters=True, environ=environment) == ["org/lora"]
     assert cached_repos(adapters=True, environ={"HF_HUB_CACHE": str(tmp_path / "none")}) == []
+
+
+def test_a_source_tree_that_is_not_installed_knows_what_it_needs(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = {one.name: one for one in packages()}
+
+    assert {text.partition(">=")[0] for text in project["dependencies"]} <= found.keys()
+    assert (found["gguf"].extra, found["gguf"].oldest) == ("gguf", "0.19")
+    assert "ruff" not in found
