@@ -5,8 +5,8 @@ from __future__ import annotations
 ARCHAIC = {
     r"\banew\b": "again",
     r"\bnobody\b": "name who: no other user, no process",
-    r"(?<!there )\bis no\b(?! longer| more)": "is not a …",
-    r"(?<!there )\bare no\b(?! longer| more)": "are not …",
+    r"(?<![Tt]here )\bis no\b(?! longer| more)": "is not a …",
+    r"(?<![Tt]here )\bare no\b(?! longer| more)": "are not …",
     r"(?<!\bone )\bof (?:its|their) own\b": "a separate …",
     r"\bstands? (?:in|beside|twice|nowhere|under|without|before)\b": "is, is written, occurs",
     r"\blies? (?:in|beside|beyond|as|on|under|otherwise)\b": "is, has the layout",
