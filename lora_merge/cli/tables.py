@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_merge.batches.reports import BatchReport, JobReport, State
     from lora_merge.conversion.lora import ConvertReport, Written
     from lora_merge.inspection.facts import Inspection, ModuleFacts
-    from lora_merge.serving.engine_report import EngineReport, Obstacle
+    from lora_merge.serving.engine_report import EngineReport
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
 
@@ -153,18 +153,8 @@ def _engine_lines(engine: EngineReport, width: int | None, room: int) -> list[st
     lines = [f"  {_engine_name(engine):<{room}}  {styled(verdict, Mark('', style)) if style else verdict}"]
     for one in engine.obstacles:
         lines += wrapped(f"    - {fit(one.sentence)}", width, hang=6)
-    lines += (f"    hint: {fit(cure)}" for cure in _cures(engine.obstacles))
+    lines += (f"    hint: {fit(cure)}" for cure in engine.cures)
     return lines
-
-
-def _cures(obstacles: Sequence[Obstacle]) -> list[str]:
-    """Return the commands that help: conversions if they cure every obstacle, and the merge, which always helps."""
-    if not obstacles:
-        return []
-    # An obstacle whose only cure is the merge makes conversions for the others useless.
-    incurable = [one for one in obstacles if len(one.cures) == 1]
-    own = [] if incurable else [cure for one in obstacles for cure in one.cures[:-1]]
-    return list(dict.fromkeys([*own, obstacles[0].cures[-1]]))
 
 
 def print_conversion(report: ConvertReport, *, verbose: bool) -> None:
@@ -214,12 +204,8 @@ def done_text(report: ConvertReport, out: str) -> str:
     seconds = sum(report.seconds.values())
     return (
         f"wrote {out}: {counted(len(report.modules), 'module')}{whole}, {size_text(report.nbytes)} in {seconds:.1f} s "
-        f"({transforms}); {_kept(report)}; read back"
+        f"({transforms}); {report.kept}; read back"
     )
-
-
-def _kept(report: ConvertReport) -> str:
-    return "nothing lost" if report.loss is None else f"{report.loss.energy:.2%} of the energy kept"
 
 
 def _result(job: JobReport) -> str:
@@ -231,7 +217,7 @@ def _result(job: JobReport) -> str:
             n_tensors = found.n_merged + found.n_replaced + found.n_cast + found.n_copied
             return f"{found.n_merged} of {n_tensors} tensors merged"
         case report:
-            return _kept(report)
+            return report.kept
 
 
 def print_batch(report: BatchReport, *, only_failed: bool) -> None:

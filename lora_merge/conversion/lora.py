@@ -334,3 +334,8 @@ class ConvertReport:
             for values in zip(*((one.norm, one.residual) for one in losses), strict=True)
         )
         return Loss(norm, residual)
+
+    @property
+    def kept(self) -> str:
+        """How much of the adapter was kept, in words."""
+        return "nothing lost" if self.loss is None else f"{self.loss.energy:.2%} of the energy kept"

@@ -142,11 +142,7 @@ def summary_of(job: JobReport) -> str:
             n_tensors = found.n_merged + found.n_replaced + found.n_cast + found.n_copied
             return f"{found.n_merged} of {n_tensors} tensors merged"
         case report:
-            return f"{counted(len(report.modules), 'module')} written, {_loss(report)}"
-
-
-def _loss(report: ConvertReport) -> str:
-    return "nothing lost" if report.loss is None else f"{report.loss.energy:.2%} of the energy kept"
+            return f"{counted(len(report.modules), 'module')} written, {report.kept}"
 
 
 def _jobs(report: BatchReport) -> list[Block]:
@@ -212,6 +208,6 @@ def _conversion(report: ConvertReport) -> list[Fact]:
         Fact("format", report.format),
         Fact("modules", str(len(report.modules))),
         Fact("done", ", ".join(report.transforms) or "rewritten"),
-        Fact("kept", _loss(report)),
+        Fact("kept", report.kept),
         Fact("size", size_text(report.nbytes)),
     ]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_merge.inspection.facts import Inspection
-    from lora_merge.serving.engine_report import EngineReport, Obstacle
+    from lora_merge.serving.engine_report import EngineReport
 
 
 def inspection_page(found: Inspection, command: str) -> Page:
@@ -103,7 +103,7 @@ def _engines(engines: Sequence[EngineReport]) -> Table:
             Mark(one.verdict, _state(one.verdict)),
             f"{one.engine} {one.version}",
             tuple(obstacle.sentence for obstacle in one.obstacles),
-            tuple(_cures(one.obstacles)),
+            one.cures,
         )
         for one in engines
     )
@@ -114,10 +114,3 @@ def _engines(engines: Sequence[EngineReport]) -> Table:
 
 def _state(verdict: str) -> State:
     return "good" if verdict.startswith("yes") else "bad" if verdict == "no" else "warn"
-
-
-def _cures(obstacles: Sequence[Obstacle]) -> list[str]:
-    """Return the commands that help, each once; the merge, which always helps, last."""
-    cures = [cure for one in obstacles for cure in one.cures]
-    last = [one.cures[-1] for one in obstacles[:1] if one.cures]
-    return list(dict.fromkeys([*(cure for cure in cures if cure not in last), *last]))

@@ -56,6 +56,15 @@ class EngineReport:
     tell) or ``"unstated"`` (no base was given, and the adapter does not name its class)."""
 
     @property
+    def cures(self) -> tuple[str, ...]:
+        """What helps, each once: conversions if they cure every obstacle, then the merge, which always helps."""
+        # An obstacle whose only cure is the merge makes conversions for the others useless.
+        is_curable = all(len(one.cures) > 1 for one in self.obstacles)
+        own = [cure for one in self.obstacles for cure in one.cures[:-1] if is_curable]
+        last = [cure for one in self.obstacles[:1] for cure in one.cures[-1:]]
+        return tuple(dict.fromkeys([*own, *last]))
+
+    @property
     def verdict(self) -> str:
         """One of `VERDICTS`."""
         effects = {one.effect for one in self.obstacles}
