@@ -172,8 +172,9 @@ def staging(
         # Also interrupts: they keep finished tensors.
         except BaseException as exc:
             is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
-            # Without a finished tensor there is nothing to resume.
-            n_kept = journal.count(stage.home) if is_fault else 0
+            # Without a finished tensor there is nothing to resume. An interrupt may also strike after the output has
+            # its name, while the rest of staging is taken down.
+            n_kept = journal.count(stage.home) if is_fault and not stage.is_published() else 0
             if n_kept:
                 exc.add_note(
                     f"run again with --resume to continue: {counted(n_kept, 'finished tensor')} kept in {path}; "
@@ -182,7 +183,11 @@ def staging(
             else:
                 _remove(stage, fd)
             raise
-        _remove(stage, fd)
+        try:
+            _remove(stage, fd)
+        except KeyboardInterrupt:
+            _remove(stage, fd)  # nothing else would: the output has its name, and no run goes on from here
+            raise
 
 
 def clear_spent(out: Path, marks: tuple[str, ...], *, resumes: bool) -> None:

@@ -120,6 +120,42 @@ def test_an_error_clears_staging(tmp_path):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+def test_an_interrupt_after_the_output_has_its_name_leaves_nothing_beside_it(tmp_path):
+    record = TensorRecord("x", "model.safetensors", 8, "xxh3_128:01", finite=True)
+    out = tmp_path / "out"
+
+    def interrupted():
+        with staging.staging(out) as stage, Journal(stage.home, "this merge", [record]):
+            fill(stage.output, "whole")
+            staging.publish(stage)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        interrupted()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_an_interrupt_while_staging_is_removed_leaves_nothing_beside_the_output(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    clear, calls = staging.dirs.clear, []
+
+    def interrupted_once(fd):
+        calls.append(fd)
+        if len(calls) == 2:  # the first one clears what another run left
+            raise KeyboardInterrupt
+        clear(fd)
+
+    monkeypatch.setattr(staging.dirs, "clear", interrupted_once)
+    with pytest.raises(KeyboardInterrupt), staging.staging(out) as stage:
+        fill(stage.output, "whole")
+        staging.publish(stage)
+
+    assert len(calls) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_lock_is_free_again_after_a_run(tmp_path):
     out = tmp_path / "out"
     for _ in range(2):
