@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.cli.layout import cells
 from lora_merge.cli.options import given_values
+from lora_merge.cli.program import with_name
 from lora_merge.cli.voice import say, say_raw, width_of
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.errors import LoraMergeError
@@ -52,7 +53,7 @@ def command(*words: str) -> str:
 def say_next(what: str, line: str) -> None:
     """Print what to do next, and the command for it on a separate line, which is never broken."""
     say(f"{what}:")
-    for part in continued(line, width_of(sys.stderr) if sys.stderr.isatty() else None):
+    for part in continued(with_name(line), width_of(sys.stderr) if sys.stderr.isatty() else None):
         say_raw(part)
 
 

@@ -101,6 +101,16 @@ def test_hf_runs_a_merge(hf, pico, pico_adapter, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_the_next_command_after_a_dry_run_exists_there(hf, pico, pico_adapter, tmp_path):
+    merge = ("--base", pico(), "--adapter", pico_adapter(pico()), "-o", tmp_path / "merged", "--dry-run")
+
+    done = hf("lora-merge", *merge)
+
+    assert done.returncode == exits.OK, done.stderr
+    assert "\n  hf lora-merge --base " in done.stderr
+    assert "\n  lora-merge " not in done.stderr
+
+
 def test_hf_lists_the_extension(hf):
     assert "lora-merge" in hf("extensions", "list").stdout
 
