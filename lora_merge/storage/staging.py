@@ -183,11 +183,7 @@ def staging(
             else:
                 _remove(stage, fd)
             raise
-        try:
-            _remove(stage, fd)
-        except KeyboardInterrupt:
-            _remove(stage, fd)  # nothing else would: the output has its name, and no run goes on from here
-            raise
+        _remove_despite_interrupt(stage, fd)
 
 
 def clear_spent(out: Path, marks: tuple[str, ...], *, resumes: bool) -> None:
@@ -285,6 +281,15 @@ def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -
             held.callback(os.close, output)
             return Folder.of(path / OUTPUT, output)
     raise WriteError(f"{path / OUTPUT}: cannot be created", hint="choose another --out")
+
+
+def _remove_despite_interrupt(stage: Stage, fd: int) -> None:
+    """Remove the staging directory of a finished run. No run goes on from there, so nothing else would remove it."""
+    try:
+        _remove(stage, fd)
+    except KeyboardInterrupt:
+        _remove(stage, fd)
+        raise
 
 
 def _remove(stage: Stage, fd: int) -> None:

@@ -147,10 +147,14 @@ def test_an_interrupt_while_staging_is_removed_leaves_nothing_beside_the_output(
             raise KeyboardInterrupt
         clear(fd)
 
+    def publish_one():
+        with staging.staging(out) as stage:
+            fill(stage.output, "whole")
+            staging.publish(stage)
+
     monkeypatch.setattr(staging.dirs, "clear", interrupted_once)
-    with pytest.raises(KeyboardInterrupt), staging.staging(out) as stage:
-        fill(stage.output, "whole")
-        staging.publish(stage)
+    with pytest.raises(KeyboardInterrupt):
+        publish_one()
 
     assert len(calls) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
