@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_merge.core.plan import Merge, MergePlan
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.formats.safetensors import tensor_digest
+from lora_merge.formats.weight_files import place_of
 from lora_merge.formats.written_checkpoint import read_output
 
 if TYPE_CHECKING:
@@ -33,6 +34,20 @@ class Evidence:
     digest: Callable[[TensorRef], str] = tensor_digest
     """Returns the digest of a tensor's bytes on the disk."""
 
+    weights: str = ""
+    """Where the weight files are, if not in `root` (``scheme://…/folder``)."""
+
+    stored: frozenset[str] = frozenset()
+    """Names of the files that are there."""
+
+    def file_of(self, name: str) -> str:
+        """Return the text that names a weight file of the output."""
+        return place_of(self.root, self.weights, name)
+
+    def stored_at(self, writes: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+        """Return the slots of a step, by role, as tensors that can be read."""
+        return {role: replace(slot, file=self.file_of(slot.file)) for role, slot in writes.items()}
+
     @property
     def n_projected(self) -> int:
         """The number of rows of merged tensors that projections have checked."""
@@ -45,4 +60,4 @@ class Evidence:
     @cached_property
     def output(self) -> Output:
         """The directory's headers and small files, read once."""
-        return read_output(self.root)
+        return read_output(self.root, self.weights, self.stored)

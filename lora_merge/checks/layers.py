@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_merge.checks.decoding import DECODERS
@@ -88,9 +88,7 @@ def _modules(evidence: Evidence) -> tuple[list[_Module], set[str]]:
             continue
         base = {facts.parameter: step.op.source, **_others(delta)}
         module = found.setdefault(facts.module, _Module(delta, facts, base, dict(base)))
-        written = {
-            role: replace(slot, file=str(evidence.root / slot.file)) for role, slot in step.writes.items()
-        }
+        written = evidence.stored_at(step.writes)
         module.merged[facts.parameter] = Weight(step.name, step.shape, step.op.target, written)
     return [module for name, module in found.items() if name not in crowded], crowded
 

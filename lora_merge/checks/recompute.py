@@ -6,7 +6,6 @@ Files are parsed again, rows are whole, and the formula is written out.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from itertools import groupby
 from math import isfinite
 from operator import itemgetter
@@ -151,8 +150,7 @@ def _written(evidence: Evidence, step: Step) -> Weight:
         by_name = {slot.name: slot for other in evidence.plan.steps for slot in other.slots}
         for role, part in step.op.source.parts.items():
             slots.setdefault(role, by_name[part.name])
-    parts = {role: replace(slot, file=str(evidence.root / slot.file)) for role, slot in slots.items()}
-    return Weight(step.name, step.shape, step.op.target, parts)
+    return Weight(step.name, step.shape, step.op.target, evidence.stored_at(slots))
 
 
 def _told(

@@ -34,7 +34,7 @@ def structure(evidence: Evidence) -> Iterator[Issue]:
         yield error("extra-file", name, "exists, but the plan does not have it")
     for file in plan.files:
         if file.name in found:
-            yield from _compare_file(output, file)
+            yield from _compare_file(output, file, evidence.file_of(file.name))
     for side_file in plan.side_files:
         patched = plan.config_patch.changes(side_file.name)
         if side_file.name in found and not patched:
@@ -45,9 +45,14 @@ def structure(evidence: Evidence) -> Iterator[Issue]:
         yield from _compare_index(output, plan.files)
 
 
-def _compare_file(output: Output, file: OutputFile) -> Iterator[Issue]:
+def _compare_file(output: Output, file: OutputFile, place: str) -> Iterator[Issue]:
     """Yield an issue for each tensor of a file that is not as planned: name, dtype, shape, place. The header must be
     equal byte by byte.
+
+    Args:
+        output: what was found.
+        file: as planned.
+        place: the text that names it.
     """
     if file.name not in output.files:
         yield error("broken-file", file.name, output.broken.get(file.name, "is not a weight file"))
@@ -64,7 +69,7 @@ def _compare_file(output: Output, file: OutputFile) -> Iterator[Issue]:
     for name in found:
         yield error("extra-tensor", name, f"is in {file.name}, but the plan does not have it")
     # Equal tensors do not suffice: metadata and padding of the header are promised, too.
-    with open_source(Path(output.root, file.name)) as source:
+    with open_source(place) as source:
         has_its_header = has_header(source, file)
     if not has_its_header:
         yield error("wrong-header", file.name, "its header is not byte for byte as planned")

@@ -34,7 +34,7 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
     for step in evidence.plan.steps:
         is_copy = isinstance(step.op, Copy)
         for slot in step.slots:
-            record, ref = recorded.get(slot.name), replace(slot, file=str(evidence.root / slot.file))
+            record, ref = recorded.get(slot.name), replace(slot, file=evidence.file_of(slot.file))
             if is_copy or (is_whole and record is not None and record.digest):
                 found, wanted = evidence.digest(ref), record.digest if record else None
                 if found != wanted:

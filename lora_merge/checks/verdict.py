@@ -11,7 +11,7 @@ from lora_merge.checks.structure import structure
 from lora_merge.core.report import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from lora_merge.core.plan import MergePlan
@@ -27,6 +27,9 @@ def verify(
     records: Sequence[TensorRecord],
     level: Literal["sample", "full"],
     sealed: Mapping[str, str] | None = None,
+    *,
+    weights: str = "",
+    stored: Collection[str] = (),
 ) -> Verdict:
     """Run every check on an output, and return the verdict.
 
@@ -37,8 +40,12 @@ def verify(
         level: ``sample`` recomputes the rows that projections suspect, some of each merged tensor and all of small ones;
             ``full`` recomputes every value.
         sealed: digests of the files around the weights, as they were meant to be.
+        weights: where the weight files are, if not in ``root`` (``scheme://…/folder``).
+        stored: names of the files that are there.
     """
-    evidence = Evidence(plan, root, tuple(records), level, sealed or {})
+    evidence = Evidence(
+        plan, root, tuple(records), level, sealed or {}, weights=weights, stored=frozenset(stored)
+    )
     issues = list(structure(evidence))
     if issues:  # the others presuppose the files that it misses
         return Verdict(level, len(plan.steps), 0, tuple(issues))

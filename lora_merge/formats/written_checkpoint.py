@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,21 @@ from lora_merge.formats.model_config import read_config
 from lora_merge.formats.safetensors import read_header
 from lora_merge.formats.side_files import is_inside
 from lora_merge.formats.stored_weights import settings_files, weights_in
+from lora_merge.formats.weight_files import place_of
 from lora_merge.quantised import Found
 from lora_merge.quantised.tables import settings_of
 from lora_merge.storage.local import why_no_file
 from lora_merge.storage.small_files import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
     from lora_merge.core.tensor import TensorRef
 
 _WEIGHTS = ".safetensors"
+
+_HEADERS_AT_ONCE = 16
+"""Headers that are read at the same time from another storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,13 @@ class Output:
     faults: tuple[Issue, ...] = ()
     """What is wrong with how they are stored."""
 
+    elsewhere: str = ""
+    """Where the weight files are, if not in `root` (``scheme://…/folder``)."""
+
+    def file_of(self, name: str) -> str:
+        """Return the text that names a weight file."""
+        return place_of(Path(self.root), self.elsewhere, name)
+
     def tensors(self) -> dict[str, TensorRef]:
         """Return every tensor by its name. The references have full paths as `TensorRef.file`."""
         return {ref.name: ref for file in self.files.values() for ref in file.tensors}
@@ -70,28 +82,37 @@ class Output:
         return {**plain, **self.quantised}
 
 
-def read_output(root: Path) -> Output:
+def read_output(root: Path, weights: str = "", stored: Collection[str] = ()) -> Output:
     """Return what is in a directory, by its headers and small files. What cannot be read is reported in
     `Output.broken`.
+
+    Args:
+        root: the directory; of an output in another storage, one that has its small files.
+        weights: where its weight files are, if not in ``root`` (``scheme://…/folder``).
+        stored: the names of the files that are there.
     """
     found_names, broken, outside = _names(root)
-    names = frozenset(found_names)
+    names = frozenset({*found_names, *stored})
 
     def attempt(name: str, read: Callable[[Path], Any]) -> Any:
-        if name not in names:
-            return None
+        return None if name not in names else reported(name, lambda: read(root / name))
+
+    def reported(name: str, read: Callable[[], Any]) -> Any:
         try:
-            return read(root / name)
+            return read()
         except CheckpointError as exc:
             broken[name] = str(exc)
             return None
 
+    def header(name: str) -> Any:
+        return reported(name, lambda: read_header(place_of(root, weights if name in stored else "", name)))
+
     config, index = attempt(CONFIG_FILE, read_config), attempt(INDEX_FILE, read_json)
     # At the top only: weights in folders belong to something else, unless the index names them.
-    weights = {name for name in names if name.endswith(_WEIGHTS) and "/" not in name}
+    wanted = {name for name in names if name.endswith(_WEIGHTS) and "/" not in name}
     # An index may name files elsewhere, or that are not there: only those that exist are read.
-    weights |= {str(file) for file in weight_map(index).values()} & names
-    headers = {name: attempt(name, read_header) for name in sorted(weights)}
+    wanted |= {str(file) for file in weight_map(index).values()} & names
+    headers = _each(header, sorted(wanted), _HEADERS_AT_ONCE if weights else 1)
     files: dict[str, WeightFile] = {name: file for name, file in headers.items() if file is not None}
     try:
         found = _quantised(root, config or {}, files)
@@ -99,7 +120,16 @@ def read_output(root: Path) -> Output:
         broken[Path(exc.file).name] = str(exc)
         found = Found({})
     quantised = {name: weight for name, weight in found.weights.items() if weight.plain is None}
-    return Output(str(root), names, config, index, files, broken, outside, quantised, found.issues)
+    return Output(str(root), names, config, index, files, broken, outside, quantised, found.issues, weights)
+
+
+def _each(read: Callable[[str], Any], names: Sequence[str], n_at_once: int) -> dict[str, Any]:
+    """Return what a function reads of each file, by name."""
+    if n_at_once == 1:
+        return {name: read(name) for name in names}
+    # Another storage answers late, and many questions at once.
+    with ThreadPoolExecutor(n_at_once) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
 
 
 def _quantised(root: Path, config: Mapping[str, Any], files: Mapping[str, WeightFile]) -> Found:

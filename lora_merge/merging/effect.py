@@ -11,21 +11,20 @@ from lora_merge.formats.safetensors import same_values
 from lora_merge.planning.effect import is_reshaped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
 
     from lora_merge.core.tensor import Survival
     from lora_merge.planning.run import Planned
 
 
-def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival]) -> None:
+def check_effect(planned: Planned, file_of: Callable[[str], str], survival: Mapping[str, Survival]) -> None:
     """Check that at least one tensor of an output differs from the base's, in the dtype that it is stored in.
 
     The base is read again only where nothing was seen to change in the rows that were looked at.
 
     Args:
         planned: the merge.
-        root: the directory of the output.
+        file_of: returns the text that names a weight file of the output.
         survival: what became of each delta, where that was looked at.
 
     Raises:
@@ -45,7 +44,7 @@ def check_effect(planned: Planned, root: Path, survival: Mapping[str, Survival])
             return
         # The sampled rows showed no change, but others may have one: compare every byte.
         for role, slot in step.writes.items():
-            if not same_values(replace(slot, file=str(root / slot.file)), before.parts[role]):
+            if not same_values(replace(slot, file=file_of(slot.file)), before.parts[role]):
                 return
     # A delta that is not zero and left no trace was lost by rounding; otherwise the adapter itself does
     # nothing.

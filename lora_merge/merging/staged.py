@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_merge.checks.verdict import verify as check_output
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note
 from lora_merge.errors import VerifyError, WriteError
+from lora_merge.formats.weight_files import place_of
 from lora_merge.merging.effect import check_effect
 from lora_merge.merging.filling import Unfinished
 from lora_merge.merging.hf_checkpoint import seal
@@ -189,6 +190,10 @@ class Staged:
             tuple(self._notes), self._verdict, self._survival(), clock.seconds, clock.busy_seconds, error
         )
 
+    def _file_of(self, name: str) -> str:
+        """Return the text that names a weight file of the output."""
+        return place_of(self.place.root, self.place.weights, name)
+
     def _survival(self) -> dict[str, Survival]:
         return {record.name: record.survival for record in self._records if record.survival}
 
@@ -220,7 +225,7 @@ class Staged:
             # Verifying takes a while: ask once more.
             check_names(self.inputs)
         survival = self._survival()
-        check_effect(self.prepared.planned, self.place.root, survival)
+        check_effect(self.prepared.planned, self._file_of, survival)
         self._notes += (*self._verdict.notes, *survival_issues(survival, self.plan))
         check_loss(survival, self.plan, is_allowed=request.allow_loss)
         check_strict(self._notes, strict=request.strict)
@@ -258,7 +263,15 @@ class Staged:
         before = self.place.listing()
         with self.clock("verify"), one_torch_thread():
             watch.phase("verifying", 0)
-            self._verdict = check_output(self.plan, self.place.root, self._records, level, sealed)
+            self._verdict = check_output(
+                self.plan,
+                self.place.root,
+                self._records,
+                level,
+                sealed,
+                weights=self.place.weights,
+                stored=before if self.place.weights else (),
+            )
         if not self._verdict.ok:
             check_names(self.inputs)
             check(self.inputs, used)  # an input that changes meanwhile looks like a wrong output

@@ -85,6 +85,10 @@ class Destination(Protocol):
         """The directory where written files can be read, until `commit`."""
 
     @property
+    def weights(self) -> str:
+        """Where weight files can be read, if not in `root` (``scheme://…/folder``); else empty."""
+
+    @property
     def sink(self) -> Sink:
         """Where workers write; to be asked for after `link` and `begin`, which decide what is left to write."""
 

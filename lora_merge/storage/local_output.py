@@ -155,6 +155,11 @@ class LocalDestination:
         return self._stage.output
 
     @property
+    def weights(self) -> str:
+        """Empty: weight files are in `root`."""
+        return ""
+
+    @property
     def sink(self) -> FolderSink:
         """The sink that is sent to workers: the directory's path and inode, and which files are links."""
         return FolderSink(self._stage.folder, self._linked)
