@@ -22,10 +22,12 @@ _PURPOSES: Final = {
     "transformers": "adapters other than LoRA, and verify --forward",
     "gguf": "convert --for llamacpp",
     "modelscope": "repos of ModelScope (ms://…)",
+    "obstore": "object stores (s3://…, gs://…, az://…)",
+    "boto3": "profiles of AWS, and copies that S3 makes by itself",
     "matplotlib": "inspect --plot FILE.png or FILE.svg",
 }
 _EVERY = "every merge"
-_EXTRAS: Final = ("", "full", "gguf", "modelscope", "plot")
+_EXTRAS: Final = ("", "full", "gguf", "modelscope", "objects", "plot", "s3")
 _BESIDE: Final = ("accelerate", "bitsandbytes", "triton")
 """Packages that lora-merge does not ask for; their versions help to understand a report."""
 

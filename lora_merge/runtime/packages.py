@@ -40,6 +40,8 @@ PACKAGES: Mapping[str, Package] = {
         Package("transformers", "transformers", "full", "5.23"),
         Package("peft", "PEFT", "full", "0.21"),
         Package("gguf", "the package gguf", "gguf", "0.19"),
+        Package("obstore", "the package obstore", "objects", "0.12"),
+        Package("boto3", "the package boto3", "s3", "1.40"),
     )
 }
 """The packages that `require` knows."""

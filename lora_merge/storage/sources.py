@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.storage import input_files
 from lora_merge.storage.local import LOCAL
+from lora_merge.storage.objects.scheme import OBJECTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -44,6 +45,8 @@ class Source(Protocol):
 
         Raises:
             OSError: they cannot be read.
+            CheckpointError: the same, where the storage has more to say.
+            ChangedError: there are other bytes under this name now.
         """
 
     def ahead(self, start: int, nbytes: int) -> None:
@@ -70,6 +73,10 @@ class Scheme(Protocol):
 
 SCHEMES: Mapping[str, Scheme] = {
     "": LOCAL,
+    "s3": OBJECTS,
+    "gs": OBJECTS,
+    "az": OBJECTS,
+    "file": OBJECTS,
 }
 """Scheme (the text before ``://``) → storage; every other text is the path of a file of this machine."""
 

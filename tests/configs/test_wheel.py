@@ -18,7 +18,7 @@ import lora_merge
 NO_SOCKETS = str(Path(__file__).parents[1] / "no_sockets")
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("accelerate", "gguf", "matplotlib", "modelscope", "peft", "transformers")
+OPTIONAL = ("accelerate", "boto3", "gguf", "matplotlib", "modelscope", "obstore", "peft", "transformers")
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     assert f"Version: {lora_merge.__version__}\n" in metadata
     assert "lora-merge = lora_merge.cli:entry" in entries
     assert "hf-lora-merge = lora_merge.cli:hf_entry" in entries
-    for extra in ("full", "gguf", "modelscope", "plot"):
+    for extra in ("full", "gguf", "modelscope", "objects", "plot", "s3"):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 

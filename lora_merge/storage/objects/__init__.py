@@ -1,0 +1,28 @@
+"""Object stores: URL → `Store`. The package obstore is imported when the first one is made."""
+
+from __future__ import annotations
+
+from lora_merge.storage.objects.buckets import BucketStore
+from lora_merge.storage.objects.store import AlreadyThereError, Entry, FileSink, Receipt, Store
+from lora_merge.storage.objects.urls import StoreUrl, parse_store_url
+
+__all__ = [
+    "AlreadyThereError",
+    "Entry",
+    "FileSink",
+    "Receipt",
+    "Store",
+    "StoreUrl",
+    "parse_store_url",
+    "store_at",
+]
+
+
+def store_at(url: StoreUrl) -> Store:
+    """Return the store of a URL. Connections are kept, one for each bucket and process.
+
+    Raises:
+        PackageError: the package obstore is not installed; the hint says how to install it.
+        ResolveError: the environment has no usable settings for it.
+    """
+    return BucketStore(url)

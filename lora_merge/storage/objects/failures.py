@@ -1,0 +1,175 @@
+"""What went wrong in a store: errors of the package obstore → one sentence each, without secrets.
+
+Its messages repeat bodies and URLs of requests, which may hold signatures and names of keys: nothing of them is shown
+except a status and the code that the store gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.errors import CheckpointError, LoraMergeError, WriteError
+from lora_merge.storage import input_files
+from lora_merge.storage.objects.store import AlreadyThereError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CODE = re.compile(r"<Code>([A-Za-z]+)</Code>")
+_STATUS = re.compile(r"status code: (\d{3})")
+_RETRIES = re.compile(r"after (\d+) retries")
+
+_NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound"})
+_REJECTED = frozenset(
+    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthenticationFailed"}
+)
+_ELSEWHERE = frozenset(
+    {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+)
+
+_CREDENTIALS = {
+    "s3": 'set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for profiles and SSO: pip install "lora-merge[s3]"',
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
+_ENDPOINTS = {
+    scheme: f"check the network, proxies and {variable}"
+    for scheme, variable in (
+        ("s3", "AWS_ENDPOINT_URL"),
+        ("gs", "GOOGLE_BASE_URL"),
+        ("az", "AZURE_STORAGE_ENDPOINT"),
+    )
+}
+_CLOUDS = tuple(_ENDPOINTS)
+_SPELLING = dict.fromkeys(_CLOUDS, "check the spelling and the endpoint; buckets are not created")
+_REGIONS = {"s3": "set AWS_REGION to the region of the bucket"}
+_RIGHTS = dict.fromkeys(_CLOUDS, "ask for the right to list, read and write below this prefix") | {
+    "file": "check the permissions of the folder"
+}
+
+
+@contextlib.contextmanager
+def reading(text: str) -> Iterator[None]:
+    """Turn errors of obstore in the block into one sentence each.
+
+    Args:
+        text: the URL of what is read.
+
+    Raises:
+        ChangedError: the object has another version than the one that was asked for.
+        CheckpointError: for every other error.
+    """
+    from obstore import exceptions
+
+    try:
+        yield
+    except exceptions.PreconditionError:
+        raise input_files.changed(text) from None
+    except (exceptions.BaseError, OSError, ValueError) as exc:
+        what, hint = said(exc, text)
+        # ``from None``: the original repeats whole requests.
+        raise CheckpointError(text, "", what, hint=hint) from None
+
+
+@contextlib.contextmanager
+def writing(text: str) -> Iterator[None]:
+    """Turn errors of obstore in the block into one sentence each.
+
+    Args:
+        text: the URL of what is written.
+
+    Raises:
+        AlreadyThereError: it exists.
+        WriteError: for every other error.
+    """
+    from obstore import exceptions
+
+    try:
+        yield
+    except exceptions.AlreadyExistsError:
+        raise AlreadyThereError(f"{text}: already exists") from None
+    except LoraMergeError:
+        raise
+    except (exceptions.BaseError, OSError, ValueError) as exc:
+        what, hint = said(exc, text)
+        raise WriteError(f"{text}: {what}", hint=hint) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What an error of obstore tells."""
+
+    error: BaseException
+    message: str
+    code: str
+    """As the body of the answer has it (``NoSuchKey``); empty where there is none."""
+
+    status: str
+
+
+def _is_redirected(answer: _Answer) -> bool:
+    return answer.code in _ELSEWHERE or "incorrectly configured region" in answer.message
+
+
+def _is_rejected(answer: _Answer) -> bool:
+    return answer.code in _REJECTED or answer.status == "401"
+
+
+def _is_denied(answer: _Answer) -> bool:
+    return isinstance(answer.error, PermissionError) or answer.status == "403"
+
+
+_CASES: tuple[tuple[Callable[[_Answer], bool], str, Mapping[str, str]], ...] = (
+    (lambda answer: answer.code in _NO_BUCKET, "there is no bucket {bucket}", _SPELLING),
+    (lambda answer: isinstance(answer.error, FileNotFoundError), "does not exist", {}),
+    (lambda answer: is_credentials_search(answer.message), "no credentials were found", _CREDENTIALS),
+    (_is_rejected, "the store does not accept the credentials ({answer})", _CREDENTIALS),
+    (_is_redirected, "the bucket {bucket} is in another region", _REGIONS),
+    (_is_denied, "access denied ({answer})", _RIGHTS),
+    (lambda answer: is_unreachable(answer.message), "the store cannot be reached", _ENDPOINTS),
+)
+"""The first that holds is the reason: whether it holds, the end of a sentence, and the hint of each scheme."""
+
+
+def said(exc: BaseException, text: str) -> tuple[str, str]:
+    """Return what an error of obstore means, as the end of a sentence about a URL, and what to do about it."""
+    scheme, _, rest = text.partition("://")
+    message = str(exc)
+    code = next(iter(_CODE.findall(message)), "")
+    answer = _Answer(exc, message, code, next(iter(_STATUS.findall(message)), ""))
+    for holds, what, hints in _CASES:
+        if holds(answer):
+            told = code or answer.status or type(exc).__name__
+            return what.format(bucket=rest.partition("/")[0], answer=told), hints.get(scheme, "")
+    return _other(answer)
+
+
+def is_unreachable(message: str) -> bool:
+    """Return True for the message of an error where no server answered."""
+    return any(mark in message for mark in ("kind: Connect", "dns error", "ConnectError"))
+
+
+def is_credentials_search(message: str) -> bool:
+    """Return True for the message of an error from the search for credentials: the service of cloud machines that hands
+    them out refuses, or there is no account.
+    """
+    return any(
+        mark in message
+        for mark in ("169.254.169.254", "metadata.google.internal", "MissingAccount", "token request")
+    )
+
+
+def _other(answer: _Answer) -> tuple[str, str]:
+    if answer.code or answer.status:
+        tries = next(iter(_RETRIES.findall(answer.message)), "")
+        after = f", after {tries} retries" if tries else ""
+        return f"the store answered {answer.code or answer.status}{after}", "try again later"
+    if isinstance(answer.error, OSError) and answer.error.strerror:
+        return f"failed ({answer.error.strerror})", ""
+    # Queries of URLs may be signatures.
+    first = re.sub(r"\?\S*", "", answer.message.partition("\n")[0])[:160]
+    return f"failed ({first})", "run again"

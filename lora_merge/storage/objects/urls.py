@@ -1,0 +1,120 @@
+"""URLs of object stores: ``s3://bucket/prefix``, ``gs://…``, ``az://container/prefix`` and ``file:///path``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NoReturn, cast
+
+from lora_merge.errors import RequestError
+from lora_merge.words import printable
+
+StoreScheme = Literal["s3", "gs", "az", "file"]
+
+SHAPES: Mapping[StoreScheme, str] = {
+    "s3": "s3://BUCKET/PREFIX",
+    "gs": "gs://BUCKET/PREFIX",
+    "az": "az://CONTAINER/PREFIX",
+    "file": "file:///PATH",
+}
+"""Scheme → what its URLs look like."""
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+"""Of all three clouds: GCS allows 222 characters in names with dots, the others 63."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUrl:
+    """A folder in a store, or one object in it. It holds no credentials, so it may travel and be printed."""
+
+    scheme: StoreScheme
+
+    bucket: str
+    """Also called a container; empty for files."""
+
+    prefix: str
+    """Of the names below it, without slashes at its ends; of files the path without its first slash."""
+
+    def __str__(self) -> str:
+        """Return the text that parses to this URL."""
+        return f"{self.scheme}://{self.bucket}/{self.prefix}"
+
+    def child(self, name: str) -> str:
+        """Return the text of an object below the prefix: what `TensorRef.file` has.
+
+        Example:
+            >>> StoreUrl("s3", "models", "llama").child("model.safetensors")
+            's3://models/llama/model.safetensors'
+        """
+        return f"{self}/{name}"
+
+
+def parse_store_url(text: str) -> StoreUrl | None:
+    """Return the folder that a URL names; None for a text with another scheme, or without one.
+
+    Raises:
+        RequestError: the scheme is one of a store, and the rest is not a URL of it.
+
+    Example:
+        >>> parse_store_url("s3://models/llama/8b/")
+        StoreUrl(scheme='s3', bucket='models', prefix='llama/8b')
+        >>> parse_store_url("file:///data/base"), parse_store_url("hf://org/name"), parse_store_url("/data/base")
+        (StoreUrl(scheme='file', bucket='', prefix='data/base'), None, None)
+    """
+    scheme, mark, rest = text.partition("://")
+    if not mark or scheme not in SHAPES:
+        return None
+    bucket, _, path = rest.partition("/")
+    # First: a sentence about anything else would repeat the secret.
+    if "@" in bucket:
+        _refuse(
+            f"{scheme}://…@…", "has credentials in it", "set them in the environment, as docs/stores.md shows"
+        )
+    _refuse_query(text)
+    prefix = path.strip("/")
+    shape = SHAPES[cast("StoreScheme", scheme)]
+    if scheme == "file":
+        if bucket:
+            _refuse(
+                text,
+                f"names the machine {bucket}, and files are read on this one only",
+                f"write {shape}, with three slashes",
+            )
+    elif not _BUCKET.fullmatch(bucket):
+        _refuse(text, "does not name a bucket" if bucket else "has no bucket", f"write {shape}")
+    if not prefix:
+        _refuse(
+            text, "names a whole bucket" if bucket else "names no folder", f"name a folder in it: {shape}"
+        )
+    _check_prefix(text, prefix)
+    return StoreUrl(cast("StoreScheme", scheme), bucket, prefix)
+
+
+def _refuse_query(text: str) -> None:
+    """Refuse a URL with a query or a fragment. Signed URLs have their signature in the query: it is not repeated.
+
+    Raises:
+        RequestError: there is one.
+    """
+    for mark, what in (("?", "a query"), ("#", "a fragment")):
+        if mark in text:
+            shown = text.partition(mark)[0]
+            _refuse(shown, f"has {what} ({mark}…)", "leave it out: credentials come from the environment")
+
+
+def _check_prefix(text: str, prefix: str) -> None:
+    """Refuse what stores and clients read in different ways.
+
+    Raises:
+        RequestError: there is such a thing.
+    """
+    for step in prefix.split("/"):
+        if step in {"", ".", ".."}:
+            _refuse(text, f"has {step or 'an empty step'} in its path", "write the path without it")
+    if not prefix.isprintable():
+        _refuse(text, "has characters that cannot be printed", "rename the folder")
+
+
+def _refuse(shown: str, what: str, hint: str) -> NoReturn:
+    raise RequestError("", 0, "", f"{printable(shown)}: {what}", hint=hint)
