@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.storage import input_files
@@ -109,9 +110,44 @@ def open_source(text: str | Path) -> Iterator[Source]:
         CheckpointError: the file is missing, cannot be opened, or is not a regular file.
         ChangedError: the run has read another file of this name (`input_files.watching`).
     """
+    kept = _KEPT.get()
+    if kept is not None and not is_local(str(text)):
+        yield kept.source(str(text))
+        return
     with open_unwatched(text) as source:
         input_files.tell_opened(source)
         yield source
+
+
+class _Kept:
+    """Sources that stay open, by the text that names them. It belongs to one thread."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._open: dict[str, Source] = {}
+
+    def source(self, text: str) -> Source:
+        if text not in self._open:
+            self._open[text] = self._stack.enter_context(open_unwatched(text))
+            input_files.tell_opened(self._open[text])
+        return self._open[text]
+
+
+_KEPT: ContextVar[_Kept | None] = ContextVar("kept_open", default=None)
+
+
+@contextlib.contextmanager
+def kept_open() -> Iterator[None]:
+    """Open files of other storages once: what this thread opens inside the block stays open until its end.
+
+    To open one takes a request there, and a worker opens the same file for each of its tensors.
+    """
+    with contextlib.ExitStack() as stack:
+        token = _KEPT.set(_Kept(stack))
+        try:
+            yield
+        finally:
+            _KEPT.reset(token)
 
 
 def open_unwatched(text: str | Path) -> AbstractContextManager[Source]:

@@ -3,7 +3,7 @@
 `merger` is the loop over the tiles of a tensor; `workbench` has the buffers that a tile passes through, on the CPU
 or on a GPU; `changing` applies the deltas; `sample` sees what the stored dtype keeps of them; `copying` moves what
 no delta touches; `devices` sets torch up, and `stopwatch` knows where the time went. `specs` has what workers
-are made from, and the workers that executors run.
+are made from, and the workers that executors run; those of `file_work` make whole files.
 """
 
 from lora_merge.merging.worker.copying import copy
@@ -14,6 +14,7 @@ from lora_merge.merging.worker.devices import (
     pick_device,
     short_switch_interval,
 )
+from lora_merge.merging.worker.file_work import FilePiece, FileSpec
 from lora_merge.merging.worker.merger import Merger, Order, alike
 from lora_merge.merging.worker.sample import SAMPLE_ELEMENTS
 from lora_merge.merging.worker.specs import CopySpec, MergeSpec
@@ -21,6 +22,8 @@ from lora_merge.merging.worker.specs import CopySpec, MergeSpec
 __all__ = [
     "SAMPLE_ELEMENTS",
     "CopySpec",
+    "FilePiece",
+    "FileSpec",
     "MergeSpec",
     "Merger",
     "NoDeviceError",
