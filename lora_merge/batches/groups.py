@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import WriteError
@@ -12,7 +13,6 @@ from lora_merge.words import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from lora_merge.merging.preparing import Prepared
 
@@ -21,7 +21,12 @@ MOST_TOGETHER = 8
 
 
 def fit_together(merges: Sequence[Prepared]) -> bool:
-    """Return True if one pass may make all of these merges: they are few enough, and their memory suffices."""
+    """Return True if one pass may make all of these merges: they are few enough, and their memory suffices.
+
+    Outputs in stores are made one after the other: each of their files has one reader of the base.
+    """
+    if len(merges) > 1 and any(one.takes_files for one in merges):
+        return False
     limits = [one.request.memory_limit for one in merges if one.request.memory_limit is not None]
     # The strictest limit of all jobs; without any, the memory that is free.
     limit = min(map(parse_size, limits), default=machine.free_bytes())
@@ -32,13 +37,13 @@ def fit_together(merges: Sequence[Prepared]) -> bool:
 def shortage(merges: Sequence[Prepared]) -> WriteError | None:
     """Return an error if the disk has room for each output, but not for all of them; otherwise None."""
     # Each merge has checked its own need. Outputs on several disks are left to that.
-    if len(merges) < 2 or len({_disk(one.out) for one in merges}) > 1:
+    if len(merges) < 2 or len({_disk(Path(one.out)) for one in merges}) > 1:
         return None
     needed = sum(one.summary.disk_needed_bytes for one in merges)
     free = min(one.summary.disk_free_bytes for one in merges)
     if needed <= free:
         return None
-    sentence = f"{merges[0].out.parent}: {len(merges)} outputs need {size_text(needed)}, but their disk has only {size_text(free)} free"
+    sentence = f"{Path(merges[0].out).parent}: {len(merges)} outputs need {size_text(needed)}, but their disk has only {size_text(free)} free"
     return WriteError(sentence, hint="free disk space, or write them to another disk")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import TYPE_CHECKING
 
 from lora_merge.core.view import TILE_ELEMENTS
 from lora_merge.merging.peak import RUNTIME_BYTES, peak_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from lora_merge.core.plan import MergePlan
 
@@ -53,6 +54,7 @@ def allot(
     *,
     on_gpu: bool = False,
     in_processes: bool = False,
+    whole_files: Sequence[int] = (),
 ) -> Budget:
     """Return the budget with the most workers that fit into memory, and then the largest tiles that fit.
 
@@ -65,15 +67,18 @@ def allot(
         limit_bytes: of resident memory; None: no limit.
         on_gpu: True when a GPU does the arithmetic.
         in_processes: True when each worker has a process, with torch in it; the estimate is of all of them.
+        whole_files: where a worker makes one file at a time: the bytes that each file has under way.
     """
     best = CUDA_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS
     n = n_workers or max(1, min(n_cores, MOST_WORKERS))
+    n = min(n, len(whole_files)) if whole_files else n
     # (8).bit_length() is 4: the best size, a half, a quarter and an eighth of it.
     sizes = [best >> halvings for halvings in range(_SMALLEST_SHARE.bit_length())]
     while True:
         for size in sizes:
             # Each process loads torch for itself; `peak_bytes` counts that once, for the driver.
             peak = peak_bytes(plan, n, size) + in_processes * n * RUNTIME_BYTES
+            peak += sum(nlargest(n, whole_files))
             budget = Budget(n, size, peak)
             if limit_bytes is None or budget.peak_bytes <= limit_bytes:
                 return budget

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from lora_merge.core.tensor import Survival
 from lora_merge.errors import RequestError, WriteError
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.budget import Budget, allot
+from lora_merge.merging.by_file import file_pieces, under_way_bytes
 from lora_merge.merging.estimate import estimate
 from lora_merge.merging.headline import merge_headline
 from lora_merge.merging.worker import NoDeviceError, pick_device
@@ -29,10 +29,9 @@ from lora_merge.storage.destinations import storage_of
 from lora_merge.words import size_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lora_merge.core.plan import MergePlan
     from lora_merge.requests.request import Request
+    from lora_merge.storage.destination import Storage
 
 MARKS = (CONFIG_FILE, MANIFEST_FILE)
 """File names; a directory with one of them is a model checkpoint. The manifest shows it also where the config was
@@ -77,9 +76,14 @@ class Prepared:
     """Wall seconds of each phase so far: planning."""
 
     @property
-    def out(self) -> Path:
-        """The absolute path of the output."""
+    def out(self) -> str:
+        """The absolute path or URL of the output."""
         return self.wish.out
+
+    @property
+    def takes_files(self) -> bool:
+        """True where the output's files are written from the first byte to the last (`Storage.takes_files`)."""
+        return storage_of(self.request.out).takes_files
 
     @property
     def headline(self) -> str:
@@ -99,7 +103,7 @@ class Prepared:
         return Report(
             plan.base,
             request.adapter,
-            str(self.out) if request.out else "",
+            self.out if request.out else "",
             made is None,
             self.summary,
             (*plan.issues, *shortage, *self.issues, *done.notes),
@@ -131,18 +135,22 @@ def prepare(
         useless = effect_issues(plan, planned.uses)
         raise_errors(useless)
         check_strict((*plan.issues, *useless), strict=request.strict)
-        wish = Wish(out, request.resume, request.overwrite, MARKS, planned.read_files())
+        wish = Wish(
+            out, request.resume, request.overwrite, MARKS, planned.read_files(), planned.stored_files()
+        )
         # `merge --dry-run` and `plan` may have no output at all. With one, a dry run says what would stop the
         # real run.
         if request.out or not dry_run:
-            _check_unfinished(wish)
+            _check_unfinished(wish, storage)
             storage.check_replaceable(wish)
         if not dry_run:
             storage.check_writable(out)
         device, *issues = _device(request.device)
         check_strict(issues, strict=request.strict)
         _check_executor(request, device)
-        budget = _budget(request, plan, on_gpu=device != "cpu")
+        _check_links_in(request, storage)
+        whole_files = tuple(map(under_way_bytes, file_pieces(plan))) if storage.takes_files else ()
+        budget = _budget(request, plan, whole_files, on_gpu=device != "cpu")
         summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
         expected = estimate(plan, budget.n_workers, is_full=request.verify == "full")
         summary = replace(summary, read_bytes=expected.read_bytes, seconds=expected.seconds)
@@ -166,17 +174,15 @@ def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
     return (device, warning("no-gpu", "device", why)) if why else (device,)
 
 
-def _check_unfinished(wish: Wish) -> None:
+def _check_unfinished(wish: Wish, storage: Storage) -> None:
     """Check that a run to resume has not finished: an output gets its name only when it is complete.
 
     Raises:
         WriteError: it has.
     """
-    # Unlike a method of Path, this raises no error for a name that is too long or may not be looked at.
-    is_there = os.path.isfile(wish.out / MANIFEST_FILE)  # noqa: PTH113
-    if wish.resume and not wish.overwrite and is_there:
+    if wish.resume and not wish.overwrite and storage.is_complete(wish):
         sentence = f"{wish.out}: already exists and is complete, so there is nothing to resume"
-        hint = f"`lora-merge verify {shlex.quote(str(wish.out))}` checks it; to merge again, pass --overwrite"
+        hint = f"`lora-merge verify {shlex.quote(wish.out)}` checks it; to merge again, pass --overwrite"
         raise WriteError(sentence, hint=hint)
 
 
@@ -191,8 +197,25 @@ def _check_executor(request: Request, device: str) -> None:
         raise RequestError("", 0, "executor", sentence, hint="leave out --executor, or use --device cpu")
 
 
-def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
+def _check_links_in(request: Request, storage: Storage) -> None:
+    """Check that the output can have links, where those are wanted.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if storage.takes_files and request.link not in {None, "copy"}:
+        sentence = f"is {request.link}, but {request.out} is in a store, which has no links"
+        raise RequestError("", 0, "link", sentence, hint="leave out --link")
+
+
+def _budget(request: Request, plan: MergePlan, whole_files: Sequence[int], *, on_gpu: bool) -> Budget:
     """Return the number of workers and the size of their tiles.
+
+    Args:
+        request: how many workers and how much memory are wanted.
+        plan: what is to be done.
+        whole_files: as for `allot`.
+        on_gpu: True when a GPU does the arithmetic.
 
     Raises:
         RequestError: one worker alone needs more memory than the request allows.
@@ -202,17 +225,25 @@ def _budget(request: Request, plan: MergePlan, *, on_gpu: bool) -> Budget:
     limit = machine.free_bytes() if request.memory_limit is None else parse_size(request.memory_limit)
     n_workers = 1 if request.executor == "serial" else request.workers
     in_processes = request.executor == "processes"
-    budget = allot(plan, n_workers, machine.usable_cores(), limit, on_gpu=on_gpu, in_processes=in_processes)
+    budget = allot(
+        plan,
+        n_workers,
+        machine.usable_cores(),
+        limit,
+        on_gpu=on_gpu,
+        in_processes=in_processes,
+        whole_files=whole_files,
+    )
     if request.memory_limit is not None and limit is not None and budget.peak_bytes > limit:
         sentence = f"is {size_text(limit)}, but one worker needs about {size_text(budget.peak_bytes)}"
         raise RequestError("", 0, "memory_limit", sentence, hint="raise --memory-limit, or leave it out")
     return budget
 
 
-def _shortage(out: Path, summary: Summary) -> Issue | None:
+def _shortage(out: str, summary: Summary) -> Issue | None:
     """Return a warning when the output needs more bytes than the disk has free; else None."""
     needed, free = summary.disk_needed_bytes, summary.disk_free_bytes
     if needed <= free:
         return None
     sentence = f"needs {size_text(needed)}, but its disk has only {size_text(free)} free"
-    return warning("disk", str(out), sentence, "free disk space, or choose another --out")
+    return warning("disk", out, sentence, "free disk space, or choose another --out")

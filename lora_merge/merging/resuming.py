@@ -11,11 +11,12 @@ from lora_merge.core.plan import Step
 from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.core.work import Plain, largest_first
 from lora_merge.formats.safetensors import tensor_digest
+from lora_merge.merging.by_file import file_pieces
 from lora_merge.merging.unchanged_inputs import changed_times, lasting, sources_of
 from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from lora_merge.core.identity import Inputs
     from lora_merge.core.plan import MergePlan
@@ -71,6 +72,8 @@ def finished(
     kept = place.keep(plan.files, [record.file for record in left.records or ()])
     if left.records is None:
         return None
+    if place.files is not None:
+        return _in_whole_files(plan, left.records, kept)
     slots = {slot.name: slot for step in plan.steps for slot in step.slots}
     before, now = left.changed, changed_times(inputs)
     # An input whose time of change is what the interrupted run noted has not changed since. The others are
@@ -99,6 +102,16 @@ def finished(
         if is_whole:
             found.append(piece.record)
     return _whole_steps(plan, found)
+
+
+def _in_whole_files(
+    plan: MergePlan, records: Sequence[TensorRecord], kept: Collection[str]
+) -> list[TensorRecord]:
+    """Return the records of files that stay. The storage has said that each is the version that was written; the
+    fingerprint of the run has the versions of its inputs.
+    """
+    again = {file.name for piece in file_pieces(plan, kept) for file in piece.files}
+    return [record for record in records if record.file in kept and record.file not in again]
 
 
 def _whole_steps(plan: MergePlan, records: Sequence[TensorRecord]) -> list[TensorRecord]:

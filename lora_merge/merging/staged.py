@@ -8,6 +8,7 @@ from lora_merge.checks.verdict import verify as check_output
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note
 from lora_merge.errors import VerifyError, WriteError
 from lora_merge.formats.weight_files import place_of
+from lora_merge.merging.by_file import file_pieces
 from lora_merge.merging.effect import check_effect
 from lora_merge.merging.filling import Unfinished
 from lora_merge.merging.hf_checkpoint import seal
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import Survival, TensorRecord
     from lora_merge.merging.observer import Heard
     from lora_merge.merging.preparing import Prepared
+    from lora_merge.merging.worker import FilePiece
     from lora_merge.storage.destination import Destination
 
 
@@ -66,7 +68,7 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
     with clock("resume"), short_switch_interval():
         left = place.left(merge)
         found = finished(planned.plan, planned.inputs, place, left, n_workers, watch)
-    n_tensors, subject = sum(len(step.writes) for step in planned.plan.steps), str(prepared.out)
+    n_tensors, subject = sum(len(step.writes) for step in planned.plan.steps), prepared.out
     notes: list[Issue] = []
     if found:
         sentence = (
@@ -127,6 +129,10 @@ class Staged:
         done = {record.name for record in self._records}
         return [step for step in self.plan.steps if not done.issuperset(slot.name for slot in step.slots)]
 
+    def left_files(self) -> list[FilePiece]:
+        """Return the files that are not written yet, as pieces of work; the largest first."""
+        return file_pieces(self.plan, {record.file for record in self._records})
+
     def reserve(self) -> list[tuple[str, FileIdentity, FileIdentity]]:
         """Create the output's files at their full size. Files that no delta touches become links, where that is
         wanted and possible.
@@ -149,7 +155,7 @@ class Staged:
             if refused and wanted:
                 n_files, why = len(refused), next(iter(refused.values()))
                 sentence = f"{_LINKS[wanted]} are not supported here ({why}); copied {counted(n_files, 'file')} instead"
-                self._notes.append(note("link", str(self.prepared.out), sentence))
+                self._notes.append(note("link", self.prepared.out, sentence))
         self.place.begin(self.plan.files, self._merge, self._records, changed_times(self.inputs))
         for name in self._unfinished.full:
             self.place.finish_file(name)

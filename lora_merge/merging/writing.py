@@ -19,7 +19,7 @@ from lora_merge.merging.budget import Budget
 from lora_merge.merging.observer import Heard
 from lora_merge.merging.staged import Staged, take_place, take_up
 from lora_merge.merging.unchanged_inputs import check_names
-from lora_merge.merging.worker import CopySpec, MergeSpec, TorchLoading, short_switch_interval
+from lora_merge.merging.worker import CopySpec, FileSpec, MergeSpec, TorchLoading, short_switch_interval
 from lora_merge.runtime.interrupts import as_keyboard_interrupt
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.input_files import watching
@@ -27,7 +27,7 @@ from lora_merge.storage.input_files import watching
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lora_merge.core.work import Done, Piece, WorkerSpec
+    from lora_merge.core.work import Done, Work, WorkerSpec
     from lora_merge.merging.preparing import Made, Prepared
     from lora_merge.storage.destination import Destination
     from lora_merge.storage.input_files import Watch
@@ -101,6 +101,9 @@ class _Driver:
 
         Copies are flushed meanwhile; what is merged is on its way to the disk by itself.
         """
+        if self.outputs[0].place.files is not None:
+            self._fill_files(loading)
+            return
         outputs = self.outputs
         left = [(number, step) for number, output in enumerate(outputs) for step in output.left()]
         order = filling.Order([output.plan for output in outputs])
@@ -132,6 +135,23 @@ class _Driver:
         for output in outputs:
             output.read(seen.inputs().readings)
 
+    def _fill_files(self, loading: TorchLoading) -> None:
+        """Have workers make each file of the one output that is not there, from its first byte to its last."""
+        (output,) = self.outputs
+        with self._clocks("load"):
+            self.watch.phase("loading torch", 0)
+            loading.wait()
+        device = output.prepared.device
+        with self._clocks("merge"), watching(output.inputs) as seen:
+            self._reserve()
+            is_checked = output.prepared.request.verify != "none"
+            # Asked for after `_reserve`: only then has the place its lock.
+            place = output.place.files
+            assert place is not None
+            spec = FileSpec(place, _files([output]), device, self.budget.tile_elements, is_checked=is_checked)
+            self._work("merging", spec, output.left_files(), device, seen)
+        output.read(seen.inputs().readings)
+
     def _reserve(self) -> None:
         """Create the files of every output."""
         for output in self.outputs:
@@ -143,8 +163,8 @@ class _Driver:
     def _work(
         self,
         phase: str,
-        spec: WorkerSpec[Piece, Done],
-        pieces: Sequence[Piece],
+        spec: WorkerSpec[Work, Done],
+        pieces: Sequence[Work],
         device: str,
         seen: Watch,
     ) -> None:

@@ -141,6 +141,11 @@ class Planned:
         own.update(*(use.adapter.files for use in self.uses))
         return tuple(map(Path, (*roots, *sorted(filter(is_local, own)))))
 
+    def stored_files(self) -> tuple[str, ...]:
+        """Return the weight files of the base that are in another storage."""
+        own = {ref.file for ref in self.checkpoint.tensors()}
+        return tuple(sorted(file for file in own if not is_local(file)))
+
 
 def plan_request(request: Request, watch: Observer) -> Planned:
     """Locate and resolve base and adapters, and plan their merge.

@@ -127,10 +127,12 @@ class MergeOptions(PlanOptions, total=False):
     Default: sample."""
 
     overwrite: bool
-    """Replace an existing output. The old one is removed when the new one is complete."""
+    """Replace an existing output. The old one is removed when the new one is complete; in a store, it cannot
+    be loaded meanwhile."""
 
     resume: bool
-    """Continue an interrupted run. If it was the same merge, its finished tensors are checked and kept."""
+    """Continue an interrupted run. If it was the same merge, its finished tensors, or files in a store, are
+    checked and kept."""
 
     report: str | PathLike[str] | None
     """Write the result as an HTML page. It includes errors, and needs no network to be shown."""

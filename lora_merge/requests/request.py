@@ -32,7 +32,7 @@ class Request:
     A weight may follow: my-lora:0.5. May be repeated, see --combine."""
 
     out: str
-    """Directory to create."""
+    """Directory to create, or a folder in a store: s3://, gs://, az:// or file:///."""
 
     base: str | None = None
     """Base model: a directory or Hub repo. A repo is written as org/name or org/name@revision. Default: the
@@ -127,10 +127,12 @@ class Request:
     Default: sample."""
 
     overwrite: bool = False
-    """Replace an existing output. The old one is removed when the new one is complete."""
+    """Replace an existing output. The old one is removed when the new one is complete; in a store, it cannot
+    be loaded meanwhile."""
 
     resume: bool = False
-    """Continue an interrupted run. If it was the same merge, its finished tensors are checked and kept."""
+    """Continue an interrupted run. If it was the same merge, its finished tensors, or files in a store, are
+    checked and kept."""
 
     report: str | None = None
     """Write the result as an HTML page. It includes errors, and needs no network to be shown."""

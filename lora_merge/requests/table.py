@@ -546,7 +546,15 @@ _EVERYWHERE: tuple[Option, ...] = (
 )
 
 _WRITING: tuple[Option, ...] = (
-    Option("out", ("merge",), kinds.OUTPUT, "Directory to create.", "required", short="-o", default=REQUIRED),
+    Option(
+        "out",
+        ("merge",),
+        kinds.OUTPUT,
+        "Directory to create, or a folder in a store: s3://, gs://, az:// or file:///.",
+        "required",
+        short="-o",
+        default=REQUIRED,
+    ),
     Option(
         "device",
         ("merge",),
@@ -594,7 +602,7 @@ _WRITING: tuple[Option, ...] = (
         "overwrite",
         ("merge",),
         kinds.SWITCH,
-        "Replace an existing output. The old one is removed when the new one is complete.",
+        "Replace an existing output. The old one is removed when the new one is complete; in a store, it cannot be loaded meanwhile.",
         can_be_off=True,
         default=False,
     ),
@@ -602,7 +610,7 @@ _WRITING: tuple[Option, ...] = (
         "resume",
         ("merge",),
         kinds.SWITCH,
-        "Continue an interrupted run. If it was the same merge, its finished tensors are checked and kept.",
+        "Continue an interrupted run. If it was the same merge, its finished tensors, or files in a store, are checked and kept.",
         can_be_off=True,
         default=False,
     ),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
     from lora_merge.storage.copy_runs import CopyRun
     from lora_merge.storage.dirs import Listing
+    from lora_merge.storage.objects.store import FileSink, Receipt
     from lora_merge.storage.sources import Source
 
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 class Wish:
     """What a run wants of the place of its output, before it takes it."""
 
-    out: Path
+    out: str
+    """As `Storage.path` returned it."""
+
     resume: bool
     """Keep what an interrupted run left."""
 
@@ -32,10 +35,15 @@ class Wish:
     """What has the output's name now may be replaced."""
 
     marks: tuple[str, ...]
-    """File names. A directory that has one of them is an output of this kind, and may be replaced."""
+    """File names. A directory that has one of them is an output of this kind, and may be replaced. The last one is that of
+    a file that lora-merge alone writes.
+    """
 
     inputs: tuple[Path, ...]
-    """What is read. The output gets no permission that one of them does not have."""
+    """What is read on this machine. The output gets no permission that one of them does not have."""
+
+    stored_inputs: tuple[str, ...] = ()
+    """Weight files that are read in other storages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,26 @@ class Sink(Protocol):
         """
 
 
+class FilePlace(Protocol):
+    """Where whole files of one output go, as workers see it. Frozen and picklable: it holds names, no connection and no
+    secret.
+    """
+
+    def file(self, name: str, nbytes: int) -> contextlib.AbstractContextManager[FileSink]:
+        """Begin a file of a known size; it gets its name when the block ends, and never after an error in the block.
+
+        Raises:
+            WriteError: the storage refused it.
+        """
+
+    def note(self, file: str, receipt: Receipt, records: Sequence[TensorRecord]) -> None:
+        """Keep the evidence of a file that has its name, for a run that resumes this one.
+
+        Raises:
+            WriteError: the storage refused it.
+        """
+
+
 class Destination(Protocol):
     """The place of one output. The driver of a run has it for itself from the beginning to the end.
 
@@ -87,6 +115,10 @@ class Destination(Protocol):
     @property
     def weights(self) -> str:
         """Where weight files can be read, if not in `root` (``scheme://…/folder``); else empty."""
+
+    @property
+    def files(self) -> FilePlace | None:
+        """Where workers make whole files; None where they write to any place of a file through `sink`."""
 
     @property
     def sink(self) -> Sink:
@@ -203,11 +235,21 @@ class Destination(Protocol):
 class Storage(Protocol):
     """A kind of storage that outputs may go to: a row of `lora_merge.storage.destinations.STORAGES`."""
 
-    def path(self, text: str) -> Path:
-        """Return the output's path, from the text that the user wrote.
+    takes_files: bool
+    """True where a file is written from its first byte to its last (`Destination.files`)."""
+
+    def path(self, text: str) -> str:
+        """Return the output's absolute path or URL, from the text that the user wrote.
 
         Raises:
-            ResolveError: the text cannot be a path.
+            ResolveError: the text cannot be one.
+        """
+
+    def is_complete(self, wish: Wish) -> bool:
+        """Return True when an output with this name is whole, so that there is nothing to resume.
+
+        Raises:
+            WriteError: the storage cannot be asked.
         """
 
     def check_replaceable(self, wish: Wish) -> None:
@@ -217,14 +259,14 @@ class Storage(Protocol):
             WriteError: it may not.
         """
 
-    def check_writable(self, out: Path) -> None:
+    def check_writable(self, out: str) -> None:
         """Check that an output can be written: permissions, and a disk that is not read-only.
 
         Raises:
             WriteError: it cannot.
         """
 
-    def free_bytes(self, out: Path) -> int:
+    def free_bytes(self, out: str) -> int:
         """Return the bytes that are free for an output; a large number where the storage does not say."""
 
     def open(self, wish: Wish) -> Destination:

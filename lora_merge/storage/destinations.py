@@ -8,14 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.storage.local_output import LocalDestination
+from lora_merge.storage.store_output import StoreDestination
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lora_merge.storage.destination import Storage
 
-STORAGES: Mapping[str, Storage] = {"file": LocalDestination}
-"""Scheme of a URL → storage; ``file`` also for plain paths."""
+STORAGES: Mapping[str, Storage] = {
+    "": LocalDestination,
+    **dict.fromkeys(("file", "s3", "gs", "az"), StoreDestination),
+}
+"""Scheme of a URL → storage; the empty one is for plain paths."""
 
 
 def storage_of(out: str) -> Storage:
@@ -25,4 +29,4 @@ def storage_of(out: str) -> Storage:
         out: as the user wrote it. A text with an unknown scheme is a path: file names may hold ``://``.
     """
     scheme, colon, _ = out.partition("://")
-    return STORAGES[scheme if colon and scheme in STORAGES else "file"]
+    return STORAGES[scheme if colon and scheme in STORAGES else ""]

@@ -101,7 +101,7 @@ def read(home: Folder, fingerprint: str) -> list[TensorRecord] | None:
     # Another fingerprint: other inputs, options or versions. None of it counts.
     if not lines or lines[0].get("merge") != fingerprint:
         return None
-    return [record for record in map(_record, lines[1:]) if record]
+    return [record for record in map(record_of, lines[1:]) if record]
 
 
 def changed(home: Folder) -> dict[str, int]:
@@ -138,7 +138,8 @@ def _lines(home: Folder) -> list[Any]:
     return values if values and isinstance(values[0], dict) and values[0].get("journal") == _VERSION else []
 
 
-def _record(row: Any) -> TensorRecord | None:
+def record_of(row: Any) -> TensorRecord | None:
+    """Return the record that `dataclasses.astuple` and JSON made a row of; None for a row of another form."""
     # Anything may be in the file: a row of another form is not a record.
     match row:
         case [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,10 @@ class LocalDestination:
         held: what is left when the place is: the stage is in it already.
     """
 
+    takes_files = False
+    files = None
+    """Workers write to any place of a file."""
+
     def __init__(self, stage: staging.Stage, held: contextlib.ExitStack) -> None:
         self._stage, self._held = stage, held
         self._kept: frozenset[str] = frozenset()
@@ -100,7 +105,7 @@ class LocalDestination:
         with contextlib.ExitStack() as stack:
             stage = stack.enter_context(
                 staging.staging(
-                    wish.out,
+                    Path(wish.out),
                     resume=wish.resume,
                     overwrite=wish.overwrite,
                     marks=wish.marks,
@@ -110,13 +115,19 @@ class LocalDestination:
             return cls(stage, stack.pop_all())
 
     @staticmethod
-    def path(text: str) -> Path:
+    def path(text: str) -> str:
         """Return the absolute path of an output.
 
         Raises:
             ResolveError: it cannot be a path, or holds a shell variable that was not filled in.
         """
-        return output_path(text)
+        return str(output_path(text))
+
+    @staticmethod
+    def is_complete(wish: Wish) -> bool:
+        """Return True when there is a manifest: an output gets its name only when it is complete."""
+        # Unlike a method of Path, this raises no error for a name that is too long or may not be looked at.
+        return os.path.isfile(Path(wish.out, wish.marks[-1]))  # noqa: PTH113
 
     @staticmethod
     def check_replaceable(wish: Wish) -> None:
@@ -125,29 +136,31 @@ class LocalDestination:
         Raises:
             WriteError: something has.
         """
-        staging.check_replaceable(wish.out, overwrite=wish.overwrite, inputs=wish.inputs, marks=wish.marks)
+        staging.check_replaceable(
+            Path(wish.out), overwrite=wish.overwrite, inputs=wish.inputs, marks=wish.marks
+        )
 
     @staticmethod
-    def check_writable(out: Path) -> None:
+    def check_writable(out: str) -> None:
         """Check that the output's directory can be made and written.
 
         Raises:
             WriteError: it cannot.
         """
-        staging.check_writable(out)
+        staging.check_writable(Path(out))
 
     @staticmethod
-    def free_bytes(out: Path) -> int:
+    def free_bytes(out: str) -> int:
         """Return the free bytes of the filesystem that the output goes to; staging that the next run will clear
         counts as free.
 
         Some filesystems (in FUSE) do not say how large they are. They count as having room: writing will tell.
         """
         try:
-            usage = shutil.disk_usage(nearest_existing(out))
+            usage = shutil.disk_usage(nearest_existing(Path(out)))
         except OSError:
             return _UNKNOWN_BYTES
-        return usage.free + staging.stale_bytes(out) if usage.total else _UNKNOWN_BYTES
+        return usage.free + staging.stale_bytes(Path(out)) if usage.total else _UNKNOWN_BYTES
 
     @property
     def root(self) -> Path:

@@ -1,4 +1,7 @@
-"""What every kind of destination keeps, for each member of `STORAGES`."""
+"""What every kind of destination keeps whose files are written at any place, for each of them in `STORAGES`.
+
+Those that take whole files are held to the same by ``tests/stores``.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ MARKS = ("config.json",)
 
 
 def wish(out, **changes):
-    return Wish(out, **{"resume": False, "overwrite": False, "marks": MARKS, "inputs": (), **changes})
+    return Wish(str(out), **{"resume": False, "overwrite": False, "marks": MARKS, "inputs": (), **changes})
 
 
-@pytest.fixture(params=STORAGES)
+@pytest.fixture(params=[name for name, storage in STORAGES.items() if not storage.takes_files])
 def opened(request):
     """Return a function that takes the place of an output."""
     return STORAGES[request.param].open

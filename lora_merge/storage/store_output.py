@@ -1,0 +1,357 @@
+"""Outputs in a store: files get their final names at once, and ``config.json`` comes last of all.
+
+A store renames nothing, and an object appears whole or not at all. So a prefix without ``config.json`` is no checkpoint
+yet, whatever else is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Never
+
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
+from lora_merge.errors import ChangedError, CheckpointError, ResolveError, WriteError
+from lora_merge.storage import dirs
+from lora_merge.storage.destination import Left
+from lora_merge.storage.folder import Folder
+from lora_merge.storage.objects import store_at
+from lora_merge.storage.store_names import check_apart, check_free, output_url
+from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging
+from lora_merge.words import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from lora_merge.core.shards import OutputFile
+    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.storage.destination import Wish
+    from lora_merge.storage.dirs import Listing
+    from lora_merge.storage.objects.urls import StoreUrl
+    from lora_merge.storage.store_staging import Finished
+
+_UNKNOWN_BYTES = 1 << 60
+"""Free bytes of a store: none of them says."""
+
+_RESUMABLE = (KeyboardInterrupt, WriteError, CheckpointError)
+"""Errors that say nothing against what the run has written: whole files stay."""
+
+
+class StoreDestination:
+    """The place of one output in a store.
+
+    Args:
+        url: of the output.
+        wish: what the run wants of it.
+    """
+
+    takes_files = True
+
+    def __init__(self, url: StoreUrl, wish: Wish) -> None:
+        self._url, self._wish = url, wish
+        self._store, self._staging = store_at(url), StoreStaging(url)
+        self._held = contextlib.ExitStack()
+        self._shadow = _shadow(self._held)
+        self._run: Run | None = None
+        """This run, once it has the lock."""
+
+        self._finished: Mapping[str, Finished] = {}
+        self._planned: frozenset[str] = frozenset()
+        self._merge = ""
+        self._is_published = False
+
+    @classmethod
+    def open(cls, wish: Wish) -> StoreDestination:
+        """Look at the place of an output. It is locked by `left` or `begin`, which know the fingerprint of the run.
+
+        Raises:
+            WriteError: the output's name is taken, or the store cannot be asked.
+        """
+        cls.check_replaceable(wish)
+        return cls(output_url(wish.out), wish)
+
+    @staticmethod
+    def path(text: str) -> str:
+        """Return the URL of an output.
+
+        Raises:
+            ResolveError: it is not one.
+        """
+        return str(output_url(text))
+
+    @staticmethod
+    def is_complete(wish: Wish) -> bool:
+        """Return True when the output has its ``config.json``. What its run left in staging is removed then.
+
+        Raises:
+            WriteError: the store cannot be asked.
+        """
+        url = output_url(wish.out)
+        staging = StoreStaging(url)
+        if store_at(url).entry(CONFIG_FILE) is None:
+            return False
+        old = staging.sealed()
+        # Without the mark, a configuration beside a lock is that of an older output, which the run has not removed yet.
+        if old is None:
+            return staging.run() is None
+        _finish(url, staging, old)
+        return True
+
+    @staticmethod
+    def check_replaceable(wish: Wish) -> None:
+        """Check that nothing irreplaceable has the output's prefix, and that no input is inside it or around it.
+
+        Raises:
+            WriteError: something has, or the store cannot be asked.
+        """
+        url = output_url(wish.out)
+        check_apart(url, wish)
+        check_free(url, wish, store_at(url).entries(), StoreStaging(url).run())
+
+    @staticmethod
+    def check_writable(out: str) -> None:
+        """Nothing: a store tells when the lock is put, which is the first thing that is written."""
+
+    @staticmethod
+    def free_bytes(out: str) -> int:
+        """Return a large number: no store says how much room it has."""
+        del out
+        return _UNKNOWN_BYTES
+
+    @property
+    def root(self) -> Path:
+        """A temporary directory of this machine that has the small files of the output."""
+        return self._shadow.path
+
+    @property
+    def weights(self) -> str:
+        """The URL of the output, below which weight files can be read."""
+        return str(self._url)
+
+    @property
+    def files(self) -> StoreFiles:
+        """What is sent to workers: the URL of the output, and the fingerprint of the run."""
+        return StoreFiles(self._url, self._merge)
+
+    @property
+    def sink(self) -> Never:
+        """There is none: a file is written from its first byte to its last."""
+        raise NotImplementedError
+
+    def left(self, merge: str) -> Left:
+        """Take the lock over from an interrupted run of the same merge, and return what it has finished.
+
+        Raises:
+            WriteError: the lock is of another merge, or the store refused something.
+        """
+        run = self._staging.run()
+        if run is None:
+            return Left(None, {}, has_journal=False)
+        if run.merge != merge:
+            if not run.is_ended:
+                raise self._is_locked(run, "with other inputs, options or versions")
+            return Left(None, {}, has_journal=True)
+        self._run = Run.here(merge, run.old)
+        self._staging.take_over(self._run)
+        entries = self._store.entries()
+        found = self._staging.finished(merge)
+        self._finished = {one.file: one for one in found if one.is_there(entries)}
+        # What is not there as it was written is made again.
+        self._staging.forget(one.file for one in found if one.file not in self._finished)
+        return Left(
+            [record for one in self._finished.values() for record in one.records], {}, has_journal=True
+        )
+
+    def keep(self, files: Iterable[OutputFile], names: Collection[str]) -> frozenset[str]:
+        """Return the names of the files that are whole. Nothing is removed: what is not whole is written again."""
+        sizes = {file.name: file.nbytes for file in files}
+        return frozenset(
+            name
+            for name in names
+            if name in self._finished and self._finished[name].receipt.nbytes == sizes.get(name)
+        )
+
+    def link(
+        self, files: Iterable[OutputFile], sources: Mapping[str, str], how: Literal["reflink", "hard"]
+    ) -> dict[str, str]:
+        """Do nothing: a store has no links."""
+        del files, sources, how
+        return {}
+
+    def begin(
+        self,
+        files: Sequence[OutputFile],
+        merge: str,
+        records: Sequence[TensorRecord],
+        changed: Mapping[str, int],
+    ) -> None:
+        """Take the lock, unless `left` has it already; then remove the configuration of an older output.
+
+        Raises:
+            WriteError: another run has the lock, the prefix is taken, or the store refused something.
+        """
+        del records, changed
+        self._merge, self._planned = merge, frozenset(file.name for file in files)
+        if self._run is None:
+            self._lock(merge)
+        # From here on this is no checkpoint, until its own configuration is there.
+        self._staging.unseal()
+        if self._store.entry(CONFIG_FILE) is not None:
+            self._store.delete([CONFIG_FILE])
+
+    def _lock(self, merge: str) -> None:
+        """Take the lock.
+
+        Raises:
+            WriteError: another run has it, the prefix is taken, or the store refused something.
+        """
+        run = Run.here(merge, self._store.entries().keys())
+        if self._staging.lock(run):
+            try:
+                # Something may have come there after the first look.
+                check_free(self._url, self._wish, self._store.entries(), None)
+            except WriteError:
+                self._staging.clear()
+                raise
+        else:
+            other = self._staging.run()
+            if other is not None and not other.is_ended:
+                raise self._is_locked(other)
+            # Whatever it left goes when this run is complete, or is written again.
+            self._staging.take_over(run)
+            self._staging.forget(one.file for one in self._staging.finished(merge))
+        self._run = run
+
+    def _is_locked(self, run: Run, how: str = "") -> WriteError:
+        sentence = f"{self._url}: another run is writing this output{f' {how}' if how else ''} ({run.who})"
+        hint = f"if that run has ended, delete {self._staging}/; else wait for it"
+        if not how:
+            hint = f"if that run has ended, pass --resume to continue it, or delete {self._staging}/; else wait for it"
+        return WriteError(sentence, hint=hint)
+
+    def note(self, records: Sequence[TensorRecord]) -> None:
+        """Do nothing: the worker that made a file has put its evidence into staging (`StoreFiles.note`)."""
+
+    def finish_file(self, name: str) -> None:
+        """Do nothing: a file is durable when it has its name."""
+
+    def rest(self) -> None:
+        """Do nothing: what is written goes to the store at once."""
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file into the temporary directory; `commit` puts it into the store.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        self._shadow.write_text(name, text)
+
+    def copy_in(self, source: Path, name: str) -> str:
+        """Copy a file of an input into the temporary directory; return the digest of the bytes that were read.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            WriteError: it cannot be written.
+        """
+        return self._shadow.copy_in(source, name)
+
+    def flush(self) -> None:
+        """Do nothing: a file is durable when it has its name."""
+
+    def listing(self) -> Listing:
+        """Return every file of the output that is in the store, with its version. Files of an older output that this run
+        does not replace are left out: they go when it is complete.
+
+        Raises:
+            WriteError: the store cannot be asked.
+        """
+        old = frozenset(self._run.old if self._run is not None else ()) - self._planned
+        return {
+            name: (zlib.crc32(entry.version.encode()), entry.nbytes, 0, 0)
+            for name, entry in self._store.entries().items()
+            if name not in old
+        }
+
+    def commit(self) -> None:
+        """Put the small files into the store: the index after all others, ``config.json`` last. Then remove the files of an
+        older output, and staging.
+
+        Raises:
+            WriteError: the store refused something, or a file is not the one that was written.
+        """
+        assert self._run is not None
+        self._check_written()
+        old = set(self._run.old) - self._planned - self._shadow.listing().keys()
+        names = sorted(
+            self._shadow.listing(), key=lambda name: (name == CONFIG_FILE, name == INDEX_FILE, name)
+        )
+        for name in names:
+            if name == CONFIG_FILE:
+                self._staging.seal(old)
+            self._store.put(name, self._shadow.read(name))
+        self._is_published = True
+        _finish(self._url, self._staging, old)
+        self._held.close()
+
+    def _check_written(self) -> None:
+        """Check that each weight file is the one that a worker has written: one that was thought dead may still write.
+
+        Raises:
+            WriteError: one is not.
+        """
+        entries = self._store.entries()
+        finished = {one.file: one for one in self._staging.finished(self._merge)}
+        for name in sorted(self._planned):
+            if name not in finished or not finished[name].is_there(entries):
+                sentence = f"{self._url}/{name}: is not the file that this run has written"
+                raise WriteError(sentence, hint="run again with --resume while nothing else writes there")
+
+    def abort(self, exc: BaseException) -> None:
+        """Leave the place after an error. Whole files stay after an interrupt or a fault of the store; after any other
+        error what this run has written is removed, as far as the store lets it.
+        """
+        run, self._run = self._run, None
+        # The store may be what is at fault: then everything stays, and a later run is told of it.
+        with contextlib.suppress(WriteError, ResolveError):
+            if run is not None and self._is_published:
+                _finish(self._url, self._staging, self._staging.sealed() or ())
+            elif run is not None:
+                self._leave(run, exc)
+        self._held.close()
+
+    def _leave(self, run: Run, exc: BaseException) -> None:
+        is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
+        n_kept = self._staging.n_finished() if is_fault else 0
+        if n_kept:
+            self._staging.take_over(replace(run, is_ended=True))
+            exc.add_note(
+                f"run again with --resume to continue: {counted(n_kept, 'finished file')} kept in {self._url}; "
+                "without --resume the run starts over"
+            )
+            return
+        # A file that was there before is this run's only where there is evidence of it.
+        own = self._planned - set(run.old) | {one.file for one in self._staging.finished(run.merge)}
+        self._store.delete(sorted(own & self._store.entries().keys()))
+        self._staging.clear()
+
+
+def _shadow(held: contextlib.ExitStack) -> Folder:
+    """Return a new temporary directory; it is removed with the stack."""
+    path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="lora-merge-")))
+    fd = dirs.open_directory(path)
+    held.callback(os.close, fd)
+    return Folder.of(path, fd)
+
+
+def _finish(url: StoreUrl, staging: StoreStaging, old: Collection[str]) -> None:
+    """Remove what is left beside a complete output: files of an older one, and staging.
+
+    Raises:
+        WriteError: the store refused it.
+    """
+    store_at(url).delete(sorted(old))
+    staging.clear()

@@ -1,0 +1,290 @@
+"""Staging of an output in a store: whose run it is, and the evidence of each finished file. It is beside the output.
+
+``run.json`` is the lock, and is made only where there is none. ``files/NAME.json`` comes after the file NAME has its name.
+``sealed.json`` comes when only ``config.json`` is left to write. A store frees no lock when a process ends, so a run
+that finds one says whose it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.core.tensor import TensorRecord
+from lora_merge.errors import WriteError
+from lora_merge.storage.journal import record_of
+from lora_merge.storage.objects import store_at
+from lora_merge.storage.objects.store import AlreadyThereError, Receipt
+from lora_merge.storage.objects.urls import StoreUrl
+from lora_merge.storage.replaceable import SUFFIX
+from lora_merge.words import duration_text
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from lora_merge.storage.objects.store import Entry, FileSink, Store
+
+RUN, SEALED, FILES = "run.json", "sealed.json", "files/"
+"""Names in staging: the lock, the mark of an output that lacks its configuration only, and the folder of evidence."""
+
+_VERSION = 1
+_AT_ONCE = 16
+"""Small objects that are read at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Whose staging it is: the content of ``run.json``."""
+
+    merge: str
+    """The fingerprint of the merge."""
+
+    process: int
+    host: str
+    time: float
+    """When it was begun, in seconds since 1970."""
+
+    old: tuple[str, ...] = ()
+    """Files that had the output's prefix when it began, and go when it is complete."""
+
+    is_ended: bool = False
+    """True where the run says that it has ended: it failed or was interrupted, and left what it had finished."""
+
+    @classmethod
+    def here(cls, merge: str, old: Collection[str] = ()) -> Run:
+        """Return the run of this process."""
+        return cls(merge, os.getpid(), os.uname().nodename, time.time(), tuple(sorted(old)))
+
+    def text(self) -> bytes:
+        """Return it as ``run.json`` has it."""
+        table = {
+            "staging": _VERSION,
+            "merge": self.merge,
+            "process": self.process,
+            "host": self.host,
+            "time": self.time,
+            "old": list(self.old),
+            "ended": self.is_ended,
+        }
+        return json.dumps(table).encode()
+
+    @classmethod
+    def parsed(cls, content: bytes) -> Run | None:
+        """Return the run that a ``run.json`` names; None where it is of another release, or broken."""
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            table = json.loads(content)
+            if table["staging"] == _VERSION:
+                return cls(
+                    str(table["merge"]),
+                    int(table["process"]),
+                    str(table["host"]),
+                    float(table["time"]),
+                    tuple(map(str, table["old"])),
+                    table["ended"] is True,
+                )
+        return None
+
+    @property
+    def who(self) -> str:
+        """Process, host and age, in words."""
+        return f"process {self.process} on {self.host}, begun {duration_text(max(time.time() - self.time, 0))} ago"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFiles:
+    """Where whole files of an output in a store go, as workers see it (`storage.destination.FilePlace`)."""
+
+    url: StoreUrl
+    """Of the output."""
+
+    merge: str
+    """The fingerprint of the run."""
+
+    def file(self, name: str, nbytes: int) -> AbstractContextManager[FileSink]:
+        """Begin a file; it appears when the block ends without an error.
+
+        Raises:
+            WriteError: the store refused it.
+        """
+        return store_at(self.url).file(name, nbytes)
+
+    def note(self, file: str, receipt: Receipt, records: Sequence[TensorRecord]) -> None:
+        """Put the evidence of a file into staging.
+
+        Raises:
+            WriteError: the store refused it.
+        """
+        table = {
+            "merge": self.merge,
+            "nbytes": receipt.nbytes,
+            "version": receipt.version,
+            "checksum": receipt.checksum,
+            "records": list(map(astuple, records)),
+        }
+        store_at(beside(self.url)).put(f"{FILES}{file}.json", json.dumps(table).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A file that is whole: what the store said of it, and the evidence of its tensors."""
+
+    file: str
+    receipt: Receipt
+    records: tuple[TensorRecord, ...]
+
+    def is_there(self, entries: Mapping[str, Entry]) -> bool:
+        """Return True when the store still has this version of the file."""
+        entry = entries.get(self.file)
+        return entry is not None and (entry.nbytes, entry.version) == (
+            self.receipt.nbytes,
+            self.receipt.version,
+        )
+
+
+def beside(url: StoreUrl) -> StoreUrl:
+    """Return the URL of an output's staging."""
+    return StoreUrl(url.scheme, url.bucket, url.prefix + SUFFIX)
+
+
+class StoreStaging:
+    """The staging of one output.
+
+    Args:
+        url: of the output.
+    """
+
+    def __init__(self, url: StoreUrl) -> None:
+        self._url = beside(url)
+
+    @property
+    def _store(self) -> Store:
+        return store_at(self._url)
+
+    def __str__(self) -> str:
+        return str(self._url)
+
+    def run(self) -> Run | None:
+        """Return whose staging it is; None where there is none.
+
+        Raises:
+            WriteError: it cannot be read, or is of another release.
+        """
+        if self._store.entry(RUN) is None:
+            return None
+        found = Run.parsed(self._store.get(RUN))
+        if found is None:
+            raise WriteError(
+                f"{self._url}/{RUN}: was not written by this release of lora-merge",
+                hint=f"delete {self._url}/ if no run uses it, or choose another --out",
+            )
+        return found
+
+    def lock(self, run: Run) -> bool:
+        """Begin staging for a run; return False where there is one already.
+
+        Raises:
+            WriteError: the store refused it.
+        """
+        try:
+            self._store.put(RUN, run.text(), create=True)
+        except AlreadyThereError:
+            return False
+        return True
+
+    def take_over(self, run: Run) -> None:
+        """Write another run into ``run.json``.
+
+        Raises:
+            WriteError: the store refused it.
+        """
+        self._store.put(RUN, run.text())
+
+    def seal(self, old: Collection[str]) -> None:
+        """Mark that only the configuration is left to write.
+
+        Args:
+            old: files of an older output that go after it.
+
+        Raises:
+            WriteError: the store refused it.
+        """
+        self._store.put(SEALED, json.dumps(sorted(old)).encode())
+
+    def unseal(self) -> None:
+        """Remove that mark.
+
+        Raises:
+            WriteError: the store refused it.
+        """
+        self._store.delete([SEALED])
+
+    def sealed(self) -> list[str] | None:
+        """Return the files that go after the configuration is written; None where the mark is not there.
+
+        Raises:
+            WriteError: the store cannot be asked.
+        """
+        if self._store.entry(SEALED) is None:
+            return None
+        try:
+            return list(map(str, json.loads(self._store.get(SEALED))))
+        except ValueError:
+            return None
+
+    def finished(self, merge: str) -> list[Finished]:
+        """Return the evidence of the files that runs of a merge have finished.
+
+        Raises:
+            WriteError: it cannot be read.
+        """
+        names = [name for name in self._store.entries() if name.startswith(FILES) and name.endswith(".json")]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = pool.map(self._store.get, sorted(names))
+            read = [_finished(name, text, merge) for name, text in zip(sorted(names), found, strict=True)]
+        return [one for one in read if one is not None]
+
+    def n_finished(self) -> int:
+        """Return the number of files that have evidence.
+
+        Raises:
+            WriteError: the store cannot be asked.
+        """
+        return sum(name.startswith(FILES) for name in self._store.entries())
+
+    def forget(self, files: Iterable[str]) -> None:
+        """Remove the evidence of some files.
+
+        Raises:
+            WriteError: the store refused it.
+        """
+        self._store.delete([f"{FILES}{file}.json" for file in files])
+
+    def clear(self) -> None:
+        """Remove everything in staging: the evidence, then the lock, then the mark. Without the mark, a configuration beside a lock
+        would be taken for that of an older output.
+
+        Raises:
+            WriteError: the store refused it.
+        """
+        names = self._store.entries().keys()
+        for some in (names - {RUN, SEALED}, names & {RUN}, names & {SEALED}):
+            self._store.delete(sorted(some))
+
+
+def _finished(name: str, content: bytes, merge: str) -> Finished | None:
+    """Return the evidence in an object; None where it is of another merge, or broken."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        table: dict[str, Any] = json.loads(content)
+        if table["merge"] == merge:
+            records = tuple(map(record_of, table["records"]))
+            if all(record is not None for record in records):
+                receipt = Receipt(int(table["nbytes"]), str(table["version"]), str(table["checksum"]))
+                file = name.removeprefix(FILES).removesuffix(".json")
+                return Finished(file, receipt, tuple(one for one in records if one is not None))
+    return None

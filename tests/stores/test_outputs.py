@@ -1,0 +1,225 @@
+"""Outputs in stores: the bytes of a merge on a disk, one at a time, and nothing half done with a configuration."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from lora_merge import api
+from lora_merge.errors import VerifyError, WriteError
+from lora_merge.merging import staged
+from lora_merge.storage import store_staging
+from lora_merge.storage.objects import StoreUrl, store_at
+from lora_merge.storage.store_staging import Run, StoreFiles, beside
+from tests.storages.reference import FIXTURES, adapted, by_library, everywhere, model_of
+from tests.stores.conftest import SECRET
+from tests.stores.merging import Merge, bytes_of, name_of, on_disk
+
+DENSE = {
+    "shards": {},
+    "one file, in processes": {"max_shard_size": "1GB", "executor": "processes", "workers": 2},
+    "quantised by the merge": {"quantize": "fp8-channel"},
+}
+QUANTISED = {"ct-int4": {"out_storage": "base"}, "ct-fp8-block": {"out_storage": "base"}, "ct-nvfp4": {}}
+
+
+@pytest.fixture
+def dense(pico, pico_adapter):
+    """Return a function: options → a merge of a dense base in three shards."""
+    base = pico("llama", "bfloat16", "60KB")
+    return lambda **options: Merge(base, pico_adapter(base), options)
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory):
+    """Return a function: fixture → a merge of it."""
+
+    def build(name):
+        root = tmp_path_factory.mktemp(name)
+        model = model_of(by_library(name), FIXTURES / name, root / "dense")
+        adapted(model, root / "adapter", **everywhere(name))
+        return Merge(FIXTURES / name, root / "adapter", QUANTISED[name])
+
+    return build
+
+
+def merged(merge, url, **more):
+    return api.merge(base=str(merge.base), adapter=str(merge.adapter), out=str(url), **merge.options, **more)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_base_becomes_the_same_bytes_as_on_a_disk(name, dense, url, tmp_path):
+    merge = dense(**DENSE[name])
+    report = merged(merge, url)
+    assert report.verdict.level == "sample"
+    assert report.verdict.ok
+    assert report.out == str(url)
+    assert bytes_of(store_at(url)) == on_disk(merge, tmp_path, name_of(url))
+    assert not store_at(beside(url)).entries()
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_base_becomes_the_same_bytes_as_on_a_disk(name, quantised, url, tmp_path):
+    merge = quantised(name)
+    assert merged(merge, url).verdict.ok
+    assert bytes_of(store_at(url)) == on_disk(merge, tmp_path, name_of(url))
+
+
+def test_every_value_of_an_output_is_verified_from_the_store(dense, url):
+    report = merged(dense(), url, verify="full")
+    assert report.verdict.level == "full"
+    assert report.verdict.ok
+
+
+@pytest.mark.parametrize("verify", ["sample", "full"])
+def test_a_file_that_was_changed_in_the_store_fails_the_verification_and_all_of_it_goes(
+    dense, url, verify, monkeypatch
+):
+    real = store_staging.StoreFiles.note
+
+    def note(self, file, receipt, records):
+        data = bytearray(store_at(url).get(file))
+        data[-1] ^= 1
+        store_at(url).put(file, bytes(data))
+        real(self, file, receipt, records)
+
+    monkeypatch.setattr(store_staging.StoreFiles, "note", note)
+    with pytest.raises(VerifyError):
+        merged(dense(), url, verify=verify)
+    assert not store_at(url).entries()
+    assert not store_at(beside(url)).entries()
+
+
+def test_what_writes_into_a_file_after_its_verification_is_noticed(dense, url, monkeypatch):
+    real = staged.check_strict
+
+    def late(*arguments, **named):
+        store = store_at(url)
+        name = next(name for name in store.entries() if name.endswith(".safetensors"))
+        store.put(name, store.get(name)[:-1] + b"!")
+        real(*arguments, **named)
+
+    monkeypatch.setattr(staged, "check_strict", late)
+    with pytest.raises(WriteError, match="is not the file that this run has written"):
+        merged(dense(), url)
+    assert "config.json" not in store_at(url).entries()
+
+
+def test_an_output_that_is_there_is_replaced_where_that_is_wanted(dense, url, tmp_path):
+    store, merge = store_at(url), dense()
+    old = {
+        "config.json": b"{}",
+        "merge_manifest.json": b"{}",
+        "model-00009-of-00009.safetensors": b"old",
+        "a/b.txt": b"",
+    }
+    for name, data in old.items():
+        store.put(name, data)
+    with pytest.raises(WriteError, match="already exists"):
+        merged(merge, url)
+    assert bytes_of(store) == old
+    merged(merge, url, overwrite=True)
+    assert bytes_of(store) == on_disk(merge, tmp_path, name_of(url))
+    with pytest.raises(WriteError, match="is complete, so there is nothing to resume"):
+        merged(merge, url, resume=True)
+
+
+def test_a_prefix_that_holds_other_things_is_left_alone(dense, url):
+    store_at(url).put("notes.txt", b"mine")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(WriteError, match="already exists and is not a model checkpoint"):
+            merged(dense(), url, **options)
+    assert bytes_of(store_at(url)) == {"notes.txt": b"mine"}
+    assert not store_at(beside(url)).entries()
+
+
+def test_one_run_has_the_prefix_and_the_error_says_which(dense, url):
+    staging = store_at(beside(url))
+    staging.put("run.json", Run("another", 4711, "node7", 0.0).text())
+    with pytest.raises(
+        WriteError,
+        match=r"another run is writing this output \(process 4711 on node7, begun [\d.]+ days ago\)",
+    ):
+        merged(dense(), url)
+    with pytest.raises(WriteError, match="with other inputs, options or versions") as caught:
+        merged(dense(), url, resume=True)
+    assert "delete" in caught.value.hint
+    assert list(staging.entries()) == ["run.json"]
+
+
+def test_a_run_that_says_that_it_ended_is_in_nobodys_way(dense, url, tmp_path):
+    store_at(beside(url)).put("run.json", Run("another", 4711, "node7", 0.0, is_ended=True).text())
+    store_at(url).put("model-00007-of-00007.safetensors", b"of another merge")
+    merge = dense()
+    merged(merge, url)
+    assert bytes_of(store_at(url)) == on_disk(merge, tmp_path, name_of(url))
+
+
+class Stopping:
+    """An observer that ends the run after some tensors."""
+
+    def __init__(self, after):
+        self._left = after
+
+    def phase(self, name, total_bytes):
+        pass
+
+    def advance(self, nbytes):
+        pass
+
+    def done(self, name):
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_keeps_whole_files_and_another_run_goes_on_from_there(dense, url, tmp_path):
+    merge = dense(workers=1)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        merged(merge, url, observer=Stopping(after=2))
+    assert "run again with --resume to continue: 1 finished file kept" in caught.value.__notes__[0]
+    before = store_at(url).entries()
+    assert [name for name in before if not name.endswith(".safetensors")] == []
+    report = merged(merge, url, resume=True)
+    assert [issue.code for issue in report.issues] == ["resumed"]
+    after = store_at(url).entries()
+    assert {name: after[name] for name in before} == before
+    assert bytes_of(store_at(url)) == on_disk(merge, tmp_path, name_of(url))
+
+
+def test_a_file_that_is_not_as_it_was_written_is_made_again(dense, url, tmp_path):
+    merge = dense(workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        merged(merge, url, observer=Stopping(after=2))
+    (name,) = store_at(url).entries()
+    store_at(url).put(name, b"x" * store_at(url).entries()[name].nbytes)
+    merged(merge, url, resume=True)
+    assert bytes_of(store_at(url)) == on_disk(merge, tmp_path, name_of(url))
+
+
+def test_an_output_inside_an_input_or_around_it_is_refused(dense):
+    merge = dense()
+    with pytest.raises(WriteError, match="is inside the input"):
+        merged(merge, StoreUrl("file", "", str(merge.base / "merged").lstrip("/")))
+    with pytest.raises(WriteError, match="contains the input"):
+        merged(merge, StoreUrl("file", "", str(merge.base.parent).lstrip("/")))
+
+
+def test_links_into_a_store_are_refused(dense, url, cli):
+    done = cli(*dense().arguments(url, "--link", "hard"))
+    assert done.exit_code
+    assert "which has no links" in done.output
+
+
+@pytest.mark.loopback
+def test_no_secret_travels_or_stays(dense, s3_url, capsys):
+    merge = dense(workers=1)
+    assert SECRET.encode() not in pickle.dumps(StoreFiles(s3_url, "merge"))
+    with pytest.raises(KeyboardInterrupt):
+        merged(merge, s3_url, observer=Stopping(after=2))
+    left = {**bytes_of(store_at(beside(s3_url))), **bytes_of(store_at(s3_url))}
+    merged(merge, s3_url, resume=True)
+    left |= {f"new {name}": data for name, data in bytes_of(store_at(s3_url)).items()}
+    assert not [name for name, data in left.items() if SECRET.encode() in data]
+    assert SECRET not in "".join(capsys.readouterr())
