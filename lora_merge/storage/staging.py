@@ -284,7 +284,7 @@ def _prepare(path: Path, fd: int, held: contextlib.ExitStack, *, resume: bool) -
 
 
 def _remove_despite_interrupt(stage: Stage, fd: int) -> None:
-    """Remove the staging directory of a finished run. No run goes on from there, so nothing else would remove it."""
+    """Remove the staging directory of a finished run. No later run resumes it, so nothing else would remove it."""
     try:
         _remove(stage, fd)
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Outputs in a store: files get their final names at once, and ``config.json`` comes last of all.
 
-A store renames nothing, and an object appears whole or not at all. So a prefix without ``config.json`` is no checkpoint
+A store renames nothing, and an object appears whole or not at all. So a prefix without ``config.json`` is not a checkpoint
 yet, whatever else is there.
 """
 
@@ -198,7 +198,7 @@ class StoreDestination:
         self._merge, self._planned = merge, frozenset(file.name for file in files)
         if self._run is None:
             self._lock(merge)
-        # From here on this is no checkpoint, until its own configuration is there.
+        # From here on this is not a checkpoint, until its own configuration is there.
         self._staging.unseal()
         if self._store.entry(CONFIG_FILE) is not None:
             self._store.delete([CONFIG_FILE])
