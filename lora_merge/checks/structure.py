@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.core.checkpoint import INDEX_FILE
@@ -39,7 +38,7 @@ def structure(evidence: Evidence) -> Iterator[Issue]:
         patched = plan.config_patch.changes(side_file.name)
         if side_file.name in found and not patched:
             target = root / side_file.name
-            if not same_bytes(Path(side_file.source), target):
+            if not same_bytes(side_file.source, target):
                 yield error("side-file", side_file.name, f"differs from {side_file.source}")
     if plan.index and INDEX_FILE in found:
         yield from _compare_index(output, plan.files)

@@ -206,7 +206,7 @@ def _write_beside(job: Conversion, lora: Lora, folder: Folder, written: Sequence
         written: names of the files that exist already.
     """
     for side_file in job.adapter.side_files:
-        folder.copy_in(Path(side_file.source), side_file.name)
+        folder.copy_in(side_file.source, side_file.name)
     beside = tuple(file.name for file in job.adapter.side_files)
     manifest = {
         "lora_merge_version": __version__,

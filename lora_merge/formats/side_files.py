@@ -263,7 +263,7 @@ def belongs_to_adapter(name: str) -> bool:
 def differs(file: SideFile, root: Path) -> bool:
     """Return True when a checkpoint has no file of this name, or one with other bytes."""
     twin = root / file.name
-    return not twin.is_file() or not same_bytes(Path(file.source), twin)
+    return not twin.is_file() or not same_bytes(file.source, twin)
 
 
 def other_weights(root: Path, known: frozenset[str]) -> tuple[str, ...]:

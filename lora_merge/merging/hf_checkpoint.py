@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE, patched_config
@@ -27,8 +26,8 @@ class Folder(Protocol):
     def write_text(self, name: str, text: str) -> None:
         """Write a new file, in UTF-8."""
 
-    def copy_in(self, source: Path, name: str) -> str:
-        """Copy a file under another name; return the digest of the bytes that were read."""
+    def copy_in(self, source: str, name: str) -> str:
+        """Copy the file that a text names under another name; return the digest of the bytes that were read."""
 
 
 def seal(
@@ -55,7 +54,7 @@ def seal(
         if text is not None:
             write(side_file.name, text)
         else:
-            digests[side_file.name] = folder.copy_in(Path(side_file.source), side_file.name)
+            digests[side_file.name] = folder.copy_in(side_file.source, side_file.name)
     if plan.index:
         write(INDEX_FILE, plan.index)
     # The manifest lists the digests of all files above, but not of the card, which is written after it is
@@ -84,7 +83,7 @@ def side_digest(plan: MergePlan, side_file: SideFile) -> str:
         CheckpointError: its source cannot be read.
     """
     text = _patched(plan, side_file)
-    return file_digest(Path(side_file.source)) if text is None else text_digest(text)
+    return file_digest(side_file.source) if text is None else text_digest(text)
 
 
 def _patched(plan: MergePlan, side_file: SideFile) -> str | None:
@@ -98,5 +97,5 @@ def _patched(plan: MergePlan, side_file: SideFile) -> str | None:
         return None
     if side_file.name != CONFIG_FILE:
         return json.dumps(patch.files[side_file.name], indent=2, ensure_ascii=False) + "\n"
-    config = patched_config(read_json(Path(side_file.source)), patch)
+    config = patched_config(read_json(side_file.source), patch)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -201,8 +201,8 @@ class Destination(Protocol):
             WriteError: it cannot be written.
         """
 
-    def copy_in(self, source: Path, name: str) -> str:
-        """Copy a file of an input; return the digest of the bytes that were read.
+    def copy_in(self, source: str, name: str) -> str:
+        """Copy the file of an input that a text names; return the digest of the bytes that were read.
 
         Raises:
             CheckpointError: it cannot be read.

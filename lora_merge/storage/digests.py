@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora_merge.storage.sources import Source
 
 
-def same_bytes(one: Path, other: Path) -> bool:
+def same_bytes(one: str | Path, other: str | Path) -> bool:
     """Return True when two files hold the same bytes. Both are read.
 
     Both are read: `filecmp` keeps its answers by size and time, which a changed file may share with the old one.
@@ -49,7 +49,7 @@ def digest_text(digest: xxhash.xxh3_128) -> str:
     return f"xxh3_128:{digest.hexdigest()}"
 
 
-def files_digest(paths: Sequence[Path]) -> str:
+def files_digest(paths: Sequence[str | Path]) -> str:
     """Return the digest of one whole file; of several, the digest of their digests, in the order given.
 
     Raises:
@@ -63,7 +63,7 @@ def files_digest(paths: Sequence[Path]) -> str:
     return digest_text(digest)
 
 
-def file_digest(path: Path, most: int | None = None) -> str:
+def file_digest(path: str | Path, most: int | None = None) -> str:
     """Return the digest of a whole file.
 
     Raises:

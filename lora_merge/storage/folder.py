@@ -142,7 +142,7 @@ class Folder:
         with self.writing(name, create=True) as fd:
             write_from(fd, memoryview(text.encode("utf-8", "backslashreplace")), 0, self.path / name)
 
-    def copy_in(self, source: Path, name: str) -> str:
+    def copy_in(self, source: str | Path, name: str) -> str:
         """Copy a file into a new file in the directory; return the digest of the bytes that were read.
 
         Raises:

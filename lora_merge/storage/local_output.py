@@ -280,7 +280,7 @@ class LocalDestination:
         """
         self._stage.folder.write_text(name, text)
 
-    def copy_in(self, source: Path, name: str) -> str:
+    def copy_in(self, source: str, name: str) -> str:
         """Copy a file of an input; return the digest of the bytes that were read.
 
         Raises:

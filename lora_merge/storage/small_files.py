@@ -30,7 +30,7 @@ _SHOWN_CHARACTERS = 200
 """Characters of a key that a message shows."""
 
 
-def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+def read_bytes(path: str | Path, most: int = MAX_JSON_BYTES) -> bytes:
     """Return the bytes of a small file, and report them to `input_files`.
 
     Raises:
@@ -50,7 +50,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """Return the table in a small JSON file.
 
     Raises:
@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _no_json(path: Path, exc: Exception) -> CheckpointError:
+def _no_json(path: str | Path, exc: Exception) -> CheckpointError:
     """Return the error for a file that is not JSON: it says what the file is instead, or that it is incomplete."""
     what = instead_of(path)
     if what is not None:
