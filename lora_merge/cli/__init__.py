@@ -22,6 +22,7 @@ from lora_merge.cli.issues import say_bug
 from lora_merge.cli.program import AS_EXTENSION, call_it, called
 from lora_merge.runtime.shortage import mind_limits
 from lora_merge.runtime.streams import finish, guard
+from lora_merge.runtime.temporary import remove_folders
 
 __all__ = ["entry", "hf_entry", "main"]
 
@@ -48,5 +49,6 @@ def entry() -> NoReturn:
         code = exits.BUG
         say_bug(exc)
     finish()
+    remove_folders()
     # Without taking the interpreter down, which costs half a second after torch was loaded.
     os._exit(code)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lora_merge.errors import CheckpointError
 from lora_merge.formats.recognise import broken_link
 from lora_merge.formats.safetensors import read_header
+from lora_merge.storage.at_once import of_each
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.sources import is_stored
 from lora_merge.storage.user_paths import is_file
 from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import Any
 
     from lora_merge.core.checkpoint import WeightFile
     from lora_merge.core.tensor import TensorRef
+
+T = TypeVar("T")
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """Suffixes of weight files. Another name could collide with a file around the weights."""
@@ -137,6 +140,10 @@ def _is_there(root: Path, weights: str, name: str) -> bool:
     return is_stored(place_of(root, weights, name)) if weights else is_file(root / name)
 
 
+def _in_turn(ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    return [ask(name) for name in names]
+
+
 def read_shards(
     root: Path, entry: str, index: Mapping[str, Any], weights: str = ""
 ) -> tuple[WeightFile, ...]:
@@ -158,7 +165,10 @@ def read_shards(
     # Each file is checked once, not once for each of its tensors.
     first = {str(file): (name, file) for name, file in weight_map.items()}  # one tensor of each file
     names = sorted(_file_name(label, name, file) for name, file in first.values())
-    missing = [name for name in names if not _is_there(root, weights, name)]
+    # Another storage is asked for many files at once; here, one after the other is quicker.
+    each = of_each if weights else _in_turn
+    is_there = each(lambda name: _is_there(root, weights, name), names)
+    missing = [name for name, found in zip(names, is_there, strict=True) if not found]
     if missing:
         raise broken_link(root) or CheckpointError(
             str(root),
@@ -168,7 +178,7 @@ def read_shards(
             hint="download the missing files: the download is incomplete",
         )
     read = reader_of(entry)
-    files = tuple(read(place_of(root, weights, name), name) for name in names)
+    files = tuple(each(lambda name: read(place_of(root, weights, name), name), names))
     found = {ref.name: file.name for file in files for ref in file.tensors}
     for name, file in weight_map.items():
         # Loaders that go by the index would take the tensor from another file, or not find it.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.storage import input_files
 from lora_merge.storage.local import LOCAL
+from lora_merge.storage.objects.local_copies import WithCopies
 from lora_merge.storage.objects.scheme import OBJECTS
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ class Scheme(Protocol):
 
 SCHEMES: Mapping[str, Scheme] = {
     "": LOCAL,
-    "s3": OBJECTS,
-    "gs": OBJECTS,
-    "az": OBJECTS,
-    "file": OBJECTS,
+    "s3": WithCopies(OBJECTS),
+    "gs": WithCopies(OBJECTS),
+    "az": WithCopies(OBJECTS),
+    "file": WithCopies(OBJECTS),
 }
 """Scheme (the text before ``://``) → storage; every other text is the path of a file of this machine."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.errors import ResolveError
 from lora_merge.storage.json_values import shown
+from lora_merge.storage.objects.urls import parse_store_url
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +38,17 @@ def user_path(text: str) -> Path:
             f"{text}: there is no user {name.removeprefix('~') or 'with a home directory'}",
             hint=f"write ./{name} if you mean a directory with this name",
         ) from exc
+
+
+def file_in(folder: str, name: str) -> str:
+    """Return the text that names a file of a folder, which is one of this machine or a URL.
+
+    Raises:
+        ResolveError: the folder cannot be a path.
+        RequestError: it is a URL of a store, and a wrong one.
+    """
+    url = parse_store_url(folder)
+    return str(user_path(folder) / name) if url is None else url.child(name)
 
 
 def output_path(text: str) -> Path:

@@ -103,6 +103,17 @@ def _refuse_query(text: str) -> None:
             _refuse(shown, f"has {what} ({mark}…)", "leave it out: credentials come from the environment")
 
 
+def is_store_url(text: str) -> bool:
+    """Return True for a text with the scheme of a store, whether the rest is right or not.
+
+    Example:
+        >>> is_store_url("s3://models"), is_store_url("s3:/models/llama")
+        (True, False)
+    """
+    scheme, mark, _ = text.partition("://")
+    return bool(mark) and scheme in SHAPES
+
+
 def _check_prefix(text: str, prefix: str) -> None:
     """Refuse what stores and clients read in different ways.
 

@@ -1,0 +1,86 @@
+"""Temporary folders that live as long as a value: removed with its last reference, at the end of the process, or by the
+next process where this one was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PREFIX = "lora-merge-copy-"
+_LOCK = ".lock"
+"""A file in each folder that its process holds a lock on: the kernel frees it whatever ends the process."""
+
+_FOLDERS: set[weakref.finalize] = set()  # type: ignore[type-arg] # of objects of any kind
+
+
+def folder_for(owner: object) -> Path:
+    """Return a new empty folder below the folder for temporary files. It is removed when its owner is.
+
+    Args:
+        owner: any object that can have weak references.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    import shutil
+    import tempfile  # few runs need either
+
+    for left in _left_behind(Path(tempfile.gettempdir())):
+        shutil.rmtree(left, ignore_errors=True)
+    # Resolved, since readers resolve paths too, and the two are compared.
+    home = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
+    fd = _locked(home / _LOCK, os.O_CREAT)
+    folder = home / "files"
+    folder.mkdir()
+    _FOLDERS.add(weakref.finalize(owner, _remove, str(home), fd, os.getpid()))
+    return folder
+
+
+def remove_folders() -> None:
+    """Remove all of this process's folders. For the end of a process that ends without its interpreter."""
+    for one in list(_FOLDERS):
+        one()
+
+
+def _remove(home: str, fd: int | None, process: int) -> None:
+    # A process that was forked has the same references, and is not the folder's owner.
+    if os.getpid() != process:
+        return
+    import shutil
+
+    shutil.rmtree(home, ignore_errors=True)
+    if fd is not None:
+        os.close(fd)
+
+
+def _left_behind(place: Path) -> Iterator[Path]:
+    """Yield folders of processes that are gone."""
+    with contextlib.suppress(OSError):
+        for home in place.glob(f"{_PREFIX}*"):
+            fd = _locked(home / _LOCK)
+            if fd is not None:
+                yield home
+                os.close(fd)
+
+
+def _locked(path: Path, flags: int = 0) -> int | None:
+    """Return a descriptor of a file that this process has locked; None where it cannot."""
+    import fcntl
+
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
