@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.checks.gate import RULES, SLOW
 from lora_merge.formats.written_checkpoint import read_output
 from lora_merge.storage.digests import same_bytes
+from lora_merge.storage.objects.local_copies import in_store, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from lora_merge.checks.evidence import Evidence
     from lora_merge.core.report import Issue, Severity
@@ -27,12 +28,12 @@ def loadable(evidence: Evidence) -> Iterator[Issue]:
     A base that names no architecture, say, is merged as it is: its owner knows how it is loaded. Whether the model has a
     tensor for every parameter is checked where transformers is loaded anyway: loading it can take as long as a merge.
     """
-    base = Path(evidence.plan.base)
+    base = local_path(evidence.plan.base)
     found = [issue for issue in gate(evidence.output) if not _came_along(issue, evidence.root, base)]
     if not found:
         return
     # The base is read only when there is something to compare.
-    own = {(issue.code, issue.subject) for issue in gate(read_output(base))}
+    own = {(issue.code, issue.subject) for issue in gate(read_output(base, *in_store(evidence.plan.base)))}
     for issue in found:
         if (issue.code, issue.subject) not in own:
             yield issue

@@ -16,8 +16,9 @@ from lora_merge.formats.manifest import Manifest, RecordedInput, parse_manifest
 from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.headline import architecture, parameters_text
 from lora_merge.reporting.names import dtype, methods_text
+from lora_merge.storage.objects.urls import is_store_url
 from lora_merge.storage.small_files import read_json
-from lora_merge.storage.user_paths import user_path
+from lora_merge.storage.user_paths import file_in, user_path
 from lora_merge.words import cut, size_text
 
 _DENSE = frozenset({"F64", "F32", "F16", "BF16"})
@@ -114,7 +115,9 @@ def origin_of(out: str, base: str) -> Origin:
     table = _read(out, MANIFEST_FILE)
     manifest = _manifest(table)
     named = manifest.base.path if manifest and not manifest.base.hub else ""
-    return Origin(_read(out, CONFIG_FILE), _read(base or named, CONFIG_FILE), manifest, table)
+    # A stranger may have written the manifest, so no store that it names is asked.
+    known = base or ("" if is_store_url(named) else named)
+    return Origin(_read(out, CONFIG_FILE), _read(known, CONFIG_FILE), manifest, table)
 
 
 def adapter_files(path: str) -> list[str]:
@@ -140,8 +143,7 @@ def _read(folder: str, name: str) -> Mapping[str, Any]:
     if not folder:
         return {}
     try:
-        path = Path(user_path(folder), name)
-        return read_json(path) if path.is_file() else {}
+        return read_json(file_in(folder, name))
     except (LoraMergeError, OSError, ValueError, RecursionError):
         return {}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -16,32 +14,32 @@ from lora_merge.checks.gate import RULES
 from lora_merge.checks.placed import placed
 from lora_merge.checks.projecting import suspects_of
 from lora_merge.checks.recorded import recorded
-from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy, Merge, MergePlan
 from lora_merge.core.report import Finding, Issue, Observer, Proof, Silence, error, warning
 from lora_merge.core.tensor import TORCH_NAMES, Survival, TensorRecord, TensorRef
 from lora_merge.errors import CheckpointError, PlanError, RequestError, ResolveError
-from lora_merge.formats.manifest import Manifest, RecordedInput, parse_manifest
-from lora_merge.formats.recognise import fault_of, names_in
+from lora_merge.formats.manifest import Manifest, parse_manifest
 from lora_merge.formats.safetensors import is_finite, tensor_digest
 from lora_merge.formats.side_files import MANIFEST_FILE
-from lora_merge.formats.trainer_files import chosen, file_names
-from lora_merge.formats.written_checkpoint import Output, read_output
 from lora_merge.merging.headline import Work, announce, merge_headline, model_words
 from lora_merge.merging.unchanged_inputs import check_names
 from lora_merge.merging.worker import one_torch_thread
 from lora_merge.planning import Joined, Policy, Reading, make_plan
+from lora_merge.planning.locate import Place
 from lora_merge.planning.run import InputTexts, chosen_adapter, join_inputs
 from lora_merge.requests.parsing import parse_values
 from lora_merge.requests.request import Request, VerifyRequest
-from lora_merge.requests.values import parse_adapter
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.storage.hub import Access
 from lora_merge.storage.local import why_no_file
+from lora_merge.storage.objects.shown import by_url, errors_by_url
 from lora_merge.storage.small_files import read_json
-from lora_merge.storage.user_paths import is_directory, real_path, user_path
+from lora_merge.storage.sources import is_local
+from lora_merge.storage.user_paths import is_directory, user_path
+from lora_merge.verification.existing_output import Existing, find_output
+from lora_merge.verification.recorded_inputs import check_asked, is_there, place_text, weighted
 from lora_merge.words import counted
 
 if TYPE_CHECKING:
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.adapter import AdapterUse
     from lora_merge.core.comparison import Comparison
+    from lora_merge.formats.written_checkpoint import Output
 
 _READING, _POLICY = (
     tuple(field.name for field in fields(group) if not field.name.startswith("allow_"))
@@ -71,9 +70,10 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
 
         # Before anything takes time.
         find_python(request.engine_python)
-    verification = _Verification(request, observer or Silence(), Clock(), _output(request.out))
-    with translate_out_of_memory("verifying", MORE):
-        return verification.proof()
+    watch = observer or Silence()
+    with translate_out_of_memory("verifying", MORE), errors_by_url():
+        verification = _Verification(request, watch, Clock(), find_output(request.out, watch))
+        return by_url(verification.proof())
 
 
 def _check_level(request: VerifyRequest) -> None:
@@ -90,24 +90,6 @@ def _check_level(request: VerifyRequest) -> None:
         raise RequestError("", 0, "level", sentence, hint=f"leave out --level structure, or {given[0]}")
 
 
-def _output(out: str) -> Output:
-    """Return the output in a directory. One that may not be read is an error, not a damaged output."""
-    root = user_path(out)
-    try:
-        exists = root.exists()
-        if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as exc:
-        raise ResolveError(f"{out}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
-    if not root.is_dir():
-        what = "is a file, expected a directory" if exists else "this directory does not exist"
-        raise ResolveError(f"{out}: {what}", hint="pass the output directory of a merge")
-    names = names_in(root)
-    if not {MANIFEST_FILE, CONFIG_FILE} & set(names) and (fault := fault_of(names, "base")) is not None:
-        raise ResolveError(f"{out}: {fault.sentence}", hint="pass the output directory of a merge")
-    return read_output(real_path(root))
-
-
 @dataclass(frozen=True, slots=True)
 class _Again:
     """The merge, planned a second time from the inputs that are available now."""
@@ -115,6 +97,9 @@ class _Again:
     joined: Joined
     plan: MergePlan
     inputs: Inputs
+
+    places: tuple[Place, ...]
+    """Where they are: local copies of what is in a store are kept for as long as this."""
 
 
 @dataclass(slots=True)
@@ -124,9 +109,14 @@ class _Verification:
     request: VerifyRequest
     watch: Observer
     clock: Clock
-    output: Output
+    existing: Existing
     digest: Callable[[TensorRef], str] = field(default_factory=lambda: cache(tensor_digest))
     """Digest of a tensor, cached: each tensor is read once, however many checks need it."""
+
+    @property
+    def output(self) -> Output:
+        """What is verified."""
+        return self.existing.output
 
     def proof(self) -> Proof:
         """Run all checks and return their findings."""
@@ -148,7 +138,7 @@ class _Verification:
                     f"{self.request.out}: forward passes need base and adapter, but {finding.detail}",
                     hint="pass --base and --adapter",
                 )
-            self._check_readable()
+            self._check_readable(again.plan)
             from lora_merge.verification.forward_check import compare_forward
 
             with self.clock("forward"):
@@ -166,12 +156,18 @@ class _Verification:
         seconds = dict(self.clock.seconds)
         return Proof(self.output.root, base, adapters, tuple(findings), comparisons, seconds, headline)
 
-    def _check_readable(self) -> None:
-        """Check that the directory holds regular files only. A library would wait for a named pipe for ever.
+    def _check_readable(self, plan: MergePlan) -> None:
+        """Check that libraries can read the files: those of this machine, and regular ones. They would wait for a named
+        pipe for ever.
 
         Raises:
-            CheckpointError: it holds something else.
+            RequestError: the output or its base is in a store.
+            CheckpointError: the output holds something other than regular files.
         """
+        for place in (self.existing.label, plan.base):
+            if not is_local(place):
+                sentence = f"runs models from local directories only, and {place} is in an object store"
+                raise RequestError("", 0, "forward", sentence, hint="download it, and pass its folder")
         for name in self.output.broken:
             path = Path(self.output.root, name)
             if why := why_no_file(path):
@@ -248,7 +244,8 @@ class _Verification:
         finding = Finding(
             "planned", f"{counted(n_merged, 'merged tensor')}, planned again from base and adapter", issues
         )
-        return _Again(found.joined, plan, found.inputs), finding
+        places = (found.base, *found.adapters)
+        return _Again(found.joined, plan, found.inputs, places), finding
 
     def _asked_again(self, manifest: Manifest | None) -> tuple[InputTexts, Reading, Policy]:
         """Return how the merge was made, by its manifest, with the inputs of this request in place of recorded ones.
@@ -263,15 +260,18 @@ class _Verification:
         if manifest is not None:
             recorded = [] if base else [manifest.base]
             recorded += [] if adapters else manifest.adapters
+            check_asked(recorded)
             # A stranger may have written the manifest, so nothing that it names is fetched from a hub.
-            offline = offline or not all(is_directory(user_path(_text(one, near))) for one in recorded)
-            base = base or _text(manifest.base, near)
-            adapters = adapters or tuple(_weighted(_text(one, near), one.weight) for one in manifest.adapters)
+            offline = offline or not all(is_directory(user_path(place_text(one, near))) for one in recorded)
+            base = base or place_text(manifest.base, near)
+            adapters = adapters or tuple(
+                weighted(place_text(one, near), one.weight) for one in manifest.adapters
+            )
         noted = recorded_options.get("ignore_file", ())
         ignored = self.request.ignore_file or tuple(
             name
             for name in parse_values(Request, {"ignore_file": noted})["ignore_file"] or ()
-            if _is_there(name, adapters)
+            if is_there(name, adapters)
         )
         given = {
             "adapter": adapters,
@@ -302,7 +302,8 @@ class _Verification:
             plan, issues = placed(plan, self.output)
             records = tuple(self._records(plan, manifest))
             level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
-            evidence = Evidence(plan, Path(self.output.root), records, level, digest=self.digest)
+            where = self.output.elsewhere, self.existing.stored
+            evidence = Evidence(plan, Path(self.output.root), records, level, {}, self.digest, *where)
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
             n_seen = evidence.n_projected
@@ -334,8 +335,7 @@ class _Verification:
         kept = manifest.survival if manifest is not None else dict[str, Survival]().get
         for step in plan.steps:
             here = {
-                role: replace(slot, file=str(Path(self.output.root, slot.file)))
-                for role, slot in step.writes.items()
+                role: replace(slot, file=self.output.file_of(slot.file)) for role, slot in step.writes.items()
             }
             if isinstance(step.op, Copy):
                 (slot,) = step.slots
@@ -359,27 +359,6 @@ def _nothing_compared(findings: list[Finding]) -> list[Finding]:
     hint = "pass --base and --adapter, or --level structure if the structure is enough"
     issue = error("nothing-compared", "", sentence, hint)
     return [Finding("compared", "there is neither a manifest nor a base and an adapter", (issue,))]
-
-
-def _text(recorded: RecordedInput, near: Path) -> str:
-    """Return where an input probably is: at the recorded path, from here or from beside the output; or its repo."""
-    source = recorded.source()
-    if source is not None:
-        return str(source)
-    beside = near / recorded.path
-    return (
-        str(beside) if not is_directory(user_path(recorded.path)) and is_directory(beside) else recorded.path
-    )
-
-
-def _is_there(name: str, adapters: Sequence[str]) -> bool:
-    """Return False for a recorded file that is gone. Files in repos are not looked for, and count as present."""
-    roots = [user_path(parse_adapter(text)[0]) for text in adapters]
-    return not all(map(is_directory, roots)) or any(chosen(file_names(root), [name]) for root in roots)
-
-
-def _weighted(text: str, weight: float) -> str:
-    return text if weight == 1 else f"{text}:{weight!r}"
 
 
 def _other_adapters(manifest: Manifest | None, uses: Sequence[AdapterUse], *, named: bool) -> Iterable[Issue]:

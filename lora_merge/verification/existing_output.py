@@ -1,0 +1,88 @@
+"""The output that is to be verified: a directory, or a prefix of an object store, whose weights are read where they are."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
+from lora_merge.errors import ResolveError
+from lora_merge.formats.recognise import fault_of, names_in
+from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_adapter, belongs_to_base
+from lora_merge.formats.written_checkpoint import Output, read_output
+from lora_merge.storage.objects.local_copies import LocalCopy, local_copy
+from lora_merge.storage.objects.urls import parse_store_url
+from lora_merge.storage.user_paths import real_path, user_path
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from lora_merge.core.report import Observer
+    from lora_merge.storage.objects.urls import StoreUrl
+
+_HINT = "pass the output directory of a merge"
+_FILES = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, CARD_FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """An output as it was found."""
+
+    output: Output
+
+    stored: frozenset[str] = frozenset()
+    """Names of the files that are in the store; empty for a directory."""
+
+    copy: LocalCopy | None = None
+    """Its small files, where it is in a store: they are there for as long as this is."""
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.output.root if self.copy is None else str(self.copy.url)
+
+
+def find_output(out: str, watch: Observer) -> Existing:
+    """Return what is at a path or a URL. One that may not be read is an error, not a damaged output.
+
+    Raises:
+        RequestError: it is a URL of a store, and a wrong one.
+        ResolveError: nothing is there, it cannot be read, or it is something else.
+    """
+    url = parse_store_url(out)
+    return _in_directory(out) if url is None else _in_store(url, watch)
+
+
+def _in_directory(out: str) -> Existing:
+    root = user_path(out)
+    try:
+        exists = root.exists()
+        if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as exc:
+        raise ResolveError(f"{out}: cannot be read ({(exc.strerror or str(exc)).lower()})") from exc
+    if not root.is_dir():
+        what = "is a file, expected a directory" if exists else "this directory does not exist"
+        raise ResolveError(f"{out}: {what}", hint=_HINT)
+    _check_kind(out, names_in(root))
+    return Existing(read_output(real_path(root)))
+
+
+def _in_store(url: StoreUrl, watch: Observer) -> Existing:
+    copy = local_copy(url, watch)
+    _check_kind(str(url), copy.names)
+    small = {name for name in copy.names if belongs_to_base(name) or belongs_to_adapter(name)}
+    root = copy.fetch(small | copy.names.intersection(_FILES))
+    return Existing(read_output(root, str(url), copy.names), copy.names, copy)
+
+
+def _check_kind(out: str, names: Collection[str]) -> None:
+    """Check that some files can be those of an output.
+
+    Raises:
+        ResolveError: they are something else.
+    """
+    if not {MANIFEST_FILE, CONFIG_FILE} & set(names) and (fault := fault_of(names, "base")) is not None:
+        raise ResolveError(f"{out}: {fault.sentence}", hint=_HINT)
