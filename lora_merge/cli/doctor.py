@@ -55,6 +55,7 @@ def _page(diagnosis: Diagnosis) -> Iterable[str]:
         "Caches": [
             (one.name, f"{counted(one.n_repos, 'repo')} in {_place(one.path)}") for one in machine.caches
         ],
+        "Object stores": [(one.name, one.credentials or "no credentials found") for one in machine.stores],
         "Engines": [(one.name, _engine_text(one)) for one in machine.engines] or [("none found", "")],
         "Environment": [(one.name, _place(one.value)) for one in machine.variables],
     }

@@ -98,6 +98,17 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreAccess:
+    """A kind of object store."""
+
+    name: str
+    """What its URLs begin with: ``s3://``."""
+
+    credentials: str
+    """Where they were found, never what they are; empty if nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
 class Variable:
     """An environment variable that changes what lora-merge does."""
 
@@ -123,6 +134,8 @@ class Machine:
     caches: tuple[Cache, ...]
     engines: tuple[Engine, ...]
     variables: tuple[Variable, ...]
+    stores: tuple[StoreAccess, ...] = ()
+    """Empty if the package that speaks to them is not installed."""
 
 
 @dataclass(frozen=True, slots=True)

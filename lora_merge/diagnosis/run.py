@@ -13,6 +13,7 @@ from lora_merge.diagnosis.facts import Diagnosis, Machine
 from lora_merge.diagnosis.findings import findings
 from lora_merge.diagnosis.packages import engine_packages, packages
 from lora_merge.diagnosis.places import caches, disks, programs
+from lora_merge.diagnosis.stores import stores
 from lora_merge.diagnosis.variables import variables
 from lora_merge.runtime.machine import free_bytes, usable_cores
 
@@ -39,6 +40,7 @@ def diagnose(environ: Mapping[str, str] = os.environ) -> Diagnosis:
         caches=caches(environ),
         engines=(*engine_packages(), *programs()),
         variables=variables(environ),
+        stores=stores(environ),
     )
     return Diagnosis(machine, findings(machine))
 
