@@ -66,8 +66,8 @@ def merge(
     """Merge adapters into a base, and write a checkpoint that loads without LoRA support.
 
     Args:
-        adapter: adapter directory or repo (``org/name``, ``org/name/folder@revision``, ``ms://org/name``), or several.
-            Each may end in ``:WEIGHT``. A mapping gives weights too: ``{"style": 0.7, "facts": 1}``.
+        adapter: adapter directory, repo (``org/name``, ``org/name/folder@revision``, ``ms://org/name``) or URL
+            (``s3://bucket/folder``), or several. Each may end in ``:WEIGHT``. A mapping gives weights too: ``{"style": 0.7, "facts": 1}``.
         out: directory to create.
         observer: hears of phases and bytes.
         **options: those of ``lora-merge merge``, with underscores: ``base``, ``dtype``, ``combine``, ``workers``,
@@ -122,7 +122,7 @@ def inspect(
     """Describe an adapter from its headers: every module, its origin, and which engines serve it.
 
     Args:
-        adapter: directory or repo.
+        adapter: directory, repo or URL.
         observer: hears of phases.
         **options: those of ``lora-merge inspect``, with underscores: ``base`` (then ‖Δ‖ and ‖W‖ of every module are
             measured), ``engine``, ``plot`` … `InspectOptions` has all of them.
@@ -160,7 +160,7 @@ def convert(
     """Rewrite an adapter: for an engine, in another format, with another rank.
 
     Args:
-        adapter: directory or repo.
+        adapter: directory, repo or URL.
         out: directory to create.
         observer: hears of phases and bytes.
         **options: those of ``lora-merge convert``, with underscores: ``base``, ``engine`` (``--for``), ``format``,
@@ -186,7 +186,7 @@ def extract(
     """Write a PEFT LoRA of what a full fine-tune changed in its base.
 
     Args:
-        base: the model before the training: directory or repo.
+        base: the model before the training: directory, repo or URL.
         tuned: the model after it.
         out: directory to create.
         observer: hears of phases and bytes.

@@ -13,6 +13,7 @@ from lora_merge.errors import CheckpointError, ResolveError
 from lora_merge.formats.safetensors import same_values
 from lora_merge.formats.trainer_files import LOAD_AFTER, described, sharded_state, unread_files
 from lora_merge.formats.weight_files import adapter_entries, read_adapter
+from lora_merge.storage.sources import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -57,11 +58,18 @@ def unread_issues(adapter: Adapter, names: Collection[str], ignored: Collection[
 def beside_base(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter without issues about the base's own weights, where both are in one folder."""
     unread = {issue.subject for issue in adapter.issues if issue.code == "unread-file"}
-    if not unread or not Path(adapter.root).resolve().samefile(base.root):
+    if not unread or not _is_one_place(adapter.root, base.root):
         return adapter
     read = {os.path.relpath(file, base.root) for file in {ref.file for ref in base.tensors()}}
     issues = [one for one in adapter.issues if one.code != "unread-file" or one.subject not in read]
     return replace(adapter, issues=tuple(issues))
+
+
+def _is_one_place(one: str, other: str) -> bool:
+    """Return True where two texts name one folder; that of a store has one text."""
+    if is_local(one) and is_local(other):
+        return Path(one).resolve().samefile(other)
+    return one == other
 
 
 def _copy_issue(root: Path, own: str, other: str) -> Issue:

@@ -20,6 +20,7 @@ from lora_merge.requests.request_file import close_hint, validated
 from lora_merge.requests.table import fields_of
 from lora_merge.requests.values import parse_adapter
 from lora_merge.requests.yaml_file import parse_yaml
+from lora_merge.storage.objects.urls import is_store_url
 from lora_merge.storage.user_paths import is_there, output_path
 from lora_merge.words import quoted, shown
 
@@ -213,7 +214,10 @@ def _expanded(entry: _Entry, values: dict[str, Any]) -> Iterator[tuple[dict[str,
         except ResolveError as exc:
             raise entry.error(key, str(exc), exc.hint) from exc
         if not found[key]:
-            raise entry.error(key, f"{pattern} matches no directory", "check the path and its wildcards")
+            hint = "check the path and its wildcards"
+            if is_store_url(pattern):
+                hint = "write one job for each: wildcards match local directories only"
+            raise entry.error(key, f"{pattern} matches no directory", hint)
     _check_count(entry, next(iter(found), ""), [len(places) for places in found.values()])
     for chosen in product(*found.values()):
         words = [word for _, captured in chosen for word in captured]

@@ -23,6 +23,7 @@ from lora_merge.formats.model_card import card_text
 from lora_merge.formats.repo_files import CONVERSION_MANIFEST
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
+from lora_merge.formats.stored_versions import versions_of
 from lora_merge.merging.hf_checkpoint import side_digest
 from lora_merge.merging.made_from import provenance_of
 from lora_merge.merging.worker import MergeSpec, NoDeviceError, pick_device
@@ -32,7 +33,7 @@ from lora_merge.storage.digests import file_digest, text_digest
 from lora_merge.storage.output_files import has_header
 from lora_merge.storage.signs import changed_at, has_hole, modified_at, pages, sampled
 from lora_merge.storage.small_files import read_json, read_text
-from lora_merge.storage.sources import open_source
+from lora_merge.storage.sources import is_local, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -256,7 +257,14 @@ class _Looked:
     def _inputs(self) -> Iterator[str]:
         """Yield tensors that would differ now, among those made from base files that may have changed."""
         of_base = {ref.file for ref in self._planned.checkpoint.tensors()}
-        newer = {name for name in of_base if self._is_newer(name)}
+        then_stored = self._manifest.base.versions
+        now_stored = versions_of(self._planned.checkpoint, self._planned.inputs)
+        # A version is of some bytes, so what has the recorded one needs no time.
+        same = {name for name, version in now_stored.items() if then_stored.get(name) == version}
+        kept = {
+            ref.file for file in self._planned.checkpoint.files if file.name in same for ref in file.tensors
+        }
+        newer = {name for name in of_base - kept if self._is_newer(name)}
         steps = [step for step in self._plan.steps if newer & _sources(step)]
         then = self._manifest.tensors
         # Copies are compared by the digest of their source. Merged tensors have to be computed again.
@@ -343,7 +351,7 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
         yield f"{CONVERSION_MANIFEST}: has no digests of the other files"
         return
     for side in conversion.adapter.side_files:
-        if recorded.get(side.name) != file_digest(Path(side.source)):
+        if recorded.get(side.name) != file_digest(side.source):
             yield f"{side.name}: would have another content now"
     for name, digest in recorded.items():
         path = conversion.out / name
@@ -355,7 +363,7 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
     # as changed.
     made = modified_at(conversion.out / CONVERSION_MANIFEST)
     of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
-    for name in sorted(of_base):
+    for name in sorted(filter(is_local, of_base)):  # versions of what is in a store were compared above
         if modified_at(name) > made:
             yield f"the base has changed: {name} is newer than the output"
 

@@ -12,12 +12,13 @@ from lora_merge.cli.arguments import command_line
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.formats.repo_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS, MLX_WEIGHTS
 from lora_merge.formats.side_files import MANIFEST_FILE
+from lora_merge.storage.objects.urls import is_store_url
 from lora_merge.storage.user_paths import is_directory, is_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Sort = Literal["base", "adapter", "merged", "batch", "config", "folder", "repo", "nothing"]
+Sort = Literal["base", "adapter", "merged", "batch", "config", "folder", "repo", "url", "nothing"]
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _ADAPTER_FILES: Final = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE, MLX_WEIGHTS)
@@ -29,6 +30,7 @@ _SAID: Final[dict[Sort, str]] = {
     "batch": "a batch file",
     "config": "a file of options",
     "folder": "a directory without a model",
+    "url": "a place in an object store",
     "repo": "a Hub repo or a path that does not exist",
     "nothing": "a path that does not exist",
 }
@@ -105,7 +107,7 @@ def _roles(found: list[_Bare], *, has_base: bool, has_adapter: bool) -> tuple[st
     needs_adapter = not (has_adapter or adapters)
     # Nothing that exists was recognised: the order of BASE ADAPTER OUT decides.
     if left and not base and not has_base and len(left) > needs_adapter:
-        base = left.pop(0) if needs_adapter or _REPO.fullmatch(left[0]) else ""
+        base = left.pop(0) if needs_adapter or _REPO.fullmatch(left[0]) or is_store_url(left[0]) else ""
     if left and needs_adapter:
         adapters = [left.pop(0)]
     return base, adapters, left[-1] if left else ""
@@ -122,6 +124,8 @@ def _sort(text: str) -> Sort:
     """Return what is at a path, by the names of its files."""
     if "\0" in text or not text:
         return "nothing"
+    if is_store_url(text):
+        return "url"
     try:
         path = Path(_folder(text)).expanduser()
     except RuntimeError:  # ~name of a user who does not exist

@@ -126,10 +126,10 @@ def _config(folder: str, name: str) -> Mapping[str, Any]:
     """Return a JSON file of a directory; empty where it cannot be read."""
     # Loaded for a finished run alone: the help needs none of it.
     from lora_merge.storage.small_files import read_json
-    from lora_merge.storage.user_paths import user_path
+    from lora_merge.storage.user_paths import file_in
 
     try:
-        return read_json(user_path(folder) / name)
+        return read_json(file_in(folder, name))
     except (LoraMergeError, OSError, ValueError):
         return {}
 

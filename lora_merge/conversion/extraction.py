@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.conversion import Draft
 from lora_merge.conversion.difference import Pairing, extracted, misfits
-from lora_merge.conversion.job import Conversion
+from lora_merge.conversion.job import Conversion, adapter_out
 from lora_merge.conversion.lora import ConvertReport, Keep, Recipe
 from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.writing import carry_out
@@ -33,8 +33,9 @@ from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
+from lora_merge.storage.objects.local_copies import local_path, without_copies
+from lora_merge.storage.objects.shown import by_url, errors_by_url
 from lora_merge.storage.sources import is_local
-from lora_merge.storage.user_paths import output_path
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -63,12 +64,13 @@ def extract_adapter(request: ExtractRequest, *, observer: Observer | None = None
             "neither rank nor energy is given, expected how much of each change to keep",
             hint=hint,
         )
-    with clock("plan"), translate_out_of_memory("planning"), watching() as seen:
+    with clock("plan"), translate_out_of_memory("planning"), errors_by_url(), watching() as seen:
         job = _plan(request, watch)
-    return carry_out(replace(job, read=seen.inputs()), watch, clock)
+    return carry_out(replace(job, read=without_copies(seen.inputs())), watch, clock)
 
 
 def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
+    out = adapter_out(request.out)
     access = Access(request.token, request.offline)
     places = [
         locate_base(find(text, role), text, access, watch)
@@ -76,9 +78,9 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     ]
     for place in places:
         # What small files show is refused before anything large is fetched.
-        if place.repo is not None:
+        if place.is_remote:
             raise_errors(refusals(read_config(place.root / CONFIG_FILE), settings_files(place.root)))
-    base, tuned = (resolve_base(place.whole()) for place in places)
+    base, tuned = (resolve_base(place.whole(), place.prefix) for place in places)
     of_storage = [issue for checkpoint in (base, tuned) for issue in checkpoint.issues]
     raise_errors(of_storage)
     pairing = _paired(base, tuned)
@@ -98,7 +100,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
     if any(
         issue.code == "resized" for issue in found.issues
     ):  # the tokens that were added go with their rows
-        adapter = replace(adapter, side_files=adapter_side_files(Path(tuned.root)))
+        adapter = replace(adapter, side_files=by_url(adapter_side_files(local_path(tuned.root))))
     dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
 
     return Conversion(
@@ -107,17 +109,19 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         found=Draft(tuple(found.modules), found.whole, decoded=found.decoded),
         recipe=Recipe(keep=Keep(request.rank, request.energy), explicit=True, dtype=dtype),
         base=base,
-        # The base is on the disk by now, so no hub is needed.
-        on_base=OnBase(base.root, Reading(), Access(offline=True)),
-        out=output_path(request.out),
+        # The base is on the disk by now, or in a store, so no hub is needed.
+        on_base=OnBase(base.root, Reading(), Access(offline=is_local(base.root))),
+        out=out,
         serving=None,
         overwrite=request.overwrite,
         strict=request.strict,
-        inputs=(
-            Path(base.root),
-            Path(tuned.root),
-            *map(Path, sorted(filter(is_local, {ref.file for ref in tuned.tensors()}))),
+        inputs=tuple(
+            map(
+                Path,
+                filter(is_local, (base.root, tuned.root, *sorted({ref.file for ref in tuned.tensors()}))),
+            )
         ),
+        places=tuple(places),
         read=Inputs(),
         provenance={"base": _origin(places[0]), "tuned": _origin(places[1])},
         issues=(*issues, *found.issues),

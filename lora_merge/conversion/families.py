@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.conversion import MERGE
@@ -13,8 +12,10 @@ from lora_merge.formats.model_config import read_config
 from lora_merge.serving import ENGINES, family_issues, obstacles, report
 from lora_merge.serving.family import BaseFamily
 from lora_merge.serving.traits import Trait, traits_of
+from lora_merge.storage.objects.local_copies import local_path
+from lora_merge.storage.objects.urls import is_store_url
 from lora_merge.storage.small_files import read_json
-from lora_merge.storage.user_paths import user_path
+from lora_merge.storage.user_paths import file_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,13 +32,14 @@ ADDED_TOKENS = "added_tokens.json"
 def base_config(given: str | None, adapter: Adapter) -> Mapping[str, Any]:
     """Return a base's ``config.json``: of the base that is given, otherwise of the one that the adapter names.
 
-    Only local directories are read. Empty if there is none: a name alone does not tell the family.
+    Repos are not asked, and no URL that only the adapter names. Empty if there is none: a name alone does not tell
+    the family.
     """
     named = given or adapter.config.get("base_model_name_or_path")
-    if not named:
+    if not named or (not given and is_store_url(str(named))):
         return {}
     try:
-        return read_config(user_path(str(named)) / CONFIG_FILE)
+        return read_config(file_in(str(named), CONFIG_FILE))
     except ResolveError:
         return {}
 
@@ -52,7 +54,7 @@ def added_tokens(adapter: Adapter, config: Mapping[str, Any]) -> int:
 
     All of them count where the base's ``vocab_size`` is not known. 0 if the file is missing or broken.
     """
-    path = Path(adapter.root) / ADDED_TOKENS
+    path = local_path(adapter.root) / ADDED_TOKENS
     if not path.is_file():
         return 0
     sizes = [level.get("vocab_size") for _, level in config_levels(config)]

@@ -14,8 +14,12 @@ from lora_merge.core.adapter import Adapter
 from lora_merge.core.checkpoint import ADAPTER_CONFIG, Checkpoint
 from lora_merge.core.identity import Inputs
 from lora_merge.core.report import Issue
-from lora_merge.errors import ConvertError
+from lora_merge.errors import ConvertError, ResolveError
 from lora_merge.formats.repo_files import CONVERSION_MANIFEST
+from lora_merge.planning.locate import Place
+from lora_merge.storage.objects.urls import is_store_url
+from lora_merge.storage.sources import is_local
+from lora_merge.storage.user_paths import output_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,10 +63,25 @@ class Conversion:
     home: Path | None = None
     """A folder among the inputs that the output may be in: an adapter may hold other forms of itself."""
 
+    places: tuple[Place, ...] = ()
+    """Where the inputs are: local copies of what is in a store are kept for as long as this."""
+
     def read_files(self) -> tuple[Path, ...]:
-        """Return the input directories, and the weight files of adapter and base."""
+        """Return the input directories, and the weight files of adapter and base, as far as they are on this machine."""
         names = {*self.adapter.files, *(ref.file for ref in (self.base.tensors() if self.base else ()))}
-        return (*self.inputs, *map(Path, sorted(names)))
+        return (*self.inputs, *map(Path, sorted(filter(is_local, names))))
+
+
+def adapter_out(text: str) -> Path:
+    """Return the path of an adapter that is to be written.
+
+    Raises:
+        ResolveError: it cannot be a path, or is in a store.
+    """
+    if is_store_url(text):
+        sentence = f"{text}: is in an object store, and adapters are written to local directories only"
+        raise ResolveError(sentence, hint="write to a directory, and copy it to the store")
+    return output_path(text)
 
 
 def raise_unconvertible(issues: Sequence[Issue]) -> None:

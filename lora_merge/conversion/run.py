@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from lora_merge.adapters.mlx_spelling import in_names_of
 from lora_merge.conversion import draft, needs_base
 from lora_merge.conversion.families import serving_issues
-from lora_merge.conversion.job import Conversion, raise_unconvertible
+from lora_merge.conversion.job import Conversion, adapter_out, raise_unconvertible
 from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.recipe import recipe_of, unsaid
 from lora_merge.conversion.writers import check_ready
 from lora_merge.conversion.writing import carry_out
 from lora_merge.core.identity import Inputs
 from lora_merge.core.report import Observer, Silence
+from lora_merge.formats.stored_versions import versions_of
 from lora_merge.merging.headline import Work, adapter_headline, announce
 from lora_merge.peft_rules.loose_ends import without_base
 from lora_merge.planning import Joined, Reading, check_fit, raise_errors
@@ -30,8 +31,10 @@ from lora_merge.serving import ENGINES
 from lora_merge.storage.digests import text_digest
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
+from lora_merge.storage.objects.local_copies import without_copies
+from lora_merge.storage.objects.shown import by_url, errors_by_url
 from lora_merge.storage.signs import sample_digest
-from lora_merge.storage.user_paths import output_path
+from lora_merge.storage.sources import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,23 +79,36 @@ def plan_conversion(request: ConvertRequest, watch: Observer) -> Conversion:
         ChangedError: a file changed while it was read.
         LoraMergeError: it cannot be converted.
     """
-    with watching() as seen:
+    with watching() as seen, errors_by_url():
         job = _plan(request, watch)
-    return replace(job, read=seen.inputs())
+    read = without_copies(seen.inputs())
+    return replace(job, read=read, provenance=_with_versions(job, read))
+
+
+def _with_versions(job: Conversion, read: Inputs) -> Mapping[str, object]:
+    """Return the record of the inputs with the versions of a base's files, where those are in a store."""
+    versions = versions_of(job.base, read) if job.base is not None else {}
+    base = job.provenance.get("base")
+    if not versions or not isinstance(base, dict):
+        return job.provenance
+    return {**job.provenance, "base": {**base, "versions": versions}}
 
 
 def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
+    out = adapter_out(request.out)
     access = Access(request.token, request.offline)
     found_adapter = find(request.adapter, "adapter")
     place = locate_adapter(found_adapter, request.adapter, access, watch, request.ignore_file)
     check_ignored([place], request.ignore_file)
     raise_errors(place.issues)
-    adapter = resolve_adapter(place.whole(), place.ignored)
+    adapter = by_url(resolve_adapter(place.whole(), place.ignored))
     recipe = recipe_of(request, adapter)
+    found_places: tuple[Place, ...] = ()
     joined, issues = None, (*place.issues, *adapter.issues, *without_base(adapter))
     if request.base is not None or needs_base(adapter, recipe):
         found = _on_base(request, watch)
         joined, issues = found.joined, found.issues
+        found_places = (found.base, *found.adapters)
         # An adapter of mlx-lm is read under the names of its base.
         adapter = in_names_of(adapter, joined.base.config)
         # Only the base shows some traits (excluded modules, copies of embeddings), and with them what an
@@ -115,15 +131,16 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
         recipe=recipe,
         base=joined.base if joined else None,
         on_base=OnBase(joined.base.root, joined.reading, access) if joined else None,
-        out=output_path(request.out),
+        out=out,
         serving=request.serving,
         overwrite=request.overwrite,
         strict=request.strict,
-        inputs=(Path(adapter.root), *([Path(joined.base.root)] if joined else [])),
+        inputs=tuple(map(Path, filter(is_local, (adapter.root, *([joined.base.root] if joined else []))))),
         read=Inputs(),
         provenance=_provenance(request, place, adapter, joined),
         issues=issues,
-        home=Path(adapter.root),
+        home=Path(adapter.root) if is_local(adapter.root) else None,
+        places=(place, *found_places),
     )
 
 

@@ -76,6 +76,9 @@ class RecordedInput:
     digest: str = ""
     """Digest of an adapter's weight file."""
 
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Weight file of a base in a store → its version when it was read."""
+
     def source(self) -> Source | None:
         """Return the repo at the commit that was merged; None for a local directory."""
         # The manifest has the hub's name as people write it, not the scheme.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.adapter import Adapter
@@ -46,6 +46,9 @@ class Provenance:
 
     adapter_origins: tuple[Origin | None, ...] = ()
     """The same of each adapter; empty when all are local directories."""
+
+    base_versions: Mapping[str, str] = field(default_factory=dict)
+    """Weight file of a base in a store → its version there (an ETag, a generation)."""
 
     merged_before: tuple[MergedBefore, ...] = ()
     """Adapters that the base has merged already, by its own manifest."""
@@ -92,7 +95,12 @@ def manifest_text(
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "versions": dict(provenance.versions),
-        "base": {"path": provenance.base, **_origin_table(provenance.base_origin), **_history(provenance)},
+        "base": {
+            "path": provenance.base,
+            **_origin_table(provenance.base_origin),
+            **({"versions": dict(provenance.base_versions)} if provenance.base_versions else {}),
+            **_history(provenance),
+        },
         "adapters": [
             {
                 "path": path,

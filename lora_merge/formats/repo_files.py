@@ -109,7 +109,11 @@ def _shards(label: str, index: str, names: Collection[str], root: Path) -> froze
 
 
 def adapter_small(
-    label: str, names: Collection[str], elsewhere: Collection[str], formats: Collection[str]
+    label: str,
+    names: Collection[str],
+    elsewhere: Collection[str],
+    formats: Collection[str],
+    example: str = "org/name/FOLDER",
 ) -> frozenset[str]:
     """Return the configuration and the side files of an adapter: what is fetched first.
 
@@ -118,6 +122,7 @@ def adapter_small(
         names: the files of its folder.
         elsewhere: the folders of the repo that hold an adapter.
         formats: names of the files of tensors that the formats of adapters look for.
+        example: how one of its folders is named.
 
     Raises:
         ResolveError: the listing is not that of an adapter.
@@ -128,7 +133,7 @@ def adapter_small(
             raise ResolveError(f"{label}: {what.sentence}", hint=what.hint)
         hint = ""
         if elsewhere:
-            hint = f"pass one of its folders with an adapter, as org/name/FOLDER: {listing(sorted(elsewhere), 8)}"
+            hint = f"pass one of its folders with an adapter, as {example}: {listing(sorted(elsewhere), 8)}"
         raise ResolveError(f"{label}: has no {ADAPTER_CONFIG}", hint=hint)
     if not adapter_weights(names, formats):
         state = sharded_state(names)

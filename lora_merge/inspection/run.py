@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -35,6 +34,8 @@ from lora_merge.runtime.machine import usable_cores
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.serving import ENGINES
 from lora_merge.storage.hub import Access
+from lora_merge.storage.objects.local_copies import local_path
+from lora_merge.storage.objects.shown import by_url, errors_by_url
 from lora_merge.storage.small_files import read_json, read_text
 from lora_merge.storage.user_paths import user_path
 
@@ -65,12 +66,12 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
     if drawing is not None:
         # A missing package is reported before everything is measured, not after.
         plots.check(drawing)
-    with translate_out_of_memory("inspecting", MORE):
+    with translate_out_of_memory("inspecting", MORE), errors_by_url():
         access = Access(request.token, request.offline)
         found = find(request.adapter, "adapter")
         place = locate_adapter(found, request.adapter, access, watch, request.ignore_file)
         check_ignored([place], request.ignore_file)
-        adapter = resolve_adapter(place.whole(), place.ignored)
+        adapter = by_url(resolve_adapter(place.whole(), place.ignored))
         around = _surroundings(request, adapter)
         issues: tuple[Issue, ...] = (*place.issues, *adapter.issues)
         measured = None
@@ -88,7 +89,7 @@ def inspect_adapter(request: InspectRequest, *, observer: Observer | None = None
 
 def _surroundings(request: InspectRequest, adapter: Adapter) -> Surroundings:
     """Read the files around an adapter's tensors: model card, training arguments, manifest of a conversion."""
-    root = Path(adapter.root)
+    root = local_path(adapter.root)
     arguments = next(
         (
             read_json(folder / TRAINING_ARGUMENTS)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge._version import __version__
 from lora_merge.formats.provenance import Provenance
+from lora_merge.formats.stored_versions import versions_of
 from lora_merge.requests.recording import record_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def provenance_of(planned: Planned, versions: Mapping[str, str] | None = None) -
         adapter_paths=tuple(place.text for place in planned.adapters),
         base_origin=planned.base.origin,
         adapter_origins=tuple(place.origin for place in planned.adapters),
+        base_versions=versions_of(planned.checkpoint, planned.inputs),
         merged_before=planned.merged_before,
         out_name=Path(request.out).name,
         # In the order that manifests always had, so that the same request writes the same bytes.

@@ -26,6 +26,7 @@ from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import storage_of
+from lora_merge.storage.sources import is_local
 from lora_merge.words import size_text
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def prepare(
         device, *issues = _device(request.device)
         check_strict(issues, strict=request.strict)
         _check_executor(request, device)
-        _check_links_in(request, storage)
+        _check_links(request, plan, storage)
         whole_files = tuple(map(under_way_bytes, file_pieces(plan))) if storage.takes_files else ()
         budget = _budget(request, plan, whole_files, on_gpu=device != "cpu")
         summary = plan.summary(budget.n_workers, budget.peak_bytes, storage.free_bytes(out))
@@ -197,15 +198,20 @@ def _check_executor(request: Request, device: str) -> None:
         raise RequestError("", 0, "executor", sentence, hint="leave out --executor, or use --device cpu")
 
 
-def _check_links_in(request: Request, storage: Storage) -> None:
-    """Check that the output can have links, where those are wanted.
+def _check_links(request: Request, plan: MergePlan, storage: Storage) -> None:
+    """Check that files of the output can be links of the base's, where those are wanted.
 
     Raises:
-        RequestError: it cannot.
+        RequestError: they cannot.
     """
-    if storage.takes_files and request.link not in {None, "copy"}:
+    if request.link in {None, "copy"}:
+        return
+    if storage.takes_files:
         sentence = f"is {request.link}, but {request.out} is in a store, which has no links"
         raise RequestError("", 0, "link", sentence, hint="leave out --link")
+    if not is_local(plan.base):
+        sentence = f"is {request.link}, but the base is read by its URL ({plan.base}), and only local files have links"
+        raise RequestError("", 0, "link", sentence, hint="leave out --link, or pass the base's directory")
 
 
 def _budget(request: Request, plan: MergePlan, whole_files: Sequence[int], *, on_gpu: bool) -> Budget:

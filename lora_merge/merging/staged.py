@@ -25,7 +25,7 @@ from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.copy_runs import whole_copies
 from lora_merge.storage.destinations import storage_of
 from lora_merge.storage.input_files import watching
-from lora_merge.storage.sources import identity_at
+from lora_merge.storage.sources import identity_at, is_local
 from lora_merge.words import counted
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ class Staged:
             CheckpointError: a file of the base cannot be read.
             WriteError: the disk is full or cannot be written.
         """
-        wanted, sources = self.prepared.request.link, whole_copies(self.plan)
+        wanted = self.prepared.request.link
+        # Only a file of this machine can have a link.
+        sources = {name: file for name, file in whole_copies(self.plan).items() if is_local(file)}
         linked = sorted(set(sources.values()) & self.inputs.files.keys())
         # A hard link moves the time of change of the base's file. The caller takes that time over, so that
         # the file is not read again for it.

@@ -89,7 +89,7 @@ def other_base(
         if name is not None:
             shown = "configurations" if _is_of_another_family(folder_of(name), base.root) else "names"
             why = f"their {shown} differ, so they look like different models"
-            called = f"called {base.root.name}" if ours == str(base.root) else f"{ours}{how}"
+            called = f"called {base.root.name}" if ours == base.label else f"{ours}{how}"
             sentence = f"the base is {called}, and the adapter {adapter.text} was trained on {name}; {why}"
             hint = (
                 f"merge into the model that the adapter was trained on: --base {name}; ignore this if both "
@@ -131,7 +131,7 @@ def is_this_copy(name: str, base: Place, *, quantised: bool) -> bool:
         return False
     # Configurations of quantised copies often keep the name of the original.
     ours = [one for one, how in _names_of(base) if not how or not quantised or quantised_words(one)]
-    return any(same_copy(name, one) for one in (*ours, str(base.root)))
+    return any(same_copy(name, one) for one in (*ours, base.label))
 
 
 def quantisation_in(folder: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -145,7 +145,7 @@ def _names_of(base: Place) -> list[tuple[str, str]]:
     # A repo's own name is the truth; all others are hints.
     if base.origin is not None:
         return [(base.origin.source.repo, "")]
-    cached = cached_repo(str(base.root))
+    cached = cached_repo(base.label)
     if cached is not None:
         return [(cached[0], ", from its path in the cache")]
     said = _json(base.root / CONFIG_FILE).get("_name_or_path")
@@ -154,7 +154,7 @@ def _names_of(base: Place) -> list[tuple[str, str]]:
     names = [
         (said, ", from its config.json"),
         (merged, ", from its merge_manifest.json"),
-        (str(base.root), ""),
+        (base.label, ""),
     ]
     return [(name, how) for name, how in names if isinstance(name, str) and name]
 

@@ -1,4 +1,4 @@
-"""Texts → local directories: a directory of that name, or what is fetched of a repo, small files first."""
+"""Texts → local directories: a directory of that name, or what is fetched of a repo or a store, small files first."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters import FORMATS
-from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
+from lora_merge.core.checkpoint import (
+    ADAPTER_CONFIG,
+    CONFIG_FILE,
+    INDEX_FILE,
+    PICKLED_FILE,
+    PICKLED_INDEX_FILE,
+    SAFETENSORS_FILE,
+)
 from lora_merge.core.report import Issue, error, note, warning
-from lora_merge.errors import RequestError, ResolveError, UnsupportedError
+from lora_merge.errors import CheckpointError, RequestError, ResolveError, UnsupportedError
 from lora_merge.formats.repo_files import (
     EXTRA_FOLDER,
     adapter_copies,
@@ -23,18 +30,21 @@ from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE, belongs_to_a
 from lora_merge.formats.trainer_files import chosen, described, file_names, unread_files
 from lora_merge.planning.base_names import named_bases
 from lora_merge.storage.hub import Access, Repo, open_repo
+from lora_merge.storage.objects.local_copies import LocalCopy, local_copy
+from lora_merge.storage.objects.shown import by_url
+from lora_merge.storage.objects.urls import StoreUrl, is_store_url, parse_store_url
 from lora_merge.storage.paths import file_hint, missing_hint
 from lora_merge.storage.source import Source, parse_source, unread_kind
 from lora_merge.storage.user_paths import is_directory, real_path, user_path
 from lora_merge.words import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from lora_merge.core.report import Observer
     from lora_merge.storage.source import Origin
 
-Found = Path | Source
+Found = Path | Source | StoreUrl
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +58,33 @@ class Place:
     """The local directory; of a repo, only the small files are in it at first."""
 
     repo: Repo | None = None
-    """None for a local directory."""
+    """None for what is not in a repo."""
 
     weights: frozenset[str] = frozenset()
-    """Files of the repo that are still to be fetched."""
+    """Files of the repo or the store that are still to be fetched."""
 
     issues: tuple[Issue, ...] = ()
 
     ignored: frozenset[str] = frozenset()
     """Files of an adapter that the user wants left out."""
+
+    copy: LocalCopy | None = None
+    """What of a store is on this machine; None for what is in no store. The files are there as long as this is."""
+
+    @property
+    def is_remote(self) -> bool:
+        """True where small files are here before anything large is."""
+        return self.repo is not None or self.copy is not None
+
+    @property
+    def label(self) -> str:
+        """The directory's path, or the URL of what it is the copy of."""
+        return by_url(str(self.root))
+
+    @property
+    def prefix(self) -> str:
+        """What the texts of a base's weight files begin with, where they are in a store; else empty."""
+        return str(self.copy.url) if self.copy is not None else ""
 
     @property
     def origin(self) -> Origin | None:
@@ -69,13 +97,18 @@ class Place:
         Raises:
             ResolveError: they cannot be fetched.
         """
+        if self.copy is not None:
+            return self.copy.fetch(self.weights)
         return self.repo.fetch(self.weights) if self.repo else self.root
 
 
 def find(text: str, role: str) -> Found:
-    """Return the directory of this name, or the source that the text means; a directory always wins.
+    """Return the directory of this name, or the source that the text means.
+
+    A directory wins over a repo, and a URL of a store over a directory.
 
     Raises:
+        RequestError: it is a URL of a store, and a wrong one.
         ResolveError: it is neither, or a directory that cannot be read.
         UnsupportedError: it is a base whose name says that it is stored in a way that is not read.
 
@@ -83,6 +116,9 @@ def find(text: str, role: str) -> Found:
         text: as the user or an adapter has it.
         role: ``"base"`` or ``"adapter"``, for messages.
     """
+    url = parse_store_url(text)
+    if url is not None:
+        return url
     root = user_path(text)
     try:
         exists = root.exists()
@@ -128,24 +164,26 @@ def locate_adapter(
     """Return where an adapter is, with its configuration and side files in reach.
 
     Args:
-        found: its directory, or its repo.
+        found: its directory, its repo, or its place in a store.
         text: as the user named it.
         access: how a hub may be asked.
         watch: hears of downloads.
         ignore: names of files in it that the user wants left out.
 
     Raises:
-        ResolveError: the repo cannot be reached, or holds no adapter.
+        ResolveError: the repo or the store cannot be reached, or holds no adapter.
     """
     if isinstance(found, Path):
         return Place(text, found, ignored=chosen(file_names(found), ignore) if ignore else frozenset())
-    repo = open_repo(found, access, watch)
+    repo = _opened(found, access, watch)
     # Adapters in subfolders, for a message: a repo may hold one per checkpoint.
-    elsewhere = repo.folders_with(ADAPTER_CONFIG) if not found.folder else ()
+    is_folder = isinstance(found, Source) and bool(found.folder)
+    elsewhere = () if is_folder else repo.folders_with(ADAPTER_CONFIG)
     known = repo.names | repo.absent
     ignored = chosen(known, ignore)
     formats = {one.weights for one in FORMATS.values()}
-    small = adapter_small(str(found), known, elsewhere, formats)
+    example = f"{found}/FOLDER" if isinstance(found, StoreUrl) else "org/name/FOLDER"
+    small = adapter_small(str(found), known, elsewhere, formats, example)
     absent = frozenset(filter(belongs_to_adapter, repo.absent))
     # What is in the small files is checked before any weights are fetched.
     root = repo.fetch(small - absent - (repo.absent & {CARD_FILE}))
@@ -158,7 +196,8 @@ def locate_adapter(
     ]
     sentence = "is a second copy of the adapter and was not downloaded; PEFT does not read it either"
     notes = [note("adapter-copy", name, sentence) for name in sorted(copies)]
-    return Place(text, root, repo, weights, (*_absent_issues(str(found), absent), *unread, *notes), ignored)
+    issues = (*_absent_issues(str(found), absent), *unread, *notes)
+    return replace(_place(text, root, repo), weights=weights, issues=issues, ignored=ignored)
 
 
 def check_ignored(places: Sequence[Place], ignore: Sequence[str]) -> None:
@@ -180,17 +219,59 @@ def locate_base(found: Found, text: str, access: Access, watch: Observer) -> Pla
     """Return where a base is, with its configuration, side files and index on this machine.
 
     Raises:
-        ResolveError: the repo cannot be reached, or holds no model.
+        ResolveError: the repo or the store cannot be reached, or holds no model.
     """
     if isinstance(found, Path):
         return Place(text, found)
-    repo = open_repo(found, access, watch)
+    repo = _opened(found, access, watch)
     known = repo.names | repo.absent
+    if isinstance(repo, LocalCopy):
+        _refuse_pickled(str(found), known)
     # Without its config.json nothing can be done, so that one is asked for and its error is raised.
     absent = frozenset(filter(belongs_to_base, repo.absent)) - {CONFIG_FILE}
     root = repo.fetch(base_small(str(found), known) - absent - (repo.absent & {MANIFEST_FILE, CARD_FILE}))
-    weights = base_weights(str(found), known, root)
-    return Place(text, root, repo, weights, _absent_issues(str(found), absent))
+    try:
+        weights = base_weights(str(found), known, root)
+    except CheckpointError as exc:
+        if isinstance(repo, LocalCopy):
+            exc.hint = "upload the missing files: the upload is incomplete"
+        raise
+    # A store's weights are read where they are, by ranges.
+    wanted = frozenset() if isinstance(repo, LocalCopy) else weights
+    return replace(_place(text, root, repo), weights=wanted, issues=_absent_issues(str(found), absent))
+
+
+def _opened(found: Source | StoreUrl, access: Access, watch: Observer) -> Repo | LocalCopy:
+    """Return a repo, or a prefix of a store, with its listing.
+
+    Raises:
+        ResolveError: it cannot be reached, or nothing is there.
+    """
+    if isinstance(found, Source):
+        return open_repo(found, access, watch)
+    if access.offline and found.scheme != "file":
+        sentence = f"{found}: is in an object store, and offline mode is on"
+        raise ResolveError(sentence, hint="leave out --offline, or pass a local directory")
+    return local_copy(found, watch)
+
+
+def _place(text: str, root: Path, held: Repo | LocalCopy) -> Place:
+    if isinstance(held, LocalCopy):
+        return Place(text, root, copy=held)
+    return Place(text, root, held)
+
+
+def _refuse_pickled(label: str, names: Collection[str]) -> None:
+    """Check that a base in a store has safetensors.
+
+    Raises:
+        ResolveError: it has only files of ``torch.save``, which are read as a whole.
+    """
+    pickled = [name for name in (PICKLED_INDEX_FILE, PICKLED_FILE) if name in names]
+    if pickled and not {INDEX_FILE, SAFETENSORS_FILE} & set(names):
+        sentence = f"{label}: has its weights in {pickled[0]}, expected safetensors, which a store can serve in parts"
+        hint = "download it and pass its folder, or save the model with safetensors"
+        raise ResolveError(sentence, hint=hint)
 
 
 def locate_named_base(adapter: Place, access: Access, watch: Observer) -> Place:
@@ -227,6 +308,13 @@ def _named_base(adapter: Place) -> tuple[Found, str]:
         if is_directory(Path(name)):
             return find(name, "base"), name
     source = next((source for _, source in named if source is not None), None)
+    url = next((name for name, _ in named if is_store_url(name)), None)
+    if source is None and url is not None:
+        # A stranger may have written it, and the store would be asked with the user's credentials.
+        raise ResolveError(
+            f"{adapter.text}: its base model is {url}, and a URL that only an adapter names is not read",
+            hint=f"pass it with --base {url}, if you trust it",
+        )
     if source is None:
         raise ResolveError(
             f"{adapter.text}: its base model is {named[0][0]}, and this directory does not exist here",

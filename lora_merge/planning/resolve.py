@@ -38,6 +38,8 @@ from lora_merge.layouts import Stored
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.counts import excess_of
 from lora_merge.modeling.skeleton import build_skeleton
+from lora_merge.storage.objects.local_copies import local_path
+from lora_merge.storage.objects.shown import by_url
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.sources import is_stored
 from lora_merge.words import choice
@@ -96,17 +98,17 @@ def resolve_base(root: Path, weights: str = "") -> Checkpoint:
     # Which tensors make up a parameter; the rest is copied as it is.
     found = weights_in(root, config, files)
     return Checkpoint(
-        root=str(root),
+        root=by_url(str(root)),
         config=config,
         files=_output_files(files, sharded=index is not None) if entry in _PICKLED else files,
         sharded=index is not None,
         index_metadata=_table((index or {}).get("metadata")),
-        side_files=tuple(file for file in side_files if file.name not in names),
+        side_files=by_url(tuple(file for file in side_files if file.name not in names)),
         weights=found.weights,
         others=found.others,
-        notes=notes + _weight_notes(root, entry, files, index),
+        notes=by_url(notes + _weight_notes(root, entry, files, index)),
         quantisation=found.settings,
-        issues=found.issues,
+        issues=by_url(found.issues),
         merged=merged_before(read_json(root / MANIFEST_FILE)) if (root / MANIFEST_FILE).is_file() else (),
     )
 
@@ -128,7 +130,7 @@ def _check_counts(root: Path, config: Mapping[str, Any]) -> None:
 
 def own_side_files(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:
     """Return the names of the adapter's tokenizer and template files that differ from the base's."""
-    return tuple(file.name for file in adapter.side_files if differs(file, Path(base.root)))
+    return tuple(file.name for file in adapter.side_files if differs(file, local_path(base.root)))
 
 
 def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[str], tuple[Issue, ...]]:
@@ -137,13 +139,13 @@ def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[
     An adapter that sentence-transformers saved says which modules follow the transformer, and has those that were
     trained. Where it has a folder, nothing of the base's is left in it; a folder that it names and lacks is the base's.
     """
-    sources = {file.name: Path(file.source) for file in adapter.side_files}
+    sources = {file.name: local_path(file.source) for file in adapter.side_files}
     if MODULES_FILE not in sources:
         return frozenset(), _one_of_several(adapter)
     root, names = sources[MODULES_FILE].parent, sources.keys()
     named = module_folders(root)
     own = {folder for folder in named if any(name.startswith(f"{folder}/") for name in names)}
-    theirs = {folder for folder in named | module_folders(Path(base.root)) if folder not in named - own}
+    theirs = {folder for folder in named | module_folders(local_path(base.root)) if folder not in named - own}
     displaced = {
         file.name for file in base.side_files if any(file.name.startswith(f"{one}/") for one in theirs)
     }
@@ -161,7 +163,7 @@ def displaced_side_files(adapter: Adapter, base: Checkpoint) -> tuple[frozenset[
 
 def _one_of_several(adapter: Adapter) -> tuple[Issue, ...]:
     """Return a warning for an adapter in the folder of one module of a sentence-transformers model."""
-    root = Path(adapter.root)
+    root = local_path(adapter.root)
     whole = whole_model(root)
     if whole is None:
         return ()

@@ -54,6 +54,8 @@ from lora_merge.requests.table import default_of
 from lora_merge.requests.values import parse_adapter
 from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
+from lora_merge.storage.objects.local_copies import without_copies
+from lora_merge.storage.objects.shown import by_url, errors_by_url
 from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import is_directory, user_path
 
@@ -135,11 +137,11 @@ class Planned:
         return self.checkpoint.merged
 
     def read_files(self) -> tuple[Path, ...]:
-        """Return the directories and local weight files that the output is made of."""
+        """Return the directories and weight files of this machine that the output is made of."""
         roots = (self.plan.base, *self.plan.adapters)
         own = {ref.file for ref in self.checkpoint.tensors()}
         own.update(*(use.adapter.files for use in self.uses))
-        return tuple(map(Path, (*roots, *sorted(filter(is_local, own)))))
+        return tuple(map(Path, filter(is_local, (*roots, *sorted(own)))))
 
     def stored_files(self) -> tuple[str, ...]:
         """Return the weight files of the base that are in another storage."""
@@ -185,9 +187,9 @@ def join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> JoinedI
         ChangedError: a file changed while it was read.
         LoraMergeError: one of them cannot be found or read.
     """
-    with watching() as seen:
+    with watching() as seen, errors_by_url():
         found = _join_inputs(texts, reading, watch)
-    return replace(found, inputs=seen.inputs())
+    return replace(found, inputs=without_copies(seen.inputs()))
 
 
 def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> JoinedInputs:
@@ -204,20 +206,22 @@ def _join_inputs(texts: InputTexts, reading: Reading, watch: Observer) -> Joined
         base_place = locate_base(*named_base, access, watch)
     else:
         base_place = locate_named_base(places[0], access, watch)
-    is_remote = base_place.repo is not None
+    is_remote = base_place.is_remote
     # What small files show is refused before anything large is fetched.
     if is_remote:
         raise_errors(refusals(read_config(base_place.root / CONFIG_FILE), settings_files(base_place.root)))
     apart = [place for place in places if place.root != base_place.root]  # else its weights are the base's
     raise_errors([issue for place in apart for issue in place.issues])
-    adapters = [resolve_adapter(place.whole(), place.ignored) for place in places]
+    adapters = [by_url(resolve_adapter(place.whole(), place.ignored)) for place in places]
     if is_remote and len(apart) == len(places):
         raise_errors([issue for adapter in adapters for issue in adapter.issues])
-    base = resolve_base(base_place.whole())
+    base = resolve_base(base_place.whole(), base_place.prefix)
     # Both need the base: whose files are in the folder, and what its family is called in mlx-lm.
     adapters = [in_names_of(beside_base(adapter, base), base.config) for adapter in adapters]
     weights = [weight for _, weight in texts.adapters]
-    uses = tuple(_use(adapter, weight, base) for adapter, weight in zip(adapters, weights, strict=True))
+    uses = tuple(
+        by_url(_use(adapter, weight, base)) for adapter, weight in zip(adapters, weights, strict=True)
+    )
     # Reads whole embeddings, so only where a tie may matter.
     twins = equal_embeddings(base, adapters) if any(map(touches_embeddings, uses)) else frozenset()
     other = other_base(base_place, places, [adapter.config for adapter in adapters])

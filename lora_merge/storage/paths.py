@@ -41,7 +41,7 @@ def missing_hint(text: str, role: str) -> str:
     return (
         _spelling_hint(text, role)
         or _near_hint(text)
-        or ("pass a directory, or a repo: org/name, org/name@revision, hf://name, ms://org/name")
+        or "pass a directory, or a repo: org/name, org/name@revision, hf://name, ms://org/name; or a URL: s3://bucket/folder"
     )
 
 
@@ -57,8 +57,12 @@ def _spelling_hint(text: str, role: str) -> str:
 _SPELLINGS = (
     (re.compile(r"^['\"\u201c\u2018]"), "remove the quotes: they are part of the path here"),
     (
-        re.compile(r"^(https?|s3|gs|file|oss)://"),
-        "download it, and pass its folder; the only URLs that work here begin with hf:// or ms://",
+        re.compile(r"^(https?|oss|ftp|abfss?|wasbs?|hdfs|r2|s3a|gcs)://"),
+        "download it, and pass its folder; URLs that work begin with s3://, gs://, az://, file://, hf:// or ms://",
+    ),
+    (
+        re.compile(r"^(s3|gs|az|file|hf|ms):/(?!/)"),
+        "write two slashes behind the colon; in Python pass a string, since pathlib removes one",
     ),
     (re.compile(r"\$\w|\$\{|%\w+%"), "write the whole path: shell variables are not expanded here"),
     (

@@ -7,7 +7,6 @@ import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +208,7 @@ def test_weights_of_a_base_are_merged_from_a_storage_that_is_no_disk(
     for path in files.values():
         path.unlink()
     monkeypatch.setitem(SCHEMES, "mem", toy)
-    monkeypatch.setattr(run, "resolve_base", partial(resolve_base, weights="mem://base"))
+    monkeypatch.setattr(run, "resolve_base", lambda root, *_: resolve_base(root, "mem://base"))
     done = cli("--base", base, *arguments, tmp_path / "out")
     assert done.exit_code == 0, (done.stderr, done.exception)
     assert content(tmp_path / "out") == content(tmp_path / "wanted" / "out")
@@ -225,7 +224,7 @@ def test_a_base_in_a_storage_that_changes_meanwhile_is_noticed(pico, pico_adapte
     base = tmp_path / whole.name
     shutil.copytree(whole, base, ignore=shutil.ignore_patterns(name))
     monkeypatch.setitem(SCHEMES, "mem", toy)
-    monkeypatch.setattr(run, "resolve_base", partial(resolve_base, weights="mem://base"))
+    monkeypatch.setattr(run, "resolve_base", lambda root, *_: resolve_base(root, "mem://base"))
 
     class Hook:
         def phase(self, name, nbytes):

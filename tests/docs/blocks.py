@@ -23,6 +23,7 @@ NEEDS = {
     "sglang": "an engine that is not installed here",
     "llama.cpp": "programs of llama.cpp",
     "hub": "a download from a hub",
+    "store": "an object store, and credentials for it",
     "tinker": "an account at a service",
     "clone": "builds environments in a clone, for minutes",
     "install": "installs packages",
