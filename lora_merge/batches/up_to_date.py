@@ -30,10 +30,11 @@ from lora_merge.merging.worker import MergeSpec, NoDeviceError, pick_device
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime import machine
 from lora_merge.storage.digests import file_digest, text_digest
+from lora_merge.storage.objects.urls import path_here
 from lora_merge.storage.output_files import has_header
 from lora_merge.storage.signs import changed_at, has_hole, modified_at, pages, sampled
 from lora_merge.storage.small_files import read_json, read_text
-from lora_merge.storage.sources import is_local, open_source
+from lora_merge.storage.sources import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -249,7 +250,7 @@ class _Looked:
 
     def _is_newer(self, path: str | Path) -> bool:
         """Return True for a file that may have changed since the output was made."""
-        changed = changed_at(path)
+        changed = changed_at(path_here(str(path)) or path)
         self._newest = max(self._newest, changed)
         # By the kernel's own time of change, which programs cannot set.
         return changed >= self._made
@@ -363,8 +364,9 @@ def _conversion_faults(conversion: Conversion, manifest: Mapping[str, Any]) -> I
     # as changed.
     made = modified_at(conversion.out / CONVERSION_MANIFEST)
     of_base = {ref.file for ref in conversion.base.tensors()} if conversion.base is not None else set()
-    for name in sorted(filter(is_local, of_base)):  # versions of what is in a store were compared above
-        if modified_at(name) > made:
+    # Versions of what is in a store were compared above.
+    for name in sorted(name for name in of_base if path_here(name) is not None):
+        if modified_at(path_here(name) or name) > made:
             yield f"the base has changed: {name} is newer than the output"
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.conversion import Draft
 from lora_merge.conversion.difference import Pairing, extracted, misfits
-from lora_merge.conversion.job import Conversion, adapter_out
+from lora_merge.conversion.job import Conversion, adapter_out, local_paths
 from lora_merge.conversion.lora import ConvertReport, Keep, Recipe
 from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.writing import carry_out
@@ -115,12 +114,7 @@ def _plan(request: ExtractRequest, watch: Observer) -> Conversion:
         serving=None,
         overwrite=request.overwrite,
         strict=request.strict,
-        inputs=tuple(
-            map(
-                Path,
-                filter(is_local, (base.root, tuned.root, *sorted({ref.file for ref in tuned.tensors()}))),
-            )
-        ),
+        inputs=local_paths((base.root, tuned.root, *sorted({ref.file for ref in tuned.tensors()}))),
         places=tuple(places),
         read=Inputs(),
         provenance={"base": _origin(places[0]), "tuned": _origin(places[1])},

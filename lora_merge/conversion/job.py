@@ -17,12 +17,11 @@ from lora_merge.core.report import Issue
 from lora_merge.errors import ConvertError, ResolveError
 from lora_merge.formats.repo_files import CONVERSION_MANIFEST
 from lora_merge.planning.locate import Place
-from lora_merge.storage.objects.urls import is_store_url
-from lora_merge.storage.sources import is_local
+from lora_merge.storage.objects.urls import is_store_url, path_here
 from lora_merge.storage.user_paths import output_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 MARKS = (ADAPTER_CONFIG, CONVERSION_MANIFEST)
@@ -69,7 +68,12 @@ class Conversion:
     def read_files(self) -> tuple[Path, ...]:
         """Return the input directories, and the weight files of adapter and base, as far as they are on this machine."""
         names = {*self.adapter.files, *(ref.file for ref in (self.base.tensors() if self.base else ()))}
-        return (*self.inputs, *map(Path, sorted(filter(is_local, names))))
+        return (*self.inputs, *local_paths(sorted(names)))
+
+
+def local_paths(texts: Iterable[str]) -> tuple[Path, ...]:
+    """Return the paths on this machine that some texts mean."""
+    return tuple(path for path in map(path_here, texts) if path is not None)
 
 
 def adapter_out(text: str) -> Path:

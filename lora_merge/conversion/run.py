@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters.mlx_spelling import in_names_of
 from lora_merge.conversion import draft, needs_base
 from lora_merge.conversion.families import serving_issues
-from lora_merge.conversion.job import Conversion, adapter_out, raise_unconvertible
+from lora_merge.conversion.job import Conversion, adapter_out, local_paths, raise_unconvertible
 from lora_merge.conversion.reading_back import OnBase
 from lora_merge.conversion.recipe import recipe_of, unsaid
 from lora_merge.conversion.writers import check_ready
@@ -33,8 +32,8 @@ from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.objects.local_copies import without_copies
 from lora_merge.storage.objects.shown import by_url, errors_by_url
+from lora_merge.storage.objects.urls import path_here
 from lora_merge.storage.signs import sample_digest
-from lora_merge.storage.sources import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -135,11 +134,11 @@ def _plan(request: ConvertRequest, watch: Observer) -> Conversion:
         serving=request.serving,
         overwrite=request.overwrite,
         strict=request.strict,
-        inputs=tuple(map(Path, filter(is_local, (adapter.root, *([joined.base.root] if joined else []))))),
+        inputs=local_paths((adapter.root, *([joined.base.root] if joined else []))),
         read=Inputs(),
         provenance=_provenance(request, place, adapter, joined),
         issues=issues,
-        home=Path(adapter.root) if is_local(adapter.root) else None,
+        home=path_here(adapter.root),
         places=(place, *found_places),
     )
 

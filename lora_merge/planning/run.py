@@ -56,6 +56,7 @@ from lora_merge.storage.hub import Access
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.objects.local_copies import without_copies
 from lora_merge.storage.objects.shown import by_url, errors_by_url
+from lora_merge.storage.objects.urls import path_here
 from lora_merge.storage.sources import is_local
 from lora_merge.storage.user_paths import is_directory, user_path
 
@@ -141,11 +142,13 @@ class Planned:
         roots = (self.plan.base, *self.plan.adapters)
         own = {ref.file for ref in self.checkpoint.tensors()}
         own.update(*(use.adapter.files for use in self.uses))
-        return tuple(map(Path, filter(is_local, (*roots, *sorted(own)))))
+        # The output may neither be in one of them nor replace one, whatever text names it.
+        return tuple(path for path in map(path_here, (*roots, *sorted(own))) if path is not None)
 
     def stored_files(self) -> tuple[str, ...]:
-        """Return the weight files of the base that are in another storage."""
+        """Return the weight files of base and adapters that are in another storage."""
         own = {ref.file for ref in self.checkpoint.tensors()}
+        own.update(*(use.adapter.files for use in self.uses))
         return tuple(sorted(file for file in own if not is_local(file)))
 
 

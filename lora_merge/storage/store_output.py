@@ -250,7 +250,7 @@ class StoreDestination:
         """
         self._shadow.write_text(name, text)
 
-    def copy_in(self, source: Path, name: str) -> str:
+    def copy_in(self, source: str, name: str) -> str:
         """Copy a file of an input into the temporary directory; return the digest of the bytes that were read.
 
         Raises:

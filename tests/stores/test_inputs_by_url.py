@@ -318,6 +318,25 @@ def test_an_adapter_beside_its_base_in_one_folder(placed, below, upload, cli, tm
     assert files_of(tmp_path / "out") == files_of(tmp_path / "here")
 
 
+def test_an_output_does_not_replace_its_base(placed, below, cli, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(placed.base, base)
+    arguments = ("--adapter", placed.adapter_url, "--overwrite", "--out", base)
+    said = refused(cli("--base", f"file://{base}", *arguments))
+    assert said.splitlines()[-2:] == refused(cli("--base", base, *arguments)).splitlines()[-2:]
+    for out in ("my-lora/out", "pico-llama"):
+        given = (
+            "--base",
+            placed.base_url,
+            "--adapter",
+            placed.adapter_url,
+            "--overwrite",
+            "--out",
+            below(out),
+        )
+        assert "the input" in refused(cli(*given))
+
+
 def test_a_directory_of_that_name_does_not_win(placed, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scheme, _, rest = placed.base_url.partition("://")

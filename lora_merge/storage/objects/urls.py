@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NoReturn, cast
 
 from lora_merge.errors import RequestError
@@ -112,6 +113,19 @@ def is_store_url(text: str) -> bool:
     """
     scheme, mark, _ = text.partition("://")
     return bool(mark) and scheme in SHAPES
+
+
+def path_here(text: str) -> Path | None:
+    """Return the path on this machine that a path or a URL of ``file://`` means; None for another store.
+
+    Example:
+        >>> path_here("file:///data/base"), path_here("/data/base"), path_here("s3://models/base")
+        (PosixPath('/data/base'), PosixPath('/data/base'), None)
+    """
+    url = parse_store_url(text)
+    if url is None:
+        return Path(text)
+    return Path("/", url.prefix) if url.scheme == "file" else None
 
 
 def _check_prefix(text: str, prefix: str) -> None:
