@@ -31,8 +31,8 @@ class PlanOptions(TypedDict, total=False):
     """Keywords of `lora_merge.plan`."""
 
     base: str | PathLike[str] | None
-    """Base model: a directory, a Hub repo or a URL (s3://bucket/folder). A repo is written as org/name or
-    org/name@revision. Default: the adapter's."""
+    """Base model: directory, repo or URL. A repo is written as org/name or org/name@revision, a URL as
+    s3://bucket/folder. Default: the adapter's."""
 
     base_is: BaseIs | None
     """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:
@@ -196,8 +196,8 @@ class InspectOptions(TypedDict, total=False):
     """Keywords of `lora_merge.inspect`."""
 
     base: str | PathLike[str] | None
-    """Base model: a directory, a Hub repo or a URL (s3://bucket/folder). A repo is written as org/name or
-    org/name@revision. Default: the adapter's, if one is needed."""
+    """Base model: directory, repo or URL. A repo is written as org/name or org/name@revision, a URL as
+    s3://bucket/folder. Default: the adapter's, if one is needed."""
 
     base_is: BaseIs | None
     """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:
@@ -273,8 +273,8 @@ class ConvertOptions(TypedDict, total=False):
     """Format of the output: PEFT, GGUF for llama.cpp, or mlx-lm. Default: peft."""
 
     base: str | PathLike[str] | None
-    """Base model: a directory, a Hub repo or a URL (s3://bucket/folder). A repo is written as org/name or
-    org/name@revision. Default: the adapter's, if one is needed."""
+    """Base model: directory, repo or URL. A repo is written as org/name or org/name@revision, a URL as
+    s3://bucket/folder. Default: the adapter's, if one is needed."""
 
     base_is: BaseIs | None
     """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:

@@ -28,15 +28,15 @@ class Request:
     """What to merge, into what, and how: the command's options, and the keys of a request file."""
 
     adapter: tuple[str, ...]
-    """Adapter: a directory, a Hub repo or a URL (s3://bucket/folder). A repo is written as org/name,
-    org/name/folder or org/name@revision. A weight may follow: my-lora:0.5. May be repeated, see --combine."""
+    """Adapter: directory, repo or URL. A repo is written as org/name, org/name/folder or org/name@revision, a
+    URL as s3://bucket/folder. A weight may follow: my-lora:0.5. May be repeated, see --combine."""
 
     out: str
-    """Directory to create, or a folder in a store: s3://, gs://, az:// or file:///."""
+    """Directory to create, or a URL. It begins with s3://, gs://, az:// or file:///."""
 
     base: str | None = None
-    """Base model: a directory, a Hub repo or a URL (s3://bucket/folder). A repo is written as org/name or
-    org/name@revision. Default: the adapter's."""
+    """Base model: directory, repo or URL. A repo is written as org/name or org/name@revision, a URL as
+    s3://bucket/folder. Default: the adapter's."""
 
     base_is: BaseIs | None = None
     """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:
@@ -145,7 +145,7 @@ class VerifyRequest:
     """Which output to hold to what, and how far to go."""
 
     out: str
-    """Merged checkpoint to verify: a directory or a URL (s3://bucket/folder)."""
+    """Merged checkpoint to verify: directory or URL."""
 
     base: str | None = None
     """Base model that it was made from. Default: the one in its manifest."""
@@ -208,11 +208,11 @@ class InspectRequest:
     """Which adapter to describe, and against which base."""
 
     adapter: str
-    """Adapter: a directory, a Hub repo (org/name) or a URL (s3://bucket/folder)."""
+    """Adapter: directory, Hub repo (org/name) or URL (s3://bucket/folder)."""
 
     base: str | None = None
-    """Base model: a directory, a Hub repo or a URL (s3://bucket/folder). A repo is written as org/name or
-    org/name@revision. Default: the adapter's, if one is needed."""
+    """Base model: directory, repo or URL. A repo is written as org/name or org/name@revision, a URL as
+    s3://bucket/folder. Default: the adapter's, if one is needed."""
 
     base_is: BaseIs | None = None
     """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:
@@ -254,7 +254,7 @@ class ConvertRequest:
     """Which adapter to rewrite, and how."""
 
     adapter: str
-    """Adapter: a directory, a Hub repo (org/name) or a URL (s3://bucket/folder)."""
+    """Adapter: directory, Hub repo (org/name) or URL (s3://bucket/folder)."""
 
     out: str
     """Directory to create."""
@@ -297,8 +297,8 @@ class ConvertRequest:
     """Format of the output: PEFT, GGUF for llama.cpp, or mlx-lm. Default: peft."""
 
     base: str | None = None
-    """Base model: a directory, a Hub repo or a URL (s3://bucket/folder). A repo is written as org/name or
-    org/name@revision. Default: the adapter's, if one is needed."""
+    """Base model: directory, repo or URL. A repo is written as org/name or org/name@revision, a URL as
+    s3://bucket/folder. Default: the adapter's, if one is needed."""
 
     base_is: BaseIs | None = None
     """State of the base for PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA. original: the published model. residual:
