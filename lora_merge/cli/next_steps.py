@@ -89,8 +89,33 @@ def serving(out: str) -> tuple[str, str] | None:
         return ("load it in Python", _loading(name, out)) if name.isidentifier() else None
     # mlx-lm writes its settings under this key, and its weights are in no form that other engines read.
     if _is_mlx(config):
-        return "run it with mlx-lm", command("mlx_lm.generate", "--model", out, "--prompt", "Hello")
-    return "serve it with vLLM", command("vllm", "serve", out)
+        return "run it with mlx-lm", command(
+            "mlx_lm.generate", "--model", _model(out, "mlx")[0], "--prompt", "Hello"
+        )
+    return "serve it with vLLM", _vllm(out)
+
+
+def _vllm(out: str) -> str:
+    """Return the command that serves a checkpoint."""
+    place, *options = _model(out, "vllm")
+    return command("vllm", "serve", place, *options)
+
+
+def _model(text: str, engine: str) -> tuple[str, ...]:
+    """Return what an engine takes for a model, and the options that it needs for that.
+
+    A URL of ``file://`` is a directory for every other program. vLLM and SGLang read other stores, vLLM when told to.
+    """
+    from lora_merge.storage.objects.urls import parse_store_url, path_here
+
+    url, here = parse_store_url(text), path_here(text)
+    if url is None:
+        return (text,)
+    if here is not None:
+        return (str(here),)
+    if engine == "vllm":
+        return (str(url), "--load-format", "runai_streamer")
+    return (str(url),) if engine == "sglang" else ("BASE",)
 
 
 def _is_mlx(config: Mapping[str, Any]) -> bool:
@@ -159,13 +184,24 @@ def after_conversion(report: ConvertReport, out: str, base: str, engine: str | N
             "serve it with llama.cpp", command("llama-server", "-m", model, "--lora", str(Path(out, file)))
         )
     elif report.format == "mlx":
-        words = ("mlx_lm.generate", "--model", named, "--adapter-path", out, "--prompt", "Hello")
+        words = (
+            "mlx_lm.generate",
+            "--model",
+            _model(named, "mlx")[0],
+            "--adapter-path",
+            out,
+            "--prompt",
+            "Hello",
+        )
         say_next("run it with mlx-lm", command(*words))
     elif engine is not None and engine in _SERVES_ADAPTER:
         rank = max((one.rank for one in report.modules), default=0)
         allowed = next((one for one in _VLLM_RANKS if one >= rank), rank)
         line = _SERVES_ADAPTER[engine].format(
-            base=shlex.quote(named), rank=allowed, name=shlex.quote(Path(out).name), out=shlex.quote(out)
+            base=shlex.join(_model(named, engine)),
+            rank=allowed,
+            name=shlex.quote(Path(out).name),
+            out=shlex.quote(out),
         )
         say_next("serve it", line)
     else:

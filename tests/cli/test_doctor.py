@@ -20,6 +20,7 @@ from lora_merge.diagnosis.findings import findings
 from lora_merge.diagnosis.packages import packages
 from lora_merge.diagnosis.places import disks, programs
 from lora_merge.diagnosis.run import diagnose
+from lora_merge.diagnosis.stores import stores
 from lora_merge.diagnosis.variables import variables
 
 SECRET = "hf_" + "aB3" * 12
@@ -328,3 +329,39 @@ def test_a_source_tree_that_is_not_installed_knows_what_it_needs(monkeypatch):
     assert {text.partition(">=")[0] for text in project["dependencies"]} <= found.keys()
     assert (found["gguf"].extra, found["gguf"].oldest) == ("gguf", "0.19")
     assert "ruff" not in found
+
+
+CREDENTIALS = {
+    "environment variables": (
+        {"AWS_ACCESS_KEY_ID": "AKIA0", "AWS_SECRET_ACCESS_KEY": "secret-of-the-test"},
+        "found: environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)",
+    ),
+    "half of them": ({"AWS_ACCESS_KEY_ID": "AKIA0"}, ""),
+    "a web identity": (
+        {"AWS_WEB_IDENTITY_TOKEN_FILE": "/t", "AWS_ROLE_ARN": "arn"},
+        "found: a web identity (AWS_WEB_IDENTITY_TOKEN_FILE, AWS_ROLE_ARN)",
+    ),
+    "nothing": ({}, ""),
+}
+
+
+@pytest.mark.parametrize("case", CREDENTIALS)
+def test_it_is_said_where_credentials_of_stores_were_found_and_never_what_they_are(case, tmp_path):
+    given, says = CREDENTIALS[case]
+    found = {one.name: one.credentials for one in stores(given | {"HOME": str(tmp_path)})}
+    assert found == {"s3://": says, "gs://": "", "az://": ""}
+    assert "secret-of-the-test" not in str(variables(given))
+
+
+def test_files_with_credentials_are_found_by_their_place(tmp_path):
+    gcloud, aws = tmp_path / ".config" / "gcloud", tmp_path / ".aws"
+    for folder, name in ((gcloud, "application_default_credentials.json"), (aws, "credentials")):
+        folder.mkdir(parents=True)
+        (folder / name).write_text("{}")
+    found = {one.name: one.credentials for one in stores({"HOME": str(tmp_path)})}
+    assert found["s3://"] == "found: a profile (~/.aws/credentials)"
+    assert found["gs://"].startswith("found: application default credentials (~/.config/gcloud")
+    moved = {"HOME": "/none", "AWS_SHARED_CREDENTIALS_FILE": str(aws / "credentials")}
+    assert {one.name: one.credentials for one in stores(moved)}["s3://"] == (
+        "found: a profile (AWS_SHARED_CREDENTIALS_FILE)"
+    )

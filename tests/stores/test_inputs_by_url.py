@@ -451,3 +451,33 @@ def test_a_killed_process_leaves_a_folder_that_the_next_run_removes(placed, cli,
     assert len(list(temporary.glob("lora-merge-copy-*"))) >= 1
     ok(cli("plan", "--base", placed.base_url, "--adapter", placed.adapter_url))
     assert left_in(temporary) == []
+
+
+def test_a_shard_that_is_cut_short_is_to_be_uploaded_again(placed, below, cli, tmp_path):
+    store = store_at(below("pico-llama"))
+    name = "model-00002-of-00003.safetensors"
+    store.put(name, store.get(name)[:-100])
+    result = cli("--base", placed.base_url, "--adapter", placed.adapter_url, "--out", tmp_path / "out")
+    said = refused(result)
+    assert said.splitlines()[-2].startswith(f"error: {placed.base_url}/{name}: ")
+    assert "upload the file again" in said.splitlines()[-1]
+
+
+def test_offline_no_store_is_asked(cli, tmp_path):
+    said = refused(cli("inspect", "s3://models/lora", "--offline"))
+    assert "s3://models/lora: is in an object store, and offline mode is on" in said
+
+
+def test_what_serves_an_output_of_a_store_is_told(placed, below, upload, cli, tmp_path):
+    ok(cli("--base", placed.base, "--adapter", placed.adapter, "--out", tmp_path / "out"))
+    upload(tmp_path / "out", below("out"))
+    said = ok(cli("verify", below("out"), "--base", placed.base_url, "--adapter", placed.adapter_url)).stderr
+    url = below("out")
+    served = f"/{url.prefix}" if url.scheme == "file" else f"{url} --load-format runai_streamer"
+    assert f"vllm serve {served}" in said.replace(" \\\n   ", "")
+
+
+def test_a_forward_pass_of_an_adapter_from_a_store(placed, cli, tmp_path):
+    """The adapter is on this machine as a whole, so PEFT can read it."""
+    ok(cli("--base", placed.base, "--adapter", placed.adapter_url, "--out", tmp_path / "out"))
+    ok(cli("verify", tmp_path / "out", "--base", placed.base, "--adapter", placed.adapter_url, "--forward"))

@@ -43,13 +43,12 @@ class LocalCopy:
 
     Args:
         url: the prefix.
-        store: it, opened.
         entries: its listing.
         watch: hears of what is copied.
     """
 
-    def __init__(self, url: StoreUrl, store: Store, entries: Mapping[str, Entry], watch: Observer) -> None:
-        self.url, self._store, self._watch = url, store, watch
+    def __init__(self, url: StoreUrl, entries: Mapping[str, Entry], watch: Observer) -> None:
+        self.url, self._watch = url, watch
         self.entries = dict(entries)
         self.versions: dict[str, FileIdentity] = {}
         """Of each file that was copied, by its name below the prefix."""
@@ -118,7 +117,7 @@ class LocalCopy:
         block = memoryview(bytearray(min(_BLOCK_BYTES, self.entries[name].nbytes + 1)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._store.source(name) as source, path.open("xb") as file:
+            with self._stored(name) as source, path.open("xb") as file:
                 for at in range(0, source.nbytes, len(block)):
                     part = block[: min(len(block), source.nbytes - at)]
                     _fill(source, part, at)
@@ -129,6 +128,13 @@ class LocalCopy:
             raise ResolveError(
                 sentence, hint="check the disk of temporary files; TMPDIR names another one"
             ) from exc
+
+    def _stored(self, name: str) -> contextlib.AbstractContextManager[Source]:
+        """Open a file in the store, beside the prefix or below it."""
+        folder, _, leaf = self.text_of(name).rpartition("/")
+        url = parse_store_url(folder)
+        assert url is not None
+        return opened(url).source(leaf)
 
     def text_of(self, name: str) -> str:
         """Return the URL of a file."""
@@ -204,14 +210,13 @@ def local_copy(url: StoreUrl, watch: Observer) -> LocalCopy:
     Raises:
         ResolveError: nothing is there, or the store cannot be asked.
     """
-    store = opened(url)
-    entries = listed(url, store)
+    entries = listed(url, opened(url))
     with _LOCK:
         known = _NAMED.get(str(url))
     if known is not None and _is_current(known, entries):
         known.entries |= entries
         return known
-    made = LocalCopy(url, store, entries, watch)
+    made = LocalCopy(url, entries, watch)
     with _LOCK:
         _NAMED[str(url)] = made
         _LIVE.add(made)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lora_merge.errors import LoraMergeError
 from lora_merge.storage.objects.local_copies import homes
+from lora_merge.storage.objects.urls import is_store_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 T = TypeVar("T")
+
+_FETCHED = re.compile(r"\bdownload\b(?! it and)")
+"""What a hint says of an incomplete directory. Of a store it is whoever filled it who can complete it."""
 
 
 def by_url(value: T) -> T:
@@ -35,6 +40,8 @@ def errors_by_url() -> Iterator[None]:
         exc.args = by_url(exc.args)
         for name, attribute in exc.__dict__.items():
             setattr(exc, name, by_url(attribute))
+        if is_store_url(str(exc)):
+            exc.hint = _FETCHED.sub("upload", exc.hint)
         raise
 
 
