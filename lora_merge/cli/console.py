@@ -67,6 +67,8 @@ class Console:
             print_profile(report)
         if self._as_json or self._quiet:
             return
+        if report.part:
+            return
         if not report.dry_run:
             after_merge(out, is_verified=report.verdict.level != "none")
         elif again:

@@ -51,7 +51,11 @@ GROUPS: Final[tuple[Group, ...]] = (
             "trust_remote_code",
         ),
     ),
-    Group("Output", ("out", "serving", "format", "dtype", "overwrite", "resume"), ("max_shard_size", "link")),
+    Group(
+        "Output",
+        ("out", "serving", "format", "dtype", "overwrite", "resume"),
+        ("max_shard_size", "link", "part", "seal"),
+    ),
     Group("Quantised models", ("quantize", "out_storage"), ("ignore", "rounding")),
     Group(
         "Checks",

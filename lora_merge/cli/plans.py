@@ -51,6 +51,11 @@ def merge_lines(report: Report, out: str) -> list[str]:
         out: the output, as the user named it.
     """
     summary, seconds = report.summary, sum(report.seconds.values())
+    if report.part:
+        return [
+            f"wrote {out}, {report.part}; in {seconds:.1f} s",
+            "not verified: --seal does, when all parts are made",
+        ]
     total = summary.merged_bytes + summary.replaced_bytes + summary.cast_bytes + summary.copied_bytes
     merged = f"merged {counted(summary.n_merged, 'tensor')}, copied {summary.n_copied}"
     merged += f", replaced {summary.n_replaced}" if summary.n_replaced else ""

@@ -183,6 +183,9 @@ class Report:
     foreseen: Mapping[str, Foreseen] = field(default_factory=dict)
     """Of a dry run that was asked for it: rounding → what it would keep."""
 
+    part: str = ""
+    """Which part of the output this was, with ``--part``: ``part 2 of 8 (3 of 24 files, 15 GB)``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

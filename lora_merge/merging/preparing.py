@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, warning
@@ -16,6 +16,7 @@ from lora_merge.merging.budget import Budget, allot
 from lora_merge.merging.by_file import file_pieces, under_way_bytes
 from lora_merge.merging.estimate import estimate
 from lora_merge.merging.headline import merge_headline
+from lora_merge.merging.parts import Part, part_of
 from lora_merge.merging.worker import NoDeviceError, pick_device
 from lora_merge.planning import raise_errors
 from lora_merge.planning.effect import effect_issues
@@ -47,6 +48,9 @@ class Made:
     notes: tuple[Issue, ...] = ()
     """Notes and warnings for the user."""
 
+    part: str = ""
+    """Of an output that several make: which part this is, in words."""
+
     verdict: Verdict = NOT_VERIFIED
     survival: Mapping[str, Survival] = field(default_factory=dict)
     """By tensor name, for those that were sampled."""
@@ -76,6 +80,9 @@ class Prepared:
     seconds: Mapping[str, float]
     """Wall seconds of each phase so far: planning."""
 
+    part: Part | None = None
+    """Which files this process makes, where several make the output; None for all of them."""
+
     @property
     def out(self) -> str:
         """The absolute path or URL of the output."""
@@ -84,7 +91,7 @@ class Prepared:
     @property
     def takes_files(self) -> bool:
         """True where the output's files are written from the first byte to the last (`Storage.takes_files`)."""
-        return storage_of(self.request.out).takes_files
+        return storage_of(self.out).takes_files
 
     @property
     def headline(self) -> str:
@@ -113,6 +120,7 @@ class Prepared:
             done.seconds,
             done.busy_seconds,
             self.headline,
+            part=done.part,
         )
 
 
@@ -127,8 +135,8 @@ def prepare(
     clock = Clock()
     if not (request.out or dry_run):
         raise RequestError("", 0, "out", "is empty, expected a path (an unset shell variable?)")
-    storage = storage_of(request.out)
-    out = storage.path(request.out)
+    part = _part(request)
+    out, storage = _place(request)
     with clock("plan"), translate_out_of_memory("planning"):
         # A batch plans its jobs itself, to group them by base, and hands the plan in.
         planned = planned or plan_request(request, watch)
@@ -136,9 +144,7 @@ def prepare(
         useless = effect_issues(plan, planned.uses)
         raise_errors(useless)
         check_strict((*plan.issues, *useless), strict=request.strict)
-        wish = Wish(
-            out, request.resume, request.overwrite, MARKS, planned.read_files(), planned.stored_files()
-        )
+        wish = _wish(request, out, planned)
         # `merge --dry-run` and `plan` may have no output at all. With one, a dry run says what would stop the
         # real run.
         if request.out or not dry_run:
@@ -159,7 +165,52 @@ def prepare(
     # A dry run reports a full disk as an issue, and shows the rest of the plan too.
     if shortage and not dry_run:
         raise WriteError(shortage.line, hint=shortage.hint)
-    return Prepared(planned, wish, device, budget, summary, (*useless, *issues), shortage, clock.seconds)
+    return Prepared(
+        planned, wish, device, budget, summary, (*useless, *issues), shortage, clock.seconds, part
+    )
+
+
+def _place(request: Request) -> tuple[str, Storage]:
+    """Return the absolute path or URL of the output, and the storage that it goes to.
+
+    Raises:
+        ResolveError: the text cannot be a path or a URL.
+    """
+    storage = storage_of(request.out)
+    out = storage.path(request.out)
+    # Processes that share an output on a filesystem write whole files, too: no two of them write into one page.
+    if (request.seal or request.part) and not storage.takes_files:
+        out = f"file://{out}"
+        storage = storage_of(out)
+    return out, storage
+
+
+def _wish(request: Request, out: str, planned: Planned) -> Wish:
+    """Return what the run wants of the place of its output."""
+    shared: Literal["", "part", "seal"] = "seal" if request.seal else "part" if request.part else ""
+    return Wish(
+        out,
+        request.resume or bool(shared),
+        request.overwrite,
+        MARKS,
+        planned.read_files(),
+        planned.stored_files(),
+        shared,
+    )
+
+
+def _part(request: Request) -> Part | None:
+    """Return the part of the output that is wanted; None for all of it.
+
+    Raises:
+        RequestError: it cannot be told, or the output is to be sealed as well.
+    """
+    if request.part is None:
+        return None
+    if request.seal:
+        hint = "run all parts first, then --seal alone"
+        raise RequestError("", 0, "seal", "cannot be combined with --part", hint=hint)
+    return part_of(request.part)
 
 
 def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:

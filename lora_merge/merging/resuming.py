@@ -12,7 +12,7 @@ from lora_merge.core.tensor import TensorRecord, TensorRef
 from lora_merge.core.work import Plain, largest_first
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.merging.by_file import file_pieces
-from lora_merge.merging.unchanged_inputs import changed_times, lasting, sources_of
+from lora_merge.merging.unchanged_inputs import changed_times, sources_of
 from lora_merge.storage.digests import digest_text, new_digest
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def fingerprint(
-    plan: MergePlan, inputs: Inputs, digests: Sequence[str], options: Mapping[str, object]
+    plan: MergePlan, known: Sequence[object], digests: Sequence[str], options: Mapping[str, object]
 ) -> str:
     """Return a digest that is equal for two runs exactly when one may resume the other.
 
@@ -33,7 +33,7 @@ def fingerprint(
 
     Args:
         plan: of the merge.
-        inputs: that it was made from.
+        known: of the files that it is made from (`unchanged_inputs.lasting` or `portable`).
         digests: of the adapters.
         options: that shape the output.
     """
@@ -42,7 +42,7 @@ def fingerprint(
     digest = new_digest()
     versions = (__version__, metadata.version("torch"))
     # surrogatepass: paths that are not UTF-8 hold lone surrogates.
-    for part in (plan, lasting(inputs), digests, sorted(options.items()), versions):
+    for part in (plan, known, digests, sorted(options.items()), versions):
         digest.update(repr(part).encode("utf-8", "surrogatepass"))
     return digest_text(digest)
 

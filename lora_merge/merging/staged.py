@@ -16,7 +16,15 @@ from lora_merge.merging.made_from import provenance_of
 from lora_merge.merging.preparing import Made
 from lora_merge.merging.resuming import fingerprint, finished
 from lora_merge.merging.survival import check_loss, survival_issues
-from lora_merge.merging.unchanged_inputs import changed_times, check, check_copied, check_names, used_by
+from lora_merge.merging.unchanged_inputs import (
+    changed_times,
+    check,
+    check_copied,
+    check_names,
+    lasting,
+    portable,
+    used_by,
+)
 from lora_merge.merging.worker import one_torch_thread, short_switch_interval
 from lora_merge.planning.run import check_strict
 from lora_merge.requests.recording import record_of
@@ -26,7 +34,7 @@ from lora_merge.storage.copy_runs import whole_copies
 from lora_merge.storage.destinations import storage_of
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.sources import identity_at, is_local
-from lora_merge.words import counted
+from lora_merge.words import counted, listing, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.tensor import Survival, TensorRecord
     from lora_merge.merging.observer import Heard
+    from lora_merge.merging.parts import Part
     from lora_merge.merging.preparing import Prepared
     from lora_merge.merging.worker import FilePiece
     from lora_merge.storage.destination import Destination
@@ -49,7 +58,7 @@ def take_place(prepared: Prepared) -> Destination:
     Raises:
         WriteError: another run holds it, or it cannot be made.
     """
-    return storage_of(prepared.request.out).open(prepared.wish)
+    return storage_of(prepared.out).open(prepared.wish)
 
 
 def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Observer) -> Staged:
@@ -62,12 +71,20 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
     digests = [use.adapter.digest for use in planned.uses]
     # A GPU's bits may differ from the CPU's, so a run on another device is another merge.
     options = record_of(prepared.request) | {"device": prepared.device}
-    merge = fingerprint(planned.plan, planned.inputs, digests, options)
-    if not prepared.request.resume:
+    known = lasting(planned.inputs)
+    if place.files is not None:
+        # Another machine may go on: what is only true of files of this one is left out.
+        own = {file for use in planned.uses for file in use.adapter.files}
+        known = portable(planned.inputs, own)
+    merge = fingerprint(planned.plan, known, digests, options)
+    if not prepared.wish.resume:
         return Staged(prepared, place, merge, clock)
     with clock("resume"), short_switch_interval():
         left = place.left(merge)
         found = finished(planned.plan, planned.inputs, place, left, n_workers, watch)
+    if prepared.wish.shared:
+        _check_sealable(prepared, found or ())
+        return Staged(prepared, place, merge, clock, found or ())
     n_tensors, subject = sum(len(step.writes) for step in planned.plan.steps), prepared.out
     notes: list[Issue] = []
     if found:
@@ -79,6 +96,21 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
         sentence = "started from the beginning: the interrupted run had other inputs, options or versions"
         notes = [note("not-resumed", subject, sentence)]
     return Staged(prepared, place, merge, clock, found or (), notes)
+
+
+def _check_sealable(prepared: Prepared, records: Sequence[TensorRecord]) -> None:
+    """Check that every file is there, where an output is to be sealed.
+
+    Raises:
+        WriteError: some are missing.
+    """
+    plan = prepared.planned.plan
+    missing = sorted({file.name for file in plan.files} - {record.file for record in records})
+    if prepared.request.seal and missing:
+        sentence = f"{prepared.out}: {len(missing)} of {counted(len(plan.files), 'file')} are missing: {listing(missing)}"
+        raise WriteError(
+            sentence, hint="run all parts to their end, with the same inputs and options; then --seal"
+        )
 
 
 class Staged:
@@ -131,7 +163,11 @@ class Staged:
 
     def left_files(self) -> list[FilePiece]:
         """Return the files that are not written yet, as pieces of work; the largest first."""
-        return file_pieces(self.plan, {record.file for record in self._records})
+        left = file_pieces(self.plan, {record.file for record in self._records})
+        part = self.prepared.part
+        return (
+            left if part is None else [piece for piece in part.share(file_pieces(self.plan)) if piece in left]
+        )
 
     def reserve(self) -> list[tuple[str, FileIdentity, FileIdentity]]:
         """Create the output's files at their full size. Files that no delta touches become links, where that is
@@ -184,6 +220,8 @@ class Staged:
         Raises:
             BaseException: the run is to end: it was interrupted, or its observer failed.
         """
+        if self.prepared.part is not None:
+            return self._released(self.prepared.part)
         error = None
         try:
             with translate_out_of_memory("writing the output"):
@@ -195,7 +233,17 @@ class Staged:
             error = exc
         clock = self.clock
         return Made(
-            tuple(self._notes), self._verdict, self._survival(), clock.seconds, clock.busy_seconds, error
+            tuple(self._notes), "", self._verdict, self._survival(), clock.seconds, clock.busy_seconds, error
+        )
+
+    def _released(self, part: Part) -> Made:
+        """Leave the place to the other processes that share the output, and return what this one has made."""
+        self.place.release()
+        names = {file.name for piece in part.share(file_pieces(self.plan)) for file in piece.files}
+        nbytes = sum(file.nbytes for file in self.plan.files if file.name in names)
+        words = f"{part} ({len(names)} of {counted(len(self.plan.files), 'file')}, {size_text(nbytes)})"
+        return Made(
+            tuple(self._notes), words, seconds=self.clock.seconds, busy_seconds=self.clock.busy_seconds
         )
 
     def _file_of(self, name: str) -> str:

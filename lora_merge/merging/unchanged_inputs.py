@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import Place
@@ -11,12 +12,16 @@ from lora_merge.storage.input_files import changed
 from lora_merge.storage.sources import identity_at, open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from lora_merge.core.identity import InputFile, Inputs, Range
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.tensor import TensorRecord, TensorRef
+
+
+_COMMIT = re.compile(r"/snapshots/[0-9a-f]{40}/")
+"""In the path of a file in the Hub's cache."""
 
 
 def check_names(inputs: Inputs) -> None:
@@ -157,6 +162,27 @@ def lasting(inputs: Inputs) -> list[tuple[object, ...]]:
         )
         for path, file in inputs.files.items()
     )
+
+
+def portable(inputs: Inputs, adapters: Collection[str]) -> list[tuple[object, ...]]:
+    """Return what of the inputs has to be equal for a run on another machine to go on: names, sizes and versions.
+
+    A file that was read whole is known by its digest, and one of the Hub's cache by the commit in its path. Of other local files
+    the time of modification counts, as ``cp -p`` and shared filesystems keep it.
+
+    Args:
+        inputs: of the run.
+        adapters: the adapters' files, whose digests count.
+    """
+    whole = {place.file: digest for place, digest in inputs.readings.items() if _is_whole(place, inputs)}
+    found: list[tuple[object, ...]] = []
+    for path, file in sorted(inputs.files.items()):
+        if path in adapters:
+            continue
+        known = whole.get(path) or file.identity.tag
+        modified = 0 if known or _COMMIT.search(path) else file.identity.modified
+        found.append((path, file.identity.size, modified, known))
+    return found
 
 
 def _is_whole(place: Place, inputs: Inputs) -> bool:

@@ -134,6 +134,13 @@ class Request:
     """Continue an interrupted run. If it was the same merge, its finished tensors, or files in a store, are
     checked and kept."""
 
+    part: str | None = None
+    """Make only some files of the output: part I of N, the same split in every process. auto: by a SLURM job
+    array; auto/N: by a Kubernetes indexed job. Then --seal. Default: all of it."""
+
+    seal: bool = False
+    """Verify and publish an output whose parts are all made."""
+
     report: str | None = None
     """Write the result as an HTML page. It includes errors, and needs no network to be shown."""
 

@@ -615,6 +615,21 @@ _WRITING: tuple[Option, ...] = (
         default=False,
     ),
     Option(
+        "part",
+        ("merge",),
+        kinds.PART,
+        "Make only some files of the output: part I of N, the same split in every process. auto: by a SLURM job array; auto/N: "
+        "by a Kubernetes indexed job. Then --seal.",
+        "default: all of it",
+    ),
+    Option(
+        "seal",
+        ("merge",),
+        kinds.SWITCH,
+        "Verify and publish an output whose parts are all made.",
+        default=False,
+    ),
+    Option(
         "dry_run",
         ("merge",),
         kinds.SWITCH,

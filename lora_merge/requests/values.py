@@ -250,6 +250,22 @@ def parse_workers(text: str | int) -> int:
     return _whole(text, "number of workers", MOST_WORKERS)
 
 
+def parse_part(text: object) -> str:
+    """Return ``2/8``, ``auto`` or ``auto/8`` as it is.
+
+    Raises:
+        ValueError: it is something else, or the number is beyond the last part.
+    """
+    match = re.fullmatch(r"auto(?:/([1-9]\d{0,5}))?|([1-9]\d{0,5})/([1-9]\d{0,5})", str(text))
+    if match is None:
+        raise ValueError(f"{shown(text)} is not a part, expected 2/8, auto or auto/8, for example")
+    if match[2] and int(match[2]) > int(match[3]):
+        raise ValueError(
+            f"{shown(text)} is not a part, expected a number from 1 to {match[3]} before the slash"
+        )
+    return str(text)
+
+
 def _whole(value: object, thing: str, most: int, least: int = 1) -> int:
     """Return a whole number from ``least`` to ``most``. ``thing`` is what the error calls it.
 

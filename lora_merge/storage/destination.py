@@ -45,6 +45,11 @@ class Wish:
     stored_inputs: tuple[str, ...] = ()
     """Weight files that are read in other storages."""
 
+    shared: Literal["", "part", "seal"] = ""
+    """How this run has a share in an output that several make: it makes some files, or completes what is made. Empty for a run that
+    makes all of it.
+    """
+
 
 @dataclass(frozen=True, slots=True)
 class Left:
@@ -225,6 +230,9 @@ class Destination(Protocol):
         Raises:
             WriteError: it cannot be named.
         """
+
+    def release(self) -> None:
+        """Leave the place to the other runs of an output that several make (`Wish.shared`)."""
 
     def abort(self, exc: BaseException) -> None:
         """Free the place after an error. After an interrupt or a fault of the disk whole files stay, and a note on

@@ -310,6 +310,9 @@ class LocalDestination:
         staging.publish(self._stage)
         self._held.close()
 
+    def release(self) -> None:
+        """Do nothing: one run makes all of an output here."""
+
     def abort(self, exc: BaseException) -> None:
         """Leave the place after an error. Whole files stay after an interrupt or a fault of the disk
         (`staging.staging`).

@@ -155,13 +155,12 @@ class StoreDestination:
             if not run.is_ended:
                 raise self._is_locked(run, "with other inputs, options or versions")
             return Left(None, {}, has_journal=True)
-        self._run = Run.here(merge, run.old)
-        self._staging.take_over(self._run)
-        entries = self._store.entries()
-        found = self._staging.finished(merge)
+        self._run = run if self._wish.shared and not run.is_ended else Run.here(merge, run.old)
+        if self._run is not run:
+            self._staging.take_over(self._run)
+        # The evidence first: where several write, a file may be written again meanwhile.
+        found, entries = self._staging.finished(merge), self._store.entries()
         self._finished = {one.file: one for one in found if one.is_there(entries)}
-        # What is not there as it was written is made again.
-        self._staging.forget(one.file for one in found if one.file not in self._finished)
         return Left(
             [record for one in self._finished.values() for record in one.records], {}, has_journal=True
         )
@@ -196,15 +195,15 @@ class StoreDestination:
         """
         del records, changed
         self._merge, self._planned = merge, frozenset(file.name for file in files)
-        if self._run is None:
-            self._lock(merge)
+        is_first = self._run is None and self._lock(merge)
         # From here on this is not a checkpoint, until its own configuration is there.
-        self._staging.unseal()
-        if self._store.entry(CONFIG_FILE) is not None:
+        if is_first or not self._wish.shared:
+            self._staging.unseal()
+        if self._store.entry(CONFIG_FILE) is not None and self._staging.sealed() is None:
             self._store.delete([CONFIG_FILE])
 
-    def _lock(self, merge: str) -> None:
-        """Take the lock.
+    def _lock(self, merge: str) -> bool:
+        """Take the lock; return False where another process of the same merge has it, and the two share the output.
 
         Raises:
             WriteError: another run has it, the prefix is taken, or the store refused something.
@@ -220,11 +219,15 @@ class StoreDestination:
         else:
             other = self._staging.run()
             if other is not None and not other.is_ended:
+                if self._wish.shared and other.merge == merge:
+                    self._run = other
+                    return False
                 raise self._is_locked(other)
             # Whatever it left goes when this run is complete, or is written again.
             self._staging.take_over(run)
             self._staging.forget(one.file for one in self._staging.finished(merge))
         self._run = run
+        return True
 
     def _is_locked(self, run: Run, how: str = "") -> WriteError:
         sentence = f"{self._url}: another run is writing this output{f' {how}' if how else ''} ({run.who})"
@@ -310,6 +313,11 @@ class StoreDestination:
                 sentence = f"{self._url}/{name}: is not the file that this run has written"
                 raise WriteError(sentence, hint="run again with --resume while nothing else writes there")
 
+    def release(self) -> None:
+        """Leave the lock and what is made to the other processes that share the output."""
+        self._run = None
+        self._held.close()
+
     def abort(self, exc: BaseException) -> None:
         """Leave the place after an error. Whole files stay after an interrupt or a fault of the store; after any other
         error what this run has written is removed, as far as the store lets it.
@@ -325,6 +333,14 @@ class StoreDestination:
 
     def _leave(self, run: Run, exc: BaseException) -> None:
         is_fault = isinstance(exc, _RESUMABLE) and not isinstance(exc, ChangedError)
+        # Other processes may be at work, or their files are not at fault.
+        if self._wish.shared == "part":
+            exc.add_note(
+                f"files that are finished are kept in {self._url}; run the same command again to continue"
+            )
+            return
+        if self._wish.shared and is_fault:
+            return
         n_kept = self._staging.n_finished() if is_fault else 0
         if n_kept:
             self._staging.take_over(replace(run, is_ended=True))

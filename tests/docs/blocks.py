@@ -30,6 +30,7 @@ NEEDS = {
     "docker": "a docker daemon",
     "shell": "changes the start-up of a shell",
     "github": "a workflow of GitHub Actions",
+    "cluster": "SLURM, Kubernetes or a store",
     "cron": "a line of cron's table, not of a shell",
     "browser": "opens a browser",
 }

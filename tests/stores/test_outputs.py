@@ -66,6 +66,22 @@ def test_a_quantised_base_becomes_the_same_bytes_as_on_a_disk(name, quantised, u
     assert bytes_of(store_at(url)) == on_disk(merge, tmp_path, name_of(url))
 
 
+@pytest.mark.parametrize("name", ["dense", *QUANTISED])
+def test_a_base_in_a_store_becomes_the_same_weights_as_one_on_a_disk(
+    name, dense, quantised, url, upload, tmp_path
+):
+    merge = dense() if name == "dense" else quantised(name)
+    base = StoreUrl(url.scheme, url.bucket, f"{url.prefix}-base")
+    upload(merge.base, base)
+    api.merge(base=str(base), adapter=str(merge.adapter), out=str(url), **merge.options)
+    # Card and manifest name the base, which has another name here.
+    told = ("README.md", "merge_manifest.json")
+    found, wanted = bytes_of(store_at(url)), on_disk(merge, tmp_path, name_of(url))
+    assert found.keys() == wanted.keys()
+    assert [file for file in wanted if file not in told and found[file] != wanted[file]] == []
+    assert not store_at(beside(url)).entries()
+
+
 def test_every_value_of_an_output_is_verified_from_the_store(dense, url):
     report = merged(dense(), url, verify="full")
     assert report.verdict.level == "full"
