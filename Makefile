@@ -8,11 +8,12 @@ ENGINES := .venv-engines
 ORACLES := .venv-oracles
 LEAN    := .venv-lean
 LOWEST  := .venv-lowest
+STORES  := .venv-stores
 IMAGE   ?= lora-merge
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pictures check lint format type layers measures docs site test quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles bench rounding lean lowest image clean
+.PHONY: help setup demo pictures check lint format type layers measures docs site test quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles stores stores-servers bench rounding lean lowest image clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -112,6 +113,19 @@ $(ORACLES)/.installed: tests/storages/requirements.txt constraints.txt
 		--no-build-isolation -r tests/storages/requirements.txt
 	@touch $@
 
+stores: setup stores-servers ## Object stores: on real servers too (SeaweedFS for S3, Azurite for Azure), and every fault
+	$(BIN)/python -m pytest tests/stores -n $(JOBS) --dist loadfile
+
+stores-servers: $(STORES)/.installed ## Install those servers, in an environment of their own (npm for Azurite; without it, its tests are skipped)
+
+$(STORES)/.installed: tests/stores/requirements.txt
+	@echo "stores: creating $(STORES) and installing (a minute or two, 0.6 GB)"
+	$(PYTHON) -m venv --clear $(STORES)
+	$(STORES)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/stores/requirements.txt
+	@if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --prefix $(STORES) azurite@3.37.0; \
+		else echo "stores: Azurite was not installed, since there is no npm"; fi
+	@touch $@
+
 bench: setup ## Time a merge against cp, PEFT and other tools, on synthetic Llamas (SIZE=1,3 is gigabytes)
 	$(BIN)/python scripts/bench.py --size $(or $(SIZE),3)
 
@@ -143,5 +157,5 @@ image: ## Build the container image IMAGE=lora-merge; TORCH_INDEX=URL takes anot
 	docker build $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) -t $(IMAGE) .
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) $(ENGINES) $(ORACLES) $(LEAN) $(LOWEST) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(ORACLES) $(LEAN) $(LOWEST) $(STORES) .site .demo .bench .fuzz .rounding .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

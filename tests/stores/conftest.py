@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hmac
+import http.client
 import logging
 import os
+import time
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 
-from lora_merge.storage.objects import StoreUrl, store_at
+from lora_merge.storage.objects import StoreUrl, s3_client, store_at
+from tests.stores import servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +27,8 @@ if TYPE_CHECKING:
 
 BUCKET = "models"
 KEY_ID, SECRET = "AKIATESTTESTTESTTEST", "wJalrXUtnFEMIK7MDENGbPxRfiCYtestsecret"
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""Of every Azurite: its documentation has it."""
 
 
 def environment_of(endpoint: str) -> Mapping[str, str]:
@@ -85,17 +94,112 @@ def moto(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return client(moto_endpoint)
 
 
+@pytest.fixture(scope="session")
+def seaweed_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start SeaweedFS, a real server that keeps checksums, with one bucket; return its URL."""
+    with allowed(), servers.seaweed(tmp_path_factory.mktemp("seaweed"), KEY_ID, SECRET) as endpoint:
+        made_within(30, lambda: client(endpoint).create_bucket(Bucket=BUCKET))
+        yield endpoint
+
+
+@pytest.fixture
+def seaweed(seaweed_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Set this process and its children up for SeaweedFS; return boto3's client of it."""
+    for name, value in environment_of(seaweed_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return client(seaweed_endpoint)
+
+
+@pytest.fixture
+def seaweed_url(seaweed: Any) -> StoreUrl:
+    """Return a folder of SeaweedFS's bucket that no other test uses."""
+    return StoreUrl("s3", BUCKET, f"t/{uuid4().hex[:12]}")
+
+
+@pytest.fixture(scope="session")
+def azure_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start Azurite, the emulator of Azure's blobs, with one container; return the URL of its account."""
+    with allowed(), servers.azure(tmp_path_factory.mktemp("azurite")) as endpoint:
+        make_container(endpoint, BUCKET)
+        yield endpoint
+
+
+@pytest.fixture
+def azure_url(azure_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> StoreUrl:
+    """Set this process up for Azurite; return a folder of its container that no other test uses."""
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", azure_endpoint)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "devstoreaccount1")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", AZURITE_KEY)
+    return StoreUrl("az", BUCKET, f"t/{uuid4().hex[:12]}")
+
+
+def made_within(seconds: float, make: Callable[[], object]) -> None:
+    """Call a function until it succeeds: a server listens some time before it works."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            make()
+        except Exception:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+        else:
+            return
+
+
+def make_container(endpoint: str, name: str) -> None:
+    """Create a container of Azure, which obstore cannot: one request, signed with the emulator's key."""
+    date, version = formatdate(usegmt=True), "2021-08-06"
+    path = urlsplit(endpoint).path
+    lines = [
+        "PUT",
+        *[""] * 11,
+        f"x-ms-date:{date}",
+        f"x-ms-version:{version}",
+        f"/devstoreaccount1{path}/{name}",
+        "restype:container",
+    ]
+    signature = hmac.new(base64.b64decode(AZURITE_KEY), "\n".join(lines).encode(), "sha256").digest()
+    headers = {
+        "x-ms-date": date,
+        "x-ms-version": version,
+        "Content-Length": "0",
+        "Authorization": f"SharedKey devstoreaccount1:{base64.b64encode(signature).decode()}",
+    }
+    connection = http.client.HTTPConnection(urlsplit(endpoint).netloc, timeout=30)
+    connection.request("PUT", f"{path}/{name}?restype=container", headers=headers)
+    answer = connection.getresponse()
+    assert answer.status == 201, answer.read()
+
+
 @pytest.fixture
 def s3_url(moto: Any) -> StoreUrl:
     """Return a folder of moto's bucket that no other test uses."""
     return StoreUrl("s3", BUCKET, f"t/{uuid4().hex[:12]}")
 
 
-@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.loopback)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> StoreUrl:
-    """Return an empty folder in a store of each kind that runs in this process."""
-    if request.param == "s3":
-        found: StoreUrl = request.getfixturevalue("s3_url")
+SLOW = (pytest.mark.loopback, pytest.mark.slow)
+
+
+@pytest.fixture(
+    params=[
+        "file",
+        pytest.param("s3_url", marks=pytest.mark.loopback),
+        pytest.param("s3_url without boto3", marks=pytest.mark.loopback),
+        pytest.param("seaweed_url", marks=SLOW),
+        pytest.param("seaweed_url without boto3", marks=SLOW),
+        pytest.param("azure_url", marks=SLOW),
+    ]
+)
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoreUrl:
+    """Return an empty folder in a store of each kind."""
+    fixture, _, without = request.param.partition(" without ")
+    if without:
+        monkeypatch.setattr(s3_client, "is_installed", lambda: False)
+        # Another variable, another connection: those that boto3 has credentials for are kept.
+        monkeypatch.setenv("AWS_TESTED_WITHOUT", "boto3")
+    if fixture != "file":
+        found: StoreUrl = request.getfixturevalue(fixture)
         return found
     return StoreUrl("file", "", str(tmp_path / "store").lstrip("/"))
 

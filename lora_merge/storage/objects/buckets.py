@@ -14,7 +14,7 @@ from lora_merge.storage.objects.connecting import bucket_of
 from lora_merge.storage.objects.failures import reading, writing
 from lora_merge.storage.objects.parts import PARTS_UNDER_WAY, PartWriter, part_bytes
 from lora_merge.storage.objects.ranged import RangedSource
-from lora_merge.storage.objects.store import Entry, Receipt
+from lora_merge.storage.objects.store import Entry, FileSink, Receipt, version_of
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, WritableFile
@@ -33,8 +33,6 @@ class BucketStore:
         PackageError: obstore is not installed, or cannot be used.
     """
 
-    can_copy = False
-
     def __init__(self, url: StoreUrl) -> None:
         self.url = url
         packages.require("obstore", f"{url.scheme}://")
@@ -48,6 +46,11 @@ class BucketStore:
             TypeError: always.
         """
         raise TypeError("a store holds credentials and is not pickled; send its URL")
+
+    @property
+    def can_copy(self) -> bool:
+        """False: obstore has no copies of ranges, and shows no checksums."""
+        return False
 
     def entries(self) -> Mapping[str, Entry]:
         """Return all objects below the folder, by name.
@@ -105,7 +108,7 @@ class BucketStore:
                 mode="create" if create else "overwrite",
                 use_multipart=False,
             )
-        return Entry(len(data), result["e_tag"] or "")
+        return Entry(len(data), version_of(result["e_tag"]))
 
     @contextlib.contextmanager
     def source(self, name: str) -> Iterator[RangedSource]:
@@ -125,7 +128,7 @@ class BucketStore:
             source.close()
 
     @contextlib.contextmanager
-    def file(self, name: str, nbytes: int) -> Iterator[PartWriter]:
+    def file(self, name: str, nbytes: int) -> Iterator[FileSink]:
         """Write a large file in the block; an exception in it aborts the upload.
 
         Raises:
@@ -162,6 +165,10 @@ class BucketStore:
             with writing(self.url.child(name)), contextlib.suppress(FileNotFoundError):
                 obstore.delete(self._bucket, self._key(name))
 
+    def abort_uploads(self, names: Collection[str]) -> int:  # noqa: ARG002 - obstore cannot list them
+        """Return 0: what killed processes left of uploads stays, until a lifecycle rule removes it."""
+        return 0
+
     @cached_property
     def _prefix(self) -> str:
         return f"{self.url.prefix}/"
@@ -183,4 +190,4 @@ def _aborting(upload: WritableFile) -> Iterator[None]:
 
 
 def _entry(meta: ObjectMeta) -> Entry:
-    return Entry(meta["size"], meta["e_tag"] or "")
+    return Entry(meta["size"], version_of(meta["e_tag"]))

@@ -6,65 +6,97 @@ identity. With boto3 installed, also profiles and single sign-on of AWS.
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.storage.objects import s3_client
+from lora_merge.storage.objects.failures import is_credentials_search, is_unreachable
+from lora_merge.storage.objects.settings import (
+    CONNECT_SECONDS,
+    FIRST_TRIES,
+    MAX_TRIES,
+    READ_SECONDS,
+    RETRY_SECONDS,
+    endpoint_of,
+    settings_of,
+)
+
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+    from obstore.store import ObjectStore
 
     from lora_merge.storage.objects.urls import StoreScheme, StoreUrl
 
-MAX_RETRIES, RETRY_SECONDS = 10, 180
-"""Of one request; obstore waits 0.1 s and up to 15 s between the tries."""
-
-_TIMEOUT = "90s"
-"""Of one request with its body. obstore's own 30 s would be too short for a part of 16 MiB on a slow line."""
-
-
-def endpoint_of(scheme: StoreScheme) -> str:
-    """Return the endpoint that the environment names for a kind of store; empty: the cloud's own."""
-    names = {
-        "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-        "gs": ("GOOGLE_BASE_URL",),
-        "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-        "file": (),
-    }[scheme]
-    return next((value for name in names if (value := os.environ.get(name))), "")
+_PROBE = ".lora-merge-probe"
+"""A name that no object has: asking for it shows that the store answers, and needs no right in particular."""
 
 
 def bucket_of(url: StoreUrl) -> ObjectStore:
     """Return the connection to a URL's bucket; of files, to the root of this machine's.
 
     Raises:
-        Exception: as obstore raises them, where no store can be made from the environment.
+        Exception: as the libraries raise them, where the environment's settings cannot be used or no server answers.
     """
     return _connected(url.scheme, url.bucket, settings_of(url.scheme))
 
 
-def settings_of(scheme: StoreScheme) -> frozenset[tuple[str, str]]:
-    """Return the variables of the environment that say how a kind of store is reached. They hold secrets."""
-    start = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "file": "\0"}[scheme]
-    return frozenset((name, value) for name, value in os.environ.items() if name.startswith(start))
-
-
 @cache
 def _connected(scheme: StoreScheme, bucket: str, settings: frozenset[tuple[str, str]]) -> ObjectStore:  # noqa: ARG001 - a key
-    from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
-
-    endpoint = endpoint_of(scheme)
+    from obstore.store import LocalStore
 
     if scheme == "file":
         return LocalStore(automatic_cleanup=True)
-    # Whoever writes http:// into the endpoint has decided so already.
-    options: ClientConfig = {"timeout": _TIMEOUT, "allow_http": endpoint.startswith("http://")}
-    retries: RetryConfig = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
-    common: dict[str, Any] = {"client_options": options, "retry_config": retries}
-    if endpoint and scheme == "s3":  # the variables that boto3 reads, with its precedence
-        common["endpoint"] = endpoint
+    _ask(_opened(scheme, bucket, FIRST_TRIES))
+    return _opened(scheme, bucket, MAX_TRIES)
+
+
+def _opened(scheme: StoreScheme, bucket: str, tries: int) -> ObjectStore:
+    """Return a connection that repeats requests up to a number of times. Nothing is asked yet."""
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+    options: dict[str, Any] = {} if scheme != "s3" else _s3_options()
+    endpoint = options.get("endpoint") or endpoint_of(scheme)
+    options["retry_config"] = {"max_retries": tries, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+    options["client_options"] = {
+        "timeout": f"{READ_SECONDS}s",
+        "connect_timeout": f"{CONNECT_SECONDS}s",
+        # Whoever writes http:// into the endpoint has decided so already.
+        "allow_http": endpoint.startswith("http://"),
+    }
     if scheme == "s3":
-        return S3Store(bucket, **common)
-    if scheme == "gs":
-        return GCSStore(bucket, **common)
-    return AzureStore(bucket, **common)
+        return S3Store(bucket, **options)
+    return GCSStore(bucket, **options) if scheme == "gs" else AzureStore(bucket, **options)
+
+
+def _s3_options() -> dict[str, Any]:
+    """Return endpoint, region and credentials for S3: boto3's where it is installed, so that both clients agree."""
+    if not s3_client.is_installed():
+        # obstore finds the rest. It does not know this name's precedence over the others.
+        named = endpoint_of("s3")
+        return {"endpoint": named} if named else {}
+    options: dict[str, Any] = {"region": s3_client.region()}
+    if endpoint := s3_client.endpoint():
+        options["endpoint"] = endpoint
+    if not s3_client.is_public():
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        options["credential_provider"] = Boto3CredentialProvider(s3_client.session())
+    return options
+
+
+def _ask(first: ObjectStore) -> None:
+    """Ask a store for something, to see that a server answers and that credentials are found.
+
+    Raises:
+        obstore.exceptions.GenericError: they are not.
+    """
+    import obstore
+
+    try:
+        obstore.head(first, _PROBE)
+    except (FileNotFoundError, PermissionError):
+        return
+    except obstore.exceptions.BaseError as exc:
+        # What a server answers is told by the request that needs it, with its retries.
+        if is_unreachable(str(exc)) or is_credentials_search(str(exc)):
+            raise

@@ -1,18 +1,20 @@
-"""What went wrong in a store: errors of the package obstore → one sentence each, without secrets.
+"""What went wrong in a store: errors of obstore and boto3 → one sentence each, without secrets.
 
-Its messages repeat bodies and URLs of requests, which may hold signatures and names of keys: nothing of them is shown
+Their messages repeat bodies and URLs of requests, which may hold signatures and names of keys: nothing of them is shown
 except a status and the code that the store gave.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.errors import CheckpointError, LoraMergeError, WriteError
+from lora_merge.errors import CheckpointError, WriteError
 from lora_merge.storage import input_files
 from lora_merge.storage.objects.store import AlreadyThereError
 
@@ -21,9 +23,17 @@ if TYPE_CHECKING:
 
 _CODE = re.compile(r"<Code>([A-Za-z]+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _RETRIES = re.compile(r"after (\d+) retries")
 
 _NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound"})
+_NO_OBJECT = frozenset({"NoSuchKey", "404", "BlobNotFound"})
+_NO_CREDENTIALS = frozenset(
+    {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
+    | {"SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError", "LoginRefreshRequired"}
+)
+"""Names of boto3's errors where a profile, a file or a sign-on gives no credentials."""
+
 _REJECTED = frozenset(
     {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthenticationFailed"}
 )
@@ -31,8 +41,23 @@ _ELSEWHERE = frozenset(
     {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 )
 
+_NO_ANSWER = (
+    "kind: Connect",
+    "dns error",
+    "ConnectError",
+    "Could not connect to the endpoint URL",
+    "Connect timeout",
+)
+_SEARCHES = (
+    "169.254.169.254",
+    "metadata.google.internal",
+    "MissingAccount",
+    "token request",
+    "session.get_credentials",  # of obstore's provider, where boto3 found none
+)
+
 _CREDENTIALS = {
-    "s3": 'set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for profiles and SSO: pip install "lora-merge[s3]"',
+    "s3": 'set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for profiles and SSO: pip install "lora-merge[s3]"; for a public bucket set AWS_SKIP_SIGNATURE=true',
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
 }
@@ -54,7 +79,7 @@ _RIGHTS = dict.fromkeys(_CLOUDS, "ask for the right to list, read and write belo
 
 @contextlib.contextmanager
 def reading(text: str) -> Iterator[None]:
-    """Turn errors of obstore in the block into one sentence each.
+    """Turn errors of obstore and boto3 in the block into one sentence each.
 
     Args:
         text: the URL of what is read.
@@ -69,7 +94,7 @@ def reading(text: str) -> Iterator[None]:
         yield
     except exceptions.PreconditionError:
         raise input_files.changed(text) from None
-    except (exceptions.BaseError, OSError, ValueError) as exc:
+    except _kinds() as exc:
         what, hint = said(exc, text)
         # ``from None``: the original repeats whole requests.
         raise CheckpointError(text, "", what, hint=hint) from None
@@ -77,7 +102,7 @@ def reading(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(text: str) -> Iterator[None]:
-    """Turn errors of obstore in the block into one sentence each.
+    """Turn errors of obstore and boto3 in the block into one sentence each.
 
     Args:
         text: the URL of what is written.
@@ -92,16 +117,40 @@ def writing(text: str) -> Iterator[None]:
         yield
     except exceptions.AlreadyExistsError:
         raise AlreadyThereError(f"{text}: already exists") from None
-    except LoraMergeError:
-        raise
-    except (exceptions.BaseError, OSError, ValueError) as exc:
+    except _kinds() as exc:
         what, hint = said(exc, text)
         raise WriteError(f"{text}: {what}", hint=hint) from None
 
 
+def _kinds() -> tuple[type[Exception], ...]:
+    """Return the classes of the libraries' errors; boto3's only where it was imported."""
+    from obstore import exceptions
+
+    found: list[type[Exception]] = [exceptions.BaseError, OSError, ValueError]
+    botocore = sys.modules.get("botocore.exceptions")
+    if botocore is not None:
+        found += [botocore.BotoCoreError, botocore.ClientError]
+    return tuple(found)
+
+
+def code_of(exc: BaseException) -> str:
+    """Return the code that a store gave (``NoSuchKey``), of an error of obstore or boto3; empty where it gave none."""
+    response = getattr(exc, "response", None)
+    if isinstance(response, dict):
+        return str(response.get("Error", {}).get("Code", ""))
+    return next(iter(_CODE.findall(str(exc))), "")
+
+
+def _status_of(exc: BaseException) -> str:
+    response = getattr(exc, "response", None)
+    if isinstance(response, dict):
+        return str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    return next(iter(_STATUS.findall(str(exc))), "")
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What an error of obstore tells."""
+    """What an error of a library tells."""
 
     error: BaseException
     message: str
@@ -109,6 +158,10 @@ class _Answer:
     """As the body of the answer has it (``NoSuchKey``); empty where there is none."""
 
     status: str
+
+
+def _lacks_credentials(answer: _Answer) -> bool:
+    return type(answer.error).__name__ in _NO_CREDENTIALS or is_credentials_search(answer.message)
 
 
 def _is_redirected(answer: _Answer) -> bool:
@@ -125,8 +178,12 @@ def _is_denied(answer: _Answer) -> bool:
 
 _CASES: tuple[tuple[Callable[[_Answer], bool], str, Mapping[str, str]], ...] = (
     (lambda answer: answer.code in _NO_BUCKET, "there is no bucket {bucket}", _SPELLING),
-    (lambda answer: isinstance(answer.error, FileNotFoundError), "does not exist", {}),
-    (lambda answer: is_credentials_search(answer.message), "no credentials were found", _CREDENTIALS),
+    (
+        lambda answer: isinstance(answer.error, FileNotFoundError) or answer.code in _NO_OBJECT,
+        "does not exist",
+        {},
+    ),
+    (_lacks_credentials, "no credentials were found", _CREDENTIALS),
     (_is_rejected, "the store does not accept the credentials ({answer})", _CREDENTIALS),
     (_is_redirected, "the bucket {bucket} is in another region", _REGIONS),
     (_is_denied, "access denied ({answer})", _RIGHTS),
@@ -136,11 +193,11 @@ _CASES: tuple[tuple[Callable[[_Answer], bool], str, Mapping[str, str]], ...] = (
 
 
 def said(exc: BaseException, text: str) -> tuple[str, str]:
-    """Return what an error of obstore means, as the end of a sentence about a URL, and what to do about it."""
+    """Return what an error of obstore or boto3 means, as the end of a sentence about a URL, and what to do about it."""
     scheme, _, rest = text.partition("://")
     message = str(exc)
-    code = next(iter(_CODE.findall(message)), "")
-    answer = _Answer(exc, message, code, next(iter(_STATUS.findall(message)), ""))
+    code = code_of(exc)
+    answer = _Answer(exc, message, code, _status_of(exc))
     for holds, what, hints in _CASES:
         if holds(answer):
             told = code or answer.status or type(exc).__name__
@@ -150,17 +207,14 @@ def said(exc: BaseException, text: str) -> tuple[str, str]:
 
 def is_unreachable(message: str) -> bool:
     """Return True for the message of an error where no server answered."""
-    return any(mark in message for mark in ("kind: Connect", "dns error", "ConnectError"))
+    return any(mark in message for mark in _NO_ANSWER)
 
 
 def is_credentials_search(message: str) -> bool:
     """Return True for the message of an error from the search for credentials: the service of cloud machines that hands
     them out refuses, or there is no account.
     """
-    return any(
-        mark in message
-        for mark in ("169.254.169.254", "metadata.google.internal", "MissingAccount", "token request")
-    )
+    return any(mark in message for mark in _SEARCHES)
 
 
 def _other(answer: _Answer) -> tuple[str, str]:
@@ -168,8 +222,8 @@ def _other(answer: _Answer) -> tuple[str, str]:
         tries = next(iter(_RETRIES.findall(answer.message)), "")
         after = f", after {tries} retries" if tries else ""
         return f"the store answered {answer.code or answer.status}{after}", "try again later"
-    if isinstance(answer.error, OSError) and answer.error.strerror:
-        return f"failed ({answer.error.strerror})", ""
+    if number := next(iter(_OS_ERROR.findall(answer.message)), ""):
+        return f"failed ({os.strerror(int(number))})", ""
     # Queries of URLs may be signatures.
     first = re.sub(r"\?\S*", "", answer.message.partition("\n")[0])[:160]
     return f"failed ({first})", "run again"

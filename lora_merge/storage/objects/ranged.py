@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError
 from lora_merge.storage.objects.failures import reading
+from lora_merge.storage.objects.store import match_of
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -159,7 +160,7 @@ class RangedSource:
 
         with reading(self.text):
             got = obstore.get(
-                self._store, self._key, options={"range": (start, end), "if_match": self._tag or None}
+                self._store, self._key, options={"range": (start, end), "if_match": match_of(self._tag)}
             )
             content = memoryview(got.bytes())
         if len(content) != end - start:

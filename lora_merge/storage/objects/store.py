@@ -22,7 +22,7 @@ class Entry:
     nbytes: int
 
     version: str
-    """Its ETag. Other bytes under the same name have another one."""
+    """Its ETag, without quotes. Other bytes under the same name have another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,21 @@ class Receipt:
 
 class AlreadyThereError(WriteError):
     """An object that was to be created exists."""
+
+
+def version_of(etag: str | None) -> str:
+    """Return a version from an ETag: Azure quotes it in one answer, and not in another.
+
+    Example:
+        >>> version_of('"0x8D"'), version_of("0x8D"), version_of(None), match_of("0x8D"), match_of("")
+        ('0x8D', '0x8D', '', '"0x8D"', None)
+    """
+    return (etag or "").strip('"')
+
+
+def match_of(version: str) -> str | None:
+    """Return the condition of a request that demands a version; None where the store has no versions."""
+    return f'"{version}"' if version else None
 
 
 class FileSink(Protocol):
@@ -143,4 +158,17 @@ class Store(Protocol):
 
         Raises:
             WriteError: one cannot be deleted.
+        """
+
+    def abort_uploads(self, names: Collection[str]) -> int:
+        """Abort unfinished uploads of files that killed processes left: their parts are in no listing, and are billed.
+
+        Args:
+            names: of the files. No other process may be writing them.
+
+        Returns:
+            The number of uploads that were aborted; 0 where the storage cannot list them.
+
+        Raises:
+            WriteError: the store refuses it.
         """
