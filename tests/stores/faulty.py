@@ -38,6 +38,8 @@ class Faults:
     answer: tuple[int, str] | None = None
     """Status and code that every request is answered with."""
 
+    no_checksums: bool = False
+    """Requests that ask for checksums are refused, as by stores that do not know them."""
     most: int = 1 << 30
     """Faults altogether; afterwards everything works."""
 
@@ -74,6 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.faults.answer:
             status, code = self.faults.answer
             self._reply(status, DENIED % code.encode(), {"x-amz-bucket-region": "eu-west-1"})
+        elif self.faults.no_checksums and "x-amz-checksum-algorithm" in self.headers:
+            self._reply(501, DENIED % b"NotImplemented", {})
         elif self.faults.strikes("dropped"):
             self._hang_up()
         elif self.faults.strikes("busy"):

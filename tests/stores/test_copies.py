@@ -157,10 +157,19 @@ def test_uploads_that_killed_processes_left_are_aborted_by_name(s3):
     assert left() == set()
 
 
-def test_a_store_without_checksums_does_not_copy(moto_endpoint, moto, monkeypatch):
-    with failing(moto_endpoint, Faults(answer=(501, "NotImplemented"))) as endpoint:
+def test_a_store_without_checksums_does_not_copy_and_is_written_all_the_same(
+    moto_endpoint, moto, monkeypatch
+):
+    with failing(moto_endpoint, Faults(no_checksums=True)) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        assert not store_at(StoreUrl("s3", BUCKET, "t/none")).can_copy
+        store, content = store_at(StoreUrl("s3", BUCKET, f"t/{uuid4().hex[:12]}")), pattern(40 * MIB)
+        assert not store.can_copy
+        store.put("base", content)
+        with store.file("out", len(content)) as sink:
+            assert not sink.copy(store.url.child("base"), 0, len(content))
+            sink.write(memoryview(content))
+        assert store.get("out") == content
+        assert sink.receipt.checksum == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.storage.objects import s3_client
 from lora_merge.storage.objects.buckets import BucketStore
-from lora_merge.storage.objects.failures import writing
+from lora_merge.storage.objects.failures import reading, writing
 from lora_merge.storage.objects.s3_upload import ALGORITHM, CopyingUpload
 from lora_merge.storage.objects.settings import settings_of
 
@@ -41,6 +41,9 @@ class S3Store(BucketStore):
         """Whether the store states checksums (CRC64NVME); asked once by beginning an upload, and aborting it.
 
         Without a checksum, no check could tell whether the store copied the right bytes.
+
+        Raises:
+            CheckpointError: the store cannot be reached.
         """
         key = (self.url.bucket, settings_of("s3"))
         if key not in _CHECKSUMS:
@@ -51,9 +54,15 @@ class S3Store(BucketStore):
     def file(self, name: str, nbytes: int) -> Iterator[FileSink]:
         """Write a large file in the block; an exception in it aborts the upload.
 
+        A store that states no checksums may refuse to be sent any, so obstore writes into it.
+
         Raises:
             WriteError: it cannot be written, or is not what was sent.
         """
+        if not self.can_copy:
+            with super().file(name, nbytes) as plain:
+                yield plain
+            return
         text = self.url.child(name)
         with writing(text):
             upload = CopyingUpload(s3_client.client(), self.url, name, nbytes)
@@ -87,12 +96,13 @@ class S3Store(BucketStore):
     def _states_checksums(self) -> bool:
         from botocore.exceptions import ClientError
 
-        client, place = s3_client.client(), {"Bucket": self.url.bucket, "Key": f"{self.url.prefix}/{_PROBE}"}
-        try:
-            begun = client.create_multipart_upload(
-                **place, ChecksumAlgorithm=ALGORITHM, ChecksumType="FULL_OBJECT"
-            )
-            client.abort_multipart_upload(**place, UploadId=begun["UploadId"])
-        except ClientError:
-            return False
+        place = {"Bucket": self.url.bucket, "Key": f"{self.url.prefix}/{_PROBE}"}
+        with reading(str(self.url)):
+            try:
+                begun = s3_client.client().create_multipart_upload(
+                    **place, ChecksumAlgorithm=ALGORITHM, ChecksumType="FULL_OBJECT"
+                )
+                s3_client.client().abort_multipart_upload(**place, UploadId=begun["UploadId"])
+            except ClientError:
+                return False
         return bool(begun.get("ChecksumAlgorithm") == ALGORITHM)

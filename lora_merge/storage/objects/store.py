@@ -99,7 +99,11 @@ class Store(Protocol):
 
     @property
     def can_copy(self) -> bool:
-        """Whether the store copies ranges by itself (`FileSink.copy`) and states checksums of what it has."""
+        """Whether the store copies ranges by itself (`FileSink.copy`) and states checksums of what it has. May ask it.
+
+        Raises:
+            ResolveError: the store cannot be reached.
+        """
 
     def entries(self) -> Mapping[str, Entry]:
         """Return all objects below the folder, by name; empty where there is none.
