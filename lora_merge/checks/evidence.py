@@ -18,6 +18,23 @@ if TYPE_CHECKING:
     from lora_merge.formats.written_checkpoint import Output
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Weight files that are in another storage than the small files of their output."""
+
+    weights: str = ""
+    """Where they are (``scheme://…/folder``); empty where they are with the small files."""
+
+    stored: frozenset[str] = frozenset()
+    """Names of the files that are there."""
+
+    compared: frozenset[str] = frozenset()
+    """Those whose bytes the storage has compared with what was sent."""
+
+
+HERE = Elsewhere()
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The plan, the written files, and the records that writing returned."""
@@ -39,6 +56,9 @@ class Evidence:
 
     stored: frozenset[str] = frozenset()
     """Names of the files that are there."""
+
+    compared: frozenset[str] = frozenset()
+    """Files whose bytes the storage has compared with those that were sent; they are read at level ``full`` only."""
 
     def file_of(self, name: str) -> str:
         """Return the text that names a weight file of the output."""

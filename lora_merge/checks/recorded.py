@@ -9,7 +9,8 @@ from lora_merge.core.report import error, warning
 from lora_merge.core.tensor import shape_text
 from lora_merge.errors import CheckpointError
 from lora_merge.formats.side_files import MAX_SIDE_BYTES
-from lora_merge.storage.digests import file_digest
+from lora_merge.storage.digests import file_digest, is_of_file
+from lora_merge.storage.objects.checksums import file_checksum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], s
             yield error("wrong-tensor", name, f"is {got}, expected {wanted}")
         elif places[name] != then.file:
             yield warning("moved-tensor", name, f"is in {places[name]}, expected in {then.file}")
+        elif is_of_file(then.digest):
+            continue
         elif (found := digest(ref)) != then.digest:
             yield error(
                 "wrong-digest",
@@ -47,7 +50,23 @@ def recorded(output: Output, manifest: Manifest, digest: Callable[[TensorRef], s
             )
     for name in tensors.keys() - manifest.tensors.keys():
         yield error("extra-tensor", name, f"is in {places[name]}, but the manifest does not list it")
+    yield from _copied_by_store(output, manifest)
     yield from _files(output, manifest)
+
+
+def _copied_by_store(output: Output, manifest: Manifest) -> Iterator[Issue]:
+    """Yield an issue for each weight file that does not have the checksum that a store has stated of it."""
+    stated = {then.file: then.digest for then in manifest.tensors.values() if is_of_file(then.digest)}
+    for name, wanted in sorted(stated.items()):
+        if name not in output.files:
+            continue
+        found = file_checksum(output.file_of(name))
+        if found is None:
+            sentence = "was not compared: the package awscrt, which computes its checksum, is not installed"
+            yield warning("not-compared", name, sentence, 'pip install "lora-merge[s3]"')
+        elif found != wanted:
+            sentence = f"has changed since it was written: checksum {found}, expected {wanted}"
+            yield error("wrong-digest", name, sentence)
 
 
 def _files(output: Output, manifest: Manifest) -> Iterator[Issue]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_merge.core.plan import Copy
 from lora_merge.core.report import error
 from lora_merge.formats.safetensors import tensor_digest
-from lora_merge.storage.digests import file_digest
+from lora_merge.storage.digests import file_digest, is_of_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +35,11 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
         is_copy = isinstance(step.op, Copy)
         for slot in step.slots:
             record, ref = recorded.get(slot.name), replace(slot, file=evidence.file_of(slot.file))
+            if evidence.level != "full" and slot.file in evidence.compared:
+                continue
+            if isinstance(step.op, Copy) and record is not None and is_of_file(record.digest):
+                # The store copied it, and nobody has read it so far.
+                record = replace(record, digest=evidence.digest(step.op.source))
             if is_copy or (is_whole and record is not None and record.digest):
                 found, wanted = evidence.digest(ref), record.digest if record else None
                 if found != wanted:

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.choosing import chosen_rows
+from lora_merge.checks.evidence import HERE
 from lora_merge.checks.structure import structure
 from lora_merge.core.report import Verdict
+from lora_merge.formats.safetensors import tensor_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from lora_merge.checks.evidence import Elsewhere
     from lora_merge.core.plan import MergePlan
     from lora_merge.core.tensor import TensorRecord
 
@@ -27,9 +30,7 @@ def verify(
     records: Sequence[TensorRecord],
     level: Literal["sample", "full"],
     sealed: Mapping[str, str] | None = None,
-    *,
-    weights: str = "",
-    stored: Collection[str] = (),
+    elsewhere: Elsewhere = HERE,
 ) -> Verdict:
     """Run every check on an output, and return the verdict.
 
@@ -40,12 +41,10 @@ def verify(
         level: ``sample`` recomputes the rows that projections suspect, some of each merged tensor and all of small ones;
             ``full`` recomputes every value.
         sealed: digests of the files around the weights, as they were meant to be.
-        weights: where the weight files are, if not in ``root`` (``scheme://…/folder``).
-        stored: names of the files that are there.
+        elsewhere: where the weight files are, if not in ``root``.
     """
-    evidence = Evidence(
-        plan, root, tuple(records), level, sealed or {}, weights=weights, stored=frozenset(stored)
-    )
+    where = elsewhere.weights, elsewhere.stored, elsewhere.compared
+    evidence = Evidence(plan, root, tuple(records), level, sealed or {}, tensor_digest, *where)
     issues = list(structure(evidence))
     if issues:  # the others presuppose the files that it misses
         return Verdict(level, len(plan.steps), 0, tuple(issues))

@@ -54,7 +54,7 @@ GROUPS: Final[tuple[Group, ...]] = (
     Group(
         "Output",
         ("out", "serving", "format", "dtype", "overwrite", "resume"),
-        ("max_shard_size", "link", "part", "seal"),
+        ("max_shard_size", "link", "copies", "part", "seal"),
     ),
     Group("Quantised models", ("quantize", "out_storage"), ("ignore", "rounding")),
     Group(

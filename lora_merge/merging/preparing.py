@@ -83,6 +83,9 @@ class Prepared:
     part: Part | None = None
     """Which files this process makes, where several make the output; None for all of them."""
 
+    copies: bool = False
+    """True where the store copies by itself what no delta touches."""
+
     @property
     def out(self) -> str:
         """The absolute path or URL of the output."""
@@ -166,7 +169,16 @@ def prepare(
     if shortage and not dry_run:
         raise WriteError(shortage.line, hint=shortage.hint)
     return Prepared(
-        planned, wish, device, budget, summary, (*useless, *issues), shortage, clock.seconds, part
+        planned,
+        wish,
+        device,
+        budget,
+        summary,
+        (*useless, *issues),
+        shortage,
+        clock.seconds,
+        part,
+        _copies(request, storage, wish),
     )
 
 
@@ -197,6 +209,25 @@ def _wish(request: Request, out: str, planned: Planned) -> Wish:
         planned.stored_files(),
         shared,
     )
+
+
+def _copies(request: Request, storage: Storage, wish: Wish) -> bool:
+    """Return True when the store is to copy what no delta touches.
+
+    Raises:
+        RequestError: it was asked for, and the store cannot.
+        LoraMergeError: the store cannot be asked.
+    """
+    if request.copies == "store":
+        if not storage.can_copy(wish.out):
+            sentence = f"is store, but {request.out} cannot copy by itself, or states no checksums"
+            hint = 'leave out --copies; S3 can with the package boto3: pip install "lora-merge[s3]"'
+            raise RequestError("", 0, "copies", sentence, hint=hint)
+        return True
+    # A store of another kind has nothing that this one could copy, so it is not asked.
+    scheme = wish.out.partition("://")[0]
+    is_near = any(text.startswith(f"{scheme}://") for text in wish.stored_inputs)
+    return request.copies == "auto" and is_near and storage.can_copy(wish.out)
 
 
 def _part(request: Request) -> Part | None:

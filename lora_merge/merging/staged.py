@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from lora_merge.checks.evidence import HERE, Elsewhere
 from lora_merge.checks.verdict import verify as check_output
 from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Verdict, note
 from lora_merge.errors import VerifyError, WriteError
@@ -30,14 +31,14 @@ from lora_merge.planning.run import check_strict
 from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
-from lora_merge.storage.copy_runs import whole_copies
+from lora_merge.storage.copy_runs import RUN_BYTES, STORE_RUN_BYTES, whole_copies
 from lora_merge.storage.destinations import storage_of
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.sources import identity_at, is_local
 from lora_merge.words import counted, listing, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from lora_merge.core.identity import FileIdentity, Inputs, Place
     from lora_merge.core.plan import MergePlan, Step
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from lora_merge.merging.preparing import Prepared
     from lora_merge.merging.worker import FilePiece
     from lora_merge.storage.destination import Destination
+    from lora_merge.storage.dirs import Listing
 
 
 _LINKS = {"reflink": "reflinks", "hard": "hard links"}
@@ -163,11 +165,12 @@ class Staged:
 
     def left_files(self) -> list[FilePiece]:
         """Return the files that are not written yet, as pieces of work; the largest first."""
-        left = file_pieces(self.plan, {record.file for record in self._records})
-        part = self.prepared.part
-        return (
-            left if part is None else [piece for piece in part.share(file_pieces(self.plan)) if piece in left]
-        )
+        left, part = self._pieces({record.file for record in self._records}), self.prepared.part
+        return left if part is None else [piece for piece in part.share(self._pieces()) if piece in left]
+
+    def _pieces(self, done: Collection[str] = ()) -> list[FilePiece]:
+        """Return the files of the output as pieces of work, but for those that are done."""
+        return file_pieces(self.plan, done, STORE_RUN_BYTES if self.prepared.copies else RUN_BYTES)
 
     def reserve(self) -> list[tuple[str, FileIdentity, FileIdentity]]:
         """Create the output's files at their full size. Files that no delta touches become links, where that is
@@ -239,7 +242,7 @@ class Staged:
     def _released(self, part: Part) -> Made:
         """Leave the place to the other processes that share the output, and return what this one has made."""
         self.place.release()
-        names = {file.name for piece in part.share(file_pieces(self.plan)) for file in piece.files}
+        names = {file.name for piece in part.share(self._pieces()) for file in piece.files}
         nbytes = sum(file.nbytes for file in self.plan.files if file.name in names)
         words = f"{part} ({len(names)} of {counted(len(self.plan.files), 'file')}, {size_text(nbytes)})"
         return Made(
@@ -325,8 +328,7 @@ class Staged:
                 self._records,
                 level,
                 sealed,
-                weights=self.place.weights,
-                stored=before if self.place.weights else (),
+                self._elsewhere(before),
             )
         if not self._verdict.ok:
             check_names(self.inputs)
@@ -344,6 +346,12 @@ class Staged:
             raise WriteError(f"{self.place.root}: changed while it was being verified", hint=hint)
         # Only times have moved. Sampled blocks would not show a write elsewhere, so everything is read.
         self._verify("full", sealed, used, watch, is_last=True)
+
+    def _elsewhere(self, listing: Listing) -> Elsewhere:
+        """Return where the weight files are, with what is there now."""
+        if not self.place.weights:
+            return HERE
+        return Elsewhere(self.place.weights, frozenset(listing), self.place.compared())
 
     def _flush(self, watch: Observer) -> None:
         with self.clock("flush"):

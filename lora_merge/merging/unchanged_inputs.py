@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import Place
 from lora_merge.core.plan import Copy
-from lora_merge.storage.digests import file_digest, range_digest
+from lora_merge.storage.digests import file_digest, is_of_file, range_digest
 from lora_merge.storage.input_files import changed
 from lora_merge.storage.sources import identity_at, open_source
 
@@ -112,6 +112,8 @@ def used_by(steps: Iterable[Step], records: Iterable[TensorRecord]) -> dict[Plac
 def sources_of(step: Step, record: TensorRecord) -> list[tuple[TensorRef, str]]:
     """Return the stored tensors that a step read, each with the digest of its bytes as they were read."""
     # A copy's record has one digest, which is that of its source.
+    if is_of_file(record.digest):
+        return []
     digests = dict.fromkeys(step.reads, record.digest) if isinstance(step.op, Copy) else record.source
     return [(ref, digests.get(role, "")) for role, ref in step.reads.items()]
 

@@ -148,7 +148,14 @@ class _Driver:
             # Asked for after `_reserve`: only then has the place its lock.
             place = output.place.files
             assert place is not None
-            spec = FileSpec(place, _files([output]), device, self.budget.tile_elements, is_checked=is_checked)
+            spec = FileSpec(
+                place,
+                _files([output]),
+                device,
+                self.budget.tile_elements,
+                is_checked=is_checked,
+                copies=output.prepared.copies,
+            )
             self._work("merging", spec, output.left_files(), device, seen)
         output.read(seen.inputs().readings)
 

@@ -18,6 +18,7 @@ Shell = Literal["bash", "zsh", "fish"]
 """Shells in which the command completes."""
 
 Link = Literal["copy", "reflink", "hard"]
+Copies = Literal["auto", "store", "stream"]
 Naming = Literal["v4", "v5"]
 """Major versions of transformers whose names modules can have."""
 

@@ -8,6 +8,7 @@ from lora_merge.requests import values
 from lora_merge.requests.choices import (
     AdapterFormat,
     BaseIs,
+    Copies,
     Engine,
     ExpertForm,
     ExpertLayout,
@@ -90,6 +91,7 @@ FORMAT = Kind(
 )
 LEVEL = Kind("ProofLevel", values.parse_choice(ProofLevel, "level"), choices=get_args(ProofLevel))
 EXECUTOR = Kind("str", values.parse_name(_executors, "executor"), names=_executors)
+COPIES = Kind("Copies", values.parse_choice(Copies, "way to copy"), choices=get_args(Copies))
 LINK = Kind("Link", values.parse_choice(Link, "way to link"), _shown(Link))
 SHELL = Kind("Shell", values.parse_choice(Shell, "shell"), choices=get_args(Shell))
 NAMING = Kind("Naming", values.parse_choice(Naming, "naming"), choices=get_args(Naming))

@@ -11,6 +11,7 @@ from typing import ClassVar
 from lora_merge.requests.choices import (
     AdapterFormat,
     BaseIs,
+    Copies,
     Engine,
     ExpertForm,
     Link,
@@ -133,6 +134,10 @@ class Request:
     resume: bool = False
     """Continue an interrupted run. If it was the same merge, its finished tensors, or files in a store, are
     checked and kept."""
+
+    copies: Copies = "auto"
+    """How unchanged bytes get from a store to a store. store: the store copies them by itself. stream: they
+    are read and written. Default: auto, store where the store states checksums."""
 
     part: str | None = None
     """Make only some files of the output: part I of N, the same split in every process. auto: by a SLURM job

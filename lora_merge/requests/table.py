@@ -615,6 +615,14 @@ _WRITING: tuple[Option, ...] = (
         default=False,
     ),
     Option(
+        "copies",
+        ("merge",),
+        kinds.COPIES,
+        "How unchanged bytes get from a store to a store. store: the store copies them by itself. stream: they are read and written.",
+        "default: auto, store where the store states checksums",
+        default="auto",
+    ),
+    Option(
         "part",
         ("merge",),
         kinds.PART,

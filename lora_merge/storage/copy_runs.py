@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 RUN_BYTES = 64 << 20
 """The most bytes of a run of several tensors, so that work is shared out evenly among workers."""
 
+STORE_RUN_BYTES = 1 << 40
+"""The same where the store copies by itself: it cuts a run as it needs to."""
+
+LEAST_STORE_BYTES = 5 << 20
+"""The fewest bytes that a store is asked to copy: S3 makes no smaller part of a file."""
+
 
 @dataclass(frozen=True, slots=True)
 class CopyRun:

@@ -221,6 +221,9 @@ class Destination(Protocol):
             WriteError: the storage refused something.
         """
 
+    def compared(self) -> frozenset[str]:
+        """Return the files whose bytes the storage itself has compared with those that were sent, and that are still there."""
+
     def listing(self) -> Listing:
         """Return every file as it is now. Two listings that differ show that something else writes there."""
 
@@ -258,6 +261,13 @@ class Storage(Protocol):
 
         Raises:
             WriteError: the storage cannot be asked.
+        """
+
+    def can_copy(self, out: str) -> bool:
+        """Return True where the storage copies ranges of other files of its kind by itself, and states checksums of the result.
+
+        Raises:
+            LoraMergeError: the storage cannot be asked.
         """
 
     def check_replaceable(self, wish: Wish) -> None:

@@ -49,6 +49,15 @@ def digest_text(digest: xxhash.xxh3_128) -> str:
     return f"xxh3_128:{digest.hexdigest()}"
 
 
+OF_FILE = "crc64nvme:"
+"""How a digest begins that a store has stated of a whole file, where it copied a tensor by itself, so that the tensor was not read."""
+
+
+def is_of_file(digest: str) -> bool:
+    """Return True for a digest in the record of a tensor that is the checksum of its whole file."""
+    return digest.startswith(OF_FILE)
+
+
 def files_digest(paths: Sequence[str | Path]) -> str:
     """Return the digest of one whole file; of several, the digest of their digests, in the order given.
 

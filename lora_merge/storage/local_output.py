@@ -130,6 +130,12 @@ class LocalDestination:
         return os.path.isfile(Path(wish.out, wish.marks[-1]))  # noqa: PTH113
 
     @staticmethod
+    def can_copy(out: str) -> bool:
+        """Return False: links and reflinks are what a disk has (`link`)."""
+        del out
+        return False
+
+    @staticmethod
     def check_replaceable(wish: Wish) -> None:
         """Check that nothing irreplaceable has the output's name, and that no input is inside it.
 
@@ -296,6 +302,10 @@ class LocalDestination:
             WriteError: the disk does not take it.
         """
         self._flushing.wait()
+
+    def compared(self) -> frozenset[str]:
+        """Return nothing: a disk takes no checksums."""
+        return frozenset()
 
     def listing(self) -> Listing:
         """Return every staged file as it is now (`dirs.Listing`)."""

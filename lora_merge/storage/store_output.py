@@ -102,6 +102,15 @@ class StoreDestination:
         return True
 
     @staticmethod
+    def can_copy(out: str) -> bool:
+        """Return True where the store copies ranges by itself, and states checksums.
+
+        Raises:
+            LoraMergeError: it cannot be asked.
+        """
+        return store_at(output_url(out)).can_copy
+
+    @staticmethod
     def check_replaceable(wish: Wish) -> None:
         """Check that nothing irreplaceable has the output's prefix, and that no input is inside it or around it.
 
@@ -199,6 +208,10 @@ class StoreDestination:
         # From here on this is not a checkpoint, until its own configuration is there.
         if is_first or not self._wish.shared:
             self._staging.unseal()
+        if not self._wish.shared and self._wish.resume:
+            # Whoever may write is not always allowed to list uploads: then the rule of the bucket removes them.
+            with contextlib.suppress(WriteError):
+                self._store.abort_uploads(self._planned - self._finished.keys())
         if self._store.entry(CONFIG_FILE) is not None and self._staging.sealed() is None:
             self._store.delete([CONFIG_FILE])
 
@@ -264,6 +277,15 @@ class StoreDestination:
 
     def flush(self) -> None:
         """Do nothing: a file is durable when it has its name."""
+
+    def compared(self) -> frozenset[str]:
+        """Return the files of which the store has stated the checksum of what was sent, and that have not changed since.
+
+        Raises:
+            LoraMergeError: the store cannot be asked.
+        """
+        found, entries = self._staging.finished(self._merge), self._store.entries()
+        return frozenset(one.file for one in found if one.receipt.checksum and one.is_there(entries))
 
     def listing(self) -> Listing:
         """Return every file of the output that is in the store, with its version. Files of an older output that this run

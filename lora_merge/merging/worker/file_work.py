@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import Inputs
 from lora_merge.core.plan import Copy
 from lora_merge.core.shards import OutputFile
+from lora_merge.core.tensor import TensorRecord
 from lora_merge.core.work import Done, Piece
 from lora_merge.deltas import Factors
+from lora_merge.errors import WriteError
 from lora_merge.formats.safetensors import load
 from lora_merge.merging.worker.copying import copy
 from lora_merge.merging.worker.devices import one_torch_thread
 from lora_merge.merging.worker.merger import Merger, Order
 from lora_merge.merging.worker.stopwatch import Stopwatch
-from lora_merge.storage.copy_runs import CopyRun
+from lora_merge.storage.copy_runs import LEAST_STORE_BYTES, CopyRun
 from lora_merge.storage.destination import FilePlace
 from lora_merge.storage.in_order import InOrder
 from lora_merge.storage.input_files import Watch, told
-from lora_merge.storage.sources import kept_open
+from lora_merge.storage.sources import is_local, kept_open, open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from lora_merge.core.tensor import TensorRecord
+    from lora_merge.storage.objects.store import FileSink, Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,9 @@ class FileSpec:
     is_checked: bool = True
     """Look at part of every row as it passes, for the verification that follows."""
 
+    copies: bool = False
+    """Ask the store to copy runs that no delta touches (`FileSink.copy`)."""
+
     @contextlib.contextmanager
     def make(self, n: int) -> Iterator[list[FileWorker]]:
         """Yield n workers for the threads of one process; on leaving, torch has its threads again."""
@@ -88,6 +93,7 @@ class FileWorker:
             OutOfMemoryError: memory ran out.
         """
         records: list[TensorRecord] = []
+        found: list[TensorRecord] = []
         with contextlib.ExitStack() as stack, kept_open():
             sinks = {
                 file.name: stack.enter_context(self._spec.place.file(file.name, file.nbytes))
@@ -95,13 +101,33 @@ class FileWorker:
             }
             lines = InOrder(piece.files, sinks)
             for one in piece.pieces:
-                records += self._made(one, lines)
+                records += self._copied_by_store(one, lines, sinks) or self._made(one, lines)
             lines.finish()
             # Only now are the sinks left: a file that lacks a byte never gets its name.
         for file in piece.files:
-            own = [record for record in records if record.file == file.name]
-            self._spec.place.note(file.name, sinks[file.name].receipt, own)
-        return Done(tuple((0, record) for record in records), self._time.taken(), self._watch.taken())
+            receipt = sinks[file.name].receipt
+            own = [_stated(record, receipt) for record in records if record.file == file.name]
+            self._spec.place.note(file.name, receipt, own)
+            found += own
+        return Done(tuple((0, record) for record in found), self._time.taken(), self._watch.taken())
+
+    def _copied_by_store(
+        self, piece: Piece, lines: InOrder, sinks: Mapping[str, FileSink]
+    ) -> list[TensorRecord]:
+        """Have the store copy a run of copies; return records without digests, or nothing where the bytes must be read."""
+        ((_, steps),) = piece.wanted
+        if not self._spec.copies or not isinstance(steps[0].op, Copy) or piece.nbytes < LEAST_STORE_BYTES:
+            return []
+        run = CopyRun(steps)
+        first, file = run.sources[0], run.slots[0].file
+        if is_local(first.file):
+            return []
+        # Opened to be compared with the version that was planned with.
+        with told(self._copying), open_source(first.file):
+            if not sinks[file].copy(first.file, first.start, run.nbytes):
+                return []
+        lines.skip(file, run.nbytes)
+        return [TensorRecord(slot.name, file, slot.nbytes, "", finite=True) for slot in run.slots]
 
     def _made(self, piece: Piece, lines: InOrder) -> tuple[TensorRecord, ...]:
         """Carry out a run of copies, or one merge; return the records of its tensors."""
@@ -120,3 +146,17 @@ class FileWorker:
         with told(self._watch):
             (merged,) = self._merger.together([Order(step, lines)])
         return merged
+
+
+def _stated(record: TensorRecord, receipt: Receipt) -> TensorRecord:
+    """Return a record whose digest is the checksum of its file, where the tensor was not read.
+
+    Raises:
+        WriteError: the store has stated none.
+    """
+    if record.digest or not record.nbytes:
+        return record
+    if not receipt.checksum:
+        sentence = f"{record.file}: the store copied bytes of it, and stated no checksum"
+        raise WriteError(sentence, hint="run again with --copies stream")
+    return replace(record, digest=receipt.checksum)
