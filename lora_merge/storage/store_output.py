@@ -309,6 +309,10 @@ class StoreDestination:
             WriteError: the store refused something, or a file is not the one that was written.
         """
         assert self._run is not None
+        # Parts of uploads that were killed are billed, and in no listing. Without the right to abort them, the bucket's
+        # lifecycle rule removes them.
+        with contextlib.suppress(WriteError):
+            self._store.abort_uploads(self._planned)
         self._check_written()
         old = set(self._run.old) - self._planned - self._shadow.listing().keys()
         names = sorted(

@@ -239,3 +239,15 @@ def test_no_secret_travels_or_stays(dense, s3_url, capsys):
     left |= {f"new {name}": data for name, data in bytes_of(store_at(s3_url)).items()}
     assert not [name for name, data in left.items() if SECRET.encode() in data]
     assert SECRET not in "".join(capsys.readouterr())
+
+
+@pytest.mark.loopback
+def test_uploads_that_killed_runs_left_are_gone_when_the_output_is_complete(dense, moto, s3_url):
+    name = "model-00001-of-00003.safetensors"
+    for key in (f"{s3_url.prefix}/{name}", f"{s3_url.prefix}/other"):
+        moto.create_multipart_upload(Bucket=s3_url.bucket, Key=key)
+    merged(dense(), s3_url)
+    assert name in store_at(s3_url).entries()
+    left = moto.list_multipart_uploads(Bucket=s3_url.bucket, Prefix=s3_url.prefix)["Uploads"]
+    # What is not a file of this output may be another program's.
+    assert [upload["Key"] for upload in left] == [f"{s3_url.prefix}/other"]
