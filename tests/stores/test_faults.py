@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
@@ -13,7 +14,7 @@ from lora_merge.storage.objects import StoreUrl, settings, store_at
 from lora_merge.storage.objects.s3_client import is_installed
 from lora_merge.storage.reading import read_into
 from lora_merge.storage.sources import open_source
-from tests.stores.conftest import BUCKET, SECRET, environment_of
+from tests.stores.conftest import BUCKET, KEY_ID, SECRET, environment_of
 from tests.stores.faulty import Faults, failing
 from tests.stores.test_buckets import MIB, break_off, pattern
 
@@ -207,6 +208,15 @@ def test_a_profile_gives_credentials_and_an_endpoint(moto_endpoint, moto, s3_url
     store.put("x", b"1")
     write(store, "y", pattern(17 * MIB))
     assert set(store.entries()) == {"x", "y"}
+
+
+def test_credentials_are_renewed_before_those_of_a_role_can_expire(moto):
+    from lora_merge.storage.objects import connecting
+
+    given = connecting._s3_options()["credential_provider"]()
+    # boto3 gives none that expire in less than 10 minutes (botocore.credentials: _mandatory_refresh_timeout).
+    assert given["expires_at"] - datetime.now(UTC) < timedelta(minutes=10)
+    assert given["access_key_id"] == KEY_ID
 
 
 def test_a_disk_that_refuses_is_told_with_the_systems_words(tmp_path):

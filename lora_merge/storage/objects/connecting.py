@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
     from lora_merge.storage.objects.urls import StoreScheme, StoreUrl
 
+_LIFETIME = timedelta(minutes=9)
+"""How long obstore keeps credentials that boto3 gave it. boto3 renews those of roles 10 minutes before they expire, and
+obstore's own half an hour would use them beyond that."""
+
 _PROBE = ".lora-merge-probe"
 """A name that no object has: asking for it shows that the store answers, and needs no right in particular."""
 
@@ -80,7 +84,7 @@ def _s3_options() -> dict[str, Any]:
     if not s3_client.is_public():
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        options["credential_provider"] = Boto3CredentialProvider(s3_client.session())
+        options["credential_provider"] = Boto3CredentialProvider(s3_client.session(), ttl=_LIFETIME)
     return options
 
 
