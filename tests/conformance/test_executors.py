@@ -26,6 +26,7 @@ from lora_merge.errors import (
 )
 from lora_merge.executors import EXECUTORS, pick
 from lora_merge.executors.threads import run_threads
+from tests.crossing import diagonal
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 each = pytest.mark.parametrize(
@@ -93,8 +94,9 @@ def importable(monkeypatch):
 
 
 @each
-@pytest.mark.parametrize("n_workers", [1, 2])
-@pytest.mark.parametrize("sizes", [[], [3], [1, 9, 0, 4, 4, 7]], ids=len)
+@pytest.mark.parametrize(
+    ("sizes", "n_workers"), diagonal({"0": [], "1": [3], "6": [1, 9, 0, 4, 4, 7]}, [1, 2])
+)
 def test_every_piece_is_done_once_and_has_one_result(executor, n_workers, sizes, tmp_path):
     tasks, spec = tasks_of(sizes), Noted(tmp_path)
     results = list(executor(spec, tasks, n_workers))

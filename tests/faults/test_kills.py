@@ -18,10 +18,10 @@ from tests.faults.trial import Job
 from tests.tampering import edit_tensors, to_pickles
 
 ROOT = Path(__file__).parents[2]
-N_KILLS = int(os.environ.get("LORA_MERGE_KILLS", "40"))
+N_KILLS = int(os.environ.get("LORA_MERGE_KILLS", "15"))
 """Of all jobs together."""
 
-N_DISKS = int(os.environ.get("LORA_MERGE_DISKS", "15"))
+N_DISKS = int(os.environ.get("LORA_MERGE_DISKS", "10"))
 """Of all jobs together."""
 
 MODELS = {
@@ -135,7 +135,7 @@ def test_what_is_killed_loses_nothing_and_run_again_it_ends_in_the_same_bytes(na
 def test_a_run_that_is_killed_while_it_names_its_output_loses_neither_the_old_nor_the_new(
     in_two_steps, job, work
 ):
-    n = max(6, N_KILLS // 10)
+    n = max(4, N_KILLS // 10)
     told = replace(job("Conv1D, over an old output"), n_last=45, in_two_steps=in_two_steps)
 
     words = found("killing", told, work, n=n, seed=6, signal=signal.SIGKILL)
@@ -145,7 +145,7 @@ def test_a_run_that_is_killed_while_it_names_its_output_loses_neither_the_old_no
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_is_resumed_to_the_same_bytes(signum, job, work):
-    n = max(5, N_KILLS // 40)
+    n = max(3, N_KILLS // 40)
 
     words = found("killing", job("shards"), work, n=n, seed=7, signal=signum)
 
@@ -166,7 +166,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(signum, job, work):
 def test_what_finds_no_room_loses_nothing_and_with_room_it_ends_in_the_same_bytes(name, kind, job, work):
     is_mounted = kind == "a disk" and can_mount()
     before = ("unshare", "-m") if is_mounted else ()
-    n = max(3, N_DISKS // 5)
+    n = max(2, N_DISKS // 5)
 
     words = found("filling", job(name), work, before=before, n=n, mount=is_mounted)
 

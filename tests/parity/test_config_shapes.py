@@ -7,6 +7,7 @@ import re
 import pytest
 
 import lora_merge
+from tests.crossing import one_for_each
 from tests.parity import shape_building
 from tests.parity.config_shapes import SHAPES, Shape
 from tests.parity.method_shapes import METHOD_SHAPES
@@ -38,7 +39,16 @@ def off_by(got, wanted):
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("shape", cases(refused=False))
+@pytest.mark.parametrize(
+    "shape",
+    one_for_each(
+        cases(refused=False),
+        lambda shape: shape.base,
+        lambda shape: shape.trained,
+        lambda shape: shape.config.get("peft_type"),
+        lambda shape: (tuple(sorted(shape.options)), tuple(sorted(shape.built_with))),
+    ),
+)
 def test_an_adapter_with_the_config_is_merged_into_what_peft_computes(shape: Shape, workshop, tmp_path):
     plain, wanted = shape_building.trained(workshop, tmp_path / "adapter", shape)
     assert off_by(plain, wanted) > LEAST_EFFECT

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import lora_merge
 from tests.conformance.test_checks import OPTIONS
-from tests.crossing import one_for_each
+from tests.crossing import one_for_each, only
 from tests.parity import building as kinds_building
 from tests.parity import family_building as building
 from tests.parity.kinds import KINDS
@@ -49,7 +49,7 @@ def finding(proof, check):
     ("family", "naming", "layout"),
     one_for_each(
         matrix(),
-        lambda family, naming, _: (family.structure(), naming),
+        lambda _, naming, __: naming,
         lambda family, *_: family.inputs,
         lambda family, *_: family.name in OF_THEIR_OWN and family.name,
     ),
@@ -77,7 +77,8 @@ def test_what_is_merged_right_passes_of_every_family(family, naming, layout, wor
             for model in kind.models
             for dtype in ["bfloat16" if "bfloat16" in kind.dtypes and model == kind.models[0] else "float32"]
         ],
-        lambda kind, model, _: (kind.peft_type, model),
+        lambda kind, *_: (kind.group, kind.setting, kind.options),
+        lambda _, model, __: model,
     ),
 )
 def test_what_is_merged_right_passes_of_every_kind(kind, model, dtype, workshop, tmp_path):
@@ -183,7 +184,18 @@ CORRUPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", CORRUPTIONS)
+SAMPLE = (
+    "a delta has twice its scale",
+    "one expert of four is not merged",
+    "a merged tensor was rounded to bfloat16",
+    "the config has another theta",
+    "a tensor is missing",
+    "the head is not merged",
+    "a module that no prompt reaches is not merged",
+)
+
+
+@pytest.mark.parametrize("what", only(SAMPLE, CORRUPTIONS))
 def test_a_corruption_is_found_by_forward_passes(what, workshop, cli, tmp_path):
     family, corrupt = CORRUPTIONS[what]
     base, trained = (

@@ -24,6 +24,12 @@ ONE_OF_EACH = (
 )  # fmt: skip
 """Fixtures that together run every line and branch that all of them run: each codec of each method is among them."""
 
+ONE_OF_EACH_METHOD = (
+    "awq-gemm", "bnb-fp4", "bnb-int8", "ct-int4-act-order", "ct-mxfp8", "ct-nvfp4", "fp8-experts", "fp8-ragged", "gptoss-mxfp4",
+    "gptq-3bit", "gptq-4bit-act-order", "mlx-experts", "mlx-mxfp8", "modelopt-fp8", "modelopt-int4-awq", "torchao-int8",
+)  # fmt: skip
+"""Fixtures for tests of whole merges, where codecs have tests of their own."""
+
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = LINEAR[:4]
 EXPERTS = ("fp8-experts", "mlx-experts")

@@ -15,7 +15,7 @@ from tests.crossing import diagonal, only
 from tests.storages.reference import (
     FIXTURES,
     NAMES,
-    ONE_OF_EACH,
+    ONE_OF_EACH_METHOD,
     SETTINGS,
     by_library,
     decoded,
@@ -29,8 +29,8 @@ from tests.storages.reference import (
 from tests.tampering import to_pickles
 
 # The output of mlx-6bit ends with a whole page.
-each = pytest.mark.parametrize("name", only((*ONE_OF_EACH, "mlx-6bit"), NAMES))
-OF_DENSE = (*ONE_OF_EACH, "gptq-4bit")
+each = pytest.mark.parametrize("name", only((*ONE_OF_EACH_METHOD, "mlx-6bit"), NAMES))
+OF_DENSE = (*ONE_OF_EACH_METHOD, "gptq-4bit")
 """The biases of gptq-4bit are stored in another dtype than its other dense weights."""
 
 CLOSE = 5e-6

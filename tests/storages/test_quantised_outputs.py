@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lora_merge
+from tests.crossing import diagonal
 from tests.storages import dense
 from tests.storages.asking import ask
 from tests.storages.quantising import SCHEMES, digest_of
@@ -50,8 +51,10 @@ def test_at_once_is_merging_and_then_quantising(scheme, place, quantised, tmp_pa
     assert len(tensors_of(out)) > len(tensors_of(place / "dense"))
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "int4-g32", "nvfp4", "mxfp8"])
-@pytest.mark.parametrize("fixture", ["fp8-block", "gptq-4bit-act-order", "bnb-nf4-double"])
+@pytest.mark.parametrize(
+    ("fixture", "scheme"),
+    diagonal(["fp8-block", "gptq-4bit-act-order", "bnb-nf4-double"], ["fp8", "int4-g32", "nvfp4", "mxfp8"]),
+)
 def test_a_quantised_base_is_decoded_and_then_quantised(fixture, scheme, case, tmp_path):
     base, adapter, _ = case(fixture)
     ours, between, then = (tmp_path / name for name in ("ours", "between", "then"))

@@ -18,7 +18,7 @@ from tests.storages.making.models import VOCABULARY
 from tests.storages.reference import (
     FIXTURES,
     NAMES,
-    ONE_OF_EACH,
+    ONE_OF_EACH_METHOD,
     by_library,
     decoded,
     everywhere,
@@ -35,7 +35,7 @@ from tests.tampering import edit_tensors
 if TYPE_CHECKING:
     from pathlib import Path
 
-SAMPLE = only(ONE_OF_EACH, NAMES)
+SAMPLE = only(ONE_OF_EACH_METHOD, NAMES)
 each = pytest.mark.parametrize("name", SAMPLE)
 each_and_rounding = pytest.mark.parametrize(("name", "rounding"), diagonal(SAMPLE, ["nearest", "adapter"]))
 

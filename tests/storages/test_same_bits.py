@@ -73,17 +73,21 @@ def rows(outputs, *keys):
     return one_for_each([pytest.param(output, id=str(output)) for output in outputs], *keys)
 
 
-def _base_and_scheme(output):
-    return output.base, output.options.get("quantize")
+def _base(output):
+    return output.base
 
 
-def _way(output):
-    return tuple(sorted(output.options)), output.options.get("rounding")
+def _scheme(output):
+    return output.options.get("quantize")
 
 
-each = pytest.mark.parametrize("output", rows(OUTPUTS, _base_and_scheme, _way))
-every_second = pytest.mark.parametrize("output", rows(OUTPUTS[::2], lambda output: output.base, _way))
-every_third = pytest.mark.parametrize("output", rows(OUTPUTS[::3], _way))
+def _rounding(output):
+    return output.options.get("rounding")
+
+
+each = pytest.mark.parametrize("output", rows(OUTPUTS, _base, _scheme, _rounding))
+every_second = pytest.mark.parametrize("output", rows(OUTPUTS[::2], _scheme, _rounding))
+every_third = pytest.mark.parametrize("output", rows(OUTPUTS[::3], _rounding))
 
 
 @pytest.fixture(scope="session")

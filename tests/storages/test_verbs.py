@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import lora_merge
 from lora_merge.cli import exits
 from lora_merge.planning.resolve import resolve_base
+from tests.crossing import diagonal
 from tests.storages.reference import FIXTURES, LINEAR, beside, by_library, plain_config, tensors_of
 from tests.storages.test_outputs import touching
 from tests.tampering import edit_tensors, to_pickles
@@ -76,8 +77,7 @@ def factors_of(adapter):
 # verify --forward
 
 
-@each
-@pytest.mark.parametrize("storage", ["dense", "mixed", "carried"])
+@pytest.mark.parametrize(("name", "storage"), diagonal(SOME, ["dense", "mixed", "carried"]))
 def test_forward_passes_compare_with_peft_on_the_decoded_base(name, storage, case, cli, tmp_path):
     fields = {"dense": {}, "mixed": touching(name), "carried": beside(name)}[storage]
     if storage == "carried" and not fields:
