@@ -13,7 +13,7 @@ IMAGE   ?= lora-merge
 SERVE   = $(BIN)/python -m pytest tests/engines --engines-python $(ENGINES)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pictures check lint format type layers measures docs site test quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles stores stores-servers bench rounding lean lowest image clean
+.PHONY: help setup demo pictures check lint format type layers measures docs site test system quick browser report-pictures crossed fuzz values kills detection engines engines-table oracles stores stores-servers bench rounding lean lowest image clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## Build a small Llama, train a LoRA on it, merge it, and compare what the three generate
 	$(BIN)/python scripts/demo.py
 
-check: lint type layers measures docs site test ## Everything that CI runs, but for the engines
+check: lint type layers measures docs site test system ## Everything that CI runs, but for the engines
 
 lint: setup ## ruff: rules and formatting; hadolint on the Dockerfile
 	$(BIN)/ruff check .
@@ -61,7 +61,10 @@ site: setup ## Build the documentation as a website, into .site (no network, no 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test: setup ## The test suite: every row of a table that runs code of its own
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed and not system"
+
+system: setup ## Tests that run whole programs: kills, terminals, browsers, notebooks, pipelines, other environments
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "system and not crossed"
 
 browser: setup ## Pages of --report in a real Chromium; says what is missing, and installs nothing
 	LORA_MERGE_BROWSER=needed $(BIN)/python -m pytest tests/browser
@@ -70,7 +73,7 @@ report-pictures: setup ## Take the pictures of docs/report.md from real runs, in
 	$(BIN)/python scripts/report_pictures.py --write
 
 quick: setup ## A minute of tests to run after each change: units, a kind for each algebra, a family for each layout
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed and not slow" @tests/quick.txt
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed and not slow and not system" @tests/quick.txt
 
 crossed: setup ## The other rows of the tables: kinds of adapters by models, dtypes and layouts
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m crossed

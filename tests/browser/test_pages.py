@@ -13,6 +13,8 @@ import lora_merge
 from lora_merge.core.tensor import Survival
 from tests.tampering import edit_tensors
 
+pytestmark = pytest.mark.system
+
 NAMES = (
     "merge",
     "plan",

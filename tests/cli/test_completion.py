@@ -121,7 +121,7 @@ def _wait(result, n, deadline):
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_bash_completes(place):
     needs("bash")
     setup = (
@@ -134,7 +134,7 @@ def test_bash_completes(place):
     assert dict(zip(LINES, found, strict=True)) == {line: line[1] for line in LINES}
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_zsh_completes(place):
     needs("zsh")
     setup = (
@@ -148,7 +148,7 @@ def test_zsh_completes(place):
     assert dict(zip(LINES, found, strict=True)) == {line: line[1] for line in LINES}
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_zsh_completes_without_a_start_up_file(place):
     """``compinit`` was not run: the script runs it."""
     needs("zsh")
@@ -166,7 +166,7 @@ def test_zsh_completes_without_a_start_up_file(place):
     assert result.stdout.strip() == "_lora_merge_completion"
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_fish_completes(place):
     needs("fish")
     here, environment = place

@@ -21,6 +21,8 @@ import lora_merge
 from lora_merge.cli import exits
 from lora_merge.storage.staging import staging_path
 
+pytestmark = pytest.mark.system
+
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="there is no disk that is full here")
 

@@ -16,6 +16,8 @@ import yaml
 
 from lora_merge.serving import ENGINES
 
+pytestmark = pytest.mark.system
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASE = Path("models/Llama-3-8B")
 RUNS = ("my-lora/checkpoint-500", "other-lora/checkpoint-500", "other-lora/checkpoint-1000")

@@ -20,7 +20,7 @@ NO_SOCKETS = str(Path(__file__).parents[1] / "no_sockets")
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("accelerate", "boto3", "gguf", "matplotlib", "modelscope", "obstore", "peft", "transformers")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 
 def own_setuptools():

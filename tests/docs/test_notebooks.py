@@ -42,7 +42,7 @@ def test_every_notebook_is_listed_and_run():
     assert all(f"({name}.ipynb)" in page for name in names)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.loopback  # the kernel's own sockets, on this machine
 @pytest.mark.parametrize("name", HOLDS)
 def test_a_notebook_runs(name, clone, monkeypatch):

@@ -53,7 +53,7 @@ def test_the_figures_of_a_tool_are_those_that_were_measured(tool):
     assert ("the same" in output) == ("the same 273 tensors, value for value" in found[7])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_merge_that_it_shows_prints_what_a_merge_prints():
     command = [sys.executable, str(ROOT / "scripts" / "first_merge.py"), "--check"]
 

@@ -15,6 +15,8 @@ from tests.faults import sandbox
 from tests.faults.table import _failing
 from tests.faults.trial import content
 
+pytestmark = pytest.mark.system
+
 SANDBOX = Path(sandbox.__file__)
 PROGRAM = "from lora_merge.cli import entry; entry()"
 FAST = ("fallocate", "fadvise64", "flock", "pwritev2", "preadv2", "renameat2")

@@ -17,6 +17,8 @@ from tests.faults.test_table import can_mount
 from tests.faults.trial import Job
 from tests.tampering import edit_tensors, to_pickles
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[2]
 N_KILLS = int(os.environ.get("LORA_MERGE_KILLS", "15"))
 """Of all jobs together."""

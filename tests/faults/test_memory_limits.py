@@ -13,6 +13,8 @@ import lora_merge
 from lora_merge.cli import exits
 from lora_merge.storage.staging import staging_path
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def inputs(pico, pico_adapter, tmp_path_factory):

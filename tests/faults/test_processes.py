@@ -18,6 +18,8 @@ from lora_merge.executors import processes
 from lora_merge.storage.staging import SUFFIX
 from tests.faults.trial import content, session
 
+pytestmark = pytest.mark.system
+
 COMMAND = [sys.executable, "-m", "lora_merge"]
 SECONDS = 60.0
 """Until something is taken never to happen."""

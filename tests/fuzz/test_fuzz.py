@@ -52,6 +52,7 @@ def test_what_is_close_to_the_corpus_does_too(name):
 @pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None, reason="atheris is not installed (Linux, CPython up to 3.13)"
 )
+@pytest.mark.system
 def test_the_fuzzer_finds_nothing_in_a_moment(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "fuzz.py", "--runs", "3000", "--found", tmp_path, *ONLY],

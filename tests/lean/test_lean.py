@@ -24,7 +24,7 @@ from tests.parity import family_building
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("without.py")
 HEAVY = ("accelerate", "peft", "transformers")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 LEAN_PYTHON = os.environ.get("LORA_MERGE_LEAN_PYTHON", "")
 

@@ -70,8 +70,8 @@ def raw(tensor) -> bytes:
     one_for_each(
         matrix(),
         lambda family, *_: family.name,
-        lambda family, naming, layout: (family.structure(), naming, layout),
-        lambda family, _, layout: (family.inputs, layout),
+        lambda family, _, layout: (family.structure(), layout),
+        lambda _, naming, layout: (naming, layout),
     ),
 )
 def test_the_merged_checkpoint_computes_what_base_and_adapter_compute(

@@ -64,7 +64,10 @@ def off_by(got, wanted):
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize(("kind", "model", "dtype"), cases("float32"))
+@pytest.mark.parametrize(
+    ("kind", "model", "dtype"),
+    one_for_each(cases("float32"), lambda kind, *_: kind.name, lambda _, model, __: model),
+)
 def test_the_merged_checkpoint_computes_what_base_and_adapter_compute(
     kind, model, dtype, build, merged, record_property
 ):
@@ -92,8 +95,8 @@ WHOLE = tuple(kind for kind in KINDS if kind.group == "whole parameters" and "Lo
     ("kind", "model", "dtype"),
     one_for_each(
         cases("bfloat16", "float16", kinds=RIGHT),
-        lambda kind, model, _: (kind.name, model),
-        lambda kind, _, dtype: (kind.peft_type, dtype),
+        lambda kind, *_: kind.name,
+        lambda _, model, dtype: (model, dtype),
     ),
 )
 def test_every_tensor_has_the_bits_of_pefts_merge(kind, model, dtype, build, merged, merge_by_peft, stored):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import lora_merge
 from tests.filling import fill_all
 from tests.parity import building
 from tests.parity.kinds import KINDS
+
+pytestmark = pytest.mark.system
 
 CHOSEN = (
     ("LoRA", "llama", "bfloat16"),

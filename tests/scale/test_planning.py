@@ -16,7 +16,7 @@ import pytest
 
 NO_SOCKETS = str(Path(__file__).parents[1] / "no_sockets")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 N_SHARDS = 1000
 N_LAYERS, N_DENSE, N_EXPERTS = 132, 3, 256

@@ -10,7 +10,7 @@ import pytest
 
 from tests.scale.test_planning import reference, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 N_FILES, N_LAYERS, N_DENSE, N_EXPERTS = 163, 61, 3, 256
 HIDDEN, NARROW, WIDE, VOCAB, N_HEADS, BLOCK = 7168, 2048, 18432, 129280, 128, 128

@@ -27,7 +27,7 @@ JOBS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("seed", [1])
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_merge_leaves_no_half_output_and_goes_on(name, seed, pico, pico_adapter, tmp_path):
