@@ -11,10 +11,10 @@ from lora_merge.words import printable, printable_json
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-VARIABLES = (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "MODELSCOPE_API_TOKEN",
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
+"""Environment variables in which the packages of hubs look for a token."""
+
+KEYS = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "AZURE_STORAGE_ACCOUNT_KEY",
@@ -23,7 +23,9 @@ VARIABLES = (
     "AZURE_CLIENT_SECRET",
     "GOOGLE_SERVICE_ACCOUNT_KEY",
 )
-"""Environment variables in which the packages of hubs and of object stores look for a secret."""
+"""Environment variables in which the packages of object stores look for a secret."""
+
+VARIABLES = (*TOKENS, *KEYS)
 
 _TOKEN = re.compile(r"\bhf_(?=[a-z]*[A-Z0-9]|[a-z]{30})[A-Za-z0-9]{16,}")
 """A token of the Hugging Face Hub. Folder names that begin with ``hf_`` are shorter, or are words."""

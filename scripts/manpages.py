@@ -18,7 +18,7 @@ import click
 from lora_merge import __version__
 from lora_merge.cli import main as app
 from lora_merge.cli.exits import MEANINGS
-from lora_merge.redaction import VARIABLES
+from lora_merge.redaction import KEYS, TOKENS
 from lora_merge.requests.table import options_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "man"
 PROGRAM = "lora-merge"
 
 _ENVIRONMENT = (
-    (", ".join(VARIABLES), "Tokens for private and gated repos."),
+    (", ".join(TOKENS), "Tokens for private and gated repos."),
+    (", ".join(KEYS), "Keys of object stores; docs/stores.md says which belong together."),
     ("HF_HUB_CACHE, HF_HOME", "The Hub's cache of downloaded repos."),
     ("HF_HUB_OFFLINE", "1: no network access, as with --offline."),
     ("LORA_MERGE_ENGINE_PYTHON", "Default of verify --engine-python."),
