@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import Place
 from lora_merge.core.plan import Copy
+from lora_merge.storage.at_once import of_each
 from lora_merge.storage.digests import file_digest, is_of_file, range_digest
 from lora_merge.storage.input_files import changed
-from lora_merge.storage.sources import identity_at, open_source
+from lora_merge.storage.sources import identity_at, is_local, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from lora_merge.core.identity import InputFile, Inputs, Range
+    from lora_merge.core.identity import FileIdentity, InputFile, Inputs, Range
     from lora_merge.core.plan import MergePlan, Step
     from lora_merge.core.tensor import TensorRecord, TensorRef
 
@@ -31,9 +32,21 @@ def check_names(inputs: Inputs) -> None:
     Raises:
         ChangedError: a file has changed, or is gone.
     """
-    for path, file in inputs.files.items():
-        if not file.may_be(identity_at(path)):
+    for path, now in _identities(inputs.files).items():
+        if not inputs.files[path].may_be(now):
             raise changed(path)
+
+
+def _identities(paths: Iterable[str]) -> dict[str, FileIdentity]:
+    """Return the version that each name means now. Another storage is asked for many at once.
+
+    Raises:
+        ChangedError: none has a name any more.
+    """
+    names = list(paths)
+    far = [path for path in names if not is_local(path)]
+    found = dict(zip(far, of_each(identity_at, far), strict=True)) if far else {}
+    return {path: found.get(path) or identity_at(path) for path in names}
 
 
 def check(inputs: Inputs, used: Mapping[Place, str], *, all_bytes: bool = False) -> None:
@@ -52,7 +65,10 @@ def check(inputs: Inputs, used: Mapping[Place, str], *, all_bytes: bool = False)
     Raises:
         ChangedError: one has changed, or is gone.
     """
-    unsure = {path: _unsure(path, file, all_bytes=all_bytes) for path, file in inputs.files.items()}
+    unsure = {
+        path: _unsure(path, inputs.files[path], now, all_bytes=all_bytes)
+        for path, now in _identities(inputs.files).items()
+    }
     places: dict[str, list[tuple[Place, str]]] = {path: [] for path in inputs.files}
     for place, digest in (*inputs.readings.items(), *used.items()):
         if place.file in places:
@@ -68,13 +84,12 @@ def check(inputs: Inputs, used: Mapping[Place, str], *, all_bytes: bool = False)
     check_names(inputs)
 
 
-def _unsure(path: str, file: InputFile, *, all_bytes: bool) -> tuple[Range, ...]:
+def _unsure(path: str, file: InputFile, now: FileIdentity, *, all_bytes: bool) -> tuple[Range, ...]:
     """Return the byte ranges of a file that have to be read again.
 
     Raises:
-        ChangedError: another file has the name, or none.
+        ChangedError: another file has the name.
     """
-    now = identity_at(path)
     if not file.may_be(now):
         raise changed(path)
     return ((0, now.size),) if now != file.identity or all_bytes else file.unsure

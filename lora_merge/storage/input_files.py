@@ -19,7 +19,7 @@ from lora_merge.storage.page_cache import look_at
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lora_merge.core.identity import InputFile
+    from lora_merge.core.identity import FileIdentity, InputFile
     from lora_merge.core.tensor import TensorRef
     from lora_merge.storage.sources import Source
 
@@ -68,6 +68,13 @@ class Watch:
             raise changed(place.file)
         if self._outer is not None:
             self._outer.read(place, digest)
+
+    def known(self, text: str) -> FileIdentity | None:
+        """Return the version that the run means by a name; None where nothing of that name was opened."""
+        file = self._files.get(text)
+        if file is not None:
+            return file.identity
+        return self._outer.known(text) if self._outer is not None else None
 
     def inputs(self) -> Inputs:
         """Return the files and readings noted so far, as frozen data."""
@@ -130,6 +137,15 @@ def _joined(several: tuple[Inputs, ...]) -> Inputs:
             if not files.setdefault(path, file).may_be(file.identity):
                 raise changed(path)
     return Inputs(files)
+
+
+def known_version(text: str) -> FileIdentity | None:
+    """Return the version that this context means by a name; None where it has opened nothing of that name.
+
+    A storage that can demand a version with each request need not be asked for it first.
+    """
+    watch = _WATCH.get()
+    return watch.known(text) if watch is not None else None
 
 
 def tell_opened(source: Source) -> None:

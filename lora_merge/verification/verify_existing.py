@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from lora_merge.requests.request import Request, VerifyRequest
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import MORE, translate_out_of_memory
 from lora_merge.storage.hub import Access
+from lora_merge.storage.input_files import watching
 from lora_merge.storage.local import why_no_file
 from lora_merge.storage.objects.shown import by_url, errors_by_url
 from lora_merge.storage.small_files import read_json
@@ -72,8 +74,11 @@ def prove(request: VerifyRequest, *, observer: Observer | None = None) -> Proof:
         find_python(request.engine_python)
     watch = observer or Silence()
     with translate_out_of_memory("verifying", MORE), errors_by_url():
-        verification = _Verification(request, watch, Clock(), find_output(request.out, watch))
-        return by_url(verification.proof())
+        existing = find_output(request.out, watch)
+        # All reads of an output in a store are of one version of each file.
+        one_version = watching(is_noting=False) if existing.copy is not None else nullcontext()
+        with one_version:
+            return by_url(_Verification(request, watch, Clock(), existing).proof())
 
 
 def _check_level(request: VerifyRequest) -> None:
@@ -131,7 +136,7 @@ class _Verification:
         findings.append(finding)
         comparisons: tuple[Comparison, ...] = ()
         if again is not None:
-            findings += self._held_to(again.plan, manifest)
+            findings += self._held_to(again, manifest)
         if self.request.forward or self.request.engine:
             if again is None:
                 raise ResolveError(
@@ -295,9 +300,11 @@ class _Verification:
             Policy(**decided, allow_untie=True, allow_again=True),
         )
 
-    def _held_to(self, plan: MergePlan, manifest: Manifest | None) -> list[Finding]:
+    def _held_to(self, again: _Again, manifest: Manifest | None) -> list[Finding]:
         """Return the findings of the checks that a merge runs on its own output, with the base's bytes as evidence."""
-        with self.clock("recomputed"), one_torch_thread():
+        # Nothing that is read here may be of another version than what was planned.
+        with self.clock("recomputed"), one_torch_thread(), watching(again.inputs, is_noting=False):
+            plan = again.plan
             self.watch.phase("recomputing", 0)
             plan, issues = placed(plan, self.output)
             records = tuple(self._records(plan, manifest))

@@ -111,14 +111,18 @@ class BucketStore:
         return Entry(len(data), version_of(result["e_tag"]))
 
     @contextlib.contextmanager
-    def source(self, name: str) -> Iterator[RangedSource]:
+    def source(self, name: str, entry: Entry | None = None) -> Iterator[RangedSource]:
         """Open a file for positioned reads.
+
+        Args:
+            name: of the file.
+            entry: its size and version, where they are known.
 
         Raises:
             CheckpointError: it does not exist, or cannot be read.
         """
         text = self.url.child(name)
-        entry = self.entry(name)
+        entry = entry or self.entry(name)
         if entry is None:
             raise CheckpointError(text, "", "does not exist")
         source = RangedSource(self._bucket, self._key(name), text, entry.nbytes, entry.version)

@@ -134,7 +134,9 @@ class LocalCopy:
         folder, _, leaf = self.text_of(name).rpartition("/")
         url = parse_store_url(folder)
         assert url is not None
-        return opened(url).source(leaf)
+        entry = self.entries[name]
+        # Without a version, the store is asked once more.
+        return opened(url).source(leaf, entry if entry.version else None)
 
     def text_of(self, name: str) -> str:
         """Return the URL of a file."""

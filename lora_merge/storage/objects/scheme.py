@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import FileIdentity
 from lora_merge.errors import CheckpointError, ResolveError
+from lora_merge.storage import input_files
+from lora_merge.storage.objects.store import Entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +29,10 @@ class Objects:
             RequestError: the text is not a URL of an object, or the package for stores is not installed.
         """
         store, name = _found(text)
-        with store.source(name) as source:
+        known = input_files.known_version(text)
+        # Each read demands the version, so another one is noticed without asking first.
+        entry = Entry(known.size, known.tag) if known is not None and known.tag else None
+        with store.source(name, entry) as source:
             yield source
 
     def version_at(self, text: str) -> FileIdentity:

@@ -139,8 +139,12 @@ class Store(Protocol):
             WriteError: it cannot be written.
         """
 
-    def source(self, name: str) -> AbstractContextManager[Source]:
+    def source(self, name: str, entry: Entry | None = None) -> AbstractContextManager[Source]:
         """Open a file for positioned reads.
+
+        Args:
+            name: of the file.
+            entry: its size and version, where they are known: then reads fail if it has another version. None: asked for.
 
         Raises:
             CheckpointError: it does not exist, or cannot be read.
