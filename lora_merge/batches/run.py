@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_merge.batches.groups import fit_together, shortage
+from lora_merge.batches.in_stores import standing_in_store
 from lora_merge.batches.job import Job
 from lora_merge.batches.reports import BatchObserver, BatchReport, JobReport, State
 from lora_merge.batches.up_to_date import Standing, adapter_standing, standing
@@ -179,7 +180,7 @@ class Batch:
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is this job's, and there are others
             self._fail(task, exc)
         else:
-            self._set(task, "kept" if is_kept else "planned", "; ".join(note.line for note in task.notes))
+            self._set(task, "kept" if is_kept else "planned", "; ".join(issue.line for issue in task.notes))
 
     def _is_kept(self, task: _Task) -> bool:
         """Plan one job; return True if its output exists and is up to date.
@@ -192,7 +193,7 @@ class Batch:
                 planned = plan_request(request, self._watch)
                 out = output_path(request.out)
                 # A dry run changes nothing, not even a time.
-                found = standing(planned, out, remember=not self._dry_run)
+                found = standing_in_store(request) or standing(planned, out, remember=not self._dry_run)
                 if not found.is_current:
                     _check_fault(found, out, request)
                     task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)

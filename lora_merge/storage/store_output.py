@@ -208,10 +208,6 @@ class StoreDestination:
         # From here on this is not a checkpoint, until its own configuration is there.
         if is_first or not self._wish.shared:
             self._staging.unseal()
-        if not self._wish.shared and self._wish.resume:
-            # Whoever may write is not always allowed to list uploads: then the rule of the bucket removes them.
-            with contextlib.suppress(WriteError):
-                self._store.abort_uploads(self._planned - self._finished.keys())
         if self._store.entry(CONFIG_FILE) is not None and self._staging.sealed() is None:
             self._store.delete([CONFIG_FILE])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import yaml
 
 from lora_merge import api
 from lora_merge.errors import VerifyError, WriteError
@@ -251,3 +252,31 @@ def test_uploads_that_killed_runs_left_are_gone_when_the_output_is_complete(dens
     left = moto.list_multipart_uploads(Bucket=s3_url.bucket, Prefix=s3_url.prefix)["Uploads"]
     # What is not a file of this output may be another program's.
     assert [upload["Key"] for upload in left] == [f"{s3_url.prefix}/other"]
+
+
+def test_a_batch_makes_outputs_in_a_store_one_after_the_other_and_keeps_what_is_complete(
+    dense, url, tmp_path, cli
+):
+    merge = dense()
+    jobs = [
+        {
+            "name": name,
+            "adapter": str(merge.adapter),
+            "base": str(merge.base),
+            "out": f"{url}/{name}",
+            "dtype": dtype,
+        }
+        for name, dtype in (("one", "bfloat16"), ("two", "float32"))
+    ]
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"jobs": jobs}))
+    done = cli("batch", tmp_path / "jobs.yaml")
+    assert done.exit_code == 0, done.output
+    two = StoreUrl(url.scheme, url.bucket, f"{url.prefix}/two")
+    assert bytes_of(store_at(two)) == on_disk(
+        Merge(merge.base, merge.adapter, {"dtype": "float32"}), tmp_path, "two"
+    )
+    before = store_at(url).entries()
+    again = cli("batch", tmp_path / "jobs.yaml")
+    assert again.exit_code == 0, again.output
+    assert "not compared with its inputs" in " ".join(again.output.split())
+    assert store_at(url).entries() == before
