@@ -181,7 +181,7 @@ class _Verification:
     def _loadable(self) -> Finding:
         """Return the gate's finding: can engines load it? Here it also checks every parameter of the model."""
         with self.clock("loadable"):
-            self.watch.phase("checking that engines can load it", 0)
+            self.watch.phase("checking files", 0)
             issues = tuple(issue for rule in RULES.values() for issue in rule(self.output))
         return Finding(
             "loadable",
