@@ -2,7 +2,7 @@
 
 ``docs/cli.md`` is what ``--help`` prints, so it cannot say anything else. ``docs/api.md`` is made of the public functions. The tables of adapters and of model
 families in ``docs/supported.md`` are what the parity suite runs, those of faults in ``docs/security.md`` what `tests/faults` does,
-and the one in ``docs/serving.md`` is the rules themselves. The tree in ``docs/design.md`` is made of the modules' docstrings;
+and the one in ``docs/serving.md`` is the rules themselves. That of ``docs/clusters.md`` is arithmetic. The tree in ``docs/design.md`` is made of the modules' docstrings;
 the types in ``lora_merge/requests`` are the table of options.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import api_reference
 import manpages
 import request_types
+import scale
 import supported
 from supported import row
 from tree import tree
@@ -39,6 +40,7 @@ API_PAGE = ROOT / "docs" / "api.md"
 SUPPORTED_PAGE = ROOT / "docs" / "supported.md"
 SECURITY_PAGE = ROOT / "docs" / "security.md"
 SERVING_PAGE = ROOT / "docs" / "serving.md"
+CLUSTERS_PAGE = ROOT / "docs" / "clusters.md"
 DESIGN_PAGE = ROOT / "docs" / "design.md"
 BEGIN = "<!-- {}: begin (scripts/docs.py --write) -->"
 END = "<!-- {}: end -->"
@@ -149,6 +151,11 @@ def design() -> str:
     return _renewed(DESIGN_PAGE, {"tree": f"{tree()}\n"})
 
 
+def clusters() -> str:
+    """Return the text of ``docs/clusters.md`` with its table renewed."""
+    return _renewed(CLUSTERS_PAGE, {"scale": scale.table()})
+
+
 def _engine_rules(engine: Engine) -> str:
     """Return what an engine makes of adapters."""
     rows = "".join(
@@ -242,6 +249,7 @@ def main() -> None:
         (SECURITY_PAGE, security()),
         (SERVING_PAGE, serving()),
         (DESIGN_PAGE, design()),
+        (CLUSTERS_PAGE, clusters()),
         (request_types.FOLDER / "request.py", request_types.request_module()),
         (request_types.FOLDER / "keywords.py", request_types.keywords_module()),
         *manpages.pages().items(),
