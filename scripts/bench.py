@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from benchmarks import results, running, stored, tables, together
+from benchmarks import buckets, results, running, stored, tables, together
 from benchmarks import roundings as roundings_bench
 from benchmarks.cases import ITEM_BYTES, KINDS, TARGETS, Case, cases, listed
 from benchmarks.contenders import GROUPS, contenders
@@ -298,6 +298,26 @@ def roundings(size: float, rounds: int, cache: str, settle_s: float, cache_dir: 
     """Time merges that round and quantise in several ways, and PEFT's."""
     try:
         for line in roundings_bench.rounds_of(cache_dir.absolute(), size, rounds, cache, settle_s):
+            say(line)
+    except RunError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+@main.command()
+@click.option(
+    "--size",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.5,
+    help="GB of the base.  [default: 0.5]",
+)
+@click.option("--rounds", type=AT_LEAST_ONE, default=5, help="Turns of each side.  [default: 5]")
+@click.option("--settle", "settle_s", default=2.0, help="Seconds of rest before every command.  [default: 2]")
+@click.option("--merges-only", is_flag=True, help="Without the copies: for memory at larger sizes.")
+@CACHE_DIR_OPTION
+def stores(size: float, rounds: int, settle_s: float, merges_only: bool, cache_dir: Path) -> None:
+    """Time merges from a bucket into a bucket against plain copies, on SeaweedFS (make stores-servers)."""
+    try:
+        for line in buckets.rounds_of(cache_dir.absolute(), size, rounds, settle_s, merges_only=merges_only):
             say(line)
     except RunError as exc:
         raise click.ClickException(str(exc)) from exc

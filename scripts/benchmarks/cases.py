@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TARGETS = {
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "qv": ("q_proj", "v_proj"),
 }
 """Modules that an adapter targets, by what the command line calls them."""

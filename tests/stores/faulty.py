@@ -48,6 +48,9 @@ class Faults:
     sent_bytes: int = 0
     """Of all bodies that clients sent."""
 
+    received_bytes: int = 0
+    """Of all bodies that the server behind answered with."""
+
     def __post_init__(self) -> None:
         self._random, self._lock = random.Random(self.seed), threading.Lock()
 
@@ -103,6 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             content = answer.read()
+            self.faults.received_bytes += len(content)
         finally:
             connection.close()
         if self.faults.strikes("lost"):

@@ -84,8 +84,8 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @contextlib.contextmanager
-def seaweed(root: Path, key_id: str, secret: str) -> Iterator[str]:
-    """Run SeaweedFS; yield the URL of its S3."""
+def seaweed(root: Path, key_id: str, secret: str, n_volumes: int = 100) -> Iterator[str]:
+    """Run SeaweedFS, which keeps volumes of 256 MB; yield the URL of its S3."""
     credentials = [{"accessKey": key_id, "secretKey": secret}]
     identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
     (root / "data").mkdir()
@@ -94,7 +94,7 @@ def seaweed(root: Path, key_id: str, secret: str) -> Iterator[str]:
     ports = dict(zip(names, free_ports(4), strict=True))
     command: list[object] = [
         weed(), "server", f"-dir={root / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3",
-        f"-s3.config={root / 's3.json'}", "-volume.max=100", "-master.volumeSizeLimitMB=256",
+        f"-s3.config={root / 's3.json'}", f"-volume.max={n_volumes}", "-master.volumeSizeLimitMB=256",
         "-s3.port.iceberg=0", "-s3.port.lance=0",
         *(f"-{name}.port={port}" for name, port in ports.items()),
         *(f"-{name}.port.grpc={port + 10_000}" for name, port in ports.items()),
