@@ -80,7 +80,7 @@ class S3Store(BucketStore):
         Raises:
             WriteError: the store refuses it.
         """
-        wanted = {f"{self.url.prefix}/{name}" for name in names}
+        wanted = {f"{self.url.prefix}/{name}" for name in (*names, _PROBE)}
         client, where = s3_client.client(), {"Bucket": self.url.bucket}
         n_aborted = 0
         with writing(str(self.url)):
@@ -102,7 +102,9 @@ class S3Store(BucketStore):
                 begun = s3_client.client().create_multipart_upload(
                     **place, ChecksumAlgorithm=ALGORITHM, ChecksumType="FULL_OBJECT"
                 )
-                s3_client.client().abort_multipart_upload(**place, UploadId=begun["UploadId"])
             except ClientError:
                 return False
+            # Another process may have taken it for one that a killed process left, and aborted it.
+            with contextlib.suppress(ClientError):
+                s3_client.client().abort_multipart_upload(**place, UploadId=begun["UploadId"])
         return bool(begun.get("ChecksumAlgorithm") == ALGORITHM)
