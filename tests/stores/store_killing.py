@@ -6,6 +6,7 @@ Each run is a fork. The store is used in forks alone: its library has threads, w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -17,10 +18,13 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.storage.objects import parse_store_url
 from tests.faults.trial import content, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from lora_merge.storage.objects import StoreUrl
 
 COMPLETE = "already exists and is complete"
 
@@ -88,15 +92,80 @@ def armed(at: int | None) -> Callable[[], int]:
     return lambda: strikes.calls
 
 
+class Directory:
+    """Where outputs go with ``file://``: a directory of this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def now(self) -> dict[str, str]:
+        """Return a digest of every object of the output."""
+        out = self._root / "out"
+        return content(out) if out.is_dir() else {}
+
+    def clear(self, old: str | None) -> None:
+        """Remove everything, and put an older output there, if there is to be one."""
+        for path in list(self._root.iterdir()):
+            shutil.rmtree(path)
+        if old:
+            shutil.copytree(old, self._root / "out")
+
+    def left(self) -> list[str]:
+        """Return what is there beside the output."""
+        return sorted(path.name for path in self._root.iterdir() if path.name != "out")
+
+
+class Bucket:
+    """Where outputs go with ``s3://``: a folder of a bucket, which boto3 looks at without threads, for the forks' sake."""
+
+    def __init__(self, url: StoreUrl) -> None:
+        from tests.stores.conftest import client
+
+        self._client, self._prefix = client(os.environ["AWS_ENDPOINT_URL"]), f"{url.prefix}/"
+        self._bucket = {"Bucket": url.bucket}
+
+    def now(self) -> dict[str, str]:
+        """Return a digest of every object of the output."""
+        return {
+            key.removeprefix("out/"): hashlib.sha256(self._bytes_of(key)).hexdigest()
+            for key in self._keys()
+            if key.startswith("out/")
+        }
+
+    def clear(self, old: str | None) -> None:
+        """Remove everything, and put an older output there, if there is to be one."""
+        for key in self._keys():
+            self._client.delete_object(**self._bucket, Key=self._prefix + key)
+        for path in sorted(Path(old).iterdir()) if old else ():
+            key = f"{self._prefix}out/{path.name}"
+            self._client.put_object(**self._bucket, Key=key, Body=path.read_bytes())
+
+    def left(self) -> list[str]:
+        """Return what is there beside the output, uploads that nobody finished among it."""
+        uploads = self._client.list_multipart_uploads(**self._bucket, Prefix=self._prefix).get("Uploads", ())
+        beside = [key for key in self._keys() if not key.startswith("out/")]
+        return sorted([*beside, *(f"upload of {upload['Key']}" for upload in uploads)])
+
+    def _keys(self) -> list[str]:
+        found = self._client.list_objects_v2(**self._bucket, Prefix=self._prefix).get("Contents", ())
+        return [one["Key"].removeprefix(self._prefix) for one in found]
+
+    def _bytes_of(self, key: str) -> bytes:
+        answer = self._client.get_object(**self._bucket, Key=self._prefix + key)
+        return bytes(answer["Body"].read())
+
+
 class Killing:
-    """Many ends of one merge into ``file://``.
+    """Many ends of one merge into a store.
 
     Args:
         told: what `main` is told.
     """
 
     def __init__(self, told: dict[str, Any]) -> None:
-        self._work, self._arguments = Path(told["work"]), list(told["arguments"])
+        url = parse_store_url(told["work"])
+        self._place = Directory(Path(told["work"])) if url is None else Bucket(url)
+        self._arguments = list(told["arguments"])
         self._old, self._whole = told["old"], told["whole"]
         self._draw = random.Random(told["seed"])
         self.n_last = told["n_last"]
@@ -112,19 +181,13 @@ class Killing:
     def _over(self) -> list[str]:
         return ["--overwrite"] if self._old else []
 
-    @property
-    def out(self) -> Path:
-        return self._work / "out"
-
     def now(self) -> dict[str, str]:
         """Return a digest of every object of the output."""
-        return content(self.out) if self.out.is_dir() else {}
+        return self._place.now()
 
     def clear(self) -> None:
-        for path in list(self._work.iterdir()):
-            shutil.rmtree(path)
-        if self._old:
-            shutil.copytree(self._old, self.out)
+        """Put everything back to where a merge begins."""
+        self._place.clear(self._old)
 
     def once(self) -> Iterator[str]:
         """Kill one run, perhaps the next one too, then let it go on; yield a word for each thing that happened."""
@@ -143,8 +206,8 @@ class Killing:
         done = run([*self._arguments, *over, "--resume"], lambda: armed(None))
         if self.now() != self._whole or (done.code and COMPLETE not in done.text):
             yield self.wrong(done)
-        elif sorted(path.name for path in self._work.iterdir()) != ["out"]:
-            yield f"broken: left {sorted(path.name for path in self._work.iterdir())}"
+        elif left := self._place.left():
+            yield f"broken: left {left}"
         else:
             yield "resumed"
         if "had already written" in done.text:
