@@ -12,7 +12,8 @@
     │   ├── TargetError           a field of the adapter's configuration has an unusable value
     │   └── ConvertError          an adapter cannot be converted as requested (issues: all of them)
     ├── WriteError                output exists, disk full, rename failed
-    │   └── OutOfMemoryError      the machine has no memory left
+    │   ├── OutOfMemoryError      the machine has no memory left
+    │   └── AlreadyThereError     an object of a store exists already
     ├── VerifyError               the output is not what the plan promised (verdict)
     └── BugError                  a bug in lora-merge that one job of a batch met (traceback)
 

@@ -235,7 +235,10 @@ def test_the_hint_is_the_whole_command_that_was_meant(line, meant, cli):
         ("export", "`export` is called `merge` here"),
         ("serve", "no command `serve`: an engine runs the merged checkpoint: vllm serve OUT"),
         ("xyzzy", f"no command `xyzzy`, expected {', '.join(app.commands)}"),
-        ("--adapter A", "missing option `--out`: directory to create; a --config file can give it, too"),
+        (
+            "--adapter A",
+            "missing option `--out`: directory to create, or a URL; a --config file can give it, too",
+        ),
         ("convert A", "missing option `--out`: directory to create"),
     ],
 )
