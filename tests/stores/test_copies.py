@@ -155,6 +155,9 @@ def test_uploads_that_killed_processes_left_are_aborted_by_name(s3):
     assert left() == {"b.safetensors"}
     assert s3.abort_uploads(["b.safetensors"]) == 1
     assert left() == set()
+    client.create_multipart_upload(Bucket=BUCKET, Key=f"{prefix}/.lora-merge-probe")
+    assert s3.abort_uploads(["b.safetensors"]) == 1, "of a killed process that asked for checksums"
+    assert left() == set()
 
 
 def test_a_store_without_checksums_does_not_copy_and_is_written_all_the_same(
