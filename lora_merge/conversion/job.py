@@ -18,7 +18,7 @@ from lora_merge.errors import ConvertError, ResolveError
 from lora_merge.formats.repo_files import CONVERSION_MANIFEST
 from lora_merge.planning.locate import Place
 from lora_merge.storage.objects.urls import is_store_url, path_here
-from lora_merge.storage.user_paths import output_path
+from lora_merge.storage.user_paths import local_output_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -85,7 +85,7 @@ def adapter_out(text: str) -> Path:
     if is_store_url(text):
         sentence = f"{text}: is in an object store, and adapters are written to local directories only"
         raise ResolveError(sentence, hint="write to a directory, and copy it to the store")
-    return output_path(text)
+    return local_output_path(text)
 
 
 def raise_unconvertible(issues: Sequence[Issue]) -> None:

@@ -26,7 +26,7 @@ def storage_of(out: str) -> Storage:
     """Return the storage that an output goes to.
 
     Args:
-        out: as the user wrote it. A text with an unknown scheme is a path: file names may hold ``://``.
+        out: as the user wrote it. A text with another scheme goes to the local storage, whose `path` refuses it.
     """
     scheme, colon, _ = out.partition("://")
     return STORAGES[scheme if colon and scheme in STORAGES else ""]

@@ -18,7 +18,7 @@ from lora_merge.storage.folder import Folder
 from lora_merge.storage.local import LocalSource
 from lora_merge.storage.output_files import has_header, reserve
 from lora_merge.storage.sources import open_source
-from lora_merge.storage.user_paths import nearest_existing, output_path
+from lora_merge.storage.user_paths import local_output_path, nearest_existing
 from lora_merge.storage.writing import Stream
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class LocalDestination:
         Raises:
             ResolveError: it cannot be a path, or holds a shell variable that was not filled in.
         """
-        return str(output_path(text))
+        return str(local_output_path(text))
 
     @staticmethod
     def is_complete(wish: Wish) -> bool:

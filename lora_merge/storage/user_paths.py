@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_LIKE_URL = re.compile(r"[a-z][a-z0-9+.-]+:/|(s3|gs|az|gcs|s3a|abfss?)(:|//)", re.IGNORECASE)
+"""Texts that are meant as URLs: with a scheme, or with one of a store and a slip of the pen."""
+
+
 def user_path(text: str) -> Path:
     """Return the path of a text; ``~`` and ``~name`` are home directories.
 
@@ -64,6 +68,20 @@ def output_path(text: str) -> Path:
     path = user_path(text)
     # One path for one place. A link in the place of the output itself is refused later (`replaceable`).
     return real_path(path.parent) / path.name if path.name not in {"", ".."} else real_path(path)
+
+
+def local_output_path(text: str) -> Path:
+    """Return the absolute path of an output that can only be a directory of this machine.
+
+    Raises:
+        ResolveError: as for `output_path`, or the text is written like a URL.
+    """
+    # A misspelt URL must not become a directory of this name: the merge would seem to be in the store.
+    if _LIKE_URL.match(text):
+        sentence = f"{text}: is not a URL that an output can have"
+        hint = f"write s3://, gs://, az:// or file:/// in small letters; a directory of this name is ./{text}"
+        raise ResolveError(sentence, hint=hint)
+    return output_path(text)
 
 
 def real_path(path: Path) -> Path:

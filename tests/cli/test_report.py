@@ -225,13 +225,13 @@ def test_a_page_that_cannot_be_written_in_the_end_says_so_and_keeps_the_result(
 
     folder = tmp_path / "folder"
     folder.mkdir()
-    output_of = verify_existing._output
+    output_of = verify_existing.find_output
 
-    def remove_and_read(out):
+    def remove_and_read(*arguments):
         folder.rmdir()
-        return output_of(out)
+        return output_of(*arguments)
 
-    monkeypatch.setattr(verify_existing, "_output", remove_and_read)
+    monkeypatch.setattr(verify_existing, "find_output", remove_and_read)
     result = cli("verify", merged[0], "--level", "structure", "--report", folder / "page.html", "--json")
 
     assert result.exit_code == exits.WRITE, result.output

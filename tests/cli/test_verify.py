@@ -353,7 +353,7 @@ def test_a_broken_manifest_is_a_failure_and_says_where(change, sentence, merge, 
         (["{out}", "--engine", "vllm", "--engine-python", "/no/python"], 2, "/no/python: not found, expected a Python interpreter"),
         (["{out}", "--engine", "vllm", "--engine-python", sys.executable], 2, "vLLM is not installed for"),
         (["{out}", "--quiet", "--verbose"], 2, "exclude each other"),
-        ([], 2, "missing argument OUT: merged checkpoint to verify, a directory"),
+        ([], 2, "missing argument OUT: merged checkpoint to verify, directory or URL"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_sentence_and_its_code(arguments, code, sentence, merge, cli, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import socket
+import time
 import traceback
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
@@ -10,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from lora_merge.errors import CheckpointError, LoraMergeError, WriteError
-from lora_merge.storage.objects import StoreUrl, settings, store_at
+from lora_merge.storage.objects import StoreUrl, connecting, settings, store_at
 from lora_merge.storage.objects.s3_client import is_installed
 from lora_merge.storage.reading import read_into
 from lora_merge.storage.sources import open_source
@@ -168,6 +170,17 @@ def test_a_refusal_is_one_sentence_without_secrets(behind, writer, answer, says,
         assert error.value.hint.startswith(hint), name
         assert str(error.value).startswith("s3://models/t/")
         assert_no_secret(error.value)
+
+
+def test_an_endpoint_that_never_answers_is_told_within_a_minute(moto, monkeypatch):
+    # Connections are accepted by the kernel, and nothing reads from them.
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(connecting, "FIRST_SECONDS", 1)
+        start = time.monotonic()
+        with pytest.raises(CheckpointError, match=r"s3://models/x: the store cannot be reached"):
+            store_at(StoreUrl("s3", "models", "x"))
+        assert time.monotonic() - start < 30
 
 
 def test_an_endpoint_that_nobody_listens_at_is_told_within_seconds(writer, moto, monkeypatch):

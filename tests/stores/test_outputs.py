@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lora_merge import api
+from lora_merge.cli import exits
 from lora_merge.errors import VerifyError, WriteError
 from lora_merge.merging import staged
 from lora_merge.storage import store_staging
@@ -280,3 +281,20 @@ def test_a_batch_makes_outputs_in_a_store_one_after_the_other_and_keeps_what_is_
     assert again.exit_code == 0, again.output
     assert "not compared with its inputs" in " ".join(again.output.split())
     assert store_at(url).entries() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["S3://mod/x", "s3:/mod/x", "s3:mod/x", "s3//mod/x", "gcs://mod/x", "https://host/x", "hf://org/x"],
+)
+def test_a_misspelt_url_does_not_become_a_directory(text, cli, pico, pico_adapter, tmp_path, monkeypatch):
+    base = pico()
+    adapter = pico_adapter(base)
+    monkeypatch.chdir(tmp_path)
+
+    done = cli("--base", base, "--adapter", adapter, "--out", text)
+
+    assert done.exit_code == exits.RESOLVE
+    assert f"{text}: is not a URL that an output can have" in done.stderr
+    assert f"a directory of this name is ./{text}" in done.stderr
+    assert list(tmp_path.iterdir()) == []

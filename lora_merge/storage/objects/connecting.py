@@ -14,6 +14,7 @@ from lora_merge.storage.objects import s3_client
 from lora_merge.storage.objects.failures import is_credentials_search, is_unreachable
 from lora_merge.storage.objects.settings import (
     CONNECT_SECONDS,
+    FIRST_SECONDS,
     FIRST_TRIES,
     MAX_TRIES,
     READ_SECONDS,
@@ -50,19 +51,21 @@ def _connected(scheme: StoreScheme, bucket: str, settings: frozenset[tuple[str, 
 
     if scheme == "file":
         return LocalStore(automatic_cleanup=True)
-    _ask(_opened(scheme, bucket, FIRST_TRIES))
-    return _opened(scheme, bucket, MAX_TRIES)
+    _ask(_opened(scheme, bucket, FIRST_TRIES, FIRST_SECONDS, 2 * FIRST_SECONDS))
+    return _opened(scheme, bucket, MAX_TRIES, READ_SECONDS, RETRY_SECONDS)
 
 
-def _opened(scheme: StoreScheme, bucket: str, tries: int) -> ObjectStore:
-    """Return a connection that repeats requests up to a number of times. Nothing is asked yet."""
+def _opened(
+    scheme: StoreScheme, bucket: str, tries: int, read_seconds: int, retry_seconds: int
+) -> ObjectStore:
+    """Return a connection that repeats requests up to a number of times and for some seconds. Nothing is asked yet."""
     from obstore.store import AzureStore, GCSStore, S3Store
 
     options: dict[str, Any] = {} if scheme != "s3" else _s3_options()
     endpoint = options.get("endpoint") or endpoint_of(scheme)
-    options["retry_config"] = {"max_retries": tries, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+    options["retry_config"] = {"max_retries": tries, "retry_timeout": timedelta(seconds=retry_seconds)}
     options["client_options"] = {
-        "timeout": f"{READ_SECONDS}s",
+        "timeout": f"{read_seconds}s",
         "connect_timeout": f"{CONNECT_SECONDS}s",
         # Whoever writes http:// into the endpoint has decided so already.
         "allow_http": endpoint.startswith("http://"),

@@ -43,6 +43,7 @@ _ELSEWHERE = frozenset(
 
 _NO_ANSWER = (
     "kind: Connect",
+    "kind: Timeout",
     "dns error",
     "ConnectError",
     "Could not connect to the endpoint URL",

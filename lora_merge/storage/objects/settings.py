@@ -14,8 +14,9 @@ MAX_TRIES, RETRY_SECONDS = 10, 180
 CONNECT_SECONDS, READ_SECONDS = 5, 90
 """Until a server is reached, and until an answer is there. 30 s would be too short for a part of 16 MiB on a slow line."""
 
-FIRST_TRIES = 4
-"""Of the first request to a bucket, where no server answers: a wrong endpoint should not take a minute to be named."""
+FIRST_TRIES, FIRST_SECONDS = 4, 10
+"""Of the first request to a bucket, which is small: tries, and seconds until an answer is there. A wrong endpoint should not
+take minutes to be named, whether it refuses connections or accepts them and never answers."""
 
 _STARTS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 
