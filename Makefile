@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## Build a small Llama, train a LoRA on it, merge it, and compare what the three generate
 	$(BIN)/python scripts/demo.py
 
-check: lint type layers measures docs site test system ## Everything that CI runs, but for the engines
+check: lint type layers measures docs site test ## Everything that CI runs, but for the engines
 
 lint: setup ## ruff: rules and formatting; hadolint on the Dockerfile
 	$(BIN)/ruff check .
@@ -63,7 +63,7 @@ site: setup ## Build the documentation as a website, into .site (no network, no 
 test: setup ## The test suite: every row of a table that runs code of its own
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not crossed and not system"
 
-system: setup ## Tests that run whole programs: kills, terminals, browsers, notebooks, pipelines, other environments
+system: setup ## Tests that run whole programs: kills, terminals, browsers, notebooks, hubs, other environments
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "system and not crossed"
 
 browser: setup ## Pages of --report in a real Chromium; says what is missing, and installs nothing

@@ -92,9 +92,15 @@ class Prepared:
         return self.wish.out
 
     @property
+    def storage(self) -> Storage:
+        """The storage that the output goes to."""
+        # By the text of the request: what a storage makes of it need not show where it goes.
+        return _place(self.request)[1]
+
+    @property
     def takes_files(self) -> bool:
         """True where the output's files are written from the first byte to the last (`Storage.takes_files`)."""
-        return storage_of(self.out).takes_files
+        return self.storage.takes_files
 
     @property
     def headline(self) -> str:

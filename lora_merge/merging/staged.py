@@ -32,7 +32,6 @@ from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.copy_runs import RUN_BYTES, STORE_RUN_BYTES, whole_copies
-from lora_merge.storage.destinations import storage_of
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.sources import identity_at, is_local
 from lora_merge.words import counted, listing, size_text
@@ -60,7 +59,7 @@ def take_place(prepared: Prepared) -> Destination:
     Raises:
         WriteError: another run holds it, or it cannot be made.
     """
-    return storage_of(prepared.out).open(prepared.wish)
+    return prepared.storage.open(prepared.wish)
 
 
 def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Observer) -> Staged:

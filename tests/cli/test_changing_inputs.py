@@ -141,9 +141,9 @@ def test_a_file_that_changes_between_its_header_and_the_plan_is_noticed(place, n
 def test_a_configuration_that_changes_before_the_weights_are_read_is_noticed(place, monkeypatch):
     read = run.resolve_base
 
-    def changed_first(root):
+    def changed_first(*arguments):
         by_rename(place / "adapter" / CONFIG)
-        return read(root)
+        return read(*arguments)
 
     monkeypatch.setattr(run, "resolve_base", changed_first)
     with pytest.raises(ChangedError):

@@ -61,7 +61,7 @@ def test_a_value_that_is_like_no_other_is_answered_with_the_help(line, cli):
     ("line", "hint"),
     [
         ("--adapter a --dtype", "--dtype takes bfloat16, float16, float32: Dtype of the merged weights"),
-        ("--base", "--base takes DIR|ID: Base model: a directory or Hub repo"),
+        ("--base", "--base takes DIR|ID: Base model: directory, repo or URL"),
         ("verify o --level", "--level takes structure, sample, full: How much to check"),
     ],
 )

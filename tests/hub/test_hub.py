@@ -452,7 +452,6 @@ def repos(hub, base, adapter, pico, copied):
         (("--base", "org/empty"), "org/empty: has no weights that can be merged into (it has pico.gguf)"),
         (("--base", "org/holed"), "org/holed: does not have model-00002-of"),
         (("--base", "./nothing"), "./nothing: this directory does not exist"),
-        (("--base", "s3://org/nothing"), "s3://org/nothing: this directory does not exist"),
     ],
 )
 def test_what_is_not_there_is_one_sentence(arguments, words, repos, hub, command, adapter, tmp_path):

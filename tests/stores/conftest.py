@@ -185,7 +185,7 @@ SLOW = (pytest.mark.loopback, pytest.mark.slow)
     params=[
         "file",
         pytest.param("s3_url", marks=pytest.mark.loopback),
-        pytest.param("s3_url without boto3", marks=pytest.mark.loopback),
+        pytest.param("s3_url without boto3", marks=(pytest.mark.loopback, pytest.mark.crossed)),
         pytest.param("seaweed_url", marks=SLOW),
         pytest.param("seaweed_url without boto3", marks=SLOW),
         pytest.param("azure_url", marks=SLOW),

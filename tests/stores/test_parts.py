@@ -50,7 +50,7 @@ def ended(process):
     return process.returncode, err
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("seed", [1, 3])
 def test_three_processes_make_one_output_though_one_of_them_is_killed(merge, url, tmp_path, cli, seed):
     parts = [merge.arguments(url, "--part", f"{n}/3") for n in (1, 2, 3)]

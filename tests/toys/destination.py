@@ -12,7 +12,7 @@ class Shelf(LocalDestination):
 
     @staticmethod
     def path(text):
-        return Shelf.root_of_all / text.removeprefix("shelf://")
+        return str(Shelf.root_of_all / text.removeprefix("shelf://"))
 
     def finish_file(self, name):
         super().finish_file(name)
