@@ -5,25 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from lora_merge.errors import CheckpointError
 from lora_merge.formats.recognise import broken_link
 from lora_merge.formats.safetensors import read_header
-from lora_merge.storage.at_once import of_each
+from lora_merge.storage.at_once import in_turn, of_each
 from lora_merge.storage.small_files import read_json
 from lora_merge.storage.sources import is_stored
 from lora_merge.storage.user_paths import is_file
 from lora_merge.words import listing, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping
     from typing import Any
 
     from lora_merge.core.checkpoint import WeightFile
     from lora_merge.core.tensor import TensorRef
-
-T = TypeVar("T")
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """Suffixes of weight files. Another name could collide with a file around the weights."""
@@ -140,10 +138,6 @@ def _is_there(root: Path, weights: str, name: str) -> bool:
     return is_stored(place_of(root, weights, name)) if weights else is_file(root / name)
 
 
-def _in_turn(ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
-    return [ask(name) for name in names]
-
-
 def read_shards(
     root: Path, entry: str, index: Mapping[str, Any], weights: str = ""
 ) -> tuple[WeightFile, ...]:
@@ -165,8 +159,7 @@ def read_shards(
     # Each file is checked once, not once for each of its tensors.
     first = {str(file): (name, file) for name, file in weight_map.items()}  # one tensor of each file
     names = sorted(_file_name(label, name, file) for name, file in first.values())
-    # Another storage is asked for many files at once; here, one after the other is quicker.
-    each = of_each if weights else _in_turn
+    each = of_each if weights else in_turn
     is_there = each(lambda name: _is_there(root, weights, name), names)
     missing = [name for name, found in zip(names, is_there, strict=True) if not found]
     if missing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +19,16 @@ from lora_merge.formats.stored_weights import settings_files, weights_in
 from lora_merge.formats.weight_files import place_of
 from lora_merge.quantised import Found
 from lora_merge.quantised.tables import settings_of
+from lora_merge.storage.at_once import in_turn, of_each
 from lora_merge.storage.local import why_no_file
 from lora_merge.storage.small_files import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
 
     from lora_merge.core.tensor import TensorRef
 
 _WEIGHTS = ".safetensors"
-
-_HEADERS_AT_ONCE = 16
-"""Headers that are read at the same time from another storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,8 @@ def read_output(root: Path, weights: str = "", stored: Collection[str] = ()) -> 
     wanted = {name for name in names if name.endswith(_WEIGHTS) and "/" not in name}
     # An index may name files elsewhere, or that are not there: only those that exist are read.
     wanted |= {str(file) for file in weight_map(index).values()} & names
-    headers = _each(header, sorted(wanted), _HEADERS_AT_ONCE if weights else 1)
+    each = of_each if weights else in_turn
+    headers = dict(zip(sorted(wanted), each(header, sorted(wanted)), strict=True))
     files: dict[str, WeightFile] = {name: file for name, file in headers.items() if file is not None}
     try:
         found = _quantised(root, config or {}, files)
@@ -121,15 +119,6 @@ def read_output(root: Path, weights: str = "", stored: Collection[str] = ()) -> 
         found = Found({})
     quantised = {name: weight for name, weight in found.weights.items() if weight.plain is None}
     return Output(str(root), names, config, index, files, broken, outside, quantised, found.issues, weights)
-
-
-def _each(read: Callable[[str], Any], names: Sequence[str], n_at_once: int) -> dict[str, Any]:
-    """Return what a function reads of each file, by name."""
-    if n_at_once == 1:
-        return {name: read(name) for name in names}
-    # Another storage answers late, and many questions at once.
-    with ThreadPoolExecutor(n_at_once) as pool:
-        return dict(zip(names, pool.map(read, names), strict=True))
 
 
 def _quantised(root: Path, config: Mapping[str, Any], files: Mapping[str, WeightFile]) -> Found:

@@ -25,3 +25,8 @@ def of_each(ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = [pool.submit(copy_context().run, ask, name) for name in names]
         return [one.result() for one in asked]
+
+
+def in_turn(ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """Return the same, asked one after the other: quicker for files of this machine."""
+    return [ask(name) for name in names]

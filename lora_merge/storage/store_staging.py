@@ -11,12 +11,12 @@ import contextlib
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.core.tensor import TensorRecord
 from lora_merge.errors import WriteError
+from lora_merge.storage.at_once import of_each
 from lora_merge.storage.journal import record_of
 from lora_merge.storage.objects import store_at
 from lora_merge.storage.objects.store import AlreadyThereError, Receipt
@@ -34,8 +34,6 @@ RUN, SEALED, FILES = "run.json", "sealed.json", "files/"
 """Names in staging: the lock, the mark of an output that lacks its configuration only, and the folder of evidence."""
 
 _VERSION = 1
-_AT_ONCE = 16
-"""Small objects that are read at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +241,10 @@ class StoreStaging:
         Raises:
             WriteError: it cannot be read.
         """
-        names = [name for name in self._store.entries() if name.startswith(FILES) and name.endswith(".json")]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = pool.map(self._store.get, sorted(names))
-            read = [_finished(name, text, merge) for name, text in zip(sorted(names), found, strict=True)]
+        entries = self._store.entries()
+        names = sorted(name for name in entries if name.startswith(FILES) and name.endswith(".json"))
+        found = zip(names, of_each(self._store.get, names), strict=True)
+        read = [_finished(name, content, merge) for name, content in found]
         return [one for one in read if one is not None]
 
     def n_finished(self) -> int:
