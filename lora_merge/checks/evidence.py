@@ -29,7 +29,7 @@ class Elsewhere:
     """Names of the files that are there."""
 
     compared: frozenset[str] = frozenset()
-    """Those whose bytes the storage has compared with what was sent."""
+    """Those whose bytes the storage has compared with what was sent; they are read at level ``full`` only."""
 
 
 HERE = Elsewhere()
@@ -51,18 +51,12 @@ class Evidence:
     digest: Callable[[TensorRef], str] = tensor_digest
     """Returns the digest of a tensor's bytes on the disk."""
 
-    weights: str = ""
-    """Where the weight files are, if not in `root` (``scheme://…/folder``)."""
-
-    stored: frozenset[str] = frozenset()
-    """Names of the files that are there."""
-
-    compared: frozenset[str] = frozenset()
-    """Files whose bytes the storage has compared with those that were sent; they are read at level ``full`` only."""
+    elsewhere: Elsewhere = HERE
+    """Where the weight files are, if not in `root`."""
 
     def file_of(self, name: str) -> str:
         """Return the text that names a weight file of the output."""
-        return place_of(self.root, self.weights, name)
+        return place_of(self.root, self.elsewhere.weights, name)
 
     def stored_at(self, writes: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
         """Return the slots of a step, by role, as tensors that can be read."""
@@ -80,4 +74,4 @@ class Evidence:
     @cached_property
     def output(self) -> Output:
         """The directory's headers and small files, read once."""
-        return read_output(self.root, self.weights, self.stored)
+        return read_output(self.root, self.elsewhere.weights, self.elsewhere.stored)

@@ -35,7 +35,7 @@ def untouched(evidence: Evidence) -> Iterator[Issue]:
         is_copy = isinstance(step.op, Copy)
         for slot in step.slots:
             record, ref = recorded.get(slot.name), replace(slot, file=evidence.file_of(slot.file))
-            if evidence.level != "full" and slot.file in evidence.compared:
+            if evidence.level != "full" and slot.file in evidence.elsewhere.compared:
                 continue
             if isinstance(step.op, Copy) and record is not None and is_of_file(record.digest):
                 # The store copied it, and nobody has read it so far.

@@ -10,7 +10,6 @@ from lora_merge.checks.choosing import chosen_rows
 from lora_merge.checks.evidence import HERE
 from lora_merge.checks.structure import structure
 from lora_merge.core.report import Verdict
-from lora_merge.formats.safetensors import tensor_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,8 +42,7 @@ def verify(
         sealed: digests of the files around the weights, as they were meant to be.
         elsewhere: where the weight files are, if not in ``root``.
     """
-    where = elsewhere.weights, elsewhere.stored, elsewhere.compared
-    evidence = Evidence(plan, root, tuple(records), level, sealed or {}, tensor_digest, *where)
+    evidence = Evidence(plan, root, tuple(records), level, sealed or {}, elsewhere=elsewhere)
     issues = list(structure(evidence))
     if issues:  # the others presuppose the files that it misses
         return Verdict(level, len(plan.steps), 0, tuple(issues))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checks import CHECKS, Evidence
 from lora_merge.checks.choosing import has_formula
+from lora_merge.checks.evidence import Elsewhere
 from lora_merge.checks.gate import RULES
 from lora_merge.checks.placed import placed
 from lora_merge.checks.projecting import suspects_of
@@ -309,8 +310,8 @@ class _Verification:
             plan, issues = placed(plan, self.output)
             records = tuple(self._records(plan, manifest))
             level: Literal["sample", "full"] = "full" if self.request.level == "full" else "sample"
-            where = self.output.elsewhere, self.existing.stored
-            evidence = Evidence(plan, Path(self.output.root), records, level, {}, self.digest, *where)
+            where = Elsewhere(self.output.elsewhere, self.existing.stored)
+            evidence = Evidence(plan, Path(self.output.root), records, level, {}, self.digest, where)
             n_copied = sum(isinstance(step.op, Copy) for step in plan.steps)
             n_formulas = sum(isinstance(step.op, Merge) and has_formula(step.op) for step in plan.steps)
             n_seen = evidence.n_projected
