@@ -25,7 +25,7 @@ from lora_merge.requests.sizes import parse_size
 from lora_merge.runtime import machine
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
-from lora_merge.storage.destination import Wish
+from lora_merge.storage.destination import Storage, Wish
 from lora_merge.storage.destinations import storage_of
 from lora_merge.storage.sources import is_local
 from lora_merge.words import size_text
@@ -33,7 +33,6 @@ from lora_merge.words import size_text
 if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
     from lora_merge.requests.request import Request
-    from lora_merge.storage.destination import Storage
 
 MARKS = (CONFIG_FILE, MANIFEST_FILE)
 """File names; a directory with one of them is a model checkpoint. The manifest shows it also where the config was
@@ -69,6 +68,9 @@ class Prepared:
     """A request that is planned and that this machine can carry out."""
 
     planned: Planned
+    storage: Storage
+    """The kind of storage that the output goes to."""
+
     wish: Wish
     """Where the output goes, and under which conditions."""
 
@@ -90,12 +92,6 @@ class Prepared:
     def out(self) -> str:
         """The absolute path or URL of the output."""
         return self.wish.out
-
-    @property
-    def storage(self) -> Storage:
-        """The storage that the output goes to."""
-        # By the text of the request: what a storage makes of it need not show where it goes.
-        return _place(self.request)[1]
 
     @property
     def takes_files(self) -> bool:
@@ -176,6 +172,7 @@ def prepare(
         raise WriteError(shortage.line, hint=shortage.hint)
     return Prepared(
         planned,
+        storage,
         wish,
         device,
         budget,
