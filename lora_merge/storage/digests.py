@@ -53,6 +53,16 @@ OF_FILE = "crc64nvme:"
 """How a digest begins that a store has stated of a whole file, where it copied a tensor by itself, so that the tensor was not read."""
 
 
+def checksum_text(crc: int) -> str:
+    """Return such a checksum as records have it.
+
+    Example:
+        >>> checksum_text(255)
+        'crc64nvme:00000000000000ff'
+    """
+    return f"{OF_FILE}{crc:016x}"
+
+
 def is_of_file(digest: str) -> bool:
     """Return True for a digest in the record of a tensor that is the checksum of its whole file."""
     return digest.startswith(OF_FILE)

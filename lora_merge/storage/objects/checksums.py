@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_merge.storage.digests import OF_FILE
+from lora_merge.storage.digests import checksum_text
 from lora_merge.storage.reading import read_blocks
 from lora_merge.storage.sources import open_source
 
@@ -24,4 +24,4 @@ def file_checksum(text: str) -> str | None:
     with open_source(text) as source:
         for block in read_blocks(source, 0, source.nbytes):
             checksum = crc64nvme(bytes(block), checksum)
-    return f"{OF_FILE}{checksum:016x}"
+    return checksum_text(checksum)

@@ -17,6 +17,7 @@ from lora_merge.storage.objects.settings import (
     FIRST_SECONDS,
     FIRST_TRIES,
     MAX_TRIES,
+    PROBE,
     READ_SECONDS,
     RETRY_SECONDS,
     endpoint_of,
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 _LIFETIME = timedelta(minutes=9)
 """How long obstore keeps credentials that boto3 gave it. boto3 renews those of roles 10 minutes before they expire, and
 obstore's own half an hour would use them beyond that."""
-
-_PROBE = ".lora-merge-probe"
-"""A name that no object has: asking for it shows that the store answers, and needs no right in particular."""
 
 
 def bucket_of(url: StoreUrl) -> ObjectStore:
@@ -100,7 +98,8 @@ def _ask(first: ObjectStore) -> None:
     import obstore
 
     try:
-        obstore.head(first, _PROBE)
+        # It needs no right in particular.
+        obstore.head(first, PROBE)
     except (FileNotFoundError, PermissionError):
         return
     except obstore.exceptions.BaseError as exc:

@@ -37,20 +37,16 @@ def part_bytes(nbytes: int) -> int:
     return max(LEAST_PART_BYTES, -(-nbytes // MOST_PARTS // _MIB) * _MIB)
 
 
-class PartWriter:
-    """A file that goes up in parts (a `FileSink`).
+class SizedUpload:
+    """A file of a known size on its way into a store: its bytes are counted, and it has a receipt in the end.
 
     Args:
-        upload: obstore's writer. **It keeps a reference to each buffer that it is given** until that is sent, so every
-            part is a new one, and is not touched again.
         text: the file's URL, as messages have it.
         nbytes: of the file.
     """
 
-    def __init__(self, upload: WritableFile, text: str, nbytes: int) -> None:
-        self._upload, self._text, self._nbytes = upload, text, nbytes
-        self._part_bytes = min(part_bytes(nbytes), nbytes)
-        self._part, self._filled, self._written = bytearray(), 0, 0
+    def __init__(self, text: str, nbytes: int) -> None:
+        self._text, self._nbytes, self._written = text, nbytes, 0
         self._receipt: Receipt | None = None
 
     @property
@@ -64,6 +60,49 @@ class PartWriter:
             raise RuntimeError(f"{self._text} is still being written")
         return self._receipt
 
+    def closed_as(self, receipt: Receipt) -> None:
+        """Note what the store says of the finished file."""
+        self._receipt = receipt
+
+    def _count(self, nbytes: int) -> None:
+        """Count the next bytes.
+
+        Raises:
+            WriteError: there are more than announced.
+        """
+        self._written += nbytes
+        if self._written > self._nbytes:
+            raise self._wrong_size()
+
+    def _check_whole(self) -> None:
+        """Check that all bytes have come.
+
+        Raises:
+            WriteError: some have not.
+        """
+        if self._written != self._nbytes:
+            raise self._wrong_size()
+
+    def _wrong_size(self) -> WriteError:
+        return WriteError(f"{self._text}: {self._written} bytes were written, expected {self._nbytes}")
+
+
+class PartWriter(SizedUpload):
+    """A file that goes up in parts (a `FileSink`).
+
+    Args:
+        upload: obstore's writer. **It keeps a reference to each buffer that it is given** until that is sent, so every
+            part is a new one, and is not touched again.
+        text: the file's URL, as messages have it.
+        nbytes: of the file.
+    """
+
+    def __init__(self, upload: WritableFile, text: str, nbytes: int) -> None:
+        super().__init__(text, nbytes)
+        self._upload = upload
+        self._part_bytes = min(part_bytes(nbytes), nbytes)
+        self._part, self._filled = bytearray(), 0
+
     def write(self, block: memoryview) -> None:
         """Take the next bytes. The block may be reused afterwards.
 
@@ -71,9 +110,7 @@ class PartWriter:
             WriteError: the store refused something, or there are more bytes than announced.
         """
         block = block.cast("B")
-        self._written += len(block)
-        if self._written > self._nbytes:
-            raise self._wrong_size()
+        self._count(len(block))
         at = 0
         while at < len(block):
             if not self._part:
@@ -94,19 +131,11 @@ class PartWriter:
         Raises:
             WriteError: the store refused something, or bytes are missing.
         """
-        if self._written != self._nbytes:
-            raise self._wrong_size()
+        self._check_whole()
         self._hand_over()
-
-    def closed_as(self, receipt: Receipt) -> None:
-        """Note what the store says of the finished file."""
-        self._receipt = receipt
 
     def _hand_over(self) -> None:
         if self._filled:
             with writing(self._text):
                 self._upload.write(memoryview(self._part)[: self._filled])
         self._part, self._filled = bytearray(), 0
-
-    def _wrong_size(self) -> WriteError:
-        return WriteError(f"{self._text}: {self._written} bytes were written, expected {self._nbytes}")

@@ -12,14 +12,12 @@ from lora_merge.storage.objects import s3_client
 from lora_merge.storage.objects.buckets import BucketStore
 from lora_merge.storage.objects.failures import reading, writing
 from lora_merge.storage.objects.s3_upload import ALGORITHM, CopyingUpload
-from lora_merge.storage.objects.settings import settings_of
+from lora_merge.storage.objects.settings import PROBE, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from lora_merge.storage.objects.store import FileSink
-
-_PROBE = ".lora-merge-probe"
 
 _CHECKSUMS: dict[tuple[str, frozenset[tuple[str, str]]], bool] = {}
 """Bucket and settings → whether its store states checksums. Asked once in a process."""
@@ -80,7 +78,7 @@ class S3Store(BucketStore):
         Raises:
             WriteError: the store refuses it.
         """
-        wanted = {f"{self.url.prefix}/{name}" for name in (*names, _PROBE)}
+        wanted = {f"{self.url.prefix}/{name}" for name in (*names, PROBE)}
         client, where = s3_client.client(), {"Bucket": self.url.bucket}
         n_aborted = 0
         with writing(str(self.url)):
@@ -96,7 +94,7 @@ class S3Store(BucketStore):
     def _states_checksums(self) -> bool:
         from botocore.exceptions import ClientError
 
-        place = {"Bucket": self.url.bucket, "Key": f"{self.url.prefix}/{_PROBE}"}
+        place = {"Bucket": self.url.bucket, "Key": f"{self.url.prefix}/{PROBE}"}
         with reading(str(self.url)):
             try:
                 begun = s3_client.client().create_multipart_upload(

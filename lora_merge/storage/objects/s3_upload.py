@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import WriteError
 from lora_merge.storage import input_files
+from lora_merge.storage.digests import checksum_text
 from lora_merge.storage.objects.failures import code_of, reading, writing
-from lora_merge.storage.objects.parts import PARTS_UNDER_WAY, part_bytes
+from lora_merge.storage.objects.parts import PARTS_UNDER_WAY, SizedUpload, part_bytes
 from lora_merge.storage.objects.store import Receipt, match_of, version_of
 from lora_merge.storage.objects.urls import StoreUrl, parse_store_url
 
@@ -62,7 +63,7 @@ class _Part:
     """None where the store copied it, and did not say."""
 
 
-class CopyingUpload:
+class CopyingUpload(SizedUpload):
     """A file that goes up in parts (a `FileSink`).
 
     Args:
@@ -73,27 +74,16 @@ class CopyingUpload:
     """
 
     def __init__(self, client: Any, url: StoreUrl, name: str, nbytes: int) -> None:
-        self._client, self._nbytes, self._text = client, nbytes, url.child(name)
+        super().__init__(url.child(name), nbytes)
+        self._client = client
         self._place = {"Bucket": url.bucket, "Key": f"{url.prefix}/{name}"}
         self._part_bytes = part_bytes(nbytes)
-        self._part, self._written, self._n_copied = bytearray(), 0, 0
+        self._part = bytearray()
         self._upload, self._n_parts = "", 0
         self._pool: ThreadPoolExecutor | None = None
         self._under_way: deque[Future[_Part]] = deque()
         self._parts: list[_Part] = []
         self._versions: dict[str, str] = {}
-        self._receipt: Receipt | None = None
-
-    @property
-    def receipt(self) -> Receipt:
-        """What was written.
-
-        Raises:
-            RuntimeError: it is asked for too early.
-        """
-        if self._receipt is None:
-            raise RuntimeError(f"{self._text} is still being written")
-        return self._receipt
 
     def write(self, block: memoryview) -> None:
         """Take the next bytes. The block may be reused afterwards.
@@ -121,11 +111,7 @@ class CopyingUpload:
             WriteError: the store refused something.
         """
         url = parse_store_url(source)
-        short = (
-            (LEAST_PART_BYTES - len(self._part)) % LEAST_PART_BYTES
-            if len(self._part) < LEAST_PART_BYTES
-            else 0
-        )
+        short = LEAST_PART_BYTES - len(self._part) if 0 < len(self._part) < LEAST_PART_BYTES else 0
         if (
             url is None
             or url.scheme != "s3"
@@ -148,8 +134,7 @@ class CopyingUpload:
         Raises:
             WriteError: the store refused something, bytes are missing, or the store has other bytes.
         """
-        if self._written != self._nbytes:
-            raise self._wrong_size()
+        self._check_whole()
         if self._upload:
             self._send()
             self._gather(0)
@@ -158,7 +143,7 @@ class CopyingUpload:
             expected = _crc(self._part)
             self._checked(self._client.put_object, Body=self._part, ChecksumCRC64NVME=_base64(expected))
         self._close()
-        self._receipt = self._compared(expected)
+        self.closed_as(self._compared(expected))
 
     def abort(self) -> None:
         """End the upload; the store forgets its parts. A failure is ignored: a lifecycle rule removes them."""
@@ -169,11 +154,6 @@ class CopyingUpload:
         if self._upload:
             with contextlib.suppress(Exception):
                 self._client.abort_multipart_upload(**self._place, UploadId=self._upload)
-
-    def _count(self, nbytes: int) -> None:
-        self._written += nbytes
-        if self._written > self._nbytes:
-            raise self._wrong_size()
 
     def _has_room(self, nbytes: int) -> bool:
         """Return True where the parts of a copy leave enough numbers for those of all bytes after it."""
@@ -307,14 +287,11 @@ class CopyingUpload:
                 f"{self._text}: the store has other bytes than were sent, so the file was deleted",
                 hint="run again",
             )
-        return Receipt(self._nbytes, version_of(head["ETag"]), "" if crc is None else f"crc64nvme:{crc:016x}")
+        return Receipt(self._nbytes, version_of(head["ETag"]), "" if crc is None else checksum_text(crc))
 
     def _close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True)
-
-    def _wrong_size(self) -> WriteError:
-        return WriteError(f"{self._text}: {self._written} bytes were written, expected {self._nbytes}")
 
 
 def pieces(start: int, nbytes: int) -> list[tuple[int, int]]:

@@ -18,6 +18,9 @@ FIRST_TRIES, FIRST_SECONDS = 4, 10
 """Of the first request to a bucket, which is small: tries, and seconds until an answer is there. A wrong endpoint should not
 take minutes to be named, whether it refuses connections or accepts them and never answers."""
 
+PROBE = ".lora-merge-probe"
+"""The name of an object that is asked for, or begun, to see how a store answers. None has it, and it is never written."""
+
 _STARTS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 
 _ENDPOINTS = {
