@@ -22,6 +22,7 @@ from lora_merge.runtime.temporary import folder_for
 from lora_merge.storage import input_files
 from lora_merge.storage.local import LOCAL
 from lora_merge.storage.objects.urls import StoreUrl, parse_store_url
+from lora_merge.storage.reading import read_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 8
 """Files that are copied at the same time."""
-
-_BLOCK_BYTES = 1 << 22
 
 
 class LocalCopy:
@@ -114,14 +113,11 @@ class LocalCopy:
     def _copied(self, name: str) -> FileIdentity:
         """Copy one file; return its version."""
         path = Path(normpath(self.root / name))
-        block = memoryview(bytearray(min(_BLOCK_BYTES, self.entries[name].nbytes + 1)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._stored(name) as source, path.open("xb") as file:
-                for at in range(0, source.nbytes, len(block)):
-                    part = block[: min(len(block), source.nbytes - at)]
-                    _fill(source, part, at)
-                    file.write(part)
+                for block in read_blocks(source, 0, source.nbytes):
+                    file.write(block)
                 return source.version
         except OSError as exc:
             sentence = f"{self.text_of(name)}: cannot be copied to this machine ({exc.strerror or exc})"
@@ -304,15 +300,6 @@ def _is_current(copy: LocalCopy, entries: Mapping[str, Entry]) -> bool:
         name in entries and (entries[name].nbytes, entries[name].version) == (version.size, version.tag)
         for name, version in copy.versions.items()
     )
-
-
-def _fill(source: Source, buffer: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(buffer):
-        n_read = source.read_into(buffer[done:], offset + done)
-        if not n_read:
-            raise OSError(0, f"ends at byte {offset + done} of {source.nbytes}")
-        done += n_read
 
 
 def without_copies(inputs: Inputs) -> Inputs:
