@@ -6,6 +6,7 @@ import bisect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 TILE_ELEMENTS = 1 << 19
@@ -104,10 +105,8 @@ class Block:
         if not box:
             return cls(view, (0, view.blocks), (0, view.rows), (0, view.columns))
         match box:
-            case (rows,):
-                return cls(view, (0, 1), rows, (0, view.columns))
-            case (rows, columns):
-                return cls(view, (0, 1), rows, columns)
+            case (rows,) | (rows, _):
+                return cls(view, (0, 1), rows, *(box[1:] or ((0, view.columns),)))
             case (blocks, rows, columns):
                 return cls(view, blocks, rows, columns)
         raise ValueError(f"a region of {len(box)} axes is not a block of matrices")
@@ -153,13 +152,14 @@ class Spread:
         return sorted(found)
 
 
-def _spread(n: int, wanted: int, multiple: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=4096)  # A plan asks it for thousands of matrices of few shapes.
+def _spread(n: int, wanted: int, multiple: int) -> tuple[tuple[int, int], ...]:
     """Return ranges that cover n, ``wanted`` long or longer where n allows, of one size give or take a multiple."""
     n_units = -(-n // multiple)
     # Rounded down, so that no tile is smaller than wanted: a short last one may get other bits (`MIN_TILE_ROWS`).
     n_ranges = max(1, n_units // -(-wanted // multiple))
     ends = (n_units * k // n_ranges * multiple for k in range(n_ranges + 1))
-    return list(pairwise(min(end, n) for end in ends))
+    return tuple(pairwise(min(end, n) for end in ends))
 
 
 def _ranges(n: int, size: int) -> list[tuple[int, int]]:

@@ -74,12 +74,15 @@ def _closed(
     """Return parameters with all that share a group with them."""
     found = set(names)
     left = list(found)
+    seen: set[_Key] = set()
     # A mate may have other mates: wk is fused with wq and wv in one family, with weights_proj in another.
     while left:
-        for key in keys(left.pop()):
-            new = groups.get(key, set()) - found
-            found |= new
-            left += new
+        # A layer of experts has hundreds of members, each of which has its key.
+        fresh = set(keys(left.pop())) - seen
+        seen |= fresh
+        new = {name for key in fresh for name in groups.get(key, ())} - found
+        found |= new
+        left += new
     return frozenset(found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lora_merge.codecs import CODECS, ENCODERS
@@ -147,6 +148,7 @@ def tile_multiple(op: Merge, *, is_adapter: bool) -> int:
     return math.lcm(*multiples)
 
 
+@lru_cache(maxsize=4096)  # A model has thousands of matrices of few shapes.
 def _held_bytes(storage: Storage, shape: tuple[int, ...], view: View) -> int:
     """Return the bytes that a tile of a single row needs, where they are a matrix and not its share of one."""
     if storage.is_dense or not view.n_rows:
