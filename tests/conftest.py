@@ -19,6 +19,8 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
+from tests import crossing
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -40,6 +42,15 @@ os.environ.setdefault(
 )  # before torch starts: products are tiny, and workers have one core each
 
 pytest_plugins = ["tests.parity.table_plugin", "tests.engines.table_plugin"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the rows of ``tests/crossed.txt``; ``LORA_MERGE_ROWS=all`` leaves them as others are."""
+    if os.environ.get("LORA_MERGE_ROWS") != "all":
+        names = frozenset(crossing.LISTED.read_text(encoding="utf-8").splitlines())
+        crossing.mark_listed(items, names, are_all=not any("::" in each for each in config.args))
+
 
 VOCAB = 96
 COMMON = {

@@ -1,22 +1,51 @@
 """Crossed tables: the rows that `make test` runs, and those that only `make crossed` runs.
 
 A table that crosses kinds of adapters, models, layouts and dtypes runs the same code hundreds of times. One row for each thing
-that has code of its own is enough to see it break. The other rows are marked ``crossed``.
+that has code of its own is enough to see it break. The other rows are marked ``crossed``: by the functions here, and by
+``tests/crossed.txt``, which ``scripts/crossed_rows.py`` writes by what each row runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Set as AbstractSet
 
 Axis = Mapping[str, Any] | Iterable[Any]
 """Values by their ids, or values whose texts are their ids."""
+
+
+LISTED = Path(__file__).with_name("crossed.txt")
+"""Names of rows that run no line and no branch which the other rows do not run."""
+
+
+def mark_listed(items: Iterable[pytest.Item], names: AbstractSet[str], *, are_all: bool) -> None:
+    """Mark the rows that are listed.
+
+    Args:
+        items: what was collected.
+        names: of rows.
+        are_all: whether whole files were collected, so that each of their names must be found.
+
+    Raises:
+        pytest.UsageError: a table has not the row that is listed for it.
+    """
+    found = {item.nodeid: item for item in items}
+    for name in names & found.keys():
+        found[name].add_marker(pytest.mark.crossed)
+    tables = {name.partition("[")[0] for name in found}
+    stale = sorted(name for name in names - found.keys() if name.partition("[")[0] in tables)
+    if are_all and stale:
+        raise pytest.UsageError(
+            f"{LISTED}: {stale[0]} is not a row of its table (and {len(stale) - 1} more); take it out, or record the rows anew"
+        )
 
 
 def one_for_each(rows: Iterable[Any], *keys: Callable[..., Hashable]) -> list[Any]:

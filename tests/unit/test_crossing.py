@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from tests.crossing import diagonal, one_for_each
+from tests.crossing import diagonal, mark_listed, one_for_each
 
 
 def is_plain(row):
@@ -40,3 +40,25 @@ def test_an_axis_may_be_a_table_with_marks():
     assert [row.id for row in rows] == ["both-a", "both-b"]
     assert all("slow" in {mark.name for mark in row.marks} for row in rows)
     assert all(map(is_plain, rows))  # the shorter axis begins again
+
+
+class Item:
+    def __init__(self, nodeid):
+        self.nodeid = nodeid
+        self.marks = []
+
+    def add_marker(self, mark):
+        self.marks.append(mark.name)
+
+
+def test_rows_that_are_listed_are_marked():
+    items = [Item("tests/a.py::t[x]"), Item("tests/a.py::t[y]")]
+    mark_listed(items, frozenset({"tests/a.py::t[y]", "tests/b.py::t[z]"}), are_all=True)
+    assert [item.marks for item in items] == [[], ["crossed"]]
+
+
+def test_a_row_that_is_listed_and_gone_is_named():
+    items = [Item("tests/a.py::t[x]")]
+    with pytest.raises(pytest.UsageError, match=r"tests/a\.py::t\[gone\] is not a row"):
+        mark_listed(items, frozenset({"tests/a.py::t[gone]"}), are_all=True)
+    mark_listed(items, frozenset({"tests/a.py::t[gone]"}), are_all=False)
