@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_merge.storage.local_output import LocalDestination
+from lora_merge.storage.objects.urls import SHAPES
 from lora_merge.storage.store_output import StoreDestination
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 STORAGES: Mapping[str, Storage] = {
     "": LocalDestination,
-    **dict.fromkeys(("file", "s3", "gs", "az"), StoreDestination),
+    **dict.fromkeys(SHAPES, StoreDestination),
 }
 """Scheme of a URL → storage; the empty one is for plain paths."""
 

@@ -6,6 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
+from lora_merge.storage.objects.urls import OTHER_SCHEMES, SHAPES
 from lora_merge.storage.user_paths import is_directory
 from lora_merge.words import choice
 
@@ -16,6 +17,8 @@ _URL = re.compile(
 """Of a page of a repo: ``https://huggingface.co/org/name/tree/main/folder``."""
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+_READ_SCHEMES = (*SHAPES, "hf", "ms")
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 
@@ -57,12 +60,12 @@ def _spelling_hint(text: str, role: str) -> str:
 _SPELLINGS = (
     (re.compile(r"^['\"\u201c\u2018]"), "remove the quotes: they are part of the path here"),
     (
-        re.compile(r"^(https?|oss|ftp|abfss?|wasbs?|hdfs|r2|s3a|gcs)://"),
-        "download it, and pass its folder; URLs that work begin with s3://, gs://, az://, file://, hf:// or ms://",
+        re.compile(rf"^({'|'.join(OTHER_SCHEMES)})://"),
+        f"download it, and pass its folder; URLs that work begin with {choice([f'{one}://' for one in _READ_SCHEMES])}",
     ),
     (
-        re.compile(r"^(s3|gs|az|file|hf|ms):/(?!/)"),
-        "write two slashes behind the colon; in Python pass a string, since pathlib removes one",
+        re.compile(rf"^({'|'.join(_READ_SCHEMES)})(:/?(?![/\d.+-])|//)"),
+        "write :// behind the scheme; in Python pass a string, since pathlib removes one",
     ),
     (re.compile(r"\$\w|\$\{|%\w+%"), "write the whole path: shell variables are not expanded here"),
     (
@@ -91,8 +94,20 @@ def _weight_hint(text: str) -> str:
     directory.
     """
     place, colon, weight = text.rpartition(":")
-    if not colon or not is_directory(Path(place).expanduser()):
-        return ""
+    return weight_hint(place, weight) if colon and is_directory(Path(place).expanduser()) else ""
+
+
+def weight_hint(place: str, weight: str) -> str:
+    """Return what is wrong with a weight.
+
+    Args:
+        place: the path or the URL before it.
+        weight: the text behind the colon.
+
+    Example:
+        >>> weight_hint("my-lora", "0,5")
+        'write the weight with a point: my-lora:0.5'
+    """
     if _NUMBER.fullmatch(weight):
         return f"leave out :{weight}; only a merge takes weights of adapters"
     if re.fullmatch(r"[-+]?\d+,\d+", weight):

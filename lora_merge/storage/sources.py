@@ -13,6 +13,7 @@ from lora_merge.storage import input_files
 from lora_merge.storage.local import LOCAL
 from lora_merge.storage.objects.local_copies import WithCopies
 from lora_merge.storage.objects.scheme import OBJECTS
+from lora_merge.storage.objects.urls import SHAPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,10 +76,7 @@ class Scheme(Protocol):
 
 SCHEMES: Mapping[str, Scheme] = {
     "": LOCAL,
-    "s3": WithCopies(OBJECTS),
-    "gs": WithCopies(OBJECTS),
-    "az": WithCopies(OBJECTS),
-    "file": WithCopies(OBJECTS),
+    **dict.fromkeys(SHAPES, WithCopies(OBJECTS)),
 }
 """Scheme (the text before ``://``) → storage; every other text is the path of a file of this machine."""
 

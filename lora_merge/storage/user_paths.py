@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 
 from lora_merge.errors import ResolveError
 from lora_merge.storage.json_values import shown
-from lora_merge.storage.objects.urls import parse_store_url
+from lora_merge.storage.objects.urls import is_like_url, parse_store_url
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-_LIKE_URL = re.compile(r"[a-z][a-z0-9+.-]+:/|(s3|gs|az|gcs|s3a|abfss?)(:|//)", re.IGNORECASE)
-"""Texts that are meant as URLs: with a scheme, or with one of a store and a slip of the pen."""
 
 
 def user_path(text: str) -> Path:
@@ -77,7 +73,7 @@ def local_output_path(text: str) -> Path:
         ResolveError: as for `output_path`, or the text is written like a URL.
     """
     # A misspelt URL must not become a directory of this name: the merge would seem to be in the store.
-    if _LIKE_URL.match(text):
+    if is_like_url(text):
         sentence = f"{text}: is not a URL that an output can have"
         hint = f"write s3://, gs://, az:// or file:/// in small letters; a directory of this name is ./{text}"
         raise ResolveError(sentence, hint=hint)

@@ -36,12 +36,13 @@ def test_other_texts_are_none_of_a_store(text):
         ("s3:///a", "has no bucket"),
         ("s3://models", "names a whole bucket"),
         ("s3://models/", "names a whole bucket"),
-        ("s3://bucket:9000/a", "does not name a bucket"),
+        ("s3://bucket:9000/a", "bucket:9000 is not the name of a bucket, expected at least 3 letters"),
+        ("s3://m/a", "m is not the name of a bucket, expected at least 3 letters"),
         ("s3://models/a/../b", "has .. in its path"),
         ("s3://models/./b", "has . in its path"),
         ("s3://models/a//b", "has an empty step in its path"),
         ("s3://models/a?versionId=3", "has a query"),
-        ("s3://models/a#b", "has a fragment"),
+        ("s3://models/a#b", "has # in its path"),
         ("s3://models/a\nb", "cannot be printed"),
         ("file://host/a", "names the machine host"),
         ("file:///", "names no folder"),
@@ -53,6 +54,20 @@ def test_a_wrong_url_is_refused_in_one_sentence_with_a_hint(text, says):
     assert says in str(error.value)
     assert error.value.hint
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("s3://models/a#b", "rename the folder"),
+        ("s3://models/a?b", "folders with ? in their name are not read"),
+        ("s3://host:9000/a", "name another server in the environment"),
+    ],
+)
+def test_the_hint_is_about_what_is_wrong(text, hint):
+    with pytest.raises(RequestError) as error:
+        parse_store_url(text)
+    assert hint in error.value.hint
 
 
 @pytest.mark.parametrize(

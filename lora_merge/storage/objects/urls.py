@@ -21,7 +21,15 @@ SHAPES: Mapping[StoreScheme, str] = {
 }
 """Scheme → what its URLs look like."""
 
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+OTHER_SCHEMES = (
+    *("http", "https", "ftp", "hdfs", "oss", "r2", "s3a", "s3n", "gcs", "abfs", "abfss", "wasb", "wasbs"),
+)
+"""Of URLs that other programs read, and this one does not."""
+
+_LIKE_URL = re.compile(
+    rf"[a-z][a-z0-9+.-]+:/|({'|'.join(sorted({*SHAPES, *OTHER_SCHEMES}))})(:|//)", re.IGNORECASE
+)
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,221}")
 """Of all three clouds: GCS allows 222 characters in names with dots, the others 63."""
 
 
@@ -82,8 +90,8 @@ def parse_store_url(text: str) -> StoreUrl | None:
                 f"names the machine {bucket}, and files are read on this one only",
                 f"write {shape}, with three slashes",
             )
-    elif not _BUCKET.fullmatch(bucket):
-        _refuse(text, "does not name a bucket" if bucket else "has no bucket", f"write {shape}")
+    else:
+        _check_bucket(text, bucket, shape)
     if not prefix:
         _refuse(
             text, "names a whole bucket" if bucket else "names no folder", f"name a folder in it: {shape}"
@@ -93,15 +101,32 @@ def parse_store_url(text: str) -> StoreUrl | None:
 
 
 def _refuse_query(text: str) -> None:
-    """Refuse a URL with a query or a fragment. Signed URLs have their signature in the query: it is not repeated.
+    """Refuse a URL with a query. Signed URLs have their signature there: it is not repeated.
 
     Raises:
         RequestError: there is one.
     """
-    for mark, what in (("?", "a query"), ("#", "a fragment")):
-        if mark in text:
-            shown = text.partition(mark)[0]
-            _refuse(shown, f"has {what} ({mark}…)", "leave it out: credentials come from the environment")
+    shown, mark, _ = text.partition("?")
+    if mark:
+        hint = "leave it out: credentials come from the environment, and folders with ? in their name are not read"
+        _refuse(shown, "has a query (?…)", hint)
+
+
+def _check_bucket(text: str, bucket: str, shape: str) -> None:
+    """Refuse what cannot be the name of a bucket.
+
+    Raises:
+        RequestError: it cannot be one.
+    """
+    if not bucket:
+        _refuse(text, "has no bucket", f"write {shape}")
+    if _BUCKET.fullmatch(bucket):
+        return
+    wanted = "expected at least 3 letters, digits, dots, - or _"
+    hint = f"write {shape}"
+    if ":" in bucket:
+        hint += ", and name another server in the environment, as docs/stores.md shows"
+    _refuse(text, f"{printable(bucket)} is not the name of a bucket, {wanted}", hint)
 
 
 def is_store_url(text: str) -> bool:
@@ -113,6 +138,16 @@ def is_store_url(text: str) -> bool:
     """
     scheme, mark, _ = text.partition("://")
     return bool(mark) and scheme in SHAPES
+
+
+def is_like_url(text: str) -> bool:
+    """Return True for a text that is meant as a URL: with a scheme, or with one of a store and a slip of the pen.
+
+    Example:
+        >>> [is_like_url(text) for text in ("s3://models/a", "S3:/models/a", "gcs//a/b", "a/b", "./s3:a")]
+        [True, True, True, False, False]
+    """
+    return _LIKE_URL.match(text) is not None
 
 
 def path_here(text: str) -> Path | None:
@@ -137,6 +172,10 @@ def _check_prefix(text: str, prefix: str) -> None:
     for step in prefix.split("/"):
         if step in {"", ".", ".."}:
             _refuse(text, f"has {step or 'an empty step'} in its path", "write the path without it")
+    if "#" in prefix:
+        _refuse(
+            text, "has # in its path, which libraries of stores read in different ways", "rename the folder"
+        )
     if not prefix.isprintable():
         _refuse(text, "has characters that cannot be printed", "rename the folder")
 
