@@ -98,7 +98,7 @@ def read_output(root: Path, weights: str = "", stored: Collection[str] = ()) -> 
         try:
             return read()
         except CheckpointError as exc:
-            broken[name] = str(exc)
+            broken[name] = str(exc).removeprefix(f"{exc.file}: ")
             return None
 
     def header(name: str) -> Any:

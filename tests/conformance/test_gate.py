@@ -272,6 +272,15 @@ def test_a_quantised_weight_fills_its_parameter(out):
     assert list(RULES["complete"](read_output(out))) == []
 
 
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+def test_parameters_are_not_counted_where_a_weight_file_is_lost(out, change):
+    lost = shards(out)[0]
+    change(lost)
+    (issue,) = RULES["complete"](read_output(out))
+    assert (issue.severity, issue.code) == ("note", "not-read")
+    assert f"{lost.name} is missing or cannot be read" in issue.sentence
+
+
 def test_parameters_are_not_counted_where_a_storage_is_not_known(out, monkeypatch):
     as_bytes(out)
     monkeypatch.setattr("lora_merge.quantised.METHODS", {})

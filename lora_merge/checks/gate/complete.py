@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from lora_merge.checks.gate.parts import grouped
 from lora_merge.core.checkpoint import CONFIG_FILE
 from lora_merge.core.report import error, note
+from lora_merge.formats.written_checkpoint import weight_map
 from lora_merge.modeling.conversion import Conversion
 from lora_merge.modeling.plain_config import fetched_part
 from lora_merge.runtime.packages import problem_of
+from lora_merge.words import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +47,13 @@ def complete(output: Output) -> Iterator[Issue]:
             "not checked whether every parameter has a tensor: the quantisation of the weights is not known"
         )
         yield note("not-identified", CONFIG_FILE, sentence)
+        return
+    lost = sorted({str(file) for file in weight_map(output.index).values()} - output.files.keys())
+    if lost or any(name.endswith(".safetensors") for name in output.broken):
+        # An error by itself, of which missing parameters would only be the consequence.
+        which = listing(lost or sorted(output.broken))
+        sentence = f"not checked whether every parameter has a tensor: {which} is missing or cannot be read"
+        yield note("not-read", CONFIG_FILE, sentence)
         return
     shapes = {name: weight.shape for name, weight in output.weights().items()}
     for parameter, why in conversion.missing(shapes).items():

@@ -27,7 +27,7 @@ def weights(output: Output) -> Iterator[Issue]:
         return
     for name, sentence in output.broken.items():
         if name != CONFIG_FILE:  # reported by the rule for that file
-            yield error("broken-file", name, sentence)
+            yield error("broken-file", name, sentence, "merge again, or restore the file from a copy")
     for name, place in output.outside.items():
         sentence = f"is a link to {place}, outside the directory: a copy of the directory would lack the file"
         yield warning("outside", name, sentence, "replace the link by the file: cp -L")
