@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from lora_merge.errors import LoraMergeError, RequestError, WriteError
+from lora_merge.storage.objects.urls import is_like_url, is_store_url, path_here
 from lora_merge.storage.user_paths import output_path, real_path, user_path
 from lora_merge.storage.whole_file import write_whole
 
@@ -138,10 +139,13 @@ def checked_place(path: str, outs: tuple[str, ...] = ()) -> Path:
     Raises:
         RequestError: it cannot.
     """
+    if is_like_url(path):
+        hint = "name a file of this machine, such as report.html, and copy it afterwards"
+        raise _refusal(f"{path} is a URL, and a report is written to a disk only", hint)
     try:
         given = user_path(path)
         place = real_path(given)
-        homes = [output_path(out) for out in outs if out]
+        homes = [home for out in outs if out and (home := _home(out)) is not None]
     except LoraMergeError as exc:
         raise _refusal(str(exc), exc.hint) from exc
     for home in homes:
@@ -160,6 +164,12 @@ def checked_place(path: str, outs: tuple[str, ...] = ()) -> Path:
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise _refusal(f"{path}: you may not write in {place.parent}", "choose another place")
     return place
+
+
+def _home(out: str) -> Path | None:
+    """Return the directory of an output; None for one in a store."""
+    here = path_here(out) if is_store_url(out) else user_path(out)
+    return None if here is None else output_path(str(here))
 
 
 def _refusal(sentence: str, hint: str) -> RequestError:

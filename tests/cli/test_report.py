@@ -73,13 +73,23 @@ def test_the_page_is_made_like_any_file(merged):
         ("page.pdf", "is a .pdf file, expected .html"),
         ("page", "has no suffix, expected .html"),
         ("nowhere/page.html", "there is no directory"),
+        ("s3://models/page.html", "s3://models/page.html is a URL, and a report is written to a disk only"),
     ],
 )
 def test_a_place_that_cannot_be_is_refused_before_the_work(place, why, base, adapter, cli, tmp_path):
     (tmp_path / "folder").mkdir()
 
     out = tmp_path / "merged"
-    result = cli("--base", base, "--adapter", adapter, "--out", out, "--report", tmp_path / place)
+    result = cli(
+        "--base",
+        base,
+        "--adapter",
+        adapter,
+        "--out",
+        out,
+        "--report",
+        place if "://" in place else tmp_path / place,
+    )
 
     assert result.exit_code == exits.USAGE, result.output
     assert why in result.output

@@ -146,9 +146,9 @@ def test_a_store_that_stays_busy_is_one_sentence(behind, writer, monkeypatch):
     [
         ((404, "NoSuchBucket"), "there is no bucket models", "check the spelling"),
         ((403, "AccessDenied"), "access denied (AccessDenied)", "ask for the right"),
-        ((403, "InvalidAccessKeyId"), "the store does not accept the credentials (InvalidAccessKeyId)", "set AWS_ACCESS_KEY_ID"),
-        ((403, "SignatureDoesNotMatch"), "the store does not accept the credentials (SignatureDoesNotMatch)", "set AWS_"),
-        ((400, "ExpiredToken"), "the store does not accept the credentials (ExpiredToken)", "set AWS_"),
+        ((403, "InvalidAccessKeyId"), "the store does not accept the credentials (InvalidAccessKeyId)", "check AWS_ACCESS_KEY_ID"),
+        ((403, "SignatureDoesNotMatch"), "the store does not accept the credentials (SignatureDoesNotMatch)", "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ((400, "ExpiredToken"), "the credentials have expired (ExpiredToken)", "get new credentials"),
         ((301, "PermanentRedirect"), "the bucket models is in another region", "set AWS_REGION"),
         ((400, "AuthorizationHeaderMalformed"), "the bucket models is in another region", "set AWS_REGION"),
         ((400, "OddRequest"), "the store answered OddRequest", "try again"),

@@ -187,6 +187,34 @@ def test_a_shard_that_an_output_in_a_store_lacks_is_found(placed, below, upload,
     assert "model-00002-of-00003.safetensors" in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("level", ["structure", "full"])
+def test_a_shard_of_an_output_that_is_cut_short_is_the_outputs_fault(
+    placed, below, upload, cli, tmp_path, level
+):
+    ok(cli("--base", placed.base, "--adapter", placed.adapter, "--out", tmp_path / "out"))
+    shard = tmp_path / "out" / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    upload(tmp_path / "out", below("out"))
+    result = cli("verify", below("out"), "--level", level)
+    assert result.exit_code == exits.VERIFY
+    said = " ".join(f"{result.stdout} {result.stderr}".split())
+    assert f"loadable: {shard.name}: has {shard.stat().st_size} bytes, expected" in said
+    assert "hint: merge again, or restore" in said
+    assert "download" not in said.replace("downloading", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [(":abc", "write a number as the weight, such as ADAPTER:0.5"), (":0,5", "with a point: ADAPTER:0.5")],
+)
+def test_a_weight_of_an_adapter_in_a_store_that_is_no_number_is_told(text, hint, placed, cli, tmp_path):
+    out = tmp_path / "out"
+    done = cli("--base", placed.base, "--adapter", f"{placed.adapter_url}{text}", "--out", out)
+    assert done.exit_code == exits.RESOLVE
+    assert "nothing is stored there" in done.stderr
+    assert hint.replace("ADAPTER", placed.adapter_url) in " ".join(done.stderr.split())
+
+
 class Hook:
     """Changes a file of the store when a phase begins."""
 

@@ -34,9 +34,8 @@ _NO_CREDENTIALS = frozenset(
 )
 """Names of boto3's errors where a profile, a file or a sign-on gives no credentials."""
 
-_REJECTED = frozenset(
-    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthenticationFailed"}
-)
+_EXPIRED = frozenset({"ExpiredToken", "TokenRefreshRequired"})
+_REJECTED = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthenticationFailed"})
 _ELSEWHERE = frozenset(
     {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 )
@@ -61,6 +60,14 @@ _CREDENTIALS = {
     "s3": 'set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for profiles and SSO: pip install "lora-merge[s3]"; for a public bucket set AWS_SKIP_SIGNATURE=true',
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
+_KEYS = {
+    "s3": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile: the two belong together, and to the store that AWS_ENDPOINT_URL names",
+    "gs": "check the account of GOOGLE_APPLICATION_CREDENTIALS, or log in again: gcloud auth application-default login",
+    "az": "check AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN: they belong to the account AZURE_STORAGE_ACCOUNT_NAME",
+}
+_RENEWED = _KEYS | {
+    "s3": "get new credentials (aws sso login, for example): AWS_SESSION_TOKEN or the profile's have expired"
 }
 _ENDPOINTS = {
     scheme: f"check the network, proxies and {variable}"
@@ -185,7 +192,8 @@ _CASES: tuple[tuple[Callable[[_Answer], bool], str, Mapping[str, str]], ...] = (
         {},
     ),
     (_lacks_credentials, "no credentials were found", _CREDENTIALS),
-    (_is_rejected, "the store does not accept the credentials ({answer})", _CREDENTIALS),
+    (lambda answer: answer.code in _EXPIRED, "the credentials have expired ({answer})", _RENEWED),
+    (_is_rejected, "the store does not accept the credentials ({answer})", _KEYS),
     (_is_redirected, "the bucket {bucket} is in another region", _REGIONS),
     (_is_denied, "access denied ({answer})", _RIGHTS),
     (lambda answer: is_unreachable(answer.message), "the store cannot be reached", _ENDPOINTS),

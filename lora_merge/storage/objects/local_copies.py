@@ -22,6 +22,7 @@ from lora_merge.runtime.temporary import folder_for
 from lora_merge.storage import input_files
 from lora_merge.storage.local import LOCAL
 from lora_merge.storage.objects.urls import StoreUrl, parse_store_url
+from lora_merge.storage.paths import weight_hint
 from lora_merge.storage.reading import read_blocks
 
 if TYPE_CHECKING:
@@ -240,7 +241,10 @@ def listed(url: StoreUrl, store: Store) -> dict[str, Entry]:
     """
     found = sound(store.entries())
     if not found:
+        place, colon, weight = str(url).rpartition(":")
         hint = "check the bucket and the prefix: a prefix is the folder that holds the files"
+        if colon and "/" not in weight:
+            hint = f"{weight_hint(place, weight)}; or {hint}"
         raise ResolveError(f"{url}: nothing is stored there", hint=hint)
     return found
 
