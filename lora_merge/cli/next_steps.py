@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,8 +164,22 @@ def after_merge(out: str, *, is_verified: bool) -> None:
     """Print what to do with a merged checkpoint."""
     if not is_verified:
         say_next("verify it", command("lora-merge", "verify", out))
+    if _is_private(out):
+        line = command("chmod", "-R", "a+rX", out)
+        say_next("an input is private, so only you can read the output; to open it to all", line)
     if found := serving(out):
         say_next(*found)
+
+
+def _is_private(out: str) -> bool:
+    """Return True for a directory that its owner alone may read."""
+    from lora_merge.storage.objects.urls import path_here
+
+    here = path_here(out)
+    try:
+        return here is not None and not here.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    except OSError:
+        return False
 
 
 def after_conversion(report: ConvertReport, out: str, base: str, engine: str | None) -> None:

@@ -8,6 +8,7 @@ import secrets
 import stat
 from typing import TYPE_CHECKING
 
+from lora_merge.core.checkpoint import ADAPTER_CONFIG, CONFIG_FILE
 from lora_merge.errors import WriteError
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _CLASSES = ((stat.S_IRGRP, stat.S_IXGRP, stat.S_IRWXG), (stat.S_IROTH, stat.S_IXOTH, stat.S_IRWXO))
 """For the group and for everybody: the bit to read, the bit to enter, and all bits."""
+
+_MODE_OF_SAFETENSORS = 0o600
+"""Mode of every file that safetensors 0.8 writes, whatever the umask is (huggingface/safetensors#782)."""
 
 
 def take(fd: int, path: Path, parent: int, *, is_new: bool) -> None:
@@ -104,7 +108,7 @@ def allowed_bits(inputs: Iterable[Path], group: int) -> int:
     allowed = 0o777
     for path in inputs:
         try:
-            status = path.stat()
+            status = _meant(path)
         except OSError:
             continue  # who reads it will say so
         needs_entry = stat.S_ISDIR(status.st_mode)
@@ -118,3 +122,23 @@ def allowed_bits(inputs: Iterable[Path], group: int) -> int:
             if not permitted:
                 allowed &= ~bits
     return allowed
+
+
+def _meant(path: Path) -> os.stat_result:
+    """Return the status that says who may read an input: its own.
+
+    A weight file with the mode that safetensors gives to all of them says nothing. Its folder's configuration does, which
+    the same program wrote with the umask.
+
+    Raises:
+        OSError: it cannot be asked for.
+    """
+    status = path.stat()
+    if path.suffix != ".safetensors" or stat.S_IMODE(status.st_mode) != _MODE_OF_SAFETENSORS:
+        return status
+    for name in (CONFIG_FILE, ADAPTER_CONFIG):
+        with contextlib.suppress(OSError):
+            beside = path.with_name(name).stat()
+            if stat.S_ISREG(beside.st_mode) and beside.st_uid == status.st_uid:
+                return beside
+    return status

@@ -352,8 +352,10 @@ def test_a_private_input_makes_a_private_output(verb, pico, pico_adapter, tamper
     before = os.umask(0o022)
     try:
         assert cli(*arguments, "--out", tmp_path / "open").exit_code == 0
-        (adapter / "adapter_model.safetensors").chmod(0o600)
-        assert cli(*arguments, "--out", tmp_path / "closed").exit_code == 0
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (adapter / name).chmod(0o600)
+        closed = cli(*arguments, "--out", tmp_path / "closed")
+        assert closed.exit_code == 0
     finally:
         os.umask(before)
     modes = {
@@ -361,3 +363,23 @@ def test_a_private_input_makes_a_private_output(verb, pico, pico_adapter, tamper
         for name in ("open", "closed")
     }
     assert modes == {"open": {0o755, 0o644}, "closed": {0o700, 0o600}}
+    # A server that runs as another user would say "Permission denied" only.
+    assert (f"chmod -R a+rX {tmp_path / 'closed'}" in closed.stderr) == (verb == "merge")
+
+
+@pytest.mark.parametrize(("umask", "modes"), [(0o022, {0o755, 0o644}), (0o002, {0o775, 0o664})])
+def test_the_mode_that_safetensors_gives_to_every_file_does_not_make_an_output_private(
+    umask, modes, pico, pico_adapter, tampered, cli, tmp_path
+):
+    base, adapter = tampered(pico(), "base"), tampered(pico_adapter(pico()), "adapter")
+    for path in (base, adapter, *base.iterdir(), *adapter.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o600 if path.suffix == ".safetensors" else 0o644)
+    before = os.umask(umask)
+    try:
+        result = cli("--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert result.exit_code == 0, result.stderr
+    out = tmp_path / "out"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (out, *out.iterdir())} == modes
+    assert "chmod" not in result.stderr
