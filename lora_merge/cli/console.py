@@ -9,7 +9,7 @@ from lora_merge.cli.issues import say_issues
 from lora_merge.cli.next_steps import after_conversion, after_merge, command, say_next, serving
 from lora_merge.cli.plans import merge_lines, print_plan, print_profile
 from lora_merge.cli.progress import watching
-from lora_merge.cli.proofs import print_proof
+from lora_merge.cli.proofs import print_proof, say_failed
 from lora_merge.cli.tables import done_text, print_batch, print_conversion, print_inspection
 from lora_merge.cli.voice import say, say_raw, show, show_data
 from lora_merge.reporting.data import batch_data, conversion_data, inspection_data, proof_data, result_data
@@ -52,7 +52,11 @@ class Console:
         """
         # A plan comes before what is said of it, a finished merge after.
         if not self._quiet and (self._as_json or not report.dry_run):
-            self._issues(report.issues)
+            from lora_merge.merging.preparing import NO_GPU
+
+            # Printed before the merge began.
+            said = "" if report.dry_run else NO_GPU
+            self._issues([issue for issue in report.issues if issue.code != said])
         out = named.get("out") or report.out
         if self._as_json:
             show_data(result_data(report))
@@ -91,9 +95,8 @@ class Console:
             show_data({"ok": not failed, **proof_data(proof)})
             return
         if self._quiet:
-            for issue in proof.issues:
-                if issue.severity == "error":
-                    say(f"error: {issue.line}")
+            if failed:
+                say_failed(proof, out)
             return
         print_proof(proof, failed=failed, verbose=self._verbose)
         self._time(proof.seconds)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-    from lora_merge.core.report import Observer
+    from lora_merge.core.report import Issue, Observer
     from lora_merge.merging.headline import Work
 
 _LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
@@ -50,6 +50,11 @@ def watching(*, quiet: bool, verbose: bool) -> Iterator[Observer]:
             yield _Lines(verbose=verbose)
 
 
+def issue_lines(issue: Issue) -> list[str]:
+    """Return an issue after its severity, then its hint."""
+    return [f"{issue.severity}: {issue.line}", *([f"hint: {issue.hint}"] if issue.hint else [])]
+
+
 def live(drawn: Callable[[], ConsoleRenderable]) -> Live:
     """Return a part of the terminal that is drawn again and again, and disappears at the end."""
     from rich.live import Live
@@ -72,6 +77,11 @@ class _Bar:
         self._verbose = verbose
         self._meter = Meter(time.monotonic())
         self.live: Live | None = None
+
+    def warn(self, issue: Issue) -> None:
+        """Print a warning above the bar."""
+        for line in issue_lines(issue):
+            self._print(line)
 
     def begin(self, work: Work) -> None:
         """Print the headline above the bar, and size the bar."""
@@ -173,6 +183,10 @@ class _Lines:
         self._verbose = verbose
         self._meter = Meter(time.monotonic())
         self._spoke = time.monotonic()
+
+    def warn(self, issue: Issue) -> None:
+        for line in issue_lines(issue):
+            say(line)
 
     def begin(self, work: Work) -> None:
         say(work.headline)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.cli.issues import say_group
 from lora_merge.cli.layout import RED, YELLOW, Cell, Column, Mark, grid, shortened, styled, wrapped
-from lora_merge.cli.voice import say, show, show_layout, width_of
+from lora_merge.cli.voice import say, say_layout, show, show_layout, width_of
 from lora_merge.redaction import fit
 from lora_merge.reporting.data import not_run_words
 from lora_merge.words import alike, cut
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lora_merge.core.report import Issue, Proof
 
 _LISTED = 30  # differences that are printed; --json has them all
+
+_LISTED_QUIET = 3
 
 _STATES: Mapping[str, Cell] = {
     "passed": "ok",
@@ -51,6 +53,33 @@ def print_proof(proof: Proof, *, failed: bool, verbose: bool) -> None:
     show_layout([styled(line, Mark(line, RED)) if failed else line for line in wrapped(verdict, width)])
     if failed and (hint := _hint(errors)):
         say(f"hint: {hint}")
+
+
+def say_failed(proof: Proof, out: str) -> None:
+    """Print that a verification failed, and what differs first, each in one line of the terminal.
+
+    Args:
+        proof: what was found.
+        out: the output, as the user named it.
+    """
+    errors = [
+        (finding.check, issue)
+        for finding in proof.findings
+        for issue in finding.issues
+        if issue.severity == "error"
+    ]
+    # Several checks may find one tensor. Under --strict there may be warnings alone.
+    wrong: dict[str, Issue] = {}
+    for issue in [issue for _, issue in errors] or proof.issues:
+        wrong.setdefault(issue.subject, issue)
+    width = width_of(sys.stderr) if sys.stderr.isatty() else None
+    say(f"error: {out}: verification failed")
+    for issue in list(wrong.values())[:_LISTED_QUIET]:
+        line, *more = wrapped(f"  {fit(issue.line)}", width and width - 2)
+        say_layout([f"{line} …" if more else line])
+    if left := cut(_LISTED_QUIET, len(wrong)):
+        say(f"  {left}")
+    say(f"hint: {_hint(errors) or 'the same command without -q shows all checks'}")
 
 
 def _print_differences(errors: list[tuple[str, Issue]], width: int | None) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lora_merge.core.adapter import Adapter, AdapterUse, Delta
     from lora_merge.core.checkpoint import Checkpoint
     from lora_merge.core.plan import MergePlan
-    from lora_merge.core.report import Observer
+    from lora_merge.core.report import Issue, Observer
     from lora_merge.core.weight import Storage, Weight
 
 _TASKS = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|LMModel|Model)$")
@@ -72,6 +72,20 @@ def announce(watch: Observer, work: Work) -> None:
     """Tell an observer what a run is about to do, if it wants to hear it."""
     if isinstance(watch, Announced):
         watch.begin(work)
+
+
+@runtime_checkable
+class Forewarned(Protocol):
+    """An observer that wants to hear a warning before a run begins."""
+
+    def warn(self, issue: Issue) -> None:
+        """Hear it."""
+
+
+def forewarn(watch: Observer, issue: Issue) -> None:
+    """Tell an observer of a warning before the work begins, if it wants to hear it. The report has it too."""
+    if isinstance(watch, Forewarned):
+        watch.warn(issue)
 
 
 def merge_headline(base: Checkpoint, uses: Sequence[AdapterUse], plan: MergePlan) -> str:

@@ -15,7 +15,7 @@ from lora_merge.formats.side_files import MANIFEST_FILE
 from lora_merge.merging.budget import Budget, allot
 from lora_merge.merging.by_file import file_pieces, under_way_bytes
 from lora_merge.merging.estimate import estimate
-from lora_merge.merging.headline import merge_headline
+from lora_merge.merging.headline import forewarn, merge_headline
 from lora_merge.merging.parts import Part, part_of
 from lora_merge.merging.worker import NoDeviceError, pick_device
 from lora_merge.planning import raise_errors
@@ -33,6 +33,9 @@ from lora_merge.words import size_text
 if TYPE_CHECKING:
     from lora_merge.core.plan import MergePlan
     from lora_merge.requests.request import Request
+
+NO_GPU = "no-gpu"
+"""Code of the warning that observers hear before a merge begins (`headline.forewarn`)."""
 
 MARKS = (CONFIG_FILE, MANIFEST_FILE)
 """File names; a directory with one of them is a model checkpoint. The manifest shows it also where the config was
@@ -142,6 +145,8 @@ def prepare(
         raise RequestError("", 0, "out", "is empty, expected a path (an unset shell variable?)")
     part = _part(request)
     out, storage = _place(request)
+    # Before anything is fetched or read: who meant a GPU may not want to wait.
+    device, *issues = _device(request, watch, dry_run=dry_run)
     with clock("plan"), translate_out_of_memory("planning"):
         # A batch plans its jobs itself, to group them by base, and hands the plan in.
         planned = planned or plan_request(request, watch)
@@ -157,8 +162,6 @@ def prepare(
             storage.check_replaceable(wish)
         if not dry_run:
             storage.check_writable(out)
-        device, *issues = _device(request.device)
-        check_strict(issues, strict=request.strict)
         _check_executor(request, device)
         _check_links(request, plan, storage)
         whole_files = tuple(map(under_way_bytes, file_pieces(plan))) if storage.takes_files else ()
@@ -247,17 +250,25 @@ def _part(request: Request) -> Part | None:
     return part_of(request.part)
 
 
-def _device(wanted: str) -> tuple[str, *tuple[Issue, ...]]:
+def _device(request: Request, watch: Observer, *, dry_run: bool) -> tuple[str, *tuple[Issue, ...]]:
     """Return the torch device, then a warning where it is not the one that was asked for.
 
     Raises:
         RequestError: the machine has CUDA devices, but not this one.
+        PlanError: there is a warning, and ``--strict`` is set.
     """
     try:
-        device, why = pick_device(wanted)
+        device, why = pick_device(request.device)
     except NoDeviceError as exc:
         raise RequestError("", 0, "device", str(exc), hint="use --device cpu") from exc
-    return (device, warning("no-gpu", "device", why)) if why else (device,)
+    if not why:
+        return (device,)
+    hint = "install a torch built for CUDA, or leave out --device; a GPU pays for DoRA and --combine only"
+    issue = warning(NO_GPU, "device", why, hint)
+    check_strict([issue], strict=request.strict)
+    if not dry_run:
+        forewarn(watch, issue)
+    return device, issue
 
 
 def _check_unfinished(wish: Wish, storage: Storage) -> None:
