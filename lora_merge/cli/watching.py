@@ -68,10 +68,10 @@ class _Plain:
     def done(self, name: str) -> None: ...
 
     def job(self, name: str, state: State, sentence: str = "") -> None:
-        """Print a job's state, unless it only waits."""
+        """Print a job's state, unless it only waits. Why it failed is said at the end, with what to do about it."""
         if self._quiet or state == "waiting" or (state == "planned" and not sentence):
             return
-        first = sentence.partition("\n")[0]
+        first = sentence.partition("\n")[0] if state != "failed" else ""
         say(f"{state}: {name}: {first}" if first else f"{state}: {name}")
 
 

@@ -677,6 +677,17 @@ def test_a_table_is_for_people_and_quiet_leaves_the_errors(three, base, cli, tmp
     assert len(lines) == 3
 
 
+def test_why_a_job_failed_is_said_once_with_what_to_do_about_it(three, base, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    three[1]["adapter"] = "none"
+    write(tmp_path, three, base=base)
+    lines = cli("batch", "batch.yaml", "--keep-going").stderr.splitlines()
+    assert "failed: out/bad" in lines
+    why = [n for n, line in enumerate(lines) if "does not exist" in line]
+    assert [lines[n] for n in why] == ["error: out/bad: none: this directory does not exist"]
+    assert lines[why[0] + 1].startswith("hint: pass a directory")
+
+
 def test_the_table_says_what_each_job_did_and_names_those_that_have_a_name(
     three, base, cli, tmp_path, monkeypatch
 ):
