@@ -182,7 +182,7 @@ def _storage_words(sizes: Counter[Storage]) -> str:
     """Return the storage of a model's weights; of a quantised one, that of the quantised weights."""
     words: Counter[str] = Counter()
     for storage, n in sizes.items():
-        words[storage_word(storage)] += n * (10**6 if not storage.is_dense else 1)
+        words[storage_word(storage)] += n
     quantised = {storage_word(storage) for storage in sizes if not storage.is_dense}
     ordered = [word for word, _ in words.most_common()]
     kept = [word for word in ordered if word in quantised] or ordered[:1]
