@@ -83,6 +83,7 @@ def identify(tensors: Iterable[TensorRef], around: Surroundings) -> Found:
     is_refused = bool(issues)
     if not is_refused:
         issues += contradictions(settings)
+    # Where the method is refused, what others would say of its tensors follows from that.
     for method in () if is_refused else METHODS.values():
         try:
             found = method.identify(left, around)
@@ -98,9 +99,11 @@ def identify(tensors: Iterable[TensorRef], around: Surroundings) -> Found:
             del left[ref.name]
         broken += [left.pop(ref.name) for ref in found.others]
     if not issues:
+        # After another fault, tensors that no method took are its consequence.
         issues += stray(left.values(), around.config)
     # Dense last: the parts of another storage (packed values, scales) look like plain tensors.
     for ref in [ref for ref in left.values() if ref.dtype in TORCH_NAMES]:
+        # Without settings a tensor of such a name is a parameter of the model, like any other.
         if not (settings and leftover(ref.name)):
             weights[ref.name] = Weight.dense(left.pop(ref.name))
     return Found(weights, (*left.values(), *broken), settings, tuple(issues))

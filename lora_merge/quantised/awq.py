@@ -33,6 +33,7 @@ class Awq:
         group = number(table.values, "group_size", "q_group_size")
         for ref in list(tensors.values()):
             if ref.name.endswith(_CODES):
+                # AutoAWQ's default is 128; -1 is one group for the whole line.
                 _add(draft, ref, 128 if group is None else max(group, 0))
         field = "modules_to_not_convert"
         exceptions = Exceptions(field, table.values.get(field), "names", around)

@@ -29,6 +29,7 @@ _ORPHANS = re.compile(r"\.SCB$|\.weight\.(absmax|quant_map|nested_absmax|nested_
 _PACKED_AS = ("U8", "I8", "BF16", "F16", "F32")
 """Dtypes that the bytes of four-bit codes may be stored under (``bnb_4bit_quant_storage``)."""
 
+# A real one has a few hundred bytes. A damaged header may name gigabytes, which are not read.
 _MOST_JSON = 1 << 16
 _FIELD = "llm_int8_skip_modules"
 
@@ -42,6 +43,7 @@ class Bitsandbytes:
         if table is None:
             return NOTHING
         draft = Draft(tensors, table)
+        # transformers writes the setting under both names.
         four = bool(table.values.get("load_in_4bit", table.values.get("_load_in_4bit")))
         dtypes: set[str] = set()
         for ref in list(tensors.values()):
@@ -52,6 +54,7 @@ class Bitsandbytes:
         exceptions = Exceptions(_FIELD, table.values.get(_FIELD), "names", around)
         codes = "a weight with its quant_state" if four else "a weight in I8"
         found = draft.done(exceptions, _ORPHANS, f"{codes} (load_in_{4 if four else 8}bit)")
+        # A dense output takes this dtype if the configuration names none.
         if len(dtypes) == 1:
             return replace(found, settings={QUANT_STATE: {"dtype": dtypes.pop()}})
         return found
@@ -128,6 +131,7 @@ def _fault(kind: str, state: Mapping[str, Any]) -> str:
 
 def _nested_fault(state: Mapping[str, Any]) -> str:
     """Return what is wrong with what it says of double quantisation."""
+    # `quantize_4bit` has no setting for it: absmax is always quantised in blocks of 256.
     if state.get("nested_blocksize", 256) != 256:
         return f"gives the nested_blocksize {quoted(state['nested_blocksize'])}, expected 256"
     if "nested_offset" not in state:

@@ -64,6 +64,7 @@ def _groups(values: Mapping[str, Any]) -> list[Group]:
     for name, table in listed.items() if isinstance(listed, dict) else ():
         arguments = table.get("weights") if isinstance(table, dict) else None
         if isinstance(arguments, dict) and arguments:
+            # `mixed-precision` only says that each group names a format.
             own = str(table.get("format") or ("" if overall == _MIXED else overall))
             targets = table.get("targets")
             texts = [one for one in targets if isinstance(one, str)] if isinstance(targets, list) else []
@@ -75,6 +76,7 @@ def _resolved(groups: Sequence[Group], modules: Sequence[str], around: Surroundi
     """Return the group of each module: by its whole name, else by a regex, else by its class. Classes are not known here: the
     first group that names one is taken.
     """
+    # Reversed, so that the first group that names a target stays.
     named = {target: group for group in reversed(groups) for target in group.targets}
     patterns = [(target, group) for group in groups for target in group.targets if target.startswith("re:")]
     of_class = next((group for group in groups for target in group.targets if target[:1].isupper()), None)

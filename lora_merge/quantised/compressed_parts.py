@@ -222,6 +222,7 @@ def _logical(module: Module, bits: int) -> tuple[int, ...]:
     ref, scale = draft.tensors.get(f"{path}.weight_shape"), draft.tensors.get(f"{path}.weight_scale")
     if ref is None or ref.dtype not in ("I64", "I32") or ref.shape != (len(full),):
         return full  # `Draft.add` notes it
+    # Modules of one name whose packed shapes are equal have one logical shape.
     key = (path.rpartition(".")[2], bits, codes.shape, scale.shape if scale is not None else None)
     if key not in shapes:
         shapes[key] = struct.unpack(f"<{len(full)}{'q' if ref.dtype == 'I64' else 'i'}", around.read(ref))

@@ -48,6 +48,7 @@ def contradictions(settings: Mapping[str, Mapping[str, Any]]) -> list[Issue]:
     """
     tables = [table for table in tables_of(settings) if table.method]
     found = [(table, sentence) for table in tables for sentence in _layouts(table)]
+    # A layout that contradicts itself is said already: it is not compared with other files.
     is_clear = not found
     for table in tables[1:]:
         if table.place in SIDE_FILES:

@@ -57,6 +57,7 @@ class Wanted(NamedTuple):
     """The shapes that it may have."""
 
 
+# Tens of thousands of weights share a few storages.
 @lru_cache(maxsize=1024)
 def storage(codec: str, dtype: str, **settings: Setting) -> Storage:
     """Return a storage, with its settings in the order of their names."""
@@ -203,6 +204,7 @@ class Draft:
         for extra in self._extras:
             ref = self.tensors.get(base + extra)
             if ref is not None:
+                # `weight_shape` may be a wanted part, and has its role then.
                 parts.setdefault(extra, ref)
 
     def _check_excepted(self, modules: Sequence[str], exceptions: Exceptions) -> None:
@@ -218,6 +220,7 @@ class Draft:
             module
             for name, ref in self.tensors.items()
             if ref.dtype in TORCH_NAMES
+            # Biases and norms are dense in every method.
             and len(ref.shape) > 1
             and name not in self.weights
             and name not in self._broken
@@ -250,6 +253,7 @@ def _last(name: str) -> str:
 def number(values: Mapping[str, object], *keys: str) -> int | None:
     """Return the first of some settings that is a whole number."""
     found = (values.get(key) for key in keys)
+    # JSON's true is an int in Python.
     return next((one for one in found if isinstance(one, int) and not isinstance(one, bool)), None)
 
 

@@ -144,6 +144,7 @@ def _names(values: Mapping[str, Any], keys: tuple[str, ...], dense: _Dense, *, f
 
 def _fp8(values: Mapping[str, Any], place: str, dense: _Dense) -> dict[str, Any]:
     del place
+    # vLLM splits a fused name before it looks here, and takes names whole (`is_layer_skipped`).
     return _names(values, ("modules_to_not_convert", "ignored_layers"), dense, fused=False)
 
 
@@ -187,6 +188,7 @@ def _awq(values: Mapping[str, Any], place: str, dense: _Dense) -> dict[str, Any]
 
 
 def _modelopt(values: Mapping[str, Any], place: str, dense: _Dense) -> dict[str, Any]:
+    # Without a list, the name that ModelOpt gives it in this file.
     key = next((key for key in LISTS if key in values), LISTS[place == HF_QUANT])
     found = dict(values) | {key: _listed(values.get(key), (*dense.modules, *dense.stacks))}
     layers = values.get(LAYERS)

@@ -44,6 +44,7 @@ class Fp8:
         draft = Draft(tensors, table)
         block = block_size(table.values.get("weight_block_size"))
         if table.method == "mxfp8":
+            # Groups of MX formats always have 32 values, so the table may leave them out.
             block = block or (1, 32)
         if block is None and table.values.get("weight_block_size") is not None:
             got = quoted(table.values["weight_block_size"])
@@ -57,6 +58,7 @@ class Fp8:
                 packed and ref.dtype in ("I8", "U8") and len(ref.shape) >= 2 and ref.name.endswith(".weight")
             ):
                 _add_packed(draft, ref)
+        # vLLM asks for this name first; transformers knows the other one only.
         field = "ignored_layers" if table.values.get("ignored_layers") else "modules_to_not_convert"
         exceptions = Exceptions(field, table.values.get(field), "names", around)
         # Other families have a parameter of this name, so the dtype tells.
@@ -105,6 +107,7 @@ def _add(draft: Draft, ref: TensorRef, block: tuple[int, int] | None) -> None:
     shapes: tuple[tuple[int, ...], ...] = ()
     if block is None:
         # One scale for the tensor, or one for each row: no setting tells them apart, and both decode in one way.
+        # Of a single row both are one number: it counts as that of the tensor.
         by_row = scale is not None and scale.shape in row_shapes(ref.shape) and ref.shape[-2] > 1
         rows = 1 if by_row else 0
         shapes = row_shapes(ref.shape) if by_row else ((), (1,), (1, 1))

@@ -58,6 +58,7 @@ class Gptq:
                 left_dense.append(module)
                 scheme = _default(table.values)  # noqa: PLW2901 - so that the tensors are still understood
             _add(draft, module, scheme, version, around)
+        # GPTQModel leaves the head dense unless this flag is set.
         if not table.values.get("lm_head"):
             left_dense += [module for module in modules if module.rpartition(".")[2] == "lm_head"]
         dense = [entry.removeprefix("-:") for entry in _rules(table.values) if entry.startswith("-:")]
@@ -102,6 +103,7 @@ def _ruled(rule: tuple[str, Any], default: _Scheme) -> _Scheme | None:
 
 def _default(values: Mapping[str, Any]) -> _Scheme:
     bits, group = number(values, "bits"), number(values, "group_size")
+    # GPTQModel's defaults; a group of -1 is one for all inputs.
     return _Scheme(4 if bits is None else bits, 128 if group is None else max(group, 0))
 
 
@@ -169,5 +171,6 @@ def has_ones(data: bytes, bits: int) -> bool:
     repeated = _ONES[bits] * (len(data) // len(_ONES[bits]) + 1)
     value, found = int.from_bytes(data, "little"), int.from_bytes(repeated[: len(data)], "little")
     for shift in range(bits):
+        # In the end the lowest bit of a field is left only where all its bits are set.
         found &= value >> shift
     return found != 0

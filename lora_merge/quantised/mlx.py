@@ -55,6 +55,7 @@ def _scheme(values: Mapping[str, Any], default: _Scheme | None) -> _Scheme:
     mode = values.get("mode", default.mode if default else "affine")
     bits, group = number(values, "bits"), number(values, "group_size")
     fixed = _MODES.get(str(mode), (4, 64))
+    # A module with another mode takes that mode's defaults, not the table's.
     if default is not None and mode == default.mode:
         fixed = (default.bits, default.group)
     return _Scheme(str(mode), fixed[0] if bits is None else bits, fixed[1] if group is None else group)

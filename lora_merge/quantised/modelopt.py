@@ -59,6 +59,7 @@ class ModelOpt:
         draft = Draft(tensors, table)
         layers = table.values.get(LAYERS)
         each = layers if isinstance(layers, dict) else {}
+        # With mixed precision each layer has a table, so one that is missing is a fault.
         default = None if _algorithm(table.values) == MIXED else table.values
         for ref in codes:
             _add(draft, ref, each.get(module_of(ref.name), default), around)
@@ -97,6 +98,7 @@ def _add(draft: Draft, ref: TensorRef, values: object, around: Surroundings) -> 
         draft.refuse(error(CODE, ref.name, sentence, AGAIN), [ref])
         return
     prefix = ref.name.removesuffix("weight")
+    # Engines multiply the inputs by it. Of our decoders only that of AWQ puts it into the weight.
     if add is not _awq and draft.has(f"{prefix}pre_quant_scale"):
         sentence = f"multiplies the inputs of a weight in {algorithm}, which is not supported"
         draft.refuse(error(CODE, f"{prefix}pre_quant_scale", sentence, parent_hint(around.config)), [ref])
@@ -119,6 +121,7 @@ def _blocks(draft: Draft, ref: TensorRef, prefix: str, group: int | None) -> Non
     side = group or 128
     rows, columns = (-(-n // side) for n in ref.shape[-2:])
     stack = ref.shape[:-2]
+    # ModelOpt keeps the axes within a block, with size 1.
     shapes: tuple[tuple[int, ...], ...] = ((*stack, rows, 1, columns, 1), (*stack, rows, columns))
     if rows == columns == 1 and not stack:
         shapes = (*shapes, ())  # ModelOpt drops the axes of a single scale

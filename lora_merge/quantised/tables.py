@@ -106,6 +106,7 @@ def _method(place: str, table: Mapping[str, Any]) -> str:
     if isinstance(named, str) and named:
         name = named.lower()
         return "modelopt" if name.startswith("modelopt") else _ALIASES.get(name, name)
+    # ModelOpt has groups in its table too, beside the name of its algorithm.
     if "config_groups" in inner and "quant_algo" not in inner:
         return "compressed-tensors"
     if place == HF_QUANT or "quant_algo" in inner:
@@ -113,5 +114,6 @@ def _method(place: str, table: Mapping[str, Any]) -> str:
     if place == QUANTIZE:
         return "gptq"
     if place == QUANT:
+        # AutoAWQ's old file names no method, but has these keys.
         return "awq" if "w_bit" in inner or "version" in inner else "gptq"
     return "mlx" if "group_size" in inner and "bits" in inner else ""

@@ -59,6 +59,7 @@ def _add(draft: Draft, ref: TensorRef, around: Surroundings) -> None:
         draft.refuse(error(CODE, ref.name, sentence, AGAIN), [ref])
         return
     scale = draft.tensors.get(f"{prefix}_weight_scale")
+    # One scale for a whole axis is one storage, however long the axis is.
     rows, columns = (
         0 if size >= axis else size for size, axis in zip(block[-2:], ref.shape[-2:], strict=True)
     )
