@@ -71,6 +71,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     multiple = max(codes_at_word_edges(bits), 8)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % multiple)).contiguous()
     if bits == 4:
+        # Two codes in an int16: the second moves down beside the first.
         pairs = codes.view(torch.int16)
         codes = (pairs | pairs >> 4).to(torch.uint8)
     elif bits != 8:

@@ -85,6 +85,7 @@ class Bnb4(Coded):
         # Values of the first block that belong to the tile before.
         before = start % block
         scale, group = _scales(stored, storage, start // block), block
+        # Blocks go on from one line to the next, so every value gets its scale.
         if before or lines.width % block:
             scale, group = scale.repeat_interleave(block)[before : before + end - start], 1
         table = Table.of(stored["table"])
@@ -99,6 +100,7 @@ class Bnb4(Coded):
             meanings = stored["table"].tolist()
             codes = _codes(table, meanings, levels.reshape(-1))
             n_codes = 2 * len(out[WEIGHT])
+            # Kept: codes of the tile before in shared bytes, an odd last one, and the stored one of two equal ones.
             if before or len(codes) < n_codes or len(table.levels) < len(meanings):
                 kept = _nibbles(stored[WEIGHT])
                 own = kept[before : before + len(codes)]

@@ -59,6 +59,7 @@ def grid(tile: Tile, values: torch.Tensor, out: Mapping[str, torch.Tensor], stor
         scale = divided(largest(numbers, 1, group), 7.5)
         scale = scale.masked_fill_(scale == 0, _EMPTY)
     out[_SCALE].copy_(scale)
+    # A sample of a dry run writes nothing, and has only the parts that are decoded.
     if _SHAPE in out:
         out[_SHAPE].copy_(torch.tensor(tile.shape))
 

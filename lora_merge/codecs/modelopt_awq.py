@@ -73,6 +73,7 @@ class ModelOptAwq(Coded):
         settings, lines = dict(storage.settings), lines_of(tile)
         scale, group = stored["scale"].float(), int(settings["group"])
         if settings["pre"]:
+            # The product differs from column to column, so each column becomes a group.
             scale = scale.repeat_interleave(group or lines.width, 1)[:, : lines.width]
             scale, group = scale * stored["pre_quant_scale"].float(), 1
 

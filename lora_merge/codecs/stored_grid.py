@@ -86,6 +86,7 @@ class Coded:
         self, tile: Tile, values: torch.Tensor, parts: Mapping[str, torch.Tensor], storage: Storage
     ) -> torch.Tensor:
         """Return half the distance of the levels around each value, and what the arithmetic adds."""
+        # New scales are in the parts by now, so both kinds are read as stored ones.
         grid, lines = self.grid(tile, values, parts, storage, None, parts), lines_of(tile)
         return largest_error(grid, values.view(lines.n, lines.width)).view(values.shape)
 
@@ -152,5 +153,6 @@ def largest_error(grid: Grid, values: torch.Tensor) -> torch.Tensor:
         size += grid.bias.abs().amax(1, keepdim=True)
     error = (high - low).abs_().div_(2).add_(size, alpha=_ROUNDINGS)
     first, last = grid.lattice.ends
+    # The arithmetic may put the largest value of a group a little beyond the last level.
     slack = _ROUNDINGS * max(abs(first), abs(last))
     return error.masked_fill_((numbers < first - slack) | (numbers > last + slack), float("inf"))

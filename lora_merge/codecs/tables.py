@@ -102,6 +102,7 @@ def pack_e2m1_(levels: torch.Tensor, out: torch.Tensor) -> None:
     halves = levels.mul_(2.0**-14).to(torch.float16).reshape(-1).view(torch.int32)
     codes = (halves >> 9) & 0x00070007
     codes |= (halves >> 12) & 0x00080008
+    # The code of the upper half goes beside that of the lower one.
     codes |= codes >> 12
     out.copy_(codes.to(torch.uint8).view(out.shape))
 
