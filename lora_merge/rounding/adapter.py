@@ -101,6 +101,7 @@ def _round_band(band: Band, schedule: Schedule, levels: torch.Tensor) -> torch.T
     sizes = [sum(steps.sizes) for steps in schedule.panels]
     for steps, panel in zip(schedule.panels, band.panels(levels, sizes), strict=True):
         _decide(panel, band.lattice, steps, total)
+        # The errors of all columns are known now: the last ones can take back what is left.
         for sweep in schedule.sweeps if steps is last else ():
             _decide_again(panel, band.lattice, sweep, total)
     return total
@@ -121,6 +122,7 @@ def _decide(panel: Panel, lattice: Lattice, steps: Steps, total: torch.Tensor) -
         else:
             torch.mm(pull, total, out=shift)
             torch.sub(numbers, shift.div_(scale), out=chosen)
+        # Verification allows for a value to be moved this far (`checks.bounds`).
         torch.clamp(chosen, lowest, highest, out=chosen)
         miss = torch.sub(lattice.nearest_(chosen), numbers, out=shift)
         total.addmm_(push, miss if scale is None else miss.mul_(scale))

@@ -198,6 +198,7 @@ class _Spread:
         if band.along:
             self._group = self._group[start:end]
         else:
+            # Lines that only fill up 64 bytes are divided by 1, not by 0.
             self._part = torch.nn.functional.pad(part[start:end].t(), self._padding, value=1.0).contiguous()
             self._groups = self._group.tolist()
 

@@ -147,6 +147,7 @@ def _sizes(basis: torch.Tensor, pulls: torch.Tensor) -> tuple[int, ...]:
     size = 2
     while size <= most:
         blocks = mutual.view(n_chunks, most // size, size, most // size, size).diagonal(dim1=1, dim2=3)
+        # All blocks of a chunk have one size: the largest at which none adds up to more.
         sizes[blocks.sum((1, 2)).amax(1) <= _MUTUAL**2] = size
         size *= 2
     return tuple(_cut((size for size in sizes.tolist() for _ in range(most // size)), n))

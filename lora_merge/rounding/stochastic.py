@@ -50,6 +50,7 @@ def round_stochastic(
     start = 0
     while start < len(flat):
         number = first_element + start
+        # Keys are made of a number's upper bits, so a part ends where these change.
         part = flat[start : start + min(_AT_ONCE, _WORDS - number % _WORDS)]
         words = _drawn(number % _WORDS, len(part), _keys(seed, key, number // _WORDS), part.device)
         if grid.lattice == PLAIN["BF16"]:
