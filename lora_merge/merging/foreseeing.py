@@ -66,5 +66,6 @@ def _of(merger: Merger, step: Step) -> Mapping[str, Survival]:
         roundings["adapter"] = Rounding("adapter", seed, key)
     # The smallest tile that every rounding can take.
     op = replace(op, multiple=tile_multiple(op, is_adapter=True))
+    # A merge samples its middle tile too (`Sample`).
     tiles = [rows for rows in op.tiles(1) if rows[1] > rows[0]]
     return merger.foresee(op, tiles[len(tiles) // 2], roundings) if tiles else {}

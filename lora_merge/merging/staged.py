@@ -84,6 +84,7 @@ def take_up(prepared: Prepared, place: Destination, n_workers: int, watch: Obser
         left = place.left(merge)
         found = finished(planned.plan, planned.inputs, place, left, n_workers, watch)
     if prepared.wish.shared:
+        # Each part goes on from what the others have made: that is no news, and gets no note.
         _check_sealable(prepared, found or ())
         return Staged(prepared, place, merge, clock, found or ())
     n_tensors, subject = sum(len(step.writes) for step in planned.plan.steps), prepared.out
@@ -165,6 +166,7 @@ class Staged:
     def left_files(self) -> list[FilePiece]:
         """Return the files that are not written yet, as pieces of work; the largest first."""
         left, part = self._pieces({record.file for record in self._records}), self.prepared.part
+        # All files are shared out, done or not: so every process gets the same share, whenever it asks.
         return left if part is None else [piece for piece in part.share(self._pieces()) if piece in left]
 
     def _pieces(self, done: Collection[str] = ()) -> list[FilePiece]:

@@ -101,6 +101,7 @@ def _of_grids(survival: Mapping[str, Survival], ops: Mapping[str, Merge]) -> tup
     if off is not None:
         words += f"; the error of the adapter's effect is {off:.1%}"
     saturated = max(one.saturated for one in survival.values())
+    # Less would be printed as 0.0 %.
     if saturated >= 5e-4:
         words += f"; up to {saturated:.1%} of the values of a tensor are outside its grid"
     if kept >= KEPT_SHARE and (off is None or off <= LEAST_SHARE):

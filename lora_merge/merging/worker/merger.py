@@ -53,6 +53,7 @@ class Order:
 
 def alike(op: Merge) -> tuple[object, ...]:
     """Return a key that is equal for merges which may share one reading of their source."""
+    # Beside the source, what decides the tiles (`Merge.tiles`).
     return (op.source, op.view, op.reach == "tensor", op.multiple)
 
 

@@ -55,6 +55,7 @@ class Sample:
         values = self._rows(frame.values)
         lines = values.reshape(-1, rows.shape[-1])
         numbers, (first, last) = grid.of_lines(0, len(lines)).numbers(lines), grid.lattice.ends
+        # Up to half a step of integers beyond an end, the end is the nearest level anyway.
         self._saturated = ((numbers < first - 0.5) | (numbers > last + 0.5)).float().mean()
 
     def after(self, tile: int, frame: Frame, rows: Tile, stored: Mapping[str, torch.Tensor]) -> None:
