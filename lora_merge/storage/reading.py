@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 from typing import TYPE_CHECKING
 
@@ -155,7 +156,7 @@ class _Stream(io.RawIOBase):
         begins = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.nbytes}
         at = begins[whence] + offset
         if at < 0:
-            raise OSError(22, "a place before the beginning")
+            raise OSError(errno.EINVAL, "a place before the beginning")
         self._at = at
         return at
 

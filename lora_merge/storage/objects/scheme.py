@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from typing import TYPE_CHECKING
 
 from lora_merge.core.identity import FileIdentity
@@ -45,9 +46,9 @@ class Objects:
         try:
             entry = store.entry(name)
         except ResolveError as exc:
-            raise OSError(5, str(exc), text) from None
+            raise OSError(errno.EIO, str(exc), text) from None
         if entry is None:
-            raise FileNotFoundError(2, "No such object", text)
+            raise FileNotFoundError(errno.ENOENT, "No such object", text)
         return FileIdentity(0, 0, entry.nbytes, 0, 0, entry.version)
 
 
