@@ -103,7 +103,7 @@ class Site:
 
 
 def _low_rank(site: Site, delta: PlacedDelta, rows: Sequence[int]) -> Value:
-    """Return s · Σ bᵢaᵢ, with its error: (r + 4)·2⁻²⁴·|s|·Σ|bᵢaᵢ| at most, plus underflow, plus a rounding where PEFT
+    """Return s · Σ bᵢaᵢ, with its error: (r + 5)·2⁻²⁴·|s|·Σ|bᵢaᵢ| at most, plus underflow, plus a rounding where PEFT
     rounds it.
     """
     left, right = sides(site, delta, 0, rows)
