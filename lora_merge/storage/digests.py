@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 def same_bytes(one: str | Path, other: str | Path) -> bool:
     """Return True when two files hold the same bytes. Both are read.
 
-    Both are read: `filecmp` keeps its answers by size and time, which a changed file may share with the old one.
-
     Raises:
         CheckpointError: one cannot be read.
     """
+    # `filecmp` keeps its answers by size and time, which a changed file may share with the old one.
     with open_source(one) as here, open_source(other) as there:
         if here.nbytes != there.nbytes:
             return False

@@ -115,6 +115,7 @@ class Folder:
             WriteError: it cannot be opened, or it is a link, another's, or has a second name somewhere.
         """
         path = self.path / name
+        # Readable too: files that are kept are recognised by their header.
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         with self._parent(name, make=create) as (parent, leaf):
             try:

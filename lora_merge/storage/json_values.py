@@ -11,6 +11,7 @@ _SUSPECT_ESCAPE = re.compile(
 )
 """Finds an escape that may be half of a character."""
 
+# The largest float has 309 digits, so shorter numbers need no closer look.
 _LONG_NUMBER = re.compile(rb"\d{308}")
 
 MOST_LEVELS = 64

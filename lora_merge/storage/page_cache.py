@@ -44,7 +44,7 @@ def look_at(source: Source) -> InputFile:
     """
     fd, identity = source.fd, source.version
     # Not a local file: other bytes have another tag.
-    if fd is None:  # other bytes have another tag
+    if fd is None:
         return InputFile(identity)
     everything = ((0, identity.size),)
     kind = _filesystem(fd)

@@ -83,6 +83,7 @@ def sampled(refs: Sequence[TensorRef]) -> list[TensorRef]:
     """Return the tensors whose pages are read: all, or every second or third of very many, and the last one of
     each file.
     """
+    # Two pages of each tensor are read.
     step = -(-2 * len(refs) // _MOST_PAGES) or 1
     last = {ref.file: ref for ref in refs}
     chosen = [*refs[::step], *(last.values() if step > 1 else ())]

@@ -43,6 +43,7 @@ class Source:
 
     def __str__(self) -> str:
         """Return the text that parses to this source."""
+        # Without an owner only the scheme tells a repo from a path, and without a scheme the host is the Hub.
         scheme = f"{self.host}://" if self.host != "hf" or "/" not in self.repo else ""
         place = f"{self.repo}/{self.folder}" if self.folder else self.repo
         return f"{scheme}{place}@{self.revision}" if self.revision else f"{scheme}{place}"

@@ -292,6 +292,7 @@ class StoreDestination:
         """
         old = frozenset(self._run.old if self._run is not None else ()) - self._planned
         return {
+            # In the place of a disk's inode: another version has another number.
             name: (zlib.crc32(entry.version.encode()), entry.nbytes, 0, 0)
             for name, entry in self._store.entries().items()
             if name not in old

@@ -34,6 +34,7 @@ def interruptible(work: Callable[[], T], stop: threading.Event) -> T:
         except BaseException as exc:  # noqa: BLE001 - raised again where it is waited for
             outcome.set_exception(exc)
 
+    # A daemon: a download that does not stop must not keep the program from ending.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:

@@ -111,6 +111,7 @@ def _bar(watch: Observer, stop: threading.Event) -> type[Any]:
 
     class Bar(tqdm):  # type: ignore[misc]  # a class without annotations
         def __init__(self, *args: Any, **options: Any) -> None:
+            # Of the package's bars (files, transfers, bytes) this one counts what is written to the disk.
             self._counts_bytes = options.get("name") == _SNAPSHOT_BAR
             super().__init__(*args, **{**options, "disable": True})
 

@@ -106,6 +106,7 @@ class BucketStore:
                 self._key(name),
                 data,
                 mode="create" if create else "overwrite",
+                # One request: a small file is there whole, or not at all.
                 use_multipart=False,
             )
         return Entry(len(data), version_of(result["e_tag"]))

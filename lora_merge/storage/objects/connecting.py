@@ -48,6 +48,7 @@ def _connected(scheme: StoreScheme, bucket: str, settings: frozenset[tuple[str, 
     from obstore.store import LocalStore
 
     if scheme == "file":
+        # A folder goes with its last file, as in the other stores, which have no folders.
         return LocalStore(automatic_cleanup=True)
     _ask(_opened(scheme, bucket, FIRST_TRIES, FIRST_SECONDS, 2 * FIRST_SECONDS))
     return _opened(scheme, bucket, MAX_TRIES, READ_SECONDS, RETRY_SECONDS)

@@ -105,4 +105,5 @@ class S3Store(BucketStore):
             # Another process may have taken it for one that a killed process left, and aborted it.
             with contextlib.suppress(ClientError):
                 s3_client.client().abort_multipart_upload(**place, UploadId=begun["UploadId"])
+        # A store that does not know the algorithm may ignore it, and then does not repeat it.
         return bool(begun.get("ChecksumAlgorithm") == ALGORITHM)
