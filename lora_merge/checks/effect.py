@@ -291,6 +291,7 @@ class _Norms:
             most = recorded + room
             where = f"in {sums.n_rows} of {n_rows} rows"
             if is_whole:
+                # Negated, so that NaN is wrong.
                 if not abs(found - recorded) <= room:
                     return f"{what} {found:.6g}, expected {recorded:.6g} ± {room:.2g} as recorded"
             elif not found <= most:

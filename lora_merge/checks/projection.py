@@ -173,6 +173,7 @@ class Projection:
         noise += (squares + _norms(self._before).square_() + changes) * (_FLOAT32**2 * (taken + _RANK))
         noise += _FLOOR[self._slot.dtype] ** 2 * k * taken
         noise *= _WEIGHT**2 * (1 + 2 * sqrt(_RARE / k) + 2 * _RARE / k)
+        # Six standard deviations of what random weights make of a change of this size.
         return noise.sqrt_() + 6 * _WEIGHT * expected.spread
 
     def _squares(self) -> torch.Tensor:

@@ -142,7 +142,7 @@ def has_subnormals() -> bool:
 
 
 class Flushing:
-    """While in this context, its thread takes subnormal numbers for zero. It can be entered again.
+    """While in this context, its thread takes subnormal numbers for zero.
 
     They are slow, and a zero beside another value looks like one. It may be entered again and again.
 

@@ -115,6 +115,7 @@ def _mlx(codes: TensorRef, scales: TensorRef, module: Module, scheme: Scheme) ->
     """Yield ``[…, out, groups]`` of MLX, whose modules have separate numbers of bits and groups."""
     del scales, module
     *outer, words = codes.shape
+    # The modes mxfp4, mxfp8 and nvfp4 have fixed sizes, which the settings may leave out.
     for bits, group in product({*scheme.bits, 4, 8}, {*scheme.groups, _NV, _MX} - {0}):
         if words * 32 % (bits * group) == 0:
             yield *outer, words * 32 // (bits * group)
@@ -148,6 +149,7 @@ def _bytes(codes: TensorRef, scales: TensorRef, module: Module, scheme: Scheme) 
         yield *outer, high, _up(2 * wide, _MX)
     for block in scheme.blocks:
         yield *outer, _up(high, block[0]), _up(wide, block[1])
+    # With a size of blocks, every layer of ``fp8`` is read in blocks.
     if scheme.blocks and "fp8" in scheme.methods:
         return
     yield from ((), (prod(outer),), (*outer, high), (*outer, wide))

@@ -47,6 +47,7 @@ def _wrong(ref: TensorRef, *, is_shared: bool) -> str:
     values = _values(ref)
     if values is None:
         return ""
+    # NaN and infinity, less themselves, are NaN.
     if not all(value - value == 0 for value in values):
         return "holds NaN or infinity, expected finite scales"
     if is_shared and not min(values, default=1.0) > 0:
