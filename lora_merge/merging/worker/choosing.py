@@ -91,6 +91,7 @@ class Choosing:
             found_grid = grid.of_lines(rows.start, rows.stop)
             if own.shape == values.shape:
                 found_grid = grid
+            # A grid with scales can only be cut by lines, so some of their columns are left to the nearest.
             elif columns != slice(0, values.shape[1]) and grid.scale is not None:
                 continue
             chosen, error = round_adapter(
