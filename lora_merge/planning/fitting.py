@@ -21,6 +21,7 @@ from lora_merge.peft_rules.targets import endings
 from lora_merge.planning.absent import Absent
 from lora_merge.planning.misfits import Misfits
 from lora_merge.planning.model import SAVE_ANEW, misplaced
+from lora_merge.planning.packing import packing_issues
 from lora_merge.planning.rules import rule_issues
 from lora_merge.planning.spellings import Names
 from lora_merge.planning.stacked import stacked_deltas
@@ -146,6 +147,7 @@ class Fitting:
         # Patterns may mean the parameters, whose names only the model knows.
         paths = set(self._adapter.modules)
         n_found = 0
+        self.issues += packing_issues(self._adapter, self._reading.expert_layout)
         for pair in self._adapter.stacked:
             try:
                 found = stacked_deltas(pair, self._use, self._n, self._model, self._reading.expert_layout)

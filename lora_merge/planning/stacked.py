@@ -16,6 +16,7 @@ from lora_merge.peft_rules.kinds import peft_version
 from lora_merge.peft_rules.scaling import Scaling
 from lora_merge.peft_rules.targets import is_listed
 from lora_merge.planning.model import misplaced
+from lora_merge.planning.packing import packing_of
 from lora_merge.words import quoted
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def stacked_deltas(
         problem = _misfit(parameter, shape, pair)
     else:
         # B's columns look the same either way, so only the format or the user can tell.
-        packing = pair.packing or ("expert-major" if "unsloth" in expert_layout else "interleaved")
+        packing = pair.packing or packing_of(adapter, expert_layout)
         stack = Stack(n_experts, packing)
         where = _experts_places(parameter, stack, pair, located, adapter, model, expert_layout)
         problem = _undecided(parameter, shape, pair, adapter)

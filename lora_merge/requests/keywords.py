@@ -41,7 +41,7 @@ class PlanOptions(TypedDict, total=False):
 
     expert_layout: str | Sequence[str]
     """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
-    in-out), or adapters trained with Unsloth. May be repeated."""
+    in-out), or adapters trained with Unsloth before September 2026. May be repeated."""
 
     ignore_file: str | Sequence[str]
     """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be
@@ -217,7 +217,7 @@ class InspectOptions(TypedDict, total=False):
 
     expert_layout: str | Sequence[str]
     """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
-    in-out), or adapters trained with Unsloth. May be repeated."""
+    in-out), or adapters trained with Unsloth before September 2026. May be repeated."""
 
     ignore_file: str | Sequence[str]
     """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be
@@ -294,7 +294,7 @@ class ConvertOptions(TypedDict, total=False):
 
     expert_layout: str | Sequence[str]
     """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
-    in-out), or adapters trained with Unsloth. May be repeated."""
+    in-out), or adapters trained with Unsloth before September 2026. May be repeated."""
 
     ignore_file: str | Sequence[str]
     """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be

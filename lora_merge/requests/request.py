@@ -45,7 +45,7 @@ class Request:
 
     expert_layout: tuple[str, ...] = ()
     """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
-    in-out), or adapters trained with Unsloth. May be repeated."""
+    in-out), or adapters trained with Unsloth before September 2026. May be repeated."""
 
     ignore_file: tuple[str, ...] = ()
     """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be
@@ -232,7 +232,7 @@ class InspectRequest:
 
     expert_layout: tuple[str, ...] = ()
     """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
-    in-out), or adapters trained with Unsloth. May be repeated."""
+    in-out), or adapters trained with Unsloth before September 2026. May be repeated."""
 
     ignore_file: tuple[str, ...] = ()
     """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be
@@ -318,7 +318,7 @@ class ConvertRequest:
 
     expert_layout: tuple[str, ...] = ()
     """Layout of fused MoE expert weights. Needed when it cannot be detected: square matrices (out-in or
-    in-out), or adapters trained with Unsloth. May be repeated."""
+    in-out), or adapters trained with Unsloth before September 2026. May be repeated."""
 
     ignore_file: tuple[str, ...] = ()
     """Ignore this file in the adapter's folder. A name, a folder, or a pattern such as 'model-*'. May be

@@ -68,6 +68,16 @@ class Square:
         config.pop("peft_version", None)
         path.write_text(json.dumps(config | ({"peft_version": peft_version} if peft_version else {})))
 
+    def configure(self, **fields) -> None:
+        """Set fields of the adapter's configuration."""
+        path = self.adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    def pack_by_expert(self) -> None:
+        """Order the columns of B expert by expert, as Unsloth trained until September 2026."""
+        columns = [k * N_EXPERTS + e for e in range(N_EXPERTS) for k in range(RANK)]
+        self.write_factors({name: b[:, columns].contiguous() for name, b in self.b.items()})
+
     def write_factors(self, b) -> None:
         factors = {}
         for name in self.names:
@@ -132,20 +142,51 @@ def test_experts_that_are_stored_in_by_out_get_the_change_the_other_way_round(na
             assert torch.equal(after[tensor_name], before)
 
 
-@pytest.mark.parametrize("packing", ["peft", "unsloth"])
+@pytest.mark.parametrize("packing", ["peft", "unsloth", "grouped_by_expert", "rank_major"])
 def test_factors_packed_expert_by_expert_give_what_the_same_factors_give_as_peft_packs_them(
     packing, tmp_path, merged
 ):
     # unslothai/unsloth#6930: B has an expert's columns side by side, e·r + k; PEFT has them apart, k·E + e.
     case = Square("OLMoE", tmp_path, peft_version=None)
     options = [OPTION, "out-in"]
+    if packing in {"unsloth", "grouped_by_expert"}:
+        case.pack_by_expert()
     if packing == "unsloth":
-        columns = [k * N_EXPERTS + e for e in range(N_EXPERTS) for k in range(RANK)]
-        case.write_factors({name: b[:, columns].contiguous() for name, b in case.b.items()})
         options += [OPTION, "unsloth"]
+    elif packing != "peft":
+        case.configure(lora_B_layout=packing)  # unsloth_zoo since September 2026
     out = merged(case.base, case.adapter, *options)
     got = building.compute(building.load(out, case.family), case.family)
     assert off_by(got, case.wanted()) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "exit_code", "words"),
+    [
+        ({"auto_mapping": {"unsloth_fixed": True}}, (), 0, "warning: lora_B_layout: is not there"),
+        ({"base_model_name_or_path": "unsloth/OLMoE"}, (), 0, "hint: if an earlier release trained it, pass"),
+        ({"auto_mapping": {"unsloth_fixed": True}}, (OPTION, "unsloth"), 0, ""),
+        (
+            {"lora_B_layout": "expert_major"},
+            (),
+            4,
+            "lora_B_layout: is 'expert_major', expected 'rank_major' or",
+        ),
+        (
+            {"lora_B_layout": "rank_major"},
+            (OPTION, "unsloth"),
+            4,
+            "lora_B_layout: is 'rank_major', and --expert",
+        ),
+    ],
+)
+def test_doubts_about_the_packing_of_experts_are_said(fields, options, exit_code, words, tmp_path, cli):
+    case = Square("OLMoE", tmp_path, peft_version="0.21.2")
+    case.configure(**fields)
+    result = cli("plan", "--base", case.base, "--adapter", case.adapter, *options)
+    assert result.exit_code == exit_code, result.output
+    assert words in result.stderr
+    assert bool(words) == ("lora_B_layout" in result.stderr)
 
 
 def test_the_oracle_is_what_peft_computes(tmp_path):
