@@ -1,4 +1,4 @@
-"""Outputs of a batch in object stores: one that is complete is kept, and not compared with its inputs."""
+"""Outputs of a batch in object stores: one that is complete is compared by its manifest, and kept where it is up to date."""
 
 from __future__ import annotations
 
@@ -6,28 +6,41 @@ from typing import TYPE_CHECKING
 
 from lora_merge.batches.up_to_date import Standing
 from lora_merge.core.report import note
+from lora_merge.merging.made_already import other_than
 from lora_merge.merging.preparing import MARKS
 from lora_merge.storage.destination import Wish
 from lora_merge.storage.destinations import storage_of
 
 if TYPE_CHECKING:
+    from lora_merge.planning.run import Planned
     from lora_merge.requests.request import Request
+    from lora_merge.storage.destination import Storage
 
 
-def standing_in_store(request: Request) -> Standing | None:
-    """Return whether an output in a store is there, with a note where it is complete and stays; None for one on a disk.
+def standing_in_store(planned: Planned) -> Standing | None:
+    """Return whether an output in a store is there, and whether it is up to date; None for one on a disk.
+
+    Its weights are not read: a note says so where it is kept.
 
     Raises:
         LoraMergeError: the store cannot be asked.
     """
-    storage = storage_of(request.out)
+    storage, wish = place_of_output(planned.request)
     if not storage.takes_files:
         return None
-    out = storage.path(request.out)
-    wish = Wish(out, resume=True, overwrite=False, marks=MARKS, inputs=())
-    if request.overwrite or not storage.is_complete(wish):
+    if not storage.is_complete(wish):
         return Standing(is_there=False)
-    sentence = (
-        "is complete and was kept; in a store it is not compared with its inputs (--overwrite makes it again)"
-    )
-    return Standing(is_there=True, notes=(note("not-compared", out, sentence),))
+    fault = other_than(planned, storage.published(wish))
+    sentence = "is up to date by its manifest; the weights in the store were not read"
+    notes = () if fault else (note("not-read", wish.out, sentence),)
+    return Standing(is_there=True, fault=fault, notes=notes)
+
+
+def place_of_output(request: Request) -> tuple[Storage, Wish]:
+    """Return the storage of an output, and what a batch wants to know of its place.
+
+    Raises:
+        ResolveError: the text cannot be a path or a URL.
+    """
+    storage = storage_of(request.out)
+    return storage, Wish(storage.path(request.out), resume=True, overwrite=False, marks=MARKS, inputs=())

@@ -8,10 +8,11 @@ import time
 import traceback
 from collections import deque
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.batches.groups import fit_together, shortage
-from lora_merge.batches.in_stores import standing_in_store
+from lora_merge.batches.in_stores import place_of_output, standing_in_store
 from lora_merge.batches.job import Job
 from lora_merge.batches.reports import BatchObserver, BatchReport, JobReport, State
 from lora_merge.batches.up_to_date import Standing, adapter_standing, standing
@@ -25,7 +26,7 @@ from lora_merge.core.report import Issue, Report, warning
 from lora_merge.errors import BugError, LoraMergeError, WriteError
 from lora_merge.executors.processes import Broken, Crew, be_idle
 from lora_merge.merging.headline import announce
-from lora_merge.merging.preparing import MARKS, Prepared, prepare
+from lora_merge.merging.preparing import Prepared, prepare
 from lora_merge.merging.run import carry_out
 from lora_merge.planning.run import plan_request
 from lora_merge.requests.request import ConvertRequest, Request
@@ -33,11 +34,9 @@ from lora_merge.runtime import machine
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.interrupts import as_keyboard_interrupt, strike
 from lora_merge.storage import staging
-from lora_merge.storage.user_paths import output_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
     from types import FrameType
 
 
@@ -191,32 +190,33 @@ class Batch:
         match task.job.request:
             case Request() as request:
                 planned = plan_request(request, self._watch)
-                out = output_path(request.out)
+                storage, wish = place_of_output(request)
+                out = wish.out
                 # A dry run changes nothing, not even a time.
-                found = standing_in_store(request) or standing(planned, out, remember=not self._dry_run)
+                found = standing_in_store(planned) or standing(planned, Path(out), remember=not self._dry_run)
+                if found.is_current and not self._dry_run:
+                    storage.clear_spent(wish)
                 if not found.is_current:
                     _check_fault(found, out, request)
                     task.planned = prepare(request, self._watch, dry_run=self._dry_run, planned=planned)
             case ConvertRequest() as request:
                 task.planned = job = plan_conversion(request, self._watch)
-                out = job.out
+                out = str(job.out)
                 found = adapter_standing(job)
                 if not found.is_current:
                     _check_fault(found, out, request)
                     staging.check_replaceable(
-                        out,
+                        job.out,
                         overwrite=request.overwrite,
                         inputs=job.read_files(),
                         home=job.home,
                         marks=conversion.MARKS,
                     )
-        # A run that was killed after it made this output may have left staging beside it.
-        if found.is_current and not self._dry_run:
-            is_merge = isinstance(task.job.request, Request)
-            staging.clear_spent(out, MARKS if is_merge else conversion.MARKS, resumes=is_merge)
+                elif not self._dry_run:
+                    staging.clear_spent(job.out, conversion.MARKS, resumes=False)
         task.notes = found.notes
         if found.fault:
-            task.notes = (warning("made-anew", str(out), f"out of date, so it is made again: {found.fault}"),)
+            task.notes = (warning("made-anew", out, f"out of date, so it is made again: {found.fault}"),)
         return found.is_current
 
     def _groups(self) -> list[list[_Task]]:
@@ -359,7 +359,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     strike(signum, frame)
 
 
-def _check_fault(found: Standing, out: Path, request: Request | ConvertRequest) -> None:
+def _check_fault(found: Standing, out: str, request: Request | ConvertRequest) -> None:
     """Check that an output that is not up to date may be replaced. It may hold somebody's work.
 
     Raises:

@@ -24,10 +24,9 @@ from lora_merge.formats.repo_files import CONVERSION_MANIFEST
 from lora_merge.formats.safetensors import tensor_digest
 from lora_merge.formats.side_files import CARD_FILE, MANIFEST_FILE
 from lora_merge.formats.stored_versions import versions_of
-from lora_merge.merging.hf_checkpoint import side_digest
+from lora_merge.merging.made_already import other_merge, side_digests
 from lora_merge.merging.made_from import provenance_of
 from lora_merge.merging.worker import MergeSpec, NoDeviceError, pick_device
-from lora_merge.requests.recording import record_of
 from lora_merge.runtime import machine
 from lora_merge.storage.digests import file_digest, text_digest
 from lora_merge.storage.objects.urls import path_here
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from lora_merge.core.tensor import TensorRef
     from lora_merge.core.work import WorkerSpec
     from lora_merge.planning.run import Planned
-    from lora_merge.storage.source import Origin
 
 
 WORTH_A_NOTE_BYTES = 64 << 20
@@ -121,46 +119,12 @@ class _Looked:
 
     def faults(self) -> Iterator[str]:
         """Yield the reasons why the output is not up to date, the cheapest to find first."""
-        yield from self._of_another()
+        yield from other_merge(self._planned, self._manifest, self._table)
         yield from self._missing()
         yield from self._small_files()
         yield from self._headers()
         yield from self._weights()
         yield from self._inputs()
-
-    def _of_another(self) -> Iterator[str]:
-        """Yield the differences between this merge and the recorded one."""
-        planned, table = self._planned, self._table
-        base = self._manifest.base
-        if base.path not in {planned.base.text, planned.plan.base}:
-            yield f"it was made from the base {base.path}"
-        if base.commit != _commit(planned.base.origin):
-            yield f"it was made from the base at commit {base.commit}"
-        wanted = [
-            (use.adapter.digest, dict(use.adapter.config), use.weight, _commit(place.origin))
-            for use, place in zip(planned.uses, planned.adapters, strict=True)
-        ]
-        found = [
-            (one.get("digest"), one.get("config"), one.get("weight"), one.get("commit"))
-            for one in table["adapters"]
-        ]
-        if found != wanted:
-            yield "it was made from other adapters, or the adapters have changed"
-        options = record_of(planned.request)
-        then = self._manifest.options
-        if then != options:
-            names = sorted(name for name in {*then, *options} if then.get(name) != options.get(name))
-            yield f"it was made with other options ({', '.join(names)})"
-        slots = {
-            slot.name: (step.action, slot.file, slot.dtype, slot.shape)
-            for step in self._plan.steps
-            for slot in step.slots
-        }
-        recorded = {
-            name: (one.action, one.file, one.dtype, one.shape) for name, one in self._manifest.tensors.items()
-        }
-        if recorded != slots:
-            yield "base and adapters would now give other tensors (names, dtypes or shapes)"
 
     def _missing(self) -> Iterator[str]:
         """Yield files that are missing."""
@@ -172,10 +136,7 @@ class _Looked:
 
     def _small_files(self) -> Iterator[str]:
         """Yield files beside the weights that are damaged, or would differ now."""
-        plan, recorded = self._plan, self._manifest.side_files
-        wanted = {side.name: side_digest(plan, side) for side in plan.side_files}
-        if plan.index:
-            wanted[INDEX_FILE] = text_digest(plan.index)
+        recorded, wanted = self._manifest.side_files, side_digests(self._plan)
         for name, digest in wanted.items():
             if name not in recorded or recorded[name].digest != digest:
                 yield f"{name}: would have another content now"
@@ -377,7 +338,3 @@ def _table(path: Path) -> dict[str, Any] | None:
         CheckpointError: it cannot be read.
     """
     return read_json(path) if path.exists() else None
-
-
-def _commit(origin: Origin | None) -> str | None:
-    return origin.commit if origin is not None else None

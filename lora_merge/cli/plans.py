@@ -44,13 +44,16 @@ _LABEL = 16
 
 
 def merge_lines(report: Report, out: str) -> list[str]:
-    """Return two lines about a finished merge: what was written, and how it was verified.
+    """Return two lines about a finished merge: what was written, and how it was verified; none if nothing was.
 
     Args:
         report: on the merge.
         out: the output, as the user named it.
     """
     summary, seconds = report.summary, sum(report.seconds.values())
+    # A note says it.
+    if report.was_complete:
+        return []
     if report.part:
         return [
             f"wrote {out}, {report.part}; in {seconds:.1f} s",

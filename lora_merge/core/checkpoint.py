@@ -11,12 +11,9 @@ from lora_merge.core.report import Issue
 from lora_merge.core.tensor import TensorRef
 from lora_merge.core.weight import Weight
 
-SAFETENSORS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLED_FILE = "pytorch_model.bin"
-PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
-CONFIG_FILE = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
+SAFETENSORS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLED_FILE, PICKLED_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CONFIG_FILE, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 OUTPUT_NAMES = frozenset({"lm_head", "embed_out", "proj_out", "decoder"})
 INPUT_NAMES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "tok_embeddings"})

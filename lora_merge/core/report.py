@@ -186,6 +186,9 @@ class Report:
     part: str = ""
     """Which part of the output this was, with ``--part``: ``part 2 of 8 (3 of 24 files, 15 GB)``."""
 
+    was_complete: bool = False
+    """True where the output was there already, made from the same, and nothing was written."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

@@ -17,8 +17,7 @@ from lora_merge.core.tensor import TensorRef, nbytes_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-HEADER_PREFIX_BYTES = 8
-_ALIGNMENT = 8
+HEADER_PREFIX_BYTES, _ALIGNMENT = 8, 8
 _FORMAT = {"format": "pt"}  # transformers refuses a file without it
 
 

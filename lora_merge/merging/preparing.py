@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.core.checkpoint import CONFIG_FILE
-from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, warning
+from lora_merge.core.report import NOT_VERIFIED, Issue, Observer, Report, Summary, Verdict, note, warning
 from lora_merge.core.tensor import Survival
 from lora_merge.errors import RequestError, WriteError
 from lora_merge.formats.side_files import MANIFEST_FILE
@@ -16,6 +15,7 @@ from lora_merge.merging.budget import Budget, allot
 from lora_merge.merging.by_file import file_pieces, under_way_bytes
 from lora_merge.merging.estimate import estimate
 from lora_merge.merging.headline import forewarn, merge_headline
+from lora_merge.merging.made_already import is_made_already
 from lora_merge.merging.parts import Part, part_of
 from lora_merge.merging.worker import NoDeviceError, pick_device
 from lora_merge.planning import raise_errors
@@ -41,6 +41,10 @@ MARKS = (CONFIG_FILE, MANIFEST_FILE)
 """File names; a directory with one of them is a model checkpoint. The manifest shows it also where the config was
 lost.
 """
+
+
+COMPLETE = "is complete, and was made from the same base, adapters and options, so there is nothing to do"
+"""What is said of an output that a run finds whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,9 @@ class Prepared:
     copies: bool = False
     """True where the store copies by itself what no delta touches."""
 
+    is_made: bool = False
+    """True where the output is complete, and made from the same: nothing is left to do."""
+
     @property
     def out(self) -> str:
         """The absolute path or URL of the output."""
@@ -129,6 +136,7 @@ class Prepared:
             done.busy_seconds,
             self.headline,
             part=done.part,
+            was_complete=self.is_made,
         )
 
 
@@ -157,8 +165,8 @@ def prepare(
         wish = _wish(request, out, planned)
         # `merge --dry-run` and `plan` may have no output at all. With one, a dry run says what would stop the
         # real run.
-        if request.out or not dry_run:
-            _check_unfinished(wish, storage)
+        is_made = bool(request.out) and is_made_already(planned, wish, storage)
+        if (request.out or not dry_run) and not is_made:
             storage.check_replaceable(wish)
         if not dry_run:
             storage.check_writable(out)
@@ -171,7 +179,7 @@ def prepare(
         summary = replace(summary, read_bytes=expected.read_bytes, seconds=expected.seconds)
         shortage = _shortage(out, summary)
     # A dry run reports a full disk as an issue, and shows the rest of the plan too.
-    if shortage and not dry_run:
+    if shortage and not dry_run and not is_made:
         raise WriteError(shortage.line, hint=shortage.hint)
     return Prepared(
         planned,
@@ -180,11 +188,12 @@ def prepare(
         device,
         budget,
         summary,
-        (*useless, *issues),
+        (*useless, *issues, *([note("complete", out, COMPLETE)] if is_made else [])),
         shortage,
         clock.seconds,
         part,
         _copies(request, storage, wish),
+        is_made,
     )
 
 
@@ -269,18 +278,6 @@ def _device(request: Request, watch: Observer, *, dry_run: bool) -> tuple[str, *
     if not dry_run:
         forewarn(watch, issue)
     return device, issue
-
-
-def _check_unfinished(wish: Wish, storage: Storage) -> None:
-    """Check that a run to resume has not finished: an output gets its name only when it is complete.
-
-    Raises:
-        WriteError: it has.
-    """
-    if wish.resume and not wish.overwrite and storage.is_complete(wish):
-        sentence = f"{wish.out}: already exists and is complete, so there is nothing to resume"
-        hint = f"`lora-merge verify {shlex.quote(wish.out)}` checks it; to merge again, pass --overwrite"
-        raise WriteError(sentence, hint=hint)
 
 
 def _check_executor(request: Request, device: str) -> None:

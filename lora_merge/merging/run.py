@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.core.report import Observer, Report, Silence
 from lora_merge.merging.headline import Work, announce
-from lora_merge.merging.preparing import Prepared, prepare
+from lora_merge.merging.preparing import Made, Prepared, prepare
 from lora_merge.merging.writing import write
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def run(
         from lora_merge.merging.foreseeing import foresee
 
         return replace(report, foreseen=foresee(prepared.planned.plan, watch))
+    if prepared.is_made:
+        prepared.storage.clear_spent(prepared.wish)
+        return prepared.report(Made())
     announce(watch, Work(prepared.headline, sum(step.nbytes for step in prepared.planned.plan.steps)))
     (done,) = carry_out([prepared], watch)
     if isinstance(done, Exception):

@@ -46,6 +46,10 @@ def verdict_of(report: Report) -> tuple[State, str]:
     warned, state = with_warnings(report.issues), worst(report.issues)
     if report.dry_run:
         return ("plain" if state == "good" else state), f"Planned{warned}. Nothing was written."
+    if report.was_complete:
+        return (
+            "plain" if state == "good" else state
+        ), f"The output was complete already{warned}. Nothing was written."
     verdict = report.verdict
     if verdict.level == "none":
         return ("plain" if state == "good" else state), f"Merged{warned}. The output was not verified."
@@ -63,7 +67,7 @@ def figures_of(report: Report) -> tuple[Fact, ...]:
         ]
     else:
         found += [
-            Fact("written", size_text(_written_bytes(report.summary))),
+            Fact("written", size_text(0 if report.was_complete else _written_bytes(report.summary))),
             Fact("time", f"{sum(report.seconds.values()):.1f} s"),
         ]
     return tuple(found)

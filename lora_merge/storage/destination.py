@@ -64,6 +64,19 @@ class Left:
     has_journal: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """An output that is complete, as far as a listing and its manifest tell."""
+
+    manifest: bytes
+
+    sizes: Mapping[str, int]
+    """File, relative to the output → bytes."""
+
+    made: int
+    """When the manifest was written, in nanoseconds since 1970."""
+
+
 class Sink(Protocol):
     """Where the bytes of one output go, as workers see it. Frozen and picklable: it holds names, no open files."""
 
@@ -260,8 +273,18 @@ class Storage(Protocol):
         """Return True when an output with this name is whole, so that there is nothing to resume.
 
         Raises:
-            WriteError: the storage cannot be asked.
+            LoraMergeError: the storage cannot be asked.
         """
+
+    def published(self, wish: Wish) -> Published:
+        """Return what is known of an output that is complete, without its weights.
+
+        Raises:
+            LoraMergeError: it cannot be read.
+        """
+
+    def clear_spent(self, wish: Wish) -> None:
+        """Remove what a killed run left in staging beside an output that is complete, as far as possible."""
 
     def can_copy(self, out: str) -> bool:
         """Return True where the storage copies ranges of other files of its kind by itself, and states checksums of the result.

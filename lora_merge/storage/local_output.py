@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from lora_merge.errors import CheckpointError, WriteError
-from lora_merge.storage import journal, staging
+from lora_merge.errors import CheckpointError, ResolveError, WriteError
+from lora_merge.storage import dirs, journal, staging
 from lora_merge.storage.copying import CopyTarget
-from lora_merge.storage.destination import Left
+from lora_merge.storage.destination import Left, Published
 from lora_merge.storage.flushing import Flushing
 from lora_merge.storage.folder import Folder
 from lora_merge.storage.local import LocalSource
@@ -128,6 +128,29 @@ class LocalDestination:
         """Return True when there is a manifest: an output gets its name only when it is complete."""
         # Unlike a method of Path, this raises no error for a name that is too long or may not be looked at.
         return os.path.isfile(Path(wish.out, wish.marks[-1]))  # noqa: PTH113
+
+    @staticmethod
+    def published(wish: Wish) -> Published:
+        """Return the manifest of an output, and the sizes of its files.
+
+        Raises:
+            ResolveError: it cannot be read.
+        """
+        manifest = Path(wish.out, wish.marks[-1])
+        try:
+            fd = dirs.open_directory(wish.out)
+            try:
+                sizes = {name: seen[1] for name, seen in dirs.listing(fd).items()}
+            finally:
+                os.close(fd)
+            return Published(manifest.read_bytes(), sizes, manifest.stat().st_mtime_ns)
+        except OSError as exc:
+            raise ResolveError(f"{wish.out}: cannot be read ({exc.strerror or exc})") from exc
+
+    @staticmethod
+    def clear_spent(wish: Wish) -> None:
+        """Remove what a killed run left in staging beside its finished output."""
+        staging.clear_spent(Path(wish.out), wish.marks, resumes=True)
 
     @staticmethod
     def can_copy(out: str) -> bool:

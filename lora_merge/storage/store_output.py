@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, Never
 
 from lora_merge.core.checkpoint import CONFIG_FILE, INDEX_FILE
 from lora_merge.errors import ChangedError, CheckpointError, ResolveError, WriteError
-from lora_merge.storage import dirs
+from lora_merge.storage import dirs, store_published
 from lora_merge.storage.destination import Left
 from lora_merge.storage.folder import Folder
 from lora_merge.storage.objects import store_at
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lora_merge.core.shards import OutputFile
     from lora_merge.core.tensor import TensorRecord
-    from lora_merge.storage.destination import Wish
+    from lora_merge.storage.destination import Published, Wish
     from lora_merge.storage.dirs import Listing
     from lora_merge.storage.objects.urls import StoreUrl
     from lora_merge.storage.store_staging import Finished
@@ -85,21 +85,26 @@ class StoreDestination:
 
     @staticmethod
     def is_complete(wish: Wish) -> bool:
-        """Return True when the output has its ``config.json``. What its run left in staging is removed then.
+        """Return True when the output has its ``config.json``.
 
         Raises:
-            WriteError: the store cannot be asked.
+            LoraMergeError: the store cannot be asked.
         """
-        url = output_url(wish.out)
-        staging = StoreStaging(url)
-        if store_at(url).entry(CONFIG_FILE) is None:
-            return False
-        old = staging.sealed()
-        # Without the mark, a configuration beside a lock is that of an older output, which the run has not removed yet.
-        if old is None:
-            return staging.run() is None
-        _finish(url, staging, old)
-        return True
+        return store_published.is_complete(output_url(wish.out))
+
+    @staticmethod
+    def published(wish: Wish) -> Published:
+        """Return the manifest of an output, and the sizes of its files.
+
+        Raises:
+            LoraMergeError: the store cannot be asked.
+        """
+        return store_published.published(output_url(wish.out), wish.marks[-1])
+
+    @staticmethod
+    def clear_spent(wish: Wish) -> None:
+        """Remove files of an older output, and staging, where a killed run has left nothing to do but this."""
+        store_published.clear_spent(output_url(wish.out))
 
     @staticmethod
     def can_copy(out: str) -> bool:
@@ -320,7 +325,7 @@ class StoreDestination:
                 self._staging.seal(old)
             self._store.put(name, self._shadow.read(name))
         self._is_published = True
-        _finish(self._url, self._staging, old)
+        store_published.finish(self._url, self._staging, old)
         self._held.close()
 
     def _check_written(self) -> None:
@@ -349,7 +354,7 @@ class StoreDestination:
         # The store may be what is at fault: then everything stays, and a later run is told of it.
         with contextlib.suppress(WriteError, ResolveError):
             if run is not None and self._is_published:
-                _finish(self._url, self._staging, self._staging.sealed() or ())
+                store_published.finish(self._url, self._staging, self._staging.sealed() or ())
             elif run is not None:
                 self._leave(run, exc)
         self._held.close()
@@ -384,13 +389,3 @@ def _shadow(held: contextlib.ExitStack) -> Folder:
     fd = dirs.open_directory(path)
     held.callback(os.close, fd)
     return Folder.of(path, fd)
-
-
-def _finish(url: StoreUrl, staging: StoreStaging, old: Collection[str]) -> None:
-    """Remove what is left beside a complete output: files of an older one, and staging.
-
-    Raises:
-        WriteError: the store refused it.
-    """
-    store_at(url).delete(sorted(old))
-    staging.clear()

@@ -233,13 +233,53 @@ def test_an_existing_output_is_an_error_unless_overwritten(pico, pico_adapter, c
     assert (out / "mark").exists()
 
     resumed = cli(*arguments, "--resume")
-    assert resumed.exit_code == exits.WRITE
-    assert "already exists and is complete, so there is nothing to resume" in resumed.stderr
-    assert f"hint: `lora-merge verify {out}` checks it; to merge again, pass --overwrite" in resumed.stderr
+    assert resumed.exit_code == exits.OK
+    assert "is complete, and was made from the same base, adapters and options" in resumed.stderr
+    assert "wrote" not in resumed.stderr
+    assert json.loads(cli(*arguments, "--resume", "--json").stdout)["was_complete"] is True
+
+    other = cli(*arguments, "--resume", "--dtype", "float32")
+    assert other.exit_code == exits.WRITE
+    assert "this run may make something else: it was made with other options (dtype)" in other.stderr
+    assert f"`lora-merge verify {out}` checks what is there" in other.stderr
+    assert (out / "mark").exists()
 
     assert cli(*arguments, "--overwrite").exit_code == exits.OK
     assert not (out / "mark").exists()
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_an_output_is_not_called_complete_when_its_base_has_changed_or_a_file_is_lost(
+    pico, pico_adapter, tampered, cli, tmp_path
+):
+    out, base = tmp_path / "out", tampered(pico("llama", "float16", "60KB"), "base")
+    shard = min(base.glob("*.safetensors"))
+    arguments = ("--base", base, "--adapter", pico_adapter(base), "--out", out, "--resume")
+    assert cli(*arguments).exit_code == exits.OK
+    assert cli(*arguments).exit_code == exits.OK
+    now, content = shard.stat(), shard.read_bytes()
+
+    os.utime(shard)
+    newer = cli(*arguments)
+    # Other values, with the old time.
+    start = 8 + int.from_bytes(content[:8], "little")
+    shard.write_bytes(content[:start] + bytes(len(content) - start))
+    os.utime(shard, ns=(now.st_atime_ns, now.st_mtime_ns))
+    changed = cli(*arguments)
+    shard.write_bytes(content)
+    os.utime(shard, ns=(now.st_atime_ns, now.st_mtime_ns))
+    same = cli(*arguments)
+    (out / shard.name).unlink()
+    lost = cli(*arguments)
+
+    assert same.exit_code == exits.OK
+    for result, why in (
+        (newer, f"{shard}, of the base, is newer than the output"),
+        (changed, f"in {shard} differs from what was merged"),
+        (lost, f"{shard.name} is missing"),
+    ):
+        assert result.exit_code == exits.WRITE
+        assert why in result.stderr
 
 
 def test_an_alpha_that_is_null_says_which_file_to_mend(pico, pico_adapter, cli, tmp_path):
@@ -467,7 +507,7 @@ def test_json_tells_what_became_of_every_delta(two, cli, tmp_path):
 
     assert report.keys() == {
         "ok", "base", "adapters", "out", "dry_run", "summary", "issues", "verdict", "survival", "seconds",
-        "busy_seconds", "foreseen", "headline", "part",
+        "busy_seconds", "foreseen", "headline", "part", "was_complete",
     }  # fmt: skip
     assert report["headline"] == "Llama 68k, fp16 + 0.5 × LoRA r4 + -2 × LoRA r2 on 6 modules → dense fp16"
     assert report["foreseen"] == {}

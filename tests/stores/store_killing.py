@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lora_merge.storage.objects import StoreUrl
 
-COMPLETE = "already exists and is complete"
+COMPLETE = "is complete, and was made from the same"
 
 CHANGING = ("put", "delete")
 """Operations that change a store, beside those of large files."""

@@ -13,7 +13,7 @@ from lora_merge.errors import VerifyError, WriteError
 from lora_merge.merging import staged
 from lora_merge.storage import store_staging
 from lora_merge.storage.objects import StoreUrl, store_at
-from lora_merge.storage.store_staging import Run, StoreFiles, beside
+from lora_merge.storage.store_staging import Run, StoreFiles, StoreStaging, beside
 from tests.storages.reference import FIXTURES, adapted, by_library, everywhere, model_of
 from tests.stores.conftest import SECRET
 from tests.stores.merging import Merge, bytes_of, name_of, on_disk
@@ -139,8 +139,11 @@ def test_an_output_that_is_there_is_replaced_where_that_is_wanted(dense, url, tm
     assert bytes_of(store) == old
     merged(merge, url, overwrite=True)
     assert bytes_of(store) == on_disk(merge, tmp_path, name_of(url))
-    with pytest.raises(WriteError, match="is complete, so there is nothing to resume"):
-        merged(merge, url, resume=True)
+    before = store.entries()
+    assert merged(merge, url, resume=True).was_complete
+    with pytest.raises(WriteError, match=r"this run may make something else: .*\(dtype\)"):
+        merged(merge._replace(options={"dtype": "float32"}), url, resume=True)
+    assert store.entries() == before
 
 
 def test_a_prefix_that_holds_other_things_is_left_alone(dense, url):
@@ -279,8 +282,41 @@ def test_a_batch_makes_outputs_in_a_store_one_after_the_other_and_keeps_what_is_
     before = store_at(url).entries()
     again = cli("batch", tmp_path / "jobs.yaml")
     assert again.exit_code == 0, again.output
-    assert "not compared with its inputs" in " ".join(again.output.split())
+    assert "up to date by its manifest" in " ".join(again.output.split())
     assert store_at(url).entries() == before
+
+    jobs[0]["dtype"] = "float16"
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"jobs": jobs}))
+    other = cli("batch", tmp_path / "jobs.yaml")
+    assert other.exit_code == exits.BATCH
+    assert "already exists and is not up to date: it was made with other options (dtype)" in " ".join(
+        other.output.split()
+    )
+    assert store_at(url).entries() == before
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_a_batch_removes_what_a_killed_run_left_beside_a_complete_output_but_not_when_dry(
+    is_dry, dense, url, tmp_path, cli, monkeypatch
+):
+    merge = dense()
+    monkeypatch.chdir(tmp_path)
+    merged(merge, url)
+    # Killed between config.json and the removal of staging.
+    store_at(url).put("model-00009-of-00009.safetensors", b"of an older output")
+    staging = StoreStaging(url)
+    staging.lock(Run("merge", 4711, "node7", 0.0))
+    staging.seal(["model-00009-of-00009.safetensors"])
+    # What has the URL as its path on this machine is not the output's staging.
+    here = tmp_path / f"{url.scheme}:" / url.bucket / f"{url.prefix}.lora-merge-staging" / "output"
+    here.mkdir(parents=True)
+    jobs = [{"adapter": str(merge.adapter), "base": str(merge.base), "out": str(url)}]
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"jobs": jobs}))
+    done = cli("batch", tmp_path / "jobs.yaml", *(["--dry-run"] if is_dry else []))
+    assert done.exit_code == 0, done.output
+    assert bool(store_at(beside(url)).entries()) is is_dry
+    assert ("model-00009-of-00009.safetensors" in store_at(url).entries()) is is_dry
+    assert here.is_dir()
 
 
 @pytest.mark.parametrize(

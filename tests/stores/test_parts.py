@@ -91,8 +91,18 @@ def test_parts_of_a_directory_make_what_one_run_makes(merge, tmp_path):
     found = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert found == on_disk(merge, tmp_path, "out")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
-    with pytest.raises(WriteError, match="is complete, so there is nothing to resume"):
-        run(part="1/2")
+    times = {path: path.stat().st_mtime_ns for path in (out, *out.iterdir())}
+    # A job that the scheduler repeats.
+    for again in ({"part": "1/2"}, {"seal": True}, {"resume": True, "seal": True}):
+        report = run(**again)
+        assert report.was_complete
+        assert [issue.code for issue in report.issues] == ["complete"]
+    for other in ({"dtype": "float32"}, {"max_shard_size": "40KB"}):
+        with pytest.raises(
+            WriteError, match=rf"may make something else: .*other options \({next(iter(other))}\)"
+        ):
+            run(part="1/2", **other)
+    assert {path: path.stat().st_mtime_ns for path in (out, *out.iterdir())} == times
 
 
 def test_a_part_of_another_merge_is_refused(merge, url):

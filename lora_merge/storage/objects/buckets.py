@@ -195,4 +195,4 @@ def _aborting(upload: WritableFile) -> Iterator[None]:
 
 
 def _entry(meta: ObjectMeta) -> Entry:
-    return Entry(meta["size"], version_of(meta["e_tag"]))
+    return Entry(meta["size"], version_of(meta["e_tag"]), meta["last_modified"].timestamp())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from lora_merge.errors import WriteError
@@ -23,6 +23,9 @@ class Entry:
 
     version: str
     """Its ETag, without quotes. Other bytes under the same name have another one."""
+
+    modified: float = field(default=0.0, compare=False)
+    """When it was written, in seconds since 1970, by the store's clock; 0 where that was not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
