@@ -54,9 +54,14 @@ def merge_lines(report: Report, out: str) -> list[str]:
     # A note says it.
     if report.was_complete:
         return []
+    copied = (
+        f", {size_text(report.store_copied_bytes)} of it copied by the store"
+        if report.store_copied_bytes
+        else ""
+    )
     if report.part:
         return [
-            f"wrote {out}, {report.part}; in {seconds:.1f} s",
+            f"wrote {out}, {report.part}{copied}; in {seconds:.1f} s",
             "not verified: --seal does, when all parts are made",
         ]
     total = summary.merged_bytes + summary.replaced_bytes + summary.cast_bytes + summary.copied_bytes
@@ -70,7 +75,7 @@ def merge_lines(report: Report, out: str) -> list[str]:
         if verdict.level != "none"
         else "not verified"
     )
-    return [f"wrote {out}: {merged}; {size_text(total)} in {seconds:.1f} s", checked]
+    return [f"wrote {out}: {merged}; {size_text(total)} in {seconds:.1f} s{copied}", checked]
 
 
 def print_plan(report: Report, named: Mapping[str, str], *, verbose: bool) -> None:

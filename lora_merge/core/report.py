@@ -189,6 +189,9 @@ class Report:
     was_complete: bool = False
     """True where the output was there already, made from the same, and nothing was written."""
 
+    store_copied_bytes: int = 0
+    """Of the output's tensors that its store copied by itself (``--copies``)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

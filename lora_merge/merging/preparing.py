@@ -65,6 +65,9 @@ class Made:
     """Wall seconds of each phase, planning included."""
 
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
+    store_copied_bytes: int = 0
+    """Of the tensors that the store copied by itself."""
+
     error: Exception | None = None
     """Why this output failed, while others of the same run did not. An error that is not a `LoraMergeError` is a bug.
     """
@@ -137,6 +140,7 @@ class Prepared:
             self.headline,
             part=done.part,
             was_complete=self.is_made,
+            store_copied_bytes=done.store_copied_bytes,
         )
 
 

@@ -32,6 +32,7 @@ from lora_merge.requests.recording import record_of
 from lora_merge.runtime.clock import Clock
 from lora_merge.runtime.shortage import translate_out_of_memory
 from lora_merge.storage.copy_runs import RUN_BYTES, STORE_RUN_BYTES, whole_copies
+from lora_merge.storage.digests import is_of_file
 from lora_merge.storage.input_files import watching
 from lora_merge.storage.sources import identity_at, is_local
 from lora_merge.words import counted, listing, size_text
@@ -236,8 +237,16 @@ class Staged:
             self.place.abort(exc)
             error = exc
         clock = self.clock
+        copied = self._store_copied({file.name for file in self.plan.files})
         return Made(
-            tuple(self._notes), "", self._verdict, self._survival(), clock.seconds, clock.busy_seconds, error
+            tuple(self._notes),
+            "",
+            self._verdict,
+            self._survival(),
+            clock.seconds,
+            clock.busy_seconds,
+            copied,
+            error,
         )
 
     def _released(self, part: Part) -> Made:
@@ -247,8 +256,18 @@ class Staged:
         nbytes = sum(file.nbytes for file in self.plan.files if file.name in names)
         words = f"{part} ({len(names)} of {counted(len(self.plan.files), 'file')}, {size_text(nbytes)})"
         return Made(
-            tuple(self._notes), words, seconds=self.clock.seconds, busy_seconds=self.clock.busy_seconds
+            tuple(self._notes),
+            words,
+            seconds=self.clock.seconds,
+            busy_seconds=self.clock.busy_seconds,
+            store_copied_bytes=self._store_copied(names),
         )
+
+    def _store_copied(self, files: Collection[str]) -> int:
+        """Return the bytes of the tensors of some files that the store has copied by itself."""
+        # Such a tensor was not read: what is known of it is the checksum of its file.
+        own = [record for record in self._records if record.file in files]
+        return sum(record.nbytes for record in own if is_of_file(record.digest))
 
     def _file_of(self, name: str) -> str:
         """Return the text that names a weight file of the output."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from lora_merge import api
 from lora_merge.errors import ChangedError, RequestError
 from lora_merge.storage.objects import StoreUrl, store_at
+from lora_merge.words import size_text
 from tests.conftest import write_tokenizer
 from tests.stores.merging import Merge, bytes_of
 
@@ -81,8 +83,11 @@ def weights(url):
 
 @pytest.mark.parametrize("copies", ["auto", "store"])
 def test_the_store_copies_what_no_delta_touches_and_the_bytes_are_the_same(copies, merge, base, url, moved):
-    assert merged(merge, base, url, copies=copies).verdict.ok
+    report = merged(merge, base, url, copies=copies)
+    assert report.verdict.ok
     by_store = dict(moved)
+    # Of each run up to 5 MiB are sent, together with what is before it.
+    assert by_store["copied"] <= report.store_copied_bytes <= by_store["copied"] + 2 * 5 * MIB
     streamed = StoreUrl(url.scheme, url.bucket, f"{url.prefix}-streamed")
     merged(merge, base, streamed, copies="stream")
     assert weights(url) == weights(streamed)
@@ -110,6 +115,18 @@ def test_the_manifest_says_which_digests_are_the_stores_and_verify_holds_the_fil
     done = cli("verify", url)
     assert done.exit_code
     assert "has changed since it was written" in done.output
+
+
+def test_the_command_says_how_much_the_store_copied(merge, base, url, cli):
+    arguments = merge.arguments(url, base=base)
+    part = cli(*arguments, "--part", "1/1")
+    said = re.search(r"wrote .*, part 1 of 1 \(.*\), ([\d.]+ MB) of it copied by the store; in", part.stderr)
+    assert said, part.stderr
+    sealed = cli(*arguments, "--seal", "--json")
+    assert size_text(json.loads(sealed.stdout)["store_copied_bytes"]) == said[1]
+    streamed = cli(*arguments, "--overwrite", "--copies", "stream")
+    assert streamed.exit_code == 0
+    assert "copied by the store" not in streamed.stderr
 
 
 def test_every_value_is_read_where_all_of_it_is_verified(merge, base, url):
