@@ -91,6 +91,7 @@ def _add_four(draft: Draft, ref: TensorRef, around: Surroundings, dtypes: set[st
             Wanted("nested_absmax", f"{name}.nested_absmax", ("F32",), ((-(-n_blocks // 256),),)),
             Wanted("nested_table", f"{name}.nested_quant_map", ("F32",), ((256,),)),
         ]
+    # The JSON is a part too: it is copied or left out with the codes.
     wanted.append(Wanted(f"quant_state.bitsandbytes__{kind}", ref.name, ("U8",), (ref.shape,)))
     # Packed bytes may be stored under any dtype, whose width they are padded to.
     least, most = (n + 1) // 2, (n + 1) // 2 + nbytes_of(codes.dtype, (1,)) - 1

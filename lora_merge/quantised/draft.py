@@ -227,6 +227,7 @@ class Draft:
             for module in [module_of(name)]
             if _NUMBER.sub("#", module) in kinds
         ]
+        # Engines read the list in different ways: one that excepts the module is enough here.
         for module in sorted(set(dense) - exceptions.perhaps(dense), key=dense.index):
             sentence = (
                 f"is stored dense, but the same module of other layers is quantised and {self.table.place} "

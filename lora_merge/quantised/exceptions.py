@@ -101,6 +101,7 @@ class Exceptions:
             return entry.removesuffix("*")  # looked up, however many there are
         if self._language == "targets":
             return entry.removeprefix("re:")
+        # A name as transformers 5.23 matches it: from the start, up to the border of a module (`should_convert_module`).
         return (
             fnmatch.translate(entry) if self._language == "wildcards" else rf"(?:{entry})(?:(?<=\.)|(?=\.|$))"
         )

@@ -126,5 +126,6 @@ def _add_packed(draft: Draft, ref: TensorRef) -> None:
 
 def _expert_dtype(config: Mapping[str, Any], values: Mapping[str, Any]) -> object:
     text = config.get("text_config")
+    # The field of DeepSeek-V4, whose experts have codes of four bits among layers in FP8.
     levels = (values, config, text if isinstance(text, dict) else {})
     return next((level["expert_dtype"] for level in levels if level.get("expert_dtype")), None)
